@@ -1,0 +1,2121 @@
+#!/usr/bin/env python3
+"""RedBTC AI: an OpenAI-compatible API gateway that is small enough to read.
+
+    authenticate ─► read ─► admit ─► choose ─► open ─► relay ─► settle ─► last byte
+
+Clients point their base URL here. Each request is checked, held to its account's limits, forwarded
+byte for byte to an upstream, and written down: what the upstream says was used, committed before the
+client sees the end of the answer. This file is read in the order in which a request meets it; what
+is kept is in redbtc_ledger.py, what people use in redbtc_admin.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fnmatch
+import hmac
+import ipaddress
+import logging
+import math
+import os
+import queue
+import random
+import re
+import secrets
+import signal
+import socket
+import ssl
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, MutableMapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+from urllib.parse import quote
+
+import click
+import httpx2
+import msgspec
+import orjson
+import prometheus_client
+import uvicorn
+import uvloop
+from msgspec import Struct
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from starlette.routing import Match, Route, Router
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+import redbtc_admin as admin
+import redbtc_ledger as ledger
+from redbtc_ledger import Key, Row, Settings, Store, UpstreamSettings, Usage
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────
+# Everything that the gateway itself answers with an error: OpenAI's form, so that every SDK raises
+# its proper exception. The table is CONTRACT.md section 4.
+
+INVALID, RATE, SERVER = "invalid_request_error", "rate_limit_error", "server_error"
+REFUSALS: dict[str, tuple[int, str, str]] = {
+    "invalid_http": (400, INVALID, "The HTTP request is malformed."),
+    "invalid_json": (400, INVALID, "The request body is not valid JSON."),
+    "invalid_request": (400, INVALID, "The request is not valid."),
+    "invalid_api_key": (401, INVALID, "Incorrect API key provided."),
+    "account_suspended": (403, INVALID, "This account is suspended."),
+    "metrics_forbidden": (403, INVALID, "Metrics are not for this address."),
+    "unknown_url": (404, INVALID, "Unknown request URL. See the documentation for what is served."),
+    "model_not_found": (404, INVALID, "The model does not exist or is not served here."),
+    "request_timeout": (408, INVALID, "The request body took too long to arrive."),
+    "request_too_large": (413, INVALID, "The request body is too large."),
+    "unsupported_media_type": (415, INVALID, "The request's content type is not supported here."),
+    "upgrade_required": (426, INVALID, "WebSocket is not offered here; use POST."),
+    "rate_limit_exceeded": (429, RATE, "Rate limit reached."),
+    "concurrency_limit_exceeded": (429, RATE, "Too many requests in flight."),
+    "headers_too_large": (431, INVALID, "The request's headers are too large."),
+    "internal_error": (500, SERVER, "The gateway failed on this request."),
+    "upstream_unreachable": (502, SERVER, "The upstream could not be reached."),
+    "upstream_protocol_error": (502, SERVER, "The upstream's answer could not be understood."),
+    "no_upstream": (503, SERVER, "No upstream can take this request now."),
+    "ledger_unavailable": (503, SERVER, "Usage can't be recorded now, so nothing is served."),
+    "draining": (503, SERVER, "The gateway is shutting down."),
+    "upstream_timeout": (504, SERVER, "The upstream took too long to answer."),
+}
+
+
+class Refusal(Exception):
+    """Refuse the client with a status, a code and a message from REFUSALS. Every 429 and 503 says
+    when to come back: whole seconds from 1 to 60, since Codex CLI gives up without them and
+    openai-node ignores more."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str = "",
+        *,
+        param: str | None = None,
+        retry_after: float = 1.0,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        super().__init__(code)
+        self.code = code
+        self.status, self.type, usual = REFUSALS[code]
+        self.message = message or usual
+        self.param = param
+        self.headers: Headers = list(headers)
+        if self.status in (429, 503):
+            seconds = min(60, max(1, math.ceil(retry_after)))
+            milliseconds = min(60_000, max(1, math.ceil(retry_after * 1000)))
+            self.headers += [
+                (b"retry-after", b"%d" % seconds),
+                (b"retry-after-ms", b"%d" % milliseconds),
+            ]
+
+    def body(self) -> bytes:
+        """OpenAI's error object."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return orjson.dumps({"error": error})
+
+
+def new_request_id() -> str:
+    """req_, 12 hexadecimal digits of milliseconds, 20 of chance: ids sort by time."""
+    return f"req_{ledger.now_ms():012x}{secrets.token_hex(10)}"
+
+
+async def respond(
+    scope: Scope,
+    send: Send,
+    status: int,
+    body: bytes,
+    headers: Iterable[tuple[bytes, bytes]] = (),
+    content_type: bytes = b"application/json",
+) -> None:
+    """One whole answer of the gateway's own."""
+    request_id = scope["request_id"].encode()
+    head: Headers = [
+        (b"content-type", content_type),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", request_id),
+        (b"x-redbtc-request-id", request_id),
+        *headers,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+# ── Guard ────────────────────────────────────────────────────────────────────────────────────────
+# What uvicorn lets through and no proxy may: request smuggling, forged hosts, endless heads. Checked
+# before anything else looks at the request. The path is scope["path"], never rebuilt from Host.
+
+MAX_HEAD_BYTES = 64 << 10  # OpenAI asks for less than 64 KiB of headers
+MAX_HEADERS = 200
+HEAD_SECONDS = 30
+TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.6.2
+BAD_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 §5.5
+HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+
+
+class HTTPProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, with a bound on a head's size and time before the app can see it, and
+    with OpenAI's error form where the parser gives up."""
+
+    _head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+    _refusal = "invalid_http"
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_too_late)
+
+    def _head_too_late(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refusal = "headers_too_large"
+                self.send_400_response("")
+
+    def on_headers_complete(self) -> None:
+        self._stop_head_timer()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        refusal = Refusal(self._refusal)
+        reason = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[refusal.status]
+        body = refusal.body()
+        self.transport.write(
+            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nx-redbtc-request-id: %s\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n%s"
+            % (refusal.status, reason, new_request_id().encode(), len(body), body)
+        )
+        self.transport.close()
+
+
+def check_head(scope: Scope) -> None:
+    """Raise Refusal for a head that no client of good will sends, or that a proxy before or behind
+    this one could read in another way (RFC 9112 §3.2, §6.1, §6.3; RFC 9110 §5.5)."""
+    version = scope["http_version"]
+    if version not in ("1.1", "1.0"):
+        raise Refusal("invalid_http", "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+    headers: Headers = scope["headers"]
+    if len(headers) > MAX_HEADERS:
+        raise Refusal("headers_too_large", f"More than {MAX_HEADERS} headers.")
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    seen: dict[bytes, bytes] = {}
+    for name, value in headers:
+        size += len(name) + len(value)
+        if not TOKEN.fullmatch(name) or BAD_IN_VALUE.search(value):
+            raise Refusal("invalid_http", "A header contains characters that it must not.")
+        if name in seen and name in (b"host", b"content-length", b"transfer-encoding"):
+            raise Refusal("invalid_http", f"There is more than one {name.decode()} header.")
+        seen[name] = value
+    if size > MAX_HEAD_BYTES:
+        raise Refusal("headers_too_large", f"Headers of more than {MAX_HEAD_BYTES} bytes.")
+    if not HOST.fullmatch(seen.get(b"host", b"-" if version == "1.0" else b"")):
+        raise Refusal("invalid_http", "There must be one Host header of proper form.")
+    _check_framing(version, seen.get(b"content-length"), seen.get(b"transfer-encoding"))
+
+
+def _check_framing(version: str, length: bytes | None, encoding: bytes | None) -> None:
+    if length is not None and not (length.isdigit() and len(length) < 19):
+        raise Refusal("invalid_http", "Content-Length must be a number.")
+    if encoding is None:
+        return
+    if length is not None or version != "1.1" or encoding.lower() != b"chunked":
+        raise Refusal("invalid_http", "Transfer-Encoding must be chunked, on HTTP/1.1, alone.")
+
+
+class Guard:
+    """The outermost ASGI app: gives the request its id, refuses bad heads, and turns every Refusal
+    into an answer. What nobody expected is logged by type and place, never with content."""
+
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], watch: Watch
+    ) -> None:
+        self._app = app
+        self._watch = watch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"unexpected scope {scope['type']!r}")
+        scope["request_id"] = new_request_id()
+        scope["started"] = time.monotonic()
+        scope["where"] = "other"
+        try:
+            check_head(scope)
+            await self._app(scope, receive, send)
+        except Refusal as refusal:
+            self._watch.refused(scope, refusal)
+            await respond(
+                scope, send, refusal.status, refusal.body(), self._headers(scope, refusal)
+            )
+        except ClientLeft:
+            self._watch.left(scope)
+        except Exception as error:
+            self._watch.failed(scope, error)
+            unexpected = Refusal("internal_error")
+            with contextlib.suppress(RuntimeError):  # the answer had begun: it ends torn
+                await respond(scope, send, unexpected.status, unexpected.body())
+
+    @staticmethod
+    def _headers(scope: Scope, refusal: Refusal) -> Headers:
+        """Close what can't be read on: a client that still waits to be told to send its body, or
+        one whose body is too long or too late. Others are read on and may use the connection."""
+        waits = any(name == b"expect" for name, _ in scope["headers"])
+        if waits or refusal.status in (400, 408, 413):
+            return [*refusal.headers, (b"connection", b"close")]
+        return refusal.headers
+
+
+class ClientLeft(Exception):
+    """The client is gone; there is nobody to answer."""
+
+
+# ── Authenticate ─────────────────────────────────────────────────────────────────────────────────
+
+BAD_KEY = "Incorrect API key provided. Send it as 'Authorization: Bearer sk-redbtc-…'."
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of that name (lower case)."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return None
+
+
+def authenticate(scope: Scope, store: Store) -> Key:
+    """The key in force that the request shows. Every flaw of a key has the same answer. Reads the
+    database each time: revoking and suspending hold from the next request on."""
+    scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
+    try:
+        shown = token.strip().decode("ascii") if scheme.lower() == b"bearer" else ""
+    except UnicodeDecodeError:
+        shown = ""
+    try:
+        key = ledger.key_in_force(store, shown)
+    except ledger.LedgerUnavailable:
+        raise Refusal("ledger_unavailable") from None
+    if key is None:
+        raise Refusal("invalid_api_key", BAD_KEY, headers=[(b"www-authenticate", b"Bearer")])
+    if key.account_status != "active":
+        raise Refusal("account_suspended")
+    return key
+
+
+# ── Read ─────────────────────────────────────────────────────────────────────────────────────────
+# The whole body comes into memory, bounded in size and time; then the few facts that the gateway
+# needs are read out of it and nothing else is built. The body itself is never re-encoded.
+
+MAX_MODEL_LENGTH = 256
+MAX_PART_HEAD = 8192
+MAX_FIELD = 4096
+JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
+FORM_TYPE = re.compile(
+    rb"multipart/form-data\s*;(?:.*;)?\s*boundary=(?:\"([^\"]{1,70})\"|([^\s;\"]{1,70})).*",
+    re.IGNORECASE | re.DOTALL,
+)
+FIELD_NAME = re.compile(rb";\s*name=(?:\"([^\"]*)\"|([^\s;]+))", re.IGNORECASE)
+FILE_NAME = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
+
+
+class StreamOptions(Struct):
+    """`stream_options` of a chat request."""
+
+    include_usage: bool | None | msgspec.UnsetType = msgspec.UNSET
+
+
+class Facts(Struct):
+    """What the gateway must know of a request's body. Other members are skipped, not built."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None | msgspec.UnsetType = msgspec.UNSET
+    background: bool | None = None
+    previous_response_id: msgspec.Raw = msgspec.Raw(b"null")
+    conversation: msgspec.Raw = msgspec.Raw(b"null")
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+
+    def most_output_tokens(self) -> int:
+        """What the client allows the answer to have; 0 where it says nothing."""
+        limits = (self.max_tokens, self.max_completion_tokens, self.max_output_tokens)
+        return max(0, *(limit or 0 for limit in limits))
+
+
+FACTS = msgspec.json.Decoder(Facts)
+
+
+async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
+    """The request's body. Raises Refusal where it is too large or too slow, ClientLeft."""
+    most = settings.server.max_body_bytes
+    if int(header(scope, b"content-length") or 0) > most:
+        raise Refusal("request_too_large", f"The request body is over {most} bytes.")
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(settings.server.body_timeout_seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                chunks.append(message["body"])
+                size += len(message["body"])
+                if size > most:
+                    raise Refusal("request_too_large", f"The request body is over {most} bytes.")
+                if not message["more_body"]:
+                    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    except TimeoutError:
+        raise Refusal("request_timeout") from None
+
+
+def check_media_type(scope: Scope, forms: bool) -> bytes | None:
+    """The boundary where the body is a form, None where it is JSON. Raises Refusal for the rest,
+    before the body is read."""
+    if (header(scope, b"content-encoding") or b"identity").lower() != b"identity":
+        raise Refusal("unsupported_media_type", "Compressed request bodies are not taken here.")
+    content_type = header(scope, b"content-type")
+    if content_type is None or JSON_TYPE.fullmatch(content_type):
+        return None
+    form = FORM_TYPE.fullmatch(content_type) if forms else None
+    if form is None:
+        allowed = "application/json or multipart/form-data" if forms else "application/json"
+        raise Refusal("unsupported_media_type", f"Content-Type must be {allowed}.")
+    return form[1] or form[2]
+
+
+def read_facts(body: bytes, boundary: bytes | None, model_needed: bool) -> Facts:
+    """Raises Refusal for a body that can't be read or that names another's stored object."""
+    facts = _facts_of_json(body) if boundary is None else _facts_of_form(body, boundary)
+    if facts.model is None and model_needed:
+        raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
+    if len(facts.model or "") > MAX_MODEL_LENGTH:
+        raise Refusal("invalid_request", "The name of the model is too long.", param="model")
+    return facts
+
+
+def _facts_of_json(body: bytes) -> Facts:
+    try:
+        return FACTS.decode(body)
+    except msgspec.ValidationError as error:
+        place = str(error).partition("`$.")[2].rstrip("`")
+        message = str(error).partition(" - at")[0]
+        raise Refusal("invalid_request", message, param=place or None) from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise Refusal("invalid_json") from None
+
+
+def _facts_of_form(body: bytes, boundary: bytes) -> Facts:
+    """`model` and `stream` wherever they stand in the form: openai-node sends files before them."""
+    fields = dict(_form_fields(body, boundary))
+    stream = fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
+    model = fields.get(b"model")
+    return Facts(model=model.decode("utf-8", "replace") if model else None, stream=stream)
+
+
+def _form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The form's short fields that are no files (RFC 7578, RFC 2046 §5.1.1), each with its value.
+    Files are stepped over, never copied."""
+    dashes = b"--" + boundary
+    delimiter = b"\r\n" + dashes
+    start = 0 if body.startswith(dashes) else body.find(delimiter) + 2
+    while start != 1:  # find() gave -1
+        head_start = start + len(dashes)
+        end = body.find(delimiter, head_start)
+        if end < 0:
+            return
+        head_end = body.find(b"\r\n\r\n", head_start, min(end, head_start + MAX_PART_HEAD))
+        if 0 <= head_end and end - head_end - 4 <= MAX_FIELD:
+            head = body[head_start:head_end]
+            name = FIELD_NAME.search(head)
+            if name and not FILE_NAME.search(head):
+                yield name[1] or name[2], body[head_end + 4 : end]
+        start = end + 2
+
+
+def refuse_foreign_objects(facts: Facts) -> None:
+    """All accounts share the upstream's key, and whose a stored object is isn't known here: refuse
+    what would reach another's."""
+    for name in ("previous_response_id", "conversation"):
+        if bytes(getattr(facts, name)).strip() != b"null":
+            message = f"'{name}' is not supported here: send the whole input instead."
+            raise Refusal("invalid_request", message, param=name)
+    if facts.background:
+        message = "'background' is not supported here: stream the answer or wait for it."
+        raise Refusal("invalid_request", message, param="background")
+
+
+STREAM_OPTIONS = re.compile(rb'"stream_options"\s*:\s*\{(\s*\})?')
+MOST_CANDIDATES = 16
+
+
+def add_include_usage(body: bytes, facts: Facts) -> bytes:
+    """The body of a streamed chat with `stream_options.include_usage` put in where it was left out,
+    and every other byte as it was. A client that says null or false has not left it out."""
+    options = facts.stream_options
+    if options is msgspec.UNSET:
+        start = body.index(b"{") + 1
+        return body[:start] + b'"stream_options":{"include_usage":true},' + body[start:]
+    if not isinstance(options, StreamOptions) or options.include_usage is not msgspec.UNSET:
+        return body
+    for match, _ in zip(STREAM_OPTIONS.finditer(body), range(MOST_CANDIDATES), strict=False):
+        start = body.index(b"{", match.start()) + 1
+        added = b'"include_usage":true' + (b"" if match[1] else b",")
+        changed = body[:start] + added + body[start:]
+        with contextlib.suppress(msgspec.DecodeError):
+            if FACTS.decode(changed).stream_options == StreamOptions(include_usage=True):
+                return changed  # the right place, not one inside a text or another object
+    raise Refusal("invalid_request", "'stream_options' can't be found.", param="stream_options")
+
+
+# ── Admit ────────────────────────────────────────────────────────────────────────────────────────
+# A request needs a place in its key, its account and the gateway as a whole, and room in their rates.
+# Rates are charged first (refusing costs nobody a wait), then places are waited for, in turn. Always
+# in the same order, so that nobody waits for someone who waits for him; whoever waits for the gateway
+# holds a place of his account, so that no account can fill the queue. All on the monotonic clock.
+
+
+class Places:
+    """Room for `limit` at once (0: no limit), given in the order of asking."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self.taken = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+
+    def take_now(self, limit: int) -> bool:
+        """Take a place if one is free and nobody stands in line. `limit` holds from now on."""
+        self.limit = limit
+        self._let_in()
+        if self._queue or self._full():
+            return False
+        self.taken += 1
+        return True
+
+    async def take_in_turn(self) -> None:
+        """Wait for a place. Whoever stops waiting leaves no trace."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give_back()  # it came in the same instant
+            with contextlib.suppress(ValueError):
+                self._queue.remove(turn)
+            raise
+
+    def give_back(self) -> None:
+        """Free one place for the next in line."""
+        self.taken -= 1
+        self._let_in()
+
+    def _full(self) -> bool:
+        return 0 < self.limit <= self.taken
+
+    def _let_in(self) -> None:
+        while self._queue and not self._full():
+            turn = self._queue.popleft()
+            if not turn.done():  # else given up a moment ago
+                self.taken += 1
+                turn.set_result(None)
+
+
+class Bucket:
+    """A token bucket that holds one minute's `limit` (0: no limit) and fills evenly. What is charged
+    beyond it (an answer longer than estimated) is owed by those who come after."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self._level = 0.0
+        self._at = 0.0
+
+    def fill(self, limit: int, now: float) -> None:
+        """Bring it up to `now` (monotonic seconds)."""
+        if limit != self.limit:
+            self._level = limit if not self.limit else min(self._level, limit)
+            self.limit = limit
+        self._level = min(limit, self._level + (now - self._at) * limit / 60)
+        self._at = now
+
+    def seconds_until(self, amount: float) -> float:
+        """How long until it has `amount`; 0 if it has. More than it can hold counts as all of it."""
+        missing = min(amount, self.limit) - self._level
+        return max(0.0, missing * 60 / self.limit) if self.limit else 0.0
+
+    def charge(self, amount: float) -> None:
+        """Take `amount` out, or with a negative one put back."""
+        self._level = min(self.limit, self._level - amount)
+
+    @property
+    def remaining(self) -> int:
+        return max(0, int(self._level))
+
+    @property
+    def reset_seconds(self) -> float:
+        return (self.limit - self._level) * 60 / self.limit if self.limit else 0.0
+
+
+class Limited:
+    """A key, an account, or the gateway: what is in use of its three limits."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.places = Places()
+        self.requests = Bucket()
+        self.tokens = Bucket()
+
+
+class Hold(NamedTuple):
+    """What one request is held to by one of the three: limits of 0 are none."""
+
+    limited: Limited
+    concurrency: int
+    requests_per_minute: int
+    tokens_per_minute: int
+
+
+def go_duration(seconds: float) -> str:
+    """12ms, 1.5s, 6m0s, as OpenAI writes resets (Go's time.Duration)."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(math.ceil(seconds * 1000) / 1000, 60)
+    return f"{int(minutes)}m{rest:g}s" if minutes else f"{rest:g}s"
+
+
+def rate_limit_headers(kind: str, limit: int, remaining: int, reset: float) -> Headers:
+    """x-ratelimit-limit-…, -remaining-… and -reset-…"""
+    return [
+        (f"x-ratelimit-limit-{kind}".encode(), b"%d" % limit),
+        (f"x-ratelimit-remaining-{kind}".encode(), b"%d" % remaining),
+        (f"x-ratelimit-reset-{kind}".encode(), go_duration(reset).encode()),
+    ]
+
+
+class Admission:
+    """One request's charges on the rates of its key, its account and the gateway."""
+
+    def __init__(self, holds: list[Hold], estimate: int) -> None:
+        """Charge all rates, or raise Refusal and charge none. `estimate` is in tokens."""
+        now = time.monotonic()
+        self._charges: list[tuple[str, Bucket, float]] = []
+        for hold in holds:
+            self._consider("requests", hold.limited.requests, hold.requests_per_minute, 1, now)
+            self._consider("tokens", hold.limited.tokens, hold.tokens_per_minute, estimate, now)
+        for _, bucket, amount in self._charges:
+            bucket.charge(amount)
+
+    def _consider(self, kind: str, bucket: Bucket, limit: int, amount: float, now: float) -> None:
+        bucket.fill(limit, now)
+        wait = bucket.seconds_until(amount)
+        if wait > 0:
+            headers = rate_limit_headers(kind, limit, bucket.remaining, wait)
+            message = f"Rate limit reached: {limit} {kind} per minute."
+            raise Refusal("rate_limit_exceeded", message, retry_after=wait, headers=headers)
+        if limit:
+            self._charges.append((kind, bucket, min(amount, limit)))
+
+    def put_back(self) -> None:
+        """The request was not served: it costs nothing."""
+        for _, bucket, amount in self._charges:
+            bucket.charge(-amount)
+
+    def correct(self, tokens: int) -> None:
+        """Put the estimate right: this many were used."""
+        for kind, bucket, amount in self._charges:
+            if kind == "tokens":
+                bucket.charge(tokens - amount)
+
+    def headers(self) -> Headers:
+        """OpenAI's x-ratelimit-* headers; of several limits the one with the least left."""
+        tightest: dict[str, Bucket] = {}
+        for kind, bucket, _ in self._charges:
+            if kind not in tightest or bucket.remaining < tightest[kind].remaining:
+                tightest[kind] = bucket
+        return [
+            line
+            for kind, bucket in tightest.items()
+            for line in rate_limit_headers(
+                kind, bucket.limit, bucket.remaining, bucket.reset_seconds
+            )
+        ]
+
+
+class Limits:
+    """All that is in flight, by key, by account and over all."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, Limited] = {}
+        self._accounts: dict[str, Limited] = {}
+        self._all = Limited("this gateway")
+        self.queued = 0
+
+    @contextlib.asynccontextmanager
+    async def admit(
+        self, key: Key, estimate: int, limits: ledger.Limits
+    ) -> AsyncIterator[Admission]:
+        """A place for as long as the block runs, given back exactly once. Raises Refusal where a
+        rate is used up, or no place comes free within `limits.queue_seconds`."""
+        holds = self._holds(key, limits)
+        admission = Admission(holds, estimate)
+        with contextlib.ExitStack() as places:
+            try:
+                await self._take_places(holds, limits.queue_seconds, places)
+            except BaseException:
+                admission.put_back()
+                raise
+            yield admission
+
+    def _holds(self, key: Key, limits: ledger.Limits) -> list[Hold]:
+        of_key = self._keys.setdefault(key.id, Limited("this key"))
+        of_account = self._accounts.setdefault(key.account_id, Limited("this account"))
+        usual = limits.account
+        return [
+            Hold(
+                of_key,
+                key.concurrency or 0,
+                key.requests_per_minute or 0,
+                key.tokens_per_minute or 0,
+            ),
+            Hold(
+                of_account,
+                _own_or(key.account_concurrency, usual.concurrency),
+                _own_or(key.account_requests_per_minute, usual.requests_per_minute),
+                _own_or(key.account_tokens_per_minute, usual.tokens_per_minute),
+            ),
+            Hold(
+                self._all,
+                limits.concurrency,
+                limits.requests_per_minute,
+                limits.tokens_per_minute,
+            ),
+        ]
+
+    async def _take_places(
+        self, holds: list[Hold], queue_seconds: float, places: contextlib.ExitStack
+    ) -> None:
+        patience = asyncio.get_running_loop().time() + queue_seconds
+        for hold in holds:
+            if not hold.limited.places.take_now(hold.concurrency):
+                await self._wait(hold, patience)
+            places.callback(hold.limited.places.give_back)
+
+    async def _wait(self, hold: Hold, patience: float) -> None:
+        self.queued += 1
+        try:
+            async with asyncio.timeout_at(patience):
+                await hold.limited.places.take_in_turn()
+        except TimeoutError:
+            headers = rate_limit_headers("concurrency", hold.concurrency, 0, 1)
+            what = f"{hold.limited.what} may have {hold.concurrency} requests in flight"
+            message = f"Too many requests at once: {what}."
+            raise Refusal("concurrency_limit_exceeded", message, headers=headers) from None
+        finally:
+            self.queued -= 1
+
+
+def _own_or(own: int | None, usual: int) -> int:
+    return usual if own is None else own
+
+
+# ── Meter ────────────────────────────────────────────────────────────────────────────────────────
+# The meter watches an answer's bytes pass and finds the usage in them. It does no I/O: feed() takes
+# bytes as they came, cut anywhere, and returns those that may be sent on now.
+#
+# Rule 1. Nothing waits that need not. What ends the answer for the client is held back until its row
+# is committed; a part of an event that could still turn out to end the answer (or to be the usage
+# chunk that the gateway asked for and takes out) is held until the event is whole. All else passes.
+#
+# Rule 2. Memory is bounded. An event or answer is kept whole for parsing up to KEEP bytes. Beyond
+# that it is reduced to its skeleton: long strings lose their text, arrays their elements. What
+# matters (usage, id, model, tier) stands in short values outside arrays, in every shape of
+# OpenAI's, so parsing the skeleton gives the same result as parsing the whole.
+#
+# Rule 3. Only a parser decides. A search for a few marks tells whether an event can matter; what it
+# says is then read from its JSON, at the place where it belongs, so that text cannot forge it.
+
+KEEP = 256 << 10
+MOST_SKELETON = 4 << 20
+SHORT_STRING = 256
+MOST_TOKENS = 1_000_000_000  # no request has more: what claims so is no count of tokens
+STRUCTURE = re.compile(rb'[\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
+STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
+
+
+class Skeleton:
+    """JSON text in bounded memory: whole while it is small, without long strings and without what
+    is in arrays when it is large. `text` parses to the same values outside of those."""
+
+    def __init__(self) -> None:
+        self.text = bytearray()
+        self.reduced = False
+        self._raw = 0  # from here on `text` is as it came
+        self._bound = KEEP
+        self._depth = 0  # of arrays open at _raw
+        self._in_string = False  # what comes next belongs to a string that was dropped
+        self._escaped = False  # and its first byte is escaped
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes, cut anywhere."""
+        if self._in_string:
+            chunk = self._skip_string(chunk)
+        self.text += chunk
+        if len(self.text) > self._bound:
+            self._reduce()
+
+    def _skip_string(self, chunk: bytes) -> bytes:
+        start = 1 if self._escaped and chunk else 0
+        end = STRING_REST.match(chunk, start)
+        assert end is not None
+        self._escaped = end[1] == b"\\" or (self._escaped and not chunk)
+        self._in_string = end[1] != b'"'
+        return chunk[end.end() :]
+
+    def whole(self) -> bytes:
+        """All of the text, to be parsed."""
+        if self.reduced:
+            self._reduce()
+        return bytes(self.text)
+
+    def _reduce(self) -> None:
+        self.reduced = True
+        raw = bytes(self.text[self._raw :])
+        kept: list[bytes] = []
+        position = 0  # up to here `raw` is kept or dropped
+        open_string = b""
+        for token in STRUCTURE.finditer(raw):
+            start, end = token.span()
+            if raw[start] == 0x5B:  # [
+                kept += [] if self._depth else [raw[position:end]]
+                position = end
+                self._depth += 1
+            elif raw[start] == 0x5D:  # ]
+                self._depth = max(0, self._depth - 1)
+                position = position if self._depth else start
+            elif token[1] != b'"':  # a string that goes on in the next chunk
+                if self._depth or end - start > SHORT_STRING:
+                    kept += [] if self._depth else [raw[position:start], b'""']
+                    self._in_string, self._escaped = True, token[1] == b"\\"
+                else:
+                    kept.append(raw[position:start])
+                    open_string = raw[start:]
+                position = len(raw)
+            elif not self._depth and end - start > SHORT_STRING:
+                kept += [raw[position:start], b'""']
+                position = end
+        kept += [] if self._depth else [raw[position:]]
+        self._keep(b"".join(kept), open_string)
+
+    def _keep(self, stable: bytes, open_string: bytes) -> None:
+        self.text[self._raw :] = stable
+        self._raw = len(self.text)
+        self.text += open_string
+        if len(self.text) > MOST_SKELETON:
+            self.text = bytearray(b"?")  # no JSON: whoever parses it learns that nothing is known
+            self._raw = 1
+        self._bound = max(KEEP, 2 * len(self.text))
+
+
+class Answer(Struct):
+    """What matters in an answer's JSON, or in that of an event. `response` is the Response object
+    within an event. Types are checked where a value is used: one odd field must not hide another."""
+
+    id: Any = None
+    type: Any = None
+    model: Any = None
+    status: Any = None
+    service_tier: Any = None
+    error: Any = None
+    usage: Any = None
+    tool_usage: Any = None
+    response: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
+
+
+ANSWER = msgspec.json.Decoder(Answer)
+
+
+def decode_answer(text: bytes | msgspec.Raw) -> Answer | None:
+    """None for what is no JSON object."""
+    try:
+        return ANSWER.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None
+
+
+def tokens_in(counts: Any, *path: str) -> int | None:
+    """The count at `path`, or None where there is none: negative, fractional, absurd or no number."""
+    for step in path:
+        counts = counts.get(step) if isinstance(counts, dict) else None
+    counted = isinstance(counts, int) and not isinstance(counts, bool)
+    return counts if counted and 0 <= counts <= MOST_TOKENS else None
+
+
+def part_of(whole: int | None, *parts: int | None) -> bool:
+    return whole is not None and sum(part or 0 for part in parts) <= whole
+
+
+def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
+    """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images) and from
+    `tool_usage`; None where it reports neither input nor output. Parts that exceed their whole
+    are not believed."""
+    chat = isinstance(usage, dict) and "prompt_tokens" in usage
+    into, out = (
+        ("prompt_tokens", "completion_tokens") if chat else ("input_tokens", "output_tokens")
+    )
+    tokens_input, tokens_output = tokens_in(usage, into), tokens_in(usage, out)
+    if tokens_input is None and tokens_output is None:
+        return None
+    cached = tokens_in(usage, f"{into}_details", "cached_tokens")
+    cache_write = tokens_in(usage, f"{into}_details", "cache_write_tokens")
+    believed = part_of(tokens_input, cached, cache_write)
+    reasoning = tokens_in(usage, f"{out}_details", "reasoning_tokens")
+    source = usage if images else tools.get("image_gen") if isinstance(tools, dict) else None
+    image_output = tokens_in(source, "output_tokens_details", "image_tokens")
+    if image_output is None:  # without details all of an image endpoint's output is image
+        image_output = tokens_in(source, "output_tokens")
+    return Usage(
+        input_tokens=tokens_input,
+        cached_input_tokens=cached if believed else None,
+        cache_write_tokens=cache_write if believed else None,
+        output_tokens=tokens_output,
+        reasoning_tokens=reasoning if part_of(tokens_output, reasoning) else None,
+        image_input_tokens=tokens_in(source, "input_tokens_details", "image_tokens"),
+        image_output_tokens=image_output,
+        web_searches=tokens_in(tools, "web_search", "num_requests"),
+    )
+
+
+class Report:
+    """What an answer has said so far."""
+
+    def __init__(self, images: bool) -> None:
+        self._images = images
+        self.response_id: str | None = None
+        self.model: str | None = None
+        self.service_tier: str | None = None
+        self.usage: Usage | None = None
+        self.failed = False  # it says itself that it failed
+        self.text_bytes = 0  # of output that has passed, for an estimate
+
+    def note(self, answer: Answer) -> None:
+        """Take in an answer's or an event's JSON: the last that is said counts."""
+        inner = decode_answer(answer.response) if answer.response else None
+        said = inner or answer
+        self.response_id = _name(said.id) or self.response_id
+        self.model = _name(said.model) or self.model
+        self.service_tier = _name(said.service_tier) or self.service_tier
+        self.usage = read_usage(said.usage, said.tool_usage, self._images) or self.usage
+        self.failed = self.failed or bool(
+            said.error or answer.error or said.status == "failed" or answer.type == "error"
+        )
+
+
+def _name(value: Any) -> str | None:
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_MODEL_LENGTH else None
+
+
+class Meter(Protocol):
+    """`feed` returns what may be sent on now. `ended` is True once the answer has ended for the
+    client; then, and after `finish`, `rest` are the bytes that wait for the row."""
+
+    report: Report
+    ended: bool
+
+    def feed(self, chunk: bytes) -> bytes: ...
+    def finish(self) -> None: ...
+    def rest(self) -> bytes: ...
+
+
+class JSONMeter:
+    """Meters an answer that is one JSON text. Its last byte is what ends it."""
+
+    def __init__(self, images: bool) -> None:
+        self.report = Report(images)
+        self.ended = False
+        self._skeleton = Skeleton()
+        self._held = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """All but the last byte so far."""
+        self._skeleton.feed(chunk)
+        passed, self._held = self._held + chunk[:-1], chunk[-1:]
+        return passed
+
+    def finish(self) -> None:
+        """The upstream has sent all of it."""
+        answer = decode_answer(self._skeleton.whole())
+        if answer:
+            self.report.note(answer)
+        self.ended = True
+
+    def rest(self) -> bytes:
+        held, self._held = self._held, b""
+        return held
+
+
+# WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
+EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+LINE_END = re.compile(rb"\r\n|\n|\r")
+MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)|\[DONE\]|\.(?:completed|incomplete|failed)"')
+EVENT_TYPE = re.compile(rb'(?:event: ?([^\r\n]*)[\r\n]|data: ?\{"type": ?"([^"\\]*)")')
+CHAT_CHUNK = re.compile(rb"data: ?\{")
+CHAT_TEXT = re.compile(rb'"(?:content|arguments)": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
+RESPONSE_TEXT = re.compile(rb'"delta": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed")
+NAMING_EVENTS = 3  # an answer's id and model are looked for in its first events
+HOLD = 64 << 10
+HOLD_BACK = 64
+
+
+def data_of(event: bytes) -> bytes:
+    """The data of a whole event: its data lines, joined."""
+    lines = LINE_END.split(event.removeprefix(BYTE_ORDER_MARK))
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+
+
+class StreamMeter:
+    """Meters server-sent events. `take_out_usage`: the gateway asked for the chat's usage chunk, and
+    takes it out of what the client gets."""
+
+    def __init__(self, *, images: bool, chat: bool, take_out_usage: bool) -> None:
+        self.report = Report(images)
+        self.ended = False
+        self._chat = chat
+        self._text = CHAT_TEXT if chat else RESPONSE_TEXT
+        self._take_out_usage = take_out_usage
+        self._events = 0
+        self._partial: Skeleton | None = None  # the event that is still incomplete
+        self._tail = b""  # its last two bytes: an event's end may be cut
+        self._begun = False  # some of it has been sent on
+        self._held = b""  # what waits: of the incomplete event, or all since the end
+        self._swallow_newline = False  # of a CRLF whose CR was taken out with its event
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What may be sent on now, in order."""
+        if self._swallow_newline and chunk:
+            self._swallow_newline = False
+            chunk = chunk.removeprefix(b"\n")
+        if self.ended:
+            return chunk
+        if self._is_dull(chunk):
+            self._count_text(chunk)
+            return chunk
+        passed: list[bytes] = []
+        start, shift = 0, len(self._tail)
+        for match in EVENT_END.finditer(self._tail + chunk):
+            end = match.end() - shift
+            self._complete(chunk[start:end], passed)
+            start = end
+        if start < len(chunk):
+            self._grow(chunk[start:], passed)
+        return b"".join(passed)
+
+    def finish(self) -> None:
+        """The upstream has sent all of it; an event without its empty line counts."""
+        if self._partial is not None and not self.ended:
+            rest: list[bytes] = []
+            self._complete(b"", rest)
+            self._held += b"".join(rest)
+
+    def rest(self) -> bytes:
+        held, self._held = self._held, b""
+        return held
+
+    def _is_dull(self, chunk: bytes) -> bool:
+        """Whole events in the usual form, none of which can matter: nearly every chunk."""
+        return (
+            self._partial is None
+            and self._events >= NAMING_EVENTS
+            and chunk.endswith(b"\n\n")
+            and not MARK.search(chunk)
+        )
+
+    def _count_text(self, events: bytes) -> None:
+        self.report.text_bytes += sum(map(len, self._text.findall(events)))
+
+    def _complete(self, segment: bytes, passed: list[bytes]) -> None:
+        """The event that `segment` ends is whole: judge it."""
+        event, begun = segment, self._begun
+        if self._partial is not None:
+            self._partial.feed(segment)
+            event = self._partial.whole()
+        self._partial, self._tail, self._begun = None, b"", False
+        self._held += segment
+        if self.ended:
+            return
+        self._events += 1
+        self._count_text(event)
+        verdict = self._judge(event)
+        if verdict == "last":
+            self.ended = True
+            return
+        if verdict == "pass" or begun:
+            passed.append(self._held)
+        else:
+            self._swallow_newline = self._held.endswith(b"\r")
+        self._held = b""
+
+    def _grow(self, chunk: bytes, passed: list[bytes]) -> None:
+        """The incomplete event grows. Send on what can't turn out to matter."""
+        if self._partial is None:
+            self._partial = Skeleton()
+        self._partial.feed(chunk)
+        self._tail = (self._tail + chunk)[-2:]
+        self._held += chunk
+        if self.ended:
+            return
+        keep = 0
+        if self._may_matter(bytes(self._partial.text[:SHORT_STRING])):
+            keep = len(self._held) if len(self._held) <= HOLD else HOLD_BACK
+        sent = len(self._held) - keep
+        self._begun = self._begun or sent > 0
+        passed.append(self._held[:sent])
+        self._held = self._held[sent:]
+
+    def _may_matter(self, start: bytes) -> bool:
+        """Whether an event that starts so may end the answer, or may have to be taken out."""
+        start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
+        if self._chat:
+            return self._take_out_usage or not CHAT_CHUNK.match(start)
+        named = EVENT_TYPE.match(start)
+        return not named or bool(LAST.fullmatch(named[1] or named[2] or b""))
+
+    def _judge(self, event: bytes) -> str:
+        """'pass', 'last', or 'take out'."""
+        if self._events > NAMING_EVENTS and not MARK.search(event):
+            return "pass"
+        text = data_of(event)
+        if text.strip() == b"[DONE]":
+            return "last"
+        answer = decode_answer(text)
+        if answer is None:
+            return "pass"
+        self.report.note(answer)
+        if isinstance(answer.type, str) and LAST.fullmatch(answer.type.encode()):
+            return "pass" if self._chat else "last"
+        empty = bytes(answer.choices).strip() == b"[]"
+        take_out = self._take_out_usage and empty and isinstance(answer.usage, dict)
+        return "take out" if take_out else "pass"
+
+
+# ── Watch ────────────────────────────────────────────────────────────────────────────────────────
+# What an operator sees of the gateway at work: one JSON line a request on standard error, and
+# metrics. Neither ever holds a byte of a prompt, a completion or a key.
+
+LOG_LINES_A_SECOND = 2000
+LOG_BACKLOG = 10_000
+log = logging.getLogger("redbtc")
+
+
+class LogWriter(logging.Handler):
+    """JSON lines on standard error, written by a thread of their own: a reader that stops reading
+    must not stop the gateway. Beyond a rate, and where the reader lags, lines are dropped and
+    counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[bytes] = queue.Queue(LOG_BACKLOG)
+        self._second, self._in_second, self._dropped = 0, 0, 0
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue one line; its fields are the record's `fields`."""
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._in_second = second, 0
+        self._in_second += 1
+        if self._in_second > LOG_LINES_A_SECOND or self._lines.full():
+            self._dropped += 1
+            return
+        line = {
+            "time": ledger.iso_time(int(record.created * 1000)),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if self._dropped:
+            line["lines_dropped_before"], self._dropped = self._dropped, 0
+        self._lines.put_nowait(orjson.dumps(line, default=str) + b"\n")
+
+    def _write(self) -> None:
+        while True:
+            line = self._lines.get()
+            with contextlib.suppress(OSError):
+                os.write(2, line)
+            self._lines.task_done()
+
+    def flush(self) -> None:
+        """Wait up to a second for what is queued."""
+        patience = time.monotonic() + 1
+        while self._lines.unfinished_tasks and time.monotonic() < patience:
+            time.sleep(0.01)
+
+
+def say(level: int, event: str, **fields: Any) -> None:
+    """One line of the log."""
+    if log.isEnabledFor(level):
+        log.log(level, event, extra={"fields": fields})
+
+
+SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class Watch:
+    """Counts and logs. The metrics' names are something that users rely on."""
+
+    def __init__(self) -> None:
+        prometheus_client.disable_created_metrics()
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=registry)
+        counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
+        self._requests = counter(
+            "redbtc_requests",
+            "Requests by route, status and outcome (refused: by the gateway itself)",
+            ["route", "status", "outcome"],
+            registry=registry,
+        )
+        self._refusals = counter(
+            "redbtc_refusals", "Requests refused by the gateway", ["code"], registry=registry
+        )
+        self._tokens = counter(
+            "redbtc_tokens", "Tokens, parts included", ["kind", "source"], registry=registry
+        )
+        self._first_byte = histogram(
+            "redbtc_first_byte_seconds",
+            "From the request's head to the first byte of the upstream's body",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._duration = histogram(
+            "redbtc_request_seconds",
+            "From the request's head to the answer's end",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+
+    def settled(self, scope: Scope, row: Row) -> None:
+        """A request that reached an upstream is over."""
+        self._requests.labels(row.endpoint, str(row.status or 0), row.outcome).inc()
+        self._duration.labels(row.endpoint).observe((row.duration_ms or 0) / 1000)
+        if row.first_byte_ms is not None:
+            self._first_byte.labels(row.endpoint).observe(row.first_byte_ms / 1000)
+        for kind, tokens in msgspec.structs.asdict(row.usage).items():
+            if tokens:
+                self._tokens.labels(kind.removesuffix("_tokens"), row.usage_source).inc(tokens)
+        fields = {
+            name: getattr(row, name)
+            for name in ("upstream", "outcome", "first_byte_ms", "duration_ms", "usage_source")
+        }
+        tokens = {"input_tokens": row.usage.input_tokens, "output_tokens": row.usage.output_tokens}
+        who = {"account_id": row.account_id, "key_id": row.key_id}
+        self._line(logging.INFO, scope, row.status, **who, **fields, **tokens)
+
+    def answered(self, scope: Scope, status: int) -> None:
+        """A request that is not metered was answered."""
+        self._requests.labels(scope["where"], str(status), "completed").inc()
+        self._line(logging.INFO, scope, status, outcome="completed")
+
+    def refused(self, scope: Scope, refusal: Refusal) -> None:
+        """The gateway itself said no."""
+        self._refusals.labels(refusal.code).inc()
+        self._requests.labels(scope["where"], str(refusal.status), "refused").inc()
+        self._line(logging.INFO, scope, refusal.status, outcome="refused", code=refusal.code)
+
+    def left(self, scope: Scope) -> None:
+        """The client went before its request had left for an upstream."""
+        self._requests.labels(scope["where"], "0", "client_disconnected").inc()
+        self._line(logging.INFO, scope, None, outcome="client_disconnected")
+
+    def failed(self, scope: Scope, error: Exception) -> None:
+        """Something that should not happen. Its message could hold content, so it is not logged."""
+        self._requests.labels(scope["where"], "500", "refused").inc()
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+        self._line(logging.ERROR, scope, 500, error=type(error).__name__, places=places)
+
+    def _line(self, level: int, scope: Scope, status: int | None, **fields: Any) -> None:
+        if log.isEnabledFor(level):
+            request = {"request_id": scope["request_id"], "route": scope["where"], "status": status}
+            say(level, "request", **request, **fields)
+
+
+# ── Choose, open ─────────────────────────────────────────────────────────────────────────────────
+# Where a request may go is decided by the settings alone: nothing in a body or header names a place.
+# No redirects are followed, no cookies kept, no proxy taken from the environment.
+
+ALLOWED_HEADERS = frozenset(
+    b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "
+    b"version session-id session_id thread-id x-client-request-id".split()
+)
+ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-", b"x-openai-")
+# RFC 9110 §7.6.1, and what belongs to the upstream's account or could steer a proxy in front of us.
+DROPPED_HEADERS = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te "
+    b"trailer transfer-encoding upgrade set-cookie server alt-svc openai-organization "
+    b"openai-project".split()
+)
+DROPPED_PREFIXES = (b"x-accel-", b"x-ratelimit-")
+KEEPALIVE_SECONDS = 15
+
+
+class Upstream:
+    """One place that requests are forwarded to, with its connections."""
+
+    def __init__(self, settings: UpstreamSettings) -> None:
+        self.settings = settings
+        self.name = settings.name
+        key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
+        self.usable = bool(key) or not settings.api_key_env
+        self.in_flight = 0
+        self._base = httpx2.URL(settings.base_url.rstrip("/"))
+        self._own: Headers = [(b"host", self._base.netloc), (b"accept-encoding", b"identity")]
+        if key:
+            self._own.append((b"authorization", f"Bearer {key}".encode()))
+        self._transport = httpx2.AsyncHTTPTransport(
+            verify=ssl.create_default_context() if self._base.scheme == "https" else False,
+            trust_env=False,
+            limits=httpx2.Limits(
+                max_connections=None,
+                max_keepalive_connections=None,
+                keepalive_expiry=KEEPALIVE_SECONDS,
+            ),
+        )
+
+    def serves(self, model: str) -> bool:
+        """Whether one of its patterns matches."""
+        return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.settings.models)
+
+    async def open(
+        self, method: str, path: str, query: bytes, headers: Headers, body: bytes
+    ) -> httpx2.Response:
+        """Send a request; the answer's head. Its body is read from `stream` and closed by aclose().
+        Raises httpx2.HTTPError."""
+        raw_path = self._base.raw_path.rstrip(b"/") + path.encode()
+        url = self._base.copy_with(raw_path=raw_path + b"?" + query if query else raw_path)
+        length = [(b"content-length", b"%d" % len(body))] if method == "POST" else []
+        timeouts = {
+            "connect": self.settings.connect_timeout_seconds,
+            "write": self.settings.idle_timeout_seconds,
+        }
+        request = httpx2.Request(
+            method,
+            url,
+            headers=[*headers, *self._own, *length],
+            stream=httpx2.ByteStream(body),
+            extensions={"timeout": timeouts},
+        )
+        return await self._transport.handle_async_request(request)
+
+    async def fetch(self, path: str) -> tuple[int, bytes]:
+        """Status and body of a small GET, bounded. Raises httpx2.HTTPError, TimeoutError."""
+        async with asyncio.timeout(min(30, self.settings.first_byte_timeout_seconds)):
+            response = await self.open("GET", path, b"", [(b"accept", b"application/json")], b"")
+            try:
+                body = bytearray()
+                async for chunk in cast(AsyncIterator[bytes], response.stream):
+                    body += chunk
+                    if len(body) > MOST_SKELETON:
+                        raise httpx2.RemoteProtocolError("the answer is too long")
+                return response.status_code, bytes(body)
+            finally:
+                await response.aclose()
+
+    async def close(self) -> None:
+        """Close its connections, once those in flight are done."""
+        while self.in_flight:
+            await asyncio.sleep(1)
+        await self._transport.aclose()
+
+
+def choose(upstreams: Iterable[Upstream], model: str) -> list[Upstream]:
+    """The upstreams that may take the request, the one to try first in front: by priority, among
+    equals by chance and weight. Raises Refusal."""
+    serving = [upstream for upstream in upstreams if upstream.serves(model)]
+    if not serving:
+        raise Refusal("model_not_found", f"The model '{model}' does not exist here.", param="model")
+    usable = [upstream for upstream in serving if upstream.usable]
+    if not usable:
+        raise Refusal("no_upstream", retry_after=5)
+    if len(usable) == 1:
+        return usable
+
+    def turn(upstream: Upstream) -> tuple[int, float]:  # Efraimidis and Spirakis, 2006
+        chance = -math.log(1 - random.random()) / upstream.settings.weight
+        return upstream.settings.priority, chance
+
+    return sorted(usable, key=turn)
+
+
+def headers_for_upstream(scope: Scope) -> Headers:
+    """What of the client's headers goes on: an allow-list."""
+    return [
+        (name, value)
+        for name, value in scope["headers"]
+        if name in ALLOWED_HEADERS or name.startswith(ALLOWED_PREFIXES)
+    ]
+
+
+def headers_for_client(response: httpx2.Response) -> Headers:
+    """What of the upstream's headers goes on: all but a deny-list and what Connection names."""
+    headers = [(name.lower(), value) for name, value in response.headers.raw]
+    named = {
+        token.strip().lower()
+        for name, value in headers
+        if name == b"connection"
+        for token in value.split(b",")
+    }
+    return [
+        (name, value)
+        for name, value in headers
+        if name not in DROPPED_HEADERS
+        and name not in named
+        and not name.startswith(DROPPED_PREFIXES)
+    ]
+
+
+# ── Relay, settle ────────────────────────────────────────────────────────────────────────────────
+
+BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
+
+
+class Clock:
+    """How long a request may go on: all timeouts of its way, and the client's leaving, are one
+    deadline that moves. Inside `running` its passing raises TimeoutError."""
+
+    def __init__(self) -> None:
+        self.client_left = False
+        self._loop = asyncio.get_running_loop()
+        self._timeout: asyncio.Timeout | None = None
+        self._last = math.inf
+        self._grace = 0.0
+
+    @contextlib.asynccontextmanager
+    async def running(self, total: float, grace: float) -> AsyncIterator[None]:
+        """At most `total` seconds, and `grace` from when the client leaves."""
+        self._grace = grace
+        self._last = self._loop.time() + total
+        async with asyncio.timeout_at(self._last) as self._timeout:
+            try:
+                if self.client_left:
+                    self.leave()
+                yield
+            finally:
+                self._timeout = None
+
+    def allow(self, seconds: float) -> None:
+        """The next step may take this long."""
+        if self._timeout and not self._timeout.expired():
+            self._timeout.reschedule(min(self._last, self._loop.time() + seconds))
+
+    def pause(self) -> None:
+        """What comes now takes as long as it takes, until the next `allow`."""
+        if self._timeout and not self._timeout.expired():
+            self._timeout.reschedule(None)
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self.client_left = True
+        self._last = min(self._last, self._loop.time() + self._grace)
+        timeout = self._timeout
+        if timeout and not timeout.expired() and (when := timeout.when()) is not None:
+            timeout.reschedule(min(when, self._last))
+
+
+class Exchange:
+    """One metered request from its admission to its last byte."""
+
+    def __init__(self, gateway: Gateway, scope: Scope, send: Send, route: MeteredRoute) -> None:
+        self._gateway = gateway
+        self._settings = gateway.settings
+        self._scope = scope
+        self._send = send
+        self._route = route
+        self._clock = Clock()
+        self._meter: Meter = JSONMeter(route.images)
+        self._waits_for_client = False
+        self._started = False  # the client has the answer's head
+        self._settled = False
+
+    async def run(
+        self, receive: Receive, key: Key, facts: Facts, body: bytes, upstreams: list[Upstream]
+    ) -> None:
+        """Raises Refusal where the client has got nothing yet, ClientLeft."""
+        changed = body
+        if self._route.chat and facts.stream and self._settings.metering.include_usage == "add":
+            changed = add_include_usage(body, facts)
+        self._takes_out_usage = changed is not body
+        self._input_estimate = math.ceil(len(body) / BYTES_A_TOKEN)
+        self._row = Row(
+            request_id=self._scope["request_id"],
+            account_id=key.account_id,
+            key_id=key.id,
+            endpoint=self._route.path,
+            requested_model=facts.model or "",
+            upstream=upstreams[0].name,
+            started_at=ledger.now_ms() - self._elapsed_ms(),
+        )
+        watcher = asyncio.create_task(self._watch_client(receive))
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                estimate = self._input_estimate + facts.most_output_tokens()
+                self._admission = await self._admit(stack, key, estimate)
+                await self._begin()
+                await self._forward(changed, upstreams)
+        finally:
+            watcher.cancel()
+
+    async def _watch_client(self, receive: Receive) -> None:
+        """uvicorn's send() is silent when the client is gone; only receive() tells."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._clock.leave()
+
+    async def _admit(self, stack: contextlib.AsyncExitStack, key: Key, estimate: int) -> Admission:
+        try:
+            async with self._clock.running(FOREVER, grace=0):
+                admit = self._gateway.limits.admit(key, estimate, self._settings.limits)
+                return await stack.enter_async_context(admit)
+        except TimeoutError:
+            raise ClientLeft from None
+
+    async def _begin(self) -> None:
+        try:
+            await ledger.begin(self._gateway.store, self._row)
+        except ledger.LedgerUnavailable:
+            self._admission.put_back()
+            raise Refusal("ledger_unavailable") from None
+
+    async def _forward(self, body: bytes, upstreams: list[Upstream]) -> None:
+        metering = self._settings.metering
+        grace = metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
+        failure = ""
+        for upstream in upstreams:
+            self._row.upstream = upstream.name
+            upstream.in_flight += 1
+            try:
+                async with self._clock.running(upstream.settings.total_timeout_seconds, grace):
+                    await self._exchange(upstream, body)
+                    return
+            except (httpx2.ConnectError, httpx2.ConnectTimeout):
+                failure = "upstream_unreachable"  # it can't have acted on it: try the next
+            except (TimeoutError, httpx2.TimeoutException):
+                failure = "upstream_timeout"
+                break
+            except (httpx2.RemoteProtocolError, httpx2.LocalProtocolError):
+                failure = "upstream_protocol_error"
+                break
+            except httpx2.HTTPError:
+                failure = "upstream_unreachable"
+                break
+            finally:
+                upstream.in_flight -= 1
+        await self._fail(failure)
+
+    async def _exchange(self, upstream: Upstream, body: bytes) -> None:
+        self._clock.allow(upstream.settings.first_byte_timeout_seconds)
+        response = await upstream.open(
+            "POST",
+            self._route.path.removeprefix("/v1"),
+            self._scope["query_string"],
+            headers_for_upstream(self._scope),
+            body,
+        )
+        try:
+            if not 200 <= response.status_code <= 599:
+                raise httpx2.RemoteProtocolError("not a final status")
+            await self._send_head(response)
+            await self._relay(response, upstream.settings.idle_timeout_seconds)
+        finally:
+            await response.aclose()
+
+    async def _send_head(self, response: httpx2.Response) -> None:
+        headers = headers_for_client(response)
+        content_type = response.headers.get("content-type", "").lower()
+        if content_type.startswith("text/event-stream"):
+            self._meter = StreamMeter(
+                images=self._route.images,
+                chat=self._route.chat,
+                take_out_usage=self._takes_out_usage,
+            )
+            if self._takes_out_usage:
+                headers = [line for line in headers if line[0] != b"content-length"]
+        request_id = self._row.request_id.encode()
+        if not any(name == b"x-request-id" for name, _ in headers):
+            headers.append((b"x-request-id", request_id))
+        headers.append((b"x-redbtc-request-id", request_id))
+        headers += self._admission.headers()
+        self._row.status = response.status_code
+        self._started = True
+        head = {"type": "http.response.start", "status": response.status_code, "headers": headers}
+        await self._give(head)
+
+    async def _relay(self, response: httpx2.Response, idle_seconds: float) -> None:
+        meter = self._meter
+        self._clock.allow(idle_seconds)
+        async for chunk in cast(AsyncIterator[bytes], response.stream):
+            if self._row.first_byte_ms is None:
+                self._row.first_byte_ms = self._elapsed_ms()
+            if passed := meter.feed(chunk):
+                await self._give_body(passed)
+            if meter.ended and not self._settled:
+                await self._settle(self._outcome())
+                await self._give_body(meter.rest())
+            self._clock.allow(idle_seconds)
+        self._clock.pause()
+        meter.finish()
+        if not self._settled:
+            await self._settle(self._outcome())
+        await self._give_body(meter.rest(), more=False)
+
+    async def _give_body(self, body: bytes, more: bool = True) -> None:
+        await self._give({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _give(self, message: Message) -> None:
+        """Send; waits while the client reads slowly, and with us the upstream."""
+        self._waits_for_client = True
+        await self._send(message)
+        self._waits_for_client = False
+
+    def _outcome(self) -> ledger.Outcome:
+        """Of an answer that has come to its end, one way or the other."""
+        if self._meter.report.failed or (self._row.status or 0) >= 400:
+            return "upstream_error"
+        if self._clock.client_left:
+            return "client_disconnected"
+        return "completed" if self._meter.ended else "upstream_failed"
+
+    async def _fail(self, failure: str) -> None:
+        """The exchange broke: write down how. A client that has nothing yet is told; for one in the
+        middle of the answer the connection ends without the answer's end."""
+        if self._settled:
+            return
+        if self._clock.client_left or self._waits_for_client:
+            await self._settle("client_disconnected")
+            raise ClientLeft
+        if self._started:
+            await self._settle("upstream_failed")
+            return
+        refusal = Refusal(failure)
+        self._row.status = refusal.status
+        await self._settle("upstream_failed")
+        raise refusal
+
+    async def _settle(self, outcome: ledger.Outcome) -> None:
+        """Commit the row as the request ended."""
+        self._clock.pause()
+        row, report = self._row, self._meter.report
+        row.outcome = outcome
+        row.duration_ms = self._elapsed_ms()
+        row.model, row.service_tier = report.model, report.service_tier
+        row.response_id = report.response_id
+        if report.usage:
+            row.usage, row.usage_source = report.usage, "upstream"
+        elif outcome == "client_disconnected":
+            output = math.ceil(report.text_bytes / BYTES_A_TOKEN)
+            row.usage = Usage(input_tokens=self._input_estimate, output_tokens=output)
+            row.usage_source = "estimated"
+        if row.usage_source != "none":
+            self._admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
+        self._settled = True
+        await ledger.settle(self._gateway.store, row)
+        self._gateway.watch.settled(self._scope, row)
+
+    def _elapsed_ms(self) -> int:
+        return round((time.monotonic() - float(self._scope["started"])) * 1000)
+
+
+# ── Routes ───────────────────────────────────────────────────────────────────────────────────────
+
+FOREVER = 1e9  # seconds
+
+
+class MeteredRoute:
+    """The ASGI app of a route whose requests are metered."""
+
+    def __init__(self, gateway: Gateway, path: str) -> None:
+        self.path = path
+        self.chat = path == "/v1/chat/completions"
+        self.images = path.startswith("/v1/images/")
+        self._forms = path == "/v1/images/edits"
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway = self._gateway
+        scope["where"] = self.path
+        key = gateway.enter(scope)
+        boundary = check_media_type(scope, self._forms)
+        body = await read_body(scope, receive, gateway.settings)
+        facts = read_facts(body, boundary, model_needed=not self.images)
+        refuse_foreign_objects(facts)
+        upstreams = choose(gateway.upstreams, facts.model or "")
+        with gateway.one_more_in_flight():
+            exchange = Exchange(gateway, scope, send, self)
+            await exchange.run(receive, key, facts, body, upstreams)
+
+
+class Gateway:
+    """The running gateway: what its routes share, and the routes themselves."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.limits = Limits()
+        self.watch = Watch()
+        self.watch.registry.register(self)
+        self.settings = settings
+        self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
+        self.draining = False
+        self.in_flight = 0
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def apply(self, settings: Settings) -> None:
+        """New settings, from the next request on. Upstreams that are unchanged keep their
+        connections; the others' end with their requests."""
+        kept = {upstream.settings: upstream for upstream in self.upstreams}
+        before = self.upstreams
+        self.settings = settings
+        self.upstreams = [
+            kept.get(upstream) or Upstream(upstream) for upstream in settings.upstreams
+        ]
+        for upstream in before:
+            if upstream not in self.upstreams:
+                task = asyncio.create_task(upstream.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+    def enter(self, scope: Scope) -> Key:
+        """The key of a request that may come in. Raises Refusal."""
+        if self.draining:
+            raise Refusal("draining", headers=[(b"connection", b"close")])
+        return authenticate(scope, self.store)
+
+    @contextlib.contextmanager
+    def one_more_in_flight(self) -> Iterator[None]:
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus-client asks for at each reading."""
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        yield gauge("redbtc_in_flight", "Metered requests being served", self.in_flight)
+        yield gauge("redbtc_queued", "Requests that wait for a place", self.limits.queued)
+        yield counter("redbtc_ledger_commits", "Commits of the ledger", self.store.commits)
+        yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", self.store.healthy)
+
+    def routes(self) -> list[Route]:
+        """All that is served. What is not here is 404 before its body is read."""
+        metered = (
+            "/v1/chat/completions",
+            "/v1/responses",
+            "/v1/images/generations",
+            "/v1/images/edits",
+        )
+        return [
+            *(ExactRoute(path, MeteredRoute(self, path), methods=["POST"]) for path in metered),
+            ExactRoute("/v1/responses", App(upgrade_required), methods=["GET"]),
+            ExactRoute("/v1/models", App(self.models), methods=["GET"]),
+            ExactRoute("/v1/models/{model:path}", App(self.model), methods=["GET"]),
+            ExactRoute("/healthz", App(self.healthz), methods=["GET"]),
+            ExactRoute("/readyz", App(self.readyz), methods=["GET"]),
+            ExactRoute("/metrics", App(self.metrics), methods=["GET"]),
+        ]
+
+    async def models(self, scope: Scope, _: Receive, send: Send) -> None:
+        """The upstreams' lists joined, in their order, each less what its patterns exclude."""
+        scope["where"] = "/v1/models"
+        key = self.enter(scope)
+        async with self.limits.admit(key, 0, self.settings.limits):
+            usable = [upstream for upstream in self.upstreams if upstream.usable]
+            if not usable:
+                raise Refusal("no_upstream", retry_after=5)
+            lists = await asyncio.gather(*(models_of(upstream) for upstream in usable))
+        if all(models is None for models in lists):
+            raise Refusal("upstream_unreachable", "No upstream gave its list of models.")
+        joined: dict[str, Any] = {}
+        for models in lists:
+            for model in models or []:
+                joined.setdefault(model["id"], model)
+        body = orjson.dumps({"object": "list", "data": list(joined.values())})
+        await self._answer(scope, send, 200, body)
+
+    async def model(self, scope: Scope, _: Receive, send: Send) -> None:
+        """One model, as the upstream that would serve it describes it."""
+        scope["where"] = "/v1/models/{id}"
+        key = self.enter(scope)
+        name = scope["path_params"]["model"]
+        upstream = choose(self.upstreams, name)[0]
+        async with self.limits.admit(key, 0, self.settings.limits):
+            try:
+                status, body = await upstream.fetch("/models/" + quote(name, safe="/"))
+            except TimeoutError:
+                raise Refusal("upstream_timeout") from None
+            except httpx2.HTTPError:
+                raise Refusal("upstream_unreachable") from None
+        await self._answer(scope, send, status, body)
+
+    async def healthz(self, scope: Scope, _: Receive, send: Send) -> None:
+        """The process lives: no key, no database."""
+        scope["where"] = "/healthz"
+        await respond(scope, send, 200, b'{"status":"ok"}')
+
+    async def readyz(self, scope: Scope, _: Receive, send: Send) -> None:
+        """Whether a request would be served."""
+        scope["where"] = "/readyz"
+        if self.draining:
+            raise Refusal("draining")
+        if not any(upstream.usable for upstream in self.upstreams):
+            raise Refusal("no_upstream", retry_after=5)
+        if not await self.store.can_commit():
+            raise Refusal("ledger_unavailable")
+        await respond(scope, send, 200, b'{"status":"ready"}')
+
+    async def metrics(self, scope: Scope, _: Receive, send: Send) -> None:
+        """Prometheus text, for loopback or for who has the token of the settings."""
+        scope["where"] = "/metrics"
+        if not self._may_read_metrics(scope):
+            raise Refusal("metrics_forbidden")
+        body = prometheus_client.generate_latest(self.watch.registry)
+        content_type = prometheus_client.CONTENT_TYPE_LATEST.encode()
+        await respond(scope, send, 200, body, content_type=content_type)
+
+    def _may_read_metrics(self, scope: Scope) -> bool:
+        variable = self.settings.metrics.token_env
+        if variable:
+            expected = f"Bearer {os.environ.get(variable, '')}".encode()
+            shown = header(scope, b"authorization") or b""
+            return len(expected) > 7 and hmac.compare_digest(expected, shown)
+        try:
+            return ipaddress.ip_address(scope["client"][0]).is_loopback
+        except (TypeError, ValueError):
+            return False
+
+    async def _answer(self, scope: Scope, send: Send, status: int, body: bytes) -> None:
+        self.watch.answered(scope, status)
+        await respond(scope, send, status, body)
+
+
+async def models_of(upstream: Upstream) -> list[dict[str, Any]] | None:
+    """The models that an upstream lists and its patterns allow; None where it gives no list."""
+    try:
+        status, body = await upstream.fetch("/models")
+        listed = orjson.loads(body)["data"] if status == 200 else None
+    except (httpx2.HTTPError, TimeoutError, orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    if not isinstance(listed, list):
+        return None
+    named = [model for model in listed if isinstance(model, dict) and _name(model.get("id"))]
+    return [model for model in named if upstream.serves(model["id"])]
+
+
+async def upgrade_required(scope: Scope, _: Receive, send: Send) -> None:
+    """GET /v1/responses is Codex asking for a WebSocket: 426 makes it fall back to POST at once."""
+    if (header(scope, b"upgrade") or b"").lower() != b"websocket":
+        raise Refusal("unknown_url")
+    raise Refusal("upgrade_required", headers=[(b"upgrade", b"websocket")])
+
+
+async def unknown_url(scope: Scope, _: Receive, send: Send) -> None:
+    """Anything that is not served."""
+    raise Refusal("unknown_url")
+
+
+class App:
+    """A function as an ASGI app, which Starlette's Route takes for what it is."""
+
+    def __init__(self, function: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._function = function
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._function(scope, receive, send)
+
+
+class ExactRoute(Route):
+    """A route to which another method is another URL, so that it is 404 and not 405."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        return (match, child) if match is Match.FULL else (Match.NONE, {})
+
+
+def build(gateway: Gateway) -> Guard:
+    """The ASGI app."""
+    router = Router(gateway.routes(), redirect_slashes=False, default=unknown_url)
+    return Guard(router, gateway.watch)
+
+
+# ── Serve ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that leaves signals to the gateway."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def server_for(app: Any, **options: Any) -> Server:
+    """A quiet server: no log, no headers, no WebSocket of its own."""
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    usual: dict[str, Any] = {
+        "lifespan": "off",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "date_header": False,
+        "ws": "none",
+        "timeout_keep_alive": 75,  # longer than nginx's 60: never closed as it sends a request
+        "timeout_graceful_shutdown": 1,
+    }
+    return Server(uvicorn.Config(app, **usual | options))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises LedgerError where the address is not to be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ledger.LedgerError(f"can't listen on {host}:{port}: {error.strerror}") from None
+
+
+class Running:
+    """The gateway as a process: its servers, its signals, its end."""
+
+    def __init__(self, gateway: Gateway, loaded: ledger.Loaded, demo: str | None) -> None:
+        self._gateway = gateway
+        self._loaded = loaded
+        self._demo = demo  # the URL of the demonstration upstream, where that is served
+        self._servers: list[Server] = []
+        self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Until a signal ends it."""
+        settings = self._gateway.settings.server
+        public = server_for(
+            build(self._gateway),
+            http=HTTPProtocol,
+            proxy_headers=True,
+            forwarded_allow_ips=settings.trusted_proxies,
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        with admin.socket_path(self._gateway.store.path, make=True) as path:
+            app = admin.app(self._gateway.store, lambda: self._gateway.settings)
+            local = server_for(app, uds=path, proxy_headers=False)
+            self._servers = [public, local]
+            async with asyncio.TaskGroup() as servers:
+                servers.create_task(public.serve([listener]))
+                servers.create_task(local.serve())
+
+    def _terminate(self) -> None:
+        if self._draining:
+            say(logging.WARNING, "terminated", in_flight=self._gateway.in_flight)
+            LOG_WRITER.flush()
+            os._exit(128 + signal.SIGTERM)
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """No new requests; those in flight may finish."""
+        gateway = self._gateway
+        gateway.draining = True
+        say(logging.INFO, "draining", in_flight=gateway.in_flight)
+        patience = time.monotonic() + gateway.settings.server.drain_seconds
+        while gateway.in_flight and time.monotonic() < patience:
+            await asyncio.sleep(0.05)
+        say(logging.INFO, "stopping", in_flight=gateway.in_flight)
+        for server in self._servers:
+            server.should_exit = True
+
+    def _reload(self) -> None:
+        """Read the settings again; a bad file changes nothing."""
+        old = self._gateway.settings
+        try:
+            new = ledger.load_settings(str(self._loaded.file or "") or None).settings
+        except ledger.SettingsError as error:
+            say(logging.ERROR, "reload refused", reason=str(error))
+            return
+        if self._demo:
+            new = with_demo(new, self._demo)
+        self._gateway.apply(new)
+        log.setLevel(new.server.log_level.upper())
+        fixed = [
+            name
+            for name, before, after in (
+                ("server.host", old.server.host, new.server.host),
+                ("server.port", old.server.port, new.server.port),
+                ("server.trusted_proxies", old.server.trusted_proxies, new.server.trusted_proxies),
+                ("database", old.database, new.database),
+            )
+            if before != after
+        ]
+        say(logging.INFO, "reloaded", needs_restart=fixed)
+        for line in missing_keys(new):
+            say(logging.WARNING, "upstream unusable", reason=line)
+
+
+def with_demo(settings: Settings, url: str) -> Settings:
+    """The settings with the demonstration upstream in place of all others."""
+    demo = UpstreamSettings(name="demo", base_url=url, api_key_env="")
+    return msgspec.structs.replace(settings, upstreams=[demo])
+
+
+def missing_keys(settings: Settings) -> list[str]:
+    """Upstreams that can't be used, since the environment has no key for them."""
+    return [
+        f"upstream {upstream.name}: the environment has no {upstream.api_key_env}"
+        for upstream in settings.upstreams
+        if upstream.api_key_env and not os.environ.get(upstream.api_key_env)
+    ]
+
+
+async def watch_ledger(store: Store) -> None:
+    """Say once when the ledger can't commit, and once when it can again."""
+    healthy = True
+    while True:
+        await asyncio.sleep(0.25)
+        if store.healthy != healthy:
+            healthy = store.healthy
+            level = logging.INFO if healthy else logging.ERROR
+            event = "ledger recovered" if healthy else "ledger unavailable"
+            say(level, event, reason=store.failure)
+
+
+async def run(
+    loaded: ledger.Loaded, settings: Settings, demo: bool, first_run: bool, as_json: bool
+) -> None:
+    """The gateway from start to end. Raises LedgerError where it can't start."""
+    async with contextlib.AsyncExitStack() as stack:
+        store = await stack.enter_async_context(
+            Store.open(loaded.database_path, settings.database.synchronous)
+        )
+        demo_url = await start_demo(stack) if demo else None
+        if demo_url:
+            settings = with_demo(settings, demo_url)
+        listener = listen(settings.server.host, settings.server.port)
+        url = local_url(settings, listener)
+        watching = asyncio.create_task(watch_ledger(store))
+        stack.callback(watching.cancel)
+        say(logging.INFO, "serving", url=url, interrupted_before=store.interrupted)
+        for line in missing_keys(settings):
+            say(logging.WARNING, "upstream unusable", reason=line)
+        if as_json:
+            click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
+        if first_run and not as_json:
+            click.echo(await admin.welcome(store, url, demo))
+        await Running(Gateway(store, settings), loaded, demo_url).serve(listener)
+
+
+async def start_demo(stack: contextlib.AsyncExitStack) -> str:
+    """Serve the demonstration upstream on a free port of loopback; its base URL."""
+    import redbtc_demo  # only who asks for it pays for it
+
+    listener = listen("127.0.0.1", 0)
+    server = server_for(redbtc_demo.app())
+    serving = asyncio.create_task(server.serve([listener]))
+
+    async def stop() -> None:
+        server.should_exit = True
+        await serving
+
+    stack.push_async_callback(stop)
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+def local_url(settings: Settings, listener: socket.socket) -> str:
+    """Where clients on this machine reach the gateway."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+LOG_WRITER = LogWriter()
+
+
+@admin.commands.command()
+@click.option("--host", help="Listen on this address instead of the settings'.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead.")
+@click.option("--demo", is_flag=True, help="Forward to a demonstration upstream: no model.")
+@click.option("--first-run", is_flag=True, help="Make a first account and key if there is none.")
+@admin.json_option
+@click.pass_obj
+def serve(
+    context: admin.Context,
+    host: str | None,
+    port: int | None,
+    demo: bool,
+    first_run: bool,
+    as_json: bool,
+) -> None:
+    """Run the gateway; also what a call without a command does."""
+    loaded = context.loaded
+    listening = {"host": host, "port": port}
+    given = {name: value for name, value in listening.items() if value is not None}
+    server = msgspec.structs.replace(loaded.settings.server, **given)
+    settings = msgspec.structs.replace(loaded.settings, server=server)
+    os.umask(0o077)  # what the gateway writes is its user's alone
+    log.setLevel(server.log_level.upper())
+    log.addHandler(LOG_WRITER)
+    log.propagate = False
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(loaded, settings, demo, first_run, as_json))
+    finally:
+        LOG_WRITER.flush()
+
+
+@admin.commands.command()
+@admin.json_option
+@click.pass_obj
+def check(context: admin.Context, as_json: bool) -> None:
+    """Say what is wrong with the settings and the database, line by line."""
+    try:
+        loaded = context.loaded
+    except ledger.SettingsError as error:
+        admin.show_check(None, [str(error)], as_json)
+    else:
+        problems = missing_keys(loaded.settings) + ledger.check_file(loaded.database_path)
+        admin.show_check(loaded, problems, as_json)
+
+
+def main() -> None:
+    """The command line: redbtc-proxy, or python redbtc_proxy.py."""
+    admin.main()
+
+
+if __name__ == "__main__":
+    main()
