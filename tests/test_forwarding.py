@@ -1,0 +1,379 @@
+"""Promise 1: bytes are sacred. Promise 3: what a client saw complete is in the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+
+import httpx2
+import pytest
+from conftest import MakeGateway
+from gateway import UPSTREAM_KEY, Gateway, wait_until
+from upstream import (
+    DONE,
+    Received,
+    Reply,
+    Upstream,
+    chat_pieces,
+    event,
+    json_answer,
+    response_object,
+    response_pieces,
+    stream,
+)
+
+CHAT = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}
+RESPONSE = {"model": "gpt-up", "input": "Hi"}
+
+
+def test_a_json_answer_is_the_same_byte_for_byte_and_metered(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    body = b'  {"model" : "gpt-up",\n "input":"\\u00e9 \\"usage\\"" , "x":1.0e5 }\n'
+    with gateway.client(key) as client:
+        answer = client.post(
+            "/responses", content=body, headers={"content-type": "application/json"}
+        )
+    assert answer.status_code == 200
+    assert upstream.requests[0].body == body
+    assert answer.json() == response_object()
+    row = gateway.row(answer.headers["x-redbtc-request-id"])
+    assert row["outcome"] == "completed"
+    assert row["usage_source"] == "upstream"
+    assert (row["input_tokens"], row["output_tokens"]) == (30, 9)
+    assert (row["cached_input_tokens"], row["cache_write_tokens"]) == (10, 4)
+    assert row["reasoning_tokens"] == 5
+    assert (row["model"], row["requested_model"]) == ("gpt-up", "gpt-up")
+    assert (row["service_tier"], row["response_id"]) == ("default", "resp_1")
+    assert (row["account"], row["upstream"]) == ("test", "test")
+    assert (row["status"], row["endpoint"]) == (200, "/v1/responses")
+    assert (row["cost"], row["currency"]) == (None, "USD")
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_a_stream_is_the_same_byte_for_byte(
+    gateway: Gateway, upstream: Upstream, key: str, size: int
+) -> None:
+    whole = b"".join(response_pieces(["Hel", "lo"]))
+    pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
+    upstream.script = stream(pieces)
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json={**RESPONSE, "stream": True})
+    assert answer.content == whole
+    assert gateway.row()["input_tokens"] == 30
+
+
+def test_each_chunk_passes_at_once(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    """In lock step: the upstream sends the next piece when the client has the one before."""
+    pieces = [
+        b": keepalive\n\n",
+        b"event: response.output_text.delta\nda",
+        b'ta: {"type":"response.output_text.delta","delta":"H"}\n\n',
+        b'data: {"type":"response.output_text.delta","del',
+        b'ta":"i"}\n\n',
+        b"event: response.completed\ndata: "
+        b'{"type":"response.completed","response":{"usage":{"input_tokens":1,"output_tokens":2}}}\n\n',
+    ]
+    arrived = [threading.Event() for _ in pieces]
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        for piece, seen in zip(pieces, arrived, strict=True):
+            await reply.send(piece)
+            await reply.wait(seen, 5)
+            assert seen.is_set()
+        await reply.end()
+
+    upstream.script = script
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**RESPONSE, "stream": True}) as answer,
+    ):
+        got = b""
+        for part in answer.iter_raw():
+            got += part
+            passed = 0
+            for piece, seen in zip(pieces, arrived, strict=True):
+                passed += len(piece)
+                if len(got) >= passed:
+                    seen.set()
+    assert got == b"".join(pieces)
+
+
+def test_the_usage_chunk_is_asked_for_and_taken_out(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    body = b'{"model":"gpt-up","stream":true,"messages":[]}'
+    with gateway.client(key) as client:
+        answer = client.post(
+            "/chat/completions", content=body, headers={"content-type": "application/json"}
+        )
+    sent = upstream.requests[0].body
+    added = b'"stream_options":{"include_usage":true},'
+    assert sent == body[:1] + added + body[1:]
+    everything = chat_pieces(["Hello", " there", "!"])
+    assert answer.content == b"".join([*everything[:-2], DONE])
+    row = gateway.row()
+    assert (row["input_tokens"], row["output_tokens"], row["reasoning_tokens"]) == (20, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("body", "sent"),
+    [
+        (
+            b'{"stream_options":{},"stream":true,"model":"m"}',
+            b'{"stream_options":{"include_usage":true},"stream":true,"model":"m"}',
+        ),
+        (
+            b'{"x":"\\"stream_options\\": {","y":{"stream_options":{}},'
+            b'"stream_options": {"include_obfuscation":false},"stream":true,"model":"m"}',
+            b'{"x":"\\"stream_options\\": {","y":{"stream_options":{}},'
+            b'"stream_options": {"include_usage":true,"include_obfuscation":false},'
+            b'"stream":true,"model":"m"}',
+        ),
+        (b'{"stream_options":{"include_usage":false},"stream":true,"model":"m"}', None),
+        (b'{"stream_options":null,"stream":true,"model":"m"}', None),
+        (b'{"stream_options":{"include_usage":true},"stream":true,"model":"m"}', None),
+        (b'{"stream":false,"model":"m"}', None),
+    ],
+)
+def test_include_usage_is_inserted_where_it_was_left_out(
+    gateway: Gateway, upstream: Upstream, key: str, body: bytes, sent: bytes | None
+) -> None:
+    with gateway.client(key) as client:
+        client.post("/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert upstream.requests[0].body == (sent or body)
+
+
+def test_a_client_that_asked_for_usage_gets_it(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    body = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+    with gateway.client(key) as client:
+        answer = client.post("/chat/completions", json=body)
+    assert answer.content == b"".join(chat_pieces(["Hello", " there", "!"]))
+    assert gateway.row()["usage_source"] == "upstream"
+
+
+def test_with_client_nothing_is_changed_and_the_row_says_none(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway('[metering]\ninclude_usage = "client"').start()
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/chat/completions", json={**CHAT, "stream": True})
+    assert b"stream_options" not in upstream.requests[0].body
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("completed", "none")
+    assert row["input_tokens"] is None
+    assert row["output_tokens"] is None
+
+
+def test_the_terminal_event_waits_for_the_row_and_nothing_else_does(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """While the database is locked all but the end arrives; then the end, and the row is there."""
+    pieces = response_pieces(["Hel", "lo"])
+    lock = sqlite3.connect(gateway.database, isolation_level=None)
+
+    locked = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.wait(locked)
+        await stream(pieces)(request, reply)
+
+    upstream.script = script
+    got: list[bytes] = []
+    finished = threading.Event()
+
+    def read() -> None:
+        with (
+            gateway.client(key) as client,
+            client.stream("POST", "/responses", json={**RESPONSE, "stream": True}) as answer,
+        ):
+            got.extend(answer.iter_raw())
+        finished.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    wait_until(lambda: upstream.requests)
+    lock.execute("BEGIN IMMEDIATE")
+    locked.set()
+    wait_until(lambda: b"".join(got) == b"".join(pieces[:-1]))
+    time.sleep(0.5)  # it must not come, however long one waits
+    assert b"".join(got) == b"".join(pieces[:-1])
+    assert not finished.is_set()
+    lock.execute("ROLLBACK")
+    lock.close()
+    thread.join(20)
+    assert b"".join(got) == b"".join(pieces)
+    assert gateway.row()["outcome"] == "completed"
+
+
+@pytest.mark.parametrize("end", ["tear", "close"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_torn_answer_looks_torn(
+    gateway: Gateway, upstream: Upstream, key: str, end: str, streamed: bool
+) -> None:
+    pieces = response_pieces(["Hel", "lo"])[:-1]
+
+    async def half(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "application/json")], "length:1000")
+        await reply.send(b'{"id":"resp_1",')
+        await asyncio.sleep(0.05)
+        reply.tear() if end == "tear" else reply.close()
+
+    upstream.script = stream(pieces, 0.01, end=end) if streamed else half
+    with gateway.client(key) as client, pytest.raises(httpx2.RemoteProtocolError):
+        client.post("/responses", json={**RESPONSE, "stream": streamed})
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "none")
+
+
+def test_headers_pass_by_list(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    upstream.script = json_answer(
+        response_object(),
+        headers=[
+            ("x-request-id", "req_upstream"),
+            ("openai-processing-ms", "12"),
+            ("x-codex-turn-state", "abc"),
+            ("set-cookie", "a=b"),
+            ("server", "cloud"),
+            ("alt-svc", "h3"),
+            ("openai-organization", "org-1"),
+            ("openai-project", "proj-1"),
+            ("x-accel-redirect", "/secret"),
+            ("x-ratelimit-limit-requests", "10000"),
+            ("x-hop", "1"),
+            ("connection", "x-hop"),
+        ],
+    )
+    sent = {
+        "x-codex-window-id": "w",
+        "session-id": "s",
+        "session_id": "s2",
+        "originator": "codex_exec",
+        "x-stainless-lang": "python",
+        "x-openai-internal-codex-responses-lite": "true",
+        "openai-beta": "b",
+        "idempotency-key": "i",
+        "cookie": "c=d",
+        "openai-organization": "org-2",
+        "chatgpt-account-id": "acc",
+        "x-forwarded-for": "1.2.3.4",
+        "x-other": "o",
+        "accept-encoding": "gzip",
+    }
+    with gateway.client(key) as client:
+        answer = client.post("/responses?x=1", json=RESPONSE, headers=sent)
+    received = upstream.requests[0]
+    assert received.path == "/v1/responses?x=1"
+    names = {name.decode().lower() for name, _ in received.headers}
+    assert names == {
+        "accept",
+        "content-type",
+        "user-agent",
+        "x-codex-window-id",
+        "session-id",
+        "session_id",
+        "originator",
+        "x-stainless-lang",
+        "x-openai-internal-codex-responses-lite",
+        "openai-beta",
+        "idempotency-key",
+        "host",
+        "authorization",
+        "content-length",
+        "accept-encoding",
+    }
+    assert received.header("authorization") == f"Bearer {UPSTREAM_KEY}"
+    assert received.header("accept-encoding") == "identity"
+    assert received.header("host") == upstream.url.split("/")[2]
+    assert answer.headers["x-request-id"] == "req_upstream"
+    assert answer.headers["openai-processing-ms"] == "12"
+    assert answer.headers["x-codex-turn-state"] == "abc"
+    dropped = (
+        "set-cookie server alt-svc openai-organization openai-project x-accel-redirect "
+        "x-ratelimit-limit-requests x-hop"
+    )
+    assert not set(dropped.split()) & set(answer.headers)
+
+
+@pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
+def test_an_upstreams_error_passes_unchanged(
+    gateway: Gateway, upstream: Upstream, key: str, status: int
+) -> None:
+    body = b'{"error": {"message": "no",  "type": "x", "param": null, "code": "y"}}'
+    upstream.script = json_answer(body, status, [("retry-after", "7")])
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json=RESPONSE)
+    assert (answer.status_code, answer.content) == (status, body)
+    assert answer.headers["retry-after"] == "7"
+    row = gateway.row()
+    assert (row["outcome"], row["status"]) == ("upstream_error", status)
+    assert row["usage_source"] == "none"
+
+
+def test_no_redirect_is_followed(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    upstream.script = json_answer(b"{}", 307, [("location", f"{upstream.url}/elsewhere")])
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json=RESPONSE, follow_redirects=False)
+    assert answer.status_code == 307
+    assert len(upstream.requests) == 1
+
+
+def test_a_multipart_body_passes_and_its_model_is_found_after_the_file(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    picture = b"\x89PNG" + bytes(range(256)) * 400 + b'\r\nname="model"\r\n\r\nnot-this\r\n'
+    with gateway.client(key) as client:
+        request = client.build_request(
+            "POST",
+            "/images/edits",
+            files=[
+                ("image[]", ("model", picture, "image/png")),
+                ("prompt", (None, "model")),
+                ("model", (None, "gpt-image-2")),
+            ],
+        )
+        request.read()
+        answer = client.send(request)
+    assert answer.status_code == 200
+    assert upstream.requests[0].body == request.content
+    assert upstream.requests[0].header("content-type") == request.headers["content-type"]
+    row = gateway.row()
+    assert row["requested_model"] == "gpt-image-2"
+    assert (row["input_tokens"], row["image_input_tokens"]) == (50, 40)
+    assert (row["output_tokens"], row["image_output_tokens"]) == (272, 272)
+
+
+def test_models_are_joined_in_order_and_by_pattern(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    two = "".join(
+        f'\n[[upstreams]]\nname = "{name}"\nbase_url = "{upstream.url}"\n'
+        f'api_key_env = "TEST_UPSTREAM_KEY"\nmodels = {models}\n'
+        for name, models in (("one", '["gpt-o*"]'), ("two", '["gpt-up"]'))
+    )
+    gateway = make_gateway(two).start()
+    with gateway.client(gateway.new_key()) as client:
+        assert [model["id"] for model in client.get("/models").json()["data"]] == [
+            "gpt-other",
+            "gpt-up",
+        ]
+        assert client.get("/models/gpt-up").json()["id"] == "gpt-up"
+        missing = client.post("/responses", json={**RESPONSE, "model": "gpt-7"})
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
+
+
+def test_a_chat_error_event_after_200_is_an_upstream_error(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    pieces = [*chat_pieces(["Hi"])[:2], event({"error": {"message": "x", "code": "y"}})]
+    upstream.script = stream(pieces)
+    with gateway.client(key) as client:
+        answer = client.post("/chat/completions", json={**CHAT, "stream": True})
+    assert answer.content == b"".join(pieces)
+    assert gateway.row()["outcome"] == "upstream_error"

@@ -1,0 +1,393 @@
+"""An upstream under the test's control: HTTP/1.1 written directly on sockets, so that it can do what
+no well-behaved server does. It runs in a thread with an event loop of its own.
+
+A test sets `upstream.script`, an async function of the request received and of the reply to give;
+without one it answers as OpenAI would, with fixed usage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+CHAT_USAGE = {
+    "prompt_tokens": 20,
+    "completion_tokens": 7,
+    "total_tokens": 27,
+    "prompt_tokens_details": {"cached_tokens": 8, "cache_write_tokens": 2},
+    "completion_tokens_details": {"reasoning_tokens": 3},
+}
+RESPONSE_USAGE = {
+    "input_tokens": 30,
+    "input_tokens_details": {"cached_tokens": 10, "cache_write_tokens": 4},
+    "output_tokens": 9,
+    "output_tokens_details": {"reasoning_tokens": 5},
+    "total_tokens": 39,
+}
+IMAGE_USAGE = {
+    "input_tokens": 50,
+    "input_tokens_details": {"text_tokens": 10, "image_tokens": 40},
+    "output_tokens": 272,
+    "total_tokens": 322,
+}
+
+
+class Received:
+    """One request as it came."""
+
+    def __init__(self, method: str, path: str, headers: list[tuple[bytes, bytes]]) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.body = b""
+        self.finished = threading.Event()  # answered to the end, or the connection is gone
+        self.closed = threading.Event()  # the gateway closed before the answer's end
+
+    def header(self, name: str) -> str | None:
+        for key, value in self.headers:
+            if key.lower() == name.encode():
+                return value.decode()
+        return None
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Torn(Exception):
+    """The script has broken the connection on purpose."""
+
+
+class Reply:
+    """What a script answers with."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._framing = "chunked"
+        self.keep_alive = True
+
+    async def raw(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def head(
+        self,
+        status: int = 200,
+        headers: Iterable[tuple[str, str]] = (),
+        framing: str = "chunked",
+    ) -> None:
+        """`framing`: 'chunked', 'length:N' or 'close'."""
+        self._framing = framing
+        lines = [f"HTTP/1.1 {status} Something", *(f"{name}: {value}" for name, value in headers)]
+        if framing == "chunked":
+            lines.append("transfer-encoding: chunked")
+        elif framing.startswith("length:"):
+            lines.append(f"content-length: {framing.removeprefix('length:')}")
+        else:
+            lines.append("connection: close")
+            self.keep_alive = False
+        await self.raw("\r\n".join([*lines, "", ""]).encode("latin-1"))
+
+    async def send(self, data: bytes) -> None:
+        """One write; one HTTP chunk where chunked."""
+        if data:
+            chunked = self._framing == "chunked"
+            await self.raw(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
+
+    async def end(self) -> None:
+        if self._framing == "chunked":
+            await self.raw(b"0\r\n\r\n")
+
+    async def wait(self, event: threading.Event, seconds: float = 20) -> None:
+        """For tests in lock step."""
+        patience = time.monotonic() + seconds
+        while not event.is_set() and time.monotonic() < patience:
+            await asyncio.sleep(0.002)
+
+    def tear(self) -> None:
+        """Reset the connection."""
+        sock = self._writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._writer.transport.abort()
+        raise Torn
+
+    def close(self) -> None:
+        """Close it without the answer's end."""
+        self._writer.close()
+        raise Torn
+
+
+Script = Callable[[Received, Reply], Awaitable[None]]
+
+
+class Upstream:
+    """`with Upstream() as upstream:` listens on loopback until the block ends."""
+
+    def __init__(self) -> None:
+        self.script: Script = openai_like
+        self.requests: list[Received] = []
+        self.in_flight = 0
+        self.max_in_flight = 0
+        self.connections = 0
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Upstream:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        server = await asyncio.start_server(
+            self._connection, "127.0.0.1", 0, backlog=2048, limit=1 << 20
+        )
+        self.port = server.sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self._ready.set()
+        await self._stop.wait()
+        server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        try:
+            begun: bytes | None = b""
+            while begun is not None:
+                begun = await self._request(begun, reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError, Torn):
+            pass
+        finally:
+            self.connections -= 1
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _request(
+        self, begun: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bytes | None:
+        """Serve one request of which `begun` was read already; what was read of the next, or None
+        where the connection is to end."""
+        head = begun + await reader.readuntil(b"\r\n\r\n")
+        first, *lines = head[:-4].split(b"\r\n")
+        method, path, _ = first.decode("latin-1").split(" ", 2)
+        headers = [(name, value.strip()) for name, _, value in (li.partition(b":") for li in lines)]
+        received = Received(method, path, headers)
+        received.body = await self._body(reader, received)
+        self.requests.append(received)
+        reply = Reply(writer)
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        answer = asyncio.ensure_future(self.script(received, reply))
+        gone = asyncio.ensure_future(reader.read(1))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                received.closed.set()
+                answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+            if answer.cancelled() or answer.exception():
+                if not answer.cancelled() and isinstance(
+                    answer.exception(), (ConnectionError, OSError)
+                ):
+                    received.closed.set()
+                return None
+            gone.cancel()
+            (byte,) = await asyncio.gather(gone, return_exceptions=True)
+            if byte == b"" or not reply.keep_alive:
+                return None
+            return byte if isinstance(byte, bytes) else b""
+        finally:
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+            self.in_flight -= 1
+            received.finished.set()
+
+    @staticmethod
+    async def _body(reader: asyncio.StreamReader, received: Received) -> bytes:
+        length = received.header("content-length")
+        if length is not None:
+            return await reader.readexactly(int(length))
+        body = b""
+        if received.header("transfer-encoding"):
+            while size := int(await reader.readline(), 16):
+                body += await reader.readexactly(size)
+                await reader.readline()
+            await reader.readline()
+        return body
+
+
+# Ready scripts
+
+
+def json_answer(
+    content: Any,
+    status: int = 200,
+    headers: Iterable[tuple[str, str]] = (),
+    content_type: str = "application/json",
+) -> Script:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+
+    async def script(_: Received, reply: Reply) -> None:
+        head = [("content-type", content_type), *headers]
+        await reply.head(status, head, f"length:{len(body)}")
+        await reply.send(body)
+
+    return script
+
+
+def stream(
+    pieces: Iterable[bytes],
+    pause: float = 0.0,
+    headers: Iterable[tuple[str, str]] = (),
+    end: str = "clean",
+) -> Script:
+    """Server-sent events in these pieces, each its own write. `end`: 'clean', 'tear', 'close'."""
+    kept = list(pieces)
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream; charset=utf-8"), *headers])
+        for piece in kept:
+            await reply.send(piece)
+            await asyncio.sleep(pause)
+        if end == "tear":
+            reply.tear()
+        if end == "close":
+            reply.close()
+        await reply.end()
+
+    return script
+
+
+def event(content: Any, name: str | None = None) -> bytes:
+    line = f"event: {name}\n" if name else ""
+    return f"{line}data: {json.dumps(content)}\n\n".encode()
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def chat_chunk(model: str, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+    choice = {"index": 0, "delta": delta, "finish_reason": None}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": model,
+        "service_tier": "default",
+        "choices": [choice],
+        **more,
+    }
+
+
+def chat_pieces(
+    words: list[str], model: str = "gpt-up", usage: Any = CHAT_USAGE, asked: bool = True
+) -> list[bytes]:
+    """A streamed chat; with usage only where the request asked for it."""
+    null = {"usage": None} if asked else {}
+    pieces = [event(chat_chunk(model, {"role": "assistant", "content": ""}, **null))]
+    pieces += [event(chat_chunk(model, {"content": word}, **null)) for word in words]
+    if asked:
+        pieces.append(event(chat_chunk(model, {}, usage=usage) | {"choices": []}))
+    return [*pieces, DONE]
+
+
+def response_object(
+    model: str = "gpt-up", usage: Any = RESPONSE_USAGE, status: str = "completed", **more: Any
+) -> dict[str, Any]:
+    part = {"type": "output_text", "text": "Hello there", "annotations": []}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed"}
+    return {
+        "id": "resp_1",
+        "object": "response",
+        "created_at": 1,
+        "status": status,
+        "error": None,
+        "model": model,
+        "output": [{**message, "content": [part]}],
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "service_tier": "default",
+        "usage": usage,
+        **more,
+    }
+
+
+def response_pieces(
+    words: list[str], model: str = "gpt-up", usage: Any = RESPONSE_USAGE
+) -> list[bytes]:
+    """A streamed response."""
+    events = [
+        {"type": "response.created", "response": response_object(model, None, "in_progress")},
+        {
+            "type": "response.output_item.added",
+            "output_index": 0,
+            "item": {"id": "msg_1", "type": "message", "role": "assistant", "content": []},
+        },
+        *(
+            {
+                "type": "response.output_text.delta",
+                "item_id": "msg_1",
+                "output_index": 0,
+                "content_index": 0,
+                "delta": word,
+            }
+            for word in words
+        ),
+        {"type": "response.completed", "response": response_object(model, usage)},
+    ]
+    return [
+        event({**content, "sequence_number": number}, str(content["type"]))
+        for number, content in enumerate(events)
+    ]
+
+
+async def openai_like(request: Received, reply: Reply) -> None:
+    """What OpenAI would do, as far as tests need it."""
+    path = request.path.partition("?")[0]
+    if path == "/v1/models":
+        models = [{"id": name, "object": "model"} for name in ("gpt-up", "gpt-other")]
+        return await json_answer({"object": "list", "data": models})(request, reply)
+    if path.startswith("/v1/models/"):
+        model = {"id": path.rpartition("/")[2], "object": "model"}
+        return await json_answer(model)(request, reply)
+    if path.startswith("/v1/images/"):
+        image = {"created": 1, "data": [{"b64_json": "aGVsbG8="}], "usage": IMAGE_USAGE}
+        return await json_answer(image)(request, reply)
+    body = request.json()
+    words = ["Hello", " there", "!"]
+    if path == "/v1/chat/completions":
+        asked = (body.get("stream_options") or {}).get("include_usage", False)
+        if body.get("stream"):
+            return await stream(chat_pieces(words, body["model"], asked=asked))(request, reply)
+        message = {"role": "assistant", "content": "Hello there!"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        answer = chat_chunk(body["model"], {}, usage=CHAT_USAGE)
+        answer |= {"object": "chat.completion", "choices": [choice]}
+        return await json_answer(answer)(request, reply)
+    if body.get("stream"):
+        return await stream(response_pieces(words, body["model"]))(request, reply)
+    return await json_answer(response_object(body["model"]))(request, reply)
