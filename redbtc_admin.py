@@ -60,10 +60,10 @@ class NewAccount(Struct, forbid_unknown_fields=True):
 class AccountChange(Struct, forbid_unknown_fields=True):
     """PATCH /admin/v1/accounts/{account}: what is left out stays; null is the settings' again."""
 
-    email: Text | None | UnsetType = UNSET
-    concurrency: Limit | None | UnsetType = UNSET
-    requests_per_minute: Limit | None | UnsetType = UNSET
-    tokens_per_minute: Limit | None | UnsetType = UNSET
+    email: Text | UnsetType | None = UNSET
+    concurrency: Limit | UnsetType | None = UNSET
+    requests_per_minute: Limit | UnsetType | None = UNSET
+    tokens_per_minute: Limit | UnsetType | None = UNSET
 
 
 class Suspension(Struct, forbid_unknown_fields=True):
@@ -268,7 +268,8 @@ PATIENCE_SECONDS = 5
 @contextlib.contextmanager
 def socket_path(database: Path, *, make: bool = False) -> Iterator[str]:
     """The path of the gateway's Unix socket, by way of its folder's descriptor where it is too long
-    for a socket. With `make` an unused socket of mode 0600 is there, for the server to take over."""
+    for a socket. With `make` an unused socket of mode 0600 is there, for the server to take
+    over."""
     path = f"{database}.sock"
     with contextlib.ExitStack() as stack:
         if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
@@ -355,12 +356,14 @@ class Context:
         """Copy the admin API's answer to a GET to `out`, as it comes."""
 
         async def ask() -> None:
-            async with connect(self.loaded) as client:
-                async with client.stream("GET", path, params=query) as response:
-                    if response.status_code != 200:
-                        _content(response.status_code, await response.aread())
-                    async for chunk in response.aiter_bytes():
-                        out.write(chunk)
+            async with (
+                connect(self.loaded) as client,
+                client.stream("GET", path, params=query) as response,
+            ):
+                if response.status_code != 200:
+                    _content(response.status_code, await response.aread())
+                async for chunk in response.aiter_bytes():
+                    out.write(chunk)
 
         asyncio.run(ask())
 
@@ -378,11 +381,11 @@ class LimitType(click.ParamType[Any]):
     name = "number"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if value == "default" or isinstance(value, int):
+        if value == "default":
             return value
-        if re.fullmatch(r"\d{1,10}", value) and int(value) <= 1_000_000_000:
-            return int(value)
-        self.fail(f"{value!r} is neither a number from 0 to 1000000000 nor 'default'", param, ctx)
+        if not re.fullmatch(r"\d{1,9}", value):
+            self.fail(f"{value!r} is neither a number up to 999999999 nor 'default'", param, ctx)
+        return int(value)
 
 
 Decorated = Callable[..., Any]
@@ -614,7 +617,8 @@ def usage(context: Context, /, as_csv: bool, as_json: bool, **filters: Any) -> N
 
 
 def as_csv_text(rows: list[dict[str, Any]]) -> str:
-    """RFC 4180, with a line of column names. What a spreadsheet would take for a formula is text."""
+    """RFC 4180, with a line of column names. What a spreadsheet would take for a formula is
+    text."""
     out = io.StringIO()
     writer = csv.writer(out)
     if rows:

@@ -478,8 +478,9 @@ class Store:
     # Writing
 
     async def transact(self, *statements: tuple[str, Sequence[Any]]) -> int:
-        """Make an administrative change, all of it or none; returns how many rows the last statement
-        changed. Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be committed."""
+        """Make an administrative change, all of it or none; returns how many rows the last
+        statement changed. Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be
+        committed."""
         async with self._writing:
             try:
                 changed = 0

@@ -4,9 +4,9 @@
     authenticate ─► read ─► admit ─► choose ─► open ─► relay ─► settle ─► last byte
 
 Clients point their base URL here. Each request is checked, held to its account's limits, forwarded
-byte for byte to an upstream, and written down: what the upstream says was used, committed before the
-client sees the end of the answer. This file is read in the order in which a request meets it; what
-is kept is in redbtc_ledger.py, what people use in redbtc_admin.py.
+byte for byte to an upstream, and written down: what the upstream says was used, committed before
+the client sees the end of the answer. This file is read in the order in which a request meets it;
+what is kept is in redbtc_ledger.py, what people use in redbtc_admin.py.
 """
 
 from __future__ import annotations
@@ -150,8 +150,9 @@ async def respond(
 
 
 # ── Guard ────────────────────────────────────────────────────────────────────────────────────────
-# What uvicorn lets through and no proxy may: request smuggling, forged hosts, endless heads. Checked
-# before anything else looks at the request. The path is scope["path"], never rebuilt from Host.
+# What uvicorn lets through and no proxy may: request smuggling, forged hosts, endless heads.
+# Checked before anything else looks at the request. The path is scope["path"], never rebuilt from
+# Host.
 
 MAX_HEAD_BYTES = 64 << 10  # OpenAI asks for less than 64 KiB of headers
 MAX_HEADERS = 200
@@ -347,7 +348,7 @@ FILE_NAME = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
 class StreamOptions(Struct):
     """`stream_options` of a chat request."""
 
-    include_usage: bool | None | msgspec.UnsetType = msgspec.UNSET
+    include_usage: bool | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Facts(Struct):
@@ -355,7 +356,7 @@ class Facts(Struct):
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None | msgspec.UnsetType = msgspec.UNSET
+    stream_options: StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
     background: bool | None = None
     previous_response_id: msgspec.Raw = msgspec.Raw(b"null")
     conversation: msgspec.Raw = msgspec.Raw(b"null")
@@ -451,7 +452,7 @@ def _form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:
         if end < 0:
             return
         head_end = body.find(b"\r\n\r\n", head_start, min(end, head_start + MAX_PART_HEAD))
-        if 0 <= head_end and end - head_end - 4 <= MAX_FIELD:
+        if head_end >= 0 and end - head_end - 4 <= MAX_FIELD:
             head = body[head_start:head_end]
             name = FIELD_NAME.search(head)
             if name and not FILE_NAME.search(head):
@@ -495,10 +496,11 @@ def add_include_usage(body: bytes, facts: Facts) -> bytes:
 
 
 # ── Admit ────────────────────────────────────────────────────────────────────────────────────────
-# A request needs a place in its key, its account and the gateway as a whole, and room in their rates.
-# Rates are charged first (refusing costs nobody a wait), then places are waited for, in turn. Always
-# in the same order, so that nobody waits for someone who waits for him; whoever waits for the gateway
-# holds a place of his account, so that no account can fill the queue. All on the monotonic clock.
+# A request needs a place in its key, its account and the gateway as a whole, and room in their
+# rates. Rates are charged first (refusing costs nobody a wait), then places are waited for, in
+# turn. Always in the same order, so that nobody waits for someone who waits for him; whoever waits
+# for the gateway holds a place of his account, so that no account can fill the queue. All on the
+# monotonic clock.
 
 
 class Places:
@@ -548,8 +550,8 @@ class Places:
 
 
 class Bucket:
-    """A token bucket that holds one minute's `limit` (0: no limit) and fills evenly. What is charged
-    beyond it (an answer longer than estimated) is owed by those who come after."""
+    """A token bucket that holds one minute's `limit` (0: no limit) and fills evenly. What is
+    charged beyond it (an answer longer than estimated) is owed by those who come after."""
 
     def __init__(self) -> None:
         self.limit = 0
@@ -565,7 +567,8 @@ class Bucket:
         self._at = now
 
     def seconds_until(self, amount: float) -> float:
-        """How long until it has `amount`; 0 if it has. More than it can hold counts as all of it."""
+        """How long until it has `amount`; 0 if it has. More than it can hold counts as all of
+        it."""
         missing = min(amount, self.limit) - self._level
         return max(0.0, missing * 60 / self.limit) if self.limit else 0.0
 
@@ -748,9 +751,10 @@ def _own_or(own: int | None, usual: int) -> int:
 # The meter watches an answer's bytes pass and finds the usage in them. It does no I/O: feed() takes
 # bytes as they came, cut anywhere, and returns those that may be sent on now.
 #
-# Rule 1. Nothing waits that need not. What ends the answer for the client is held back until its row
-# is committed; a part of an event that could still turn out to end the answer (or to be the usage
-# chunk that the gateway asked for and takes out) is held until the event is whole. All else passes.
+# Rule 1. Nothing waits that need not. What ends the answer for the client is held back until its
+# row is committed; a part of an event that could still turn out to end the answer (or to be the
+# usage chunk that the gateway asked for and takes out) is held until the event is whole. All else
+# passes.
 #
 # Rule 2. Memory is bounded. An event or answer is kept whole for parsing up to KEEP bytes. Beyond
 # that it is reduced to its skeleton: long strings lose their text, arrays their elements. What
@@ -844,7 +848,8 @@ class Skeleton:
 
 class Answer(Struct):
     """What matters in an answer's JSON, or in that of an event. `response` is the Response object
-    within an event. Types are checked where a value is used: one odd field must not hide another."""
+    within an event. Types are checked where a value is used: one odd field must not hide
+    another."""
 
     id: Any = None
     type: Any = None
@@ -870,7 +875,8 @@ def decode_answer(text: bytes | msgspec.Raw) -> Answer | None:
 
 
 def tokens_in(counts: Any, *path: str) -> int | None:
-    """The count at `path`, or None where there is none: negative, fractional, absurd or no number."""
+    """The count at `path`, or None where there is none: negative, fractional, absurd or no
+    number."""
     for step in path:
         counts = counts.get(step) if isinstance(counts, dict) else None
     counted = isinstance(counts, int) and not isinstance(counts, bool)
@@ -1002,8 +1008,8 @@ def data_of(event: bytes) -> bytes:
 
 
 class StreamMeter:
-    """Meters server-sent events. `take_out_usage`: the gateway asked for the chat's usage chunk, and
-    takes it out of what the client gets."""
+    """Meters server-sent events. `take_out_usage`: the gateway asked for the chat's usage chunk,
+    and takes it out of what the client gets."""
 
     def __init__(self, *, images: bool, chat: bool, take_out_usage: bool) -> None:
         self.report = Report(images)
@@ -1016,19 +1022,21 @@ class StreamMeter:
         self._tail = b""  # its last two bytes: an event's end may be cut
         self._begun = False  # some of it has been sent on
         self._held = b""  # what waits: of the incomplete event, or all since the end
-        self._swallow_newline = False  # of a CRLF whose CR was taken out with its event
+        self._cut_newline = ""  # what to do with the LF of a CRLF whose CR ended an event
 
     def feed(self, chunk: bytes) -> bytes:
         """What may be sent on now, in order."""
-        if self._swallow_newline and chunk:
-            self._swallow_newline = False
-            chunk = chunk.removeprefix(b"\n")
         if self.ended:
             return chunk
+        passed: list[bytes] = []
+        if self._cut_newline and chunk:
+            if chunk.startswith(b"\n"):
+                passed += [b"\n"] if self._cut_newline == "pass" else []
+                chunk = chunk[1:]
+            self._cut_newline = ""
         if self._is_dull(chunk):
             self._count_text(chunk)
-            return chunk
-        passed: list[bytes] = []
+            return b"".join([*passed, chunk])
         start, shift = 0, len(self._tail)
         for match in EVENT_END.finditer(self._tail + chunk):
             end = match.end() - shift
@@ -1077,10 +1085,11 @@ class StreamMeter:
         if verdict == "last":
             self.ended = True
             return
-        if verdict == "pass" or begun:
+        if begun:  # too late to take it out
+            verdict = "pass"
+        if verdict == "pass":
             passed.append(self._held)
-        else:
-            self._swallow_newline = self._held.endswith(b"\r")
+        self._cut_newline = verdict if self._held.endswith(b"\r") else ""
         self._held = b""
 
     def _grow(self, chunk: bytes, passed: list[bytes]) -> None:
@@ -1192,7 +1201,6 @@ class Watch:
     """Counts and logs. The metrics' names are something that users rely on."""
 
     def __init__(self) -> None:
-        prometheus_client.disable_created_metrics()
         self.registry = registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=registry)
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
@@ -1270,8 +1278,8 @@ class Watch:
 
 
 # ── Choose, open ─────────────────────────────────────────────────────────────────────────────────
-# Where a request may go is decided by the settings alone: nothing in a body or header names a place.
-# No redirects are followed, no cookies kept, no proxy taken from the environment.
+# Where a request may go is decided by the settings alone: nothing in a body or header names a
+# place. No redirects are followed, no cookies kept, no proxy taken from the environment.
 
 ALLOWED_HEADERS = frozenset(
     b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "

@@ -37,7 +37,12 @@ class Gateway:
     """`settings` is TOML text put before the upstream's table; `upstream_settings` goes into it."""
 
     def __init__(
-        self, folder: Path, upstream_url: str, settings: str = "", upstream_settings: str = "", **env: str
+        self,
+        folder: Path,
+        upstream_url: str,
+        settings: str = "",
+        upstream_settings: str = "",
+        **env: str,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -156,19 +161,26 @@ class Gateway:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def new_key(self, account: str = "test", **limits: int) -> str:
-        options = [
-            part
-            for name, value in limits.items()
-            for part in ("--" + name.replace("_", "-"), str(value))
-        ]
-        if self.run("account", "show", account).returncode:
-            self.cli("account", "add", account, *options)
-        return str(self.cli("key", "add", account)["key"])
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        """Call the running gateway's admin API directly: what commands do, without their start."""
+        transport = httpx2.HTTPTransport(uds=f"{self.database}.sock")
+        with httpx2.Client(transport=transport, base_url="http://gateway", timeout=60) as client:
+            answer = client.request(method, f"/admin/v1{path}", json=body)
+            assert answer.status_code < 400, answer.text
+            return answer.json()
 
-    def rows(self, *filters: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.cli("usage", *filters)["requests"]
-        return found
+    def new_key(self, account: str = "test", **limits: int) -> str:
+        """A key of an account, which is made with these limits if it is not there yet."""
+        names = [each["name"] for each in self.api("GET", "/accounts")["accounts"]]
+        if account not in names:
+            self.api("POST", "/accounts", {"name": account, **limits})
+        return str(self.api("POST", f"/accounts/{account}/keys")["key"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The ledger, of a running gateway or of a stopped one."""
+        found = self.api("GET", "/requests") if self.alive() else self.cli("usage")
+        rows: list[dict[str, Any]] = found["requests"]
+        return rows
 
     def row(self, request_id: str | None = None) -> dict[str, Any]:
         """The one row there is, or that of a request id."""

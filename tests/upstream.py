@@ -1,5 +1,5 @@
-"""An upstream under the test's control: HTTP/1.1 written directly on sockets, so that it can do what
-no well-behaved server does. It runs in a thread with an event loop of its own.
+"""An upstream under the test's control: HTTP/1.1 written directly on sockets, so that it can do
+what no well-behaved server does. It runs in a thread with an event loop of its own.
 
 A test sets `upstream.script`, an async function of the request received and of the reply to give;
 without one it answers as OpenAI would, with fixed usage.
@@ -167,9 +167,7 @@ class Upstream:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _connection(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

@@ -1,0 +1,279 @@
+"""The meter finds the usage whatever way the bytes are cut, believes no fake, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from typing import Any
+
+import pytest
+import redbtc_proxy as proxy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redbtc_ledger import Usage
+from redbtc_proxy import KEEP, JSONMeter, Meter, Skeleton, StreamMeter, decode_answer
+from upstream import CHAT_USAGE, RESPONSE_USAGE, chat_chunk, response_object
+
+FAKE = '{"usage":{"input_tokens":666,"output_tokens":666,"prompt_tokens":666}}'
+CHAT_USED = Usage(20, 8, 2, 7, 3)
+RESPONSE_USED = Usage(30, 10, 4, 9, 5)
+TEXTS = st.one_of(st.sampled_from([FAKE, '"usage"', "[DONE]", '\\"', "data: x\n\n"]), st.text())
+
+
+EACH_BYTE = [-1]
+
+
+def cut(whole: bytes, places: list[int]) -> list[bytes]:
+    if places == EACH_BYTE:
+        return [whole[at : at + 1] for at in range(len(whole))]
+    edges = sorted({0, len(whole), *(place % (len(whole) + 1) for place in places)})
+    return [whole[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def run(meter: Meter, pieces: list[bytes]) -> tuple[bytes, bytes]:
+    """What passes before the end is committed, and what waits for it."""
+    passed, waited = b"", b""
+    for piece in pieces:
+        if meter.ended:
+            waited += meter.rest() + meter.feed(piece)
+        else:
+            passed += meter.feed(piece)
+    meter.finish()
+    return passed, waited + meter.rest()
+
+
+def framed(content: Any, newline: str, style: int, name: str | None = None) -> bytes:
+    """One event in any of the framings that the standard allows."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    lines = [f"event: {name}"] if name and style & 1 else []
+    space = "" if style & 2 else " "
+    if style & 4 and text.startswith("{"):
+        halves = [text[:1], *text[1:].split(", ", 1)]
+        if len(halves) == 3:
+            halves[1] += ","
+        lines += [f"data:{space}{half}" for half in halves]
+    else:
+        lines.append(f"data:{space}{text}")
+    if style & 8:
+        lines.insert(0, ': a comment with "usage"')
+    return (newline.join(lines) + newline * 2).encode()
+
+
+@st.composite
+def chats(draw: st.DrawFn) -> tuple[list[bytes], bool]:
+    newline = draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    style = draw(st.integers(0, 15))
+    words = draw(st.lists(TEXTS, max_size=4))
+    asked = draw(st.booleans())
+    chunks = [chat_chunk("m", {"content": word}, usage=None) for word in words]
+    chunks.append(chat_chunk("m", {"tool_calls": [{"function": {"arguments": FAKE}}]}))
+    if asked:
+        chunks.append({**chat_chunk("m", {}), "choices": [], "usage": CHAT_USAGE})
+    else:
+        chunks[-1]["usage"] = CHAT_USAGE  # LiteLLM #36168: in a chunk with choices
+    events = [framed(chunk, newline, style) for chunk in chunks]
+    return [*events, framed("[DONE]", newline, style)], asked
+
+
+CUTS = st.one_of(st.just(EACH_BYTE), st.lists(st.integers(0, 5000), max_size=12))
+
+
+@settings(max_examples=400, deadline=None)
+@given(chats(), CUTS)
+def test_chat_streams(chat: tuple[list[bytes], bool], places: list[int]) -> None:
+    events, asked = chat
+    whole = b"".join(events)
+    plain = StreamMeter(images=False, chat=True, take_out_usage=False)
+    passed, rest = run(plain, cut(whole, places))
+    assert passed + rest == whole
+    assert plain.ended
+    assert plain.report.usage == CHAT_USED
+    taking = StreamMeter(images=False, chat=True, take_out_usage=True)
+    passed, rest = run(taking, cut(whole, places))
+    kept = events[:-2] + events[-1:] if asked else events
+    assert passed + rest == b"".join(kept)
+    assert taking.report.usage == CHAT_USED
+    assert taking.report.model == "m"
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(TEXTS, max_size=4),
+    st.sampled_from(["completed", "incomplete", "failed"]),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.integers(0, 15),
+    CUTS,
+)
+def test_responses_streams(
+    words: list[str], end: str, newline: str, style: int, places: list[int]
+) -> None:
+    events = [("response.created", {"response": response_object(usage=None, status="x")})]
+    events += [("response.output_text.delta", {"delta": word}) for word in words]
+    last = response_object(metadata={"usage": {"input_tokens": 1}}, status=end)
+    events.append((f"response.{end}", {"response": last}))
+    framed_events = [
+        framed({"type": name, **content}, newline, style, name) for name, content in events
+    ]
+    whole = b"".join(framed_events)
+    meter = StreamMeter(images=False, chat=False, take_out_usage=False)
+    passed, rest = run(meter, cut(whole, places))
+    assert passed + rest == whole
+    assert meter.ended
+    assert meter.report.usage == RESPONSE_USED
+    assert meter.report.failed == (end == "failed")
+    assert (meter.report.response_id, meter.report.service_tier) == ("resp_1", "default")
+    before = b"".join(framed_events[:-1])
+    assert passed == before, "the terminal event, and nothing before it, waits"
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, CUTS, st.booleans())
+def test_json_answers(text: str, places: list[int], indent: bool) -> None:
+    content = response_object(output=[{"text": text, "usage": {"input_tokens": 5}}], extra=text)
+    whole = json.dumps(content, indent=2 if indent else None).encode()
+    meter = JSONMeter(images=False)
+    passed, rest = run(meter, cut(whole, places))
+    assert passed + rest == whole
+    assert len(rest) == 1
+    assert meter.report.usage == RESPONSE_USED
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.text(min_size=200).map(lambda t: t * 3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=30,
+)
+
+
+def without_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {short(k): without_arrays(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return []
+    return short(value) if isinstance(value, str) else value
+
+
+def short(text: str) -> str:
+    return "" if len(json.dumps(text).encode()) > proxy.SHORT_STRING else text
+
+
+@settings(max_examples=500, deadline=None)
+@given(JSON, CUTS, st.integers(1, 64))
+def test_a_skeleton_parses_to_the_same_without_long_strings_and_arrays(
+    value: Any, places: list[int], keep: int
+) -> None:
+    skeleton = Skeleton()
+    skeleton._bound = keep
+    for piece in cut(json.dumps({"a": value, "usage": RESPONSE_USAGE}).encode(), places):
+        skeleton.feed(piece)
+        skeleton._bound = keep
+    if not skeleton.reduced:
+        return
+    expected = without_arrays({"a": value, "usage": RESPONSE_USAGE})
+    assert json.loads(skeleton.whole()) == expected
+
+
+@pytest.mark.parametrize("kind", ["base64", "logprobs", "escapes"])
+@pytest.mark.parametrize("framing", ["json", "sse"])
+def test_tens_of_megabytes_in_bounded_memory(kind: str, framing: str) -> None:
+    filling = {
+        "base64": b'"' + b"QUJD" * 6_000_000 + b'"',
+        "logprobs": b"[" + b'{"token":"a]\\"[","logprob":-0.5,"top":[[1],{}]},' * 400_000 + b"0]",
+        "escapes": b'"' + b'\\"\\\\usage\\":{' * 1_500_000 + b'"',
+    }[kind]
+    usage = json.dumps(RESPONSE_USAGE).encode()
+    start, end = b'{"id":"resp_1","output":[{"x":', b'}],"model":"m","usage":' + usage + b"}"
+    meter: Meter = JSONMeter(images=False)
+    if framing == "sse":
+        start = b'event: response.completed\ndata: {"type":"response.completed","response":' + start
+        end += b"}\n\n"
+        meter = StreamMeter(images=False, chat=False, take_out_usage=False)
+    tracemalloc.start()
+    size = 0
+    whole = memoryview(start + filling + end)
+    tracemalloc.reset_peak()
+    base, _ = tracemalloc.get_traced_memory()
+    for at in range(0, len(whole), 65536):
+        size += len(meter.feed(bytes(whole[at : at + 65536])))
+    meter.finish()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size + len(meter.rest()) == len(whole)
+    assert meter.report.usage == RESPONSE_USED
+    assert meter.report.response_id == "resp_1"
+    assert peak - base < 16 * KEEP, (peak - base) / KEEP
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (None, None),
+        ("12", None),
+        ([], None),
+        ({}, None),
+        ({"input_tokens": -1, "output_tokens": "3"}, None),
+        ({"input_tokens": 1.5, "output_tokens": 10**18}, None),
+        ({"input_tokens": True, "output_tokens": 2}, Usage(output_tokens=2)),
+        ({"input_tokens": 0, "output_tokens": 0}, Usage(input_tokens=0, output_tokens=0)),
+        (
+            {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 6}, "output_tokens": 1},
+            Usage(input_tokens=5, output_tokens=1),
+        ),
+        (
+            {"prompt_tokens": 5, "completion_tokens": 1, "prompt_tokens_details": None},
+            Usage(input_tokens=5, output_tokens=1),
+        ),
+    ],
+)
+def test_odd_usage_is_neither_believed_nor_invented(usage: Any, expected: Usage | None) -> None:
+    assert proxy.read_usage(usage, None, images=False) == expected
+
+
+def test_tool_usage() -> None:
+    tools = {
+        "image_gen": {
+            "input_tokens": 50,
+            "input_tokens_details": {"image_tokens": 40, "text_tokens": 10},
+            "output_tokens": 1000,
+            "output_tokens_details": {"image_tokens": 990, "text_tokens": 10},
+        },
+        "web_search": {"num_requests": 3},
+    }
+    usage = proxy.read_usage(RESPONSE_USAGE, tools, images=False)
+    assert usage == Usage(30, 10, 4, 9, 5, 40, 990, 3)
+
+
+def test_the_last_usage_counts() -> None:
+    meter = StreamMeter(images=False, chat=True, take_out_usage=False)
+    for total in (1, 5, 9):
+        chunk = chat_chunk("m", {"content": "x"})
+        chunk["usage"] = {"prompt_tokens": 4, "completion_tokens": total}
+        meter.feed(framed(chunk, "\n", 0))
+    assert meter.report.usage == Usage(input_tokens=4, output_tokens=9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=400), CUTS, st.booleans(), st.booleans())
+def test_any_bytes_pass_unchanged(
+    whole: bytes, places: list[int], chat: bool, streamed: bool
+) -> None:
+    meter: Meter = JSONMeter(images=False)
+    if streamed:
+        meter = StreamMeter(images=False, chat=chat, take_out_usage=False)
+    pieces = cut(whole, places)
+    got = b""
+    for piece in pieces:
+        got += meter.feed(piece)
+        if meter.ended:
+            got += meter.rest()
+    meter.finish()
+    assert got + meter.rest() == whole
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b'{"usage":'])
+def test_hostile_json_is_no_answer(body: bytes) -> None:
+    assert decode_answer(body) is None
