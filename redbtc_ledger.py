@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import aiosqlite
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct
 
 HERE = Path(__file__).resolve().parent
 
@@ -116,7 +116,7 @@ class Server(Table, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     public_url: Url = "http://127.0.0.1:8080"
-    trusted_proxies: list[str] = field(default_factory=lambda: ["127.0.0.1"])
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1",)
     max_body_bytes: Annotated[int, Meta(ge=1024, le=4 << 30)] = 104_857_600
     body_timeout_seconds: Seconds = 60
     drain_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600
@@ -136,7 +136,7 @@ class UpstreamSettings(Table, frozen=True):
     name: Name = "openai"
     base_url: Url = "https://api.openai.com/v1"
     api_key_env: Variable = "OPENAI_API_KEY"
-    models: Annotated[list[str], Meta(min_length=1)] = field(default_factory=lambda: ["*"])
+    models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("*",)
     priority: Count = 1
     weight: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     max_concurrency: Count = 0
@@ -201,9 +201,7 @@ class Settings(Table, frozen=True):
 
     server: Server = Server()
     database: Database = Database()
-    upstreams: Annotated[list[UpstreamSettings], Meta(min_length=1)] = field(
-        default_factory=lambda: [UpstreamSettings()]
-    )
+    upstreams: Annotated[tuple[UpstreamSettings, ...], Meta(min_length=1)] = (UpstreamSettings(),)
     limits: Limits = Limits()
     metering: Metering = Metering()
     billing: Billing = Billing()
@@ -329,7 +327,7 @@ def _keys_at(path: str) -> list[str]:
     table: Any = Settings()
     for step in re.findall(r"[^.\[\]]+", path):
         table = table[0] if step.isdigit() or step == "..." else getattr(table, step)
-    table = table[0] if isinstance(table, list) else table
+    table = table[0] if isinstance(table, tuple) else table
     return list(table.__struct_fields__)
 
 
@@ -887,6 +885,11 @@ async def begin(store: Store, row: Row) -> None:
 async def settle(store: Store, row: Row) -> None:
     """Commit the row as it ended, however long that takes."""
     await store.record(RECORD, _values(row), insist=True)
+
+
+async def forget(store: Store, row: Row) -> None:
+    """Take back a pending row whose request did not leave for the upstream after all."""
+    await store.record(FORGET, (row.request_id,), insist=True)
 
 
 IN_RANGE = """

@@ -1232,7 +1232,8 @@ class Watch:
         )
 
     def settled(self, scope: Scope, row: Row) -> None:
-        """A request that reached an upstream is over."""
+        """A request that left for an upstream is over."""
+        scope["settled"] = True
         self._requests.labels(row.endpoint, str(row.status or 0), row.outcome).inc()
         self._duration.labels(row.endpoint).observe((row.duration_ms or 0) / 1000)
         if row.first_byte_ms is not None:
@@ -1256,6 +1257,8 @@ class Watch:
     def refused(self, scope: Scope, refusal: Refusal) -> None:
         """The gateway itself said no."""
         self._refusals.labels(refusal.code).inc()
+        if "settled" in scope:  # counted and logged with its row
+            return
         self._requests.labels(scope["where"], str(refusal.status), "refused").inc()
         self._line(logging.INFO, scope, refusal.status, outcome="refused", code=refusal.code)
 
@@ -1296,6 +1299,18 @@ DROPPED_PREFIXES = (b"x-accel-", b"x-ratelimit-")
 KEEPALIVE_SECONDS = 15
 
 
+class Body(httpx2.AsyncByteStream):
+    """A request's body that knows whether it has begun to leave: then the head has left before."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self.left = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.left = True
+        yield self._body
+
+
 class Upstream:
     """One place that requests are forwarded to, with its connections."""
 
@@ -1324,13 +1339,12 @@ class Upstream:
         return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.settings.models)
 
     async def open(
-        self, method: str, path: str, query: bytes, headers: Headers, body: bytes
+        self, method: str, path: str, query: bytes, headers: Headers, stream: Body
     ) -> httpx2.Response:
         """Send a request; the answer's head. Its body is read from `stream` and closed by aclose().
         Raises httpx2.HTTPError."""
         raw_path = self._base.raw_path.rstrip(b"/") + path.encode()
         url = self._base.copy_with(raw_path=raw_path + b"?" + query if query else raw_path)
-        length = [(b"content-length", b"%d" % len(body))] if method == "POST" else []
         timeouts = {
             "connect": self.settings.connect_timeout_seconds,
             "write": self.settings.idle_timeout_seconds,
@@ -1338,8 +1352,8 @@ class Upstream:
         request = httpx2.Request(
             method,
             url,
-            headers=[*headers, *self._own, *length],
-            stream=httpx2.ByteStream(body),
+            headers=[*headers, *self._own],
+            stream=stream,
             extensions={"timeout": timeouts},
         )
         return await self._transport.handle_async_request(request)
@@ -1347,7 +1361,8 @@ class Upstream:
     async def fetch(self, path: str) -> tuple[int, bytes]:
         """Status and body of a small GET, bounded. Raises httpx2.HTTPError, TimeoutError."""
         async with asyncio.timeout(min(30, self.settings.first_byte_timeout_seconds)):
-            response = await self.open("GET", path, b"", [(b"accept", b"application/json")], b"")
+            accept = [(b"accept", b"application/json")]
+            response = await self.open("GET", path, b"", accept, Body(b""))
             try:
                 body = bytearray()
                 async for chunk in cast(AsyncIterator[bytes], response.stream):
@@ -1413,6 +1428,7 @@ def headers_for_client(response: httpx2.Response) -> Headers:
 
 # ── Relay, settle ────────────────────────────────────────────────────────────────────────────────
 
+CLOSING_SECONDS = 0.05  # until the upstream has noticed a closed connection: its place is taken
 BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
 
 
@@ -1551,13 +1567,11 @@ class Exchange:
 
     async def _exchange(self, upstream: Upstream, body: bytes) -> None:
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
-        response = await upstream.open(
-            "POST",
-            self._route.path.removeprefix("/v1"),
-            self._scope["query_string"],
-            headers_for_upstream(self._scope),
-            body,
-        )
+        path, query = self._route.path.removeprefix("/v1"), self._scope["query_string"]
+        headers = headers_for_upstream(self._scope)
+        headers.append((b"content-length", b"%d" % len(body)))
+        self._body = Body(body)
+        response = await upstream.open("POST", path, query, headers, self._body)
         try:
             if not 200 <= response.status_code <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
@@ -1625,11 +1639,16 @@ class Exchange:
     async def _fail(self, failure: str) -> None:
         """The exchange broke: write down how. A client that has nothing yet is told; for one in the
         middle of the answer the connection ends without the answer's end."""
+        await asyncio.sleep(CLOSING_SECONDS)
         if self._settled:
             return
+        if self._clock.client_left and not self._body.left:
+            self._admission.put_back()
+            await ledger.forget(self._gateway.store, self._row)
+            raise ClientLeft
         if self._clock.client_left or self._waits_for_client:
             await self._settle("client_disconnected")
-            raise ClientLeft
+            return
         if self._started:
             await self._settle("upstream_failed")
             return
@@ -1936,7 +1955,7 @@ class Running:
             build(self._gateway),
             http=HTTPProtocol,
             proxy_headers=True,
-            forwarded_allow_ips=settings.trusted_proxies,
+            forwarded_allow_ips=list(settings.trusted_proxies),
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1999,7 +2018,7 @@ class Running:
 def with_demo(settings: Settings, url: str) -> Settings:
     """The settings with the demonstration upstream in place of all others."""
     demo = UpstreamSettings(name="demo", base_url=url, api_key_env="")
-    return msgspec.structs.replace(settings, upstreams=[demo])
+    return msgspec.structs.replace(settings, upstreams=(demo,))
 
 
 def missing_keys(settings: Settings) -> list[str]:

@@ -1,0 +1,354 @@
+"""The raw HTTP cases of a front that faces the world, and the gateway's own errors."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import httpx2
+import pytest
+from conftest import MakeGateway
+from gateway import Gateway, wait_until
+from upstream import Received, Reply, Upstream, json_answer
+
+RESPONSE = {"model": "gpt-up", "input": "Hi"}
+
+
+def request(head: str, body: bytes = b"") -> bytes:
+    return head.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body
+
+
+BODY = b'{"model":"m","input":"x"}'
+CASES = {
+    "no host": ("POST /v1/responses HTTP/1.1\nAuthorization: Bearer KEY", 400),
+    "two hosts": ("GET /v1/models HTTP/1.1\nHost: a\nHost: b\nAuthorization: Bearer KEY", 400),
+    "a host with a path": ("GET /v1/models HTTP/1.1\nHost: a/../b?x#y\nAuthorization: x", 400),
+    "a host with a user": ("GET /v1/models HTTP/1.1\nHost: u@a\nAuthorization: x", 400),
+    "HTTP/0.9": ("GET /v1/models", 400),
+    "HTTP/2 in words": ("GET /v1/models HTTP/2.0\nHost: a", 400),
+    "gzip, chunked": (
+        "POST /v1/responses HTTP/1.1\nHost: a\nTransfer-Encoding: gzip, chunked",
+        400,
+    ),
+    "encoding on 1.0": ("POST /v1/responses HTTP/1.0\nHost: a\nTransfer-Encoding: chunked", 400),
+    "length and encoding": (
+        "POST /v1/responses HTTP/1.1\nHost: a\nContent-Length: 5\nTransfer-Encoding: chunked",
+        400,
+    ),
+    "two lengths": (
+        "POST /v1/responses HTTP/1.1\nHost: a\nContent-Length: 5\nContent-Length: 6",
+        400,
+    ),
+    "a length with a sign": ("POST /v1/responses HTTP/1.1\nHost: a\nContent-Length: +5", 400),
+    "a bad length": ("POST /v1/responses HTTP/1.1\nHost: a\nContent-Length: 5, 5", 400),
+    "a 2 MB header": ("GET /v1/models HTTP/1.1\nHost: a\nX: " + "x" * 2_000_000, 431),
+    "5,000 headers": ("GET /v1/models HTTP/1.1\nHost: a" + "\nX: y" * 5000, 431),
+    "a long path": ("GET /" + "x" * 100_000 + " HTTP/1.1\nHost: a", 400),
+    "obs-fold": ("GET /v1/models HTTP/1.1\nHost: a\nX: y\n z: w", 400),
+    "a space before the colon": ("GET /v1/models HTTP/1.1\nHost : a", 400),
+    "a NUL": ("GET /v1/models HTTP/1.1\nHost: a\nX: a\0b", 400),
+    "an unknown method": ("BREW /v1/models HTTP/1.1\nHost: a", 400),
+    "CONNECT": ("CONNECT a:80 HTTP/1.1\nHost: a", 400),
+    "garbage": ("\x16\x03\x01\x02", 400),
+    "an unknown path": ("GET /v1/files HTTP/1.1\nHost: a", 404),
+    "a stored chat": ("GET /v1/chat/completions HTTP/1.1\nHost: a", 404),
+    "another method": ("DELETE /v1/models/x HTTP/1.1\nHost: a", 404),
+    "a path that climbs": ("GET /v1/models/../../admin/v1/accounts HTTP/1.1\nHost: a", 401),
+    "an encoded slash": ("GET /v1%2fresponses HTTP/1.1\nHost: a", 404),
+    "the admin API": ("GET /admin/v1/accounts HTTP/1.1\nHost: a", 404),
+    "HEAD as codex doctor": ("HEAD /v1/responses HTTP/1.1\nHost: a", 404),
+    "an absolute URL": ("GET http://evil/v1/files HTTP/1.1\nHost: a", 404),
+    "a WebSocket": (
+        "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: x\nSec-WebSocket-Version: 13",
+        426,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> object:
+    with Upstream() as upstream:
+        gateway = Gateway(tmp_path_factory.mktemp("shared"), upstream.url).start()
+        yield gateway, upstream
+        gateway.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_raw_requests(shared: tuple[Gateway, Upstream], name: str) -> None:
+    gateway, upstream = shared
+    head, status = CASES[name]
+    answer = gateway.raw(request(head), 3)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert b"x-redbtc-request-id: req_" in answer
+    _, _, body = answer.partition(b"\r\n\r\n")
+    if not head.startswith("HEAD"):
+        assert json.loads(body)["error"]["type"]
+    assert not upstream.requests
+
+
+def test_an_unknown_path_is_refused_before_its_body(shared: tuple[Gateway, Upstream]) -> None:
+    gateway, _ = shared
+    for path, status in (("/v1/files", 404), ("/v1/responses", 401)):
+        head = f"POST {path} HTTP/1.1\nHost: a\nContent-Length: 100000000\nExpect: 100-continue"
+        answer = gateway.raw(request(head), 3)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        assert b"100 Continue" not in answer
+
+
+def test_expect_is_answered_for_a_good_key(gateway: Gateway, key: str) -> None:
+    head = (
+        f"POST /v1/responses HTTP/1.1\nHost: a\nAuthorization: Bearer {key}\n"
+        f"Content-Type: application/json\nContent-Length: {len(BODY)}\nExpect: 100-continue"
+    )
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as sock:
+        sock.sendall(request(head))
+        assert sock.recv(1000).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+        sock.sendall(BODY)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_pipelined_requests_are_answered_in_order(gateway: Gateway, key: str) -> None:
+    one = request("GET /healthz HTTP/1.1\nHost: a")
+    two = request(f"GET /v1/models HTTP/1.1\nHost: a\nAuthorization: Bearer {key}")
+    last = request("GET /v1/nothing HTTP/1.1\nHost: a\nConnection: close")
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as sock:
+        sock.sendall(one + two + last)
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+    order = [answer.find(mark) for mark in (b'"status":"ok"', b'"object":"list"', b"unknown_url")]
+    assert order == sorted(order)
+    assert order[0] > 0
+
+
+def test_a_slow_body_and_a_large_one(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway("[server]\nbody_timeout_seconds = 0.3\nmax_body_bytes = 2000").start()
+    key = gateway.new_key()
+    head = (
+        f"POST /v1/responses HTTP/1.1\nHost: a\nAuthorization: Bearer {key}\n"
+        "Content-Type: application/json\n"
+    )
+    slow = gateway.raw(request(head + "Content-Length: 100", b"{"), 5)
+    assert slow.startswith(b"HTTP/1.1 408 ")
+    assert b"request_timeout" in slow
+    large = gateway.raw(request(head + "Content-Length: 2001"), 5)
+    assert large.startswith(b"HTTP/1.1 413 ")
+    chunk = b"800\r\n" + b"x" * 2048 + b"\r\n"
+    endless = gateway.raw(request(head + "Transfer-Encoding: chunked", chunk * 2), 5)
+    assert endless.startswith(b"HTTP/1.1 413 ")
+    assert b"request_too_large" in endless
+
+
+def test_a_head_that_never_ends_costs_no_memory(gateway: Gateway) -> None:
+    before = gateway.rss()
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX: ")
+        with pytest.raises(ConnectionError):
+            for _ in range(2000):
+                sock.sendall(b"x" * 10_000)
+                time.sleep(0.0005)
+    assert gateway.rss() - before < 4 << 20
+
+
+def code_of(gateway: Gateway, key: str, path: str, **options: object) -> tuple[int, str, str]:
+    with gateway.client(key) as client:
+        answer = client.post(path, **options)  # type: ignore[arg-type]
+    error = answer.json()["error"]
+    return answer.status_code, error["code"], error["param"]
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "expected"),
+    [
+        ("/responses", b"", JSON, (400, "invalid_json", None)),
+        ("/responses", b"{", JSON, (400, "invalid_json", None)),
+        ("/responses", b"[]", JSON, (400, "invalid_request", None)),
+        ("/responses", b'{"input":"x"}', JSON, (400, "invalid_request", "model")),
+        ("/responses", b'{"model":5}', JSON, (400, "invalid_request", "model")),
+        ("/responses", b'{"model":"m","stream":"x"}', JSON, (400, "invalid_request", "stream")),
+        ("/responses", b"[" * 100_000, JSON, (400, "invalid_request", None)),
+        ("/responses", b'{"a":' * 100_000, JSON, (400, "invalid_json", None)),
+        ("/responses", b'{"model":"%s"}' % (b"m" * 300), JSON, (400, "invalid_request", "model")),
+        ("/chat/completions", b"\xff{}", JSON, (400, "invalid_json", None)),
+        (
+            "/responses",
+            b'{"model":"m","previous_response_id":"resp_1"}',
+            JSON,
+            (400, "invalid_request", "previous_response_id"),
+        ),
+        (
+            "/responses",
+            b'{"model":"m","conversation":{"id":"conv_1"}}',
+            JSON,
+            (400, "invalid_request", "conversation"),
+        ),
+        (
+            "/responses",
+            b'{"model":"m","background":true}',
+            JSON,
+            (400, "invalid_request", "background"),
+        ),
+        ("/responses", BODY, {"content-type": "text/plain"}, (415, "unsupported_media_type", None)),
+        (
+            "/responses",
+            BODY,
+            {**JSON, "content-encoding": "gzip"},
+            (415, "unsupported_media_type", None),
+        ),
+        (
+            "/images/generations",
+            BODY,
+            {"content-type": "multipart/form-data; boundary=x"},
+            (415, "unsupported_media_type", None),
+        ),
+    ],
+)
+def test_bodies_that_are_refused(
+    gateway: Gateway,
+    upstream: Upstream,
+    key: str,
+    path: str,
+    body: bytes,
+    headers: dict[str, str],
+    expected: tuple[int, str, str | None],
+) -> None:
+    assert code_of(gateway, key, path, content=body, headers=headers) == expected
+    assert not upstream.requests
+    assert not gateway.rows()
+
+
+def test_nulls_are_no_references(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    body = {**RESPONSE, "previous_response_id": None, "conversation": None, "background": False}
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=body).status_code == 200
+
+
+def test_an_upstream_that_is_not_there(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    settings = (
+        f'[[upstreams]]\nname = "gone"\nbase_url = "http://127.0.0.1:{port}/v1"\napi_key_env = ""\n'
+    )
+    gateway = make_gateway(settings).start()
+    key = gateway.new_key()
+    assert code_of(gateway, key, "/responses", json=RESPONSE)[:2] == (502, "upstream_unreachable")
+    row = gateway.row()
+    assert (row["outcome"], row["status"], row["upstream"]) == ("upstream_failed", 502, "gone")
+    more = f'{settings}priority = 0\n[[upstreams]]\nname = "here"\nbase_url = "{upstream.url}"\n'
+    gateway.configure(more + 'api_key_env = ""\n')
+    gateway.signal(1)
+    wait_until(lambda: '"reloaded"' in gateway.log())
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=RESPONSE).status_code == 200, "the next one is tried"
+    assert gateway.rows()[-1]["upstream"] == "here"
+
+
+def test_an_upstream_that_breaks_the_protocol(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    answers = [
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000_000,
+        b"garbage\r\n\r\n",
+        b"HTTP/1.1 999 What\r\ncontent-length: 0\r\n\r\n",
+        b"",
+    ]
+    for answer in answers:
+
+        async def script(_: Received, reply: Reply, answer: bytes = answer) -> None:
+            await reply.raw(answer)
+            reply.close()
+
+        upstream.script = script
+        status, code, _ = code_of(gateway, key, "/responses", json=RESPONSE)
+        assert (status, code) == (502, "upstream_protocol_error"), answer[:20]
+    assert {row["outcome"] for row in gateway.rows()} == {"upstream_failed"}
+
+
+def test_informational_answers_are_stepped_over(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.raw(b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" * 100)
+        await json_answer({"id": "resp_1"})(request, reply)
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=RESPONSE).json() == {"id": "resp_1"}
+
+
+@pytest.mark.parametrize("timeout", ["first_byte", "idle", "total"])
+def test_timeouts(make_gateway: MakeGateway, upstream: Upstream, timeout: str) -> None:
+    gateway = make_gateway(upstream_settings=f"{timeout}_timeout_seconds = 0.4").start()
+    key = gateway.new_key()
+
+    async def script(_: Received, reply: Reply) -> None:
+        never = threading.Event()
+        if timeout == "first_byte":
+            await reply.wait(never, 5)
+        await reply.head(200, [("content-type", "text/event-stream")])
+        for _ in range(100):
+            await reply.send(b": x\n\n")
+            await reply.wait(never, 5 if timeout == "idle" else 0.05)
+
+    upstream.script = script
+    started = time.monotonic()
+    if timeout == "first_byte":
+        found = code_of(gateway, key, "/responses", json=RESPONSE)
+        assert found[:2] == (504, "upstream_timeout")
+    else:
+        with gateway.client(key) as client, pytest.raises(httpx2.RemoteProtocolError):
+            client.post("/responses", json=RESPONSE)
+    assert 0.3 < time.monotonic() - started < 2
+    assert gateway.row()["outcome"] == "upstream_failed"
+    assert upstream.requests[0].closed.wait(5), "the upstream is closed"
+
+
+def test_a_slow_reader_slows_the_upstream_down(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    sent = [0]
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        for _ in range(2000):
+            await reply.send(b": " + b"x" * 50_000 + b"\n\n")
+            sent[0] += 50_004
+        await reply.end()
+
+    upstream.script = script
+    before = gateway.rss()
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**RESPONSE, "stream": True}) as answer,
+    ):
+        parts = answer.iter_raw()
+        next(parts)
+        wait_until(lambda: sent[0] > 100_000)
+        time.sleep(1)
+        assert sent[0] < 30_000_000, "the rest of 100 MB waits at the upstream"
+        assert gateway.rss() - before < 24 << 20
+        assert sum(map(len, parts)) > 90_000_000
+
+
+def test_metrics_and_readiness(gateway: Gateway, key: str, upstream: Upstream) -> None:
+    with gateway.client(key) as client:
+        client.post("/responses", json=RESPONSE)
+        client.post("/responses", content=b"{", headers=JSON)
+        assert httpx2.get(f"{gateway.url}/readyz", trust_env=False).status_code == 200
+    metrics = gateway.metrics()
+    labels = 'outcome="completed",route="/v1/responses",status="200"'
+    assert metrics[f"redbtc_requests_total{{{labels}}}"] == 1
+    assert metrics['redbtc_refusals_total{code="invalid_json"}'] == 1
+    assert metrics['redbtc_tokens_total{kind="input",source="upstream"}'] == 30
+    assert metrics['redbtc_request_seconds_count{route="/v1/responses"}'] == 1
+    assert metrics["redbtc_ledger_commits_total"] >= 2
+    assert metrics["redbtc_ledger_healthy"] == 1
+    outside = {"x-forwarded-for": "203.0.113.5"}
+    answer = httpx2.get(f"{gateway.url}/metrics", headers=outside, trust_env=False)
+    assert answer.status_code == 403

@@ -1,0 +1,370 @@
+"""Promise 4: limits are exact, and no place is ever leaked. Promise 5: keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+from conftest import MakeGateway
+from gateway import Gateway, wait_until
+from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object, stream
+
+RESPONSE = {"model": "gpt-up", "input": "Hi"}
+
+
+def code(answer: httpx2.Response) -> str:
+    return str(answer.json()["error"]["code"])
+
+
+def in_parallel(
+    gateway: Gateway, key: str, count: int, **body: object
+) -> list[httpx2.Response | Exception]:
+    def one(_: int) -> httpx2.Response | Exception:
+        try:
+            with gateway.client(key) as client:
+                return client.post("/responses", json={**RESPONSE, **body})
+        except httpx2.HTTPError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+async def slowly(request: Received, reply: Reply) -> None:
+    await asyncio.sleep(0.05)
+    await openai_like(request, reply)
+
+
+def test_never_more_than_n_in_flight_and_everyone_gets_a_turn(
+    gateway: Gateway, upstream: Upstream
+) -> None:
+    key = gateway.new_key(concurrency=3)
+    upstream.script = slowly
+    answers = in_parallel(gateway, key, 30)
+    assert [answer.status_code for answer in answers if isinstance(answer, httpx2.Response)] == (
+        [200] * 30
+    )
+    assert upstream.max_in_flight == 3
+    assert gateway.metrics()["redbtc_in_flight"] == 0
+    assert gateway.metrics()["redbtc_queued"] == 0
+
+
+def test_the_limit_over_all_holds_for_many_accounts(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("[limits]\nconcurrency = 4").start()
+    keys = [gateway.new_key(f"account{number}") for number in range(4)]
+    upstream.script = slowly
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda key: in_parallel(gateway, key, 8), keys))
+    statuses = [a.status_code for each in results for a in each if isinstance(a, httpx2.Response)]
+    assert statuses == [200] * 32
+    assert upstream.max_in_flight == 4
+
+
+def test_a_queue_that_is_too_long_is_a_429(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway("[limits]\nqueue_seconds = 0.2").start()
+    key = gateway.new_key(concurrency=1)
+    release = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.wait(release)
+        await openai_like(request, reply)
+
+    upstream.script = script
+    with ThreadPoolExecutor(1) as pool, gateway.client(key) as client:
+        first = pool.submit(client.post, "/responses", json=RESPONSE)
+        wait_until(lambda: upstream.in_flight)
+        started = time.monotonic()
+        with gateway.client(key) as other:
+            refused = other.post("/responses", json=RESPONSE)
+        assert 0.15 < time.monotonic() - started < 2
+        assert (refused.status_code, code(refused)) == (429, "concurrency_limit_exceeded")
+        assert refused.headers["retry-after"] == "1"
+        assert int(refused.headers["retry-after-ms"]) >= 1
+        assert refused.headers["x-ratelimit-limit-concurrency"] == "1"
+        release.set()
+        assert first.result().status_code == 200
+    assert len(gateway.rows()) == 1
+
+
+def test_leaving_the_queue_costs_nothing(gateway: Gateway, upstream: Upstream) -> None:
+    key = gateway.new_key(concurrency=1, requests_per_minute=3)
+    release = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.wait(release)
+        await openai_like(request, reply)
+
+    upstream.script = script
+    with ThreadPoolExecutor(1) as pool, gateway.client(key) as client:
+        first = pool.submit(client.post, "/responses", json=RESPONSE)
+        wait_until(lambda: upstream.in_flight)
+        for _ in range(10):
+            with gateway.client(key, timeout=0.1) as leaver, pytest.raises(httpx2.ReadTimeout):
+                leaver.post("/responses", json=RESPONSE)
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 0)
+        release.set()
+        assert first.result().headers["x-ratelimit-remaining-requests"] == "2"
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+    assert len(upstream.requests) == 2
+
+
+def test_requests_a_minute(gateway: Gateway, upstream: Upstream) -> None:
+    key = gateway.new_key(requests_per_minute=2)
+    with gateway.client(key) as client:
+        first = client.post("/responses", json=RESPONSE)
+        assert first.headers["x-ratelimit-limit-requests"] == "2"
+        assert first.headers["x-ratelimit-remaining-requests"] == "1"
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+        refused = client.post("/responses", json=RESPONSE)
+    assert (refused.status_code, code(refused)) == (429, "rate_limit_exceeded")
+    assert 25 <= int(refused.headers["retry-after"]) <= 30
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert refused.headers["x-ratelimit-reset-requests"].endswith("s")
+    assert len(upstream.requests) == 2
+
+
+def test_tokens_a_minute_are_estimated_and_then_put_right(
+    gateway: Gateway, upstream: Upstream
+) -> None:
+    key = gateway.new_key(tokens_per_minute=1000)
+    usage = {"input_tokens": 300, "output_tokens": 600, "total_tokens": 900}
+    upstream.script = json_answer(response_object(usage=usage))
+    with gateway.client(key) as client:
+        first = client.post("/responses", json=RESPONSE)
+        estimated = int(first.headers["x-ratelimit-remaining-tokens"])
+        assert 980 <= estimated < 1000
+        second = client.post("/responses", json=RESPONSE)
+        assert int(second.headers["x-ratelimit-remaining-tokens"]) < 120
+        refused = client.post("/responses", json=RESPONSE)
+    assert (refused.status_code, code(refused)) == (429, "rate_limit_exceeded")
+    assert refused.headers["x-ratelimit-limit-tokens"] == "1000"
+    assert int(refused.headers["retry-after"]) >= 40
+
+
+def test_changed_limits_hold_from_the_next_request(gateway: Gateway, upstream: Upstream) -> None:
+    key = gateway.new_key(requests_per_minute=1)
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+        assert client.post("/responses", json=RESPONSE).status_code == 429
+        gateway.cli("account", "set", "test", "--requests-per-minute", "0")
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+        gateway.cli("account", "suspend", "test", "--reason", "late")
+        refused = client.post("/responses", json=RESPONSE)
+        assert (refused.status_code, code(refused)) == (403, "account_suspended")
+        gateway.cli("account", "resume", "test")
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+
+
+def test_a_revoked_key_is_refused_on_the_next_request_with_100_in_flight(
+    gateway: Gateway, upstream: Upstream
+) -> None:
+    key = gateway.new_key(concurrency=0)
+    release = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.wait(release)
+        await openai_like(request, reply)
+
+    upstream.script = script
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(in_parallel, gateway, key, 100)
+        wait_until(lambda: upstream.in_flight == 100)
+        (key_id,) = [each["id"] for each in gateway.cli("key", "list", "test")["keys"]]
+        gateway.cli("key", "revoke", key_id)
+        with gateway.client(key) as client:
+            refused = client.post("/responses", json=RESPONSE)
+        assert (refused.status_code, code(refused)) == (401, "invalid_api_key")
+        release.set()
+        answers = running.result()
+    assert all(isinstance(a, httpx2.Response) and a.status_code == 200 for a in answers)
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=RESPONSE).status_code == 401
+    assert len(upstream.requests) == 100
+
+
+def test_every_flaw_of_a_key_has_one_answer(gateway: Gateway, upstream: Upstream) -> None:
+    key = gateway.new_key()
+    expired = gateway.cli("key", "add", "test", "--expires", "2020-01-01")["key"]
+    wrong_sum = key[:-1] + ("a" if key[-1] != "a" else "b")
+    values = [
+        None,
+        "",
+        "Bearer",
+        f"Bearer {wrong_sum}",
+        f"Bearer {expired}",
+        f"Basic {key}",
+        "Bearer sk-other",
+        "Bearer " + "x" * 5000,
+        "Bearer ' OR 1=1 --",
+        f"Bearer {key}x",
+    ]
+    bodies = set()
+    for value in values:
+        headers = {} if value is None else {"authorization": value}
+        answer = httpx2.post(
+            f"{gateway.base_url}/responses", json=RESPONSE, headers=headers, trust_env=False
+        )
+        assert answer.status_code == 401, value
+        bodies.add(answer.content)
+    assert len(bodies) == 1
+    assert json.loads(bodies.pop())["error"]["code"] == "invalid_api_key"
+    assert not upstream.requests
+
+
+def test_rotating_a_key_overlaps(gateway: Gateway) -> None:
+    old = gateway.cli("account", "add", "x") and gateway.cli("key", "add", "x", "--label", "a")
+    kept = gateway.cli("key", "rotate", old["id"], "--overlap", "1h")
+    ended = gateway.cli("key", "rotate", kept["id"], "--overlap", "0")
+    statuses = []
+    for key in (old, kept, ended):
+        with gateway.client(key["key"]) as client:
+            statuses.append(client.get("/models").status_code)
+    assert statuses == [200, 401, 200]
+    assert ended["label"] == "a"
+
+
+def test_ten_thousand_disconnects_leave_no_trace(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Clients leave at random moments: in the queue, before the head, in mid-stream."""
+    settings = '[limits.account]\nconcurrency = 40\n[metering]\non_disconnect = "cancel"'
+    gateway = make_gateway(settings).start()
+    key = gateway.new_key()
+    pieces = [b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'] * 20
+
+    async def script(request: Received, reply: Reply) -> None:
+        await asyncio.sleep(random.random() * 0.02)
+        await stream([*pieces, b"data: [DONE]\n\n"], 0.002)(request, reply)
+
+    upstream.script = script
+    body = json.dumps({"model": "m", "stream": True, "messages": []}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    ).encode()
+
+    async def leave(places: asyncio.Semaphore) -> None:
+        async with places:
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            writer.write((head + body)[: random.choice([len(head) // 2, None, None, None, None])])
+            try:
+                async with asyncio.timeout(random.random() * 0.3):
+                    await reader.read()
+            except (TimeoutError, ConnectionError):
+                pass
+            writer.transport.abort()
+
+    async def storm(count: int) -> None:
+        places = asyncio.Semaphore(80)
+        await asyncio.gather(*(leave(places) for _ in range(count)))
+
+    def settled() -> bool:
+        metrics = gateway.metrics()
+        return metrics["redbtc_in_flight"] == 0 == metrics["redbtc_queued"]
+
+    asyncio.run(storm(1000))  # what is allocated once is allocated now
+    wait_until(settled)
+    wait_until(lambda: upstream.in_flight == 0)
+    files, memory = gateway.open_files(), gateway.rss()
+    asyncio.run(storm(9000))
+    wait_until(settled, 20)
+    wait_until(lambda: upstream.in_flight == 0)
+    assert upstream.max_in_flight <= 40
+    # kept-alive connections to the upstream close after 15 s without use, all others are gone
+    wait_until(lambda: gateway.open_files() <= files + 45, 20)
+    assert gateway.rss() - memory < 8 << 20
+    rows = gateway.rows()
+    left, arrived = len(rows), len(upstream.requests)
+    assert arrived <= left <= arrived + 100, "those cut off on their way are few"
+    outcomes = {row["outcome"] for row in rows}
+    assert outcomes == {"completed", "client_disconnected"}
+    full = threading.Event()  # all 40 places are there, and no more
+
+    async def hold(request: Received, reply: Reply) -> None:
+        if upstream.in_flight == 40:
+            full.set()
+        await reply.wait(full)
+        await slowly(request, reply)
+
+    upstream.script = hold
+    assert len(in_parallel(gateway, key, 60)) == 60
+    assert full.is_set()
+    assert upstream.max_in_flight == 40
+
+
+def leave_in_mid_stream(gateway: Gateway, upstream: Upstream, key: str, seen: bytes) -> None:
+    with gateway.client(key) as client:
+        body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "Hi" * 50}]}
+        with client.stream("POST", "/chat/completions", json=body) as answer:
+            got = b""
+            for part in answer.iter_raw():
+                got += part
+                if seen in got:
+                    break
+    wait_until(lambda: gateway.rows() and gateway.row()["outcome"] != "pending")
+
+
+def chat_event(text: str) -> bytes:
+    return (
+        b'data: {"id":"c","model":"up","choices":[{"delta":{"content":"%s"}}]}\n\n' % text.encode()
+    )
+
+
+USED = b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":5}}\n\n'
+
+
+def test_drain_reads_on_until_the_usage_is_known(gateway: Gateway, upstream: Upstream) -> None:
+    pieces = [*(chat_event("word ") for _ in range(5)), USED, b"data: [DONE]\n\n"]
+    upstream.script = stream(pieces, 0.1)
+    leave_in_mid_stream(gateway, upstream, gateway.new_key(), b"word")
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("client_disconnected", "upstream")
+    assert (row["input_tokens"], row["output_tokens"]) == (11, 5)
+    assert not upstream.requests[0].closed.is_set()
+
+
+@pytest.mark.parametrize(
+    "metering", ['on_disconnect = "cancel"', "drain_seconds = 0.3"], ids=["cancel", "drained out"]
+)
+def test_what_is_cut_off_is_estimated(
+    make_gateway: MakeGateway, upstream: Upstream, metering: str
+) -> None:
+    gateway = make_gateway(f"[metering]\n{metering}").start()
+    upstream.script = stream([chat_event("x" * 40), *[b": wait\n\n"] * 100], 0.05)
+    key = gateway.new_key()
+    leave_in_mid_stream(gateway, upstream, key, b"xxxx")
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("client_disconnected", "estimated")
+    assert row["output_tokens"] == 10
+    assert 25 <= row["input_tokens"] <= 60
+    assert row["model"] == "up"
+    assert upstream.requests[0].closed.wait(5)
+    assert upstream.in_flight == 0
+
+
+def test_a_client_that_leaves_after_the_last_event_has_completed(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """Codex CLI closes 2 ms after response.completed."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(b'data: {"type":"response.completed","response":{"id":"resp_1"}}\n\n')
+        await asyncio.sleep(0.3)
+        await reply.end()
+
+    upstream.script = script
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**RESPONSE, "stream": True}) as answer,
+    ):
+        next(answer.iter_raw())
+    assert gateway.row()["outcome"] == "completed"
