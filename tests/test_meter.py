@@ -1,18 +1,20 @@
-"""The meter finds the usage whatever way the bytes are cut, believes no fake, and changes nothing."""
+"""The meter finds the usage however the bytes are cut, believes no fake, changes nothing."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
 from typing import Any
 
 import pytest
-import redbtc_proxy as proxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from upstream import CHAT_USAGE, RESPONSE_USAGE, chat_chunk, response_object
+
+import redbtc_proxy as proxy
 from redbtc_ledger import Usage
 from redbtc_proxy import KEEP, JSONMeter, Meter, Skeleton, StreamMeter, decode_answer
-from upstream import CHAT_USAGE, RESPONSE_USAGE, chat_chunk, response_object
 
 FAKE = '{"usage":{"input_tokens":666,"output_tokens":666,"prompt_tokens":666}}'
 CHAT_USED = Usage(20, 8, 2, 7, 3)
@@ -27,7 +29,7 @@ def cut(whole: bytes, places: list[int]) -> list[bytes]:
     if places == EACH_BYTE:
         return [whole[at : at + 1] for at in range(len(whole))]
     edges = sorted({0, len(whole), *(place % (len(whole) + 1) for place in places)})
-    return [whole[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [whole[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def run(meter: Meter, pieces: list[bytes]) -> tuple[bytes, bytes]:
