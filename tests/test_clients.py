@@ -1,0 +1,338 @@
+"""Real clients: the OpenAI SDKs for Python and Node, Codex CLI, curl, nginx in front."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from conftest import NODE_MODULES, MakeGateway, needs
+from gateway import ROOT, Gateway, free_port, wait_until
+from upstream import Received, Reply, Upstream, event, json_answer, response_object, stream
+
+
+@pytest.fixture
+def demo(make_gateway: MakeGateway) -> Gateway:
+    return make_gateway().start("--demo")
+
+
+@pytest.fixture
+def sdk(demo: Gateway) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=demo.base_url, api_key=demo.new_key(), max_retries=0) as client:
+        yield client
+
+
+HELLO: Any = [{"role": "user", "content": "Hello there, gateway!"}]
+
+
+def test_python_sdk_chat(sdk: openai.OpenAI, demo: Gateway) -> None:
+    whole = sdk.chat.completions.create(model="redbtc-demo", messages=HELLO)
+    chunks = list(sdk.chat.completions.create(model="redbtc-demo", messages=HELLO, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    assert "Hello there, gateway!" in text
+    assert all(chunk.choices for chunk in chunks), "no chunk that was not asked for"
+    plain, streamed = demo.rows()
+    assert whole.usage is not None
+    for row in (plain, streamed):
+        assert row["outcome"] == "completed"
+        assert row["usage_source"] == "upstream"
+        assert row["input_tokens"] == whole.usage.prompt_tokens == 5
+        assert row["output_tokens"] == whole.usage.completion_tokens
+        assert row["model"] == "redbtc-demo"
+
+
+def test_python_sdk_responses(sdk: openai.OpenAI, demo: Gateway) -> None:
+    whole = sdk.responses.create(model="redbtc-demo", input="Hello")
+    with sdk.responses.stream(model="redbtc-demo", input="Hello") as events:
+        names = [each.type for each in events]
+        final = events.get_final_response()
+    assert final.output_text == whole.output_text
+    assert names[0] == "response.created"
+    assert names[-1] == "response.completed"
+    assert whole.usage is not None
+    assert final.usage is not None
+    used = (whole.usage.input_tokens, whole.usage.output_tokens)
+    assert used == (final.usage.input_tokens, final.usage.output_tokens)
+    assert [(row["input_tokens"], row["output_tokens"]) for row in demo.rows()] == [used, used]
+    assert [row["response_id"] for row in demo.rows()] == [whole.id, final.id]
+
+
+def test_python_sdk_images(sdk: openai.OpenAI, demo: Gateway) -> None:
+    image = sdk.images.generate(model="redbtc-demo-image", prompt="a small square")
+    edited = sdk.images.edit(
+        model="redbtc-demo-image", image=[("a.png", b"\x89PNG")], prompt="a red square"
+    )
+    assert image.data
+    assert edited.data
+    assert image.usage is not None
+    assert [row["endpoint"] for row in demo.rows()] == [
+        "/v1/images/generations",
+        "/v1/images/edits",
+    ]
+    assert demo.rows()[0]["output_tokens"] == image.usage.output_tokens
+    assert {row["requested_model"] for row in demo.rows()} == {"redbtc-demo-image"}
+
+
+def test_python_sdk_models_and_errors(sdk: openai.OpenAI, demo: Gateway) -> None:
+    assert [model.id for model in sdk.models.list()] == ["redbtc-demo", "redbtc-demo-image"]
+    assert sdk.models.retrieve("redbtc-demo").owned_by == "redbtc"
+    with pytest.raises(openai.AuthenticationError):
+        sdk.with_options(api_key="sk-no").models.list()
+    with pytest.raises(openai.BadRequestError) as refused:
+        sdk.responses.create(model="redbtc-demo", input="x", previous_response_id="resp_1")
+    assert refused.value.param == "previous_response_id"
+    with pytest.raises(openai.NotFoundError):
+        sdk.files.list()
+    demo.api("PATCH", "/accounts/test", {"requests_per_minute": 1})
+    sdk.responses.create(model="redbtc-demo", input="x")
+    with pytest.raises(openai.RateLimitError):
+        sdk.responses.create(model="redbtc-demo", input="x")
+
+
+NODE_SCRIPT = """
+import OpenAI, { toFile } from 'openai';
+const client = new OpenAI({ baseURL: process.argv[2], apiKey: process.argv[3], maxRetries: 0 });
+const messages = [{ role: 'user', content: 'Hello there, gateway!' }];
+const whole = await client.chat.completions.create({ model: 'redbtc-demo', messages });
+let text = '';
+for await (const chunk of await client.chat.completions.create(
+  { model: 'redbtc-demo', messages, stream: true })) text += chunk.choices[0].delta.content ?? '';
+const streamed = client.responses.stream({ model: 'redbtc-demo', input: 'Hello' });
+const final = await streamed.finalResponse();
+const image = await client.images.edit({ model: 'redbtc-demo-image', prompt: 'a square',
+  image: await toFile(Buffer.alloc(100000, 'model'), 'a.png', { type: 'image/png' }) });
+let status = 0;
+try { await client.files.list(); } catch (error) { status = error.status; }
+console.log(JSON.stringify({ same: text === whole.choices[0].message.content,
+  chat: whole.usage, response: final.usage, image: image.usage, status }));
+"""
+
+
+def test_node_sdk(demo: Gateway, tmp_path: Path) -> None:
+    node = needs("node")
+    if not (NODE_MODULES / "openai").exists():
+        needs("the openai package from npm")
+    script = NODE_MODULES / "turn.mjs"
+    script.write_text(NODE_SCRIPT)
+    done = subprocess.run(
+        [node, script, demo.base_url, demo.new_key()], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["same"]
+    assert said["status"] == 404
+    rows = demo.rows()
+    assert [row["outcome"] for row in rows] == ["completed"] * 4
+    assert rows[0]["input_tokens"] == rows[1]["input_tokens"] == said["chat"]["prompt_tokens"]
+    assert rows[2]["output_tokens"] == said["response"]["output_tokens"]
+    assert rows[3]["output_tokens"] == said["image"]["output_tokens"]
+    assert rows[3]["requested_model"] == "redbtc-demo-image", "found after the file"
+
+
+def codex(gateway: Gateway, key: str, home: Path, prompt: str) -> list[dict[str, Any]]:
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'model = "gpt-5.5"\nmodel_provider = "gw"\n[model_providers.gw]\nname = "Gateway"\n'
+        f'base_url = "{gateway.base_url}"\nenv_key = "GW_API_KEY"\nwire_api = "responses"\n'
+    )
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "CODEX_HOME": str(home)}
+    done = subprocess.run(
+        [needs("codex"), "exec", "--skip-git-repo-check", "--json", prompt],
+        env={**env, "GW_API_KEY": key},
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_codex_cli_turn_with_a_tool_call(
+    gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path
+) -> None:
+    """Its own sum of what the turn used is the ledger's."""
+    call = {
+        "id": "fc_1",
+        "type": "function_call",
+        "status": "completed",
+        "call_id": "call_1",
+        "name": "exec_command",
+        "arguments": json.dumps({"cmd": "echo from-the-tool"}),
+    }
+    message = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [{"type": "output_text", "text": "All done.", "annotations": []}],
+    }
+
+    async def script(request: Received, reply: Reply) -> None:
+        items = request.json()["input"]
+        answered = any(item.get("type") == "function_call_output" for item in items)
+        item = message if answered else call
+        used = {
+            "input_tokens": 1200 if answered else 1000,
+            "input_tokens_details": {"cached_tokens": 1024 if answered else 0},
+            "output_tokens": 30 if answered else 20,
+            "output_tokens_details": {"reasoning_tokens": 8},
+            "total_tokens": 0,
+        }
+        last = response_object("gpt-5.5", used, id=f"resp_{len(items)}", output=[item])
+        begun = response_object("gpt-5.5", None, "in_progress", id=last["id"], output=[])
+        events = [
+            {"type": "response.created", "response": begun},
+            {"type": "response.output_item.added", "output_index": 0, "item": item},
+            {"type": "response.output_item.done", "output_index": 0, "item": item},
+            {"type": "response.completed", "response": last},
+        ]
+        await stream([event(each, str(each["type"])) for each in events], 0.01)(request, reply)
+
+    upstream.script = script
+    said = codex(gateway, key, tmp_path / "codex", "use a tool")
+    (used,) = [line["usage"] for line in said if line["type"] == "turn.completed"]
+    rows = gateway.rows()
+    assert [row["outcome"] for row in rows] == ["completed"] * len(rows)
+    assert len(rows) == 2
+    for theirs, ours in {
+        "input_tokens": "input_tokens",
+        "cached_input_tokens": "cached_input_tokens",
+        "output_tokens": "output_tokens",
+        "reasoning_output_tokens": "reasoning_tokens",
+    }.items():
+        assert used[theirs] == sum(row[ours] for row in rows), theirs
+    assert b"from-the-tool" in upstream.requests[-1].body
+    received = upstream.requests[0]
+    assert received.header("originator") == "codex_exec"
+    assert received.header("x-codex-turn-metadata")
+
+
+def test_codex_cli_waits_for_a_rate_limit(gateway: Gateway, tmp_path: Path) -> None:
+    """It gives up on a 429 without whole seconds of retry-after."""
+    key = gateway.new_key(requests_per_minute=60)
+    with gateway.client(key) as client:
+        for _ in range(60):
+            client.post("/responses", json={"model": "m", "input": "x"})
+    started = time.monotonic()
+    said = codex(gateway, key, tmp_path / "codex", "hello")
+    assert said[-1]["type"] == "turn.completed"
+    assert time.monotonic() - started >= 0.5
+
+
+NGINX = """
+daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
+events {{ worker_connections 512; }}
+http {{
+  access_log off; client_max_body_size 100m;
+  client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4;
+  scgi_temp_path t5;
+  upstream gateway {{ server 127.0.0.1:{gateway}; keepalive 32; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location = /metrics {{ return 404; }}
+    location / {{
+      proxy_pass http://gateway;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host $host;
+      proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+      proxy_set_header X-Forwarded-Proto $scheme;
+      proxy_buffering off;
+      proxy_request_buffering off;
+      proxy_read_timeout 3600s;
+      proxy_send_timeout 3600s;
+    }}
+  }}
+}}
+"""
+
+
+def test_nginx_in_front(gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path) -> None:
+    port = free_port()
+    folder = tmp_path / "nginx"
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(NGINX.format(gateway=gateway.port, port=port))
+    nginx = subprocess.Popen(
+        [needs("nginx"), "-p", folder, "-c", "nginx.conf"], stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}"
+
+    def up() -> bool:
+        try:
+            return httpx2.get(f"{url}/healthz", trust_env=False).status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    arrived = threading.Event()
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(b'data: {"type":"response.created"}\n\n')
+        await reply.wait(arrived)
+        await reply.send(b'data: {"type":"response.completed"}\n\n')
+        await reply.end()
+
+    try:
+        wait_until(up)
+        upstream.script = script
+        headers = {"authorization": f"Bearer {key}"}
+        body = {"model": "m", "input": "x", "stream": True}
+        with httpx2.stream(
+            "POST", f"{url}/v1/responses", json=body, headers=headers, trust_env=False
+        ) as answer:
+            parts = answer.iter_raw()
+            assert b"created" in next(parts), "the first event passes at once"
+            arrived.set()
+            assert b"completed" in b"".join(parts)
+        assert gateway.row()["outcome"] == "completed"
+        upstream.script = json_answer(response_object())
+        for _ in range(100):
+            answer = httpx2.post(
+                f"{url}/v1/responses",
+                json={"model": "m", "input": "x"},
+                headers=headers,
+                trust_env=False,
+            )
+            assert answer.status_code == 200
+        assert httpx2.get(f"{url}/metrics", trust_env=False).status_code == 404
+    finally:
+        nginx.terminate()
+        nginx.wait()
+
+
+def test_the_first_run_prints_curl_commands_that_answer(make_gateway: MakeGateway) -> None:
+    """What `make run` starts: the printed commands, plain and streamed, pasted into a shell."""
+    needs("curl")
+    gateway = make_gateway().start("--demo", "--first-run")
+    wait_until(lambda: gateway.log().count("curl ") == 2)
+    assert f"Base URL   {gateway.base_url}" in gateway.log()
+    plain, streamed = re.findall(r"^curl .*$", gateway.log(), re.MULTILINE)
+    for command, mark in ((plain, '"usage"'), (streamed, "data: [DONE]")):
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        assert mark in done.stdout
+        assert "Say" in done.stdout
+    assert [row["account"] for row in gateway.rows()] == ["first", "first"]
+    assert gateway.terminate() == 0
+    before = len(gateway.log())
+    gateway.start("--demo", "--first-run")
+    wait_until(lambda: "Base URL" in gateway.log()[before:])
+    assert "sk-redbtc-" not in gateway.log()[before:], "a key is shown once"
+
+
+def test_make_lists_its_targets() -> None:
+    done = subprocess.run([needs("make")], cwd=ROOT, capture_output=True, text=True)
+    for target in ("run", "test", "lint", "bench", "clean"):
+        assert f"make {target}" in done.stdout
