@@ -157,6 +157,7 @@ async def respond(
 MAX_HEAD_BYTES = 64 << 10  # OpenAI asks for less than 64 KiB of headers
 MAX_HEADERS = 200
 HEAD_SECONDS = 30
+LINGER_SECONDS = 1
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.6.2
 BAD_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 §5.5
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
@@ -169,6 +170,7 @@ class HTTPProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _refusal = "invalid_http"
+    _lingers = False  # refused: what still comes is read and thrown away
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -183,6 +185,8 @@ class HTTPProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
+        if self._lingers:
+            return
         if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
         super().data_received(data)
@@ -214,7 +218,8 @@ class HTTPProtocol(HttpToolsProtocol):
             b"content-length: %d\r\nconnection: close\r\n\r\n%s"
             % (refusal.status, reason, new_request_id().encode(), len(body), body)
         )
-        self.transport.close()
+        self._lingers = True  # closing on unread bytes would reset the connection under the answer
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
 def check_head(scope: Scope) -> None:
@@ -285,10 +290,11 @@ class Guard:
 
     @staticmethod
     def _headers(scope: Scope, refusal: Refusal) -> Headers:
-        """Close what can't be read on: a client that still waits to be told to send its body, or
-        one whose body is too long or too late. Others are read on and may use the connection."""
+        """Close what can't be read on: a client that still waits to be told to send its body, one
+        whose body is too late, or whose framing is in doubt. Of others the rest is read and thrown
+        away, so that they see the answer, and may use the connection again."""
         waits = any(name == b"expect" for name, _ in scope["headers"])
-        if waits or refusal.status in (400, 408, 413):
+        if waits or refusal.code in ("invalid_http", "headers_too_large", "request_timeout"):
             return [*refusal.headers, (b"connection", b"close")]
         return refusal.headers
 
