@@ -369,7 +369,10 @@ class Context:
 
 
 def _content(status: int, body: bytes) -> Any:
-    content = orjson.loads(body)
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise LedgerError(f"the gateway answered {status}; see its log") from None
     if status >= 400:
         raise LedgerError(content["error"]["message"])
     return content

@@ -33,7 +33,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
-from urllib.parse import quote
 
 import click
 import httpx2
@@ -702,8 +701,12 @@ class Limits:
             yield admission
 
     def _holds(self, key: Key, limits: ledger.Limits) -> list[Hold]:
-        of_key = self._keys.setdefault(key.id, Limited("this key"))
-        of_account = self._accounts.setdefault(key.account_id, Limited("this account"))
+        of_key = self._keys.get(key.id)
+        if of_key is None:
+            of_key = self._keys[key.id] = Limited("this key")
+        of_account = self._accounts.get(key.account_id)
+        if of_account is None:
+            of_account = self._accounts[key.account_id] = Limited("this account")
         usual = limits.account
         return [
             Hold(
@@ -945,7 +948,10 @@ class Report:
         self.service_tier = _name(said.service_tier) or self.service_tier
         self.usage = read_usage(said.usage, said.tool_usage, self._images) or self.usage
         self.failed = self.failed or bool(
-            said.error or answer.error or said.status == "failed" or answer.type == "error"
+            said.error
+            or answer.error
+            or said.status == "failed"
+            or answer.type in ("error", "response.failed")
         )
 
 
@@ -1589,7 +1595,8 @@ class Exchange:
     async def _send_head(self, response: httpx2.Response) -> None:
         headers = headers_for_client(response)
         content_type = response.headers.get("content-type", "").lower()
-        if content_type.startswith("text/event-stream"):
+        encoding = response.headers.get("content-encoding", "identity")
+        if content_type.startswith("text/event-stream") and encoding == "identity":
             self._meter = StreamMeter(
                 images=self._route.images,
                 chat=self._route.chat,
@@ -1690,6 +1697,7 @@ class Exchange:
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────
 
 FOREVER = 1e9  # seconds
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 
 
 class MeteredRoute:
@@ -1808,10 +1816,12 @@ class Gateway:
         scope["where"] = "/v1/models/{id}"
         key = self.enter(scope)
         name = scope["path_params"]["model"]
+        if not MODEL_NAME.fullmatch(name):  # '../files' must not reach the upstream
+            raise Refusal("model_not_found", param="model")
         upstream = choose(self.upstreams, name)[0]
         async with self.limits.admit(key, 0, self.settings.limits):
             try:
-                status, body = await upstream.fetch("/models/" + quote(name, safe="/"))
+                status, body = await upstream.fetch(f"/models/{name}")
             except TimeoutError:
                 raise Refusal("upstream_timeout") from None
             except httpx2.HTTPError:

@@ -239,6 +239,15 @@ def test_bodies_that_are_refused(
     assert not gateway.rows()
 
 
+@pytest.mark.parametrize("name", ["../files", "a/../../files", "..%2ffiles", "a%3fb", "a%0d%0ab"])
+def test_a_models_name_is_no_way_to_other_paths(
+    gateway: Gateway, upstream: Upstream, key: str, name: str
+) -> None:
+    head = f"GET /v1/models/{name} HTTP/1.1\nHost: a\nAuthorization: Bearer {key}"
+    assert gateway.raw(request(head)).startswith(b"HTTP/1.1 404 ")
+    assert not upstream.requests
+
+
 def test_nulls_are_no_references(gateway: Gateway, upstream: Upstream, key: str) -> None:
     body = {**RESPONSE, "previous_response_id": None, "conversation": None, "background": False}
     with gateway.client(key) as client:
