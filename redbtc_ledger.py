@@ -211,6 +211,7 @@ class Settings(Table, frozen=True):
 
 # Accepted now, used by what is still to come; `check` says so for each that a file sets.
 WITHOUT_EFFECT = (
+    "server.public_url",
     "billing.price_notice_days",
     "billing.terms_notice_days",
     "billing.default_credit_limit",

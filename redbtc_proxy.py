@@ -1550,6 +1550,14 @@ class Exchange:
         except ledger.LedgerUnavailable:
             self._admission.put_back()
             raise Refusal("ledger_unavailable") from None
+        if self._clock.client_left:
+            await self._forget()
+
+    async def _forget(self) -> None:
+        """The client left before anything was sent: nothing was used. Raises ClientLeft."""
+        self._admission.put_back()
+        await ledger.forget(self._gateway.store, self._row)
+        raise ClientLeft
 
     async def _forward(self, body: bytes, upstreams: list[Upstream]) -> None:
         metering = self._settings.metering
@@ -1656,9 +1664,7 @@ class Exchange:
         if self._settled:
             return
         if self._clock.client_left and not self._body.left:
-            self._admission.put_back()
-            await ledger.forget(self._gateway.store, self._row)
-            raise ClientLeft
+            await self._forget()
         if self._clock.client_left or self._waits_for_client:
             await self._settle("client_disconnected")
             return
@@ -1684,7 +1690,7 @@ class Exchange:
             output = math.ceil(report.text_bytes / BYTES_A_TOKEN)
             row.usage = Usage(input_tokens=self._input_estimate, output_tokens=output)
             row.usage_source = "estimated"
-        if row.usage_source != "none":
+        if row.usage_source != "none" or outcome == "upstream_error":
             self._admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
         self._settled = True
         await ledger.settle(self._gateway.store, row)

@@ -154,6 +154,20 @@ def test_a_locked_database_is_a_503_and_recovers_by_itself(
     wait_until(lambda: gateway.log().count("ledger recovered") == 1)
 
 
+def test_a_client_that_leaves_while_its_row_is_begun_costs_nothing(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    lock = sqlite3.connect(gateway.database, isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    with gateway.client(key, timeout=0.2) as client, pytest.raises(httpx2.ReadTimeout):
+        client.post("/responses", json=RESPONSE)
+    lock.execute("ROLLBACK")
+    lock.close()
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    assert gateway.rows() == []
+    assert not upstream.requests
+
+
 def fill(file: Path) -> None:
     with file.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
         while True:

@@ -13,7 +13,11 @@ import httpx2
 import pytest
 from conftest import MakeGateway
 from gateway import Gateway, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object, stream
+
+from redbtc_proxy import Places
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 
@@ -53,6 +57,38 @@ def test_never_more_than_n_in_flight_and_everyone_gets_a_turn(
     assert upstream.max_in_flight == 3
     assert gateway.metrics()["redbtc_in_flight"] == 0
     assert gateway.metrics()["redbtc_queued"] == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 3), st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=30))
+def test_places_are_given_in_turn_and_given_back(
+    limit: int, visits: list[tuple[bool, int]]
+) -> None:
+    """Visitors stay some turns of the loop; some give up after as many."""
+    order: list[int] = []
+
+    async def visit(places: Places, number: int, patient: bool, turns: int) -> None:
+        if not places.take_now(limit):
+            async with asyncio.timeout(None if patient else turns / 10_000):
+                await places.take_in_turn()
+        try:
+            order.append(number)
+            assert not limit or places.taken <= limit
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        finally:
+            places.give_back()
+
+    async def all_visits() -> Places:
+        places = Places()
+        tasks = [visit(places, number, *each) for number, each in enumerate(visits)]
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert result is None or isinstance(result, TimeoutError), result
+        return places
+
+    assert asyncio.run(all_visits()).taken == 0
+    assert order == sorted(order), "in the order of asking"
+    assert {n for n, (patient, _) in enumerate(visits) if patient} <= set(order)
 
 
 def test_the_limit_over_all_holds_for_many_accounts(
