@@ -681,16 +681,17 @@ async def welcome(store: Store, base_url: str, demo: bool) -> str:
     """What a newcomer needs: with no account yet, a first one and its key, shown this once."""
     accounts = Accounts(store)
     none: dict[str, int | None] = dict.fromkeys(ledger.LIMITS)
+    command = f"{os.path.relpath(sys.executable)} {os.path.relpath(sys.argv[0])}"
     key = "$REDBTC_API_KEY"
-    about_key = "Your API key was shown at the first start; `key add first` makes another."
+    about_key = f"Your API key was shown at the first start. Another:  {command} key add first"
     if not await accounts.all():
         await accounts.add(FIRST_ACCOUNT, None, none)
         key = (await accounts.add_key(FIRST_ACCOUNT, "first run", None, none))["key"]
         about_key = f"API key    {key}   (shown this once: store it now)"
     model = "redbtc-demo" if demo else "gpt-5.4-mini"
     chat = f'{{"model":"{model}","messages":[{{"role":"user","content":"Say hello."}}]'
-    command = f'curl {base_url}/chat/completions -H "Authorization: Bearer {key}"'
-    command += ' -H "Content-Type: application/json"'
+    curl = f'curl {base_url}/chat/completions -H "Authorization: Bearer {key}"'
+    curl += ' -H "Content-Type: application/json"'
     upstream = (
         "a demonstration upstream: no model is behind it. Set OPENAI_API_KEY for OpenAI."
         if demo
@@ -704,11 +705,11 @@ Base URL   {base_url}
 
 Try it, plain and streamed:
 
-{command} -d '{chat}}}'
+{curl} -d '{chat}}}'
 
-{command} -N -d '{chat},"stream":true}}'
+{curl} -N -d '{chat},"stream":true}}'
 
-What was used:  python redbtc_proxy.py usage
+What was used:  {command} usage
 """
 
 

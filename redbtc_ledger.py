@@ -209,7 +209,7 @@ class Settings(Table, frozen=True):
     metrics: Metrics = Metrics()
 
 
-# Accepted now, used by what is still to come; `check` says so for each that a file sets.
+# Accepted now, used by what is still to come; `check` says so for each that is not at its default.
 WITHOUT_EFFECT = (
     "server.public_url",
     "billing.price_notice_days",
@@ -259,7 +259,7 @@ def load_settings(path: str | None) -> Loaded:
         settings = parse_settings(tables)
     except SettingsError as error:
         raise SettingsError(f"{file}: {error}") from None
-    unused = [key for key in WITHOUT_EFFECT if _is_set(tables, key)]
+    unused = [key for key in WITHOUT_EFFECT if _value(settings, key) != _value(Settings(), key)]
     return Loaded(settings, file, file.parent, unused)
 
 
@@ -294,13 +294,12 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _is_set(tables: Any, key: str) -> bool:
+def _value(settings: Any, key: str) -> Any:
     first, _, rest = key.partition(".")
-    if isinstance(tables, list):
-        return any(_is_set(table, key) for table in tables)
-    if not isinstance(tables, dict) or first not in tables:
-        return False
-    return not rest or _is_set(tables[first], rest)
+    value = getattr(settings, first)
+    if isinstance(value, tuple) and rest:
+        return {_value(table, rest) for table in value}
+    return _value(value, rest) if rest else value
 
 
 def _explain(message: str, tables: Mapping[str, Any]) -> str:
