@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import sqlite3
+import sys
 import time
 import tomllib
 import zlib
@@ -30,6 +31,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 HERE = Path(__file__).resolve().parent
+INSTALLED = Path(sys.prefix) / "share" / "redbtc-proxy"  # where the package puts schema.sql
 
 
 class LedgerError(Exception):
@@ -362,6 +364,12 @@ class Entry(NamedTuple):
     insist: bool
 
 
+def schema() -> str:
+    """The text of schema.sql, beside this file or where the package was installed."""
+    folder = HERE if (HERE / "schema.sql").exists() else INSTALLED
+    return (folder / "schema.sql").read_text(encoding="utf-8")
+
+
 def migrations(text: str) -> dict[int, str]:
     """The sections of schema.sql by the version that each brings the database to."""
     parts = SECTION.split(text)
@@ -438,7 +446,7 @@ class Store:
 
     async def _migrate(self) -> None:
         version = await self._value("PRAGMA user_version")
-        sections = migrations((HERE / "schema.sql").read_text(encoding="utf-8"))
+        sections = migrations(schema())
         if version > max(sections):
             raise LedgerError(
                 f"{self.path} was written by a newer version of this program (schema {version}; "
@@ -983,6 +991,6 @@ def check_file(path: Path) -> list[str]:
     wrong = [f"{path}: {line}" for (line,) in rows if line != "ok"]
     if marked != APPLICATION_ID:
         wrong.append(f"{path}: a database of another program")
-    elif version > max(migrations((HERE / "schema.sql").read_text(encoding="utf-8"))):
+    elif version > max(migrations(schema())):
         wrong.append(f"{path}: written by a newer version of this program (schema {version})")
     return wrong

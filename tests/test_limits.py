@@ -367,6 +367,22 @@ def test_drain_reads_on_until_the_usage_is_known(gateway: Gateway, upstream: Ups
     assert not upstream.requests[0].closed.is_set()
 
 
+def test_a_client_that_leaves_before_the_head_is_drained_too(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def script(request: Received, reply: Reply) -> None:
+        await asyncio.sleep(0.5)
+        await openai_like(request, reply)
+
+    upstream.script = script
+    with gateway.client(key, timeout=0.1) as client, pytest.raises(httpx2.ReadTimeout):
+        client.post("/responses", json=RESPONSE)
+    wait_until(lambda: gateway.row()["outcome"] != "pending")
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("client_disconnected", "upstream")
+    assert row["input_tokens"] == 30
+
+
 @pytest.mark.parametrize(
     "metering", ['on_disconnect = "cancel"', "drain_seconds = 0.3"], ids=["cancel", "drained out"]
 )
