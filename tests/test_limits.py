@@ -130,6 +130,22 @@ def test_a_queue_that_is_too_long_is_a_429(make_gateway: MakeGateway, upstream: 
     assert len(gateway.rows()) == 1
 
 
+def test_a_keys_own_limits_hold_beside_its_accounts(gateway: Gateway, upstream: Upstream) -> None:
+    other = gateway.new_key(concurrency=5)
+    narrow = gateway.cli("key", "add", "test", "--concurrency", "2")["key"]
+    slow = gateway.cli("key", "add", "test", "--requests-per-minute", "1")["key"]
+    upstream.script = slowly
+    assert len(in_parallel(gateway, narrow, 10)) == 10
+    assert upstream.max_in_flight == 2
+    assert len(in_parallel(gateway, other, 20)) == 20
+    assert upstream.max_in_flight == 5
+    with gateway.client(slow) as client:
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+        assert code(client.post("/responses", json=RESPONSE)) == "rate_limit_exceeded"
+    with gateway.client(other) as client:
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+
+
 def test_leaving_the_queue_costs_nothing(gateway: Gateway, upstream: Upstream) -> None:
     key = gateway.new_key(concurrency=1, requests_per_minute=3)
     release = threading.Event()
