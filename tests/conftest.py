@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,17 +44,22 @@ MakeGateway = Callable[..., Gateway]
 
 @pytest.fixture
 def make_gateway(tmp_path: Path, upstream: Upstream) -> Iterator[MakeGateway]:
-    """Makes gateways; each is not yet started."""
-    made: list[Gateway] = []
+    """Makes gateways; each is not yet started. All are closed at the end, and each fails the test
+    that died by itself or wrote a traceback."""
+    made = 0
+    with ExitStack() as closing:
 
-    def make(settings: str = "", upstream_settings: str = "", **env: str) -> Gateway:
-        folder = tmp_path / f"gateway{len(made)}"
-        made.append(Gateway(folder, upstream.url, settings, upstream_settings, **env))
-        return made[-1]
+        def make(
+            settings: str | Mapping[str, Any] = "", upstream_settings: str = "", **env: str
+        ) -> Gateway:
+            nonlocal made
+            folder = tmp_path / f"gateway{made}"
+            made += 1
+            gateway = Gateway(folder, upstream.url, settings, upstream_settings, **env)
+            closing.callback(gateway.close)
+            return gateway
 
-    yield make
-    for gateway in made:
-        gateway.close()
+        yield make
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM_KEY = "sk-upstream-canary-0123456789"
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10, why: str = "") -> None:
+def wait_until(
+    condition: Callable[[], Any], seconds: float = 10, why: str | Callable[[], str] = ""
+) -> None:
+    """`why` is shown where it does not come to hold; as a function, what it says then."""
     patience = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < patience, f"waited {seconds} s in vain {why}"
+        if time.monotonic() > patience:
+            said = why if isinstance(why, str) else why()
+            raise AssertionError(f"waited {seconds} s in vain {said}")
         time.sleep(0.005)
 
 
@@ -33,14 +38,29 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def toml(tables: Mapping[str, Any], path: str = "") -> str:
+    """TOML text of nested dicts; a list of dicts is an array of tables."""
+    plain, nested = [], []
+    for name, value in tables.items():
+        where = f"{path}.{name}" if path else name
+        if isinstance(value, Mapping):
+            nested.append(f"[{where}]\n{toml(value, where)}")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            nested += [f"[[{where}]]\n{toml(each, where)}" for each in value]
+        else:
+            plain.append(f"{name} = {json.dumps(value)}\n")
+    return "".join(plain + nested)
+
+
 class Gateway:
-    """`settings` is TOML text put before the upstream's table; `upstream_settings` goes into it."""
+    """`settings` is TOML text put before the upstream's table, or the same as nested dicts;
+    `upstream_settings` goes into that table. `env` is added to the environment."""
 
     def __init__(
         self,
         folder: Path,
         upstream_url: str,
-        settings: str = "",
+        settings: str | Mapping[str, Any] = "",
         upstream_settings: str = "",
         **env: str,
     ) -> None:
@@ -59,7 +79,10 @@ class Gateway:
         self.expected_dead = False
         self.configure(settings)
 
-    def configure(self, settings: str = "") -> None:
+    def configure(self, settings: str | Mapping[str, Any] = "") -> None:
+        """Write the settings file; a running gateway reads it at SIGHUP."""
+        if not isinstance(settings, str):
+            settings = toml(settings)
         if "[server]" not in settings:
             settings = f"[server]\n{settings}"
         settings = settings.replace("[server]", f"[server]\nport = {self.port}", 1)
@@ -94,7 +117,7 @@ class Gateway:
             )
         self.expected_dead = False
         if wait:
-            wait_until(self._answers, 20, f"for the gateway to start: {self.log()}")
+            wait_until(self._answers, 15, lambda: f"for the gateway to start: {self.log()}")
         return self
 
     def _answers(self) -> bool:
@@ -122,11 +145,19 @@ class Gateway:
         self.process.kill()
         self.process.wait()
 
-    def terminate(self, seconds: float = 20) -> int:
+    def terminate(self, wait: bool = True, seconds: float = 20) -> int | None:
+        """Its exit status, or None where it is not waited for."""
         assert self.process is not None
         self.expected_dead = True
         self.process.terminate()
-        return self.process.wait(seconds)
+        return self.process.wait(seconds) if wait else None
+
+    def restart(self) -> Gateway:
+        """End it as an operator would, if it runs, and start it again."""
+        if self.alive():
+            status = self.terminate()
+            assert status == 0, f"exit status {status}: {self.log()}"
+        return self.start()
 
     def close(self) -> None:
         """End it, after making sure that it had not ended by itself."""
@@ -156,29 +187,44 @@ class Gateway:
             cwd=self.folder,
         )
 
-    def cli(self, *arguments: str) -> Any:
+    def cli(self, *arguments: str, check: bool = True) -> Any:
+        """What a command prints with --json; without `check` the CompletedProcess."""
         done = self.run(*arguments, "--json")
+        if not check:
+            return done
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def api(self, method: str, path: str, body: Any = None) -> Any:
+    def api(self, method: str, path: str, body: Any = None, **query: str | int) -> Any:
         """Call the running gateway's admin API directly: what commands do, without their start."""
         transport = httpx2.HTTPTransport(uds=f"{self.database}.sock")
         with httpx2.Client(transport=transport, base_url="http://gateway", timeout=60) as client:
-            answer = client.request(method, f"/admin/v1{path}", json=body)
+            answer = client.request(method, f"/admin/v1{path}", json=body, params=query)
             assert answer.status_code < 400, answer.text
             return answer.json()
 
     def new_key(self, account: str = "test", **limits: int) -> str:
         """A key of an account, which is made with these limits if it is not there yet."""
+        if not self.alive():
+            return self._new_key_offline(account, limits)
         names = [each["name"] for each in self.api("GET", "/accounts")["accounts"]]
         if account not in names:
             self.api("POST", "/accounts", {"name": account, **limits})
         return str(self.api("POST", f"/accounts/{account}/keys")["key"])
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The ledger, of a running gateway or of a stopped one."""
-        found = self.api("GET", "/requests") if self.alive() else self.cli("usage")
+    def _new_key_offline(self, account: str, limits: dict[str, int]) -> str:
+        if account not in [each["name"] for each in self.cli("account", "list")["accounts"]]:
+            options = [f"--{name.replace('_', '-')}={value}" for name, value in limits.items()]
+            self.cli("account", "add", account, *options)
+        return str(self.cli("key", "add", account)["key"])
+
+    def rows(self, **filters: str | int) -> list[dict[str, Any]]:
+        """The ledger, of a running gateway or of a stopped one. Filters are the options of `usage`
+        that narrow it: account, key, model, since, until, limit."""
+        if self.alive():
+            found = self.api("GET", "/requests", **filters)
+        else:
+            found = self.cli("usage", *[f"--{name}={value}" for name, value in filters.items()])
         rows: list[dict[str, Any]] = found["requests"]
         return rows
 
@@ -198,17 +244,19 @@ class Gateway:
         headers = {"authorization": f"Bearer {key}"}
         return httpx2.Client(base_url=self.base_url, headers=headers, **{**usual, **options})
 
-    def raw(self, data: bytes, seconds: float = 5) -> bytes:
-        """Send bytes; all that is answered until the connection ends or nothing more comes."""
+    def raw(self, data: bytes, read_seconds: float = 5, until_close: bool = False) -> bytes:
+        """Send bytes; all that is answered until the connection ends or nothing more comes. An
+        answer that is complete by its Content-Length ends it, too, unless `until_close`."""
         answer = b""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as sock:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=read_seconds) as sock:
             try:
                 sock.sendall(data)
                 while part := sock.recv(65536):
                     answer += part
-                    match = re.search(rb"content-length: (\d+)\r\n", answer)
-                    end = answer.find(b"\r\n\r\n")
-                    if match and end >= 0 and len(answer) >= end + 4 + int(match[1]):
+                    head, end, body = answer.partition(b"\r\n\r\n")
+                    match = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+                    whole = match and end and len(body) >= int(match[1])
+                    if whole and not until_close:
                         break
             except (TimeoutError, ConnectionError):
                 pass

@@ -8,12 +8,13 @@ without one it answers as OpenAI would, with fixed usage.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 CHAT_USAGE = {
@@ -36,6 +37,12 @@ IMAGE_USAGE = {
     "output_tokens": 272,
     "total_tokens": 322,
 }
+
+Headers = Mapping[str, str] | Iterable[tuple[str, str]]
+
+
+def pairs(headers: Headers) -> list[tuple[str, str]]:
+    return list(headers.items() if isinstance(headers, Mapping) else headers)
 
 
 class Received:
@@ -78,12 +85,15 @@ class Reply:
     async def head(
         self,
         status: int = 200,
-        headers: Iterable[tuple[str, str]] = (),
+        headers: Headers = (),
         framing: str = "chunked",
     ) -> None:
         """`framing`: 'chunked', 'length:N' or 'close'."""
         self._framing = framing
-        lines = [f"HTTP/1.1 {status} Something", *(f"{name}: {value}" for name, value in headers)]
+        lines = [
+            f"HTTP/1.1 {status} Something",
+            *(f"{name}: {value}" for name, value in pairs(headers)),
+        ]
         if framing == "chunked":
             lines.append("transfer-encoding: chunked")
         elif framing.startswith("length:"):
@@ -103,11 +113,13 @@ class Reply:
         if self._framing == "chunked":
             await self.raw(b"0\r\n\r\n")
 
-    async def wait(self, event: threading.Event, seconds: float = 20) -> None:
-        """For tests in lock step."""
+    async def wait(self, event: threading.Event, seconds: float = 20) -> bool:
+        """For tests in lock step: whether the event was set in time. It is polled: hundreds of
+        scripts may wait at once, each of which would cost a thread otherwise."""
         patience = time.monotonic() + seconds
         while not event.is_set() and time.monotonic() < patience:
             await asyncio.sleep(0.002)
+        return event.is_set()
 
     def tear(self) -> None:
         """Reset the connection."""
@@ -126,7 +138,8 @@ Script = Callable[[Received, Reply], Awaitable[None]]
 
 
 class Upstream:
-    """`with Upstream() as upstream:` listens on loopback until the block ends."""
+    """`with Upstream() as upstream:` listens on loopback until the block ends, which raises what a
+    script has failed with, other than by a broken connection."""
 
     def __init__(self) -> None:
         self.script: Script = openai_like
@@ -134,6 +147,8 @@ class Upstream:
         self.in_flight = 0
         self.max_in_flight = 0
         self.connections = 0
+        self.failures: list[BaseException] = []
+        self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -143,14 +158,32 @@ class Upstream:
         self._ready.wait()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
+        assert not self._thread.is_alive(), "the upstream did not stop"
+        if kind is None and self.failures:
+            raise self.failures[0]
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 10) -> None:
+        """Until it holds; looked at with each change here, and every 20 ms for changes elsewhere.
+        No lock is held meanwhile: the condition may ask the gateway, and that this upstream."""
+        patience = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < patience, f"waited {seconds} s in vain"
+            with self._changed:
+                self._changed.wait(0.02)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve())
-        self._loop.close()
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
 
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
@@ -163,6 +196,7 @@ class Upstream:
         self._ready.set()
         await self._stop.wait()
         server.close()
+        await server.wait_closed()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -172,6 +206,7 @@ class Upstream:
         assert task is not None
         self._tasks.add(task)
         self.connections += 1
+        self._notify()
         try:
             begun: bytes | None = b""
             while begun is not None:
@@ -180,8 +215,14 @@ class Upstream:
             pass
         finally:
             self.connections -= 1
-            self._tasks.discard(task)
+            self._notify()
             writer.close()
+            try:
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+            except asyncio.CancelledError:
+                writer.transport.abort()
+            self._tasks.discard(task)
 
     async def _request(
         self, begun: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -193,26 +234,32 @@ class Upstream:
         method, path, _ = first.decode("latin-1").split(" ", 2)
         headers = [(name, value.strip()) for name, _, value in (li.partition(b":") for li in lines)]
         received = Received(method, path, headers)
+        if received.header("expect") == "100-continue":
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         received.body = await self._body(reader, received)
         self.requests.append(received)
+        self._notify()
         reply = Reply(writer)
         for _ in range(20):  # what was closed before this came is counted before it
             await asyncio.sleep(0)
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        self._notify()
         answer = asyncio.ensure_future(self.script(received, reply))
         gone = asyncio.ensure_future(reader.read(1))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() and not gone.exception() and gone.result():
+                await asyncio.wait({answer})  # the next request has begun: nobody has left
             if not answer.done():
                 received.closed.set()
                 answer.cancel()
-            await asyncio.gather(answer, return_exceptions=True)
-            if answer.cancelled() or answer.exception():
-                if not answer.cancelled() and isinstance(
-                    answer.exception(), (ConnectionError, OSError)
-                ):
-                    received.closed.set()
+            (failure,) = await asyncio.gather(answer, return_exceptions=True)
+            if isinstance(failure, OSError):
+                received.closed.set()
+            elif isinstance(failure, Exception) and not isinstance(failure, Torn):
+                self.failures.append(failure)
+            if failure is not None:
                 return None
             gone.cancel()
             (byte,) = await asyncio.gather(gone, return_exceptions=True)
@@ -224,19 +271,20 @@ class Upstream:
             await asyncio.gather(gone, return_exceptions=True)
             self.in_flight -= 1
             received.finished.set()
+            self._notify()
 
     @staticmethod
     async def _body(reader: asyncio.StreamReader, received: Received) -> bytes:
         length = received.header("content-length")
         if length is not None:
             return await reader.readexactly(int(length))
-        body = b""
+        body = bytearray()
         if received.header("transfer-encoding"):
             while size := int(await reader.readline(), 16):
                 body += await reader.readexactly(size)
                 await reader.readline()
             await reader.readline()
-        return body
+        return bytes(body)
 
 
 # Ready scripts
@@ -245,13 +293,13 @@ class Upstream:
 def json_answer(
     content: Any,
     status: int = 200,
-    headers: Iterable[tuple[str, str]] = (),
+    headers: Headers = (),
     content_type: str = "application/json",
 ) -> Script:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
 
     async def script(_: Received, reply: Reply) -> None:
-        head = [("content-type", content_type), *headers]
+        head = [("content-type", content_type), *pairs(headers)]
         await reply.head(status, head, f"length:{len(body)}")
         await reply.send(body)
 
@@ -261,14 +309,15 @@ def json_answer(
 def stream(
     pieces: Iterable[bytes],
     pause: float = 0.0,
-    headers: Iterable[tuple[str, str]] = (),
+    headers: Headers = (),
     end: str = "clean",
 ) -> Script:
     """Server-sent events in these pieces, each its own write. `end`: 'clean', 'tear', 'close'."""
     kept = list(pieces)
 
     async def script(_: Received, reply: Reply) -> None:
-        await reply.head(200, [("content-type", "text/event-stream; charset=utf-8"), *headers])
+        head = [("content-type", "text/event-stream; charset=utf-8"), *pairs(headers)]
+        await reply.head(200, head)
         for piece in kept:
             await reply.send(piece)
             await asyncio.sleep(pause)
@@ -277,6 +326,19 @@ def stream(
         if end == "close":
             reply.close()
         await reply.end()
+
+    return script
+
+
+sse = stream  # what it is called where `client.stream` stands beside it
+
+
+def slow_head(seconds: float, then: Script) -> Script:
+    """Nothing at all for so long."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        await asyncio.sleep(seconds)
+        await then(request, reply)
 
     return script
 
@@ -365,29 +427,106 @@ def response_pieces(
     ]
 
 
+def images_pieces(
+    partial: int = 1, usage: Any = IMAGE_USAGE, kind: str = "image_generation"
+) -> list[bytes]:
+    """A streamed image. `kind`: 'image_generation' or 'image_edit'."""
+    image = {"b64_json": "aGVsbG8=", "created_at": 1, "output_format": "png"}
+    events = [
+        {"type": f"{kind}.partial_image", "partial_image_index": number, **image}
+        for number in range(partial)
+    ]
+    events.append({"type": f"{kind}.completed", **image, "usage": usage})
+    return [event(content, str(content["type"])) for content in events]
+
+
+WORDS = ["Hello", " there", "!"]
+
+
+def chat_json(usage: Any = CHAT_USAGE, model: str | None = None) -> Script:
+    """A chat completion of the model asked for, unless one is given."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        choice = {"index": 0, "message": {"role": "assistant", "content": "".join(WORDS)}}
+        content = chat_chunk(model or request.json()["model"], {}, usage=usage)
+        content |= {"object": "chat.completion", "choices": [{**choice, "finish_reason": "stop"}]}
+        await json_answer(content)(request, reply)
+
+    return script
+
+
+def chat_stream(
+    words: list[str] = WORDS,
+    usage: Any = CHAT_USAGE,
+    model: str | None = None,
+    pause: float = 0.0,
+    end: str = "clean",
+) -> Script:
+    """A streamed chat; with usage only where the request asked for it."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        body = request.json()
+        asked = bool((body.get("stream_options") or {}).get("include_usage"))
+        pieces = chat_pieces(words, model or body["model"], usage, asked)
+        await stream(pieces, pause, end=end)(request, reply)
+
+    return script
+
+
+def responses_stream(
+    words: list[str] = WORDS,
+    usage: Any = RESPONSE_USAGE,
+    model: str | None = None,
+    pause: float = 0.0,
+    end: str = "clean",
+) -> Script:
+    """A streamed response of the model asked for, unless one is given."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        pieces = response_pieces(words, model or request.json()["model"], usage)
+        await stream(pieces, pause, end=end)(request, reply)
+
+    return script
+
+
+def images_json(usage: Any = IMAGE_USAGE) -> Script:
+    return json_answer({"created": 1, "data": [{"b64_json": "aGVsbG8="}], "usage": usage})
+
+
+def images_stream(
+    partial: int = 1, usage: Any = IMAGE_USAGE, pause: float = 0.0, end: str = "clean"
+) -> Script:
+    """A streamed image, generated or edited as the path says."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        kind = "image_edit" if "/edits" in request.path else "image_generation"
+        await stream(images_pieces(partial, usage, kind), pause, end=end)(request, reply)
+
+    return script
+
+
+def wants_stream(request: Received) -> bool:
+    """Also in a form, which is how image edits come."""
+    if (request.header("content-type") or "").startswith("multipart/"):
+        _, _, value = request.body.partition(b'name="stream"\r\n\r\n')
+        return value.startswith(b"true")
+    return bool(request.json().get("stream"))
+
+
 async def openai_like(request: Received, reply: Reply) -> None:
     """What OpenAI would do, as far as tests need it."""
     path = request.path.partition("?")[0]
     if path == "/v1/models":
         models = [{"id": name, "object": "model"} for name in ("gpt-up", "gpt-other")]
-        return await json_answer({"object": "list", "data": models})(request, reply)
-    if path.startswith("/v1/models/"):
-        model = {"id": path.rpartition("/")[2], "object": "model"}
-        return await json_answer(model)(request, reply)
-    if path.startswith("/v1/images/"):
-        image = {"created": 1, "data": [{"b64_json": "aGVsbG8="}], "usage": IMAGE_USAGE}
-        return await json_answer(image)(request, reply)
-    body = request.json()
-    words = ["Hello", " there", "!"]
-    if path == "/v1/chat/completions":
-        asked = (body.get("stream_options") or {}).get("include_usage", False)
-        if body.get("stream"):
-            return await stream(chat_pieces(words, body["model"], asked=asked))(request, reply)
-        message = {"role": "assistant", "content": "Hello there!"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        answer = chat_chunk(body["model"], {}, usage=CHAT_USAGE)
-        answer |= {"object": "chat.completion", "choices": [choice]}
-        return await json_answer(answer)(request, reply)
-    if body.get("stream"):
-        return await stream(response_pieces(words, body["model"]))(request, reply)
-    return await json_answer(response_object(body["model"]))(request, reply)
+        script = json_answer({"object": "list", "data": models})
+    elif path.startswith("/v1/models/"):
+        script = json_answer({"id": path.rpartition("/")[2], "object": "model"})
+    elif path.startswith("/v1/images/"):
+        script = images_stream() if wants_stream(request) else images_json()
+    elif path == "/v1/chat/completions":
+        script = chat_stream() if wants_stream(request) else chat_json()
+    elif wants_stream(request):
+        script = responses_stream()
+    else:
+        script = json_answer(response_object(request.json()["model"]))
+    await script(request, reply)
