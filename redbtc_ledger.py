@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import hashlib
 import ipaddress
 import os
@@ -67,8 +68,12 @@ def iso_time(milliseconds: int | None) -> str | None:
     if milliseconds is None:
         return None
     seconds, rest = divmod(milliseconds, 1000)
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{rest:03d}Z"
+    return f"{_iso_second(seconds)}.{rest:03d}Z"
+
+
+@functools.lru_cache(1000)
+def _iso_second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def parse_duration(text: str) -> int:
@@ -348,6 +353,7 @@ FORGET = "DELETE FROM requests WHERE request_id = ? AND outcome = 'pending'"
 
 
 Values = Sequence[Any] | dict[str, Any]
+Change = tuple[str, Sequence[Sequence[Any]]]  # a statement, and its values for each time it is run
 
 
 class DatabaseInUse(LedgerError):
@@ -376,6 +382,29 @@ def migrations(text: str) -> dict[int, str]:
     return {int(number): script for number, script in zip(parts[1::2], parts[2::2], strict=True)}
 
 
+class Writer(aiosqlite.Connection):
+    """The connection that writes. What belongs into one transaction is one call to its thread."""
+
+    async def write(self, changes: Sequence[Change], synchronous: str) -> int:
+        """Commit these changes together; returns how many rows the last one changed."""
+        changed: int = await self._execute(self._write, changes, synchronous)  # type: ignore[no-untyped-call]
+        return changed
+
+    def _write(self, changes: Sequence[Change], synchronous: str) -> int:
+        database = self._conn
+        changed = 0
+        try:
+            database.execute(f"PRAGMA synchronous = {synchronous}")
+            for sql, values in changes:
+                changed = database.executemany(sql, values).rowcount
+            database.commit()
+        except Exception:
+            with contextlib.suppress(sqlite3.Error):
+                database.rollback()
+            raise
+        return changed
+
+
 class Store:
     """The database of one gateway, opened by `async with Store.open(...)`.
 
@@ -393,7 +422,6 @@ class Store:
         self._synchronous = synchronous
         self._waiting: list[Entry] = []
         self._wake = asyncio.Event()
-        self._writing = asyncio.Lock()
         self._closing = False
 
     @classmethod
@@ -412,8 +440,9 @@ class Store:
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(os.close, _lock(self.path))
         # Python begins a transaction by itself before the first change: BEGIN IMMEDIATE.
-        writer = aiosqlite.connect(self.path, isolation_level="IMMEDIATE")
-        self._writer = await stack.enter_async_context(writer)
+        writer = Writer(lambda: sqlite3.connect(self.path, isolation_level="IMMEDIATE"), 64)
+        await stack.enter_async_context(writer)
+        self._writer = writer
         await self._configure()
         await self._migrate()
         self.interrupted = await self.transact((INTERRUPT, ()))
@@ -487,20 +516,13 @@ class Store:
         """Make an administrative change, all of it or none; returns how many rows the last
         statement changed. Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be
         committed."""
-        async with self._writing:
-            try:
-                changed = 0
-                for sql, values in statements:
-                    async with self._writer.execute(sql, values) as cursor:
-                        changed = cursor.rowcount
-                await self._writer.commit()
-                return changed
-            except sqlite3.IntegrityError:
-                await self._writer.rollback()
-                raise
-            except sqlite3.Error as error:
-                await self._roll_back()
-                raise LedgerUnavailable(f"the database can't be written: {error}") from None
+        changes = [(sql, [values]) for sql, values in statements]
+        try:
+            return await self._writer.write(changes, self._synchronous)
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            raise LedgerUnavailable(f"the database can't be written: {error}") from None
 
     def record(self, sql: str, values: Sequence[Any], *, insist: bool) -> asyncio.Future[None]:
         """Write in the next group; the future is done when it is on disk. With `insist` it is tried
@@ -536,18 +558,19 @@ class Store:
                 await self._write_group(group)
 
     async def _write_group(self, group: list[Entry]) -> None:
+        changes: list[Change] = [
+            (sql, [entry.values for entry in entries])
+            for sql, entries in groupby(group, key=lambda entry: entry.sql)
+        ]
+        if not self.healthy:
+            changes.append((BEAT, [(now_ms(),)]))
+        # A row that was only begun need not outlive a loss of power, just this process.
+        lasting = not self.healthy or any(entry.insist for entry in group)
         try:
-            async with self._writing:
-                if not self.healthy:
-                    await self._writer.execute(BEAT, (now_ms(),))
-                for sql, entries in groupby(group, key=lambda entry: entry.sql):
-                    await self._writer.executemany(sql, [entry.values for entry in entries])
-                await self._writer.commit()
+            await self._writer.write(changes, self._synchronous if lasting else "normal")
         except sqlite3.OperationalError as error:
-            await self._roll_back()
             self._failed(group, str(error))
         except (sqlite3.Error, ValueError, OverflowError) as error:
-            await self._roll_back()
             await self._isolate(group, error)
         else:
             self.healthy, self.failure = True, ""
@@ -577,10 +600,6 @@ class Store:
                 await self._write_group([entry])
         elif group and not group[0].written.done():
             group[0].written.set_exception(error)
-
-    async def _roll_back(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            await self._writer.rollback()
 
     async def _finish(self, loop: asyncio.Task[None]) -> None:
         self._closing = True

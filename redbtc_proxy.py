@@ -12,24 +12,25 @@ what is kept is in redbtc_ledger.py, what people use in redbtc_admin.py.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import fnmatch
+import functools
 import hmac
 import ipaddress
+import itertools
 import logging
 import math
 import os
-import queue
 import random
 import re
 import secrets
 import signal
 import socket
-import ssl
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -42,13 +43,19 @@ import prometheus_client
 import uvicorn
 import uvloop
 from msgspec import Struct
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from starlette.routing import Match, Route, Router
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import redbtc_admin as admin
 import redbtc_ledger as ledger
 from redbtc_ledger import Key, Row, Settings, Store, UpstreamSettings, Usage
+from redbtc_transport import Transport
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -163,8 +170,10 @@ HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]
 
 
 class HTTPProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with a bound on a head's size and time before the app can see it, and
-    with OpenAI's error form where the parser gives up."""
+    """uvicorn's protocol, with a bound on a head's size and time before the app can see it, with
+    OpenAI's error form where the parser gives up, and with scope["leaving"]: functions that are
+    called when the client leaves. (ASGI's own way, a task that waits in receive(), costs a task for
+    each request, and misses the leaving of a client that pipelines.)"""
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
@@ -173,6 +182,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._leaving: set[Callable[[], None]] = set()
         self._await_head()
 
     def _await_head(self) -> None:
@@ -197,11 +207,14 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_head_timer()
+        cast(Scope, self.scope)["leaving"] = self._leaving
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         super().connection_lost(exc)
+        for leave in list(self._leaving):
+            leave()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -307,18 +320,18 @@ class ClientLeft(Exception):
 BAD_KEY = "Incorrect API key provided. Send it as 'Authorization: Bearer sk-redbtc-…'."
 
 
-def header(scope: Scope, name: bytes) -> bytes | None:
+def header(headers: Headers, name: bytes) -> bytes | None:
     """The first header of that name (lower case)."""
-    for key, value in scope["headers"]:
+    for key, value in headers:
         if key == name:
-            return bytes(value)
+            return value
     return None
 
 
 def authenticate(scope: Scope, store: Store) -> Key:
     """The key in force that the request shows. Every flaw of a key has the same answer. Reads the
     database each time: revoking and suspending hold from the next request on."""
-    scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
+    scheme, _, token = (header(scope["headers"], b"authorization") or b"").partition(b" ")
     try:
         shown = token.strip().decode("ascii") if scheme.lower() == b"bearer" else ""
     except UnicodeDecodeError:
@@ -378,15 +391,88 @@ class Facts(Struct):
 FACTS = msgspec.json.Decoder(Facts)
 
 
-async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
+class Clock:
+    """How long a request may go on: the timeouts of its steps and of the whole, and what is left
+    once the client is gone, are one deadline that moves. Moving it costs an assignment, since the
+    timer looks at it only when it fires. Within `with clock.running(...)`, in one task, its passing
+    raises TimeoutError."""
+
+    def __init__(self) -> None:
+        self.client_left = False
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.Handle | None = None
+        self._fires = math.inf
+        self._deadline = self._last = math.inf
+        self._grace = math.inf
+        self._passed = False
+
+    def running(self, total: float, grace: float = math.inf) -> Clock:
+        """At most `total` seconds, and `grace` from when the client leaves."""
+        self._grace = grace
+        self._last = self._loop.time() + total
+        self._deadline = self._last
+        return self
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        if self.client_left:
+            self.leave()
+        self._watch()
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        task, self._task = self._task, None
+        if self._timer:
+            self._timer.cancel()
+        self._timer, self._fires = None, math.inf
+        if self._passed and task:
+            self._passed = False
+            if task.uncancel() == 0 and error is asyncio.CancelledError:
+                raise TimeoutError
+
+    def allow(self, seconds: float) -> None:
+        """The next step may take this long."""
+        self._deadline = min(self._last, self._loop.time() + seconds)
+        if self._deadline < self._fires:
+            self._watch()
+
+    def pause(self) -> None:
+        """What comes now takes as long as it takes, until the next `allow`."""
+        self._deadline = math.inf
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self.client_left = True
+        self._last = min(self._last, self._loop.time() + self._grace)
+        if self._deadline < math.inf:
+            self._deadline = min(self._deadline, self._last)
+            self._watch()
+
+    def _watch(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        if self._task:
+            self._fires = self._deadline
+            self._timer = self._loop.call_at(self._fires, self._look)
+
+    def _look(self) -> None:
+        self._timer, self._fires = None, math.inf
+        if self._task and self._deadline <= self._loop.time():
+            self._passed = True
+            self._task.cancel()
+        elif self._deadline < math.inf:
+            self._watch()
+
+
+async def read_body(scope: Scope, receive: Receive, clock: Clock, settings: Settings) -> bytes:
     """The request's body. Raises Refusal where it is too large or too slow, ClientLeft."""
     most = settings.server.max_body_bytes
-    if int(header(scope, b"content-length") or 0) > most:
+    if int(header(scope["headers"], b"content-length") or 0) > most:
         raise Refusal("request_too_large", f"The request body is over {most} bytes.")
     chunks: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(settings.server.body_timeout_seconds):
+        with clock.running(settings.server.body_timeout_seconds):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -404,9 +490,9 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes
 def check_media_type(scope: Scope, forms: bool) -> bytes | None:
     """The boundary where the body is a form, None where it is JSON. Raises Refusal for the rest,
     before the body is read."""
-    if (header(scope, b"content-encoding") or b"identity").lower() != b"identity":
+    if (header(scope["headers"], b"content-encoding") or b"identity").lower() != b"identity":
         raise Refusal("unsupported_media_type", "Compressed request bodies are not taken here.")
-    content_type = header(scope, b"content-type")
+    content_type = header(scope["headers"], b"content-type")
     if content_type is None or JSON_TYPE.fullmatch(content_type):
         return None
     form = FORM_TYPE.fullmatch(content_type) if forms else None
@@ -627,17 +713,28 @@ def rate_limit_headers(kind: str, limit: int, remaining: int, reset: float) -> H
 
 
 class Admission:
-    """One request's charges on the rates of its key, its account and the gateway."""
+    """One request's charges on the rates of its key, its account and the gateway, and its places,
+    which `with` gives back."""
 
-    def __init__(self, holds: list[Hold], estimate: int) -> None:
+    def __init__(self, holds: tuple[Hold, ...], estimate: int) -> None:
         """Charge all rates, or raise Refusal and charge none. `estimate` is in tokens."""
-        now = time.monotonic()
+        self.places: list[Places] = []
         self._charges: list[tuple[str, Bucket, float]] = []
+        now = time.monotonic()
         for hold in holds:
-            self._consider("requests", hold.limited.requests, hold.requests_per_minute, 1, now)
-            self._consider("tokens", hold.limited.tokens, hold.tokens_per_minute, estimate, now)
+            if hold.requests_per_minute:
+                self._consider("requests", hold.limited.requests, hold.requests_per_minute, 1, now)
+            if hold.tokens_per_minute:
+                self._consider("tokens", hold.limited.tokens, hold.tokens_per_minute, estimate, now)
         for _, bucket, amount in self._charges:
             bucket.charge(amount)
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for places in reversed(self.places):
+            places.give_back()
 
     def _consider(self, kind: str, bucket: Bucket, limit: int, amount: float, now: float) -> None:
         bucket.fill(limit, now)
@@ -646,8 +743,7 @@ class Admission:
             headers = rate_limit_headers(kind, limit, bucket.remaining, wait)
             message = f"Rate limit reached: {limit} {kind} per minute."
             raise Refusal("rate_limit_exceeded", message, retry_after=wait, headers=headers)
-        if limit:
-            self._charges.append((kind, bucket, min(amount, limit)))
+        self._charges.append((kind, bucket, min(amount, limit)))
 
     def put_back(self) -> None:
         """The request was not served: it costs nothing."""
@@ -684,23 +780,26 @@ class Limits:
         self._all = Limited("this gateway")
         self.queued = 0
 
-    @contextlib.asynccontextmanager
     async def admit(
-        self, key: Key, estimate: int, limits: ledger.Limits
-    ) -> AsyncIterator[Admission]:
-        """A place for as long as the block runs, given back exactly once. Raises Refusal where a
-        rate is used up, or no place comes free within `limits.queue_seconds`."""
+        self, key: Key, estimate: int, limits: ledger.Limits, clock: Clock
+    ) -> Admission:
+        """Places for as long as `with` holds the admission. Raises Refusal where a rate is used up,
+        or no place comes free within `limits.queue_seconds`; ClientLeft."""
         holds = self._holds(key, limits)
         admission = Admission(holds, estimate)
-        with contextlib.ExitStack() as places:
-            try:
-                await self._take_places(holds, limits.queue_seconds, places)
-            except BaseException:
-                admission.put_back()
-                raise
-            yield admission
+        patience = asyncio.get_running_loop().time() + limits.queue_seconds
+        try:
+            for hold in holds:
+                if not hold.limited.places.take_now(hold.concurrency):
+                    await self._wait(hold, patience, clock)
+                admission.places.append(hold.limited.places)
+        except BaseException:
+            admission.put_back()
+            admission.__exit__()
+            raise
+        return admission
 
-    def _holds(self, key: Key, limits: ledger.Limits) -> list[Hold]:
+    def _holds(self, key: Key, limits: ledger.Limits) -> tuple[Hold, Hold, Hold]:
         of_key = self._keys.get(key.id)
         if of_key is None:
             of_key = self._keys[key.id] = Limited("this key")
@@ -708,7 +807,7 @@ class Limits:
         if of_account is None:
             of_account = self._accounts[key.account_id] = Limited("this account")
         usual = limits.account
-        return [
+        return (
             Hold(
                 of_key,
                 key.concurrency or 0,
@@ -722,28 +821,18 @@ class Limits:
                 _own_or(key.account_tokens_per_minute, usual.tokens_per_minute),
             ),
             Hold(
-                self._all,
-                limits.concurrency,
-                limits.requests_per_minute,
-                limits.tokens_per_minute,
+                self._all, limits.concurrency, limits.requests_per_minute, limits.tokens_per_minute
             ),
-        ]
+        )
 
-    async def _take_places(
-        self, holds: list[Hold], queue_seconds: float, places: contextlib.ExitStack
-    ) -> None:
-        patience = asyncio.get_running_loop().time() + queue_seconds
-        for hold in holds:
-            if not hold.limited.places.take_now(hold.concurrency):
-                await self._wait(hold, patience)
-            places.callback(hold.limited.places.give_back)
-
-    async def _wait(self, hold: Hold, patience: float) -> None:
+    async def _wait(self, hold: Hold, patience: float, clock: Clock) -> None:
         self.queued += 1
         try:
-            async with asyncio.timeout_at(patience):
+            with clock.running(patience - asyncio.get_running_loop().time(), grace=0):
                 await hold.limited.places.take_in_turn()
         except TimeoutError:
+            if clock.client_left:
+                raise ClientLeft from None
             headers = rate_limit_headers("concurrency", hold.concurrency, 0, 1)
             what = f"{hold.limited.what} may have {hold.concurrency} requests in flight"
             message = f"Too many requests at once: {what}."
@@ -925,6 +1014,9 @@ def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
         image_output_tokens=image_output,
         web_searches=tokens_in(tools, "web_search", "num_requests"),
     )
+
+
+TOKEN_KINDS = Usage.__struct_fields__
 
 
 class Report:
@@ -1153,141 +1245,182 @@ class StreamMeter:
 
 LOG_LINES_A_SECOND = 2000
 LOG_BACKLOG = 10_000
-log = logging.getLogger("redbtc")
+LOG_SECONDS = 0.02  # what comes within is one write
+SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
-class LogWriter(logging.Handler):
+class Log:
     """JSON lines on standard error, written by a thread of their own: a reader that stops reading
     must not stop the gateway. Beyond a rate, and where the reader lags, lines are dropped and
     counted."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._lines: queue.Queue[bytes] = queue.Queue(LOG_BACKLOG)
+        self.level = logging.INFO
+        self._lines: deque[bytes] = deque()
+        self._pending = threading.Event()
+        self._written = threading.Event()
         self._second, self._in_second, self._dropped = 0, 0, 0
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Queue one line; its fields are the record's `fields`."""
-        second = int(record.created)
-        if second != self._second:
-            self._second, self._in_second = second, 0
+    def say(self, level: int, event: str, **fields: Any) -> None:
+        """One line, at one of logging's levels."""
+        if level < self.level:
+            return
+        now = ledger.now_ms()
+        if now // 1000 != self._second:
+            self._second, self._in_second = now // 1000, 0
         self._in_second += 1
-        if self._in_second > LOG_LINES_A_SECOND or self._lines.full():
+        if self._in_second > LOG_LINES_A_SECOND or len(self._lines) >= LOG_BACKLOG:
             self._dropped += 1
             return
-        line = {
-            "time": ledger.iso_time(int(record.created * 1000)),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
+        name = logging.getLevelName(level).lower()
+        line = {"time": ledger.iso_time(now), "level": name, "event": event, **fields}
         if self._dropped:
             line["lines_dropped_before"], self._dropped = self._dropped, 0
-        self._lines.put_nowait(orjson.dumps(line, default=str) + b"\n")
+        self._lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        self._written.clear()
+        self._pending.set()
 
     def _write(self) -> None:
-        while True:
-            line = self._lines.get()
-            with contextlib.suppress(OSError):
-                os.write(2, line)
-            self._lines.task_done()
+        while self._pending.wait():
+            time.sleep(LOG_SECONDS)
+            self._pending.clear()
+            while self._lines:
+                lines = [self._lines.popleft() for _ in range(min(100, len(self._lines)))]
+                with contextlib.suppress(OSError):
+                    os.write(2, b"".join(lines))
+            if not self._pending.is_set():
+                self._written.set()
 
     def flush(self) -> None:
-        """Wait up to a second for what is queued."""
-        patience = time.monotonic() + 1
-        while self._lines.unfinished_tasks and time.monotonic() < patience:
-            time.sleep(0.01)
+        """Wait up to a second for what is not yet written."""
+        if self._lines or self._pending.is_set():
+            self._written.wait(1)
 
 
-def say(level: int, event: str, **fields: Any) -> None:
-    """One line of the log."""
-    if log.isEnabledFor(level):
-        log.log(level, event, extra={"fields": fields})
+LOG = Log()
+say = LOG.say
 
 
-SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+class Histogram:
+    """How often a duration was within each of SECONDS."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self._counts[bisect.bisect_left(SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def add_to(self, family: HistogramMetricFamily, route: str) -> None:
+        """As Prometheus has it: each bucket counts what is in those below it, too."""
+        limits = [*map(str, map(float, SECONDS)), "+Inf"]
+        counts = itertools.accumulate(self._counts)
+        family.add_metric([route], list(zip(limits, counts, strict=True)), self._sum)
 
 
 class Watch:
-    """Counts and logs. The metrics' names are something that users rely on."""
+    """Counts and logs. The metrics' names are something that users rely on. Counting is a matter of
+    plain numbers; prometheus-client is asked only when somebody reads them."""
 
     def __init__(self) -> None:
-        self.registry = registry = prometheus_client.CollectorRegistry()
-        prometheus_client.ProcessCollector(registry=registry)
-        counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
-        self._requests = counter(
-            "redbtc_requests",
-            "Requests by route, status and outcome (refused: by the gateway itself)",
-            ["route", "status", "outcome"],
-            registry=registry,
-        )
-        self._refusals = counter(
-            "redbtc_refusals", "Requests refused by the gateway", ["code"], registry=registry
-        )
-        self._tokens = counter(
-            "redbtc_tokens", "Tokens, parts included", ["kind", "source"], registry=registry
-        )
-        self._first_byte = histogram(
-            "redbtc_first_byte_seconds",
-            "From the request's head to the first byte of the upstream's body",
-            ["route"],
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._duration = histogram(
-            "redbtc_request_seconds",
-            "From the request's head to the answer's end",
-            ["route"],
-            buckets=SECONDS,
-            registry=registry,
-        )
+        self.registry = prometheus_client.CollectorRegistry()
+        self.registry.register(self)
+        prometheus_client.ProcessCollector(registry=self.registry)
+        self._requests: Counter[tuple[str, str, str]] = Counter()
+        self._refusals: Counter[tuple[str]] = Counter()
+        self._tokens: Counter[tuple[str, str]] = Counter()
+        self._first_byte: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self._duration: defaultdict[str, Histogram] = defaultdict(Histogram)
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus-client asks for at each reading."""
+        for name, what, labels, counts in (
+            (
+                "redbtc_requests",
+                "Requests by route, status and outcome (refused: by the gateway itself)",
+                ["route", "status", "outcome"],
+                self._requests,
+            ),
+            ("redbtc_refusals", "Requests refused by the gateway", ["code"], self._refusals),
+            ("redbtc_tokens", "Tokens, parts included", ["kind", "source"], self._tokens),
+        ):
+            counter = CounterMetricFamily(name, what, labels=labels)
+            for values, count in cast(Counter[Any], counts).items():
+                counter.add_metric(values, count)
+            yield counter
+        for name, what, histograms in (
+            (
+                "redbtc_first_byte_seconds",
+                "From the request's head to the first byte of the upstream's body",
+                self._first_byte,
+            ),
+            (
+                "redbtc_request_seconds",
+                "From the request's head to the answer's end",
+                self._duration,
+            ),
+        ):
+            family = HistogramMetricFamily(name, what, labels=["route"])
+            for route, histogram in histograms.items():
+                histogram.add_to(family, route)
+            yield family
 
     def settled(self, scope: Scope, row: Row) -> None:
         """A request that left for an upstream is over."""
         scope["settled"] = True
-        self._requests.labels(row.endpoint, str(row.status or 0), row.outcome).inc()
-        self._duration.labels(row.endpoint).observe((row.duration_ms or 0) / 1000)
+        self._requests[row.endpoint, str(row.status or 0), row.outcome] += 1
+        self._duration[row.endpoint].observe((row.duration_ms or 0) / 1000)
         if row.first_byte_ms is not None:
-            self._first_byte.labels(row.endpoint).observe(row.first_byte_ms / 1000)
-        for kind, tokens in msgspec.structs.asdict(row.usage).items():
-            if tokens:
-                self._tokens.labels(kind.removesuffix("_tokens"), row.usage_source).inc(tokens)
-        fields = {
-            name: getattr(row, name)
-            for name in ("upstream", "outcome", "first_byte_ms", "duration_ms", "usage_source")
-        }
-        tokens = {"input_tokens": row.usage.input_tokens, "output_tokens": row.usage.output_tokens}
-        who = {"account_id": row.account_id, "key_id": row.key_id}
-        self._line(logging.INFO, scope, row.status, **who, **fields, **tokens)
+            self._first_byte[row.endpoint].observe(row.first_byte_ms / 1000)
+        if row.usage_source != "none":
+            for kind in TOKEN_KINDS:
+                if tokens := getattr(row.usage, kind):
+                    self._tokens[kind.removesuffix("_tokens"), row.usage_source] += tokens
+        self._line(
+            logging.INFO,
+            scope,
+            row.status,
+            account_id=row.account_id,
+            key_id=row.key_id,
+            upstream=row.upstream,
+            outcome=row.outcome,
+            first_byte_ms=row.first_byte_ms,
+            duration_ms=row.duration_ms,
+            usage_source=row.usage_source,
+            input_tokens=row.usage.input_tokens,
+            output_tokens=row.usage.output_tokens,
+        )
 
     def answered(self, scope: Scope, status: int) -> None:
         """A request that is not metered was answered."""
-        self._requests.labels(scope["where"], str(status), "completed").inc()
+        self._requests[scope["where"], str(status), "completed"] += 1
         self._line(logging.INFO, scope, status, outcome="completed")
 
     def refused(self, scope: Scope, refusal: Refusal) -> None:
         """The gateway itself said no."""
-        self._refusals.labels(refusal.code).inc()
+        self._refusals[(refusal.code,)] += 1
         if "settled" in scope:  # counted and logged with its row
             return
-        self._requests.labels(scope["where"], str(refusal.status), "refused").inc()
+        self._requests[scope["where"], str(refusal.status), "refused"] += 1
         self._line(logging.INFO, scope, refusal.status, outcome="refused", code=refusal.code)
 
     def left(self, scope: Scope) -> None:
         """The client went before its request had left for an upstream."""
-        self._requests.labels(scope["where"], "0", "client_disconnected").inc()
+        self._requests[scope["where"], "0", "client_disconnected"] += 1
         self._line(logging.INFO, scope, None, outcome="client_disconnected")
 
     def failed(self, scope: Scope, error: Exception) -> None:
         """Something that should not happen. Its message could hold content, so it is not logged."""
-        self._requests.labels(scope["where"], "500", "refused").inc()
+        self._requests[scope["where"], "500", "refused"] += 1
         frames = traceback.extract_tb(error.__traceback__)
         places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
         self._line(logging.ERROR, scope, 500, error=type(error).__name__, places=places)
 
     def _line(self, level: int, scope: Scope, status: int | None, **fields: Any) -> None:
-        if log.isEnabledFor(level):
+        if level >= LOG.level:
             request = {"request_id": scope["request_id"], "route": scope["where"], "status": status}
             say(level, "request", **request, **fields)
 
@@ -1311,7 +1444,7 @@ DROPPED_PREFIXES = (b"x-accel-", b"x-ratelimit-")
 KEEPALIVE_SECONDS = 15
 
 
-class Body(httpx2.AsyncByteStream):
+class Body(httpx2.ByteStream):
     """A request's body that knows whether it has begun to leave: then the head has left before."""
 
     def __init__(self, body: bytes) -> None:
@@ -1336,34 +1469,30 @@ class Upstream:
         self._own: Headers = [(b"host", self._base.netloc), (b"accept-encoding", b"identity")]
         if key:
             self._own.append((b"authorization", f"Bearer {key}".encode()))
-        self._transport = httpx2.AsyncHTTPTransport(
-            verify=ssl.create_default_context() if self._base.scheme == "https" else False,
-            trust_env=False,
-            limits=httpx2.Limits(
-                max_connections=None,
-                max_keepalive_connections=None,
-                keepalive_expiry=KEEPALIVE_SECONDS,
-            ),
-        )
+        self._transport = Transport(keepalive_seconds=KEEPALIVE_SECONDS)
+        self._url = functools.lru_cache(64)(self._make_url)  # to make one costs as much as to send
+
+    def _make_url(self, path: str, query: bytes) -> httpx2.URL:
+        raw_path = self._base.raw_path.rstrip(b"/") + path.encode()
+        return self._base.copy_with(raw_path=raw_path + b"?" + query if query else raw_path)
 
     def serves(self, model: str) -> bool:
         """Whether one of its patterns matches."""
-        return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.settings.models)
+        patterns = self.settings.models
+        return "*" in patterns or any(fnmatch.fnmatchcase(model, each) for each in patterns)
 
     async def open(
         self, method: str, path: str, query: bytes, headers: Headers, stream: Body
     ) -> httpx2.Response:
         """Send a request; the answer's head. Its body is read from `stream` and closed by aclose().
         Raises httpx2.HTTPError."""
-        raw_path = self._base.raw_path.rstrip(b"/") + path.encode()
-        url = self._base.copy_with(raw_path=raw_path + b"?" + query if query else raw_path)
         timeouts = {
             "connect": self.settings.connect_timeout_seconds,
             "write": self.settings.idle_timeout_seconds,
         }
         request = httpx2.Request(
             method,
-            url,
+            self._url(path, query),
             headers=[*headers, *self._own],
             stream=stream,
             extensions={"timeout": timeouts},
@@ -1420,9 +1549,9 @@ def headers_for_upstream(scope: Scope) -> Headers:
     ]
 
 
-def headers_for_client(response: httpx2.Response) -> Headers:
+def headers_for_client(upstreams: Headers) -> Headers:
     """What of the upstream's headers goes on: all but a deny-list and what Connection names."""
-    headers = [(name.lower(), value) for name, value in response.headers.raw]
+    headers = [(name.lower(), value) for name, value in upstreams]
     named = {
         token.strip().lower()
         for name, value in headers
@@ -1444,67 +1573,24 @@ CLOSING_SECONDS = 0.05  # until the upstream has noticed a closed connection: it
 BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
 
 
-class Clock:
-    """How long a request may go on: all timeouts of its way, and the client's leaving, are one
-    deadline that moves. Inside `running` its passing raises TimeoutError."""
-
-    def __init__(self) -> None:
-        self.client_left = False
-        self._loop = asyncio.get_running_loop()
-        self._timeout: asyncio.Timeout | None = None
-        self._last = math.inf
-        self._grace = 0.0
-
-    @contextlib.asynccontextmanager
-    async def running(self, total: float, grace: float) -> AsyncIterator[None]:
-        """At most `total` seconds, and `grace` from when the client leaves."""
-        self._grace = grace
-        self._last = self._loop.time() + total
-        async with asyncio.timeout_at(self._last) as self._timeout:
-            try:
-                if self.client_left:
-                    self.leave()
-                yield
-            finally:
-                self._timeout = None
-
-    def allow(self, seconds: float) -> None:
-        """The next step may take this long."""
-        if self._timeout and not self._timeout.expired():
-            self._timeout.reschedule(min(self._last, self._loop.time() + seconds))
-
-    def pause(self) -> None:
-        """What comes now takes as long as it takes, until the next `allow`."""
-        if self._timeout and not self._timeout.expired():
-            self._timeout.reschedule(None)
-
-    def leave(self) -> None:
-        """The client is gone."""
-        self.client_left = True
-        self._last = min(self._last, self._loop.time() + self._grace)
-        timeout = self._timeout
-        if timeout and not timeout.expired() and (when := timeout.when()) is not None:
-            timeout.reschedule(min(when, self._last))
-
-
 class Exchange:
     """One metered request from its admission to its last byte."""
 
-    def __init__(self, gateway: Gateway, scope: Scope, send: Send, route: MeteredRoute) -> None:
+    def __init__(
+        self, gateway: Gateway, scope: Scope, send: Send, route: MeteredRoute, clock: Clock
+    ) -> None:
         self._gateway = gateway
         self._settings = gateway.settings
         self._scope = scope
         self._send = send
         self._route = route
-        self._clock = Clock()
+        self._clock = clock
         self._meter: Meter = JSONMeter(route.images)
         self._waits_for_client = False
         self._started = False  # the client has the answer's head
         self._settled = False
 
-    async def run(
-        self, receive: Receive, key: Key, facts: Facts, body: bytes, upstreams: list[Upstream]
-    ) -> None:
+    async def run(self, key: Key, facts: Facts, body: bytes, upstreams: list[Upstream]) -> None:
         """Raises Refusal where the client has got nothing yet, ClientLeft."""
         changed = body
         if self._route.chat and facts.stream and self._settings.metering.include_usage == "add":
@@ -1520,29 +1606,12 @@ class Exchange:
             upstream=upstreams[0].name,
             started_at=ledger.now_ms() - self._elapsed_ms(),
         )
-        watcher = asyncio.create_task(self._watch_client(receive))
-        try:
-            async with contextlib.AsyncExitStack() as stack:
-                estimate = self._input_estimate + facts.most_output_tokens()
-                self._admission = await self._admit(stack, key, estimate)
-                await self._begin()
-                await self._forward(changed, upstreams)
-        finally:
-            watcher.cancel()
-
-    async def _watch_client(self, receive: Receive) -> None:
-        """uvicorn's send() is silent when the client is gone; only receive() tells."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._clock.leave()
-
-    async def _admit(self, stack: contextlib.AsyncExitStack, key: Key, estimate: int) -> Admission:
-        try:
-            async with self._clock.running(FOREVER, grace=0):
-                admit = self._gateway.limits.admit(key, estimate, self._settings.limits)
-                return await stack.enter_async_context(admit)
-        except TimeoutError:
-            raise ClientLeft from None
+        estimate = self._input_estimate + facts.most_output_tokens()
+        limits = self._settings.limits
+        with await self._gateway.limits.admit(key, estimate, limits, self._clock) as admission:
+            self._admission = admission
+            await self._begin()
+            await self._forward(changed, upstreams)
 
     async def _begin(self) -> None:
         try:
@@ -1567,7 +1636,7 @@ class Exchange:
             self._row.upstream = upstream.name
             upstream.in_flight += 1
             try:
-                async with self._clock.running(upstream.settings.total_timeout_seconds, grace):
+                with self._clock.running(upstream.settings.total_timeout_seconds, grace):
                     await self._exchange(upstream, body)
                     return
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
@@ -1601,10 +1670,10 @@ class Exchange:
             await response.aclose()
 
     async def _send_head(self, response: httpx2.Response) -> None:
-        headers = headers_for_client(response)
-        content_type = response.headers.get("content-type", "").lower()
-        encoding = response.headers.get("content-encoding", "identity")
-        if content_type.startswith("text/event-stream") and encoding == "identity":
+        headers = headers_for_client(response.headers.raw)
+        content_type = header(headers, b"content-type") or b""
+        encoding = header(headers, b"content-encoding") or b"identity"
+        if content_type.lower().startswith(b"text/event-stream") and encoding == b"identity":
             self._meter = StreamMeter(
                 images=self._route.images,
                 chat=self._route.chat,
@@ -1613,18 +1682,18 @@ class Exchange:
             if self._takes_out_usage:
                 headers = [line for line in headers if line[0] != b"content-length"]
         request_id = self._row.request_id.encode()
-        if not any(name == b"x-request-id" for name, _ in headers):
+        if header(headers, b"x-request-id") is None:
             headers.append((b"x-request-id", request_id))
         headers.append((b"x-redbtc-request-id", request_id))
         headers += self._admission.headers()
         self._row.status = response.status_code
         self._started = True
         head = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-        await self._give(head)
+        await self._send(head)
 
     async def _relay(self, response: httpx2.Response, idle_seconds: float) -> None:
-        meter = self._meter
-        self._clock.allow(idle_seconds)
+        clock, meter = self._clock, self._meter
+        clock.allow(idle_seconds)
         async for chunk in cast(AsyncIterator[bytes], response.stream):
             if self._row.first_byte_ms is None:
                 self._row.first_byte_ms = self._elapsed_ms()
@@ -1633,20 +1702,17 @@ class Exchange:
             if meter.ended and not self._settled:
                 await self._settle(self._outcome())
                 await self._give_body(meter.rest())
-            self._clock.allow(idle_seconds)
-        self._clock.pause()
+            clock.allow(idle_seconds)
+        clock.pause()
         meter.finish()
         if not self._settled:
             await self._settle(self._outcome())
         await self._give_body(meter.rest(), more=False)
 
     async def _give_body(self, body: bytes, more: bool = True) -> None:
-        await self._give({"type": "http.response.body", "body": body, "more_body": more})
-
-    async def _give(self, message: Message) -> None:
         """Send; waits while the client reads slowly, and with us the upstream."""
         self._waits_for_client = True
-        await self._send(message)
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
         self._waits_for_client = False
 
     def _outcome(self) -> ledger.Outcome:
@@ -1702,7 +1768,6 @@ class Exchange:
 
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────
 
-FOREVER = 1e9  # seconds
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 
 
@@ -1721,13 +1786,18 @@ class MeteredRoute:
         scope["where"] = self.path
         key = gateway.enter(scope)
         boundary = check_media_type(scope, self._forms)
-        body = await read_body(scope, receive, gateway.settings)
+        clock = Clock()
+        body = await read_body(scope, receive, clock, gateway.settings)
         facts = read_facts(body, boundary, model_needed=not self.images)
         refuse_foreign_objects(facts)
         upstreams = choose(gateway.upstreams, facts.model or "")
-        with gateway.one_more_in_flight():
-            exchange = Exchange(gateway, scope, send, self)
-            await exchange.run(receive, key, facts, body, upstreams)
+        gateway.in_flight += 1
+        scope["leaving"].add(clock.leave)
+        try:
+            await Exchange(gateway, scope, send, self, clock).run(key, facts, body, upstreams)
+        finally:
+            scope["leaving"].discard(clock.leave)
+            gateway.in_flight -= 1
 
 
 class Gateway:
@@ -1765,14 +1835,6 @@ class Gateway:
             raise Refusal("draining", headers=[(b"connection", b"close")])
         return authenticate(scope, self.store)
 
-    @contextlib.contextmanager
-    def one_more_in_flight(self) -> Iterator[None]:
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-
     def collect(self) -> Iterator[Metric]:
         """What prometheus-client asks for at each reading."""
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
@@ -1803,7 +1865,7 @@ class Gateway:
         """The upstreams' lists joined, in their order, each less what its patterns exclude."""
         scope["where"] = "/v1/models"
         key = self.enter(scope)
-        async with self.limits.admit(key, 0, self.settings.limits):
+        with await self.limits.admit(key, 0, self.settings.limits, Clock()):
             usable = [upstream for upstream in self.upstreams if upstream.usable]
             if not usable:
                 raise Refusal("no_upstream", retry_after=5)
@@ -1825,7 +1887,7 @@ class Gateway:
         if not MODEL_NAME.fullmatch(name):  # '../files' must not reach the upstream
             raise Refusal("model_not_found", param="model")
         upstream = choose(self.upstreams, name)[0]
-        async with self.limits.admit(key, 0, self.settings.limits):
+        with await self.limits.admit(key, 0, self.settings.limits, Clock()):
             try:
                 status, body = await upstream.fetch(f"/models/{name}")
             except TimeoutError:
@@ -1863,7 +1925,7 @@ class Gateway:
         variable = self.settings.metrics.token_env
         if variable:
             expected = f"Bearer {os.environ.get(variable, '')}".encode()
-            shown = header(scope, b"authorization") or b""
+            shown = header(scope["headers"], b"authorization") or b""
             return len(expected) > 7 and hmac.compare_digest(expected, shown)
         try:
             return ipaddress.ip_address(scope["client"][0]).is_loopback
@@ -1890,7 +1952,7 @@ async def models_of(upstream: Upstream) -> list[dict[str, Any]] | None:
 
 async def upgrade_required(scope: Scope, _: Receive, send: Send) -> None:
     """GET /v1/responses is Codex asking for a WebSocket: 426 makes it fall back to POST at once."""
-    if (header(scope, b"upgrade") or b"").lower() != b"websocket":
+    if (header(scope["headers"], b"upgrade") or b"").lower() != b"websocket":
         raise Refusal("unknown_url")
     raise Refusal("upgrade_required", headers=[(b"upgrade", b"websocket")])
 
@@ -1994,7 +2056,7 @@ class Running:
     def _terminate(self) -> None:
         if self._draining:
             say(logging.WARNING, "terminated", in_flight=self._gateway.in_flight)
-            LOG_WRITER.flush()
+            LOG.flush()
             os._exit(128 + signal.SIGTERM)
         self._draining = asyncio.create_task(self._drain())
 
@@ -2021,7 +2083,7 @@ class Running:
         if self._demo:
             new = with_demo(new, self._demo)
         self._gateway.apply(new)
-        log.setLevel(new.server.log_level.upper())
+        LOG.level = getattr(logging, new.server.log_level.upper())
         fixed = [
             name
             for name, before, after in (
@@ -2112,9 +2174,6 @@ def local_url(settings: Settings, listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-LOG_WRITER = LogWriter()
-
-
 @admin.commands.command()
 @click.option("--host", help="Listen on this address instead of the settings'.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead.")
@@ -2137,14 +2196,12 @@ def serve(
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)
     os.umask(0o077)  # what the gateway writes is its user's alone
-    log.setLevel(server.log_level.upper())
-    log.addHandler(LOG_WRITER)
-    log.propagate = False
+    LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run(loaded, settings, demo, first_run, as_json))
     finally:
-        LOG_WRITER.flush()
+        LOG.flush()
 
 
 @admin.commands.command()

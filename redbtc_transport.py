@@ -1,0 +1,409 @@
+"""The way to the upstreams: HTTP/1.1 for httpx2, on asyncio's Protocol and httptools.
+
+`Transport` is a transport as httpx2 knows them: `httpx2.AsyncClient(transport=Transport())` works,
+and so does calling it directly, as the gateway does. It exists because it costs a fraction of
+httpx2's own, which speaks HTTP/2 and goes through proxies; tests hold the two against each other.
+
+Rule 1. A connection carries one request at a time and goes back to its pool only when both sides
+are through with it: the request sent whole, the answer read whole, nothing behind it. In every
+other case, cancellation included, it is closed. There is no third way.
+
+Rule 2. A request is sent again only if nobody can have acted on it. An upstream may close an idle
+connection in the instant in which it is used. So the kernel is asked twice: before use, whether the
+connection is still open; and when it ends without a byte of an answer, whether the other side's
+kernel has acknowledged a byte of the request. Only if none was is it sent again, once, on a new
+connection (RFC 9110 §9.2.2). Where the kernel can't tell, it is not.
+
+Rule 3. Memory is bounded: heads and all else that is no body by MAX_OVERHEAD, what waits for a slow
+reader by HIGH_WATER and one read of the socket. Then nothing more is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import ssl
+import struct
+from collections import deque
+from typing import NamedTuple, cast
+
+import httptools
+import httpx2
+
+MAX_OVERHEAD = 100 << 10  # bytes without any body between: heads, 1xx, chunk extensions, trailers
+HIGH_WATER = 64 << 10
+REQUEST_HEAD = re.compile(  # RFC 9112 §3, RFC 9110 §5.5
+    rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.1\r\n"
+    rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: [^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+\r\n"
+)
+TCP_ESTABLISHED = 1
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 60, "TCP_KEEPCNT": 5}  # as OpenAI's SDKs set them
+
+
+class NotSent(httpx2.RemoteProtocolError):
+    """The upstream closed the connection before it had seen a byte of the request."""
+
+
+class TCPState(NamedTuple):
+    """What the kernel knows of a connection; nothing on systems other than Linux."""
+
+    open: bool = True
+    acknowledged: int | None = None  # bytes that have reached the other side's kernel
+
+
+def tcp_state(transport: asyncio.BaseTransport) -> TCPState:
+    """struct tcp_info of tcp(7): the state is its first byte, tcpi_bytes_acked stands at 120."""
+    try:
+        sock = transport.get_extra_info("socket")
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return TCPState(info[0] == TCP_ESTABLISHED, *struct.unpack_from("=Q", info, 120))
+    except (AttributeError, OSError, struct.error):
+        return TCPState()
+
+
+class Connection(asyncio.Protocol):
+    """One connection, and the request that is on it. What arrives is parsed at once and kept until
+    it is read; whoever waits, waits for `_waiter`, and looks then at what has changed."""
+
+    def __init__(self, transport: Transport, idle: deque[Connection]) -> None:
+        self.idle_since = 0.0
+        self._owner = transport
+        self._idle = idle
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpResponseParser(self)
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable = True
+        self._acknowledged: int | None = None  # before the request, where it was used before
+        self._reset()
+
+    def _reset(self) -> None:
+        """No request, no answer."""
+        self._method = ""
+        self._sent = False
+        self._error: httpx2.TransportError | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._reason = b""
+        self._status = 0
+        self._overhead = 0
+        self._chunks: list[bytes] = []
+        self.waiting_bytes = 0
+        self._paused = False
+        self._until_close = True  # the body has no end but the connection's
+        self._complete = False
+        self._keep_alive = False
+
+    # What asyncio and httptools call
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._owner.connections.add(self)
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            with contextlib.suppress(AttributeError):  # not on every system
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def data_received(self, data: bytes) -> None:
+        if self._complete or not self._method:  # nobody has asked for this
+            self.close()
+            return
+        self._overhead += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._fail(httpx2.RemoteProtocolError(f"the answer is no HTTP/1.1: {error}"))
+        if self._overhead > MAX_OVERHEAD:
+            self._fail(httpx2.RemoteProtocolError("the answer's head is too large"))
+        self._wake()
+
+    def eof_received(self) -> None:
+        state = tcp_state(self._transport)
+        unseen = self._acknowledged is not None and self._acknowledged == state.acknowledged
+        if unseen and not self._status and not self._overhead:
+            self._fail(NotSent("the connection had been closed"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owner.connections.discard(self)
+        if self._status and self._until_close and not exc and not self._error:
+            self._complete = True
+        elif exc:
+            self._fail(httpx2.ReadError(str(exc)))
+        elif self._status:
+            self._fail(httpx2.RemoteProtocolError("the connection was closed in mid-answer"))
+        else:
+            self._fail(httpx2.RemoteProtocolError("the connection was closed without an answer"))
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._wake()
+
+    def on_message_begin(self) -> None:
+        if self._complete:  # more than one answer
+            self._keep_alive = False
+
+    def on_status(self, reason: bytes) -> None:
+        self._reason += reason  # it comes in pieces
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._status:  # a trailer
+            return
+        self._headers.append((name, value.rstrip(b" \t")))
+        if name.lower() == b"content-length":
+            self._until_close = False
+        elif name.lower() == b"transfer-encoding":
+            self._until_close = False
+            if value.lower() != b"chunked":
+                self._fail(httpx2.RemoteProtocolError("an unknown Transfer-Encoding"))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if self._complete or self._error:
+            return
+        if status < 200:  # RFC 9110 §15.2: one that is not final
+            self._headers, self._reason, self._until_close = [], b"", True
+            return
+        self._status = status
+        self._overhead = 0
+        self._complete = self._method == "HEAD"
+
+    def on_body(self, body: bytes) -> None:
+        self._overhead = 0
+        self._chunks.append(body)
+        self.waiting_bytes += len(body)
+        if self.waiting_bytes > HIGH_WATER and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        if self._status and not self._complete and not self._error:
+            self._complete = True
+            self._keep_alive = self._parser.should_keep_alive()
+
+    def _fail(self, error: httpx2.TransportError) -> None:
+        """The first error counts, and none after the answer's end."""
+        self._keep_alive = False
+        if not self._error and not self._complete:
+            self._error = error
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # What the transport calls
+
+    async def exchange(
+        self, request: httpx2.Request, timeouts: dict[str, float | None]
+    ) -> httpx2.Response:
+        """Send a request; its answer's head, with the body to come. Raises TransportError."""
+        self._method = request.method
+        try:
+            await self._send(request, timeouts.get("write"))
+            while not self._status:
+                await self._change(timeouts.get("read"), httpx2.ReadTimeout)
+        except BaseException:
+            self.close()
+            raise
+        version = b"HTTP/" + self._parser.get_http_version().encode()
+        return httpx2.Response(
+            self._status,
+            headers=self._headers,
+            stream=ResponseBody(self, timeouts.get("read")),
+            extensions={"http_version": version, "reason_phrase": self._reason},
+        )
+
+    async def _send(self, request: httpx2.Request, timeout: float | None) -> None:
+        """Send all of it, unless the answer comes before: that is then an early refusal."""
+        length, chunked, headers = 0, False, request.headers.raw
+        head = [b"%s %s HTTP/1.1\r\n" % (request.method.encode(), request.url.raw_path)]
+        for name, value in headers:
+            head.append(b"%s: %s\r\n" % (name, value))
+            if name.lower() == b"content-length":
+                length = int(value)
+            elif name.lower() == b"transfer-encoding":
+                chunked = True
+        text = b"".join([*head, b"\r\n"])
+        if not REQUEST_HEAD.fullmatch(text) or text.count(b"\n") != len(headers) + 2:
+            raise httpx2.LocalProtocolError("Illegal request head")
+        self._transport.write(text)
+        assert isinstance(request.stream, httpx2.AsyncByteStream)
+        async for part in request.stream:
+            length -= len(part)
+            if length < 0 and not chunked:
+                raise httpx2.LocalProtocolError("Too much data for declared Content-Length")
+            if part:
+                self._transport.write(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+            while not self._writable:
+                await self._change(timeout, httpx2.WriteTimeout)
+                if self._status:
+                    return
+        if length > 0 and not chunked:
+            raise httpx2.LocalProtocolError("Too little data for declared Content-Length")
+        if chunked:
+            self._transport.write(b"0\r\n\r\n")
+        self._sent = True
+
+    async def _change(self, timeout: float | None, late: type[httpx2.TimeoutException]) -> None:
+        """Wait until something has happened. Raises what has gone wrong, or `late`."""
+        if self._error:
+            raise self._error
+        self._waiter = self._loop.create_future()
+        timer = None
+        if timeout is not None:
+            timer = self._loop.call_later(timeout, self._late, late)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer:
+                timer.cancel()
+
+    def _late(self, late: type[httpx2.TimeoutException]) -> None:
+        self._fail(late("nothing came in time"))
+        self._wake()
+
+    async def read(self, timeout: float | None) -> bytes:
+        """What has come of the body since the last time; empty at its end."""
+        while not self._chunks:
+            if self._complete:
+                return b""
+            await self._change(timeout, httpx2.ReadTimeout)
+        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks, self.waiting_bytes = [], 0
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        return body
+
+    def reuse(self) -> bool:
+        """Whether it is as open as when it was given back."""
+        if self._transport.is_closing():
+            return False
+        is_open, self._acknowledged = tcp_state(self._transport)
+        return is_open
+
+    def release(self) -> None:
+        """The answer is no longer read: keep the connection for the next request, or close it."""
+        if self._complete and self._sent and self._keep_alive and not self._transport.is_closing():
+            self._reset()
+            self.idle_since = self._loop.time()
+            self._idle.append(self)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """At once; what is not yet sent isn't any more."""
+        self._keep_alive = False
+        self._transport.abort()
+
+
+class ResponseBody(httpx2.AsyncByteStream):
+    """An answer's body, in parts as they come. Closing it gives the connection back."""
+
+    def __init__(self, connection: Connection, timeout: float | None) -> None:
+        self._connection: Connection | None = connection
+        self._timeout = timeout
+
+    def __aiter__(self) -> ResponseBody:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._connection is None:
+            raise StopAsyncIteration
+        if body := await self._connection.read(self._timeout):
+            return body
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        if self._connection is not None:
+            self._connection.release()
+            self._connection = None
+
+
+class Transport(httpx2.AsyncBaseTransport):
+    """Sends requests over HTTP/1.1, on connections that it keeps for `keepalive_seconds` after use.
+
+    Timeouts are httpx2's (`extensions={"timeout": {"connect", "read", "write"}}`, seconds or None);
+    there is no bound on connections, so that nobody waits for one. Raises httpx2's exceptions.
+    """
+
+    def __init__(
+        self, context: ssl.SSLContext | None = None, keepalive_seconds: float = 15
+    ) -> None:
+        self.connections: set[Connection] = set()
+        self._context = context or httpx2.create_ssl_context(trust_env=False)
+        self._keepalive_seconds = keepalive_seconds
+        self._idle: dict[tuple[str, bytes, int | None], deque[Connection]] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Raises TransportError."""
+        url = request.url
+        timeouts = request.extensions.get("timeout", {})
+        idle = self._idle.setdefault((url.scheme, url.raw_host, url.port), deque())
+        if connection := self._reusable(idle):
+            try:
+                return await connection.exchange(request, timeouts)
+            except NotSent:
+                if not isinstance(request.stream, httpx2.ByteStream):  # it can't be read again
+                    raise
+        connection = await self._connect(url, idle, timeouts.get("connect"))
+        return await connection.exchange(request, timeouts)
+
+    def _reusable(self, idle: deque[Connection]) -> Connection | None:
+        """The one used last, so that the others can grow old."""
+        while idle:
+            connection = idle.pop()
+            if connection.idle_since > self._too_old() and connection.reuse():
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(
+        self, url: httpx2.URL, idle: deque[Connection], timeout: float | None
+    ) -> Connection:
+        if url.scheme not in ("http", "https"):
+            raise httpx2.UnsupportedProtocol(f"Unsupported URL protocol {url.scheme!r}")
+        loop = asyncio.get_running_loop()
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(self._keepalive_seconds, self._sweep)
+        host, tls = url.raw_host.decode("ascii"), url.scheme == "https"
+        try:
+            async with asyncio.timeout(timeout):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self, idle),
+                    host,
+                    url.port or (443 if tls else 80),
+                    ssl=self._context if tls else None,
+                )
+        except TimeoutError as error:
+            raise httpx2.ConnectTimeout(str(error)) from error
+        except OSError as error:
+            raise httpx2.ConnectError(str(error)) from error
+        return connection
+
+    def _too_old(self) -> float:
+        return asyncio.get_running_loop().time() - self._keepalive_seconds
+
+    def _sweep(self) -> None:
+        """Close what nobody has used for long: in each pool that stands in front."""
+        for idle in self._idle.values():
+            while idle and idle[0].idle_since <= self._too_old():
+                idle.popleft().close()
+        self._sweeper = None
+        if self.connections:
+            loop = asyncio.get_running_loop()
+            self._sweeper = loop.call_later(self._keepalive_seconds, self._sweep)
+
+    async def aclose(self) -> None:
+        """Close all connections, those in use as well."""
+        for connection in list(self.connections):
+            connection.close()
+        if self._sweeper:
+            self._sweeper.cancel()
+            self._sweeper = None
