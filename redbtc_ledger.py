@@ -22,7 +22,7 @@ import tomllib
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -353,7 +353,7 @@ FORGET = "DELETE FROM requests WHERE request_id = ? AND outcome = 'pending'"
 
 
 Values = Sequence[Any] | dict[str, Any]
-Change = tuple[str, Sequence[Sequence[Any]]]  # a statement, and its values for each time it is run
+Change = tuple[str, Sequence[Any]]  # a statement and its values
 
 
 class DatabaseInUse(LedgerError):
@@ -383,7 +383,8 @@ def migrations(text: str) -> dict[int, str]:
 
 
 class Writer(aiosqlite.Connection):
-    """The connection that writes. What belongs into one transaction is one call to its thread."""
+    """The connection that writes. A transaction is one call to its thread; one with a single
+    statement is one call to SQLite, too, and lets go of Python's lock but once."""
 
     async def write(self, changes: Sequence[Change], synchronous: str) -> int:
         """Commit these changes together; returns how many rows the last one changed."""
@@ -391,12 +392,13 @@ class Writer(aiosqlite.Connection):
         return changed
 
     def _write(self, changes: Sequence[Change], synchronous: str) -> int:
-        database = self._conn
-        changed = 0
+        database, changed = self._conn, 0
+        database.execute(f"PRAGMA synchronous = {synchronous}")
         try:
-            database.execute(f"PRAGMA synchronous = {synchronous}")
+            if len(changes) > 1:
+                database.execute("BEGIN IMMEDIATE")
             for sql, values in changes:
-                changed = database.executemany(sql, values).rowcount
+                changed = database.execute(sql, values).rowcount
             database.commit()
         except Exception:
             with contextlib.suppress(sqlite3.Error):
@@ -439,8 +441,7 @@ class Store:
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(os.close, _lock(self.path))
-        # Python begins a transaction by itself before the first change: BEGIN IMMEDIATE.
-        writer = Writer(lambda: sqlite3.connect(self.path, isolation_level="IMMEDIATE"), 64)
+        writer = Writer(lambda: sqlite3.connect(self.path, isolation_level=None), 64)
         await stack.enter_async_context(writer)
         self._writer = writer
         await self._configure()
@@ -516,9 +517,8 @@ class Store:
         """Make an administrative change, all of it or none; returns how many rows the last
         statement changed. Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be
         committed."""
-        changes = [(sql, [values]) for sql, values in statements]
         try:
-            return await self._writer.write(changes, self._synchronous)
+            return await self._writer.write(statements, self._synchronous)
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
@@ -558,12 +558,16 @@ class Store:
                 await self._write_group(group)
 
     async def _write_group(self, group: list[Entry]) -> None:
-        changes: list[Change] = [
-            (sql, [entry.values for entry in entries])
-            for sql, entries in groupby(group, key=lambda entry: entry.sql)
-        ]
+        changes: list[Change] = []
+        for sql, entries in groupby(group, key=lambda entry: entry.sql):
+            values = [entry.values for entry in entries]
+            if sql == RECORD:
+                groups = [values[at : at + MOST_ROWS] for at in range(0, len(values), MOST_ROWS)]
+                changes += [(record_of(len(rows)), list(chain(*rows))) for rows in groups]
+            else:
+                changes += [(sql, each) for each in values]
         if not self.healthy:
-            changes.append((BEAT, [(now_ms(),)]))
+            changes.append((BEAT, (now_ms(),)))
         # A row that was only begun need not outlive a loss of power, just this process.
         lasting = not self.healthy or any(entry.insist for entry in group)
         try:
@@ -897,6 +901,14 @@ RECORD = """
         image_input_tokens = excluded.image_input_tokens,
         image_output_tokens = excluded.image_output_tokens, web_searches = excluded.web_searches
     WHERE outcome = 'pending'"""
+MOST_ROWS = 32  # of one statement
+
+
+@functools.lru_cache(MOST_ROWS)
+def record_of(rows: int) -> str:
+    """RECORD for so many rows at once."""
+    insert, values, update = re.split(r"VALUES (\(.*\))", RECORD)
+    return f"{insert}VALUES {', '.join([values] * rows)}{update}"
 
 
 def _values(row: Row) -> list[Any]:

@@ -24,7 +24,6 @@ import math
 import os
 import random
 import re
-import secrets
 import signal
 import socket
 import threading
@@ -130,8 +129,9 @@ class Refusal(Exception):
 
 
 def new_request_id() -> str:
-    """req_, 12 hexadecimal digits of milliseconds, 20 of chance: ids sort by time."""
-    return f"req_{ledger.now_ms():012x}{secrets.token_hex(10)}"
+    """req_, 12 hexadecimal digits of milliseconds, 20 of chance: ids sort by time. They are no
+    secrets; random is seeded from the system's entropy at the start."""
+    return f"req_{ledger.now_ms():012x}{random.getrandbits(80):020x}"
 
 
 async def respond(
@@ -169,6 +169,38 @@ BAD_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 §5.5
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 
 
+class Joining:
+    """A transport that sends an answer's head with what follows in the same turn of the loop: each
+    write is a system call, and those cost more than most of what is done for a request."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        """What only looks like a head waits for the turn's end as well, and loses nothing by it."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.writelines([head, data])
+        elif data.startswith(b"HTTP/1.1 "):
+            self._head = data
+            asyncio.get_running_loop().call_soon(self._flush)
+        else:
+            self._transport.write(data)
+
+    def _flush(self) -> None:
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Once all is sent."""
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class HTTPProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with a bound on a head's size and time before the app can see it, with
     OpenAI's error form where the parser gives up, and with scope["leaving"]: functions that are
@@ -182,6 +214,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.transport = cast(asyncio.Transport, Joining(transport))
         self._leaving: set[Callable[[], None]] = set()
         self._await_head()
 
@@ -351,6 +384,7 @@ def authenticate(scope: Scope, store: Store) -> Key:
 # The whole body comes into memory, bounded in size and time; then the few facts that the gateway
 # needs are read out of it and nothing else is built. The body itself is never re-encoded.
 
+TICK = 0.02  # seconds: how exact timeouts are
 MAX_MODEL_LENGTH = 256
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
@@ -393,38 +427,33 @@ FACTS = msgspec.json.Decoder(Facts)
 
 class Clock:
     """How long a request may go on: the timeouts of its steps and of the whole, and what is left
-    once the client is gone, are one deadline that moves. Moving it costs an assignment, since the
-    timer looks at it only when it fires. Within `with clock.running(...)`, in one task, its passing
-    raises TimeoutError."""
+    once the client is gone, are one deadline that moves. Within `with clock.running(...)`, in one
+    task, its passing raises TimeoutError."""
 
-    def __init__(self) -> None:
+    def __init__(self, clocks: Clocks) -> None:
         self.client_left = False
-        self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[Any] | None = None
-        self._timer: asyncio.Handle | None = None
-        self._fires = math.inf
-        self._deadline = self._last = math.inf
+        self.deadline = math.inf
+        self._clocks = clocks
+        self._last = math.inf
         self._grace = math.inf
+        self._task: asyncio.Task[Any] | None = None
         self._passed = False
 
     def running(self, total: float, grace: float = math.inf) -> Clock:
         """At most `total` seconds, and `grace` from when the client leaves."""
         self._grace = grace
-        self._last = self._loop.time() + total
-        self._deadline = self._last
+        self.deadline = self._last = self._clocks.now() + total
         return self
 
     def __enter__(self) -> None:
         self._task = asyncio.current_task()
+        self._clocks.add(self)
         if self.client_left:
             self.leave()
-        self._watch()
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         task, self._task = self._task, None
-        if self._timer:
-            self._timer.cancel()
-        self._timer, self._fires = None, math.inf
+        self._clocks.discard(self)
         if self._passed and task:
             self._passed = False
             if task.uncancel() == 0 and error is asyncio.CancelledError:
@@ -432,36 +461,53 @@ class Clock:
 
     def allow(self, seconds: float) -> None:
         """The next step may take this long."""
-        self._deadline = min(self._last, self._loop.time() + seconds)
-        if self._deadline < self._fires:
-            self._watch()
+        self.deadline = min(self._last, self._clocks.now() + seconds)
 
     def pause(self) -> None:
         """What comes now takes as long as it takes, until the next `allow`."""
-        self._deadline = math.inf
+        self.deadline = math.inf
 
     def leave(self) -> None:
         """The client is gone."""
         self.client_left = True
-        self._last = min(self._last, self._loop.time() + self._grace)
-        if self._deadline < math.inf:
-            self._deadline = min(self._deadline, self._last)
-            self._watch()
+        self._last = min(self._last, self._clocks.now() + self._grace)
+        if self.deadline < math.inf:
+            self.deadline = min(self.deadline, self._last)
+            if self._grace == 0:
+                self.ring()
 
-    def _watch(self) -> None:
-        if self._timer:
-            self._timer.cancel()
+    def ring(self) -> None:
+        """The deadline has passed."""
+        self.deadline = math.inf
         if self._task:
-            self._fires = self._deadline
-            self._timer = self._loop.call_at(self._fires, self._look)
-
-    def _look(self) -> None:
-        self._timer, self._fires = None, math.inf
-        if self._task and self._deadline <= self._loop.time():
             self._passed = True
             self._task.cancel()
-        elif self._deadline < math.inf:
-            self._watch()
+
+
+class Clocks:
+    """All clocks that run. They are looked at together every TICK seconds: a timer for each, moved
+    with each byte, would cost more than all limits."""
+
+    def __init__(self) -> None:
+        self._running: set[Clock] = set()
+        self._ticking = False
+        self.now = asyncio.get_running_loop().time
+        self.discard = self._running.discard
+
+    def add(self, clock: Clock) -> None:
+        """From now on it may ring."""
+        self._running.add(clock)
+        if not self._ticking:
+            self._ticking = True
+            asyncio.get_running_loop().call_later(TICK, self._tick)
+
+    def _tick(self) -> None:
+        now = self.now()
+        for clock in [clock for clock in self._running if clock.deadline <= now]:
+            clock.ring()
+        self._ticking = bool(self._running)
+        if self._ticking:
+            asyncio.get_running_loop().call_later(TICK, self._tick)
 
 
 async def read_body(scope: Scope, receive: Receive, clock: Clock, settings: Settings) -> bytes:
@@ -1243,6 +1289,7 @@ class StreamMeter:
 # What an operator sees of the gateway at work: one JSON line a request on standard error, and
 # metrics. Neither ever holds a byte of a prompt, a completion or a key.
 
+LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 30, 40)}
 LOG_LINES_A_SECOND = 2000
 LOG_BACKLOG = 10_000
 LOG_SECONDS = 0.02  # what comes within is one write
@@ -1262,10 +1309,8 @@ class Log:
         self._second, self._in_second, self._dropped = 0, 0, 0
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
-    def say(self, level: int, event: str, **fields: Any) -> None:
+    def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
         """One line, at one of logging's levels."""
-        if level < self.level:
-            return
         now = ledger.now_ms()
         if now // 1000 != self._second:
             self._second, self._in_second = now // 1000, 0
@@ -1273,13 +1318,14 @@ class Log:
         if self._in_second > LOG_LINES_A_SECOND or len(self._lines) >= LOG_BACKLOG:
             self._dropped += 1
             return
-        name = logging.getLevelName(level).lower()
-        line = {"time": ledger.iso_time(now), "level": name, "event": event, **fields}
+        name = LEVEL_NAMES[level]
+        line = {"time": ledger.iso_time(now), "level": name, "event": event} | fields
         if self._dropped:
             line["lines_dropped_before"], self._dropped = self._dropped, 0
-        self._lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-        self._written.clear()
-        self._pending.set()
+        self._lines.append(orjson.dumps(line, None, orjson.OPT_APPEND_NEWLINE))
+        if not self._pending.is_set():
+            self._written.clear()
+            self._pending.set()
 
     def _write(self) -> None:
         while self._pending.wait():
@@ -1299,7 +1345,12 @@ class Log:
 
 
 LOG = Log()
-say = LOG.say
+
+
+def say(level: int, event: str, **fields: Any) -> None:
+    """One line of the log, where its level is wanted."""
+    if level >= LOG.level:
+        LOG.write(level, event, fields)
 
 
 class Histogram:
@@ -1383,21 +1434,23 @@ class Watch:
             logging.INFO,
             scope,
             row.status,
-            account_id=row.account_id,
-            key_id=row.key_id,
-            upstream=row.upstream,
-            outcome=row.outcome,
-            first_byte_ms=row.first_byte_ms,
-            duration_ms=row.duration_ms,
-            usage_source=row.usage_source,
-            input_tokens=row.usage.input_tokens,
-            output_tokens=row.usage.output_tokens,
+            {
+                "account_id": row.account_id,
+                "key_id": row.key_id,
+                "upstream": row.upstream,
+                "outcome": row.outcome,
+                "first_byte_ms": row.first_byte_ms,
+                "duration_ms": row.duration_ms,
+                "usage_source": row.usage_source,
+                "input_tokens": row.usage.input_tokens,
+                "output_tokens": row.usage.output_tokens,
+            },
         )
 
     def answered(self, scope: Scope, status: int) -> None:
         """A request that is not metered was answered."""
         self._requests[scope["where"], str(status), "completed"] += 1
-        self._line(logging.INFO, scope, status, outcome="completed")
+        self._line(logging.INFO, scope, status, {"outcome": "completed"})
 
     def refused(self, scope: Scope, refusal: Refusal) -> None:
         """The gateway itself said no."""
@@ -1405,24 +1458,26 @@ class Watch:
         if "settled" in scope:  # counted and logged with its row
             return
         self._requests[scope["where"], str(refusal.status), "refused"] += 1
-        self._line(logging.INFO, scope, refusal.status, outcome="refused", code=refusal.code)
+        fields = {"outcome": "refused", "code": refusal.code}
+        self._line(logging.INFO, scope, refusal.status, fields)
 
     def left(self, scope: Scope) -> None:
         """The client went before its request had left for an upstream."""
         self._requests[scope["where"], "0", "client_disconnected"] += 1
-        self._line(logging.INFO, scope, None, outcome="client_disconnected")
+        self._line(logging.INFO, scope, None, {"outcome": "client_disconnected"})
 
     def failed(self, scope: Scope, error: Exception) -> None:
         """Something that should not happen. Its message could hold content, so it is not logged."""
         self._requests[scope["where"], "500", "refused"] += 1
         frames = traceback.extract_tb(error.__traceback__)
         places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-        self._line(logging.ERROR, scope, 500, error=type(error).__name__, places=places)
+        self._line(logging.ERROR, scope, 500, {"error": type(error).__name__, "places": places})
 
-    def _line(self, level: int, scope: Scope, status: int | None, **fields: Any) -> None:
+    @staticmethod
+    def _line(level: int, scope: Scope, status: int | None, fields: dict[str, Any]) -> None:
         if level >= LOG.level:
             request = {"request_id": scope["request_id"], "route": scope["where"], "status": status}
-            say(level, "request", **request, **fields)
+            LOG.write(level, "request", request | fields)
 
 
 # ── Choose, open ─────────────────────────────────────────────────────────────────────────────────
@@ -1569,7 +1624,7 @@ def headers_for_client(upstreams: Headers) -> Headers:
 
 # ── Relay, settle ────────────────────────────────────────────────────────────────────────────────
 
-CLOSING_SECONDS = 0.05  # until the upstream has noticed a closed connection: its place is taken
+CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
 BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
 
 
@@ -1667,7 +1722,7 @@ class Exchange:
             await self._send_head(response)
             await self._relay(response, upstream.settings.idle_timeout_seconds)
         finally:
-            await response.aclose()
+            await cast(httpx2.AsyncByteStream, response.stream).aclose()
 
     async def _send_head(self, response: httpx2.Response) -> None:
         headers = headers_for_client(response.headers.raw)
@@ -1726,7 +1781,8 @@ class Exchange:
     async def _fail(self, failure: str) -> None:
         """The exchange broke: write down how. A client that has nothing yet is told; for one in the
         middle of the answer the connection ends without the answer's end."""
-        await asyncio.sleep(CLOSING_SECONDS)
+        if self._body.left:
+            await asyncio.sleep(CLOSING_SECONDS)
         if self._settled:
             return
         if self._clock.client_left and not self._body.left:
@@ -1786,7 +1842,7 @@ class MeteredRoute:
         scope["where"] = self.path
         key = gateway.enter(scope)
         boundary = check_media_type(scope, self._forms)
-        clock = Clock()
+        clock = Clock(gateway.clocks)
         body = await read_body(scope, receive, clock, gateway.settings)
         facts = read_facts(body, boundary, model_needed=not self.images)
         refuse_foreign_objects(facts)
@@ -1806,6 +1862,7 @@ class Gateway:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.limits = Limits()
+        self.clocks = Clocks()
         self.watch = Watch()
         self.watch.registry.register(self)
         self.settings = settings
@@ -1865,7 +1922,7 @@ class Gateway:
         """The upstreams' lists joined, in their order, each less what its patterns exclude."""
         scope["where"] = "/v1/models"
         key = self.enter(scope)
-        with await self.limits.admit(key, 0, self.settings.limits, Clock()):
+        with await self.limits.admit(key, 0, self.settings.limits, Clock(self.clocks)):
             usable = [upstream for upstream in self.upstreams if upstream.usable]
             if not usable:
                 raise Refusal("no_upstream", retry_after=5)
@@ -1887,7 +1944,7 @@ class Gateway:
         if not MODEL_NAME.fullmatch(name):  # '../files' must not reach the upstream
             raise Refusal("model_not_found", param="model")
         upstream = choose(self.upstreams, name)[0]
-        with await self.limits.admit(key, 0, self.settings.limits, Clock()):
+        with await self.limits.admit(key, 0, self.settings.limits, Clock(self.clocks)):
             try:
                 status, body = await upstream.fetch(f"/models/{name}")
             except TimeoutError:

@@ -230,22 +230,23 @@ class Connection(asyncio.Protocol):
         text = b"".join([*head, b"\r\n"])
         if not REQUEST_HEAD.fullmatch(text) or text.count(b"\n") != len(headers) + 2:
             raise httpx2.LocalProtocolError("Illegal request head")
-        self._transport.write(text)
         assert isinstance(request.stream, httpx2.AsyncByteStream)
         async for part in request.stream:
             length -= len(part)
             if length < 0 and not chunked:
                 raise httpx2.LocalProtocolError("Too much data for declared Content-Length")
             if part:
-                self._transport.write(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+                part = b"%x\r\n%s\r\n" % (len(part), part) if chunked else part
+                self._transport.writelines([text, part])  # as one packet, where it fits
+                text = b""
             while not self._writable:
                 await self._change(timeout, httpx2.WriteTimeout)
                 if self._status:
                     return
         if length > 0 and not chunked:
             raise httpx2.LocalProtocolError("Too little data for declared Content-Length")
-        if chunked:
-            self._transport.write(b"0\r\n\r\n")
+        if end := text + (b"0\r\n\r\n" if chunked else b""):
+            self._transport.write(end)
         self._sent = True
 
     async def _change(self, timeout: float | None, late: type[httpx2.TimeoutException]) -> None:
