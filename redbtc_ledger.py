@@ -113,6 +113,9 @@ Variable = Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
 Url = Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")]
 
 
+Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
+
+
 class Table(Struct, forbid_unknown_fields=True, frozen=True):
     """A table of the settings file."""
 
@@ -151,6 +154,8 @@ class UpstreamSettings(Table, frozen=True):
     first_byte_timeout_seconds: Seconds = 600
     idle_timeout_seconds: Seconds = 300
     total_timeout_seconds: Seconds = 3600
+    transport: Literal["asyncio", "httpx"] = "asyncio"
+    proxy: Proxy = ""
 
 
 class AccountLimits(Table, frozen=True):
@@ -298,6 +303,8 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
             raise SettingsError(
                 f"upstreams.base_url: found {upstream.base_url!r}; allowed is a URL"
             )
+        if upstream.proxy and upstream.transport != "httpx":
+            raise SettingsError('upstreams.proxy: needs transport = "httpx"')
     return settings
 
 

@@ -15,7 +15,6 @@ import asyncio
 import bisect
 import contextlib
 import fnmatch
-import functools
 import hmac
 import ipaddress
 import itertools
@@ -54,7 +53,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import redbtc_admin as admin
 import redbtc_ledger as ledger
 from redbtc_ledger import Key, Row, Settings, Store, UpstreamSettings, Usage
-from redbtc_transport import Transport
+from redbtc_transport import Answer as UpstreamAnswer
+from redbtc_transport import Request, Transport
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -267,6 +267,14 @@ class HTTPProtocol(HttpToolsProtocol):
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
+def header(headers: Headers, name: bytes) -> bytes | None:
+    """The first header of that name (lower case)."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
 def check_head(scope: Scope) -> None:
     """Raise Refusal for a head that no client of good will sends, or that a proxy before or behind
     this one could read in another way (RFC 9112 §3.2, §6.1, §6.3; RFC 9110 §5.5)."""
@@ -276,20 +284,20 @@ def check_head(scope: Scope) -> None:
     headers: Headers = scope["headers"]
     if len(headers) > MAX_HEADERS:
         raise Refusal("headers_too_large", f"More than {MAX_HEADERS} headers.")
-    size = len(scope["raw_path"]) + len(scope["query_string"])
-    seen: dict[bytes, bytes] = {}
-    for name, value in headers:
-        size += len(name) + len(value)
-        if not TOKEN.fullmatch(name) or BAD_IN_VALUE.search(value):
-            raise Refusal("invalid_http", "A header contains characters that it must not.")
-        if name in seen and name in (b"host", b"content-length", b"transfer-encoding"):
-            raise Refusal("invalid_http", f"There is more than one {name.decode()} header.")
-        seen[name] = value
+    names, values = [name for name, _ in headers], b"".join([value for _, value in headers])
+    size = len(b"".join(names)) + len(values) + len(scope["raw_path"]) + len(scope["query_string"])
     if size > MAX_HEAD_BYTES:
         raise Refusal("headers_too_large", f"Headers of more than {MAX_HEAD_BYTES} bytes.")
-    if not HOST.fullmatch(seen.get(b"host", b"-" if version == "1.0" else b"")):
+    if (headers and not TOKEN.fullmatch(b"".join(names))) or BAD_IN_VALUE.search(values):
+        raise Refusal("invalid_http", "A header contains characters that it must not.")
+    for name in (b"host", b"content-length", b"transfer-encoding"):
+        if names.count(name) > 1:
+            raise Refusal("invalid_http", f"There is more than one {name.decode()} header.")
+    host = header(headers, b"host")
+    if not (version == "1.0" if host is None else HOST.fullmatch(host)):
         raise Refusal("invalid_http", "There must be one Host header of proper form.")
-    _check_framing(version, seen.get(b"content-length"), seen.get(b"transfer-encoding"))
+    length, encoding = header(headers, b"content-length"), header(headers, b"transfer-encoding")
+    _check_framing(version, length, encoding)
 
 
 def _check_framing(version: str, length: bytes | None, encoding: bytes | None) -> None:
@@ -351,14 +359,6 @@ class ClientLeft(Exception):
 # ── Authenticate ─────────────────────────────────────────────────────────────────────────────────
 
 BAD_KEY = "Incorrect API key provided. Send it as 'Authorization: Bearer sk-redbtc-…'."
-
-
-def header(headers: Headers, name: bytes) -> bytes | None:
-    """The first header of that name (lower case)."""
-    for key, value in headers:
-        if key == name:
-            return value
-    return None
 
 
 def authenticate(scope: Scope, store: Store) -> Key:
@@ -651,7 +651,8 @@ class Places:
     def take_now(self, limit: int) -> bool:
         """Take a place if one is free and nobody stands in line. `limit` holds from now on."""
         self.limit = limit
-        self._let_in()
+        if self._queue:
+            self._let_in()
         if self._queue or self._full():
             return False
         self.taken += 1
@@ -1018,47 +1019,53 @@ def decode_answer(text: bytes | msgspec.Raw) -> Answer | None:
         return None
 
 
-def tokens_in(counts: Any, *path: str) -> int | None:
-    """The count at `path`, or None where there is none: negative, fractional, absurd or no
+def tokens_in(counts: Any, name: str) -> int | None:
+    """The count of that name, or None where there is none: negative, fractional, absurd or no
     number."""
-    for step in path:
-        counts = counts.get(step) if isinstance(counts, dict) else None
-    counted = isinstance(counts, int) and not isinstance(counts, bool)
-    return counts if counted and 0 <= counts <= MOST_TOKENS else None
+    count = counts.get(name) if isinstance(counts, dict) else None
+    return count if type(count) is int and 0 <= count <= MOST_TOKENS else None
 
 
-def part_of(whole: int | None, *parts: int | None) -> bool:
-    return whole is not None and sum(part or 0 for part in parts) <= whole
+def part_of(whole: int | None, parts: int) -> bool:
+    return whole is not None and parts <= whole
 
 
 def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
     """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images) and from
     `tool_usage`; None where it reports neither input nor output. Parts that exceed their whole
     are not believed."""
-    chat = isinstance(usage, dict) and "prompt_tokens" in usage
-    into, out = (
-        ("prompt_tokens", "completion_tokens") if chat else ("input_tokens", "output_tokens")
+    if not isinstance(usage, dict):
+        return None
+    chat = "prompt_tokens" in usage
+    into, out = ("prompt", "completion") if chat else ("input", "output")
+    tokens_input, tokens_output = (
+        tokens_in(usage, f"{into}_tokens"),
+        tokens_in(usage, f"{out}_tokens"),
     )
-    tokens_input, tokens_output = tokens_in(usage, into), tokens_in(usage, out)
     if tokens_input is None and tokens_output is None:
         return None
-    cached = tokens_in(usage, f"{into}_details", "cached_tokens")
-    cache_write = tokens_in(usage, f"{into}_details", "cache_write_tokens")
-    believed = part_of(tokens_input, cached, cache_write)
-    reasoning = tokens_in(usage, f"{out}_details", "reasoning_tokens")
-    source = usage if images else tools.get("image_gen") if isinstance(tools, dict) else None
-    image_output = tokens_in(source, "output_tokens_details", "image_tokens")
-    if image_output is None:  # without details all of an image endpoint's output is image
-        image_output = tokens_in(source, "output_tokens")
+    parts_input = usage.get(f"{into}_tokens_details")
+    cached = tokens_in(parts_input, "cached_tokens")
+    cache_write = tokens_in(parts_input, "cache_write_tokens")
+    believed = part_of(tokens_input, (cached or 0) + (cache_write or 0))
+    reasoning = tokens_in(usage.get(f"{out}_tokens_details"), "reasoning_tokens")
+    tools = tools if isinstance(tools, dict) else {}
+    source = usage if images else tools.get("image_gen")
+    image_input = image_output = None
+    if isinstance(source, dict):
+        image_input = tokens_in(source.get("input_tokens_details"), "image_tokens")
+        image_output = tokens_in(source.get("output_tokens_details"), "image_tokens")
+        if image_output is None:  # without details all of an image endpoint's output is image
+            image_output = tokens_in(source, "output_tokens")
     return Usage(
         input_tokens=tokens_input,
         cached_input_tokens=cached if believed else None,
         cache_write_tokens=cache_write if believed else None,
         output_tokens=tokens_output,
-        reasoning_tokens=reasoning if part_of(tokens_output, reasoning) else None,
-        image_input_tokens=tokens_in(source, "input_tokens_details", "image_tokens"),
+        reasoning_tokens=reasoning if part_of(tokens_output, reasoning or 0) else None,
+        image_input_tokens=image_input,
         image_output_tokens=image_output,
-        web_searches=tokens_in(tools, "web_search", "num_requests"),
+        web_searches=tokens_in(tools.get("web_search"), "num_requests"),
     )
 
 
@@ -1524,12 +1531,22 @@ class Upstream:
         self._own: Headers = [(b"host", self._base.netloc), (b"accept-encoding", b"identity")]
         if key:
             self._own.append((b"authorization", f"Bearer {key}".encode()))
-        self._transport = Transport(keepalive_seconds=KEEPALIVE_SECONDS)
-        self._url = functools.lru_cache(64)(self._make_url)  # to make one costs as much as to send
-
-    def _make_url(self, path: str, query: bytes) -> httpx2.URL:
-        raw_path = self._base.raw_path.rstrip(b"/") + path.encode()
-        return self._base.copy_with(raw_path=raw_path + b"?" + query if query else raw_path)
+        self._path = self._base.raw_path.rstrip(b"/")
+        self._timeouts: dict[str, float | None] = {
+            "connect": settings.connect_timeout_seconds,
+            "write": settings.idle_timeout_seconds,
+        }
+        if settings.transport == "httpx":
+            self._transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(
+                verify=httpx2.create_ssl_context(trust_env=False),
+                http2=True,
+                proxy=settings.proxy or None,
+                limits=httpx2.Limits(keepalive_expiry=KEEPALIVE_SECONDS, max_connections=None),
+            )
+            self._send = self._send_by_httpx
+        else:
+            transport = Transport(keepalive_seconds=KEEPALIVE_SECONDS)
+            self._transport, self._send = transport, transport.send
 
     def serves(self, model: str) -> bool:
         """Whether one of its patterns matches."""
@@ -1537,37 +1554,41 @@ class Upstream:
         return "*" in patterns or any(fnmatch.fnmatchcase(model, each) for each in patterns)
 
     async def open(
-        self, method: str, path: str, query: bytes, headers: Headers, stream: Body
-    ) -> httpx2.Response:
-        """Send a request; the answer's head. Its body is read from `stream` and closed by aclose().
-        Raises httpx2.HTTPError."""
-        timeouts = {
-            "connect": self.settings.connect_timeout_seconds,
-            "write": self.settings.idle_timeout_seconds,
-        }
-        request = httpx2.Request(
-            method,
-            self._url(path, query),
-            headers=[*headers, *self._own],
-            stream=stream,
-            extensions={"timeout": timeouts},
+        self, method: str, path: str, query: bytes, headers: Headers, body: Body
+    ) -> UpstreamAnswer:
+        """Send a request; the answer's head. Raises httpx2.HTTPError."""
+        target = self._path + path.encode() + (b"?" + query if query else b"")
+        headers = [*headers, *self._own]
+        return await self._send(Request(method, self._base, target, headers, body, self._timeouts))
+
+    async def _send_by_httpx(self, request: Request) -> UpstreamAnswer:
+        assert isinstance(self._transport, httpx2.AsyncHTTPTransport)
+        response = await self._transport.handle_async_request(
+            httpx2.Request(
+                request.method,
+                request.url.copy_with(raw_path=request.target),
+                headers=request.headers,
+                stream=request.body,
+                extensions={"timeout": request.timeouts},
+            )
         )
-        return await self._transport.handle_async_request(request)
+        body = cast(httpx2.AsyncByteStream, response.stream)
+        return UpstreamAnswer(response.status_code, response.headers.raw, body)
 
     async def fetch(self, path: str) -> tuple[int, bytes]:
         """Status and body of a small GET, bounded. Raises httpx2.HTTPError, TimeoutError."""
         async with asyncio.timeout(min(30, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
-            response = await self.open("GET", path, b"", accept, Body(b""))
+            answer = await self.open("GET", path, b"", accept, Body(b""))
             try:
                 body = bytearray()
-                async for chunk in cast(AsyncIterator[bytes], response.stream):
+                async for chunk in answer.body:
                     body += chunk
                     if len(body) > MOST_SKELETON:
                         raise httpx2.RemoteProtocolError("the answer is too long")
-                return response.status_code, bytes(body)
+                return answer.status, bytes(body)
             finally:
-                await response.aclose()
+                await answer.body.aclose()
 
     async def close(self) -> None:
         """Close its connections, once those in flight are done."""
@@ -1606,20 +1627,18 @@ def headers_for_upstream(scope: Scope) -> Headers:
 
 def headers_for_client(upstreams: Headers) -> Headers:
     """What of the upstream's headers goes on: all but a deny-list and what Connection names."""
-    headers = [(name.lower(), value) for name, value in upstreams]
-    named = {
-        token.strip().lower()
-        for name, value in headers
-        if name == b"connection"
-        for token in value.split(b",")
-    }
-    return [
-        (name, value)
-        for name, value in headers
-        if name not in DROPPED_HEADERS
-        and name not in named
-        and not name.startswith(DROPPED_PREFIXES)
+    headers = [
+        (lower, value)
+        for name, value in upstreams
+        if (lower := name.lower()) == b"connection"
+        or (lower not in DROPPED_HEADERS and not lower.startswith(DROPPED_PREFIXES))
     ]
+    connection = [value for name, value in headers if name == b"connection"]
+    if connection:
+        named = {token.strip().lower() for token in b",".join(connection).split(b",")}
+        named.add(b"connection")
+        headers = [line for line in headers if line[0] not in named]
+    return headers
 
 
 # ── Relay, settle ────────────────────────────────────────────────────────────────────────────────
@@ -1715,17 +1734,17 @@ class Exchange:
         headers = headers_for_upstream(self._scope)
         headers.append((b"content-length", b"%d" % len(body)))
         self._body = Body(body)
-        response = await upstream.open("POST", path, query, headers, self._body)
+        answer = await upstream.open("POST", path, query, headers, self._body)
         try:
-            if not 200 <= response.status_code <= 599:
+            if not 200 <= answer.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
-            await self._send_head(response)
-            await self._relay(response, upstream.settings.idle_timeout_seconds)
+            await self._send_head(answer)
+            await self._relay(answer.body, upstream.settings.idle_timeout_seconds)
         finally:
-            await cast(httpx2.AsyncByteStream, response.stream).aclose()
+            await answer.body.aclose()
 
-    async def _send_head(self, response: httpx2.Response) -> None:
-        headers = headers_for_client(response.headers.raw)
+    async def _send_head(self, answer: UpstreamAnswer) -> None:
+        headers = headers_for_client(answer.headers)
         content_type = header(headers, b"content-type") or b""
         encoding = header(headers, b"content-encoding") or b"identity"
         if content_type.lower().startswith(b"text/event-stream") and encoding == b"identity":
@@ -1741,15 +1760,15 @@ class Exchange:
             headers.append((b"x-request-id", request_id))
         headers.append((b"x-redbtc-request-id", request_id))
         headers += self._admission.headers()
-        self._row.status = response.status_code
+        self._row.status = answer.status
         self._started = True
-        head = {"type": "http.response.start", "status": response.status_code, "headers": headers}
+        head = {"type": "http.response.start", "status": answer.status, "headers": headers}
         await self._send(head)
 
-    async def _relay(self, response: httpx2.Response, idle_seconds: float) -> None:
+    async def _relay(self, body: httpx2.AsyncByteStream, idle_seconds: float) -> None:
         clock, meter = self._clock, self._meter
         clock.allow(idle_seconds)
-        async for chunk in cast(AsyncIterator[bytes], response.stream):
+        async for chunk in body:
             if self._row.first_byte_ms is None:
                 self._row.first_byte_ms = self._elapsed_ms()
             if passed := meter.feed(chunk):

@@ -9,10 +9,10 @@ are through with it: the request sent whole, the answer read whole, nothing behi
 other case, cancellation included, it is closed. There is no third way.
 
 Rule 2. A request is sent again only if nobody can have acted on it. An upstream may close an idle
-connection in the instant in which it is used. So the kernel is asked twice: before use, whether the
-connection is still open; and when it ends without a byte of an answer, whether the other side's
-kernel has acknowledged a byte of the request. Only if none was is it sent again, once, on a new
-connection (RFC 9110 §9.2.2). Where the kernel can't tell, it is not.
+connection in the instant in which it is used. When a connection ends that has been used before, and
+not a byte of an answer has come, our kernel is asked whether the other side's has acknowledged a
+byte of the request. Only if none was is it sent again, once, on a new connection (RFC 9110 §9.2.2).
+Where the kernel can't tell, it is not.
 
 Rule 3. Memory is bounded: heads and all else that is no body by MAX_OVERHEAD, what waits for a slow
 reader by HIGH_WATER and one read of the socket. Then nothing more is read.
@@ -38,7 +38,6 @@ REQUEST_HEAD = re.compile(  # RFC 9112 §3, RFC 9110 §5.5
     rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.1\r\n"
     rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: [^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+\r\n"
 )
-TCP_ESTABLISHED = 1
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 60, "TCP_KEEPCNT": 5}  # as OpenAI's SDKs set them
 
 
@@ -46,21 +45,37 @@ class NotSent(httpx2.RemoteProtocolError):
     """The upstream closed the connection before it had seen a byte of the request."""
 
 
-class TCPState(NamedTuple):
-    """What the kernel knows of a connection; nothing on systems other than Linux."""
+class Request(NamedTuple):
+    """What is sent: to the origin of `url`, with `target` after the method. `timeouts` are httpx2's
+    ("connect", "read", "write") in seconds; none where there is none."""
 
-    open: bool = True
-    acknowledged: int | None = None  # bytes that have reached the other side's kernel
+    method: str
+    url: httpx2.URL
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: httpx2.AsyncByteStream
+    timeouts: dict[str, float | None]
 
 
-def tcp_state(transport: asyncio.BaseTransport) -> TCPState:
-    """struct tcp_info of tcp(7): the state is its first byte, tcpi_bytes_acked stands at 120."""
+class Answer(NamedTuple):
+    """An answer's head, and the body to come, which its reader closes."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: httpx2.AsyncByteStream
+    http_version: str = "1.1"
+    reason: bytes = b""
+
+
+def acknowledged(transport: asyncio.BaseTransport) -> int | None:
+    """How many bytes have reached the other side's kernel: tcpi_bytes_acked, at 120 in tcp(7)'s
+    struct tcp_info. None on systems other than Linux."""
     try:
         sock = transport.get_extra_info("socket")
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-        return TCPState(info[0] == TCP_ESTABLISHED, *struct.unpack_from("=Q", info, 120))
+        return int(struct.unpack_from("=Q", info, 120)[0])
     except (AttributeError, OSError, struct.error):
-        return TCPState()
+        return None
 
 
 class Connection(asyncio.Protocol):
@@ -75,6 +90,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._writable = True
+        self._written = 0  # bytes, of all requests
         self._acknowledged: int | None = None  # before the request, where it was used before
         self._reset()
 
@@ -98,6 +114,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._tls = transport.get_extra_info("ssl_object") is not None
         self._owner.connections.add(self)
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -119,9 +136,9 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> None:
-        state = tcp_state(self._transport)
-        unseen = self._acknowledged is not None and self._acknowledged == state.acknowledged
-        if unseen and not self._status and not self._overhead:
+        nothing_came = self._method and not self._status and not self._overhead
+        before = self._acknowledged
+        if nothing_came and before is not None and before == acknowledged(self._transport):
             self._fail(NotSent("the connection had been closed"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -197,47 +214,40 @@ class Connection(asyncio.Protocol):
 
     # What the transport calls
 
-    async def exchange(
-        self, request: httpx2.Request, timeouts: dict[str, float | None]
-    ) -> httpx2.Response:
+    async def exchange(self, request: Request) -> Answer:
         """Send a request; its answer's head, with the body to come. Raises TransportError."""
         self._method = request.method
+        read = request.timeouts.get("read")
         try:
-            await self._send(request, timeouts.get("write"))
+            await self._send(request)
             while not self._status:
-                await self._change(timeouts.get("read"), httpx2.ReadTimeout)
+                await self._change(read, httpx2.ReadTimeout)
         except BaseException:
             self.close()
             raise
-        version = b"HTTP/" + self._parser.get_http_version().encode()
-        return httpx2.Response(
-            self._status,
-            headers=self._headers,
-            stream=ResponseBody(self, timeouts.get("read")),
-            extensions={"http_version": version, "reason_phrase": self._reason},
-        )
+        version = self._parser.get_http_version()
+        return Answer(self._status, self._headers, ResponseBody(self, read), version, self._reason)
 
-    async def _send(self, request: httpx2.Request, timeout: float | None) -> None:
+    async def _send(self, request: Request) -> None:
         """Send all of it, unless the answer comes before: that is then an early refusal."""
-        length, chunked, headers = 0, False, request.headers.raw
-        head = [b"%s %s HTTP/1.1\r\n" % (request.method.encode(), request.url.raw_path)]
-        for name, value in headers:
+        length, chunked, timeout = 0, False, request.timeouts.get("write")
+        head = [b"%s %s HTTP/1.1\r\n" % (request.method.encode(), request.target)]
+        for name, value in request.headers:
             head.append(b"%s: %s\r\n" % (name, value))
             if name.lower() == b"content-length":
                 length = int(value)
             elif name.lower() == b"transfer-encoding":
                 chunked = True
         text = b"".join([*head, b"\r\n"])
-        if not REQUEST_HEAD.fullmatch(text) or text.count(b"\n") != len(headers) + 2:
+        if not REQUEST_HEAD.fullmatch(text) or text.count(b"\n") != len(head) + 1:
             raise httpx2.LocalProtocolError("Illegal request head")
-        assert isinstance(request.stream, httpx2.AsyncByteStream)
-        async for part in request.stream:
+        async for part in request.body:
             length -= len(part)
             if length < 0 and not chunked:
                 raise httpx2.LocalProtocolError("Too much data for declared Content-Length")
             if part:
                 part = b"%x\r\n%s\r\n" % (len(part), part) if chunked else part
-                self._transport.writelines([text, part])  # as one packet, where it fits
+                self._write([text, part])  # as one packet, where it fits
                 text = b""
             while not self._writable:
                 await self._change(timeout, httpx2.WriteTimeout)
@@ -246,8 +256,12 @@ class Connection(asyncio.Protocol):
         if length > 0 and not chunked:
             raise httpx2.LocalProtocolError("Too little data for declared Content-Length")
         if end := text + (b"0\r\n\r\n" if chunked else b""):
-            self._transport.write(end)
+            self._write([end])
         self._sent = True
+
+    def _write(self, parts: list[bytes]) -> None:
+        self._written += sum(map(len, parts))
+        self._transport.writelines(parts)
 
     async def _change(self, timeout: float | None, late: type[httpx2.TimeoutException]) -> None:
         """Wait until something has happened. Raises what has gone wrong, or `late`."""
@@ -282,11 +296,12 @@ class Connection(asyncio.Protocol):
         return body
 
     def reuse(self) -> bool:
-        """Whether it is as open as when it was given back."""
-        if self._transport.is_closing():
-            return False
-        is_open, self._acknowledged = tcp_state(self._transport)
-        return is_open
+        """Whether it is as open as when it was given back, as far as it has been noticed."""
+        if self._tls:
+            self._acknowledged = acknowledged(self._transport)
+        else:  # of what was answered, all has arrived; the kernel counts its SYN as one byte more
+            self._acknowledged = self._written + 1
+        return not self._transport.is_closing()
 
     def release(self) -> None:
         """The answer is no longer read: keep the connection for the next request, or close it."""
@@ -344,17 +359,38 @@ class Transport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Raises TransportError."""
+        assert isinstance(request.stream, httpx2.AsyncByteStream)
+        answer = await self.send(
+            Request(
+                request.method,
+                request.url,
+                request.url.raw_path,
+                request.headers.raw,
+                request.stream,
+                request.extensions.get("timeout", {}),
+            )
+        )
+        version = b"HTTP/" + answer.http_version.encode()
+        return httpx2.Response(
+            answer.status,
+            headers=answer.headers,
+            stream=answer.body,
+            extensions={"http_version": version, "reason_phrase": answer.reason},
+        )
+
+    async def send(self, request: Request) -> Answer:
+        """The same without httpx2's objects, which cost as much as all of this. Raises
+        TransportError."""
         url = request.url
-        timeouts = request.extensions.get("timeout", {})
         idle = self._idle.setdefault((url.scheme, url.raw_host, url.port), deque())
         if connection := self._reusable(idle):
             try:
-                return await connection.exchange(request, timeouts)
+                return await connection.exchange(request)
             except NotSent:
-                if not isinstance(request.stream, httpx2.ByteStream):  # it can't be read again
+                if not isinstance(request.body, httpx2.ByteStream):  # it can't be read again
                     raise
-        connection = await self._connect(url, idle, timeouts.get("connect"))
-        return await connection.exchange(request, timeouts)
+        connection = await self._connect(url, idle, request.timeouts.get("connect"))
+        return await connection.exchange(request)
 
     def _reusable(self, idle: deque[Connection]) -> Connection | None:
         """The one used last, so that the others can grow old."""
