@@ -393,6 +393,8 @@ class Writer(aiosqlite.Connection):
     """The connection that writes. A transaction is one call to its thread; one with a single
     statement is one call to SQLite, too, and lets go of Python's lock but once."""
 
+    _synchronous = ""
+
     async def write(self, changes: Sequence[Change], synchronous: str) -> int:
         """Commit these changes together; returns how many rows the last one changed."""
         changed: int = await self._execute(self._write, changes, synchronous)  # type: ignore[no-untyped-call]
@@ -400,7 +402,9 @@ class Writer(aiosqlite.Connection):
 
     def _write(self, changes: Sequence[Change], synchronous: str) -> int:
         database, changed = self._conn, 0
-        database.execute(f"PRAGMA synchronous = {synchronous}")
+        if synchronous != self._synchronous:
+            database.execute(f"PRAGMA synchronous = {synchronous}")
+            self._synchronous = synchronous
         try:
             if len(changes) > 1:
                 database.execute("BEGIN IMMEDIATE")

@@ -1146,7 +1146,7 @@ class JSONMeter:
 # WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
 EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 LINE_END = re.compile(rb"\r\n|\n|\r")
-MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)|\[DONE\]|\.(?:completed|incomplete|failed)"')
+MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)')
 EVENT_TYPE = re.compile(rb'(?:event: ?([^\r\n]*)[\r\n]|data: ?\{"type": ?"([^"\\]*)")')
 CHAT_CHUNK = re.compile(rb"data: ?\{")
 CHAT_TEXT = re.compile(rb'"(?:content|arguments)": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
@@ -1156,6 +1156,17 @@ LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.comple
 NAMING_EVENTS = 3  # an answer's id and model are looked for in its first events
 HOLD = 64 << 10
 HOLD_BACK = 64
+
+
+def marked(events: bytes) -> bool:
+    """Whether there can be anything in them that matters. Text can look like it, too."""
+    return (
+        b"[DONE]" in events
+        or b'.completed"' in events
+        or b'.incomplete"' in events
+        or b'.failed"' in events
+        or MARK.search(events) is not None
+    )
 
 
 def data_of(event: bytes) -> bytes:
@@ -1185,15 +1196,15 @@ class StreamMeter:
         """What may be sent on now, in order."""
         if self.ended:
             return chunk
+        if not self._cut_newline and self._is_dull(chunk):
+            self._count_text(chunk)
+            return chunk
         passed: list[bytes] = []
         if self._cut_newline and chunk:
             if chunk.startswith(b"\n"):
                 passed += [b"\n"] if self._cut_newline == "pass" else []
                 chunk = chunk[1:]
             self._cut_newline = ""
-        if self._is_dull(chunk):
-            self._count_text(chunk)
-            return b"".join([*passed, chunk])
         start, shift = 0, len(self._tail)
         for match in EVENT_END.finditer(self._tail + chunk):
             end = match.end() - shift
@@ -1220,11 +1231,12 @@ class StreamMeter:
             self._partial is None
             and self._events >= NAMING_EVENTS
             and chunk.endswith(b"\n\n")
-            and not MARK.search(chunk)
+            and not marked(chunk)
         )
 
     def _count_text(self, events: bytes) -> None:
-        self.report.text_bytes += sum(map(len, self._text.findall(events)))
+        for text in self._text.findall(events):
+            self.report.text_bytes += len(text)
 
     def _complete(self, segment: bytes, passed: list[bytes]) -> None:
         """The event that `segment` ends is whole: judge it."""
@@ -1276,7 +1288,7 @@ class StreamMeter:
 
     def _judge(self, event: bytes) -> str:
         """'pass', 'last', or 'take out'."""
-        if self._events > NAMING_EVENTS and not MARK.search(event):
+        if self._events > NAMING_EVENTS and not marked(event):
             return "pass"
         text = data_of(event)
         if text.strip() == b"[DONE]":
@@ -1772,22 +1784,23 @@ class Exchange:
             if self._row.first_byte_ms is None:
                 self._row.first_byte_ms = self._elapsed_ms()
             if passed := meter.feed(chunk):
-                await self._give_body(passed)
+                self._waits_for_client = True  # while it reads slowly, and with us the upstream
+                await self._send({"type": "http.response.body", "body": passed, "more_body": True})
+                self._waits_for_client = False
             if meter.ended and not self._settled:
                 await self._settle(self._outcome())
-                await self._give_body(meter.rest())
+                await self._give_rest(more=True)
             clock.allow(idle_seconds)
         clock.pause()
         meter.finish()
         if not self._settled:
             await self._settle(self._outcome())
-        await self._give_body(meter.rest(), more=False)
+        await self._give_rest(more=False)
 
-    async def _give_body(self, body: bytes, more: bool = True) -> None:
-        """Send; waits while the client reads slowly, and with us the upstream."""
-        self._waits_for_client = True
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        self._waits_for_client = False
+    async def _give_rest(self, more: bool) -> None:
+        """What waited for the row."""
+        rest = self._meter.rest()
+        await self._send({"type": "http.response.body", "body": rest, "more_body": more})
 
     def _outcome(self) -> ledger.Outcome:
         """Of an answer that has come to its end, one way or the other."""
