@@ -29,7 +29,15 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, MutableMapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+)
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -60,6 +68,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -207,6 +216,7 @@ class HTTPProtocol(HttpToolsProtocol):
     called when the client leaves. (ASGI's own way, a task that waits in receive(), costs a task for
     each request, and misses the leaving of a client that pipelines.)"""
 
+    _in_head = False
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _refusal = "invalid_http"
@@ -219,7 +229,7 @@ class HTTPProtocol(HttpToolsProtocol):
         self._await_head()
 
     def _await_head(self) -> None:
-        self._head_bytes = 0
+        self._in_head, self._head_bytes = True, 0
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_too_late)
 
     def _head_too_late(self) -> None:
@@ -229,16 +239,21 @@ class HTTPProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._lingers:
             return
-        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._await_head()
         super().data_received(data)
-        if self._head_timer is not None:
+        if self._in_head:
+            if self._head_timer is None:  # most heads come whole and need none
+                self._await_head()
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self._refusal = "headers_too_large"
                 self.send_400_response("")
 
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
+        self._in_head = False
         self._stop_head_timer()
         cast(Scope, self.scope)["leaving"] = self._leaving
         super().on_headers_complete()
@@ -313,10 +328,11 @@ class Guard:
     """The outermost ASGI app: gives the request its id, refuses bad heads, and turns every Refusal
     into an answer. What nobody expected is logged by type and place, never with content."""
 
-    def __init__(
-        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], watch: Watch
-    ) -> None:
-        self._app = app
+    def __init__(self, metered: Mapping[str, App], others: App, watch: Watch) -> None:
+        """`metered`: by path, for POST. They don't go through a router, which would look at one
+        route after the other, and be gone through again for each event."""
+        self._metered = metered
+        self._others = others
         self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -327,7 +343,8 @@ class Guard:
         scope["where"] = "other"
         try:
             check_head(scope)
-            await self._app(scope, receive, send)
+            app = self._metered.get(scope["path"]) if scope["method"] == "POST" else None
+            await (app or self._others)(scope, receive, send)
         except Refusal as refusal:
             self._watch.refused(scope, refusal)
             await respond(
@@ -1856,6 +1873,12 @@ class Exchange:
 
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────
 
+METERED = (
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/images/generations",
+    "/v1/images/edits",
+)
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 
 
@@ -1933,21 +1956,14 @@ class Gateway:
         yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", self.store.healthy)
 
     def routes(self) -> list[Route]:
-        """All that is served. What is not here is 404 before its body is read."""
-        metered = (
-            "/v1/chat/completions",
-            "/v1/responses",
-            "/v1/images/generations",
-            "/v1/images/edits",
-        )
+        """All that is served beside METERED. What is not here is 404 before its body is read."""
         return [
-            *(ExactRoute(path, MeteredRoute(self, path), methods=["POST"]) for path in metered),
-            ExactRoute("/v1/responses", App(upgrade_required), methods=["GET"]),
-            ExactRoute("/v1/models", App(self.models), methods=["GET"]),
-            ExactRoute("/v1/models/{model:path}", App(self.model), methods=["GET"]),
-            ExactRoute("/healthz", App(self.healthz), methods=["GET"]),
-            ExactRoute("/readyz", App(self.readyz), methods=["GET"]),
-            ExactRoute("/metrics", App(self.metrics), methods=["GET"]),
+            ExactRoute("/v1/responses", AsApp(upgrade_required), methods=["GET"]),
+            ExactRoute("/v1/models", AsApp(self.models), methods=["GET"]),
+            ExactRoute("/v1/models/{model:path}", AsApp(self.model), methods=["GET"]),
+            ExactRoute("/healthz", AsApp(self.healthz), methods=["GET"]),
+            ExactRoute("/readyz", AsApp(self.readyz), methods=["GET"]),
+            ExactRoute("/metrics", AsApp(self.metrics), methods=["GET"]),
         ]
 
     async def models(self, scope: Scope, _: Receive, send: Send) -> None:
@@ -2051,10 +2067,10 @@ async def unknown_url(scope: Scope, _: Receive, send: Send) -> None:
     raise Refusal("unknown_url")
 
 
-class App:
+class AsApp:
     """A function as an ASGI app, which Starlette's Route takes for what it is."""
 
-    def __init__(self, function: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, function: App) -> None:
         self._function = function
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -2071,8 +2087,9 @@ class ExactRoute(Route):
 
 def build(gateway: Gateway) -> Guard:
     """The ASGI app."""
-    router = Router(gateway.routes(), redirect_slashes=False, default=unknown_url)
-    return Guard(router, gateway.watch)
+    metered = {path: MeteredRoute(gateway, path) for path in METERED}
+    others = Router(gateway.routes(), redirect_slashes=False, default=unknown_url)
+    return Guard(metered, others, gateway.watch)
 
 
 # ── Serve ────────────────────────────────────────────────────────────────────────────────────────

@@ -27,6 +27,7 @@ import socket
 import ssl
 import struct
 from collections import deque
+from collections.abc import Coroutine
 from typing import NamedTuple, cast
 
 import httptools
@@ -263,30 +264,27 @@ class Connection(asyncio.Protocol):
         self._written += sum(map(len, parts))
         self._transport.writelines(parts)
 
-    async def _change(self, timeout: float | None, late: type[httpx2.TimeoutException]) -> None:
-        """Wait until something has happened. Raises what has gone wrong, or `late`."""
+    def _change(
+        self, timeout: float | None, late: type[httpx2.TimeoutException]
+    ) -> asyncio.Future[None]:
+        """Done when something has happened, or with an error: what has gone wrong, or `late`."""
         if self._error:
             raise self._error
         self._waiter = self._loop.create_future()
-        timer = None
         if timeout is not None:
             timer = self._loop.call_later(timeout, self._late, late)
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            if timer:
-                timer.cancel()
+            self._waiter.add_done_callback(lambda _: timer.cancel())
+        return self._waiter
 
     def _late(self, late: type[httpx2.TimeoutException]) -> None:
         self._fail(late("nothing came in time"))
         self._wake()
 
     async def read(self, timeout: float | None) -> bytes:
-        """What has come of the body since the last time; empty at its end."""
+        """What has come of the body since the last time. Raises StopAsyncIteration at its end."""
         while not self._chunks:
             if self._complete:
-                return b""
+                raise StopAsyncIteration
             await self._change(timeout, httpx2.ReadTimeout)
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks, self.waiting_bytes = [], 0
@@ -328,12 +326,10 @@ class ResponseBody(httpx2.AsyncByteStream):
     def __aiter__(self) -> ResponseBody:
         return self
 
-    async def __anext__(self) -> bytes:
+    def __anext__(self) -> Coroutine[None, None, bytes]:
         if self._connection is None:
-            raise StopAsyncIteration
-        if body := await self._connection.read(self._timeout):
-            return body
-        raise StopAsyncIteration
+            raise httpx2.StreamClosed
+        return self._connection.read(self._timeout)
 
     async def aclose(self) -> None:
         if self._connection is not None:

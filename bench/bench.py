@@ -1,26 +1,34 @@
-"""Measures the gateway beside nginx, each proxy alone on one core, in one run: CPU for a JSON
-request and for a streamed event, time from start to first answer, resident memory.
+"""Measures what a proxy costs: nginx, this gateway and LiteLLM, each alone on one core, in front of
+one fast upstream, with the load on the other core. All run at the same time and take turns, since
+the speed of a shared machine drifts: what counts is the ratio in one run. See README.md beside.
 
     make bench
-
-Upstream and load share the other core. CPU is the proxy processes' own (user and system), read from
-the operating system before and after; what a ratio says is steadier than any single number.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import datetime
 import os
+import platform
+import re
+import secrets
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
+import uvloop
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -28,24 +36,31 @@ sys.path.insert(0, str(ROOT / "tests"))
 from gateway import Gateway, free_port, wait_until  # noqa: E402
 
 PROXY_CORE, LOAD_CORE = {0}, {1}
-BODY = b'{"model":"m","input":"' + b"x" * 300 + b'"}'
-STREAM_BODY = b'{"model":"m","stream":true,"input":"x"}'
-USAGE = b'{"input_tokens":10,"output_tokens":5}'
-ANSWER = b'{"id":"resp_1","object":"response","model":"m","output":[],"usage":' + USAGE + b"}"
-EVENT = (
-    b"event: response.output_text.delta\n"
-    b'data: {"type":"response.output_text.delta","item_id":"msg_1","output_index":0,'
-    b'"content_index":0,"delta":" word","sequence_number":1}\n\n'
+PATH = "/v1/chat/completions"
+MESSAGES = b'"messages":[{"role":"user","content":"%s"}]}'
+JSON_BODY = b'{"model":"m",' + MESSAGES % (b"x" * 250)
+LARGE_BODY = b'{"model":"m",' + MESSAGES % (b"word " * 210_000)
+STREAM_BODY = b'{"model":"m","stream":true,"stream_options":{"include_usage":true},'
+STREAM_BODY += MESSAGES % b"x"
+USAGE = b'"usage":{"prompt_tokens":10,"completion_tokens":5,"total_tokens":15}}'
+ANSWER = (
+    b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,'
+    b'"message":{"role":"assistant","content":"Hello there!"},"finish_reason":"stop"}],' + USAGE
 )
+CHUNK = b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m",'
+EVENT = CHUNK + b'"choices":[{"index":0,"delta":{"content":" %.6f"},"finish_reason":null}]}\n\n'
+LAST = CHUNK + b'"choices":[],' + USAGE + b"\n\ndata: [DONE]\n\n"
+SENT_AT = re.compile(rb'"content": ?" (\d+\.\d{6})"')
 NGINX = """
 daemon off; pid nginx.pid; error_log stderr; worker_processes 1;
 events {{ worker_connections 4096; }}
 http {{
   access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3;
-  uwsgi_temp_path t4; scgi_temp_path t5;
+  uwsgi_temp_path t4; scgi_temp_path t5; client_max_body_size 100m; client_body_buffer_size 2m;
   upstream up {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 1000000; }}
   server {{
     listen 127.0.0.1:{port} backlog=2048; keepalive_requests 1000000;
+    location = /healthz {{ return 200; }}
     location / {{
       proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection "";
       proxy_buffering off;
@@ -53,252 +68,399 @@ http {{
   }}
 }}
 """
+LITELLM_KEY = "sk-" + secrets.token_hex(32)
+LITELLM = """
+model_list:
+  - model_name: m
+    litellm_params: {{model: openai/m, api_base: "http://127.0.0.1:{upstream}/v1", api_key: x}}
+general_settings: {{master_key: {key}}}
+"""
 
 
-class FastUpstream(asyncio.Protocol):
-    """Answers JSON at once, and a stream with events at a steady pace until the proxy leaves."""
+# The upstream and the load, in this process
 
+
+class Upstream(asyncio.Protocol):
+    """Answers JSON at once, and a stream with events at a steady pace until told to end it."""
+
+    streams: set[Upstream] = set()  # noqa: RUF012
     events_a_second = 20.0
-    streams: set[FastUpstream] = set()  # noqa: RUF012
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self.buffer = b""
+        self.transport: Any = transport
+        self.buffer = bytearray()
 
     def connection_lost(self, _: Exception | None) -> None:
         self.streams.discard(self)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
-        head, separator, body = self.buffer.partition(b"\r\n\r\n")
-        if not separator:
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0:
             return
-        lowered = head.lower()
-        length = int(lowered.partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
-        if len(body) < length:
+        head = bytes(self.buffer[:end]).lower()
+        length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
+        if len(self.buffer) < end + 4 + length:
             return
-        self.buffer = b""
-        if b'"stream":true' in body:
+        body, self.buffer = bytes(self.buffer[end + 4 : end + 200]), bytearray()
+        if b'"stream":true' in body or b'"stream": true' in body:
             self.transport.write(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
                 b"transfer-encoding: chunked\r\n\r\n"
             )
             self.streams.add(self)
         else:
-            head = (
-                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+            self.transport.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+                % (len(ANSWER), ANSWER)
             )
-            self.transport.write(head % len(ANSWER) + ANSWER)
 
     def emit(self, event: bytes) -> None:
         self.transport.write(b"%x\r\n%s\r\n" % (len(event), event))
 
     @classmethod
+    def end_all(cls) -> None:
+        for stream in list(cls.streams):
+            stream.emit(LAST)
+            stream.transport.write(b"0\r\n\r\n")
+        cls.streams.clear()
+
+    @classmethod
     async def pace(cls) -> None:
         """Each stream has its own moment within the interval, as real ones do."""
-        ticks, due = 20, time.monotonic()
+        ticks, due = 40, time.monotonic()
         while True:
             for tick in range(ticks):
-                for number, stream in enumerate(list(cls.streams)):
-                    if number % ticks == tick:
-                        stream.emit(EVENT)
+                for stream in list(cls.streams)[tick::ticks]:
+                    stream.emit(EVENT % time.monotonic())
                 due = max(due + 1 / cls.events_a_second / ticks, time.monotonic() - 0.1)
                 await asyncio.sleep(max(0, due - time.monotonic()))
 
 
 def head(key: str, body: bytes) -> bytes:
     return (
-        f"POST /v1/responses HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\n"
+        f"POST {PATH} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     ).encode() + body
 
 
-async def read_answer(reader: asyncio.StreamReader) -> None:
-    got = await reader.readuntil(b"\r\n\r\n")
-    assert got.startswith(b"HTTP/1.1 200"), got
-    length = got.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-    if length:
-        await reader.readexactly(int(length))
-    else:
-        await reader.readuntil(b"0\r\n\r\n")
-
-
-def cpu_of(processes: list[psutil.Process]) -> float:
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
-
-
-def rss_of(processes: list[psutil.Process]) -> float:
-    return sum(process.memory_info().rss for process in processes) / (1 << 20)
-
-
-async def json_requests(
-    port: int, key: str, seconds: float, clients: int = 16
-) -> tuple[int, list[float]]:
-    """How many answers came, and their latencies."""
+async def requests(
+    port: int, key: str, seconds: float, clients: int = 16, body: bytes = JSON_BODY
+) -> list[float]:
+    """Requests one after the other from each client; their latencies, sorted."""
     latencies: list[float] = []
     end = time.monotonic() + seconds
+    request = head(key, body)
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while (started := time.monotonic()) < end:
-            writer.write(head(key, BODY))
-            await read_answer(reader)
+            writer.write(request)
+            got = (await reader.readuntil(b"\r\n\r\n")).lower()
+            assert got.startswith(b"http/1.1 200"), got
+            length = got.partition(b"content-length: ")[2].partition(b"\r\n")[0]
+            await (reader.readexactly(int(length)) if length else reader.readuntil(b"0\r\n\r\n"))
             latencies.append(time.monotonic() - started)
         writer.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return len(latencies), sorted(latencies)
+    return sorted(latencies)
 
 
 class Reading(asyncio.Protocol):
-    """A client of a stream that counts events."""
+    """A client of a stream that notes how long each event took."""
 
-    events = 0
+    latencies: list[float] = []  # noqa: RUF012
+    done = 0
 
-    def __init__(self, key: str) -> None:
-        self._key = key
+    def __init__(self, request: bytes) -> None:
+        self._request = request
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(head(self._key, STREAM_BODY))
+        self.transport: Any = transport
+        self.transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        Reading.events += data.count(b"\n\n")
+        now = time.monotonic()
+        for sent in SENT_AT.findall(data):
+            Reading.latencies.append(now - float(sent))
+        if b"[DONE]" in data:
+            Reading.done += 1
+            self.transport.close()
 
 
-async def open_streams(port: int, key: str, count: int) -> list[asyncio.Transport]:
-    """Open streams until there are `count`."""
+@contextlib.asynccontextmanager
+async def streams(port: int, key: str, count: int) -> Any:
+    """So many open streams, which all end cleanly."""
     loop = asyncio.get_running_loop()
-    opened = []
-    for _ in range(count - len(FastUpstream.streams)):
-        transport, _ = await loop.create_connection(lambda: Reading(key), "127.0.0.1", port)
-        opened.append(transport)
-    patience = time.monotonic() + 30
-    while len(FastUpstream.streams) < count and time.monotonic() < patience:
-        await asyncio.sleep(0.05)
-    assert len(FastUpstream.streams) == count, "all streams are open"
-    return opened
+    request = head(key, STREAM_BODY)
+    Reading.done = 0
+    for _ in range(count):
+        await loop.create_connection(lambda: Reading(request), "127.0.0.1", port)
+    await until(lambda: len(Upstream.streams) == count, "all streams are open")
+    yield
+    Upstream.end_all()
+    await until(lambda: Reading.done == count, "all streams have ended")
 
 
-async def measure(
-    name: str, port: int, key: str, processes: list[psutil.Process], seconds: float, many: int
-) -> dict[str, float]:
-    FastUpstream.events_a_second = 20.0
-    figures = {"memory, idle (MiB)": rss_of(processes)}
-    await json_requests(port, key, 1)
-    before = cpu_of(processes)
-    done, _ = await json_requests(port, key, seconds)
-    figures["CPU a JSON request (µs)"] = (cpu_of(processes) - before) / done * 1e6
-    _, alone = await json_requests(port, key, seconds / 2, clients=1)
-    figures["latency alone, median (ms)"] = alone[len(alone) // 2] * 1e3
-    streams = await open_streams(port, key, 300)
-    await asyncio.sleep(1)
-    before, events = cpu_of(processes), Reading.events
-    await asyncio.sleep(seconds)
-    passed = Reading.events - events
-    figures["CPU a streamed event (µs)"] = (cpu_of(processes) - before) / passed * 1e6
-    figures["events a second"] = passed / seconds
-    FastUpstream.events_a_second = 2.0  # memory, not speed
-    streams += await open_streams(port, key, many)
-    await asyncio.sleep(1)
-    figures[f"memory, {many} streams (MiB)"] = rss_of(processes)
-    for transport in streams:
-        transport.abort()
-    while FastUpstream.streams:
-        await asyncio.sleep(0.05)
-    print(f"measured {name}", file=sys.stderr)
-    return figures
+async def until(condition: Callable[[], bool], what: str) -> None:
+    patience = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < patience, what
+        await asyncio.sleep(0.02)
 
 
-def start_nginx(folder: Path, upstream: int) -> tuple[subprocess.Popen[bytes], int]:
-    folder.mkdir()
-    port = free_port()
-    (folder / "nginx.conf").write_text(NGINX.format(upstream=upstream, port=port))
+# The proxies
+
+
+class Proxy:
+    """One that is measured: where it listens, and its processes, all on the proxies' core."""
+
+    def __init__(self, name: str, port: int, key: str, pid: int, started: float) -> None:
+        self.name, self.port, self.key = name, port, key
+        wait_until(self._answers, 120, f"for {name}")
+        self.start_seconds = time.monotonic() - started
+        process = psutil.Process(pid)
+        self.processes = [process, *process.children(recursive=True)]
+        for each in self.processes:
+            for thread in each.threads():
+                os.sched_setaffinity(thread.id, PROXY_CORE)
+
+    def _answers(self) -> bool:
+        path = "/health/liveliness" if self.name == "LiteLLM" else "/healthz"
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as sock:
+                sock.settimeout(5)
+                sock.sendall(f"GET {path} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+                return sock.recv(100).startswith(b"HTTP/1.1 200")
+        except OSError:
+            return False
+
+    def cpu(self) -> float:
+        """Seconds of user and system time so far, exact to the nanosecond (proc(5), schedstat)."""
+        stats = [
+            file.read_text()
+            for process in self.processes
+            for file in Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+        ]
+        return sum(int(stat.split()[0]) for stat in stats) / 1e9
+
+    def memory(self) -> float:
+        """Resident MiB."""
+        return sum(process.memory_info().rss for process in self.processes) / (1 << 20)
+
+
+@contextlib.contextmanager
+def process(*command: str, folder: Path, **env: str) -> Iterator[int]:
+    """A command's process, killed at the end with its children."""
+    with (folder / "log").open("ab") as log:
+        running = subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, env={**os.environ, **env}
+        )
+    try:
+        yield running.pid
+    finally:
+        for each in [*psutil.Process(running.pid).children(recursive=True), running]:
+            each.kill()
+        running.wait()
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, upstream: int) -> Iterator[Proxy]:
     path = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     assert path, "nginx is not installed"
-    process = subprocess.Popen([path, "-p", folder, "-c", "nginx.conf"])
-    wait_until(lambda: answers(port))
-    return process, port
+    port, started = free_port(), time.monotonic()
+    (folder / "nginx.conf").write_text(NGINX.format(upstream=upstream, port=port))
+    with process(path, "-p", str(folder), "-c", "nginx.conf", folder=folder) as pid:
+        yield Proxy("nginx", port, "x", pid, started)
 
 
-def answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True
+@contextlib.contextmanager
+def litellm(folder: Path, upstream: int) -> Iterator[Proxy]:
+    """In an environment of its own, kept for the next time."""
+    home = ROOT / ".venv-litellm"
+    if not (home / "ready").exists():
+        print("installing LiteLLM …", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        file = ROOT / "bench" / "litellm.txt"
+        subprocess.run([home / "bin" / "pip", "install", "-q", "-r", file], check=True)
+        (home / "ready").touch()
+    port, started = free_port(), time.monotonic()
+    (folder / "config.yaml").write_text(LITELLM.format(upstream=upstream, key=LITELLM_KEY))
+    command = [str(home / "bin" / "litellm"), "--config", "config.yaml", "--port", str(port)]
+    path = f"{home / 'bin'}:{os.environ['PATH']}"
+    env = {"PATH": path, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
+    with process(*command, "--host", "127.0.0.1", folder=folder, **env) as pid:
+        yield Proxy("LiteLLM", port, LITELLM_KEY, pid, started)
 
 
-def start_gateway(folder: Path, upstream: int) -> tuple[Gateway, float]:
-    """The gateway with everything switched on, and the seconds from start to first answer."""
-    settings = "[limits.account]\nconcurrency = 0\nrequests_per_minute = 1000000000\n"
+@contextlib.contextmanager
+def redbtc(folder: Path, upstream: int, name: str = "RedBTC", rows: int = 0) -> Iterator[Proxy]:
+    """The gateway with everything switched on."""
+    settings = "[limits]\nrequests_per_minute = 1000000000\n"
+    settings += "[limits.account]\nconcurrency = 100000\ntokens_per_minute = 1000000000\n"
     gateway = Gateway(folder, f"http://127.0.0.1:{upstream}/v1", settings)
-    gateway.cli("account", "add", "bench")
+    key = gateway.new_key("bench")
+    if rows:
+        fill(gateway.database, rows)
     started = time.monotonic()
     gateway.start(wait=False)
-    while not first_answer(gateway.port):
-        time.sleep(0.002)
-    return gateway, time.monotonic() - started
-
-
-def first_answer(port: int) -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), 1) as sock:
-            sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
-            return sock.recv(100).startswith(b"HTTP/1.1 200")
-    except OSError:
-        return False
+        yield Proxy(name, gateway.port, key, gateway.pid, started)
+    finally:
+        gateway.kill()
 
 
-def pinned(process: psutil.Process) -> list[psutil.Process]:
-    """The process with its children, all on the proxy's core."""
-    processes = [process, *process.children(recursive=True)]
-    for each in processes:
-        for thread in each.threads():
-            os.sched_setaffinity(thread.id, PROXY_CORE)
-    return processes
+def fill(database: Path, rows: int, accounts: int = 10_000) -> None:
+    """A ledger of years: so many rows, of so many accounts with a key each."""
+    counted = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
+    with contextlib.closing(sqlite3.connect(database)) as ledger:
+        ledger.executescript(
+            "PRAGMA synchronous = OFF; PRAGMA cache_size = -500000; BEGIN;"
+            + "INSERT INTO accounts (id, name, created_at) "
+            + counted.format(accounts)
+            + "SELECT printf('acct_%d', i), printf('account %d', i), 1 FROM n;"
+            + "INSERT INTO keys (id, hash, account_id, created_at) "
+            + counted.format(accounts)
+            + "SELECT printf('key_%d', i), randomblob(32), printf('acct_%d', i), 1 FROM n;"
+            + "INSERT INTO requests (request_id, account_id, key_id, endpoint, model,"
+            + " requested_model, upstream, started_at, first_byte_ms, duration_ms, status, outcome,"
+            + " usage_source, input_tokens, output_tokens) "
+            + counted.format(rows)
+            + f"SELECT printf('req_%012x%020x', 1700000000000 + i, i),"
+            f" printf('acct_%d', i * 7919 % {accounts} + 1), printf('key_%d', i * 7919 % {accounts}"
+            f" + 1), '{PATH}', 'm', 'm', 'test', 1700000000000 + i, 5, 9, 200, 'completed',"
+            " 'upstream', 10, 5 FROM n; COMMIT;"
+        )
 
 
-async def main(seconds: float, many: int) -> None:
+# The measurements
+
+
+class Figures:
+    """What was measured, by figure and by proxy, as often as it was."""
+
+    def __init__(self, proxies: list[Proxy]) -> None:
+        self._proxies = [proxy.name for proxy in proxies]
+        self._values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, figure: str, proxy: Proxy, value: float) -> None:
+        self._values[figure][proxy.name].append(value)
+
+    def median(self, figure: str, name: str) -> float | None:
+        values = sorted(self._values[figure][name])
+        return values[len(values) // 2] if values else None
+
+    def table(self) -> str:
+        """Medians, with the ratio to nginx behind."""
+        width = 17
+        lines = ["".ljust(34) + "".join(name.rjust(width) for name in self._proxies)]
+        for figure in self._values:
+            line, base = figure.ljust(34), self.median(figure, "nginx")
+            for name in self._proxies:
+                value = self.median(figure, name)
+                text = "–" if value is None else f"{value:.2f}"
+                ratio = name != "nginx" and value is not None and base and "added" not in figure
+                text += f" ({value / base:5.1f}×)" if ratio else " " * 9
+                line += text.rjust(width)
+            lines.append(line.rstrip())
+        return "\n".join(lines)
+
+
+def at(latencies: list[float], share: float) -> float:
+    """Milliseconds, of sorted seconds."""
+    return latencies[min(len(latencies) - 1, int(len(latencies) * share))] * 1e3
+
+
+async def cost_of(
+    proxy: Proxy, seconds: float, body: bytes = JSON_BODY, clients: int = 16
+) -> float:
+    """CPU microseconds a request."""
+    await requests(proxy.port, proxy.key, seconds / 10, clients, body)
+    before = proxy.cpu()
+    done = await requests(proxy.port, proxy.key, seconds, clients, body)
+    return (proxy.cpu() - before) / len(done) * 1e6
+
+
+async def measure_requests(
+    proxies: list[Proxy], figures: Figures, direct: int, rounds: int, seconds: float
+) -> None:
+    for _ in range(rounds):
+        straight = await requests(direct, "x", seconds / 4, 1)
+        for proxy in proxies:
+            figures.add("CPU a JSON request (µs)", proxy, await cost_of(proxy, seconds))
+            alone = await requests(proxy.port, proxy.key, seconds / 2, 1)
+            for share, name in ((0.5, "median"), (0.99, "99 %")):
+                added = at(alone, share) - at(straight, share)
+                figures.add(f"latency added, alone, {name} (ms)", proxy, added)
+            large = await cost_of(proxy, seconds / 2, LARGE_BODY, 2)
+            figures.add("CPU a request of 1 MB (ms)", proxy, large / 1e3)
+
+
+async def measure_streams(
+    proxies: list[Proxy], figures: Figures, count: int, seconds: float, what: str
+) -> None:
+    """`count` streams at 20 events a second each."""
+    for proxy in proxies:
+        idle = proxy.memory()
+        async with streams(proxy.port, proxy.key, count):
+            await asyncio.sleep(1)
+            Reading.latencies = []
+            before, started = proxy.cpu(), time.monotonic()
+            await asyncio.sleep(seconds)
+            used, events = proxy.cpu() - before, sorted(Reading.latencies)
+            figures.add(f"{what}: CPU an event (µs)", proxy, used / len(events) * 1e6)
+            rate = len(events) / (time.monotonic() - started)
+            figures.add(f"{what}: events a second", proxy, rate)
+            figures.add(f"{what}: latency, 99 % (ms)", proxy, at(events, 0.99))
+            if proxy.name != "LiteLLM":
+                each = (proxy.memory() - idle) * 1024 / count
+                figures.add(f"{what}: memory each (KiB)", proxy, each)
+
+
+async def main(arguments: argparse.Namespace) -> None:
     os.sched_setaffinity(0, LOAD_CORE)
-    server = await asyncio.get_running_loop().create_server(
-        FastUpstream, "127.0.0.1", 0, backlog=2048
-    )
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Upstream, "127.0.0.1", 0, backlog=2048)
     upstream = server.sockets[0].getsockname()[1]
-    pacing = asyncio.create_task(FastUpstream.pace())
-    results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        nginx, port = start_nginx(Path(folder) / "nginx", upstream)
-        try:
-            run = measure("nginx", port, "x", pinned(psutil.Process(nginx.pid)), seconds, many)
-            results["nginx"] = await run
-        finally:
-            nginx.terminate()
-            nginx.wait()
-        gateway, to_first_answer = start_gateway(Path(folder) / "gateway", upstream)
-        try:
-            key = gateway.new_key("bench")
-            processes = pinned(psutil.Process(gateway.pid))
-            results["RedBTC"] = await measure("RedBTC", gateway.port, key, processes, seconds, many)
-        finally:
-            gateway.kill()
-    pacing.cancel()
-    server.close()
-    print_table(results, to_first_answer)
-
-
-def print_table(results: dict[str, dict[str, float]], to_first_answer: float) -> None:
-    print(f"{'':32}{'nginx':>10}{'RedBTC':>10}{'ratio':>8}")
-    for figure, of_nginx in results["nginx"].items():
-        ours = results["RedBTC"][figure]
-        print(f"{figure:32}{of_nginx:10.2f}{ours:10.2f}{ours / of_nginx:8.1f}")
-    print(f"{'start to first answer (s)':32}{'':10}{to_first_answer:10.2f}")
+    pacing = asyncio.create_task(Upstream.pace())
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name in ("nginx", "RedBTC", "LiteLLM", "large"):
+            (folder / name).mkdir()
+        proxies = [
+            stack.enter_context(nginx(folder / "nginx", upstream)),
+            stack.enter_context(redbtc(folder / "RedBTC", upstream)),
+        ]
+        if arguments.rows:
+            large = redbtc(folder / "large", upstream, "RedBTC, large", arguments.rows)
+            proxies.append(stack.enter_context(large))
+        slow = []
+        if arguments.litellm:
+            slow.append(stack.enter_context(litellm(folder / "LiteLLM", upstream)))
+        figures = Figures(proxies + slow)
+        for proxy in proxies + slow:
+            figures.add("memory, idle (MiB)", proxy, proxy.memory())
+            if proxy.name != "nginx":
+                figures.add("start to first answer (s)", proxy, proxy.start_seconds)
+        rounds, seconds = arguments.rounds, arguments.seconds
+        await measure_requests(proxies + slow, figures, upstream, rounds, seconds)
+        for _ in range(rounds):
+            await measure_streams(proxies, figures, 300, seconds, "300 streams")
+        await measure_streams(proxies, figures, 1000, 4 * seconds, "1000 streams")
+        await measure_streams(slow, figures, 20, seconds, "20 streams")
+        pacing.cancel()
+        server.close()
+        version = f"Python {platform.python_version()}, {os.cpu_count()} cores"
+        print(f"{datetime.date.today()}, {version}, medians of {rounds} rounds\n")
+        print(figures.table())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8, help="for each measurement")
-    parser.add_argument("--streams", type=int, default=1000, help="for the memory's measurement")
-    arguments = parser.parse_args()
-    asyncio.run(main(arguments.seconds, arguments.streams))
+    parser.add_argument("--seconds", type=float, default=2, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5, help="of all, taking turns")
+    parser.add_argument("--rows", type=int, default=5_000_000, help="of the large ledger; 0: none")
+    parser.add_argument("--no-litellm", dest="litellm", action="store_false")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main(parser.parse_args()))
