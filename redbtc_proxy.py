@@ -401,7 +401,7 @@ def authenticate(scope: Scope, store: Store) -> Key:
 # The whole body comes into memory, bounded in size and time; then the few facts that the gateway
 # needs are read out of it and nothing else is built. The body itself is never re-encoded.
 
-TICK = 0.02  # seconds: how exact timeouts are
+TICK = 0.05  # seconds: how exact timeouts are
 MAX_MODEL_LENGTH = 256
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
