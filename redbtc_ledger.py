@@ -222,8 +222,9 @@ class Settings(Table, frozen=True):
 
 
 # Accepted now, used by what is still to come; `check` says so for each that is not at its default.
-WITHOUT_EFFECT = (
+WITHOUT_EFFECT = [
     "server.public_url",
+    "upstreams.max_concurrency",
     "billing.price_notice_days",
     "billing.terms_notice_days",
     "billing.default_credit_limit",
@@ -231,8 +232,7 @@ WITHOUT_EFFECT = (
     "retention.request_log_days_max",
     "retention.usage_days",
     "retention.terminated_account_days",
-    "upstreams.max_concurrency",
-)
+]
 
 
 class SettingsError(LedgerError):
@@ -293,19 +293,18 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
                 f"server.trusted_proxies: found {proxy!r}; allowed are IP addresses and networks"
             ) from None
     for upstream in settings.upstreams:
-        try:
-            usable = bool(urlsplit(upstream.base_url).hostname) and (
-                urlsplit(upstream.base_url).port != 0
-            )
-        except ValueError:
-            usable = False
-        if not usable:
-            raise SettingsError(
-                f"upstreams.base_url: found {upstream.base_url!r}; allowed is a URL"
-            )
+        if not _is_url(upstream.base_url):
+            raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; no such URL")
         if upstream.proxy and upstream.transport != "httpx":
             raise SettingsError('upstreams.proxy: needs transport = "httpx"')
     return settings
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return bool(urlsplit(text).hostname) and urlsplit(text).port != 0
+    except ValueError:
+        return False
 
 
 def _value(settings: Any, key: str) -> Any:
@@ -331,9 +330,7 @@ def _explain(message: str, tables: Mapping[str, Any]) -> str:
             found = found[index]
         except (KeyError, IndexError, TypeError):
             break
-    shown = (
-        "something else" if path.endswith("_env") else repr(found)
-    )  # it may be the secret itself
+    shown = "something else" if path.endswith("_env") else repr(found)  # it may be the secret
     return f"{path or 'settings'}: found {shown}; {what[0].lower()}{what[1:]}"
 
 
@@ -895,31 +892,20 @@ class Row(Struct):
     usage: Usage = Usage()
 
 
-RECORD = """
-    INSERT INTO requests (request_id, account_id, key_id, endpoint, requested_model, upstream,
-        started_at, first_byte_ms, duration_ms, status, outcome, usage_source, model, service_tier,
-        response_id, input_tokens, cached_input_tokens, cache_write_tokens, output_tokens,
-        reasoning_tokens, image_input_tokens, image_output_tokens, web_searches)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT (request_id) DO UPDATE SET upstream = excluded.upstream,
-        first_byte_ms = excluded.first_byte_ms, duration_ms = excluded.duration_ms,
-        status = excluded.status, outcome = excluded.outcome, usage_source = excluded.usage_source,
-        model = excluded.model, service_tier = excluded.service_tier,
-        response_id = excluded.response_id, input_tokens = excluded.input_tokens,
-        cached_input_tokens = excluded.cached_input_tokens,
-        cache_write_tokens = excluded.cache_write_tokens, output_tokens = excluded.output_tokens,
-        reasoning_tokens = excluded.reasoning_tokens,
-        image_input_tokens = excluded.image_input_tokens,
-        image_output_tokens = excluded.image_output_tokens, web_searches = excluded.web_searches
-    WHERE outcome = 'pending'"""
+COLUMNS = (*Row.__struct_fields__[:-1], *Usage.__struct_fields__)
+SETTLED = [f"{name} = excluded.{name}" for name in COLUMNS[COLUMNS.index("first_byte_ms") :]]
+PLACES = f"({', '.join('?' * len(COLUMNS))})"
+RECORD = f"""
+    INSERT INTO requests ({", ".join(COLUMNS)}) VALUES {PLACES}
+        ON CONFLICT (request_id) DO UPDATE SET upstream = excluded.upstream, {", ".join(SETTLED)}
+        WHERE outcome = 'pending'"""
 MOST_ROWS = 32  # of one statement
 
 
 @functools.lru_cache(MOST_ROWS)
 def record_of(rows: int) -> str:
     """RECORD for so many rows at once."""
-    insert, values, update = re.split(r"VALUES (\(.*\))", RECORD)
-    return f"{insert}VALUES {', '.join([values] * rows)}{update}"
+    return RECORD.replace(PLACES, ", ".join([PLACES] * rows))
 
 
 def _values(row: Row) -> list[Any]:
@@ -948,28 +934,18 @@ IN_RANGE = """
        AND (:account IS NULL OR requests.account_id = :account)
        AND (:key IS NULL OR requests.key_id = :key)
        AND (:model IS NULL OR ifnull(requests.model, requested_model) GLOB :model)"""
-REQUESTS = (
-    """
+REQUESTS = f"""
     SELECT * FROM (
     SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
            started_at, first_byte_ms, duration_ms, requests.status, outcome, usage_source,
-           input_tokens, cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-           image_input_tokens, image_output_tokens, web_searches, service_tier, response_id,
-           NULL AS cost, :currency AS currency"""
-    + IN_RANGE
-    + " ORDER BY started_at DESC, request_id DESC LIMIT :limit) ORDER BY started_at, request_id"
-)
-TOTALS = (
-    """
-    SELECT count(*) AS requests, sum(input_tokens) AS input_tokens,
-           sum(cached_input_tokens) AS cached_input_tokens,
-           sum(cache_write_tokens) AS cache_write_tokens, sum(output_tokens) AS output_tokens,
-           sum(reasoning_tokens) AS reasoning_tokens,
-           sum(image_input_tokens) AS image_input_tokens,
-           sum(image_output_tokens) AS image_output_tokens, sum(web_searches) AS web_searches,
-           NULL AS cost, :currency AS currency"""
-    + IN_RANGE
-)
+           {", ".join(Usage.__struct_fields__)}, service_tier, response_id,
+           NULL AS cost, :currency AS currency
+           {IN_RANGE} ORDER BY started_at DESC, request_id DESC LIMIT :limit)
+     ORDER BY started_at, request_id"""
+TOTALS = f"""
+    SELECT count(*) AS requests,
+           {", ".join(f"sum({name}) AS {name}" for name in Usage.__struct_fields__)},
+           NULL AS cost, :currency AS currency {IN_RANGE}"""
 
 
 class Range(Struct, frozen=True):
@@ -1002,10 +978,7 @@ async def totals_of(store: Store, wanted: Range) -> Record:
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────
 
-CHECKS = {
-    "integrity": "PRAGMA integrity_check(20)",
-    "foreign keys": "PRAGMA foreign_key_check",
-}
+CHECKS = {"integrity": "PRAGMA integrity_check(20)", "foreign keys": "PRAGMA foreign_key_check"}
 
 
 async def check_database(store: Store) -> list[str]:

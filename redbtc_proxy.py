@@ -39,7 +39,7 @@ from collections.abc import (
     MutableMapping,
 )
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import click
 import httpx2
@@ -61,8 +61,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import redbtc_admin as admin
 import redbtc_ledger as ledger
 from redbtc_ledger import Key, Row, Settings, Store, UpstreamSettings, Usage
-from redbtc_transport import Answer as UpstreamAnswer
-from redbtc_transport import Request, Transport
+from redbtc_meter import MAX_NAME, TOKEN_KINDS, JSONMeter, Meter, StreamMeter, name_in
+from redbtc_transport import Answer, Request, Transport
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -402,7 +402,6 @@ def authenticate(scope: Scope, store: Store) -> Key:
 # needs are read out of it and nothing else is built. The body itself is never re-encoded.
 
 TICK = 0.05  # seconds: how exact timeouts are
-MAX_MODEL_LENGTH = 256
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
 JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
@@ -570,7 +569,7 @@ def read_facts(body: bytes, boundary: bytes | None, model_needed: bool) -> Facts
     facts = _facts_of_json(body) if boundary is None else _facts_of_form(body, boundary)
     if facts.model is None and model_needed:
         raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
-    if len(facts.model or "") > MAX_MODEL_LENGTH:
+    if len(facts.model or "") > MAX_NAME:
         raise Refusal("invalid_request", "The name of the model is too long.", param="model")
     return facts
 
@@ -909,418 +908,6 @@ def _own_or(own: int | None, usual: int) -> int:
     return usual if own is None else own
 
 
-# ── Meter ────────────────────────────────────────────────────────────────────────────────────────
-# The meter watches an answer's bytes pass and finds the usage in them. It does no I/O: feed() takes
-# bytes as they came, cut anywhere, and returns those that may be sent on now.
-#
-# Rule 1. Nothing waits that need not. What ends the answer for the client is held back until its
-# row is committed; a part of an event that could still turn out to end the answer (or to be the
-# usage chunk that the gateway asked for and takes out) is held until the event is whole. All else
-# passes.
-#
-# Rule 2. Memory is bounded. An event or answer is kept whole for parsing up to KEEP bytes. Beyond
-# that it is reduced to its skeleton: long strings lose their text, arrays their elements. What
-# matters (usage, id, model, tier) stands in short values outside arrays, in every shape of
-# OpenAI's, so parsing the skeleton gives the same result as parsing the whole.
-#
-# Rule 3. Only a parser decides. A search for a few marks tells whether an event can matter; what it
-# says is then read from its JSON, at the place where it belongs, so that text cannot forge it.
-
-KEEP = 256 << 10
-MOST_SKELETON = 4 << 20
-SHORT_STRING = 256
-MOST_TOKENS = 1_000_000_000  # no request has more: what claims so is no count of tokens
-STRUCTURE = re.compile(rb'[\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
-STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
-
-
-class Skeleton:
-    """JSON text in bounded memory: whole while it is small, without long strings and without what
-    is in arrays when it is large. `text` parses to the same values outside of those."""
-
-    def __init__(self) -> None:
-        self.text = bytearray()
-        self.reduced = False
-        self._raw = 0  # from here on `text` is as it came
-        self._bound = KEEP
-        self._depth = 0  # of arrays open at _raw
-        self._in_string = False  # what comes next belongs to a string that was dropped
-        self._escaped = False  # and its first byte is escaped
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes, cut anywhere."""
-        if self._in_string:
-            chunk = self._skip_string(chunk)
-        self.text += chunk
-        if len(self.text) > self._bound:
-            self._reduce()
-
-    def _skip_string(self, chunk: bytes) -> bytes:
-        start = 1 if self._escaped and chunk else 0
-        end = STRING_REST.match(chunk, start)
-        assert end is not None
-        self._escaped = end[1] == b"\\" or (self._escaped and not chunk)
-        self._in_string = end[1] != b'"'
-        return chunk[end.end() :]
-
-    def whole(self) -> bytes:
-        """All of the text, to be parsed."""
-        if self.reduced:
-            self._reduce()
-        return bytes(self.text)
-
-    def _reduce(self) -> None:
-        self.reduced = True
-        raw = bytes(self.text[self._raw :])
-        kept: list[bytes] = []
-        position = 0  # up to here `raw` is kept or dropped
-        open_string = b""
-        for token in STRUCTURE.finditer(raw):
-            start, end = token.span()
-            if raw[start] == 0x5B:  # [
-                kept += [] if self._depth else [raw[position:end]]
-                position = end
-                self._depth += 1
-            elif raw[start] == 0x5D:  # ]
-                self._depth = max(0, self._depth - 1)
-                position = position if self._depth else start
-            elif token[1] != b'"':  # a string that goes on in the next chunk
-                if self._depth or end - start > SHORT_STRING:
-                    kept += [] if self._depth else [raw[position:start], b'""']
-                    self._in_string, self._escaped = True, token[1] == b"\\"
-                else:
-                    kept.append(raw[position:start])
-                    open_string = raw[start:]
-                position = len(raw)
-            elif not self._depth and end - start > SHORT_STRING:
-                kept += [raw[position:start], b'""']
-                position = end
-        kept += [] if self._depth else [raw[position:]]
-        self._keep(b"".join(kept), open_string)
-
-    def _keep(self, stable: bytes, open_string: bytes) -> None:
-        self.text[self._raw :] = stable
-        self._raw = len(self.text)
-        self.text += open_string
-        if len(self.text) > MOST_SKELETON:
-            self.text = bytearray(b"?")  # no JSON: whoever parses it learns that nothing is known
-            self._raw = 1
-        self._bound = max(KEEP, 2 * len(self.text))
-
-
-class Answer(Struct):
-    """What matters in an answer's JSON, or in that of an event. `response` is the Response object
-    within an event. Types are checked where a value is used: one odd field must not hide
-    another."""
-
-    id: Any = None
-    type: Any = None
-    model: Any = None
-    status: Any = None
-    service_tier: Any = None
-    error: Any = None
-    usage: Any = None
-    tool_usage: Any = None
-    response: msgspec.Raw = msgspec.Raw()
-    choices: msgspec.Raw = msgspec.Raw()
-
-
-ANSWER = msgspec.json.Decoder(Answer)
-
-
-def decode_answer(text: bytes | msgspec.Raw) -> Answer | None:
-    """None for what is no JSON object."""
-    try:
-        return ANSWER.decode(text)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return None
-
-
-def tokens_in(counts: Any, name: str) -> int | None:
-    """The count of that name, or None where there is none: negative, fractional, absurd or no
-    number."""
-    count = counts.get(name) if isinstance(counts, dict) else None
-    return count if type(count) is int and 0 <= count <= MOST_TOKENS else None
-
-
-def part_of(whole: int | None, parts: int) -> bool:
-    return whole is not None and parts <= whole
-
-
-def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
-    """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images) and from
-    `tool_usage`; None where it reports neither input nor output. Parts that exceed their whole
-    are not believed."""
-    if not isinstance(usage, dict):
-        return None
-    chat = "prompt_tokens" in usage
-    into, out = ("prompt", "completion") if chat else ("input", "output")
-    tokens_input, tokens_output = (
-        tokens_in(usage, f"{into}_tokens"),
-        tokens_in(usage, f"{out}_tokens"),
-    )
-    if tokens_input is None and tokens_output is None:
-        return None
-    parts_input = usage.get(f"{into}_tokens_details")
-    cached = tokens_in(parts_input, "cached_tokens")
-    cache_write = tokens_in(parts_input, "cache_write_tokens")
-    believed = part_of(tokens_input, (cached or 0) + (cache_write or 0))
-    reasoning = tokens_in(usage.get(f"{out}_tokens_details"), "reasoning_tokens")
-    tools = tools if isinstance(tools, dict) else {}
-    source = usage if images else tools.get("image_gen")
-    image_input = image_output = None
-    if isinstance(source, dict):
-        image_input = tokens_in(source.get("input_tokens_details"), "image_tokens")
-        image_output = tokens_in(source.get("output_tokens_details"), "image_tokens")
-        if image_output is None:  # without details all of an image endpoint's output is image
-            image_output = tokens_in(source, "output_tokens")
-    return Usage(
-        input_tokens=tokens_input,
-        cached_input_tokens=cached if believed else None,
-        cache_write_tokens=cache_write if believed else None,
-        output_tokens=tokens_output,
-        reasoning_tokens=reasoning if part_of(tokens_output, reasoning or 0) else None,
-        image_input_tokens=image_input,
-        image_output_tokens=image_output,
-        web_searches=tokens_in(tools.get("web_search"), "num_requests"),
-    )
-
-
-TOKEN_KINDS = Usage.__struct_fields__
-
-
-class Report:
-    """What an answer has said so far."""
-
-    def __init__(self, images: bool) -> None:
-        self._images = images
-        self.response_id: str | None = None
-        self.model: str | None = None
-        self.service_tier: str | None = None
-        self.usage: Usage | None = None
-        self.failed = False  # it says itself that it failed
-        self.text_bytes = 0  # of output that has passed, for an estimate
-
-    def note(self, answer: Answer) -> None:
-        """Take in an answer's or an event's JSON: the last that is said counts."""
-        inner = decode_answer(answer.response) if answer.response else None
-        said = inner or answer
-        self.response_id = _name(said.id) or self.response_id
-        self.model = _name(said.model) or self.model
-        self.service_tier = _name(said.service_tier) or self.service_tier
-        self.usage = read_usage(said.usage, said.tool_usage, self._images) or self.usage
-        self.failed = self.failed or bool(
-            said.error
-            or answer.error
-            or said.status == "failed"
-            or answer.type in ("error", "response.failed")
-        )
-
-
-def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= MAX_MODEL_LENGTH else None
-
-
-class Meter(Protocol):
-    """`feed` returns what may be sent on now. `ended` is True once the answer has ended for the
-    client; then, and after `finish`, `rest` are the bytes that wait for the row."""
-
-    report: Report
-    ended: bool
-
-    def feed(self, chunk: bytes) -> bytes: ...
-    def finish(self) -> None: ...
-    def rest(self) -> bytes: ...
-
-
-class JSONMeter:
-    """Meters an answer that is one JSON text. Its last byte is what ends it."""
-
-    def __init__(self, images: bool) -> None:
-        self.report = Report(images)
-        self.ended = False
-        self._skeleton = Skeleton()
-        self._held = b""
-
-    def feed(self, chunk: bytes) -> bytes:
-        """All but the last byte so far."""
-        self._skeleton.feed(chunk)
-        passed, self._held = self._held + chunk[:-1], chunk[-1:]
-        return passed
-
-    def finish(self) -> None:
-        """The upstream has sent all of it."""
-        answer = decode_answer(self._skeleton.whole())
-        if answer:
-            self.report.note(answer)
-        self.ended = True
-
-    def rest(self) -> bytes:
-        held, self._held = self._held, b""
-        return held
-
-
-# WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
-EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-LINE_END = re.compile(rb"\r\n|\n|\r")
-MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)')
-EVENT_TYPE = re.compile(rb'(?:event: ?([^\r\n]*)[\r\n]|data: ?\{"type": ?"([^"\\]*)")')
-CHAT_CHUNK = re.compile(rb"data: ?\{")
-CHAT_TEXT = re.compile(rb'"(?:content|arguments)": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
-RESPONSE_TEXT = re.compile(rb'"delta": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed")
-NAMING_EVENTS = 3  # an answer's id and model are looked for in its first events
-HOLD = 64 << 10
-HOLD_BACK = 64
-
-
-def marked(events: bytes) -> bool:
-    """Whether there can be anything in them that matters. Text can look like it, too."""
-    return (
-        b"[DONE]" in events
-        or b'.completed"' in events
-        or b'.incomplete"' in events
-        or b'.failed"' in events
-        or MARK.search(events) is not None
-    )
-
-
-def data_of(event: bytes) -> bytes:
-    """The data of a whole event: its data lines, joined."""
-    lines = LINE_END.split(event.removeprefix(BYTE_ORDER_MARK))
-    return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
-
-
-class StreamMeter:
-    """Meters server-sent events. `take_out_usage`: the gateway asked for the chat's usage chunk,
-    and takes it out of what the client gets."""
-
-    def __init__(self, *, images: bool, chat: bool, take_out_usage: bool) -> None:
-        self.report = Report(images)
-        self.ended = False
-        self._chat = chat
-        self._text = CHAT_TEXT if chat else RESPONSE_TEXT
-        self._take_out_usage = take_out_usage
-        self._events = 0
-        self._partial: Skeleton | None = None  # the event that is still incomplete
-        self._tail = b""  # its last two bytes: an event's end may be cut
-        self._begun = False  # some of it has been sent on
-        self._held = b""  # what waits: of the incomplete event, or all since the end
-        self._cut_newline = ""  # what to do with the LF of a CRLF whose CR ended an event
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What may be sent on now, in order."""
-        if self.ended:
-            return chunk
-        if not self._cut_newline and self._is_dull(chunk):
-            self._count_text(chunk)
-            return chunk
-        passed: list[bytes] = []
-        if self._cut_newline and chunk:
-            if chunk.startswith(b"\n"):
-                passed += [b"\n"] if self._cut_newline == "pass" else []
-                chunk = chunk[1:]
-            self._cut_newline = ""
-        start, shift = 0, len(self._tail)
-        for match in EVENT_END.finditer(self._tail + chunk):
-            end = match.end() - shift
-            self._complete(chunk[start:end], passed)
-            start = end
-        if start < len(chunk):
-            self._grow(chunk[start:], passed)
-        return b"".join(passed)
-
-    def finish(self) -> None:
-        """The upstream has sent all of it; an event without its empty line counts."""
-        if self._partial is not None and not self.ended:
-            rest: list[bytes] = []
-            self._complete(b"", rest)
-            self._held += b"".join(rest)
-
-    def rest(self) -> bytes:
-        held, self._held = self._held, b""
-        return held
-
-    def _is_dull(self, chunk: bytes) -> bool:
-        """Whole events in the usual form, none of which can matter: nearly every chunk."""
-        return (
-            self._partial is None
-            and self._events >= NAMING_EVENTS
-            and chunk.endswith(b"\n\n")
-            and not marked(chunk)
-        )
-
-    def _count_text(self, events: bytes) -> None:
-        for text in self._text.findall(events):
-            self.report.text_bytes += len(text)
-
-    def _complete(self, segment: bytes, passed: list[bytes]) -> None:
-        """The event that `segment` ends is whole: judge it."""
-        event, begun = segment, self._begun
-        if self._partial is not None:
-            self._partial.feed(segment)
-            event = self._partial.whole()
-        self._partial, self._tail, self._begun = None, b"", False
-        self._held += segment
-        if self.ended:
-            return
-        self._events += 1
-        self._count_text(event)
-        verdict = self._judge(event)
-        if verdict == "last":
-            self.ended = True
-            return
-        if begun:  # too late to take it out
-            verdict = "pass"
-        if verdict == "pass":
-            passed.append(self._held)
-        self._cut_newline = verdict if self._held.endswith(b"\r") else ""
-        self._held = b""
-
-    def _grow(self, chunk: bytes, passed: list[bytes]) -> None:
-        """The incomplete event grows. Send on what can't turn out to matter."""
-        if self._partial is None:
-            self._partial = Skeleton()
-        self._partial.feed(chunk)
-        self._tail = (self._tail + chunk)[-2:]
-        self._held += chunk
-        if self.ended:
-            return
-        keep = 0
-        if self._may_matter(bytes(self._partial.text[:SHORT_STRING])):
-            keep = len(self._held) if len(self._held) <= HOLD else HOLD_BACK
-        sent = len(self._held) - keep
-        self._begun = self._begun or sent > 0
-        passed.append(self._held[:sent])
-        self._held = self._held[sent:]
-
-    def _may_matter(self, start: bytes) -> bool:
-        """Whether an event that starts so may end the answer, or may have to be taken out."""
-        start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
-        if self._chat:
-            return self._take_out_usage or not CHAT_CHUNK.match(start)
-        named = EVENT_TYPE.match(start)
-        return not named or bool(LAST.fullmatch(named[1] or named[2] or b""))
-
-    def _judge(self, event: bytes) -> str:
-        """'pass', 'last', or 'take out'."""
-        if self._events > NAMING_EVENTS and not marked(event):
-            return "pass"
-        text = data_of(event)
-        if text.strip() == b"[DONE]":
-            return "last"
-        answer = decode_answer(text)
-        if answer is None:
-            return "pass"
-        self.report.note(answer)
-        if isinstance(answer.type, str) and LAST.fullmatch(answer.type.encode()):
-            return "pass" if self._chat else "last"
-        empty = bytes(answer.choices).strip() == b"[]"
-        take_out = self._take_out_usage and empty and isinstance(answer.usage, dict)
-        return "take out" if take_out else "pass"
-
-
 # ── Watch ────────────────────────────────────────────────────────────────────────────────────────
 # What an operator sees of the gateway at work: one JSON line a request on standard error, and
 # metrics. Neither ever holds a byte of a prompt, a completion or a key.
@@ -1533,6 +1120,7 @@ DROPPED_HEADERS = frozenset(
 )
 DROPPED_PREFIXES = (b"x-accel-", b"x-ratelimit-")
 KEEPALIVE_SECONDS = 15
+MOST_FETCHED = 4 << 20  # bytes of a list of models
 
 
 class Body(httpx2.ByteStream):
@@ -1584,13 +1172,13 @@ class Upstream:
 
     async def open(
         self, method: str, path: str, query: bytes, headers: Headers, body: Body
-    ) -> UpstreamAnswer:
+    ) -> Answer:
         """Send a request; the answer's head. Raises httpx2.HTTPError."""
         target = self._path + path.encode() + (b"?" + query if query else b"")
         headers = [*headers, *self._own]
         return await self._send(Request(method, self._base, target, headers, body, self._timeouts))
 
-    async def _send_by_httpx(self, request: Request) -> UpstreamAnswer:
+    async def _send_by_httpx(self, request: Request) -> Answer:
         assert isinstance(self._transport, httpx2.AsyncHTTPTransport)
         response = await self._transport.handle_async_request(
             httpx2.Request(
@@ -1602,7 +1190,7 @@ class Upstream:
             )
         )
         body = cast(httpx2.AsyncByteStream, response.stream)
-        return UpstreamAnswer(response.status_code, response.headers.raw, body)
+        return Answer(response.status_code, response.headers.raw, body)
 
     async def fetch(self, path: str) -> tuple[int, bytes]:
         """Status and body of a small GET, bounded. Raises httpx2.HTTPError, TimeoutError."""
@@ -1613,7 +1201,7 @@ class Upstream:
                 body = bytearray()
                 async for chunk in answer.body:
                     body += chunk
-                    if len(body) > MOST_SKELETON:
+                    if len(body) > MOST_FETCHED:
                         raise httpx2.RemoteProtocolError("the answer is too long")
                 return answer.status, bytes(body)
             finally:
@@ -1772,7 +1360,7 @@ class Exchange:
         finally:
             await answer.body.aclose()
 
-    async def _send_head(self, answer: UpstreamAnswer) -> None:
+    async def _send_head(self, answer: Answer) -> None:
         headers = headers_for_client(answer.headers)
         content_type = header(headers, b"content-type") or b""
         encoding = header(headers, b"content-encoding") or b"identity"
@@ -2051,7 +1639,7 @@ async def models_of(upstream: Upstream) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(listed, list):
         return None
-    named = [model for model in listed if isinstance(model, dict) and _name(model.get("id"))]
+    named = [model for model in listed if isinstance(model, dict) and name_in(model.get("id"))]
     return [model for model in named if upstream.serves(model["id"])]
 
 

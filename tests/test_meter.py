@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import CHAT_USAGE, RESPONSE_USAGE, chat_chunk, response_object
 
-import redbtc_proxy as proxy
+import redbtc_meter as meters
 from redbtc_ledger import Usage
-from redbtc_proxy import KEEP, JSONMeter, Meter, Skeleton, StreamMeter, decode_answer
+from redbtc_meter import KEEP, JSONMeter, Meter, Skeleton, StreamMeter, decode_answer
 
 FAKE = '{"usage":{"input_tokens":666,"output_tokens":666,"prompt_tokens":666}}'
 CHAT_USED = Usage(20, 8, 2, 7, 3)
@@ -160,7 +160,7 @@ def without_arrays(value: Any) -> Any:
 
 
 def short(text: str) -> str:
-    return "" if len(json.dumps(text).encode()) > proxy.SHORT_STRING else text
+    return "" if len(json.dumps(text).encode()) > meters.SHORT_STRING else text
 
 
 @settings(max_examples=500, deadline=None)
@@ -232,7 +232,7 @@ def test_tens_of_megabytes_in_bounded_memory(kind: str, framing: str) -> None:
     ],
 )
 def test_odd_usage_is_neither_believed_nor_invented(usage: Any, expected: Usage | None) -> None:
-    assert proxy.read_usage(usage, None, images=False) == expected
+    assert meters.read_usage(usage, None, images=False) == expected
 
 
 def test_tool_usage() -> None:
@@ -245,7 +245,7 @@ def test_tool_usage() -> None:
         },
         "web_search": {"num_requests": 3},
     }
-    usage = proxy.read_usage(RESPONSE_USAGE, tools, images=False)
+    usage = meters.read_usage(RESPONSE_USAGE, tools, images=False)
     assert usage == Usage(30, 10, 4, 9, 5, 40, 990, 3)
 
 

@@ -17,6 +17,7 @@ import h11
 import httpx2
 import pytest
 import uvloop
+from conftest import MakeGateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import (
@@ -628,3 +629,46 @@ def test_tls_is_verified(certificate: Path) -> None:
         await asyncio.sleep(0.1)
 
     run(main)
+
+
+def test_httpx2s_own_stays_reachable_by_a_setting(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    settings = 'transport = "httpx"\nfirst_byte_timeout_seconds = 0.5'
+    gateway = make_gateway(upstream_settings=settings).start()
+    key = gateway.new_key()
+    chat = {"model": "m", "messages": [], "stream": True}
+    with gateway.client(key) as client:
+        for _ in range(2):
+            streamed = client.post("/chat/completions", json=chat)
+            assert streamed.text.endswith("data: [DONE]\n\n")
+        assert upstream.connections == 1
+        upstream.script = chat_stream(end="tear")
+        with pytest.raises(httpx2.RemoteProtocolError):
+            client.post("/chat/completions", json=chat)
+        upstream.script = slow_head(1, chat_stream())
+        assert client.post("/chat/completions", json=chat).status_code == 504
+    outcomes = [(row["outcome"], row["usage_source"]) for row in gateway.rows()]
+    assert outcomes[:2] == [("completed", "upstream")] * 2
+    assert outcomes[3] == ("upstream_failed", "none")
+
+
+@pytest.mark.parametrize("transport", ["asyncio", "httpx"])
+def test_no_proxy_but_the_settings(
+    make_gateway: MakeGateway, upstream: Upstream, transport: str
+) -> None:
+    upstream.script = json_answer({"id": "resp_1"})
+    with Upstream() as proxy:
+        proxy.script = json_answer({"id": "resp_by_proxy"})
+        address = proxy.url.removesuffix("/v1")
+        env = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), address)
+        through = f'proxy = "{address}"' if transport == "httpx" else ""
+        for more, expected in (("", "resp_1"), (through, "resp_by_proxy")):
+            settings = f'transport = "{transport}"\n{more}'
+            gateway = make_gateway(upstream_settings=settings, **env).start()
+            with gateway.client(gateway.new_key()) as client:
+                answer = client.post("/responses", json={"model": "m", "input": "Hi"})
+            assert answer.json()["id"] == (expected if more else "resp_1")
+        assert [each.path for each in proxy.requests] == (
+            [f"{upstream.url}/responses"] if through else []
+        )
