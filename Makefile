@@ -24,7 +24,7 @@ format: $(VENV)/dev ## Put the code in its usual form
 	$(RUN) -m ruff check --fix . || true
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/dev ## Repeat the measurements that the README quotes (needs nginx)
+bench: $(VENV)/dev ## Repeat the measurements that the README quotes (needs nginx; installs LiteLLM)
 	$(RUN) bench/bench.py
 
 lock: ## Pin the newest versions of all dependencies, with their hashes
@@ -37,7 +37,7 @@ lock: ## Pin the newest versions of all dependencies, with their hashes
 	rm -rf $(VENV)-lock
 
 clean: ## Remove what was built; databases stay
-	rm -rf $(VENV) tests/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-litellm tests/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
