@@ -929,6 +929,7 @@ class Log:
         self._lines: deque[bytes] = deque()
         self._pending = threading.Event()
         self._written = threading.Event()
+        self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
@@ -963,8 +964,7 @@ class Log:
 
     def flush(self) -> None:
         """Wait up to a second for what is not yet written."""
-        if self._lines or self._pending.is_set():
-            self._written.wait(1)
+        self._written.wait(1)
 
 
 LOG = Log()

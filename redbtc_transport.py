@@ -127,6 +127,8 @@ class Connection(asyncio.Protocol):
         if self._complete or not self._method:  # nobody has asked for this
             self.close()
             return
+        if self._error:
+            return
         self._overhead += len(data)
         try:
             self._parser.feed_data(data)
@@ -171,7 +173,8 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._status:  # a trailer
             return
-        self._headers.append((name, value.rstrip(b" \t")))
+        value = value.rstrip(b" \t")
+        self._headers.append((name, value))
         if name.lower() == b"content-length":
             self._until_close = False
         elif name.lower() == b"transfer-encoding":
@@ -303,7 +306,8 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         """The answer is no longer read: keep the connection for the next request, or close it."""
-        if self._complete and self._sent and self._keep_alive and not self._transport.is_closing():
+        whole = self._complete and self._sent and self._keep_alive
+        if whole and not self._paused and not self._transport.is_closing():
             self._reset()
             self.idle_since = self._loop.time()
             self._idle.append(self)

@@ -529,6 +529,20 @@ def test_what_nobody_reads_stays_at_the_upstream(upstream: Upstream) -> None:
     run(main)
 
 
+def test_an_answer_that_nobody_reads_to_its_end_holds_up_no_other(upstream: Upstream) -> None:
+    async def main() -> None:
+        transport = Transport()
+        for size in (10, 70_000, 300_000):
+            upstream.script = json_answer(b"x" * size)
+            response = await transport.handle_async_request(post(upstream.url))
+            await asyncio.sleep(0.05)  # all of it has come
+            await response.aclose()
+            assert len((await answer_to(transport, post(upstream.url)))["body"]) == size
+        await transport.aclose()
+
+    run(main)
+
+
 def test_connections_are_kept_for_a_while_and_no_longer(upstream: Upstream) -> None:
     upstream.script = chat_json()
 
