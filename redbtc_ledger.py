@@ -561,6 +561,7 @@ class Store:
                 self._wake.clear()
             else:
                 await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(0)  # whoever is ready in this turn of the loop comes along
             group, self._waiting = self._waiting, []
             if group or not self.healthy:
                 await self._write_group(group)
