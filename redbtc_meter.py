@@ -313,8 +313,8 @@ class StreamMeter:
         """What may be sent on now, in order."""
         if self.ended:
             return chunk
-        if not self._cut_newline and self._is_dull(chunk):
-            self._count_text(chunk)
+        if self.is_dull(chunk):
+            self.count_text(chunk)
             return chunk
         passed: list[bytes] = []
         if self._cut_newline and chunk:
@@ -331,6 +331,18 @@ class StreamMeter:
             self._grow(chunk[start:], passed)
         return b"".join(passed)
 
+    def is_dull(self, chunk: bytes) -> bool:
+        """Whether these are whole events in the usual form, none of which can matter: nearly every
+        chunk. There is nothing to be done with it but to count its text."""
+        return (
+            self._partial is None
+            and self._events >= NAMING_EVENTS
+            and not self.ended
+            and not self._cut_newline
+            and chunk.endswith(b"\n\n")
+            and not marked(chunk)
+        )
+
     def finish(self) -> None:
         """The upstream has sent all of it; an event without its empty line counts."""
         if self._partial is not None and not self.ended:
@@ -342,16 +354,8 @@ class StreamMeter:
         held, self._held = self._held, b""
         return held
 
-    def _is_dull(self, chunk: bytes) -> bool:
-        """Whole events in the usual form, none of which can matter: nearly every chunk."""
-        return (
-            self._partial is None
-            and self._events >= NAMING_EVENTS
-            and chunk.endswith(b"\n\n")
-            and not marked(chunk)
-        )
-
-    def _count_text(self, events: bytes) -> None:
+    def count_text(self, events: bytes) -> None:
+        """For an estimate."""
         for text in self._text.findall(events):
             self.report.text_bytes += len(text)
 
@@ -366,7 +370,7 @@ class StreamMeter:
         if self.ended:
             return
         self._events += 1
-        self._count_text(event)
+        self.count_text(event)
         verdict = self._judge(event)
         if verdict == "last":
             self.ended = True

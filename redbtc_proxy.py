@@ -62,7 +62,7 @@ import redbtc_admin as admin
 import redbtc_ledger as ledger
 from redbtc_ledger import Key, Row, Settings, Store, UpstreamSettings, Usage
 from redbtc_meter import MAX_NAME, TOKEN_KINDS, JSONMeter, Meter, StreamMeter, name_in
-from redbtc_transport import Answer, Request, Transport
+from redbtc_transport import Answer, Request, ResponseBody, Transport
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -255,7 +255,8 @@ class HTTPProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_head_timer()
-        cast(Scope, self.scope)["leaving"] = self._leaving
+        scope = cast(Scope, self.scope)
+        scope["leaving"], scope["send_now"] = self._leaving, self._send_now
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -263,6 +264,17 @@ class HTTPProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         for leave in list(self._leaving):
             leave()
+
+    def _send_now(self, scope: Scope, data: bytes) -> bool:
+        """A part of an answer in chunks that is under way, where no task has to wait for it; False
+        where one has to: the client reads slowly, or is gone."""
+        cycle = self.cycle
+        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        if cast(Scope, cycle.scope) is not scope:  # another request, pipelined
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -1383,8 +1395,19 @@ class Exchange:
         await self._send(head)
 
     async def _relay(self, body: httpx2.AsyncByteStream, idle_seconds: float) -> None:
-        clock, meter = self._clock, self._meter
+        clock, meter, scope = self._clock, self._meter, self._scope
         clock.allow(idle_seconds)
+
+        def pass_on(chunk: bytes) -> bool:
+            clock.allow(idle_seconds)
+            passed: bool = stream.is_dull(chunk) and send_now(scope, chunk)
+            if passed:
+                stream.count_text(chunk)
+            return passed
+
+        if isinstance(meter, StreamMeter) and isinstance(body, ResponseBody):
+            stream, send_now = meter, scope["send_now"]
+            body.pass_on(pass_on)
         async for chunk in body:
             if self._row.first_byte_ms is None:
                 self._row.first_byte_ms = self._elapsed_ms()

@@ -27,7 +27,7 @@ import socket
 import ssl
 import struct
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import NamedTuple, cast
 
 import httptools
@@ -110,6 +110,7 @@ class Connection(asyncio.Protocol):
         self._until_close = True  # the body has no end but the connection's
         self._complete = False
         self._keep_alive = False
+        self.pass_on: Callable[[bytes], bool] | None = None
 
     # What asyncio and httptools call
 
@@ -136,6 +137,11 @@ class Connection(asyncio.Protocol):
             self._fail(httpx2.RemoteProtocolError(f"the answer is no HTTP/1.1: {error}"))
         if self._overhead > MAX_OVERHEAD:
             self._fail(httpx2.RemoteProtocolError("the answer's head is too large"))
+        reader_waits = self._waiter and not self._waiter.done() and self._chunks
+        if self.pass_on and reader_waits and self.pass_on(b"".join(self._chunks)):
+            self._taken()
+            if not self._complete and not self._error:
+                return
         self._wake()
 
     def eof_received(self) -> None:
@@ -290,11 +296,14 @@ class Connection(asyncio.Protocol):
                 raise StopAsyncIteration
             await self._change(timeout, httpx2.ReadTimeout)
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._taken()
+        return body
+
+    def _taken(self) -> None:
         self._chunks, self.waiting_bytes = [], 0
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
-        return body
 
     def reuse(self) -> bool:
         """Whether it is as open as when it was given back, as far as it has been noticed."""
@@ -326,6 +335,13 @@ class ResponseBody(httpx2.AsyncByteStream):
     def __init__(self, connection: Connection, timeout: float | None) -> None:
         self._connection: Connection | None = connection
         self._timeout = timeout
+
+    def pass_on(self, function: Callable[[bytes], bool]) -> None:
+        """Offer what comes to this function first, while the reader waits for it. What it takes is
+        not read any more, and a read timeout goes on. To wake a task for each event costs as much
+        as to send the event."""
+        if self._connection:
+            self._connection.pass_on = function
 
     def __aiter__(self) -> ResponseBody:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
 import threading
 import time
@@ -377,3 +378,43 @@ def test_a_chat_error_event_after_200_is_an_upstream_error(
         answer = client.post("/chat/completions", json={**CHAT, "stream": True})
     assert answer.content == b"".join(pieces)
     assert gateway.row()["outcome"] == "upstream_error"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_stream_is_the_same_however_it_comes(
+    gateway: Gateway, upstream: Upstream, key: str, seed: int
+) -> None:
+    """Whole events, halves and heaps of them, fast and slow, to a client that now and then sleeps:
+    most pass without a task's waking, and none overtakes another."""
+    chance = random.Random(seed)
+    words = [f"word{number} " * chance.choice([1, 1, 1, 3000]) for number in range(600)]
+    events = response_pieces(words)
+    pieces: list[bytes] = []
+    while events:
+        count = chance.choice([1, 1, 1, 5])
+        whole, events = b"".join(events[:count]), events[count:]
+        cut = chance.randrange(len(whole)) if chance.random() < 0.2 else 0
+        pieces += [whole[:cut], whole[cut:]]
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        for piece in pieces:
+            await reply.send(piece)
+            if chance.random() < 0.2:
+                await asyncio.sleep(0.002)
+        await reply.end()
+
+    upstream.script = script
+    received = bytearray()
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**RESPONSE, "stream": True}) as answer,
+    ):
+        for part in answer.iter_raw():
+            received += part
+            if chance.random() < 0.01:
+                time.sleep(0.1)
+    assert bytes(received) == b"".join(pieces)
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("completed", "upstream")
+    assert row["output_tokens"] == 9

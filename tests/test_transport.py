@@ -9,6 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from upstream import (
     stream,
 )
 
-from redbtc_transport import Connection, Transport
+from redbtc_transport import Connection, ResponseBody, Transport
 
 Transports = Callable[[], httpx2.AsyncBaseTransport]
 BODY = b'{"model":"gpt-up","stream":true,"messages":[],"input":"Hi"}'
@@ -538,6 +539,54 @@ def test_an_answer_that_nobody_reads_to_its_end_holds_up_no_other(upstream: Upst
             await asyncio.sleep(0.05)  # all of it has come
             await response.aclose()
             assert len((await answer_to(transport, post(upstream.url)))["body"]) == size
+        await transport.aclose()
+
+    run(main)
+
+
+def test_what_comes_is_offered_only_while_its_reader_waits(upstream: Upstream) -> None:
+    """Whoever is at work on an earlier part must not be overtaken."""
+    steps = [threading.Event() for _ in range(4)]
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200)
+        for number, step in enumerate(steps):
+            await reply.wait(step)
+            await reply.send(b"%d" % number)
+        await reply.end()
+
+    upstream.script = script
+
+    async def main() -> None:
+        transport = Transport()
+        request = post(upstream.url, timeouts={})
+        body = (await transport.handle_async_request(request)).stream
+        assert isinstance(body, ResponseBody)
+        passed: list[bytes] = []
+        taken = True
+
+        def pass_on(part: bytes) -> bool:
+            passed.append(part)
+            return taken
+
+        body.pass_on(pass_on)
+        steps[0].set()
+        await asyncio.sleep(0.1)
+        assert passed == []
+        assert await anext(body) == b"0"
+        reading = asyncio.create_task(anext(body))
+        for step in steps[1:3]:
+            await asyncio.sleep(0.1)
+            step.set()
+        await asyncio.sleep(0.1)
+        assert passed == [b"1", b"2"]
+        assert not reading.done()
+        taken = False
+        steps[3].set()
+        assert await reading == b"3"
+        assert passed == [b"1", b"2", b"3"]
+        assert [part async for part in body] == []
+        await body.aclose()
         await transport.aclose()
 
     run(main)
