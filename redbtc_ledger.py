@@ -430,6 +430,7 @@ class Store:
         self.committed_at = time.monotonic()
         self.interrupted = 0  # rows that the process before this one left behind
         self._synchronous = synchronous
+        self._loop = asyncio.get_running_loop()
         self._waiting: list[Entry] = []
         self._wake = asyncio.Event()
         self._closing = False
@@ -535,7 +536,7 @@ class Store:
     def record(self, sql: str, values: Sequence[Any], *, insist: bool) -> asyncio.Future[None]:
         """Write in the next group; the future is done when it is on disk. With `insist` it is tried
         until it succeeds, otherwise the future raises LedgerUnavailable if this try fails."""
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        written: asyncio.Future[None] = self._loop.create_future()
         if self.healthy or insist:
             self._waiting.append(Entry(sql, values, written, insist))
             self._wake.set()
@@ -602,7 +603,7 @@ class Store:
             if not entry.insist:
                 if not entry.written.done():
                     entry.written.set_exception(LedgerUnavailable(reason))
-                nobody: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                nobody: asyncio.Future[None] = self._loop.create_future()
                 kept.append(Entry(FORGET, entry.values[:1], nobody, True))
         self._waiting[:0] = kept
 

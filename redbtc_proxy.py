@@ -182,8 +182,9 @@ class Joining:
     """A transport that sends an answer's head with what follows in the same turn of the loop: each
     write is a system call, and those cost more than most of what is done for a request."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
+        self._loop = loop
         self._head = b""
 
     def write(self, data: bytes) -> None:
@@ -193,7 +194,7 @@ class Joining:
             self._transport.writelines([head, data])
         elif data.startswith(b"HTTP/1.1 "):
             self._head = data
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
         else:
             self._transport.write(data)
 
@@ -224,7 +225,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.transport = cast(asyncio.Transport, Joining(transport))
+        self.transport = cast(asyncio.Transport, Joining(transport, self.loop))
         self._leaving: set[Callable[[], None]] = set()
         self._await_head()
 
@@ -474,7 +475,7 @@ class Clock:
         return self
 
     def __enter__(self) -> None:
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(self._clocks.loop)
         self._clocks.add(self)
         if self.client_left:
             self.leave()
@@ -519,7 +520,8 @@ class Clocks:
     def __init__(self) -> None:
         self._running: set[Clock] = set()
         self._ticking = False
-        self.now = asyncio.get_running_loop().time
+        self.loop = asyncio.get_running_loop()  # to ask for it costs a system call each time
+        self.now = self.loop.time
         self.discard = self._running.discard
 
     def add(self, clock: Clock) -> None:
@@ -527,7 +529,7 @@ class Clocks:
         self._running.add(clock)
         if not self._ticking:
             self._ticking = True
-            asyncio.get_running_loop().call_later(TICK, self._tick)
+            self.loop.call_later(TICK, self._tick)
 
     def _tick(self) -> None:
         now = self.now()
@@ -535,7 +537,7 @@ class Clocks:
             clock.ring()
         self._ticking = bool(self._running)
         if self._ticking:
-            asyncio.get_running_loop().call_later(TICK, self._tick)
+            self.loop.call_later(TICK, self._tick)
 
 
 async def read_body(scope: Scope, receive: Receive, clock: Clock, settings: Settings) -> bytes:
@@ -862,7 +864,7 @@ class Limits:
         or no place comes free within `limits.queue_seconds`; ClientLeft."""
         holds = self._holds(key, limits)
         admission = Admission(holds, estimate)
-        patience = asyncio.get_running_loop().time() + limits.queue_seconds
+        patience = time.monotonic() + limits.queue_seconds
         try:
             for hold in holds:
                 if not hold.limited.places.take_now(hold.concurrency):
@@ -903,7 +905,7 @@ class Limits:
     async def _wait(self, hold: Hold, patience: float, clock: Clock) -> None:
         self.queued += 1
         try:
-            with clock.running(patience - asyncio.get_running_loop().time(), grace=0):
+            with clock.running(patience - time.monotonic(), grace=0):
                 await hold.limited.places.take_in_turn()
         except TimeoutError:
             if clock.client_left:

@@ -84,7 +84,7 @@ class Connection(asyncio.Protocol):
     it is read; whoever waits, waits for `_waiter`, and looks then at what has changed."""
 
     def __init__(self, transport: Transport, idle: deque[Connection]) -> None:
-        self.idle_since = 0.0
+        self._idle_since = 0.0
         self._owner = transport
         self._idle = idle
         self._loop = asyncio.get_running_loop()
@@ -305,6 +305,10 @@ class Connection(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
 
+    def idle_seconds(self) -> float:
+        """Since it was given back."""
+        return self._loop.time() - self._idle_since
+
     def reuse(self) -> bool:
         """Whether it is as open as when it was given back, as far as it has been noticed."""
         if self._tls:
@@ -318,7 +322,7 @@ class Connection(asyncio.Protocol):
         whole = self._complete and self._sent and self._keep_alive
         if whole and not self._paused and not self._transport.is_closing():
             self._reset()
-            self.idle_since = self._loop.time()
+            self._idle_since = self._loop.time()
             self._idle.append(self)
         else:
             self.close()
@@ -412,7 +416,7 @@ class Transport(httpx2.AsyncBaseTransport):
         """The one used last, so that the others can grow old."""
         while idle:
             connection = idle.pop()
-            if connection.idle_since > self._too_old() and connection.reuse():
+            if connection.idle_seconds() < self._keepalive_seconds and connection.reuse():
                 return connection
             connection.close()
         return None
@@ -440,13 +444,10 @@ class Transport(httpx2.AsyncBaseTransport):
             raise httpx2.ConnectError(str(error)) from error
         return connection
 
-    def _too_old(self) -> float:
-        return asyncio.get_running_loop().time() - self._keepalive_seconds
-
     def _sweep(self) -> None:
         """Close what nobody has used for long: in each pool that stands in front."""
         for idle in self._idle.values():
-            while idle and idle[0].idle_since <= self._too_old():
+            while idle and idle[0].idle_seconds() >= self._keepalive_seconds:
                 idle.popleft().close()
         self._sweeper = None
         if self.connections:
