@@ -30,7 +30,6 @@ import time
 import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import (
-    AsyncIterator,
     Awaitable,
     Callable,
     Iterable,
@@ -1142,11 +1141,18 @@ class Body(httpx2.ByteStream):
 
     def __init__(self, body: bytes) -> None:
         self._body = body
+        self._given = False
         self.left = False
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        self.left = True
-        yield self._body
+    def __aiter__(self) -> Body:
+        self._given = False
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._given:
+            raise StopAsyncIteration
+        self._given = self.left = True
+        return self._body
 
 
 class Upstream:
@@ -1369,12 +1375,13 @@ class Exchange:
         try:
             if not 200 <= answer.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
-            await self._send_head(answer)
-            await self._relay(answer.body, upstream.settings.idle_timeout_seconds)
+            head = self._head_of(answer)
+            await self._relay(head, answer.body, upstream.settings.idle_timeout_seconds)
         finally:
             await answer.body.aclose()
 
-    async def _send_head(self, answer: Answer) -> None:
+    def _head_of(self, answer: Answer) -> Message:
+        """The answer's head for the client. Chooses the meter."""
         headers = headers_for_client(answer.headers)
         content_type = header(headers, b"content-type") or b""
         encoding = header(headers, b"content-encoding") or b"identity"
@@ -1392,44 +1399,62 @@ class Exchange:
         headers.append((b"x-redbtc-request-id", request_id))
         headers += self._admission.headers()
         self._row.status = answer.status
-        self._started = True
-        head = {"type": "http.response.start", "status": answer.status, "headers": headers}
-        await self._send(head)
+        return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
-    async def _relay(self, body: httpx2.AsyncByteStream, idle_seconds: float) -> None:
-        clock, meter, scope = self._clock, self._meter, self._scope
+    async def _relay(
+        self, head: Message, body: httpx2.AsyncByteStream, idle_seconds: float
+    ) -> None:
+        clock, meter = self._clock, self._meter
         clock.allow(idle_seconds)
-
-        def pass_on(chunk: bytes) -> bool:
-            clock.allow(idle_seconds)
-            passed: bool = stream.is_dull(chunk) and send_now(scope, chunk)
-            if passed:
-                stream.count_text(chunk)
-            return passed
-
-        if isinstance(meter, StreamMeter) and isinstance(body, ResponseBody):
-            stream, send_now = meter, scope["send_now"]
-            body.pass_on(pass_on)
+        whole, kept = False, b""
+        if isinstance(body, ResponseBody):
+            if isinstance(meter, StreamMeter):
+                self._pass_on(meter, body, idle_seconds)
+            else:  # if it is all here already, it goes out at once when it is written down
+                whole = body.whole
+        if not whole:
+            await self._send_head(head)
         async for chunk in body:
             if self._row.first_byte_ms is None:
                 self._row.first_byte_ms = self._elapsed_ms()
-            if passed := meter.feed(chunk):
+            passed = meter.feed(chunk)
+            if whole:
+                kept += passed
+            elif passed:
                 self._waits_for_client = True  # while it reads slowly, and with us the upstream
                 await self._send({"type": "http.response.body", "body": passed, "more_body": True})
                 self._waits_for_client = False
             if meter.ended and not self._settled:
                 await self._settle(self._outcome())
-                await self._give_rest(more=True)
+                await self._give_rest(meter.rest(), more=True)
             clock.allow(idle_seconds)
         clock.pause()
         meter.finish()
         if not self._settled:
             await self._settle(self._outcome())
-        await self._give_rest(more=False)
+        if whole:
+            await self._send_head(head)
+        await self._give_rest(kept + meter.rest(), more=False)
 
-    async def _give_rest(self, more: bool) -> None:
+    def _pass_on(self, meter: StreamMeter, body: ResponseBody, idle_seconds: float) -> None:
+        """Send events in which nothing can matter on as they come, past this request's task."""
+        clock, scope, send_now = self._clock, self._scope, self._scope["send_now"]
+
+        def pass_on(chunk: bytes) -> bool:
+            clock.allow(idle_seconds)
+            passed: bool = meter.is_dull(chunk) and send_now(scope, chunk)
+            if passed:
+                meter.count_text(chunk)
+            return passed
+
+        body.pass_on(pass_on)
+
+    async def _send_head(self, head: Message) -> None:
+        self._started = True
+        await self._send(head)
+
+    async def _give_rest(self, rest: bytes, more: bool) -> None:
         """What waited for the row."""
-        rest = self._meter.rest()
         await self._send({"type": "http.response.body", "body": rest, "more_body": more})
 
     def _outcome(self) -> ledger.Outcome:

@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
         self.waiting_bytes = 0
         self._paused = False
         self._until_close = True  # the body has no end but the connection's
-        self._complete = False
+        self.complete = False
         self._keep_alive = False
         self.pass_on: Callable[[bytes], bool] | None = None
 
@@ -125,7 +125,7 @@ class Connection(asyncio.Protocol):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def data_received(self, data: bytes) -> None:
-        if self._complete or not self._method:  # nobody has asked for this
+        if self.complete or not self._method:  # nobody has asked for this
             self.close()
             return
         if self._error:
@@ -140,7 +140,7 @@ class Connection(asyncio.Protocol):
         reader_waits = self._waiter and not self._waiter.done() and self._chunks
         if self.pass_on and reader_waits and self.pass_on(b"".join(self._chunks)):
             self._taken()
-            if not self._complete and not self._error:
+            if not self.complete and not self._error:
                 return
         self._wake()
 
@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.connections.discard(self)
         if self._status and self._until_close and not exc and not self._error:
-            self._complete = True
+            self.complete = True
         elif exc:
             self._fail(httpx2.ReadError(str(exc)))
         elif self._status:
@@ -170,7 +170,7 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def on_message_begin(self) -> None:
-        if self._complete:  # more than one answer
+        if self.complete:  # more than one answer
             self._keep_alive = False
 
     def on_status(self, reason: bytes) -> None:
@@ -190,14 +190,14 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if self._complete or self._error:
+        if self.complete or self._error:
             return
         if status < 200:  # RFC 9110 §15.2: one that is not final
             self._headers, self._reason, self._until_close = [], b"", True
             return
         self._status = status
         self._overhead = 0
-        self._complete = self._method == "HEAD"
+        self.complete = self._method == "HEAD"
 
     def on_body(self, body: bytes) -> None:
         self._overhead = 0
@@ -208,14 +208,14 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
-        if self._status and not self._complete and not self._error:
-            self._complete = True
+        if self._status and not self.complete and not self._error:
+            self.complete = True
             self._keep_alive = self._parser.should_keep_alive()
 
     def _fail(self, error: httpx2.TransportError) -> None:
         """The first error counts, and none after the answer's end."""
         self._keep_alive = False
-        if not self._error and not self._complete:
+        if not self._error and not self.complete:
             self._error = error
 
     def _wake(self) -> None:
@@ -292,7 +292,7 @@ class Connection(asyncio.Protocol):
     async def read(self, timeout: float | None) -> bytes:
         """What has come of the body since the last time. Raises StopAsyncIteration at its end."""
         while not self._chunks:
-            if self._complete:
+            if self.complete:
                 raise StopAsyncIteration
             await self._change(timeout, httpx2.ReadTimeout)
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
@@ -319,7 +319,7 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         """The answer is no longer read: keep the connection for the next request, or close it."""
-        whole = self._complete and self._sent and self._keep_alive
+        whole = self.complete and self._sent and self._keep_alive
         if whole and not self._paused and not self._transport.is_closing():
             self._reset()
             self._idle_since = self._loop.time()
@@ -346,6 +346,11 @@ class ResponseBody(httpx2.AsyncByteStream):
         as to send the event."""
         if self._connection:
             self._connection.pass_on = function
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is here already."""
+        return self._connection is not None and self._connection.complete
 
     def __aiter__(self) -> ResponseBody:
         return self
