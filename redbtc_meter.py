@@ -186,9 +186,6 @@ def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
     )
 
 
-TOKEN_KINDS = Usage.__struct_fields__
-
-
 class Report:
     """What an answer has said so far."""
 

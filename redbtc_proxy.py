@@ -60,7 +60,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import redbtc_admin as admin
 import redbtc_ledger as ledger
 from redbtc_ledger import Key, Row, Settings, Store, UpstreamSettings, Usage
-from redbtc_meter import MAX_NAME, TOKEN_KINDS, JSONMeter, Meter, StreamMeter, name_in
+from redbtc_meter import MAX_NAME, JSONMeter, Meter, StreamMeter, name_in
 from redbtc_transport import Answer, Request, ResponseBody, Transport
 
 Scope = MutableMapping[str, Any]
@@ -781,10 +781,11 @@ def go_duration(seconds: float) -> str:
 
 def rate_limit_headers(kind: str, limit: int, remaining: int, reset: float) -> Headers:
     """x-ratelimit-limit-…, -remaining-… and -reset-…"""
+    of = kind.encode()
     return [
-        (f"x-ratelimit-limit-{kind}".encode(), b"%d" % limit),
-        (f"x-ratelimit-remaining-{kind}".encode(), b"%d" % remaining),
-        (f"x-ratelimit-reset-{kind}".encode(), go_duration(reset).encode()),
+        (b"x-ratelimit-limit-" + of, b"%d" % limit),
+        (b"x-ratelimit-remaining-" + of, b"%d" % remaining),
+        (b"x-ratelimit-reset-" + of, go_duration(reset).encode()),
     ]
 
 
@@ -1063,8 +1064,8 @@ class Watch:
         if row.first_byte_ms is not None:
             self._first_byte[row.endpoint].observe(row.first_byte_ms / 1000)
         if row.usage_source != "none":
-            for kind in TOKEN_KINDS:
-                if tokens := getattr(row.usage, kind):
+            for kind, tokens in msgspec.structs.asdict(row.usage).items():
+                if tokens:
                     self._tokens[kind.removesuffix("_tokens"), row.usage_source] += tokens
         self._line(
             logging.INFO,

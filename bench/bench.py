@@ -203,6 +203,12 @@ async def streams(port: int, key: str, count: int) -> Any:
     await until(lambda: Reading.done == count, "all streams have ended")
 
 
+async def poll() -> None:
+    """Never sleep: else a proxy is charged for waking the load, and the more so the slower it is."""
+    while True:
+        await asyncio.sleep(0)
+
+
 async def until(condition: Callable[[], bool], what: str) -> None:
     patience = time.monotonic() + 60
     while not condition():
@@ -438,7 +444,7 @@ async def main(arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Upstream, "127.0.0.1", 0, backlog=2048)
     upstream = server.sockets[0].getsockname()[1]
-    pacing = asyncio.create_task(Upstream.pace())
+    background = [asyncio.create_task(each) for each in (Upstream.pace(), poll())]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in ("nginx", "RedBTC", "LiteLLM", "large"):
@@ -464,7 +470,8 @@ async def main(arguments: argparse.Namespace) -> None:
             await measure_streams(proxies, figures, 300, seconds, "300 streams")
             await measure_streams(slow, figures, 20, seconds, "20 streams")
         await measure_requests(proxies + slow, figures, upstream, rounds, seconds)
-        pacing.cancel()
+        for task in background:
+            task.cancel()
         server.close()
         version = f"Python {platform.python_version()}, {os.cpu_count()} cores"
         print(f"{datetime.date.today()}, {version}, medians of {rounds} rounds\n")
