@@ -262,6 +262,7 @@ class HTTPProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # else its timer keeps a reset connection in memory
         for leave in list(self._leaving):
             leave()
 

@@ -303,7 +303,7 @@ def litellm(folder: Path, upstream: int) -> Iterator[Proxy]:
         print("installing LiteLLM …", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
         file = ROOT / "bench" / "litellm.txt"
-        subprocess.run([home / "bin" / "pip", "install", "-q", "-r", file], check=True)
+        subprocess.run([home / "bin" / "pip", "install", "-qq", "-r", file], check=True)
         (home / "ready").touch()
     port, started = free_port(), time.monotonic()
     (folder / "config.yaml").write_text(LITELLM.format(upstream=upstream, key=LITELLM_KEY))
@@ -435,7 +435,7 @@ async def measure_streams(
         figures.add(f"{what}: CPU an event (µs)", proxy, used / len(events) * 1e6)
         figures.add(f"{what}: events a second", proxy, rate)
         figures.add(f"{what}: latency, 99 % (ms)", proxy, at(events, 0.99))
-        if count == 1000:
+        if count == 1000 and not figures.median(f"{what}: memory each (KiB)", proxy.name):
             figures.add(f"{what}: memory each (KiB)", proxy, each)
 
 

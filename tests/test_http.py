@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import struct
 import threading
 import time
 
@@ -154,6 +155,23 @@ def test_a_client_in_mid_upload_sees_why_it_is_refused(gateway: Gateway, key: st
             trust_env=False,
         )
         assert answer.status_code == status
+
+
+def test_connections_that_are_reset_leave_nothing_behind(gateway: Gateway) -> None:
+    """uvicorn's keep-alive timers hold on to them for as long as it would keep one open."""
+
+    def reset(count: int) -> None:
+        for _ in range(count):
+            with socket.create_connection(("127.0.0.1", gateway.port), 5) as sock:
+                sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
+                assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+                linger = struct.pack("ii", 1, 0)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    reset(1000)
+    before = gateway.rss()
+    reset(5000)
+    assert gateway.rss() - before < 8 << 20
 
 
 def test_a_head_that_never_ends_costs_no_memory(gateway: Gateway) -> None:
