@@ -204,7 +204,7 @@ async def streams(port: int, key: str, count: int) -> Any:
 
 
 async def poll() -> None:
-    """Never sleep: else a proxy is charged for waking the load, and the more so the slower it is."""
+    """Never sleep: else a proxy is charged for waking the load, the more the slower it is."""
     while True:
         await asyncio.sleep(0)
 
@@ -373,7 +373,7 @@ class Figures:
 
     def table(self) -> str:
         """Medians, with the ratio to nginx behind."""
-        width = 17
+        width = 19
         lines = ["".ljust(34) + "".join(name.rjust(width) for name in self._proxies)]
         for figure in self._values:
             line, base = figure.ljust(34), self.median(figure, "nginx")
