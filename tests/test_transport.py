@@ -592,6 +592,47 @@ def test_what_comes_is_offered_only_while_its_reader_waits(upstream: Upstream) -
     run(main)
 
 
+def test_an_end_that_comes_with_a_part_that_is_passed_on(upstream: Upstream) -> None:
+    """The reader learns of the end, and the next request on the connection passes nothing on."""
+    step = threading.Event()
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.raw(CHUNKED + b"1\r\na\r\n")
+        await reply.wait(step)
+        await reply.raw(b"1\r\nb\r\n0\r\n\r\n")
+
+    upstream.script = script
+
+    async def main() -> None:
+        transport = Transport()
+        passed: list[bytes] = []
+
+        def pass_on(part: bytes) -> bool:
+            passed.append(part)
+            return True
+
+        async def rest(body: ResponseBody) -> list[bytes]:
+            return [part async for part in body]
+
+        for offered in (True, False):
+            step.clear()
+            body = (await transport.handle_async_request(post(upstream.url))).stream
+            assert isinstance(body, ResponseBody)
+            assert await anext(body) == b"a"
+            if offered:
+                body.pass_on(pass_on)
+            reading = asyncio.create_task(rest(body))
+            await asyncio.sleep(0.05)
+            step.set()
+            assert await asyncio.wait_for(reading, 5) == ([] if offered else [b"b"])
+            await body.aclose()
+        assert passed == [b"b"]
+        assert len(transport.connections) == 1
+        await transport.aclose()
+
+    run(main)
+
+
 def test_connections_are_kept_for_a_while_and_no_longer(upstream: Upstream) -> None:
     upstream.script = chat_json()
 
@@ -612,20 +653,23 @@ def test_connections_are_kept_for_a_while_and_no_longer(upstream: Upstream) -> N
 
 
 def test_an_early_refusal_is_seen_in_mid_upload() -> None:
+    """By an upstream that reads no further."""
+    seen_it = threading.Event()
     with Server() as server:
 
         def refuse() -> None:
             sock = server.accept()
             sock.recv(1000)
             sock.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
-            while sock.recv(1 << 20):
-                pass
+            assert seen_it.wait(10)
             sock.close()
 
         async def main() -> Any:
             refusing = asyncio.create_task(in_thread(refuse))
             transport = Transport()
-            seen = await answer_to(transport, post(server.url, b"x" * 100_000_000))
+            request = post(server.url, b"x" * 100_000_000, timeouts={"write": 5})
+            seen = await answer_to(transport, request)
+            seen_it.set()
             await transport.aclose()
             await refusing
             return seen
