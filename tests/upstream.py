@@ -242,6 +242,10 @@ class Upstream:
         reply = Reply(writer)
         for _ in range(20):  # what was closed before this came is counted before it
             await asyncio.sleep(0)
+        if reader.at_eof() or reader.exception():  # as this was, meanwhile
+            received.closed.set()
+            received.finished.set()
+            return None
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         self._notify()
