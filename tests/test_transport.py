@@ -616,7 +616,8 @@ def test_an_end_that_comes_with_a_part_that_is_passed_on(upstream: Upstream) -> 
 
         for offered in (True, False):
             step.clear()
-            body = (await transport.handle_async_request(post(upstream.url))).stream
+            request = post(upstream.url, timeouts={})
+            body = (await transport.handle_async_request(request)).stream
             assert isinstance(body, ResponseBody)
             assert await anext(body) == b"a"
             if offered:
