@@ -265,12 +265,14 @@ class HTTPProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # else its timer keeps a reset connection in memory
         for leave in list(self._leaving):
             leave()
+        # They refer back to here: nothing is to wait for the garbage collector, which comes late.
+        self.scope = self.cycle = None  # type: ignore[assignment]
 
     def _send_now(self, scope: Scope, data: bytes) -> bool:
         """A part of an answer in chunks that is under way, where no task has to wait for it; False
         where one has to: the client reads slowly, or is gone."""
         cycle = self.cycle
-        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+        if not cycle or self.flow.write_paused or not cycle.chunked_encoding:
             return False
         if cast(Scope, cycle.scope) is not scope:  # another request, pipelined
             return False
@@ -1482,10 +1484,9 @@ class Exchange:
         if self._started:
             await self._settle("upstream_failed")
             return
-        refusal = Refusal(failure)
-        self._row.status = refusal.status
+        self._row.status = Refusal(failure).status
         await self._settle("upstream_failed")
-        raise refusal
+        raise Refusal(failure)  # kept in no variable: that would keep all of this in memory
 
     async def _settle(self, outcome: ledger.Outcome) -> None:
         """Commit the row as the request ended."""

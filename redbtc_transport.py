@@ -88,7 +88,6 @@ class Connection(asyncio.Protocol):
         self._owner = transport
         self._idle = idle
         self._loop = asyncio.get_running_loop()
-        self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._writable = True
         self._written = 0  # bytes, of all requests
@@ -103,6 +102,7 @@ class Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._reason = b""
         self._status = 0
+        self._http_version = ""
         self._overhead = 0
         self._chunks: list[bytes] = []
         self.waiting_bytes = 0
@@ -116,6 +116,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._parser = httptools.HttpResponseParser(self)
         self._tls = transport.get_extra_info("ssl_object") is not None
         self._owner.connections.add(self)
         sock = transport.get_extra_info("socket")
@@ -161,6 +162,7 @@ class Connection(asyncio.Protocol):
         else:
             self._fail(httpx2.RemoteProtocolError("the connection was closed without an answer"))
         self._wake()
+        del self._parser  # refers back to here: nothing is to wait for the garbage collector
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -196,6 +198,7 @@ class Connection(asyncio.Protocol):
             self._headers, self._reason, self._until_close = [], b"", True
             return
         self._status = status
+        self._http_version = self._parser.get_http_version()
         self._overhead = 0
         self.complete = self._method == "HEAD"
 
@@ -235,8 +238,8 @@ class Connection(asyncio.Protocol):
         except BaseException:
             self.close()
             raise
-        version = self._parser.get_http_version()
-        return Answer(self._status, self._headers, ResponseBody(self, read), version, self._reason)
+        body = ResponseBody(self, read)
+        return Answer(self._status, self._headers, body, self._http_version, self._reason)
 
     async def _send(self, request: Request) -> None:
         """Send all of it, unless the answer comes before: that is then an early refusal."""
@@ -330,6 +333,7 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """At once; what is not yet sent isn't any more."""
         self._keep_alive = False
+        self._error = None  # once raised, it refers back to here, too
         self._transport.abort()
 
 

@@ -283,6 +283,11 @@ def test_an_upstream_that_is_not_there(make_gateway: MakeGateway, upstream: Upst
     assert code_of(gateway, key, "/responses", json=RESPONSE)[:2] == (502, "upstream_unreachable")
     row = gateway.row()
     assert (row["outcome"], row["status"], row["upstream"]) == ("upstream_failed", 502, "gone")
+    large, memory = {**RESPONSE, "input": "x" * 2_000_000}, gateway.rss()
+    with gateway.client(key) as client:
+        for _ in range(100):
+            assert client.post("/responses", json=large).status_code == 502
+    assert gateway.rss() - memory < 20 << 20, "what has failed is let go of"
     more = f'{settings}priority = 0\n[[upstreams]]\nname = "here"\nbase_url = "{upstream.url}"\n'
     gateway.configure(more + 'api_key_env = ""\n')
     gateway.signal(1)
