@@ -142,12 +142,12 @@ def test_a_locked_database_is_a_503_and_recovers_by_itself(
     lock.execute("BEGIN IMMEDIATE")
     assert post(gateway, key) == (503, "ledger_unavailable")
     assert post(gateway, key) == (503, "ledger_unavailable")
-    assert httpx2.get(f"{gateway.url}/readyz", trust_env=False).status_code == 503
+    assert gateway.get("/readyz").status_code == 503
     assert gateway.metrics()["redbtc_ledger_healthy"] == 0
     assert not upstream.requests, "nothing is served unmetered"
     lock.execute("ROLLBACK")
     lock.close()
-    wait_until(lambda: httpx2.get(f"{gateway.url}/readyz", trust_env=False).status_code == 200)
+    wait_until(lambda: gateway.get("/readyz").status_code == 200)
     assert post(gateway, key)[0] == 200
     assert [row["outcome"] for row in gateway.rows()] == ["completed"]
     assert gateway.log().count("ledger unavailable") == 1, "said once"
@@ -238,7 +238,7 @@ def test_sigterm_drains(gateway: Gateway, upstream: Upstream, key: str) -> None:
     wait_until(lambda: upstream.in_flight)
     gateway.signal(signal.SIGTERM)
     wait_until(lambda: "draining" in gateway.log())
-    assert httpx2.get(f"{gateway.url}/readyz", trust_env=False).status_code == 503
+    assert gateway.get("/readyz").status_code == 503
     assert post(gateway, key) == (503, "draining")
     gateway.expected_dead = True
     release.set()
@@ -379,9 +379,9 @@ def test_canaries_are_nowhere(make_gateway: MakeGateway, upstream: Upstream) -> 
                     except httpx2.HTTPError:
                         pass
     headers = {"authorization": f"Bearer {key[:-1]}", "x-canary": prompt}
-    outputs += httpx2.get(f"{gateway.base_url}/models?{prompt}", headers=headers).content
-    outputs += httpx2.get(f"{gateway.url}/{prompt}", headers=headers).content
-    outputs += httpx2.get(f"{gateway.url}/metrics").content
+    outputs += gateway.get(f"/v1/models?{prompt}", headers=headers).content
+    outputs += gateway.get(f"/{prompt}", headers=headers).content
+    outputs += gateway.get("/metrics").content
     for arguments in (["usage"], ["account", "list"], ["key", "list", "test"], ["check"]):
         outputs += gateway.run(*arguments).stdout.encode()
     gateway.terminate()

@@ -388,7 +388,7 @@ def test_metrics_and_readiness(gateway: Gateway, key: str, upstream: Upstream) -
     with gateway.client(key) as client:
         client.post("/responses", json=RESPONSE)
         client.post("/responses", content=b"{", headers=JSON)
-        assert httpx2.get(f"{gateway.url}/readyz", trust_env=False).status_code == 200
+        assert gateway.get("/readyz").status_code == 200
     metrics = gateway.metrics()
     labels = 'outcome="completed",route="/v1/responses",status="200"'
     assert metrics[f"redbtc_requests_total{{{labels}}}"] == 1
@@ -398,5 +398,5 @@ def test_metrics_and_readiness(gateway: Gateway, key: str, upstream: Upstream) -
     assert metrics["redbtc_ledger_commits_total"] >= 2
     assert metrics["redbtc_ledger_healthy"] == 1
     outside = {"x-forwarded-for": "203.0.113.5"}
-    answer = httpx2.get(f"{gateway.url}/metrics", headers=outside, trust_env=False)
+    answer = gateway.get("/metrics", headers=outside)
     assert answer.status_code == 403
