@@ -418,6 +418,37 @@ def test_what_is_cut_off_is_estimated(
     assert upstream.in_flight == 0
 
 
+def test_a_place_is_kept_until_an_upstream_can_have_noticed_that_it_was_left(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """It may look for that only now and then."""
+    gateway = make_gateway('[metering]\non_disconnect = "cancel"').start()
+    key = gateway.new_key(concurrency=1)
+    times: list[float] = []
+
+    async def script(request: Received, reply: Reply) -> None:
+        times.append(time.monotonic())
+        try:
+            await stream([b": wait\n\n"] * (1000 if len(times) == 1 else 1), 0.01)(request, reply)
+        finally:
+            times.append(time.monotonic())
+
+    upstream.script = script
+    with (
+        ThreadPoolExecutor(1) as pool,
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**RESPONSE, "stream": True}) as answer,
+    ):
+        parts = answer.iter_raw()  # the answer is closed with it
+        next(parts)
+        second = pool.submit(in_parallel, gateway, key, 1, stream=True)
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 1)
+        answer.close()
+        second.result()
+    _, left, arrived, _ = times
+    assert arrived - left > 0.05
+
+
 def test_a_client_that_leaves_after_the_last_event_has_completed(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:

@@ -4,12 +4,14 @@ only it promises: retries, bounds, cancellation."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -387,16 +389,15 @@ def test_a_connection_that_was_closed_meanwhile_is_not_used(loops: str, noticed:
     with Server() as server:
 
         async def main() -> None:
-            transport = Transport()
-            for _ in range(3):
-                first = asyncio.create_task(answer_to(transport, post(server.url)))
-                sock = await in_thread(server.accept)
-                await in_thread(lambda sock=sock: server.serve(sock))
-                assert (await first)["body"] == b"hello"
-                sock.close()
-                if noticed:
-                    await asyncio.sleep(0.05)
-            await transport.aclose()
+            async with Transport() as transport:
+                for _ in range(3):
+                    first = asyncio.create_task(answer_to(transport, post(server.url)))
+                    sock = await in_thread(server.accept)
+                    await in_thread(lambda sock=sock: server.serve(sock))
+                    assert (await first)["body"] == b"hello"
+                    sock.close()
+                    if noticed:
+                        await asyncio.sleep(0.05)
 
         run(main, loops)
         assert server.requests == 3
@@ -416,28 +417,26 @@ def test_a_request_that_nobody_has_seen_is_sent_again(
     with Server() as server:
 
         async def main() -> Any:
-            transport = Transport()
-            first = asyncio.create_task(answer_to(transport, post(server.url)))
-            sock = await in_thread(server.accept)
-            await in_thread(lambda: server.serve(sock))
-            await first
+            async with Transport() as transport:
+                first = asyncio.create_task(answer_to(transport, post(server.url)))
+                sock = await in_thread(server.accept)
+                await in_thread(lambda: server.serve(sock))
+                await first
 
-            def found_open_then_closed(connection: Connection) -> bool:
-                found = reuse(connection)
-                sock.close()
-                return found
+                def found_open_then_closed(connection: Connection) -> bool:
+                    found = reuse(connection)
+                    sock.close()
+                    return found
 
-            monkeypatch.setattr(Connection, "reuse", found_open_then_closed)
-            body = BODY if replayable else parts()
-            headers = {"content-length": str(len(BODY))}
-            second = asyncio.create_task(
-                answer_to(transport, post(server.url, body, headers=headers))
-            )
-            if replayable:
-                await in_thread(lambda: server.serve(server.accept()))
-            seen = await second
-            await transport.aclose()
-            return seen
+                monkeypatch.setattr(Connection, "reuse", found_open_then_closed)
+                body = BODY if replayable else parts()
+                headers = {"content-length": str(len(BODY))}
+                second = asyncio.create_task(
+                    answer_to(transport, post(server.url, body, headers=headers))
+                )
+                if replayable:
+                    await in_thread(lambda: server.serve(server.accept()))
+                return await second
 
         seen = run(main, loops)
         assert server.requests == 1 + replayable
@@ -455,24 +454,22 @@ def test_a_request_that_may_have_been_acted_on_is_not_sent_again(
     with Server() as server:
 
         async def main() -> Any:
-            transport = Transport()
-            first = asyncio.create_task(answer_to(transport, post(server.url)))
-            sock = await in_thread(server.accept)
-            await in_thread(lambda: server.serve(sock))
-            await first
-            second = asyncio.create_task(answer_to(transport, post(server.url)))
-            await asyncio.sleep(0.05)
-            if read != "none":
-                await in_thread(lambda: sock.recv(10 if read == "some" else 65536))
-            if reset:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            sock.close()
-            server.listener.settimeout(0.3)
-            with pytest.raises(TimeoutError):
-                await in_thread(server.accept)
-            seen = await second
-            await transport.aclose()
-            return seen
+            async with Transport() as transport:
+                first = asyncio.create_task(answer_to(transport, post(server.url)))
+                sock = await in_thread(server.accept)
+                await in_thread(lambda: server.serve(sock))
+                await first
+                second = asyncio.create_task(answer_to(transport, post(server.url)))
+                await asyncio.sleep(0.05)
+                if read != "none":
+                    await in_thread(lambda: sock.recv(10 if read == "some" else 65536))
+                if reset:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                sock.close()
+                server.listener.settimeout(0.3)
+                with pytest.raises(TimeoutError):
+                    await in_thread(server.accept)
+                return await second
 
         assert run(main, loops) == {"body": b"", "exception": httpx2.RemoteProtocolError}
 
@@ -481,23 +478,58 @@ def test_cancelled_anywhere_a_connection_is_kept_whole_or_closed(upstream: Upstr
     upstream.script = chat_stream(pause=0.0005)
 
     async def main() -> None:
-        transport = Transport()
-        for steps in range(120):
-            body = BODY + b" " * (steps % 2 * 500_000)
-            task = asyncio.create_task(answer_to(transport, post(upstream.url, body)))
-            for _ in range(steps // 4):
-                await asyncio.sleep(0)
-            await asyncio.sleep(steps / 4e4)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            whole = await answer_to(transport, post(upstream.url))
-            assert whole["body"].endswith(b"[DONE]\n\n"), whole
-        await transport.aclose()
+        async with Transport() as transport:
+            for steps in range(120):
+                body = BODY + b" " * (steps % 2 * 500_000)
+                task = asyncio.create_task(answer_to(transport, post(upstream.url, body)))
+                for _ in range(steps // 4):
+                    await asyncio.sleep(0)
+                await asyncio.sleep(steps / 4e4)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                whole = await answer_to(transport, post(upstream.url))
+                assert whole["body"].endswith(b"[DONE]\n\n"), whole
         await asyncio.sleep(0.05)
         assert not transport.connections
 
     run(main)
     upstream.wait_for(lambda: upstream.connections == 0)
+
+
+@pytest.mark.parametrize("loops", ["uvloop", "asyncio"])
+def test_a_closed_connection_waits_for_no_garbage_collector(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, loops: str
+) -> None:
+    made: list[weakref.ref[Connection]] = []
+    connection_made = Connection.connection_made
+
+    def note(connection: Connection, transport: asyncio.BaseTransport) -> None:
+        made.append(weakref.ref(connection))
+        connection_made(connection, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", note)
+
+    async def main() -> None:
+        async with Transport() as transport:
+            for script in (chat_json(), stream([b"x"], end="tear"), slow_head(1, chat_json())):
+                upstream.script = script
+                await answer_to(transport, post(upstream.url))
+            upstream.script = chat_stream(pause=0.1)
+            request = post(upstream.url, timeouts={})
+            body = (await transport.handle_async_request(request)).stream
+            assert isinstance(body, ResponseBody)
+            await anext(body)
+            body.pass_on(lambda part: body is not None)
+            await body.aclose()
+        await asyncio.sleep(0.1)
+
+    gc.disable()
+    try:
+        run(main, loops)
+        assert len(made) > 2
+        assert not any(connection() for connection in made)
+    finally:
+        gc.enable()
 
 
 def test_what_nobody_reads_stays_at_the_upstream(upstream: Upstream) -> None:
@@ -512,34 +544,32 @@ def test_what_nobody_reads_stays_at_the_upstream(upstream: Upstream) -> None:
     upstream.script = endless
 
     async def main() -> None:
-        transport = Transport()
-        response = await transport.handle_async_request(post(upstream.url))
-        assert isinstance(response.stream, httpx2.AsyncByteStream)
-        await asyncio.sleep(1)
-        (connection,) = transport.connections
-        assert connection.waiting_bytes < 1 << 20
-        assert sent[0] < 50_000_000
-        read = 0
-        async for part in response.stream:
-            read += len(part)
-            if read > 100_000_000:
-                break
-        await response.aclose()
-        await transport.aclose()
+        async with Transport() as transport:
+            response = await transport.handle_async_request(post(upstream.url))
+            assert isinstance(response.stream, httpx2.AsyncByteStream)
+            await asyncio.sleep(1)
+            (connection,) = transport.connections
+            assert connection.waiting_bytes < 1 << 20
+            assert sent[0] < 50_000_000
+            read = 0
+            async for part in response.stream:
+                read += len(part)
+                if read > 100_000_000:
+                    break
+            await response.aclose()
 
     run(main)
 
 
 def test_an_answer_that_nobody_reads_to_its_end_holds_up_no_other(upstream: Upstream) -> None:
     async def main() -> None:
-        transport = Transport()
-        for size in (10, 70_000, 300_000):
-            upstream.script = json_answer(b"x" * size)
-            response = await transport.handle_async_request(post(upstream.url))
-            await asyncio.sleep(0.05)  # all of it has come
-            await response.aclose()
-            assert len((await answer_to(transport, post(upstream.url)))["body"]) == size
-        await transport.aclose()
+        async with Transport() as transport:
+            for size in (10, 70_000, 300_000):
+                upstream.script = json_answer(b"x" * size)
+                response = await transport.handle_async_request(post(upstream.url))
+                await asyncio.sleep(0.05)  # all of it has come
+                await response.aclose()
+                assert len((await answer_to(transport, post(upstream.url)))["body"]) == size
 
     run(main)
 
@@ -558,36 +588,35 @@ def test_what_comes_is_offered_only_while_its_reader_waits(upstream: Upstream) -
     upstream.script = script
 
     async def main() -> None:
-        transport = Transport()
-        request = post(upstream.url, timeouts={})
-        body = (await transport.handle_async_request(request)).stream
-        assert isinstance(body, ResponseBody)
-        passed: list[bytes] = []
-        taken = True
+        async with Transport() as transport:
+            request = post(upstream.url, timeouts={})
+            body = (await transport.handle_async_request(request)).stream
+            assert isinstance(body, ResponseBody)
+            passed: list[bytes] = []
+            taken = True
 
-        def pass_on(part: bytes) -> bool:
-            passed.append(part)
-            return taken
+            def pass_on(part: bytes) -> bool:
+                passed.append(part)
+                return taken
 
-        body.pass_on(pass_on)
-        steps[0].set()
-        await asyncio.sleep(0.1)
-        assert passed == []
-        assert await anext(body) == b"0"
-        reading = asyncio.create_task(anext(body))
-        for step in steps[1:3]:
+            body.pass_on(pass_on)
+            steps[0].set()
             await asyncio.sleep(0.1)
-            step.set()
-        await asyncio.sleep(0.1)
-        assert passed == [b"1", b"2"]
-        assert not reading.done()
-        taken = False
-        steps[3].set()
-        assert await reading == b"3"
-        assert passed == [b"1", b"2", b"3"]
-        assert [part async for part in body] == []
-        await body.aclose()
-        await transport.aclose()
+            assert passed == []
+            assert await anext(body) == b"0"
+            reading = asyncio.create_task(anext(body))
+            for step in steps[1:3]:
+                await asyncio.sleep(0.1)
+                step.set()
+            await asyncio.sleep(0.1)
+            assert passed == [b"1", b"2"]
+            assert not reading.done()
+            taken = False
+            steps[3].set()
+            assert await reading == b"3"
+            assert passed == [b"1", b"2", b"3"]
+            assert [part async for part in body] == []
+            await body.aclose()
 
     run(main)
 
@@ -604,32 +633,31 @@ def test_an_end_that_comes_with_a_part_that_is_passed_on(upstream: Upstream) -> 
     upstream.script = script
 
     async def main() -> None:
-        transport = Transport()
-        passed: list[bytes] = []
+        async with Transport() as transport:
+            passed: list[bytes] = []
 
-        def pass_on(part: bytes) -> bool:
-            passed.append(part)
-            return True
+            def pass_on(part: bytes) -> bool:
+                passed.append(part)
+                return True
 
-        async def rest(body: ResponseBody) -> list[bytes]:
-            return [part async for part in body]
+            async def rest(body: ResponseBody) -> list[bytes]:
+                return [part async for part in body]
 
-        for offered in (True, False):
-            step.clear()
-            request = post(upstream.url, timeouts={})
-            body = (await transport.handle_async_request(request)).stream
-            assert isinstance(body, ResponseBody)
-            assert await anext(body) == b"a"
-            if offered:
-                body.pass_on(pass_on)
-            reading = asyncio.create_task(rest(body))
-            await asyncio.sleep(0.05)
-            step.set()
-            assert await asyncio.wait_for(reading, 5) == ([] if offered else [b"b"])
-            await body.aclose()
-        assert passed == [b"b"]
-        assert len(transport.connections) == 1
-        await transport.aclose()
+            for offered in (True, False):
+                step.clear()
+                request = post(upstream.url, timeouts={})
+                body = (await transport.handle_async_request(request)).stream
+                assert isinstance(body, ResponseBody)
+                assert await anext(body) == b"a"
+                if offered:
+                    body.pass_on(pass_on)
+                reading = asyncio.create_task(rest(body))
+                await asyncio.sleep(0.05)
+                step.set()
+                assert await asyncio.wait_for(reading, 5) == ([] if offered else [b"b"])
+                await body.aclose()
+            assert passed == [b"b"]
+            assert len(transport.connections) == 1
 
     run(main)
 
@@ -638,17 +666,16 @@ def test_connections_are_kept_for_a_while_and_no_longer(upstream: Upstream) -> N
     upstream.script = chat_json()
 
     async def main() -> None:
-        transport = Transport(keepalive_seconds=0.2)
-        await asyncio.gather(*(answer_to(transport, post(upstream.url)) for _ in range(20)))
-        assert 0 < upstream.connections <= 20
-        for _ in range(10):
-            await answer_to(transport, post(upstream.url))
-            await asyncio.sleep(0.05)
-        assert upstream.connections == 1, "the one used last is used again, the others grow old"
-        await asyncio.sleep(0.5)
-        assert upstream.connections == 0
-        assert not transport.connections
-        await transport.aclose()
+        async with Transport(keepalive_seconds=0.2) as transport:
+            await asyncio.gather(*(answer_to(transport, post(upstream.url)) for _ in range(20)))
+            assert 0 < upstream.connections <= 20
+            for _ in range(10):
+                await answer_to(transport, post(upstream.url))
+                await asyncio.sleep(0.05)
+            assert upstream.connections == 1, "the one used last is used again, the others grow old"
+            await asyncio.sleep(0.5)
+            assert upstream.connections == 0
+            assert not transport.connections
 
     run(main)
 
@@ -667,11 +694,10 @@ def test_an_early_refusal_is_seen_in_mid_upload() -> None:
 
         async def main() -> Any:
             refusing = asyncio.create_task(in_thread(refuse))
-            transport = Transport()
-            request = post(server.url, b"x" * 100_000_000, timeouts={"write": 5})
-            seen = await answer_to(transport, request)
-            seen_it.set()
-            await transport.aclose()
+            async with Transport() as transport:
+                request = post(server.url, b"x" * 100_000_000, timeouts={"write": 5})
+                seen = await answer_to(transport, request)
+                seen_it.set()
             await refusing
             return seen
 
@@ -722,19 +748,21 @@ def test_tls_is_verified(certificate: Path) -> None:
         ours.load_cert_chain(certificate)
         server = await asyncio.start_server(hello, "127.0.0.1", 0, ssl=ours)
         port = server.sockets[0].getsockname()[1]
-        trusting = Transport(ssl.create_default_context(cafile=str(certificate)))
-        for _ in range(2):
-            seen = await answer_to(trusting, post(f"https://localhost:{port}"))
-            assert seen["body"] == b"hello"
-        assert len(trusting.connections) == 1
-        for transport, host in ((Transport(), "localhost"), (trusting, "127.0.0.1")):
-            seen = await answer_to(transport, post(f"https://{host}:{port}"))
-            assert seen["exception"] is httpx2.ConnectError, host
-        plain = await answer_to(Transport(), post(f"http://localhost:{port}"))
-        assert plain["exception"] is httpx2.RemoteProtocolError
-        await trusting.aclose()
-        server.close()
-        await asyncio.sleep(0.1)
+        try:
+            context = ssl.create_default_context(cafile=str(certificate))
+            async with Transport(context) as trusting, Transport() as usual:
+                for _ in range(2):
+                    seen = await answer_to(trusting, post(f"https://localhost:{port}"))
+                    assert seen["body"] == b"hello"
+                assert len(trusting.connections) == 1
+                for transport, host in ((usual, "localhost"), (trusting, "127.0.0.1")):
+                    seen = await answer_to(transport, post(f"https://{host}:{port}"))
+                    assert seen.get("exception") is httpx2.ConnectError, host
+                plain = await answer_to(usual, post(f"http://localhost:{port}"))
+                assert plain["exception"] is httpx2.RemoteProtocolError
+        finally:
+            server.close()
+            await asyncio.sleep(0.1)
 
     run(main)
 
