@@ -3,7 +3,7 @@
 The commands, and later the dashboard, all act through the admin API: on a running gateway over the
 Unix socket beside its database (mode 0600: who may open it could open the database itself), on a
 stopped one through the same app within the command's own process. So nothing is ever written
-behind a running gateway's back. This room imports only the ledger.
+behind a running gateway's back. This room imports only what is below: billing, ledger, settings.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import getpass
+import html
 import io
 import os
 import re
@@ -18,9 +20,12 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+import tomllib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from datetime import date, timedelta
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 import click
@@ -34,8 +39,27 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+import redbtc_billing as billing
 import redbtc_ledger as ledger
-from redbtc_ledger import Accounts, LedgerError, Loaded, Range, Settings, Store
+from redbtc_billing import Books, Price, Range
+from redbtc_ledger import Accounts, Key, Record, Store
+from redbtc_settings import (
+    MOST_TOKENS,
+    Conflict,
+    LedgerError,
+    LedgerUnavailable,
+    Loaded,
+    NotFound,
+    decimal,
+    iso_time,
+    load_settings,
+    parse_amount,
+    parse_duration,
+    parse_limit,
+    parse_month,
+    parse_time,
+    shipped,
+)
 
 # ── Admin API ────────────────────────────────────────────────────────────────────────────────────
 # /admin/v1/…, JSON in and out, strict: an unknown member is an error that names it. Served on the
@@ -45,16 +69,20 @@ NAME_FORM = r"^[^\s/\x00-\x1f\x7f]([^/\x00-\x1f\x7f]*[^\s/\x00-\x1f\x7f])?$"
 Limit = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 AccountName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME_FORM)]
 Text = Annotated[str, Meta(max_length=200)]
+Amount = Annotated[str, Meta(max_length=40)]  # a decimal string
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class NewAccount(Struct, forbid_unknown_fields=True):
-    """POST /admin/v1/accounts. A limit left out is the settings'."""
+    """POST /admin/v1/accounts. A limit left out is the settings', a budget left out is none."""
 
     name: AccountName
     email: Text | None = None
     concurrency: Limit | None = None
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
+    credit_limit: Amount | None = None
+    monthly_budget: Amount | None = None
 
 
 class AccountChange(Struct, forbid_unknown_fields=True):
@@ -64,6 +92,8 @@ class AccountChange(Struct, forbid_unknown_fields=True):
     concurrency: Limit | UnsetType | None = UNSET
     requests_per_minute: Limit | UnsetType | None = UNSET
     tokens_per_minute: Limit | UnsetType | None = UNSET
+    credit_limit: Amount | UnsetType | None = UNSET
+    monthly_budget: Amount | UnsetType | None = UNSET
 
 
 class Suspension(Struct, forbid_unknown_fields=True):
@@ -80,6 +110,7 @@ class NewKey(Struct, forbid_unknown_fields=True):
     concurrency: Limit | None = None
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
+    monthly_budget: Amount | None = None
 
 
 class Rotation(Struct, forbid_unknown_fields=True):
@@ -88,8 +119,58 @@ class Rotation(Struct, forbid_unknown_fields=True):
     overlap: Text = "24h"
 
 
+class NewPrice(Struct, forbid_unknown_fields=True):
+    """A price of one or more patterns of models, in currency per million tokens; `web_search` per
+    call. `effective` is a time or a duration from now; left out: now."""
+
+    model: ModelName | tuple[ModelName, ...]
+    tier: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}$")] = billing.DEFAULT_TIER
+    above_input_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] = 0
+    effective: Text | None = None
+    input: Amount | None = None
+    cached_input: Amount | None = None
+    cache_write: Amount | None = None
+    output: Amount | None = None
+    image_input: Amount | None = None
+    image_output: Amount | None = None
+    web_search: Amount | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] | None = None
+    source: Annotated[str, Meta(max_length=500)] | None = None
+
+
+class NewPrices(Struct, forbid_unknown_fields=True):
+    """POST /admin/v1/prices. `without_notice` is the reason for a rise without notice. With
+    `currency` they are refused where that is not the ledger's."""
+
+    prices: tuple[NewPrice, ...]
+    without_notice: Annotated[str, Meta(min_length=1, max_length=500)] | None = None
+    currency: Text | None = None
+    source: Annotated[str, Meta(max_length=500)] | None = None
+    by: Text | None = None
+
+
+class NewPayment(Struct, forbid_unknown_fields=True):
+    """POST /admin/v1/accounts/{account}/payments"""
+
+    amount: Amount
+    reference: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    reason: Annotated[str, Meta(min_length=1, max_length=500)] | None = None
+    by: Text | None = None
+
+
+class NewNotice(Struct, forbid_unknown_fields=True):
+    """POST /admin/v1/notices. `effective`: now where it is left out; `until`: no end."""
+
+    kind: Literal["price", "terms", "maintenance", "incident"]
+    text: Annotated[str, Meta(min_length=1, max_length=billing.NOTICE_TEXT)]
+    effective: Text | None = None
+    until: Text | None = None
+    by: Text | None = None
+
+
 class UsageQuery(Struct, forbid_unknown_fields=True):
-    """GET /admin/v1/requests: filters, each left out where not wanted."""
+    """GET /admin/v1/requests and /admin/v1/usage: filters, each left out where not wanted. `limit`
+    is for requests, `group_by` (day, model, key, account, with commas) for usage."""
 
     account: Text | None = None
     key: Text | None = None
@@ -97,6 +178,7 @@ class UsageQuery(Struct, forbid_unknown_fields=True):
     since: Text | None = None
     until: Text | None = None
     limit: Annotated[int, Meta(ge=1)] | None = None
+    group_by: Text | None = None
 
 
 Wanted = TypeVar("Wanted", bound=Struct)
@@ -114,31 +196,108 @@ def decode(body: bytes, wanted: type[Wanted]) -> Wanted:
         raise LedgerError(str(error)) from None
 
 
-def limits_of(body: NewAccount | NewKey) -> dict[str, int | None]:
-    return {name: getattr(body, name) for name in ledger.LIMITS}
+def limits_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said of an account or a key, its money as the ledger has it. No budget is none."""
+    limits = dict(given)
+    if isinstance(limits.get("credit_limit"), str):
+        limits["credit_limit"] = parse_limit(limits["credit_limit"])
+    if isinstance(limits.get("monthly_budget"), str):
+        budget = limits["monthly_budget"]
+        limits["monthly_budget"] = None if budget == "unlimited" else parse_limit(budget)
+    return limits
 
 
 def answer(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
 
 
+def query_of(request: Request) -> UsageQuery:
+    try:
+        return msgspec.convert(dict(request.query_params), UsageQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise LedgerError(str(error)) from None
+
+
+def groups_of(query: UsageQuery) -> list[str]:
+    """What to group by. Raises LedgerError."""
+    names = list(dict.fromkeys(query.group_by.split(","))) if query.group_by else []
+    for name in names:
+        if name not in billing.GROUPS:
+            allowed = ", ".join(billing.GROUPS)
+            raise LedgerError(f"can't group by {name!r}; allowed are {allowed}")
+    return names
+
+
+def range_of(query: UsageQuery, account_id: str | None) -> Range:
+    """Raises LedgerError."""
+    given: dict[str, int] = {}
+    if query.since:
+        given["since"] = parse_time(query.since, relative_to_past=True)
+    if query.until:
+        given["until"] = parse_time(query.until, relative_to_past=True)
+    if query.limit:
+        given["limit"] = query.limit
+    return Range(account=account_id, key=query.key, model=query.model, **given)
+
+
+async def usage_report(books: Books, query: UsageQuery, account_id: str | None) -> Response:
+    """Sums by groups, and of all."""
+    wanted, names = range_of(query, account_id), groups_of(query)
+    async with books.store.snapshot() as snapshot:
+        groups = await billing.usage_by(snapshot, wanted, names, books.currency) if names else []
+        (totals,) = await billing.usage_by(snapshot, wanted, [], books.currency)
+    return answer({"groups": groups, "totals": totals})
+
+
+def request_report(books: Books, query: UsageQuery, account_id: str | None) -> Response:
+    """Rows of the ledger as they are read, then their totals, all of one instant."""
+    wanted = range_of(query, account_id)
+
+    async def report() -> AsyncIterator[bytes]:
+        yield b'{"requests":['
+        comma = b""
+        async with books.store.snapshot() as snapshot:
+            async for row in billing.requests_in(snapshot, wanted, books.currency):
+                yield comma + orjson.dumps(row)
+                comma = b",\n"
+            (totals,) = await billing.usage_by(snapshot, wanted, [], books.currency)
+        yield b'],"totals":' + orjson.dumps(totals) + b"}"
+
+    return StreamingResponse(report(), media_type="application/json")
+
+
+def time_of(text: str | None, now: int) -> int:
+    return parse_time(text, relative_to_past=False) if text else now
+
+
+MONEY_SHOWN = ("balance", "held", "available", "month", "spent_this_month", "currency")
+
+
 class API:
     """The handlers; each is one route."""
 
-    def __init__(self, store: Store, settings: Callable[[], Settings]) -> None:
-        self._store = store
-        self._settings = settings
-        self._accounts = Accounts(store)
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._accounts = Accounts(books.store)
+
+    async def _with_money(self, account: Record, status: int = 200) -> Response:
+        limits = account["credit_limit"], account["monthly_budget"]
+        money = self._books.balance(account["id"], *limits)
+        return answer({**account, **{name: money[name] for name in MONEY_SHOWN}}, status)
 
     async def list_accounts(self, _: Request) -> Response:
         return answer({"accounts": await self._accounts.all()})
 
     async def add_account(self, request: Request) -> Response:
         body = await read(request, NewAccount)
-        return answer(await self._accounts.add(body.name, body.email, limits_of(body)), 201)
+        limits = limits_of(msgspec.structs.asdict(body))
+        return await self._with_money(await self._accounts.add(body.name, body.email, limits), 201)
+
+    async def _account(self, request: Request) -> Record:
+        return await self._accounts.show(request.path_params["account"])
 
     async def show_account(self, request: Request) -> Response:
-        return answer(await self._accounts.show(request.path_params["account"]))
+        return await self._with_money(await self._account(request))
 
     async def set_account(self, request: Request) -> Response:
         body = await read(request, AccountChange)
@@ -147,7 +306,8 @@ class API:
             for name, value in msgspec.structs.asdict(body).items()
             if value is not UNSET
         }
-        return answer(await self._accounts.set(request.path_params["account"], given))
+        changed = await self._accounts.set(request.path_params["account"], limits_of(given))
+        return await self._with_money(changed)
 
     async def suspend_account(self, request: Request) -> Response:
         body = await read(request, Suspension)
@@ -161,58 +321,79 @@ class API:
 
     async def add_key(self, request: Request) -> Response:
         body = await read(request, NewKey)
-        expires = ledger.parse_time(body.expires, relative_to_past=False) if body.expires else None
-        account = request.path_params["account"]
-        key = await self._accounts.add_key(account, body.label, expires, limits_of(body))
-        return answer(key, 201)
+        expires = parse_time(body.expires, relative_to_past=False) if body.expires else None
+        account, limits = request.path_params["account"], limits_of(msgspec.structs.asdict(body))
+        return answer(await self._accounts.add_key(account, body.label, expires, limits), 201)
 
     async def revoke_key(self, request: Request) -> Response:
         return answer(await self._accounts.revoke_key(request.path_params["key"]))
 
     async def rotate_key(self, request: Request) -> Response:
         body = await read(request, Rotation)
-        overlap = 0 if body.overlap == "0" else ledger.parse_duration(body.overlap)
+        overlap = 0 if body.overlap == "0" else parse_duration(body.overlap)
         return answer(await self._accounts.rotate_key(request.path_params["key"], overlap), 201)
 
-    async def requests(self, request: Request) -> Response:
-        """Rows of the ledger as they are read, then their totals."""
-        try:
-            query = msgspec.convert(dict(request.query_params), UsageQuery, strict=False)
-        except msgspec.ValidationError as error:
-            raise LedgerError(str(error)) from None
-        wanted = await self._range(query)
-        return StreamingResponse(self._report(wanted), media_type="application/json")
+    async def list_prices(self, _: Request) -> Response:
+        return answer({"prices": self._books.prices.rows(self._books.store.time())})
 
-    async def _range(self, query: UsageQuery) -> Range:
+    async def add_prices(self, request: Request) -> Response:
+        body = await read(request, NewPrices)
+        if body.currency not in (None, self._books.currency):
+            raise LedgerError(f"these prices are in {body.currency}, not in {self._books.currency}")
+        prices, reason = prices_of(body), body.without_notice
+        added = await self._books.add_prices(prices, without_notice=reason, added_by=body.by)
+        return answer(added, 201)
+
+    async def list_payments(self, request: Request) -> Response:
+        account = await self._account(request) if "account" in request.path_params else None
+        return answer({"payments": await self._books.payments(account)})
+
+    async def add_payment(self, request: Request) -> Response:
+        body, account = await read(request, NewPayment), await self._account(request)
+        payment = await self._books.pay(
+            account,
+            parse_amount(body.amount),
+            reference=body.reference,
+            reason=body.reason,
+            added_by=body.by,
+        )
+        money = self._books.balance(account["id"], account["credit_limit"], None)
+        return answer({**payment, "balance": money["balance"]}, 201)
+
+    async def statement(self, request: Request) -> Response:
+        month = parse_month(request.path_params["month"])
+        return answer(await billing.statement(self._books, await self._account(request), month))
+
+    async def list_notices(self, _: Request) -> Response:
+        return answer({"notices": await self._books.notices()})
+
+    async def add_notice(self, request: Request) -> Response:
+        body, now = await read(request, NewNotice), self._books.store.time()
+        until = parse_time(body.until, relative_to_past=False) if body.until else None
+        effective = time_of(body.effective, now)
+        notice = await self._books.add_notice(body.kind, body.text, effective, until, body.by)
+        return answer(notice, 201)
+
+    async def withdraw_notice(self, request: Request) -> Response:
+        return answer(await self._books.withdraw_notice(request.path_params["notice"]))
+
+    async def _whose(self, query: UsageQuery) -> str | None:
+        """The id of the account that is asked for. Raises NotFound for it, or for the key."""
         account = await self._accounts.show(query.account) if query.account else None
         if query.key:
             await self._accounts.key(query.key)
-        given: dict[str, int] = {}
-        if query.since:
-            given["since"] = ledger.parse_time(query.since, relative_to_past=True)
-        if query.until:
-            given["until"] = ledger.parse_time(query.until, relative_to_past=True)
-        if query.limit:
-            given["limit"] = query.limit
-        return Range(
-            account=account["id"] if account else None,
-            key=query.key,
-            model=query.model,
-            currency=self._settings().billing.currency,
-            **given,
-        )
+        return account["id"] if account else None
 
-    async def _report(self, wanted: Range) -> AsyncIterator[bytes]:
-        yield b'{"requests":['
-        comma = b""
-        async for row in ledger.requests_in(self._store, wanted):
-            yield comma + orjson.dumps(row)
-            comma = b",\n"
-        totals = await ledger.totals_of(self._store, wanted)
-        yield b'],"totals":' + orjson.dumps(totals) + b"}"
+    async def requests(self, request: Request) -> Response:
+        query = query_of(request)
+        return request_report(self._books, query, await self._whose(query))
+
+    async def usage(self, request: Request) -> Response:
+        query = query_of(request)
+        return await usage_report(self._books, query, await self._whose(query))
 
     async def check_database(self, _: Request) -> Response:
-        wrong = await ledger.check_database(self._store)
+        wrong = await ledger.check_database(self._books.store)
         return answer({"ok": not wrong, "problems": wrong})
 
     def routes(self) -> list[Route]:
@@ -226,19 +407,154 @@ class API:
             Route(f"{account}/resume", self.resume_account, methods=["POST"]),
             Route(f"{account}/keys", self.list_keys, methods=["GET"]),
             Route(f"{account}/keys", self.add_key, methods=["POST"]),
+            Route(f"{account}/payments", self.list_payments, methods=["GET"]),
+            Route(f"{account}/payments", self.add_payment, methods=["POST"]),
+            Route(f"{account}/statements/{{month}}", self.statement, methods=["GET"]),
             Route(f"{key}/revoke", self.revoke_key, methods=["POST"]),
             Route(f"{key}/rotate", self.rotate_key, methods=["POST"]),
+            Route("/admin/v1/prices", self.list_prices, methods=["GET"]),
+            Route("/admin/v1/prices", self.add_prices, methods=["POST"]),
+            Route("/admin/v1/payments", self.list_payments, methods=["GET"]),
+            Route("/admin/v1/notices", self.list_notices, methods=["GET"]),
+            Route("/admin/v1/notices", self.add_notice, methods=["POST"]),
+            Route("/admin/v1/notices/{notice}/withdraw", self.withdraw_notice, methods=["POST"]),
             Route("/admin/v1/requests", self.requests, methods=["GET"]),
+            Route("/admin/v1/usage", self.usage, methods=["GET"]),
             Route("/admin/v1/db/check", self.check_database, methods=["POST"]),
+        ]
+
+
+def prices_of(body: NewPrices) -> list[Price]:
+    """Raises LedgerError for a rate that is none."""
+    return [
+        price_of(each, model, body.source)
+        for each in body.prices
+        for model in ([each.model] if isinstance(each.model, str) else each.model)
+    ]
+
+
+def price_of(given: NewPrice, model: str, source: str | None) -> Price:
+    """Raises LedgerError for a rate that is none."""
+    rates: dict[str, Any] = {}
+    for name in billing.Rates._fields:
+        rate = getattr(given, name)
+        if rate is not None:
+            rates[name] = parse_amount(rate)
+            most = billing.MOST_CALL_RATE if name == "web_search" else billing.MOST_RATE
+            if not 0 <= rates[name] <= most:
+                raise LedgerError(f"{model}: {name}: {rate} is out of range")
+    if not rates:
+        raise LedgerError(f"{model}: a price needs at least one rate; 0 where it is free")
+    return Price(
+        model=model,
+        tier=given.tier,
+        above_input_tokens=given.above_input_tokens,
+        effective_at=parse_time(given.effective, relative_to_past=False) if given.effective else 0,
+        max_output_tokens=given.max_output_tokens,
+        source=given.source or source,
+        **rates,
+    )
+
+
+MOST_ROWS = 1000  # of its requests that an account gets at once
+
+
+class Me:
+    """GET /admin/v1/me/…: an account's own figures, for whoever has one of its keys. Served on the
+    public port; the gateway puts the key into the scope."""
+
+    def __init__(self, books: Books, limits: Callable[[Key], Record]) -> None:
+        """`limits` tells the limits in force for a key and what is left of them."""
+        self._books = books
+        self._limits = limits
+        self._accounts = Accounts(books.store)
+
+    @staticmethod
+    def _key(request: Request) -> Key:
+        key: Key = request.scope["key"]
+        return key
+
+    async def _account(self, request: Request) -> Record:
+        return await self._accounts.show(self._key(request).account_id)
+
+    async def all(self, request: Request) -> Response:
+        account, key = await self._account(request), self._key(request)
+        return answer(
+            {
+                "account": account["name"],
+                "account_id": account["id"],
+                "key_id": key.id,
+                "balance": self._money(account),
+                "limits": self._limits(key),
+                "notices": await self._books.notices_now(account["id"]),
+            }
+        )
+
+    def _money(self, account: Record) -> Record:
+        return self._books.balance(
+            account["id"], account["credit_limit"], account["monthly_budget"]
+        )
+
+    async def balance(self, request: Request) -> Response:
+        return answer(self._money(await self._account(request)))
+
+    async def limits(self, request: Request) -> Response:
+        return answer(self._limits(self._key(request)))
+
+    async def prices(self, _: Request) -> Response:
+        rows = self._books.prices.rows(self._books.store.time())
+        shown = [billing.for_account(row) for row in rows if row["status"] != "past"]
+        return answer({"prices": shown})
+
+    async def _query(self, request: Request) -> UsageQuery:
+        query, account = query_of(request), await self._account(request)
+        if query.account not in (None, account["name"], account["id"]):
+            raise NotFound(f"there is no account {query.account!r}")
+        if query.key and (await self._accounts.key(query.key))["account"] != account["name"]:
+            raise NotFound(f"there is no key {query.key!r}")
+        return query
+
+    async def usage(self, request: Request) -> Response:
+        query = await self._query(request)
+        return await usage_report(self._books, query, self._key(request).account_id)
+
+    async def requests(self, request: Request) -> Response:
+        query = await self._query(request)
+        query.limit = min(query.limit or 100, MOST_ROWS)
+        return request_report(self._books, query, self._key(request).account_id)
+
+    async def payments(self, request: Request) -> Response:
+        payments = await self._books.payments(await self._account(request))
+        return answer({"payments": [billing.for_account(payment) for payment in payments]})
+
+    async def notices(self, request: Request) -> Response:
+        return answer({"notices": await self._books.notices_now(self._key(request).account_id)})
+
+    async def statement(self, request: Request) -> Response:
+        month = parse_month(request.path_params["month"])
+        return answer(await billing.statement(self._books, await self._account(request), month))
+
+    def routes(self) -> list[Route]:
+        me = "/admin/v1/me"
+        return [
+            Route(me, self.all, methods=["GET"]),
+            Route(f"{me}/balance", self.balance, methods=["GET"]),
+            Route(f"{me}/limits", self.limits, methods=["GET"]),
+            Route(f"{me}/prices", self.prices, methods=["GET"]),
+            Route(f"{me}/usage", self.usage, methods=["GET"]),
+            Route(f"{me}/requests", self.requests, methods=["GET"]),
+            Route(f"{me}/payments", self.payments, methods=["GET"]),
+            Route(f"{me}/notices", self.notices, methods=["GET"]),
+            Route(f"{me}/statements/{{month}}", self.statement, methods=["GET"]),
         ]
 
 
 async def refused(_: Request, error: Exception) -> Response:
     """A LedgerError in OpenAI's error form."""
     status: dict[type[Exception], int] = {
-        ledger.NotFound: 404,
-        ledger.Conflict: 409,
-        ledger.LedgerUnavailable: 503,
+        NotFound: 404,
+        Conflict: 409,
+        LedgerUnavailable: 503,
     }
     body = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
     return answer({"error": body}, status.get(type(error), 400))
@@ -251,12 +567,75 @@ async def unknown(_: Request, error: Exception) -> Response:
     return answer({"error": body}, status)
 
 
-def app(store: Store, settings: Callable[[], Settings]) -> Starlette:
-    """The admin API on a store; `settings` gives those in force."""
+def served(routes: list[Route]) -> Starlette:
+    """The routes as an app."""
     handlers: dict[Any, Any] = {HTTPException: unknown}
-    errors = (LedgerError, ledger.NotFound, ledger.Conflict, ledger.LedgerUnavailable)
-    handlers |= dict.fromkeys(errors, refused)
-    return Starlette(routes=API(store, settings).routes(), exception_handlers=handlers)
+    handlers |= dict.fromkeys((LedgerError, NotFound, Conflict, LedgerUnavailable), refused)
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def app(books: Books) -> Starlette:
+    """The admin API."""
+    return served(API(books).routes())
+
+
+def me(books: Books, limits: Callable[[Key], Record]) -> Starlette:
+    """What an account may ask of itself."""
+    return served(Me(books, limits).routes())
+
+
+# ── Status ───────────────────────────────────────────────────────────────────────────────────────
+# What everybody may know of the gateway, without a key.
+
+STATUS_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Status: {status}</title>
+<style>body{{font:1rem/1.5 system-ui,sans-serif;max-width:45rem;margin:3rem auto;padding:0 1rem;
+color-scheme:light dark}}time{{font-variant-numeric:tabular-nums}}</style>
+<h1>Status: {status}</h1>
+<p>Up for {uptime}.</p>
+{notices}
+</html>
+"""
+
+
+async def status(books: Books, uptime_seconds: int) -> Record:
+    """What /status says."""
+    shown = ("id", "kind", "text", "effective_at", "until", "created_at")
+    notices = [{name: row[name] for name in shown} for row in await books.notices_now()]
+    now = str(iso_time(books.store.time()))
+    in_force = {notice["kind"] for notice in notices if notice["effective_at"] <= now}
+    worst = [kind for kind in ("incident", "maintenance") if kind in in_force]
+    return {
+        "status": worst[0] if worst else "ok",
+        "uptime_seconds": uptime_seconds,
+        "incidents": [notice for notice in notices if notice["kind"] == "incident"],
+        "notices": [notice for notice in notices if notice["kind"] != "incident"],
+    }
+
+
+def status_page(found: Record) -> bytes:
+    """The same for people."""
+    lines = []
+    for notice in found["incidents"] + found["notices"]:
+        until = f" to <time>{notice['until']}</time>" if notice["until"] else ""
+        when = f"from <time>{notice['effective_at']}</time>{until}"
+        lines.append(f"<h2>{notice['kind']}, {when}</h2><p>{html.escape(notice['text'])}</p>")
+    uptime = timedelta(seconds=found["uptime_seconds"])
+    notices = "\n".join(lines) or "<p>No notices.</p>"
+    page = STATUS_PAGE.format(status=found["status"], uptime=uptime, notices=notices)
+    return page.encode()
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header asks for a page rather than for JSON (RFC 9110 §12.5.1)."""
+    weights: dict[str, float] = {}
+    for entry in accept.lower().split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        quality = [part[2:] for part in parameters if part.startswith("q=")]
+        with contextlib.suppress(ValueError):
+            weights[name] = float(quality[0]) if quality else 1.0
+    return weights.get("text/html", 0) > weights.get("application/json", 0)
 
 
 # ── Reaching it ──────────────────────────────────────────────────────────────────────────────────
@@ -298,7 +677,8 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
                     transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(uds=path)
                 else:
                     store = await stack.enter_async_context(_open(loaded))
-                    transport = httpx2.ASGITransport(app(store, lambda: loaded.settings))
+                    books = await Books.open(store, loaded.settings.billing)
+                    transport = httpx2.ASGITransport(app(books))
             except ledger.DatabaseInUse:
                 if time.monotonic() > patience:
                     raise
@@ -340,7 +720,7 @@ class Context:
 
     @property
     def loaded(self) -> Loaded:
-        return ledger.load_settings(self._config)
+        return load_settings(self._config)
 
     def call(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
         """The JSON that the admin API answers. Raises LedgerError with its message."""
@@ -391,19 +771,39 @@ class LimitType(click.ParamType[Any]):
         return int(value)
 
 
+class AmountType(click.ParamType[Any]):
+    """A limit in money: a decimal number, `unlimited`, or `default` for what the settings say."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value != "default":
+            try:
+                parse_limit(value)
+            except LedgerError as error:
+                self.fail(str(error), param, ctx)
+        return value
+
+
 Decorated = Callable[..., Any]
+LIMIT_TEXTS = {
+    "concurrency": "Requests in flight at most; 0: no limit.",
+    "requests_per_minute": "Requests a minute at most; 0: no limit.",
+    "tokens_per_minute": "Tokens a minute at most; 0: no limit.",
+    "monthly_budget": "What may be spent in a calendar month (UTC); unlimited: no limit.",
+    "credit_limit": "How far below zero the balance may go: an amount, or unlimited.",
+}
 
 
-def limit_options(function: Decorated) -> Decorated:
-    for name in reversed(ledger.LIMITS):
-        option = "--" + name.replace("_", "-")
-        text = {
-            "concurrency": "Requests in flight at most; 0: no limit.",
-            "requests_per_minute": "Requests a minute at most; 0: no limit.",
-            "tokens_per_minute": "Tokens a minute at most; 0: no limit.",
-        }[name]
-        function = click.option(option, type=LimitType(), help=text)(function)
-    return function
+def limit_options(names: Iterable[str]) -> Callable[[Decorated], Decorated]:
+    def decorate(function: Decorated) -> Decorated:
+        for name in reversed(list(names)):
+            option = "--" + name.replace("_", "-")
+            kind = LimitType() if name in ledger.LIMITS else AmountType()
+            function = click.option(option, type=kind, help=LIMIT_TEXTS[name])(function)
+        return function
+
+    return decorate
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -459,7 +859,7 @@ def account() -> None:
 @account.command("add")
 @click.argument("name")
 @click.option("--email", help="Whom to write to.")
-@limit_options
+@limit_options(ledger.ACCOUNT_LIMITS)
 @json_option
 @click.pass_obj
 def account_add(context: Context, /, name: str, as_json: bool, **options: Any) -> None:
@@ -474,7 +874,7 @@ def account_add(context: Context, /, name: str, as_json: bool, **options: Any) -
 def account_list(context: Context, as_json: bool) -> None:
     """All accounts."""
     found = context.call("GET", "/admin/v1/accounts")
-    columns = ["name", "id", "status", *ledger.LIMITS, "keys_in_force", "created_at"]
+    columns = ["name", "id", "status", *ledger.ACCOUNT_LIMITS, "keys_in_force", "created_at"]
     show(found, as_json, lambda: table(found["accounts"], columns))
 
 
@@ -495,7 +895,7 @@ def account_show(context: Context, name: str, as_json: bool) -> None:
 @account.command("set")
 @click.argument("name")
 @click.option("--email", help="Whom to write to.")
-@limit_options
+@limit_options(ledger.ACCOUNT_LIMITS)
 @json_option
 @click.pass_obj
 def account_set(context: Context, /, name: str, as_json: bool, **options: Any) -> None:
@@ -540,7 +940,7 @@ def shown_once(added: dict[str, Any]) -> str:
 @click.argument("account")
 @click.option("--label", help="What its owner calls it.")
 @click.option("--expires", metavar="TIME", help="2026-12-31T00:00:00Z, or 90d from now.")
-@limit_options
+@limit_options(ledger.KEY_LIMITS)
 @json_option
 @click.pass_obj
 def key_add(context: Context, /, account: str, as_json: bool, **options: Any) -> None:
@@ -556,7 +956,7 @@ def key_add(context: Context, /, account: str, as_json: bool, **options: Any) ->
 def key_list(context: Context, account: str, as_json: bool) -> None:
     """An account's keys."""
     found = context.call("GET", _account(account, "/keys"))
-    columns = ["id", "label", *ledger.LIMITS, "created_at", "expires_at", "revoked_at"]
+    columns = ["id", "label", *ledger.KEY_LIMITS, "created_at", "expires_at", "revoked_at"]
     show(found, as_json, lambda: table(found["keys"], columns))
 
 
@@ -582,6 +982,197 @@ def key_rotate(context: Context, key_id: str, overlap: str, as_json: bool) -> No
     show(added, as_json, lambda: shown_once(added))
 
 
+def user_name() -> str:
+    """Who gives this command, for the record."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+@commands.group()
+def price() -> None:
+    """What models cost, from when on. Prices are added, never changed."""
+
+
+def notice_options(function: Decorated) -> Decorated:
+    reason = click.option("--reason", help="Why, for the record.")
+    without = click.option(
+        "--without-notice", is_flag=True, help="Let a rise take effect early; needs --reason."
+    )
+    return without(reason(function))
+
+
+def add_prices(
+    context: Context,
+    prices: dict[str, Any],
+    without_notice: bool,
+    reason: str | None,
+    as_json: bool,
+) -> None:
+    if without_notice != bool(reason):
+        raise click.UsageError("--without-notice and --reason need each other")
+    body = {**prices, "by": user_name(), **given({"without_notice": reason})}
+    added = context.call("POST", "/admin/v1/prices", body)
+
+    def text() -> str:
+        counts = f"{added['added']} added, {added['unchanged']} unchanged."
+        rows = table(added["prices"], PRICE_COLUMNS)
+        return f"{rows}\n\n{counts}" if added["added"] else counts
+
+    show(added, as_json, text)
+
+
+@price.command("add")
+@click.argument("model")
+@click.option("--input", metavar="AMOUNT", help="For a million tokens, as all but web searches.")
+@click.option("--cached-input", metavar="AMOUNT", help="Left out: as input.")
+@click.option("--cache-write", metavar="AMOUNT", help="Left out: as input.")
+@click.option("--output", metavar="AMOUNT", help="Left out: 0, as input.")
+@click.option("--image-input", metavar="AMOUNT", help="Left out: as input.")
+@click.option("--image-output", metavar="AMOUNT", help="Left out: as output.")
+@click.option("--web-search", metavar="AMOUNT", help="For a call; left out: 0.")
+@click.option("--tier", help="Of responses that report this service tier.  [default: default]")
+@click.option("--above-input-tokens", type=int, help="Of requests with more input than that.")
+@click.option("--max-output-tokens", type=int, help="The most that the model says at once.")
+@click.option("--effective", metavar="TIME", help="From then on; left out: now.")
+@click.option("--source", help="Where it was read.")
+@notice_options
+@json_option
+@click.pass_obj
+def price_add(
+    context: Context, /, as_json: bool, without_notice: bool, reason: str | None, **options: Any
+) -> None:
+    """Add the price of MODEL, a name or a shell pattern; the most specific pattern counts."""
+    add_prices(context, {"prices": [given(options)]}, without_notice, reason, as_json)
+
+
+@price.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@notice_options
+@json_option
+@click.pass_obj
+def price_import(
+    context: Context, file: Path, as_json: bool, without_notice: bool, reason: str | None
+) -> None:
+    """Add the prices of a TOML file, all or none; what is so anyway is left out."""
+    add_prices(context, read_prices(file), without_notice, reason, as_json)
+
+
+def read_prices(file: Path) -> dict[str, Any]:
+    """The tables of a price file as the API takes them: amounts as decimal strings, exactly as they
+    stand in it. Raises LedgerError."""
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"), parse_float=Decimal)
+    except OSError as error:
+        raise LedgerError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LedgerError(f"{file}: not TOML: {error}") from None
+    prices = tables.get("prices")
+    if not isinstance(prices, list) or not all(isinstance(price, dict) for price in prices):
+        raise LedgerError(f"{file}: needs an array 'prices' of tables")
+    for price in prices:
+        for name, value in price.items():
+            if type(value) in (int, Decimal) and not name.endswith("_tokens"):
+                price[name] = format(Decimal(value), "f")
+            elif isinstance(value, date):
+                price[name] = value.isoformat()
+    return tables
+
+
+PRICE_COLUMNS = [
+    "model",
+    "tier",
+    "above_input_tokens",
+    "status",
+    "effective_at",
+    *billing.Rates._fields,
+]
+
+
+@price.command("list")
+@json_option
+@click.pass_obj
+def price_list(context: Context, as_json: bool) -> None:
+    """Past, current and coming prices. A rate of - was not given."""
+    found = context.call("GET", "/admin/v1/prices")
+    show(found, as_json, lambda: table(found["prices"], PRICE_COLUMNS))
+
+
+@commands.group()
+def payment() -> None:
+    """What accounts have paid."""
+
+
+# A negative amount must not be taken for an option.
+@payment.command("add", context_settings={"ignore_unknown_options": True})
+@click.argument("account")
+@click.argument("amount")
+@click.option("--reference", help="Sent again with the same reference, it is added once.")
+@click.option("--reason", help="Of a refund or correction, which are negative.")
+@json_option
+@click.pass_obj
+def payment_add(context: Context, /, account: str, as_json: bool, **options: Any) -> None:
+    """Write down a payment of an account, such as 25.00; a refund is negative."""
+    body = {**given(options), "by": user_name()}
+    added = context.call("POST", _account(account, "/payments"), body)
+    money = "Payment of {amount} {currency} for {account} ({id}); the balance is {balance}."
+    show(added, as_json, lambda: money.format(**added))
+
+
+@payment.command("list")
+@click.argument("account", required=False)
+@json_option
+@click.pass_obj
+def payment_list(context: Context, account: str | None, as_json: bool) -> None:
+    """All payments, or an account's, oldest first."""
+    path = _account(account, "/payments") if account else "/admin/v1/payments"
+    found = context.call("GET", path)
+    columns = ["created_at", "account", "amount", "currency", "reference", "reason", "id"]
+    show(found, as_json, lambda: table(found["payments"], columns))
+
+
+@commands.group()
+def notice() -> None:
+    """What users are told, on /status and by the API."""
+
+
+@notice.command("add")
+@click.argument("text")
+@click.option(
+    "--kind", type=click.Choice(["price", "terms", "maintenance", "incident"]), required=True
+)
+@click.option("--effective", metavar="TIME", help="From when it holds; left out: now.")
+@click.option("--until", metavar="TIME", help="Until when; left out: it has no end.")
+@json_option
+@click.pass_obj
+def notice_add(context: Context, /, as_json: bool, **options: Any) -> None:
+    """Add a notice. New terms need billing.terms_notice_days of notice."""
+    added = context.call("POST", "/admin/v1/notices", {**given(options), "by": user_name()})
+    show(added, as_json, lambda: f"Notice {added['id']} added.")
+
+
+@notice.command("list")
+@json_option
+@click.pass_obj
+def notice_list(context: Context, as_json: bool) -> None:
+    """All notices."""
+    found = context.call("GET", "/admin/v1/notices")
+    columns = ["id", "kind", "account", "effective_at", "until", "withdrawn_at", "text"]
+    show(found, as_json, lambda: table(found["notices"], columns))
+
+
+@notice.command("withdraw")
+@click.argument("notice_id")
+@json_option
+@click.pass_obj
+def notice_withdraw(context: Context, notice_id: str, as_json: bool) -> None:
+    """Show a notice to nobody any more."""
+    path = f"/admin/v1/notices/{quote(notice_id, safe='')}/withdraw"
+    changed = context.call("POST", path)
+    show(changed, as_json, lambda: f"Notice {changed['id']} is withdrawn.")
+
+
 USAGE_COLUMNS = [
     "started_at",
     "account",
@@ -592,7 +1183,17 @@ USAGE_COLUMNS = [
     "input_tokens",
     "cached_input_tokens",
     "output_tokens",
+    "cost",
     "duration_ms",
+]
+SUM_COLUMNS = [
+    "requests",
+    "estimated",
+    "unreported",
+    "input_tokens",
+    "cached_input_tokens",
+    "output_tokens",
+    "cost",
 ]
 
 
@@ -603,38 +1204,112 @@ USAGE_COLUMNS = [
 @click.option("--since", metavar="TIME", help="From then on: an ISO 8601 time, or 24h ago.")
 @click.option("--until", metavar="TIME", help="Up to then.")
 @click.option("--limit", type=click.IntRange(1), help="Only the newest so many.")
+@click.option("--group-by", metavar="NAMES", help="Sums by day, model, key, account: day,model.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
 @click.pass_obj
 def usage(context: Context, /, as_csv: bool, as_json: bool, **filters: Any) -> None:
-    """The ledger: a row for each request that reached an upstream, oldest first. The totals are of
-    the whole range, whatever the limit."""
-    if as_csv and as_json:
-        raise click.UsageError("--csv and --json exclude each other")
+    """The ledger: a row for each request that reached an upstream, oldest first, or sums of them.
+    The totals are of the whole range, whatever the limit."""
+    one_form(as_csv, as_json)
+    grouped = filters["group_by"] is not None
+    if grouped and filters["limit"]:
+        raise click.UsageError("--limit is for requests, not for sums of them")
+    path = "/admin/v1/usage" if grouped else "/admin/v1/requests"
     if as_json:
-        context.copy("/admin/v1/requests", given(filters), sys.stdout.buffer)
+        context.copy(path, given(filters), sys.stdout.buffer)
         click.echo()
         return
-    found = context.call("GET", "/admin/v1/requests", query=given(filters))
-    click.echo(as_csv_text(found["requests"]) if as_csv else usage_text(found), nl=not as_csv)
+    found = context.call("GET", path, query=given(filters))
+    rows = found["groups" if grouped else "requests"]
+    labels = [name for name in rows[0] if name not in found["totals"]] if rows else []
+    columns = [*labels, *SUM_COLUMNS] if grouped else USAGE_COLUMNS
+    totals = {name: value for name, value in found["totals"].items() if value is not None}
+    text = as_csv_text(rows) if as_csv else f"{table(rows, columns)}\n\nTotals\n{details(totals)}"
+    click.echo(text, nl=not as_csv)
+
+
+def one_form(as_csv: bool, as_json: bool) -> None:
+    if as_csv and as_json:
+        raise click.UsageError("--csv and --json exclude each other")
+
+
+FORMULA = re.compile(r"[=+@]|-(?![0-9.]+$)")
 
 
 def as_csv_text(rows: list[dict[str, Any]]) -> str:
-    """RFC 4180, with a line of column names. What a spreadsheet would take for a formula is
-    text."""
+    """RFC 4180, with a line of column names. What a spreadsheet would take for a formula, and is
+    no number, is text."""
     out = io.StringIO()
     writer = csv.writer(out)
     if rows:
         writer.writerow(rows[0])
     for row in rows:
         values = ("" if value is None else str(value) for value in row.values())
-        writer.writerow(f"'{value}" if value[:1] in "=+-@" and value else value for value in values)
+        writer.writerow(f"'{value}" if FORMULA.match(value) else value for value in values)
     return out.getvalue()
 
 
-def usage_text(found: dict[str, Any]) -> str:
-    totals = {name: value for name, value in found["totals"].items() if value is not None}
-    return f"{table(found['requests'], USAGE_COLUMNS)}\n\nTotals\n{details(totals)}"
+@commands.command()
+@click.argument("account")
+@click.argument("month", metavar="YYYY-MM")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@json_option
+@click.pass_obj
+def statement(context: Context, account: str, month: str, as_csv: bool, as_json: bool) -> None:
+    """An account's month: opening balance, usage by day and model, payments, closing balance, and
+    what was paid in the last three months."""
+    one_form(as_csv, as_json)
+    found = context.call("GET", _account(account, f"/statements/{quote(month, safe='')}"))
+    if as_csv:
+        click.echo(as_csv_text(statement_lines(found)), nl=False)
+    else:
+        show(found, as_json, lambda: statement_text(found))
+
+
+def statement_lines(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A statement as lines of one form: the opening balance and all payments, less all costs, are
+    the closing balance."""
+    empty = dict.fromkeys(["line", "date", "description", *billing.COUNTS, "cost", "amount"])
+    lines = [{"line": "opening balance", "amount": found["opening_balance"]}]
+    for used in found["usage"]:
+        figures = {name: used[name] for name in (*billing.COUNTS, "cost")}
+        lines.append(
+            {"line": "usage", "date": used["day"], "description": used["model"], **figures}
+        )
+    for paid in found["payments"]:
+        line = {"line": "payment", "date": paid["created_at"][:10], "amount": paid["amount"]}
+        lines.append({**line, "description": paid["reason"] or paid["reference"]})
+    lines.append({"line": "closing balance", "amount": found["closing_balance"]})
+    return [{**empty, **line} for line in lines]
+
+
+def statement_text(found: dict[str, Any]) -> str:
+    totals = found["totals"]
+    lately = [f"{month} {money(paid)}" for month, paid in found["paid_by_month"].items()]
+    summary = {
+        "opening balance": money(found["opening_balance"]),
+        "payments": money(totals["paid"]),
+        "usage": money(totals["cost"]),
+        "closing balance": money(found["closing_balance"]),
+        "requests": totals["requests"],
+        "of them estimated": totals["estimated"],
+        "without usage": totals["unreported"],
+        "paid in three months": f"{money(found['paid_last_three_months'])} ({', '.join(lately)})",
+    }
+    used = [{**row, "cost": money(row["cost"])} for row in found["usage"]]
+    paid = [{**row, "amount": money(row["amount"])} for row in found["payments"]]
+    state = "closed" if found["closed"] else "so far"
+    parts = [f"{found['account']}, {found['month']}, {state}, in {found['currency']}"]
+    parts.append(details(summary))
+    parts += [table(used, ["day", "model", *SUM_COLUMNS])] if used else []
+    parts += [table(paid, ["created_at", "amount", "reference", "reason"])] if paid else []
+    return "\n\n".join(parts)
+
+
+def money(amount: str) -> str:
+    """With two digits after the point at least, as people write it."""
+    return decimal(parse_amount(amount), 2)
 
 
 @commands.group()
@@ -677,16 +1352,19 @@ def show_check(loaded: Loaded | None, problems: list[str], as_json: bool) -> Non
 FIRST_ACCOUNT = "first"
 
 
-async def welcome(store: Store, base_url: str, demo: bool) -> str:
-    """What a newcomer needs: with no account yet, a first one and its key, shown this once."""
-    accounts = Accounts(store)
-    none: dict[str, int | None] = dict.fromkeys(ledger.LIMITS)
+async def welcome(books: Books, base_url: str, demo: bool) -> str:
+    """What a newcomer needs: with no account yet, a first one and its key, shown this once; with no
+    price yet, the example's."""
+    accounts = Accounts(books.store)
+    if not books.prices.prices:
+        example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)
+        await books.add_prices(prices_of(example), without_notice=None, added_by="first run")
     command = f"{os.path.relpath(sys.executable)} {os.path.relpath(sys.argv[0])}"
     key = "$REDBTC_API_KEY"
     about_key = f"Your API key was shown at the first start. Another:  {command} key add first"
     if not await accounts.all():
-        await accounts.add(FIRST_ACCOUNT, None, none)
-        key = (await accounts.add_key(FIRST_ACCOUNT, "first run", None, none))["key"]
+        await accounts.add(FIRST_ACCOUNT, None, {})
+        key = (await accounts.add_key(FIRST_ACCOUNT, "first run", None, {}))["key"]
         about_key = f"API key    {key}   (shown this once: store it now)"
     model = "redbtc-demo" if demo else "gpt-5.4-mini"
     chat = f'{{"model":"{model}","messages":[{{"role":"user","content":"Say hello."}}]'

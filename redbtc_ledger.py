@@ -1,7 +1,8 @@
-"""The ledger: settings, store, accounts and keys, usage. What is kept, and nothing of HTTP.
+"""The ledger: store, keys and accounts, requests. What is kept, and nothing of HTTP.
 
 This is the lowest of the three rooms: the gateway (redbtc_proxy.py) and the people's side of it
-(redbtc_admin.py) stand above and import it; it imports neither.
+(redbtc_admin.py) stand above and import it; it imports neither. What requests cost is in
+redbtc_billing.py.
 """
 
 from __future__ import annotations
@@ -11,336 +12,32 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import ipaddress
 import os
 import re
 import secrets
 import sqlite3
-import sys
 import time
-import tomllib
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, Literal, NamedTuple
 
 import aiosqlite
 import msgspec
-from msgspec import Meta, Struct
-
-HERE = Path(__file__).resolve().parent
-INSTALLED = Path(sys.prefix) / "share" / "redbtc-proxy"  # where the package puts schema.sql
-
-
-class LedgerError(Exception):
-    """What was asked for can't be done; the message says why in one line, fit for a user."""
-
-
-class NotFound(LedgerError):
-    """There is no such account or key."""
-
-
-class Conflict(LedgerError):
-    """It exists already, or it is in a state that doesn't allow this."""
-
-
-class LedgerUnavailable(LedgerError):
-    """The database can't be read or written now; it will be tried again."""
-
-
-# ── Times ────────────────────────────────────────────────────────────────────────────────────────
-# The ledger's clock is the wall clock in milliseconds. Limits and timeouts use the monotonic clock.
-
-RELATIVE_TIME = re.compile(r"(\d{1,9})(s|m|h|d|w)")
-SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def now_ms() -> int:
-    """The wall clock, in milliseconds since 1970 UTC."""
-    return time.time_ns() // 1_000_000
-
-
-def iso_time(milliseconds: int | None) -> str | None:
-    """2026-11-23T10:47:00.123Z, as reports and JSON show times."""
-    if milliseconds is None:
-        return None
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{_iso_second(seconds)}.{rest:03d}Z"
-
-
-@functools.lru_cache(1000)
-def _iso_second(seconds: int) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
-
-
-def parse_duration(text: str) -> int:
-    """Milliseconds of '90s', '15m', '24h', '30d' or '2w'. Raises LedgerError."""
-    match = RELATIVE_TIME.fullmatch(text.strip())
-    if not match:
-        raise LedgerError(f"{text!r} is not a duration; write it like 90s, 15m, 24h, 30d or 2w")
-    return int(match[1]) * SECONDS_IN[match[2]] * 1000
-
-
-def parse_time(text: str, *, relative_to_past: bool) -> int:
-    """Milliseconds since 1970 of an ISO 8601 time (UTC where it names no zone) or of a duration
-    ('24h'), which counts back from now or forward. Raises LedgerError."""
-    if RELATIVE_TIME.fullmatch(text.strip()):
-        distance = parse_duration(text)
-        return now_ms() - distance if relative_to_past else now_ms() + distance
-    try:
-        moment = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise LedgerError(
-            f"{text!r} is not a time; write ISO 8601 (2026-11-23T10:00:00Z) or a duration (24h)"
-        ) from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
-
-
-# ── Settings ─────────────────────────────────────────────────────────────────────────────────────
-# config.toml, strictly: an unknown key, a wrong type or a value out of range is an error that names
-# the key's full path, what was found and what is allowed. The defaults below are the documented
-# ones; config.toml beside this file explains each.
-
-Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Variable = Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
-Url = Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")]
-
-
-Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
-
-
-class Table(Struct, forbid_unknown_fields=True, frozen=True):
-    """A table of the settings file."""
-
-
-class Server(Table, frozen=True):
-    """[server]: what listens, and what a request may cost before it is read."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
-    public_url: Url = "http://127.0.0.1:8080"
-    trusted_proxies: tuple[str, ...] = ("127.0.0.1",)
-    max_body_bytes: Annotated[int, Meta(ge=1024, le=4 << 30)] = 104_857_600
-    body_timeout_seconds: Seconds = 60
-    drain_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-
-
-class Database(Table, frozen=True):
-    """[database]"""
-
-    path: Annotated[str, Meta(min_length=1)] = "redbtc.db"
-    synchronous: Literal["full", "normal"] = "full"
-
-
-class UpstreamSettings(Table, frozen=True):
-    """[[upstreams]]: where requests may go. `weight` shares among those of equal `priority`."""
-
-    name: Name = "openai"
-    base_url: Url = "https://api.openai.com/v1"
-    api_key_env: Variable = "OPENAI_API_KEY"
-    models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("*",)
-    priority: Count = 1
-    weight: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
-    max_concurrency: Count = 0
-    connect_timeout_seconds: Seconds = 5
-    first_byte_timeout_seconds: Seconds = 600
-    idle_timeout_seconds: Seconds = 300
-    total_timeout_seconds: Seconds = 3600
-    transport: Literal["asyncio", "httpx"] = "asyncio"
-    proxy: Proxy = ""
-
-
-class AccountLimits(Table, frozen=True):
-    """[limits.account]: an account's limits unless set on it; 0: none."""
-
-    concurrency: Count = 8
-    requests_per_minute: Count = 0
-    tokens_per_minute: Count = 0
-
-
-class Limits(Table, frozen=True):
-    """[limits]: all accounts together; 0: none."""
-
-    concurrency: Count = 0
-    requests_per_minute: Count = 0
-    tokens_per_minute: Count = 0
-    queue_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10
-    account: AccountLimits = AccountLimits()
-
-
-class Metering(Table, frozen=True):
-    """[metering]"""
-
-    include_usage: Literal["add", "client"] = "add"
-    on_disconnect: Literal["drain", "cancel"] = "drain"
-    drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 15
-
-
-class Billing(Table, frozen=True):
-    """[billing]. Until there are prices only `currency` is used."""
-
-    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] = "USD"
-    price_notice_days: Count = 30
-    terms_notice_days: Count = 14
-    default_credit_limit: Annotated[str, Meta(pattern=r"^(unlimited|\d+(\.\d+)?)$")] = "unlimited"
-    unpriced_models: Literal["refuse", "free"] = "free"
-
-
-class Retention(Table, frozen=True):
-    """[retention]"""
-
-    request_log_days_max: Count = 30
-    usage_days: Count = 0
-    terminated_account_days: Count = 30
-
-
-class Metrics(Table, frozen=True):
-    """[metrics]: with an empty `token_env` only loopback may read them."""
-
-    token_env: Variable = ""
-
-
-class Settings(Table, frozen=True):
-    """All of config.toml."""
-
-    server: Server = Server()
-    database: Database = Database()
-    upstreams: Annotated[tuple[UpstreamSettings, ...], Meta(min_length=1)] = (UpstreamSettings(),)
-    limits: Limits = Limits()
-    metering: Metering = Metering()
-    billing: Billing = Billing()
-    retention: Retention = Retention()
-    metrics: Metrics = Metrics()
-
-
-# Accepted now, used by what is still to come; `check` says so for each that is not at its default.
-WITHOUT_EFFECT = [
-    "server.public_url",
-    "upstreams.max_concurrency",
-    "billing.price_notice_days",
-    "billing.terms_notice_days",
-    "billing.default_credit_limit",
-    "billing.unpriced_models",
-    "retention.request_log_days_max",
-    "retention.usage_days",
-    "retention.terminated_account_days",
-]
-
-
-class SettingsError(LedgerError):
-    """The settings file is missing, unreadable or wrong."""
-
-
-class Loaded(NamedTuple):
-    """Settings as read, the file they came from (None: the defaults), the folder where relative
-    paths start, and the keys in it that have no effect yet."""
-
-    settings: Settings
-    file: Path | None
-    folder: Path
-    without_effect: list[str]
-
-    @property
-    def database_path(self) -> Path:
-        return self.folder / self.settings.database.path
-
-
-def load_settings(path: str | None) -> Loaded:
-    """Settings from `path`, else from $REDBTC_CONFIG, else from config.toml beside this script,
-    else the defaults. Raises SettingsError with one line that says what is wrong and where."""
-    beside = HERE / "config.toml"
-    chosen = path or os.environ.get("REDBTC_CONFIG") or (str(beside) if beside.exists() else None)
-    if chosen is None:
-        return Loaded(Settings(), None, Path.cwd(), [])
-    file = Path(chosen).absolute()
-    try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: not TOML: {error}") from None
-    try:
-        settings = parse_settings(tables)
-    except SettingsError as error:
-        raise SettingsError(f"{file}: {error}") from None
-    unused = [key for key in WITHOUT_EFFECT if _value(settings, key) != _value(Settings(), key)]
-    return Loaded(settings, file, file.parent, unused)
-
-
-def parse_settings(tables: Mapping[str, Any]) -> Settings:
-    """Settings out of parsed TOML. Raises SettingsError."""
-    try:
-        settings = msgspec.convert(tables, Settings)
-    except msgspec.ValidationError as error:
-        raise SettingsError(_explain(str(error), tables)) from None
-    names = [upstream.name for upstream in settings.upstreams]
-    for name in names:
-        if names.count(name) > 1:
-            raise SettingsError(f"upstreams.name: {name!r} stands twice; each needs its own name")
-    for proxy in settings.server.trusted_proxies:
-        try:
-            ipaddress.ip_network(proxy, strict=False)
-        except ValueError:
-            raise SettingsError(
-                f"server.trusted_proxies: found {proxy!r}; allowed are IP addresses and networks"
-            ) from None
-    for upstream in settings.upstreams:
-        if not _is_url(upstream.base_url):
-            raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; no such URL")
-        if upstream.proxy and upstream.transport != "httpx":
-            raise SettingsError('upstreams.proxy: needs transport = "httpx"')
-    return settings
-
-
-def _is_url(text: str) -> bool:
-    try:
-        return bool(urlsplit(text).hostname) and urlsplit(text).port != 0
-    except ValueError:
-        return False
-
-
-def _value(settings: Any, key: str) -> Any:
-    first, _, rest = key.partition(".")
-    value = getattr(settings, first)
-    if isinstance(value, tuple) and rest:
-        return {_value(table, rest) for table in value}
-    return _value(value, rest) if rest else value
-
-
-def _explain(message: str, tables: Mapping[str, Any]) -> str:
-    """msgspec's message, turned round: the key's path, what was found, what is allowed."""
-    what, _, place = message.partition(" - at `$")
-    path = place.rstrip("`").lstrip(".")
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
-    if unknown:
-        key = f"{path}.{unknown[1]}".lstrip(".")
-        return f"{key}: unknown key; allowed here are {', '.join(_keys_at(path))}"
-    found: Any = tables
-    for step in re.findall(r"[^.\[\]]+", path):
-        index = int(step) if isinstance(found, list) and step.isdigit() else step
-        try:
-            found = found[index]
-        except (KeyError, IndexError, TypeError):
-            break
-    shown = "something else" if path.endswith("_env") else repr(found)  # it may be the secret
-    return f"{path or 'settings'}: found {shown}; {what[0].lower()}{what[1:]}"
-
-
-def _keys_at(path: str) -> list[str]:
-    table: Any = Settings()
-    for step in re.findall(r"[^.\[\]]+", path):
-        table = table[0] if step.isdigit() or step == "..." else getattr(table, step)
-    table = table[0] if isinstance(table, tuple) else table
-    return list(table.__struct_fields__)
-
+from msgspec import Struct
+
+from redbtc_settings import (
+    Conflict,
+    LedgerError,
+    LedgerUnavailable,
+    NotFound,
+    iso_time,
+    month_of,
+    now_ms,
+    shipped,
+    shown_limit,
+)
 
 # ── Store ────────────────────────────────────────────────────────────────────────────────────────
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
@@ -352,7 +49,11 @@ BUSY_TIMEOUT_MS = 1000
 RETRY_SECONDS = 0.25
 SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 BEAT = "INSERT OR REPLACE INTO heartbeat (id, beat_at) VALUES (1, ?)"
-INTERRUPT = "UPDATE requests SET outcome = 'interrupted' WHERE outcome = 'pending'"
+INTERRUPT = "UPDATE requests SET outcome = 'interrupted', month = ? WHERE outcome = 'pending'"
+LATEST = """
+    SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
+               ifnull((SELECT max(created_at) FROM payments), 0),
+               ifnull((SELECT beat_at FROM heartbeat), 0))"""
 FORGET = "DELETE FROM requests WHERE request_id = ? AND outcome = 'pending'"
 
 
@@ -375,9 +76,8 @@ class Entry(NamedTuple):
 
 
 def schema() -> str:
-    """The text of schema.sql, beside this file or where the package was installed."""
-    folder = HERE if (HERE / "schema.sql").exists() else INSTALLED
-    return (folder / "schema.sql").read_text(encoding="utf-8")
+    """The text of schema.sql."""
+    return shipped("schema.sql").read_text(encoding="utf-8")
 
 
 def migrations(text: str) -> dict[int, str]:
@@ -415,6 +115,27 @@ class Writer(aiosqlite.Connection):
         return changed
 
 
+class Reader:
+    """A connection that can't write."""
+
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._connection = connection
+
+    async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:
+        """The first row of a query."""
+        async with self._connection.execute(sql, values) as cursor:
+            cursor.row_factory = sqlite3.Row
+            return await cursor.fetchone()
+
+    async def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
+        """The rows of a query, as they are read; each by position or by column name."""
+        async with self._connection.execute(sql, values) as cursor:
+            cursor.row_factory = sqlite3.Row
+            while batch := await cursor.fetchmany(500):
+                for row in batch:
+                    yield row
+
+
 class Store:
     """The database of one gateway, opened by `async with Store.open(...)`.
 
@@ -429,11 +150,13 @@ class Store:
         self.commits = 0
         self.committed_at = time.monotonic()
         self.interrupted = 0  # rows that the process before this one left behind
+        self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Entry] = []
         self._wake = asyncio.Event()
         self._closing = False
+        self._latest = 0
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -455,10 +178,11 @@ class Store:
         self._writer = writer
         await self._configure()
         await self._migrate()
-        self.interrupted = await self.transact((INTERRUPT, ()))
-        reader = aiosqlite.connect(f"{self.path.as_uri()}?mode=ro", uri=True)
-        self._reader = await stack.enter_async_context(reader)
-        self._lookup = sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True, timeout=0)
+        self._latest = await self._value(LATEST)
+        self.interrupted = await self.transact((INTERRUPT, (month_of(self.time()),)))
+        reader = aiosqlite.connect(self._read_only, uri=True)
+        self._reader = Reader(await stack.enter_async_context(reader))
+        self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
         stack.callback(self._lookup.close)
         loop = asyncio.create_task(self._write_groups(), name="ledger")
         stack.push_async_callback(self._finish, loop)
@@ -502,6 +226,12 @@ class Store:
             row = await cursor.fetchone()
             return row[0] if row else None
 
+    def time(self) -> int:
+        """The ledger's own time, in milliseconds: the wall clock, but never earlier than it was
+        before, so that a clock set back reopens no month and brings no old price back."""
+        self._latest = max(self._latest, now_ms())
+        return self._latest
+
     # Reading
 
     def look_up(self, sql: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -512,13 +242,20 @@ class Store:
             raise LedgerUnavailable(f"can't be read: {error}") from None
         return rows[0] if rows else None
 
-    async def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
+    def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
         """The rows of a query, as they are read; each by position or by column name."""
-        async with self._reader.execute(sql, values) as cursor:
-            cursor.row_factory = sqlite3.Row
-            while batch := await cursor.fetchmany(500):
-                for row in batch:
-                    yield row
+        return self._reader.rows(sql, values)
+
+    async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:
+        """The first row of a query."""
+        return await self._reader.one(sql, values)
+
+    @contextlib.asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Reader]:
+        """Whatever is read through it is of one instant."""
+        async with aiosqlite.connect(self._read_only, uri=True) as connection:
+            await connection.execute("BEGIN")
+            yield Reader(connection)
 
     # Writing
 
@@ -544,11 +281,18 @@ class Store:
             written.set_exception(LedgerUnavailable(self.failure))
         return written
 
+    async def settle_time(self) -> int:
+        """The ledger's time, kept so that it holds after a restart, and after all that was to be
+        written before."""
+        now = self.time()
+        await self.record(BEAT, (now,), insist=False)
+        return now
+
     async def can_commit(self) -> bool:
         """Whether a commit succeeds now: one within the last second is proof enough."""
         if self.healthy and time.monotonic() - self.committed_at > 1:
             try:
-                await self.transact((BEAT, (now_ms(),)))
+                await self.transact((BEAT, (self.time(),)))
                 self.committed_at = time.monotonic()
             except LedgerUnavailable as error:
                 self.healthy, self.failure = False, str(error)
@@ -577,7 +321,7 @@ class Store:
             else:
                 changes += [(sql, each) for each in values]
         if not self.healthy:
-            changes.append((BEAT, (now_ms(),)))
+            changes.append((BEAT, (self.time(),)))
         # A row that was only begun need not outlive a loss of power, just this process.
         lasting = not self.healthy or any(entry.insist for entry in group)
         try:
@@ -667,7 +411,8 @@ def hash_of_key(key: str) -> bytes | None:
 
 
 class Key(NamedTuple):
-    """A key that is in force, with what its account allows: limits of None are the settings'."""
+    """A key that is in force, with what its account allows: limits of None are the settings',
+    budgets of None are none."""
 
     id: str
     account_id: str
@@ -678,12 +423,16 @@ class Key(NamedTuple):
     account_concurrency: int | None
     account_requests_per_minute: int | None
     account_tokens_per_minute: int | None
+    monthly_budget: int | None
+    account_monthly_budget: int | None
+    credit_limit: int | None
 
 
 KEY_IN_FORCE = """
     SELECT keys.id, accounts.id, accounts.status,
            keys.concurrency, keys.requests_per_minute, keys.tokens_per_minute,
-           accounts.concurrency, accounts.requests_per_minute, accounts.tokens_per_minute
+           accounts.concurrency, accounts.requests_per_minute, accounts.tokens_per_minute,
+           keys.monthly_budget, accounts.monthly_budget, accounts.credit_limit
       FROM keys JOIN accounts ON accounts.id = keys.account_id
      WHERE keys.hash = ? AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""
 
@@ -699,48 +448,51 @@ def key_in_force(store: Store, key: str) -> Key | None:
 # ── Accounts ─────────────────────────────────────────────────────────────────────────────────────
 
 LIMITS = ("concurrency", "requests_per_minute", "tokens_per_minute")
-ACCOUNT = """
-    SELECT id, name, email, status, status_reason, concurrency, requests_per_minute,
-           tokens_per_minute, created_at,
+KEY_LIMITS = (*LIMITS, "monthly_budget")
+ACCOUNT_LIMITS = (*KEY_LIMITS, "credit_limit")
+ACCOUNT = f"""
+    SELECT id, name, email, status, status_reason, {", ".join(ACCOUNT_LIMITS)}, created_at,
            (SELECT count(*) FROM keys WHERE account_id = accounts.id AND revoked_at IS NULL
                AND ifnull(expires_at, ?1 + 1) > ?1) AS keys_in_force
       FROM accounts"""
 ACCOUNT_BY_NAME = ACCOUNT + " WHERE name = ?2 OR id = ?2"
 ACCOUNTS = ACCOUNT + " ORDER BY name"
-ADD_ACCOUNT = """
-    INSERT INTO accounts (id, name, email, concurrency, requests_per_minute, tokens_per_minute,
-                          created_at) VALUES (?, ?, ?, ?, ?, ?, ?)"""
-SET_ACCOUNT = """
-    UPDATE accounts SET email = ?, concurrency = ?, requests_per_minute = ?, tokens_per_minute = ?
-     WHERE id = ?"""
+ADD_ACCOUNT = f"""
+    INSERT INTO accounts (id, name, email, {", ".join(ACCOUNT_LIMITS)}, created_at)
+    VALUES (?, ?, ?, {"?, " * len(ACCOUNT_LIMITS)} ?)"""
+SET_ACCOUNT = {
+    column: f"UPDATE accounts SET {column} = ? WHERE id = ?"
+    for column in ("email", *ACCOUNT_LIMITS)
+}
 SET_STATUS = "UPDATE accounts SET status = ?, status_reason = ? WHERE id = ?"
-KEY = """
-    SELECT keys.id, accounts.name AS account, keys.label, keys.concurrency,
-           keys.requests_per_minute, keys.tokens_per_minute, keys.created_at, keys.expires_at,
+KEY = f"""
+    SELECT keys.id, accounts.name AS account, keys.label,
+           {", ".join(f"keys.{limit}" for limit in KEY_LIMITS)}, keys.created_at, keys.expires_at,
            keys.revoked_at
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_BY_ID = KEY + " WHERE keys.id = ?"
 KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.id"
-ADD_KEY = """
-    INSERT INTO keys (id, hash, account_id, label, concurrency, requests_per_minute,
-                      tokens_per_minute, created_at, expires_at)
-    SELECT ?, ?, id, ?, ?, ?, ?, ?, ? FROM accounts WHERE id = ?"""
-COPY_KEY = """
-    INSERT INTO keys (id, hash, account_id, label, concurrency, requests_per_minute,
-                      tokens_per_minute, created_at, expires_at)
-    SELECT ?, ?, account_id, label, concurrency, requests_per_minute, tokens_per_minute, ?,
-           expires_at FROM keys WHERE id = ?"""
+NEW_KEY = f"""
+    INSERT INTO keys (id, hash, account_id, label, {", ".join(KEY_LIMITS)}, created_at, expires_at)
+    """
+ADD_KEY = f"""{NEW_KEY}
+    SELECT ?, ?, id, ?, {"?, " * len(KEY_LIMITS)} ?, ? FROM accounts WHERE id = ?"""
+COPY_KEY = f"""{NEW_KEY}
+    SELECT ?, ?, account_id, label, {", ".join(KEY_LIMITS)}, ?, expires_at FROM keys WHERE id = ?"""
 EXPIRE_KEY = "UPDATE keys SET expires_at = min(ifnull(expires_at, ?1), ?1) WHERE id = ?2"
 REVOKE_KEY = "UPDATE keys SET revoked_at = ifnull(revoked_at, ?) WHERE id = ?"
 
 Record = dict[str, Any]  # one row, as JSON shows it
 
 
-def _shown(row: sqlite3.Row) -> Record:
+def shown(row: sqlite3.Row) -> Record:
+    """A row as JSON shows it: times in ISO 8601, money as decimal strings."""
     record = dict(row)
-    for name in ("created_at", "expires_at", "revoked_at"):
-        if name in record:
-            record[name] = iso_time(record[name])
+    for name, value in record.items():
+        if name.endswith("_at") or name == "until":
+            record[name] = iso_time(value)
+        elif name in ("credit_limit", "monthly_budget"):
+            record[name] = shown_limit(value)
     return record
 
 
@@ -750,25 +502,21 @@ class Accounts:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def _one(self, sql: str, *values: Any) -> Record | None:
-        async for row in self._store.rows(sql, values):
-            return _shown(row)
-        return None
-
     async def all(self) -> list[Record]:
         """All accounts, by name."""
-        return [_shown(row) async for row in self._store.rows(ACCOUNTS, (now_ms(),))]
+        return [shown(row) async for row in self._store.rows(ACCOUNTS, (now_ms(),))]
 
     async def show(self, name: str) -> Record:
         """Raises NotFound."""
-        account = await self._one(ACCOUNT_BY_NAME, now_ms(), name)
+        account = await self._store.one(ACCOUNT_BY_NAME, (now_ms(), name))
         if account is None:
             raise NotFound(f"there is no account {name!r}")
-        return account
+        return shown(account)
 
     async def add(self, name: str, email: str | None, limits: Mapping[str, int | None]) -> Record:
         """Raises Conflict where the name is taken."""
-        values = (_new_id("acct"), name, email, *(limits[limit] for limit in LIMITS), now_ms())
+        of_limits = (limits.get(limit) for limit in ACCOUNT_LIMITS)
+        values = (new_id("acct"), name, email, *of_limits, now_ms())
         try:
             await self._store.transact((ADD_ACCOUNT, values))
         except sqlite3.IntegrityError:
@@ -778,9 +526,10 @@ class Accounts:
     async def set(self, name: str, changes: Mapping[str, Any]) -> Record:
         """Change the given ones of email and limits; a limit of None is the settings' again."""
         account = await self.show(name)
-        after = {**account, **changes}
-        values = [after["email"], *(after[limit] for limit in LIMITS), account["id"]]
-        await self._store.transact((SET_ACCOUNT, values))
+        if changes:
+            await self._store.transact(
+                *((SET_ACCOUNT[name], (value, account["id"])) for name, value in changes.items())
+            )
         return await self.show(account["id"])
 
     async def suspend(self, name: str, reason: str | None) -> Record:
@@ -798,22 +547,22 @@ class Accounts:
     async def keys(self, name: str) -> list[Record]:
         """The account's keys, oldest first, without what would let one use them."""
         account = await self.show(name)
-        return [_shown(row) async for row in self._store.rows(KEYS_OF_ACCOUNT, (account["id"],))]
+        return [shown(row) async for row in self._store.rows(KEYS_OF_ACCOUNT, (account["id"],))]
 
     async def key(self, key_id: str) -> Record:
         """Raises NotFound."""
-        key = await self._one(KEY_BY_ID, key_id)
+        key = await self._store.one(KEY_BY_ID, (key_id,))
         if key is None:
             raise NotFound(f"there is no key {key_id!r}; `key list ACCOUNT` shows their ids")
-        return key
+        return shown(key)
 
     async def add_key(
         self, name: str, label: str, expires_at: int | None, limits: Mapping[str, int | None]
     ) -> Record:
         """A new key; `key` in the answer is the only copy of it there will ever be."""
         account = await self.show(name)
-        secret, key_id = new_key(), _new_id("key")
-        of_limits = (limits[limit] for limit in LIMITS)
+        secret, key_id = new_key(), new_id("key")
+        of_limits = (limits.get(limit) for limit in KEY_LIMITS)
         values = (key_id, hash_of_key(secret), label, *of_limits, now_ms(), expires_at)
         await self._store.transact((ADD_KEY, (*values, account["id"])))
         return {"id": key_id, "key": secret, **await self.key(key_id)}
@@ -832,15 +581,16 @@ class Accounts:
             old["expires_at"] and old["expires_at"] <= str(iso_time(now_ms()))
         ):
             raise Conflict(f"key {key_id} is revoked or expired; add a new one instead")
-        secret, new_id = new_key(), _new_id("key")
+        secret, added = new_key(), new_id("key")
         await self._store.transact(
-            (COPY_KEY, (new_id, hash_of_key(secret), now_ms(), key_id)),
+            (COPY_KEY, (added, hash_of_key(secret), now_ms(), key_id)),
             (EXPIRE_KEY, (now_ms() + overlap_ms, key_id)),
         )
-        return {"id": new_id, "key": secret, **await self.key(new_id), "replaces": key_id}
+        return {"id": added, "key": secret, **await self.key(added), "replaces": key_id}
 
 
-def _new_id(kind: str) -> str:
+def new_id(kind: str) -> str:
+    """acct_, key_, pay_ or ntc_ and 16 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(8)}"
 
 
@@ -891,6 +641,9 @@ class Row(Struct):
     model: str | None = None
     service_tier: str | None = None
     response_id: str | None = None
+    price_id: int | None = None
+    cost: int | None = None  # nanos
+    month: str | None = None
     usage: Usage = Usage()
 
 
@@ -930,57 +683,21 @@ async def forget(store: Store, row: Row) -> None:
     await store.record(FORGET, (row.request_id,), insist=True)
 
 
-IN_RANGE = """
-      FROM requests JOIN accounts ON accounts.id = requests.account_id
-     WHERE requests.started_at >= :since AND requests.started_at < :until
-       AND (:account IS NULL OR requests.account_id = :account)
-       AND (:key IS NULL OR requests.key_id = :key)
-       AND (:model IS NULL OR ifnull(requests.model, requested_model) GLOB :model)"""
-REQUESTS = f"""
-    SELECT * FROM (
-    SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
-           started_at, first_byte_ms, duration_ms, requests.status, outcome, usage_source,
-           {", ".join(Usage.__struct_fields__)}, service_tier, response_id,
-           NULL AS cost, :currency AS currency
-           {IN_RANGE} ORDER BY started_at DESC, request_id DESC LIMIT :limit)
-     ORDER BY started_at, request_id"""
-TOTALS = f"""
-    SELECT count(*) AS requests,
-           {", ".join(f"sum({name}) AS {name}" for name in Usage.__struct_fields__)},
-           NULL AS cost, :currency AS currency {IN_RANGE}"""
-
-
-class Range(Struct, frozen=True):
-    """Which requests: of an account and a key (by id), a model (a shell pattern), from `since` up
-    to but without `until` (milliseconds). `limit` keeps the newest of them; -1: all."""
-
-    account: str | None = None
-    key: str | None = None
-    model: str | None = None
-    since: int = 0
-    until: int = 1 << 62
-    limit: int = -1
-    currency: str = "USD"
-
-
-async def requests_in(store: Store, wanted: Range) -> AsyncIterator[Record]:
-    """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
-    async for row in store.rows(REQUESTS, msgspec.structs.asdict(wanted)):
-        record = dict(row)
-        record["started_at"] = iso_time(record["started_at"])
-        yield record
-
-
-async def totals_of(store: Store, wanted: Range) -> Record:
-    """Their number and sums, whatever `limit` says; a sum is null where no row has a number."""
-    async for row in store.rows(TOTALS, msgspec.structs.asdict(wanted)):
-        return dict(row)
-    raise AssertionError("an aggregate always has one row")
-
-
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────
 
-CHECKS = {"integrity": "PRAGMA integrity_check(20)", "foreign keys": "PRAGMA foreign_key_check"}
+CHECKS = {
+    "integrity": "PRAGMA integrity_check(20)",
+    "foreign keys": "PRAGMA foreign_key_check",
+    "usage that is not the sum of its requests": """
+        SELECT account_id, month FROM (
+            SELECT account_id, month, requests, cost_units AS units, cost_nanos AS nanos
+              FROM usage_by_day
+            UNION ALL
+            SELECT account_id, ifnull(month, strftime('%Y-%m', started_at / 1000, 'unixepoch')), -1,
+                   ifnull(-(cost / 1000000000), 0), ifnull(-(cost % 1000000000), 0)
+              FROM requests WHERE outcome <> 'pending')
+         GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
+}
 
 
 async def check_database(store: Store) -> list[str]:

@@ -24,12 +24,13 @@ import msgspec
 from msgspec import Struct
 
 from redbtc_ledger import Usage
+from redbtc_settings import MOST_TOKENS
 
 MAX_NAME = 256  # of a model, an id, a tier
 KEEP = 256 << 10
 MOST_SKELETON = 4 << 20
 SHORT_STRING = 256
-MOST_TOKENS = 1_000_000_000  # no request has more: what claims so is no count of tokens
+MOST_SEARCHES = 100_000  # the same of web searches
 STRUCTURE = re.compile(rb'[\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
 STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
 
@@ -136,11 +137,11 @@ def decode_answer(text: bytes | msgspec.Raw) -> Answer | None:
         return None
 
 
-def tokens_in(counts: Any, name: str) -> int | None:
+def tokens_in(counts: Any, name: str, most: int = MOST_TOKENS) -> int | None:
     """The count of that name, or None where there is none: negative, fractional, absurd or no
     number."""
     count = counts.get(name) if isinstance(counts, dict) else None
-    return count if type(count) is int and 0 <= count <= MOST_TOKENS else None
+    return count if type(count) is int and 0 <= count <= most else None
 
 
 def part_of(whole: int | None, parts: int) -> bool:
@@ -182,7 +183,7 @@ def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
         reasoning_tokens=reasoning if part_of(tokens_output, reasoning or 0) else None,
         image_input_tokens=image_input,
         image_output_tokens=image_output,
-        web_searches=tokens_in(tools.get("web_search"), "num_requests"),
+        web_searches=tokens_in(tools.get("web_search"), "num_requests", MOST_SEARCHES),
     )
 
 

@@ -6,15 +6,19 @@
 Clients point their base URL here. Each request is checked, held to its account's limits, forwarded
 byte for byte to an upstream, and written down: what the upstream says was used, committed before
 the client sees the end of the answer. This file is read in the order in which a request meets it;
-what is kept is in redbtc_ledger.py, what people use in redbtc_admin.py.
+what is kept is in redbtc_ledger.py, what it costs in redbtc_billing.py, what people use in
+redbtc_admin.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import bisect
 import contextlib
 import fnmatch
+import hashlib
 import hmac
 import ipaddress
 import itertools
@@ -25,6 +29,7 @@ import random
 import re
 import signal
 import socket
+import sqlite3
 import threading
 import time
 import traceback
@@ -59,8 +64,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import redbtc_admin as admin
 import redbtc_ledger as ledger
-from redbtc_ledger import Key, Row, Settings, Store, UpstreamSettings, Usage
+from redbtc_billing import DAY, Books, Hold, Price, Spent
+from redbtc_ledger import Key, Row, Store, Usage
 from redbtc_meter import MAX_NAME, JSONMeter, Meter, StreamMeter, name_in
+from redbtc_settings import (
+    NANOS,
+    LedgerError,
+    LedgerUnavailable,
+    Loaded,
+    Settings,
+    SettingsError,
+    UpstreamSettings,
+    iso_time,
+    load_settings,
+    now_ms,
+)
+from redbtc_settings import Limits as LimitSettings
 from redbtc_transport import Answer, Request, ResponseBody, Transport
 
 Scope = MutableMapping[str, Any]
@@ -84,12 +103,13 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "account_suspended": (403, INVALID, "This account is suspended."),
     "metrics_forbidden": (403, INVALID, "Metrics are not for this address."),
     "unknown_url": (404, INVALID, "Unknown request URL. See the documentation for what is served."),
-    "model_not_found": (404, INVALID, "The model does not exist or is not served here."),
+    "model_not_found": (404, INVALID, "The model does not exist, or it is not served here."),
     "request_timeout": (408, INVALID, "The request body took too long to arrive."),
     "request_too_large": (413, INVALID, "The request body is too large."),
     "unsupported_media_type": (415, INVALID, "The request's content type is not supported here."),
     "upgrade_required": (426, INVALID, "WebSocket is not offered here; use POST."),
     "rate_limit_exceeded": (429, RATE, "Rate limit reached."),
+    "insufficient_quota": (429, "insufficient_quota", "Balance and credit are spent."),
     "concurrency_limit_exceeded": (429, RATE, "Too many requests in flight."),
     "headers_too_large": (431, INVALID, "The request's headers are too large."),
     "internal_error": (500, SERVER, "The gateway failed on this request."),
@@ -139,7 +159,7 @@ class Refusal(Exception):
 def new_request_id() -> str:
     """req_, 12 hexadecimal digits of milliseconds, 20 of chance: ids sort by time. They are no
     secrets; random is seeded from the system's entropy at the start."""
-    return f"req_{ledger.now_ms():012x}{random.getrandbits(80):020x}"
+    return f"req_{now_ms():012x}{random.getrandbits(80):020x}"
 
 
 async def respond(
@@ -403,7 +423,7 @@ def authenticate(scope: Scope, store: Store) -> Key:
         shown = ""
     try:
         key = ledger.key_in_force(store, shown)
-    except ledger.LedgerUnavailable:
+    except LedgerUnavailable:
         raise Refusal("ledger_unavailable") from None
     if key is None:
         raise Refusal("invalid_api_key", BAD_KEY, headers=[(b"www-authenticate", b"Bearer")])
@@ -446,14 +466,68 @@ class Facts(Struct):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
+    n: int | None = None
+    service_tier: str | None = None
 
     def most_output_tokens(self) -> int:
-        """What the client allows the answer to have; 0 where it says nothing."""
+        """What the client allows an answer to have; 0 where it says nothing."""
         limits = (self.max_tokens, self.max_completion_tokens, self.max_output_tokens)
         return max(0, *(limit or 0 for limit in limits))
 
+    @property
+    def asks_for_usage(self) -> bool:
+        """Whether a streamed chat will report it."""
+        return self.stream_options == StreamOptions(include_usage=True)
+
 
 FACTS = msgspec.json.Decoder(Facts)
+MOST_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
+
+
+class Part(Struct):
+    """A part of a message, or of a tool's output: `image_url` where it is a picture."""
+
+    image_url: msgspec.Raw = msgspec.Raw()
+
+
+class Item(Struct):
+    """A message, or another item of the input."""
+
+    content: str | list[Part] | None = None
+    output: str | list[Part] | None = None
+
+    def pictures(self) -> Iterator[msgspec.Raw]:
+        for parts in (self.content, self.output):
+            if isinstance(parts, list):
+                yield from (part.image_url for part in parts if part.image_url)
+
+
+class Input(Struct):
+    """Where a request's pictures are."""
+
+    messages: list[Item] = []
+    input: str | list[Item] | None = None
+
+    def pictures(self) -> Iterator[msgspec.Raw]:
+        items = self.input if isinstance(self.input, list) else []
+        for item in (*self.messages, *items):
+            yield from item.pictures()
+
+
+INPUT = msgspec.json.Decoder(Input)
+
+
+def most_input_tokens(body: bytes, boundary: bytes | None) -> int:
+    """What a body's content can come to: no token is shorter than a byte, but a picture's have
+    nothing to do with its bytes. What is not in the body (files by their address, what a search
+    finds) is not known here."""
+    if boundary is not None:
+        return sum(min(size, MOST_PICTURE_TOKENS) for size in _part_sizes(body, boundary))
+    try:
+        pictures = [len(picture) for picture in INPUT.decode(body).pictures()]
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return len(body)  # a form of its own: then all counts
+    return len(body) - sum(pictures) + MOST_PICTURE_TOKENS * len(pictures)
 
 
 class Clock:
@@ -605,8 +679,22 @@ def _facts_of_form(body: bytes, boundary: bytes) -> Facts:
     """`model` and `stream` wherever they stand in the form: openai-node sends files before them."""
     fields = dict(_form_fields(body, boundary))
     stream = fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
-    model = fields.get(b"model")
-    return Facts(model=model.decode("utf-8", "replace") if model else None, stream=stream)
+    model, number = fields.get(b"model"), fields.get(b"n", b"").strip()
+    return Facts(
+        model=model.decode("utf-8", "replace") if model else None,
+        stream=stream,
+        n=int(number) if re.fullmatch(rb"[0-9]{1,3}", number) else None,
+    )
+
+
+def _part_sizes(body: bytes, boundary: bytes) -> Iterator[int]:
+    """The sizes of a form's parts, heads included."""
+    delimiter = b"\r\n--" + boundary
+    start = 0
+    while (end := body.find(delimiter, start)) >= 0:
+        yield end - start
+        start = end + len(delimiter)
+    yield len(body) - start
 
 
 def _form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -765,13 +853,27 @@ class Limited:
         self.tokens = Bucket()
 
 
-class Hold(NamedTuple):
+class Bound(NamedTuple):
     """What one request is held to by one of the three: limits of 0 are none."""
 
     limited: Limited
     concurrency: int
     requests_per_minute: int
     tokens_per_minute: int
+
+    def report(self, now: float) -> dict[str, Any]:
+        """As JSON shows it."""
+        taken, most = self.limited.places.taken, self.concurrency
+        found: dict[str, Any] = {"concurrency": {"limit": most or None, "in_flight": taken}}
+        for name, bucket in (("requests", self.limited.requests), ("tokens", self.limited.tokens)):
+            limit: int = getattr(self, f"{name}_per_minute")
+            bucket.fill(limit, now)
+            found[f"{name}_per_minute"] = {
+                "limit": limit or None,
+                "remaining": bucket.remaining if limit else None,
+                "reset_seconds": round(bucket.reset_seconds, 3),
+            }
+        return found
 
 
 def go_duration(seconds: float) -> str:
@@ -796,16 +898,20 @@ class Admission:
     """One request's charges on the rates of its key, its account and the gateway, and its places,
     which `with` gives back."""
 
-    def __init__(self, holds: tuple[Hold, ...], estimate: int) -> None:
+    def __init__(self, bounds: tuple[Bound, ...], estimate: int) -> None:
         """Charge all rates, or raise Refusal and charge none. `estimate` is in tokens."""
         self.places: list[Places] = []
         self._charges: list[tuple[str, Bucket, float]] = []
         now = time.monotonic()
-        for hold in holds:
-            if hold.requests_per_minute:
-                self._consider("requests", hold.limited.requests, hold.requests_per_minute, 1, now)
-            if hold.tokens_per_minute:
-                self._consider("tokens", hold.limited.tokens, hold.tokens_per_minute, estimate, now)
+        for bound in bounds:
+            if bound.requests_per_minute:
+                self._consider(
+                    "requests", bound.limited.requests, bound.requests_per_minute, 1, now
+                )
+            if bound.tokens_per_minute:
+                self._consider(
+                    "tokens", bound.limited.tokens, bound.tokens_per_minute, estimate, now
+                )
         for _, bucket, amount in self._charges:
             bucket.charge(amount)
 
@@ -861,25 +967,25 @@ class Limits:
         self.queued = 0
 
     async def admit(
-        self, key: Key, estimate: int, limits: ledger.Limits, clock: Clock
+        self, key: Key, estimate: int, limits: LimitSettings, clock: Clock
     ) -> Admission:
         """Places for as long as `with` holds the admission. Raises Refusal where a rate is used up,
         or no place comes free within `limits.queue_seconds`; ClientLeft."""
-        holds = self._holds(key, limits)
-        admission = Admission(holds, estimate)
+        bounds = self._bounds(key, limits)
+        admission = Admission(bounds, estimate)
         patience = time.monotonic() + limits.queue_seconds
         try:
-            for hold in holds:
-                if not hold.limited.places.take_now(hold.concurrency):
-                    await self._wait(hold, patience, clock)
-                admission.places.append(hold.limited.places)
+            for bound in bounds:
+                if not bound.limited.places.take_now(bound.concurrency):
+                    await self._wait(bound, patience, clock)
+                admission.places.append(bound.limited.places)
         except BaseException:
             admission.put_back()
             admission.__exit__()
             raise
         return admission
 
-    def _holds(self, key: Key, limits: ledger.Limits) -> tuple[Hold, Hold, Hold]:
+    def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
         of_key = self._keys.get(key.id)
         if of_key is None:
             of_key = self._keys[key.id] = Limited("this key")
@@ -888,33 +994,40 @@ class Limits:
             of_account = self._accounts[key.account_id] = Limited("this account")
         usual = limits.account
         return (
-            Hold(
+            Bound(
                 of_key,
                 key.concurrency or 0,
                 key.requests_per_minute or 0,
                 key.tokens_per_minute or 0,
             ),
-            Hold(
+            Bound(
                 of_account,
                 _own_or(key.account_concurrency, usual.concurrency),
                 _own_or(key.account_requests_per_minute, usual.requests_per_minute),
                 _own_or(key.account_tokens_per_minute, usual.tokens_per_minute),
             ),
-            Hold(
+            Bound(
                 self._all, limits.concurrency, limits.requests_per_minute, limits.tokens_per_minute
             ),
         )
 
-    async def _wait(self, hold: Hold, patience: float, clock: Clock) -> None:
+    def report(self, key: Key, limits: LimitSettings) -> dict[str, Any]:
+        """The limits in force for a key and its account, and what is left of them; a limit of null
+        is none."""
+        now = time.monotonic()
+        of_key, of_account, _ = self._bounds(key, limits)
+        return {"key": of_key.report(now), "account": of_account.report(now)}
+
+    async def _wait(self, bound: Bound, patience: float, clock: Clock) -> None:
         self.queued += 1
         try:
             with clock.running(patience - time.monotonic(), grace=0):
-                await hold.limited.places.take_in_turn()
+                await bound.limited.places.take_in_turn()
         except TimeoutError:
             if clock.client_left:
                 raise ClientLeft from None
-            headers = rate_limit_headers("concurrency", hold.concurrency, 0, 1)
-            what = f"{hold.limited.what} may have {hold.concurrency} requests in flight"
+            headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
+            what = f"{bound.limited.what} may have {bound.concurrency} requests in flight"
             message = f"Too many requests at once: {what}."
             raise Refusal("concurrency_limit_exceeded", message, headers=headers) from None
         finally:
@@ -952,7 +1065,7 @@ class Log:
 
     def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
         """One line, at one of logging's levels."""
-        now = ledger.now_ms()
+        now = now_ms()
         if now // 1000 != self._second:
             self._second, self._in_second = now // 1000, 0
         self._in_second += 1
@@ -960,7 +1073,7 @@ class Log:
             self._dropped += 1
             return
         name = LEVEL_NAMES[level]
-        line = {"time": ledger.iso_time(now), "level": name, "event": event} | fields
+        line = {"time": iso_time(now), "level": name, "event": event} | fields
         if self._dropped:
             line["lines_dropped_before"], self._dropped = self._dropped, 0
         self._lines.append(orjson.dumps(line, None, orjson.OPT_APPEND_NEWLINE))
@@ -1284,6 +1397,7 @@ def headers_for_client(upstreams: Headers) -> Headers:
 
 # ── Relay, settle ────────────────────────────────────────────────────────────────────────────────
 
+NO_RETRY = (b"x-should-retry", b"false")
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
 BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
 
@@ -1304,13 +1418,24 @@ class Exchange:
         self._waits_for_client = False
         self._started = False  # the client has the answer's head
         self._settled = False
+        self._unmetered = False  # a stream whose usage is not reported
 
-    async def run(self, key: Key, facts: Facts, body: bytes, upstreams: list[Upstream]) -> None:
+    async def run(
+        self,
+        key: Key,
+        facts: Facts,
+        body: bytes,
+        boundary: bytes | None,
+        upstreams: list[Upstream],
+    ) -> None:
         """Raises Refusal where the client has got nothing yet, ClientLeft."""
         changed = body
         if self._route.chat and facts.stream and self._settings.metering.include_usage == "add":
             changed = add_include_usage(body, facts)
         self._takes_out_usage = changed is not body
+        streams = self._route.chat and facts.stream
+        self._unmetered = bool(streams and changed is body and not facts.asks_for_usage)
+        self._estimates = self._unmetered and self._settings.metering.include_usage == "add"
         self._input_estimate = math.ceil(len(body) / BYTES_A_TOKEN)
         self._row = Row(
             request_id=self._scope["request_id"],
@@ -1319,19 +1444,48 @@ class Exchange:
             endpoint=self._route.path,
             requested_model=facts.model or "",
             upstream=upstreams[0].name,
-            started_at=ledger.now_ms() - self._elapsed_ms(),
+            started_at=now_ms() - self._elapsed_ms(),
         )
         estimate = self._input_estimate + facts.most_output_tokens()
         limits = self._settings.limits
         with await self._gateway.limits.admit(key, estimate, limits, self._clock) as admission:
             self._admission = admission
-            await self._begin()
-            await self._forward(changed, upstreams)
+            with self._hold(key, facts, body, boundary) as self._money:
+                await self._begin()
+                await self._forward(changed, upstreams)
+
+    def _hold(self, key: Key, facts: Facts, body: bytes, boundary: bytes | None) -> Hold:
+        """Hold what the request can cost, at the prices of this instant."""
+        books = self._gateway.books
+        self._tariff = books.tariff(facts.model or "")
+        try:
+            return books.hold(key, lambda: self._most_cost(facts, body, boundary))
+        except Spent as error:
+            self._admission.put_back()
+            raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None
+        except LedgerUnavailable:
+            self._admission.put_back()
+            raise Refusal("ledger_unavailable") from None
+
+    def _most_cost(self, facts: Facts, body: bytes, boundary: bytes | None) -> int:
+        """Nanos. Asked for only where spending is limited: there usage has to be reported."""
+        tariff = self._tariff
+        if tariff is None:
+            return 0
+        if self._unmetered:
+            self._admission.put_back()
+            message = "This account's spending is limited, so 'include_usage' can't be left out."
+            raise Refusal("invalid_request", message, param="stream_options")
+        limits = (facts.most_output_tokens(), tariff.max_output_tokens)
+        usual = self._settings.billing.hold_output_tokens
+        output = min((limit for limit in limits if limit), default=usual) * max(1, facts.n or 1)
+        into = most_input_tokens(body, boundary)
+        return tariff.most(into, output, facts.service_tier, self._route.images)
 
     async def _begin(self) -> None:
         try:
             await ledger.begin(self._gateway.store, self._row)
-        except ledger.LedgerUnavailable:
+        except LedgerUnavailable:
             self._admission.put_back()
             raise Refusal("ledger_unavailable") from None
         if self._clock.client_left:
@@ -1498,15 +1652,28 @@ class Exchange:
         row.response_id = report.response_id
         if report.usage:
             row.usage, row.usage_source = report.usage, "upstream"
-        elif outcome == "client_disconnected":
+        elif outcome == "client_disconnected" or (outcome == "completed" and self._estimates):
             output = math.ceil(report.text_bytes / BYTES_A_TOKEN)
             row.usage = Usage(input_tokens=self._input_estimate, output_tokens=output)
             row.usage_source = "estimated"
         if row.usage_source != "none" or outcome == "upstream_error":
             self._admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
+        self._bill()
         self._settled = True
         await ledger.settle(self._gateway.store, row)
         self._gateway.watch.settled(self._scope, row)
+
+    def _bill(self) -> None:
+        """What it cost, by the prices of its admission and the tier that the response reports; not
+        known where no usage is."""
+        row = self._row
+        if row.usage_source != "none":
+            row.cost = 0
+            if self._tariff:
+                price = self._tariff.price(row.service_tier, row.usage.input_tokens or 0)
+                row.price_id, row.cost = price.id, price.cost(row.usage, self._route.images)
+        row.month = self._gateway.books.month()
+        self._money.settle(row.cost or 0, row.month)
 
     def _elapsed_ms(self) -> int:
         return round((time.monotonic() - float(self._scope["started"])) * 1000)
@@ -1542,11 +1709,14 @@ class MeteredRoute:
         body = await read_body(scope, receive, clock, gateway.settings)
         facts = read_facts(body, boundary, model_needed=not self.images)
         refuse_foreign_objects(facts)
+        if not gateway.books.served(facts.model or ""):
+            raise Refusal("model_not_found", param="model")
         upstreams = choose(gateway.upstreams, facts.model or "")
         gateway.in_flight += 1
         scope["leaving"].add(clock.leave)
         try:
-            await Exchange(gateway, scope, send, self, clock).run(key, facts, body, upstreams)
+            exchange = Exchange(gateway, scope, send, self, clock)
+            await exchange.run(key, facts, body, boundary, upstreams)
         finally:
             scope["leaving"].discard(clock.leave)
             gateway.in_flight -= 1
@@ -1555,8 +1725,9 @@ class MeteredRoute:
 class Gateway:
     """The running gateway: what its routes share, and the routes themselves."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
-        self.store = store
+    def __init__(self, books: Books, settings: Settings) -> None:
+        self.store = books.store
+        self.books = books
         self.limits = Limits()
         self.clocks = Clocks()
         self.watch = Watch()
@@ -1565,6 +1736,8 @@ class Gateway:
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.draining = False
         self.in_flight = 0
+        self._me = admin.me(books, lambda key: self.limits.report(key, self.settings.limits))
+        self._started = time.monotonic()
         self._closing: set[asyncio.Task[None]] = set()
 
     def apply(self, settings: Settings) -> None:
@@ -1573,6 +1746,8 @@ class Gateway:
         kept = {upstream.settings: upstream for upstream in self.upstreams}
         before = self.upstreams
         self.settings = settings
+        self.books.settings = settings.billing
+        self.books.noticed.set()  # there may be a webhook now
         self.upstreams = [
             kept.get(upstream) or Upstream(upstream) for upstream in settings.upstreams
         ]
@@ -1605,10 +1780,13 @@ class Gateway:
             ExactRoute("/healthz", AsApp(self.healthz), methods=["GET"]),
             ExactRoute("/readyz", AsApp(self.readyz), methods=["GET"]),
             ExactRoute("/metrics", AsApp(self.metrics), methods=["GET"]),
+            ExactRoute("/status", AsApp(self.status), methods=["GET"]),
+            ExactRoute("/admin/v1/me{rest:path}", AsApp(self.me), methods=["GET"]),
         ]
 
     async def models(self, scope: Scope, _: Receive, send: Send) -> None:
-        """The upstreams' lists joined, in their order, each less what its patterns exclude."""
+        """The upstreams' lists joined, in their order, each less what its patterns exclude and what
+        has no price where that is refused."""
         scope["where"] = "/v1/models"
         key = self.enter(scope)
         with await self.limits.admit(key, 0, self.settings.limits, Clock(self.clocks)):
@@ -1621,7 +1799,8 @@ class Gateway:
         joined: dict[str, Any] = {}
         for models in lists:
             for model in models or []:
-                joined.setdefault(model["id"], model)
+                if self.books.served(model["id"]):
+                    joined.setdefault(model["id"], model)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
         await self._answer(scope, send, 200, body)
 
@@ -1630,7 +1809,8 @@ class Gateway:
         scope["where"] = "/v1/models/{id}"
         key = self.enter(scope)
         name = scope["path_params"]["model"]
-        if not MODEL_NAME.fullmatch(name):  # '../files' must not reach the upstream
+        # '../files' must not reach the upstream
+        if not (MODEL_NAME.fullmatch(name) and self.books.served(name)):
             raise Refusal("model_not_found", param="model")
         upstream = choose(self.upstreams, name)[0]
         with await self.limits.admit(key, 0, self.settings.limits, Clock(self.clocks)):
@@ -1657,6 +1837,36 @@ class Gateway:
         if not await self.store.can_commit():
             raise Refusal("ledger_unavailable")
         await respond(scope, send, 200, b'{"status":"ready"}')
+
+    async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What an account may ask of itself, with one of its keys. It costs none of its limits."""
+        scope["where"] = "/admin/v1/me"
+        scope["key"] = self.enter(scope)
+        request_id = scope["request_id"].encode()
+
+        async def send_with_ids(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                ids = [(b"x-request-id", request_id), (b"x-redbtc-request-id", request_id)]
+                message["headers"] = [*message["headers"], *ids]
+                self.watch.answered(scope, message["status"])
+            await send(message)
+
+        await self._me(scope, receive, send_with_ids)
+
+    async def status(self, scope: Scope, _: Receive, send: Send) -> None:
+        """For everybody: whether it works, and the notices for all that are in force or coming."""
+        scope["where"] = "/status"
+        uptime = round(time.monotonic() - self._started)
+        try:
+            status = await admin.status(self.books, uptime)
+        except sqlite3.Error:
+            raise Refusal("ledger_unavailable") from None
+        accept = header(scope["headers"], b"accept") or b""
+        if admin.prefers_html(accept.decode("latin-1")):
+            page = admin.status_page(status)
+            await respond(scope, send, 200, page, content_type=b"text/html; charset=utf-8")
+        else:
+            await respond(scope, send, 200, orjson.dumps(status))
 
     async def metrics(self, scope: Scope, _: Receive, send: Send) -> None:
         """Prometheus text, for loopback or for who has the token of the settings."""
@@ -1733,6 +1943,81 @@ def build(gateway: Gateway) -> Guard:
     return Guard(metered, others, gateway.watch)
 
 
+# ── Tell ─────────────────────────────────────────────────────────────────────────────────────────
+# Notices of budgets go to the address in the settings, signed as Standard Webhooks are, which
+# OpenAI's SDKs can check, too: each until it is taken, with growing pauses, across restarts.
+
+WEBHOOK_SECONDS = 10
+WEBHOOK_FOR = 3 * DAY
+LONGEST_PAUSE = 3600.0
+
+
+def signature(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
+    """Standard Webhooks: v1, HMAC-SHA256 over id, time and body, with a secret that is in base64
+    after whsec_, or else as it is."""
+    key = secret.encode()
+    if secret.startswith("whsec_"):
+        with contextlib.suppress(binascii.Error):
+            key = base64.b64decode(secret.removeprefix("whsec_"))
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
+
+
+async def post_notice(client: httpx2.AsyncClient, books: Books, notice: ledger.Record) -> bool:
+    """Whether the webhook took it."""
+    settings = books.settings
+    facts = ("account", "key_id", "month", "percent", "text")
+    body = {
+        "type": "budget.reached",
+        "timestamp": notice["created_at"],
+        "data": {name: notice[name] for name in facts},
+    }
+    content, timestamp = orjson.dumps(body), str(int(time.time()))
+    secret = os.environ.get(settings.webhook_secret_env, "")
+    headers = {
+        "content-type": "application/json",
+        "webhook-id": notice["id"],
+        "webhook-timestamp": timestamp,
+        "webhook-signature": signature(secret, notice["id"], timestamp, content),
+    }
+    try:
+        answer = await client.post(settings.webhook_url, content=content, headers=headers)
+    except httpx2.HTTPError as error:
+        say(logging.WARNING, "webhook failed", notice=notice["id"], error=type(error).__name__)
+        return False
+    if not answer.is_success:
+        say(logging.WARNING, "webhook refused", notice=notice["id"], status=answer.status_code)
+    return answer.is_success
+
+
+async def post_notices(books: Books) -> bool:
+    """Post what has not been taken yet; whether all of it was taken now."""
+    if not books.settings.webhook_url:
+        return True
+    waiting = await books.undelivered(books.store.time() - WEBHOOK_FOR)
+    if not waiting:
+        return True
+    async with httpx2.AsyncClient(timeout=WEBHOOK_SECONDS, trust_env=False) as client:
+        for notice in waiting:
+            if await post_notice(client, books, notice):
+                await books.delivered(notice["id"])
+    return not await books.undelivered(books.store.time() - WEBHOOK_FOR)
+
+
+async def tell(books: Books) -> None:
+    """Post notices for as long as the gateway runs."""
+    pause: float | None = 0.0
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await books.noticed.wait()
+        books.noticed.clear()
+        done = False
+        with contextlib.suppress(sqlite3.Error, LedgerUnavailable):
+            done = await post_notices(books)
+        pause = None if done else min(LONGEST_PAUSE, max(1.0, 2 * (pause or 0.0)))
+
+
 # ── Serve ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1766,13 +2051,13 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ledger.LedgerError(f"can't listen on {host}:{port}: {error.strerror}") from None
+        raise LedgerError(f"can't listen on {host}:{port}: {error.strerror}") from None
 
 
 class Running:
     """The gateway as a process: its servers, its signals, its end."""
 
-    def __init__(self, gateway: Gateway, loaded: ledger.Loaded, demo: str | None) -> None:
+    def __init__(self, gateway: Gateway, loaded: Loaded, demo: str | None) -> None:
         self._gateway = gateway
         self._loaded = loaded
         self._demo = demo  # the URL of the demonstration upstream, where that is served
@@ -1793,8 +2078,7 @@ class Running:
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         with admin.socket_path(self._gateway.store.path, make=True) as path:
-            app = admin.app(self._gateway.store, lambda: self._gateway.settings)
-            local = server_for(app, uds=path, proxy_headers=False)
+            local = server_for(admin.app(self._gateway.books), uds=path, proxy_headers=False)
             self._servers = [public, local]
             async with asyncio.TaskGroup() as servers:
                 servers.create_task(public.serve([listener]))
@@ -1823,8 +2107,8 @@ class Running:
         """Read the settings again; a bad file changes nothing."""
         old = self._gateway.settings
         try:
-            new = ledger.load_settings(str(self._loaded.file or "") or None).settings
-        except ledger.SettingsError as error:
+            new = load_settings(str(self._loaded.file or "") or None).settings
+        except SettingsError as error:
             say(logging.ERROR, "reload refused", reason=str(error))
             return
         if self._demo:
@@ -1838,12 +2122,22 @@ class Running:
                 ("server.port", old.server.port, new.server.port),
                 ("server.trusted_proxies", old.server.trusted_proxies, new.server.trusted_proxies),
                 ("database", old.database, new.database),
+                ("billing.currency", old.billing.currency, new.billing.currency),
             )
             if before != after
         ]
         say(logging.INFO, "reloaded", needs_restart=fixed)
         for line in missing_keys(new):
-            say(logging.WARNING, "upstream unusable", reason=line)
+            say(logging.WARNING, "unusable", reason=line)
+
+
+DEMO_PRICE = Price(  # invented, like the answers
+    model="redbtc-demo*",
+    input=1 * NANOS,
+    output=4 * NANOS,
+    max_output_tokens=1000,
+    source="invented for the demonstration",
+)
 
 
 def with_demo(settings: Settings, url: str) -> Settings:
@@ -1853,11 +2147,13 @@ def with_demo(settings: Settings, url: str) -> Settings:
 
 
 def missing_keys(settings: Settings) -> list[str]:
-    """Upstreams that can't be used, since the environment has no key for them."""
+    """What can't be used, since the environment has no key for it."""
+    wanted = {f"upstream {upstream.name}": upstream.api_key_env for upstream in settings.upstreams}
+    wanted["billing.webhook_url"] = settings.billing.webhook_secret_env
     return [
-        f"upstream {upstream.name}: the environment has no {upstream.api_key_env}"
-        for upstream in settings.upstreams
-        if upstream.api_key_env and not os.environ.get(upstream.api_key_env)
+        f"{what}: the environment has no {variable}"
+        for what, variable in wanted.items()
+        if variable and not os.environ.get(variable)
     ]
 
 
@@ -1874,7 +2170,7 @@ async def watch_ledger(store: Store) -> None:
 
 
 async def run(
-    loaded: ledger.Loaded, settings: Settings, demo: bool, first_run: bool, as_json: bool
+    loaded: Loaded, settings: Settings, demo: bool, first_run: bool, as_json: bool
 ) -> None:
     """The gateway from start to end. Raises LedgerError where it can't start."""
     async with contextlib.AsyncExitStack() as stack:
@@ -1884,18 +2180,23 @@ async def run(
         demo_url = await start_demo(stack) if demo else None
         if demo_url:
             settings = with_demo(settings, demo_url)
+        books = await Books.open(store, settings.billing)
+        if demo and books.tariff(DEMO_PRICE.model) is None:
+            await books.add_prices([DEMO_PRICE], without_notice=None, added_by="demo")
         listener = listen(settings.server.host, settings.server.port)
         url = local_url(settings, listener)
-        watching = asyncio.create_task(watch_ledger(store))
-        stack.callback(watching.cancel)
+        for work in (watch_ledger(store), tell(books)):
+            stack.callback(asyncio.create_task(work).cancel)
         say(logging.INFO, "serving", url=url, interrupted_before=store.interrupted)
         for line in missing_keys(settings):
-            say(logging.WARNING, "upstream unusable", reason=line)
+            say(logging.WARNING, "unusable", reason=line)
         if as_json:
             click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
         if first_run and not as_json:
-            click.echo(await admin.welcome(store, url, demo))
-        await Running(Gateway(store, settings), loaded, demo_url).serve(listener)
+            click.echo(await admin.welcome(books, url, demo))
+        if not books.prices.prices and settings.billing.unpriced_models == "refuse":
+            say(logging.WARNING, "no prices", reason="all models are refused: price import")
+        await Running(Gateway(books, settings), loaded, demo_url).serve(listener)
 
 
 async def start_demo(stack: contextlib.AsyncExitStack) -> str:
@@ -1958,7 +2259,7 @@ def check(context: admin.Context, as_json: bool) -> None:
     """Say what is wrong with the settings and the database, line by line."""
     try:
         loaded = context.loaded
-    except ledger.SettingsError as error:
+    except SettingsError as error:
         admin.show_check(None, [str(error)], as_json)
     else:
         problems = missing_keys(loaded.settings) + ledger.check_file(loaded.database_path)

@@ -72,3 +72,170 @@ CREATE TABLE heartbeat (
     id      INTEGER PRIMARY KEY CHECK (id = 1),
     beat_at INTEGER NOT NULL
 ) STRICT;
+
+-- version 2
+--
+-- Amounts are integers of nanos, thousand-millionths of the currency's unit; prices are nanos for a
+-- million tokens. Sums and payments are whole units and the nanos beyond them in two columns, since
+-- a sum of nanos can be too large for an INTEGER.
+
+ALTER TABLE accounts ADD COLUMN
+    credit_limit        INTEGER CHECK (credit_limit >= -1);     -- below zero the balance may go by this;
+                                                -- -1: unlimited; NULL: billing.default_credit_limit
+ALTER TABLE accounts ADD COLUMN
+    monthly_budget      INTEGER CHECK (monthly_budget >= 0);    -- for a calendar month; NULL: none
+ALTER TABLE keys ADD COLUMN
+    monthly_budget      INTEGER CHECK (monthly_budget >= 0);    -- the same, of this key alone
+ALTER TABLE requests ADD COLUMN
+    price_id            INTEGER REFERENCES prices (id);         -- by which it was billed; NULL: by none
+ALTER TABLE requests ADD COLUMN
+    cost                INTEGER CHECK (cost >= 0);  -- nanos; NULL: not known, since no usage was reported
+ALTER TABLE requests ADD COLUMN
+    month               TEXT;                   -- whose statement it is on, such as 2026-11: that of its end
+
+-- What a model costs from some instant on. Rows are only ever added. In force, of one pattern, tier
+-- and threshold, is the row with the latest effective_at that has come.
+CREATE TABLE prices (
+    id                  INTEGER PRIMARY KEY,
+    model               TEXT NOT NULL,          -- a shell pattern; the most specific that matches counts
+    tier                TEXT NOT NULL,          -- the service tier that the response reports
+    above_input_tokens  INTEGER NOT NULL CHECK (above_input_tokens >= 0),  -- for requests with more
+    effective_at        INTEGER NOT NULL,
+    input               INTEGER CHECK (input >= 0),         -- NULL: 0
+    cached_input        INTEGER CHECK (cached_input >= 0),  -- NULL: as input
+    cache_write         INTEGER CHECK (cache_write >= 0),   -- NULL: as input
+    output              INTEGER CHECK (output >= 0),        -- NULL: 0
+    image_input         INTEGER CHECK (image_input >= 0),   -- NULL: as input
+    image_output        INTEGER CHECK (image_output >= 0),  -- NULL: as output
+    web_search          INTEGER CHECK (web_search >= 0),    -- a call, not a million; NULL: 0
+    max_output_tokens   INTEGER CHECK (max_output_tokens > 0),  -- the most the model can say, if known
+    currency            TEXT NOT NULL,
+    source              TEXT,                   -- where it was read
+    created_at          INTEGER NOT NULL,
+    added_by            TEXT,                   -- who added it
+    reason              TEXT                    -- why it could rise without notice
+) STRICT;
+
+CREATE TABLE payments (
+    id                  TEXT PRIMARY KEY,       -- pay_ and 16 hexadecimal digits
+    account_id          TEXT NOT NULL REFERENCES accounts (id),
+    units               INTEGER NOT NULL,       -- -1.5 is -2 units and 500,000,000 nanos
+    nanos               INTEGER NOT NULL CHECK (nanos BETWEEN 0 AND 999999999),
+    currency            TEXT NOT NULL,
+    reference           TEXT,                   -- of the one who paid; a second one changes nothing
+    reason              TEXT CHECK (units >= 0 OR reason IS NOT NULL),  -- of a refund or correction
+    month               TEXT NOT NULL,          -- whose statement it is on
+    created_at          INTEGER NOT NULL,
+    added_by            TEXT
+) STRICT;
+
+CREATE UNIQUE INDEX payments_by_reference ON payments (account_id, reference);
+CREATE INDEX payments_of_an_account ON payments (account_id, month);
+
+-- What people are told: all of them, or one account.
+CREATE TABLE notices (
+    id                  TEXT PRIMARY KEY,       -- ntc_ and 16 hexadecimal digits
+    kind                TEXT NOT NULL
+                        CHECK (kind IN ('price', 'terms', 'maintenance', 'incident', 'budget')),
+    account_id          TEXT REFERENCES accounts (id),  -- NULL: for all
+    key_id              TEXT REFERENCES keys (id),      -- whose budget it is; NULL: the account's
+    month               TEXT,                   -- of the budget
+    percent             INTEGER,                -- of the budget that is spent
+    text                TEXT NOT NULL,
+    effective_at        INTEGER NOT NULL,       -- what it tells of holds from then
+    until               INTEGER,                -- to then; NULL: no end
+    created_at          INTEGER NOT NULL,
+    added_by            TEXT,
+    withdrawn_at        INTEGER,
+    delivered_at        INTEGER                 -- when the webhook took it
+) STRICT;
+
+CREATE UNIQUE INDEX budget_notices ON notices (account_id, ifnull(key_id, ''), month, percent)
+    WHERE kind = 'budget';
+
+-- The settled requests, summed up: kept by the triggers below in the transaction that settles them.
+CREATE TABLE usage_by_day (
+    account_id          TEXT NOT NULL,
+    month               TEXT NOT NULL,          -- of the statement
+    day                 INTEGER NOT NULL,       -- on which they started, in days since 1970
+    model               TEXT NOT NULL,          -- as the upstream named it, else as the client did
+    requested_model     TEXT NOT NULL,
+    key_id              TEXT NOT NULL,
+    requests            INTEGER NOT NULL,
+    estimated           INTEGER NOT NULL,       -- of them with estimated usage
+    unreported          INTEGER NOT NULL,       -- of them without usage
+    input_tokens        INTEGER,                -- sums; NULL: no request has a number
+    cached_input_tokens INTEGER,
+    cache_write_tokens  INTEGER,
+    output_tokens       INTEGER,
+    reasoning_tokens    INTEGER,
+    image_input_tokens  INTEGER,
+    image_output_tokens INTEGER,
+    web_searches        INTEGER,
+    cost_units          INTEGER NOT NULL,
+    cost_nanos          INTEGER NOT NULL,
+    PRIMARY KEY (account_id, month, day, model, requested_model, key_id)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX usage_of_a_day ON usage_by_day (day);
+
+INSERT INTO usage_by_day
+    SELECT account_id, strftime('%Y-%m', started_at / 1000, 'unixepoch'), started_at / 86400000,
+           ifnull(model, requested_model), requested_model, key_id, count(*),
+           sum(usage_source = 'estimated'), sum(usage_source = 'none'), sum(input_tokens),
+           sum(cached_input_tokens), sum(cache_write_tokens), sum(output_tokens),
+           sum(reasoning_tokens), sum(image_input_tokens), sum(image_output_tokens),
+           sum(web_searches), 0, 0
+      FROM requests WHERE outcome <> 'pending' GROUP BY 1, 2, 3, 4, 5, 6;
+
+CREATE TRIGGER a_request_is_settled AFTER UPDATE OF outcome ON requests
+WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
+    INSERT INTO usage_by_day VALUES (
+        NEW.account_id, NEW.month, NEW.started_at / 86400000,
+        ifnull(NEW.model, NEW.requested_model), NEW.requested_model, NEW.key_id, 1,
+        NEW.usage_source = 'estimated', NEW.usage_source = 'none', NEW.input_tokens,
+        NEW.cached_input_tokens, NEW.cache_write_tokens, NEW.output_tokens, NEW.reasoning_tokens,
+        NEW.image_input_tokens, NEW.image_output_tokens, NEW.web_searches,
+        ifnull(NEW.cost / 1000000000, 0), ifnull(NEW.cost % 1000000000, 0))
+    ON CONFLICT DO UPDATE SET
+        requests = requests + 1,
+        estimated = estimated + excluded.estimated,
+        unreported = unreported + excluded.unreported,
+        input_tokens = ifnull(input_tokens + excluded.input_tokens,
+                              ifnull(input_tokens, excluded.input_tokens)),
+        cached_input_tokens = ifnull(cached_input_tokens + excluded.cached_input_tokens,
+                                     ifnull(cached_input_tokens, excluded.cached_input_tokens)),
+        cache_write_tokens = ifnull(cache_write_tokens + excluded.cache_write_tokens,
+                                    ifnull(cache_write_tokens, excluded.cache_write_tokens)),
+        output_tokens = ifnull(output_tokens + excluded.output_tokens,
+                               ifnull(output_tokens, excluded.output_tokens)),
+        reasoning_tokens = ifnull(reasoning_tokens + excluded.reasoning_tokens,
+                                  ifnull(reasoning_tokens, excluded.reasoning_tokens)),
+        image_input_tokens = ifnull(image_input_tokens + excluded.image_input_tokens,
+                                    ifnull(image_input_tokens, excluded.image_input_tokens)),
+        image_output_tokens = ifnull(image_output_tokens + excluded.image_output_tokens,
+                                     ifnull(image_output_tokens, excluded.image_output_tokens)),
+        web_searches = ifnull(web_searches + excluded.web_searches,
+                              ifnull(web_searches, excluded.web_searches)),
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+END;
+
+-- A row that comes in already settled goes through pending, too.
+CREATE TRIGGER a_request_comes_settled AFTER INSERT ON requests
+WHEN NEW.outcome <> 'pending' BEGIN
+    UPDATE requests SET outcome = 'pending' WHERE request_id = NEW.request_id;
+    UPDATE requests SET outcome = NEW.outcome WHERE request_id = NEW.request_id;
+END;
+
+-- Nothing that money depends on is changed or deleted.
+CREATE TRIGGER settled_is_settled BEFORE UPDATE OF account_id, cost, month, price_id ON requests
+WHEN OLD.outcome <> 'pending' BEGIN SELECT RAISE(ABORT, 'a settled request can''t be changed'); END;
+CREATE TRIGGER prices_stay BEFORE UPDATE ON prices
+BEGIN SELECT RAISE(ABORT, 'a price can''t be changed, only superseded'); END;
+CREATE TRIGGER prices_are_kept BEFORE DELETE ON prices
+BEGIN SELECT RAISE(ABORT, 'a price can''t be deleted, only superseded'); END;
+CREATE TRIGGER payments_stay BEFORE UPDATE ON payments
+BEGIN SELECT RAISE(ABORT, 'a payment can''t be changed, only corrected by another'); END;
+CREATE TRIGGER payments_are_kept BEFORE DELETE ON payments
+BEGIN SELECT RAISE(ABORT, 'a payment can''t be deleted, only corrected by another'); END;

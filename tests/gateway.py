@@ -88,6 +88,8 @@ class Gateway:
         if "[server]" not in settings:
             settings = f"[server]\n{settings}"
         settings = settings.replace("[server]", f"[server]\nport = {self.port}", 1)
+        if "[billing]" not in settings:  # most tests are not about money
+            settings = f'{settings}\n[billing]\nunpriced_models = "free"\n'
         if "[[upstreams]]" not in settings:
             url, more = self._upstream
             settings += (

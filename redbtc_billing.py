@@ -1,0 +1,906 @@
+"""Billing: what requests cost, who may spend how much, and the account given of it.
+
+Rule 1. What has been billed is never worked out again. A settled row holds its cost and the price
+it came from; prices, payments and settled rows are only ever added (schema.sql has triggers against
+anything else), and their sums by day are kept in the transaction that adds them.
+
+Rule 2. Nobody overspends by being quick. Before a request leaves, the most that it can cost is held
+on its account and its key; check and hold are one step on the event loop, with nothing in between.
+Holds live in memory alone, so none outlives its request or the process.
+
+Rule 3. What an account has paid and spent is read from the database once, before its first request
+is settled by this process, and kept along from then on: what waits for the next commit is spent
+already. Payments are read again after each change, so that none counts twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import functools
+import re
+import sqlite3
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+import redbtc_ledger as ledger
+from redbtc_ledger import Change, Key, Record, Store, Usage
+from redbtc_settings import (
+    NANOS,
+    UNLIMITED,
+    Billing,
+    Conflict,
+    LedgerError,
+    NotFound,
+    day_of,
+    decimal,
+    iso_time,
+    month_of,
+    month_start,
+    months_after,
+    parse_limit,
+)
+
+DAY = 86_400_000  # milliseconds
+MINUTE = 60_000
+
+# ── Prices ───────────────────────────────────────────────────────────────────────────────────────
+# A price is for a pattern of models, a service tier, and requests above some number of input
+# tokens. Of all patterns that match a model the most specific has the say, alone. The tier is the
+# one that the response reports; one without a price of its own is billed as the default tier.
+
+DEFAULT_TIER = "default"
+TIER_NAMES = {"fast": "priority"}  # as requests name them, and the responses to those
+MILLION = 1_000_000
+MOST_RATE = 10_000_000 * NANOS  # for a million tokens: a row's cost fits into an INTEGER
+MOST_CALL_RATE = 10_000 * NANOS
+IN_USE = 90 * DAY  # a model that somebody asked for within this time is in use
+WILDCARD = re.compile(r"\[[^\]]*\]|[*?]")
+
+
+class Rates(NamedTuple):
+    """Nanos for a million tokens; for `web_search` nanos a call."""
+
+    input: int = 0
+    cached_input: int = 0
+    cache_write: int = 0
+    output: int = 0
+    image_input: int = 0
+    image_output: int = 0
+    web_search: int = 0
+
+
+class Price(Struct, frozen=True, dict=True):
+    """A row of the table of prices; schema.sql explains each field. A rate of None was not
+    given."""
+
+    model: str
+    tier: str = DEFAULT_TIER
+    above_input_tokens: int = 0
+    effective_at: int = 0
+    input: int | None = None
+    cached_input: int | None = None
+    cache_write: int | None = None
+    output: int | None = None
+    image_input: int | None = None
+    image_output: int | None = None
+    web_search: int | None = None
+    max_output_tokens: int | None = None
+    currency: str = "USD"
+    source: str | None = None
+    created_at: int = 0
+    added_by: str | None = None
+    reason: str | None = None
+    id: int = 0
+
+    @property
+    def slot(self) -> tuple[str, str, int]:
+        """What it is the price of: of two for the same the later supersedes the earlier."""
+        return self.model, self.tier, self.above_input_tokens
+
+    @functools.cached_property
+    def rates(self) -> Rates:
+        """All rates. What was not given: text in all its kinds and pictures cost as much as other
+        input, pictures as much as other output."""
+        into, out = self.input or 0, self.output or 0
+        return Rates(
+            input=into,
+            cached_input=into if self.cached_input is None else self.cached_input,
+            cache_write=into if self.cache_write is None else self.cache_write,
+            output=out,
+            image_input=into if self.image_input is None else self.image_input,
+            image_output=out if self.image_output is None else self.image_output,
+            web_search=self.web_search or 0,
+        )
+
+    def cost(self, usage: Usage, images: bool) -> int:
+        """Nanos of what was used, rounded half up: the only rounding there is. `images`: of an
+        image endpoint, whose image tokens are parts of its input and output; elsewhere they are
+        those of a tool and come on top."""
+        rates = self.rates
+        cached, written = usage.cached_input_tokens or 0, usage.cache_write_tokens or 0
+        image_in, image_out = usage.image_input_tokens or 0, usage.image_output_tokens or 0
+        text_in = (usage.input_tokens or 0) - cached - written - (image_in if images else 0)
+        text_out = (usage.output_tokens or 0) - (image_out if images else 0)
+        millionths = (
+            max(0, text_in) * rates.input
+            + cached * rates.cached_input
+            + written * rates.cache_write
+            + max(0, text_out) * rates.output
+            + image_in * rates.image_input
+            + image_out * rates.image_output
+        )
+        searches = (usage.web_searches or 0) * rates.web_search
+        return (millionths + MILLION // 2) // MILLION + searches
+
+    def most(self, input_tokens: int, output_tokens: int, images: bool) -> int:
+        """Nanos that so much can cost at most, whatever kind of tokens they turn out to be."""
+        rates = self.rates
+        into, out = max(rates.input, rates.cached_input, rates.cache_write), rates.output
+        if images:
+            into, out = max(into, rates.image_input), max(out, rates.image_output)
+        return -(-(input_tokens * into + output_tokens * out) // MILLION)
+
+
+class Tariff:
+    """The prices in force for a model, of all tiers and thresholds."""
+
+    def __init__(self, prices: Iterable[Price]) -> None:
+        self.tiers: dict[str, list[Price]] = {}  # the highest threshold first
+        for price in sorted(prices, key=lambda price: -price.above_input_tokens):
+            self.tiers.setdefault(price.tier, []).append(price)
+        self.max_output_tokens = self.tiers[DEFAULT_TIER][-1].max_output_tokens
+
+    def price(self, tier: str | None, input_tokens: int) -> Price:
+        """That of a response of this tier and so much input. Exactly the threshold is not above
+        it; above it, the whole request has the other rates."""
+        for name in (tier or DEFAULT_TIER, DEFAULT_TIER):
+            for price in self.tiers.get(name, ()):
+                if input_tokens > price.above_input_tokens or not price.above_input_tokens:
+                    return price
+        raise AssertionError("a tariff has a price of the default tier for any input")
+
+    def most(self, input_tokens: int, output_tokens: int, tier: str | None, images: bool) -> int:
+        """Nanos that a request can cost at most. `tier` is the one it asks for: it gets that or the
+        default one. Where it leaves the choice to the upstream, it may get any."""
+        chosen = self.tiers
+        if tier not in (None, "auto"):
+            wanted = {DEFAULT_TIER, TIER_NAMES.get(str(tier), str(tier))}
+            chosen = {name: prices for name, prices in self.tiers.items() if name in wanted}
+        return max(
+            price.most(input_tokens, output_tokens, images)
+            for prices in chosen.values()
+            for price in prices
+            if input_tokens > price.above_input_tokens or not price.above_input_tokens
+        )
+
+
+class PriceList:
+    """All prices, past, current and coming. It doesn't change: with more prices it is another."""
+
+    def __init__(self, prices: Iterable[Price] = ()) -> None:
+        self.prices = tuple(prices)
+        self._changes = sorted({price.effective_at for price in self.prices})
+        patterns: dict[str, list[Price]] = {}
+        for price in self.prices:
+            patterns.setdefault(price.model, []).append(price)
+        self._patterns = sorted(patterns.items(), key=lambda item: specificity(item[0]))
+        self._known: dict[tuple[str, int], Tariff | None] = {}
+
+    def tariff(self, model: str, at: int) -> Tariff | None:
+        """The prices in force for a model at a time, or None: it has none."""
+        known = model, bisect_right(self._changes, at)  # between two changes all stays as it is
+        if known not in self._known:
+            if len(self._known) >= 1000:  # clients choose the names
+                self._known.clear()
+            self._known[known] = self._find(model, at)
+        return self._known[known]
+
+    def _find(self, model: str, at: int) -> Tariff | None:
+        for pattern, prices in self._patterns:
+            if fnmatch.fnmatchcase(model, pattern):
+                in_force = latest(price for price in prices if price.effective_at <= at)
+                if (pattern, DEFAULT_TIER, 0) in in_force:
+                    return Tariff(in_force.values())
+        return None
+
+    def changes_from(self, at: int) -> Iterator[int]:
+        """The times from then on at which some price takes effect."""
+        return (change for change in self._changes if change >= at)
+
+    def has(self, new: Price) -> bool:
+        """Whether that is what its slot costs then, anyway."""
+        slot = (p for p in self.prices if p.slot == new.slot and p.effective_at <= new.effective_at)
+        old = latest(slot).get(new.slot)
+        return old is not None and (old.rates, old.max_output_tokens) == (
+            new.rates,
+            new.max_output_tokens,
+        )
+
+    def rows(self, now: int) -> list[Record]:
+        """All of them as JSON shows them, by model, tier, threshold and time."""
+        current = latest(price for price in self.prices if price.effective_at <= now).values()
+        rows = []
+        for price in sorted(self.prices, key=lambda price: (price.slot, price.effective_at)):
+            row = msgspec.structs.asdict(price)
+            for rate in Rates._fields:
+                row[rate] = None if row[rate] is None else decimal(row[rate])
+            for name in ("effective_at", "created_at"):
+                row[name] = iso_time(row[name])
+            coming = "coming" if price.effective_at > now else "past"
+            rows.append({**row, "status": "current" if price in current else coming})
+        return rows
+
+
+def specificity(pattern: str) -> tuple[bool, int, str]:
+    """Sorts patterns, the most specific first: names, then those with most of a name in them."""
+    literal = WILDCARD.sub("", pattern)
+    return literal != pattern, -len(literal), pattern
+
+
+def latest(prices: Iterable[Price]) -> dict[tuple[str, str, int], Price]:
+    """Of each slot the price that supersedes the others."""
+    ordered = sorted(prices, key=lambda price: (price.effective_at, price.id))
+    return {price.slot: price for price in ordered}
+
+
+def rises(before: Tariff | None, after: Tariff | None) -> list[str]:
+    """What costs more after than before, such as 'input 5 to 6', for each tier and threshold."""
+    if before is None or after is None:
+        return []
+    prices = [price for tariff in (before, after) for of in tariff.tiers.values() for price in of]
+    found = []
+    tiers = {price.tier for price in prices} - {DEFAULT_TIER}
+    for tier in (DEFAULT_TIER, *sorted(tiers)):
+        for above in sorted({price.above_input_tokens for price in prices}):
+            tokens = above + 1 if above else 0
+            old, new = before.price(tier, tokens), after.price(tier, tokens)
+            risen = [
+                f"{name.replace('_', ' ')} {decimal(a)} to {decimal(b)}"
+                for name, a, b in zip(Rates._fields, old.rates, new.rates, strict=True)
+                if b > a and not (getattr(old, name) is None and getattr(new, name) is None)
+            ]
+            where = [tier] * (tier != DEFAULT_TIER) + [f"above {above} input tokens"] * bool(above)
+            if risen:
+                found.append(", ".join(risen) + f" ({', '.join(where)})" * bool(where))
+    return found
+
+
+# ── Holds ────────────────────────────────────────────────────────────────────────────────────────
+
+SPENT_IN_ALL = """
+    SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0),
+           ifnull(sum(cost_units) FILTER (WHERE month = ?2), 0),
+           ifnull(sum(cost_nanos) FILTER (WHERE month = ?2), 0)
+      FROM usage_by_day WHERE account_id = ?1"""
+SPENT_BY_KEY = """
+    SELECT 0, 0, ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
+      FROM usage_by_day WHERE account_id = ?1 AND month = ?2 AND key_id = ?3"""
+PAID = """
+    SELECT ifnull(sum(units), 0), ifnull(sum(nanos), 0) FROM payments WHERE account_id = ?"""
+BUDGET_NOTICE = """
+    INSERT OR IGNORE INTO notices (id, kind, account_id, key_id, month, percent, text, effective_at,
+                                   created_at)
+    VALUES (?, 'budget', ?, ?, ?, ?, ?, ?, ?)"""
+BUDGET_PERCENTS = (50, 80, 100)
+
+
+def nanos_of(units: int, nanos: int) -> int:
+    """A sum of the database's two columns."""
+    return units * NANOS + nanos
+
+
+class Spent(LedgerError):
+    """Balance or budget don't allow what the request can cost."""
+
+
+class Purse:
+    """What an account or a key has paid, spent and holds, in nanos. `spent` is of `month`."""
+
+    __slots__ = ("cost", "held", "month", "paid", "spent", "told")
+
+    def __init__(self, month: str, cost: int, spent: int) -> None:
+        self.paid = 0
+        self.cost = cost
+        self.held = 0
+        self.month = month
+        self.spent = spent
+        self.told = 0  # the highest percentage of the month's budget that there is a notice of
+
+    def turn(self, month: str) -> None:
+        """It is that month now."""
+        if month != self.month:
+            self.month, self.spent, self.told = month, 0, 0
+
+
+class Allowance(NamedTuple):
+    """One thing that limits spending, and how much it leaves."""
+
+    what: str
+    left: int
+
+
+class Hold:
+    """What one request can cost, held on its account and its key from `with` to `settle`, or to the
+    end of `with`."""
+
+    def __init__(self, books: Books, key: Key, purses: tuple[Purse, Purse], most: int) -> None:
+        self._books = books
+        self._key = key
+        self._purses = purses
+        self._most = most
+        for purse in purses:
+            purse.held += most
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for purse in self._purses:
+            purse.held -= self._most
+        self._most = 0
+
+    def settle(self, cost: int, month: str) -> None:
+        """It has cost so much, which is on that month's statement."""
+        self.__exit__()
+        for purse in self._purses:
+            purse.turn(month)
+            purse.cost += cost
+            purse.spent += cost
+        account, own = self._purses
+        self._books.tell_of_budget(self._key, account, self._key.account_monthly_budget, None)
+        self._books.tell_of_budget(self._key, own, self._key.monthly_budget, self._key.id)
+
+
+# ── Books ────────────────────────────────────────────────────────────────────────────────────────
+
+PRICES = f"SELECT {', '.join(Price.__struct_fields__)} FROM prices ORDER BY id"
+ADD_PRICE = f"""
+    INSERT INTO prices ({", ".join(Price.__struct_fields__)})
+    VALUES ({", ".join("?" * len(Price.__struct_fields__))})"""
+CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"
+MODELS_USED = """
+    SELECT DISTINCT requested_model FROM usage_by_day WHERE day >= ?
+    UNION SELECT requested_model FROM requests WHERE outcome = 'pending'"""
+ADD_NOTICE = """
+    INSERT INTO notices (id, kind, text, effective_at, until, created_at, added_by)
+    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+NOTICE = """
+    SELECT notices.id, kind, accounts.name AS account, key_id, month, percent, text, effective_at,
+           until, notices.created_at, added_by, withdrawn_at, delivered_at
+      FROM notices LEFT JOIN accounts ON accounts.id = account_id"""
+NOTICES = NOTICE + " ORDER BY effective_at, notices.created_at, notices.id"
+NOTICE_BY_ID = NOTICE + " WHERE notices.id = ?"
+NOTICES_NOW = f"""{NOTICE}
+     WHERE (account_id IS NULL OR account_id = ?1) AND withdrawn_at IS NULL
+       AND ifnull(until, ?2 + 1) > ?2 ORDER BY effective_at, notices.created_at, notices.id"""
+UNDELIVERED = f"""{NOTICE}
+     WHERE kind = 'budget' AND delivered_at IS NULL AND notices.created_at > ?
+     ORDER BY notices.created_at, notices.id"""
+DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
+WITHDRAW = "UPDATE notices SET withdrawn_at = ifnull(withdrawn_at, ?) WHERE id = ?"
+PAYMENT = """
+    SELECT payments.id, accounts.name AS account, units, nanos, currency, reference, reason, month,
+           payments.created_at, added_by
+      FROM payments JOIN accounts ON accounts.id = account_id"""
+PAYMENTS = PAYMENT + " ORDER BY payments.created_at, payments.id"
+PAYMENTS_OF = PAYMENT + " WHERE account_id = ? ORDER BY payments.created_at, payments.id"
+PAYMENT_BY_ID = PAYMENT + " WHERE payments.id = ?"
+PAYMENT_BY_REFERENCE = PAYMENT + " WHERE account_id = ? AND reference = ?"
+ADD_PAYMENT = """
+    INSERT INTO payments (id, account_id, units, nanos, currency, reference, reason, month,
+                          created_at, added_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+NOTICE_TEXT = 4000  # characters
+
+
+def shown_payment(row: sqlite3.Row) -> Record:
+    """A payment as JSON shows it."""
+    record = ledger.shown(row)
+    record["amount"] = decimal(nanos_of(record.pop("units"), record.pop("nanos")))
+    return record
+
+
+def for_account(record: Record) -> Record:
+    """Without what only operators are shown."""
+    hidden = ("added_by", "delivered_at", "withdrawn_at")
+    return {name: value for name, value in record.items() if name not in hidden}
+
+
+class Books:
+    """The money of one gateway: shared by what serves requests and what people use."""
+
+    def __init__(self, store: Store, settings: Billing) -> None:
+        """`settings` may be replaced by others of the same currency."""
+        self.store = store
+        self.settings = settings
+        self.currency = settings.currency
+        self.prices = PriceList()
+        self.noticed = asyncio.Event()  # there is something for the webhook
+        self._purses: dict[str, Purse] = {}
+        self._changing_prices = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, store: Store, settings: Billing) -> Books:
+        """Raises LedgerError where the ledger's amounts are in another currency."""
+        books = cls(store, settings)
+        async for (currency,) in store.rows(CURRENCIES):
+            if currency != books.currency:
+                raise LedgerError(
+                    f"billing.currency is {books.currency}, but the ledger is in {currency}"
+                )
+        books.prices = PriceList([Price(**dict(row)) async for row in store.rows(PRICES)])
+        return books
+
+    def month(self) -> str:
+        """The one that it is for the ledger."""
+        return month_of(self.store.time())
+
+    # What a request can cost, and did
+
+    def tariff(self, model: str) -> Tariff | None:
+        """Its prices now."""
+        return self.prices.tariff(model, self.store.time())
+
+    def served(self, model: str) -> bool:
+        """Whether it may be served: without a price only where that is free."""
+        free = self.settings.unpriced_models == "free"
+        return free or self.tariff(model) is not None
+
+    def purse(self, account_id: str, key_id: str | None = None) -> Purse:
+        """That of an account, or of one of its keys. Raises LedgerUnavailable."""
+        month = self.month()
+        purse = self._purses.get(key_id or account_id)
+        if purse is None:
+            sql, values = (
+                (SPENT_BY_KEY, (account_id, month, key_id))
+                if key_id
+                else (SPENT_IN_ALL, (account_id, month))
+            )
+            found = self.store.look_up(sql, values) or (0, 0, 0, 0)
+            purse = Purse(month, nanos_of(*found[:2]), nanos_of(*found[2:]))
+            if key_id is None:
+                purse.paid = self._paid(account_id)
+            self._purses[key_id or account_id] = purse
+        purse.turn(month)
+        return purse
+
+    def _paid(self, account_id: str) -> int:
+        return nanos_of(*(self.store.look_up(PAID, (account_id,)) or (0, 0)))
+
+    def credit_limit(self, own: int | None) -> int:
+        """An account's own, else the settings'; in nanos, or UNLIMITED."""
+        return parse_limit(self.settings.default_credit_limit) if own is None else own
+
+    def allowances(self, key: Key) -> list[Allowance]:
+        """What limits the spending of a key; empty where nothing does."""
+        account, own = self.purse(key.account_id), self.purse(key.account_id, key.id)
+        found = []
+        credit = self.credit_limit(key.credit_limit)
+        if credit != UNLIMITED:
+            left = account.paid - account.cost + credit - account.held
+            found.append(Allowance("the account's balance", left))
+        if key.account_monthly_budget is not None:
+            left = key.account_monthly_budget - account.spent - account.held
+            found.append(Allowance("the account's monthly budget", left))
+        if key.monthly_budget is not None:
+            left = key.monthly_budget - own.spent - own.held
+            found.append(Allowance("the key's monthly budget", left))
+        return found
+
+    def hold(self, key: Key, most: Callable[[], int]) -> Hold:
+        """Hold what `most` says that a request can cost, where anything limits it. Raises Spent,
+        LedgerUnavailable."""
+        allowances = self.allowances(key)
+        held = most() if allowances else 0
+        for what, left in allowances:
+            if 0 < held > left:
+                raise Spent(
+                    f"This request can cost up to {decimal(held)} {self.currency}, "
+                    f"and of {what} {decimal(left)} is left."
+                )
+        purses = self.purse(key.account_id), self.purse(key.account_id, key.id)
+        return Hold(self, key, purses, held)
+
+    def tell_of_budget(
+        self, key: Key, purse: Purse, budget: int | None, key_id: str | None
+    ) -> None:
+        """Write a notice for each percentage of a budget that is reached and was not before."""
+        if not budget:
+            return
+        for percent in BUDGET_PERCENTS:
+            if percent > purse.told and purse.spent * 100 >= budget * percent:
+                purse.told = percent
+                whose = f"monthly budget of key {key_id}" if key_id else "monthly budget"
+                text = (
+                    f"{percent} % of the {whose} is spent: {decimal(purse.spent)} of "
+                    f"{decimal(budget)} {self.currency} in {purse.month}."
+                )
+                now = self.store.time()
+                values = (key.account_id, key_id, purse.month, percent, text, now, now)
+                written = self.store.record(
+                    BUDGET_NOTICE, (ledger.new_id("ntc"), *values), insist=True
+                )
+                written.add_done_callback(lambda _: self.noticed.set())
+
+    # Prices
+
+    async def add_prices(
+        self, prices: Sequence[Price], *, without_notice: str | None, added_by: str | None
+    ) -> Record:
+        """Add them all or none; what is so anyway is left out. `effective_at` of 0 is now. Raises
+        LedgerError for one that would change what has been used, and for a rise without the notice
+        that is due, unless `without_notice` says why."""
+        async with self._changing_prices:
+            now = self.store.time()
+            numbers = count(max((price.id for price in self.prices.prices), default=0) + 1)
+            new = [
+                msgspec.structs.replace(
+                    price,
+                    id=next(numbers),
+                    effective_at=price.effective_at or now,
+                    currency=self.currency,
+                    created_at=now,
+                    added_by=added_by,
+                    reason=without_notice,
+                )
+                for price in prices
+            ]
+            new = [price for price in new if not self.prices.has(price)]
+            _refuse_twice(new)
+            after = PriceList([*self.prices.prices, *new])
+            changes: list[Change] = [(ADD_PRICE, msgspec.structs.astuple(price)) for price in new]
+            changes += await self._notices_of_rises(new, after, now, without_notice, added_by)
+            if changes:
+                await self.store.transact(*changes)
+            self.prices = after
+        added = {price.id for price in new}
+        rows = [row for row in after.rows(now) if row["id"] in added]
+        return {"prices": rows, "added": len(new), "unchanged": len(prices) - len(new)}
+
+    async def _notices_of_rises(
+        self,
+        new: Sequence[Price],
+        after: PriceList,
+        now: int,
+        without_notice: str | None,
+        added_by: str | None,
+    ) -> list[Change]:
+        """The notices to write. Raises LedgerError as `add_prices` does."""
+        patterns = {price.model for price in new}
+        earliest = min((price.effective_at for price in new), default=now)
+        if earliest < now:
+            await self._refuse_the_past([price for price in new if price.effective_at < now])
+        used = {
+            model for model in await self._models_used(now - IN_USE) if matches(model, patterns)
+        }
+        priced = {price.model for price in after.prices if matches(price.model, patterns)}
+        settings = self.settings
+        due = now + settings.price_notice_days * DAY - MINUTE
+        notices: list[Change] = []
+        for at in after.changes_from(earliest):
+            lines = []
+            for model in sorted(patterns | used | priced, key=specificity):
+                before = self.prices.tariff(model, at)
+                if before is None and model in used and settings.unpriced_models == "free":
+                    before = FREE
+                risen = rises(before, after.tariff(model, at))
+                if risen and model in used and at < due and without_notice is None:
+                    raise LedgerError(
+                        f"{model} is in use and would cost more from {iso_time(at)}: "
+                        f"{'; '.join(risen)}. A rise needs {settings.price_notice_days} days of "
+                        "notice (billing.price_notice_days), or --without-notice with a --reason"
+                    )
+                if risen:
+                    lines.append(f"{model}: {'; '.join(risen)}")
+            if lines:
+                text = f"Prices rise ({self.currency} per million tokens). {'. '.join(lines)}."
+                until = max(at, now) + settings.price_notice_days * DAY
+                values = ("price", text[:NOTICE_TEXT], at, until, now, added_by)
+                notices.append((ADD_NOTICE, (ledger.new_id("ntc"), *values)))
+        return notices
+
+    async def _models_used(self, since: int) -> set[str]:
+        return {row[0] async for row in self.store.rows(MODELS_USED, (since // DAY,))}
+
+    async def _refuse_the_past(self, prices: Iterable[Price]) -> None:
+        """What was used has been billed: no price may say later that it cost something else."""
+        for price in prices:
+            for model in await self._models_used(price.effective_at):
+                if matches(model, {price.model}):
+                    raise LedgerError(
+                        f"{model} has been used since {iso_time(price.effective_at)}: its price "
+                        "then can't be changed any more; let it take effect now or later"
+                    )
+
+    # Payments
+
+    async def pay(
+        self,
+        account: Record,
+        amount: int,
+        *,
+        reference: str | None,
+        reason: str | None,
+        added_by: str | None,
+    ) -> Record:
+        """Write down a payment, once for each reference of an account; a refund is negative and
+        needs a reason. Raises Conflict where the reference was another amount's."""
+        if amount == 0:
+            raise LedgerError("a payment of 0 is none")
+        if amount < 0 and not reason:
+            raise LedgerError("a refund or correction (a negative amount) needs a reason")
+        purse, now, payment = self.purse(account["id"]), self.store.time(), ledger.new_id("pay")
+        values = (payment, account["id"], *divmod(amount, NANOS), self.currency, reference, reason)
+        try:
+            await self.store.transact((ADD_PAYMENT, (*values, month_of(now), now, added_by)))
+        except sqlite3.IntegrityError:
+            same = await self.store.one(PAYMENT_BY_REFERENCE, (account["id"], reference))
+            if same is None:
+                raise
+            known = shown_payment(same)
+            if known["amount"] != decimal(amount):
+                raise Conflict(
+                    f"there is a payment {reference!r} of {known['amount']} already"
+                ) from None
+            return known
+        finally:
+            purse.paid = self._paid(account["id"])
+        added = await self.store.one(PAYMENT_BY_ID, (payment,))
+        assert added is not None, "payments stay"
+        return shown_payment(added)
+
+    async def payments(self, account: Record | None) -> list[Record]:
+        """All, or an account's, oldest first."""
+        sql, values = (PAYMENTS_OF, (account["id"],)) if account else (PAYMENTS, ())
+        return [shown_payment(row) async for row in self.store.rows(sql, values)]
+
+    def balance(self, account_id: str, credit_limit: str | None, budget: str | None) -> Record:
+        """An account's money now, as JSON shows it; its limits as `ledger.shown` gives them."""
+        purse = self.purse(account_id)
+        limit = self.credit_limit(None if credit_limit is None else parse_limit(credit_limit))
+        balance = purse.paid - purse.cost
+        left = None if limit == UNLIMITED else balance + limit - purse.held
+        return {
+            "balance": decimal(balance),
+            "held": decimal(purse.held),
+            "credit_limit": "unlimited" if limit == UNLIMITED else decimal(limit),
+            "available": None if left is None else decimal(left),
+            "month": purse.month,
+            "spent_this_month": decimal(purse.spent),
+            "monthly_budget": budget,
+            "currency": self.currency,
+        }
+
+    # Notices
+
+    async def add_notice(
+        self, kind: str, text: str, effective_at: int, until: int | None, added_by: str | None
+    ) -> Record:
+        """Raises LedgerError where new terms would hold before the notice that is due."""
+        now, days = self.store.time(), self.settings.terms_notice_days
+        if kind == "terms" and effective_at < now + days * DAY - MINUTE:
+            raise LedgerError(
+                f"new terms need {days} days of notice (billing.terms_notice_days): "
+                f"{iso_time(effective_at)} is too early"
+            )
+        if until is not None and until <= effective_at:
+            raise LedgerError("a notice must take effect before it ends")
+        notice = ledger.new_id("ntc")
+        values = (notice, kind, text, effective_at, until, now, added_by)
+        await self.store.transact((ADD_NOTICE, values))
+        return await self.notice(notice)
+
+    async def notice(self, notice_id: str) -> Record:
+        """Raises NotFound."""
+        row = await self.store.one(NOTICE_BY_ID, (notice_id,))
+        if row is None:
+            raise NotFound(f"there is no notice {notice_id!r}; `notice list` shows their ids")
+        return ledger.shown(row)
+
+    async def withdraw_notice(self, notice_id: str) -> Record:
+        """Nobody is told it any more."""
+        await self.notice(notice_id)
+        await self.store.transact((WITHDRAW, (self.store.time(), notice_id)))
+        return await self.notice(notice_id)
+
+    async def notices(self) -> list[Record]:
+        """All there ever were, by when they take effect."""
+        return [ledger.shown(row) async for row in self.store.rows(NOTICES)]
+
+    async def notices_now(self, account_id: str | None = None) -> list[Record]:
+        """Those in force and coming: for all, and for one account."""
+        rows = self.store.rows(NOTICES_NOW, (account_id, self.store.time()))
+        return [for_account(ledger.shown(row)) async for row in rows]
+
+    async def undelivered(self, since: int) -> list[Record]:
+        """Notices of budgets that the webhook has not taken, oldest first."""
+        return [ledger.shown(row) async for row in self.store.rows(UNDELIVERED, (since,))]
+
+    async def delivered(self, notice_id: str) -> None:
+        """The webhook took it."""
+        await self.store.transact((DELIVERED, (self.store.time(), notice_id)))
+
+
+FREE = Tariff([Price("*")])
+
+
+def _refuse_twice(prices: Iterable[Price]) -> None:
+    known = set()
+    for price in prices:
+        if (price.slot, price.effective_at) in known:
+            raise LedgerError(f"{', '.join(map(str, price.slot))}: there are two prices of it")
+        known.add((price.slot, price.effective_at))
+
+
+def matches(model: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns is the model's, or is the model itself."""
+    return any(fnmatch.fnmatchcase(model, pattern) or model == pattern for pattern in patterns)
+
+
+# ── Usage ────────────────────────────────────────────────────────────────────────────────────────
+# Sums come from usage_by_day as far as whole days go, from the requests themselves at a range's two
+# ends and for what is in flight: a month of five million requests is a few hundred rows.
+
+TOKENS = Usage.__struct_fields__
+COUNTS = ("requests", "estimated", "unreported", *TOKENS)
+SUMS = ", ".join(f"sum({name}) AS {name}" for name in (*COUNTS, "cost_units", "cost_nanos"))
+GROUPS = {
+    "day": "day",
+    "model": "model",
+    "key": "key_id",
+    "account": "(SELECT name FROM accounts WHERE id = account_id) AS account",
+}
+OF_KEY_AND_MODEL = """
+       AND (:key IS NULL OR key_id = :key) AND (:model IS NULL OR {model} GLOB :model)"""
+IN_RANGE = "started_at >= {since} AND started_at < {until}" + OF_KEY_AND_MODEL.format(
+    model="ifnull(model, requested_model)"
+)
+OF_REQUESTS = f"""
+    SELECT account_id, key_id, ifnull(model, requested_model) AS model,
+           started_at / 86400000 AS day, 1 AS requests, usage_source = 'estimated' AS estimated,
+           usage_source = 'none' AND outcome <> 'pending' AS unreported, {", ".join(TOKENS)},
+           ifnull(cost / 1000000000, 0) AS cost_units, ifnull(cost % 1000000000, 0) AS cost_nanos
+      FROM requests"""
+FIGURES = f"""
+    {OF_REQUESTS} WHERE {{account}} outcome <> 'pending'
+       AND {IN_RANGE.format(since=":since", until=":days_since")}
+    UNION ALL
+    {OF_REQUESTS} WHERE {{account}} outcome <> 'pending'
+       AND {IN_RANGE.format(since=":days_until", until=":until")}
+    UNION ALL
+    {OF_REQUESTS} INDEXED BY requests_in_flight WHERE {{account}} outcome = 'pending'
+       AND {IN_RANGE.format(since=":since", until=":until")}
+    UNION ALL
+    SELECT account_id, key_id, model, day, {", ".join(COUNTS)}, cost_units, cost_nanos
+      FROM usage_by_day
+     WHERE {{account}} day >= :days_since / 86400000 AND day < :days_until / 86400000
+       {OF_KEY_AND_MODEL.format(model="model")}"""
+REQUESTS = f"""
+    SELECT * FROM (
+    SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
+           started_at, first_byte_ms, duration_ms, requests.status, outcome, usage_source,
+           {", ".join(TOKENS)}, service_tier, response_id, cost, price_id, month
+      FROM requests JOIN accounts ON accounts.id = requests.account_id
+     WHERE {{account}} {IN_RANGE.format(since=":since", until=":until")}
+     ORDER BY started_at DESC, request_id DESC LIMIT :limit)
+     ORDER BY started_at, request_id"""
+# With an account, an index of its own; the queries are the same.
+ONE, ALL = "account_id = :account AND", ""
+
+
+class Range(Struct, frozen=True):
+    """Which requests: of an account and a key (by id), a model (a shell pattern), from `since` up
+    to but without `until` (milliseconds). `limit` keeps the newest of them; -1: all."""
+
+    account: str | None = None
+    key: str | None = None
+    model: str | None = None
+    since: int = 0
+    until: int = 1 << 62
+    limit: int = -1
+
+    def values(self) -> dict[str, Any]:
+        """Bound to the queries above; the days that lie in it whole are those from `days_since` to
+        `days_until`."""
+        days_since = min(-(-self.since // DAY) * DAY, self.until)
+        days_until = max(self.until // DAY * DAY, days_since)
+        days = {"days_since": days_since, "days_until": days_until}
+        return msgspec.structs.asdict(self) | days
+
+    def of_account(self, sql: str) -> str:
+        """The query for one account or for all."""
+        return sql.format(account=ONE if self.account else ALL)
+
+
+async def requests_in(store: ledger.Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
+    """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
+    async for row in store.rows(wanted.of_account(REQUESTS), wanted.values()):
+        record = ledger.shown(row)
+        record["cost"] = None if record["cost"] is None else decimal(record["cost"])
+        record["currency"] = currency
+        yield record
+
+
+async def usage_by(
+    store: ledger.Reader, wanted: Range, names: Sequence[str], currency: str
+) -> list[Record]:
+    """Sums of the requests in a range for each combination of `names`, keys of GROUPS; for none of
+    them the one sum of all. A sum is null where no request has a number."""
+    labels = "".join(f"{GROUPS[name]}, " for name in names)
+    places = ", ".join(str(place + 1) for place in range(len(names)))
+    group = f"GROUP BY {places} ORDER BY {places}" if names else ""
+    sql = f"SELECT {labels}{SUMS} FROM ({wanted.of_account(FIGURES)}) {group}"
+    return [shown_sums(row, currency) async for row in store.rows(sql, wanted.values())]
+
+
+def shown_sums(row: Mapping[str, Any] | sqlite3.Row, currency: str) -> Record:
+    """Sums as JSON shows them."""
+    record = dict(row)
+    cost = nanos_of(record.pop("cost_units") or 0, record.pop("cost_nanos") or 0)
+    for name in ("requests", "estimated", "unreported"):
+        record[name] = record[name] or 0
+    if "day" in record:
+        record["day"] = day_of(record["day"])
+    return {**record, "cost": decimal(cost), "currency": currency}
+
+
+# ── Statements ───────────────────────────────────────────────────────────────────────────────────
+# An account's month. A request is on the statement of the month in which it ended, a payment on
+# that in which it was written down, by the ledger's time, which doesn't go back: once a month has
+# ended nothing is added to it.
+
+MONTHS_PAID = 3
+USAGE_OF_MONTH = f"""
+    SELECT day, model, {SUMS} FROM usage_by_day WHERE account_id = ? AND month = ?
+     GROUP BY day, model ORDER BY day, model"""
+SPENT_BEFORE = """
+    SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
+      FROM usage_by_day WHERE account_id = ? AND month < ?"""
+
+
+async def statement(books: Books, account: Record, month: str) -> Record:
+    """Raises LedgerError for a month that has not begun."""
+    store = books.store
+    end = month_start(months_after(month, 1))
+    now = await store.settle_time()
+    if month_start(month) > now:
+        raise LedgerError(f"{month} has not begun")
+    async with store.snapshot() as snapshot:
+        rows = [dict(row) async for row in snapshot.rows(USAGE_OF_MONTH, (account["id"], month))]
+        before = await snapshot.one(SPENT_BEFORE, (account["id"], month))
+        payments = [row async for row in snapshot.rows(PAYMENTS_OF, (account["id"],))]
+    paid: dict[str, int] = {}
+    for row in payments:
+        paid[row["month"]] = paid.get(row["month"], 0) + nanos_of(row["units"], row["nanos"])
+    cost = sum(nanos_of(row["cost_units"], row["cost_nanos"]) for row in rows)
+    assert before is not None, "a sum always has one row"
+    opening = sum(amount for of, amount in paid.items() if of < month) - nanos_of(*before)
+    lately = [months_after(month, -back) for back in reversed(range(MONTHS_PAID))]
+    sums = {name: _sum(row[name] for row in rows) for name in COUNTS}
+    return {
+        "account": account["name"],
+        "account_id": account["id"],
+        "month": month,
+        "closed": end <= now,
+        "currency": books.currency,
+        "opening_balance": decimal(opening),
+        "usage": [shown_sums(row, books.currency) for row in rows],
+        "payments": [for_account(shown_payment(row)) for row in payments if row["month"] == month],
+        "totals": {
+            **shown_sums({**sums, "cost_units": 0, "cost_nanos": cost}, books.currency),
+            "paid": decimal(paid.get(month, 0)),
+        },
+        "closing_balance": decimal(opening + paid.get(month, 0) - cost),
+        "paid_last_three_months": decimal(sum(paid.get(of, 0) for of in lately)),
+        "paid_by_month": {of: decimal(paid.get(of, 0)) for of in lately},
+    }
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) if numbers else None

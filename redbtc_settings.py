@@ -1,0 +1,425 @@
+"""What everything else stands on: errors, times, amounts of money, and config.toml."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import os
+import re
+import sys
+import time
+import tomllib
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+HERE = Path(__file__).resolve().parent
+INSTALLED = Path(sys.prefix) / "share" / "redbtc-proxy"  # where the package puts its other files
+
+
+def shipped(name: str) -> Path:
+    """A file that comes with the program: beside this one, or where the package was installed."""
+    return (HERE if (HERE / name).exists() else INSTALLED) / name
+
+
+class LedgerError(Exception):
+    """What was asked for can't be done; the message says why in one line, fit for a user."""
+
+
+class NotFound(LedgerError):
+    """There is no such account or key."""
+
+
+class Conflict(LedgerError):
+    """It exists already, or it is in a state that doesn't allow this."""
+
+
+class LedgerUnavailable(LedgerError):
+    """The database can't be read or written now; it will be tried again."""
+
+
+# ── Times ────────────────────────────────────────────────────────────────────────────────────────
+# The ledger's clock is the wall clock in milliseconds. Limits and timeouts use the monotonic clock.
+
+RELATIVE_TIME = re.compile(r"(\d{1,9})(s|m|h|d|w)")
+MONTH = re.compile(r"(19[7-9]|[2-9][0-9]{2})[0-9]-(0[1-9]|1[0-2])")
+SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def now_ms() -> int:
+    """The wall clock, in milliseconds since 1970 UTC."""
+    return time.time_ns() // 1_000_000
+
+
+def iso_time(milliseconds: int | None) -> str | None:
+    """2026-11-23T10:47:00.123Z, as reports and JSON show times."""
+    if milliseconds is None:
+        return None
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{_iso_second(seconds)}.{rest:03d}Z"
+
+
+@functools.lru_cache(1000)
+def _iso_second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
+
+
+def parse_duration(text: str) -> int:
+    """Milliseconds of '90s', '15m', '24h', '30d' or '2w'. Raises LedgerError."""
+    match = RELATIVE_TIME.fullmatch(text.strip())
+    if not match:
+        raise LedgerError(f"{text!r} is not a duration; write it like 90s, 15m, 24h, 30d or 2w")
+    return int(match[1]) * SECONDS_IN[match[2]] * 1000
+
+
+def parse_time(text: str, *, relative_to_past: bool) -> int:
+    """Milliseconds since 1970 of an ISO 8601 time (UTC where it names no zone) or of a duration
+    ('24h'), which counts back from now or forward. Raises LedgerError."""
+    if RELATIVE_TIME.fullmatch(text.strip()):
+        distance = parse_duration(text)
+        return now_ms() - distance if relative_to_past else now_ms() + distance
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise LedgerError(
+            f"{text!r} is not a time; write ISO 8601 (2026-11-23T10:00:00Z) or a duration (24h)"
+        ) from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+
+
+@functools.lru_cache(100)
+def _month_of_hour(hours: int) -> str:
+    return f"{datetime.fromtimestamp(hours * 3600, UTC):%Y-%m}"
+
+
+def month_of(milliseconds: int) -> str:
+    """The calendar month in UTC, such as 2026-11."""
+    return _month_of_hour(milliseconds // 3_600_000)
+
+
+def parse_month(text: str) -> str:
+    """'2026-11', where that is a month. Raises LedgerError."""
+    if not MONTH.fullmatch(text):
+        raise LedgerError(f"{text!r} is not a month; write it like 2026-11")
+    return text
+
+
+def month_start(month: str) -> int:
+    """Its first instant, in milliseconds since 1970 UTC."""
+    return parse_time(f"{month}-01", relative_to_past=True)
+
+
+def months_after(month: str, months: int) -> str:
+    """The month so many after that one; before it where that is negative."""
+    year, number = divmod(int(month[:4]) * 12 + int(month[5:]) - 1 + months, 12)
+    return f"{year:04}-{number + 1:02}"
+
+
+def day_of(days: int) -> str:
+    """2026-11-23, of days since 1970."""
+    return f"{datetime.fromtimestamp(days * 86400, UTC):%Y-%m-%d}"
+
+
+# ── Amounts ──────────────────────────────────────────────────────────────────────────────────────
+# An amount of money is an integer of nanos: thousand-millionths of the currency's unit. Python's
+# integers have no bound, so no sum is ever rounded or overflows. Outside it is a decimal string,
+# never a float. In the database one request's cost is one INTEGER of nanos; a sum, and a payment,
+# is two, whole units and the nanos beyond them, since 2^63 nanos are only 9.2 thousand million
+# units, which is not much in some currencies. A price is an amount for a million tokens. The only
+# rounding there is: the cost of one request is rounded to nanos, half up (Price.cost).
+
+NANOS = 1_000_000_000
+UNLIMITED = -1  # as a credit limit
+AMOUNT = re.compile(r"([+-]?)([0-9]{1,18})(?:\.([0-9]{1,9}))?")
+MOST_LIMIT = 9_000_000_000 * NANOS  # of a credit limit or a budget: it fits into an INTEGER
+
+
+def parse_amount(text: str) -> int:
+    """Nanos of a decimal string: up to 18 digits, and 9 after the point. Raises LedgerError."""
+    match = AMOUNT.fullmatch(text.strip())
+    if not match:
+        raise LedgerError(
+            f"{text!r} is not an amount; write it like 12.50 (at most 9 digits after the point)"
+        )
+    sign, units, fraction = match.groups()
+    nanos = int(units) * NANOS + int((fraction or "0").ljust(9, "0"))
+    return -nanos if sign == "-" else nanos
+
+
+def decimal(nanos: int, digits: int = 0) -> str:
+    """The decimal string of an amount, exactly; at least so many digits after the point."""
+    units, rest = divmod(abs(nanos), NANOS)
+    fraction = f"{rest:09}".rstrip("0").ljust(digits, "0")
+    return f"{'-' * (nanos < 0)}{units}{'.' * bool(fraction)}{fraction}"
+
+
+@functools.lru_cache(1000)
+def parse_limit(text: str) -> int:
+    """Nanos of a credit limit or budget, or UNLIMITED for 'unlimited'. Raises LedgerError."""
+    if text == "unlimited":
+        return UNLIMITED
+    limit = parse_amount(text)
+    if not 0 <= limit <= MOST_LIMIT:
+        raise LedgerError(f"{text!r}: a limit is 'unlimited' or from 0 to {decimal(MOST_LIMIT)}")
+    return limit
+
+
+def shown_limit(limit: int | None) -> str | None:
+    """The opposite of parse_limit."""
+    return "unlimited" if limit == UNLIMITED else None if limit is None else decimal(limit)
+
+
+# ── Settings ─────────────────────────────────────────────────────────────────────────────────────
+# config.toml, strictly: an unknown key, a wrong type or a value out of range is an error that names
+# the key's full path, what was found and what is allowed. The defaults below are the documented
+# ones; config.toml beside this file explains each.
+
+Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Variable = Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
+Url = Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")]
+MOST_TOKENS = 100_000_000  # no request has more: what claims so is no count of tokens
+Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
+
+
+class Table(Struct, forbid_unknown_fields=True, frozen=True):
+    """A table of the settings file."""
+
+
+class Server(Table, frozen=True):
+    """[server]: what listens, and what a request may cost before it is read."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    public_url: Url = "http://127.0.0.1:8080"
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1",)
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=4 << 30)] = 104_857_600
+    body_timeout_seconds: Seconds = 60
+    drain_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Database(Table, frozen=True):
+    """[database]"""
+
+    path: Annotated[str, Meta(min_length=1)] = "redbtc.db"
+    synchronous: Literal["full", "normal"] = "full"
+
+
+class UpstreamSettings(Table, frozen=True):
+    """[[upstreams]]: where requests may go. `weight` shares among those of equal `priority`."""
+
+    name: Name = "openai"
+    base_url: Url = "https://api.openai.com/v1"
+    api_key_env: Variable = "OPENAI_API_KEY"
+    models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("*",)
+    priority: Count = 1
+    weight: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    max_concurrency: Count = 0
+    connect_timeout_seconds: Seconds = 5
+    first_byte_timeout_seconds: Seconds = 600
+    idle_timeout_seconds: Seconds = 300
+    total_timeout_seconds: Seconds = 3600
+    transport: Literal["asyncio", "httpx"] = "asyncio"
+    proxy: Proxy = ""
+
+
+class AccountLimits(Table, frozen=True):
+    """[limits.account]: an account's limits unless set on it; 0: none."""
+
+    concurrency: Count = 8
+    requests_per_minute: Count = 0
+    tokens_per_minute: Count = 0
+
+
+class Limits(Table, frozen=True):
+    """[limits]: all accounts together; 0: none."""
+
+    concurrency: Count = 0
+    requests_per_minute: Count = 0
+    tokens_per_minute: Count = 0
+    queue_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10
+    account: AccountLimits = AccountLimits()
+
+
+class Metering(Table, frozen=True):
+    """[metering]"""
+
+    include_usage: Literal["add", "client"] = "add"
+    on_disconnect: Literal["drain", "cancel"] = "drain"
+    drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 15
+
+
+class Billing(Table, frozen=True):
+    """[billing]. The webhook gets notices of budgets, signed as Standard Webhooks are."""
+
+    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] = "USD"
+    price_notice_days: Annotated[int, Meta(ge=0, le=3650)] = 30
+    terms_notice_days: Annotated[int, Meta(ge=0, le=3650)] = 14
+    default_credit_limit: Annotated[str, Meta(pattern=r"^(unlimited|\d+(\.\d+)?)$")] = "unlimited"
+    unpriced_models: Literal["refuse", "free"] = "refuse"
+    hold_output_tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] = 128_000
+    webhook_url: Annotated[str, Meta(pattern=r"^(https?://[^\s/?#]+[^\s#]*)?$")] = ""
+    webhook_secret_env: Variable = ""
+
+
+class Retention(Table, frozen=True):
+    """[retention]"""
+
+    request_log_days_max: Count = 30
+    usage_days: Count = 0
+    terminated_account_days: Count = 30
+
+
+class Metrics(Table, frozen=True):
+    """[metrics]: with an empty `token_env` only loopback may read them."""
+
+    token_env: Variable = ""
+
+
+class Settings(Table, frozen=True):
+    """All of config.toml."""
+
+    server: Server = Server()
+    database: Database = Database()
+    upstreams: Annotated[tuple[UpstreamSettings, ...], Meta(min_length=1)] = (UpstreamSettings(),)
+    limits: Limits = Limits()
+    metering: Metering = Metering()
+    billing: Billing = Billing()
+    retention: Retention = Retention()
+    metrics: Metrics = Metrics()
+
+
+# Accepted now, used by what is still to come; `check` says so for each that is not at its default.
+WITHOUT_EFFECT = [
+    "server.public_url",
+    "upstreams.max_concurrency",
+    "retention.request_log_days_max",
+    "retention.usage_days",
+    "retention.terminated_account_days",
+]
+
+
+class SettingsError(LedgerError):
+    """The settings file is missing, unreadable or wrong."""
+
+
+class Loaded(NamedTuple):
+    """Settings as read, the file they came from (None: the defaults), the folder where relative
+    paths start, and the keys in it that have no effect yet."""
+
+    settings: Settings
+    file: Path | None
+    folder: Path
+    without_effect: list[str]
+
+    @property
+    def database_path(self) -> Path:
+        return self.folder / self.settings.database.path
+
+
+def load_settings(path: str | None) -> Loaded:
+    """Settings from `path`, else from $REDBTC_CONFIG, else from config.toml beside this script,
+    else the defaults. Raises SettingsError with one line that says what is wrong and where."""
+    beside = HERE / "config.toml"
+    chosen = path or os.environ.get("REDBTC_CONFIG") or (str(beside) if beside.exists() else None)
+    if chosen is None:
+        return Loaded(Settings(), None, Path.cwd(), [])
+    file = Path(chosen).absolute()
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: not TOML: {error}") from None
+    try:
+        settings = parse_settings(tables)
+    except SettingsError as error:
+        raise SettingsError(f"{file}: {error}") from None
+    unused = [key for key in WITHOUT_EFFECT if _value(settings, key) != _value(Settings(), key)]
+    return Loaded(settings, file, file.parent, unused)
+
+
+def parse_settings(tables: Mapping[str, Any]) -> Settings:
+    """Settings out of parsed TOML. Raises SettingsError."""
+    try:
+        settings = msgspec.convert(tables, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(_explain(str(error), tables)) from None
+    names = [upstream.name for upstream in settings.upstreams]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(f"upstreams.name: {name!r} stands twice; each needs its own name")
+    for proxy in settings.server.trusted_proxies:
+        try:
+            ipaddress.ip_network(proxy, strict=False)
+        except ValueError:
+            raise SettingsError(
+                f"server.trusted_proxies: found {proxy!r}; allowed are IP addresses and networks"
+            ) from None
+    for upstream in settings.upstreams:
+        if not _is_url(upstream.base_url):
+            raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; no such URL")
+        if upstream.proxy and upstream.transport != "httpx":
+            raise SettingsError('upstreams.proxy: needs transport = "httpx"')
+    _check_billing(settings.billing)
+    return settings
+
+
+def _check_billing(billing: Billing) -> None:
+    try:
+        parse_limit(billing.default_credit_limit)
+    except LedgerError as error:
+        raise SettingsError(f"billing.default_credit_limit: {error}") from None
+    if billing.webhook_url and not (billing.webhook_secret_env and _is_url(billing.webhook_url)):
+        raise SettingsError("billing.webhook_url: needs to be a URL, and webhook_secret_env beside")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return bool(urlsplit(text).hostname) and urlsplit(text).port != 0
+    except ValueError:
+        return False
+
+
+def _value(settings: Any, key: str) -> Any:
+    first, _, rest = key.partition(".")
+    value = getattr(settings, first)
+    if isinstance(value, tuple) and rest:
+        return {_value(table, rest) for table in value}
+    return _value(value, rest) if rest else value
+
+
+def _explain(message: str, tables: Mapping[str, Any]) -> str:
+    """msgspec's message, turned round: the key's path, what was found, what is allowed."""
+    what, _, place = message.partition(" - at `$")
+    path = place.rstrip("`").lstrip(".")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
+    if unknown:
+        key = f"{path}.{unknown[1]}".lstrip(".")
+        return f"{key}: unknown key; allowed here are {', '.join(_keys_at(path))}"
+    found: Any = tables
+    for step in re.findall(r"[^.\[\]]+", path):
+        index = int(step) if isinstance(found, list) and step.isdigit() else step
+        try:
+            found = found[index]
+        except (KeyError, IndexError, TypeError):
+            break
+    shown = "something else" if path.endswith("_env") else repr(found)  # it may be the secret
+    return f"{path or 'settings'}: found {shown}; {what[0].lower()}{what[1:]}"
+
+
+def _keys_at(path: str) -> list[str]:
+    table: Any = Settings()
+    for step in re.findall(r"[^.\[\]]+", path):
+        table = table[0] if step.isdigit() or step == "..." else getattr(table, step)
+    table = table[0] if isinstance(table, tuple) else table
+    return list(table.__struct_fields__)
