@@ -60,7 +60,7 @@ MILLION = 1_000_000
 MOST_RATE = 10_000_000 * NANOS  # for a million tokens: a row's cost fits into an INTEGER
 MOST_CALL_RATE = 10_000 * NANOS
 IN_USE = 90 * DAY  # a model that somebody asked for within this time is in use
-WILDCARD = re.compile(r"\[[^\]]*\]|[*?]")
+ONE_CHARACTER = re.compile(r"\[[^\]]+\]|\?")  # what stands in a pattern for exactly one
 
 
 class Rates(NamedTuple):
@@ -237,10 +237,10 @@ class PriceList:
         return rows
 
 
-def specificity(pattern: str) -> tuple[bool, int, str]:
+def specificity(pattern: str) -> tuple[bool, int, int, str]:
     """Sorts patterns, the most specific first: names, then those with most of a name in them."""
-    literal = WILDCARD.sub("", pattern)
-    return literal != pattern, -len(literal), pattern
+    literal, ones = ONE_CHARACTER.subn("", pattern.replace("*", ""))
+    return literal != pattern, -len(literal), -ones, pattern
 
 
 def latest(prices: Iterable[Price]) -> dict[tuple[str, str, int], Price]:
@@ -784,7 +784,8 @@ REQUESTS = f"""
     SELECT * FROM (
     SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
            started_at, first_byte_ms, duration_ms, requests.status, outcome, usage_source,
-           {", ".join(TOKENS)}, service_tier, response_id, cost, price_id, month
+           {", ".join(TOKENS)}, service_tier, response_id, cost, :currency AS currency, price_id,
+           month
       FROM requests JOIN accounts ON accounts.id = requests.account_id
      WHERE {{account}} {IN_RANGE.format(since=":since", until=":until")}
      ORDER BY started_at DESC, request_id DESC LIMIT :limit)
@@ -819,10 +820,10 @@ class Range(Struct, frozen=True):
 
 async def requests_in(store: ledger.Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
     """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
-    async for row in store.rows(wanted.of_account(REQUESTS), wanted.values()):
+    values = {**wanted.values(), "currency": currency}
+    async for row in store.rows(wanted.of_account(REQUESTS), values):
         record = ledger.shown(row)
         record["cost"] = None if record["cost"] is None else decimal(record["cost"])
-        record["currency"] = currency
         yield record
 
 

@@ -14,6 +14,7 @@ from gateway import ROOT, Gateway
 from upstream import Upstream
 
 import redbtc_ledger as ledger
+from redbtc_settings import Settings, load_settings
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -135,6 +136,8 @@ def test_usage(gateway: Gateway, upstream: Upstream) -> None:
         "response_id",
         "cost",
         "currency",
+        "price_id",
+        "month",
     ]
     assert len(gateway.cli("usage", "--account", "a")["requests"]) == 3
     key_id = found["requests"][-1]["key_id"]
@@ -185,10 +188,10 @@ def test_wrong_settings_stop_the_start(
 
 
 def test_check_names_what_has_no_effect_yet(make_gateway: MakeGateway) -> None:
-    gateway = make_gateway('[billing]\nunpriced_models = "refuse"')
+    gateway = make_gateway('public_url = "http://api.example.com"')
     found = gateway.cli("check")
     assert found["ok"]
-    assert found["notes"] == ["billing.unpriced_models: accepted, but has no effect yet"]
+    assert found["notes"] == ["server.public_url: accepted, but has no effect yet"]
     gateway.start()
     assert gateway.cli("check")["ok"]
     gateway._env.pop("TEST_UPSTREAM_KEY")
@@ -199,10 +202,10 @@ def test_check_names_what_has_no_effect_yet(make_gateway: MakeGateway) -> None:
 
 def test_the_settings_file_shows_every_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REDBTC_CONFIG", raising=False)
-    assert ledger.load_settings(str(ROOT / "config.toml")).settings == ledger.Settings()
+    assert load_settings(str(ROOT / "config.toml")).settings == Settings()
     text = (ROOT / "config.toml").read_text()
     names = re.findall(r"^(\w+) =", text, re.MULTILINE)
-    settings = ledger.Settings()
+    settings = Settings()
     tables = [getattr(settings, name) for name in settings.__struct_fields__]
     tables = [table[0] if isinstance(table, tuple) else table for table in tables]
     known = [

@@ -50,7 +50,7 @@ def test_a_json_answer_is_the_same_byte_for_byte_and_metered(
     assert (row["service_tier"], row["response_id"]) == ("default", "resp_1")
     assert (row["account"], row["upstream"]) == ("test", "test")
     assert (row["status"], row["endpoint"]) == (200, "/v1/responses")
-    assert (row["cost"], row["currency"]) == (None, "USD")
+    assert (row["cost"], row["currency"]) == ("0", "USD")
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])

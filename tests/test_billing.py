@@ -1,0 +1,973 @@
+"""Promise 8: cost is exact. Money by property, against models written independently here: with
+fractions and plain lists, knowing nothing of nanos, rollups or caches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fnmatch
+import random
+import sqlite3
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+import redbtc_billing as billing
+import redbtc_ledger as ledger
+from redbtc_billing import Books, Hold, Price, PriceList, Range, Spent
+from redbtc_ledger import Accounts, Key, Row, Store, Usage
+from redbtc_settings import (
+    NANOS,
+    Billing,
+    Conflict,
+    LedgerError,
+    decimal,
+    month_of,
+    month_start,
+    months_after,
+    parse_amount,
+)
+
+HOUR = 3_600_000
+DAY = 24 * HOUR
+START = int(datetime(2026, 11, 23, tzinfo=UTC).timestamp() * 1000)
+
+# ── Amounts ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.integers(-(10**27) + 1, 10**27 - 1))
+def test_an_amount_is_its_decimal_string_exactly(nanos: int) -> None:
+    assert parse_amount(decimal(nanos)) == nanos
+    assert Fraction(decimal(nanos)) == Fraction(nanos, 10**9)
+    assert parse_amount(decimal(nanos, 2)) == nanos
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "-", ".5", "5.", "1e3", "1,000", "0.0000000001", "NaN", "١", "1 0", "0x1", "9" * 19],
+)
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(LedgerError, match="is not an amount"):
+        parse_amount(text)
+
+
+@given(st.integers(0, 4000), st.integers(-40, 40))
+def test_months(number: int, distance: int) -> None:
+    month = f"{1970 + number // 12}-{number % 12 + 1:02}"
+    assume(number + distance >= 0)
+    assert months_after(months_after(month, distance), -distance) == month
+    assert month_of(month_start(month)) == month
+    assert month_of(month_start(months_after(month, 1)) - 1) == month
+
+
+# ── Costs ────────────────────────────────────────────────────────────────────────────────────────
+
+rates = st.none() | st.integers(0, billing.MOST_RATE) | st.sampled_from([0, NANOS, 37_500_000])
+tokens = st.none() | st.integers(0, 10**8) | st.integers(0, 100)
+
+
+@st.composite
+def usages(draw: st.DrawFn) -> Usage:
+    """As the meter lets them through: parts are not more than their whole."""
+    into, out = draw(tokens), draw(tokens)
+    cached = draw(st.none() | st.integers(0, into)) if into else None
+    written = draw(st.none() | st.integers(0, into - (cached or 0))) if into else None
+    return Usage(
+        input_tokens=into,
+        cached_input_tokens=cached,
+        cache_write_tokens=written,
+        output_tokens=out,
+        image_input_tokens=draw(tokens),
+        image_output_tokens=draw(tokens),
+        web_searches=draw(st.none() | st.integers(0, 100_000)),
+    )
+
+
+@st.composite
+def prices(draw: st.DrawFn, **fixed: Any) -> Price:
+    given_rates = {name: draw(rates) for name in billing.Rates._fields[:-1]}
+    call = draw(st.none() | st.integers(0, billing.MOST_CALL_RATE))
+    return Price(**{"model": "m", "web_search": call, **given_rates, **fixed})
+
+
+def first(*values: int | None) -> int:
+    return next((value for value in values if value is not None), 0)
+
+
+def cost_by_hand(price: Price, usage: Usage, images: bool) -> int:
+    """PROTOCOL.md section 7, with fractions of a currency unit; rounded once, half up."""
+    million = Fraction(1, 10**6)
+    cached, written = first(usage.cached_input_tokens), first(usage.cache_write_tokens)
+    text, said = first(usage.input_tokens), first(usage.output_tokens)
+    seen, drawn = first(usage.image_input_tokens), first(usage.image_output_tokens)
+    if images:
+        text, said = text - seen, said - drawn
+    parts = [
+        (max(0, text - cached - written), first(price.input)),
+        (cached, first(price.cached_input, price.input)),
+        (written, first(price.cache_write, price.input)),
+        (max(0, said), first(price.output)),
+        (seen, first(price.image_input, price.input)),
+        (drawn, first(price.image_output, price.output)),
+    ]
+    exact = sum((count * rate * million for count, rate in parts), Fraction(0))
+    rounded = (exact + Fraction(1, 2)).__floor__()
+    return rounded + first(usage.web_searches) * first(price.web_search)
+
+
+@given(prices(), usages(), st.booleans())
+def test_a_cost_is_what_a_model_with_fractions_says(
+    price: Price, usage: Usage, images: bool
+) -> None:
+    cost = price.cost(usage, images)
+    assert cost == cost_by_hand(price, usage, images)
+    assert 0 <= cost < 2**63  # it fits into a column
+
+
+@given(st.data(), prices(), st.integers(0, 10**6), st.integers(0, 10**6), st.booleans())
+def test_no_usage_within_the_bounds_costs_more_than_is_held(
+    data: st.DataObject, price: Price, into: int, out: int, images: bool
+) -> None:
+    used = data.draw(st.integers(0, into))
+    cached = data.draw(st.integers(0, used))
+    seen = data.draw(st.integers(0, used - cached)) if images else None
+    said = data.draw(st.integers(0, out))
+    usage = Usage(
+        input_tokens=used,
+        cached_input_tokens=cached,
+        cache_write_tokens=data.draw(st.integers(0, used - cached - (seen or 0))),
+        output_tokens=said,
+        image_input_tokens=seen,
+        image_output_tokens=data.draw(st.integers(0, said)) if images else None,
+    )
+    assert price.cost(usage, images) <= price.most(into, out, images)
+
+
+# ── Prices ───────────────────────────────────────────────────────────────────────────────────────
+
+MODELS = ["gpt-5.5", "gpt-5.5-mini", "gpt-5.5-2026-04-01", "gpt-6", "o"]
+PATTERNS = ["*", "gpt-*", "gpt-5.5*", "gpt-5.5-20??-*", "gpt-5.5", "gpt-[67]", "o"]
+rows_of_prices = st.lists(
+    st.builds(
+        Price,
+        model=st.sampled_from(PATTERNS),
+        tier=st.sampled_from(["default", "default", "flex", "priority"]),
+        above_input_tokens=st.sampled_from([0, 0, 1000, 5000]),
+        effective_at=st.integers(0, 6),
+        input=st.integers(0, 9),
+    ),
+    max_size=12,
+).map(lambda rows: [_numbered(row, number + 1) for number, row in enumerate(rows)])
+
+
+def _numbered(price: Price, number: int) -> Price:
+    values = {name: getattr(price, name) for name in price.__struct_fields__}
+    return Price(**{**values, "id": number})
+
+
+def price_by_hand(
+    rows: list[Price], model: str, at: int, tier: str, input_tokens: int
+) -> Price | None:
+    """By elimination, one rule after the other."""
+    in_force = [
+        row
+        for row in rows
+        if row.effective_at <= at
+        and not any(
+            (other.model, other.tier, other.above_input_tokens)
+            == (row.model, row.tier, row.above_input_tokens)
+            and row.effective_at <= other.effective_at <= at
+            and (other.effective_at, other.id) > (row.effective_at, row.id)
+            for other in rows
+        )
+    ]
+    patterns = {
+        row.model
+        for row in in_force
+        if fnmatch.fnmatchcase(model, row.model)
+        and row.tier == "default"
+        and row.above_input_tokens == 0
+    }
+    if not patterns:
+        return None
+    lengths = {"*": 0, "gpt-*": 4, "gpt-5.5*": 7, "gpt-5.5-20??-*": 11, "gpt-[67]": 4.5}
+    best = max(patterns, key=lambda pattern: lengths.get(pattern, 100.0))
+    for wanted in (tier, "default"):
+        bands = [
+            row
+            for row in in_force
+            if row.model == best
+            and row.tier == wanted
+            and (row.above_input_tokens == 0 or input_tokens > row.above_input_tokens)
+        ]
+        if bands:
+            return max(bands, key=lambda row: row.above_input_tokens)
+    return None
+
+
+@settings(max_examples=400)
+@given(
+    rows_of_prices,
+    st.sampled_from(MODELS),
+    st.integers(0, 7),
+    st.sampled_from(["default", "flex", "priority", "scale", "auto"]),
+    st.sampled_from([0, 1, 1000, 1001, 5000, 5001]),
+)
+def test_the_price_of_a_request_is_what_a_model_by_elimination_says(
+    rows: list[Price], model: str, at: int, tier: str, input_tokens: int
+) -> None:
+    tariff = PriceList(rows).tariff(model, at)
+    expected = price_by_hand(rows, model, at, tier, input_tokens)
+    assert (tariff.price(tier, input_tokens) if tariff else None) == expected
+
+
+def test_exactly_the_threshold_is_the_short_rate() -> None:
+    table = PriceList([Price("m", input=1), Price("m", above_input_tokens=272_000, input=2, id=1)])
+    tariff = table.tariff("m", 0)
+    assert tariff is not None
+    assert tariff.price("default", 272_000).input == 1
+    assert tariff.price("default", 272_001).input == 2
+    assert tariff.price(None, 272_001).input == 2
+
+
+def test_what_is_held_depends_on_the_tier_asked_for() -> None:
+    tiers = {"default": 2, "flex": 1, "priority": 4}
+    table = PriceList(
+        Price("m", tier=tier, input=rate * NANOS, id=rate) for tier, rate in tiers.items()
+    )
+    tariff = table.tariff("m", 0)
+    assert tariff is not None
+    million = 1_000_000
+    most = {
+        tier: tariff.most(million, 0, tier, images=False) // NANOS
+        for tier in (None, "auto", "default", "flex", "priority", "fast", "scale")
+    }
+    assert most == {
+        None: 4,
+        "auto": 4,
+        "default": 2,
+        "flex": 2,
+        "priority": 4,
+        "fast": 4,
+        "scale": 2,
+    }
+
+
+# ── Books ────────────────────────────────────────────────────────────────────────────────────────
+
+Result = TypeVar("Result")
+
+
+class Clock:
+    """The wall clock of the machine, which an operator may set as he likes."""
+
+    def __init__(self) -> None:
+        self.now = START
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(ledger, "now_ms", lambda: clock.now)
+    return clock
+
+
+class Bench:
+    """Books on a file, opened and closed like a gateway's, driven from synchronous code."""
+
+    def __init__(self, folder: Path, table: Billing) -> None:
+        self.path = folder / "redbtc.db"
+        self.table = table
+        self._runner = asyncio.Runner()
+        self.start()
+
+    def run(self, work: Awaitable[Result]) -> Result:
+        async def wait() -> Result:
+            return await work
+
+        return self._runner.run(wait())
+
+    def start(self) -> None:
+        async def open_all() -> None:
+            self._stack = contextlib.AsyncExitStack()
+            self.store = await self._stack.enter_async_context(Store.open(self.path, "normal"))
+            self.books = await Books.open(self.store, self.table)
+            self.accounts = Accounts(self.store)
+
+        self.run(open_all())
+
+    def stop(self, crash: bool = False) -> None:
+        """With `crash` what waits to be written is lost."""
+        if crash:
+            self.store.healthy = False
+        self.run(self._stack.aclose())
+
+    def close(self) -> None:
+        self.stop()
+        self._runner.close()
+
+    def key(self, account: str, **limits: int) -> Key:
+        """A new key of an account; the account is made where there is none."""
+        try:
+            self.run(self.accounts.show(account))
+        except LedgerError:
+            self.run(self.accounts.add(account, None, {}))
+        added = self.run(self.accounts.add_key(account, "", None, limits))
+        return self.key_now(added["key"])
+
+    def key_now(self, secret: str) -> Key:
+        key = ledger.key_in_force(self.store, secret)
+        assert key is not None
+        return key
+
+    def account(self, name: str) -> dict[str, Any]:
+        return self.run(self.accounts.show(name))
+
+    def price(self, *prices: Price, without_notice: str | None = None) -> dict[str, Any]:
+        work = self.books.add_prices(prices, without_notice=without_notice, added_by="test")
+        return self.run(work)
+
+    def pay(self, account: str, amount: int, reference: str | None = None) -> dict[str, Any]:
+        reason = "a refund" if amount < 0 else None
+        work = self.books.pay(
+            self.account(account), amount, reference=reference, reason=reason, added_by=None
+        )
+        return self.run(work)
+
+    def statement(self, account: str, month: str) -> dict[str, Any]:
+        return self.run(billing.statement(self.books, self.account(account), month))
+
+    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
+        async def read() -> list[dict[str, Any]]:
+            return [row async for row in billing.requests_in(self.store, Range(**wanted), "USD")]
+
+        return self.run(read())
+
+    def begin(self, key: Key, model: str, most: int, at: int) -> tuple[Row, Hold, Any]:
+        """As the gateway does: price, hold, row. Raises Spent."""
+        tariff = self.books.tariff(model)
+        hold = self.books.hold(key, lambda: most)
+        row = Row(
+            request_id=f"req_{random.getrandbits(128):032x}",
+            account_id=key.account_id,
+            key_id=key.id,
+            endpoint="/v1/responses",
+            requested_model=model,
+            upstream="test",
+            started_at=at,
+        )
+        self.run(ledger.begin(self.store, row))
+        return row, hold, tariff
+
+    def settle(self, row: Row, hold: Hold, tariff: Any, usage: Usage | None, tier: str) -> None:
+        row.outcome, row.service_tier = "completed", tier
+        if usage is not None:
+            row.usage, row.usage_source, row.cost = usage, "upstream", 0
+            if tariff:
+                price = tariff.price(tier, usage.input_tokens or 0)
+                row.price_id, row.cost = price.id, price.cost(usage, False)
+        row.month = self.books.month()
+        hold.settle(row.cost or 0, row.month)
+        hold.__exit__()
+        self.run(ledger.settle(self.store, row))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, clock: Clock) -> Iterator[Bench]:
+    bench = Bench(tmp_path, Billing())
+    yield bench
+    bench.close()
+
+
+def use(bench: Bench, key: Key, clock: Clock, model: str = "m", used: int = 1000) -> Row:
+    row, hold, tariff = bench.begin(key, model, 0, clock.now)
+    bench.settle(row, hold, tariff, Usage(input_tokens=used, output_tokens=0), "default")
+    return row
+
+
+def test_a_rise_for_a_model_in_use_needs_notice(bench: Bench, clock: Clock) -> None:
+    key = bench.key("a")
+    bench.price(Price("m", input=5 * NANOS))
+    bench.price(Price("m", input=6 * NANOS))  # nobody uses it yet
+    use(bench, key, clock)
+    clock.now += 1000
+    for model, at in (("m", 0), ("m", clock.now + 29 * DAY), ("*", 0), ("[m]", 0)):
+        if model == "m":
+            with pytest.raises(LedgerError, match=r"in use and would cost more .*input 6 to 7"):
+                bench.price(Price(model, input=7 * NANOS, effective_at=at))
+        else:  # the price of the name itself has the say
+            bench.price(Price(model, input=7 * NANOS, effective_at=at))
+    bench.price(Price("m", input=7 * NANOS, effective_at=clock.now + 30 * DAY))
+    bench.price(Price("m", input=4 * NANOS))  # a fall may be at once
+    with pytest.raises(LedgerError, match="input 4 to 5"):
+        bench.price(Price("m", input=5 * NANOS, effective_at=clock.now + DAY))
+    with pytest.raises(LedgerError, match=r"input 4 to 8 \(priority\)"):
+        bench.price(Price("m", tier="priority", input=8 * NANOS))
+    with pytest.raises(LedgerError, match=r"input 4 to 9 \(above 1000 input tokens\)"):
+        bench.price(Price("m", above_input_tokens=1000, input=9 * NANOS))
+    added = bench.price(Price("m", input=8 * NANOS), without_notice="our own cost")
+    (row,) = added["prices"]
+    assert (row["reason"], row["added_by"], row["status"]) == ("our own cost", "test", "current")
+    texts = [notice["text"] for notice in bench.run(bench.books.notices())]
+    assert any("m: input 6 to 7" in text for text in texts)
+    assert any("m: input 4 to 8" in text for text in texts)
+
+
+def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> None:
+    key = bench.key("a")
+    bench.price(Price("m", input=5 * NANOS))
+    use(bench, key, clock)
+    clock.now += 92 * DAY
+    bench.price(Price("m", input=6 * NANOS))
+
+
+def test_a_more_specific_pattern_can_hide_no_rise(bench: Bench, clock: Clock) -> None:
+    key = bench.key("a")
+    bench.price(Price("gpt-*", input=5 * NANOS))
+    use(bench, key, clock, "gpt-5.5")
+    for pattern in ("gpt-5*", "gpt-5.5", "gpt-?.?"):
+        with pytest.raises(LedgerError, match=r"gpt-5\.5 is in use"):
+            bench.price(Price(pattern, input=6 * NANOS))
+    # Lower now, but it would be in the way of a fall that has been announced.
+    bench.price(Price("gpt-*", input=1 * NANOS, effective_at=clock.now + DAY))
+    with pytest.raises(LedgerError, match="input 1 to 4"):
+        bench.price(Price("gpt-5.5", input=4 * NANOS))
+
+
+def test_free_models_in_use_rise_when_they_get_a_price(tmp_path: Path, clock: Clock) -> None:
+    bench = Bench(tmp_path, Billing(unpriced_models="free"))
+    use(bench, bench.key("a"), clock)
+    with pytest.raises(LedgerError, match="input 0 to 1"):
+        bench.price(Price("m", input=1 * NANOS))
+    bench.books.settings = Billing()  # refused until now: whoever wants it has yet to agree
+    bench.price(Price("m", input=1 * NANOS))
+    bench.close()
+
+
+def test_a_price_that_was_used_can_not_be_changed_afterwards(bench: Bench, clock: Clock) -> None:
+    key = bench.key("a")
+    bench.price(Price("m", input=5 * NANOS, effective_at=clock.now - 90 * DAY))
+    bench.price(Price("m", input=4 * NANOS, effective_at=clock.now - 30 * DAY))
+    use(bench, key, clock)
+    clock.now += 1000
+    with pytest.raises(LedgerError, match="its price then can't be changed any more"):
+        bench.price(Price("m", input=1 * NANOS, effective_at=clock.now - DAY))
+    with (
+        contextlib.closing(sqlite3.connect(bench.path)) as database,
+        pytest.raises(sqlite3.IntegrityError, match="only superseded"),
+    ):
+        database.execute("UPDATE prices SET input = 1")
+
+
+def test_what_is_in_flight_is_in_use(bench: Bench, clock: Clock) -> None:
+    key = bench.key("a")
+    bench.price(Price("m", input=5 * NANOS))
+    row, hold, tariff = bench.begin(key, "m", 0, clock.now)
+    with pytest.raises(LedgerError, match="in use"):
+        bench.price(Price("m", input=6 * NANOS))
+    bench.settle(row, hold, tariff, None, "default")
+
+
+def test_nothing_that_money_depends_on_can_be_deleted(bench: Bench, clock: Clock) -> None:
+    key = bench.key("a")
+    bench.price(Price("m", input=5 * NANOS))
+    bench.pay("a", NANOS)
+    use(bench, key, clock)
+    with contextlib.closing(sqlite3.connect(bench.path)) as database:
+        for sql in (
+            "DELETE FROM prices",
+            "DELETE FROM payments",
+            "UPDATE payments SET units = 2",
+            "UPDATE requests SET cost = 0",
+            "UPDATE requests SET month = '2020-01'",
+        ):
+            with pytest.raises(sqlite3.IntegrityError, match="can't be"):
+                database.execute(sql)
+
+
+def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
+    bench.key("a")
+    bench.key("b")
+
+    async def pay_at_once() -> set[str]:
+        account = await bench.accounts.show("a")
+        payments = await asyncio.gather(
+            *(
+                bench.books.pay(account, 5 * NANOS, reference="r", reason=None, added_by=None)
+                for _ in range(50)
+            )
+        )
+        return {payment["id"] for payment in payments}
+
+    assert len(bench.run(pay_at_once())) == 1
+    assert bench.books.purse(bench.account("a")["id"]).paid == 5 * NANOS
+    with pytest.raises(Conflict, match="of 5 already"):
+        bench.pay("a", 6 * NANOS, "r")
+    bench.pay("b", 6 * NANOS, "r")
+    with pytest.raises(LedgerError, match="needs a reason"):
+        bench.run(
+            bench.books.pay(bench.account("a"), -1, reference=None, reason=None, added_by=None)
+        )
+    with pytest.raises(LedgerError, match="of 0 is none"):
+        bench.pay("a", 0)
+
+
+def test_amounts_beyond_what_a_float_or_a_column_holds(bench: Bench, clock: Clock) -> None:
+    key = bench.key("a")
+    large = (2**53 + 1) * NANOS + 1
+    for _ in range(3):
+        bench.pay("a", large)
+    bench.pay("a", -NANOS // 2)
+    bench.price(Price("m", input=billing.MOST_RATE))
+    costs = [use(bench, key, clock, used=99_999_999).cost or 0 for _ in range(30)]
+    assert sum(costs) > 2**63
+    balance = 3 * large - NANOS // 2 - sum(costs)
+    statement = bench.statement("a", "2026-11")
+    assert parse_amount(statement["closing_balance"]) == balance
+    assert parse_amount(statement["totals"]["cost"]) == sum(costs)
+    assert bench.run(ledger.check_database(bench.store)) == []
+    bench.stop()
+    bench.start()
+    purse = bench.books.purse(key.account_id)
+    assert (purse.paid - purse.cost, purse.spent) == (balance, sum(costs))
+
+
+def test_another_currency_is_another_ledger(bench: Bench) -> None:
+    bench.price(Price("m", input=1))
+    with pytest.raises(LedgerError, match=r"billing\.currency is EUR, but the ledger is in USD"):
+        bench.run(Books.open(bench.store, Billing(currency="EUR")))
+
+
+# ── Usage ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """300 requests of three accounts over a week, some in flight, with usage or without."""
+    clock, chance = Clock(), random.Random(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "now_ms", lambda: clock.now)
+        bench = Bench(tmp_path_factory.mktemp("crowded"), Billing())
+        keys = [bench.key(name) for name in ("a", "a", "b", "c")]
+        bench.price(Price("*", input=3 * NANOS, output=7 * NANOS + 1), Price("o", input=10**12))
+        for number in range(300):
+            clock.now = START + number * 7 * DAY // 300
+            row, hold, tariff = bench.begin(
+                chance.choice(keys), chance.choice(MODELS), 0, clock.now - chance.randrange(HOUR)
+            )
+            if chance.random() < 0.9:
+                row.model = chance.choice([None, row.requested_model, "renamed"])
+                usage = Usage(
+                    input_tokens=chance.randrange(10**6), output_tokens=chance.randrange(10**4)
+                )
+                some = chance.choice([usage, usage, None])
+                bench.settle(row, hold, tariff, some, "default")
+        yield bench
+        bench.close()
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    since=st.integers(-2 * DAY, 9 * DAY),
+    until=st.integers(-2 * DAY, 9 * DAY),
+    aligned=st.booleans(),
+    account=st.sampled_from([None, "a", "b"]),
+    model=st.sampled_from([None, "gpt-*", "renamed", "o"]),
+    of_key=st.booleans(),
+    names=st.lists(st.sampled_from(list(billing.GROUPS)), unique=True),
+)
+def test_sums_are_those_of_the_rows(
+    crowded: Bench,
+    since: int,
+    until: int,
+    aligned: bool,
+    account: str | None,
+    model: str | None,
+    of_key: bool,
+    names: list[str],
+) -> None:
+    if aligned:
+        since, until = since // DAY * DAY, until // DAY * DAY
+    rows = crowded.rows()
+    key = rows[0]["key_id"] if of_key else None
+    wanted = {
+        "account": crowded.account(account)["id"] if account else None,
+        "key": key,
+        "model": model,
+        "since": START + since,
+        "until": START + until,
+    }
+    found = crowded.run(billing.usage_by(crowded.store, Range(**wanted), names, "USD"))
+    labels = {"day": "day", "model": "model", "key": "key_id", "account": "account"}
+    expected: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in crowded.rows(**wanted):
+        row["model"] = row["model"] or row["requested_model"]
+        row["day"] = row["started_at"][:10]
+        group = tuple(row[labels[name]] for name in names)
+        sums = expected.setdefault(
+            group,
+            {"requests": 0, "unreported": 0, "input_tokens": None, "cost": Fraction(0)},
+        )
+        sums["requests"] += 1
+        sums["unreported"] += row["usage_source"] == "none" and row["outcome"] != "pending"
+        sums["cost"] += Fraction(row["cost"] or 0)
+        if row["input_tokens"] is not None:
+            sums["input_tokens"] = (sums["input_tokens"] or 0) + row["input_tokens"]
+    if not names and not expected:
+        expected[()] = {"requests": 0, "unreported": 0, "input_tokens": None, "cost": Fraction(0)}
+    assert {
+        tuple(group[labels[name]] for name in names): {
+            "requests": group["requests"],
+            "unreported": group["unreported"],
+            "input_tokens": group["input_tokens"],
+            "cost": Fraction(group["cost"]),
+        }
+        for group in found
+    } == expected
+    for row in crowded.rows(**wanted):
+        assert account is None or row["account"] == account
+
+
+def test_the_check_finds_usage_that_is_not_the_sum_of_its_requests(
+    bench: Bench, clock: Clock
+) -> None:
+    key = bench.key("a")
+    bench.price(Price("m", input=5 * NANOS))
+    use(bench, key, clock)
+    assert bench.run(ledger.check_database(bench.store)) == []
+    bench.run(bench.store.transact(("UPDATE usage_by_day SET cost_nanos = cost_nanos + 1", ())))
+    (found,) = bench.run(ledger.check_database(bench.store))
+    assert found.startswith("usage that is not the sum of its requests")
+
+
+def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "redbtc.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(ledger.migrations(ledger.schema())[1])
+        database.executescript(
+            f"""
+            PRAGMA journal_mode = WAL;
+            PRAGMA application_id = {ledger.APPLICATION_ID};
+            PRAGMA user_version = 1;
+            INSERT INTO accounts (id, name, created_at) VALUES ('acct_1', 'old', 1);
+            INSERT INTO keys (id, hash, account_id, created_at)
+                VALUES ('key_1', zeroblob(32), 'acct_1', 1);
+            INSERT INTO requests (request_id, account_id, key_id, endpoint, requested_model,
+                                  upstream, started_at, outcome, usage_source, input_tokens)
+            VALUES ('req_1', 'acct_1', 'key_1', '/v1/responses', 'm', 'u', {START}, 'completed',
+                    'upstream', 5),
+                   ('req_2', 'acct_1', 'key_1', '/v1/responses', 'm', 'u', {START}, 'pending',
+                    'none', NULL);"""
+        )
+    bench = Bench(tmp_path, Billing())
+    statement = bench.statement("old", "2026-11")
+    assert statement["totals"]["requests"] == 2  # one of them interrupted
+    assert statement["totals"]["input_tokens"] == 5
+    assert statement["closing_balance"] == "0"
+    assert [row["cost"] for row in bench.rows()] == [None, None]
+    assert bench.run(ledger.check_database(bench.store)) == []
+    bench.close()
+
+
+# ── All of it together ───────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Flight:
+    """A request in flight, as the model remembers it."""
+
+    row: Row
+    hold: Hold
+    tariff: Any
+    key: int
+    most: int
+    price_of: Callable[[str, int], Price | None]
+
+
+@dataclass
+class Expected:
+    """What ought to be in the books, in lists."""
+
+    payments: list[tuple[str, int]] = field(default_factory=list)  # month, amount
+    costs: list[tuple[str, int, int]] = field(default_factory=list)  # month, key, cost
+    rows: list[Price] = field(default_factory=list)
+    references: dict[str, int] = field(default_factory=dict)
+    requests: int = 0
+
+    def balance(self) -> int:
+        return sum(a for _, a in self.payments) - sum(cost for _, _, cost in self.costs)
+
+    def spent(self, month: str, key: int | None = None) -> int:
+        return sum(c for m, k, c in self.costs if m == month and key in (None, k))
+
+
+BUDGET, KEY_BUDGET = 40, 15
+
+
+class Money(RuleBasedStateMachine):
+    """One prepaid account with a monthly budget and two keys, one of which has a budget, too."""
+
+    @initialize()
+    def open(self) -> None:
+        self.clock = Clock()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(ledger, "now_ms", lambda: self.clock.now)
+        self.folder = tempfile.TemporaryDirectory()
+        self.bench = Bench(Path(self.folder.name), Billing(default_credit_limit="0"))
+        self.bench.run(self.bench.accounts.add("a", None, {"monthly_budget": BUDGET}))
+        self.secrets = [
+            self.bench.run(self.bench.accounts.add_key("a", "", None, limits))["key"]
+            for limits in ({}, {"monthly_budget": KEY_BUDGET})
+        ]
+        self.expected = Expected()
+        self.flights: list[Flight] = []
+        self.closed: dict[str, dict[str, Any]] = {}
+        self.latest = START
+        self.last_use = 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "bench"):
+            for flight in self.flights:
+                flight.hold.__exit__()
+            self.bench.close()
+            self.folder.cleanup()
+            self.patch.undo()
+
+    def time(self) -> int:
+        """The model's idea of the ledger's time: the clock, but never back."""
+        self.latest = max(self.latest, self.clock.now)
+        return self.latest
+
+    def month(self) -> str:
+        return f"{datetime.fromtimestamp(self.time() / 1000, UTC):%Y-%m}"
+
+    # Time
+
+    @rule(distance=st.sampled_from([1, HOUR, 10 * DAY, -HOUR, -HOUR]))
+    def pass_time(self, distance: int) -> None:
+        self.time()
+        self.clock.now += distance
+
+    @rule(before=st.sampled_from([0, 1, HOUR // 2]))
+    def month_ends(self, before: int) -> None:
+        """To the very instant, or just before it."""
+        end = month_start(months_after(self.month(), 1))
+        self.clock.now = max(self.clock.now, end - before)
+
+    # Payments
+
+    @rule(amount=st.integers(1, 30), reference=st.none() | st.sampled_from(["r1", "r2", "r3"]))
+    def top_up(self, amount: int, reference: str | None) -> None:
+        known = self.expected.references
+        if reference in known:
+            if known[reference] == amount:
+                self.bench.pay("a", amount, reference)
+            else:
+                with pytest.raises(Conflict):
+                    self.bench.pay("a", amount, reference)
+            return
+        month = self.month()
+        assert self.bench.pay("a", amount, reference)["month"] == month
+        self.expected.payments.append((month, amount))
+        if reference:
+            known[reference] = amount
+
+    @rule(amount=st.integers(1, 10))
+    def refund(self, amount: int) -> None:
+        month = self.month()
+        self.bench.pay("a", -amount)
+        self.expected.payments.append((month, -amount))
+
+    # Prices: nanos a token, so that costs are small whole numbers
+
+    @rule(
+        rate=st.integers(0, 4),
+        tier=st.sampled_from(["default", "default", "priority"]),
+        above=st.sampled_from([0, 0, 3]),
+        after=st.sampled_from([0, 0, HOUR, 31 * DAY]),
+    )
+    def add_price(self, rate: int, tier: str, above: int, after: int) -> None:
+        now = self.time()
+        new = Price(
+            "m",
+            tier=tier,
+            above_input_tokens=above,
+            effective_at=now + after,
+            input=rate * 1_000_000,
+            id=len(self.expected.rows) + 1,
+        )
+        rows = [*self.expected.rows, new]
+        in_use = self.last_use or self.flights
+        early = [at for at in self.changes(rows, new.effective_at) if at < now + 30 * DAY - 60_000]
+        refused = in_use and any(self.rises_at(rows, at) for at in early)
+        if refused and (not self.flights and now - self.last_use > 85 * DAY):
+            return  # in use or not is a matter of days here
+        if refused:
+            with pytest.raises(LedgerError, match="in use"):
+                self.bench.price(new)
+            return
+        slot = [
+            row
+            for row in self.expected.rows
+            if (row.tier, row.above_input_tokens) == (tier, above)
+            and row.effective_at <= new.effective_at
+        ]
+        superseded = max(slot, key=lambda row: (row.effective_at, row.id), default=None)
+        same = superseded is not None and superseded.input == new.input
+        assert self.bench.price(new)["added"] == (0 if same else 1)
+        if not same:
+            self.expected.rows.append(new)
+
+    @staticmethod
+    def changes(rows: list[Price], since: int) -> set[int]:
+        return {row.effective_at for row in rows if row.effective_at >= since}
+
+    @staticmethod
+    def price_at(rows: list[Price], at: int, tier: str, tokens: int) -> Price | None:
+        return price_by_hand(rows, "m", at, tier, tokens)
+
+    def rises_at(self, rows: list[Price], at: int) -> bool:
+        pairs = [
+            (self.price_at(self.expected.rows, at, *use), self.price_at(rows, at, *use))
+            for use in ((tier, tokens) for tier in ("default", "priority") for tokens in (1, 4))
+        ]
+        return any(old and new and (new.input or 0) > (old.input or 0) for old, new in pairs)
+
+    # Requests
+
+    @rule(key=st.integers(0, 1), most=st.integers(0, 12))
+    def ask(self, key: int, most: int) -> None:
+        at, month = self.time(), self.month()
+        of_key = self.bench.key_now(self.secrets[key])
+        held = sum(flight.most for flight in self.flights)
+        held_by_key = sum(flight.most for flight in self.flights if flight.key == key)
+        left = [
+            self.expected.balance() - held,
+            BUDGET - self.expected.spent(month) - held,
+        ]
+        if key == 1:
+            left.append(KEY_BUDGET - self.expected.spent(month, 1) - held_by_key)
+        if most and most > min(left):
+            with pytest.raises(Spent):
+                self.bench.begin(of_key, "m", most, self.clock.now)
+            return
+        rows = list(self.expected.rows)
+        flight = Flight(
+            *self.bench.begin(of_key, "m", most, self.clock.now),
+            key,
+            most,
+            lambda tier, tokens: self.price_at(rows, at, tier, tokens),
+        )
+        self.flights.append(flight)
+
+    @precondition(lambda self: self.flights)
+    @rule(
+        which=st.integers(0, 99),
+        tier=st.sampled_from(["default", "priority", "flex"]),
+        used=st.none() | st.integers(0, 6),
+    )
+    def answer(self, which: int, tier: str, used: int | None) -> None:
+        """It ends, perhaps long after its price has changed, having used more than was thought."""
+        flight = self.flights.pop(which % len(self.flights))
+        month = self.month()
+        usage = None if used is None else Usage(input_tokens=used)
+        self.bench.settle(flight.row, flight.hold, flight.tariff, usage, tier)
+        price = None if used is None else flight.price_of(tier, used)
+        cost = (used or 0) * (price.input or 0) // 1_000_000 if price else 0
+        assert flight.row.cost == (None if used is None else cost)
+        assert flight.row.month == month
+        self.expected.costs.append((month, flight.key, cost))
+        self.expected.requests += 1
+        self.last_use = self.time()
+
+    @precondition(lambda self: self.flights)
+    @rule(which=st.integers(0, 99))
+    def give_up(self, which: int) -> None:
+        """The client left before it was sent: it is taken back."""
+        flight = self.flights.pop(which % len(self.flights))
+        flight.hold.__exit__()
+        self.bench.run(ledger.forget(self.bench.store, flight.row))
+
+    # The process
+
+    @rule(crash=st.booleans())
+    def restart(self, crash: bool) -> None:
+        """What was in flight is interrupted, its hold gone. The clock may be set back meanwhile,
+        but not beyond what the ledger remembers."""
+        month = self.month()
+        if self.flights:
+            self.last_use = self.time()
+        self.bench.run(self.bench.store.settle_time())
+        self.bench.stop(crash)
+        self.expected.requests += len(self.flights)
+        self.expected.costs += [(month, flight.key, 0) for flight in self.flights]
+        self.flights = []
+        self.bench.start()
+
+    # What must hold
+
+    @rule()
+    def close_the_books(self) -> None:
+        """Statements of all months add up; those of months that had ended are what they were."""
+        month, opening = "2026-11", 0
+        expected, now = self.expected, self.month()
+        while month <= now:
+            statement = self.bench.statement("a", month)
+            assert parse_amount(statement["opening_balance"]) == opening
+            paid = [amount for of, amount in expected.payments if of == month]
+            assert parse_amount(statement["totals"]["paid"]) == sum(paid)
+            lines = [parse_amount(line["cost"]) for line in statement["usage"]]
+            assert sum(lines) == expected.spent(month)
+            assert parse_amount(statement["totals"]["cost"]) == expected.spent(month)
+            assert len(statement["payments"]) == len(paid)
+            opening += sum(paid) - expected.spent(month)
+            assert parse_amount(statement["closing_balance"]) == opening
+            assert statement["closed"] == (month < now)
+            assert self.closed.get(month, statement) == statement
+            if statement["closed"]:
+                self.closed[month] = statement
+            month = months_after(month, 1)
+        assert opening == expected.balance()
+        rows = self.bench.rows()
+        assert sum(parse_amount(row["cost"] or "0") for row in rows) == sum(
+            cost for _, _, cost in expected.costs
+        )
+        assert len(rows) == expected.requests + len(self.flights)
+        assert self.bench.run(ledger.check_database(self.bench.store)) == []
+
+    @invariant()
+    def the_balance_agrees(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        key = self.bench.key_now(self.secrets[1])
+        month = self.month()
+        account, own = (
+            self.bench.books.purse(key.account_id),
+            self.bench.books.purse(key.account_id, key.id),
+        )
+        assert account.paid - account.cost == self.expected.balance()
+        assert account.spent == self.expected.spent(month)
+        assert own.spent == self.expected.spent(month, 1)
+        assert account.held == sum(flight.most for flight in self.flights)
+        assert own.held == sum(flight.most for flight in self.flights if flight.key == 1)
+
+
+Money.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestMoney = Money.TestCase
