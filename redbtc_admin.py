@@ -510,8 +510,12 @@ class Me:
         query, account = query_of(request), await self._account(request)
         if query.account not in (None, account["name"], account["id"]):
             raise NotFound(f"there is no account {query.account!r}")
-        if query.key and (await self._accounts.key(query.key))["account"] != account["name"]:
-            raise NotFound(f"there is no key {query.key!r}")
+        if query.key:
+            of = None
+            with contextlib.suppress(NotFound):
+                of = (await self._accounts.key(query.key))["account"]
+            if of != account["name"]:  # another's key is answered as one that never was
+                raise NotFound(f"there is no key {query.key!r}")
         return query
 
     async def usage(self, request: Request) -> Response:
@@ -1352,13 +1356,15 @@ def show_check(loaded: Loaded | None, problems: list[str], as_json: bool) -> Non
 FIRST_ACCOUNT = "first"
 
 
-async def welcome(books: Books, base_url: str, demo: bool) -> str:
-    """What a newcomer needs: with no account yet, a first one and its key, shown this once; with no
-    price yet, the example's."""
-    accounts = Accounts(books.store)
-    if not books.prices.prices:
-        example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)
-        await books.add_prices(prices_of(example), without_notice=None, added_by="first run")
+async def import_example(books: Books) -> None:
+    """The prices of prices.toml, so that a newcomer's first requests are served."""
+    example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)
+    await books.add_prices(prices_of(example), without_notice=None, added_by="first run")
+
+
+async def welcome(store: Store, base_url: str, demo: bool) -> str:
+    """What a newcomer needs: with no account yet, a first one and its key, shown this once."""
+    accounts = Accounts(store)
     command = f"{os.path.relpath(sys.executable)} {os.path.relpath(sys.argv[0])}"
     key = "$REDBTC_API_KEY"
     about_key = f"Your API key was shown at the first start. Another:  {command} key add first"

@@ -318,13 +318,6 @@ class Purse:
             self.month, self.spent, self.told = month, 0, 0
 
 
-class Allowance(NamedTuple):
-    """One thing that limits spending, and how much it leaves."""
-
-    what: str
-    left: int
-
-
 class Hold:
     """What one request can cost, held on its account and its key from `with` to `settle`, or to the
     end of `with`."""
@@ -363,7 +356,6 @@ PRICES = f"SELECT {', '.join(Price.__struct_fields__)} FROM prices ORDER BY id"
 ADD_PRICE = f"""
     INSERT INTO prices ({", ".join(Price.__struct_fields__)})
     VALUES ({", ".join("?" * len(Price.__struct_fields__))})"""
-CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"
 MODELS_USED = """
     SELECT DISTINCT requested_model FROM usage_by_day WHERE day >= ?
     UNION SELECT requested_model FROM requests WHERE outcome = 'pending'"""
@@ -428,7 +420,7 @@ class Books:
     async def open(cls, store: Store, settings: Billing) -> Books:
         """Raises LedgerError where the ledger's amounts are in another currency."""
         books = cls(store, settings)
-        async for (currency,) in store.rows(CURRENCIES):
+        async for (currency,) in store.rows(ledger.CURRENCIES):
             if currency != books.currency:
                 raise LedgerError(
                     f"billing.currency is {books.currency}, but the ledger is in {currency}"
@@ -476,35 +468,26 @@ class Books:
         """An account's own, else the settings'; in nanos, or UNLIMITED."""
         return parse_limit(self.settings.default_credit_limit) if own is None else own
 
-    def allowances(self, key: Key) -> list[Allowance]:
-        """What limits the spending of a key; empty where nothing does."""
-        account, own = self.purse(key.account_id), self.purse(key.account_id, key.id)
-        found = []
-        credit = self.credit_limit(key.credit_limit)
-        if credit != UNLIMITED:
-            left = account.paid - account.cost + credit - account.held
-            found.append(Allowance("the account's balance", left))
-        if key.account_monthly_budget is not None:
-            left = key.account_monthly_budget - account.spent - account.held
-            found.append(Allowance("the account's monthly budget", left))
-        if key.monthly_budget is not None:
-            left = key.monthly_budget - own.spent - own.held
-            found.append(Allowance("the key's monthly budget", left))
-        return found
-
     def hold(self, key: Key, most: Callable[[], int]) -> Hold:
         """Hold what `most` says that a request can cost, where anything limits it. Raises Spent,
         LedgerUnavailable."""
-        allowances = self.allowances(key)
-        held = most() if allowances else 0
-        for what, left in allowances:
-            if 0 < held > left:
+        account, own = self.purse(key.account_id), self.purse(key.account_id, key.id)
+        credit, left = self.credit_limit(key.credit_limit), {}
+        if credit != UNLIMITED:
+            left["the account's balance"] = account.paid - account.cost + credit - account.held
+        if key.account_monthly_budget is not None:
+            budget = key.account_monthly_budget - account.spent - account.held
+            left["the account's monthly budget"] = budget
+        if key.monthly_budget is not None:
+            left["the key's monthly budget"] = key.monthly_budget - own.spent - own.held
+        held = most() if left else 0
+        for what, amount in left.items():
+            if 0 < held > amount:
                 raise Spent(
                     f"This request can cost up to {decimal(held)} {self.currency}, "
-                    f"and of {what} {decimal(left)} is left."
+                    f"and of {what} {decimal(amount)} is left."
                 )
-        purses = self.purse(key.account_id), self.purse(key.account_id, key.id)
-        return Hold(self, key, purses, held)
+        return Hold(self, key, (account, own), held)
 
     def tell_of_budget(
         self, key: Key, purse: Purse, budget: int | None, key_id: str | None

@@ -710,7 +710,10 @@ async def check_database(store: Store) -> list[str]:
     return wrong
 
 
-def check_file(path: Path) -> list[str]:
+CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"
+
+
+def check_file(path: Path, currency: str) -> list[str]:
     """What is wrong with the database before anything opens it for writing; it may be in use."""
     if not path.exists():
         writable = os.access(path.parent, os.W_OK)
@@ -720,6 +723,7 @@ def check_file(path: Path) -> list[str]:
             (marked,) = database.execute("PRAGMA application_id").fetchone()
             (version,) = database.execute("PRAGMA user_version").fetchone()
             rows = database.execute("PRAGMA quick_check(20)").fetchall()
+            others = database.execute(CURRENCIES).fetchall() if version > 1 else []
     except sqlite3.Error as error:
         return [f"{path}: {error}"]
     wrong = [f"{path}: {line}" for (line,) in rows if line != "ok"]
@@ -727,4 +731,6 @@ def check_file(path: Path) -> list[str]:
         wrong.append(f"{path}: a database of another program")
     elif version > max(migrations(schema())):
         wrong.append(f"{path}: written by a newer version of this program (schema {version})")
+    if any(other != currency for (other,) in others):
+        wrong.append(f"billing.currency is {currency}, but the ledger is in {others[0][0]}")
     return wrong

@@ -13,12 +13,9 @@ redbtc_admin.py.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import bisect
 import contextlib
 import fnmatch
-import hashlib
 import hmac
 import ipaddress
 import itertools
@@ -64,7 +61,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import redbtc_admin as admin
 import redbtc_ledger as ledger
-from redbtc_billing import DAY, Books, Hold, Price, Spent
+import redbtc_webhook
+from redbtc_billing import Books, Hold, Price, Spent
 from redbtc_ledger import Key, Row, Store, Usage
 from redbtc_meter import MAX_NAME, JSONMeter, Meter, StreamMeter, name_in
 from redbtc_settings import (
@@ -1943,81 +1941,6 @@ def build(gateway: Gateway) -> Guard:
     return Guard(metered, others, gateway.watch)
 
 
-# ── Tell ─────────────────────────────────────────────────────────────────────────────────────────
-# Notices of budgets go to the address in the settings, signed as Standard Webhooks are, which
-# OpenAI's SDKs can check, too: each until it is taken, with growing pauses, across restarts.
-
-WEBHOOK_SECONDS = 10
-WEBHOOK_FOR = 3 * DAY
-LONGEST_PAUSE = 3600.0
-
-
-def signature(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
-    """Standard Webhooks: v1, HMAC-SHA256 over id, time and body, with a secret that is in base64
-    after whsec_, or else as it is."""
-    key = secret.encode()
-    if secret.startswith("whsec_"):
-        with contextlib.suppress(binascii.Error):
-            key = base64.b64decode(secret.removeprefix("whsec_"))
-    signed = f"{message_id}.{timestamp}.".encode() + body
-    return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
-
-
-async def post_notice(client: httpx2.AsyncClient, books: Books, notice: ledger.Record) -> bool:
-    """Whether the webhook took it."""
-    settings = books.settings
-    facts = ("account", "key_id", "month", "percent", "text")
-    body = {
-        "type": "budget.reached",
-        "timestamp": notice["created_at"],
-        "data": {name: notice[name] for name in facts},
-    }
-    content, timestamp = orjson.dumps(body), str(int(time.time()))
-    secret = os.environ.get(settings.webhook_secret_env, "")
-    headers = {
-        "content-type": "application/json",
-        "webhook-id": notice["id"],
-        "webhook-timestamp": timestamp,
-        "webhook-signature": signature(secret, notice["id"], timestamp, content),
-    }
-    try:
-        answer = await client.post(settings.webhook_url, content=content, headers=headers)
-    except httpx2.HTTPError as error:
-        say(logging.WARNING, "webhook failed", notice=notice["id"], error=type(error).__name__)
-        return False
-    if not answer.is_success:
-        say(logging.WARNING, "webhook refused", notice=notice["id"], status=answer.status_code)
-    return answer.is_success
-
-
-async def post_notices(books: Books) -> bool:
-    """Post what has not been taken yet; whether all of it was taken now."""
-    if not books.settings.webhook_url:
-        return True
-    waiting = await books.undelivered(books.store.time() - WEBHOOK_FOR)
-    if not waiting:
-        return True
-    async with httpx2.AsyncClient(timeout=WEBHOOK_SECONDS, trust_env=False) as client:
-        for notice in waiting:
-            if await post_notice(client, books, notice):
-                await books.delivered(notice["id"])
-    return not await books.undelivered(books.store.time() - WEBHOOK_FOR)
-
-
-async def tell(books: Books) -> None:
-    """Post notices for as long as the gateway runs."""
-    pause: float | None = 0.0
-    while True:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await books.noticed.wait()
-        books.noticed.clear()
-        done = False
-        with contextlib.suppress(sqlite3.Error, LedgerUnavailable):
-            done = await post_notices(books)
-        pause = None if done else min(LONGEST_PAUSE, max(1.0, 2 * (pause or 0.0)))
-
-
 # ── Serve ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2181,19 +2104,24 @@ async def run(
         if demo_url:
             settings = with_demo(settings, demo_url)
         books = await Books.open(store, settings.billing)
+        if first_run and not books.prices.prices:
+            await admin.import_example(books)
         if demo and books.tariff(DEMO_PRICE.model) is None:
             await books.add_prices([DEMO_PRICE], without_notice=None, added_by="demo")
         listener = listen(settings.server.host, settings.server.port)
         url = local_url(settings, listener)
-        for work in (watch_ledger(store), tell(books)):
+        for work in (watch_ledger(store), redbtc_webhook.post_for_ever(books, say)):
             stack.callback(asyncio.create_task(work).cancel)
         say(logging.INFO, "serving", url=url, interrupted_before=store.interrupted)
+        ahead = (store.time() - now_ms()) // 1000
+        if ahead > 60:
+            say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
         for line in missing_keys(settings):
             say(logging.WARNING, "unusable", reason=line)
         if as_json:
             click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
         if first_run and not as_json:
-            click.echo(await admin.welcome(books, url, demo))
+            click.echo(await admin.welcome(store, url, demo))
         if not books.prices.prices and settings.billing.unpriced_models == "refuse":
             say(logging.WARNING, "no prices", reason="all models are refused: price import")
         await Running(Gateway(books, settings), loaded, demo_url).serve(listener)
@@ -2262,7 +2190,9 @@ def check(context: admin.Context, as_json: bool) -> None:
     except SettingsError as error:
         admin.show_check(None, [str(error)], as_json)
     else:
-        problems = missing_keys(loaded.settings) + ledger.check_file(loaded.database_path)
+        currency = loaded.settings.billing.currency
+        problems = missing_keys(loaded.settings)
+        problems += ledger.check_file(loaded.database_path, currency)
         admin.show_check(loaded, problems, as_json)
 
 
