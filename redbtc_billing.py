@@ -320,9 +320,14 @@ class Purse:
 
 class Hold:
     """What one request can cost, held on its account and its key from `with` to `settle`, or to the
-    end of `with`."""
+    end of `with`; and the prices it was admitted at."""
 
-    def __init__(self, books: Books, key: Key, purses: tuple[Purse, Purse], most: int) -> None:
+    __slots__ = ("_books", "_key", "_most", "_purses", "tariff")
+
+    def __init__(
+        self, books: Books, key: Key, tariff: Tariff | None, purses: tuple[Purse, Purse], most: int
+    ) -> None:
+        self.tariff = tariff
         self._books = books
         self._key = key
         self._purses = purses
@@ -334,20 +339,25 @@ class Hold:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for purse in self._purses:
-            purse.held -= self._most
-        self._most = 0
+        if self._most:
+            for purse in self._purses:
+                purse.held -= self._most
+            self._most = 0
 
-    def settle(self, cost: int, month: str) -> None:
-        """It has cost so much, which is on that month's statement."""
+    def settle(self, cost: int) -> str:
+        """It has cost so much. Returns the month on whose statement that is."""
         self.__exit__()
+        month, key = self._books.month(), self._key
         for purse in self._purses:
             purse.turn(month)
             purse.cost += cost
             purse.spent += cost
         account, own = self._purses
-        self._books.tell_of_budget(self._key, account, self._key.account_monthly_budget, None)
-        self._books.tell_of_budget(self._key, own, self._key.monthly_budget, self._key.id)
+        if key.account_monthly_budget:
+            self._books.tell_of_budget(key, account, key.account_monthly_budget, None)
+        if key.monthly_budget:
+            self._books.tell_of_budget(key, own, key.monthly_budget, key.id)
+        return month
 
 
 # ── Books ────────────────────────────────────────────────────────────────────────────────────────
@@ -440,12 +450,13 @@ class Books:
 
     def served(self, model: str) -> bool:
         """Whether it may be served: without a price only where that is free."""
-        free = self.settings.unpriced_models == "free"
-        return free or self.tariff(model) is not None
+        return self.settings.unpriced_models == "free" or self.tariff(model) is not None
 
     def purse(self, account_id: str, key_id: str | None = None) -> Purse:
         """That of an account, or of one of its keys. Raises LedgerUnavailable."""
-        month = self.month()
+        return self._purse(account_id, key_id, self.month())
+
+    def _purse(self, account_id: str, key_id: str | None, month: str) -> Purse:
         purse = self._purses.get(key_id or account_id)
         if purse is None:
             sql, values = (
@@ -468,33 +479,42 @@ class Books:
         """An account's own, else the settings'; in nanos, or UNLIMITED."""
         return parse_limit(self.settings.default_credit_limit) if own is None else own
 
-    def hold(self, key: Key, most: Callable[[], int]) -> Hold:
-        """Hold what `most` says that a request can cost, where anything limits it. Raises Spent,
-        LedgerUnavailable."""
-        account, own = self.purse(key.account_id), self.purse(key.account_id, key.id)
-        credit, left = self.credit_limit(key.credit_limit), {}
+    def hold(self, key: Key, model: str, most: Callable[[Tariff], int]) -> Hold:
+        """Hold what `most` says that a request can cost by the prices of this instant, where
+        anything limits it. Raises Spent, LedgerUnavailable."""
+        now = self.store.time()
+        month, tariff = month_of(now), self.prices.tariff(model, now)
+        account = self._purse(key.account_id, None, month)
+        own = self._purse(key.account_id, key.id, month)
+        held = 0
+        left = self._left(key, account, own)
+        if left and tariff:
+            held = most(tariff)
+            for what, amount in left:
+                if 0 < held > amount:
+                    raise Spent(
+                        f"This request can cost up to {decimal(held)} {self.currency}, "
+                        f"and of {what} {decimal(amount)} is left."
+                    )
+        return Hold(self, key, tariff, (account, own), held)
+
+    def _left(self, key: Key, account: Purse, own: Purse) -> list[tuple[str, int]]:
+        """Of what limits spending, how much is left; empty where nothing does."""
+        left = []
+        credit = self.credit_limit(key.credit_limit)
         if credit != UNLIMITED:
-            left["the account's balance"] = account.paid - account.cost + credit - account.held
+            balance = account.paid - account.cost + credit - account.held
+            left.append(("the account's balance", balance))
         if key.account_monthly_budget is not None:
             budget = key.account_monthly_budget - account.spent - account.held
-            left["the account's monthly budget"] = budget
+            left.append(("the account's monthly budget", budget))
         if key.monthly_budget is not None:
-            left["the key's monthly budget"] = key.monthly_budget - own.spent - own.held
-        held = most() if left else 0
-        for what, amount in left.items():
-            if 0 < held > amount:
-                raise Spent(
-                    f"This request can cost up to {decimal(held)} {self.currency}, "
-                    f"and of {what} {decimal(amount)} is left."
-                )
-        return Hold(self, key, (account, own), held)
+            budget = key.monthly_budget - own.spent - own.held
+            left.append(("the key's monthly budget", budget))
+        return left
 
-    def tell_of_budget(
-        self, key: Key, purse: Purse, budget: int | None, key_id: str | None
-    ) -> None:
+    def tell_of_budget(self, key: Key, purse: Purse, budget: int, key_id: str | None) -> None:
         """Write a notice for each percentage of a budget that is reached and was not before."""
-        if not budget:
-            return
         for percent in BUDGET_PERCENTS:
             if percent > purse.told and purse.spent * 100 >= budget * percent:
                 purse.told = percent

@@ -62,7 +62,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import redbtc_admin as admin
 import redbtc_ledger as ledger
 import redbtc_webhook
-from redbtc_billing import Books, Hold, Price, Spent
+from redbtc_billing import Books, Hold, Price, Spent, Tariff
 from redbtc_ledger import Key, Row, Store, Usage
 from redbtc_meter import MAX_NAME, JSONMeter, Meter, StreamMeter, name_in
 from redbtc_settings import (
@@ -1454,10 +1454,12 @@ class Exchange:
 
     def _hold(self, key: Key, facts: Facts, body: bytes, boundary: bytes | None) -> Hold:
         """Hold what the request can cost, at the prices of this instant."""
-        books = self._gateway.books
-        self._tariff = books.tariff(facts.model or "")
+
+        def most(tariff: Tariff) -> int:
+            return self._most_cost(tariff, facts, body, boundary)
+
         try:
-            return books.hold(key, lambda: self._most_cost(facts, body, boundary))
+            return self._gateway.books.hold(key, facts.model or "", most)
         except Spent as error:
             self._admission.put_back()
             raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None
@@ -1465,11 +1467,8 @@ class Exchange:
             self._admission.put_back()
             raise Refusal("ledger_unavailable") from None
 
-    def _most_cost(self, facts: Facts, body: bytes, boundary: bytes | None) -> int:
+    def _most_cost(self, tariff: Tariff, facts: Facts, body: bytes, boundary: bytes | None) -> int:
         """Nanos. Asked for only where spending is limited: there usage has to be reported."""
-        tariff = self._tariff
-        if tariff is None:
-            return 0
         if self._unmetered:
             self._admission.put_back()
             message = "This account's spending is limited, so 'include_usage' can't be left out."
@@ -1667,11 +1666,10 @@ class Exchange:
         row = self._row
         if row.usage_source != "none":
             row.cost = 0
-            if self._tariff:
-                price = self._tariff.price(row.service_tier, row.usage.input_tokens or 0)
+            if tariff := self._money.tariff:
+                price = tariff.price(row.service_tier, row.usage.input_tokens or 0)
                 row.price_id, row.cost = price.id, price.cost(row.usage, self._route.images)
-        row.month = self._gateway.books.month()
-        self._money.settle(row.cost or 0, row.month)
+        row.month = self._money.settle(row.cost or 0)
 
     def _elapsed_ms(self) -> int:
         return round((time.monotonic() - float(self._scope["started"])) * 1000)

@@ -201,22 +201,22 @@ WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
         requests = requests + 1,
         estimated = estimated + excluded.estimated,
         unreported = unreported + excluded.unreported,
-        input_tokens = ifnull(input_tokens + excluded.input_tokens,
-                              ifnull(input_tokens, excluded.input_tokens)),
-        cached_input_tokens = ifnull(cached_input_tokens + excluded.cached_input_tokens,
-                                     ifnull(cached_input_tokens, excluded.cached_input_tokens)),
-        cache_write_tokens = ifnull(cache_write_tokens + excluded.cache_write_tokens,
-                                    ifnull(cache_write_tokens, excluded.cache_write_tokens)),
-        output_tokens = ifnull(output_tokens + excluded.output_tokens,
-                               ifnull(output_tokens, excluded.output_tokens)),
-        reasoning_tokens = ifnull(reasoning_tokens + excluded.reasoning_tokens,
-                                  ifnull(reasoning_tokens, excluded.reasoning_tokens)),
-        image_input_tokens = ifnull(image_input_tokens + excluded.image_input_tokens,
-                                    ifnull(image_input_tokens, excluded.image_input_tokens)),
-        image_output_tokens = ifnull(image_output_tokens + excluded.image_output_tokens,
-                                     ifnull(image_output_tokens, excluded.image_output_tokens)),
-        web_searches = ifnull(web_searches + excluded.web_searches,
-                              ifnull(web_searches, excluded.web_searches)),
+        input_tokens = coalesce(
+            input_tokens + excluded.input_tokens, input_tokens, excluded.input_tokens),
+        cached_input_tokens = coalesce(
+            cached_input_tokens + excluded.cached_input_tokens, cached_input_tokens, excluded.cached_input_tokens),
+        cache_write_tokens = coalesce(
+            cache_write_tokens + excluded.cache_write_tokens, cache_write_tokens, excluded.cache_write_tokens),
+        output_tokens = coalesce(
+            output_tokens + excluded.output_tokens, output_tokens, excluded.output_tokens),
+        reasoning_tokens = coalesce(
+            reasoning_tokens + excluded.reasoning_tokens, reasoning_tokens, excluded.reasoning_tokens),
+        image_input_tokens = coalesce(
+            image_input_tokens + excluded.image_input_tokens, image_input_tokens, excluded.image_input_tokens),
+        image_output_tokens = coalesce(
+            image_output_tokens + excluded.image_output_tokens, image_output_tokens, excluded.image_output_tokens),
+        web_searches = coalesce(
+            web_searches + excluded.web_searches, web_searches, excluded.web_searches),
         cost_units = cost_units + excluded.cost_units,
         cost_nanos = cost_nanos + excluded.cost_nanos;
 END;
