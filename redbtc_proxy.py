@@ -494,11 +494,6 @@ class Item(Struct):
     content: str | list[Part] | None = None
     output: str | list[Part] | None = None
 
-    def pictures(self) -> Iterator[msgspec.Raw]:
-        for parts in (self.content, self.output):
-            if isinstance(parts, list):
-                yield from (part.image_url for part in parts if part.image_url)
-
 
 class Input(Struct):
     """Where a request's pictures are."""
@@ -509,7 +504,9 @@ class Input(Struct):
     def pictures(self) -> Iterator[msgspec.Raw]:
         items = self.input if isinstance(self.input, list) else []
         for item in (*self.messages, *items):
-            yield from item.pictures()
+            for parts in (item.content, item.output):
+                if isinstance(parts, list):
+                    yield from (part.image_url for part in parts if part.image_url)
 
 
 INPUT = msgspec.json.Decoder(Input)

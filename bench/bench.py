@@ -222,6 +222,8 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 class Proxy:
     """One that is measured: where it listens, and its processes, all on the proxies' core."""
 
+    gateway: Gateway | None = None  # where it is one of ours
+
     def __init__(self, name: str, port: int, key: str, pid: int, started: float) -> None:
         self.name, self.port, self.key = name, port, key
         wait_until(self._answers, 120, f"for {name}")
@@ -319,22 +321,37 @@ def redbtc(folder: Path, upstream: int, name: str = "RedBTC", rows: int = 0) -> 
     """The gateway with everything switched on."""
     settings = "[limits]\nrequests_per_minute = 1000000000\n"
     settings += "[limits.account]\nconcurrency = 100000\ntokens_per_minute = 1000000000\n"
+    settings += '[billing]\ndefault_credit_limit = "1000000"\n'
     gateway = Gateway(folder, f"http://127.0.0.1:{upstream}/v1", settings)
     key = gateway.new_key("bench")
+    gateway.cli("price", "add", "m", "--input", "1.25", "--cached-input", "0.125", "--output", "10")
     if rows:
         fill(gateway.database, rows)
     started = time.monotonic()
     gateway.start(wait=False)
     try:
-        yield Proxy(name, gateway.port, key, gateway.pid, started)
+        proxy = Proxy(name, gateway.port, key, gateway.pid, started)
+        proxy.gateway = gateway
+        yield proxy
     finally:
         gateway.kill()
 
 
+FIRST = 1_760_000_000_000  # the large ledger's first request, in October 2025
+COMES_SETTLED = "a_request_comes_settled"
+
+
 def fill(database: Path, rows: int, accounts: int = 10_000) -> None:
-    """A ledger of years: so many rows, of so many accounts with a key each."""
+    """A ledger of a year: so many rows, of so many accounts with a key each, and two models."""
     counted = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
+    pause = 365 * 86_400_000 // rows
+    schema = (ROOT / "schema.sql").read_text()
+    sums = re.search(r"INSERT INTO usage_by_day\s+SELECT[^;]*;", schema)
+    assert sums is not None
     with contextlib.closing(sqlite3.connect(database)) as ledger:
+        (trigger,) = ledger.execute(
+            "SELECT sql FROM sqlite_schema WHERE name = ?", (COMES_SETTLED,)
+        ).fetchone()
         ledger.executescript(
             "PRAGMA synchronous = OFF; PRAGMA cache_size = -500000; BEGIN;"
             + "INSERT INTO accounts (id, name, created_at) "
@@ -343,14 +360,20 @@ def fill(database: Path, rows: int, accounts: int = 10_000) -> None:
             + "INSERT INTO keys (id, hash, account_id, created_at) "
             + counted.format(accounts)
             + "SELECT printf('key_%d', i), randomblob(32), printf('acct_%d', i), 1 FROM n;"
+            + f"DROP TRIGGER {COMES_SETTLED};"  # all at once is faster than one by one
             + "INSERT INTO requests (request_id, account_id, key_id, endpoint, model,"
             + " requested_model, upstream, started_at, first_byte_ms, duration_ms, status, outcome,"
-            + " usage_source, input_tokens, output_tokens) "
+            + " usage_source, input_tokens, output_tokens, cost, month) "
             + counted.format(rows)
-            + f"SELECT printf('req_%012x%020x', 1700000000000 + i, i),"
+            + f"SELECT printf('req_%012x%020x', {FIRST} + i * {pause}, i),"
             f" printf('acct_%d', i * 7919 % {accounts} + 1), printf('key_%d', i * 7919 % {accounts}"
-            f" + 1), '{PATH}', 'm', 'm', 'test', 1700000000000 + i, 5, 9, 200, 'completed',"
-            " 'upstream', 10, 5 FROM n; COMMIT;"
+            f" + 1), '{PATH}', 'm' || i % 2, 'm' || i % 2, 'test', {FIRST} + i * {pause}, 5, 9,"
+            " 200, 'completed', 'upstream', 10, 5, 62500,"
+            f" strftime('%Y-%m', ({FIRST} + i * {pause}) / 1000, 'unixepoch') FROM n;"
+            + sums[0]
+            + "UPDATE usage_by_day SET cost_nanos = 62500 * requests;"
+            + f"{trigger};"
+            + "COMMIT;"
         )
 
 
@@ -374,9 +397,9 @@ class Figures:
     def table(self) -> str:
         """Medians, with the ratio to nginx behind."""
         width = 19
-        lines = ["".ljust(34) + "".join(name.rjust(width) for name in self._proxies)]
+        lines = ["".ljust(36) + "".join(name.rjust(width) for name in self._proxies)]
         for figure in self._values:
-            line, base = figure.ljust(34), self.median(figure, "nginx")
+            line, base = figure.ljust(36), self.median(figure, "nginx")
             for name in self._proxies:
                 value = self.median(figure, name)
                 text = "–" if value is None else f"{value:.2f}"
@@ -439,6 +462,30 @@ async def measure_streams(
             figures.add(f"{what}: memory each (KiB)", proxy, each)
 
 
+def measure_reports(proxy: Proxy, figures: Figures, rounds: int) -> None:
+    """What people look at, from the Unix socket, with the client's share."""
+    month = {"since": "2026-05-01", "until": "2026-06-01"}
+    one = {"account": "account 4711"}
+    day_and_model = {"group_by": "day,model"}
+    reports: dict[str, tuple[str, dict[str, str]]] = {
+        "all, a month by day, model": ("/usage", month | day_and_model),
+        "all, 40 hours by model": (
+            "/usage",
+            {"since": "2026-05-01T07:00", "until": "2026-05-02T23:00", "group_by": "model"},
+        ),
+        "one account, a year by day, model": ("/usage", one | day_and_model),
+        "one account, its 100 newest": ("/requests", one | {"limit": "100"}),
+        "one account's statement": ("/accounts/account 4711/statements/2026-05", {}),
+    }
+    assert proxy.gateway
+    with proxy.alone():
+        for _ in range(rounds):
+            for name, (path, query) in reports.items():
+                started = time.monotonic()
+                proxy.gateway.api("GET", path, **query)
+                figures.add(f"{name} (ms)", proxy, (time.monotonic() - started) * 1000)
+
+
 async def main(arguments: argparse.Namespace) -> None:
     os.sched_setaffinity(0, LOAD_CORE)
     loop = asyncio.get_running_loop()
@@ -470,6 +517,8 @@ async def main(arguments: argparse.Namespace) -> None:
             await measure_streams(proxies, figures, 300, seconds, "300 streams")
             await measure_streams(slow, figures, 20, seconds, "20 streams")
         await measure_requests(proxies + slow, figures, upstream, rounds, seconds)
+        if arguments.rows:
+            measure_reports(proxies[-1], figures, rounds)
         for task in background:
             task.cancel()
         server.close()

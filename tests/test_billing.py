@@ -682,6 +682,36 @@ def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Cloc
     bench.close()
 
 
+def test_a_closed_month_has_what_was_settled_in_its_last_instant(
+    bench: Bench, clock: Clock
+) -> None:
+    """The statement is asked for while all that is still waiting to be written."""
+    key = bench.key("a")
+    bench.price(Price("m", input=5 * NANOS))
+    clock.now = month_start("2026-12") - 1
+    flights = [bench.begin(key, "m", 10, clock.now) for _ in range(200)]
+
+    async def ask() -> tuple[dict[str, Any], dict[str, Any]]:
+        account = await bench.accounts.show("a")
+        written = []
+        for row, hold in flights:
+            row.outcome, row.usage_source, row.cost = "completed", "upstream", 5000
+            row.usage = Usage(input_tokens=1000)
+            row.month = hold.settle(row.cost)
+            written.append(asyncio.ensure_future(ledger.settle(bench.store, row)))
+        await asyncio.sleep(0)
+        clock.now += 1
+        first = await billing.statement(bench.books, account, "2026-11")
+        await asyncio.gather(*written)
+        return first, await billing.statement(bench.books, account, "2026-11")
+
+    first, second = bench.run(ask())
+    assert first["closed"]
+    assert first["totals"]["requests"] == 200
+    assert first["totals"]["cost"] == "0.001"
+    assert first == second
+
+
 # ── All of it together ───────────────────────────────────────────────────────────────────────────
 
 

@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import httpx2
@@ -40,7 +41,10 @@ def test_kill_9_loses_nothing_and_counts_nothing_twice(
 ) -> None:
     """Each answer has an id of its own; clients note those whose end they saw."""
     gateway = make_gateway("[limits.account]\nconcurrency = 0").start()
-    key = gateway.new_key()
+    key = gateway.new_key("a")
+    gateway.cli("account", "set", "a", "--credit-limit", "0", "--monthly-budget", "1000000")
+    gateway.cli("price", "add", "gpt-up", "--input", "1.25", "--output", "10.000001")
+    gateway.cli("payment", "add", "a", "1000000", "--reference", "first")
     numbers = iter(range(10**9))
     lock = threading.Lock()
 
@@ -98,6 +102,15 @@ def test_kill_9_loses_nothing_and_counts_nothing_twice(
     reached = len(upstream.requests)
     assert len(rows) >= reached, "every request that reached the upstream has a row"
     assert all(row["usage_source"] == "none" for row in rows if row["outcome"] == "interrupted")
+    assert all((row["cost"] is None) == (row["usage_source"] == "none") for row in rows)
+    costs = sum(Decimal(row["cost"]) for row in rows if row["cost"])
+    assert costs > 0
+    account = gateway.cli("account", "show", "a")
+    assert Decimal(account["balance"]) == Decimal(account["available"]) == 1_000_000 - costs
+    months = sorted({row["month"] for row in rows})
+    statements = [gateway.cli("statement", "a", month) for month in months]
+    assert Decimal(statements[-1]["closing_balance"]) == 1_000_000 - costs
+    assert sum(statement["totals"]["requests"] for statement in statements) == len(rows)
     assert gateway.cli("db", "check")["ok"]
 
 
