@@ -464,7 +464,7 @@ class Me:
     public port; the gateway puts the key into the scope."""
 
     def __init__(self, books: Books, limits: Callable[[Key], Record]) -> None:
-        """`limits` tells the limits in force for a key and what is left of them."""
+        """`limits` tells the limits in force for a key and what is left of them, save money's."""
         self._books = books
         self._limits = limits
         self._accounts = Accounts(books.store)
@@ -485,7 +485,7 @@ class Me:
                 "account_id": account["id"],
                 "key_id": key.id,
                 "balance": self._money(account),
-                "limits": self._limits(key),
+                "limits": self._limits_and_budgets(key),
                 "notices": await self._books.notices_now(account["id"]),
             }
         )
@@ -495,11 +495,18 @@ class Me:
             account["id"], account["credit_limit"], account["monthly_budget"]
         )
 
+    def _limits_and_budgets(self, key: Key) -> Record:
+        budgets = self._books.budgets(key)
+        found: Record = self._limits(key)
+        return {
+            whose: {**limits, "monthly_budget": budgets[whose]} for whose, limits in found.items()
+        }
+
     async def balance(self, request: Request) -> Response:
         return answer(self._money(await self._account(request)))
 
     async def limits(self, request: Request) -> Response:
-        return answer(self._limits(self._key(request)))
+        return answer(self._limits_and_budgets(self._key(request)))
 
     async def prices(self, _: Request) -> Response:
         rows = self._books.prices.rows(self._books.store.time())

@@ -317,6 +317,10 @@ class Purse:
         if month != self.month:
             self.month, self.spent, self.told = month, 0, 0
 
+    def left(self, budget: int) -> int:
+        """Of the month's."""
+        return budget - self.spent - self.held
+
 
 class Hold:
     """What one request can cost, held on its account and its key from `with` to `settle`, or to the
@@ -506,11 +510,10 @@ class Books:
             balance = account.paid - account.cost + credit - account.held
             left.append(("the account's balance", balance))
         if key.account_monthly_budget is not None:
-            budget = key.account_monthly_budget - account.spent - account.held
+            budget = account.left(key.account_monthly_budget)
             left.append(("the account's monthly budget", budget))
         if key.monthly_budget is not None:
-            budget = key.monthly_budget - own.spent - own.held
-            left.append(("the key's monthly budget", budget))
+            left.append(("the key's monthly budget", own.left(key.monthly_budget)))
         return left
 
     def tell_of_budget(self, key: Key, purse: Purse, budget: int, key_id: str | None) -> None:
@@ -677,6 +680,19 @@ class Books:
             "spent_this_month": decimal(purse.spent),
             "monthly_budget": budget,
             "currency": self.currency,
+        }
+
+    def budgets(self, key: Key) -> dict[str, Record]:
+        """The monthly budgets of a key and of its account, as JSON shows them."""
+        account, own = self.purse(key.account_id), self.purse(key.account_id, key.id)
+        pairs = {"key": (own, key.monthly_budget), "account": (account, key.account_monthly_budget)}
+        return {
+            whose: {
+                "limit": None if budget is None else decimal(budget),
+                "spent": decimal(purse.spent),
+                "remaining": None if budget is None else decimal(purse.left(budget)),
+            }
+            for whose, (purse, budget) in pairs.items()
         }
 
     # Notices

@@ -717,6 +717,7 @@ def test_a_script_can_ask_for_its_account_s_figures(
 ) -> None:
     gateway = money_gateway(make_gateway)
     limits = {"concurrency": 4, "requests_per_minute": 60, "credit_limit": "5"}
+    limits["monthly_budget"] = "10"
     gateway.api("POST", "/accounts", {"name": "a", **limits})
     key, other = gateway.new_key("a"), gateway.new_key("b")
     add_price(gateway, input="1", output="1", by="an operator")
@@ -742,6 +743,10 @@ def test_a_script_can_ask_for_its_account_s_figures(
     assert in_force["requests_per_minute"]["limit"] == 60
     assert in_force["requests_per_minute"]["remaining"] == 59
     assert in_force["tokens_per_minute"]["limit"] is None
+    budget = {"limit": "10", "spent": "0.000027", "remaining": "9.999973"}
+    assert in_force["monthly_budget"] == budget
+    budget = {"limit": None, "spent": "0.000027", "remaining": None}
+    assert me()["limits"]["key"]["monthly_budget"] == budget
     assert [price["input"] for price in me("/prices")["prices"]] == ["1"]
     assert me("/usage")["totals"]["requests"] == 1
     assert me("/usage", key=other, group_by="model")["groups"][0]["requests"] == 2
