@@ -22,7 +22,7 @@ import sys
 import time
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from datetime import date, timedelta
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -70,7 +70,7 @@ Limit = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 AccountName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME_FORM)]
 Text = Annotated[str, Meta(max_length=200)]
 Amount = Annotated[str, Meta(max_length=40)]  # a decimal string
-ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
 class NewAccount(Struct, forbid_unknown_fields=True):
@@ -736,9 +736,11 @@ class Context:
     def call(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
         """The JSON that the admin API answers. Raises LedgerError with its message."""
 
+        content = None if body is None else msgspec.json.encode(body)
+
         async def ask() -> Any:
             async with connect(self.loaded) as client:
-                response = await client.request(method, path, json=body, params=query)
+                response = await client.request(method, path, content=content, params=query)
                 return _content(response.status_code, response.content)
 
         return asyncio.run(ask())
@@ -829,15 +831,21 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
 def show(content: Any, as_json: bool, text: Callable[[], str]) -> None:
     click.echo(orjson.dumps(content, option=orjson.OPT_INDENT_2) if as_json else text())
 
 
+def cell(value: Any) -> str:
+    """A value on the terminal. What is missing is a dash; what users have named must not steer."""
+    return "-" if value is None else CONTROL.sub(lambda found: repr(found[0])[1:-1], str(value))
+
+
 def table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
-    """Rows under their columns' names; what is missing is a dash."""
-    lines = [columns] + [
-        ["-" if row.get(column) is None else str(row[column]) for column in columns] for row in rows
-    ]
+    """Rows under their columns' names."""
+    lines = [columns] + [[cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -847,9 +855,7 @@ def table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
 
 def details(record: dict[str, Any]) -> str:
     width = max(len(name) for name in record)
-    return "\n".join(
-        f"{name.ljust(width)}  {'-' if value is None else value}" for name, value in record.items()
-    )
+    return "\n".join(f"{name.ljust(width)}  {cell(value)}" for name, value in record.items())
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -1086,8 +1092,6 @@ def read_prices(file: Path) -> dict[str, Any]:
         for name, value in price.items():
             if type(value) in (int, Decimal) and not name.endswith("_tokens"):
                 price[name] = format(Decimal(value), "f")
-            elif isinstance(value, date):
-                price[name] = value.isoformat()
     return tables
 
 
@@ -1151,7 +1155,10 @@ def notice() -> None:
 @notice.command("add")
 @click.argument("text")
 @click.option(
-    "--kind", type=click.Choice(["price", "terms", "maintenance", "incident"]), required=True
+    "--kind",
+    type=click.Choice(["price", "terms", "maintenance", "incident"]),
+    required=True,
+    help="What it is about.",
 )
 @click.option("--effective", metavar="TIME", help="From when it holds; left out: now.")
 @click.option("--until", metavar="TIME", help="Until when; left out: it has no end.")
@@ -1411,3 +1418,6 @@ def main() -> None:
     except (LedgerError, sqlite3.Error, httpx2.HTTPError) as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(1) from None
+    except UnicodeEncodeError:
+        click.echo("Error: what was given is not UTF-8", err=True)
+        raise SystemExit(2) from None

@@ -47,8 +47,10 @@ class LedgerUnavailable(LedgerError):
 # The ledger's clock is the wall clock in milliseconds. Limits and timeouts use the monotonic clock.
 
 RELATIVE_TIME = re.compile(r"(\d{1,9})(s|m|h|d|w)")
-MONTH = re.compile(r"(19[7-9]|[2-9][0-9]{2})[0-9]-(0[1-9]|1[0-2])")
+MONTH = re.compile(r"(19[7-9]|2[0-9]{2})[0-9]-(0[1-9]|1[0-2])")
 SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+LONGEST = 100 * 365 * 86_400_000  # duration
+END_OF_TIME = 32_503_680_000_000  # 3000-01-01
 
 
 def now_ms() -> int:
@@ -70,11 +72,14 @@ def _iso_second(seconds: int) -> str:
 
 
 def parse_duration(text: str) -> int:
-    """Milliseconds of '90s', '15m', '24h', '30d' or '2w'. Raises LedgerError."""
+    """Milliseconds of '90s', '15m', '24h', '30d' or '2w', at most 100 years. Raises LedgerError."""
     match = RELATIVE_TIME.fullmatch(text.strip())
     if not match:
         raise LedgerError(f"{text!r} is not a duration; write it like 90s, 15m, 24h, 30d or 2w")
-    return int(match[1]) * SECONDS_IN[match[2]] * 1000
+    duration = int(match[1]) * SECONDS_IN[match[2]] * 1000
+    if duration > LONGEST:
+        raise LedgerError(f"{text!r} is too long; a duration has at most 100 years")
+    return duration
 
 
 def parse_time(text: str, *, relative_to_past: bool) -> int:
@@ -91,7 +96,10 @@ def parse_time(text: str, *, relative_to_past: bool) -> int:
         ) from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+    milliseconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+    if not 0 <= milliseconds < END_OF_TIME:
+        raise LedgerError(f"{text!r} is out of range; times are from 1970 to 2999")
+    return milliseconds
 
 
 @functools.lru_cache(100)
@@ -113,7 +121,7 @@ def parse_month(text: str) -> str:
 
 def month_start(month: str) -> int:
     """Its first instant, in milliseconds since 1970 UTC."""
-    return parse_time(f"{month}-01", relative_to_past=True)
+    return round(datetime(int(month[:4]), int(month[5:]), 1, tzinfo=UTC).timestamp()) * 1000
 
 
 def months_after(month: str, months: int) -> str:

@@ -8,12 +8,15 @@ import json
 import re
 import sqlite3
 
+import click
 import pytest
+from click.testing import CliRunner
 from conftest import MakeGateway
 from gateway import ROOT, Gateway
 from upstream import Upstream
 
 import redbtc_ledger as ledger
+import redbtc_proxy
 from redbtc_settings import Settings, load_settings
 
 
@@ -89,6 +92,36 @@ def test_a_keys_form() -> None:
         (["nonsense"], 2),
         (["usage", "--limit", "0"], 2),
         (["serve", "--port", "99999"], 2),
+        (["usage", "--since", "0001-01-01T00:00:00+14:00"], 1),
+        (["usage", "--group-by", "colour"], 1),
+        (["usage", "--group-by", "day", "--limit", "3"], 2),
+        (["usage", "--csv", "--json"], 2),
+        (["usage", "--account", "\udcff"], 2),
+        (["account", "add", "x", "--credit-limit", "1e3"], 2),
+        (["account", "add", "x", "--credit-limit=-1"], 2),
+        (["account", "add", "x", "--monthly-budget", "9000000001"], 2),
+        (["price", "add", "m"], 1),
+        (["price", "add", "m", "--input=-1"], 1),
+        (["price", "add", "m", "--input", "0.0000000001"], 1),
+        (["price", "add", "m", "--input", "1", "--effective", "999999999w"], 1),
+        (["price", "add", "m", "--input", "1", "--effective", "9999-12-31"], 1),
+        (["price", "add", "m", "--input", "1", "--tier", "FLEX"], 1),
+        (["price", "add", "m", "--input", "1", "--above-input-tokens", "-1"], 1),
+        (["price", "add", "m", "--input", "1", "--without-notice"], 2),
+        (["price", "add", "m", "--input", "1", "--reason", "none"], 2),
+        (["price", "add", "a\nb", "--input", "1"], 1),
+        (["price", "import", "nowhere.toml"], 2),
+        (["payment", "add", "nobody", "1"], 1),
+        (["payment", "add", "nobody"], 2),
+        (["payment", "add", "nobody", "1", "--sense", "none"], 2),
+        (["payment", "list", "nobody"], 1),
+        (["statement", "nobody", "2026-11"], 1),
+        (["statement", "nobody", "2026-13"], 1),
+        (["statement", "nobody"], 2),
+        (["notice", "add", "--kind", "budget", "Text."], 2),
+        (["notice", "add", "--kind", "incident", ""], 1),
+        (["notice", "add", "--kind", "incident", "Text.", "--effective", "999999999w"], 1),
+        (["notice", "withdraw", "ntc_0"], 1),
     ],
 )
 def test_exit_status_and_one_clear_line(
@@ -215,12 +248,26 @@ def test_the_settings_file_shows_every_default(monkeypatch: pytest.MonkeyPatch) 
     assert sorted(names) == sorted(known)
 
 
-def test_help_of_every_command(make_gateway: MakeGateway) -> None:
-    gateway = make_gateway()
-    for command in ([], ["serve"], ["account", "add"], ["key", "rotate"], ["usage"], ["db"]):
-        done = gateway.run(*command, "--help")
-        assert done.returncode == 0
-        assert "Usage: redbtc-proxy" in done.stdout
+def test_help_of_every_command() -> None:
+    def walk(command: click.Command, path: list[str]) -> int:
+        done = CliRunner().invoke(
+            redbtc_proxy.admin.commands, [*path, "--help"], prog_name="redbtc-proxy"
+        )
+        assert done.exit_code == 0
+        assert "Usage: redbtc-proxy" in done.output
+        assert command.help
+        for option in command.params:
+            assert not isinstance(option, click.Option) or option.help, f"{path}: {option.name}"
+        inner = command.commands if isinstance(command, click.Group) else {}
+        return 1 + sum(walk(each, [*path, name]) for name, each in inner.items())
+
+    assert walk(redbtc_proxy.admin.commands, []) > 25
+
+
+def test_names_do_not_steer_the_terminal(gateway: Gateway, key: str) -> None:
+    with gateway.client(key) as client:
+        client.post("/responses", json={"model": "a\x1b[31m\nb", "input": ""})
+    assert "a\\x1b[31m\\nb" in gateway.run("usage").stdout
 
 
 def test_migrations_run_in_order_and_once() -> None:
