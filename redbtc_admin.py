@@ -510,7 +510,7 @@ class Me:
 
     async def prices(self, _: Request) -> Response:
         rows = self._books.prices.rows(self._books.store.time())
-        shown = [billing.for_account(row) for row in rows if row["status"] != "past"]
+        shown = [billing.for_account(row, "reason") for row in rows if row["status"] != "past"]
         return answer({"prices": shown})
 
     async def _query(self, request: Request) -> UsageQuery:

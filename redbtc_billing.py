@@ -411,9 +411,9 @@ def shown_payment(row: sqlite3.Row) -> Record:
     return record
 
 
-def for_account(record: Record) -> Record:
-    """Without what only operators are shown."""
-    hidden = ("added_by", "delivered_at", "withdrawn_at")
+def for_account(record: Record, *more: str) -> Record:
+    """Without what only operators are shown, and without `more`."""
+    hidden = ("added_by", "delivered_at", "withdrawn_at", *more)
     return {name: value for name, value in record.items() if name not in hidden}
 
 

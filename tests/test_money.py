@@ -720,7 +720,7 @@ def test_a_script_can_ask_for_its_account_s_figures(
     limits["monthly_budget"] = "10"
     gateway.api("POST", "/accounts", {"name": "a", **limits})
     key, other = gateway.new_key("a"), gateway.new_key("b")
-    add_price(gateway, input="1", output="1", by="an operator")
+    add_price(gateway, input="1", output="1", by="an operator", without_notice="operator's own")
     pay(gateway, "a", "3", by="an operator")
     for owner in (key, other, other):
         assert ask(gateway, owner, max_tokens=10).status_code == 200
