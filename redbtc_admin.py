@@ -282,7 +282,7 @@ class API:
 
     async def _with_money(self, account: Record, status: int = 200) -> Response:
         limits = account["credit_limit"], account["monthly_budget"]
-        money = self._books.balance(account["id"], *limits)
+        money = await self._books.balance(account["id"], *limits)
         return answer({**account, **{name: money[name] for name in MONEY_SHOWN}}, status)
 
     async def list_accounts(self, _: Request) -> Response:
@@ -357,7 +357,7 @@ class API:
             reason=body.reason,
             added_by=body.by,
         )
-        money = self._books.balance(account["id"], account["credit_limit"], None)
+        money = await self._books.balance(account["id"], account["credit_limit"], None)
         return answer({**payment, "balance": money["balance"]}, 201)
 
     async def statement(self, request: Request) -> Response:
@@ -484,29 +484,29 @@ class Me:
                 "account": account["name"],
                 "account_id": account["id"],
                 "key_id": key.id,
-                "balance": self._money(account),
-                "limits": self._limits_and_budgets(key),
+                "balance": await self._money(account),
+                "limits": await self._limits_and_budgets(key),
                 "notices": await self._books.notices_now(account["id"]),
             }
         )
 
-    def _money(self, account: Record) -> Record:
-        return self._books.balance(
+    async def _money(self, account: Record) -> Record:
+        return await self._books.balance(
             account["id"], account["credit_limit"], account["monthly_budget"]
         )
 
-    def _limits_and_budgets(self, key: Key) -> Record:
-        budgets = self._books.budgets(key)
+    async def _limits_and_budgets(self, key: Key) -> Record:
+        budgets = await self._books.budgets(key)
         found: Record = self._limits(key)
         return {
             whose: {**limits, "monthly_budget": budgets[whose]} for whose, limits in found.items()
         }
 
     async def balance(self, request: Request) -> Response:
-        return answer(self._money(await self._account(request)))
+        return answer(await self._money(await self._account(request)))
 
     async def limits(self, request: Request) -> Response:
-        return answer(self._limits_and_budgets(self._key(request)))
+        return answer(await self._limits_and_budgets(self._key(request)))
 
     async def prices(self, _: Request) -> Response:
         rows = self._books.prices.rows(self._books.store.time())

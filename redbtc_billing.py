@@ -36,6 +36,7 @@ from redbtc_settings import (
     Billing,
     Conflict,
     LedgerError,
+    LedgerUnavailable,
     NotFound,
     day_of,
     decimal,
@@ -456,25 +457,30 @@ class Books:
         """Whether it may be served: without a price only where that is free."""
         return self.settings.unpriced_models == "free" or self.tariff(model) is not None
 
-    def purse(self, account_id: str, key_id: str | None = None) -> Purse:
+    async def purse(self, account_id: str, key_id: str | None = None) -> Purse:
         """That of an account, or of one of its keys. Raises LedgerUnavailable."""
-        return self._purse(account_id, key_id, self.month())
+        purse = await self._purse(account_id, key_id)
+        purse.turn(self.month())
+        return purse
 
-    def _purse(self, account_id: str, key_id: str | None, month: str) -> Purse:
-        purse = self._purses.get(key_id or account_id)
-        if purse is None:
+    async def _purse(self, account_id: str, key_id: str | None) -> Purse:
+        name = key_id or account_id
+        if name not in self._purses:
+            month = self.month()
             sql, values = (
                 (SPENT_BY_KEY, (account_id, month, key_id))
                 if key_id
                 else (SPENT_IN_ALL, (account_id, month))
             )
-            found = self.store.look_up(sql, values) or (0, 0, 0, 0)
+            try:
+                found = await self.store.one(sql, values) or (0, 0, 0, 0)
+            except sqlite3.Error as error:
+                raise LedgerUnavailable(f"can't be read: {error}") from None
+            # Nothing was settled meanwhile: that needs the purse.
             purse = Purse(month, nanos_of(*found[:2]), nanos_of(*found[2:]))
-            if key_id is None:
-                purse.paid = self._paid(account_id)
-            self._purses[key_id or account_id] = purse
-        purse.turn(month)
-        return purse
+            purse.paid = 0 if key_id else self._paid(account_id)
+            self._purses.setdefault(name, purse)
+        return self._purses[name]
 
     def _paid(self, account_id: str) -> int:
         return nanos_of(*(self.store.look_up(PAID, (account_id,)) or (0, 0)))
@@ -483,13 +489,15 @@ class Books:
         """An account's own, else the settings'; in nanos, or UNLIMITED."""
         return parse_limit(self.settings.default_credit_limit) if own is None else own
 
-    def hold(self, key: Key, model: str, most: Callable[[Tariff], int]) -> Hold:
+    async def hold(self, key: Key, model: str, most: Callable[[Tariff], int]) -> Hold:
         """Hold what `most` says that a request can cost by the prices of this instant, where
         anything limits it. Raises Spent, LedgerUnavailable."""
-        now = self.store.time()
+        account = await self._purse(key.account_id, None)
+        own = await self._purse(key.account_id, key.id)
+        now = self.store.time()  # from here on nothing is waited for
         month, tariff = month_of(now), self.prices.tariff(model, now)
-        account = self._purse(key.account_id, None, month)
-        own = self._purse(key.account_id, key.id, month)
+        account.turn(month)
+        own.turn(month)
         held = 0
         left = self._left(key, account, own)
         if left and tariff:
@@ -640,7 +648,8 @@ class Books:
             raise LedgerError("a payment of 0 is none")
         if amount < 0 and not reason:
             raise LedgerError("a refund or correction (a negative amount) needs a reason")
-        purse, now, payment = self.purse(account["id"]), self.store.time(), ledger.new_id("pay")
+        purse, payment = await self.purse(account["id"]), ledger.new_id("pay")
+        now = self.store.time()
         values = (payment, account["id"], *divmod(amount, NANOS), self.currency, reference, reason)
         try:
             await self.store.transact((ADD_PAYMENT, (*values, month_of(now), now, added_by)))
@@ -665,9 +674,11 @@ class Books:
         sql, values = (PAYMENTS_OF, (account["id"],)) if account else (PAYMENTS, ())
         return [shown_payment(row) async for row in self.store.rows(sql, values)]
 
-    def balance(self, account_id: str, credit_limit: str | None, budget: str | None) -> Record:
+    async def balance(
+        self, account_id: str, credit_limit: str | None, budget: str | None
+    ) -> Record:
         """An account's money now, as JSON shows it; its limits as `ledger.shown` gives them."""
-        purse = self.purse(account_id)
+        purse = await self.purse(account_id)
         limit = self.credit_limit(None if credit_limit is None else parse_limit(credit_limit))
         balance = purse.paid - purse.cost
         left = None if limit == UNLIMITED else balance + limit - purse.held
@@ -682,9 +693,10 @@ class Books:
             "currency": self.currency,
         }
 
-    def budgets(self, key: Key) -> dict[str, Record]:
+    async def budgets(self, key: Key) -> dict[str, Record]:
         """The monthly budgets of a key and of its account, as JSON shows them."""
-        account, own = self.purse(key.account_id), self.purse(key.account_id, key.id)
+        account = await self.purse(key.account_id)
+        own = await self.purse(key.account_id, key.id)
         pairs = {"key": (own, key.monthly_budget), "account": (account, key.account_monthly_budget)}
         return {
             whose: {

@@ -1445,18 +1445,18 @@ class Exchange:
         limits = self._settings.limits
         with await self._gateway.limits.admit(key, estimate, limits, self._clock) as admission:
             self._admission = admission
-            with self._hold(key, facts, body, boundary) as self._money:
+            with await self._hold(key, facts, body, boundary) as self._money:
                 await self._begin()
                 await self._forward(changed, upstreams)
 
-    def _hold(self, key: Key, facts: Facts, body: bytes, boundary: bytes | None) -> Hold:
+    async def _hold(self, key: Key, facts: Facts, body: bytes, boundary: bytes | None) -> Hold:
         """Hold what the request can cost, at the prices of this instant."""
 
         def most(tariff: Tariff) -> int:
             return self._most_cost(tariff, facts, body, boundary)
 
         try:
-            return self._gateway.books.hold(key, facts.model or "", most)
+            return await self._gateway.books.hold(key, facts.model or "", most)
         except Spent as error:
             self._admission.put_back()
             raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None

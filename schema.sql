@@ -174,10 +174,10 @@ CREATE TABLE usage_by_day (
     web_searches        INTEGER,
     cost_units          INTEGER NOT NULL,
     cost_nanos          INTEGER NOT NULL,
-    PRIMARY KEY (account_id, month, day, model, requested_model, key_id)
+    PRIMARY KEY (day, account_id, month, model, requested_model, key_id)
 ) STRICT, WITHOUT ROWID;
 
-CREATE INDEX usage_of_a_day ON usage_by_day (day);
+CREATE INDEX usage_of_an_account ON usage_by_day (account_id, month);
 
 INSERT INTO usage_by_day
     SELECT account_id, strftime('%Y-%m', started_at / 1000, 'unixepoch'), started_at / 86400000,

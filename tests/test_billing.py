@@ -360,7 +360,7 @@ class Bench:
 
     def begin(self, key: Key, model: str, most: int, at: int) -> tuple[Row, Hold]:
         """As the gateway does: price, hold, row. Raises Spent."""
-        hold = self.books.hold(key, model, lambda _: most)
+        hold = self.run(self.books.hold(key, model, lambda _: most))
         row = Row(
             request_id=f"req_{random.getrandbits(128):032x}",
             account_id=key.account_id,
@@ -520,7 +520,7 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
         return {payment["id"] for payment in payments}
 
     assert len(bench.run(pay_at_once())) == 1
-    assert bench.books.purse(bench.account("a")["id"]).paid == 5 * NANOS
+    assert bench.run(bench.books.purse(bench.account("a")["id"])).paid == 5 * NANOS
     with pytest.raises(Conflict, match="of 5 already"):
         bench.pay("a", 6 * NANOS, "r")
     bench.pay("b", 6 * NANOS, "r")
@@ -548,7 +548,7 @@ def test_amounts_beyond_what_a_float_or_a_column_holds(bench: Bench, clock: Cloc
     assert bench.run(ledger.check_database(bench.store)) == []
     bench.stop()
     bench.start()
-    purse = bench.books.purse(key.account_id)
+    purse = bench.run(bench.books.purse(key.account_id))
     assert (purse.paid - purse.cost, purse.spent) == (balance, sum(costs))
 
 
@@ -676,6 +676,32 @@ def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Cloc
     assert [row["cost"] for row in bench.rows()] == [None, None]
     assert bench.run(ledger.check_database(bench.store)) == []
     bench.close()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_clock_set_back_changes_no_price_and_no_month(
+    bench: Bench, clock: Clock, restarted: bool
+) -> None:
+    """Not even over the end of a month and a change of prices."""
+    key = bench.key("a", monthly_budget=10 * NANOS)
+    end = month_start("2026-12")
+    clock.now = end - HOUR
+    bench.price(Price("m", input=5 * NANOS), Price("m", input=3 * NANOS, effective_at=end))
+    assert use(bench, key, clock).cost == 5_000_000
+    clock.now = end
+    assert use(bench, key, clock).cost == 3_000_000
+    closed = bench.statement("a", "2026-11")
+    if restarted:
+        bench.stop()
+    clock.now -= HOUR
+    if restarted:
+        bench.start()
+    row = use(bench, key, clock)
+    assert (row.cost, row.month) == (3_000_000, "2026-12")
+    assert bench.pay("a", NANOS)["month"] == "2026-12"
+    assert bench.run(bench.books.purse(key.account_id, key.id)).spent == 6_000_000
+    assert bench.statement("a", "2026-11") == closed
+    assert closed["closed"]
 
 
 def test_a_closed_month_has_what_was_settled_in_its_last_instant(
@@ -981,8 +1007,8 @@ class Money(RuleBasedStateMachine):
         key = self.bench.key_now(self.secrets[1])
         month = self.month()
         account, own = (
-            self.bench.books.purse(key.account_id),
-            self.bench.books.purse(key.account_id, key.id),
+            self.bench.run(self.bench.books.purse(key.account_id)),
+            self.bench.run(self.bench.books.purse(key.account_id, key.id)),
         )
         assert account.paid - account.cost == self.expected.balance()
         assert account.spent == self.expected.spent(month)

@@ -291,6 +291,22 @@ def test_200_in_parallel_on_a_balance_for_5(
     assert (shown["held"], shown["spent_this_month"]) == ("0", "15")
 
 
+def test_a_refusal_for_money_costs_no_rate(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = money_gateway(make_gateway)
+    limits = {"requests_per_minute": 3, "tokens_per_minute": 3000, "credit_limit": "0"}
+    gateway.api("POST", "/accounts", {"name": "a", **limits})
+    key = gateway.new_key("a")
+    add_price(gateway, input="1", output="1")
+    for _ in range(5):
+        assert code(ask(gateway, key, max_tokens=900)) == "insufficient_quota"
+        unmetered = {"stream": True, "stream_options": {"include_usage": False}}
+        assert code(ask(gateway, key, max_tokens=900, **unmetered)) == "invalid_request"
+    pay(gateway, "a", "1")
+    answer = ask(gateway, key, max_tokens=900)
+    assert answer.status_code == 200
+    assert answer.headers["x-ratelimit-remaining-requests"] == "2"
+
+
 def test_a_hold_becomes_the_cost(make_gateway: MakeGateway, upstream: Upstream) -> None:
     """What is not used is there again at once: one after the other, all are served."""
     gateway = money_gateway(make_gateway)
