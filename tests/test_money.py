@@ -347,8 +347,13 @@ def test_what_is_held_for_input_goes_by_size(make_gateway: MakeGateway, upstream
         {"role": "user", "content": [{"type": "text", "text": "data:image/png," + "A" * 10**5}]}
     ]
     assert ask(gateway, key, messages=text).status_code == 429
+    hidden = rb'{"model":"m","messages":[{"role":"user","content":[%s]}]}'
+    hidden %= b",".join([rb'{"type":"image_url","im\u0061ge_url":{"url":"https://a.b/c"}}'] * 4)
     form = {"model": (None, "m"), "prompt": (None, "x")}
     with gateway.client(key) as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/chat/completions", content=hidden, headers=headers)
+        assert answer.status_code == 429
         for size, count, status in ((900_000, 2, 200), (900_000, 4, 429)):
             files = [("image[]", (f"{n}.png", b"x" * size)) for n in range(count)]
             upstream.script = images_json()
