@@ -348,7 +348,8 @@ def test_what_is_held_for_input_goes_by_size(make_gateway: MakeGateway, upstream
     ]
     assert ask(gateway, key, messages=text).status_code == 429
     hidden = rb'{"model":"m","messages":[{"role":"user","content":[%s]}]}'
-    hidden %= b",".join([rb'{"type":"image_url","im\u0061ge_url":{"url":"https://a.b/c"}}'] * 4)
+    picture_part = rb'{"type":"i\u006dage_url","i\u006dage_url":{"url":"https://a.b/c"}}'
+    hidden %= b",".join([picture_part] * 4)
     form = {"model": (None, "m"), "prompt": (None, "x")}
     with gateway.client(key) as client:
         headers = {"content-type": "application/json"}
