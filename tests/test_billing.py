@@ -678,6 +678,24 @@ def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Cloc
     bench.close()
 
 
+@pytest.mark.parametrize("whose", ["account", "key"])
+def test_a_budget_starts_anew_with_the_month(bench: Bench, clock: Clock, whose: str) -> None:
+    budget = {"monthly_budget": 5_000_000}
+    bench.run(bench.accounts.add("a", None, budget if whose == "account" else {}))
+    key = bench.key("a", **(budget if whose == "key" else {}))
+    bench.price(Price("m", input=5 * NANOS))
+    clock.now = month_start("2026-12") - 1
+    row, hold = bench.begin(key, "m", 5_000_000, clock.now)
+    with pytest.raises(Spent, match=f"the {whose}'s monthly budget 0 is left"):
+        bench.begin(key, "m", 1, clock.now)
+    bench.settle(row, hold, Usage(input_tokens=1000), "default")
+    with pytest.raises(Spent):
+        bench.begin(key, "m", 1, clock.now)
+    clock.now += 1
+    row, hold = bench.begin(key, "m", 5_000_000, clock.now)
+    bench.settle(row, hold, None, "default")
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_clock_set_back_changes_no_price_and_no_month(
     bench: Bench, clock: Clock, restarted: bool
