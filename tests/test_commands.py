@@ -264,10 +264,13 @@ def test_help_of_every_command() -> None:
     assert walk(redbtc_proxy.admin.commands, []) > 25
 
 
-def test_names_do_not_steer_the_terminal(gateway: Gateway, key: str) -> None:
+def test_names_steer_neither_terminal_nor_spreadsheet(gateway: Gateway, key: str) -> None:
     with gateway.client(key) as client:
         client.post("/responses", json={"model": "a\x1b[31m\nb", "input": ""})
+        client.post("/responses", json={"model": "=1+1", "input": ""})
     assert "a\\x1b[31m\\nb" in gateway.run("usage").stdout
+    rows = csv.DictReader(io.StringIO(gateway.run("usage", "--csv").stdout))
+    assert {row["requested_model"] for row in rows} == {"a\nb", "'=1+1"}
 
 
 def test_migrations_run_in_order_and_once() -> None:
