@@ -455,13 +455,12 @@ def test_a_more_specific_pattern_can_hide_no_rise(bench: Bench, clock: Clock) ->
 
 
 def test_free_models_in_use_rise_when_they_get_a_price(tmp_path: Path, clock: Clock) -> None:
-    bench = Bench(tmp_path, Billing(unpriced_models="free"))
-    use(bench, bench.key("a"), clock)
-    with pytest.raises(LedgerError, match="input 0 to 1"):
+    with contextlib.closing(Bench(tmp_path, Billing(unpriced_models="free"))) as bench:
+        use(bench, bench.key("a"), clock)
+        with pytest.raises(LedgerError, match="input 0 to 1"):
+            bench.price(Price("m", input=1 * NANOS))
+        bench.books.settings = Billing()  # refused until now: whoever wants it has yet to agree
         bench.price(Price("m", input=1 * NANOS))
-    bench.books.settings = Billing()  # refused until now: whoever wants it has yet to agree
-    bench.price(Price("m", input=1 * NANOS))
-    bench.close()
 
 
 def test_a_price_that_was_used_can_not_be_changed_afterwards(bench: Bench, clock: Clock) -> None:
@@ -565,9 +564,11 @@ def test_another_currency_is_another_ledger(bench: Bench) -> None:
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """300 requests of three accounts over a week, some in flight, with usage or without."""
     clock, chance = Clock(), random.Random(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as exits:
         patch.setattr(ledger, "now_ms", lambda: clock.now)
-        bench = Bench(tmp_path_factory.mktemp("crowded"), Billing())
+        bench = exits.enter_context(
+            contextlib.closing(Bench(tmp_path_factory.mktemp("crowded"), Billing()))
+        )
         keys = [bench.key(name) for name in ("a", "a", "b", "c")]
         bench.price(Price("*", input=3 * NANOS, output=7 * NANOS + 1), Price("o", input=10**12))
         for number in range(300):
@@ -581,7 +582,6 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
                 usage = chance.choice([Usage(**counts), Usage(**counts), None])
                 bench.settle(row, hold, usage, "default", chance.choice(["upstream", "estimated"]))
         yield bench
-        bench.close()
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -668,14 +668,13 @@ def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Cloc
                    ('req_2', 'acct_1', 'key_1', '/v1/responses', 'm', 'u', {START}, 'pending',
                     'none', NULL);"""
         )
-    bench = Bench(tmp_path, Billing())
-    statement = bench.statement("old", "2026-11")
-    assert statement["totals"]["requests"] == 2  # one of them interrupted
-    assert statement["totals"]["input_tokens"] == 5
-    assert statement["closing_balance"] == "0"
-    assert [row["cost"] for row in bench.rows()] == [None, None]
-    assert bench.run(ledger.check_database(bench.store)) == []
-    bench.close()
+    with contextlib.closing(Bench(tmp_path, Billing())) as bench:
+        statement = bench.statement("old", "2026-11")
+        assert statement["totals"]["requests"] == 2  # one of them interrupted
+        assert statement["totals"]["input_tokens"] == 5
+        assert statement["closing_balance"] == "0"
+        assert [row["cost"] for row in bench.rows()] == [None, None]
+        assert bench.run(ledger.check_database(bench.store)) == []
 
 
 @pytest.mark.parametrize("whose", ["account", "key"])
