@@ -519,9 +519,8 @@ def most_input_tokens(body: bytes, boundary: bytes | None) -> int:
     if boundary is not None:
         return sum(min(size, MOST_PICTURE_TOKENS) for size in _part_sizes(body, boundary))
     pictures: list[int] = []
-    if b"image_url" in body or b"\\u" in body:
-        with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-            pictures = [len(picture) for picture in INPUT.decode(body).pictures()]
+    with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        pictures = [len(picture) for picture in INPUT.decode(body).pictures()]
     return len(body) - sum(pictures) + MOST_PICTURE_TOKENS * len(pictures)
 
 
