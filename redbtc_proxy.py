@@ -489,26 +489,29 @@ class Part(Struct):
 
 
 class Item(Struct):
-    """A message, or another item of the input."""
+    """A message, or another item of the input; its text is not copied."""
 
-    content: str | list[Part] | None = None
-    output: str | list[Part] | None = None
+    content: msgspec.Raw = msgspec.Raw()
+    output: msgspec.Raw = msgspec.Raw()
 
 
 class Input(Struct):
     """Where a request's pictures are."""
 
     messages: list[Item] = []
-    input: str | list[Item] | None = None
+    input: msgspec.Raw = msgspec.Raw()
 
     def pictures(self) -> Iterator[msgspec.Raw]:
-        items = self.input if isinstance(self.input, list) else []
-        for item in (*self.messages, *items):
+        for item in (*self.messages, *listed(self.input, ITEMS)):
             for parts in (item.content, item.output):
-                if isinstance(parts, list):
-                    yield from (part.image_url for part in parts if part.image_url)
+                yield from (part.image_url for part in listed(parts, PARTS) if part.image_url)
 
 
+def listed(text: msgspec.Raw, decoder: msgspec.json.Decoder[list[Any]]) -> list[Any]:
+    return decoder.decode(text) if bytes(memoryview(text)[:1]) == b"[" else []
+
+
+ITEMS, PARTS = msgspec.json.Decoder(list[Item]), msgspec.json.Decoder(list[Part])
 INPUT = msgspec.json.Decoder(Input)
 
 
@@ -2048,12 +2051,8 @@ class Running:
             say(logging.WARNING, "unusable", reason=line)
 
 
-DEMO_PRICE = Price(  # invented, like the answers
-    model="redbtc-demo*",
-    input=1 * NANOS,
-    output=4 * NANOS,
-    max_output_tokens=1000,
-    source="invented for the demonstration",
+DEMO_PRICE = Price(
+    "redbtc-demo*", input=NANOS, output=4 * NANOS, max_output_tokens=1000, source="an invention"
 )
 
 
