@@ -317,14 +317,16 @@ def litellm(folder: Path, upstream: int) -> Iterator[Proxy]:
 
 
 @contextlib.contextmanager
-def redbtc(folder: Path, upstream: int, name: str = "RedBTC", rows: int = 0) -> Iterator[Proxy]:
-    """The gateway with everything switched on."""
+def redbtc(
+    folder: Path, upstream: int, name: str = "RedBTC", *, rows: int = 0, root: Path = ROOT
+) -> Iterator[Proxy]:
+    """The gateway with everything switched on, out of the checkout `root`."""
     settings = "[limits]\nrequests_per_minute = 1000000000\n"
     settings += "[limits.account]\nconcurrency = 100000\ntokens_per_minute = 1000000000\n"
     settings += '[billing]\ndefault_credit_limit = "1000000"\n'
-    gateway = Gateway(folder, f"http://127.0.0.1:{upstream}/v1", settings)
+    gateway = Gateway(folder, f"http://127.0.0.1:{upstream}/v1", settings, root=root)
     key = gateway.new_key("bench")
-    gateway.cli("price", "add", "m", "--input", "1.25", "--cached-input", "0.125", "--output", "10")
+    gateway.run("price", "add", "m", "--input", "1.25", "--cached-input", "0.125", "--output", "10")
     if rows:
         fill(gateway.database, rows)
     started = time.monotonic()
@@ -494,14 +496,19 @@ async def main(arguments: argparse.Namespace) -> None:
     background = [asyncio.create_task(each) for each in (Upstream.pace(), poll())]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for name in ("nginx", "RedBTC", "LiteLLM", "large"):
+        for name in ("nginx", "LiteLLM"):
             (folder / name).mkdir()
         proxies = [
             stack.enter_context(nginx(folder / "nginx", upstream)),
             stack.enter_context(redbtc(folder / "RedBTC", upstream)),
         ]
+        for number, root in enumerate(arguments.against):
+            other = redbtc(
+                folder / f"{number}", upstream, f"{number + 1}: {root.name}"[:18], root=root
+            )
+            proxies.append(stack.enter_context(other))
         if arguments.rows:
-            large = redbtc(folder / "large", upstream, "RedBTC, large", arguments.rows)
+            large = redbtc(folder / "large", upstream, "RedBTC, large", rows=arguments.rows)
             proxies.append(stack.enter_context(large))
         slow = []
         if arguments.litellm:
@@ -533,5 +540,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5, help="of all, taking turns")
     parser.add_argument("--rows", type=int, default=5_000_000, help="of the large ledger; 0: none")
     parser.add_argument("--no-litellm", dest="litellm", action="store_false")
+    parser.add_argument(
+        "--against", metavar="DIR", type=Path, action="append", default=[], help="a checkout, too"
+    )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main(parser.parse_args()))

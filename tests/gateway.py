@@ -64,10 +64,12 @@ class Gateway:
         upstream_url: str,
         settings: str | Mapping[str, Any] = "",
         upstream_settings: str = "",
+        root: Path = ROOT,
         **env: str,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self._script = str(root.absolute() / "redbtc_proxy.py")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.base_url = f"{self.url}/v1"
@@ -101,7 +103,7 @@ class Gateway:
     def command(self, *arguments: str) -> list[str]:
         return [
             sys.executable,
-            str(ROOT / "redbtc_proxy.py"),
+            self._script,
             "--config",
             str(self.config),
             *arguments,
