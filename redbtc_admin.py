@@ -601,8 +601,9 @@ def me(books: Books, limits: Callable[[Key], Record]) -> Starlette:
 STATUS_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Status: {status}</title>
-<style>body{{font:1rem/1.5 system-ui,sans-serif;max-width:45rem;margin:3rem auto;padding:0 1rem;
-color-scheme:light dark}}time{{font-variant-numeric:tabular-nums}}</style>
+<style>:root{{color-scheme:light dark}}body{{font:1rem/1.5 system-ui,sans-serif;max-width:45rem;
+margin:3rem auto;padding:0 1rem}}h1{{font-size:1.75rem}}h2{{font-size:1.1rem;margin:2rem 0 0}}
+p{{margin:.25rem 0;overflow-wrap:anywhere}}time{{font-variant-numeric:tabular-nums}}</style>
 <h1>Status: {status}</h1>
 <p>Up for {uptime}.</p>
 {notices}
@@ -627,11 +628,17 @@ async def status(books: Books, uptime_seconds: int) -> Record:
 
 def status_page(found: Record) -> bytes:
     """The same for people."""
+
+    def time_on_page(moment: str) -> str:
+        return f'<time datetime="{moment}">{moment[:10]} {moment[11:16]} UTC</time>'
+
     lines = []
     for notice in found["incidents"] + found["notices"]:
-        until = f" to <time>{notice['until']}</time>" if notice["until"] else ""
-        when = f"from <time>{notice['effective_at']}</time>{until}"
-        lines.append(f"<h2>{notice['kind']}, {when}</h2><p>{html.escape(notice['text'])}</p>")
+        when = f"From {time_on_page(notice['effective_at'])}"
+        if notice["until"] and notice["kind"] != "price":  # of a price: how long that is told
+            when += f" to {time_on_page(notice['until'])}"
+        text = html.escape(notice["text"])
+        lines.append(f"<h2>{notice['kind'].title()}</h2>\n<p>{when}</p>\n<p>{text}</p>")
     uptime = timedelta(seconds=found["uptime_seconds"])
     notices = "\n".join(lines) or "<p>No notices.</p>"
     page = STATUS_PAGE.format(status=found["status"], uptime=uptime, notices=notices)
