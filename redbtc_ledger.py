@@ -47,6 +47,7 @@ from redbtc_settings import (
 APPLICATION_ID = 0x52424343  # marks the file as ours
 BUSY_TIMEOUT_MS = 1000
 RETRY_SECONDS = 0.25
+MOST_SNAPSHOTS = 8
 SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 BEAT = "INSERT OR REPLACE INTO heartbeat (id, beat_at) VALUES (1, ?)"
 INTERRUPT = "UPDATE requests SET outcome = 'interrupted', month = ? WHERE outcome = 'pending'"
@@ -155,6 +156,7 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Entry] = []
         self._wake = asyncio.Event()
+        self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
         self._closing = False
         self._latest = 0
 
@@ -252,8 +254,9 @@ class Store:
 
     @contextlib.asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Reader]:
-        """Whatever is read through it is of one instant."""
-        async with aiosqlite.connect(self._read_only, uri=True) as connection:
+        """Whatever is read through it is of one instant. Each has a thread of its own: there are no
+        more than MOST_SNAPSHOTS at a time."""
+        async with self._snapshots, aiosqlite.connect(self._read_only, uri=True) as connection:
             await connection.execute("BEGIN")
             yield Reader(connection)
 

@@ -1732,6 +1732,7 @@ class Gateway:
         self.draining = False
         self.in_flight = 0
         self._me = admin.me(books, lambda key: self.limits.report(key, self.settings.limits))
+        self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
         self._started = time.monotonic()
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -1834,7 +1835,7 @@ class Gateway:
         await respond(scope, send, 200, b'{"status":"ready"}')
 
     async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What an account may ask of itself, with one of its keys. It costs none of its limits."""
+        """What an account asks of itself costs none of its limits; its answers are made in turn."""
         scope["where"] = "/admin/v1/me"
         scope["key"] = self.enter(scope)
         request_id = scope["request_id"].encode()
@@ -1846,7 +1847,8 @@ class Gateway:
                 self.watch.answered(scope, message["status"])
             await send(message)
 
-        await self._me(scope, receive, send_with_ids)
+        async with self._asking[scope["key"].account_id]:
+            await self._me(scope, receive, send_with_ids)
 
     async def status(self, scope: Scope, _: Receive, send: Send) -> None:
         """For everybody: whether it works, and the notices for all that are in force or coming."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 import openai
+import psutil
 import pytest
 from conftest import MakeGateway
 from gateway import ROOT, Gateway, free_port, wait_until
@@ -793,6 +794,26 @@ def test_a_script_can_ask_for_its_account_s_figures(
         assert answer.status_code == (401 if path.startswith("/me") else 404)
         assert answer.json()["error"]["code"] in ("invalid_api_key", "unknown_url")
     assert gateway.get("/admin/v1/accounts", headers=headers).status_code == 404
+
+
+def test_who_asks_much_waits(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    """300 reports at once are made by few threads, and hold nobody else up."""
+    gateway = make_gateway().start()
+    keys = [gateway.new_key(f"account {number}") for number in range(40)]
+    assert ask(gateway, keys[0]).status_code == 200
+    process, threads = psutil.Process(gateway.pid), 0
+
+    def report(number: int) -> int:
+        headers = {"authorization": f"Bearer {keys[number % len(keys)]}"}
+        return gateway.get("/admin/v1/me/requests?limit=9", headers=headers).status_code
+
+    with ThreadPoolExecutor(300) as pool:
+        asked = [pool.submit(report, number) for number in range(300)]
+        assert ask(gateway, keys[0]).status_code == 200
+        while not all(each.done() for each in asked):
+            threads = max(threads, process.num_threads())
+    assert {each.result() for each in asked} == {200}
+    assert threads < 20
 
 
 def test_first_run_has_prices(make_gateway: MakeGateway, upstream: Upstream) -> None:
