@@ -649,6 +649,26 @@ def test_the_check_finds_usage_that_is_not_the_sum_of_its_requests(
     assert found.startswith("usage that is not the sum of its requests")
 
 
+def test_snapshots_are_few_at_a_time(bench: Bench) -> None:
+    """Each has a thread."""
+    now, most = 0, 0
+
+    async def read() -> None:
+        nonlocal now, most
+        async with bench.store.snapshot() as snapshot:
+            now += 1
+            most = max(most, now)
+            assert await snapshot.one("SELECT 1")
+            await asyncio.sleep(0.001)
+            now -= 1
+
+    async def read_all() -> None:
+        await asyncio.gather(*(read() for _ in range(100)))
+
+    bench.run(read_all())
+    assert most == ledger.MOST_SNAPSHOTS
+
+
 def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Clock) -> None:
     path = tmp_path / "redbtc.db"
     with contextlib.closing(sqlite3.connect(path)) as database:
