@@ -103,9 +103,11 @@ class Suspension(Struct, forbid_unknown_fields=True):
 
 
 class NewKey(Struct, forbid_unknown_fields=True):
-    """POST /admin/v1/accounts/{account}/keys. `expires` is a time or a duration from now."""
+    """POST /admin/v1/accounts/{account}/keys. `expires` is a time or a duration from now; `models`
+    are shell patterns, with commas or as a list."""
 
     label: Text = ""
+    models: Annotated[str, Meta(max_length=4000)] | tuple[ModelName, ...] | None = None
     expires: Text | None = None
     concurrency: Limit | None = None
     requests_per_minute: Limit | None = None
@@ -205,6 +207,19 @@ def limits_of(given: Mapping[str, Any]) -> dict[str, Any]:
         budget = limits["monthly_budget"]
         limits["monthly_budget"] = None if budget == "unlimited" else parse_limit(budget)
     return limits
+
+
+def models_of(given: str | tuple[str, ...] | None) -> str | None:
+    """The patterns that a key is limited to, as the ledger has them. Raises LedgerError."""
+    if given is None:
+        return None
+    patterns = [each.strip() for each in (given.split(",") if isinstance(given, str) else given)]
+    for pattern in patterns:
+        if not pattern or "," in pattern or not pattern.isprintable():
+            raise LedgerError(
+                f"{pattern!r} is not a pattern of models; write it like gpt-5*,codex*"
+            )
+    return ",".join(patterns) or None
 
 
 def answer(content: Any, status: int = 200) -> Response:
@@ -318,7 +333,9 @@ class API:
         body = await read(request, NewKey)
         expires = parse_time(body.expires, relative_to_past=False) if body.expires else None
         account, limits = request.path_params["account"], limits_of(msgspec.structs.asdict(body))
-        return answer(await self._accounts.add_key(account, body.label, expires, limits), 201)
+        models = models_of(body.models)
+        added = await self._accounts.add_key(account, body.label, expires, limits, models)
+        return answer(added, 201)
 
     async def revoke_key(self, request: Request) -> Response:
         return answer(await self._accounts.revoke_key(request.path_params["key"]))
@@ -964,6 +981,7 @@ def shown_once(added: dict[str, Any]) -> str:
 @click.argument("account")
 @click.option("--label", help="What its owner calls it.")
 @click.option("--expires", metavar="TIME", help="2026-12-31T00:00:00Z, or 90d from now.")
+@click.option("--models", metavar="PATTERNS", help='Only these: "gpt-5*,codex*".')
 @limit_options(ledger.KEY_LIMITS)
 @json_option
 @click.pass_obj
@@ -980,7 +998,8 @@ def key_add(context: Context, /, account: str, as_json: bool, **options: Any) ->
 def key_list(context: Context, account: str, as_json: bool) -> None:
     """An account's keys."""
     found = context.call("GET", _account(account, "/keys"))
-    columns = ["id", "label", *ledger.KEY_LIMITS, "created_at", "expires_at", "revoked_at"]
+    times = ["created_at", "expires_at", "revoked_at"]
+    columns = ["id", "label", "models", *ledger.KEY_LIMITS, *times]
     show(found, as_json, lambda: table(found["keys"], columns))
 
 

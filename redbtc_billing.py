@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Struct
 
 import redbtc_ledger as ledger
-from redbtc_ledger import Change, Key, Record, Store, Usage
+from redbtc_ledger import Change, Key, Part, Record, Store, Usage
 from redbtc_settings import (
     NANOS,
     UNLIMITED,
@@ -325,13 +325,20 @@ class Purse:
 
 class Hold:
     """What one request can cost, held on its account and its key from `with` to `settle`, or to the
-    end of `with`; and the prices it was admitted at."""
+    end of `with`; and the time whose prices are its."""
 
-    __slots__ = ("_books", "_key", "_most", "_purses", "tariff")
+    __slots__ = ("_books", "_key", "_most", "_purses", "at", "tariff")
 
     def __init__(
-        self, books: Books, key: Key, tariff: Tariff | None, purses: tuple[Purse, Purse], most: int
+        self,
+        books: Books,
+        key: Key,
+        at: int,
+        tariff: Tariff | None,
+        purses: tuple[Purse, Purse],
+        most: int,
     ) -> None:
+        self.at = at
         self.tariff = tariff
         self._books = books
         self._key = key
@@ -348,6 +355,30 @@ class Hold:
             for purse in self._purses:
                 purse.held -= self._most
             self._most = 0
+
+    def keep(self) -> Hold:
+        """The same, beyond the end of `with`."""
+        kept = Hold(self._books, self._key, self.at, self.tariff, self._purses, self._most)
+        self.__exit__()
+        return kept
+
+    @property
+    def held(self) -> int:
+        """Nanos."""
+        return self._most
+
+    def cost(self, parts: Iterable[Part], tier: str | None) -> tuple[int | None, int]:
+        """What these have cost together: the price's id of the first, and nanos. A part of another
+        model has that one's price, if it has any."""
+        price_id, cost = None, 0
+        for number, (model, usage, images) in enumerate(parts):
+            tariff = self._books.prices.tariff(model, self.at) if model else None
+            of_tier = tier if tariff is None else None
+            if tariff := tariff or self.tariff:
+                price = tariff.price(of_tier, usage.input_tokens or 0)
+                price_id = price_id if number else price.id
+                cost += price.cost(usage, images)
+        return price_id, cost
 
     def settle(self, cost: int) -> str:
         """It has cost so much. Returns the month on whose statement that is."""
@@ -492,8 +523,7 @@ class Books:
     async def hold(self, key: Key, model: str, most: Callable[[Tariff], int]) -> Hold:
         """Hold what `most` says that a request can cost by the prices of this instant, where
         anything limits it. Raises Spent, LedgerUnavailable."""
-        account = await self._purse(key.account_id, None)
-        own = await self._purse(key.account_id, key.id)
+        account, own = await self._purses_of(key)
         now = self.store.time()  # from here on nothing is waited for
         month, tariff = month_of(now), self.prices.tariff(model, now)
         account.turn(month)
@@ -508,7 +538,16 @@ class Books:
                         f"This request can cost up to {decimal(held)} {self.currency}, "
                         f"and of {what} {decimal(amount)} is left."
                     )
-        return Hold(self, key, tariff, (account, own), held)
+        return Hold(self, key, now, tariff, (account, own), held)
+
+    async def hold_again(self, key: Key, model: str, at: int, held: int) -> Hold:
+        """What an earlier process held at that time. Raises LedgerUnavailable."""
+        purses = await self._purses_of(key)
+        return Hold(self, key, at, self.prices.tariff(model, at), purses, held)
+
+    async def _purses_of(self, key: Key) -> tuple[Purse, Purse]:
+        account = await self._purse(key.account_id, None)
+        return account, await self._purse(key.account_id, key.id)
 
     def _left(self, key: Key, account: Purse, own: Purse) -> list[tuple[str, int]]:
         """Of what limits spending, how much is left; empty where nothing does."""
@@ -815,8 +854,8 @@ REQUESTS = f"""
     SELECT * FROM (
     SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
            started_at, first_byte_ms, duration_ms, requests.status, outcome, usage_source,
-           {", ".join(TOKENS)}, service_tier, response_id, cost, :currency AS currency, price_id,
-           month
+           {", ".join(TOKENS[:-1])}, service_tier, response_id, cost, :currency AS currency,
+           price_id, month, {TOKENS[-1]}
       FROM requests JOIN accounts ON accounts.id = requests.account_id
      WHERE {{account}} {IN_RANGE.format(since=":since", until=":until")}
      ORDER BY started_at DESC, request_id DESC LIMIT :limit)

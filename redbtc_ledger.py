@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import os
@@ -18,7 +19,7 @@ import secrets
 import sqlite3
 import time
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,7 +51,9 @@ RETRY_SECONDS = 0.25
 MOST_SNAPSHOTS = 8
 SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 BEAT = "INSERT OR REPLACE INTO heartbeat (id, beat_at) VALUES (1, ?)"
-INTERRUPT = "UPDATE requests SET outcome = 'interrupted', month = ? WHERE outcome = 'pending'"
+INTERRUPT = """
+    UPDATE requests SET outcome = 'interrupted', month = ?
+     WHERE outcome = 'pending' AND request_id NOT IN (SELECT request_id FROM background)"""
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
@@ -68,12 +71,13 @@ class DatabaseInUse(LedgerError):
 
 class Entry(NamedTuple):
     """A statement that waits for the next commit. `insist`: it is tried again until it is written;
-    otherwise it fails with the commit that fails."""
+    otherwise it fails with the commit that fails. `lasting`: it has to outlive a loss of power."""
 
     sql: str
     values: Sequence[Any]
     written: asyncio.Future[None]
     insist: bool
+    lasting: bool
 
 
 def schema() -> str:
@@ -273,12 +277,16 @@ class Store:
         except sqlite3.Error as error:
             raise LedgerUnavailable(f"the database can't be written: {error}") from None
 
-    def record(self, sql: str, values: Sequence[Any], *, insist: bool) -> asyncio.Future[None]:
+    def record(
+        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
+    ) -> asyncio.Future[None]:
         """Write in the next group; the future is done when it is on disk. With `insist` it is tried
-        until it succeeds, otherwise the future raises LedgerUnavailable if this try fails."""
+        until it succeeds, otherwise the future raises LedgerUnavailable if this try fails.
+        `lasting`, usually as `insist`: it outlives a loss of power, not just this process."""
         written: asyncio.Future[None] = self._loop.create_future()
         if self.healthy or insist:
-            self._waiting.append(Entry(sql, values, written, insist))
+            lasting = insist if lasting is None else lasting
+            self._waiting.append(Entry(sql, values, written, insist, lasting))
             self._wake.set()
         else:
             written.set_exception(LedgerUnavailable(self.failure))
@@ -325,8 +333,7 @@ class Store:
                 changes += [(sql, each) for each in values]
         if not self.healthy:
             changes.append((BEAT, (self.time(),)))
-        # A row that was only begun need not outlive a loss of power, just this process.
-        lasting = not self.healthy or any(entry.insist for entry in group)
+        lasting = not self.healthy or any(entry.lasting for entry in group)
         try:
             await self._writer.write(changes, self._synchronous if lasting else "normal")
         except sqlite3.OperationalError as error:
@@ -351,7 +358,7 @@ class Store:
                 if not entry.written.done():
                     entry.written.set_exception(LedgerUnavailable(reason))
                 nobody: asyncio.Future[None] = self._loop.create_future()
-                kept.append(Entry(FORGET, entry.values[:1], nobody, True))
+                kept.append(Entry(FORGET, entry.values[:1], nobody, True, True))
         self._waiting[:0] = kept
 
     async def _isolate(self, group: list[Entry], error: Exception) -> None:
@@ -429,14 +436,21 @@ class Key(NamedTuple):
     monthly_budget: int | None
     account_monthly_budget: int | None
     credit_limit: int | None
+    models: str | None
+
+    def allows(self, model: str) -> bool:
+        """Whether one of its patterns, where it has any, is the model's."""
+        patterns = self.models.split(",") if self.models else ["*"]
+        return any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
 
 
-KEY_IN_FORCE = """
+FULL_KEY = """
     SELECT keys.id, accounts.id, accounts.status,
            keys.concurrency, keys.requests_per_minute, keys.tokens_per_minute,
            accounts.concurrency, accounts.requests_per_minute, accounts.tokens_per_minute,
-           keys.monthly_budget, accounts.monthly_budget, accounts.credit_limit
-      FROM keys JOIN accounts ON accounts.id = keys.account_id
+           keys.monthly_budget, accounts.monthly_budget, accounts.credit_limit, keys.models
+      FROM keys JOIN accounts ON accounts.id = keys.account_id"""
+KEY_IN_FORCE = f"""{FULL_KEY}
      WHERE keys.hash = ? AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""
 
 
@@ -469,19 +483,20 @@ SET_ACCOUNT = {
 }
 SET_STATUS = "UPDATE accounts SET status = ?, status_reason = ? WHERE id = ?"
 KEY = f"""
-    SELECT keys.id, accounts.name AS account, keys.label,
+    SELECT keys.id, accounts.name AS account, keys.label, keys.models,
            {", ".join(f"keys.{limit}" for limit in KEY_LIMITS)}, keys.created_at, keys.expires_at,
            keys.revoked_at
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_BY_ID = KEY + " WHERE keys.id = ?"
 KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.id"
 NEW_KEY = f"""
-    INSERT INTO keys (id, hash, account_id, label, {", ".join(KEY_LIMITS)}, created_at, expires_at)
-    """
+    INSERT INTO keys (id, hash, account_id, label, models, {", ".join(KEY_LIMITS)}, created_at,
+                      expires_at)"""
 ADD_KEY = f"""{NEW_KEY}
-    SELECT ?, ?, id, ?, {"?, " * len(KEY_LIMITS)} ?, ? FROM accounts WHERE id = ?"""
+    SELECT ?, ?, id, ?, ?, {"?, " * len(KEY_LIMITS)} ?, ? FROM accounts WHERE id = ?"""
 COPY_KEY = f"""{NEW_KEY}
-    SELECT ?, ?, account_id, label, {", ".join(KEY_LIMITS)}, ?, expires_at FROM keys WHERE id = ?"""
+    SELECT ?, ?, account_id, label, models, {", ".join(KEY_LIMITS)}, ?, expires_at
+      FROM keys WHERE id = ?"""
 EXPIRE_KEY = "UPDATE keys SET expires_at = min(ifnull(expires_at, ?1), ?1) WHERE id = ?2"
 REVOKE_KEY = "UPDATE keys SET revoked_at = ifnull(revoked_at, ?) WHERE id = ?"
 
@@ -496,6 +511,8 @@ def shown(row: sqlite3.Row) -> Record:
             record[name] = iso_time(value)
         elif name in ("credit_limit", "monthly_budget"):
             record[name] = shown_limit(value)
+        elif name == "models":
+            record[name] = value.split(",") if value else None
     return record
 
 
@@ -560,13 +577,18 @@ class Accounts:
         return shown(key)
 
     async def add_key(
-        self, name: str, label: str, expires_at: int | None, limits: Mapping[str, int | None]
+        self,
+        name: str,
+        label: str,
+        expires_at: int | None,
+        limits: Mapping[str, int | None],
+        models: str | None = None,
     ) -> Record:
         """A new key; `key` in the answer is the only copy of it there will ever be."""
         account = await self.show(name)
         secret, key_id = new_key(), new_id("key")
         of_limits = (limits.get(limit) for limit in KEY_LIMITS)
-        values = (key_id, hash_of_key(secret), label, *of_limits, now_ms(), expires_at)
+        values = (key_id, hash_of_key(secret), label, models, *of_limits, now_ms(), expires_at)
         await self._store.transact((ADD_KEY, (*values, account["id"])))
         return {"id": key_id, "key": secret, **await self.key(key_id)}
 
@@ -624,6 +646,16 @@ class Usage(Struct, frozen=True):
     image_input_tokens: int | None = None
     image_output_tokens: int | None = None
     web_searches: int | None = None
+    tool_input_tokens: int | None = None
+
+
+class Part(NamedTuple):
+    """Of what a request used, what one model did: None is the one that was asked for. `images`: as
+    an image endpoint counts, with pictures as parts of input and output."""
+
+    model: str | None
+    usage: Usage
+    images: bool
 
 
 class Row(Struct):
@@ -684,6 +716,94 @@ async def settle(store: Store, row: Row) -> None:
 async def forget(store: Store, row: Row) -> None:
     """Take back a pending row whose request did not leave for the upstream after all."""
     await store.record(FORGET, (row.request_id,), insist=True)
+
+
+# ── Stored objects ───────────────────────────────────────────────────────────────────────────────
+# All accounts share the key that reaches what an upstream stores. What an account may name is what
+# was made for it: known from the first event that names it, and never any other's.
+
+OWN = """
+    INSERT OR IGNORE INTO stored_objects (id, account_id, upstream, created_at)
+    VALUES (?, ?, ?, ?)"""
+DISOWN = "DELETE FROM stored_objects WHERE id = ?"
+UPSTREAM_OF = "SELECT upstream FROM stored_objects WHERE id = ? AND account_id = ?"
+
+
+class Objects:
+    """Who owns what is stored at the upstreams."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._fresh: dict[str, tuple[str, str]] = {}  # not yet committed: account, upstream
+
+    def own(self, ids: Iterable[str], account_id: str, upstream: str) -> None:
+        """From now on these are the account's. Whose one is already, his it stays."""
+        for each in ids:
+            if each not in self._fresh:
+                self._fresh[each] = account_id, upstream
+                values = (each, account_id, upstream, now_ms())
+                written = self._store.record(OWN, values, insist=True, lasting=False)
+                written.add_done_callback(functools.partial(self._written, each))
+
+    def _written(self, object_id: str, _: asyncio.Future[None]) -> None:
+        del self._fresh[object_id]
+
+    def upstream_of(self, object_id: str, account_id: str) -> str | None:
+        """Where it is, if it is the account's: one read by an index, which takes as long for what
+        is another's as for what never was. Raises LedgerUnavailable."""
+        found = self._store.look_up(UPSTREAM_OF, (object_id, account_id))
+        if found is None and (fresh := self._fresh.get(object_id)) and fresh[0] == account_id:
+            return fresh[1]
+        return str(found[0]) if found else None
+
+    async def disown(self, object_id: str) -> None:
+        """It was deleted."""
+        await self._store.record(DISOWN, (object_id,), insist=True)
+
+
+KEEP_PENDING = """
+    INSERT OR IGNORE INTO background (request_id, admitted_at, held, input_estimate, image_model)
+    VALUES (?, ?, ?, ?, ?)"""
+ENDED = "DELETE FROM background WHERE request_id = ?"
+BACKGROUND = f"""
+    SELECT {", ".join(f"requests.{name}" for name in COLUMNS)},
+           admitted_at, held, input_estimate, image_model
+      FROM background JOIN requests USING (request_id)
+     WHERE requests.outcome = 'pending' AND requests.response_id IS NOT NULL"""
+KEY_OF = FULL_KEY + " WHERE keys.id = ?"
+
+
+class Unfinished(NamedTuple):
+    """What is kept of a background response beside its row; schema.sql explains each field."""
+
+    admitted_at: int
+    held: int
+    input_estimate: int
+    image_model: str
+
+
+def keep_pending(store: Store, row: Row, unfinished: Unfinished) -> asyncio.Future[None]:
+    """The row stays pending, since its response goes on at the upstream; done when committed."""
+    store.record(RECORD, _values(row), insist=True)
+    return store.record(KEEP_PENDING, (row.request_id, *unfinished), insist=True)
+
+
+async def end_background(store: Store, row: Row) -> None:
+    """Commit the row as its background response ended."""
+    store.record(RECORD, _values(row), insist=True)
+    await store.record(ENDED, (row.request_id,), insist=True)
+
+
+async def unfinished_rows(store: Store) -> list[tuple[Row, Key, Unfinished]]:
+    """What an earlier process left to be asked for."""
+    found = []
+    async for each in store.rows(BACKGROUND):
+        usage = len(COLUMNS) - len(Usage.__struct_fields__)
+        row = Row(*each[:usage])
+        row.usage = Usage(*each[usage : len(COLUMNS)])
+        key = Key(*(store.look_up(KEY_OF, (row.key_id,)) or ()))
+        found.append((row, key, Unfinished(*each[len(COLUMNS) :])))
+    return found
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────

@@ -17,13 +17,14 @@ says is then read from its JSON, at the place where it belongs, so that text can
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any, Protocol
 
 import msgspec
 from msgspec import Struct
 
-from redbtc_ledger import Usage
+from redbtc_ledger import Part, Usage
 from redbtc_settings import MOST_TOKENS
 
 MAX_NAME = 256  # of a model, an id, a tier
@@ -31,6 +32,7 @@ KEEP = 256 << 10
 MOST_SKELETON = 4 << 20
 SHORT_STRING = 256
 MOST_SEARCHES = 100_000  # the same of web searches
+IMAGE_TOOL = "image_generation"  # stands for the model of that tool, which the answer doesn't name
 STRUCTURE = re.compile(rb'[\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
 STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
 
@@ -122,18 +124,33 @@ class Answer(Struct):
     error: Any = None
     usage: Any = None
     tool_usage: Any = None
+    svg_usage: Any = None
+    conversation: Any = None
+    incomplete_details: Any = None
+    stream_id: Any = None
     response: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
+    output: msgspec.Raw = msgspec.Raw()
+    item: msgspec.Raw = msgspec.Raw()
+    delta: msgspec.Raw = msgspec.Raw()
 
 
-ANSWER = msgspec.json.Decoder(Answer)
+class Named(Struct):
+    """Whatever has an id."""
+
+    id: Any = None
 
 
-def decode_answer(text: bytes | msgspec.Raw) -> Answer | None:
+ANSWER, OUTPUT = msgspec.json.Decoder(Answer), msgspec.json.Decoder(list[Named])
+ITEM = msgspec.json.Decoder(Named)
+NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
+
+def decode_answer(text: str | bytes | msgspec.Raw) -> Answer | None:
     """None for what is no JSON object."""
     try:
         return ANSWER.decode(text)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except NOT_JSON:
         return None
 
 
@@ -148,10 +165,10 @@ def part_of(whole: int | None, parts: int) -> bool:
     return whole is not None and parts <= whole
 
 
-def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
-    """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images) and from
-    `tool_usage`; None where it reports neither input nor output. Parts that exceed their whole
-    are not believed."""
+def read_usage(usage: Any, images: bool) -> Usage | None:
+    """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images, the image
+    tool's); None where it reports neither input nor output. Parts that exceed their whole are not
+    believed."""
     if not isinstance(usage, dict):
         return None
     chat = "prompt_tokens" in usage
@@ -162,19 +179,20 @@ def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
     )
     if tokens_input is None and tokens_output is None:
         return None
-    parts_input = usage.get(f"{into}_tokens_details")
+    parts_input, parts_output = (
+        usage.get(f"{into}_tokens_details"),
+        usage.get(f"{out}_tokens_details"),
+    )
     cached = tokens_in(parts_input, "cached_tokens")
     cache_write = tokens_in(parts_input, "cache_write_tokens")
     believed = part_of(tokens_input, (cached or 0) + (cache_write or 0))
-    reasoning = tokens_in(usage.get(f"{out}_tokens_details"), "reasoning_tokens")
-    tools = tools if isinstance(tools, dict) else {}
-    source = usage if images else tools.get("image_gen")
+    reasoning = tokens_in(parts_output, "reasoning_tokens")
     image_input = image_output = None
-    if isinstance(source, dict):
-        image_input = tokens_in(source.get("input_tokens_details"), "image_tokens")
-        image_output = tokens_in(source.get("output_tokens_details"), "image_tokens")
-        if image_output is None:  # without details all of an image endpoint's output is image
-            image_output = tokens_in(source, "output_tokens")
+    if images:
+        image_input = tokens_in(parts_input, "image_tokens")
+        image_output = tokens_in(parts_output, "image_tokens")
+        if image_output is None:  # without details all of the output is image
+            image_output = tokens_output
     return Usage(
         input_tokens=tokens_input,
         cached_input_tokens=cached if believed else None,
@@ -183,7 +201,52 @@ def read_usage(usage: Any, tools: Any, images: bool) -> Usage | None:
         reasoning_tokens=reasoning if part_of(tokens_output, reasoning or 0) else None,
         image_input_tokens=image_input,
         image_output_tokens=image_output,
-        web_searches=tokens_in(tools.get("web_search"), "num_requests", MOST_SEARCHES),
+    )
+
+
+def plus(a: int | None, b: int | None) -> int | None:
+    return a if b is None else (a or 0) + b
+
+
+def with_svg(used: Usage | None, parts: list[Part], svg: Any) -> Usage | None:
+    """An image endpoint's usage with that of the model which wrote an SVG: separate, says OpenAI's
+    reference, so that it comes on top."""
+    wrote = read_usage(svg, images=False)
+    if wrote is None:
+        return used
+    reasoning = tokens_in(svg, "reasoning_tokens")
+    parts.append(Part(name_in(svg.get("model")), wrote, False))
+    used = used or Usage()
+    return msgspec.structs.replace(
+        used,
+        input_tokens=plus(used.input_tokens, wrote.input_tokens),
+        output_tokens=plus(used.output_tokens, wrote.output_tokens),
+        reasoning_tokens=reasoning if part_of(wrote.output_tokens, reasoning or 0) else None,
+    )
+
+
+def with_tools(used: Usage, parts: list[Part], tools: Any) -> Usage:
+    """A response's usage with that of its tools, which is none of its own tokens."""
+    if not isinstance(tools, dict):
+        return used
+    searches = tokens_in(tools.get("web_search"), "num_requests", MOST_SEARCHES)
+    used = msgspec.structs.replace(used, web_searches=searches)
+    parts[0] = parts[0]._replace(usage=used)
+    drawn = read_usage(tools.get("image_gen"), images=True)
+    if drawn is None:
+        return used
+    details = tools["image_gen"].get("cached_tokens_details")
+    text = (drawn.input_tokens or 0) - (drawn.image_input_tokens or 0)
+    cached = tokens_in(details, "cached_text_tokens")
+    drawn = msgspec.structs.replace(
+        drawn, cached_input_tokens=cached if part_of(text, cached or 0) else None
+    )
+    parts.append(Part(IMAGE_TOOL, drawn, True))
+    return msgspec.structs.replace(
+        used,
+        image_input_tokens=drawn.image_input_tokens,
+        image_output_tokens=drawn.image_output_tokens,
+        tool_input_tokens=max(0, text) if drawn.input_tokens is not None else None,
     )
 
 
@@ -195,7 +258,10 @@ class Report:
         self.response_id: str | None = None
         self.model: str | None = None
         self.service_tier: str | None = None
+        self.status: str | None = None  # of the Response object
         self.usage: Usage | None = None
+        self.parts: list[Part] = []  # of the usage, by model
+        self.made: set[str] = set()  # ids of what the upstream may have stored
         self.failed = False  # it says itself that it failed
         self.text_bytes = 0  # of output that has passed, for an estimate
 
@@ -206,13 +272,36 @@ class Report:
         self.response_id = name_in(said.id) or self.response_id
         self.model = name_in(said.model) or self.model
         self.service_tier = name_in(said.service_tier) or self.service_tier
-        self.usage = read_usage(said.usage, said.tool_usage, self._images) or self.usage
+        self.status = name_in(said.status) or self.status
+        self._use(said)
+        self._name(answer, said)
         self.failed = self.failed or bool(
             said.error
             or answer.error
             or said.status == "failed"
             or answer.type in ("error", "response.failed")
         )
+
+    def _use(self, said: Answer) -> None:
+        used = read_usage(said.usage, self._images)
+        parts = [Part(None, used, self._images)] if used else []
+        if self._images:
+            used = with_svg(used, parts, said.svg_usage)
+        elif used:
+            used = with_tools(used, parts, said.tool_usage)
+        if used:
+            self.usage, self.parts = used, parts
+
+    def _name(self, answer: Answer, said: Answer) -> None:
+        ids = [said.id]
+        if isinstance(said.conversation, dict):
+            ids.append(said.conversation.get("id"))
+        with contextlib.suppress(*NOT_JSON):
+            if answer.item:
+                ids.append(ITEM.decode(answer.item).id)
+            if said.output:
+                ids += [item.id for item in OUTPUT.decode(said.output)]
+        self.made.update(filter(None, map(name_in, ids)))
 
 
 def name_in(value: Any) -> str | None:
@@ -280,6 +369,7 @@ def marked(events: bytes) -> bool:
         or b'.completed"' in events
         or b'.incomplete"' in events
         or b'.failed"' in events
+        or b'_item.added"' in events
         or MARK.search(events) is not None
     )
 

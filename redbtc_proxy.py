@@ -13,12 +13,9 @@ redbtc_admin.py.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
-import fnmatch
 import hmac
 import ipaddress
-import itertools
 import logging
 import math
 import os
@@ -27,19 +24,18 @@ import re
 import signal
 import socket
 import sqlite3
-import threading
 import time
-import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     Awaitable,
     Callable,
+    Container,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
     MutableMapping,
 )
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import click
@@ -49,22 +45,36 @@ import orjson
 import prometheus_client
 import uvicorn
 import uvloop
-from msgspec import Struct
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     Metric,
 )
 from starlette.routing import Match, Route, Router
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 import redbtc_admin as admin
 import redbtc_ledger as ledger
 import redbtc_webhook
 from redbtc_billing import Books, Hold, Price, Spent, Tariff
-from redbtc_ledger import Key, Row, Store, Usage
-from redbtc_meter import MAX_NAME, JSONMeter, Meter, StreamMeter, name_in
+from redbtc_body import (
+    Buffer,
+    Content,
+    Form,
+    Frame,
+    Reference,
+    add_include_usage,
+    decompressed,
+    media_of,
+)
+from redbtc_ledger import Key, Objects, Outcome, Part, Row, Store, Unfinished, Usage
+from redbtc_limits import TICK, Admission, Clock, Clocks, Limits
+from redbtc_meter import IMAGE_TOOL, LAST, JSONMeter, Meter, Report, StreamMeter
+from redbtc_meter import Answer as Event
+from redbtc_meter import decode_answer as decode_event
+from redbtc_refusals import ClientLeft, Headers, Refusal, header
 from redbtc_settings import (
     NANOS,
     LedgerError,
@@ -73,85 +83,27 @@ from redbtc_settings import (
     Settings,
     SettingsError,
     UpstreamSettings,
-    iso_time,
     load_settings,
     now_ms,
 )
-from redbtc_settings import Limits as LimitSettings
-from redbtc_transport import Answer, Request, ResponseBody, Transport
+from redbtc_transport import Answer, ResponseBody
+from redbtc_upstreams import (
+    NO_LIST,
+    PING_SECONDS,
+    Body,
+    Upstream,
+    by_turn,
+    choose,
+    headers_for_client,
+    headers_for_upstream,
+)
+from redbtc_watch import LOG, Watch, say
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
-
-
-# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────
-# Everything that the gateway itself answers with an error: OpenAI's form, so that every SDK raises
-# its proper exception. The table is CONTRACT.md section 4.
-
-INVALID, RATE, SERVER = "invalid_request_error", "rate_limit_error", "server_error"
-REFUSALS: dict[str, tuple[int, str, str]] = {
-    "invalid_http": (400, INVALID, "The HTTP request is malformed."),
-    "invalid_json": (400, INVALID, "The request body is not valid JSON."),
-    "invalid_request": (400, INVALID, "The request is not valid."),
-    "invalid_api_key": (401, INVALID, "Incorrect API key provided."),
-    "account_suspended": (403, INVALID, "This account is suspended."),
-    "metrics_forbidden": (403, INVALID, "Metrics are not for this address."),
-    "unknown_url": (404, INVALID, "Unknown request URL. See the documentation for what is served."),
-    "model_not_found": (404, INVALID, "The model does not exist, or it is not served here."),
-    "request_timeout": (408, INVALID, "The request body took too long to arrive."),
-    "request_too_large": (413, INVALID, "The request body is too large."),
-    "unsupported_media_type": (415, INVALID, "The request's content type is not supported here."),
-    "upgrade_required": (426, INVALID, "WebSocket is not offered here; use POST."),
-    "rate_limit_exceeded": (429, RATE, "Rate limit reached."),
-    "insufficient_quota": (429, "insufficient_quota", "Balance and credit are spent."),
-    "concurrency_limit_exceeded": (429, RATE, "Too many requests in flight."),
-    "headers_too_large": (431, INVALID, "The request's headers are too large."),
-    "internal_error": (500, SERVER, "The gateway failed on this request."),
-    "upstream_unreachable": (502, SERVER, "The upstream could not be reached."),
-    "upstream_protocol_error": (502, SERVER, "The upstream's answer could not be understood."),
-    "no_upstream": (503, SERVER, "No upstream can take this request now."),
-    "ledger_unavailable": (503, SERVER, "Usage can't be recorded now, so nothing is served."),
-    "draining": (503, SERVER, "The gateway is shutting down."),
-    "upstream_timeout": (504, SERVER, "The upstream took too long to answer."),
-}
-
-
-class Refusal(Exception):
-    """Refuse the client with a status, a code and a message from REFUSALS. Every 429 and 503 says
-    when to come back: whole seconds from 1 to 60, since Codex CLI gives up without them and
-    openai-node ignores more."""
-
-    def __init__(
-        self,
-        code: str,
-        message: str = "",
-        *,
-        param: str | None = None,
-        retry_after: float = 1.0,
-        headers: Iterable[tuple[bytes, bytes]] = (),
-    ) -> None:
-        super().__init__(code)
-        self.code = code
-        self.status, self.type, usual = REFUSALS[code]
-        self.message = message or usual
-        self.param = param
-        self.headers: Headers = list(headers)
-        if self.status in (429, 503):
-            seconds = min(60, max(1, math.ceil(retry_after)))
-            milliseconds = min(60_000, max(1, math.ceil(retry_after * 1000)))
-            self.headers += [
-                (b"retry-after", b"%d" % seconds),
-                (b"retry-after-ms", b"%d" % milliseconds),
-            ]
-
-    def body(self) -> bytes:
-        """OpenAI's error object."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return orjson.dumps({"error": error})
 
 
 def new_request_id() -> str:
@@ -192,6 +144,7 @@ HEAD_SECONDS = 30
 LINGER_SECONDS = 1
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.6.2
 BAD_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 §5.5
+WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # RFC 6455 §4.2.1
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 
 
@@ -234,11 +187,21 @@ class HTTPProtocol(HttpToolsProtocol):
     called when the client leaves. (ASGI's own way, a task that waits in receive(), costs a task for
     each request, and misses the leaving of a client that pipelines.)"""
 
+    offers_websocket: Callable[[], bool]
     _in_head = False
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _refusal = "invalid_http"
     _lingers = False  # refused: what still comes is read and thrown away
+
+    def _should_upgrade_to_ws(self) -> bool:
+        """Else it is an HTTP request, whose route says why not."""
+        proper = (
+            self.scope["method"] == "GET"
+            and header(self.headers, b"sec-websocket-version") == b"13"
+            and WEBSOCKET_KEY.fullmatch(header(self.headers, b"sec-websocket-key") or b"")
+        )
+        return bool(proper) and self.offers_websocket()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -315,14 +278,6 @@ class HTTPProtocol(HttpToolsProtocol):
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
-def header(headers: Headers, name: bytes) -> bytes | None:
-    """The first header of that name (lower case)."""
-    for key, value in headers:
-        if key == name:
-            return value
-    return None
-
-
 def check_head(scope: Scope) -> None:
     """Raise Refusal for a head that no client of good will sends, or that a proxy before or behind
     this one could read in another way (RFC 9112 §3.2, §6.1, §6.3; RFC 9110 §5.5)."""
@@ -361,35 +316,42 @@ class Guard:
     """The outermost ASGI app: gives the request its id, refuses bad heads, and turns every Refusal
     into an answer. What nobody expected is logged by type and place, never with content."""
 
-    def __init__(self, metered: Mapping[str, App], others: App, watch: Watch) -> None:
+    def __init__(
+        self, metered: Mapping[str, App], others: App, websocket: App, watch: Watch
+    ) -> None:
         """`metered`: by path, for POST. They don't go through a router, which would look at one
         route after the other, and be gone through again for each event."""
         self._metered = metered
         self._others = others
+        self._websocket = websocket
         self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            raise RuntimeError(f"unexpected scope {scope['type']!r}")
         scope["request_id"] = new_request_id()
         scope["started"] = time.monotonic()
         scope["where"] = "other"
+        websocket = scope["type"] == "websocket"
         try:
             check_head(scope)
+            if websocket:
+                await self._websocket(scope, receive, send)
+                return
             app = self._metered.get(scope["path"]) if scope["method"] == "POST" else None
             await (app or self._others)(scope, receive, send)
         except Refusal as refusal:
             self._watch.refused(scope, refusal)
+            answer = denial(send) if websocket else send
             await respond(
-                scope, send, refusal.status, refusal.body(), self._headers(scope, refusal)
+                scope, answer, refusal.status, refusal.body(), self._headers(scope, refusal)
             )
         except ClientLeft:
             self._watch.left(scope)
         except Exception as error:
             self._watch.failed(scope, error)
             unexpected = Refusal("internal_error")
+            answer = denial(send) if websocket else send
             with contextlib.suppress(RuntimeError):  # the answer had begun: it ends torn
-                await respond(scope, send, unexpected.status, unexpected.body())
+                await respond(scope, answer, unexpected.status, unexpected.body())
 
     @staticmethod
     def _headers(scope: Scope, refusal: Refusal) -> Headers:
@@ -402,8 +364,13 @@ class Guard:
         return refusal.headers
 
 
-class ClientLeft(Exception):
-    """The client is gone; there is nobody to answer."""
+def denial(send: Send) -> Send:
+    """An HTTP answer to who asked for a WebSocket (an extension of ASGI's)."""
+
+    async def send_denial(message: Message) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    return send_denial
 
 
 # ── Authenticate ─────────────────────────────────────────────────────────────────────────────────
@@ -431,1078 +398,444 @@ def authenticate(scope: Scope, store: Store) -> Key:
 
 
 # ── Read ─────────────────────────────────────────────────────────────────────────────────────────
-# The whole body comes into memory, bounded in size and time; then the few facts that the gateway
-# needs are read out of it and nothing else is built. The body itself is never re-encoded.
-
-TICK = 0.05  # seconds: how exact timeouts are
-MAX_PART_HEAD = 8192
-MAX_FIELD = 4096
-JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
-FORM_TYPE = re.compile(
-    rb"multipart/form-data\s*;(?:.*;)?\s*boundary=(?:\"([^\"]{1,70})\"|([^\s;\"]{1,70})).*",
-    re.IGNORECASE | re.DOTALL,
-)
-FIELD_NAME = re.compile(rb";\s*name=(?:\"([^\"]*)\"|([^\s;]+))", re.IGNORECASE)
-FILE_NAME = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
+# The whole body comes into memory, once, bounded in size and time. What must be known of it is read
+# in redbtc_body.py.
 
 
-class StreamOptions(Struct):
-    """`stream_options` of a chat request."""
-
-    include_usage: bool | msgspec.UnsetType | None = msgspec.UNSET
-
-
-class Facts(Struct):
-    """What the gateway must know of a request's body. Other members are skipped, not built."""
-
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
-    background: bool | None = None
-    previous_response_id: msgspec.Raw = msgspec.Raw(b"null")
-    conversation: msgspec.Raw = msgspec.Raw(b"null")
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_output_tokens: int | None = None
-    n: int | None = None
-    service_tier: str | None = None
-
-    def most_output_tokens(self) -> int:
-        """What the client allows an answer to have; 0 where it says nothing."""
-        limits = (self.max_tokens, self.max_completion_tokens, self.max_output_tokens)
-        return max(0, *(limit or 0 for limit in limits))
-
-    @property
-    def asks_for_usage(self) -> bool:
-        """Whether a streamed chat will report it."""
-        return self.stream_options == StreamOptions(include_usage=True)
-
-
-FACTS = msgspec.json.Decoder(Facts)
-MOST_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
-
-
-class Part(Struct):
-    """A part of a message, or of a tool's output: `image_url` where it is a picture."""
-
-    image_url: msgspec.Raw = msgspec.Raw()
-
-
-class Item(Struct):
-    """A message, or another item of the input; its text is not copied."""
-
-    content: msgspec.Raw = msgspec.Raw()
-    output: msgspec.Raw = msgspec.Raw()
-
-
-class Input(Struct):
-    """Where a request's pictures are."""
-
-    messages: list[Item] = []
-    input: msgspec.Raw = msgspec.Raw()
-
-    def pictures(self) -> Iterator[msgspec.Raw]:
-        for item in (*self.messages, *listed(self.input, ITEMS)):
-            for parts in (item.content, item.output):
-                yield from (part.image_url for part in listed(parts, PARTS) if part.image_url)
-
-
-def listed(text: msgspec.Raw, decoder: msgspec.json.Decoder[list[Any]]) -> list[Any]:
-    return decoder.decode(text) if bytes(memoryview(text)[:1]) == b"[" else []
-
-
-ITEMS, PARTS = msgspec.json.Decoder(list[Item]), msgspec.json.Decoder(list[Part])
-INPUT = msgspec.json.Decoder(Input)
-
-
-def most_input_tokens(body: bytes, boundary: bytes | None) -> int:
-    """What a body's content can come to: no token is shorter than a byte, but a picture's have
-    nothing to do with its bytes. What is not in the body (files by their address, what a search
-    finds) is not known here."""
-    if boundary is not None:
-        return sum(min(size, MOST_PICTURE_TOKENS) for size in _part_sizes(body, boundary))
-    pictures: list[int] = []
-    with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        pictures = [len(picture) for picture in INPUT.decode(body).pictures()]
-    return len(body) - sum(pictures) + MOST_PICTURE_TOKENS * len(pictures)
-
-
-class Clock:
-    """How long a request may go on: the timeouts of its steps and of the whole, and what is left
-    once the client is gone, are one deadline that moves. Within `with clock.running(...)`, in one
-    task, its passing raises TimeoutError."""
-
-    def __init__(self, clocks: Clocks) -> None:
-        self.client_left = False
-        self.deadline = math.inf
-        self._clocks = clocks
-        self._last = math.inf
-        self._grace = math.inf
-        self._task: asyncio.Task[Any] | None = None
-        self._passed = False
-
-    def running(self, total: float, grace: float = math.inf) -> Clock:
-        """At most `total` seconds, and `grace` from when the client leaves."""
-        self._grace = grace
-        self.deadline = self._last = self._clocks.now() + total
-        return self
-
-    def __enter__(self) -> None:
-        self._task = asyncio.current_task(self._clocks.loop)
-        self._clocks.add(self)
-        if self.client_left:
-            self.leave()
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        task, self._task = self._task, None
-        self._clocks.discard(self)
-        if self._passed and task:
-            self._passed = False
-            if task.uncancel() == 0 and error is asyncio.CancelledError:
-                raise TimeoutError
-
-    def allow(self, seconds: float) -> None:
-        """The next step may take this long."""
-        self.deadline = min(self._last, self._clocks.now() + seconds)
-
-    def pause(self) -> None:
-        """What comes now takes as long as it takes, until the next `allow`."""
-        self.deadline = math.inf
-
-    def leave(self) -> None:
-        """The client is gone."""
-        self.client_left = True
-        self._last = min(self._last, self._clocks.now() + self._grace)
-        if self.deadline < math.inf:
-            self.deadline = min(self.deadline, self._last)
-            if self._grace == 0:
-                self.ring()
-
-    def ring(self) -> None:
-        """The deadline has passed."""
-        self.deadline = math.inf
-        if self._task:
-            self._passed = True
-            self._task.cancel()
-
-
-class Clocks:
-    """All clocks that run. They are looked at together every TICK seconds: a timer for each, moved
-    with each byte, would cost more than all limits."""
-
-    def __init__(self) -> None:
-        self._running: set[Clock] = set()
-        self._ticking = False
-        self.loop = asyncio.get_running_loop()  # to ask for it costs a system call each time
-        self.now = self.loop.time
-        self.discard = self._running.discard
-
-    def add(self, clock: Clock) -> None:
-        """From now on it may ring."""
-        self._running.add(clock)
-        if not self._ticking:
-            self._ticking = True
-            self.loop.call_later(TICK, self._tick)
-
-    def _tick(self) -> None:
-        now = self.now()
-        for clock in [clock for clock in self._running if clock.deadline <= now]:
-            clock.ring()
-        self._ticking = bool(self._running)
-        if self._ticking:
-            self.loop.call_later(TICK, self._tick)
-
-
-async def read_body(scope: Scope, receive: Receive, clock: Clock, settings: Settings) -> bytes:
-    """The request's body. Raises Refusal where it is too large or too slow, ClientLeft."""
+async def read_body(
+    scope: Scope, receive: Receive, clock: Clock, settings: Settings, form: Form | None = None
+) -> Buffer:
+    """The request's body; a form reads along. Raises Refusal where it is too large or too slow,
+    ClientLeft."""
     most = settings.server.max_body_bytes
-    if int(header(scope["headers"], b"content-length") or 0) > most:
-        raise Refusal("request_too_large", f"The request body is over {most} bytes.")
-    chunks: list[bytes] = []
-    size = 0
+    body: Buffer = b""
+    _check_size(int(header(scope["headers"], b"content-length") or 0), most)
     try:
         with clock.running(settings.server.body_timeout_seconds):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientLeft
-                chunks.append(message["body"])
-                size += len(message["body"])
-                if size > most:
-                    raise Refusal("request_too_large", f"The request body is over {most} bytes.")
+                if isinstance(body, bytearray):
+                    body += message["body"]
+                else:
+                    body = bytearray(body + message["body"]) if body else message["body"]
+                _check_size(len(body), most)
+                if form:
+                    form.grow(body)
                 if not message["more_body"]:
-                    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+                    return body
     except TimeoutError:
         raise Refusal("request_timeout") from None
 
 
-def check_media_type(scope: Scope, forms: bool) -> bytes | None:
-    """The boundary where the body is a form, None where it is JSON. Raises Refusal for the rest,
-    before the body is read."""
-    if (header(scope["headers"], b"content-encoding") or b"identity").lower() != b"identity":
-        raise Refusal("unsupported_media_type", "Compressed request bodies are not taken here.")
-    content_type = header(scope["headers"], b"content-type")
-    if content_type is None or JSON_TYPE.fullmatch(content_type):
-        return None
-    form = FORM_TYPE.fullmatch(content_type) if forms else None
-    if form is None:
-        allowed = "application/json or multipart/form-data" if forms else "application/json"
-        raise Refusal("unsupported_media_type", f"Content-Type must be {allowed}.")
-    return form[1] or form[2]
-
-
-def read_facts(body: bytes, boundary: bytes | None, model_needed: bool) -> Facts:
-    """Raises Refusal for a body that can't be read or that names another's stored object."""
-    facts = _facts_of_json(body) if boundary is None else _facts_of_form(body, boundary)
-    if facts.model is None and model_needed:
-        raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
-    if len(facts.model or "") > MAX_NAME:
-        raise Refusal("invalid_request", "The name of the model is too long.", param="model")
-    return facts
-
-
-def _facts_of_json(body: bytes) -> Facts:
-    try:
-        return FACTS.decode(body)
-    except msgspec.ValidationError as error:
-        place = str(error).partition("`$.")[2].rstrip("`")
-        message = str(error).partition(" - at")[0]
-        raise Refusal("invalid_request", message, param=place or None) from None
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        raise Refusal("invalid_json") from None
-
-
-def _facts_of_form(body: bytes, boundary: bytes) -> Facts:
-    """`model` and `stream` wherever they stand in the form: openai-node sends files before them."""
-    fields = dict(_form_fields(body, boundary))
-    stream = fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
-    model, number = fields.get(b"model"), fields.get(b"n", b"").strip()
-    return Facts(
-        model=model.decode("utf-8", "replace") if model else None,
-        stream=stream,
-        n=int(number) if re.fullmatch(rb"[0-9]{1,3}", number) else None,
-    )
-
-
-def _part_sizes(body: bytes, boundary: bytes) -> Iterator[int]:
-    """The sizes of a form's parts, heads included."""
-    delimiter = b"\r\n--" + boundary
-    start = 0
-    while (end := body.find(delimiter, start)) >= 0:
-        yield end - start
-        start = end + len(delimiter)
-    yield len(body) - start
-
-
-def _form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The form's short fields that are no files (RFC 7578, RFC 2046 §5.1.1), each with its value.
-    Files are stepped over, never copied."""
-    dashes = b"--" + boundary
-    delimiter = b"\r\n" + dashes
-    start = 0 if body.startswith(dashes) else body.find(delimiter) + 2
-    while start != 1:  # find() gave -1
-        head_start = start + len(dashes)
-        end = body.find(delimiter, head_start)
-        if end < 0:
-            return
-        head_end = body.find(b"\r\n\r\n", head_start, min(end, head_start + MAX_PART_HEAD))
-        if head_end >= 0 and end - head_end - 4 <= MAX_FIELD:
-            head = body[head_start:head_end]
-            name = FIELD_NAME.search(head)
-            if name and not FILE_NAME.search(head):
-                yield name[1] or name[2], body[head_end + 4 : end]
-        start = end + 2
-
-
-def refuse_foreign_objects(facts: Facts) -> None:
-    """All accounts share the upstream's key, and whose a stored object is isn't known here: refuse
-    what would reach another's."""
-    for name in ("previous_response_id", "conversation"):
-        if bytes(getattr(facts, name)).strip() != b"null":
-            message = f"'{name}' is not supported here: send the whole input instead."
-            raise Refusal("invalid_request", message, param=name)
-    if facts.background:
-        message = "'background' is not supported here: stream the answer or wait for it."
-        raise Refusal("invalid_request", message, param="background")
-
-
-STREAM_OPTIONS = re.compile(rb'"stream_options"\s*:\s*\{(\s*\})?')
-MOST_CANDIDATES = 16
-
-
-def add_include_usage(body: bytes, facts: Facts) -> bytes:
-    """The body of a streamed chat with `stream_options.include_usage` put in where it was left out,
-    and every other byte as it was. A client that says null or false has not left it out."""
-    options = facts.stream_options
-    if options is msgspec.UNSET:
-        start = body.index(b"{") + 1
-        return body[:start] + b'"stream_options":{"include_usage":true},' + body[start:]
-    if not isinstance(options, StreamOptions) or options.include_usage is not msgspec.UNSET:
-        return body
-    for match, _ in zip(STREAM_OPTIONS.finditer(body), range(MOST_CANDIDATES), strict=False):
-        start = body.index(b"{", match.start()) + 1
-        added = b'"include_usage":true' + (b"" if match[1] else b",")
-        changed = body[:start] + added + body[start:]
-        with contextlib.suppress(msgspec.DecodeError):
-            if FACTS.decode(changed).stream_options == StreamOptions(include_usage=True):
-                return changed  # the right place, not one inside a text or another object
-    raise Refusal("invalid_request", "'stream_options' can't be found.", param="stream_options")
-
-
-# ── Admit ────────────────────────────────────────────────────────────────────────────────────────
-# A request needs a place in its key, its account and the gateway as a whole, and room in their
-# rates. Rates are charged first (refusing costs nobody a wait), then places are waited for, in
-# turn. Always in the same order, so that nobody waits for someone who waits for him; whoever waits
-# for the gateway holds a place of his account, so that no account can fill the queue. All on the
-# monotonic clock.
-
-
-class Places:
-    """Room for `limit` at once (0: no limit), given in the order of asking."""
-
-    def __init__(self) -> None:
-        self.limit = 0
-        self.taken = 0
-        self._queue: deque[asyncio.Future[None]] = deque()
-
-    def take_now(self, limit: int) -> bool:
-        """Take a place if one is free and nobody stands in line. `limit` holds from now on."""
-        self.limit = limit
-        if self._queue:
-            self._let_in()
-        if self._queue or self._full():
-            return False
-        self.taken += 1
-        return True
-
-    async def take_in_turn(self) -> None:
-        """Wait for a place. Whoever stops waiting leaves no trace."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give_back()  # it came in the same instant
-            with contextlib.suppress(ValueError):
-                self._queue.remove(turn)
-            raise
-
-    def give_back(self) -> None:
-        """Free one place for the next in line."""
-        self.taken -= 1
-        self._let_in()
-
-    def _full(self) -> bool:
-        return 0 < self.limit <= self.taken
-
-    def _let_in(self) -> None:
-        while self._queue and not self._full():
-            turn = self._queue.popleft()
-            if not turn.done():  # else given up a moment ago
-                self.taken += 1
-                turn.set_result(None)
-
-
-class Bucket:
-    """A token bucket that holds one minute's `limit` (0: no limit) and fills evenly. What is
-    charged beyond it (an answer longer than estimated) is owed by those who come after."""
-
-    def __init__(self) -> None:
-        self.limit = 0
-        self._level = 0.0
-        self._at = 0.0
-
-    def fill(self, limit: int, now: float) -> None:
-        """Bring it up to `now` (monotonic seconds)."""
-        if limit != self.limit:
-            self._level = limit if not self.limit else min(self._level, limit)
-            self.limit = limit
-        self._level = min(limit, self._level + (now - self._at) * limit / 60)
-        self._at = now
-
-    def seconds_until(self, amount: float) -> float:
-        """How long until it has `amount`; 0 if it has. More than it can hold counts as all of
-        it."""
-        missing = min(amount, self.limit) - self._level
-        return max(0.0, missing * 60 / self.limit) if self.limit else 0.0
-
-    def charge(self, amount: float) -> None:
-        """Take `amount` out, or with a negative one put back."""
-        self._level = min(self.limit, self._level - amount)
-
-    @property
-    def remaining(self) -> int:
-        return max(0, int(self._level))
-
-    @property
-    def reset_seconds(self) -> float:
-        return (self.limit - self._level) * 60 / self.limit if self.limit else 0.0
-
-
-class Limited:
-    """A key, an account, or the gateway: what is in use of its three limits."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.places = Places()
-        self.requests = Bucket()
-        self.tokens = Bucket()
-
-
-class Bound(NamedTuple):
-    """What one request is held to by one of the three: limits of 0 are none."""
-
-    limited: Limited
-    concurrency: int
-    requests_per_minute: int
-    tokens_per_minute: int
-
-    def report(self, now: float) -> dict[str, Any]:
-        """As JSON shows it."""
-        taken, most = self.limited.places.taken, self.concurrency
-        found: dict[str, Any] = {"concurrency": {"limit": most or None, "in_flight": taken}}
-        for name, bucket in (("requests", self.limited.requests), ("tokens", self.limited.tokens)):
-            limit: int = getattr(self, f"{name}_per_minute")
-            bucket.fill(limit, now)
-            found[f"{name}_per_minute"] = {
-                "limit": limit or None,
-                "remaining": bucket.remaining if limit else None,
-                "reset_seconds": round(bucket.reset_seconds, 3),
-            }
-        return found
-
-
-def go_duration(seconds: float) -> str:
-    """12ms, 1.5s, 6m0s, as OpenAI writes resets (Go's time.Duration)."""
-    if seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
-    minutes, rest = divmod(math.ceil(seconds * 1000) / 1000, 60)
-    return f"{int(minutes)}m{rest:g}s" if minutes else f"{rest:g}s"
-
-
-def rate_limit_headers(kind: str, limit: int, remaining: int, reset: float) -> Headers:
-    """x-ratelimit-limit-…, -remaining-… and -reset-…"""
-    of = kind.encode()
-    return [
-        (b"x-ratelimit-limit-" + of, b"%d" % limit),
-        (b"x-ratelimit-remaining-" + of, b"%d" % remaining),
-        (b"x-ratelimit-reset-" + of, go_duration(reset).encode()),
-    ]
-
-
-class Admission:
-    """One request's charges on the rates of its key, its account and the gateway, and its places,
-    which `with` gives back."""
-
-    def __init__(self, bounds: tuple[Bound, ...], estimate: int) -> None:
-        """Charge all rates, or raise Refusal and charge none. `estimate` is in tokens."""
-        self.places: list[Places] = []
-        self._charges: list[tuple[str, Bucket, float]] = []
-        now = time.monotonic()
-        for bound in bounds:
-            if bound.requests_per_minute:
-                self._consider(
-                    "requests", bound.limited.requests, bound.requests_per_minute, 1, now
-                )
-            if bound.tokens_per_minute:
-                self._consider(
-                    "tokens", bound.limited.tokens, bound.tokens_per_minute, estimate, now
-                )
-        for _, bucket, amount in self._charges:
-            bucket.charge(amount)
-
-    def __enter__(self) -> Admission:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for places in reversed(self.places):
-            places.give_back()
-
-    def _consider(self, kind: str, bucket: Bucket, limit: int, amount: float, now: float) -> None:
-        bucket.fill(limit, now)
-        wait = bucket.seconds_until(amount)
-        if wait > 0:
-            headers = rate_limit_headers(kind, limit, bucket.remaining, wait)
-            message = f"Rate limit reached: {limit} {kind} per minute."
-            raise Refusal("rate_limit_exceeded", message, retry_after=wait, headers=headers)
-        self._charges.append((kind, bucket, min(amount, limit)))
-
-    def put_back(self) -> None:
-        """The request was not served: it costs nothing."""
-        for _, bucket, amount in self._charges:
-            bucket.charge(-amount)
-
-    def correct(self, tokens: int) -> None:
-        """Put the estimate right: this many were used."""
-        for kind, bucket, amount in self._charges:
-            if kind == "tokens":
-                bucket.charge(tokens - amount)
-
-    def headers(self) -> Headers:
-        """OpenAI's x-ratelimit-* headers; of several limits the one with the least left."""
-        tightest: dict[str, Bucket] = {}
-        for kind, bucket, _ in self._charges:
-            if kind not in tightest or bucket.remaining < tightest[kind].remaining:
-                tightest[kind] = bucket
-        return [
-            line
-            for kind, bucket in tightest.items()
-            for line in rate_limit_headers(
-                kind, bucket.limit, bucket.remaining, bucket.reset_seconds
-            )
-        ]
-
-
-class Limits:
-    """All that is in flight, by key, by account and over all."""
-
-    def __init__(self) -> None:
-        self._keys: dict[str, Limited] = {}
-        self._accounts: dict[str, Limited] = {}
-        self._all = Limited("this gateway")
-        self.queued = 0
-
-    async def admit(
-        self, key: Key, estimate: int, limits: LimitSettings, clock: Clock
-    ) -> Admission:
-        """Places for as long as `with` holds the admission. Raises Refusal where a rate is used up,
-        or no place comes free within `limits.queue_seconds`; ClientLeft."""
-        bounds = self._bounds(key, limits)
-        admission = Admission(bounds, estimate)
-        patience = time.monotonic() + limits.queue_seconds
-        try:
-            for bound in bounds:
-                if not bound.limited.places.take_now(bound.concurrency):
-                    await self._wait(bound, patience, clock)
-                admission.places.append(bound.limited.places)
-        except BaseException:
-            admission.put_back()
-            admission.__exit__()
-            raise
-        return admission
-
-    def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
-        of_key = self._keys.get(key.id)
-        if of_key is None:
-            of_key = self._keys[key.id] = Limited("this key")
-        of_account = self._accounts.get(key.account_id)
-        if of_account is None:
-            of_account = self._accounts[key.account_id] = Limited("this account")
-        usual = limits.account
-        return (
-            Bound(
-                of_key,
-                key.concurrency or 0,
-                key.requests_per_minute or 0,
-                key.tokens_per_minute or 0,
-            ),
-            Bound(
-                of_account,
-                _own_or(key.account_concurrency, usual.concurrency),
-                _own_or(key.account_requests_per_minute, usual.requests_per_minute),
-                _own_or(key.account_tokens_per_minute, usual.tokens_per_minute),
-            ),
-            Bound(
-                self._all, limits.concurrency, limits.requests_per_minute, limits.tokens_per_minute
-            ),
-        )
-
-    def report(self, key: Key, limits: LimitSettings) -> dict[str, Any]:
-        """The limits in force for a key and its account, and what is left of them; a limit of null
-        is none."""
-        now = time.monotonic()
-        of_key, of_account, _ = self._bounds(key, limits)
-        return {"key": of_key.report(now), "account": of_account.report(now)}
-
-    async def _wait(self, bound: Bound, patience: float, clock: Clock) -> None:
-        self.queued += 1
-        try:
-            with clock.running(patience - time.monotonic(), grace=0):
-                await bound.limited.places.take_in_turn()
-        except TimeoutError:
-            if clock.client_left:
-                raise ClientLeft from None
-            headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
-            what = f"{bound.limited.what} may have {bound.concurrency} requests in flight"
-            message = f"Too many requests at once: {what}."
-            raise Refusal("concurrency_limit_exceeded", message, headers=headers) from None
-        finally:
-            self.queued -= 1
-
-
-def _own_or(own: int | None, usual: int) -> int:
-    return usual if own is None else own
-
-
-# ── Watch ────────────────────────────────────────────────────────────────────────────────────────
-# What an operator sees of the gateway at work: one JSON line a request on standard error, and
-# metrics. Neither ever holds a byte of a prompt, a completion or a key.
-
-LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 30, 40)}
-LOG_LINES_A_SECOND = 2000
-LOG_BACKLOG = 10_000
-LOG_SECONDS = 0.02  # what comes within is one write
-SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-
-
-class Log:
-    """JSON lines on standard error, written by a thread of their own: a reader that stops reading
-    must not stop the gateway. Beyond a rate, and where the reader lags, lines are dropped and
-    counted."""
-
-    def __init__(self) -> None:
-        self.level = logging.INFO
-        self._lines: deque[bytes] = deque()
-        self._pending = threading.Event()
-        self._written = threading.Event()
-        self._written.set()
-        self._second, self._in_second, self._dropped = 0, 0, 0
-        threading.Thread(target=self._write, name="log", daemon=True).start()
-
-    def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
-        """One line, at one of logging's levels."""
-        now = now_ms()
-        if now // 1000 != self._second:
-            self._second, self._in_second = now // 1000, 0
-        self._in_second += 1
-        if self._in_second > LOG_LINES_A_SECOND or len(self._lines) >= LOG_BACKLOG:
-            self._dropped += 1
-            return
-        name = LEVEL_NAMES[level]
-        line = {"time": iso_time(now), "level": name, "event": event} | fields
-        if self._dropped:
-            line["lines_dropped_before"], self._dropped = self._dropped, 0
-        self._lines.append(orjson.dumps(line, None, orjson.OPT_APPEND_NEWLINE))
-        if not self._pending.is_set():
-            self._written.clear()
-            self._pending.set()
-
-    def _write(self) -> None:
-        while self._pending.wait():
-            time.sleep(LOG_SECONDS)
-            self._pending.clear()
-            while self._lines:
-                lines = [self._lines.popleft() for _ in range(min(100, len(self._lines)))]
-                with contextlib.suppress(OSError):
-                    os.write(2, b"".join(lines))
-            if not self._pending.is_set():
-                self._written.set()
-
-    def flush(self) -> None:
-        """Wait up to a second for what is not yet written."""
-        self._written.wait(1)
-
-
-LOG = Log()
-
-
-def say(level: int, event: str, **fields: Any) -> None:
-    """One line of the log, where its level is wanted."""
-    if level >= LOG.level:
-        LOG.write(level, event, fields)
-
-
-class Histogram:
-    """How often a duration was within each of SECONDS."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(SECONDS) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Count one."""
-        self._counts[bisect.bisect_left(SECONDS, seconds)] += 1
-        self._sum += seconds
-
-    def add_to(self, family: HistogramMetricFamily, route: str) -> None:
-        """As Prometheus has it: each bucket counts what is in those below it, too."""
-        limits = [*map(str, map(float, SECONDS)), "+Inf"]
-        counts = itertools.accumulate(self._counts)
-        family.add_metric([route], list(zip(limits, counts, strict=True)), self._sum)
-
-
-class Watch:
-    """Counts and logs. The metrics' names are something that users rely on. Counting is a matter of
-    plain numbers; prometheus-client is asked only when somebody reads them."""
-
-    def __init__(self) -> None:
-        self.registry = prometheus_client.CollectorRegistry()
-        self.registry.register(self)
-        prometheus_client.ProcessCollector(registry=self.registry)
-        self._requests: Counter[tuple[str, str, str]] = Counter()
-        self._refusals: Counter[tuple[str]] = Counter()
-        self._tokens: Counter[tuple[str, str]] = Counter()
-        self._first_byte: defaultdict[str, Histogram] = defaultdict(Histogram)
-        self._duration: defaultdict[str, Histogram] = defaultdict(Histogram)
-
-    def collect(self) -> Iterator[Metric]:
-        """What prometheus-client asks for at each reading."""
-        for name, what, labels, counts in (
-            (
-                "redbtc_requests",
-                "Requests by route, status and outcome (refused: by the gateway itself)",
-                ["route", "status", "outcome"],
-                self._requests,
-            ),
-            ("redbtc_refusals", "Requests refused by the gateway", ["code"], self._refusals),
-            ("redbtc_tokens", "Tokens, parts included", ["kind", "source"], self._tokens),
-        ):
-            counter = CounterMetricFamily(name, what, labels=labels)
-            for values, count in cast(Counter[Any], counts).items():
-                counter.add_metric(values, count)
-            yield counter
-        for name, what, histograms in (
-            (
-                "redbtc_first_byte_seconds",
-                "From the request's head to the first byte of the upstream's body",
-                self._first_byte,
-            ),
-            (
-                "redbtc_request_seconds",
-                "From the request's head to the answer's end",
-                self._duration,
-            ),
-        ):
-            family = HistogramMetricFamily(name, what, labels=["route"])
-            for route, histogram in histograms.items():
-                histogram.add_to(family, route)
-            yield family
-
-    def settled(self, scope: Scope, row: Row) -> None:
-        """A request that left for an upstream is over."""
-        scope["settled"] = True
-        self._requests[row.endpoint, str(row.status or 0), row.outcome] += 1
-        self._duration[row.endpoint].observe((row.duration_ms or 0) / 1000)
-        if row.first_byte_ms is not None:
-            self._first_byte[row.endpoint].observe(row.first_byte_ms / 1000)
-        if row.usage_source != "none":
-            for kind, tokens in msgspec.structs.asdict(row.usage).items():
-                if tokens:
-                    self._tokens[kind.removesuffix("_tokens"), row.usage_source] += tokens
-        self._line(
-            logging.INFO,
-            scope,
-            row.status,
-            {
-                "account_id": row.account_id,
-                "key_id": row.key_id,
-                "upstream": row.upstream,
-                "outcome": row.outcome,
-                "first_byte_ms": row.first_byte_ms,
-                "duration_ms": row.duration_ms,
-                "usage_source": row.usage_source,
-                "input_tokens": row.usage.input_tokens,
-                "output_tokens": row.usage.output_tokens,
-            },
-        )
-
-    def answered(self, scope: Scope, status: int) -> None:
-        """A request that is not metered was answered."""
-        self._requests[scope["where"], str(status), "completed"] += 1
-        self._line(logging.INFO, scope, status, {"outcome": "completed"})
-
-    def refused(self, scope: Scope, refusal: Refusal) -> None:
-        """The gateway itself said no."""
-        self._refusals[(refusal.code,)] += 1
-        if "settled" in scope:  # counted and logged with its row
-            return
-        self._requests[scope["where"], str(refusal.status), "refused"] += 1
-        fields = {"outcome": "refused", "code": refusal.code}
-        self._line(logging.INFO, scope, refusal.status, fields)
-
-    def left(self, scope: Scope) -> None:
-        """The client went before its request had left for an upstream."""
-        self._requests[scope["where"], "0", "client_disconnected"] += 1
-        self._line(logging.INFO, scope, None, {"outcome": "client_disconnected"})
-
-    def failed(self, scope: Scope, error: Exception) -> None:
-        """Something that should not happen. Its message could hold content, so it is not logged."""
-        self._requests[scope["where"], "500", "refused"] += 1
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-        self._line(logging.ERROR, scope, 500, {"error": type(error).__name__, "places": places})
-
-    @staticmethod
-    def _line(level: int, scope: Scope, status: int | None, fields: dict[str, Any]) -> None:
-        if level >= LOG.level:
-            request = {"request_id": scope["request_id"], "route": scope["where"], "status": status}
-            LOG.write(level, "request", request | fields)
-
-
-# ── Choose, open ─────────────────────────────────────────────────────────────────────────────────
-# Where a request may go is decided by the settings alone: nothing in a body or header names a
-# place. No redirects are followed, no cookies kept, no proxy taken from the environment.
-
-ALLOWED_HEADERS = frozenset(
-    b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "
-    b"version session-id session_id thread-id x-client-request-id".split()
-)
-ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-", b"x-openai-")
-# RFC 9110 §7.6.1, and what belongs to the upstream's account or could steer a proxy in front of us.
-DROPPED_HEADERS = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te "
-    b"trailer transfer-encoding upgrade set-cookie server alt-svc openai-organization "
-    b"openai-project".split()
-)
-DROPPED_PREFIXES = (b"x-accel-", b"x-ratelimit-")
-KEEPALIVE_SECONDS = 15
-MOST_FETCHED = 4 << 20  # bytes of a list of models
-
-
-class Body(httpx2.ByteStream):
-    """A request's body that knows whether it has begun to leave: then the head has left before."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-        self._given = False
-        self.left = False
-
-    def __aiter__(self) -> Body:
-        self._given = False
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._given:
-            raise StopAsyncIteration
-        self._given = self.left = True
-        return self._body
-
-
-class Upstream:
-    """One place that requests are forwarded to, with its connections."""
-
-    def __init__(self, settings: UpstreamSettings) -> None:
-        self.settings = settings
-        self.name = settings.name
-        key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
-        self.usable = bool(key) or not settings.api_key_env
-        self.in_flight = 0
-        self._base = httpx2.URL(settings.base_url.rstrip("/"))
-        self._own: Headers = [(b"host", self._base.netloc), (b"accept-encoding", b"identity")]
-        if key:
-            self._own.append((b"authorization", f"Bearer {key}".encode()))
-        self._path = self._base.raw_path.rstrip(b"/")
-        self._timeouts: dict[str, float | None] = {
-            "connect": settings.connect_timeout_seconds,
-            "write": settings.idle_timeout_seconds,
-        }
-        if settings.transport == "httpx":
-            self._transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(
-                verify=httpx2.create_ssl_context(trust_env=False),
-                http2=True,
-                proxy=settings.proxy or None,
-                limits=httpx2.Limits(keepalive_expiry=KEEPALIVE_SECONDS, max_connections=None),
-            )
-            self._send = self._send_by_httpx
-        else:
-            transport = Transport(keepalive_seconds=KEEPALIVE_SECONDS)
-            self._transport, self._send = transport, transport.send
-
-    def serves(self, model: str) -> bool:
-        """Whether one of its patterns matches."""
-        patterns = self.settings.models
-        return "*" in patterns or any(fnmatch.fnmatchcase(model, each) for each in patterns)
-
-    async def open(
-        self, method: str, path: str, query: bytes, headers: Headers, body: Body
-    ) -> Answer:
-        """Send a request; the answer's head. Raises httpx2.HTTPError."""
-        target = self._path + path.encode() + (b"?" + query if query else b"")
-        headers = [*headers, *self._own]
-        return await self._send(Request(method, self._base, target, headers, body, self._timeouts))
-
-    async def _send_by_httpx(self, request: Request) -> Answer:
-        assert isinstance(self._transport, httpx2.AsyncHTTPTransport)
-        response = await self._transport.handle_async_request(
-            httpx2.Request(
-                request.method,
-                request.url.copy_with(raw_path=request.target),
-                headers=request.headers,
-                stream=request.body,
-                extensions={"timeout": request.timeouts},
-            )
-        )
-        body = cast(httpx2.AsyncByteStream, response.stream)
-        return Answer(response.status_code, response.headers.raw, body)
-
-    async def fetch(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a small GET, bounded. Raises httpx2.HTTPError, TimeoutError."""
-        async with asyncio.timeout(min(30, self.settings.first_byte_timeout_seconds)):
-            accept = [(b"accept", b"application/json")]
-            answer = await self.open("GET", path, b"", accept, Body(b""))
-            try:
-                body = bytearray()
-                async for chunk in answer.body:
-                    body += chunk
-                    if len(body) > MOST_FETCHED:
-                        raise httpx2.RemoteProtocolError("the answer is too long")
-                return answer.status, bytes(body)
-            finally:
-                await answer.body.aclose()
-
-    async def close(self) -> None:
-        """Close its connections, once those in flight are done."""
-        while self.in_flight:
-            await asyncio.sleep(1)
-        await self._transport.aclose()
-
-
-def choose(upstreams: Iterable[Upstream], model: str) -> list[Upstream]:
-    """The upstreams that may take the request, the one to try first in front: by priority, among
-    equals by chance and weight. Raises Refusal."""
-    serving = [upstream for upstream in upstreams if upstream.serves(model)]
-    if not serving:
-        raise Refusal("model_not_found", f"The model '{model}' does not exist here.", param="model")
-    usable = [upstream for upstream in serving if upstream.usable]
-    if not usable:
-        raise Refusal("no_upstream", retry_after=5)
-    if len(usable) == 1:
-        return usable
-
-    def turn(upstream: Upstream) -> tuple[int, float]:  # Efraimidis and Spirakis, 2006
-        chance = -math.log(1 - random.random()) / upstream.settings.weight
-        return upstream.settings.priority, chance
-
-    return sorted(usable, key=turn)
-
-
-def headers_for_upstream(scope: Scope) -> Headers:
-    """What of the client's headers goes on: an allow-list."""
-    return [
-        (name, value)
-        for name, value in scope["headers"]
-        if name in ALLOWED_HEADERS or name.startswith(ALLOWED_PREFIXES)
-    ]
-
-
-def headers_for_client(upstreams: Headers) -> Headers:
-    """What of the upstream's headers goes on: all but a deny-list and what Connection names."""
-    headers = [
-        (lower, value)
-        for name, value in upstreams
-        if (lower := name.lower()) == b"connection"
-        or (lower not in DROPPED_HEADERS and not lower.startswith(DROPPED_PREFIXES))
-    ]
-    connection = [value for name, value in headers if name == b"connection"]
-    if connection:
-        named = {token.strip().lower() for token in b",".join(connection).split(b",")}
-        named.add(b"connection")
-        headers = [line for line in headers if line[0] not in named]
-    return headers
-
-
-# ── Relay, settle ────────────────────────────────────────────────────────────────────────────────
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise Refusal("request_too_large", f"The request body is over {most} bytes.")
+
+
+async def read_content(
+    scope: Scope, receive: Receive, clock: Clock, settings: Settings, endpoint: Endpoint
+) -> Content:
+    """The request's body and what must be known of it. Raises Refusal, ClientLeft."""
+    media = media_of(scope["headers"], endpoint.forms)
+    form = Form(media.boundary) if media.boundary else None
+    body = await read_body(scope, receive, clock, settings, None if media.encoding else form)
+    text = body
+    if media.encoding:
+        most = settings.server.max_body_bytes
+        text = await asyncio.to_thread(decompressed, body, media.encoding, most)
+        if form:
+            form.grow(text)
+    return Content(body, text, form, endpoint.model_needed)
+
+
+# ── Exchange ─────────────────────────────────────────────────────────────────────────────────────
+# One request as limits and ledger see it, whether it came over HTTP or over a WebSocket.
 
 NO_RETRY = (b"x-should-retry", b"false")
-CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
 BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
+UNFINISHED = ("queued", "in_progress")
+
+
+class Endpoint(NamedTuple):
+    """A route whose requests are metered, and what is particular to it."""
+
+    path: str
+    chat: bool = False
+    images: bool = False
+    forms: bool = False
+    stores: bool = False  # what it answers may be kept at the upstream
+    free: bool = False  # and costs nothing
+
+    @property
+    def model_needed(self) -> bool:
+        """Images have a usual one."""
+        return not self.images
 
 
 class Exchange:
-    """One metered request from its admission to its last byte."""
+    """What is the same for all that is forwarded. `meter` has been fed what has passed."""
 
-    def __init__(
-        self, gateway: Gateway, scope: Scope, send: Send, route: MeteredRoute, clock: Clock
-    ) -> None:
-        self._gateway = gateway
-        self._settings = gateway.settings
-        self._scope = scope
-        self._send = send
-        self._route = route
-        self._clock = clock
-        self._meter: Meter = JSONMeter(route.images)
-        self._waits_for_client = False
-        self._started = False  # the client has the answer's head
-        self._settled = False
-        self._unmetered = False  # a stream whose usage is not reported
+    def __init__(self, gateway: Gateway, scope: Scope, endpoint: Endpoint, clock: Clock) -> None:
+        self.gateway = gateway
+        self.settings = gateway.settings
+        self.scope = scope
+        self.endpoint = endpoint
+        self.clock = clock
+        self.meter: Meter = JSONMeter(endpoint.images)
+        self.takes_out_usage = False
+        self.settled = False
+        self.status: int | None = None
+        self.first_byte_ms: int | None = None
+        self.admission: Admission
+
+    def meter_stream(self) -> None:
+        """The answer is server-sent events."""
+        endpoint = self.endpoint
+        self.meter = StreamMeter(
+            images=endpoint.images, chat=endpoint.chat, take_out_usage=self.takes_out_usage
+        )
+
+    def to(self, upstream: Upstream) -> None:
+        """It is about to leave for that one."""
+
+    def note(self) -> None:
+        """The meter was fed."""
+
+    async def settle(self, outcome: Outcome) -> None:
+        """It is over; what still waits for that may be sent then."""
+        raise NotImplementedError
+
+    async def forget(self) -> None:
+        """The client left before anything was sent: nothing was used. Raises ClientLeft."""
+        self.admission.put_back()
+        raise ClientLeft
+
+    def outcome(self) -> Outcome:
+        """Of an answer that has come to its end, one way or the other."""
+        if self.meter.report.failed or (self.status or 0) >= 400:
+            return "upstream_error"
+        if self.clock.client_left:
+            return "client_disconnected"
+        return "completed" if self.meter.ended else "upstream_failed"
+
+    def elapsed_ms(self) -> int:
+        return round((time.monotonic() - float(self.scope["started"])) * 1000)
+
+
+class Metered(Exchange):
+    """One that has a row in the ledger."""
+
+    _money: Hold
+    _row: Row
+    _kept: asyncio.Future[None] | None = None  # its response goes on in the background
+    _named = 0  # objects that it is known to have made
 
     async def run(
         self,
         key: Key,
-        facts: Facts,
-        body: bytes,
-        boundary: bytes | None,
+        content: Content,
         upstreams: list[Upstream],
+        forward: Callable[[], Awaitable[None]],
     ) -> None:
-        """Raises Refusal where the client has got nothing yet, ClientLeft."""
-        changed = body
-        if self._route.chat and facts.stream and self._settings.metering.include_usage == "add":
-            changed = add_include_usage(body, facts)
-        self._takes_out_usage = changed is not body
-        streams = self._route.chat and facts.stream
-        self._unmetered = bool(streams and changed is body and not facts.asks_for_usage)
-        self._estimates = self._unmetered and self._settings.metering.include_usage == "add"
-        self._input_estimate = math.ceil(len(body) / BYTES_A_TOKEN)
+        """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
+        yet, ClientLeft."""
+        self._key, self._facts = key, content.facts
+        self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
         self._row = Row(
-            request_id=self._scope["request_id"],
+            request_id=self.scope["request_id"],
             account_id=key.account_id,
             key_id=key.id,
-            endpoint=self._route.path,
-            requested_model=facts.model or "",
+            endpoint=self.endpoint.path,
+            requested_model=content.facts.model or "",
             upstream=upstreams[0].name,
-            started_at=now_ms() - self._elapsed_ms(),
+            started_at=now_ms() - self.elapsed_ms(),
         )
-        estimate = self._input_estimate + facts.most_output_tokens()
-        limits = self._settings.limits
-        with await self._gateway.limits.admit(key, estimate, limits, self._clock) as admission:
-            self._admission = admission
-            with await self._hold(key, facts, body, boundary) as self._money:
-                await self._begin()
-                await self._forward(changed, upstreams)
+        most_output = content.facts.most_output_tokens()
+        estimate = 0 if self.endpoint.free else self._input_estimate + most_output
+        limits = self.settings.limits
+        self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
+        with self.admission, await self._hold(content) as self._money:
+            await self._begin()
+            await forward()
 
-    async def _hold(self, key: Key, facts: Facts, body: bytes, boundary: bytes | None) -> Hold:
+    @property
+    def _unmetered(self) -> bool:
+        """Whether it is a stream whose usage is not reported."""
+        streams = self.endpoint.chat and bool(self._facts.stream)
+        return streams and not self.takes_out_usage and not self._facts.asks_for_usage
+
+    async def _hold(self, content: Content) -> Hold:
         """Hold what the request can cost, at the prices of this instant."""
 
         def most(tariff: Tariff) -> int:
-            return self._most_cost(tariff, facts, body, boundary)
+            return self._most_cost(tariff, content)
 
         try:
-            return await self._gateway.books.hold(key, facts.model or "", most)
+            return await self.gateway.books.hold(self._key, self._facts.model or "", most)
         except Spent as error:
-            self._admission.put_back()
+            self.admission.put_back()
             raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None
         except LedgerUnavailable:
-            self._admission.put_back()
+            self.admission.put_back()
             raise Refusal("ledger_unavailable") from None
 
-    def _most_cost(self, tariff: Tariff, facts: Facts, body: bytes, boundary: bytes | None) -> int:
+    def _most_cost(self, tariff: Tariff, content: Content) -> int:
         """Nanos. Asked for only where spending is limited: there usage has to be reported."""
+        if self.endpoint.free:
+            return 0
         if self._unmetered:
-            self._admission.put_back()
+            self.admission.put_back()
             message = "This account's spending is limited, so 'include_usage' can't be left out."
             raise Refusal("invalid_request", message, param="stream_options")
+        facts = content.facts
         limits = (facts.most_output_tokens(), tariff.max_output_tokens)
-        usual = self._settings.billing.hold_output_tokens
+        usual = self.settings.billing.hold_output_tokens
         output = min((limit for limit in limits if limit), default=usual) * max(1, facts.n or 1)
-        into = most_input_tokens(body, boundary)
-        return tariff.most(into, output, facts.service_tier, self._route.images)
+        into = content.most_input_tokens()
+        return tariff.most(into, output, facts.service_tier, self.endpoint.images)
 
     async def _begin(self) -> None:
         try:
-            await ledger.begin(self._gateway.store, self._row)
+            await ledger.begin(self.gateway.store, self._row)
         except LedgerUnavailable:
-            self._admission.put_back()
+            self.admission.put_back()
             raise Refusal("ledger_unavailable") from None
-        if self._clock.client_left:
-            await self._forget()
+        if self.clock.client_left:
+            await self.forget()
 
-    async def _forget(self) -> None:
-        """The client left before anything was sent: nothing was used. Raises ClientLeft."""
-        self._admission.put_back()
-        await ledger.forget(self._gateway.store, self._row)
+    async def forget(self) -> None:
+        self.admission.put_back()
+        await ledger.forget(self.gateway.store, self._row)
         raise ClientLeft
 
-    async def _forward(self, body: bytes, upstreams: list[Upstream]) -> None:
-        metering = self._settings.metering
+    def to(self, upstream: Upstream) -> None:
+        self._row.upstream = upstream.name
+
+    def note(self) -> None:
+        """What the upstream stores is the account's from the first event that names it."""
+        report = self.meter.report
+        if len(report.made) == self._named or not self.endpoint.stores:
+            return
+        self._named = len(report.made)
+        if self._facts.store is not False:
+            self.gateway.objects.own(report.made, self._row.account_id, self._row.upstream)
+        if self._facts.background and report.response_id and not self._kept:
+            self._fill(report)
+            self._kept = ledger.keep_pending(
+                self.gateway.store,
+                self._row,
+                Unfinished(
+                    self._money.at,
+                    self._money.held,
+                    self._input_estimate,
+                    self._facts.image_model(),
+                ),
+            )
+
+    def _fill(self, report: Report) -> None:
+        row = self._row
+        row.status, row.first_byte_ms, row.duration_ms = (
+            self.status,
+            self.first_byte_ms,
+            self.elapsed_ms(),
+        )
+        row.model, row.service_tier = report.model, report.service_tier
+        row.response_id = report.response_id
+
+    async def settle(self, outcome: Outcome) -> None:
+        """Commit the row as the request ended; that of a background response which goes on stays
+        pending."""
+        self.clock.pause()
+        self.note()
+        row, report = self._row, self.meter.report
+        self.settled = True
+        if self._kept:
+            await self._kept
+            if report.status in UNFINISHED and not report.failed:
+                self.gateway.unfinished.add(
+                    row, self._money.keep(), self._input_estimate, self._facts.image_model()
+                )
+                self.gateway.watch.answered(self.scope, row.status or 0, "pending")
+                return
+        self._fill(report)
+        estimates = self._unmetered and self.settings.metering.include_usage == "add"
+        if outcome == "client_disconnected" or (outcome == "completed" and estimates):
+            output = math.ceil(report.text_bytes / BYTES_A_TOKEN)
+            estimate = Usage(input_tokens=self._input_estimate, output_tokens=output)
+        else:
+            estimate = None
+        account_for(row, report, outcome, estimate)
+        if row.usage_source != "none" or outcome == "upstream_error":
+            self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
+        bill(row, report, self._money, self._facts.image_model())
+        if self._kept:
+            await ledger.end_background(self.gateway.store, row)
+        else:
+            await ledger.settle(self.gateway.store, row)
+        self.gateway.watch.settled(self.scope, row)
+
+
+def account_for(row: Row, report: Report, outcome: Outcome, estimate: Usage | None) -> None:
+    """How the request ended and what it used: what the upstream says, else the estimate."""
+    row.outcome = outcome
+    if report.usage:
+        row.usage, row.usage_source = report.usage, "upstream"
+    elif estimate:
+        row.usage, row.usage_source = estimate, "estimated"
+
+
+def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
+    """What it cost, by the prices of its admission and the tier that the response reports; not
+    known where no usage is."""
+    if row.usage_source != "none":
+        parts = [
+            part._replace(model=image_model) if part.model == IMAGE_TOOL else part
+            for part in report.parts or [Part(None, row.usage, False)]
+        ]
+        row.price_id, row.cost = money.cost(parts, row.service_tier)
+    row.month = money.settle(row.cost or 0)
+
+
+# ── Background ───────────────────────────────────────────────────────────────────────────────────
+# A background response goes on when its request is over. Its row stays pending and what it can cost
+# stays held, until somebody sees that it has ended: its client, who fetches it, or the gateway,
+# which asks the upstream with growing pauses, after a restart as well. Whoever is first settles it.
+
+FIRST_PAUSE, MOST_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
+MOST_ASKING = 16
+MOST_MISSING = 3  # an upstream may not know at once what it has just made
+
+
+class Background:
+    """One background response that has not been seen to end."""
+
+    def __init__(self, row: Row, money: Hold, input_estimate: int, image_model: str) -> None:
+        self.row = row
+        self._money = money
+        self._input_estimate = input_estimate
+        self._image_model = image_model
+
+    def finish(self, report: Report, outcome: Outcome) -> None:
+        """Fill in the row: it has ended."""
+        row = self.row
+        row.duration_ms = now_ms() - row.started_at
+        row.model, row.service_tier = report.model or row.model, report.service_tier
+        cancelled = report.status == "cancelled"
+        estimate = Usage(input_tokens=self._input_estimate, output_tokens=0)
+        account_for(row, report, outcome, estimate if cancelled else None)
+        bill(row, report, self._money, self._image_model)
+
+
+class Unended:
+    """All background responses that have not been seen to end."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._responses: dict[str, Background] = {}
+        self._asking = asyncio.Semaphore(MOST_ASKING)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def resume(self) -> None:
+        """Take up what an earlier process left."""
+        for row, key, kept in await ledger.unfinished_rows(self._gateway.store):
+            books = self._gateway.books
+            money = await books.hold_again(key, row.requested_model, kept.admitted_at, kept.held)
+            self.add(row, money, kept.input_estimate, kept.image_model)
+
+    def add(self, row: Row, money: Hold, input_estimate: int, image_model: str) -> None:
+        """From now on it is asked for."""
+        response_id = row.response_id or ""
+        self._responses[response_id] = Background(row, money, input_estimate, image_model)
+        task = asyncio.create_task(self._ask_until_ended(response_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def __contains__(self, response_id: str) -> bool:
+        return response_id in self._responses
+
+    async def end(self, response_id: str, report: Report) -> None:
+        """Settle it, if the report says that it has ended and nobody has before."""
+        if not report.status or report.status in UNFINISHED:
+            return
+        response = self._responses.pop(response_id, None)
+        if response:
+            outcome: Outcome = "completed"
+            if report.status == "cancelled":
+                outcome = "client_disconnected"
+            elif report.failed:
+                outcome = "upstream_error"
+            await self._settle(response, report, outcome)
+
+    async def _settle(self, response: Background, report: Report, outcome: Outcome) -> None:
+        gateway, row = self._gateway, response.row
+        response.finish(report, outcome)
+        gateway.objects.own(report.made, row.account_id, row.upstream)
+        await ledger.end_background(gateway.store, row)
+        gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
+
+    async def _ask_until_ended(self, response_id: str) -> None:
+        pause, missing = FIRST_PAUSE, 0
+        while response_id in self._responses and missing < MOST_MISSING:
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(MOST_PAUSE, pause * PAUSE_GROWTH)
+            async with self._asking:
+                missing = missing + 1 if await self._ask(response_id) == 404 else 0
+        response = self._responses.pop(response_id, None)
+        if response:  # the upstream doesn't know it any more
+            await self._settle(response, Report(False), "upstream_failed")
+
+    async def _ask(self, response_id: str) -> int:
+        """The status of the upstream's answer, 0 where there is none."""
+        row = self._responses[response_id].row if response_id in self else None
+        upstream = self._gateway.upstream_named(row.upstream) if row else None
+        if upstream is None:
+            return 0
+        meter = JSONMeter(images=False)
+        try:
+            status = await upstream.fetch(f"/responses/{response_id}", meter.feed)
+        except (httpx2.HTTPError, TimeoutError):
+            return 0
+        meter.finish()
+        if status == 200:
+            await self.end(response_id, meter.report)
+        return status
+
+
+# ── Relay ────────────────────────────────────────────────────────────────────────────────────────
+
+CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
+
+
+class Relay:
+    """One HTTP request on its way to the upstream, and the answer on its way back."""
+
+    def __init__(
+        self, exchange: Exchange, send: Send, method: str, path: str, body: Buffer
+    ) -> None:
+        self._exchange = exchange
+        self._clock = exchange.clock
+        self._scope = exchange.scope
+        self._send = send
+        self._method = method
+        self._path = path
+        self._bytes = body
+        self._body = Body(body)
+        self._waits_for_client = False
+        self._started = False  # the client has the answer's head
+
+    async def forward(self, upstreams: list[Upstream]) -> None:
+        """Raises Refusal where the client has got nothing yet, ClientLeft."""
+        metering = self._exchange.settings.metering
         grace = metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
         failure = ""
         for upstream in upstreams:
-            self._row.upstream = upstream.name
+            self._exchange.to(upstream)
             upstream.in_flight += 1
             try:
                 with self._clock.running(upstream.settings.total_timeout_seconds, grace):
-                    await self._exchange(upstream, body)
+                    await self._ask(upstream)
                     return
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
                 failure = "upstream_unreachable"  # it can't have acted on it: try the next
@@ -1519,13 +852,14 @@ class Exchange:
                 upstream.in_flight -= 1
         await self._fail(failure)
 
-    async def _exchange(self, upstream: Upstream, body: bytes) -> None:
+    async def _ask(self, upstream: Upstream) -> None:
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
-        path, query = self._route.path.removeprefix("/v1"), self._scope["query_string"]
-        headers = headers_for_upstream(self._scope)
-        headers.append((b"content-length", b"%d" % len(body)))
-        self._body = Body(body)
-        answer = await upstream.open("POST", path, query, headers, self._body)
+        headers = headers_for_upstream(self._scope["headers"])
+        if self._bytes or self._method == "POST":
+            headers.append((b"content-length", b"%d" % len(self._bytes)))
+        self._body = Body(self._bytes)
+        query = self._scope["query_string"]
+        answer = await upstream.open(self._method, self._path, query, headers, self._body)
         try:
             if not 200 <= answer.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
@@ -1536,29 +870,27 @@ class Exchange:
 
     def _head_of(self, answer: Answer) -> Message:
         """The answer's head for the client. Chooses the meter."""
+        exchange = self._exchange
         headers = headers_for_client(answer.headers)
         content_type = header(headers, b"content-type") or b""
         encoding = header(headers, b"content-encoding") or b"identity"
         if content_type.lower().startswith(b"text/event-stream") and encoding == b"identity":
-            self._meter = StreamMeter(
-                images=self._route.images,
-                chat=self._route.chat,
-                take_out_usage=self._takes_out_usage,
-            )
-            if self._takes_out_usage:
+            exchange.meter_stream()
+            if exchange.takes_out_usage:
                 headers = [line for line in headers if line[0] != b"content-length"]
-        request_id = self._row.request_id.encode()
+        request_id = self._scope["request_id"].encode()
         if header(headers, b"x-request-id") is None:
             headers.append((b"x-request-id", request_id))
         headers.append((b"x-redbtc-request-id", request_id))
-        headers += self._admission.headers()
-        self._row.status = answer.status
+        headers += exchange.admission.headers()
+        exchange.status = answer.status
         return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
     async def _relay(
         self, head: Message, body: httpx2.AsyncByteStream, idle_seconds: float
     ) -> None:
-        clock, meter = self._clock, self._meter
+        clock, exchange = self._clock, self._exchange
+        meter = exchange.meter
         clock.allow(idle_seconds)
         whole, kept = False, b""
         if isinstance(body, ResponseBody):
@@ -1569,23 +901,24 @@ class Exchange:
         if not whole:
             await self._send_head(head)
         async for chunk in body:
-            if self._row.first_byte_ms is None:
-                self._row.first_byte_ms = self._elapsed_ms()
+            if exchange.first_byte_ms is None:
+                exchange.first_byte_ms = exchange.elapsed_ms()
             passed = meter.feed(chunk)
+            exchange.note()
             if whole:
                 kept += passed
             elif passed:
                 self._waits_for_client = True  # while it reads slowly, and with us the upstream
                 await self._send({"type": "http.response.body", "body": passed, "more_body": True})
                 self._waits_for_client = False
-            if meter.ended and not self._settled:
-                await self._settle(self._outcome())
+            if meter.ended and not exchange.settled:
+                await exchange.settle(exchange.outcome())
                 await self._give_rest(meter.rest(), more=True)
             clock.allow(idle_seconds)
         clock.pause()
         meter.finish()
-        if not self._settled:
-            await self._settle(self._outcome())
+        if not exchange.settled:
+            await exchange.settle(exchange.outcome())
         if whole:
             await self._send_head(head)
         await self._give_rest(kept + meter.rest(), more=False)
@@ -1611,110 +944,591 @@ class Exchange:
         """What waited for the row."""
         await self._send({"type": "http.response.body", "body": rest, "more_body": more})
 
-    def _outcome(self) -> ledger.Outcome:
-        """Of an answer that has come to its end, one way or the other."""
-        if self._meter.report.failed or (self._row.status or 0) >= 400:
-            return "upstream_error"
-        if self._clock.client_left:
-            return "client_disconnected"
-        return "completed" if self._meter.ended else "upstream_failed"
-
     async def _fail(self, failure: str) -> None:
         """The exchange broke: write down how. A client that has nothing yet is told; for one in the
         middle of the answer the connection ends without the answer's end."""
+        exchange = self._exchange
         if self._body.left:
             await asyncio.sleep(CLOSING_SECONDS)
-        if self._settled:
+        if exchange.settled:
             return
         if self._clock.client_left and not self._body.left:
-            await self._forget()
+            await exchange.forget()
         if self._clock.client_left or self._waits_for_client:
-            await self._settle("client_disconnected")
+            await exchange.settle("client_disconnected")
             return
         if self._started:
-            await self._settle("upstream_failed")
+            await exchange.settle("upstream_failed")
             return
-        self._row.status = Refusal(failure).status
-        await self._settle("upstream_failed")
+        exchange.status = Refusal(failure).status
+        await exchange.settle("upstream_failed")
         raise Refusal(failure)  # kept in no variable: that would keep all of this in memory
 
-    async def _settle(self, outcome: ledger.Outcome) -> None:
-        """Commit the row as the request ended."""
-        self._clock.pause()
-        row, report = self._row, self._meter.report
-        row.outcome = outcome
-        row.duration_ms = self._elapsed_ms()
-        row.model, row.service_tier = report.model, report.service_tier
-        row.response_id = report.response_id
-        if report.usage:
-            row.usage, row.usage_source = report.usage, "upstream"
-        elif outcome == "client_disconnected" or (outcome == "completed" and self._estimates):
-            output = math.ceil(report.text_bytes / BYTES_A_TOKEN)
-            row.usage = Usage(input_tokens=self._input_estimate, output_tokens=output)
-            row.usage_source = "estimated"
-        if row.usage_source != "none" or outcome == "upstream_error":
-            self._admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
-        self._bill()
-        self._settled = True
-        await ledger.settle(self._gateway.store, row)
-        self._gateway.watch.settled(self._scope, row)
 
-    def _bill(self) -> None:
-        """What it cost, by the prices of its admission and the tier that the response reports; not
-        known where no usage is."""
-        row = self._row
-        if row.usage_source != "none":
-            row.cost = 0
-            if tariff := self._money.tariff:
-                price = tariff.price(row.service_tier, row.usage.input_tokens or 0)
-                row.price_id, row.cost = price.id, price.cost(row.usage, self._route.images)
-        row.month = self._money.settle(row.cost or 0)
+# ── Stored responses ─────────────────────────────────────────────────────────────────────────────
 
-    def _elapsed_ms(self) -> int:
-        return round((time.monotonic() - float(self._scope["started"])) * 1000)
+
+class Visit(Exchange):
+    """A look at a stored response, or a change to it. It uses no tokens and has no row; but where
+    it shows that a background response has ended, that one's row is settled first."""
+
+    def __init__(
+        self, gateway: Gateway, scope: Scope, endpoint: Endpoint, clock: Clock, response_id: str
+    ) -> None:
+        super().__init__(gateway, scope, endpoint, clock)
+        self._response_id = response_id
+
+    async def settle(self, outcome: Outcome) -> None:
+        self.clock.pause()
+        self.settled = True
+        status, report = self.status or 0, self.meter.report
+        if status == 200 and report.response_id == self._response_id:
+            await self.gateway.unfinished.end(self._response_id, report)
+        if self.scope["method"] == "DELETE" and status < 300:
+            await self.gateway.objects.disown(self._response_id)
+        self.gateway.watch.answered(self.scope, status, outcome)
+
+
+class StoredRoute:
+    """The ASGI app for a stored response: its owner reaches it, with any key, where it is. For all
+    others it does not exist, and what never existed is answered no differently."""
+
+    def __init__(self, gateway: Gateway, method: str, suffix: str = "") -> None:
+        self._gateway = gateway
+        self._method = method
+        self._suffix = suffix
+        self._endpoint = Endpoint(f"/v1/responses/{{id}}{suffix}")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway = self._gateway
+        scope["where"] = self._endpoint.path
+        key = gateway.enter(scope)
+        response_id = scope["path_params"]["id"]
+        upstreams = choose_stored(gateway, key, response_id)
+        clock = Clock(gateway.clocks)
+        body = await read_body(scope, receive, clock, gateway.settings)
+        if body.strip():
+            for reference in Content.of_any(body).references():
+                gateway.check_reference(key, reference)
+        if self._method == "DELETE" and response_id in gateway.unfinished:
+            message = "The response is still in progress; cancel it first."
+            raise Refusal("invalid_request", message)
+        with gateway.serving(scope, clock):
+            visit = Visit(gateway, scope, self._endpoint, clock, response_id)
+            limits = gateway.settings.limits
+            with await gateway.limits.admit(key, 0, limits, clock) as visit.admission:
+                path = f"/responses/{response_id}{self._suffix}"
+                await Relay(visit, send, self._method, path, body).forward(upstreams)
+
+
+def choose_stored(gateway: Gateway, key: Key, response_id: str) -> list[Upstream]:
+    """The upstream that has the account's response. Raises Refusal."""
+    name = gateway.owned_at(key, response_id)
+    if name is None:
+        raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")
+    upstream = gateway.upstream_named(name)
+    if upstream is None or not upstream.usable:
+        raise Refusal("no_upstream", retry_after=60)
+    return [upstream]
+
+
+# ── WebSocket ────────────────────────────────────────────────────────────────────────────────────
+# /v1/responses as OpenAI's WebSocket mode: messages pass both ways as they are. Each
+# response.create is a request like any other; in a lane (`stream_id`) they take turns, lanes run
+# side by side. What the client may send is an allow-list; a refusal is an error event, and the
+# connection stays.
+
+MOST_SESSIONS = 100  # of an account
+STEER_SECONDS = 30  # for the response that follows one which was steered
+MOST_WAITING = 1000  # requests that wait for their turn in the lanes of a connection
+POLICY_VIOLATION, INTERNAL_ERROR, UNSUPPORTED_DATA = 1008, 1011, 1003  # RFC 6455 §7.4.1
+RESPONSES = Endpoint("/v1/responses", stores=True)
+NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
+HANDSHAKE_HEADERS = (b"sec-websocket-", b"content-", b"date", b"connection", b"upgrade")
+
+
+class EventMeter:
+    """Meters the events of one response."""
+
+    def __init__(self) -> None:
+        self.report = Report(images=False)
+        self.ended = False
+        self.steered = 0  # inputs that a further response will come of
+
+    def take(self, event: Event) -> None:
+        """One of its events."""
+        kind = event.type if isinstance(event.type, str) else ""
+        if event.delta:
+            self.report.text_bytes += len(event.delta)
+        if kind in ("response.steer.failed", "response.steer.pending"):
+            self.steered = max(0, self.steered - 1)
+        if event.response or event.item or kind == "error":
+            self.report.note(event)
+        if LAST.fullmatch(kind.encode()) or (kind == "error" and not self.report.response_id):
+            self.ended = True
+
+    def feed(self, chunk: bytes) -> bytes:
+        return chunk
+
+    def finish(self) -> None:
+        pass
+
+    def rest(self) -> bytes:
+        return b""
+
+
+class Turn(Metered):
+    """One response.create, and the responses that follow by themselves where it is steered."""
+
+    meter: EventMeter
+
+    def __init__(self, gateway: Gateway, scope: Scope, lane: Lane) -> None:
+        super().__init__(gateway, scope, RESPONSES, Clock(gateway.clocks))
+        self.meter = EventMeter()
+        self.lane = lane
+        self.line: Line | None = None
+        self.over: asyncio.Future[None] = gateway.clocks.loop.create_future()
+
+    async def take(self, event: Event, idle_seconds: float) -> None:
+        """An event has come; it may be sent on when this returns."""
+        if self.settled and event.type == "response.created":
+            await self._follow()
+        self.clock.allow(idle_seconds)
+        if self.first_byte_ms is None:
+            self.first_byte_ms = self.elapsed_ms()
+        self.meter.take(event)
+        self.note()
+        self.lane.session.made.update(self.meter.report.made)
+        if self.meter.ended and not self.settled:
+            failed = self.meter.report.failed and event.type == "error"
+            self.status = status_of(event) if failed else 200
+            await self.settle(self.outcome())
+        if self.settled:
+            self.clock.allow(STEER_SECONDS)
+
+    async def _follow(self) -> None:
+        """A response that follows by itself has a row of its own."""
+        again = {"request_id": new_request_id(), "started": time.monotonic()}
+        self.scope = {**self.scope, **again}
+        steered = self._row
+        self._row = Row(
+            request_id=self.scope["request_id"],
+            account_id=steered.account_id,
+            key_id=steered.key_id,
+            endpoint=steered.endpoint,
+            requested_model=steered.requested_model,
+            upstream=steered.upstream,
+            started_at=now_ms(),
+        )
+        self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
+        self._money = self._money.keep()
+        await ledger.settle(self.gateway.store, self._row)  # pending, however long that takes
+
+    @property
+    def done(self) -> bool:
+        """Nothing more is to come."""
+        return self.settled and not self.meter.steered
+
+    def give_up(self) -> None:
+        """Wait for nothing more: let the lane's next one go on."""
+        if not self.over.done():
+            self.over.set_result(None)
+
+
+def status_of(event: Event) -> int:
+    return event.status if type(event.status) is int and 400 <= event.status <= 599 else 500
+
+
+class Lane:
+    """Requests of one stream_id, one after the other."""
+
+    def __init__(self, session: Session, stream_id: str | None) -> None:
+        self.session = session
+        self.stream_id = stream_id
+        self.waiting: deque[Frame] = deque()
+        self.turn: Turn | None = None
+
+
+class Line:
+    """A session's connection to one upstream."""
+
+    def __init__(self, upstream: Upstream, connection: ClientConnection) -> None:
+        self.upstream = upstream
+        self.connection = connection
+
+
+class Session:
+    """One client's WebSocket."""
+
+    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
+        self._gateway = gateway
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._lanes: dict[str | None, Lane] = {}
+        self._lines: dict[str, Line] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connecting = asyncio.Lock()
+        self._closed = False  # to the client
+        self._expired = False
+        self._sends = 0  # how many wait for the client to read
+        self.made: set[str] = set()  # responses of this connection, stored or not
+
+    async def run(self) -> None:
+        """From the handshake to the end. Raises Refusal before the connection is accepted."""
+        await self._receive()  # that it wants to connect
+        account, sessions = self._gateway.enter(self._scope).account_id, self._gateway.sessions
+        if sessions[account] >= MOST_SESSIONS:
+            message = f"This account has {MOST_SESSIONS} WebSockets open, which is the most."
+            raise Refusal("concurrency_limit_exceeded", message)
+        sessions[account] += 1
+        try:
+            await self._run()
+        finally:
+            sessions[account] -= 1
+
+    async def _run(self) -> None:
+        line = await self._first_line()
+        request_id = self._scope["request_id"].encode()
+        assert line.connection.response is not None, "the handshake is over"
+        given = line.connection.response.headers.raw_items()
+        headers = headers_for_client([(n.encode(), v.encode("latin-1")) for n, v in given])
+        headers = [each for each in headers if not each[0].startswith(HANDSHAKE_HEADERS)]
+        headers.append((b"x-redbtc-request-id", request_id))
+        await self._send({"type": "websocket.accept", "headers": headers})
+        self._gateway.watch.answered(self._scope, 101)
+        most = line.upstream.settings.total_timeout_seconds
+        expiry = self._gateway.clocks.loop.call_later(most, self._expire)
+        try:
+            await self._read()
+        finally:
+            expiry.cancel()
+            await self._end()
+
+    async def _first_line(self) -> Line:
+        """Connect to the upstream that goes first, so that its refusal of a WebSocket is ours."""
+        speaking = [each for each in self._gateway.upstreams if each.speaks_websocket]
+        usable = [upstream for upstream in speaking if upstream.usable]
+        if not usable:
+            raise Refusal("no_upstream", retry_after=5)
+        for upstream in by_turn(usable):
+            with contextlib.suppress(OSError, TimeoutError):
+                return await self._connect(upstream)
+        raise Refusal("upstream_unreachable")
+
+    async def _connect(self, upstream: Upstream) -> Line:
+        """The connection to an upstream, a new one where there is none. Raises OSError,
+        TimeoutError, Refusal."""
+        async with self._connecting:
+            if upstream.name in self._lines:
+                return self._lines[upstream.name]
+            headers, query = (
+                headers_for_upstream(self._scope["headers"]),
+                self._scope["query_string"],
+            )
+            try:
+                connection = await upstream.connect(headers, query)
+            except InvalidStatus as error:
+                if error.response.status_code in NO_WEBSOCKET:
+                    raise Refusal("upgrade_required", headers=UPGRADE) from None
+                raise Refusal("upstream_unreachable") from None
+            except InvalidHandshake:
+                raise Refusal("upstream_protocol_error") from None
+            line = self._lines[upstream.name] = Line(upstream, connection)
+            self._start(self._pass_events(line))
+            return line
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _expire(self) -> None:
+        """No new requests; when those in flight are done, it ends."""
+        self._expired = True
+        if not self._lanes:
+            self._start(self._refuse(EXPIRED, None, close=POLICY_VIOLATION))
+
+    async def _end(self) -> None:
+        """The client is gone: what is in flight may be read on for its usage, then all ends."""
+        self._closed = True
+        for lane in self._lanes.values():
+            lane.waiting.clear()
+            if lane.turn:
+                lane.turn.clock.leave()
+        while self._lanes:
+            await asyncio.sleep(TICK)
+        for line in list(self._lines.values()):
+            await line.connection.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # From the client
+
+    async def _read(self) -> None:
+        while (message := await self._receive())["type"] != "websocket.disconnect":
+            text = message.get("text")
+            if text is None:
+                await self._close(UNSUPPORTED_DATA, "Only text is understood here.")
+                continue
+            stream_id: str | None = None
+            try:
+                frame = Frame(text.encode())
+                stream_id = frame.facts.stream_id
+                await self._take(frame)
+            except Refusal as refusal:
+                self._gateway.watch.refused(self._scope_of_turn(), refusal)
+                await self._refuse(refusal, stream_id)
+
+    async def _take(self, frame: Frame) -> None:
+        facts = frame.facts
+        if facts.type == "response.steer":
+            await self._steer(frame)
+            return
+        if facts.type != "response.create":
+            message = f"'{facts.type}' is not an event that is understood here."
+            raise Refusal("invalid_request", message, param="type")
+        lane = self._lanes.get(facts.stream_id)
+        sizes = [len(each.text) for lane in self._lanes.values() for each in lane.waiting]
+        if len(sizes) >= MOST_WAITING or (
+            sum(sizes) > self._gateway.settings.server.max_body_bytes
+        ):
+            raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
+        if lane is None:
+            lane = self._lanes[facts.stream_id] = Lane(self, facts.stream_id)
+            lane.waiting.append(frame)
+            self._start(self._work(lane))
+            return
+        lane.waiting.append(frame)
+        if lane.turn and (lane.turn.settled or lane.turn.meter.report.failed):
+            lane.turn.give_up()
+
+    async def _steer(self, frame: Frame) -> None:
+        """More input for a response that is in flight on this connection."""
+        (named, *others) = [*frame.references(), None]
+        turns = [lane.turn for lane in self._lanes.values() if lane.turn]
+        for turn in turns:
+            report = turn.meter.report
+            if named and turn.line and report.response_id and report.response_id == named.id:
+                key = self._gateway.enter(self._scope)
+                for other in others:
+                    self._gateway.check_reference(key, other) if other else None
+                turn.meter.steered += 1
+                await turn.line.connection.send(frame.text, text=True)
+                return
+        raise not_found("previous_response_id", named.id if named else "")
+
+    def _scope_of_turn(self) -> Scope:
+        return {
+            "request_id": new_request_id(),
+            "started": time.monotonic(),
+            "where": RESPONSES.path,
+            "headers": self._scope["headers"],
+        }
+
+    async def _work(self, lane: Lane) -> None:
+        while lane.waiting:
+            frame, scope = lane.waiting.popleft(), self._scope_of_turn()
+            turn = lane.turn = Turn(self._gateway, scope, lane)
+            try:
+                await self._create(turn, frame)
+            except Refusal as refusal:
+                self._gateway.watch.refused(scope, refusal)
+                lasting = refusal.status in (401, 403) and refusal.code != "model_not_allowed"
+                close = POLICY_VIOLATION if lasting else None
+                await self._refuse(refusal, lane.stream_id, close)
+            except ClientLeft:
+                self._gateway.watch.left(scope)
+            except Exception as error:
+                self._gateway.watch.failed(scope, error)
+                await self._refuse(Refusal("internal_error"), lane.stream_id, INTERNAL_ERROR)
+            finally:
+                lane.turn = None
+        del self._lanes[lane.stream_id]
+        if self._expired and not self._lanes:
+            self._expire()
+
+    async def _create(self, turn: Turn, frame: Frame) -> None:
+        """Raises Refusal, ClientLeft."""
+        gateway, facts = self._gateway, frame.facts
+        if self._expired:
+            raise EXPIRED
+        if self._closed:
+            raise ClientLeft
+        key = gateway.enter(self._scope)
+        if facts.background:
+            message = "A background response can't be created over a WebSocket."
+            raise Refusal("invalid_request", message, param="background")
+        upstreams = gateway.upstreams_for(key, frame, self.made)
+        speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
+        if not speaking:
+            raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
+        speaking.sort(key=lambda upstream: upstream.name not in self._lines)
+        with gateway.serving(None, turn.clock):
+            await turn.run(key, frame, speaking, lambda: self._forward(turn, frame, speaking))
+
+    async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:
+        metering = turn.settings.metering
+        grace = metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
+        settings = upstreams[0].settings
+        try:
+            with turn.clock.running(settings.total_timeout_seconds, grace):
+                turn.clock.allow(settings.connect_timeout_seconds)
+                line = turn.line = await self._line(turn, upstreams)
+                turn.clock.allow(line.upstream.settings.first_byte_timeout_seconds)
+                line.upstream.in_flight += 1
+                try:
+                    await line.connection.send(frame.text, text=True)
+                    await turn.over
+                finally:
+                    line.upstream.in_flight -= 1
+            if not turn.settled:
+                await turn.settle(turn.outcome())
+        except TimeoutError:
+            await self._stop(turn, "upstream_timeout")
+        except (ConnectionClosed, LineLost):
+            await self._stop(turn, "upstream_unreachable")
+
+    async def _line(self, turn: Turn, upstreams: list[Upstream]) -> Line:
+        for upstream in upstreams:
+            turn.to(upstream)
+            with contextlib.suppress(OSError, Refusal):
+                return await self._connect(upstream)
+        raise LineLost
+
+    async def _stop(self, turn: Turn, failure: str) -> None:
+        """A turn ended before its response did: write down how, and stop the upstream."""
+        if turn.settled:
+            return
+        gone = turn.clock.client_left or self._sends > 0
+        turn.status = turn.status or (None if gone else Refusal(failure).status)
+        if turn.line and failure == "upstream_timeout":
+            self._lines.pop(turn.line.upstream.name, None)
+            await turn.line.connection.close()
+        await turn.settle("client_disconnected" if gone else "upstream_failed")
+        if not gone:
+            await self._refuse(Refusal(failure), turn.lane.stream_id, INTERNAL_ERROR)
+
+    # From an upstream
+
+    async def _pass_events(self, line: Line) -> None:
+        """Until the upstream closes; then the client's connection is closed in the same way."""
+        code, reason = INTERNAL_ERROR, "The upstream's connection was lost."
+        try:
+            while True:
+                await self._pass_event(line, await line.connection.recv())
+        except ConnectionClosed as closed:
+            if closed.rcvd and closed.rcvd.code not in (1005, 1006, 1015):
+                code, reason = closed.rcvd.code, closed.rcvd.reason
+        except Exception as error:
+            self._gateway.watch.failed(self._scope, error)
+            await line.connection.close()
+        if self._lines.get(line.upstream.name) is line:
+            del self._lines[line.upstream.name]
+            for lane in self._lanes.values():
+                if lane.turn and lane.turn.line is line and not lane.turn.over.done():
+                    lane.turn.over.set_exception(LineLost())
+            if not self._lines:
+                await self._close(code, reason)
+
+    async def _pass_event(self, line: Line, message: str | bytes) -> None:
+        event = decode_event(message)
+        turn = self._turn_of(event, line) if event else None
+        if turn and event:
+            await turn.take(event, line.upstream.settings.idle_timeout_seconds)
+        await self._to_client(message)
+        if turn and turn.done:
+            turn.give_up()
+
+    def _turn_of(self, event: Event, line: Line) -> Turn | None:
+        """Whose event it is: that of its lane, or where it names none, of the only one there is."""
+        stream_id = event.stream_id if isinstance(event.stream_id, str) else None
+        lane = self._lanes.get(stream_id)
+        if lane is None and stream_id is None and len(self._lanes) == 1:
+            (lane,) = self._lanes.values()
+        turn = lane.turn if lane else None
+        return turn if turn and turn.line is line else None
+
+    # To the client
+
+    async def _to_client(self, message: str | bytes) -> None:
+        if not self._closed:
+            kind = "text" if isinstance(message, str) else "bytes"
+            self._sends += 1
+            with contextlib.suppress(OSError):
+                await self._send({"type": "websocket.send", kind: message})
+            self._sends -= 1
+
+    async def _refuse(
+        self, refusal: Refusal, stream_id: str | None, close: int | None = None
+    ) -> None:
+        headers = {name.decode(): value.decode() for name, value in refusal.headers}
+        event: dict[str, Any] = {"type": "error", "status": refusal.status}
+        event |= {"error": {**refusal.error(), "headers": headers}, "headers": headers}
+        event |= {"stream_id": stream_id} if stream_id is not None else {}
+        await self._to_client(orjson.dumps(event).decode())
+        if close:
+            await self._close(close, refusal.code)
+
+    async def _close(self, code: int, reason: str) -> None:
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(OSError):
+                await self._send({"type": "websocket.close", "code": code, "reason": reason[:100]})
+
+
+class LineLost(Exception):
+    """The connection to an upstream is gone."""
+
+
+UPGRADE = [(b"upgrade", b"websocket")]
+EXPIRED = Refusal("websocket_connection_limit_reached")
 
 
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────
 
 METERED = (
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/images/generations",
-    "/v1/images/edits",
+    Endpoint("/v1/chat/completions", chat=True),
+    RESPONSES,
+    Endpoint("/v1/responses/compact"),
+    Endpoint("/v1/responses/input_tokens", free=True),
+    Endpoint("/v1/images/generations", images=True),
+    Endpoint("/v1/images/edits", images=True, forms=True),
 )
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
+OBJECT_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)
+NOT_FOUND = ("previous_response_id", "comparison_response_id")
+
+
+def not_found(name: str, object_id: str) -> Refusal:
+    """What is another's is not found, like what never was."""
+    return Refusal("response_not_found", f"Response with id '{object_id}' not found.", param=name)
 
 
 class MeteredRoute:
-    """The ASGI app of a route whose requests are metered."""
+    """The ASGI app of an endpoint."""
 
-    def __init__(self, gateway: Gateway, path: str) -> None:
-        self.path = path
-        self.chat = path == "/v1/chat/completions"
-        self.images = path.startswith("/v1/images/")
-        self._forms = path == "/v1/images/edits"
+    def __init__(self, gateway: Gateway, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway = self._gateway
-        scope["where"] = self.path
+        gateway, endpoint = self._gateway, self._endpoint
+        scope["where"] = endpoint.path
         key = gateway.enter(scope)
-        boundary = check_media_type(scope, self._forms)
         clock = Clock(gateway.clocks)
-        body = await read_body(scope, receive, clock, gateway.settings)
-        facts = read_facts(body, boundary, model_needed=not self.images)
-        refuse_foreign_objects(facts)
-        if not gateway.books.served(facts.model or ""):
-            raise Refusal("model_not_found", param="model")
-        upstreams = choose(gateway.upstreams, facts.model or "")
-        gateway.in_flight += 1
-        scope["leaving"].add(clock.leave)
-        try:
-            exchange = Exchange(gateway, scope, send, self, clock)
-            await exchange.run(key, facts, body, boundary, upstreams)
-        finally:
-            scope["leaving"].discard(clock.leave)
-            gateway.in_flight -= 1
+        content = await read_content(scope, receive, clock, gateway.settings, endpoint)
+        upstreams = gateway.upstreams_for(key, content)
+        exchange = Metered(gateway, scope, endpoint, clock)
+        body = content.sent
+        asks = gateway.settings.metering.include_usage == "add" and body is content.text
+        if endpoint.chat and content.facts.stream and asks:
+            body = add_include_usage(body, content.facts)
+            exchange.takes_out_usage = body is not content.sent
+        relay = Relay(exchange, send, "POST", endpoint.path.removeprefix("/v1"), body)
+        with gateway.serving(scope, clock):
+            await exchange.run(key, content, upstreams, lambda: relay.forward(upstreams))
 
 
 class Gateway:
@@ -1729,6 +1543,9 @@ class Gateway:
         self.watch.registry.register(self)
         self.settings = settings
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
+        self.objects = Objects(books.store)
+        self.unfinished = Unended(self)
+        self.sessions: Counter[str] = Counter()  # by account
         self.draining = False
         self.in_flight = 0
         self._me = admin.me(books, lambda key: self.limits.report(key, self.settings.limits))
@@ -1759,6 +1576,64 @@ class Gateway:
             raise Refusal("draining", headers=[(b"connection", b"close")])
         return authenticate(scope, self.store)
 
+    def offers_websocket(self) -> bool:
+        """Whether any upstream does; else an upgrade is answered 426, by the route of its path."""
+        return any(upstream.speaks_websocket for upstream in self.upstreams)
+
+    def upstream_named(self, name: str) -> Upstream | None:
+        """That of the settings."""
+        return next((upstream for upstream in self.upstreams if upstream.name == name), None)
+
+    def owned_at(self, key: Key, object_id: str) -> str | None:
+        """The name of the upstream that stores what the key's account made; None for all else."""
+        if not OBJECT_ID.fullmatch(object_id):
+            return None
+        try:
+            return self.objects.upstream_of(object_id, key.account_id)
+        except LedgerUnavailable:
+            raise Refusal("ledger_unavailable") from None
+
+    def check_reference(self, key: Key, reference: Reference) -> str:
+        """The name of the upstream that has it. Raises Refusal where it is not the account's."""
+        upstream = self.owned_at(key, reference.id)
+        if upstream:
+            return upstream
+        if reference.name in NOT_FOUND:
+            raise not_found(reference.name, reference.id)
+        message = f"'{reference.name}' names an object that isn't known to be this account's."
+        raise Refusal("invalid_request", message, param=reference.name)
+
+    def upstreams_for(
+        self, key: Key, content: Content, made: Container[str] = ()
+    ) -> list[Upstream]:
+        """Those that may take the request, the first to try in front. `made`: responses that are
+        the client's own without being stored. Raises Refusal."""
+        model = content.facts.model or ""
+        homes = {
+            self.check_reference(key, reference)
+            for reference in content.references()
+            if reference.id not in made
+        }
+        if len(homes) > 1:
+            raise Refusal("invalid_request", "What this builds on is at different upstreams.")
+        if not key.allows(model):
+            raise Refusal("model_not_allowed", f"This key may not use the model '{model}'.")
+        if not self.books.served(model):
+            raise Refusal("model_not_found", param="model")
+        return choose(self.upstreams, model, *homes)
+
+    @contextlib.contextmanager
+    def serving(self, scope: Scope | None, clock: Clock) -> Iterator[None]:
+        """A request is in flight, and its clock hears when its client leaves."""
+        leaving: set[Callable[[], None]] = scope["leaving"] if scope else set()
+        self.in_flight += 1
+        leaving.add(clock.leave)
+        try:
+            yield
+        finally:
+            leaving.discard(clock.leave)
+            self.in_flight -= 1
+
     def collect(self) -> Iterator[Metric]:
         """What prometheus-client asks for at each reading."""
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
@@ -1771,6 +1646,16 @@ class Gateway:
         """All that is served beside METERED. What is not here is 404 before its body is read."""
         return [
             ExactRoute("/v1/responses", AsApp(upgrade_required), methods=["GET"]),
+            ExactRoute("/v1/responses/{id}", StoredRoute(self, "GET"), methods=["GET"]),
+            ExactRoute("/v1/responses/{id}", StoredRoute(self, "DELETE"), methods=["DELETE"]),
+            ExactRoute(
+                "/v1/responses/{id}/cancel", StoredRoute(self, "POST", "/cancel"), methods=["POST"]
+            ),
+            ExactRoute(
+                "/v1/responses/{id}/input_items",
+                StoredRoute(self, "GET", "/input_items"),
+                methods=["GET"],
+            ),
             ExactRoute("/v1/models", AsApp(self.models), methods=["GET"]),
             ExactRoute("/v1/models/{model:path}", AsApp(self.model), methods=["GET"]),
             ExactRoute("/healthz", AsApp(self.healthz), methods=["GET"]),
@@ -1781,42 +1666,61 @@ class Gateway:
         ]
 
     async def models(self, scope: Scope, _: Receive, send: Send) -> None:
-        """The upstreams' lists joined, in their order, each less what its patterns exclude and what
-        has no price where that is refused."""
+        """The upstreams' lists joined, in their order, less what the key may not use and what has
+        no price where that is refused. `age` is that of the oldest of the lists, where an upstream
+        gave no new one."""
         scope["where"] = "/v1/models"
         key = self.enter(scope)
         with await self.limits.admit(key, 0, self.settings.limits, Clock(self.clocks)):
-            usable = [upstream for upstream in self.upstreams if upstream.usable]
-            if not usable:
-                raise Refusal("no_upstream", retry_after=5)
-            lists = await asyncio.gather(*(models_of(upstream) for upstream in usable))
-        if all(models is None for models in lists):
-            raise Refusal("upstream_unreachable", "No upstream gave its list of models.")
-        joined: dict[str, Any] = {}
-        for models in lists:
-            for model in models or []:
-                if self.books.served(model["id"]):
-                    joined.setdefault(model["id"], model)
+            joined, age = await self._listed(key, self.upstreams)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
-        await self._answer(scope, send, 200, body)
+        await self._answer(scope, send, 200, body, age_header(age))
+
+    async def _listed(
+        self, key: Key, upstreams: Iterable[Upstream]
+    ) -> tuple[dict[str, dict[str, Any]], float]:
+        """The models that the key may use, and the oldest list's age in seconds. Raises Refusal
+        where no upstream ever gave a list."""
+        usable = [upstream for upstream in upstreams if upstream.usable]
+        if not usable:
+            raise Refusal("no_upstream", retry_after=5)
+        asked = (upstream.models() for upstream in usable)
+        lists = await asyncio.gather(*asked, return_exceptions=True)
+        joined: dict[str, dict[str, Any]] = {}
+        oldest, failures = 0.0, []
+        for found in lists:
+            if isinstance(found, BaseException):
+                failures.append(found)
+                continue
+            oldest = max(oldest, found[1])
+            for model in found[0]:
+                if self.books.served(model["id"]) and key.allows(model["id"]):
+                    joined.setdefault(model["id"], model)
+        if len(failures) == len(lists):
+            raise failures[0]
+        return joined, oldest
 
     async def model(self, scope: Scope, _: Receive, send: Send) -> None:
-        """One model, as the upstream that would serve it describes it."""
+        """One model, as the upstream that would serve it describes it; as it was listed last, where
+        that one does not answer."""
         scope["where"] = "/v1/models/{id}"
         key = self.enter(scope)
         name = scope["path_params"]["model"]
         # '../files' must not reach the upstream
-        if not (MODEL_NAME.fullmatch(name) and self.books.served(name)):
+        if not (MODEL_NAME.fullmatch(name) and self.books.served(name) and key.allows(name)):
             raise Refusal("model_not_found", param="model")
         upstream = choose(self.upstreams, name)[0]
+        shown, status, headers = bytearray(), 0, Headers()
         with await self.limits.admit(key, 0, self.settings.limits, Clock(self.clocks)):
-            try:
-                status, body = await upstream.fetch(f"/models/{name}")
-            except TimeoutError:
-                raise Refusal("upstream_timeout") from None
-            except httpx2.HTTPError:
-                raise Refusal("upstream_unreachable") from None
-        await self._answer(scope, send, status, body)
+            with contextlib.suppress(*NO_LIST):
+                status = await upstream.fetch(f"/models/{name}", shown.extend)
+            if not 200 <= status < 500:
+                listed, age = await self._listed(key, [upstream])
+                if name not in listed:
+                    raise Refusal("upstream_unreachable")
+                shown[:] = orjson.dumps(listed[name])
+                status, headers = 200, age_header(age)
+        await self._answer(scope, send, status, bytes(shown), headers)
 
     async def healthz(self, scope: Scope, _: Receive, send: Send) -> None:
         """The process lives: no key, no database."""
@@ -1885,29 +1789,23 @@ class Gateway:
         except (TypeError, ValueError):
             return False
 
-    async def _answer(self, scope: Scope, send: Send, status: int, body: bytes) -> None:
+    async def _answer(
+        self, scope: Scope, send: Send, status: int, body: bytes, headers: Headers
+    ) -> None:
         self.watch.answered(scope, status)
-        await respond(scope, send, status, body)
+        await respond(scope, send, status, body, headers)
 
 
-async def models_of(upstream: Upstream) -> list[dict[str, Any]] | None:
-    """The models that an upstream lists and its patterns allow; None where it gives no list."""
-    try:
-        status, body = await upstream.fetch("/models")
-        listed = orjson.loads(body)["data"] if status == 200 else None
-    except (httpx2.HTTPError, TimeoutError, orjson.JSONDecodeError, KeyError, TypeError):
-        return None
-    if not isinstance(listed, list):
-        return None
-    named = [model for model in listed if isinstance(model, dict) and name_in(model.get("id"))]
-    return [model for model in named if upstream.serves(model["id"])]
+def age_header(seconds: float) -> Headers:
+    """RFC 9111 §5.1, for what is older than a second."""
+    return [(b"age", b"%d" % seconds)] if seconds >= 1 else []
 
 
 async def upgrade_required(scope: Scope, _: Receive, send: Send) -> None:
     """GET /v1/responses is Codex asking for a WebSocket: 426 makes it fall back to POST at once."""
     if (header(scope["headers"], b"upgrade") or b"").lower() != b"websocket":
         raise Refusal("unknown_url")
-    raise Refusal("upgrade_required", headers=[(b"upgrade", b"websocket")])
+    raise Refusal("upgrade_required", headers=UPGRADE)
 
 
 async def unknown_url(scope: Scope, _: Receive, send: Send) -> None:
@@ -1935,9 +1833,16 @@ class ExactRoute(Route):
 
 def build(gateway: Gateway) -> Guard:
     """The ASGI app."""
-    metered = {path: MeteredRoute(gateway, path) for path in METERED}
+    metered = {endpoint.path: MeteredRoute(gateway, endpoint) for endpoint in METERED}
     others = Router(gateway.routes(), redirect_slashes=False, default=unknown_url)
-    return Guard(metered, others, gateway.watch)
+
+    async def session(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != RESPONSES.path:
+            raise Refusal("unknown_url")
+        scope["where"] = RESPONSES.path
+        await Session(gateway, scope, receive, send).run()
+
+    return Guard(metered, others, session, gateway.watch)
 
 
 # ── Serve ────────────────────────────────────────────────────────────────────────────────────────
@@ -1989,11 +1894,17 @@ class Running:
     async def serve(self, listener: socket.socket) -> None:
         """Until a signal ends it."""
         settings = self._gateway.settings.server
+        offers = staticmethod(self._gateway.offers_websocket)
         public = server_for(
             build(self._gateway),
-            http=HTTPProtocol,
+            http=type("Protocol", (HTTPProtocol,), {"offers_websocket": offers}),
             proxy_headers=True,
             forwarded_allow_ips=list(settings.trusted_proxies),
+            ws="websockets-sansio",
+            ws_max_size=settings.max_body_bytes,
+            ws_per_message_deflate=False,
+            ws_ping_interval=PING_SECONDS,
+            ws_ping_timeout=60,
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -2119,7 +2030,9 @@ async def run(
             click.echo(await admin.welcome(store, url, demo))
         if not books.prices.prices and settings.billing.unpriced_models == "refuse":
             say(logging.WARNING, "no prices", reason="all models are refused: price import")
-        await Running(Gateway(books, settings), loaded, demo_url).serve(listener)
+        gateway = Gateway(books, settings)
+        await gateway.unfinished.resume()
+        await Running(gateway, loaded, demo_url).serve(listener)
 
 
 async def start_demo(stack: contextlib.AsyncExitStack) -> str:

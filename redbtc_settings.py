@@ -238,6 +238,7 @@ class UpstreamSettings(Table, frozen=True):
     total_timeout_seconds: Seconds = 3600
     transport: Literal["asyncio", "httpx"] = "asyncio"
     proxy: Proxy = ""
+    websocket: bool = True
 
 
 class AccountLimits(Table, frozen=True):

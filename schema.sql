@@ -239,3 +239,68 @@ CREATE TRIGGER payments_stay BEFORE UPDATE ON payments
 BEGIN SELECT RAISE(ABORT, 'a payment can''t be changed, only corrected by another'); END;
 CREATE TRIGGER payments_are_kept BEFORE DELETE ON payments
 BEGIN SELECT RAISE(ABORT, 'a payment can''t be deleted, only corrected by another'); END;
+
+-- version 3
+
+ALTER TABLE keys ADD COLUMN
+    models              TEXT;                   -- shell patterns with commas between; NULL: all models
+ALTER TABLE requests ADD COLUMN
+    tool_input_tokens   INTEGER CHECK (tool_input_tokens >= 0);  -- text that a tool's own model read; not
+                                                -- part of input_tokens
+ALTER TABLE usage_by_day ADD COLUMN tool_input_tokens INTEGER;
+
+-- Whose is what the upstreams store: all accounts share the key that reaches it.
+CREATE TABLE stored_objects (
+    id                  TEXT PRIMARY KEY,       -- of a response, an item of its output or a conversation,
+                                                -- as the upstream named it
+    account_id          TEXT NOT NULL REFERENCES accounts (id),
+    upstream            TEXT NOT NULL,          -- where it is
+    created_at          INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- Background responses that have not been seen to end. Their rows in `requests` are pending, and a
+-- new start doesn't interrupt them.
+CREATE TABLE background (
+    request_id          TEXT PRIMARY KEY REFERENCES requests (request_id),
+    admitted_at         INTEGER NOT NULL,       -- by the ledger's time: at the prices of then
+    held                INTEGER NOT NULL,       -- nanos, until it ends
+    input_estimate      INTEGER NOT NULL,       -- tokens, should nobody report any
+    image_model         TEXT NOT NULL           -- of the request's tool
+) STRICT, WITHOUT ROWID;
+
+DROP TRIGGER a_request_is_settled;
+CREATE TRIGGER a_request_is_settled AFTER UPDATE OF outcome ON requests
+WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
+    INSERT INTO usage_by_day VALUES (
+        NEW.account_id, NEW.month, NEW.started_at / 86400000,
+        ifnull(NEW.model, NEW.requested_model), NEW.requested_model, NEW.key_id, 1,
+        NEW.usage_source = 'estimated', NEW.usage_source = 'none', NEW.input_tokens,
+        NEW.cached_input_tokens, NEW.cache_write_tokens, NEW.output_tokens, NEW.reasoning_tokens,
+        NEW.image_input_tokens, NEW.image_output_tokens, NEW.web_searches,
+        ifnull(NEW.cost / 1000000000, 0), ifnull(NEW.cost % 1000000000, 0),
+        NEW.tool_input_tokens)
+    ON CONFLICT DO UPDATE SET
+        requests = requests + 1,
+        estimated = estimated + excluded.estimated,
+        unreported = unreported + excluded.unreported,
+        input_tokens = coalesce(
+            input_tokens + excluded.input_tokens, input_tokens, excluded.input_tokens),
+        cached_input_tokens = coalesce(
+            cached_input_tokens + excluded.cached_input_tokens, cached_input_tokens, excluded.cached_input_tokens),
+        cache_write_tokens = coalesce(
+            cache_write_tokens + excluded.cache_write_tokens, cache_write_tokens, excluded.cache_write_tokens),
+        output_tokens = coalesce(
+            output_tokens + excluded.output_tokens, output_tokens, excluded.output_tokens),
+        reasoning_tokens = coalesce(
+            reasoning_tokens + excluded.reasoning_tokens, reasoning_tokens, excluded.reasoning_tokens),
+        image_input_tokens = coalesce(
+            image_input_tokens + excluded.image_input_tokens, image_input_tokens, excluded.image_input_tokens),
+        image_output_tokens = coalesce(
+            image_output_tokens + excluded.image_output_tokens, image_output_tokens, excluded.image_output_tokens),
+        web_searches = coalesce(
+            web_searches + excluded.web_searches, web_searches, excluded.web_searches),
+        tool_input_tokens = coalesce(
+            tool_input_tokens + excluded.tool_input_tokens, tool_input_tokens, excluded.tool_input_tokens),
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+END;

@@ -17,7 +17,16 @@ import openai
 import pytest
 from conftest import NODE_MODULES, MakeGateway, needs
 from gateway import ROOT, Gateway, free_port, wait_until
-from upstream import Received, Reply, Upstream, event, json_answer, response_object, stream
+from upstream import (
+    Received,
+    Reply,
+    Socket,
+    Upstream,
+    event,
+    json_answer,
+    response_object,
+    stream,
+)
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def test_python_sdk_models_and_errors(sdk: openai.OpenAI, demo: Gateway) -> None
     assert sdk.models.retrieve("redbtc-demo").owned_by == "redbtc"
     with pytest.raises(openai.AuthenticationError):
         sdk.with_options(api_key="sk-no").models.list()
-    with pytest.raises(openai.BadRequestError) as refused:
+    with pytest.raises(openai.NotFoundError) as refused:
         sdk.responses.create(model="redbtc-demo", input="x", previous_response_id="resp_1")
     assert refused.value.param == "previous_response_id"
     with pytest.raises(openai.NotFoundError):
@@ -139,13 +148,25 @@ def test_node_sdk(demo: Gateway, tmp_path: Path) -> None:
     assert rows[3]["requested_model"] == "redbtc-demo-image", "found after the file"
 
 
-def codex(gateway: Gateway, key: str, home: Path, prompt: str) -> list[dict[str, Any]]:
+PROVIDER = """
+model_provider = "gw"
+[model_providers.gw]
+name = "Gateway"
+base_url = "{url}"
+env_key = "GW_API_KEY"
+wire_api = "responses"
+"""
+BUILT_IN = 'openai_base_url = "{url}"\n'
+
+
+def codex(
+    gateway: Gateway, key: str, home: Path, prompt: str, settings: str = PROVIDER
+) -> list[dict[str, Any]]:
     home.mkdir()
-    (home / "config.toml").write_text(
-        f'model = "gpt-5.5"\nmodel_provider = "gw"\n[model_providers.gw]\nname = "Gateway"\n'
-        f'base_url = "{gateway.base_url}"\nenv_key = "GW_API_KEY"\nwire_api = "responses"\n'
-    )
+    configured = settings.format(url=gateway.base_url)
+    (home / "config.toml").write_text(f'model = "gpt-5.5"\n{configured}')
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "CODEX_HOME": str(home)}
+    env["CODEX_API_KEY"] = key
     done = subprocess.run(
         [needs("codex"), "exec", "--skip-git-repo-check", "--json", prompt],
         env={**env, "GW_API_KEY": key},
@@ -159,30 +180,103 @@ def codex(gateway: Gateway, key: str, home: Path, prompt: str) -> list[dict[str,
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+CALL = {
+    "id": "fc_1",
+    "type": "function_call",
+    "status": "completed",
+    "call_id": "call_1",
+    "name": "exec_command",
+    "arguments": json.dumps({"cmd": "echo from-the-tool"}),
+}
+MESSAGE = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "status": "completed",
+    "content": [{"type": "output_text", "text": "All done.", "annotations": []}],
+}
+
+
+def turn_events(number: int, item: dict[str, Any] | None) -> list[dict[str, Any]]:
+    used = {
+        "input_tokens": 1000 + number,
+        "input_tokens_details": {"cached_tokens": 10},
+        "output_tokens": 20 if item else 0,
+        "output_tokens_details": {"reasoning_tokens": 8 if item else 0},
+        "total_tokens": 0,
+    }
+    output = [item] if item else []
+    last = response_object("gpt-5.5", used, id=f"resp_{number}", output=output)
+    begun = response_object("gpt-5.5", None, "in_progress", id=last["id"], output=[])
+    middle = [
+        {"type": f"response.output_item.{step}", "output_index": 0, "item": item}
+        for step in ("added", "done")
+        if item
+    ]
+    return [
+        {"type": "response.created", "response": begun},
+        *middle,
+        {"type": "response.completed", "response": last},
+    ]
+
+
+def test_codex_cli_turn_over_a_websocket(
+    gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path
+) -> None:
+    """Its built-in provider, with nothing set but its address: a prewarm, a tool, an answer."""
+
+    async def talk(sock: Socket) -> None:
+        while True:
+            frame = await sock.recv()
+            answered = "from-the-tool" in json.dumps(frame["input"])
+            item = MESSAGE if answered else CALL
+            number = len(upstream.sockets) * 100 + len(sock.frames)
+            prewarm = frame.get("generate") is False
+            await sock.send(*turn_events(number, None if prewarm else item))
+
+    upstream.talk = talk
+    said = codex(gateway, key, tmp_path / "codex", "use a tool", BUILT_IN)
+    (used,) = [line["usage"] for line in said if line["type"] == "turn.completed"]
+    frames = [frame for sock in upstream.sockets for frame in sock.frames]
+    assert {frame["type"] for frame in frames} == {"response.create"}
+    assert not [request for request in upstream.requests if request.method == "POST"]
+    rows = gateway.rows()
+    assert len(rows) == len(frames) >= 2
+    assert [row["outcome"] for row in rows] == ["completed"] * len(rows)
+    turns = [
+        row for row, frame in zip(rows, frames, strict=True) if frame.get("generate") is not False
+    ]
+    assert used["input_tokens"] == sum(row["input_tokens"] for row in turns)
+    assert used["output_tokens"] == sum(row["output_tokens"] for row in turns)
+    assert any("previous_response_id" in frame for frame in frames)
+
+
+def test_codex_cli_falls_back_at_once(
+    make_gateway: MakeGateway, upstream: Upstream, tmp_path: Path
+) -> None:
+    gateway = make_gateway("", "websocket = false").start()
+
+    async def script(request: Received, reply: Reply) -> None:
+        events = turn_events(1, MESSAGE)
+        await stream([event(each, str(each["type"])) for each in events])(request, reply)
+
+    upstream.script = script
+    started = time.monotonic()
+    said = codex(gateway, gateway.new_key(), tmp_path / "codex", "hello", BUILT_IN)
+    assert time.monotonic() - started < 5
+    assert said[-1]["type"] == "turn.completed"
+    assert [row["outcome"] for row in gateway.rows()] == ["completed"]
+
+
 def test_codex_cli_turn_with_a_tool_call(
     gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path
 ) -> None:
     """Its own sum of what the turn used is the ledger's."""
-    call = {
-        "id": "fc_1",
-        "type": "function_call",
-        "status": "completed",
-        "call_id": "call_1",
-        "name": "exec_command",
-        "arguments": json.dumps({"cmd": "echo from-the-tool"}),
-    }
-    message = {
-        "id": "msg_1",
-        "type": "message",
-        "role": "assistant",
-        "status": "completed",
-        "content": [{"type": "output_text", "text": "All done.", "annotations": []}],
-    }
 
     async def script(request: Received, reply: Reply) -> None:
         items = request.json()["input"]
         answered = any(item.get("type") == "function_call_output" for item in items)
-        item = message if answered else call
+        item = MESSAGE if answered else CALL
         used = {
             "input_tokens": 1200 if answered else 1000,
             "input_tokens_details": {"cached_tokens": 1024 if answered else 0},

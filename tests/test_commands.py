@@ -171,6 +171,7 @@ def test_usage(gateway: Gateway, upstream: Upstream) -> None:
         "currency",
         "price_id",
         "month",
+        "tool_input_tokens",
     ]
     assert len(gateway.cli("usage", "--account", "a")["requests"]) == 3
     key_id = found["requests"][-1]["key_id"]

@@ -67,6 +67,16 @@ CASES = {
         "Sec-WebSocket-Key: x\nSec-WebSocket-Version: 13",
         426,
     ),
+    "a WebSocket without a key": (
+        "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13",
+        401,
+    ),
+    "a WebSocket elsewhere": (
+        "GET /v1/files HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13",
+        404,
+    ),
 }
 
 
@@ -214,7 +224,7 @@ JSON = {"content-type": "application/json"}
             "/responses",
             b'{"model":"m","previous_response_id":"resp_1"}',
             JSON,
-            (400, "invalid_request", "previous_response_id"),
+            (404, "response_not_found", "previous_response_id"),
         ),
         (
             "/responses",
@@ -224,15 +234,15 @@ JSON = {"content-type": "application/json"}
         ),
         (
             "/responses",
-            b'{"model":"m","background":true}',
+            b'{"model":"m","input":[{"type":"item_reference","id":"msg_1"}]}',
             JSON,
-            (400, "invalid_request", "background"),
+            (400, "invalid_request", "item_reference"),
         ),
         ("/responses", BODY, {"content-type": "text/plain"}, (415, "unsupported_media_type", None)),
         (
             "/responses",
             BODY,
-            {**JSON, "content-encoding": "gzip"},
+            {**JSON, "content-encoding": "br"},
             (415, "unsupported_media_type", None),
         ),
         (

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object, stream
 
-from redbtc_proxy import Places
+from redbtc_limits import Places
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 

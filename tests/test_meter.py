@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from upstream import CHAT_USAGE, RESPONSE_USAGE, chat_chunk, response_object
+from upstream import CHAT_USAGE, IMAGE_USAGE, RESPONSE_USAGE, chat_chunk, response_object
 
 import redbtc_meter as meters
-from redbtc_ledger import Usage
-from redbtc_meter import KEEP, JSONMeter, Meter, Skeleton, StreamMeter, decode_answer
+from redbtc_ledger import Part, Usage
+from redbtc_meter import (
+    IMAGE_TOOL,
+    KEEP,
+    JSONMeter,
+    Meter,
+    Report,
+    Skeleton,
+    StreamMeter,
+    decode_answer,
+)
 
 FAKE = '{"usage":{"input_tokens":666,"output_tokens":666,"prompt_tokens":666}}'
 CHAT_USED = Usage(20, 8, 2, 7, 3)
@@ -232,7 +241,14 @@ def test_tens_of_megabytes_in_bounded_memory(kind: str, framing: str) -> None:
     ],
 )
 def test_odd_usage_is_neither_believed_nor_invented(usage: Any, expected: Usage | None) -> None:
-    assert meters.read_usage(usage, None, images=False) == expected
+    assert meters.read_usage(usage, images=False) == expected
+
+
+def metered(answer: dict[str, Any], images: bool = False) -> Report:
+    meter = JSONMeter(images)
+    meter.feed(json.dumps(answer).encode())
+    meter.finish()
+    return meter.report
 
 
 def test_tool_usage() -> None:
@@ -242,11 +258,41 @@ def test_tool_usage() -> None:
             "input_tokens_details": {"image_tokens": 40, "text_tokens": 10},
             "output_tokens": 1000,
             "output_tokens_details": {"image_tokens": 990, "text_tokens": 10},
+            "cached_tokens_details": {"cached_text_tokens": 4, "cached_image_tokens": 0},
         },
         "web_search": {"num_requests": 3},
     }
-    usage = meters.read_usage(RESPONSE_USAGE, tools, images=False)
-    assert usage == Usage(30, 10, 4, 9, 5, 40, 990, 3)
+    report = metered(response_object(tool_usage=tools))
+    assert report.usage == Usage(30, 10, 4, 9, 5, 40, 990, 3, tool_input_tokens=10)
+    said, drawn = report.parts
+    assert said == Part(None, Usage(30, 10, 4, 9, 5, web_searches=3), False)
+    assert drawn == Part(IMAGE_TOOL, Usage(50, 4, None, 1000, None, 40, 990), True)
+
+
+def test_an_svgs_author_comes_on_top() -> None:
+    svg = {"model": "gpt-svg", "input_tokens": 7, "output_tokens": 300, "reasoning_tokens": 100}
+    report = metered({"data": [], "usage": IMAGE_USAGE, "svg_usage": svg}, images=True)
+    assert report.usage == Usage(57, None, None, 572, 100, 40, 272)
+    assert [part.model for part in report.parts] == [None, "gpt-svg"]
+    assert metered({"data": [], "svg_usage": svg}, images=True).usage == Usage(
+        input_tokens=7, output_tokens=300, reasoning_tokens=100
+    )
+
+
+def test_what_an_answer_made_is_named() -> None:
+    """The response, the items of its output, and a conversation."""
+    items = [{"id": "msg_1"}, {"id": "fc_2"}, {"type": "compaction"}]
+    answer = response_object(output=items, conversation={"id": "conv_1"})
+    assert metered(answer).made == {"resp_1", "msg_1", "fc_2", "conv_1"}
+    meter = StreamMeter(images=False, chat=False, take_out_usage=False)
+    events = [
+        {"type": "response.created", "response": response_object(output=[])},
+        *[{"type": "response.output_text.delta", "delta": "x"}] * 4,
+        {"type": "response.output_item.added", "item": {"id": "msg_9", "content": []}},
+    ]
+    meter.feed(b"".join(framed(each, "\n", 0) for each in events))
+    assert meter.report.made == {"resp_1", "msg_9"}
+    assert meter.report.status == "completed"
 
 
 def test_the_last_usage_counts() -> None:

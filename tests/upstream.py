@@ -14,8 +14,14 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
+
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
+from websockets.protocol import Event
+from websockets.server import ServerProtocol
 
 CHAT_USAGE = {
     "prompt_tokens": 20,
@@ -134,7 +140,72 @@ class Reply:
         raise Torn
 
 
+class Socket:
+    """The upstream's end of a WebSocket."""
+
+    def __init__(
+        self, received: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.received = received
+        self.frames: list[dict[str, Any]] = []  # what has come
+        self.close_code: int | None = None
+        self._reader = reader
+        self._writer = writer
+        self._protocol = ServerProtocol(max_size=None)
+        self._events: deque[Event] = deque()
+
+    async def accept(self, head: bytes, headers: Headers = ()) -> None:
+        self._protocol.receive_data(head)
+        (request,) = self._protocol.events_received()
+        assert isinstance(request, Request)
+        response = self._protocol.accept(request)
+        for name, value in pairs(headers):
+            response.headers[name] = value
+        self._protocol.send_response(response)
+        await self._flush()
+
+    async def recv(self) -> dict[str, Any]:
+        """The next message. Raises ConnectionError where there is none."""
+        while True:
+            self._events.extend(self._protocol.events_received())
+            while self._events:
+                frame = self._events.popleft()
+                assert isinstance(frame, Frame)
+                await self._flush()
+                if frame.opcode is Opcode.TEXT:
+                    self.frames.append(json.loads(frame.data))
+                    return self.frames[-1]
+            if self._protocol.close_rcvd:
+                self.close_code = self._protocol.close_rcvd.code
+            part = b"" if self._protocol.close_rcvd else await self._reader.read(65536)
+            if not part:
+                raise ConnectionError("closed")
+            self._protocol.receive_data(part)
+
+    async def send(self, *events: dict[str, Any] | bytes) -> None:
+        for each in events:
+            text = each if isinstance(each, bytes) else json.dumps(each).encode()
+            self._protocol.send_text(text)
+        await self._flush()
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        self._protocol.send_close(code, reason)
+        await self._flush()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await self.recv()
+
+    def tear(self) -> None:
+        self._writer.transport.abort()
+        raise Torn
+
+    async def _flush(self) -> None:
+        self._writer.write(b"".join(self._protocol.data_to_send()))
+        await self._writer.drain()
+
+
 Script = Callable[[Received, Reply], Awaitable[None]]
+Talk = Callable[[Socket], Awaitable[None]]
 
 
 class Upstream:
@@ -143,6 +214,9 @@ class Upstream:
 
     def __init__(self) -> None:
         self.script: Script = openai_like
+        self.talk: Talk | None = None  # over a WebSocket; without one it speaks none
+        self.handshake_headers: Headers = ()
+        self.sockets: list[Socket] = []
         self.requests: list[Received] = []
         self.in_flight = 0
         self.max_in_flight = 0
@@ -239,6 +313,9 @@ class Upstream:
         received.body = await self._body(reader, received)
         self.requests.append(received)
         self._notify()
+        if self.talk and received.header("upgrade") == "websocket":
+            await self._talk(self.talk, Socket(received, reader, writer), head)
+            return None
         reply = Reply(writer)
         for _ in range(20):  # what was closed before this came is counted before it
             await asyncio.sleep(0)
@@ -275,6 +352,20 @@ class Upstream:
             await asyncio.gather(gone, return_exceptions=True)
             self.in_flight -= 1
             received.finished.set()
+            self._notify()
+
+    async def _talk(self, talk: Talk, sock: Socket, head: bytes) -> None:
+        self.sockets.append(sock)
+        try:
+            await sock.accept(head, self.handshake_headers)
+            await talk(sock)
+        except (ConnectionError, Torn):
+            pass
+        except Exception as failure:
+            self.failures.append(failure)
+        finally:
+            sock.received.closed.set()
+            sock.received.finished.set()
             self._notify()
 
     @staticmethod
@@ -517,10 +608,32 @@ def wants_stream(request: Received) -> bool:
     return bool(request.json().get("stream"))
 
 
+def ws_events(number: int, frame: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+    """What a WebSocket answers to a response.create: a response of that number."""
+    lane = {"stream_id": frame["stream_id"]} if "stream_id" in frame else {}
+    model, made = frame["model"], {"id": f"resp_ws_{number}", **more}
+    begun = response_object(model, None, "in_progress", **{**made, "output": []})
+    delta = {"type": "response.output_text.delta", "item_id": f"msg_{number}", "delta": "Hello"}
+    return [
+        {"type": "response.created", "response": begun, **lane},
+        {**delta, **lane},
+        {"type": "response.completed", "response": response_object(model, **made), **lane},
+    ]
+
+
+async def ws_like_openai(sock: Socket) -> None:
+    """Answers each response.create at once."""
+    while True:
+        frame = await sock.recv()
+        await sock.send(*ws_events(len(sock.frames), frame))
+
+
 async def openai_like(request: Received, reply: Reply) -> None:
     """What OpenAI would do, as far as tests need it."""
     path = request.path.partition("?")[0]
-    if path == "/v1/models":
+    if request.header("upgrade"):
+        script = json_answer({"error": {"message": "no WebSocket"}}, 426)
+    elif path == "/v1/models":
         models = [{"id": name, "object": "model"} for name in ("gpt-up", "gpt-other")]
         script = json_answer({"object": "list", "data": models})
     elif path.startswith("/v1/models/"):

@@ -1,0 +1,387 @@
+"""Limits: how much at once, how many a minute, and how long. All on the monotonic clock.
+
+A request needs a place in its key, its account and the gateway as a whole, and room in their rates.
+Rates are charged first (refusing costs nobody a wait), then places are waited for, in turn. Always
+in the same order, so that nobody waits for someone who waits for him; whoever waits for the gateway
+holds a place of his account, so that no account can fill the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+from redbtc_ledger import Key
+from redbtc_refusals import ClientLeft, Headers, Refusal
+from redbtc_settings import Limits as LimitSettings
+
+TICK = 0.05  # seconds: how exact timeouts are
+
+
+class Clock:
+    """How long a request may go on: the timeouts of its steps and of the whole, and what is left
+    once the client is gone, are one deadline that moves. Within `with clock.running(...)`, in one
+    task, its passing raises TimeoutError."""
+
+    def __init__(self, clocks: Clocks) -> None:
+        self.client_left = False
+        self.deadline = math.inf
+        self._clocks = clocks
+        self._last = math.inf
+        self._grace = math.inf
+        self._task: asyncio.Task[Any] | None = None
+        self._passed = False
+
+    def running(self, total: float, grace: float = math.inf) -> Clock:
+        """At most `total` seconds, and `grace` from when the client leaves."""
+        self._grace = grace
+        self.deadline = self._last = self._clocks.now() + total
+        return self
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task(self._clocks.loop)
+        self._clocks.add(self)
+        if self.client_left:
+            self.leave()
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        task, self._task = self._task, None
+        self._clocks.discard(self)
+        if self._passed and task:
+            self._passed = False
+            if task.uncancel() == 0 and error is asyncio.CancelledError:
+                raise TimeoutError
+
+    def allow(self, seconds: float) -> None:
+        """The next step may take this long."""
+        self.deadline = min(self._last, self._clocks.now() + seconds)
+
+    def pause(self) -> None:
+        """What comes now takes as long as it takes, until the next `allow`."""
+        self.deadline = math.inf
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self.client_left = True
+        self._last = min(self._last, self._clocks.now() + self._grace)
+        if self.deadline < math.inf:
+            self.deadline = min(self.deadline, self._last)
+            if self._grace == 0:
+                self.ring()
+
+    def ring(self) -> None:
+        """The deadline has passed."""
+        self.deadline = math.inf
+        if self._task:
+            self._passed = True
+            self._task.cancel()
+
+
+class Clocks:
+    """All clocks that run. They are looked at together every TICK seconds: a timer for each, moved
+    with each byte, would cost more than all limits."""
+
+    def __init__(self) -> None:
+        self._running: set[Clock] = set()
+        self._ticking = False
+        self.loop = asyncio.get_running_loop()  # to ask for it costs a system call each time
+        self.now = self.loop.time
+        self.discard = self._running.discard
+
+    def add(self, clock: Clock) -> None:
+        """From now on it may ring."""
+        self._running.add(clock)
+        if not self._ticking:
+            self._ticking = True
+            self.loop.call_later(TICK, self._tick)
+
+    def _tick(self) -> None:
+        now = self.now()
+        for clock in [clock for clock in self._running if clock.deadline <= now]:
+            clock.ring()
+        self._ticking = bool(self._running)
+        if self._ticking:
+            self.loop.call_later(TICK, self._tick)
+
+
+class Places:
+    """Room for `limit` at once (0: no limit), given in the order of asking."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self.taken = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+
+    def take_now(self, limit: int) -> bool:
+        """Take a place if one is free and nobody stands in line. `limit` holds from now on."""
+        self.limit = limit
+        if self._queue:
+            self._let_in()
+        if self._queue or self._full():
+            return False
+        self.taken += 1
+        return True
+
+    async def take_in_turn(self) -> None:
+        """Wait for a place. Whoever stops waiting leaves no trace."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give_back()  # it came in the same instant
+            with contextlib.suppress(ValueError):
+                self._queue.remove(turn)
+            raise
+
+    def give_back(self) -> None:
+        """Free one place for the next in line."""
+        self.taken -= 1
+        self._let_in()
+
+    def _full(self) -> bool:
+        return 0 < self.limit <= self.taken
+
+    def _let_in(self) -> None:
+        while self._queue and not self._full():
+            turn = self._queue.popleft()
+            if not turn.done():  # else given up a moment ago
+                self.taken += 1
+                turn.set_result(None)
+
+
+class Bucket:
+    """A token bucket that holds one minute's `limit` (0: no limit) and fills evenly. What is
+    charged beyond it (an answer longer than estimated) is owed by those who come after."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self._level = 0.0
+        self._at = 0.0
+
+    def fill(self, limit: int, now: float) -> None:
+        """Bring it up to `now` (monotonic seconds)."""
+        if limit != self.limit:
+            self._level = limit if not self.limit else min(self._level, limit)
+            self.limit = limit
+        self._level = min(limit, self._level + (now - self._at) * limit / 60)
+        self._at = now
+
+    def seconds_until(self, amount: float) -> float:
+        """How long until it has `amount`; 0 if it has. More than it can hold counts as all of
+        it."""
+        missing = min(amount, self.limit) - self._level
+        return max(0.0, missing * 60 / self.limit) if self.limit else 0.0
+
+    def charge(self, amount: float) -> None:
+        """Take `amount` out, or with a negative one put back."""
+        self._level = min(self.limit, self._level - amount)
+
+    @property
+    def remaining(self) -> int:
+        return max(0, int(self._level))
+
+    @property
+    def reset_seconds(self) -> float:
+        return (self.limit - self._level) * 60 / self.limit if self.limit else 0.0
+
+
+class Limited:
+    """A key, an account, or the gateway: what is in use of its three limits."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.places = Places()
+        self.requests = Bucket()
+        self.tokens = Bucket()
+
+
+class Bound(NamedTuple):
+    """What one request is held to by one of the three: limits of 0 are none."""
+
+    limited: Limited
+    concurrency: int
+    requests_per_minute: int
+    tokens_per_minute: int
+
+    def report(self, now: float) -> dict[str, Any]:
+        """As JSON shows it."""
+        taken, most = self.limited.places.taken, self.concurrency
+        found: dict[str, Any] = {"concurrency": {"limit": most or None, "in_flight": taken}}
+        for name, bucket in (("requests", self.limited.requests), ("tokens", self.limited.tokens)):
+            limit: int = getattr(self, f"{name}_per_minute")
+            bucket.fill(limit, now)
+            found[f"{name}_per_minute"] = {
+                "limit": limit or None,
+                "remaining": bucket.remaining if limit else None,
+                "reset_seconds": round(bucket.reset_seconds, 3),
+            }
+        return found
+
+
+def go_duration(seconds: float) -> str:
+    """12ms, 1.5s, 6m0s, as OpenAI writes resets (Go's time.Duration)."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(math.ceil(seconds * 1000) / 1000, 60)
+    return f"{int(minutes)}m{rest:g}s" if minutes else f"{rest:g}s"
+
+
+def rate_limit_headers(kind: str, limit: int, remaining: int, reset: float) -> Headers:
+    """x-ratelimit-limit-…, -remaining-… and -reset-…"""
+    of = kind.encode()
+    return [
+        (b"x-ratelimit-limit-" + of, b"%d" % limit),
+        (b"x-ratelimit-remaining-" + of, b"%d" % remaining),
+        (b"x-ratelimit-reset-" + of, go_duration(reset).encode()),
+    ]
+
+
+class Admission:
+    """One request's charges on the rates of its key, its account and the gateway, and its places,
+    which `with` gives back."""
+
+    def __init__(self, bounds: tuple[Bound, ...], estimate: int) -> None:
+        """Charge all rates, or raise Refusal and charge none. `estimate` is in tokens."""
+        self.places: list[Places] = []
+        self._charges: list[tuple[str, Bucket, float]] = []
+        now = time.monotonic()
+        for bound in bounds:
+            if bound.requests_per_minute:
+                self._consider(
+                    "requests", bound.limited.requests, bound.requests_per_minute, 1, now
+                )
+            if bound.tokens_per_minute:
+                self._consider(
+                    "tokens", bound.limited.tokens, bound.tokens_per_minute, estimate, now
+                )
+        for _, bucket, amount in self._charges:
+            bucket.charge(amount)
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for places in reversed(self.places):
+            places.give_back()
+
+    def _consider(self, kind: str, bucket: Bucket, limit: int, amount: float, now: float) -> None:
+        bucket.fill(limit, now)
+        wait = bucket.seconds_until(amount)
+        if wait > 0:
+            headers = rate_limit_headers(kind, limit, bucket.remaining, wait)
+            message = f"Rate limit reached: {limit} {kind} per minute."
+            raise Refusal("rate_limit_exceeded", message, retry_after=wait, headers=headers)
+        self._charges.append((kind, bucket, min(amount, limit)))
+
+    def put_back(self) -> None:
+        """The request was not served: it costs nothing."""
+        for _, bucket, amount in self._charges:
+            bucket.charge(-amount)
+
+    def correct(self, tokens: int) -> None:
+        """Put the estimate right: this many were used. What is used after that comes on top."""
+        for number, (kind, bucket, amount) in enumerate(self._charges):
+            if kind == "tokens":
+                bucket.charge(tokens - amount)
+                self._charges[number] = kind, bucket, 0
+
+    def headers(self) -> Headers:
+        """OpenAI's x-ratelimit-* headers; of several limits the one with the least left."""
+        tightest: dict[str, Bucket] = {}
+        for kind, bucket, _ in self._charges:
+            if kind not in tightest or bucket.remaining < tightest[kind].remaining:
+                tightest[kind] = bucket
+        return [
+            line
+            for kind, bucket in tightest.items()
+            for line in rate_limit_headers(
+                kind, bucket.limit, bucket.remaining, bucket.reset_seconds
+            )
+        ]
+
+
+class Limits:
+    """All that is in flight, by key, by account and over all."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, Limited] = {}
+        self._accounts: dict[str, Limited] = {}
+        self._all = Limited("this gateway")
+        self.queued = 0
+
+    async def admit(
+        self, key: Key, estimate: int, limits: LimitSettings, clock: Clock
+    ) -> Admission:
+        """Places for as long as `with` holds the admission. Raises Refusal where a rate is used up,
+        or no place comes free within `limits.queue_seconds`; ClientLeft."""
+        bounds = self._bounds(key, limits)
+        admission = Admission(bounds, estimate)
+        patience = time.monotonic() + limits.queue_seconds
+        try:
+            for bound in bounds:
+                if not bound.limited.places.take_now(bound.concurrency):
+                    await self._wait(bound, patience, clock)
+                admission.places.append(bound.limited.places)
+        except BaseException:
+            admission.put_back()
+            admission.__exit__()
+            raise
+        return admission
+
+    def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
+        of_key = self._keys.get(key.id)
+        if of_key is None:
+            of_key = self._keys[key.id] = Limited("this key")
+        of_account = self._accounts.get(key.account_id)
+        if of_account is None:
+            of_account = self._accounts[key.account_id] = Limited("this account")
+        usual = limits.account
+        return (
+            Bound(
+                of_key,
+                key.concurrency or 0,
+                key.requests_per_minute or 0,
+                key.tokens_per_minute or 0,
+            ),
+            Bound(
+                of_account,
+                _own_or(key.account_concurrency, usual.concurrency),
+                _own_or(key.account_requests_per_minute, usual.requests_per_minute),
+                _own_or(key.account_tokens_per_minute, usual.tokens_per_minute),
+            ),
+            Bound(
+                self._all, limits.concurrency, limits.requests_per_minute, limits.tokens_per_minute
+            ),
+        )
+
+    def report(self, key: Key, limits: LimitSettings) -> dict[str, Any]:
+        """The limits in force for a key and its account, and what is left of them; a limit of null
+        is none."""
+        now = time.monotonic()
+        of_key, of_account, _ = self._bounds(key, limits)
+        return {"key": of_key.report(now), "account": of_account.report(now)}
+
+    async def _wait(self, bound: Bound, patience: float, clock: Clock) -> None:
+        self.queued += 1
+        try:
+            with clock.running(patience - time.monotonic(), grace=0):
+                await bound.limited.places.take_in_turn()
+        except TimeoutError:
+            if clock.client_left:
+                raise ClientLeft from None
+            headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
+            what = f"{bound.limited.what} may have {bound.concurrency} requests in flight"
+            message = f"Too many requests at once: {what}."
+            raise Refusal("concurrency_limit_exceeded", message, headers=headers) from None
+        finally:
+            self.queued -= 1
+
+
+def _own_or(own: int | None, usual: int) -> int:
+    return usual if own is None else own

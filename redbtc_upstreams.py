@@ -1,0 +1,259 @@
+"""The upstreams. Where requests may go is decided by the settings alone: nothing in a body or a
+header names a place, no redirects are followed, no cookies kept, no proxy taken from the
+environment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fnmatch
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import httpx2
+import orjson
+from websockets.asyncio.client import ClientConnection, connect
+
+from redbtc_body import Buffer
+from redbtc_meter import name_in
+from redbtc_refusals import Headers, Refusal
+from redbtc_settings import UpstreamSettings
+from redbtc_transport import Answer, Request, Transport
+
+ALLOWED_HEADERS = frozenset(
+    b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "
+    b"version session-id session_id thread-id x-client-request-id".split()
+)
+ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-", b"x-openai-")
+# RFC 9110 §7.6.1, and what belongs to the upstream's account or could steer a proxy in front of us.
+DROPPED_HEADERS = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te "
+    b"trailer transfer-encoding upgrade set-cookie server alt-svc openai-organization "
+    b"openai-project".split()
+)
+DROPPED_PREFIXES = (b"x-accel-", b"x-ratelimit-")
+KEEPALIVE_SECONDS = 15
+MOST_FETCHED = 4 << 20  # bytes of a list of models
+ASK_SECONDS = 30  # for what the gateway itself asks of an upstream
+SLICE = 256 << 10  # bytes of a body that are given to the kernel at a time
+MOST_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
+PING_SECONDS = 20
+
+
+class Body(httpx2.ByteStream):
+    """A request's body, in slices of what it is held in, that knows whether it has begun to leave:
+    then the head has left before."""
+
+    def __init__(self, body: Buffer) -> None:
+        self._body = body
+        self._at = 0
+        self.left = False
+
+    def __aiter__(self) -> Body:
+        self._at = 0
+        return self
+
+    async def __anext__(self) -> bytes:
+        start, size = self._at, len(self._body)
+        if start >= max(size, 1):
+            raise StopAsyncIteration
+        self.left = True
+        self._at = max(start + SLICE, 1)
+        if size <= SLICE:
+            return cast(bytes, self._body)
+        return cast(bytes, memoryview(self._body)[start : start + SLICE])
+
+
+NOT_OF_WEBSOCKET = ("accept", "accept-encoding", "content-type", "content-encoding")
+NO_LIST = (
+    httpx2.HTTPError,
+    TimeoutError,
+    orjson.JSONDecodeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
+
+
+class Connect(connect):
+    """Follows no redirects."""
+
+    def process_redirect(self, exc: Exception) -> Exception:
+        return exc
+
+
+class Upstream:
+    """One place that requests are forwarded to, with its connections."""
+
+    def __init__(self, settings: UpstreamSettings) -> None:
+        self.settings = settings
+        self.name = settings.name
+        key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
+        self.usable = bool(key) or not settings.api_key_env
+        self.speaks_websocket = settings.websocket and settings.transport == "asyncio"
+        self.in_flight = 0
+        self._models: tuple[list[dict[str, Any]], float] | None = None  # and when they were listed
+        self._context = httpx2.create_ssl_context(trust_env=False)
+        self._base = httpx2.URL(settings.base_url.rstrip("/"))
+        self._own: Headers = [(b"host", self._base.netloc), (b"accept-encoding", b"identity")]
+        if key:
+            self._own.append((b"authorization", f"Bearer {key}".encode()))
+        self._path = self._base.raw_path.rstrip(b"/")
+        self._timeouts: dict[str, float | None] = {
+            "connect": settings.connect_timeout_seconds,
+            "write": settings.idle_timeout_seconds,
+        }
+        if settings.transport == "httpx":
+            self._transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(
+                verify=self._context,
+                http2=True,
+                proxy=settings.proxy or None,
+                limits=httpx2.Limits(keepalive_expiry=KEEPALIVE_SECONDS, max_connections=None),
+            )
+            self._send = self._send_by_httpx
+        else:
+            transport = Transport(self._context, KEEPALIVE_SECONDS)
+            self._transport, self._send = transport, transport.send
+
+    def serves(self, model: str) -> bool:
+        """Whether one of its patterns matches."""
+        patterns = self.settings.models
+        return "*" in patterns or any(fnmatch.fnmatchcase(model, each) for each in patterns)
+
+    async def open(
+        self, method: str, path: str, query: bytes, headers: Headers, body: Body
+    ) -> Answer:
+        """Send a request; the answer's head. Raises httpx2.HTTPError."""
+        target = self._path + path.encode() + (b"?" + query if query else b"")
+        headers = [*headers, *self._own]
+        return await self._send(Request(method, self._base, target, headers, body, self._timeouts))
+
+    async def _send_by_httpx(self, request: Request) -> Answer:
+        assert isinstance(self._transport, httpx2.AsyncHTTPTransport)
+        response = await self._transport.handle_async_request(
+            httpx2.Request(
+                request.method,
+                request.url.copy_with(raw_path=request.target),
+                headers=request.headers,
+                stream=request.body,
+                extensions={"timeout": request.timeouts},
+            )
+        )
+        body = cast(httpx2.AsyncByteStream, response.stream)
+        return Answer(response.status_code, response.headers.raw, body)
+
+    async def fetch(self, path: str, take: Callable[[bytes], object]) -> int:
+        """A GET of the gateway's own: its status, and each part of the body to `take`. Raises
+        httpx2.HTTPError, TimeoutError."""
+        async with asyncio.timeout(min(ASK_SECONDS, self.settings.first_byte_timeout_seconds)):
+            accept = [(b"accept", b"application/json")]
+            answer = await self.open("GET", path, b"", accept, Body(b""))
+            try:
+                async for chunk in answer.body:
+                    take(chunk)
+                return answer.status
+            finally:
+                await answer.body.aclose()
+
+    async def models(self) -> tuple[list[dict[str, Any]], float]:
+        """The models that it lists and its patterns allow, and how many seconds ago they were: the
+        last good list where there is no new one. Raises Refusal where there never was one."""
+        listed = bytearray()
+
+        def take(chunk: bytes) -> None:
+            listed.extend(chunk)
+            if len(listed) > MOST_FETCHED:
+                raise httpx2.RemoteProtocolError("the answer is too long")
+
+        with contextlib.suppress(*NO_LIST):
+            if await self.fetch("/models", take) == 200:
+                named = [each for each in orjson.loads(listed)["data"] if name_in(each.get("id"))]
+                allowed = [each for each in named if self.serves(each["id"])]
+                self._models = allowed, time.monotonic()
+        if self._models is None:
+            raise Refusal("upstream_unreachable", "The upstream gave no list of models.")
+        models, listed_at = self._models
+        return models, time.monotonic() - listed_at
+
+    async def connect(self, headers: Headers, query: bytes) -> ClientConnection:
+        """A WebSocket to its /responses. Raises OSError, TimeoutError, InvalidHandshake."""
+        url = f"{str(self._base).rstrip('/')}/responses".replace("http", "ws", 1)
+        more = [(name.decode(), value.decode("latin-1")) for name, value in headers]
+        more += [(name.decode(), value.decode()) for name, value in self._own if name != b"host"]
+        return await Connect(
+            url + ("?" + query.decode("latin-1") if query else ""),
+            additional_headers=[line for line in more if line[0] not in NOT_OF_WEBSOCKET],
+            user_agent_header=None,
+            compression=None,
+            proxy=None,
+            max_size=MOST_FRAME,
+            open_timeout=self.settings.connect_timeout_seconds,
+            ping_interval=PING_SECONDS,
+            ping_timeout=self.settings.idle_timeout_seconds,
+            close_timeout=1,
+            ssl=self._context if url.startswith("wss") else None,
+        )
+
+    async def close(self) -> None:
+        """Close its connections, once those in flight are done."""
+        while self.in_flight:
+            await asyncio.sleep(1)
+        await self._transport.aclose()
+
+
+def choose(upstreams: Iterable[Upstream], model: str, only: str | None = None) -> list[Upstream]:
+    """The upstreams that may take the request, the one to try first in front: by priority, among
+    equals by chance and weight. `only`: the name of the one where what it builds on is stored.
+    Raises Refusal."""
+    if only is not None:
+        upstreams = [upstream for upstream in upstreams if upstream.name == only]
+        if not upstreams:
+            raise Refusal("no_upstream", retry_after=60)
+    serving = [upstream for upstream in upstreams if upstream.serves(model)]
+    if not serving:
+        raise Refusal("model_not_found", f"The model '{model}' does not exist here.", param="model")
+    usable = [upstream for upstream in serving if upstream.usable]
+    if not usable:
+        raise Refusal("no_upstream", retry_after=5)
+    return by_turn(usable)
+
+
+def by_turn(upstreams: list[Upstream]) -> list[Upstream]:
+    """By priority, among equals by chance and weight."""
+    if len(upstreams) == 1:
+        return upstreams
+
+    def turn(upstream: Upstream) -> tuple[int, float]:  # Efraimidis and Spirakis, 2006
+        chance = -math.log(1 - random.random()) / upstream.settings.weight
+        return upstream.settings.priority, chance
+
+    return sorted(upstreams, key=turn)
+
+
+def headers_for_upstream(headers: Headers) -> Headers:
+    """What of the client's headers goes on: an allow-list."""
+    return [
+        (name, value)
+        for name, value in headers
+        if name in ALLOWED_HEADERS or name.startswith(ALLOWED_PREFIXES)
+    ]
+
+
+def headers_for_client(upstreams: Headers) -> Headers:
+    """What of the upstream's headers goes on: all but a deny-list and what Connection names."""
+    headers = [
+        (lower, value)
+        for name, value in upstreams
+        if (lower := name.lower()) == b"connection"
+        or (lower not in DROPPED_HEADERS and not lower.startswith(DROPPED_PREFIXES))
+    ]
+    connection = [value for name, value in headers if name == b"connection"]
+    if connection:
+        named = {token.strip().lower() for token in b",".join(connection).split(b",")}
+        named.add(b"connection")
+        headers = [line for line in headers if line[0] not in named]
+    return headers

@@ -1,0 +1,341 @@
+"""Bodies that are compressed or large, models, and keys that are limited to some."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+from conftest import MakeGateway
+from gateway import Gateway
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from upstream import (
+    IMAGE_USAGE,
+    Received,
+    Reply,
+    Upstream,
+    images_json,
+    images_stream,
+    json_answer,
+    response_object,
+)
+
+from redbtc_body import Form, decompressed
+from redbtc_refusals import Refusal
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+BODY = {"model": "gpt-up", "input": "Hi " * 200}
+JSON = {"content-type": "application/json"}
+PACKERS = {"gzip": gzip.compress, "zstd": zstd.compress}
+
+
+def code(answer: httpx2.Response) -> str:
+    return str(answer.json()["error"]["code"])
+
+
+@pytest.mark.parametrize("encoding", PACKERS)
+def test_a_compressed_body_goes_on_as_it_is(
+    gateway: Gateway, upstream: Upstream, key: str, encoding: str
+) -> None:
+    packed = PACKERS[encoding](json.dumps(BODY).encode())
+    with gateway.client(key) as client:
+        headers = {**JSON, "content-encoding": encoding}
+        upstream.script = json_answer(response_object())
+        answer = client.post("/responses", content=packed, headers=headers)
+        assert answer.status_code == 200, answer.text
+        received = upstream.requests[-1]
+        assert received.body == packed
+        assert received.header("content-encoding") == encoding
+        assert gateway.rows()[-1]["requested_model"] == "gpt-up"
+        seen = len(upstream.requests)
+        theirs = PACKERS[encoding](json.dumps({**BODY, "file_id": "file-1"}).encode())
+        refused = client.post("/responses", content=theirs, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "file_id")
+        for broken in (packed[:-3], packed + b"x", b"x" + packed, b""):
+            answer = client.post("/responses", content=broken, headers=headers)
+            assert answer.status_code == 400, broken
+    assert len(upstream.requests) == seen
+
+
+@pytest.mark.parametrize("encoding", PACKERS)
+def test_a_bomb_costs_no_more_than_its_bound(
+    make_gateway: MakeGateway, upstream: Upstream, encoding: str
+) -> None:
+    gateway = make_gateway("[server]\nmax_body_bytes = 20000000").start()
+    key = gateway.new_key()
+    bomb = PACKERS[encoding](b'{"model":"m","input":"' + b"a" * (1 << 30))
+    before = gateway.rss()
+    with gateway.client(key) as client:
+        for _ in range(3):
+            answer = client.post(
+                "/responses", content=bomb, headers={**JSON, "content-encoding": encoding}
+            )
+            assert (answer.status_code, code(answer)) == (413, "request_too_large")
+    assert psutil.Process(gateway.pid).memory_info().rss - before < 80 << 20
+    assert not upstream.requests
+
+
+@pytest.mark.parametrize("encoding", PACKERS)
+def test_compression_of_any_kind(encoding: str) -> None:
+    whole = random.Random(1).randbytes(300_000)
+    two = PACKERS[encoding](whole) + PACKERS[encoding](b"more")
+    assert decompressed(two, encoding, 1 << 20) == whole + b"more"
+    for bad in (two[:-1], b"", PACKERS[encoding](b"") * 1000):
+        with pytest.raises(Refusal):
+            decompressed(bad, encoding, 1 << 20)
+    with pytest.raises(Refusal) as large:
+        decompressed(PACKERS[encoding](bytes(1001)), encoding, 1000)
+    assert large.value.code == "request_too_large"
+    if encoding == "zstd":
+        wide = {zstd.CompressionParameter.window_log: 27}
+        with pytest.raises(Refusal):
+            decompressed(zstd.compress(whole * 50, options=wide), "zstd", 1 << 30)
+    else:
+        assert decompressed(gzip.compress(whole), "gzip", 1 << 20) == whole
+        with pytest.raises(Refusal):
+            decompressed(zlib.compress(whole), "gzip", 1 << 20)
+
+
+def test_a_compressed_chat_stream_is_not_changed(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway().start()
+    key = gateway.new_key()
+
+    async def script(request: Received, reply: Reply) -> None:
+        body = json.loads(gzip.decompress(request.body))
+        assert "stream_options" not in body
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(b'data: {"choices":[{"delta":{"content":"Hello"}}]}\n\n')
+        await reply.send(b"data: [DONE]\n\n")
+        await reply.end()
+
+    upstream.script = script
+    body = {"model": "m", "messages": [{"role": "user", "content": "x" * 400}], "stream": True}
+    with gateway.client(key) as client:
+        answer = client.post(
+            "/chat/completions",
+            content=gzip.compress(json.dumps(body).encode()),
+            headers={**JSON, "content-encoding": "gzip"},
+        )
+        assert answer.text.endswith("[DONE]\n\n")
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("completed", "estimated")
+    assert row["input_tokens"] >= 100, "of the decoded body"
+
+
+def multipart(parts: list[tuple[str, bytes]], boundary: bytes = b"xyz") -> Iterator[bytes]:
+    for head, value in parts:
+        yield b"--" + boundary + b"\r\nContent-Disposition: form-data; " + head.encode()
+        yield b"\r\n\r\n"
+        for at in range(0, len(value), 1 << 20):
+            yield value[at : at + (1 << 20)]
+        yield b"\r\n"
+    yield b"--" + boundary + b"--\r\n"
+
+
+def test_sixteen_large_files_are_held_once(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway("[server]\nmax_body_bytes = 900000000").start()
+    key = gateway.new_key()
+    size, received = 50 << 20, 0
+    file = random.Random(3).randbytes(1 << 20) * 50
+    parts = [('name="image[]"; filename="a.png"', file)] * 16
+    parts += [('name="model"', b"gpt-image-2"), ('name="stream"', b"true")]
+    whole = sum(len(piece) for piece in multipart(parts))
+    peak, done, sent = 0, threading.Event(), zlib.crc32(b"")
+    for piece in multipart(parts):
+        sent = zlib.crc32(piece, sent)
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, gateway.rss())
+
+    async def script(request: Received, reply: Reply) -> None:
+        nonlocal received
+        received = zlib.crc32(request.body)
+        request.body = b'name="stream"\r\n\r\ntrue'
+        await images_stream()(request, reply)
+
+    upstream.script = script
+    before = gateway.rss()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with gateway.client(key, timeout=120) as client:
+            headers = {"content-type": "multipart/form-data; boundary=xyz"}
+            headers["content-length"] = str(whole)
+            answer = client.post("/images/edits", content=multipart(parts), headers=headers)
+        assert answer.status_code == 200, answer.text
+    finally:
+        done.set()
+        watcher.join()
+    assert received == sent, "byte for byte"
+    row = gateway.row()
+    assert row["requested_model"] == "gpt-image-2"
+    assert (row["input_tokens"], row["image_output_tokens"]) == (50, 272)
+    assert peak - before < 16 * size * 1.25, (peak - before) / (16 * size)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_form_reads_the_same_however_it_arrives(data: st.DataObject) -> None:
+    values = st.binary(max_size=40)
+    names = data.draw(st.lists(st.sampled_from(["a", "b", "prompt", "image[]"]), max_size=5))
+    parts = [(f'name="{name}"', data.draw(values)) for name in names]
+    parts.insert(0, ('name="model"', b"gpt"))
+    parts.append(('name="f"; filename="x"', b'\r\n--xy\r\nname="model"\r\n\r\nother'))
+    whole = b"".join(multipart(parts))
+    form, body = Form(b"xyz"), bytearray()
+    at = 0
+    while at < len(whole):
+        step = data.draw(st.integers(1, 30))
+        body += whole[at : at + step]
+        form.grow(body)
+        at += step
+    once = Form(b"xyz")
+    once.grow(whole)
+    assert form.fields == once.fields == {name.split('"')[1].encode(): v for name, v in parts[:-1]}
+    assert form.names == once.names
+    assert form.most_tokens(body) == once.most_tokens(whole)
+    assert form.facts().model == "gpt"
+
+
+def test_a_form_that_says_two_things_is_refused(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    body = b"".join(multipart([('name="model"', b"a"), ('name="model"', b"b")]))
+    with gateway.client(key) as client:
+        headers = {"content-type": "multipart/form-data; boundary=xyz"}
+        answer = client.post("/images/edits", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+    assert not upstream.requests
+
+
+def test_svg_and_tool_usage_are_billed_by_their_own_models(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway('[billing]\nunpriced_models = "free"').start()
+    for model, into, out in (("gpt-image", "10", "100"), ("gpt-svg", "1", "2")):
+        gateway.cli("price", "add", model, "--input", into, "--output", out)
+    gateway.cli("price", "add", "gpt-up", "--input", "1", "--output", "1", "--web-search", "0.5")
+    svg = {"model": "gpt-svg", "input_tokens": 100, "output_tokens": 50, "reasoning_tokens": 20}
+    content = {"created": 1, "data": [], "usage": IMAGE_USAGE, "svg_usage": svg}
+    upstream.script = json_answer(content)
+    tools: dict[str, Any] = {
+        "image_gen": {
+            "input_tokens": 50,
+            "input_tokens_details": {"image_tokens": 40, "text_tokens": 10},
+            "output_tokens": 1000,
+        },
+        "web_search": {"num_requests": 3},
+    }
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/images/generations", json={"model": "gpt-image", "prompt": "x"})
+        upstream.script = json_answer(response_object(tool_usage=tools))
+        tool = {"type": "image_generation", "model": "gpt-image"}
+        client.post("/responses", json={**BODY, "tools": [tool]})
+    drawn, answered = gateway.rows()
+    assert (drawn["input_tokens"], drawn["output_tokens"]) == (150, 322)
+    assert drawn["reasoning_tokens"] == 20
+    assert float(drawn["cost"]) * 1e6 == pytest.approx(50 * 10 + 272 * 100 + 100 * 1 + 50 * 2)
+    assert (answered["input_tokens"], answered["web_searches"]) == (30, 3)
+    assert (answered["image_input_tokens"], answered["image_output_tokens"]) == (40, 1000)
+    assert answered["tool_input_tokens"] == 10
+    expected = 30 + 9 + 50 * 10 + 1000 * 100 + 3 * 0.5e6
+    assert float(answered["cost"]) * 1e6 == pytest.approx(expected)
+    sums = gateway.cli("usage", "--group-by", "model")
+    assert sums["totals"]["tool_input_tokens"] == 10
+    assert gateway.cli("db", "check")["ok"]
+
+
+def test_images_are_metered_in_every_form(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    with gateway.client(key) as client:
+        for path in ("generations", "edits"):
+            upstream.script = images_json()
+            client.post(f"/images/{path}", json={"prompt": "x", "model": "m"})
+            upstream.script = images_stream(3)
+            streamed = client.post(f"/images/{path}", json={"prompt": "x", "stream": True})
+            assert streamed.text.count("partial_image_index") == 3
+    assert [row["image_output_tokens"] for row in gateway.rows()] == [272] * 4
+    assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 4
+
+
+# Models
+
+
+def test_models_of_several_upstreams_are_joined_and_remembered(
+    make_gateway: MakeGateway,
+) -> None:
+    with Upstream() as one, Upstream() as two:
+        down = json_answer({"error": {"message": "down"}}, 503)
+        one.script = json_answer({"data": [{"id": "a-1"}, {"id": "b-1"}, {"id": "both", "x": 1}]})
+        two.script = json_answer({"data": [{"id": "b-2"}, {"id": "a-2"}, {"id": "both", "x": 2}]})
+        upstreams = [
+            {"name": name, "base_url": up.url, "api_key_env": "", "models": models}
+            for name, up, models in (("one", one, ["a-*", "both"]), ("two", two, ["b-*", "both"]))
+        ]
+        gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
+        limited = gateway.cli("key", "add", "--help", check=False)
+        assert "--models" in limited.stdout
+        with gateway.client(gateway.new_key()) as client:
+            answer = client.get("/models")
+            found = [(model["id"], model.get("x")) for model in answer.json()["data"]]
+            assert found == [("a-1", None), ("both", 1), ("b-2", None)]
+            assert "age" not in answer.headers
+            two.script = down
+            time_passes()
+            answer = client.get("/models")
+            assert [model["id"] for model in answer.json()["data"]] == ["a-1", "both", "b-2"]
+            assert int(answer.headers["age"]) >= 1
+            one.script = down
+            time_passes()
+            shown = client.get("/models/a-1")
+            assert (shown.status_code, shown.json()) == (200, {"id": "a-1"})
+            assert int(shown.headers["age"]) >= 1
+            assert client.get("/models/a-9").status_code == 502
+            one.script = json_answer({"error": {"message": "none"}}, 404)
+            assert client.get("/models/a-1").status_code == 404, "it says so itself"
+
+
+def time_passes() -> None:
+    threading.Event().wait(1.1)
+
+
+def test_a_key_limited_to_models(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    added = gateway.cli("key", "add", "test", "--models", "gpt-up, codex*")
+    assert added["models"] == ["gpt-up", "codex*"]
+    assert gateway.cli("key", "rotate", added["id"])["models"] == ["gpt-up", "codex*"]
+    with gateway.client(added["key"]) as client:
+        assert client.post("/responses", json={**BODY, "model": "codex-9"}).status_code == 200
+        seen = len(upstream.requests)
+        for path, body in (
+            ("/responses", {**BODY, "model": "gpt-other"}),
+            ("/responses/compact", {**BODY, "model": "gpt-other"}),
+            ("/images/generations", {"prompt": "the usual model"}),
+            ("/chat/completions", {"model": "GPT-UP", "messages": []}),
+        ):
+            answer = client.post(path, json=body)
+            assert (answer.status_code, code(answer)) == (403, "model_not_allowed"), path
+        assert len(upstream.requests) == seen
+        assert [model["id"] for model in client.get("/models").json()["data"]] == ["gpt-up"]
+        assert client.get("/models/gpt-other").status_code == 404
+        assert client.get("/models/gpt-up").status_code == 200
+    with gateway.client(key) as client:
+        assert len(client.get("/models").json()["data"]) == 2
+    bad = gateway.cli("key", "add", "test", "--models", "a,,b", check=False)
+    assert bad.returncode == 1
+    assert "pattern" in bad.stderr

@@ -1,0 +1,487 @@
+"""Promise 7: what the upstream stores is its account's, and for all others it does not exist."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import statistics
+import threading
+import time
+from typing import Any
+
+import httpx2
+import pytest
+from conftest import MakeGateway
+from gateway import Gateway, wait_until
+from upstream import (
+    RESPONSE_USAGE,
+    Received,
+    Reply,
+    Script,
+    Upstream,
+    event,
+    json_answer,
+    response_object,
+    stream,
+)
+
+BODY = {"model": "gpt-up", "input": "Hi"}
+UNKNOWN = "resp_0123456789abcdef"
+
+
+class Memory:
+    """An upstream that stores responses; those with `background` take `turns` looks to be done."""
+
+    def __init__(self, turns: int = 2) -> None:
+        self.turns = turns
+        self.responses: dict[str, dict[str, Any]] = {}
+        self.looks: dict[str, int] = {}
+        self._numbers = itertools.count(1)
+
+    async def __call__(self, request: Received, reply: Reply) -> None:
+        await self._script(request)(request, reply)
+
+    def _script(self, request: Received) -> Script:
+        path, _, query = request.path.partition("?")
+        if request.method == "POST" and path == "/v1/responses":
+            return self._create(request.json())
+        response_id, _, suffix = path.removeprefix("/v1/responses/").partition("/")
+        if response_id not in self.responses:
+            return json_answer({"error": {"message": "gone", "type": "invalid_request_error"}}, 404)
+        if request.method == "DELETE":
+            del self.responses[response_id]
+            return json_answer({"id": response_id, "object": "response", "deleted": True})
+        if suffix == "cancel":
+            self.responses[response_id] |= {"status": "cancelled", "usage": None}
+        elif suffix == "input_items":
+            return json_answer({"object": "list", "data": [{"id": "msg_in"}], "has_more": False})
+        else:
+            self._look(response_id)
+        response = self.responses[response_id]
+        if "stream=true" in query:
+            created = {**response, "status": "in_progress", "usage": None}
+            events = [("response.created", created), ("response.completed", response)]
+            return stream([event({"type": n, "response": r}, n) for n, r in events])
+        return json_answer(response)
+
+    def _look(self, response_id: str) -> None:
+        self.looks[response_id] = self.looks.get(response_id, 0) + 1
+        if self.responses[response_id]["status"] == "queued" and (
+            self.looks[response_id] >= self.turns
+        ):
+            self.responses[response_id] |= {"status": "completed", "usage": RESPONSE_USAGE}
+
+    def _create(self, body: dict[str, Any]) -> Script:
+        number = next(self._numbers)
+        response = response_object(body["model"], id=f"resp_{number:08}")
+        response["output"][0]["id"] = f"msg_{number:08}"
+        if body.get("background"):
+            response |= {"status": "queued", "usage": None, "output": []}
+        self.responses[response["id"]] = response
+        if not body.get("stream"):
+            return json_answer(response)
+        begun = {**response, "status": "in_progress", "output": [], "usage": None}
+        item = {"type": "response.output_item.added", "item": {"id": f"msg_{number:08}"}}
+        events = [("response.created", {"response": begun}), (item["type"], item)]
+        if not body.get("background"):
+            events.append(("response.completed", {"response": response}))
+        return stream([event({"type": n, **content}, str(n)) for n, content in events])
+
+
+@pytest.fixture
+def memory(upstream: Upstream) -> Memory:
+    memory = Memory()
+    upstream.script = memory
+    return memory
+
+
+def error(answer: httpx2.Response) -> tuple[int, str, str | None]:
+    said = answer.json()["error"]
+    return answer.status_code, said["code"], said["param"]
+
+
+def create(gateway: Gateway, key: str, **more: Any) -> dict[str, Any]:
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json={**BODY, **more})
+        assert answer.status_code == 200, answer.text
+        response: dict[str, Any] = answer.json()
+        return response
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_its_owner_reaches_a_response_with_any_key(
+    gateway: Gateway, upstream: Upstream, memory: Memory, key: str, streamed: bool
+) -> None:
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json={**BODY, "stream": streamed})
+    assert "resp_00000001" in answer.text
+    with gateway.client(gateway.new_key()) as client:
+        shown = client.get("/responses/resp_00000001?include[]=x&include[]=y")
+        assert shown.json() == memory.responses["resp_00000001"]
+        assert upstream.requests[-1].path == "/v1/responses/resp_00000001?include[]=x&include[]=y"
+        items = client.get("/responses/resp_00000001/input_items", params={"limit": 2})
+        assert items.json()["data"] == [{"id": "msg_in"}]
+        assert upstream.requests[-1].path.endswith("/input_items?limit=2")
+        for more in (
+            {"previous_response_id": "resp_00000001"},
+            {"prompt_cache_options": {"comparison_response_id": "resp_00000001"}},
+            {"input": [{"type": "item_reference", "id": "msg_00000001"}]},
+            {"input": [{"id": "msg_00000001"}]},
+        ):
+            assert client.post("/responses", json={**BODY, **more}).status_code == 200, more
+        assert client.post("/responses/resp_00000001/cancel").status_code == 200
+        assert client.delete("/responses/resp_00000001").json()["deleted"]
+        assert error(client.get("/responses/resp_00000001"))[:2] == (404, "response_not_found")
+    assert len(gateway.rows()) == 5, "looking is no request of the ledger"
+
+
+METHODS = [("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")]
+
+
+def test_every_route_for_everyone(gateway: Gateway, upstream: Upstream, memory: Memory) -> None:
+    own, other = gateway.new_key(), gateway.new_key("other")
+    revoked = gateway.cli("key", "add", "test")
+    gateway.cli("key", "revoke", revoked["id"])
+    made = create(gateway, own)["id"]
+    posts = [
+        ("/chat/completions", {"model": "m", "messages": []}),
+        ("/responses", BODY),
+        ("/responses/compact", BODY),
+        ("/responses/input_tokens", BODY),
+        ("/images/generations", {"prompt": "x"}),
+        ("/images/edits", {"prompt": "x"}),
+    ]
+    upstream.script = json_answer({"id": made, "object": "response", "data": []})
+    routes: list[tuple[str, str, Any]] = [("POST", *post) for post in posts]
+    routes += [("GET", "/models", None), ("GET", "/models/m", None)]
+    routes += [(method, f"/responses/{made}{suffix}", None) for method, suffix in METHODS]
+    for method, path, body in routes:
+        seen = len(upstream.requests)
+        for key in (None, "sk-redbtc-wrong", revoked["key"]):
+            headers = {"authorization": f"Bearer {key}"} if key else {"authorization": ""}
+            with gateway.client(own) as client:
+                answer = client.request(method, path, json=body, headers=headers)
+            assert error(answer)[:2] == (401, "invalid_api_key"), (method, path, key)
+        assert len(upstream.requests) == seen
+        with gateway.client(other) as client:
+            answer = client.request(method, path, json=body)
+        if made in path:
+            assert error(answer)[:2] == (404, "response_not_found")
+            assert len(upstream.requests) == seen
+        else:
+            assert answer.status_code == 200, (path, answer.text)
+    for method, suffix in sorted(METHODS, reverse=True):  # DELETE comes last but for GET
+        with gateway.client(own) as client:
+            answer = client.request(method, f"/responses/{made}{suffix}")
+        assert answer.status_code in (200, 404)
+
+
+def test_anothers_response_is_answered_like_one_that_never_was(
+    gateway: Gateway, memory: Memory
+) -> None:
+    made = create(gateway, gateway.new_key())["id"]
+    with gateway.client(gateway.new_key("other")) as client:
+        for method, suffix in METHODS:
+            answers = [
+                client.request(method, f"/responses/{name}{suffix}") for name in (made, UNKNOWN)
+            ]
+            theirs, never = (
+                a.text.replace(n, "ID") for a, n in zip(answers, (made, UNKNOWN), strict=True)
+            )
+            assert theirs == never
+            names = [[name for name, _ in answer.headers.raw] for answer in answers]
+            assert names[0] == names[1]
+        bodies = [{**BODY, "previous_response_id": name} for name in (made, UNKNOWN)]
+        refused = [client.post("/responses", json=body) for body in bodies]
+        assert {error(each) for each in refused} == {
+            (404, "response_not_found", "previous_response_id")
+        }
+        times: dict[str, list[float]] = {made: [], UNKNOWN: []}
+        for _ in range(150):
+            for name, spent in times.items():
+                started = time.perf_counter()
+                client.get(f"/responses/{name}")
+                spent.append(time.perf_counter() - started)
+    slower = statistics.median(times[made]) / statistics.median(times[UNKNOWN])
+    assert 0.8 < slower < 1.25
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "..",
+        "../models",
+        "..%2fmodels",
+        "%2e%2e%2ffiles",
+        "resp_1%00",
+        "resp_1%0d%0aX",
+        "a" * 300,
+        "resp_1?x",
+        "resp_1/cancel/x",
+        "resp_1%2fcancel",
+        "sqlite';--",
+    ],
+)
+def test_no_path_climbs(gateway: Gateway, upstream: Upstream, key: str, path: str) -> None:
+    head = f"GET /v1/responses/{path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n\r\n"
+    assert gateway.raw(head.encode()).startswith(b"HTTP/1.1 404 ")
+    assert not upstream.requests
+
+
+FIELDS = (
+    "previous_response_id",
+    "comparison_response_id",
+    "conversation",
+    "file_id",
+    "file_ids",
+    "vector_store_id",
+    "vector_store_ids",
+    "container",
+    "container_id",
+    "skill_id",
+)
+OBJECTS = ("conversation", "prompt", "audio", "voice")
+
+
+def planted(chance: random.Random, foreign: str) -> bytes:
+    """A body that names the object somewhere, in one of the ways there are."""
+    way = chance.randrange(4)
+    if way == 0:
+        name = chance.choice(FIELDS)
+        value: Any = [foreign] if name.endswith("s") else foreign
+        reference: Any = {name: value}
+    elif way == 1:
+        reference = {chance.choice(OBJECTS): {"version": "1", "id": foreign}}
+    elif way == 2:
+        reference = {"type": "item_reference", "id": foreign}
+    else:
+        kind = chance.choice(["reasoning", "image_generation_call", None, "compaction"])
+        item = {"id": foreign, "type": kind, "summary": [], "encrypted_content": None}
+        text = json.dumps({**BODY, "input": [{"role": "user", "content": "x"}, item]})
+        return text.encode()
+    for _ in range(chance.randrange(6)):
+        wrapped = [{"a": 'x"file_id', **reference}, [reference], {"b": reference}]
+        reference = chance.choice(wrapped)
+        reference = {"deeper": reference}
+    body = {**BODY, "z": "é", **reference}
+    if chance.random() < 0.3:
+        body = {**reference, **BODY}
+    text = json.dumps(body, indent=chance.choice([None, 1]), ensure_ascii=chance.random() < 0.5)
+    if chance.random() < 0.2:
+        text = text.replace("_id", "\\u005fid").replace("_reference", "\\u005Freference")
+    if chance.random() < 0.2:
+        text = text.replace('":', '" \n\t:')
+    if chance.random() < 0.1:
+        text = text.replace("file_id", "File_ID").replace("previous_", "PREVIOUS_")
+    return text.encode()
+
+
+def test_no_planted_id_reaches_the_upstream(
+    gateway: Gateway, upstream: Upstream, memory: Memory
+) -> None:
+    theirs = create(gateway, gateway.new_key())
+    ids = [theirs["id"], theirs["output"][0]["id"], "file-123", "conv_1", UNKNOWN]
+    seen, chance = len(upstream.requests), random.Random(7)
+    paths = ["/responses", "/responses/compact", "/responses/input_tokens", "/images/generations"]
+    paths += ["/chat/completions", "/images/edits"]
+    with gateway.client(gateway.new_key("other")) as client:
+        for _ in range(600):
+            body = planted(chance, chance.choice(ids))
+            path = chance.choice(paths if b'"input"' not in body else paths[:3])
+            answer = client.post(path, content=body, headers={"content-type": "application/json"})
+            assert answer.status_code in (400, 404), (path, body)
+            assert answer.json()["error"].get("param"), (path, body)
+    assert len(upstream.requests) == seen
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"input": 'I say "previous_response_id": "resp_1" and \\"file_id\\": "x"'},
+        {"metadata": {"note": "conversation"}, "prompt": "a picture", "user": "file_id"},
+        {"tools": [{"parameters": {"properties": {"file_id": {"type": "string"}}}}]},
+        {"tools": [{"parameters": {"properties": {"conversation": {"type": "object"}}}}]},
+        {"tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]},
+        {"file_ids": [], "previous_response_id": None, "conversation": None},
+        {"input": [{"type": "reasoning", "id": "rs_1", "encrypted_content": "x", "summary": []}]},
+        {"input": [{"type": "function_call", "id": "fc_1", "arguments": '{"file_id": "x"}'}]},
+        {"input": [{"type": "message", "id": "msg_1", "role": "user", "content": "x"}]},
+        {"input": "\u00e9 \\u005f"},
+    ],
+)
+def test_what_only_looks_like_a_reference_passes(
+    gateway: Gateway, upstream: Upstream, key: str, more: dict[str, Any]
+) -> None:
+    body = json.dumps({**BODY, **more}).encode()
+    with gateway.client(key) as client:
+        answer = client.post(
+            "/responses", content=body, headers={"content-type": "application/json"}
+        )
+    assert answer.status_code == 200, answer.text
+    assert upstream.requests[-1].body == body
+
+
+def test_a_form_names_no_stored_file(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    with gateway.client(key) as client:
+        for name in ("file_id", "image[0][file_id]", "mask[file_id]"):
+            answer = client.post(
+                "/images/edits", files={"image": ("a.png", b"x"), name: (None, "file-1")}
+            )
+            assert error(answer) == (400, "invalid_request", "file_id")
+    assert not upstream.requests
+
+
+def test_a_response_is_reached_at_its_own_upstream(make_gateway: MakeGateway) -> None:
+    with Upstream() as one, Upstream() as two:
+        memories = [Memory(), Memory()]
+        memories[1]._numbers = itertools.count(1000)
+        one.script, two.script = memories
+        upstreams = [
+            {"name": name, "base_url": up.url, "api_key_env": "", "models": [f"{name}-*"]}
+            for name, up in (("one", one), ("two", two))
+        ]
+        gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
+        key = gateway.new_key()
+        first = create(gateway, key, model="one-m")["id"]
+        second = create(gateway, key, model="two-m")["id"]
+        with gateway.client(key) as client:
+            assert client.get(f"/responses/{second}").json()["model"] == "two-m"
+            both = {"previous_response_id": first, "file": {"comparison_response_id": second}}
+            answer = client.post("/responses", json={**BODY, "model": "one-m", **both})
+            assert error(answer)[:2] == (400, "invalid_request")
+            onto = {**BODY, "previous_response_id": second}
+            answer = client.post("/responses", json={**onto, "model": "one-m"})
+            assert error(answer)[:2] == (404, "model_not_found")
+            assert client.post("/responses", json={**onto, "model": "two-m"}).status_code == 200
+
+
+# Background
+
+
+def pending(gateway: Gateway) -> list[dict[str, Any]]:
+    return [row for row in gateway.rows() if row["outcome"] == "pending"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_gateway_asks_until_a_background_response_is_done(
+    gateway: Gateway, memory: Memory, key: str, streamed: bool
+) -> None:
+    with gateway.client(key) as client:
+        body = {**BODY, "background": True, "stream": streamed}
+        assert client.post("/responses", json=body).status_code == 200
+    (row,) = pending(gateway)
+    assert (row["usage_source"], row["response_id"]) == ("none", "resp_00000001")
+    wait_until(lambda: not pending(gateway), 20)
+    (row,) = gateway.rows()
+    assert (row["outcome"], row["usage_source"]) == ("completed", "upstream")
+    assert row["input_tokens"] == RESPONSE_USAGE["input_tokens"]
+    assert gateway.metrics()["redbtc_in_flight"] == 0
+
+
+def test_a_client_that_fetches_it_is_first(make_gateway: MakeGateway, memory: Memory) -> None:
+    """What it sees complete is in the ledger, once, however often it looks."""
+    gateway = make_gateway('[billing]\ndefault_credit_limit = "0"').start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+    key = gateway.new_key()
+    gateway.cli("payment", "add", "test", "200")
+    made = create(gateway, key, background=True, max_output_tokens=50)["id"]
+    money = gateway.api("GET", "/accounts/test")
+    assert float(money["held"]) > 0.05, "held until it is done"
+    with gateway.client(key) as client:
+        answer = client.delete(f"/responses/{made}")
+        assert error(answer)[:2] == (400, "invalid_request"), "it would take its usage along"
+        while client.get(f"/responses/{made}").json()["status"] != "completed":
+            pass
+        assert [row["outcome"] for row in gateway.rows()] == ["completed"]
+        for _ in range(5):
+            client.get(f"/responses/{made}")
+            replayed = client.get(f"/responses/{made}?stream=true&starting_after=0")
+            assert "response.completed" in replayed.text
+    (row,) = gateway.rows()
+    assert row["cost"] == "0.039"
+    money = gateway.api("GET", "/accounts/test")
+    assert (money["balance"], money["held"]) == ("199.961", "0")
+    time.sleep(2)
+    assert gateway.api("GET", "/accounts/test")["balance"] == "199.961"
+    assert gateway.cli("db", "check")["ok"]
+
+
+def test_a_background_response_outlives_the_gateway(
+    make_gateway: MakeGateway, memory: Memory
+) -> None:
+    gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+    key = gateway.new_key()
+    memory.turns = 1_000_000
+    made = create(gateway, key, background=True, max_output_tokens=50)["id"]
+    gateway.cli("price", "add", "gpt-up", "--input", "1", "--output", "1")
+    held = gateway.api("GET", "/accounts/test")["held"]
+    assert float(held) > 0
+    for _ in range(2):
+        gateway.kill()
+        gateway.start()
+        (row,) = pending(gateway)
+        assert gateway.api("GET", "/accounts/test")["held"] == held, "held again"
+    memory.turns = 1
+    wait_until(lambda: not pending(gateway), 20)
+    (row,) = gateway.rows()
+    assert (row["outcome"], row["response_id"]) == ("completed", made)
+    assert row["cost"] == "0.039", "at the price of its admission"
+    assert gateway.cli("db", "check")["ok"]
+
+
+def test_a_cancelled_one_and_one_that_is_gone(gateway: Gateway, memory: Memory, key: str) -> None:
+    memory.turns = 1_000_000
+    cancelled = create(gateway, key, background=True)["id"]
+    lost = create(gateway, key, background=True)["id"]
+    with gateway.client(key) as client:
+        client.post(f"/responses/{cancelled}/cancel")
+        row = next(row for row in gateway.rows() if row["response_id"] == cancelled)
+        assert (row["outcome"], row["usage_source"]) == ("client_disconnected", "estimated")
+    del memory.responses[lost]
+    wait_until(lambda: not pending(gateway), 20)
+    row = next(row for row in gateway.rows() if row["response_id"] == lost)
+    assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "none")
+
+
+def test_a_client_that_leaves_a_background_stream_leaves_it_running(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    memory = Memory(turns=1)
+    begun = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "GET":
+            await memory(request, reply)
+            return
+        memory.responses["resp_9"] = response_object(usage=None, status="queued", id="resp_9")
+        created = {"type": "response.created", "response": memory.responses["resp_9"]}
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event(created, "response.created"))
+        await reply.wait(begun)
+        reply.tear()
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        body = {**BODY, "background": True, "stream": True}
+        with client.stream("POST", "/responses", json=body) as answer:
+            parts = answer.iter_raw()
+            assert b"resp_9" in next(parts)
+    begun.set()
+    wait_until(lambda: [row["outcome"] for row in gateway.rows()] == ["completed"], 20)
+
+
+def test_compact_and_input_tokens(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    with gateway.client(key) as client:
+        upstream.script = json_answer({"object": "response.input_tokens", "input_tokens": 11})
+        assert client.post("/responses/input_tokens", json=BODY).json()["input_tokens"] == 11
+        compacted = {"id": "resp_c", "object": "response.compaction", "output": []}
+        upstream.script = json_answer({**compacted, "usage": RESPONSE_USAGE})
+        assert client.post("/responses/compact", json=BODY).status_code == 200
+    counted, compact = gateway.rows()
+    assert counted["endpoint"] == "/v1/responses/input_tokens"
+    assert (counted["outcome"], counted["usage_source"]) == ("completed", "none")
+    assert counted["input_tokens"] is None
+    assert compact["endpoint"] == "/v1/responses/compact"
+    assert compact["input_tokens"] == RESPONSE_USAGE["input_tokens"]
