@@ -441,3 +441,152 @@ def test_two_accounts_hammer_each_others_ids_while_100_lanes_run(
     for name in keys:
         own = {row["response_id"] for row in rows if row["account"] == name}
         assert own == set(made[name])
+
+
+def test_a_connection_has_its_time(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway("", "total_timeout_seconds = 1.5").start()
+    with client(gateway, gateway.new_key()) as ws:
+        ws.send()
+        ws.completed()
+        expired = ws.recv()
+        assert code(expired) == "websocket_connection_limit_reached"
+        assert ws.closed() == 1008
+    assert gateway.metrics()["redbtc_in_flight"] == 0
+
+
+def test_an_upstream_that_says_nothing_more(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway("", "idle_timeout_seconds = 0.5").start()
+
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(1, await sock.recv())[:2])
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, gateway.new_key()) as ws:
+        ws.send(stream_id="x")
+        refused = ws.until("error")
+        assert (code(refused), refused["status"]) == ("upstream_timeout", 504)
+        assert ws.closed() == 1011
+    assert upstream.sockets[0].received.closed.wait(10), "and the upstream is closed"
+    assert gateway.row()["outcome"] == "upstream_failed"
+
+
+def test_a_slow_reader_slows_the_upstream_down(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    sent = 0
+    padding = "x" * 100_000
+
+    async def talk(sock: Socket) -> None:
+        nonlocal sent
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created)
+        for _ in range(1000):
+            await sock.send({**delta, "delta": padding})
+            sent += 1
+        await sock.send(completed)
+        await sock.recv()
+
+    upstream.talk = talk
+    before = gateway.rss()
+    with client(gateway, key) as ws:
+        ws.send()
+        wait_until(lambda: sent > 5)
+        time.sleep(1)
+        assert sent < 400, "it waits"
+        assert gateway.rss() - before < 60 << 20
+        assert ws.completed()["id"] == "resp_ws_1"
+    assert sent == 1000
+    assert gateway.row()["outcome"] == "completed"
+
+
+def test_while_draining_what_is_in_flight_ends_and_nothing_begins(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    release = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        events = ws_events(1, await sock.recv())
+        await sock.send(*events[:2])
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        await sock.send(events[2])
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send(stream_id="a")
+        ws.until("response.output_text.delta")
+        gateway.terminate(wait=False)
+        wait_until(lambda: '"draining"' in gateway.log())
+        ws.send(stream_id="b")
+        refused = ws.until("error")
+        assert (code(refused), refused["stream_id"]) == ("draining", "b")
+        assert refused["headers"]["retry-after"]
+        release.set()
+        ws.completed()
+        assert ws.closed() == 1012
+    assert gateway.process is not None
+    assert gateway.process.wait(10) == 0
+    assert gateway.row()["outcome"] == "completed"
+
+
+def test_what_is_in_flight_at_a_kill_is_interrupted(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(1, await sock.recv()))
+        await sock.send(*ws_events(2, await sock.recv())[:2])
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        ws.completed()
+        ws.send()
+        ws.until("response.output_text.delta")
+        gateway.kill()
+    assert sorted(row["outcome"] for row in gateway.rows()) == ["completed", "interrupted"]
+
+
+def test_models_go_to_the_upstream_that_serves_them(make_gateway: MakeGateway) -> None:
+    with Upstream() as one, Upstream() as two:
+        one.talk = two.talk = ws_like_openai
+        upstreams = [
+            {"name": name, "base_url": up.url, "api_key_env": "", "models": [f"{name}-*"]}
+            for name, up in (("one", one), ("two", two))
+        ]
+        gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
+        with client(gateway, gateway.new_key()) as ws:
+            for model in ("two-a", "one-a", "two-b", "none"):
+                ws.send(model=model, stream_id=model)
+                event = ws.until("response.completed", "error")
+                if event["type"] == "error":
+                    assert (model, code(event)) == ("none", "model_not_found")
+                else:
+                    assert event["response"]["model"] == model
+        assert [row["upstream"] for row in gateway.rows()] == ["two", "one", "two"]
+        assert len(two.sockets) == 1, "one connection to each"
+
+
+def test_turns_and_connections_leave_nothing_behind(gateway: Gateway, upstream: Upstream) -> None:
+    key = gateway.new_key(concurrency=16)
+
+    def turns(number: int) -> None:
+        for _ in range(10):
+            with client(gateway, key) as ws:
+                for turn in range(20):
+                    ws.send(stream_id=f"{turn % 4}")
+                for _ in range(20 if number % 2 else 3):
+                    ws.completed()
+                ws.tear()
+
+    turns(1)
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    files, rss = gateway.open_files(), gateway.rss()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(turns, range(8)))
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 20)
+    wait_until(lambda: gateway.open_files() <= files + 2, 10)
+    assert gateway.rss() - rss < 30 << 20
+    assert not [row for row in gateway.rows() if row["outcome"] == "pending"]
