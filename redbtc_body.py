@@ -347,7 +347,7 @@ class Content:
             names = (NAMES.search(name) for name in self._form.names)
             yield from (Reference(name[0].decode(), "") for name in names if name)
             return
-        yield from references_in(self.text, self._items if b'"id"' in self.text else [])
+        yield from references_in(self.text, self._items)
 
 
 class Frame(Content):
@@ -377,7 +377,9 @@ TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 STRING = re.compile(TEXT, re.DOTALL)
 BRACKETS = re.compile(rb"[\[{]|[\]}]|" + TEXT, re.DOTALL)
 ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL)
-ESCAPED = re.compile(rb"\\u00[4-7]")  # letters, and what lies between: nobody need escape these
+# Letters, and what lies between: nobody need escape these. (One character before the look ahead:
+# that is searched for much faster than four.)
+ESCAPED = re.compile(rb"\\(?=u00[4-7])")
 PLAIN = (b"prompt", b"audio", b"voice")  # these may be plain text as well
 OBJECTS = (b"conversation", *PLAIN)  # and these an object with an id
 MOST_HIDING = 200  # bytes of a name with all its letters escaped
@@ -418,7 +420,7 @@ def references_in(text: Buffer, items: list[Item]) -> Iterator[Reference]:
 
 def refuse_hidden(text: Buffer) -> None:
     """Raise Refusal where a name that matters is written with escapes."""
-    if b"\\u00" not in text or not ESCAPED.search(text):
+    if not ESCAPED.search(text):
         return
     for match in STRING.finditer(text):
         if match.end() - match.start() <= MOST_HIDING and ESCAPED.search(match[0]):

@@ -440,8 +440,9 @@ class Key(NamedTuple):
 
     def allows(self, model: str) -> bool:
         """Whether one of its patterns, where it has any, is the model's."""
-        patterns = self.models.split(",") if self.models else ["*"]
-        return any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns)
+        if self.models is None:
+            return True
+        return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models.split(","))
 
 
 FULL_KEY = """

@@ -39,7 +39,7 @@ DROPPED_PREFIXES = (b"x-accel-", b"x-ratelimit-")
 KEEPALIVE_SECONDS = 15
 MOST_FETCHED = 4 << 20  # bytes of a list of models
 ASK_SECONDS = 30  # for what the gateway itself asks of an upstream
-SLICE = 256 << 10  # bytes of a body that are given to the kernel at a time
+SLICE = 2 << 20  # bytes of a body that are given to the kernel at a time
 MOST_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
 PING_SECONDS = 20
 

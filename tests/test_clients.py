@@ -26,7 +26,9 @@ from upstream import (
     json_answer,
     response_object,
     stream,
+    ws_like_openai,
 )
+from websockets.sync.client import connect
 
 
 @pytest.fixture
@@ -332,6 +334,7 @@ http {{
   access_log off; client_max_body_size 100m;
   client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4;
   scgi_temp_path t5;
+  map $http_upgrade $connection_upgrade {{ default upgrade; "" ""; }}
   upstream gateway {{ server 127.0.0.1:{gateway}; keepalive 32; }}
   server {{
     listen 127.0.0.1:{port};
@@ -339,7 +342,8 @@ http {{
     location / {{
       proxy_pass http://gateway;
       proxy_http_version 1.1;
-      proxy_set_header Connection "";
+      proxy_set_header Upgrade $http_upgrade;
+      proxy_set_header Connection $connection_upgrade;
       proxy_set_header Host $host;
       proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
       proxy_set_header X-Forwarded-Proto $scheme;
@@ -401,6 +405,13 @@ def test_nginx_in_front(gateway: Gateway, upstream: Upstream, key: str, tmp_path
             )
             assert answer.status_code == 200
         assert httpx2.get(f"{url}/metrics", trust_env=False).status_code == 404
+        upstream.talk = ws_like_openai
+        socket_url = f"ws://127.0.0.1:{port}/v1/responses"
+        with connect(socket_url, additional_headers=headers, proxy=None) as client:
+            client.send(json.dumps({"type": "response.create", "model": "m", "input": "x"}))
+            events = [json.loads(client.recv()) for _ in range(3)]
+        assert events[-1]["type"] == "response.completed"
+        assert gateway.rows()[-1]["response_id"] == "resp_ws_1"
     finally:
         nginx.terminate()
         nginx.wait()
