@@ -29,7 +29,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import (
     Awaitable,
     Callable,
-    Container,
     Coroutine,
     Iterable,
     Iterator,
@@ -1087,6 +1086,7 @@ class Turn(Metered):
         self.meter = EventMeter()
         self.lane = lane
         self.line: Line | None = None
+        self.lost = False  # and with it the line
         self.over: asyncio.Future[None] = gateway.clocks.loop.create_future()
 
     async def take(self, event: Event, idle_seconds: float) -> None:
@@ -1097,8 +1097,11 @@ class Turn(Metered):
         if self.first_byte_ms is None:
             self.first_byte_ms = self.elapsed_ms()
         self.meter.take(event)
+        known = self._named
         self.note()
-        self.lane.session.made.update(self.meter.report.made)
+        if self._named != known:
+            made = dict.fromkeys(self.meter.report.made, self._row.upstream)
+            self.lane.session.made.update(made)
         if self.meter.ended and not self.settled:
             failed = self.meter.report.failed and event.type == "error"
             self.status = status_of(event) if failed else 200
@@ -1172,7 +1175,7 @@ class Session:
         self._closed = False  # to the client
         self._expired = False
         self._sends = 0  # how many wait for the client to read
-        self.made: set[str] = set()  # responses of this connection, stored or not
+        self.made: dict[str, str] = {}  # on this connection, stored or not; at which upstream
 
     async def run(self) -> None:
         """From the handshake to the end. Raises Refusal before the connection is accepted."""
@@ -1194,6 +1197,8 @@ class Session:
         given = line.connection.response.headers.raw_items()
         headers = headers_for_client([(n.encode(), v.encode("latin-1")) for n, v in given])
         headers = [each for each in headers if not each[0].startswith(HANDSHAKE_HEADERS)]
+        if header(headers, b"x-request-id") is None:
+            headers.append((b"x-request-id", request_id))
         headers.append((b"x-redbtc-request-id", request_id))
         await self._send({"type": "websocket.accept", "headers": headers})
         self._gateway.watch.answered(self._scope, 101)
@@ -1280,6 +1285,8 @@ class Session:
             except Refusal as refusal:
                 self._gateway.watch.refused(self._scope_of_turn(), refusal)
                 await self._refuse(refusal, stream_id)
+            except ConnectionClosed:
+                continue  # that upstream's end is ours in a moment
 
     async def _take(self, frame: Frame) -> None:
         facts = frame.facts
@@ -1383,6 +1390,8 @@ class Session:
                     await turn.over
                 finally:
                     line.upstream.in_flight -= 1
+            if turn.lost:
+                raise LineLost
             if not turn.settled:
                 await turn.settle(turn.outcome())
         except TimeoutError:
@@ -1427,8 +1436,9 @@ class Session:
         if self._lines.get(line.upstream.name) is line:
             del self._lines[line.upstream.name]
             for lane in self._lanes.values():
-                if lane.turn and lane.turn.line is line and not lane.turn.over.done():
-                    lane.turn.over.set_exception(LineLost())
+                if lane.turn and lane.turn.line is line:
+                    lane.turn.lost = True
+                    lane.turn.give_up()
             if not self._lines:
                 await self._close(code, reason)
 
@@ -1499,6 +1509,7 @@ METERED = (
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
+NOTHING: Mapping[str, str] = {}
 
 
 def not_found(name: str, object_id: str) -> Refusal:
@@ -1604,15 +1615,14 @@ class Gateway:
         raise Refusal("invalid_request", message, param=reference.name)
 
     def upstreams_for(
-        self, key: Key, content: Content, made: Container[str] = ()
+        self, key: Key, content: Content, made: Mapping[str, str] = NOTHING
     ) -> list[Upstream]:
-        """Those that may take the request, the first to try in front. `made`: responses that are
-        the client's own without being stored. Raises Refusal."""
+        """Those that may take the request, the first to try in front. `made`: what is the client's
+        own without being stored, and at which upstream. Raises Refusal."""
         model = content.facts.model or ""
         homes = {
-            self.check_reference(key, reference)
+            made.get(reference.id) or self.check_reference(key, reference)
             for reference in content.references()
-            if reference.id not in made
         }
         if len(homes) > 1:
             raise Refusal("invalid_request", "What this builds on is at different upstreams.")
