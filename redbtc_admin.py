@@ -864,6 +864,7 @@ def show(content: Any, as_json: bool, text: Callable[[], str]) -> None:
 
 def cell(value: Any) -> str:
     """A value on the terminal. What is missing is a dash; what users have named must not steer."""
+    value = ",".join(value) if isinstance(value, list) else value
     return "-" if value is None else CONTROL.sub(lambda found: repr(found[0])[1:-1], str(value))
 
 

@@ -28,7 +28,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from redbtc_body import decompressed
+from redbtc_refusals import Refusal
+
 TOKEN = re.compile(r"\w+|[^\w\s]")
+MOST_BYTES = 100 << 20  # of a body that came compressed
 PAUSE_SECONDS = 0.02  # between two events of a stream
 TEXT_FIELDS = ("instructions", "messages", "input", "content", "text", "output", "arguments")
 MODEL: dict[str, Any] = {"object": "model", "created": 1764547200, "owned_by": "redbtc"}
@@ -94,9 +98,10 @@ async def read(request: Request) -> Json:
     """The fields of a body, JSON or a form. Refuses what can't be read or names no model."""
     kind = request.headers.get("content-type", "")
     try:
-        raw = await request.body()
+        raw, encoding = await request.body(), request.headers.get("content-encoding", "")
+        raw = decompressed(raw, encoding, MOST_BYTES) if encoding in ("gzip", "zstd") else raw
         body = form(kind, raw) if kind.lower().startswith("multipart/") else orjson.loads(raw)
-    except (ClientDisconnect, orjson.JSONDecodeError):
+    except (ClientDisconnect, orjson.JSONDecodeError, Refusal):
         raise HTTPException(400, "The request body is not valid JSON.") from None
     if not isinstance(body, dict) or not isinstance(body.get("model"), str):
         raise HTTPException(400, "You must provide a model parameter.")

@@ -1124,7 +1124,6 @@ class Turn(Metered):
             started_at=now_ms(),
         )
         self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
-        self._money = self._money.keep()
         await ledger.settle(self.gateway.store, self._row)  # pending, however long that takes
 
     @property

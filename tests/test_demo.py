@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import re
 import socket
@@ -319,3 +320,11 @@ def test_a_torn_upload_is_no_failure() -> None:
 
     scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": []}
     asyncio.run(redbtc_demo.app()({**scope, "query_string": b""}, receive, send))
+
+
+def test_a_compressed_body_is_read(client: TestClient) -> None:
+    body = gzip.compress(json.dumps({"model": "redbtc-demo", "input": "one two"}).encode())
+    answer = client.post("/v1/responses", content=body, headers={"content-encoding": "gzip"})
+    assert answer.json()["usage"]["input_tokens"] == 2
+    broken = client.post("/v1/responses", content=b"x", headers={"content-encoding": "gzip"})
+    assert broken.status_code == 400

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ class Client:
     def raw(self, message: str | bytes) -> None:
         self._connection.send(message)
 
-    def recv(self) -> dict[str, Any]:
-        event: dict[str, Any] = json.loads(self._connection.recv(timeout=20))
+    def recv(self, seconds: float = 20) -> dict[str, Any]:
+        event: dict[str, Any] = json.loads(self._connection.recv(timeout=seconds))
         return event
 
     def until(self, *kinds: str) -> dict[str, Any]:
@@ -139,11 +140,30 @@ def test_frames_pass_unchanged_and_each_response_is_a_row(
 def test_the_row_is_committed_before_the_last_event(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
+    """While nothing can be committed the last event waits, and only that."""
+    locked = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created)
+        while not locked.is_set():
+            await asyncio.sleep(0.01)
+        await sock.send(delta, completed)
+        await sock.recv()
+
+    upstream.talk = talk
     with client(gateway, key) as ws:
-        for number in range(20):
-            ws.send()
-            ws.completed()
-            assert [row["outcome"] for row in gateway.rows()] == ["completed"] * (number + 1)
+        ws.send()
+        ws.until("response.created")
+        with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            locked.set()
+            ws.until("response.output_text.delta")
+            with pytest.raises(TimeoutError):
+                ws.recv(1)
+            database.rollback()
+        ws.completed()
+    assert gateway.row()["outcome"] == "completed"
 
 
 def test_a_key_revoked_meanwhile_ends_the_connection(
@@ -411,8 +431,8 @@ def test_two_accounts_hammer_each_others_ids_while_100_lanes_run(
     def run(name: str) -> int:
         other = "b" if name == "a" else "a"
         refused = 0
-        with client(gateway, keys[name]) as ws:
-            for turn in range(6):
+        with client(gateway, keys[name]) as ws, gateway.client(keys[name]) as http:
+            for _ in range(6):
                 expected = 0
                 for lane in range(50):
                     foreign = made[other][-1:] if lane % 2 else []
@@ -427,12 +447,16 @@ def test_two_accounts_hammer_each_others_ids_while_100_lanes_run(
                     else:
                         assert event["stream_id"].startswith(name)
                         made[name].append(event["response"]["id"])
-                assert turn >= 0
+                for foreign_id in made[other][-3:]:
+                    for method in ("GET", "DELETE"):
+                        answer = http.request(method, f"/responses/{foreign_id}")
+                        assert answer.json()["error"]["code"] == "response_not_found"
         return refused
 
     with ThreadPoolExecutor(2) as pool:
         refusals = list(pool.map(run, keys))
     assert sum(refusals) > 100
+    assert {request.header("upgrade") for request in upstream.requests} == {"websocket"}
     for sock in upstream.sockets:
         named = [frame.get("previous_response_id") for frame in sock.frames]
         assert named == [None] * len(named), "none of the other's ids went through"
