@@ -485,3 +485,16 @@ def test_compact_and_input_tokens(gateway: Gateway, upstream: Upstream, key: str
     assert counted["input_tokens"] is None
     assert compact["endpoint"] == "/v1/responses/compact"
     assert compact["input_tokens"] == RESPONSE_USAGE["input_tokens"]
+
+
+def test_a_conversation_that_a_response_made_is_its_accounts(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    upstream.script = json_answer(response_object(conversation={"id": "conv_7"}))
+    create(gateway, key)
+    for conversation in ("conv_7", {"id": "conv_7"}):
+        create(gateway, gateway.new_key(), conversation=conversation)
+        with gateway.client(gateway.new_key("other")) as client:
+            answer = client.post("/responses", json={**BODY, "conversation": conversation})
+        assert error(answer) == (400, "invalid_request", "conversation")
+    assert len(upstream.requests) == 3

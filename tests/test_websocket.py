@@ -59,8 +59,8 @@ class Client:
         except ConnectionClosed as closed:
             return closed.rcvd.code if closed.rcvd else None
 
-    def close(self) -> None:
-        self._connection.close()
+    def ping(self) -> bool:
+        return self._connection.ping().wait(5)
 
     def tear(self) -> None:
         self._connection.socket.close()
@@ -614,3 +614,18 @@ def test_turns_and_connections_leave_nothing_behind(gateway: Gateway, upstream: 
     wait_until(lambda: gateway.open_files() <= files + 2, 10)
     assert gateway.rss() - rss < 30 << 20
     assert not [row for row in gateway.rows() if row["outcome"] == "pending"]
+
+
+def test_pings_are_answered_on_both_sides(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    async def talk(sock: Socket) -> None:
+        frame = await sock.recv()
+        assert await sock.ping(b"there?")
+        await sock.send(*ws_events(1, frame))
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        assert ws.ping()
+        ws.send()
+        ws.completed()
+        assert ws.ping()

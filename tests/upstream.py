@@ -188,6 +188,15 @@ class Socket:
             self._protocol.send_text(text)
         await self._flush()
 
+    async def ping(self, payload: bytes) -> bool:
+        """Whether the next that comes is its answer."""
+        self._protocol.send_ping(payload)
+        await self._flush()
+        self._protocol.receive_data(await self._reader.read(65536))
+        (pong,) = self._protocol.events_received()
+        assert isinstance(pong, Frame)
+        return pong.opcode is Opcode.PONG and bytes(pong.data) == payload
+
     async def close(self, code: int = 1000, reason: str = "") -> None:
         self._protocol.send_close(code, reason)
         await self._flush()
