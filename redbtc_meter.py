@@ -18,7 +18,9 @@ says is then read from its JSON, at the place where it belongs, so that text can
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -135,14 +137,28 @@ class Answer(Struct):
     delta: msgspec.Raw = msgspec.Raw()
 
 
-class Named(Struct):
-    """Whatever has an id."""
+class Item(Struct):
+    """Of the output: what names something that the upstream may have stored."""
 
     id: Any = None
+    container_id: Any = None
+    environment: Any = None
+    content: Any = None
+
+    def containers(self) -> Iterator[Any]:
+        """Ids of the containers in which code ran, and of files there. Only where the upstream
+        itself names them: a tool's schema, which an item may hold as well, is its author's text."""
+        yield self.container_id
+        if isinstance(self.environment, dict):
+            yield self.environment.get("container_id")
+        for part in objects_in(self.content):
+            for note in objects_in(part.get("annotations")):
+                if note.get("type") == "container_file_citation":
+                    yield from (note.get("container_id"), note.get("file_id"))
 
 
-ANSWER, OUTPUT = msgspec.json.Decoder(Answer), msgspec.json.Decoder(list[Named])
-ITEM = msgspec.json.Decoder(Named)
+ANSWER, OUTPUT = msgspec.json.Decoder(Answer), msgspec.json.Decoder(list[Item])
+ITEM = msgspec.json.Decoder(Item)
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
@@ -152,6 +168,11 @@ def decode_answer(text: str | bytes | msgspec.Raw) -> Answer | None:
         return ANSWER.decode(text)
     except NOT_JSON:
         return None
+
+
+def objects_in(values: Any) -> list[dict[str, Any]]:
+    listed = values if isinstance(values, list) else []
+    return [value for value in listed if isinstance(value, dict)]
 
 
 def tokens_in(counts: Any, name: str, most: int = MOST_TOKENS) -> int | None:
@@ -262,6 +283,7 @@ class Report:
         self.usage: Usage | None = None
         self.parts: list[Part] = []  # of the usage, by model
         self.made: set[str] = set()  # ids of what the upstream may have stored
+        self.containers: set[str] = set()  # those of them that exist without `store` as well
         self.failed = False  # it says itself that it failed
         self.text_bytes = 0  # of output that has passed, for an estimate
 
@@ -293,15 +315,18 @@ class Report:
             self.usage, self.parts = used, parts
 
     def _name(self, answer: Answer, said: Answer) -> None:
-        ids = [said.id]
+        ids, items = [said.id], []
         if isinstance(said.conversation, dict):
             ids.append(said.conversation.get("id"))
         with contextlib.suppress(*NOT_JSON):
             if answer.item:
-                ids.append(ITEM.decode(answer.item).id)
+                items.append(ITEM.decode(answer.item))
             if said.output:
-                ids += [item.id for item in OUTPUT.decode(said.output)]
-        self.made.update(filter(None, map(name_in, ids)))
+                items += OUTPUT.decode(said.output)
+        ids += [item.id for item in items]
+        containers = itertools.chain.from_iterable(item.containers() for item in items)
+        self.containers.update(filter(None, map(name_in, containers)))
+        self.made.update(self.containers, filter(None, map(name_in, ids)))
 
 
 def name_in(value: Any) -> str | None:
@@ -369,7 +394,7 @@ def marked(events: bytes) -> bool:
         or b'.completed"' in events
         or b'.incomplete"' in events
         or b'.failed"' in events
-        or b'_item.added"' in events
+        or b"output_item." in events
         or MARK.search(events) is not None
     )
 

@@ -618,8 +618,8 @@ class Metered(Exchange):
         if len(report.made) == self._named or not self.endpoint.stores:
             return
         self._named = len(report.made)
-        if self._facts.store is not False:
-            self.gateway.objects.own(report.made, self._row.account_id, self._row.upstream)
+        made = report.containers if self._facts.store is False else report.made
+        self.gateway.objects.own(made, self._row.account_id, self._row.upstream)
         if self._facts.background and report.response_id and not self._kept:
             self._fill(report)
             self._kept = ledger.keep_pending(

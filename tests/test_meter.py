@@ -295,6 +295,33 @@ def test_what_an_answer_made_is_named() -> None:
     assert meter.report.status == "completed"
 
 
+CITATION = {"type": "container_file_citation", "container_id": "cntr_3", "file_id": "cfile_4"}
+
+
+def test_containers_of_an_answer_are_named_where_the_upstream_names_them() -> None:
+    """Not where the text of a client or of a tool's server comes back."""
+    text = {"type": "output_text", "text": "", "annotations": [CITATION, {"file_id": "x"}, 1]}
+    schema = {"container_id": "no", "content": [{"annotations": [CITATION]}], "id": "no"}
+    items = [
+        {"id": "ci_1", "container_id": "cntr_1", "code": "container_id", "outputs": [schema]},
+        {"id": "sh_1", "environment": {"type": "container_reference", "container_id": "cntr_2"}},
+        {"id": "msg_1", "content": [text, {"annotations": None}, "no"]},
+        {"id": "mcpl_1", "tools": [{"input_schema": schema, "annotations": [CITATION]}]},
+        {"id": "sh_2", "environment": "local", "content": "text", "container_id": ["no"]},
+    ]
+    containers = {"cntr_1", "cntr_2", "cntr_3", "cfile_4"}
+    report = metered(response_object(output=items))
+    assert report.containers == containers
+    assert report.made == containers | {"resp_1", "ci_1", "sh_1", "msg_1", "mcpl_1", "sh_2"}
+    meter = StreamMeter(images=False, chat=False, take_out_usage=False)
+    begun = response_object(output=[], status="in_progress", usage=None)
+    dull = [{"type": "response.output_text.delta", "delta": "x"}] * 4
+    done = [{"type": "response.output_item.done", "item": each} for each in items]
+    for each in [{"type": "response.created", "response": begun}, *dull, *done]:
+        meter.feed(framed(each, "\n", 0))
+    assert meter.report.containers == containers
+
+
 def test_the_last_usage_counts() -> None:
     meter = StreamMeter(images=False, chat=True, take_out_usage=False)
     for total in (1, 5, 9):

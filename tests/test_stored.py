@@ -498,3 +498,37 @@ def test_a_conversation_that_a_response_made_is_its_accounts(
             answer = client.post("/responses", json={**BODY, "conversation": conversation})
         assert error(answer) == (400, "invalid_request", "conversation")
     assert len(upstream.requests) == 3
+
+
+RAN = {"type": "code_interpreter_call", "container_id": "cntr_1", "code": "1", "outputs": None}
+CITED = {"type": "container_file_citation", "container_id": "cntr_1", "file_id": "cfile_1"}
+WROTE = {
+    "type": "message",
+    "role": "assistant",
+    "content": [{"type": "output_text", "text": "see a.csv", "annotations": [CITED]}],
+}
+LISTED = {"type": "mcp_list_tools", "tools": [{"input_schema": {"container_id": "cntr_9"}}]}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("store", [None, False])
+def test_what_code_ran_in_can_be_sent_back(
+    gateway: Gateway, upstream: Upstream, key: str, store: bool | None, streamed: bool
+) -> None:
+    """A container is there for its account even where the response isn't stored, and for no other.
+    What a tool's server says of one makes it nobody's."""
+    response = response_object(output=[RAN, WROTE, LISTED])
+    done = ("response.completed", {"type": "response.completed", "response": response})
+    upstream.script = stream([event(done[1], done[0])]) if streamed else json_answer(response)
+    with gateway.client(key) as client, gateway.client(gateway.new_key("other")) as other:
+        more = {} if store is None else {"store": store}
+        first = client.post("/responses", json={**BODY, **more, "stream": streamed})
+        assert first.status_code == 200
+        again = {**BODY, "input": [RAN, WROTE, {"role": "user", "content": "go on"}]}
+        for body in (again, {**BODY, "tools": [{"type": "shell", "container": "cntr_1"}]}):
+            assert client.post("/responses", json=body).status_code == 200
+            seen = len(upstream.requests)
+            assert other.post("/responses", json=body).status_code == 400
+        answer = client.post("/responses", json={**BODY, "input": [LISTED]})
+        assert error(answer) == (400, "invalid_request", "container_id")
+        assert len(upstream.requests) == seen
