@@ -179,7 +179,10 @@ CREATE TABLE usage_by_day (
 
 CREATE INDEX usage_of_an_account ON usage_by_day (account_id, month);
 
-INSERT INTO usage_by_day
+INSERT INTO usage_by_day (
+        account_id, month, day, model, requested_model, key_id, requests, estimated, unreported,
+        input_tokens, cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
+        image_input_tokens, image_output_tokens, web_searches, cost_units, cost_nanos)
     SELECT account_id, strftime('%Y-%m', started_at / 1000, 'unixepoch'), started_at / 86400000,
            ifnull(model, requested_model), requested_model, key_id, count(*),
            sum(usage_source = 'estimated'), sum(usage_source = 'none'), sum(input_tokens),

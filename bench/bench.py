@@ -348,7 +348,7 @@ def fill(database: Path, rows: int, accounts: int = 10_000) -> None:
     counted = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
     pause = 365 * 86_400_000 // rows
     schema = (ROOT / "schema.sql").read_text()
-    sums = re.search(r"INSERT INTO usage_by_day\s+SELECT[^;]*;", schema)
+    sums = re.search(r"INSERT INTO usage_by_day[^;]*SELECT[^;]*;", schema)
     assert sums is not None
     with contextlib.closing(sqlite3.connect(database)) as ledger:
         (trigger,) = ledger.execute(
