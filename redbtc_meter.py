@@ -18,7 +18,6 @@ says is then read from its JSON, at the place where it belongs, so that text can
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -282,8 +281,7 @@ class Report:
         self.status: str | None = None  # of the Response object
         self.usage: Usage | None = None
         self.parts: list[Part] = []  # of the usage, by model
-        self.made: set[str] = set()  # ids of what the upstream may have stored
-        self.containers: set[str] = set()  # those of them that exist without `store` as well
+        self.made: dict[str, bool] = {}  # ids in order, and whether they exist without `store`
         self.failed = False  # it says itself that it failed
         self.text_bytes = 0  # of output that has passed, for an estimate
 
@@ -315,18 +313,18 @@ class Report:
             self.usage, self.parts = used, parts
 
     def _name(self, answer: Answer, said: Answer) -> None:
-        ids, items = [said.id], []
+        named, items = [(said.id, False)], []
         if isinstance(said.conversation, dict):
-            ids.append(said.conversation.get("id"))
+            named.append((said.conversation.get("id"), False))
         with contextlib.suppress(*NOT_JSON):
             if answer.item:
                 items.append(ITEM.decode(answer.item))
             if said.output:
                 items += OUTPUT.decode(said.output)
-        ids += [item.id for item in items]
-        containers = itertools.chain.from_iterable(item.containers() for item in items)
-        self.containers.update(filter(None, map(name_in, containers)))
-        self.made.update(self.containers, filter(None, map(name_in, ids)))
+        for item in items:
+            named.append((item.id, False))
+            named += [(each, True) for each in item.containers()]
+        self.made.update((each, always) for each, always in named if name_in(each))
 
 
 def name_in(value: Any) -> str | None:

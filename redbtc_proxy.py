@@ -617,8 +617,9 @@ class Metered(Exchange):
         report = self.meter.report
         if len(report.made) == self._named or not self.endpoint.stores:
             return
+        fresh = list(report.made.items())[self._named :]
         self._named = len(report.made)
-        made = report.containers if self._facts.store is False else report.made
+        made = [each for each, always in fresh if always or self._facts.store is not False]
         self.gateway.objects.own(made, self._row.account_id, self._row.upstream)
         if self._facts.background and report.response_id and not self._kept:
             self._fill(report)

@@ -283,7 +283,7 @@ def test_what_an_answer_made_is_named() -> None:
     """The response, the items of its output, and a conversation."""
     items = [{"id": "msg_1"}, {"id": "fc_2"}, {"type": "compaction"}]
     answer = response_object(output=items, conversation={"id": "conv_1"})
-    assert metered(answer).made == {"resp_1", "msg_1", "fc_2", "conv_1"}
+    assert set(metered(answer).made) == {"resp_1", "msg_1", "fc_2", "conv_1"}
     meter = StreamMeter(images=False, chat=False, take_out_usage=False)
     events = [
         {"type": "response.created", "response": response_object(output=[])},
@@ -291,7 +291,7 @@ def test_what_an_answer_made_is_named() -> None:
         {"type": "response.output_item.added", "item": {"id": "msg_9", "content": []}},
     ]
     meter.feed(b"".join(framed(each, "\n", 0) for each in events))
-    assert meter.report.made == {"resp_1", "msg_9"}
+    assert list(meter.report.made) == ["resp_1", "msg_9"]
     assert meter.report.status == "completed"
 
 
@@ -309,17 +309,16 @@ def test_containers_of_an_answer_are_named_where_the_upstream_names_them() -> No
         {"id": "mcpl_1", "tools": [{"input_schema": schema, "annotations": [CITATION]}]},
         {"id": "sh_2", "environment": "local", "content": "text", "container_id": ["no"]},
     ]
-    containers = {"cntr_1", "cntr_2", "cntr_3", "cfile_4"}
-    report = metered(response_object(output=items))
-    assert report.containers == containers
-    assert report.made == containers | {"resp_1", "ci_1", "sh_1", "msg_1", "mcpl_1", "sh_2"}
+    stored = dict.fromkeys(["resp_1", "ci_1", "sh_1", "msg_1", "mcpl_1", "sh_2"], False)
+    made = stored | dict.fromkeys(["cntr_1", "cntr_2", "cntr_3", "cfile_4"], True)
+    assert metered(response_object(output=items)).made == made
     meter = StreamMeter(images=False, chat=False, take_out_usage=False)
     begun = response_object(output=[], status="in_progress", usage=None)
     dull = [{"type": "response.output_text.delta", "delta": "x"}] * 4
     done = [{"type": "response.output_item.done", "item": each} for each in items]
     for each in [{"type": "response.created", "response": begun}, *dull, *done]:
         meter.feed(framed(each, "\n", 0))
-    assert meter.report.containers == containers
+    assert meter.report.made == made
 
 
 def test_the_last_usage_counts() -> None:
