@@ -7,9 +7,11 @@ usage chunk that the gateway asked for and takes out) is held until the event is
 passes.
 
 Rule 2. Memory is bounded. An event or answer is kept whole for parsing up to KEEP bytes. Beyond
-that it is reduced to its skeleton: long strings lose their text, arrays their elements. What
-matters (usage, id, model, tier) stands in short values outside arrays, in every shape of
-OpenAI's, so parsing the skeleton gives the same result as parsing the whole.
+that it is reduced to its skeleton: long strings lose their text, and where that is not enough,
+arrays their elements. What matters (usage, id, model, tier) stands in short values outside arrays,
+in every shape of OpenAI's, so parsing the skeleton gives the same result as parsing the whole. Only
+the ids of what was made (a picture, a message) stand in an array: they are known while all that is
+beside the long strings is no more than KEEP.
 
 Rule 3. Only a parser decides. A search for a few marks tells whether an event can matter; what it
 says is then read from its JSON, at the place where it belongs, so that text cannot forge it.
@@ -39,15 +41,18 @@ STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
 
 
 class Skeleton:
-    """JSON text in bounded memory: whole while it is small, without long strings and without what
-    is in arrays when it is large. `text` parses to the same values outside of those."""
+    """JSON text in bounded memory: whole while it is small, without long strings when it is large,
+    and without what is in arrays when it is large even so. `text` parses to the same values outside
+    of those."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = KEEP) -> None:
         self.text = bytearray()
         self.reduced = False
+        self._keep = keep
         self._raw = 0  # from here on `text` is as it came
-        self._bound = KEEP
-        self._depth = 0  # of arrays open at _raw
+        self._bound = keep
+        self._drops_arrays = False
+        self._depth = 0  # of arrays open at _raw, where those are dropped
         self._in_string = False  # what comes next belongs to a string that was dropped
         self._escaped = False  # and its first byte is escaped
 
@@ -75,12 +80,21 @@ class Skeleton:
 
     def _reduce(self) -> None:
         self.reduced = True
+        self._shorten()
+        if len(self.text) > self._keep and not self._drops_arrays:
+            self._drops_arrays, self._raw = True, 0
+            self._shorten()
+
+    def _shorten(self) -> None:
+        """Bring the raw text to its reduced form."""
         raw = bytes(self.text[self._raw :])
         kept: list[bytes] = []
         position = 0  # up to here `raw` is kept or dropped
         open_string = b""
         for token in STRUCTURE.finditer(raw):
             start, end = token.span()
+            if raw[start] in b"[]" and not self._drops_arrays:
+                continue
             if raw[start] == 0x5B:  # [
                 kept += [] if self._depth else [raw[position:end]]
                 position = end
@@ -100,16 +114,16 @@ class Skeleton:
                 kept += [raw[position:start], b'""']
                 position = end
         kept += [] if self._depth else [raw[position:]]
-        self._keep(b"".join(kept), open_string)
+        self._replace(b"".join(kept), open_string)
 
-    def _keep(self, stable: bytes, open_string: bytes) -> None:
+    def _replace(self, stable: bytes, open_string: bytes) -> None:
         self.text[self._raw :] = stable
         self._raw = len(self.text)
         self.text += open_string
         if len(self.text) > MOST_SKELETON:
             self.text = bytearray(b"?")  # no JSON: whoever parses it learns that nothing is known
             self._raw = 1
-        self._bound = max(KEEP, 2 * len(self.text))
+        self._bound = max(self._keep, 2 * len(self.text))
 
 
 class Answer(Struct):
