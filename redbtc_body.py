@@ -19,7 +19,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -36,11 +36,13 @@ Buffer = bytes | bytearray
 
 # ── Media types ──────────────────────────────────────────────────────────────────────────────────
 
-JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
-FORM_TYPE = re.compile(
-    rb"multipart/form-data\s*;(?:.*;)?\s*boundary=(?:\"([^\"]{1,70})\"|([^\s;\"]{1,70})).*",
-    re.IGNORECASE | re.DOTALL,
-)
+# RFC 9110 §8.3.1, and no more: what one reader could understand in another way than the next one is
+# refused, here and in the heads of a form's parts.
+SET = rb';\s*+([\w-]++|filename\*)=("[^"]*+"|[^\s;"]*+)'
+PARAMETRIZED = re.compile(rb"\s*+([\w/+.-]++)((?:\s*+" + SET + rb")*+)\s*+;?\s*+", re.IGNORECASE)
+PARAMETER = re.compile(SET, re.IGNORECASE)
+JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json")
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 MOST_RATIO = 100  # of decoded to compressed bytes; Envoy's rule for what a request may cost
 LEAST_BOUND = 1 << 20
 MOST_FRAMES = 100  # that one body may be compressed in
@@ -65,13 +67,26 @@ def media_of(headers: Headers, forms: bool) -> Media:
         message = "Content-Encoding must be gzip or zstd, or the body plain."
         raise Refusal("unsupported_media_type", message)
     content_type = header(headers, b"content-type")
-    if content_type is None or JSON_TYPE.fullmatch(content_type):
-        return Media(encoding, None)
-    form = FORM_TYPE.fullmatch(content_type) if forms else None
-    if form is None:
-        allowed = "application/json or multipart/form-data" if forms else "application/json"
-        raise Refusal("unsupported_media_type", f"Content-Type must be {allowed}.")
-    return Media(encoding, form[1] or form[2])
+    kind, parameters = parametrized(content_type or b"application/json") or (b"", {})
+    if parameters.get(b"charset", b"utf-8").lower() in CHARSETS:
+        if JSON_TYPE.fullmatch(kind):
+            return Media(encoding, None)
+        boundary = parameters.get(b"boundary", b"")
+        if forms and kind == b"multipart/form-data" and 0 < len(boundary) <= 70:
+            return Media(encoding, boundary)
+    allowed = "application/json or multipart/form-data" if forms else "application/json"
+    raise Refusal("unsupported_media_type", f"Content-Type must be {allowed}, in UTF-8.")
+
+
+def parametrized(text: bytes) -> tuple[bytes, dict[bytes, bytes]] | None:
+    """A header's value and its parameters, their names in lower case; None where it can't be read,
+    or in more than one way."""
+    match = PARAMETRIZED.fullmatch(text)
+    if match is None or b'\\"' in text:
+        return None
+    found = [(name.lower(), value.strip(b'"')) for name, value in PARAMETER.findall(match[2])]
+    parameters = dict(found)
+    return (match[1].lower(), parameters) if len(parameters) == len(found) else None
 
 
 def decompressed(body: Buffer, encoding: str, most: int) -> bytes:
@@ -104,9 +119,9 @@ def decompressed(body: Buffer, encoding: str, most: int) -> bytes:
 
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
-FIELD_NAME = re.compile(rb";\s*name=(?:\"([^\"]*)\"|([^\s;]+))", re.IGNORECASE)
-FILE_NAME = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
 SINGLE_FIELDS = (b"model", b"stream", b"n")
+HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
+UNENCODED = (b"binary", b"8bit", b"7bit")
 MOST_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
 
 
@@ -118,18 +133,18 @@ class Form:
         self.names: set[bytes] = set()
         self.fields: dict[bytes, bytes] = {}
         self._tokens = 0
-        self._delimiter = b"\r\n--" + boundary
+        self._delimiter = b"--" + boundary
         self._part = -1  # where the one begins that is not yet whole
         self._searched = 0
 
     def grow(self, body: Buffer) -> None:
         """`body` is what has come so far. Raises Refusal for a form that could be read in more than
         one way."""
-        if self._part < 0 and body.startswith(self._delimiter[2:]):
-            self._part = self._searched = len(self._delimiter) - 2
         while (end := body.find(self._delimiter, self._searched)) >= 0:
+            if end and body[end - 2 : end] != b"\r\n":
+                raise Refusal("invalid_request", "The form's boundary stands within a line.")
             if self._part >= 0:
-                self._take(body, end)
+                self._take(body, end - 2)
             self._part = self._searched = end + len(self._delimiter)
         self._searched = max(self._searched, len(body) - len(self._delimiter) + 1)
 
@@ -138,27 +153,25 @@ class Form:
         start = self._part
         self._tokens += min(end - start, MOST_PICTURE_TOKENS)
         head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_PART_HEAD))
-        head = bytes(body[start : max(start, head_end)])
-        match = FIELD_NAME.search(head)
-        if match is None:
-            raise Refusal("invalid_request", "A part of the form has no name that can be read.")
-        name = match[1] or match[2] or b""
+        parameters = parameters_of_part(bytes(body[start : max(start, head_end)]))
+        name, size = parameters[b"name"], end - head_end - 4
         self.names.add(name)
-        if FILE_NAME.search(head):
-            return
-        if name in SINGLE_FIELDS and name in self.fields:
-            message = f"'{name.decode()}' stands twice in the form."
+        short = size <= MAX_FIELD and not {b"filename", b"filename*"} & parameters.keys()
+        if name in SINGLE_FIELDS and (name in self.fields or not short):
+            message = f"'{name.decode()}' must stand in the form once, as a short text."
             raise Refusal("invalid_request", message, param=name.decode())
-        if end - head_end - 4 <= MAX_FIELD:
+        if short:
             self.fields[name] = bytes(body[head_end + 4 : end])
 
     def most_tokens(self, body: Buffer) -> int:
         """What its parts can come to."""
         return self._tokens + min(len(body) - max(self._part, 0), MOST_PICTURE_TOKENS)
 
-    def facts(self) -> Facts:
+    def facts(self, body: Buffer) -> Facts:
         """`model` and `stream` wherever they stand in the form: openai-node sends files before
-        them."""
+        them. Raises Refusal where the form has no end."""
+        if self._part < 0 or body[self._part : self._part + 2] != b"--":
+            raise Refusal("invalid_request", "The form has no end.")
         stream = self.fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
         model, number = self.fields.get(b"model"), self.fields.get(b"n", b"").strip()
         return Facts(
@@ -166,6 +179,95 @@ class Form:
             stream=stream,
             n=int(number) if re.fullmatch(rb"[0-9]{1,3}", number) else None,
         )
+
+
+def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
+    """Those of its Content-Disposition, `name` among them. Raises Refusal where they can't be read,
+    or not in one way only."""
+    padding, *lines = head.split(b"\r\n")
+    matches = [HEAD_LINE.fullmatch(line) for line in lines]
+    fields = {match[1].lower(): match[2] for match in matches if match}
+    found = parametrized(fields.get(b"content-disposition", b""))
+    encoding = fields.get(b"content-transfer-encoding", b"binary").strip().lower()
+    once = not padding.strip(b" \t") and len(fields) == len(lines) and encoding in UNENCODED
+    if not once or not found or found[0] != b"form-data" or b"name" not in found[1]:
+        raise Refusal("invalid_request", "A part of the form has no head that can be read.")
+    return found[1]
+
+
+# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────
+# Read with as little building as can be: a member that isn't needed is stepped over.
+
+Members = dict[str, msgspec.Raw]
+MEMBERS = msgspec.json.Decoder(Members)
+NOTHING = msgspec.Raw()
+NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+STRING = re.compile(TEXT, re.DOTALL)
+MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
+OBJECT_END = re.compile(rb"\s*+\}")
+MOST_MEMBERS = 1000
+
+
+def read_json(body: Buffer, decoder: msgspec.json.Decoder[Any]) -> Any:
+    """Raises Refusal for a body that can't be read."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        place = str(error).partition("`$.")[2].rstrip("`")
+        message = str(error).partition(" - at")[0]
+        raise Refusal("invalid_request", message, param=place or None) from None
+    except NOT_JSON:
+        raise Refusal("invalid_json") from None
+
+
+def string_in(text: Buffer | msgspec.Raw) -> str:
+    """The value of a JSON string."""
+    try:
+        return msgspec.json.decode(text, type=str)
+    except NOT_JSON:
+        return ""
+
+
+def is_text(raw: msgspec.Raw) -> bool:
+    """Whether it is a string with something in it."""
+    return len(raw) > 2 and bytes(memoryview(raw)[:1]) == b'"'
+
+
+def is_list(raw: msgspec.Raw) -> bool:
+    return bytes(memoryview(raw)[:1]) == b"["
+
+
+def listed(text: msgspec.Raw, decoder: msgspec.json.Decoder[list[Any]]) -> list[Any]:
+    """What is in a list; nothing where it is none."""
+    return decoder.decode(text) if is_list(text) else []
+
+
+def read_members(text: Buffer) -> Members:
+    """The members of a body that is a JSON object, by name, none of them built. Raises Refusal for
+    what can't be read, or could be read in more than one way."""
+    members: Members = read_json(text, MEMBERS)
+    # '{"name":value,…}' has no room for anything more; written wider it takes a closer look
+    shortest = 1 + 4 * len(members) + sum(map(len, members)) + sum(map(len, members.values()))
+    if len(text) != shortest:
+        _check_once(text, members)
+    return members
+
+
+def _check_once(text: Buffer, members: Members) -> None:
+    """Raise Refusal where a member stands twice: the next reader may believe the other one."""
+    if len(members) > MOST_MEMBERS:
+        raise Refusal("invalid_request", f"The body has more than {MOST_MEMBERS} members.")
+    seen: set[str] = set()
+    at = text.index(b"{") + 1
+    while match := MEMBER_NAME.match(text, at):
+        name = string_in(match[1])
+        if name in seen or not text.startswith(memoryview(members[name]), match.end()):
+            break
+        seen.add(name)
+        at = match.end() + len(members[name])
+    if len(seen) < len(members) or not OBJECT_END.match(text, at):
+        raise Refusal("invalid_request", "A member of the body stands there twice.")
 
 
 # ── Facts ────────────────────────────────────────────────────────────────────────────────────────
@@ -190,8 +292,7 @@ class Facts(Struct):
     max_output_tokens: int | None = None
     n: int | None = None
     service_tier: str | None = None
-    input: msgspec.Raw = msgspec.Raw()
-    tools: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = NOTHING
 
     def most_output_tokens(self) -> int:
         """What the client allows an answer to have; 0 where it says nothing."""
@@ -221,6 +322,9 @@ class FrameFacts(Facts):
     response_id: str | None = None
 
 
+AnyFacts = TypeVar("AnyFacts", bound=Facts)
+
+
 class Tool(Struct):
     """One of the tools that a request offers."""
 
@@ -231,68 +335,49 @@ class Tool(Struct):
 class Part(Struct):
     """A part of a message, or of a tool's output: `image_url` where it is a picture."""
 
-    image_url: msgspec.Raw = msgspec.Raw()
+    image_url: msgspec.Raw = NOTHING
 
 
-class Item(Struct):
-    """A message, or another item of the input; its text is not copied."""
-
-    type: msgspec.Raw = msgspec.Raw()
-    id: msgspec.Raw = msgspec.Raw()
-    role: msgspec.Raw = msgspec.Raw()
-    encrypted_content: msgspec.Raw = msgspec.Raw()
-    result: msgspec.Raw = msgspec.Raw()
-    content: msgspec.Raw = msgspec.Raw()
-    output: msgspec.Raw = msgspec.Raw()
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether the upstream would look it up by its id: one that is nothing but an id (its type
-        may be left out), and one without the content that makes it whole."""
-        content = {
-            "": self.role,
-            "item_reference": msgspec.Raw(),
-            "reasoning": self.encrypted_content,
-            "compaction": self.encrypted_content,
-            "image_generation_call": self.result,
-        }
-        whole = content.get(string_in(self.type))
-        return is_text(self.id) and whole is not None and not is_text(whole)
+Item = Members  # a message, or another item of the input
+MAKES_WHOLE = {
+    "": "role",
+    "reasoning": "encrypted_content",
+    "compaction": "encrypted_content",
+    "image_generation_call": "result",
+}
 
 
-class Messages(Struct):
-    """Of a chat."""
-
-    messages: list[Item] = []
-
-
-def is_text(raw: msgspec.Raw) -> bool:
-    """Whether it is a string with something in it."""
-    return len(raw) > 2 and bytes(memoryview(raw)[:1]) == b'"'
-
-
-def listed(text: msgspec.Raw, decoder: msgspec.json.Decoder[list[Any]]) -> list[Any]:
-    """What is in a list; nothing where it is none."""
-    return decoder.decode(text) if bytes(memoryview(text)[:1]) == b"[" else []
+def is_reference(item: Item) -> bool:
+    """Whether the upstream would look it up by its id: what is nothing but an id (its type may be
+    left out), and what lacks the content that makes it whole."""
+    if "id" not in item or not is_text(item["id"]):
+        return False
+    kind = string_in(item.get("type", NOTHING))
+    if kind == "item_reference" or item.keys() <= {"id", "type", "status"}:
+        return True
+    return kind in MAKES_WHOLE and not is_text(item.get(MAKES_WHOLE[kind], NOTHING))
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
-NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
 ITEMS, PARTS = msgspec.json.Decoder(list[Item]), msgspec.json.Decoder(list[Part])
-TOOLS, MESSAGES = msgspec.json.Decoder(list[Tool]), msgspec.json.Decoder(Messages)
+TOOLS = msgspec.json.Decoder(list[Tool])
+LISTS = {"input", "messages", "tools"}
+FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
+KNOWN = FACT_NAMES | LISTS
 
 
-def read_json(body: Buffer, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """Raises Refusal for a body that can't be read."""
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        place = str(error).partition("`$.")[2].rstrip("`")
-        message = str(error).partition(" - at")[0]
-        raise Refusal("invalid_request", message, param=place or None) from None
-    except NOT_JSON:
-        raise Refusal("invalid_json") from None
+def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFacts:
+    """Raises Refusal where one of them is not what it has to be, or written in other letters, which
+    the next reader may take for it."""
+    for name in members.keys() - KNOWN:
+        if name.lower() in KNOWN:
+            message = f"'{name}' is written '{name.lower()}'."
+            raise Refusal("invalid_request", message, param=name)
+    known = [b'"%b":%b' % (name.encode(), members[name]) for name in FACT_NAMES & members.keys()]
+    facts: AnyFacts = read_json(b"{%b}" % b",".join(known), decoder)
+    facts.tools = members.get("tools", NOTHING)
+    return facts
 
 
 class Content:
@@ -303,7 +388,8 @@ class Content:
         self.sent = sent
         self.text = text
         self._form = form
-        self.facts: Facts = form.facts() if form else read_json(text, FACTS)
+        self._members = {} if form else read_members(text)
+        self.facts: Facts = form.facts(text) if form else facts_in(self._members, FACTS)
         self._check_model(model_needed)
 
     @classmethod
@@ -320,8 +406,8 @@ class Content:
     @functools.cached_property
     def _items(self) -> list[Item]:
         """Of the input; raises Refusal where they can't be read."""
-        listed = bytes(memoryview(self.facts.input)[:1]) == b"["
-        return read_json(self.facts.input, ITEMS) if listed else []
+        given = self._members.get("input", NOTHING)
+        return read_json(given, ITEMS) if is_list(given) else []
 
     def most_input_tokens(self) -> int:
         """What its content can come to: no token is shorter than a byte, but a picture's have
@@ -331,11 +417,11 @@ class Content:
             return self._form.most_tokens(self.text)
         pictures: list[int] = []
         with contextlib.suppress(*NOT_JSON, Refusal):
-            items = MESSAGES.decode(self.text).messages + self._items
+            items = listed(self._members.get("messages", NOTHING), ITEMS) + self._items
             pictures = [
                 len(part.image_url)
                 for item in items
-                for parts in (item.content, item.output)
+                for parts in (item.get("content", NOTHING), item.get("output", NOTHING))
                 for part in listed(parts, PARTS)
                 if part.image_url
             ]
@@ -358,7 +444,8 @@ class Frame(Content):
     def __init__(self, text: bytes) -> None:
         self.sent = self.text = text
         self._form = None
-        self.facts = read_json(text, FRAME_FACTS)
+        self._members = read_members(text)
+        self.facts = facts_in(self._members, FRAME_FACTS)
         self._check_model(self.facts.type == "response.create")
 
 
@@ -368,15 +455,15 @@ WORDS = (
     rb"previous_response_id|comparison_response_id|conversation|file_ids?|vector_store_ids?|"
     rb"container(?:_id)?|skill_id|prompt|audio|voice"
 )
-NAMES = re.compile(rb"(?:file_ids?|vector_store_ids?|container_id|[a-z]+_response_id|conversation)")
+NAMES = re.compile(
+    rb"(?:file_ids?|vector_store_ids?|container_id|[a-z]+_response_id|conversation)", re.IGNORECASE
+)
 MEMBER = re.compile(  # what can't begin one is passed over first: most of the time goes there
     rb'"(?=[acfipsv])(?:(' + WORDS + rb')"\s*:\s*(?=["\[{])|item_reference")', re.IGNORECASE
 )
 HIDDEN = re.compile(rb"(?:" + WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE)
-TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-STRING = re.compile(TEXT, re.DOTALL)
 BRACKETS = re.compile(rb"[\[{]|[\]}]|" + TEXT, re.DOTALL)
-ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL)
+ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECASE)
 # Letters, and what lies between: nobody need escape these. (One character before the look ahead:
 # that is searched for much faster than four.)
 ESCAPED = re.compile(rb"\\(?=u00[4-7])")
@@ -396,9 +483,9 @@ def references_in(text: Buffer, items: list[Item]) -> Iterator[Reference]:
     """Of JSON: by every member, at any depth, whose name says so, and the items of the input that
     are given by their id alone."""
     refuse_hidden(text)
-    by_id = [item for item in items if item.is_reference]
-    yield from (Reference("item_reference", string_in(item.id)) for item in by_id)
-    named = sum(string_in(item.type) == "item_reference" for item in by_id)
+    by_id = [item for item in items if is_reference(item)]
+    yield from (Reference("item_reference", string_in(item["id"])) for item in by_id)
+    named = sum(string_in(item.get("type", NOTHING)) == "item_reference" for item in by_id)
     covered = 0  # up to here objects have been looked through
     for match in MEMBER.finditer(text):
         start, kind = match.end(), text[match.end() : match.end() + 1]
@@ -427,14 +514,6 @@ def refuse_hidden(text: Buffer) -> None:
             name = string_in(match[0])
             if HIDDEN.fullmatch(name.encode("utf-8", "replace")):
                 raise Refusal("invalid_request", f"'{name}' is written with escapes.", param=name)
-
-
-def string_in(text: Buffer | msgspec.Raw) -> str:
-    """The value of a JSON string."""
-    try:
-        return msgspec.json.decode(text, type=str)
-    except NOT_JSON:
-        return ""
 
 
 def end_of(text: Buffer, start: int) -> int:

@@ -143,6 +143,14 @@ HEAD_SECONDS = 30
 LINGER_SECONDS = 1
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.6.2
 BAD_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 §5.5
+ONCE = (  # two of one could be read in two ways
+    b"host",
+    b"content-length",
+    b"transfer-encoding",
+    b"content-type",
+    b"content-encoding",
+    b"authorization",
+)
 WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # RFC 6455 §4.2.1
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 
@@ -292,7 +300,7 @@ def check_head(scope: Scope) -> None:
         raise Refusal("headers_too_large", f"Headers of more than {MAX_HEAD_BYTES} bytes.")
     if (headers and not TOKEN.fullmatch(b"".join(names))) or BAD_IN_VALUE.search(values):
         raise Refusal("invalid_http", "A header contains characters that it must not.")
-    for name in (b"host", b"content-length", b"transfer-encoding"):
+    for name in ONCE:
         if names.count(name) > 1:
             raise Refusal("invalid_http", f"There is more than one {name.decode()} header.")
     host = header(headers, b"host")

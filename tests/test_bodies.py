@@ -29,7 +29,7 @@ from upstream import (
     response_object,
 )
 
-from redbtc_body import Form, decompressed
+from redbtc_body import Form, decompressed, read_members
 from redbtc_refusals import Refusal
 
 if sys.version_info >= (3, 14):
@@ -211,17 +211,170 @@ def test_a_form_reads_the_same_however_it_arrives(data: st.DataObject) -> None:
     assert form.fields == once.fields == {name.split('"')[1].encode(): v for name, v in parts[:-1]}
     assert form.names == once.names
     assert form.most_tokens(body) == once.most_tokens(whole)
-    assert form.facts().model == "gpt"
+    assert form.facts(body).model == "gpt"
 
 
-def test_a_form_that_says_two_things_is_refused(
-    gateway: Gateway, upstream: Upstream, key: str
+FORM = {"content-type": "multipart/form-data; boundary=xyz"}
+FIELD = b"--xyz\r\nContent-Disposition: form-data; %b\r\n\r\na\r\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        FIELD % b'name="model"' * 2 + b"--xyz--",
+        FIELD % b'name="model"; filename="x"' + b"--xyz--",
+        FIELD % b'name="model"' + b"--xyz--\r\n" + FIELD % b'name="mask[file_id]"' + b"--xyz--",
+        FIELD % b'foo="; name=x"; name="image[file_id]"' + b"--xyz--",
+        FIELD % b'name="a"; name="image[file_id]"' + b"--xyz--",
+        FIELD % b'name="a\\"; x="; name="image[file_id]"' + b"--xyz--",
+        FIELD % b"name=\"a\"; name*=utf-8''file_id" + b"--xyz--",
+        FIELD % b'name="a"\r\n ; name="file_id"' + b"--xyz--",
+        FIELD % b'name="a"\r\nContent-Disposition: form-data; name="file_id"' + b"--xyz--",
+        FIELD % b'name="a"\nContent-Disposition: form-data; name="file_id"' + b"--xyz--",
+        FIELD % b'name="model"\r\nContent-Transfer-Encoding: quoted-printable' + b"--xyz--",
+        FIELD % b"" + b"--xyz--",
+        FIELD.replace(b"\r\n", b"\n") % b'name="file_id"' + b"--xyz--",
+        b"--xyz \n" + FIELD[5:] % b'name="file_id"' + b"--xyz--",
+        b"--xyzz" + FIELD[5:] % b'name="file_id"' + b"--xyz--",
+        FIELD % b'name="a"' + b"text\n--xyz\nname: file_id\n\n--xyz--",
+        FIELD % b'name="a"' + b"\r\n--xyz",
+        FIELD % b'name="a"',
+        b"",
+        b"no form",
+        FIELD % b'name="model"' + b"\r\n" + b"m" * 5000 + b"\r\n--xyz--",
+    ],
+)
+def test_a_form_that_could_be_read_in_two_ways_is_refused(
+    gateway: Gateway, upstream: Upstream, key: str, body: bytes
 ) -> None:
-    body = b"".join(multipart([('name="model"', b"a"), ('name="model"', b"b")]))
     with gateway.client(key) as client:
-        headers = {"content-type": "multipart/form-data; boundary=xyz"}
-        answer = client.post("/images/edits", content=body, headers=headers)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+        answer = client.post("/images/edits", content=body, headers=FORM)
+    assert (answer.status_code, code(answer)) == (400, "invalid_request"), body
+    assert not upstream.requests
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        FIELD % b"name=model; filename*=utf-8''x" + b"--xyz--",
+        FIELD % b'name="a"; filename="; name=file_id \\x"' + b"--xyz--\r\nthe end",
+        b"\r\n" + FIELD % b'filename=x;name="a" ; ' + b"--xyz--",
+        FIELD % b'name="a"\r\nContent-Type: text/plain\r\nX-Y:' + b"--xyz--\r\n",
+        FIELD.replace(b"xyz", b"xyz \t") % b"name=a" + b"--xyz--",
+    ],
+)
+def test_a_form_with_one_meaning_passes(
+    gateway: Gateway, upstream: Upstream, key: str, body: bytes
+) -> None:
+    body = body.replace(b"name=model", b"name=a")
+    with gateway.client(key) as client:
+        upstream.script = images_json()
+        answer = client.post("/images/edits", content=body, headers=FORM)
+    assert answer.status_code == 200, answer.text
+    assert upstream.requests[-1].body == body
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json; charset=UTF-8", 200),
+        ('Application/JSON ;charset="utf-8";x=y', 200),
+        ("application/vnd.api+json", 200),
+        ("application/json; charset=utf-7", 415),
+        ("application/json; charset=utf-8; charset=utf-16", 415),
+        ("multipart/form-data; boundary=a; boundary=xyz", 415),
+        ("multipart/form-data; boundary*=utf-8''xyz; boundary=xyz", 415),
+        ('multipart/form-data; x="; boundary=xyz', 415),
+        ("multipart/form-data", 415),
+        ("text/plain", 415),
+        ("application/json," + " " * 50_000 + "x", 415),
+    ],
+)
+def test_content_types(
+    gateway: Gateway, upstream: Upstream, key: str, content_type: str, status: int
+) -> None:
+    upstream.script = images_json()
+    with gateway.client(key) as client:
+        headers = {"content-type": content_type}
+        answer = client.post("/images/edits", content=b'{"prompt":"x"}', headers=headers)
+    assert answer.status_code == status
+    assert len(upstream.requests) == (status == 200)
+
+
+@pytest.mark.parametrize("name", ["content-type", "content-encoding", "authorization"])
+def test_headers_that_decide_stand_once(
+    gateway: Gateway, upstream: Upstream, key: str, name: str
+) -> None:
+    body = json.dumps(BODY).encode()
+    usual = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    lines = [*usual.items(), (name, usual.get(name, "identity")), ("content-encoding", "identity")]
+    with gateway.client(key) as client:
+        del client.headers["authorization"]
+        answer = client.post("/responses", content=body, headers=lines)
+    assert (answer.status_code, code(answer)) == (400, "invalid_http")
+    assert not upstream.requests
+
+
+# Members
+
+
+NAMES = st.text(max_size=3) | st.sampled_from(["model", "input", "x"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+SPACES = st.text(" \n\r\t", max_size=3)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.data(), st.booleans(), st.booleans())
+def test_a_member_stands_in_a_body_once(data: st.DataObject, wide: bool, ascii_only: bool) -> None:
+    """However it is written; and what stands there twice is found, wherever."""
+    members = data.draw(st.dictionaries(NAMES, VALUES, max_size=6))
+    space = SPACES if wide else st.just("")
+
+    def written(name: str, value: Any) -> str:
+        parts = [json.dumps(each, ensure_ascii=ascii_only) for each in (name, value)]
+        return data.draw(space).join(["", parts[0], ":", parts[1], ""])
+
+    def body(texts: list[str]) -> bytes:
+        text = data.draw(space) + "{" + ",".join(texts) + "}" + data.draw(space)
+        return text.encode()
+
+    texts = [written(*member) for member in members.items()]
+    assert read_members(body(texts)).keys() == members.keys()
+    if members:
+        again = data.draw(st.sampled_from(sorted(members)))
+        value = data.draw(st.just(members[again]) | VALUES)
+        texts.insert(data.draw(st.integers(0, len(texts))), written(again, value))
+        with pytest.raises(Refusal):
+            read_members(body(texts))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model":"a","model":"b","input":"x"}',
+        '{"model":"a","input":"x","model":"a"}',
+        '{"model":"b", "mod\\u0065l":"a","input":"x"}',
+        '{"model":"a","input":[{"id":"msg_1"}],"input":"x"}',
+        '{"model":"a","Model":"b","input":"x"}',
+        '{"model":"a","input":"x","INPUT":[{"id":"msg_1"}]}',
+        '{"model":"a","input":"x","stream":12,"stream":1}',
+        '{"model":"a","input":"x",' + ",".join(f'"{n}": 1' for n in range(1001)) + "}",
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_body_that_could_be_read_in_two_ways_is_refused(
+    gateway: Gateway, upstream: Upstream, key: str, text: str, packed: bool
+) -> None:
+    body, headers = text.encode(), dict(JSON)
+    if packed:
+        body, headers = gzip.compress(body), {**JSON, "content-encoding": "gzip"}
+    with gateway.client(key) as client:
+        answer = client.post("/responses", content=body, headers=headers)
+    assert (answer.status_code, code(answer)) == (400, "invalid_request"), answer.text
     assert not upstream.requests
 
 
