@@ -13,6 +13,7 @@ it knows whose they are. What isn't known to be the account's own is refused.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import re
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec import Struct
 
-from redbtc_meter import MAX_NAME
+from redbtc_meter import MAX_NAME, name_in
 from redbtc_refusals import Headers, Refusal, header
 
 if sys.version_info >= (3, 14):
@@ -43,7 +44,7 @@ PARAMETRIZED = re.compile(rb"\s*+([\w/+.-]++)((?:\s*+" + SET + rb")*+)\s*+;?\s*+
 PARAMETER = re.compile(SET, re.IGNORECASE)
 JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json")
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
-MOST_RATIO = 100  # of decoded to compressed bytes; Envoy's rule for what a request may cost
+MOST_RATIO = 32  # of decoded to compressed bytes: reading them can take three times as many
 LEAST_BOUND = 1 << 20
 MOST_FRAMES = 100  # that one body may be compressed in
 WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
@@ -121,6 +122,9 @@ MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
 SINGLE_FIELDS = (b"model", b"stream", b"n")
 HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
+FORM_NAME = re.compile(
+    rb"file_ids?|vector_store_ids?|container_id|[a-z]+_response_id|conversation", re.IGNORECASE
+)
 UNENCODED = (b"binary", b"8bit", b"7bit")
 MOST_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
 
@@ -141,9 +145,10 @@ class Form:
         """`body` is what has come so far. Raises Refusal for a form that could be read in more than
         one way."""
         while (end := body.find(self._delimiter, self._searched)) >= 0:
-            if end and body[end - 2 : end] != b"\r\n":
+            first = self._part < 0  # with nothing before it, which another reader could take in
+            if (end and body[end - 2 : end] != b"\r\n") or (first and end > 2):
                 raise Refusal("invalid_request", "The form's boundary stands within a line.")
-            if self._part >= 0:
+            if not first:
                 self._take(body, end - 2)
             self._part = self._searched = end + len(self._delimiter)
         self._searched = max(self._searched, len(body) - len(self._delimiter) + 1)
@@ -166,6 +171,14 @@ class Form:
     def most_tokens(self, body: Buffer) -> int:
         """What its parts can come to."""
         return self._tokens + min(len(body) - max(self._part, 0), MOST_PICTURE_TOKENS)
+
+    def references(self) -> Iterator[Reference]:
+        """Stored objects that it names, by the name of a part or within a short field."""
+        for name, value in self.fields.items():
+            if name != b"prompt":
+                yield from named_in(value)
+        named = (FORM_NAME.search(name) for name in self.names)
+        yield from (Reference(name[0].decode(), "") for name in named if name)
 
     def facts(self, body: Buffer) -> Facts:
         """`model` and `stream` wherever they stand in the form: openai-node sends files before
@@ -200,13 +213,14 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
 
 Members = dict[str, msgspec.Raw]
 MEMBERS = msgspec.json.Decoder(Members)
-NOTHING = msgspec.Raw()
+NOTHING, NULL = msgspec.Raw(), msgspec.Raw(b"null")
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 STRING = re.compile(TEXT, re.DOTALL)
 MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
 OBJECT_END = re.compile(rb"\s*+\}")
 MOST_MEMBERS = 1000
+SLICE = 1 << 20
 
 
 def read_json(body: Buffer, decoder: msgspec.json.Decoder[Any]) -> Any:
@@ -247,14 +261,32 @@ def read_members(text: Buffer) -> Members:
     """The members of a body that is a JSON object, by name, none of them built. Raises Refusal for
     what can't be read, or could be read in more than one way."""
     members: Members = read_json(text, MEMBERS)
-    # '{"name":value,…}' has no room for anything more; written wider it takes a closer look
-    shortest = 1 + 4 * len(members) + sum(map(len, members)) + sum(map(len, members.values()))
-    if len(text) != shortest:
-        _check_once(text, members)
+    if not text.isascii():
+        check_utf8(text)
+    if len(text) != shortest(members):
+        check_once(text, members)
     return members
 
 
-def _check_once(text: Buffer, members: Members) -> None:
+def check_utf8(text: Buffer) -> None:
+    """Raise Refusal where it isn't (RFC 8259 §8.1): msgspec doesn't look at strings that it steps
+    over, and a lenient reader would drop what it can't read from a name."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for at in range(0, len(text), SLICE):
+            decoder.decode(memoryview(text)[at : at + SLICE])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise Refusal("invalid_json") from None
+
+
+def shortest(members: Members) -> int:
+    """How long an object is that is written as '{"name":value,…}': there is no room in it for
+    anything more. Written wider it takes a closer look."""
+    return 1 + 4 * len(members) + sum(map(len, members)) + sum(map(len, members.values()))
+
+
+def check_once(text: Buffer, members: Members) -> None:
     """Raise Refusal where a member stands twice: the next reader may believe the other one."""
     if len(members) > MOST_MEMBERS:
         raise Refusal("invalid_request", f"The body has more than {MOST_MEMBERS} members.")
@@ -285,14 +317,13 @@ class Facts(Struct):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
-    background: bool | None = None
+    background: bool | str | None = None  # of pictures it is a colour
     store: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     n: int | None = None
     service_tier: str | None = None
-    tools: msgspec.Raw = NOTHING
 
     def most_output_tokens(self) -> int:
         """What the client allows an answer to have; 0 where it says nothing."""
@@ -304,22 +335,13 @@ class Facts(Struct):
         """Whether a streamed chat will report it."""
         return self.stream_options == StreamOptions(include_usage=True)
 
-    def image_model(self) -> str:
-        """That of the tool which makes pictures, where it is named."""
-        with contextlib.suppress(*NOT_JSON):
-            for tool in listed(self.tools, TOOLS):
-                if tool.type == "image_generation" and isinstance(tool.model, str):
-                    return str(tool.model)
-        return DEFAULT_IMAGE_MODEL
-
 
 class FrameFacts(Facts):
     """The same of a WebSocket's frame."""
 
     type: str | None = None
     stream_id: str | None = None
-    generate: bool | None = None
-    response_id: str | None = None
+    previous_response_id: str | None = None
 
 
 AnyFacts = TypeVar("AnyFacts", bound=Facts)
@@ -330,6 +352,8 @@ class Tool(Struct):
 
     type: Any = None
     model: Any = None
+    svg: Any = None
+    tools: msgspec.Raw = NOTHING  # a namespace's
 
 
 class Part(Struct):
@@ -339,30 +363,35 @@ class Part(Struct):
 
 
 Item = Members  # a message, or another item of the input
-MAKES_WHOLE = {
-    "": "role",
-    "reasoning": "encrypted_content",
-    "compaction": "encrypted_content",
-    "image_generation_call": "result",
-}
+ROLES = ("user", "assistant", "system", "developer")
+SEALED = ("reasoning", "compaction")  # whole with their encrypted content
+OWN_WORDS = re.compile(  # items of which the client says all that there is, whatever their id
+    r"|message|.*_output|(?:function|custom_tool|computer|apply_patch|(?:local_)?shell)_call"
+)
 
 
 def is_reference(item: Item) -> bool:
     """Whether the upstream would look it up by its id: what is nothing but an id (its type may be
     left out), and what lacks the content that makes it whole."""
-    if "id" not in item or not is_text(item["id"]):
-        return False
     kind = string_in(item.get("type", NOTHING))
     if kind == "item_reference" or item.keys() <= {"id", "type", "status"}:
         return True
-    return kind in MAKES_WHOLE and not is_text(item.get(MAKES_WHOLE[kind], NOTHING))
+    if kind == "":
+        content = item.get("content", NULL)
+        return string_in(item.get("role", NOTHING)) not in ROLES or content == NULL
+    if kind == "image_generation_call":
+        failed = string_in(item.get("status", NOTHING)) == "failed"
+        return not failed and not is_text(item.get("result", NOTHING))
+    return kind in SEALED and not is_text(item.get("encrypted_content", NOTHING))
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
 ITEMS, PARTS = msgspec.json.Decoder(list[Item]), msgspec.json.Decoder(list[Part])
-TOOLS = msgspec.json.Decoder(list[Tool])
+ANYTHING = msgspec.json.Decoder()
+TOOLS, RAWS = msgspec.json.Decoder(list[Tool]), msgspec.json.Decoder(list[msgspec.Raw])
 LISTS = {"input", "messages", "tools"}
+STEER_MEMBERS = {"type", "previous_response_id", "input"}  # and no others, says OpenAI's reference
 FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
 KNOWN = FACT_NAMES | LISTS
 
@@ -371,12 +400,11 @@ def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFa
     """Raises Refusal where one of them is not what it has to be, or written in other letters, which
     the next reader may take for it."""
     for name in members.keys() - KNOWN:
-        if name.lower() in KNOWN:
-            message = f"'{name}' is written '{name.lower()}'."
+        if name.casefold() in KNOWN:
+            message = f"'{name}' is written '{name.casefold()}'."
             raise Refusal("invalid_request", message, param=name)
     known = [b'"%b":%b' % (name.encode(), members[name]) for name in FACT_NAMES & members.keys()]
     facts: AnyFacts = read_json(b"{%b}" % b",".join(known), decoder)
-    facts.tools = members.get("tools", NOTHING)
     return facts
 
 
@@ -405,9 +433,52 @@ class Content:
 
     @functools.cached_property
     def _items(self) -> list[Item]:
-        """Of the input; raises Refusal where they can't be read."""
-        given = self._members.get("input", NOTHING)
-        return read_json(given, ITEMS) if is_list(given) else []
+        """Of the input; raises Refusal where they can't be read, or in more than one way."""
+        given = self._members.get("input", NULL)
+        if not is_list(given):
+            if not (given == NULL or bytes(memoryview(given)[:1]) == b'"'):
+                raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
+            return []
+        items: list[Item] = read_json(given, ITEMS)
+        if any("id" in item for item in items):
+            for item, raw in zip(items, read_json(given, RAWS), strict=True):
+                if len(raw) != shortest(item):
+                    check_once(bytes(memoryview(raw)), item)
+        return items
+
+    @functools.cached_property
+    def _tools(self) -> list[Tool]:
+        """All that it offers, wherever. Raises Refusal where they can't be read."""
+        lists = [each["tools"] for each in (self._members, *self._items) if "tools" in each]
+        tools: list[Tool] = []
+        while lists:
+            given = lists.pop()
+            found: list[Tool] = read_json(given, TOOLS) if is_list(given) else []
+            tools += found
+            lists += [tool.tools for tool in found if tool.tools]
+        return tools
+
+    def further_models(self) -> dict[str, bool]:
+        """Those that it makes work besides its own, and whether they make pictures: the image
+        tool's, and an SVG's author. Raises Refusal."""
+        if self._form:
+            author = self._form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
+            return {author: False} if author else {}
+        drawing = [tool for tool in self._tools if tool.type == "image_generation"]
+        images = {name_in(tool.model) or DEFAULT_IMAGE_MODEL for tool in drawing}
+        if len(images) > 1:
+            message = "The image tools have different models."
+            raise Refusal("invalid_request", message, param="tools")
+        svgs = [tool.svg for tool in drawing]
+        if "svg" in self._members:
+            svgs.append(read_json(self._members["svg"], ANYTHING))
+        authors = [name_in(svg.get("model")) for svg in svgs if isinstance(svg, dict)]
+        return {author: False for author in authors if author} | dict.fromkeys(images, True)
+
+    def image_model(self) -> str:
+        """That of the tool which makes pictures, whether it is named or not."""
+        drawing = [model for model, images in self.further_models().items() if images]
+        return drawing[0] if drawing else DEFAULT_IMAGE_MODEL
 
     def most_input_tokens(self) -> int:
         """What its content can come to: no token is shorter than a byte, but a picture's have
@@ -430,10 +501,9 @@ class Content:
     def references(self) -> Iterator[Reference]:
         """All stored objects that it names. Raises Refusal where one hides."""
         if self._form:
-            names = (NAMES.search(name) for name in self._form.names)
-            yield from (Reference(name[0].decode(), "") for name in names if name)
-            return
-        yield from references_in(self.text, self._items)
+            yield from self._form.references()
+        else:
+            yield from references_in(self.text, self._members, self._items)
 
 
 class Frame(Content):
@@ -448,70 +518,104 @@ class Frame(Content):
         self.facts = facts_in(self._members, FRAME_FACTS)
         self._check_model(self.facts.type == "response.create")
 
+    def only(self, names: set[str]) -> Frame:
+        """The same, if it has no other members. Raises Refusal."""
+        for name in self._members.keys() - names:
+            message = f"'{name}' can't stand in '{self.facts.type}'."
+            raise Refusal("invalid_request", message, param=name[:MAX_NAME])
+        return self
+
 
 # ── References ───────────────────────────────────────────────────────────────────────────────────
 
 WORDS = (
     rb"previous_response_id|comparison_response_id|conversation|file_ids?|vector_store_ids?|"
-    rb"container(?:_id)?|skill_id|prompt|audio|voice"
-)
-NAMES = re.compile(
-    rb"(?:file_ids?|vector_store_ids?|container_id|[a-z]+_response_id|conversation)", re.IGNORECASE
+    rb"container(?:_id)?|skill_id|tunnel_id|approval_request_id|prompt|audio|voice"
 )
 MEMBER = re.compile(  # what can't begin one is passed over first: most of the time goes there
-    rb'"(?=[acfipsv])(?:(' + WORDS + rb')"\s*:\s*(?=["\[{])|item_reference")', re.IGNORECASE
+    rb'"(?=[acfpstv])(?:(' + WORDS + rb')"\s*:\s*(?=["\[{])|type"\s*:\s*"item_reference")',
+    re.IGNORECASE,
 )
 HIDDEN = re.compile(rb"(?:" + WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE)
 BRACKETS = re.compile(rb"[\[{]|[\]}]|" + TEXT, re.DOTALL)
 ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECASE)
-# Letters, and what lies between: nobody need escape these. (One character before the look ahead:
+# Letters, and what lies between: nobody need escape these. Nor is there a reason to write ſ or the
+# Kelvin sign in a name, which some readers take for s and k. (One character before the look ahead:
 # that is searched for much faster than four.)
-ESCAPED = re.compile(rb"\\(?=u00[4-7])")
+ESCAPED = re.compile(rb"\\(?=u(?:00[4-7]|017[fF]|212[aA]))")
+FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())
 PLAIN = (b"prompt", b"audio", b"voice")  # these may be plain text as well
-OBJECTS = (b"conversation", *PLAIN)  # and these an object with an id
+OBJECTS = (b"conversation", b"container", *PLAIN)  # and these an object with an id
+ODD_IDS = {"ID", "Id", "iD"}
 MOST_HIDING = 200  # bytes of a name with all its letters escaped
 
 
 class Reference(NamedTuple):
-    """A stored object that a body names, and the member that names it."""
+    """A stored object that a body names, and the member that names it. `own`: it has to be the
+    account's; otherwise it may be nobody's, and what stands beside the id is all that counts."""
 
     name: str
     id: str
+    own: bool = True
 
 
-def references_in(text: Buffer, items: list[Item]) -> Iterator[Reference]:
-    """Of JSON: by every member, at any depth, whose name says so, and the items of the input that
-    are given by their id alone."""
+def references_in(text: Buffer, members: Members, items: list[Item]) -> Iterator[Reference]:
+    """Of JSON: the items of the input that are given by their id alone, and every member, at any
+    depth, whose name says so. Raises Refusal where one hides."""
     refuse_hidden(text)
-    by_id = [item for item in items if is_reference(item)]
-    yield from (Reference("item_reference", string_in(item["id"])) for item in by_id)
-    named = sum(string_in(item.get("type", NOTHING)) == "item_reference" for item in by_id)
-    covered = 0  # up to here objects have been looked through
+    by_id = 0
+    for item in items:
+        if "id" in item and is_text(item["id"]):
+            kind = string_in(item.get("type", NOTHING))
+            by_id += kind == "item_reference"
+            own = is_reference(item)
+            if own or not OWN_WORDS.fullmatch(kind):
+                yield Reference("item_reference" if own else "input", string_in(item["id"]), own)
+        elif not ODD_IDS.isdisjoint(item):
+            yield Reference("input", "")
+    notes = members.get("metadata", NOTHING)  # the client's own words, and equal ones are equal
+    start = text.find(memoryview(notes)) if notes else 0
+    yield from named_in(text, by_id, start, start + len(notes))
+
+
+def named_in(
+    text: Buffer, by_id: int = 0, skip_from: int = 0, skip_to: int = 0
+) -> Iterator[Reference]:
+    """By the names of members. So many items are known to be given by their id."""
+    done = {ID_MEMBER: 0, STRING: 0}  # up to where each has looked through objects and lists
     for match in MEMBER.finditer(text):
         start, kind = match.end(), text[match.end() : match.end() + 1]
+        if skip_from <= match.start() < skip_to:
+            continue
         if match[1] is None:
-            named -= 1
-            if named < 0:  # at some other place
+            by_id -= 1
+            if by_id < 0:  # at some other place
                 yield Reference("item_reference", "")
             continue
         name = match[1].lower()
-        if kind == b'"' and name not in PLAIN:
-            value = STRING.match(text, start)
-            yield Reference(name.decode(), string_in(value[0]) if value else "")
-        elif start >= covered and (name in OBJECTS if kind == b"{" else name not in PLAIN):
-            covered = end_of(text, start)
-            values = ID_MEMBER if kind == b"{" else STRING
-            for value in values.finditer(text, start, covered):
-                yield Reference(name.decode(), string_in(value[value.re.groups]))
+        own = name != b"approval_request_id"  # of an item that may stand beside it
+        if kind == b'"':
+            value = STRING.match(text, start) if name not in PLAIN else None
+            if value:
+                yield Reference(name.decode(), string_in(value[0]), own)
+        elif kind == b"[" or name in OBJECTS:
+            ids = ID_MEMBER if kind == b"{" or name in PLAIN else STRING
+            if start >= done[ids]:
+                done[ids] = end_of(text, start)
+                for value in ids.finditer(text, start, done[ids]):
+                    yield Reference(name.decode(), string_in(value[ids.groups]), own)
 
 
 def refuse_hidden(text: Buffer) -> None:
-    """Raise Refusal where a name that matters is written with escapes."""
-    if not ESCAPED.search(text):
+    """Raise Refusal where a name that matters is written in a way in which it isn't looked for."""
+    if not ESCAPED.search(text) and not any(letter in text for letter in FOLDED):
         return
     for match in STRING.finditer(text):
-        if match.end() - match.start() <= MOST_HIDING and ESCAPED.search(match[0]):
-            name = string_in(match[0])
+        written = match[0]
+        if len(written) <= MOST_HIDING and (
+            ESCAPED.search(written) or any(letter in written for letter in FOLDED)
+        ):
+            name = string_in(written).casefold()
             if HIDDEN.fullmatch(name.encode("utf-8", "replace")):
                 raise Refusal("invalid_request", f"'{name}' is written with escapes.", param=name)
 

@@ -726,6 +726,7 @@ async def forget(store: Store, row: Row) -> None:
 OWN = """
     INSERT OR IGNORE INTO stored_objects (id, account_id, upstream, created_at)
     VALUES (?, ?, ?, ?)"""
+OWNED = "SELECT 1 FROM stored_objects WHERE id = ?"
 DISOWN = "DELETE FROM stored_objects WHERE id = ?"
 UPSTREAM_OF = "SELECT upstream FROM stored_objects WHERE id = ? AND account_id = ?"
 
@@ -757,18 +758,24 @@ class Objects:
             return fresh[1]
         return str(found[0]) if found else None
 
+    def known(self, object_id: str) -> bool:
+        """Whether it is anybody's. Raises LedgerUnavailable."""
+        return object_id in self._fresh or bool(self._store.look_up(OWNED, (object_id,)))
+
     async def disown(self, object_id: str) -> None:
         """It was deleted."""
         await self._store.record(DISOWN, (object_id,), insist=True)
 
 
 KEEP_PENDING = """
-    INSERT OR IGNORE INTO background (request_id, admitted_at, held, input_estimate, image_model)
-    VALUES (?, ?, ?, ?, ?)"""
+    INSERT OR IGNORE INTO background
+           (request_id, admitted_at, held, input_estimate, image_model, text_bytes)
+    VALUES (?, ?, ?, ?, ?, ?)"""
+NOTE_OUTPUT = "UPDATE background SET text_bytes = ? WHERE request_id = ?"
 ENDED = "DELETE FROM background WHERE request_id = ?"
 BACKGROUND = f"""
     SELECT {", ".join(f"requests.{name}" for name in COLUMNS)},
-           admitted_at, held, input_estimate, image_model
+           admitted_at, held, input_estimate, image_model, text_bytes
       FROM background JOIN requests USING (request_id)
      WHERE requests.outcome = 'pending' AND requests.response_id IS NOT NULL"""
 KEY_OF = FULL_KEY + " WHERE keys.id = ?"
@@ -781,12 +788,18 @@ class Unfinished(NamedTuple):
     held: int
     input_estimate: int
     image_model: str
+    text_bytes: int
 
 
-def keep_pending(store: Store, row: Row, unfinished: Unfinished) -> asyncio.Future[None]:
-    """The row stays pending, since its response goes on at the upstream; done when committed."""
+def keep_pending(store: Store, row: Row, unfinished: Unfinished) -> None:
+    """The row stays pending, since its response goes on at the upstream."""
     store.record(RECORD, _values(row), insist=True)
-    return store.record(KEEP_PENDING, (row.request_id, *unfinished), insist=True)
+    store.record(KEEP_PENDING, (row.request_id, *unfinished), insist=True)
+
+
+async def note_output(store: Store, row: Row, text_bytes: int) -> None:
+    """So much of its output has been passed on; committed with all that came before."""
+    await store.record(NOTE_OUTPUT, (text_bytes, row.request_id), insist=True)
 
 
 async def end_background(store: Store, row: Row) -> None:

@@ -6,8 +6,9 @@
 Clients point their base URL here. Each request is checked, held to its account's limits, forwarded
 byte for byte to an upstream, and written down: what the upstream says was used, committed before
 the client sees the end of the answer. This file is read in the order in which a request meets it;
-what is kept is in redbtc_ledger.py, what it costs in redbtc_billing.py, what people use in
-redbtc_admin.py.
+what is the same for a request over a WebSocket is in redbtc_exchange.py, the rest of that one's way
+in redbtc_websocket.py; what is kept is in redbtc_ledger.py, what it costs in redbtc_billing.py,
+what people use in redbtc_admin.py.
 """
 
 from __future__ import annotations
@@ -17,25 +18,22 @@ import contextlib
 import hmac
 import ipaddress
 import logging
-import math
 import os
-import random
 import re
 import signal
 import socket
 import sqlite3
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import (
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Iterator,
     Mapping,
     MutableMapping,
 )
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import click
 import httpx2
@@ -51,29 +49,25 @@ from prometheus_client.core import (
 )
 from starlette.routing import Match, Route, Router
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 import redbtc_admin as admin
 import redbtc_ledger as ledger
 import redbtc_webhook
-from redbtc_billing import Books, Hold, Price, Spent, Tariff
+from redbtc_billing import Books, Price
 from redbtc_body import (
     Buffer,
     Content,
     Form,
-    Frame,
     Reference,
     add_include_usage,
     decompressed,
     media_of,
 )
-from redbtc_ledger import Key, Objects, Outcome, Part, Row, Store, Unfinished, Usage
-from redbtc_limits import TICK, Admission, Clock, Clocks, Limits
-from redbtc_meter import IMAGE_TOOL, LAST, JSONMeter, Meter, Report, StreamMeter
-from redbtc_meter import Answer as Event
-from redbtc_meter import decode_answer as decode_event
-from redbtc_refusals import ClientLeft, Headers, Refusal, header
+from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
+from redbtc_ledger import Key, Objects, Outcome, Store
+from redbtc_limits import Clock, Clocks, Limits
+from redbtc_meter import StreamMeter
+from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import (
     NANOS,
     LedgerError,
@@ -91,24 +85,17 @@ from redbtc_upstreams import (
     PING_SECONDS,
     Body,
     Upstream,
-    by_turn,
     choose,
     headers_for_client,
     headers_for_upstream,
 )
-from redbtc_watch import LOG, Watch, say
+from redbtc_watch import LOG, Scope, Watch, say
+from redbtc_websocket import RESPONSES, UPGRADE, Session, WebSocketProtocol
 
-Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-def new_request_id() -> str:
-    """req_, 12 hexadecimal digits of milliseconds, 20 of chance: ids sort by time. They are no
-    secrets; random is seeded from the system's entropy at the start."""
-    return f"req_{now_ms():012x}{random.getrandbits(80):020x}"
 
 
 async def respond(
@@ -457,360 +444,6 @@ async def read_content(
     return Content(body, text, form, endpoint.model_needed)
 
 
-# ── Exchange ─────────────────────────────────────────────────────────────────────────────────────
-# One request as limits and ledger see it, whether it came over HTTP or over a WebSocket.
-
-NO_RETRY = (b"x-should-retry", b"false")
-BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
-UNFINISHED = ("queued", "in_progress")
-
-
-class Endpoint(NamedTuple):
-    """A route whose requests are metered, and what is particular to it."""
-
-    path: str
-    chat: bool = False
-    images: bool = False
-    forms: bool = False
-    stores: bool = False  # what it answers may be kept at the upstream
-    free: bool = False  # and costs nothing
-
-    @property
-    def model_needed(self) -> bool:
-        """Images have a usual one."""
-        return not self.images
-
-
-class Exchange:
-    """What is the same for all that is forwarded. `meter` has been fed what has passed."""
-
-    def __init__(self, gateway: Gateway, scope: Scope, endpoint: Endpoint, clock: Clock) -> None:
-        self.gateway = gateway
-        self.settings = gateway.settings
-        self.scope = scope
-        self.endpoint = endpoint
-        self.clock = clock
-        self.meter: Meter = JSONMeter(endpoint.images)
-        self.takes_out_usage = False
-        self.settled = False
-        self.status: int | None = None
-        self.first_byte_ms: int | None = None
-        self.admission: Admission
-
-    def meter_stream(self) -> None:
-        """The answer is server-sent events."""
-        endpoint = self.endpoint
-        self.meter = StreamMeter(
-            images=endpoint.images, chat=endpoint.chat, take_out_usage=self.takes_out_usage
-        )
-
-    def to(self, upstream: Upstream) -> None:
-        """It is about to leave for that one."""
-
-    def note(self) -> None:
-        """The meter was fed."""
-
-    async def settle(self, outcome: Outcome) -> None:
-        """It is over; what still waits for that may be sent then."""
-        raise NotImplementedError
-
-    async def forget(self) -> None:
-        """The client left before anything was sent: nothing was used. Raises ClientLeft."""
-        self.admission.put_back()
-        raise ClientLeft
-
-    def outcome(self) -> Outcome:
-        """Of an answer that has come to its end, one way or the other."""
-        if self.meter.report.failed or (self.status or 0) >= 400:
-            return "upstream_error"
-        if self.clock.client_left:
-            return "client_disconnected"
-        return "completed" if self.meter.ended else "upstream_failed"
-
-    def elapsed_ms(self) -> int:
-        return round((time.monotonic() - float(self.scope["started"])) * 1000)
-
-
-class Metered(Exchange):
-    """One that has a row in the ledger."""
-
-    _money: Hold
-    _row: Row
-    _kept: asyncio.Future[None] | None = None  # its response goes on in the background
-    _named = 0  # objects that it is known to have made
-
-    async def run(
-        self,
-        key: Key,
-        content: Content,
-        upstreams: list[Upstream],
-        forward: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
-        yet, ClientLeft."""
-        self._key, self._facts = key, content.facts
-        self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
-        self._row = Row(
-            request_id=self.scope["request_id"],
-            account_id=key.account_id,
-            key_id=key.id,
-            endpoint=self.endpoint.path,
-            requested_model=content.facts.model or "",
-            upstream=upstreams[0].name,
-            started_at=now_ms() - self.elapsed_ms(),
-        )
-        most_output = content.facts.most_output_tokens()
-        estimate = 0 if self.endpoint.free else self._input_estimate + most_output
-        limits = self.settings.limits
-        self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
-        with self.admission, await self._hold(content) as self._money:
-            await self._begin()
-            await forward()
-
-    @property
-    def _unmetered(self) -> bool:
-        """Whether it is a stream whose usage is not reported."""
-        streams = self.endpoint.chat and bool(self._facts.stream)
-        return streams and not self.takes_out_usage and not self._facts.asks_for_usage
-
-    async def _hold(self, content: Content) -> Hold:
-        """Hold what the request can cost, at the prices of this instant."""
-
-        def most(tariff: Tariff) -> int:
-            return self._most_cost(tariff, content)
-
-        try:
-            return await self.gateway.books.hold(self._key, self._facts.model or "", most)
-        except Spent as error:
-            self.admission.put_back()
-            raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None
-        except LedgerUnavailable:
-            self.admission.put_back()
-            raise Refusal("ledger_unavailable") from None
-
-    def _most_cost(self, tariff: Tariff, content: Content) -> int:
-        """Nanos. Asked for only where spending is limited: there usage has to be reported."""
-        if self.endpoint.free:
-            return 0
-        if self._unmetered:
-            self.admission.put_back()
-            message = "This account's spending is limited, so 'include_usage' can't be left out."
-            raise Refusal("invalid_request", message, param="stream_options")
-        facts = content.facts
-        limits = (facts.most_output_tokens(), tariff.max_output_tokens)
-        usual = self.settings.billing.hold_output_tokens
-        output = min((limit for limit in limits if limit), default=usual) * max(1, facts.n or 1)
-        into = content.most_input_tokens()
-        return tariff.most(into, output, facts.service_tier, self.endpoint.images)
-
-    async def _begin(self) -> None:
-        try:
-            await ledger.begin(self.gateway.store, self._row)
-        except LedgerUnavailable:
-            self.admission.put_back()
-            raise Refusal("ledger_unavailable") from None
-        if self.clock.client_left:
-            await self.forget()
-
-    async def forget(self) -> None:
-        self.admission.put_back()
-        await ledger.forget(self.gateway.store, self._row)
-        raise ClientLeft
-
-    def to(self, upstream: Upstream) -> None:
-        self._row.upstream = upstream.name
-
-    def note(self) -> None:
-        """What the upstream stores is the account's from the first event that names it."""
-        report = self.meter.report
-        if len(report.made) == self._named or not self.endpoint.stores:
-            return
-        fresh = list(report.made.items())[self._named :]
-        self._named = len(report.made)
-        made = [each for each, always in fresh if always or self._facts.store is not False]
-        self.gateway.objects.own(made, self._row.account_id, self._row.upstream)
-        if self._facts.background and report.response_id and not self._kept:
-            self._fill(report)
-            self._kept = ledger.keep_pending(
-                self.gateway.store,
-                self._row,
-                Unfinished(
-                    self._money.at,
-                    self._money.held,
-                    self._input_estimate,
-                    self._facts.image_model(),
-                ),
-            )
-
-    def _fill(self, report: Report) -> None:
-        row = self._row
-        row.status, row.first_byte_ms, row.duration_ms = (
-            self.status,
-            self.first_byte_ms,
-            self.elapsed_ms(),
-        )
-        row.model, row.service_tier = report.model, report.service_tier
-        row.response_id = report.response_id
-
-    async def settle(self, outcome: Outcome) -> None:
-        """Commit the row as the request ended; that of a background response which goes on stays
-        pending."""
-        self.clock.pause()
-        self.note()
-        row, report = self._row, self.meter.report
-        self.settled = True
-        if self._kept:
-            await self._kept
-            if report.status in UNFINISHED and not report.failed:
-                self.gateway.unfinished.add(
-                    row, self._money.keep(), self._input_estimate, self._facts.image_model()
-                )
-                self.gateway.watch.answered(self.scope, row.status or 0, "pending")
-                return
-        self._fill(report)
-        estimates = self._unmetered and self.settings.metering.include_usage == "add"
-        if outcome == "client_disconnected" or (outcome == "completed" and estimates):
-            output = math.ceil(report.text_bytes / BYTES_A_TOKEN)
-            estimate = Usage(input_tokens=self._input_estimate, output_tokens=output)
-        else:
-            estimate = None
-        account_for(row, report, outcome, estimate)
-        if row.usage_source != "none" or outcome == "upstream_error":
-            self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
-        bill(row, report, self._money, self._facts.image_model())
-        if self._kept:
-            await ledger.end_background(self.gateway.store, row)
-        else:
-            await ledger.settle(self.gateway.store, row)
-        self.gateway.watch.settled(self.scope, row)
-
-
-def account_for(row: Row, report: Report, outcome: Outcome, estimate: Usage | None) -> None:
-    """How the request ended and what it used: what the upstream says, else the estimate."""
-    row.outcome = outcome
-    if report.usage:
-        row.usage, row.usage_source = report.usage, "upstream"
-    elif estimate:
-        row.usage, row.usage_source = estimate, "estimated"
-
-
-def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
-    """What it cost, by the prices of its admission and the tier that the response reports; not
-    known where no usage is."""
-    if row.usage_source != "none":
-        parts = [
-            part._replace(model=image_model) if part.model == IMAGE_TOOL else part
-            for part in report.parts or [Part(None, row.usage, False)]
-        ]
-        row.price_id, row.cost = money.cost(parts, row.service_tier)
-    row.month = money.settle(row.cost or 0)
-
-
-# ── Background ───────────────────────────────────────────────────────────────────────────────────
-# A background response goes on when its request is over. Its row stays pending and what it can cost
-# stays held, until somebody sees that it has ended: its client, who fetches it, or the gateway,
-# which asks the upstream with growing pauses, after a restart as well. Whoever is first settles it.
-
-FIRST_PAUSE, MOST_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
-MOST_ASKING = 16
-MOST_MISSING = 3  # an upstream may not know at once what it has just made
-
-
-class Background:
-    """One background response that has not been seen to end."""
-
-    def __init__(self, row: Row, money: Hold, input_estimate: int, image_model: str) -> None:
-        self.row = row
-        self._money = money
-        self._input_estimate = input_estimate
-        self._image_model = image_model
-
-    def finish(self, report: Report, outcome: Outcome) -> None:
-        """Fill in the row: it has ended."""
-        row = self.row
-        row.duration_ms = now_ms() - row.started_at
-        row.model, row.service_tier = report.model or row.model, report.service_tier
-        cancelled = report.status == "cancelled"
-        estimate = Usage(input_tokens=self._input_estimate, output_tokens=0)
-        account_for(row, report, outcome, estimate if cancelled else None)
-        bill(row, report, self._money, self._image_model)
-
-
-class Unended:
-    """All background responses that have not been seen to end."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._responses: dict[str, Background] = {}
-        self._asking = asyncio.Semaphore(MOST_ASKING)
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def resume(self) -> None:
-        """Take up what an earlier process left."""
-        for row, key, kept in await ledger.unfinished_rows(self._gateway.store):
-            books = self._gateway.books
-            money = await books.hold_again(key, row.requested_model, kept.admitted_at, kept.held)
-            self.add(row, money, kept.input_estimate, kept.image_model)
-
-    def add(self, row: Row, money: Hold, input_estimate: int, image_model: str) -> None:
-        """From now on it is asked for."""
-        response_id = row.response_id or ""
-        self._responses[response_id] = Background(row, money, input_estimate, image_model)
-        task = asyncio.create_task(self._ask_until_ended(response_id))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def __contains__(self, response_id: str) -> bool:
-        return response_id in self._responses
-
-    async def end(self, response_id: str, report: Report) -> None:
-        """Settle it, if the report says that it has ended and nobody has before."""
-        if not report.status or report.status in UNFINISHED:
-            return
-        response = self._responses.pop(response_id, None)
-        if response:
-            outcome: Outcome = "completed"
-            if report.status == "cancelled":
-                outcome = "client_disconnected"
-            elif report.failed:
-                outcome = "upstream_error"
-            await self._settle(response, report, outcome)
-
-    async def _settle(self, response: Background, report: Report, outcome: Outcome) -> None:
-        gateway, row = self._gateway, response.row
-        response.finish(report, outcome)
-        gateway.objects.own(report.made, row.account_id, row.upstream)
-        await ledger.end_background(gateway.store, row)
-        gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
-
-    async def _ask_until_ended(self, response_id: str) -> None:
-        pause, missing = FIRST_PAUSE, 0
-        while response_id in self._responses and missing < MOST_MISSING:
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-            pause = min(MOST_PAUSE, pause * PAUSE_GROWTH)
-            async with self._asking:
-                missing = missing + 1 if await self._ask(response_id) == 404 else 0
-        response = self._responses.pop(response_id, None)
-        if response:  # the upstream doesn't know it any more
-            await self._settle(response, Report(False), "upstream_failed")
-
-    async def _ask(self, response_id: str) -> int:
-        """The status of the upstream's answer, 0 where there is none."""
-        row = self._responses[response_id].row if response_id in self else None
-        upstream = self._gateway.upstream_named(row.upstream) if row else None
-        if upstream is None:
-            return 0
-        meter = JSONMeter(images=False)
-        try:
-            status = await upstream.fetch(f"/responses/{response_id}", meter.feed)
-        except (httpx2.HTTPError, TimeoutError):
-            return 0
-        meter.finish()
-        if status == 200:
-            await self.end(response_id, meter.report)
-        return status
-
-
 # ── Relay ────────────────────────────────────────────────────────────────────────────────────────
 
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
@@ -991,7 +624,7 @@ class Visit(Exchange):
         self.settled = True
         status, report = self.status or 0, self.meter.report
         if status == 200 and report.response_id == self._response_id:
-            await self.gateway.unfinished.end(self._response_id, report)
+            await self.gateway.unended.look(self._response_id, report)
         if self.scope["method"] == "DELETE" and status < 300:
             await self.gateway.objects.disown(self._response_id)
         self.gateway.watch.answered(self.scope, status, outcome)
@@ -1018,7 +651,7 @@ class StoredRoute:
         if body.strip():
             for reference in Content.of_any(body).references():
                 gateway.check_reference(key, reference)
-        if self._method == "DELETE" and response_id in gateway.unfinished:
+        if self._method == "DELETE" and response_id in gateway.unended:
             message = "The response is still in progress; cancel it first."
             raise Refusal("invalid_request", message)
         with gateway.serving(scope, clock):
@@ -1040,470 +673,6 @@ def choose_stored(gateway: Gateway, key: Key, response_id: str) -> list[Upstream
     return [upstream]
 
 
-# ── WebSocket ────────────────────────────────────────────────────────────────────────────────────
-# /v1/responses as OpenAI's WebSocket mode: messages pass both ways as they are. Each
-# response.create is a request like any other; in a lane (`stream_id`) they take turns, lanes run
-# side by side. What the client may send is an allow-list; a refusal is an error event, and the
-# connection stays.
-
-MOST_SESSIONS = 100  # of an account
-STEER_SECONDS = 30  # for the response that follows one which was steered
-MOST_WAITING = 1000  # requests that wait for their turn in the lanes of a connection
-POLICY_VIOLATION, INTERNAL_ERROR, UNSUPPORTED_DATA = 1008, 1011, 1003  # RFC 6455 §7.4.1
-RESPONSES = Endpoint("/v1/responses", stores=True)
-NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
-HANDSHAKE_HEADERS = (b"sec-websocket-", b"content-", b"date", b"connection", b"upgrade")
-
-
-class EventMeter:
-    """Meters the events of one response."""
-
-    def __init__(self) -> None:
-        self.report = Report(images=False)
-        self.ended = False
-        self.steered = 0  # inputs that a further response will come of
-
-    def take(self, event: Event) -> None:
-        """One of its events."""
-        kind = event.type if isinstance(event.type, str) else ""
-        if event.delta:
-            self.report.text_bytes += len(event.delta)
-        if kind in ("response.steer.failed", "response.steer.pending"):
-            self.steered = max(0, self.steered - 1)
-        if event.response or event.item or kind == "error":
-            self.report.note(event)
-        if LAST.fullmatch(kind.encode()) or (kind == "error" and not self.report.response_id):
-            self.ended = True
-
-    def feed(self, chunk: bytes) -> bytes:
-        return chunk
-
-    def finish(self) -> None:
-        pass
-
-    def rest(self) -> bytes:
-        return b""
-
-
-class Turn(Metered):
-    """One response.create, and the responses that follow by themselves where it is steered."""
-
-    meter: EventMeter
-
-    def __init__(self, gateway: Gateway, scope: Scope, lane: Lane) -> None:
-        super().__init__(gateway, scope, RESPONSES, Clock(gateway.clocks))
-        self.meter = EventMeter()
-        self.lane = lane
-        self.line: Line | None = None
-        self.lost = False  # and with it the line
-        self.over: asyncio.Future[None] = gateway.clocks.loop.create_future()
-
-    async def take(self, event: Event, idle_seconds: float) -> None:
-        """An event has come; it may be sent on when this returns."""
-        if self.settled and event.type == "response.created":
-            await self._follow()
-        self.clock.allow(idle_seconds)
-        if self.first_byte_ms is None:
-            self.first_byte_ms = self.elapsed_ms()
-        self.meter.take(event)
-        known = self._named
-        self.note()
-        if self._named != known:
-            made = dict.fromkeys(self.meter.report.made, self._row.upstream)
-            self.lane.session.made.update(made)
-        if self.meter.ended and not self.settled:
-            failed = self.meter.report.failed and event.type == "error"
-            self.status = status_of(event) if failed else 200
-            await self.settle(self.outcome())
-        if self.settled:
-            self.clock.allow(STEER_SECONDS)
-
-    async def _follow(self) -> None:
-        """A response that follows by itself has a row of its own."""
-        again = {"request_id": new_request_id(), "started": time.monotonic()}
-        self.scope = {**self.scope, **again}
-        steered = self._row
-        self._row = Row(
-            request_id=self.scope["request_id"],
-            account_id=steered.account_id,
-            key_id=steered.key_id,
-            endpoint=steered.endpoint,
-            requested_model=steered.requested_model,
-            upstream=steered.upstream,
-            started_at=now_ms(),
-        )
-        self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
-        await ledger.settle(self.gateway.store, self._row)  # pending, however long that takes
-
-    @property
-    def done(self) -> bool:
-        """Nothing more is to come."""
-        return self.settled and not self.meter.steered
-
-    def give_up(self) -> None:
-        """Wait for nothing more: let the lane's next one go on."""
-        if not self.over.done():
-            self.over.set_result(None)
-
-
-def status_of(event: Event) -> int:
-    return event.status if type(event.status) is int and 400 <= event.status <= 599 else 500
-
-
-class Lane:
-    """Requests of one stream_id, one after the other."""
-
-    def __init__(self, session: Session, stream_id: str | None) -> None:
-        self.session = session
-        self.stream_id = stream_id
-        self.waiting: deque[Frame] = deque()
-        self.turn: Turn | None = None
-
-
-class Line:
-    """A session's connection to one upstream."""
-
-    def __init__(self, upstream: Upstream, connection: ClientConnection) -> None:
-        self.upstream = upstream
-        self.connection = connection
-
-
-class Session:
-    """One client's WebSocket."""
-
-    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
-        self._gateway = gateway
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self._lanes: dict[str | None, Lane] = {}
-        self._lines: dict[str, Line] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._connecting = asyncio.Lock()
-        self._closed = False  # to the client
-        self._expired = False
-        self._sends = 0  # how many wait for the client to read
-        self.made: dict[str, str] = {}  # on this connection, stored or not; at which upstream
-
-    async def run(self) -> None:
-        """From the handshake to the end. Raises Refusal before the connection is accepted."""
-        await self._receive()  # that it wants to connect
-        account, sessions = self._gateway.enter(self._scope).account_id, self._gateway.sessions
-        if sessions[account] >= MOST_SESSIONS:
-            message = f"This account has {MOST_SESSIONS} WebSockets open, which is the most."
-            raise Refusal("concurrency_limit_exceeded", message)
-        sessions[account] += 1
-        try:
-            await self._run()
-        finally:
-            sessions[account] -= 1
-
-    async def _run(self) -> None:
-        line = await self._first_line()
-        request_id = self._scope["request_id"].encode()
-        assert line.connection.response is not None, "the handshake is over"
-        given = line.connection.response.headers.raw_items()
-        headers = headers_for_client([(n.encode(), v.encode("latin-1")) for n, v in given])
-        headers = [each for each in headers if not each[0].startswith(HANDSHAKE_HEADERS)]
-        if header(headers, b"x-request-id") is None:
-            headers.append((b"x-request-id", request_id))
-        headers.append((b"x-redbtc-request-id", request_id))
-        await self._send({"type": "websocket.accept", "headers": headers})
-        self._gateway.watch.answered(self._scope, 101)
-        most = line.upstream.settings.total_timeout_seconds
-        expiry = self._gateway.clocks.loop.call_later(most, self._expire)
-        try:
-            await self._read()
-        finally:
-            expiry.cancel()
-            await self._end()
-
-    async def _first_line(self) -> Line:
-        """Connect to the upstream that goes first, so that its refusal of a WebSocket is ours."""
-        speaking = [each for each in self._gateway.upstreams if each.speaks_websocket]
-        usable = [upstream for upstream in speaking if upstream.usable]
-        if not usable:
-            raise Refusal("no_upstream", retry_after=5)
-        for upstream in by_turn(usable):
-            with contextlib.suppress(OSError, TimeoutError):
-                return await self._connect(upstream)
-        raise Refusal("upstream_unreachable")
-
-    async def _connect(self, upstream: Upstream) -> Line:
-        """The connection to an upstream, a new one where there is none. Raises OSError,
-        TimeoutError, Refusal."""
-        async with self._connecting:
-            if upstream.name in self._lines:
-                return self._lines[upstream.name]
-            headers, query = (
-                headers_for_upstream(self._scope["headers"]),
-                self._scope["query_string"],
-            )
-            try:
-                connection = await upstream.connect(headers, query)
-            except InvalidStatus as error:
-                if error.response.status_code in NO_WEBSOCKET:
-                    raise Refusal("upgrade_required", headers=UPGRADE) from None
-                raise Refusal("upstream_unreachable") from None
-            except InvalidHandshake:
-                raise Refusal("upstream_protocol_error") from None
-            line = self._lines[upstream.name] = Line(upstream, connection)
-            self._start(self._pass_events(line))
-            return line
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _expire(self) -> None:
-        """No new requests; when those in flight are done, it ends."""
-        self._expired = True
-        if not self._lanes:
-            self._start(self._refuse(EXPIRED, None, close=POLICY_VIOLATION))
-
-    async def _end(self) -> None:
-        """The client is gone: what is in flight may be read on for its usage, then all ends."""
-        self._closed = True
-        for lane in self._lanes.values():
-            lane.waiting.clear()
-            if lane.turn:
-                lane.turn.clock.leave()
-        while self._lanes:
-            await asyncio.sleep(TICK)
-        for line in list(self._lines.values()):
-            await line.connection.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    # From the client
-
-    async def _read(self) -> None:
-        while (message := await self._receive())["type"] != "websocket.disconnect":
-            text = message.get("text")
-            if text is None:
-                await self._close(UNSUPPORTED_DATA, "Only text is understood here.")
-                continue
-            stream_id: str | None = None
-            try:
-                frame = Frame(text.encode())
-                stream_id = frame.facts.stream_id
-                await self._take(frame)
-            except Refusal as refusal:
-                self._gateway.watch.refused(self._scope_of_turn(), refusal)
-                await self._refuse(refusal, stream_id)
-            except ConnectionClosed:
-                continue  # that upstream's end is ours in a moment
-
-    async def _take(self, frame: Frame) -> None:
-        facts = frame.facts
-        if facts.type == "response.steer":
-            await self._steer(frame)
-            return
-        if facts.type != "response.create":
-            message = f"'{facts.type}' is not an event that is understood here."
-            raise Refusal("invalid_request", message, param="type")
-        lane = self._lanes.get(facts.stream_id)
-        sizes = [len(each.text) for lane in self._lanes.values() for each in lane.waiting]
-        if len(sizes) >= MOST_WAITING or (
-            sum(sizes) > self._gateway.settings.server.max_body_bytes
-        ):
-            raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
-        if lane is None:
-            lane = self._lanes[facts.stream_id] = Lane(self, facts.stream_id)
-            lane.waiting.append(frame)
-            self._start(self._work(lane))
-            return
-        lane.waiting.append(frame)
-        if lane.turn and (lane.turn.settled or lane.turn.meter.report.failed):
-            lane.turn.give_up()
-
-    async def _steer(self, frame: Frame) -> None:
-        """More input for a response that is in flight on this connection."""
-        (named, *others) = [*frame.references(), None]
-        turns = [lane.turn for lane in self._lanes.values() if lane.turn]
-        for turn in turns:
-            report = turn.meter.report
-            if named and turn.line and report.response_id and report.response_id == named.id:
-                key = self._gateway.enter(self._scope)
-                for other in others:
-                    self._gateway.check_reference(key, other) if other else None
-                turn.meter.steered += 1
-                await turn.line.connection.send(frame.text, text=True)
-                return
-        raise not_found("previous_response_id", named.id if named else "")
-
-    def _scope_of_turn(self) -> Scope:
-        return {
-            "request_id": new_request_id(),
-            "started": time.monotonic(),
-            "where": RESPONSES.path,
-            "headers": self._scope["headers"],
-        }
-
-    async def _work(self, lane: Lane) -> None:
-        while lane.waiting:
-            frame, scope = lane.waiting.popleft(), self._scope_of_turn()
-            turn = lane.turn = Turn(self._gateway, scope, lane)
-            try:
-                await self._create(turn, frame)
-            except Refusal as refusal:
-                self._gateway.watch.refused(scope, refusal)
-                lasting = refusal.status in (401, 403) and refusal.code != "model_not_allowed"
-                close = POLICY_VIOLATION if lasting else None
-                await self._refuse(refusal, lane.stream_id, close)
-            except ClientLeft:
-                self._gateway.watch.left(scope)
-            except Exception as error:
-                self._gateway.watch.failed(scope, error)
-                await self._refuse(Refusal("internal_error"), lane.stream_id, INTERNAL_ERROR)
-            finally:
-                lane.turn = None
-        del self._lanes[lane.stream_id]
-        if self._expired and not self._lanes:
-            self._expire()
-
-    async def _create(self, turn: Turn, frame: Frame) -> None:
-        """Raises Refusal, ClientLeft."""
-        gateway, facts = self._gateway, frame.facts
-        if self._expired:
-            raise EXPIRED
-        if self._closed:
-            raise ClientLeft
-        key = gateway.enter(self._scope)
-        if facts.background:
-            message = "A background response can't be created over a WebSocket."
-            raise Refusal("invalid_request", message, param="background")
-        upstreams = gateway.upstreams_for(key, frame, self.made)
-        speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
-        if not speaking:
-            raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
-        speaking.sort(key=lambda upstream: upstream.name not in self._lines)
-        with gateway.serving(None, turn.clock):
-            await turn.run(key, frame, speaking, lambda: self._forward(turn, frame, speaking))
-
-    async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:
-        metering = turn.settings.metering
-        grace = metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
-        settings = upstreams[0].settings
-        try:
-            with turn.clock.running(settings.total_timeout_seconds, grace):
-                turn.clock.allow(settings.connect_timeout_seconds)
-                line = turn.line = await self._line(turn, upstreams)
-                turn.clock.allow(line.upstream.settings.first_byte_timeout_seconds)
-                line.upstream.in_flight += 1
-                try:
-                    await line.connection.send(frame.text, text=True)
-                    await turn.over
-                finally:
-                    line.upstream.in_flight -= 1
-            if turn.lost:
-                raise LineLost
-            if not turn.settled:
-                await turn.settle(turn.outcome())
-        except TimeoutError:
-            await self._stop(turn, "upstream_timeout")
-        except (ConnectionClosed, LineLost):
-            await self._stop(turn, "upstream_unreachable")
-
-    async def _line(self, turn: Turn, upstreams: list[Upstream]) -> Line:
-        for upstream in upstreams:
-            turn.to(upstream)
-            with contextlib.suppress(OSError, Refusal):
-                return await self._connect(upstream)
-        raise LineLost
-
-    async def _stop(self, turn: Turn, failure: str) -> None:
-        """A turn ended before its response did: write down how, and stop the upstream."""
-        if turn.settled:
-            return
-        gone = turn.clock.client_left or self._sends > 0
-        turn.status = turn.status or (None if gone else Refusal(failure).status)
-        if turn.line and failure == "upstream_timeout":
-            self._lines.pop(turn.line.upstream.name, None)
-            await turn.line.connection.close()
-        await turn.settle("client_disconnected" if gone else "upstream_failed")
-        if not gone:
-            await self._refuse(Refusal(failure), turn.lane.stream_id, INTERNAL_ERROR)
-
-    # From an upstream
-
-    async def _pass_events(self, line: Line) -> None:
-        """Until the upstream closes; then the client's connection is closed in the same way."""
-        code, reason = INTERNAL_ERROR, "The upstream's connection was lost."
-        try:
-            while True:
-                await self._pass_event(line, await line.connection.recv())
-        except ConnectionClosed as closed:
-            if closed.rcvd and closed.rcvd.code not in (1005, 1006, 1015):
-                code, reason = closed.rcvd.code, closed.rcvd.reason
-        except Exception as error:
-            self._gateway.watch.failed(self._scope, error)
-            await line.connection.close()
-        if self._lines.get(line.upstream.name) is line:
-            del self._lines[line.upstream.name]
-            for lane in self._lanes.values():
-                if lane.turn and lane.turn.line is line:
-                    lane.turn.lost = True
-                    lane.turn.give_up()
-            if not self._lines:
-                await self._close(code, reason)
-
-    async def _pass_event(self, line: Line, message: str | bytes) -> None:
-        event = decode_event(message)
-        turn = self._turn_of(event, line) if event else None
-        if turn and event:
-            await turn.take(event, line.upstream.settings.idle_timeout_seconds)
-        await self._to_client(message)
-        if turn and turn.done:
-            turn.give_up()
-
-    def _turn_of(self, event: Event, line: Line) -> Turn | None:
-        """Whose event it is: that of its lane, or where it names none, of the only one there is."""
-        stream_id = event.stream_id if isinstance(event.stream_id, str) else None
-        lane = self._lanes.get(stream_id)
-        if lane is None and stream_id is None and len(self._lanes) == 1:
-            (lane,) = self._lanes.values()
-        turn = lane.turn if lane else None
-        return turn if turn and turn.line is line else None
-
-    # To the client
-
-    async def _to_client(self, message: str | bytes) -> None:
-        if not self._closed:
-            kind = "text" if isinstance(message, str) else "bytes"
-            self._sends += 1
-            with contextlib.suppress(OSError):
-                await self._send({"type": "websocket.send", kind: message})
-            self._sends -= 1
-
-    async def _refuse(
-        self, refusal: Refusal, stream_id: str | None, close: int | None = None
-    ) -> None:
-        headers = {name.decode(): value.decode() for name, value in refusal.headers}
-        event: dict[str, Any] = {"type": "error", "status": refusal.status}
-        event |= {"error": {**refusal.error(), "headers": headers}, "headers": headers}
-        event |= {"stream_id": stream_id} if stream_id is not None else {}
-        await self._to_client(orjson.dumps(event).decode())
-        if close:
-            await self._close(close, refusal.code)
-
-    async def _close(self, code: int, reason: str) -> None:
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(OSError):
-                await self._send({"type": "websocket.close", "code": code, "reason": reason[:100]})
-
-
-class LineLost(Exception):
-    """The connection to an upstream is gone."""
-
-
-UPGRADE = [(b"upgrade", b"websocket")]
-EXPIRED = Refusal("websocket_connection_limit_reached")
-
-
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────
 
 METERED = (
@@ -1518,11 +687,7 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCI
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, str] = {}
-
-
-def not_found(name: str, object_id: str) -> Refusal:
-    """What is another's is not found, like what never was."""
-    return Refusal("response_not_found", f"Response with id '{object_id}' not found.", param=name)
+MOST_REFERENCES = 1000
 
 
 class MeteredRoute:
@@ -1563,7 +728,7 @@ class Gateway:
         self.settings = settings
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.objects = Objects(books.store)
-        self.unfinished = Unended(self)
+        self.unended = Unended(self)
         self.sessions: Counter[str] = Counter()  # by account
         self.draining = False
         self.in_flight = 0
@@ -1603,6 +768,13 @@ class Gateway:
         """That of the settings."""
         return next((upstream for upstream in self.upstreams if upstream.name == name), None)
 
+    def _is_known(self, object_id: str) -> bool:
+        """Whether it is anybody's."""
+        try:
+            return self.objects.known(object_id)
+        except LedgerUnavailable:
+            raise Refusal("ledger_unavailable") from None
+
     def owned_at(self, key: Key, object_id: str) -> str | None:
         """The name of the upstream that stores what the key's account made; None for all else."""
         if not OBJECT_ID.fullmatch(object_id):
@@ -1612,32 +784,48 @@ class Gateway:
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def check_reference(self, key: Key, reference: Reference) -> str:
-        """The name of the upstream that has it. Raises Refusal where it is not the account's."""
+    def check_reference(self, key: Key, reference: Reference) -> str | None:
+        """The name of the upstream that has it, if any. Raises Refusal where it is not the
+        account's."""
         upstream = self.owned_at(key, reference.id)
-        if upstream:
+        if upstream or not (reference.own or self._is_known(reference.id)):
             return upstream
         if reference.name in NOT_FOUND:
             raise not_found(reference.name, reference.id)
         message = f"'{reference.name}' names an object that isn't known to be this account's."
         raise Refusal("invalid_request", message, param=reference.name)
 
+    def homes(self, key: Key, content: Content, made: Mapping[str, str] = NOTHING) -> set[str]:
+        """The upstream that has what the request builds on, if it builds on anything. `made`: what
+        is the client's own without being stored, and at which upstream. Raises Refusal."""
+        references: set[Reference] = set()
+        homes: set[str] = set()
+        for reference in content.references():
+            if reference not in references:
+                references.add(reference)
+                home = made.get(reference.id) or self.check_reference(key, reference)
+                homes.update([home] if home else [])
+            if len(references) > MOST_REFERENCES:
+                message = f"The body names more than {MOST_REFERENCES} stored objects."
+                raise Refusal("invalid_request", message)
+        if len(homes) > 1:
+            raise Refusal("invalid_request", "What this builds on is at different upstreams.")
+        return homes
+
     def upstreams_for(
         self, key: Key, content: Content, made: Mapping[str, str] = NOTHING
     ) -> list[Upstream]:
-        """Those that may take the request, the first to try in front. `made`: what is the client's
-        own without being stored, and at which upstream. Raises Refusal."""
+        """Those that may take the request, the first to try in front. `made`: as for `homes`.
+        Raises Refusal."""
+        homes = self.homes(key, content, made)
         model = content.facts.model or ""
-        homes = {
-            made.get(reference.id) or self.check_reference(key, reference)
-            for reference in content.references()
-        }
-        if len(homes) > 1:
-            raise Refusal("invalid_request", "What this builds on is at different upstreams.")
-        if not key.allows(model):
-            raise Refusal("model_not_allowed", f"This key may not use the model '{model}'.")
-        if not self.books.served(model):
-            raise Refusal("model_not_found", param="model")
+        for each in (model, *content.further_models()):
+            if not key.allows(each):
+                message = f"This key may not use the model '{each}'."
+                raise Refusal("model_not_allowed", message, param="model")
+            if not self.books.served(each):
+                message = f"The model '{each}' does not exist, or it is not served here."
+                raise Refusal("model_not_found", message, param="model")
         return choose(self.upstreams, model, *homes)
 
     @contextlib.contextmanager
@@ -1918,7 +1106,7 @@ class Running:
             http=type("Protocol", (HTTPProtocol,), {"offers_websocket": offers}),
             proxy_headers=True,
             forwarded_allow_ips=list(settings.trusted_proxies),
-            ws="websockets-sansio",
+            ws=WebSocketProtocol,
             ws_max_size=settings.max_body_bytes,
             ws_per_message_deflate=False,
             ws_ping_interval=PING_SECONDS,
@@ -2049,7 +1237,7 @@ async def run(
         if not books.prices.prices and settings.billing.unpriced_models == "refuse":
             say(logging.WARNING, "no prices", reason="all models are refused: price import")
         gateway = Gateway(books, settings)
-        await gateway.unfinished.resume()
+        await gateway.unended.resume()
         await Running(gateway, loaded, demo_url).serve(listener)
 
 

@@ -82,6 +82,11 @@ class Refusal(Exception):
         return orjson.dumps({"error": self.error()})
 
 
+def not_found(name: str, object_id: str) -> Refusal:
+    """What is another's is not found, like what never was."""
+    return Refusal("response_not_found", f"Response with id '{object_id}' not found.", param=name)
+
+
 class ClientLeft(Exception):
     """The client is gone; there is nobody to answer."""
 

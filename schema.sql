@@ -307,3 +307,9 @@ WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
         cost_units = cost_units + excluded.cost_units,
         cost_nanos = cost_nanos + excluded.cost_nanos;
 END;
+
+-- version 4
+
+ALTER TABLE background ADD COLUMN
+    text_bytes          INTEGER NOT NULL DEFAULT 0 CHECK (text_bytes >= 0);  -- of output that was passed
+                                                -- on, should it be cancelled

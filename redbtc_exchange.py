@@ -1,0 +1,446 @@
+"""One request as limits, money and ledger see it, whether it came over HTTP or over a WebSocket.
+
+    admit ─► hold ─► begin ─► (it is forwarded, the meter watches) ─► settle
+
+A row is begun before anything leaves for an upstream, and settled once: by the request's own end,
+or, where its response goes on in the background, by whoever first sees that it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import httpx2
+
+import redbtc_ledger as ledger
+from redbtc_billing import Hold, Spent, Tariff
+from redbtc_body import Content
+from redbtc_ledger import Key, Outcome, Part, Row, Unfinished, Usage
+from redbtc_limits import Admission, Clock
+from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
+from redbtc_refusals import ClientLeft, Refusal
+from redbtc_settings import LedgerUnavailable, now_ms
+from redbtc_upstreams import Upstream
+from redbtc_watch import Scope
+
+if TYPE_CHECKING:
+    from redbtc_proxy import Gateway
+
+
+NO_RETRY = (b"x-should-retry", b"false")
+BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
+UNFINISHED = ("queued", "in_progress")
+
+
+def new_request_id() -> str:
+    """req_, 12 hexadecimal digits of milliseconds, 20 of chance: ids sort by time. They are no
+    secrets; random is seeded from the system's entropy at the start."""
+    return f"req_{now_ms():012x}{random.getrandbits(80):020x}"
+
+
+class Endpoint(NamedTuple):
+    """A route whose requests are metered, and what is particular to it."""
+
+    path: str
+    chat: bool = False
+    images: bool = False
+    forms: bool = False
+    stores: bool = False  # what it answers may be kept at the upstream
+    free: bool = False  # and costs nothing
+
+    @property
+    def model_needed(self) -> bool:
+        """Images have a usual one."""
+        return not self.images
+
+
+class Exchange:
+    """What is the same for all that is forwarded. `meter` has been fed what has passed."""
+
+    def __init__(self, gateway: Gateway, scope: Scope, endpoint: Endpoint, clock: Clock) -> None:
+        self.gateway = gateway
+        self.settings = gateway.settings
+        self.scope = scope
+        self.endpoint = endpoint
+        self.clock = clock
+        self.meter: Meter = JSONMeter(endpoint.images)
+        self.takes_out_usage = False
+        self.settled = False
+        self.status: int | None = None
+        self.first_byte_ms: int | None = None
+        self.admission: Admission
+
+    def meter_stream(self) -> None:
+        """The answer is server-sent events."""
+        endpoint = self.endpoint
+        self.meter = StreamMeter(
+            images=endpoint.images, chat=endpoint.chat, take_out_usage=self.takes_out_usage
+        )
+
+    def to(self, upstream: Upstream) -> None:
+        """It is about to leave for that one."""
+
+    def note(self) -> None:
+        """The meter was fed."""
+
+    async def settle(self, outcome: Outcome) -> None:
+        """It is over; what still waits for that may be sent then."""
+        raise NotImplementedError
+
+    async def forget(self) -> None:
+        """The client left before anything was sent: nothing was used. Raises ClientLeft."""
+        self.admission.put_back()
+        raise ClientLeft
+
+    def outcome(self) -> Outcome:
+        """Of an answer that has come to its end, one way or the other."""
+        if self.meter.report.failed or (self.status or 0) >= 400:
+            return "upstream_error"
+        if self.clock.client_left:
+            return "client_disconnected"
+        return "completed" if self.meter.ended else "upstream_failed"
+
+    def elapsed_ms(self) -> int:
+        return round((time.monotonic() - float(self.scope["started"])) * 1000)
+
+
+class Metered(Exchange):
+    """One that has a row in the ledger."""
+
+    _key: Key
+    _content: Content
+    _money: Hold
+    _row: Row
+    _background: Background | None = None  # what its response goes on as
+    _named = 0  # objects that it is known to have made
+
+    async def run(
+        self,
+        key: Key,
+        content: Content,
+        upstreams: list[Upstream],
+        forward: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
+        yet, ClientLeft."""
+        self._key, self._content, self._facts = key, content, content.facts
+        self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
+        started_at = now_ms() - self.elapsed_ms()
+        self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
+        most_output = content.facts.most_output_tokens()
+        estimate = 0 if self.endpoint.free else self._input_estimate + most_output
+        limits = self.settings.limits
+        self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
+        with self.admission:
+            try:
+                self._money = await self.hold(content)
+            except Refusal:
+                self.admission.put_back()
+                raise
+            with self._money:
+                await self._begin()
+                await forward()
+
+    def new_row(self, model: str, upstream: str, started_at: int) -> Row:
+        """Pending."""
+        return Row(
+            request_id=self.scope["request_id"],
+            account_id=self._key.account_id,
+            key_id=self._key.id,
+            endpoint=self.endpoint.path,
+            requested_model=model,
+            upstream=upstream,
+            started_at=started_at,
+        )
+
+    @property
+    def _unmetered(self) -> bool:
+        """Whether it is a stream whose usage is not reported."""
+        streams = self.endpoint.chat and bool(self._facts.stream)
+        return streams and not self.takes_out_usage and not self._facts.asks_for_usage
+
+    async def hold(self, content: Content, further_input: int = 0) -> Hold:
+        """Hold what a request can cost, at the prices of this instant; `further_input` is in
+        tokens. Raises Refusal."""
+
+        def most(tariff: Tariff) -> int:
+            return self._most_cost(tariff, content, further_input)
+
+        try:
+            return await self.gateway.books.hold(self._key, content.facts.model or "", most)
+        except Spent as error:
+            raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None
+        except LedgerUnavailable:
+            raise Refusal("ledger_unavailable") from None
+
+    def _most_cost(self, tariff: Tariff, content: Content, further_input: int) -> int:
+        """Nanos. Asked for only where spending is limited: there usage has to be reported."""
+        if self.endpoint.free:
+            return 0
+        if self._unmetered:
+            message = "This account's spending is limited, so 'include_usage' can't be left out."
+            raise Refusal("invalid_request", message, param="stream_options")
+        facts = content.facts
+        limits = (facts.most_output_tokens(), tariff.max_output_tokens)
+        usual = self.settings.billing.hold_output_tokens
+        output = min((limit for limit in limits if limit), default=usual) * max(1, facts.n or 1)
+        into = content.most_input_tokens() + further_input
+        most = tariff.most(into, output, facts.service_tier, self.endpoint.images)
+        for model, images in content.further_models().items():
+            if further := self.gateway.books.tariff(model):
+                most += further.most(into, further.max_output_tokens or usual, None, images)
+        return most
+
+    async def _begin(self) -> None:
+        try:
+            await ledger.begin(self.gateway.store, self._row)
+        except LedgerUnavailable:
+            self.admission.put_back()
+            raise Refusal("ledger_unavailable") from None
+        if self.clock.client_left:
+            await self.forget()
+
+    async def forget(self) -> None:
+        self.admission.put_back()
+        await ledger.forget(self.gateway.store, self._row)
+        raise ClientLeft
+
+    def to(self, upstream: Upstream) -> None:
+        self._row.upstream = upstream.name
+
+    def note(self) -> None:
+        """What the upstream stores is the account's from the first event that names it."""
+        report = self.meter.report
+        if len(report.made) == self._named or not self.endpoint.stores:
+            return
+        fresh = list(report.made.items())[self._named :]
+        self._named = len(report.made)
+        stored = self._facts.store is not False
+        made = [each for each, always in fresh if always or stored]
+        self.gateway.objects.own(made, self._row.account_id, self._row.upstream)
+        if self._facts.background is True and report.response_id and not self._background:
+            self._fill(report)
+            unended = Unfinished(
+                self._money.at,
+                self._money.held,
+                self._input_estimate,
+                self._content.image_model(),
+                0,
+            )
+            self._background = self.gateway.unended.keep(self._row, self._money, unended)
+
+    def _fill(self, report: Report) -> None:
+        row = self._row
+        row.status, row.first_byte_ms, row.duration_ms = (
+            self.status,
+            self.first_byte_ms,
+            self.elapsed_ms(),
+        )
+        row.model, row.service_tier = report.model, report.service_tier
+        row.response_id = report.response_id
+
+    async def settle(self, outcome: Outcome) -> None:
+        """Commit the row as the request ended, once; that of a background response which goes on
+        stays pending."""
+        if self.settled:
+            return
+        self.clock.pause()
+        self.note()
+        self.settled = True
+        row, report = self._row, self.meter.report
+        if self._background:
+            if not await self.gateway.unended.leave(self._background, report):
+                self.gateway.watch.answered(self.scope, row.status or 0, "pending")
+        else:
+            self._fill(report)
+            account_for(row, report, outcome, self._estimate(outcome))
+            bill(row, report, self._money, self._content.image_model())
+            await ledger.settle(self.gateway.store, row)
+            self.gateway.watch.settled(self.scope, row)
+        if row.usage_source != "none" or row.outcome == "upstream_error":
+            self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
+
+    def _estimate(self, outcome: Outcome) -> Usage | None:
+        """Of what nobody will report."""
+        estimates = self._unmetered and self.settings.metering.include_usage == "add"
+        if outcome == "client_disconnected" or (outcome == "completed" and estimates):
+            return estimated(self._input_estimate, self.meter.report.text_bytes)
+        return None
+
+
+def estimated(input_tokens: int, text_bytes: int) -> Usage:
+    """Usage by what has passed."""
+    return Usage(input_tokens=input_tokens, output_tokens=math.ceil(text_bytes / BYTES_A_TOKEN))
+
+
+def account_for(row: Row, report: Report, outcome: Outcome, estimate: Usage | None) -> None:
+    """How the request ended and what it used: what the upstream says, else the estimate."""
+    row.outcome = outcome
+    if report.usage:
+        row.usage, row.usage_source = report.usage, "upstream"
+    elif estimate:
+        row.usage, row.usage_source = estimate, "estimated"
+
+
+def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
+    """What it cost, by the prices of its admission and the tier that the response reports; not
+    known where no usage is."""
+    if row.usage_source != "none":
+        parts = [
+            part._replace(model=image_model) if part.model == IMAGE_TOOL else part
+            for part in report.parts or [Part(None, row.usage, False)]
+        ]
+        row.price_id, row.cost = money.cost(parts, row.service_tier)
+    row.month = money.settle(row.cost or 0)
+
+
+# ── Background ───────────────────────────────────────────────────────────────────────────────────
+# A background response goes on when its request is over. Its row stays pending and what it can cost
+# stays held, until somebody sees that it has ended: its client, who fetches it, or the gateway,
+# which asks the upstream with growing pauses, after a restart as well. Whoever is first settles it;
+# whoever comes while that is being written waits until it is.
+
+FIRST_PAUSE, MOST_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
+MOST_ASKING = 16
+UNKNOWN = (400, 404, 410)  # how an upstream says that there is no such response
+MOST_UNKNOWN = 3  # in a row: it may not know at once what it has just made
+MOST_FAILURES = 10  # in a row, once the response is older than any can be
+MOST_AGE_SECONDS = 48 * 3600  # OpenAI's longest completion window is 8 hours
+
+
+class Background:
+    """One background response that has not been seen to end."""
+
+    def __init__(self, row: Row, money: Hold, unfinished: Unfinished) -> None:
+        self.row = row
+        self.unfinished = unfinished
+        self.text_bytes = unfinished.text_bytes  # of its output, that anybody has got
+        self.settling: asyncio.Task[None] | None = None
+        self._money = money
+
+    def finish(self, report: Report, outcome: Outcome) -> None:
+        """Fill in the row: it has ended."""
+        row = self.row
+        row.duration_ms = now_ms() - row.started_at
+        row.model, row.service_tier = report.model or row.model, report.service_tier
+        estimate = estimated(self.unfinished.input_estimate, self.text_bytes)
+        cancelled = report.status == "cancelled"
+        account_for(row, report, outcome, estimate if cancelled else None)
+        bill(row, report, self._money, self.unfinished.image_model)
+
+    @property
+    def outdated(self) -> bool:
+        return now_ms() - self.row.started_at > MOST_AGE_SECONDS * 1000
+
+
+class Unended:
+    """All background responses that have not been seen to end."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._responses: dict[str, Background] = {}
+        self._asking = asyncio.Semaphore(MOST_ASKING)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def resume(self) -> None:
+        """Take up what an earlier process left."""
+        for row, key, unfinished in await ledger.unfinished_rows(self._gateway.store):
+            money = await self._gateway.books.hold_again(
+                key, row.requested_model, unfinished.admitted_at, unfinished.held
+            )
+            response = Background(row, money, unfinished)
+            self._responses[row.response_id or ""] = response
+            self._start(self._ask_until_ended(response))
+
+    def keep(self, row: Row, money: Hold, unfinished: Unfinished) -> Background | None:
+        """Its response will go on when its request is over; the hold is for as long. None where
+        that response has a row already: an upstream may answer one twice (`idempotency-key`), and
+        it is billed once."""
+        if (row.response_id or "") in self._responses:
+            return None
+        response = Background(row, money.keep(), unfinished)
+        self._responses[row.response_id or ""] = response
+        ledger.keep_pending(self._gateway.store, row, unfinished)
+        return response
+
+    async def leave(self, response: Background, report: Report) -> bool:
+        """The request that made it is over. Whether the response is, too; else it is asked for."""
+        await self._see(response, report)
+        if response.settling:
+            return True
+        await ledger.note_output(self._gateway.store, response.row, response.text_bytes)
+        self._start(self._ask_until_ended(response))
+        return False
+
+    async def look(self, response_id: str, report: Report) -> None:
+        """Somebody has been shown it: done when it is settled, if it has ended."""
+        if response := self._responses.get(response_id):
+            await self._see(response, report)
+
+    def __contains__(self, response_id: str) -> bool:
+        """Until its end is committed."""
+        return response_id in self._responses
+
+    async def _see(self, response: Background, report: Report) -> None:
+        response.text_bytes = max(response.text_bytes, report.text_bytes)
+        if report.status and report.status not in UNFINISHED:
+            outcome: Outcome = "completed"
+            if report.status == "cancelled":
+                outcome = "client_disconnected"
+            elif report.failed:
+                outcome = "upstream_error"
+            self._settle(response, report, outcome)
+        if response.settling:
+            await asyncio.shield(response.settling)
+
+    def _settle(self, response: Background, report: Report, outcome: Outcome) -> None:
+        """Only the first time."""
+        if response.settling is None:
+            response.settling = self._start(self._write(response, report, outcome))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
+        gateway, row = self._gateway, response.row
+        response.finish(report, outcome)
+        gateway.objects.own(report.made, row.account_id, row.upstream)
+        await ledger.end_background(gateway.store, row)
+        del self._responses[row.response_id or ""]
+        gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
+
+    async def _ask_until_ended(self, response: Background) -> None:
+        pause, unknown, failures = FIRST_PAUSE, 0, 0
+        while not response.settling:
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(MOST_PAUSE, pause * PAUSE_GROWTH)
+            async with self._asking:
+                status = 200 if response.settling else await self._ask(response)
+            unknown = unknown + 1 if status in UNKNOWN else 0
+            failures = failures + 1 if status != 200 else 0
+            if unknown >= MOST_UNKNOWN or (failures >= MOST_FAILURES and response.outdated):
+                self._settle(response, Report(False), "upstream_failed")
+
+    async def _ask(self, response: Background) -> int:
+        """The status of the upstream's answer, 0 where there is none."""
+        row = response.row
+        upstream = self._gateway.upstream_named(row.upstream)
+        if upstream is None:
+            return 0
+        meter = JSONMeter(images=False)
+        try:
+            status = await upstream.fetch(f"/responses/{row.response_id}", meter.feed)
+        except (httpx2.HTTPError, TimeoutError):
+            return 0
+        meter.finish()
+        if status == 200:
+            await self._see(response, meter.report)
+        return status

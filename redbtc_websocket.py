@@ -1,0 +1,714 @@
+"""/v1/responses as OpenAI's WebSocket mode: messages pass both ways as they are.
+
+Theory of operation. A *session* is one client's connection. It has a *line* to each upstream that
+it needs, and *lanes*: requests of one `stream_id` take turns, lanes run side by side. A *turn* is
+one response.create: a request like any other, with its key, its place, its hold and its row.
+
+Rule 1. What the client may send is an allow-list: response.create, and response.steer for a
+response of this connection. A refusal is an error event, and the connection stays.
+
+Rule 2. An event belongs to the turn whose response it names. Where it names none it is its lane's;
+a response that is new is that of the turn which waits for one. What an upstream reports for no turn
+(a response nobody asked for, or one that comes after it was given up) gets a row of its own:
+nothing that was used passes unwritten.
+
+Rule 3. A steered response may be followed by another, by itself. What that can cost is held before
+the steering goes on; it has its own row, in its turn's place.
+
+Rule 4. A line has one fate. There is no way to stop a single response, so when a turn's time is up
+its line is closed, and the other turns on it fail as they do when the upstream is gone. When the
+last line has ended, so does the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import orjson
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.http11 import Request
+
+import redbtc_ledger as ledger
+from redbtc_billing import Hold
+from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Content, Frame
+from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
+from redbtc_ledger import Key, Outcome, Row
+from redbtc_limits import TICK, Clock
+from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
+from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
+from redbtc_settings import LedgerUnavailable, now_ms
+from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_upstream
+from redbtc_watch import Scope
+
+if TYPE_CHECKING:
+    from redbtc_proxy import Gateway, Receive, Send
+
+RESPONSES = Endpoint("/v1/responses", stores=True)
+MOST_SESSIONS = 100  # of an account
+MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
+STEER_SECONDS = 30  # for the response that follows one which was steered
+CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
+POLICY_VIOLATION, INTERNAL_ERROR, UNSUPPORTED_DATA = 1008, 1011, 1003  # RFC 6455 §7.4.1
+NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
+NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
+HANDSHAKE_HEADERS = (b"sec-websocket-", b"content-", b"date", b"connection", b"upgrade")
+UPGRADE = [(b"upgrade", b"websocket")]
+UNRESOLVED = ("response.steer.failed", "response.steer.pending")
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's, with scope["abort"]: to end the connection of a client that doesn't read, which no
+    close reaches."""
+
+    def handle_connect(self, event: Request) -> None:
+        super().handle_connect(event)
+        if self.handshake_initiated and not self.handshake_complete:
+            cast(Scope, self.scope)["abort"] = self.transport.abort
+
+
+# ── Turns ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class EventMeter:
+    """Meters the events of one response."""
+
+    def __init__(self) -> None:
+        self.report = Report(images=False)
+        self.ended = False
+        self.steered = False  # it ended for another to follow
+
+    def take(self, event: Answer) -> None:
+        """One of its events."""
+        kind = kind_of(event)
+        if event.delta:
+            self.report.text_bytes += len(event.delta)
+        if event.response or event.item or kind == "error":
+            self.report.note(event)
+        self.ended = self.ended or kind == "error" or is_last(event)
+        if kind == "response.incomplete" and (response := decode_answer(event.response)):
+            details = response.incomplete_details
+            self.steered = isinstance(details, dict) and details.get("reason") == "steered"
+
+    def feed(self, chunk: bytes) -> bytes:
+        return chunk
+
+    def finish(self) -> None:
+        pass
+
+    def rest(self) -> bytes:
+        return b""
+
+
+def kind_of(event: Answer) -> str:
+    return event.type if isinstance(event.type, str) else ""
+
+
+def is_last(event: Answer) -> bool:
+    """Whether it is the end of a response."""
+    return bool(LAST.fullmatch(kind_of(event).encode()))
+
+
+def status_of(event: Answer) -> int:
+    """That of an error event, if it has a proper one."""
+    return event.status if type(event.status) is int and 400 <= event.status <= 599 else 500
+
+
+class Steer(NamedTuple):
+    """Input for a response in flight, of which nobody has said yet what became of it, and what the
+    response that follows can cost."""
+
+    response_id: str
+    money: Hold
+
+
+class Turn(Metered):
+    """One response.create, and the responses that follow by themselves where it is steered."""
+
+    meter: EventMeter
+
+    def __init__(self, session: Session, lane: Lane, scope: Scope) -> None:
+        gateway = session.gateway
+        super().__init__(gateway, scope, RESPONSES, Clock(gateway.clocks))
+        self.meter = EventMeter()
+        self.lane = lane
+        self.line: Line | None = None
+        self.failure: Outcome | None = None  # where its line was lost
+        self.over: asyncio.Future[None] = gateway.clocks.loop.create_future()
+        self._session = session
+        self._steers: list[Steer] = []
+        self._further_input = 0  # tokens that a response which follows reads besides the request
+        self._holds = contextlib.ExitStack()
+
+    async def run(
+        self,
+        key: Key,
+        content: Content,
+        upstreams: list[Upstream],
+        forward: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
+        yet, ClientLeft."""
+        with self._holds:
+            await super().run(key, content, upstreams, forward)
+
+    @property
+    def response_id(self) -> str | None:
+        return self.meter.report.response_id
+
+    @property
+    def waits_for_response(self) -> bool:
+        """Whether one that is new can be its."""
+        return self.response_id is None if not self.settled else not self.done
+
+    @property
+    def done(self) -> bool:
+        """Nothing more is to come."""
+        return self.settled and not self.meter.steered and not self._steers
+
+    def end(self) -> None:
+        """Wait for nothing more."""
+        if not self.over.done():
+            self.over.set_result(None)
+
+    def lose(self) -> None:
+        """Its line is gone."""
+        self.failure = "client_disconnected" if self.clock.client_left else "upstream_failed"
+        self.end()
+
+    async def steer(self, key: Key, frame: Frame) -> None:
+        """Hold what the response that follows can cost, before the steering goes on: it reads what
+        this one has read and said, and the frame. Raises Refusal."""
+        self.gateway.limits.charge(key, self.settings.limits)
+        usual = self.settings.billing.hold_output_tokens
+        more = self._further_input + (self._content.facts.most_output_tokens() or usual)
+        more += len(frame.text)
+        money = await self.hold(self._content, more)
+        self._holds.enter_context(money)
+        self._further_input = more
+        self._steers.append(Steer(self.response_id or "", money))
+
+    async def take(self, event: Answer, idle_seconds: float) -> None:
+        """One of its events has come; it may be sent on when this returns."""
+        kind = kind_of(event)
+        self.clock.allow(idle_seconds)
+        if self._steers and kind in (*UNRESOLVED, "error"):
+            self._steers.pop(0).money.__exit__()  # no response will follow
+        elif kind not in UNRESOLVED:
+            if self.settled and kind == "response.created":
+                await self._follow()
+            if not self.settled:
+                await self._meter(event)
+        if self.settled:
+            self.clock.allow(STEER_SECONDS)
+
+    async def _meter(self, event: Answer) -> None:
+        if self.first_byte_ms is None:
+            self.first_byte_ms = self.elapsed_ms()
+        self.meter.take(event)
+        self.note()
+        self._session.remember(self.meter.report.made, self._row.upstream)
+        if self.meter.ended:
+            self.status = status_of(event) if kind_of(event) == "error" else 200
+            await self.settle(self.outcome())
+
+    async def _follow(self) -> None:
+        """A response that follows by itself has a row of its own. It takes in all that was sent to
+        the one before."""
+        before = self.response_id
+        of_it = [each for each in self._steers if each.response_id == before]
+        self._steers = [each for each in self._steers if each.response_id != before]
+        for steer in of_it[1:]:
+            steer.money.__exit__()
+        self._money = of_it[0].money if of_it else await self._session.no_hold(self._row)
+        self.scope = {**self.scope, "request_id": new_request_id(), "started": time.monotonic()}
+        self._row = self.new_row(self._row.requested_model, self._row.upstream, now_ms())
+        self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
+        await ledger.settle(self.gateway.store, self._row)  # pending, however long that takes
+
+
+class Lane:
+    """Requests of one stream_id, one after the other."""
+
+    def __init__(self, stream_id: str | None) -> None:
+        self.stream_id = stream_id
+        self.waiting: deque[Frame] = deque()
+        self.turn: Turn | None = None
+
+
+class Line:
+    """A session's connection to one upstream."""
+
+    def __init__(self, upstream: Upstream, connection: ClientConnection) -> None:
+        self.upstream = upstream
+        self.connection = connection
+        self.lost = False
+
+
+class LineLost(Exception):
+    """No upstream could be reached."""
+
+
+# ── Sessions ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Session:
+    """One client's WebSocket."""
+
+    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
+        self.gateway = gateway
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._key: Key
+        self._lanes: dict[str | None, Lane] = {}
+        self._lines: set[Line] = set()
+        self._opening: dict[Upstream, asyncio.Task[Line]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._made: dict[str, str] = {}  # on this connection, stored or not; at which upstream
+        self._written: set[str] = set()  # responses whose usage is in the ledger
+        self._waiting: dict[Frame, int] = {}  # bytes of what has not left for an upstream
+        self._patience = 0.0  # seconds for the client to read
+        self._sends = 0  # how many wait for that
+        self._closed = False  # to the client
+        self._expired = False
+
+    async def run(self) -> None:
+        """From the handshake to the end. Raises Refusal before the connection is accepted,
+        ClientLeft."""
+        await self._receive()  # that it wants to connect
+        self._key = self.gateway.enter(self._scope)
+        sessions, account_id = self.gateway.sessions, self._key.account_id
+        if sessions[account_id] >= MOST_SESSIONS:
+            message = f"This account has {MOST_SESSIONS} WebSockets open, which is the most."
+            raise Refusal("concurrency_limit_exceeded", message)
+        sessions[account_id] += 1
+        try:
+            await self._run()
+        except OSError:
+            raise ClientLeft from None
+        finally:
+            await self._end()
+            sessions[account_id] -= 1
+
+    async def _run(self) -> None:
+        line = await self._first_line()
+        self._patience = line.upstream.settings.idle_timeout_seconds
+        await self._send({"type": "websocket.accept", "headers": self._headers(line.connection)})
+        self.gateway.watch.answered(self._scope, 101)
+        most, loop = line.upstream.settings.total_timeout_seconds, self.gateway.clocks.loop
+        expiry = loop.call_later(most, self._expire)
+        try:
+            await self._read()
+        finally:
+            expiry.cancel()
+            loop.call_later(CLOSING_SECONDS, self._scope["abort"])
+
+    def _headers(self, connection: ClientConnection) -> Headers:
+        """Those of the handshake, for the client."""
+        assert connection.response is not None, "the handshake is over"
+        request_id, given = self._scope["request_id"].encode(), connection.response.headers
+        headers = headers_for_client(
+            [(name.encode(), value.encode("latin-1")) for name, value in given.raw_items()]
+        )
+        headers = [each for each in headers if not each[0].startswith(HANDSHAKE_HEADERS)]
+        if header(headers, b"x-request-id") is None:
+            headers.append((b"x-request-id", request_id))
+        return [*headers, (b"x-redbtc-request-id", request_id)]
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits for it has it; there may be nobody
+
+    def _expire(self) -> None:
+        """No new requests; when those in flight are done, it ends."""
+        self._expired = True
+        if not self._lanes:
+            self._start(self._refuse(expired(), None, close=POLICY_VIOLATION))
+
+    async def _end(self) -> None:
+        """The client is gone: what is in flight may be read on for its usage, then all ends."""
+        self._closed = True
+        for lane in self._lanes.values():
+            lane.waiting.clear()
+            if lane.turn:
+                lane.turn.clock.leave()
+        while self._lanes:
+            await asyncio.sleep(TICK)
+        for line in list(self._lines):
+            await line.connection.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Lines
+
+    async def _first_line(self) -> Line:
+        """Connect to the upstream that goes first, so that its refusal of a WebSocket is ours."""
+        speaking = [each for each in self.gateway.upstreams if each.speaks_websocket]
+        usable = [upstream for upstream in speaking if upstream.usable]
+        if not usable:
+            raise Refusal("no_upstream", retry_after=5)
+        for upstream in by_turn(usable):
+            with contextlib.suppress(OSError):
+                return await self._line_to(upstream)
+        raise Refusal("upstream_unreachable")
+
+    async def _line_to(self, upstream: Upstream) -> Line:
+        """The line to an upstream, a new one where there is none. Raises OSError, Refusal."""
+        for line in self._lines:
+            if line.upstream is upstream and not line.lost:
+                return line
+        if upstream not in self._opening:
+            self._opening[upstream] = task = self._start(self._open(upstream))
+            task.add_done_callback(lambda _: self._opening.pop(upstream))
+        return await asyncio.shield(self._opening[upstream])
+
+    async def _open(self, upstream: Upstream) -> Line:
+        headers = headers_for_upstream(self._scope["headers"])
+        try:
+            connection = await upstream.connect(headers, self._scope["query_string"])
+        except InvalidStatus as error:
+            if error.response.status_code in NO_WEBSOCKET:
+                raise Refusal("upgrade_required", headers=UPGRADE) from None
+            raise Refusal("upstream_unreachable") from None
+        except InvalidHandshake:
+            raise Refusal("upstream_protocol_error") from None
+        line = Line(upstream, connection)
+        self._lines.add(line)
+        self._start(self._pass_events(line))
+        return line
+
+    def _turns_on(self, line: Line) -> list[Turn]:
+        """Those that are not done, in the order of their lanes."""
+        turns = [lane.turn for lane in self._lanes.values() if lane.turn]
+        return [turn for turn in turns if turn.line is line and not turn.done]
+
+    def _lose(self, line: Line) -> None:
+        """Nothing that comes from it is passed on any more."""
+        line.lost = True
+        for turn in self._turns_on(line):
+            turn.lose()
+
+    # From the client
+
+    async def _read(self) -> None:
+        while (message := await self._receive())["type"] != "websocket.disconnect":
+            text = message.get("text")
+            if text is None:
+                await self._close(UNSUPPORTED_DATA, "Only text is understood here.")
+                continue
+            stream_id: str | None = None
+            try:
+                frame = Frame(text.encode())
+                stream_id = frame.facts.stream_id
+                await self._take(frame)
+            except Refusal as refusal:
+                self.gateway.watch.refused(self._new_scope(), refusal)
+                await self._refuse(refusal, stream_id, closing_code(refusal))
+            except ConnectionClosed:
+                continue  # the turn's end is on its way
+
+    async def _take(self, frame: Frame) -> None:
+        facts = frame.facts
+        if facts.type == "response.steer":
+            await self._steer(frame)
+            return
+        if facts.type != "response.create":
+            message = f"'{facts.type}' is not an event that is understood here."
+            raise Refusal("invalid_request", message, param="type")
+        most = self.gateway.settings.server.max_body_bytes
+        if len(self._waiting) >= MOST_WAITING or sum(self._waiting.values()) > most:
+            raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
+        self._waiting[frame] = len(frame.text)
+        lane = self._lanes.get(facts.stream_id)
+        if lane is None:
+            lane = self._lanes[facts.stream_id] = Lane(facts.stream_id)
+            self._start(self._work(lane))
+        lane.waiting.append(frame)
+
+    async def _steer(self, frame: Frame) -> None:
+        """More input for a response that is in flight on this connection."""
+        response_id = frame.only(STEER_MEMBERS).facts.previous_response_id or ""
+        turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
+        for turn in turns:
+            if response_id and turn.response_id == response_id and not turn.settled:
+                key = self.gateway.enter(self._scope)
+                self.gateway.homes(key, frame, self._made)
+                await turn.steer(key, frame)
+                if turn.line and not turn.line.lost:
+                    await turn.line.connection.send(frame.text, text=True)
+                return
+        raise not_found("previous_response_id", response_id)
+
+    def _new_scope(self) -> Scope:
+        return {
+            "request_id": new_request_id(),
+            "started": time.monotonic(),
+            "where": RESPONSES.path,
+            "headers": self._scope["headers"],
+        }
+
+    async def _work(self, lane: Lane) -> None:
+        while lane.waiting:
+            frame, scope = lane.waiting.popleft(), self._new_scope()
+            turn = lane.turn = Turn(self, lane, scope)
+            try:
+                await self._create(turn, frame)
+            except Refusal as refusal:
+                self.gateway.watch.refused(scope, refusal)
+                await self._refuse(refusal, lane.stream_id, closing_code(refusal))
+            except ClientLeft:
+                self.gateway.watch.left(scope)
+            except Exception as error:
+                self.gateway.watch.failed(scope, error)
+                await self._refuse(Refusal("internal_error"), lane.stream_id, INTERNAL_ERROR)
+            finally:
+                self._waiting.pop(frame, None)
+                lane.turn = None
+        del self._lanes[lane.stream_id]
+        if self._expired and not self._lanes:
+            self._expire()
+
+    async def _create(self, turn: Turn, frame: Frame) -> None:
+        """Raises Refusal, ClientLeft."""
+        gateway, facts = self.gateway, frame.facts
+        if self._expired:
+            raise expired()
+        if self._closed:
+            raise ClientLeft
+        key = gateway.enter(self._scope)
+        if facts.background:
+            message = "A background response can't be created over a WebSocket."
+            raise Refusal("invalid_request", message, param="background")
+        upstreams = gateway.upstreams_for(key, frame, self._made)
+        speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
+        if not speaking:
+            raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
+        here = {line.upstream for line in self._lines}
+        speaking.sort(key=lambda upstream: upstream not in here)
+        with gateway.serving(None, turn.clock):
+            await turn.run(key, frame, speaking, lambda: self._forward(turn, frame, speaking))
+
+    async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:
+        metering = turn.settings.metering
+        grace = metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
+        total = upstreams[0].settings.total_timeout_seconds
+        try:
+            with turn.clock.running(total, grace):
+                line = await self._connect(turn, upstreams)
+                if turn.clock.client_left:
+                    await turn.forget()
+                turn.line = line
+                turn.clock.allow(line.upstream.settings.first_byte_timeout_seconds)
+                line.upstream.in_flight += 1
+                try:
+                    await line.connection.send(frame.text, text=True)
+                    del self._waiting[frame]
+                    await turn.over
+                finally:
+                    line.upstream.in_flight -= 1
+            if turn.failure:
+                await self._fail(turn, turn.failure, "upstream_unreachable")
+                await line.connection.wait_closed()  # until then its place is taken
+        except TimeoutError:
+            await self._time_out(turn)
+        except ConnectionClosed:
+            turn.lose()
+            await self._fail(turn, turn.failure or "upstream_failed", "upstream_unreachable")
+        except LineLost:
+            await self._fail(turn, "upstream_failed", "upstream_unreachable")
+
+    async def _connect(self, turn: Turn, upstreams: list[Upstream]) -> Line:
+        for upstream in upstreams:
+            turn.to(upstream)
+            turn.clock.allow(upstream.settings.connect_timeout_seconds + 1)  # it keeps it itself
+            with contextlib.suppress(OSError, Refusal):
+                return await self._line_to(upstream)
+        raise LineLost
+
+    async def _time_out(self, turn: Turn) -> None:
+        """Its time is up: that of the upstream, or of a client that is gone or doesn't read."""
+        if turn.settled:
+            return
+        left = turn.clock.client_left or self._sends > 0
+        if turn.line:
+            self._lose(turn.line)
+        outcome: Outcome = "client_disconnected" if left else "upstream_failed"
+        await self._fail(turn, outcome, "upstream_timeout")
+        if turn.line:
+            await turn.line.connection.close()
+
+    async def _fail(self, turn: Turn, outcome: Outcome, failure: str) -> None:
+        """It ended before its response did: write down how, and say so."""
+        if turn.settled:
+            return
+        refusal = Refusal(failure)
+        if outcome == "upstream_failed":
+            turn.status = refusal.status
+        await turn.settle(outcome)
+        if outcome == "upstream_failed":
+            await self._refuse(refusal, turn.lane.stream_id)
+
+    # From an upstream
+
+    async def _pass_events(self, line: Line) -> None:
+        """Until the upstream closes. With the last line the client's connection is closed, too, in
+        the same way."""
+        code, reason = INTERNAL_ERROR, "The upstream's connection was lost."
+        try:
+            while True:
+                await self._pass_event(line, await line.connection.recv())
+        except ConnectionClosed as closed:
+            if closed.rcvd and closed.rcvd.code not in NO_CODES and not line.lost:
+                code, reason = closed.rcvd.code, closed.rcvd.reason
+        except Exception as error:
+            self.gateway.watch.failed(self._scope, error)
+            await line.connection.close()
+        self._lose(line)
+        while any(lane.turn and lane.turn.line is line for lane in self._lanes.values()):
+            await asyncio.sleep(TICK)  # they have something to say
+        self._lines.remove(line)
+        if not self._lines and not self._opening:
+            await self._close(code, reason)
+
+    async def _pass_event(self, line: Line, message: str | bytes) -> None:
+        if line.lost:
+            return
+        event, turn = decode_answer(message), None
+        if event:
+            turn = self._turn_of(event, line)
+            if turn:
+                await turn.take(event, line.upstream.settings.idle_timeout_seconds)
+                if turn.settled and turn.meter.report.usage and turn.response_id:
+                    self._written.add(turn.response_id)
+            elif is_last(event):
+                await self._write_stray(event, line)
+        await self._to_client(message)
+        if turn and turn.done:
+            turn.end()
+
+    def _turn_of(self, event: Answer, line: Line) -> Turn | None:
+        """Rule 2."""
+        turns = self._turns_on(line)
+        response = decode_answer(event.response) if event.response else None
+        named = name_in(response.id) if response else None
+        if named:
+            for turn in turns:
+                if turn.response_id == named:
+                    return turn
+            known = named in self._made
+            turns = [turn for turn in turns if turn.waits_for_response and not known]
+        in_lane = [turn for turn in turns if turn.lane.stream_id == event.stream_id]
+        if in_lane or isinstance(event.stream_id, str):
+            return in_lane[0] if in_lane else None
+        if kind_of(event) == "error" and len(turns) > 1:
+            turns = [turn for turn in turns if turn.waits_for_response]
+        if named or len(turns) == 1:
+            return turns[0] if turns else None
+        for turn in turns:  # it is one of theirs
+            turn.clock.allow(line.upstream.settings.idle_timeout_seconds)
+        return None
+
+    def remember(self, made: dict[str, bool], upstream: str) -> None:
+        """What was made on this connection can be built on here, even if it isn't stored."""
+        if len(made) and next(reversed(made)) not in self._made:
+            self._made.update(dict.fromkeys(made, upstream))
+
+    async def _write_stray(self, event: Answer, line: Line) -> None:
+        """What a response used that is no turn's."""
+        report = Report(images=False)
+        report.note(event)
+        response_id = report.response_id or ""
+        if not report.usage or response_id in self._written:
+            return
+        self._written.add(response_id)
+        scope = self._new_scope()
+        row = Row(
+            request_id=scope["request_id"],
+            account_id=self._key.account_id,
+            key_id=self._key.id,
+            endpoint=RESPONSES.path,
+            requested_model=report.model or "",
+            upstream=line.upstream.name,
+            started_at=now_ms(),
+            duration_ms=0,
+            status=200,
+            model=report.model,
+            service_tier=report.service_tier,
+            response_id=report.response_id,
+        )
+        account_for(row, report, "upstream_error" if report.failed else "completed", None)
+        bill(row, report, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
+        self.gateway.objects.own(report.made, row.account_id, row.upstream)
+        await ledger.settle(self.gateway.store, row)
+        self.gateway.watch.settled(scope, row)
+
+    async def no_hold(self, row: Row) -> Hold:
+        """For what nobody was asked whether it may be: at the prices of now."""
+        books = self.gateway.books
+        while True:
+            with contextlib.suppress(LedgerUnavailable):
+                return await books.hold_again(self._key, row.requested_model, books.store.time(), 0)
+            await asyncio.sleep(TICK)
+
+    # To the client
+
+    async def _to_client(self, message: str | bytes) -> None:
+        kind = "text" if isinstance(message, str) else "bytes"
+        if not self._closed:
+            await self._give({"type": "websocket.send", kind: message})
+
+    async def _refuse(
+        self, refusal: Refusal, stream_id: str | None, close: int | None = None
+    ) -> None:
+        headers = {name.decode(): value.decode() for name, value in refusal.headers}
+        event: dict[str, Any] = {"type": "error", "status": refusal.status}
+        event |= {"error": {**refusal.error(), "headers": headers}, "headers": headers}
+        event |= {"stream_id": stream_id} if stream_id is not None else {}
+        await self._to_client(orjson.dumps(event).decode())
+        if close:
+            await self._close(close, refusal.code)
+
+    async def _close(self, code: int, reason: str) -> None:
+        if not self._closed:
+            self._closed = True
+            await self._give({"type": "websocket.close", "code": code, "reason": reason[:100]})
+
+    async def _give(self, message: dict[str, Any]) -> None:
+        """A client that doesn't read is let go of."""
+        self._sends += 1
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._send(message)
+        except TimeoutError:
+            self._scope["abort"]()
+        except (OSError, RuntimeError):
+            self._closed = True  # by the client, or by another task a moment ago
+        finally:
+            self._sends -= 1
+
+
+def closing_code(refusal: Refusal) -> int | None:
+    """With which the connection ends, too: its key or account is in force no more."""
+    lasting = refusal.status in (401, 403) and refusal.code != "model_not_allowed"
+    return POLICY_VIOLATION if lasting else None
+
+
+def expired() -> Refusal:
+    """After an hour."""
+    return Refusal("websocket_connection_limit_reached")
