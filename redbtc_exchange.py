@@ -233,6 +233,7 @@ class Metered(Exchange):
                 0,
             )
             self._background = self.gateway.unended.keep(self._row, self._money, unended)
+            self.gateway.unended.read(report.response_id, report)
 
     def _fill(self, report: Report) -> None:
         row = self._row
@@ -319,9 +320,24 @@ class Background:
     def __init__(self, row: Row, money: Hold, unfinished: Unfinished) -> None:
         self.row = row
         self.unfinished = unfinished
-        self.text_bytes = unfinished.text_bytes  # of its output, that anybody has got
         self.settling: asyncio.Task[None] | None = None
         self._money = money
+        self._passed = unfinished.text_bytes
+        self._read: set[Report] = set()
+
+    @property
+    def text_bytes(self) -> int:
+        """Of its output, the most that anybody has been sent."""
+        return max(self._passed, *(report.text_bytes for report in self._read), 0)
+
+    def read(self, report: Report) -> None:
+        """Somebody is being sent what this meters."""
+        self._read.add(report)
+
+    def left(self, report: Report) -> None:
+        """He has all that he gets."""
+        self._read.discard(report)
+        self._passed = max(self._passed, report.text_bytes)
 
     def finish(self, report: Report, outcome: Outcome) -> None:
         """Fill in the row: it has ended."""
@@ -370,6 +386,7 @@ class Unended:
 
     async def leave(self, response: Background, report: Report) -> bool:
         """The request that made it is over. Whether the response is, too; else it is asked for."""
+        response.left(report)
         await self._see(response, report)
         if response.settling:
             return True
@@ -377,17 +394,24 @@ class Unended:
         self._start(self._ask_until_ended(response))
         return False
 
-    async def look(self, response_id: str, report: Report) -> None:
-        """Somebody has been shown it: done when it is settled, if it has ended."""
+    def read(self, response_id: str, report: Report) -> None:
+        """Somebody is being sent its output."""
         if response := self._responses.get(response_id):
-            await self._see(response, report)
+            response.read(report)
+
+    async def look(self, response_id: str, report: Report, shown: bool) -> None:
+        """He has all that he gets. If he has been shown that it has ended, this is done when that
+        is written down."""
+        if response := self._responses.get(response_id):
+            response.left(report)
+            if shown:
+                await self._see(response, report)
 
     def __contains__(self, response_id: str) -> bool:
         """Until its end is committed."""
         return response_id in self._responses
 
     async def _see(self, response: Background, report: Report) -> None:
-        response.text_bytes = max(response.text_bytes, report.text_bytes)
         if report.status and report.status not in UNFINISHED:
             outcome: Outcome = "completed"
             if report.status == "cancelled":

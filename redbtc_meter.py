@@ -146,6 +146,7 @@ class Answer(Struct):
     response: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
     output: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.Raw()
     item: msgspec.Raw = msgspec.Raw()
     delta: msgspec.Raw = msgspec.Raw()
 
@@ -327,14 +328,16 @@ class Report:
             self.usage, self.parts = used, parts
 
     def _name(self, answer: Answer, said: Answer) -> None:
+        if self._images:
+            return
         named, items = [(said.id, False)], []
         if isinstance(said.conversation, dict):
             named.append((said.conversation.get("id"), False))
         with contextlib.suppress(*NOT_JSON):
             if answer.item:
                 items.append(ITEM.decode(answer.item))
-            if said.output:
-                items += OUTPUT.decode(said.output)
+            for listed in (said.output, said.data):
+                items += OUTPUT.decode(listed) if listed else []
         for item in items:
             named.append((item.id, False))
             named += [(each, True) for each in item.containers()]

@@ -614,20 +614,36 @@ class Visit(Exchange):
     it shows that a background response has ended, that one's row is settled first."""
 
     def __init__(
-        self, gateway: Gateway, scope: Scope, endpoint: Endpoint, clock: Clock, response_id: str
+        self,
+        gateway: Gateway,
+        scope: Scope,
+        endpoint: Endpoint,
+        clock: Clock,
+        key: Key,
+        response_id: str,
     ) -> None:
         super().__init__(gateway, scope, endpoint, clock)
+        self._key = key
         self._response_id = response_id
+        self._upstream = ""
+
+    def to(self, upstream: Upstream) -> None:
+        self._upstream = upstream.name
+
+    def note(self) -> None:
+        self.gateway.unended.read(self._response_id, self.meter.report)
 
     async def settle(self, outcome: Outcome) -> None:
         self.clock.pause()
         self.settled = True
-        status, report = self.status or 0, self.meter.report
-        if status == 200 and report.response_id == self._response_id:
-            await self.gateway.unended.look(self._response_id, report)
+        gateway, status, report = self.gateway, self.status or 0, self.meter.report
+        shown = status == 200 and report.response_id in (None, self._response_id)
+        await gateway.unended.look(self._response_id, report, shown)
+        if status == 200 and self.endpoint.path.endswith("/input_items"):
+            gateway.objects.own(report.made, self._key.account_id, self._upstream)
         if self.scope["method"] == "DELETE" and status < 300:
-            await self.gateway.objects.disown(self._response_id)
-        self.gateway.watch.answered(self.scope, status, outcome)
+            await gateway.objects.disown(self._response_id)
+        gateway.watch.answered(self.scope, status, outcome)
 
 
 class StoredRoute:
@@ -649,13 +665,12 @@ class StoredRoute:
         clock = Clock(gateway.clocks)
         body = await read_body(scope, receive, clock, gateway.settings)
         if body.strip():
-            for reference in Content.of_any(body).references():
-                gateway.check_reference(key, reference)
+            gateway.homes(key, Content.of_any(body))
         if self._method == "DELETE" and response_id in gateway.unended:
             message = "The response is still in progress; cancel it first."
             raise Refusal("invalid_request", message)
         with gateway.serving(scope, clock):
-            visit = Visit(gateway, scope, self._endpoint, clock, response_id)
+            visit = Visit(gateway, scope, self._endpoint, clock, key, response_id)
             limits = gateway.settings.limits
             with await gateway.limits.admit(key, 0, limits, clock) as visit.admission:
                 path = f"/responses/{response_id}{self._suffix}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import json
 import random
+import sqlite3
 import statistics
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -470,6 +474,198 @@ def test_a_client_that_leaves_a_background_stream_leaves_it_running(
             assert b"resp_9" in next(parts)
     begun.set()
     wait_until(lambda: [row["outcome"] for row in gateway.rows()] == ["completed"], 20)
+
+
+def begun(memory: Memory, response_id: str, status: str = "queued") -> bytes:
+    """The first event of a background response's stream."""
+    memory.responses[response_id] = response_object(usage=None, status=status, id=response_id)
+    created = {"type": "response.created", "response": dict(memory.responses[response_id])}
+    return event(created, "response.created")
+
+
+def test_an_error_in_its_stream_does_not_end_it(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    memory = Memory(turns=1)
+    error = event({"type": "error", "code": "server_error", "message": "lost"}, "error")
+
+    async def script(request: Received, reply: Reply) -> None:
+        answer = stream([begun(memory, "resp_9"), error])
+        await (memory if request.method == "GET" else answer)(request, reply)
+
+    upstream.script = script
+    create_text(gateway, key, background=True, stream=True)
+    wait_until(lambda: not pending(gateway), 20)
+    row = gateway.row()
+    assert (row["outcome"], row["output_tokens"]) == ("completed", 9)
+
+
+def create_text(gateway: Gateway, key: str, **more: Any) -> str:
+    with gateway.client(key) as client:
+        return client.post("/responses", json={**BODY, **more}).text
+
+
+def test_while_its_stream_is_open_it_can_be_fetched_and_deleted(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """Whoever sees its end first settles it; then, and not before, it may be deleted."""
+    memory, seen = Memory(turns=2), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "POST":
+            await reply.head(200, [("content-type", "text/event-stream")])
+            await reply.send(begun(memory, "resp_9"))
+            await reply.wait(seen)
+            await reply.end()
+        else:
+            await memory(request, reply)
+
+    upstream.script = script
+    with gateway.client(key) as client, gateway.client(key) as other:
+        body = {**BODY, "background": True, "stream": True}
+        with client.stream("POST", "/responses", json=body) as answer:
+            next(answer.iter_raw())
+            assert other.get("/responses/resp_9").json()["status"] == "queued"
+            assert error(other.delete("/responses/resp_9"))[0] == 400
+            assert other.get("/responses/resp_9").json()["status"] == "completed"
+            assert gateway.row()["outcome"] == "completed"
+            assert other.delete("/responses/resp_9").status_code == 200
+            seen.set()
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    assert gateway.row()["output_tokens"] == 9
+
+
+def test_who_reads_it_and_then_cancels_pays_for_what_was_read(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    memory = Memory()
+    delta = {"type": "response.output_text.delta", "delta": "word " * 80}
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.path.endswith("/cancel"):
+            await memory(request, reply)
+            return
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(begun(memory, "resp_9", "in_progress"))
+        for _ in range(100):
+            await reply.send(event(delta, str(delta["type"])))
+        while memory.responses["resp_9"]["status"] != "cancelled":
+            await asyncio.sleep(0.01)
+        await reply.end()
+
+    upstream.script = script
+    with gateway.client(key) as client, gateway.client(key) as other:
+        body = {**BODY, "background": True, "stream": True}
+        with client.stream("POST", "/responses", json=body) as answer:
+            words = 0
+            for part in answer.iter_raw():
+                words += part.count(b"word ")
+                if words == 8000:
+                    break
+            other.post("/responses/resp_9/cancel")
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("client_disconnected", "estimated")
+    assert row["output_tokens"] == 10_000
+
+
+def test_what_was_read_is_known_after_a_restart(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    memory = Memory()
+    delta = {"type": "response.output_text.delta", "delta": "word " * 80}
+    events = [begun(memory, "resp_9", "in_progress"), event(delta, str(delta["type"]))]
+
+    async def script(request: Received, reply: Reply) -> None:
+        answer = stream(events, end="tear") if request.path == "/v1/responses" else memory
+        await answer(request, reply)
+
+    upstream.script = script
+    with gateway.client(key) as client, pytest.raises(httpx2.RemoteProtocolError):
+        client.post("/responses", json={**BODY, "background": True, "stream": True})
+    gateway.kill()
+    gateway.start()
+    with gateway.client(key) as client:
+        client.post("/responses/resp_9/cancel")
+    assert gateway.row()["output_tokens"] == 100
+
+
+def test_its_end_is_shown_to_nobody_before_it_is_written_down(
+    gateway: Gateway, memory: Memory, key: str
+) -> None:
+    memory.turns = 1_000_000
+    made = create(gateway, key, background=True)["id"]
+    memory.responses[made] |= {"status": "completed", "usage": RESPONSE_USAGE}
+    shown: list[str] = []
+
+    def fetch() -> None:
+        with gateway.client(key) as client, contextlib.suppress(httpx2.HTTPError):
+            shown.append(client.get(f"/responses/{made}").json()["status"])
+
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(3) as pool:
+            for _ in range(3):
+                pool.submit(fetch)
+            time.sleep(0.5)
+            assert not shown
+            with gateway.client(key) as client:
+                assert client.delete(f"/responses/{made}").status_code in (400, 503)
+            assert made in memory.responses
+            gateway.kill()
+    assert not shown
+    gateway.start()
+    wait_until(lambda: not pending(gateway), 20)
+    assert gateway.row()["output_tokens"] == 9
+
+
+def test_one_that_is_answered_twice_is_billed_once(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """By an upstream that honours `idempotency-key`."""
+    gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+    key, memory = gateway.new_key(), Memory(turns=1_000_000)
+    memory.responses["resp_1"] = response_object("gpt-up", None, "queued", id="resp_1")
+
+    async def script(request: Received, reply: Reply) -> None:
+        same = json_answer(memory.responses["resp_1"])
+        await (same if request.method == "POST" else memory)(request, reply)
+
+    upstream.script = script
+    for _ in range(2):
+        assert create(gateway, key, background=True, max_output_tokens=50)["id"] == "resp_1"
+    assert len(pending(gateway)) == 1
+    memory.turns = 1
+    wait_until(lambda: not pending(gateway), 20)
+    gateway.restart()
+    assert [row["cost"] for row in gateway.rows()] in (["0.039", None], [None, "0.039"])
+    assert gateway.api("GET", "/accounts/test")["held"] == "0"
+
+
+@pytest.mark.parametrize("status", [400, 404, 410])
+def test_one_that_the_upstream_knows_no_more_holds_nothing(
+    make_gateway: MakeGateway, upstream: Upstream, status: int
+) -> None:
+    gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+    key, memory, asked = gateway.new_key(), Memory(), 0
+
+    async def script(request: Received, reply: Reply) -> None:
+        nonlocal asked
+        if request.method == "POST":
+            await memory(request, reply)
+            return
+        asked += 1
+        down = asked in (1, 4)  # not one of three in a row
+        await json_answer({"error": {"message": "x"}}, 503 if down else status)(request, reply)
+
+    upstream.script = script
+    create(gateway, key, background=True, max_output_tokens=50)
+    wait_until(lambda: asked >= 3, 20)
+    assert float(gateway.api("GET", "/accounts/test")["held"]) > 0
+    wait_until(lambda: not pending(gateway), 40)
+    assert gateway.row()["outcome"] == "upstream_failed"
+    assert gateway.api("GET", "/accounts/test")["held"] == "0"
 
 
 def test_compact_and_input_tokens(gateway: Gateway, upstream: Upstream, key: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
+import socket
 import sqlite3
 import threading
 import time
@@ -12,13 +14,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 from conftest import MakeGateway
 from gateway import Gateway, wait_until
 from upstream import RESPONSE_USAGE, Socket, Upstream, response_object, ws_events, ws_like_openai
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
 
+PRICED = '[billing]\ndefault_credit_limit = "0"'
 CREATE = {"type": "response.create", "model": "gpt-up", "input": "Hi", "stream": True}
 
 
@@ -629,3 +634,421 @@ def test_pings_are_answered_on_both_sides(gateway: Gateway, upstream: Upstream, 
         ws.send()
         ws.completed()
         assert ws.ping()
+
+
+# Whose event it is
+
+
+def brief(gateway: Gateway) -> list[tuple[Any, ...]]:
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 20)
+    return [(row["response_id"], row["outcome"], row["output_tokens"]) for row in gateway.rows()]
+
+
+def done(number: int) -> tuple[Any, ...]:
+    return (f"resp_ws_{number}", "completed", 9)
+
+
+def steered(number: int) -> dict[str, Any]:
+    response = response_object("gpt-up", status="incomplete", id=f"resp_ws_{number}")
+    response["incomplete_details"] = {"reason": "steered"}
+    return {"type": "response.incomplete", "response": response}
+
+
+def steer(number: int, **more: Any) -> str:
+    frame = {"type": "response.steer", "previous_response_id": f"resp_ws_{number}"}
+    return json.dumps({**frame, "input": "more", **more})
+
+
+def test_events_belong_to_the_response_that_they_name(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """An upstream that leaves out the lanes."""
+
+    async def talk(sock: Socket) -> None:
+        frames = [await sock.recv() for _ in range(3)]
+        answers = [
+            ws_events(number, {"model": frame["model"]}) for number, frame in enumerate(frames)
+        ]
+        for step in (0, 1):
+            await sock.send(*(events[step] for events in answers[:2]))
+        error = {"type": "invalid_request_error", "code": "x", "message": "the third"}
+        await sock.send({"type": "error", "status": 400, "error": error})
+        await sock.send(answers[1][2], answers[0][2])
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        for lane in "abc":
+            ws.send(stream_id=lane)
+        assert ws.until("error")["error"]["message"] == "the third"
+        assert [ws.completed()["id"] for _ in range(2)] == ["resp_ws_1", "resp_ws_0"]
+        assert brief(gateway) == [done(0), done(1), (None, "upstream_error", None)]
+
+
+def test_what_nobody_asked_for_is_written_down(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """A second response behind the first, told twice; one that ends after its own error."""
+
+    async def talk(sock: Socket) -> None:
+        frame = await sock.recv()
+        await sock.send(*ws_events(1, frame), *ws_events(2, frame), ws_events(2, frame)[2])
+        third = ws_events(3, await sock.recv())
+        error = {"type": "server_error", "code": "x", "message": "m"}
+        await sock.send(*third[:2], {"type": "error", "status": 500, "error": error})
+        fourth = ws_events(4, await sock.recv())
+        await sock.send(*fourth[:2], third[2], fourth[2])
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        assert [ws.completed()["id"] for _ in range(3)] == ["resp_ws_1", "resp_ws_2", "resp_ws_2"]
+        ws.send()
+        ws.until("error")
+        ws.send()
+        assert [ws.completed()["id"] for _ in range(2)] == ["resp_ws_3", "resp_ws_4"]
+        found = brief(gateway)
+    assert sorted(map(str, found)) == sorted(
+        map(str, [done(1), done(2), ("resp_ws_3", "upstream_error", None), done(3), done(4)])
+    )
+    assert gateway.rows()[1]["requested_model"] == "gpt-up"
+
+
+# Steering
+
+
+def test_the_next_request_of_a_lane_waits_for_what_steering_makes_follow(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(1, await sock.recv())[:2])
+        await sock.recv()
+        await sock.send(steered(1))
+        await asyncio.sleep(0.3)
+        await sock.send(*ws_events(2, {"model": "gpt-up"}))
+        await sock.send(*ws_events(3, await sock.recv()))
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        ws.until("response.output_text.delta")
+        ws.raw(steer(1))
+        ws.until("response.incomplete")
+        ws.send()
+        assert [ws.completed()["id"] for _ in range(2)] == ["resp_ws_2", "resp_ws_3"]
+        assert brief(gateway) == [done(1), done(2), done(3)]
+
+
+@pytest.mark.parametrize("end", ["response.steer.failed", "response.steer.pending", "error"])
+def test_steering_that_nothing_follows_holds_no_place(
+    gateway: Gateway, upstream: Upstream, end: str
+) -> None:
+    key = gateway.new_key(concurrency=1)
+
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created, delta)
+        await sock.recv()
+        await sock.send(completed, {"type": end, "status": 400, "error": {"code": "late"}})
+        await ws_like_openai(sock)
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        ws.until("response.output_text.delta")
+        ws.raw(steer(1))
+        ws.completed()
+        ws.until(end)
+        assert brief(gateway) == [done(1)]
+        ws.send()
+        ws.completed()
+
+
+async def steering(sock: Socket) -> None:
+    """Each input ends the response, and another follows."""
+    number = 1
+    await sock.send(*ws_events(number, await sock.recv())[:2])
+    while True:
+        await sock.recv()
+        await sock.send(steered(number))
+        number += 1
+        await sock.send(*ws_events(number, {"model": "gpt-up"})[:2])
+
+
+def test_what_follows_is_held_for(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway(PRICED).start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+    key = gateway.new_key()
+    gateway.cli("payment", "add", "test", "0.6")
+    upstream.talk = steering
+    with client(gateway, key) as ws:
+        ws.send(max_output_tokens=10)
+        event = ws.until("response.output_text.delta")
+        number = 0
+        while event["type"] != "error":
+            number += 1
+            ws.raw(steer(number))
+            event = ws.until("response.output_text.delta", "error")
+        assert code(event) == "insufficient_quota"
+        assert number > 2
+        account = gateway.api("GET", "/accounts/test")
+        assert float(account["balance"]) >= float(account["held"]) > 0
+        ws.tear()
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 30)
+    assert gateway.api("GET", "/accounts/test")["held"] == "0"
+    assert gateway.cli("db", "check")["ok"]
+
+
+def test_steering_is_a_request_in_the_rates(gateway: Gateway, upstream: Upstream) -> None:
+    key = gateway.new_key(requests_per_minute=3)
+    upstream.talk = steering
+    with client(gateway, key) as ws:
+        ws.send()
+        for number in (1, 2, 3):
+            ws.until("response.output_text.delta")
+            ws.raw(steer(number))
+        assert code(ws.until("error")) == "rate_limit_exceeded"
+
+
+def test_steering_has_no_other_members(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    upstream.talk = steering
+    theirs = [{"role": "user", "content": [{"type": "input_file", "file_id": "file-x"}]}]
+    with client(gateway, key) as ws:
+        ws.send()
+        ws.until("response.output_text.delta")
+        for more in ({"model": "gpt-dear"}, {"response_id": "resp_ws_1"}, {"input": theirs}):
+            ws.raw(steer(1, **more))
+            refused = ws.until("error")
+            assert (code(refused), refused["error"]["param"]) == (
+                "invalid_request",
+                "file_id" if "input" in more else next(iter(more)),
+            )
+        ws.raw(steer(2))
+        assert code(ws.until("error")) == "response_not_found"
+        ws.raw(steer(1))
+        ws.until("response.incomplete")
+    assert len(upstream.sockets[0].frames) == 2
+
+
+# Lines
+
+
+def test_one_lane_that_times_out_costs_the_others_nothing(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """They have the same fate: nothing stops a single response. But it is the upstream's fault."""
+    gateway = make_gateway("", "idle_timeout_seconds = 0.6").start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(1, await sock.recv())[:2])
+        created, delta, _ = ws_events(2, await sock.recv())
+        await sock.send(created)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await sock.send(delta)
+                await asyncio.sleep(0.05)
+
+    upstream.talk = talk
+    with client(gateway, gateway.new_key()) as ws:
+        ws.send(stream_id="a")
+        ws.send(stream_id="b")
+        assert {ws.until("error")["stream_id"] for _ in range(2)} == {"a", "b"}
+        assert ws.closed() == 1011
+    assert brief(gateway) == [(f"resp_ws_{n}", "upstream_failed", None) for n in (1, 2)]
+    assert {row["cost"] for row in gateway.rows()} == {None}
+
+
+def test_a_turn_that_times_out_is_billed_once(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Its response ends while the line is being closed."""
+    gateway = make_gateway(PRICED, "idle_timeout_seconds = 0.4").start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+    key = gateway.new_key()
+    gateway.cli("payment", "add", "test", "10")
+
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created, delta)
+        await sock.end_late(completed)
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send(max_output_tokens=10)
+        assert code(ws.until("error", "response.completed")) == "upstream_timeout"
+        assert ws.closed() == 1011
+    assert brief(gateway) == [("resp_ws_1", "upstream_failed", None)]
+    assert gateway.api("GET", "/accounts/test")["balance"] == "10"
+
+
+def test_an_upstream_that_is_down_ends_its_own_request_only(make_gateway: MakeGateway) -> None:
+    release = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created, delta)
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        await sock.send(completed)
+        await sock.recv()
+
+    with Upstream() as one:
+        one.talk = talk
+        upstreams = [
+            {
+                "name": name,
+                "base_url": url,
+                "api_key_env": "",
+                "models": [f"{name}-*"],
+                "priority": n,
+            }
+            for n, (name, url) in enumerate([("one", one.url), ("two", "http://127.0.0.1:9/v1")])
+        ]
+        gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
+        with client(gateway, gateway.new_key()) as ws:
+            ws.send(model="one-a", stream_id="a")
+            ws.until("response.output_text.delta")
+            ws.send(model="two-a", stream_id="b")
+            assert code(ws.until("error")) == "upstream_unreachable"
+            release.set()
+            ws.completed()
+        assert [row["outcome"] for row in gateway.rows()] == ["completed", "upstream_failed"]
+
+
+def test_the_next_upstream_is_tried_where_one_never_answers(make_gateway: MakeGateway) -> None:
+    with Upstream() as good, socket.create_server(("127.0.0.1", 0)) as hole:
+        good.talk = ws_like_openai
+        silent = f"http://127.0.0.1:{hole.getsockname()[1]}/v1"
+        upstreams = [
+            {"name": "first", "base_url": good.url, "models": ["first"], "priority": 1},
+            {"name": "silent", "base_url": silent, "priority": 2, "connect_timeout_seconds": 0.5},
+            {"name": "good", "base_url": good.url, "priority": 3, "connect_timeout_seconds": 0.5},
+        ]
+        for each in upstreams:
+            each["api_key_env"] = ""
+        gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
+        with client(gateway, gateway.new_key()) as ws:
+            for lane in "abc":
+                ws.send(stream_id=lane)
+            for _ in range(3):
+                ws.completed()
+        assert {row["upstream"] for row in gateway.rows()} == {"good"}
+
+
+def test_new_settings_hold_for_the_next_request(make_gateway: MakeGateway) -> None:
+    def settings(url: str) -> dict[str, Any]:
+        return {"server": {}, "upstreams": [{"name": "u", "base_url": url, "api_key_env": ""}]}
+
+    with Upstream() as old, Upstream() as new:
+        old.talk = new.talk = ws_like_openai
+        gateway = make_gateway(settings(old.url)).start()
+        with client(gateway, gateway.new_key()) as ws:
+            ws.send()
+            ws.completed()
+            gateway.configure(settings(new.url))
+            gateway.signal(signal.SIGHUP)
+            wait_until(lambda: '"reloaded"' in gateway.log())
+            ws.send()
+            ws.completed()
+        assert [len(each.sockets[0].frames) for each in (old, new)] == [1, 1]
+
+
+# Clients
+
+
+HANDSHAKE = (
+    "GET /v1/responses HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+def by_hand(gateway: Gateway, key: str) -> socket.socket:
+    """A client that has asked for a WebSocket, and reads nothing."""
+    sock = socket.create_connection(("127.0.0.1", gateway.port))
+    sock.sendall(f"{HANDSHAKE}Authorization: Bearer {key}\r\n\r\n".encode())
+    return sock
+
+
+def test_who_leaves_during_the_handshake_leaves_nothing(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    upstream.handshake_seconds = 0.3
+    files = gateway.open_files()
+    for _ in range(20):
+        with by_hand(gateway, key):
+            time.sleep(0.03)
+    wait_until(lambda: gateway.log().count('"client_disconnected"') == 20)
+    wait_until(lambda: not upstream.connections and gateway.open_files() <= files + 1)
+
+
+def test_who_leaves_while_the_upstream_is_dialled_pays_nothing(make_gateway: MakeGateway) -> None:
+    with Upstream() as one, Upstream() as two:
+        one.talk = two.talk = ws_like_openai
+        two.handshake_seconds = 0.6
+        upstreams = [
+            {
+                "name": name,
+                "base_url": up.url,
+                "api_key_env": "",
+                "models": [f"{name}-*"],
+                "priority": n,
+            }
+            for n, (name, up) in enumerate([("one", one), ("two", two)])
+        ]
+        gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
+        with client(gateway, gateway.new_key()) as ws:
+            ws.send(model="two-a")
+            wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 1)
+            time.sleep(0.1)
+            ws.tear()
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+        wait_until(lambda: not two.connections)
+        assert [sock.frames for sock in two.sockets] in ([], [[]])
+        assert gateway.rows() == []
+
+
+def test_who_never_reads_is_let_go_of(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway("", "idle_timeout_seconds = 0.5").start()
+
+    async def talk(sock: Socket) -> None:
+        created, delta, _ = ws_events(1, await sock.recv())
+        with contextlib.suppress(ConnectionError):
+            await sock.send(created)
+            for _ in range(300):
+                await sock.send({**delta, "delta": "x" * 100_000})
+
+    upstream.talk = talk
+    with by_hand(gateway, gateway.new_key()) as sock:
+        frame = Frame(Opcode.TEXT, json.dumps(CREATE).encode())
+        assert sock.recv(65536).startswith(b"HTTP/1.1 101 ")
+        sock.sendall(frame.serialize(mask=True))
+
+        def connections() -> int:
+            found = psutil.Process(gateway.pid).net_connections("tcp")
+            return sum(each.laddr.port == gateway.port and bool(each.raddr) for each in found)
+
+        wait_until(lambda: upstream.sockets and upstream.sockets[0].frames)
+        wait_until(lambda: connections() == 0, 20)
+    assert [outcome for _, outcome, _ in brief(gateway)] == ["client_disconnected"]
+
+
+def test_waiting_requests_are_bounded_over_all_lanes(gateway: Gateway, upstream: Upstream) -> None:
+    key = gateway.new_key(concurrency=1)
+
+    async def talk(sock: Socket) -> None:
+        await sock.recv()
+        await asyncio.sleep(30)
+
+    upstream.talk = talk
+    before = gateway.rss()
+    with client(gateway, key) as ws:
+        for number in range(1200):
+            ws.send(stream_id=f"{number}", input="x" * 20_000)
+        refused = ws.until("error")
+        assert code(refused) == "concurrency_limit_exceeded"
+        assert gateway.metrics()["redbtc_in_flight"] <= 1001
+        assert gateway.rss() - before < 60 << 20
+        ws.tear()

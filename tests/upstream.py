@@ -204,6 +204,13 @@ class Socket:
             while True:
                 await self.recv()
 
+    async def end_late(self, *events: dict[str, Any] | bytes) -> None:
+        """Send these when the other end has begun to close, and only then close."""
+        closing = await self._reader.read(65536)
+        await self.send(*events)
+        self._protocol.receive_data(closing)
+        await self._flush()
+
     def tear(self) -> None:
         self._writer.transport.abort()
         raise Torn
@@ -225,6 +232,7 @@ class Upstream:
         self.script: Script = openai_like
         self.talk: Talk | None = None  # over a WebSocket; without one it speaks none
         self.handshake_headers: Headers = ()
+        self.handshake_seconds = 0.0
         self.sockets: list[Socket] = []
         self.requests: list[Received] = []
         self.in_flight = 0
@@ -366,6 +374,7 @@ class Upstream:
     async def _talk(self, talk: Talk, sock: Socket, head: bytes) -> None:
         self.sockets.append(sock)
         try:
+            await asyncio.sleep(self.handshake_seconds)
             await sock.accept(head, self.handshake_headers)
             await talk(sock)
         except (ConnectionError, Torn):
