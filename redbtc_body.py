@@ -21,6 +21,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import Struct
@@ -618,6 +619,14 @@ def refuse_hidden(text: Buffer) -> None:
             name = string_in(written).casefold()
             if HIDDEN.fullmatch(name.encode("utf-8", "replace")):
                 raise Refusal("invalid_request", f"'{name}' is written with escapes.", param=name)
+
+
+def check_query(query: bytes) -> None:
+    """Raise Refusal for a query that says what only a body may say."""
+    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name.casefold() in KNOWN or HIDDEN.fullmatch(name.encode()):
+            message = f"'{name}' can't stand in the query."
+            raise Refusal("invalid_request", message, param=name[:MAX_NAME])
 
 
 def end_of(text: Buffer, start: int) -> int:

@@ -60,6 +60,7 @@ from redbtc_body import (
     Form,
     Reference,
     add_include_usage,
+    check_query,
     decompressed,
     media_of,
 )
@@ -716,6 +717,7 @@ class MeteredRoute:
         gateway, endpoint = self._gateway, self._endpoint
         scope["where"] = endpoint.path
         key = gateway.enter(scope)
+        check_query(scope["query_string"])
         clock = Clock(gateway.clocks)
         content = await read_content(scope, receive, clock, gateway.settings, endpoint)
         upstreams = gateway.upstreams_for(key, content)

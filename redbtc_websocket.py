@@ -37,7 +37,7 @@ from websockets.http11 import Request
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
-from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Content, Frame
+from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Content, Frame, check_query
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Key, Outcome, Row
 from redbtc_limits import TICK, Clock
@@ -284,6 +284,7 @@ class Session:
         ClientLeft."""
         await self._receive()  # that it wants to connect
         self._key = self.gateway.enter(self._scope)
+        check_query(self._scope["query_string"])
         sessions, account_id = self.gateway.sessions, self._key.account_id
         if sessions[account_id] >= MOST_SESSIONS:
             message = f"This account has {MOST_SESSIONS} WebSockets open, which is the most."

@@ -241,6 +241,8 @@ FIELD = b"--xyz\r\nContent-Disposition: form-data; %b\r\n\r\na\r\n"
         FIELD % b'name="a"',
         b"",
         b"no form",
+        b'{"model":"m","images":[{"file_id":"f"}]}\r\n' + FIELD % b'name="a"' + b"--xyz--",
+        FIELD.replace(b"a\r\n", b'[{"file_id":"f"}]\r\n') % b'name="images"' + b"--xyz--",
         FIELD % b'name="model"' + b"\r\n" + b"m" * 5000 + b"\r\n--xyz--",
     ],
 )
@@ -261,6 +263,7 @@ def test_a_form_that_could_be_read_in_two_ways_is_refused(
         b"\r\n" + FIELD % b'filename=x;name="a" ; ' + b"--xyz--",
         FIELD % b'name="a"\r\nContent-Type: text/plain\r\nX-Y:' + b"--xyz--\r\n",
         FIELD.replace(b"xyz", b"xyz \t") % b"name=a" + b"--xyz--",
+        FIELD.replace(b"a\r\n", b'"file_id": "f"\r\n') % b'name="prompt"' + b"--xyz--",
     ],
 )
 def test_a_form_with_one_meaning_passes(
@@ -466,6 +469,68 @@ def test_models_of_several_upstreams_are_joined_and_remembered(
 
 def time_passes() -> None:
     threading.Event().wait(1.1)
+
+
+def test_a_picture_may_have_a_background(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    """Which in a response is another thing."""
+    upstream.script = images_json()
+    with gateway.client(key) as client:
+        for path in ("generations", "edits"):
+            body = {"model": "m", "prompt": "x", "background": "transparent"}
+            assert client.post(f"/images/{path}", json=body).status_code == 200
+
+
+DRAW = {"type": "image_generation", "model": "gpt-image-dear"}
+FURTHER: list[tuple[str, Any]] = [
+    ("/responses", {"tools": [DRAW]}),
+    ("/responses", {"tools": [{"type": "image_generation"}]}),
+    ("/responses", {"tools": [{"type": "namespace", "tools": [DRAW]}]}),
+    ("/responses", {"input": [{"type": "additional_tools", "tools": [DRAW]}]}),
+    ("/responses", {"tools": [{**DRAW, "model": "gpt-up", "svg": {"model": "gpt-dear"}}]}),
+    ("/images/generations", {"svg": {"model": "gpt-dear"}}),
+]
+
+
+@pytest.mark.parametrize(("path", "more"), FURTHER)
+def test_models_that_a_body_makes_work_are_models_too(
+    make_gateway: MakeGateway, upstream: Upstream, path: str, more: Any
+) -> None:
+    """For a key limited to models, and where what has no price is refused."""
+    gateway = make_gateway('[billing]\nunpriced_models = "refuse"').start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1", "--output", "1")
+    gateway.new_key()
+    limited = gateway.cli("key", "add", "test", "--models", "gpt-up")["key"]
+    with gateway.client(limited) as client, gateway.client(gateway.new_key()) as free:
+        body = {"model": "gpt-up", "input": "x", **more}
+        answer = client.post(path, json=body)
+        assert (answer.status_code, code(answer)) == (403, "model_not_allowed")
+        answer = free.post(path, json=body)
+        assert (answer.status_code, code(answer)) == (404, "model_not_found")
+        gateway.cli("price", "add", "gpt-*", "--input", "1", "--output", "1")
+        upstream.script = json_answer(response_object())
+        assert free.post(path, json=body).status_code == 200
+        two = {**body, "tools": [DRAW, {"type": "image_generation", "model": "gpt-up"}]}
+        assert free.post("/responses", json=two).status_code == 400
+    if "/images" in path:
+        form = b"".join(
+            multipart([('name="svg[model]"', b"gpt-dear"), ('name="model"', b"gpt-up")])
+        )
+        with gateway.client(limited) as client:
+            assert client.post("/images/edits", content=form, headers=FORM).status_code == 403
+
+
+def test_what_a_tool_can_cost_is_held(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway('[billing]\ndefault_credit_limit = "0"').start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1", "--output", "1")
+    gateway.cli("price", "add", "gpt-image*", "--input", "1", "--output", "1000000")
+    key = gateway.new_key()
+    gateway.cli("payment", "add", "test", "10")
+    upstream.script = json_answer(response_object())
+    with gateway.client(key) as client:
+        body = {**BODY, "max_output_tokens": 10}
+        assert client.post("/responses", json=body).status_code == 200
+        answer = client.post("/responses", json={**body, "tools": [DRAW]})
+    assert (answer.status_code, code(answer)) == (429, "insufficient_quota")
 
 
 def test_a_key_limited_to_models(gateway: Gateway, upstream: Upstream, key: str) -> None:

@@ -244,13 +244,14 @@ FIELDS = (
     "container",
     "container_id",
     "skill_id",
+    "tunnel_id",
 )
-OBJECTS = ("conversation", "prompt", "audio", "voice")
+OBJECTS = ("conversation", "container", "prompt", "audio", "voice")
 
 
 def planted(chance: random.Random, foreign: str) -> bytes:
     """A body that names the object somewhere, in one of the ways there are."""
-    way = chance.randrange(4)
+    way = chance.randrange(5)
     if way == 0:
         name = chance.choice(FIELDS)
         value: Any = [foreign] if name.endswith("s") else foreign
@@ -259,9 +260,14 @@ def planted(chance: random.Random, foreign: str) -> bytes:
         reference = {chance.choice(OBJECTS): {"version": "1", "id": foreign}}
     elif way == 2:
         reference = {"type": "item_reference", "id": foreign}
+    elif way == 3:  # within another one, and beside it
+        inner = {"file_ids": [foreign]}
+        reference = {chance.choice(OBJECTS): chance.choice([{"x": inner}, {"id": 1, **inner}])}
     else:
-        kind = chance.choice(["reasoning", "image_generation_call", None, "compaction"])
+        kind = chance.choice(["reasoning", "image_generation_call", None, "compaction", "x_call"])
         item = {"id": foreign, "type": kind, "summary": [], "encrypted_content": None}
+        if kind == "x_call":
+            del item["summary"], item["encrypted_content"]
         text = json.dumps({**BODY, "input": [{"role": "user", "content": "x"}, item]})
         return text.encode()
     for _ in range(chance.randrange(6)):
@@ -278,6 +284,8 @@ def planted(chance: random.Random, foreign: str) -> bytes:
         text = text.replace('":', '" \n\t:')
     if chance.random() < 0.1:
         text = text.replace("file_id", "File_ID").replace("previous_", "PREVIOUS_")
+    if chance.random() < 0.1:
+        text = text.replace("previous_res", "previous_reſ").replace("skill", "s\u212aill")
     return text.encode()
 
 
@@ -299,9 +307,87 @@ def test_no_planted_id_reaches_the_upstream(
     assert len(upstream.requests) == seen
 
 
+ITEMS: list[Any] = [
+    {"id": "X", "role": "user"},
+    {"id": "X", "role": "user", "content": None},
+    {"id": "X", "role": "nobody", "content": "x"},
+    {"id": "X", "type": "web_search_call", "status": "completed"},
+    {"id": "X", "type": "web_search_call", "status": "completed", "x": 0},
+    {"id": "X", "type": "code_interpreter_call", "code": "1"},
+    {"id": "X", "type": "reasoning", "summary": [], "encrypted_content": "x"},
+    {"id": "X", "type": "image_generation_call", "result": "x"},
+    {"id": "X", "type": "image_generation_call", "status": "failed", "result": None},
+    {"type": "mcp_approval_response", "approval_request_id": "X", "approve": True},
+    {"ID": "X"},
+]
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_no_item_is_anothers(
+    gateway: Gateway, upstream: Upstream, item: Any, memory: Memory
+) -> None:
+    """Whatever stands beside its id, where the upstream could look it up."""
+    own, other = gateway.new_key(), gateway.new_key("other")
+    made = create(gateway, own)["output"][0]["id"]
+    body = json.dumps({**BODY, "input": [item]}).replace('"X"', f'"{made}"')
+    headers = {"content-type": "application/json"}
+    seen = len(upstream.requests)
+    with gateway.client(other) as client:
+        assert client.post("/responses", content=body, headers=headers).status_code == 400
+        assert len(upstream.requests) == seen
+        if len(item) > 3:  # it stands for itself, where it is nobody's
+            never = body.replace(made, "id_0123")
+            assert client.post("/responses", content=never, headers=headers).status_code == 200
+    if "id" in item:
+        with gateway.client(own) as client:
+            assert client.post("/responses", content=body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"model":"m","input":[{"type":"message","id":"msg_1","type":"reasoning","summary":[]}]}',
+        '{"model":"m","input":[{"type":"item_reference","id":"msg_1", "id":"msg_2"}]}',
+        '{"model":"m","input":{"id":"msg_1"}}',
+        '{"model":"m","input":"x","prompt":"p","previous_re\\u017fponse_id":"resp_1"}',
+        b'{"model":"m","input":"x","a":{"previous_\xffresponse_id":"resp_1"}}',
+        '{"model":"m","input":[' + '{"file_id":"x%d"},' * 1001 % tuple(range(1001)) + "{}]}",
+        '{"model":"m","input":"x","voice":[{"id":"voice_1"}]}',
+        '{"model":"m","input":"x","audio":[{"file_ids":["file_1"]}]}',
+        '{"model":"m","ſtream":true,"input":"x"}',
+    ],
+)
+def test_no_other_way_to_write_a_reference(
+    gateway: Gateway, upstream: Upstream, key: str, body: str | bytes
+) -> None:
+    content = body.encode() if isinstance(body, str) else body
+    with gateway.client(key) as client:
+        headers = {"content-type": "application/json"}
+        assert client.post("/responses", content=content, headers=headers).status_code == 400
+        for query in ("previous_response_id=resp_1", "x=y&Model=gpt", "%66ile_id=f"):
+            answer = client.post(f"/responses?{query}", json=BODY)
+            assert error(answer)[:2] == (400, "invalid_request")
+    assert not upstream.requests
+
+
+def test_listed_input_items_can_be_referred_to(gateway: Gateway, memory: Memory) -> None:
+    made = create(gateway, gateway.new_key())["id"]
+    body = {**BODY, "input": [{"type": "item_reference", "id": "msg_in"}]}
+    with gateway.client(gateway.new_key()) as client:
+        assert client.post("/responses", json=body).status_code == 400
+        client.get(f"/responses/{made}/input_items")
+        assert client.post("/responses", json=body).status_code == 200
+    with gateway.client(gateway.new_key("other")) as client:
+        assert client.post("/responses", json=body).status_code == 400
+
+
 @pytest.mark.parametrize(
     "more",
     [
+        {"metadata": {"conversation": "c-42", "file_id": "f", "container": "docker"}},
+        {"text": {"format": {"schema": {"enum": ["item_reference", "file_id"]}}}},
+        {"input": "item_reference"},
+        {"input": [{"type": "web_search_call", "id": "ws_1", "status": "x", "action": {}}]},
         {"input": 'I say "previous_response_id": "resp_1" and \\"file_id\\": "x"'},
         {"metadata": {"note": "conversation"}, "prompt": "a picture", "user": "file_id"},
         {"tools": [{"parameters": {"properties": {"file_id": {"type": "string"}}}}]},
