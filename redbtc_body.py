@@ -222,6 +222,7 @@ MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
 OBJECT_END = re.compile(rb"\s*+\}")
 MOST_MEMBERS = 1000
 SLICE = 1 << 20
+FOLDED = ("ſ", "\N{KELVIN SIGN}")  # Unicode's lower case of these is s and k
 
 
 def read_json(body: Buffer, decoder: msgspec.json.Decoder[Any]) -> Any:
@@ -262,23 +263,26 @@ def read_members(text: Buffer) -> Members:
     """The members of a body that is a JSON object, by name, none of them built. Raises Refusal for
     what can't be read, or could be read in more than one way."""
     members: Members = read_json(text, MEMBERS)
-    if not text.isascii():
-        check_utf8(text)
     if len(text) != shortest(members):
         check_once(text, members)
     return members
 
 
-def check_utf8(text: Buffer) -> None:
-    """Raise Refusal where it isn't (RFC 8259 §8.1): msgspec doesn't look at strings that it steps
-    over, and a lenient reader would drop what it can't read from a name."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def folded(text: Buffer) -> bool:
+    """Whether it has one of the letters that some readers take for a plain one. Raises Refusal
+    where it is not UTF-8 (RFC 8259 §8.1): msgspec doesn't look at strings that it steps over, and a
+    lenient reader would drop what it can't read from a name."""
+    if text.isascii():
+        return False
+    decoder, found = codecs.getincrementaldecoder("utf-8")(), False
     try:
         for at in range(0, len(text), SLICE):
-            decoder.decode(memoryview(text)[at : at + SLICE])
+            part = decoder.decode(memoryview(text)[at : at + SLICE])
+            found = found or any(letter in part for letter in FOLDED)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         raise Refusal("invalid_json") from None
+    return found
 
 
 def shortest(members: Members) -> int:
@@ -417,6 +421,7 @@ class Content:
         self.sent = sent
         self.text = text
         self._form = form
+        self._folded = not form and folded(text)
         self._members = {} if form else read_members(text)
         self.facts: Facts = form.facts(text) if form else facts_in(self._members, FACTS)
         self._check_model(model_needed)
@@ -504,6 +509,7 @@ class Content:
         if self._form:
             yield from self._form.references()
         else:
+            refuse_hidden(self.text, self._folded)
             yield from references_in(self.text, self._members, self._items)
 
 
@@ -515,7 +521,7 @@ class Frame(Content):
     def __init__(self, text: bytes) -> None:
         self.sent = self.text = text
         self._form = None
-        self._members = read_members(text)
+        self._folded, self._members = folded(text), read_members(text)
         self.facts = facts_in(self._members, FRAME_FACTS)
         self._check_model(self.facts.type == "response.create")
 
@@ -540,11 +546,9 @@ MEMBER = re.compile(  # what can't begin one is passed over first: most of the t
 HIDDEN = re.compile(rb"(?:" + WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE)
 BRACKETS = re.compile(rb"[\[{]|[\]}]|" + TEXT, re.DOTALL)
 ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECASE)
-# Letters, and what lies between: nobody need escape these. Nor is there a reason to write ſ or the
-# Kelvin sign in a name, which some readers take for s and k. (One character before the look ahead:
+# Letters, and what lies between: nobody need escape these. (One character before the look ahead:
 # that is searched for much faster than four.)
 ESCAPED = re.compile(rb"\\(?=u(?:00[4-7]|017[fF]|212[aA]))")
-FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())
 PLAIN = (b"prompt", b"audio", b"voice")  # these may be plain text as well
 OBJECTS = (b"conversation", b"container", *PLAIN)  # and these an object with an id
 ODD_IDS = {"ID", "Id", "iD"}
@@ -562,8 +566,7 @@ class Reference(NamedTuple):
 
 def references_in(text: Buffer, members: Members, items: list[Item]) -> Iterator[Reference]:
     """Of JSON: the items of the input that are given by their id alone, and every member, at any
-    depth, whose name says so. Raises Refusal where one hides."""
-    refuse_hidden(text)
+    depth, whose name says so."""
     by_id = 0
     for item in items:
         if "id" in item and is_text(item["id"]):
@@ -607,18 +610,18 @@ def named_in(
                     yield Reference(name.decode(), string_in(value[ids.groups]), own)
 
 
-def refuse_hidden(text: Buffer) -> None:
+def refuse_hidden(text: Buffer, folded: bool) -> None:
     """Raise Refusal where a name that matters is written in a way in which it isn't looked for."""
-    if not ESCAPED.search(text) and not any(letter in text for letter in FOLDED):
+    if not folded and not ESCAPED.search(text):
         return
     for match in STRING.finditer(text):
-        written = match[0]
-        if len(written) <= MOST_HIDING and (
-            ESCAPED.search(written) or any(letter in written for letter in FOLDED)
-        ):
-            name = string_in(written).casefold()
-            if HIDDEN.fullmatch(name.encode("utf-8", "replace")):
-                raise Refusal("invalid_request", f"'{name}' is written with escapes.", param=name)
+        if match.end() - match.start() <= MOST_HIDING and (folded or ESCAPED.search(match[0])):
+            written = string_in(match[0])
+            name = written.casefold()
+            if HIDDEN.fullmatch(name.encode("utf-8", "replace")) and (
+                name.encode() not in match[0].lower()
+            ):
+                raise Refusal("invalid_request", f"'{name}' is written oddly.", param=name)
 
 
 def check_query(query: bytes) -> None:

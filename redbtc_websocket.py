@@ -226,7 +226,10 @@ class Turn(Metered):
         self._steers = [each for each in self._steers if each.response_id != before]
         for steer in of_it[1:]:
             steer.money.__exit__()
-        self._money = of_it[0].money if of_it else await self._session.no_hold(self._row)
+        money = of_it[0].money if of_it else await self._session.no_hold(self._row)
+        if self.over.done():
+            return  # it was given up meanwhile
+        self._money = money
         self.scope = {**self.scope, "request_id": new_request_id(), "started": time.monotonic()}
         self._row = self.new_row(self._row.requested_model, self._row.upstream, now_ms())
         self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
