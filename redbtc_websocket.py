@@ -115,6 +115,10 @@ def is_last(event: Answer) -> bool:
     return bool(LAST.fullmatch(kind_of(event).encode()))
 
 
+def is_lane(stream_id: Any) -> bool:
+    return stream_id is None or isinstance(stream_id, str)
+
+
 def status_of(event: Answer) -> int:
     """That of an error event, if it has a proper one."""
     return event.status if type(event.status) is int and 400 <= event.status <= 599 else 500
@@ -278,7 +282,8 @@ class Session:
         self._written: set[str] = set()  # responses whose usage is in the ledger
         self._waiting: dict[Frame, int] = {}  # bytes of what has not left for an upstream
         self._patience = 0.0  # seconds for the client to read
-        self._sends = 0  # how many wait for that
+        self._sends, self._given = 0, 0  # messages that wait for that, and that need not
+        self._watching: asyncio.TimerHandle
         self._closed = False  # to the client
         self._expired = False
 
@@ -308,10 +313,12 @@ class Session:
         self.gateway.watch.answered(self._scope, 101)
         most, loop = line.upstream.settings.total_timeout_seconds, self.gateway.clocks.loop
         expiry = loop.call_later(most, self._expire)
+        self._watch_reading(-1)
         try:
             await self._read()
         finally:
             expiry.cancel()
+            self._watching.cancel()
             loop.call_later(CLOSING_SECONDS, self._scope["abort"])
 
     def _headers(self, connection: ClientConnection) -> Headers:
@@ -342,6 +349,13 @@ class Session:
         self._expired = True
         if not self._lanes:
             self._start(self._refuse(expired(), None, close=POLICY_VIOLATION))
+
+    def _watch_reading(self, given: int) -> None:
+        """Let go of a client that has read nothing since so many messages were given to it."""
+        if self._sends and self._given == given:
+            self._scope["abort"]()
+        again, loop = self._watch_reading, self.gateway.clocks.loop
+        self._watching = loop.call_later(self._patience, again, self._given)
 
     async def _end(self) -> None:
         """The client is gone: what is in flight may be read on for its usage, then all ends."""
@@ -608,6 +622,9 @@ class Session:
 
     def _turn_of(self, event: Answer, line: Line) -> Turn | None:
         """Rule 2."""
+        lane = self._lanes.get(event.stream_id) if is_lane(event.stream_id) else None
+        if lane and lane.turn and lane.turn.line is line and not event.response:
+            return None if lane.turn.done else lane.turn
         turns = self._turns_on(line)
         response = decode_answer(event.response) if event.response else None
         named = name_in(response.id) if response else None
@@ -694,13 +711,10 @@ class Session:
             await self._give({"type": "websocket.close", "code": code, "reason": reason[:100]})
 
     async def _give(self, message: dict[str, Any]) -> None:
-        """A client that doesn't read is let go of."""
         self._sends += 1
         try:
-            async with asyncio.timeout(self._patience):
-                await self._send(message)
-        except TimeoutError:
-            self._scope["abort"]()
+            await self._send(message)
+            self._given += 1
         except (OSError, RuntimeError):
             self._closed = True  # by the client, or by another task a moment ago
         finally:
