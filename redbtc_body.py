@@ -19,14 +19,16 @@ import functools
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
+from itertools import compress, repeat
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import Struct
 
-from redbtc_meter import MAX_NAME, name_in
+from redbtc_meter import MAX_NAME, SURROGATE
 from redbtc_refusals import Headers, Refusal, header
 
 if sys.version_info >= (3, 14):
@@ -44,6 +46,7 @@ SET = rb';\s*+([\w-]++|filename\*)=("[^"]*+"|[^\s;"]*+)'
 PARAMETRIZED = re.compile(rb"\s*+([\w/+.-]++)((?:\s*+" + SET + rb")*+)\s*+;?\s*+", re.IGNORECASE)
 PARAMETER = re.compile(SET, re.IGNORECASE)
 JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json")
+BOUNDARY = re.compile(rb"[\w'()+,./:=?-]{1,70}")  # RFC 2046 §5.1.1, without its inner spaces
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 MOST_RATIO = 32  # of decoded to compressed bytes: reading them can take three times as many
 LEAST_BOUND = 1 << 20
@@ -74,7 +77,7 @@ def media_of(headers: Headers, forms: bool) -> Media:
         if JSON_TYPE.fullmatch(kind):
             return Media(encoding, None)
         boundary = parameters.get(b"boundary", b"")
-        if forms and kind == b"multipart/form-data" and 0 < len(boundary) <= 70:
+        if forms and kind == b"multipart/form-data" and BOUNDARY.fullmatch(boundary):
             return Media(encoding, boundary)
     allowed = "application/json or multipart/form-data" if forms else "application/json"
     raise Refusal("unsupported_media_type", f"Content-Type must be {allowed}, in UTF-8.")
@@ -121,11 +124,13 @@ def decompressed(body: Buffer, encoding: str, most: int) -> bytes:
 
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
-SINGLE_FIELDS = (b"model", b"stream", b"n")
+MOST_PARTS = 1000
+SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]")
 HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
 FORM_NAME = re.compile(
-    rb"file_ids?|vector_store_ids?|container_id|[a-z]+_response_id|conversation", re.IGNORECASE
+    rb"file_ids?|vector_store_ids?|container_id|_response_id|conversation", re.IGNORECASE
 )
+ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
 UNENCODED = (b"binary", b"8bit", b"7bit")
 MOST_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
 
@@ -135,7 +140,7 @@ class Form:
     its short fields. Files are stepped over, never copied."""
 
     def __init__(self, boundary: bytes) -> None:
-        self.names: set[bytes] = set()
+        self.names: Counter[bytes] = Counter()
         self.fields: dict[bytes, bytes] = {}
         self._tokens = 0
         self._delimiter = b"--" + boundary
@@ -161,12 +166,18 @@ class Form:
         head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_PART_HEAD))
         parameters = parameters_of_part(bytes(body[start : max(start, head_end)]))
         name, size = parameters[b"name"], end - head_end - 4
-        self.names.add(name)
-        short = size <= MAX_FIELD and not {b"filename", b"filename*"} & parameters.keys()
-        if name in SINGLE_FIELDS and (name in self.fields or not short):
-            message = f"'{name.decode()}' must stand in the form once, as a short text."
-            raise Refusal("invalid_request", message, param=name.decode())
-        if short:
+        self.names[name.lower()] += 1
+        if self.names.total() > MOST_PARTS:
+            raise Refusal("invalid_request", f"The form has more than {MOST_PARTS} parts.")
+        field = not {b"filename", b"filename*"} & parameters.keys()
+        single = name.lower() in SINGLE_FIELDS
+        once = field and self.names[name.lower()] == 1
+        long = field and size > MAX_FIELD and name != b"prompt"
+        if (single and not once) or long or ODD_SVG.match(name):
+            shown = name.decode("utf-8", "replace")
+            message = f"'{shown}' must stand in the form once, as a short text, and so written."
+            raise Refusal("invalid_request", message, param=shown)
+        if field and size <= MAX_FIELD:
             self.fields[name] = bytes(body[head_end + 4 : end])
 
     def most_tokens(self, body: Buffer) -> int:
@@ -177,6 +188,7 @@ class Form:
         """Stored objects that it names, by the name of a part or within a short field."""
         for name, value in self.fields.items():
             if name != b"prompt":
+                refuse_hidden(value, folded(value))
                 yield from named_in(value)
         named = (FORM_NAME.search(name) for name in self.names)
         yield from (Reference(name[0].decode(), "") for name in named if name)
@@ -204,7 +216,8 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
     found = parametrized(fields.get(b"content-disposition", b""))
     encoding = fields.get(b"content-transfer-encoding", b"binary").strip().lower()
     once = not padding.strip(b" \t") and len(fields) == len(lines) and encoding in UNENCODED
-    if not once or not found or found[0] != b"form-data" or b"name" not in found[1]:
+    name = found[1].get(b"name", b"") if found and found[0] == b"form-data" else b""
+    if not (once and found and 0 < len(name) <= MAX_NAME) or b"\\" in name:
         raise Refusal("invalid_request", "A part of the form has no head that can be read.")
     return found[1]
 
@@ -213,8 +226,9 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
 # Read with as little building as can be: a member that isn't needed is stepped over.
 
 Members = dict[str, msgspec.Raw]
-MEMBERS = msgspec.json.Decoder(Members)
-NOTHING, NULL = msgspec.Raw(), msgspec.Raw(b"null")
+MEMBERS, OBJECTS = msgspec.json.Decoder(Members), msgspec.json.Decoder(list[Members])
+RAWS, ANYTHING = msgspec.json.Decoder(list[msgspec.Raw]), msgspec.json.Decoder()
+NOTHING, NULL, EMPTY = msgspec.Raw(), msgspec.Raw(b"null"), msgspec.Raw(b"[]")
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 STRING = re.compile(TEXT, re.DOTALL)
@@ -285,6 +299,37 @@ def folded(text: Buffer) -> bool:
     return found
 
 
+def check_letters(members: Iterable[str], known: Set[str]) -> None:
+    """Raise Refusal where one that is known is written in other letters, which the next reader may
+    take for it."""
+    for name in members:
+        if name not in known and name.casefold() in known:
+            message = f"'{name}' is written '{name.casefold()}'."
+            raise Refusal("invalid_request", message, param=name)
+
+
+def read_list(given: msgspec.Raw, known: Set[str], needs_check: Set[str]) -> list[Members]:
+    """The objects in a list, if it is one; those that have one of `needs_check` have one meaning.
+    Raises Refusal."""
+    if not is_list(given):
+        return []
+    objects: list[Members] = read_json(given, OBJECTS)
+    checked = [not needs_check.isdisjoint(each) for each in objects]
+    if any(checked):
+        check_each(given, objects, checked)
+        for each in compress(objects, checked):
+            check_letters(each, known)
+    return objects
+
+
+def check_each(given: msgspec.Raw, objects: list[Members], which: Iterable[bool]) -> None:
+    """Raise Refusal where a member of one of them stands in it twice."""
+    raws = read_json(given, RAWS) if objects else []
+    for each, raw in compress(zip(objects, raws, strict=True), which):
+        if len(raw) != shortest(each):
+            check_once(bytes(memoryview(raw)), each)
+
+
 def shortest(members: Members) -> int:
     """How long an object is that is written as '{"name":value,…}': there is no room in it for
     anything more. Written wider it takes a closer look."""
@@ -352,15 +397,6 @@ class FrameFacts(Facts):
 AnyFacts = TypeVar("AnyFacts", bound=Facts)
 
 
-class Tool(Struct):
-    """One of the tools that a request offers."""
-
-    type: Any = None
-    model: Any = None
-    svg: Any = None
-    tools: msgspec.Raw = NOTHING  # a namespace's
-
-
 class Part(Struct):
     """A part of a message, or of a tool's output: `image_url` where it is a picture."""
 
@@ -369,45 +405,62 @@ class Part(Struct):
 
 Item = Members  # a message, or another item of the input
 ROLES = ("user", "assistant", "system", "developer")
-SEALED = ("reasoning", "compaction")  # whole with their encrypted content
+SEALED = ("reasoning", "compaction")  # whole with their content, encrypted or plain
 OWN_WORDS = re.compile(  # items of which the client says all that there is, whatever their id
     r"|message|.*_output|(?:function|custom_tool|computer|apply_patch|(?:local_)?shell)_call"
 )
 
 
+def kind_of(item: Item) -> str:
+    """An item's type, or a tool's."""
+    return string_in(item["type"]) if "type" in item else ""
+
+
+def is_listing(item: Item) -> bool:
+    """Whether its tools are only told of."""
+    return kind_of(item) == "mcp_list_tools"
+
+
 def is_reference(item: Item) -> bool:
     """Whether the upstream would look it up by its id: what is nothing but an id (its type may be
     left out), and what lacks the content that makes it whole."""
-    kind = string_in(item.get("type", NOTHING))
+    kind = kind_of(item)
     if kind == "item_reference" or item.keys() <= {"id", "type", "status"}:
         return True
-    if kind == "":
-        content = item.get("content", NULL)
+    content = item.get("content", NULL)
+    if kind in ("", "message"):
         return string_in(item.get("role", NOTHING)) not in ROLES or content == NULL
     if kind == "image_generation_call":
         failed = string_in(item.get("status", NOTHING)) == "failed"
         return not failed and not is_text(item.get("result", NOTHING))
-    return kind in SEALED and not is_text(item.get("encrypted_content", NOTHING))
+    sealed = is_text(item.get("encrypted_content", NOTHING))
+    return kind in SEALED and not sealed and content in (NULL, EMPTY)
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
-ITEMS, PARTS = msgspec.json.Decoder(list[Item]), msgspec.json.Decoder(list[Part])
-ANYTHING = msgspec.json.Decoder()
-TOOLS, RAWS = msgspec.json.Decoder(list[Tool]), msgspec.json.Decoder(list[msgspec.Raw])
-LISTS = {"input", "messages", "tools"}
+PARTS = msgspec.json.Decoder(list[Part])
+LISTS = {"input", "messages", "tools", "svg"}
+TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
+ITEM_NAMES = {"id", "type", "status", "role", "content", "result", "encrypted_content", "tools"}
+MEANINGS = {
+    "id",
+    "ID",
+    "Id",
+    "iD",
+    "tools",
+    "Tools",
+    "TOOLS",
+}  # an item with one is looked at closely
+MOST_NESTING = 8  # of tools in tools
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # and no others, says OpenAI's reference
 FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
 KNOWN = FACT_NAMES | LISTS
 
 
 def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFacts:
-    """Raises Refusal where one of them is not what it has to be, or written in other letters, which
-    the next reader may take for it."""
-    for name in members.keys() - KNOWN:
-        if name.casefold() in KNOWN:
-            message = f"'{name}' is written '{name.casefold()}'."
-            raise Refusal("invalid_request", message, param=name)
+    """Raises Refusal where one of them is not what it has to be, or is written in other letters."""
+    check_letters(members, KNOWN)
     known = [b'"%b":%b' % (name.encode(), members[name]) for name in FACT_NAMES & members.keys()]
     facts: AnyFacts = read_json(b"{%b}" % b",".join(known), decoder)
     return facts
@@ -419,50 +472,58 @@ class Content:
     def __init__(self, sent: Buffer, text: Buffer, form: Form | None, model_needed: bool) -> None:
         """Raises Refusal for a body that can't be read."""
         self.sent = sent
+        self.plain = sent is text  # not compressed
         self.text = text
         self._form = form
-        self._folded = not form and folded(text)
-        self._members = {} if form else read_members(text)
-        self.facts: Facts = form.facts(text) if form else facts_in(self._members, FACTS)
-        self._check_model(model_needed)
+        self._read(FACTS)
+        self.check_model(model_needed)
+
+    def _read(self, decoder: msgspec.json.Decoder[Any]) -> None:
+        if self._form:
+            self._members: Members = {}
+            self.facts: Facts = self._form.facts(self.text)
+            return
+        self._folded = folded(self.text)
+        try:
+            self._members = read_members(self.text)
+        except Refusal:  # half a character, from a text that was cut? It takes as much room
+            self.text = SURROGATE.sub(rb"\\ufffd", self.text)
+            self._members = read_members(self.text)
+        self.facts = facts_in(self._members, decoder)
 
     @classmethod
     def of_any(cls, body: Buffer) -> Content:
         """That of a request which needs none."""
         return cls(body, body, None, model_needed=False)
 
-    def _check_model(self, needed: bool) -> None:
+    def check_model(self, needed: bool) -> None:
+        """Raise Refusal where it names none, or in too many words."""
         if self.facts.model is None and needed:
             raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
         if len(self.facts.model or "") > MAX_NAME:
             raise Refusal("invalid_request", "The name of the model is too long.", param="model")
 
     @functools.cached_property
-    def _items(self) -> list[Item]:
+    def items(self) -> list[Members]:
         """Of the input; raises Refusal where they can't be read, or in more than one way."""
         given = self._members.get("input", NULL)
-        if not is_list(given):
-            if not (given == NULL or bytes(memoryview(given)[:1]) == b'"'):
-                raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
-            return []
-        items: list[Item] = read_json(given, ITEMS)
-        if any("id" in item for item in items):
-            for item, raw in zip(items, read_json(given, RAWS), strict=True):
-                if len(raw) != shortest(item):
-                    check_once(bytes(memoryview(raw)), item)
-        return items
+        if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
+            raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
+        return read_list(given, ITEM_NAMES, MEANINGS)
 
     @functools.cached_property
-    def _tools(self) -> list[Tool]:
+    def tools(self) -> list[Members]:
         """All that it offers, wherever. Raises Refusal where they can't be read."""
-        lists = [each["tools"] for each in (self._members, *self._items) if "tools" in each]
-        tools: list[Tool] = []
-        while lists:
-            given = lists.pop()
-            found: list[Tool] = read_json(given, TOOLS) if is_list(given) else []
+        offering = [self._members, *(each for each in self.items if "tools" in each)]
+        lists = [each["tools"] for each in offering if "tools" in each and not is_listing(each)]
+        tools: list[Members] = []
+        for _ in range(MOST_NESTING):
+            found = [tool for given in lists for tool in read_list(given, TOOL_NAMES, TOOL_NAMES)]
             tools += found
-            lists += [tool.tools for tool in found if tool.tools]
-        return tools
+            lists = [tool["tools"] for tool in found if "tools" in tool]
+            if not lists:
+                return tools
+        raise Refusal("invalid_request", "Tools within tools within tools.", param="tools")
 
     def further_models(self) -> dict[str, bool]:
         """Those that it makes work besides its own, and whether they make pictures: the image
@@ -470,16 +531,19 @@ class Content:
         if self._form:
             author = self._form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
             return {author: False} if author else {}
-        drawing = [tool for tool in self._tools if tool.type == "image_generation"]
-        images = {name_in(tool.model) or DEFAULT_IMAGE_MODEL for tool in drawing}
+        drawing = [tool for tool in self.tools if kind_of(tool) == "image_generation"]
+        images = {string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL for tool in drawing}
         if len(images) > 1:
             message = "The image tools have different models."
             raise Refusal("invalid_request", message, param="tools")
-        svgs = [tool.svg for tool in drawing]
-        if "svg" in self._members:
-            svgs.append(read_json(self._members["svg"], ANYTHING))
-        authors = [name_in(svg.get("model")) for svg in svgs if isinstance(svg, dict)]
-        return {author: False for author in authors if author} | dict.fromkeys(images, True)
+        authors: dict[str, bool] = {}
+        for each in (self._members, *drawing):
+            if each.get("svg", NULL) != NULL:
+                svg = read_members(bytes(memoryview(each["svg"])))
+                check_letters(svg, TOOL_NAMES)
+                authors[string_in(svg.get("model", NULL))] = False
+        authors.pop("", None)
+        return authors | dict.fromkeys(images, True)
 
     def image_model(self) -> str:
         """That of the tool which makes pictures, whether it is named or not."""
@@ -494,7 +558,7 @@ class Content:
             return self._form.most_tokens(self.text)
         pictures: list[int] = []
         with contextlib.suppress(*NOT_JSON, Refusal):
-            items = listed(self._members.get("messages", NOTHING), ITEMS) + self._items
+            items = listed(self._members.get("messages", NOTHING), OBJECTS) + self.items
             pictures = [
                 len(part.image_url)
                 for item in items
@@ -510,20 +574,19 @@ class Content:
             yield from self._form.references()
         else:
             refuse_hidden(self.text, self._folded)
-            yield from references_in(self.text, self._members, self._items)
+            yield from references_in(self, self._members)
 
 
 class Frame(Content):
     """A WebSocket's frame from a client."""
 
     facts: FrameFacts
+    sent: bytes
 
     def __init__(self, text: bytes) -> None:
         self.sent = self.text = text
         self._form = None
-        self._folded, self._members = folded(text), read_members(text)
-        self.facts = facts_in(self._members, FRAME_FACTS)
-        self._check_model(self.facts.type == "response.create")
+        self._read(FRAME_FACTS)
 
     def only(self, names: set[str]) -> Frame:
         """The same, if it has no other members. Raises Refusal."""
@@ -550,8 +613,15 @@ ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECAS
 # that is searched for much faster than four.)
 ESCAPED = re.compile(rb"\\(?=u(?:00[4-7]|017[fF]|212[aA]))")
 PLAIN = (b"prompt", b"audio", b"voice")  # these may be plain text as well
-OBJECTS = (b"conversation", b"container", *PLAIN)  # and these an object with an id
-ODD_IDS = {"ID", "Id", "iD"}
+HOLDERS = (b"conversation", b"container", *PLAIN)  # and these an object with an id
+SCHEMAS = ("text", "response_format")
+WORDS_OF = {  # members of items that are a model's or a server's own words
+    "tool_search_call": {"arguments"},
+    "local_shell_call": {"action"},
+    "shell_call": {"action"},
+    "mcp_list_tools": {"tools"},
+    "additional_tools": {"tools"},
+}
 MOST_HIDING = 200  # bytes of a name with all its letters escaped
 
 
@@ -564,37 +634,56 @@ class Reference(NamedTuple):
     own: bool = True
 
 
-def references_in(text: Buffer, members: Members, items: list[Item]) -> Iterator[Reference]:
+def references_in(content: Content, members: Members) -> Iterator[Reference]:
     """Of JSON: the items of the input that are given by their id alone, and every member, at any
-    depth, whose name says so."""
-    by_id = 0
-    for item in items:
+    depth, whose name says so. Raises Refusal where the body can't be read."""
+    for item in content.items:
         if "id" in item and is_text(item["id"]):
-            kind = string_in(item.get("type", NOTHING))
-            by_id += kind == "item_reference"
             own = is_reference(item)
-            if own or not OWN_WORDS.fullmatch(kind):
+            if own or not OWN_WORDS.fullmatch(kind_of(item)):
                 yield Reference("item_reference" if own else "input", string_in(item["id"]), own)
-        elif not ODD_IDS.isdisjoint(item):
-            yield Reference("input", "")
-    notes = members.get("metadata", NOTHING)  # the client's own words, and equal ones are equal
-    start = text.find(memoryview(notes)) if notes else 0
-    yield from named_in(text, by_id, start, start + len(notes))
+    if not MEMBER.search(content.text):
+        return  # nearly always
+    yield from named_beside(members, {"metadata", "client_metadata", "input", "tools", *SCHEMAS})
+    check_each(members.get("input", EMPTY), content.items, repeat(True))
+    for item in content.items:
+        skipped = {"id", "type"} if kind_of(item) == "item_reference" else set()
+        yield from named_beside(item, skipped | WORDS_OF.get(kind_of(item), set()))
+    for tool in content.tools:
+        yield from named_beside(tool, {"parameters", "headers", "function", "tools"})
+    for each, within in [(tool, "function") for tool in content.tools] + [
+        (members, name) for name in SCHEMAS
+    ]:
+        yield from named_within(each, within)
 
 
-def named_in(
-    text: Buffer, by_id: int = 0, skip_from: int = 0, skip_to: int = 0
-) -> Iterator[Reference]:
-    """By the names of members. So many items are known to be given by their id."""
+def named_within(members: Members, name: str) -> Iterator[Reference]:
+    """In what describes a schema, but for the schema, which is its author's own words."""
+    value = members.get(name, NULL)
+    if bytes(memoryview(value)[:1]) != b"{":
+        yield from named_beside({name: value}, set())
+        return
+    inner = read_members(bytes(memoryview(value)))
+    for deeper in ("format", "json_schema"):
+        if deeper in inner:
+            yield from named_within(inner, deeper)
+    yield from named_beside(inner, {"schema", "parameters", "format", "json_schema"})
+
+
+def named_beside(members: Members, skipped: Set[str]) -> Iterator[Reference]:
+    """In all members but some."""
+    for name, value in members.items():
+        if name not in skipped:
+            yield from named_in(b"%b:%b" % (msgspec.json.encode(name), value))
+
+
+def named_in(text: Buffer) -> Iterator[Reference]:
+    """By the names of members, at any depth."""
     done = {ID_MEMBER: 0, STRING: 0}  # up to where each has looked through objects and lists
     for match in MEMBER.finditer(text):
         start, kind = match.end(), text[match.end() : match.end() + 1]
-        if skip_from <= match.start() < skip_to:
-            continue
-        if match[1] is None:
-            by_id -= 1
-            if by_id < 0:  # at some other place
-                yield Reference("item_reference", "")
+        if match[1] is None:  # not among the items
+            yield Reference("item_reference", "")
             continue
         name = match[1].lower()
         own = name != b"approval_request_id"  # of an item that may stand beside it
@@ -602,7 +691,7 @@ def named_in(
             value = STRING.match(text, start) if name not in PLAIN else None
             if value:
                 yield Reference(name.decode(), string_in(value[0]), own)
-        elif kind == b"[" or name in OBJECTS:
+        elif kind == b"[" or name in HOLDERS:
             ids = ID_MEMBER if kind == b"{" or name in PLAIN else STRING
             if start >= done[ids]:
                 done[ids] = end_of(text, start)

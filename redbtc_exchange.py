@@ -246,10 +246,8 @@ class Metered(Exchange):
         row.response_id = report.response_id
 
     async def settle(self, outcome: Outcome) -> None:
-        """Commit the row as the request ended, once; that of a background response which goes on
+        """Commit the row as the request ended; that of a background response which goes on
         stays pending."""
-        if self.settled:
-            return
         self.clock.pause()
         self.note()
         self.settled = True

@@ -334,10 +334,10 @@ class Limits:
             raise
         return admission
 
-    def charge(self, key: Key, limits: LimitSettings) -> None:
+    def charge(self, key: Key, limits: LimitSettings) -> Admission:
         """One more request in a place that is taken already. Raises Refusal where a rate is used
         up."""
-        Admission(self._bounds(key, limits), 0)
+        return Admission(self._bounds(key, limits), 0)
 
     def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
         of_key = self._keys.get(key.id)

@@ -37,6 +37,7 @@ SHORT_STRING = 256
 MOST_SEARCHES = 100_000  # the same of web searches
 IMAGE_TOOL = "image_generation"  # stands for the model of that tool, which the answer doesn't name
 STRUCTURE = re.compile(rb'[\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
 
 
@@ -177,11 +178,47 @@ NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 def decode_answer(text: str | bytes | msgspec.Raw) -> Answer | None:
-    """None for what is no JSON object."""
-    try:
+    """None for what is no JSON object, even with forbearance: half a character, NaN, a control
+    character in a text, a mark before it all, or a depth that has no end must not make what was
+    used unknown."""
+    with contextlib.suppress(*NOT_JSON):
         return ANSWER.decode(text)
-    except NOT_JSON:
-        return None
+    plain = in_plain_words(text.encode() if isinstance(text, str) else bytes(text))
+    with contextlib.suppress(*NOT_JSON):
+        return ANSWER.decode(plain)
+    with contextlib.suppress(*NOT_JSON):
+        return ANSWER.decode(shallow(plain))
+    return None
+
+
+MOST_DEPTH = 16  # more than twice that of any usage
+CONTROLS = bytes.maketrans(bytes(range(32)), b" " * 32)
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+NO_NUMBER = re.compile(rb":\s*(?:NaN|-?Infinity)\b")
+BRACES = re.compile(rb'[{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+"')
+
+
+def in_plain_words(text: bytes) -> bytes:
+    """An answer without what a strict parser doesn't take."""
+    text = text.removeprefix(BYTE_ORDER_MARK).translate(CONTROLS)
+    return NO_NUMBER.sub(b":null", SURROGATE.sub(rb"\\ufffd", text))
+
+
+def shallow(text: bytes) -> bytes:
+    """An answer without what is in arrays, long strings and deep objects."""
+    skeleton = Skeleton(keep=0)
+    skeleton.feed(text)
+    text, kept, depth, position = skeleton.whole(), [], 0, 0
+    for match in BRACES.finditer(text):
+        if text[match.start()] == 0x7B:  # {
+            depth += 1
+            if depth == MOST_DEPTH:
+                kept.append(text[position : match.end()])
+        elif text[match.start()] == 0x7D:  # }
+            if depth == MOST_DEPTH:
+                position = match.start()
+            depth -= 1
+    return b"".join([*kept, text[position:]])
 
 
 def objects_in(values: Any) -> list[dict[str, Any]]:
@@ -395,7 +432,6 @@ EVENT_TYPE = re.compile(rb'(?:event: ?([^\r\n]*)[\r\n]|data: ?\{"type": ?"([^"\\
 CHAT_CHUNK = re.compile(rb"data: ?\{")
 CHAT_TEXT = re.compile(rb'"(?:content|arguments)": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
 RESPONSE_TEXT = re.compile(rb'"delta": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed")
 NAMING_EVENTS = 3  # an answer's id and model are looked for in its first events
 HOLD = 64 << 10

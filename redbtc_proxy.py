@@ -441,7 +441,7 @@ async def read_content(
         most = settings.server.max_body_bytes
         text = await asyncio.to_thread(decompressed, body, media.encoding, most)
         if form:
-            form.grow(text)
+            await asyncio.to_thread(form.grow, text)
     return Content(body, text, form, endpoint.model_needed)
 
 
@@ -680,7 +680,7 @@ class StoredRoute:
 
 def choose_stored(gateway: Gateway, key: Key, response_id: str) -> list[Upstream]:
     """The upstream that has the account's response. Raises Refusal."""
-    name = gateway.owned_at(key, response_id)
+    name = gateway.owned_at(key, response_id) if OBJECT_ID.fullmatch(response_id) else None
     if name is None:
         raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")
     upstream = gateway.upstream_named(name)
@@ -700,7 +700,7 @@ METERED = (
     Endpoint("/v1/images/edits", images=True, forms=True),
 )
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
-OBJECT_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)
+OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, str] = {}
 MOST_REFERENCES = 1000
@@ -723,7 +723,7 @@ class MeteredRoute:
         upstreams = gateway.upstreams_for(key, content)
         exchange = Metered(gateway, scope, endpoint, clock)
         body = content.sent
-        asks = gateway.settings.metering.include_usage == "add" and body is content.text
+        asks = gateway.settings.metering.include_usage == "add" and content.plain
         if endpoint.chat and content.facts.stream and asks:
             body = add_include_usage(body, content.facts)
             exchange.takes_out_usage = body is not content.sent
@@ -794,8 +794,6 @@ class Gateway:
 
     def owned_at(self, key: Key, object_id: str) -> str | None:
         """The name of the upstream that stores what the key's account made; None for all else."""
-        if not OBJECT_ID.fullmatch(object_id):
-            return None
         try:
             return self.objects.upstream_of(object_id, key.account_id)
         except LedgerUnavailable:
@@ -819,7 +817,7 @@ class Gateway:
         homes: set[str] = set()
         for reference in content.references():
             if reference not in references:
-                references.add(reference)
+                references.update([reference] if reference.own else [])
                 home = made.get(reference.id) or self.check_reference(key, reference)
                 homes.update([home] if home else [])
             if len(references) > MOST_REFERENCES:

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 RESPONSES = Endpoint("/v1/responses", stores=True)
 MOST_SESSIONS = 100  # of an account
 MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
+LINE_SECONDS = 2  # for closing a line
+MOST_PONGS = 1000  # that a client may leave unread
 STEER_SECONDS = 30  # for the response that follows one which was steered
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
 POLICY_VIOLATION, INTERNAL_ERROR, UNSUPPORTED_DATA = 1008, 1011, 1003  # RFC 6455 §7.4.1
@@ -65,12 +67,20 @@ UNRESOLVED = ("response.steer.failed", "response.steer.pending")
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's, with scope["abort"]: to end the connection of a client that doesn't read, which no
-    close reaches."""
+    close reaches. One that pings without end, and reads none of the answers, is let go of, too."""
+
+    _pongs = 0
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
             cast(Scope, self.scope)["abort"] = self.transport.abort
+
+    def handle_ping(self) -> None:
+        super().handle_ping()
+        self._pongs = 0 if self.writable.is_set() else self._pongs + 1
+        if self._pongs > MOST_PONGS:
+            self.transport.abort()
 
 
 # ── Turns ────────────────────────────────────────────────────────────────────────────────────────
@@ -88,7 +98,7 @@ class EventMeter:
         """One of its events."""
         kind = kind_of(event)
         if event.delta:
-            self.report.text_bytes += len(event.delta)
+            self.report.text_bytes += max(0, len(event.delta) - 2)  # without its quotes
         if event.response or event.item or kind == "error":
             self.report.note(event)
         self.ended = self.ended or kind == "error" or is_last(event)
@@ -108,6 +118,12 @@ class EventMeter:
 
 def kind_of(event: Answer) -> str:
     return event.type if isinstance(event.type, str) else ""
+
+
+def response_named(event: Answer) -> str | None:
+    """The id of the response that an event tells of."""
+    response = decode_answer(event.response) if event.response else None
+    return name_in(response.id) if response else None
 
 
 def is_last(event: Answer) -> bool:
@@ -181,19 +197,23 @@ class Turn(Metered):
         if not self.over.done():
             self.over.set_result(None)
 
-    def lose(self) -> None:
+    def lose(self, outcome: Outcome) -> None:
         """Its line is gone."""
-        self.failure = "client_disconnected" if self.clock.client_left else "upstream_failed"
+        self.failure = "client_disconnected" if self.clock.client_left else outcome
         self.end()
 
     async def steer(self, key: Key, frame: Frame) -> None:
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
-        self.gateway.limits.charge(key, self.settings.limits)
+        charges = self.gateway.limits.charge(key, self.settings.limits)
         usual = self.settings.billing.hold_output_tokens
         more = self._further_input + (self._content.facts.most_output_tokens() or usual)
         more += len(frame.text)
-        money = await self.hold(self._content, more)
+        try:
+            money = await self.hold(self._content, more)
+        except Refusal:
+            charges.put_back()
+            raise
         self._holds.enter_context(money)
         self._further_input = more
         self._steers.append(Steer(self.response_id or "", money))
@@ -202,10 +222,10 @@ class Turn(Metered):
         """One of its events has come; it may be sent on when this returns."""
         kind = kind_of(event)
         self.clock.allow(idle_seconds)
-        if self._steers and kind in (*UNRESOLVED, "error"):
+        if self._steers and (kind in UNRESOLVED or (kind == "error" and self.settled)):
             self._steers.pop(0).money.__exit__()  # no response will follow
         elif kind not in UNRESOLVED:
-            if self.settled and kind == "response.created":
+            if self.settled and response_named(event) not in (None, self.response_id):
                 await self._follow()
             if not self.settled:
                 await self._meter(event)
@@ -216,8 +236,11 @@ class Turn(Metered):
         if self.first_byte_ms is None:
             self.first_byte_ms = self.elapsed_ms()
         self.meter.take(event)
+        known = self._named
         self.note()
-        self._session.remember(self.meter.report.made, self._row.upstream)
+        if self._named != known:
+            fresh = list(self.meter.report.made)[known:]
+            self._session.remember(fresh, self._row.upstream)
         if self.meter.ended:
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
@@ -256,6 +279,23 @@ class Line:
         self.upstream = upstream
         self.connection = connection
         self.lost = False
+        self.waits_for_client = False  # that reads slowly
+
+    async def send(self, text: bytes, seconds: float) -> None:
+        """Raises ConnectionClosed, also where the upstream doesn't read for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.connection.send(text, text=True)
+                return
+        self.connection.transport.abort()
+        await self.connection.wait_closed()
+
+    async def close(self) -> None:
+        """Also where the upstream has stopped reading: websockets would wait for that for ever."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINE_SECONDS):
+                await self.connection.close()
+        self.connection.transport.abort()
 
 
 class LineLost(Exception):
@@ -366,8 +406,10 @@ class Session:
                 lane.turn.clock.leave()
         while self._lanes:
             await asyncio.sleep(TICK)
+        for opening in self._opening.values():
+            opening.cancel()
         for line in list(self._lines):
-            await line.connection.close()
+            await line.close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -376,15 +418,21 @@ class Session:
     # Lines
 
     async def _first_line(self) -> Line:
-        """Connect to the upstream that goes first, so that its refusal of a WebSocket is ours."""
+        """Connect to an upstream before the client is answered, so that a refusal of a WebSocket is
+        ours, too."""
         speaking = [each for each in self.gateway.upstreams if each.speaks_websocket]
         usable = [upstream for upstream in speaking if upstream.usable]
         if not usable:
             raise Refusal("no_upstream", retry_after=5)
+        refused = "upstream_unreachable"
         for upstream in by_turn(usable):
-            with contextlib.suppress(OSError):
+            try:
                 return await self._line_to(upstream)
-        raise Refusal("upstream_unreachable")
+            except OSError:
+                continue
+            except Refusal as refusal:
+                refused = refusal.code
+        raise Refusal(refused, headers=UPGRADE if refused == "upgrade_required" else ())
 
     async def _line_to(self, upstream: Upstream) -> Line:
         """The line to an upstream, a new one where there is none. Raises OSError, Refusal."""
@@ -402,7 +450,7 @@ class Session:
             connection = await upstream.connect(headers, self._scope["query_string"])
         except InvalidStatus as error:
             if error.response.status_code in NO_WEBSOCKET:
-                raise Refusal("upgrade_required", headers=UPGRADE) from None
+                raise Refusal("upgrade_required") from None
             raise Refusal("upstream_unreachable") from None
         except InvalidHandshake:
             raise Refusal("upstream_protocol_error") from None
@@ -416,11 +464,11 @@ class Session:
         turns = [lane.turn for lane in self._lanes.values() if lane.turn]
         return [turn for turn in turns if turn.line is line and not turn.done]
 
-    def _lose(self, line: Line) -> None:
+    def _lose(self, line: Line, outcome: Outcome = "upstream_failed") -> None:
         """Nothing that comes from it is passed on any more."""
         line.lost = True
         for turn in self._turns_on(line):
-            turn.lose()
+            turn.lose(outcome)
 
     # From the client
 
@@ -449,6 +497,7 @@ class Session:
         if facts.type != "response.create":
             message = f"'{facts.type}' is not an event that is understood here."
             raise Refusal("invalid_request", message, param="type")
+        frame.check_model(needed=True)
         most = self.gateway.settings.server.max_body_bytes
         if len(self._waiting) >= MOST_WAITING or sum(self._waiting.values()) > most:
             raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
@@ -462,14 +511,16 @@ class Session:
     async def _steer(self, frame: Frame) -> None:
         """More input for a response that is in flight on this connection."""
         response_id = frame.only(STEER_MEMBERS).facts.previous_response_id or ""
+        if frame.tools:
+            raise Refusal("invalid_request", "Steering offers no tools.", param="input")
         turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
         for turn in turns:
             if response_id and turn.response_id == response_id and not turn.settled:
                 key = self.gateway.enter(self._scope)
                 self.gateway.homes(key, frame, self._made)
                 await turn.steer(key, frame)
-                if turn.line and not turn.line.lost:
-                    await turn.line.connection.send(frame.text, text=True)
+                if (line := turn.line) and not line.lost:
+                    await line.send(frame.sent, line.upstream.settings.idle_timeout_seconds)
                 return
         raise not_found("previous_response_id", response_id)
 
@@ -530,12 +581,12 @@ class Session:
             with turn.clock.running(total, grace):
                 line = await self._connect(turn, upstreams)
                 if turn.clock.client_left:
-                    await turn.forget()
+                    raise TimeoutError
                 turn.line = line
                 turn.clock.allow(line.upstream.settings.first_byte_timeout_seconds)
                 line.upstream.in_flight += 1
                 try:
-                    await line.connection.send(frame.text, text=True)
+                    await line.connection.send(frame.sent, text=True)
                     del self._waiting[frame]
                     await turn.over
                 finally:
@@ -546,7 +597,7 @@ class Session:
         except TimeoutError:
             await self._time_out(turn)
         except ConnectionClosed:
-            turn.lose()
+            turn.lose("upstream_failed")
             await self._fail(turn, turn.failure or "upstream_failed", "upstream_unreachable")
         except LineLost:
             await self._fail(turn, "upstream_failed", "upstream_unreachable")
@@ -563,13 +614,17 @@ class Session:
         """Its time is up: that of the upstream, or of a client that is gone or doesn't read."""
         if turn.settled:
             return
-        left = turn.clock.client_left or self._sends > 0
-        if turn.line:
-            self._lose(turn.line)
-        outcome: Outcome = "client_disconnected" if left else "upstream_failed"
+        line, left = turn.line, turn.clock.client_left
+        if left and not line:
+            await turn.forget()
+        outcome: Outcome = "upstream_failed"
+        if left or (line and line.waits_for_client):
+            outcome = "client_disconnected"
+        if line:
+            self._lose(line, outcome)
         await self._fail(turn, outcome, "upstream_timeout")
-        if turn.line:
-            await turn.line.connection.close()
+        if line:
+            await line.close()
 
     async def _fail(self, turn: Turn, outcome: Outcome, failure: str) -> None:
         """It ended before its response did: write down how, and say so."""
@@ -596,7 +651,7 @@ class Session:
                 code, reason = closed.rcvd.code, closed.rcvd.reason
         except Exception as error:
             self.gateway.watch.failed(self._scope, error)
-            await line.connection.close()
+            await line.close()
         self._lose(line)
         while any(lane.turn and lane.turn.line is line for lane in self._lanes.values()):
             await asyncio.sleep(TICK)  # they have something to say
@@ -616,7 +671,9 @@ class Session:
                     self._written.add(turn.response_id)
             elif is_last(event):
                 await self._write_stray(event, line)
+        line.waits_for_client = True
         await self._to_client(message)
+        line.waits_for_client = False
         if turn and turn.done:
             turn.end()
 
@@ -626,13 +683,12 @@ class Session:
         if lane and lane.turn and lane.turn.line is line and not event.response:
             return None if lane.turn.done else lane.turn
         turns = self._turns_on(line)
-        response = decode_answer(event.response) if event.response else None
-        named = name_in(response.id) if response else None
+        named = response_named(event)
         if named:
             for turn in turns:
                 if turn.response_id == named:
                     return turn
-            known = named in self._made
+            known = named in self._made and kind_of(event) != "response.created"
             turns = [turn for turn in turns if turn.waits_for_response and not known]
         in_lane = [turn for turn in turns if turn.lane.stream_id == event.stream_id]
         if in_lane or isinstance(event.stream_id, str):
@@ -645,10 +701,9 @@ class Session:
             turn.clock.allow(line.upstream.settings.idle_timeout_seconds)
         return None
 
-    def remember(self, made: dict[str, bool], upstream: str) -> None:
+    def remember(self, made: list[str], upstream: str) -> None:
         """What was made on this connection can be built on here, even if it isn't stored."""
-        if len(made) and next(reversed(made)) not in self._made:
-            self._made.update(dict.fromkeys(made, upstream))
+        self._made.update(dict.fromkeys(made, upstream))
 
     async def _write_stray(self, event: Answer, line: Line) -> None:
         """What a response used that is no turn's."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import random
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +31,7 @@ from upstream import (
     response_object,
 )
 
-from redbtc_body import Form, decompressed, read_members
+from redbtc_body import Content, Form, decompressed, read_members
 from redbtc_refusals import Refusal
 
 if sys.version_info >= (3, 14):
@@ -244,6 +246,16 @@ FIELD = b"--xyz\r\nContent-Disposition: form-data; %b\r\n\r\na\r\n"
         b'{"model":"m","images":[{"file_id":"f"}]}\r\n' + FIELD % b'name="a"' + b"--xyz--",
         FIELD.replace(b"a\r\n", b'[{"file_id":"f"}]\r\n') % b'name="images"' + b"--xyz--",
         FIELD % b'name="model"' + b"\r\n" + b"m" * 5000 + b"\r\n--xyz--",
+        FIELD % b'name="model"' + FIELD % b'name="Model"' + b"--xyz--",
+        FIELD % b'name="svg"' + b"--xyz--",
+        FIELD % b'name="svg.model"' + b"--xyz--",
+        FIELD % b'name="svg[model]"' * 2 + b"--xyz--",
+        FIELD % b'name="mask[file\\_id]"' + b"--xyz--",
+        FIELD % (b'name="' + b"a" * 300 + b'"') + b"--xyz--",
+        FIELD.replace(b"a\r\n", b'[{"file_id":"f"}' + b" " * 5000 + b"]\r\n") % b'name="x"'
+        + b"--xyz--",
+        FIELD.replace(b"a\r\n", b'[{"file\\u005fid":"f"}]\r\n') % b'name="x"' + b"--xyz--",
+        FIELD % b'name="a"' * 1001 + b"--xyz--",
     ],
 )
 def test_a_form_that_could_be_read_in_two_ways_is_refused(
@@ -289,6 +301,8 @@ def test_a_form_with_one_meaning_passes(
         ("multipart/form-data; boundary*=utf-8''xyz; boundary=xyz", 415),
         ('multipart/form-data; x="; boundary=xyz', 415),
         ("multipart/form-data", 415),
+        ('multipart/form-data; boundary="xyz "', 415),
+        ('multipart/form-data; boundary="x\\yz"', 415),
         ("text/plain", 415),
         ("application/json," + " " * 50_000 + "x", 415),
     ],
@@ -365,6 +379,13 @@ def test_a_member_stands_in_a_body_once(data: st.DataObject, wide: bool, ascii_o
         '{"model":"a","Model":"b","input":"x"}',
         '{"model":"a","input":"x","INPUT":[{"id":"msg_1"}]}',
         '{"model":"a","input":"x","stream":12,"stream":1}',
+        '{"model":"a","input":"x","tools":[{"type":"image_generation","model":"a","model":"b"}]}',
+        '{"model":"a","input":"x","tools":[{"type":"image_generation","Model":"b"}]}',
+        '{"model":"a","input":"x","tools":[{"Type":"image_generation","model":"b"}]}',
+        '{"model":"a","input":"x","SVG":{"model":"b"}}',
+        '{"model":"a","input":"x","svg":{"Model":"b"}}',
+        '{"model":"a","input":"x","svg":{"model":"a","model":"b"}}',
+        '{"model":"a","input":[{"type":"additional_tools","Tools":[]}]}',
         '{"model":"a","input":"x",' + ",".join(f'"{n}": 1' for n in range(1001)) + "}",
     ],
 )
@@ -379,6 +400,52 @@ def test_a_body_that_could_be_read_in_two_ways_is_refused(
         answer = client.post("/responses", content=body, headers=headers)
     assert (answer.status_code, code(answer)) == (400, "invalid_request"), answer.text
     assert not upstream.requests
+
+
+def test_a_chat_with_half_a_character_is_metered(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """As JavaScript cuts texts; every byte but the option's goes on as it was."""
+    gateway = make_gateway().start()
+    body = b'{"model":"m","messages":[{"role":"user","content":"\\ud83d"}],"stream":true}'
+    with gateway.client(gateway.new_key()) as client:
+        assert client.post("/chat/completions", content=body, headers=JSON).status_code == 200
+    option = b'"stream_options":{"include_usage":true},'
+    assert upstream.requests[-1].body == body[:1] + option + body[1:]
+    assert gateway.row()["usage_source"] == "upstream"
+
+
+def test_nothing_in_a_body_takes_long() -> None:
+    bodies = [
+        b'{"model":"m","input":"x","tools":'
+        + b'[{"type":"namespace","tools":' * 7
+        + b"["
+        + b'{"type":"x"},' * 100_000
+        + b"{}]"
+        + b"}]" * 7
+        + b"}",
+        b'{"model":"m","input":[' + b'{"id":0},' * 100_000 + b"{}]}",
+        b'{"model":"m","input":[' + b'{"type":"message","id":"msg_1"},' * 50_000 + b"{}]}",
+        b'{"model":"m","input":"x","container":['
+        + b'{"container":[' * 300
+        + b"0"
+        + b"]}" * 300
+        + b"]}",
+        b'{"model":"m","input":"' + b"\\u0041" * 300_000 + b'"}',
+        b'{"model":"m","input":[' + b'"\\u0041",' * 100_000 + b'""],"input":1}',
+    ]
+    for body in bodies:
+        started = time.process_time()
+        with contextlib.suppress(Refusal):
+            content = Content(body, body, None, model_needed=True)
+            content.further_models()
+            list(content.references())
+        assert time.process_time() - started < 0.05 + len(body) * 1e-6, body[:60]
+    form, part = Form(b"xyz"), FIELD % (b'name="' + b"a" * 200 + b'"')
+    started = time.process_time()
+    form.grow(part * 900 + b"--xyz--")
+    list(form.references())
+    assert time.process_time() - started < 0.3
 
 
 def test_svg_and_tool_usage_are_billed_by_their_own_models(
@@ -486,6 +553,7 @@ FURTHER: list[tuple[str, Any]] = [
     ("/responses", {"tools": [{"type": "image_generation"}]}),
     ("/responses", {"tools": [{"type": "namespace", "tools": [DRAW]}]}),
     ("/responses", {"input": [{"type": "additional_tools", "tools": [DRAW]}]}),
+    ("/responses", {"tools": [{"tools": [{"tools": [DRAW]}]}]}),
     ("/responses", {"tools": [{**DRAW, "model": "gpt-up", "svg": {"model": "gpt-dear"}}]}),
     ("/images/generations", {"svg": {"model": "gpt-dear"}}),
 ]

@@ -330,6 +330,39 @@ def test_containers_of_an_answer_are_named_where_the_upstream_names_them() -> No
     assert meter.report.made == made
 
 
+ODD = {
+    "half a character": ('{"id":"msg_1","text":"\\ud83d"}', True),
+    "no number": ('{"id":"msg_1","logprob":-Infinity,"x":NaN}', True),
+    "no number in a list": ('{"id":"msg_1","x":[NaN]}', False),
+    "a control character": ('{"id":"msg_1","text":"a\nb"}', True),
+    "depth in a list": ('{"id":"msg_1","x":' + "[" * 3000 + "]" * 3000 + "}", False),
+    "depth": ('{"id":"msg_1","x":' + '{"usage":' * 3000 + "1" + "}" * 3001, False),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("place", ["output", "text"])
+def test_what_a_strict_parser_does_not_take_is_metered(odd: str, place: str) -> None:
+    """A client can have the upstream say such things, by its tools and its words."""
+    item, known = ODD[odd]
+    whole = json.dumps(response_object(**{place: ["X"] if place == "output" else "X"}))
+    answer = whole.replace('"X"', item).encode()
+    for text in (answer, b"\xef\xbb\xbf" + answer):
+        meter = JSONMeter(images=False)
+        passed = meter.feed(text)
+        meter.finish()
+        assert passed + meter.rest() == text
+        assert meter.report.usage == RESPONSE_USED
+        assert (meter.report.response_id, meter.report.status) == ("resp_1", "completed")
+        assert not known or place != "output" or "msg_1" in meter.report.made
+    if b"\n" in answer:
+        return
+    stream = StreamMeter(images=False, chat=False, take_out_usage=False)
+    stream.feed(b'data: {"type":"response.completed","response":' + answer + b"}\n\n")
+    assert stream.ended
+    assert stream.report.usage == RESPONSE_USED
+
+
 def test_the_last_usage_counts() -> None:
     meter = StreamMeter(images=False, chat=True, take_out_usage=False)
     for total in (1, 5, 9):

@@ -355,6 +355,16 @@ def test_no_item_is_anothers(
         '{"model":"m","input":"x","voice":[{"id":"voice_1"}]}',
         '{"model":"m","input":"x","audio":[{"file_ids":["file_1"]}]}',
         '{"model":"m","ſtream":true,"input":"x"}',
+        '{"model":"m","input":[{"type":"item_reference","id":"msg_1","ID":"msg_2"}]}',
+        '{"model":"m","input":[{"type":"message","role":"user","content":"x","id":"a","Type":"b"}]}',
+        '{"model":"m","input":[{"role":"user","content":[{"file_id":"f"}],"content":"x"}]}',
+        '{"model":"m","input":[{"type":"message","role":"assistant","id":"msg_1"}]}',
+        '{"model":"m","input":"x","text":[{"file_id":"f"}]}',
+        '{"model":"m","input":"x","text":{"format":{"schema":{},"file_id":"f"}}}',
+        '{"model":"m","input":"x","text":{"format":{"file_id":"f"},"format":{}}}',
+        '{"model":"m","input":"x","tools":[{"type":"function","function":{"file_id":"f"}}]}',
+        '{"model":"m","input":"x","tools":[{"type":"mcp","tunnel_id":"f"}]}',
+        '{"model":"m","input":"x","tools":' + '[{"tools":' * 9 + "[]" + "}]" * 9 + "}",
     ],
 )
 def test_no_other_way_to_write_a_reference(
@@ -368,6 +378,35 @@ def test_no_other_way_to_write_a_reference(
             answer = client.post(f"/responses?{query}", json=BODY)
             assert error(answer)[:2] == (400, "invalid_request")
     assert not upstream.requests
+
+
+@pytest.mark.parametrize("name", ["previous_response_id", "file_id", "conversation"])
+def test_notes_hide_no_reference(gateway: Gateway, upstream: Upstream, key: str, name: str) -> None:
+    """Not even by being its name, or equal to where it stands."""
+    inner = {name: "x_1"}
+    with gateway.client(key) as client:
+        for metadata in (name, inner, [inner]):
+            for body in ({**inner, "metadata": metadata}, {"a": inner, "metadata": metadata}):
+                answer = client.post("/responses", json={**BODY, **body})
+                assert answer.status_code in (400, 404)
+                assert error(answer)[2] == name
+    assert not upstream.requests
+
+
+def test_own_objects_may_have_any_name(gateway: Gateway, upstream: Upstream) -> None:
+    """Upstreams that are gateways themselves have names of their own."""
+    item = {"id": "rs:1.a", "type": "reasoning", "summary": []}
+    made = response_object(id="resp_bGl0ZWxsbQ==", output=[item])
+    upstream.script = json_answer(made)
+    create(gateway, gateway.new_key())
+    with gateway.client(gateway.new_key()) as client:
+        assert client.get(f"/responses/{made['id']}").json() == made
+        body = {**BODY, "previous_response_id": made["id"], "input": [item]}
+        assert client.post("/responses", json=body).status_code == 200
+    with gateway.client(gateway.new_key("other")) as client:
+        assert client.get(f"/responses/{made['id']}").status_code == 404
+        for more in ({"input": [item]}, {"previous_response_id": made["id"]}):
+            assert client.post("/responses", json={**BODY, **more}).status_code in (400, 404)
 
 
 def test_listed_input_items_can_be_referred_to(gateway: Gateway, memory: Memory) -> None:
@@ -385,6 +424,29 @@ def test_listed_input_items_can_be_referred_to(gateway: Gateway, memory: Memory)
     "more",
     [
         {"metadata": {"conversation": "c-42", "file_id": "f", "container": "docker"}},
+        {"tools": [{"type": "function", "parameters": {"examples": [{"container": "web"}]}}]},
+        {
+            "tools": [
+                {"type": "function", "function": {"parameters": {"default": {"file_id": "f"}}}}
+            ]
+        },
+        {"tools": [{"type": "mcp", "headers": {"conversation": "c1"}, "server_url": "http://x"}]},
+        {
+            "text": {
+                "format": {"type": "json_schema", "schema": {"examples": [{"voice": {"id": "x"}}]}}
+            }
+        },
+        {"response_format": {"json_schema": {"schema": {"default": {"file_id": "f"}}}}},
+        {"input": [{"type": "tool_search_call", "id": "ts_1", "arguments": {"container": "web"}}]},
+        {"input": [{"type": "local_shell_call", "action": {"env": {"container": "docker"}}}]},
+        {"input": [{"type": "reasoning", "id": "rs_1", "content": [{"text": "gpt-oss"}]}]},
+        {
+            "input": [
+                {"type": "reasoning", "id": f"rs_{n}", "encrypted_content": "x"}
+                for n in range(1200)
+            ]
+        },
+        {"input": "half a character: \ud83d"},
         {"text": {"format": {"schema": {"enum": ["item_reference", "file_id"]}}}},
         {"input": "item_reference"},
         {"input": [{"type": "web_search_call", "id": "ws_1", "status": "x", "action": {}}]},
@@ -704,6 +766,32 @@ def test_its_end_is_shown_to_nobody_before_it_is_written_down(
     assert gateway.row()["output_tokens"] == 9
 
 
+def test_who_see_its_end_at_once_pay_once(make_gateway: MakeGateway, memory: Memory) -> None:
+    gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+    key = gateway.new_key()
+    memory.turns = 1_000_000
+    made = create(gateway, key, background=True, max_output_tokens=50)["id"]
+    memory.responses[made] |= {"status": "completed", "usage": RESPONSE_USAGE}
+
+    def fetch(_: int) -> str:
+        with gateway.client(key) as client:
+            return str(client.get(f"/responses/{made}").json()["status"])
+
+    with (
+        contextlib.closing(sqlite3.connect(gateway.database)) as database,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        database.execute("BEGIN IMMEDIATE")
+        shown = pool.map(fetch, range(4))
+        time.sleep(0.5)
+        database.rollback()
+        assert list(shown) == ["completed"] * 4
+    assert gateway.row()["cost"] == "0.039"
+    money = gateway.api("GET", "/accounts/test")
+    assert (money["balance"], money["held"]) == ("-0.039", "0")
+
+
 def test_one_that_is_answered_twice_is_billed_once(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
@@ -811,6 +899,7 @@ def test_what_code_ran_in_can_be_sent_back(
             assert client.post("/responses", json=body).status_code == 200
             seen = len(upstream.requests)
             assert other.post("/responses", json=body).status_code == 400
-        answer = client.post("/responses", json={**BODY, "input": [LISTED]})
+        theirs = {"type": "code_interpreter_call", "container_id": "cntr_9"}
+        answer = client.post("/responses", json={**BODY, "input": [LISTED, theirs]})
         assert error(answer) == (400, "invalid_request", "container_id")
         assert len(upstream.requests) == seen

@@ -18,7 +18,15 @@ import psutil
 import pytest
 from conftest import MakeGateway
 from gateway import Gateway, wait_until
-from upstream import RESPONSE_USAGE, Socket, Upstream, response_object, ws_events, ws_like_openai
+from upstream import (
+    RESPONSE_USAGE,
+    Socket,
+    Upstream,
+    json_answer,
+    response_object,
+    ws_events,
+    ws_like_openai,
+)
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
@@ -826,11 +834,32 @@ def test_steering_has_no_other_members(gateway: Gateway, upstream: Upstream, key
                 "invalid_request",
                 "file_id" if "input" in more else next(iter(more)),
             )
+        tools = [{"type": "additional_tools", "tools": [{"type": "image_generation"}]}]
+        ws.raw(steer(1, input=tools))
+        assert code(ws.until("error")) == "invalid_request"
         ws.raw(steer(2))
         assert code(ws.until("error")) == "response_not_found"
         ws.raw(steer(1))
         ws.until("response.incomplete")
     assert len(upstream.sockets[0].frames) == 2
+
+
+def test_only_what_waits_is_counted_as_waiting(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("[server]\nmax_body_bytes = 100000").start()
+
+    async def talk(sock: Socket) -> None:
+        for number in range(3):
+            await sock.send(ws_events(number, await sock.recv())[0])
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, gateway.new_key()) as ws:
+        for lane in "abc":
+            ws.send(stream_id=lane, input="x" * 90_000)
+            assert ws.recv()["type"] == "response.created"
+        ws.tear()
 
 
 # Lines
@@ -1053,3 +1082,229 @@ def test_waiting_requests_are_bounded_over_all_lanes(gateway: Gateway, upstream:
         assert gateway.metrics()["redbtc_in_flight"] <= 1001
         assert gateway.rss() - before < 60 << 20
         ws.tear()
+
+
+def test_who_stops_reading_pays_for_all_lanes(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("", "idle_timeout_seconds = 1.2").start()
+
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(2, await sock.recv())[:2])
+        created, delta, _ = ws_events(1, await sock.recv())
+        with contextlib.suppress(ConnectionError):
+            await sock.send(created)
+            await asyncio.sleep(0.4)
+            for _ in range(300):
+                await sock.send({**delta, "delta": "x" * 100_000})
+
+    upstream.talk = talk
+    with by_hand(gateway, gateway.new_key()) as sock:
+        assert sock.recv(65536).startswith(b"HTTP/1.1 101 ")
+        for number, lane in enumerate("ba"):
+            text = json.dumps({**CREATE, "stream_id": lane}).encode()
+            sock.sendall(Frame(Opcode.TEXT, text).serialize(mask=True))
+            wait_until(lambda n=number: len(gateway.rows()) == n + 1)
+        assert {outcome for _, outcome, _ in brief(gateway)} == {"client_disconnected"}
+
+
+def test_a_slow_reader_is_not_to_blame_for_another_line(make_gateway: MakeGateway) -> None:
+    over = threading.Event()
+
+    async def much(sock: Socket) -> None:
+        created, delta, _ = ws_events(1, await sock.recv())
+        with contextlib.suppress(ConnectionError):
+            await sock.send(created)
+            while not over.is_set():
+                await sock.send({**delta, "delta": "x" * 100_000})
+
+    async def stalls(sock: Socket) -> None:
+        await sock.send(*ws_events(2, await sock.recv())[:2])
+        await sock.recv()
+
+    with Upstream() as one, Upstream() as two:
+        one.talk, two.talk = much, stalls
+        upstreams = [
+            {"name": "one", "base_url": one.url, "models": ["one"], "idle_timeout_seconds": 20},
+            {"name": "two", "base_url": two.url, "models": ["two"], "idle_timeout_seconds": 1},
+        ]
+        for each in upstreams:
+            each["api_key_env"] = ""
+        gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
+        with client(gateway, gateway.new_key()) as ws:
+            ws.send(model="two", stream_id="b")
+            ws.until("response.output_text.delta")
+            ws.send(model="one", stream_id="a")
+            while (event := ws.recv())["type"] != "error":
+                time.sleep(0.02)
+            assert (code(event), event["stream_id"]) == ("upstream_timeout", "b")
+            over.set()
+            ws.tear()
+        outcomes = {row["upstream"]: row["outcome"] for row in gateway.rows()}
+        assert outcomes["two"] == "upstream_failed"
+
+
+def test_an_upstream_that_stops_reading_keeps_no_place(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("", "first_byte_timeout_seconds = 0.6").start()
+
+    async def talk(sock: Socket) -> None:
+        await sock.stop_reading(8)
+
+    upstream.talk = talk
+    with client(gateway, gateway.new_key(concurrency=1)) as ws:
+        ws.send(input="x" * 30_000_000)
+        assert code(ws.recv()) == "upstream_timeout"
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 6)
+        assert ws.closed() == 1011
+    assert brief(gateway) == [(None, "upstream_failed", None)]
+
+
+def test_who_pings_and_reads_nothing_is_let_go_of(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    ping = Frame(Opcode.PING, b"x" * 125).serialize(mask=True) * 10_000
+    with by_hand(gateway, key) as sock:
+        assert sock.recv(65536).startswith(b"HTTP/1.1 101 ")
+        before, sent = gateway.rss(), 0
+        with contextlib.suppress(OSError):
+            while sent < 100:
+                sock.sendall(ping)
+                sent += 1
+        assert sent < 100
+        assert gateway.rss() - before < 30 << 20
+
+
+def test_who_leaves_while_another_line_is_dialled_leaves_none(make_gateway: MakeGateway) -> None:
+    """Not even where leaving ends all at once, and the first line takes its time to close."""
+    with Upstream() as one, Upstream() as two:
+        two.talk, two.handshake_seconds = ws_like_openai, 0.8
+
+        async def talk(sock: Socket) -> None:
+            await sock.stop_reading(4)
+
+        one.talk = talk
+        upstreams = [
+            {"name": n, "base_url": up.url, "api_key_env": "", "models": [n], "priority": i}
+            for i, (n, up) in enumerate([("one", one), ("two", two)])
+        ]
+        settings = {"server": {}, "metering": {"on_disconnect": "cancel"}, "upstreams": upstreams}
+        gateway = make_gateway(settings).start()
+        with client(gateway, gateway.new_key()) as ws:
+            ws.send(model="two")
+            wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 1)
+            time.sleep(0.1)
+            ws.tear()
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+        wait_until(lambda: not two.connections, 6)
+        assert gateway.rows() == []
+
+
+# What is odd
+
+
+def test_the_next_upstream_is_asked_where_one_refuses(make_gateway: MakeGateway) -> None:
+    with Upstream() as one, Upstream() as two:
+        one.script = json_answer({"error": {"message": "busy"}}, 503)
+        two.talk = ws_like_openai
+        upstreams = [
+            {"name": name, "base_url": up.url, "api_key_env": "", "priority": number}
+            for number, (name, up) in enumerate([("one", one), ("two", two)])
+        ]
+        gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
+        with client(gateway, gateway.new_key()) as ws:
+            ws.send()
+            ws.completed()
+
+
+def test_what_follows_without_its_first_event_is_written_down(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(1, await sock.recv())[:2])
+        await sock.recv()
+        await sock.send(steered(1), *ws_events(2, {"model": "gpt-up"})[1:])
+        await ws_like_openai(sock)
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        ws.until("response.output_text.delta")
+        ws.raw(steer(1))
+        ws.completed()
+        assert brief(gateway) == [done(1), done(2)]
+
+
+def test_an_id_used_twice_is_two_responses(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    async def talk(sock: Socket) -> None:
+        while True:
+            await sock.send(*ws_events(1, await sock.recv()))
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        for _ in range(2):
+            ws.send()
+            ws.completed()
+        assert brief(gateway) == [done(1), done(1)]
+
+
+def test_text_is_estimated_as_over_http(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway('[metering]\non_disconnect = "cancel"').start()
+
+    async def talk(sock: Socket) -> None:
+        created, delta, _ = ws_events(1, await sock.recv())
+        await sock.send(created, *[{**delta, "delta": "abcd"}] * 100)
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, gateway.new_key()) as ws:
+        ws.send()
+        for _ in range(101):
+            ws.recv()
+        ws.tear()
+    wait_until(lambda: gateway.row()["outcome"] != "pending")
+    assert gateway.row()["output_tokens"] == 100
+
+
+def test_what_was_made_beside_something_known_can_be_built_on(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def talk(sock: Socket) -> None:
+        for number in (1, 2, 3):
+            frame, more = await sock.recv(), {"conversation": {"id": "conv_1"}, "output": []}
+            await sock.send(*ws_events(number, frame, **more))
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        made = None
+        for _ in range(3):
+            ws.send(store=False, **({"previous_response_id": made} if made else {}))
+            made = ws.completed()["id"]
+
+
+def test_a_bad_frame_is_refused_in_its_lane(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    with client(gateway, key) as ws:
+        ws.raw('{"type":"response.create","stream_id":"a"}')
+        refused = ws.recv()
+        assert (code(refused), refused["stream_id"]) == ("invalid_request", "a")
+
+
+def test_half_a_character_passes_as_it_is(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    frames: list[str] = []
+
+    async def talk(sock: Socket) -> None:
+        frame = await sock.recv()
+        frames.append(frame["input"])
+        created, delta, completed = ws_events(1, frame)
+        await sock.send(created, {**delta, "delta": "\ud83d"}, completed)
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send(input="\ud83d")
+        assert ws.until("response.output_text.delta")["delta"] == "\ud83d"
+        ws.completed()
+        assert brief(gateway) == [done(1)]
+    assert frames == ["\ud83d"]

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
@@ -210,6 +210,10 @@ class Socket:
         await self.send(*events)
         self._protocol.receive_data(closing)
         await self._flush()
+
+    async def stop_reading(self, seconds: float) -> None:
+        cast(asyncio.ReadTransport, self._writer.transport).pause_reading()
+        await asyncio.sleep(seconds)
 
     def tear(self) -> None:
         self._writer.transport.abort()
