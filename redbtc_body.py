@@ -443,15 +443,8 @@ PARTS = msgspec.json.Decoder(list[Part])
 LISTS = {"input", "messages", "tools", "svg"}
 TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
 ITEM_NAMES = {"id", "type", "status", "role", "content", "result", "encrypted_content", "tools"}
-MEANINGS = {
-    "id",
-    "ID",
-    "Id",
-    "iD",
-    "tools",
-    "Tools",
-    "TOOLS",
-}  # an item with one is looked at closely
+# An item with one of these is looked at closely; most histories have none.
+TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
 MOST_NESTING = 8  # of tools in tools
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # and no others, says OpenAI's reference
 FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
@@ -509,7 +502,7 @@ class Content:
         given = self._members.get("input", NULL)
         if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
             raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
-        return read_list(given, ITEM_NAMES, MEANINGS)
+        return read_list(given, ITEM_NAMES, TELLING)
 
     @functools.cached_property
     def tools(self) -> list[Members]:
@@ -671,9 +664,9 @@ def named_within(members: Members, name: str) -> Iterator[Reference]:
 
 
 def named_beside(members: Members, skipped: Set[str]) -> Iterator[Reference]:
-    """In all members but some."""
+    """In all members but some: of tools, that are looked at one by one, if they are a list."""
     for name, value in members.items():
-        if name not in skipped:
+        if name not in skipped or (name == "tools" and not is_list(value)):
             yield from named_in(b"%b:%b" % (msgspec.json.encode(name), value))
 
 

@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import orjson
@@ -37,7 +37,7 @@ from websockets.http11 import Request
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
-from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Content, Frame, check_query
+from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame, check_query
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Key, Outcome, Row
 from redbtc_limits import TICK, Clock
@@ -164,19 +164,7 @@ class Turn(Metered):
         self._session = session
         self._steers: list[Steer] = []
         self._further_input = 0  # tokens that a response which follows reads besides the request
-        self._holds = contextlib.ExitStack()
-
-    async def run(
-        self,
-        key: Key,
-        content: Content,
-        upstreams: list[Upstream],
-        forward: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
-        yet, ClientLeft."""
-        with self._holds:
-            await super().run(key, content, upstreams, forward)
+        self.holds = contextlib.ExitStack()  # of responses that follow
 
     @property
     def response_id(self) -> str | None:
@@ -214,7 +202,7 @@ class Turn(Metered):
         except Refusal:
             charges.put_back()
             raise
-        self._holds.enter_context(money)
+        self.holds.enter_context(money)
         self._further_input = more
         self._steers.append(Steer(self.response_id or "", money))
 
@@ -570,7 +558,7 @@ class Session:
             raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
         here = {line.upstream for line in self._lines}
         speaking.sort(key=lambda upstream: upstream not in here)
-        with gateway.serving(None, turn.clock):
+        with gateway.serving(None, turn.clock), turn.holds:
             await turn.run(key, frame, speaking, lambda: self._forward(turn, frame, speaking))
 
     async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:

@@ -364,6 +364,8 @@ def test_no_item_is_anothers(
         '{"model":"m","input":"x","text":{"format":{"file_id":"f"},"format":{}}}',
         '{"model":"m","input":"x","tools":[{"type":"function","function":{"file_id":"f"}}]}',
         '{"model":"m","input":"x","tools":[{"type":"mcp","tunnel_id":"f"}]}',
+        '{"model":"m","input":"x","tools":{"0":{"vector_store_ids":["vs_1"]}}}',
+        '{"model":"m","input":[{"type":"additional_tools","tools":{"file_id":"f"}}]}',
         '{"model":"m","input":"x","tools":' + '[{"tools":' * 9 + "[]" + "}]" * 9 + "}",
     ],
 )
