@@ -9,6 +9,7 @@ or, where its response goes on in the background, by whoever first sees that it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import time
@@ -118,6 +119,7 @@ class Metered(Exchange):
     _row: Row
     _background: Background | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
+    _repeats = False  # what another request has made
 
     async def run(
         self,
@@ -220,20 +222,25 @@ class Metered(Exchange):
             return
         fresh = list(report.made.items())[self._named :]
         self._named = len(report.made)
-        stored = self._facts.store is not False
+        background = self._facts.background is True
+        if background and report.response_id and not (self._background or self._repeats):
+            self._keep(report, report.response_id)
+        stored = background or self._facts.store is not False
         made = [each for each, always in fresh if always or stored]
         self.gateway.objects.own(made, self._row.account_id, self._row.upstream)
-        if self._facts.background is True and report.response_id and not self._background:
+
+    def _keep(self, report: Report, response_id: str) -> None:
+        """Its response goes on when the request is over. Where that is known already, an upstream
+        has answered with it twice (`idempotency-key`), and it has a row that it is billed by."""
+        with contextlib.suppress(LedgerUnavailable):
+            account_id = self._row.account_id
+            self._repeats = bool(self.gateway.objects.upstream_of(response_id, account_id))
+        if not self._repeats:
             self._fill(report)
-            unended = Unfinished(
-                self._money.at,
-                self._money.held,
-                self._input_estimate,
-                self._content.image_model(),
-                0,
-            )
-            self._background = self.gateway.unended.keep(self._row, self._money, unended)
-            self.gateway.unended.read(report.response_id, report)
+            at, held, model = self._money.at, self._money.held, self._content.image_model()
+            unfinished = Unfinished(at, held, self._input_estimate, model, 0)
+            self._background = self.gateway.unended.keep(self._row, self._money, unfinished)
+            self._background.read(report)
 
     def _fill(self, report: Report) -> None:
         row = self._row
@@ -257,7 +264,10 @@ class Metered(Exchange):
                 self.gateway.watch.answered(self.scope, row.status or 0, "pending")
         else:
             self._fill(report)
-            account_for(row, report, outcome, self._estimate(outcome))
+            estimate = self._estimate(outcome)
+            if self._repeats:
+                report.usage = estimate = None
+            account_for(row, report, outcome, estimate)
             bill(row, report, self._money, self._content.image_model())
             await ledger.settle(self.gateway.store, row)
             self.gateway.watch.settled(self.scope, row)
@@ -371,12 +381,8 @@ class Unended:
             self._responses[row.response_id or ""] = response
             self._start(self._ask_until_ended(response))
 
-    def keep(self, row: Row, money: Hold, unfinished: Unfinished) -> Background | None:
-        """Its response will go on when its request is over; the hold is for as long. None where
-        that response has a row already: an upstream may answer one twice (`idempotency-key`), and
-        it is billed once."""
-        if (row.response_id or "") in self._responses:
-            return None
+    def keep(self, row: Row, money: Hold, unfinished: Unfinished) -> Background:
+        """Its response will go on when its request is over; the hold is for as long."""
         response = Background(row, money.keep(), unfinished)
         self._responses[row.response_id or ""] = response
         ledger.keep_pending(self._gateway.store, row, unfinished)

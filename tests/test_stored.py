@@ -794,28 +794,38 @@ def test_who_see_its_end_at_once_pay_once(make_gateway: MakeGateway, memory: Mem
     assert (money["balance"], money["held"]) == ("-0.039", "0")
 
 
-def test_one_that_is_answered_twice_is_billed_once(
-    make_gateway: MakeGateway, upstream: Upstream
+@pytest.mark.parametrize("streamed", [False, True])
+def test_one_that_is_answered_again_is_billed_once(
+    make_gateway: MakeGateway, upstream: Upstream, streamed: bool
 ) -> None:
-    """By an upstream that honours `idempotency-key`."""
+    """By an upstream that honours `idempotency-key`: meanwhile, and after its end."""
     gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
     key, memory = gateway.new_key(), Memory(turns=1_000_000)
-    memory.responses["resp_1"] = response_object("gpt-up", None, "queued", id="resp_1")
+    first = begun(memory, "resp_1")
 
     async def script(request: Received, reply: Reply) -> None:
-        same = json_answer(memory.responses["resp_1"])
-        await (same if request.method == "POST" else memory)(request, reply)
+        answer: Script = memory
+        response = memory.responses["resp_1"]
+        if request.method == "POST" and streamed:
+            ended = event({"type": "response.completed", "response": response}, "x")
+            answer = stream([first, ended] if response["usage"] else [first])
+        elif request.method == "POST":
+            answer = json_answer(response)
+        await answer(request, reply)
 
     upstream.script = script
+    body = {"background": True, "max_output_tokens": 50, "stream": streamed}
     for _ in range(2):
-        assert create(gateway, key, background=True, max_output_tokens=50)["id"] == "resp_1"
+        assert "resp_1" in create_text(gateway, key, **body)
     assert len(pending(gateway)) == 1
     memory.turns = 1
     wait_until(lambda: not pending(gateway), 20)
+    assert "completed" in create_text(gateway, key, **body)
     gateway.restart()
-    assert [row["cost"] for row in gateway.rows()] in (["0.039", None], [None, "0.039"])
-    assert gateway.api("GET", "/accounts/test")["held"] == "0"
+    assert sorted(str(row["cost"]) for row in gateway.rows()) == ["0.039", "None", "None"]
+    money = gateway.api("GET", "/accounts/test")
+    assert (money["balance"], money["held"]) == ("-0.039", "0")
 
 
 @pytest.mark.parametrize("status", [400, 404, 410])
@@ -842,6 +852,15 @@ def test_one_that_the_upstream_knows_no_more_holds_nothing(
     wait_until(lambda: not pending(gateway), 40)
     assert gateway.row()["outcome"] == "upstream_failed"
     assert gateway.api("GET", "/accounts/test")["held"] == "0"
+
+
+def test_it_is_its_accounts_though_it_is_not_to_be_stored(
+    gateway: Gateway, memory: Memory, key: str
+) -> None:
+    """An upstream keeps it until it is fetched."""
+    made = create(gateway, key, background=True, store=False)["id"]
+    with gateway.client(key) as client:
+        assert client.get(f"/responses/{made}").status_code == 200
 
 
 def test_compact_and_input_tokens(gateway: Gateway, upstream: Upstream, key: str) -> None:

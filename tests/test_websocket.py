@@ -1153,11 +1153,13 @@ def test_an_upstream_that_stops_reading_keeps_no_place(
         await sock.stop_reading(8)
 
     upstream.talk = talk
-    with client(gateway, gateway.new_key(concurrency=1)) as ws:
+    key, files = gateway.new_key(concurrency=1), gateway.open_files()
+    with client(gateway, key) as ws:
         ws.send(input="x" * 30_000_000)
         assert code(ws.recv()) == "upstream_timeout"
         wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 6)
         assert ws.closed() == 1011
+    wait_until(lambda: gateway.open_files() <= files + 1, 4)
     assert brief(gateway) == [(None, "upstream_failed", None)]
 
 
