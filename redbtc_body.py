@@ -6,9 +6,14 @@ copy of bounded size beside it, made only to be read.
 
 Rule 2. All accounts share the upstream's key, so a body may name no stored object of another. Names
 of members that refer to one are found wherever they stand, by their text: within a JSON string a
-quote is escaped, so what looks like a member's name is one. A name that hides behind escapes is
-looked for wherever there are such escapes. What comes out is a list of references; whoever asks for
-it knows whose they are. What isn't known to be the account's own is refused.
+quote is escaped, so what looks like a member's name is one. Where there is any, it is looked at by
+its place: metadata, schemas and arguments are somebody's own words. What comes out is a list of
+references; whoever asks for it knows whose they are. What isn't known to be the account's own is
+refused.
+
+Rule 3. A body has one meaning. What the next reader could take in another way is refused: a member
+that stands twice, a name behind escapes or in other letters, a form whose boundary or heads are in
+doubt. Else what is checked here would not be what the upstream does.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ PARAMETER = re.compile(SET, re.IGNORECASE)
 JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json")
 BOUNDARY = re.compile(rb"[\w'()+,./:=?-]{1,70}")  # RFC 2046 §5.1.1, without its inner spaces
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
-MOST_RATIO = 32  # of decoded to compressed bytes: reading them can take three times as many
+MOST_RATIO = 32  # of decoded to compressed bytes; to read them can take a multiple of their memory
 LEAST_BOUND = 1 << 20
 MOST_FRAMES = 100  # that one body may be compressed in
 WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
@@ -227,7 +232,7 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
 
 Members = dict[str, msgspec.Raw]
 MEMBERS, OBJECTS = msgspec.json.Decoder(Members), msgspec.json.Decoder(list[Members])
-RAWS, ANYTHING = msgspec.json.Decoder(list[msgspec.Raw]), msgspec.json.Decoder()
+RAWS = msgspec.json.Decoder(list[msgspec.Raw])
 NOTHING, NULL, EMPTY = msgspec.Raw(), msgspec.Raw(b"null"), msgspec.Raw(b"[]")
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'

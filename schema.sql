@@ -254,8 +254,9 @@ ALTER TABLE usage_by_day ADD COLUMN tool_input_tokens INTEGER;
 
 -- Whose is what the upstreams store: all accounts share the key that reaches it.
 CREATE TABLE stored_objects (
-    id                  TEXT PRIMARY KEY,       -- of a response, an item of its output, a container or a
-                                                -- conversation, as the upstream named it
+    id                  TEXT PRIMARY KEY,       -- of a response, an item of its output or of its listed
+                                                -- input, a container or a file in it, a conversation:
+                                                -- as the upstream named it
     account_id          TEXT NOT NULL REFERENCES accounts (id),
     upstream            TEXT NOT NULL,          -- where it is
     created_at          INTEGER NOT NULL

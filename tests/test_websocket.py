@@ -1163,6 +1163,31 @@ def test_an_upstream_that_stops_reading_keeps_no_place(
     assert brief(gateway) == [(None, "upstream_failed", None)]
 
 
+def test_steering_that_an_upstream_does_not_read_ends(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Even where the response has ended meanwhile, so that nothing else has a timeout."""
+    gateway = make_gateway("", "idle_timeout_seconds = 1").start()
+
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created, delta)
+        await asyncio.sleep(0.4)
+        await sock.send(completed)
+        await sock.stop_reading(12)
+
+    upstream.talk = talk
+    with client(gateway, gateway.new_key()) as ws:
+        ws.send()
+        ws.until("response.output_text.delta")
+        ws.raw(steer(1, input="x" * 30_000_000))
+        ws.completed()
+        started = time.monotonic()
+        assert ws.closed() == 1011
+        assert time.monotonic() - started < 8
+    assert brief(gateway) == [done(1)]
+
+
 def test_who_pings_and_reads_nothing_is_let_go_of(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
