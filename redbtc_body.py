@@ -464,6 +464,39 @@ def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFa
     return facts
 
 
+def tools_in(offering: list[Members]) -> list[Members]:
+    """All that these offer, and those within them. Raises Refusal where they can't be read."""
+    lists = [each["tools"] for each in offering if "tools" in each and not is_listing(each)]
+    tools: list[Members] = []
+    for _ in range(MOST_NESTING):
+        found = [tool for given in lists for tool in read_list(given, TOOL_NAMES, TOOL_NAMES)]
+        tools += found
+        lists = [tool["tools"] for tool in found if "tools" in tool]
+        if not lists:
+            return tools
+    raise Refusal("invalid_request", "Tools within tools within tools.", param="tools")
+
+
+def models_of(tools: list[Members]) -> dict[str, bool]:
+    """The models that tools make work, and whether they make pictures. Raises Refusal."""
+    models: dict[str, bool] = {}
+    for tool in tools:
+        if kind_of(tool) == "image_generation":
+            models |= author_in(tool)
+            models[string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL] = True
+    return models
+
+
+def author_in(members: Members) -> dict[str, bool]:
+    """The model that writes an SVG, where it is named. Raises Refusal."""
+    if members.get("svg", NULL) == NULL:
+        return {}
+    svg = read_members(bytes(memoryview(members["svg"])))
+    check_letters(svg, TOOL_NAMES)
+    author = string_in(svg.get("model", NULL))
+    return {author: False} if author else {}
+
+
 class Content:
     """A request's body: `sent` as it came and goes on, `text` what is read of it."""
 
@@ -477,6 +510,7 @@ class Content:
         self.check_model(model_needed)
 
     def _read(self, decoder: msgspec.json.Decoder[Any]) -> None:
+        self._inherited: dict[str, bool] = {}
         if self._form:
             self._members: Members = {}
             self.facts: Facts = self._form.facts(self.text)
@@ -512,16 +546,18 @@ class Content:
     @functools.cached_property
     def tools(self) -> list[Members]:
         """All that it offers, wherever. Raises Refusal where they can't be read."""
-        offering = [self._members, *(each for each in self.items if "tools" in each)]
-        lists = [each["tools"] for each in offering if "tools" in each and not is_listing(each)]
-        tools: list[Members] = []
-        for _ in range(MOST_NESTING):
-            found = [tool for given in lists for tool in read_list(given, TOOL_NAMES, TOOL_NAMES)]
-            tools += found
-            lists = [tool["tools"] for tool in found if "tools" in tool]
-            if not lists:
-                return tools
-        raise Refusal("invalid_request", "Tools within tools within tools.", param="tools")
+        return tools_in([self._members, *self.items])
+
+    def inherit(self, models: str | None) -> None:
+        """It builds on something in which these work."""
+        self._inherited |= msgspec.json.decode(models, type=dict[str, bool]) if models else {}
+
+    @functools.cached_property
+    def lasting_models(self) -> str | None:
+        """Those that work in what will build on it, as JSON: of tools that are part of its input.
+        Asked for when it has inherited."""
+        lasting = self._inherited | models_of(tools_in(self.items))
+        return msgspec.json.encode(lasting).decode() if lasting else None
 
     def further_models(self) -> dict[str, bool]:
         """Those that it makes work besides its own, and whether they make pictures: the image
@@ -529,19 +565,11 @@ class Content:
         if self._form:
             author = self._form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
             return {author: False} if author else {}
-        drawing = [tool for tool in self.tools if kind_of(tool) == "image_generation"]
-        images = {string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL for tool in drawing}
-        if len(images) > 1:
+        models = self._inherited | author_in(self._members) | models_of(self.tools)
+        if sum(models.values()) > 1:
             message = "The image tools have different models."
             raise Refusal("invalid_request", message, param="tools")
-        authors: dict[str, bool] = {}
-        for each in (self._members, *drawing):
-            if each.get("svg", NULL) != NULL:
-                svg = read_members(bytes(memoryview(each["svg"])))
-                check_letters(svg, TOOL_NAMES)
-                authors[string_in(svg.get("model", NULL))] = False
-        authors.pop("", None)
-        return authors | dict.fromkeys(images, True)
+        return models
 
     def image_model(self) -> str:
         """That of the tool which makes pictures, whether it is named or not."""

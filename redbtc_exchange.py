@@ -21,7 +21,7 @@ import httpx2
 import redbtc_ledger as ledger
 from redbtc_billing import Hold, Spent, Tariff
 from redbtc_body import Content
-from redbtc_ledger import Key, Outcome, Part, Row, Unfinished, Usage
+from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
 from redbtc_limits import Admission, Clock
 from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
 from redbtc_refusals import ClientLeft, Refusal
@@ -227,14 +227,19 @@ class Metered(Exchange):
             self._keep(report, report.response_id)
         stored = background or self._facts.store is not False
         made = [each for each, always in fresh if always or stored]
-        self.gateway.objects.own(made, self._row.account_id, self._row.upstream)
+        self.gateway.objects.own(made, self._row.account_id, self.home)
+
+    @property
+    def home(self) -> Home:
+        """Of what it makes."""
+        return Home(self._row.upstream, self._content.lasting_models)
 
     def _keep(self, report: Report, response_id: str) -> None:
         """Its response goes on when the request is over. Where that is known already, an upstream
         has answered with it twice (`idempotency-key`), and it has a row that it is billed by."""
         with contextlib.suppress(LedgerUnavailable):
             account_id = self._row.account_id
-            self._repeats = bool(self.gateway.objects.upstream_of(response_id, account_id))
+            self._repeats = bool(self.gateway.objects.home_of(response_id, account_id))
         if not self._repeats:
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()
@@ -440,7 +445,7 @@ class Unended:
     async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
         response.finish(report, outcome)
-        gateway.objects.own(report.made, row.account_id, row.upstream)
+        gateway.objects.own(report.made, row.account_id, Home(row.upstream))
         await ledger.end_background(gateway.store, row)
         del self._responses[row.response_id or ""]
         gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)

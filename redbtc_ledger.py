@@ -724,11 +724,21 @@ async def forget(store: Store, row: Row) -> None:
 # was made for it: known from the first event that names it, and never any other's.
 
 OWN = """
-    INSERT OR IGNORE INTO stored_objects (id, account_id, upstream, created_at)
-    VALUES (?, ?, ?, ?)"""
+    INSERT INTO stored_objects (id, account_id, upstream, models, created_at)
+    VALUES (?, ?, ?, ?, ?)
+        ON CONFLICT (id) DO UPDATE SET models = excluded.models
+        WHERE account_id = excluded.account_id AND excluded.models IS NOT NULL"""
 OWNED = "SELECT 1 FROM stored_objects WHERE id = ?"
 DISOWN = "DELETE FROM stored_objects WHERE id = ?"
-UPSTREAM_OF = "SELECT upstream FROM stored_objects WHERE id = ? AND account_id = ?"
+HOME_OF = "SELECT upstream, models FROM stored_objects WHERE id = ? AND account_id = ?"
+
+
+class Home(NamedTuple):
+    """Where an object is stored, and the models that work in what builds on it besides its own:
+    JSON, None where there are none."""
+
+    upstream: str
+    models: str | None = None
 
 
 class Objects:
@@ -736,27 +746,28 @@ class Objects:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._fresh: dict[str, tuple[str, str]] = {}  # not yet committed: account, upstream
+        self._fresh: dict[str, tuple[str, Home]] = {}  # not yet committed: account and home
 
-    def own(self, ids: Iterable[str], account_id: str, upstream: str) -> None:
+    def own(self, ids: Iterable[str], account_id: str, home: Home) -> None:
         """From now on these are the account's. Whose one is already, his it stays."""
         for each in ids:
-            if each not in self._fresh:
-                self._fresh[each] = account_id, upstream
-                values = (each, account_id, upstream, now_ms())
+            fresh = self._fresh.get(each)
+            if fresh is None or (home.models and fresh[0] == account_id and fresh[1] != home):
+                self._fresh[each] = account_id, home
+                values = (each, account_id, *home, now_ms())
                 written = self._store.record(OWN, values, insist=True, lasting=False)
                 written.add_done_callback(functools.partial(self._written, each))
 
     def _written(self, object_id: str, _: asyncio.Future[None]) -> None:
-        del self._fresh[object_id]
+        self._fresh.pop(object_id, None)
 
-    def upstream_of(self, object_id: str, account_id: str) -> str | None:
+    def home_of(self, object_id: str, account_id: str) -> Home | None:
         """Where it is, if it is the account's: one read by an index, which takes as long for what
         is another's as for what never was. Raises LedgerUnavailable."""
-        found = self._store.look_up(UPSTREAM_OF, (object_id, account_id))
-        if found is None and (fresh := self._fresh.get(object_id)) and fresh[0] == account_id:
+        found = self._store.look_up(HOME_OF, (object_id, account_id))
+        if (fresh := self._fresh.get(object_id)) and fresh[0] == account_id:
             return fresh[1]
-        return str(found[0]) if found else None
+        return Home(*found) if found else None
 
     def known(self, object_id: str) -> bool:
         """Whether it is anybody's. Raises LedgerUnavailable."""

@@ -65,7 +65,7 @@ from redbtc_body import (
     media_of,
 )
 from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
-from redbtc_ledger import Key, Objects, Outcome, Store
+from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import Clock, Clocks, Limits
 from redbtc_meter import StreamMeter
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
@@ -622,14 +622,12 @@ class Visit(Exchange):
         clock: Clock,
         key: Key,
         response_id: str,
+        home: Home,
     ) -> None:
         super().__init__(gateway, scope, endpoint, clock)
         self._key = key
         self._response_id = response_id
-        self._upstream = ""
-
-    def to(self, upstream: Upstream) -> None:
-        self._upstream = upstream.name
+        self._home = home
 
     def note(self) -> None:
         self.gateway.unended.read(self._response_id, self.meter.report)
@@ -641,7 +639,7 @@ class Visit(Exchange):
         shown = status == 200 and report.response_id in (None, self._response_id)
         await gateway.unended.look(self._response_id, report, shown)
         if status == 200 and self.endpoint.path.endswith("/input_items"):
-            gateway.objects.own(report.made, self._key.account_id, self._upstream)
+            gateway.objects.own(report.made, self._key.account_id, self._home)
         if self.scope["method"] == "DELETE" and status < 300:
             await gateway.objects.disown(self._response_id)
         gateway.watch.answered(self.scope, status, outcome)
@@ -662,7 +660,7 @@ class StoredRoute:
         scope["where"] = self._endpoint.path
         key = gateway.enter(scope)
         response_id = scope["path_params"]["id"]
-        upstreams = choose_stored(gateway, key, response_id)
+        home, upstream = choose_stored(gateway, key, response_id)
         clock = Clock(gateway.clocks)
         body = await read_body(scope, receive, clock, gateway.settings)
         if body.strip():
@@ -671,22 +669,22 @@ class StoredRoute:
             message = "The response is still in progress; cancel it first."
             raise Refusal("invalid_request", message)
         with gateway.serving(scope, clock):
-            visit = Visit(gateway, scope, self._endpoint, clock, key, response_id)
+            visit = Visit(gateway, scope, self._endpoint, clock, key, response_id, home)
             limits = gateway.settings.limits
             with await gateway.limits.admit(key, 0, limits, clock) as visit.admission:
                 path = f"/responses/{response_id}{self._suffix}"
-                await Relay(visit, send, self._method, path, body).forward(upstreams)
+                await Relay(visit, send, self._method, path, body).forward([upstream])
 
 
-def choose_stored(gateway: Gateway, key: Key, response_id: str) -> list[Upstream]:
-    """The upstream that has the account's response. Raises Refusal."""
-    name = gateway.owned_at(key, response_id) if OBJECT_ID.fullmatch(response_id) else None
-    if name is None:
+def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[Home, Upstream]:
+    """Where the account's response is. Raises Refusal."""
+    home = gateway.home_of(key, response_id) if OBJECT_ID.fullmatch(response_id) else None
+    if home is None:
         raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")
-    upstream = gateway.upstream_named(name)
+    upstream = gateway.upstream_named(home.upstream)
     if upstream is None or not upstream.usable:
         raise Refusal("no_upstream", retry_after=60)
-    return [upstream]
+    return home, upstream
 
 
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────
@@ -702,7 +700,7 @@ METERED = (
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
-NOTHING: Mapping[str, str] = {}
+NOTHING: Mapping[str, Home] = {}
 MOST_REFERENCES = 1000
 
 
@@ -792,34 +790,36 @@ class Gateway:
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def owned_at(self, key: Key, object_id: str) -> str | None:
-        """The name of the upstream that stores what the key's account made; None for all else."""
+    def home_of(self, key: Key, object_id: str) -> Home | None:
+        """Where what the key's account made is stored; None for all else."""
         try:
-            return self.objects.upstream_of(object_id, key.account_id)
+            return self.objects.home_of(object_id, key.account_id)
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def check_reference(self, key: Key, reference: Reference) -> str | None:
-        """The name of the upstream that has it, if any. Raises Refusal where it is not the
-        account's."""
-        upstream = self.owned_at(key, reference.id)
-        if upstream or not (reference.own or self._is_known(reference.id)):
-            return upstream
+    def check_reference(self, key: Key, reference: Reference) -> Home | None:
+        """Where it is, if anywhere. Raises Refusal where it is not the account's."""
+        home = self.home_of(key, reference.id)
+        if home or not (reference.own or self._is_known(reference.id)):
+            return home
         if reference.name in NOT_FOUND:
             raise not_found(reference.name, reference.id)
         message = f"'{reference.name}' names an object that isn't known to be this account's."
         raise Refusal("invalid_request", message, param=reference.name)
 
-    def homes(self, key: Key, content: Content, made: Mapping[str, str] = NOTHING) -> set[str]:
-        """The upstream that has what the request builds on, if it builds on anything. `made`: what
-        is the client's own without being stored, and at which upstream. Raises Refusal."""
+    def homes(self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING) -> set[str]:
+        """The upstream that has what the request builds on, if it builds on anything; the content
+        inherits the models that work in that. `made`: what is the client's own without being
+        stored. Raises Refusal."""
         references: set[Reference] = set()
         homes: set[str] = set()
         for reference in content.references():
             if reference not in references:
                 references.update([reference] if reference.own else [])
                 home = made.get(reference.id) or self.check_reference(key, reference)
-                homes.update([home] if home else [])
+                if home:
+                    homes.add(home.upstream)
+                    content.inherit(home.models)
             if len(references) > MOST_REFERENCES:
                 message = f"The body names more than {MOST_REFERENCES} stored objects."
                 raise Refusal("invalid_request", message)
@@ -828,7 +828,7 @@ class Gateway:
         return homes
 
     def upstreams_for(
-        self, key: Key, content: Content, made: Mapping[str, str] = NOTHING
+        self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
     ) -> list[Upstream]:
         """Those that may take the request, the first to try in front. `made`: as for `homes`.
         Raises Refusal."""

@@ -39,7 +39,7 @@ import redbtc_ledger as ledger
 from redbtc_billing import Hold
 from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame, check_query
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
-from redbtc_ledger import Key, Outcome, Row
+from redbtc_ledger import Home, Key, Outcome, Row
 from redbtc_limits import TICK, Clock
 from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
@@ -228,7 +228,7 @@ class Turn(Metered):
         self.note()
         if self._named != known:
             fresh = list(self.meter.report.made)[known:]
-            self._session.remember(fresh, self._row.upstream)
+            self._session.remember(fresh, self.home)
         if self.meter.ended:
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
@@ -306,7 +306,7 @@ class Session:
         self._lines: set[Line] = set()
         self._opening: dict[Upstream, asyncio.Task[Line]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._made: dict[str, str] = {}  # on this connection, stored or not; at which upstream
+        self._made: dict[str, Home] = {}  # on this connection, stored or not
         self._written: set[str] = set()  # responses whose usage is in the ledger
         self._waiting: dict[Frame, int] = {}  # bytes of what has not left for an upstream
         self._patience = 0.0  # seconds for the client to read
@@ -689,9 +689,9 @@ class Session:
             turn.clock.allow(line.upstream.settings.idle_timeout_seconds)
         return None
 
-    def remember(self, made: list[str], upstream: str) -> None:
+    def remember(self, made: list[str], home: Home) -> None:
         """What was made on this connection can be built on here, even if it isn't stored."""
-        self._made.update(dict.fromkeys(made, upstream))
+        self._made.update(dict.fromkeys(made, home))
 
     async def _write_stray(self, event: Answer, line: Line) -> None:
         """What a response used that is no turn's."""
@@ -718,7 +718,7 @@ class Session:
         )
         account_for(row, report, "upstream_error" if report.failed else "completed", None)
         bill(row, report, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
-        self.gateway.objects.own(report.made, row.account_id, row.upstream)
+        self.gateway.objects.own(report.made, row.account_id, Home(row.upstream))
         await ledger.settle(self.gateway.store, row)
         self.gateway.watch.settled(scope, row)
 

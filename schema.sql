@@ -314,3 +314,6 @@ END;
 ALTER TABLE background ADD COLUMN
     text_bytes          INTEGER NOT NULL DEFAULT 0 CHECK (text_bytes >= 0);  -- of output that was passed
                                                 -- on, should it be cancelled
+ALTER TABLE stored_objects ADD COLUMN
+    models              TEXT;                   -- that work in what builds on it besides its own, as JSON:
+                                                -- {"gpt-image-2": true}, true for pictures; NULL: none

@@ -510,6 +510,46 @@ def test_a_response_is_reached_at_its_own_upstream(make_gateway: MakeGateway) ->
             assert client.post("/responses", json={**onto, "model": "two-m"}).status_code == 200
 
 
+def test_tools_of_an_earlier_input_are_checked_held_and_billed(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """However long the chain, by whichever key, after a restart as well."""
+    gateway = make_gateway('[billing]\nunpriced_models = "refuse"').start()
+    for model, price in (("gpt-up", "1"), ("gpt-image-dear", "1000")):
+        gateway.cli("price", "add", model, "--input", price, "--output", price)
+    key, numbers = gateway.new_key(), itertools.count(1)
+    limited = gateway.cli("key", "add", "test", "--models", "gpt-up")["key"]
+    poor = gateway.new_key("poor")
+    drawn = {"image_gen": {"input_tokens": 0, "output_tokens": 1000}}
+
+    async def script(request: Received, reply: Reply) -> None:
+        more = {"id": f"resp_{next(numbers)}", "output": [], "tool_usage": drawn}
+        await json_answer(response_object(conversation={"id": "conv_1"}, **more))(request, reply)
+
+    upstream.script = script
+    tool = {"type": "image_generation", "model": "gpt-image-dear"}
+    made = create(gateway, key, conversation=None)
+    offered = [{"type": "additional_tools", "tools": [tool]}, {"role": "user", "content": "x"}]
+    create(gateway, key, input=offered, previous_response_id=made["id"])
+    gateway.kill()
+    gateway.start()
+    for onto in ({"previous_response_id": "resp_2"}, {"conversation": "conv_1"}):
+        made = create(gateway, key, **onto)
+        assert float(gateway.rows()[-1]["cost"]) > 1, "of the tool's model"
+        for again in (onto, {"previous_response_id": made["id"]}):
+            with gateway.client(limited) as client:
+                answer = client.post("/responses", json={**BODY, **again})
+                assert error(answer)[:2] == (403, "model_not_allowed")
+    with gateway.client(limited) as client:
+        answer = client.post("/responses", json={**BODY, "previous_response_id": "resp_1"})
+        assert answer.status_code == 200, "it was made before the tool was offered"
+    gateway.api("PATCH", "/accounts/poor", {"credit_limit": "0"})
+    gateway.cli("payment", "add", "poor", "1")
+    with gateway.client(poor) as client:
+        assert client.post("/responses", json=BODY).status_code == 200
+        assert error(client.post("/responses", json={**BODY, "input": offered}))[0] == 429
+
+
 # Background
 
 

@@ -282,6 +282,24 @@ def test_what_was_made_on_the_connection_can_be_built_on(
     assert len(gateway.rows()) == 2
 
 
+def test_what_is_built_on_brings_its_models_along(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """Codex CLI offers its tools once, with a prewarm."""
+    limited = gateway.cli("key", "add", "test", "--models", "gpt-up")["key"]
+    tool = {"type": "image_generation", "model": "gpt-image-dear"}
+    offered = [{"type": "additional_tools", "tools": [tool]}]
+    with client(gateway, key) as ws, client(gateway, limited) as other:
+        ws.send(store=False, input=offered)
+        made = ws.completed()["id"]
+        ws.send(previous_response_id=made)
+        made = ws.completed()["id"]
+        other.send(previous_response_id=made)
+        assert code(other.recv()) == "model_not_allowed"
+        other.send()
+        other.completed()
+
+
 def test_a_stored_response_is_known_beyond_the_connection(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
