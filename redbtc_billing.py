@@ -21,9 +21,9 @@ import functools
 import re
 import sqlite3
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -38,12 +38,9 @@ from redbtc_settings import (
     LedgerError,
     LedgerUnavailable,
     NotFound,
-    day_of,
     decimal,
     iso_time,
     month_of,
-    month_start,
-    months_after,
     parse_limit,
 )
 
@@ -278,7 +275,7 @@ SPENT_IN_ALL = """
     SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0),
            ifnull(sum(cost_units) FILTER (WHERE month = ?2), 0),
            ifnull(sum(cost_nanos) FILTER (WHERE month = ?2), 0)
-      FROM usage_by_day WHERE account_id = ?1"""
+      FROM usage_by_month WHERE account_id = ?1"""
 SPENT_BY_KEY = """
     SELECT 0, 0, ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
       FROM usage_by_day WHERE account_id = ?1 AND month = ?2 AND key_id = ?3"""
@@ -406,11 +403,12 @@ MODELS_USED = """
     SELECT DISTINCT requested_model FROM usage_by_day WHERE day >= ?
     UNION SELECT requested_model FROM requests WHERE outcome = 'pending'"""
 ADD_NOTICE = """
-    INSERT INTO notices (id, kind, text, effective_at, until, created_at, added_by)
-    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+    INSERT INTO notices (id, kind, text, effective_at, until, created_at, added_by,
+                         refuses_requests)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
 NOTICE = """
     SELECT notices.id, kind, accounts.name AS account, key_id, month, percent, text, effective_at,
-           until, notices.created_at, added_by, withdrawn_at, delivered_at
+           until, refuses_requests, notices.created_at, added_by, withdrawn_at, delivered_at
       FROM notices LEFT JOIN accounts ON accounts.id = account_id"""
 NOTICES = NOTICE + " ORDER BY effective_at, notices.created_at, notices.id"
 NOTICE_BY_ID = NOTICE + " WHERE notices.id = ?"
@@ -421,6 +419,9 @@ UNDELIVERED = f"""{NOTICE}
      WHERE kind = 'budget' AND delivered_at IS NULL AND notices.created_at > ?
      ORDER BY notices.created_at, notices.id"""
 DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
+MAINTENANCES = f"""
+    SELECT effective_at, ifnull(until, {1 << 62}), text FROM notices
+     WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(until, ?1 + 1) > ?1"""
 WITHDRAW = "UPDATE notices SET withdrawn_at = ifnull(withdrawn_at, ?) WHERE id = ?"
 PAYMENT = """
     SELECT payments.id, accounts.name AS account, units, nanos, currency, reference, reason, month,
@@ -449,6 +450,14 @@ def for_account(record: Record, *more: str) -> Record:
     return {name: value for name, value in record.items() if name not in hidden}
 
 
+class Maintenance(NamedTuple):
+    """While it lasts (milliseconds), new requests are refused."""
+
+    since: int
+    until: int
+    text: str
+
+
 class Books:
     """The money of one gateway: shared by what serves requests and what people use."""
 
@@ -459,6 +468,7 @@ class Books:
         self.currency = settings.currency
         self.prices = PriceList()
         self.noticed = asyncio.Event()  # there is something for the webhook
+        self._maintenances: list[Maintenance] = []
         self._purses: dict[str, Purse] = {}
         self._changing_prices = asyncio.Lock()
 
@@ -472,6 +482,7 @@ class Books:
                     f"billing.currency is {books.currency}, but the ledger is in {currency}"
                 )
         books.prices = PriceList([Price(**dict(row)) async for row in store.rows(PRICES)])
+        await books._read_maintenances()
         return books
 
     def month(self) -> str:
@@ -583,7 +594,7 @@ class Books:
     # Prices
 
     async def add_prices(
-        self, prices: Sequence[Price], *, without_notice: str | None, added_by: str | None
+        self, prices: Sequence[Price], *, without_notice: str | None, by: str
     ) -> Record:
         """Add them all or none; what is so anyway is left out. `effective_at` of 0 is now. Raises
         LedgerError for one that would change what has been used, and for a rise without the notice
@@ -598,7 +609,7 @@ class Books:
                     effective_at=price.effective_at or now,
                     currency=self.currency,
                     created_at=now,
-                    added_by=added_by,
+                    added_by=by,
                     reason=without_notice,
                 )
                 for price in prices
@@ -607,9 +618,9 @@ class Books:
             _refuse_twice(new)
             after = PriceList([*self.prices.prices, *new])
             changes: list[Change] = [(ADD_PRICE, msgspec.structs.astuple(price)) for price in new]
-            changes += await self._notices_of_rises(new, after, now, without_notice, added_by)
+            changes += await self._notices_of_rises(new, after, now, without_notice, by)
             if changes:
-                await self.store.transact(*changes)
+                await self.store.transact(*changes, by=by)
             self.prices = after
         added = {price.id for price in new}
         rows = [row for row in after.rows(now) if row["id"] in added]
@@ -621,7 +632,7 @@ class Books:
         after: PriceList,
         now: int,
         without_notice: str | None,
-        added_by: str | None,
+        by: str,
     ) -> list[Change]:
         """The notices to write. Raises LedgerError as `add_prices` does."""
         patterns = {price.model for price in new}
@@ -653,7 +664,7 @@ class Books:
             if lines:
                 text = f"Prices rise ({self.currency} per million tokens). {'. '.join(lines)}."
                 until = max(at, now) + settings.price_notice_days * DAY
-                values = ("price", text[:NOTICE_TEXT], at, until, now, added_by)
+                values = ("price", text[:NOTICE_TEXT], at, until, now, by, False)
                 notices.append((ADD_NOTICE, (ledger.new_id("ntc"), *values)))
         return notices
 
@@ -679,7 +690,7 @@ class Books:
         *,
         reference: str | None,
         reason: str | None,
-        added_by: str | None,
+        by: str,
     ) -> Record:
         """Write down a payment, once for each reference of an account; a refund is negative and
         needs a reason. Raises Conflict where the reference was another amount's."""
@@ -691,7 +702,7 @@ class Books:
         now = self.store.time()
         values = (payment, account["id"], *divmod(amount, NANOS), self.currency, reference, reason)
         try:
-            await self.store.transact((ADD_PAYMENT, (*values, month_of(now), now, added_by)))
+            await self.store.transact((ADD_PAYMENT, (*values, month_of(now), now, by)), by=by)
         except sqlite3.IntegrityError:
             same = await self.store.one(PAYMENT_BY_REFERENCE, (account["id"], reference))
             if same is None:
@@ -749,9 +760,16 @@ class Books:
     # Notices
 
     async def add_notice(
-        self, kind: str, text: str, effective_at: int, until: int | None, added_by: str | None
+        self,
+        kind: str,
+        text: str,
+        effective_at: int,
+        until: int | None,
+        by: str,
+        refuses_requests: bool = False,
     ) -> Record:
-        """Raises LedgerError where new terms would hold before the notice that is due."""
+        """`refuses_requests`: of a maintenance, while which the gateway takes no new ones. Raises
+        LedgerError where new terms would hold before the notice that is due."""
         now, days = self.store.time(), self.settings.terms_notice_days
         if kind == "terms" and effective_at < now + days * DAY - MINUTE:
             raise LedgerError(
@@ -760,10 +778,25 @@ class Books:
             )
         if until is not None and until <= effective_at:
             raise LedgerError("a notice must take effect before it ends")
+        if refuses_requests and kind != "maintenance":
+            raise LedgerError("only a maintenance can refuse requests")
         notice = ledger.new_id("ntc")
-        values = (notice, kind, text, effective_at, until, now, added_by)
-        await self.store.transact((ADD_NOTICE, values))
+        values = (notice, kind, text, effective_at, until, now, by, refuses_requests)
+        await self.store.transact((ADD_NOTICE, values), by=by)
+        await self._read_maintenances()
         return await self.notice(notice)
+
+    async def _read_maintenances(self) -> None:
+        rows = self.store.rows(MAINTENANCES, (self.store.time(),))
+        self._maintenances = [Maintenance(*row) async for row in rows]
+
+    def maintenance(self) -> Maintenance | None:
+        """That for which requests are refused now."""
+        if not self._maintenances:
+            return None
+        now = self.store.time()
+        in_force = (each for each in self._maintenances if each.since <= now < each.until)
+        return next(in_force, None)
 
     async def notice(self, notice_id: str) -> Record:
         """Raises NotFound."""
@@ -772,10 +805,11 @@ class Books:
             raise NotFound(f"there is no notice {notice_id!r}; `notice list` shows their ids")
         return ledger.shown(row)
 
-    async def withdraw_notice(self, notice_id: str) -> Record:
+    async def withdraw_notice(self, notice_id: str, by: str) -> Record:
         """Nobody is told it any more."""
         await self.notice(notice_id)
-        await self.store.transact((WITHDRAW, (self.store.time(), notice_id)))
+        await self.store.transact((WITHDRAW, (self.store.time(), notice_id)), by=by)
+        await self._read_maintenances()
         return await self.notice(notice_id)
 
     async def notices(self) -> list[Record]:
@@ -810,168 +844,3 @@ def _refuse_twice(prices: Iterable[Price]) -> None:
 def matches(model: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns is the model's, or is the model itself."""
     return any(fnmatch.fnmatchcase(model, pattern) or model == pattern for pattern in patterns)
-
-
-# ── Usage ────────────────────────────────────────────────────────────────────────────────────────
-# Sums come from usage_by_day as far as whole days go, from the requests themselves at a range's two
-# ends and for what is in flight: a month of five million requests is a few hundred rows.
-
-TOKENS = Usage.__struct_fields__
-COUNTS = ("requests", "estimated", "unreported", *TOKENS)
-SUMS = ", ".join(f"sum({name}) AS {name}" for name in (*COUNTS, "cost_units", "cost_nanos"))
-GROUPS = {
-    "day": "day",
-    "model": "model",
-    "key": "key_id",
-    "account": "(SELECT name FROM accounts WHERE id = account_id) AS account",
-}
-OF_KEY_AND_MODEL = """
-       AND (:key IS NULL OR key_id = :key) AND (:model IS NULL OR {model} GLOB :model)"""
-IN_RANGE = "started_at >= {since} AND started_at < {until}" + OF_KEY_AND_MODEL.format(
-    model="ifnull(model, requested_model)"
-)
-OF_REQUESTS = f"""
-    SELECT account_id, key_id, ifnull(model, requested_model) AS model,
-           started_at / 86400000 AS day, 1 AS requests, usage_source = 'estimated' AS estimated,
-           usage_source = 'none' AND outcome <> 'pending' AS unreported, {", ".join(TOKENS)},
-           ifnull(cost / 1000000000, 0) AS cost_units, ifnull(cost % 1000000000, 0) AS cost_nanos
-      FROM requests"""
-FIGURES = f"""
-    {OF_REQUESTS} WHERE {{account}} outcome <> 'pending'
-       AND {IN_RANGE.format(since=":since", until=":days_since")}
-    UNION ALL
-    {OF_REQUESTS} WHERE {{account}} outcome <> 'pending'
-       AND {IN_RANGE.format(since=":days_until", until=":until")}
-    UNION ALL
-    {OF_REQUESTS} INDEXED BY requests_in_flight WHERE {{account}} outcome = 'pending'
-       AND {IN_RANGE.format(since=":since", until=":until")}
-    UNION ALL
-    SELECT account_id, key_id, model, day, {", ".join(COUNTS)}, cost_units, cost_nanos
-      FROM usage_by_day
-     WHERE {{account}} day >= :days_since / 86400000 AND day < :days_until / 86400000
-       {OF_KEY_AND_MODEL.format(model="model")}"""
-REQUESTS = f"""
-    SELECT * FROM (
-    SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
-           started_at, first_byte_ms, duration_ms, requests.status, outcome, usage_source,
-           {", ".join(TOKENS[:-1])}, service_tier, response_id, cost, :currency AS currency,
-           price_id, month, {TOKENS[-1]}
-      FROM requests JOIN accounts ON accounts.id = requests.account_id
-     WHERE {{account}} {IN_RANGE.format(since=":since", until=":until")}
-     ORDER BY started_at DESC, request_id DESC LIMIT :limit)
-     ORDER BY started_at, request_id"""
-# With an account, an index of its own; the queries are the same.
-ONE, ALL = "account_id = :account AND", ""
-
-
-class Range(Struct, frozen=True):
-    """Which requests: of an account and a key (by id), a model (a shell pattern), from `since` up
-    to but without `until` (milliseconds). `limit` keeps the newest of them; -1: all."""
-
-    account: str | None = None
-    key: str | None = None
-    model: str | None = None
-    since: int = 0
-    until: int = 1 << 62
-    limit: int = -1
-
-    def values(self) -> dict[str, Any]:
-        """Bound to the queries above; the days that lie in it whole are those from `days_since` to
-        `days_until`."""
-        days_since = min(-(-self.since // DAY) * DAY, self.until)
-        days_until = max(self.until // DAY * DAY, days_since)
-        days = {"days_since": days_since, "days_until": days_until}
-        return msgspec.structs.asdict(self) | days
-
-    def of_account(self, sql: str) -> str:
-        """The query for one account or for all."""
-        return sql.format(account=ONE if self.account else ALL)
-
-
-async def requests_in(store: ledger.Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
-    """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
-    values = {**wanted.values(), "currency": currency}
-    async for row in store.rows(wanted.of_account(REQUESTS), values):
-        record = ledger.shown(row)
-        record["cost"] = None if record["cost"] is None else decimal(record["cost"])
-        yield record
-
-
-async def usage_by(
-    store: ledger.Reader, wanted: Range, names: Sequence[str], currency: str
-) -> list[Record]:
-    """Sums of the requests in a range for each combination of `names`, keys of GROUPS; for none of
-    them the one sum of all. A sum is null where no request has a number."""
-    labels = "".join(f"{GROUPS[name]}, " for name in names)
-    places = ", ".join(str(place + 1) for place in range(len(names)))
-    group = f"GROUP BY {places} ORDER BY {places}" if names else ""
-    sql = f"SELECT {labels}{SUMS} FROM ({wanted.of_account(FIGURES)}) {group}"
-    return [shown_sums(row, currency) async for row in store.rows(sql, wanted.values())]
-
-
-def shown_sums(row: Mapping[str, Any] | sqlite3.Row, currency: str) -> Record:
-    """Sums as JSON shows them."""
-    record = dict(row)
-    cost = nanos_of(record.pop("cost_units") or 0, record.pop("cost_nanos") or 0)
-    for name in ("requests", "estimated", "unreported"):
-        record[name] = record[name] or 0
-    if "day" in record:
-        record["day"] = day_of(record["day"])
-    return {**record, "cost": decimal(cost), "currency": currency}
-
-
-# ── Statements ───────────────────────────────────────────────────────────────────────────────────
-# An account's month. A request is on the statement of the month in which it ended, a payment on
-# that in which it was written down, by the ledger's time, which doesn't go back: once a month has
-# ended nothing is added to it.
-
-MONTHS_PAID = 3
-USAGE_OF_MONTH = f"""
-    SELECT day, model, {SUMS} FROM usage_by_day WHERE account_id = ? AND month = ?
-     GROUP BY day, model ORDER BY day, model"""
-SPENT_BEFORE = """
-    SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
-      FROM usage_by_day WHERE account_id = ? AND month < ?"""
-
-
-async def statement(books: Books, account: Record, month: str) -> Record:
-    """Raises LedgerError for a month that has not begun."""
-    store = books.store
-    end = month_start(months_after(month, 1))
-    now = await store.settle_time()
-    if month_start(month) > now:
-        raise LedgerError(f"{month} has not begun")
-    async with store.snapshot() as snapshot:
-        rows = [dict(row) async for row in snapshot.rows(USAGE_OF_MONTH, (account["id"], month))]
-        before = await snapshot.one(SPENT_BEFORE, (account["id"], month))
-        payments = [row async for row in snapshot.rows(PAYMENTS_OF, (account["id"],))]
-    paid: dict[str, int] = {}
-    for row in payments:
-        paid[row["month"]] = paid.get(row["month"], 0) + nanos_of(row["units"], row["nanos"])
-    cost = sum(nanos_of(row["cost_units"], row["cost_nanos"]) for row in rows)
-    assert before is not None, "a sum always has one row"
-    opening = sum(amount for of, amount in paid.items() if of < month) - nanos_of(*before)
-    lately = [months_after(month, -back) for back in reversed(range(MONTHS_PAID))]
-    sums = {name: _sum(row[name] for row in rows) for name in COUNTS}
-    return {
-        "account": account["name"],
-        "account_id": account["id"],
-        "month": month,
-        "closed": end <= now,
-        "currency": books.currency,
-        "opening_balance": decimal(opening),
-        "usage": [shown_sums(row, books.currency) for row in rows],
-        "payments": [for_account(shown_payment(row)) for row in payments if row["month"] == month],
-        "totals": {
-            **shown_sums({**sums, "cost_units": 0, "cost_nanos": cost}, books.currency),
-            "paid": decimal(paid.get(month, 0)),
-        },
-        "closing_balance": decimal(opening + paid.get(month, 0) - cost),
-        "paid_last_three_months": decimal(sum(paid.get(of, 0) for of in lately)),
-        "paid_by_month": {of: decimal(paid.get(of, 0)) for of in lately},
-    }
-
-
-def _sum(values: Iterable[int | None]) -> int | None:
-    numbers = [value for value in values if value is not None]
-    return sum(numbers) if numbers else None

@@ -26,13 +26,17 @@ from typing import Any, Literal, NamedTuple
 
 import aiosqlite
 import msgspec
+import orjson
 from msgspec import Struct
 
 from redbtc_settings import (
+    NANOS,
     Conflict,
     LedgerError,
     LedgerUnavailable,
     NotFound,
+    day_of,
+    decimal,
     iso_time,
     month_of,
     now_ms,
@@ -58,6 +62,8 @@ LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
                ifnull((SELECT beat_at FROM heartbeat), 0))"""
+SIGN = "INSERT INTO acting (id, name, at) VALUES (1, ?, ?)"
+UNSIGN = "DELETE FROM acting"
 FORGET = "DELETE FROM requests WHERE request_id = ? AND outcome = 'pending'"
 
 
@@ -97,21 +103,20 @@ class Writer(aiosqlite.Connection):
 
     _synchronous = ""
 
-    async def write(self, changes: Sequence[Change], synchronous: str) -> int:
-        """Commit these changes together; returns how many rows the last one changed."""
-        changed: int = await self._execute(self._write, changes, synchronous)  # type: ignore[no-untyped-call]
+    async def write(self, changes: Sequence[Change], synchronous: str) -> list[int]:
+        """Commit these changes together; returns how many rows each one changed."""
+        changed: list[int] = await self._execute(self._write, changes, synchronous)  # type: ignore[no-untyped-call]
         return changed
 
-    def _write(self, changes: Sequence[Change], synchronous: str) -> int:
-        database, changed = self._conn, 0
+    def _write(self, changes: Sequence[Change], synchronous: str) -> list[int]:
+        database = self._conn
         if synchronous != self._synchronous:
             database.execute(f"PRAGMA synchronous = {synchronous}")
             self._synchronous = synchronous
         try:
             if len(changes) > 1:
                 database.execute("BEGIN IMMEDIATE")
-            for sql, values in changes:
-                changed = database.execute(sql, values).rowcount
+            changed = [database.execute(sql, values).rowcount for sql, values in changes]
             database.commit()
         except Exception:
             with contextlib.suppress(sqlite3.Error):
@@ -266,16 +271,19 @@ class Store:
 
     # Writing
 
-    async def transact(self, *statements: tuple[str, Sequence[Any]]) -> int:
-        """Make an administrative change, all of it or none; returns how many rows the last
-        statement changed. Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be
-        committed."""
+    async def transact(self, *changes: Change, by: str | None = None) -> int:
+        """Make changes, all of them or none; returns how many rows the last one changed. `by`: who
+        makes them, which the log of administrative changes tells and those can't do without.
+        Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be committed."""
+        if by is not None:
+            changes = ((SIGN, (by, self.time())), *changes, (UNSIGN, ()))
         try:
-            return await self._writer.write(statements, self._synchronous)
+            changed = await self._writer.write(changes, self._synchronous)
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
             raise LedgerUnavailable(f"the database can't be written: {error}") from None
+        return changed[-1 if by is None else -2]
 
     def record(
         self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
@@ -437,6 +445,7 @@ class Key(NamedTuple):
     account_monthly_budget: int | None
     credit_limit: int | None
     models: str | None
+    throttle_factor: int | None  # thousandths of its account's limits that it is held to
 
     def allows(self, model: str) -> bool:
         """Whether one of its patterns, where it has any, is the model's."""
@@ -449,10 +458,11 @@ FULL_KEY = """
     SELECT keys.id, accounts.id, accounts.status,
            keys.concurrency, keys.requests_per_minute, keys.tokens_per_minute,
            accounts.concurrency, accounts.requests_per_minute, accounts.tokens_per_minute,
-           keys.monthly_budget, accounts.monthly_budget, accounts.credit_limit, keys.models
+           keys.monthly_budget, accounts.monthly_budget, accounts.credit_limit, keys.models,
+           iif(ifnull(accounts.throttled_until, ?2 + 1) > ?2, accounts.throttle_factor, NULL)
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_IN_FORCE = f"""{FULL_KEY}
-     WHERE keys.hash = ? AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""
+     WHERE keys.hash = ?1 AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""
 
 
 def key_in_force(store: Store, key: str) -> Key | None:
@@ -468,28 +478,33 @@ def key_in_force(store: Store, key: str) -> Key | None:
 LIMITS = ("concurrency", "requests_per_minute", "tokens_per_minute")
 KEY_LIMITS = (*LIMITS, "monthly_budget")
 ACCOUNT_LIMITS = (*KEY_LIMITS, "credit_limit")
+CHANGEABLE = ("email", *ACCOUNT_LIMITS)
 ACCOUNT = f"""
-    SELECT id, name, email, status, status_reason, {", ".join(ACCOUNT_LIMITS)}, created_at,
+    SELECT id, name, email, status, status_reason, {", ".join(ACCOUNT_LIMITS)},
+           iif(ifnull(throttled_until, ?1 + 1) > ?1, throttle_factor, NULL) AS throttle_factor,
+           iif(throttled_until > ?1, throttled_until, NULL) AS throttled_until, created_at,
            (SELECT count(*) FROM keys WHERE account_id = accounts.id AND revoked_at IS NULL
                AND ifnull(expires_at, ?1 + 1) > ?1) AS keys_in_force
       FROM accounts"""
 ACCOUNT_BY_NAME = ACCOUNT + " WHERE name = ?2 OR id = ?2"
-ACCOUNTS = ACCOUNT + " ORDER BY name"
 ADD_ACCOUNT = f"""
     INSERT INTO accounts (id, name, email, {", ".join(ACCOUNT_LIMITS)}, created_at)
     VALUES (?, ?, ?, {"?, " * len(ACCOUNT_LIMITS)} ?)"""
-SET_ACCOUNT = {
-    column: f"UPDATE accounts SET {column} = ? WHERE id = ?"
-    for column in ("email", *ACCOUNT_LIMITS)
-}
+SET_ACCOUNT = f"""
+    UPDATE accounts SET {", ".join(f"{name} = iif(?, ?, {name})" for name in CHANGEABLE)}
+     WHERE id = ?"""
 SET_STATUS = "UPDATE accounts SET status = ?, status_reason = ? WHERE id = ?"
+THROTTLE = "UPDATE accounts SET throttle_factor = ?, throttled_until = ? WHERE id = ?"
+END_SESSIONS = """
+    DELETE FROM sessions WHERE user_id IN (SELECT id FROM users WHERE account_id = ?)"""
 KEY = f"""
-    SELECT keys.id, accounts.name AS account, keys.label, keys.models,
+    SELECT keys.id, accounts.name AS account, account_id, keys.label, keys.models,
            {", ".join(f"keys.{limit}" for limit in KEY_LIMITS)}, keys.created_at, keys.expires_at,
-           keys.revoked_at
+           keys.revoked_at, keys.compromised
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_BY_ID = KEY + " WHERE keys.id = ?"
 KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.id"
+LAST_USED = "SELECT key_id, max(day) FROM usage_by_day WHERE account_id = ? GROUP BY key_id"
 NEW_KEY = f"""
     INSERT INTO keys (id, hash, account_id, label, models, {", ".join(KEY_LIMITS)}, created_at,
                       expires_at)"""
@@ -499,107 +514,123 @@ COPY_KEY = f"""{NEW_KEY}
     SELECT ?, ?, account_id, label, models, {", ".join(KEY_LIMITS)}, ?, expires_at
       FROM keys WHERE id = ?"""
 EXPIRE_KEY = "UPDATE keys SET expires_at = min(ifnull(expires_at, ?1), ?1) WHERE id = ?2"
-REVOKE_KEY = "UPDATE keys SET revoked_at = ifnull(revoked_at, ?) WHERE id = ?"
+REVOKE_KEY = """
+    UPDATE keys SET revoked_at = ifnull(revoked_at, ?), compromised = max(compromised, ?)
+     WHERE id = ?"""
 
 Record = dict[str, Any]  # one row, as JSON shows it
 
 
-def shown(row: sqlite3.Row) -> Record:
+def shown(row: Mapping[str, Any] | sqlite3.Row) -> Record:
     """A row as JSON shows it: times in ISO 8601, money as decimal strings."""
     record = dict(row)
     for name, value in record.items():
-        if name.endswith("_at") or name == "until":
+        if name.endswith("_at") or name in ("until", "throttled_until"):
             record[name] = iso_time(value)
         elif name in ("credit_limit", "monthly_budget"):
             record[name] = shown_limit(value)
         elif name == "models":
             record[name] = value.split(",") if value else None
+        elif name == "throttle_factor":
+            record[name] = None if value is None else decimal(value * (NANOS // 1000))
+        elif name in ("compromised", "refuses_requests"):
+            record[name] = bool(value)
     return record
 
 
 class Accounts:
-    """Accounts and their keys. An account is named by its name or its id."""
+    """Accounts and their keys. An account is named by its name or its id. `by`: who makes the
+    change."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-
-    async def all(self) -> list[Record]:
-        """All accounts, by name."""
-        return [shown(row) async for row in self._store.rows(ACCOUNTS, (now_ms(),))]
 
     async def show(self, name: str) -> Record:
         """Raises NotFound."""
         account = await self._store.one(ACCOUNT_BY_NAME, (now_ms(), name))
         if account is None:
-            raise NotFound(f"there is no account {name!r}")
+            raise no_account(name)
         return shown(account)
 
-    async def add(self, name: str, email: str | None, limits: Mapping[str, int | None]) -> Record:
+    async def any(self) -> bool:
+        """Whether there is one."""
+        return await self._store.one("SELECT 1 FROM accounts LIMIT 1") is not None
+
+    async def add(
+        self, name: str, email: str | None, limits: Mapping[str, int | None], by: str
+    ) -> Record:
         """Raises Conflict where the name is taken."""
         of_limits = (limits.get(limit) for limit in ACCOUNT_LIMITS)
         values = (new_id("acct"), name, email, *of_limits, now_ms())
         try:
-            await self._store.transact((ADD_ACCOUNT, values))
+            await self._store.transact((ADD_ACCOUNT, values), by=by)
         except sqlite3.IntegrityError:
             raise Conflict(f"there is an account {name!r} already") from None
         return await self.show(name)
 
-    async def set(self, name: str, changes: Mapping[str, Any]) -> Record:
+    async def set(self, account_id: str, changes: Mapping[str, Any], by: str) -> Record:
         """Change the given ones of email and limits; a limit of None is the settings' again."""
-        account = await self.show(name)
-        if changes:
-            await self._store.transact(
-                *((SET_ACCOUNT[name], (value, account["id"])) for name, value in changes.items())
-            )
-        return await self.show(account["id"])
+        values = [part for name in CHANGEABLE for part in (name in changes, changes.get(name))]
+        await self._store.transact((SET_ACCOUNT, (*values, account_id)), by=by)
+        return await self.show(account_id)
 
-    async def suspend(self, name: str, reason: str | None) -> Record:
-        """Refuse its requests from the next one on."""
-        account = await self.show(name)
-        await self._store.transact((SET_STATUS, ("suspended", reason, account["id"])))
-        return await self.show(account["id"])
+    async def suspend(self, account_id: str, reason: str | None, by: str) -> Record:
+        """Refuse its requests from the next one on, and log its members out."""
+        suspension = (SET_STATUS, ("suspended", reason, account_id))
+        await self._store.transact(suspension, (END_SESSIONS, (account_id,)), by=by)
+        return await self.show(account_id)
 
-    async def resume(self, name: str) -> Record:
+    async def resume(self, account_id: str, by: str) -> Record:
         """Serve its requests again."""
-        account = await self.show(name)
-        await self._store.transact((SET_STATUS, ("active", None, account["id"])))
-        return await self.show(account["id"])
+        await self._store.transact((SET_STATUS, ("active", None, account_id)), by=by)
+        return await self.show(account_id)
 
-    async def keys(self, name: str) -> list[Record]:
-        """The account's keys, oldest first, without what would let one use them."""
-        account = await self.show(name)
-        return [shown(row) async for row in self._store.rows(KEYS_OF_ACCOUNT, (account["id"],))]
+    async def throttle(
+        self, account_id: str, factor: int | None, until: int | None, by: str
+    ) -> Record:
+        """Hold it to so many thousandths of its limits, up to `until` or until that is lifted;
+        None lifts it."""
+        await self._store.transact((THROTTLE, (factor, until, account_id)), by=by)
+        return await self.show(account_id)
+
+    async def keys(self, account_id: str) -> list[Record]:
+        """The account's keys, oldest first, without what would let one use them. `last_used_on` is
+        a day (UTC)."""
+        days = {row[0]: row[1] async for row in self._store.rows(LAST_USED, (account_id,))}
+        return [
+            {**shown(row), "last_used_on": day_of(days[row["id"]]) if row["id"] in days else None}
+            async for row in self._store.rows(KEYS_OF_ACCOUNT, (account_id,))
+        ]
 
     async def key(self, key_id: str) -> Record:
         """Raises NotFound."""
         key = await self._store.one(KEY_BY_ID, (key_id,))
         if key is None:
-            raise NotFound(f"there is no key {key_id!r}; `key list ACCOUNT` shows their ids")
+            raise no_key(key_id)
         return shown(key)
 
     async def add_key(
         self,
-        name: str,
+        account_id: str,
         label: str,
         expires_at: int | None,
         limits: Mapping[str, int | None],
+        by: str,
         models: str | None = None,
     ) -> Record:
         """A new key; `key` in the answer is the only copy of it there will ever be."""
-        account = await self.show(name)
         secret, key_id = new_key(), new_id("key")
         of_limits = (limits.get(limit) for limit in KEY_LIMITS)
         values = (key_id, hash_of_key(secret), label, models, *of_limits, now_ms(), expires_at)
-        await self._store.transact((ADD_KEY, (*values, account["id"])))
+        await self._store.transact((ADD_KEY, (*values, account_id)), by=by)
         return {"id": key_id, "key": secret, **await self.key(key_id)}
 
-    async def revoke_key(self, key_id: str) -> Record:
+    async def revoke_key(self, key_id: str, compromised: bool, by: str) -> Record:
         """Refuse it from the next request on. Revoking twice keeps the first time."""
-        await self.key(key_id)
-        await self._store.transact((REVOKE_KEY, (now_ms(), key_id)))
+        await self._store.transact((REVOKE_KEY, (now_ms(), compromised, key_id)), by=by)
         return await self.key(key_id)
 
-    async def rotate_key(self, key_id: str, overlap_ms: int) -> Record:
+    async def rotate_key(self, key_id: str, overlap_ms: int, by: str) -> Record:
         """A new key with the old one's label, limits and expiry; the old one goes on for
         `overlap_ms`. Raises Conflict where the old one is no longer in force."""
         old = await self.key(key_id)
@@ -611,13 +642,71 @@ class Accounts:
         await self._store.transact(
             (COPY_KEY, (added, hash_of_key(secret), now_ms(), key_id)),
             (EXPIRE_KEY, (now_ms() + overlap_ms, key_id)),
+            by=by,
         )
         return {"id": added, "key": secret, **await self.key(added), "replaces": key_id}
 
 
+def no_account(name: str) -> NotFound:
+    """What is another's is not found, like what never was."""
+    return NotFound(f"there is no account {name!r}")
+
+
+def no_key(key_id: str) -> NotFound:
+    """The same for a key."""
+    return NotFound(f"there is no key {key_id!r}; `key list ACCOUNT` shows their ids")
+
+
 def new_id(kind: str) -> str:
-    """acct_, key_, pay_ or ntc_ and 16 hexadecimal digits."""
+    """acct_, key_, pay_, ntc_, usr_ or ses_ and 16 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(8)}"
+
+
+# ── Changes ──────────────────────────────────────────────────────────────────────────────────────
+# The log of administrative changes. Triggers write it (schema.sql), so that nothing can pass it by.
+
+CHANGES = """
+    SELECT changes.id, changed_at, changed_by, kind, object_id, accounts.name AS account, before,
+           after
+      FROM changes LEFT JOIN accounts ON accounts.id = account_id
+     WHERE changes.id < :before AND (:account IS NULL OR account_id = :account)
+     ORDER BY changes.id DESC LIMIT :limit"""
+RATES = (
+    "input",
+    "cached_input",
+    "cache_write",
+    "output",
+    "image_input",
+    "image_output",
+    "web_search",
+)
+
+
+async def changes(
+    store: Store, account_id: str | None, before: int | None, limit: int
+) -> list[Record]:
+    """The newest so many, of an account or of all, that are older than the one with the id
+    `before`. Amounts in them are decimal strings, as everywhere."""
+    values = {"account": account_id, "before": before or 1 << 62, "limit": limit}
+    found = []
+    async for row in store.rows(CHANGES, values):
+        record = shown(row)
+        for side in ("before", "after"):
+            if record[side] is not None:
+                record[side] = _columns(record["kind"], orjson.loads(record[side]))
+        found.append(record)
+    return found
+
+
+def _columns(kind: str, columns: Record) -> Record:
+    """What a trigger wrote, as JSON shows it."""
+    if kind == "price":
+        rates = (name for name in columns if name in RATES)
+        columns |= {name: shown_limit(columns[name]) for name in rates}
+    if kind == "payment":
+        units, nanos = (columns.pop(name) for name in ("units", "nanos"))
+        columns = {"amount": decimal(units * NANOS + nanos), **columns}
+    return shown(columns)
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────
@@ -789,7 +878,7 @@ BACKGROUND = f"""
            admitted_at, held, input_estimate, image_model, text_bytes
       FROM background JOIN requests USING (request_id)
      WHERE requests.outcome = 'pending' AND requests.response_id IS NOT NULL"""
-KEY_OF = FULL_KEY + " WHERE keys.id = ?"
+KEY_OF = FULL_KEY + " WHERE keys.id = ?1"
 
 
 class Unfinished(NamedTuple):
@@ -826,7 +915,7 @@ async def unfinished_rows(store: Store) -> list[tuple[Row, Key, Unfinished]]:
         usage = len(COLUMNS) - len(Usage.__struct_fields__)
         row = Row(*each[:usage])
         row.usage = Usage(*each[usage : len(COLUMNS)])
-        key = Key(*(store.look_up(KEY_OF, (row.key_id,)) or ()))
+        key = Key(*(store.look_up(KEY_OF, (row.key_id, now_ms())) or ()))
         found.append((row, key, Unfinished(*each[len(COLUMNS) :])))
     return found
 

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from redbtc_ledger import Key
 from redbtc_refusals import ClientLeft, Headers, Refusal
+from redbtc_settings import AccountLimits
 from redbtc_settings import Limits as LimitSettings
 
+OwnLimits = tuple[int | None, int | None, int | None]  # None: the settings'
 TICK = 0.05  # seconds: how exact timeouts are
 
 
@@ -33,12 +35,13 @@ class Clock:
         self._clocks = clocks
         self._last = math.inf
         self._grace = math.inf
+        self._cut = False
         self._task: asyncio.Task[Any] | None = None
         self._passed = False
 
     def running(self, total: float, grace: float = math.inf) -> Clock:
         """At most `total` seconds, and `grace` from when the client leaves."""
-        self._grace = grace
+        self._grace = 0 if self._cut else grace
         self.deadline = self._last = self._clocks.now() + total
         return self
 
@@ -72,6 +75,11 @@ class Clock:
             self.deadline = min(self.deadline, self._last)
             if self._grace == 0:
                 self.ring()
+
+    def cut(self) -> None:
+        """It must not go on, for its usage neither."""
+        self._cut, self._grace = True, 0
+        self.leave()
 
     def ring(self) -> None:
         """The deadline has passed."""
@@ -343,10 +351,11 @@ class Limits:
         of_key = self._keys.get(key.id)
         if of_key is None:
             of_key = self._keys[key.id] = Limited("this key")
-        of_account = self._accounts.get(key.account_id)
-        if of_account is None:
-            of_account = self._accounts[key.account_id] = Limited("this account")
-        usual = limits.account
+        own = (
+            key.account_concurrency,
+            key.account_requests_per_minute,
+            key.account_tokens_per_minute,
+        )
         return (
             Bound(
                 of_key,
@@ -354,16 +363,35 @@ class Limits:
                 key.requests_per_minute or 0,
                 key.tokens_per_minute or 0,
             ),
-            Bound(
-                of_account,
-                _own_or(key.account_concurrency, usual.concurrency),
-                _own_or(key.account_requests_per_minute, usual.requests_per_minute),
-                _own_or(key.account_tokens_per_minute, usual.tokens_per_minute),
-            ),
+            self._bound(key.account_id, own, key.throttle_factor, limits.account),
             Bound(
                 self._all, limits.concurrency, limits.requests_per_minute, limits.tokens_per_minute
             ),
         )
+
+    def _bound(
+        self, account_id: str, own: OwnLimits, factor: int | None, usual: AccountLimits
+    ) -> Bound:
+        """That of an account. `factor`: thousandths of its limits that it is held to; of a limit
+        something is always left."""
+        limited = self._accounts.get(account_id)
+        if limited is None:
+            limited = self._accounts[account_id] = Limited("this account")
+        concurrency, requests, tokens = own
+        limits = [
+            usual.concurrency if concurrency is None else concurrency,
+            usual.requests_per_minute if requests is None else requests,
+            usual.tokens_per_minute if tokens is None else tokens,
+        ]
+        if factor is not None:
+            limits = [limit and max(1, limit * factor // 1000) for limit in limits]
+        return Bound(limited, *limits)
+
+    def report_account(
+        self, account_id: str, own: OwnLimits, factor: int | None, limits: LimitSettings
+    ) -> dict[str, Any]:
+        """As `report`, of an account."""
+        return self._bound(account_id, own, factor, limits.account).report(time.monotonic())
 
     def report(self, key: Key, limits: LimitSettings) -> dict[str, Any]:
         """The limits in force for a key and its account, and what is left of them; a limit of null
@@ -386,7 +414,3 @@ class Limits:
             raise Refusal("concurrency_limit_exceeded", message, headers=headers) from None
         finally:
             self.queued -= 1
-
-
-def _own_or(own: int | None, usual: int) -> int:
-    return usual if own is None else own

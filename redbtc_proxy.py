@@ -51,6 +51,8 @@ from starlette.routing import Match, Route, Router
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import redbtc_admin as admin
+import redbtc_commands as commands
+import redbtc_dashboard as dashboard
 import redbtc_ledger as ledger
 import redbtc_webhook
 from redbtc_billing import Books, Price
@@ -79,6 +81,7 @@ from redbtc_settings import (
     UpstreamSettings,
     load_settings,
     now_ms,
+    parse_amount,
 )
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
@@ -233,6 +236,7 @@ class HTTPProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         scope = cast(Scope, self.scope)
         scope["leaving"], scope["send_now"] = self._leaving, self._send_now
+        scope["abort"] = self.transport.abort
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -668,7 +672,7 @@ class StoredRoute:
         if self._method == "DELETE" and response_id in gateway.unended:
             message = "The response is still in progress; cancel it first."
             raise Refusal("invalid_request", message)
-        with gateway.serving(scope, clock):
+        with gateway.serving(scope, clock, key):
             visit = Visit(gateway, scope, self._endpoint, clock, key, response_id, home)
             limits = gateway.settings.limits
             with await gateway.limits.admit(key, 0, limits, clock) as visit.admission:
@@ -726,7 +730,7 @@ class MeteredRoute:
             body = add_include_usage(body, content.facts)
             exchange.takes_out_usage = body is not content.sent
         relay = Relay(exchange, send, "POST", endpoint.path.removeprefix("/v1"), body)
-        with gateway.serving(scope, clock):
+        with gateway.serving(scope, clock, key):
             await exchange.run(key, content, upstreams, lambda: relay.forward(upstreams))
 
 
@@ -747,8 +751,12 @@ class Gateway:
         self.sessions: Counter[str] = Counter()  # by account
         self.draining = False
         self.in_flight = 0
-        self._me = admin.me(books, lambda key: self.limits.report(key, self.settings.limits))
+        self.api = admin.API(books, self, settings.dashboard_url)
+        self._admin = admin.served(self.api, dashboard.actor_of(self.api))
+        self._pages = dashboard.Dashboard(self.api)
+        self._dashboard = self._pages.app()
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
+        self._cutting: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
         self._started = time.monotonic()
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -773,7 +781,11 @@ class Gateway:
         """The key of a request that may come in. Raises Refusal."""
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
-        return authenticate(scope, self.store)
+        key = authenticate(scope, self.store)
+        if maintenance := self.books.maintenance():
+            wait = (maintenance.until - now_ms()) / 1000
+            raise Refusal("maintenance", maintenance.text, retry_after=wait)
+        return key
 
     def offers_websocket(self) -> bool:
         """Whether any upstream does; else an upgrade is answered 426, by the route of its path."""
@@ -844,16 +856,70 @@ class Gateway:
         return choose(self.upstreams, model, *homes)
 
     @contextlib.contextmanager
-    def serving(self, scope: Scope | None, clock: Clock) -> Iterator[None]:
-        """A request is in flight, and its clock hears when its client leaves."""
+    def serving(self, scope: Scope | None, clock: Clock, key: Key) -> Iterator[None]:
+        """A request is in flight; its clock hears when its client leaves, or its key is cut."""
         leaving: set[Callable[[], None]] = scope["leaving"] if scope else set()
+
+        def cut() -> None:
+            clock.cut()
+            if scope:
+                scope["abort"]()
+
         self.in_flight += 1
         leaving.add(clock.leave)
         try:
-            yield
+            with self.cutting(key, cut):
+                yield
         finally:
             leaving.discard(clock.leave)
             self.in_flight -= 1
+
+    @contextlib.contextmanager
+    def cutting(self, key: Key, cut: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile `cut` is called if the key is found to be somebody else's."""
+        of_key = self._cutting[key.id]
+        of_key.add(cut)
+        try:
+            yield
+        finally:
+            of_key.discard(cut)
+            if not of_key:
+                self._cutting.pop(key.id, None)
+
+    # What the admin API is shown
+
+    def cut(self, key_id: str) -> int:
+        """End all that runs for a key; how much that was."""
+        running = list(self._cutting.get(key_id, ()))
+        for cut in running:
+            cut()
+        return len(running)
+
+    def limits_of_key(self, key: Key) -> dict[str, Any]:
+        """The limits in force for a key and its account, and what is left of them."""
+        return self.limits.report(key, self.settings.limits)
+
+    def limits_of_account(self, account: ledger.Record) -> dict[str, Any]:
+        """Those of an account."""
+        concurrency, requests, tokens = (account[name] for name in ledger.LIMITS)
+        factor = account["throttle_factor"]
+        thousandths = None if factor is None else parse_amount(factor) // (NANOS // 1000)
+        own = concurrency, requests, tokens
+        return self.limits.report_account(account["id"], own, thousandths, self.settings.limits)
+
+    def at_work(self) -> dict[str, Any]:
+        """What is in flight, what was refused since the start, and the upstreams."""
+        return {
+            "running": True,
+            "uptime_seconds": round(time.monotonic() - self._started),
+            "in_flight": self.in_flight,
+            "queued": self.limits.queued,
+            "refusals": self.watch.refusals(),
+            "upstreams": [
+                {"name": each.name, "usable": each.usable, "in_flight": each.in_flight}
+                for each in self.upstreams
+            ],
+        }
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus-client asks for at each reading."""
@@ -884,6 +950,8 @@ class Gateway:
             ExactRoute("/metrics", AsApp(self.metrics), methods=["GET"]),
             ExactRoute("/status", AsApp(self.status), methods=["GET"]),
             ExactRoute("/admin/v1/me{rest:path}", AsApp(self.me), methods=["GET"]),
+            Route("/admin/v1/{rest:path}", AsApp(self.admin)),
+            Route("/dashboard{rest:path}", AsApp(self.dashboard)),
         ]
 
     async def models(self, scope: Scope, _: Receive, send: Send) -> None:
@@ -962,7 +1030,11 @@ class Gateway:
     async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What an account asks of itself costs none of its limits; its answers are made in turn."""
         scope["where"] = "/admin/v1/me"
-        scope["key"] = self.enter(scope)
+        scope["key"] = authenticate(scope, self.store)
+        async with self._asking[scope["key"].account_id]:
+            await self._admin(scope, receive, self._with_ids(scope, send))
+
+    def _with_ids(self, scope: Scope, send: Send) -> Send:
         request_id = scope["request_id"].encode()
 
         async def send_with_ids(message: Message) -> None:
@@ -972,20 +1044,29 @@ class Gateway:
                 self.watch.answered(scope, message["status"])
             await send(message)
 
-        async with self._asking[scope["key"].account_id]:
-            await self._me(scope, receive, send_with_ids)
+        return send_with_ids
+
+    async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The admin API, for whoever is logged in to the dashboard."""
+        scope["where"] = "/admin/v1"
+        await self._admin(scope, receive, self._with_ids(scope, send))
+
+    async def dashboard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Its pages."""
+        scope["where"] = "/dashboard"
+        await self._dashboard(scope, receive, self._with_ids(scope, send))
 
     async def status(self, scope: Scope, _: Receive, send: Send) -> None:
         """For everybody: whether it works, and the notices for all that are in force or coming."""
         scope["where"] = "/status"
         uptime = round(time.monotonic() - self._started)
         try:
-            status = await admin.status(self.books, uptime)
+            status = await dashboard.status(self.books, uptime)
         except sqlite3.Error:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
-        if admin.prefers_html(accept.decode("latin-1")):
-            page = admin.status_page(status)
+        if dashboard.prefers_html(accept.decode("latin-1")):
+            page = await self._pages.pages.draw("status.html", status)
             await respond(scope, send, 200, page, content_type=b"text/html; charset=utf-8")
         else:
             await respond(scope, send, 200, orjson.dumps(status))
@@ -1131,8 +1212,10 @@ class Running:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        with admin.socket_path(self._gateway.store.path, make=True) as path:
-            local = server_for(admin.app(self._gateway.books), uds=path, proxy_headers=False)
+        with commands.socket_path(self._gateway.store.path, make=True) as path:
+            local = server_for(
+                admin.served(self._gateway.api, admin.local), uds=path, proxy_headers=False
+            )
             self._servers = [public, local]
             async with asyncio.TaskGroup() as servers:
                 servers.create_task(public.serve([listener]))
@@ -1232,9 +1315,9 @@ async def run(
             settings = with_demo(settings, demo_url)
         books = await Books.open(store, settings.billing)
         if first_run and not books.prices.prices:
-            await admin.import_example(books)
+            await commands.import_example(books)
         if demo and books.tariff(DEMO_PRICE.model) is None:
-            await books.add_prices([DEMO_PRICE], without_notice=None, added_by="demo")
+            await books.add_prices([DEMO_PRICE], without_notice=None, by="demo")
         listener = listen(settings.server.host, settings.server.port)
         url = local_url(settings, listener)
         for work in (watch_ledger(store), redbtc_webhook.post_for_ever(books, say)):
@@ -1247,11 +1330,14 @@ async def run(
             say(logging.WARNING, "unusable", reason=line)
         if as_json:
             click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
-        if first_run and not as_json:
-            click.echo(await admin.welcome(store, url, demo))
         if not books.prices.prices and settings.billing.unpriced_models == "refuse":
             say(logging.WARNING, "no prices", reason="all models are refused: price import")
-        gateway = Gateway(books, settings)
+        server = msgspec.structs.replace(settings.server, port=listener.getsockname()[1])
+        gateway = Gateway(books, msgspec.structs.replace(settings, server=server))
+        if first_run and not as_json:
+            click.echo(await commands.welcome(gateway.api, url, demo))
+        if link := not as_json and await commands.first_operator(gateway.api):
+            click.echo(f"Dashboard  {link}   (to set the operator's password, once)\n")
         await gateway.unended.resume()
         await Running(gateway, loaded, demo_url).serve(listener)
 
@@ -1279,15 +1365,15 @@ def local_url(settings: Settings, listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-@admin.commands.command()
+@commands.commands.command()
 @click.option("--host", help="Listen on this address instead of the settings'.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead.")
 @click.option("--demo", is_flag=True, help="Forward to a demonstration upstream: no model.")
 @click.option("--first-run", is_flag=True, help="Make a first account and key if there is none.")
-@admin.json_option
+@commands.json_option
 @click.pass_obj
 def serve(
-    context: admin.Context,
+    context: commands.Context,
     host: str | None,
     port: int | None,
     demo: bool,
@@ -1309,25 +1395,25 @@ def serve(
         LOG.flush()
 
 
-@admin.commands.command()
-@admin.json_option
+@commands.commands.command()
+@commands.json_option
 @click.pass_obj
-def check(context: admin.Context, as_json: bool) -> None:
+def check(context: commands.Context, as_json: bool) -> None:
     """Say what is wrong with the settings and the database, line by line."""
     try:
         loaded = context.loaded
     except SettingsError as error:
-        admin.show_check(None, [str(error)], as_json)
+        commands.show_check(None, [str(error)], as_json)
     else:
         currency = loaded.settings.billing.currency
         problems = missing_keys(loaded.settings)
         problems += ledger.check_file(loaded.database_path, currency)
-        admin.show_check(loaded, problems, as_json)
+        commands.show_check(loaded, problems, as_json)
 
 
 def main() -> None:
     """The command line: redbtc-proxy, or python redbtc_proxy.py."""
-    admin.main()
+    commands.main()
 
 
 if __name__ == "__main__":

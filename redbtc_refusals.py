@@ -40,6 +40,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "upstream_protocol_error": (502, SERVER, "The upstream's answer could not be understood."),
     "no_upstream": (503, SERVER, "No upstream can take this request now."),
     "ledger_unavailable": (503, SERVER, "Usage can't be recorded now, so nothing is served."),
+    "maintenance": (503, SERVER, "The gateway is under maintenance."),
     "draining": (503, SERVER, "The gateway is shutting down."),
     "upstream_timeout": (504, SERVER, "The upstream took too long to answer."),
 }

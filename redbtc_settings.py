@@ -306,10 +306,19 @@ class Settings(Table, frozen=True):
     retention: Retention = Retention()
     metrics: Metrics = Metrics()
 
+    @property
+    def dashboard_url(self) -> str:
+        """Where browsers find the gateway: server.public_url, and where that is not set where it
+        listens."""
+        server = self.server
+        if server.public_url != Server().public_url:
+            return server.public_url
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+        return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
+
 
 # Accepted now, used by what is still to come; `check` says so for each that is not at its default.
 WITHOUT_EFFECT = [
-    "server.public_url",
     "upstreams.max_concurrency",
     "retention.request_log_days_max",
     "retention.usage_days",

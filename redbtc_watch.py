@@ -199,6 +199,10 @@ class Watch:
         fields = {"outcome": "refused", "code": refusal.code}
         self._line(logging.INFO, scope, refusal.status, fields)
 
+    def refusals(self) -> dict[str, int]:
+        """How often each code was answered since the start."""
+        return {code: count for (code,), count in self._refusals.items()}
+
     def left(self, scope: Scope) -> None:
         """The client went before its request had left for an upstream."""
         self._requests[scope["where"], "0", "client_disconnected"] += 1

@@ -327,7 +327,8 @@ class Session:
             raise Refusal("concurrency_limit_exceeded", message)
         sessions[account_id] += 1
         try:
-            await self._run()
+            with self.gateway.cutting(self._key, self._scope["abort"]):
+                await self._run()
         except OSError:
             raise ClientLeft from None
         finally:
@@ -558,7 +559,7 @@ class Session:
             raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
         here = {line.upstream for line in self._lines}
         speaking.sort(key=lambda upstream: upstream not in here)
-        with gateway.serving(None, turn.clock), turn.holds:
+        with gateway.serving(None, turn.clock, key), turn.holds:
             await turn.run(key, frame, speaking, lambda: self._forward(turn, frame, speaking))
 
     async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:

@@ -317,3 +317,222 @@ ALTER TABLE background ADD COLUMN
 ALTER TABLE stored_objects ADD COLUMN
     models              TEXT;                   -- that work in what builds on it besides its own, as JSON:
                                                 -- {"gpt-image-2": true}, true for pictures; NULL: none
+
+-- version 5
+
+ALTER TABLE accounts ADD COLUMN
+    throttle_factor     INTEGER CHECK (throttle_factor BETWEEN 1 AND 999);  -- thousandths of its limits
+                                                -- that it is held to; NULL: to all of them
+ALTER TABLE accounts ADD COLUMN
+    throttled_until     INTEGER;                -- NULL: until that is lifted
+ALTER TABLE keys ADD COLUMN
+    compromised         INTEGER NOT NULL DEFAULT 0 CHECK (compromised IN (0, 1));  -- somebody else had it
+ALTER TABLE notices ADD COLUMN
+    refuses_requests    INTEGER NOT NULL DEFAULT 0  -- 1: new requests are refused while it holds
+                        CHECK (refuses_requests = 0 OR kind = 'maintenance');
+
+-- Who may log in to the dashboard: operators, and the members of accounts. The same address in two
+-- accounts is two users, who know nothing of each other.
+CREATE TABLE users (
+    id                  TEXT PRIMARY KEY,       -- usr_ and 16 hexadecimal digits
+    email               TEXT NOT NULL CHECK (email = lower(email)),
+    role                TEXT NOT NULL CHECK (role IN ('operator', 'owner', 'viewer')),
+    account_id          TEXT REFERENCES accounts (id)
+                        CHECK ((account_id IS NULL) = (role = 'operator')),
+    salt                BLOB NOT NULL CHECK (length(salt) = 16),    -- the same for all of an address
+    password            BLOB CHECK (length(password) = 32),         -- scrypt of it; NULL: none is set
+    password_set_at     INTEGER,
+    link                BLOB UNIQUE CHECK (length(link) = 32),      -- SHA-256 of a one-time link's secret
+    link_expires_at     INTEGER,
+    created_at          INTEGER NOT NULL
+) STRICT;
+
+CREATE UNIQUE INDEX users_by_email ON users (email, ifnull(account_id, ''));
+CREATE INDEX users_of_an_account ON users (account_id);
+
+CREATE TABLE sessions (
+    id                  TEXT PRIMARY KEY,       -- ses_ and 16 hexadecimal digits: its name, no secret
+    hash                BLOB NOT NULL UNIQUE CHECK (length(hash) = 32),  -- SHA-256 of the cookie
+    user_id             TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    browser             TEXT NOT NULL,          -- as it named itself
+    created_at          INTEGER NOT NULL,
+    seen_at             INTEGER NOT NULL        -- to the minute
+) STRICT;
+
+CREATE INDEX sessions_of_a_user ON sessions (user_id);
+
+-- Browsers in which somebody has logged in: guessing by others doesn't make them wait.
+CREATE TABLE known_browsers (
+    hash                BLOB PRIMARY KEY CHECK (length(hash) = 32),  -- SHA-256 of the cookie
+    user_id             TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    created_at          INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX known_browsers_of_a_user ON known_browsers (user_id);
+
+-- Every administrative change, written by the triggers below in the transaction that makes it.
+CREATE TABLE changes (
+    id                  INTEGER PRIMARY KEY,
+    changed_at          INTEGER NOT NULL,
+    changed_by          TEXT NOT NULL,
+    kind                TEXT NOT NULL
+                        CHECK (kind IN ('account', 'key', 'price', 'payment', 'notice', 'user')),
+    object_id           TEXT NOT NULL,
+    account_id          TEXT,                   -- whose it is
+    before              TEXT,                   -- JSON of the columns; NULL: there was none
+    after               TEXT                    -- NULL: it was removed
+) STRICT;
+
+CREATE INDEX changes_of_an_account ON changes (account_id, id);
+
+-- Who makes the changes of this transaction; empty outside one, so that none can go unsigned.
+CREATE TABLE acting (
+    id                  INTEGER PRIMARY KEY CHECK (id = 1),
+    name                TEXT NOT NULL,
+    at                  INTEGER NOT NULL
+) STRICT;
+
+CREATE TRIGGER changes_stay BEFORE UPDATE ON changes
+BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
+CREATE TRIGGER changes_are_kept BEFORE DELETE ON changes
+BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
+
+CREATE TRIGGER an_account_is_added AFTER INSERT ON accounts BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'account',
+        NEW.id, NEW.id, NULL, json_object('name', NEW.name, 'email', NEW.email,
+            'concurrency', NEW.concurrency, 'requests_per_minute', NEW.requests_per_minute,
+            'tokens_per_minute', NEW.tokens_per_minute, 'credit_limit', NEW.credit_limit,
+            'monthly_budget', NEW.monthly_budget));
+END;
+CREATE TRIGGER an_account_is_changed AFTER UPDATE ON accounts BEGIN
+    INSERT INTO changes
+        SELECT NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'account', NEW.id, NEW.id,
+               before, after
+          FROM (SELECT json_object('name', OLD.name, 'email', OLD.email, 'status', OLD.status,
+            'status_reason', OLD.status_reason, 'concurrency', OLD.concurrency,
+            'requests_per_minute', OLD.requests_per_minute,
+            'tokens_per_minute', OLD.tokens_per_minute, 'credit_limit', OLD.credit_limit,
+            'monthly_budget', OLD.monthly_budget, 'throttle_factor', OLD.throttle_factor,
+            'throttled_until', OLD.throttled_until) AS before,
+        json_object('name', NEW.name, 'email', NEW.email, 'status', NEW.status,
+            'status_reason', NEW.status_reason, 'concurrency', NEW.concurrency,
+            'requests_per_minute', NEW.requests_per_minute,
+            'tokens_per_minute', NEW.tokens_per_minute, 'credit_limit', NEW.credit_limit,
+            'monthly_budget', NEW.monthly_budget, 'throttle_factor', NEW.throttle_factor,
+            'throttled_until', NEW.throttled_until) AS after)
+         WHERE before <> after;
+END;
+CREATE TRIGGER a_key_is_added AFTER INSERT ON keys BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'key',
+        NEW.id, NEW.account_id, NULL, json_object('label', NEW.label, 'models', NEW.models,
+            'concurrency', NEW.concurrency, 'requests_per_minute', NEW.requests_per_minute,
+            'tokens_per_minute', NEW.tokens_per_minute, 'monthly_budget', NEW.monthly_budget,
+            'expires_at', NEW.expires_at));
+END;
+CREATE TRIGGER a_key_is_changed AFTER UPDATE ON keys BEGIN
+    INSERT INTO changes
+        SELECT NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'key', NEW.id, NEW.account_id,
+               before, after
+          FROM (SELECT json_object('label', OLD.label, 'expires_at', OLD.expires_at,
+            'revoked_at', OLD.revoked_at, 'compromised', OLD.compromised) AS before,
+        json_object('label', NEW.label, 'expires_at', NEW.expires_at,
+            'revoked_at', NEW.revoked_at, 'compromised', NEW.compromised) AS after)
+         WHERE before <> after;
+END;
+CREATE TRIGGER a_price_is_added AFTER INSERT ON prices BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'price',
+        NEW.id, NULL, NULL, json_object('model', NEW.model, 'tier', NEW.tier,
+            'above_input_tokens', NEW.above_input_tokens, 'effective_at', NEW.effective_at,
+            'input', NEW.input, 'cached_input', NEW.cached_input, 'cache_write', NEW.cache_write,
+            'output', NEW.output, 'image_input', NEW.image_input,
+            'image_output', NEW.image_output, 'web_search', NEW.web_search,
+            'reason', NEW.reason));
+END;
+CREATE TRIGGER a_payment_is_added AFTER INSERT ON payments BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'payment',
+        NEW.id, NEW.account_id, NULL, json_object('units', NEW.units, 'nanos', NEW.nanos,
+            'currency', NEW.currency, 'reference', NEW.reference, 'reason', NEW.reason));
+END;
+CREATE TRIGGER a_notice_is_added AFTER INSERT ON notices WHEN NEW.kind <> 'budget' BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'notice',
+        NEW.id, NEW.account_id, NULL, json_object('kind', NEW.kind, 'text', NEW.text,
+            'effective_at', NEW.effective_at, 'until', NEW.until,
+            'refuses_requests', NEW.refuses_requests));
+END;
+CREATE TRIGGER a_notice_is_withdrawn AFTER UPDATE OF withdrawn_at ON notices
+WHEN OLD.withdrawn_at IS NULL AND NEW.withdrawn_at IS NOT NULL BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'notice',
+        NEW.id, NEW.account_id, json_object('text', OLD.text, 'withdrawn_at', NULL),
+        json_object('text', NEW.text, 'withdrawn_at', NEW.withdrawn_at));
+END;
+CREATE TRIGGER a_user_is_added AFTER INSERT ON users BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'user',
+        NEW.id, NEW.account_id, NULL, json_object('email', NEW.email, 'role', NEW.role));
+END;
+CREATE TRIGGER a_user_is_changed AFTER UPDATE ON users BEGIN
+    INSERT INTO changes
+        SELECT NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'user', NEW.id, NEW.account_id,
+               before, after
+          FROM (SELECT json_object('email', OLD.email, 'role', OLD.role, 'password_set_at', OLD.password_set_at,
+            'link_expires_at', OLD.link_expires_at) AS before,
+        json_object('email', NEW.email, 'role', NEW.role, 'password_set_at', NEW.password_set_at,
+            'link_expires_at', NEW.link_expires_at) AS after)
+         WHERE before <> after;
+END;
+CREATE TRIGGER a_user_is_removed AFTER DELETE ON users BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'user',
+        OLD.id, OLD.account_id, json_object('email', OLD.email, 'role', OLD.role), NULL);
+END;
+
+-- Sums for the pages that show all accounts, kept as usage_by_day is.
+CREATE TABLE usage_by_month (
+    account_id          TEXT NOT NULL,
+    month               TEXT NOT NULL,          -- of the statement
+    requests            INTEGER NOT NULL,
+    input_tokens        INTEGER NOT NULL,
+    output_tokens       INTEGER NOT NULL,
+    cost_units          INTEGER NOT NULL,
+    cost_nanos          INTEGER NOT NULL,
+    PRIMARY KEY (account_id, month)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX usage_of_a_month ON usage_by_month (month);
+
+CREATE TABLE traffic_by_day (
+    day                 INTEGER NOT NULL,       -- on which they started, in days since 1970
+    upstream            TEXT NOT NULL,
+    outcome             TEXT NOT NULL,
+    requests            INTEGER NOT NULL,
+    cost_units          INTEGER NOT NULL,
+    cost_nanos          INTEGER NOT NULL,
+    PRIMARY KEY (day, upstream, outcome)
+) STRICT, WITHOUT ROWID;
+
+INSERT INTO usage_by_month
+    SELECT account_id, month, sum(requests), ifnull(sum(input_tokens), 0),
+           ifnull(sum(output_tokens), 0), sum(cost_units), sum(cost_nanos)
+      FROM usage_by_day GROUP BY account_id, month;
+INSERT INTO traffic_by_day
+    SELECT started_at / 86400000, upstream, outcome, count(*), sum(ifnull(cost / 1000000000, 0)),
+           sum(ifnull(cost % 1000000000, 0))
+      FROM requests WHERE outcome <> 'pending' GROUP BY 1, 2, 3;
+
+CREATE TRIGGER a_request_is_summed AFTER UPDATE OF outcome ON requests
+WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
+    INSERT INTO usage_by_month VALUES (
+        NEW.account_id, NEW.month, 1, ifnull(NEW.input_tokens, 0), ifnull(NEW.output_tokens, 0),
+        ifnull(NEW.cost / 1000000000, 0), ifnull(NEW.cost % 1000000000, 0))
+    ON CONFLICT DO UPDATE SET
+        requests = requests + 1,
+        input_tokens = input_tokens + excluded.input_tokens,
+        output_tokens = output_tokens + excluded.output_tokens,
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+    INSERT INTO traffic_by_day VALUES (
+        NEW.started_at / 86400000, NEW.upstream, NEW.outcome, 1,
+        ifnull(NEW.cost / 1000000000, 0), ifnull(NEW.cost % 1000000000, 0))
+    ON CONFLICT DO UPDATE SET
+        requests = requests + 1,
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+END;

@@ -348,14 +348,18 @@ def fill(database: Path, rows: int, accounts: int = 10_000) -> None:
     counted = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
     pause = 365 * 86_400_000 // rows
     schema = (ROOT / "schema.sql").read_text()
-    sums = re.search(r"INSERT INTO usage_by_day[^;]*SELECT[^;]*;", schema)
-    assert sums is not None
+    tables = ("usage_by_day", "usage_by_month", "traffic_by_day")
+    by_day, *others = (
+        re.findall(rf"INSERT INTO {table}[^;]*SELECT[^;]*GROUP BY[^;]*;", schema)[0]
+        for table in tables
+    )
     with contextlib.closing(sqlite3.connect(database)) as ledger:
         (trigger,) = ledger.execute(
             "SELECT sql FROM sqlite_schema WHERE name = ?", (COMES_SETTLED,)
         ).fetchone()
         ledger.executescript(
             "PRAGMA synchronous = OFF; PRAGMA cache_size = -500000; BEGIN;"
+            + "INSERT INTO acting VALUES (1, 'bench', 1);"
             + "INSERT INTO accounts (id, name, created_at) "
             + counted.format(accounts)
             + "SELECT printf('acct_%d', i), printf('account %d', i), 1 FROM n;"
@@ -372,8 +376,10 @@ def fill(database: Path, rows: int, accounts: int = 10_000) -> None:
             f" + 1), '{PATH}', 'm' || i % 2, 'm' || i % 2, 'test', {FIRST} + i * {pause}, 5, 9,"
             " 200, 'completed', 'upstream', 10, 5, 62500,"
             f" strftime('%Y-%m', ({FIRST} + i * {pause}) / 1000, 'unixepoch') FROM n;"
-            + sums[0]
+            + by_day
             + "UPDATE usage_by_day SET cost_nanos = 62500 * requests;"
+            + "".join(others)
+            + "DELETE FROM acting;"
             + f"{trigger};"
             + "COMMIT;"
         )

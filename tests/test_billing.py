@@ -29,8 +29,10 @@ from hypothesis.stateful import (
 
 import redbtc_billing as billing
 import redbtc_ledger as ledger
-from redbtc_billing import TOKENS, Books, Hold, Price, PriceList, Range, Spent
+import redbtc_reports as reports
+from redbtc_billing import Books, Hold, Price, PriceList, Spent
 from redbtc_ledger import Accounts, Key, Row, Store, Usage
+from redbtc_reports import TOKENS, Range
 from redbtc_settings import (
     NANOS,
     Billing,
@@ -326,8 +328,9 @@ class Bench:
         try:
             self.run(self.accounts.show(account))
         except LedgerError:
-            self.run(self.accounts.add(account, None, {}))
-        added = self.run(self.accounts.add_key(account, "", None, limits))
+            self.run(self.accounts.add(account, None, {}, "test"))
+        account_id = self.account(account)["id"]
+        added = self.run(self.accounts.add_key(account_id, "", None, limits, "test"))
         return self.key_now(added["key"])
 
     def key_now(self, secret: str) -> Key:
@@ -339,22 +342,22 @@ class Bench:
         return self.run(self.accounts.show(name))
 
     def price(self, *prices: Price, without_notice: str | None = None) -> dict[str, Any]:
-        work = self.books.add_prices(prices, without_notice=without_notice, added_by="test")
+        work = self.books.add_prices(prices, without_notice=without_notice, by="test")
         return self.run(work)
 
     def pay(self, account: str, amount: int, reference: str | None = None) -> dict[str, Any]:
         reason = "a refund" if amount < 0 else None
         work = self.books.pay(
-            self.account(account), amount, reference=reference, reason=reason, added_by=None
+            self.account(account), amount, reference=reference, reason=reason, by="test"
         )
         return self.run(work)
 
     def statement(self, account: str, month: str) -> dict[str, Any]:
-        return self.run(billing.statement(self.books, self.account(account), month))
+        return self.run(reports.statement(self.books, self.account(account), month))
 
     def rows(self, **wanted: Any) -> list[dict[str, Any]]:
         async def read() -> list[dict[str, Any]]:
-            return [row async for row in billing.requests_in(self.store, Range(**wanted), "USD")]
+            return [row async for row in reports.requests_in(self.store, Range(**wanted), "USD")]
 
         return self.run(read())
 
@@ -512,7 +515,7 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
         account = await bench.accounts.show("a")
         payments = await asyncio.gather(
             *(
-                bench.books.pay(account, 5 * NANOS, reference="r", reason=None, added_by=None)
+                bench.books.pay(account, 5 * NANOS, reference="r", reason=None, by="test")
                 for _ in range(50)
             )
         )
@@ -524,9 +527,7 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
         bench.pay("a", 6 * NANOS, "r")
     bench.pay("b", 6 * NANOS, "r")
     with pytest.raises(LedgerError, match="needs a reason"):
-        bench.run(
-            bench.books.pay(bench.account("a"), -1, reference=None, reason=None, added_by=None)
-        )
+        bench.run(bench.books.pay(bench.account("a"), -1, reference=None, reason=None, by="test"))
     with pytest.raises(LedgerError, match="of 0 is none"):
         bench.pay("a", 0)
 
@@ -592,7 +593,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     account=st.sampled_from([None, "a", "b"]),
     model=st.sampled_from([None, "gpt-*", "renamed", "o"]),
     of_key=st.booleans(),
-    names=st.lists(st.sampled_from(list(billing.GROUPS)), unique=True),
+    names=st.lists(st.sampled_from(list(reports.GROUPS)), unique=True),
 )
 def test_sums_are_those_of_the_rows(
     crowded: Bench,
@@ -615,7 +616,7 @@ def test_sums_are_those_of_the_rows(
         "since": START + since,
         "until": START + until,
     }
-    found = crowded.run(billing.usage_by(crowded.store, Range(**wanted), names, "USD"))
+    found = crowded.run(reports.usage_by(crowded.store, Range(**wanted), names, "USD"))
     labels = {"day": "day", "model": "model", "key": "key_id", "account": "account"}
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {} if names else {(): []}
     for row in crowded.rows(**wanted):
@@ -760,9 +761,9 @@ def test_a_closed_month_has_what_was_settled_in_its_last_instant(
             written.append(asyncio.ensure_future(ledger.settle(bench.store, row)))
         await asyncio.sleep(0)
         clock.now += 1
-        first = await billing.statement(bench.books, account, "2026-11")
+        first = await reports.statement(bench.books, account, "2026-11")
         await asyncio.gather(*written)
-        return first, await billing.statement(bench.books, account, "2026-11")
+        return first, await reports.statement(bench.books, account, "2026-11")
 
     first, second = bench.run(ask())
     assert first["closed"]

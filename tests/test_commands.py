@@ -222,10 +222,10 @@ def test_wrong_settings_stop_the_start(
 
 
 def test_check_names_what_has_no_effect_yet(make_gateway: MakeGateway) -> None:
-    gateway = make_gateway('public_url = "http://api.example.com"')
+    gateway = make_gateway("[retention]\nusage_days = 30")
     found = gateway.cli("check")
     assert found["ok"]
-    assert found["notes"] == ["server.public_url: accepted, but has no effect yet"]
+    assert found["notes"] == ["retention.usage_days: accepted, but has no effect yet"]
     gateway.start()
     assert gateway.cli("check")["ok"]
     gateway._env.pop("TEST_UPSTREAM_KEY")
@@ -252,7 +252,7 @@ def test_the_settings_file_shows_every_default(monkeypatch: pytest.MonkeyPatch) 
 def test_help_of_every_command() -> None:
     def walk(command: click.Command, path: list[str]) -> int:
         done = CliRunner().invoke(
-            redbtc_proxy.admin.commands, [*path, "--help"], prog_name="redbtc-proxy"
+            redbtc_proxy.commands.commands, [*path, "--help"], prog_name="redbtc-proxy"
         )
         assert done.exit_code == 0
         assert "Usage: redbtc-proxy" in done.output
@@ -262,7 +262,7 @@ def test_help_of_every_command() -> None:
         inner = command.commands if isinstance(command, click.Group) else {}
         return 1 + sum(walk(each, [*path, name]) for name, each in inner.items())
 
-    assert walk(redbtc_proxy.admin.commands, []) > 25
+    assert walk(redbtc_proxy.commands.commands, []) > 25
 
 
 def test_names_steer_neither_terminal_nor_spreadsheet(gateway: Gateway, key: str) -> None:

@@ -42,8 +42,8 @@ def money_gateway(make_gateway: MakeGateway, *settings: str, **env: str) -> Gate
 
 
 def add_price(gateway: Gateway, model: str = "m", **given: Any) -> dict[str, Any]:
-    """`given` as the API takes it; `without_notice` and `by` included."""
-    around = {name: given.pop(name) for name in ("without_notice", "by") if name in given}
+    """`given` as the API takes it; `without_notice` included."""
+    around = {name: given.pop(name) for name in ("without_notice",) if name in given}
     body = {"prices": [{"model": model, **given}], **around}
     found: dict[str, Any] = gateway.api("POST", "/prices", body)
     return found
@@ -743,8 +743,8 @@ def test_a_script_can_ask_for_its_account_s_figures(
     limits["monthly_budget"] = "10"
     gateway.api("POST", "/accounts", {"name": "a", **limits})
     key, other = gateway.new_key("a"), gateway.new_key("b")
-    add_price(gateway, input="1", output="1", by="an operator", without_notice="operator's own")
-    pay(gateway, "a", "3", by="an operator")
+    add_price(gateway, input="1", output="1", without_notice="operator's own")
+    pay(gateway, "a", "3")
     for owner in (key, other, other):
         assert ask(gateway, owner, max_tokens=10).status_code == 200
 

@@ -1,0 +1,51 @@
+// What HTML alone can't do: times in the reader's own zone, and buttons that copy. Without this
+// script times stay in UTC, the buttons stay hidden, and every page works.
+"use strict";
+
+const dateAndTime = new Intl.DateTimeFormat(document.documentElement.lang || undefined, {
+  dateStyle: "medium",
+  timeStyle: "short",
+});
+
+for (const time of document.querySelectorAll('time[datetime$="Z"]:not([data-style="day"])')) {
+  const instant = new Date(time.dateTime);
+  if (Number.isNaN(instant.getTime())) continue;
+  time.title = time.textContent.trim();
+  time.textContent = dateAndTime.format(instant);
+}
+
+// Must be in the page before it says anything, or screen readers miss the first announcement.
+const announcement = document.createElement("p");
+announcement.setAttribute("role", "status");
+announcement.className = "visually-hidden";
+
+async function copy(source) {
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+    return true;
+  } catch {
+    // Refused, or there is no clipboard since the page came over plain HTTP: the older way, which
+    // leaves the text selected in case that is refused too.
+    getSelection().selectAllChildren(source);
+    return document.execCommand("copy");
+  }
+}
+
+for (const button of document.querySelectorAll("button[data-copy]")) {
+  const source = document.getElementById(button.dataset.copy);
+  if (!source) continue;
+  const label = button.textContent;
+  let timer;
+  button.addEventListener("click", async () => {
+    const copied = await copy(source);
+    button.textContent = copied ? "Copied" : "Selected";
+    announcement.textContent = copied ? "Copied" : "Selected. Copy it with the keyboard.";
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      button.textContent = label;
+      announcement.textContent = "";
+    }, 2000);
+  });
+  button.hidden = false;
+  document.body.append(announcement);
+}

@@ -1,0 +1,1010 @@
+"""The dashboard: pages for operators and for the members of accounts, drawn by the server.
+
+A page is a template and what operations of the admin API answer; a form is one operation. So the
+API says who may do what and what is well formed, and a page knows no SQL and no rule of its own.
+All that people have named is somebody else's text: the templates escape it, and no script, style or
+picture that is not the gateway's own is ever loaded (Content-Security-Policy).
+
+Pages are drawn in slices of half a millisecond, with the event loop's other work between them: what
+is being forwarded meanwhile doesn't wait for a page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import date, timedelta
+from decimal import Decimal
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+import jinja2
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from redbtc_admin import API, STATUS, Actor, Forbidden, Operation, Unauthorized
+from redbtc_billing import DAY, Books, Rates
+from redbtc_charts import Series, stacked
+from redbtc_ledger import Record
+from redbtc_limits import Bucket
+from redbtc_reports import as_csv_text, statement_lines
+from redbtc_settings import (
+    NANOS,
+    LedgerError,
+    NotFound,
+    day_of,
+    iso_time,
+    now_ms,
+    parse_amount,
+    shipped,
+)
+from redbtc_users import Session
+
+# ── Browsers ─────────────────────────────────────────────────────────────────────────────────────
+# Who is logged in is told by a cookie; that a change comes from a page of ours, by Origin and
+# Sec-Fetch-Site where the browser sends them, and in forms by a token that only our pages know.
+
+SECURITY = {
+    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+    "cross-origin-opener-policy": "same-origin",
+    "x-frame-options": "DENY",
+}
+SAFE = ("GET", "HEAD")
+BROWSER_SECONDS = 365 * 86400
+MOST_FORM_BYTES = 64 << 10
+
+
+def cookie_name(request: Request, name: str) -> str:
+    """With TLS the browser itself keeps other hosts and paths from setting it."""
+    return f"__Host-{name}" if request.url.scheme == "https" else name
+
+
+def set_cookie(
+    request: Request, response: Response, name: str, value: str, age: int | None
+) -> None:
+    """`age` in seconds; None: while the browser runs."""
+    response.set_cookie(
+        cookie_name(request, name),
+        value,
+        max_age=age,
+        path="/",
+        secure=request.url.scheme == "https",
+        httponly=True,
+        samesite="strict",
+    )
+
+
+def check_origin(request: Request, *, needed: bool) -> None:
+    """Raises Forbidden for a change that comes from another site, and with `needed` for one that
+    doesn't say where it comes from. (With no-referrer, browsers send `Origin: null` from our own
+    forms, and Sec-Fetch-Site only where it is trustworthy: with TLS or on this machine.)"""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    own = f"{request.url.scheme}://{request.headers.get('host', '')}"
+    known = origin not in (None, "null")
+    if (known and origin != own) or site not in (None, "same-origin"):
+        raise Forbidden("this came from another site")
+    if needed and not known and site is None:
+        raise Forbidden("a change must say where it comes from: Origin or Sec-Fetch-Site")
+
+
+def session_of(api: API, request: Request) -> Session | None:
+    """Of whoever is logged in. Raises LedgerUnavailable."""
+    cookie = request.cookies.get(cookie_name(request, "redbtc"), "")
+    return api.users.session(cookie) if cookie else None
+
+
+def actor_for(session: Session) -> Actor:
+    """What somebody who is logged in may do."""
+    return Actor(session.email, session.role, session.account_id, session=session)
+
+
+def actor_of(api: API) -> Callable[[Request], Actor]:
+    """Who calls the admin API on the public port: a key that the gateway has put into the scope, or
+    a session."""
+
+    def authenticate(request: Request) -> Actor:
+        if key := request.scope.get("key"):
+            return Actor(f"key {key.id}", "key", key.account_id, key=key)
+        session = session_of(api, request)
+        if session is None:
+            raise Unauthorized("nobody is logged in; the dashboard's login is /dashboard/login")
+        if request.method not in SAFE:
+            check_origin(request, needed=True)
+        return actor_for(session)
+
+    return authenticate
+
+
+def form_token(request: Request) -> str:
+    """Of the session whose cookie the request has: what only its own pages can know."""
+    cookie = request.cookies.get(cookie_name(request, "redbtc"), "")
+    return hashlib.sha256(f"form {cookie}".encode()).hexdigest()
+
+
+class Throttle:
+    """How often somebody may try to log in: by network and by address, so many failures a minute.
+    Nobody is locked out: who waits a moment may try again, and a browser in which somebody of the
+    address has logged in before has a bucket of its own."""
+
+    OF_NETWORK, OF_ADDRESS, MOST_KNOWN = 20, 6, 10_000
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+
+    def seconds_to_wait(self, network: str, address: str) -> float:
+        """0: try."""
+        return max(bucket.seconds_until(1) for bucket in self._both(network, address))
+
+    def tried(self, network: str, address: str) -> None:
+        """Once more; it counts as wrong until it has succeeded."""
+        for bucket in self._both(network, address):
+            bucket.charge(1)
+
+    def succeeded(self, network: str, address: str) -> None:
+        """The last one was right."""
+        for bucket in self._both(network, address):
+            bucket.charge(-1)
+
+    def _both(self, network: str, address: str) -> tuple[Bucket, Bucket]:
+        of_network = self._bucket(f"network {network}", self.OF_NETWORK)
+        return of_network, self._bucket(f"address {address}", self.OF_ADDRESS)
+
+    def _bucket(self, name: str, limit: int) -> Bucket:
+        bucket = self._buckets.setdefault(name, Bucket())
+        self._buckets.move_to_end(name)
+        if len(self._buckets) > self.MOST_KNOWN:
+            self._buckets.popitem(last=False)
+        bucket.fill(limit, time.monotonic())
+        return bucket
+
+
+def network_of(request: Request) -> str:
+    """The client's address; of IPv6 the /64 that one has."""
+    host = request.client.host if request.client else ""
+    return ":".join(host.split(":")[:4]) if ":" in host else host
+
+
+# ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
+
+SLICE_SECONDS = 0.0005
+NO_DIGITS = [
+    "BIF",
+    "CLP",
+    "DJF",
+    "GNF",
+    "ISK",
+    "JPY",
+    "KMF",
+    "KRW",
+    "PYG",
+    "RWF",
+    "UGX",
+    "UYI",
+    "VND",
+    "VUV",
+    "XAF",
+    "XOF",
+    "XPF",
+]
+THREE_DIGITS = ("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND")
+
+
+def digits_of(currency: str) -> int:
+    """After the point (ISO 4217)."""
+    return 0 if currency in NO_DIGITS else 3 if currency in THREE_DIGITS else 2
+
+
+def money(amount: str, currency: str) -> str:
+    """Rounded half up to the currency's digits, with thousands apart; what would round to nothing
+    is "less than" the least that can be shown."""
+    nanos, digits = parse_amount(amount), digits_of(currency)
+    step: int = NANOS // 10**digits
+    units = (abs(nanos) + step // 2) // step
+    if nanos and not units:
+        return f"{'>' if nanos < 0 else '<'} {'-' * (nanos < 0)}{_fixed(1, digits)}"
+    return f"{'-' * (nanos < 0)}{_fixed(units, digits)}"
+
+
+def _fixed(units: int, digits: int) -> str:
+    whole, rest = divmod(units, 10**digits)
+    return f"{whole:,}.{rest:0{digits}}" if digits else f"{whole:,}"
+
+
+def exact(amount: str | None, currency: str) -> str:
+    """All its digits, and at least the currency's; a dash where it is not known."""
+    if amount is None:
+        return "–"
+    whole, _, fraction = amount.partition(".")
+    fraction = fraction.ljust(digits_of(currency), "0")
+    sign, whole = ("-", whole[1:]) if whole.startswith("-") else ("", whole)
+    return f"{sign}{int(whole):,}{'.' * bool(fraction)}{fraction}"
+
+
+def count(number: int | None) -> str:
+    """With thousands apart; a dash where it is not known."""
+    return "–" if number is None else f"{number:,}"
+
+
+def size(number: int) -> str:
+    """Of bytes."""
+    amount, unit = float(number), "B"
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if amount < 1000 or unit == "TB":
+            break
+        amount /= 1000
+    return f"{amount:.3g} {unit}"
+
+
+def duration(seconds: int) -> str:
+    """2 days, 3:04:05."""
+    return str(timedelta(seconds=seconds))
+
+
+def utc(moment: str) -> str:
+    """As it stands on a page before a script puts it into the reader's zone."""
+    return f"{moment[:10]} {moment[11:16]} UTC"
+
+
+def environment() -> jinja2.Environment:
+    """The templates; what they print is escaped."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(shipped("dashboard")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters.update(
+        money=money, exact=exact, count=count, size=size, utc=utc, duration=duration
+    )
+    return found
+
+
+class Pages:
+    """Draws templates."""
+
+    def __init__(self) -> None:
+        self._environment = environment()
+
+    async def draw(self, name: str, context: Mapping[str, Any]) -> bytes:
+        """A page, without holding the event loop up."""
+        parts, began = [], time.perf_counter()
+        for part in self._environment.get_template(name).generate(context):
+            parts.append(part)
+            if time.perf_counter() - began > SLICE_SECONDS:
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+        return "".join(parts).encode("utf-8", "replace")
+
+
+# ── Status ───────────────────────────────────────────────────────────────────────────────────────
+# What everybody may know of the gateway, without a key.
+
+
+async def status(books: Books, uptime_seconds: int) -> Record:
+    """What /status says."""
+    shown = ("id", "kind", "text", "effective_at", "until", "created_at")
+    notices = [{name: row[name] for name in shown} for row in await books.notices_now()]
+    now = str(iso_time(books.store.time()))
+    in_force = {notice["kind"] for notice in notices if notice["effective_at"] <= now}
+    worst = [kind for kind in ("incident", "maintenance") if kind in in_force]
+    return {
+        "status": worst[0] if worst else "ok",
+        "uptime_seconds": uptime_seconds,
+        "incidents": [notice for notice in notices if notice["kind"] == "incident"],
+        "notices": [notice for notice in notices if notice["kind"] != "incident"],
+    }
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header asks for a page rather than for JSON (RFC 9110 §12.5.1)."""
+    weights: dict[str, float] = {}
+    for entry in accept.lower().split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        quality = [part[2:] for part in parameters if part.startswith("q=")]
+        with contextlib.suppress(ValueError):
+            weights[name] = float(quality[0]) if quality else 1.0
+    return weights.get("text/html", 0) > weights.get("application/json", 0)
+
+
+# ── Pages ────────────────────────────────────────────────────────────────────────────────────────
+
+BAD_LOGIN = "Address and password don't belong together."
+LOGIN = "/dashboard/login"
+
+
+class Visit:
+    """A request to the dashboard of somebody who is logged in."""
+
+    def __init__(self, dashboard: Dashboard, request: Request, session: Session) -> None:
+        self.request = request
+        self.actor = actor_for(session)
+        self.session = session
+        self.form: dict[str, str] = {}
+        self._dashboard = dashboard
+
+    async def ask(
+        self, operation: Operation, *, query: Mapping[str, Any] | None = None, **path: str
+    ) -> Any:
+        """What an operation answers. Raises LedgerError."""
+        return await self._dashboard.api.perform(operation, self.actor, path, query=query)
+
+    async def do(self, operation: Operation, body: Mapping[str, Any], **path: str) -> Any:
+        """Make a change with what a form says. Raises LedgerError."""
+        return await self._dashboard.api.perform(operation, self.actor, path, body=body)
+
+    def fields(self, *names: str) -> dict[str, str]:
+        """Those of the form that were filled in."""
+        return {name: self.form[name] for name in names if self.form.get(name, "").strip()}
+
+
+Context = dict[str, Any]
+Handler = Callable[[Visit], Awaitable[Response]]
+Show = Callable[[Visit], Awaitable[Context]]
+Action = Callable[[Visit], Awaitable[Context | None]]
+
+
+class Dashboard:
+    """All pages. `api`: what they show and do."""
+
+    def __init__(self, api: API) -> None:
+        self.api = api
+        self.pages = Pages()
+        self._throttle = Throttle()
+
+    def app(self) -> Starlette:
+        """As an app."""
+        account, screen = "/dashboard/accounts/{account}", self._screen
+        routes = [
+            Route("/dashboard/style.css", self._asset("style.css", "text/css")),
+            Route("/dashboard/dashboard.js", self._asset("dashboard.js", "text/javascript")),
+            Route(LOGIN, self.login, methods=["GET", "POST"]),
+            Route("/dashboard/link/{link}", self.link, methods=["GET", "POST"]),
+            Route("/dashboard/logout", self.logged_in(self.log_out), methods=["POST"]),
+            Route("/dashboard", self.logged_in(self.home)),
+            Route("/dashboard/", self.logged_in(self.home)),
+            screen("/dashboard/overview", "overview.html", overview),
+            screen("/dashboard/accounts", "accounts.html", accounts, add=add_account),
+            screen("/dashboard/prices", "prices.html", prices, add=add_price),
+            screen("/dashboard/notices", "notices.html", notices, add=add_notice, end=end_notice),
+            screen("/dashboard/log", "log.html", log),
+            screen("/dashboard/users", "users.html", operators, **USER_ACTIONS),
+            screen("/dashboard/you", "you.html", you, end=end_session),
+            Route(
+                "/dashboard/you/password", self.logged_in(self.change_password), methods=["POST"]
+            ),
+            screen(account, "account.html", account_overview),
+            screen(f"{account}/keys", "keys.html", keys, **KEY_ACTIONS),
+            screen(f"{account}/usage", "usage.html", usage),
+            Route(f"{account}/usage.csv", self.logged_in(usage_csv)),
+            screen(f"{account}/billing", "billing.html", account_billing),
+            screen(f"{account}/billing/{{month}}", "statement.html", statement),
+            Route(f"{account}/billing/{{month}}/csv", self.logged_in(statement_csv)),
+            screen(f"{account}/members", "members.html", members, **USER_ACTIONS),
+            screen(f"{account}/notices", "account_notices.html", account_notices),
+            screen(f"{account}/manage", "manage.html", manage, **MANAGE_ACTIONS),
+        ]
+        handlers: dict[Any, Any] = {HTTPException: self._unknown, LedgerError: self._refused}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    def _screen(self, path: str, template: str, show: Show, **actions: Action) -> Route:
+        """A page, and the forms on it: which one was sent is told by its field `do`. What an action
+        returns is shown at once, and only then; otherwise the page is loaded again."""
+
+        async def handler(visit: Visit) -> Response:
+            shown: Context = {"problem": "", "done": visit.request.query_params.get("done", "")}
+            status = 200
+            if visit.request.method not in SAFE:
+                action = actions.get(visit.form.get("do", ""))
+                if action is None:
+                    raise Forbidden("there is no such form")
+                try:
+                    made = await action(visit)
+                except (NotFound, Forbidden):
+                    raise
+                except LedgerError as error:
+                    status = STATUS.get(type(error), 409)
+                    shown["problem"] = sentence(error)
+                else:
+                    if made is None:
+                        return RedirectResponse(f"{visit.request.url.path}?done=1", 303, SECURITY)
+                    shown |= made
+            context = {**await show(visit), "session": visit.session, "form": visit.form, **shown}
+            return await self.page(visit.request, template, status, **context)
+
+        methods = ["GET", "POST"] if actions else ["GET"]
+        return Route(path, self.logged_in(handler), methods=methods)
+
+    async def home(self, visit: Visit) -> Response:
+        """Where one begins."""
+        account_id = visit.session.account_id
+        path = f"/dashboard/accounts/{account_id}" if account_id else "/dashboard/overview"
+        return RedirectResponse(path, 303, SECURITY)
+
+    @staticmethod
+    def _asset(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+        content = shipped(f"dashboard/{name}").read_bytes()
+        headers = {**SECURITY, "cache-control": "public, max-age=300"}
+
+        async def asset(_: Request) -> Response:
+            return Response(content, headers=headers, media_type=kind)
+
+        return asset
+
+    async def page(
+        self, request: Request, name: str, status: int = 200, **context: Any
+    ) -> Response:
+        """A template as an answer."""
+        context = {"session": None, "token": form_token(request), **context}
+        body = await self.pages.draw(name, context)
+        return Response(body, status, SECURITY, media_type="text/html; charset=utf-8")
+
+    async def _error(self, request: Request, status: int, message: str) -> Response:
+        response = await self.page(request, "error.html", status, code=status, message=message)
+        if status == 503:
+            response.headers["retry-after"] = "5"
+        return response
+
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        status = STATUS.get(type(error), 409)  # type: ignore[arg-type]
+        return await self._error(request, status, sentence(error))
+
+    async def _unknown(self, request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        message = "There is no such page." if status == 404 else "This can't be asked for so."
+        return await self._error(request, status, message)
+
+    async def _form(self, request: Request) -> dict[str, str]:
+        """What was filled in. Raises LedgerError."""
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_FORM_BYTES:
+                raise LedgerError("the form is too large")
+        pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+        return dict(pairs)
+
+    def logged_in(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        """For whoever is logged in; others are sent to the login. A form is from one of our pages,
+        or it is refused."""
+
+        async def endpoint(request: Request) -> Response:
+            session = session_of(self.api, request)
+            if session is None:
+                return RedirectResponse(LOGIN, 303, SECURITY)
+            visit = Visit(self, request, session)
+            if request.method not in SAFE:
+                check_origin(request, needed=False)
+                visit.form = await self._form(request)
+                token = visit.form.pop("token", "")
+                if not hmac.compare_digest(token.encode(), form_token(request).encode()):
+                    raise Forbidden("this form is not from a page of yours; load it again")
+            return await handler(visit)
+
+        return endpoint
+
+    # Logging in
+
+    async def login(self, request: Request) -> Response:
+        """Address and password."""
+        if request.method in SAFE:
+            return await self.page(request, "login.html", email="", problem="")
+        check_origin(request, needed=False)
+        form = await self._form(request)
+        email, password = form.get("email", "")[:254], form.get("password", "")
+        network, known = network_of(request), self._known_browser(request, email)
+        address = f"{known or ''} {email.strip().lower()}"
+        wait = self._throttle.seconds_to_wait(network, address)
+        if wait:
+            return await self._wait(request, email, wait)
+        self._throttle.tried(network, address)
+        found = await self.api.users.verify(email, password)
+        if found is None:
+            return await self.page(request, "login.html", 403, email=email, problem=BAD_LOGIN)
+        self._throttle.succeeded(network, address)
+        user_id, active = found
+        if not active:
+            problem = "This account is suspended."
+            return await self.page(request, "login.html", 403, email=email, problem=problem)
+        return await self._log_in(request, user_id)
+
+    async def _wait(self, request: Request, email: str, seconds: float) -> Response:
+        whole = int(seconds) + 1
+        problem = f"Too many attempts. Try again in {whole} seconds."
+        response = await self.page(request, "login.html", 429, email=email, problem=problem)
+        response.headers["retry-after"] = str(whole)
+        return response
+
+    def _known_browser(self, request: Request, email: str) -> str:
+        cookie = request.cookies.get(cookie_name(request, "redbtc-browser"), "")
+        return cookie if self.api.users.knows_browser(cookie, email) else ""
+
+    async def _log_in(self, request: Request, user_id: str) -> Response:
+        browser = request.headers.get("user-agent", "")
+        logged_in = await self.api.users.log_in(user_id, browser)
+        response = RedirectResponse("/dashboard/", 303, SECURITY)
+        set_cookie(request, response, "redbtc", logged_in.cookie, None)
+        set_cookie(request, response, "redbtc-browser", logged_in.browser, BROWSER_SECONDS)
+        return response
+
+    async def log_out(self, visit: Visit) -> Response:
+        """This session ends."""
+        await self.api.users.end_session(visit.session.id, visit.session.user_id)
+        response = RedirectResponse(LOGIN, 303, SECURITY)
+        response.delete_cookie(cookie_name(visit.request, "redbtc"), path="/")
+        return response
+
+    async def link(self, request: Request) -> Response:
+        """A one-time link: looking at it doesn't use it up, setting a password does."""
+        link = request.path_params["link"]
+        found, problem = self.api.users.user_of_link(link), ""
+        if request.method not in SAFE:
+            check_origin(request, needed=False)
+            form = await self._form(request)
+            if form.get("password", "") != form.get("again", ""):
+                problem = "The two passwords differ."
+            else:
+                try:
+                    user_id = await self.api.users.set_password_by_link(
+                        link, form.get("password", "")
+                    )
+                    return await self._log_in(request, user_id)
+                except LedgerError as error:
+                    problem = sentence(error)
+        status = 404 if found is None else 422 if problem else 200
+        email = found[1] if found else ""
+        return await self.page(request, "link.html", status, email=email, problem=problem)
+
+    async def change_password(self, visit: Visit) -> Response:
+        """All sessions end with it; this browser gets a new one."""
+        names = "old_password", "new_password"
+        network, address = network_of(visit.request), f"{visit.session.id} "
+        problem = ""
+        if visit.form.get("new_password", "") != visit.form.get("again", ""):
+            problem = "The two passwords differ."
+        elif self._throttle.seconds_to_wait(network, address):
+            problem = "Too many attempts. Try again in a minute."
+        else:
+            self._throttle.tried(network, address)
+            body = {name: visit.form.get(name, "") for name in names}
+            try:
+                await visit.do(API.change_password, body)
+            except LedgerError as error:
+                problem = sentence(error)
+            else:
+                self._throttle.succeeded(network, address)
+                return await self._log_in(visit.request, visit.session.user_id)
+        context = {**await you(visit), "session": visit.session, "problem": problem, "done": ""}
+        return await self.page(visit.request, "you.html", 409, **context)
+
+
+def sentence(error: Exception) -> str:
+    """A message as pages show it."""
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+# ── Operators' pages ─────────────────────────────────────────────────────────────────────────────
+
+DAYS = 30  # that charts show
+OUTCOMES = ("completed", "client_disconnected", "upstream_error", "upstream_failed", "interrupted")
+ON_A_PAGE = 50
+
+
+def last_days() -> list[str]:
+    """The days (UTC) that charts show, today last."""
+    today = now_ms() // DAY
+    return [day_of(day) for day in range(today - DAYS + 1, today + 1)]
+
+
+def by_day(
+    rows: Iterable[Mapping[str, Any]], days: Sequence[str], name: str, value: str
+) -> list[Series]:
+    """One series for each `name` among the rows, of their `value` by day."""
+    places = {day: place for place, day in enumerate(days)}
+    series: dict[str, list[Decimal]] = {}
+    for row in rows:
+        if row["day"] in places:
+            values = series.setdefault(str(row[name]), [Decimal(0)] * len(days))
+            values[places[row["day"]]] += Decimal(row[value] or 0)
+    return [Series(each, tuple(values)) for each, values in series.items()]
+
+
+async def overview(visit: Visit) -> Context:
+    """What an operator looks at first."""
+    found = await visit.ask(API.overview, query={"days": DAYS})
+    days, currency = last_days(), found["spending"]["currency"]
+    requests = by_day(found["traffic"], days, "outcome", "requests")
+    costs = by_day(found["traffic"], days, "upstream", "cost")
+    table = {day: dict.fromkeys((*OUTCOMES, "requests"), 0) | {"cost": Decimal(0)} for day in days}
+    for row in found["traffic"]:
+        if row["day"] in table:
+            table[row["day"]][row["outcome"]] += row["requests"]
+            table[row["day"]]["requests"] += row["requests"]
+            table[row["day"]]["cost"] += Decimal(row["cost"])
+    return {
+        "here": "Overview",
+        "found": found,
+        "table": table,
+        "outcomes": OUTCOMES,
+        "traffic": stacked(
+            "Requests by day", "All accounts.", days, requests, unit="requests", prefix="r"
+        ),
+        "spend": stacked(
+            "Spend by day and upstream", "All accounts.", days, costs, unit=currency, prefix="s"
+        ),
+    }
+
+
+async def accounts(visit: Visit) -> Context:
+    """All of them, or those that are searched for."""
+    asked = visit.request.query_params
+    search, after = asked.get("search", "")[:200], asked.get("after", "")[:200]
+    query = {"search": search, "after": after, "limit": ON_A_PAGE + 1}
+    found = (await visit.ask(API.list_accounts, query=query))["accounts"]
+    return {
+        "here": "Accounts",
+        "accounts": found[:ON_A_PAGE],
+        "search": search,
+        "more": len(found) > ON_A_PAGE,
+    }
+
+
+ACCOUNT_FIELDS = (
+    "email",
+    "concurrency",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "credit_limit",
+    "monthly_budget",
+)
+
+
+async def add_account(visit: Visit) -> None:
+    """With the limits of the settings where none are filled in."""
+    await visit.do(API.add_account, visit.fields("name", *ACCOUNT_FIELDS))
+
+
+async def prices(visit: Visit) -> Context:
+    """All prices."""
+    found = await visit.ask(API.list_prices)
+    shown = [row for row in found["prices"] if row["status"] != "past"]
+    past = [row for row in found["prices"] if row["status"] == "past"]
+    return {"here": "Prices", "prices": shown, "past": past, "rates": Rates._fields}
+
+
+PRICE_FIELDS = ("model", "tier", "above_input_tokens", "effective", "max_output_tokens", "source")
+
+
+async def add_price(visit: Visit) -> None:
+    """One more; nothing is changed that was."""
+    price = visit.fields(*PRICE_FIELDS, *Rates._fields)
+    await visit.do(API.add_prices, {"prices": [price], **visit.fields("without_notice")})
+
+
+async def notices(visit: Visit) -> Context:
+    """All there ever were, the newest first."""
+    found = await visit.ask(API.list_notices)
+    return {"here": "Notices", "notices": found["notices"][::-1][: 4 * ON_A_PAGE]}
+
+
+async def add_notice(visit: Visit) -> None:
+    """And, of a maintenance, whether requests are refused meanwhile."""
+    body = visit.fields("kind", "text", "effective", "until")
+    refuses = "true" if visit.form.get("refuses_requests") else "false"
+    await visit.do(API.add_notice, {**body, "refuses_requests": refuses})
+
+
+async def end_notice(visit: Visit) -> None:
+    """Nobody is told it any more."""
+    await visit.do(API.withdraw_notice, {}, notice=visit.form.get("notice", ""))
+
+
+async def log(visit: Visit) -> Context:
+    """Every administrative change."""
+    asked = visit.request.query_params
+    query = {name: asked[name] for name in ("before", "account") if asked.get(name)}
+    query["limit"] = str(ON_A_PAGE)
+    changes = (await visit.ask(API.list_changes, query=query))["changes"]
+    return {"here": "Log", "changes": [(each, differences(each)) for each in changes]}
+
+
+def differences(change: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Of a change, each column that is not as it was: its name, before and after."""
+    before, after = change["before"] or {}, change["after"] or {}
+    names = dict.fromkeys((*before, *after))
+    pairs = ((name, before.get(name), after.get(name)) for name in names)
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+async def operators(visit: Visit) -> Context:
+    """Who may do everything."""
+    found = await visit.ask(API.list_users)
+    users = [user for user in found["users"] if user["role"] == "operator"]
+    return {"here": "Users", "users": users, "account": None, "added": None}
+
+
+async def add_user(visit: Visit) -> Context:
+    """Shows the link with which a password is set."""
+    body = visit.fields("email", "role")
+    if account := visit.request.path_params.get("account"):
+        body["account"] = (await visit.ask(API.show_account, account=account))["name"]
+    return {"added": await visit.do(API.add_user, body)}
+
+
+async def _user(visit: Visit) -> str:
+    """The id of the one that a form names, where it is on this page."""
+    user_id, account_id = visit.form.get("user", ""), visit.request.path_params.get("account")
+    users = (await visit.ask(API.list_users))["users"]
+    if any(user["id"] == user_id and user["account_id"] == account_id for user in users):
+        return user_id
+    raise NotFound("there is no such user")
+
+
+async def reset_user(visit: Visit) -> Context:
+    """A new link; the password and the sessions end."""
+    return {"added": await visit.do(API.reset_user, {}, user=await _user(visit))}
+
+
+async def remove_user(visit: Visit) -> None:
+    """And log them out."""
+    await visit.do(API.remove_user, {}, user=await _user(visit))
+
+
+USER_ACTIONS: dict[str, Action] = {"add": add_user, "reset": reset_user, "remove": remove_user}
+
+
+async def you(visit: Visit) -> Context:
+    """One's own password and sessions."""
+    return {"here": "You", **await visit.ask(API.list_sessions)}
+
+
+async def end_session(visit: Visit) -> None:
+    """Log out there."""
+    await visit.do(API.end_session, {}, session=visit.form.get("session", ""))
+
+
+# ── An account's pages ───────────────────────────────────────────────────────────────────────────
+# For its members, and for operators.
+
+
+async def _account(visit: Visit, here: str) -> Context:
+    """What all of them show. Raises NotFound."""
+    account = await visit.ask(API.show_account, account=visit.request.path_params["account"])
+    return {
+        "here": "Accounts",
+        "tab": here,
+        "account": account,
+        "path": f"/dashboard/accounts/{account['id']}",
+        "may_change": visit.actor.rank in ("owner", "operator"),
+        "currency": account["currency"],
+    }
+
+
+async def account_overview(visit: Visit) -> Context:
+    """Spent, used, left."""
+    shown = await _account(visit, "Overview")
+    account_id, days = shown["account"]["id"], last_days()
+    query = {"account": account_id, "since": days[0], "group_by": "day,model"}
+    used = await visit.ask(API.usage, query=query)
+    month = {"account": account_id, "since": f"{shown['account']['month']}-01"}
+    measure = visit.request.query_params.get("show", "cost")
+    measure = measure if measure in ("cost", "requests", "output_tokens") else "cost"
+    series = by_day(used["groups"], days, "model", measure)
+    unit = shown["currency"] if measure == "cost" else measure.replace("_", " ")
+    return {
+        **shown,
+        "month": (await visit.ask(API.usage, query=month))["totals"],
+        "limits": await visit.ask(API.account_limits, account=account_id),
+        "notices": (await visit.ask(API.account_notices, account=account_id))["notices"],
+        "groups": used["groups"],
+        "measure": measure,
+        "chart": stacked(
+            f"{unit} by day and model", "The last 30 days.", days, series, unit=unit, prefix="a"
+        ),
+    }
+
+
+async def keys(visit: Visit) -> Context:
+    """Those in force, then the others."""
+    shown = await _account(visit, "Keys")
+    found = (await visit.ask(API.list_keys, account=shown["account"]["id"]))["keys"]
+    now = iso_time(now_ms()) or ""
+    for key in found:
+        ended = key["expires_at"] is not None and key["expires_at"] <= now
+        key["state"] = "revoked" if key["revoked_at"] else "expired" if ended else "in force"
+    found.sort(key=lambda key: key["state"] != "in force")
+    base = f"{visit.request.url.scheme}://{visit.request.headers.get('host', '')}/v1"
+    return {**shown, "keys": found, "added": None, "base_url": base}
+
+
+KEY_FIELDS = ("label", "models", "expires", "monthly_budget")
+
+
+async def add_key(visit: Visit) -> Context:
+    """Shown once."""
+    body = visit.fields(*KEY_FIELDS)
+    account = visit.request.path_params["account"]
+    return {"added": await visit.do(API.add_key, body, account=account)}
+
+
+async def _key(visit: Visit) -> str:
+    """The id of the one that a form names, where it is of this page's account."""
+    account = visit.request.path_params["account"]
+    found = (await visit.ask(API.list_keys, account=account))["keys"]
+    key_id = visit.form.get("key", "")
+    if all(key["id"] != key_id for key in found):
+        raise NotFound("there is no such key")
+    return key_id
+
+
+async def rotate_key(visit: Visit) -> Context:
+    """The new one is shown once."""
+    body = visit.fields("overlap")
+    return {"added": await visit.do(API.rotate_key, body, key=await _key(visit))}
+
+
+async def revoke_key(visit: Visit) -> None:
+    """From the next request on; of a compromised one what runs is cut."""
+    compromised = "true" if visit.form.get("compromised") else "false"
+    await visit.do(API.revoke_key, {"compromised": compromised}, key=await _key(visit))
+
+
+KEY_ACTIONS: dict[str, Action] = {"add": add_key, "rotate": rotate_key, "revoke": revoke_key}
+
+
+def _filters(visit: Visit, account_id: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What is asked for, as it stands in the page's address and as the API has it: there the last
+    day is one that counts."""
+    asked = visit.request.query_params
+    shown = {name: asked.get(name, "")[:256] for name in ("key", "model", "since", "until")}
+    query = {name: value for name, value in shown.items() if value} | {"account": account_id}
+    with contextlib.suppress(ValueError, OverflowError):
+        query["until"] = str(date.fromisoformat(shown["until"]) + timedelta(days=1))
+    return shown, query
+
+
+async def usage(visit: Visit) -> Context:
+    """Each request, the newest first, and sums of all that the filters let through."""
+    shown = await _account(visit, "Usage")
+    account_id = shown["account"]["id"]
+    filters, query = _filters(visit, account_id)
+    more = {
+        name: visit.request.query_params[name]
+        for name in ("before",)
+        if name in visit.request.query_params
+    }
+    limit = {"limit": str(ON_A_PAGE + 1)}
+    found = orjson.loads(await visit.ask(API.requests, query={**query, **more, **limit}))
+    rows = found["requests"][::-1]
+    totals = (await visit.ask(API.usage, query=query))["totals"]
+    kept = {name: value for name, value in filters.items() if value}
+    return {
+        **shown,
+        "filters": filters,
+        "totals": totals,
+        "requests": rows[:ON_A_PAGE],
+        "keys": (await visit.ask(API.list_keys, account=account_id))["keys"],
+        "csv": f"{shown['path']}/usage.csv?{urlencode(kept)}",
+        "older": urlencode({**kept, "before": rows[ON_A_PAGE - 1]["request_id"]})
+        if len(rows) > ON_A_PAGE
+        else "",
+    }
+
+
+async def usage_csv(visit: Visit) -> Response:
+    """The same as CSV, all of it, the newest first: read in parts, each of one instant, so that who
+    reads slowly holds nothing up."""
+    account_id = (await _account(visit, "Usage"))["account"]["id"]
+    _, query = _filters(visit, account_id)
+    query["limit"] = "1000"
+    first = orjson.loads(await visit.ask(API.requests, query=query))["requests"][::-1]
+
+    async def lines() -> AsyncIterator[str]:
+        rows, head = first, True
+        while rows:
+            yield as_csv_text(rows, head=head)
+            older = {**query, "before": rows[-1]["request_id"]}
+            rows = orjson.loads(await visit.ask(API.requests, query=older))["requests"][::-1]
+            head = False
+
+    return StreamingResponse(lines(), headers=as_file("usage.csv"), media_type="text/csv")
+
+
+def as_file(name: str) -> dict[str, str]:
+    """Headers of what is to be kept."""
+    return {**SECURITY, "content-disposition": f'attachment; filename="{name}"'}
+
+
+async def account_billing(visit: Visit) -> Context:
+    """Statements, payments, prices."""
+    shown = await _account(visit, "Billing")
+    account_id = shown["account"]["id"]
+    months = (await visit.ask(API.list_months, account=account_id))["months"]
+    now = await visit.ask(API.statement, account=account_id, month=shown["account"]["month"])
+    return {
+        **shown,
+        "months": months,
+        "lately": now["paid_by_month"],
+        "paid": now["paid_last_three_months"],
+        "payments": (await visit.ask(API.account_payments, account=account_id))["payments"][::-1],
+        "prices": (await visit.ask(API.account_prices, account=account_id))["prices"],
+        "rates": Rates._fields,
+    }
+
+
+async def statement(visit: Visit) -> Context:
+    """A month of it."""
+    shown = await _account(visit, "Billing")
+    month = visit.request.path_params["month"]
+    found = await visit.ask(API.statement, account=shown["account"]["id"], month=month)
+    return {**shown, "found": found}
+
+
+async def statement_csv(visit: Visit) -> Response:
+    """As CSV."""
+    account, month = (visit.request.path_params[name] for name in ("account", "month"))
+    found = await visit.ask(API.statement, account=account, month=month)
+    text = as_csv_text(statement_lines(found))
+    return Response(text, headers=as_file(f"statement-{found['month']}.csv"), media_type="text/csv")
+
+
+async def members(visit: Visit) -> Context:
+    """Who may log in to it."""
+    shown = await _account(visit, "Members")
+    users: list[Record] = []
+    if shown["may_change"]:
+        found = (await visit.ask(API.list_users))["users"]
+        users = [user for user in found if user["account_id"] == shown["account"]["id"]]
+    return {**shown, "users": users, "added": None}
+
+
+async def account_notices(visit: Visit) -> Context:
+    """What it is told."""
+    shown = await _account(visit, "Notices")
+    found = await visit.ask(API.account_notices, account=shown["account"]["id"])
+    return {**shown, **found}
+
+
+async def manage(visit: Visit) -> Context:
+    """What only operators change of an account. Raises Forbidden for others."""
+    shown = await _account(visit, "Manage")
+    if visit.actor.rank != "operator":
+        raise Forbidden("this is not for your role")
+    return shown
+
+
+async def set_account(visit: Visit) -> None:
+    """What is left empty is the settings' again."""
+    body = {name: visit.form.get(name, "").strip() or None for name in ACCOUNT_FIELDS}
+    await visit.do(API.set_account, body, account=visit.request.path_params["account"])
+
+
+def _on_account(operation: Operation, *fields: str) -> Action:
+    async def action(visit: Visit) -> None:
+        account = visit.request.path_params["account"]
+        await visit.do(operation, visit.fields(*fields), account=account)
+
+    return action
+
+
+MANAGE_ACTIONS: dict[str, Action] = {
+    "set": set_account,
+    "suspend": _on_account(API.suspend_account, "reason"),
+    "resume": _on_account(API.resume_account),
+    "throttle": _on_account(API.throttle_account, "factor", "until"),
+    "pay": _on_account(API.add_payment, "amount", "reference", "reason"),
+}

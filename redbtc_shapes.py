@@ -1,0 +1,655 @@
+"""The shapes of what the admin API takes and answers: strict types for the one, a description for
+the other. openapi.json is made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+import redbtc_billing as billing
+import redbtc_ledger as ledger
+from redbtc_settings import MOST_TOKENS
+
+# ── What is sent ─────────────────────────────────────────────────────────────────────────────────
+# Strict: an unknown member is an error that names it. The same types describe the API in
+# openapi.json.
+
+NAME_FORM = r"^[^\s/\x00-\x1f\x7f]([^/\x00-\x1f\x7f]*[^\s/\x00-\x1f\x7f])?$"
+Limit = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+AccountName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME_FORM)]
+Text = Annotated[str, Meta(max_length=200)]
+Reason = Annotated[str, Meta(min_length=1, max_length=500)]
+Amount = Annotated[str, Meta(pattern=r"^-?[0-9]{1,18}(\.[0-9]{1,9})?$", examples=["12.50"])]
+LimitAmount = Annotated[
+    str, Meta(pattern=r"^(unlimited|[0-9]{1,18}(\.[0-9]{1,9})?)$", examples=["50", "unlimited"])
+]
+Time = Annotated[
+    str,
+    Meta(
+        pattern=r"^([0-9]{1,9}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}"
+        r"([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]{1,9})?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?)$",
+        description="ISO 8601, UTC where it names no zone, or a duration such as 24h",
+        examples=["2026-12-31T00:00:00Z", "90d"],
+    ),
+]
+Duration = Annotated[str, Meta(pattern=r"^(0|[0-9]{1,9}[smhdw])$", examples=["24h"])]
+Factor = Annotated[
+    str, Meta(pattern=r"^(0?\.[0-9]{0,2}[1-9]|0?\.[1-9]0{0,2}|0?\.[0-9][1-9]0|1(\.0{1,3})?)$")
+]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Patterns = Annotated[str, Meta(max_length=4000, description="shell patterns, commas between")]
+Email = Annotated[
+    str, Meta(max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$")
+]
+Cursor = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class Sent(Struct, forbid_unknown_fields=True):
+    """What comes in."""
+
+
+class Nothing(Sent):
+    """No member is known."""
+
+
+class NewAccount(Sent):
+    """A limit left out is the settings', a budget left out is none."""
+
+    name: AccountName
+    email: Text | None = None
+    concurrency: Limit | None = None
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    credit_limit: LimitAmount | None = None
+    monthly_budget: LimitAmount | None = None
+
+
+class AccountChange(Sent):
+    """What is left out stays; null is the settings' again."""
+
+    email: Text | UnsetType | None = UNSET
+    concurrency: Limit | UnsetType | None = UNSET
+    requests_per_minute: Limit | UnsetType | None = UNSET
+    tokens_per_minute: Limit | UnsetType | None = UNSET
+    credit_limit: LimitAmount | UnsetType | None = UNSET
+    monthly_budget: LimitAmount | UnsetType | None = UNSET
+
+
+class Suspension(Sent):
+    """`reason` is for operators."""
+
+    reason: Text | None = None
+
+
+class Throttle(Sent):
+    """The part of its limits that the account is held to, 0.001 to 1; 1 lifts it."""
+
+    factor: Factor
+    until: Time | None = None
+
+
+class NewKey(Sent):
+    """`expires` is a time or a duration from now; `models` are shell patterns, with commas or as a
+    list."""
+
+    label: Text = ""
+    models: Patterns | tuple[ModelName, ...] | None = None
+    expires: Time | None = None
+    concurrency: Limit | None = None
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    monthly_budget: LimitAmount | None = None
+
+
+class Revocation(Sent):
+    """`compromised`: somebody else has it; what runs is cut as well."""
+
+    compromised: bool = False
+
+
+class Rotation(Sent):
+    """The old key goes on for `overlap`."""
+
+    overlap: Duration = "24h"
+
+
+class NewPrice(Sent):
+    """A price of one or more patterns of models, in currency per million tokens; `web_search` per
+    call. `effective` is a time or a duration from now; left out: now."""
+
+    model: ModelName | Annotated[tuple[ModelName, ...], Meta(min_length=1)]
+    tier: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}$")] = billing.DEFAULT_TIER
+    above_input_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] = 0
+    effective: Time | None = None
+    input: Amount | None = None
+    cached_input: Amount | None = None
+    cache_write: Amount | None = None
+    output: Amount | None = None
+    image_input: Amount | None = None
+    image_output: Amount | None = None
+    web_search: Amount | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] | None = None
+    source: Annotated[str, Meta(max_length=500)] | None = None
+
+
+class NewPrices(Sent):
+    """`without_notice` is the reason for a rise without notice. With `currency` they are refused
+    where that is not the ledger's."""
+
+    prices: tuple[NewPrice, ...]
+    without_notice: Reason | None = None
+    currency: Text | None = None
+    source: Annotated[str, Meta(max_length=500)] | None = None
+
+
+class NewPayment(Sent):
+    """Sent again with the same reference it is added once; a negative one needs a reason."""
+
+    amount: Amount
+    reference: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    reason: Reason | None = None
+
+
+class NewNotice(Sent):
+    """`effective`: now where it is left out; `until`: no end. `refuses_requests`: of a
+    maintenance, while which new requests are answered 503."""
+
+    kind: Literal["price", "terms", "maintenance", "incident"]
+    text: Annotated[str, Meta(min_length=1, max_length=billing.NOTICE_TEXT)]
+    effective: Time | None = None
+    until: Time | None = None
+    refuses_requests: bool = False
+
+
+class NewUser(Sent):
+    """An operator has no account; an owner's members are of theirs."""
+
+    email: Email
+    role: Literal["operator", "owner", "viewer"] = "owner"
+    account: AccountName | None = None
+
+
+class NewPassword(Sent):
+    """Of whoever is logged in."""
+
+    old_password: Annotated[str, Meta(max_length=4000)]
+    new_password: Annotated[str, Meta(max_length=4000)]
+
+
+class WhichUser(Sent):
+    """Where an address has several logins."""
+
+    account: Text | None = None
+    operator: bool = False
+
+
+class UsageQuery(Sent):
+    """Filters, each left out where not wanted: `key` by id, `model` a shell pattern."""
+
+    account: Text | None = None
+    key: Text | None = None
+    model: Text | None = None
+    since: Time | None = None
+    until: Time | None = None
+
+
+class RequestsQuery(UsageQuery):
+    """`limit` keeps the newest; `before`: those older than the request of that id."""
+
+    limit: Annotated[int, Meta(ge=1, le=1 << 40)] | None = None
+    before: Cursor | None = None
+
+
+class SumsQuery(UsageQuery):
+    """`group_by`: day, model, key, account, with commas between."""
+
+    group_by: Annotated[
+        str, Meta(pattern=r"^((day|model|key|account)(,(day|model|key|account)){0,3})?$")
+    ] = ""
+
+
+class AccountsQuery(Sent):
+    """`search` in names and addresses; `after`: whose names come after that one."""
+
+    search: Text = ""
+    after: Text = ""
+    limit: Annotated[int, Meta(ge=1, le=1 << 40)] | None = None
+
+
+class ChangesQuery(Sent):
+    """The newest `limit`, or those before the change of that id."""
+
+    account: Text | None = None
+    before: Annotated[int, Meta(ge=1, le=1 << 62)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+
+
+class OverviewQuery(Sent):
+    """Traffic of the last `days`, the `limit` accounts that spent most in this month."""
+
+    days: Annotated[int, Meta(ge=1, le=366)] = 30
+    limit: Annotated[int, Meta(ge=1, le=100)] = 10
+
+
+# ── What is answered ─────────────────────────────────────────────────────────────────────────────
+# Only described: operations answer with plain records.
+
+Moment = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
+Money = Annotated[str, Meta(pattern=r"^-?[0-9]+(\.[0-9]{1,9})?$")]
+Sum = int | None
+
+
+class Error(Struct):
+    """OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Refused(Struct):
+    """What an error's body is."""
+
+    error: Error
+
+
+class Account(Struct):
+    """A limit of null is the settings'."""
+
+    id: str
+    name: str
+    email: str | None
+    status: Literal["active", "suspended"]
+    concurrency: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    monthly_budget: Money | None
+    credit_limit: str | None
+    throttle_factor: Money | None
+    throttled_until: Moment | None
+    created_at: Moment
+    keys_in_force: int
+
+
+class AccountWithMoney(Account):
+    """And what it may spend; `available` of null is without limit."""
+
+    balance: Money
+    held: Money
+    available: Money | None
+    month: str
+    spent_this_month: Money
+    currency: str
+
+
+class AccountInList(Account):
+    """And what it has spent."""
+
+    balance: Money
+    spent_this_month: Money
+    requests_this_month: int
+    currency: str
+
+
+class AccountList(Struct):
+    """By name."""
+
+    accounts: list[AccountInList]
+
+
+class Balance(Struct):
+    """An account's money now."""
+
+    balance: Money
+    held: Money
+    credit_limit: str
+    available: Money | None
+    month: str
+    spent_this_month: Money
+    monthly_budget: Money | None
+    currency: str
+
+
+class KeyShown(Struct):
+    """Without what would let one use it."""
+
+    id: str
+    account: str
+    account_id: str
+    label: str
+    models: list[str] | None
+    concurrency: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    monthly_budget: Money | None
+    created_at: Moment
+    expires_at: Moment | None
+    revoked_at: Moment | None
+    compromised: bool
+
+
+class KeyInList(KeyShown):
+    """`last_used_on` is a day, in UTC."""
+
+    last_used_on: str | None
+
+
+class KeyList(Struct):
+    """Oldest first."""
+
+    keys: list[KeyInList]
+
+
+class KeyAdded(KeyShown):
+    """`key` is the only copy there will ever be."""
+
+    key: str
+    replaces: str | UnsetType = UNSET
+
+
+class KeyRevoked(KeyShown):
+    """`cut`: how many of its requests were in flight and are not any more."""
+
+    cut: int
+
+
+class PriceShown(Struct):
+    """A rate of null was not given."""
+
+    id: int
+    model: str
+    tier: str
+    above_input_tokens: int
+    effective_at: Moment
+    status: Literal["past", "current", "coming"]
+    currency: str
+    input: Money | None
+    cached_input: Money | None
+    cache_write: Money | None
+    output: Money | None
+    image_input: Money | None
+    image_output: Money | None
+    web_search: Money | None
+    max_output_tokens: int | None
+
+
+class PriceList(Struct):
+    """By model, tier, threshold and time."""
+
+    prices: list[PriceShown]
+
+
+class PricesAdded(PriceList):
+    """What was so anyway is unchanged."""
+
+    added: int
+    unchanged: int
+
+
+class Payment(Struct):
+    """A refund is negative."""
+
+    id: str
+    account: str
+    amount: Money
+    currency: str
+    reference: str | None
+    reason: str | None
+    month: str
+    created_at: Moment
+
+
+class PaymentList(Struct):
+    """Oldest first."""
+
+    payments: list[Payment]
+
+
+class PaymentAdded(Payment):
+    """And the balance with it."""
+
+    balance: Money
+
+
+class Notice(Struct):
+    """`account` of null: for all."""
+
+    id: str
+    kind: Literal["price", "terms", "maintenance", "incident", "budget"]
+    account: str | None
+    key_id: str | None
+    month: str | None
+    percent: int | None
+    text: str
+    effective_at: Moment
+    until: Moment | None
+    refuses_requests: bool
+    created_at: Moment
+
+
+class NoticeWithdrawn(Notice):
+    """And since when."""
+
+    withdrawn_at: Moment
+
+
+class NoticeList(Struct):
+    """By when they take effect."""
+
+    notices: list[Notice]
+
+
+class UserShown(Struct):
+    """`account` of null: an operator."""
+
+    id: str
+    email: str
+    role: Literal["operator", "owner", "viewer"]
+    account: str | None
+    account_id: str | None
+    password_set_at: Moment | None
+    link_expires_at: Moment | None
+    created_at: Moment
+
+
+class UserList(Struct):
+    """Operators first."""
+
+    users: list[UserShown]
+
+
+class UserAdded(UserShown):
+    """`link` is where the user sets a password, once."""
+
+    link: str
+
+
+class SessionShown(Struct):
+    """Of a browser that is logged in."""
+
+    id: str
+    browser: str
+    created_at: Moment
+    seen_at: Moment
+    this: bool
+
+
+class SessionList(Struct):
+    """The last used first."""
+
+    sessions: list[SessionShown]
+
+
+class Done(Struct):
+    """There is nothing to tell."""
+
+    ok: bool
+
+
+class Sums(Struct):
+    """A sum of null: no request has a number."""
+
+    requests: int
+    estimated: int
+    unreported: int
+    input_tokens: Sum
+    cached_input_tokens: Sum
+    cache_write_tokens: Sum
+    output_tokens: Sum
+    reasoning_tokens: Sum
+    image_input_tokens: Sum
+    image_output_tokens: Sum
+    web_searches: Sum
+    tool_input_tokens: Sum
+    cost: Money
+    currency: str
+
+
+class Group(Sums):
+    """Those of one combination of what it was grouped by."""
+
+    day: str | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    key_id: str | UnsetType = UNSET
+    account: str | UnsetType = UNSET
+
+
+class UsageReport(Struct):
+    """Sums by groups, and of all."""
+
+    groups: list[Group]
+    totals: Sums
+
+
+class RequestShown(Struct):
+    """A row of the ledger, CONTRACT.md section 5."""
+
+    request_id: str
+    account: str
+    key_id: str
+    endpoint: str
+    model: str | None
+    requested_model: str
+    upstream: str
+    started_at: Moment
+    first_byte_ms: int | None
+    duration_ms: int | None
+    status: int | None
+    outcome: ledger.Outcome
+    usage_source: ledger.UsageSource
+    input_tokens: Sum
+    cached_input_tokens: Sum
+    cache_write_tokens: Sum
+    output_tokens: Sum
+    reasoning_tokens: Sum
+    image_input_tokens: Sum
+    image_output_tokens: Sum
+    web_searches: Sum
+    service_tier: str | None
+    response_id: str | None
+    cost: Money | None
+    currency: str
+
+
+class RequestReport(Struct):
+    """Oldest first; the totals are of the whole range, whatever the limit."""
+
+    requests: list[RequestShown]
+    totals: Sums
+
+
+class StatementTotals(Sums):
+    """And what was paid."""
+
+    paid: Money
+
+
+class Statement(Struct):
+    """An account's month."""
+
+    account: str
+    account_id: str
+    month: str
+    closed: bool
+    currency: str
+    opening_balance: Money
+    usage: list[Group]
+    payments: list[Payment]
+    totals: StatementTotals
+    closing_balance: Money
+    paid_last_three_months: Money
+    paid_by_month: dict[str, Money]
+
+
+class Month(Struct):
+    """What was used and paid in it."""
+
+    month: str
+    closed: bool
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cost: Money
+    paid: Money
+    currency: str
+
+
+class MonthList(Struct):
+    """The newest first."""
+
+    months: list[Month]
+
+
+class Change(Struct):
+    """`before` of null: it was added; `after` of null: it was removed."""
+
+    id: int
+    changed_at: Moment
+    changed_by: str
+    kind: str
+    object_id: str
+    account: str | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class ChangeList(Struct):
+    """The newest first."""
+
+    changes: list[Change]
+
+
+class Overview(Struct):
+    """What an operator looks at first."""
+
+    running: bool
+    uptime_seconds: int
+    in_flight: int
+    queued: int
+    refusals: dict[str, int]
+    upstreams: list[dict[str, Any]]
+    traffic: list[dict[str, Any]]
+    spending: dict[str, Any]
+    lately: dict[str, Any]
+    database: dict[str, Any]
+
+
+class MeShown(Struct):
+    """An account's own figures, for one of its keys."""
+
+    account: str
+    account_id: str
+    key_id: str
+    balance: Balance
+    limits: dict[str, Any]
+    notices: list[Notice]
+
+
+class Check(Struct):
+    """What is wrong with the file, line by line."""
+
+    ok: bool
+    problems: list[str]
