@@ -422,7 +422,8 @@ class Dashboard:
                     if made is None:
                         return RedirectResponse(f"{visit.request.url.path}?done=1", 303, SECURITY)
                     shown |= made
-            context = {**await show(visit), "session": visit.session, "form": visit.form, **shown}
+            form = visit.form if shown["problem"] else {}
+            context = {**await show(visit), "session": visit.session, "form": form, **shown}
             return await self.page(visit.request, template, status, **context)
 
         methods = ["GET", "POST"] if actions else ["GET"]
@@ -731,7 +732,9 @@ def differences(change: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
 
 
 async def operators(visit: Visit) -> Context:
-    """Who may do everything."""
+    """Who may do everything. Raises Forbidden for others."""
+    if visit.actor.rank != "operator":
+        raise Forbidden("this is not for your role")
     found = await visit.ask(API.list_users)
     users = [user for user in found["users"] if user["role"] == "operator"]
     return {"here": "Users", "users": users, "account": None, "added": None}
@@ -828,9 +831,13 @@ async def keys(visit: Visit) -> Context:
         key["state"] = "revoked" if key["revoked_at"] else "expired" if ended else "in force"
     found.sort(key=lambda key: key["state"] != "in force")
     base = f"{visit.request.url.scheme}://{visit.request.headers.get('host', '')}/v1"
-    return {**shown, "keys": found, "added": None, "base_url": base}
+    priced = (await visit.ask(API.account_prices, account=shown["account"]["id"]))["prices"]
+    models = [row["model"].rstrip("*") for row in priced if row["output"] and row["source"]]
+    model = "redbtc-demo" if "redbtc-demo" in models else EXAMPLE_MODEL
+    return {**shown, "keys": found, "added": None, "base_url": base, "model": model}
 
 
+EXAMPLE_MODEL = "gpt-5.4-mini"
 KEY_FIELDS = ("label", "models", "expires", "monthly_budget")
 
 

@@ -1,0 +1,486 @@
+"""The dashboard: logging in, roles, walls between accounts, and pages in a real browser."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+from conftest import NODE_MODULES, MakeGateway, needs
+from gateway import NO_TLS, Gateway, wait_until
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from upstream import Received, Reply, Upstream, event
+
+import redbtc_dashboard as dashboard
+from redbtc_limits import Bucket
+from redbtc_settings import LedgerError
+from redbtc_users import check_password
+
+PASSWORD = "correct horse battery staple 7"
+OTHER_PASSWORD = "tangerine lighthouse umbrella 42"
+TOKEN = re.compile(r'name="token" value="(\w+)"')
+PAGES = ["", "/keys", "/usage", "/billing", "/billing/2026-11", "/members", "/notices", "/manage"]
+OPERATORS_PAGES = ["overview", "accounts", "prices", "notices", "log", "users"]
+
+
+class Login(NamedTuple):
+    """Somebody who is logged in, as a client without script."""
+
+    client: httpx2.Client
+    user: dict[str, Any]
+
+    def get(self, path: str, status: int = 200) -> httpx2.Response:
+        answer = self.client.get(path)
+        assert answer.status_code == status, (path, answer.status_code, answer.text)
+        return answer
+
+    def token(self) -> str:
+        found = TOKEN.search(self.get("/dashboard/you").text)
+        assert found is not None
+        return found[1]
+
+    def post(self, path: str, **form: str) -> httpx2.Response:
+        return self.client.post(path, data={"token": self.token(), **form})
+
+
+def anonymous(gateway: Gateway, **headers: str) -> httpx2.Client:
+    headers = {"origin": gateway.url, **headers}
+    return httpx2.Client(base_url=gateway.url, headers=headers, verify=NO_TLS, trust_env=False)
+
+
+def new_user(gateway: Gateway, email: str, role: str = "operator", account: str = "") -> Login:
+    """A new user whose password is set."""
+    body = {"email": email, "role": role, **({"account": account} if account else {})}
+    user = gateway.api("POST", "/users", body)
+    client = anonymous(gateway)
+    answer = client.post(
+        urlsplit(user["link"]).path, data={"password": PASSWORD, "again": PASSWORD}
+    )
+    assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/"), answer.text
+    return Login(client, user)
+
+
+@pytest.fixture
+def closing() -> Iterator[Callable[[Login], Login]]:
+    logins: list[Login] = []
+
+    def keep(login: Login) -> Login:
+        logins.append(login)
+        return login
+
+    yield keep
+    for login in logins:
+        login.client.close()
+
+
+def log_in(client: httpx2.Client, email: str, password: str, **headers: str) -> httpx2.Response:
+    form = {"email": email, "password": password}
+    return client.post("/dashboard/login", data=form, headers=headers)
+
+
+# ── Logging in ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_link_is_used_once_and_looking_at_it_uses_nothing(gateway: Gateway) -> None:
+    user = gateway.api("POST", "/users", {"email": "Ada@Example.com", "role": "operator"})
+    assert user["email"] == "ada@example.com"
+    path = urlsplit(user["link"]).path
+    with anonymous(gateway) as client:
+        for _ in range(2):
+            assert client.get(path).status_code == 200
+        short = client.post(path, data={"password": "short", "again": "short"})
+        assert (short.status_code, "at least 15 characters" in short.text) == (422, True)
+        differ = client.post(path, data={"password": PASSWORD, "again": OTHER_PASSWORD})
+        assert differ.status_code == 422
+        right = {"password": PASSWORD, "again": PASSWORD}
+        assert client.post(path, data=right).status_code == 303
+        assert client.post(path, data=right).status_code == 404
+        assert client.get(path).status_code == 404
+        assert client.get("/dashboard/overview").status_code == 200
+    with sqlite3.connect(gateway.database) as database:
+        dump = "\n".join(database.iterdump())
+    database.close()
+    assert path.rpartition("/")[2] not in dump
+    assert PASSWORD not in dump
+
+
+def test_the_cookie_and_the_headers_of_pages(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    login = closing(new_user(gateway, "ada@example.com"))
+    with anonymous(gateway) as client:
+        answer = log_in(client, "ADA@example.com ", PASSWORD)
+        cookies = answer.headers.get_list("set-cookie")
+        assert answer.status_code == 303
+        assert all("HttpOnly" in each and "SameSite=strict" in each for each in cookies)
+        assert all("Secure" not in each for each in cookies)  # without TLS it would be lost
+        secure = log_in(
+            client,
+            "ada@example.com",
+            PASSWORD,
+            **{"x-forwarded-proto": "https", "origin": gateway.url.replace("http:", "https:")},
+        )
+        assert secure.status_code == 303
+        for each in secure.headers.get_list("set-cookie"):
+            assert each.startswith("__Host-redbtc")
+            assert all(part in each for part in ("Secure", "Path=/", "HttpOnly", "SameSite=strict"))
+    headers = login.get("/dashboard/overview").headers
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["cache-control"] == "no-store"
+
+
+def test_a_session_is_new_at_login_and_ends_for_good(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    login = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    with anonymous(gateway, cookie="redbtc=chosen-by-somebody-else") as client:  # fixation
+        answer = log_in(client, "ada@example.com", PASSWORD)
+        assert "chosen" not in answer.headers["set-cookie"]
+        assert client.get("/dashboard/you").status_code == 303
+
+    def cookie_of(client: httpx2.Client) -> str:
+        return str(client.cookies["redbtc"])
+
+    def is_in(cookie: str) -> bool:
+        with anonymous(gateway, cookie=f"redbtc={cookie}") as client:
+            return client.get("/dashboard/you").status_code == 200
+
+    first = cookie_of(login.client)
+    assert is_in(first)
+    assert login.post("/dashboard/logout").status_code == 303
+    assert not is_in(first)
+    assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303
+    second = cookie_of(login.client)
+    form = {"old_password": PASSWORD, "new_password": OTHER_PASSWORD, "again": OTHER_PASSWORD}
+    assert login.post("/dashboard/you/password", **{**form, "old_password": "x"}).status_code == 409
+    assert is_in(second)
+    assert login.post("/dashboard/you/password", **form).status_code == 303
+    assert not is_in(second)
+    third = cookie_of(login.client)
+    assert is_in(third)
+    gateway.api("POST", "/accounts/a/suspend", {})
+    assert not is_in(third)
+    suspended = log_in(login.client, "ada@example.com", OTHER_PASSWORD)
+    assert (suspended.status_code, "suspended" in suspended.text) == (403, True)
+    gateway.api("POST", "/accounts/a/resume")
+    assert not is_in(third)
+    assert log_in(login.client, "ada@example.com", OTHER_PASSWORD).status_code == 303
+    fourth = cookie_of(login.client)
+    gateway.api("POST", "/users/ada@example.com/reset")
+    assert not is_in(fourth)
+    assert log_in(login.client, "ada@example.com", OTHER_PASSWORD).status_code == 403
+
+
+def test_who_guesses_is_slowed_down_and_learns_nothing(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    login = closing(new_user(gateway, "ada@example.com"))
+    with anonymous(gateway) as client:
+        known = log_in(client, "ada@example.com", "wrong")
+        unknown = log_in(client, "bob@example.com", "wrong")
+        assert known.status_code == unknown.status_code == 403
+        assert known.text.replace("ada@", "bob@") == unknown.text
+        answers = [log_in(client, "ada@example.com", f"wrong {i}").status_code for i in range(8)]
+        assert answers[-1] == 429
+        waiting = log_in(client, "ada@example.com", PASSWORD)
+        assert waiting.status_code == 429  # also the right one, from a browser that nobody knows
+        assert 1 <= int(waiting.headers["retry-after"]) <= 60
+    assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303  # one that is known
+
+
+def test_passwords_that_are_too_easy() -> None:
+    for password in (
+        "passwordpassword",
+        "123456789012345",
+        "aaaaaaaaaaaaaaaa",
+        "qwertyuiopasdfg",
+        "x" * 14,
+        "x" * 1001,
+        "ada@example.com ada",
+    ):
+        with pytest.raises(LedgerError, match="password"):
+            check_password(password, "ada@example.com")
+    check_password(PASSWORD, "ada@example.com")
+
+
+def test_the_throttle_forgets_and_is_bounded() -> None:
+    throttle = dashboard.Throttle()
+    for _ in range(throttle.OF_ADDRESS):
+        assert throttle.seconds_to_wait("1.2.3.4", "a") == 0
+        throttle.tried("1.2.3.4", "a")
+    assert 0 < throttle.seconds_to_wait("5.6.7.8", "a") <= 60
+    assert throttle.seconds_to_wait("1.2.3.4", "b") == 0
+    for number in range(2 * throttle.MOST_KNOWN):
+        throttle.seconds_to_wait(str(number), "c")
+    assert len(throttle._buckets) <= throttle.MOST_KNOWN
+    assert isinstance(next(iter(throttle._buckets.values())), Bucket)
+
+
+# ── Changes from elsewhere ───────────────────────────────────────────────────────────────────────
+
+
+def test_a_change_from_another_site_is_refused(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    login = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    keys = f"/dashboard/accounts/{login.user['account_id']}/keys"
+    token = login.token()
+    for headers, form in (
+        ({"origin": "https://evil.example"}, {"token": token}),
+        ({"origin": "null", "sec-fetch-site": "cross-site"}, {"token": token}),
+        ({"origin": gateway.url, "sec-fetch-site": "same-site"}, {"token": token}),
+        ({"origin": gateway.url}, {}),
+        ({"origin": gateway.url}, {"token": "0" * 64}),
+    ):
+        answer = login.client.post(keys, data={"do": "add", **form}, headers=headers)
+        assert answer.status_code == 403, (headers, form)
+    assert gateway.api("GET", "/accounts/a/keys")["keys"] == []
+    api = f"/admin/v1/accounts/{login.user['account_id']}/keys"
+    for origin in ("https://evil.example", "null"):
+        answer = login.client.post(api, json={}, headers={"origin": origin})
+        assert answer.status_code == 403
+    assert login.client.post(api, json={}).status_code == 201
+    foreign = log_in(login.client, "ada@example.com", PASSWORD, origin="https://evil.example")
+    assert foreign.status_code == 403
+
+
+# ── Roles, and walls between accounts ────────────────────────────────────────────────────────────
+
+
+def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
+    for name in ("a", "b"):
+        gateway.api("POST", "/accounts", {"name": name})
+    operator = closing(new_user(gateway, "op@example.com"))
+    owner = closing(new_user(gateway, "owner@example.com", "owner", "a"))
+    viewer = closing(new_user(gateway, "viewer@example.com", "viewer", "a"))
+    foreign = gateway.api("GET", "/accounts/b")["id"]
+    own = str(owner.user["account_id"])
+    for name in OPERATORS_PAGES:
+        operator.get(f"/dashboard/{name}")
+        for member in (owner, viewer):
+            member.get(f"/dashboard/{name}", 403)
+    for page in PAGES:
+        operator.get(f"/dashboard/accounts/{own}{page}")
+        for member in (owner, viewer):
+            member.get(f"/dashboard/accounts/{own}{page}", 403 if page == "/manage" else 200)
+            there = member.get(f"/dashboard/accounts/{foreign}{page}", 404).text
+            nowhere = member.get(f"/dashboard/accounts/acct_0{page}", 404).text
+            assert there.replace(foreign, "acct_0") == nowhere
+        with anonymous(gateway) as client:
+            answer = client.get(f"/dashboard/accounts/{own}{page}")
+            assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/login")
+    for form in ({"do": "add", "label": "x"}, {"do": "nonsense"}):
+        assert viewer.post(f"/dashboard/accounts/{own}/keys", **form).status_code == 403
+    assert gateway.api("GET", "/accounts/a/keys")["keys"] == []
+
+
+def test_another_account_s_ids_in_forms_and_addresses(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    owner = closing(new_user(gateway, "owner@example.com", "owner", "a"))
+    gateway.new_key("b")
+    key = gateway.api("GET", "/accounts/b/keys")["keys"][0]["id"]
+    other = gateway.api("POST", "/users", {"email": "o@b.c", "role": "owner", "account": "b"})
+    own = f"/dashboard/accounts/{owner.user['account_id']}"
+    for do in ("revoke", "rotate"):
+        answer = owner.post(f"{own}/keys", do=do, key=key)
+        assert (answer.status_code, key in answer.text) == (404, False)
+    for do in ("reset", "remove"):
+        answer = owner.post(f"{own}/members", do=do, user=other["id"])
+        assert (answer.status_code, "o@b.c" in answer.text) == (404, False)
+    assert owner.post(f"{own}/members", do="add", email="x@y.z", role="operator").status_code == 403
+    assert owner.client.get(f"{own}/usage?key={key}").status_code == 404
+    assert owner.client.get(f"{own}/usage.csv?key={key}").status_code == 404
+    assert gateway.api("GET", "/accounts/b/keys")["keys"][0]["revoked_at"] is None
+    # An address that is known elsewhere is as good as any other.
+    added = owner.post(f"{own}/members", do="add", email="o@b.c", role="viewer")
+    assert (added.status_code, "/dashboard/link/" in added.text) == (200, True)
+
+
+# ── Keys and limits ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_compromised_key_is_cut(gateway: Gateway, upstream: Upstream) -> None:
+    key, other = gateway.new_key(), gateway.new_key()
+    release = threading.Event()
+
+    async def one_event_then_wait(_: Received, reply: Reply) -> None:
+        await reply.head(200, {"content-type": "text/event-stream"})
+        await reply.send(event({"id": "c", "model": "m", "choices": []}))
+        await reply.wait(release)
+        await reply.send(b"data: [DONE]\n\n")
+        await reply.end()
+
+    upstream.script = one_event_then_wait
+    chat = {"model": "m", "messages": [], "stream": True}
+
+    def ask(shown: str) -> bool:
+        """Whether the answer came to its end."""
+        try:
+            with gateway.client(shown) as client:
+                return "[DONE]" in client.post("/chat/completions", json=chat).text
+        except httpx2.HTTPError:
+            return False
+
+    with ThreadPoolExecutor(4) as pool:
+        cut = [pool.submit(ask, key) for _ in range(3)]
+        kept = pool.submit(ask, other)
+        wait_until(lambda: len(upstream.requests) == 4)
+        key_id = gateway.api("GET", "/accounts/test/keys")["keys"][0]["id"]
+        revoked = gateway.cli("key", "revoke", "--compromised", key_id)
+        assert (revoked["cut"], revoked["compromised"]) == (3, True)
+        assert [each.result(5) for each in cut] == [False] * 3
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 1)
+        outcomes = [row["outcome"] for row in gateway.rows(key=key_id)]
+        assert outcomes == ["client_disconnected"] * 3
+        release.set()
+        assert kept.result(5)
+    with gateway.client(key) as client:
+        assert client.post("/chat/completions", json=chat).status_code == 401
+
+
+def test_a_throttled_account_has_a_part_of_its_limits(gateway: Gateway) -> None:
+    key = gateway.new_key("a", concurrency=8, requests_per_minute=100)
+    throttled = gateway.cli("account", "throttle", "a", "--factor", "0.25", "--until", "1h")
+    assert throttled["throttle_factor"] == "0.25"
+    headers = {"authorization": f"Bearer {key}"}
+    found = gateway.get("/admin/v1/me/limits", headers=headers).json()["account"]
+    assert found["concurrency"]["limit"] == 2
+    assert found["requests_per_minute"]["limit"] == 25
+    assert gateway.cli("account", "throttle", "a", "--factor", "1")["throttle_factor"] is None
+    found = gateway.get("/admin/v1/me/limits", headers=headers).json()["account"]
+    assert found["concurrency"]["limit"] == 8
+
+
+def test_a_maintenance_refuses_requests(gateway: Gateway, key: str) -> None:
+    chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+    notice = gateway.cli(
+        "notice", "add", "--kind", "maintenance", "--until", "1h", "--refuse-requests", "Back soon."
+    )
+    with gateway.client(key) as client:
+        refused = client.post("/chat/completions", json=chat)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "maintenance"
+        assert refused.json()["error"]["message"] == "Back soon."
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        gateway.cli("notice", "withdraw", notice["id"])
+        assert client.post("/chat/completions", json=chat).status_code == 200
+
+
+# ── In a browser ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = needs("chromium")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+def problems(page: Page) -> list[str]:
+    """What axe-core finds: WCAG 2.2 AA and its own best practice."""
+    page.evaluate((NODE_MODULES / "axe-core" / "axe.min.js").read_text())
+    found = page.evaluate("() => axe.run()")
+    return [f"{each['id']}: {each['nodes'][0]['html']}" for each in found["violations"]]
+
+
+def watch(page: Page, said: list[str]) -> None:
+    """What a page logs, or shows in a dialog."""
+    page.on("console", lambda message: said.append(message.text))
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+
+
+def test_from_the_first_start_to_a_request_on_the_usage_page(
+    make_gateway: MakeGateway, browser: Browser, tmp_path: Path
+) -> None:
+    gateway = make_gateway().start()
+    link = re.search(r"http://\S+(/dashboard/link/\S+)", gateway.log())
+    assert link is not None, gateway.log()
+    context = browser.new_context(timezone_id="Asia/Tokyo")
+    page = context.new_page()
+    errors: list[str] = []
+    watch(page, errors)
+    page.goto(gateway.url + link[1])
+    page.get_by_label("Password", exact=True).fill(PASSWORD)
+    page.get_by_label("Password again").fill(PASSWORD)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Overview")
+    page.goto(f"{gateway.url}/dashboard/accounts")
+    page.get_by_label("Name", exact=True).fill("ada")
+    page.get_by_role("button", name="Add it").click()
+    page.get_by_role("link", name="ada").click()
+    page.get_by_role("link", name="Keys").click()
+    page.get_by_label("Label").fill("laptop")
+    page.get_by_role("button", name="Make it").click()
+    key = page.locator("#secret").inner_text()
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json={"model": "gpt-5.5", "input": "Hi"})
+        assert answer.status_code == 200
+    page.get_by_role("link", name="Usage").click()
+    row = page.locator("tbody tr")
+    expect(row).to_have_count(1)
+    expect(row).to_contain_text("completed")
+    expect(row).to_contain_text(answer.headers["x-redbtc-request-id"])
+    started = gateway.row()["started_at"]
+    hour = (int(started[11:13]) + 9) % 24
+    expect(row.locator("time")).to_contain_text(f"{hour:02}:{started[14:16]}")
+    assert errors == []
+    context.close()
+
+
+NASTY = "<script>document.title='owned'</script>\"'><img src=x onerror=document.title='owned'>"
+
+
+def test_what_users_name_is_text_and_pages_are_accessible(
+    make_gateway: MakeGateway, browser: Browser, closing: Callable[[Login], Login]
+) -> None:
+    gateway = make_gateway('[server]\n[billing]\nunpriced_models = "free"').start()
+    name = NASTY.replace("/", "")
+    account = gateway.api("POST", "/accounts", {"name": name, "email": NASTY})
+    path = f"/accounts/{account['id']}"
+    key = gateway.api("POST", f"{path}/keys", {"label": NASTY, "models": f"{NASTY},m*,gpt*"})
+    gateway.api("POST", f"{path}/payments", {"amount": "5", "reference": NASTY, "reason": NASTY})
+    gateway.api("POST", "/notices", {"kind": "incident", "text": NASTY})
+    gateway.api("POST", "/prices", {"prices": [{"model": "<b>*", "input": "1", "source": NASTY}]})
+    with gateway.client(key["key"]) as client:
+        for model in (NASTY, "gpt-5.5"):
+            client.post("/responses", json={"model": model, "input": "Hi"})
+    operator = closing(new_user(gateway, "op@example.com"))
+    cookie = {"name": "redbtc", "value": operator.client.cookies["redbtc"], "url": gateway.url}
+    found: list[str] = []
+    for scheme, width in (("light", 1280), ("dark", 360)):
+        context = browser.new_context(
+            color_scheme=scheme,  # type: ignore[arg-type]
+            viewport={"width": width, "height": 800},
+        )
+        context.add_cookies([cookie])  # type: ignore[list-item]
+        page = context.new_page()
+        watch(page, found)
+        month = account["month"]
+        paths = [f"{path}{end.replace('2026-11', month)}" for end in PAGES]
+        for each in (*paths, *(f"/{name}" for name in OPERATORS_PAGES), "/you"):
+            page.goto(f"{gateway.url}/dashboard{each}")
+            found += [f"{scheme} {width} {each}: {problem}" for problem in problems(page)]
+            assert "owned" not in page.title().replace(name, "")
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            if wide > width:
+                found.append(f"{each} is {wide} pixels wide of {width}")
+        context.close()
+    assert found == []
