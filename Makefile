@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .SILENT:
-.PHONY: help run test lint format bench lock clean
+.PHONY: help run test lint format bench screenshots lock clean
 
 help: ## List the targets
 	sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,9 @@ format: $(VENV)/dev ## Put the code in its usual form
 
 bench: $(VENV)/dev ## Repeat the measurements that the README quotes (needs nginx; installs LiteLLM)
 	$(RUN) bench/bench.py
+
+screenshots: $(VENV)/dev ## Take pictures of every page of the dashboard (needs Chromium)
+	$(RUN) tests/screenshots.py
 
 lock: ## Pin the newest versions of all dependencies, with their hashes
 	$(PYTHON) -m venv $(VENV)-lock
