@@ -701,7 +701,7 @@ def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Cloc
 @pytest.mark.parametrize("whose", ["account", "key"])
 def test_a_budget_starts_anew_with_the_month(bench: Bench, clock: Clock, whose: str) -> None:
     budget = {"monthly_budget": 5_000_000}
-    bench.run(bench.accounts.add("a", None, budget if whose == "account" else {}))
+    bench.run(bench.accounts.add("a", None, budget if whose == "account" else {}, "test"))
     key = bench.key("a", **(budget if whose == "key" else {}))
     bench.price(Price("m", input=5 * NANOS))
     clock.now = month_start("2026-12") - 1
@@ -816,9 +816,10 @@ class Money(RuleBasedStateMachine):
         self.patch.setattr(ledger, "now_ms", lambda: self.clock.now)
         self.folder = tempfile.TemporaryDirectory()
         self.bench = Bench(Path(self.folder.name), Billing(default_credit_limit="0"))
-        self.bench.run(self.bench.accounts.add("a", None, {"monthly_budget": BUDGET}))
+        accounts = self.bench.accounts
+        account = self.bench.run(accounts.add("a", None, {"monthly_budget": BUDGET}, "test"))
         self.secrets = [
-            self.bench.run(self.bench.accounts.add_key("a", "", None, limits))["key"]
+            self.bench.run(accounts.add_key(account["id"], "", None, limits, "test"))["key"]
             for limits in ({}, {"monthly_budget": KEY_BUDGET})
         ]
         self.expected = Expected()
