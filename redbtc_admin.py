@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_type_hints
@@ -23,7 +24,7 @@ import orjson
 from msgspec import UNSET, Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
@@ -34,6 +35,7 @@ from redbtc_billing import Books, Price
 from redbtc_ledger import Accounts, Key, Record
 from redbtc_reports import Range
 from redbtc_settings import (
+    MONTH,
     NANOS,
     UNLIMITED,
     Conflict,
@@ -48,6 +50,7 @@ from redbtc_settings import (
     parse_time,
 )
 from redbtc_shapes import (
+    MEANT,
     Account,
     AccountChange,
     AccountList,
@@ -121,6 +124,10 @@ class Invalid(LedgerError):
     """What was sent is not of the form that is asked for; the message names the place."""
 
 
+class TooLarge(LedgerError):
+    """A body of more than MOST_BODY_BYTES."""
+
+
 class Forbidden(LedgerError):
     """Not for this actor, who may know that it is there."""
 
@@ -174,6 +181,7 @@ Wanted = TypeVar("Wanted", bound=Struct)
 Perform = Callable[..., Awaitable[Any]]
 PREFIX = "/admin/v1"
 MOST_ROWS = 1000  # requests that a browser or a key gets at once
+MOST_BODY_BYTES = 4 << 20  # a list of thousands of prices
 
 
 class Operation:
@@ -208,12 +216,35 @@ def operation(method: str, *paths: str, least: Rank, answer: Any) -> Callable[[P
     return decorate
 
 
+ACCOUNT_ID = re.compile(r"acct_[0-9a-f]{16}")
+FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
+
+
+def explained(error: Exception) -> str:
+    """msgspec's message; of a member that is unknown or missing it has the whole path, and for a
+    pattern what people call that."""
+    what, at, place = str(error).partition(" - at `$")
+    for pattern, meant in MEANT.items():
+        what = what.replace(f"`str` matching regex {pattern!r}", meant)
+    field = FIELD.fullmatch(what)
+    return f"{what} - at `${place[:-1]}.{field[1]}`" if field else f"{what}{at}{place}"
+
+
+def whole(number: str) -> int | float:
+    """456.0 is an integer where JSON Schema is asked (2020-12, Core §4.2.3)."""
+    found = float(number)
+    return int(found) if found.is_integer() else found
+
+
+JSON = msgspec.json.Decoder(float_hook=whole)
+
+
 def decoded(body: bytes, wanted: type[Wanted]) -> Wanted:
     """A JSON body. Raises Invalid."""
     try:
-        return msgspec.json.decode(body or b"{}", type=wanted)
+        return msgspec.convert(JSON.decode(body or b"{}"), wanted)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Invalid(str(error)) from None
+        raise Invalid(explained(error)) from None
 
 
 def converted(values: Mapping[str, Any], wanted: type[Wanted]) -> Wanted:
@@ -221,7 +252,7 @@ def converted(values: Mapping[str, Any], wanted: type[Wanted]) -> Wanted:
     try:
         return msgspec.convert(dict(values), wanted, strict=False)
     except msgspec.ValidationError as error:
-        raise Invalid(str(error)) from None
+        raise Invalid(explained(error)) from None
 
 
 def limits_in(body: Struct) -> dict[str, Any]:
@@ -315,9 +346,18 @@ class API:
         return key
 
     async def _user(self, actor: Actor, name: str, query: WhichUser) -> Record:
-        user = await self.users.named(name, query.account, query.operator)
+        """Of several logins of one address a member only ever means, and learns of, his account's.
+        Raises NotFound, Conflict."""
+        no_user = NotFound(f"there is no user {name!r}")
+        account, operator = query.account, query.operator
+        if actor.account_id is not None:
+            own = await self._accounts.show(actor.account_id)
+            if operator or account not in (None, own["name"]):
+                raise no_user
+            account = own["name"]
+        user = await self.users.named(name, account, operator)
         if actor.account_id not in (None, user["account_id"]):
-            raise NotFound(f"there is no user {name!r}")
+            raise no_user
         return user
 
     # Accounts
@@ -340,6 +380,8 @@ class API:
     @operation("POST", "/accounts", least="operator", answer=AccountWithMoney)
     async def add_account(self, actor: Actor, body: NewAccount) -> Record:
         """Add an account."""
+        if ACCOUNT_ID.fullmatch(body.name):  # where either will do, it would be taken for another's
+            raise LedgerError(f"{body.name!r} has the form of an account's id; take another name")
         limits = limits_in(body)
         account = await self._accounts.add(body.name, body.email, limits, actor.name)
         return await self._with_money(account, actor)
@@ -477,7 +519,11 @@ class API:
     )
     async def statement(self, account: Record, month: str) -> Record:
         """An account's month."""
-        return await reports.statement(self.books, account, parse_month(month))
+        try:
+            wanted = parse_month(month)
+        except LedgerError as error:
+            raise Invalid(str(error)) from None
+        return await reports.statement(self.books, account, wanted)
 
     @operation("GET", "/me/balance", least="key", answer=Balance)
     async def balance(self, account: Record) -> Record:
@@ -751,6 +797,7 @@ STATUS: dict[type[LedgerError], int] = {
     Forbidden: 403,
     NotFound: 404,
     Conflict: 409,
+    TooLarge: 413,
     LedgerUnavailable: 503,
     Busy: 503,
 }
@@ -810,6 +857,19 @@ async def _describe(request: Request) -> Response:
     return answer(openapi(secure=request.url.scheme == "https"))
 
 
+async def _body(request: Request) -> bytes:
+    """Raises TooLarge before more is held, and Invalid where it ends too early."""
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_BODY_BYTES:
+                raise TooLarge(f"a body has at most {MOST_BODY_BYTES} bytes")
+    except ClientDisconnect:
+        raise Invalid("the body is not whole") from None
+    return bytes(body)
+
+
 def _endpoint(
     api: API, operations: dict[str, Operation], authenticate: Authenticate
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -820,7 +880,7 @@ def _endpoint(
         query = dict(pairs)
         if len(query) < len(pairs):
             raise Invalid("a query parameter stands twice")
-        body = await request.body() if operation.method in ("POST", "PATCH") else b""
+        body = await _body(request) if operation.method in ("POST", "PATCH") else b""
         found = await api.perform(operation, actor, request.path_params, query=query, body=body)
         if isinstance(found, bytes):
             return Response(found, media_type="application/json")
@@ -839,8 +899,13 @@ ERRORS = {
     "403": "It is not for this role, or comes from another site.",
     "404": "There is none, or it is another account's.",
     "409": "It is well formed, but can't be done; the message says why.",
+    "413": "The body is too large.",
     "503": "The database can't be written now, or too many passwords are being checked.",
 }
+
+
+ID = {"type": "string", "minLength": 1, "pattern": "^[^/]+$"}
+IN_PATH = {"month": {"type": "string", "pattern": f"^({MONTH.pattern})$"}}
 
 
 def openapi(*, secure: bool) -> Record:
@@ -873,7 +938,7 @@ def openapi(*, secure: bool) -> Record:
 def _described(operation: Operation, path: str, number: int, schemas: Record) -> Record:
     in_path = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        {"name": name, "in": "path", "required": True, "schema": IN_PATH.get(name, ID)}
         for name in in_path
     ]
     query = schemas[operation.query.__name__]

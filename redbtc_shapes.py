@@ -14,36 +14,73 @@ from redbtc_settings import MOST_TOKENS
 
 # ── What is sent ─────────────────────────────────────────────────────────────────────────────────
 # Strict: an unknown member is an error that names it. The same types describe the API in
-# openapi.json.
+# openapi.json. Patterns end in $(?!\n), since Python's $ alone lets a line's end through.
 
-NAME_FORM = r"^[^\s/\x00-\x1f\x7f]([^/\x00-\x1f\x7f]*[^\s/\x00-\x1f\x7f])?$"
+NAME_FORM = r"^[^\s/\x00-\x1f\x7f]([^/\x00-\x1f\x7f]*[^\s/\x00-\x1f\x7f])?$(?!\n)"
 Limit = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-AccountName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NAME_FORM)]
 Text = Annotated[str, Meta(max_length=200)]
 Reason = Annotated[str, Meta(min_length=1, max_length=500)]
-Amount = Annotated[str, Meta(pattern=r"^-?[0-9]{1,18}(\.[0-9]{1,9})?$", examples=["12.50"])]
+MEANT: dict[str, str] = {}  # what people call the form that a pattern asks for
+
+
+def form(pattern: str, meant: str, **more: Any) -> Meta:
+    """Text of this form; who sends another is told what is meant."""
+    MEANT[pattern] = meant
+    return Meta(pattern=pattern, title=meant, **more)
+
+
+AccountName = Annotated[
+    str,
+    form(
+        NAME_FORM,
+        "a name without slashes and control characters, and no space at its ends",
+        min_length=1,
+        max_length=100,
+    ),
+]
+Amount = Annotated[
+    str,
+    form(
+        r"^-?[0-9]{1,18}(\.[0-9]{1,9})?$(?!\n)",
+        "an amount such as 12.50 (at most 9 digits after the point)",
+    ),
+]
 LimitAmount = Annotated[
-    str, Meta(pattern=r"^(unlimited|[0-9]{1,18}(\.[0-9]{1,9})?)$", examples=["50", "unlimited"])
+    str,
+    form(
+        r"^(unlimited|[0-9]{1,18}(\.[0-9]{1,9})?)$(?!\n)",
+        "an amount such as 12.50 (at most 9 digits after the point), or unlimited",
+    ),
 ]
 Time = Annotated[
     str,
-    Meta(
-        pattern=r"^([0-9]{1,9}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}"
-        r"([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]{1,9})?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?)$",
-        description="ISO 8601, UTC where it names no zone, or a duration such as 24h",
-        examples=["2026-12-31T00:00:00Z", "90d"],
+    form(
+        r"^([0-9]{1,9}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}"
+        r"([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]{1,9})?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?)$(?!\n)",
+        "a time: ISO 8601 (2026-12-31T00:00:00Z; UTC where it names no zone), or a duration (24h)",
     ),
 ]
-Duration = Annotated[str, Meta(pattern=r"^(0|[0-9]{1,9}[smhdw])$", examples=["24h"])]
-Factor = Annotated[
-    str, Meta(pattern=r"^(0?\.[0-9]{0,2}[1-9]|0?\.[1-9]0{0,2}|0?\.[0-9][1-9]0|1(\.0{1,3})?)$")
+Duration = Annotated[
+    str, form(r"^(0|[0-9]{1,9}[smhdw])$(?!\n)", "a duration such as 90s, 15m, 24h, 30d or 2w")
 ]
-ModelName = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Factor = Annotated[
+    str,
+    form(
+        r"^(0?\.[0-9]{0,2}[1-9]|0?\.[1-9]0{0,2}|0?\.[0-9][1-9]0|1(\.0{1,3})?)$(?!\n)",
+        "a part from 0.001 to 1, such as 0.25",
+    ),
+]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)")]
 Patterns = Annotated[str, Meta(max_length=4000, description="shell patterns, commas between")]
 Email = Annotated[
-    str, Meta(max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$")
+    str,
+    form(
+        r"^[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}$(?!\n)",
+        "an address such as ada@example.com",
+        max_length=254,
+    ),
 ]
-Cursor = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Cursor = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
 
 
 class Sent(Struct, forbid_unknown_fields=True):
@@ -120,7 +157,7 @@ class NewPrice(Sent):
     call. `effective` is a time or a duration from now; left out: now."""
 
     model: ModelName | Annotated[tuple[ModelName, ...], Meta(min_length=1)]
-    tier: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}$")] = billing.DEFAULT_TIER
+    tier: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}$(?!\n)")] = billing.DEFAULT_TIER
     above_input_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] = 0
     effective: Time | None = None
     input: Amount | None = None
@@ -206,7 +243,7 @@ class SumsQuery(UsageQuery):
     """`group_by`: day, model, key, account, with commas between."""
 
     group_by: Annotated[
-        str, Meta(pattern=r"^((day|model|key|account)(,(day|model|key|account)){0,3})?$")
+        str, Meta(pattern=r"^((day|model|key|account)(,(day|model|key|account)){0,3})?$(?!\n)")
     ] = ""
 
 
