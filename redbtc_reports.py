@@ -133,13 +133,14 @@ async def requests_in(store: Reader, wanted: Range, currency: str) -> AsyncItera
 async def _since_enough(store: Reader, wanted: Range) -> int:
     """From when on there are as many as are wanted: the days tell, so that who looks for what is
     rare doesn't have all looked through."""
-    found = 0
+    found, since = 0, wanted.until
     async for day, requests in store.rows(DAYS_WITH_SOME, wanted.values()):
+        since = max(wanted.since, int(day) * DAY)
         if (day + 1) * DAY <= wanted.until:  # else it counts what may come after
             found += requests
         if found >= wanted.limit:
-            return max(wanted.since, int(day) * DAY)
-    return wanted.since
+            break
+    return since
 
 
 async def older_than(store: Store, wanted: Range, request_id: str) -> Range:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import html
+import io
 import re
 import sqlite3
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 from conftest import NODE_MODULES, MakeGateway, needs
-from gateway import NO_TLS, Gateway, wait_until
+from gateway import NO_TLS, ROOT, Gateway, wait_until
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from upstream import Received, Reply, Upstream, event
 
@@ -22,6 +27,9 @@ import redbtc_dashboard as dashboard
 from redbtc_limits import Bucket
 from redbtc_settings import LedgerError
 from redbtc_users import check_password
+
+sys.path.append(str(ROOT / "bench"))
+from bench import fill
 
 PASSWORD = "correct horse battery staple 7"
 OTHER_PASSWORD = "tangerine lighthouse umbrella 42"
@@ -484,3 +492,55 @@ def test_what_users_name_is_text_and_pages_are_accessible(
                 found.append(f"{each} is {wide} pixels wide of {width}")
         context.close()
     assert found == []
+
+
+# ── How fast ─────────────────────────────────────────────────────────────────────────────────────
+
+QUICK_SECONDS = 0.05
+FILTERS = ["?key=key_1", "?model=m0", "?model=none", "?since=2026-01-01&until=2026-02-01"]
+
+
+def test_every_page_is_quick_on_a_large_ledger(
+    make_gateway: MakeGateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway = make_gateway()
+    gateway.cli("db", "check")  # makes the database
+    fill(gateway.database, 200_000, 1000)
+    gateway.start()
+    operator = closing(new_user(gateway, "op@example.com"))
+    pages = [f"/{name}" for name in (*OPERATORS_PAGES, "you", "accounts?search=99")]
+    pages += [f"/accounts/acct_1{page}" for page in PAGES]
+    pages += [f"/accounts/acct_1/usage{query}" for query in FILTERS]
+    took: dict[str, float] = {}
+    for page in pages:
+        for _ in range(5):
+            began = time.perf_counter()
+            operator.get(f"/dashboard{page}")
+            took[page] = min(took.get(page, 1), time.perf_counter() - began)
+    assert {page: seconds for page, seconds in took.items() if seconds > QUICK_SECONDS} == {}
+    used = operator.get("/dashboard/accounts/acct_1/usage?model=none").text
+    assert "No requests in this time." in used
+
+
+def test_the_pages_of_the_usage_page_are_all_requests_once(
+    gateway: Gateway, key: str, closing: Callable[[Login], Login]
+) -> None:
+    with gateway.client(key) as client:
+        for number in range(120):
+            body = {"model": f"gpt-{number % 3}", "input": "x"}
+            assert client.post("/responses", json=body).status_code == 200
+    operator = closing(new_user(gateway, "op@example.com"))
+    path = f"/dashboard/accounts/{gateway.api('GET', '/accounts/test')['id']}/usage"
+    for query, count in (("", 120), ("?model=gpt-1", 40)):
+        seen: list[str] = []
+        at = f"{path}{query}"
+        while at:
+            text = operator.get(at).text
+            seen += re.findall(r"<code>(req_\w+)</code>", text)
+            older = re.search(r'rel="next" href="([^"]+)"', text)
+            at = f"{path}{html.unescape(older[1])}" if older else ""
+        rows = gateway.rows(**({"model": "gpt-1"} if query else {}))
+        assert seen == [row["request_id"] for row in rows][::-1]
+        assert len(seen) == count
+        table = operator.get(f"{path}.csv{query}").text
+        assert [line["request_id"] for line in csv.DictReader(io.StringIO(table))] == seen
