@@ -453,6 +453,71 @@ def test_from_the_first_start_to_a_request_on_the_usage_page(
     context.close()
 
 
+FOCUSED = """() => {
+    const at = document.activeElement;
+    const label = at.labels && at.labels[0] ? at.labels[0].textContent : at.textContent;
+    const ring = getComputedStyle(at).outlineStyle !== "none";
+    return [(at.getAttribute("aria-label") || label || "").trim(), ring];
+}"""
+
+
+def tab_to(page: Page, name: str) -> None:
+    """Press Tab until what is called so has the focus; whatever has it shows that."""
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        label, ring = page.evaluate(FOCUSED)
+        if page.evaluate("document.activeElement !== document.body"):
+            assert ring, f"{label} shows no focus"
+        if label == name:
+            return
+    raise AssertionError(f"no Tab leads to {name}")
+
+
+def test_by_keyboard_alone(gateway: Gateway, browser: Browser) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    new_user(gateway, "ada@example.com", "owner", "a").client.close()
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(f"{gateway.url}/dashboard/")
+    page.keyboard.type("ada@example.com")  # the first field has the focus
+    tab_to(page, "Password")
+    page.keyboard.type(PASSWORD)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("a")
+    tab_to(page, "Skip to the content")
+    tab_to(page, "Keys")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Label")).to_be_visible()
+    tab_to(page, "Label")
+    page.keyboard.type("by hand")
+    tab_to(page, "Make it")
+    page.keyboard.press("Enter")
+    expect(page.locator("#secret")).to_contain_text("sk-redbtc-")
+    tab_to(page, "Copy")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    tab_to(page, "Revoke")
+    page.keyboard.press("Enter")
+    tab_to(page, "Compromised: cut what runs, too")
+    page.keyboard.press("Space")
+    tab_to(page, "Revoke it")
+    page.keyboard.press("Enter")
+    expect(page.locator("tbody")).to_contain_text("compromised")
+    tab_to(page, "Members")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Email address")).to_be_visible()
+    tab_to(page, "Email address")
+    page.keyboard.type("grace@example.com")
+    page.keyboard.press("Enter")
+    expect(page.locator("#link")).to_contain_text("/dashboard/link/")
+    tab_to(page, "Log out")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Log in")
+    (listed,) = gateway.api("GET", "/accounts/a/keys")["keys"]
+    assert (listed["label"], listed["compromised"]) == ("by hand", True)
+    context.close()
+
+
 NASTY = "<script>document.title='owned'</script>\"'><img src=x onerror=document.title='owned'>"
 
 
