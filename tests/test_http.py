@@ -59,7 +59,7 @@ CASES = {
     "another method": ("DELETE /v1/models/x HTTP/1.1\nHost: a", 404),
     "a path that climbs": ("GET /v1/models/../../admin/v1/accounts HTTP/1.1\nHost: a", 401),
     "an encoded slash": ("GET /v1%2fresponses HTTP/1.1\nHost: a", 404),
-    "the admin API": ("GET /admin/v1/accounts HTTP/1.1\nHost: a", 404),
+    "the admin API": ("GET /admin/v1/accounts HTTP/1.1\nHost: a", 401),
     "HEAD as codex doctor": ("HEAD /v1/responses HTTP/1.1\nHost: a", 404),
     "an absolute URL": ("GET http://evil/v1/files HTTP/1.1\nHost: a", 404),
     "a WebSocket": (
