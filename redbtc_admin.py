@@ -121,7 +121,13 @@ class Actor(NamedTuple):
 
 
 class Invalid(LedgerError):
-    """What was sent is not of the form that is asked for; the message names the place."""
+    """What was sent is not of the form that is asked for; the message names the place, `field` the
+    member, where it is about one."""
+
+    def __init__(self, what: str, place: str = "") -> None:
+        super().__init__(f"{what} - at `{place}`" if place else what)
+        self.what = what
+        self.field = place.rpartition(".")[2]
 
 
 class TooLarge(LedgerError):
@@ -217,17 +223,22 @@ def operation(method: str, *paths: str, least: Rank, answer: Any) -> Callable[[P
 
 
 ACCOUNT_ID = re.compile(r"acct_[0-9a-f]{16}")
+TYPES = {"int": "a whole number", "str": "text"}
 FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
 
 
-def explained(error: Exception) -> str:
+def invalid(error: Exception) -> Invalid:
     """msgspec's message; of a member that is unknown or missing it has the whole path, and for a
-    pattern what people call that."""
-    what, at, place = str(error).partition(" - at `$")
+    pattern or a type what people call that."""
+    what, at, place = str(error).partition(" - at `")
+    place = place[:-1] if at else "$"
     for pattern, meant in MEANT.items():
         what = what.replace(f"`str` matching regex {pattern!r}", meant)
-    field = FIELD.fullmatch(what)
-    return f"{what} - at `${place[:-1]}.{field[1]}`" if field else f"{what}{at}{place}"
+    for name, meant in TYPES.items():
+        what = re.sub(rf"^Expected `{name}( \| null)?`", f"Expected {meant}", what)
+    if field := FIELD.fullmatch(what):
+        place = f"{place}.{field[1]}"
+    return Invalid(what, place if place != "$" else "")
 
 
 def whole(number: str) -> int | float:
@@ -244,7 +255,7 @@ def decoded(body: bytes, wanted: type[Wanted]) -> Wanted:
     try:
         return msgspec.convert(JSON.decode(body or b"{}"), wanted)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Invalid(explained(error)) from None
+        raise invalid(error) from None
 
 
 def converted(values: Mapping[str, Any], wanted: type[Wanted]) -> Wanted:
@@ -252,7 +263,7 @@ def converted(values: Mapping[str, Any], wanted: type[Wanted]) -> Wanted:
     try:
         return msgspec.convert(dict(values), wanted, strict=False)
     except msgspec.ValidationError as error:
-        raise Invalid(explained(error)) from None
+        raise invalid(error) from None
 
 
 def limits_in(body: Struct) -> dict[str, Any]:
@@ -588,6 +599,8 @@ class API:
     async def remove_user(self, actor: Actor, user: str, query: WhichUser) -> Record:
         """Remove a user, by id or address, and log them out."""
         found = await self._user(actor, user, query)
+        if actor.session and actor.session.user_id == found["id"]:
+            raise Conflict("this is your own login; somebody else can remove it")
         return await self.users.remove(found["id"], actor.name)
 
     @operation("POST", "/users/{user}/reset", least="owner", answer=UserAdded)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -31,7 +29,18 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from redbtc_admin import API, STATUS, Actor, Forbidden, Operation, Unauthorized
+from redbtc_admin import (
+    API,
+    OTHERWISE,
+    RANKS,
+    STATUS,
+    Actor,
+    Forbidden,
+    Invalid,
+    Operation,
+    Rank,
+    Unauthorized,
+)
 from redbtc_billing import DAY, Books, Rates
 from redbtc_charts import Series, stacked
 from redbtc_ledger import Record
@@ -47,11 +56,11 @@ from redbtc_settings import (
     parse_amount,
     shipped,
 )
-from redbtc_users import Session
+from redbtc_users import Busy, Session
 
 # ── Browsers ─────────────────────────────────────────────────────────────────────────────────────
-# Who is logged in is told by a cookie; that a change comes from a page of ours, by Origin and
-# Sec-Fetch-Site where the browser sends them, and in forms by a token that only our pages know.
+# Who is logged in is told by a cookie; that a change comes from a page of ours, by Origin, which
+# every browser sends with it. (None does under `no-referrer`: pages have a meta element for that.)
 
 SECURITY = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
@@ -87,17 +96,13 @@ def set_cookie(
     )
 
 
-def check_origin(request: Request, *, needed: bool) -> None:
-    """Raises Forbidden for a change that comes from another site, and with `needed` for one that
-    doesn't say where it comes from. (With no-referrer, browsers send `Origin: null` from our own
-    forms, and Sec-Fetch-Site only where it is trustworthy: with TLS or on this machine.)"""
-    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+def check_origin(request: Request) -> None:
+    """Raises Forbidden for a change that doesn't come from here, or doesn't say so."""
     own = f"{request.url.scheme}://{request.headers.get('host', '')}"
-    known = origin not in (None, "null")
-    if (known and origin != own) or site not in (None, "same-origin"):
+    if request.headers.get("origin") != own:
+        raise Forbidden(f"a change must come from here: with the header Origin: {own}")
+    if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
         raise Forbidden("this came from another site")
-    if needed and not known and site is None:
-        raise Forbidden("a change must say where it comes from: Origin or Sec-Fetch-Site")
 
 
 def session_of(api: API, request: Request) -> Session | None:
@@ -122,16 +127,10 @@ def actor_of(api: API) -> Callable[[Request], Actor]:
         if session is None:
             raise Unauthorized("nobody is logged in; the dashboard's login is /dashboard/login")
         if request.method not in SAFE:
-            check_origin(request, needed=True)
+            check_origin(request)
         return actor_for(session)
 
     return authenticate
-
-
-def form_token(request: Request) -> str:
-    """Of the session whose cookie the request has: what only its own pages can know."""
-    cookie = request.cookies.get(cookie_name(request, "redbtc"), "")
-    return hashlib.sha256(f"form {cookie}".encode()).hexdigest()
 
 
 class Throttle:
@@ -180,26 +179,8 @@ def network_of(request: Request) -> str:
 # ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
 
 SLICE_SECONDS = 0.0005
-NO_DIGITS = [
-    "BIF",
-    "CLP",
-    "DJF",
-    "GNF",
-    "ISK",
-    "JPY",
-    "KMF",
-    "KRW",
-    "PYG",
-    "RWF",
-    "UGX",
-    "UYI",
-    "VND",
-    "VUV",
-    "XAF",
-    "XOF",
-    "XPF",
-]
-THREE_DIGITS = ("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND")
+NO_DIGITS = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
+THREE_DIGITS = "BHD IQD JOD KWD LYD OMR TND"
 
 
 def digits_of(currency: str) -> int:
@@ -323,6 +304,7 @@ def prefers_html(accept: str) -> bool:
 # ── Pages ────────────────────────────────────────────────────────────────────────────────────────
 
 BAD_LOGIN = "Address and password don't belong together."
+DIFFERENT = "the two passwords differ"
 LOGIN = "/dashboard/login"
 
 
@@ -354,7 +336,8 @@ class Visit:
 Context = dict[str, Any]
 Handler = Callable[[Visit], Awaitable[Response]]
 Show = Callable[[Visit], Awaitable[Context]]
-Action = Callable[[Visit], Awaitable[Context | None]]
+Action = Callable[[Visit], Awaitable[Context | Response | None]]
+NO_ACTIONS: Mapping[str, Action] = {}
 
 
 class Dashboard:
@@ -376,36 +359,43 @@ class Dashboard:
             Route("/dashboard/logout", self.logged_in(self.log_out), methods=["POST"]),
             Route("/dashboard", self.logged_in(self.home)),
             Route("/dashboard/", self.logged_in(self.home)),
-            screen("/dashboard/overview", "overview.html", overview),
-            screen("/dashboard/accounts", "accounts.html", accounts, add=add_account),
-            screen("/dashboard/prices", "prices.html", prices, add=add_price),
-            screen("/dashboard/notices", "notices.html", notices, add=add_notice, end=end_notice),
-            screen("/dashboard/log", "log.html", log),
-            screen("/dashboard/users", "users.html", operators, **USER_ACTIONS),
-            screen("/dashboard/you", "you.html", you, end=end_session),
-            Route(
-                "/dashboard/you/password", self.logged_in(self.change_password), methods=["POST"]
-            ),
-            screen(account, "account.html", account_overview),
-            screen(f"{account}/keys", "keys.html", keys, **KEY_ACTIONS),
-            screen(f"{account}/usage", "usage.html", usage),
+            screen("/dashboard/overview", overview),
+            screen("/dashboard/accounts", accounts, {"add": add_account}),
+            screen("/dashboard/prices", prices, {"add": add_price}),
+            screen("/dashboard/notices", notices, {"add": add_notice, "end": end_notice}),
+            screen("/dashboard/log", log),
+            screen("/dashboard/users", users, USER_ACTIONS, "operator"),
+            screen("/dashboard/you", you, {"end": end_session, "password": self.change_password}),
+            screen(account, account_overview),
+            screen(f"{account}/keys", keys, KEY_ACTIONS),
+            screen(f"{account}/usage", usage),
             Route(f"{account}/usage.csv", self.logged_in(usage_csv)),
-            screen(f"{account}/billing", "billing.html", account_billing),
-            screen(f"{account}/billing/{{month}}", "statement.html", statement),
+            screen(f"{account}/billing", billing),
+            screen(f"{account}/billing/{{month}}", statement),
             Route(f"{account}/billing/{{month}}/csv", self.logged_in(statement_csv)),
-            screen(f"{account}/members", "members.html", members, **USER_ACTIONS),
-            screen(f"{account}/notices", "account_notices.html", account_notices),
-            screen(f"{account}/manage", "manage.html", manage, **MANAGE_ACTIONS),
+            screen(f"{account}/members", members, USER_ACTIONS, "owner"),
+            screen(f"{account}/notices", account_notices),
+            screen(f"{account}/manage", manage, MANAGE_ACTIONS, "operator"),
         ]
         handlers: dict[Any, Any] = {HTTPException: self._unknown, LedgerError: self._refused}
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    def _screen(self, path: str, template: str, show: Show, **actions: Action) -> Route:
-        """A page, and the forms on it: which one was sent is told by its field `do`. What an action
-        returns is shown at once, and only then; otherwise the page is loaded again."""
+    def _screen(
+        self,
+        path: str,
+        show: Show,
+        actions: Mapping[str, Action] = NO_ACTIONS,
+        least: Rank = "viewer",
+    ) -> Route:
+        """The page that `show` gives the context of, for this role or a higher one, and the forms
+        on it: which one was sent is told by its field `do`. What an action returns is shown at
+        once, and only then; otherwise the page is loaded again."""
+        template = f"{show.__name__}.html"
 
         async def handler(visit: Visit) -> Response:
-            shown: Context = {"problem": "", "done": visit.request.query_params.get("done", "")}
+            if RANKS[visit.actor.rank] < RANKS[least]:
+                raise Forbidden("this is not for your role")
+            shown: Context = {"done": "done" in visit.request.query_params}
             status = 200
             if visit.request.method not in SAFE:
                 action = actions.get(visit.form.get("do", ""))
@@ -416,15 +406,16 @@ class Dashboard:
                 except (NotFound, Forbidden):
                     raise
                 except LedgerError as error:
-                    status = STATUS.get(type(error), 409)
-                    shown["problem"] = sentence(error)
+                    status = STATUS.get(type(error), OTHERWISE)
+                    shown |= {"form": visit.form, **explanation(error)}
                 else:
                     if made is None:
-                        return RedirectResponse(f"{visit.request.url.path}?done=1", 303, SECURITY)
+                        return RedirectResponse(f"{visit.request.url.path}?done", 303, SECURITY)
+                    if isinstance(made, Response):
+                        return made
                     shown |= made
-            form = visit.form if shown["problem"] else {}
-            context = {**await show(visit), "session": visit.session, "form": form, **shown}
-            return await self.page(visit.request, template, status, **context)
+            context = {**await show(visit), "session": visit.session, **shown}
+            return await self.page(template, status, **context)
 
         methods = ["GET", "POST"] if actions else ["GET"]
         return Route(path, self.logged_in(handler), methods=methods)
@@ -445,28 +436,34 @@ class Dashboard:
 
         return asset
 
-    async def page(
-        self, request: Request, name: str, status: int = 200, **context: Any
-    ) -> Response:
+    async def page(self, name: str, status: int = 200, **context: Any) -> Response:
         """A template as an answer."""
-        context = {"session": None, "token": form_token(request), **context}
-        body = await self.pages.draw(name, context)
+        usual: Context = {
+            "session": None,
+            "form": {},
+            "wrong": "",
+            "problem": "",
+            "done": False,
+            "here": "",
+        }
+        usual["currency"] = self.api.books.currency
+        body = await self.pages.draw(name, {**usual, **context})
         return Response(body, status, SECURITY, media_type="text/html; charset=utf-8")
 
-    async def _error(self, request: Request, status: int, message: str) -> Response:
-        response = await self.page(request, "error.html", status, code=status, message=message)
+    async def _error(self, status: int, message: str) -> Response:
+        response = await self.page("error.html", status, code=status, message=message)
         if status == 503:
             response.headers["retry-after"] = "5"
         return response
 
-    async def _refused(self, request: Request, error: Exception) -> Response:
-        status = STATUS.get(type(error), 409)  # type: ignore[arg-type]
-        return await self._error(request, status, sentence(error))
+    async def _refused(self, _: Request, error: Exception) -> Response:
+        status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
+        return await self._error(status, sentence(str(error)))
 
-    async def _unknown(self, request: Request, error: Exception) -> Response:
+    async def _unknown(self, _: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         message = "There is no such page." if status == 404 else "This can't be asked for so."
-        return await self._error(request, status, message)
+        return await self._error(status, message)
 
     async def _form(self, request: Request) -> dict[str, str]:
         """What was filled in. Raises LedgerError."""
@@ -479,8 +476,7 @@ class Dashboard:
         return dict(pairs)
 
     def logged_in(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-        """For whoever is logged in; others are sent to the login. A form is from one of our pages,
-        or it is refused."""
+        """For whoever is logged in; others are sent to the login."""
 
         async def endpoint(request: Request) -> Response:
             session = session_of(self.api, request)
@@ -488,11 +484,8 @@ class Dashboard:
                 return RedirectResponse(LOGIN, 303, SECURITY)
             visit = Visit(self, request, session)
             if request.method not in SAFE:
-                check_origin(request, needed=False)
+                check_origin(request)
                 visit.form = await self._form(request)
-                token = visit.form.pop("token", "")
-                if not hmac.compare_digest(token.encode(), form_token(request).encode()):
-                    raise Forbidden("this form is not from a page of yours; load it again")
             return await handler(visit)
 
         return endpoint
@@ -502,8 +495,8 @@ class Dashboard:
     async def login(self, request: Request) -> Response:
         """Address and password."""
         if request.method in SAFE:
-            return await self.page(request, "login.html", email="", problem="")
-        check_origin(request, needed=False)
+            return await self.page("login.html", email="")
+        check_origin(request)
         form = await self._form(request)
         email, password = form.get("email", "")[:254], form.get("password", "")
         network, known = network_of(request), self._known_browser(request, email)
@@ -514,18 +507,18 @@ class Dashboard:
         self._throttle.tried(network, address)
         found = await self.api.users.verify(email, password)
         if found is None:
-            return await self.page(request, "login.html", 403, email=email, problem=BAD_LOGIN)
+            return await self.page("login.html", 403, email=email, problem=BAD_LOGIN)
         self._throttle.succeeded(network, address)
         user_id, active = found
         if not active:
             problem = "This account is suspended."
-            return await self.page(request, "login.html", 403, email=email, problem=problem)
+            return await self.page("login.html", 403, email=email, problem=problem)
         return await self._log_in(request, user_id)
 
     async def _wait(self, request: Request, email: str, seconds: float) -> Response:
         whole = int(seconds) + 1
         problem = f"Too many attempts. Try again in {whole} seconds."
-        response = await self.page(request, "login.html", 429, email=email, problem=problem)
+        response = await self.page("login.html", 429, email=email, problem=problem)
         response.headers["retry-after"] = str(whole)
         return response
 
@@ -553,10 +546,10 @@ class Dashboard:
         link = request.path_params["link"]
         found, problem = self.api.users.user_of_link(link), ""
         if request.method not in SAFE:
-            check_origin(request, needed=False)
+            check_origin(request)
             form = await self._form(request)
             if form.get("password", "") != form.get("again", ""):
-                problem = "The two passwords differ."
+                problem = sentence(DIFFERENT)
             else:
                 try:
                     user_id = await self.api.users.set_password_by_link(
@@ -564,44 +557,40 @@ class Dashboard:
                     )
                     return await self._log_in(request, user_id)
                 except LedgerError as error:
-                    problem = sentence(error)
+                    problem = sentence(str(error))
         status = 404 if found is None else 422 if problem else 200
         email = found[1] if found else ""
-        return await self.page(request, "link.html", status, email=email, problem=problem)
+        return await self.page("link.html", status, email=email, problem=problem)
 
     async def change_password(self, visit: Visit) -> Response:
-        """All sessions end with it; this browser gets a new one."""
-        names = "old_password", "new_password"
+        """All sessions end with it; this browser gets a new one. Raises LedgerError."""
+        form = visit.form
         network, address = network_of(visit.request), f"{visit.session.id} "
-        problem = ""
-        if visit.form.get("new_password", "") != visit.form.get("again", ""):
-            problem = "The two passwords differ."
-        elif self._throttle.seconds_to_wait(network, address):
-            problem = "Too many attempts. Try again in a minute."
-        else:
-            self._throttle.tried(network, address)
-            body = {name: visit.form.get(name, "") for name in names}
-            try:
-                await visit.do(API.change_password, body)
-            except LedgerError as error:
-                problem = sentence(error)
-            else:
-                self._throttle.succeeded(network, address)
-                return await self._log_in(visit.request, visit.session.user_id)
-        context = {**await you(visit), "session": visit.session, "problem": problem, "done": ""}
-        return await self.page(visit.request, "you.html", 409, **context)
+        if form.get("new_password", "") != form.get("again", ""):
+            raise LedgerError(DIFFERENT)
+        if self._throttle.seconds_to_wait(network, address):
+            raise Busy("too many attempts; try again in a minute")
+        self._throttle.tried(network, address)
+        await visit.do(API.change_password, visit.fields("old_password", "new_password"))
+        self._throttle.succeeded(network, address)
+        return await self._log_in(visit.request, visit.session.user_id)
 
 
-def sentence(error: Exception) -> str:
+def sentence(text: str) -> str:
     """A message as pages show it."""
-    text = str(error)
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def explanation(error: LedgerError) -> Context:
+    """Why a form was refused, and which of its fields was wrong, where it was one."""
+    if isinstance(error, Invalid) and error.field:
+        return {"problem": sentence(error.what.removesuffix(", got `str`")), "wrong": error.field}
+    return {"problem": sentence(str(error))}
 
 
 # ── Operators' pages ─────────────────────────────────────────────────────────────────────────────
 
 DAYS = 30  # that charts show
-OUTCOMES = ("completed", "client_disconnected", "upstream_error", "upstream_failed", "interrupted")
 ON_A_PAGE = 50
 
 
@@ -630,17 +619,21 @@ async def overview(visit: Visit) -> Context:
     days, currency = last_days(), found["spending"]["currency"]
     requests = by_day(found["traffic"], days, "outcome", "requests")
     costs = by_day(found["traffic"], days, "upstream", "cost")
-    table = {day: dict.fromkeys((*OUTCOMES, "requests"), 0) | {"cost": Decimal(0)} for day in days}
-    for row in found["traffic"]:
-        if row["day"] in table:
-            table[row["day"]][row["outcome"]] += row["requests"]
-            table[row["day"]]["requests"] += row["requests"]
-            table[row["day"]]["cost"] += Decimal(row["cost"])
     return {
         "here": "Overview",
         "found": found,
-        "table": table,
-        "outcomes": OUTCOMES,
+        "columns": [
+            "Day",
+            *(f"#Requests, {each.name.replace('_', ' ')}" for each in requests),
+            *(f"#{currency}, {each.name}" for each in costs),
+        ],
+        "table": {
+            day: [
+                *(f"{each.values[place]:,}" for each in requests),
+                *(exact(f"{each.values[place]:f}", currency) for each in costs),
+            ]
+            for place, day in enumerate(days)
+        },
         "traffic": stacked(
             "Requests by day", "All accounts.", days, requests, unit="requests", prefix="r"
         ),
@@ -661,6 +654,7 @@ async def accounts(visit: Visit) -> Context:
         "accounts": found[:ON_A_PAGE],
         "search": search,
         "more": len(found) > ON_A_PAGE,
+        "blank": dict.fromkeys(ACCOUNT_FIELDS),
     }
 
 
@@ -684,9 +678,13 @@ async def prices(visit: Visit) -> Context:
     found = await visit.ask(API.list_prices)
     shown = [row for row in found["prices"] if row["status"] != "past"]
     past = [row for row in found["prices"] if row["status"] == "past"]
-    return {"here": "Prices", "prices": shown, "past": past, "rates": Rates._fields}
+    return {"here": "Prices", "prices": shown, "past": past, **RATES}
 
 
+RATES = {
+    "rates": Rates._fields,
+    "rate_columns": [f"#{rate.replace('_', ' ').capitalize()}" for rate in Rates._fields],
+}
 PRICE_FIELDS = ("model", "tier", "above_input_tokens", "effective", "max_output_tokens", "source")
 
 
@@ -715,12 +713,17 @@ async def end_notice(visit: Visit) -> None:
 
 
 async def log(visit: Visit) -> Context:
-    """Every administrative change."""
+    """Every administrative change, or those of one account."""
     asked = visit.request.query_params
     query = {name: asked[name] for name in ("before", "account") if asked.get(name)}
-    query["limit"] = str(ON_A_PAGE)
-    changes = (await visit.ask(API.list_changes, query=query))["changes"]
-    return {"here": "Log", "changes": [(each, differences(each)) for each in changes]}
+    limit = {"limit": str(ON_A_PAGE + 1)}
+    found = (await visit.ask(API.list_changes, query={**query, **limit}))["changes"]
+    changes, more = found[:ON_A_PAGE], len(found) > ON_A_PAGE
+    return {
+        "here": "Log",
+        "changes": [(each, differences(each)) for each in changes],
+        "older": urlencode({**query, "before": changes[-1]["id"]}) if more else "",
+    }
 
 
 def differences(change: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -731,13 +734,11 @@ def differences(change: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-async def operators(visit: Visit) -> Context:
-    """Who may do everything. Raises Forbidden for others."""
-    if visit.actor.rank != "operator":
-        raise Forbidden("this is not for your role")
+async def users(visit: Visit) -> Context:
+    """Who may do everything."""
     found = await visit.ask(API.list_users)
-    users = [user for user in found["users"] if user["role"] == "operator"]
-    return {"here": "Users", "users": users, "account": None, "added": None}
+    operators = [user for user in found["users"] if user["role"] == "operator"]
+    return {"here": "Users", "users": operators, "added": None}
 
 
 async def add_user(visit: Visit) -> Context:
@@ -751,8 +752,8 @@ async def add_user(visit: Visit) -> Context:
 async def _user(visit: Visit) -> str:
     """The id of the one that a form names, where it is on this page."""
     user_id, account_id = visit.form.get("user", ""), visit.request.path_params.get("account")
-    users = (await visit.ask(API.list_users))["users"]
-    if any(user["id"] == user_id and user["account_id"] == account_id for user in users):
+    known = (await visit.ask(API.list_users))["users"]
+    if any(user["id"] == user_id and user["account_id"] == account_id for user in known):
         return user_id
     raise NotFound("there is no such user")
 
@@ -787,14 +788,27 @@ async def end_session(visit: Visit) -> None:
 async def _account(visit: Visit, here: str) -> Context:
     """What all of them show. Raises NotFound."""
     account = await visit.ask(API.show_account, account=visit.request.path_params["account"])
+    rank = RANKS[visit.actor.rank]
     return {
         "here": "Accounts",
         "tab": here,
+        "tabs": [tab for tab, least in TABS.items() if rank >= RANKS[least]],
         "account": account,
         "path": f"/dashboard/accounts/{account['id']}",
-        "may_change": visit.actor.rank in ("owner", "operator"),
-        "currency": account["currency"],
+        "may_change": rank >= RANKS["owner"],
     }
+
+
+TABS: dict[str, Rank] = {
+    "Overview": "viewer",
+    "Keys": "viewer",
+    "Usage": "viewer",
+    "Billing": "viewer",
+    "Members": "owner",
+    "Notices": "viewer",
+    "Manage": "operator",
+}
+MEASURES = {"cost": "Cost", "requests": "Requests", "output_tokens": "Output tokens"}
 
 
 async def account_overview(visit: Visit) -> Context:
@@ -805,9 +819,9 @@ async def account_overview(visit: Visit) -> Context:
     used = await visit.ask(API.usage, query=query)
     month = {"account": account_id, "since": f"{shown['account']['month']}-01"}
     measure = visit.request.query_params.get("show", "cost")
-    measure = measure if measure in ("cost", "requests", "output_tokens") else "cost"
+    measure = measure if measure in MEASURES else "cost"
     series = by_day(used["groups"], days, "model", measure)
-    unit = shown["currency"] if measure == "cost" else measure.replace("_", " ")
+    unit = shown["account"]["currency"] if measure == "cost" else MEASURES[measure].lower()
     return {
         **shown,
         "month": (await visit.ask(API.usage, query=month))["totals"],
@@ -815,6 +829,7 @@ async def account_overview(visit: Visit) -> Context:
         "notices": (await visit.ask(API.account_notices, account=account_id))["notices"],
         "groups": used["groups"],
         "measure": measure,
+        "measures": MEASURES,
         "chart": stacked(
             f"{unit} by day and model", "The last 30 days.", days, series, unit=unit, prefix="a"
         ),
@@ -889,15 +904,11 @@ async def usage(visit: Visit) -> Context:
     shown = await _account(visit, "Usage")
     account_id = shown["account"]["id"]
     filters, query = _filters(visit, account_id)
-    more = {
-        name: visit.request.query_params[name]
-        for name in ("before",)
-        if name in visit.request.query_params
-    }
-    limit = {"limit": str(ON_A_PAGE + 1)}
-    found = orjson.loads(await visit.ask(API.requests, query={**query, **more, **limit}))
-    rows = found["requests"][::-1]
-    totals = (await visit.ask(API.usage, query=query))["totals"]
+    part = {"limit": str(ON_A_PAGE + 1)}
+    if before := visit.request.query_params.get("before"):
+        part["before"] = before
+    found = orjson.loads(await visit.ask(API.requests, query={**query, **part}))
+    rows, totals = found["requests"][::-1], (await visit.ask(API.usage, query=query))["totals"]
     kept = {name: value for name, value in filters.items() if value}
     return {
         **shown,
@@ -936,7 +947,7 @@ def as_file(name: str) -> dict[str, str]:
     return {**SECURITY, "content-disposition": f'attachment; filename="{name}"'}
 
 
-async def account_billing(visit: Visit) -> Context:
+async def billing(visit: Visit) -> Context:
     """Statements, payments, prices."""
     shown = await _account(visit, "Billing")
     account_id = shown["account"]["id"]
@@ -945,11 +956,14 @@ async def account_billing(visit: Visit) -> Context:
     return {
         **shown,
         "months": months,
-        "lately": now["paid_by_month"],
         "paid": now["paid_last_three_months"],
+        "paid_by_month": ", ".join(
+            f"{month}: {money(amount, now['currency'])}"
+            for month, amount in now["paid_by_month"].items()
+        ),
         "payments": (await visit.ask(API.account_payments, account=account_id))["payments"][::-1],
         "prices": (await visit.ask(API.account_prices, account=account_id))["prices"],
-        "rates": Rates._fields,
+        **RATES,
     }
 
 
@@ -972,11 +986,9 @@ async def statement_csv(visit: Visit) -> Response:
 async def members(visit: Visit) -> Context:
     """Who may log in to it."""
     shown = await _account(visit, "Members")
-    users: list[Record] = []
-    if shown["may_change"]:
-        found = (await visit.ask(API.list_users))["users"]
-        users = [user for user in found if user["account_id"] == shown["account"]["id"]]
-    return {**shown, "users": users, "added": None}
+    known = (await visit.ask(API.list_users))["users"]
+    found = [user for user in known if user["account_id"] == shown["account"]["id"]]
+    return {**shown, "users": found, "added": None}
 
 
 async def account_notices(visit: Visit) -> Context:
@@ -987,11 +999,8 @@ async def account_notices(visit: Visit) -> Context:
 
 
 async def manage(visit: Visit) -> Context:
-    """What only operators change of an account. Raises Forbidden for others."""
-    shown = await _account(visit, "Manage")
-    if visit.actor.rank != "operator":
-        raise Forbidden("this is not for your role")
-    return shown
+    """What only operators change of an account."""
+    return await _account(visit, "Manage")
 
 
 async def set_account(visit: Visit) -> None:

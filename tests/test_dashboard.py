@@ -12,9 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx2
 import pytest
@@ -33,7 +32,6 @@ from bench import fill
 
 PASSWORD = "correct horse battery staple 7"
 OTHER_PASSWORD = "tangerine lighthouse umbrella 42"
-TOKEN = re.compile(r'name="token" value="(\w+)"')
 PAGES = ["", "/keys", "/usage", "/billing", "/billing/2026-11", "/members", "/notices", "/manage"]
 OPERATORS_PAGES = ["overview", "accounts", "prices", "notices", "log", "users"]
 
@@ -49,13 +47,8 @@ class Login(NamedTuple):
         assert answer.status_code == status, (path, answer.status_code, answer.text)
         return answer
 
-    def token(self) -> str:
-        found = TOKEN.search(self.get("/dashboard/you").text)
-        assert found is not None
-        return found[1]
-
     def post(self, path: str, **form: str) -> httpx2.Response:
-        return self.client.post(path, data={"token": self.token(), **form})
+        return self.client.post(path, data=form)
 
 
 def anonymous(gateway: Gateway, **headers: str) -> httpx2.Client:
@@ -159,25 +152,26 @@ def test_a_session_is_new_at_login_and_ends_for_good(
         assert "chosen" not in answer.headers["set-cookie"]
         assert client.get("/dashboard/you").status_code == 303
 
-    def cookie_of(client: httpx2.Client) -> str:
+    def value_of(client: httpx2.Client) -> str:
         return str(client.cookies["redbtc"])
 
     def is_in(cookie: str) -> bool:
         with anonymous(gateway, cookie=f"redbtc={cookie}") as client:
             return client.get("/dashboard/you").status_code == 200
 
-    first = cookie_of(login.client)
+    first = value_of(login.client)
     assert is_in(first)
     assert login.post("/dashboard/logout").status_code == 303
     assert not is_in(first)
     assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303
-    second = cookie_of(login.client)
+    second = value_of(login.client)
     form = {"old_password": PASSWORD, "new_password": OTHER_PASSWORD, "again": OTHER_PASSWORD}
-    assert login.post("/dashboard/you/password", **{**form, "old_password": "x"}).status_code == 409
+    form["do"] = "password"
+    assert login.post("/dashboard/you", **{**form, "old_password": "x"}).status_code == 409
     assert is_in(second)
-    assert login.post("/dashboard/you/password", **form).status_code == 303
+    assert login.post("/dashboard/you", **form).status_code == 303
     assert not is_in(second)
-    third = cookie_of(login.client)
+    third = value_of(login.client)
     assert is_in(third)
     gateway.api("POST", "/accounts/a/suspend", {})
     assert not is_in(third)
@@ -186,7 +180,7 @@ def test_a_session_is_new_at_login_and_ends_for_good(
     gateway.api("POST", "/accounts/a/resume")
     assert not is_in(third)
     assert log_in(login.client, "ada@example.com", OTHER_PASSWORD).status_code == 303
-    fourth = cookie_of(login.client)
+    fourth = value_of(login.client)
     gateway.api("POST", "/users/ada@example.com/reset")
     assert not is_in(fourth)
     assert log_in(login.client, "ada@example.com", OTHER_PASSWORD).status_code == 403
@@ -246,24 +240,35 @@ def test_a_change_from_another_site_is_refused(
     gateway.api("POST", "/accounts", {"name": "a"})
     login = closing(new_user(gateway, "ada@example.com", "owner", "a"))
     keys = f"/dashboard/accounts/{login.user['account_id']}/keys"
-    token = login.token()
-    for headers, form in (
-        ({"origin": "https://evil.example"}, {"token": token}),
-        ({"origin": "null", "sec-fetch-site": "cross-site"}, {"token": token}),
-        ({"origin": gateway.url, "sec-fetch-site": "same-site"}, {"token": token}),
-        ({"origin": gateway.url}, {}),
-        ({"origin": gateway.url}, {"token": "0" * 64}),
-    ):
-        answer = login.client.post(keys, data={"do": "add", **form}, headers=headers)
-        assert answer.status_code == 403, (headers, form)
-    assert gateway.api("GET", "/accounts/a/keys")["keys"] == []
     api = f"/admin/v1/accounts/{login.user['account_id']}/keys"
-    for origin in ("https://evil.example", "null"):
-        answer = login.client.post(api, json={}, headers={"origin": origin})
-        assert answer.status_code == 403
-    assert login.client.post(api, json={}).status_code == 201
-    foreign = log_in(login.client, "ada@example.com", PASSWORD, origin="https://evil.example")
-    assert foreign.status_code == 403
+    link = gateway.api("POST", "/users", {"email": "o@p.q", "account": "a"})["link"]
+    passwords = {"password": PASSWORD, "again": PASSWORD}
+    for headers in (
+        {"origin": "https://evil.example"},
+        {"origin": gateway.url.replace("http:", "https:")},
+        {"origin": f"{gateway.url}0"},
+        {"origin": f"{gateway.url}.evil.example"},
+        {"origin": "null"},
+        {"origin": ""},
+        {"origin": gateway.url, "sec-fetch-site": "same-site"},
+        {"origin": gateway.url, "sec-fetch-site": "cross-site"},
+    ):
+        client = login.client
+        for answer in (
+            client.post(keys, data={"do": "add"}, headers=headers),
+            client.post(api, json={}, headers=headers),
+            client.post("/dashboard/logout", headers=headers),
+            client.post(urlsplit(link).path, data=passwords, headers=headers),
+            log_in(client, "ada@example.com", PASSWORD, **headers),
+        ):
+            assert answer.status_code == 403, (headers, answer.request.url)
+    assert gateway.api("GET", "/accounts/a/keys")["keys"] == []
+    del login.client.headers["origin"]
+    assert login.post(keys, do="add").status_code == 403
+    assert login.client.post(api, json={}).status_code == 403
+    here = {"origin": gateway.url}
+    assert login.client.post(keys, data={"do": "add"}, headers=here).status_code == 200
+    assert login.client.post(api, json={}, headers=here).status_code == 201
 
 
 # ── Roles, and walls between accounts ────────────────────────────────────────────────────────────
@@ -284,9 +289,10 @@ def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login]
     for page in PAGES:
         operator.get(f"/dashboard/accounts/{own}{page}")
         for member in (owner, viewer):
-            member.get(f"/dashboard/accounts/{own}{page}", 403 if page == "/manage" else 200)
-            there = member.get(f"/dashboard/accounts/{foreign}{page}", 404).text
-            nowhere = member.get(f"/dashboard/accounts/acct_0{page}", 404).text
+            refused = page == "/manage" or (page == "/members" and member is viewer)
+            member.get(f"/dashboard/accounts/{own}{page}", 403 if refused else 200)
+            there = member.get(f"/dashboard/accounts/{foreign}{page}", 403 if refused else 404).text
+            nowhere = member.get(f"/dashboard/accounts/acct_0{page}", 403 if refused else 404).text
             assert there.replace(foreign, "acct_0") == nowhere
         with anonymous(gateway) as client:
             answer = client.get(f"/dashboard/accounts/{own}{page}")
@@ -296,28 +302,100 @@ def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login]
     assert gateway.api("GET", "/accounts/a/keys")["keys"] == []
 
 
-def test_another_account_s_ids_in_forms_and_addresses(
+FORMS: dict[str, dict[str, dict[str, str]]] = {
+    "/keys": {"add": {}, "rotate": {"overlap": "0"}, "revoke": {"compromised": "1"}},
+    "/members": {"add": {"email": "x@y.z", "role": "owner"}, "reset": {}, "remove": {}},
+    "/manage": {
+        "set": {"concurrency": "1"},
+        "suspend": {"reason": "x"},
+        "resume": {},
+        "throttle": {"factor": "0.5"},
+        "pay": {"amount": "1000"},
+    },
+}
+OPERATORS_FORMS: dict[str, dict[str, dict[str, str]]] = {
+    "/accounts": {"add": {"name": "mine"}},
+    "/prices": {"add": {"model": "*", "input": "0"}},
+    "/notices": {"add": {"kind": "incident", "text": "x"}, "end": {}},
+    "/users": {"add": {"email": "x@y.z", "role": "operator"}, "reset": {}, "remove": {}},
+}
+
+
+def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
+    assert set(FORMS["/keys"]) == set(dashboard.KEY_ACTIONS)
+    assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(dashboard.USER_ACTIONS)
+    assert set(FORMS["/manage"]) == set(dashboard.MANAGE_ACTIONS)
+    for name in ("a", "b"):
+        gateway.new_key(name)
+    operator = closing(new_user(gateway, "op@example.com"))
+    notice = gateway.api("POST", "/notices", {"kind": "incident", "text": "down"})["id"]
+    owner = closing(new_user(gateway, "owner@example.com", "owner", "a"))
+    viewer = closing(new_user(gateway, "viewer@example.com", "viewer", "a"))
+    there = gateway.api("POST", "/users", {"email": "o@b.c", "account": "b"})
+    own, foreign = owner.user["account_id"], there["account_id"]
+    keys = [gateway.api("GET", f"/accounts/{name}/keys")["keys"][0]["id"] for name in ("a", "b")]
+    before = gateway.api("GET", "/changes?limit=1000")["changes"]
+    ids = {"notice": notice, "user": operator.user["id"]}
+    for page, forms in OPERATORS_FORMS.items():
+        for do, form in forms.items():
+            for member in (owner, viewer):
+                answer = member.post(f"/dashboard{page}", do=do, **{**ids, **form})
+                assert answer.status_code == 403, (page, do)
+    for page, forms in FORMS.items():
+        for do, form in forms.items():
+            for at, key, user, status in (
+                (own, keys[1], there["id"], 404),  # another's ids on one's own page
+                (foreign, keys[1], there["id"], 404),
+                (foreign, keys[0], viewer.user["id"], 404),  # one's own on another's
+            ):
+                if page == "/manage":
+                    status = 403
+                elif do == "add" and at == own:
+                    continue
+                sent = {"key": key, "user": user, **form}
+                answer = owner.post(f"/dashboard/accounts/{at}{page}", do=do, **sent)
+                assert answer.status_code == status, (page, do, at, answer.text)
+                assert not any(each in answer.text for each in (keys[1], "o@b.c"))
+            sent = {"key": keys[0], "user": owner.user["id"], **form}
+            answer = viewer.post(f"/dashboard/accounts/{own}{page}", do=do, **sent)
+            assert answer.status_code == 403, (page, do, answer.text)
+    assert gateway.api("GET", "/changes?limit=1000")["changes"] == before
+    # What is refused to others is done for who may.
+    assert (
+        owner.post(f"/dashboard/accounts/{own}/keys", do="rotate", key=keys[0]).status_code == 200
+    )
+    user = viewer.user["id"]
+    removed = owner.post(f"/dashboard/accounts/{own}/members", do="remove", user=user)
+    assert removed.status_code == 303
+    # An address that is known elsewhere is as good as any other.
+    added = owner.post(f"/dashboard/accounts/{own}/members", do="add", email="o@b.c", role="viewer")
+    assert (added.status_code, "/dashboard/link/" in added.text) == (200, True)
+
+
+def test_another_account_s_ids_in_addresses(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
     owner = closing(new_user(gateway, "owner@example.com", "owner", "a"))
-    gateway.new_key("b")
-    key = gateway.api("GET", "/accounts/b/keys")["keys"][0]["id"]
-    other = gateway.api("POST", "/users", {"email": "o@b.c", "role": "owner", "account": "b"})
+    key = gateway.new_key("b")
+    with gateway.client(key) as client:
+        asked = client.post("/responses", json={"model": "gpt-5.5", "input": "x"})
+    request_id = asked.headers["x-redbtc-request-id"]
+    key_id = gateway.api("GET", "/accounts/b/keys")["keys"][0]["id"]
+    foreign = gateway.api("GET", "/accounts/b")["id"]
     own = f"/dashboard/accounts/{owner.user['account_id']}"
-    for do in ("revoke", "rotate"):
-        answer = owner.post(f"{own}/keys", do=do, key=key)
-        assert (answer.status_code, key in answer.text) == (404, False)
-    for do in ("reset", "remove"):
-        answer = owner.post(f"{own}/members", do=do, user=other["id"])
-        assert (answer.status_code, "o@b.c" in answer.text) == (404, False)
-    assert owner.post(f"{own}/members", do="add", email="x@y.z", role="operator").status_code == 403
-    assert owner.client.get(f"{own}/usage?key={key}").status_code == 404
-    assert owner.client.get(f"{own}/usage.csv?key={key}").status_code == 404
-    assert gateway.api("GET", "/accounts/b/keys")["keys"][0]["revoked_at"] is None
-    # An address that is known elsewhere is as good as any other.
-    added = owner.post(f"{own}/members", do="add", email="o@b.c", role="viewer")
-    assert (added.status_code, "/dashboard/link/" in added.text) == (200, True)
+    for page, name, there in (
+        ("/usage", "key", key_id),
+        ("/usage.csv", "key", key_id),
+        ("/usage", "before", request_id),
+    ):
+        answers = [
+            owner.get(f"{own}{page}?{name}={value}", 404).text.replace(value, "")
+            for value in (there, "0123")
+        ]
+        assert answers[0] == answers[1]
+    for page in ("/usage.csv", "/billing/2026-11/csv"):
+        owner.get(f"/dashboard/accounts/{foreign}{page}", 404)
 
 
 # ── Keys and limits ──────────────────────────────────────────────────────────────────────────────
@@ -390,6 +468,15 @@ def test_a_maintenance_refuses_requests(gateway: Gateway, key: str) -> None:
         assert client.post("/chat/completions", json=chat).status_code == 200
 
 
+def test_nobody_removes_their_own_login(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    operator = closing(new_user(gateway, "op@example.com"))
+    answer = operator.post("/dashboard/users", do="remove", user=operator.user["id"])
+    assert (answer.status_code, "your own login" in answer.text) == (409, True)
+    operator.get("/dashboard/users")
+
+
 # ── In a browser ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -415,48 +502,11 @@ def watch(page: Page, said: list[str]) -> None:
     page.on("dialog", lambda dialog: said.append(dialog.message))
 
 
-def test_from_the_first_start_to_a_request_on_the_usage_page(
-    make_gateway: MakeGateway, browser: Browser, tmp_path: Path
-) -> None:
-    gateway = make_gateway().start()
-    link = re.search(r"http://\S+(/dashboard/link/\S+)", gateway.log())
-    assert link is not None, gateway.log()
-    context = browser.new_context(timezone_id="Asia/Tokyo")
-    page = context.new_page()
-    errors: list[str] = []
-    watch(page, errors)
-    page.goto(gateway.url + link[1])
-    page.get_by_label("Password", exact=True).fill(PASSWORD)
-    page.get_by_label("Password again").fill(PASSWORD)
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", level=1)).to_have_text("Overview")
-    page.goto(f"{gateway.url}/dashboard/accounts")
-    page.get_by_label("Name", exact=True).fill("ada")
-    page.get_by_role("button", name="Add it").click()
-    page.get_by_role("link", name="ada").click()
-    page.get_by_role("link", name="Keys").click()
-    page.get_by_label("Label").fill("laptop")
-    page.get_by_role("button", name="Make it").click()
-    key = page.locator("#secret").inner_text()
-    with gateway.client(key) as client:
-        answer = client.post("/responses", json={"model": "gpt-5.5", "input": "Hi"})
-        assert answer.status_code == 200
-    page.get_by_role("link", name="Usage").click()
-    row = page.locator("tbody tr")
-    expect(row).to_have_count(1)
-    expect(row).to_contain_text("completed")
-    expect(row).to_contain_text(answer.headers["x-redbtc-request-id"])
-    started = gateway.row()["started_at"]
-    hour = (int(started[11:13]) + 9) % 24
-    expect(row.locator("time")).to_contain_text(f"{hour:02}:{started[14:16]}")
-    assert errors == []
-    context.close()
-
-
 FOCUSED = """() => {
     const at = document.activeElement;
     const label = at.labels && at.labels[0] ? at.labels[0].textContent : at.textContent;
-    const ring = getComputedStyle(at).outlineStyle !== "none";
+    const parts = at.type === "date";  // which the browser marks by itself
+    const ring = parts || getComputedStyle(at).outlineStyle !== "none";
     return [(at.getAttribute("aria-label") || label || "").trim(), ring];
 }"""
 
@@ -473,90 +523,328 @@ def tab_to(page: Page, name: str) -> None:
     raise AssertionError(f"no Tab leads to {name}")
 
 
-def test_by_keyboard_alone(gateway: Gateway, browser: Browser) -> None:
+def press(page: Page, name: str) -> None:
+    """Go to what is called so, and press Enter."""
+    tab_to(page, name)
+    page.keyboard.press("Enter")
+
+
+def enter(page: Page, name: str = "") -> None:
+    """The same, or where the focus is: it leads to another page."""
+    if name:
+        tab_to(page, name)
+    with page.expect_navigation():
+        page.keyboard.press("Enter")
+
+
+def write(page: Page, **fields: str) -> None:
+    """Fill in fields, called as they are with spaces for lines."""
+    for name, text in fields.items():
+        tab_to(page, name.replace("_", " "))
+        page.keyboard.press("Control+A")
+        page.keyboard.type(text)
+
+
+def see(page: Page, heading: str) -> None:
+    """The page has this heading."""
+    expect(page.get_by_role("heading", name=heading, exact=True).first).to_be_visible()
+
+
+def test_from_the_first_start_to_a_request_on_the_usage_page_by_keyboard_alone(
+    make_gateway: MakeGateway, browser: Browser
+) -> None:
+    gateway = make_gateway().start()
+    link = re.search(r"http://\S+(/dashboard/link/\S+)", gateway.log())
+    assert link is not None, gateway.log()
+    context = browser.new_context(timezone_id="Asia/Tokyo")
+    page = context.new_page()
+    errors: list[str] = []
+    watch(page, errors)
+    page.goto(gateway.url + link[1])
+    page.keyboard.type(PASSWORD)  # the first field has the focus
+    write(page, Password_again=PASSWORD)
+    enter(page)
+    see(page, "Overview")
+    enter(page, "Accounts")
+    see(page, "Accounts")
+    write(page, Name="ada")
+    enter(page)
+    enter(page, "ada")
+    see(page, "By day and model")
+    enter(page, "Keys")
+    see(page, "Make a key")
+    write(page, Label="laptop")
+    enter(page, "Make it")
+    see(page, "Your new key: laptop")
+    key = page.locator("#secret").inner_text()
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json={"model": "gpt-5.5", "input": "Hi"})
+        assert answer.status_code == 200
+    enter(page, "Usage")
+    row = page.locator("tbody tr")
+    expect(row).to_have_count(1)
+    expect(row).to_contain_text("completed")
+    expect(row).to_contain_text(answer.headers["x-redbtc-request-id"])
+    started = gateway.row()["started_at"]
+    hour = (int(started[11:13]) + 9) % 24
+    expect(row.locator("time")).to_contain_text(f"{hour:02}:{started[14:16]}")
+    assert errors == []
+    context.close()
+
+
+def test_an_account_s_owner_by_keyboard_alone(gateway: Gateway, browser: Browser) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
     new_user(gateway, "ada@example.com", "owner", "a").client.close()
     context = browser.new_context()
     page = context.new_page()
     page.goto(f"{gateway.url}/dashboard/")
     page.keyboard.type("ada@example.com")  # the first field has the focus
-    tab_to(page, "Password")
-    page.keyboard.type(PASSWORD)
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", level=1)).to_have_text("a")
+    write(page, Password=PASSWORD)
+    enter(page)
+    see(page, "a")
     tab_to(page, "Skip to the content")
-    tab_to(page, "Keys")
-    page.keyboard.press("Enter")
-    expect(page.get_by_label("Label")).to_be_visible()
-    tab_to(page, "Label")
-    page.keyboard.type("by hand")
-    tab_to(page, "Make it")
-    page.keyboard.press("Enter")
+    enter(page, "Keys")
+    see(page, "Make a key")
+    write(page, Label="by hand", Expires="tomorrow")
+    enter(page, "Make it")
+    refused = page.locator("#add-expires")
+    expect(refused).to_be_focused()  # and says why
+    expect(refused).to_have_attribute("aria-invalid", "true")
+    expect(refused).to_have_accessible_description(re.compile("Expected a time: "))
+    expect(page.get_by_label("Label")).to_have_value("by hand")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("30d")
+    enter(page, "Make it")
     expect(page.locator("#secret")).to_contain_text("sk-redbtc-")
-    tab_to(page, "Copy")
-    page.keyboard.press("Enter")
+    press(page, "Copy")
     expect(page.get_by_role("button", name="Copied")).to_be_visible()
-    tab_to(page, "Revoke")
-    page.keyboard.press("Enter")
+    press(page, "Rotate by hand")
+    write(page, The_old_key_goes_on_for="1h")
+    enter(page, "Rotate it")
+    see(page, "Your new key: by hand")
+    press(page, "Revoke by hand")
     tab_to(page, "Compromised: cut what runs, too")
     page.keyboard.press("Space")
-    tab_to(page, "Revoke it")
-    page.keyboard.press("Enter")
+    enter(page, "Revoke it")
     expect(page.locator("tbody")).to_contain_text("compromised")
-    tab_to(page, "Members")
-    page.keyboard.press("Enter")
-    expect(page.get_by_label("Email address")).to_be_visible()
-    tab_to(page, "Email address")
-    page.keyboard.type("grace@example.com")
-    page.keyboard.press("Enter")
+    enter(page, "Usage")
+    see(page, "a")
+    write(page, Model="gpt-5*")
+    enter(page, "Show")
+    expect(page.get_by_text("No requests in this time.")).to_be_visible()
+    enter(page, "Billing")
+    see(page, "Statements")
+    enter(page, page.locator("tbody a").first.inner_text())
+    enter(page, "Members")
+    see(page, "Add a member")
+    write(page, Email_address="grace@example.com")
+    enter(page, "Add them")
     expect(page.locator("#link")).to_contain_text("/dashboard/link/")
-    tab_to(page, "Log out")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", level=1)).to_have_text("Log in")
-    (listed,) = gateway.api("GET", "/accounts/a/keys")["keys"]
-    assert (listed["label"], listed["compromised"]) == ("by hand", True)
+    enter(page, "Remove: grace@example.com")
+    expect(page.get_by_role("status").first).to_have_text("Done.")
+    enter(page, "ada@example.com")
+    see(page, "Sessions")
+    write(page, Old_password=PASSWORD, New_password=OTHER_PASSWORD)
+    write(page, New_password_again=OTHER_PASSWORD)
+    enter(page)
+    see(page, "By day and model")
+    enter(page, "Log out")
+    see(page, "Log in")
+    keys = gateway.api("GET", "/accounts/a/keys")["keys"]
+    assert [key["compromised"] for key in keys] == [True, False]
+    assert {key["label"] for key in keys} == {"by hand"}
+    context.close()
+
+
+def test_an_operator_by_keyboard_alone(
+    gateway: Gateway, browser: Browser, closing: Callable[[Login], Login]
+) -> None:
+    gateway.new_key("a")
+    operator = closing(new_user(gateway, "op@example.com"))
+    context = browser.new_context()
+    context.add_cookies([cookie_of(operator, gateway)])
+    page = context.new_page()
+    page.goto(f"{gateway.url}/dashboard/")
+    see(page, "Overview")
+    enter(page, "Accounts")
+    see(page, "All accounts")
+    write(page, Name_or_address="A")
+    enter(page)
+    see(page, "Found")
+    enter(page, "a")
+    enter(page, "Manage")
+    see(page, "Limits and money")
+    write(page, Requests_in_flight="many")
+    enter(page, "Save")
+    refused = page.locator("#set-concurrency")
+    expect(refused).to_be_focused()
+    expect(refused).to_have_accessible_description("Expected a whole number.")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("7")
+    enter(page, "Save")
+    expect(page.get_by_role("status").first).to_have_text("Done.")
+    tab_to(page, "Amount, USD")
+    page.keyboard.type("12.50")
+    enter(page, "Write it down")
+    expect(page.get_by_text("The balance is 12.50 USD.")).to_be_visible()
+    write(page, Part_of_its_limits="0.5", Until="1h")
+    enter(page, "Throttle it")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("throttled to 0.5")
+    write(page, Part_of_its_limits="1")
+    enter(page, "Throttle it")
+    expect(page.get_by_role("heading", level=1)).to_have_text("a")
+    tab_to(page, "Write it down")  # one that comes after it is called Reason, too
+    write(page, Reason="unpaid")
+    enter(page, "Suspend it")
+    expect(page.get_by_text("Suspended: unpaid")).to_be_visible()
+    enter(page, "Serve it again")
+    see(page, "Suspend")
+    enter(page, "Prices")
+    see(page, "Add a price")
+    write(page, Model="gpt-9*", Input="1.25", Output="10")
+    enter(page, "Add it")
+    expect(page.locator("tbody")).to_contain_text("gpt-9*")
+    enter(page, "Notices")
+    see(page, "Tell all accounts")
+    write(page, Text="Back soon.", Until="1h")
+    tab_to(page, "Maintenance: answer new requests with 503 while it lasts")
+    page.keyboard.press("Space")
+    enter(page, "Publish it")
+    expect(page.locator("tbody")).to_contain_text("503")
+    enter(page, "Withdraw: Back soon.")
+    expect(page.locator("tbody")).to_contain_text("withdrawn")
+    enter(page, "Users")
+    see(page, "Add an operator")
+    write(page, Email_address="grace@example.com")
+    enter(page, "Add them")
+    expect(page.locator("#link")).to_contain_text("/dashboard/link/")
+    enter(page, "Log")
+    see(page, "Log of changes")
+    for text in ("grace@example.com", "Back soon.", "gpt-9*", "unpaid", "by op@example.com"):
+        expect(page.locator(".changes")).to_contain_text(text)
     context.close()
 
 
 NASTY = "<script>document.title='owned'</script>\"'><img src=x onerror=document.title='owned'>"
+NASTY_ADDRESS = "<script>document.title='owned'</script>\"'><img/src=x>@<b>.c"[:60]
+
+
+def cookie_of(login: Login, gateway: Gateway) -> Any:
+    """As a browser's context takes it."""
+    return {"name": "redbtc", "value": login.client.cookies["redbtc"], "url": gateway.url}
+
+
+class Looker:
+    """Opens pages, light and wide and dark and narrow, and collects what is wrong with them."""
+
+    def __init__(self, browser: Browser, gateway: Gateway, login: Login) -> None:
+        self.found: list[str] = []
+        self._gateway = gateway
+        self._pages = []
+        for scheme, width in (("light", 1280), ("dark", 360)):
+            context = browser.new_context(
+                color_scheme=scheme,  # type: ignore[arg-type]
+                viewport={"width": width, "height": 800},
+                user_agent=NASTY,
+            )
+            context.add_cookies([cookie_of(login, gateway)])
+            page = context.new_page()
+            watch(page, self.found)
+            self._pages.append((f"{scheme} {width}", width, page))
+
+    def look(self, path: str, then: Callable[[Page], object] | None = None) -> None:
+        """At a page, and at what comes of doing something there."""
+        for name, width, page in self._pages:
+            page.goto(f"{self._gateway.url}{path}")
+            if then:
+                then(page)
+            page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+            self.found += [f"{name} {path}: {problem}" for problem in problems(page)]
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            if wide > width:
+                self.found.append(f"{name} {path} is {wide} pixels wide")
+            if page.title() == "owned":
+                self.found.append(f"{name} {path} ran a script")
+
+    def close(self) -> None:
+        for *_, page in self._pages:
+            page.context.close()
+
+
+def fill_in(button: str, **fields: str) -> Callable[[Page], None]:
+    """Does that on a page: fields by their ids."""
+
+    def then(page: Page) -> None:
+        for name, text in fields.items():
+            page.locator(f"#{name.replace('__', '-')}").fill(text)
+        page.get_by_role("button", name=button, exact=True).click()
+
+    return then
 
 
 def test_what_users_name_is_text_and_pages_are_accessible(
     make_gateway: MakeGateway, browser: Browser, closing: Callable[[Login], Login]
 ) -> None:
     gateway = make_gateway('[server]\n[billing]\nunpriced_models = "free"').start()
-    name = NASTY.replace("/", "")
-    account = gateway.api("POST", "/accounts", {"name": name, "email": NASTY})
+    account = gateway.api("POST", "/accounts", {"name": NASTY.replace("/", ""), "email": NASTY})
     path = f"/accounts/{account['id']}"
     key = gateway.api("POST", f"{path}/keys", {"label": NASTY, "models": f"{NASTY},m*,gpt*"})
+    gone = gateway.api("POST", f"{path}/keys", {"label": "x"})
+    gateway.api("POST", f"/keys/{gone['id']}/revoke", {"compromised": True})
     gateway.api("POST", f"{path}/payments", {"amount": "5", "reference": NASTY, "reason": NASTY})
     gateway.api("POST", "/notices", {"kind": "incident", "text": NASTY})
-    gateway.api("POST", "/prices", {"prices": [{"model": "<b>*", "input": "1", "source": NASTY}]})
+    price = {"model": "<b>*", "input": "1", "source": NASTY}
+    gateway.api("POST", "/prices", {"prices": [price, {**price, "effective": "40d"}]})
+    link = gateway.api("POST", "/users", {"email": NASTY_ADDRESS, "role": "operator"})["link"]
+    member = {"email": NASTY_ADDRESS, "role": "owner", "account": account["name"]}
+    gateway.api("POST", "/users", member)
     with gateway.client(key["key"]) as client:
         for model in (NASTY, "gpt-5.5"):
             client.post("/responses", json={"model": model, "input": "Hi"})
     operator = closing(new_user(gateway, "op@example.com"))
-    cookie = {"name": "redbtc", "value": operator.client.cookies["redbtc"], "url": gateway.url}
-    found: list[str] = []
-    for scheme, width in (("light", 1280), ("dark", 360)):
-        context = browser.new_context(
-            color_scheme=scheme,  # type: ignore[arg-type]
-            viewport={"width": width, "height": 800},
-        )
-        context.add_cookies([cookie])  # type: ignore[list-item]
-        page = context.new_page()
-        watch(page, found)
-        month = account["month"]
-        paths = [f"{path}{end.replace('2026-11', month)}" for end in PAGES]
-        for each in (*paths, *(f"/{name}" for name in OPERATORS_PAGES), "/you"):
-            page.goto(f"{gateway.url}/dashboard{each}")
-            found += [f"{scheme} {width} {each}: {problem}" for problem in problems(page)]
-            assert "owned" not in page.title().replace(name, "")
-            wide = page.evaluate("document.documentElement.scrollWidth")
-            if wide > width:
-                found.append(f"{each} is {wide} pixels wide of {width}")
-        context.close()
+    with anonymous(gateway, **{"user-agent": NASTY}) as client:
+        log_in(client, "op@example.com", PASSWORD)
+    looker = Looker(browser, gateway, operator)
+    for page in (*(f"/{name}" for name in OPERATORS_PAGES), "/you"):
+        looker.look(f"/dashboard{page}")
+    for page in PAGES:
+        looker.look(f"/dashboard{path}{page.replace('2026-11', account['month'])}")
+    quoted = quote(NASTY, safe="")
+    for query in (f"{path}/usage?model={quoted}", f"/accounts?search={quoted}"):
+        looker.look(f"/dashboard{query}")
+    keys, manage = f"/dashboard{path}/keys", f"/dashboard{path}/manage"
+    looker.look(keys, fill_in("Make it", add__label=NASTY))
+    looker.look(keys, fill_in("Make it", add__label=NASTY, add__expires=NASTY))
+    looker.look(manage, fill_in("Throttle it", throttle__factor="0.5"))
+    looker.look(manage, fill_in("Write it down", pay__amount=NASTY, pay__reason=NASTY))
+    gateway.api("POST", f"{path}/suspend", {"reason": NASTY})
+    looker.look(manage)
+    looker.look("/dashboard/log")
+    page_of_users = f"/dashboard{path}/members"
+    looker.look(page_of_users, lambda page: page.locator("td button").first.click())
+    looker.look("/dashboard/nowhere")
+    looker.look("/status")
+    looker.look("/dashboard/login")
+    looker.look("/dashboard/login", fill_in("Log in", email=NASTY_ADDRESS, password=NASTY))
+    looker.look(urlsplit(link).path)
+    again = fill_in("Set it and log in", password="x" * 15, again="y" * 15)
+    looker.look(urlsplit(link).path, again)
+    looker.look("/dashboard/link/used-up")
+    looker.close()
+    # The browser says that a page came with an error status.
+    found = [each for each in looker.found if "the server responded with a status of" not in each]
     assert found == []
+
+
+def test_pages_of_a_new_gateway_are_accessible(
+    gateway: Gateway, browser: Browser, closing: Callable[[Login], Login]
+) -> None:
+    account = gateway.api("POST", "/accounts", {"name": "a"})
+    looker = Looker(browser, gateway, closing(new_user(gateway, "ada@example.com", "viewer", "a")))
+    for page in ("", "/keys", "/usage", "/billing", "/notices"):
+        looker.look(f"/dashboard/accounts/{account['id']}{page}")
+    looker.close()
+    assert looker.found == []
 
 
 # ── How fast ─────────────────────────────────────────────────────────────────────────────────────
