@@ -608,7 +608,7 @@ def by_day(
     series: dict[str, list[Decimal]] = {}
     for row in rows:
         if row["day"] in places:
-            values = series.setdefault(str(row[name]), [Decimal(0)] * len(days))
+            values = series.setdefault(row[name], [Decimal(0)] * len(days))
             values[places[row["day"]]] += Decimal(row[value] or 0)
     return [Series(each, tuple(values)) for each, values in series.items()]
 
@@ -617,6 +617,8 @@ async def overview(visit: Visit) -> Context:
     """What an operator looks at first."""
     found = await visit.ask(API.overview, query={"days": DAYS})
     days, currency = last_days(), found["spending"]["currency"]
+    for row in found["traffic"]:
+        row["outcome"] = row["outcome"].replace("_", " ")
     requests = by_day(found["traffic"], days, "outcome", "requests")
     costs = by_day(found["traffic"], days, "upstream", "cost")
     return {
@@ -624,7 +626,7 @@ async def overview(visit: Visit) -> Context:
         "found": found,
         "columns": [
             "Day",
-            *(f"#Requests, {each.name.replace('_', ' ')}" for each in requests),
+            *(f"#Requests, {each.name}" for each in requests),
             *(f"#{currency}, {each.name}" for each in costs),
         ],
         "table": {
@@ -719,8 +721,10 @@ async def log(visit: Visit) -> Context:
     limit = {"limit": str(ON_A_PAGE + 1)}
     found = (await visit.ask(API.list_changes, query={**query, **limit}))["changes"]
     changes, more = found[:ON_A_PAGE], len(found) > ON_A_PAGE
+    of = query.get("account")
     return {
         "here": "Log",
+        "account": await visit.ask(API.show_account, account=of) if of else None,
         "changes": [(each, differences(each)) for each in changes],
         "older": urlencode({**query, "before": changes[-1]["id"]}) if more else "",
     }
@@ -729,9 +733,11 @@ async def log(visit: Visit) -> Context:
 def differences(change: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Of a change, each column that is not as it was: its name, before and after."""
     before, after = change["before"] or {}, change["after"] or {}
-    names = dict.fromkeys((*before, *after))
-    pairs = ((name, before.get(name), after.get(name)) for name in names)
-    return [pair for pair in pairs if pair[1] != pair[2]]
+    return [
+        (name.replace("_", " "), before.get(name), after.get(name))
+        for name in dict.fromkeys((*before, *after))
+        if before.get(name) != after.get(name)
+    ]
 
 
 async def users(visit: Visit) -> Context:
@@ -909,13 +915,15 @@ async def usage(visit: Visit) -> Context:
         part["before"] = before
     found = orjson.loads(await visit.ask(API.requests, query={**query, **part}))
     rows, totals = found["requests"][::-1], (await visit.ask(API.usage, query=query))["totals"]
+    known = (await visit.ask(API.list_keys, account=account_id))["keys"]
     kept = {name: value for name, value in filters.items() if value}
     return {
         **shown,
         "filters": filters,
         "totals": totals,
         "requests": rows[:ON_A_PAGE],
-        "keys": (await visit.ask(API.list_keys, account=account_id))["keys"],
+        "keys": known,
+        "labels": {key["id"]: key["label"] or key["id"] for key in known},
         "csv": f"{shown['path']}/usage.csv?{urlencode(kept)}",
         "older": urlencode({**kept, "before": rows[ON_A_PAGE - 1]["request_id"]})
         if len(rows) > ON_A_PAGE

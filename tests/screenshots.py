@@ -6,18 +6,19 @@ from __future__ import annotations
 import random
 import sqlite3
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from conftest import needs
 from gateway import ROOT, Gateway
-from playwright.sync_api import Browser, sync_playwright
-from test_dashboard import OPERATORS_PAGES, PAGES, PASSWORD
+from playwright.sync_api import Browser, Page, sync_playwright
+from test_dashboard import OPERATORS_PAGES, PAGES, fill_in, new_user
 from upstream import Upstream
 
-from redbtc_settings import now_ms
+from redbtc_settings import day_of, now_ms
 
 MODELS = (("gpt-5.5", 5_000_000), ("gpt-5.4-mini", 400_000), ("gpt-image-2", 9_000_000))
 OUTCOMES = ("completed",) * 30 + ("client_disconnected", "upstream_error", "upstream_failed")
@@ -83,51 +84,88 @@ def fill(gateway: Gateway) -> str:
     return str(ids[0])
 
 
-def shoot(browser: Browser, gateway: Gateway, account: str, cookie: str) -> None:
+def pages(account: str, link: str) -> list[tuple[str, str, Callable[[Page], None] | None]]:
+    """Of each page its name, its path, and what is done there before the picture is taken."""
+    of_account = f"dashboard/accounts/{account}"
+    month = day_of(now_ms() // DAY)[:7]
+    keys, manage, members = (f"{of_account}/{name}" for name in ("keys", "manage", "members"))
+    used = "dashboard/link/used-up"
+    return [
+        ("login", "dashboard/login", None),
+        ("login-refused", "dashboard/login", fill_in("Log in", email="a@b.c", password="x")),
+        ("link", link, None),
+        ("link-used", used, None),
+        ("status", "status", None),
+        ("not-found", "dashboard/nowhere", None),
+        *((name, f"dashboard/{name}", None) for name in (*OPERATORS_PAGES, "you")),
+        ("user-added", "dashboard/users", fill_in("Add them", add__email="grace@example.com")),
+        *(
+            (
+                f"account{page.replace('/', '-')}",
+                f"{of_account}{page.replace('2026-11', month)}",
+                None,
+            )
+            for page in PAGES
+        ),
+        ("account-key-added", keys, fill_in("Make it", add__label="ci")),
+        ("account-key-refused", keys, fill_in("Make it", add__expires="tomorrow")),
+        ("account-member-added", members, fill_in("Add them", add__email="bob@example.com")),
+        ("account-suspended", manage, fill_in("Suspend it", suspend__reason="unpaid")),
+        ("account-resumed", manage, fill_in("Serve it again")),
+    ]
+
+
+def shoot(browser: Browser, gateway: Gateway, account: str, cookie: str, link: str) -> None:
     """Every page."""
     folder, docs = ROOT / "build" / "screenshots", ROOT / "docs"
-    docs.mkdir(exist_ok=True)
-    paths = [f"accounts/{account}{page}" for page in PAGES if page[:9] != "/billing/"]
-    schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
-    for scheme in schemes:
+    cookies: Any = [{"name": "redbtc", "value": cookie, "url": gateway.url}]
+
+    def opened(scheme: Any, width: int, height: int) -> Page:
+        size: Any = {"width": width, "height": height}
+        context = browser.new_context(color_scheme=scheme, viewport=size)
+        context.add_cookies(cookies)
+        return context.new_page()
+
+    for scheme in ("light", "dark"):
         for width in (1280, 360):
-            size = {"width": width, "height": 900}
-            context = browser.new_context(color_scheme=scheme, viewport=size)  # type: ignore[arg-type]
-            context.add_cookies([{"name": "redbtc", "value": cookie, "url": gateway.url}])
-            page = context.new_page()
-            for path in ["login", *OPERATORS_PAGES, *paths, "you"]:
-                page.goto(f"{gateway.url}/dashboard/{path}")
-                name = path.replace(account, "").replace("/", "-").strip("-")
-                file = folder / f"{name}-{scheme}-{width}.png"
-                page.screenshot(path=file, full_page=True)
-            context.close()
-        small = {"width": 1100, "height": 1020}
-        context = browser.new_context(color_scheme=scheme, viewport=small)  # type: ignore[arg-type]
-        context.add_cookies([{"name": "redbtc", "value": cookie, "url": gateway.url}])
-        page = context.new_page()
+            page = opened(scheme, width, 900)
+            for name, path, then in pages(account, link):
+                page.goto(f"{gateway.url}/{path}")
+                if then:
+                    then(page)
+                page.screenshot(path=folder / f"{name}-{scheme}-{width}.png", full_page=True)
+            for user in gateway.api("GET", "/users")["users"]:  # those that this round has added
+                if not user["password_set_at"] and user["email"] != "new@example.com":
+                    gateway.api("DELETE", f"/users/{user['id']}")
+            page.context.close()
+        page = opened(scheme, 1100, 1020)
         page.goto(f"{gateway.url}/dashboard/accounts/{account}")
         page.screenshot(path=docs / f"dashboard-{scheme}.png")
-        context.close()
+        page.context.close()
+
+
+UPSTREAM = """
+[[upstreams]]
+name = "{name}"
+base_url = "{url}"
+api_key_env = "TEST_UPSTREAM_KEY"
+"""
 
 
 def main() -> None:
     """Take them."""
     with tempfile.TemporaryDirectory() as folder, Upstream() as upstream:
-        gateway = Gateway(Path(folder) / "gateway", upstream.url)
+        upstreams = [UPSTREAM.format(name=name, url=upstream.url) for name in ("openai", "azure")]
+        gateway = Gateway(Path(folder) / "gateway", upstream.url, "".join(upstreams))
         account = fill(gateway)
-        link = gateway.cli("user", "add", "ada@example.com", "--operator")["link"]
+        new = gateway.cli("user", "add", "new@example.com", "--operator")["link"]
         gateway.start()
-        with sync_playwright() as playwright:
+        operator = new_user(gateway, "ada@example.com")
+        with closing(operator.client) as client, sync_playwright() as playwright:
             path = needs("chromium")
             browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-            page = browser.new_page()
-            page.goto(gateway.url + urlsplit(link).path)
-            page.get_by_label("Password", exact=True).fill(PASSWORD)
-            page.get_by_label("Password again").fill(PASSWORD)
-            page.get_by_role("button").click()
-            page.wait_for_url("**/overview")
-            (cookie,) = [each for each in page.context.cookies() if each["name"] == "redbtc"]
-            shoot(browser, gateway, account, cookie["value"])
+            link = urlsplit(new).path.lstrip("/")
+            shoot(browser, gateway, account, client.cookies["redbtc"], link)
             browser.close()
         gateway.close()
 
