@@ -131,7 +131,7 @@ class Invalid(LedgerError):
 
 
 class TooLarge(LedgerError):
-    """A body of more than MOST_BODY_BYTES."""
+    """A body of more bytes than are wanted."""
 
 
 class Forbidden(LedgerError):
@@ -870,14 +870,15 @@ async def _describe(request: Request) -> Response:
     return answer(openapi(secure=request.url.scheme == "https"))
 
 
-async def _body(request: Request) -> bytes:
-    """Raises TooLarge before more is held, and Invalid where it ends too early."""
+async def whole_body(request: Request, most: int) -> bytes:
+    """Raises TooLarge before more than `most` bytes are held, and Invalid where it ends too
+    early."""
     body = bytearray()
     try:
         async for part in request.stream():
             body += part
-            if len(body) > MOST_BODY_BYTES:
-                raise TooLarge(f"a body has at most {MOST_BODY_BYTES} bytes")
+            if len(body) > most:
+                raise TooLarge(f"a body has at most {most} bytes here")
     except ClientDisconnect:
         raise Invalid("the body is not whole") from None
     return bytes(body)
@@ -893,7 +894,8 @@ def _endpoint(
         query = dict(pairs)
         if len(query) < len(pairs):
             raise Invalid("a query parameter stands twice")
-        body = await _body(request) if operation.method in ("POST", "PATCH") else b""
+        has_body = operation.method in ("POST", "PATCH")
+        body = await whole_body(request, MOST_BODY_BYTES) if has_body else b""
         found = await api.perform(operation, actor, request.path_params, query=query, body=body)
         if isinstance(found, bytes):
             return Response(found, media_type="application/json")

@@ -40,6 +40,7 @@ from redbtc_admin import (
     Operation,
     Rank,
     Unauthorized,
+    whole_body,
 )
 from redbtc_billing import DAY, Books, Rates
 from redbtc_charts import Series, stacked
@@ -254,21 +255,15 @@ def environment() -> jinja2.Environment:
     return found
 
 
-class Pages:
-    """Draws templates."""
-
-    def __init__(self) -> None:
-        self._environment = environment()
-
-    async def draw(self, name: str, context: Mapping[str, Any]) -> bytes:
-        """A page, without holding the event loop up."""
-        parts, began = [], time.perf_counter()
-        for part in self._environment.get_template(name).generate(context):
-            parts.append(part)
-            if time.perf_counter() - began > SLICE_SECONDS:
-                await asyncio.sleep(0)
-                began = time.perf_counter()
-        return "".join(parts).encode("utf-8", "replace")
+async def draw(template: jinja2.Template, context: Mapping[str, Any]) -> bytes:
+    """A page, without holding the event loop up."""
+    parts, began = [], time.perf_counter()
+    for part in template.generate(context):
+        parts.append(part)
+        if time.perf_counter() - began > SLICE_SECONDS:
+            await asyncio.sleep(0)
+            began = time.perf_counter()
+    return "".join(parts).encode("utf-8", "replace")
 
 
 # ── Status ───────────────────────────────────────────────────────────────────────────────────────
@@ -345,7 +340,7 @@ class Dashboard:
 
     def __init__(self, api: API) -> None:
         self.api = api
-        self.pages = Pages()
+        self._templates = environment()
         self._throttle = Throttle()
 
     def app(self) -> Starlette:
@@ -415,7 +410,7 @@ class Dashboard:
                         return made
                     shown |= made
             context = {**await show(visit), "session": visit.session, **shown}
-            return await self.page(template, status, **context)
+            return await self.page(template, context, status)
 
         methods = ["GET", "POST"] if actions else ["GET"]
         return Route(path, self.logged_in(handler), methods=methods)
@@ -436,7 +431,7 @@ class Dashboard:
 
         return asset
 
-    async def page(self, name: str, status: int = 200, **context: Any) -> Response:
+    async def page(self, name: str, context: Context, status: int = 200) -> Response:
         """A template as an answer."""
         usual: Context = {
             "session": None,
@@ -447,11 +442,11 @@ class Dashboard:
             "here": "",
         }
         usual["currency"] = self.api.books.currency
-        body = await self.pages.draw(name, {**usual, **context})
+        body = await draw(self._templates.get_template(name), {**usual, **context})
         return Response(body, status, SECURITY, media_type="text/html; charset=utf-8")
 
     async def _error(self, status: int, message: str) -> Response:
-        response = await self.page("error.html", status, code=status, message=message)
+        response = await self.page("error.html", {"code": status, "message": message}, status)
         if status == 503:
             response.headers["retry-after"] = "5"
         return response
@@ -465,15 +460,11 @@ class Dashboard:
         message = "There is no such page." if status == 404 else "This can't be asked for so."
         return await self._error(status, message)
 
-    async def _form(self, request: Request) -> dict[str, str]:
+    @staticmethod
+    async def _form(request: Request) -> dict[str, str]:
         """What was filled in. Raises LedgerError."""
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_FORM_BYTES:
-                raise LedgerError("the form is too large")
-        pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
-        return dict(pairs)
+        body = await whole_body(request, MOST_FORM_BYTES)
+        return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
 
     def logged_in(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         """For whoever is logged in; others are sent to the login."""
@@ -495,7 +486,7 @@ class Dashboard:
     async def login(self, request: Request) -> Response:
         """Address and password."""
         if request.method in SAFE:
-            return await self.page("login.html", email="")
+            return await self.page("login.html", {"email": ""})
         check_origin(request)
         form = await self._form(request)
         email, password = form.get("email", "")[:254], form.get("password", "")
@@ -503,24 +494,23 @@ class Dashboard:
         address = f"{known or ''} {email.strip().lower()}"
         wait = self._throttle.seconds_to_wait(network, address)
         if wait:
-            return await self._wait(request, email, wait)
+            seconds = int(wait) + 1
+            problem = f"Too many attempts. Try again in {seconds} seconds."
+            response = await self._no_login(email, problem, 429)
+            response.headers["retry-after"] = str(seconds)
+            return response
         self._throttle.tried(network, address)
         found = await self.api.users.verify(email, password)
         if found is None:
-            return await self.page("login.html", 403, email=email, problem=BAD_LOGIN)
+            return await self._no_login(email, BAD_LOGIN)
         self._throttle.succeeded(network, address)
         user_id, active = found
         if not active:
-            problem = "This account is suspended."
-            return await self.page("login.html", 403, email=email, problem=problem)
+            return await self._no_login(email, "This account is suspended.")
         return await self._log_in(request, user_id)
 
-    async def _wait(self, request: Request, email: str, seconds: float) -> Response:
-        whole = int(seconds) + 1
-        problem = f"Too many attempts. Try again in {whole} seconds."
-        response = await self.page("login.html", 429, email=email, problem=problem)
-        response.headers["retry-after"] = str(whole)
-        return response
+    async def _no_login(self, email: str, problem: str, status: int = 403) -> Response:
+        return await self.page("login.html", {"email": email, "problem": problem}, status)
 
     def _known_browser(self, request: Request, email: str) -> str:
         cookie = request.cookies.get(cookie_name(request, "redbtc-browser"), "")
@@ -560,7 +550,7 @@ class Dashboard:
                     problem = sentence(str(error))
         status = 404 if found is None else 422 if problem else 200
         email = found[1] if found else ""
-        return await self.page("link.html", status, email=email, problem=problem)
+        return await self.page("link.html", {"email": email, "problem": problem}, status)
 
     async def change_password(self, visit: Visit) -> Response:
         """All sessions end with it; this browser gets a new one. Raises LedgerError."""

@@ -343,6 +343,11 @@ class Background:
         """Of its output, the most that anybody has been sent."""
         return max(self._passed, *(report.text_bytes for report in self._read), 0)
 
+    @property
+    def has_readers(self) -> bool:
+        """Whether somebody is being sent its output."""
+        return bool(self._read)
+
     def read(self, report: Report) -> None:
         """Somebody is being sent what this meters."""
         self._read.add(report)
@@ -420,6 +425,21 @@ class Unended:
         """Until its end is committed."""
         return response_id in self._responses
 
+    def cancel(self, key_id: str) -> int:
+        """Have the upstreams stop what the key has made; how much of that goes on by itself."""
+        running = [
+            each
+            for each in self._responses.values()
+            if each.row.key_id == key_id and each.settling is None
+        ]
+        for each in running:
+            self._start(self._cancel(each))
+        return sum(not each.has_readers for each in running)
+
+    async def _cancel(self, response: Background) -> None:
+        async with self._asking:
+            await self._ask(response, "/cancel", "POST")
+
     async def _see(self, response: Background, report: Report) -> None:
         if report.status and report.status not in UNFINISHED:
             outcome: Outcome = "completed"
@@ -462,7 +482,7 @@ class Unended:
             if unknown >= MOST_UNKNOWN or (failures >= MOST_FAILURES and response.outdated):
                 self._settle(response, Report(False), "upstream_failed")
 
-    async def _ask(self, response: Background) -> int:
+    async def _ask(self, response: Background, suffix: str = "", method: str = "GET") -> int:
         """The status of the upstream's answer, 0 where there is none."""
         row = response.row
         upstream = self._gateway.upstream_named(row.upstream)
@@ -470,7 +490,8 @@ class Unended:
             return 0
         meter = JSONMeter(images=False)
         try:
-            status = await upstream.fetch(f"/responses/{row.response_id}", meter.feed)
+            path = f"/responses/{row.response_id}{suffix}"
+            status = await upstream.fetch(path, meter.feed, method)
         except (httpx2.HTTPError, TimeoutError):
             return 0
         meter.finish()

@@ -889,11 +889,12 @@ class Gateway:
     # What the admin API is shown
 
     def cut(self, key_id: str) -> int:
-        """End all that runs for a key; how much that was."""
+        """End all that runs for a key, also at the upstreams; how much that was."""
         running = list(self._cutting.get(key_id, ()))
+        in_background = self.unended.cancel(key_id)
         for cut in running:
             cut()
-        return len(running)
+        return len(running) + in_background
 
     def limits_of_key(self, key: Key) -> dict[str, Any]:
         """The limits in force for a key and its account, and what is left of them."""
@@ -1032,7 +1033,26 @@ class Gateway:
         scope["where"] = "/admin/v1/me"
         scope["key"] = authenticate(scope, self.store)
         async with self._asking[scope["key"].account_id]:
-            await self._admin(scope, receive, self._with_ids(scope, send))
+            await self._admin(scope, self._in_time(receive), self._with_ids(scope, send))
+
+    def _in_time(self, receive: Receive) -> Receive:
+        """Whoever is too slow with a body has left."""
+        until = time.monotonic() + self.settings.server.body_timeout_seconds
+        whole = False
+
+        async def receive_in_time() -> Message:
+            nonlocal whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                return {"type": "http.disconnect"}
+            whole = not message.get("more_body", False)
+            return message
+
+        return receive_in_time
 
     def _with_ids(self, scope: Scope, send: Send) -> Send:
         request_id = scope["request_id"].encode()
@@ -1049,12 +1069,12 @@ class Gateway:
     async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The admin API, for whoever is logged in to the dashboard."""
         scope["where"] = "/admin/v1"
-        await self._admin(scope, receive, self._with_ids(scope, send))
+        await self._admin(scope, self._in_time(receive), self._with_ids(scope, send))
 
     async def dashboard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Its pages."""
         scope["where"] = "/dashboard"
-        await self._dashboard(scope, receive, self._with_ids(scope, send))
+        await self._dashboard(scope, self._in_time(receive), self._with_ids(scope, send))
 
     async def status(self, scope: Scope, _: Receive, send: Send) -> None:
         """For everybody: whether it works, and the notices for all that are in force or coming."""
@@ -1066,8 +1086,12 @@ class Gateway:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
         if dashboard.prefers_html(accept.decode("latin-1")):
-            page = await self._pages.pages.draw("status.html", status)
-            await respond(scope, send, 200, page, content_type=b"text/html; charset=utf-8")
+            page = await self._pages.page("status.html", status)
+            headers = [
+                (name.encode(), value.encode()) for name, value in dashboard.SECURITY.items()
+            ]
+            content_type = page.headers["content-type"].encode()
+            await respond(scope, send, page.status_code, bytes(page.body), headers, content_type)
         else:
             await respond(scope, send, 200, orjson.dumps(status))
 

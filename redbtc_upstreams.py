@@ -146,12 +146,12 @@ class Upstream:
         body = cast(httpx2.AsyncByteStream, response.stream)
         return Answer(response.status_code, response.headers.raw, body)
 
-    async def fetch(self, path: str, take: Callable[[bytes], object]) -> int:
-        """A GET of the gateway's own: its status, and each part of the body to `take`. Raises
-        httpx2.HTTPError, TimeoutError."""
+    async def fetch(self, path: str, take: Callable[[bytes], object], method: str = "GET") -> int:
+        """A request of the gateway's own, without a body: the status of its answer, and each part
+        of that one's body to `take`. Raises httpx2.HTTPError, TimeoutError."""
         async with asyncio.timeout(min(ASK_SECONDS, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
-            answer = await self.open("GET", path, b"", accept, Body(b""))
+            answer = await self.open(method, path, b"", accept, Body(b""))
             try:
                 async for chunk in answer.body:
                     take(chunk)

@@ -132,14 +132,26 @@ def test_the_cookie_and_the_headers_of_pages(
         for each in secure.headers.get_list("set-cookie"):
             assert each.startswith("__Host-redbtc")
             assert all(part in each for part in ("Secure", "Path=/", "HttpOnly", "SameSite=strict"))
-    headers = login.get("/dashboard/overview").headers
-    policy = headers["content-security-policy"]
-    assert policy.startswith("default-src 'none'")
-    assert "frame-ancestors 'none'" in policy
-    assert "unsafe" not in policy
-    assert headers["x-content-type-options"] == "nosniff"
-    assert headers["referrer-policy"] == "no-referrer"
-    assert headers["cache-control"] == "no-store"
+    login.client.headers["accept"] = "text/html"
+    account = gateway.api("POST", "/accounts", {"name": "a"})["id"]
+    for path, status in (
+        ("overview", 200),
+        ("", 303),
+        (f"accounts/{account}/usage.csv", 200),
+        ("nowhere", 404),
+        ("logout", 405),
+        ("link/used-up", 404),
+        ("login", 200),
+        ("../status", 200),
+    ):
+        headers = login.get(f"/dashboard/{path}", status).headers
+        policy = headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'")
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["cache-control"] == "no-store"
 
 
 def test_a_session_is_new_at_login_and_ends_for_good(
@@ -269,6 +281,17 @@ def test_a_change_from_another_site_is_refused(
     here = {"origin": gateway.url}
     assert login.client.post(keys, data={"do": "add"}, headers=here).status_code == 200
     assert login.client.post(api, json={}, headers=here).status_code == 201
+
+
+def test_a_slow_form_and_a_large_one(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway("[server]\nbody_timeout_seconds = 0.3").start()
+    for path, most in (("/dashboard/login", 64 << 10), ("/admin/v1/accounts", 0)):
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nOrigin: http://a\r\nContent-Length:"
+        slow = gateway.raw(f"{head} 100\r\n\r\nemail=".encode(), 5)
+        assert slow.startswith(b"HTTP/1.1 400 " if most else b"HTTP/1.1 401 ")
+        large = gateway.raw(f"{head} {most + 1}\r\n\r\n".encode() + b"x" * (most + 1), 5)
+        assert large.startswith(b"HTTP/1.1 413 " if most else b"HTTP/1.1 401 ")
+    assert "Traceback" not in gateway.log()
 
 
 # ── Roles, and walls between accounts ────────────────────────────────────────────────────────────

@@ -639,6 +639,27 @@ def test_a_cancelled_one_and_one_that_is_gone(gateway: Gateway, memory: Memory, 
     assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "none")
 
 
+def test_those_of_a_compromised_key_are_cancelled(
+    gateway: Gateway, memory: Memory, key: str
+) -> None:
+    memory.turns = 1_000_000
+    taken = [create(gateway, key, background=True)["id"] for _ in range(2)]
+    kept = create(gateway, gateway.new_key(), background=True)["id"]
+    ended = create(gateway, key)["id"]
+    key_id = gateway.rows(limit=1)[0]["key_id"]
+    assert gateway.cli("key", "revoke", "--compromised", key_id)["cut"] == 2
+    wait_until(lambda: len(pending(gateway)) == 1)
+    states = [memory.responses[each]["status"] for each in (*taken, kept, ended)]
+    assert states == ["cancelled", "cancelled", "queued", "completed"]
+    outcomes = {row["response_id"]: row["outcome"] for row in gateway.rows()}
+    assert [outcomes[each] for each in (*taken, kept, ended)] == [
+        "client_disconnected",
+        "client_disconnected",
+        "pending",
+        "completed",
+    ]
+
+
 def test_a_client_that_leaves_a_background_stream_leaves_it_running(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
