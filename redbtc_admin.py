@@ -101,7 +101,7 @@ from redbtc_shapes import (
     UserShown,
     WhichUser,
 )
-from redbtc_users import Busy, Session, Users
+from redbtc_users import Busy, Later, Session, TooMany, Users
 
 # ── Who ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -811,6 +811,7 @@ STATUS: dict[type[LedgerError], int] = {
     NotFound: 404,
     Conflict: 409,
     TooLarge: 413,
+    TooMany: 429,
     LedgerUnavailable: 503,
     Busy: 503,
 }
@@ -823,10 +824,13 @@ def local(request: Request) -> Actor:
     return Actor(request.headers.get(WHO.decode(), "local"), "operator")
 
 
+NO_STORE = {"cache-control": "no-store"}
+
+
 def answer(content: Any, status: int = 200) -> Response:
-    """JSON."""
-    headers = {"cache-control": "no-store"}
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+    """JSON; bytes are that already."""
+    body = content if isinstance(content, bytes) else orjson.dumps(content)
+    return Response(body, status, NO_STORE, media_type="application/json")
 
 
 def error_answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -840,14 +844,23 @@ def error_answer(status: int, message: str, headers: Mapping[str, str] | None = 
 async def refused(_: Request, error: Exception) -> Response:
     """A LedgerError."""
     status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
-    headers = {"retry-after": "5"} if status == 503 else {}
-    return error_answer(status, str(error), headers)
+    return error_answer(status, str(error), retry_after(error))
+
+
+def retry_after(error: Exception) -> dict[str, str]:
+    """A header, where it makes sense to try again."""
+    seconds = error.seconds if isinstance(error, Later) else 5
+    again = isinstance(error, (Later, LedgerUnavailable))
+    return {"retry-after": str(seconds)} if again else {}
+
+
+UNKNOWN = {404: "Unknown request URL.", 500: "The gateway failed on this request."}
 
 
 async def unknown(_: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: an unknown path or method."""
+    """What Starlette itself refuses, an unknown path or method; or what should not happen."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = "Unknown request URL." if status == 404 else "This method is not known here."
+    message = UNKNOWN.get(status, "This method is not known here.")
     headers = error.headers if isinstance(error, HTTPException) else None
     return error_answer(status, message, headers)
 
@@ -862,8 +875,10 @@ def served(api: API, authenticate: Authenticate) -> Starlette:
     for path, operations in by_path.items():
         endpoint = _endpoint(api, operations, authenticate)
         routes.append(Route(path, endpoint, methods=list(operations)))
-    handlers: dict[Any, Any] = {HTTPException: unknown, LedgerError: refused}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    handlers: dict[Any, Any] = {LedgerError: refused, HTTPException: unknown, Exception: unknown}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _describe(request: Request) -> Response:
@@ -896,11 +911,10 @@ def _endpoint(
             raise Invalid("a query parameter stands twice")
         has_body = operation.method in ("POST", "PATCH")
         body = await whole_body(request, MOST_BODY_BYTES) if has_body else b""
+        actor = authenticate(request)  # again: what let him in may have ended meanwhile
         found = await api.perform(operation, actor, request.path_params, query=query, body=body)
-        if isinstance(found, bytes):
-            return Response(found, media_type="application/json")
         if isinstance(found, AsyncIterator):
-            return StreamingResponse(found, media_type="application/json")
+            return StreamingResponse(found, headers=NO_STORE, media_type="application/json")
         return answer(found, operation.status)
 
     return endpoint
@@ -915,6 +929,7 @@ ERRORS = {
     "404": "There is none, or it is another account's.",
     "409": "It is well formed, but can't be done; the message says why.",
     "413": "The body is too large.",
+    "429": "Too many wrong passwords.",
     "503": "The database can't be written now, or too many passwords are being checked.",
 }
 

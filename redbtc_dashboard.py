@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import date, timedelta
 from decimal import Decimal
@@ -40,12 +40,12 @@ from redbtc_admin import (
     Operation,
     Rank,
     Unauthorized,
+    retry_after,
     whole_body,
 )
 from redbtc_billing import DAY, Books, Rates
 from redbtc_charts import Series, stacked
 from redbtc_ledger import Record
-from redbtc_limits import Bucket
 from redbtc_reports import as_csv_text, statement_lines
 from redbtc_settings import (
     NANOS,
@@ -57,7 +57,7 @@ from redbtc_settings import (
     parse_amount,
     shipped,
 )
-from redbtc_users import Busy, Session
+from redbtc_users import Later, Session, signature
 
 # ── Browsers ─────────────────────────────────────────────────────────────────────────────────────
 # Who is logged in is told by a cookie; that a change comes from a page of ours, by Origin, which
@@ -114,7 +114,8 @@ def session_of(api: API, request: Request) -> Session | None:
 
 def actor_for(session: Session) -> Actor:
     """What somebody who is logged in may do."""
-    return Actor(session.email, session.role, session.account_id, session=session)
+    name = signature(session.email, session.account)
+    return Actor(name, session.role, session.account_id, session=session)
 
 
 def actor_of(api: API) -> Callable[[Request], Actor]:
@@ -134,47 +135,13 @@ def actor_of(api: API) -> Callable[[Request], Actor]:
     return authenticate
 
 
-class Throttle:
-    """How often somebody may try to log in: by network and by address, so many failures a minute.
-    Nobody is locked out: who waits a moment may try again, and a browser in which somebody of the
-    address has logged in before has a bucket of its own."""
-
-    OF_NETWORK, OF_ADDRESS, MOST_KNOWN = 20, 6, 10_000
-
-    def __init__(self) -> None:
-        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
-
-    def seconds_to_wait(self, network: str, address: str) -> float:
-        """0: try."""
-        return max(bucket.seconds_until(1) for bucket in self._both(network, address))
-
-    def tried(self, network: str, address: str) -> None:
-        """Once more; it counts as wrong until it has succeeded."""
-        for bucket in self._both(network, address):
-            bucket.charge(1)
-
-    def succeeded(self, network: str, address: str) -> None:
-        """The last one was right."""
-        for bucket in self._both(network, address):
-            bucket.charge(-1)
-
-    def _both(self, network: str, address: str) -> tuple[Bucket, Bucket]:
-        of_network = self._bucket(f"network {network}", self.OF_NETWORK)
-        return of_network, self._bucket(f"address {address}", self.OF_ADDRESS)
-
-    def _bucket(self, name: str, limit: int) -> Bucket:
-        bucket = self._buckets.setdefault(name, Bucket())
-        self._buckets.move_to_end(name)
-        if len(self._buckets) > self.MOST_KNOWN:
-            self._buckets.popitem(last=False)
-        bucket.fill(limit, time.monotonic())
-        return bucket
-
-
 def network_of(request: Request) -> str:
     """The client's address; of IPv6 the /64 that one has."""
     host = request.client.host if request.client else ""
-    return ":".join(host.split(":")[:4]) if ":" in host else host
+    try:
+        return str(ipaddress.ip_network((host, 64 if ":" in host else 32), strict=False))
+    except ValueError:
+        return host
 
 
 # ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
@@ -299,18 +266,36 @@ def prefers_html(accept: str) -> bool:
 # ── Pages ────────────────────────────────────────────────────────────────────────────────────────
 
 BAD_LOGIN = "Address and password don't belong together."
-DIFFERENT = "the two passwords differ"
+SUSPENDED = "This account is suspended."
+SEVERAL = "This is the password of several logins: choose one, and type it again."
+UNKNOWN = {404: "There is no such page.", 500: "The gateway failed on this."}
+HOME = "/dashboard/"
 LOGIN = "/dashboard/login"
+
+
+def to(path: str) -> Response:
+    """What a browser is to ask for next."""
+    return RedirectResponse(path, 303, SECURITY)
+
+
+def to_login(request: Request) -> Response:
+    """And from there to where it was going."""
+    path, query = request.url.path, request.url.query
+    if request.method not in SAFE or path in ("/dashboard", HOME):
+        return to(LOGIN)
+    return to(f"{LOGIN}?{urlencode({'next': f'{path}?{query}' if query else path})}")
 
 
 class Visit:
     """A request to the dashboard of somebody who is logged in."""
 
-    def __init__(self, dashboard: Dashboard, request: Request, session: Session) -> None:
+    def __init__(
+        self, dashboard: Dashboard, request: Request, session: Session, form: dict[str, str]
+    ) -> None:
         self.request = request
         self.actor = actor_for(session)
         self.session = session
-        self.form: dict[str, str] = {}
+        self.form = form
         self._dashboard = dashboard
 
     async def ask(
@@ -322,6 +307,10 @@ class Visit:
     async def do(self, operation: Operation, body: Mapping[str, Any], **path: str) -> Any:
         """Make a change with what a form says. Raises LedgerError."""
         return await self._dashboard.api.perform(operation, self.actor, path, body=body)
+
+    def is_logged_in(self) -> bool:
+        """Still. Raises LedgerError."""
+        return session_of(self._dashboard.api, self.request) is not None
 
     def fields(self, *names: str) -> dict[str, str]:
         """Those of the form that were filled in."""
@@ -341,7 +330,6 @@ class Dashboard:
     def __init__(self, api: API) -> None:
         self.api = api
         self._templates = environment()
-        self._throttle = Throttle()
 
     def app(self) -> Starlette:
         """As an app."""
@@ -372,8 +360,14 @@ class Dashboard:
             screen(f"{account}/notices", account_notices),
             screen(f"{account}/manage", manage, MANAGE_ACTIONS, "operator"),
         ]
-        handlers: dict[Any, Any] = {HTTPException: self._unknown, LedgerError: self._refused}
-        return Starlette(routes=routes, exception_handlers=handlers)
+        handlers: dict[Any, Any] = {
+            LedgerError: self._refused,
+            HTTPException: self._unknown,
+            Exception: self._unknown,
+        }
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return app
 
     def _screen(
         self,
@@ -405,7 +399,7 @@ class Dashboard:
                     shown |= {"form": visit.form, **explanation(error)}
                 else:
                     if made is None:
-                        return RedirectResponse(f"{visit.request.url.path}?done", 303, SECURITY)
+                        return to("?done")
                     if isinstance(made, Response):
                         return made
                     shown |= made
@@ -418,8 +412,7 @@ class Dashboard:
     async def home(self, visit: Visit) -> Response:
         """Where one begins."""
         account_id = visit.session.account_id
-        path = f"/dashboard/accounts/{account_id}" if account_id else "/dashboard/overview"
-        return RedirectResponse(path, 303, SECURITY)
+        return to(f"/dashboard/accounts/{account_id}" if account_id else "/dashboard/overview")
 
     @staticmethod
     def _asset(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
@@ -446,19 +439,17 @@ class Dashboard:
         return Response(body, status, SECURITY, media_type="text/html; charset=utf-8")
 
     async def _error(self, status: int, message: str) -> Response:
-        response = await self.page("error.html", {"code": status, "message": message}, status)
-        if status == 503:
-            response.headers["retry-after"] = "5"
-        return response
+        return await self.page("error.html", {"code": status, "message": message}, status)
 
     async def _refused(self, _: Request, error: Exception) -> Response:
         status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
-        return await self._error(status, sentence(str(error)))
+        response = await self._error(status, sentence(str(error)))
+        response.headers.update(retry_after(error))
+        return response
 
     async def _unknown(self, _: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        message = "There is no such page." if status == 404 else "This can't be asked for so."
-        return await self._error(status, message)
+        return await self._error(status, UNKNOWN.get(status, "This can't be asked for so."))
 
     @staticmethod
     async def _form(request: Request) -> dict[str, str]:
@@ -470,56 +461,55 @@ class Dashboard:
         """For whoever is logged in; others are sent to the login."""
 
         async def endpoint(request: Request) -> Response:
-            session = session_of(self.api, request)
-            if session is None:
-                return RedirectResponse(LOGIN, 303, SECURITY)
-            visit = Visit(self, request, session)
-            if request.method not in SAFE:
+            session, form = session_of(self.api, request), {}
+            if session and request.method not in SAFE:
                 check_origin(request)
-                visit.form = await self._form(request)
-            return await handler(visit)
+                form = await self._form(request)
+                session = session_of(self.api, request)  # it may have ended meanwhile
+            if session is None:
+                return to_login(request)
+            return await handler(Visit(self, request, session, form))
 
         return endpoint
 
     # Logging in
 
     async def login(self, request: Request) -> Response:
-        """Address and password."""
+        """Address and password, and where several logins have both, which one."""
+        shown: Context = {"email": "", "logins": []}
         if request.method in SAFE:
-            return await self.page("login.html", {"email": ""})
+            return await self.page("login.html", shown)
         check_origin(request)
         form = await self._form(request)
-        email, password = form.get("email", "")[:254], form.get("password", "")
-        network, known = network_of(request), self._known_browser(request, email)
-        address = f"{known or ''} {email.strip().lower()}"
-        wait = self._throttle.seconds_to_wait(network, address)
-        if wait:
-            seconds = int(wait) + 1
-            problem = f"Too many attempts. Try again in {seconds} seconds."
-            response = await self._no_login(email, problem, 429)
-            response.headers["retry-after"] = str(seconds)
+        shown["email"] = email = form.get("email", "")[:254]
+        browser = request.cookies.get(cookie_name(request, "redbtc-browser"), "")
+        network, password = network_of(request), form.get("password", "")
+        try:
+            found = await self.api.users.verify(email, password, network, browser)
+        except Later as error:
+            shown |= explanation(error)
+            response = await self.page("login.html", shown, STATUS[type(error)])
+            response.headers.update(retry_after(error))
             return response
-        self._throttle.tried(network, address)
-        found = await self.api.users.verify(email, password)
-        if found is None:
-            return await self._no_login(email, BAD_LOGIN)
-        self._throttle.succeeded(network, address)
-        user_id, active = found
-        if not active:
-            return await self._no_login(email, "This account is suspended.")
-        return await self._log_in(request, user_id)
+        active = [each for each in found if each.active]
+        chosen = [each for each in active if each.user_id == form.get("login")] or active
+        if len(chosen) > 1:
+            return await self.page("login.html", {**shown, "logins": active, "problem": SEVERAL})
+        for each in chosen:
+            if logged_in := await self._log_in(request, each.user_id, each.hashed):
+                return logged_in
+        shown["problem"] = SUSPENDED if found and not active else BAD_LOGIN
+        return await self.page("login.html", shown, 403)
 
-    async def _no_login(self, email: str, problem: str, status: int = 403) -> Response:
-        return await self.page("login.html", {"email": email, "problem": problem}, status)
-
-    def _known_browser(self, request: Request, email: str) -> str:
-        cookie = request.cookies.get(cookie_name(request, "redbtc-browser"), "")
-        return cookie if self.api.users.knows_browser(cookie, email) else ""
-
-    async def _log_in(self, request: Request, user_id: str) -> Response:
+    async def _log_in(self, request: Request, user_id: str, hashed: bytes) -> Response | None:
+        """To the page that was asked for; None where the password is not right any more."""
         browser = request.headers.get("user-agent", "")
-        logged_in = await self.api.users.log_in(user_id, browser)
-        response = RedirectResponse("/dashboard/", 303, SECURITY)
+        logged_in = await self.api.users.log_in(user_id, hashed, browser)
+        if logged_in is None:
+            return None
+        wanted = request.query_params.get("next", "")
+        path = wanted if wanted.startswith("/dashboard/") else HOME
+        response = RedirectResponse(path, 303, SECURITY)
         set_cookie(request, response, "redbtc", logged_in.cookie, None)
         set_cookie(request, response, "redbtc-browser", logged_in.browser, BROWSER_SECONDS)
         return response
@@ -527,43 +517,39 @@ class Dashboard:
     async def log_out(self, visit: Visit) -> Response:
         """This session ends."""
         await self.api.users.end_session(visit.session.id, visit.session.user_id)
-        response = RedirectResponse(LOGIN, 303, SECURITY)
-        response.delete_cookie(cookie_name(visit.request, "redbtc"), path="/")
+        response = to(LOGIN)
+        set_cookie(visit.request, response, "redbtc", "", 0)
         return response
 
     async def link(self, request: Request) -> Response:
         """A one-time link: looking at it doesn't use it up, setting a password does."""
-        link = request.path_params["link"]
-        found, problem = self.api.users.user_of_link(link), ""
-        if request.method not in SAFE:
+        link = self.api.users.link(request.path_params["link"])
+        shown: Context = {"email": link.email if link else ""}
+        status = 200 if link else 404
+        if link and request.method not in SAFE:
             check_origin(request)
             form = await self._form(request)
-            if form.get("password", "") != form.get("again", ""):
-                problem = sentence(DIFFERENT)
+            try:
+                hashed = await self.api.users.set_password(link, new_password(form, "password"))
+            except LedgerError as error:
+                shown |= explanation(error)
+                status = STATUS.get(type(error), OTHERWISE)
             else:
-                try:
-                    user_id = await self.api.users.set_password_by_link(
-                        link, form.get("password", "")
-                    )
-                    return await self._log_in(request, user_id)
-                except LedgerError as error:
-                    problem = sentence(str(error))
-        status = 404 if found is None else 422 if problem else 200
-        email = found[1] if found else ""
-        return await self.page("link.html", {"email": email, "problem": problem}, status)
+                return await self._log_in(request, link.user_id, hashed) or to(LOGIN)
+        return await self.page("link.html", shown, status)
 
     async def change_password(self, visit: Visit) -> Response:
         """All sessions end with it; this browser gets a new one. Raises LedgerError."""
-        form = visit.form
-        network, address = network_of(visit.request), f"{visit.session.id} "
-        if form.get("new_password", "") != form.get("again", ""):
-            raise LedgerError(DIFFERENT)
-        if self._throttle.seconds_to_wait(network, address):
-            raise Busy("too many attempts; try again in a minute")
-        self._throttle.tried(network, address)
-        await visit.do(API.change_password, visit.fields("old_password", "new_password"))
-        self._throttle.succeeded(network, address)
-        return await self._log_in(visit.request, visit.session.user_id)
+        old, new = visit.form.get("old_password", ""), new_password(visit.form, "new_password")
+        hashed = await self.api.users.change_password(visit.session, old, new)
+        return await self._log_in(visit.request, visit.session.user_id, hashed) or to(LOGIN)
+
+
+def new_password(form: Mapping[str, str], name: str) -> str:
+    """That of a form, where it was typed twice alike. Raises LedgerError."""
+    if form.get(name, "") != form.get("again", ""):
+        raise LedgerError("the two passwords differ")
+    return form.get(name, "")
 
 
 def sentence(text: str) -> str:
@@ -931,7 +917,7 @@ async def usage_csv(visit: Visit) -> Response:
 
     async def lines() -> AsyncIterator[str]:
         rows, head = first, True
-        while rows:
+        while rows and visit.is_logged_in():
             yield as_csv_text(rows, head=head)
             older = {**query, "before": rows[-1]["request_id"]}
             rows = orjson.loads(await visit.ask(API.requests, query=older))["requests"][::-1]

@@ -1061,7 +1061,8 @@ class Gateway:
             if message["type"] == "http.response.start":
                 ids = [(b"x-request-id", request_id), (b"x-redbtc-request-id", request_id)]
                 message["headers"] = [*message["headers"], *ids]
-                self.watch.answered(scope, message["status"])
+                if message["status"] != 500:  # it is counted as what failed
+                    self.watch.answered(scope, message["status"])
             await send(message)
 
         return send_with_ids

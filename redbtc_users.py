@@ -4,30 +4,39 @@ Rule 1. What could let somebody in is never stored: of a password its scrypt, of
 session's cookie and a known browser's the SHA-256 (each is 256 bits of chance).
 
 Rule 2. Nobody learns whether an address has a login. An unknown one costs the same work and gets
-the same answer; all users of one address have the same salt, so that its one password that is right
-is found with one scrypt, however many there are.
+the same answer; all logins of one address have the same salt, so that those whose password is right
+are found with one scrypt, however many there are.
 
 Rule 3. A session ends for good: with logout, a new password, a new link, the user's removal, the
-account's suspension, after IDLE without a sign of it and after LIFETIME in all.
+account's suspension, after IDLE without a sign of it and after LIFETIME in all. Whatever begins or
+ends one asks, in the transaction that does so, whether what it was granted for still holds.
+
+Rule 4. Who guesses is slowed down, and nobody else is: a browser in which a login was used before
+has tries of its own, for that login alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
 import secrets
 import sqlite3
+import time
 import unicodedata
-from typing import Literal, NamedTuple
-
-from zxcvbn import zxcvbn
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, TypeVar
 
 from redbtc_ledger import Record, Store, new_id, shown
+from redbtc_limits import Bucket
 from redbtc_settings import Conflict, LedgerError, NotFound
 
 Role = Literal["operator", "owner", "viewer"]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 # ── Passwords ────────────────────────────────────────────────────────────────────────────────────
 
@@ -36,16 +45,28 @@ COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; 0.
 SALT_BYTES = 16
 MOST_HASHING = 2  # at a time: each takes a core and 32 MiB
 MOST_WAITING = 20
-LOOKED_AT = 72  # characters of a password whose strength is judged: what is longer is no weaker
+LOOKED_AT = 40  # characters of a password that are judged: 0.2 s at worst, for 72 it is 2 s
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
 
 
-class Busy(LedgerError):
+class Later(LedgerError):
+    """Not now, but in so many seconds."""
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class Busy(Later):
     """Too many passwords are being checked."""
 
 
+class TooMany(Later):
+    """Too many passwords were wrong."""
+
+
 class Hashing:
-    """scrypt, off the event loop."""
+    """What takes long with passwords, off the event loop."""
 
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(MOST_HASHING)
@@ -53,12 +74,19 @@ class Hashing:
 
     async def scrypt(self, password: str, salt: bytes) -> bytes:
         """32 bytes. Raises Busy."""
+        return await self._run(_scrypt, password, salt)
+
+    async def check(self, password: str, email: str) -> None:
+        """As check_password. Raises LedgerError."""
+        await self._run(check_password, password, email)
+
+    async def _run(self, work: Callable[[str, Given], Made], password: str, given: Given) -> Made:
         if self._waiting >= MOST_WAITING:
-            raise Busy("too many people log in at once; try again in a few seconds")
+            raise Busy("too many people log in at once; try again in a few seconds", 5)
         self._waiting += 1
         try:
             async with self._places:
-                return await asyncio.to_thread(_scrypt, password, salt)
+                return await asyncio.to_thread(work, password, given)
         finally:
             self._waiting -= 1
 
@@ -70,6 +98,8 @@ def _scrypt(password: str, salt: bytes) -> bytes:
 
 def check_password(password: str, email: str) -> None:
     """Raises LedgerError for one that is too short or too common."""
+    from zxcvbn import zxcvbn  # here: it takes 14 MiB, and most gateways never need it
+
     if len(password) < SHORTEST:
         raise LedgerError(f"a password has at least {SHORTEST} characters")
     if len(password) > LONGEST:
@@ -80,6 +110,51 @@ def check_password(password: str, email: str) -> None:
             "this password is too easy to guess: it is common, or made of common words, repeats or "
             "sequences; four words by chance are a good one"
         )
+
+
+class Throttle:
+    """How often a password may be wrong, a minute, by what is counted for: a network, an address, a
+    login. Only tries are remembered, and of those that are long over none."""
+
+    TRIES = {"network": 20, "address": 6, "login": 6}  # noqa: RUF012
+    MOST = 10_000  # of each minute
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[tuple[str, str], Bucket] = OrderedDict()
+
+    def seconds_to_wait(self, *counted: tuple[str, str]) -> float:
+        """Until the next try; 0: now."""
+        waits = (self._filled(each).seconds_until(1) for each in counted if each in self._buckets)
+        return max(waits, default=0.0)
+
+    @contextlib.contextmanager
+    def attempt(self, *counted: tuple[str, str]) -> Iterator[Callable[[], None]]:
+        """A try: it counts unless it is said to be right, or raises. Raises TooMany."""
+        wait = self.seconds_to_wait(*counted)
+        if wait:
+            seconds = int(wait) + 1
+            raise TooMany(f"too many attempts; try again in {seconds} seconds", seconds)
+        buckets = [self._filled(each) for each in counted]
+        for bucket in buckets:
+            bucket.charge(1)
+
+        def right() -> None:
+            for bucket in buckets:
+                bucket.charge(-1)
+
+        try:
+            yield right
+        except BaseException:
+            right()
+            raise
+
+    def _filled(self, counted: tuple[str, str]) -> Bucket:
+        bucket = self._buckets.setdefault(counted, Bucket())
+        self._buckets.move_to_end(counted)
+        if len(self._buckets) > self.MOST:
+            self._buckets.popitem(last=False)
+        bucket.fill(self.TRIES[counted[0]], time.monotonic())
+        return bucket
 
 
 # ── Users ────────────────────────────────────────────────────────────────────────────────────────
@@ -109,33 +184,47 @@ REMOVE_USER = "DELETE FROM users WHERE id = ?"
 RESET = """
     UPDATE users SET password = NULL, password_set_at = NULL, link = ?, link_expires_at = ?
      WHERE id = ?"""
-END_SESSIONS_OF = "DELETE FROM sessions WHERE user_id = ?"
-FORGET_BROWSERS = "DELETE FROM known_browsers WHERE user_id = ?"
+END_SESSIONS_OF = "DELETE FROM sessions WHERE user_id = ?1"
+FORGET_BROWSERS = "DELETE FROM known_browsers WHERE user_id = ?1"
 CANDIDATES = """
-    SELECT users.id, salt, password, ifnull(accounts.status, 'active') FROM users
-      LEFT JOIN accounts ON accounts.id = account_id WHERE users.email = ?"""
+    SELECT users.id, users.role, accounts.name, salt, password,
+           ifnull(accounts.status, 'active') = 'active'
+      FROM users LEFT JOIN accounts ON accounts.id = account_id
+     WHERE users.email = ? ORDER BY users.created_at, users.id"""
 BY_LINK = """
-    SELECT users.id, email, salt FROM users WHERE link = ? AND link_expires_at > ?"""
-SET_PASSWORD = """
-    UPDATE users SET password = ?, password_set_at = ?, link = NULL, link_expires_at = NULL
-     WHERE id = ? AND (?4 IS NULL OR link = ?4)"""
-ADD_SESSION = """
+    SELECT users.id, users.email, accounts.name, salt
+      FROM users LEFT JOIN accounts ON accounts.id = account_id
+     WHERE link = ? AND link_expires_at > ?"""
+# A password is set by a link or by the old one, and only where that is still so.
+GRANTED = "(link = ?2 OR password = ?3)"
+IF_GRANTED = f" AND EXISTS (SELECT 1 FROM users WHERE id = ?1 AND {GRANTED})"
+SET_PASSWORD = f"""
+    UPDATE users SET password = ?4, password_set_at = ?5, link = NULL, link_expires_at = NULL
+     WHERE id = ?1 AND {GRANTED}"""
+# Somebody logs in with what was checked a moment ago, and only where it is still right.
+IF_RIGHT = """
+      FROM users LEFT JOIN accounts ON accounts.id = account_id
+     WHERE users.id = ?1 AND password = ?2 AND ifnull(accounts.status, 'active') = 'active'"""
+ADD_SESSION = f"""
     INSERT INTO sessions (id, hash, user_id, browser, created_at, seen_at)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?5)"""
+    SELECT ?3, ?4, users.id, ?5, ?6, ?6 {IF_RIGHT}"""
 PRUNE_SESSIONS = f"""
     DELETE FROM sessions WHERE created_at < ?2 - {LIFETIME} OR seen_at < ?2 - {IDLE}
         OR (user_id = ?1 AND id NOT IN (SELECT id FROM sessions WHERE user_id = ?1
              ORDER BY created_at DESC, id LIMIT {MOST_SESSIONS - 1}))"""
-KNOW_BROWSER = "INSERT OR IGNORE INTO known_browsers (hash, user_id, created_at) VALUES (?, ?, ?)"
+KNOW_BROWSER = f"""
+    INSERT INTO known_browsers (hash, user_id, created_at) SELECT ?3, users.id, ?4 {IF_RIGHT}"""
 PRUNE_BROWSERS = f"""
     DELETE FROM known_browsers WHERE user_id = ?1 AND hash NOT IN (
         SELECT hash FROM known_browsers WHERE user_id = ?1
          ORDER BY created_at DESC LIMIT {MOST_BROWSERS - 1})"""
 KNOWN_BROWSER = """
-    SELECT 1 FROM known_browsers JOIN users ON users.id = user_id WHERE hash = ? AND email = ?"""
+    SELECT users.id FROM known_browsers JOIN users ON users.id = user_id
+     WHERE hash = ? AND email = ?"""
 SESSION = f"""
-    SELECT sessions.id, seen_at, users.id, users.email, role, account_id FROM sessions
-      JOIN users ON users.id = user_id LEFT JOIN accounts ON accounts.id = account_id
+    SELECT sessions.id, seen_at, users.id, users.email, role, account_id, accounts.name
+      FROM sessions JOIN users ON users.id = user_id
+      LEFT JOIN accounts ON accounts.id = account_id
      WHERE hash = ?1 AND sessions.created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}
        AND ifnull(accounts.status, 'active') = 'active'"""
 SEE = "UPDATE sessions SET seen_at = max(seen_at, ?) WHERE id = ?"
@@ -151,8 +240,13 @@ def no_link() -> NotFound:
     return NotFound("this link has been used, or it is too old; ask for another")
 
 
+def signature(email: str, account: str | None) -> str:
+    """Who somebody is in the log of changes: the same address in an account is somebody else."""
+    return f"{email} of {account}" if account else email
+
+
 class Session(NamedTuple):
-    """Somebody who is logged in. `account_id` is None for an operator."""
+    """Somebody who is logged in. Of an operator both `account_id` and `account` are None."""
 
     id: str
     seen_at: int
@@ -160,6 +254,28 @@ class Session(NamedTuple):
     email: str
     role: Role
     account_id: str | None
+    account: str | None
+
+
+class Login(NamedTuple):
+    """One whose password is right; `account` is a name, None for an operator."""
+
+    user_id: str
+    role: Role
+    account: str | None
+    salt: bytes
+    hashed: bytes
+    active: bool
+
+
+class Link(NamedTuple):
+    """A one-time link, and whom it is for."""
+
+    hashed: bytes
+    user_id: str
+    email: str
+    account: str | None
+    salt: bytes
 
 
 class LoggedIn(NamedTuple):
@@ -193,6 +309,7 @@ class Users:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._hashing = Hashing()
+        self._throttle = Throttle()
         self._nobodys_salt = secrets.token_bytes(SALT_BYTES)
 
     async def all(self, account_id: str | None) -> list[Record]:
@@ -253,71 +370,103 @@ class Users:
 
     # Passwords
 
-    async def verify(self, email: str, password: str) -> tuple[str, bool] | None:
-        """The id of the user whose these are, and whether he may log in now; None where they are
-        nobody's, which takes as long. Raises Busy."""
-        rows = [tuple(row) async for row in self._store.rows(CANDIDATES, (email.strip().lower(),))]
-        salt = rows[0][1] if rows else self._nobodys_salt
+    async def verify(self, email: str, password: str, network: str, browser: str) -> list[Login]:
+        """The logins whose address and password these are: none, which takes as long, one, or
+        several. `network` is where that is tried, `browser` the cookie by which it is known. Raises
+        TooMany, Busy."""
+        email = email.strip().lower()
+        counted = [("network", network), ("address", email)]
+        known = self._login_known(browser, email)
+        if known and self._throttle.seconds_to_wait(*counted):
+            counted = [("login", known)]
+        else:
+            known = None
+        with self._throttle.attempt(*counted) as right:
+            found = await self._right(email, password)
+            if known:
+                found = [each for each in found if each.user_id == known]
+            if found:
+                right()
+        return found
+
+    async def _right(self, email: str, password: str) -> list[Login]:
+        rows = [tuple(row) async for row in self._store.rows(CANDIDATES, (email,))]
+        salt = rows[0][3] if rows else self._nobodys_salt
         hashed = await self._hashing.scrypt(password, salt)
-        right = [row for row in rows if row[2] and hmac.compare_digest(row[2], hashed)]
-        return (right[0][0], right[0][3] == "active") if right else None
+        return [
+            Login(user_id, role, account, salt, hashed, bool(active))
+            for user_id, role, account, _, taken, active in rows
+            if taken and hmac.compare_digest(taken, hashed)
+        ]
 
-    def user_of_link(self, link: str) -> tuple[str, str, bytes] | None:
-        """Id, address and salt of the user whom a one-time link is for."""
-        values = (hash_of(link), self._store.time())
-        return self._store.look_up(BY_LINK, values)
+    def _login_known(self, browser: str, email: str) -> str | None:
+        """Whose login of this address was used there before. Raises LedgerUnavailable."""
+        found = self._store.look_up(KNOWN_BROWSER, (hash_of(browser), email)) if browser else None
+        return found[0] if found else None
 
-    async def set_password_by_link(self, link: str, password: str) -> str:
-        """The user's id; the link is used up. Raises NotFound where it is no link, or none any
-        more, LedgerError for a password that won't do."""
-        found = self.user_of_link(link)
-        if found is None:
-            raise no_link()
-        user_id, email, salt = found
-        await self._set_password(user_id, email, salt, password, hash_of(link))
-        return user_id
+    def link(self, secret: str) -> Link | None:
+        """That of a secret, if it is in force. Raises LedgerUnavailable."""
+        hashed = hash_of(secret)
+        found = self._store.look_up(BY_LINK, (hashed, self._store.time()))
+        return Link(hashed, *found) if found else None
 
-    async def change_password(self, session: Session, old: str, new: str) -> None:
-        """All other sessions end with it, and this one: a new one is to be begun. Raises
-        LedgerError."""
-        found = await self.verify(session.email, old)
-        if found is None or found[0] != session.user_id:
+    async def set_password(self, link: Link, password: str) -> bytes:
+        """Its scrypt; the link is used up. Raises NotFound where it is meanwhile, LedgerError for a
+        password that won't do."""
+        by = signature(link.email, link.account)
+        return await self._set(link.user_id, link.email, link.salt, password, by, link=link.hashed)
+
+    async def change_password(self, session: Session, old: str, new: str) -> bytes:
+        """The new one's scrypt. All sessions end with it, also this one: a new one is to be begun.
+        Raises LedgerError."""
+        user_id, email = session.user_id, session.email
+        with self._throttle.attempt(("login", f"{user_id}, logged in")) as right:
+            found = [each for each in await self._right(email, old) if each.user_id == user_id]
+            if found:
+                right()
+        if not found:
             raise LedgerError("the old password is not right")
-        rows = [row async for row in self._store.rows(CANDIDATES, (session.email,))]
-        salt = next(row[1] for row in rows if row[0] == session.user_id)
-        await self._set_password(session.user_id, session.email, salt, new, None)
+        salt, hashed = found[0].salt, found[0].hashed
+        by = signature(email, session.account)
+        return await self._set(user_id, email, salt, new, by, old=hashed)
 
-    async def _set_password(
-        self, user_id: str, email: str, salt: bytes, password: str, link: bytes | None
-    ) -> None:
-        check_password(password, email)
+    async def _set(
+        self,
+        user_id: str,
+        email: str,
+        salt: bytes,
+        password: str,
+        by: str,
+        *,
+        link: bytes | None = None,
+        old: bytes | None = None,
+    ) -> bytes:
+        await self._hashing.check(password, email)
         hashed = await self._hashing.scrypt(password, salt)
-        async for other, _, taken, _ in self._store.rows(CANDIDATES, (email,)):
-            if taken and other != user_id and hmac.compare_digest(taken, hashed):
-                raise LedgerError("this is the password of another login of yours; take another")
-        now = self._store.time()
+        granted = (user_id, link, old)
         changed = await self._store.transact(
-            (END_SESSIONS_OF, (user_id,)),
-            (FORGET_BROWSERS, (user_id,)),
-            (SET_PASSWORD, (hashed, now, user_id, link)),
-            by=email,
+            (END_SESSIONS_OF + IF_GRANTED, granted),
+            (FORGET_BROWSERS + IF_GRANTED, granted),
+            (SET_PASSWORD, (*granted, hashed, self._store.time())),
+            by=by,
         )
         if not changed:
-            raise no_link()
+            raise no_link() if link else Conflict("this login was changed meanwhile")
+        return hashed
 
     # Sessions
 
-    async def log_in(self, user_id: str, browser: str) -> LoggedIn:
-        """A new session."""
+    async def log_in(self, user_id: str, hashed: bytes, browser: str) -> LoggedIn | None:
+        """A new session for whose password has this scrypt; None where it has not any more, or its
+        account is suspended."""
         cookie, known, now = new_secret(), new_secret(), self._store.time()
-        session = (new_id("ses"), hash_of(cookie), user_id, browser[:200], now)
-        await self._store.transact(
+        added = await self._store.transact(
             (PRUNE_SESSIONS, (user_id, now)),
-            (ADD_SESSION, session),
             (PRUNE_BROWSERS, (user_id,)),
-            (KNOW_BROWSER, (hash_of(known), user_id, now)),
+            (KNOW_BROWSER, (user_id, hashed, hash_of(known), now)),
+            (ADD_SESSION, (user_id, hashed, new_id("ses"), hash_of(cookie), browser[:200], now)),
         )
-        return LoggedIn(cookie, known)
+        return LoggedIn(cookie, known) if added else None
 
     def session(self, cookie: str) -> Session | None:
         """That of a cookie, if it is in force; that it was used is noted. Raises
@@ -330,11 +479,6 @@ class Users:
         if now - session.seen_at >= SEEN_EVERY:
             self._store.record(SEE, (now, session.id), insist=True, lasting=False)
         return session
-
-    def knows_browser(self, cookie: str, email: str) -> bool:
-        """Whether somebody of this address has logged in there. Raises LedgerUnavailable."""
-        values = (hash_of(cookie), email.strip().lower())
-        return bool(cookie) and self._store.look_up(KNOWN_BROWSER, values) is not None
 
     async def sessions(self, user_id: str) -> list[Record]:
         """The user's, the last used first."""

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import itertools
 import os
 import platform
 import re
@@ -26,7 +27,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx2
 import psutil
 import uvloop
 
@@ -494,6 +497,73 @@ def measure_reports(proxy: Proxy, figures: Figures, rounds: int) -> None:
                 figures.add(f"{name} (ms)", proxy, (time.monotonic() - started) * 1000)
 
 
+OPERATORS = ("overview", "accounts", "accounts?search=47", "prices", "notices", "log", "users")
+ACCOUNTS = ("", "/keys", "/usage", "/usage?model=m0&since=2026-05-01", "/billing")
+ACCOUNTS += ("/billing/2026-05", "/members", "/notices", "/manage")
+PAGES_A_SECOND = 20
+
+
+class Pages:
+    """All pages of the dashboard on the large ledger, as an operator opens them."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        link = gateway.api("POST", "/users", {"email": "a@b.c", "role": "operator"})["link"]
+        password = secrets.token_urlsafe(16)
+        form = {"password": password, "again": password}
+        with httpx2.Client(base_url=gateway.url, headers={"origin": gateway.url}) as client:
+            client.post(urlsplit(link).path, data=form)
+            self._cookie = f"redbtc={client.cookies['redbtc']}"
+        self._port = gateway.port
+        account = gateway.api("GET", "/accounts/account 4711")["id"]
+        self.paths = [*OPERATORS, *(f"accounts/{account}{end}" for end in ACCOUNTS)]
+
+    async def open(self, path: str) -> float:
+        """Seconds until it is there whole."""
+        started = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        head = f"GET /dashboard/{path} HTTP/1.1\r\nhost: a\r\ncookie: {self._cookie}\r\n"
+        writer.write(f"{head}connection: close\r\n\r\n".encode())
+        page = await reader.read()
+        assert page.startswith(b"HTTP/1.1 200"), page[:200]
+        writer.close()
+        return time.monotonic() - started
+
+    async def keep_opening(self) -> None:
+        """One after the other, PAGES_A_SECOND."""
+        opening: set[asyncio.Task[float]] = set()
+        for path in itertools.cycle(self.paths):
+            opening.add(asyncio.create_task(self.open(path)))
+            opening = {each for each in opening if not each.done()}
+            await asyncio.sleep(1 / PAGES_A_SECOND)
+
+
+async def measure_pages(proxy: Proxy, figures: Figures, rounds: int, seconds: float) -> None:
+    """How long pages take, and what is in flight while they are drawn."""
+    assert proxy.gateway
+    with proxy.alone():
+        pages = Pages(proxy.gateway)
+        first = sorted([await pages.open(path) for path in pages.paths])
+        figures.add("pages, each the first time, slowest (ms)", proxy, first[-1] * 1e3)
+        for _ in range(rounds):
+            took = sorted([await pages.open(path) for path in pages.paths])
+            figures.add("pages, median (ms)", proxy, at(took, 0.5))
+            figures.add("pages, slowest (ms)", proxy, took[-1] * 1e3)
+        for _ in range(rounds):
+            for what in ("", f", {PAGES_A_SECOND} pages/s"):
+                drawing = asyncio.create_task(pages.keep_opening()) if what else None
+                async with streams(proxy.port, proxy.key, 300):
+                    await asyncio.sleep(1)
+                    Reading.latencies = []
+                    await asyncio.sleep(seconds)
+                    events = sorted(Reading.latencies)
+                one = await requests(proxy.port, proxy.key, seconds, 1)
+                if drawing:
+                    drawing.cancel()
+                for share, name in ((0.5, "median"), (0.99, "99 %")):
+                    figures.add(f"an event{what}, {name} (ms)", proxy, at(events, share))
+                    figures.add(f"a request{what}, {name} (ms)", proxy, at(one, share))
+
+
 async def main(arguments: argparse.Namespace) -> None:
     os.sched_setaffinity(0, LOAD_CORE)
     loop = asyncio.get_running_loop()
@@ -532,6 +602,7 @@ async def main(arguments: argparse.Namespace) -> None:
         await measure_requests(proxies + slow, figures, upstream, rounds, seconds)
         if arguments.rows:
             measure_reports(proxies[-1], figures, rounds)
+            await measure_pages(proxies[-1], figures, rounds, seconds)
         for task in background:
             task.cancel()
         server.close()

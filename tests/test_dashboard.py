@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import html
 import io
 import re
+import socket
 import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote, urlsplit
 
 import httpx2
@@ -20,12 +23,13 @@ import pytest
 from conftest import NODE_MODULES, MakeGateway, needs
 from gateway import NO_TLS, ROOT, Gateway, wait_until
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from starlette.requests import Request
 from upstream import Received, Reply, Upstream, event
 
 import redbtc_dashboard as dashboard
-from redbtc_limits import Bucket
-from redbtc_settings import LedgerError
-from redbtc_users import check_password
+from redbtc_ledger import Accounts, Store
+from redbtc_settings import Conflict, LedgerError
+from redbtc_users import Throttle, TooMany, Users, check_password
 
 sys.path.append(str(ROOT / "bench"))
 from bench import fill
@@ -97,9 +101,9 @@ def test_a_link_is_used_once_and_looking_at_it_uses_nothing(gateway: Gateway) ->
         for _ in range(2):
             assert client.get(path).status_code == 200
         short = client.post(path, data={"password": "short", "again": "short"})
-        assert (short.status_code, "at least 15 characters" in short.text) == (422, True)
+        assert (short.status_code, "at least 15 characters" in short.text) == (409, True)
         differ = client.post(path, data={"password": PASSWORD, "again": OTHER_PASSWORD})
-        assert differ.status_code == 422
+        assert differ.status_code == 409
         right = {"password": PASSWORD, "again": PASSWORD}
         assert client.post(path, data=right).status_code == 303
         assert client.post(path, data=right).status_code == 404
@@ -231,16 +235,193 @@ def test_passwords_that_are_too_easy() -> None:
 
 
 def test_the_throttle_forgets_and_is_bounded() -> None:
-    throttle = dashboard.Throttle()
-    for _ in range(throttle.OF_ADDRESS):
-        assert throttle.seconds_to_wait("1.2.3.4", "a") == 0
-        throttle.tried("1.2.3.4", "a")
-    assert 0 < throttle.seconds_to_wait("5.6.7.8", "a") <= 60
-    assert throttle.seconds_to_wait("1.2.3.4", "b") == 0
-    for number in range(2 * throttle.MOST_KNOWN):
-        throttle.seconds_to_wait(str(number), "c")
-    assert len(throttle._buckets) <= throttle.MOST_KNOWN
-    assert isinstance(next(iter(throttle._buckets.values())), Bucket)
+    throttle = Throttle()
+    here, there, a = ("network", "1.2.3.4"), ("network", "5.6.7.8"), ("address", "a")
+    for _ in range(throttle.TRIES["address"]):
+        with throttle.attempt(here, a):
+            pass
+    with throttle.attempt(here) as right:
+        right()
+    with pytest.raises(ZeroDivisionError), throttle.attempt(here):
+        _ = 1 / 0  # nothing was found out
+    assert 0 < throttle.seconds_to_wait(there, a) <= 60
+    with pytest.raises(TooMany, match="seconds"), throttle.attempt(there, a):
+        pass
+    assert throttle.seconds_to_wait(here, ("address", "b")) == 0
+    for number in range(2 * throttle.MOST):
+        throttle.seconds_to_wait(("network", str(number)))
+    assert throttle.seconds_to_wait(a) > 0  # who only asks makes nobody forgotten
+    for number in range(throttle.MOST):
+        with throttle.attempt(("network", str(number))):
+            pass
+    assert len(throttle._buckets) == throttle.MOST
+
+
+def test_a_network_is_an_address_or_a_64th_of_ipv6() -> None:
+    def network(host: str) -> str:
+        return dashboard.network_of(Request({"type": "http", "client": (host, 1)}))
+
+    assert network("10.0.0.1") != network("10.0.0.2")
+    assert network("2001:db8::1:2:3:4") == network("2001:db8:0:0:ffff::")
+    assert network("2001:db8::1") != network("2001:db8:0:1::1")
+
+
+def test_guessing_from_a_network_keeps_nobody_else_there_out(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    login = closing(new_user(gateway, "ada@example.com"))
+    with anonymous(gateway) as client, ThreadPoolExecutor(4) as pool:
+        tries = [pool.submit(log_in, client, f"{i}@b.c", "wrong") for i in range(22)]
+        assert 429 in {each.result().status_code for each in tries}
+    assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303
+    wrong = [log_in(login.client, "ada@example.com", "x").status_code for _ in range(12)]
+    assert 429 in wrong
+    password = {"old_password": "wrong", "new_password": OTHER_PASSWORD}
+    path = "/admin/v1/login/password"
+    statuses = [login.client.post(path, json=password).status_code for _ in range(7)]
+    assert (statuses[0], statuses[-1]) == (409, 429)
+
+
+def test_a_known_browser_helps_only_its_own_login(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    """Whoever may add logins of an address gets no more tries at another one of it."""
+    gateway.api("POST", "/accounts", {"name": "a"})
+    closing(new_user(gateway, "ada@example.com"))
+    mine = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    own = mine.client
+    form = {"do": "password", "old_password": PASSWORD}
+    form |= {"new_password": OTHER_PASSWORD, "again": OTHER_PASSWORD}
+    assert own.post("/dashboard/you", data=form).status_code == 303
+    with anonymous(gateway) as client:
+        for _ in range(7):
+            log_in(client, "ada@example.com", "wrong")
+    assert log_in(own, "ada@example.com", PASSWORD).status_code == 403  # the operator's, and right
+    assert log_in(own, "ada@example.com", OTHER_PASSWORD).status_code == 303
+
+
+def test_several_logins_with_one_password(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    operator = closing(new_user(gateway, "ada@example.com"))
+    member = closing(new_user(gateway, "ada@example.com", "viewer", "a"))
+    with anonymous(gateway) as client:
+        which = log_in(client, "ada@example.com", PASSWORD)
+        assert which.status_code == 200
+        for user in (operator.user, member.user):
+            assert user["id"] in which.text
+            form = {"email": "ada@example.com", "password": PASSWORD, "login": user["id"]}
+            assert client.post("/dashboard/login", data=form).status_code == 303
+            at = client.get("/dashboard/").headers["location"]
+            assert at.endswith(user["account_id"] or "/overview")
+    gateway.api("POST", "/accounts/a/suspend", {})
+    with anonymous(gateway) as client:
+        assert log_in(client, "ada@example.com", PASSWORD).status_code == 303
+
+
+def test_a_login_leads_to_the_page_that_was_asked_for(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    closing(new_user(gateway, "ada@example.com"))
+    form = {"email": "ada@example.com", "password": PASSWORD}
+    with anonymous(gateway) as client:
+        asked = client.get("/dashboard/log?before=7")
+        assert client.post(asked.headers["location"], data=form).headers["location"] == (
+            "/dashboard/log?before=7"
+        )
+        for next_page in ("https://evil.example/", "//evil.example", "/v1/models"):
+            answer = client.post(f"/dashboard/login?next={quote(next_page)}", data=form)
+            assert answer.headers["location"] == "/dashboard/"
+
+
+def test_of_two_who_use_a_link_at_once_one_is_logged_in(gateway: Gateway) -> None:
+    user = gateway.api("POST", "/users", {"email": "ada@example.com", "role": "operator"})
+    path = urlsplit(user["link"]).path
+    clients = [anonymous(gateway) for _ in range(2)]
+
+    def use(client: httpx2.Client) -> int:
+        return client.post(path, data={"password": PASSWORD, "again": PASSWORD}).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        statuses = list(pool.map(use, clients))
+    assert sorted(statuses) == [303, 404]
+    inside = [client.get("/dashboard/you").status_code for client in clients]
+    assert [status == 303 for status in statuses] == [status == 200 for status in inside]
+    for client in clients:
+        client.close()
+
+
+class Changing:
+    """A store in which something happens before the next transaction."""
+
+    def __init__(self, store: Store, before: Callable[[], Awaitable[object]]) -> None:
+        self._store, self._before = store, before
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def transact(self, *changes: Any, by: str | None = None) -> int:
+        await self._before()
+        return await self._store.transact(*changes, by=by)
+
+
+@pytest.mark.parametrize("event", ["reset", "remove", "suspend"])
+def test_what_ends_a_login_while_it_is_checked_ends_it(tmp_path: Path, event: str) -> None:
+    asyncio.run(end_while_it_is_checked(tmp_path, event))
+
+
+async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
+    async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+        users, accounts = Users(store), Accounts(store)
+        account = (await accounts.add("a", None, {}, "test"))["id"]
+        user = await users.add("ada@example.com", "owner", account, "test")
+        link = users.link(user["link"])
+        assert link is not None
+        await users.set_password(link, PASSWORD)
+        (login,) = await users.verify("ada@example.com", PASSWORD, "here", "")
+        first = await users.log_in(login.user_id, login.hashed, "")
+        assert first is not None
+        session = users.session(first.cookie)
+        assert session is not None
+        ends: dict[str, Callable[[], Awaitable[object]]] = {
+            "reset": lambda: users.reset(login.user_id, "test"),
+            "remove": lambda: users.remove(login.user_id, "test"),
+            "suspend": lambda: accounts.suspend(account, None, "test"),
+        }
+        overtaken = Users(cast(Store, Changing(store, ends[event])))
+        if event == "reset":
+            with pytest.raises(Conflict):
+                await overtaken.change_password(session, PASSWORD, OTHER_PASSWORD)
+            assert not await users.verify("ada@example.com", OTHER_PASSWORD, "here", "")
+        else:
+            assert await overtaken.log_in(login.user_id, login.hashed, "") is None
+            assert users.session(first.cookie) is None
+
+
+def test_a_change_whose_session_ends_before_it_is_sent_whole(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    login = closing(new_user(gateway, "ada@example.com"))
+    cookie = login.client.cookies["redbtc"]
+    form, record = b"do=add&name=mine", b'{"name": "mine"}'
+    held = []
+    for path, body in (("/dashboard/accounts", form), ("/admin/v1/accounts", record)):
+        connection = socket.create_connection(("127.0.0.1", gateway.port), 5)
+        host = f"127.0.0.1:{gateway.port}"
+        connection.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nCookie: redbtc="
+            f"{cookie}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body[:-1]
+        )
+        held.append((connection, body[-1:]))
+    login.get("/dashboard/you")  # by now both have been let in
+    gateway.api("DELETE", f"/users/{login.user['id']}")
+    for (connection, last), status in zip(held, (b"303", b"401"), strict=True):
+        with connection:
+            connection.sendall(last)
+            assert connection.recv(12) == b"HTTP/1.1 " + status
+    assert gateway.api("GET", "/accounts")["accounts"] == []
 
 
 # ── Changes from elsewhere ───────────────────────────────────────────────────────────────────────
@@ -319,7 +500,8 @@ def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login]
             assert there.replace(foreign, "acct_0") == nowhere
         with anonymous(gateway) as client:
             answer = client.get(f"/dashboard/accounts/{own}{page}")
-            assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/login")
+            assert answer.status_code == 303
+            assert answer.headers["location"].startswith("/dashboard/login?next=")
     for form in ({"do": "add", "label": "x"}, {"do": "nonsense"}):
         assert viewer.post(f"/dashboard/accounts/{own}/keys", **form).status_code == 403
     assert gateway.api("GET", "/accounts/a/keys")["keys"] == []
