@@ -223,7 +223,15 @@ def operation(method: str, *paths: str, least: Rank, answer: Any) -> Callable[[P
 
 
 ACCOUNT_ID = re.compile(r"acct_[0-9a-f]{16}")
-TYPES = {"int": "a whole number", "str": "text"}
+# What msgspec says, and what people would.
+PLAIN = (
+    (r"^Expected `int( \| null)?`", "Expected a whole number"),
+    (r"^Expected `(\w+)( \| null)?` of length <= (\d+)", r"Expected at most \3 characters"),
+    (r"^Expected `(\w+)( \| null)?` of length >= (\d+)", r"Expected \3 or more characters"),
+    (r"^Expected `str( \| null)?`", "Expected text"),
+    (r"^(Expected a whole number) >= (-?\d+)", r"\1 from \2"),
+    (r"^(Expected a whole number) <= (\d+)", r"\1 up to \2"),
+)
 FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(.*)`", re.DOTALL)
 
 
@@ -234,10 +242,10 @@ def invalid(error: Exception) -> Invalid:
     place = place[:-1] if at else "$"
     for pattern, meant in MEANT.items():
         what = what.replace(f"`str` matching regex {pattern!r}", meant)
-    for name, meant in TYPES.items():
-        what = re.sub(rf"^Expected `{name}( \| null)?`", f"Expected {meant}", what)
     if field := FIELD.fullmatch(what):
         place = f"{place}.{field[1]}"
+    for said, plain in PLAIN:
+        what = re.sub(said, plain, what)
     return Invalid(what, place if place != "$" else "")
 
 
@@ -278,16 +286,22 @@ def limits_in(body: Struct) -> dict[str, Any]:
     return limits
 
 
+MOST_PATTERNS = 100
+
+
 def models_in(given: str | tuple[str, ...] | None) -> str | None:
     """The patterns that a key is limited to, as the ledger has them. Raises LedgerError."""
     if not given:
         return None
+    # Each request of the key is held against all of them.
     patterns = [each.strip() for each in (given.split(",") if isinstance(given, str) else given)]
     for pattern in patterns:
         if not pattern or "," in pattern or not pattern.isprintable():
             raise LedgerError(
                 f"{pattern!r} is not a pattern of models; write it like gpt-5*,codex*"
             )
+    if len(patterns) > MOST_PATTERNS:
+        raise LedgerError(f"a key has at most {MOST_PATTERNS} patterns of models")
     return ",".join(patterns)
 
 
@@ -786,7 +800,7 @@ def price_of(given: NewPrice, model: str, source: str | None) -> Price:
             rates[name] = parse_amount(rate)
             most = billing.MOST_CALL_RATE if name == "web_search" else billing.MOST_RATE
             if not 0 <= rates[name] <= most:
-                raise LedgerError(f"{model}: {name}: {rate} is out of range")
+                raise LedgerError(f"a rate of {rate} for {name} of {model} is out of range")
     if not rates:
         raise LedgerError(f"{model}: a price needs at least one rate; 0 where it is free")
     return Price(

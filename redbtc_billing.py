@@ -55,6 +55,7 @@ MINUTE = 60_000
 DEFAULT_TIER = "default"
 TIER_NAMES = {"fast": "priority"}  # as requests name them, and the responses to those
 MILLION = 1_000_000
+MOST_PAID = 10**17 * NANOS  # by an account: sums of it fit into an INTEGER of units
 MOST_RATE = 10_000_000 * NANOS  # for a million tokens: a row's cost fits into an INTEGER
 MOST_CALL_RATE = 10_000 * NANOS
 IN_USE = 90 * DAY  # a model that somebody asked for within this time is in use
@@ -647,7 +648,7 @@ class Books:
         due = now + settings.price_notice_days * DAY - MINUTE
         notices: list[Change] = []
         for at in after.changes_from(earliest):
-            lines = []
+            lines: dict[str, str] = {}
             for model in sorted(patterns | used | priced, key=specificity):
                 before = self.prices.tariff(model, at)
                 if before is None and model in used and settings.unpriced_models == "free":
@@ -659,10 +660,13 @@ class Books:
                         f"{'; '.join(risen)}. A rise needs {settings.price_notice_days} days of "
                         "notice (billing.price_notice_days), or --without-notice with a --reason"
                     )
-                if risen:
-                    lines.append(f"{model}: {'; '.join(risen)}")
+                if risen:  # what somebody has asked for is nobody else's to read
+                    named = [model] if model in priced | patterns else patterns
+                    name = min((each for each in named if matches(model, {each})), key=specificity)
+                    lines.setdefault(name, f"{name}: {'; '.join(risen)}")
             if lines:
-                text = f"Prices rise ({self.currency} per million tokens). {'. '.join(lines)}."
+                said = ". ".join(lines.values())
+                text = f"Prices rise ({self.currency} per million tokens). {said}."
                 until = max(at, now) + settings.price_notice_days * DAY
                 values = ("price", text[:NOTICE_TEXT], at, until, now, by, False)
                 notices.append((ADD_NOTICE, (ledger.new_id("ntc"), *values)))
@@ -699,6 +703,8 @@ class Books:
         if amount < 0 and not reason:
             raise LedgerError("a refund or correction (a negative amount) needs a reason")
         purse, payment = await self.purse(account["id"]), ledger.new_id("pay")
+        if abs(purse.paid + amount) > MOST_PAID or abs(amount) > MOST_PAID:
+            raise LedgerError(f"an account's payments come to {decimal(MOST_PAID)} at most")
         now = self.store.time()
         values = (payment, account["id"], *divmod(amount, NANOS), self.currency, reference, reason)
         try:

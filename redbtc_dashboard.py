@@ -14,8 +14,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import date, timedelta
 from decimal import Decimal
 from typing import Any
@@ -75,6 +85,7 @@ SECURITY = {
 SAFE = ("GET", "HEAD")
 BROWSER_SECONDS = 365 * 86400
 MOST_FORM_BYTES = 64 << 10
+MOST_SENT = 10_000  # forms that are known to have been sent
 
 
 def cookie_name(request: Request, name: str) -> str:
@@ -149,11 +160,13 @@ def network_of(request: Request) -> str:
 SLICE_SECONDS = 0.0005
 NO_DIGITS = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
 THREE_DIGITS = "BHD IQD JOD KWD LYD OMR TND"
+FOUR_DIGITS = "CLF UYW"
 
 
 def digits_of(currency: str) -> int:
     """After the point (ISO 4217)."""
-    return 0 if currency in NO_DIGITS else 3 if currency in THREE_DIGITS else 2
+    by_digits = {0: NO_DIGITS, 3: THREE_DIGITS, 4: FOUR_DIGITS}
+    return next((digits for digits, of in by_digits.items() if currency in of), 2)
 
 
 def money(amount: str, currency: str) -> str:
@@ -219,6 +232,7 @@ def environment() -> jinja2.Environment:
     found.filters.update(
         money=money, exact=exact, count=count, size=size, utc=utc, duration=duration
     )
+    found.globals["once"] = lambda: secrets.token_hex(8)
     return found
 
 
@@ -330,6 +344,7 @@ class Dashboard:
     def __init__(self, api: API) -> None:
         self.api = api
         self._templates = environment()
+        self._sent: OrderedDict[str, None] = OrderedDict()
 
     def app(self) -> Starlette:
         """As an app."""
@@ -391,7 +406,8 @@ class Dashboard:
                 if action is None:
                     raise Forbidden("there is no such form")
                 try:
-                    made = await action(visit)
+                    with self._once(visit.form.pop("once", "")):
+                        made = await action(visit)
                 except (NotFound, Forbidden):
                     raise
                 except LedgerError as error:
@@ -408,6 +424,21 @@ class Dashboard:
 
         methods = ["GET", "POST"] if actions else ["GET"]
         return Route(path, self.logged_in(handler), methods=methods)
+
+    @contextlib.contextmanager
+    def _once(self, form: str) -> Iterator[None]:
+        """What a form on a page asks for is done once, however often it is sent (a page is loaded
+        again, a button clicked twice). Raises LedgerError."""
+        if form and form in self._sent:
+            raise LedgerError("this form was sent before, and was done then")
+        self._sent[form] = None
+        if len(self._sent) > MOST_SENT:
+            self._sent.popitem(last=False)
+        try:
+            yield
+        except BaseException:
+            self._sent.pop(form, None)
+            raise
 
     async def home(self, visit: Visit) -> Response:
         """Where one begins."""
@@ -560,7 +591,10 @@ def sentence(text: str) -> str:
 def explanation(error: LedgerError) -> Context:
     """Why a form was refused, and which of its fields was wrong, where it was one."""
     if isinstance(error, Invalid) and error.field:
-        return {"problem": sentence(error.what.removesuffix(", got `str`")), "wrong": error.field}
+        what = error.what.removesuffix(", got `str`")
+        if what.startswith("Object missing"):
+            what = f"{error.field} is needed"
+        return {"problem": sentence(what), "wrong": error.field}
     return {"problem": sentence(str(error))}
 
 
@@ -796,17 +830,16 @@ MEASURES = {"cost": "Cost", "requests": "Requests", "output_tokens": "Output tok
 async def account_overview(visit: Visit) -> Context:
     """Spent, used, left."""
     shown = await _account(visit, "Overview")
-    account_id, days = shown["account"]["id"], last_days()
+    account_id, month, days = shown["account"]["id"], shown["account"]["month"], last_days()
     query = {"account": account_id, "since": days[0], "group_by": "day,model"}
     used = await visit.ask(API.usage, query=query)
-    month = {"account": account_id, "since": f"{shown['account']['month']}-01"}
     measure = visit.request.query_params.get("show", "cost")
     measure = measure if measure in MEASURES else "cost"
     series = by_day(used["groups"], days, "model", measure)
     unit = shown["account"]["currency"] if measure == "cost" else MEASURES[measure].lower()
     return {
         **shown,
-        "month": (await visit.ask(API.usage, query=month))["totals"],
+        "month": (await visit.ask(API.statement, account=account_id, month=month))["totals"],
         "limits": await visit.ask(API.account_limits, account=account_id),
         "notices": (await visit.ask(API.account_notices, account=account_id))["notices"],
         "groups": used["groups"],
@@ -885,25 +918,33 @@ async def usage(visit: Visit) -> Context:
     """Each request, the newest first, and sums of all that the filters let through."""
     shown = await _account(visit, "Usage")
     account_id = shown["account"]["id"]
-    filters, query = _filters(visit, account_id)
-    part = {"limit": str(ON_A_PAGE + 1)}
-    if before := visit.request.query_params.get("before"):
-        part["before"] = before
-    found = orjson.loads(await visit.ask(API.requests, query={**query, **part}))
-    rows, totals = found["requests"][::-1], (await visit.ask(API.usage, query=query))["totals"]
     known = (await visit.ask(API.list_keys, account=account_id))["keys"]
+    filters, query = _filters(visit, account_id)
     kept = {name: value for name, value in filters.items() if value}
-    return {
-        **shown,
+    shown |= {
         "filters": filters,
-        "totals": totals,
-        "requests": rows[:ON_A_PAGE],
         "keys": known,
         "labels": {key["id"]: key["label"] or key["id"] for key in known},
         "csv": f"{shown['path']}/usage.csv?{urlencode(kept)}",
-        "older": urlencode({**kept, "before": rows[ON_A_PAGE - 1]["request_id"]})
-        if len(rows) > ON_A_PAGE
-        else "",
+        "totals": None,
+    }
+    part = {"limit": str(ON_A_PAGE + 1)}
+    if before := visit.request.query_params.get("before"):
+        part["before"] = before
+    try:
+        totals = (await visit.ask(API.usage, query=query))["totals"]
+        found = orjson.loads(await visit.ask(API.requests, query={**query, **part}))
+    except NotFound:
+        raise
+    except LedgerError as error:
+        return {**shown, **explanation(error)}
+    rows = found["requests"][::-1]
+    more = len(rows) > ON_A_PAGE
+    return {
+        **shown,
+        "totals": totals,
+        "requests": rows[:ON_A_PAGE],
+        "older": urlencode({**kept, "before": rows[ON_A_PAGE - 1]["request_id"]}) if more else "",
     }
 
 

@@ -654,7 +654,7 @@ def no_account(name: str) -> NotFound:
 
 def no_key(key_id: str) -> NotFound:
     """The same for a key."""
-    return NotFound(f"there is no key {key_id!r}; `key list ACCOUNT` shows their ids")
+    return NotFound(f"there is no key {key_id!r}")
 
 
 def new_id(kind: str) -> str:

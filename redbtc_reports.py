@@ -359,7 +359,7 @@ def quantile(ordered: Sequence[int], percent: int) -> int | None:
 
 # ── CSV ──────────────────────────────────────────────────────────────────────────────────────────
 
-FORMULA = re.compile(r"[=+@]|-(?![0-9.]+$)")
+FORMULA = re.compile(r"\s*[=+@＝＋－＠]|\s+-|-(?![0-9.]+$)|[\t\r\n]")
 
 
 def as_csv_text(rows: list[dict[str, Any]], *, head: bool = True) -> str:

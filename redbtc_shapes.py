@@ -70,7 +70,19 @@ Factor = Annotated[
         "a part from 0.001 to 1, such as 0.25",
     ),
 ]
-ModelName = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)")]
+ModelName = Annotated[
+    str,
+    form(
+        r"^[^\x00-\x1f\x7f]+$(?!\n)",
+        "a name or pattern without control characters",
+        min_length=1,
+        max_length=256,
+    ),
+]
+Tier = Annotated[
+    str,
+    form(r"^[a-z0-9_-]{1,32}$(?!\n)", "a tier such as flex: lower-case letters, digits, _ and -"),
+]
 Patterns = Annotated[str, Meta(max_length=4000, description="shell patterns, commas between")]
 Email = Annotated[
     str,
@@ -80,7 +92,14 @@ Email = Annotated[
         max_length=254,
     ),
 ]
-Cursor = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
+Cursor = Annotated[str, form(r"^[A-Za-z0-9_-]{1,64}$(?!\n)", "an id")]
+Groups = Annotated[
+    str,
+    form(
+        r"^((day|model|key|account)(,(day|model|key|account)){0,3})?$(?!\n)",
+        "any of day, model, key, account, with commas between",
+    ),
+]
 
 
 class Sent(Struct, forbid_unknown_fields=True):
@@ -157,7 +176,7 @@ class NewPrice(Sent):
     call. `effective` is a time or a duration from now; left out: now."""
 
     model: ModelName | Annotated[tuple[ModelName, ...], Meta(min_length=1)]
-    tier: Annotated[str, Meta(pattern=r"^[a-z0-9_-]{1,32}$(?!\n)")] = billing.DEFAULT_TIER
+    tier: Tier = billing.DEFAULT_TIER
     above_input_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] = 0
     effective: Time | None = None
     input: Amount | None = None
@@ -242,9 +261,7 @@ class RequestsQuery(UsageQuery):
 class SumsQuery(UsageQuery):
     """`group_by`: day, model, key, account, with commas between."""
 
-    group_by: Annotated[
-        str, Meta(pattern=r"^((day|model|key|account)(,(day|model|key|account)){0,3})?$(?!\n)")
-    ] = ""
+    group_by: Groups = ""
 
 
 class AccountsQuery(Sent):

@@ -536,3 +536,22 @@ WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
         cost_units = cost_units + excluded.cost_units,
         cost_nanos = cost_nanos + excluded.cost_nanos;
 END;
+
+-- version 6
+
+-- An INSERT OR REPLACE would be a way around the triggers above.
+CREATE TRIGGER changes_are_new BEFORE INSERT ON changes
+WHEN EXISTS (SELECT 1 FROM changes WHERE id = NEW.id)
+BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
+
+DROP TRIGGER a_price_is_added;
+CREATE TRIGGER a_price_is_added AFTER INSERT ON prices BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'price',
+        NEW.id, NULL, NULL, json_object('model', NEW.model, 'tier', NEW.tier,
+            'above_input_tokens', NEW.above_input_tokens, 'effective_at', NEW.effective_at,
+            'input', NEW.input, 'cached_input', NEW.cached_input, 'cache_write', NEW.cache_write,
+            'output', NEW.output, 'image_input', NEW.image_input,
+            'image_output', NEW.image_output, 'web_search', NEW.web_search,
+            'max_output_tokens', NEW.max_output_tokens, 'source', NEW.source,
+            'reason', NEW.reason));
+END;

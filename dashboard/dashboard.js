@@ -1,5 +1,6 @@
-// What HTML alone can't do: times in the reader's own zone, and buttons that copy. Without this
-// script times stay in UTC, the buttons stay hidden, and every page works.
+// What HTML alone can't do: times in the reader's own zone, buttons that copy, and forms that a
+// double click sends once. Without this script times stay in UTC, those buttons stay hidden, a form
+// that is sent again is refused, and every page works.
 "use strict";
 
 const dateAndTime = new Intl.DateTimeFormat(document.documentElement.lang || undefined, {
@@ -48,4 +49,13 @@ for (const button of document.querySelectorAll("button[data-copy]")) {
   });
   button.hidden = false;
   document.body.append(announcement);
+}
+
+for (const form of document.querySelectorAll('form[method="post"]')) {
+  let sent = false;
+  form.addEventListener("submit", (event) => {
+    if (sent) event.preventDefault();
+    sent = true;
+  });
+  addEventListener("pageshow", () => (sent = false));
 }

@@ -28,6 +28,7 @@ from upstream import Received, Reply, Upstream, event
 
 import redbtc_dashboard as dashboard
 from redbtc_ledger import Accounts, Store
+from redbtc_reports import as_csv_text
 from redbtc_settings import Conflict, LedgerError
 from redbtc_users import Throttle, TooMany, Users, check_password
 
@@ -217,6 +218,12 @@ def test_who_guesses_is_slowed_down_and_learns_nothing(
         assert waiting.status_code == 429  # also the right one, from a browser that nobody knows
         assert 1 <= int(waiting.headers["retry-after"]) <= 60
     assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303  # one that is known
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1+1", "-1+1", "@a", "\t=1", "\r=1", " =1", "＝1+1"])
+def test_a_cell_is_no_formula(text: str) -> None:
+    ((_, cell),) = csv.reader(io.StringIO(as_csv_text([{"a": -1.5, "b": text}], head=False)))
+    assert cell == f"'{text}"
 
 
 def test_passwords_that_are_too_easy() -> None:
@@ -478,6 +485,21 @@ def test_a_slow_form_and_a_large_one(make_gateway: MakeGateway) -> None:
 # ── Roles, and walls between accounts ────────────────────────────────────────────────────────────
 
 
+def test_the_log_of_changes_is_only_added_to(gateway: Gateway) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    gateway.terminate()
+    with sqlite3.connect(gateway.database) as database:
+        for sql in (
+            "UPDATE changes SET changed_by = 'x'",
+            "DELETE FROM changes",
+            "REPLACE INTO changes SELECT * FROM changes",
+            "UPDATE accounts SET email = 'x'",
+        ):
+            with pytest.raises(sqlite3.IntegrityError):
+                database.execute(sql)
+    database.close()
+
+
 def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
     for name in ("a", "b"):
         gateway.api("POST", "/accounts", {"name": name})
@@ -671,6 +693,67 @@ def test_a_maintenance_refuses_requests(gateway: Gateway, key: str) -> None:
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         gateway.cli("notice", "withdraw", notice["id"])
         assert client.post("/chat/completions", json=chat).status_code == 200
+
+
+def test_a_form_is_done_once_however_often_it_is_sent(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    account = gateway.api("POST", "/accounts", {"name": "a"})
+    operator = closing(new_user(gateway, "op@example.com"))
+    manage = f"/dashboard/accounts/{account['id']}/manage"
+
+    def once() -> str:
+        found = re.findall(r'name="do" value="pay">.*?name="once" value="(\w+)"', html_of(manage))
+        return str(found[0])
+
+    def html_of(path: str) -> str:
+        return operator.get(path).text
+
+    form = once()
+    assert form != once()
+    refused = operator.post(manage, do="pay", once=form, amount="x")
+    assert refused.status_code == 400
+    statuses = [operator.post(manage, do="pay", once=form, amount="5").status_code for _ in "ab"]
+    assert statuses == [303, 409]
+    assert [each["amount"] for each in gateway.api("GET", "/payments")["payments"]] == ["5"]
+    with ThreadPoolExecutor(2) as pool:
+        form = once()
+        at_once = [
+            pool.submit(operator.post, manage, do="pay", once=form, amount="5") for _ in "ab"
+        ]
+        assert sorted(each.result().status_code for each in at_once) == [303, 409]
+
+
+def test_texts_and_amounts_at_their_limits(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.new_key("a")
+    operator = closing(new_user(gateway, "op@example.com"))
+    account = gateway.api("GET", "/accounts/a")["id"]
+    manage, keys = (f"/dashboard/accounts/{account}/{page}" for page in ("manage", "keys"))
+    for amount, status in (
+        ("999999999999999999", 409),
+        ("99999999999999999", 303),
+        ("99999999999999999", 409),
+        ("-99999999999999999", 303),
+    ):
+        form = {"do": "pay", "amount": amount, "reason": "x"}
+        assert operator.post(manage, **form).status_code == status, amount
+    operator.get(manage)
+    operator.get("/dashboard/accounts")
+    for field, text, problem in (
+        ("label", "x" * 201, "Expected at most 200 characters."),
+        ("models", ",".join(["m"] * 101), "A key has at most 100 patterns of models."),
+        ("monthly_budget", "lots", "Expected an amount such as 12.50"),
+        ("expires", "2026-13-45", "is not a time"),
+    ):
+        refused = operator.post(keys, do="add", **{field: text})
+        assert problem in html.unescape(refused.text), field
+        assert refused.status_code in (400, 409)
+    assert len(gateway.api("GET", "/accounts/a/keys")["keys"]) == 1
+    usage = operator.get(f"/dashboard/accounts/{account}/usage?since=2026-02-31").text
+    assert "2026-02-31" in usage
+    assert 'role="alert"' in usage
 
 
 def test_nobody_removes_their_own_login(

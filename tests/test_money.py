@@ -209,6 +209,25 @@ def test_price_commands(make_gateway: MakeGateway, upstream: Upstream) -> None:
     assert "current" in gateway.run("price", "list").stdout
 
 
+@pytest.mark.parametrize("unpriced", ["free", "refuse"])
+def test_a_notice_of_a_rise_names_prices_and_not_what_was_asked_for(
+    make_gateway: MakeGateway, unpriced: str
+) -> None:
+    gateway = make_gateway(f'[server]\n[billing]\nunpriced_models = "{unpriced}"')
+    if unpriced == "refuse":
+        gateway.cli("price", "add", "ft:*", "--input", "1", "--output", "1")
+    gateway.start()
+    key = gateway.new_key()
+    with gateway.client(key) as client:
+        for model in ("ft:m:acme:merger:1", "ft:m:acme:merger:2"):
+            assert client.post("/responses", json={"model": model, "input": "x"}).status_code == 200
+    rise = ["--input", "2", "--output", "2", "--effective", "40d"]
+    gateway.cli("price", "add", "ft:*", *rise)
+    (notice,) = gateway.get("/status").json()["notices"]
+    assert notice["text"].count("ft:*: input ") == 1
+    assert "merger" not in notice["text"]
+
+
 def test_price_files(make_gateway: MakeGateway, tmp_path: Path) -> None:
     gateway = make_gateway(REFUSE)
     example = str(ROOT / "prices.toml")
