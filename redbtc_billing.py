@@ -808,7 +808,7 @@ class Books:
         """Raises NotFound."""
         row = await self.store.one(NOTICE_BY_ID, (notice_id,))
         if row is None:
-            raise NotFound(f"there is no notice {notice_id!r}; `notice list` shows their ids")
+            raise NotFound(f"there is no notice {notice_id!r}")
         return ledger.shown(row)
 
     async def withdraw_notice(self, notice_id: str, by: str) -> Record:

@@ -110,16 +110,21 @@ class Nothing(Sent):
     """No member is known."""
 
 
-class NewAccount(Sent):
-    """A limit left out is the settings', a budget left out is none."""
+class NewLimits(Sent):
+    """A limit left out is the settings' or the account's, a budget left out is none."""
 
-    name: AccountName
-    email: Text | None = None
     concurrency: Limit | None = None
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
-    credit_limit: LimitAmount | None = None
     monthly_budget: LimitAmount | None = None
+
+
+class NewAccount(NewLimits, kw_only=True):
+    """With these limits."""
+
+    name: AccountName
+    email: Text | None = None
+    credit_limit: LimitAmount | None = None
 
 
 class AccountChange(Sent):
@@ -146,17 +151,13 @@ class Throttle(Sent):
     until: Time | None = None
 
 
-class NewKey(Sent):
+class NewKey(NewLimits):
     """`expires` is a time or a duration from now; `models` are shell patterns, with commas or as a
     list."""
 
     label: Text = ""
     models: Patterns | tuple[ModelName, ...] | None = None
     expires: Time | None = None
-    concurrency: Limit | None = None
-    requests_per_minute: Limit | None = None
-    tokens_per_minute: Limit | None = None
-    monthly_budget: LimitAmount | None = None
 
 
 class Revocation(Sent):
@@ -310,17 +311,22 @@ class Refused(Struct):
     error: Error
 
 
-class Account(Struct):
-    """A limit of null is the settings'."""
+class Limits(Struct):
+    """A limit of null is the settings' or the account's, a budget of null is none."""
+
+    concurrency: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    monthly_budget: Money | None
+
+
+class Account(Limits):
+    """With its limits."""
 
     id: str
     name: str
     email: str | None
     status: Literal["active", "suspended"]
-    concurrency: int | None
-    requests_per_minute: int | None
-    tokens_per_minute: int | None
-    monthly_budget: Money | None
     credit_limit: str | None
     throttle_factor: Money | None
     throttled_until: Moment | None
@@ -367,7 +373,7 @@ class Balance(Struct):
     currency: str
 
 
-class KeyShown(Struct):
+class KeyShown(Limits):
     """Without what would let one use it."""
 
     id: str
@@ -375,10 +381,6 @@ class KeyShown(Struct):
     account_id: str
     label: str
     models: list[str] | None
-    concurrency: int | None
-    requests_per_minute: int | None
-    tokens_per_minute: int | None
-    monthly_budget: Money | None
     created_at: Moment
     expires_at: Moment | None
     revoked_at: Moment | None
