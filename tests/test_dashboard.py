@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import html
 import io
@@ -498,6 +499,31 @@ def test_the_log_of_changes_is_only_added_to(gateway: Gateway) -> None:
             with pytest.raises(sqlite3.IntegrityError):
                 database.execute(sql)
     database.close()
+
+
+def test_a_change_and_its_line_in_the_log_survive_a_kill_together(gateway: Gateway) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    answered: list[str] = []
+
+    def pay() -> None:
+        with contextlib.suppress(httpx2.HTTPError):
+            while True:
+                payment = gateway.api("POST", "/accounts/a/payments", {"amount": "1"})
+                answered.append(payment["id"])
+
+    for enough in (10, 40, 90):
+        with ThreadPoolExecutor(2) as pool:
+            paying = [pool.submit(pay) for _ in range(2)]
+            wait_until(lambda enough=enough: len(answered) > enough)  # type: ignore[misc]
+            gateway.kill()
+            for each in paying:
+                each.result()
+        gateway.start()
+    paid = {each["id"] for each in gateway.api("GET", "/payments")["payments"]}
+    logged = gateway.api("GET", "/changes?limit=1000")["changes"]
+    assert {each["object_id"] for each in logged if each["kind"] == "payment"} == paid
+    assert paid >= set(answered)
+    assert gateway.api("GET", "/accounts/a")["balance"] == str(len(paid))
 
 
 def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
