@@ -125,23 +125,28 @@ class Writer(aiosqlite.Connection):
         return changed
 
 
+ROWS_AT_ONCE = 500
+
+
 class Reader:
-    """A connection that can't write."""
+    """A connection that can't write. Rows are by position or by column name."""
 
     def __init__(self, connection: aiosqlite.Connection) -> None:
+        connection.row_factory = sqlite3.Row
         self._connection = connection
+
+    async def all(self, sql: str, values: Values = ()) -> list[sqlite3.Row]:
+        """All rows of a query, in one call to its thread."""
+        return list(await self._connection.execute_fetchall(sql, values))
 
     async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:
         """The first row of a query."""
-        async with self._connection.execute(sql, values) as cursor:
-            cursor.row_factory = sqlite3.Row
-            return await cursor.fetchone()
+        return next(iter(await self.all(sql, values)), None)
 
     async def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
-        """The rows of a query, as they are read; each by position or by column name."""
+        """The rows of a query, as they are read."""
         async with self._connection.execute(sql, values) as cursor:
-            cursor.row_factory = sqlite3.Row
-            while batch := await cursor.fetchmany(500):
+            while batch := await cursor.fetchmany(ROWS_AT_ONCE):
                 for row in batch:
                     yield row
 
@@ -253,9 +258,14 @@ class Store:
             raise LedgerUnavailable(f"can't be read: {error}") from None
         return rows[0] if rows else None
 
-    def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
-        """The rows of a query, as they are read; each by position or by column name."""
-        return self._reader.rows(sql, values)
+    async def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
+        """The rows of a query, all of which are there before the first is given: as long as one is
+        read from, other reads of its connection don't see what is committed meanwhile."""
+        rows = await self._reader.all(sql, values)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            for row in rows[start : start + ROWS_AT_ONCE]:
+                yield row
+            await asyncio.sleep(0)
 
     async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:
         """The first row of a query."""

@@ -1238,9 +1238,9 @@ class Running:
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         with commands.socket_path(self._gateway.store.path, make=True) as path:
-            local = server_for(
-                admin.served(self._gateway.api, admin.local), uds=path, proxy_headers=False
-            )
+            api = admin.served(self._gateway.api, admin.local)
+            guarded = Guard({}, api, unknown_url, self._gateway.watch)
+            local = server_for(guarded, uds=path, proxy_headers=False)
             self._servers = [public, local]
             async with asyncio.TaskGroup() as servers:
                 servers.create_task(public.serve([listener]))

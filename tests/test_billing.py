@@ -1060,3 +1060,18 @@ Money.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestMoney = Money.TestCase
+
+
+def test_what_is_committed_is_seen_while_something_else_is_being_read(tmp_path: Path) -> None:
+    async def read_write_read() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            accounts = Accounts(store)
+            for number in range(700):
+                await accounts.add(f"a{number}", None, {}, "test")
+            rows = store.rows("SELECT id FROM accounts")
+            await anext(rows)
+            await accounts.add("b", None, {}, "test")
+            assert (await accounts.show("b"))["name"] == "b"
+            assert sum([1 async for _ in rows]) == 699
+
+    asyncio.run(read_write_read())
