@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import httpx2
 import pytest
@@ -25,7 +27,7 @@ from conftest import NODE_MODULES, MakeGateway, needs
 from gateway import NO_TLS, ROOT, Gateway, wait_until
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from starlette.requests import Request
-from upstream import Received, Reply, Upstream, event
+from upstream import Received, Reply, Upstream, event, json_answer
 
 import redbtc_dashboard as dashboard
 from redbtc_ledger import Accounts, Store
@@ -202,6 +204,45 @@ def test_a_session_is_new_at_login_and_ends_for_good(
     gateway.api("POST", "/users/ada@example.com/reset")
     assert not is_in(fourth)
     assert log_in(login.client, "ada@example.com", OTHER_PASSWORD).status_code == 403
+
+
+def test_a_session_ends_without_use_and_in_any_case(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    login = closing(new_user(gateway, "ada@example.com"))
+
+    def move(column: str, minutes: float) -> None:
+        gateway.kill()
+        with sqlite3.connect(gateway.database) as database:
+            sql = f"UPDATE sessions SET {column} = {column} - ?"
+            assert database.execute(sql, (round(minutes * 60_000),)).rowcount == 1
+        database.close()
+        gateway.start()
+
+    move("seen_at", 29)
+    login.get("/dashboard/you")  # which is noted
+    move("seen_at", 29)
+    login.get("/dashboard/you")
+    move("created_at", 12 * 60 - 5)
+    login.get("/dashboard/you")
+    move("created_at", 5)
+    login.get("/dashboard/you", 303)
+    again = closing(new_user(gateway, "bob@example.com"))  # whose login clears that one away
+    move("seen_at", 31)
+    again.get("/dashboard/you", 303)
+
+
+def test_an_unknown_address_takes_as_long(gateway: Gateway) -> None:
+    new_user(gateway, "ada@example.com").client.close()
+    gateway.api("POST", "/users", {"email": "new@example.com", "role": "operator"})
+    took: dict[str, float] = {}
+    with anonymous(gateway) as client:
+        for _ in range(4):
+            for email in ("ada@example.com", "new@example.com", "nobody@example.com"):
+                began = time.perf_counter()
+                assert log_in(client, email, "wrong").status_code == 403
+                took[email] = min(took.get(email, 9), time.perf_counter() - began)
+    assert max(took.values()) < 1.5 * min(took.values()), took
 
 
 def test_who_guesses_is_slowed_down_and_learns_nothing(
@@ -649,6 +690,76 @@ def test_another_account_s_ids_in_addresses(
         assert answers[0] == answers[1]
     for page in ("/usage.csv", "/billing/2026-11/csv"):
         owner.get(f"/dashboard/accounts/{foreign}{page}", 404)
+
+
+# ── Figures ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("amount", "currency", "rounded", "exact"),
+    [
+        ("0", "USD", "0.00", "0.00"),
+        ("1234567.895", "USD", "1,234,567.90", "1,234,567.895"),
+        ("-0.5", "USD", "-0.50", "-0.50"),
+        ("0.000000001", "USD", "< 0.01", "0.000000001"),
+        ("-0.004", "EUR", "> -0.01", "-0.004"),
+        ("0.005", "USD", "0.01", "0.005"),
+        ("1234.5", "JPY", "1,235", "1,234.5"),
+        ("0.4", "JPY", "< 1", "0.4"),
+        ("1.0005", "KWD", "1.001", "1.0005"),
+        ("1", "CLF", "1.0000", "1.0000"),
+        ("99999999999999999", "USD", "99,999,999,999,999,999.00", "99,999,999,999,999,999.00"),
+    ],
+)
+def test_money_has_its_currency_s_digits(
+    amount: str, currency: str, rounded: str, exact: str
+) -> None:
+    assert dashboard.money(amount, currency) == rounded
+    assert dashboard.exact(amount, currency) == exact
+
+
+def cells(text: str, caption: str) -> list[list[str]]:
+    """The table's rows, as text."""
+    table = text.partition(f"<caption>{caption}")[2].partition("</table>")[0]
+    rows = table.partition("<tbody>")[2].split("</tr>")[:-1]
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[re.sub(r"<[^>]+>", "", cell).strip() for cell in row] for row in found]
+
+
+def test_what_pages_say_is_what_the_ledger_says(
+    gateway: Gateway, upstream: Upstream, closing: Callable[[Login], Login]
+) -> None:
+    gateway.cli("price", "add", "gpt-*", "--input", "1000", "--output", "2000")
+    key = gateway.new_key()
+    with gateway.client(key) as client:
+        for model in ("gpt-5.5", "gpt-5.5", "free"):
+            client.post("/responses", json={"model": model, "input": "x"})
+        upstream.script = json_answer({"error": {"message": "no"}}, 500)
+        client.post("/responses", json={"model": "gpt-5.5", "input": "x"})
+    rows = gateway.rows()
+    cost = sum(Decimal(row["cost"] or 0) for row in rows)
+    assert len(rows) == 4
+    assert cost > 0
+    today = rows[-1]["started_at"][:10]
+    operator = closing(new_user(gateway, "op@example.com"))
+    shown = cells(operator.get("/dashboard/overview").text, "Traffic and spend by day")
+    assert len(shown) == dashboard.DAYS
+    assert shown[-1] == [today, "3", "1", dashboard.exact(f"{cost:f}", "USD")]
+    assert set(shown[-2][1:]) == {"0", "0.00"}
+    path = f"/dashboard/accounts/{gateway.api('GET', '/accounts/test')['id']}"
+    by_model = cells(operator.get(path).text, "Usage by day")
+    assert [[*row[:3], row[-1]] for row in by_model] == [
+        [today, "free", "1", "0.00"],
+        [today, "gpt-5.5", "3", dashboard.exact(f"{cost:f}", "USD")],
+    ]
+    month = cells(operator.get(f"{path}/billing").text, "By month")
+    assert month == [[today[:7], "so far", "4", dashboard.exact(f"{cost:f}", "USD"), "0.00"]]
+    day = date.fromisoformat(today)
+    for since, until, count in ((day, day, 4), (None, day - timedelta(1), 0), (day, None, 4)):
+        query = {"since": since, "until": until}
+        asked = urlencode({name: str(value) for name, value in query.items() if value})
+        text = operator.get(f"{path}/usage?{asked}").text
+        assert len(cells(text, "The newest first")) == count, asked
 
 
 # ── Keys and limits ──────────────────────────────────────────────────────────────────────────────
