@@ -225,8 +225,7 @@ SESSION = f"""
     SELECT sessions.id, seen_at, users.id, users.email, role, account_id, accounts.name
       FROM sessions JOIN users ON users.id = user_id
       LEFT JOIN accounts ON accounts.id = account_id
-     WHERE hash = ?1 AND sessions.created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}
-       AND ifnull(accounts.status, 'active') = 'active'"""
+     WHERE hash = ?1 AND sessions.created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}"""
 SEE = "UPDATE sessions SET seen_at = max(seen_at, ?) WHERE id = ?"
 SESSIONS = f"""
     SELECT id, browser, created_at, seen_at FROM sessions

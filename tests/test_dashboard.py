@@ -32,7 +32,7 @@ from upstream import Received, Reply, Upstream, event, json_answer
 import redbtc_dashboard as dashboard
 from redbtc_ledger import Accounts, Store
 from redbtc_reports import as_csv_text
-from redbtc_settings import Conflict, LedgerError
+from redbtc_settings import Conflict, LedgerError, NotFound
 from redbtc_users import Throttle, TooMany, Users, check_password
 
 sys.path.append(str(ROOT / "bench"))
@@ -438,14 +438,19 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
             "remove": lambda: users.remove(login.user_id, "test"),
             "suspend": lambda: accounts.suspend(account, None, "test"),
         }
+        with pytest.raises(NotFound):  # somebody else has used the link meanwhile
+            await users.set_password(link, OTHER_PASSWORD)
+        assert users.session(first.cookie) is not None
         overtaken = Users(cast(Store, Changing(store, ends[event])))
+        assert await overtaken.log_in(login.user_id, login.hashed, "") is None
+        assert users.session(first.cookie) is None
         if event == "reset":
+            link = users.link((await users.reset(login.user_id, "test"))["link"])
+            assert link is not None
+            await users.set_password(link, PASSWORD)
             with pytest.raises(Conflict):
                 await overtaken.change_password(session, PASSWORD, OTHER_PASSWORD)
             assert not await users.verify("ada@example.com", OTHER_PASSWORD, "here", "")
-        else:
-            assert await overtaken.log_in(login.user_id, login.hashed, "") is None
-            assert users.session(first.cookie) is None
 
 
 def test_a_change_whose_session_ends_before_it_is_sent_whole(
