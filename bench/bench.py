@@ -530,11 +530,10 @@ class Pages:
 
     async def keep_opening(self) -> None:
         """One after the other, PAGES_A_SECOND."""
-        opening: set[asyncio.Task[float]] = set()
-        for path in itertools.cycle(self.paths):
-            opening.add(asyncio.create_task(self.open(path)))
-            opening = {each for each in opening if not each.done()}
-            await asyncio.sleep(1 / PAGES_A_SECOND)
+        async with asyncio.TaskGroup() as opening:
+            for path in itertools.cycle(self.paths):
+                opening.create_task(self.open(path))
+                await asyncio.sleep(1 / PAGES_A_SECOND)
 
 
 async def measure_pages(proxy: Proxy, figures: Figures, rounds: int, seconds: float) -> None:
@@ -559,6 +558,7 @@ async def measure_pages(proxy: Proxy, figures: Figures, rounds: int, seconds: fl
                 one = await requests(proxy.port, proxy.key, seconds, 1)
                 if drawing:
                     drawing.cancel()
+                    await asyncio.wait([drawing])
                 for share, name in ((0.5, "median"), (0.99, "99 %")):
                     figures.add(f"an event{what}, {name} (ms)", proxy, at(events, share))
                     figures.add(f"a request{what}, {name} (ms)", proxy, at(one, share))
