@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -210,6 +211,9 @@ def size(number: int) -> str:
     return f"{amount:.3g} {unit}"
 
 
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
 def duration(seconds: int) -> str:
     """2 days, 3:04:05."""
     return str(timedelta(seconds=seconds))
@@ -232,6 +236,7 @@ def environment() -> jinja2.Environment:
     found.filters.update(
         money=money, exact=exact, count=count, size=size, utc=utc, duration=duration
     )
+    found.tests["moment"] = lambda value: isinstance(value, str) and bool(MOMENT.fullmatch(value))
     found.globals["once"] = lambda: secrets.token_hex(8)
     return found
 
@@ -960,7 +965,10 @@ async def usage_csv(visit: Visit) -> Response:
 
     async def lines() -> AsyncIterator[str]:
         rows, head = first, True
-        while rows and visit.is_logged_in():
+        while rows:
+            if not visit.is_logged_in():
+                visit.request.scope["abort"]()  # so that nobody takes it for the whole
+                return
             yield as_csv_text(rows, head=head)
             older = {**query, "before": rows[-1]["request_id"]}
             rows = orjson.loads(await visit.ask(API.requests, query=older))["requests"][::-1]

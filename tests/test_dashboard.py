@@ -1305,6 +1305,24 @@ def test_every_page_is_quick_on_a_large_ledger(
     assert "No requests in this time." in used
 
 
+def test_a_csv_file_breaks_off_with_its_session(
+    make_gateway: MakeGateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway = make_gateway()
+    gateway.cli("db", "check")
+    fill(gateway.database, 60_000, 1)
+    gateway.start()
+    operator = closing(new_user(gateway, "op@example.com"))
+    path = "/dashboard/accounts/acct_1/usage.csv"
+    assert operator.get(path).text.count("\r\n") == 60_001
+    with operator.client.stream("GET", path) as answer:
+        parts = answer.iter_raw()
+        next(parts)
+        gateway.api("DELETE", f"/users/{operator.user['id']}")
+        with pytest.raises(httpx2.HTTPError):
+            list(parts)
+
+
 def test_the_pages_of_the_usage_page_are_all_requests_once(
     gateway: Gateway, key: str, closing: Callable[[Login], Login]
 ) -> None:
