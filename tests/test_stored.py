@@ -11,6 +11,7 @@ import sqlite3
 import statistics
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -889,29 +890,32 @@ def test_one_that_is_answered_again_is_billed_once(
     assert (money["balance"], money["held"]) == ("-0.039", "0")
 
 
-@pytest.mark.parametrize("status", [400, 404, 410])
-def test_one_that_the_upstream_knows_no_more_holds_nothing(
-    make_gateway: MakeGateway, upstream: Upstream, status: int
+def test_those_that_the_upstream_knows_no_more_hold_nothing(
+    make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
-    key, memory, asked = gateway.new_key(), Memory(), 0
+    key, memory, asked = gateway.new_key(), Memory(), Counter[str]()
+    statuses = {"resp_00000001": 400, "resp_00000002": 404, "resp_00000003": 410}
 
     async def script(request: Received, reply: Reply) -> None:
-        nonlocal asked
         if request.method == "POST":
             await memory(request, reply)
             return
-        asked += 1
-        down = asked in (1, 4)  # not one of three in a row
-        await json_answer({"error": {"message": "x"}}, 503 if down else status)(request, reply)
+        response_id = request.path.rpartition("/")[2]
+        asked[response_id] += 1
+        down = asked[response_id] in (1, 4)  # not one of three in a row
+        status = 503 if down else statuses[response_id]
+        await json_answer({"error": {"message": "x"}}, status)(request, reply)
 
     upstream.script = script
-    create(gateway, key, background=True, max_output_tokens=50)
-    wait_until(lambda: asked >= 3, 20)
+    for response_id in statuses:
+        assert create(gateway, key, background=True, max_output_tokens=50)["id"] == response_id
+    wait_until(lambda: all(asked[each] >= 3 for each in statuses), 20)
+    assert len(pending(gateway)) == 3
     assert float(gateway.api("GET", "/accounts/test")["held"]) > 0
-    wait_until(lambda: not pending(gateway), 40)
-    assert gateway.row()["outcome"] == "upstream_failed"
+    wait_until(lambda: not pending(gateway), 60)
+    assert {row["outcome"] for row in gateway.rows()} == {"upstream_failed"}
     assert gateway.api("GET", "/accounts/test")["held"] == "0"
 
 
