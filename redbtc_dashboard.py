@@ -86,6 +86,7 @@ SECURITY = {
 SAFE = ("GET", "HEAD")
 BROWSER_SECONDS = 365 * 86400
 MOST_FORM_BYTES = 64 << 10
+ONCE = re.compile("[0-9a-f]{16}")
 MOST_SENT = 10_000  # forms that are known to have been sent
 
 
@@ -151,9 +152,13 @@ def network_of(request: Request) -> str:
     """The client's address; of IPv6 the /64 that one has."""
     host = request.client.host if request.client else ""
     try:
-        return str(ipaddress.ip_network((host, 64 if ":" in host else 32), strict=False))
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    mapped = address.ipv4_mapped
+    return str(mapped or ipaddress.IPv6Network((address, 64), strict=False))
 
 
 # ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
@@ -350,7 +355,7 @@ class Dashboard:
         self.api = api
         self._templates = environment()
         self._drawing = asyncio.Lock()
-        self._sent: OrderedDict[str, None] = OrderedDict()
+        self._sent: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def app(self) -> Starlette:
         """As an app."""
@@ -412,7 +417,7 @@ class Dashboard:
                 if action is None:
                     raise Forbidden("there is no such form")
                 try:
-                    with self._once(visit.form.pop("once", "")):
+                    with self._once(visit.session, visit.form.pop("once", "")):
                         made = await action(visit)
                 except (NotFound, Forbidden):
                     raise
@@ -432,11 +437,15 @@ class Dashboard:
         return Route(path, self.logged_in(handler), methods=methods)
 
     @contextlib.contextmanager
-    def _once(self, form: str) -> Iterator[None]:
+    def _once(self, session: Session, token: str) -> Iterator[None]:
         """What a form on a page asks for is done once, however often it is sent (a page is loaded
-        again, a button clicked twice). Raises LedgerError."""
-        if form and form in self._sent:
-            raise LedgerError("this form was sent before, and was done then")
+        again, a button clicked twice), as long as the gateway runs. Raises LedgerError."""
+        if not ONCE.fullmatch(token):  # of no page of ours
+            yield
+            return
+        form = session.user_id, token
+        if form in self._sent:
+            raise LedgerError("this form was sent before; load the page again to see what it did")
         self._sent[form] = None
         if len(self._sent) > MOST_SENT:
             self._sent.popitem(last=False)
@@ -480,8 +489,9 @@ class Dashboard:
         return await self.page("error.html", {"code": status, "message": message}, status)
 
     async def _refused(self, _: Request, error: Exception) -> Response:
-        status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
-        response = await self._error(status, sentence(str(error)))
+        assert isinstance(error, LedgerError), "it handles no other"
+        status = STATUS.get(type(error), OTHERWISE)
+        response = await self._error(status, explanation(error)["problem"])
         response.headers.update(retry_after(error))
         return response
 
@@ -529,11 +539,12 @@ class Dashboard:
             response = await self.page("login.html", shown, STATUS[type(error)])
             response.headers.update(retry_after(error))
             return response
+        chosen = form.get("login", "")
+        found = [each for each in found if chosen in ("", each.user_id)]
         active = [each for each in found if each.active]
-        chosen = [each for each in active if each.user_id == form.get("login")] or active
-        if len(chosen) > 1:
+        if len(active) > 1:
             return await self.page("login.html", {**shown, "logins": active, "problem": SEVERAL})
-        for each in chosen:
+        for each in active:
             if logged_in := await self._log_in(request, each.user_id, each.hashed):
                 return logged_in
         shown["problem"] = SUSPENDED if found and not active else BAD_LOGIN
@@ -542,7 +553,8 @@ class Dashboard:
     async def _log_in(self, request: Request, user_id: str, hashed: bytes) -> Response | None:
         """To the page that was asked for; None where the password is not right any more."""
         browser = request.headers.get("user-agent", "")
-        logged_in = await self.api.users.log_in(user_id, hashed, browser)
+        known_by = request.cookies.get(cookie_name(request, "redbtc-browser"), "")
+        logged_in = await self.api.users.log_in(user_id, hashed, browser, known_by)
         if logged_in is None:
             return None
         wanted = request.query_params.get("next", "")
@@ -714,9 +726,14 @@ async def add_price(visit: Visit) -> None:
 
 
 async def notices(visit: Visit) -> Context:
-    """All there ever were, the newest first."""
-    found = await visit.ask(API.list_notices)
-    return {"here": "Notices", "notices": found["notices"][::-1][: 4 * ON_A_PAGE]}
+    """Those that hold or will, and the last that are over; the newest first."""
+    now = iso_time(now_ms()) or ""
+    held: list[Record] = []
+    over: list[Record] = []
+    for each in reversed((await visit.ask(API.list_notices))["notices"]):
+        is_over = each["withdrawn_at"] or (each["until"] or now) < now
+        (over if is_over else held).append(each)
+    return {"here": "Notices", "notices": held, "over": over[:ON_A_PAGE]}
 
 
 async def add_notice(visit: Visit) -> None:
@@ -774,7 +791,9 @@ async def add_user(visit: Visit) -> Context:
 
 async def _user(visit: Visit) -> str:
     """The id of the one that a form names, where it is on this page."""
-    user_id, account_id = visit.form.get("user", ""), visit.request.path_params.get("account")
+    user_id, account_id = visit.form.get("user", ""), None
+    if account := visit.request.path_params.get("account"):
+        account_id = (await visit.ask(API.show_account, account=account))["id"]
     known = (await visit.ask(API.list_users))["users"]
     if any(user["id"] == user_id and user["account_id"] == account_id for user in known):
         return user_id

@@ -334,6 +334,8 @@ class Background:
         self.row = row
         self.unfinished = unfinished
         self.settling: asyncio.Task[None] | None = None
+        self.alone = False  # the request that made it is over
+        self.cancelled = False  # its key turned out to be somebody else's
         self._money = money
         self._passed = unfinished.text_bytes
         self._read: set[Report] = set()
@@ -342,11 +344,6 @@ class Background:
     def text_bytes(self) -> int:
         """Of its output, the most that anybody has been sent."""
         return max(self._passed, *(report.text_bytes for report in self._read), 0)
-
-    @property
-    def has_readers(self) -> bool:
-        """Whether somebody is being sent its output."""
-        return bool(self._read)
 
     def read(self, report: Report) -> None:
         """Somebody is being sent what this meters."""
@@ -379,7 +376,7 @@ class Unended:
         self._gateway = gateway
         self._responses: dict[str, Background] = {}
         self._asking = asyncio.Semaphore(MOST_ASKING)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def resume(self) -> None:
         """Take up what an earlier process left."""
@@ -389,6 +386,7 @@ class Unended:
             )
             response = Background(row, money, unfinished)
             self._responses[row.response_id or ""] = response
+            response.alone = True
             self._start(self._ask_until_ended(response))
 
     def keep(self, row: Row, money: Hold, unfinished: Unfinished) -> Background:
@@ -401,6 +399,7 @@ class Unended:
     async def leave(self, response: Background, report: Report) -> bool:
         """The request that made it is over. Whether the response is, too; else it is asked for."""
         response.left(report)
+        response.alone = True
         await self._see(response, report)
         if response.settling:
             return True
@@ -433,12 +432,9 @@ class Unended:
             if each.row.key_id == key_id and each.settling is None
         ]
         for each in running:
-            self._start(self._cancel(each))
-        return sum(not each.has_readers for each in running)
-
-    async def _cancel(self, response: Background) -> None:
-        async with self._asking:
-            await self._ask(response, "/cancel", "POST")
+            each.cancelled = True
+            self._start(self._look_after(each))
+        return sum(each.alone for each in running)
 
     async def _see(self, response: Background, report: Report) -> None:
         if report.status and report.status not in UNFINISHED:
@@ -456,7 +452,7 @@ class Unended:
         if response.settling is None:
             response.settling = self._start(self._write(response, report, outcome))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -475,12 +471,21 @@ class Unended:
         while not response.settling:
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))
             pause = min(MOST_PAUSE, pause * PAUSE_GROWTH)
-            async with self._asking:
-                status = 200 if response.settling else await self._ask(response)
+            status = await self._look_after(response)
             unknown = unknown + 1 if status in UNKNOWN else 0
             failures = failures + 1 if status != 200 else 0
             if unknown >= MOST_UNKNOWN or (failures >= MOST_FAILURES and response.outdated):
                 self._settle(response, Report(False), "upstream_failed")
+
+    async def _look_after(self, response: Background) -> int:
+        """Cancel it where that is to be done, and as long as that fails, or ask how it is; the
+        status of the upstream's answer."""
+        async with self._asking:
+            if response.settling:
+                return 200
+            if response.cancelled and await self._ask(response, "/cancel", "POST") == 200:
+                return 200
+            return await self._ask(response)
 
     async def _ask(self, response: Background, suffix: str = "", method: str = "GET") -> int:
         """The status of the upstream's answer, 0 where there is none."""

@@ -12,7 +12,8 @@ account's suspension, after IDLE without a sign of it and after LIFETIME in all.
 ends one asks, in the transaction that does so, whether what it was granted for still holds.
 
 Rule 4. Who guesses is slowed down, and nobody else is: a browser in which a login was used before
-has tries of its own, for that login alone.
+has tries of its own, for that login alone. A try is a guess at every login of the address; so it
+counts where it was wrong for one of them, or a login of one's own would make it free.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ RESET = """
     UPDATE users SET password = NULL, password_set_at = NULL, link = ?, link_expires_at = ?
      WHERE id = ?"""
 END_SESSIONS_OF = "DELETE FROM sessions WHERE user_id = ?1"
+FORGET_BROWSER = "DELETE FROM known_browsers WHERE user_id = ? AND hash = ?"
 FORGET_BROWSERS = "DELETE FROM known_browsers WHERE user_id = ?1"
 CANDIDATES = """
     SELECT users.id, users.role, accounts.name, salt, password,
@@ -381,22 +383,24 @@ class Users:
         else:
             known = None
         with self._throttle.attempt(*counted) as right:
-            found = await self._right(email, password)
+            found, wrong = await self._right(email, password)
             if known:
-                found = [each for each in found if each.user_id == known]
-            if found:
+                found, wrong = [each for each in found if each.user_id == known], 0
+            if found and not wrong:
                 right()
         return found
 
-    async def _right(self, email: str, password: str) -> list[Login]:
+    async def _right(self, email: str, password: str) -> tuple[list[Login], int]:
+        """The logins whose password it is, and of how many of that address it is not."""
         rows = [tuple(row) async for row in self._store.rows(CANDIDATES, (email,))]
         salt = rows[0][3] if rows else self._nobodys_salt
         hashed = await self._hashing.scrypt(password, salt)
-        return [
+        found = [
             Login(user_id, role, account, salt, hashed, bool(active))
             for user_id, role, account, _, taken, active in rows
             if taken and hmac.compare_digest(taken, hashed)
         ]
+        return found, sum(row[4] is not None for row in rows) - len(found)
 
     def _login_known(self, browser: str, email: str) -> str | None:
         """Whose login of this address was used there before. Raises LedgerUnavailable."""
@@ -420,7 +424,8 @@ class Users:
         Raises LedgerError."""
         user_id, email = session.user_id, session.email
         with self._throttle.attempt(("login", f"{user_id}, logged in")) as right:
-            found = [each for each in await self._right(email, old) if each.user_id == user_id]
+            logins, _ = await self._right(email, old)
+            found = [each for each in logins if each.user_id == user_id]
             if found:
                 right()
         if not found:
@@ -455,12 +460,15 @@ class Users:
 
     # Sessions
 
-    async def log_in(self, user_id: str, hashed: bytes, browser: str) -> LoggedIn | None:
+    async def log_in(
+        self, user_id: str, hashed: bytes, browser: str, known_by: str = ""
+    ) -> LoggedIn | None:
         """A new session for whose password has this scrypt; None where it has not any more, or its
-        account is suspended."""
+        account is suspended. `known_by`: the cookie by which the browser was known so far."""
         cookie, known, now = new_secret(), new_secret(), self._store.time()
         added = await self._store.transact(
             (PRUNE_SESSIONS, (user_id, now)),
+            (FORGET_BROWSER, (user_id, hash_of(known_by))),
             (PRUNE_BROWSERS, (user_id,)),
             (KNOW_BROWSER, (user_id, hashed, hash_of(known), now)),
             (ADD_SESSION, (user_id, hashed, new_id("ses"), hash_of(cookie), browser[:200], now)),

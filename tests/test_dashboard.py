@@ -313,6 +313,7 @@ def test_a_network_is_an_address_or_a_64th_of_ipv6() -> None:
     assert network("10.0.0.1") != network("10.0.0.2")
     assert network("2001:db8::1:2:3:4") == network("2001:db8:0:0:ffff::")
     assert network("2001:db8::1") != network("2001:db8:0:1::1")
+    assert network("::ffff:10.0.0.1") == network("10.0.0.1")
 
 
 def test_guessing_from_a_network_keeps_nobody_else_there_out(
@@ -349,6 +350,38 @@ def test_a_known_browser_helps_only_its_own_login(
     assert log_in(own, "ada@example.com", OTHER_PASSWORD).status_code == 303
 
 
+def test_a_login_of_one_s_own_makes_no_guess_at_another_free(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    """An owner may add a login of an operator's address, and set its password to the guess."""
+    gateway.api("POST", "/accounts", {"name": "a"})
+    closing(new_user(gateway, "op@example.com"))
+    mine = gateway.api("POST", "/users", {"email": "op@example.com", "account": "a"})
+    statuses = []
+    with anonymous(gateway) as client:
+        for number in range(9):
+            guess = f"{OTHER_PASSWORD} {number}"
+            link = urlsplit(gateway.api("POST", f"/users/{mine['id']}/reset")["link"]).path
+            client.post(link, data={"password": guess, "again": guess})
+            client.cookies.clear()
+            statuses.append(log_in(client, "op@example.com", guess).status_code)
+    assert (statuses[0], statuses[-1]) == (303, 429)
+
+
+def test_logging_in_again_and_again_makes_no_other_browser_unknown(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    login = closing(new_user(gateway, "ada@example.com"))
+    with anonymous(gateway) as other:
+        for _ in range(21):
+            assert log_in(other, "ada@example.com", PASSWORD).status_code == 303
+    with anonymous(gateway) as client:
+        for _ in range(7):
+            log_in(client, "ada@example.com", "wrong")
+        assert log_in(client, "ada@example.com", PASSWORD).status_code == 429
+    assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303
+
+
 def test_several_logins_with_one_password(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
@@ -366,6 +399,9 @@ def test_several_logins_with_one_password(
             assert at.endswith(user["account_id"] or "/overview")
     gateway.api("POST", "/accounts/a/suspend", {})
     with anonymous(gateway) as client:
+        form = {"email": "ada@example.com", "password": PASSWORD, "login": member.user["id"]}
+        refused = client.post("/dashboard/login", data=form)
+        assert (refused.status_code, "suspended" in refused.text) == (403, True)
         assert log_in(client, "ada@example.com", PASSWORD).status_code == 303
 
 
@@ -842,6 +878,7 @@ def test_a_form_is_done_once_however_often_it_is_sent(
 ) -> None:
     account = gateway.api("POST", "/accounts", {"name": "a"})
     operator = closing(new_user(gateway, "op@example.com"))
+    other = closing(new_user(gateway, "grace@example.com"))
     manage = f"/dashboard/accounts/{account['id']}/manage"
 
     def once() -> str:
@@ -858,6 +895,7 @@ def test_a_form_is_done_once_however_often_it_is_sent(
     statuses = [operator.post(manage, do="pay", once=form, amount="5").status_code for _ in "ab"]
     assert statuses == [303, 409]
     assert [each["amount"] for each in gateway.api("GET", "/payments")["payments"]] == ["5"]
+    assert other.post(manage, do="pay", once=form, amount="-5", reason="x").status_code == 303
     with ThreadPoolExecutor(2) as pool:
         form = once()
         at_once = [
