@@ -1202,6 +1202,65 @@ def cookie_of(login: Login, gateway: Gateway) -> Any:
     return {"name": "redbtc", "value": login.client.cookies["redbtc"], "url": gateway.url}
 
 
+@pytest.mark.parametrize(
+    ("elsewhere", "status"),
+    [
+        ("http://evil.example/", 200),  # its request has no cookie: the login
+        ("http://127.0.0.1:1/", 403),  # for a browser the same site, and the cookie is sent
+    ],
+)
+def test_a_form_on_another_page_changes_nothing(
+    gateway: Gateway,
+    browser: Browser,
+    closing: Callable[[Login], Login],
+    elsewhere: str,
+    status: int,
+) -> None:
+    account = gateway.api("POST", "/accounts", {"name": "a"})
+    owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    keys = f"{gateway.url}/dashboard/accounts/{account['id']}/keys"
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(gateway.url + "/dashboard/login")
+    strict = {**cookie_of(owner, gateway), "sameSite": "Strict", "httpOnly": True}
+    context.add_cookies([cast(Any, strict)])
+    form = f'<form method="post" action="{keys}"><input name="do" value="add"><button>Win</button>'
+    page.route(elsewhere, lambda route: route.fulfill(body=form, content_type="text/html"))
+    page.goto(elsewhere)
+    with page.expect_navigation() as navigation:
+        page.get_by_role("button").click()
+    answer = navigation.value
+    assert answer is not None
+    assert answer.status == status
+    assert gateway.api("GET", "/accounts/a/keys")["keys"] == []
+    page.goto(keys)  # the same from a page of our own
+    page.get_by_role("button", name="Make it").click()
+    expect(page.locator("#secret")).to_contain_text("sk-redbtc-")
+    context.close()
+
+
+def test_a_login_in_a_browser_has_a_new_cookie_that_no_script_sees(
+    gateway: Gateway, browser: Browser, closing: Callable[[Login], Login]
+) -> None:
+    closing(new_user(gateway, "ada@example.com"))
+    context = browser.new_context()
+    context.add_cookies([{"name": "redbtc", "value": "planted", "url": gateway.url}])
+    page = context.new_page()
+    page.goto(f"{gateway.url}/dashboard/log")
+    page.get_by_label("Email address").fill("ada@example.com")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button").click()
+    see(page, "Log of changes")
+    cookies = {each["name"]: each for each in context.cookies()}
+    assert cookies["redbtc"]["value"] != "planted"
+    assert all(each["httpOnly"] and each["sameSite"] == "Strict" for each in cookies.values())
+    assert page.evaluate("document.cookie") == ""
+    page.get_by_role("button", name="Log out").click()
+    see(page, "Log in")
+    assert "redbtc" not in {each["name"] for each in context.cookies()}
+    context.close()
+
+
 class Looker:
     """Opens pages, light and wide and dark and narrow, and collects what is wrong with them."""
 
