@@ -500,7 +500,7 @@ def measure_reports(proxy: Proxy, figures: Figures, rounds: int) -> None:
 OPERATORS = ("overview", "accounts", "accounts?search=47", "prices", "notices", "log", "users")
 ACCOUNTS = ("", "/keys", "/usage", "/usage?model=m0&since=2026-05-01", "/billing")
 ACCOUNTS += ("/billing/2026-05", "/members", "/notices", "/manage")
-PAGES_A_SECOND = 20
+PAGES_A_SECOND = (0, 2, 20)
 
 
 class Pages:
@@ -528,12 +528,12 @@ class Pages:
         writer.close()
         return time.monotonic() - started
 
-    async def keep_opening(self) -> None:
-        """One after the other, PAGES_A_SECOND."""
+    async def keep_opening(self, rate: int) -> None:
+        """One after the other, so many a second."""
         async with asyncio.TaskGroup() as opening:
             for path in itertools.cycle(self.paths):
                 opening.create_task(self.open(path))
-                await asyncio.sleep(1 / PAGES_A_SECOND)
+                await asyncio.sleep(1 / rate)
 
 
 async def measure_pages(proxy: Proxy, figures: Figures, rounds: int, seconds: float) -> None:
@@ -548,8 +548,9 @@ async def measure_pages(proxy: Proxy, figures: Figures, rounds: int, seconds: fl
             figures.add("pages, median (ms)", proxy, at(took, 0.5))
             figures.add("pages, slowest (ms)", proxy, took[-1] * 1e3)
         for _ in range(rounds):
-            for what in ("", f", {PAGES_A_SECOND} pages/s"):
-                drawing = asyncio.create_task(pages.keep_opening()) if what else None
+            for rate in PAGES_A_SECOND:
+                what = f", {rate} pages/s" if rate else ""
+                drawing = asyncio.create_task(pages.keep_opening(rate)) if rate else None
                 async with streams(proxy.port, proxy.key, 300):
                     await asyncio.sleep(1)
                     Reading.latencies = []
