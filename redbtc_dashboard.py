@@ -445,7 +445,7 @@ class Dashboard:
             return
         form = session.user_id, token
         if form in self._sent:
-            raise LedgerError("this form was sent before; load the page again to see what it did")
+            raise LedgerError("this form was sent before; what it did is on this page")
         self._sent[form] = None
         if len(self._sent) > MOST_SENT:
             self._sent.popitem(last=False)

@@ -387,6 +387,7 @@ class Unended:
             response = Background(row, money, unfinished)
             self._responses[row.response_id or ""] = response
             response.alone = True
+            response.cancelled = ledger.is_compromised(self._gateway.store, key.id)
             self._start(self._ask_until_ended(response))
 
     def keep(self, row: Row, money: Hold, unfinished: Unfinished) -> Background:
@@ -478,14 +479,12 @@ class Unended:
                 self._settle(response, Report(False), "upstream_failed")
 
     async def _look_after(self, response: Background) -> int:
-        """Cancel it where that is to be done, and as long as that fails, or ask how it is; the
-        status of the upstream's answer."""
+        """Ask how it is, after cancelling it where that is to be done; the status of the upstream's
+        answer."""
         async with self._asking:
-            if response.settling:
-                return 200
-            if response.cancelled and await self._ask(response, "/cancel", "POST") == 200:
-                return 200
-            return await self._ask(response)
+            if response.cancelled and not response.settling:
+                await self._ask(response, "/cancel", "POST")
+            return 200 if response.settling else await self._ask(response)
 
     async def _ask(self, response: Background, suffix: str = "", method: str = "GET") -> int:
         """The status of the upstream's answer, 0 where there is none."""

@@ -889,6 +889,12 @@ BACKGROUND = f"""
       FROM background JOIN requests USING (request_id)
      WHERE requests.outcome = 'pending' AND requests.response_id IS NOT NULL"""
 KEY_OF = FULL_KEY + " WHERE keys.id = ?1"
+IS_COMPROMISED = "SELECT 1 FROM keys WHERE id = ? AND compromised"
+
+
+def is_compromised(store: Store, key_id: str) -> bool:
+    """Whether somebody else had the key. Raises LedgerUnavailable."""
+    return store.look_up(IS_COMPROMISED, (key_id,)) is not None
 
 
 class Unfinished(NamedTuple):

@@ -66,6 +66,12 @@ class TooMany(Later):
     """Too many passwords were wrong."""
 
 
+def too_many(wait: float) -> TooMany:
+    """Until so many seconds have gone by."""
+    seconds = int(wait) + 1
+    return TooMany(f"too many attempts; try again in {seconds} seconds", seconds)
+
+
 class Hashing:
     """What takes long with passwords, off the event loop."""
 
@@ -133,8 +139,7 @@ class Throttle:
         """A try: it counts unless it is said to be right, or raises. Raises TooMany."""
         wait = self.seconds_to_wait(*counted)
         if wait:
-            seconds = int(wait) + 1
-            raise TooMany(f"too many attempts; try again in {seconds} seconds", seconds)
+            raise too_many(wait)
         buckets = [self._filled(each) for each in counted]
         for bucket in buckets:
             bucket.charge(1)
@@ -233,6 +238,7 @@ SESSIONS = f"""
     SELECT id, browser, created_at, seen_at FROM sessions
      WHERE user_id = ?1 AND created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}
      ORDER BY seen_at DESC, id"""
+SESSION_STANDS = "SELECT 1 FROM sessions WHERE id = ?"
 END_SESSION = "DELETE FROM sessions WHERE id = ? AND user_id = ?"
 
 
@@ -388,6 +394,8 @@ class Users:
                 found, wrong = [each for each in found if each.user_id == known], 0
             if found and not wrong:
                 right()
+        if known and not found:  # as in any other browser, whatever the password is
+            raise too_many(self._throttle.seconds_to_wait(("network", network), ("address", email)))
         return found
 
     async def _right(self, email: str, password: str) -> tuple[list[Login], int]:
@@ -432,7 +440,7 @@ class Users:
             raise LedgerError("the old password is not right")
         salt, hashed = found[0].salt, found[0].hashed
         by = signature(email, session.account)
-        return await self._set(user_id, email, salt, new, by, old=hashed)
+        return await self._set(user_id, email, salt, new, by, old=hashed, session=session.id)
 
     async def _set(
         self,
@@ -444,9 +452,12 @@ class Users:
         *,
         link: bytes | None = None,
         old: bytes | None = None,
+        session: str | None = None,
     ) -> bytes:
         await self._hashing.check(password, email)
         hashed = await self._hashing.scrypt(password, salt)
+        if session and self._store.look_up(SESSION_STANDS, (session,)) is None:
+            raise Conflict("this session has ended")
         granted = (user_id, link, old)
         changed = await self._store.transact(
             (END_SESSIONS_OF + IF_GRANTED, granted),

@@ -56,6 +56,7 @@ for (const form of document.querySelectorAll('form[method="post"]')) {
   form.addEventListener("submit", (event) => {
     if (sent) event.preventDefault();
     sent = true;
+    setTimeout(() => (sent = false), 3000); // in case it was stopped
   });
   addEventListener("pageshow", () => (sent = false));
 }

@@ -346,7 +346,7 @@ def test_a_known_browser_helps_only_its_own_login(
     with anonymous(gateway) as client:
         for _ in range(7):
             log_in(client, "ada@example.com", "wrong")
-    assert log_in(own, "ada@example.com", PASSWORD).status_code == 403  # the operator's, and right
+    assert log_in(own, "ada@example.com", PASSWORD).status_code == 429  # the operator's, and right
     assert log_in(own, "ada@example.com", OTHER_PASSWORD).status_code == 303
 
 
@@ -487,6 +487,22 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
             with pytest.raises(Conflict):
                 await overtaken.change_password(session, PASSWORD, OTHER_PASSWORD)
             assert not await users.verify("ada@example.com", OTHER_PASSWORD, "here", "")
+
+
+def test_who_logs_out_while_his_password_is_changed_stays_out(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    login = closing(new_user(gateway, "ada@example.com"))
+    form = {"do": "password", "old_password": PASSWORD}
+    form |= {"new_password": OTHER_PASSWORD, "again": OTHER_PASSWORD}
+    cookie = f"redbtc={login.client.cookies['redbtc']}"
+    with anonymous(gateway, cookie=cookie) as other, ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(login.post, "/dashboard/you", **form)
+        time.sleep(0.1)  # two times scrypt take longer
+        assert other.post("/dashboard/logout").status_code == 303
+        assert changing.result().status_code == 409
+    with anonymous(gateway) as client:
+        assert log_in(client, "ada@example.com", PASSWORD).status_code == 303
 
 
 def test_a_change_whose_session_ends_before_it_is_sent_whole(

@@ -671,6 +671,19 @@ def test_those_of_a_compromised_key_are_cancelled(
     ]
 
 
+def test_those_of_a_key_that_was_revoked_on_a_stopped_gateway_are_cancelled(
+    gateway: Gateway, memory: Memory, key: str
+) -> None:
+    memory.turns = 1_000_000
+    taken = create(gateway, key, background=True)["id"]
+    key_id = gateway.rows()[0]["key_id"]
+    gateway.terminate()
+    gateway.cli("key", "revoke", "--compromised", key_id)
+    gateway.start()
+    wait_until(lambda: not pending(gateway))
+    assert memory.responses[taken]["status"] == "cancelled"
+
+
 def test_a_client_that_leaves_a_background_stream_leaves_it_running(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
