@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import gc
 import html
 import io
 import re
@@ -599,6 +600,8 @@ def test_the_log_of_changes_is_only_added_to(gateway: Gateway) -> None:
     database.close()
 
 
+# The client forgets to close a socket whose server dies while it connects.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_change_and_its_line_in_the_log_survive_a_kill_together(gateway: Gateway) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
     answered: list[str] = []
@@ -622,6 +625,7 @@ def test_a_change_and_its_line_in_the_log_survive_a_kill_together(gateway: Gatew
     assert {each["object_id"] for each in logged if each["kind"] == "payment"} == paid
     assert paid >= set(answered)
     assert gateway.api("GET", "/accounts/a")["balance"] == str(len(paid))
+    gc.collect()  # while that warning is let pass
 
 
 def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
