@@ -16,7 +16,7 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_type_hints
 
 import msgspec
@@ -145,6 +145,13 @@ class Unauthorized(LedgerError):
 class Running(Protocol):
     """What is shown of the gateway at work, which it gives at assembly."""
 
+    @property
+    def example_model(self) -> str:
+        """The one that examples name."""
+
+    def serves(self, model: str) -> bool:
+        """Whether an upstream is there for it."""
+
     def limits_of_key(self, key: Key) -> Record:
         """The limits in force for a key and its account, and what is left of them."""
 
@@ -160,6 +167,12 @@ class Running(Protocol):
 
 class Stopped:
     """A gateway that does not run: the operations are those of a command's own process."""
+
+    example_model = ""
+
+    def serves(self, _: str) -> bool:
+        """Nothing is."""
+        return False
 
     def limits_of_key(self, _: Key) -> Record:
         """Unknown: they are those of its settings."""
@@ -319,6 +332,15 @@ class API:
         self._running = running
         self._public_url = public_url.rstrip("/")
         self._accounts = Accounts(books.store)
+
+    def example_model(self, patterns: Sequence[str] | None) -> str:
+        """A model to try a key with that is limited to these patterns: one that an upstream is
+        there for and that has a price, where there is such a one."""
+        priced = {price.model for price in self.books.prices.prices if price.output}
+        names = *sorted(priced, key=lambda name: ("*" in name, name)), *(patterns or ())
+        tried = self._running.example_model, *(name.rstrip("*") for name in names)
+        allowed = (name for name in tried if not patterns or billing.matches(name, patterns))
+        return next(filter(self._running.serves, allowed), tried[0])
 
     async def perform(
         self,

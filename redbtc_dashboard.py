@@ -332,6 +332,10 @@ class Visit:
         """Make a change with what a form says. Raises LedgerError."""
         return await self._dashboard.api.perform(operation, self.actor, path, body=body)
 
+    def example_model(self, patterns: Sequence[str] | None) -> str:
+        """As the API has it."""
+        return self._dashboard.api.example_model(patterns)
+
     def is_logged_in(self) -> bool:
         """Still. Raises LedgerError."""
         return session_of(self._dashboard.api, self.request) is not None
@@ -886,22 +890,24 @@ async def keys(visit: Visit) -> Context:
         ended = key["expires_at"] is not None and key["expires_at"] <= now
         key["state"] = "revoked" if key["revoked_at"] else "expired" if ended else "in force"
     found.sort(key=lambda key: key["state"] != "in force")
-    base = f"{visit.request.url.scheme}://{visit.request.headers.get('host', '')}/v1"
-    priced = (await visit.ask(API.account_prices, account=shown["account"]["id"]))["prices"]
-    models = [row["model"].rstrip("*") for row in priced if row["output"] and row["source"]]
-    model = "redbtc-demo" if "redbtc-demo" in models else EXAMPLE_MODEL
-    return {**shown, "keys": found, "added": None, "base_url": base, "model": model}
+    return {**shown, "keys": found, "added": None}
 
 
-EXAMPLE_MODEL = "gpt-5.4-mini"
 KEY_FIELDS = ("label", "models", "expires", "monthly_budget")
 
 
+def _new_key(visit: Visit, added: Record) -> Context:
+    """It is shown this once, and how to use it."""
+    url, host = visit.request.url, visit.request.headers.get("host", "")
+    model = visit.example_model(added["models"])
+    return {"added": added, "base_url": f"{url.scheme}://{host}/v1", "model": model}
+
+
 async def add_key(visit: Visit) -> Context:
-    """Shown once."""
+    """One more of this account."""
     body = visit.fields(*KEY_FIELDS)
     account = visit.request.path_params["account"]
-    return {"added": await visit.do(API.add_key, body, account=account)}
+    return _new_key(visit, await visit.do(API.add_key, body, account=account))
 
 
 async def _key(visit: Visit) -> str:
@@ -915,9 +921,9 @@ async def _key(visit: Visit) -> str:
 
 
 async def rotate_key(visit: Visit) -> Context:
-    """The new one is shown once."""
+    """A new one in its place."""
     body = visit.fields("overlap")
-    return {"added": await visit.do(API.rotate_key, body, key=await _key(visit))}
+    return _new_key(visit, await visit.do(API.rotate_key, body, key=await _key(visit)))
 
 
 async def revoke_key(visit: Visit) -> None:

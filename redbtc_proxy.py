@@ -787,6 +787,15 @@ class Gateway:
             raise Refusal("maintenance", maintenance.text, retry_after=wait)
         return key
 
+    @property
+    def example_model(self) -> str:
+        """The one that examples name."""
+        return "redbtc-demo" if self.upstream_named(DEMO) else "gpt-5.4-mini"
+
+    def serves(self, model: str) -> bool:
+        """Whether an upstream is there for it."""
+        return any(upstream.serves(model) for upstream in self.upstreams)
+
     def offers_websocket(self) -> bool:
         """Whether any upstream does; else an upgrade is answered 426, by the route of its path."""
         return any(upstream.speaks_websocket for upstream in self.upstreams)
@@ -1293,6 +1302,7 @@ class Running:
             say(logging.WARNING, "unusable", reason=line)
 
 
+DEMO = "demo"  # the name of its upstream
 DEMO_PRICE = Price(
     "redbtc-demo*", input=NANOS, output=4 * NANOS, max_output_tokens=1000, source="an invention"
 )
@@ -1300,7 +1310,7 @@ DEMO_PRICE = Price(
 
 def with_demo(settings: Settings, url: str) -> Settings:
     """The settings with the demonstration upstream in place of all others."""
-    demo = UpstreamSettings(name="demo", base_url=url, api_key_env="")
+    demo = UpstreamSettings(name=DEMO, base_url=url, api_key_env="")
     return msgspec.structs.replace(settings, upstreams=(demo,))
 
 

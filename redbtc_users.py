@@ -11,8 +11,9 @@ Rule 3. A session ends for good: with logout, a new password, a new link, the us
 account's suspension, after IDLE without a sign of it and after LIFETIME in all. Whatever begins or
 ends one asks, in the transaction that does so, whether what it was granted for still holds.
 
-Rule 4. Who guesses is slowed down, and nobody else is: a browser in which a login was used before
-has tries of its own, for that login alone. A try is a guess at every login of the address; so it
+Rule 4. Who guesses is slowed down, and nobody else is: not in another network, whoever guesses in
+one; not in a browser in which a login was used before, whoever guesses wherever: it has tries of
+its own, for the logins that were used there. A try is a guess at every login of the address; so it
 counts where it was wrong for one of them, or a login of one's own would make it free.
 """
 
@@ -38,6 +39,7 @@ from redbtc_settings import Conflict, LedgerError, NotFound
 Role = Literal["operator", "owner", "viewer"]
 Given = TypeVar("Given")
 Made = TypeVar("Made")
+Counted = tuple[str, str]  # what of, and which one
 
 # ── Passwords ────────────────────────────────────────────────────────────────────────────────────
 
@@ -45,7 +47,7 @@ SHORTEST, LONGEST = 15, 1000  # characters; NIST SP 800-63B-4 §3.1.1.2 asks for
 COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; 0.2 s here
 SALT_BYTES = 16
 MOST_HASHING = 2  # at a time: each takes a core and 32 MiB
-MOST_WAITING = 20
+MOST_WAITING = 20  # of those who may be anybody; twice as many of the others
 LOOKED_AT = 40  # characters of a password that are judged: 0.2 s at worst, for 72 it is 2 s
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
 
@@ -79,16 +81,18 @@ class Hashing:
         self._places = asyncio.Semaphore(MOST_HASHING)
         self._waiting = 0
 
-    async def scrypt(self, password: str, salt: bytes) -> bytes:
-        """32 bytes. Raises Busy."""
-        return await self._run(_scrypt, password, salt)
+    async def scrypt(self, password: str, salt: bytes, anybody: bool = False) -> bytes:
+        """32 bytes. `anybody`: it may be anybody who asks. Raises Busy."""
+        return await self._run(_scrypt, password, salt, MOST_WAITING * (1 if anybody else 2))
 
     async def check(self, password: str, email: str) -> None:
         """As check_password. Raises LedgerError."""
-        await self._run(check_password, password, email)
+        await self._run(check_password, password, email, 2 * MOST_WAITING)
 
-    async def _run(self, work: Callable[[str, Given], Made], password: str, given: Given) -> Made:
-        if self._waiting >= MOST_WAITING:
+    async def _run(
+        self, work: Callable[[str, Given], Made], password: str, given: Given, most: int
+    ) -> Made:
+        if self._waiting >= most:
             raise Busy("too many people log in at once; try again in a few seconds", 5)
         self._waiting += 1
         try:
@@ -120,33 +124,36 @@ def check_password(password: str, email: str) -> None:
 
 
 class Throttle:
-    """How often a password may be wrong, a minute, by what is counted for: a network, an address, a
-    login. Only tries are remembered, and of those that are long over none."""
+    """How often a password may be wrong, a minute, by what is counted: what comes from a network,
+    from it for one address, for the address from anywhere, and from whoever is known, for a login.
+    Wrong tries are remembered, those of the MOST that were seen last."""
 
-    TRIES = {"network": 20, "address": 6, "login": 6}  # noqa: RUF012
-    MOST = 10_000  # of each minute
+    TRIES = {"network": 20, "address here": 6, "address": 20, "login": 6}  # noqa: RUF012
+    MOST = 10_000
 
     def __init__(self) -> None:
-        self._buckets: OrderedDict[tuple[str, str], Bucket] = OrderedDict()
+        self._buckets: OrderedDict[Counted, Bucket] = OrderedDict()
 
-    def seconds_to_wait(self, *counted: tuple[str, str]) -> float:
+    def seconds_to_wait(self, *counted: Counted) -> float:
         """Until the next try; 0: now."""
         waits = (self._filled(each).seconds_until(1) for each in counted if each in self._buckets)
         return max(waits, default=0.0)
 
     @contextlib.contextmanager
-    def attempt(self, *counted: tuple[str, str]) -> Iterator[Callable[[], None]]:
+    def attempt(self, *counted: Counted) -> Iterator[Callable[[], None]]:
         """A try: it counts unless it is said to be right, or raises. Raises TooMany."""
         wait = self.seconds_to_wait(*counted)
         if wait:
             raise too_many(wait)
-        buckets = [self._filled(each) for each in counted]
-        for bucket in buckets:
-            bucket.charge(1)
+        for each in counted:
+            self._filled(each).charge(1)
 
         def right() -> None:
-            for bucket in buckets:
+            for each in counted:
+                bucket = self._filled(each)
                 bucket.charge(-1)
+                if not bucket.reset_seconds:
+                    del self._buckets[each]
 
         try:
             yield right
@@ -154,7 +161,7 @@ class Throttle:
             right()
             raise
 
-    def _filled(self, counted: tuple[str, str]) -> Bucket:
+    def _filled(self, counted: Counted) -> Bucket:
         bucket = self._buckets.setdefault(counted, Bucket())
         self._buckets.move_to_end(counted)
         if len(self._buckets) > self.MOST:
@@ -225,7 +232,10 @@ PRUNE_BROWSERS = f"""
     DELETE FROM known_browsers WHERE user_id = ?1 AND hash NOT IN (
         SELECT hash FROM known_browsers WHERE user_id = ?1
          ORDER BY created_at DESC LIMIT {MOST_BROWSERS - 1})"""
-KNOWN_BROWSER = """
+KNOWN_STILL = """
+    UPDATE known_browsers SET hash = ?2
+     WHERE hash = ?1 AND EXISTS (SELECT 1 FROM known_browsers WHERE hash = ?2)"""
+LOGINS_KNOWN = """
     SELECT users.id FROM known_browsers JOIN users ON users.id = user_id
      WHERE hash = ? AND email = ?"""
 SESSION = f"""
@@ -382,38 +392,38 @@ class Users:
         several. `network` is where that is tried, `browser` the cookie by which it is known. Raises
         TooMany, Busy."""
         email = email.strip().lower()
-        counted = [("network", network), ("address", email)]
-        known = self._login_known(browser, email)
-        if known and self._throttle.seconds_to_wait(*counted):
-            counted = [("login", known)]
-        else:
-            known = None
-        with self._throttle.attempt(*counted) as right:
-            found, wrong = await self._right(email, password)
-            if known:
-                found, wrong = [each for each in found if each.user_id == known], 0
-            if found and not wrong:
+        rows = self._store.rows(LOGINS_KNOWN, (hash_of(browser), email))
+        known = [row["id"] async for row in rows]
+        anywhere = ("network", network), ("address here", f"{network} {email}"), ("address", email)
+        if not known or not self._throttle.seconds_to_wait(*anywhere):
+            with self._throttle.attempt(*anywhere) as right:
+                found, wrong = await self._right(email, password, anybody=not known)
+                if found and not wrong:
+                    right()
+            return found
+        with self._throttle.attempt(*(("login", each) for each in known)) as right:
+            found = [
+                each for each in (await self._right(email, password))[0] if each.user_id in known
+            ]
+            if found:
                 right()
-        if known and not found:  # as in any other browser, whatever the password is
-            raise too_many(self._throttle.seconds_to_wait(("network", network), ("address", email)))
+        if not found:  # as in any other browser, whatever the password is
+            raise too_many(self._throttle.seconds_to_wait(*anywhere))
         return found
 
-    async def _right(self, email: str, password: str) -> tuple[list[Login], int]:
+    async def _right(
+        self, email: str, password: str, anybody: bool = False
+    ) -> tuple[list[Login], int]:
         """The logins whose password it is, and of how many of that address it is not."""
         rows = [tuple(row) async for row in self._store.rows(CANDIDATES, (email,))]
         salt = rows[0][3] if rows else self._nobodys_salt
-        hashed = await self._hashing.scrypt(password, salt)
+        hashed = await self._hashing.scrypt(password, salt, anybody)
         found = [
             Login(user_id, role, account, salt, hashed, bool(active))
             for user_id, role, account, _, taken, active in rows
             if taken and hmac.compare_digest(taken, hashed)
         ]
         return found, sum(row[4] is not None for row in rows) - len(found)
-
-    def _login_known(self, browser: str, email: str) -> str | None:
-        """Whose login of this address was used there before. Raises LedgerUnavailable."""
-        found = self._store.look_up(KNOWN_BROWSER, (hash_of(browser), email)) if browser else None
-        return found[0] if found else None
 
     def link(self, secret: str) -> Link | None:
         """That of a secret, if it is in force. Raises LedgerUnavailable."""
@@ -482,6 +492,7 @@ class Users:
             (FORGET_BROWSER, (user_id, hash_of(known_by))),
             (PRUNE_BROWSERS, (user_id,)),
             (KNOW_BROWSER, (user_id, hashed, hash_of(known), now)),
+            (KNOWN_STILL, (hash_of(known_by), hash_of(known))),
             (ADD_SESSION, (user_id, hashed, new_id("ses"), hash_of(cookie), browser[:200], now)),
         )
         return LoggedIn(cookie, known) if added else None

@@ -555,3 +555,17 @@ CREATE TRIGGER a_price_is_added AFTER INSERT ON prices BEGIN
             'max_output_tokens', NEW.max_output_tokens, 'source', NEW.source,
             'reason', NEW.reason));
 END;
+
+-- version 7
+
+-- A browser is known for every login that was used in it.
+ALTER TABLE known_browsers RENAME TO known_before;
+CREATE TABLE known_browsers (
+    hash                BLOB NOT NULL CHECK (length(hash) = 32),  -- SHA-256 of the cookie
+    user_id             TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    created_at          INTEGER NOT NULL,
+    PRIMARY KEY (hash, user_id)
+) STRICT, WITHOUT ROWID;
+INSERT INTO known_browsers SELECT * FROM known_before;
+DROP TABLE known_before;
+CREATE INDEX known_browsers_of_a_user ON known_browsers (user_id);

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -151,6 +153,7 @@ def test_node_sdk(demo: Gateway, tmp_path: Path) -> None:
 
 
 PROVIDER = """
+model = "gpt-5.5"
 model_provider = "gw"
 [model_providers.gw]
 name = "Gateway"
@@ -158,20 +161,19 @@ base_url = "{url}"
 env_key = "GW_API_KEY"
 wire_api = "responses"
 """
-BUILT_IN = 'openai_base_url = "{url}"\n'
+BUILT_IN = 'model = "gpt-5.5"\nopenai_base_url = "{url}"\n'
 
 
 def codex(
     gateway: Gateway, key: str, home: Path, prompt: str, settings: str = PROVIDER
 ) -> list[dict[str, Any]]:
     home.mkdir()
-    configured = settings.format(url=gateway.base_url)
-    (home / "config.toml").write_text(f'model = "gpt-5.5"\n{configured}')
+    (home / "config.toml").write_text(settings.replace("{url}", gateway.base_url))
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "CODEX_HOME": str(home)}
-    env["CODEX_API_KEY"] = key
+    env |= dict.fromkeys(("CODEX_API_KEY", "GW_API_KEY", "REDBTC_API_KEY"), key)
     done = subprocess.run(
         [needs("codex"), "exec", "--skip-git-repo-check", "--json", prompt],
-        env={**env, "GW_API_KEY": key},
+        env=env,
         cwd=home,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -180,6 +182,53 @@ def codex(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def snippets(gateway: Gateway, models: str) -> dict[str, str]:
+    """What the dashboard shows with a new key that is limited to these models."""
+    gateway.api("POST", "/accounts", {"name": "a"})
+    user = gateway.api("POST", "/users", {"email": "ada@example.com", "account": "a"})
+    password = {"password": (words := "seven purple teapots whisper"), "again": words}
+    with httpx2.Client(headers={"origin": gateway.url}, trust_env=False) as client:
+        assert client.post(user["link"], data=password).status_code == 303
+        page = f"{gateway.url}/dashboard/accounts/{user['account_id']}/keys"
+        made = client.post(page, data={"do": "add", "models": models}).text
+    return {name: html.unescape(text) for name, text in SNIPPET.findall(made)}
+
+
+SNIPPET = re.compile(r'<code id="(curl|python|node|codex|secret)">(.*?)</code>', re.DOTALL)
+
+
+@pytest.mark.parametrize("models", ["", "gpt-5.4*,codex*", "codex-x"])
+def test_the_dashboard_s_snippets_run_as_they_stand(
+    make_gateway: MakeGateway, tmp_path: Path, models: str
+) -> None:
+    node, shell = needs("node"), needs("bash")
+    needs("curl")
+    gateway = make_gateway().start("--demo")
+    gateway.cli("price", "add", "*", "--input", "1", "--output", "1")
+    gateway.cli("price", "add", "gpt-5.4-nano", "--input", "1", "--output", "1")
+    shown = snippets(gateway, models)
+    model = {"": "redbtc-demo", "codex-x": "codex-x"}.get(models, "gpt-5.4-nano")
+    script = NODE_MODULES / f"snippet-{os.getpid()}.mjs"
+    script.write_text(shown["node"])
+    try:
+        for command in (
+            [shell, "-c", f"{shown['curl']} --fail"],
+            [sys.executable, "-c", shown["python"]],
+            [node, str(script)],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            assert "no model is behind it" in done.stdout
+    finally:
+        script.unlink()
+    assert [row["requested_model"] for row in gateway.rows()] == [model] * 3
+    assert f'"{model}"' in shown["codex"]
+    if not models:
+        said = codex(gateway, shown["secret"], tmp_path / "codex", "hello", shown["codex"])
+        assert said[-1]["type"] == "turn.completed"
+        assert gateway.rows()[-1]["requested_model"] == model
 
 
 CALL = {

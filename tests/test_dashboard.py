@@ -34,7 +34,7 @@ import redbtc_dashboard as dashboard
 from redbtc_ledger import Accounts, Store
 from redbtc_reports import as_csv_text
 from redbtc_settings import Conflict, LedgerError, NotFound
-from redbtc_users import Throttle, TooMany, Users, check_password
+from redbtc_users import Busy, Hashing, Throttle, TooMany, Users, check_password
 
 sys.path.append(str(ROOT / "bench"))
 from bench import fill
@@ -286,18 +286,21 @@ def test_passwords_that_are_too_easy() -> None:
 
 def test_the_throttle_forgets_and_is_bounded() -> None:
     throttle = Throttle()
-    here, there, a = ("network", "1.2.3.4"), ("network", "5.6.7.8"), ("address", "a")
-    for _ in range(throttle.TRIES["address"]):
+    here, there, a = ("network", "1.2.3.4"), ("network", "5.6.7.8"), ("address here", "a")
+    with throttle.attempt(here, a) as right:
+        right()
+    with pytest.raises(ZeroDivisionError), throttle.attempt(here, a):
+        _ = 1 / 0  # nothing was found out
+    assert not throttle._buckets  # of either
+    for _ in range(throttle.TRIES["address here"]):
         with throttle.attempt(here, a):
             pass
     with throttle.attempt(here) as right:
         right()
-    with pytest.raises(ZeroDivisionError), throttle.attempt(here):
-        _ = 1 / 0  # nothing was found out
     assert 0 < throttle.seconds_to_wait(there, a) <= 60
     with pytest.raises(TooMany, match="seconds"), throttle.attempt(there, a):
         pass
-    assert throttle.seconds_to_wait(here, ("address", "b")) == 0
+    assert throttle.seconds_to_wait(here, ("address here", "b")) == 0
     for number in range(2 * throttle.MOST):
         throttle.seconds_to_wait(("network", str(number)))
     assert throttle.seconds_to_wait(a) > 0  # who only asks makes nobody forgotten
@@ -315,6 +318,63 @@ def test_a_network_is_an_address_or_a_64th_of_ipv6() -> None:
     assert network("2001:db8::1:2:3:4") == network("2001:db8:0:0:ffff::")
     assert network("2001:db8::1") != network("2001:db8:0:1::1")
     assert network("::ffff:10.0.0.1") == network("10.0.0.1")
+
+
+def guess_from_many_networks(gateway: Gateway, email: str) -> None:
+    """Until tries from anywhere have to wait."""
+    with anonymous(gateway) as client, ThreadPoolExecutor(4) as pool:
+        tries = [
+            pool.submit(log_in, client, email, "wrong", **{"x-forwarded-for": f"10.0.0.{number}"})
+            for number in range(24)
+        ]
+        assert 429 in {each.result().status_code for each in tries}
+        elsewhere = log_in(client, email, PASSWORD, **{"x-forwarded-for": "10.0.1.1"})
+        assert elsewhere.status_code == 429
+
+
+def test_guessing_from_a_network_keeps_nobody_elsewhere_out(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    closing(new_user(gateway, "ada@example.com"))
+    with anonymous(gateway) as client:
+        answers = [log_in(client, "ada@example.com", "wrong").status_code for _ in range(9)]
+        assert answers[-1] == 429
+        elsewhere = log_in(client, "ada@example.com", PASSWORD, **{"x-forwarded-for": "10.0.0.1"})
+        assert elsewhere.status_code == 303
+
+
+def test_guessing_from_everywhere_keeps_no_browser_out_that_knows_the_login(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    gateway.api("POST", "/accounts", {"name": "b"})
+    browser = closing(new_user(gateway, "ada@example.com")).client
+    member = closing(new_user(gateway, "ada@example.com", "viewer", "a")).user
+    closing(new_user(gateway, "ada@example.com", "viewer", "b"))  # which it doesn't know
+    closing(new_user(gateway, "bob@example.com", "owner", "a"))
+    form = {"email": "ada@example.com", "password": PASSWORD, "login": member["id"]}
+    assert browser.post("/dashboard/login", data=form).status_code == 303
+    assert log_in(browser, "bob@example.com", PASSWORD).status_code == 303
+    guess_from_many_networks(gateway, "bob@example.com")
+    assert log_in(browser, "bob@example.com", PASSWORD).status_code == 303
+    guess_from_many_networks(gateway, "ada@example.com")
+    which = log_in(browser, "ada@example.com", PASSWORD)
+    assert (which.status_code, which.text.count("<option")) == (200, 2)
+    assert browser.post("/dashboard/login", data=form).status_code == 303
+    assert browser.get("/dashboard/").headers["location"].endswith(member["account_id"])
+
+
+def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
+    async def main() -> None:
+        hashing = Hashing()
+        strangers = [asyncio.ensure_future(hashing.scrypt("a", b"b", True)) for _ in range(30)]
+        await asyncio.sleep(0)
+        known = asyncio.ensure_future(hashing.scrypt("a", b"b"))
+        ends = await asyncio.gather(*strangers, return_exceptions=True)
+        assert [isinstance(end, Busy) for end in ends] == [False] * 20 + [True] * 10
+        assert await known == ends[0]
+
+    asyncio.run(main())
 
 
 def test_guessing_from_a_network_keeps_nobody_else_there_out(
