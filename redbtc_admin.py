@@ -16,7 +16,15 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_type_hints
 
 import msgspec
@@ -32,7 +40,7 @@ import redbtc_billing as billing
 import redbtc_ledger as ledger
 import redbtc_reports as reports
 from redbtc_billing import Books, Price
-from redbtc_ledger import Accounts, Key, Record
+from redbtc_ledger import Accounts, Key, Record, in_slices
 from redbtc_reports import Range
 from redbtc_settings import (
     MONTH,
@@ -99,6 +107,7 @@ from redbtc_shapes import (
     UserAdded,
     UserList,
     UserShown,
+    UsersQuery,
     WhichUser,
 )
 from redbtc_users import Busy, Later, Session, TooMany, Users
@@ -200,6 +209,8 @@ Wanted = TypeVar("Wanted", bound=Struct)
 Perform = Callable[..., Awaitable[Any]]
 PREFIX = "/admin/v1"
 MOST_ROWS = 1000  # requests that a browser or a key gets at once
+MOST_AT_ONCE = 100  # in a list, for an answer to be one part
+PART_BYTES = 64 << 10
 MOST_BODY_BYTES = 4 << 20  # a list of thousands of prices
 
 
@@ -612,9 +623,12 @@ class API:
     # Users
 
     @operation("GET", "/users", least="owner", answer=UserList)
-    async def list_users(self, actor: Actor) -> Record:
+    async def list_users(self, actor: Actor, query: UsersQuery) -> Record:
         """All who may log in; of an account's owner the account's members."""
-        return {"users": await self.users.all(actor.account_id)}
+        account_id = actor.account_id
+        if query.account is not None:
+            account_id = (await self._account(actor, query.account))["id"]
+        return {"users": await self.users.all(account_id, query.role)}
 
     @operation("POST", "/users", least="owner", answer=UserAdded)
     async def add_user(self, actor: Actor, body: NewUser) -> Record:
@@ -694,24 +708,27 @@ class API:
         wanted, books = await self._range(actor, query), self.books
         names = list(dict.fromkeys(query.group_by.split(","))) if query.group_by else []
         async with books.store.snapshot() as snapshot:
-            groups = await reports.usage_by(snapshot, wanted, names, books.currency)
+            groups = await reports.usage_by(snapshot, wanted, names, books.currency, query.top)
             totals = groups
             if names:
                 totals = await reports.usage_by(snapshot, wanted, [], books.currency)
         return {"groups": groups if names else [], "totals": totals[0]}
 
     @operation("GET", "/requests", "/me/requests", least="key", answer=RequestReport)
-    async def requests(self, actor: Actor, query: RequestsQuery) -> AsyncIterator[bytes] | bytes:
+    async def requests(self, actor: Actor, query: RequestsQuery) -> AsyncIterator[bytes] | Record:
         """Rows of the ledger, and their totals."""
         wanted, limit = await self._range(actor, query), query.limit or -1
         if query.before:
             wanted = await reports.older_than(self.books.store, wanted, query.before)
         if actor.key is None and actor.session is None:
             return self._report(msgspec.structs.replace(wanted, limit=limit))
-        limit = min(query.limit or 100, MOST_ROWS)
+        wanted = msgspec.structs.replace(wanted, limit=min(query.limit or 100, MOST_ROWS))
         # Whole before the first byte is sent: who reads slowly keeps no snapshot.
-        report = self._report(msgspec.structs.replace(wanted, limit=limit))
-        return b"".join([part async for part in report])
+        currency = self.books.currency
+        async with self.books.store.snapshot() as snapshot:
+            rows = [row async for row in reports.requests_in(snapshot, wanted, currency)]
+            (totals,) = await reports.usage_by(snapshot, wanted, [], currency)
+        return {"requests": rows, "totals": totals}
 
     async def _report(self, wanted: Range) -> AsyncIterator[bytes]:
         """Rows as they are read, then their totals, all of one instant."""
@@ -863,10 +880,39 @@ def local(request: Request) -> Actor:
 NO_STORE = {"cache-control": "no-store"}
 
 
-def answer(content: Any, status: int = 200) -> Response:
-    """JSON; bytes are that already."""
-    body = content if isinstance(content, bytes) else orjson.dumps(content)
-    return Response(body, status, NO_STORE, media_type="application/json")
+def encoded(record: Record) -> Iterator[bytes]:
+    """As JSON, bit by bit."""
+    before = b"{"
+    for name, value in record.items():
+        yield before + orjson.dumps(name) + b":"
+        before = b","
+        if not isinstance(value, list):
+            yield orjson.dumps(value)
+            continue
+        yield b"["
+        for place, each in enumerate(value):
+            yield (b"," if place else b"") + orjson.dumps(each)
+        yield b"]"
+    yield b"}"
+
+
+async def in_parts(bits: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Of a size to be sent."""
+    part = bytearray()
+    async for bit in in_slices(bits):
+        part += bit
+        if len(part) >= PART_BYTES:
+            yield bytes(part)
+            part.clear()
+    yield bytes(part)
+
+
+def answer(record: Record, status: int = 200) -> Response:
+    """JSON; what is long goes in parts."""
+    if any(isinstance(value, list) and len(value) > MOST_AT_ONCE for value in record.values()):
+        parts = in_parts(encoded(record))
+        return StreamingResponse(parts, status, NO_STORE, media_type="application/json")
+    return Response(orjson.dumps(record), status, NO_STORE, media_type="application/json")
 
 
 def error_answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

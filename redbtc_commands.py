@@ -31,7 +31,7 @@ import redbtc_billing as billing
 import redbtc_ledger as ledger
 from redbtc_billing import Books
 from redbtc_ledger import Accounts, Store
-from redbtc_reports import as_csv_text, statement_lines
+from redbtc_reports import csv_lines, statement_lines
 from redbtc_settings import (
     LedgerError,
     Loaded,
@@ -751,8 +751,10 @@ def usage(context: Context, /, as_csv: bool, as_json: bool, **filters: Any) -> N
     labels = [name for name in rows[0] if name not in found["totals"]] if rows else []
     columns = [*labels, *SUM_COLUMNS] if grouped else USAGE_COLUMNS
     totals = {name: value for name, value in found["totals"].items() if value is not None}
-    text = as_csv_text(rows) if as_csv else f"{table(rows, columns)}\n\nTotals\n{details(totals)}"
-    click.echo(text, nl=not as_csv)
+    if as_csv:
+        click.echo("".join(csv_lines(rows)), nl=False)
+    else:
+        click.echo(f"{table(rows, columns)}\n\nTotals\n{details(totals)}")
 
 
 def one_form(as_csv: bool, as_json: bool) -> None:
@@ -772,7 +774,7 @@ def statement(context: Context, account: str, month: str, as_csv: bool, as_json:
     one_form(as_csv, as_json)
     found = context.call("GET", _account(account, f"/statements/{quote(month, safe='')}"))
     if as_csv:
-        click.echo(as_csv_text(statement_lines(found)), nl=False)
+        click.echo("".join(csv_lines(statement_lines(found))), nl=False)
     else:
         show(found, as_json, lambda: statement_text(found))
 

@@ -6,7 +6,8 @@ All that people have named is somebody else's text: the templates escape it, and
 picture that is not the gateway's own is ever loaded (Content-Security-Policy).
 
 Pages are drawn one at a time and in slices of a quarter of a millisecond, with the event loop's
-other work between them: what is being forwarded meanwhile doesn't wait for a page.
+other work between them: what is being forwarded meanwhile doesn't wait for a page, whatever there
+is to be seen on it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import contextlib
 import ipaddress
 import re
 import secrets
-import time
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -33,7 +33,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import jinja2
-import orjson
+import jinja2.meta
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -51,13 +51,14 @@ from redbtc_admin import (
     Operation,
     Rank,
     Unauthorized,
+    in_parts,
     retry_after,
     whole_body,
 )
 from redbtc_billing import DAY, Books, Rates
 from redbtc_charts import Series, stacked
-from redbtc_ledger import Record
-from redbtc_reports import as_csv_text, statement_lines
+from redbtc_ledger import Record, in_slices
+from redbtc_reports import csv_line, csv_lines, statement_lines
 from redbtc_settings import (
     NANOS,
     LedgerError,
@@ -68,6 +69,7 @@ from redbtc_settings import (
     parse_amount,
     shipped,
 )
+from redbtc_shapes import RequestShown
 from redbtc_users import Later, Session, signature
 
 # ── Browsers ─────────────────────────────────────────────────────────────────────────────────────
@@ -163,7 +165,6 @@ def network_of(request: Request) -> str:
 
 # ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
 
-SLICE_SECONDS = 0.00025
 NO_DIGITS = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
 THREE_DIGITS = "BHD IQD JOD KWD LYD OMR TND"
 FOUR_DIGITS = "CLF UYW"
@@ -247,13 +248,8 @@ def environment() -> jinja2.Environment:
 
 
 async def draw(template: jinja2.Template, context: Mapping[str, Any]) -> bytes:
-    """A page, without holding the event loop up."""
-    parts, began = [], time.perf_counter()
-    for part in template.generate(context):
-        parts.append(part)
-        if time.perf_counter() - began > SLICE_SECONDS:
-            await asyncio.sleep(0)
-            began = time.perf_counter()
+    """A page."""
+    parts = [part async for part in in_slices(template.generate(context))]
     return "".join(parts).encode("utf-8", "replace")
 
 
@@ -358,6 +354,7 @@ class Dashboard:
     def __init__(self, api: API) -> None:
         self.api = api
         self._templates = environment()
+        self._compiled: set[str] = set()
         self._drawing = asyncio.Lock()
         self._sent: OrderedDict[tuple[str, str], None] = OrderedDict()
 
@@ -486,8 +483,19 @@ class Dashboard:
         }
         usual["currency"] = self.api.books.currency
         async with self._drawing:
+            if name not in self._compiled:
+                await asyncio.to_thread(self._compile, name)
             body = await draw(self._templates.get_template(name), {**usual, **context})
         return Response(body, status, SECURITY, media_type="text/html; charset=utf-8")
+
+    def _compile(self, name: str) -> None:
+        """A template and those that it names: it takes longer than drawing, but is done once."""
+        self._compiled.add(name)
+        parsed = self._templates.parse(shipped(f"dashboard/{name}").read_text("utf-8"))
+        for other in jinja2.meta.find_referenced_templates(parsed):
+            if other and other not in self._compiled:
+                self._compile(other)
+        self._templates.get_template(name)
 
     async def _error(self, status: int, message: str) -> Response:
         return await self.page("error.html", {"code": status, "message": message}, status)
@@ -641,7 +649,7 @@ def by_day(
     series: dict[str, list[Decimal]] = {}
     for row in rows:
         if row["day"] in places:
-            values = series.setdefault(row[name], [Decimal(0)] * len(days))
+            values = series.setdefault(row[name] or "other models", [Decimal(0)] * len(days))
             values[places[row["day"]]] += Decimal(row[value] or 0)
     return [Series(each, tuple(values)) for each, values in series.items()]
 
@@ -678,6 +686,18 @@ async def overview(visit: Visit) -> Context:
     }
 
 
+def part_of(visit: Visit, name: str, rows: list[Record]) -> Context:
+    """Those of so many rows that are on the page that is asked for, and how to ask for the next."""
+    asked = visit.request.query_params.get("page", "")
+    page = int(asked) if PAGE.fullmatch(asked) else 1
+    more = len(rows) > page * ON_A_PAGE
+    shown = rows[(page - 1) * ON_A_PAGE : page * ON_A_PAGE]
+    return {name: shown, "next": urlencode({"page": page + 1}) if more else ""}
+
+
+PAGE = re.compile("[1-9][0-9]{0,5}")
+
+
 async def accounts(visit: Visit) -> Context:
     """All of them, or those that are searched for."""
     asked = visit.request.query_params
@@ -688,7 +708,9 @@ async def accounts(visit: Visit) -> Context:
         "here": "Accounts",
         "accounts": found[:ON_A_PAGE],
         "search": search,
-        "more": len(found) > ON_A_PAGE,
+        "next": urlencode({"search": search, "after": found[ON_A_PAGE - 1]["name"]})
+        if len(found) > ON_A_PAGE
+        else "",
         "blank": dict.fromkeys(ACCOUNT_FIELDS),
     }
 
@@ -780,9 +802,7 @@ def differences(change: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
 
 async def users(visit: Visit) -> Context:
     """Who may do everything."""
-    found = await visit.ask(API.list_users)
-    operators = [user for user in found["users"] if user["role"] == "operator"]
-    return {"here": "Users", "users": operators, "added": None}
+    return {"here": "Users", **part_of(visit, "users", await _users(visit)), "added": None}
 
 
 async def add_user(visit: Visit) -> Context:
@@ -793,15 +813,20 @@ async def add_user(visit: Visit) -> Context:
     return {"added": await visit.do(API.add_user, body)}
 
 
+async def _users(visit: Visit) -> list[Record]:
+    """Whom this page is about: an account's members, or the operators."""
+    account = visit.request.path_params.get("account")
+    query = {"account": account} if account else {"role": "operator"}
+    found: list[Record] = (await visit.ask(API.list_users, query=query))["users"]
+    return found
+
+
 async def _user(visit: Visit) -> str:
-    """The id of the one that a form names, where it is on this page."""
-    user_id, account_id = visit.form.get("user", ""), None
-    if account := visit.request.path_params.get("account"):
-        account_id = (await visit.ask(API.show_account, account=account))["id"]
-    known = (await visit.ask(API.list_users))["users"]
-    if any(user["id"] == user_id and user["account_id"] == account_id for user in known):
-        return user_id
-    raise NotFound("there is no such user")
+    """The id of the one that a form names, where it is one of them."""
+    user_id = visit.form.get("user", "")
+    if all(user["id"] != user_id for user in await _users(visit)):
+        raise NotFound("there is no such user")
+    return user_id
 
 
 async def reset_user(visit: Visit) -> Context:
@@ -861,7 +886,7 @@ async def account_overview(visit: Visit) -> Context:
     """Spent, used, left."""
     shown = await _account(visit, "Overview")
     account_id, month, days = shown["account"]["id"], shown["account"]["month"], last_days()
-    query = {"account": account_id, "since": days[0], "group_by": "day,model"}
+    query = {"account": account_id, "since": days[0], "group_by": "day,model", "top": "20"}
     used = await visit.ask(API.usage, query=query)
     measure = visit.request.query_params.get("show", "cost")
     measure = measure if measure in MEASURES else "cost"
@@ -886,11 +911,11 @@ async def keys(visit: Visit) -> Context:
     shown = await _account(visit, "Keys")
     found = (await visit.ask(API.list_keys, account=shown["account"]["id"]))["keys"]
     now = iso_time(now_ms()) or ""
-    for key in found:
+    async for key in in_slices(found):
         ended = key["expires_at"] is not None and key["expires_at"] <= now
         key["state"] = "revoked" if key["revoked_at"] else "expired" if ended else "in force"
     found.sort(key=lambda key: key["state"] != "in force")
-    return {**shown, "keys": found, "added": None}
+    return {**shown, **part_of(visit, "keys", found), "added": None}
 
 
 KEY_FIELDS = ("label", "models", "expires", "monthly_budget")
@@ -946,17 +971,20 @@ def _filters(visit: Visit, account_id: str) -> tuple[dict[str, str], dict[str, s
     return shown, query
 
 
+MOST_OFFERED = 200  # keys, to choose one of
+
+
 async def usage(visit: Visit) -> Context:
     """Each request, the newest first, and sums of all that the filters let through."""
     shown = await _account(visit, "Usage")
     account_id = shown["account"]["id"]
     known = (await visit.ask(API.list_keys, account=account_id))["keys"]
     filters, query = _filters(visit, account_id)
+    offered = known[-MOST_OFFERED:]
     kept = {name: value for name, value in filters.items() if value}
     shown |= {
         "filters": filters,
-        "keys": known,
-        "labels": {key["id"]: key["label"] or key["id"] for key in known},
+        "keys": [key for key in known[:-MOST_OFFERED] if key["id"] == filters["key"]] + offered,
         "csv": f"{shown['path']}/usage.csv?{urlencode(kept)}",
         "totals": None,
     }
@@ -965,16 +993,18 @@ async def usage(visit: Visit) -> Context:
         part["before"] = before
     try:
         totals = (await visit.ask(API.usage, query=query))["totals"]
-        found = orjson.loads(await visit.ask(API.requests, query={**query, **part}))
+        found = await visit.ask(API.requests, query={**query, **part})
     except NotFound:
         raise
     except LedgerError as error:
         return {**shown, **explanation(error)}
     rows = found["requests"][::-1]
     more = len(rows) > ON_A_PAGE
+    used = {row["key_id"] for row in rows}
     return {
         **shown,
         "totals": totals,
+        "labels": {key["id"]: key["label"] or key["id"] for key in known if key["id"] in used},
         "requests": rows[:ON_A_PAGE],
         "older": urlencode({**kept, "before": rows[ON_A_PAGE - 1]["request_id"]}) if more else "",
     }
@@ -986,18 +1016,18 @@ async def usage_csv(visit: Visit) -> Response:
     account_id = (await _account(visit, "Usage"))["account"]["id"]
     _, query = _filters(visit, account_id)
     query["limit"] = "1000"
-    first = orjson.loads(await visit.ask(API.requests, query=query))["requests"][::-1]
+    first = (await visit.ask(API.requests, query=query))["requests"][::-1]
 
     async def lines() -> AsyncIterator[str]:
-        rows, head = first, True
+        rows = first
+        yield csv_line(RequestShown.__struct_fields__)
         while rows:
             if not visit.is_logged_in():
                 visit.request.scope["abort"]()  # so that nobody takes it for the whole
                 return
-            yield as_csv_text(rows, head=head)
+            yield "".join([csv_line(row.values()) async for row in in_slices(rows)])
             older = {**query, "before": rows[-1]["request_id"]}
-            rows = orjson.loads(await visit.ask(API.requests, query=older))["requests"][::-1]
-            head = False
+            rows = (await visit.ask(API.requests, query=older))["requests"][::-1]
 
     return StreamingResponse(lines(), headers=as_file("usage.csv"), media_type="text/csv")
 
@@ -1032,23 +1062,25 @@ async def statement(visit: Visit) -> Context:
     shown = await _account(visit, "Billing")
     month = visit.request.path_params["month"]
     found = await visit.ask(API.statement, account=shown["account"]["id"], month=month)
-    return {**shown, "found": found}
+    return {**shown, "found": found, "lines": found["usage"][:MOST_LINES]}
+
+
+MOST_LINES = 500
 
 
 async def statement_csv(visit: Visit) -> Response:
     """As CSV."""
     account, month = (visit.request.path_params[name] for name in ("account", "month"))
     found = await visit.ask(API.statement, account=account, month=month)
-    text = as_csv_text(statement_lines(found))
-    return Response(text, headers=as_file(f"statement-{found['month']}.csv"), media_type="text/csv")
+    lines = in_parts(map(str.encode, csv_lines(statement_lines(found))))
+    headers = as_file(f"statement-{found['month']}.csv")
+    return StreamingResponse(lines, headers=headers, media_type="text/csv")
 
 
 async def members(visit: Visit) -> Context:
     """Who may log in to it."""
     shown = await _account(visit, "Members")
-    known = (await visit.ask(API.list_users))["users"]
-    found = [user for user in known if user["account_id"] == shown["account"]["id"]]
-    return {**shown, "users": found, "added": None}
+    return {**shown, **part_of(visit, "users", await _users(visit)), "added": None}
 
 
 async def account_notices(visit: Visit) -> Context:

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import aiosqlite
 import msgspec
@@ -126,6 +126,18 @@ class Writer(aiosqlite.Connection):
 
 
 ROWS_AT_ONCE = 500
+SLICE_SECONDS = 0.00025
+Item = TypeVar("Item")
+
+
+async def in_slices(items: Iterable[Item]) -> AsyncIterator[Item]:
+    """Of what may be many, one after the other, with the event loop's other work between them."""
+    began = time.perf_counter()
+    for item in items:
+        yield item
+        if time.perf_counter() - began > SLICE_SECONDS:
+            await asyncio.sleep(0)
+            began = time.perf_counter()
 
 
 class Reader:
@@ -147,7 +159,7 @@ class Reader:
         """The rows of a query, as they are read."""
         async with self._connection.execute(sql, values) as cursor:
             while batch := await cursor.fetchmany(ROWS_AT_ONCE):
-                for row in batch:
+                async for row in in_slices(batch):
                     yield row
 
 
@@ -261,11 +273,8 @@ class Store:
     async def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
         """The rows of a query, all of which are there before the first is given: as long as one is
         read from, other reads of its connection don't see what is committed meanwhile."""
-        rows = await self._reader.all(sql, values)
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            for row in rows[start : start + ROWS_AT_ONCE]:
-                yield row
-            await asyncio.sleep(0)
+        async for row in in_slices(await self._reader.all(sql, values)):
+            yield row
 
     async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:
         """The first row of a query."""

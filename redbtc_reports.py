@@ -9,7 +9,7 @@ import csv
 import io
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -65,6 +65,12 @@ FIGURES = f"""
       FROM usage_by_day
      WHERE {{account}} day >= :days_since / 86400000 AND day < :days_until / 86400000
        {OF_KEY_AND_MODEL.format(model="model")}"""
+TOP_FIGURES = f"""
+    (SELECT account_id, key_id, day, {", ".join(COUNTS)}, cost_units, cost_nanos,
+            iif(model IN (SELECT model FROM figures GROUP BY model
+                           ORDER BY sum(cost_units) + sum(cost_nanos) / 1e9 DESC,
+                                    sum(requests) DESC, model LIMIT :top), model, NULL) AS model
+       FROM figures)"""
 REQUESTS = f"""
     SELECT * FROM (
     SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
@@ -153,15 +159,18 @@ async def older_than(store: Store, wanted: Range, request_id: str) -> Range:
 
 
 async def usage_by(
-    store: Reader, wanted: Range, names: Sequence[str], currency: str
+    store: Reader, wanted: Range, names: Sequence[str], currency: str, top: int | None = None
 ) -> list[Record]:
     """Sums of the requests in a range for each combination of `names`, keys of GROUPS; for none of
-    them the one sum of all. A sum is null where no request has a number."""
+    them the one sum of all. A sum is null where no request has a number. `top`: as many models have
+    a name, those that cost most; that of the others is null."""
     labels = "".join(f"{GROUPS[name]}, " for name in names)
     places = ", ".join(str(place + 1) for place in range(len(names)))
     group = f"GROUP BY {places} ORDER BY {places}" if names else ""
-    sql = f"SELECT {labels}{SUMS} FROM ({wanted.of_account(FIGURES)}) {group}"
-    return [shown_sums(row, currency) async for row in store.rows(sql, wanted.values())]
+    figures = "figures" if top is None else TOP_FIGURES
+    sql = f"WITH figures AS ({wanted.of_account(FIGURES)}) SELECT {labels}{SUMS} FROM {figures}"
+    values = {**wanted.values(), "top": top}
+    return [shown_sums(row, currency) async for row in store.rows(f"{sql} {group}", values)]
 
 
 def shown_sums(row: Mapping[str, Any] | sqlite3.Row, currency: str) -> Record:
@@ -184,6 +193,7 @@ MONTHS_PAID = 3
 USAGE_OF_MONTH = f"""
     SELECT day, model, {SUMS} FROM usage_by_day WHERE account_id = ? AND month = ?
      GROUP BY day, model ORDER BY day, model"""
+TOTALS_OF_MONTH = f"SELECT {SUMS} FROM usage_by_day WHERE account_id = ? AND month = ?"
 SPENT_BEFORE = """
     SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
       FROM usage_by_month WHERE account_id = ? AND month < ?"""
@@ -197,17 +207,19 @@ async def statement(books: Books, account: Record, month: str) -> Record:
     if month_start(month) > now:
         raise LedgerError(f"{month} has not begun")
     async with store.snapshot() as snapshot:
-        rows = [dict(row) async for row in snapshot.rows(USAGE_OF_MONTH, (account["id"], month))]
+        rows = snapshot.rows(USAGE_OF_MONTH, (account["id"], month))
+        usage = [shown_sums(row, books.currency) async for row in rows]
+        used = await snapshot.one(TOTALS_OF_MONTH, (account["id"], month))
         before = await snapshot.one(SPENT_BEFORE, (account["id"], month))
         payments = [row async for row in snapshot.rows(PAYMENTS_OF, (account["id"],))]
     paid: dict[str, int] = {}
     for row in payments:
         paid[row["month"]] = paid.get(row["month"], 0) + nanos_of(row["units"], row["nanos"])
-    cost = sum(nanos_of(row["cost_units"], row["cost_nanos"]) for row in rows)
-    assert before is not None, "a sum always has one row"
+    assert used, "a sum always has one row"
+    assert before, "and this one, too"
+    cost = nanos_of(used["cost_units"] or 0, used["cost_nanos"] or 0)
     opening = sum(amount for of, amount in paid.items() if of < month) - nanos_of(*before)
     lately = [months_after(month, -back) for back in reversed(range(MONTHS_PAID))]
-    sums = {name: _sum(row[name] for row in rows) for name in COUNTS}
     return {
         "account": account["name"],
         "account_id": account["id"],
@@ -215,21 +227,13 @@ async def statement(books: Books, account: Record, month: str) -> Record:
         "closed": end <= now,
         "currency": books.currency,
         "opening_balance": decimal(opening),
-        "usage": [shown_sums(row, books.currency) for row in rows],
+        "usage": usage,
         "payments": [for_account(shown_payment(row)) for row in payments if row["month"] == month],
-        "totals": {
-            **shown_sums({**sums, "cost_units": 0, "cost_nanos": cost}, books.currency),
-            "paid": decimal(paid.get(month, 0)),
-        },
+        "totals": {**shown_sums(used, books.currency), "paid": decimal(paid.get(month, 0))},
         "closing_balance": decimal(opening + paid.get(month, 0) - cost),
         "paid_last_three_months": decimal(sum(paid.get(of, 0) for of in lately)),
         "paid_by_month": {of: decimal(paid.get(of, 0)) for of in lately},
     }
-
-
-def _sum(values: Iterable[int | None]) -> int | None:
-    numbers = [value for value in values if value is not None]
-    return sum(numbers) if numbers else None
 
 
 # ── Overviews ────────────────────────────────────────────────────────────────────────────────────
@@ -362,31 +366,32 @@ def quantile(ordered: Sequence[int], percent: int) -> int | None:
 FORMULA = re.compile(r"\s*[=+@＝＋－＠]|\s+-|-(?![0-9.]+$)|[\t\r\n]")
 
 
-def as_csv_text(rows: list[dict[str, Any]], *, head: bool = True) -> str:
-    """RFC 4180, with a line of column names. What a spreadsheet would take for a formula, and is
-    no number, is text."""
+def csv_line(values: Iterable[Any]) -> str:
+    """RFC 4180. What a spreadsheet would take for a formula, and is no number, is text."""
+    texts = ("" if value is None else str(value) for value in values)
     out = io.StringIO()
-    writer = csv.writer(out)
-    if rows and head:
-        writer.writerow(rows[0])
-    for row in rows:
-        values = ("" if value is None else str(value) for value in row.values())
-        writer.writerow(f"'{value}" if FORMULA.match(value) else value for value in values)
+    csv.writer(out).writerow(f"'{text}" if FORMULA.match(text) else text for text in texts)
     return out.getvalue()
 
 
-def statement_lines(found: dict[str, Any]) -> list[dict[str, Any]]:
+def csv_lines(rows: Iterable[Record]) -> Iterator[str]:
+    """Where there is a row, with a line of column names."""
+    for place, row in enumerate(rows):
+        if not place:
+            yield csv_line(row)
+        yield csv_line(row.values())
+
+
+def statement_lines(found: Record) -> Iterator[Record]:
     """A statement as lines of one form: the opening balance and all payments, less all costs, are
     the closing balance."""
     empty = dict.fromkeys(["line", "date", "description", *COUNTS, "cost", "amount"])
-    lines = [{"line": "opening balance", "amount": found["opening_balance"]}]
+    yield {**empty, "line": "opening balance", "amount": found["opening_balance"]}
     for used in found["usage"]:
         figures = {name: used[name] for name in (*COUNTS, "cost")}
-        lines.append(
-            {"line": "usage", "date": used["day"], "description": used["model"], **figures}
-        )
+        line = {"line": "usage", "date": used["day"], "description": used["model"], **figures}
+        yield {**empty, **line}
     for paid in found["payments"]:
         line = {"line": "payment", "date": paid["created_at"][:10], "amount": paid["amount"]}
-        lines.append({**line, "description": paid["reason"] or paid["reference"]})
-    lines.append({"line": "closing balance", "amount": found["closing_balance"]})
-    return [{**empty, **line} for line in lines]
+        yield {**empty, **line, "description": paid["reason"] or paid["reference"]}
+    yield {**empty, "line": "closing balance", "amount": found["closing_balance"]}

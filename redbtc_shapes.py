@@ -228,6 +228,13 @@ class NewUser(Sent):
     account: AccountName | None = None
 
 
+class UsersQuery(Sent):
+    """Filters, each left out where not wanted."""
+
+    account: Text | None = None
+    role: Literal["operator", "owner", "viewer"] | None = None
+
+
 class NewPassword(Sent):
     """Of whoever is logged in."""
 
@@ -260,9 +267,11 @@ class RequestsQuery(UsageQuery):
 
 
 class SumsQuery(UsageQuery):
-    """`group_by`: day, model, key, account, with commas between."""
+    """`group_by`: day, model, key, account, with commas between. `top`: as many models have a
+    name, those that cost most; the others are one group with the model null."""
 
     group_by: Groups = ""
+    top: Annotated[int, Meta(ge=1, le=1000)] | None = None
 
 
 class AccountsQuery(Sent):
@@ -568,7 +577,7 @@ class Group(Sums):
     """Those of one combination of what it was grouped by."""
 
     day: str | UnsetType = UNSET
-    model: str | UnsetType = UNSET
+    model: str | UnsetType | None = UNSET
     key_id: str | UnsetType = UNSET
     account: str | UnsetType = UNSET
 

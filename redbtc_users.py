@@ -186,7 +186,8 @@ USER = """
 USERS = (
     USER
     + """
-     WHERE ?1 IS NULL OR account_id = ?1 ORDER BY account_id IS NOT NULL, account, users.email"""
+     WHERE (?1 IS NULL OR account_id = ?1) AND (?2 IS NULL OR role = ?2)
+     ORDER BY account_id IS NOT NULL, account, users.email"""
 )
 USER_BY_ID = USER + " WHERE users.id = ?"
 USERS_BY_EMAIL = USER + " WHERE users.email = ? ORDER BY users.created_at, users.id"
@@ -329,9 +330,9 @@ class Users:
         self._throttle = Throttle()
         self._nobodys_salt = secrets.token_bytes(SALT_BYTES)
 
-    async def all(self, account_id: str | None) -> list[Record]:
-        """Those of an account, or of all and the operators."""
-        return [shown(row) async for row in self._store.rows(USERS, (account_id,))]
+    async def all(self, account_id: str | None, role: Role | None) -> list[Record]:
+        """Those of an account, or of all and the operators; of one role, or of any."""
+        return [shown(row) async for row in self._store.rows(USERS, (account_id, role))]
 
     async def show(self, user_id: str) -> Record:
         """Raises NotFound."""
