@@ -841,7 +841,7 @@ def price_of(given: NewPrice, model: str, source: str | None) -> Price:
             if not 0 <= rates[name] <= most:
                 raise LedgerError(f"a rate of {rate} for {name} of {model} is out of range")
     if not rates:
-        raise LedgerError(f"{model}: a price needs at least one rate; 0 where it is free")
+        raise LedgerError(f"a price of {model} needs at least one rate; 0 where it is free")
     return Price(
         model=model,
         tier=given.tier,

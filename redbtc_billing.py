@@ -843,7 +843,7 @@ def _refuse_twice(prices: Iterable[Price]) -> None:
     known = set()
     for price in prices:
         if (price.slot, price.effective_at) in known:
-            raise LedgerError(f"{', '.join(map(str, price.slot))}: there are two prices of it")
+            raise LedgerError(f"there are two prices of {', '.join(map(str, price.slot))}")
         known.add((price.slot, price.effective_at))
 
 

@@ -411,31 +411,31 @@ class Dashboard:
         async def handler(visit: Visit) -> Response:
             if RANKS[visit.actor.rank] < RANKS[least]:
                 raise Forbidden("this is not for your role")
-            shown: Context = {"done": "done" in visit.request.query_params}
-            status = 200
+            made: Context = {"done": "done" in visit.request.query_params}
+            refused = None
             if visit.request.method not in SAFE:
-                action = actions.get(visit.form.get("do", ""))
-                if action is None:
-                    raise Forbidden("there is no such form")
                 try:
-                    with self._once(visit.session, visit.form.pop("once", "")):
-                        made = await action(visit)
+                    answer = await self._act(visit, actions)
                 except (NotFound, Forbidden):
                     raise
                 except LedgerError as error:
-                    status = STATUS.get(type(error), OTHERWISE)
-                    shown |= {"form": visit.form, **explanation(error)}
+                    made, refused = {"form": visit.form}, error
                 else:
-                    if made is None:
-                        return to("?done")
-                    if isinstance(made, Response):
-                        return made
-                    shown |= made
-            context = {**await show(visit), "session": visit.session, **shown}
-            return await self.page(template, context, status)
+                    if not isinstance(answer, dict):
+                        return answer or to("?done")
+                    made = answer
+            context = {**await show(visit), "session": visit.session, **made}
+            return await self.page(template, context, refused=refused)
 
         methods = ["GET", "POST"] if actions else ["GET"]
         return Route(path, self.logged_in(handler), methods=methods)
+
+    async def _act(self, visit: Visit, actions: Mapping[str, Action]) -> Context | Response | None:
+        action = actions.get(visit.form.get("do", ""))
+        if action is None:
+            raise Forbidden("there is no such form")
+        with self._once(visit.session, visit.form.pop("once", "")):
+            return await action(visit)
 
     @contextlib.contextmanager
     def _once(self, session: Session, token: str) -> Iterator[None]:
@@ -471,8 +471,13 @@ class Dashboard:
 
         return asset
 
-    async def page(self, name: str, context: Context, status: int = 200) -> Response:
-        """A template as an answer."""
+    async def page(
+        self, name: str, context: Context, status: int = 200, refused: LedgerError | None = None
+    ) -> Response:
+        """A template as an answer; with `refused` it says why."""
+        if refused:
+            status = STATUS.get(type(refused), OTHERWISE)
+            context = {**context, **explanation(refused)}
         usual: Context = {
             "session": None,
             "form": {},
@@ -486,7 +491,8 @@ class Dashboard:
             if name not in self._compiled:
                 await asyncio.to_thread(self._compile, name)
             body = await draw(self._templates.get_template(name), {**usual, **context})
-        return Response(body, status, SECURITY, media_type="text/html; charset=utf-8")
+        headers = {**SECURITY, **(retry_after(refused) if refused else {})}
+        return Response(body, status, headers, media_type="text/html; charset=utf-8")
 
     def _compile(self, name: str) -> None:
         """A template and those that it names: it takes longer than drawing, but is done once."""
@@ -497,19 +503,15 @@ class Dashboard:
                 self._compile(other)
         self._templates.get_template(name)
 
-    async def _error(self, status: int, message: str) -> Response:
-        return await self.page("error.html", {"code": status, "message": message}, status)
-
     async def _refused(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, LedgerError), "it handles no other"
-        status = STATUS.get(type(error), OTHERWISE)
-        response = await self._error(status, explanation(error)["problem"])
-        response.headers.update(retry_after(error))
-        return response
+        code = STATUS.get(type(error), OTHERWISE)
+        return await self.page("error.html", {"code": code}, refused=error)
 
     async def _unknown(self, _: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        return await self._error(status, UNKNOWN.get(status, "This can't be asked for so."))
+        problem = UNKNOWN.get(status, "This can't be asked for so.")
+        return await self.page("error.html", {"code": status, "problem": problem}, status)
 
     @staticmethod
     async def _form(request: Request) -> dict[str, str]:
@@ -547,10 +549,7 @@ class Dashboard:
         try:
             found = await self.api.users.verify(email, password, network, browser)
         except Later as error:
-            shown |= explanation(error)
-            response = await self.page("login.html", shown, STATUS[type(error)])
-            response.headers.update(retry_after(error))
-            return response
+            return await self.page("login.html", shown, refused=error)
         chosen = form.get("login", "")
         found = [each for each in found if chosen in ("", each.user_id)]
         active = [each for each in found if each.active]
@@ -587,18 +586,18 @@ class Dashboard:
         """A one-time link: looking at it doesn't use it up, setting a password does."""
         link = self.api.users.link(request.path_params["link"])
         shown: Context = {"email": link.email if link else ""}
-        status = 200 if link else 404
-        if link and request.method not in SAFE:
-            check_origin(request)
-            form = await self._form(request)
-            try:
-                hashed = await self.api.users.set_password(link, new_password(form, "password"))
-            except LedgerError as error:
-                shown |= explanation(error)
-                status = STATUS.get(type(error), OTHERWISE)
-            else:
-                return await self._log_in(request, link.user_id, hashed) or to(LOGIN)
-        return await self.page("link.html", shown, status)
+        if not link or request.method in SAFE:
+            return await self.page("link.html", shown, 200 if link else 404)
+        check_origin(request)
+        form = await self._form(request)
+        try:
+            hashed = await self.api.users.set_password(link, new_password(form, "password"))
+        except LedgerError as error:
+            return await self.page("link.html", shown, refused=error)
+        logged_in = await self._log_in(request, link.user_id, hashed)
+        if logged_in is None:
+            raise Forbidden("the password is set, but this account is suspended")
+        return logged_in
 
     async def change_password(self, visit: Visit) -> Response:
         """All sessions end with it; this browser gets a new one. Raises LedgerError."""

@@ -198,9 +198,7 @@ REMOVE_USER = "DELETE FROM users WHERE id = ?"
 RESET = """
     UPDATE users SET password = NULL, password_set_at = NULL, link = ?, link_expires_at = ?
      WHERE id = ?"""
-END_SESSIONS_OF = "DELETE FROM sessions WHERE user_id = ?1"
 FORGET_BROWSER = "DELETE FROM known_browsers WHERE user_id = ? AND hash = ?"
-FORGET_BROWSERS = "DELETE FROM known_browsers WHERE user_id = ?1"
 CANDIDATES = """
     SELECT users.id, users.role, accounts.name, salt, password,
            ifnull(accounts.status, 'active') = 'active'
@@ -210,12 +208,11 @@ BY_LINK = """
     SELECT users.id, users.email, accounts.name, salt
       FROM users LEFT JOIN accounts ON accounts.id = account_id
      WHERE link = ? AND link_expires_at > ?"""
-# A password is set by a link or by the old one, and only where that is still so.
-GRANTED = "(link = ?2 OR password = ?3)"
-IF_GRANTED = f" AND EXISTS (SELECT 1 FROM users WHERE id = ?1 AND {GRANTED})"
-SET_PASSWORD = f"""
-    UPDATE users SET password = ?4, password_set_at = ?5, link = NULL, link_expires_at = NULL
-     WHERE id = ?1 AND {GRANTED}"""
+# A password is set by a link, or by the old one in a session, and only where that is still so.
+SET_PASSWORD = """
+    UPDATE users SET password = ?1, password_set_at = ?2, link = NULL, link_expires_at = NULL
+     WHERE id = ?3 AND (link = ?4
+            OR (password = ?5 AND EXISTS (SELECT 1 FROM sessions WHERE id = ?6)))"""
 # Somebody logs in with what was checked a moment ago, and only where it is still right.
 IF_RIGHT = """
       FROM users LEFT JOIN accounts ON accounts.id = account_id
@@ -249,7 +246,6 @@ SESSIONS = f"""
     SELECT id, browser, created_at, seen_at FROM sessions
      WHERE user_id = ?1 AND created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}
      ORDER BY seen_at DESC, id"""
-SESSION_STANDS = "SELECT 1 FROM sessions WHERE id = ?"
 END_SESSION = "DELETE FROM sessions WHERE id = ? AND user_id = ?"
 
 
@@ -378,12 +374,7 @@ class Users:
     async def reset(self, user_id: str, by: str) -> Record:
         """The password and all sessions end; `link` is a new secret as from `add`."""
         link, expires = new_secret(), self._store.time() + LINK_LASTS
-        await self._store.transact(
-            (RESET, (hash_of(link), expires, user_id)),
-            (END_SESSIONS_OF, (user_id,)),
-            (FORGET_BROWSERS, (user_id,)),
-            by=by,
-        )
+        await self._store.transact((RESET, (hash_of(link), expires, user_id)), by=by)
         return {**await self.show(user_id), "link": link}
 
     # Passwords
@@ -467,17 +458,9 @@ class Users:
     ) -> bytes:
         await self._hashing.check(password, email)
         hashed = await self._hashing.scrypt(password, salt)
-        if session and self._store.look_up(SESSION_STANDS, (session,)) is None:
-            raise Conflict("this session has ended")
-        granted = (user_id, link, old)
-        changed = await self._store.transact(
-            (END_SESSIONS_OF + IF_GRANTED, granted),
-            (FORGET_BROWSERS + IF_GRANTED, granted),
-            (SET_PASSWORD, (*granted, hashed, self._store.time())),
-            by=by,
-        )
-        if not changed:
-            raise no_link() if link else Conflict("this login was changed meanwhile")
+        values = hashed, self._store.time(), user_id, link, old, session
+        if not await self._store.transact((SET_PASSWORD, values), by=by):
+            raise no_link() if link else Conflict("this session has ended")
         return hashed
 
     # Sessions

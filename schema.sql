@@ -569,3 +569,9 @@ CREATE TABLE known_browsers (
 INSERT INTO known_browsers SELECT * FROM known_before;
 DROP TABLE known_before;
 CREATE INDEX known_browsers_of_a_user ON known_browsers (user_id);
+
+-- However a password changes, nothing goes on that it let in.
+CREATE TRIGGER a_password_ends AFTER UPDATE OF password ON users BEGIN
+    DELETE FROM sessions WHERE user_id = NEW.id;
+    DELETE FROM known_browsers WHERE user_id = NEW.id;
+END;

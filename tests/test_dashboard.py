@@ -31,10 +31,18 @@ from starlette.requests import Request
 from upstream import Received, Reply, Upstream, event, json_answer
 
 import redbtc_dashboard as dashboard
-from redbtc_ledger import Accounts, Store
+from redbtc_ledger import APPLICATION_ID, Accounts, Store, migrations, schema
 from redbtc_reports import csv_line
 from redbtc_settings import Conflict, LedgerError, NotFound
-from redbtc_users import Busy, Hashing, Throttle, TooMany, Users, check_password
+from redbtc_users import (
+    LOGINS_KNOWN,
+    Busy,
+    Hashing,
+    Throttle,
+    TooMany,
+    Users,
+    check_password,
+)
 
 sys.path.append(str(ROOT / "bench"))
 from bench import fill
@@ -391,6 +399,9 @@ def test_guessing_from_a_network_keeps_nobody_else_there_out(
     path = "/admin/v1/login/password"
     statuses = [login.client.post(path, json=password).status_code for _ in range(7)]
     assert (statuses[0], statuses[-1]) == (409, 429)
+    form = {"do": "password", **password, "again": OTHER_PASSWORD}
+    waiting = login.client.post("/dashboard/you", data=form)
+    assert (waiting.status_code, waiting.headers.get("retry-after", "").isdigit()) == (429, True)
 
 
 def test_a_known_browser_helps_only_its_own_login(
@@ -542,8 +553,13 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
         ended = users.session(again.cookie) if again else None
         assert ended is not None
         await users.end_session(ended.id, ended.user_id)
-        with pytest.raises(Conflict, match="session has ended"):
-            await users.change_password(ended, PASSWORD, OTHER_PASSWORD)
+        another = await users.log_in(login.user_id, login.hashed, "")
+        ending = users.session(another.cookie) if another else None
+        assert ending is not None
+        at_last = Users(cast(Store, Changing(store, lambda: users.end_session(*ending[:3:2]))))
+        for which, late in ((users, ended), (at_last, ending)):
+            with pytest.raises(Conflict, match="session has ended"):
+                await which.change_password(late, PASSWORD, OTHER_PASSWORD)
         overtaken = Users(cast(Store, Changing(store, ends[event])))
         assert await overtaken.log_in(login.user_id, login.hashed, "") is None
         assert users.session(first.cookie) is None
@@ -554,6 +570,42 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
             with pytest.raises(Conflict):
                 await overtaken.change_password(session, PASSWORD, OTHER_PASSWORD)
             assert not await users.verify("ada@example.com", OTHER_PASSWORD, "here", "")
+
+
+def test_a_browser_that_was_known_is_known_after_an_upgrade(tmp_path: Path) -> None:
+    path = tmp_path / "redbtc.db"
+    sections = migrations(schema())
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for number in range(1, 7):
+            database.executescript(sections[number])
+        database.executescript(
+            f"""
+            PRAGMA journal_mode = WAL;
+            PRAGMA application_id = {APPLICATION_ID};
+            PRAGMA user_version = 6;
+            INSERT INTO acting VALUES (1, 'test', 1);
+            INSERT INTO users (id, email, role, salt, created_at)
+            VALUES ('usr_1', 'ada@example.com', 'operator', zeroblob(16), 1);
+            INSERT INTO known_browsers VALUES (zeroblob(32), 'usr_1', 1);"""
+        )
+
+    async def known() -> list[str]:
+        async with Store.open(path, "normal") as store:
+            rows = store.rows(LOGINS_KNOWN, (bytes(32), "ada@example.com"))
+            return [row["id"] async for row in rows]
+
+    assert asyncio.run(known()) == ["usr_1"]
+
+
+def test_who_is_let_in_by_no_link_is_told_why(gateway: Gateway) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    link = gateway.api("POST", "/users", {"email": "ada@example.com", "account": "a"})["link"]
+    gateway.api("POST", "/accounts/a/suspend", {})
+    with anonymous(gateway) as client:
+        form = {"password": PASSWORD, "again": PASSWORD}
+        answer = client.post(urlsplit(link).path, data=form)
+        assert (answer.status_code, "account is suspended" in answer.text) == (403, True)
+        assert not client.cookies
 
 
 def test_a_change_whose_session_ends_before_it_is_sent_whole(
