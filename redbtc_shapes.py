@@ -617,6 +617,9 @@ class RequestShown(Struct):
     response_id: str | None
     cost: Money | None
     currency: str
+    price_id: int | None
+    month: str | None
+    tool_input_tokens: Sum
 
 
 class RequestReport(Struct):

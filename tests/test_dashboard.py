@@ -853,6 +853,9 @@ def test_another_account_s_ids_in_addresses(
         assert answers[0] == answers[1]
     for page in ("/usage.csv", "/billing/2026-11/csv"):
         owner.get(f"/dashboard/accounts/{foreign}{page}", 404)
+    for name in (foreign, "b", "0123"):
+        owner.get(f"/admin/v1/users?account={name}", 404)
+    assert owner.get("/admin/v1/users?role=operator").json() == {"users": []}
 
 
 # ── Figures ──────────────────────────────────────────────────────────────────────────────────────
@@ -915,6 +918,12 @@ def test_what_pages_say_is_what_the_ledger_says(
         [today, "free", "1", "0.00"],
         [today, "gpt-5.5", "3", dashboard.exact(f"{cost:f}", "USD")],
     ]
+    of_models = operator.get("/admin/v1/usage?group_by=day,model&top=1").json()
+    assert [(row["model"], row["requests"]) for row in of_models["groups"]] == [
+        (None, 1),
+        ("gpt-5.5", 3),
+    ]
+    assert of_models["totals"]["requests"] == 4
     month = cells(operator.get(f"{path}/billing").text, "By month")
     assert month == [[today[:7], "so far", "4", dashboard.exact(f"{cost:f}", "USD"), "0.00"]]
     day = date.fromisoformat(today)
@@ -1564,6 +1573,28 @@ def test_the_pages_of_the_usage_page_are_all_requests_once(
         assert len(seen) == count
         table = operator.get(f"{path}.csv{query}").text
         assert [line["request_id"] for line in csv.DictReader(io.StringIO(table))] == seen
+    assert operator.get(f"{path}.csv?model=none").text.strip() == ",".join(rows[0])
+
+
+def test_the_pages_of_keys_are_all_keys_once(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    made = {
+        gateway.api("POST", "/accounts/a/keys", {})["id"] for _ in range(dashboard.ON_A_PAGE + 1)
+    }
+    owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    path = f"/dashboard/accounts/{owner.user['account_id']}/keys"
+    first = owner.get(path).text
+    assert 'href="?page=2"' in first
+    second = owner.get(f"{path}?page=2").text
+    assert "page=3" not in second
+    shown = [re.findall(r"<code>(key_\w+)</code>", text) for text in (first, second)]
+    assert [len(each) for each in shown] == [dashboard.ON_A_PAGE, 1]
+    assert {*shown[0], *shown[1]} == made
+    assert owner.post(f"{path}?page=2", do="revoke", key=shown[1][0]).status_code == 303
+    for page in ("0", "3", "999999", "-1", "x", "9" * 400):
+        assert "Make a key" in owner.get(f"{path}?page={page}").text
 
 
 PILED_UP = """
