@@ -25,6 +25,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from datetime import date, timedelta
@@ -230,11 +231,29 @@ def utc(moment: str) -> str:
     return f"{moment[:10]} {moment[11:16]} UTC"
 
 
+class Loader(jinja2.FileSystemLoader):
+    """Compiles with a template those that it names, so that none is while it is drawn."""
+
+    def load(
+        self,
+        environment: jinja2.Environment,
+        name: str,
+        globals: MutableMapping[str, Any] | None = None,
+    ) -> jinja2.Template:
+        source, path, _ = self.get_source(environment, name)
+        parsed = environment.parse(source, name, path)
+        for other in filter(None, jinja2.meta.find_referenced_templates(parsed)):
+            environment.get_template(other)
+        code = environment.compile(parsed, name, path)
+        return environment.template_class.from_code(environment, code, globals or {})
+
+
 def environment() -> jinja2.Environment:
     """The templates; what they print is escaped."""
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(shipped("dashboard")),
+        loader=Loader(shipped("dashboard")),
         autoescape=True,
+        auto_reload=False,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -354,7 +373,7 @@ class Dashboard:
     def __init__(self, api: API) -> None:
         self.api = api
         self._templates = environment()
-        self._compiled: set[str] = set()
+        self._drawn: set[str] = set()
         self._drawing = asyncio.Lock()
         self._sent: OrderedDict[tuple[str, str], None] = OrderedDict()
 
@@ -488,20 +507,12 @@ class Dashboard:
         }
         usual["currency"] = self.api.books.currency
         async with self._drawing:
-            if name not in self._compiled:
-                await asyncio.to_thread(self._compile, name)
+            if name not in self._drawn:  # compiling takes longer, but is done once
+                await asyncio.to_thread(self._templates.get_template, name)
+                self._drawn.add(name)
             body = await draw(self._templates.get_template(name), {**usual, **context})
         headers = {**SECURITY, **(retry_after(refused) if refused else {})}
         return Response(body, status, headers, media_type="text/html; charset=utf-8")
-
-    def _compile(self, name: str) -> None:
-        """A template and those that it names: it takes longer than drawing, but is done once."""
-        self._compiled.add(name)
-        parsed = self._templates.parse(shipped(f"dashboard/{name}").read_text("utf-8"))
-        for other in jinja2.meta.find_referenced_templates(parsed):
-            if other and other not in self._compiled:
-                self._compile(other)
-        self._templates.get_template(name)
 
     async def _refused(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, LedgerError), "it handles no other"
