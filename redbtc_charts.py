@@ -25,9 +25,10 @@ from markupsafe import Markup, escape
 
 
 class Series(NamedTuple):
-    """One value for each day of the chart, none below zero. The name may be anything."""
+    """One value for each day of the chart, none below zero. The name may be anything; None: these
+    are the sums of several that are not told apart."""
 
-    name: str
+    name: str | None
     values: tuple[Decimal, ...]
 
 
@@ -73,9 +74,10 @@ def stacked(
     """The chart of `series` over `days` (ISO dates in their order; it is made for up to 100).
 
     The six biggest series have a look of their own, the biggest at the bottom, equal ones in the
-    order given; the rest is summed up as "Other", on top. A series of zeros is left out. `title`
-    and `summary` are the drawing's name and description; `unit` ("USD") stands at the axis and
-    after each day's sum. All ids start with `prefix`, which no other chart of the page may have.
+    order given; the rest, and what has no name, is summed up as "Other", on top. A series of zeros
+    is left out. `title` and `summary` are the drawing's name and description; `unit` ("USD") stands
+    at the axis and after each day's sum. All ids start with `prefix`, which no other chart of the
+    page may have.
 
     Raises ValueError where there is no day, a day is no date, a series has not one value for each
     day, a value is negative or not finite, or the prefix can't start an id.
@@ -85,7 +87,9 @@ def stacked(
     with localcontext(Context(prec=DIGITS)):
         content = _content(dates, series, unit)
         wide, narrow = (_drawing(content, size, f"{prefix}-{size.name}") for size in (WIDE, NARROW))
-    legend = tuple(_legend_entry(look, row.name, prefix) for look, row in content.looks.items())
+    legend = tuple(
+        _legend_entry(look, row.name or "", prefix) for look, row in content.looks.items()
+    )
     return Chart(
         wide=Markup(
             f'<svg class="chart wide" viewBox="0 0 {WIDE.width} {WIDE.height}" font-size="12"'
@@ -114,7 +118,7 @@ def _check(dates: Sequence[date], series: Sequence[Series], prefix: str) -> None
 
 
 def _content(dates: list[date], series: Iterable[Series], unit: str) -> Content:
-    looks = dict(zip(LOOKS, _ranked(series), strict=False))
+    looks = _looks(series)
     columns = list(zip(*(row.values for row in looks.values()), strict=True))
     sums = [sum(column, Decimal(0)) for column in columns] or [Decimal(0)] * len(dates)
     whole = all(value == value.to_integral_value() for column in columns for value in column)
@@ -149,16 +153,17 @@ PATTERNS = {
 LOOKS = tuple(PATTERNS)
 
 
-def _ranked(series: Iterable[Series]) -> list[Series]:
+def _looks(series: Iterable[Series]) -> dict[str, Series]:
     """The six biggest, then the sum of all others."""
     totals = [(sum(row.values, Decimal(0)), row) for row in series]
     ranked = sorted((one for one in totals if one[0]), key=lambda one: one[0], reverse=True)
-    rows = [row for _, row in ranked]
-    own, others = rows[: len(LOOKS) - 1], rows[len(LOOKS) - 1 :]
-    if others:
+    named = [row for _, row in ranked if row.name is not None]
+    *own, other = LOOKS
+    looks = dict(zip(own, named, strict=False))
+    if others := named[len(own) :] + [row for _, row in ranked if row.name is None]:
         columns = zip(*(row.values for row in others), strict=True)
-        own.append(Series("Other", tuple(sum(column, Decimal(0)) for column in columns)))
-    return own
+        looks[other] = Series("Other", tuple(sum(column, Decimal(0)) for column in columns))
+    return looks
 
 
 def _clean(text: str) -> str:

@@ -656,10 +656,10 @@ def by_day(
 ) -> list[Series]:
     """One series for each `name` among the rows, of their `value` by day."""
     places = {day: place for place, day in enumerate(days)}
-    series: dict[str, list[Decimal]] = {}
+    series: dict[str | None, list[Decimal]] = {}
     for row in rows:
         if row["day"] in places:
-            values = series.setdefault(row[name] or "other models", [Decimal(0)] * len(days))
+            values = series.setdefault(row[name], [Decimal(0)] * len(days))
             values[places[row["day"]]] += Decimal(row[value] or 0)
     return [Series(each, tuple(values)) for each, values in series.items()]
 

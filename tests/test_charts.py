@@ -317,6 +317,18 @@ def test_the_six_biggest_have_their_own_look_and_the_rest_is_other() -> None:
         assert by_value == pytest.approx([1 + 2 + 3, 2 + 4 + 6], abs=0.02)
 
 
+def test_what_has_no_name_is_other_whatever_its_size() -> None:
+    for names in (2, 7):
+        rows = [row(f"model {number}", number + 1) for number in range(names)]
+        chart = chart_of(days(1), [Series(None, (Decimal(100),)), *rows])
+        assert [(entry.name, entry.look) for entry in chart.legend][-1:] == [("Other", "other")]
+        assert len(chart.legend) == min(names, 6) + 1
+        drawing = parsed(chart)[0][0]
+        bottom, top = axis_top(drawing)
+        (other,) = heights(drawing, 1)["other"]
+        assert other / (bottom - top) * 150 == pytest.approx(100 + (names > 6), abs=0.3)
+
+
 def test_equal_series_keep_their_order() -> None:
     chart = chart_of(days(1), [row(name, 5) for name in "zay"])
     assert [entry.name for entry in chart.legend] == [*"zay"]
