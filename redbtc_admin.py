@@ -209,7 +209,6 @@ Wanted = TypeVar("Wanted", bound=Struct)
 Perform = Callable[..., Awaitable[Any]]
 PREFIX = "/admin/v1"
 MOST_ROWS = 1000  # requests that a browser or a key gets at once
-MOST_AT_ONCE = 100  # in a list, for an answer to be one part
 PART_BYTES = 64 << 10
 MOST_BODY_BYTES = 4 << 20  # a list of thousands of prices
 
@@ -345,13 +344,17 @@ class API:
         self._accounts = Accounts(books.store)
 
     def example_model(self, patterns: Sequence[str] | None) -> str:
-        """A model to try a key with that is limited to these patterns: one that an upstream is
-        there for and that has a price, where there is such a one."""
+        """A model to try a key with that is limited to these patterns: one that it may use, that an
+        upstream is there for and that has a price, as far as there is one."""
         priced = {price.model for price in self.books.prices.prices if price.output}
-        names = *sorted(priced, key=lambda name: ("*" in name, name)), *(patterns or ())
-        tried = self._running.example_model, *(name.rstrip("*") for name in names)
-        allowed = (name for name in tried if not patterns or billing.matches(name, patterns))
-        return next(filter(self._running.serves, allowed), tried[0])
+        stems = *sorted(priced, key=lambda name: ("*" in name, name)), *(patterns or ())
+        names = self._running.example_model, *(name.rstrip("*") for name in stems)
+
+        def fits(name: str) -> tuple[bool, bool, bool]:
+            allowed = not patterns or billing.matches(name, patterns)
+            return allowed, self._running.serves(name), self.books.served(name)
+
+        return max((name for name in names if not set("*?[") & set(name)), key=fits)
 
     async def perform(
         self,
@@ -547,7 +550,7 @@ class API:
         """An account's payments."""
         payments = await self.books.payments(account)
         if actor.rank != "operator":
-            payments = [billing.for_account(payment) for payment in payments]
+            payments = [billing.for_account(each) async for each in in_slices(payments)]
         return {"payments": payments}
 
     @operation("POST", "/accounts/{account}/payments", least="operator", answer=PaymentAdded)
@@ -896,37 +899,41 @@ def encoded(record: Record) -> Iterator[bytes]:
     yield b"}"
 
 
-async def in_parts(bits: Iterable[bytes]) -> AsyncIterator[bytes]:
-    """Of a size to be sent."""
+async def in_parts(
+    bits: Iterable[bytes], status: int, headers: Mapping[str, str], media_type: str
+) -> Response:
+    """An answer of what may be long."""
+    parts: list[bytes] = []
     part = bytearray()
     async for bit in in_slices(bits):
         part += bit
         if len(part) >= PART_BYTES:
-            yield bytes(part)
+            parts.append(bytes(part))
             part.clear()
-    yield bytes(part)
+    parts.append(bytes(part))
+    if len(parts) == 1:
+        return Response(parts[0], status, headers, media_type)
+    length = {"content-length": str(sum(map(len, parts)))}
+    return StreamingResponse(in_slices(parts), status, {**headers, **length}, media_type)
 
 
-def answer(record: Record, status: int = 200) -> Response:
-    """JSON; what is long goes in parts."""
-    if any(isinstance(value, list) and len(value) > MOST_AT_ONCE for value in record.values()):
-        parts = in_parts(encoded(record))
-        return StreamingResponse(parts, status, NO_STORE, media_type="application/json")
-    return Response(orjson.dumps(record), status, NO_STORE, media_type="application/json")
+async def answer(record: Record, status: int = 200) -> Response:
+    """JSON."""
+    return await in_parts(encoded(record), status, NO_STORE, "application/json")
 
 
-def error_answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+async def error_answer(status: int, message: str, headers: Mapping[str, str]) -> Response:
     """OpenAI's error form."""
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    response = answer({"error": error}, status)
-    response.headers.update(headers or {})
+    response = await answer({"error": error}, status)
+    response.headers.update(headers)
     return response
 
 
 async def refused(_: Request, error: Exception) -> Response:
     """A LedgerError."""
     status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
-    return error_answer(status, str(error), retry_after(error))
+    return await error_answer(status, str(error), retry_after(error))
 
 
 def retry_after(error: Exception) -> dict[str, str]:
@@ -944,7 +951,7 @@ async def unknown(_: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = UNKNOWN.get(status, "This method is not known here.")
     headers = error.headers if isinstance(error, HTTPException) else None
-    return error_answer(status, message, headers)
+    return await error_answer(status, message, headers or {})
 
 
 def served(api: API, authenticate: Authenticate) -> Starlette:
@@ -964,7 +971,7 @@ def served(api: API, authenticate: Authenticate) -> Starlette:
 
 
 async def _describe(request: Request) -> Response:
-    return answer(openapi(secure=request.url.scheme == "https"))
+    return await answer(openapi(secure=request.url.scheme == "https"))
 
 
 async def whole_body(request: Request, most: int) -> bytes:
@@ -997,7 +1004,7 @@ def _endpoint(
         found = await api.perform(operation, actor, request.path_params, query=query, body=body)
         if isinstance(found, AsyncIterator):
             return StreamingResponse(found, headers=NO_STORE, media_type="application/json")
-        return answer(found, operation.status)
+        return await answer(found, operation.status)
 
     return endpoint
 

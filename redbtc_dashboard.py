@@ -90,6 +90,7 @@ SAFE = ("GET", "HEAD")
 BROWSER_SECONDS = 365 * 86400
 MOST_FORM_BYTES = 64 << 10
 ONCE = re.compile("[0-9a-f]{16}")
+PAGE = re.compile("[1-9][0-9]{0,5}")
 MOST_SENT = 10_000  # forms that are known to have been sent
 
 
@@ -441,7 +442,10 @@ class Dashboard:
                     made, refused = {"form": visit.form}, error
                 else:
                     if not isinstance(answer, dict):
-                        return answer or to("?done")
+                        page = visit.request.query_params.get("page", "")
+                        return answer or to(
+                            f"?page={page}&done" if PAGE.fullmatch(page) else "?done"
+                        )
                     made = answer
             context = {**await show(visit), "session": visit.session, **made}
             return await self.page(template, context, refused=refused)
@@ -699,13 +703,10 @@ async def overview(visit: Visit) -> Context:
 def part_of(visit: Visit, name: str, rows: list[Record]) -> Context:
     """Those of so many rows that are on the page that is asked for, and how to ask for the next."""
     asked = visit.request.query_params.get("page", "")
-    page = int(asked) if PAGE.fullmatch(asked) else 1
-    more = len(rows) > page * ON_A_PAGE
+    last = max(1, -(-len(rows) // ON_A_PAGE))
+    page = min(int(asked), last) if PAGE.fullmatch(asked) else 1
     shown = rows[(page - 1) * ON_A_PAGE : page * ON_A_PAGE]
-    return {name: shown, "next": urlencode({"page": page + 1}) if more else ""}
-
-
-PAGE = re.compile("[1-9][0-9]{0,5}")
+    return {name: shown, "next": urlencode({"page": page + 1}) if page < last else ""}
 
 
 async def accounts(visit: Visit) -> Context:
@@ -769,7 +770,7 @@ async def notices(visit: Visit) -> Context:
     for each in reversed((await visit.ask(API.list_notices))["notices"]):
         is_over = each["withdrawn_at"] or (each["until"] or now) < now
         (over if is_over else held).append(each)
-    return {"here": "Notices", "notices": held, "over": over[:ON_A_PAGE]}
+    return {"here": "Notices", **part_of(visit, "notices", held), "over": over[:ON_A_PAGE]}
 
 
 async def add_notice(visit: Visit) -> None:
@@ -889,6 +890,7 @@ TABS: dict[str, Rank] = {
     "Notices": "viewer",
     "Manage": "operator",
 }
+MOST_TOLD = 5  # notices on the overview
 MEASURES = {"cost": "Cost", "requests": "Requests", "output_tokens": "Output tokens"}
 
 
@@ -901,12 +903,14 @@ async def account_overview(visit: Visit) -> Context:
     measure = visit.request.query_params.get("show", "cost")
     measure = measure if measure in MEASURES else "cost"
     series = by_day(used["groups"], days, "model", measure)
+    notices = (await visit.ask(API.account_notices, account=account_id))["notices"]
     unit = shown["account"]["currency"] if measure == "cost" else MEASURES[measure].lower()
     return {
         **shown,
         "month": (await visit.ask(API.statement, account=account_id, month=month))["totals"],
         "limits": await visit.ask(API.account_limits, account=account_id),
-        "notices": (await visit.ask(API.account_notices, account=account_id))["notices"],
+        "notices": notices[-MOST_TOLD:][::-1],
+        "more_notices": max(0, len(notices) - MOST_TOLD),
         "groups": used["groups"],
         "measure": measure,
         "measures": MEASURES,
@@ -1053,6 +1057,7 @@ async def billing(visit: Visit) -> Context:
     account_id = shown["account"]["id"]
     months = (await visit.ask(API.list_months, account=account_id))["months"]
     now = await visit.ask(API.statement, account=account_id, month=shown["account"]["month"])
+    payments = (await visit.ask(API.account_payments, account=account_id))["payments"]
     return {
         **shown,
         "months": months,
@@ -1061,7 +1066,7 @@ async def billing(visit: Visit) -> Context:
             f"{month}: {money(amount, now['currency'])}"
             for month, amount in now["paid_by_month"].items()
         ),
-        "payments": (await visit.ask(API.account_payments, account=account_id))["payments"][::-1],
+        **part_of(visit, "payments", payments[::-1]),
         "prices": (await visit.ask(API.account_prices, account=account_id))["prices"],
         **RATES,
     }
@@ -1082,9 +1087,8 @@ async def statement_csv(visit: Visit) -> Response:
     """As CSV."""
     account, month = (visit.request.path_params[name] for name in ("account", "month"))
     found = await visit.ask(API.statement, account=account, month=month)
-    lines = in_parts(map(str.encode, csv_lines(statement_lines(found))))
-    headers = as_file(f"statement-{found['month']}.csv")
-    return StreamingResponse(lines, headers=headers, media_type="text/csv")
+    lines = map(str.encode, csv_lines(statement_lines(found)))
+    return await in_parts(lines, 200, as_file(f"statement-{found['month']}.csv"), "text/csv")
 
 
 async def members(visit: Visit) -> Context:
@@ -1096,8 +1100,8 @@ async def members(visit: Visit) -> Context:
 async def account_notices(visit: Visit) -> Context:
     """What it is told."""
     shown = await _account(visit, "Notices")
-    found = await visit.ask(API.account_notices, account=shown["account"]["id"])
-    return {**shown, **found}
+    found = (await visit.ask(API.account_notices, account=shown["account"]["id"]))["notices"]
+    return {**shown, **part_of(visit, "notices", found[::-1])}
 
 
 async def manage(visit: Visit) -> Context:

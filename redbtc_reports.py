@@ -167,7 +167,7 @@ async def usage_by(
     labels = "".join(f"{GROUPS[name]}, " for name in names)
     places = ", ".join(str(place + 1) for place in range(len(names)))
     group = f"GROUP BY {places} ORDER BY {places}" if names else ""
-    figures = "figures" if top is None else TOP_FIGURES
+    figures = TOP_FIGURES if top and "model" in names else "figures"
     sql = f"WITH figures AS ({wanted.of_account(FIGURES)}) SELECT {labels}{SUMS} FROM {figures}"
     values = {**wanted.values(), "top": top}
     return [shown_sums(row, currency) async for row in store.rows(f"{sql} {group}", values)]
@@ -211,10 +211,12 @@ async def statement(books: Books, account: Record, month: str) -> Record:
         usage = [shown_sums(row, books.currency) async for row in rows]
         used = await snapshot.one(TOTALS_OF_MONTH, (account["id"], month))
         before = await snapshot.one(SPENT_BEFORE, (account["id"], month))
-        payments = [row async for row in snapshot.rows(PAYMENTS_OF, (account["id"],))]
-    paid: dict[str, int] = {}
-    for row in payments:
-        paid[row["month"]] = paid.get(row["month"], 0) + nanos_of(row["units"], row["nanos"])
+        payments: list[Record] = []
+        paid: dict[str, int] = {}
+        async for row in snapshot.rows(PAYMENTS_OF, (account["id"],)):
+            paid[row["month"]] = paid.get(row["month"], 0) + nanos_of(row["units"], row["nanos"])
+            if row["month"] == month:
+                payments.append(for_account(shown_payment(row)))
     assert used, "a sum always has one row"
     assert before, "and this one, too"
     cost = nanos_of(used["cost_units"] or 0, used["cost_nanos"] or 0)
@@ -228,7 +230,7 @@ async def statement(books: Books, account: Record, month: str) -> Record:
         "currency": books.currency,
         "opening_balance": decimal(opening),
         "usage": usage,
-        "payments": [for_account(shown_payment(row)) for row in payments if row["month"] == month],
+        "payments": payments,
         "totals": {**shown_sums(used, books.currency), "paid": decimal(paid.get(month, 0))},
         "closing_balance": decimal(opening + paid.get(month, 0) - cost),
         "paid_last_three_months": decimal(sum(paid.get(of, 0) for of in lately)),

@@ -12,9 +12,10 @@ account's suspension, after IDLE without a sign of it and after LIFETIME in all.
 ends one asks, in the transaction that does so, whether what it was granted for still holds.
 
 Rule 4. Who guesses is slowed down, and nobody else is: not in another network, whoever guesses in
-one; not in a browser in which a login was used before, whoever guesses wherever: it has tries of
-its own, for the logins that were used there. A try is a guess at every login of the address; so it
-counts where it was wrong for one of them, or a login of one's own would make it free.
+one; not in a browser in which a login was used before (the last MOST_BROWSERS of it), whoever
+guesses wherever: it has tries of its own, for the logins that were used there. A password is tried
+on every login of the address; so a right one counts, too, the first time that it is right, or a
+login of one's own, with the guess as its password, would make guesses at another free.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import secrets
 import sqlite3
 import time
 import unicodedata
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, TypeVar
 
@@ -48,6 +49,7 @@ COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; 0.
 SALT_BYTES = 16
 MOST_HASHING = 2  # at a time: each takes a core and 32 MiB
 MOST_WAITING = 20  # of those who may be anybody; twice as many of the others
+MOST_OF_ONE = 4  # network, or of the others login
 LOOKED_AT = 40  # characters of a password that are judged: 0.2 s at worst, for 72 it is 2 s
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
 
@@ -79,27 +81,29 @@ class Hashing:
 
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(MOST_HASHING)
-        self._waiting = 0
+        self._waiting: Counter[Counted] = Counter()
 
-    async def scrypt(self, password: str, salt: bytes, anybody: bool = False) -> bytes:
-        """32 bytes. `anybody`: it may be anybody who asks. Raises Busy."""
-        return await self._run(_scrypt, password, salt, MOST_WAITING * (1 if anybody else 2))
+    async def scrypt(self, who: Counted, password: str, salt: bytes) -> bytes:
+        """32 bytes. `who` asks: a network, which may be anybody, or a login. Raises Busy."""
+        return await self._run(who, _scrypt, password, salt)
 
-    async def check(self, password: str, email: str) -> None:
+    async def check(self, who: Counted, password: str, email: str) -> None:
         """As check_password. Raises LedgerError."""
-        await self._run(check_password, password, email, 2 * MOST_WAITING)
+        await self._run(who, check_password, password, email)
 
     async def _run(
-        self, work: Callable[[str, Given], Made], password: str, given: Given, most: int
+        self, who: Counted, work: Callable[[str, Given], Made], password: str, given: Given
     ) -> Made:
-        if self._waiting >= most:
+        most = MOST_WAITING if who[0] == "network" else 2 * MOST_WAITING
+        if self._waiting.total() >= most or self._waiting[who] >= MOST_OF_ONE:
             raise Busy("too many people log in at once; try again in a few seconds", 5)
-        self._waiting += 1
+        self._waiting[who] += 1
         try:
             async with self._places:
                 return await asyncio.to_thread(work, password, given)
         finally:
-            self._waiting -= 1
+            self._waiting[who] -= 1
+            self._waiting += Counter()  # forgets who has none
 
 
 def _scrypt(password: str, salt: bytes) -> bytes:
@@ -198,7 +202,6 @@ REMOVE_USER = "DELETE FROM users WHERE id = ?"
 RESET = """
     UPDATE users SET password = NULL, password_set_at = NULL, link = ?, link_expires_at = ?
      WHERE id = ?"""
-FORGET_BROWSER = "DELETE FROM known_browsers WHERE user_id = ? AND hash = ?"
 CANDIDATES = """
     SELECT users.id, users.role, accounts.name, salt, password,
            ifnull(accounts.status, 'active') = 'active'
@@ -225,17 +228,20 @@ PRUNE_SESSIONS = f"""
         OR (user_id = ?1 AND id NOT IN (SELECT id FROM sessions WHERE user_id = ?1
              ORDER BY created_at DESC, id LIMIT {MOST_SESSIONS - 1}))"""
 KNOW_BROWSER = f"""
-    INSERT INTO known_browsers (hash, user_id, created_at) SELECT ?3, users.id, ?4 {IF_RIGHT}"""
+    INSERT INTO known_browsers (hash, user_id, created_at) SELECT ?3, users.id, ?4 {IF_RIGHT}
+    ON CONFLICT DO UPDATE SET created_at = excluded.created_at"""
 PRUNE_BROWSERS = f"""
     DELETE FROM known_browsers WHERE user_id = ?1 AND hash NOT IN (
         SELECT hash FROM known_browsers WHERE user_id = ?1
          ORDER BY created_at DESC LIMIT {MOST_BROWSERS - 1})"""
-KNOWN_STILL = """
-    UPDATE known_browsers SET hash = ?2
+KNOW_THE_OTHERS = """
+    INSERT OR IGNORE INTO known_browsers
+    SELECT ?2, user_id, created_at FROM known_browsers
      WHERE hash = ?1 AND EXISTS (SELECT 1 FROM known_browsers WHERE hash = ?2)"""
+IS_KNOWN = "SELECT 1 FROM known_browsers WHERE hash = ? AND user_id = ?"
 LOGINS_KNOWN = """
-    SELECT users.id FROM known_browsers JOIN users ON users.id = user_id
-     WHERE hash = ? AND email = ?"""
+    SELECT users.id, known_browsers.created_at
+      FROM known_browsers JOIN users ON users.id = user_id WHERE hash = ? AND email = ?"""
 SESSION = f"""
     SELECT sessions.id, seen_at, users.id, users.email, role, account_id, accounts.name
       FROM sessions JOIN users ON users.id = user_id
@@ -325,6 +331,7 @@ class Users:
         self._hashing = Hashing()
         self._throttle = Throttle()
         self._nobodys_salt = secrets.token_bytes(SALT_BYTES)
+        self._proven: OrderedDict[bytes, None] = OrderedDict()  # by hash, passwords that were right
 
     async def all(self, account_id: str | None, role: Role | None) -> list[Record]:
         """Those of an account, or of all and the operators; of one role, or of any."""
@@ -385,37 +392,43 @@ class Users:
         TooMany, Busy."""
         email = email.strip().lower()
         rows = self._store.rows(LOGINS_KNOWN, (hash_of(browser), email))
-        known = [row["id"] async for row in rows]
+        known = {row["id"]: f"{row['id']} {row['created_at']}" async for row in rows}
         anywhere = ("network", network), ("address here", f"{network} {email}"), ("address", email)
+        who = ("login", next(iter(known))) if known else anywhere[0]
         if not known or not self._throttle.seconds_to_wait(*anywhere):
             with self._throttle.attempt(*anywhere) as right:
-                found, wrong = await self._right(email, password, anybody=not known)
-                if found and not wrong:
+                found = await self._right(who, email, password)
+                if found and self._was_right(found[0].hashed):
                     right()
             return found
-        with self._throttle.attempt(*(("login", each) for each in known)) as right:
-            found = [
-                each for each in (await self._right(email, password))[0] if each.user_id in known
-            ]
+        with self._throttle.attempt(*(("login", each) for each in known.values())) as right:
+            found = await self._right(who, email, password)
+            found = [each for each in found if each.user_id in known]
             if found:
                 right()
         if not found:  # as in any other browser, whatever the password is
             raise too_many(self._throttle.seconds_to_wait(*anywhere))
         return found
 
-    async def _right(
-        self, email: str, password: str, anybody: bool = False
-    ) -> tuple[list[Login], int]:
-        """The logins whose password it is, and of how many of that address it is not."""
+    async def _right(self, who: Counted, email: str, password: str) -> list[Login]:
+        """The logins whose password it is. `who` asks."""
         rows = [tuple(row) async for row in self._store.rows(CANDIDATES, (email,))]
         salt = rows[0][3] if rows else self._nobodys_salt
-        hashed = await self._hashing.scrypt(password, salt, anybody)
-        found = [
+        hashed = await self._hashing.scrypt(who, password, salt)
+        return [
             Login(user_id, role, account, salt, hashed, bool(active))
             for user_id, role, account, _, taken, active in rows
             if taken and hmac.compare_digest(taken, hashed)
         ]
-        return found, sum(row[4] is not None for row in rows) - len(found)
+
+    def _was_right(self, hashed: bytes) -> bool:
+        """Whether a password that is right was so before, as far as that is remembered."""
+        known = hashed in self._proven
+        self._proven[hashed] = None
+        self._proven.move_to_end(hashed)
+        if len(self._proven) > self._throttle.MOST:
+            self._proven.popitem(last=False)
+        return known
 
     def link(self, secret: str) -> Link | None:
         """That of a secret, if it is in force. Raises LedgerUnavailable."""
@@ -434,7 +447,7 @@ class Users:
         Raises LedgerError."""
         user_id, email = session.user_id, session.email
         with self._throttle.attempt(("login", f"{user_id}, logged in")) as right:
-            logins, _ = await self._right(email, old)
+            logins = await self._right(("login", user_id), email, old)
             found = [each for each in logins if each.user_id == user_id]
             if found:
                 right()
@@ -456,8 +469,8 @@ class Users:
         old: bytes | None = None,
         session: str | None = None,
     ) -> bytes:
-        await self._hashing.check(password, email)
-        hashed = await self._hashing.scrypt(password, salt)
+        await self._hashing.check(("login", user_id), password, email)
+        hashed = await self._hashing.scrypt(("login", user_id), password, salt)
         values = hashed, self._store.time(), user_id, link, old, session
         if not await self._store.transact((SET_PASSWORD, values), by=by):
             raise no_link() if link else Conflict("this session has ended")
@@ -471,12 +484,13 @@ class Users:
         """A new session for whose password has this scrypt; None where it has not any more, or its
         account is suspended. `known_by`: the cookie by which the browser was known so far."""
         cookie, known, now = new_secret(), new_secret(), self._store.time()
+        if self._store.look_up(IS_KNOWN, (hash_of(known_by), user_id)):
+            known = known_by
         added = await self._store.transact(
             (PRUNE_SESSIONS, (user_id, now)),
-            (FORGET_BROWSER, (user_id, hash_of(known_by))),
             (PRUNE_BROWSERS, (user_id,)),
             (KNOW_BROWSER, (user_id, hashed, hash_of(known), now)),
-            (KNOWN_STILL, (hash_of(known_by), hash_of(known))),
+            (KNOW_THE_OTHERS, (hash_of(known_by), hash_of(known))),
             (ADD_SESSION, (user_id, hashed, new_id("ses"), hash_of(cookie), browser[:200], now)),
         )
         return LoggedIn(cookie, known) if added else None

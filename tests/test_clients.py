@@ -186,8 +186,10 @@ def codex(
 
 def snippets(gateway: Gateway, models: str) -> dict[str, str]:
     """What the dashboard shows with a new key that is limited to these models."""
-    gateway.api("POST", "/accounts", {"name": "a"})
-    user = gateway.api("POST", "/users", {"email": "ada@example.com", "account": "a"})
+    if not gateway.api("GET", "/accounts")["accounts"]:
+        gateway.api("POST", "/accounts", {"name": "a"})
+        gateway.api("POST", "/users", {"email": "ada@example.com", "account": "a"})
+    user = gateway.api("POST", "/users/ada@example.com/reset")
     password = {"password": (words := "seven purple teapots whisper"), "again": words}
     with httpx2.Client(headers={"origin": gateway.url}, trust_env=False) as client:
         assert client.post(user["link"], data=password).status_code == 303
@@ -197,6 +199,22 @@ def snippets(gateway: Gateway, models: str) -> dict[str, str]:
 
 
 SNIPPET = re.compile(r'<code id="(curl|python|node|codex|secret)">(.*?)</code>', re.DOTALL)
+
+
+def test_snippets_name_a_model_that_is_served(make_gateway: MakeGateway) -> None:
+    billing = '[billing]\nunpriced_models = "refuse"\n'
+    gateway = make_gateway(
+        billing, upstream_settings='models = ["llama*", "qwen-x", "gpt*"]'
+    ).start()
+    gateway.cli("price", "add", "llama-3*", "--input", "1", "--output", "1")
+    for models, model in (
+        ("", "llama-3"),
+        ("gpt-5.4*", "gpt-5.4-mini"),  # not served, but allowed
+        ("qwen-*", "qwen-"),
+        ("qwen-x,a*b,[a]", "qwen-x"),
+        ("l*3*,a", "llama-3"),
+    ):
+        assert f'"model":"{model}"' in snippets(gateway, models)["curl"], models
 
 
 @pytest.mark.parametrize("models", ["", "gpt-5.4*,codex*", "codex-x"])

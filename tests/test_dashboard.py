@@ -375,14 +375,71 @@ def test_guessing_from_everywhere_keeps_no_browser_out_that_knows_the_login(
 def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
     async def main() -> None:
         hashing = Hashing()
-        strangers = [asyncio.ensure_future(hashing.scrypt("a", b"b", True)) for _ in range(30)]
-        await asyncio.sleep(0)
-        known = asyncio.ensure_future(hashing.scrypt("a", b"b"))
-        ends = await asyncio.gather(*strangers, return_exceptions=True)
-        assert [isinstance(end, Busy) for end in ends] == [False] * 20 + [True] * 10
-        assert await known == ends[0]
+
+        async def ask(who: str, name: str) -> bool:
+            try:
+                return await hashing.scrypt((who, name), "a", b"b") is not None
+            except Busy:
+                return False
+
+        async with asyncio.TaskGroup() as group:
+            here = [group.create_task(ask("network", "here")) for _ in range(6)]
+            elsewhere = [group.create_task(ask("network", str(each))) for each in range(20)]
+            known = [group.create_task(ask("login", "ada")) for _ in range(6)]
+        assert [each.result() for each in here] == [True] * 4 + [False] * 2
+        assert [each.result() for each in elsewhere] == [True] * 16 + [False] * 4
+        assert [each.result() for each in known] == [True] * 4 + [False] * 2
+        assert await ask("network", "here")
+        assert not hashing._waiting
 
     asyncio.run(main())
+
+
+def test_who_has_logins_of_an_address_learns_of_no_other(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    closing(new_user(gateway, "op@example.com"))
+    statuses = []
+    for email in ("op@example.com", "nobody@example.com"):
+        user = gateway.api("POST", "/users", {"email": email, "account": "a"})
+        form = {"password": OTHER_PASSWORD, "again": OTHER_PASSWORD}
+        with anonymous(gateway) as client:
+            client.post(urlsplit(user["link"]).path, data=form)
+        seen = []
+        for _ in range(8):
+            with anonymous(gateway) as client:
+                seen.append(log_in(client, email, OTHER_PASSWORD).status_code)
+        statuses.append(seen)
+    assert statuses == [[303] * 8] * 2
+
+
+def test_guessing_in_one_browser_that_knows_a_login_keeps_no_other_out(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    own = closing(new_user(gateway, "ada@example.com")).client
+    with anonymous(gateway) as public:
+        assert log_in(public, "ada@example.com", PASSWORD).status_code == 303
+        guess_from_many_networks(gateway, "ada@example.com")
+        for _ in range(9):
+            log_in(public, "ada@example.com", "wrong")
+        guess_from_many_networks(gateway, "ada@example.com")
+        assert log_in(public, "ada@example.com", PASSWORD).status_code == 429
+    assert log_in(own, "ada@example.com", PASSWORD).status_code == 303
+
+
+def test_a_browser_stays_known_where_an_answer_is_lost(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    closing(new_user(gateway, "bob@example.com"))
+    browser = closing(new_user(gateway, "ada@example.com")).client
+    before = dict(browser.cookies)
+    for email in ("ada@example.com", "bob@example.com"):
+        assert log_in(browser, email, PASSWORD).status_code == 303
+        browser.cookies.clear()
+        browser.cookies.update(before)
+    guess_from_many_networks(gateway, "ada@example.com")
+    assert log_in(browser, "ada@example.com", PASSWORD).status_code == 303
 
 
 def test_guessing_from_a_network_keeps_nobody_else_there_out(
@@ -1592,9 +1649,31 @@ def test_the_pages_of_keys_are_all_keys_once(
     shown = [re.findall(r"<code>(key_\w+)</code>", text) for text in (first, second)]
     assert [len(each) for each in shown] == [dashboard.ON_A_PAGE, 1]
     assert {*shown[0], *shown[1]} == made
-    assert owner.post(f"{path}?page=2", do="revoke", key=shown[1][0]).status_code == 303
-    for page in ("0", "3", "999999", "-1", "x", "9" * 400):
-        assert "Make a key" in owner.get(f"{path}?page={page}").text
+    revoked = owner.post(f"{path}?page=2", do="revoke", key=shown[1][0])
+    assert (revoked.status_code, revoked.headers["location"]) == (303, "?page=2&done")
+    for page, count in (("0", 50), ("3", 1), ("999999", 1), ("-1", 50), ("x", 50), ("9" * 400, 50)):
+        text = owner.get(f"{path}?page={page}").text
+        assert text.count("<code>key_") == count, page
+
+
+def test_the_pages_of_notices_are_all_notices_once(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    most = dashboard.ON_A_PAGE
+    texts = [f"notice {number:03}" for number in range(most + 1)]
+    for text in texts:
+        gateway.api("POST", "/notices", {"kind": "incident", "text": text})
+    owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    operator = closing(new_user(gateway, "op@example.com"))
+    account = f"/dashboard/accounts/{owner.user['account_id']}"
+    for login, page in ((owner, f"{account}/notices"), (operator, "/dashboard/notices")):
+        found = [login.get(f"{page}?page={number}").text for number in (1, 2)]
+        shown = [list(dict.fromkeys(re.findall(r"notice \d{3}", text))) for text in found]
+        assert shown == [texts[:0:-1], texts[:1]]
+    overview = owner.get(account).text
+    assert re.findall(r"notice \d{3}", overview) == texts[: -dashboard.MOST_TOLD - 1 : -1]
+    assert f">{most + 1 - dashboard.MOST_TOLD} more notices<" in overview
 
 
 PILED_UP = """
