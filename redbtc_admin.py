@@ -127,6 +127,7 @@ class Actor(NamedTuple):
     account_id: str | None = None  # None: all
     key: Key | None = None
     session: Session | None = None
+    network: str = ""
 
 
 class Invalid(LedgerError):
@@ -672,7 +673,8 @@ class API:
     async def change_password(self, actor: Actor, body: NewPassword) -> Record:
         """Change one's password; all one's sessions end."""
         session = self._session(actor)
-        await self.users.change_password(session, body.old_password, body.new_password)
+        old, new = body.old_password, body.new_password
+        await self.users.change_password(session, old, new, actor.network)
         return {"ok": True}
 
     @operation("GET", "/login/sessions", least="viewer", answer=SessionList)
@@ -885,10 +887,9 @@ NO_STORE = {"cache-control": "no-store"}
 
 def encoded(record: Record) -> Iterator[bytes]:
     """As JSON, bit by bit."""
-    before = b"{"
-    for name, value in record.items():
-        yield before + orjson.dumps(name) + b":"
-        before = b","
+    yield b"{"
+    for number, (name, value) in enumerate(record.items()):
+        yield (b"," if number else b"") + orjson.dumps(name) + b":"
         if not isinstance(value, list):
             yield orjson.dumps(value)
             continue

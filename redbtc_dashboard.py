@@ -129,10 +129,10 @@ def session_of(api: API, request: Request) -> Session | None:
     return api.users.session(cookie) if cookie else None
 
 
-def actor_for(session: Session) -> Actor:
+def actor_for(session: Session, request: Request) -> Actor:
     """What somebody who is logged in may do."""
-    name = signature(session.email, session.account)
-    return Actor(name, session.role, session.account_id, session=session)
+    name, network = signature(session.email, session.account), network_of(request)
+    return Actor(name, session.role, session.account_id, session=session, network=network)
 
 
 def actor_of(api: API) -> Callable[[Request], Actor]:
@@ -147,7 +147,7 @@ def actor_of(api: API) -> Callable[[Request], Actor]:
             raise Unauthorized("nobody is logged in; the dashboard's login is /dashboard/login")
         if request.method not in SAFE:
             check_origin(request)
-        return actor_for(session)
+        return actor_for(session, request)
 
     return authenticate
 
@@ -333,7 +333,7 @@ class Visit:
         self, dashboard: Dashboard, request: Request, session: Session, form: dict[str, str]
     ) -> None:
         self.request = request
-        self.actor = actor_for(session)
+        self.actor = actor_for(session, request)
         self.session = session
         self.form = form
         self._dashboard = dashboard
@@ -606,7 +606,8 @@ class Dashboard:
         check_origin(request)
         form = await self._form(request)
         try:
-            hashed = await self.api.users.set_password(link, new_password(form, "password"))
+            password = new_password(form, "password")
+            hashed = await self.api.users.set_password(link, password, network_of(request))
         except LedgerError as error:
             return await self.page("link.html", shown, refused=error)
         logged_in = await self._log_in(request, link.user_id, hashed)
@@ -617,7 +618,8 @@ class Dashboard:
     async def change_password(self, visit: Visit) -> Response:
         """All sessions end with it; this browser gets a new one. Raises LedgerError."""
         old, new = visit.form.get("old_password", ""), new_password(visit.form, "new_password")
-        hashed = await self.api.users.change_password(visit.session, old, new)
+        network = visit.actor.network
+        hashed = await self.api.users.change_password(visit.session, old, new, network)
         return await self._log_in(visit.request, visit.session.user_id, hashed) or to(LOGIN)
 
 

@@ -14,7 +14,7 @@ ends one asks, in the transaction that does so, whether what it was granted for 
 Rule 4. Who guesses is slowed down, and nobody else is: not in another network, whoever guesses in
 one; not in a browser in which a login was used before (the last MOST_BROWSERS of it), whoever
 guesses wherever: it has tries of its own, for the logins that were used there. A password is tried
-on every login of the address; so a right one counts, too, the first time that it is right, or a
+on every login of the address; so a right one counts, too, the first time after it was set, or a
 login of one's own, with the guess as its password, would make guesses at another free.
 """
 
@@ -48,8 +48,8 @@ SHORTEST, LONGEST = 15, 1000  # characters; NIST SP 800-63B-4 §3.1.1.2 asks for
 COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; 0.2 s here
 SALT_BYTES = 16
 MOST_HASHING = 2  # at a time: each takes a core and 32 MiB
-MOST_WAITING = 20  # of those who may be anybody; twice as many of the others
-MOST_OF_ONE = 4  # network, or of the others login
+MOST_WAITING = 20  # strangers, and as many who are known
+MOST_HERE = 4  # of either from one network
 LOOKED_AT = 40  # characters of a password that are judged: 0.2 s at worst, for 72 it is 2 s
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
 
@@ -84,7 +84,7 @@ class Hashing:
         self._waiting: Counter[Counted] = Counter()
 
     async def scrypt(self, who: Counted, password: str, salt: bytes) -> bytes:
-        """32 bytes. `who` asks: a network, which may be anybody, or a login. Raises Busy."""
+        """32 bytes. `who` asks: a stranger or one who is known, from a network. Raises Busy."""
         return await self._run(who, _scrypt, password, salt)
 
     async def check(self, who: Counted, password: str, email: str) -> None:
@@ -94,8 +94,8 @@ class Hashing:
     async def _run(
         self, who: Counted, work: Callable[[str, Given], Made], password: str, given: Given
     ) -> Made:
-        most = MOST_WAITING if who[0] == "network" else 2 * MOST_WAITING
-        if self._waiting.total() >= most or self._waiting[who] >= MOST_OF_ONE:
+        of_kind = sum(number for each, number in self._waiting.items() if each[0] == who[0])
+        if of_kind >= MOST_WAITING or self._waiting[who] >= MOST_HERE:
             raise Busy("too many people log in at once; try again in a few seconds", 5)
         self._waiting[who] += 1
         try:
@@ -129,8 +129,8 @@ def check_password(password: str, email: str) -> None:
 
 class Throttle:
     """How often a password may be wrong, a minute, by what is counted: what comes from a network,
-    from it for one address, for the address from anywhere, and from whoever is known, for a login.
-    Wrong tries are remembered, those of the MOST that were seen last."""
+    from it for one address, for the address from anywhere, and for a login in a browser that knows
+    it, or in its sessions. Wrong tries are remembered, those of the MOST that were seen last."""
 
     TRIES = {"network": 20, "address here": 6, "address": 20, "login": 6}  # noqa: RUF012
     MOST = 10_000
@@ -204,7 +204,7 @@ RESET = """
      WHERE id = ?"""
 CANDIDATES = """
     SELECT users.id, users.role, accounts.name, salt, password,
-           ifnull(accounts.status, 'active') = 'active'
+           ifnull(accounts.status, 'active') = 'active', password_set_at
       FROM users LEFT JOIN accounts ON accounts.id = account_id
      WHERE users.email = ? ORDER BY users.created_at, users.id"""
 BY_LINK = """
@@ -214,8 +214,9 @@ BY_LINK = """
 # A password is set by a link, or by the old one in a session, and only where that is still so.
 SET_PASSWORD = """
     UPDATE users SET password = ?1, password_set_at = ?2, link = NULL, link_expires_at = NULL
-     WHERE id = ?3 AND (link = ?4
-            OR (password = ?5 AND EXISTS (SELECT 1 FROM sessions WHERE id = ?6)))"""
+     WHERE id = ?3 AND """
+SET_BY_LINK = SET_PASSWORD + "link = ?4"
+SET_IN_SESSION = SET_PASSWORD + "password = ?4 AND EXISTS (SELECT 1 FROM sessions WHERE id = ?5)"
 # Somebody logs in with what was checked a moment ago, and only where it is still right.
 IF_RIGHT = """
       FROM users LEFT JOIN accounts ON accounts.id = account_id
@@ -234,9 +235,8 @@ PRUNE_BROWSERS = f"""
     DELETE FROM known_browsers WHERE user_id = ?1 AND hash NOT IN (
         SELECT hash FROM known_browsers WHERE user_id = ?1
          ORDER BY created_at DESC LIMIT {MOST_BROWSERS - 1})"""
-KNOW_THE_OTHERS = """
-    INSERT OR IGNORE INTO known_browsers
-    SELECT ?2, user_id, created_at FROM known_browsers
+KNOWN_STILL = """
+    UPDATE OR IGNORE known_browsers SET hash = ?2
      WHERE hash = ?1 AND EXISTS (SELECT 1 FROM known_browsers WHERE hash = ?2)"""
 IS_KNOWN = "SELECT 1 FROM known_browsers WHERE hash = ? AND user_id = ?"
 LOGINS_KNOWN = """
@@ -286,6 +286,7 @@ class Login(NamedTuple):
     salt: bytes
     hashed: bytes
     active: bool
+    set_at: int
 
 
 class Link(NamedTuple):
@@ -331,7 +332,9 @@ class Users:
         self._hashing = Hashing()
         self._throttle = Throttle()
         self._nobodys_salt = secrets.token_bytes(SALT_BYTES)
-        self._proven: OrderedDict[bytes, None] = OrderedDict()  # by hash, passwords that were right
+        self._were_right: OrderedDict[tuple[str, int], None] = (
+            OrderedDict()
+        )  # user, when it was set
 
     async def all(self, account_id: str | None, role: Role | None) -> list[Record]:
         """Those of an account, or of all and the operators; of one role, or of any."""
@@ -394,17 +397,21 @@ class Users:
         rows = self._store.rows(LOGINS_KNOWN, (hash_of(browser), email))
         known = {row["id"]: f"{row['id']} {row['created_at']}" async for row in rows}
         anywhere = ("network", network), ("address here", f"{network} {email}"), ("address", email)
-        who = ("login", next(iter(known))) if known else anywhere[0]
+        who = ("known" if known else "stranger", network)
         if not known or not self._throttle.seconds_to_wait(*anywhere):
-            with self._throttle.attempt(*anywhere) as right:
+            here, *at_address = anywhere
+            attempt = self._throttle.attempt
+            with attempt(here) as right_here, attempt(*at_address) as right:
                 found = await self._right(who, email, password)
-                if found and self._was_right(found[0].hashed):
+                if found:
+                    right_here()
+                if found and self._were_right_before(found):
                     right()
             return found
         with self._throttle.attempt(*(("login", each) for each in known.values())) as right:
             found = await self._right(who, email, password)
             found = [each for each in found if each.user_id in known]
-            if found:
+            if found and self._were_right_before(found):
                 right()
         if not found:  # as in any other browser, whatever the password is
             raise too_many(self._throttle.seconds_to_wait(*anywhere))
@@ -416,19 +423,20 @@ class Users:
         salt = rows[0][3] if rows else self._nobodys_salt
         hashed = await self._hashing.scrypt(who, password, salt)
         return [
-            Login(user_id, role, account, salt, hashed, bool(active))
-            for user_id, role, account, _, taken, active in rows
+            Login(user_id, role, account, salt, hashed, bool(active), set_at)
+            for user_id, role, account, _, taken, active, set_at in rows
             if taken and hmac.compare_digest(taken, hashed)
         ]
 
-    def _was_right(self, hashed: bytes) -> bool:
-        """Whether a password that is right was so before, as far as that is remembered."""
-        known = hashed in self._proven
-        self._proven[hashed] = None
-        self._proven.move_to_end(hashed)
-        if len(self._proven) > self._throttle.MOST:
-            self._proven.popitem(last=False)
-        return known
+    def _were_right_before(self, found: list[Login]) -> bool:
+        """Whether that was found of all of them since their passwords were set, as far as it is
+        remembered."""
+        were = [(each.user_id, each.set_at) in self._were_right for each in found]
+        for each in found:
+            self._were_right[each.user_id, each.set_at] = None
+            if len(self._were_right) > self._throttle.MOST:
+                self._were_right.popitem(last=False)
+        return all(were)
 
     def link(self, secret: str) -> Link | None:
         """That of a secret, if it is in force. Raises LedgerUnavailable."""
@@ -436,44 +444,36 @@ class Users:
         found = self._store.look_up(BY_LINK, (hashed, self._store.time()))
         return Link(hashed, *found) if found else None
 
-    async def set_password(self, link: Link, password: str) -> bytes:
+    async def set_password(self, link: Link, password: str, network: str) -> bytes:
         """Its scrypt; the link is used up. Raises NotFound where it is meanwhile, LedgerError for a
         password that won't do."""
-        by = signature(link.email, link.account)
-        return await self._set(link.user_id, link.email, link.salt, password, by, link=link.hashed)
+        who, by = ("known", network), signature(link.email, link.account)
+        await self._hashing.check(who, password, link.email)
+        hashed = await self._hashing.scrypt(who, password, link.salt)
+        values = hashed, self._store.time(), link.user_id, link.hashed
+        if not await self._store.transact((SET_BY_LINK, values), by=by):
+            raise no_link()
+        return hashed
 
-    async def change_password(self, session: Session, old: str, new: str) -> bytes:
+    async def change_password(
+        self, session: Session, old_password: str, new_password: str, network: str
+    ) -> bytes:
         """The new one's scrypt. All sessions end with it, also this one: a new one is to be begun.
         Raises LedgerError."""
-        user_id, email = session.user_id, session.email
+        user_id, email, who = session.user_id, session.email, ("known", network)
         with self._throttle.attempt(("login", f"{user_id}, logged in")) as right:
-            logins = await self._right(("login", user_id), email, old)
+            logins = await self._right(who, email, old_password)
             found = [each for each in logins if each.user_id == user_id]
             if found:
                 right()
         if not found:
             raise LedgerError("the old password is not right")
-        salt, hashed = found[0].salt, found[0].hashed
+        await self._hashing.check(who, new_password, email)
+        hashed = await self._hashing.scrypt(who, new_password, found[0].salt)
+        values = hashed, self._store.time(), user_id, found[0].hashed, session.id
         by = signature(email, session.account)
-        return await self._set(user_id, email, salt, new, by, old=hashed, session=session.id)
-
-    async def _set(
-        self,
-        user_id: str,
-        email: str,
-        salt: bytes,
-        password: str,
-        by: str,
-        *,
-        link: bytes | None = None,
-        old: bytes | None = None,
-        session: str | None = None,
-    ) -> bytes:
-        await self._hashing.check(("login", user_id), password, email)
-        hashed = await self._hashing.scrypt(("login", user_id), password, salt)
-        values = hashed, self._store.time(), user_id, link, old, session
-        if not await self._store.transact((SET_PASSWORD, values), by=by):
-            raise no_link() if link else Conflict("this session has ended")
+        if not await self._store.transact((SET_IN_SESSION, values), by=by):
+            raise Conflict("this session has ended")
         return hashed
 
     # Sessions
@@ -490,7 +490,7 @@ class Users:
             (PRUNE_SESSIONS, (user_id, now)),
             (PRUNE_BROWSERS, (user_id,)),
             (KNOW_BROWSER, (user_id, hashed, hash_of(known), now)),
-            (KNOW_THE_OTHERS, (hash_of(known_by), hash_of(known))),
+            (KNOWN_STILL, (hash_of(known_by), hash_of(known))),
             (ADD_SESSION, (user_id, hashed, new_id("ses"), hash_of(cookie), browser[:200], now)),
         )
         return LoggedIn(cookie, known) if added else None

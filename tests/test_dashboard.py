@@ -42,6 +42,7 @@ from redbtc_users import (
     TooMany,
     Users,
     check_password,
+    hash_of,
 )
 
 sys.path.append(str(ROOT / "bench"))
@@ -383,13 +384,13 @@ def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
                 return False
 
         async with asyncio.TaskGroup() as group:
-            here = [group.create_task(ask("network", "here")) for _ in range(6)]
-            elsewhere = [group.create_task(ask("network", str(each))) for each in range(20)]
-            known = [group.create_task(ask("login", "ada")) for _ in range(6)]
+            here = [group.create_task(ask("stranger", "here")) for _ in range(6)]
+            elsewhere = [group.create_task(ask("stranger", str(each))) for each in range(20)]
+            known = [group.create_task(ask("known", "here")) for _ in range(6)]
         assert [each.result() for each in here] == [True] * 4 + [False] * 2
         assert [each.result() for each in elsewhere] == [True] * 16 + [False] * 4
         assert [each.result() for each in known] == [True] * 4 + [False] * 2
-        assert await ask("network", "here")
+        assert await ask("stranger", "here")
         assert not hashing._waiting
 
     asyncio.run(main())
@@ -431,13 +432,11 @@ def test_guessing_in_one_browser_that_knows_a_login_keeps_no_other_out(
 def test_a_browser_stays_known_where_an_answer_is_lost(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    closing(new_user(gateway, "bob@example.com"))
     browser = closing(new_user(gateway, "ada@example.com")).client
     before = dict(browser.cookies)
-    for email in ("ada@example.com", "bob@example.com"):
-        assert log_in(browser, email, PASSWORD).status_code == 303
-        browser.cookies.clear()
-        browser.cookies.update(before)
+    assert log_in(browser, "ada@example.com", PASSWORD).status_code == 303
+    browser.cookies.clear()
+    browser.cookies.update(before)
     guess_from_many_networks(gateway, "ada@example.com")
     assert log_in(browser, "ada@example.com", PASSWORD).status_code == 303
 
@@ -592,7 +591,7 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
         user = await users.add("ada@example.com", "owner", account, "test")
         link = users.link(user["link"])
         assert link is not None
-        await users.set_password(link, PASSWORD)
+        await users.set_password(link, PASSWORD, "here")
         (login,) = await users.verify("ada@example.com", PASSWORD, "here", "")
         first = await users.log_in(login.user_id, login.hashed, "")
         assert first is not None
@@ -604,7 +603,7 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
             "suspend": lambda: accounts.suspend(account, None, "test"),
         }
         with pytest.raises(NotFound):  # somebody else has used the link meanwhile
-            await users.set_password(link, OTHER_PASSWORD)
+            await users.set_password(link, OTHER_PASSWORD, "here")
         assert users.session(first.cookie) is not None
         again = await users.log_in(login.user_id, login.hashed, "")
         ended = users.session(again.cookie) if again else None
@@ -616,17 +615,108 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
         at_last = Users(cast(Store, Changing(store, lambda: users.end_session(*ending[:3:2]))))
         for which, late in ((users, ended), (at_last, ending)):
             with pytest.raises(Conflict, match="session has ended"):
-                await which.change_password(late, PASSWORD, OTHER_PASSWORD)
+                await which.change_password(late, PASSWORD, OTHER_PASSWORD, "here")
         overtaken = Users(cast(Store, Changing(store, ends[event])))
         assert await overtaken.log_in(login.user_id, login.hashed, "") is None
         assert users.session(first.cookie) is None
         if event == "reset":
             link = users.link((await users.reset(login.user_id, "test"))["link"])
             assert link is not None
-            await users.set_password(link, PASSWORD)
+            await users.set_password(link, PASSWORD, "here")
             with pytest.raises(Conflict):
-                await overtaken.change_password(session, PASSWORD, OTHER_PASSWORD)
+                await overtaken.change_password(session, PASSWORD, OTHER_PASSWORD, "here")
             assert not await users.verify("ada@example.com", OTHER_PASSWORD, "here", "")
+
+
+class Guesser:
+    """Somebody with a login of the victim's address in an account of his own."""
+
+    def __init__(self, users: Users, account: str) -> None:
+        self._users = users
+        self._account = account
+        self._own = ""
+        self.browser = ""
+
+    async def set(self, password: str) -> bytes:
+        """His own password, by a link."""
+        users = self._users
+        made = users.reset(self._own, "test") if self._own else None
+        user = await (made or users.add("op@example.com", "owner", self._account, "test"))
+        self._own = user["id"]
+        link = users.link(user["link"])
+        assert link is not None
+        return await users.set_password(link, password, "his")
+
+    async def learns(self, password: str) -> bool | None:
+        """Whether it is somebody else's password, too; None: he is told to wait."""
+        hashed = await self.set(password)
+        if self.browser:
+            logged_in = await self._users.log_in(self._own, hashed, "", self.browser)
+            assert logged_in is not None
+            self.browser = logged_in.browser
+        try:
+            found = await self._users.verify("op@example.com", password, "his", self.browser)
+        except TooMany:
+            return None
+        return len(found) > 1
+
+
+async def password_is(users: Users, link: str, password: str) -> bytes:
+    found = users.link(link)
+    assert found is not None
+    return await users.set_password(found, password, "here")
+
+
+def test_a_login_of_one_s_own_is_of_no_use_to_guess_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in a browser that knows the victim's, nor with what was tried before."""
+    monkeypatch.setattr("redbtc_users._scrypt", lambda password, salt: hash_of(f"{password}{salt}"))
+    monkeypatch.setattr("redbtc_users.check_password", lambda *_: None)
+
+    async def main() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            users, accounts = Users(store), Accounts(store)
+            guesser = Guesser(users, (await accounts.add("a", None, {}, "test"))["id"])
+            victim = await users.add("op@example.com", "operator", None, "test")
+            hashed = await password_is(users, victim["link"], "right")
+            left_behind = await users.log_in(victim["id"], hashed, "")
+            assert left_behind is not None
+            tried = [await guesser.learns(f"{number}") for number in range(9)]
+            assert tried == [False] * 6 + [None] * 3
+            guesser.browser = left_behind.browser
+            tried = [await guesser.learns(f"{number}") for number in range(9, 29)]
+            assert tried == [False] * 6 + [None] * 14
+            guesser.browser = ""
+            reset = await users.reset(victim["id"], "test")
+            await password_is(users, reset["link"], "3")
+            assert [await guesser.learns(f"{number}") for number in range(6)] == [None] * 6
+
+    asyncio.run(main())
+
+
+def test_a_login_is_known_in_its_last_browsers_whoever_uses_them(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            users = Users(store)
+            ada = await users.add("ada@example.com", "operator", None, "test")
+            bob = await users.add("bob@example.com", "operator", None, "test")
+            adas = await password_is(users, ada["link"], PASSWORD)
+            bobs = await password_is(users, bob["link"], PASSWORD)
+            home = await users.log_in(ada["id"], adas, "")
+            public = await users.log_in(ada["id"], adas, "")
+            assert home is not None
+            assert public is not None
+            for _ in range(30):
+                await users.log_in(bob["id"], bobs, "", public.browser)
+            await users.log_in(ada["id"], adas, "")
+            rows = [
+                tuple(row) async for row in store.rows("SELECT user_id, hash FROM known_browsers")
+            ]
+            assert (ada["id"], hash_of(home.browser)) in rows
+            assert len([row for row in rows if row[0] == ada["id"]]) == 3
+
+    asyncio.run(main())
 
 
 def test_a_browser_that_was_known_is_known_after_an_upgrade(tmp_path: Path) -> None:
