@@ -13,9 +13,10 @@ ends one asks, in the transaction that does so, whether what it was granted for 
 
 Rule 4. Who guesses is slowed down, and nobody else is: not in another network, whoever guesses in
 one; not in a browser in which a login was used before (the last MOST_BROWSERS of it), whoever
-guesses wherever: it has tries of its own, for the logins that were used there. A password is tried
-on every login of the address; so a right one counts, too, the first time after it was set, or a
-login of one's own, with the guess as its password, would make guesses at another free.
+guesses wherever: it has tries of its own, for the logins that were used there. Right passwords
+count as wrong ones do. If they didn't, a login of one's own, whose password is the guess, would
+make guesses at another login of its address free, and a try that counts would tell that there is
+another one.
 """
 
 from __future__ import annotations
@@ -45,11 +46,10 @@ Counted = tuple[str, str]  # what of, and which one
 # ── Passwords ────────────────────────────────────────────────────────────────────────────────────
 
 SHORTEST, LONGEST = 15, 1000  # characters; NIST SP 800-63B-4 §3.1.1.2 asks for 15
-COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; 0.2 s here
+COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; a core for 0.2 s
 SALT_BYTES = 16
-MOST_HASHING = 2  # at a time: each takes a core and 32 MiB
-MOST_WAITING = 20  # strangers, and as many who are known
-MOST_HERE = 4  # of either from one network
+MOST_WAITING = 100  # of anybody, and as many who are known
+MOST_HERE = 10  # of either from one network
 LOOKED_AT = 40  # characters of a password that are judged: 0.2 s at worst, for 72 it is 2 s
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
 
@@ -76,37 +76,43 @@ def too_many(wait: float) -> TooMany:
     return TooMany(f"too many attempts; try again in {seconds} seconds", seconds)
 
 
+class Room:
+    """For somebody's password, until it is checked."""
+
+    def __init__(self, place: asyncio.Semaphore) -> None:
+        self._place = place
+
+    async def run(self, work: Callable[[str, Given], Made], password: str, given: Given) -> Made:
+        """In a thread, when it is one's turn."""
+        async with self._place:
+            return await asyncio.to_thread(work, password, given)
+
+
 class Hashing:
-    """What takes long with passwords, off the event loop."""
+    """What takes long with passwords, off the event loop: one thread for those who may be anybody,
+    one for who has a session, a link, or a browser that is known, so that they never wait for the
+    others."""
 
     def __init__(self) -> None:
-        self._places = asyncio.Semaphore(MOST_HASHING)
+        self._places = {who: asyncio.Semaphore(1) for who in ("anybody", "known")}
         self._waiting: Counter[Counted] = Counter()
 
-    async def scrypt(self, who: Counted, password: str, salt: bytes) -> bytes:
-        """32 bytes. `who` asks: a stranger or one who is known, from a network. Raises Busy."""
-        return await self._run(who, _scrypt, password, salt)
-
-    async def check(self, who: Counted, password: str, email: str) -> None:
-        """As check_password. Raises LedgerError."""
-        await self._run(who, check_password, password, email)
-
-    async def _run(
-        self, who: Counted, work: Callable[[str, Given], Made], password: str, given: Given
-    ) -> Made:
-        of_kind = sum(number for each, number in self._waiting.items() if each[0] == who[0])
-        if of_kind >= MOST_WAITING or self._waiting[who] >= MOST_HERE:
+    @contextlib.contextmanager
+    def room(self, who: str, network: str) -> Iterator[Room]:
+        """For "anybody" or somebody "known", from a network. Raises Busy."""
+        waiting = sum(number for (kind, _), number in self._waiting.items() if kind == who)
+        if waiting >= MOST_WAITING or self._waiting[who, network] >= MOST_HERE:
             raise Busy("too many people log in at once; try again in a few seconds", 5)
-        self._waiting[who] += 1
+        self._waiting[who, network] += 1
         try:
-            async with self._places:
-                return await asyncio.to_thread(work, password, given)
+            yield Room(self._places[who])
         finally:
-            self._waiting[who] -= 1
+            self._waiting[who, network] -= 1
             self._waiting += Counter()  # forgets who has none
 
 
-def _scrypt(password: str, salt: bytes) -> bytes:
+def scrypt(password: str, salt: bytes) -> bytes:
+    """32 bytes."""
     typed = unicodedata.normalize("NFC", password[:LONGEST]).encode("utf-8", "surrogatepass")
     return hashlib.scrypt(typed, salt=salt, n=COST, r=BLOCKS, p=PARALLEL, maxmem=64 << 20, dklen=32)
 
@@ -128,11 +134,11 @@ def check_password(password: str, email: str) -> None:
 
 
 class Throttle:
-    """How often a password may be wrong, a minute, by what is counted: what comes from a network,
+    """How often passwords may be tried, a minute, by what is counted: what comes from a network,
     from it for one address, for the address from anywhere, and for a login in a browser that knows
-    it, or in its sessions. Wrong tries are remembered, those of the MOST that were seen last."""
+    it, in its sessions, or by a link. Remembered are the MOST that were counted last."""
 
-    TRIES = {"network": 20, "address here": 6, "address": 20, "login": 6}  # noqa: RUF012
+    TRIES = {"network": 30, "address here": 10, "address": 20, "login": 10}  # noqa: RUF012
     MOST = 10_000
 
     def __init__(self) -> None:
@@ -143,27 +149,12 @@ class Throttle:
         waits = (self._filled(each).seconds_until(1) for each in counted if each in self._buckets)
         return max(waits, default=0.0)
 
-    @contextlib.contextmanager
-    def attempt(self, *counted: Counted) -> Iterator[Callable[[], None]]:
-        """A try: it counts unless it is said to be right, or raises. Raises TooMany."""
-        wait = self.seconds_to_wait(*counted)
-        if wait:
+    def count(self, *counted: Counted) -> None:
+        """A try. Raises TooMany."""
+        if wait := self.seconds_to_wait(*counted):
             raise too_many(wait)
         for each in counted:
             self._filled(each).charge(1)
-
-        def right() -> None:
-            for each in counted:
-                bucket = self._filled(each)
-                bucket.charge(-1)
-                if not bucket.reset_seconds:
-                    del self._buckets[each]
-
-        try:
-            yield right
-        except BaseException:
-            right()
-            raise
 
     def _filled(self, counted: Counted) -> Bucket:
         bucket = self._buckets.setdefault(counted, Bucket())
@@ -204,7 +195,7 @@ RESET = """
      WHERE id = ?"""
 CANDIDATES = """
     SELECT users.id, users.role, accounts.name, salt, password,
-           ifnull(accounts.status, 'active') = 'active', password_set_at
+           ifnull(accounts.status, 'active') = 'active'
       FROM users LEFT JOIN accounts ON accounts.id = account_id
      WHERE users.email = ? ORDER BY users.created_at, users.id"""
 BY_LINK = """
@@ -229,12 +220,14 @@ PRUNE_SESSIONS = f"""
         OR (user_id = ?1 AND id NOT IN (SELECT id FROM sessions WHERE user_id = ?1
              ORDER BY created_at DESC, id LIMIT {MOST_SESSIONS - 1}))"""
 KNOW_BROWSER = f"""
-    INSERT INTO known_browsers (hash, user_id, created_at) SELECT ?3, users.id, ?4 {IF_RIGHT}
+    INSERT INTO known_browsers (hash, user_id, created_at)
+    SELECT ?3, users.id, max(?4, ifnull((SELECT max(created_at) + 1 FROM known_browsers
+                                          WHERE user_id = ?1), 0)) {IF_RIGHT}
     ON CONFLICT DO UPDATE SET created_at = excluded.created_at"""
 PRUNE_BROWSERS = f"""
     DELETE FROM known_browsers WHERE user_id = ?1 AND hash NOT IN (
         SELECT hash FROM known_browsers WHERE user_id = ?1
-         ORDER BY created_at DESC LIMIT {MOST_BROWSERS - 1})"""
+         ORDER BY created_at DESC LIMIT {MOST_BROWSERS})"""
 KNOWN_STILL = """
     UPDATE OR IGNORE known_browsers SET hash = ?2
      WHERE hash = ?1 AND EXISTS (SELECT 1 FROM known_browsers WHERE hash = ?2)"""
@@ -286,7 +279,6 @@ class Login(NamedTuple):
     salt: bytes
     hashed: bytes
     active: bool
-    set_at: int
 
 
 class Link(NamedTuple):
@@ -332,9 +324,6 @@ class Users:
         self._hashing = Hashing()
         self._throttle = Throttle()
         self._nobodys_salt = secrets.token_bytes(SALT_BYTES)
-        self._were_right: OrderedDict[tuple[str, int], None] = (
-            OrderedDict()
-        )  # user, when it was set
 
     async def all(self, account_id: str | None, role: Role | None) -> list[Record]:
         """Those of an account, or of all and the operators; of one role, or of any."""
@@ -397,46 +386,27 @@ class Users:
         rows = self._store.rows(LOGINS_KNOWN, (hash_of(browser), email))
         known = {row["id"]: f"{row['id']} {row['created_at']}" async for row in rows}
         anywhere = ("network", network), ("address here", f"{network} {email}"), ("address", email)
-        who = ("known" if known else "stranger", network)
-        if not known or not self._throttle.seconds_to_wait(*anywhere):
-            here, *at_address = anywhere
-            attempt = self._throttle.attempt
-            with attempt(here) as right_here, attempt(*at_address) as right:
-                found = await self._right(who, email, password)
-                if found:
-                    right_here()
-                if found and self._were_right_before(found):
-                    right()
-            return found
-        with self._throttle.attempt(*(("login", each) for each in known.values())) as right:
-            found = await self._right(who, email, password)
+        with self._hashing.room("known" if known else "anybody", network) as room:
+            only_known = known and self._throttle.seconds_to_wait(*anywhere)
+            counted = [("login", each) for each in known.values()] if only_known else anywhere
+            self._throttle.count(*counted)
+            found = await self._right(room, email, password)
+        if only_known:
             found = [each for each in found if each.user_id in known]
-            if found and self._were_right_before(found):
-                right()
-        if not found:  # as in any other browser, whatever the password is
-            raise too_many(self._throttle.seconds_to_wait(*anywhere))
+            if not found:  # as in any other browser, whatever the password is
+                raise too_many(self._throttle.seconds_to_wait(*anywhere))
         return found
 
-    async def _right(self, who: Counted, email: str, password: str) -> list[Login]:
-        """The logins whose password it is. `who` asks."""
+    async def _right(self, room: Room, email: str, password: str) -> list[Login]:
+        """The logins whose password it is."""
         rows = [tuple(row) async for row in self._store.rows(CANDIDATES, (email,))]
         salt = rows[0][3] if rows else self._nobodys_salt
-        hashed = await self._hashing.scrypt(who, password, salt)
+        hashed = await room.run(scrypt, password, salt)
         return [
-            Login(user_id, role, account, salt, hashed, bool(active), set_at)
-            for user_id, role, account, _, taken, active, set_at in rows
+            Login(user_id, role, account, salt, hashed, bool(active))
+            for user_id, role, account, _, taken, active in rows
             if taken and hmac.compare_digest(taken, hashed)
         ]
-
-    def _were_right_before(self, found: list[Login]) -> bool:
-        """Whether that was found of all of them since their passwords were set, as far as it is
-        remembered."""
-        were = [(each.user_id, each.set_at) in self._were_right for each in found]
-        for each in found:
-            self._were_right[each.user_id, each.set_at] = None
-            if len(self._were_right) > self._throttle.MOST:
-                self._were_right.popitem(last=False)
-        return all(were)
 
     def link(self, secret: str) -> Link | None:
         """That of a secret, if it is in force. Raises LedgerUnavailable."""
@@ -447,10 +417,12 @@ class Users:
     async def set_password(self, link: Link, password: str, network: str) -> bytes:
         """Its scrypt; the link is used up. Raises NotFound where it is meanwhile, LedgerError for a
         password that won't do."""
-        who, by = ("known", network), signature(link.email, link.account)
-        await self._hashing.check(who, password, link.email)
-        hashed = await self._hashing.scrypt(who, password, link.salt)
+        with self._hashing.room("known", network) as room:
+            self._throttle.count(("login", f"by link {link.hashed.hex()}"))
+            await room.run(check_password, password, link.email)
+            hashed = await room.run(scrypt, password, link.salt)
         values = hashed, self._store.time(), link.user_id, link.hashed
+        by = signature(link.email, link.account)
         if not await self._store.transact((SET_BY_LINK, values), by=by):
             raise no_link()
         return hashed
@@ -460,16 +432,15 @@ class Users:
     ) -> bytes:
         """The new one's scrypt. All sessions end with it, also this one: a new one is to be begun.
         Raises LedgerError."""
-        user_id, email, who = session.user_id, session.email, ("known", network)
-        with self._throttle.attempt(("login", f"{user_id}, logged in")) as right:
-            logins = await self._right(who, email, old_password)
+        user_id, email = session.user_id, session.email
+        with self._hashing.room("known", network) as room:
+            self._throttle.count(("login", f"{user_id}, logged in"))
+            logins = await self._right(room, email, old_password)
             found = [each for each in logins if each.user_id == user_id]
-            if found:
-                right()
-        if not found:
-            raise LedgerError("the old password is not right")
-        await self._hashing.check(who, new_password, email)
-        hashed = await self._hashing.scrypt(who, new_password, found[0].salt)
+            if not found:
+                raise LedgerError("the old password is not right")
+            await room.run(check_password, new_password, email)
+            hashed = await room.run(scrypt, new_password, found[0].salt)
         values = hashed, self._store.time(), user_id, found[0].hashed, session.id
         by = signature(email, session.account)
         if not await self._store.transact((SET_IN_SESSION, values), by=by):
@@ -488,8 +459,8 @@ class Users:
             known = known_by
         added = await self._store.transact(
             (PRUNE_SESSIONS, (user_id, now)),
-            (PRUNE_BROWSERS, (user_id,)),
             (KNOW_BROWSER, (user_id, hashed, hash_of(known), now)),
+            (PRUNE_BROWSERS, (user_id,)),
             (KNOWN_STILL, (hash_of(known_by), hash_of(known))),
             (ADD_SESSION, (user_id, hashed, new_id("ses"), hash_of(cookie), browser[:200], now)),
         )
