@@ -1019,7 +1019,7 @@ ERRORS = {
     "404": "There is none, or it is another account's.",
     "409": "It is well formed, but can't be done; the message says why.",
     "413": "The body is too large.",
-    "429": "Too many wrong passwords.",
+    "429": "Too many passwords were tried.",
     "503": "The database can't be written now, or too many passwords are being checked.",
 }
 

@@ -67,7 +67,7 @@ class Busy(Later):
 
 
 class TooMany(Later):
-    """Too many passwords were wrong."""
+    """Too many passwords were tried."""
 
 
 def too_many(wait: float) -> TooMany:

@@ -563,7 +563,7 @@ ALTER TABLE known_browsers RENAME TO known_before;
 CREATE TABLE known_browsers (
     hash                BLOB NOT NULL CHECK (length(hash) = 32),  -- SHA-256 of the cookie
     user_id             TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
-    created_at          INTEGER NOT NULL,
+    created_at          INTEGER NOT NULL,       -- when the login was last used there
     PRIMARY KEY (hash, user_id)
 ) STRICT, WITHOUT ROWID;
 INSERT INTO known_browsers SELECT * FROM known_before;
