@@ -31,7 +31,7 @@ import sqlite3
 import time
 import unicodedata
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple, TypeVar
 
 from redbtc_ledger import Record, Store, new_id, shown
@@ -49,7 +49,7 @@ SHORTEST, LONGEST = 15, 1000  # characters; NIST SP 800-63B-4 §3.1.1.2 asks for
 COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; a core for 0.2 s
 SALT_BYTES = 16
 MOST_WAITING = 100  # of anybody, and as many who are known
-MOST_HERE = 10  # of either from one network
+MOST_OF_ONE = 10  # network, or account of those who are known
 LOOKED_AT = 40  # characters of a password that are judged: 0.2 s at worst, for 72 it is 2 s
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
 
@@ -98,17 +98,18 @@ class Hashing:
         self._waiting: Counter[Counted] = Counter()
 
     @contextlib.contextmanager
-    def room(self, who: str, network: str) -> Iterator[Room]:
-        """For "anybody" or somebody "known", from a network. Raises Busy."""
-        waiting = sum(number for (kind, _), number in self._waiting.items() if kind == who)
-        if waiting >= MOST_WAITING or self._waiting[who, network] >= MOST_HERE:
+    def room(self, who: str, network: str, accounts: Iterable[str | None] = ()) -> Iterator[Room]:
+        """For "anybody" or somebody "known", from a network and of accounts. Raises Busy."""
+        parties = [(who, f"from {network}"), *((who, f"of {each}") for each in accounts if each)]
+        full = any(self._waiting[each] >= MOST_OF_ONE for each in parties)
+        if full or self._waiting[who, "all"] >= MOST_WAITING:
             raise Busy("too many people log in at once; try again in a few seconds", 5)
-        self._waiting[who, network] += 1
+        taken = Counter([(who, "all"), *parties])
+        self._waiting += taken
         try:
             yield Room(self._places[who])
         finally:
-            self._waiting[who, network] -= 1
-            self._waiting += Counter()  # forgets who has none
+            self._waiting -= taken  # and forgets who has none
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
@@ -136,9 +137,10 @@ def check_password(password: str, email: str) -> None:
 class Throttle:
     """How often passwords may be tried, a minute, by what is counted: what comes from a network,
     from it for one address, for the address from anywhere, and for a login in a browser that knows
-    it, in its sessions, or by a link. Remembered are the MOST that were counted last."""
+    it (since it was last used there), in its sessions, or by a link. Remembered are the MOST that
+    were counted last."""
 
-    TRIES = {"network": 30, "address here": 10, "address": 20, "login": 10}  # noqa: RUF012
+    TRIES = {"network": 30, "address here": 10, "address": 40, "login": 10}  # noqa: RUF012
     MOST = 10_000
 
     def __init__(self) -> None:
@@ -233,8 +235,9 @@ KNOWN_STILL = """
      WHERE hash = ?1 AND EXISTS (SELECT 1 FROM known_browsers WHERE hash = ?2)"""
 IS_KNOWN = "SELECT 1 FROM known_browsers WHERE hash = ? AND user_id = ?"
 LOGINS_KNOWN = """
-    SELECT users.id, known_browsers.created_at
-      FROM known_browsers JOIN users ON users.id = user_id WHERE hash = ? AND email = ?"""
+    SELECT users.id, accounts.name AS account, known_browsers.created_at
+      FROM known_browsers JOIN users ON users.id = user_id
+      LEFT JOIN accounts ON accounts.id = account_id WHERE hash = ? AND users.email = ?"""
 SESSION = f"""
     SELECT sessions.id, seen_at, users.id, users.email, role, account_id, accounts.name
       FROM sessions JOIN users ON users.id = user_id
@@ -384,18 +387,21 @@ class Users:
         TooMany, Busy."""
         email = email.strip().lower()
         rows = self._store.rows(LOGINS_KNOWN, (hash_of(browser), email))
-        known = {row["id"]: f"{row['id']} {row['created_at']}" async for row in rows}
+        known = {row["id"]: row async for row in rows}
+        here = [("login", f"{row['id']} {row['created_at']}") for row in known.values()]
         anywhere = ("network", network), ("address here", f"{network} {email}"), ("address", email)
-        with self._hashing.room("known" if known else "anybody", network) as room:
-            only_known = known and self._throttle.seconds_to_wait(*anywhere)
-            counted = [("login", each) for each in known.values()] if only_known else anywhere
-            self._throttle.count(*counted)
-            found = await self._right(room, email, password)
-        if only_known:
-            found = [each for each in found if each.user_id in known]
-            if not found:  # as in any other browser, whatever the password is
-                raise too_many(self._throttle.seconds_to_wait(*anywhere))
-        return found
+        accounts = {row["account"] for row in known.values()}
+        with self._hashing.room("known" if known else "anybody", network, accounts) as room:
+            wait = self._throttle.seconds_to_wait(*anywhere)
+            if not known or not wait:
+                self._throttle.count(*anywhere)
+                return await self._right(room, email, password)
+            if not self._throttle.seconds_to_wait(*here):
+                self._throttle.count(*here)
+                found = await self._right(room, email, password)
+                if found := [each for each in found if each.user_id in known]:
+                    return found
+        raise too_many(self._throttle.seconds_to_wait(*anywhere))  # as in any other browser
 
     async def _right(self, room: Room, email: str, password: str) -> list[Login]:
         """The logins whose password it is."""
@@ -417,7 +423,7 @@ class Users:
     async def set_password(self, link: Link, password: str, network: str) -> bytes:
         """Its scrypt; the link is used up. Raises NotFound where it is meanwhile, LedgerError for a
         password that won't do."""
-        with self._hashing.room("known", network) as room:
+        with self._hashing.room("known", network, [link.account]) as room:
             self._throttle.count(("login", f"by link {link.hashed.hex()}"))
             await room.run(check_password, password, link.email)
             hashed = await room.run(scrypt, password, link.salt)
@@ -433,7 +439,7 @@ class Users:
         """The new one's scrypt. All sessions end with it, also this one: a new one is to be begun.
         Raises LedgerError."""
         user_id, email = session.user_id, session.email
-        with self._hashing.room("known", network) as room:
+        with self._hashing.room("known", network, [session.account]) as room:
             self._throttle.count(("login", f"{user_id}, logged in"))
             logins = await self._right(room, email, old_password)
             found = [each for each in logins if each.user_id == user_id]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import functools
 import gc
 import html
 import io
@@ -36,9 +37,10 @@ from redbtc_reports import csv_line
 from redbtc_settings import Conflict, LedgerError, NotFound
 from redbtc_users import (
     LOGINS_KNOWN,
-    MOST_HERE,
+    MOST_OF_ONE,
     Busy,
     Hashing,
+    Later,
     Throttle,
     TooMany,
     Users,
@@ -385,10 +387,10 @@ def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
                 return times
 
             for network in range(9):
-                assert ask("anybody", str(network), 12) == MOST_HERE
-            assert ask("anybody", "another", 12) == MOST_HERE  # which are all
+                assert ask("anybody", str(network), 12) == MOST_OF_ONE
+            assert ask("anybody", "another", 12) == MOST_OF_ONE  # which are all
             assert ask("anybody", "yet another", 1) == 0
-            assert ask("known", "1", 12) == MOST_HERE
+            assert ask("known", "1", 12) == MOST_OF_ONE
             room = rooms.enter_context(hashing.room("known", "another"))
             assert await room.run(scrypt, "a", b"b") == scrypt("a", b"b")
         assert not hashing._waiting
@@ -413,20 +415,6 @@ def test_who_has_logins_of_an_address_learns_of_no_other(
                 seen.append(log_in(client, email, OTHER_PASSWORD).status_code)
         statuses.append(seen)
     assert statuses == [[303] * 8] * 2
-
-
-def test_guessing_in_one_browser_that_knows_a_login_keeps_no_other_out(
-    gateway: Gateway, closing: Callable[[Login], Login]
-) -> None:
-    own = closing(new_user(gateway, "ada@example.com")).client
-    with anonymous(gateway) as public:
-        assert log_in(public, "ada@example.com", PASSWORD).status_code == 303
-        guess_from_many_networks(gateway, "ada@example.com")
-        for _ in range(13):
-            log_in(public, "ada@example.com", "wrong")
-        guess_from_many_networks(gateway, "ada@example.com")
-        assert log_in(public, "ada@example.com", PASSWORD).status_code == 429
-    assert log_in(own, "ada@example.com", PASSWORD).status_code == 303
 
 
 def test_guessing_from_a_network_keeps_nobody_else_there_out(
@@ -637,12 +625,122 @@ async def password_is(users: Users, link: str, password: str) -> bytes:
     return await users.set_password(found, password, "here")
 
 
-def test_a_login_of_one_s_own_is_of_no_use_to_guess_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither in a browser that knows the victim's, nor with what was tried before."""
+async def is_told(users: Users, password: str, network: str, browser: str = "") -> str:
+    """What a try at op@example.com is answered."""
+    try:
+        return "in" if await users.verify("op@example.com", password, network, browser) else "no"
+    except Later as error:
+        return str(error)
+
+
+async def guess_from_everywhere(users: Users) -> None:
+    for number in range(100):
+        await is_told(users, "wrong", f"network {number}")
+    assert "too many attempts" in await is_told(users, "right", "a stranger's")
+
+
+@pytest.fixture
+def quick_scrypt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("redbtc_users.scrypt", lambda password, salt: hash_of(f"{password}{salt}"))
     monkeypatch.setattr("redbtc_users.check_password", lambda *_: None)
+
+
+@pytest.mark.usefixtures("quick_scrypt")
+def test_who_guesses_from_a_line_with_both_protocols_keeps_no_stranger_out(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            users = Users(store)
+            user = await users.add("op@example.com", "operator", None, "test")
+            await password_is(users, user["link"], "right")
+            for _ in range(50):
+                for network in ("10.0.0.1", "2001:db8::/64"):
+                    await is_told(users, "wrong", network)
+            assert await is_told(users, "right", "10.0.0.2") == "in"
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("quick_scrypt")
+def test_guessing_in_one_browser_that_knows_a_login_keeps_no_other_out(tmp_path: Path) -> None:
+    """Nor is who guesses there told more than in one that nobody knows."""
+
+    async def main() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            users = Users(store)
+            user = await users.add("op@example.com", "operator", None, "test")
+            hashed = await password_is(users, user["link"], "right")
+            own = await users.log_in(user["id"], hashed, "")
+            public = await users.log_in(user["id"], hashed, "")
+            assert own is not None
+            assert public is not None
+            await guess_from_everywhere(users)
+            for _ in range(13):
+                told = await is_told(users, "wrong", "here", public.browser)
+                assert told == await is_told(users, "wrong", "here")
+            assert await is_told(users, "right", "here", public.browser) == told
+            assert await is_told(users, "right", "here", own.browser) == "in"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.usefixtures("quick_scrypt")
+def test_an_account_s_logins_fill_no_room_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """From however many networks they ask: by links, in sessions, in browsers that know them."""
+
+    async def main() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            users, accounts = Users(store), Accounts(store)
+            account = (await accounts.add("a", None, {}, "test"))["id"]
+            victim = await users.add("op@example.com", "operator", None, "test")
+            hashed = await password_is(users, victim["link"], "right")
+            known = await users.log_in(victim["id"], hashed, "")
+            assert known is not None
+            asks: list[Callable[[str], Awaitable[object]]] = []
+            for number in range(60):
+                email = f"{number}@example.com"
+                user = await users.add(email, "owner", account, "test")
+                if number % 3 == 0:
+                    link = users.link(user["link"])
+                    assert link is not None
+                    asks.append(functools.partial(users.set_password, link, "new"))
+                    continue
+                own = await users.log_in(
+                    user["id"], await password_is(users, user["link"], "x"), ""
+                )
+                session = users.session(own.cookie) if own else None
+                assert own is not None
+                assert session is not None
+                if number % 3 == 1:
+                    asks.append(functools.partial(users.change_password, session, "x", "new"))
+                else:
+                    verify = functools.partial(users.verify, email, "x", browser=own.browser)
+                    asks.append(lambda network, verify=verify: verify(network=network))
+            go = threading.Event()
+            monkeypatch.setattr("redbtc_users.scrypt", lambda *_: go.wait(20) and hashed)
+            monkeypatch.setattr("redbtc_users.check_password", lambda *_: go.wait(20))
+            flood = [
+                asyncio.ensure_future(ask(f"network {number}"))
+                for ask in asks[which::3]
+                for number in range(10)
+            ]
+            await asyncio.sleep(0.2)
+            asked = asyncio.create_task(is_told(users, "right", "elsewhere", known.browser))
+            await asyncio.sleep(0.2)
+            waits = not asked.done()
+            go.set()
+            assert (waits, await asked) == (True, "in")  # it has a place
+            await asyncio.gather(*flood, return_exceptions=True)
+            assert not users._hashing._waiting
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("quick_scrypt")
+def test_a_login_of_one_s_own_is_of_no_use_to_guess_another(tmp_path: Path) -> None:
+    """Neither in a browser that knows the victim's, nor with what was tried before."""
 
     async def main() -> None:
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
