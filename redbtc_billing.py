@@ -411,14 +411,14 @@ NOTICE = """
     SELECT notices.id, kind, accounts.name AS account, key_id, month, percent, text, effective_at,
            until, refuses_requests, notices.created_at, added_by, withdrawn_at, delivered_at
       FROM notices LEFT JOIN accounts ON accounts.id = account_id"""
-NOTICES = NOTICE + " ORDER BY effective_at, notices.created_at, notices.id"
+NOTICES = NOTICE + " ORDER BY effective_at, notices.created_at, notices.rowid"
 NOTICE_BY_ID = NOTICE + " WHERE notices.id = ?"
 NOTICES_NOW = f"""{NOTICE}
      WHERE (account_id IS NULL OR account_id = ?1) AND withdrawn_at IS NULL
-       AND ifnull(until, ?2 + 1) > ?2 ORDER BY effective_at, notices.created_at, notices.id"""
+       AND ifnull(until, ?2 + 1) > ?2 ORDER BY effective_at, notices.created_at, notices.rowid"""
 UNDELIVERED = f"""{NOTICE}
      WHERE kind = 'budget' AND delivered_at IS NULL AND notices.created_at > ?
-     ORDER BY notices.created_at, notices.id"""
+     ORDER BY notices.created_at, notices.rowid"""
 DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
 MAINTENANCES = f"""
     SELECT effective_at, ifnull(until, {1 << 62}), text FROM notices
@@ -428,8 +428,8 @@ PAYMENT = """
     SELECT payments.id, accounts.name AS account, units, nanos, currency, reference, reason, month,
            payments.created_at, added_by
       FROM payments JOIN accounts ON accounts.id = account_id"""
-PAYMENTS = PAYMENT + " ORDER BY payments.created_at, payments.id"
-PAYMENTS_OF = PAYMENT + " WHERE account_id = ? ORDER BY payments.created_at, payments.id"
+PAYMENTS = PAYMENT + " ORDER BY payments.created_at, payments.rowid"
+PAYMENTS_OF = PAYMENT + " WHERE account_id = ? ORDER BY payments.created_at, payments.rowid"
 PAYMENT_BY_ID = PAYMENT + " WHERE payments.id = ?"
 PAYMENT_BY_REFERENCE = PAYMENT + " WHERE account_id = ? AND reference = ?"
 ADD_PAYMENT = """

@@ -522,7 +522,7 @@ KEY = f"""
            keys.revoked_at, keys.compromised
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_BY_ID = KEY + " WHERE keys.id = ?"
-KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.id"
+KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.rowid"
 LAST_USED = "SELECT key_id, max(day) FROM usage_by_day WHERE account_id = ? GROUP BY key_id"
 NEW_KEY = f"""
     INSERT INTO keys (id, hash, account_id, label, models, {", ".join(KEY_LIMITS)}, created_at,

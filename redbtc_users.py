@@ -187,7 +187,7 @@ USERS = (
      ORDER BY account_id IS NOT NULL, account, users.email"""
 )
 USER_BY_ID = USER + " WHERE users.id = ?"
-USERS_BY_EMAIL = USER + " WHERE users.email = ? ORDER BY users.created_at, users.id"
+USERS_BY_EMAIL = USER + " WHERE users.email = ? ORDER BY users.created_at, users.rowid"
 ADD_USER = """
     INSERT INTO users (id, email, role, account_id, salt, link, link_expires_at, created_at)
     VALUES (?1, ?2, ?3, ?4, ifnull((SELECT salt FROM users WHERE email = ?2), ?5), ?6, ?7, ?8)"""
@@ -199,7 +199,7 @@ CANDIDATES = """
     SELECT users.id, users.role, accounts.name, salt, password,
            ifnull(accounts.status, 'active') = 'active'
       FROM users LEFT JOIN accounts ON accounts.id = account_id
-     WHERE users.email = ? ORDER BY users.created_at, users.id"""
+     WHERE users.email = ? ORDER BY users.created_at, users.rowid"""
 BY_LINK = """
     SELECT users.id, users.email, accounts.name, salt
       FROM users LEFT JOIN accounts ON accounts.id = account_id
@@ -220,7 +220,7 @@ ADD_SESSION = f"""
 PRUNE_SESSIONS = f"""
     DELETE FROM sessions WHERE created_at < ?2 - {LIFETIME} OR seen_at < ?2 - {IDLE}
         OR (user_id = ?1 AND id NOT IN (SELECT id FROM sessions WHERE user_id = ?1
-             ORDER BY created_at DESC, id LIMIT {MOST_SESSIONS - 1}))"""
+             ORDER BY created_at DESC, rowid DESC LIMIT {MOST_SESSIONS - 1}))"""
 KNOW_BROWSER = f"""
     INSERT INTO known_browsers (hash, user_id, created_at)
     SELECT ?3, users.id, max(?4, ifnull((SELECT max(created_at) + 1 FROM known_browsers
@@ -247,7 +247,7 @@ SEE = "UPDATE sessions SET seen_at = max(seen_at, ?) WHERE id = ?"
 SESSIONS = f"""
     SELECT id, browser, created_at, seen_at FROM sessions
      WHERE user_id = ?1 AND created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}
-     ORDER BY seen_at DESC, id"""
+     ORDER BY seen_at DESC, rowid DESC"""
 END_SESSION = "DELETE FROM sessions WHERE id = ? AND user_id = ?"
 
 

@@ -532,6 +532,20 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
         bench.pay("a", 0)
 
 
+def test_what_was_made_in_one_instant_is_listed_as_it_was_made(bench: Bench) -> None:
+    """As all is while the machine's clock is set back: the ledger's own stands still."""
+    keys = [bench.key("a").id for _ in range(10)]
+    payments = [bench.pay("a", NANOS)["id"] for _ in keys]
+    for number in range(len(keys)):
+        bench.run(bench.books.add_notice("incident", f"{number}", START, None, "test"))
+    account = bench.account("a")
+    assert [key["id"] for key in bench.run(bench.accounts.keys(account["id"]))] == keys
+    for whose in (account, None):
+        assert [each["id"] for each in bench.run(bench.books.payments(whose))] == payments
+    for told in (bench.books.notices(), bench.books.notices_now(account["id"])):
+        assert [each["text"] for each in bench.run(told)] == [str(n) for n in range(len(keys))]
+
+
 def test_amounts_beyond_what_a_float_or_a_column_holds(bench: Bench, clock: Clock) -> None:
     key = bench.key("a")
     large = (2**53 + 1) * NANOS + 1

@@ -38,6 +38,7 @@ from redbtc_settings import Conflict, LedgerError, NotFound
 from redbtc_users import (
     LOGINS_KNOWN,
     MOST_OF_ONE,
+    MOST_SESSIONS,
     Busy,
     Hashing,
     Later,
@@ -793,6 +794,34 @@ def test_a_login_is_known_in_its_last_browsers_whoever_uses_them(tmp_path: Path)
             ]
             assert (ada["id"], hash_of(home.browser)) in rows
             assert len([row for row in rows if row[0] == ada["id"]]) == 3
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("quick_scrypt")
+def test_of_too_many_sessions_the_oldest_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all begin in one instant."""
+
+    async def main() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            users = Users(store)
+            user = await users.add("ada@example.com", "operator", None, "test")
+            hashed = await password_is(users, user["link"], "right")
+            instant = store.time()
+            monkeypatch.setattr("redbtc_ledger.now_ms", lambda: instant)
+            begun = []
+            for _ in range(MOST_SESSIONS + 5):
+                logged_in = await users.log_in(user["id"], hashed, "")
+                session = users.session(logged_in.cookie) if logged_in else None
+                assert logged_in is not None
+                assert session is not None
+                begun.append((logged_in.cookie, session.id))
+            in_force = [ses for cookie, ses in begun if users.session(cookie)]
+            assert in_force == [ses for _, ses in begun[5:]]
+            shown = [each["id"] for each in await users.sessions(user["id"])]
+            assert shown == in_force[::-1]
 
     asyncio.run(main())
 
