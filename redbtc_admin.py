@@ -652,16 +652,21 @@ class API:
     @operation("DELETE", "/users/{user}", least="owner", answer=UserShown)
     async def remove_user(self, actor: Actor, user: str, query: WhichUser) -> Record:
         """Remove a user, by id or address, and log them out."""
-        found = await self._user(actor, user, query)
-        if actor.session and actor.session.user_id == found["id"]:
-            raise Conflict("this is your own login; somebody else can remove it")
+        found = await self._another(actor, user, query)
         return await self.users.remove(found["id"], actor.name)
 
     @operation("POST", "/users/{user}/reset", least="owner", answer=UserAdded)
     async def reset_user(self, actor: Actor, user: str, query: WhichUser) -> Record:
         """End a user's password and sessions, and answer a new link."""
-        found = await self._user(actor, user, query)
+        found = await self._another(actor, user, query)
         return self._with_link(await self.users.reset(found["id"], actor.name))
+
+    async def _another(self, actor: Actor, user: str, query: WhichUser) -> Record:
+        """Not oneself: whoever has got hold of a session could make a login their own for good."""
+        found = await self._user(actor, user, query)
+        if actor.session and actor.session.user_id == found["id"]:
+            raise Conflict("this is your own login; only somebody else can end it")
+        return found
 
     @staticmethod
     def _session(actor: Actor) -> Session:

@@ -580,7 +580,8 @@ class Dashboard:
         """To the page that was asked for; None where the password is not right any more."""
         browser = request.headers.get("user-agent", "")
         known_by = request.cookies.get(cookie_name(request, "redbtc-browser"), "")
-        logged_in = await self.api.users.log_in(user_id, hashed, browser, known_by)
+        former = request.cookies.get(cookie_name(request, "redbtc"), "")
+        logged_in = await self.api.users.log_in(user_id, hashed, browser, known_by, former)
         if logged_in is None:
             return None
         wanted = request.query_params.get("next", "")

@@ -50,7 +50,10 @@ COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; a 
 SALT_BYTES = 16
 MOST_WAITING = 100  # of anybody, and as many who are known
 MOST_OF_ONE = 10  # network, or account of those who are known
-LOOKED_AT = 40  # characters of a password that are judged: 0.2 s at worst, for 72 it is 2 s
+# What of a password is judged is bounded, so that none takes longer than its scrypt: so many
+# characters, so many parts of the address, and of those that stand for the same letter one.
+LOOKED_AT, MOST_PARTS, SHORTEST_PART = 40, 5, 4
+LOOK_ALIKE = str.maketrans("@{[<!|$+", "4(((1157")
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
 
 
@@ -99,8 +102,11 @@ class Hashing:
 
     @contextlib.contextmanager
     def room(self, who: str, network: str, accounts: Iterable[str | None] = ()) -> Iterator[Room]:
-        """For "anybody" or somebody "known", from a network and of accounts. Raises Busy."""
-        parties = [(who, f"from {network}"), *((who, f"of {each}") for each in accounts if each)]
+        """For "anybody" or somebody "known", from a network and of one of these accounts that has
+        place left; operators (None) need none of an account. Raises Busy."""
+        ways = [[(who, f"of {each}")] if each else [] for each in accounts] or [[]]
+        fewest = min(ways, key=lambda way: sum(self._waiting[each] for each in way))
+        parties = [(who, f"from {network}"), *fewest]
         full = any(self._waiting[each] >= MOST_OF_ONE for each in parties)
         if full or self._waiting[who, "all"] >= MOST_WAITING:
             raise Busy("too many people log in at once; try again in a few seconds", 5)
@@ -126,7 +132,10 @@ def check_password(password: str, email: str) -> None:
         raise LedgerError(f"a password has at least {SHORTEST} characters")
     if len(password) > LONGEST:
         raise LedgerError(f"a password has at most {LONGEST} characters")
-    found = zxcvbn(password[:LOOKED_AT], user_inputs=[email, *re.split(r"\W+", email), "redbtc"])
+    parts = [part for part in re.split(r"\W+", email) if len(part) >= SHORTEST_PART]
+    known = [email, *parts[:MOST_PARTS], "redbtc"]
+    password, *known = (each[:LOOKED_AT].translate(LOOK_ALIKE) for each in (password, *known))
+    found = zxcvbn(password, user_inputs=known)
     if found["score"] < STRONG_ENOUGH:
         raise LedgerError(
             "this password is too easy to guess: it is common, or made of common words, repeats or "
@@ -137,19 +146,22 @@ def check_password(password: str, email: str) -> None:
 class Throttle:
     """How often passwords may be tried, a minute, by what is counted: what comes from a network,
     from it for one address, for the address from anywhere, and for a login in a browser that knows
-    it (since it was last used there), in its sessions, or by a link. Remembered are the MOST that
-    were counted last."""
+    it (since it was last used there) or in its sessions, and by a link. Of each kind the MOST that
+    were counted last are remembered: each but the links', of which anybody may have thousands,
+    costs a scrypt, and there is no time for so many before the first is forgiven."""
 
-    TRIES = {"network": 30, "address here": 10, "address": 40, "login": 10}  # noqa: RUF012
+    TRIES = {"network": 30, "address here": 10, "address": 40, "login": 10, "link": 10}  # noqa: RUF012
     MOST = 10_000
 
     def __init__(self) -> None:
-        self._buckets: OrderedDict[Counted, Bucket] = OrderedDict()
+        self._kinds: dict[str, OrderedDict[str, Bucket]] = {
+            kind: OrderedDict() for kind in self.TRIES
+        }
 
     def seconds_to_wait(self, *counted: Counted) -> float:
         """Until the next try; 0: now."""
-        waits = (self._filled(each).seconds_until(1) for each in counted if each in self._buckets)
-        return max(waits, default=0.0)
+        known = (each for each in counted if each[1] in self._kinds[each[0]])
+        return max((self._filled(each).seconds_until(1) for each in known), default=0.0)
 
     def count(self, *counted: Counted) -> None:
         """A try. Raises TooMany."""
@@ -159,11 +171,13 @@ class Throttle:
             self._filled(each).charge(1)
 
     def _filled(self, counted: Counted) -> Bucket:
-        bucket = self._buckets.setdefault(counted, Bucket())
-        self._buckets.move_to_end(counted)
-        if len(self._buckets) > self.MOST:
-            self._buckets.popitem(last=False)
-        bucket.fill(self.TRIES[counted[0]], time.monotonic())
+        kind, which = counted
+        buckets = self._kinds[kind]
+        bucket = buckets.setdefault(which, Bucket())
+        buckets.move_to_end(which)
+        if len(buckets) > self.MOST:
+            buckets.popitem(last=False)
+        bucket.fill(self.TRIES[kind], time.monotonic())
         return bucket
 
 
@@ -192,6 +206,7 @@ ADD_USER = """
     INSERT INTO users (id, email, role, account_id, salt, link, link_expires_at, created_at)
     VALUES (?1, ?2, ?3, ?4, ifnull((SELECT salt FROM users WHERE email = ?2), ?5), ?6, ?7, ?8)"""
 REMOVE_USER = "DELETE FROM users WHERE id = ?"
+IN_FORCE = f"sessions.created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}"  # at ?2
 RESET = """
     UPDATE users SET password = NULL, password_set_at = NULL, link = ?, link_expires_at = ?
      WHERE id = ?"""
@@ -208,8 +223,9 @@ BY_LINK = """
 SET_PASSWORD = """
     UPDATE users SET password = ?1, password_set_at = ?2, link = NULL, link_expires_at = NULL
      WHERE id = ?3 AND """
-SET_BY_LINK = SET_PASSWORD + "link = ?4"
-SET_IN_SESSION = SET_PASSWORD + "password = ?4 AND EXISTS (SELECT 1 FROM sessions WHERE id = ?5)"
+SET_BY_LINK = SET_PASSWORD + "link = ?4 AND link_expires_at > ?2"
+SET_IN_SESSION = f"""{SET_PASSWORD} password = ?4 AND EXISTS (
+    SELECT 1 FROM sessions WHERE id = ?5 AND {IN_FORCE})"""
 # Somebody logs in with what was checked a moment ago, and only where it is still right.
 IF_RIGHT = """
       FROM users LEFT JOIN accounts ON accounts.id = account_id
@@ -217,8 +233,9 @@ IF_RIGHT = """
 ADD_SESSION = f"""
     INSERT INTO sessions (id, hash, user_id, browser, created_at, seen_at)
     SELECT ?3, ?4, users.id, ?5, ?6, ?6 {IF_RIGHT}"""
+END_FORMER = f"DELETE FROM sessions WHERE hash = ?3 AND EXISTS (SELECT 1 {IF_RIGHT})"
 PRUNE_SESSIONS = f"""
-    DELETE FROM sessions WHERE created_at < ?2 - {LIFETIME} OR seen_at < ?2 - {IDLE}
+    DELETE FROM sessions WHERE NOT ({IN_FORCE})
         OR (user_id = ?1 AND id NOT IN (SELECT id FROM sessions WHERE user_id = ?1
              ORDER BY created_at DESC, rowid DESC LIMIT {MOST_SESSIONS - 1}))"""
 KNOW_BROWSER = f"""
@@ -242,11 +259,11 @@ SESSION = f"""
     SELECT sessions.id, seen_at, users.id, users.email, role, account_id, accounts.name
       FROM sessions JOIN users ON users.id = user_id
       LEFT JOIN accounts ON accounts.id = account_id
-     WHERE hash = ?1 AND sessions.created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}"""
+     WHERE hash = ?1 AND {IN_FORCE}"""
 SEE = "UPDATE sessions SET seen_at = max(seen_at, ?) WHERE id = ?"
 SESSIONS = f"""
     SELECT id, browser, created_at, seen_at FROM sessions
-     WHERE user_id = ?1 AND created_at > ?2 - {LIFETIME} AND seen_at > ?2 - {IDLE}
+     WHERE user_id = ?1 AND {IN_FORCE}
      ORDER BY seen_at DESC, rowid DESC"""
 END_SESSION = "DELETE FROM sessions WHERE id = ? AND user_id = ?"
 
@@ -424,7 +441,7 @@ class Users:
         """Its scrypt; the link is used up. Raises NotFound where it is meanwhile, LedgerError for a
         password that won't do."""
         with self._hashing.room("known", network, [link.account]) as room:
-            self._throttle.count(("login", f"by link {link.hashed.hex()}"))
+            self._throttle.count(("link", link.hashed.hex()))
             await room.run(check_password, password, link.email)
             hashed = await room.run(scrypt, password, link.salt)
         values = hashed, self._store.time(), link.user_id, link.hashed
@@ -456,14 +473,16 @@ class Users:
     # Sessions
 
     async def log_in(
-        self, user_id: str, hashed: bytes, browser: str, known_by: str = ""
+        self, user_id: str, hashed: bytes, browser: str, known_by: str = "", former: str = ""
     ) -> LoggedIn | None:
         """A new session for whose password has this scrypt; None where it has not any more, or its
-        account is suspended. `known_by`: the cookie by which the browser was known so far."""
+        account is suspended. `known_by`: the cookie by which the browser was known so far;
+        `former`: that of its session, which ends, since nobody could end it there any more."""
         cookie, known, now = new_secret(), new_secret(), self._store.time()
         if self._store.look_up(IS_KNOWN, (hash_of(known_by), user_id)):
             known = known_by
         added = await self._store.transact(
+            (END_FORMER, (user_id, hashed, hash_of(former))),
             (PRUNE_SESSIONS, (user_id, now)),
             (KNOW_BROWSER, (user_id, hashed, hash_of(known), now)),
             (PRUNE_BROWSERS, (user_id,)),

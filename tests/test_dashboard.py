@@ -36,6 +36,7 @@ from redbtc_ledger import APPLICATION_ID, Accounts, Store, migrations, schema
 from redbtc_reports import csv_line
 from redbtc_settings import Conflict, LedgerError, NotFound
 from redbtc_users import (
+    LINK_LASTS,
     LOGINS_KNOWN,
     MOST_OF_ONE,
     MOST_SESSIONS,
@@ -196,6 +197,12 @@ def test_a_session_is_new_at_login_and_ends_for_good(
 
     first = value_of(login.client)
     assert is_in(first)
+    assert log_in(login.client, "ada@example.com", "wrong").status_code == 403
+    assert is_in(first)
+    assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303
+    assert not is_in(first)  # the browser could end it no more
+    first = value_of(login.client)
+    assert is_in(first)
     assert login.post("/dashboard/logout").status_code == 303
     assert not is_in(first)
     assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303
@@ -298,6 +305,20 @@ def test_passwords_that_are_too_easy() -> None:
     check_password(PASSWORD, "ada@example.com")
 
 
+def test_none_takes_longer_to_judge_than_to_hash() -> None:
+    """Not one of characters that stand for many letters, and an address of which all matches."""
+    check_password(PASSWORD, "")  # what is loaded the first time
+    began = time.process_time()
+    scrypt(PASSWORD, bytes(16))
+    hashing = time.process_time() - began
+    dots = [".".join("o" * length for length in range(*ends)) for ends in ((1, 10), (10, 21))]
+    for end in ("0oO" * 8, "0O" * 12, "0" * 24, "4(69175@{[<!|$+8" * 2):
+        began = time.process_time()
+        with contextlib.suppress(LedgerError):
+            check_password(f"4@({{[<691!|7$5+0{end}", "@".join(dots))
+        assert time.process_time() - began < hashing, end
+
+
 def test_the_throttle_forgets_and_is_bounded() -> None:
     throttle = Throttle()
     here, there, a = ("network", "1.2.3.4"), ("network", "5.6.7.8"), ("address here", "a")
@@ -316,7 +337,12 @@ def test_the_throttle_forgets_and_is_bounded() -> None:
     assert throttle.seconds_to_wait(a) > 0  # who only asks makes nobody forgotten
     for number in range(throttle.MOST):
         throttle.count(("network", str(number)))
-    assert len(throttle._buckets) == throttle.MOST
+        throttle.count(("link", str(number)))
+    assert len(throttle._kinds["network"]) == throttle.MOST
+    assert throttle.seconds_to_wait(here) == 0
+    assert throttle.seconds_to_wait(a) > 0  # it is not of a kind of which there were so many
+    for number in range(throttle.MOST):
+        throttle.count(("address here", str(number)))
     assert throttle.seconds_to_wait(a) == 0
 
 
@@ -735,6 +761,51 @@ def test_an_account_s_logins_fill_no_room_of_others(
             assert (waits, await asked) == (True, "in")  # it has a place
             await asyncio.gather(*flood, return_exceptions=True)
             assert not users._hashing._waiting
+
+    asyncio.run(main())
+
+
+def test_an_account_without_room_keeps_no_login_out_that_has_other_room() -> None:
+    """Of those that a browser knows; an operator's needs none of an account."""
+    hashing = Hashing()
+
+    def is_full(accounts: list[str | None]) -> bool:
+        try:
+            with hashing.room("known", "elsewhere", accounts):
+                return False
+        except Busy:
+            return True
+
+    with contextlib.ExitStack() as waiting:
+        for number in range(MOST_OF_ONE):
+            waiting.enter_context(hashing.room("known", f"network {number}", ["a"]))
+        found = [is_full(each) for each in (["a"], ["a", "b"], ["b", "a"], ["a", None], [None])]
+        assert found == [True, False, False, False, False]
+    assert not is_full(["a"])
+
+
+@pytest.mark.usefixtures("quick_scrypt")
+def test_a_password_is_set_by_nothing_that_has_expired_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            users = Users(store)
+            ada = await users.add("ada@example.com", "operator", None, "test")
+            bob = await users.add("bob@example.com", "operator", None, "test")
+            link = users.link(bob["link"])
+            assert link is not None
+            logged_in = await users.log_in(
+                ada["id"], await password_is(users, ada["link"], "right"), ""
+            )
+            session = users.session(logged_in.cookie) if logged_in else None
+            assert session is not None
+            later = store.time() + LINK_LASTS
+            monkeypatch.setattr("redbtc_ledger.now_ms", lambda: later)
+            with pytest.raises(NotFound):
+                await users.set_password(link, "new", "here")
+            with pytest.raises(Conflict, match="ended"):
+                await users.change_password(session, "right", "new", "here")
 
     asyncio.run(main())
 
@@ -1321,11 +1392,13 @@ def test_texts_and_amounts_at_their_limits(
     assert 'role="alert"' in usage
 
 
-def test_nobody_removes_their_own_login(
-    gateway: Gateway, closing: Callable[[Login], Login]
+@pytest.mark.parametrize("do", ["remove", "reset"])
+def test_nobody_ends_their_own_login(
+    gateway: Gateway, closing: Callable[[Login], Login], do: str
 ) -> None:
+    """Nor makes another's their own for good, who has found the browser open."""
     operator = closing(new_user(gateway, "op@example.com"))
-    answer = operator.post("/dashboard/users", do="remove", user=operator.user["id"])
+    answer = operator.post("/dashboard/users", do=do, user=operator.user["id"])
     assert (answer.status_code, "your own login" in answer.text) == (409, True)
     operator.get("/dashboard/users")
 
