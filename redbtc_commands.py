@@ -850,19 +850,27 @@ FIRST_OPERATOR = "operator@localhost"
 
 
 async def import_example(books: Books) -> None:
-    """The prices of prices.toml, so that a newcomer's first requests are served."""
+    """The prices of prices.toml, so that a newcomer's first requests are served; none where they
+    are in another currency."""
     example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)
-    await books.add_prices(admin.prices_of(example), without_notice=None, by=FIRST_RUN)
+    if example.currency == books.currency:
+        await books.add_prices(admin.prices_of(example), without_notice=None, by=FIRST_RUN)
 
 
-async def first_operator(api: admin.API) -> str:
-    """The link with which the first operator sets a password; empty where there is one already."""
-    if await api.users.any_operator():
-        return ""
-    new = {"email": FIRST_OPERATOR, "role": "operator"}
+async def dashboard(api: admin.API, base_url: str) -> str:
+    """Where it is. Until an operator has a password, and unless somebody has been made one, the
+    first gets a link at each start to set one."""
     actor = admin.Actor(FIRST_RUN, "operator")
-    added = await api.perform(admin.API.add_user, actor, body=msgspec.json.encode(new))
-    return str(added["link"])
+    operators = await api.users.all(None, "operator")
+    first = [user["id"] for user in operators if user["email"] == FIRST_OPERATOR]
+    if any(user["password_set_at"] for user in operators) or (operators and not first):
+        return f"Dashboard  {base_url.removesuffix('/v1')}/dashboard/\n"
+    if first:
+        added = await api.perform(admin.API.reset_user, actor, {"user": first[0]})
+    else:
+        new = {"email": FIRST_OPERATOR, "role": "operator"}
+        added = await api.perform(admin.API.add_user, actor, body=msgspec.json.encode(new))
+    return f"Dashboard  {added['link']}   (to set the operator's password, once)\n"
 
 
 async def welcome(api: admin.API, base_url: str, demo: bool) -> str:

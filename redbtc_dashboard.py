@@ -17,6 +17,7 @@ import contextlib
 import ipaddress
 import re
 import secrets
+import shlex
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -35,6 +36,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import jinja2
 import jinja2.meta
+import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -232,6 +234,11 @@ def utc(moment: str) -> str:
     return f"{moment[:10]} {moment[11:16]} UTC"
 
 
+def literal(text: str) -> str:
+    """A string as JSON has it, which Python, JavaScript and TOML read as the same."""
+    return orjson.dumps(text).decode()
+
+
 class Loader(jinja2.FileSystemLoader):
     """Compiles with a template those that it names, so that none is while it is drawn."""
 
@@ -262,6 +269,7 @@ def environment() -> jinja2.Environment:
     found.filters.update(
         money=money, exact=exact, count=count, size=size, utc=utc, duration=duration
     )
+    found.filters.update(literal=literal, shell=shlex.quote)
     found.tests["moment"] = lambda value: isinstance(value, str) and bool(MOMENT.fullmatch(value))
     found.globals["once"] = lambda: secrets.token_hex(8)
     return found

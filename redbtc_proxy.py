@@ -1371,8 +1371,8 @@ async def run(
         gateway = Gateway(books, msgspec.structs.replace(settings, server=server))
         if first_run and not as_json:
             click.echo(await commands.welcome(gateway.api, url, demo))
-        if link := not as_json and await commands.first_operator(gateway.api):
-            click.echo(f"Dashboard  {link}   (to set the operator's password, once)\n")
+        if not as_json:
+            click.echo(await commands.dashboard(gateway.api, url))
         await gateway.unended.resume()
         await Running(gateway, loaded, demo_url).serve(listener)
 

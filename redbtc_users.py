@@ -356,10 +356,6 @@ class Users:
             raise NotFound(f"there is no user {user_id!r}")
         return shown(user)
 
-    async def any_operator(self) -> bool:
-        """Whether there is one."""
-        return await self._store.one("SELECT 1 FROM users WHERE role = 'operator'") is not None
-
     async def named(self, name: str, account: str | None, operator: bool) -> Record:
         """A user by id or address; where an address has several logins, `account` or `operator`
         tells which. Raises NotFound, Conflict."""

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -201,6 +203,9 @@ def snippets(gateway: Gateway, models: str) -> dict[str, str]:
 SNIPPET = re.compile(r'<code id="(curl|python|node|codex|secret)">(.*?)</code>', re.DOTALL)
 
 
+HOSTILE = """x';touch pwned;'"$(touch pwned)\\"""
+
+
 def test_snippets_name_a_model_that_is_served(make_gateway: MakeGateway) -> None:
     billing = '[billing]\nunpriced_models = "refuse"\n'
     gateway = make_gateway(
@@ -218,7 +223,7 @@ def test_snippets_name_a_model_that_is_served(make_gateway: MakeGateway) -> None
         assert f'"model":"{model}"' in snippets(gateway, models)["curl"], models
 
 
-@pytest.mark.parametrize("models", ["", "gpt-5.4*,codex*", "codex-x"])
+@pytest.mark.parametrize("models", ["", "gpt-5.4*,codex*", "codex-x", HOSTILE])
 def test_the_dashboard_s_snippets_run_as_they_stand(
     make_gateway: MakeGateway, tmp_path: Path, models: str
 ) -> None:
@@ -228,7 +233,7 @@ def test_the_dashboard_s_snippets_run_as_they_stand(
     gateway.cli("price", "add", "*", "--input", "1", "--output", "1")
     gateway.cli("price", "add", "gpt-5.4-nano", "--input", "1", "--output", "1")
     shown = snippets(gateway, models)
-    model = {"": "redbtc-demo", "codex-x": "codex-x"}.get(models, "gpt-5.4-nano")
+    model = {"": "redbtc-demo", "gpt-5.4*,codex*": "gpt-5.4-nano"}.get(models, models)
     script = NODE_MODULES / f"snippet-{os.getpid()}.mjs"
     script.write_text(shown["node"])
     try:
@@ -237,13 +242,14 @@ def test_the_dashboard_s_snippets_run_as_they_stand(
             [sys.executable, "-c", shown["python"]],
             [node, str(script)],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
             assert "no model is behind it" in done.stdout
     finally:
         script.unlink()
     assert [row["requested_model"] for row in gateway.rows()] == [model] * 3
-    assert f'"{model}"' in shown["codex"]
+    assert not (tmp_path / "pwned").exists()
+    assert tomllib.loads(shown["codex"])["model"] == model
     if not models:
         said = codex(gateway, shown["secret"], tmp_path / "codex", "hello", shown["codex"])
         assert said[-1]["type"] == "turn.completed"
@@ -503,6 +509,37 @@ def test_the_first_run_prints_curl_commands_that_answer(make_gateway: MakeGatewa
     gateway.start("--demo", "--first-run")
     wait_until(lambda: "Base URL" in gateway.log()[before:])
     assert "sk-redbtc-" not in gateway.log()[before:], "a key is shown once"
+
+
+def test_each_start_prints_a_link_until_an_operator_has_a_password(
+    make_gateway: MakeGateway,
+) -> None:
+    gateway = make_gateway()
+    words = "seven purple teapots whisper"
+
+    def start() -> str:
+        """Where the dashboard is, as this start says."""
+        before = len(gateway.log())
+        gateway.start()
+        wait_until(lambda: "Dashboard  " in gateway.log()[before:])
+        return re.findall(r"^Dashboard  (\S+)", gateway.log()[before:], re.MULTILINE)[0]
+
+    first = start()
+    gateway.terminate()
+    second = start()
+    statuses = [gateway.get(urlsplit(link).path).status_code for link in (first, second)]
+    assert statuses == [404, 200]
+    gateway.terminate()
+    gateway.cli("user", "add", "ada@example.com", "--operator")
+    third = start()
+    headers, password = {"origin": gateway.url}, {"password": words, "again": words}
+    with httpx2.Client(headers=headers, trust_env=False) as client:
+        assert client.post(f"{gateway.url}{urlsplit(third).path}", data=password).is_redirect
+    gateway.terminate()
+    assert start() == f"{gateway.url}/dashboard/"
+    gateway.cli("user", "remove", "operator@localhost")
+    gateway.terminate()
+    assert start() == f"{gateway.url}/dashboard/"  # ada has a link of her own
 
 
 def test_make_lists_its_targets() -> None:

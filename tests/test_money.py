@@ -841,6 +841,13 @@ def test_first_run_has_prices(make_gateway: MakeGateway, upstream: Upstream) -> 
         assert client.get("/models").json()["data"]
 
 
+def test_prices_in_dollars_are_no_example_in_yen(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway('[billing]\ncurrency = "JPY"').start("--first-run", "--demo")
+    found = gateway.api("GET", "/prices")["prices"]
+    assert {price["model"] for price in found} == {"redbtc-demo*"}
+    assert "no prices" not in gateway.log()
+
+
 def test_streams_are_billed_too(make_gateway: MakeGateway, upstream: Upstream) -> None:
     gateway = money_gateway(make_gateway)
     add_price(gateway, input="1", cached_input="1", output="1")
