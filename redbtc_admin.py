@@ -314,8 +314,9 @@ MOST_PATTERNS = 100
 
 
 def models_in(given: str | tuple[str, ...] | None) -> str | None:
-    """The patterns that a key is limited to, as the ledger has them. Raises LedgerError."""
-    if not given:
+    """The patterns that a key is limited to, as the ledger has them; None: to none. Raises
+    LedgerError."""
+    if given is None:
         return None
     # Each request of the key is held against all of them.
     patterns = [each.strip() for each in (given.split(",") if isinstance(given, str) else given)]
@@ -887,7 +888,12 @@ def local(request: Request) -> Actor:
     return Actor(request.headers.get(WHO.decode(), "local"), "operator")
 
 
-NO_STORE = {"cache-control": "no-store"}
+SECURITY = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
 
 
 def encoded(record: Record) -> Iterator[bytes]:
@@ -925,7 +931,7 @@ async def in_parts(
 
 async def answer(record: Record, status: int = 200) -> Response:
     """JSON."""
-    return await in_parts(encoded(record), status, NO_STORE, "application/json")
+    return await in_parts(encoded(record), status, SECURITY, "application/json")
 
 
 async def error_answer(status: int, message: str, headers: Mapping[str, str]) -> Response:
@@ -1009,7 +1015,7 @@ def _endpoint(
         actor = authenticate(request)  # again: what let him in may have ended meanwhile
         found = await api.perform(operation, actor, request.path_params, query=query, body=body)
         if isinstance(found, AsyncIterator):
-            return StreamingResponse(found, headers=NO_STORE, media_type="application/json")
+            return StreamingResponse(found, headers=SECURITY, media_type="application/json")
         return await answer(found, operation.status)
 
     return endpoint

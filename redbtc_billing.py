@@ -40,6 +40,7 @@ from redbtc_settings import (
     NotFound,
     decimal,
     iso_time,
+    money,
     month_of,
     parse_limit,
 )
@@ -575,6 +576,9 @@ class Books:
             left.append(("the key's monthly budget", own.left(key.monthly_budget)))
         return left
 
+    def _money(self, nanos: int) -> str:
+        return money(decimal(nanos), self.currency)
+
     def tell_of_budget(self, key: Key, purse: Purse, budget: int, key_id: str | None) -> None:
         """Write a notice for each percentage of a budget that is reached and was not before."""
         for percent in BUDGET_PERCENTS:
@@ -582,8 +586,8 @@ class Books:
                 purse.told = percent
                 whose = f"monthly budget of key {key_id}" if key_id else "monthly budget"
                 text = (
-                    f"{percent} % of the {whose} is spent: {decimal(purse.spent)} of "
-                    f"{decimal(budget)} {self.currency} in {purse.month}."
+                    f"{percent} % of the {whose} is spent: {self._money(purse.spent)} of "
+                    f"{self._money(budget)} {self.currency} in {purse.month}."
                 )
                 now = self.store.time()
                 values = (key.account_id, key_id, purse.month, percent, text, now, now)
@@ -658,7 +662,7 @@ class Books:
                     raise LedgerError(
                         f"{model} is in use and would cost more from {iso_time(at)}: "
                         f"{'; '.join(risen)}. A rise needs {settings.price_notice_days} days of "
-                        "notice (billing.price_notice_days), or --without-notice with a --reason"
+                        "notice (billing.price_notice_days), or a reason to come without"
                     )
                 if risen:  # what somebody has asked for is nobody else's to read
                     named = [model] if model in priced | patterns else patterns

@@ -43,6 +43,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+import redbtc_admin as admin
 from redbtc_admin import (
     API,
     OTHERWISE,
@@ -58,18 +59,18 @@ from redbtc_admin import (
     retry_after,
     whole_body,
 )
-from redbtc_billing import DAY, Books, Rates
+from redbtc_billing import DAY, Books, Rates, matches
 from redbtc_charts import Series, stacked
 from redbtc_ledger import Record, in_slices
 from redbtc_reports import csv_line, csv_lines, statement_lines
 from redbtc_settings import (
-    NANOS,
     LedgerError,
     NotFound,
     day_of,
+    digits_of,
     iso_time,
+    money,
     now_ms,
-    parse_amount,
     shipped,
 )
 from redbtc_shapes import RequestShown
@@ -80,11 +81,9 @@ from redbtc_users import Later, Session, signature
 # every browser sends with it. (None does under `no-referrer`: pages have a meta element for that.)
 
 SECURITY = {
+    **admin.SECURITY,
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
     "cross-origin-opener-policy": "same-origin",
     "x-frame-options": "DENY",
 }
@@ -169,32 +168,6 @@ def network_of(request: Request) -> str:
 
 # ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
 
-NO_DIGITS = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
-THREE_DIGITS = "BHD IQD JOD KWD LYD OMR TND"
-FOUR_DIGITS = "CLF UYW"
-
-
-def digits_of(currency: str) -> int:
-    """After the point (ISO 4217)."""
-    by_digits = {0: NO_DIGITS, 3: THREE_DIGITS, 4: FOUR_DIGITS}
-    return next((digits for digits, of in by_digits.items() if currency in of), 2)
-
-
-def money(amount: str, currency: str) -> str:
-    """Rounded half up to the currency's digits, with thousands apart; what would round to nothing
-    is "less than" the least that can be shown."""
-    nanos, digits = parse_amount(amount), digits_of(currency)
-    step: int = NANOS // 10**digits
-    units = (abs(nanos) + step // 2) // step
-    if nanos and not units:
-        return f"{'>' if nanos < 0 else '<'} {'-' * (nanos < 0)}{_fixed(1, digits)}"
-    return f"{'-' * (nanos < 0)}{_fixed(units, digits)}"
-
-
-def _fixed(units: int, digits: int) -> str:
-    whole, rest = divmod(units, 10**digits)
-    return f"{whole:,}.{rest:0{digits}}" if digits else f"{whole:,}"
-
 
 def exact(amount: str | None, currency: str) -> str:
     """All its digits, and at least the currency's; a dash where it is not known."""
@@ -229,9 +202,23 @@ def duration(seconds: int) -> str:
     return str(timedelta(seconds=seconds))
 
 
-def utc(moment: str) -> str:
-    """As it stands on a page before a script puts it into the reader's zone."""
-    return f"{moment[:10]} {moment[11:16]} UTC"
+def utc(moment: str, digits: int = 16) -> str:
+    """As it stands on a page before a script puts it into the reader's zone: to the minute, or with
+    19 to the second."""
+    return f"{moment[:10]} {moment[11:digits]} UTC"
+
+
+BROWSERS = {"Edg/": "Edge", "OPR/": "Opera", "Firefox": "", "Chrome": "", "Safari": ""}
+SYSTEMS = {"Android": "", "iPhone": "", "iPad": "", "Windows": "", "Mac OS": "macOS", "Linux": ""}
+
+
+def browser(agent: str) -> str:
+    """What a User-Agent header tells people: Firefox on Linux; else its first word."""
+    name, system = (
+        next((called or mark for mark, called in known.items() if mark in agent), "")
+        for known in (BROWSERS, SYSTEMS)  # of the names that it goes by, the first here
+    )
+    return f"{name} on {system}" if name and system else agent.partition(" ")[0] or "unknown"
 
 
 def literal(text: str) -> str:
@@ -269,7 +256,7 @@ def environment() -> jinja2.Environment:
     found.filters.update(
         money=money, exact=exact, count=count, size=size, utc=utc, duration=duration
     )
-    found.filters.update(literal=literal, shell=shlex.quote)
+    found.filters.update(literal=literal, shell=shlex.quote, browser=browser)
     found.tests["moment"] = lambda value: isinstance(value, str) and bool(MOMENT.fullmatch(value))
     found.globals["once"] = lambda: secrets.token_hex(8)
     return found
@@ -477,7 +464,9 @@ class Dashboard:
             return
         form = session.user_id, token
         if form in self._sent:
-            raise LedgerError("this form was sent before; what it did is on this page")
+            raise LedgerError(
+                "this form was sent before and did its work then; a key or link is shown once only"
+            )
         self._sent[form] = None
         if len(self._sent) > MOST_SENT:
             self._sent.popitem(last=False)
@@ -640,8 +629,9 @@ def new_password(form: Mapping[str, str], name: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """A message as pages show it."""
-    return f"{text[:1].upper()}{text[1:]}."
+    """A message as pages show it; a name that it begins with stays as it is."""
+    first = text.partition(" ")[0]
+    return f"{first.capitalize() if first.isalpha() else first}{text[len(first) :]}."
 
 
 def explanation(error: LedgerError) -> Context:
@@ -711,13 +701,17 @@ async def overview(visit: Visit) -> Context:
     }
 
 
-def part_of(visit: Visit, name: str, rows: list[Record]) -> Context:
-    """Those of so many rows that are on the page that is asked for, and how to ask for the next."""
-    asked = visit.request.query_params.get("page", "")
+def part_of(
+    visit: Visit, name: str, rows: list[Record], parameter: str = "page", **kept: str
+) -> Context:
+    """Those of so many rows that are on the page that is asked for, and how to ask for the next,
+    with other parameters as they are."""
+    asked = visit.request.query_params.get(parameter, "")
     last = max(1, -(-len(rows) // ON_A_PAGE))
     page = min(int(asked), last) if PAGE.fullmatch(asked) else 1
     shown = rows[(page - 1) * ON_A_PAGE : page * ON_A_PAGE]
-    return {name: shown, "next": urlencode({"page": page + 1}) if page < last else ""}
+    more = urlencode({**kept, parameter: page + 1}) if page < last else ""
+    return {name: shown, f"more_{name}": more}
 
 
 async def accounts(visit: Visit) -> Context:
@@ -754,10 +748,21 @@ async def add_account(visit: Visit) -> None:
 
 async def prices(visit: Visit) -> Context:
     """All prices."""
-    found = await visit.ask(API.list_prices)
-    shown = [row for row in found["prices"] if row["status"] != "past"]
-    past = [row for row in found["prices"] if row["status"] == "past"]
-    return {"here": "Prices", "prices": shown, "past": past, **RATES}
+    return {"here": "Prices", **await _prices(visit, await visit.ask(API.list_prices))}
+
+
+async def _prices(visit: Visit, found: Record) -> Context:
+    """Those in force and coming, then the past ones; all, or those for a model or with such a name,
+    a part at a time."""
+    model = visit.request.query_params.get("model", "")[:256].strip()
+    rows = [
+        row
+        async for row in in_slices(found["prices"])
+        if model in row["model"] or matches(model, {row["model"]})
+    ]
+    rows.sort(key=lambda row: row["status"] == "past")
+    part = part_of(visit, "prices", rows, "prices", **({"model": model} if model else {}))
+    return {**part, "model": model, "any_prices": bool(found["prices"]), **RATES}
 
 
 RATES = {
@@ -1078,8 +1083,7 @@ async def billing(visit: Visit) -> Context:
             for month, amount in now["paid_by_month"].items()
         ),
         **part_of(visit, "payments", payments[::-1]),
-        "prices": (await visit.ask(API.account_prices, account=account_id))["prices"],
-        **RATES,
+        **await _prices(visit, await visit.ask(API.account_prices, account=account_id)),
     }
 
 

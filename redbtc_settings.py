@@ -184,6 +184,33 @@ def shown_limit(limit: int | None) -> str | None:
     return "unlimited" if limit == UNLIMITED else None if limit is None else decimal(limit)
 
 
+NO_DIGITS = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
+THREE_DIGITS = "BHD IQD JOD KWD LYD OMR TND"
+FOUR_DIGITS = "CLF UYW"
+
+
+def digits_of(currency: str) -> int:
+    """After the point (ISO 4217)."""
+    by_digits = {0: NO_DIGITS, 3: THREE_DIGITS, 4: FOUR_DIGITS}
+    return next((digits for digits, of in by_digits.items() if currency in of), 2)
+
+
+def money(amount: str, currency: str) -> str:
+    """Rounded half up to the currency's digits, with thousands apart; what would round to nothing
+    is "less than" the least that can be shown."""
+    nanos, digits = parse_amount(amount), digits_of(currency)
+    step: int = NANOS // 10**digits
+    units = (abs(nanos) + step // 2) // step
+    if nanos and not units:
+        return f"{'>' if nanos < 0 else '<'} {'-' * (nanos < 0)}{_fixed(1, digits)}"
+    return f"{'-' * (nanos < 0)}{_fixed(units, digits)}"
+
+
+def _fixed(units: int, digits: int) -> str:
+    whole, rest = divmod(units, 10**digits)
+    return f"{whole:,}.{rest:0{digits}}" if digits else f"{whole:,}"
+
+
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────
 # config.toml, strictly: an unknown key, a wrong type or a value out of range is an error that names
 # the key's full path, what was found and what is allowed. The defaults below are the documented

@@ -18,8 +18,6 @@ from redbtc_settings import MOST_TOKENS
 
 NAME_FORM = r"^[^\s/\x00-\x1f\x7f]([^/\x00-\x1f\x7f]*[^\s/\x00-\x1f\x7f])?$(?!\n)"
 Limit = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-Text = Annotated[str, Meta(max_length=200)]
-Reason = Annotated[str, Meta(min_length=1, max_length=500)]
 MEANT: dict[str, str] = {}  # what people call the form that a pattern asks for
 
 
@@ -29,6 +27,10 @@ def form(pattern: str, meant: str, **more: Any) -> Meta:
     return Meta(pattern=pattern, title=meant, **more)
 
 
+LINE = form(r"^[^\x00-\x1f\x7f]*$(?!\n)", "a line without control characters")
+Text = Annotated[str, LINE, Meta(max_length=200)]
+Source = Annotated[str, LINE, Meta(max_length=500)]
+Reason = Annotated[str, LINE, Meta(min_length=1, max_length=500)]
 AccountName = Annotated[
     str,
     form(
@@ -83,7 +85,9 @@ Tier = Annotated[
     str,
     form(r"^[a-z0-9_-]{1,32}$(?!\n)", "a tier such as flex: lower-case letters, digits, _ and -"),
 ]
-Patterns = Annotated[str, Meta(max_length=4000, description="shell patterns, commas between")]
+Patterns = Annotated[
+    str, Meta(min_length=1, max_length=4000, description="shell patterns, commas between")
+]
 Email = Annotated[
     str,
     form(
@@ -123,14 +127,14 @@ class NewAccount(NewLimits, kw_only=True):
     """With these limits."""
 
     name: AccountName
-    email: Text | None = None
+    email: Email | None = None
     credit_limit: LimitAmount | None = None
 
 
 class AccountChange(Sent):
     """What is left out stays; null is the settings' again."""
 
-    email: Text | UnsetType | None = UNSET
+    email: Email | UnsetType | None = UNSET
     concurrency: Limit | UnsetType | None = UNSET
     requests_per_minute: Limit | UnsetType | None = UNSET
     tokens_per_minute: Limit | UnsetType | None = UNSET
@@ -156,7 +160,7 @@ class NewKey(NewLimits):
     list."""
 
     label: Text = ""
-    models: Patterns | tuple[ModelName, ...] | None = None
+    models: Patterns | Annotated[tuple[ModelName, ...], Meta(min_length=1)] | None = None
     expires: Time | None = None
 
 
@@ -188,7 +192,7 @@ class NewPrice(Sent):
     image_output: Amount | None = None
     web_search: Amount | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] | None = None
-    source: Annotated[str, Meta(max_length=500)] | None = None
+    source: Source | None = None
 
 
 class NewPrices(Sent):
@@ -198,14 +202,14 @@ class NewPrices(Sent):
     prices: tuple[NewPrice, ...]
     without_notice: Reason | None = None
     currency: Text | None = None
-    source: Annotated[str, Meta(max_length=500)] | None = None
+    source: Source | None = None
 
 
 class NewPayment(Sent):
     """Sent again with the same reference it is added once; a negative one needs a reason."""
 
     amount: Amount
-    reference: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    reference: Annotated[str, LINE, Meta(min_length=1, max_length=200)] | None = None
     reason: Reason | None = None
 
 
@@ -214,7 +218,14 @@ class NewNotice(Sent):
     maintenance, while which new requests are answered 503."""
 
     kind: Literal["price", "terms", "maintenance", "incident"]
-    text: Annotated[str, Meta(min_length=1, max_length=billing.NOTICE_TEXT)]
+    text: Annotated[
+        str,
+        form(
+            r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]+$",
+            "text without control characters",
+            max_length=billing.NOTICE_TEXT,
+        ),
+    ]
     effective: Time | None = None
     until: Time | None = None
     refuses_requests: bool = False

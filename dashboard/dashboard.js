@@ -3,16 +3,16 @@
 // that is sent again is refused, and every page works.
 "use strict";
 
-const dateAndTime = new Intl.DateTimeFormat(document.documentElement.lang || undefined, {
-  dateStyle: "medium",
-  timeStyle: "short",
-});
+const language = document.documentElement.lang || undefined;
+const toTheMinute = new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "short" });
+const toTheSecond = new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "medium" });
 
-for (const time of document.querySelectorAll('time[datetime$="Z"]:not([data-style="day"])')) {
+for (const time of document.querySelectorAll('time[datetime$="Z"]')) {
   const instant = new Date(time.dateTime);
   if (Number.isNaN(instant.getTime())) continue;
   time.title = time.textContent.trim();
-  time.textContent = dateAndTime.format(instant);
+  const format = time.dataset.style === "second" ? toTheSecond : toTheMinute;
+  time.textContent = format.format(instant);
 }
 
 // Must be in the page before it says anything, or screen readers miss the first announcement.

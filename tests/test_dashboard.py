@@ -290,6 +290,31 @@ def test_a_cell_is_no_formula(text: str) -> None:
     assert cell == f"'{text}"
 
 
+@pytest.mark.parametrize(
+    ("agent", "called"),
+    [
+        (
+            "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0",
+            "Firefox on Linux",
+        ),
+        (
+            "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
+            "Chrome/141.0.0.0 Safari/537.36 Edg/141.0.0.0",
+            "Edge on Windows",
+        ),
+        (
+            "Mozilla/5.0 (iPhone; CPU iPhone OS 18_6 like Mac OS X) AppleWebKit/605.1.15 (KHTML, "
+            "like Gecko) Version/18.6 Mobile/15E148 Safari/604.1",
+            "Safari on iPhone",
+        ),
+        ("python-httpx/1.0 x", "python-httpx/1.0"),
+        ("", "unknown"),
+    ],
+)
+def test_a_browser_is_called_as_people_call_it(agent: str, called: str) -> None:
+    assert dashboard.browser(agent) == called
+
+
 def test_passwords_that_are_too_easy() -> None:
     for password in (
         "passwordpassword",
@@ -1250,7 +1275,9 @@ def test_what_pages_say_is_what_the_ledger_says(
     ]
     assert of_models["totals"]["requests"] == 4
     month = cells(operator.get(f"{path}/billing").text, "By month")
-    assert month == [[today[:7], "so far", "4", dashboard.exact(f"{cost:f}", "USD"), "0.00"]]
+    assert month == [[today[:7], "so far", "4", dashboard.money(f"{cost:f}", "USD"), "0.00"]]
+    statement = html.unescape(operator.get(f"{path}/billing/{today[:7]}").text)
+    assert f"exactly -{dashboard.exact(f'{cost:f}', 'USD')}<" in statement
     day = date.fromisoformat(today)
     for since, until, count in ((day, day, 4), (None, day - timedelta(1), 0), (day, None, 4)):
         query = {"since": since, "until": until}
@@ -1566,7 +1593,8 @@ def test_an_account_s_owner_by_keyboard_alone(gateway: Gateway, browser: Browser
     write(page, Email_address="grace@example.com")
     enter(page, "Add them")
     expect(page.locator("#link")).to_contain_text("/dashboard/link/")
-    enter(page, "Remove: grace@example.com")
+    press(page, "Remove: grace@example.com")
+    enter(page, "Remove them")
     expect(page.get_by_role("status").first).to_have_text("Done.")
     enter(page, "ada@example.com")
     see(page, "Sessions")
@@ -1637,7 +1665,8 @@ def test_an_operator_by_keyboard_alone(
     page.keyboard.press("Space")
     enter(page, "Publish it")
     expect(page.locator("tbody")).to_contain_text("503")
-    enter(page, "Withdraw: Back soon.")
+    press(page, "Withdraw: Back soon.")
+    enter(page, "Withdraw it")
     expect(page.locator("tbody")).to_contain_text("withdrawn")
     enter(page, "Users")
     see(page, "Add an operator")
@@ -1767,11 +1796,18 @@ def fill_in(button: str, **fields: str) -> Callable[[Page], None]:
     return then
 
 
+def make_new_link(page: Page) -> None:
+    """For the first of the users."""
+    page.locator("td summary").first.click()
+    page.get_by_role("button", name="Make it").first.click()
+
+
 def test_what_users_name_is_text_and_pages_are_accessible(
     make_gateway: MakeGateway, browser: Browser, closing: Callable[[Login], Login]
 ) -> None:
     gateway = make_gateway('[server]\n[billing]\nunpriced_models = "free"').start()
-    account = gateway.api("POST", "/accounts", {"name": NASTY.replace("/", ""), "email": NASTY})
+    names = {"name": NASTY.replace("/", ""), "email": NASTY_ADDRESS}
+    account = gateway.api("POST", "/accounts", names)
     path = f"/accounts/{account['id']}"
     key = gateway.api("POST", f"{path}/keys", {"label": NASTY, "models": f"{NASTY},m*,gpt*"})
     gone = gateway.api("POST", f"{path}/keys", {"label": "x"})
@@ -1806,7 +1842,7 @@ def test_what_users_name_is_text_and_pages_are_accessible(
     looker.look(manage)
     looker.look("/dashboard/log")
     page_of_users = f"/dashboard{path}/members"
-    looker.look(page_of_users, lambda page: page.locator("td button").first.click())
+    looker.look(page_of_users, make_new_link)
     looker.look("/dashboard/nowhere")
     looker.look("/status")
     looker.look("/dashboard/login")
