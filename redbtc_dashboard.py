@@ -179,6 +179,14 @@ def exact(amount: str | None, currency: str) -> str:
     return f"{sign}{int(whole):,}{'.' * bool(fraction)}{fraction}"
 
 
+def aligned(amount: str | None, currency: str) -> str:
+    """The same, so that the points of a column stand below each other: filled up with spaces as
+    wide as a digit."""
+    digits = exact(amount, currency)
+    _, point, fraction = digits.partition(".")
+    return digits + "\u2007" * (9 - len(fraction) + (not point)) if amount else digits
+
+
 def count(number: int | None) -> str:
     """With thousands apart; a dash where it is not known."""
     return "–" if number is None else f"{number:,}"
@@ -256,7 +264,7 @@ def environment() -> jinja2.Environment:
     found.filters.update(
         money=money, exact=exact, count=count, size=size, utc=utc, duration=duration
     )
-    found.filters.update(literal=literal, shell=shlex.quote, browser=browser)
+    found.filters.update(aligned=aligned, literal=literal, shell=shlex.quote, browser=browser)
     found.tests["moment"] = lambda value: isinstance(value, str) and bool(MOMENT.fullmatch(value))
     found.globals["once"] = lambda: secrets.token_hex(8)
     return found
