@@ -105,6 +105,12 @@ def closing() -> Iterator[Callable[[Login], Login]]:
         login.client.close()
 
 
+@pytest.fixture
+def quick(make_gateway: MakeGateway) -> Gateway:
+    """A gateway that many passwords can be tried at."""
+    return make_gateway(PYTHONPATH=str(Path(__file__).parent / "quick")).start()
+
+
 def log_in(client: httpx2.Client, email: str, password: str, **headers: str) -> httpx2.Response:
     form = {"email": email, "password": password}
     return client.post("/dashboard/login", data=form, headers=headers)
@@ -268,10 +274,10 @@ def test_an_unknown_address_takes_as_long(gateway: Gateway) -> None:
 
 
 def test_who_guesses_is_slowed_down_and_learns_nothing(
-    gateway: Gateway, closing: Callable[[Login], Login]
+    quick: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    login = closing(new_user(gateway, "ada@example.com"))
-    with anonymous(gateway) as client:
+    login = closing(new_user(quick, "ada@example.com"))
+    with anonymous(quick) as client:
         known = log_in(client, "ada@example.com", "wrong")
         unknown = log_in(client, "bob@example.com", "wrong")
         assert known.status_code == unknown.status_code == 403
@@ -394,10 +400,10 @@ def guess_from_many_networks(gateway: Gateway, email: str) -> None:
 
 
 def test_guessing_from_a_network_keeps_nobody_elsewhere_out(
-    gateway: Gateway, closing: Callable[[Login], Login]
+    quick: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    closing(new_user(gateway, "ada@example.com"))
-    with anonymous(gateway) as client:
+    closing(new_user(quick, "ada@example.com"))
+    with anonymous(quick) as client:
         answers = [log_in(client, "ada@example.com", "wrong").status_code for _ in range(12)]
         assert answers[-1] == 429
         elsewhere = log_in(client, "ada@example.com", PASSWORD, **{"x-forwarded-for": "10.0.0.1"})
@@ -405,20 +411,20 @@ def test_guessing_from_a_network_keeps_nobody_elsewhere_out(
 
 
 def test_guessing_from_everywhere_keeps_no_browser_out_that_knows_the_login(
-    gateway: Gateway, closing: Callable[[Login], Login]
+    quick: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    gateway.api("POST", "/accounts", {"name": "a"})
-    gateway.api("POST", "/accounts", {"name": "b"})
-    browser = closing(new_user(gateway, "ada@example.com")).client
-    member = closing(new_user(gateway, "ada@example.com", "viewer", "a")).user
-    closing(new_user(gateway, "ada@example.com", "viewer", "b"))  # which it doesn't know
-    closing(new_user(gateway, "bob@example.com", "owner", "a"))
+    quick.api("POST", "/accounts", {"name": "a"})
+    quick.api("POST", "/accounts", {"name": "b"})
+    browser = closing(new_user(quick, "ada@example.com")).client
+    member = closing(new_user(quick, "ada@example.com", "viewer", "a")).user
+    closing(new_user(quick, "ada@example.com", "viewer", "b"))  # which it doesn't know
+    closing(new_user(quick, "bob@example.com", "owner", "a"))
     form = {"email": "ada@example.com", "password": PASSWORD, "login": member["id"]}
     assert browser.post("/dashboard/login", data=form).status_code == 303
     assert log_in(browser, "bob@example.com", PASSWORD).status_code == 303
-    guess_from_many_networks(gateway, "bob@example.com")
+    guess_from_many_networks(quick, "bob@example.com")
     assert log_in(browser, "bob@example.com", PASSWORD).status_code == 303
-    guess_from_many_networks(gateway, "ada@example.com")
+    guess_from_many_networks(quick, "ada@example.com")
     which = log_in(browser, "ada@example.com", PASSWORD)
     assert (which.status_code, which.text.count("<option")) == (200, 2)
     assert browser.post("/dashboard/login", data=form).status_code == 303
@@ -451,29 +457,29 @@ def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
 
 
 def test_who_has_logins_of_an_address_learns_of_no_other(
-    gateway: Gateway, closing: Callable[[Login], Login]
+    quick: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    gateway.api("POST", "/accounts", {"name": "a"})
-    closing(new_user(gateway, "op@example.com"))
+    quick.api("POST", "/accounts", {"name": "a"})
+    closing(new_user(quick, "op@example.com"))
     statuses = []
     for email in ("op@example.com", "nobody@example.com"):
-        user = gateway.api("POST", "/users", {"email": email, "account": "a"})
+        user = quick.api("POST", "/users", {"email": email, "account": "a"})
         form = {"password": OTHER_PASSWORD, "again": OTHER_PASSWORD}
-        with anonymous(gateway) as client:
+        with anonymous(quick) as client:
             client.post(urlsplit(user["link"]).path, data=form)
         seen = []
         for _ in range(8):
-            with anonymous(gateway) as client:
+            with anonymous(quick) as client:
                 seen.append(log_in(client, email, OTHER_PASSWORD).status_code)
         statuses.append(seen)
     assert statuses == [[303] * 8] * 2
 
 
 def test_guessing_from_a_network_keeps_nobody_else_there_out(
-    gateway: Gateway, closing: Callable[[Login], Login]
+    quick: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    login = closing(new_user(gateway, "ada@example.com"))
-    with anonymous(gateway) as client, ThreadPoolExecutor(4) as pool:
+    login = closing(new_user(quick, "ada@example.com"))
+    with anonymous(quick) as client, ThreadPoolExecutor(4) as pool:
         tries = [pool.submit(log_in, client, f"{i}@b.c", "wrong") for i in range(34)]
         assert 429 in {each.result().status_code for each in tries}
     assert log_in(login.client, "ada@example.com", PASSWORD).status_code == 303
@@ -489,17 +495,17 @@ def test_guessing_from_a_network_keeps_nobody_else_there_out(
 
 
 def test_a_known_browser_helps_only_its_own_login(
-    gateway: Gateway, closing: Callable[[Login], Login]
+    quick: Gateway, closing: Callable[[Login], Login]
 ) -> None:
     """Whoever may add logins of an address gets no more tries at another one of it."""
-    gateway.api("POST", "/accounts", {"name": "a"})
-    closing(new_user(gateway, "ada@example.com"))
-    mine = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    quick.api("POST", "/accounts", {"name": "a"})
+    closing(new_user(quick, "ada@example.com"))
+    mine = closing(new_user(quick, "ada@example.com", "owner", "a"))
     own = mine.client
     form = {"do": "password", "old_password": PASSWORD}
     form |= {"new_password": OTHER_PASSWORD, "again": OTHER_PASSWORD}
     assert own.post("/dashboard/you", data=form).status_code == 303
-    with anonymous(gateway) as client:
+    with anonymous(quick) as client:
         for _ in range(11):
             log_in(client, "ada@example.com", "wrong")
     assert log_in(own, "ada@example.com", PASSWORD).status_code == 429  # the operator's, and right
@@ -507,13 +513,13 @@ def test_a_known_browser_helps_only_its_own_login(
 
 
 def test_logging_in_again_and_again_makes_no_other_browser_unknown(
-    gateway: Gateway, closing: Callable[[Login], Login]
+    quick: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    login = closing(new_user(gateway, "ada@example.com"))
-    with anonymous(gateway) as other:
+    login = closing(new_user(quick, "ada@example.com"))
+    with anonymous(quick) as other:
         for _ in range(21):
             assert log_in(other, "ada@example.com", PASSWORD).status_code == 303
-    with anonymous(gateway) as client:
+    with anonymous(quick) as client:
         for _ in range(11):
             log_in(client, "ada@example.com", "wrong")
         assert log_in(client, "ada@example.com", PASSWORD).status_code == 429

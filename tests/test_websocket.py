@@ -805,7 +805,7 @@ async def steering(sock: Socket) -> None:
 
 
 def test_what_follows_is_held_for(make_gateway: MakeGateway, upstream: Upstream) -> None:
-    gateway = make_gateway(PRICED).start()
+    gateway = make_gateway(f"{PRICED}\n[metering]\ndrain_seconds = 1").start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
     key = gateway.new_key()
     gateway.cli("payment", "add", "test", "0.6")
