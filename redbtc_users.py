@@ -53,6 +53,7 @@ MOST_OF_ONE = 10  # network, or account of those who are known
 # What of a password is judged is bounded, so that none takes longer than its scrypt: so many
 # characters, so many parts of the address, and of those that stand for the same letter one.
 LOOKED_AT, MOST_PARTS, SHORTEST_PART = 40, 5, 4
+EXAMPLES = "redbtc", "correcthorsebatterystaple"
 LOOK_ALIKE = str.maketrans("@{[<!|$+", "4(((1157")
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
 
@@ -133,7 +134,7 @@ def check_password(password: str, email: str) -> None:
     if len(password) > LONGEST:
         raise LedgerError(f"a password has at most {LONGEST} characters")
     parts = [part for part in re.split(r"\W+", email) if len(part) >= SHORTEST_PART]
-    known = [email, *parts[:MOST_PARTS], "redbtc"]
+    known = [email, *parts[:MOST_PARTS], *EXAMPLES]
     password, *known = (each[:LOOKED_AT].translate(LOOK_ALIKE) for each in (password, *known))
     found = zxcvbn(password, user_inputs=known)
     if found["score"] < STRONG_ENOUGH:

@@ -327,6 +327,7 @@ def test_passwords_that_are_too_easy() -> None:
         "123456789012345",
         "aaaaaaaaaaaaaaaa",
         "qwertyuiopasdfg",
+        "correctHorseBatteryStaple",
         "x" * 14,
         "x" * 1001,
         "ada@example.com ada",
