@@ -251,6 +251,7 @@ ACCOUNT_ID = re.compile(r"acct_[0-9a-f]{16}")
 PLAIN = (
     (r"^Expected `int( \| null)?`", "Expected a whole number"),
     (r"^Expected `(\w+)( \| null)?` of length <= (\d+)", r"Expected at most \3 characters"),
+    (r"^Expected `array( \| null)?` of length >= (\d+)", r"Expected a list of \2 or more"),
     (r"^Expected `(\w+)( \| null)?` of length >= (\d+)", r"Expected \3 or more characters"),
     (r"^Expected `str( \| null)?`", "Expected text"),
     (r"^(Expected a whole number) >= (-?\d+)", r"\1 from \2"),
@@ -663,7 +664,7 @@ class API:
         return self._with_link(await self.users.reset(found["id"], actor.name))
 
     async def _another(self, actor: Actor, user: str, query: WhichUser) -> Record:
-        """Not oneself: whoever has got hold of a session could make a login their own for good."""
+        """Not oneself, or nobody would have to know the old password for a new one."""
         found = await self._user(actor, user, query)
         if actor.session and actor.session.user_id == found["id"]:
             raise Conflict("this is your own login; only somebody else can end it")
@@ -843,6 +844,8 @@ def prices_of(body: NewPrices) -> list[Price]:
 
 def price_of(given: NewPrice, model: str, source: str | None) -> Price:
     """Raises LedgerError for a rate that is none."""
+    if not model.isprintable():
+        raise LedgerError(f"{model!r} is not a name or pattern of models")
     rates: dict[str, Any] = {}
     for name in billing.Rates._fields:
         rate = getattr(given, name)

@@ -361,7 +361,8 @@ class Visit:
 
     def fields(self, *names: str) -> dict[str, str]:
         """Those of the form that were filled in."""
-        return {name: self.form[name] for name in names if self.form.get(name, "").strip()}
+        filled_in = {name: self.form.get(name, "").strip() for name in names}
+        return {name: text for name, text in filled_in.items() if text}
 
 
 Context = dict[str, Any]
@@ -472,9 +473,7 @@ class Dashboard:
             return
         form = session.user_id, token
         if form in self._sent:
-            raise LedgerError(
-                "this form was sent before and did its work then; a key or link is shown once only"
-            )
+            raise LedgerError("this form was sent before; a key or link is shown only once")
         self._sent[form] = None
         if len(self._sent) > MOST_SENT:
             self._sent.popitem(last=False)

@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import sqlite3
@@ -51,11 +53,14 @@ SALT_BYTES = 16
 MOST_WAITING = 100  # of anybody, and as many who are known
 MOST_OF_ONE = 10  # network, or account of those who are known
 # What of a password is judged is bounded, so that none takes longer than its scrypt: so many
-# characters, so many parts of the address, and of those that stand for the same letter one.
-LOOKED_AT, MOST_PARTS, SHORTEST_PART = 40, 5, 4
+# characters and parts of the address. zxcvbn reads it anew for each way to say which of the
+# characters that may stand for a letter does; of too many ways one is left.
+LOOKED_AT, MOST_PARTS, SHORTEST_PART, MOST_WAYS = 40, 5, 3, 8
 EXAMPLES = "redbtc", "correcthorsebatterystaple"
-LOOK_ALIKE = str.maketrans("@{[<!|$+", "4(((1157")
+ALIKE = "4@", "({[<", "69", "1!|", "5$", "7+"
+AS_ONE = {ord(other): each[0] for each in ALIKE for other in each[1:]}
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
+LEAST_OWN = 8  # characters that are not the address's
 
 
 class Later(LedgerError):
@@ -133,14 +138,16 @@ def check_password(password: str, email: str) -> None:
         raise LedgerError(f"a password has at least {SHORTEST} characters")
     if len(password) > LONGEST:
         raise LedgerError(f"a password has at most {LONGEST} characters")
-    parts = [part for part in re.split(r"\W+", email) if len(part) >= SHORTEST_PART]
-    known = [email, *parts[:MOST_PARTS], *EXAMPLES]
-    password, *known = (each[:LOOKED_AT].translate(LOOK_ALIKE) for each in (password, *known))
-    found = zxcvbn(password, user_inputs=known)
-    if found["score"] < STRONG_ENOUGH:
+    parts = [part for part in re.split(r"\W+", email) if len(part) >= SHORTEST_PART][:MOST_PARTS]
+    own = functools.reduce(lambda rest, part: rest.replace(part, ""), parts, password.lower())
+    judged = [each[:LOOKED_AT] for each in (password, email, *parts, *EXAMPLES)]
+    if math.prod(len({*each} & {*judged[0]}) or 1 for each in ALIKE) > MOST_WAYS:
+        judged = [each.translate(AS_ONE) for each in judged]
+    found = zxcvbn(judged[0], user_inputs=judged[1:])
+    if found["score"] < STRONG_ENOUGH or len(own) < LEAST_OWN:
         raise LedgerError(
-            "this password is too easy to guess: it is common, or made of common words, repeats or "
-            "sequences; four words by chance are a good one"
+            "this password is too easy to guess: it is common, or made of common words, repeats, "
+            "sequences or the address; four words by chance are a good one"
         )
 
 

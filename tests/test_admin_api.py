@@ -159,7 +159,7 @@ def socket_of(gateway: Gateway) -> httpx2.Client:
         ("/accounts/other/keys", {"models": ""}, "$.models"),
         ("/accounts/other/keys", {"label": "a\x00b"}, "$.label"),
         ("/accounts/other/suspend", {"reason": "two\nlines"}, "$.reason"),
-        ("/accounts", {"name": "a", "email": "nobody"}, "$.email"),
+        ("/accounts", {"name": "a\u202eb"}, "$.name"),
         ("/notices", {"kind": "incident", "text": "a\x1bb"}, "$.text"),
     ],
 )
