@@ -346,7 +346,7 @@ class API:
         self._public_url = public_url.rstrip("/")
         self._accounts = Accounts(books.store)
 
-    def example_model(self, patterns: Sequence[str] | None) -> str:
+    async def example_model(self, patterns: Sequence[str] | None) -> str:
         """A model to try a key with that is limited to these patterns: one that it may use, that an
         upstream is there for and that has a price, as far as there is one."""
         priced = {price.model for price in self.books.prices.prices if price.output}
@@ -357,7 +357,8 @@ class API:
             allowed = not patterns or billing.matches(name, patterns)
             return allowed, self._running.serves(name), self.books.served(name)
 
-        return max((name for name in names if not set("*?[") & set(name)), key=fits)
+        found = [(fits(name), name) async for name in in_slices(names) if not {*"*?["} & {*name}]
+        return max(found, key=lambda each: each[0])[1]
 
     async def perform(
         self,
@@ -521,13 +522,16 @@ class API:
     @operation("GET", "/prices", least="operator", answer=PriceList)
     async def list_prices(self) -> Record:
         """Past, current and coming prices."""
-        return {"prices": self.books.prices.rows(self.books.store.time())}
+        rows = self.books.prices.rows(self.books.store.time())
+        return {"prices": [row async for row in in_slices(rows)]}
 
     @operation("GET", "/accounts/{account}/prices", "/me/prices", least="key", answer=PriceList)
     async def account_prices(self, account: Record) -> Record:
         """The prices in force and coming."""
-        rows = self.books.prices.rows(self.books.store.time())
-        shown = [billing.for_account(row, "reason") for row in rows if row["status"] != "past"]
+        rows = in_slices(self.books.prices.rows(self.books.store.time()))
+        shown = [
+            billing.for_account(row, "reason") async for row in rows if row["status"] != "past"
+        ]
         return {"prices": shown}
 
     @operation("POST", "/prices", least="operator", answer=PricesAdded)
@@ -694,7 +698,8 @@ class API:
     @operation("DELETE", "/login/sessions/{session}", least="viewer", answer=Done)
     async def end_session(self, actor: Actor, session: str) -> Record:
         """Log out there."""
-        await self.users.end_session(session, self._session(actor).user_id)
+        if not await self.users.end_session(session, self._session(actor).user_id):
+            raise NotFound("there is no such session")
         return {"ok": True}
 
     # Usage

@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Struct
 
 import redbtc_ledger as ledger
-from redbtc_ledger import Change, Key, Part, Record, Store, Usage
+from redbtc_ledger import Change, Key, Part, Record, Store, Usage, in_slices
 from redbtc_settings import (
     NANOS,
     UNLIMITED,
@@ -184,12 +184,14 @@ class PriceList:
     """All prices, past, current and coming. It doesn't change: with more prices it is another."""
 
     def __init__(self, prices: Iterable[Price] = ()) -> None:
-        self.prices = tuple(prices)
+        self.prices = sorted(prices, key=lambda price: (price.slot, price.effective_at, price.id))
         self._changes = sorted({price.effective_at for price in self.prices})
-        patterns: dict[str, list[Price]] = {}
+        self._slots: dict[tuple[str, str, int], list[Price]] = {}
+        self._named: dict[str, list[Price]] = {}
         for price in self.prices:
-            patterns.setdefault(price.model, []).append(price)
-        self._patterns = sorted(patterns.items(), key=lambda item: specificity(item[0]))
+            self._slots.setdefault(price.slot, []).append(price)
+            self._named.setdefault(price.model, []).append(price)
+        self._patterns = sorted(filter(is_pattern, self._named), key=specificity)
         self._known: dict[tuple[str, int], Tariff | None] = {}
 
     def tariff(self, model: str, at: int) -> Tariff | None:
@@ -202,45 +204,46 @@ class PriceList:
         return self._known[known]
 
     def _find(self, model: str, at: int) -> Tariff | None:
-        for pattern, prices in self._patterns:
-            if fnmatch.fnmatchcase(model, pattern):
+        named = [model] if model in self._named and not is_pattern(model) else []
+        for pattern in (*named, *self._patterns):
+            if pattern in named or fnmatch.fnmatchcase(model, pattern):
+                prices = self._named[pattern]
                 in_force = latest(price for price in prices if price.effective_at <= at)
                 if (pattern, DEFAULT_TIER, 0) in in_force:
                     return Tariff(in_force.values())
         return None
 
-    def changes_from(self, at: int) -> Iterator[int]:
-        """The times from then on at which some price takes effect."""
-        return (change for change in self._changes if change >= at)
-
     def has(self, new: Price) -> bool:
         """Whether that is what its slot costs then, anyway."""
-        slot = (p for p in self.prices if p.slot == new.slot and p.effective_at <= new.effective_at)
-        old = latest(slot).get(new.slot)
+        of_slot = self._slots.get(new.slot, [])
+        old = latest(p for p in of_slot if p.effective_at <= new.effective_at).get(new.slot)
         return old is not None and (old.rates, old.max_output_tokens) == (
             new.rates,
             new.max_output_tokens,
         )
 
-    def rows(self, now: int) -> list[Record]:
+    def rows(self, now: int) -> Iterator[Record]:
         """All of them as JSON shows them, by model, tier, threshold and time."""
-        current = latest(price for price in self.prices if price.effective_at <= now).values()
-        rows = []
-        for price in sorted(self.prices, key=lambda price: (price.slot, price.effective_at)):
+        current = {price.slot: price.id for price in self.prices if price.effective_at <= now}
+        for price in self.prices:
             row = msgspec.structs.asdict(price)
             for rate in Rates._fields:
                 row[rate] = None if row[rate] is None else decimal(row[rate])
             for name in ("effective_at", "created_at"):
                 row[name] = iso_time(row[name])
             coming = "coming" if price.effective_at > now else "past"
-            rows.append({**row, "status": "current" if price in current else coming})
-        return rows
+            yield {**row, "status": "current" if current.get(price.slot) == price.id else coming}
 
 
 def specificity(pattern: str) -> tuple[bool, int, int, str]:
     """Sorts patterns, the most specific first: names, then those with most of a name in them."""
     literal, ones = ONE_CHARACTER.subn("", pattern.replace("*", ""))
     return literal != pattern, -len(literal), -ones, pattern
+
+
+def is_pattern(model: str) -> bool:
+    """Whether it may mean others than itself."""
+    return specificity(model)[0]
 
 
 def latest(prices: Iterable[Price]) -> dict[tuple[str, str, int], Price]:
@@ -628,7 +631,7 @@ class Books:
                 await self.store.transact(*changes, by=by)
             self.prices = after
         added = {price.id for price in new}
-        rows = [row for row in after.rows(now) if row["id"] in added]
+        rows = [row async for row in in_slices(after.rows(now)) if row["id"] in added]
         return {"prices": rows, "added": len(new), "unchanged": len(prices) - len(new)}
 
     async def _notices_of_rises(
@@ -644,16 +647,19 @@ class Books:
         earliest = min((price.effective_at for price in new), default=now)
         if earliest < now:
             await self._refuse_the_past([price for price in new if price.effective_at < now])
-        used = {
-            model for model in await self._models_used(now - IN_USE) if matches(model, patterns)
-        }
-        priced = {price.model for price in after.prices if matches(price.model, patterns)}
+        known = {price.model for price in after.prices}
+        used = await matching(await self._models_used(now - IN_USE), patterns)
+        priced = await matching(known, patterns)
+        models = sorted(patterns | used | priced, key=specificity)
+        about = {*models, *await matched(known, models)}
+        times = {price.effective_at for price in after.prices if price.model in about}
         settings = self.settings
         due = now + settings.price_notice_days * DAY - MINUTE
         notices: list[Change] = []
-        for at in after.changes_from(earliest):
+        told: dict[str, str] = {}  # that a rise goes on is not told again
+        for at in sorted(time for time in times if time >= earliest):
             lines: dict[str, str] = {}
-            for model in sorted(patterns | used | priced, key=specificity):
+            async for model in in_slices(models):
                 before = self.prices.tariff(model, at)
                 if before is None and model in used and settings.unpriced_models == "free":
                     before = FREE
@@ -668,8 +674,10 @@ class Books:
                     named = [model] if model in priced | patterns else patterns
                     name = min((each for each in named if matches(model, {each})), key=specificity)
                     lines.setdefault(name, f"{name}: {'; '.join(risen)}")
-            if lines:
-                said = ". ".join(lines.values())
+            news = [line for name, line in lines.items() if told.get(name) != line]
+            told = lines
+            if news:
+                said = ". ".join(news)
                 text = f"Prices rise ({self.currency} per million tokens). {said}."
                 until = max(at, now) + settings.price_notice_days * DAY
                 values = ("price", text[:NOTICE_TEXT], at, until, now, by, False)
@@ -849,6 +857,21 @@ def _refuse_twice(prices: Iterable[Price]) -> None:
         if (price.slot, price.effective_at) in known:
             raise LedgerError(f"there are two prices of {', '.join(map(str, price.slot))}")
         known.add((price.slot, price.effective_at))
+
+
+async def matching(models: Iterable[str], patterns: set[str]) -> set[str]:
+    """Those of many models that one of many patterns means."""
+    wild = [pattern for pattern in patterns if is_pattern(pattern)]
+    return {model async for model in in_slices(models) if model in patterns or matches(model, wild)}
+
+
+async def matched(patterns: Iterable[str], models: Iterable[str]) -> set[str]:
+    """Those of many patterns that mean one of many models."""
+    return {
+        pattern
+        async for pattern in in_slices(filter(is_pattern, patterns))
+        if any(matches(model, {pattern}) for model in models)
+    }
 
 
 def matches(model: str, patterns: Iterable[str]) -> bool:

@@ -883,7 +883,7 @@ async def welcome(api: admin.API, base_url: str, demo: bool) -> str:
         account = await accounts.add(FIRST_ACCOUNT, None, {}, FIRST_RUN)
         key = (await accounts.add_key(account["id"], FIRST_RUN, None, {}, FIRST_RUN))["key"]
         about_key = f"API key    {key}   (shown this once: store it now)"
-    model = api.example_model(None)
+    model = await api.example_model(None)
     chat = f'{{"model":"{model}","messages":[{{"role":"user","content":"Say hello."}}]'
     curl = f'curl {base_url}/chat/completions -H "Authorization: Bearer {key}"'
     curl += ' -H "Content-Type: application/json"'

@@ -351,9 +351,9 @@ class Visit:
         """Make a change with what a form says. Raises LedgerError."""
         return await self._dashboard.api.perform(operation, self.actor, path, body=body)
 
-    def example_model(self, patterns: Sequence[str] | None) -> str:
+    async def example_model(self, patterns: Sequence[str] | None) -> str:
         """As the API has it."""
-        return self._dashboard.api.example_model(patterns)
+        return await self._dashboard.api.example_model(patterns)
 
     def is_logged_in(self) -> bool:
         """Still. Raises LedgerError."""
@@ -958,10 +958,10 @@ async def keys(visit: Visit) -> Context:
 KEY_FIELDS = ("label", "models", "expires", "monthly_budget")
 
 
-def _new_key(visit: Visit, added: Record) -> Context:
+async def _new_key(visit: Visit, added: Record) -> Context:
     """It is shown this once, and how to use it."""
     url, host = visit.request.url, visit.request.headers.get("host", "")
-    model = visit.example_model(added["models"])
+    model = await visit.example_model(added["models"])
     return {"added": added, "base_url": f"{url.scheme}://{host}/v1", "model": model}
 
 
@@ -969,7 +969,7 @@ async def add_key(visit: Visit) -> Context:
     """One more of this account."""
     body = visit.fields(*KEY_FIELDS)
     account = visit.request.path_params["account"]
-    return _new_key(visit, await visit.do(API.add_key, body, account=account))
+    return await _new_key(visit, await visit.do(API.add_key, body, account=account))
 
 
 async def _key(visit: Visit) -> str:
@@ -985,7 +985,7 @@ async def _key(visit: Visit) -> str:
 async def rotate_key(visit: Visit) -> Context:
     """A new one in its place."""
     body = visit.fields("overlap")
-    return _new_key(visit, await visit.do(API.rotate_key, body, key=await _key(visit)))
+    return await _new_key(visit, await visit.do(API.rotate_key, body, key=await _key(visit)))
 
 
 async def revoke_key(visit: Visit) -> None:

@@ -255,7 +255,7 @@ MONEY_OF_EACH = f"""
       LEFT JOIN usage_by_month AS spent
         ON spent.account_id = accounts.id AND spent.month = ?2
      WHERE (?3 = '' OR instr(lower(name), lower(?3)) OR instr(lower(email), lower(?3)) OR id = ?3)
-       AND (name, id) > (?4, '') ORDER BY name LIMIT ?5"""
+       AND name > ?4 ORDER BY name LIMIT ?5"""
 MOST_SPENT = """
     SELECT accounts.name AS account, account_id, requests, input_tokens, output_tokens, cost_units,
            cost_nanos

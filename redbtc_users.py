@@ -512,6 +512,6 @@ class Users:
         rows = self._store.rows(SESSIONS, (user_id, self._store.time()))
         return [shown(row) async for row in rows]
 
-    async def end_session(self, session_id: str, user_id: str) -> None:
-        """It is over at once."""
-        await self._store.transact((END_SESSION, (session_id, user_id)))
+    async def end_session(self, session_id: str, user_id: str) -> bool:
+        """It is over at once; False: there is none."""
+        return bool(await self._store.transact((END_SESSION, (session_id, user_id))))

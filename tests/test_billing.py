@@ -436,6 +436,16 @@ def test_a_rise_for_a_model_in_use_needs_notice(bench: Bench, clock: Clock) -> N
     assert any("m: input 4 to 8" in text for text in texts)
 
 
+def test_a_rise_is_told_once_whatever_else_is_to_come(bench: Bench, clock: Clock) -> None:
+    bench.price(Price("m", input=5 * NANOS), Price("n", input=5 * NANOS))
+    coming = [Price("n", input=days, effective_at=clock.now + days * DAY) for days in (40, 50)]
+    bench.price(*coming, Price("[m]*", input=3, effective_at=clock.now + 45 * DAY))
+    bench.price(Price("m", input=6 * NANOS, effective_at=clock.now + 35 * DAY))
+    bench.price(Price("m", input=7 * NANOS, effective_at=clock.now + 47 * DAY))
+    told = [(each["effective_at"], each["text"]) for each in bench.run(bench.books.notices())]
+    assert [text.partition(". ")[2] for _, text in told] == ["m: input 5 to 6.", "m: input 6 to 7."]
+
+
 def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> None:
     key = bench.key("a")
     bench.price(Price("m", input=5 * NANOS))

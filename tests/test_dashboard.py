@@ -2021,14 +2021,18 @@ PILED_UP = """
         started_at, outcome, usage_source, month)
     SELECT printf('req_%032x', i), account_id, key_id, '/v1/responses', 'm', 'test',
         started_at, 'pending', 'none', month FROM n, requests;
+    WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 4000)
+    INSERT INTO prices (id, model, tier, above_input_tokens, effective_at, input, currency,
+        created_at, added_by)
+    SELECT 1000 + i, 'vendor/' || i, 'default', 0, i, 1, 'USD', 1, 'test' FROM n;
     DELETE FROM acting;"""
 
 
 def test_what_an_account_piles_up_makes_nobody_wait(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    """Forty thousand names of models, three thousand keys and requests in flight: what is made of
-    them is made in slices, and pages don't show all of it."""
+    """Forty thousand names of models, three thousand keys and requests in flight, four thousand
+    prices: what is made of them is made in slices, and pages don't show all of it."""
     account = gateway.api("POST", "/accounts", {"name": "a"})
     key = gateway.api("POST", "/accounts/a/keys", {})
     with gateway.client(key["key"]) as client:
@@ -2047,6 +2051,13 @@ def test_what_an_account_piles_up_makes_nobody_wait(
                 client.get("/healthz")
                 waited.append(time.perf_counter() - began)
 
+    def add_prices() -> int:
+        """Of many models at a time; how many bytes that makes."""
+        names = ["vendor/*", *(f"vendor/{number}" for number in range(500))]
+        prices = [{"model": names, "tier": next(tiers), "input": "1"}]
+        return len(str(gateway.api("POST", "/prices", {"prices": prices})))
+
+    tiers = iter(("flex", "priority"))
     month = account["month"]
     page, api = f"/dashboard/accounts/{account['id']}", f"/admin/v1/accounts/{account['id']}"
     sizes: dict[str, int] = {}
@@ -2060,11 +2071,19 @@ def test_what_an_account_piles_up_makes_nobody_wait(
                 f"{api}/statements/{month}",
                 "/admin/v1/usage?group_by=day,model",
                 "/admin/v1/requests?limit=1000",
+                f"{api}/prices",
+                make_key := "a key made",
+                "prices added",
             ):
                 longest = []
                 for _ in range(2):  # something else may hold this machine up
                     waited[:] = [0.0]
-                    sizes[path] = len(login.get(path).content)
+                    if path == make_key:
+                        sizes[path] = len(login.post(f"{page}/keys", do="add").content)
+                    elif path.startswith("/"):
+                        sizes[path] = len(login.get(path).content)
+                    else:
+                        sizes[path] = add_prices()
                     longest.append(max(waited))
                 assert min(longest) < 0.05, (path, longest)
         finally:
