@@ -36,6 +36,7 @@ from redbtc_settings import (
     LedgerError,
     Loaded,
     decimal,
+    digits_of,
     load_settings,
     parse_amount,
     parse_limit,
@@ -780,31 +781,32 @@ def statement(context: Context, account: str, month: str, as_csv: bool, as_json:
 
 
 def statement_text(found: dict[str, Any]) -> str:
-    totals = found["totals"]
-    lately = [f"{month} {money(paid)}" for month, paid in found["paid_by_month"].items()]
+    totals, currency = found["totals"], found["currency"]
+    lately = [f"{month} {money(paid, currency)}" for month, paid in found["paid_by_month"].items()]
+    paid_lately = money(found["paid_last_three_months"], currency)
     summary = {
-        "opening balance": money(found["opening_balance"]),
-        "payments": money(totals["paid"]),
-        "usage": money(totals["cost"]),
-        "closing balance": money(found["closing_balance"]),
+        "opening balance": money(found["opening_balance"], currency),
+        "payments": money(totals["paid"], currency),
+        "usage": money(totals["cost"], currency),
+        "closing balance": money(found["closing_balance"], currency),
         "requests": totals["requests"],
         "of them estimated": totals["estimated"],
         "without usage": totals["unreported"],
-        "paid in three months": f"{money(found['paid_last_three_months'])} ({', '.join(lately)})",
+        "paid in three months": f"{paid_lately} ({', '.join(lately)})",
     }
-    used = [{**row, "cost": money(row["cost"])} for row in found["usage"]]
-    paid = [{**row, "amount": money(row["amount"])} for row in found["payments"]]
+    used = [{**row, "cost": money(row["cost"], currency)} for row in found["usage"]]
+    paid = [{**row, "amount": money(row["amount"], currency)} for row in found["payments"]]
     state = "closed" if found["closed"] else "so far"
-    parts = [f"{found['account']}, {found['month']}, {state}, in {found['currency']}"]
+    parts = [f"{found['account']}, {found['month']}, {state}, in {currency}"]
     parts.append(details(summary))
     parts += [table(used, ["day", "model", *SUM_COLUMNS])] if used else []
     parts += [table(paid, ["created_at", "amount", "reference", "reason"])] if paid else []
     return "\n\n".join(parts)
 
 
-def money(amount: str) -> str:
-    """With two digits after the point at least, as people write it."""
-    return decimal(parse_amount(amount), 2)
+def money(amount: str, currency: str) -> str:
+    """With the currency's digits after the point at least, as people write it."""
+    return decimal(parse_amount(amount), digits_of(currency))
 
 
 @commands.group()

@@ -708,17 +708,25 @@ async def overview(visit: Visit) -> Context:
     }
 
 
-def part_of(
-    visit: Visit, name: str, rows: list[Record], parameter: str = "page", **kept: str
-) -> Context:
-    """Those of so many rows that are on the page that is asked for, and how to ask for the next,
-    with other parameters as they are."""
-    asked = visit.request.query_params.get(parameter, "")
+def part_of(visit: Visit, name: str, rows: list[Record], parameter: str = "page") -> Context:
+    """Those of so many rows that are on the page that is asked for, and how to ask for the one
+    before and the next, with other parameters as they are."""
+    asked = dict(visit.request.query_params)
+    wanted = asked.get(parameter, "")
     last = max(1, -(-len(rows) // ON_A_PAGE))
-    page = min(int(asked), last) if PAGE.fullmatch(asked) else 1
+    page = min(int(wanted), last) if PAGE.fullmatch(wanted) else 1
     shown = rows[(page - 1) * ON_A_PAGE : page * ON_A_PAGE]
-    more = urlencode({**kept, parameter: page + 1}) if page < last else ""
-    return {name: shown, f"more_{name}": more}
+    asked.pop("done", None)
+    pages = {each: urlencode({**asked, parameter: each}) for each in (page - 1, page + 1)}
+    return {
+        name: shown,
+        f"{name}_pages": {
+            "page": page,
+            "last": last,
+            "before": pages[page - 1] if page > 1 else "",
+            "next": pages[page + 1] if page < last else "",
+        },
+    }
 
 
 async def accounts(visit: Visit) -> Context:
@@ -768,7 +776,7 @@ async def _prices(visit: Visit, found: Record) -> Context:
         if model in row["model"] or matches(model, {row["model"]})
     ]
     rows.sort(key=lambda row: row["status"] == "past")
-    part = part_of(visit, "prices", rows, "prices", **({"model": model} if model else {}))
+    part = part_of(visit, "prices", rows, "prices")
     return {**part, "model": model, "any_prices": bool(found["prices"]), **RATES}
 
 
@@ -819,9 +827,16 @@ async def log(visit: Visit) -> Context:
     return {
         "here": "Log",
         "account": await visit.ask(API.show_account, account=of) if of else None,
-        "changes": [(each, differences(each)) for each in changes],
+        "changes": [(each, subject(each), differences(each)) for each in changes],
         "older": urlencode({**query, "before": changes[-1]["id"]}) if more else "",
     }
+
+
+def subject(change: Mapping[str, Any]) -> str:
+    """What people call what was changed; empty where they call it nothing."""
+    about = change["after"] or change["before"] or {}
+    names = ("name", "email", "label", "model", "text", "reference")
+    return next((str(about[name]) for name in names if about.get(name)), "")[:100]
 
 
 def differences(change: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -921,7 +936,7 @@ async def account_overview(visit: Visit) -> Context:
     """Spent, used, left."""
     shown = await _account(visit, "Overview")
     account_id, month, days = shown["account"]["id"], shown["account"]["month"], last_days()
-    query = {"account": account_id, "since": days[0], "group_by": "day,model", "top": "20"}
+    query = {"account": account_id, "since": days[0], "group_by": "day,model", "top": "10"}
     used = await visit.ask(API.usage, query=query)
     measure = visit.request.query_params.get("show", "cost")
     measure = measure if measure in MEASURES else "cost"
@@ -944,18 +959,27 @@ async def account_overview(visit: Visit) -> Context:
 
 
 async def keys(visit: Visit) -> Context:
-    """Those in force, then the others."""
+    """Those in force, then the others; each the newest first."""
     shown = await _account(visit, "Keys")
     found = (await visit.ask(API.list_keys, account=shown["account"]["id"]))["keys"]
     now = iso_time(now_ms()) or ""
     async for key in in_slices(found):
         ended = key["expires_at"] is not None and key["expires_at"] <= now
         key["state"] = "revoked" if key["revoked_at"] else "expired" if ended else "in force"
+    found.reverse()
     found.sort(key=lambda key: key["state"] != "in force")
     return {**shown, **part_of(visit, "keys", found), "added": None}
 
 
-KEY_FIELDS = ("label", "models", "expires", "monthly_budget")
+KEY_FIELDS = (
+    "label",
+    "models",
+    "expires",
+    "monthly_budget",
+    "concurrency",
+    "requests_per_minute",
+    "tokens_per_minute",
+)
 
 
 async def _new_key(visit: Visit, added: Record) -> Context:
@@ -988,10 +1012,11 @@ async def rotate_key(visit: Visit) -> Context:
     return await _new_key(visit, await visit.do(API.rotate_key, body, key=await _key(visit)))
 
 
-async def revoke_key(visit: Visit) -> None:
+async def revoke_key(visit: Visit) -> Context | None:
     """From the next request on; of a compromised one what runs is cut."""
     compromised = "true" if visit.form.get("compromised") else "false"
-    await visit.do(API.revoke_key, {"compromised": compromised}, key=await _key(visit))
+    done = await visit.do(API.revoke_key, {"compromised": compromised}, key=await _key(visit))
+    return {"done": f"Revoked. Cut in flight: {done['cut']}."} if done["compromised"] else None
 
 
 KEY_ACTIONS: dict[str, Action] = {"add": add_key, "rotate": rotate_key, "revoke": revoke_key}

@@ -1525,7 +1525,8 @@ def test_from_the_first_start_to_a_request_on_the_usage_page_by_keyboard_alone(
     errors: list[str] = []
     watch(page, errors)
     page.goto(gateway.url + link[1])
-    page.keyboard.type(PASSWORD)  # the first field has the focus
+    expect(page.locator("input:focus")).to_be_visible()  # the first field has the focus
+    page.keyboard.type(PASSWORD)
     write(page, Password_again=PASSWORD)
     enter(page)
     see(page, "Overview")
@@ -1562,7 +1563,8 @@ def test_an_account_s_owner_by_keyboard_alone(gateway: Gateway, browser: Browser
     context = browser.new_context()
     page = context.new_page()
     page.goto(f"{gateway.url}/dashboard/")
-    page.keyboard.type("ada@example.com")  # the first field has the focus
+    expect(page.locator("input:focus")).to_be_visible()  # the first field has the focus
+    page.keyboard.type("ada@example.com")
     write(page, Password=PASSWORD)
     enter(page)
     see(page, "a")
@@ -1616,7 +1618,7 @@ def test_an_account_s_owner_by_keyboard_alone(gateway: Gateway, browser: Browser
     enter(page, "Log out")
     see(page, "Log in")
     keys = gateway.api("GET", "/accounts/a/keys")["keys"]
-    assert [key["compromised"] for key in keys] == [True, False]
+    assert [key["compromised"] for key in keys] == [False, True]  # the newest is shown first
     assert {key["label"] for key in keys} == {"by hand"}
     context.close()
 
@@ -1914,7 +1916,7 @@ def test_every_page_is_quick_on_a_large_ledger(
         while query:
             text = operator.get(f"/dashboard/{page}?{query}").text
             shown += [row[0] for row in cells(text, "Per million tokens")]
-            query = html.unescape("".join(re.findall(r'href="\?(.*)#prices"', text)))
+            query = html.unescape("".join(re.findall(r'rel="next" href="\?(.*)#prices"', text)))
         assert shown == names[1200:1300]
     used = operator.get("/dashboard/accounts/acct_1/usage?model=none").text
     assert "No requests in this time." in used
@@ -1967,9 +1969,9 @@ def test_the_pages_of_keys_are_all_keys_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
-    made = {
+    made = [
         gateway.api("POST", "/accounts/a/keys", {})["id"] for _ in range(dashboard.ON_A_PAGE + 1)
-    }
+    ]
     owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
     path = f"/dashboard/accounts/{owner.user['account_id']}/keys"
     first = owner.get(path).text
@@ -1978,12 +1980,64 @@ def test_the_pages_of_keys_are_all_keys_once(
     assert "page=3" not in second
     shown = [re.findall(r"<code>(key_\w+)</code>", text) for text in (first, second)]
     assert [len(each) for each in shown] == [dashboard.ON_A_PAGE, 1]
-    assert {*shown[0], *shown[1]} == made
+    assert [*shown[0], *shown[1]] == made[::-1]
+    assert 'rel="prev" href="?page=1"' in second
+    assert "Page 2 of 2" in second
     revoked = owner.post(f"{path}?page=2", do="revoke", key=shown[1][0])
     assert (revoked.status_code, revoked.headers["location"]) == (303, "?page=2&done")
     for page, count in (("0", 50), ("3", 1), ("999999", 1), ("-1", 50), ("x", 50), ("9" * 400, 50)):
         text = owner.get(f"{path}?page={page}").text
         assert text.count("<code>key_") == count, page
+
+
+def test_the_pages_of_accounts_are_all_accounts_once(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    names = [f"a {number:02}" for number in range(dashboard.ON_A_PAGE + 1)]
+    for name in names:
+        gateway.api("POST", "/accounts", {"name": name})
+    operator = closing(new_user(gateway, "op@example.com"))
+    query, shown = "?search=a", []
+    while query:
+        text = operator.get(f"/dashboard/accounts{query}").text
+        shown += [row[0] for row in cells(text, "By name")]
+        query = html.unescape("".join(re.findall(r'rel="next" href="(.*?)"', text)))
+    assert shown == names
+    after = gateway.api("GET", "/accounts", after=names[7], limit=1)["accounts"]
+    assert [each["name"] for each in after] == [names[8]]
+
+
+def test_what_a_key_is_held_to_is_on_its_page_and_whose_a_change_is_in_the_log(
+    gateway: Gateway, closing: Callable[[Login], Login]
+) -> None:
+    gateway.api("POST", "/accounts", {"name": "a"})
+    gateway.api("POST", "/users", {"email": "bob@example.com", "account": "a"})
+    gateway.api("POST", "/users/bob@example.com/reset")
+    operator = closing(new_user(gateway, "op@example.com"))
+    path = f"/dashboard/accounts/{gateway.api('GET', '/accounts/a')['id']}"
+    form = {"label": "laptop", "concurrency": "3", "requests_per_minute": "1200"}
+    operator.post(f"{path}/keys", do="add", **form, tokens_per_minute="9", monthly_budget="7")
+    ((*_, limits, last_used, _),) = cells(operator.get(f"{path}/keys").text, "Those in force")
+    limits = " ".join(limits.split())
+    assert limits == "3 in flight 1,200 requests a minute 9 tokens a minute 7.00 USD a month"
+    assert last_used == "never"
+    key = gateway.api("GET", "/accounts/a/keys")["keys"][0]["id"]
+    told = operator.post(f"{path}/keys", do="revoke", key=key, compromised="1").text
+    assert "Revoked. Cut in flight: 0." in told
+    log = operator.get("/dashboard/log").text
+    for kind, name in (("Key", "laptop"), ("User", "bob@example.com")):
+        assert re.search(rf"{kind}</strong>\s+changed[^<]*<bdi>a</bdi> · <bdi>{name}</bdi>", log)
+    assert operator.post(
+        "/dashboard/you", do="end", session="ses_0123456789abcdef"
+    ).status_code == (404)
+
+
+def test_the_status_page_shows_so_many_notices(gateway: Gateway) -> None:
+    for number in range(52):
+        gateway.api("POST", "/notices", {"kind": "incident", "text": f"notice {number:03}"})
+    text = gateway.get("/status", headers={"accept": "text/html"}).text
+    assert len(re.findall(r"notice \d{3}", text)) == 50
+    assert "And 2 more." in text
 
 
 def test_the_pages_of_notices_are_all_notices_once(

@@ -848,6 +848,13 @@ def test_prices_in_dollars_are_no_example_in_yen(make_gateway: MakeGateway) -> N
     assert "no prices" not in gateway.log()
 
 
+def test_a_statement_has_the_currency_s_digits(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway('[billing]\ncurrency = "KWD"').start()
+    gateway.api("POST", "/accounts", {"name": "a"})
+    month = gateway.api("POST", "/accounts/a/payments", {"amount": "100"})["month"]
+    assert "payments              100.000\n" in gateway.run("statement", "a", month).stdout
+
+
 def test_streams_are_billed_too(make_gateway: MakeGateway, upstream: Upstream) -> None:
     gateway = money_gateway(make_gateway)
     add_price(gateway, input="1", cached_input="1", output="1")
