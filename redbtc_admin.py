@@ -343,7 +343,7 @@ class API:
         self.books = books
         self.users = Users(books.store)
         self._running = running
-        self._public_url = public_url.rstrip("/")
+        self.dashboard_url = f"{public_url.rstrip('/')}/dashboard/"
         self._accounts = Accounts(books.store)
 
     async def example_model(self, patterns: Sequence[str] | None) -> str:
@@ -653,7 +653,7 @@ class API:
         return self._with_link(await self.users.add(body.email, body.role, account_id, actor.name))
 
     def _with_link(self, user: Record) -> Record:
-        return {**user, "link": f"{self._public_url}/dashboard/link/{user['link']}"}
+        return {**user, "link": f"{self.dashboard_url}link/{user['link']}"}
 
     @operation("DELETE", "/users/{user}", least="owner", answer=UserShown)
     async def remove_user(self, actor: Actor, user: str, query: WhichUser) -> Record:

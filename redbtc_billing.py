@@ -213,9 +213,9 @@ class PriceList:
                     return Tariff(in_force.values())
         return None
 
-    def has(self, new: Price) -> bool:
-        """Whether that is what its slot costs then, anyway."""
-        of_slot = self._slots.get(new.slot, [])
+    def has(self, new: Price, others: Iterable[Price]) -> bool:
+        """Whether that is what its slot costs then, anyway, with these others of it."""
+        of_slot = (*self._slots.get(new.slot, []), *others)
         old = latest(p for p in of_slot if p.effective_at <= new.effective_at).get(new.slot)
         return old is not None and (old.rates, old.max_output_tokens) == (
             new.rates,
@@ -243,7 +243,7 @@ def specificity(pattern: str) -> tuple[bool, int, int, str]:
 
 def is_pattern(model: str) -> bool:
     """Whether it may mean others than itself."""
-    return specificity(model)[0]
+    return not set(model).isdisjoint("*?[")
 
 
 def latest(prices: Iterable[Price]) -> dict[tuple[str, str, int], Price]:
@@ -622,7 +622,12 @@ class Books:
                 )
                 for price in prices
             ]
-            new = [price for price in new if not self.prices.has(price)]
+            kept: dict[tuple[str, str, int], list[Price]] = {}
+            for price in sorted(new, key=lambda price: price.effective_at):
+                of_slot = kept.setdefault(price.slot, [])
+                if not self.prices.has(price, of_slot):
+                    of_slot.append(price)
+            new = [price for price in new if price in kept[price.slot]]
             _refuse_twice(new)
             after = PriceList([*self.prices.prices, *new])
             changes: list[Change] = [(ADD_PRICE, msgspec.structs.astuple(price)) for price in new]
@@ -676,10 +681,14 @@ class Books:
                     lines.setdefault(name, f"{name}: {'; '.join(risen)}")
             news = [line for name, line in lines.items() if told.get(name) != line]
             told = lines
-            if news:
-                said = ". ".join(news)
-                text = f"Prices rise ({self.currency} per million tokens). {said}."
-                until = max(at, now) + settings.price_notice_days * DAY
+            texts: list[str] = []
+            for line in news:
+                if texts and len(texts[-1]) + len(line) + 3 <= NOTICE_TEXT:
+                    texts[-1] += f" {line}."
+                else:
+                    texts.append(f"Prices rise ({self.currency} per million tokens). {line}.")
+            until = max(at, now) + settings.price_notice_days * DAY
+            for text in texts:
                 values = ("price", text[:NOTICE_TEXT], at, until, now, by, False)
                 notices.append((ADD_NOTICE, (ledger.new_id("ntc"), *values)))
         return notices

@@ -859,14 +859,14 @@ async def import_example(books: Books) -> None:
         await books.add_prices(admin.prices_of(example), without_notice=None, by=FIRST_RUN)
 
 
-async def dashboard(api: admin.API, base_url: str) -> str:
+async def dashboard(api: admin.API) -> str:
     """Where it is. Until an operator has a password, and unless somebody has been made one, the
     first gets a link at each start to set one."""
     actor = admin.Actor(FIRST_RUN, "operator")
     operators = await api.users.all(None, "operator")
     first = [user["id"] for user in operators if user["email"] == FIRST_OPERATOR]
     if any(user["password_set_at"] for user in operators) or (operators and not first):
-        return f"Dashboard  {base_url.removesuffix('/v1')}/dashboard/\n"
+        return f"Dashboard  {api.dashboard_url}\n"
     if first:
         added = await api.perform(admin.API.reset_user, actor, {"user": first[0]})
     else:

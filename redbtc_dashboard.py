@@ -638,7 +638,7 @@ def new_password(form: Mapping[str, str], name: str) -> str:
 def sentence(text: str) -> str:
     """A message as pages show it; a name that it begins with stays as it is."""
     first = text.partition(" ")[0]
-    return f"{first.capitalize() if first.isalpha() else first}{text[len(first) :]}."
+    return f"{text[:1].upper() if first.isalpha() else text[:1]}{text[1:]}."
 
 
 def explanation(error: LedgerError) -> Context:

@@ -1372,7 +1372,7 @@ async def run(
         if first_run and not as_json:
             click.echo(await commands.welcome(gateway.api, url, demo))
         if not as_json:
-            click.echo(await commands.dashboard(gateway.api, url))
+            click.echo(await commands.dashboard(gateway.api))
         await gateway.unended.resume()
         await Running(gateway, loaded, demo_url).serve(listener)
 

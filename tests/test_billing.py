@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import fnmatch
 import random
+import re
 import sqlite3
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -444,6 +445,36 @@ def test_a_rise_is_told_once_whatever_else_is_to_come(bench: Bench, clock: Clock
     bench.price(Price("m", input=7 * NANOS, effective_at=clock.now + 47 * DAY))
     told = [(each["effective_at"], each["text"]) for each in bench.run(bench.books.notices())]
     assert [text.partition(". ")[2] for _, text in told] == ["m: input 5 to 6.", "m: input 6 to 7."]
+
+
+def test_a_price_that_is_to_go_back_goes_back(bench: Bench, clock: Clock) -> None:
+    bench.price(Price("m", input=1))
+    days = {40: 2, 50: 1, 60: 1, 30: 1}  # the last two change nothing
+    added = bench.price(
+        *(Price("m", input=n, effective_at=clock.now + day * DAY) for day, n in days.items())
+    )
+    assert (added["added"], added["unchanged"]) == (2, 2)
+    for day, rate in ((39, 1), (45, 2), (55, 1), (65, 1)):
+        tariff = bench.books.prices.tariff("m", clock.now + day * DAY)
+        assert tariff is not None
+        assert tariff.price("default", 0).input == rate
+
+
+def test_each_of_many_rises_is_told(bench: Bench, clock: Clock) -> None:
+    names = [f"model-{number:04}" for number in range(300)]
+    bench.price(*(Price(name, input=NANOS) for name in names))
+    at = clock.now + 40 * DAY
+    bench.price(*(Price(name, input=2 * NANOS, effective_at=at) for name in names))
+    told = [each["text"] for each in bench.run(bench.books.notices())]
+    assert len(told) > 1
+    assert all(len(text) <= billing.NOTICE_TEXT for text in told)
+    found = re.findall(r"(model-\d+): input 1 to 2\.", " ".join(told))
+    assert sorted(found) == names
+
+
+def test_a_class_that_begins_with_its_end_is_a_pattern(bench: Bench, clock: Clock) -> None:
+    bench.price(Price("[]a]", input=1))
+    assert bench.books.prices.tariff("a", clock.now) is not None
 
 
 def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> None:
