@@ -99,6 +99,7 @@ from redbtc_shapes import (
     Rotation,
     SessionList,
     Statement,
+    StatementQuery,
     SumsQuery,
     Suspension,
     Throttle,
@@ -585,13 +586,13 @@ class API:
         least="key",
         answer=Statement,
     )
-    async def statement(self, account: Record, month: str) -> Record:
+    async def statement(self, account: Record, month: str, query: StatementQuery) -> Record:
         """An account's month."""
         try:
             wanted = parse_month(month)
         except LedgerError as error:
             raise Invalid(str(error)) from None
-        return await reports.statement(self.books, account, wanted)
+        return await reports.statement(self.books, account, wanted, query.limit)
 
     @operation("GET", "/me/balance", least="key", answer=Balance)
     async def balance(self, account: Record) -> Record:

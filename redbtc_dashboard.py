@@ -945,7 +945,7 @@ async def account_overview(visit: Visit) -> Context:
     unit = shown["account"]["currency"] if measure == "cost" else MEASURES[measure].lower()
     return {
         **shown,
-        "month": (await visit.ask(API.statement, account=account_id, month=month))["totals"],
+        "month": (await _statement(visit, account_id, month, 0))["totals"],
         "limits": await visit.ask(API.account_limits, account=account_id),
         "notices": notices[-MOST_TOLD:][::-1],
         "more_notices": max(0, len(notices) - MOST_TOLD),
@@ -1104,7 +1104,7 @@ async def billing(visit: Visit) -> Context:
     shown = await _account(visit, "Billing")
     account_id = shown["account"]["id"]
     months = (await visit.ask(API.list_months, account=account_id))["months"]
-    now = await visit.ask(API.statement, account=account_id, month=shown["account"]["month"])
+    now = await _statement(visit, account_id, shown["account"]["month"], 0)
     payments = (await visit.ask(API.account_payments, account=account_id))["payments"]
     return {
         **shown,
@@ -1123,8 +1123,16 @@ async def statement(visit: Visit) -> Context:
     """A month of it."""
     shown = await _account(visit, "Billing")
     month = visit.request.path_params["month"]
-    found = await visit.ask(API.statement, account=shown["account"]["id"], month=month)
-    return {**shown, "found": found, "lines": found["usage"][:MOST_LINES]}
+    found = await _statement(visit, shown["account"]["id"], month, MOST_LINES + 1)
+    more = len(found["usage"]) > MOST_LINES
+    return {**shown, "found": found, "lines": found["usage"][:MOST_LINES], "more": more}
+
+
+async def _statement(visit: Visit, account: str, month: str, lines: int) -> Record:
+    """With so many lines of its usage."""
+    query = {"limit": lines}
+    found: Record = await visit.ask(API.statement, account=account, month=month, query=query)
+    return found
 
 
 MOST_LINES = 500

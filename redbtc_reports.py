@@ -192,22 +192,24 @@ def shown_sums(row: Mapping[str, Any] | sqlite3.Row, currency: str) -> Record:
 MONTHS_PAID = 3
 USAGE_OF_MONTH = f"""
     SELECT day, model, {SUMS} FROM usage_by_day WHERE account_id = ? AND month = ?
-     GROUP BY day, model ORDER BY day, model"""
+     GROUP BY day, model ORDER BY day, model LIMIT ?"""
 TOTALS_OF_MONTH = f"SELECT {SUMS} FROM usage_by_day WHERE account_id = ? AND month = ?"
 SPENT_BEFORE = """
     SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
       FROM usage_by_month WHERE account_id = ? AND month < ?"""
 
 
-async def statement(books: Books, account: Record, month: str) -> Record:
-    """Raises LedgerError for a month that has not begun."""
+async def statement(books: Books, account: Record, month: str, limit: int | None = None) -> Record:
+    """With the first `limit` lines of its usage, or all. Raises LedgerError for a month that has
+    not begun."""
     store = books.store
     end = month_start(months_after(month, 1))
     now = await store.settle_time()
     if month_start(month) > now:
         raise LedgerError(f"{month} has not begun")
     async with store.snapshot() as snapshot:
-        rows = snapshot.rows(USAGE_OF_MONTH, (account["id"], month))
+        lines = -1 if limit is None else limit
+        rows = snapshot.rows(USAGE_OF_MONTH, (account["id"], month, lines))
         usage = [shown_sums(row, books.currency) async for row in rows]
         used = await snapshot.one(TOTALS_OF_MONTH, (account["id"], month))
         before = await snapshot.one(SPENT_BEFORE, (account["id"], month))

@@ -290,6 +290,12 @@ class SumsQuery(UsageQuery):
     top: Annotated[int, Meta(ge=1, le=1000)] | None = None
 
 
+class StatementQuery(Sent):
+    """`limit`: as many lines of usage, the first ones; the totals are of all."""
+
+    limit: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
+
+
 class AccountsQuery(Sent):
     """`search` in names and addresses; `after`: whose names come after that one."""
 

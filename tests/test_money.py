@@ -709,6 +709,9 @@ def test_a_statement_adds_up(make_gateway: MakeGateway, upstream: Upstream) -> N
     assert Decimal(found["closing_balance"]) == 10 - cost
     assert Decimal(gateway.cli("account", "show", "a")["balance"]) == 10 - cost
     assert {line["model"] for line in found["usage"]} == {row["model"] or "m" for row in rows}
+    for limit in (0, 1):
+        some = gateway.api("GET", f"/accounts/a/statements/{month}", limit=limit)
+        assert some == {**found, "usage": found["usage"][:limit]}
     totals = found["totals"]
     assert (totals["requests"], totals["estimated"], totals["unreported"]) == (9, 1, 1)
     assert (found["opening_balance"], found["closed"]) == ("0", False)
