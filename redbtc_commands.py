@@ -782,20 +782,20 @@ def statement(context: Context, account: str, month: str, as_csv: bool, as_json:
 
 def statement_text(found: dict[str, Any]) -> str:
     totals, currency = found["totals"], found["currency"]
-    lately = [f"{month} {money(paid, currency)}" for month, paid in found["paid_by_month"].items()]
-    paid_lately = money(found["paid_last_three_months"], currency)
+    lately = [f"{month} {exact(paid, currency)}" for month, paid in found["paid_by_month"].items()]
+    paid_lately = exact(found["paid_last_three_months"], currency)
     summary = {
-        "opening balance": money(found["opening_balance"], currency),
-        "payments": money(totals["paid"], currency),
-        "usage": money(totals["cost"], currency),
-        "closing balance": money(found["closing_balance"], currency),
+        "opening balance": exact(found["opening_balance"], currency),
+        "payments": exact(totals["paid"], currency),
+        "usage": exact(totals["cost"], currency),
+        "closing balance": exact(found["closing_balance"], currency),
         "requests": totals["requests"],
         "of them estimated": totals["estimated"],
         "without usage": totals["unreported"],
         "paid in three months": f"{paid_lately} ({', '.join(lately)})",
     }
-    used = [{**row, "cost": money(row["cost"], currency)} for row in found["usage"]]
-    paid = [{**row, "amount": money(row["amount"], currency)} for row in found["payments"]]
+    used = [{**row, "cost": exact(row["cost"], currency)} for row in found["usage"]]
+    paid = [{**row, "amount": exact(row["amount"], currency)} for row in found["payments"]]
     state = "closed" if found["closed"] else "so far"
     parts = [f"{found['account']}, {found['month']}, {state}, in {currency}"]
     parts.append(details(summary))
@@ -804,7 +804,7 @@ def statement_text(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def money(amount: str, currency: str) -> str:
+def exact(amount: str, currency: str) -> str:
     """With the currency's digits after the point at least, as people write it."""
     return decimal(parse_amount(amount), digits_of(currency))
 

@@ -124,6 +124,15 @@ def test_the_description_served_is_that_of_how_it_is_reached(running: Gateway) -
     assert schemes["session"]["name"] == "__Host-redbtc"
 
 
+@pytest.mark.parametrize("path", ["/openapi.json", "/accounts", "/nothing"])
+def test_no_browser_takes_an_answer_for_a_page(running: Gateway, path: str) -> None:
+    headers = running.get(f"{PREFIX}{path}").headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["cache-control"] == "no-store"
+
+
 # ── What is sent ─────────────────────────────────────────────────────────────────────────────────
 
 

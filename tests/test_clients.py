@@ -537,6 +537,10 @@ def test_each_start_prints_a_link_until_an_operator_has_a_password(
         assert client.post(f"{gateway.url}{urlsplit(third).path}", data=password).is_redirect
     gateway.terminate()
     assert start() == f"{gateway.url}/dashboard/"
+    gateway.terminate()
+    gateway.configure('[server]\npublic_url = "https://ai.example.com/"')
+    assert start() == "https://ai.example.com/dashboard/"
+    gateway.configure()
     gateway.cli("user", "remove", "operator@localhost")
     gateway.terminate()
     assert start() == f"{gateway.url}/dashboard/"  # ada has a link of her own

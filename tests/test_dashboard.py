@@ -1243,6 +1243,21 @@ def test_money_has_its_currency_s_digits(
 ) -> None:
     assert dashboard.money(amount, currency) == rounded
     assert dashboard.exact(amount, currency) == exact
+    column = dashboard.aligned(amount, currency)
+    assert column.strip() == exact
+    assert len(column) - column.find(".") == 10 if "." in column else column.endswith("\u2007" * 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a refund needs a reason", "A refund needs a reason."),
+        ("DALLE is in use", "DALLE is in use."),
+        ("gpt-5.5 is in use", "gpt-5.5 is in use."),
+    ],
+)
+def test_a_message_is_a_sentence_and_a_name_stays_as_it_is(text: str, shown: str) -> None:
+    assert dashboard.sentence(text) == shown
 
 
 def cells(text: str, caption: str) -> list[list[str]]:

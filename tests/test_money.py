@@ -593,6 +593,8 @@ def test_budgets_are_told_of_once_and_signed(
     told = sorted((notice["key_id"] or "", notice["percent"]) for notice in notices)
     assert told == [("", 50), ("", 80), *((key_id["id"], percent) for percent in (50, 80, 100))]
     assert all(notice["account"] == "a" and notice["kind"] == "budget" for notice in notices)
+    half = "50 % of the monthly budget is spent: 5.00 of 10.00 USD"
+    assert any(notice["text"].startswith(half) for notice in notices)
     wait_until(lambda: len(hook.posts) >= 10, 20)  # each twice
     checker = openai.OpenAI(api_key="x", webhook_secret=secret)
     ids = set()
