@@ -616,6 +616,7 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
         (login,) = await users.verify("ada@example.com", PASSWORD, "here", "")
         first = await users.log_in(login.user_id, login.hashed, "")
         assert first is not None
+        assert await users.log_in(login.user_id, b"not any more", "", "", first.cookie) is None
         session = users.session(first.cookie)
         assert session is not None
         ends: dict[str, Callable[[], Awaitable[object]]] = {
