@@ -367,8 +367,8 @@ class HTTPProtocol(asyncio.Protocol):
         self.deadline = math.inf
 
     def data_received(self, data: bytes) -> None:
-        if self._kept:
-            self._keep(self._kept + data)
+        if self._kept or (self.writing_paused and self._cycle is None):
+            self._keep(self._kept + data)  # the client is to read its answers first
         else:
             self._take(data)
 
@@ -497,7 +497,7 @@ class HTTPProtocol(asyncio.Protocol):
 
     def _take_kept(self) -> None:
         self._continuing = False
-        if self.closed or self.writing_paused:  # the client is to read its answers first
+        if self.closed or self.writing_paused:
             return
         data, self._kept = self._kept, b""
         if data:
@@ -601,7 +601,8 @@ class HTTPProtocol(asyncio.Protocol):
         except (httptools.HttpParserError, UnicodeDecodeError):
             self._refuse(Refusal("invalid_http"))
         else:
-            self._serve(scope, framing_of(scope["headers"]), self._keep_alive)
+            keep_alive = self._keep_alive and scope["http_version"] == "1.1"
+            self._serve(scope, framing_of(scope["headers"]), keep_alive)
         return False
 
     def _refuse(self, refusal: Refusal) -> None:
