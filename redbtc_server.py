@@ -229,8 +229,9 @@ class RequestCycle:
 HEAD_SECONDS = 30  # for a head, and for the first one to begin
 KEEP_ALIVE_SECONDS = 75  # longer than nginx's 60: never closed as it sends a request
 DISCARD_SECONDS = 30  # for the rest of a body whose request was answered
-MAX_DISCARDED = 512 << 20  # bytes of that
+MAX_DISCARDED = 256 << 20  # bytes of that
 LINGER_SECONDS = 2  # to read a last answer: closing on unread bytes would reset the connection
+MAX_LINGER = 4 << 20  # bytes that are thrown away meanwhile
 WRITE_SECONDS = 300  # for the client to read what was sent, while the app has more of it
 PROGRESS_SECONDS = 60  # for it to read a part of that, after these or another deadline
 SWEEP_SECONDS = 1
@@ -401,7 +402,7 @@ class HTTPProtocol(asyncio.Protocol):
         """Change the state; it may last so long."""
         self._state = state
         self.deadline = self._shared.now() + seconds if seconds < math.inf else math.inf
-        self._unsent = 0
+        self._unsent = self._discarded = 0
         if state is State.SERVING:
             self._shared.waiting.pop(self, None)
         else:
@@ -429,7 +430,6 @@ class HTTPProtocol(asyncio.Protocol):
         elif cycle.framing.whole:
             self._next()
         else:
-            self._discarded = 0
             self._enter(State.DISCARDING, DISCARD_SECONDS)
             self.resume_reading()
 
@@ -510,7 +510,7 @@ class HTTPProtocol(asyncio.Protocol):
             data = self._take_head(data)  # twice where empty lines come first (RFC 9112 §2.2)
         if self._state is State.CLOSING:
             self._discarded += len(data)
-            if self._discarded > MAX_DISCARDED:
+            if self._discarded > MAX_LINGER:
                 self.abort()
         elif data and self._cycle:
             self._take_body(self._cycle, data)

@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""Count the function calls that a JSON request costs the gateway, C functions included: a figure that
-does not drift with the machine's speed. `bench/calls.py [CHECKOUT ...]` counts for this checkout, or
-for each that is named, in front of the tests' upstream."""
+"""Count the function calls that a JSON request costs the gateway, C functions included: a figure
+that does not drift with the machine's speed.
+
+    bench/calls.py [CHECKOUT ...]
+
+counts for this checkout, or for each that is named, in front of the tests' upstream.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from gateway import Gateway, wait_until
-from upstream import Upstream
+from gateway import Gateway, wait_until  # noqa: E402
+from upstream import Upstream  # noqa: E402
 
 FEW, MANY = 200, 1200
 BODY = {"model": "gpt-up", "input": "Hi"}
