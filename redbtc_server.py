@@ -83,7 +83,8 @@ class RequestCycle:
         self._connection = connection
         self._failure: Refusal | None = None
         # RFC 9110 §10.1.1: the client sends its body when it is told to
-        self._waits = header(scope["headers"], b"expect") is not None and not self._is_old
+        expected = header(scope["headers"], b"expect") or b""
+        self._waits = expected.lower() == b"100-continue" and not self._is_old
         self._body: bytes | bytearray = b""
         self._ended = False  # the app was given the body's end
         self._event = asyncio.Event()
@@ -150,7 +151,7 @@ class RequestCycle:
         """Return the next part of the body; after its end, wait until the client leaves or the
         answer is complete. Raises Refusal where the body's framing is broken."""
         connection = self._connection
-        if self._waits and not self.started:
+        if self._waits and not (self.started or connection.closed):
             connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._waits = False
         while not (connection.closed or self.complete):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
 from conftest import MakeGateway
 from gateway import Gateway, wait_until
-from upstream import Received, Reply, Upstream, json_answer
+from upstream import Received, Reply, Upstream, event, json_answer
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 
@@ -410,3 +412,74 @@ def test_metrics_and_readiness(gateway: Gateway, key: str, upstream: Upstream) -
     outside = {"x-forwarded-for": "203.0.113.5"}
     answer = gateway.get("/metrics", headers=outside)
     assert answer.status_code == 403
+
+
+def test_an_http_1_0_client_gets_no_chunks_and_a_reset_where_the_answer_is_torn(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """RFC 9112 §6.1; nginx's proxying is HTTP/1.0 where nothing else is said."""
+    body = b'{"model":"m","messages":[],"stream":true,"stream_options":{"include_usage":true}}'
+    head = (
+        f"POST /v1/chat/completions HTTP/1.0\nAuthorization: Bearer {key}\n"
+        f"Content-Type: application/json\nContent-Length: {len(body)}"
+    )
+    events = [event({"id": "c", "choices": []}), b"data: [DONE]\n\n"]
+    for torn in (False, True):
+
+        async def script(_: Received, reply: Reply, torn: bool = torn) -> None:
+            await reply.head(200, [("content-type", "text/event-stream")])
+            for each in events[: 1 if torn else 2]:
+                await reply.send(each)
+            if torn:
+                reply.tear()
+            await reply.end()
+
+        upstream.script = script
+        answer, end = b"", None
+        with socket.create_connection(("127.0.0.1", gateway.port), timeout=100) as sock:
+            sock.sendall(request(head, body))
+            try:
+                while part := sock.recv(65536):
+                    answer += part
+            except ConnectionResetError as error:
+                end = error
+        assert bool(end) is torn
+        if not torn:
+            assert answer.partition(b"\r\n\r\n")[2] == b"".join(events)
+            assert b"chunked" not in answer
+
+
+class FewDescriptors(Gateway):
+    """One that may open 160 files."""
+
+    def command(self, *arguments: str) -> list[str]:
+        command = super().command(*arguments)
+        if "serve" not in arguments:
+            return command
+        return ["sh", "-c", 'ulimit -n 160; exec "$@"', "sh", *command]
+
+
+def test_more_connections_than_descriptors(tmp_path: Path, upstream: Upstream) -> None:
+    """Idle connections and slow heads make room, which is said once; requests under way stay."""
+    gateway = FewDescriptors(tmp_path / "gateway", upstream.url).start()
+    try:
+        key = gateway.new_key()
+        slow = b"POST /v1/responses HTTP/1.1\r\nHost: a\r\nX-Slow: "
+        with contextlib.ExitStack() as stack, gateway.client(key) as client:
+            for number in range(300):
+                sock = socket.create_connection(("127.0.0.1", gateway.port), 100)
+                stack.enter_context(sock).sendall(slow if number % 2 else b"")
+                if number % 50 == 0:
+                    assert client.post("/responses", json=RESPONSE).status_code == 200
+            assert gateway.open_files() < 120
+            assert gateway.get("/healthz").status_code == 200
+        assert gateway.log().count("too many connections") == 1
+        assert '"maximum":48' in gateway.log()
+        wait_until(lambda: "connections are accepted again" in gateway.log())
+    finally:
+        gateway.close()
+
+
+def test_the_descriptor_limit_is_raised(gateway: Gateway) -> None:
+    soft, hard = resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
