@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM_KEY = "sk-upstream-canary-0123456789"
 PATIENCE_SECONDS = 150  # for what usually takes a second or two: only what hangs takes longer
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # else each client reads all certificates, 27 ms
+USUAL: dict[str, Any] = {"timeout": PATIENCE_SECONDS, "trust_env": False, "verify": NO_TLS}
 
 
 def wait_until(
@@ -265,13 +266,11 @@ class Gateway:
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         """Without a key."""
-        usual = {"timeout": PATIENCE_SECONDS, "trust_env": False, "verify": NO_TLS}
-        return httpx2.get(f"{self.url}{path}", **{**usual, **options})
+        return httpx2.get(f"{self.url}{path}", **{**USUAL, **options})
 
     def client(self, key: str, **options: Any) -> httpx2.Client:
-        usual = {"timeout": PATIENCE_SECONDS, "trust_env": False, "verify": NO_TLS}
         headers = {"authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.base_url, headers=headers, **{**usual, **options})
+        return httpx2.Client(base_url=self.base_url, headers=headers, **{**USUAL, **options})
 
     def raw(
         self, data: bytes, read_seconds: float = PATIENCE_SECONDS, until_close: bool = False

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import threading
@@ -326,7 +325,7 @@ def test_a_client_that_stops_in_mid_body_leaves_no_trace(gateway: Gateway, key: 
         client.get("/models")  # what is opened once is open now
         before = gateway.open_files()
     for _ in range(50):
-        with socket.create_connection(("127.0.0.1", gateway.port)) as sock:
+        with gateway.connect() as sock:
             sock.sendall(head)
     wait_until(lambda: gateway.open_files() <= before)
     assert not gateway.rows()

@@ -10,7 +10,6 @@ import gc
 import html
 import io
 import re
-import socket
 import sqlite3
 import sys
 import threading
@@ -26,7 +25,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import httpx2
 import pytest
 from conftest import NODE_MODULES, MakeGateway, needs
-from gateway import NO_TLS, ROOT, Gateway, wait_until
+from gateway import ROOT, USUAL, Gateway, wait_until
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from starlette.requests import Request
 from upstream import Received, Reply, Upstream, event, json_answer
@@ -77,7 +76,7 @@ class Login(NamedTuple):
 
 def anonymous(gateway: Gateway, **headers: str) -> httpx2.Client:
     headers = {"origin": gateway.url, **headers}
-    return httpx2.Client(base_url=gateway.url, headers=headers, verify=NO_TLS, trust_env=False)
+    return httpx2.Client(base_url=gateway.url, headers=headers, **USUAL)
 
 
 def new_user(gateway: Gateway, email: str, role: str = "operator", account: str = "") -> Login:
@@ -978,7 +977,7 @@ def test_a_change_whose_session_ends_before_it_is_sent_whole(
     form, record = b"do=add&name=mine", b'{"name": "mine"}'
     held = []
     for path, body in (("/dashboard/accounts", form), ("/admin/v1/accounts", record)):
-        connection = socket.create_connection(("127.0.0.1", gateway.port), 5)
+        connection = gateway.connect()
         host = f"127.0.0.1:{gateway.port}"
         connection.sendall(
             f"POST {path} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nCookie: redbtc="
@@ -2115,7 +2114,7 @@ def test_what_an_account_piles_up_makes_nobody_wait(
     waited, done = [0.0], threading.Event()
 
     def ask_for_something_else() -> None:
-        with httpx2.Client(base_url=gateway.url, trust_env=False) as client:
+        with httpx2.Client(base_url=gateway.url, **USUAL) as client:
             while not done.is_set():
                 began = time.perf_counter()
                 client.get("/healthz")

@@ -12,7 +12,7 @@ import time
 import httpx2
 import pytest
 from conftest import MakeGateway
-from gateway import Gateway, wait_until
+from gateway import USUAL, Gateway, wait_until
 from upstream import Received, Reply, Upstream, json_answer
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
@@ -115,7 +115,7 @@ def test_expect_is_answered_for_a_good_key(gateway: Gateway, key: str) -> None:
         f"POST /v1/responses HTTP/1.1\nHost: a\nAuthorization: Bearer {key}\n"
         f"Content-Type: application/json\nContent-Length: {len(BODY)}\nExpect: 100-continue"
     )
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as sock:
+    with gateway.connect() as sock:
         sock.sendall(request(head))
         assert sock.recv(1000).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
         sock.sendall(BODY)
@@ -126,7 +126,7 @@ def test_pipelined_requests_are_answered_in_order(gateway: Gateway, key: str) ->
     one = request("GET /healthz HTTP/1.1\nHost: a")
     two = request(f"GET /v1/models HTTP/1.1\nHost: a\nAuthorization: Bearer {key}")
     last = request("GET /v1/nothing HTTP/1.1\nHost: a\nConnection: close")
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as sock:
+    with gateway.connect() as sock:
         sock.sendall(one + two + last)
         answer = b""
         while part := sock.recv(65536):
@@ -162,7 +162,7 @@ def test_a_client_in_mid_upload_sees_why_it_is_refused(gateway: Gateway, key: st
             f"{gateway.base_url}/responses",
             content=body,
             headers={"authorization": f"Bearer {token}", "content-type": "application/json"},
-            trust_env=False,
+            **USUAL,
         )
         assert answer.status_code == status
 
@@ -172,7 +172,7 @@ def test_connections_that_are_reset_leave_nothing_behind(gateway: Gateway) -> No
 
     def reset(count: int) -> None:
         for _ in range(count):
-            with socket.create_connection(("127.0.0.1", gateway.port), 5) as sock:
+            with gateway.connect() as sock:
                 sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
                 assert sock.recv(1000).startswith(b"HTTP/1.1 200")
                 linger = struct.pack("ii", 1, 0)
@@ -186,7 +186,7 @@ def test_connections_that_are_reset_leave_nothing_behind(gateway: Gateway) -> No
 
 def test_a_head_that_never_ends_costs_no_memory(gateway: Gateway) -> None:
     before = gateway.rss()
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as sock:
+    with gateway.connect() as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX: ")
         sent = 0
         with contextlib.suppress(ConnectionError):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 from conftest import MakeGateway
-from gateway import Gateway, wait_until
+from gateway import USUAL, Gateway, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object, stream
@@ -262,7 +262,7 @@ def test_every_flaw_of_a_key_has_one_answer(gateway: Gateway, upstream: Upstream
     for value in values:
         headers = {} if value is None else {"authorization": value}
         answer = httpx2.post(
-            f"{gateway.base_url}/responses", json=RESPONSE, headers=headers, trust_env=False
+            f"{gateway.base_url}/responses", json=RESPONSE, headers=headers, **USUAL
         )
         assert answer.status_code == 401, value
         bodies.add(answer.content)

@@ -1015,7 +1015,7 @@ HANDSHAKE = (
 
 def by_hand(gateway: Gateway, key: str) -> socket.socket:
     """A client that has asked for a WebSocket, and reads nothing."""
-    sock = socket.create_connection(("127.0.0.1", gateway.port))
+    sock = gateway.connect()
     sock.sendall(f"{HANDSHAKE}Authorization: Bearer {key}\r\n\r\n".encode())
     return sock
 
