@@ -297,6 +297,17 @@ class Gateway:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), PATIENCE_SECONDS)
 
+    def begin(self, key: str, body: Any, path: str = "/responses") -> socket.socket:
+        """Send a request on a connection that the caller leaves when it likes."""
+        content = json.dumps(body).encode()
+        head = (
+            f"POST /v1{path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        )
+        sock = self.connect()
+        sock.sendall(head.encode() + content)
+        return sock
+
     def connections(self) -> int:
         """Return how many connections clients have to it."""
         found = self._process.net_connections("tcp")
