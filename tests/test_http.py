@@ -253,15 +253,15 @@ JSON = {"content-type": "application/json"}
     ],
 )
 def test_bodies_that_are_refused(
-    gateway: Gateway,
-    upstream: Upstream,
-    key: str,
+    shared: tuple[Gateway, Upstream],
     path: str,
     body: bytes,
     headers: dict[str, str],
     expected: tuple[int, str, str | None],
 ) -> None:
-    assert code_of(gateway, key, path, content=body, headers=headers) == expected
+    gateway, upstream = shared
+    found = code_of(gateway, gateway.new_key(), path, content=body, headers=headers)
+    assert found == expected
     assert not upstream.requests
     assert not gateway.rows()
 
