@@ -451,14 +451,9 @@ def stream(
 sse = stream  # what it is called where `client.stream` stands beside it
 
 
-def slow_head(seconds: float, then: Script) -> Script:
-    """Nothing at all for so long."""
-
-    async def script(request: Received, reply: Reply) -> None:
-        await asyncio.sleep(seconds)
-        await then(request, reply)
-
-    return script
+async def silent(request: Received, reply: Reply) -> None:
+    """Answer nothing at all."""
+    await reply.wait(request.closed)
 
 
 def event(content: Any, name: str | None = None) -> bytes:
