@@ -212,9 +212,10 @@ class Socket:
         self._protocol.receive_data(closing)
         await self._flush()
 
-    async def stop_reading(self, seconds: float) -> None:
+    async def stop_reading(self) -> None:
+        """Read nothing more until the test ends."""
         cast(asyncio.ReadTransport, self._writer.transport).pause_reading()
-        await asyncio.sleep(seconds)
+        await asyncio.Event().wait()
 
     def tear(self) -> None:
         self._writer.transport.abort()
