@@ -13,7 +13,7 @@ run: $(VENV)/runtime ## Run the gateway: OpenAI where OPENAI_API_KEY is set, els
 	exec $(RUN) redbtc_proxy.py serve --first-run $(if $(OPENAI_API_KEY),,--demo)
 
 test: $(VENV)/dev tests/node_modules lint ## Check style and types, run all tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/dev ## Check style and types
 	$(RUN) -m ruff check .

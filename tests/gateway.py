@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -20,24 +22,33 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM_KEY = "sk-upstream-canary-0123456789"
+PATIENCE_SECONDS = 150  # for what usually takes a second or two: only what hangs takes longer
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # else each client reads all certificates, 27 ms
+USUAL: dict[str, Any] = {"timeout": PATIENCE_SECONDS, "trust_env": False, "verify": NO_TLS}
 
 
 def wait_until(
-    condition: Callable[[], Any], seconds: float = 10, why: str | Callable[[], str] = ""
+    condition: Callable[[], Any],
+    seconds: float = PATIENCE_SECONDS,
+    why: str | Callable[[], str] = "",
 ) -> None:
-    """`why` is shown where it does not come to hold; as a function, what it says then."""
-    patience = time.monotonic() + seconds
+    """Return once the condition holds. `why` is what to say where it never does."""
+    deadline = time.monotonic() + seconds
     while not condition():
-        if time.monotonic() > patience:
+        if time.monotonic() > deadline:
             said = why if isinstance(why, str) else why()
             raise AssertionError(f"waited {seconds} s in vain {said}")
         time.sleep(0.005)
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port that nothing listens at. It is below those that connections get, so that none
+    takes it before its server is up; two workers of pytest-xdist draw from different ports."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = random.randrange(10_000, 32_000, 8) + worker % 8
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def toml(tables: Mapping[str, Any], path: str = "") -> str:
@@ -123,7 +134,7 @@ class Gateway:
             )
         self.expected_dead = False
         if wait:
-            wait_until(self._answers, 15, lambda: f"for the gateway to start: {self.log()}")
+            wait_until(self._answers, why=lambda: f"for the gateway to start: {self.log()}")
         return self
 
     def _answers(self) -> bool:
@@ -151,12 +162,18 @@ class Gateway:
         self.process.kill()
         self.process.wait()
 
-    def terminate(self, wait: bool = True, seconds: float = 20) -> int | None:
+    def terminate(self, wait: bool = True) -> int | None:
         """Its exit status, or None where it is not waited for."""
         assert self.process is not None
         self.expected_dead = True
         self.process.terminate()
-        return self.process.wait(seconds) if wait else None
+        return self.wait() if wait else None
+
+    def wait(self) -> int:
+        """Return the exit status of a gateway that is ending."""
+        assert self.process is not None
+        self.expected_dead = True
+        return self.process.wait(PATIENCE_SECONDS)
 
     def restart(self) -> Gateway:
         """End it as an operator would, if it runs, and start it again."""
@@ -189,7 +206,7 @@ class Gateway:
             env=self._env,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
             cwd=self.folder,
         )
 
@@ -204,7 +221,9 @@ class Gateway:
     def api(self, method: str, path: str, body: Any = None, **query: str | int) -> Any:
         """Call the running gateway's admin API directly: what commands do, without their start."""
         transport = httpx2.HTTPTransport(verify=NO_TLS, uds=f"{self.database}.sock")
-        with httpx2.Client(transport=transport, base_url="http://gateway", timeout=60) as client:
+        with httpx2.Client(
+            transport=transport, base_url="http://gateway", timeout=PATIENCE_SECONDS
+        ) as client:
             answer = client.request(method, f"/admin/v1{path}", json=body, params=query)
             assert answer.status_code < 400, answer.text
             return answer.json()
@@ -247,30 +266,52 @@ class Gateway:
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         """Without a key."""
-        return httpx2.get(f"{self.url}{path}", trust_env=False, verify=NO_TLS, **options)
+        return httpx2.get(f"{self.url}{path}", **{**USUAL, **options})
 
     def client(self, key: str, **options: Any) -> httpx2.Client:
-        usual = {"timeout": 30, "trust_env": False, "verify": NO_TLS}
         headers = {"authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.base_url, headers=headers, **{**usual, **options})
+        return httpx2.Client(base_url=self.base_url, headers=headers, **{**USUAL, **options})
 
-    def raw(self, data: bytes, read_seconds: float = 5, until_close: bool = False) -> bytes:
+    def raw(
+        self, data: bytes, read_seconds: float = PATIENCE_SECONDS, until_close: bool = False
+    ) -> bytes:
         """Send bytes; all that is answered until the connection ends or nothing more comes. An
         answer that is complete by its Content-Length ends it, too, unless `until_close`."""
         answer = b""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=read_seconds) as sock:
+        with self.connect() as sock:
+            sock.settimeout(read_seconds)
             try:
                 sock.sendall(data)
                 while part := sock.recv(65536):
                     answer += part
                     head, end, body = answer.partition(b"\r\n\r\n")
                     match = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-                    whole = match and end and len(body) >= int(match[1])
+                    length = 0 if data.startswith(b"HEAD ") else int(match[1]) if match else None
+                    whole = end and length is not None and len(body) >= length
                     if whole and not until_close:
                         break
             except (TimeoutError, ConnectionError):
                 pass
         return answer
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), PATIENCE_SECONDS)
+
+    def begin(self, key: str, body: Any, path: str = "/responses") -> socket.socket:
+        """Send a request on a connection that the caller leaves when it likes."""
+        content = json.dumps(body).encode()
+        head = (
+            f"POST /v1{path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        )
+        sock = self.connect()
+        sock.sendall(head.encode() + content)
+        return sock
+
+    def connections(self) -> int:
+        """Return how many connections clients have to it."""
+        found = self._process.net_connections("tcp")
+        return sum(each.laddr.port == self.port and bool(each.raddr) for each in found)
 
     @property
     def _process(self) -> psutil.Process:

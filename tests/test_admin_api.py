@@ -13,7 +13,7 @@ import httpx2
 import pytest
 import requests
 import schemathesis
-from gateway import NO_TLS, Gateway
+from gateway import NO_TLS, PATIENCE_SECONDS, USUAL, Gateway
 from hypothesis import HealthCheck, settings
 from schemathesis import Case, GenerationMode
 from upstream import Upstream
@@ -37,7 +37,7 @@ def log_in(gateway: Gateway, link: str) -> dict[str, str]:
     origin = {"origin": gateway.url}
     form = {"password": PASSWORD, "again": PASSWORD}
     url = f"{gateway.url}/dashboard/link/{link.rsplit('/', 1)[1]}"
-    with httpx2.Client(trust_env=False, verify=NO_TLS) as client:
+    with httpx2.Client(**USUAL) as client:
         answer = client.post(url, data=form, headers=origin)
         assert answer.status_code == 303, answer.text
         return {"Cookie": f"redbtc={answer.cookies['redbtc']}", "Origin": gateway.url}
@@ -150,7 +150,9 @@ def local(running: Gateway) -> Iterator[httpx2.Client]:
 
 def socket_of(gateway: Gateway) -> httpx2.Client:
     transport = httpx2.HTTPTransport(verify=NO_TLS, uds=f"{gateway.database}.sock")
-    return httpx2.Client(transport=transport, base_url=f"http://gateway{PREFIX}", timeout=60)
+    return httpx2.Client(
+        transport=transport, base_url=f"http://gateway{PREFIX}", timeout=PATIENCE_SECONDS
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ class House(NamedTuple):
     ) -> httpx2.Response:
         """On the public port."""
         url, shown = f"{self.gateway.url}{PREFIX}{path}", self.who[who]
-        with httpx2.Client(trust_env=False, verify=NO_TLS) as client:
+        with httpx2.Client(**USUAL) as client:
             return client.request(method, url, json=body, params=query, headers=shown)
 
     def last_change(self) -> int:
@@ -286,7 +288,7 @@ def furnished(gateway: Gateway, account: str) -> tuple[str, dict[str, str]]:
     session = log_in(gateway, user["link"])
     row = gateway.rows(account=account)[0]
     url = f"{gateway.url}{PREFIX}/login/sessions"
-    (seen,) = httpx2.get(url, headers=session, verify=NO_TLS, trust_env=False).json()["sessions"]
+    (seen,) = httpx2.get(url, headers=session, **USUAL).json()["sessions"]
     return key, {
         "account": shown["account_id"],
         "name": account,
@@ -476,9 +478,7 @@ def test_nobody_is_let_in_by_the_wrong_credential(house: House) -> None:
             shown = house.who["operator" if path.startswith("/me") else "key"]
             url = f"{house.gateway.url}{PREFIX}{path.format(**house.own)}"
             for headers in ({}, shown):
-                answer = httpx2.request(
-                    operation.method, url, headers=headers, verify=NO_TLS, trust_env=False
-                )
+                answer = httpx2.request(operation.method, url, headers=headers, **USUAL)
                 assert answer.status_code == 401, path
 
 
@@ -488,9 +488,7 @@ def test_a_change_says_where_it_comes_from(house: House) -> None:
         for operation in OPERATIONS:
             url = f"{house.gateway.url}{PREFIX}{operation.paths[0].format(**house.own)}"
             if operation.method != "GET":
-                answer = httpx2.request(
-                    operation.method, url, headers=cookie | origin, verify=NO_TLS, trust_env=False
-                )
+                answer = httpx2.request(operation.method, url, headers=cookie | origin, **USUAL)
                 assert answer.status_code == 403, operation.name
 
 

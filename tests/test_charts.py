@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
@@ -15,6 +14,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speed import cost
 
 from redbtc_charts import Chart, Series, axis_ticks, short, stacked
 
@@ -492,7 +492,7 @@ def test_what_makes_no_chart_is_refused(dates: list[str], rows: list[Series], pr
 
 
 def test_a_month_of_seven_looks_is_small_and_quick() -> None:
-    """Under 25 KB for both drawings, under 3 ms (the best of ten: other work may be going on)."""
+    """Under 25 KB for both drawings, about 3 ms of processor time on an ordinary machine."""
     rows = [
         Series(
             f"m{number}", tuple(Decimal(7919 * (day + number) % 1009) / 997 for day in range(31))
@@ -500,10 +500,6 @@ def test_a_month_of_seven_looks_is_small_and_quick() -> None:
         for number in range(9)
     ]
     rows = [Series(name, tuple(round(value, 9) for value in values)) for name, values in rows]
-    dates, seconds = days(31), []
-    for _ in range(10):
-        start = time.perf_counter()
-        chart = chart_of(dates, rows)
-        seconds.append(time.perf_counter() - start)
-    assert len(chart.svg.encode()) < 25_000
-    assert min(seconds) < 0.003
+    dates = days(31)
+    assert len(chart_of(dates, rows).svg.encode()) < 25_000
+    assert cost(lambda: chart_of(dates, rows), tries=10) < 4.3

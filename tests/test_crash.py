@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from conftest import MakeGateway, needs
-from gateway import Gateway, wait_until
+from gateway import PATIENCE_SECONDS, Gateway, wait_until
 from upstream import (
     Received,
     Reply,
@@ -82,15 +81,15 @@ def test_kill_9_loses_nothing_and_counts_nothing_twice(
     try:
         for _ in range(KILLS):
             enough = len(complete) + random.randrange(5, 60)
-            wait_until(lambda enough=enough: len(complete) >= enough, 30)  # type: ignore[misc]
+            wait_until(lambda enough=enough: len(complete) >= enough)  # type: ignore[misc]
             time.sleep(random.random() * 0.02)
             gateway.kill()
             gateway.start()
     finally:
         stop.set()
         for thread in threads:
-            thread.join(30)
-    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 20)
+            thread.join(PATIENCE_SECONDS)
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
     rows = gateway.rows()
     outcomes = Counter(row["outcome"] for row in rows)
     recorded = Counter(row["response_id"] for row in rows if row["outcome"] == "completed")
@@ -120,7 +119,7 @@ def test_a_stopped_gateways_crash_is_visible_to_commands(
     release = threading.Event()
 
     async def script(request: Received, reply: Reply) -> None:
-        await reply.wait(release, 5)
+        await reply.wait(release)
 
     upstream.script = script
 
@@ -172,8 +171,9 @@ def test_a_client_that_leaves_while_its_row_is_begun_costs_nothing(
 ) -> None:
     lock = sqlite3.connect(gateway.database, isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
-    with gateway.client(key, timeout=0.2) as client, pytest.raises(httpx2.ReadTimeout):
-        client.post("/responses", json=RESPONSE)
+    with gateway.begin(key, RESPONSE):
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 1)
+    wait_until(lambda: gateway.connections() == 0)
     lock.execute("ROLLBACK")
     lock.close()
     wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
@@ -217,15 +217,14 @@ def test_a_full_disk_is_a_503_and_recovers_by_itself(tmp_path: Path, upstream: U
         filler = disk / "filler"
         fill(filler)
         release.set()  # it has to be settled on a full disk
-        deadline = time.monotonic() + 20
-        while post(gateway, key) != (503, "ledger_unavailable"):
-            assert time.monotonic() < deadline, "the write-ahead log's own room is used up at last"
+        why = "the write-ahead log's own room is used up at last"
+        wait_until(lambda: post(gateway, key) == (503, "ledger_unavailable"), why=why)
         served = len(upstream.requests)
         assert post(gateway, key) == (503, "ledger_unavailable")
         assert len(upstream.requests) == served
         filler.unlink()
         wait_until(lambda: post(gateway, key)[0] == 200)
-        thread.join(20)
+        thread.join(PATIENCE_SECONDS)
         assert results[0][0] == 200, "what was in flight has got its end"
         rows = gateway.rows()
         assert {row["outcome"] for row in rows} == {"completed"}
@@ -253,10 +252,8 @@ def test_sigterm_drains(gateway: Gateway, upstream: Upstream, key: str) -> None:
     wait_until(lambda: "draining" in gateway.log())
     assert gateway.get("/readyz").status_code == 503
     assert post(gateway, key) == (503, "draining")
-    gateway.expected_dead = True
     release.set()
-    assert gateway.process is not None
-    assert gateway.process.wait(10) == 0
+    assert gateway.wait() == 0
     thread.join()
     assert results == [(200, "")]
     assert [row["outcome"] for row in gateway.rows()] == ["completed"]
@@ -265,7 +262,7 @@ def test_sigterm_drains(gateway: Gateway, upstream: Upstream, key: str) -> None:
 
 def test_a_second_sigterm_ends_it_at_once(gateway: Gateway, upstream: Upstream, key: str) -> None:
     async def script(request: Received, reply: Reply) -> None:
-        await reply.wait(threading.Event(), 10)
+        await reply.wait(request.closed)
 
     upstream.script = script
 
@@ -278,10 +275,8 @@ def test_a_second_sigterm_ends_it_at_once(gateway: Gateway, upstream: Upstream, 
     wait_until(lambda: upstream.in_flight)
     gateway.signal(signal.SIGTERM)
     wait_until(lambda: "draining" in gateway.log())
-    gateway.expected_dead = True
     gateway.signal(signal.SIGTERM)
-    assert gateway.process is not None
-    gateway.process.wait(3)
+    gateway.wait()
     thread.join()
     assert [row["outcome"] for row in gateway.rows()] == ["interrupted"]
 
@@ -326,7 +321,7 @@ def test_a_client_that_stops_in_mid_body_leaves_no_trace(gateway: Gateway, key: 
         client.get("/models")  # what is opened once is open now
         before = gateway.open_files()
     for _ in range(50):
-        with socket.create_connection(("127.0.0.1", gateway.port)) as sock:
+        with gateway.connect() as sock:
             sock.sendall(head)
     wait_until(lambda: gateway.open_files() <= before)
     assert not gateway.rows()

@@ -18,6 +18,7 @@ import httpx2
 import openai
 import pytest
 import uvicorn
+from gateway import PATIENCE_SECONDS, USUAL
 from starlette.testclient import TestClient
 
 import redbtc_demo
@@ -63,7 +64,7 @@ def base_url() -> Iterator[str]:
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive(), "no stream keeps the server from stopping"
 
 
@@ -303,9 +304,9 @@ def test_words_pass_one_by_one_and_a_client_may_leave(
     """With a pause that never ends the first event still arrives, and leaving ends the stream."""
     monkeypatch.setattr(redbtc_demo, "PAUSE_SECONDS", 3600)
     body = {"model": "m", "input": "x", "stream": True}
-    with httpx2.stream("POST", f"{base_url}/responses", json=body, trust_env=False) as got:
+    with httpx2.stream("POST", f"{base_url}/responses", json=body, **USUAL) as got:
         assert b"response.created" in next(got.iter_raw())
-    assert httpx2.get(f"{base_url}/models", trust_env=False).status_code == 200
+    assert httpx2.get(f"{base_url}/models", **USUAL).status_code == 200
     assert [each.message for each in caplog.records if each.levelname == "ERROR"] == []
 
 

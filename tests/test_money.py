@@ -18,7 +18,7 @@ import httpx2
 import openai
 import pytest
 from conftest import MakeGateway
-from gateway import ROOT, Gateway, free_port, wait_until
+from gateway import PATIENCE_SECONDS, ROOT, Gateway, free_port, wait_until
 from openai.types.chat import ChatCompletion
 from upstream import (
     Received,
@@ -458,7 +458,9 @@ def test_a_hold_never_outlives_its_request(
 
     upstream.script = fail
     for _ in range(3):
-        with gateway.client(key, timeout=0.3 if how == "left" else 30) as client:
+        with gateway.client(
+            key, timeout=httpx2.Timeout(PATIENCE_SECONDS, read=0.3 if how == "left" else None)
+        ) as client:
             try:
                 status = client.post(
                     "/chat/completions", json={**CHAT, "max_tokens": 10}
@@ -595,7 +597,7 @@ def test_budgets_are_told_of_once_and_signed(
     assert all(notice["account"] == "a" and notice["kind"] == "budget" for notice in notices)
     half = "50 % of the monthly budget is spent: 5.00 of 10.00 USD"
     assert any(notice["text"].startswith(half) for notice in notices)
-    wait_until(lambda: len(hook.posts) >= 10, 20)  # each twice
+    wait_until(lambda: len(hook.posts) >= 10)  # each twice
     checker = openai.OpenAI(api_key="x", webhook_secret=secret)
     ids = set()
     for headers, body in hook.posts:

@@ -4,6 +4,7 @@ only it promises: retries, bounds, cancellation."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import random
 import shutil
@@ -21,6 +22,7 @@ import httpx2
 import pytest
 import uvloop
 from conftest import MakeGateway
+from gateway import PATIENCE_SECONDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import (
@@ -35,7 +37,7 @@ from upstream import (
     json_answer,
     openai_like,
     responses_stream,
-    slow_head,
+    silent,
     stream,
 )
 
@@ -43,7 +45,10 @@ from redbtc_transport import Connection, ResponseBody, Transport
 
 Transports = Callable[[], httpx2.AsyncBaseTransport]
 BODY = b'{"model":"gpt-up","stream":true,"messages":[],"input":"Hi"}'
-TIMEOUTS: dict[str, float | None] = {"connect": 2, "read": 0.5, "write": 0.5, "pool": 2}
+TIMEOUTS: dict[str, float | None] = dict.fromkeys(
+    ("connect", "read", "write", "pool"), PATIENCE_SECONDS
+)
+SHORT: dict[str, float | None] = {**TIMEOUTS, "read": 1.5}
 
 
 def theirs() -> httpx2.AsyncBaseTransport:
@@ -55,7 +60,7 @@ def run(main: Callable[[], Awaitable[Any]], loops: str = "uvloop") -> Any:
     factory = uvloop.new_event_loop if loops == "uvloop" else asyncio.new_event_loop
 
     async def bounded() -> Any:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(2 * PATIENCE_SECONDS):
             return await main()
 
     with asyncio.Runner(loop_factory=factory) as runner:
@@ -123,6 +128,12 @@ def raw(answer: bytes, end: str = "keep", cut: int = 0) -> Script:
     return script
 
 
+async def first_then_nothing(request: Received, reply: Reply) -> None:
+    await reply.head()
+    await reply.send(b"data: 1\n\n")
+    await reply.wait(request.closed)
+
+
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 SIZED = OK + b"Content-Length: 5\r\n\r\n"
@@ -140,8 +151,8 @@ REPERTOIRE: dict[str, Script] = {
     "error 500": json_answer(b"", 500),
     "megabytes": json_answer(random.Random(1).randbytes(3_000_000)),
     "megabytes, streamed": stream([b"data: " + b"x" * 100_000 + b"\n\n"] * 20),
-    "too slow a head": slow_head(1.5, openai_like),
-    "too slow a body": stream([b"data: 1\n\n", b"data: 2\n\n"], pause=1.5),
+    "too slow a head": silent,
+    "too slow a body": first_then_nothing,
     "sized": raw(SIZED + b"hello"),
     "sized, byte by byte": raw(SIZED + b"hello", cut=1),
     "chunked": raw(CHUNKED + b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n"),
@@ -202,11 +213,18 @@ STRICTER: dict[str, Script] = {
 
 
 async def exchanges(
-    upstream: Upstream, transport: httpx2.AsyncBaseTransport, milliseconds: int = 100
+    upstream: Upstream,
+    transport: httpx2.AsyncBaseTransport,
+    timeouts: dict[str, float | None] = TIMEOUTS,
 ) -> Any:
-    """Two requests, and how many connections are kept for so long after them."""
-    seen = [await answer_to(transport, post(upstream.url)) for _ in range(2)]
-    for _ in range(milliseconds):  # what was closed is noticed
+    """Two requests, and how many connections neither end has closed after them."""
+    request = functools.partial(post, upstream.url, timeouts=timeouts)
+    seen = [await answer_to(transport, request()) for _ in range(2)]
+    ours = isinstance(transport, Transport)
+    open_here = (transport if ours else transport._pool).connections  # type: ignore[attr-defined]
+    while not all(each.finished.is_set() for each in upstream.requests):
+        await asyncio.sleep(0.001)
+    while upstream.connections > len(open_here):  # until it has noticed what was closed here
         await asyncio.sleep(0.001)
     kept = upstream.connections
     await transport.aclose()
@@ -216,11 +234,12 @@ async def exchanges(
 @pytest.mark.parametrize("name", REPERTOIRE)
 def test_same_answers_same_exceptions(upstream: Upstream, name: str) -> None:
     upstream.script = REPERTOIRE[name]
-    expected = run(lambda: exchanges(upstream, theirs()))
+    timeouts = SHORT if name.startswith("too slow") else TIMEOUTS
+    expected = run(lambda: exchanges(upstream, theirs(), timeouts))
     upstream.wait_for(lambda: upstream.connections == 0)
     sent = [(each.method, each.path, each.headers, each.body) for each in upstream.requests]
     upstream.requests.clear()
-    found = run(lambda: exchanges(upstream, Transport()))
+    found = run(lambda: exchanges(upstream, Transport(), timeouts))
     assert found == expected
     assert [(each.method, each.path, each.headers, each.body) for each in upstream.requests] == sent
 
@@ -255,7 +274,7 @@ def test_an_answer_may_be_cut_anywhere(shared_upstream: Upstream, data: st.DataO
             await asyncio.sleep(0)
 
     shared_upstream.script = script
-    seen, kept = run(lambda: exchanges(shared_upstream, Transport(), 10))
+    seen, kept = run(lambda: exchanges(shared_upstream, Transport()))
     for each in seen:
         assert (each["status"], each["body"]) == (200, b"hello" if b"hello" in answer else b"abcde")
     assert kept == 1
@@ -316,7 +335,7 @@ def test_an_upstream_that_reads_nothing(upstream: Upstream) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         for make in (Transport, theirs):
-            request = post(url, b"x" * 50_000_000)
+            request = post(url, b"x" * 50_000_000, timeouts={**TIMEOUTS, "write": 0.5})
             seen = run(lambda make=make, request=request: answer_to(make(), request))
             assert seen == {"body": b"", "exception": httpx2.WriteTimeout}
 
@@ -330,14 +349,14 @@ def test_upstreams_that_are_not_there() -> None:
         clog.setblocking(False)
         clog.connect_ex(full.getsockname())
     cases = {
-        url: httpx2.ConnectError,
-        "http://no-such-host.invalid": httpx2.ConnectError,
-        f"http://127.0.0.1:{full.getsockname()[1]}": httpx2.ConnectTimeout,
-        "ftp://127.0.0.1": httpx2.UnsupportedProtocol,
+        url: (httpx2.ConnectError, PATIENCE_SECONDS),
+        "http://no-such-host.invalid": (httpx2.ConnectError, PATIENCE_SECONDS),
+        f"http://127.0.0.1:{full.getsockname()[1]}": (httpx2.ConnectTimeout, 0.3),
+        "ftp://127.0.0.1": (httpx2.UnsupportedProtocol, PATIENCE_SECONDS),
     }
-    for each, expected in cases.items():
+    for each, (expected, seconds) in cases.items():
         for make in (Transport, theirs):
-            request = post(each, timeouts={**TIMEOUTS, "connect": 0.3})
+            request = post(each, timeouts={**TIMEOUTS, "connect": seconds})
             seen = run(lambda make=make, request=request: answer_to(make(), request))
             assert seen == {"body": b"", "exception": expected}, (each, make)
     for each in (*clogs, full):
@@ -363,7 +382,7 @@ class Server:
 
     def accept(self) -> socket.socket:
         sock, _ = self.listener.accept()
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_SECONDS)
         self._accepted.append(sock)
         return sock
 
@@ -513,9 +532,9 @@ def test_a_closed_connection_waits_for_no_garbage_collector(
 
     async def main() -> None:
         async with Transport() as transport:
-            for script in (chat_json(), stream([b"x"], end="tear"), slow_head(1, chat_json())):
+            for script in (chat_json(), stream([b"x"], end="tear"), silent):
                 upstream.script = script
-                await answer_to(transport, post(upstream.url))
+                await answer_to(transport, post(upstream.url, timeouts=SHORT))
             upstream.script = chat_stream(pause=0.1)
             request = post(upstream.url, timeouts={})
             body = (await transport.handle_async_request(request)).stream
@@ -607,10 +626,11 @@ def test_what_comes_is_offered_only_while_its_reader_waits(upstream: Upstream) -
             assert passed == []
             assert await anext(body) == b"0"
             reading = asyncio.create_task(anext(body))
-            for step in steps[1:3]:
-                await asyncio.sleep(0.1)
+            for number, step in enumerate(steps[1:3], 1):
+                await asyncio.sleep(0)  # the reader waits
                 step.set()
-            await asyncio.sleep(0.1)
+                while len(passed) < number:
+                    await asyncio.sleep(0.001)
             assert passed == [b"1", b"2"]
             assert not reading.done()
             taken = False
@@ -654,9 +674,9 @@ def test_an_end_that_comes_with_a_part_that_is_passed_on(upstream: Upstream) -> 
                 if offered:
                     body.pass_on(pass_on)
                 reading = asyncio.create_task(rest(body))
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0)  # the reader waits
                 step.set()
-                assert await asyncio.wait_for(reading, 5) == ([] if offered else [b"b"])
+                assert await reading == ([] if offered else [b"b"])
                 await body.aclose()
             assert passed == [b"b"]
             assert len(transport.connections) == 1
@@ -668,15 +688,15 @@ def test_connections_are_kept_for_a_while_and_no_longer(upstream: Upstream) -> N
     upstream.script = chat_json()
 
     async def main() -> None:
-        async with Transport(keepalive_seconds=0.2) as transport:
+        async with Transport(keepalive_seconds=1.5) as transport:
             await asyncio.gather(*(answer_to(transport, post(upstream.url)) for _ in range(20)))
             assert 0 < upstream.connections <= 20
-            for _ in range(10):
+            while upstream.connections > 1:
                 await answer_to(transport, post(upstream.url))
                 await asyncio.sleep(0.05)
             assert upstream.connections == 1, "the one used last is used again, the others grow old"
-            await asyncio.sleep(0.5)
-            assert upstream.connections == 0
+            while upstream.connections:
+                await asyncio.sleep(0.01)
             assert not transport.connections
 
     run(main)
@@ -691,13 +711,13 @@ def test_an_early_refusal_is_seen_in_mid_upload() -> None:
             sock = server.accept()
             sock.recv(1000)
             sock.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
-            assert seen_it.wait(10)
+            assert seen_it.wait(PATIENCE_SECONDS)
             sock.close()
 
         async def main() -> Any:
             refusing = asyncio.create_task(in_thread(refuse))
             async with Transport() as transport:
-                request = post(server.url, b"x" * 100_000_000, timeouts={"write": 5})
+                request = post(server.url, b"x" * 100_000_000)
                 seen = await answer_to(transport, request)
                 seen_it.set()
             await refusing
@@ -772,7 +792,7 @@ def test_tls_is_verified(certificate: Path) -> None:
 def test_httpx2s_own_stays_reachable_by_a_setting(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    settings = 'transport = "httpx"\nfirst_byte_timeout_seconds = 0.5'
+    settings = 'transport = "httpx"\nfirst_byte_timeout_seconds = 2'
     gateway = make_gateway(upstream_settings=settings).start()
     key = gateway.new_key()
     chat = {"model": "m", "messages": [], "stream": True}
@@ -784,7 +804,7 @@ def test_httpx2s_own_stays_reachable_by_a_setting(
         upstream.script = chat_stream(end="tear")
         with pytest.raises(httpx2.RemoteProtocolError):
             client.post("/chat/completions", json=chat)
-        upstream.script = slow_head(1, chat_stream())
+        upstream.script = silent
         assert client.post("/chat/completions", json=chat).status_code == 504
     outcomes = [(row["outcome"], row["usage_source"]) for row in gateway.rows()]
     assert outcomes[:2] == [("completed", "upstream")] * 2

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import psutil
 import pytest
 from conftest import MakeGateway
-from gateway import Gateway, wait_until
+from gateway import PATIENCE_SECONDS, Gateway, wait_until
 from upstream import (
     RESPONSE_USAGE,
     Socket,
@@ -47,7 +46,7 @@ class Client:
     def raw(self, message: str | bytes) -> None:
         self._connection.send(message)
 
-    def recv(self, seconds: float = 20) -> dict[str, Any]:
+    def recv(self, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
         event: dict[str, Any] = json.loads(self._connection.recv(timeout=seconds))
         return event
 
@@ -73,7 +72,7 @@ class Client:
             return closed.rcvd.code if closed.rcvd else None
 
     def ping(self) -> bool:
-        return self._connection.ping().wait(5)
+        return self._connection.ping().wait(PATIENCE_SECONDS)
 
     def tear(self) -> None:
         self._connection.socket.close()
@@ -83,7 +82,9 @@ class Client:
 def client(gateway: Gateway, key: str, **headers: str) -> Iterator[Client]:
     given = {"authorization": f"Bearer {key}", **headers}
     url = f"ws://127.0.0.1:{gateway.port}/v1/responses"
-    with connect(url, additional_headers=given, proxy=None, max_size=None) as connection:
+    with connect(
+        url, additional_headers=given, proxy=None, max_size=None, open_timeout=PATIENCE_SECONDS
+    ) as connection:
         yield Client(connection)
 
 
@@ -256,9 +257,8 @@ def test_lanes_run_side_by_side_and_take_turns_within(gateway: Gateway, upstream
         for lane in ("a", "a", "b", "c", "d"):
             ws.send(stream_id=lane, input=lane)
         wait_until(lambda: upstream.sockets and len(upstream.sockets[0].frames) == 3)
-        time.sleep(0.1)
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 4)  # one waits for a place
         assert len(upstream.sockets[0].frames) == 3, "as many as there are places"
-        assert gateway.metrics()["redbtc_in_flight"] == 4, "one of them waits for a place"
         release.set()
         done = [ws.until("response.completed")["stream_id"] for _ in range(5)]
         assert sorted(done) == ["a", "a", "b", "c", "d"]
@@ -324,7 +324,6 @@ def test_a_client_that_leaves_pays_what_it_used(
         await sock.send(*events[:2])
         while not left.is_set():
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
         await sock.send(events[2])
         await sock.recv()
 
@@ -333,12 +332,13 @@ def test_a_client_that_leaves_pays_what_it_used(
         ws.send()
         ws.until("response.output_text.delta")
         ws.tear()
+    wait_until(lambda: gateway.connections() == 0)
     left.set()
     wait_until(lambda: gateway.rows()[0]["outcome"] != "pending")
     (row,) = gateway.rows()
     assert row["outcome"] == "client_disconnected"
     assert (row["usage_source"], row["output_tokens"]) == ("upstream", 9)
-    assert upstream.sockets[0].received.closed.wait(10), "and the upstream is closed"
+    assert upstream.sockets[0].received.closed.wait(PATIENCE_SECONDS), "and the upstream is closed"
     assert gateway.metrics()["redbtc_in_flight"] == 0
 
 
@@ -499,7 +499,7 @@ def test_two_accounts_hammer_each_others_ids_while_100_lanes_run(
 
 
 def test_a_connection_has_its_time(make_gateway: MakeGateway, upstream: Upstream) -> None:
-    gateway = make_gateway("", "total_timeout_seconds = 1.5").start()
+    gateway = make_gateway("", "total_timeout_seconds = 2.5").start()
     with client(gateway, gateway.new_key()) as ws:
         ws.send()
         ws.completed()
@@ -522,7 +522,7 @@ def test_an_upstream_that_says_nothing_more(make_gateway: MakeGateway, upstream:
         refused = ws.until("error")
         assert (code(refused), refused["status"]) == ("upstream_timeout", 504)
         assert ws.closed() == 1011
-    assert upstream.sockets[0].received.closed.wait(10), "and the upstream is closed"
+    assert upstream.sockets[0].received.closed.wait(PATIENCE_SECONDS), "and the upstream is closed"
     assert gateway.row()["outcome"] == "upstream_failed"
 
 
@@ -581,8 +581,7 @@ def test_while_draining_what_is_in_flight_ends_and_nothing_begins(
         release.set()
         ws.completed()
         assert ws.closed() == 1012
-    assert gateway.process is not None
-    assert gateway.process.wait(10) == 0
+    assert gateway.wait() == 0
     assert gateway.row()["outcome"] == "completed"
 
 
@@ -641,8 +640,8 @@ def test_turns_and_connections_leave_nothing_behind(gateway: Gateway, upstream: 
     files, rss = gateway.open_files(), gateway.rss()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(turns, range(8)))
-    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 20)
-    wait_until(lambda: gateway.open_files() <= files + 2, 10)
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    wait_until(lambda: gateway.open_files() <= files + 2)
     assert gateway.rss() - rss < 30 << 20
     assert not [row for row in gateway.rows() if row["outcome"] == "pending"]
 
@@ -667,7 +666,7 @@ def test_pings_are_answered_on_both_sides(gateway: Gateway, upstream: Upstream, 
 
 def brief(gateway: Gateway) -> list[tuple[Any, ...]]:
     """The ledger once nothing is in flight, in an order of its own."""
-    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 20)
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
     rows = gateway.rows()
     found = [(row["response_id"], row["outcome"], row["output_tokens"]) for row in rows]
     return sorted(found, key=str)
@@ -823,7 +822,7 @@ def test_what_follows_is_held_for(make_gateway: MakeGateway, upstream: Upstream)
         account = gateway.api("GET", "/accounts/test")
         assert float(account["balance"]) >= float(account["held"]) > 0
         ws.tear()
-    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 30)
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
     assert gateway.api("GET", "/accounts/test")["held"] == "0"
     assert gateway.cli("db", "check")["ok"]
 
@@ -913,7 +912,7 @@ def test_a_turn_that_times_out_is_billed_once(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     """Its response ends while the line is being closed."""
-    gateway = make_gateway(PRICED, "idle_timeout_seconds = 0.4").start()
+    gateway = make_gateway(PRICED, "idle_timeout_seconds = 1.5").start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
     key = gateway.new_key()
     gateway.cli("payment", "add", "test", "10")
@@ -973,7 +972,7 @@ def test_the_next_upstream_is_tried_where_one_never_answers(make_gateway: MakeGa
         upstreams = [
             {"name": "first", "base_url": good.url, "models": ["first"], "priority": 1},
             {"name": "silent", "base_url": silent, "priority": 2, "connect_timeout_seconds": 0.5},
-            {"name": "good", "base_url": good.url, "priority": 3, "connect_timeout_seconds": 0.5},
+            {"name": "good", "base_url": good.url, "priority": 3},
         ]
         for each in upstreams:
             each["api_key_env"] = ""
@@ -1015,7 +1014,7 @@ HANDSHAKE = (
 
 def by_hand(gateway: Gateway, key: str) -> socket.socket:
     """A client that has asked for a WebSocket, and reads nothing."""
-    sock = socket.create_connection(("127.0.0.1", gateway.port))
+    sock = gateway.connect()
     sock.sendall(f"{HANDSHAKE}Authorization: Bearer {key}\r\n\r\n".encode())
     return sock
 
@@ -1023,11 +1022,11 @@ def by_hand(gateway: Gateway, key: str) -> socket.socket:
 def test_who_leaves_during_the_handshake_leaves_nothing(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    upstream.handshake_seconds = 0.3
+    upstream.handshake_seconds = 2
     files = gateway.open_files()
-    for _ in range(20):
+    for number in range(1, 21):
         with by_hand(gateway, key):
-            time.sleep(0.03)
+            wait_until(lambda number=number: len(upstream.requests) == number)  # type: ignore[misc]
     wait_until(lambda: gateway.log().count('"client_disconnected"') == 20)
     wait_until(lambda: not upstream.connections and gateway.open_files() <= files + 1)
 
@@ -1035,7 +1034,7 @@ def test_who_leaves_during_the_handshake_leaves_nothing(
 def test_who_leaves_while_the_upstream_is_dialled_pays_nothing(make_gateway: MakeGateway) -> None:
     with Upstream() as one, Upstream() as two:
         one.talk = two.talk = ws_like_openai
-        two.handshake_seconds = 0.6
+        two.handshake_seconds = 2
         upstreams = [
             {
                 "name": name,
@@ -1049,8 +1048,7 @@ def test_who_leaves_while_the_upstream_is_dialled_pays_nothing(make_gateway: Mak
         gateway = make_gateway({"server": {}, "upstreams": upstreams}).start()
         with client(gateway, gateway.new_key()) as ws:
             ws.send(model="two-a")
-            wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 1)
-            time.sleep(0.1)
+            wait_until(lambda: two.requests)
             ws.tear()
         wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
         wait_until(lambda: not two.connections)
@@ -1059,7 +1057,7 @@ def test_who_leaves_while_the_upstream_is_dialled_pays_nothing(make_gateway: Mak
 
 
 def test_who_never_reads_is_let_go_of(make_gateway: MakeGateway, upstream: Upstream) -> None:
-    gateway = make_gateway("", "idle_timeout_seconds = 0.5").start()
+    gateway = make_gateway("", "idle_timeout_seconds = 1.5").start()
 
     async def talk(sock: Socket) -> None:
         created, delta, _ = ws_events(1, await sock.recv())
@@ -1073,13 +1071,8 @@ def test_who_never_reads_is_let_go_of(make_gateway: MakeGateway, upstream: Upstr
         frame = Frame(Opcode.TEXT, json.dumps(CREATE).encode())
         assert sock.recv(65536).startswith(b"HTTP/1.1 101 ")
         sock.sendall(frame.serialize(mask=True))
-
-        def connections() -> int:
-            found = psutil.Process(gateway.pid).net_connections("tcp")
-            return sum(each.laddr.port == gateway.port and bool(each.raddr) for each in found)
-
         wait_until(lambda: upstream.sockets and upstream.sockets[0].frames)
-        wait_until(lambda: connections() == 0, 20)
+        wait_until(lambda: gateway.connections() == 0)
     assert [outcome for _, outcome, _ in brief(gateway)] == ["client_disconnected"]
 
 
@@ -1088,7 +1081,7 @@ def test_waiting_requests_are_bounded_over_all_lanes(gateway: Gateway, upstream:
 
     async def talk(sock: Socket) -> None:
         await sock.recv()
-        await asyncio.sleep(30)
+        await asyncio.Event().wait()
 
     upstream.talk = talk
     before = gateway.rss()
@@ -1105,7 +1098,7 @@ def test_waiting_requests_are_bounded_over_all_lanes(gateway: Gateway, upstream:
 def test_who_stops_reading_pays_for_all_lanes(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    gateway = make_gateway("", "idle_timeout_seconds = 1.2").start()
+    gateway = make_gateway("", "idle_timeout_seconds = 3").start()
 
     async def talk(sock: Socket) -> None:
         await sock.send(*ws_events(2, await sock.recv())[:2])
@@ -1143,8 +1136,8 @@ def test_a_slow_reader_is_not_to_blame_for_another_line(make_gateway: MakeGatewa
     with Upstream() as one, Upstream() as two:
         one.talk, two.talk = much, stalls
         upstreams = [
-            {"name": "one", "base_url": one.url, "models": ["one"], "idle_timeout_seconds": 20},
-            {"name": "two", "base_url": two.url, "models": ["two"], "idle_timeout_seconds": 1},
+            {"name": "one", "base_url": one.url, "models": ["one"]},
+            {"name": "two", "base_url": two.url, "models": ["two"], "idle_timeout_seconds": 2},
         ]
         for each in upstreams:
             each["api_key_env"] = ""
@@ -1168,16 +1161,16 @@ def test_an_upstream_that_stops_reading_keeps_no_place(
     gateway = make_gateway("", "first_byte_timeout_seconds = 0.6").start()
 
     async def talk(sock: Socket) -> None:
-        await sock.stop_reading(8)
+        await sock.stop_reading()
 
     upstream.talk = talk
     key, files = gateway.new_key(concurrency=1), gateway.open_files()
     with client(gateway, key) as ws:
         ws.send(input="x" * 30_000_000)
         assert code(ws.recv()) == "upstream_timeout"
-        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 6)
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
         assert ws.closed() == 1011
-    wait_until(lambda: gateway.open_files() <= files, 4)
+    wait_until(lambda: gateway.open_files() <= files)
     assert brief(gateway) == [(None, "upstream_failed", None)]
 
 
@@ -1185,14 +1178,14 @@ def test_steering_that_an_upstream_does_not_read_ends(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     """Even where the response has ended meanwhile, so that nothing else has a timeout."""
-    gateway = make_gateway("", "idle_timeout_seconds = 1").start()
+    gateway = make_gateway("", "idle_timeout_seconds = 2").start()
 
     async def talk(sock: Socket) -> None:
         created, delta, completed = ws_events(1, await sock.recv())
         await sock.send(created, delta)
         await asyncio.sleep(0.4)
         await sock.send(completed)
-        await sock.stop_reading(12)
+        await sock.stop_reading()
 
     upstream.talk = talk
     with client(gateway, gateway.new_key()) as ws:
@@ -1200,9 +1193,7 @@ def test_steering_that_an_upstream_does_not_read_ends(
         ws.until("response.output_text.delta")
         ws.raw(steer(1, input="x" * 30_000_000))
         ws.completed()
-        started = time.monotonic()
         assert ws.closed() == 1011
-        assert time.monotonic() - started < 8
     assert brief(gateway) == [done(1)]
 
 
@@ -1224,10 +1215,10 @@ def test_who_pings_and_reads_nothing_is_let_go_of(
 def test_who_leaves_while_another_line_is_dialled_leaves_none(make_gateway: MakeGateway) -> None:
     """Not even where leaving ends all at once, and the first line takes its time to close."""
     with Upstream() as one, Upstream() as two:
-        two.talk, two.handshake_seconds = ws_like_openai, 0.8
+        two.talk, two.handshake_seconds = ws_like_openai, 2
 
         async def talk(sock: Socket) -> None:
-            await sock.stop_reading(4)
+            await sock.stop_reading()
 
         one.talk = talk
         upstreams = [
@@ -1238,11 +1229,10 @@ def test_who_leaves_while_another_line_is_dialled_leaves_none(make_gateway: Make
         gateway = make_gateway(settings).start()
         with client(gateway, gateway.new_key()) as ws:
             ws.send(model="two")
-            wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 1)
-            time.sleep(0.1)
+            wait_until(lambda: two.requests)
             ws.tear()
         wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
-        wait_until(lambda: not two.connections, 6)
+        wait_until(lambda: not two.connections)
         assert gateway.rows() == []
 
 

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, cast
 
+from gateway import PATIENCE_SECONDS
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 from websockets.protocol import Event
@@ -119,11 +120,11 @@ class Reply:
         if self._framing == "chunked":
             await self.raw(b"0\r\n\r\n")
 
-    async def wait(self, event: threading.Event, seconds: float = 20) -> bool:
+    async def wait(self, event: threading.Event, seconds: float = PATIENCE_SECONDS) -> bool:
         """For tests in lock step: whether the event was set in time. It is polled: hundreds of
         scripts may wait at once, each of which would cost a thread otherwise."""
-        patience = time.monotonic() + seconds
-        while not event.is_set() and time.monotonic() < patience:
+        deadline = time.monotonic() + seconds
+        while not event.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(0.002)
         return event.is_set()
 
@@ -211,9 +212,10 @@ class Socket:
         self._protocol.receive_data(closing)
         await self._flush()
 
-    async def stop_reading(self, seconds: float) -> None:
+    async def stop_reading(self) -> None:
+        """Read nothing more until the test ends."""
         cast(asyncio.ReadTransport, self._writer.transport).pause_reading()
-        await asyncio.sleep(seconds)
+        await asyncio.Event().wait()
 
     def tear(self) -> None:
         self._writer.transport.abort()
@@ -255,17 +257,17 @@ class Upstream:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(PATIENCE_SECONDS)
         assert not self._thread.is_alive(), "the upstream did not stop"
         if kind is None and self.failures:
             raise self.failures[0]
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 10) -> None:
+    def wait_for(self, condition: Callable[[], Any]) -> None:
         """Until it holds; looked at with each change here, and every 20 ms for changes elsewhere.
         No lock is held meanwhile: the condition may ask the gateway, and that this upstream."""
-        patience = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
-            assert time.monotonic() < patience, f"waited {seconds} s in vain"
+            assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS} s in vain"
             with self._changed:
                 self._changed.wait(0.02)
 
@@ -450,14 +452,9 @@ def stream(
 sse = stream  # what it is called where `client.stream` stands beside it
 
 
-def slow_head(seconds: float, then: Script) -> Script:
-    """Nothing at all for so long."""
-
-    async def script(request: Received, reply: Reply) -> None:
-        await asyncio.sleep(seconds)
-        await then(request, reply)
-
-    return script
+async def silent(request: Received, reply: Reply) -> None:
+    """Answer nothing at all."""
+    await reply.wait(request.closed)
 
 
 def event(content: Any, name: str | None = None) -> bytes:
