@@ -131,6 +131,12 @@ MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
 MOST_PARTS = 1000
 SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]")
+# Readers differ in what they make of spaces, controls, '%5B', marks, or letters that look alike.
+FIELD_NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]+")
+ODD_SINGLE = re.compile(rb"(?:model|stream|n)[.\[]|_charset_$", re.IGNORECASE)  # RFC 7578 §4.6
+NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
+# Of these types some readers make fields of their own.
+NESTED_TYPE = re.compile(rb"multipart/|message/|application/x-www-form-urlencoded")
 HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
 FORM_NAME = re.compile(
     rb"file_ids?|vector_store_ids?|container_id|_response_id|conversation", re.IGNORECASE
@@ -175,15 +181,26 @@ class Form:
         if self.names.total() > MOST_PARTS:
             raise Refusal("invalid_request", f"The form has more than {MOST_PARTS} parts.")
         field = not {b"filename", b"filename*"} & parameters.keys()
+        if not field and not parameters.get(b"filename"):
+            self._check_doubtful(name, bytes(body[head_end + 4 : min(end, head_end + 64)]))
         single = name.lower() in SINGLE_FIELDS
-        once = field and self.names[name.lower()] == 1
+        proper = field and self.names[name.lower()] == 1 and name.islower()
         long = field and size > MAX_FIELD and name != b"prompt"
-        if (single and not once) or long or ODD_SVG.match(name):
-            shown = name.decode("utf-8", "replace")
-            message = f"'{shown}' must stand in the form once, as a short text, and so written."
+        if (single and not proper) or long or ODD_SVG.match(name) or ODD_SINGLE.match(name):
+            shown = name.decode()
+            message = f"'{shown}' must be in the form once, as a short text, in lower case."
             raise Refusal("invalid_request", message, param=shown)
         if field and size <= MAX_FIELD:
             self.fields[name] = bytes(body[head_end + 4 : end])
+
+    @staticmethod
+    def _check_doubtful(name: bytes, begin: bytes) -> None:
+        """Raise Refusal for a part that some readers take for a file and others for a field, where
+        that matters: its filename is empty, or there is only a `filename*`."""
+        if begin.lstrip()[:1] in (b"{", b"[", b'"'):
+            shown = name.decode()
+            message = f"'{shown}' must have a filename, or be a field without one."
+            raise Refusal("invalid_request", message, param=shown)
 
     def most_tokens(self, body: Buffer) -> int:
         """What its parts can come to."""
@@ -195,7 +212,7 @@ class Form:
             if name != b"prompt":
                 refuse_hidden(value, folded(value))
                 yield from named_in(value)
-        named = (FORM_NAME.search(name) for name in self.names)
+        named = (FORM_NAME.search(name.replace(b".", b"_")) for name in self.names)
         yield from (Reference(name[0].decode(), "") for name in named if name)
 
     def facts(self, body: Buffer) -> Facts:
@@ -204,11 +221,13 @@ class Form:
         if self._part < 0 or body[self._part : self._part + 2] != b"--":
             raise Refusal("invalid_request", "The form has no end.")
         stream = self.fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
-        model, number = self.fields.get(b"model"), self.fields.get(b"n", b"").strip()
+        model, number = self.fields.get(b"model"), self.fields.get(b"n")
+        if number is not None and not NUMBER.fullmatch(number):
+            raise Refusal("invalid_request", "'n' must be a number from 1 to 999.", param="n")
         return Facts(
             model=model.decode("utf-8", "replace") if model else None,
             stream=stream,
-            n=int(number) if re.fullmatch(rb"[0-9]{1,3}", number) else None,
+            n=int(number) if number else None,
         )
 
 
@@ -222,9 +241,20 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
     encoding = fields.get(b"content-transfer-encoding", b"binary").strip().lower()
     once = not padding.strip(b" \t") and len(fields) == len(lines) and encoding in UNENCODED
     name = found[1].get(b"name", b"") if found and found[0] == b"form-data" else b""
-    if not (once and found and 0 < len(name) <= MAX_NAME) or b"\\" in name:
+    plain = is_plain(fields.get(b"content-type", b"").strip().lower())
+    if not (once and plain and found and 0 < len(name) <= MAX_NAME):
         raise Refusal("invalid_request", "A part of the form has no head that can be read.")
+    if not FIELD_NAME.fullmatch(name):
+        message = "The name of a form's part may have only letters, digits and '_.-[]'."
+        raise Refusal("invalid_request", message)
     return found[1]
+
+
+def is_plain(content_type: bytes) -> bool:
+    """Whether a part of that type holds neither parts of its own nor text in another charset."""
+    found = parametrized(content_type)
+    charset = found[1].get(b"charset", b"utf-8") if found else b"charset" in content_type
+    return charset in (*CHARSETS, False) and not NESTED_TYPE.match(content_type)
 
 
 # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────
