@@ -33,7 +33,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Struct
 
-from redbtc_meter import MAX_NAME, SURROGATE
+from redbtc_meter import MAX_NAME, OWN_WORDS, SURROGATE
 from redbtc_refusals import Headers, Refusal, header
 
 if sys.version_info >= (3, 14):
@@ -441,9 +441,6 @@ class Part(Struct):
 Item = Members  # a message, or another item of the input
 ROLES = ("user", "assistant", "system", "developer")
 SEALED = ("reasoning", "compaction")  # whole with their content, encrypted or plain
-OWN_WORDS = re.compile(  # items of which the client says all that there is, whatever their id
-    r"|message|.*_output|(?:function|custom_tool|computer|apply_patch|(?:local_)?shell)_call"
-)
 
 
 def kind_of(item: Item) -> str:
@@ -465,11 +462,16 @@ def is_reference(item: Item) -> bool:
     content = item.get("content", NULL)
     if kind in ("", "message"):
         return string_in(item.get("role", NOTHING)) not in ROLES or content == NULL
-    if kind == "image_generation_call":
-        failed = string_in(item.get("status", NOTHING)) == "failed"
-        return not failed and not is_text(item.get("result", NOTHING))
     sealed = is_text(item.get("encrypted_content", NOTHING))
     return kind in SEALED and not sealed and content in (NULL, EMPTY)
+
+
+def reference_in(item: Item) -> str:
+    """Return what an item's id refers to: "item_reference" where it is all that is given, "input"
+    where a tool of the upstream made the item; "" where the item may have any id."""
+    if is_reference(item):
+        return "item_reference"
+    return "" if OWN_WORDS.fullmatch(kind_of(item)) else "input"
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
@@ -477,7 +479,7 @@ FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFact
 PARTS = msgspec.json.Decoder(list[Part])
 LISTS = {"input", "messages", "tools", "svg"}
 TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
-ITEM_NAMES = {"id", "type", "status", "role", "content", "result", "encrypted_content", "tools"}
+ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
 # An item with one of these is looked at closely; most histories have none.
 TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
 MOST_NESTING = 8  # of tools in tools
@@ -541,6 +543,10 @@ class Content:
 
     def _read(self, decoder: msgspec.json.Decoder[Any]) -> None:
         self._inherited: dict[str, bool] = {}
+        self._inherits_minted = True
+        self.chosen_ids: set[str] = (
+            set()
+        )  # of items, by the client; known once references() is read
         if self._form:
             self._members: Members = {}
             self.facts: Facts = self._form.facts(self.text)
@@ -578,9 +584,16 @@ class Content:
         """All that it offers, wherever. Raises Refusal where they can't be read."""
         return tools_in([self._members, *self.items])
 
-    def inherit(self, models: str | None) -> None:
-        """It builds on something in which these work."""
+    def inherit(self, models: str | None, minted_input: bool) -> None:
+        """It builds on an object in which these models work, and with input of such ids."""
         self._inherited |= msgspec.json.decode(models, type=dict[str, bool]) if models else {}
+        self._inherits_minted = self._inherits_minted and minted_input
+
+    @property
+    def mints_input(self) -> bool:
+        """Whether the upstream will choose all the ids in the listing of this input: the client
+        chose none, neither here nor in what this builds on."""
+        return self._inherits_minted and not self.chosen_ids
 
     @functools.cached_property
     def lasting_models(self) -> str | None:
@@ -682,22 +695,23 @@ MOST_HIDING = 200  # bytes of a name with all its letters escaped
 
 
 class Reference(NamedTuple):
-    """A stored object that a body names, and the member that names it. `own`: it has to be the
-    account's; otherwise it may be nobody's, and what stands beside the id is all that counts."""
+    """A stored object that a body names, and the member that names it. It has to be the account's
+    own: another account's and one that does not exist are refused alike."""
 
     name: str
     id: str
-    own: bool = True
 
 
 def references_in(content: Content, members: Members) -> Iterator[Reference]:
     """Of JSON: the items of the input that are given by their id alone, and every member, at any
     depth, whose name says so. Raises Refusal where the body can't be read."""
     for item in content.items:
-        if "id" in item and is_text(item["id"]):
-            own = is_reference(item)
-            if own or not OWN_WORDS.fullmatch(kind_of(item)):
-                yield Reference("item_reference" if own else "input", string_in(item["id"]), own)
+        if "id" not in item or not is_text(item["id"]):
+            continue
+        if name := reference_in(item):
+            yield Reference(name, string_in(item["id"]))
+        else:
+            content.chosen_ids.add(string_in(item["id"]))
     if not MEMBER.search(content.text):
         return  # nearly always
     yield from named_beside(members, {"metadata", "client_metadata", "input", "tools", *SCHEMAS})
@@ -742,17 +756,16 @@ def named_in(text: Buffer) -> Iterator[Reference]:
             yield Reference("item_reference", "")
             continue
         name = match[1].lower()
-        own = name != b"approval_request_id"  # of an item that may stand beside it
         if kind == b'"':
             value = STRING.match(text, start) if name not in PLAIN else None
             if value:
-                yield Reference(name.decode(), string_in(value[0]), own)
+                yield Reference(name.decode(), string_in(value[0]))
         elif kind == b"[" or name in HOLDERS:
             ids = ID_MEMBER if kind == b"{" or name in PLAIN else STRING
             if start >= done[ids]:
                 done[ids] = end_of(text, start)
                 for value in ids.finditer(text, start, done[ids]):
-                    yield Reference(name.decode(), string_in(value[ids.groups]), own)
+                    yield Reference(name.decode(), string_in(value[ids.groups]))
 
 
 def refuse_hidden(text: Buffer, folded: bool) -> None:

@@ -24,7 +24,7 @@ from redbtc_body import Content
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
 from redbtc_limits import Admission, Clock
 from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
-from redbtc_refusals import ClientLeft, Refusal
+from redbtc_refusals import ClientLeft, Refusal, header
 from redbtc_settings import LedgerUnavailable, now_ms
 from redbtc_upstreams import Upstream
 from redbtc_watch import Scope
@@ -75,6 +75,7 @@ class Exchange:
         self.status: int | None = None
         self.first_byte_ms: int | None = None
         self.admission: Admission
+        self.key: Key
 
     def meter_stream(self) -> None:
         """The answer is server-sent events."""
@@ -113,7 +114,6 @@ class Exchange:
 class Metered(Exchange):
     """One that has a row in the ledger."""
 
-    _key: Key
     _content: Content
     _money: Hold
     _row: Row
@@ -130,7 +130,7 @@ class Metered(Exchange):
     ) -> None:
         """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
         yet, ClientLeft."""
-        self._key, self._content, self._facts = key, content, content.facts
+        self.key, self._content, self._facts = key, content, content.facts
         self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
         started_at = now_ms() - self.elapsed_ms()
         self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
@@ -152,8 +152,8 @@ class Metered(Exchange):
         """Pending."""
         return Row(
             request_id=self.scope["request_id"],
-            account_id=self._key.account_id,
-            key_id=self._key.id,
+            account_id=self.key.account_id,
+            key_id=self.key.id,
             endpoint=self.endpoint.path,
             requested_model=model,
             upstream=upstream,
@@ -174,7 +174,7 @@ class Metered(Exchange):
             return self._most_cost(tariff, content, further_input)
 
         try:
-            return await self.gateway.books.hold(self._key, content.facts.model or "", most)
+            return await self.gateway.books.hold(self.key, content.facts.model or "", most)
         except Spent as error:
             raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None
         except LedgerUnavailable:
@@ -216,7 +216,8 @@ class Metered(Exchange):
         self._row.upstream = upstream.name
 
     def note(self) -> None:
-        """What the upstream stores is the account's from the first event that names it."""
+        """What the upstream makes is the account's from the first event that names it; what it only
+        repeats of the request is not."""
         report = self.meter.report
         if len(report.made) == self._named or not self.endpoint.stores:
             return
@@ -226,25 +227,34 @@ class Metered(Exchange):
         if background and report.response_id and not (self._background or self._repeats):
             self._keep(report, report.response_id)
         stored = background or self._facts.store is not False
-        made = [each for each, always in fresh if always or stored]
-        self.gateway.objects.own(made, self._row.account_id, self.home)
+        chosen = self._content.chosen_ids
+        self.learn({each: always or stored for each, always in fresh if each not in chosen})
+
+    def learn(self, made: dict[str, bool]) -> None:
+        """The upstream made these; those that are True can be named in later requests."""
+        lasting = [each for each, lasts in made.items() if lasts]
+        self.gateway.objects.own(lasting, self._row.account_id, self.home)
 
     @property
     def home(self) -> Home:
-        """Of what it makes."""
-        return Home(self._row.upstream, self._content.lasting_models)
+        """Of what it makes. An upstream that honours an idempotency key may answer with a response
+        that another body made."""
+        first = header(self.scope["headers"], b"idempotency-key") is None
+        minted = first and self._content.mints_input
+        return Home(self._row.upstream, self._content.lasting_models, minted)
 
     def _keep(self, report: Report, response_id: str) -> None:
         """Its response goes on when the request is over. Where that is known already, an upstream
         has answered with it twice (`idempotency-key`), and it has a row that it is billed by."""
         with contextlib.suppress(LedgerUnavailable):
-            account_id = self._row.account_id
-            self._repeats = bool(self.gateway.objects.home_of(response_id, account_id))
+            self._repeats = not self.gateway.objects.is_free(response_id)
         if not self._repeats:
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()
             unfinished = Unfinished(at, held, self._input_estimate, model, 0)
-            self._background = self.gateway.unended.keep(self._row, self._money, unfinished)
+            self._background = self.gateway.unended.keep(
+                self._row, self._money, unfinished, self._content.chosen_ids
+            )
             self._background.read(report)
 
     def _fill(self, report: Report) -> None:
@@ -330,9 +340,14 @@ MOST_AGE_SECONDS = 48 * 3600  # OpenAI's longest completion window is 8 hours
 class Background:
     """One background response that has not been seen to end."""
 
-    def __init__(self, row: Row, money: Hold, unfinished: Unfinished) -> None:
+    def __init__(
+        self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str] | None
+    ) -> None:
+        """`chosen` are the ids that the client gave to items of its input, None where an earlier
+        process knew them."""
         self.row = row
         self.unfinished = unfinished
+        self.chosen = chosen
         self.settling: asyncio.Task[None] | None = None
         self.alone = False  # the request that made it is over
         self.cancelled = False  # its key turned out to be somebody else's
@@ -384,16 +399,16 @@ class Unended:
             money = await self._gateway.books.hold_again(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
-            response = Background(row, money, unfinished)
-            self._responses[row.response_id or ""] = response
+            response = Background(row, money, unfinished, None)
+            self._add(response)
             response.alone = True
             response.cancelled = ledger.is_compromised(self._gateway.store, key.id)
             self._start(self._ask_until_ended(response))
 
-    def keep(self, row: Row, money: Hold, unfinished: Unfinished) -> Background:
+    def keep(self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str]) -> Background:
         """Its response will go on when its request is over; the hold is for as long."""
-        response = Background(row, money.keep(), unfinished)
-        self._responses[row.response_id or ""] = response
+        response = Background(row, money.keep(), unfinished, chosen)
+        self._add(response)
         ledger.keep_pending(self._gateway.store, row, unfinished)
         return response
 
@@ -420,6 +435,14 @@ class Unended:
             response.left(report)
             if shown:
                 await self._see(response, report)
+
+    def _add(self, response: Background) -> None:
+        self._responses[response.row.response_id or ""] = response
+
+    def _remove(self, response: Background) -> None:
+        response_id = response.row.response_id or ""
+        if self._responses.get(response_id) is response:
+            del self._responses[response_id]
 
     def __contains__(self, response_id: str) -> bool:
         """Until its end is committed."""
@@ -462,10 +485,20 @@ class Unended:
     async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
         response.finish(report, outcome)
-        gateway.objects.own(report.made, row.account_id, Home(row.upstream))
+        self._learn(response, report)
         await ledger.end_background(gateway.store, row)
-        del self._responses[row.response_id or ""]
+        self._remove(response)
         gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
+
+    def _learn(self, response: Background, report: Report) -> None:
+        """What its end names is the account's, but for what the client may have named itself."""
+        row, objects, chosen = response.row, self._gateway.objects, response.chosen
+        if chosen is None:
+            with contextlib.suppress(LedgerUnavailable):
+                home = objects.home_of(row.response_id or "", row.account_id)
+                chosen = set() if home and home.minted_input else None
+        if chosen is not None:
+            objects.own(report.made.keys() - chosen, row.account_id, Home(row.upstream))
 
     async def _ask_until_ended(self, response: Background) -> None:
         pause, unknown, failures = FIRST_PAUSE, 0, 0

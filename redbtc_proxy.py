@@ -448,7 +448,7 @@ class Visit(Exchange):
         home: Home,
     ) -> None:
         super().__init__(gateway, scope, endpoint, clock)
-        self._key = key
+        self.key = key
         self._response_id = response_id
         self._home = home
 
@@ -461,11 +461,24 @@ class Visit(Exchange):
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
         shown = status == 200 and report.response_id in (None, self._response_id)
         await gateway.unended.look(self._response_id, report, shown)
-        if status == 200 and self.endpoint.path.endswith("/input_items"):
-            gateway.objects.own(report.made, self._key.account_id, self._home)
+        if status == 200:
+            self._learn_listed()
         if self.scope["method"] == "DELETE" and status < 300:
-            await gateway.objects.disown(self._response_id)
+            await gateway.objects.disown(self._response_id, self.key.account_id)
         gateway.watch.answered(self.scope, status, outcome)
+
+    def _learn_listed(self) -> None:
+        """Listed input is the account's where the upstream chose its ids. Where the client may have
+        chosen one, which could be anybody's, the account may only go on from there."""
+        listed, account_id, objects = (
+            self.meter.report.listed,
+            self.key.account_id,
+            self.gateway.objects,
+        )
+        objects.show(listed, self._response_id, account_id)
+        if self._home.minted_input:
+            minted = [each for each, made in listed.items() if made]
+            objects.own(minted, account_id, Home(self._home.upstream, self._home.models))
 
 
 class StoredRoute:
@@ -497,6 +510,12 @@ class StoredRoute:
             with await gateway.limits.admit(key, 0, limits, clock) as visit.admission:
                 path = f"/responses/{response_id}{self._suffix}"
                 await Relay(visit, send, self._method, path, body).forward([upstream])
+
+
+def not_own(name: str) -> Refusal:
+    """Another account's object gets the same answer as one that does not exist."""
+    message = f"'{name}' names an object that isn't known to be this account's."
+    return Refusal("invalid_request", message, param=name)
 
 
 def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[Home, Upstream]:
@@ -623,13 +642,6 @@ class Gateway:
         """That of the settings."""
         return next((upstream for upstream in self.upstreams if upstream.name == name), None)
 
-    def _is_known(self, object_id: str) -> bool:
-        """Whether it is anybody's."""
-        try:
-            return self.objects.known(object_id)
-        except LedgerUnavailable:
-            raise Refusal("ledger_unavailable") from None
-
     def home_of(self, key: Key, object_id: str) -> Home | None:
         """Where what the key's account made is stored; None for all else."""
         try:
@@ -637,15 +649,17 @@ class Gateway:
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def check_reference(self, key: Key, reference: Reference) -> Home | None:
-        """Where it is, if anywhere. Raises Refusal where it is not the account's."""
+    def check_reference(self, key: Key, reference: Reference, made: Mapping[str, Home]) -> Home:
+        """Return where it is. Raises Refusal where it is not the account's, in the same way whether
+        it is another account's or does not exist."""
         home = self.home_of(key, reference.id)
-        if home or not (reference.own or self._is_known(reference.id)):
+        if home is None and reference.id in made and self.objects.is_free(reference.id):
+            home = made[reference.id]
+        if home is not None:
             return home
         if reference.name in NOT_FOUND:
             raise not_found(reference.name, reference.id)
-        message = f"'{reference.name}' names an object that isn't known to be this account's."
-        raise Refusal("invalid_request", message, param=reference.name)
+        raise not_own(reference.name)
 
     def homes(self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING) -> set[str]:
         """The upstream that has what the request builds on, if it builds on anything; the content
@@ -655,11 +669,12 @@ class Gateway:
         homes: set[str] = set()
         for reference in content.references():
             if reference not in references:
-                references.update([reference] if reference.own else [])
-                home = made.get(reference.id) or self.check_reference(key, reference)
-                if home:
-                    homes.add(home.upstream)
-                    content.inherit(home.models)
+                references.add(reference)
+                home = self.check_reference(key, reference, made)
+                homes.add(home.upstream)
+                # What is in a conversation can change before the request gets there.
+                minted = home.minted_input and reference.name != "conversation"
+                content.inherit(home.models, minted)
             if len(references) > MOST_REFERENCES:
                 message = f"The body names more than {MOST_REFERENCES} stored objects."
                 raise Refusal("invalid_request", message)

@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import orjson
@@ -204,6 +204,7 @@ class Turn(Metered):
             charges.put_back()
             raise
         self.holds.enter_context(money)
+        self._content.chosen_ids |= frame.chosen_ids
         self._further_input = more
         self._steers.append(Steer(self.response_id or "", money))
 
@@ -225,14 +226,20 @@ class Turn(Metered):
         if self.first_byte_ms is None:
             self.first_byte_ms = self.elapsed_ms()
         self.meter.take(event)
-        known = self._named
         self.note()
-        if self._named != known:
-            fresh = list(self.meter.report.made)[known:]
-            self._session.remember(fresh, self.home)
         if self.meter.ended:
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
+
+    def learn(self, made: dict[str, bool]) -> None:
+        """These can also be named on this connection alone."""
+        super().learn(made)
+        self._session.remember(made, self.home)
+
+    @property
+    def home(self) -> Home:
+        """Of what it makes. Steering can still add to its input."""
+        return super().home._replace(minted_input=False)
 
     async def _follow(self) -> None:
         """A response that follows by itself has a row of its own. It takes in all that was sent to
@@ -691,7 +698,7 @@ class Session:
             turn.clock.allow(line.upstream.settings.idle_timeout_seconds)
         return None
 
-    def remember(self, made: list[str], home: Home) -> None:
+    def remember(self, made: Iterable[str], home: Home) -> None:
         """What was made on this connection can be built on here, even if it isn't stored."""
         self._made.update(dict.fromkeys(made, home))
 
@@ -720,7 +727,7 @@ class Session:
         )
         account_for(row, report, "upstream_error" if report.failed else "completed", None)
         bill(row, report, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
-        self.gateway.objects.own(report.made, row.account_id, Home(row.upstream))
+        self.gateway.objects.own([response_id], row.account_id, Home(row.upstream))
         await ledger.settle(self.gateway.store, row)
         self.gateway.watch.settled(scope, row)
 

@@ -575,3 +575,9 @@ CREATE TRIGGER a_password_ends AFTER UPDATE OF password ON users BEGIN
     DELETE FROM sessions WHERE user_id = NEW.id;
     DELETE FROM known_browsers WHERE user_id = NEW.id;
 END;
+
+-- version 8
+
+ALTER TABLE stored_objects ADD COLUMN
+    minted_input        INTEGER NOT NULL DEFAULT 0 CHECK (minted_input IN (0, 1));  -- 1: of a response
+                                                -- whose listed input has no ids but the upstream's
