@@ -25,10 +25,10 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from itertools import compress, repeat
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, urlencode
 
 import msgspec
 from msgspec import Struct
@@ -782,14 +782,6 @@ def refuse_hidden(text: Buffer, folded: bool) -> None:
                 raise Refusal("invalid_request", f"'{name}' is written oddly.", param=name)
 
 
-def check_query(query: bytes) -> None:
-    """Raise Refusal for a query that says what only a body may say."""
-    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name.casefold() in KNOWN or HIDDEN.fullmatch(name.encode()):
-            message = f"'{name}' can't stand in the query."
-            raise Refusal("invalid_request", message, param=name[:MAX_NAME])
-
-
 def end_of(text: Buffer, start: int) -> int:
     """The end of the object or list that begins at `start`."""
     depth = 0
@@ -800,6 +792,35 @@ def end_of(text: Buffer, start: int) -> int:
             if not depth:
                 return match.end()
     return len(text)
+
+
+# ── Queries ──────────────────────────────────────────────────────────────────────────────────────
+
+VALUE = re.compile(r"[\w.:=+~,-]{0,256}", re.ASCII)  # whatever decodes it twice reads the same
+
+
+class Query:
+    """What may go on of the query of a stored response's route. Other names are dropped: what tools
+    add by themselves (`api-version`) is no reason to refuse, and reaches no upstream."""
+
+    def __init__(self, given: bytes, allowed: Collection[str]) -> None:
+        """Raises Refusal for a value that could be read in more than one way."""
+        fields = parse_qsl(given.decode("latin-1"), keep_blank_values=True, errors="replace")
+        self._fields = [(name, value) for name, value in fields if name in allowed]
+        for name, value in self._fields:
+            if not VALUE.fullmatch(value):
+                message = (
+                    f"'{name}' in the query must be at most 256 letters, digits and '._:=+~,-'."
+                )
+                raise Refusal("invalid_request", message, param=name)
+
+    def values(self, name: str) -> list[str]:
+        """All that it says of a name."""
+        return [value for each, value in self._fields if each == name]
+
+    def encoded(self) -> bytes:
+        """The query for the upstream."""
+        return urlencode(self._fields, safe="[]", quote_via=quote).encode()
 
 
 # ── Change ───────────────────────────────────────────────────────────────────────────────────────

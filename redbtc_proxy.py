@@ -56,9 +56,9 @@ from redbtc_body import (
     Buffer,
     Content,
     Form,
+    Query,
     Reference,
     add_include_usage,
-    check_query,
     decompressed,
     media_of,
 )
@@ -277,14 +277,22 @@ class Relay:
     """One HTTP request on its way to the upstream, and the answer on its way back."""
 
     def __init__(
-        self, exchange: Exchange, send: Send, method: str, path: str, body: Buffer
+        self,
+        exchange: Exchange,
+        send: Send,
+        method: str,
+        path: str,
+        body: Buffer,
+        query: bytes = b"",
     ) -> None:
+        """Of the client's query only `query` goes on."""
         self._exchange = exchange
         self._clock = exchange.clock
         self._scope = exchange.scope
         self._send = send
         self._method = method
         self._path = path
+        self._query = query
         self._bytes = body
         self._body = Body(body)
         self._waits_for_client = False
@@ -323,8 +331,7 @@ class Relay:
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         self._body = Body(self._bytes)
-        query = self._scope["query_string"]
-        answer = await upstream.open(self._method, self._path, query, headers, self._body)
+        answer = await upstream.open(self._method, self._path, self._query, headers, self._body)
         try:
             if not 200 <= answer.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
@@ -497,6 +504,7 @@ class StoredRoute:
         key = gateway.enter(scope)
         response_id = scope["path_params"]["id"]
         home, upstream = choose_stored(gateway, key, response_id)
+        query = self._query(key, response_id, scope["query_string"])
         clock = Clock(gateway.clocks)
         body = await read_body(scope, receive, clock, gateway.settings)
         if body.strip():
@@ -509,7 +517,19 @@ class StoredRoute:
             limits = gateway.settings.limits
             with await gateway.limits.admit(key, 0, limits, clock) as visit.admission:
                 path = f"/responses/{response_id}{self._suffix}"
-                await Relay(visit, send, self._method, path, body).forward([upstream])
+                await Relay(visit, send, self._method, path, body, query).forward([upstream])
+
+    def _query(self, key: Key, response_id: str, given: bytes) -> bytes:
+        """What of the query goes on. A listing goes on after or before an item that the account
+        owns, or saw in a listing. Raises Refusal."""
+        query = Query(given, QUERIES.get((self._method, self._suffix), ()))
+        for name in ("after", "before"):
+            for object_id in query.values(name):
+                objects, account_id = self._gateway.objects, key.account_id
+                shown = objects.was_shown(object_id, response_id, account_id)
+                if not shown and self._gateway.home_of(key, object_id) is None:
+                    raise not_own(name)
+        return query.encoded()
 
 
 def not_own(name: str) -> Refusal:
@@ -541,6 +561,9 @@ METERED = (
 )
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
+LISTING = ("include", "include[]", "limit", "order", "after", "before")
+STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfuscation")
+QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}  # the queries that go on
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, Home] = {}
 MOST_REFERENCES = 1000
@@ -557,7 +580,6 @@ class MeteredRoute:
         gateway, endpoint = self._gateway, self._endpoint
         scope["where"] = endpoint.path
         key = gateway.enter(scope)
-        check_query(scope["query_string"])
         clock = Clock(gateway.clocks)
         content = await read_content(scope, receive, clock, gateway.settings, endpoint)
         upstreams = gateway.upstreams_for(key, content)

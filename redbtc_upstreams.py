@@ -179,13 +179,13 @@ class Upstream:
         models, listed_at = self._models
         return models, time.monotonic() - listed_at
 
-    async def connect(self, headers: Headers, query: bytes) -> ClientConnection:
+    async def connect(self, headers: Headers) -> ClientConnection:
         """A WebSocket to its /responses. Raises OSError, TimeoutError, InvalidHandshake."""
         url = f"{str(self._base).rstrip('/')}/responses".replace("http", "ws", 1)
         more = [(name.decode(), value.decode("latin-1")) for name, value in headers]
         more += [(name.decode(), value.decode()) for name, value in self._own if name != b"host"]
         return await Connect(
-            url + ("?" + query.decode("latin-1") if query else ""),
+            url,
             additional_headers=[line for line in more if line[0] not in NOT_OF_WEBSOCKET],
             user_agent_header=None,
             compression=None,

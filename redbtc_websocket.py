@@ -37,7 +37,7 @@ from websockets.http11 import Request
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
-from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame, check_query
+from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
 from redbtc_limits import TICK, Clock
@@ -328,7 +328,6 @@ class Session:
         ClientLeft."""
         await self._receive()  # that it wants to connect
         self._key = self.gateway.enter(self._scope)
-        check_query(self._scope["query_string"])
         sessions, account_id = self.gateway.sessions, self._key.account_id
         if sessions[account_id] >= MOST_SESSIONS:
             message = f"This account has {MOST_SESSIONS} WebSockets open, which is the most."
@@ -444,7 +443,7 @@ class Session:
     async def _open(self, upstream: Upstream) -> Line:
         headers = headers_for_upstream(self._scope["headers"])
         try:
-            connection = await upstream.connect(headers, self._scope["query_string"])
+            connection = await upstream.connect(headers)
         except InvalidStatus as error:
             if error.response.status_code in NO_WEBSOCKET:
                 raise Refusal("upgrade_required") from None
