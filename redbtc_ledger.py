@@ -13,11 +13,13 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import hmac
 import os
 import re
 import secrets
 import sqlite3
 import time
+import uuid
 import zlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -63,6 +65,8 @@ LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
                ifnull((SELECT beat_at FROM heartbeat), 0))"""
+MAKE_SECRET = "INSERT OR IGNORE INTO secrets (name, secret) VALUES ('idempotency', ?)"
+SECRET = "SELECT secret FROM secrets WHERE name = 'idempotency'"
 SIGN = "INSERT INTO acting (id, name, at) VALUES (1, ?, ?)"
 UNSIGN = "DELETE FROM acting"
 FORGET = "DELETE FROM requests WHERE request_id = ? AND outcome = 'pending'"
@@ -208,7 +212,10 @@ class Store:
         await self._configure()
         await self._migrate()
         self._latest = await self._value(LATEST)
-        self.interrupted = await self.transact((INTERRUPT, (month_of(self.time()),)))
+        self.interrupted = await self.transact(
+            (MAKE_SECRET, (secrets.token_bytes(32),)), (INTERRUPT, (month_of(self.time()),))
+        )
+        self._secret: bytes = await self._value(SECRET)
         reader = aiosqlite.connect(self._read_only, uri=True)
         self._reader = Reader(await stack.enter_async_context(reader))
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
@@ -260,6 +267,12 @@ class Store:
         before, so that a clock set back reopens no month and brings no old price back."""
         self._latest = max(self._latest, now_ms())
         return self._latest
+
+    def own_key(self, account_id: str, key: bytes) -> bytes:
+        """Return the account's own form of an idempotency key: always the same for this account
+        and key, another one for every other account, in the form of a random UUID."""
+        digest = hmac.digest(self._secret, b"%b\0%b" % (account_id.encode(), key), "sha256")
+        return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
 
     # Reading
 

@@ -327,7 +327,9 @@ class Relay:
 
     async def _ask(self, upstream: Upstream) -> None:
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
-        headers = headers_for_upstream(self._scope["headers"])
+        exchange = self._exchange
+        store, account_id = exchange.gateway.store, exchange.key.account_id
+        headers = headers_for_upstream(self._scope["headers"], store, account_id)
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         self._body = Body(self._bytes)

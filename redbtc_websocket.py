@@ -441,7 +441,8 @@ class Session:
         return await asyncio.shield(self._opening[upstream])
 
     async def _open(self, upstream: Upstream) -> Line:
-        headers = headers_for_upstream(self._scope["headers"])
+        account_id, store = self._key.account_id, self.gateway.store
+        headers = headers_for_upstream(self._scope["headers"], store, account_id)
         try:
             connection = await upstream.connect(headers)
         except InvalidStatus as error:
