@@ -13,6 +13,7 @@ import contextlib
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ import redbtc_ledger as ledger
 from redbtc_billing import Hold, Spent, Tariff
 from redbtc_body import Content
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
-from redbtc_limits import Admission, Clock
+from redbtc_limits import Admission, Clock, rate_limit_headers
 from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
 from redbtc_refusals import ClientLeft, Refusal, header
 from redbtc_settings import LedgerUnavailable, now_ms
@@ -58,6 +59,14 @@ class Endpoint(NamedTuple):
     def model_needed(self) -> bool:
         """Images have a usual one."""
         return not self.images
+
+
+def check_background(value: bool | str) -> None:
+    """Raise Refusal where `background` is text, which an upstream might take for true. (Where
+    pictures are asked for, it is a colour.)"""
+    if isinstance(value, str):
+        message = "'background' must be true or false."
+        raise Refusal("invalid_request", message, param="background")
 
 
 class Exchange:
@@ -137,16 +146,24 @@ class Metered(Exchange):
         most_output = content.facts.most_output_tokens()
         estimate = 0 if self.endpoint.free else self._input_estimate + most_output
         limits = self.settings.limits
-        self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
-        with self.admission:
-            try:
-                self._money = await self.hold(content)
-            except Refusal:
-                self.admission.put_back()
-                raise
-            with self._money:
-                await self._begin()
-                await forward()
+        unended, background = self.gateway.unended, self.endpoint.stores and self._facts.background
+        if background:
+            check_background(background)
+            unended.enter(key.account_id, limits.account.background)
+        try:
+            self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
+            with self.admission:
+                try:
+                    self._money = await self.hold(content)
+                except Refusal:
+                    self.admission.put_back()
+                    raise
+                with self._money:
+                    await self._begin()
+                    await forward()
+        finally:
+            if background and not self._background:
+                unended.leave_room(key.account_id)
 
     def new_row(self, model: str, upstream: str, started_at: int) -> Row:
         """Pending."""
@@ -331,6 +348,7 @@ def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
 
 FIRST_PAUSE, MOST_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
 MOST_ASKING = 16
+ROOM_SECONDS = 5  # for a client to come again where too many are unfinished
 UNKNOWN = (400, 404, 410)  # how an upstream says that there is no such response
 MOST_UNKNOWN = 3  # in a row: it may not know at once what it has just made
 MOST_FAILURES = 10  # in a row, once the response is older than any can be
@@ -390,6 +408,7 @@ class Unended:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._responses: dict[str, Background] = {}
+        self._counts: Counter[str] = Counter()  # by account, also of those that may become one
         self._asking = asyncio.Semaphore(MOST_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -400,6 +419,7 @@ class Unended:
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
             response = Background(row, money, unfinished, None)
+            self._counts[row.account_id] += 1
             self._add(response)
             response.alone = True
             response.cancelled = ledger.is_compromised(self._gateway.store, key.id)
@@ -436,6 +456,23 @@ class Unended:
             if shown:
                 await self._see(response, report)
 
+    def enter(self, account_id: str, most: int) -> None:
+        """Count one more unfinished background response of the account, before it is asked for.
+        `most` is how many it may have, 0: any number. Raises Refusal."""
+        if 0 < most <= self._counts[account_id]:
+            headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
+            message = f"Too many background responses: this account may have {most} unfinished."
+            raise Refusal(
+                "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
+            )
+        self._counts[account_id] += 1
+
+    def leave_room(self, account_id: str) -> None:
+        """One that was counted has ended, or has not come to be."""
+        self._counts[account_id] -= 1
+        if not self._counts[account_id]:
+            del self._counts[account_id]
+
     def _add(self, response: Background) -> None:
         self._responses[response.row.response_id or ""] = response
 
@@ -443,6 +480,7 @@ class Unended:
         response_id = response.row.response_id or ""
         if self._responses.get(response_id) is response:
             del self._responses[response_id]
+        self.leave_room(response.row.account_id)
 
     def __contains__(self, response_id: str) -> bool:
         """Until its end is committed."""
