@@ -25,15 +25,15 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from itertools import compress, repeat
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, urlencode
 
 import msgspec
 from msgspec import Struct
 
-from redbtc_meter import MAX_NAME, SURROGATE
+from redbtc_meter import MAX_NAME, OWN_WORDS, SURROGATE
 from redbtc_refusals import Headers, Refusal, header
 
 if sys.version_info >= (3, 14):
@@ -131,6 +131,12 @@ MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
 MOST_PARTS = 1000
 SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]")
+# Readers differ in what they make of spaces, controls, '%5B', marks, or letters that look alike.
+FIELD_NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]+")
+ODD_SINGLE = re.compile(rb"(?:model|stream|n)[.\[]|_charset_$", re.IGNORECASE)  # RFC 7578 §4.6
+NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
+# Of these types some readers make fields of their own.
+NESTED_TYPE = re.compile(rb"multipart/|message/|application/x-www-form-urlencoded")
 HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
 FORM_NAME = re.compile(
     rb"file_ids?|vector_store_ids?|container_id|_response_id|conversation", re.IGNORECASE
@@ -175,15 +181,26 @@ class Form:
         if self.names.total() > MOST_PARTS:
             raise Refusal("invalid_request", f"The form has more than {MOST_PARTS} parts.")
         field = not {b"filename", b"filename*"} & parameters.keys()
+        if not field and not parameters.get(b"filename"):
+            self._check_doubtful(name, bytes(body[head_end + 4 : min(end, head_end + 64)]))
         single = name.lower() in SINGLE_FIELDS
-        once = field and self.names[name.lower()] == 1
+        proper = field and self.names[name.lower()] == 1 and name.islower()
         long = field and size > MAX_FIELD and name != b"prompt"
-        if (single and not once) or long or ODD_SVG.match(name):
-            shown = name.decode("utf-8", "replace")
-            message = f"'{shown}' must stand in the form once, as a short text, and so written."
+        if (single and not proper) or long or ODD_SVG.match(name) or ODD_SINGLE.match(name):
+            shown = name.decode()
+            message = f"'{shown}' must be in the form once, as a short text, in lower case."
             raise Refusal("invalid_request", message, param=shown)
         if field and size <= MAX_FIELD:
             self.fields[name] = bytes(body[head_end + 4 : end])
+
+    @staticmethod
+    def _check_doubtful(name: bytes, begin: bytes) -> None:
+        """Raise Refusal for a part that some readers take for a file and others for a field, where
+        that matters: its filename is empty, or there is only a `filename*`."""
+        if begin.lstrip()[:1] in (b"{", b"[", b'"'):
+            shown = name.decode()
+            message = f"'{shown}' must have a filename, or be a field without one."
+            raise Refusal("invalid_request", message, param=shown)
 
     def most_tokens(self, body: Buffer) -> int:
         """What its parts can come to."""
@@ -195,7 +212,7 @@ class Form:
             if name != b"prompt":
                 refuse_hidden(value, folded(value))
                 yield from named_in(value)
-        named = (FORM_NAME.search(name) for name in self.names)
+        named = (FORM_NAME.search(name.replace(b".", b"_")) for name in self.names)
         yield from (Reference(name[0].decode(), "") for name in named if name)
 
     def facts(self, body: Buffer) -> Facts:
@@ -204,11 +221,13 @@ class Form:
         if self._part < 0 or body[self._part : self._part + 2] != b"--":
             raise Refusal("invalid_request", "The form has no end.")
         stream = self.fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
-        model, number = self.fields.get(b"model"), self.fields.get(b"n", b"").strip()
+        model, number = self.fields.get(b"model"), self.fields.get(b"n")
+        if number is not None and not NUMBER.fullmatch(number):
+            raise Refusal("invalid_request", "'n' must be a number from 1 to 999.", param="n")
         return Facts(
             model=model.decode("utf-8", "replace") if model else None,
             stream=stream,
-            n=int(number) if re.fullmatch(rb"[0-9]{1,3}", number) else None,
+            n=int(number) if number else None,
         )
 
 
@@ -222,9 +241,20 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
     encoding = fields.get(b"content-transfer-encoding", b"binary").strip().lower()
     once = not padding.strip(b" \t") and len(fields) == len(lines) and encoding in UNENCODED
     name = found[1].get(b"name", b"") if found and found[0] == b"form-data" else b""
-    if not (once and found and 0 < len(name) <= MAX_NAME) or b"\\" in name:
+    plain = is_plain(fields.get(b"content-type", b"").strip().lower())
+    if not (once and plain and found and 0 < len(name) <= MAX_NAME):
         raise Refusal("invalid_request", "A part of the form has no head that can be read.")
+    if not FIELD_NAME.fullmatch(name):
+        message = "The name of a form's part may have only letters, digits and '_.-[]'."
+        raise Refusal("invalid_request", message)
     return found[1]
+
+
+def is_plain(content_type: bytes) -> bool:
+    """Whether a part of that type holds neither parts of its own nor text in another charset."""
+    found = parametrized(content_type)
+    charset = found[1].get(b"charset", b"utf-8") if found else b"charset" in content_type
+    return charset in (*CHARSETS, False) and not NESTED_TYPE.match(content_type)
 
 
 # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────
@@ -411,9 +441,6 @@ class Part(Struct):
 Item = Members  # a message, or another item of the input
 ROLES = ("user", "assistant", "system", "developer")
 SEALED = ("reasoning", "compaction")  # whole with their content, encrypted or plain
-OWN_WORDS = re.compile(  # items of which the client says all that there is, whatever their id
-    r"|message|.*_output|(?:function|custom_tool|computer|apply_patch|(?:local_)?shell)_call"
-)
 
 
 def kind_of(item: Item) -> str:
@@ -435,11 +462,16 @@ def is_reference(item: Item) -> bool:
     content = item.get("content", NULL)
     if kind in ("", "message"):
         return string_in(item.get("role", NOTHING)) not in ROLES or content == NULL
-    if kind == "image_generation_call":
-        failed = string_in(item.get("status", NOTHING)) == "failed"
-        return not failed and not is_text(item.get("result", NOTHING))
     sealed = is_text(item.get("encrypted_content", NOTHING))
     return kind in SEALED and not sealed and content in (NULL, EMPTY)
+
+
+def reference_in(item: Item) -> str:
+    """Return what an item's id refers to: "item_reference" where it is all that is given, "input"
+    where a tool of the upstream made the item; "" where the item may have any id."""
+    if is_reference(item):
+        return "item_reference"
+    return "" if OWN_WORDS.fullmatch(kind_of(item)) else "input"
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
@@ -447,7 +479,7 @@ FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFact
 PARTS = msgspec.json.Decoder(list[Part])
 LISTS = {"input", "messages", "tools", "svg"}
 TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
-ITEM_NAMES = {"id", "type", "status", "role", "content", "result", "encrypted_content", "tools"}
+ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
 # An item with one of these is looked at closely; most histories have none.
 TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
 MOST_NESTING = 8  # of tools in tools
@@ -511,6 +543,10 @@ class Content:
 
     def _read(self, decoder: msgspec.json.Decoder[Any]) -> None:
         self._inherited: dict[str, bool] = {}
+        self._inherits_minted = True
+        self.chosen_ids: set[str] = (
+            set()
+        )  # of items, by the client; known once references() is read
         if self._form:
             self._members: Members = {}
             self.facts: Facts = self._form.facts(self.text)
@@ -548,9 +584,16 @@ class Content:
         """All that it offers, wherever. Raises Refusal where they can't be read."""
         return tools_in([self._members, *self.items])
 
-    def inherit(self, models: str | None) -> None:
-        """It builds on something in which these work."""
+    def inherit(self, models: str | None, minted_input: bool) -> None:
+        """It builds on an object in which these models work, and with input of such ids."""
         self._inherited |= msgspec.json.decode(models, type=dict[str, bool]) if models else {}
+        self._inherits_minted = self._inherits_minted and minted_input
+
+    @property
+    def mints_input(self) -> bool:
+        """Whether the upstream will choose all the ids in the listing of this input: the client
+        chose none, neither here nor in what this builds on."""
+        return self._inherits_minted and not self.chosen_ids
 
     @functools.cached_property
     def lasting_models(self) -> str | None:
@@ -652,22 +695,23 @@ MOST_HIDING = 200  # bytes of a name with all its letters escaped
 
 
 class Reference(NamedTuple):
-    """A stored object that a body names, and the member that names it. `own`: it has to be the
-    account's; otherwise it may be nobody's, and what stands beside the id is all that counts."""
+    """A stored object that a body names, and the member that names it. It has to be the account's
+    own: another account's and one that does not exist are refused alike."""
 
     name: str
     id: str
-    own: bool = True
 
 
 def references_in(content: Content, members: Members) -> Iterator[Reference]:
     """Of JSON: the items of the input that are given by their id alone, and every member, at any
     depth, whose name says so. Raises Refusal where the body can't be read."""
     for item in content.items:
-        if "id" in item and is_text(item["id"]):
-            own = is_reference(item)
-            if own or not OWN_WORDS.fullmatch(kind_of(item)):
-                yield Reference("item_reference" if own else "input", string_in(item["id"]), own)
+        if "id" not in item or not is_text(item["id"]):
+            continue
+        if name := reference_in(item):
+            yield Reference(name, string_in(item["id"]))
+        else:
+            content.chosen_ids.add(string_in(item["id"]))
     if not MEMBER.search(content.text):
         return  # nearly always
     yield from named_beside(members, {"metadata", "client_metadata", "input", "tools", *SCHEMAS})
@@ -712,17 +756,16 @@ def named_in(text: Buffer) -> Iterator[Reference]:
             yield Reference("item_reference", "")
             continue
         name = match[1].lower()
-        own = name != b"approval_request_id"  # of an item that may stand beside it
         if kind == b'"':
             value = STRING.match(text, start) if name not in PLAIN else None
             if value:
-                yield Reference(name.decode(), string_in(value[0]), own)
+                yield Reference(name.decode(), string_in(value[0]))
         elif kind == b"[" or name in HOLDERS:
             ids = ID_MEMBER if kind == b"{" or name in PLAIN else STRING
             if start >= done[ids]:
                 done[ids] = end_of(text, start)
                 for value in ids.finditer(text, start, done[ids]):
-                    yield Reference(name.decode(), string_in(value[ids.groups]), own)
+                    yield Reference(name.decode(), string_in(value[ids.groups]))
 
 
 def refuse_hidden(text: Buffer, folded: bool) -> None:
@@ -739,14 +782,6 @@ def refuse_hidden(text: Buffer, folded: bool) -> None:
                 raise Refusal("invalid_request", f"'{name}' is written oddly.", param=name)
 
 
-def check_query(query: bytes) -> None:
-    """Raise Refusal for a query that says what only a body may say."""
-    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name.casefold() in KNOWN or HIDDEN.fullmatch(name.encode()):
-            message = f"'{name}' can't stand in the query."
-            raise Refusal("invalid_request", message, param=name[:MAX_NAME])
-
-
 def end_of(text: Buffer, start: int) -> int:
     """The end of the object or list that begins at `start`."""
     depth = 0
@@ -757,6 +792,35 @@ def end_of(text: Buffer, start: int) -> int:
             if not depth:
                 return match.end()
     return len(text)
+
+
+# ── Queries ──────────────────────────────────────────────────────────────────────────────────────
+
+VALUE = re.compile(r"[\w.:=+~,-]{0,256}", re.ASCII)  # whatever decodes it twice reads the same
+
+
+class Query:
+    """What may go on of the query of a stored response's route. Other names are dropped: what tools
+    add by themselves (`api-version`) is no reason to refuse, and reaches no upstream."""
+
+    def __init__(self, given: bytes, allowed: Collection[str]) -> None:
+        """Raises Refusal for a value that could be read in more than one way."""
+        fields = parse_qsl(given.decode("latin-1"), keep_blank_values=True, errors="replace")
+        self._fields = [(name, value) for name, value in fields if name in allowed]
+        for name, value in self._fields:
+            if not VALUE.fullmatch(value):
+                message = (
+                    f"'{name}' in the query must be at most 256 letters, digits and '._:=+~,-'."
+                )
+                raise Refusal("invalid_request", message, param=name)
+
+    def values(self, name: str) -> list[str]:
+        """All that it says of a name."""
+        return [value for each, value in self._fields if each == name]
+
+    def encoded(self) -> bytes:
+        """The query for the upstream."""
+        return urlencode(self._fields, safe="[]", quote_via=quote).encode()
 
 
 # ── Change ───────────────────────────────────────────────────────────────────────────────────────

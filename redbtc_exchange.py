@@ -13,6 +13,7 @@ import contextlib
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,9 +23,9 @@ import redbtc_ledger as ledger
 from redbtc_billing import Hold, Spent, Tariff
 from redbtc_body import Content
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
-from redbtc_limits import Admission, Clock
+from redbtc_limits import Admission, Clock, rate_limit_headers
 from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
-from redbtc_refusals import ClientLeft, Refusal
+from redbtc_refusals import ClientLeft, Refusal, header
 from redbtc_settings import LedgerUnavailable, now_ms
 from redbtc_upstreams import Upstream
 from redbtc_watch import Scope
@@ -60,6 +61,14 @@ class Endpoint(NamedTuple):
         return not self.images
 
 
+def check_background(value: bool | str) -> None:
+    """Raise Refusal where `background` is text, which an upstream might take for true. (Where
+    pictures are asked for, it is a colour.)"""
+    if isinstance(value, str):
+        message = "'background' must be true or false."
+        raise Refusal("invalid_request", message, param="background")
+
+
 class Exchange:
     """What is the same for all that is forwarded. `meter` has been fed what has passed."""
 
@@ -75,6 +84,7 @@ class Exchange:
         self.status: int | None = None
         self.first_byte_ms: int | None = None
         self.admission: Admission
+        self.key: Key
 
     def meter_stream(self) -> None:
         """The answer is server-sent events."""
@@ -113,7 +123,6 @@ class Exchange:
 class Metered(Exchange):
     """One that has a row in the ledger."""
 
-    _key: Key
     _content: Content
     _money: Hold
     _row: Row
@@ -130,30 +139,38 @@ class Metered(Exchange):
     ) -> None:
         """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
         yet, ClientLeft."""
-        self._key, self._content, self._facts = key, content, content.facts
+        self.key, self._content, self._facts = key, content, content.facts
         self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
         started_at = now_ms() - self.elapsed_ms()
         self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
         most_output = content.facts.most_output_tokens()
         estimate = 0 if self.endpoint.free else self._input_estimate + most_output
         limits = self.settings.limits
-        self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
-        with self.admission:
-            try:
-                self._money = await self.hold(content)
-            except Refusal:
-                self.admission.put_back()
-                raise
-            with self._money:
-                await self._begin()
-                await forward()
+        unended, background = self.gateway.unended, self.endpoint.stores and self._facts.background
+        if background:
+            check_background(background)
+            unended.enter(key.account_id, limits.account.background)
+        try:
+            self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
+            with self.admission:
+                try:
+                    self._money = await self.hold(content)
+                except Refusal:
+                    self.admission.put_back()
+                    raise
+                with self._money:
+                    await self._begin()
+                    await forward()
+        finally:
+            if background and not self._background:
+                unended.leave_room(key.account_id)
 
     def new_row(self, model: str, upstream: str, started_at: int) -> Row:
         """Pending."""
         return Row(
             request_id=self.scope["request_id"],
-            account_id=self._key.account_id,
-            key_id=self._key.id,
+            account_id=self.key.account_id,
+            key_id=self.key.id,
             endpoint=self.endpoint.path,
             requested_model=model,
             upstream=upstream,
@@ -174,7 +191,7 @@ class Metered(Exchange):
             return self._most_cost(tariff, content, further_input)
 
         try:
-            return await self.gateway.books.hold(self._key, content.facts.model or "", most)
+            return await self.gateway.books.hold(self.key, content.facts.model or "", most)
         except Spent as error:
             raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None
         except LedgerUnavailable:
@@ -216,7 +233,8 @@ class Metered(Exchange):
         self._row.upstream = upstream.name
 
     def note(self) -> None:
-        """What the upstream stores is the account's from the first event that names it."""
+        """What the upstream makes is the account's from the first event that names it; what it only
+        repeats of the request is not."""
         report = self.meter.report
         if len(report.made) == self._named or not self.endpoint.stores:
             return
@@ -226,25 +244,34 @@ class Metered(Exchange):
         if background and report.response_id and not (self._background or self._repeats):
             self._keep(report, report.response_id)
         stored = background or self._facts.store is not False
-        made = [each for each, always in fresh if always or stored]
-        self.gateway.objects.own(made, self._row.account_id, self.home)
+        chosen = self._content.chosen_ids
+        self.learn({each: always or stored for each, always in fresh if each not in chosen})
+
+    def learn(self, made: dict[str, bool]) -> None:
+        """The upstream made these; those that are True can be named in later requests."""
+        lasting = [each for each, lasts in made.items() if lasts]
+        self.gateway.objects.own(lasting, self._row.account_id, self.home)
 
     @property
     def home(self) -> Home:
-        """Of what it makes."""
-        return Home(self._row.upstream, self._content.lasting_models)
+        """Of what it makes. An upstream that honours an idempotency key may answer with a response
+        that another body made."""
+        first = header(self.scope["headers"], b"idempotency-key") is None
+        minted = first and self._content.mints_input
+        return Home(self._row.upstream, self._content.lasting_models, minted)
 
     def _keep(self, report: Report, response_id: str) -> None:
         """Its response goes on when the request is over. Where that is known already, an upstream
         has answered with it twice (`idempotency-key`), and it has a row that it is billed by."""
         with contextlib.suppress(LedgerUnavailable):
-            account_id = self._row.account_id
-            self._repeats = bool(self.gateway.objects.home_of(response_id, account_id))
+            self._repeats = not self.gateway.objects.is_free(response_id)
         if not self._repeats:
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()
             unfinished = Unfinished(at, held, self._input_estimate, model, 0)
-            self._background = self.gateway.unended.keep(self._row, self._money, unfinished)
+            self._background = self.gateway.unended.keep(
+                self._row, self._money, unfinished, self._content.chosen_ids
+            )
             self._background.read(report)
 
     def _fill(self, report: Report) -> None:
@@ -321,6 +348,7 @@ def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
 
 FIRST_PAUSE, MOST_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
 MOST_ASKING = 16
+ROOM_SECONDS = 5  # for a client to come again where too many are unfinished
 UNKNOWN = (400, 404, 410)  # how an upstream says that there is no such response
 MOST_UNKNOWN = 3  # in a row: it may not know at once what it has just made
 MOST_FAILURES = 10  # in a row, once the response is older than any can be
@@ -330,9 +358,14 @@ MOST_AGE_SECONDS = 48 * 3600  # OpenAI's longest completion window is 8 hours
 class Background:
     """One background response that has not been seen to end."""
 
-    def __init__(self, row: Row, money: Hold, unfinished: Unfinished) -> None:
+    def __init__(
+        self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str] | None
+    ) -> None:
+        """`chosen` are the ids that the client gave to items of its input, None where an earlier
+        process knew them."""
         self.row = row
         self.unfinished = unfinished
+        self.chosen = chosen
         self.settling: asyncio.Task[None] | None = None
         self.alone = False  # the request that made it is over
         self.cancelled = False  # its key turned out to be somebody else's
@@ -375,6 +408,7 @@ class Unended:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._responses: dict[str, Background] = {}
+        self._counts: Counter[str] = Counter()  # by account, also of those that may become one
         self._asking = asyncio.Semaphore(MOST_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -384,16 +418,17 @@ class Unended:
             money = await self._gateway.books.hold_again(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
-            response = Background(row, money, unfinished)
-            self._responses[row.response_id or ""] = response
+            response = Background(row, money, unfinished, None)
+            self._counts[row.account_id] += 1
+            self._add(response)
             response.alone = True
             response.cancelled = ledger.is_compromised(self._gateway.store, key.id)
             self._start(self._ask_until_ended(response))
 
-    def keep(self, row: Row, money: Hold, unfinished: Unfinished) -> Background:
+    def keep(self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str]) -> Background:
         """Its response will go on when its request is over; the hold is for as long."""
-        response = Background(row, money.keep(), unfinished)
-        self._responses[row.response_id or ""] = response
+        response = Background(row, money.keep(), unfinished, chosen)
+        self._add(response)
         ledger.keep_pending(self._gateway.store, row, unfinished)
         return response
 
@@ -420,6 +455,32 @@ class Unended:
             response.left(report)
             if shown:
                 await self._see(response, report)
+
+    def enter(self, account_id: str, most: int) -> None:
+        """Count one more unfinished background response of the account, before it is asked for.
+        `most` is how many it may have, 0: any number. Raises Refusal."""
+        if 0 < most <= self._counts[account_id]:
+            headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
+            message = f"Too many background responses: this account may have {most} unfinished."
+            raise Refusal(
+                "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
+            )
+        self._counts[account_id] += 1
+
+    def leave_room(self, account_id: str) -> None:
+        """One that was counted has ended, or has not come to be."""
+        self._counts[account_id] -= 1
+        if not self._counts[account_id]:
+            del self._counts[account_id]
+
+    def _add(self, response: Background) -> None:
+        self._responses[response.row.response_id or ""] = response
+
+    def _remove(self, response: Background) -> None:
+        response_id = response.row.response_id or ""
+        if self._responses.get(response_id) is response:
+            del self._responses[response_id]
+        self.leave_room(response.row.account_id)
 
     def __contains__(self, response_id: str) -> bool:
         """Until its end is committed."""
@@ -462,10 +523,20 @@ class Unended:
     async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
         response.finish(report, outcome)
-        gateway.objects.own(report.made, row.account_id, Home(row.upstream))
+        self._learn(response, report)
         await ledger.end_background(gateway.store, row)
-        del self._responses[row.response_id or ""]
+        self._remove(response)
         gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
+
+    def _learn(self, response: Background, report: Report) -> None:
+        """What its end names is the account's, but for what the client may have named itself."""
+        row, objects, chosen = response.row, self._gateway.objects, response.chosen
+        if chosen is None:
+            with contextlib.suppress(LedgerUnavailable):
+                home = objects.home_of(row.response_id or "", row.account_id)
+                chosen = set() if home and home.minted_input else None
+        if chosen is not None:
+            objects.own(report.made.keys() - chosen, row.account_id, Home(row.upstream))
 
     async def _ask_until_ended(self, response: Background) -> None:
         pause, unknown, failures = FIRST_PAUSE, 0, 0

@@ -13,12 +13,15 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import hmac
 import os
 import re
 import secrets
 import sqlite3
 import time
+import uuid
 import zlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
@@ -62,6 +65,8 @@ LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
                ifnull((SELECT beat_at FROM heartbeat), 0))"""
+MAKE_SECRET = "INSERT OR IGNORE INTO secrets (name, secret) VALUES ('idempotency', ?)"
+SECRET = "SELECT secret FROM secrets WHERE name = 'idempotency'"
 SIGN = "INSERT INTO acting (id, name, at) VALUES (1, ?, ?)"
 UNSIGN = "DELETE FROM acting"
 FORGET = "DELETE FROM requests WHERE request_id = ? AND outcome = 'pending'"
@@ -207,7 +212,10 @@ class Store:
         await self._configure()
         await self._migrate()
         self._latest = await self._value(LATEST)
-        self.interrupted = await self.transact((INTERRUPT, (month_of(self.time()),)))
+        self.interrupted = await self.transact(
+            (MAKE_SECRET, (secrets.token_bytes(32),)), (INTERRUPT, (month_of(self.time()),))
+        )
+        self._secret: bytes = await self._value(SECRET)
         reader = aiosqlite.connect(self._read_only, uri=True)
         self._reader = Reader(await stack.enter_async_context(reader))
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
@@ -259,6 +267,12 @@ class Store:
         before, so that a clock set back reopens no month and brings no old price back."""
         self._latest = max(self._latest, now_ms())
         return self._latest
+
+    def own_key(self, account_id: str, key: bytes) -> bytes:
+        """Return the account's own form of an idempotency key: always the same for this account
+        and key, another one for every other account, in the form of a random UUID."""
+        digest = hmac.digest(self._secret, b"%b\0%b" % (account_id.encode(), key), "sha256")
+        return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
 
     # Reading
 
@@ -829,24 +843,49 @@ async def forget(store: Store, row: Row) -> None:
 
 # ── Stored objects ───────────────────────────────────────────────────────────────────────────────
 # All accounts share the key that reaches what an upstream stores. What an account may name is what
-# was made for it: known from the first event that names it, and never any other's.
+# the upstream made for it: known from the first event that names it, and never any other's. An id
+# that the client itself chose, and the upstream only repeats, is never learned.
+#
+# The first account that an object is recorded for owns it. The row decides; a claim that waits for
+# its commit decides only where there is no row. Since claims are written in the order in which they
+# are made, and the first one for an id is the only one, both give the same answer at every instant:
+# the one that the store will give after a restart.
 
 OWN = """
-    INSERT INTO stored_objects (id, account_id, upstream, models, created_at)
-    VALUES (?, ?, ?, ?, ?)
+    INSERT INTO stored_objects (id, account_id, upstream, models, minted_input, created_at)
+    VALUES (?, ?, ?, ?, ?, ?)
         ON CONFLICT (id) DO UPDATE SET models = excluded.models
         WHERE account_id = excluded.account_id AND excluded.models IS NOT NULL"""
-OWNED = "SELECT 1 FROM stored_objects WHERE id = ?"
-DISOWN = "DELETE FROM stored_objects WHERE id = ?"
-HOME_OF = "SELECT upstream, models FROM stored_objects WHERE id = ? AND account_id = ?"
+DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
+OWNED = "SELECT account_id, upstream, models, minted_input FROM stored_objects WHERE id = ?"
+MAX_SHOWN = 1000  # ids of an account that are remembered as shown in listings
 
 
 class Home(NamedTuple):
-    """Where an object is stored, and the models that work in what builds on it besides its own:
-    JSON, None where there are none."""
+    """Where an object is stored; the models that work in what builds on it besides its own (JSON,
+    None where there are none); and, of a response, whether the upstream chose all the ids in the
+    listing of its input."""
 
     upstream: str
     models: str | None = None
+    minted_input: bool = False
+
+
+class Claim(NamedTuple):
+    """An object's owner, and where it is."""
+
+    account_id: str
+    home: Home
+
+
+def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
+    """Return whose an object is, by its row of OWNED and by the claim that waits for its commit."""
+    if row is None:
+        return claim
+    account_id, upstream, models, minted_input = row
+    if claim and claim.account_id == account_id:
+        models = claim.home.models or models
+    return Claim(account_id, Home(upstream, models, bool(minted_input)))
 
 
 class Objects:
@@ -854,36 +893,62 @@ class Objects:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._fresh: dict[str, tuple[str, Home]] = {}  # not yet committed: account and home
+        self._claims: dict[str, Claim] = {}  # whose rows are not known to be committed
+        self._shown: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
 
     def own(self, ids: Iterable[str], account_id: str, home: Home) -> None:
-        """From now on these are the account's. Whose one is already, his it stays."""
+        """From now on these are the account's, unless they are another account's."""
         for each in ids:
-            fresh = self._fresh.get(each)
-            if fresh is None or (home.models and fresh[0] == account_id and fresh[1] != home):
-                self._fresh[each] = account_id, home
-                values = (each, account_id, *home, now_ms())
-                written = self._store.record(OWN, values, insist=True, lasting=False)
-                written.add_done_callback(functools.partial(self._written, each))
+            claim = self._claims.get(each)
+            if claim is None:
+                self._claim(each, Claim(account_id, home))
+            elif claim.account_id == account_id and home.models not in (None, claim.home.models):
+                self._claim(each, Claim(account_id, claim.home._replace(models=home.models)))
 
-    def _written(self, object_id: str, _: asyncio.Future[None]) -> None:
-        self._fresh.pop(object_id, None)
+    def _claim(self, object_id: str, claim: Claim) -> None:
+        self._claims[object_id] = claim
+        values = (object_id, claim.account_id, *claim.home, now_ms())
+        written = self._store.record(OWN, values, insist=True, lasting=False)
+        written.add_done_callback(functools.partial(self._written, object_id, claim))
+
+    def _written(self, object_id: str, claim: Claim, _: asyncio.Future[None]) -> None:
+        if self._claims.get(object_id) is claim:
+            del self._claims[object_id]
+
+    def _owned(self, object_id: str) -> Claim | None:
+        row = self._store.look_up(OWNED, (object_id,))
+        return decided(row, self._claims.get(object_id))
 
     def home_of(self, object_id: str, account_id: str) -> Home | None:
-        """Where it is, if it is the account's: one read by an index, which takes as long for what
-        is another's as for what never was. Raises LedgerUnavailable."""
-        found = self._store.look_up(HOME_OF, (object_id, account_id))
-        if (fresh := self._fresh.get(object_id)) and fresh[0] == account_id:
-            return fresh[1]
-        return Home(*found) if found else None
+        """Return where the object is, None unless it is the account's. Costs one read by an index,
+        which takes as long for another account's object as for one that does not exist. Raises
+        LedgerUnavailable."""
+        owned = self._owned(object_id)
+        return owned.home if owned and owned.account_id == account_id else None
 
-    def known(self, object_id: str) -> bool:
-        """Whether it is anybody's. Raises LedgerUnavailable."""
-        return object_id in self._fresh or bool(self._store.look_up(OWNED, (object_id,)))
+    def is_free(self, object_id: str) -> bool:
+        """Return whether no account owns the object. Raises LedgerUnavailable."""
+        return self._owned(object_id) is None
 
-    async def disown(self, object_id: str) -> None:
-        """It was deleted."""
-        await self._store.record(DISOWN, (object_id,), insist=True)
+    async def disown(self, object_id: str, account_id: str) -> None:
+        """The account deleted the object: it is nobody's. A claim that another account made in vain
+        must not come to hold now."""
+        self._claims.pop(object_id, None)
+        await self._store.record(DISOWN, (object_id, account_id), insist=True)
+
+    def show(self, ids: Iterable[str], response_id: str, account_id: str) -> None:
+        """The account saw these ids in the listing of an own response's input: it may go on from
+        there, even where it does not own them."""
+        shown = self._shown[account_id]
+        for each in ids:
+            shown.pop((response_id, each), None)
+            shown[response_id, each] = None
+        while len(shown) > MAX_SHOWN:
+            del shown[next(iter(shown))]
+
+    def was_shown(self, object_id: str, response_id: str, account_id: str) -> bool:
+        """Return whether the account lately saw the id in the listing of that response's input."""
+        return (response_id, object_id) in self._shown.get(account_id, ())
 
 
 KEEP_PENDING = """

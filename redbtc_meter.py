@@ -152,13 +152,29 @@ class Answer(Struct):
     delta: msgspec.Raw = msgspec.Raw()
 
 
+# Items of which the client says all that there is when it sends them back: an upstream has nothing
+# to look up by their ids. (Sealed ones, reasoning and compaction, are bound to theirs.) All others
+# are the work of the upstream's own tools.
+OWN_WORDS = re.compile(
+    r"|message|reasoning|compaction|.*_output|"
+    r"(?:function|custom_tool|tool_search|computer|apply_patch|(?:local_)?shell)_call"
+)
+
+
 class Item(Struct):
     """Of the output: what names something that the upstream may have stored."""
 
     id: Any = None
+    type: Any = None
+    call_id: Any = None
     container_id: Any = None
     environment: Any = None
     content: Any = None
+
+    @property
+    def by_tool(self) -> bool:
+        """Whether one of the upstream's own tools made it, so that the upstream may look it up."""
+        return isinstance(self.type, str) and not OWN_WORDS.fullmatch(self.type)
 
     def containers(self) -> Iterator[Any]:
         """Ids of the containers in which code ran, and of files there. Only where the upstream
@@ -333,7 +349,8 @@ class Report:
         self.status: str | None = None  # of the Response object
         self.usage: Usage | None = None
         self.parts: list[Part] = []  # of the usage, by model
-        self.made: dict[str, bool] = {}  # ids in order, and whether they exist without `store`
+        self.made: dict[str, bool] = {}  # ids in order, and whether they matter without `store`
+        self.listed: dict[str, bool] = {}  # ids of listed input, and whether the upstream made them
         self.failed = False  # it says itself that it failed
         self.text_bytes = 0  # of output that has passed, for an estimate
 
@@ -373,10 +390,16 @@ class Report:
         with contextlib.suppress(*NOT_JSON):
             if answer.item:
                 items.append(ITEM.decode(answer.item))
-            for listed in (said.output, said.data):
-                items += OUTPUT.decode(listed) if listed else []
+            if said.output:
+                items += OUTPUT.decode(said.output)
+            if said.data:
+                self.listed = {
+                    item.id: item.id != item.call_id
+                    for item in OUTPUT.decode(said.data)
+                    if name_in(item.id)
+                }
         for item in items:
-            named.append((item.id, False))
+            named.append((item.id, item.by_tool))
             named += [(each, True) for each in item.containers()]
         self.made.update((each, always) for each, always in named if name_in(each))
 

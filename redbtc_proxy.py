@@ -56,9 +56,9 @@ from redbtc_body import (
     Buffer,
     Content,
     Form,
+    Query,
     Reference,
     add_include_usage,
-    check_query,
     decompressed,
     media_of,
 )
@@ -277,14 +277,22 @@ class Relay:
     """One HTTP request on its way to the upstream, and the answer on its way back."""
 
     def __init__(
-        self, exchange: Exchange, send: Send, method: str, path: str, body: Buffer
+        self,
+        exchange: Exchange,
+        send: Send,
+        method: str,
+        path: str,
+        body: Buffer,
+        query: bytes = b"",
     ) -> None:
+        """Of the client's query only `query` goes on."""
         self._exchange = exchange
         self._clock = exchange.clock
         self._scope = exchange.scope
         self._send = send
         self._method = method
         self._path = path
+        self._query = query
         self._bytes = body
         self._body = Body(body)
         self._waits_for_client = False
@@ -319,12 +327,13 @@ class Relay:
 
     async def _ask(self, upstream: Upstream) -> None:
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
-        headers = headers_for_upstream(self._scope["headers"])
+        exchange = self._exchange
+        store, account_id = exchange.gateway.store, exchange.key.account_id
+        headers = headers_for_upstream(self._scope["headers"], store, account_id)
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         self._body = Body(self._bytes)
-        query = self._scope["query_string"]
-        answer = await upstream.open(self._method, self._path, query, headers, self._body)
+        answer = await upstream.open(self._method, self._path, self._query, headers, self._body)
         try:
             if not 200 <= answer.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
@@ -448,7 +457,7 @@ class Visit(Exchange):
         home: Home,
     ) -> None:
         super().__init__(gateway, scope, endpoint, clock)
-        self._key = key
+        self.key = key
         self._response_id = response_id
         self._home = home
 
@@ -461,11 +470,24 @@ class Visit(Exchange):
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
         shown = status == 200 and report.response_id in (None, self._response_id)
         await gateway.unended.look(self._response_id, report, shown)
-        if status == 200 and self.endpoint.path.endswith("/input_items"):
-            gateway.objects.own(report.made, self._key.account_id, self._home)
+        if status == 200:
+            self._learn_listed()
         if self.scope["method"] == "DELETE" and status < 300:
-            await gateway.objects.disown(self._response_id)
+            await gateway.objects.disown(self._response_id, self.key.account_id)
         gateway.watch.answered(self.scope, status, outcome)
+
+    def _learn_listed(self) -> None:
+        """Listed input is the account's where the upstream chose its ids. Where the client may have
+        chosen one, which could be anybody's, the account may only go on from there."""
+        listed, account_id, objects = (
+            self.meter.report.listed,
+            self.key.account_id,
+            self.gateway.objects,
+        )
+        objects.show(listed, self._response_id, account_id)
+        if self._home.minted_input:
+            minted = [each for each, made in listed.items() if made]
+            objects.own(minted, account_id, Home(self._home.upstream, self._home.models))
 
 
 class StoredRoute:
@@ -484,6 +506,7 @@ class StoredRoute:
         key = gateway.enter(scope)
         response_id = scope["path_params"]["id"]
         home, upstream = choose_stored(gateway, key, response_id)
+        query = self._query(key, response_id, scope["query_string"])
         clock = Clock(gateway.clocks)
         body = await read_body(scope, receive, clock, gateway.settings)
         if body.strip():
@@ -496,7 +519,25 @@ class StoredRoute:
             limits = gateway.settings.limits
             with await gateway.limits.admit(key, 0, limits, clock) as visit.admission:
                 path = f"/responses/{response_id}{self._suffix}"
-                await Relay(visit, send, self._method, path, body).forward([upstream])
+                await Relay(visit, send, self._method, path, body, query).forward([upstream])
+
+    def _query(self, key: Key, response_id: str, given: bytes) -> bytes:
+        """What of the query goes on. A listing goes on after or before an item that the account
+        owns, or saw in a listing. Raises Refusal."""
+        query = Query(given, QUERIES.get((self._method, self._suffix), ()))
+        for name in ("after", "before"):
+            for object_id in query.values(name):
+                objects, account_id = self._gateway.objects, key.account_id
+                shown = objects.was_shown(object_id, response_id, account_id)
+                if not shown and self._gateway.home_of(key, object_id) is None:
+                    raise not_own(name)
+        return query.encoded()
+
+
+def not_own(name: str) -> Refusal:
+    """Another account's object gets the same answer as one that does not exist."""
+    message = f"'{name}' names an object that isn't known to be this account's."
+    return Refusal("invalid_request", message, param=name)
 
 
 def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[Home, Upstream]:
@@ -522,6 +563,9 @@ METERED = (
 )
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
+LISTING = ("include", "include[]", "limit", "order", "after", "before")
+STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfuscation")
+QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}  # the queries that go on
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, Home] = {}
 MOST_REFERENCES = 1000
@@ -538,7 +582,6 @@ class MeteredRoute:
         gateway, endpoint = self._gateway, self._endpoint
         scope["where"] = endpoint.path
         key = gateway.enter(scope)
-        check_query(scope["query_string"])
         clock = Clock(gateway.clocks)
         content = await read_content(scope, receive, clock, gateway.settings, endpoint)
         upstreams = gateway.upstreams_for(key, content)
@@ -623,13 +666,6 @@ class Gateway:
         """That of the settings."""
         return next((upstream for upstream in self.upstreams if upstream.name == name), None)
 
-    def _is_known(self, object_id: str) -> bool:
-        """Whether it is anybody's."""
-        try:
-            return self.objects.known(object_id)
-        except LedgerUnavailable:
-            raise Refusal("ledger_unavailable") from None
-
     def home_of(self, key: Key, object_id: str) -> Home | None:
         """Where what the key's account made is stored; None for all else."""
         try:
@@ -637,15 +673,17 @@ class Gateway:
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def check_reference(self, key: Key, reference: Reference) -> Home | None:
-        """Where it is, if anywhere. Raises Refusal where it is not the account's."""
+    def check_reference(self, key: Key, reference: Reference, made: Mapping[str, Home]) -> Home:
+        """Return where it is. Raises Refusal where it is not the account's, in the same way whether
+        it is another account's or does not exist."""
         home = self.home_of(key, reference.id)
-        if home or not (reference.own or self._is_known(reference.id)):
+        if home is None and reference.id in made and self.objects.is_free(reference.id):
+            home = made[reference.id]
+        if home is not None:
             return home
         if reference.name in NOT_FOUND:
             raise not_found(reference.name, reference.id)
-        message = f"'{reference.name}' names an object that isn't known to be this account's."
-        raise Refusal("invalid_request", message, param=reference.name)
+        raise not_own(reference.name)
 
     def homes(self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING) -> set[str]:
         """The upstream that has what the request builds on, if it builds on anything; the content
@@ -655,11 +693,12 @@ class Gateway:
         homes: set[str] = set()
         for reference in content.references():
             if reference not in references:
-                references.update([reference] if reference.own else [])
-                home = made.get(reference.id) or self.check_reference(key, reference)
-                if home:
-                    homes.add(home.upstream)
-                    content.inherit(home.models)
+                references.add(reference)
+                home = self.check_reference(key, reference, made)
+                homes.add(home.upstream)
+                # What is in a conversation can change before the request gets there.
+                minted = home.minted_input and reference.name != "conversation"
+                content.inherit(home.models, minted)
             if len(references) > MOST_REFERENCES:
                 message = f"The body names more than {MOST_REFERENCES} stored objects."
                 raise Refusal("invalid_request", message)

@@ -274,6 +274,7 @@ class AccountLimits(Table, frozen=True):
     concurrency: Count = 8
     requests_per_minute: Count = 0
     tokens_per_minute: Count = 0
+    background: Count = 20
 
 
 class Limits(Table, frozen=True):

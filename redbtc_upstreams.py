@@ -19,6 +19,7 @@ import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
 from redbtc_body import Buffer
+from redbtc_ledger import Store
 from redbtc_meter import name_in
 from redbtc_refusals import Headers, Refusal
 from redbtc_settings import UpstreamSettings
@@ -26,9 +27,15 @@ from redbtc_transport import Answer, Request, Transport
 
 ALLOWED_HEADERS = frozenset(
     b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "
-    b"version session-id session_id thread-id x-client-request-id".split()
+    b"version session-id session_id thread-id x-client-request-id "
+    # Of x-openai-* those that Codex sends with an API key. Others authorize, or choose an
+    # organization, a region or a product.
+    b"x-openai-internal-codex-responses-lite x-openai-memgen-request x-openai-subagent".split()
 )
-ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-", b"x-openai-")
+ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-")
+# It names a model and a tier besides those in the body, which alone are checked. Codex sends it
+# with a ChatGPT login only.
+DROPPED_REQUEST_HEADERS = frozenset([b"x-codex-routing-hint"])
 # RFC 9110 §7.6.1, and what belongs to the upstream's account or could steer a proxy in front of us.
 DROPPED_HEADERS = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te "
@@ -179,13 +186,13 @@ class Upstream:
         models, listed_at = self._models
         return models, time.monotonic() - listed_at
 
-    async def connect(self, headers: Headers, query: bytes) -> ClientConnection:
+    async def connect(self, headers: Headers) -> ClientConnection:
         """A WebSocket to its /responses. Raises OSError, TimeoutError, InvalidHandshake."""
         url = f"{str(self._base).rstrip('/')}/responses".replace("http", "ws", 1)
         more = [(name.decode(), value.decode("latin-1")) for name, value in headers]
         more += [(name.decode(), value.decode()) for name, value in self._own if name != b"host"]
         return await Connect(
-            url + ("?" + query.decode("latin-1") if query else ""),
+            url,
             additional_headers=[line for line in more if line[0] not in NOT_OF_WEBSOCKET],
             user_agent_header=None,
             compression=None,
@@ -234,12 +241,14 @@ def by_turn(upstreams: list[Upstream]) -> list[Upstream]:
     return sorted(upstreams, key=turn)
 
 
-def headers_for_upstream(headers: Headers) -> Headers:
-    """What of the client's headers goes on: an allow-list."""
+def headers_for_upstream(headers: Headers, store: Store, account_id: str) -> Headers:
+    """What of the client's headers goes on: an allow-list. An idempotency key goes on in a form
+    that is the account's own: for one key of two accounts an upstream would give one answer."""
     return [
-        (name, value)
+        (name, store.own_key(account_id, value) if name == b"idempotency-key" else value)
         for name, value in headers
-        if name in ALLOWED_HEADERS or name.startswith(ALLOWED_PREFIXES)
+        if name in ALLOWED_HEADERS
+        or (name.startswith(ALLOWED_PREFIXES) and name not in DROPPED_REQUEST_HEADERS)
     ]
 
 

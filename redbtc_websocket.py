@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import orjson
@@ -37,7 +37,7 @@ from websockets.http11 import Request
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
-from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame, check_query
+from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
 from redbtc_limits import TICK, Clock
@@ -204,6 +204,7 @@ class Turn(Metered):
             charges.put_back()
             raise
         self.holds.enter_context(money)
+        self._content.chosen_ids |= frame.chosen_ids
         self._further_input = more
         self._steers.append(Steer(self.response_id or "", money))
 
@@ -225,14 +226,20 @@ class Turn(Metered):
         if self.first_byte_ms is None:
             self.first_byte_ms = self.elapsed_ms()
         self.meter.take(event)
-        known = self._named
         self.note()
-        if self._named != known:
-            fresh = list(self.meter.report.made)[known:]
-            self._session.remember(fresh, self.home)
         if self.meter.ended:
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
+
+    def learn(self, made: dict[str, bool]) -> None:
+        """These can also be named on this connection alone."""
+        super().learn(made)
+        self._session.remember(made, self.home)
+
+    @property
+    def home(self) -> Home:
+        """Of what it makes. Steering can still add to its input."""
+        return super().home._replace(minted_input=False)
 
     async def _follow(self) -> None:
         """A response that follows by itself has a row of its own. It takes in all that was sent to
@@ -321,7 +328,6 @@ class Session:
         ClientLeft."""
         await self._receive()  # that it wants to connect
         self._key = self.gateway.enter(self._scope)
-        check_query(self._scope["query_string"])
         sessions, account_id = self.gateway.sessions, self._key.account_id
         if sessions[account_id] >= MOST_SESSIONS:
             message = f"This account has {MOST_SESSIONS} WebSockets open, which is the most."
@@ -435,9 +441,10 @@ class Session:
         return await asyncio.shield(self._opening[upstream])
 
     async def _open(self, upstream: Upstream) -> Line:
-        headers = headers_for_upstream(self._scope["headers"])
+        account_id, store = self._key.account_id, self.gateway.store
+        headers = headers_for_upstream(self._scope["headers"], store, account_id)
         try:
-            connection = await upstream.connect(headers, self._scope["query_string"])
+            connection = await upstream.connect(headers)
         except InvalidStatus as error:
             if error.response.status_code in NO_WEBSOCKET:
                 raise Refusal("upgrade_required") from None
@@ -691,7 +698,7 @@ class Session:
             turn.clock.allow(line.upstream.settings.idle_timeout_seconds)
         return None
 
-    def remember(self, made: list[str], home: Home) -> None:
+    def remember(self, made: Iterable[str], home: Home) -> None:
         """What was made on this connection can be built on here, even if it isn't stored."""
         self._made.update(dict.fromkeys(made, home))
 
@@ -720,7 +727,7 @@ class Session:
         )
         account_for(row, report, "upstream_error" if report.failed else "completed", None)
         bill(row, report, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
-        self.gateway.objects.own(report.made, row.account_id, Home(row.upstream))
+        self.gateway.objects.own([response_id], row.account_id, Home(row.upstream))
         await ledger.settle(self.gateway.store, row)
         self.gateway.watch.settled(scope, row)
 

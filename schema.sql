@@ -575,3 +575,16 @@ CREATE TRIGGER a_password_ends AFTER UPDATE OF password ON users BEGIN
     DELETE FROM sessions WHERE user_id = NEW.id;
     DELETE FROM known_browsers WHERE user_id = NEW.id;
 END;
+
+-- version 8
+
+ALTER TABLE stored_objects ADD COLUMN
+    minted_input        INTEGER NOT NULL DEFAULT 0 CHECK (minted_input IN (0, 1));  -- 1: of a response
+                                                -- whose listed input has no ids but the upstream's
+
+-- What must stay the same over restarts and be known to nobody.
+CREATE TABLE secrets (
+    name                TEXT PRIMARY KEY CHECK (name = 'idempotency'),  -- the key of a hash that makes
+                                                -- each account's idempotency keys its own
+    secret              BLOB NOT NULL CHECK (length(secret) = 32)
+) STRICT;

@@ -269,7 +269,7 @@ def test_headers_pass_by_list(gateway: Gateway, upstream: Upstream, key: str) ->
     with gateway.client(key) as client:
         answer = client.post("/responses?x=1", json=RESPONSE, headers=sent)
     received = upstream.requests[0]
-    assert received.path == "/v1/responses?x=1"
+    assert received.path == "/v1/responses"
     names = {name.decode().lower() for name, _ in received.headers}
     assert names == {
         "accept",

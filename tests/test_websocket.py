@@ -142,7 +142,7 @@ def test_frames_pass_unchanged_and_each_response_is_a_row(
             connection.recv()
     assert len(gateway.rows()) == 2
     (handshake,) = upstream.requests
-    assert handshake.path == "/v1/responses?x=y"
+    assert handshake.path == "/v1/responses"
     assert handshake.header("openai-beta") == "responses_websockets=2026-02-06"
     assert handshake.header("session-id") == "s"
     assert handshake.header("cookie") is None
