@@ -42,7 +42,7 @@ def calls(root: Path, requests: int) -> int:
         with gateway.client(key) as client:
             for _ in range(requests):
                 assert client.post("/responses", json=BODY).status_code == 200
-        gateway.terminate(seconds=60)
+        gateway.terminate()
         wait_until((Path(folder) / "profile").exists)
         return int(pstats.Stats(str(Path(folder) / "profile")).total_calls)  # type: ignore[attr-defined]
 
