@@ -133,7 +133,9 @@ MOST_PARTS = 1000
 SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]")
 # Readers differ in what they make of spaces, controls, '%5B', marks, or letters that look alike.
 FIELD_NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]+")
-ODD_SINGLE = re.compile(rb"(?:model|stream|n)[.\[]|_charset_$", re.IGNORECASE)  # RFC 7578 §4.6
+ODD_SINGLE = re.compile(
+    rb"(?:model|stream|n|prompt)[.\[]|_charset_$", re.IGNORECASE
+)  # RFC 7578 §4.6
 NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
 # Of these types some readers make fields of their own.
 NESTED_TYPE = re.compile(rb"multipart/|message/|application/x-www-form-urlencoded")
