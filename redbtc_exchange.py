@@ -245,12 +245,8 @@ class Metered(Exchange):
             self._keep(report, report.response_id)
         stored = background or self._facts.store is not False
         chosen = self._content.chosen_ids
-        self.learn({each: always or stored for each, always in fresh if each not in chosen})
-
-    def learn(self, made: dict[str, bool]) -> None:
-        """The upstream made these; those that are True can be named in later requests."""
-        lasting = [each for each, lasts in made.items() if lasts]
-        self.gateway.objects.own(lasting, self._row.account_id, self.home)
+        made = [each for each, always in fresh if (always or stored) and each not in chosen]
+        self.gateway.objects.own(made, self._row.account_id, self.home)
 
     @property
     def home(self) -> Home:

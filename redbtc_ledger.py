@@ -877,6 +877,13 @@ class Claim(NamedTuple):
     account_id: str
     home: Home
 
+    def with_models(self, later: Claim) -> Claim:
+        """The same claim, or one with the models of a later claim of the same account."""
+        models = later.home.models
+        if later.account_id != self.account_id or models in (None, self.home.models):
+            return self
+        return self._replace(home=self.home._replace(models=models))
+
 
 def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
     """Return whose an object is, by its row of OWNED and by the claim that waits for its commit."""
@@ -898,18 +905,15 @@ class Objects:
 
     def own(self, ids: Iterable[str], account_id: str, home: Home) -> None:
         """From now on these are the account's, unless they are another account's."""
+        new = Claim(account_id, home)
         for each in ids:
-            claim = self._claims.get(each)
-            if claim is None:
-                self._claim(each, Claim(account_id, home))
-            elif claim.account_id == account_id and home.models not in (None, claim.home.models):
-                self._claim(each, Claim(account_id, claim.home._replace(models=home.models)))
-
-    def _claim(self, object_id: str, claim: Claim) -> None:
-        self._claims[object_id] = claim
-        values = (object_id, claim.account_id, *claim.home, now_ms())
-        written = self._store.record(OWN, values, insist=True, lasting=False)
-        written.add_done_callback(functools.partial(self._written, object_id, claim))
+            before = self._claims.get(each)
+            claim = new if before is None else before.with_models(new)
+            if claim is not before:
+                self._claims[each] = claim
+                values = (each, account_id, *claim.home, now_ms())
+                written = self._store.record(OWN, values, insist=True, lasting=False)
+                written.add_done_callback(functools.partial(self._written, each, claim))
 
     def _written(self, object_id: str, claim: Claim, _: asyncio.Future[None]) -> None:
         if self._claims.get(object_id) is claim:

@@ -399,7 +399,7 @@ class Report:
                     if name_in(item.id)
                 }
         for item in items:
-            named.append((item.id, item.by_tool))
+            named.append((item.id, item.type != "message" and item.by_tool))
             named += [(each, True) for each in item.containers()]
         self.made.update((each, always) for each, always in named if name_in(each))
 

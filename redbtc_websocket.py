@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import orjson
@@ -231,10 +231,14 @@ class Turn(Metered):
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
 
-    def learn(self, made: dict[str, bool]) -> None:
-        """These can also be named on this connection alone."""
-        super().learn(made)
-        self._session.remember(made, self.home)
+    def note(self) -> None:
+        """What the upstream makes can be named on this connection even if it is not stored."""
+        known = self._named
+        super().note()
+        if self._named != known:
+            made = list(self.meter.report.made)[known:]
+            chosen = self._content.chosen_ids
+            self._session.remember([each for each in made if each not in chosen], self.home)
 
     @property
     def home(self) -> Home:
@@ -698,7 +702,7 @@ class Session:
             turn.clock.allow(line.upstream.settings.idle_timeout_seconds)
         return None
 
-    def remember(self, made: Iterable[str], home: Home) -> None:
+    def remember(self, made: list[str], home: Home) -> None:
         """What was made on this connection can be built on here, even if it isn't stored."""
         self._made.update(dict.fromkeys(made, home))
 
