@@ -16,8 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gateway import Gateway
+from hypothesis import HealthCheck, settings
 from upstream import Upstream
 
+# A slow machine is no failure of an example or of what makes them.
+settings.register_profile(
+    "any speed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any speed")
 NODE_MODULES = Path(__file__).parent / "node_modules"
 
 
