@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import sqlite3
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -19,6 +22,7 @@ from upstream import (
     Upstream,
     chat_pieces,
     event,
+    images_pieces,
     json_answer,
     response_object,
     response_pieces,
@@ -418,3 +422,176 @@ def test_a_long_stream_is_the_same_however_it_comes(
     row = gateway.row()
     assert (row["outcome"], row["usage_source"]) == ("completed", "upstream")
     assert row["output_tokens"] == 9
+
+
+# ── After the end ────────────────────────────────────────────────────────────────────────────────
+
+
+COMPLETED = response_pieces(["Hel", "lo"])
+
+
+async def keep_open(reply: Reply) -> None:
+    await asyncio.sleep(600)
+
+
+async def comment_for_ever(reply: Reply) -> None:
+    while True:
+        await reply.send(b": ping\n\n")
+        await asyncio.sleep(0.02)
+
+
+async def flood(reply: Reply) -> None:
+    while True:
+        await reply.send(b": " + b"x" * 65536 + b"\n\n")
+
+
+async def tear(reply: Reply) -> None:
+    await asyncio.sleep(0.05)  # else the reset takes what is still on its way along
+    reply.tear()
+
+
+async def close(reply: Reply) -> None:
+    reply.close()
+
+
+async def break_the_framing(reply: Reply) -> None:
+    await reply.raw(b"no chunk at all\r\n")
+    await asyncio.sleep(600)
+
+
+async def begin_an_event(reply: Reply) -> None:
+    await reply.send(b'event: response.completed\ndata: {"type"')
+    await asyncio.sleep(600)
+
+
+AFTERWARDS = [keep_open, comment_for_ever, flood, tear, close, break_the_framing, begin_an_event]
+STREAMS = {
+    "/responses": b"".join(COMPLETED),
+    "/chat/completions": b"".join(chat_pieces(["Hi"], asked=False)),
+    "/images/generations": b"".join(images_pieces(1)),
+}
+FRAMINGS = ["chunked", "length:100000000", "close"]
+
+
+def test_after_the_event_that_ends_it_a_stream_ends_cleanly_and_soon(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Whatever the upstream does then."""
+    gateway = make_gateway({"limits": {"account": {"concurrency": 0}}}).start()
+    key = gateway.new_key()
+
+    async def script(request: Received, reply: Reply) -> None:
+        number, _, framing = request.json()["model"].partition(" ")
+        await reply.head(200, [("content-type", "text/event-stream")], framing)
+        await reply.send(STREAMS[request.path.removeprefix("/v1")])
+        await AFTERWARDS[int(number)](reply)
+
+    def ask(case: tuple[str, int, str]) -> bytes:
+        path, number, framing = case
+        body = {"model": f"{number} {framing}", "stream": True, "messages": []}
+        return client.post(path, json=body).content  # raises where the answer is torn
+
+    upstream.script = script
+    cases = list(itertools.product(STREAMS, range(len(AFTERWARDS)), FRAMINGS))
+    with gateway.client(key, timeout=60) as client, ThreadPoolExecutor(len(cases)) as pool:
+        for case, content in zip(cases, pool.map(ask, cases), strict=True):
+            assert content.startswith(STREAMS[case[0]]), case
+    rows = gateway.rows()
+    assert [row["outcome"] for row in rows] == ["completed"] * len(cases)
+    assert all(request.finished.wait(60) for request in upstream.requests)
+    assert gateway.metrics()["redbtc_in_flight"] == 0
+
+
+def test_what_follows_the_end_within_its_time_passes(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    follows = [b": trailing\n\n", DONE, b"x" * 300_000, b"garbage\xff"]
+    upstream.script = stream([*COMPLETED, *follows], pause=0.01)
+    with gateway.client(key) as client:
+        answers = [client.post("/responses", json={**RESPONSE, "stream": True}) for _ in range(2)]
+    assert [answer.content for answer in answers] == [b"".join([*COMPLETED, *follows])] * 2
+    assert upstream.connections == 1, "the connection is used again"
+
+
+def test_each_of_several_images_is_waited_for(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """The first one's `completed` does not end the stream: the second may take long."""
+    pieces = images_pieces(0)
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(pieces[0])
+        await asyncio.sleep(1.2)
+        await reply.send(pieces[0])
+        await asyncio.sleep(600)
+
+    upstream.script = script
+    body = {"model": "gpt-up", "prompt": "x", "stream": True, "n": 2}
+    with gateway.client(key) as client:
+        assert client.post("/images/generations", json=body).content == pieces[0] * 2
+        upstream.script = stream(pieces)  # only one was made
+        assert client.post("/images/generations", json=body).content == pieces[0]
+    assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 2
+
+
+def test_a_place_is_free_again_though_the_upstream_goes_on(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("[limits]\nqueue_seconds = 30\n").start()
+    key = gateway.new_key("one", concurrency=1)
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(b"".join(COMPLETED))
+        await comment_for_ever(reply)
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        for _ in range(3):
+            assert client.post("/responses", json={**RESPONSE, "stream": True}).is_success
+    assert upstream.max_in_flight == 1
+
+
+def test_the_answer_of_a_slow_reader_ends_cleanly_too(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """It reads nothing until long after the end; the kernel can't hold all that followed."""
+    follows = b": " + b"x" * (16 << 20) + b"\n\n"
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(b"".join(COMPLETED))
+        await reply.send(follows)
+        await asyncio.sleep(600)
+
+    upstream.script = script
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**RESPONSE, "stream": True}) as answer,
+    ):
+        time.sleep(1.5)
+        got = answer.read()
+    whole = b"".join(COMPLETED) + follows
+    assert len(got) > len(whole) - len(follows)
+    assert whole.startswith(got)
+
+
+@pytest.mark.parametrize("afterwards", [tear, close])
+def test_a_torn_stream_still_looks_torn_before_its_end(
+    gateway: Gateway,
+    upstream: Upstream,
+    key: str,
+    afterwards: Callable[[Reply], Awaitable[None]],
+) -> None:
+    """Also one whose length was announced."""
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")], "length:10000")
+        await reply.send(b"".join(COMPLETED[:-1]))
+        await afterwards(reply)
+
+    upstream.script = script
+    with gateway.client(key) as client, pytest.raises(httpx2.RemoteProtocolError):
+        client.post("/responses", json={**RESPONSE, "stream": True})
+    assert gateway.row()["outcome"] == "upstream_failed"
