@@ -282,7 +282,7 @@ class HTTPProtocol(HttpToolsProtocol):
     def _cors_headers(self) -> Headers:
         """Return those of a refusal, as far as the head was read: where every origin is allowed,
         its Origin needs not have come yet."""
-        if not self.headers or not self.url.startswith(PATHS.encode()):
+        if self.headers is None or not self.url.startswith(PATHS.encode()):
             return []
         return cors_headers(header(self.headers, b"origin") or b"null", self.cors_origins())
 
