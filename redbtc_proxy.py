@@ -533,7 +533,7 @@ class Relay:
         """The answer's head for the client. Chooses the meter."""
         exchange = self._exchange
         headers = headers_for_client(answer.headers)
-        content_type = header(headers, b"content-type") or b""
+        content_type = b", ".join([value for name, value in headers if name == b"content-type"])
         encoding = header(headers, b"content-encoding") or b"identity"
         if content_type.lower().startswith(b"text/event-stream") and encoding == b"identity":
             exchange.meter_stream()  # it may end before the length that the upstream announced
@@ -1271,14 +1271,16 @@ def server_for(app: Any, **options: Any) -> Server:
 
 def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.socket]:
     """Return a listening socket for each address, all with the same port (0: a free one, which may
-    take some `tries` to find). "::" takes IPv4, too, unless an IPv4 address is listed beside it.
+    take some `tries` to find). "::" stands for all addresses, unless one of IPv4 is listed beside
+    it. (That takes a socket of its own: one for both would call IPv4 clients ::ffff:192.0.2.1.)
     Raise LedgerError where an address can't be had."""
-    both = all(":" in host for host in hosts) and socket.has_dualstack_ipv6()
+    if "::" in hosts and all(":" in host for host in hosts):
+        hosts = [*hosts, "0.0.0.0"]
     listeners: list[socket.socket] = []
     try:
         for host in hosts:
             chosen = listeners[0].getsockname()[1] if listeners else port
-            listeners.append(_listen_on(host, chosen, both and host == "::"))
+            listeners.append(_listen_on(host, chosen))
     except LedgerError:
         for listener in listeners:
             listener.close()
@@ -1288,10 +1290,10 @@ def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.sock
     return listeners
 
 
-def _listen_on(host: str, port: int, both: bool) -> socket.socket:
+def _listen_on(host: str, port: int) -> socket.socket:
     family, where = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise LedgerError(f"can't listen on {where}:{port}: {error.strerror}") from None
 

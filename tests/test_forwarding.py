@@ -305,6 +305,122 @@ def test_headers_pass_by_list(gateway: Gateway, upstream: Upstream, key: str) ->
     assert not set(dropped.split()) & set(answer.headers)
 
 
+OF_THE_ORIGIN = """
+strict-transport-security: max-age=31536000; includeSubDomains; preload
+clear-site-data: "*"
+refresh: 0;url=https://evil.example
+link: </dashboard/login>; rel=preload
+content-security-policy: report-uri https://evil.example
+content-security-policy-report-only: default-src 'none'
+report-to: {"group":"x","endpoints":[{"url":"https://evil.example"}],"max_age":1}
+reporting-endpoints: x="https://evil.example"
+nel: {"report_to":"x","max_age":1}
+permissions-policy: camera=*
+service-worker-allowed: /
+sourcemap: https://evil.example/map
+x-sourcemap: https://evil.example/map
+x-frame-options: ALLOWALL
+www-authenticate: Basic realm="the dashboard"
+proxy-authenticate: Basic
+proxy-authentication-info: x
+access-control-allow-origin: https://evil.example
+access-control-allow-credentials: true
+access-control-expose-headers: x
+access-control-allow-private-network: true
+cross-origin-opener-policy: unsafe-none
+cross-origin-resource-policy: cross-origin
+origin-agent-cluster: ?1
+set-cookie: session=x; Path=/dashboard
+use-as-dictionary: match="/dashboard/*"
+public-key-pins: pin-sha256="x"; max-age=1
+accept-ch: DPR
+alt-svc: h3="evil.example:443"
+x-sendfile: /etc/passwd
+x-accel-redirect: /metrics
+surrogate-control: content="ESI/1.0"
+speculation-rules: "/rules"
+"""
+OF_THE_ANSWER = """
+openai-version: 2020-10-01
+openai-processing-ms: 12
+openai-model: gpt-up
+x-request-id: req_upstream
+retry-after: 3
+retry-after-ms: 2500
+x-should-retry: true
+x-codex-turn-state: abc
+x-codex-primary-used-percent: 12
+x-models-etag: W/"1"
+x-new-thing: 7
+cf-ray: 1-FRA
+cf-cache-status: DYNAMIC
+date: Sat, 28 Nov 2026 10:00:00 GMT
+cache-control: no-store
+content-language: en
+content-disposition: attachment
+x-content-type-options: nosniff
+etag: "1"
+age: 5
+location: /v1/responses/resp_1
+"""
+
+
+@pytest.mark.parametrize("path", ["/responses", "/responses/resp_1"])
+def test_an_answer_cannot_act_on_the_gateways_origin(
+    gateway: Gateway, upstream: Upstream, key: str, path: str
+) -> None:
+    """What browsers and proxies apply to more than the one answer stays behind; the rest passes,
+    also of a stored response."""
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=RESPONSE).is_success
+        dropped, passed = (
+            [tuple(line.split(": ", 1)) for line in lines.strip().splitlines()]
+            for lines in (OF_THE_ORIGIN, OF_THE_ANSWER)
+        )
+        upper = [(name.title(), value) for name, value in dropped]
+        upstream.script = json_answer(response_object(), headers=[*upper, *passed])
+        method = "POST" if path == "/responses" else "GET"
+        answer = client.request(method, path, json=RESPONSE if method == "POST" else None)
+    assert answer.is_success
+    assert not {name for name, _ in dropped} & {*answer.headers}
+    assert {name: answer.headers.get_list(name) for name, _ in passed} == {
+        name: [value] for name, value in passed
+    }
+
+
+@pytest.mark.parametrize(
+    ("content_types", "inert"),
+    [
+        (["application/json"], False),
+        (["Application/JSON; charset=utf-8"], False),
+        (["text/event-stream; charset=utf-8"], False),
+        (["text/html"], True),
+        (["image/svg+xml"], True),
+        (["application/json, text/html"], True),
+        (["application/json; x=y, text/html"], True),
+        (["application/jsonx"], True),
+        (["application/json", "text/html"], True),
+        ([], True),
+    ],
+)
+def test_a_browser_runs_nothing_of_an_answer(
+    gateway: Gateway, upstream: Upstream, key: str, content_types: list[str], inert: bool
+) -> None:
+    """A page of an upstream's would be one of the dashboard's origin. JSON and events are none."""
+
+    async def script(_: Received, reply: Reply) -> None:
+        headers = [("content-type", each) for each in content_types]
+        await reply.head(200, [*headers, ("content-security-policy", "x")], "length:2")
+        await reply.send(b"{}")
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json=RESPONSE)
+    assert answer.headers.get("content-security-policy") == ("sandbox" if inert else None)
+    assert answer.headers.get("x-content-type-options") == ("nosniff" if inert else None)
+    assert answer.headers.get_list("content-type") == content_types
+
+
 @pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
 def test_an_upstreams_error_passes_unchanged(
     gateway: Gateway, upstream: Upstream, key: str, status: int
