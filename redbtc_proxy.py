@@ -562,7 +562,7 @@ class Relay:
                 whole = body.whole
         if not whole:
             await self._send_head(head)
-        chunks = aiter(body)
+        chunks = body.__aiter__()
         async for chunk in chunks:
             if exchange.first_byte_ms is None:
                 exchange.first_byte_ms = exchange.elapsed_ms()
