@@ -80,6 +80,7 @@ class Exchange:
         self.clock = clock
         self.meter: Meter = JSONMeter(endpoint.images)
         self.takes_out_usage = False
+        self.answers = 1  # that were asked for, each with an event that ends it
         self.settled = False
         self.status: int | None = None
         self.first_byte_ms: int | None = None
@@ -90,7 +91,10 @@ class Exchange:
         """The answer is server-sent events."""
         endpoint = self.endpoint
         self.meter = StreamMeter(
-            images=endpoint.images, chat=endpoint.chat, take_out_usage=self.takes_out_usage
+            images=endpoint.images,
+            chat=endpoint.chat,
+            take_out_usage=self.takes_out_usage,
+            ends=self.answers,
         )
 
     def to(self, upstream: Upstream) -> None:
@@ -141,6 +145,7 @@ class Metered(Exchange):
         yet, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
         self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
+        self.answers = max(1, self._facts.n or 1) if self.endpoint.images else 1
         started_at = now_ms() - self.elapsed_ms()
         self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
         most_output = content.facts.most_output_tokens()

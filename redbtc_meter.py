@@ -481,14 +481,17 @@ def data_of(event: bytes) -> bytes:
 
 class StreamMeter:
     """Meters server-sent events. `take_out_usage`: the gateway asked for the chat's usage chunk,
-    and takes it out of what the client gets."""
+    and takes it out of what the client gets. `ends`: the number of events that end the answer, one
+    for each image that was asked for."""
 
-    def __init__(self, *, images: bool, chat: bool, take_out_usage: bool) -> None:
+    def __init__(self, *, images: bool, chat: bool, take_out_usage: bool, ends: int = 1) -> None:
         self.report = Report(images)
         self.ended = False
         self._chat = chat
         self._text = CHAT_TEXT if chat else RESPONSE_TEXT
         self._take_out_usage = take_out_usage
+        self._ends = ends
+        self._ends_seen = 0
         self._events = 0
         self._partial: Skeleton | None = None  # the event that is still incomplete
         self._tail = b""  # its last two bytes: an event's end may be cut
@@ -531,11 +534,13 @@ class StreamMeter:
         )
 
     def finish(self) -> None:
-        """The upstream has sent all of it; an event without its empty line counts."""
+        """The upstream has sent all of it; an event without its empty line counts. It may have made
+        fewer images than it was asked for."""
         if self._partial is not None and not self.ended:
             rest: list[bytes] = []
             self._complete(b"", rest)
             self._held += b"".join(rest)
+        self.ended = self.ended or self._ends_seen > 0
 
     def rest(self) -> bytes:
         held, self._held = self._held, b""
@@ -606,7 +611,8 @@ class StreamMeter:
             return "pass"
         self.report.note(answer)
         if isinstance(answer.type, str) and LAST.fullmatch(answer.type.encode()):
-            return "pass" if self._chat else "last"
+            self._ends_seen += not self._chat
+            return "last" if self._ends_seen == self._ends else "pass"
         empty = bytes(answer.choices).strip() == b"[]"
         take_out = self._take_out_usage and empty and isinstance(answer.usage, dict)
         return "take out" if take_out else "pass"

@@ -26,6 +26,7 @@ import sqlite3
 import time
 from collections import Counter, defaultdict
 from collections.abc import (
+    AsyncIterator,
     Callable,
     Iterable,
     Iterator,
@@ -62,18 +63,16 @@ from redbtc_body import (
     decompressed,
     media_of,
 )
+from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import Clock, Clocks, Limits
 from redbtc_meter import StreamMeter
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_server import (
-    App,
     Connections,
-    Message,
-    Receive,
-    Send,
     Server,
+    address_of,
     listen,
     raise_descriptor_limit,
     server_for,
@@ -88,6 +87,7 @@ from redbtc_settings import (
     load_settings,
     now_ms,
     parse_amount,
+    url_of,
 )
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
@@ -99,8 +99,14 @@ from redbtc_upstreams import (
     headers_for_client,
     headers_for_upstream,
 )
-from redbtc_watch import LOG, Scope, Watch, say
+from redbtc_watch import LOG, App, Message, Receive, Scope, Send, Watch, say
 from redbtc_websocket import RESPONSES, UPGRADE, Session, WebSocketProtocol
+
+
+def ids_of(scope: Scope) -> Headers:
+    """Return the headers that name the request in the ledger and the log."""
+    request_id = scope["request_id"].encode()
+    return [(b"x-request-id", request_id), (b"x-redbtc-request-id", request_id)]
 
 
 async def respond(
@@ -112,12 +118,10 @@ async def respond(
     content_type: bytes = b"application/json",
 ) -> None:
     """One whole answer of the gateway's own."""
-    request_id = scope["request_id"].encode()
     head: Headers = [
         (b"content-type", content_type),
         (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", request_id),
-        (b"x-redbtc-request-id", request_id),
+        *ids_of(scope),
         *headers,
     ]
     await send({"type": "http.response.start", "status": status, "headers": head})
@@ -271,6 +275,10 @@ async def read_content(
 # ── Relay ────────────────────────────────────────────────────────────────────────────────────────
 
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
+AFTER_END_SECONDS = 0.8  # for what follows the event that ends a stream
+INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
+# With these a browser runs nothing of an answer of another type, nor takes it for HTML.
+INERT: Headers = [(b"content-security-policy", b"sandbox"), (b"x-content-type-options", b"nosniff")]
 
 
 class Relay:
@@ -297,6 +305,7 @@ class Relay:
         self._body = Body(body)
         self._waits_for_client = False
         self._started = False  # the client has the answer's head
+        self._follows = False  # the client has the event that ends the stream, not the answer's end
 
     async def forward(self, upstreams: list[Upstream]) -> None:
         """Raises Refusal where the client has got nothing yet, ClientLeft."""
@@ -346,12 +355,13 @@ class Relay:
         """The answer's head for the client. Chooses the meter."""
         exchange = self._exchange
         headers = headers_for_client(answer.headers)
-        content_type = header(headers, b"content-type") or b""
+        content_type = b", ".join([value for name, value in headers if name == b"content-type"])
         encoding = header(headers, b"content-encoding") or b"identity"
         if content_type.lower().startswith(b"text/event-stream") and encoding == b"identity":
-            exchange.meter_stream()
-            if exchange.takes_out_usage:
-                headers = [line for line in headers if line[0] != b"content-length"]
+            exchange.meter_stream()  # it may end before the length that the upstream announced
+            headers = [line for line in headers if line[0] != b"content-length"]
+        if not INERT_TYPE.fullmatch(content_type):
+            headers += INERT
         request_id = self._scope["request_id"].encode()
         if header(headers, b"x-request-id") is None:
             headers.append((b"x-request-id", request_id))
@@ -374,7 +384,8 @@ class Relay:
                 whole = body.whole
         if not whole:
             await self._send_head(head)
-        async for chunk in body:
+        chunks = body.__aiter__()
+        async for chunk in chunks:
             if exchange.first_byte_ms is None:
                 exchange.first_byte_ms = exchange.elapsed_ms()
             passed = meter.feed(chunk)
@@ -385,26 +396,41 @@ class Relay:
                 self._waits_for_client = True  # while it reads slowly, and with us the upstream
                 await self._send({"type": "http.response.body", "body": passed, "more_body": True})
                 self._waits_for_client = False
-            if meter.ended and not exchange.settled:
-                await exchange.settle(exchange.outcome())
-                await self._give_rest(meter.rest(), more=True)
+            if meter.ended:
+                break
             clock.allow(idle_seconds)
+        ended_by_event = meter.ended
         clock.pause()
         meter.finish()
-        if not exchange.settled:
-            await exchange.settle(exchange.outcome())
+        await exchange.settle(exchange.outcome())
         if whole:
             await self._send_head(head)
-        await self._give_rest(kept + meter.rest(), more=False)
+        await self._give_rest(kept + meter.rest(), more=ended_by_event)
+        if ended_by_event:
+            await self._follow(chunks)
+
+    async def _follow(self, chunks: AsyncIterator[bytes]) -> None:
+        """Pass on what follows the event that ended the stream, for AFTER_END_SECONDS, then end
+        the client's answer. Where the time passes or the upstream breaks, `_fail` ends it."""
+        clock, now = self._clock, self._exchange.gateway.clocks.now
+        until, self._follows = now() + AFTER_END_SECONDS, True
+        clock.allow(AFTER_END_SECONDS)
+        async for chunk in chunks:
+            clock.pause()
+            await self._give_rest(chunk, more=True)
+            clock.allow(until - now())
+        clock.pause()
+        self._follows = False
+        await self._give_rest(b"", more=False)
 
     def _pass_on(self, meter: StreamMeter, body: ResponseBody, idle_seconds: float) -> None:
         """Send events in which nothing can matter on as they come, past this request's task."""
         clock, send_now = self._clock, self._scope["send_now"]
 
         def pass_on(chunk: bytes) -> bool:
-            clock.allow(idle_seconds)
             passed: bool = meter.is_dull(chunk) and send_now(chunk)
             if passed:
+                clock.allow(idle_seconds)
                 meter.count_text(chunk)
             return passed
 
@@ -415,13 +441,16 @@ class Relay:
         await self._send(head)
 
     async def _give_rest(self, rest: bytes, more: bool) -> None:
-        """What waited for the row."""
+        """Send what waited for the row, or came after the end."""
         await self._send({"type": "http.response.body", "body": rest, "more_body": more})
 
     async def _fail(self, failure: str) -> None:
         """The exchange broke: write down how. A client that has nothing yet is told; for one in the
-        middle of the answer the connection ends without the answer's end."""
+        middle of the answer the connection ends without the answer's end. After the event that
+        ended the stream, the answer ends cleanly whatever the upstream did."""
         exchange = self._exchange
+        if self._follows:
+            await self._give_rest(b"", more=False)
         if self._body.left:
             await asyncio.sleep(CLOSING_SECONDS)
         if exchange.settled:
@@ -509,7 +538,10 @@ class StoredRoute:
         query = self._query(key, response_id, scope["query_string"])
         clock = Clock(gateway.clocks)
         body = await read_body(scope, receive, clock, gateway.settings)
-        if body.strip():
+        if self._method != "POST":
+            body = b""  # that of GET and DELETE means nothing (RFC 9110 §9.3.1, §9.3.5)
+        elif body.strip():
+            check_plain_json(scope["headers"])
             gateway.homes(key, Content.of_any(body))
         if self._method == "DELETE" and response_id in gateway.unended:
             message = "The response is still in progress; cancel it first."
@@ -538,6 +570,13 @@ def not_own(name: str) -> Refusal:
     """Another account's object gets the same answer as one that does not exist."""
     message = f"'{name}' names an object that isn't known to be this account's."
     return Refusal("invalid_request", message, param=name)
+
+
+def check_plain_json(headers: Headers) -> None:
+    """Raise Refusal where a body is another thing than JSON, or compressed."""
+    if media_of(headers, forms=False).encoding:
+        message = "The body of this request must not be compressed."
+        raise Refusal("unsupported_media_type", message)
 
 
 def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[Home, Upstream]:
@@ -813,6 +852,7 @@ class Gateway:
             ),
             ExactRoute("/v1/models", AsApp(self.models), methods=["GET"]),
             ExactRoute("/v1/models/{model:path}", AsApp(self.model), methods=["GET"]),
+            ExactRoute("/v1/{rest:path}", AsApp(self.preflight), methods=["OPTIONS"]),
             ExactRoute("/healthz", AsApp(self.healthz), methods=["GET"]),
             ExactRoute("/readyz", AsApp(self.readyz), methods=["GET"]),
             ExactRoute("/metrics", AsApp(self.metrics), methods=["GET"]),
@@ -879,6 +919,19 @@ class Gateway:
                 status, headers = 200, age_header(age)
         await self._answer(scope, send, status, bytes(shown), headers)
 
+    def allows_origin(self, origin: bytes) -> bool:
+        """Return whether pages of that origin may use /v1."""
+        return bool(cors_headers(origin, self.settings.server.cors_origins))
+
+    async def preflight(self, scope: Scope, _: Receive, send: Send) -> None:
+        """Tell a browser, which asks without a key, what a page may send."""
+        origin = header(scope["headers"], b"origin")
+        if origin is None or not self.allows_origin(origin):
+            raise Refusal("unknown_url")
+        headers = [*preflight_headers(scope["headers"]), *ids_of(scope)]
+        await send({"type": "http.response.start", "status": 204, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
     async def healthz(self, scope: Scope, _: Receive, send: Send) -> None:
         """The process lives: no key, no database."""
         scope["where"] = "/healthz"
@@ -922,12 +975,9 @@ class Gateway:
         return receive_in_time
 
     def _with_ids(self, scope: Scope, send: Send) -> Send:
-        request_id = scope["request_id"].encode()
-
         async def send_with_ids(message: Message) -> None:
             if message["type"] == "http.response.start":
-                ids = [(b"x-request-id", request_id), (b"x-redbtc-request-id", request_id)]
-                message["headers"] = [*message["headers"], *ids]
+                message["headers"] = [*message["headers"], *ids_of(scope)]
                 if message["status"] != 500:  # it is counted as what failed
                     self.watch.answered(scope, message["status"])
             await send(message)
@@ -1025,7 +1075,7 @@ class ExactRoute(Route):
         return (match, child) if match is Match.FULL else (Match.NONE, {})
 
 
-def build(gateway: Gateway) -> Guard:
+def build(gateway: Gateway) -> CORS:
     """The ASGI app."""
     metered = {endpoint.path: MeteredRoute(gateway, endpoint) for endpoint in METERED}
     others = Router(gateway.routes(), redirect_slashes=False, default=unknown_url)
@@ -1034,9 +1084,13 @@ def build(gateway: Gateway) -> Guard:
         if scope["path"] != RESPONSES.path:
             raise Refusal("unknown_url")
         scope["where"] = RESPONSES.path
+        origin = header(scope["headers"], b"origin")
+        if origin is not None and not gateway.allows_origin(origin):  # RFC 6455 §10.2
+            raise Refusal("origin_not_allowed")
         await Session(gateway, scope, receive, send).run()
 
-    return Guard(metered, others, session, gateway.watch)
+    guard = Guard(metered, others, session, gateway.watch)
+    return CORS(guard, lambda: gateway.settings.server.cors_origins)
 
 
 # ── Serve ────────────────────────────────────────────────────────────────────────────────────────
@@ -1052,12 +1106,13 @@ class Running:
         self._servers: list[Server] = []
         self._draining: asyncio.Task[None] | None = None
 
-    async def serve(self, listener: socket.socket) -> None:
+    async def serve(self, listeners: list[socket.socket]) -> None:
         """Until a signal ends it."""
-        settings = self._gateway.settings.server
+        gateway = self._gateway
+        settings = gateway.settings.server
         public = server_for(
-            build(self._gateway),
-            Connections(self._gateway.offers_websocket),
+            build(gateway),
+            Connections(gateway.offers_websocket),
             proxy_headers=True,
             forwarded_allow_ips=list(settings.trusted_proxies),
             ws=WebSocketProtocol,
@@ -1076,7 +1131,7 @@ class Running:
             local = server_for(guarded, uds=path, proxy_headers=False)
             self._servers = [public, local]
             async with asyncio.TaskGroup() as servers:
-                servers.create_task(public.serve([listener]))
+                servers.create_task(public.serve(listeners))
                 servers.create_task(local.serve())
 
     def _terminate(self) -> None:
@@ -1113,7 +1168,7 @@ class Running:
         fixed = [
             name
             for name, before, after in (
-                ("server.host", old.server.host, new.server.host),
+                ("server.host", old.server.hosts, new.server.hosts),
                 ("server.port", old.server.port, new.server.port),
                 ("server.trusted_proxies", old.server.trusted_proxies, new.server.trusted_proxies),
                 ("database", old.database, new.database),
@@ -1177,11 +1232,18 @@ async def run(
             await commands.import_example(books)
         if demo and books.tariff(DEMO_PRICE.model) is None:
             await books.add_prices([DEMO_PRICE], without_notice=None, by="demo")
-        listener = listen(settings.server.host, settings.server.port)
-        url = local_url(settings, listener)
+        listeners = listen(settings.server.hosts, settings.server.port)
+        host, port = listeners[0].getsockname()[:2]
+        url = f"{url_of(host, port)}/v1"
         for work in (watch_ledger(store), redbtc_webhook.post_for_ever(books, say)):
             stack.callback(asyncio.create_task(work).cancel)
-        say(logging.INFO, "serving", url=url, interrupted_before=store.interrupted)
+        say(
+            logging.INFO,
+            "serving",
+            url=url,
+            listening=[address_of(each) for each in listeners],
+            interrupted_before=store.interrupted,
+        )
         ahead = (store.time() - now_ms()) // 1000
         if ahead > 60:
             say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
@@ -1191,41 +1253,40 @@ async def run(
             click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
         if not books.prices.prices and settings.billing.unpriced_models == "refuse":
             say(logging.WARNING, "no prices", reason="all models are refused: price import")
-        server = msgspec.structs.replace(settings.server, port=listener.getsockname()[1])
+        server = msgspec.structs.replace(settings.server, port=port)
         gateway = Gateway(books, msgspec.structs.replace(settings, server=server))
         if first_run and not as_json:
             click.echo(await commands.welcome(gateway.api, url, demo))
         if not as_json:
             click.echo(await commands.dashboard(gateway.api))
         await gateway.unended.resume()
-        await Running(gateway, loaded, demo_url).serve(listener)
+        await Running(gateway, loaded, demo_url).serve(listeners)
 
 
 async def start_demo(stack: contextlib.AsyncExitStack) -> str:
     """Serve the demonstration upstream on a free port of loopback; its base URL."""
     import redbtc_demo  # only who asks for it pays for it
 
-    listener = listen("127.0.0.1", 0)
+    listeners = listen(["127.0.0.1"], 0)
     server = server_for(redbtc_demo.app())
-    serving = asyncio.create_task(server.serve([listener]))
+    serving = asyncio.create_task(server.serve(listeners))
 
     async def stop() -> None:
         server.should_exit = True
         await serving
 
     stack.push_async_callback(stop)
-    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-
-
-def local_url(settings: Settings, listener: socket.socket) -> str:
-    """Where clients on this machine reach the gateway."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    return f"http://{address_of(listeners[0])}/v1"
 
 
 @commands.commands.command()
-@click.option("--host", help="Listen on this address instead of the settings'.")
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Listen on this address instead of the settings'; can be repeated.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead.")
 @click.option("--demo", is_flag=True, help="Forward to a demonstration upstream: no model.")
 @click.option("--first-run", is_flag=True, help="Make a first account and key if there is none.")
@@ -1233,7 +1294,7 @@ def local_url(settings: Settings, listener: socket.socket) -> str:
 @click.pass_obj
 def serve(
     context: commands.Context,
-    host: str | None,
+    hosts: tuple[str, ...],
     port: int | None,
     demo: bool,
     first_run: bool,
@@ -1241,7 +1302,7 @@ def serve(
 ) -> None:
     """Run the gateway; also what a call without a command does."""
     loaded = context.loaded
-    listening = {"host": host, "port": port}
+    listening = {"host": hosts or None, "port": port}
     given = {name: value for name, value in listening.items() if value is not None}
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)

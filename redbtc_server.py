@@ -27,7 +27,7 @@ import socket
 import struct
 import sys
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import httptools
@@ -47,12 +47,7 @@ from redbtc_http import (
 )
 from redbtc_refusals import Headers, Refusal, header
 from redbtc_settings import LedgerError
-from redbtc_watch import Scope, say
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from redbtc_watch import App, Message, Scope, say
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -610,7 +605,9 @@ class HTTPProtocol(asyncio.Protocol):
         """A head can't be read, or must not be: the app answers with this refusal, and nobody knows
         where the next request would begin."""
         scope = self._new_scope()
-        scope["refusal"] = refusal
+        scope["path"], scope["refusal"] = self._url.decode("latin-1"), refusal
+        if not self._head_is_whole:  # a page's Origin may still come: where all may, show it why
+            scope["headers"] = [*self._headers, (b"origin", b"null")]
         self._serve(scope, Endless(), keep_alive=False)
 
     def _serve(self, scope: Scope, framing: Framing, keep_alive: bool) -> None:
@@ -695,12 +692,8 @@ class HTTPProtocol(asyncio.Protocol):
 
 
 def _address(name: Any) -> tuple[str, int] | None:
-    """Return a socket's address as ASGI has it; None for a Unix socket. An IPv4 address that a
-    socket for both kinds shows within an IPv6 one is given as what it is."""
-    if not isinstance(name, tuple):
-        return None
-    host = name[0].removeprefix("::ffff:") if "." in name[0] else name[0]
-    return host, name[1]
+    """Return a socket's address as ASGI has it; None for a Unix socket."""
+    return (name[0], name[1]) if isinstance(name, tuple) else None
 
 
 # ── Servers ──────────────────────────────────────────────────────────────────────────────────────
@@ -735,6 +728,7 @@ def server_for(app: Any, shared: Connections | None = None, **options: Any) -> S
     usual: dict[str, Any] = {
         "http": (shared or Connections()).protocol,
         "lifespan": "off",
+        "interface": "asgi3",
         "log_config": None,
         "access_log": False,
         "server_header": False,
@@ -745,10 +739,36 @@ def server_for(app: Any, shared: Connections | None = None, **options: Any) -> S
     return Server(uvicorn.Config(app, **usual | options))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises LedgerError where the address is not to be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.socket]:
+    """Return a listening socket for each address, all with the same port (0: a free one, which may
+    take some `tries` to find). "::" stands for all addresses, unless one of IPv4 is listed beside
+    it. (That takes a socket of its own: one for both would call IPv4 clients ::ffff:192.0.2.1.)
+    Raise LedgerError where an address can't be had."""
+    if "::" in hosts and all(":" in host for host in hosts):
+        hosts = [*hosts, "0.0.0.0"]
+    listeners: list[socket.socket] = []
+    try:
+        for host in hosts:
+            chosen = listeners[0].getsockname()[1] if listeners else port
+            listeners.append(_listen_on(host, chosen))
+    except LedgerError:
+        for listener in listeners:
+            listener.close()
+        if port == 0 and listeners and tries > 1:
+            return listen(hosts, port, tries - 1)
+        raise
+    return listeners
+
+
+def _listen_on(host: str, port: int) -> socket.socket:
+    family, where = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise LedgerError(f"can't listen on {host}:{port}: {error.strerror}") from None
+        raise LedgerError(f"can't listen on {where}:{port}: {error.strerror}") from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return the host and port of a socket, as they stand in a URL."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -221,6 +221,8 @@ Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Variable = Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
 Url = Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")]
+Host = Annotated[str, Meta(min_length=1)]
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z*]+")
 MOST_TOKENS = 100_000_000  # no request has more: what claims so is no count of tokens
 Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
 
@@ -232,14 +234,20 @@ class Table(Struct, forbid_unknown_fields=True, frozen=True):
 class Server(Table, frozen=True):
     """[server]: what listens, and what a request may cost before it is read."""
 
-    host: str = "127.0.0.1"
+    host: Host | Annotated[tuple[Host, ...], Meta(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     public_url: Url = "http://127.0.0.1:8080"
     trusted_proxies: tuple[str, ...] = ("127.0.0.1",)
+    cors_origins: tuple[str, ...] = ("*",)
     max_body_bytes: Annotated[int, Meta(ge=1024, le=4 << 30)] = 104_857_600
     body_timeout_seconds: Seconds = 60
     drain_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The addresses to listen on."""
+        return (self.host,) if isinstance(self.host, str) else self.host
 
 
 class Database(Table, frozen=True):
@@ -341,8 +349,13 @@ class Settings(Table, frozen=True):
         server = self.server
         if server.public_url != Server().public_url:
             return server.public_url
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-        return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
+        return url_of(server.hosts[0], server.port)
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL by which clients on this machine reach what listens on a host and port."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 # Accepted now, used by what is still to come; `check` says so for each that is not at its default.
@@ -411,6 +424,12 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
             raise SettingsError(
                 f"server.trusted_proxies: found {proxy!r}; allowed are IP addresses and networks"
             ) from None
+    for origin in settings.server.cors_origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise SettingsError(
+                f"server.cors_origins: found {origin!r}; allowed are '*' and origins such as "
+                "'https://app.example.com': scheme, host and port in lower case, without a path"
+            )
     for upstream in settings.upstreams:
         if not _is_url(upstream.base_url):
             raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; no such URL")

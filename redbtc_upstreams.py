@@ -36,13 +36,30 @@ ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-")
 # It names a model and a tier besides those in the body, which alone are checked. Codex sends it
 # with a ChatGPT login only.
 DROPPED_REQUEST_HEADERS = frozenset([b"x-codex-routing-hint"])
-# RFC 9110 §7.6.1, and what belongs to the upstream's account or could steer a proxy in front of us.
+# RFC 9110 §7.6.1; what belongs to the upstream's account; what steers a proxy or a cache in front
+# of us; and what a browser applies to the whole origin, which here is the dashboard's.
 DROPPED_HEADERS = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te "
-    b"trailer transfer-encoding upgrade set-cookie server alt-svc openai-organization "
-    b"openai-project".split()
+    b"connection keep-alive te trailer transfer-encoding upgrade "
+    b"openai-organization openai-project server "
+    b"x-sendfile x-lighttpd-send-file x-reproxy-url surrogate-control "
+    b"set-cookie set-cookie2 set-login www-authenticate authentication-info clear-site-data "
+    b"strict-transport-security public-key-pins public-key-pins-report-only expect-ct alt-svc "
+    b"content-security-policy content-security-policy-report-only x-content-security-policy "
+    b"x-webkit-csp x-frame-options permissions-policy permissions-policy-report-only "
+    b"feature-policy document-policy document-policy-report-only integrity-policy "
+    b"integrity-policy-report-only origin-agent-cluster origin-trial report-to "
+    b"reporting-endpoints nel refresh link speculation-rules use-as-dictionary accept-ch "
+    b"critical-ch service-worker-allowed sourcemap x-sourcemap sec-session-registration "
+    b"secure-session-registration observe-browsing-topics activate-storage-access".split()
 )
-DROPPED_PREFIXES = (b"x-accel-", b"x-ratelimit-")
+DROPPED_PREFIXES = (
+    b"x-accel-",
+    b"x-ratelimit-",
+    b"access-control-",
+    b"cross-origin-",
+    b"proxy-",
+    b"attribution-reporting-",
+)
 KEEPALIVE_SECONDS = 15
 MOST_FETCHED = 4 << 20  # bytes of a list of models
 ASK_SECONDS = 30  # for what the gateway itself asks of an upstream

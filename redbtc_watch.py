@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,11 @@ from redbtc_ledger import Outcome, Row
 from redbtc_refusals import Refusal
 from redbtc_settings import iso_time, now_ms
 
-Scope = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]  # as ASGI has them
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 30, 40)}
 LOG_LINES_A_SECOND = 2000

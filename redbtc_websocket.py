@@ -45,11 +45,10 @@ from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import LedgerUnavailable, now_ms
 from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_upstream
-from redbtc_watch import Scope
+from redbtc_watch import Receive, Scope, Send
 
 if TYPE_CHECKING:
     from redbtc_proxy import Gateway
-    from redbtc_server import Receive, Send
 
 RESPONSES = Endpoint("/v1/responses", stores=True)
 MOST_SESSIONS = 100  # of an account

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import sqlite3
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -19,6 +22,7 @@ from upstream import (
     Upstream,
     chat_pieces,
     event,
+    images_pieces,
     json_answer,
     response_object,
     response_pieces,
@@ -301,6 +305,122 @@ def test_headers_pass_by_list(gateway: Gateway, upstream: Upstream, key: str) ->
     assert not set(dropped.split()) & set(answer.headers)
 
 
+OF_THE_ORIGIN = """
+strict-transport-security: max-age=31536000; includeSubDomains; preload
+clear-site-data: "*"
+refresh: 0;url=https://evil.example
+link: </dashboard/login>; rel=preload
+content-security-policy: report-uri https://evil.example
+content-security-policy-report-only: default-src 'none'
+report-to: {"group":"x","endpoints":[{"url":"https://evil.example"}],"max_age":1}
+reporting-endpoints: x="https://evil.example"
+nel: {"report_to":"x","max_age":1}
+permissions-policy: camera=*
+service-worker-allowed: /
+sourcemap: https://evil.example/map
+x-sourcemap: https://evil.example/map
+x-frame-options: ALLOWALL
+www-authenticate: Basic realm="the dashboard"
+proxy-authenticate: Basic
+proxy-authentication-info: x
+access-control-allow-origin: https://evil.example
+access-control-allow-credentials: true
+access-control-expose-headers: x
+access-control-allow-private-network: true
+cross-origin-opener-policy: unsafe-none
+cross-origin-resource-policy: cross-origin
+origin-agent-cluster: ?1
+set-cookie: session=x; Path=/dashboard
+use-as-dictionary: match="/dashboard/*"
+public-key-pins: pin-sha256="x"; max-age=1
+accept-ch: DPR
+alt-svc: h3="evil.example:443"
+x-sendfile: /etc/passwd
+x-accel-redirect: /metrics
+surrogate-control: content="ESI/1.0"
+speculation-rules: "/rules"
+"""
+OF_THE_ANSWER = """
+openai-version: 2020-10-01
+openai-processing-ms: 12
+openai-model: gpt-up
+x-request-id: req_upstream
+retry-after: 3
+retry-after-ms: 2500
+x-should-retry: true
+x-codex-turn-state: abc
+x-codex-primary-used-percent: 12
+x-models-etag: W/"1"
+x-new-thing: 7
+cf-ray: 1-FRA
+cf-cache-status: DYNAMIC
+date: Sat, 28 Nov 2026 10:00:00 GMT
+cache-control: no-store
+content-language: en
+content-disposition: attachment
+x-content-type-options: nosniff
+etag: "1"
+age: 5
+location: /v1/responses/resp_1
+"""
+
+
+@pytest.mark.parametrize("path", ["/responses", "/responses/resp_1"])
+def test_an_answer_cannot_act_on_the_gateways_origin(
+    gateway: Gateway, upstream: Upstream, key: str, path: str
+) -> None:
+    """What browsers and proxies apply to more than the one answer stays behind; the rest passes,
+    also of a stored response."""
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=RESPONSE).is_success
+        dropped, passed = (
+            [tuple(line.split(": ", 1)) for line in lines.strip().splitlines()]
+            for lines in (OF_THE_ORIGIN, OF_THE_ANSWER)
+        )
+        upper = [(name.title(), value) for name, value in dropped]
+        upstream.script = json_answer(response_object(), headers=[*upper, *passed])
+        method = "POST" if path == "/responses" else "GET"
+        answer = client.request(method, path, json=RESPONSE if method == "POST" else None)
+    assert answer.is_success
+    assert not {name for name, _ in dropped} & {*answer.headers}
+    assert {name: answer.headers.get_list(name) for name, _ in passed} == {
+        name: [value] for name, value in passed
+    }
+
+
+@pytest.mark.parametrize(
+    ("content_types", "inert"),
+    [
+        (["application/json"], False),
+        (["Application/JSON; charset=utf-8"], False),
+        (["text/event-stream; charset=utf-8"], False),
+        (["text/html"], True),
+        (["image/svg+xml"], True),
+        (["application/json, text/html"], True),
+        (["application/json; x=y, text/html"], True),
+        (["application/jsonx"], True),
+        (["application/json", "text/html"], True),
+        ([], True),
+    ],
+)
+def test_a_browser_runs_nothing_of_an_answer(
+    gateway: Gateway, upstream: Upstream, key: str, content_types: list[str], inert: bool
+) -> None:
+    """A page of an upstream's would be one of the dashboard's origin. JSON and events are none."""
+
+    async def script(_: Received, reply: Reply) -> None:
+        headers = [("content-type", each) for each in content_types]
+        await reply.head(200, [*headers, ("content-security-policy", "x")], "length:2")
+        await reply.send(b"{}")
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json=RESPONSE)
+    assert answer.headers.get("content-security-policy") == ("sandbox" if inert else None)
+    assert answer.headers.get("x-content-type-options") == ("nosniff" if inert else None)
+    assert answer.headers.get_list("content-type") == content_types
+
+
 @pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
 def test_an_upstreams_error_passes_unchanged(
     gateway: Gateway, upstream: Upstream, key: str, status: int
@@ -418,3 +538,176 @@ def test_a_long_stream_is_the_same_however_it_comes(
     row = gateway.row()
     assert (row["outcome"], row["usage_source"]) == ("completed", "upstream")
     assert row["output_tokens"] == 9
+
+
+# ── After the end ────────────────────────────────────────────────────────────────────────────────
+
+
+COMPLETED = response_pieces(["Hel", "lo"])
+
+
+async def keep_open(reply: Reply) -> None:
+    await asyncio.sleep(600)
+
+
+async def comment_for_ever(reply: Reply) -> None:
+    while True:
+        await reply.send(b": ping\n\n")
+        await asyncio.sleep(0.02)
+
+
+async def flood(reply: Reply) -> None:
+    while True:
+        await reply.send(b": " + b"x" * 65536 + b"\n\n")
+
+
+async def tear(reply: Reply) -> None:
+    await asyncio.sleep(0.05)  # else the reset takes what is still on its way along
+    reply.tear()
+
+
+async def close(reply: Reply) -> None:
+    reply.close()
+
+
+async def break_the_framing(reply: Reply) -> None:
+    await reply.raw(b"no chunk at all\r\n")
+    await asyncio.sleep(600)
+
+
+async def begin_an_event(reply: Reply) -> None:
+    await reply.send(b'event: response.completed\ndata: {"type"')
+    await asyncio.sleep(600)
+
+
+AFTERWARDS = [keep_open, comment_for_ever, flood, tear, close, break_the_framing, begin_an_event]
+STREAMS = {
+    "/responses": b"".join(COMPLETED),
+    "/chat/completions": b"".join(chat_pieces(["Hi"], asked=False)),
+    "/images/generations": b"".join(images_pieces(1)),
+}
+FRAMINGS = ["chunked", "length:100000000", "close"]
+
+
+def test_after_the_event_that_ends_it_a_stream_ends_cleanly_and_soon(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Whatever the upstream does then."""
+    gateway = make_gateway({"limits": {"account": {"concurrency": 0}}}).start()
+    key = gateway.new_key()
+
+    async def script(request: Received, reply: Reply) -> None:
+        number, _, framing = request.json()["model"].partition(" ")
+        await reply.head(200, [("content-type", "text/event-stream")], framing)
+        await reply.send(STREAMS[request.path.removeprefix("/v1")])
+        await AFTERWARDS[int(number)](reply)
+
+    def ask(case: tuple[str, int, str]) -> bytes:
+        path, number, framing = case
+        body = {"model": f"{number} {framing}", "stream": True, "messages": []}
+        return client.post(path, json=body).content  # raises where the answer is torn
+
+    upstream.script = script
+    cases = list(itertools.product(STREAMS, range(len(AFTERWARDS)), FRAMINGS))
+    with gateway.client(key, timeout=60) as client, ThreadPoolExecutor(len(cases)) as pool:
+        for case, content in zip(cases, pool.map(ask, cases), strict=True):
+            assert content.startswith(STREAMS[case[0]]), case
+    rows = gateway.rows()
+    assert [row["outcome"] for row in rows] == ["completed"] * len(cases)
+    assert all(request.finished.wait(60) for request in upstream.requests)
+    assert gateway.metrics()["redbtc_in_flight"] == 0
+
+
+def test_what_follows_the_end_within_its_time_passes(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    follows = [b": trailing\n\n", DONE, b"x" * 300_000, b"garbage\xff"]
+    upstream.script = stream([*COMPLETED, *follows], pause=0.01)
+    with gateway.client(key) as client:
+        answers = [client.post("/responses", json={**RESPONSE, "stream": True}) for _ in range(2)]
+    assert [answer.content for answer in answers] == [b"".join([*COMPLETED, *follows])] * 2
+    assert upstream.connections == 1, "the connection is used again"
+
+
+def test_each_of_several_images_is_waited_for(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """The first one's `completed` does not end the stream: the second may take long."""
+    pieces = images_pieces(0)
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(pieces[0])
+        await asyncio.sleep(1.2)
+        await reply.send(pieces[0])
+        await asyncio.sleep(600)
+
+    upstream.script = script
+    body = {"model": "gpt-up", "prompt": "x", "stream": True, "n": 2}
+    with gateway.client(key) as client:
+        assert client.post("/images/generations", json=body).content == pieces[0] * 2
+        upstream.script = stream(pieces)  # only one was made
+        assert client.post("/images/generations", json=body).content == pieces[0]
+    assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 2
+
+
+def test_a_place_is_free_again_though_the_upstream_goes_on(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("[limits]\nqueue_seconds = 30\n").start()
+    key = gateway.new_key("one", concurrency=1)
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(b"".join(COMPLETED))
+        await comment_for_ever(reply)
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        for _ in range(3):
+            assert client.post("/responses", json={**RESPONSE, "stream": True}).is_success
+    assert upstream.max_in_flight == 1
+
+
+def test_the_answer_of_a_slow_reader_ends_cleanly_too(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """It reads nothing until long after the end; the kernel can't hold all that followed."""
+    follows = b": " + b"x" * (16 << 20) + b"\n\n"
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(b"".join(COMPLETED))
+        await reply.send(follows)
+        await asyncio.sleep(600)
+
+    upstream.script = script
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**RESPONSE, "stream": True}) as answer,
+    ):
+        time.sleep(1.5)
+        got = answer.read()
+    whole = b"".join(COMPLETED) + follows
+    assert len(got) > len(whole) - len(follows)
+    assert whole.startswith(got)
+
+
+@pytest.mark.parametrize("afterwards", [tear, close])
+def test_a_torn_stream_still_looks_torn_before_its_end(
+    gateway: Gateway,
+    upstream: Upstream,
+    key: str,
+    afterwards: Callable[[Reply], Awaitable[None]],
+) -> None:
+    """Also one whose length was announced."""
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")], "length:10000")
+        await reply.send(b"".join(COMPLETED[:-1]))
+        await afterwards(reply)
+
+    upstream.script = script
+    with gateway.client(key) as client, pytest.raises(httpx2.RemoteProtocolError):
+        client.post("/responses", json={**RESPONSE, "stream": True})
+    assert gateway.row()["outcome"] == "upstream_failed"

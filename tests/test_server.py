@@ -119,8 +119,9 @@ class Served:
 
     async def _echo(self, scope: Scope, receive: Any, send: Any) -> None:
         body = await read(receive) if "refusal" not in scope else b""
-        self.requests.append((scope["method"], scope["path"], body))
-        status = scope["refusal"].status if "refusal" in scope else 200
+        refused = "refusal" in scope
+        self.requests.append((scope["method"], "" if refused else scope["path"], body))
+        status = scope["refusal"].status if refused else 200
         await answer(send, b"ok", status)
 
     async def feed(self, *parts: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import random
@@ -181,6 +182,83 @@ def test_every_route_for_everyone(gateway: Gateway, upstream: Upstream, memory: 
         with gateway.client(own) as client:
             answer = client.request(method, f"/responses/{made}{suffix}")
         assert answer.status_code in (200, 404)
+
+
+BODIES = {
+    "of another account": b'{"previous_response_id": "resp_00000002"}',
+    "another request": b"GET /v1/files HTTP/1.1\r\nhost: a\r\n\r\n",
+    "no JSON": b"\x00\xff",
+    "large": b"x" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_means_nothing_reaches_nobody(
+    gateway: Gateway, upstream: Upstream, memory: Memory, name: str, chunked: bool
+) -> None:
+    """RFC 9110 §9.3.1, §9.3.5: it is read and thrown away, and the connection goes on."""
+    own, body = gateway.new_key(), BODIES[name]
+    made = create(gateway, own)["id"]
+    create(gateway, gateway.new_key("other"))
+    seen = len(upstream.requests)
+    with gateway.client(own, limits=httpx2.Limits(max_connections=1)) as client:
+        for method, suffix in (("GET", ""), ("GET", "/input_items"), ("DELETE", "")):
+            content = iter([body[:5], body[5:]]) if chunked else body
+            headers = {"content-type": "application/json"}
+            path = f"/responses/{made}{suffix}"
+            answer = client.request(method, path, content=content, headers=headers)
+            assert answer.status_code == 200, answer.text
+    sent = upstream.requests[seen:]
+    assert [request.method for request in sent] == ["GET", "GET", "DELETE"]
+    for request in sent:
+        assert request.body == b""
+        assert request.header("content-length") is None
+        assert request.header("transfer-encoding") is None
+
+
+def test_a_body_that_means_nothing_has_its_bounds(
+    make_gateway: MakeGateway, upstream: Upstream, memory: Memory
+) -> None:
+    gateway = make_gateway("max_body_bytes = 2048\n").start()
+    key = gateway.new_key()
+    made = create(gateway, key)["id"]
+    with gateway.client(key) as client:
+        answer = client.request("DELETE", f"/responses/{made}", content=b"x" * 3000)
+        assert error(answer)[:2] == (413, "request_too_large")
+        assert client.get(f"/responses/{made}").status_code == 200, "it is still there"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b"", {}, 200),
+        (b"{}", {"content-type": "application/json"}, 200),
+        (b' {"x": 1}\n', {}, 200),
+        (b'{"previous_response_id": "resp_00000002"}', {}, 404),
+        (b"{", {}, 400),
+        (b"a=b", {"content-type": "application/x-www-form-urlencoded"}, 415),
+        (b"--b\r\n", {"content-type": "multipart/form-data; boundary=b"}, 415),
+        (gzip.compress(b"{}"), {"content-encoding": "gzip"}, 415),
+        (b"{}", {"content-encoding": "gzip"}, 415),
+    ],
+)
+def test_of_a_body_to_cancel_only_what_was_checked_goes_on(
+    gateway: Gateway,
+    upstream: Upstream,
+    memory: Memory,
+    body: bytes,
+    headers: dict[str, str],
+    status: int,
+) -> None:
+    own = gateway.new_key()
+    made = create(gateway, own)["id"]
+    create(gateway, gateway.new_key("other"))
+    seen = len(upstream.requests)
+    with gateway.client(own) as client:
+        answer = client.post(f"/responses/{made}/cancel", content=body, headers=headers)
+    assert answer.status_code == status
+    assert [request.body for request in upstream.requests[seen:]] == [body] * (status == 200)
 
 
 def test_anothers_response_is_answered_like_one_that_never_was(
