@@ -63,18 +63,25 @@ class Endpoint(NamedTuple):
 class Exchange:
     """What is the same for all that is forwarded. `meter` has been fed what has passed."""
 
-    def __init__(self, gateway: Gateway, scope: Scope, endpoint: Endpoint, clock: Clock) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        scope: Scope,
+        endpoint: Endpoint,
+        clock: Clock,
+        admission: Admission,
+    ) -> None:
         self.gateway = gateway
         self.settings = gateway.settings
         self.scope = scope
         self.endpoint = endpoint
         self.clock = clock
+        self.admission = admission
         self.meter: Meter = JSONMeter(endpoint.images)
         self.takes_out_usage = False
         self.settled = False
         self.status: int | None = None
         self.first_byte_ms: int | None = None
-        self.admission: Admission
 
     def meter_stream(self) -> None:
         """The answer is server-sent events."""
@@ -121,32 +128,27 @@ class Metered(Exchange):
     _named = 0  # objects that it is known to have made
     _repeats = False  # what another request has made
 
-    async def run(
-        self,
-        key: Key,
-        content: Content,
-        upstreams: list[Upstream],
-        forward: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
-        yet, ClientLeft."""
+    async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
+        """Charge its tokens and wait for its places. Raises Refusal, ClientLeft."""
         self._key, self._content, self._facts = key, content, content.facts
         self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
         started_at = now_ms() - self.elapsed_ms()
         self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
         most_output = content.facts.most_output_tokens()
         estimate = 0 if self.endpoint.free else self._input_estimate + most_output
-        limits = self.settings.limits
-        self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
-        with self.admission:
-            try:
-                self._money = await self.hold(content)
-            except Refusal:
-                self.admission.put_back()
-                raise
-            with self._money:
-                await self._begin()
-                await forward()
+        await self.gateway.limits.admit(self.admission, estimate, self.clock)
+
+    async def run(self, forward: Callable[[], Awaitable[None]]) -> None:
+        """Forward it in its places. Raises Refusal where the client has got nothing yet,
+        ClientLeft."""
+        try:
+            self._money = await self.hold(self._content)
+        except Refusal as refusal:
+            self.admission.refused(refusal)
+            raise
+        with self._money:
+            await self._begin()
+            await forward()
 
     def new_row(self, model: str, upstream: str, started_at: int) -> Row:
         """Pending."""
