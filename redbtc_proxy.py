@@ -26,21 +26,18 @@ import sqlite3
 import time
 from collections import Counter, defaultdict
 from collections.abc import (
-    Awaitable,
     Callable,
     Iterable,
     Iterator,
     Mapping,
-    MutableMapping,
 )
-from typing import Any, cast
+from typing import Any
 
 import click
 import httpx2
 import msgspec
 import orjson
 import prometheus_client
-import uvicorn
 import uvloop
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -48,7 +45,6 @@ from prometheus_client.core import (
     Metric,
 )
 from starlette.routing import Match, Route, Router
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import redbtc_admin as admin
 import redbtc_commands as commands
@@ -72,9 +68,19 @@ from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import StreamMeter
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
+from redbtc_server import (
+    App,
+    Connections,
+    Message,
+    Receive,
+    Send,
+    Server,
+    listen,
+    raise_descriptor_limit,
+    server_for,
+)
 from redbtc_settings import (
     NANOS,
-    LedgerError,
     LedgerUnavailable,
     Loaded,
     Settings,
@@ -96,11 +102,6 @@ from redbtc_upstreams import (
 )
 from redbtc_watch import LOG, Scope, Watch, say
 from redbtc_websocket import RESPONSES, UPGRADE, Session, WebSocketProtocol
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 async def respond(
@@ -125,191 +126,8 @@ async def respond(
 
 
 # ── Guard ────────────────────────────────────────────────────────────────────────────────────────
-# What uvicorn lets through and no proxy may: request smuggling, forged hosts, endless heads.
-# Checked before anything else looks at the request. The path is scope["path"], never rebuilt from
-# Host.
-
-MAX_HEAD_BYTES = 64 << 10  # OpenAI asks for less than 64 KiB of headers
-MAX_HEADERS = 200
-HEAD_SECONDS = 30
-LINGER_SECONDS = 1
-TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.6.2
-BAD_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 §5.5
-ONCE = (  # two of one could be read in two ways
-    b"host",
-    b"content-length",
-    b"transfer-encoding",
-    b"content-type",
-    b"content-encoding",
-    b"authorization",
-)
-WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # RFC 6455 §4.2.1
-HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
-
-
-class Joining:
-    """A transport that sends an answer's head with what follows in the same turn of the loop: each
-    write is a system call, and those cost more than most of what is done for a request."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head = b""
-
-    def write(self, data: bytes) -> None:
-        """What only looks like a head waits for the turn's end as well, and loses nothing by it."""
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.writelines([head, data])
-        elif data.startswith(b"HTTP/1.1 "):
-            self._head = data
-            self._loop.call_soon(self._flush)
-        else:
-            self._transport.write(data)
-
-    def _flush(self) -> None:
-        if self._head:
-            self.write(b"")
-
-    def close(self) -> None:
-        """Once all is sent."""
-        self._flush()
-        self._transport.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-class HTTPProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with a bound on a head's size and time before the app can see it, with
-    OpenAI's error form where the parser gives up, and with scope["leaving"]: functions that are
-    called when the client leaves. (ASGI's own way, a task that waits in receive(), costs a task for
-    each request, and misses the leaving of a client that pipelines.)"""
-
-    offers_websocket: Callable[[], bool]
-    _in_head = False
-    _head_bytes = 0
-    _head_timer: asyncio.TimerHandle | None = None
-    _refusal = "invalid_http"
-    _lingers = False  # refused: what still comes is read and thrown away
-
-    def _should_upgrade_to_ws(self) -> bool:
-        """Else it is an HTTP request, whose route says why not."""
-        proper = (
-            self.scope["method"] == "GET"
-            and header(self.headers, b"sec-websocket-version") == b"13"
-            and WEBSOCKET_KEY.fullmatch(header(self.headers, b"sec-websocket-key") or b"")
-        )
-        return bool(proper) and self.offers_websocket()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.transport = cast(asyncio.Transport, Joining(transport, self.loop))
-        self._leaving: set[Callable[[], None]] = set()
-        self._await_head()
-
-    def _await_head(self) -> None:
-        self._in_head, self._head_bytes = True, 0
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_too_late)
-
-    def _head_too_late(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        if self._lingers:
-            return
-        super().data_received(data)
-        if self._in_head:
-            if self._head_timer is None:  # most heads come whole and need none
-                self._await_head()
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._refusal = "headers_too_large"
-                self.send_400_response("")
-
-    def on_message_begin(self) -> None:
-        self._in_head = True
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._stop_head_timer()
-        scope = cast(Scope, self.scope)
-        scope["leaving"], scope["send_now"] = self._leaving, self._send_now
-        scope["abort"] = self.transport.abort
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_head_timer()
-        super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # else its timer keeps a reset connection in memory
-        for leave in list(self._leaving):
-            leave()
-        # They refer back to here: nothing is to wait for the garbage collector, which comes late.
-        self.scope = self.cycle = None  # type: ignore[assignment]
-
-    def _send_now(self, scope: Scope, data: bytes) -> bool:
-        """A part of an answer in chunks that is under way, where no task has to wait for it; False
-        where one has to: the client reads slowly, or is gone."""
-        cycle = self.cycle
-        if not cycle or self.flow.write_paused or not cycle.chunked_encoding:
-            return False
-        if cast(Scope, cycle.scope) is not scope:  # another request, pipelined
-            return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True
-
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def send_400_response(self, msg: str) -> None:
-        refusal = Refusal(self._refusal)
-        reason = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[refusal.status]
-        body = refusal.body()
-        self.transport.write(
-            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nx-redbtc-request-id: %s\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n%s"
-            % (refusal.status, reason, new_request_id().encode(), len(body), body)
-        )
-        self._lingers = True  # closing on unread bytes would reset the connection under the answer
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
-
-
-def check_head(scope: Scope) -> None:
-    """Raise Refusal for a head that no client of good will sends, or that a proxy before or behind
-    this one could read in another way (RFC 9112 §3.2, §6.1, §6.3; RFC 9110 §5.5)."""
-    version = scope["http_version"]
-    if version not in ("1.1", "1.0"):
-        raise Refusal("invalid_http", "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
-    headers: Headers = scope["headers"]
-    if len(headers) > MAX_HEADERS:
-        raise Refusal("headers_too_large", f"More than {MAX_HEADERS} headers.")
-    names, values = [name for name, _ in headers], b"".join([value for _, value in headers])
-    size = len(b"".join(names)) + len(values) + len(scope["raw_path"]) + len(scope["query_string"])
-    if size > MAX_HEAD_BYTES:
-        raise Refusal("headers_too_large", f"Headers of more than {MAX_HEAD_BYTES} bytes.")
-    if (headers and not TOKEN.fullmatch(b"".join(names))) or BAD_IN_VALUE.search(values):
-        raise Refusal("invalid_http", "A header contains characters that it must not.")
-    for name in ONCE:
-        if names.count(name) > 1:
-            raise Refusal("invalid_http", f"There is more than one {name.decode()} header.")
-    host = header(headers, b"host")
-    if not (version == "1.0" if host is None else HOST.fullmatch(host)):
-        raise Refusal("invalid_http", "There must be one Host header of proper form.")
-    length, encoding = header(headers, b"content-length"), header(headers, b"transfer-encoding")
-    _check_framing(version, length, encoding)
-
-
-def _check_framing(version: str, length: bytes | None, encoding: bytes | None) -> None:
-    if length is not None and not (length.isdigit() and len(length) < 19):
-        raise Refusal("invalid_http", "Content-Length must be a number.")
-    if encoding is None:
-        return
-    if length is not None or version != "1.1" or encoding.lower() != b"chunked":
-        raise Refusal("invalid_http", "Transfer-Encoding must be chunked, on HTTP/1.1, alone.")
+# Connections and heads are read in redbtc_server.py, which has checked a head before it comes here.
+# The path is scope["path"], never rebuilt from Host.
 
 
 class Guard:
@@ -332,7 +150,8 @@ class Guard:
         scope["where"] = "other"
         websocket = scope["type"] == "websocket"
         try:
-            check_head(scope)
+            if "refusal" in scope:
+                raise scope.pop("refusal")
             if websocket:
                 await self._websocket(scope, receive, send)
                 return
@@ -606,11 +425,11 @@ class Relay:
 
     def _pass_on(self, meter: StreamMeter, body: ResponseBody, idle_seconds: float) -> None:
         """Send events in which nothing can matter on as they come, past this request's task."""
-        clock, scope, send_now = self._clock, self._scope, self._scope["send_now"]
+        clock, send_now = self._clock, self._scope["send_now"]
 
         def pass_on(chunk: bytes) -> bool:
             clock.allow(idle_seconds)
-            passed: bool = meter.is_dull(chunk) and send_now(scope, chunk)
+            passed: bool = meter.is_dull(chunk) and send_now(chunk)
             if passed:
                 meter.count_text(chunk)
             return passed
@@ -1236,39 +1055,6 @@ def build(gateway: Gateway) -> Guard:
 # ── Serve ────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Server(uvicorn.Server):
-    """A uvicorn server that leaves signals to the gateway."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def server_for(app: Any, **options: Any) -> Server:
-    """A quiet server: no log, no headers, no WebSocket of its own."""
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    usual: dict[str, Any] = {
-        "lifespan": "off",
-        "log_config": None,
-        "access_log": False,
-        "server_header": False,
-        "date_header": False,
-        "ws": "none",
-        "timeout_keep_alive": 75,  # longer than nginx's 60: never closed as it sends a request
-        "timeout_graceful_shutdown": 1,
-    }
-    return Server(uvicorn.Config(app, **usual | options))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises LedgerError where the address is not to be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise LedgerError(f"can't listen on {host}:{port}: {error.strerror}") from None
-
-
 class Running:
     """The gateway as a process: its servers, its signals, its end."""
 
@@ -1282,10 +1068,9 @@ class Running:
     async def serve(self, listener: socket.socket) -> None:
         """Until a signal ends it."""
         settings = self._gateway.settings.server
-        offers = staticmethod(self._gateway.offers_websocket)
         public = server_for(
             build(self._gateway),
-            http=type("Protocol", (HTTPProtocol,), {"offers_websocket": offers}),
+            Connections(self._gateway.offers_websocket),
             proxy_headers=True,
             forwarded_allow_ips=list(settings.trusted_proxies),
             ws=WebSocketProtocol,
@@ -1473,6 +1258,7 @@ def serve(
     given = {name: value for name, value in listening.items() if value is not None}
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)
+    raise_descriptor_limit()
     os.umask(0o077)  # what the gateway writes is its user's alone
     LOG.level = getattr(logging, server.log_level.upper())
     try:

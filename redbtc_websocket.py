@@ -53,7 +53,8 @@ from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_
 from redbtc_watch import Scope
 
 if TYPE_CHECKING:
-    from redbtc_proxy import Gateway, Receive, Send
+    from redbtc_proxy import Gateway
+    from redbtc_server import Receive, Send
 
 RESPONSES = Endpoint("/v1/responses", stores=True)
 MOST_SESSIONS = 100  # of an account

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ import openai
 import pytest
 from conftest import NODE_MODULES, MakeGateway, needs
 from gateway import ROOT, Gateway, free_port, wait_until
+from test_server import UPGRADES
 from upstream import (
     Received,
     Reply,
@@ -408,7 +411,7 @@ http {{
   access_log off; client_max_body_size 100m;
   client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4;
   scgi_temp_path t5;
-  map $http_upgrade $connection_upgrade {{ default upgrade; "" ""; }}
+  {maps}
   upstream gateway {{ server 127.0.0.1:{gateway}; keepalive 32; }}
   server {{
     listen 127.0.0.1:{port};
@@ -416,13 +419,13 @@ http {{
     location / {{
       proxy_pass http://gateway;
       proxy_http_version 1.1;
-      proxy_set_header Upgrade $http_upgrade;
+      proxy_set_header Upgrade {upgrade};
       proxy_set_header Connection $connection_upgrade;
       proxy_set_header Host $http_host;
       proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
       proxy_set_header X-Forwarded-Proto $scheme;
       proxy_buffering off;
-      proxy_request_buffering off;
+      proxy_request_buffering {buffering};
       proxy_read_timeout 3600s;
       proxy_send_timeout 3600s;
     }}
@@ -431,22 +434,104 @@ http {{
 """
 
 
-def test_nginx_in_front(gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path) -> None:
+MAPS = """
+map $http_upgrade $websocket { default ""; "~*^websocket$" websocket; }
+map $websocket $connection_upgrade { default ""; websocket upgrade; }
+"""
+EVERY_UPGRADE = 'map $http_upgrade $connection_upgrade { default upgrade; "" ""; }'
+
+
+@contextlib.contextmanager
+def nginx(
+    gateway: Gateway, folder: Path, buffering: str = "off", every_upgrade: bool = False
+) -> Iterator[int]:
+    """nginx as the README sets it up, or as many set it up: passing every upgrade on. Its port."""
     port = free_port()
-    folder = tmp_path / "nginx"
     folder.mkdir()
-    (folder / "nginx.conf").write_text(NGINX.format(gateway=gateway.port, port=port))
-    nginx = subprocess.Popen(
+    maps, upgrade = (EVERY_UPGRADE, "$http_upgrade") if every_upgrade else (MAPS, "$websocket")
+    (folder / "nginx.conf").write_text(
+        NGINX.format(
+            gateway=gateway.port, port=port, buffering=buffering, maps=maps, upgrade=upgrade
+        )
+    )
+    process = subprocess.Popen(
         [needs("nginx"), "-p", folder, "-c", "nginx.conf"], stderr=subprocess.DEVNULL
     )
-    url = f"http://127.0.0.1:{port}"
 
     def up() -> bool:
         try:
-            return httpx2.get(f"{url}/healthz", trust_env=False).status_code == 200
+            url = f"http://127.0.0.1:{port}/healthz"
+            return httpx2.get(url, trust_env=False).status_code == 200
         except httpx2.HTTPError:
             return False
 
+    try:
+        wait_until(up)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def exchange(port: int, parts: list[bytes], gateway: Gateway) -> bytes:
+    """Send parts, each when the gateway had time for the one before; all that is answered until an
+    answer is whole."""
+    with socket.create_connection(("127.0.0.1", port), timeout=100) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for part in parts:
+            sock.sendall(part)
+            gateway.get("/healthz")
+        answer = b""
+        while not (match := re.search(rb"(?is)content-length: *(\d+).*?\r\n\r\n(.*)", answer)) or (
+            len(match[2]) < int(match[1])
+        ):
+            part = sock.recv(65536)
+            if not part:
+                break
+            answer += part
+    return answer
+
+
+@pytest.mark.parametrize("way", ["direct", "off", "on", "on, every upgrade", "off, every upgrade"])
+def test_nobody_gets_the_answer_to_a_smuggled_request(
+    gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path, way: str
+) -> None:
+    """An upgrade that is not taken, its body cut off from its head; then another client's request,
+    over nginx's connections to the gateway: each gets its own answer and no other."""
+    smuggled = b"GET /v1/models/of-the-attacker HTTP/1.1\r\nHost: g\r\n\r\n"
+    upstream.script = json_answer(response_object())
+    mine = (
+        b"POST /v1/responses HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %s\r\n"
+        b"Content-Type: application/json\r\n" % key.encode()
+    )
+    good = b'{"model":"m","input":"x"}'
+    with contextlib.ExitStack() as stack:
+        port = gateway.port
+        if way != "direct":
+            buffering = way.partition(",")[0]
+            every = way.endswith("every upgrade")
+            port = stack.enter_context(nginx(gateway, tmp_path / "nginx", buffering, every))
+        for number, upgrade in enumerate(UPGRADES.values()):
+            if upgrade.startswith(b"Sec-WebSocket") and b"13" in upgrade:
+                continue  # is taken
+            head = b"POST /v1/responses HTTP/1.1\r\nHost: a\r\n%s\r\n" % upgrade
+            head += b"Content-Length: %d\r\n\r\n" % len(smuggled)
+            cut = (0, 1, 5, 30)[number % 4]
+            first = exchange(port, [head, smuggled[:cut], smuggled[cut:]], gateway)
+            assert first.count(b"HTTP/1.1 ") == 1
+            assert b" 401 " in first or b" 400 " in first
+            for _ in range(3):
+                honest = mine + b"Content-Length: %d\r\n\r\n" % len(good)
+                answer = exchange(port, [honest, good], gateway)
+                assert answer.startswith(b"HTTP/1.1 200 "), answer
+                assert b"attacker" not in answer
+            served = mine + upgrade + b"\r\nContent-Length: %d\r\n\r\n" % len(good)
+            answer = exchange(port, [served, good[:3], good[3:]], gateway)
+            two = upgrade.count(b"Upgrade: ") > 1  # nginx refuses that
+            assert answer.startswith(b"HTTP/1.1 200 ") or two, (upgrade, answer)
+
+
+def test_nginx_in_front(gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path) -> None:
     arrived = threading.Event()
 
     async def script(_: Received, reply: Reply) -> None:
@@ -456,8 +541,8 @@ def test_nginx_in_front(gateway: Gateway, upstream: Upstream, key: str, tmp_path
         await reply.send(b'data: {"type":"response.completed"}\n\n')
         await reply.end()
 
-    try:
-        wait_until(up)
+    with nginx(gateway, tmp_path / "nginx") as port:
+        url = f"http://127.0.0.1:{port}"
         upstream.script = script
         headers = {"authorization": f"Bearer {key}"}
         body = {"model": "m", "input": "x", "stream": True}
@@ -486,9 +571,6 @@ def test_nginx_in_front(gateway: Gateway, upstream: Upstream, key: str, tmp_path
             events = [json.loads(client.recv()) for _ in range(3)]
         assert events[-1]["type"] == "response.completed"
         assert gateway.rows()[-1]["response_id"] == "resp_ws_1"
-    finally:
-        nginx.terminate()
-        nginx.wait()
 
 
 def test_the_first_run_prints_curl_commands_that_answer(make_gateway: MakeGateway) -> None:

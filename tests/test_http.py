@@ -47,7 +47,7 @@ CASES = {
     "a bad length": ("POST /v1/responses HTTP/1.1\nHost: a\nContent-Length: 5, 5", 400),
     "a 2 MB header": ("GET /v1/models HTTP/1.1\nHost: a\nX: " + "x" * 2_000_000, 431),
     "5,000 headers": ("GET /v1/models HTTP/1.1\nHost: a" + "\nX: y" * 5000, 431),
-    "a long path": ("GET /" + "x" * 100_000 + " HTTP/1.1\nHost: a", 400),
+    "a long path": ("GET /" + "x" * 100_000 + " HTTP/1.1\nHost: a", 431),
     "obs-fold": ("GET /v1/models HTTP/1.1\nHost: a\nX: y\n z: w", 400),
     "a space before the colon": ("GET /v1/models HTTP/1.1\nHost : a", 400),
     "a NUL": ("GET /v1/models HTTP/1.1\nHost: a\nX: a\0b", 400),

@@ -1,0 +1,574 @@
+"""The client's side of HTTP, without sockets: framing, bounds and deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+import redbtc_server
+from redbtc_http import (
+    MAX_CHUNKS_A_TURN,
+    MAX_HEAD_BYTES,
+    MAX_TRAILER_BYTES,
+    BadFraming,
+    Chunked,
+)
+from redbtc_server import Connections, HTTPProtocol, State
+from redbtc_watch import Scope
+
+SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: g\r\n\r\n"
+HANDSHAKE = (
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+    b"Upgrade: websocket\r\nConnection: Upgrade"
+)
+UPGRADES = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA",
+    "TLS": b"Upgrade: TLS/1.0\r\nConnection: Upgrade",
+    "websocket, nothing more": b"Connection: Upgrade\r\nUpgrade: websocket",
+    "websocket, old": HANDSHAKE.replace(b"Version: 13", b"Version: 8"),
+    "websocket, a bad key": HANDSHAKE.replace(b"==", b"="),
+    "websocket, not alone": HANDSHAKE.replace(b"websocket\r", b"h2c, websocket\r"),
+    "websocket, whole": HANDSHAKE,
+    "empty": b"Connection: Upgrade\r\nUpgrade: ",
+    "kept alive": b"Connection: keep-alive, Upgrade\r\nUpgrade: h2c",
+    "no connection": b"Upgrade: h2c",
+    "no upgrade": b"Connection: Upgrade",
+    "two": b"Connection: Upgrade\r\nUpgrade: h2c\r\nUpgrade: foo",
+}
+
+
+class Transport(asyncio.Transport):
+    """What the protocol writes, and whether it reads."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            {"sockname": ("127.0.0.1", 80), "peername": ("127.0.0.1", 9), "socket": None}
+        )
+        self.out = b""
+        self.unsent = 0
+        self.reading = True
+        self.eof = False
+        self.ended = ""
+
+    def write(self, data: Any) -> None:
+        self.out += data
+
+    def writelines(self, list_of_data: Any) -> None:
+        self.out += b"".join(list_of_data)
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def write_eof(self) -> None:
+        self.eof = True
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
+
+    def close(self) -> None:
+        self.ended = self.ended or "closed"
+
+    def abort(self) -> None:
+        self.ended = "aborted"
+
+
+Respond = Callable[[Scope, Any, Any], Awaitable[None]]
+
+
+class Served:
+    """A connection, and the requests that its app saw."""
+
+    def __init__(
+        self, app: Respond | None = None, maximum: int = 1000, offers: bool = False
+    ) -> None:
+        self.requests: list[tuple[str, str, bytes]] = []
+        self.scopes: list[Scope] = []
+        self.now = 0.0
+        self._app = app or self._echo
+        self.shared = Connections(lambda: offers, maximum, lambda: self.now)
+        config = uvicorn.Config(self.app, lifespan="off", log_config=None, ws="none")
+        config.load()
+        config.loaded_app = self.app
+        self._config = config
+        self._state = ServerState()
+        self.transport, self.protocol = self.connect()
+
+    def connect(self) -> tuple[Transport, HTTPProtocol]:
+        transport = Transport()
+        protocol = self.shared.protocol(config=self._config, server_state=self._state, app_state={})
+        protocol.connection_made(transport)
+        return transport, protocol
+
+    async def app(self, scope: Scope, receive: Any, send: Any) -> None:
+        self.scopes.append(scope)
+        await self._app(scope, receive, send)
+
+    async def _echo(self, scope: Scope, receive: Any, send: Any) -> None:
+        body = await read(receive) if "refusal" not in scope else b""
+        self.requests.append((scope["method"], scope["path"], body))
+        status = scope["refusal"].status if "refusal" in scope else 200
+        await answer(send, b"ok", status)
+
+    async def feed(self, *parts: bytes) -> None:
+        for part in parts:
+            self.protocol.data_received(part)
+            await turn()
+
+    def later(self, seconds: float) -> None:
+        """Let time pass, and the deadlines be looked at."""
+        self.now += seconds
+        self.shared._sweep()
+
+
+async def read(receive: Any) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return body
+        body += message["body"]
+        if not message["more_body"]:
+            return body
+
+
+async def answer(send: Any, body: bytes, status: int = 200, length: bool = True) -> None:
+    headers = [(b"content-length", b"%d" % len(body))] if length else []
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def turn() -> None:
+    for _ in range(12):
+        await asyncio.sleep(0)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(test())  # type: ignore[arg-type]
+
+
+def post(headers: bytes, body: bytes, method: bytes = b"POST", path: bytes = b"/v1/x") -> bytes:
+    length = b"\r\nContent-Length: %d" % len(body) if body else b""
+    return b"%s %s HTTP/1.1\r\nHost: g\r\n%s%s\r\n\r\n%s" % (method, path, headers, length, body)
+
+
+def chunked(*parts: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + end
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+def test_an_upgrade_that_is_not_taken_is_ignored(upgrade: str) -> None:
+    """Cut at every byte: one request with its whole body, then the next one."""
+    after = post(b"X: y", b"next")
+
+    async def test() -> None:
+        for method in (b"POST", b"GET", b"PUT", b"DELETE", b"OPTIONS"):
+            whole = post(UPGRADES[upgrade], SMUGGLED, method)
+            expected = [(method.decode(), "/v1/x", SMUGGLED), ("POST", "/v1/x", b"next")]
+            cuts = range(1, len(whole)) if method == b"POST" else range(1, len(whole), 7)
+            for cut in cuts:
+                served = Served()
+                await served.feed(whole[:cut], whole[cut:], after)
+                assert served.requests == expected, cut
+                assert served.transport.out.count(b"HTTP/1.1 200 OK") == 2
+                assert not served.transport.ended
+
+    run(test)
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+def test_an_upgrade_of_a_body_in_chunks_is_ignored(upgrade: str) -> None:
+    async def test() -> None:
+        head = post(UPGRADES[upgrade] + b"\r\nTransfer-Encoding: chunked", b"")
+        whole = head + chunked(SMUGGLED, b"x", end=b"0\r\nX-Trailer: y\r\n\r\n")
+        for cut in range(1, len(whole)):
+            served = Served()
+            await served.feed(whole[:cut], whole[cut:] + post(b"X: y", b"next"))
+            assert [body for *_, body in served.requests] == [SMUGGLED + b"x", b"next"], cut
+            assert b"x-trailer" not in dict(served.scopes[0]["headers"])
+
+    run(test)
+
+
+def test_connect_is_refused_and_closed() -> None:
+    async def test() -> None:
+        served = Served()
+        await served.feed(b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n" + SMUGGLED, SMUGGLED)
+        assert served.transport.out.startswith(b"HTTP/1.1 400 ")
+        assert served.transport.out.count(b"HTTP/1.1") == 1
+        assert served.transport.eof
+        served.later(redbtc_server.LINGER_SECONDS)
+        assert served.transport.ended == "aborted"
+
+    run(test)
+
+
+@pytest.mark.parametrize("body", [b"Content-Length: 25", b"Content-Length: 0"])
+def test_a_handshake_with_a_body_is_refused_and_closed(body: bytes) -> None:
+    async def test() -> None:
+        served = Served(offers=True)
+        await served.feed(
+            b"GET /v1/responses HTTP/1.1\r\nHost: a\r\n%s\r\n" % HANDSHAKE + body + b"\r\n\r\n"
+        )
+        await served.feed(SMUGGLED)
+        assert served.transport.out.startswith(b"HTTP/1.1 400 ")
+        assert served.transport.out.count(b"HTTP/1.1") == 1
+        assert b"connection: close" in served.transport.out
+
+    run(test)
+
+
+def test_chunks_are_read_strictly() -> None:
+    """Each of these is an error, cut at every byte; none is read as a body's end."""
+    bad = [
+        b"x\r\n",
+        b"0x1\r\na\r\n",
+        b"-1\r\n",
+        b"+1\r\na\r\n",
+        b" 1\r\na\r\n",
+        b"1\na\n",
+        b"1\r\nab",
+        b"1\r\na\n0\r\n\r\n",
+        b"1\r\na\r0\r\n\r\n",
+        b"1;a\nb\r\na\r\n",
+        b"1;\x00\r\na\r\n",
+        b"1 1\r\na\r\n",
+        b"\r\n",
+        b"1_0\r\n",
+        b"f" * 17 + b"\r\n",
+        b"0\r\nno trailer\r\n\r\n",
+        b"0\r\n folded: x\r\n\r\n",
+        b"0\r\nX: a\nY: b\r\n\r\n",
+        b"1;" + b"x" * 2000,
+        b"1" * 2000,
+        b"0\r\n" + b"x:1\r\n" * MAX_TRAILER_BYTES,
+        b"1;xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\r\na\r\n" * 3000,
+    ]
+    for text in bad:
+        for cut in {1, 2, len(text) // 2, len(text) - 1, *range(min(20, len(text)))}:
+            assert is_bad([text[:cut], text[cut:]]), text[:50]
+    decoder = Chunked()
+    assert decoder.feed(b"0\r\n\r\n" * 2) == (b"", b"0\r\n\r\n"), "the next request is not read"
+
+
+def is_bad(parts: list[bytes]) -> bool:
+    """Whether it can't be read as a body in chunks, or not as a whole one."""
+    decoder = Chunked()
+    try:
+        for part in parts:
+            rest = part
+            while rest and not decoder.whole:
+                _, rest = decoder.feed(rest)
+    except BadFraming:
+        return True
+    return not decoder.whole
+
+
+def test_chunks_of_any_size_cut_anywhere() -> None:
+    chance = random.Random(7)
+    for _ in range(300):
+        parts = [
+            chance.randbytes(chance.choice((1, 2, 9, 300))) for _ in range(chance.randint(0, 9))
+        ]
+        text = b"".join(
+            b"%x%s\r\n%s\r\n" % (len(part), chance.choice((b"", b";a=b", b' ;a="b"')), part)
+            for part in parts
+        )
+        text += (
+            chance.choice((b"0\r\n\r\n", b"000;x\r\n\r\n", b"0\r\nA: b\r\nC:\r\n\r\n")) + b"more"
+        )
+        decoder, found, at = Chunked(), b"", 0
+        while not decoder.whole:
+            step = chance.randint(1, 40)
+            body, rest = decoder.feed(text[at : at + step])
+            found += body
+            at = min(at + step, len(text)) - len(rest)
+        assert found == b"".join(parts)
+        assert text[at:] == b"more"
+
+
+def test_trailers_and_extensions_are_bounded() -> None:
+    head = post(b"Transfer-Encoding: chunked", b"")
+
+    async def flood(piece: bytes) -> int:
+        served, sent = Served(), 0
+        await served.feed(head)
+        while not served.transport.ended and sent < 10_000_000:
+            if served.transport.eof:
+                served.later(redbtc_server.LINGER_SECONDS)
+            else:
+                await served.feed(piece)
+                sent += len(piece)
+        assert served.transport.ended, "it is over"
+        assert all(name != b"x" for name, _ in served.scopes[0]["headers"])
+        return sent
+
+    async def test() -> None:
+        assert await flood(b"0\r\n" + b"x:1\r\n" * 100) < 20_000
+        assert await flood(b"1;" + b"y" * 900) < 20_000
+        assert await flood(b"1;" + b"y" * 900 + b"\r\na\r\n") < 200_000
+
+    run(test)
+
+
+def test_a_flood_of_small_chunks_is_read_in_slices() -> None:
+    """64 KB of chunks of one byte: the loop turns many times meanwhile."""
+
+    async def test() -> None:
+        served = Served()
+        await served.feed(post(b"Transfer-Encoding: chunked", b""))
+        turns, text = 0, chunked(*[b"a"] * 40_000)
+
+        async def count() -> None:
+            nonlocal turns
+            while not served.requests:
+                turns += 1
+                await asyncio.sleep(0)
+
+        served.protocol.data_received(text)
+        assert not served.transport.reading, "no more is taken in meanwhile"
+        await count()
+        assert served.requests[0][2] == b"a" * 40_000
+        assert turns >= 40_000 / MAX_CHUNKS_A_TURN
+
+    run(test)
+
+
+def test_deadlines() -> None:
+    """Each state in which no app runs ends."""
+
+    async def forever(scope: Scope, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def early(scope: Scope, receive: Any, send: Any) -> None:
+        await answer(send, b"no", 401)
+
+    async def test() -> None:
+        head = post(b"X: y", b"body")
+        cases: list[tuple[Respond | None, list[bytes], State, float]] = [
+            (None, [], State.IDLE, 30),
+            (None, [b"POST / HTTP/1.1\r\n"], State.HEAD, 30),
+            (None, [b"\r\n\r\n"], State.HEAD, 30),
+            (None, [head], State.IDLE, 75),
+            (None, [head, b"G"], State.HEAD, 30),
+            (early, [head[:-4], b"b"], State.DISCARDING, 30),
+            (early, [head.replace(b"X: y", b"Connection: close")[:-4], b"b"], State.CLOSING, 2),
+            (None, [b"garbage\r\n\r\n"], State.CLOSING, 2),
+        ]
+        for app, parts, state, seconds in cases:
+            served = Served(app)
+            await served.feed(*parts)
+            assert served.protocol._state is state, parts
+            served.later(seconds - 1)
+            assert served.transport.ended in ("", "closed"), parts
+            served.later(1)
+            assert served.transport.ended == "aborted", parts
+        served = Served(forever)
+        await served.feed(head)
+        served.later(100_000)
+        assert not served.transport.ended, "the app has deadlines of its own"
+
+    run(test)
+
+
+def test_who_pipelines_and_does_not_read_is_ended() -> None:
+    async def test() -> None:
+        served = Served()
+        served.transport.unsent = 100_000
+        served.protocol.pause_writing()
+        await served.feed(SMUGGLED * 3000)
+        assert len(served.requests) <= 1
+        assert not served.transport.reading
+        served.later(75 + 60)
+        served.later(61)
+        assert served.transport.ended == "aborted"
+        served = Served()
+        served.protocol.pause_writing()
+        await served.feed(SMUGGLED * 3)
+        for unsent in range(90_000, 10_000, -10_000):  # it reads, however slowly
+            served.transport.unsent = unsent
+            served.later(75)
+        assert not served.transport.ended
+        served.protocol.resume_writing()
+        for _ in range(5):
+            await turn()
+        assert len(served.requests) == 3
+
+    run(test)
+
+
+def test_a_stream_that_nobody_reads_is_ended() -> None:
+    async def stream(scope: Scope, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+            await asyncio.sleep(0)
+
+    async def test() -> None:
+        served = Served(stream)
+        await served.feed(SMUGGLED)
+        served.protocol.pause_writing()
+        served.transport.unsent = 99_000
+        served.later(redbtc_server.WRITE_SECONDS)
+        assert not served.transport.ended, "it may have read some"
+        served.later(redbtc_server.PROGRESS_SECONDS)
+        assert served.transport.ended == "aborted"
+        served.protocol.connection_lost(None)
+        await turn()
+
+    run(test)
+
+
+def test_pipelined_requests_take_turns_and_little_memory() -> None:
+    async def test() -> None:
+        served = Served()
+        served.protocol.data_received(SMUGGLED * 1500)
+        assert len(served.scopes) == 0
+        assert not served.transport.reading or len(SMUGGLED) * 1500 <= redbtc_server.HIGH_WATER
+        while len(served.requests) < 1500:
+            assert len(served._state.tasks) <= 2, "one after the other"
+            await asyncio.sleep(0)
+        assert served.transport.reading
+
+    run(test)
+
+
+def test_the_oldest_connection_without_a_request_makes_room() -> None:
+    async def wait(scope: Scope, receive: Any, send: Any) -> None:
+        await receive()
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        served = Served(wait, maximum=4)
+        await served.feed(post(b"X: y", b"body"))  # in use
+        slow, in_head = served.connect()
+        in_head.data_received(b"GET / HTTP/1.1\r\nX")
+        others = [served.connect() for _ in range(2)]
+        assert not slow.ended
+        served.connect()
+        assert slow.ended == "aborted"
+        in_head.connection_lost(None)
+        served.connect()
+        assert others[0][0].ended == "aborted"
+        assert not served.transport.ended
+
+    run(test)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_http_1_0_gets_no_chunks(torn: bool) -> None:
+    class Resettable:
+        linger = b""
+
+        def setsockopt(self, level: int, name: int, value: bytes) -> None:
+            self.linger = value
+
+    async def stream(scope: Scope, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        assert scope["send_now"](b"two")
+        if not torn:
+            await send({"type": "http.response.body", "body": b"three"})
+
+    async def test() -> None:
+        served = Served(stream)
+        sock = served.transport._extra["socket"] = Resettable()
+        await served.feed(
+            b"POST / HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n"
+        )
+        head, _, body = served.transport.out.partition(b"\r\n\r\n")
+        assert b"chunked" not in head
+        assert b"100 Continue" not in head
+        assert b"connection: close" in head
+        assert body == (b"onetwo" if torn else b"onetwothree")
+        assert served.transport.ended == ("aborted" if torn else "closed")
+        assert sock.linger == (b"\1\0\0\0\0\0\0\0" if torn else b"")
+
+    run(test)
+
+
+def test_a_body_is_bounded_while_nobody_reads_it() -> None:
+    async def wait(scope: Scope, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        served = Served(wait)
+        await served.feed(post(b"X: y", b"x" * 200_000)[:100_000])
+        assert not served.transport.reading
+
+    run(test)
+
+
+def heads() -> Iterator[bytes]:
+    """Mutated heads, each with a body that reads like a request."""
+    chance = random.Random(20)
+    pieces = [b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"\0", b"\xff", b"\x85", b"%", b"0", b"-"]
+    pieces += [b"+", b",", b"\r\n ", b"chunked", b"Content-Length: 5", b"Content-Length: 0"]
+    pieces += [b"Transfer-Encoding: chunked", b"Transfer-Encoding:\x0bchunked", b"Upgrade: h2c"]
+    pieces += [b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"Host: x", b"Content_Length: 9"]
+    pieces += [b"Connection: Upgrade", b"Expect: 100-continue"]
+    for _ in range(1500):
+        text = bytearray(post(chance.choice(list(UPGRADES.values())), SMUGGLED))
+        end = text.index(b"\r\n\r\n")
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(end)
+            if chance.random() < 0.5:
+                text[at:at] = chance.choice(pieces)
+            else:
+                del text[at : at + chance.randint(1, 3)]
+            end = bytes(text).index(b"\r\n\r\n")
+        yield bytes(text)
+
+
+def test_mutated_heads_never_become_two_requests() -> None:
+    """Whatever a head is, its body is not another request, unless the head says that it has none:
+    then the body begins right behind the first empty line."""
+
+    async def test() -> None:
+        for text in heads():
+            head, _, body = text.partition(b"\r\n\r\n")
+            served = Served()
+            await served.feed(text)
+            seen = [each for each in served.requests if each[1] == "/healthz"]
+            fields = re.findall(rb"(?i)\r\n(content-length|transfer-encoding):", head)
+            if seen:
+                length = re.search(rb"(?im)^content-length:[ \t]*(\d+)[ \t]*\r?$", head)
+                assert not fields or (length and body[int(length[1]) :].startswith(b"GET ")), text
+            whole = await in_bytes(text)
+            assert whole == served.requests, text
+
+    async def in_bytes(text: bytes) -> list[tuple[str, str, bytes]]:
+        served = Served()
+        for at in range(0, len(text), 5):
+            served.protocol.data_received(text[at : at + 5])
+        await turn()
+        return served.requests
+
+    run(test)
+
+
+def test_empty_lines_before_a_request_are_bounded() -> None:
+    async def test() -> None:
+        served = Served()
+        await served.feed(b"\r\n\r\n\r\n" + post(b"X: y", b"body"))
+        assert [body for *_, body in served.requests] == [b"body"]
+        served = Served()
+        for _ in range(MAX_HEAD_BYTES // 1000 + 1):
+            with contextlib.suppress(RuntimeError):
+                await served.feed(b"\r\n" * 500)
+        assert served.transport.out.startswith(b"HTTP/1.1 431 ")
+
+    run(test)
