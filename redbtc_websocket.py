@@ -737,6 +737,8 @@ class Session:
     async def _read(self) -> None:
         while (message := await self._receive())["type"] != "websocket.disconnect":
             if message["type"] == REFUSED:
+                self._small_frames.charge(REFUSED_FRAMES)
+                self.gateway.watch.refused(self._new_scope(), message["refusal"])
                 await self._refuse(message["refusal"], None, message["close"])
             elif "text" in message:
                 await self._take(message["text"], message["reserved"])
@@ -746,26 +748,24 @@ class Session:
 
     async def _take(self, text: bytes, reserved: int) -> None:
         """One message. Its memory is given back unless it waits for a place."""
-        stream_id: str | None = None
+        frame: Frame | None = None
         try:
             key = self.gateway.enter(self._scope)
-            stream_id = stream_id_in(text)
             with self.gateway.limits.charge(key, self.gateway.settings.limits) as admission:
                 frame = Frame(text)
-                stream_id = frame.facts.stream_id
                 await self._act(frame, admission)
-                if frame in self._waiting:
-                    return
         except Refusal as refusal:
             self._small_frames.charge(REFUSED_FRAMES)
             self.gateway.watch.refused(self._new_scope(), refusal)
             close = closing_code(refusal)
             if refusal.code == "invalid_json" and not is_utf8(text):
                 close = INVALID_DATA
+            stream_id = frame.facts.stream_id if frame else stream_id_in(text)
             await self._refuse(refusal, stream_id, close)
         except ConnectionClosed:
             pass  # the turn's end is on its way
-        self._reserved.give_back(reserved)
+        if frame not in self._waiting:
+            self._reserved.give_back(reserved)
 
     async def _act(self, frame: Frame, admission: Admission) -> None:
         facts = frame.facts
