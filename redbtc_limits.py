@@ -284,7 +284,7 @@ class Admission:
         self.places: list[Places] = []
         self.admitted = False
         self._charges: list[tuple[str, Bucket, float]] = []
-        self._charge("requests", 1)
+        self.charge("requests", 1)
 
     def __enter__(self) -> Admission:
         return self
@@ -295,7 +295,9 @@ class Admission:
         if error and not self.admitted:
             self.refused(error)
 
-    def _charge(self, kind: str, amount: float) -> None:
+    def charge(self, kind: str, amount: float) -> None:
+        """Charge all rates of a kind ("requests" or "tokens"), or raise Refusal and charge none of
+        them."""
         charges: list[tuple[str, Bucket, float]] = []
         requests = kind == "requests"
         for bound in self.bounds:
@@ -307,10 +309,6 @@ class Admission:
         for _, bucket, charged in charges:
             bucket.charge(charged)
         self._charges += charges
-
-    def charge_tokens(self, estimate: int) -> None:
-        """Charge all token rates, or raise Refusal and charge none of them."""
-        self._charge("tokens", estimate)
 
     def refused(self, error: BaseException) -> None:
         """The request was not forwarded: it used no tokens. It counts as a request where that is
@@ -366,7 +364,7 @@ class Limits:
         """Charge the tokens and get the places, for as long as `with` holds the admission. Raises
         Refusal where a rate is used up, or no place comes free within `limits.queue_seconds`;
         ClientLeft."""
-        admission.charge_tokens(estimate)
+        admission.charge("tokens", estimate)
         patience = time.monotonic() + admission.queue_seconds
         for bound in admission.bounds:
             places = bound.limited.places
@@ -480,7 +478,8 @@ class Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.give_back(self._size)
+        if self._held:
+            self.give_back(self._size)
 
     async def take(self, size: int, clock: Clock) -> None:
         """Hold `size` bytes more. Raises Refusal where they do not come free within

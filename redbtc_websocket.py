@@ -446,7 +446,7 @@ class Turn(Metered):
         if len(self._steers) >= MAX_STEERS:
             message = f"{MAX_STEERS} 'response.steer' events of this response have no answer yet."
             raise Refusal("concurrency_limit_exceeded", message)
-        admission.charge_tokens(0)
+        admission.charge("tokens", 0)
         usual = self.settings.billing.hold_output_tokens
         more = self._further_input + (self._content.facts.most_output_tokens() or usual)
         more += len(frame.text)
