@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import random
 import time
 from collections import deque
 from typing import Any, NamedTuple
@@ -513,7 +514,10 @@ class Reservation:
         return self._limits.shares(self._key, self._settings.server.reading_bytes)
 
     async def _take(self, more: int, clock: Clock) -> None:
-        patience = time.monotonic() + self._settings.limits.queue_seconds
+        seconds = self._settings.limits.queue_seconds
+        if self._held:  # bodies that grow can wait for each other: let one of them give up first
+            seconds *= random.uniform(0.5, 1)
+        patience = time.monotonic() + seconds
         account, everybody = self._shares()
         await self._take_share(account, more, patience, clock)
         try:
