@@ -99,10 +99,15 @@ def parametrized(text: bytes) -> tuple[bytes, dict[bytes, bytes]] | None:
     return (match[1].lower(), parameters) if len(parameters) == len(found) else None
 
 
+def most_decoded(size: int, most: int) -> int:
+    """The most bytes that the decoded copy of a body of `size` bytes may have, `most` at most."""
+    return min(most, max(LEAST_BOUND, MOST_RATIO * size))
+
+
 def decompressed(body: Buffer, encoding: str, most: int) -> bytes:
     """The decoded copy of a body. Raises Refusal where it is longer than `most` bytes, or than
     MOST_RATIO times the body, or can't be decoded."""
-    most = min(most, max(LEAST_BOUND, MOST_RATIO * len(body)))
+    most = most_decoded(len(body), most)
     decoded: list[bytes] = []
     rest, room = bytes(body), most
     for _ in range(MOST_FRAMES):

@@ -72,19 +72,26 @@ def check_background(value: bool | str) -> None:
 class Exchange:
     """What is the same for all that is forwarded. `meter` has been fed what has passed."""
 
-    def __init__(self, gateway: Gateway, scope: Scope, endpoint: Endpoint, clock: Clock) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        scope: Scope,
+        endpoint: Endpoint,
+        clock: Clock,
+        admission: Admission,
+    ) -> None:
         self.gateway = gateway
         self.settings = gateway.settings
         self.scope = scope
         self.endpoint = endpoint
         self.clock = clock
+        self.admission = admission
         self.meter: Meter = JSONMeter(endpoint.images)
         self.takes_out_usage = False
         self.answers = 1  # that were asked for, each with an event that ends it
         self.settled = False
         self.status: int | None = None
         self.first_byte_ms: int | None = None
-        self.admission: Admission
         self.key: Key
 
     def meter_stream(self) -> None:
@@ -125,7 +132,8 @@ class Exchange:
 
 
 class Metered(Exchange):
-    """One that has a row in the ledger."""
+    """A request that has a row in the ledger. `with` it is counted among the account's unfinished
+    background responses, if it is to be one."""
 
     _content: Content
     _money: Hold
@@ -133,16 +141,10 @@ class Metered(Exchange):
     _background: Background | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
     _repeats = False  # what another request has made
+    _in_room = False  # counted as an unfinished background response
 
-    async def run(
-        self,
-        key: Key,
-        content: Content,
-        upstreams: list[Upstream],
-        forward: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Admit it, and forward it in its place. Raises Refusal where the client has got nothing
-        yet, ClientLeft."""
+    async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
+        """Charge its tokens and wait for its places. Raises Refusal, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
         self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
         self.answers = max(1, self._facts.n or 1) if self.endpoint.images else 1
@@ -150,25 +152,36 @@ class Metered(Exchange):
         self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
         most_output = content.facts.most_output_tokens()
         estimate = 0 if self.endpoint.free else self._input_estimate + most_output
-        limits = self.settings.limits
-        unended, background = self.gateway.unended, self.endpoint.stores and self._facts.background
-        if background:
-            check_background(background)
-            unended.enter(key.account_id, limits.account.background)
+        if self.endpoint.stores and self._facts.background:
+            self._enter_room(self._facts.background)
+        await self.gateway.limits.admit(self.admission, estimate, self.clock)
+
+    def _enter_room(self, background: bool | str) -> None:
+        """Count an unfinished background response more. Raises Refusal."""
+        check_background(background)
+        most = self.settings.limits.account.background
+        self.gateway.unended.enter(self.key.account_id, most)
+        self._in_room = True
+
+    def __enter__(self) -> Metered:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Count a background response no longer where none goes on."""
+        if self._in_room and not self._background:
+            self.gateway.unended.leave_room(self.key.account_id)
+
+    async def run(self, forward: Callable[[], Awaitable[None]]) -> None:
+        """Forward it in its places. Raises Refusal where the client has got nothing yet,
+        ClientLeft."""
         try:
-            self.admission = await self.gateway.limits.admit(key, estimate, limits, self.clock)
-            with self.admission:
-                try:
-                    self._money = await self.hold(content)
-                except Refusal:
-                    self.admission.put_back()
-                    raise
-                with self._money:
-                    await self._begin()
-                    await forward()
-        finally:
-            if background and not self._background:
-                unended.leave_room(key.account_id)
+            self._money = await self.hold(self._content)
+        except Refusal as refusal:
+            self.admission.refused(refusal)
+            raise
+        with self._money:
+            await self._begin()
+            await forward()
 
     def new_row(self, model: str, upstream: str, started_at: int) -> Row:
         """Pending."""

@@ -1,9 +1,15 @@
 """Limits: how much at once, how many a minute, and how long. All on the monotonic clock.
 
-A request needs a place in its key, its account and the gateway as a whole, and room in their rates.
-Rates are charged first (refusing costs nobody a wait), then places are waited for, in turn. Always
-in the same order, so that nobody waits for someone who waits for him; whoever waits for the gateway
-holds a place of his account, so that no account can fill the queue.
+A request needs room in the rates of its key, its account and the gateway as a whole, memory for its
+body, and a place in each of the three. It gets them in the order of what they cost to refuse:
+
+1. the request rates, when nothing but the head has been read;
+2. memory, before each part of the body is read;
+3. the token rates, and then places, which are waited for in turn.
+
+Always in the order key, account, gateway, so that nobody waits for someone who waits for him;
+whoever waits for the gateway holds his account's share, so that no account can fill the queue. The
+memory is given back when the request has its places: from there on these bound it.
 """
 
 from __future__ import annotations
@@ -11,17 +17,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import random
 import time
 from collections import deque
 from typing import Any, NamedTuple
 
 from redbtc_ledger import Key
 from redbtc_refusals import ClientLeft, Headers, Refusal
-from redbtc_settings import AccountLimits
+from redbtc_settings import AccountLimits, Settings
 from redbtc_settings import Limits as LimitSettings
 
 OwnLimits = tuple[int | None, int | None, int | None]  # None: the settings'
 TICK = 0.05  # seconds: how exact timeouts are
+FULL = "concurrency_limit_exceeded"
+FREE_BYTES = 64 << 10  # what a connection's own buffers hold as well
 
 
 class Clock:
@@ -32,6 +41,7 @@ class Clock:
     def __init__(self, clocks: Clocks) -> None:
         self.client_left = False
         self.deadline = math.inf
+        self.now = clocks.now
         self._clocks = clocks
         self._last = math.inf
         self._grace = math.inf
@@ -117,49 +127,51 @@ class Clocks:
 
 
 class Places:
-    """Room for `limit` at once (0: no limit), given in the order of asking."""
+    """Room for `limit` at once (0: no limit), given in the order of asking. Requests take one each;
+    their bodies take as many as they have bytes."""
 
     def __init__(self) -> None:
         self.limit = 0
         self.taken = 0
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    def take_now(self, limit: int) -> bool:
-        """Take a place if one is free and nobody stands in line. `limit` holds from now on."""
+    def take_now(self, limit: int, amount: int = 1) -> bool:
+        """Take `amount` if it is free and nobody stands in line. `limit` holds from now on."""
         self.limit = limit
         if self._queue:
             self._let_in()
-        if self._queue or self._full():
+        if self._queue or 0 < limit < self.taken + amount:
             return False
-        self.taken += 1
+        self.taken += amount
         return True
 
-    async def take_in_turn(self) -> None:
-        """Wait for a place. Whoever stops waiting leaves no trace."""
+    async def take_in_turn(self, amount: int = 1) -> None:
+        """Wait for `amount`. Whoever stops waiting leaves no trace."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append(turn)
+        self._queue.append((amount, turn))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.give_back()  # it came in the same instant
+                self.give_back(amount)  # it came in the same instant
             with contextlib.suppress(ValueError):
-                self._queue.remove(turn)
+                self._queue.remove((amount, turn))
+            self._let_in()  # the next in line may want less
             raise
 
-    def give_back(self) -> None:
-        """Free one place for the next in line."""
-        self.taken -= 1
+    def give_back(self, amount: int = 1) -> None:
+        """Free `amount` for the next in line."""
+        self.taken -= amount
         self._let_in()
 
-    def _full(self) -> bool:
-        return 0 < self.limit <= self.taken
-
     def _let_in(self) -> None:
-        while self._queue and not self._full():
-            turn = self._queue.popleft()
+        while self._queue:
+            amount, turn = self._queue[0]
+            if 0 < self.limit < self.taken + amount:
+                return
+            self._queue.popleft()
             if not turn.done():  # else given up a moment ago
-                self.taken += 1
+                self.taken += amount
                 turn.set_result(None)
 
 
@@ -205,6 +217,8 @@ class Limited:
     def __init__(self, what: str) -> None:
         self.what = what
         self.places = Places()
+        self.reading = Places()  # bytes
+        self.small_frames = Bucket()  # of WebSockets
         self.requests = Bucket()
         self.tokens = Bucket()
 
@@ -250,47 +264,66 @@ def rate_limit_headers(kind: str, limit: int, remaining: int, reset: float) -> H
     ]
 
 
-class Admission:
-    """One request's charges on the rates of its key, its account and the gateway, and its places,
-    which `with` gives back."""
+def check_rate(kind: str, bucket: Bucket, limit: int, amount: float) -> None:
+    """Raise Refusal where the bucket does not have that amount now."""
+    bucket.fill(limit, time.monotonic())
+    wait = bucket.seconds_until(amount)
+    if wait > 0:
+        headers = rate_limit_headers(kind, limit, bucket.remaining, wait)
+        message = f"Rate limit reached: {limit} {kind} per minute."
+        raise Refusal("rate_limit_exceeded", message, retry_after=wait, headers=headers)
 
-    def __init__(self, bounds: tuple[Bound, ...], estimate: int) -> None:
-        """Charge all rates, or raise Refusal and charge none. `estimate` is in tokens."""
+
+class Admission:
+    """One request's charges on the rates of its key, its account and the gateway, and its places.
+    `with` gives the places back, and puts the charges back where the request is not admitted."""
+
+    def __init__(self, bounds: tuple[Bound, ...], queue_seconds: float) -> None:
+        """Charge all request rates, or raise Refusal and charge none."""
+        self.bounds = bounds
+        self.queue_seconds = queue_seconds
         self.places: list[Places] = []
+        self.admitted = False
         self._charges: list[tuple[str, Bucket, float]] = []
-        now = time.monotonic()
-        for bound in bounds:
-            if bound.requests_per_minute:
-                self._consider(
-                    "requests", bound.limited.requests, bound.requests_per_minute, 1, now
-                )
-            if bound.tokens_per_minute:
-                self._consider(
-                    "tokens", bound.limited.tokens, bound.tokens_per_minute, estimate, now
-                )
-        for _, bucket, amount in self._charges:
-            bucket.charge(amount)
+        self.charge("requests", 1)
 
     def __enter__(self) -> Admission:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for places in reversed(self.places):
             places.give_back()
+        if error and not self.admitted:
+            self.refused(error)
 
-    def _consider(self, kind: str, bucket: Bucket, limit: int, amount: float, now: float) -> None:
-        bucket.fill(limit, now)
-        wait = bucket.seconds_until(amount)
-        if wait > 0:
-            headers = rate_limit_headers(kind, limit, bucket.remaining, wait)
-            message = f"Rate limit reached: {limit} {kind} per minute."
-            raise Refusal("rate_limit_exceeded", message, retry_after=wait, headers=headers)
-        self._charges.append((kind, bucket, min(amount, limit)))
+    def charge(self, kind: str, amount: float) -> None:
+        """Charge all rates of a kind ("requests" or "tokens"), or raise Refusal and charge none of
+        them."""
+        charges: list[tuple[str, Bucket, float]] = []
+        requests = kind == "requests"
+        for bound in self.bounds:
+            limit = bound.requests_per_minute if requests else bound.tokens_per_minute
+            if limit:
+                bucket = bound.limited.requests if requests else bound.limited.tokens
+                check_rate(kind, bucket, limit, amount)
+                charges.append((kind, bucket, min(amount, limit)))
+        for _, bucket, charged in charges:
+            bucket.charge(charged)
+        self._charges += charges
+
+    def refused(self, error: BaseException) -> None:
+        """The request was not forwarded: it used no tokens. It counts as a request where that is
+        its own fault, since reading it was work; else it costs nothing."""
+        if isinstance(error, Refusal) and error.status < 500 and error.code != FULL:
+            self.correct(0)
+        else:
+            self.put_back()
 
     def put_back(self) -> None:
         """The request was not served: it costs nothing."""
         for _, bucket, amount in self._charges:
             bucket.charge(-amount)
+        self._charges.clear()
 
     def correct(self, tokens: int) -> None:
         """Put the estimate right: this many were used. What is used after that comes on top."""
@@ -323,29 +356,32 @@ class Limits:
         self._all = Limited("this gateway")
         self.queued = 0
 
-    async def admit(
-        self, key: Key, estimate: int, limits: LimitSettings, clock: Clock
-    ) -> Admission:
-        """Places for as long as `with` holds the admission. Raises Refusal where a rate is used up,
-        or no place comes free within `limits.queue_seconds`; ClientLeft."""
-        bounds = self._bounds(key, limits)
-        admission = Admission(bounds, estimate)
-        patience = time.monotonic() + limits.queue_seconds
-        try:
-            for bound in bounds:
-                if not bound.limited.places.take_now(bound.concurrency):
-                    await self._wait(bound, patience, clock)
-                admission.places.append(bound.limited.places)
-        except BaseException:
-            admission.put_back()
-            admission.__exit__()
-            raise
-        return admission
-
     def charge(self, key: Key, limits: LimitSettings) -> Admission:
-        """One more request in a place that is taken already. Raises Refusal where a rate is used
+        """Charge one request before anything of it is read. Raises Refusal where a rate is used
         up."""
-        return Admission(self._bounds(key, limits), 0)
+        return Admission(self._bounds(key, limits), limits.queue_seconds)
+
+    async def admit(self, admission: Admission, estimate: int, clock: Clock) -> None:
+        """Charge the tokens and get the places, for as long as `with` holds the admission. Raises
+        Refusal where a rate is used up, or no place comes free within `limits.queue_seconds`;
+        ClientLeft."""
+        admission.charge("tokens", estimate)
+        patience = time.monotonic() + admission.queue_seconds
+        for bound in admission.bounds:
+            places = bound.limited.places
+            if not places.take_now(bound.concurrency):
+                await self._wait_for_place(bound, patience, clock)
+            admission.places.append(places)
+        admission.admitted = True
+
+    def small_frames(self, key: Key) -> Bucket:
+        """The rate of its account's small WebSocket frames."""
+        return self._account(key.account_id).small_frames
+
+    def shares(self, key: Key, most: int) -> tuple[tuple[Limited, int], ...]:
+        """Whose memory a body takes, and how many bytes each may hold: its account's half of
+        `most`, and all of it."""
+        return (self._account(key.account_id), most // 2), (self._all, most)
 
     def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
         of_key = self._keys.get(key.id)
@@ -374,9 +410,6 @@ class Limits:
     ) -> Bound:
         """That of an account. `factor`: thousandths of its limits that it is held to; of a limit
         something is always left."""
-        limited = self._accounts.get(account_id)
-        if limited is None:
-            limited = self._accounts[account_id] = Limited("this account")
         concurrency, requests, tokens = own
         limits = [
             usual.concurrency if concurrency is None else concurrency,
@@ -385,7 +418,13 @@ class Limits:
         ]
         if factor is not None:
             limits = [limit and max(1, limit * factor // 1000) for limit in limits]
-        return Bound(limited, *limits)
+        return Bound(self._account(account_id), *limits)
+
+    def _account(self, account_id: str) -> Limited:
+        limited = self._accounts.get(account_id)
+        if limited is None:
+            limited = self._accounts[account_id] = Limited("this account")
+        return limited
 
     def report_account(
         self, account_id: str, own: OwnLimits, factor: int | None, limits: LimitSettings
@@ -400,17 +439,100 @@ class Limits:
         of_key, of_account, _ = self._bounds(key, limits)
         return {"key": of_key.report(now), "account": of_account.report(now)}
 
-    async def _wait(self, bound: Bound, patience: float, clock: Clock) -> None:
-        self.queued += 1
+    async def _wait_for_place(self, bound: Bound, patience: float, clock: Clock) -> None:
         try:
-            with clock.running(patience - time.monotonic(), grace=0):
-                await bound.limited.places.take_in_turn()
+            await self.wait(bound.limited.places, 1, patience, clock)
         except TimeoutError:
-            if clock.client_left:
-                raise ClientLeft from None
             headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
             what = f"{bound.limited.what} may have {bound.concurrency} requests in flight"
             message = f"Too many requests at once: {what}."
-            raise Refusal("concurrency_limit_exceeded", message, headers=headers) from None
+            raise Refusal(FULL, message, headers=headers) from None
+
+    async def wait(self, places: Places, amount: int, patience: float, clock: Clock) -> None:
+        """Take `amount` in turn. Raises TimeoutError at `patience` (monotonic seconds),
+        ClientLeft."""
+        self.queued += 1
+        try:
+            with clock.running(patience - time.monotonic(), grace=0):
+                await places.take_in_turn(amount)
+        except TimeoutError:
+            if clock.client_left:
+                raise ClientLeft from None
+            raise
         finally:
             self.queued -= 1
+
+
+class Reservation:
+    """Memory for what a client has sent and what has no place yet: a body and its decoded copy, or
+    a WebSocket's messages. `with` gives it back. The first FREE_BYTES are not counted."""
+
+    def __init__(self, limits: Limits, key: Key, settings: Settings) -> None:
+        self._limits = limits
+        self._key = key
+        self._settings = settings
+        self._size = 0  # what was asked for
+        self._held = 0
+        self._waits_for = 0
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._held:
+            self.give_back(self._size)
+
+    async def take(self, size: int, clock: Clock) -> None:
+        """Hold `size` bytes more. Raises Refusal where they do not come free within
+        `limits.queue_seconds`, ClientLeft. One task at a time may take."""
+        self._size += size
+        more = self._size - FREE_BYTES - self._held
+        if more > 0:
+            self._waits_for = more
+            try:
+                await self._take(more, clock)
+                self._held += more
+            except BaseException:
+                self._size -= size
+                raise
+            finally:
+                self._waits_for = 0
+                self.give_back(0)  # what was given back meanwhile
+
+    def give_back(self, size: int) -> None:
+        """`size` bytes are no longer held."""
+        self._size -= size
+        if self._held:
+            needed = max(0, self._size - FREE_BYTES) - self._waits_for
+            spare = min(self._held - needed, self._held)
+            if spare > 0:
+                self._held -= spare
+                for limited, _ in self._shares():
+                    limited.reading.give_back(spare)
+
+    def _shares(self) -> tuple[tuple[Limited, int], ...]:
+        return self._limits.shares(self._key, self._settings.server.reading_bytes)
+
+    async def _take(self, more: int, clock: Clock) -> None:
+        seconds = self._settings.limits.queue_seconds
+        if self._held:  # bodies that grow can wait for each other: let one of them give up first
+            seconds *= random.uniform(0.5, 1)
+        patience = time.monotonic() + seconds
+        account, everybody = self._shares()
+        await self._take_share(account, more, patience, clock)
+        try:
+            await self._take_share(everybody, more, patience, clock)
+        except BaseException:
+            account[0].reading.give_back(more)
+            raise
+
+    async def _take_share(
+        self, share: tuple[Limited, int], more: int, patience: float, clock: Clock
+    ) -> None:
+        limited, most = share
+        if not limited.reading.take_now(most, more):
+            try:
+                await self._limits.wait(limited.reading, more, patience, clock)
+            except TimeoutError:
+                message = f"Too many large request bodies at once for {limited.what}."
+                raise Refusal(FULL, message) from None

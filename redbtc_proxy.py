@@ -62,11 +62,12 @@ from redbtc_body import (
     add_include_usage,
     decompressed,
     media_of,
+    most_decoded,
 )
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
-from redbtc_limits import Clock, Clocks, Limits
+from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import StreamMeter
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_server import (
@@ -220,35 +221,61 @@ def authenticate(scope: Scope, store: Store) -> Key:
 
 
 # ── Read ─────────────────────────────────────────────────────────────────────────────────────────
-# The whole body comes into memory, once, bounded in size and time. What must be known of it is read
-# in redbtc_body.py.
+# The whole body comes into memory, once, bounded in size and time, where there is memory for bodies
+# that have no place yet (Reservation). What must be known of it is read in redbtc_body.py.
 
 
 async def read_body(
-    scope: Scope, receive: Receive, clock: Clock, settings: Settings, form: Form | None = None
+    scope: Scope,
+    receive: Receive,
+    clock: Clock,
+    settings: Settings,
+    reserved: Reservation,
+    form: Form | None = None,
 ) -> Buffer:
-    """The request's body; a form reads along. Raises Refusal where it is too large or too slow,
-    ClientLeft."""
-    most = settings.server.max_body_bytes
+    """The request's body; a form reads along. The memory for it is reserved first; for a body that
+    does not announce its length it doubles as the bytes come. Raises Refusal where the body is too
+    large or too slow, or no memory comes free; ClientLeft."""
+    most, seconds = settings.server.max_body_bytes, settings.server.body_timeout_seconds
+    length = header(scope["headers"], b"content-length")
+    more = int(length) if length else min(FREE_BYTES, most)
+    _check_size(more, most)
     body: Buffer = b""
-    _check_size(int(header(scope["headers"], b"content-length") or 0), most)
-    try:
-        with clock.running(settings.server.body_timeout_seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeft
-                if isinstance(body, bytearray):
-                    body += message["body"]
-                else:
-                    body = bytearray(body + message["body"]) if body else message["body"]
-                _check_size(len(body), most)
-                if form:
-                    form.grow(body)
-                if not message["more_body"]:
-                    return body
-    except TimeoutError:
-        raise Refusal("request_timeout") from None
+    room = 0
+    while True:
+        await reserved.take(more, clock)
+        room += more
+        try:
+            with clock.running(seconds):
+                body, whole = await _read_up_to(room, body, receive, most, form)
+        except TimeoutError:
+            if clock.client_left:
+                raise ClientLeft from None
+            raise Refusal("request_timeout") from None
+        if whole:
+            return body
+        seconds = clock.deadline - clock.now()
+        more = min(room, most - room)
+
+
+async def _read_up_to(
+    room: int, body: Buffer, receive: Receive, most: int, form: Form | None
+) -> tuple[Buffer, bool]:
+    """Read on until the body fills its room, or is whole: then True. Raises Refusal, ClientLeft."""
+    while len(body) <= room:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        if isinstance(body, bytearray):
+            body += message["body"]
+        else:
+            body = bytearray(body + message["body"]) if body else message["body"]
+        _check_size(len(body), most)
+        if form:
+            form.grow(body)
+        if not message["more_body"]:
+            return body, True
+    return body, False
 
 
 def _check_size(size: int, most: int) -> None:
@@ -257,16 +284,24 @@ def _check_size(size: int, most: int) -> None:
 
 
 async def read_content(
-    scope: Scope, receive: Receive, clock: Clock, settings: Settings, endpoint: Endpoint
+    scope: Scope,
+    receive: Receive,
+    clock: Clock,
+    settings: Settings,
+    reserved: Reservation,
+    endpoint: Endpoint,
 ) -> Content:
     """The request's body and what must be known of it. Raises Refusal, ClientLeft."""
     media = media_of(scope["headers"], endpoint.forms)
     form = Form(media.boundary) if media.boundary else None
-    body = await read_body(scope, receive, clock, settings, None if media.encoding else form)
+    along = None if media.encoding else form
+    body = await read_body(scope, receive, clock, settings, reserved, along)
     text = body
     if media.encoding:
-        most = settings.server.max_body_bytes
+        most = most_decoded(len(body), settings.server.max_body_bytes)
+        await reserved.take(most, clock)
         text = await asyncio.to_thread(decompressed, body, media.encoding, most)
+        reserved.give_back(most - len(text))
         if form:
             await asyncio.to_thread(form.grow, text)
     return Content(body, text, form, endpoint.model_needed)
@@ -481,11 +516,12 @@ class Visit(Exchange):
         scope: Scope,
         endpoint: Endpoint,
         clock: Clock,
+        admission: Admission,
         key: Key,
         response_id: str,
         home: Home,
     ) -> None:
-        super().__init__(gateway, scope, endpoint, clock)
+        super().__init__(gateway, scope, endpoint, clock, admission)
         self.key = key
         self._response_id = response_id
         self._home = home
@@ -532,26 +568,27 @@ class StoredRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway = self._gateway
         scope["where"] = self._endpoint.path
-        key = gateway.enter(scope)
+        key, settings = gateway.enter(scope), gateway.settings
         response_id = scope["path_params"]["id"]
-        home, upstream = choose_stored(gateway, key, response_id)
-        query = self._query(key, response_id, scope["query_string"])
         clock = Clock(gateway.clocks)
-        body = await read_body(scope, receive, clock, gateway.settings)
-        if self._method != "POST":
-            body = b""  # that of GET and DELETE means nothing (RFC 9110 §9.3.1, §9.3.5)
-        elif body.strip():
-            check_plain_json(scope["headers"])
-            gateway.homes(key, Content.of_any(body))
-        if self._method == "DELETE" and response_id in gateway.unended:
-            message = "The response is still in progress; cancel it first."
-            raise Refusal("invalid_request", message)
-        with gateway.serving(scope, clock, key):
-            visit = Visit(gateway, scope, self._endpoint, clock, key, response_id, home)
-            limits = gateway.settings.limits
-            with await gateway.limits.admit(key, 0, limits, clock) as visit.admission:
-                path = f"/responses/{response_id}{self._suffix}"
-                await Relay(visit, send, self._method, path, body, query).forward([upstream])
+        charged = gateway.limits.charge(key, settings.limits)
+        with charged as admission, gateway.serving(scope, clock, key):
+            home, upstream = choose_stored(gateway, key, response_id)
+            query = self._query(key, response_id, scope["query_string"])
+            with Reservation(gateway.limits, key, settings) as reserved:
+                body = await read_body(scope, receive, clock, settings, reserved)
+                if self._method != "POST":
+                    body = b""  # that of GET and DELETE means nothing (RFC 9110 §9.3.1, §9.3.5)
+                elif body.strip():
+                    check_plain_json(scope["headers"])
+                    gateway.homes(key, Content.of_any(body))
+                if self._method == "DELETE" and response_id in gateway.unended:
+                    message = "The response is still in progress; cancel it first."
+                    raise Refusal("invalid_request", message)
+                await gateway.limits.admit(admission, 0, clock)
+            visit = Visit(gateway, scope, self._endpoint, clock, admission, key, response_id, home)
+            path = f"/responses/{response_id}{self._suffix}"
+            await Relay(visit, send, self._method, path, body, query).forward([upstream])
 
     def _query(self, key: Key, response_id: str, given: bytes) -> bytes:
         """What of the query goes on. A listing goes on after or before an item that the account
@@ -620,19 +657,33 @@ class MeteredRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, endpoint = self._gateway, self._endpoint
         scope["where"] = endpoint.path
-        key = gateway.enter(scope)
+        key, settings = gateway.enter(scope), gateway.settings
         clock = Clock(gateway.clocks)
-        content = await read_content(scope, receive, clock, gateway.settings, endpoint)
-        upstreams = gateway.upstreams_for(key, content)
-        exchange = Metered(gateway, scope, endpoint, clock)
-        body = content.sent
-        asks = gateway.settings.metering.include_usage == "add" and content.plain
-        if endpoint.chat and content.facts.stream and asks:
-            body = add_include_usage(body, content.facts)
-            exchange.takes_out_usage = body is not content.sent
-        relay = Relay(exchange, send, "POST", endpoint.path.removeprefix("/v1"), body)
-        with gateway.serving(scope, clock, key):
-            await exchange.run(key, content, upstreams, lambda: relay.forward(upstreams))
+        charged = gateway.limits.charge(key, settings.limits)
+        with (
+            charged as admission,
+            gateway.serving(scope, clock, key),
+            Metered(gateway, scope, endpoint, clock, admission) as exchange,
+        ):
+            with Reservation(gateway.limits, key, settings) as reserved:
+                content = await read_content(scope, receive, clock, settings, reserved, endpoint)
+                upstreams = gateway.upstreams_for(key, content)
+                body = content.sent
+                if endpoint.chat and content.facts.stream and content.plain:
+                    body = await self._ask_for_usage(exchange, content, reserved)
+                await exchange.admit(key, content, upstreams)
+            relay = Relay(exchange, send, "POST", endpoint.path.removeprefix("/v1"), body)
+            await exchange.run(lambda: relay.forward(upstreams))
+
+    @staticmethod
+    async def _ask_for_usage(exchange: Metered, content: Content, reserved: Reservation) -> Buffer:
+        """The body of a streamed chat, a copy where it is changed. Raises Refusal, ClientLeft."""
+        if exchange.settings.metering.include_usage != "add":
+            return content.sent
+        await reserved.take(len(content.sent), exchange.clock)
+        body = add_include_usage(content.sent, content.facts)
+        exchange.takes_out_usage = body is not content.sent
+        return body
 
 
 class Gateway:
@@ -868,7 +919,8 @@ class Gateway:
         gave no new one."""
         scope["where"] = "/v1/models"
         key = self.enter(scope)
-        with await self.limits.admit(key, 0, self.settings.limits, Clock(self.clocks)):
+        with self.limits.charge(key, self.settings.limits) as admission:
+            await self.limits.admit(admission, 0, Clock(self.clocks))
             joined, age = await self._listed(key, self.upstreams)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
         await self._answer(scope, send, 200, body, age_header(age))
@@ -902,22 +954,25 @@ class Gateway:
         that one does not answer."""
         scope["where"] = "/v1/models/{id}"
         key = self.enter(scope)
-        name = scope["path_params"]["model"]
+        with self.limits.charge(key, self.settings.limits) as admission:
+            status, body, headers = await self._shown(key, scope["path_params"]["model"], admission)
+        await self._answer(scope, send, status, body, headers)
+
+    async def _shown(self, key: Key, name: str, admission: Admission) -> tuple[int, bytes, Headers]:
         # '../files' must not reach the upstream
         if not (MODEL_NAME.fullmatch(name) and self.books.served(name) and key.allows(name)):
             raise Refusal("model_not_found", param="model")
         upstream = choose(self.upstreams, name)[0]
-        shown, status, headers = bytearray(), 0, Headers()
-        with await self.limits.admit(key, 0, self.settings.limits, Clock(self.clocks)):
-            with contextlib.suppress(*NO_LIST):
-                status = await upstream.fetch(f"/models/{name}", shown.extend)
-            if not 200 <= status < 500:
-                listed, age = await self._listed(key, [upstream])
-                if name not in listed:
-                    raise Refusal("upstream_unreachable")
-                shown[:] = orjson.dumps(listed[name])
-                status, headers = 200, age_header(age)
-        await self._answer(scope, send, status, bytes(shown), headers)
+        await self.limits.admit(admission, 0, Clock(self.clocks))
+        shown, status = bytearray(), 0
+        with contextlib.suppress(*NO_LIST):
+            status = await upstream.fetch(f"/models/{name}", shown.extend)
+        if 200 <= status < 500:
+            return status, bytes(shown), []
+        listed, age = await self._listed(key, [upstream])
+        if name not in listed:
+            raise Refusal("upstream_unreachable")
+        return 200, orjson.dumps(listed[name]), age_header(age)
 
     def allows_origin(self, origin: bytes) -> bool:
         """Return whether pages of that origin may use /v1."""

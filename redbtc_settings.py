@@ -227,6 +227,9 @@ MOST_TOKENS = 100_000_000  # no request has more: what claims so is no count of 
 Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
 
 
+BODIES_READ = 4  # an account's half holds a body of the largest size and its decoded copy
+
+
 class Table(Struct, forbid_unknown_fields=True, frozen=True):
     """A table of the settings file."""
 
@@ -240,6 +243,7 @@ class Server(Table, frozen=True):
     trusted_proxies: tuple[str, ...] = ("127.0.0.1",)
     cors_origins: tuple[str, ...] = ("*",)
     max_body_bytes: Annotated[int, Meta(ge=1024, le=4 << 30)] = 104_857_600
+    max_reading_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
     body_timeout_seconds: Seconds = 60
     drain_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -248,6 +252,11 @@ class Server(Table, frozen=True):
     def hosts(self) -> tuple[str, ...]:
         """The addresses to listen on."""
         return (self.host,) if isinstance(self.host, str) else self.host
+
+    @property
+    def reading_bytes(self) -> int:
+        """The most bytes of all bodies that have no place yet. An account may hold half of them."""
+        return self.max_reading_bytes or BODIES_READ * self.max_body_bytes
 
 
 class Database(Table, frozen=True):
@@ -430,6 +439,12 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
                 f"server.cors_origins: found {origin!r}; allowed are '*' and origins such as "
                 "'https://app.example.com': scheme, host and port in lower case, without a path"
             )
+    server, least = settings.server, BODIES_READ * settings.server.max_body_bytes
+    if server.reading_bytes < least:
+        raise SettingsError(
+            f"server.max_reading_bytes: found {server.max_reading_bytes}; allowed are 0, and from "
+            f"{least}, which is {BODIES_READ} times server.max_body_bytes"
+        )
     for upstream in settings.upstreams:
         if not _is_url(upstream.base_url):
             raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; no such URL")

@@ -26,24 +26,29 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import msgspec
 import orjson
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.frames import DATA_OPCODES
+from websockets.frames import Frame as WireFrame
 from websockets.http11 import Request
+from websockets.streams import StreamReader
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
 from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
-from redbtc_limits import TICK, Clock
+from redbtc_limits import FREE_BYTES, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import LedgerUnavailable, now_ms
+from redbtc_slices import in_slices
 from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_upstream
 from redbtc_watch import Receive, Scope, Send
 
@@ -55,9 +60,12 @@ MOST_SESSIONS = 100  # of an account
 MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
 LINE_SECONDS = 2  # for closing a line
 MOST_PONGS = 1000  # that a client may leave unread
+MAX_STEERS = 4  # of a turn, of which nobody has said yet what became of them
 STEER_SECONDS = 30  # for the response that follows one which was steered
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
 POLICY_VIOLATION, INTERNAL_ERROR, UNSUPPORTED_DATA = 1008, 1011, 1003  # RFC 6455 §7.4.1
+INVALID_DATA, TOO_BIG = 1007, 1009
+REFUSED = "redbtc.refused"  # an event from the protocol: a message was refused before it was read
 NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
 NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
 HANDSHAKE_HEADERS = (b"sec-websocket-", b"content-", b"date", b"connection", b"upgrade")
@@ -65,22 +73,263 @@ UPGRADE = [(b"upgrade", b"websocket")]
 UNRESOLVED = ("response.steer.failed", "response.steer.pending")
 
 
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────
+# uvicorn parses all that has come in one go, and queues it. Here one coroutine reads a connection
+# frame by frame, in slices, and at most one message waits to be taken. It stops reading from the
+# socket while there is no memory for a message, or while the account's clients send small frames
+# faster than anybody honest. A message that is refused is read on and thrown away.
+
+MAX_FRAGMENTS = 10_000  # of a message
+MAX_CONTROL_BYTES = 125  # RFC 6455 §5.5
+SMALL_BYTES = 1024  # a frame with fewer is work rather than payload
+SMALL_FRAMES_PER_MINUTE = 6000  # of an account
+REFUSED_FRAMES = 10  # small frames that a refused event counts as
+
+
+class FrameReader(StreamReader):
+    """The buffer of a connection's parser. It lets the parser read one frame each time that it is
+    stepped, and wait where there is no room for a payload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between_frames = True
+        self.room = 0  # bytes of payload that may be read
+        self.wanted = 0  # bytes of a payload that waits for room
+        self.drops = False  # payloads are thrown away
+        self.dropped_bytes = 0
+
+    def at_eof(self) -> Generator[None, None, bool]:
+        """Whether the stream has ended. The parser asks before each frame."""
+        self.between_frames = True
+        yield
+        ended = yield from super().at_eof()
+        self.between_frames = False
+        return ended
+
+    def read_exact(self, n: int) -> Generator[None, None, bytearray]:
+        """The next `n` bytes: a part of a frame's head, or all of its payload."""
+        if n > MAX_CONTROL_BYTES:
+            while n > self.room and not self.drops:
+                self.wanted = n
+                yield
+            if self.drops:
+                yield from self._drop(n)
+                return bytearray()
+            self.room -= n
+        while len(self.buffer) < n:
+            yield
+        if n < len(self.buffer) // 2:
+            return (yield from super().read_exact(n))
+        read, self.buffer = self.buffer, self.buffer[n:]  # a large payload is not copied
+        del read[n:]
+        return read
+
+    def _drop(self, n: int) -> Generator[None, None, None]:
+        self.dropped_bytes += n
+        while n > len(self.buffer):
+            n -= len(self.buffer)
+            self.buffer.clear()
+            yield
+        del self.buffer[:n]
+
+
+class Intake(NamedTuple):
+    """What the reading of a connection is held to."""
+
+    reserved: Reservation
+    clock: Clock
+    small_frames: Bucket
+    max_bytes: int  # of a message
+    message_seconds: float
+
+
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's, with scope["abort"]: to end the connection of a client that doesn't read, which no
+    """uvicorn's, with scope["read_frames"], which reads the client's messages once the connection
+    is accepted, and scope["abort"]: to end the connection of a client that doesn't read, which no
     close reaches. One that pings without end, and reads none of the answers, is let go of, too."""
 
+    _intake: Intake
+    _reading: asyncio.Task[Any] | None = None
+    _arrival: asyncio.Future[None] | None = None  # where bytes are waited for
+    _paused = False
+    _ended = False  # nothing more is read
     _pongs = 0
+    # Of the message that is being read:
+    _reserved = 0  # bytes
+    _fragments = 0
+    _seconds = 0.0  # that the client has for the rest of it
+    _whole: bytes | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn.reader = self._reader = FrameReader()
+        self.conn.parser = self.conn.parse()
+        next(self.conn.parser)
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
-            cast(Scope, self.scope)["abort"] = self.transport.abort
+            scope = cast(Scope, self.scope)
+            scope["abort"], scope["read_frames"] = self.transport.abort, self.read_frames
 
     def handle_ping(self) -> None:
         super().handle_ping()
         self._pongs = 0 if self.writable.is_set() else self._pongs + 1
         if self._pongs > MOST_PONGS:
             self.transport.abort()
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self.loop.call_later(CLOSING_SECONDS, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._reading:
+            self._reading.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if not self.handshake_initiated:
+            super().data_received(data)
+            return
+        self._reader.feed_data(data)
+        if self._arrival and not self._arrival.done():
+            self._arrival.set_result(None)
+        elif not self._paused:
+            self._paused = True
+            self.transport.pause_reading()
+
+    async def receive(self) -> Any:
+        message = await self.queue.get()
+        self.queue.task_done()
+        return message
+
+    async def read_frames(self, intake: Intake) -> None:
+        """Read until the connection ends."""
+        if self.disconnected:
+            return
+        self._intake, self._reading = intake, asyncio.current_task()
+        with intake.reserved:
+            self._seconds = intake.message_seconds
+            while not self._ended:
+                await in_slices(self._handle_frames())
+                await self._wait()
+        self._reader.buffer.clear()
+        self.frames.clear()
+
+    def _handle_frames(self) -> Generator[None, None, None]:
+        """Handle the frames that have come, until something has to be waited for."""
+        small_frames = self._intake.small_frames
+        small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
+        while self._whole is None and self.queue.empty() and small_frames.remaining:
+            self.conn.receive_data(b"")  # parses one frame
+            if self.conn.parser_exc:
+                self._ended = True
+                self.handle_parser_exception()
+            if not self.conn.events:
+                return
+            self._count(cast(WireFrame, self.conn.events[0]))
+            self.handle_events()
+            yield
+
+    def _count(self, frame: WireFrame) -> None:
+        """Refuse a message of too many fragments, or of which too much was thrown away."""
+        if len(frame.data) < SMALL_BYTES:
+            self._intake.small_frames.charge(1)
+        self._fragments += frame.opcode in DATA_OPCODES
+        if self._fragments > MAX_FRAGMENTS or self._reader.dropped_bytes > self._intake.max_bytes:
+            allowed = f"{self._intake.max_bytes} bytes in {MAX_FRAGMENTS} fragments"
+            self._end(Refusal("request_too_large", f"A message may have {allowed}."), TOO_BIG)
+
+    def send_receive_event_to_app(self) -> None:
+        """The message is whole."""
+        whole = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
+        self.frames, self._fragments = [], 0
+        self._seconds = self._intake.message_seconds
+        if self._reader.drops or self.close_sent:
+            self._reader.drops, self._reader.dropped_bytes = False, 0
+            self._give_back(0)
+        else:
+            self._whole = whole
+
+    async def _wait(self) -> None:
+        small_frames = self._intake.small_frames
+        if self._ended:
+            return
+        if self._reader.wanted:
+            await self._make_room(self._reader.wanted)
+        elif self._whole is not None:
+            await self._deliver(self._whole)
+        elif not self.queue.empty():
+            await self.queue.join()
+        elif not small_frames.remaining:
+            await asyncio.sleep(small_frames.seconds_until(REFUSED_FRAMES))
+        else:
+            await self._wait_for_bytes()
+
+    async def _make_room(self, wanted: int) -> None:
+        """Reserve memory for a frame, and for one of many as much again as the message has. Where
+        none comes free the message is refused."""
+        reader, known = self._reader, self._reserved
+        size = max(wanted - reader.room, min(known, self._intake.max_bytes - known))
+        reader.wanted = 0
+        if not self.close_sent and await self._reserve(size):
+            reader.room += size
+        else:
+            reader.drops = True
+            self.frames.clear()
+
+    async def _deliver(self, whole: bytes) -> None:
+        """Hand a message on, with the memory that it takes."""
+        size = max(len(whole), SMALL_BYTES)
+        self._whole = None
+        if await self._reserve(size - self._reserved):
+            self._give_back(size)
+            self._reserved = 0
+            kind = self.curr_msg_data_type
+            self._hand_over({"type": "websocket.receive", kind: whole, "reserved": size})
+
+    async def _reserve(self, size: int) -> bool:
+        """Whether there is memory for so much more. If there is none, the client is told."""
+        try:
+            await self._intake.reserved.take(max(0, size), self._intake.clock)
+        except Refusal as refusal:
+            self._give_back(0)
+            self._hand_over({"type": REFUSED, "refusal": refusal, "close": None})
+            return False
+        self._reserved += max(0, size)
+        return True
+
+    def _give_back(self, size: int) -> None:
+        """Keep memory for `size` bytes of the message."""
+        self._intake.reserved.give_back(self._reserved - size)
+        self._reserved, self._reader.room = size, 0
+
+    async def _wait_for_bytes(self) -> None:
+        """A message that takes too long ends the reading."""
+        self._arrival = self.loop.create_future()
+        if self._paused and not self.transport.is_closing():
+            self._paused = False
+            self.transport.resume_reading()
+        if self._reader.between_frames and not self._fragments:
+            self._seconds = self._intake.message_seconds
+            await self._arrival
+            return
+        clock = self._intake.clock
+        try:
+            with clock.running(self._seconds):
+                await self._arrival
+            self._seconds = clock.deadline - clock.now()
+        except TimeoutError:
+            message = "A message took too long to arrive."
+            self._end(Refusal("request_timeout", message), POLICY_VIOLATION)
+
+    def _end(self, refusal: Refusal, close: int) -> None:
+        """Read nothing more, and say why."""
+        self._ended = True
+        self._hand_over({"type": REFUSED, "refusal": refusal, "close": close})
+
+    def _hand_over(self, message: Any) -> None:
+        self.queue.put_nowait(message)
 
 
 # ── Turns ────────────────────────────────────────────────────────────────────────────────────────
@@ -153,9 +402,9 @@ class Turn(Metered):
 
     meter: EventMeter
 
-    def __init__(self, session: Session, lane: Lane, scope: Scope) -> None:
+    def __init__(self, session: Session, lane: Lane, scope: Scope, admission: Admission) -> None:
         gateway = session.gateway
-        super().__init__(gateway, scope, RESPONSES, Clock(gateway.clocks))
+        super().__init__(gateway, scope, RESPONSES, Clock(gateway.clocks), admission)
         self.meter = EventMeter()
         self.lane = lane
         self.line: Line | None = None
@@ -190,18 +439,17 @@ class Turn(Metered):
         self.failure = "client_disconnected" if self.clock.client_left else outcome
         self.end()
 
-    async def steer(self, key: Key, frame: Frame) -> None:
+    async def steer(self, frame: Frame, admission: Admission) -> None:
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
-        charges = self.gateway.limits.charge(key, self.settings.limits)
+        if len(self._steers) >= MAX_STEERS:
+            message = f"{MAX_STEERS} 'response.steer' events of this response have no answer yet."
+            raise Refusal("concurrency_limit_exceeded", message)
+        admission.charge("tokens", 0)
         usual = self.settings.billing.hold_output_tokens
         more = self._further_input + (self._content.facts.most_output_tokens() or usual)
         more += len(frame.text)
-        try:
-            money = await self.hold(self._content, more)
-        except Refusal:
-            charges.put_back()
-            raise
+        money = await self.hold(self._content, more)
         self.holds.enter_context(money)
         self._content.chosen_ids |= frame.chosen_ids
         self._further_input = more
@@ -319,7 +567,9 @@ class Session:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._made: dict[str, Home] = {}  # on this connection, stored or not
         self._written: set[str] = set()  # responses whose usage is in the ledger
-        self._waiting: dict[Frame, int] = {}  # bytes of what has not left for an upstream
+        self._waiting: dict[Frame, Admission] = {}  # what has no place yet
+        self._reserved: Reservation  # for the messages that have none
+        self._small_frames: Bucket
         self._patience = 0.0  # seconds for the client to read
         self._sends, self._given = 0, 0  # messages that wait for that, and that need not
         self._watching: asyncio.TimerHandle
@@ -353,12 +603,31 @@ class Session:
         most, loop = line.upstream.settings.total_timeout_seconds, self.gateway.clocks.loop
         expiry = loop.call_later(most, self._expire)
         self._watch_reading(-1)
+        self._reader = asyncio.create_task(self._read_frames())
         try:
             await self._read()
         finally:
             expiry.cancel()
             self._watching.cancel()
             loop.call_later(CLOSING_SECONDS, self._scope["abort"])
+
+    async def _read_frames(self) -> None:
+        """Until the client's connection is lost, which can be after the session's end."""
+        gateway, server = self.gateway, self.gateway.settings.server
+        self._reserved = Reservation(gateway.limits, self._key, gateway.settings)
+        self._small_frames = gateway.limits.small_frames(self._key)
+        intake = Intake(
+            self._reserved,
+            Clock(gateway.clocks),
+            self._small_frames,
+            server.max_body_bytes,
+            server.body_timeout_seconds,
+        )
+        try:
+            await self._scope["read_frames"](intake)
+        except Exception as error:
+            gateway.watch.failed(self._scope, error)
+            self._scope["abort"]()
 
     def _headers(self, connection: ClientConnection) -> Headers:
         """Those of the handshake, for the client."""
@@ -400,7 +669,10 @@ class Session:
         """The client is gone: what is in flight may be read on for its usage, then all ends."""
         self._closed = True
         for lane in self._lanes.values():
-            lane.waiting.clear()
+            while lane.waiting:
+                frame = lane.waiting.popleft()
+                self._waiting[frame].put_back()
+                self._leave(frame)
             if lane.turn:
                 lane.turn.clock.leave()
         while self._lanes:
@@ -474,41 +746,56 @@ class Session:
 
     async def _read(self) -> None:
         while (message := await self._receive())["type"] != "websocket.disconnect":
-            text = message.get("text")
-            if text is None:
+            if message["type"] == REFUSED:
+                self._small_frames.charge(REFUSED_FRAMES)
+                self.gateway.watch.refused(self._new_scope(), message["refusal"])
+                await self._refuse(message["refusal"], None, message["close"])
+            elif "text" in message:
+                await self._take(message["text"], message["reserved"])
+            else:
+                self._reserved.give_back(message["reserved"])
                 await self._close(UNSUPPORTED_DATA, "Only text is understood here.")
-                continue
-            stream_id: str | None = None
-            try:
-                frame = Frame(text.encode())
-                stream_id = frame.facts.stream_id
-                await self._take(frame)
-            except Refusal as refusal:
-                self.gateway.watch.refused(self._new_scope(), refusal)
-                await self._refuse(refusal, stream_id, closing_code(refusal))
-            except ConnectionClosed:
-                continue  # the turn's end is on its way
 
-    async def _take(self, frame: Frame) -> None:
+    async def _take(self, text: bytes, reserved: int) -> None:
+        """One message. Its memory is given back unless it waits for a place."""
+        frame: Frame | None = None
+        try:
+            key = self.gateway.enter(self._scope)
+            with self.gateway.limits.charge(key, self.gateway.settings.limits) as admission:
+                frame = Frame(text)
+                await self._act(frame, admission)
+        except Refusal as refusal:
+            self._small_frames.charge(REFUSED_FRAMES)
+            self.gateway.watch.refused(self._new_scope(), refusal)
+            close = closing_code(refusal)
+            if refusal.code == "invalid_json" and not is_utf8(text):
+                close = INVALID_DATA
+            stream_id = frame.facts.stream_id if frame else stream_id_in(text)
+            await self._refuse(refusal, stream_id, close)
+        except ConnectionClosed:
+            pass  # the turn's end is on its way
+        if frame not in self._waiting:
+            self._reserved.give_back(reserved)
+
+    async def _act(self, frame: Frame, admission: Admission) -> None:
         facts = frame.facts
         if facts.type == "response.steer":
-            await self._steer(frame)
+            await self._steer(frame, admission)
             return
         if facts.type != "response.create":
             message = f"'{facts.type}' is not an event that is understood here."
             raise Refusal("invalid_request", message, param="type")
         frame.check_model(needed=True)
-        most = self.gateway.settings.server.max_body_bytes
-        if len(self._waiting) >= MOST_WAITING or sum(self._waiting.values()) > most:
+        if len(self._waiting) >= MOST_WAITING:
             raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
-        self._waiting[frame] = len(frame.text)
+        self._waiting[frame] = admission
         lane = self._lanes.get(facts.stream_id)
         if lane is None:
             lane = self._lanes[facts.stream_id] = Lane(facts.stream_id)
             self._start(self._work(lane))
         lane.waiting.append(frame)
 
-    async def _steer(self, frame: Frame) -> None:
+    async def _steer(self, frame: Frame, admission: Admission) -> None:
         """More input for a response that is in flight on this connection."""
         response_id = frame.only(STEER_MEMBERS).facts.previous_response_id or ""
         if frame.tools:
@@ -516,9 +803,8 @@ class Session:
         turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
         for turn in turns:
             if response_id and turn.response_id == response_id and not turn.settled:
-                key = self.gateway.enter(self._scope)
-                self.gateway.homes(key, frame, self._made)
-                await turn.steer(key, frame)
+                self.gateway.homes(self.gateway.enter(self._scope), frame, self._made)
+                await turn.steer(frame, admission)
                 if (line := turn.line) and not line.lost:
                     await line.send(frame.sent, line.upstream.settings.idle_timeout_seconds)
                 return
@@ -535,9 +821,10 @@ class Session:
     async def _work(self, lane: Lane) -> None:
         while lane.waiting:
             frame, scope = lane.waiting.popleft(), self._new_scope()
-            turn = lane.turn = Turn(self, lane, scope)
+            turn = lane.turn = Turn(self, lane, scope, self._waiting[frame])
             try:
-                await self._create(turn, frame)
+                with turn.admission:
+                    await self._create(turn, frame)
             except Refusal as refusal:
                 self.gateway.watch.refused(scope, refusal)
                 await self._refuse(refusal, lane.stream_id, closing_code(refusal))
@@ -547,7 +834,7 @@ class Session:
                 self.gateway.watch.failed(scope, error)
                 await self._refuse(Refusal("internal_error"), lane.stream_id, INTERNAL_ERROR)
             finally:
-                self._waiting.pop(frame, None)
+                self._leave(frame)
                 lane.turn = None
         del self._lanes[lane.stream_id]
         if self._expired and not self._lanes:
@@ -557,6 +844,7 @@ class Session:
         """Raises Refusal, ClientLeft."""
         gateway, facts = self.gateway, frame.facts
         if self._expired:
+            turn.admission.put_back()
             raise expired()
         if self._closed:
             raise ClientLeft
@@ -571,7 +859,14 @@ class Session:
         here = {line.upstream for line in self._lines}
         speaking.sort(key=lambda upstream: upstream not in here)
         with gateway.serving(None, turn.clock, key), turn.holds:
-            await turn.run(key, frame, speaking, lambda: self._forward(turn, frame, speaking))
+            await turn.admit(key, frame, speaking)
+            self._leave(frame)
+            await turn.run(lambda: self._forward(turn, frame, speaking))
+
+    def _leave(self, frame: Frame) -> None:
+        """It waits no more."""
+        if self._waiting.pop(frame, None):
+            self._reserved.give_back(max(len(frame.sent), SMALL_BYTES))
 
     async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:
         metering = turn.settings.metering
@@ -587,7 +882,6 @@ class Session:
                 line.upstream.in_flight += 1
                 try:
                     await line.connection.send(frame.sent, text=True)
-                    del self._waiting[frame]
                     await turn.over
                 finally:
                     line.upstream.in_flight -= 1
@@ -780,6 +1074,31 @@ def closing_code(refusal: Refusal) -> int | None:
     """With which the connection ends, too: its key or account is in force no more."""
     lasting = refusal.status in (401, 403) and refusal.code != "model_not_allowed"
     return POLICY_VIOLATION if lasting else None
+
+
+class Addressed(msgspec.Struct):
+    """What is known of a frame without reading it."""
+
+    stream_id: str | None = None
+
+
+ADDRESSED = msgspec.json.Decoder(Addressed)
+
+
+def stream_id_in(text: bytes) -> str | None:
+    """The lane of a frame, whose refusal names it. Of a long frame it isn't looked for."""
+    if len(text) <= FREE_BYTES:
+        with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            return ADDRESSED.decode(text).stream_id
+    return None
+
+
+def is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def expired() -> Refusal:

@@ -149,6 +149,7 @@ class Socket:
     ) -> None:
         self.received = received
         self.frames: list[dict[str, Any]] = []  # what has come
+        self.texts: list[bytes] = []  # the same, as it came
         self.close_code: int | None = None
         self._reader = reader
         self._writer = writer
@@ -174,6 +175,7 @@ class Socket:
                 assert isinstance(frame, Frame)
                 await self._flush()
                 if frame.opcode is Opcode.TEXT:
+                    self.texts.append(bytes(frame.data))
                     self.frames.append(json.loads(frame.data))
                     return self.frames[-1]
             if self._protocol.close_rcvd:

@@ -1,0 +1,433 @@
+"""What a client sends over a WebSocket, frame by frame: nothing in it holds the loop, takes memory
+without bound, or lasts for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import MakeGateway
+from gateway import Gateway, wait_until
+from speed import Stalls
+from upstream import Socket, Upstream, ws_events, ws_like_openai
+from websockets.frames import Opcode
+
+MB = 1_000_000
+MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place
+SERVER = f"[server]\nmax_body_bytes = {MAX_BODY}\n"
+HELD_UNITS = 60  # of processor time: 42 ms on an ordinary machine
+CREATE = {"type": "response.create", "model": "gpt-up", "input": "Hi", "stream": True}
+HANDSHAKE = (
+    "GET /v1/responses HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    "Authorization: Bearer "
+)
+SMALL_FRAMES = 6000  # of an account in a row
+
+
+@pytest.fixture(autouse=True)
+def speaking(upstream: Upstream) -> None:
+    upstream.talk = ws_like_openai
+
+
+class Wire:
+    """A client's end, frame by frame. Its mask is zero, so that payloads pass as they are."""
+
+    def __init__(self, gateway: Gateway, key: str) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", gateway.port), 60)
+        self.sock.sendall(f"{HANDSHAKE}{key}\r\n\r\n".encode())
+        self._read = b""
+        head = self._until(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101 "), head
+
+    def _until(self, end: bytes) -> bytes:
+        while end not in self._read:
+            self._read += self.sock.recv(65536)
+        found, _, self._read = self._read.partition(end)
+        return found
+
+    def _take(self, size: int) -> bytes:
+        while len(self._read) < size:
+            part = self.sock.recv(65536)
+            if not part:
+                raise ConnectionError
+            self._read += part
+        taken, self._read = self._read[:size], self._read[size:]
+        return taken
+
+    def send(self, data: bytes, opcode: Opcode = Opcode.TEXT, fin: bool = True) -> None:
+        self.sock.sendall(frame(data, opcode, fin))
+
+    def create(self, **fields: Any) -> None:
+        self.send(json.dumps({**CREATE, **fields}).encode())
+
+    def frame(self) -> tuple[int, bytes]:
+        """The next frame's opcode and payload. Pings are left out."""
+        while True:
+            first, size = self._take(2)
+            if size >= 126:
+                size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
+            payload = self._take(size)
+            if first & 15 != Opcode.PING:
+                return first & 15, payload
+
+    def event(self) -> dict[str, Any]:
+        """The next event; pongs are left out."""
+        while True:
+            opcode, payload = self.frame()
+            if opcode == Opcode.TEXT:
+                event: dict[str, Any] = json.loads(payload)
+                return event
+
+    def until(self, *kinds: str) -> dict[str, Any]:
+        while (event := self.event())["type"] not in kinds:
+            pass
+        return event
+
+    def completed(self) -> None:
+        event = self.until("response.completed", "error")
+        assert event["type"] == "response.completed", event
+
+    def refused(self) -> str:
+        return str(self.until("error")["error"]["code"])
+
+    def closed(self) -> int | None:
+        """The code with which it ends, None where there is none."""
+        with contextlib.suppress(ConnectionError):
+            while True:
+                opcode, payload = self.frame()
+                if opcode == Opcode.CLOSE:
+                    return int.from_bytes(payload[:2], "big")
+        return None
+
+
+@contextlib.contextmanager
+def wire(gateway: Gateway, key: str) -> Iterator[Wire]:
+    made = Wire(gateway, key)
+    with made.sock:
+        yield made
+
+
+def frame(data: bytes, opcode: Opcode = Opcode.TEXT, fin: bool = True) -> bytes:
+    size = len(data)
+    first = bytes([opcode | (128 if fin else 0)])
+    if size < 126:
+        return first + bytes([128 | size]) + bytes(4) + data
+    if size < 65536:
+        return first + b"\xfe" + struct.pack("!H", size) + bytes(4) + data
+    return first + b"\xff" + struct.pack("!Q", size) + bytes(4) + data
+
+
+def message(size: int, **fields: Any) -> bytes:
+    """A request of about that size."""
+    return json.dumps({**CREATE, "input": "x" * size, **fields}).encode()
+
+
+def fragmented(data: bytes, pieces: int) -> bytes:
+    """A message in so many frames, some of them empty, with pings in between."""
+    draw = random.Random(pieces)
+    cuts = [0, *sorted(draw.randrange(len(data) + 1) for _ in range(pieces - 1)), len(data)]
+    frames = []
+    for number in range(pieces):
+        opcode = Opcode.CONT if number else Opcode.TEXT
+        frames.append(frame(data[cuts[number] : cuts[number + 1]], opcode, number == pieces - 1))
+        if number % 100 == 0:
+            frames.append(frame(b"ping", Opcode.PING))
+    return b"".join(frames)
+
+
+def test_a_message_passes_unchanged_however_it_is_cut(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    sent = []
+    with wire(gateway, key) as ws:
+        for size in (10, 70_000, 3 * MB):
+            for pieces in (1, 2, 7, 1000):
+                data = message(size, metadata={"pieces": str(pieces)})
+                ws.sock.sendall(fragmented(data, pieces))
+                ws.completed()
+                sent.append(data)
+        for byte in fragmented(message(10), 7):
+            ws.sock.sendall(bytes([byte]))
+            time.sleep(0.0002)
+        ws.completed()
+    assert upstream.sockets[0].texts == [*sent, message(10)]
+
+
+def floods() -> dict[str, bytes]:
+    begun = frame(b"{", fin=False)
+    empty, short = frame(b"", Opcode.CONT, False), frame(b" ", Opcode.CONT, False)
+    steer = {"type": "response.steer", "previous_response_id": "resp_x", "input": "x"}
+    return {
+        "empty continuations": begun + empty * 100_000,
+        "continuations of a byte": begun + short * 20_000,
+        "pings": frame(b"", Opcode.PING) * 100_000,
+        "pongs": frame(b"x", Opcode.PONG) * 100_000,
+        "an unknown type": frame(b'{"type":"x"}') * 20_000,
+        "no JSON": frame(b"{") * 20_000,
+        "empty messages": frame(b"") * 20_000,
+        "steering of nothing": frame(json.dumps(steer).encode()) * 20_000,
+    }
+
+
+def test_no_flood_of_frames_holds_the_loop(gateway: Gateway, upstream: Upstream) -> None:
+    """Whatever is refused is refused slowly: reading stops, and another account's requests pass."""
+    other = gateway.new_key("other")
+    for name, flood in floods().items():
+        longest, grown = flooded(gateway, gateway.new_key(name), other, flood)
+        assert longest < HELD_UNITS, name
+        assert grown < 20 * MB, name
+    assert not [text for each in upstream.sockets for text in each.texts if b'"gpt-up"' not in text]
+
+
+def flooded(gateway: Gateway, key: str, other: str, flood: bytes) -> tuple[float, int]:
+    """Flood two connections of one key while another is used: the longest stall in units, and the
+    bytes that the gateway has grown by."""
+    before = gateway.rss()
+    with wire(gateway, key) as ws, wire(gateway, key) as second, wire(gateway, other) as calm:
+        stop = threading.Event()
+
+        def send(to: Wire) -> None:
+            with contextlib.suppress(OSError):
+                to.sock.sendall(flood)
+
+        def read(of: Wire) -> None:
+            with contextlib.suppress(OSError, ConnectionError):
+                while not stop.is_set() and of.sock.recv(65536):
+                    pass
+
+        threads = [
+            threading.Thread(target=work, args=(each,))
+            for each in (ws, second)
+            for work in (send, read)
+        ]
+        with Stalls(gateway.port) as stalls:
+            for thread in threads:
+                thread.start()
+            for _ in range(10):
+                calm.create()
+                calm.completed()
+            time.sleep(0.2)
+        grown = gateway.rss() - before
+        stop.set()
+        for each in (ws, second):
+            with contextlib.suppress(OSError):
+                each.sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(60)
+    return stalls.longest, grown
+
+
+def test_an_account_that_floods_waits_and_is_served_again(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    pings = frame(b"", Opcode.PING) * (SMALL_FRAMES - 100)
+    with wire(gateway, key) as ws:
+        ws.sock.sendall(pings)
+        ws.create()
+        ws.completed()
+        started = time.monotonic()
+        ws.sock.sendall(frame(b"", Opcode.PING) * 300)
+        ws.create()
+        ws.completed()
+        assert time.monotonic() - started > 0.5, "it has waited"
+
+
+def test_a_message_has_a_bounded_number_of_fragments(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    piece = frame(b"x" * 1024, Opcode.CONT, False)
+    with wire(gateway, key) as ws:
+        ws.send(b'{"', fin=False)
+        with contextlib.suppress(OSError):
+            ws.sock.sendall(piece * 10_001)
+        assert ws.refused() == "request_too_large"
+        assert ws.closed() == 1009
+    assert not upstream.sockets[0].texts
+
+
+def unfinished(ws: Wire, size: int) -> None:
+    """Send all of a message but its last byte, as far as it is read."""
+    ws.sock.setblocking(False)
+    data, quiet = memoryview(frame(message(size)))[:-1], 0
+    while data and quiet < 40:
+        quiet += 1
+        with contextlib.suppress(BlockingIOError):
+            data, quiet = data[ws.sock.send(data) :], 0
+        time.sleep(0.005)
+    ws.sock.settimeout(60)
+
+
+def test_unfinished_messages_take_bounded_memory_and_stop_nobody_else(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(f"{SERVER}[limits]\nqueue_seconds = 0.5").start()
+    hog, other = gateway.new_key("hog"), gateway.new_key("other")
+    before = gateway.rss()
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(wire(gateway, hog)) for _ in range(10)]
+        for ws in wires:
+            unfinished(ws, MAX_BODY - 1000)
+        with wire(gateway, other) as ws:
+            ws.send(message(MAX_BODY - 1000))
+            ws.completed()
+        assert gateway.rss() - before < 60 * MB
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 0, 60)
+        wires[0].create(stream_id="short")  # part of the long one, which is not ended
+        refused = 0
+        for ws in wires[2:]:
+            event = ws.until("error")
+            assert (event["status"], event["error"]["code"]) == (429, "concurrency_limit_exceeded")
+            assert event["headers"]["retry-after"] == "1"
+            refused += 1
+        assert refused == 8
+    with wire(gateway, hog) as ws:  # all of the memory is free again
+        wait_until(lambda: gateway.get("/status").is_success)
+        ws.send(message(MAX_BODY - 1000))
+        ws.completed()
+
+
+def test_a_message_that_is_refused_is_thrown_away_and_the_connection_stays(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(f"{SERVER}[limits]\nqueue_seconds = 0.3").start()
+    key = gateway.new_key()
+    with wire(gateway, key) as one, wire(gateway, key) as two, wire(gateway, key) as ws:
+        unfinished(one, MAX_BODY - 1000)
+        unfinished(two, MAX_BODY - 1000)
+        for data in (frame(message(MB)), fragmented(message(MB), 9)):
+            ws.sock.sendall(data)
+            assert ws.refused() == "concurrency_limit_exceeded"
+            ws.create()
+            ws.completed()
+        one.send(b"")  # the rest of its message: nothing but the end of one that is no JSON
+    with wire(gateway, key) as ws:
+        for _ in range(3):
+            ws.send(message(MAX_BODY - 1000))
+            ws.completed()
+
+
+def test_waiting_requests_take_memory_until_they_have_a_place(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(f"{SERVER}[limits]\nqueue_seconds = 0.5").start()
+    key = gateway.new_key(concurrency=1)
+    release = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        while True:
+            request = await sock.recv()
+            while not release.is_set():
+                await asyncio.sleep(0.01)
+            await sock.send(*ws_events(len(sock.frames), request))
+
+    upstream.talk = talk
+    before = gateway.rss()
+    with wire(gateway, key) as ws:
+        for _ in range(12):  # of one lane: only the first has a place, seven have memory
+            ws.send(message(2 * MB + 10_000))
+        for _ in range(4):
+            event = ws.until("error")
+            assert "large request bodies" in event["error"]["message"]
+        assert gateway.rss() - before < 60 * MB
+        release.set()
+        for _ in range(8):
+            ws.completed()
+        ws.send(message(MAX_BODY - 1000))
+        ws.completed()
+
+
+def test_a_message_has_its_time(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway("[server]\nbody_timeout_seconds = 0.4").start()
+    key = gateway.new_key()
+    begun = [
+        frame(message(100))[:1],
+        frame(message(100))[:-1],
+        frame(message(200_000))[:-1],
+        frame(b"{", fin=False),
+        frame(b"{", fin=False) + frame(b"", Opcode.PING),
+    ]
+    with wire(gateway, key) as idle:
+        for data in begun:
+            with wire(gateway, key) as ws:
+                ws.create()
+                ws.completed()
+                ws.sock.sendall(data)
+                assert ws.refused() == "request_timeout"
+                assert ws.closed() == 1008
+        with wire(gateway, key) as ws, contextlib.suppress(OSError):
+            ws.send(b"{", fin=False)
+            for _ in range(100):  # pings are no progress
+                ws.send(b"", Opcode.PING)
+                time.sleep(0.01)
+            assert ws.refused() == "request_timeout"
+        idle.create()
+        idle.completed()
+
+
+def test_who_is_over_the_rate_is_refused_before_the_frame_is_read(
+    gateway: Gateway, upstream: Upstream
+) -> None:
+    key = gateway.new_key(requests_per_minute=1)
+    hostile = {"type": "mcp_approval_response", "approve": True, "approval_request_id": "x"}
+    with wire(gateway, key) as ws:
+        ws.create()
+        ws.completed()
+        with Stalls(gateway.port) as stalls:
+            for _ in range(5):
+                ws.create(input=[hostile] * 12_000, stream_id="a")
+                assert ws.refused() == "rate_limit_exceeded"
+        assert stalls.longest < HELD_UNITS
+        ws.send(b'{"stream_id":"b","input":')
+        event = ws.until("error")
+        assert event["error"]["code"] == "rate_limit_exceeded"
+        ws.create(stream_id="c")
+        assert ws.until("error")["stream_id"] == "c"
+
+
+def test_text_that_is_none_ends_the_connection(gateway: Gateway, key: str) -> None:
+    with wire(gateway, key) as ws:
+        ws.send(b'{"type":"\xff"}')
+        assert ws.refused() == "invalid_json"
+        assert ws.closed() == 1007
+
+
+def test_at_most_four_steerings_of_a_response_are_unanswered(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    release = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(1, await sock.recv())[:2])
+        for _ in range(4):
+            await sock.recv()
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        await sock.send({"type": "response.steer.failed"})
+        await sock.recv()
+        await sock.send(ws_events(1, {"model": "gpt-up"})[-1])
+
+    upstream.talk = talk
+    steer = {"type": "response.steer", "previous_response_id": "resp_ws_1", "input": "more"}
+    with wire(gateway, key) as ws:
+        ws.create()
+        ws.until("response.output_text.delta")
+        for _ in range(5):
+            ws.send(json.dumps(steer).encode())
+        event = ws.until("error")
+        assert event["error"]["code"] == "concurrency_limit_exceeded"
+        assert "4 'response.steer'" in event["error"]["message"]
+        release.set()
+        ws.until("response.steer.failed")
+        ws.send(json.dumps(steer).encode())
+        ws.completed()
+    assert len(upstream.sockets[0].texts) == 6

@@ -1,0 +1,355 @@
+"""Limits before work: an account over its rate costs its head, and bodies that have no place yet
+have memory of a bounded size, shared fairly."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+from conftest import MakeGateway
+from gateway import Gateway, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object
+
+from redbtc_limits import Places
+from redbtc_settings import SettingsError, parse_settings
+
+MB = 1_000_000
+MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place, and all accounts 32
+SMALL = {"model": "gpt-up", "input": "Hi"}
+JSON = {"content-type": "application/json"}
+
+
+def server(queue_seconds: float = 20, **more: float) -> str:
+    table = {"max_body_bytes": MAX_BODY, **more}
+    lines = "\n".join(f"{name} = {value}" for name, value in table.items())
+    return f"[server]\n{lines}\n[limits]\nqueue_seconds = {queue_seconds}"
+
+
+def code(answer: httpx2.Response) -> str:
+    return str(answer.json()["error"]["code"])
+
+
+def body(size: int) -> bytes:
+    """A request of exactly that many bytes."""
+    empty = json.dumps({**SMALL, "input": ""}).encode()
+    return empty.replace(b'""', b'"%s"' % (b"x" * (size - len(empty))))
+
+
+def compressed() -> bytes:
+    """One that is as long as it may be when it is decoded."""
+    text = random.Random(7).randbytes(MAX_BODY // 2 - 100).hex()
+    return gzip.compress(json.dumps({**SMALL, "input": text}).encode(), 1)
+
+
+def head(key: str, *lines: str, method: str = "POST /v1/responses") -> bytes:
+    usual = ["Host: a", f"Authorization: Bearer {key}", "Content-Type: application/json"]
+    return "\r\n".join([f"{method} HTTP/1.1", *usual, *lines, "", ""]).encode()
+
+
+def until_held(gateway: Gateway, count: int) -> None:
+    """Wait until so many requests are in flight or wait."""
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == count, 60)
+
+
+@contextlib.contextmanager
+def unfinished(gateway: Gateway, key: str, count: int, size: int) -> Iterator[list[socket.socket]]:
+    """Uploads that lack one byte; each waits for no answer."""
+    with contextlib.ExitStack() as stack:
+        socks, before = [], gateway.metrics()["redbtc_in_flight"]
+        for number in range(count):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port), 60))
+            sock.sendall(head(key, f"Content-Length: {size}"))
+            sock.setblocking(False)
+            socks.append(sock)
+            until_held(gateway, int(before) + number + 1)
+        rest = dict.fromkeys(socks, memoryview(body(size)[:-1]))
+        quiet = 0
+        while rest and quiet < 20:  # what can't be sent any more is left to the kernel
+            quiet += 1
+            for sock, data in list(rest.items()):
+                with contextlib.suppress(BlockingIOError):
+                    sent = sock.send(data)
+                    rest[sock], quiet = data[sent:], 0
+                if not rest[sock]:
+                    del rest[sock]
+            time.sleep(0.005)
+        yield socks
+
+
+def test_who_is_over_the_rate_is_refused_at_the_head(gateway: Gateway, upstream: Upstream) -> None:
+    """On every route that costs anything; no byte of a body is waited for or asked for."""
+    key = gateway.new_key(requests_per_minute=1)
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=SMALL).status_code == 200
+    for method in (
+        "POST /v1/responses",
+        "POST /v1/responses?bad[query]=1",
+        "POST /v1/chat/completions",
+        "POST /v1/responses/compact",
+        "POST /v1/responses/input_tokens",
+        "POST /v1/images/generations",
+        "POST /v1/images/edits",
+        "POST /v1/responses/resp_1/cancel",
+        "GET /v1/responses/resp_1",
+        "DELETE /v1/responses/resp_1",
+        "GET /v1/responses/resp_1/input_items",
+        "GET /v1/models",
+        "GET /v1/models/gpt-up",
+        "GET /v1/models/unknown",
+    ):
+        lines = ["Content-Length: 1000000", "Expect: 100-continue", "Content-Encoding: zstd"]
+        answer = gateway.raw(head(key, *lines, method=method), 60)
+        assert answer.startswith(b"HTTP/1.1 429 "), (method, answer)
+        assert b"rate_limit_exceeded" in answer
+        assert b"x-ratelimit-remaining-requests: 0" in answer.lower()
+    assert len(upstream.requests) == 1
+
+
+def test_what_is_refused_for_its_own_fault_counts_as_a_request(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Else bad bodies would be free work. What the gateway could not do costs nothing."""
+    gateway = make_gateway("[limits]\nqueue_seconds = 0.2").start()
+    for bad in ("{", '{"model":5}', "[]", json.dumps({**SMALL, "previous_response_id": "resp_x"})):
+        key = gateway.new_key(f"account{len(bad)}", requests_per_minute=2)
+        with gateway.client(key) as client:
+            refused = client.post("/responses", content=bad, headers=JSON)
+            assert refused.status_code in (400, 404)
+            served = client.post("/responses", json=SMALL)
+            assert served.headers["x-ratelimit-remaining-requests"] == "0"
+            assert client.post("/responses", json=SMALL).status_code == 429
+    key = gateway.new_key("busy", requests_per_minute=3, tokens_per_minute=500_000, concurrency=1)
+    release = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.wait(release)
+        await openai_like(request, reply)
+
+    upstream.script = script
+    with ThreadPoolExecutor(1) as pool, gateway.client(key) as client:
+        first = pool.submit(client.post, "/responses", json=SMALL)
+        wait_until(lambda: upstream.in_flight)
+        with gateway.client(key) as other:
+            for _ in range(3):
+                refused = other.post("/responses", json=SMALL)
+                assert code(refused) == "concurrency_limit_exceeded"
+        release.set()
+        assert first.result().headers["x-ratelimit-remaining-requests"] == "2"
+        served = client.post("/responses", json=SMALL)
+        assert served.headers["x-ratelimit-remaining-requests"] == "1"
+        dear = client.post("/responses", json={**SMALL, "max_output_tokens": 499_999})
+        assert (dear.status_code, code(dear)) == (429, "rate_limit_exceeded")
+        assert dear.headers["x-ratelimit-limit-tokens"] == "500000"
+        assert client.post("/responses", json=SMALL).status_code == 429, "it was a request"
+
+
+def test_unfinished_bodies_take_bounded_memory_and_stop_nobody_else(
+    make_gateway: MakeGateway,
+) -> None:
+    gateway = make_gateway(server(queue_seconds=1)).start()
+    hog, other = gateway.new_key("hog", concurrency=4), gateway.new_key("other")
+    before = gateway.rss()
+    with unfinished(gateway, hog, 12, MAX_BODY) as socks:
+        with gateway.client(other) as client:
+            assert client.post("/responses", content=body(MAX_BODY), headers=JSON).is_success
+        with gateway.client(hog) as client:
+            assert client.post("/responses", json=SMALL).is_success, "a small body needs no memory"
+        assert gateway.rss() - before < 40 * MB
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 0, 60)
+        refused = [sock for sock in socks if answered(sock, 0.1)]
+        assert len(refused) == 10
+        for sock in refused:
+            answer = sock.recv(65536).lower()
+            assert answer.startswith(b"http/1.1 429 ")
+            assert b'"concurrency_limit_exceeded"' in answer
+            assert b"\r\nretry-after: 1\r\n" in answer
+    passes(gateway, hog)
+
+
+def answered(sock: socket.socket, seconds: float) -> bool:
+    """Whether something can be read within that time."""
+    sock.settimeout(seconds)
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except TimeoutError:
+        return False
+
+
+def passes(gateway: Gateway, key: str) -> None:
+    """All of the account's memory is free: two of the largest bodies pass side by side, though no
+    other can have a byte meanwhile."""
+    until_held(gateway, 0)
+    with unfinished(gateway, key, 2, MAX_BODY) as socks:
+        for sock in socks:
+            sock.setblocking(True)
+            sock.sendall(b"}")
+        for sock in socks:
+            assert sock.recv(20).startswith(b"HTTP/1.1 200 ")
+    until_held(gateway, 0)
+
+
+def test_no_memory_is_lost_whatever_happens_to_a_body(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(server(body_timeout_seconds=30, queue_seconds=30)).start()
+    key, draw = gateway.new_key(concurrency=2), random.Random(5)
+    whole = body(MAX_BODY)
+    packed = compressed()
+    for round_ in range(36):
+        with socket.create_connection(("127.0.0.1", gateway.port), 60) as sock:
+            kind = round_ % 6
+            if kind == 0:
+                sock.sendall(head(key, f"Content-Length: {MAX_BODY}"))
+                sock.sendall(whole[: draw.randrange(MAX_BODY)])
+            elif kind == 1:
+                sock.sendall(head(key, "Transfer-Encoding: chunked"))
+                size = draw.randrange(1, MAX_BODY)
+                sock.sendall(b"%x\r\n" % size + whole[: draw.randrange(size)])
+            elif kind == 2:
+                lines = [f"Content-Length: {len(packed)}", "Content-Encoding: gzip"]
+                sock.sendall(head(key, *lines) + packed[: draw.randrange(len(packed))])
+            elif kind == 3:
+                lines = [f"Content-Length: {len(packed)}", "Content-Encoding: gzip"]
+                sock.sendall(head(key, *lines) + packed[:-9] + b"123456789")
+                assert sock.recv(20).startswith(b"HTTP/1.1 400 ")
+            elif kind == 4:
+                sock.sendall(head(key, f"Content-Length: {MAX_BODY}") + b"{" * MAX_BODY)
+                assert sock.recv(20).startswith(b"HTTP/1.1 400 ")
+            else:
+                method = "POST /v1/responses/resp_x/cancel"
+                sock.sendall(head(key, f"Content-Length: {MAX_BODY}", method=method))
+                assert sock.recv(20).startswith(b"HTTP/1.1 404 ")
+    passes(gateway, key)
+
+
+def test_bodies_that_grow_in_each_others_way_do_not_lock(make_gateway: MakeGateway) -> None:
+    """Five of 8 MB without a length, where 16 MB are to be had: whoever waits too long goes."""
+    gateway = make_gateway(server(queue_seconds=1)).start()
+    key, gate = gateway.new_key(), threading.Barrier(5)
+
+    def pieces() -> Iterator[bytes]:
+        whole = body(MAX_BODY)
+        yield whole[: 4 * MB]
+        gate.wait(60)
+        yield whole[4 * MB :]
+
+    def post(_: int) -> str | int:
+        with gateway.client(key, timeout=60) as client:
+            answer = client.post("/responses", content=pieces(), headers=JSON)
+            return code(answer) if answer.status_code == 429 else answer.status_code
+
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(post, range(5)))
+    assert set(answers) <= {200, "concurrency_limit_exceeded"}
+    assert 200 in answers
+    passes(gateway, key)
+
+
+def test_waiting_for_memory_is_not_the_clients_slowness(make_gateway: MakeGateway) -> None:
+    """It is told to go on when there is memory, and has its time from then."""
+    gateway = make_gateway(server(body_timeout_seconds=2)).start()
+    key = gateway.new_key()
+    whole = body(MAX_BODY)
+    with (
+        unfinished(gateway, key, 2, MAX_BODY) as (first, second),
+        socket.create_connection(("127.0.0.1", gateway.port), 60) as waiting,
+    ):
+        waiting.sendall(head(key, f"Content-Length: {MAX_BODY}", "Expect: 100-continue"))
+        for sock in (first, second):
+            assert answered(sock, 60)
+            assert sock.recv(20).startswith(b"HTTP/1.1 408 ")
+        assert waiting.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        time.sleep(0.8)
+        waiting.sendall(whole)
+        assert waiting.recv(20).startswith(b"HTTP/1.1 200 ")
+
+
+def test_the_decoded_copy_takes_memory_while_it_waits_for_a_place(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(server(queue_seconds=1)).start()
+    key, release = gateway.new_key(concurrency=1), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.wait(release)
+        await json_answer(response_object())(request, reply)
+
+    upstream.script = script
+    packed = compressed()
+    assert 4 * MB < len(packed) < 6 * MB  # with the copy more than 12 MB of 16
+
+    def post(_: int) -> httpx2.Response:
+        with gateway.client(key, timeout=60) as client:
+            headers = {**JSON, "content-encoding": "gzip"}
+            return client.post("/responses", content=packed, headers=headers)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(post, 1)
+        wait_until(lambda: upstream.in_flight, 60)
+        second = pool.submit(post, 2)
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 1, 60)
+        third = pool.submit(post, 3)
+        assert "requests in flight" in second.result().json()["error"]["message"]
+        release.set()
+        assert first.result().is_success
+        assert "large request bodies" in third.result().json()["error"]["message"]
+    passes(gateway, key)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_amounts_are_given_in_turn(data: st.DataObject) -> None:
+    import asyncio
+
+    async def run() -> None:
+        places, limit = Places(), 10
+        waiting: list[tuple[int, asyncio.Task[None]]] = []
+        held: list[int] = []
+        for _ in range(data.draw(st.integers(1, 30))):
+            what = data.draw(st.sampled_from(["take", "give", "leave"]))
+            if what == "take":
+                amount = data.draw(st.integers(1, limit))
+                if places.take_now(limit, amount):
+                    assert not waiting, "nobody passes those who wait"
+                    held.append(amount)
+                else:
+                    task = asyncio.create_task(places.take_in_turn(amount))
+                    waiting.append((amount, task))
+            elif what == "give" and held:
+                places.give_back(held.pop(data.draw(st.integers(0, len(held) - 1))))
+            elif what == "leave" and waiting:
+                _, task = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+                task.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            while waiting and waiting[0][1].done():
+                amount, task = waiting.pop(0)
+                held.append(amount)
+            assert not [task for _, task in waiting if task.done()], "in turn"
+            assert places.taken == sum(held) <= limit
+            assert not waiting or places.taken + waiting[0][0] > limit, "nobody waits for nothing"
+        for _, task in waiting:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_one_body_must_always_fit() -> None:
+    table = {"max_body_bytes": 1_000_000}
+    assert parse_settings({"server": table}).server.reading_bytes == 4_000_000
+    table["max_reading_bytes"] = 4_000_000
+    assert parse_settings({"server": table}).server.reading_bytes == 4_000_000
+    table["max_reading_bytes"] = 3_999_999
+    with pytest.raises(SettingsError, match=r"server\.max_reading_bytes: found 3999999; .*4000000"):
+        parse_settings({"server": table})
