@@ -31,6 +31,7 @@ from upstream import (
     Script,
     Upstream,
     chat_json,
+    chat_pieces,
     chat_stream,
     images_json,
     images_stream,
@@ -801,14 +802,16 @@ def test_httpx2s_own_stays_reachable_by_a_setting(
             streamed = client.post("/chat/completions", json=chat)
             assert streamed.text.endswith("data: [DONE]\n\n")
         assert upstream.connections == 1
-        upstream.script = chat_stream(end="tear")
+        upstream.script = chat_stream(end="tear")  # after its end
+        assert client.post("/chat/completions", json=chat).text.endswith("data: [DONE]\n\n")
+        upstream.script = stream(chat_pieces(["Hi"])[:-1], end="tear")
         with pytest.raises(httpx2.RemoteProtocolError):
             client.post("/chat/completions", json=chat)
         upstream.script = silent
         assert client.post("/chat/completions", json=chat).status_code == 504
     outcomes = [(row["outcome"], row["usage_source"]) for row in gateway.rows()]
-    assert outcomes[:2] == [("completed", "upstream")] * 2
-    assert outcomes[3] == ("upstream_failed", "none")
+    assert outcomes[:3] == [("completed", "upstream")] * 3
+    assert outcomes[4] == ("upstream_failed", "none")
 
 
 @pytest.mark.parametrize("transport", ["asyncio", "httpx"])
