@@ -25,7 +25,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Generator, Iterable, Iterator, Set
 from itertools import compress, repeat
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
@@ -524,9 +524,13 @@ class Content:
         self.facts = facts_in(self._members, decoder)
 
     @classmethod
-    def of_any(cls, body: Buffer) -> Content:
-        """That of a request which needs none."""
-        return cls(body, body, None, model_needed=False)
+    def steps(
+        cls, sent: Buffer, text: Buffer, form: Form | None = None, model_needed: bool = False
+    ) -> Generator[None, None, Content]:
+        """Read a body in small steps and return its content. Raises Refusal for a body that can't
+        be read."""
+        yield
+        return cls(sent, text, form, model_needed)
 
     def check_model(self, needed: bool) -> None:
         """Raise Refusal where it names none, or in too many words."""
@@ -613,6 +617,12 @@ class Frame(Content):
         self.sent = self.text = text
         self._form = None
         self._read(FRAME_FACTS)
+
+    @classmethod
+    def read(cls, text: bytes) -> Generator[None, None, Frame]:
+        """Read a frame in small steps. Raises Refusal for a frame that can't be read."""
+        yield
+        return cls(text)
 
     def only(self, names: set[str]) -> Frame:
         """The same, if it has no other members. Raises Refusal."""

@@ -19,7 +19,7 @@ import secrets
 import sqlite3
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -262,12 +262,17 @@ class Store:
 
     # Reading
 
-    def look_up(self, sql: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
-        """One row by an index, at once, on the event loop: about 5 µs. Raises LedgerUnavailable."""
+    def look_up_all(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """All rows of a short query by an index, at once, on the event loop: about 2 µs a row.
+        Raises LedgerUnavailable."""
         try:
-            rows = self._lookup.execute(sql, values).fetchall()
+            return self._lookup.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise LedgerUnavailable(f"can't be read: {error}") from None
+
+    def look_up(self, sql: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
+        """One row by an index, at once, on the event loop: about 5 µs. Raises LedgerUnavailable."""
+        rows = self.look_up_all(sql, values)
         return rows[0] if rows else None
 
     async def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
@@ -838,6 +843,10 @@ OWN = """
         WHERE account_id = excluded.account_id AND excluded.models IS NOT NULL"""
 OWNED = "SELECT 1 FROM stored_objects WHERE id = ?"
 DISOWN = "DELETE FROM stored_objects WHERE id = ?"
+OWNERS = """
+    SELECT id, account_id, upstream, models FROM stored_objects
+     WHERE id IN (SELECT value FROM json_each(?))"""
+MAX_LOOK_UPS = 250  # ids in one query, which takes about 1 ms
 HOME_OF = "SELECT upstream, models FROM stored_objects WHERE id = ? AND account_id = ?"
 
 
@@ -876,6 +885,21 @@ class Objects:
         if (fresh := self._fresh.get(object_id)) and fresh[0] == account_id:
             return fresh[1]
         return Home(*found) if found else None
+
+    def look_up(self, ids: Collection[str], account_id: str) -> dict[str, Home | None]:
+        """Return where each of the ids that are anybody's is stored: its home where it is the
+        account's, None where it is another account's. An id that is missing in the result is
+        nobody's. One query; at most MAX_LOOK_UPS ids. Raises LedgerUnavailable."""
+        names = orjson.dumps(list(ids)).decode()
+        found: dict[str, Home | None] = {
+            object_id: Home(upstream, models) if owner == account_id else None
+            for object_id, owner, upstream, models in self._store.look_up_all(OWNERS, (names,))
+        }
+        for each in self._fresh.keys() & ids:
+            owner, home = self._fresh[each]
+            if found.get(each, home):  # else it is another account's already
+                found[each] = home if owner == account_id else found.get(each)
+        return found
 
     def known(self, object_id: str) -> bool:
         """Whether it is anybody's. Raises LedgerUnavailable."""

@@ -83,6 +83,7 @@ from redbtc_settings import (
     now_ms,
     parse_amount,
 )
+from redbtc_slices import in_slices
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
     NO_LIST,
@@ -446,7 +447,7 @@ async def read_content(
         text = await asyncio.to_thread(decompressed, body, media.encoding, most)
         if form:
             await asyncio.to_thread(form.grow, text)
-    return Content(body, text, form, endpoint.model_needed)
+    return await in_slices(Content.steps(body, text, form, endpoint.model_needed))
 
 
 # ── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -668,7 +669,7 @@ class StoredRoute:
         clock = Clock(gateway.clocks)
         body = await read_body(scope, receive, clock, gateway.settings)
         if body.strip():
-            gateway.homes(key, Content.of_any(body))
+            gateway.homes(key, await in_slices(Content.steps(body, body)))
         if self._method == "DELETE" and response_id in gateway.unended:
             message = "The response is still in progress; cancel it first."
             raise Refusal("invalid_request", message)

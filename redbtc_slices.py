@@ -1,0 +1,72 @@
+"""Long work on the event loop, done in slices so that it holds up nobody.
+
+Such work is a generator that yields between small steps and knows nothing of asyncio. Work that is
+done within one slice of time is done at once. Longer work takes turns with other long work: in each
+turn of the loop one slice is done, whoever it is for. (A thread would not help: msgspec and re hold
+the interpreter's lock for as long as a call takes.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Generator
+from time import perf_counter
+from typing import TypeVar
+
+SLICE_SECONDS = 0.001
+
+T = TypeVar("T")
+
+
+class Turns:
+    """The work that waits for a slice, in the order in which it asked for one."""
+
+    def __init__(self) -> None:
+        self.taken = False  # the slice of this turn of the loop, or there is work that waits for it
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def wait(self) -> None:
+        """Return when it is the caller's turn."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:  # that of an earlier loop waits for nothing any more
+            self._loop, self._waiting, self.taken = loop, deque(), False
+        turn = loop.create_future()
+        self._waiting.append(turn)
+        if not self.taken:
+            self.taken = True
+            loop.call_soon(self._give, loop)
+        await turn
+
+    def _give(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Give the slice of the next turn of the loop to the first that still waits."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                loop.call_soon(self._give, loop)
+                return
+        self.taken = False
+
+
+TURNS = Turns()
+
+
+async def in_slices(steps: Generator[None, None, T]) -> T:
+    """Run a generator of small steps to its end and return its result. Raises what it raises; a
+    caller that is cancelled closes it."""
+    try:
+        if TURNS.taken:
+            await TURNS.wait()
+        until = perf_counter() + SLICE_SECONDS
+        while True:
+            next(steps)
+            if perf_counter() >= until:
+                await TURNS.wait()
+                until = perf_counter() + SLICE_SECONDS
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    finally:
+        steps.close()
