@@ -841,7 +841,6 @@ OWN = """
     VALUES (?, ?, ?, ?, ?)
         ON CONFLICT (id) DO UPDATE SET models = excluded.models
         WHERE account_id = excluded.account_id AND excluded.models IS NOT NULL"""
-OWNED = "SELECT 1 FROM stored_objects WHERE id = ?"
 DISOWN = "DELETE FROM stored_objects WHERE id = ?"
 OWNERS = """
     SELECT id, account_id, upstream, models FROM stored_objects
@@ -900,10 +899,6 @@ class Objects:
             if found.get(each, home):  # else it is another account's already
                 found[each] = home if owner == account_id else found.get(each)
         return found
-
-    def known(self, object_id: str) -> bool:
-        """Whether it is anybody's. Raises LedgerUnavailable."""
-        return object_id in self._fresh or bool(self._store.look_up(OWNED, (object_id,)))
 
     async def disown(self, object_id: str) -> None:
         """It was deleted."""

@@ -57,11 +57,9 @@ import redbtc_ledger as ledger
 import redbtc_webhook
 from redbtc_billing import Books, Price
 from redbtc_body import (
-    Buffer,
     Content,
     Form,
     Reference,
-    add_include_usage,
     check_query,
     decompressed,
     media_of,
@@ -70,6 +68,7 @@ from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import Clock, Clocks, Limits
 from redbtc_meter import StreamMeter
+from redbtc_pieces import Buffer, Steps
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import (
     NANOS,
@@ -422,7 +421,7 @@ async def read_body(
                     body = bytearray(body + message["body"]) if body else message["body"]
                 _check_size(len(body), most)
                 if form:
-                    form.grow(body)
+                    await in_slices(form.grow(body))
                 if not message["more_body"]:
                     return body
     except TimeoutError:
@@ -444,9 +443,9 @@ async def read_content(
     text = body
     if media.encoding:
         most = settings.server.max_body_bytes
-        text = await asyncio.to_thread(decompressed, body, media.encoding, most)
+        text = await in_slices(decompressed(body, media.encoding, most))
         if form:
-            await asyncio.to_thread(form.grow, text)
+            await in_slices(form.grow(text))
     return await in_slices(Content.steps(body, text, form, endpoint.model_needed))
 
 
@@ -669,7 +668,7 @@ class StoredRoute:
         clock = Clock(gateway.clocks)
         body = await read_body(scope, receive, clock, gateway.settings)
         if body.strip():
-            gateway.homes(key, await in_slices(Content.steps(body, body)))
+            await gateway.homes(key, await in_slices(Content.steps(body, body)))
         if self._method == "DELETE" and response_id in gateway.unended:
             message = "The response is still in progress; cancel it first."
             raise Refusal("invalid_request", message)
@@ -706,7 +705,6 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCI
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, Home] = {}
-MOST_REFERENCES = 1000
 
 
 class MeteredRoute:
@@ -723,14 +721,12 @@ class MeteredRoute:
         check_query(scope["query_string"])
         clock = Clock(gateway.clocks)
         content = await read_content(scope, receive, clock, gateway.settings, endpoint)
-        upstreams = gateway.upstreams_for(key, content)
+        upstreams = await gateway.upstreams_for(key, content)
         exchange = Metered(gateway, scope, endpoint, clock)
-        body = content.sent
         asks = gateway.settings.metering.include_usage == "add" and content.plain
         if endpoint.chat and content.facts.stream and asks:
-            body = add_include_usage(body, content.facts)
-            exchange.takes_out_usage = body is not content.sent
-        relay = Relay(exchange, send, "POST", endpoint.path.removeprefix("/v1"), body)
+            exchange.takes_out_usage = content.add_include_usage()
+        relay = Relay(exchange, send, "POST", endpoint.path.removeprefix("/v1"), content.sent)
         with gateway.serving(scope, clock, key):
             await exchange.run(key, content, upstreams, lambda: relay.forward(upstreams))
 
@@ -805,13 +801,6 @@ class Gateway:
         """That of the settings."""
         return next((upstream for upstream in self.upstreams if upstream.name == name), None)
 
-    def _is_known(self, object_id: str) -> bool:
-        """Whether it is anybody's."""
-        try:
-            return self.objects.known(object_id)
-        except LedgerUnavailable:
-            raise Refusal("ledger_unavailable") from None
-
     def home_of(self, key: Key, object_id: str) -> Home | None:
         """Where what the key's account made is stored; None for all else."""
         try:
@@ -819,42 +808,55 @@ class Gateway:
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def check_reference(self, key: Key, reference: Reference) -> Home | None:
+    async def homes(
+        self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
+    ) -> set[str]:
+        """The upstream that has what the request builds on, if it builds on anything; the content
+        inherits the models that work in that. `made`: what is the client's own without being
+        stored. Raises Refusal."""
+        named = content.references
+        return await in_slices(self._find(key, content, made)) if named else set()
+
+    def _find(self, key: Key, content: Content, made: Mapping[str, Home]) -> Steps[set[str]]:
+        asked = list({each.id for each in content.references} - made.keys())
+        found: dict[str, Home | None] = {}
+        for at in range(0, len(asked), ledger.MAX_LOOK_UPS):
+            found |= self._look_up(key, asked[at : at + ledger.MAX_LOOK_UPS])
+            yield
+        homes: set[str] = set()
+        for number, each in enumerate(content.references):
+            if home := made.get(each.id) or self._home(each, found):
+                homes.add(home.upstream)
+                content.inherit(home.models)
+            if number % 1000 == 0:
+                yield
+        if len(homes) > 1:
+            raise Refusal("invalid_request", "What this builds on is at different upstreams.")
+        return homes
+
+    def _look_up(self, key: Key, ids: list[str]) -> dict[str, Home | None]:
+        try:
+            return self.objects.look_up(ids, key.account_id)
+        except LedgerUnavailable:
+            raise Refusal("ledger_unavailable") from None
+
+    @staticmethod
+    def _home(reference: Reference, found: Mapping[str, Home | None]) -> Home | None:
         """Where it is, if anywhere. Raises Refusal where it is not the account's."""
-        home = self.home_of(key, reference.id)
-        if home or not (reference.own or self._is_known(reference.id)):
+        home = found.get(reference.id)
+        if home or not (reference.own or reference.id in found):
             return home
         if reference.name in NOT_FOUND:
             raise not_found(reference.name, reference.id)
         message = f"'{reference.name}' names an object that isn't known to be this account's."
         raise Refusal("invalid_request", message, param=reference.name)
 
-    def homes(self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING) -> set[str]:
-        """The upstream that has what the request builds on, if it builds on anything; the content
-        inherits the models that work in that. `made`: what is the client's own without being
-        stored. Raises Refusal."""
-        references: set[Reference] = set()
-        homes: set[str] = set()
-        for reference in content.references():
-            if reference not in references:
-                references.update([reference] if reference.own else [])
-                home = made.get(reference.id) or self.check_reference(key, reference)
-                if home:
-                    homes.add(home.upstream)
-                    content.inherit(home.models)
-            if len(references) > MOST_REFERENCES:
-                message = f"The body names more than {MOST_REFERENCES} stored objects."
-                raise Refusal("invalid_request", message)
-        if len(homes) > 1:
-            raise Refusal("invalid_request", "What this builds on is at different upstreams.")
-        return homes
-
-    def upstreams_for(
+    async def upstreams_for(
         self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
     ) -> list[Upstream]:
         """Those that may take the request, the first to try in front. `made`: as for `homes`.
         Raises Refusal."""
-        homes = self.homes(key, content, made)
+        homes = await self.homes(key, content, made)
         model = content.facts.model or ""
         for each in (model, *content.further_models()):
             if not key.allows(each):

@@ -44,6 +44,7 @@ from redbtc_limits import TICK, Clock
 from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import LedgerUnavailable, now_ms
+from redbtc_slices import in_slices
 from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_upstream
 from redbtc_watch import Scope
 
@@ -196,7 +197,7 @@ class Turn(Metered):
         charges = self.gateway.limits.charge(key, self.settings.limits)
         usual = self.settings.billing.hold_output_tokens
         more = self._further_input + (self._content.facts.most_output_tokens() or usual)
-        more += len(frame.text)
+        more += frame.size
         try:
             money = await self.hold(self._content, more)
         except Refusal:
@@ -469,7 +470,7 @@ class Session:
                 continue
             stream_id: str | None = None
             try:
-                frame = Frame(text.encode())
+                frame = await in_slices(Frame.read(text.encode()))
                 stream_id = frame.facts.stream_id
                 await self._take(frame)
             except Refusal as refusal:
@@ -490,7 +491,7 @@ class Session:
         most = self.gateway.settings.server.max_body_bytes
         if len(self._waiting) >= MOST_WAITING or sum(self._waiting.values()) > most:
             raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
-        self._waiting[frame] = len(frame.text)
+        self._waiting[frame] = frame.size
         lane = self._lanes.get(facts.stream_id)
         if lane is None:
             lane = self._lanes[facts.stream_id] = Lane(facts.stream_id)
@@ -500,13 +501,13 @@ class Session:
     async def _steer(self, frame: Frame) -> None:
         """More input for a response that is in flight on this connection."""
         response_id = frame.only(STEER_MEMBERS).facts.previous_response_id or ""
-        if frame.tools:
+        if frame.offers_tools:
             raise Refusal("invalid_request", "Steering offers no tools.", param="input")
         turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
         for turn in turns:
             if response_id and turn.response_id == response_id and not turn.settled:
                 key = self.gateway.enter(self._scope)
-                self.gateway.homes(key, frame, self._made)
+                await self.gateway.homes(key, frame, self._made)
                 await turn.steer(key, frame)
                 if (line := turn.line) and not line.lost:
                     await line.send(frame.sent, line.upstream.settings.idle_timeout_seconds)
@@ -553,7 +554,7 @@ class Session:
         if facts.background:
             message = "A background response can't be created over a WebSocket."
             raise Refusal("invalid_request", message, param="background")
-        upstreams = gateway.upstreams_for(key, frame, self._made)
+        upstreams = await gateway.upstreams_for(key, frame, self._made)
         speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
         if not speaking:
             raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
