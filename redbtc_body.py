@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 import sys
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterable, Set
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
@@ -648,7 +649,7 @@ class Reading:
         self._members = members
         self._names = False  # whether any member may name a stored object
         self._shows = False  # whether any may be a picture
-        self._offers: list[tuple[msgspec.Raw, int, bool]] = []  # lists of tools: depth, lasting
+        self._offers: deque[tuple[msgspec.Raw, int, bool]] = deque()  # lists of tools: depth, lasting
 
     def steps(self) -> Steps[None]:
         """Raises Refusal where it can't be read, or where something hides."""
@@ -663,7 +664,7 @@ class Reading:
         if "tools" in members:
             self._offers.append((members["tools"], 0, False))
         while self._offers:
-            yield from self._read_tools(*self._offers.pop())
+            yield from self._read_tools(*self._offers.popleft())
         yield from self._note_author(members, lasting=False)
         if self._names:
             yield from self._name_members(members)
@@ -871,21 +872,24 @@ def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
             elif kind == b'"':
                 value = STRING.match(piece, start)
                 if value and name not in PLAIN:
-                    yield from note_ids(name, STRING, value[0], named)
+                    yield from note_ids(name, STRING, value[0], pieces, named)
             elif kind == b"[" or name in HOLDERS:
                 ids = ID_MEMBER if kind == b"{" or name in PLAIN else STRING
                 if start >= done[ids]:
                     done[ids] = yield from end_of(piece, start)
                     for held in pieces.within(piece[start : done[ids]], seen[ids]):
-                        yield from note_ids(name, ids, held, named)
+                        yield from note_ids(name, ids, held, pieces, named)
             yield
 
 
-def note_ids(name: bytes, ids: re.Pattern[bytes], text: Buffer, named: Named) -> Steps[None]:
+def note_ids(
+    name: bytes, ids: re.Pattern[bytes], text: Buffer, pieces: Pieces, named: Named
+) -> Steps[None]:
     """Note all ids in a text that belong to a member of that name."""
     own = name != b"approval_request_id"  # of an item that may stand beside it
     for number, value in enumerate(ids.finditer(text)):
-        named.add(Reference(name.decode(), string_in(value[ids.groups]), own))
+        if not pieces.is_mark(value[ids.groups]):
+            named.add(Reference(name.decode(), string_in(value[ids.groups]), own))
         if number % PACE == 0:
             yield
 

@@ -134,6 +134,10 @@ class Pieces:
         """Return whether it is that of a list or an object."""
         return self.cut and self._stands_for(bytes(memoryview(value)), 2) is not None
 
+    def is_mark(self, string: bytes) -> bool:
+        """Return whether it is the string in the stand-in of a list or an object."""
+        return self.cut and self._stands_for(string, 1) is not None
+
     def _stands_for(self, text: bytes, start: int) -> list[Buffer] | None:
         """The pieces that are meant where a stand-in begins at `start`; that of a long string means
         none."""
@@ -212,7 +216,7 @@ class Cutter(Pieces):
             yield
         if self._open:
             raise Refusal("invalid_json")
-        self.root = bytes(checked(self._rest)).strip(SPACE)
+        self.root = bytes(checked(self._rest))
         return self
 
     def _keep(self, at: int, comma: int, end: int) -> None:
@@ -230,10 +234,12 @@ class Cutter(Pieces):
             raise Refusal("invalid_request", message)
 
     def _append(self, at: int, end: int) -> None:
-        self._note_place(at)
         run = self._text[at:end]
-        if len(run) > WINDOW // 2 and not run.strip(SPACE):
+        if not self._rest and not self._open:  # before the whole begins
+            run = run.lstrip(SPACE)
+        elif len(run) > WINDOW // 2 and not run.strip(SPACE):
             run = b" "
+        self._note_place(end - len(run))
         self._rest += run
         self._kept += len(run)
         if self._kept > MAX_STRUCTURE:
@@ -241,9 +247,9 @@ class Cutter(Pieces):
             raise Refusal("invalid_request", message)
 
     def _note_place(self, at: int) -> None:
-        if len(self._open) == 1:
-            start, pieces = self._open[0]
-            self._places.append((len(pieces), len(self._rest) - start, at))
+        if len(self._open) <= 1:
+            pieces = self._open[0][1] if self._open else []
+            self._places.append((len(pieces), len(self._rest), at))
 
     def _complete(self, pieces: list[Buffer], piece: Buffer) -> None:
         if EMPTY.fullmatch(piece):  # two commas, or one before the end
