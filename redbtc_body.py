@@ -29,8 +29,18 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Struct
 
-from redbtc_meter import MAX_NAME
-from redbtc_pieces import NOT_JSON, TEXT, Buffer, Pieces, Steps, check_utf8, in_pieces, read_json
+from redbtc_meter import MAX_NAME, SURROGATE
+from redbtc_pieces import (
+    MAX_PIECE,
+    NOT_JSON,
+    TEXT,
+    Buffer,
+    Cutter,
+    Pieces,
+    Steps,
+    check_utf8,
+    read_json,
+)
 from redbtc_refusals import Headers, Refusal, header
 
 if sys.version_info >= (3, 14):
@@ -264,6 +274,7 @@ MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
 OBJECT_END = re.compile(rb"\s*+\}")
 MAX_MEMBERS = 1000  # of an object that is looked into; no request of OpenAI's API has 100
 FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())  # Unicode's lower case of these is s and k
+TOO_WIDE = f"An object in the body has more than {MAX_MEMBERS} members."
 TWICE = "A member of the body stands there twice."
 PACE = 32  # objects that are looked at in one step
 
@@ -289,13 +300,24 @@ def read_members(text: Buffer) -> Members:
     """Return the members of a JSON object by name, none of them built. Raises Refusal for what
     can't be read, or could be read in more than one way."""
     members: Members = read_json(text, MEMBERS)
-    check_number(members)
+    if len(members) > MAX_MEMBERS:
+        raise Refusal("invalid_request", TOO_WIDE)
     if len(text) != shortest(members):
         check_once(text, members)
     return members
 
 
-def members_of(pieces: Pieces, parts: list[Buffer]) -> Steps[Members]:
+def read_short(text: Buffer) -> tuple[Pieces, Members]:
+    """Read a text that is one piece. Half a character in it, from a text that was cut, takes as
+    much room when it is replaced. Raises Refusal as `read_members` does."""
+    try:
+        return Pieces(text), read_members(text)
+    except Refusal:
+        text = SURROGATE.sub(rb"\\ufffd", text)
+        return Pieces(text), read_members(text)
+
+
+def members_in(parts: list[Buffer]) -> Steps[Members]:
     """Return the members of an object that is in parts. Raises Refusal as `read_members` does."""
     members = read_members(parts[0])
     for part in parts[1:]:
@@ -304,15 +326,9 @@ def members_of(pieces: Pieces, parts: list[Buffer]) -> Steps[Members]:
         if not members.keys().isdisjoint(more):
             raise Refusal("invalid_request", TWICE)
         members |= more
-        check_number(members)
+        if len(members) > MAX_MEMBERS:
+            raise Refusal("invalid_request", TOO_WIDE)
     return members
-
-
-def check_number(members: Members) -> None:
-    """Raise Refusal where there are too many."""
-    if len(members) > MAX_MEMBERS:
-        message = f"An object in the body has more than {MAX_MEMBERS} members."
-        raise Refusal("invalid_request", message)
 
 
 def check_letters(members: Iterable[str], known: Set[str]) -> None:
@@ -338,7 +354,8 @@ def read_list(
     raws = read_json(part, RAWS) if checked else ()
     for number in checked:
         each, raw = objects[number], raws[number]
-        check_number(each)
+        if len(each) > MAX_MEMBERS:
+            raise Refusal("invalid_request", TOO_WIDE)
         if len(raw) != shortest(each):
             check_once(bytes(memoryview(raw)), each)
         check_letters(each, known)
@@ -347,7 +364,7 @@ def read_list(
     if pieces.cut:
         for number, each in enumerate(objects):
             if long := pieces.taken_out(each):
-                objects[number] = yield from members_of(pieces, long)
+                objects[number] = yield from members_in(long)
                 check_letters(objects[number], known)
     return objects
 
@@ -526,9 +543,14 @@ class Content:
         self._further = {author: False} if author else {}
 
     def _read(self, text: Buffer, decoder: msgspec.json.Decoder[Any]) -> Steps[Members]:
-        pieces = yield from in_pieces(text)
-        members = yield from members_of(pieces, pieces.parts(pieces.root))
-        if pieces.is_stand_in(members.get("stream_options", NULL)):
+        if len(text) > MAX_PIECE:
+            pieces: Pieces = yield from Cutter(text).steps()
+            members = yield from members_in(pieces.parts(pieces.root))
+        else:
+            if not text.isascii():
+                yield from check_utf8(text)
+            pieces, members = read_short(text)
+        if pieces.cut and pieces.is_stand_in(members.get("stream_options", NULL)):
             raise Refusal(
                 "invalid_request", "'stream_options' is too long.", param="stream_options"
             )
@@ -640,7 +662,7 @@ class Reading:
 
     def __init__(self, pieces: Pieces, members: Members) -> None:
         self.named = Named()
-        self.tools = 0
+        self.tools = self._items = 0
         self.models: dict[str, bool] = {}
         self.lasting: dict[str, bool] = {}
         self.pictures = self.picture_bytes = 0
@@ -649,7 +671,9 @@ class Reading:
         self._members = members
         self._names = False  # whether any member may name a stored object
         self._shows = False  # whether any may be a picture
-        self._offers: deque[tuple[msgspec.Raw, int, bool]] = deque()  # lists of tools: depth, lasting
+        self._offers: deque[tuple[msgspec.Raw, int, bool]] = (
+            deque()
+        )  # lists of tools: depth, lasting
 
     def steps(self) -> Steps[None]:
         """Raises Refusal where it can't be read, or where something hides."""
@@ -658,14 +682,16 @@ class Reading:
             escaped = yield from refuse_hidden(piece)
             self._names = self._names or MEMBER.search(piece) is not None
             self._shows = self._shows or escaped or PICTURE in piece
-            yield
+            if self._pieces.cut:
+                yield
         if "input" in members:
             yield from self._read_input(members["input"])
         if "tools" in members:
             self._offers.append((members["tools"], 0, False))
         while self._offers:
             yield from self._read_tools(*self._offers.popleft())
-        yield from self._note_author(members, lasting=False)
+        if "svg" in members:
+            yield from self._note_author(members["svg"], lasting=False)
         if self._names:
             yield from self._name_members(members)
         if self._shows and "messages" in members:
@@ -674,20 +700,27 @@ class Reading:
     def _read_input(self, given: msgspec.Raw) -> Steps[None]:
         if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
             raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
-        items = 0
         for part in self._pieces.parts(given) if is_list(given) else ():
             telling = None if self._names else TELLING
             objects = yield from read_list(self._pieces, part, ITEM_NAMES, telling)
-            items += len(objects)
-            if items > MAX_ITEMS:
-                message = f"The input has more than {MAX_ITEMS} items."
-                raise Refusal("invalid_request", message, param="input")
+            self._count_items(objects)
             for number, item in enumerate(objects):
-                yield from self._read_item(item)
+                if "id" in item or "tools" in item:
+                    self._note_item(item)
+                if self._names:
+                    yield from self._name_item(item)
+                if self._shows:
+                    yield from self._count_pictures(item)
                 if number % PACE == 0:
                     yield
 
-    def _read_item(self, item: Item) -> Steps[None]:
+    def _count_items(self, items: list[Members]) -> None:
+        self._items += len(items)
+        if self._items > MAX_ITEMS:
+            message = f"The input has more than {MAX_ITEMS} items."
+            raise Refusal("invalid_request", message, param="input")
+
+    def _note_item(self, item: Item) -> None:
         if "id" in item and is_text(item["id"]):
             own = is_reference(item)
             if own or not OWN_WORDS.fullmatch(kind_of(item)):
@@ -695,12 +728,11 @@ class Reading:
                 self.named.add(Reference(name, string_in(item["id"]), own))
         if "tools" in item and kind_of(item) != "mcp_list_tools":  # which only tells of them
             self._offers.append((item["tools"], 0, True))
-        if self._names:
-            kind = kind_of(item)
-            skipped = {"id", "type"} if kind == "item_reference" else set()
-            yield from self._name_beside(item, skipped | WORDS_OF.get(kind, set()))
-        if self._shows:
-            yield from self._count_pictures(item)
+
+    def _name_item(self, item: Item) -> Steps[None]:
+        kind = kind_of(item)
+        skipped = {"id", "type"} if kind == "item_reference" else set()
+        yield from self._name_beside(item, skipped | WORDS_OF.get(kind, set()))
 
     def _read_tools(self, given: msgspec.Raw, depth: int, lasting: bool) -> Steps[None]:
         if depth >= MOST_NESTING:
@@ -708,30 +740,36 @@ class Reading:
         for part in self._pieces.parts(given) if is_list(given) else ():
             telling = None if self._names else TOOL_NAMES
             tools = yield from read_list(self._pieces, part, TOOL_NAMES, telling)
-            self.tools += len(tools)
-            if self.tools > MAX_TOOLS:
-                message = f"The body has more than {MAX_TOOLS} tools."
-                raise Refusal("invalid_request", message, param="tools")
+            self._count_tools(tools)
             for number, tool in enumerate(tools):
-                yield from self._read_tool(tool, depth, lasting)
+                if kind_of(tool) == "image_generation":
+                    yield from self._note_painter(tool, lasting)
+                if "tools" in tool:
+                    self._offers.append((tool["tools"], depth + 1, lasting))
+                if self._names:
+                    yield from self._name_tool(tool)
                 if number % PACE == 0:
                     yield
 
-    def _read_tool(self, tool: Members, depth: int, lasting: bool) -> Steps[None]:
-        if kind_of(tool) == "image_generation":
-            yield from self._note_author(tool, lasting)
-            model = string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL
-            self._note_model(model, True, lasting)
-        if "tools" in tool:
-            self._offers.append((tool["tools"], depth + 1, lasting))
-        if self._names:
-            yield from self._name_beside(tool, {"parameters", "headers", "function", "tools"})
-            yield from self._name_within(tool, "function")
+    def _count_tools(self, tools: list[Members]) -> None:
+        self.tools += len(tools)
+        if self.tools > MAX_TOOLS:
+            message = f"The body has more than {MAX_TOOLS} tools."
+            raise Refusal("invalid_request", message, param="tools")
 
-    def _note_author(self, members: Members, lasting: bool) -> Steps[None]:
+    def _name_tool(self, tool: Members) -> Steps[None]:
+        yield from self._name_beside(tool, {"parameters", "headers", "function", "tools"})
+        yield from self._name_within(tool, "function")
+
+    def _note_painter(self, tool: Members, lasting: bool) -> Steps[None]:
+        yield from self._note_author(tool.get("svg", NULL), lasting)
+        model = string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL
+        self._note_model(model, True, lasting)
+
+    def _note_author(self, given: msgspec.Raw, lasting: bool) -> Steps[None]:
         """Of an SVG, where it is named."""
-        if members.get("svg", NULL) != NULL:
-            svg = yield from members_of(self._pieces, self._pieces.parts(members["svg"]))
+        if given != NULL:
+            svg = yield from members_in(self._pieces.parts(given))
             check_letters(svg, TOOL_NAMES)
             if author := string_in(svg.get("model", NULL)):
                 self._note_model(author, False, lasting)
@@ -744,13 +782,16 @@ class Reading:
     # Pictures
 
     def _count_messages(self, given: msgspec.Raw) -> Steps[None]:
-        try:
-            for part in self._pieces.parts(given) if is_list(given) else ():
-                for item in (yield from read_list(self._pieces, part, set(), set())):
-                    yield from self._count_pictures(item)
-                yield
-        except Refusal:
-            self.countable = False
+        for part in self._pieces.parts(given) if is_list(given) else ():
+            try:
+                messages = yield from read_list(self._pieces, part, set(), set())
+            except Refusal:
+                self.countable = False
+                return
+            self._count_items(messages)
+            for message in messages:
+                yield from self._count_pictures(message)
+            yield
 
     def _count_pictures(self, item: Item) -> Steps[None]:
         for given in (item.get("content", NOTHING), item.get("output", NOTHING)):
@@ -773,7 +814,9 @@ class Reading:
             yield from self._name_within(members, name)
         functions = members.get("functions", NULL)
         for part in self._pieces.parts(functions) if is_list(functions) else ():
-            for function in (yield from read_list(self._pieces, part, set(), None)):
+            found = yield from read_list(self._pieces, part, set(), None)
+            self._count_tools(found)
+            for function in found:
                 yield from self._name_beside(function, {"parameters"})
 
     def _name_within(self, members: Members, name: str, depth: int = 0) -> Steps[None]:
@@ -785,7 +828,7 @@ class Reading:
         if depth >= MOST_NESTING:
             message = f"'{name}' is nested more than {MOST_NESTING} levels deep."
             raise Refusal("invalid_request", message, param=name)
-        inner = yield from members_of(self._pieces, self._pieces.parts(value))
+        inner = yield from members_in(self._pieces.parts(value))
         for deeper in ("format", "json_schema"):
             if deeper in inner:
                 yield from self._name_within(inner, deeper, depth + 1)
@@ -827,6 +870,7 @@ WORDS_OF = {  # members of items that are a model's or a server's own words
 }
 MAX_REFERENCES = 1000  # that have to be the account's
 MAX_IDS = 20_000  # of others: as many as items
+MAX_MENTIONS = 50_000  # of the same ones, too
 MAX_HIDING = 200  # bytes of a name with all its letters escaped
 
 
@@ -844,9 +888,13 @@ class Named:
 
     def __init__(self) -> None:
         self.found: dict[Reference, None] = {}
-        self._own = 0
+        self._own = self._mentions = 0
 
     def add(self, reference: Reference) -> None:
+        self._mentions += 1
+        if self._mentions > MAX_MENTIONS:
+            message = f"The body names stored objects more than {MAX_MENTIONS} times."
+            raise Refusal("invalid_request", message)
         if reference in self.found:
             return
         self.found[reference] = None
@@ -880,6 +928,7 @@ def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
                     for held in pieces.within(piece[start : done[ids]], seen[ids]):
                         yield from note_ids(name, ids, held, pieces, named)
             yield
+        yield
 
 
 def note_ids(
@@ -887,6 +936,7 @@ def note_ids(
 ) -> Steps[None]:
     """Note all ids in a text that belong to a member of that name."""
     own = name != b"approval_request_id"  # of an item that may stand beside it
+    yield
     for number, value in enumerate(ids.finditer(text)):
         if not pieces.is_mark(value[ids.groups]):
             named.add(Reference(name.decode(), string_in(value[ids.groups]), own))

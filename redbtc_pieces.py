@@ -300,13 +300,3 @@ class Cutter(Pieces):
             yield
         self._rest += STRING % self._stand_in(end + 1 - start)
         return end + 1
-
-
-def in_pieces(text: Buffer) -> Steps[Pieces]:
-    """Cut a text up where it is long. Raises Refusal where it is no JSON, or costs too much to
-    read."""
-    if len(text) > MAX_PIECE:
-        return (yield from Cutter(text).steps())
-    if not text.isascii():
-        yield from check_utf8(text)
-    return Pieces(checked(text))
