@@ -50,7 +50,9 @@ TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 LONG_TEXT = re.compile(rb'[^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+', re.DOTALL)
 OPENING = {ord("["): b"]", ord("{"): b"}"}
 CLOSING = {ord("]"), ord("}")}
+MARK_SIZE = 40  # of a stand-in: 128 bits that nobody can guess, and its number
 LIST, OBJECT, STRING = b'["%b"]', b'{"%b":0}', b'"%%b%b"' % (b"." * MAX_NAME)
+STRING_SIZE = len(STRING % (b"0" * MARK_SIZE))
 EMPTY = re.compile(rb"[\[{]\s*+[\]}]")
 SPACE = b" \t\n\r"
 
@@ -167,7 +169,7 @@ class Pieces:
     def size(self, value: msgspec.Raw) -> int:
         """Return the length in bytes of a value with the long strings in it."""
         cut = self._cut_from(bytes(memoryview(value)))
-        return len(value) + sum(each for each in cut if isinstance(each, int))
+        return len(value) + sum(each - STRING_SIZE for each in cut if isinstance(each, int))
 
     def place(self, piece: int, offset: int) -> int:
         """Return where in the text something is that is in a piece of the root."""

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from speed import longest_step, result_of, unit
+from gateway import Gateway
+from speed import Stalls, longest_step, result_of, unit
 from test_bodies import PACKERS
+from upstream import Upstream, json_answer, response_object
 
 import redbtc_body
 import redbtc_pieces
@@ -362,3 +364,128 @@ def mutated(chance: random.Random, text: bytes) -> bytes:
     part = chance.choice((text[at : at + length], b'"file_ids":[', b"{", b"]", b'"', b"\\", b" "))
     repeated = part * chance.choice((0, 1, 50, 5000))
     return (text[:at] + repeated[:70_000] + text[at + chance.choice((0, length)) :])[:200_000]
+
+
+# Through the front door
+
+MOST_STALL = 150  # units: with the way to the gateway and back, and other processes between
+
+
+def test_nobody_waits_for_a_hostile_body(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    upstream.script = json_answer(response_object())
+    sent = [
+        (zstd.compress(CORPUS["approvals"](1 << 20)), "zstd"),
+        (zstd.compress(CORPUS["approvals"](60_000)), "zstd"),
+        (zstd.compress(CORPUS["tools of one kind"](3_000_000)), "zstd"),
+        (CORPUS["items with ids"](300_000), "identity"),
+        (CORPUS["items that name files"](300_000), "identity"),
+        (CORPUS["deep objects"](1_000_000), "identity"),
+        (gzip.compress(bytes(50_000_000)), "gzip"),
+    ]
+    with gateway.client(key) as client, Stalls(gateway.port) as stalls:
+        for body, encoding in sent:
+            headers = {"content-type": "application/json", "content-encoding": encoding}
+            assert client.post("/responses", content=body, headers=headers).status_code < 500
+    assert stalls.longest < MOST_STALL
+
+
+def test_a_history_with_everything_in_it_passes(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """Two thousand items with pictures and ids, 500 tools with schemas, a schema of 4 MB."""
+    upstream.script = json_answer(response_object())
+    picture = "data:image/png;base64," + "iVBORw0KGgo/" * 60_000
+    schema = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(20)}}
+    wide = {f"p{n}": {"anyOf": [schema, {"type": "null"}]} for n in range(5000)}
+    history: list[Any] = []
+    for n in range(1000):
+        shown = {"type": "input_image", "image_url": picture} if n % 50 == 0 else {}
+        text = {"type": "input_text", "text": f"{n} words, “quoted” and\nmore " * 20}
+        history.append({"type": "message", "role": "user", "content": [text, shown or text]})
+        sealed = "gAAAAA" * 2000
+        history.append({"type": "reasoning", "id": f"rs_{n}", "encrypted_content": sealed})
+    tools = [{"type": "function", "name": f"f{n}", "parameters": schema} for n in range(500)]
+    named = {"type": "object", "properties": {"file_id": {"const": "mine"}}}  # its author's words
+    body = {
+        "input": history,
+        "tools": [*tools, {"type": "image_generation"}],
+        "text": {"format": {"type": "json_schema", "schema": {"properties": wide, "x": named}}},
+        "model": "gpt-up",
+        "store": False,
+    }
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    assert len(text) > 30_000_000
+    content = result_of(Content.steps(text, text))
+    assert content.further_models() == {redbtc_body.DEFAULT_IMAGE_MODEL: True}
+    assert [each.id for each in content.references] == [f"rs_{n}" for n in range(1000)]
+    shown = (len(picture) + 2) * 20
+    assert content.most_input_tokens == len(text) - shown + 20 * redbtc_body.MOST_PICTURE_TOKENS
+    with gateway.client(key) as client:
+        answer = client.post(
+            "/responses", content=text, headers={"content-type": "application/json"}
+        )
+    assert answer.status_code == 200, answer.text
+    assert upstream.requests[-1].body == text
+    assert gateway.row()["requested_model"] == "gpt-up"
+
+
+def test_options_far_within_a_long_chat_are_found(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """`include_usage` is put where it belongs, and nowhere else."""
+    before = (
+        b'{"model":"m","messages":[%b{"x":{"stream_options":{"y":1}}}],"stream":true, "a":"%b",'
+    )
+    before %= b'{"content":"\\"stream_options\\":{"},' * 30_000, b"b" * 200_000
+    body = before + b' "stream_options" : { "include_obfuscation":false}, "z":[1, 2]}'
+    with gateway.client(key) as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    expected = body.replace(b'{ "include_ob', b'{"include_usage":true, "include_ob')
+    assert upstream.requests[-1].body == expected
+
+
+def test_schemas_of_old_functions_are_their_authors_words(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    function = {"name": "f", "parameters": {"examples": [{"file_id": "abc"}]}}
+    body: dict[str, Any] = {"model": "m", "messages": [], "functions": [function]}
+    with gateway.client(key) as client:
+        assert client.post("/chat/completions", json=body).status_code == 200
+        for theirs in ({**function, "file_id": "abc"}, {"x": {"file_id": "abc"}}):
+            body["functions"] = [theirs]
+            assert client.post("/chat/completions", json=body).status_code == 400
+        body["functions"] = {"file_id": "abc"}
+        assert client.post("/chat/completions", json=body).status_code == 400
+    assert len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "bound"),
+    [
+        (items(b"{},")(60_100), "20000 items"),
+        (tools(b"{},")(12_100), "4000 tools"),
+        (
+            body(
+                tools=b"[%b]"
+                % b",".join(
+                    b'{"type":"image_generation","svg":{"model":"m%d"}}' % n for n in range(17)
+                )
+            ),
+            "16 models",
+        ),
+        (b"{" + b",".join(b'"%d":1' % n for n in range(1001)) + b"}", "1000 members"),
+        (body(file_ids=b"[%b]" % b",".join(b'"f%d"' % n for n in range(1001))), "1000 stored"),
+        (body(x=times(b'{"file_id":"a"},', 900_000)), "50000 times"),
+        (CORPUS["deep lists"](1_000_000), "30000 lists"),
+        (body(x=b'"%b"' % (b"a" * 40_000), y=times(b'"aaaaaaaaaaaaa",', 33 << 20)), "beside long"),
+        (body(text=b'{"format":' * 9 + b"{}" + b"}" * 9, file_id=b'""'), "8 levels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_body_that_is_out_of_bounds_is_told_so(text: bytes, bound: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        result_of(Content.steps(text, text)).further_models()
+    assert refused.value.code == "invalid_request"
+    assert bound in refused.value.message
