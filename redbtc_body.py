@@ -18,15 +18,11 @@ doubt. Else what is checked here would not be what the upstream does.
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import functools
 import re
 import sys
 import zlib
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Set
-from itertools import compress, repeat
+from collections import deque
+from collections.abc import Collection, Iterable, Set
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -34,14 +30,23 @@ import msgspec
 from msgspec import Struct
 
 from redbtc_meter import MAX_NAME, OWN_WORDS, SURROGATE
+from redbtc_pieces import (
+    MAX_PIECE,
+    NOT_JSON,
+    TEXT,
+    Buffer,
+    Cutter,
+    Pieces,
+    Steps,
+    check_utf8,
+    read_json,
+)
 from redbtc_refusals import Headers, Refusal, header
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
-
-Buffer = bytes | bytearray
 
 # ── Media types ──────────────────────────────────────────────────────────────────────────────────
 
@@ -53,9 +58,10 @@ PARAMETER = re.compile(SET, re.IGNORECASE)
 JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json")
 BOUNDARY = re.compile(rb"[\w'()+,./:=?-]{1,70}")  # RFC 2046 §5.1.1, without its inner spaces
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
-MOST_RATIO = 32  # of decoded to compressed bytes; to read them can take a multiple of their memory
-LEAST_BOUND = 1 << 20
-MOST_FRAMES = 100  # that one body may be compressed in
+MAX_RATIO = 32  # of decoded to compressed bytes; to read them can take a multiple of their memory
+MIN_BOUND = 64 << 10  # bytes: what a short body may be decoded to
+MAX_FRAMES = 100  # that one body may be compressed in
+DECODER_INPUT, DECODER_OUTPUT = 32 << 10, 256 << 10  # bytes a step, under 1 ms
 WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
 
 
@@ -101,33 +107,44 @@ def parametrized(text: bytes) -> tuple[bytes, dict[bytes, bytes]] | None:
 
 def most_decoded(size: int, most: int) -> int:
     """The most bytes that the decoded copy of a body of `size` bytes may have, `most` at most."""
-    return min(most, max(LEAST_BOUND, MOST_RATIO * size))
+    return min(most, max(MIN_BOUND, MAX_RATIO * size))
 
 
-def decompressed(body: Buffer, encoding: str, most: int) -> bytes:
-    """The decoded copy of a body. Raises Refusal where it is longer than `most` bytes, or than
-    MOST_RATIO times the body, or can't be decoded."""
+def decompressed(body: Buffer, encoding: str, most: int) -> Steps[Buffer]:
+    """Return the decoded copy of a body. Raises Refusal where it is longer than `most` bytes, or
+    than MAX_RATIO times the body, or can't be decoded."""
     most = most_decoded(len(body), most)
-    decoded: list[bytes] = []
-    rest, room = bytes(body), most
-    for _ in range(MOST_FRAMES):
+    decoded, at = bytearray(), 0
+    for _ in range(MAX_FRAMES):
         decoder: Any = zlib.decompressobj(31)
         if encoding == "zstd":
             decoder = zstd.ZstdDecompressor(options=WINDOW)
-        try:
-            decoded.append(decoder.decompress(rest, room + 1))
-        except (zlib.error, zstd.ZstdError):
-            break
-        room -= len(decoded[-1])
-        if room < 0:
-            message = f"The request body is over {most} bytes when it is decoded."
-            raise Refusal("request_too_large", message)
-        rest = decoder.unused_data
-        if not decoder.eof:
-            break
-        if not rest:
-            return decoded[0] if len(decoded) == 1 else b"".join(decoded)
-    raise Refusal("invalid_request", f"The request body is not valid {encoding}.")
+        rest: Buffer = b""  # what zlib gives back of its input; zstd keeps it
+        while not decoder.eof:
+            given, before = rest, len(decoded)
+            if not rest and getattr(decoder, "needs_input", True):
+                given = body[at : at + DECODER_INPUT]
+                at += len(given)
+            try:
+                decoded += decoder.decompress(given, min(DECODER_OUTPUT, most + 1 - before))
+            except (zlib.error, zstd.ZstdError):
+                raise unreadable(encoding) from None
+            if len(decoded) > most:
+                message = f"The request body is over {most} bytes when it is decoded."
+                raise Refusal("request_too_large", message)
+            if not given and len(decoded) == before:  # it ends too soon
+                raise unreadable(encoding)
+            rest = getattr(decoder, "unconsumed_tail", b"")
+            yield
+        at -= len(decoder.unused_data)
+        if at == len(body):
+            return decoded
+    raise unreadable(encoding)
+
+
+def unreadable(encoding: str) -> Refusal:
+    """The body is not what its Content-Encoding says."""
+    return Refusal("invalid_request", f"The request body is not valid {encoding}.")
 
 
 # ── Forms ────────────────────────────────────────────────────────────────────────────────────────
@@ -135,6 +152,7 @@ def decompressed(body: Buffer, encoding: str, most: int) -> bytes:
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
 MOST_PARTS = 1000
+FORM_WINDOW = 64 << 10  # bytes that are searched in one step
 SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]")
 # Readers differ in what they make of spaces, controls, '%5B', marks, or letters that look alike.
 FIELD_NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]+")
@@ -158,40 +176,52 @@ class Form:
     its short fields. Files are stepped over, never copied."""
 
     def __init__(self, boundary: bytes) -> None:
-        self.names: Counter[bytes] = Counter()
+        self.names: set[bytes] = set()  # in lower case
         self.fields: dict[bytes, bytes] = {}
+        self._parts = 0
         self._tokens = 0
         self._delimiter = b"--" + boundary
         self._part = -1  # where the one begins that is not yet whole
         self._searched = 0
 
-    def grow(self, body: Buffer) -> None:
+    def grow(self, body: Buffer) -> Steps[None]:
         """`body` is what has come so far. Raises Refusal for a form that could be read in more than
         one way."""
-        while (end := body.find(self._delimiter, self._searched)) >= 0:
-            first = self._part < 0  # with nothing before it, which another reader could take in
-            if (end and body[end - 2 : end] != b"\r\n") or (first and end > 2):
-                raise Refusal("invalid_request", "The form's boundary stands within a line.")
-            if not first:
-                self._take(body, end - 2)
-            self._part = self._searched = end + len(self._delimiter)
-        self._searched = max(self._searched, len(body) - len(self._delimiter) + 1)
+        size = len(self._delimiter)
+        while self._searched <= len(body) - size:
+            end = body.find(self._delimiter, self._searched, self._searched + FORM_WINDOW)
+            if end < 0:
+                window_end = min(self._searched + FORM_WINDOW, len(body))
+                self._searched = window_end - size + 1
+            else:
+                self._find(body, end)
+            yield
+
+    def _find(self, body: Buffer, end: int) -> None:
+        """A boundary."""
+        first = self._part < 0  # with nothing before it, which another reader could take in
+        if (end and body[end - 2 : end] != b"\r\n") or (first and end > 2):
+            raise Refusal("invalid_request", "The form's boundary stands within a line.")
+        if not first:
+            self._take(body, end - 2)
+        self._part = self._searched = end + len(self._delimiter)
 
     def _take(self, body: Buffer, end: int) -> None:
         """A part is whole."""
         start = self._part
         self._tokens += min(end - start, MOST_PICTURE_TOKENS)
+        self._parts += 1
+        if self._parts > MOST_PARTS:
+            raise Refusal("invalid_request", f"The form has more than {MOST_PARTS} parts.")
         head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_PART_HEAD))
         parameters = parameters_of_part(bytes(body[start : max(start, head_end)]))
         name, size = parameters[b"name"], end - head_end - 4
-        self.names[name.lower()] += 1
-        if self.names.total() > MOST_PARTS:
-            raise Refusal("invalid_request", f"The form has more than {MOST_PARTS} parts.")
         field = not {b"filename", b"filename*"} & parameters.keys()
         if not field and not parameters.get(b"filename"):
             self._check_doubtful(name, bytes(body[head_end + 4 : min(end, head_end + 64)]))
         single = name.lower() in SINGLE_FIELDS
-        proper = field and self.names[name.lower()] == 1 and name.islower()
+        proper = field and name.lower() not in self.names and name.islower()
+        self.names.add(name.lower())
         long = field and size > MAX_FIELD and name != b"prompt"
         if (single and not proper) or long or ODD_SVG.match(name) or ODD_SINGLE.match(name):
             shown = name.decode()
@@ -213,14 +243,19 @@ class Form:
         """What its parts can come to."""
         return self._tokens + min(len(body) - max(self._part, 0), MOST_PICTURE_TOKENS)
 
-    def references(self) -> Iterator[Reference]:
+    def references(self) -> Steps[Named]:
         """Stored objects that it names, by the name of a part or within a short field."""
+        named = Named()
         for name, value in self.fields.items():
             if name != b"prompt":
-                refuse_hidden(value, folded(value))
-                yield from named_in(value)
-        named = (FORM_NAME.search(name.replace(b".", b"_")) for name in self.names)
-        yield from (Reference(name[0].decode(), "") for name in named if name)
+                yield from check_utf8(value)
+                yield from refuse_hidden(value)
+                yield from named_in(value, Pieces(value), named)
+            yield
+        for name in self.names:
+            if match := FORM_NAME.search(name.replace(b".", b"_")):
+                named.add(Reference(match[0].decode(), ""))
+        return named
 
     def facts(self, body: Buffer) -> Facts:
         """`model` and `stream` wherever they stand in the form: openai-node sends files before
@@ -271,26 +306,14 @@ Members = dict[str, msgspec.Raw]
 MEMBERS, OBJECTS = msgspec.json.Decoder(Members), msgspec.json.Decoder(list[Members])
 RAWS = msgspec.json.Decoder(list[msgspec.Raw])
 NOTHING, NULL, EMPTY = msgspec.Raw(), msgspec.Raw(b"null"), msgspec.Raw(b"[]")
-NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
-TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 STRING = re.compile(TEXT, re.DOTALL)
 MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
 OBJECT_END = re.compile(rb"\s*+\}")
-MOST_MEMBERS = 1000
-SLICE = 1 << 20
-FOLDED = ("ſ", "\N{KELVIN SIGN}")  # Unicode's lower case of these is s and k
-
-
-def read_json(body: Buffer, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """Raises Refusal for a body that can't be read."""
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        place = str(error).partition("`$.")[2].rstrip("`")
-        message = str(error).partition(" - at")[0]
-        raise Refusal("invalid_request", message, param=place or None) from None
-    except NOT_JSON:
-        raise Refusal("invalid_json") from None
+MAX_MEMBERS = 1000  # of an object that is looked into; no request of OpenAI's API has 100
+FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())  # Unicode's lower case of these is s and k
+TOO_WIDE = f"An object in the body has more than {MAX_MEMBERS} members."
+TWICE = "A member of the body stands there twice."
+PACE = 32  # objects that are looked at in one step
 
 
 def string_in(text: Buffer | msgspec.Raw) -> str:
@@ -310,35 +333,39 @@ def is_list(raw: msgspec.Raw) -> bool:
     return bytes(memoryview(raw)[:1]) == b"["
 
 
-def listed(text: msgspec.Raw, decoder: msgspec.json.Decoder[list[Any]]) -> list[Any]:
-    """What is in a list; nothing where it is none."""
-    return decoder.decode(text) if is_list(text) else []
-
-
 def read_members(text: Buffer) -> Members:
-    """The members of a body that is a JSON object, by name, none of them built. Raises Refusal for
-    what can't be read, or could be read in more than one way."""
+    """Return the members of a JSON object by name, none of them built. Raises Refusal for what
+    can't be read, or could be read in more than one way."""
     members: Members = read_json(text, MEMBERS)
+    if len(members) > MAX_MEMBERS:
+        raise Refusal("invalid_request", TOO_WIDE)
     if len(text) != shortest(members):
         check_once(text, members)
     return members
 
 
-def folded(text: Buffer) -> bool:
-    """Whether it has one of the letters that some readers take for a plain one. Raises Refusal
-    where it is not UTF-8 (RFC 8259 §8.1): msgspec doesn't look at strings that it steps over, and a
-    lenient reader would drop what it can't read from a name."""
-    if text.isascii():
-        return False
-    decoder, found = codecs.getincrementaldecoder("utf-8")(), False
+def read_short(text: Buffer) -> tuple[Pieces, Members]:
+    """Read a text that is one piece. Half a character in it, from a text that was cut, takes as
+    much room when it is replaced. Raises Refusal as `read_members` does."""
     try:
-        for at in range(0, len(text), SLICE):
-            part = decoder.decode(memoryview(text)[at : at + SLICE])
-            found = found or any(letter in part for letter in FOLDED)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        raise Refusal("invalid_json") from None
-    return found
+        return Pieces(text), read_members(text)
+    except Refusal:
+        text = SURROGATE.sub(rb"\\ufffd", text)
+        return Pieces(text), read_members(text)
+
+
+def members_in(parts: list[Buffer]) -> Steps[Members]:
+    """Return the members of an object that is in parts. Raises Refusal as `read_members` does."""
+    members = read_members(parts[0])
+    for part in parts[1:]:
+        yield
+        more = read_members(part)
+        if not members.keys().isdisjoint(more):
+            raise Refusal("invalid_request", TWICE)
+        members |= more
+        if len(members) > MAX_MEMBERS:
+            raise Refusal("invalid_request", TOO_WIDE)
+    return members
 
 
 def check_letters(members: Iterable[str], known: Set[str]) -> None:
@@ -350,26 +377,33 @@ def check_letters(members: Iterable[str], known: Set[str]) -> None:
             raise Refusal("invalid_request", message, param=name)
 
 
-def read_list(given: msgspec.Raw, known: Set[str], needs_check: Set[str]) -> list[Members]:
-    """The objects in a list, if it is one; those that have one of `needs_check` have one meaning.
-    Raises Refusal."""
-    if not is_list(given):
-        return []
-    objects: list[Members] = read_json(given, OBJECTS)
-    checked = [not needs_check.isdisjoint(each) for each in objects]
-    if any(checked):
-        check_each(given, objects, checked)
-        for each in compress(objects, checked):
-            check_letters(each, known)
-    return objects
-
-
-def check_each(given: msgspec.Raw, objects: list[Members], which: Iterable[bool]) -> None:
-    """Raise Refusal where a member of one of them stands in it twice."""
-    raws = read_json(given, RAWS) if objects else []
-    for each, raw in compress(zip(objects, raws, strict=True), which):
+def read_list(
+    pieces: Pieces, part: Buffer, known: Set[str], telling: Set[str] | None
+) -> Steps[list[Members]]:
+    """Return the objects in a part of a list. Raises Refusal for one with a member of `telling`
+    (None: for any) that could be read in more than one way."""
+    objects: list[Members] = read_json(part, OBJECTS)
+    checked = [
+        number
+        for number, each in enumerate(objects)
+        if telling is None or not telling.isdisjoint(each)
+    ]
+    raws = read_json(part, RAWS) if checked else ()
+    for number in checked:
+        each, raw = objects[number], raws[number]
+        if len(each) > MAX_MEMBERS:
+            raise Refusal("invalid_request", TOO_WIDE)
         if len(raw) != shortest(each):
             check_once(bytes(memoryview(raw)), each)
+        check_letters(each, known)
+        if number % PACE == 0:
+            yield
+    if pieces.cut:
+        for number, each in enumerate(objects):
+            if long := pieces.taken_out(each):
+                objects[number] = yield from members_in(long)
+                check_letters(objects[number], known)
+    return objects
 
 
 def shortest(members: Members) -> int:
@@ -380,8 +414,6 @@ def shortest(members: Members) -> int:
 
 def check_once(text: Buffer, members: Members) -> None:
     """Raise Refusal where a member stands twice: the next reader may believe the other one."""
-    if len(members) > MOST_MEMBERS:
-        raise Refusal("invalid_request", f"The body has more than {MOST_MEMBERS} members.")
     seen: set[str] = set()
     at = text.index(b"{") + 1
     while match := MEMBER_NAME.match(text, at):
@@ -391,7 +423,19 @@ def check_once(text: Buffer, members: Members) -> None:
         seen.add(name)
         at = match.end() + len(members[name])
     if len(seen) < len(members) or not OBJECT_END.match(text, at):
-        raise Refusal("invalid_request", "A member of the body stands there twice.")
+        raise Refusal("invalid_request", TWICE)
+
+
+def start_of(text: Buffer, members: Members, wanted: str) -> int:
+    """Return where the value of a member begins, in the text of the object."""
+    at = text.index(b"{") + 1
+    for name, value in members.items():
+        match = MEMBER_NAME.match(text, at)
+        if match is None or name == wanted:
+            break
+        at = match.end() + len(value)
+    assert match is not None, "it is one of the members, which were checked"
+    return match.end()
 
 
 # ── Facts ────────────────────────────────────────────────────────────────────────────────────────
@@ -455,11 +499,6 @@ def kind_of(item: Item) -> str:
     return string_in(item["type"]) if "type" in item else ""
 
 
-def is_listing(item: Item) -> bool:
-    """Whether its tools are only told of."""
-    return kind_of(item) == "mcp_list_tools"
-
-
 def is_reference(item: Item) -> bool:
     """Whether the upstream would look it up by its id: what is nothing but an id (its type may be
     left out), and what lacks the content that makes it whole."""
@@ -483,7 +522,7 @@ def reference_in(item: Item) -> str:
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
-PARTS = msgspec.json.Decoder(list[Part])
+PARTS, PICTURE = msgspec.json.Decoder(list[Part]), b"image_url"
 LISTS = {"input", "messages", "tools", "svg"}
 TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
 ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
@@ -503,73 +542,71 @@ def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFa
     return facts
 
 
-def tools_in(offering: list[Members]) -> list[Members]:
-    """All that these offer, and those within them. Raises Refusal where they can't be read."""
-    lists = [each["tools"] for each in offering if "tools" in each and not is_listing(each)]
-    tools: list[Members] = []
-    for _ in range(MOST_NESTING):
-        found = [tool for given in lists for tool in read_list(given, TOOL_NAMES, TOOL_NAMES)]
-        tools += found
-        lists = [tool["tools"] for tool in found if "tools" in tool]
-        if not lists:
-            return tools
-    raise Refusal("invalid_request", "Tools within tools within tools.", param="tools")
-
-
-def models_of(tools: list[Members]) -> dict[str, bool]:
-    """The models that tools make work, and whether they make pictures. Raises Refusal."""
-    models: dict[str, bool] = {}
-    for tool in tools:
-        if kind_of(tool) == "image_generation":
-            models |= author_in(tool)
-            models[string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL] = True
-    return models
-
-
-def author_in(members: Members) -> dict[str, bool]:
-    """The model that writes an SVG, where it is named. Raises Refusal."""
-    if members.get("svg", NULL) == NULL:
-        return {}
-    svg = read_members(bytes(memoryview(members["svg"])))
-    check_letters(svg, TOOL_NAMES)
-    author = string_in(svg.get("model", NULL))
-    return {author: False} if author else {}
-
-
 class Content:
-    """A request's body: `sent` as it came and goes on, `text` what is read of it."""
+    """A request's body: `sent` is what goes on, `facts` and the rest what has been read of it."""
 
-    def __init__(self, sent: Buffer, text: Buffer, form: Form | None, model_needed: bool) -> None:
-        """Raises Refusal for a body that can't be read."""
+    facts: Facts
+
+    def __init__(self, sent: Buffer, text: Buffer) -> None:
         self.sent = sent
         self.plain = sent is text  # not compressed
-        self.text = text
-        self._form = form
-        self._read(FACTS)
-        self.check_model(model_needed)
-
-    def _read(self, decoder: msgspec.json.Decoder[Any]) -> None:
+        self.size = len(text)  # bytes, decoded
+        self.offers_tools = False
+        self.references: Collection[Reference] = ()  # all stored objects that it names
+        self.most_input_tokens = self.size
+        self._options_at: int | None = None  # where stream_options begin that don't say all
         self._inherited: dict[str, bool] = {}
         self._inherits_minted = True
-        self.chosen_ids: set[str] = (
-            set()
-        )  # of items, by the client; known once references() is read
-        if self._form:
-            self._members: Members = {}
-            self.facts: Facts = self._form.facts(self.text)
-            return
-        self._folded = folded(self.text)
-        try:
-            self._members = read_members(self.text)
-        except Refusal:  # half a character, from a text that was cut? It takes as much room
-            self.text = SURROGATE.sub(rb"\\ufffd", self.text)
-            self._members = read_members(self.text)
-        self.facts = facts_in(self._members, decoder)
+        self.chosen_ids: set[str] = set()  # of items, by the client
+        self._further: dict[str, bool] = {}  # models that it makes work, and if for pictures
+        self._lasting: dict[str, bool] = {}  # those of tools that are part of its input
 
     @classmethod
-    def of_any(cls, body: Buffer) -> Content:
-        """That of a request which needs none."""
-        return cls(body, body, None, model_needed=False)
+    def steps(
+        cls, sent: Buffer, text: Buffer, form: Form | None = None, model_needed: bool = False
+    ) -> Steps[Content]:
+        """Read a body in small steps and return its content. `text` is the body decoded. Raises
+        Refusal for a body that can't be read, that costs too much to read, or that could be read in
+        more than one way."""
+        content = cls(sent, text)
+        if form:
+            yield from content._read_form(form, text)
+        else:
+            yield from content._read(text, FACTS)
+        content.check_model(model_needed)
+        return content
+
+    def _read_form(self, form: Form, text: Buffer) -> Steps[None]:
+        self.facts = form.facts(text)
+        self.references = (yield from form.references()).found
+        self.most_input_tokens = form.most_tokens(text)
+        author = form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
+        self._further = {author: False} if author else {}
+
+    def _read(self, text: Buffer, decoder: msgspec.json.Decoder[Any]) -> Steps[Members]:
+        if len(text) > MAX_PIECE:
+            pieces: Pieces = yield from Cutter(text).steps()
+            members = yield from members_in(pieces.parts(pieces.root))
+        else:
+            if not text.isascii():
+                yield from check_utf8(text)
+            pieces, members = read_short(text)
+        if pieces.cut and pieces.is_stand_in(members.get("stream_options", NULL)):
+            raise Refusal(
+                "invalid_request", "'stream_options' is too long.", param="stream_options"
+            )
+        self.facts = facts_in(members, decoder)
+        reading = Reading(pieces, members)
+        yield from reading.steps()
+        self.references, self.chosen_ids = reading.named.found, reading.chosen
+        self.offers_tools = reading.tools > 0
+        self._further, self._lasting = reading.models, reading.lasting
+        if reading.countable:
+            self.most_input_tokens += MOST_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
+        options = self.facts.stream_options
+        if isinstance(options, StreamOptions) and options.include_usage is msgspec.UNSET:
+            self._options_at = yield from place_of(pieces, "stream_options")
+        return members
 
     def check_model(self, needed: bool) -> None:
         """Raise Refusal where it names none, or in too many words."""
@@ -577,19 +614,6 @@ class Content:
             raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
         if len(self.facts.model or "") > MAX_NAME:
             raise Refusal("invalid_request", "The name of the model is too long.", param="model")
-
-    @functools.cached_property
-    def items(self) -> list[Members]:
-        """Of the input; raises Refusal where they can't be read, or in more than one way."""
-        given = self._members.get("input", NULL)
-        if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
-            raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
-        return read_list(given, ITEM_NAMES, TELLING)
-
-    @functools.cached_property
-    def tools(self) -> list[Members]:
-        """All that it offers, wherever. Raises Refusal where they can't be read."""
-        return tools_in([self._members, *self.items])
 
     def inherit(self, models: str | None, minted_input: bool) -> None:
         """It builds on an object in which these models work, and with input of such ids."""
@@ -602,23 +626,21 @@ class Content:
         chose none, neither here nor in what this builds on."""
         return self._inherits_minted and not self.chosen_ids
 
-    @functools.cached_property
+    @property
     def lasting_models(self) -> str | None:
         """Those that work in what will build on it, as JSON: of tools that are part of its input.
         Asked for when it has inherited."""
-        lasting = self._inherited | models_of(tools_in(self.items))
+        lasting = self._inherited | self._lasting
         return msgspec.json.encode(lasting).decode() if lasting else None
 
     def further_models(self) -> dict[str, bool]:
-        """Those that it makes work besides its own, and whether they make pictures: the image
-        tool's, and an SVG's author. Raises Refusal."""
-        if self._form:
-            author = self._form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
-            return {author: False} if author else {}
-        models = self._inherited | author_in(self._members) | models_of(self.tools)
+        """Return the models that it makes work besides its own, and whether they make pictures: the
+        image tool's, and an SVG's author. Raises Refusal."""
+        models = self._inherited | self._further
         if sum(models.values()) > 1:
             message = "The image tools have different models."
             raise Refusal("invalid_request", message, param="tools")
+        check_models(models)
         return models
 
     def image_model(self) -> str:
@@ -626,31 +648,24 @@ class Content:
         drawing = [model for model, images in self.further_models().items() if images]
         return drawing[0] if drawing else DEFAULT_IMAGE_MODEL
 
-    def most_input_tokens(self) -> int:
-        """What its content can come to: no token is shorter than a byte, but a picture's have
-        nothing to do with its bytes. What is not in the body (files by their address, what a search
-        finds) is not known here."""
-        if self._form:
-            return self._form.most_tokens(self.text)
-        pictures: list[int] = []
-        with contextlib.suppress(*NOT_JSON, Refusal):
-            items = listed(self._members.get("messages", NOTHING), OBJECTS) + self.items
-            pictures = [
-                len(part.image_url)
-                for item in items
-                for parts in (item.get("content", NOTHING), item.get("output", NOTHING))
-                for part in listed(parts, PARTS)
-                if part.image_url
-            ]
-        return len(self.text) - sum(pictures) + MOST_PICTURE_TOKENS * len(pictures)
-
-    def references(self) -> Iterator[Reference]:
-        """All stored objects that it names. Raises Refusal where one hides."""
-        if self._form:
-            yield from self._form.references()
+    def add_include_usage(self) -> bool:
+        """Put `stream_options.include_usage` into what is sent of a streamed chat where it was left
+        out, every other byte as it was; return whether it was. A client that says null or false has
+        not left it out. This is the one change that is ever made to a body (CONTRACT section 6)."""
+        sent, options = self.sent, self.facts.stream_options
+        if self._options_at is not None:
+            at = sent.index(b"{", self._options_at) + 1
+            more = b"" if OBJECT_END.match(sent, at) else b","
+            added = b'"include_usage":true' + more
+        elif options is msgspec.UNSET:
+            at, added = sent.index(b"{") + 1, b'"stream_options":{"include_usage":true},'
         else:
-            refuse_hidden(self.text, self._folded)
-            yield from references_in(self, self._members)
+            return False
+        if isinstance(sent, bytearray):
+            sent[at:at] = added
+        else:
+            self.sent = sent[:at] + added + sent[at:]
+        return True
 
 
 class Frame(Content):
@@ -658,18 +673,223 @@ class Frame(Content):
 
     facts: FrameFacts
     sent: bytes
+    _names: Set[str]
 
-    def __init__(self, text: bytes) -> None:
-        self.sent = self.text = text
-        self._form = None
-        self._read(FRAME_FACTS)
+    @classmethod
+    def read(cls, text: bytes) -> Steps[Frame]:
+        """Read a frame in small steps. Raises Refusal as `Content.steps` does."""
+        frame = cls(text, text)
+        members = yield from frame._read(text, FRAME_FACTS)
+        frame._names = frozenset(members)
+        return frame
 
     def only(self, names: set[str]) -> Frame:
         """The same, if it has no other members. Raises Refusal."""
-        for name in self._members.keys() - names:
+        for name in self._names - names:
             message = f"'{name}' can't stand in '{self.facts.type}'."
             raise Refusal("invalid_request", message, param=name[:MAX_NAME])
         return self
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────
+
+MAX_ITEMS = 20_000  # of the input; a history of a day's work has 2,000
+MAX_TOOLS = 4_000  # those within others included; OpenAI allows 128, MCP servers bring some hundred
+MAX_MODELS = 16  # that a request makes work besides its own
+
+
+def check_models(models: dict[str, bool]) -> None:
+    """Raise Refusal where there are too many."""
+    if len(models) > MAX_MODELS:
+        message = f"The tools name more than {MAX_MODELS} models."
+        raise Refusal("invalid_request", message, param="tools")
+
+
+class Reading:
+    """Goes through the members of a body, its input and its tools, once, and keeps what counts."""
+
+    def __init__(self, pieces: Pieces, members: Members) -> None:
+        self.named = Named()
+        self.chosen: set[str] = set()  # ids of items that are the client's own
+        self.tools = self._items = 0
+        self.models: dict[str, bool] = {}
+        self.lasting: dict[str, bool] = {}
+        self.pictures = self.picture_bytes = 0
+        self.countable = True  # are the pictures; else they count as text
+        self._pieces = pieces
+        self._members = members
+        self._names = False  # whether any member may name a stored object
+        self._shows = False  # whether any may be a picture
+        self._offers: deque[tuple[msgspec.Raw, int, bool]] = (
+            deque()
+        )  # lists of tools: depth, lasting
+
+    def steps(self) -> Steps[None]:
+        """Raises Refusal where it can't be read, or where something hides."""
+        members = self._members
+        for piece in self._pieces.all():
+            escaped = yield from refuse_hidden(piece)
+            self._names = self._names or MEMBER.search(piece) is not None
+            self._shows = self._shows or escaped or PICTURE in piece
+            if self._pieces.cut:
+                yield
+        if "input" in members:
+            yield from self._read_input(members["input"])
+        if "tools" in members:
+            self._offers.append((members["tools"], 0, False))
+        while self._offers:
+            yield from self._read_tools(*self._offers.popleft())
+        if "svg" in members:
+            yield from self._note_author(members["svg"], lasting=False)
+        if self._names:
+            yield from self._name_members(members)
+        if self._shows and "messages" in members:
+            yield from self._count_messages(members["messages"])
+
+    def _read_input(self, given: msgspec.Raw) -> Steps[None]:
+        if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
+            raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
+        for part in self._pieces.parts(given) if is_list(given) else ():
+            telling = None if self._names else TELLING
+            objects = yield from read_list(self._pieces, part, ITEM_NAMES, telling)
+            self._count_items(objects)
+            for number, item in enumerate(objects):
+                if "id" in item or "tools" in item:
+                    self._note_item(item)
+                if self._names:
+                    yield from self._name_item(item)
+                if self._shows:
+                    yield from self._count_pictures(item)
+                if number % PACE == 0:
+                    yield
+
+    def _count_items(self, items: list[Members]) -> None:
+        self._items += len(items)
+        if self._items > MAX_ITEMS:
+            message = f"The input has more than {MAX_ITEMS} items."
+            raise Refusal("invalid_request", message, param="input")
+
+    def _note_item(self, item: Item) -> None:
+        if "id" in item and is_text(item["id"]):
+            object_id = string_in(item["id"])
+            if name := reference_in(item):
+                self.named.add(Reference(name, object_id))
+            else:
+                self.chosen.add(object_id)
+        if "tools" in item and kind_of(item) != "mcp_list_tools":  # which only tells of them
+            self._offers.append((item["tools"], 0, True))
+
+    def _name_item(self, item: Item) -> Steps[None]:
+        kind = kind_of(item)
+        skipped = {"id", "type"} if kind == "item_reference" else set()
+        yield from self._name_beside(item, skipped | WORDS_OF.get(kind, set()))
+
+    def _read_tools(self, given: msgspec.Raw, depth: int, lasting: bool) -> Steps[None]:
+        if depth >= MOST_NESTING:
+            raise Refusal("invalid_request", "Tools within tools within tools.", param="tools")
+        for part in self._pieces.parts(given) if is_list(given) else ():
+            telling = None if self._names else TOOL_NAMES
+            tools = yield from read_list(self._pieces, part, TOOL_NAMES, telling)
+            self._count_tools(tools)
+            for number, tool in enumerate(tools):
+                if kind_of(tool) == "image_generation":
+                    yield from self._note_painter(tool, lasting)
+                if "tools" in tool:
+                    self._offers.append((tool["tools"], depth + 1, lasting))
+                if self._names:
+                    yield from self._name_tool(tool)
+                if number % PACE == 0:
+                    yield
+
+    def _count_tools(self, tools: list[Members]) -> None:
+        self.tools += len(tools)
+        if self.tools > MAX_TOOLS:
+            message = f"The body has more than {MAX_TOOLS} tools."
+            raise Refusal("invalid_request", message, param="tools")
+
+    def _name_tool(self, tool: Members) -> Steps[None]:
+        yield from self._name_beside(tool, {"parameters", "headers", "function", "tools"})
+        yield from self._name_within(tool, "function")
+
+    def _note_painter(self, tool: Members, lasting: bool) -> Steps[None]:
+        yield from self._note_author(tool.get("svg", NULL), lasting)
+        model = string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL
+        self._note_model(model, True, lasting)
+
+    def _note_author(self, given: msgspec.Raw, lasting: bool) -> Steps[None]:
+        """Of an SVG, where it is named."""
+        if given != NULL:
+            svg = yield from members_in(self._pieces.parts(given))
+            check_letters(svg, TOOL_NAMES)
+            if author := string_in(svg.get("model", NULL)):
+                self._note_model(author, False, lasting)
+
+    def _note_model(self, model: str, images: bool, lasting: bool) -> None:
+        for models in (self.models, self.lasting) if lasting else (self.models,):
+            models[model] = images
+            check_models(models)
+
+    # Pictures
+
+    def _count_messages(self, given: msgspec.Raw) -> Steps[None]:
+        for part in self._pieces.parts(given) if is_list(given) else ():
+            try:
+                messages = yield from read_list(self._pieces, part, set(), set())
+            except Refusal:
+                self.countable = False
+                return
+            self._count_items(messages)
+            for message in messages:
+                yield from self._count_pictures(message)
+            yield
+
+    def _count_pictures(self, item: Item) -> Steps[None]:
+        for given in (item.get("content", NOTHING), item.get("output", NOTHING)):
+            for part in self._pieces.parts(given) if is_list(given) else ():
+                try:
+                    pictures = [each.image_url for each in PARTS.decode(part) if each.image_url]
+                except NOT_JSON:
+                    self.countable = False
+                    return
+                self.pictures += len(pictures)
+                self.picture_bytes += sum(map(self._pieces.size, pictures))
+                yield
+
+    # References by the names of members
+
+    def _name_members(self, members: Members) -> Steps[None]:
+        skipped = {"metadata", "client_metadata", "input", "tools", "functions", *SCHEMAS}
+        yield from self._name_beside(members, skipped)
+        for name in SCHEMAS:
+            yield from self._name_within(members, name)
+        functions = members.get("functions", NULL)
+        for part in self._pieces.parts(functions) if is_list(functions) else ():
+            found = yield from read_list(self._pieces, part, set(), None)
+            self._count_tools(found)
+            for function in found:
+                yield from self._name_beside(function, {"parameters"})
+
+    def _name_within(self, members: Members, name: str, depth: int = 0) -> Steps[None]:
+        """In what describes a schema, but for the schema, which is its author's own words."""
+        value = members.get(name, NULL)
+        if bytes(memoryview(value)[:1]) != b"{":
+            yield from self._name_beside({name: value}, set())
+            return
+        if depth >= MOST_NESTING:
+            message = f"'{name}' is nested more than {MOST_NESTING} levels deep."
+            raise Refusal("invalid_request", message, param=name)
+        inner = yield from members_in(self._pieces.parts(value))
+        for deeper in ("format", "json_schema"):
+            if deeper in inner:
+                yield from self._name_within(inner, deeper, depth + 1)
+        yield from self._name_beside(inner, {"schema", "parameters", "format", "json_schema"})
+
+    def _name_beside(self, members: Members, skipped: Set[str]) -> Steps[None]:
+        """In all members but some: of lists that are looked at one by one, if they are lists."""
+        for name, value in members.items():
+            if name not in skipped or (name in ("tools", "functions") and not is_list(value)):
+                text = b"%b:%b" % (msgspec.json.encode(name), value)
+                yield from named_in(text, self._pieces, self.named)
 
 
 # ── References ───────────────────────────────────────────────────────────────────────────────────
@@ -698,7 +918,9 @@ WORDS_OF = {  # members of items that are a model's or a server's own words
     "mcp_list_tools": {"tools"},
     "additional_tools": {"tools"},
 }
-MOST_HIDING = 200  # bytes of a name with all its letters escaped
+MAX_REFERENCES = 20_000  # as many as items
+MAX_MENTIONS = 50_000  # of the same ones, too
+MAX_HIDING = 200  # bytes of a name with all its letters escaped
 
 
 class Reference(NamedTuple):
@@ -709,96 +931,101 @@ class Reference(NamedTuple):
     id: str
 
 
-def references_in(content: Content, members: Members) -> Iterator[Reference]:
-    """Of JSON: the items of the input that are given by their id alone, and every member, at any
-    depth, whose name says so. Raises Refusal where the body can't be read."""
-    for item in content.items:
-        if "id" not in item or not is_text(item["id"]):
-            continue
-        if name := reference_in(item):
-            yield Reference(name, string_in(item["id"]))
-        else:
-            content.chosen_ids.add(string_in(item["id"]))
-    if not MEMBER.search(content.text):
-        return  # nearly always
-    yield from named_beside(members, {"metadata", "client_metadata", "input", "tools", *SCHEMAS})
-    check_each(members.get("input", EMPTY), content.items, repeat(True))
-    for item in content.items:
-        skipped = {"id", "type"} if kind_of(item) == "item_reference" else set()
-        yield from named_beside(item, skipped | WORDS_OF.get(kind_of(item), set()))
-    for tool in content.tools:
-        yield from named_beside(tool, {"parameters", "headers", "function", "tools"})
-    for each, within in [(tool, "function") for tool in content.tools] + [
-        (members, name) for name in SCHEMAS
-    ]:
-        yield from named_within(each, within)
+class Named:
+    """The stored objects that a body names, each once. Raises Refusal where there are too many."""
+
+    def __init__(self) -> None:
+        self.found: dict[Reference, None] = {}
+        self._mentions = 0
+
+    def add(self, reference: Reference) -> None:
+        self._mentions += 1
+        if self._mentions > MAX_MENTIONS:
+            message = f"The body names stored objects more than {MAX_MENTIONS} times."
+            raise Refusal("invalid_request", message)
+        self.found[reference] = None
+        if len(self.found) > MAX_REFERENCES:
+            message = f"The body names more than {MAX_REFERENCES} stored objects."
+            raise Refusal("invalid_request", message)
 
 
-def named_within(members: Members, name: str) -> Iterator[Reference]:
-    """In what describes a schema, but for the schema, which is its author's own words."""
-    value = members.get(name, NULL)
-    if bytes(memoryview(value)[:1]) != b"{":
-        yield from named_beside({name: value}, set())
-        return
-    inner = read_members(bytes(memoryview(value)))
-    for deeper in ("format", "json_schema"):
-        if deeper in inner:
-            yield from named_within(inner, deeper)
-    yield from named_beside(inner, {"schema", "parameters", "format", "json_schema"})
+def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
+    """Note what is named by the names of members, at any depth."""
+    seen: dict[re.Pattern[bytes], set[int]] = {ID_MEMBER: set(), STRING: set()}
+    for piece in pieces.within(text, set()):
+        done = {ID_MEMBER: 0, STRING: 0}  # up to where each has looked through objects and lists
+        for match in MEMBER.finditer(piece):
+            start, kind = match.end(), piece[match.end() : match.end() + 1]
+            name = (match[1] or b"").lower()
+            if not name:  # not among the items
+                named.add(Reference("item_reference", ""))
+            elif kind == b'"':
+                value = STRING.match(piece, start)
+                if value and name not in PLAIN:
+                    yield from note_ids(name, STRING, value[0], pieces, named)
+            elif kind == b"[" or name in HOLDERS:
+                ids = ID_MEMBER if kind == b"{" or name in PLAIN else STRING
+                if start >= done[ids]:
+                    done[ids] = yield from end_of(piece, start)
+                    for held in pieces.within(piece[start : done[ids]], seen[ids]):
+                        yield from note_ids(name, ids, held, pieces, named)
+            yield
+        yield
 
 
-def named_beside(members: Members, skipped: Set[str]) -> Iterator[Reference]:
-    """In all members but some: of tools, that are looked at one by one, if they are a list."""
-    for name, value in members.items():
-        if name not in skipped or (name == "tools" and not is_list(value)):
-            yield from named_in(b"%b:%b" % (msgspec.json.encode(name), value))
+def note_ids(
+    name: bytes, ids: re.Pattern[bytes], text: Buffer, pieces: Pieces, named: Named
+) -> Steps[None]:
+    """Note all ids in a text that belong to a member of that name."""
+    yield
+    for number, value in enumerate(ids.finditer(text)):
+        if not pieces.is_mark(value[ids.groups]):
+            named.add(Reference(name.decode(), string_in(value[ids.groups])))
+        if number % PACE == 0:
+            yield
 
 
-def named_in(text: Buffer) -> Iterator[Reference]:
-    """By the names of members, at any depth."""
-    done = {ID_MEMBER: 0, STRING: 0}  # up to where each has looked through objects and lists
-    for match in MEMBER.finditer(text):
-        start, kind = match.end(), text[match.end() : match.end() + 1]
-        if match[1] is None:  # not among the items
-            yield Reference("item_reference", "")
-            continue
-        name = match[1].lower()
-        if kind == b'"':
-            value = STRING.match(text, start) if name not in PLAIN else None
-            if value:
-                yield Reference(name.decode(), string_in(value[0]))
-        elif kind == b"[" or name in HOLDERS:
-            ids = ID_MEMBER if kind == b"{" or name in PLAIN else STRING
-            if start >= done[ids]:
-                done[ids] = end_of(text, start)
-                for value in ids.finditer(text, start, done[ids]):
-                    yield Reference(name.decode(), string_in(value[ids.groups]))
-
-
-def refuse_hidden(text: Buffer, folded: bool) -> None:
-    """Raise Refusal where a name that matters is written in a way in which it isn't looked for."""
+def refuse_hidden(text: Buffer) -> Steps[bool]:
+    """Raise Refusal where a name that matters is written in a way in which it isn't looked for.
+    Return whether there is any letter that is not written as itself."""
+    folded = not text.isascii() and any(letter in text for letter in FOLDED)
     if not folded and not ESCAPED.search(text):
-        return
-    for match in STRING.finditer(text):
-        if match.end() - match.start() <= MOST_HIDING and (folded or ESCAPED.search(match[0])):
+        return False
+    for number, match in enumerate(STRING.finditer(text)):
+        if match.end() - match.start() <= MAX_HIDING and (folded or ESCAPED.search(match[0])):
             written = string_in(match[0])
             name = written.casefold()
             if HIDDEN.fullmatch(name.encode("utf-8", "replace")) and (
                 name.encode() not in match[0].lower()
             ):
                 raise Refusal("invalid_request", f"'{name}' is written oddly.", param=name)
+        if number % 256 == 0:
+            yield
+    return True
 
 
-def end_of(text: Buffer, start: int) -> int:
-    """The end of the object or list that begins at `start`."""
+def end_of(text: Buffer, start: int) -> Steps[int]:
+    """Return the end of the object or list that begins at `start`."""
     depth = 0
-    for match in BRACKETS.finditer(text, start):
+    for number, match in enumerate(BRACKETS.finditer(text, start)):
         first = text[match.start()]
         if first != 0x22:
             depth += 1 if first in b"[{" else -1
             if not depth:
                 return match.end()
+        if number % 1024 == 0:
+            yield
     return len(text)
+
+
+def place_of(pieces: Pieces, wanted: str) -> Steps[int]:
+    """Return where in a body the value of a member begins that it has."""
+    for number, part in enumerate(pieces.parts(pieces.root)):
+        members = read_members(part)
+        if wanted in members:
+            return pieces.place(number, start_of(part, members, wanted))
+        yield
+    raise KeyError(wanted)
 
 
 # ── Queries ──────────────────────────────────────────────────────────────────────────────────────
@@ -828,29 +1055,3 @@ class Query:
     def encoded(self) -> bytes:
         """The query for the upstream."""
         return urlencode(self._fields, safe="[]", quote_via=quote).encode()
-
-
-# ── Change ───────────────────────────────────────────────────────────────────────────────────────
-# The one change that is ever made to a body (CONTRACT section 6).
-
-STREAM_OPTIONS = re.compile(rb'"stream_options"\s*:\s*\{(\s*\})?')
-MOST_CANDIDATES = 16
-
-
-def add_include_usage(body: Buffer, facts: Facts) -> Buffer:
-    """The body of a streamed chat with `stream_options.include_usage` put in where it was left out,
-    and every other byte as it was. A client that says null or false has not left it out."""
-    options = facts.stream_options
-    if options is msgspec.UNSET:
-        start = body.index(b"{") + 1
-        return body[:start] + b'"stream_options":{"include_usage":true},' + body[start:]
-    if not isinstance(options, StreamOptions) or options.include_usage is not msgspec.UNSET:
-        return body
-    for match, _ in zip(STREAM_OPTIONS.finditer(body), range(MOST_CANDIDATES), strict=False):
-        start = body.index(b"{", match.start()) + 1
-        added = b'"include_usage":true' + (b"" if match[1] else b",")
-        changed = body[:start] + added + body[start:]
-        with contextlib.suppress(msgspec.DecodeError):
-            if FACTS.decode(changed).stream_options == StreamOptions(include_usage=True):
-                return changed  # the right place, not one inside a text or another object
-    raise Refusal("invalid_request", "'stream_options' can't be found.", param="stream_options")

@@ -30,6 +30,7 @@ from starlette.routing import Route
 
 from redbtc_body import decompressed
 from redbtc_refusals import Refusal
+from redbtc_slices import in_slices
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 MOST_BYTES = 100 << 20  # of a body that came compressed
@@ -99,7 +100,8 @@ async def read(request: Request) -> Json:
     kind = request.headers.get("content-type", "")
     try:
         raw, encoding = await request.body(), request.headers.get("content-encoding", "")
-        raw = decompressed(raw, encoding, MOST_BYTES) if encoding in ("gzip", "zstd") else raw
+        if encoding in ("gzip", "zstd"):
+            raw = bytes(await in_slices(decompressed(raw, encoding, MOST_BYTES)))
         body = form(kind, raw) if kind.lower().startswith("multipart/") else orjson.loads(raw)
     except (ClientDisconnect, orjson.JSONDecodeError, Refusal):
         raise HTTPException(400, "The request body is not valid JSON.") from None

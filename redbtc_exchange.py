@@ -146,7 +146,7 @@ class Metered(Exchange):
     async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
         """Charge its tokens and wait for its places. Raises Refusal, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
-        self._input_estimate = math.ceil(len(content.text) / BYTES_A_TOKEN)
+        self._input_estimate = math.ceil(content.size / BYTES_A_TOKEN)
         self.answers = max(1, self._facts.n or 1) if self.endpoint.images else 1
         started_at = now_ms() - self.elapsed_ms()
         self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
@@ -226,7 +226,7 @@ class Metered(Exchange):
         limits = (facts.most_output_tokens(), tariff.max_output_tokens)
         usual = self.settings.billing.hold_output_tokens
         output = min((limit for limit in limits if limit), default=usual) * max(1, facts.n or 1)
-        into = content.most_input_tokens() + further_input
+        into = content.most_input_tokens + further_input
         most = tariff.most(into, output, facts.service_tier, self.endpoint.images)
         for model, images in content.further_models().items():
             if further := self.gateway.books.tariff(model):

@@ -22,7 +22,7 @@ import time
 import uuid
 import zlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -276,12 +276,17 @@ class Store:
 
     # Reading
 
-    def look_up(self, sql: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
-        """One row by an index, at once, on the event loop: about 5 µs. Raises LedgerUnavailable."""
+    def look_up_all(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """All rows of a short query by an index, at once, on the event loop: about 2 µs a row.
+        Raises LedgerUnavailable."""
         try:
-            rows = self._lookup.execute(sql, values).fetchall()
+            return self._lookup.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise LedgerUnavailable(f"can't be read: {error}") from None
+
+    def look_up(self, sql: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
+        """One row by an index, at once, on the event loop: about 5 µs. Raises LedgerUnavailable."""
+        rows = self.look_up_all(sql, values)
         return rows[0] if rows else None
 
     async def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
@@ -858,6 +863,10 @@ OWN = """
         WHERE account_id = excluded.account_id AND excluded.models IS NOT NULL"""
 DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
 OWNED = "SELECT account_id, upstream, models, minted_input FROM stored_objects WHERE id = ?"
+OWNERS = """
+    SELECT id, account_id, upstream, models, minted_input FROM stored_objects
+     WHERE id IN (SELECT value FROM json_each(?))"""
+MAX_LOOK_UPS = 250  # ids in one query, which takes about 1 ms
 MAX_SHOWN = 1000  # ids of an account that are remembered as shown in listings
 
 
@@ -929,6 +938,18 @@ class Objects:
         LedgerUnavailable."""
         owned = self._owned(object_id)
         return owned.home if owned and owned.account_id == account_id else None
+
+    def look_up(self, ids: Collection[str], account_id: str) -> dict[str, Home | None]:
+        """Return where each of the ids that are anybody's is stored: its home where it is the
+        account's, None where it is another account's. An id that is missing in the result is
+        nobody's. One query; at most MAX_LOOK_UPS ids. Raises LedgerUnavailable."""
+        names = orjson.dumps(list(ids)).decode()
+        rows = {row[0]: row[1:] for row in self._store.look_up_all(OWNERS, (names,))}
+        found: dict[str, Home | None] = {}
+        for each in ids:
+            if owned := decided(rows.get(each), self._claims.get(each)):
+                found[each] = owned.home if owned.account_id == account_id else None
+        return found
 
     def is_free(self, object_id: str) -> bool:
         """Return whether no account owns the object. Raises LedgerUnavailable."""

@@ -54,12 +54,9 @@ import redbtc_ledger as ledger
 import redbtc_webhook
 from redbtc_billing import Books, Price
 from redbtc_body import (
-    Buffer,
     Content,
     Form,
     Query,
-    Reference,
-    add_include_usage,
     decompressed,
     media_of,
     most_decoded,
@@ -69,6 +66,7 @@ from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import StreamMeter
+from redbtc_pieces import Buffer, Steps
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_server import (
     Connections,
@@ -90,6 +88,7 @@ from redbtc_settings import (
     parse_amount,
     url_of,
 )
+from redbtc_slices import in_slices
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
     NO_LIST,
@@ -272,7 +271,7 @@ async def _read_up_to(
             body = bytearray(body + message["body"]) if body else message["body"]
         _check_size(len(body), most)
         if form:
-            form.grow(body)
+            await in_slices(form.grow(body))
         if not message["more_body"]:
             return body, True
     return body, False
@@ -300,11 +299,11 @@ async def read_content(
     if media.encoding:
         most = most_decoded(len(body), settings.server.max_body_bytes)
         await reserved.take(most, clock)
-        text = await asyncio.to_thread(decompressed, body, media.encoding, most)
+        text = await in_slices(decompressed(body, media.encoding, most))
         reserved.give_back(most - len(text))
         if form:
-            await asyncio.to_thread(form.grow, text)
-    return Content(body, text, form, endpoint.model_needed)
+            await in_slices(form.grow(text))
+    return await in_slices(Content.steps(body, text, form, endpoint.model_needed))
 
 
 # ── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -581,7 +580,7 @@ class StoredRoute:
                     body = b""  # that of GET and DELETE means nothing (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
                     check_plain_json(scope["headers"])
-                    gateway.homes(key, Content.of_any(body))
+                    await gateway.homes(key, await in_slices(Content.steps(body, body)))
                 if self._method == "DELETE" and response_id in gateway.unended:
                     message = "The response is still in progress; cancel it first."
                     raise Refusal("invalid_request", message)
@@ -644,7 +643,6 @@ STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfusc
 QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}  # the queries that go on
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, Home] = {}
-MOST_REFERENCES = 1000
 
 
 class MeteredRoute:
@@ -667,23 +665,14 @@ class MeteredRoute:
         ):
             with Reservation(gateway.limits, key, settings) as reserved:
                 content = await read_content(scope, receive, clock, settings, reserved, endpoint)
-                upstreams = gateway.upstreams_for(key, content)
-                body = content.sent
-                if endpoint.chat and content.facts.stream and content.plain:
-                    body = await self._ask_for_usage(exchange, content, reserved)
+                upstreams = await gateway.upstreams_for(key, content)
+                asks = settings.metering.include_usage == "add" and content.plain
+                if endpoint.chat and content.facts.stream and asks:
+                    exchange.takes_out_usage = content.add_include_usage()
                 await exchange.admit(key, content, upstreams)
-            relay = Relay(exchange, send, "POST", endpoint.path.removeprefix("/v1"), body)
+            path = endpoint.path.removeprefix("/v1")
+            relay = Relay(exchange, send, "POST", path, content.sent)
             await exchange.run(lambda: relay.forward(upstreams))
-
-    @staticmethod
-    async def _ask_for_usage(exchange: Metered, content: Content, reserved: Reservation) -> Buffer:
-        """The body of a streamed chat, a copy where it is changed. Raises Refusal, ClientLeft."""
-        if exchange.settings.metering.include_usage != "add":
-            return content.sent
-        await reserved.take(len(content.sent), exchange.clock)
-        body = add_include_usage(content.sent, content.facts)
-        exchange.takes_out_usage = body is not content.sent
-        return body
 
 
 class Gateway:
@@ -763,45 +752,49 @@ class Gateway:
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def check_reference(self, key: Key, reference: Reference, made: Mapping[str, Home]) -> Home:
-        """Return where it is. Raises Refusal where it is not the account's, in the same way whether
-        it is another account's or does not exist."""
-        home = self.home_of(key, reference.id)
-        if home is None and reference.id in made and self.objects.is_free(reference.id):
-            home = made[reference.id]
-        if home is not None:
-            return home
-        if reference.name in NOT_FOUND:
-            raise not_found(reference.name, reference.id)
-        raise not_own(reference.name)
-
-    def homes(self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING) -> set[str]:
+    async def homes(
+        self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
+    ) -> set[str]:
         """The upstream that has what the request builds on, if it builds on anything; the content
         inherits the models that work in that. `made`: what is the client's own without being
         stored. Raises Refusal."""
-        references: set[Reference] = set()
+        named = content.references
+        return await in_slices(self._find(key, content, made)) if named else set()
+
+    def _find(self, key: Key, content: Content, made: Mapping[str, Home]) -> Steps[set[str]]:
+        asked = list({each.id for each in content.references})
+        found: dict[str, Home | None] = {}
+        for at in range(0, len(asked), ledger.MAX_LOOK_UPS):
+            found |= self._look_up(key, asked[at : at + ledger.MAX_LOOK_UPS])
+            yield
         homes: set[str] = set()
-        for reference in content.references():
-            if reference not in references:
-                references.add(reference)
-                home = self.check_reference(key, reference, made)
-                homes.add(home.upstream)
-                # What is in a conversation can change before the request gets there.
-                minted = home.minted_input and reference.name != "conversation"
-                content.inherit(home.models, minted)
-            if len(references) > MOST_REFERENCES:
-                message = f"The body names more than {MOST_REFERENCES} stored objects."
-                raise Refusal("invalid_request", message)
+        for number, each in enumerate(content.references):
+            home = found[each.id] if each.id in found else made.get(each.id)
+            if home is None and each.name in NOT_FOUND:
+                raise not_found(each.name, each.id)
+            if home is None:
+                raise not_own(each.name)
+            homes.add(home.upstream)
+            # What is in a conversation can change before the request gets there.
+            content.inherit(home.models, home.minted_input and each.name != "conversation")
+            if number % 1000 == 0:
+                yield
         if len(homes) > 1:
             raise Refusal("invalid_request", "What this builds on is at different upstreams.")
         return homes
 
-    def upstreams_for(
+    def _look_up(self, key: Key, ids: list[str]) -> dict[str, Home | None]:
+        try:
+            return self.objects.look_up(ids, key.account_id)
+        except LedgerUnavailable:
+            raise Refusal("ledger_unavailable") from None
+
+    async def upstreams_for(
         self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
     ) -> list[Upstream]:
         """Those that may take the request, the first to try in front. `made`: as for `homes`.
         Raises Refusal."""
-        homes = self.homes(key, content, made)
+        homes = await self.homes(key, content, made)
         model = content.facts.model or ""
         for each in (model, *content.further_models()):
             if not key.allows(each):

@@ -185,6 +185,8 @@ class RequestCycle:
                 self._left = int(value)
             elif name == b"connection" and b"close" in value.lower():
                 self.keep_alive = False
+        if self._waits and not self.framing.whole:  # it may send its body, or leave it out
+            self.keep_alive = False
         text = b"".join([b"%b: %b\r\n" % line for line in headers if line[0] != b"connection"])
         if BAD_IN_VALUE.search(b"".join([name + value for name, value in headers])):
             raise RuntimeError("a header of the answer contains control characters")

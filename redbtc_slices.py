@@ -59,6 +59,7 @@ async def in_slices(steps: Generator[None, None, T]) -> T:
     try:
         if TURNS.taken:
             await TURNS.wait()
+        next(steps)  # most is done in one step
         until = perf_counter() + SLICE_SECONDS
         while True:
             next(steps)

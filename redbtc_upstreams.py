@@ -18,9 +18,9 @@ import httpx2
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
-from redbtc_body import Buffer
 from redbtc_ledger import Store
 from redbtc_meter import name_in
+from redbtc_pieces import Buffer
 from redbtc_refusals import Headers, Refusal
 from redbtc_settings import UpstreamSettings
 from redbtc_transport import Answer, Request, Transport

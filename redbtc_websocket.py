@@ -448,7 +448,7 @@ class Turn(Metered):
         admission.charge("tokens", 0)
         usual = self.settings.billing.hold_output_tokens
         more = self._further_input + (self._content.facts.most_output_tokens() or usual)
-        more += len(frame.text)
+        more += frame.size
         money = await self.hold(self._content, more)
         self.holds.enter_context(money)
         self._content.chosen_ids |= frame.chosen_ids
@@ -762,7 +762,7 @@ class Session:
         try:
             key = self.gateway.enter(self._scope)
             with self.gateway.limits.charge(key, self.gateway.settings.limits) as admission:
-                frame = Frame(text)
+                frame = await in_slices(Frame.read(text))
                 await self._act(frame, admission)
         except Refusal as refusal:
             self._small_frames.charge(REFUSED_FRAMES)
@@ -798,12 +798,12 @@ class Session:
     async def _steer(self, frame: Frame, admission: Admission) -> None:
         """More input for a response that is in flight on this connection."""
         response_id = frame.only(STEER_MEMBERS).facts.previous_response_id or ""
-        if frame.tools:
+        if frame.offers_tools:
             raise Refusal("invalid_request", "Steering offers no tools.", param="input")
         turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
         for turn in turns:
             if response_id and turn.response_id == response_id and not turn.settled:
-                self.gateway.homes(self.gateway.enter(self._scope), frame, self._made)
+                await self.gateway.homes(self.gateway.enter(self._scope), frame, self._made)
                 await turn.steer(frame, admission)
                 if (line := turn.line) and not line.lost:
                     await line.send(frame.sent, line.upstream.settings.idle_timeout_seconds)
@@ -852,7 +852,7 @@ class Session:
         if facts.background:
             message = "A background response can't be created over a WebSocket."
             raise Refusal("invalid_request", message, param="background")
-        upstreams = gateway.upstreams_for(key, frame, self._made)
+        upstreams = await gateway.upstreams_for(key, frame, self._made)
         speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
         if not speaking:
             raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")

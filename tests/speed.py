@@ -6,11 +6,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 PROBE = """
 import select, socket, sys
@@ -78,6 +81,16 @@ def longest_step(steps: Iterable[object]) -> float:
         except StopIteration:
             return max(longest, time.thread_time() - start) / measure
         longest = max(longest, time.thread_time() - start)
+
+
+def result_of(steps: Generator[object, None, T]) -> T:
+    """What work in slices returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: T = done.value
+            return result
 
 
 class Stalls:

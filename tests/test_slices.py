@@ -1,0 +1,88 @@
+"""Long work on the event loop is done in slices, in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Generator
+
+import pytest
+
+from redbtc_slices import SLICE_SECONDS, in_slices
+
+
+def busy(name: str, log: list[str], slices: int) -> Generator[None, None, str]:
+    """Work that takes so many slices."""
+    for _ in range(slices):
+        until = time.perf_counter() + SLICE_SECONDS
+        while time.perf_counter() < until:
+            pass
+        log.append(name)
+        yield
+    return name
+
+
+def test_short_work_is_done_without_a_turn_of_the_loop() -> None:
+    async def main() -> None:
+        turned = False
+
+        def turn() -> None:
+            nonlocal turned
+            turned = True
+
+        asyncio.get_running_loop().call_soon(turn)
+        assert await in_slices(busy("a", [], 0)) == "a"
+        assert not turned
+
+    asyncio.run(main())
+
+
+def test_long_works_take_turns_and_together_one_slice_a_turn() -> None:
+    log: list[str] = []
+
+    async def main() -> None:
+        loop, done = asyncio.get_running_loop(), False
+
+        def turn() -> None:
+            log.append("|")
+            if not done:
+                loop.call_soon(turn)
+
+        turn()
+        works = [in_slices(busy(name, log, 20)) for name in "abcd"]
+        assert await asyncio.gather(*works) == list("abcd")
+        done = True
+
+    asyncio.run(main())
+    turns = "".join(log).strip("|").split("|")
+    assert max(map(len, turns)) <= 2, "the first slice, and that of a turn"
+    order = "".join(turns)
+    assert all(abs(order[:40].count(name) - 10) <= 2 for name in "abcd"), order
+
+
+def test_work_that_is_cancelled_ends_and_others_go_on() -> None:
+    log: list[str] = []
+
+    async def main() -> None:
+        steps = busy("a", log, 1000)
+        cancelled = asyncio.create_task(in_slices(steps))
+        other = asyncio.create_task(in_slices(busy("b", log, 20)))
+        await asyncio.sleep(SLICE_SECONDS * 5)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert steps.gi_frame is None, "it is closed"
+        assert await other == "b"
+        assert await in_slices(busy("c", log, 0)) == "c"
+
+    asyncio.run(main())
+    asyncio.run(main())  # another loop waits for nothing of the first one
+
+
+def test_work_that_fails_raises() -> None:
+    def failing() -> Generator[None, None, None]:
+        yield
+        raise KeyError("x")
+
+    with pytest.raises(KeyError, match="x"):
+        asyncio.run(in_slices(failing()))
