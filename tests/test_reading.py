@@ -233,6 +233,20 @@ def test_no_memory_is_lost_whatever_happens_to_a_body(
     passes(gateway, key)
 
 
+def test_what_waits_for_all_gives_back_what_its_account_gave(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway(server(queue_seconds=0.2)).start()
+    third = gateway.new_key("third")
+    with contextlib.ExitStack() as stack:
+        for name in ("one", "two"):
+            stack.enter_context(unfinished(gateway, gateway.new_key(name), 2, MAX_BODY))
+        with gateway.client(third) as client:
+            for _ in range(3):
+                refused = client.post("/responses", content=body(MAX_BODY), headers=JSON)
+                assert refused.status_code == 429
+                assert "bodies at once for this gateway" in refused.json()["error"]["message"]
+    passes(gateway, third)
+
+
 def test_bodies_that_grow_in_each_others_way_do_not_lock(make_gateway: MakeGateway) -> None:
     """Five of 8 MB without a length, where 16 MB are to be had: whoever waits too long goes."""
     gateway = make_gateway(server(queue_seconds=1)).start()
