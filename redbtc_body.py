@@ -14,6 +14,11 @@ refused.
 Rule 3. A body has one meaning. What the next reader could take in another way is refused: a member
 that stands twice, a name behind escapes or in other letters, a form whose boundary or heads are in
 doubt. Else what is checked here would not be what the upstream does.
+
+Rule 4. A body is read before its account's limits can refuse it, on the event loop that everybody
+shares. So all reading is a generator of small steps (redbtc_slices.py), no step calls msgspec or re
+on more than a piece of the text (redbtc_pieces.py), and whatever can be repeated has a maximum far
+above all honest use.
 """
 
 from __future__ import annotations

@@ -1191,7 +1191,7 @@ def test_steering_that_an_upstream_does_not_read_ends(
     with client(gateway, gateway.new_key()) as ws:
         ws.send()
         ws.until("response.output_text.delta")
-        ws.raw(steer(1, input="x" * 30_000_000))
+        ws.raw(steer(1, input="x" * 12_000_000))
         ws.completed()
         assert ws.closed() == 1011
     assert brief(gateway) == [done(1)]
