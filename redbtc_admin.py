@@ -40,7 +40,7 @@ import redbtc_billing as billing
 import redbtc_ledger as ledger
 import redbtc_reports as reports
 from redbtc_billing import Books, Price
-from redbtc_ledger import Accounts, Key, Record, in_slices
+from redbtc_ledger import Accounts, Key, Record
 from redbtc_reports import Range
 from redbtc_settings import (
     MONTH,
@@ -111,6 +111,7 @@ from redbtc_shapes import (
     UsersQuery,
     WhichUser,
 )
+from redbtc_slices import with_turns
 from redbtc_users import Busy, Later, Session, TooMany, Users
 
 # ── Who ──────────────────────────────────────────────────────────────────────────────────────────
@@ -358,7 +359,7 @@ class API:
             allowed = not patterns or billing.matches(name, patterns)
             return allowed, self._running.serves(name), self.books.served(name)
 
-        found = [(fits(name), name) async for name in in_slices(names) if not {*"*?["} & {*name}]
+        found = [(fits(name), name) async for name in with_turns(names) if not {*"*?["} & {*name}]
         return max(found, key=lambda each: each[0])[1]
 
     async def perform(
@@ -524,12 +525,12 @@ class API:
     async def list_prices(self) -> Record:
         """Past, current and coming prices."""
         rows = self.books.prices.rows(self.books.store.time())
-        return {"prices": [row async for row in in_slices(rows)]}
+        return {"prices": [row async for row in with_turns(rows)]}
 
     @operation("GET", "/accounts/{account}/prices", "/me/prices", least="key", answer=PriceList)
     async def account_prices(self, account: Record) -> Record:
         """The prices in force and coming."""
-        rows = in_slices(self.books.prices.rows(self.books.store.time()))
+        rows = with_turns(self.books.prices.rows(self.books.store.time()))
         shown = [
             billing.for_account(row, "reason") async for row in rows if row["status"] != "past"
         ]
@@ -558,7 +559,7 @@ class API:
         """An account's payments."""
         payments = await self.books.payments(account)
         if actor.rank != "operator":
-            payments = [billing.for_account(each) async for each in in_slices(payments)]
+            payments = [billing.for_account(each) async for each in with_turns(payments)]
         return {"payments": payments}
 
     @operation("POST", "/accounts/{account}/payments", least="operator", answer=PaymentAdded)
@@ -926,7 +927,7 @@ async def in_parts(
     """An answer of what may be long."""
     parts: list[bytes] = []
     part = bytearray()
-    async for bit in in_slices(bits):
+    async for bit in with_turns(bits):
         part += bit
         if len(part) >= PART_BYTES:
             parts.append(bytes(part))
@@ -935,7 +936,7 @@ async def in_parts(
     if len(parts) == 1:
         return Response(parts[0], status, headers, media_type)
     length = {"content-length": str(sum(map(len, parts)))}
-    return StreamingResponse(in_slices(parts), status, {**headers, **length}, media_type)
+    return StreamingResponse(with_turns(parts), status, {**headers, **length}, media_type)
 
 
 async def answer(record: Record, status: int = 200) -> Response:

@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Struct
 
 import redbtc_ledger as ledger
-from redbtc_ledger import Change, Key, Part, Record, Store, Usage, in_slices
+from redbtc_ledger import Change, Key, Part, Record, Store, Usage
 from redbtc_settings import (
     NANOS,
     UNLIMITED,
@@ -44,6 +44,7 @@ from redbtc_settings import (
     month_of,
     parse_limit,
 )
+from redbtc_slices import with_turns
 
 DAY = 86_400_000  # milliseconds
 MINUTE = 60_000
@@ -636,7 +637,7 @@ class Books:
                 await self.store.transact(*changes, by=by)
             self.prices = after
         added = {price.id for price in new}
-        rows = [row async for row in in_slices(after.rows(now)) if row["id"] in added]
+        rows = [row async for row in with_turns(after.rows(now)) if row["id"] in added]
         return {"prices": rows, "added": len(new), "unchanged": len(prices) - len(new)}
 
     async def _notices_of_rises(
@@ -664,7 +665,7 @@ class Books:
         told: dict[str, str] = {}  # that a rise goes on is not told again
         for at in sorted(time for time in times if time >= earliest):
             lines: dict[str, str] = {}
-            async for model in in_slices(models):
+            async for model in with_turns(models):
                 before = self.prices.tariff(model, at)
                 if before is None and model in used and settings.unpriced_models == "free":
                     before = FREE
@@ -871,14 +872,16 @@ def _refuse_twice(prices: Iterable[Price]) -> None:
 async def matching(models: Iterable[str], patterns: set[str]) -> set[str]:
     """Those of many models that one of many patterns means."""
     wild = [pattern for pattern in patterns if is_pattern(pattern)]
-    return {model async for model in in_slices(models) if model in patterns or matches(model, wild)}
+    return {
+        model async for model in with_turns(models) if model in patterns or matches(model, wild)
+    }
 
 
 async def matched(patterns: Iterable[str], models: Iterable[str]) -> set[str]:
     """Those of many patterns that mean one of many models."""
     return {
         pattern
-        async for pattern in in_slices(filter(is_pattern, patterns))
+        async for pattern in with_turns(filter(is_pattern, patterns))
         if any(matches(model, {pattern}) for model in models)
     }
 

@@ -61,7 +61,7 @@ from redbtc_admin import (
 )
 from redbtc_billing import DAY, Books, Rates, matches
 from redbtc_charts import Series, stacked
-from redbtc_ledger import Record, in_slices
+from redbtc_ledger import Record
 from redbtc_reports import csv_line, csv_lines, statement_lines
 from redbtc_settings import (
     LedgerError,
@@ -74,6 +74,7 @@ from redbtc_settings import (
     shipped,
 )
 from redbtc_shapes import RequestShown
+from redbtc_slices import with_turns
 from redbtc_users import Later, Session, signature
 
 # ── Browsers ─────────────────────────────────────────────────────────────────────────────────────
@@ -272,7 +273,7 @@ def environment() -> jinja2.Environment:
 
 async def draw(template: jinja2.Template, context: Mapping[str, Any]) -> bytes:
     """A page."""
-    parts = [part async for part in in_slices(template.generate(context))]
+    parts = [part async for part in with_turns(template.generate(context))]
     return "".join(parts).encode("utf-8", "replace")
 
 
@@ -772,7 +773,7 @@ async def _prices(visit: Visit, found: Record) -> Context:
     model = visit.request.query_params.get("model", "")[:256].strip()
     rows = [
         row
-        async for row in in_slices(found["prices"])
+        async for row in with_turns(found["prices"])
         if model in row["model"] or matches(model, {row["model"]})
     ]
     rows.sort(key=lambda row: row["status"] == "past")
@@ -963,7 +964,7 @@ async def keys(visit: Visit) -> Context:
     shown = await _account(visit, "Keys")
     found = (await visit.ask(API.list_keys, account=shown["account"]["id"]))["keys"]
     now = iso_time(now_ms()) or ""
-    async for key in in_slices(found):
+    async for key in with_turns(found):
         ended = key["expires_at"] is not None and key["expires_at"] <= now
         key["state"] = "revoked" if key["revoked_at"] else "expired" if ended else "in force"
     found.reverse()
@@ -1087,7 +1088,7 @@ async def usage_csv(visit: Visit) -> Response:
             if not visit.is_logged_in():
                 visit.request.scope["abort"]()  # so that nobody takes it for the whole
                 return
-            yield "".join([csv_line(row.values()) async for row in in_slices(rows)])
+            yield "".join([csv_line(row.values()) async for row in with_turns(rows)])
             older = {**query, "before": rows[-1]["request_id"]}
             rows = (await visit.ask(API.requests, query=older))["requests"][::-1]
 

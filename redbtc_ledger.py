@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import aiosqlite
 import msgspec
@@ -46,6 +46,7 @@ from redbtc_settings import (
     shipped,
     shown_limit,
 )
+from redbtc_slices import with_turns
 
 # ── Store ────────────────────────────────────────────────────────────────────────────────────────
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
@@ -131,18 +132,6 @@ class Writer(aiosqlite.Connection):
 
 
 ROWS_AT_ONCE = 500
-SLICE_SECONDS = 0.00025
-Item = TypeVar("Item")
-
-
-async def in_slices(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """Of what may be many, one after the other, with the event loop's other work between them."""
-    began = time.perf_counter()
-    for item in items:
-        yield item
-        if time.perf_counter() - began > SLICE_SECONDS:
-            await asyncio.sleep(0)
-            began = time.perf_counter()
 
 
 class Reader:
@@ -164,7 +153,7 @@ class Reader:
         """The rows of a query, as they are read."""
         async with self._connection.execute(sql, values) as cursor:
             while batch := await cursor.fetchmany(ROWS_AT_ONCE):
-                async for row in in_slices(batch):
+                async for row in with_turns(batch):
                     yield row
 
 
@@ -292,7 +281,7 @@ class Store:
     async def rows(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
         """The rows of a query, all of which are there before the first is given: as long as one is
         read from, other reads of its connection don't see what is committed meanwhile."""
-        async for row in in_slices(await self._reader.all(sql, values)):
+        async for row in with_turns(await self._reader.all(sql, values)):
             yield row
 
     async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:

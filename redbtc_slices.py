@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Generator
+from collections.abc import AsyncIterator, Generator, Iterable
 from time import perf_counter
 from typing import TypeVar
 
 SLICE_SECONDS = 0.001
+ITEMS_SECONDS = 0.00025  # of work on items that are many, between two turns of the loop
 
 T = TypeVar("T")
 
@@ -71,3 +72,13 @@ async def in_slices(steps: Generator[None, None, T]) -> T:
         return result
     finally:
         steps.close()
+
+
+async def with_turns(items: Iterable[T]) -> AsyncIterator[T]:
+    """Iterate over what may be many items, with turns of the loop in between."""
+    began = perf_counter()
+    for item in items:
+        yield item
+        if perf_counter() - began > ITEMS_SECONDS:
+            await asyncio.sleep(0)
+            began = perf_counter()
