@@ -501,6 +501,27 @@ def test_http_1_0_gets_no_chunks(torn: bool) -> None:
     run(test)
 
 
+def test_a_body_that_was_not_asked_for_ends_the_connection() -> None:
+    """A client that waits for 100 Continue may leave its body out, or send it all the same."""
+
+    async def early(scope: Scope, receive: Any, send: Any) -> None:
+        await answer(send, b"ok")
+
+    async def test() -> None:
+        for body in (b"", b"body"):
+            served = Served(early)
+            await served.feed(post(b"Expect: 100-continue", b"body")[:-4], body + SMUGGLED)
+            assert served.transport.out.count(b"HTTP/1.1 ") == 1
+            assert b"connection: close" in served.transport.out
+        served = Served()  # reads the body
+        await served.feed(post(b"Expect: 100-continue", b"body")[:-4], b"body" + SMUGGLED)
+        assert served.transport.out.startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+        assert [body for *_, body in served.requests] == [b"body", b""]
+        assert b"connection: close" not in served.transport.out
+
+    run(test)
+
+
 def test_a_body_is_bounded_while_nobody_reads_it() -> None:
     async def wait(scope: Scope, receive: Any, send: Any) -> None:
         await asyncio.Event().wait()
