@@ -502,8 +502,8 @@ class HTTPProtocol(asyncio.Protocol):
 
     def _take(self, data: bytes) -> None:
         """Take in what has come, as far as it belongs to one request."""
-        while data and self._cycle is None and self._state in (State.IDLE, State.HEAD):
-            data = self._take_head(data)  # twice where empty lines come first (RFC 9112 §2.2)
+        if data and self._cycle is None and self._state in (State.IDLE, State.HEAD):
+            data = self._take_head(data)
         if self._state is State.CLOSING:
             self._discarded += len(data)
             if self._discarded > MAX_LINGER:
@@ -550,16 +550,19 @@ class HTTPProtocol(asyncio.Protocol):
         """Take in a part of a head; return what comes after it."""
         if self._state is State.IDLE:
             self._enter(State.HEAD, HEAD_SECONDS)
-        parser = self._parser
-        if parser is None:
-            parser = self._parser = httptools.HttpRequestParser(self)
+        if self._parser is None:
+            head = data.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 §2.2)
+            self._head_bytes += len(data) - len(head)
+            data = head
+            self._parser = httptools.HttpRequestParser(self) if data else None
         at = (self._head_tail + data).find(b"\r\n\r\n")
         end = len(data) if at < 0 else at + 4 - len(self._head_tail)
         part = data[:end]
         self._head_bytes += len(part)
         self._head_tail = (self._head_tail + part)[-3:]
         try:
-            parser.feed_data(part)
+            if self._parser:
+                self._parser.feed_data(part)
         except httptools.HttpParserUpgrade:
             pass  # whether it is taken is decided here; llhttp sees nothing but the head
         except httptools.HttpParserError:

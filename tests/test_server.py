@@ -23,6 +23,7 @@ from redbtc_http import (
 )
 from redbtc_server import Connections, HTTPProtocol, State
 from redbtc_watch import Scope
+from speed import cpu_seconds, unit
 
 SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: g\r\n\r\n"
 HANDSHAKE = (
@@ -571,5 +572,22 @@ def test_empty_lines_before_a_request_are_bounded() -> None:
             with contextlib.suppress(RuntimeError):
                 await served.feed(b"\r\n" * 500)
         assert served.transport.out.startswith(b"HTTP/1.1 431 ")
+
+    run(test)
+
+
+def test_empty_lines_are_stepped_over_at_once() -> None:
+    """Each was a copy of all that came with it: 250 KB of them kept everybody waiting for 70 ms."""
+
+    async def test() -> None:
+        def cost_of(data: bytes) -> float:
+            served = Served()
+            cost = cpu_seconds(lambda: served.protocol.data_received(data))
+            served.protocol.connection_lost(None)
+            return cost
+
+        lines, head = b"\r\n" * 125_000, b"GET / HTTP/1.1\r\nX: " + b"x" * 250_000
+        assert cost_of(lines) < 10 * (cost_of(head) + unit())
+        await turn()
 
     run(test)
