@@ -592,7 +592,7 @@ class HTTPProtocol(asyncio.Protocol):
             scope = self._scope()
             check_head(scope)
             if is_handshake(scope) and self._shared.offers_websocket():
-                check_handshake(scope["headers"])
+                check_handshake(scope)
                 self._hand_over(scope, rest)
                 return True
         except Refusal as refusal:
@@ -643,18 +643,19 @@ class HTTPProtocol(asyncio.Protocol):
     def _scope(self) -> Scope:
         assert self._parser is not None
         scope, url = self._new_scope(), httptools.parse_url(self._url)
-        path = url.path.decode("ascii")
+        raw_path = url.path or b"/"  # RFC 9110 §4.2.3: http://host is http://host/
+        path = raw_path.decode("ascii")
         scope["http_version"] = self._parser.get_http_version()
         scope["method"] = self._parser.get_method().decode("ascii")
         scope["path"] = urllib.parse.unquote(path) if "%" in path else path
-        scope["raw_path"] = url.path
+        scope["raw_path"] = raw_path
         scope["query_string"] = url.query or b""
         return scope
 
     def _hand_over(self, scope: Scope, rest: bytes) -> None:
         """From now on the connection is a WebSocket's."""
         self._forget()
-        head = [b"GET %b HTTP/1.1\r\n" % self._url]
+        head = [b"GET %b?%b HTTP/1.1\r\n" % (scope["raw_path"], scope["query_string"])]
         head += [b"%b: %b\r\n" % line for line in scope["headers"]]
         protocol = cast(Any, self._config.ws_protocol_class)(
             config=self._config, server_state=self._server_state, app_state=self._app_state

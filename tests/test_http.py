@@ -62,6 +62,8 @@ CASES = {
     "an encoded slash": ("GET /v1%2fresponses HTTP/1.1\nHost: a", 404),
     "the admin API": ("GET /admin/v1/accounts HTTP/1.1\nHost: a", 401),
     "HEAD as codex doctor": ("HEAD /v1/responses HTTP/1.1\nHost: a", 404),
+    "an absolute URL without a path": ("GET http://evil HTTP/1.1\nHost: a", 404),
+    "CONNECT with an absolute URL": ("CONNECT http://evil HTTP/1.1\nHost: a", 400),
     "an absolute URL": ("GET http://evil/v1/files HTTP/1.1\nHost: a", 404),
     "a WebSocket": (
         "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
@@ -72,6 +74,34 @@ CASES = {
         "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13",
         401,
+    ),
+    "a WebSocket at an absolute URL": (
+        "GET http://a/v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13",
+        401,
+    ),
+    "a WebSocket with two keys": (
+        "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        426,
+    ),
+    "a WebSocket and another upgrade": (
+        "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13\nUpgrade: h2c",
+        426,
+    ),
+    "a WebSocket with a bad protocol": (
+        "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13\n"
+        "Sec-WebSocket-Protocol: ;",
+        426,
+    ),
+    "a WebSocket with a long query": (
+        f"GET /v1/responses?{'x' * 9000} HTTP/1.1\nHost: a\n"
+        "Connection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13",
+        431,
     ),
     "a WebSocket elsewhere": (
         "GET /v1/files HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from speed import cpu_seconds, unit
 from uvicorn.server import ServerState
 
 import redbtc_server
@@ -23,7 +24,6 @@ from redbtc_http import (
 )
 from redbtc_server import Connections, HTTPProtocol, State
 from redbtc_watch import Scope
-from speed import cpu_seconds, unit
 
 SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: g\r\n\r\n"
 HANDSHAKE = (
