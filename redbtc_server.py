@@ -660,6 +660,7 @@ class HTTPProtocol(asyncio.Protocol):
         protocol = cast(Any, self._config.ws_protocol_class)(
             config=self._config, server_state=self._server_state, app_state=self._app_state
         )
+        self.resume_reading()  # now: from here on the WebSocket decides when to read
         protocol.connection_made(self.transport)
         protocol.client, protocol.server = self._client, self._server
         self.transport.set_protocol(protocol)

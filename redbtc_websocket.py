@@ -30,6 +30,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import orjson
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
@@ -54,6 +55,7 @@ RESPONSES = Endpoint("/v1/responses", stores=True)
 MOST_SESSIONS = 100  # of an account
 MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
 LINE_SECONDS = 2  # for closing a line
+MAX_EARLY_BYTES = 64 << 10  # that a client sends before its handshake is answered
 MOST_PONGS = 1000  # that a client may leave unread
 STEER_SECONDS = 30  # for the response that follows one which was steered
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
@@ -67,9 +69,27 @@ UNRESOLVED = ("response.steer.failed", "response.steer.pending")
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's, with scope["abort"]: to end the connection of a client that doesn't read, which no
-    close reaches. One that pings without end, and reads none of the answers, is let go of, too."""
+    close reaches. One that pings without end, and reads none of the answers, is let go of, too.
+    Frames that a client sends before its handshake is answered wait until it is: nothing may be
+    sent before the answer, not even a pong."""
 
     _pongs = 0
+    _early = b""  # what came before the handshake was answered
+
+    def data_received(self, data: bytes) -> None:
+        if self.handshake_initiated and not self.handshake_complete:
+            self._early += data
+            if len(self._early) > MAX_EARLY_BYTES:
+                self.transport.pause_reading()
+        else:
+            super().data_received(data)
+
+    async def send(self, message: ASGISendEvent) -> None:
+        await super().send(message)
+        if self._early and self.handshake_complete and not self.transport.is_closing():
+            early, self._early = self._early, b""
+            self.transport.resume_reading()
+            super().data_received(early)
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
