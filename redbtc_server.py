@@ -146,7 +146,7 @@ class RequestCycle:
         """Return the next part of the body; after its end, wait until the client leaves or the
         answer is complete. Raises Refusal where the body's framing is broken."""
         connection = self._connection
-        if self._waits and not (self.started or connection.closed):
+        if self._waits and not (self.started or connection.closed or self.framing.whole):
             connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._waits = False
         while not (connection.closed or self.complete):
@@ -185,6 +185,8 @@ class RequestCycle:
                 self._left = int(value)
             elif name == b"connection" and b"close" in value.lower():
                 self.keep_alive = False
+        if self._waits and not self.framing.whole:
+            self.keep_alive = False  # it may send the body that was announced, or the next request
         text = b"".join([b"%b: %b\r\n" % line for line in headers if line[0] != b"connection"])
         if BAD_IN_VALUE.search(b"".join([name + value for name, value in headers])):
             raise RuntimeError("a header of the answer contains control characters")

@@ -153,6 +153,18 @@ def test_expect_is_answered_for_a_good_key(gateway: Gateway, key: str) -> None:
         assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize("first", ["GET /healthz", "POST /dashboard", "POST /v1/files"])
+def test_who_was_not_told_to_send_a_body_sends_no_other_request(
+    gateway: Gateway, first: str
+) -> None:
+    """RFC 9110 §10.1.1: nobody knows whether the body follows, or the next request."""
+    head = f"{first} HTTP/1.1\nHost: a\nContent-Length: 50\nExpect: 100-continue"
+    answer = gateway.raw(request(head), until_close=True)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nconnection: close\r\n" in answer
+    assert b"100 Continue" not in answer
+
+
 def test_pipelined_requests_are_answered_in_order(gateway: Gateway, key: str) -> None:
     one = request("GET /healthz HTTP/1.1\nHost: a")
     two = request(f"GET /v1/models HTTP/1.1\nHost: a\nAuthorization: Bearer {key}")
