@@ -283,13 +283,13 @@ class Connections:
                 say(logging.WARNING, "too many connections", open=number, maximum=self._max)
             next(iter(self.waiting)).abort()
 
-    def discard(self, connection: HTTPProtocol) -> None:
-        """A connection has ended."""
+    def discard(self, connection: HTTPProtocol, number: int) -> None:
+        """A connection has ended; `number` are left, WebSockets included."""
         self.open.discard(connection)
         self.waiting.pop(connection, None)
-        if self._full and len(self.open) < self._max * 0.9:
+        if self._full and number < self._max * 0.9:
             self._full = False
-            say(logging.INFO, "connections are accepted again", open=len(self.open))
+            say(logging.INFO, "connections are accepted again", open=number)
 
     def _sweep(self) -> None:
         now = self.now()
@@ -362,7 +362,7 @@ class HTTPProtocol(asyncio.Protocol):
 
     def _forget(self) -> None:
         self._server_state.connections.discard(cast(Any, self))
-        self._shared.discard(self)
+        self._shared.discard(self, len(self._server_state.connections))
         self.deadline = math.inf
 
     def data_received(self, data: bytes) -> None:

@@ -470,6 +470,27 @@ def test_the_oldest_connection_without_a_request_makes_room() -> None:
     run(test)
 
 
+def test_too_many_connections_are_said_once_among_websockets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(redbtc_server, "say", lambda level, event, **fields: said.append(event))
+
+    async def test() -> None:
+        served = Served(maximum=20)
+        sockets: list[Any] = [object() for _ in range(20)]
+        served._state.connections.update(sockets)
+        for _ in range(3):
+            _, protocol = served.connect()
+            protocol.connection_lost(None)
+        assert said == ["too many connections"]
+        served._state.connections.clear()
+        served.protocol.connection_lost(None)
+        assert said == ["too many connections", "connections are accepted again"]
+
+    run(test)
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_http_1_0_gets_no_chunks(torn: bool) -> None:
     class Resettable:
