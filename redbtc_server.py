@@ -37,6 +37,7 @@ from uvicorn.server import ServerState
 from redbtc_http import (
     BAD_IN_VALUE,
     MAX_HEAD_BYTES,
+    MAX_HEADERS,
     BadFraming,
     Endless,
     Framing,
@@ -580,7 +581,8 @@ class HTTPProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        if len(self._headers) <= MAX_HEADERS:  # one more than these, and the head is refused
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None

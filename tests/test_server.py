@@ -18,6 +18,7 @@ import redbtc_server
 from redbtc_http import (
     MAX_CHUNKS_A_TURN,
     MAX_HEAD_BYTES,
+    MAX_HEADERS,
     MAX_TRAILER_BYTES,
     BadFraming,
     Chunked,
@@ -592,6 +593,19 @@ def test_empty_lines_before_a_request_are_bounded() -> None:
         for _ in range(MAX_HEAD_BYTES // 1000 + 1):
             with contextlib.suppress(RuntimeError):
                 await served.feed(b"\r\n" * 500)
+        assert served.transport.out.startswith(b"HTTP/1.1 431 ")
+
+    run(test)
+
+
+def test_headers_beyond_the_most_are_not_kept() -> None:
+    """16,000 of 4 bytes each took 40 times their size, until the head's deadline."""
+
+    async def test() -> None:
+        served = Served()
+        await served.feed(b"GET / HTTP/1.1\r\nHost: g\r\n" + b"a:\r\n" * 10_000)
+        assert len(served.protocol._headers) <= MAX_HEADERS + 1
+        await served.feed(b"\r\n")
         assert served.transport.out.startswith(b"HTTP/1.1 431 ")
 
     run(test)
