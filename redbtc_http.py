@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import re
 
+from websockets.datastructures import Headers as Fields
+from websockets.exceptions import InvalidHandshake
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
+
 from redbtc_refusals import Headers, Refusal, header
 from redbtc_watch import Scope
 
@@ -27,7 +32,6 @@ ONCE = (  # two of one could be read in two ways
     b"authorization",
 )
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
-WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # RFC 6455 §4.2.1
 # What the websockets package reads of a handshake; it answers nothing to a larger one.
 MAX_HANDSHAKE_HEADERS, MAX_HANDSHAKE_LINE = 128, 8000
 
@@ -68,29 +72,28 @@ def _check_framing(version: str, length: bytes | None, encoding: bytes | None) -
         raise Refusal("invalid_http", "Transfer-Encoding must be chunked, on HTTP/1.1, alone.")
 
 
-def tokens(headers: Headers, name: bytes) -> list[bytes]:
-    """Return the members of a header that is a list of tokens (RFC 9110 §5.6.1), in lower case."""
-    values = b",".join([value for key, value in headers if key == name])
-    return [token.strip(b" \t") for token in values.lower().split(b",")]
-
-
 def is_handshake(scope: Scope) -> bool:
-    """Return whether a request opens a WebSocket properly (RFC 6455 §4.2.1). One that does not is
-    an HTTP request, whose route says what is wrong."""
+    """Return whether a request opens a WebSocket properly (RFC 6455 §4.2.1), as the websockets
+    package sees it, which will answer it. One that does not is an HTTP request, whose route says
+    what is wrong."""
     headers: Headers = scope["headers"]
-    return bool(
-        scope["method"] == "GET"
-        and scope["http_version"] == "1.1"
-        and (header(headers, b"upgrade") or b"").lower() == b"websocket"
-        and b"upgrade" in tokens(headers, b"connection")
-        and header(headers, b"sec-websocket-version") == b"13"
-        and WEBSOCKET_KEY.fullmatch(header(headers, b"sec-websocket-key") or b"")
-    )
+    if (header(headers, b"upgrade") or b"").lower() != b"websocket":
+        return False
+    fields = Fields([(name.decode(), value.decode("latin-1")) for name, value in headers])
+    request = Request("/", fields, method=scope["method"], protocol=f"HTTP/{scope['http_version']}")
+    try:
+        ServerProtocol().process_request(request)
+    except InvalidHandshake:
+        return False
+    return True
 
 
-def check_handshake(headers: Headers) -> None:
+def check_handshake(scope: Scope) -> None:
     """Raise Refusal for a handshake with a body, which nobody would read, or one that is larger
     than the websockets package accepts."""
+    headers: Headers = scope["headers"]
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HANDSHAKE_LINE:
+        raise Refusal("headers_too_large", f"A path of over {MAX_HANDSHAKE_LINE} bytes.")
     for name, value in headers:
         if name in (b"content-length", b"transfer-encoding"):
             raise Refusal("invalid_http", "A WebSocket handshake must not have a body.")

@@ -163,9 +163,7 @@ class Guard:
         except Refusal as refusal:
             self._watch.refused(scope, refusal)
             answer = denial(send) if websocket else send
-            await respond(
-                scope, answer, refusal.status, refusal.body(), self._headers(scope, refusal)
-            )
+            await respond(scope, answer, refusal.status, refusal.body(), self._headers(refusal))
         except ClientLeft:
             self._watch.left(scope)
         except Exception as error:
@@ -176,12 +174,11 @@ class Guard:
                 await respond(scope, answer, unexpected.status, unexpected.body())
 
     @staticmethod
-    def _headers(scope: Scope, refusal: Refusal) -> Headers:
-        """Close what can't be read on: a client that still waits to be told to send its body, one
-        whose body is too late, or whose framing is in doubt. Of others the rest is read and thrown
-        away, so that they see the answer, and may use the connection again."""
-        waits = any(name == b"expect" for name, _ in scope["headers"])
-        if waits or refusal.code in ("invalid_http", "headers_too_large", "request_timeout"):
+    def _headers(refusal: Refusal) -> Headers:
+        """Close what can't be read on: a client whose body is too late, or whose framing is in
+        doubt. Of others the rest is read and thrown away, so that they see the answer, and may use
+        the connection again."""
+        if refusal.code in ("invalid_http", "headers_too_large", "request_timeout"):
             return [*refusal.headers, (b"connection", b"close")]
         return refusal.headers
 

@@ -37,6 +37,7 @@ from uvicorn.server import ServerState
 from redbtc_http import (
     BAD_IN_VALUE,
     MAX_HEAD_BYTES,
+    MAX_HEADERS,
     BadFraming,
     Endless,
     Framing,
@@ -146,7 +147,7 @@ class RequestCycle:
         """Return the next part of the body; after its end, wait until the client leaves or the
         answer is complete. Raises Refusal where the body's framing is broken."""
         connection = self._connection
-        if self._waits and not (self.started or connection.closed):
+        if self._waits and not (self.started or connection.closed or self.framing.whole):
             connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._waits = False
         while not (connection.closed or self.complete):
@@ -185,8 +186,8 @@ class RequestCycle:
                 self._left = int(value)
             elif name == b"connection" and b"close" in value.lower():
                 self.keep_alive = False
-        if self._waits and not self.framing.whole:  # it may send its body, or leave it out
-            self.keep_alive = False
+        if self._waits and not self.framing.whole:
+            self.keep_alive = False  # it may send the body that was announced, or the next request
         text = b"".join([b"%b: %b\r\n" % line for line in headers if line[0] != b"connection"])
         if BAD_IN_VALUE.search(b"".join([name + value for name, value in headers])):
             raise RuntimeError("a header of the answer contains control characters")
@@ -283,13 +284,13 @@ class Connections:
                 say(logging.WARNING, "too many connections", open=number, maximum=self._max)
             next(iter(self.waiting)).abort()
 
-    def discard(self, connection: HTTPProtocol) -> None:
-        """A connection has ended."""
+    def discard(self, connection: HTTPProtocol, number: int) -> None:
+        """A connection has ended; `number` are left, WebSockets included."""
         self.open.discard(connection)
         self.waiting.pop(connection, None)
-        if self._full and len(self.open) < self._max * 0.9:
+        if self._full and number < self._max * 0.9:
             self._full = False
-            say(logging.INFO, "connections are accepted again", open=len(self.open))
+            say(logging.INFO, "connections are accepted again", open=number)
 
     def _sweep(self) -> None:
         now = self.now()
@@ -362,7 +363,7 @@ class HTTPProtocol(asyncio.Protocol):
 
     def _forget(self) -> None:
         self._server_state.connections.discard(cast(Any, self))
-        self._shared.discard(self)
+        self._shared.discard(self, len(self._server_state.connections))
         self.deadline = math.inf
 
     def data_received(self, data: bytes) -> None:
@@ -504,8 +505,8 @@ class HTTPProtocol(asyncio.Protocol):
 
     def _take(self, data: bytes) -> None:
         """Take in what has come, as far as it belongs to one request."""
-        while data and self._cycle is None and self._state in (State.IDLE, State.HEAD):
-            data = self._take_head(data)  # twice where empty lines come first (RFC 9112 §2.2)
+        if data and self._cycle is None and self._state in (State.IDLE, State.HEAD):
+            data = self._take_head(data)
         if self._state is State.CLOSING:
             self._discarded += len(data)
             if self._discarded > MAX_LINGER:
@@ -552,16 +553,19 @@ class HTTPProtocol(asyncio.Protocol):
         """Take in a part of a head; return what comes after it."""
         if self._state is State.IDLE:
             self._enter(State.HEAD, HEAD_SECONDS)
-        parser = self._parser
-        if parser is None:
-            parser = self._parser = httptools.HttpRequestParser(self)
+        if self._parser is None:
+            head = data.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 §2.2)
+            self._head_bytes += len(data) - len(head)
+            data = head
+            self._parser = httptools.HttpRequestParser(self) if data else None
         at = (self._head_tail + data).find(b"\r\n\r\n")
         end = len(data) if at < 0 else at + 4 - len(self._head_tail)
         part = data[:end]
         self._head_bytes += len(part)
         self._head_tail = (self._head_tail + part)[-3:]
         try:
-            parser.feed_data(part)
+            if self._parser:
+                self._parser.feed_data(part)
         except httptools.HttpParserUpgrade:
             pass  # whether it is taken is decided here; llhttp sees nothing but the head
         except httptools.HttpParserError:
@@ -577,7 +581,8 @@ class HTTPProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        if len(self._headers) <= MAX_HEADERS:  # one more than these, and the head is refused
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
@@ -591,7 +596,7 @@ class HTTPProtocol(asyncio.Protocol):
             scope = self._scope()
             check_head(scope)
             if is_handshake(scope) and self._shared.offers_websocket():
-                check_handshake(scope["headers"])
+                check_handshake(scope)
                 self._hand_over(scope, rest)
                 return True
         except Refusal as refusal:
@@ -642,22 +647,24 @@ class HTTPProtocol(asyncio.Protocol):
     def _scope(self) -> Scope:
         assert self._parser is not None
         scope, url = self._new_scope(), httptools.parse_url(self._url)
-        path = url.path.decode("ascii")
+        raw_path = url.path or b"/"  # RFC 9110 §4.2.3: http://host is http://host/
+        path = raw_path.decode("ascii")
         scope["http_version"] = self._parser.get_http_version()
         scope["method"] = self._parser.get_method().decode("ascii")
         scope["path"] = urllib.parse.unquote(path) if "%" in path else path
-        scope["raw_path"] = url.path
+        scope["raw_path"] = raw_path
         scope["query_string"] = url.query or b""
         return scope
 
     def _hand_over(self, scope: Scope, rest: bytes) -> None:
         """From now on the connection is a WebSocket's."""
         self._forget()
-        head = [b"GET %b HTTP/1.1\r\n" % self._url]
+        head = [b"GET %b?%b HTTP/1.1\r\n" % (scope["raw_path"], scope["query_string"])]
         head += [b"%b: %b\r\n" % line for line in scope["headers"]]
         protocol = cast(Any, self._config.ws_protocol_class)(
             config=self._config, server_state=self._server_state, app_state=self._app_state
         )
+        self.resume_reading()  # now: from here on the WebSocket decides when to read
         protocol.connection_made(self.transport)
         protocol.client, protocol.server = self._client, self._server
         self.transport.set_protocol(protocol)

@@ -62,6 +62,8 @@ CASES = {
     "an encoded slash": ("GET /v1%2fresponses HTTP/1.1\nHost: a", 404),
     "the admin API": ("GET /admin/v1/accounts HTTP/1.1\nHost: a", 401),
     "HEAD as codex doctor": ("HEAD /v1/responses HTTP/1.1\nHost: a", 404),
+    "an absolute URL without a path": ("GET http://evil HTTP/1.1\nHost: a", 404),
+    "CONNECT with an absolute URL": ("CONNECT http://evil HTTP/1.1\nHost: a", 400),
     "an absolute URL": ("GET http://evil/v1/files HTTP/1.1\nHost: a", 404),
     "a WebSocket": (
         "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
@@ -72,6 +74,34 @@ CASES = {
         "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13",
         401,
+    ),
+    "a WebSocket at an absolute URL": (
+        "GET http://a/v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13",
+        401,
+    ),
+    "a WebSocket with two keys": (
+        "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        426,
+    ),
+    "a WebSocket and another upgrade": (
+        "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13\nUpgrade: h2c",
+        426,
+    ),
+    "a WebSocket with a bad protocol": (
+        "GET /v1/responses HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13\n"
+        "Sec-WebSocket-Protocol: ;",
+        426,
+    ),
+    "a WebSocket with a long query": (
+        f"GET /v1/responses?{'x' * 9000} HTTP/1.1\nHost: a\n"
+        "Connection: Upgrade\nUpgrade: websocket\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13",
+        431,
     ),
     "a WebSocket elsewhere": (
         "GET /v1/files HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
@@ -121,6 +151,18 @@ def test_expect_is_answered_for_a_good_key(gateway: Gateway, key: str) -> None:
         assert sock.recv(1000).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
         sock.sendall(BODY)
         assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("first", ["GET /healthz", "POST /dashboard", "POST /v1/files"])
+def test_who_was_not_told_to_send_a_body_sends_no_other_request(
+    gateway: Gateway, first: str
+) -> None:
+    """RFC 9110 §10.1.1: nobody knows whether the body follows, or the next request."""
+    head = f"{first} HTTP/1.1\nHost: a\nContent-Length: 50\nExpect: 100-continue"
+    answer = gateway.raw(request(head), until_close=True)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nconnection: close\r\n" in answer
+    assert b"100 Continue" not in answer
 
 
 def test_pipelined_requests_are_answered_in_order(gateway: Gateway, key: str) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import uvicorn
+from speed import cpu_seconds, unit
 from uvicorn.server import ServerState
 
 import redbtc_server
 from redbtc_http import (
     MAX_CHUNKS_A_TURN,
     MAX_HEAD_BYTES,
+    MAX_HEADERS,
     MAX_TRAILER_BYTES,
     BadFraming,
     Chunked,
@@ -469,6 +471,27 @@ def test_the_oldest_connection_without_a_request_makes_room() -> None:
     run(test)
 
 
+def test_too_many_connections_are_said_once_among_websockets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(redbtc_server, "say", lambda level, event, **fields: said.append(event))
+
+    async def test() -> None:
+        served = Served(maximum=20)
+        sockets: list[Any] = [object() for _ in range(20)]
+        served._state.connections.update(sockets)
+        for _ in range(3):
+            _, protocol = served.connect()
+            protocol.connection_lost(None)
+        assert said == ["too many connections"]
+        served._state.connections.clear()
+        served.protocol.connection_lost(None)
+        assert said == ["too many connections", "connections are accepted again"]
+
+    run(test)
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_http_1_0_gets_no_chunks(torn: bool) -> None:
     class Resettable:
@@ -592,5 +615,35 @@ def test_empty_lines_before_a_request_are_bounded() -> None:
             with contextlib.suppress(RuntimeError):
                 await served.feed(b"\r\n" * 500)
         assert served.transport.out.startswith(b"HTTP/1.1 431 ")
+
+    run(test)
+
+
+def test_headers_beyond_the_most_are_not_kept() -> None:
+    """16,000 of 4 bytes each took 40 times their size, until the head's deadline."""
+
+    async def test() -> None:
+        served = Served()
+        await served.feed(b"GET / HTTP/1.1\r\nHost: g\r\n" + b"a:\r\n" * 10_000)
+        assert len(served.protocol._headers) <= MAX_HEADERS + 1
+        await served.feed(b"\r\n")
+        assert served.transport.out.startswith(b"HTTP/1.1 431 ")
+
+    run(test)
+
+
+def test_empty_lines_are_stepped_over_at_once() -> None:
+    """Each was a copy of all that came with it: 250 KB of them kept everybody waiting for 70 ms."""
+
+    async def test() -> None:
+        def cost_of(data: bytes) -> float:
+            served = Served()
+            cost = cpu_seconds(lambda: served.protocol.data_received(data))
+            served.protocol.connection_lost(None)
+            return cost
+
+        lines, head = b"\r\n" * 125_000, b"GET / HTTP/1.1\r\nX: " + b"x" * 250_000
+        assert cost_of(lines) < 10 * (cost_of(head) + unit())
+        await turn()
 
     run(test)

@@ -1031,6 +1031,50 @@ def test_who_leaves_during_the_handshake_leaves_nothing(
     wait_until(lambda: not upstream.connections and gateway.open_files() <= files + 1)
 
 
+@pytest.mark.parametrize("first", [b"", b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"])
+@pytest.mark.parametrize(
+    ("early", "end"),
+    {
+        "a ping": (b"\x89\x82\0\0\0\0hi", b"\x8a\x02hi"),
+        "a close": (b"\x88\x82\0\0\0\0\x03\xe8", b"\x88\x02\x03\xe8"),
+        "no frame": (b"GET / HTTP/1.1\r\n\r\n", b"invalid opcode"),
+    }.values(),
+)
+def test_frames_before_the_handshake_is_answered_wait(
+    gateway: Gateway, upstream: Upstream, key: str, first: bytes, early: bytes, end: bytes
+) -> None:
+    upstream.talk = ws_like_openai
+    upstream.handshake_seconds = 0.1
+    handshake = f"{HANDSHAKE}Authorization: Bearer {key}\r\n\r\n".encode()
+    with gateway.connect() as sock:
+        sock.sendall(first + handshake + early)
+        answer = b""
+        while not answer.endswith(end):
+            answer += sock.recv(65536) or b"<the end>"
+            assert not answer.endswith(b"<the end>"), answer
+    assert answer.removeprefix(b"HTTP/1.1 200 OK").count(b"HTTP/1.1 101 ") == 1
+    assert answer.startswith(b"HTTP/1.1 200 " if first else b"HTTP/1.1 101 ")
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"])
+def test_frames_before_the_handshake_is_answered_take_little_memory(
+    gateway: Gateway, upstream: Upstream, key: str, first: bytes
+) -> None:
+    """After a request of a pipeline, reading was switched on for good."""
+    upstream.handshake_seconds = PATIENCE_SECONDS
+    before = gateway.rss()
+    frame = b"\x81\xfe\xea\x60\0\0\0\0" + b"x" * 60_000
+    with gateway.connect() as sock:
+        handshake = f"{HANDSHAKE}Authorization: Bearer {key}\r\n\r\n".encode()
+        sock.sendall(first + handshake + frame * 2)
+        wait_until(lambda: upstream.requests)
+        sock.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(1000):
+                sock.sendall(frame)
+        assert gateway.rss() - before < 20 << 20
+
+
 def test_who_leaves_while_the_upstream_is_dialled_pays_nothing(make_gateway: MakeGateway) -> None:
     with Upstream() as one, Upstream() as two:
         one.talk = two.talk = ws_like_openai
