@@ -507,7 +507,7 @@ class HTTPProtocol(asyncio.Protocol):
         """Take in what has come, as far as it belongs to one request."""
         if data and self._cycle is None and self._state in (State.IDLE, State.HEAD):
             data = self._take_head(data)
-        if self._state is State.CLOSING:
+        if self._state is State.CLOSING or (self._cycle and type(self._cycle.framing) is Endless):
             self._discarded += len(data)
             if self._discarded > MAX_LINGER:
                 self.abort()

@@ -615,7 +615,7 @@ def test_after_the_event_that_ends_it_a_stream_ends_cleanly_and_soon(
     rows = gateway.rows()
     assert [row["outcome"] for row in rows] == ["completed"] * len(cases)
     assert all(request.finished.wait(60) for request in upstream.requests)
-    assert gateway.metrics()["redbtc_in_flight"] == 0
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
 
 
 def test_what_follows_the_end_within_its_time_passes(

@@ -259,7 +259,7 @@ JSON = {"content-type": "application/json"}
         ("/responses", b'{"input":"x"}', JSON, (400, "invalid_request", "model")),
         ("/responses", b'{"model":5}', JSON, (400, "invalid_request", "model")),
         ("/responses", b'{"model":"m","stream":"x"}', JSON, (400, "invalid_request", "stream")),
-        ("/responses", b"[" * 100_000, JSON, (400, "invalid_request", None)),
+        ("/responses", b"[" * 100_000, JSON, (400, "invalid_json", None)),
         ("/responses", b'{"a":' * 100_000, JSON, (400, "invalid_json", None)),
         ("/responses", b'{"model":"%s"}' % (b"m" * 300), JSON, (400, "invalid_request", "model")),
         ("/chat/completions", b"\xff{}", JSON, (400, "invalid_json", None)),

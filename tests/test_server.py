@@ -327,6 +327,22 @@ def test_trailers_and_extensions_are_bounded() -> None:
     run(test)
 
 
+def test_what_follows_broken_framing_is_bounded_while_the_answer_goes_on() -> None:
+    async def stream(scope: Scope, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        served, sent = Served(stream), 0
+        await served.feed(post(b"Transfer-Encoding: chunked", b""), b"broken\r\n")
+        while not served.transport.ended and sent < 50_000_000:
+            await served.feed(b"x" * 65_536)
+            sent += 65_536
+        assert sent < 10_000_000
+
+    run(test)
+
+
 def test_a_flood_of_small_chunks_is_read_in_slices() -> None:
     """64 KB of chunks of one byte: the loop turns many times meanwhile."""
 

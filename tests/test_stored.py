@@ -950,7 +950,7 @@ def test_who_see_its_end_at_once_pay_once(make_gateway: MakeGateway, memory: Mem
         database.execute("BEGIN IMMEDIATE")
         seen = memory.looks.get(made, 0)
         shown = pool.map(fetch, range(4))
-        wait_until(lambda: memory.looks[made] >= seen + 4)
+        wait_until(lambda: memory.looks.get(made, 0) >= seen + 4)
         database.rollback()
         assert list(shown) == ["completed"] * 4
     assert gateway.row()["cost"] == "0.039"
