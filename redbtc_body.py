@@ -927,6 +927,7 @@ WORDS_OF = {  # members of items that are a model's or a server's own words
     "shell_call": {"action"},
     "mcp_list_tools": {"tools"},
     "additional_tools": {"tools"},
+    "tool_search_output": {"tools"},
 }
 MAX_REFERENCES = 20_000  # as many as items
 MAX_MENTIONS = 50_000  # of the same ones, too
