@@ -23,6 +23,7 @@ above all honest use.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import zlib
@@ -310,7 +311,7 @@ def is_plain(content_type: bytes) -> bool:
 Members = dict[str, msgspec.Raw]
 MEMBERS, OBJECTS = msgspec.json.Decoder(Members), msgspec.json.Decoder(list[Members])
 RAWS = msgspec.json.Decoder(list[msgspec.Raw])
-NOTHING, NULL, EMPTY = msgspec.Raw(), msgspec.Raw(b"null"), msgspec.Raw(b"[]")
+NOTHING, NULL = msgspec.Raw(), msgspec.Raw(b"null")
 STRING = re.compile(TEXT, re.DOTALL)
 MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
 OBJECT_END = re.compile(rb"\s*+\}")
@@ -492,6 +493,7 @@ class Part(Struct):
     """A part of a message, or of a tool's output: `image_url` where it is a picture."""
 
     image_url: msgspec.Raw = NOTHING
+    text: msgspec.Raw = NOTHING
 
 
 Item = Members  # a message, or another item of the input
@@ -504,7 +506,15 @@ def kind_of(item: Item) -> str:
     return string_in(item["type"]) if "type" in item else ""
 
 
-def is_reference(item: Item) -> bool:
+def has_text(content: msgspec.Raw, pieces: Pieces) -> bool:
+    """Whether a part of it, in its first piece, is text."""
+    with contextlib.suppress(*NOT_JSON):
+        parts = PARTS.decode(pieces.parts(content)[0]) if is_list(content) else []
+        return any(is_text(part.text) for part in parts)
+    return False
+
+
+def is_reference(item: Item, pieces: Pieces) -> bool:
     """Whether the upstream would look it up by its id: what is nothing but an id (its type may be
     left out), and what lacks the content that makes it whole."""
     kind = kind_of(item)
@@ -514,13 +524,13 @@ def is_reference(item: Item) -> bool:
     if kind in ("", "message"):
         return string_in(item.get("role", NOTHING)) not in ROLES or content == NULL
     sealed = is_text(item.get("encrypted_content", NOTHING))
-    return kind in SEALED and not sealed and content in (NULL, EMPTY)
+    return kind in SEALED and not sealed and not has_text(content, pieces)
 
 
-def reference_in(item: Item) -> str:
+def reference_in(item: Item, pieces: Pieces) -> str:
     """Return what an item's id refers to: "item_reference" where it is all that is given, "input"
     where a tool of the upstream made the item; "" where the item may have any id."""
-    if is_reference(item):
+    if is_reference(item, pieces):
         return "item_reference"
     return "" if OWN_WORDS.fullmatch(kind_of(item)) else "input"
 
@@ -777,7 +787,7 @@ class Reading:
     def _note_item(self, item: Item) -> None:
         if "id" in item and is_text(item["id"]):
             object_id = string_in(item["id"])
-            if name := reference_in(item):
+            if name := reference_in(item, self._pieces):
                 self.named.add(Reference(name, object_id))
             else:
                 self.chosen.add(object_id)
@@ -922,6 +932,7 @@ WORDS_OF = {  # members of items that are a model's or a server's own words
     "shell_call": {"action"},
     "mcp_list_tools": {"tools"},
     "additional_tools": {"tools"},
+    "tool_search_output": {"tools"},
 }
 MAX_REFERENCES = 20_000  # as many as items
 MAX_MENTIONS = 50_000  # of the same ones, too

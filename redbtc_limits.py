@@ -291,10 +291,14 @@ class Admission:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        for places in reversed(self.places):
-            places.give_back()
+        self.give_back_places()
         if error and not self.admitted:
             self.refused(error)
+
+    def give_back_places(self) -> None:
+        """The upstream is done with the request."""
+        while self.places:
+            self.places.pop().give_back()
 
     def charge(self, kind: str, amount: float) -> None:
         """Charge all rates of a kind ("requests" or "tokens"), or raise Refusal and charge none of

@@ -306,7 +306,7 @@ async def read_content(
 # ── Relay ────────────────────────────────────────────────────────────────────────────────────────
 
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
-AFTER_END_SECONDS = 0.8  # for what follows the event that ends a stream
+AFTER_END_SECONDS = 0.7  # for what follows the event that ends a stream
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser runs nothing of an answer of another type, nor takes it for HTML.
 INERT: Headers = [(b"content-security-policy", b"sandbox"), (b"x-content-type-options", b"nosniff")]
@@ -335,8 +335,9 @@ class Relay:
         self._bytes = body
         self._body = Body(body)
         self._waits_for_client = False
-        self._started = False  # the client has the answer's head
-        self._follows = False  # the client has the event that ends the stream, not the answer's end
+        self._head: Message  # of the answer
+        self._started = False  # the client has been given that
+        self._rest: bytes | None = None  # what it has not of the end, once the row is written
 
     async def forward(self, upstreams: list[Upstream]) -> None:
         """Raises Refusal where the client has got nothing yet, ClientLeft."""
@@ -349,7 +350,8 @@ class Relay:
             try:
                 with self._clock.running(upstream.settings.total_timeout_seconds, grace):
                     await self._ask(upstream)
-                    return
+                failure = ""
+                break
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
                 failure = "upstream_unreachable"  # it can't have acted on it: try the next
             except (TimeoutError, httpx2.TimeoutException):
@@ -363,7 +365,12 @@ class Relay:
                 break
             finally:
                 upstream.in_flight -= 1
-        await self._fail(failure)
+        if self._rest is None:
+            await self._fail(failure)
+        else:
+            if failure:
+                await asyncio.sleep(CLOSING_SECONDS)
+            await self._end(self._rest)
 
     async def _ask(self, upstream: Upstream) -> None:
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
@@ -377,8 +384,8 @@ class Relay:
         try:
             if not 200 <= answer.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
-            head = self._head_of(answer)
-            await self._relay(head, answer.body, upstream.settings.idle_timeout_seconds)
+            self._head = self._head_of(answer)
+            await self._relay(answer.body, upstream.settings.idle_timeout_seconds)
         finally:
             await answer.body.aclose()
 
@@ -401,9 +408,7 @@ class Relay:
         exchange.status = answer.status
         return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
-    async def _relay(
-        self, head: Message, body: httpx2.AsyncByteStream, idle_seconds: float
-    ) -> None:
+    async def _relay(self, body: httpx2.AsyncByteStream, idle_seconds: float) -> None:
         clock, exchange = self._clock, self._exchange
         meter = exchange.meter
         clock.allow(idle_seconds)
@@ -414,7 +419,7 @@ class Relay:
             else:  # if it is all here already, it goes out at once when it is written down
                 whole = body.whole
         if not whole:
-            await self._send_head(head)
+            await self._send_head()
         chunks = body.__aiter__()
         async for chunk in chunks:
             if exchange.first_byte_ms is None:
@@ -434,25 +439,18 @@ class Relay:
         clock.pause()
         meter.finish()
         await exchange.settle(exchange.outcome())
-        if whole:
-            await self._send_head(head)
-        await self._give_rest(kept + meter.rest(), more=ended_by_event)
+        self._rest = kept + meter.rest()
         if ended_by_event:
-            await self._follow(chunks)
+            await self._follow(self._rest, chunks)
 
-    async def _follow(self, chunks: AsyncIterator[bytes]) -> None:
-        """Pass on what follows the event that ended the stream, for AFTER_END_SECONDS, then end
-        the client's answer. Where the time passes or the upstream breaks, `_fail` ends it."""
-        clock, now = self._clock, self._exchange.gateway.clocks.now
-        until, self._follows = now() + AFTER_END_SECONDS, True
-        clock.allow(AFTER_END_SECONDS)
+    async def _follow(self, rest: bytes, chunks: AsyncIterator[bytes]) -> None:
+        """Pass on the event that ended the stream and what follows it, for AFTER_END_SECONDS. What
+        a client that reads slowly has not taken by then is left in `_rest`."""
+        self._clock.allow(AFTER_END_SECONDS)
+        await self._give(rest)
         async for chunk in chunks:
-            clock.pause()
-            await self._give_rest(chunk, more=True)
-            clock.allow(until - now())
-        clock.pause()
-        self._follows = False
-        await self._give_rest(b"", more=False)
+            self._rest = chunk
+            await self._give(chunk)
 
     def _pass_on(self, meter: StreamMeter, body: ResponseBody, idle_seconds: float) -> None:
         """Send events in which nothing can matter on as they come, past this request's task."""
@@ -467,25 +465,29 @@ class Relay:
 
         body.pass_on(pass_on)
 
-    async def _send_head(self, head: Message) -> None:
+    async def _send_head(self) -> None:
         self._started = True
-        await self._send(head)
+        await self._send(self._head)
 
-    async def _give_rest(self, rest: bytes, more: bool) -> None:
+    async def _give(self, rest: bytes) -> None:
         """Send what waited for the row, or came after the end."""
-        await self._send({"type": "http.response.body", "body": rest, "more_body": more})
+        await self._send({"type": "http.response.body", "body": rest, "more_body": True})
+        self._rest = b""
+
+    async def _end(self, rest: bytes) -> None:
+        """End the client's answer. The upstream is done or closed, so the places are free: a client
+        that reads slowly keeps nothing but its connection."""
+        self._exchange.admission.give_back_places()
+        if not self._started:
+            await self._send_head()
+        await self._send({"type": "http.response.body", "body": rest, "more_body": False})
 
     async def _fail(self, failure: str) -> None:
         """The exchange broke: write down how. A client that has nothing yet is told; for one in the
-        middle of the answer the connection ends without the answer's end. After the event that
-        ended the stream, the answer ends cleanly whatever the upstream did."""
+        middle of the answer the connection ends without the answer's end."""
         exchange = self._exchange
-        if self._follows:
-            await self._give_rest(b"", more=False)
         if self._body.left:
             await asyncio.sleep(CLOSING_SECONDS)
-        if exchange.settled:
-            return
         if self._clock.client_left and not self._body.left:
             await exchange.forget()
         if self._clock.client_left or self._waits_for_client:

@@ -693,6 +693,24 @@ def test_the_answer_of_a_slow_reader_ends_cleanly_too(
     assert whole.startswith(got)
 
 
+def test_a_client_that_does_not_read_the_end_keeps_no_place(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("[limits]\nqueue_seconds = 5\n").start()
+    key = gateway.new_key("one", concurrency=1)
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(b"".join(COMPLETED))
+        await reply.send(b": " + b"x" * (16 << 20) + b"\n\n")
+
+    upstream.script = script
+    with gateway.begin(key, {**RESPONSE, "stream": True}), gateway.client(key) as client:
+        wait_until(lambda: [row["outcome"] for row in gateway.rows()] == ["completed"])
+        upstream.script = json_answer(response_object())
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+
+
 @pytest.mark.parametrize("afterwards", [tear, close])
 def test_a_torn_stream_still_looks_torn_before_its_end(
     gateway: Gateway,

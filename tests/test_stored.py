@@ -395,10 +395,26 @@ ITEMS: list[Any] = [
     {"id": "X", "type": "web_search_call", "status": "completed", "x": 0},
     {"id": "X", "type": "code_interpreter_call", "code": "1"},
     {"id": "X", "type": "reasoning", "summary": [], "encrypted_content": None},
+    *(
+        {"id": "X", "type": kind, "content": content}
+        for kind in ("reasoning", "compaction")
+        for content in (
+            [],
+            [{}],
+            [{"text": ""}],
+            [{"text": None}],
+            ["x"],
+            "",
+            "x",
+            {},
+            {"text": "x"},
+        )
+    ),
     {"id": "X", "type": "image_generation_call", "result": "x"},
     {"id": "X", "type": "image_generation_call", "status": "failed", "result": None},
     {"id": "X", "type": "mcp_call", "status": "completed", "output": "x", "arguments": "{}"},
     {"type": "mcp_approval_response", "approval_request_id": "X", "approve": True},
+    {"type": "tool_search_output", "tools": [{"type": "file_search", "vector_store_ids": ["X"]}]},
     {"ID": "X"},
 ]
 
@@ -519,8 +535,17 @@ def test_listed_input_items_can_be_referred_to(gateway: Gateway, memory: Memory)
         },
         {"response_format": {"json_schema": {"schema": {"default": {"file_id": "f"}}}}},
         {"input": [{"type": "tool_search_call", "id": "ts_1", "arguments": {"container": "web"}}]},
+        {
+            "input": [
+                {
+                    "type": "tool_search_output",
+                    "tools": [{"parameters": {"default": {"file_id": "f"}}}],
+                }
+            ]
+        },
         {"input": [{"type": "local_shell_call", "action": {"env": {"container": "docker"}}}]},
         {"input": [{"type": "reasoning", "id": "rs_1", "content": [{"text": "gpt-oss"}]}]},
+        {"input": [{"type": "reasoning", "id": "rs_1", "content": [{"text": "y" * 90_000}]}]},
         {
             "input": [
                 {"type": "reasoning", "id": f"rs_{n}", "encrypted_content": "x"}
