@@ -498,7 +498,12 @@ class Part(Struct):
 
 Item = Members  # a message, or another item of the input
 ROLES = ("user", "assistant", "system", "developer")
-SEALED = ("reasoning", "compaction")  # whole with their content, encrypted or plain
+SEALED = (
+    "reasoning",
+    "compaction",
+    "compaction_summary",
+    "context_compaction",
+)  # whole with their content, encrypted or plain
 
 
 def kind_of(item: Item) -> str:

@@ -92,6 +92,7 @@ class Exchange:
         self.settled = False
         self.status: int | None = None
         self.first_byte_ms: int | None = None
+        self.unwritten: asyncio.Future[None] | None = None  # what to wait for before sending on
         self.key: Key
 
     def meter_stream(self) -> None:
@@ -283,7 +284,7 @@ class Metered(Exchange):
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()
             unfinished = Unfinished(at, held, self._input_estimate, model, 0)
-            self._background = self.gateway.unended.keep(
+            self._background, self.unwritten = self.gateway.unended.keep(
                 self._row, self._money, unfinished, self._content.chosen_ids
             )
             self._background.read(report)
@@ -439,12 +440,14 @@ class Unended:
             response.cancelled = ledger.is_compromised(self._gateway.store, key.id)
             self._start(self._ask_until_ended(response))
 
-    def keep(self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str]) -> Background:
-        """Its response will go on when its request is over; the hold is for as long."""
+    def keep(
+        self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str]
+    ) -> tuple[Background, asyncio.Future[None]]:
+        """Its response will go on when its request is over; the hold is for as long. Return it, and
+        a future that is done when it is on disk."""
         response = Background(row, money.keep(), unfinished, chosen)
         self._add(response)
-        ledger.keep_pending(self._gateway.store, row, unfinished)
-        return response
+        return response, ledger.keep_pending(self._gateway.store, row, unfinished)
 
     async def leave(self, response: Background, report: Report) -> bool:
         """The request that made it is over. Whether the response is, too; else it is asked for."""

@@ -995,10 +995,11 @@ class Unfinished(NamedTuple):
     text_bytes: int
 
 
-def keep_pending(store: Store, row: Row, unfinished: Unfinished) -> None:
-    """The row stays pending, since its response goes on at the upstream."""
+def keep_pending(store: Store, row: Row, unfinished: Unfinished) -> asyncio.Future[None]:
+    """Keep the row pending, since its response goes on at the upstream. Return a future that is
+    done when this is on disk."""
     store.record(RECORD, _values(row), insist=True)
-    store.record(KEEP_PENDING, (row.request_id, *unfinished), insist=True)
+    return store.record(KEEP_PENDING, (row.request_id, *unfinished), insist=True)
 
 
 async def note_output(store: Store, row: Row, text_bytes: int) -> None:

@@ -156,7 +156,7 @@ class Answer(Struct):
 # to look up by their ids. (Sealed ones, reasoning and compaction, are bound to theirs.) All others
 # are the work of the upstream's own tools.
 OWN_WORDS = re.compile(
-    r"|message|reasoning|compaction|.*_output|"
+    r"|message|reasoning|(?:context_)?compaction|compaction_summary|.*_output|"
     r"(?:function|custom_tool|tool_search|computer|apply_patch|(?:local_)?shell)_call"
 )
 

@@ -426,6 +426,10 @@ class Relay:
                 exchange.first_byte_ms = exchange.elapsed_ms()
             passed = meter.feed(chunk)
             exchange.note()
+            if exchange.unwritten:  # a background response: its owner will find it after a crash
+                clock.pause()
+                await exchange.unwritten
+                exchange.unwritten = None
             if whole:
                 kept += passed
             elif passed:

@@ -41,7 +41,8 @@ DROPPED_REQUEST_HEADERS = frozenset([b"x-codex-routing-hint"])
 DROPPED_HEADERS = frozenset(
     b"connection keep-alive te trailer transfer-encoding upgrade "
     b"openai-organization openai-project server "
-    b"x-sendfile x-lighttpd-send-file x-reproxy-url surrogate-control "
+    b"x-reproxy-url surrogate-control cdn-cache-control cloudflare-cdn-cache-control "
+    b"no-vary-search supports-loading-mode "
     b"set-cookie set-cookie2 set-login www-authenticate authentication-info clear-site-data "
     b"strict-transport-security public-key-pins public-key-pins-report-only expect-ct alt-svc "
     b"content-security-policy content-security-policy-report-only x-content-security-policy "
@@ -59,6 +60,9 @@ DROPPED_PREFIXES = (
     b"cross-origin-",
     b"proxy-",
     b"attribution-reporting-",
+    b"x-sendfile",
+    b"x-lighttpd-",
+    b"edge-",
 )
 KEEPALIVE_SECONDS = 15
 MOST_FETCHED = 4 << 20  # bytes of a list of models

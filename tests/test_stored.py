@@ -1116,3 +1116,35 @@ def test_what_code_ran_in_can_be_sent_back(
         answer = client.post("/responses", json={**BODY, "input": [LISTED, theirs]})
         assert error(answer) == (400, "invalid_request", "container_id")
         assert len(upstream.requests) == seen
+
+
+def test_a_background_response_outlives_a_kill_once_its_client_has_heard_of_it(
+    gateway: Gateway, upstream: Upstream
+) -> None:
+    """From the first event on it is its owner's, and will be billed."""
+    key = gateway.new_key()
+    made = response_object(status="in_progress", usage=None)
+    release = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "GET":
+            await json_answer(made)(request, reply)
+            return
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created", "response": made}, "response.created"))
+        await reply.wait(release)
+
+    upstream.script = script
+    body = {"model": "gpt-up", "input": "Hi", "background": True, "stream": True}
+    with (
+        gateway.client(key) as client,
+        contextlib.suppress(httpx2.RemoteProtocolError, httpx2.ReadError),
+        client.stream("POST", "/responses", json=body) as answer,
+    ):
+        assert b"created" in next(answer.iter_raw())
+        gateway.kill()
+        release.set()
+    gateway.start()
+    assert gateway.row()["outcome"] == "pending"
+    with gateway.client(key) as client:
+        assert client.get(f"/responses/{made['id']}").status_code == 200
