@@ -291,7 +291,8 @@ class Admission:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self.give_back_places()
+        if self.places:
+            self.give_back_places()
         if error and not self.admitted:
             self.refused(error)
 

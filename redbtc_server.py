@@ -571,7 +571,8 @@ class HTTPProtocol(asyncio.Protocol):
         except httptools.HttpParserError:
             self._refuse(Refusal("invalid_http"))
             return b""
-        if self._head_bytes > MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES or len(self._headers) > MAX_HEADERS:
+            del self._headers[MAX_HEADERS:]  # they take many times the memory of their bytes
             self._refuse(Refusal("headers_too_large"))
         elif self._head_is_whole and self._begin(data[end:]):
             return b""
@@ -581,8 +582,7 @@ class HTTPProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if len(self._headers) <= MAX_HEADERS:  # one more than these, and the head is refused
-            self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
