@@ -454,6 +454,21 @@ def test_options_far_within_a_long_chat_are_found(
     assert upstream.requests[-1].body == expected
 
 
+@pytest.mark.parametrize("space", [b"\n", b" " * 100_000])
+def test_options_are_found_whatever_space_ends_the_body(
+    gateway: Gateway, upstream: Upstream, key: str, space: bytes
+) -> None:
+    """The whole is in pieces itself, since no one of its members is long."""
+    members = b"".join(b'"m%d":[%b1],' % (n, b'"x",' * 7000) for n in range(4))
+    body = b'{"model":"m","stream":true,%b"stream_options":{"x":{}}}%b' % (members, space)
+    with gateway.client(key) as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    expected = body.replace(b'{"x":{}', b'{"include_usage":true,"x":{}')
+    assert upstream.requests[-1].body == expected
+
+
 def test_schemas_of_old_functions_are_their_authors_words(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
