@@ -409,6 +409,7 @@ def read_list(
             if long := pieces.taken_out(each):
                 objects[number] = yield from members_in(long)
                 check_letters(objects[number], known)
+                yield
     return objects
 
 

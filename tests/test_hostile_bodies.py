@@ -21,7 +21,7 @@ from upstream import Upstream, json_answer, response_object
 import redbtc_body
 import redbtc_pieces
 from redbtc_body import Content, Form, Frame, decompressed
-from redbtc_pieces import MAX_PIECE
+from redbtc_pieces import MAX_PIECE, Cutter
 from redbtc_refusals import Refusal
 
 if sys.version_info >= (3, 14):
@@ -183,6 +183,17 @@ def assert_small(make: Callable[[], Iterator[None]], size: int) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < MOST_MEMORY * size, peak / size
+
+
+def test_long_objects_in_a_list_are_read_in_steps() -> None:
+    """A part of a list has room for the stand-ins of 700, and they were read in one step."""
+    item = b'{"a":"%b","b":"%b"}' % ((b"\\n" + b"x" * 20_000,) * 2)
+    text = body(input=b"[%b]" % b",".join([item] * 50))
+    pieces = result_of(Cutter(text).steps())
+    (part,) = pieces.parts(redbtc_body.read_members(pieces.root)["input"])
+    assert len(part) < MAX_PIECE
+    steps = sum(1 for _ in redbtc_body.read_list(pieces, part, set(), None))
+    assert steps > 50
 
 
 @pytest.mark.parametrize("name", CORPUS)
