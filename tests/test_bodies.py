@@ -225,6 +225,8 @@ FIELD = b"--xyz\r\nContent-Disposition: form-data; %b\r\n\r\na\r\n"
     [
         FIELD % b'name="model"' * 2 + b"--xyz--",
         FIELD % b'name="model"; filename="x"' + b"--xyz--",
+        FIELD % b'name="model"' + b"--xyz--b",
+        FIELD % b'name="model"' + b"--xyz----\r\n",
         FIELD % b'name="model"' + b"--xyz--\r\n" + FIELD % b'name="mask[file_id]"' + b"--xyz--",
         FIELD % b'foo="; name=x"; name="image[file_id]"' + b"--xyz--",
         FIELD % b'name="a"; name="image[file_id]"' + b"--xyz--",
