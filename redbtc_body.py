@@ -626,6 +626,9 @@ class Content:
         if reading.countable:
             self.most_input_tokens += MOST_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
+        if isinstance(options, StreamOptions):
+            (text,) = pieces.parts(members["stream_options"])
+            check_letters(read_members(text), {"include_usage"})
         if isinstance(options, StreamOptions) and options.include_usage is msgspec.UNSET:
             self._options_at = yield from place_of(pieces, "stream_options")
         return members
