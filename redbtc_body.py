@@ -168,6 +168,7 @@ ODD_SINGLE = re.compile(
 NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
 # Of these types some readers make fields of their own.
 NESTED_TYPE = re.compile(rb"multipart/|message/|application/x-www-form-urlencoded")
+FORM_END = re.compile(rb"--(?:[ \t\r\n]|\Z)")  # else to some readers it is no boundary
 HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
 FORM_NAME = re.compile(
     rb"file_ids?|vector_store_ids?|container_id|_response_id|conversation", re.IGNORECASE
@@ -266,7 +267,7 @@ class Form:
     def facts(self, body: Buffer) -> Facts:
         """`model` and `stream` wherever they stand in the form: openai-node sends files before
         them. Raises Refusal where the form has no end."""
-        if self._part < 0 or body[self._part : self._part + 2] != b"--":
+        if self._part < 0 or not FORM_END.match(body, self._part):
             raise Refusal("invalid_request", "The form has no end.")
         stream = self.fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
         model, number = self.fields.get(b"model"), self.fields.get(b"n")
@@ -409,6 +410,7 @@ def read_list(
             if long := pieces.taken_out(each):
                 objects[number] = yield from members_in(long)
                 check_letters(objects[number], known)
+                yield
     return objects
 
 
@@ -624,6 +626,9 @@ class Content:
         if reading.countable:
             self.most_input_tokens += MOST_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
+        if isinstance(options, StreamOptions):
+            (text,) = pieces.parts(members["stream_options"])
+            check_letters(read_members(text), {"include_usage"})
         if isinstance(options, StreamOptions) and options.include_usage is msgspec.UNSET:
             self._options_at = yield from place_of(pieces, "stream_options")
         return members

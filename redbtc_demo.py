@@ -101,7 +101,7 @@ async def read(request: Request) -> Json:
     try:
         raw, encoding = await request.body(), request.headers.get("content-encoding", "")
         if encoding in ("gzip", "zstd"):
-            raw = bytes(await in_slices(decompressed(raw, encoding, MOST_BYTES)))
+            raw = bytes(await in_slices(decompressed(raw, encoding, MOST_BYTES), ""))
         body = form(kind, raw) if kind.lower().startswith("multipart/") else orjson.loads(raw)
     except (ClientDisconnect, orjson.JSONDecodeError, Refusal):
         raise HTTPException(400, "The request body is not valid JSON.") from None

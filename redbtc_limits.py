@@ -473,6 +473,7 @@ class Reservation:
     a WebSocket's messages. `with` gives it back. The first FREE_BYTES are not counted."""
 
     def __init__(self, limits: Limits, key: Key, settings: Settings) -> None:
+        self.account_id = key.account_id
         self._limits = limits
         self._key = key
         self._settings = settings

@@ -249,7 +249,7 @@ class Cutter(Pieces):
             raise Refusal("invalid_request", message)
 
     def _note_place(self, at: int) -> None:
-        if len(self._open) <= 1:
+        if len(self._open) == 1 or not self._rest:  # in the whole, or before it
             pieces = self._open[0][1] if self._open else []
             self._places.append((len(pieces), len(self._rest), at))
 

@@ -243,7 +243,9 @@ async def read_body(
         room += more
         try:
             with clock.running(seconds):
-                body, whole = await _read_up_to(room, body, receive, most, form)
+                body, whole = await _read_up_to(
+                    room, body, receive, most, form, reserved.account_id
+                )
         except TimeoutError:
             if clock.client_left:
                 raise ClientLeft from None
@@ -255,7 +257,7 @@ async def read_body(
 
 
 async def _read_up_to(
-    room: int, body: Buffer, receive: Receive, most: int, form: Form | None
+    room: int, body: Buffer, receive: Receive, most: int, form: Form | None, account_id: str
 ) -> tuple[Buffer, bool]:
     """Read on until the body fills its room, or is whole: then True. Raises Refusal, ClientLeft."""
     while len(body) <= room:
@@ -268,7 +270,7 @@ async def _read_up_to(
             body = bytearray(body + message["body"]) if body else message["body"]
         _check_size(len(body), most)
         if form:
-            await in_slices(form.grow(body))
+            await in_slices(form.grow(body), account_id)
         if not message["more_body"]:
             return body, True
     return body, False
@@ -292,15 +294,24 @@ async def read_content(
     form = Form(media.boundary) if media.boundary else None
     along = None if media.encoding else form
     body = await read_body(scope, receive, clock, settings, reserved, along)
-    text = body
+    steps = Content.steps(body, body, form, endpoint.model_needed)
     if media.encoding:
         most = most_decoded(len(body), settings.server.max_body_bytes)
         await reserved.take(most, clock)
-        text = await in_slices(decompressed(body, media.encoding, most))
-        reserved.give_back(most - len(text))
-        if form:
-            await in_slices(form.grow(text))
-    return await in_slices(Content.steps(body, text, form, endpoint.model_needed))
+        steps = _decoded(body, media.encoding, most, reserved, form, endpoint.model_needed)
+    return await in_slices(steps, reserved.account_id)
+
+
+def _decoded(
+    body: Buffer, encoding: str, most: int, reserved: Reservation, form: Form | None, named: bool
+) -> Steps[Content]:
+    """Decode a body and read it, in one: else all copies would wait for their turns. Raises
+    Refusal."""
+    text = yield from decompressed(body, encoding, most)
+    reserved.give_back(most - len(text))
+    if form:
+        yield from form.grow(text)
+    return (yield from Content.steps(body, text, form, named))
 
 
 # ── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -583,7 +594,8 @@ class StoredRoute:
                     body = b""  # that of GET and DELETE means nothing (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
                     check_plain_json(scope["headers"])
-                    await gateway.homes(key, await in_slices(Content.steps(body, body)))
+                    steps = Content.steps(body, body)
+                    await gateway.homes(key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.unended:
                     message = "The response is still in progress; cancel it first."
                     raise Refusal("invalid_request", message)
@@ -762,7 +774,9 @@ class Gateway:
         inherits the models that work in that. `made`: what is the client's own without being
         stored. Raises Refusal."""
         named = content.references
-        return await in_slices(self._find(key, content, made)) if named else set()
+        if not named:
+            return set()
+        return await in_slices(self._find(key, content, made), key.account_id, begun=True)
 
     def _find(self, key: Key, content: Content, made: Mapping[str, Home]) -> Steps[set[str]]:
         asked = list({each.id for each in content.references})

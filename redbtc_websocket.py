@@ -211,7 +211,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         with intake.reserved:
             self._seconds = intake.message_seconds
             while not self._ended:
-                await in_slices(self._handle_frames())
+                await in_slices(self._handle_frames(), intake.reserved.account_id)
                 await self._wait()
         self._reader.buffer.clear()
         self.frames.clear()
@@ -762,7 +762,7 @@ class Session:
         try:
             key = self.gateway.enter(self._scope)
             with self.gateway.limits.charge(key, self.gateway.settings.limits) as admission:
-                frame = await in_slices(Frame.read(text))
+                frame = await in_slices(Frame.read(text), key.account_id)
                 await self._act(frame, admission)
         except Refusal as refusal:
             self._small_frames.charge(REFUSED_FRAMES)

@@ -72,6 +72,19 @@ def test_a_compressed_body_goes_on_as_it_is(
     assert len(upstream.requests) == seen
 
 
+@pytest.mark.parametrize("twice", ["include_usage", "Include_Usage", "include\\u005fusage"])
+def test_options_of_a_stream_are_given_once(
+    gateway: Gateway, upstream: Upstream, key: str, twice: str
+) -> None:
+    """Else the upstream could believe the other one, and report no usage."""
+    options = b'{"include_usage":true,"%b":false}' % twice.encode()
+    body = b'{"model":"m","messages":[],"stream":true,"stream_options":%b}' % options
+    with gateway.client(key) as client:
+        answer = client.post("/chat/completions", content=body, headers=JSON)
+    assert answer.status_code == 400
+    assert not upstream.requests
+
+
 @pytest.mark.parametrize("encoding", PACKERS)
 def test_a_bomb_costs_no_more_than_its_bound(
     make_gateway: MakeGateway, upstream: Upstream, encoding: str
@@ -225,6 +238,8 @@ FIELD = b"--xyz\r\nContent-Disposition: form-data; %b\r\n\r\na\r\n"
     [
         FIELD % b'name="model"' * 2 + b"--xyz--",
         FIELD % b'name="model"; filename="x"' + b"--xyz--",
+        FIELD % b'name="model"' + b"--xyz--b",
+        FIELD % b'name="model"' + b"--xyz----\r\n",
         FIELD % b'name="model"' + b"--xyz--\r\n" + FIELD % b'name="mask[file_id]"' + b"--xyz--",
         FIELD % b'foo="; name=x"; name="image[file_id]"' + b"--xyz--",
         FIELD % b'name="a"; name="image[file_id]"' + b"--xyz--",

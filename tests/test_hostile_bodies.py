@@ -21,7 +21,7 @@ from upstream import Upstream, json_answer, response_object
 import redbtc_body
 import redbtc_pieces
 from redbtc_body import Content, Form, Frame, decompressed
-from redbtc_pieces import MAX_PIECE
+from redbtc_pieces import MAX_PIECE, Cutter
 from redbtc_refusals import Refusal
 
 if sys.version_info >= (3, 14):
@@ -183,6 +183,17 @@ def assert_small(make: Callable[[], Iterator[None]], size: int) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < MOST_MEMORY * size, peak / size
+
+
+def test_long_objects_in_a_list_are_read_in_steps() -> None:
+    """A part of a list has room for the stand-ins of 700, and they were read in one step."""
+    item = b'{"a":"%b","b":"%b"}' % ((b"\\n" + b"x" * 20_000,) * 2)
+    text = body(input=b"[%b]" % b",".join([item] * 50))
+    pieces = result_of(Cutter(text).steps())
+    (part,) = pieces.parts(redbtc_body.read_members(pieces.root)["input"])
+    assert len(part) < MAX_PIECE
+    steps = sum(1 for _ in redbtc_body.read_list(pieces, part, set(), None))
+    assert steps > 50
 
 
 @pytest.mark.parametrize("name", CORPUS)
@@ -396,6 +407,36 @@ def test_nobody_waits_for_a_hostile_body(gateway: Gateway, upstream: Upstream, k
     assert stalls.longest < MOST_STALL
 
 
+def test_many_small_bodies_at_once_take_little_memory(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """Two hundred times 52 bytes took 570 MB: what each was read into waited for its next slice."""
+    upstream.script = json_answer(response_object())
+    body = zstd.compress(CORPUS["items with numbers for ids"](SHORT))
+    head = (
+        f"POST /v1/responses HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\n"
+        "content-type: application/json\r\ncontent-encoding: zstd\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    before = most = gateway.rss()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(gateway.connect()) for _ in range(200)]
+        for sock in socks:
+            sock.sendall(head.encode() + body[:-1])
+        for sock in socks:
+            sock.sendall(body[-1:])
+        for sock in socks:
+            sock.setblocking(False)
+            answer = b""
+            while not answer:
+                most = max(most, gateway.rss())
+                time.sleep(0.001)
+                with contextlib.suppress(BlockingIOError):
+                    answer = sock.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+    assert most - before < 150_000_000, most - before
+
+
 def test_a_history_with_everything_in_it_passes(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
@@ -451,6 +492,21 @@ def test_options_far_within_a_long_chat_are_found(
         answer = client.post("/chat/completions", content=body, headers=headers)
     assert answer.status_code == 200, answer.text
     expected = body.replace(b'{ "include_ob', b'{"include_usage":true, "include_ob')
+    assert upstream.requests[-1].body == expected
+
+
+@pytest.mark.parametrize("space", [b"\n", b" " * 100_000])
+def test_options_are_found_whatever_space_ends_the_body(
+    gateway: Gateway, upstream: Upstream, key: str, space: bytes
+) -> None:
+    """The whole is in pieces itself, since no one of its members is long."""
+    members = b"".join(b'"m%d":[%b1],' % (n, b'"x",' * 7000) for n in range(4))
+    body = b'{"model":"m","stream":true,%b"stream_options":{"x":{}}}%b' % (members, space)
+    with gateway.client(key) as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    expected = body.replace(b'{"x":{}', b'{"include_usage":true,"x":{}')
     assert upstream.requests[-1].body == expected
 
 
