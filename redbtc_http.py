@@ -88,9 +88,11 @@ def is_handshake(scope: Scope) -> bool:
     )
 
 
-def check_handshake(headers: Headers) -> None:
+def check_handshake(target: bytes, headers: Headers) -> None:
     """Raise Refusal for a handshake with a body, which nobody would read, or one that is larger
     than the websockets package accepts."""
+    if len(target) > MAX_HANDSHAKE_LINE:
+        raise Refusal("headers_too_large", f"A URL of over {MAX_HANDSHAKE_LINE} bytes.")
     for name, value in headers:
         if name in (b"content-length", b"transfer-encoding"):
             raise Refusal("invalid_http", "A WebSocket handshake must not have a body.")

@@ -591,7 +591,7 @@ class HTTPProtocol(asyncio.Protocol):
             scope = self._scope()
             check_head(scope)
             if is_handshake(scope) and self._shared.offers_websocket():
-                check_handshake(scope["headers"])
+                check_handshake(self._url, scope["headers"])
                 self._hand_over(scope, rest)
                 return True
         except Refusal as refusal:

@@ -188,8 +188,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._reading.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if not self.handshake_initiated:
+        if not self.handshake_initiated:  # this is the whole head
             super().data_received(data)
+            if not self.handshake_initiated:  # which can't be read: nothing will answer it
+                self.transport.abort()
             return
         self._reader.feed_data(data)
         if self._arrival and not self._arrival.done():

@@ -163,6 +163,14 @@ def test_a_message_passes_unchanged_however_it_is_cut(
     assert upstream.sockets[0].texts == [*sent, message(10)]
 
 
+def test_a_handshake_with_a_long_url_is_refused_and_closed(gateway: Gateway) -> None:
+    for size in (8_000, 9_000, 60_000):
+        head = HANDSHAKE.replace("responses", f"responses?{'x' * size}")
+        answer = gateway.raw(f"{head}none\r\n\r\n".encode(), until_close=True)
+        assert answer.startswith(b"HTTP/1.1 431 "), size
+    assert gateway.connections() == 0
+
+
 def floods() -> dict[str, bytes]:
     begun = frame(b"{", fin=False)
     empty, short = frame(b"", Opcode.CONT, False), frame(b" ", Opcode.CONT, False)
