@@ -44,7 +44,7 @@ from redbtc_billing import Hold
 from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
-from redbtc_limits import FREE_BYTES, TICK, Admission, Bucket, Clock, Reservation
+from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import LedgerUnavailable, now_ms
@@ -670,13 +670,18 @@ class Session:
     async def _end(self) -> None:
         """The client is gone: what is in flight may be read on for its usage, then all ends."""
         self._closed = True
+        turns = [lane.turn for lane in self._lanes.values() if lane.turn]
+        for turn in turns:
+            turn.clock.client_left = True  # it begins nothing more
         for lane in self._lanes.values():
             while lane.waiting:
                 frame = lane.waiting.popleft()
                 self._waiting[frame].put_back()
                 self._leave(frame)
-            if lane.turn:
-                lane.turn.clock.leave()
+        for number, turn in enumerate(turns, 1):
+            turn.clock.leave()
+            if number % MAX_RINGS == 0:
+                await asyncio.sleep(0)  # its tasks have something to do now
         while self._lanes:
             await asyncio.sleep(TICK)
         for opening in self._opening.values():

@@ -439,3 +439,33 @@ def test_at_most_four_steerings_of_a_response_are_unanswered(
         ws.send(json.dumps(steer).encode())
         ws.completed()
     assert len(upstream.sockets[0].texts) == 6
+
+
+def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Only so many requests of it wait at once, whatever the number of its connections."""
+    gateway = make_gateway("[limits]\nqueue_seconds = 100").start()
+    hog, release = gateway.new_key("hog"), threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        request = await sock.recv()
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        await sock.send(*ws_events(1, request))
+
+    upstream.talk = talk
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(wire(gateway, hog)) for _ in range(4)]
+        for number in range(900):
+            for ws in wires:
+                ws.create(stream_id=f"{number}", metadata={"long": "x" * 1024})
+        for ws in wires[1:]:
+            assert ws.refused() == "concurrency_limit_exceeded"
+        assert gateway.metrics()["redbtc_queued"] == 1000
+        with Stalls(gateway.port) as stalls:
+            for ws in reversed(wires):
+                ws.sock.shutdown(socket.SHUT_RDWR)
+            wait_until(lambda: gateway.metrics()["redbtc_queued"] == 0)
+    release.set()
+    assert stalls.longest < HELD_UNITS
