@@ -15,7 +15,6 @@ memory is given back when the request has its places: from there on these bound 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 import time

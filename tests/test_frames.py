@@ -21,6 +21,8 @@ from speed import Stalls
 from upstream import Socket, Upstream, ws_events, ws_like_openai
 from websockets.frames import Opcode
 
+from redbtc_websocket import MAX_PART
+
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place
 SERVER = f"[server]\nmax_body_bytes = {MAX_BODY}\n"
@@ -150,7 +152,7 @@ def test_a_message_passes_unchanged_however_it_is_cut(
 ) -> None:
     sent = []
     with wire(gateway, key) as ws:
-        for size in (10, 70_000, 3 * MB):
+        for size in (10, 70_000, MAX_PART - 10, 3 * MB):
             for pieces in (1, 2, 7, 1000):
                 data = message(size, metadata={"pieces": str(pieces)})
                 ws.sock.sendall(fragmented(data, pieces))
@@ -161,6 +163,26 @@ def test_a_message_passes_unchanged_however_it_is_cut(
             time.sleep(0.0002)
         ws.completed()
     assert upstream.sockets[0].texts == [*sent, message(10)]
+
+
+def test_a_long_message_holds_the_loop_no_longer_than_a_short_one(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """It is unmasked and masked again in parts, whatever its frames are."""
+    data = message(90 * MB)
+    with wire(gateway, key) as ws, Stalls(gateway.port) as stalls:
+        ws.send(data)
+        ws.completed()
+    assert upstream.sockets[0].texts == [data]
+    assert stalls.longest < HELD_UNITS
+
+
+def test_a_control_frame_that_is_too_long_is_not_read(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    with wire(gateway, key) as ws:
+        ws.sock.sendall(frame(b"x" * MB, Opcode.PING)[:20])
+        assert ws.closed() == 1002
 
 
 def test_a_handshake_with_a_long_url_is_refused_and_closed(gateway: Gateway) -> None:
