@@ -825,8 +825,7 @@ class Session:
     async def _read(self) -> None:
         while (message := await self._receive())["type"] != "websocket.disconnect":
             if message["type"] == REFUSED:
-                self._small_frames.charge(REFUSED_FRAMES)
-                self.gateway.watch.refused(self._new_scope(), message["refusal"])
+                self._count(self._new_scope(), message["refusal"])
                 await self._refuse(message["refusal"], None, message["close"])
             elif "text" in message:
                 await self._take(message["text"], message["reserved"])
@@ -843,8 +842,7 @@ class Session:
                 frame = await in_slices(Frame.read(text))
                 await self._act(frame, admission)
         except Refusal as refusal:
-            self._small_frames.charge(REFUSED_FRAMES)
-            self.gateway.watch.refused(self._new_scope(), refusal)
+            self._count(self._new_scope(), refusal)
             close = closing_code(refusal)
             if refusal.code == "invalid_json" and not is_utf8(text):
                 close = INVALID_DATA
@@ -854,6 +852,11 @@ class Session:
             pass  # the turn's end is on its way
         if frame not in self._waiting:
             self._reserved.give_back(reserved)
+
+    def _count(self, scope: Scope, refusal: Refusal) -> None:
+        """An event is refused: so many small frames would be as much work."""
+        self._small_frames.charge(REFUSED_FRAMES)
+        self.gateway.watch.refused(scope, refusal)
 
     async def _act(self, frame: Frame, admission: Admission) -> None:
         facts = frame.facts
@@ -904,7 +907,7 @@ class Session:
                 with turn.admission:
                     await self._create(turn, frame)
             except Refusal as refusal:
-                self.gateway.watch.refused(scope, refusal)
+                self._count(scope, refusal)
                 await self._refuse(refusal, lane.stream_id, closing_code(refusal))
             except ClientLeft:
                 self.gateway.watch.left(scope)

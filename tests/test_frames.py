@@ -272,6 +272,18 @@ def test_an_account_that_floods_waits_and_is_served_again(
         assert time.monotonic() - started > 0.5, "it has waited"
 
 
+def test_requests_that_are_refused_in_their_turn_are_refused_slowly(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """They are not small, and they were read before they were refused."""
+    with wire(gateway, key) as ws:
+        started = time.monotonic()
+        for _ in range(SMALL_FRAMES // 10 + 10):
+            ws.create(background=True, metadata={"long": "x" * 1024})
+            assert ws.refused() == "invalid_request"
+        assert time.monotonic() - started > 0.5, "it has waited"
+
+
 def test_a_message_has_a_bounded_number_of_fragments(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
