@@ -52,7 +52,7 @@ from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
-from redbtc_pieces import Buffer
+from redbtc_pieces import Buffer, check_utf8
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import LedgerUnavailable, now_ms
 from redbtc_slices import TURNS, in_slices
@@ -844,7 +844,7 @@ class Session:
         except Refusal as refusal:
             self._count(self._new_scope(), refusal)
             close = closing_code(refusal)
-            if refusal.code == "invalid_json" and not is_utf8(text):
+            if refusal.code == "invalid_json" and not await is_utf8(text):
                 close = INVALID_DATA
             stream_id = frame.facts.stream_id if frame else stream_id_in(text)
             await self._refuse(refusal, stream_id, close)
@@ -1174,10 +1174,10 @@ def stream_id_in(text: Buffer) -> str | None:
     return None
 
 
-def is_utf8(text: Buffer) -> bool:
+async def is_utf8(text: Buffer) -> bool:
     try:
-        text.decode()
-    except UnicodeDecodeError:
+        await in_slices(check_utf8(text))
+    except Refusal:
         return False
     return True
 

@@ -177,6 +177,15 @@ def test_a_long_message_holds_the_loop_no_longer_than_a_short_one(
     assert stalls.longest < HELD_UNITS
 
 
+def test_a_long_message_that_is_no_text_is_refused_in_slices(gateway: Gateway, key: str) -> None:
+    data = message(90 * MB)[:-3] + b'\xff"}'
+    with wire(gateway, key) as ws, Stalls(gateway.port) as stalls:
+        ws.send(data)
+        assert ws.refused() == "invalid_json"
+        assert ws.closed() == 1007
+    assert stalls.longest < HELD_UNITS
+
+
 def test_a_control_frame_that_is_too_long_is_not_read(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
