@@ -697,11 +697,10 @@ class Frame(Content):
     """A WebSocket's frame from a client."""
 
     facts: FrameFacts
-    sent: bytes
     _names: Set[str]
 
     @classmethod
-    def read(cls, text: bytes) -> Steps[Frame]:
+    def read(cls, text: Buffer) -> Steps[Frame]:
         """Read a frame in small steps. Raises Refusal as `Content.steps` does."""
         frame = cls(text, text)
         members = yield from frame._read(text, FRAME_FACTS)

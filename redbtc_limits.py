@@ -15,11 +15,10 @@ memory is given back when the request has its places: from there on these bound 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 import time
-from collections import deque
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 from redbtc_ledger import Key
@@ -31,6 +30,8 @@ OwnLimits = tuple[int | None, int | None, int | None]  # None: the settings'
 TICK = 0.05  # seconds: how exact timeouts are
 FULL = "concurrency_limit_exceeded"
 FREE_BYTES = 64 << 10  # what a connection's own buffers hold as well
+MAX_WAITING = 1000  # of an account's requests, for places or for memory
+MAX_RINGS = 20  # clocks in a turn of the loop: what rings has about 0.1 ms of work to do
 
 
 class Clock:
@@ -119,10 +120,13 @@ class Clocks:
 
     def _tick(self) -> None:
         now = self.now()
-        for clock in [clock for clock in self._running if clock.deadline <= now]:
+        due = [clock for clock in self._running if clock.deadline <= now]
+        for clock in due[:MAX_RINGS]:
             clock.ring()
         self._ticking = bool(self._running)
-        if self._ticking:
+        if len(due) > MAX_RINGS:
+            self.loop.call_soon(self._tick)
+        elif self._ticking:
             self.loop.call_later(TICK, self._tick)
 
 
@@ -133,7 +137,7 @@ class Places:
     def __init__(self) -> None:
         self.limit = 0
         self.taken = 0
-        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._queue: OrderedDict[asyncio.Future[None], int] = OrderedDict()
 
     def take_now(self, limit: int, amount: int = 1) -> bool:
         """Take `amount` if it is free and nobody stands in line. `limit` holds from now on."""
@@ -148,14 +152,13 @@ class Places:
     async def take_in_turn(self, amount: int = 1) -> None:
         """Wait for `amount`. Whoever stops waiting leaves no trace."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append((amount, turn))
+        self._queue[turn] = amount
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.give_back(amount)  # it came in the same instant
-            with contextlib.suppress(ValueError):
-                self._queue.remove((amount, turn))
+            self._queue.pop(turn, None)
             self._let_in()  # the next in line may want less
             raise
 
@@ -166,10 +169,10 @@ class Places:
 
     def _let_in(self) -> None:
         while self._queue:
-            amount, turn = self._queue[0]
+            turn, amount = next(iter(self._queue.items()))
             if 0 < self.limit < self.taken + amount:
                 return
-            self._queue.popleft()
+            del self._queue[turn]
             if not turn.done():  # else given up a moment ago
                 self.taken += amount
                 turn.set_result(None)
@@ -216,6 +219,7 @@ class Limited:
 
     def __init__(self, what: str) -> None:
         self.what = what
+        self.waiting = 0  # requests that have to wait for anything
         self.places = Places()
         self.reading = Places()  # bytes
         self.small_frames = Bucket()  # of WebSockets
@@ -372,10 +376,11 @@ class Limits:
         ClientLeft."""
         admission.charge("tokens", estimate)
         patience = time.monotonic() + admission.queue_seconds
+        account = admission.bounds[1].limited
         for bound in admission.bounds:
             places = bound.limited.places
             if not places.take_now(bound.concurrency):
-                await self._wait_for_place(bound, patience, clock)
+                await self._wait_for_place(bound, account, patience, clock)
             admission.places.append(places)
         admission.admitted = True
 
@@ -444,18 +449,25 @@ class Limits:
         of_key, of_account, _ = self._bounds(key, limits)
         return {"key": of_key.report(now), "account": of_account.report(now)}
 
-    async def _wait_for_place(self, bound: Bound, patience: float, clock: Clock) -> None:
+    async def _wait_for_place(
+        self, bound: Bound, account: Limited, patience: float, clock: Clock
+    ) -> None:
         try:
-            await self.wait(bound.limited.places, 1, patience, clock)
+            await self.wait(account, bound.limited.places, 1, patience, clock)
         except TimeoutError:
             headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
             what = f"{bound.limited.what} may have {bound.concurrency} requests in flight"
             message = f"Too many requests at once: {what}."
             raise Refusal(FULL, message, headers=headers) from None
 
-    async def wait(self, places: Places, amount: int, patience: float, clock: Clock) -> None:
-        """Take `amount` in turn. Raises TimeoutError at `patience` (monotonic seconds),
-        ClientLeft."""
+    async def wait(
+        self, account: Limited, places: Places, amount: int, patience: float, clock: Clock
+    ) -> None:
+        """Take `amount` in turn. Raises TimeoutError at `patience` (monotonic seconds), or at once
+        where too many of the account wait; ClientLeft."""
+        if account.waiting >= MAX_WAITING:
+            raise TimeoutError
+        account.waiting += 1
         self.queued += 1
         try:
             with clock.running(patience - time.monotonic(), grace=0):
@@ -466,6 +478,7 @@ class Limits:
             raise
         finally:
             self.queued -= 1
+            account.waiting -= 1
 
 
 class Reservation:
@@ -525,20 +538,25 @@ class Reservation:
             seconds *= random.uniform(0.5, 1)
         patience = time.monotonic() + seconds
         account, everybody = self._shares()
-        await self._take_share(account, more, patience, clock)
+        await self._take_share(account[0], account, more, patience, clock)
         try:
-            await self._take_share(everybody, more, patience, clock)
+            await self._take_share(account[0], everybody, more, patience, clock)
         except BaseException:
             account[0].reading.give_back(more)
             raise
 
     async def _take_share(
-        self, share: tuple[Limited, int], more: int, patience: float, clock: Clock
+        self,
+        account: Limited,
+        share: tuple[Limited, int],
+        more: int,
+        patience: float,
+        clock: Clock,
     ) -> None:
         limited, most = share
         if not limited.reading.take_now(most, more):
             try:
-                await self._limits.wait(limited.reading, more, patience, clock)
+                await self._limits.wait(account, limited.reading, more, patience, clock)
             except TimeoutError:
                 message = f"Too many large request bodies at once for {limited.what}."
                 raise Refusal(FULL, message) from None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import ipaddress
 import logging
@@ -1186,6 +1187,8 @@ class Running:
             ws_ping_interval=PING_SECONDS,
             ws_ping_timeout=60,
         )
+        gc.collect()
+        gc.freeze()  # what is there now stays: to look through it each time would take 25 ms
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)

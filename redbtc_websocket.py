@@ -24,16 +24,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 import time
 from collections import deque
-from collections.abc import Coroutine, Generator
+from collections.abc import AsyncIterator, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 import orjson
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidStatus,
+    ProtocolError,
+)
 from websockets.frames import DATA_OPCODES
 from websockets.frames import Frame as WireFrame
 from websockets.http11 import Request
@@ -44,11 +50,12 @@ from redbtc_billing import Hold
 from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
-from redbtc_limits import FREE_BYTES, TICK, Admission, Bucket, Clock, Reservation
+from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
+from redbtc_pieces import Buffer, check_utf8
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import LedgerUnavailable, now_ms
-from redbtc_slices import in_slices
+from redbtc_slices import TURNS, in_slices
 from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_upstream
 from redbtc_watch import Receive, Scope, Send
 
@@ -84,45 +91,83 @@ MAX_CONTROL_BYTES = 125  # RFC 6455 §5.5
 SMALL_BYTES = 1024  # a frame with fewer is work rather than payload
 SMALL_FRAMES_PER_MINUTE = 6000  # of an account
 REFUSED_FRAMES = 10  # small frames that a refused event counts as
+MAX_PART = 256 << 10  # bytes that are masked or unmasked in one step; a multiple of the mask's four
+FIN, CONTROL, MASKED = 0x80, 0x08, 0x80  # RFC 6455 §5.2: bits of a head's first and second byte
+LONG, LONG_HEAD = 127, 14  # the second byte of a head with a length of eight bytes; its own length
 
 
 class FrameReader(StreamReader):
     """The buffer of a connection's parser. It lets the parser read one frame each time that it is
-    stepped, and wait where there is no room for a payload."""
+    stepped, and wait where there is no room for a payload. The parser unmasks a payload in one step
+    that nothing interrupts, so it is shown a long frame as several fragments."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
         super().__init__()
         self.between_frames = True
+        self.continues = False  # what is read is a part of a long frame, and not its first
         self.room = 0  # bytes of payload that may be read
         self.wanted = 0  # bytes of a payload that waits for room
         self.drops = False  # payloads are thrown away
         self.dropped_bytes = 0
+        self._max_bytes = max_bytes  # the parser refuses a frame with more
+        self._first = 0  # of a long frame: the first byte, the mask, and what is to be shown of it
+        self._mask = b""
+        self._left = 0
 
     def at_eof(self) -> Generator[None, None, bool]:
-        """Whether the stream has ended. The parser asks before each frame."""
-        self.between_frames = True
+        """Whether the stream has ended. The parser asks before each frame. Raises ProtocolError."""
+        self.between_frames = not self._left
         yield
         ended = yield from super().at_eof()
         self.between_frames = False
+        self.continues = self._left > 0
+        if not self.continues:
+            yield from self._look_at_head()
+        if self._left:
+            self._begin_part()
         return ended
+
+    def _look_at_head(self) -> Generator[None, None, None]:
+        """Take the head of a long frame out, once there is room for it."""
+        while len(self.buffer) < 2:
+            yield
+        first, second = self.buffer[:2]
+        if first & CONTROL:
+            if second & ~MASKED > MAX_CONTROL_BYTES:
+                raise ProtocolError("control frame too long")
+            return
+        if second != MASKED | LONG:
+            return
+        while len(self.buffer) < LONG_HEAD:
+            yield
+        size = int.from_bytes(self.buffer[2:10], "big")
+        if MAX_PART < size <= self._max_bytes:
+            yield from self._wait_for_room(size)
+            self._first, self._mask, self._left = first, bytes(self.buffer[10:LONG_HEAD]), size
+            del self.buffer[:LONG_HEAD]
+
+    def _begin_part(self) -> None:
+        """Put the head of a fragment before the next part of a long frame."""
+        size = min(self._left, MAX_PART)
+        self._left -= size
+        first = 0 if self.continues else self._first & ~FIN
+        first |= 0 if self._left else self._first & FIN
+        self.buffer[:0] = struct.pack("!BBQ", first, MASKED | LONG, size) + self._mask
+
+    def _wait_for_room(self, n: int) -> Generator[None, None, None]:
+        while n > self.room and not self.drops:
+            self.wanted = n
+            yield
 
     def read_exact(self, n: int) -> Generator[None, None, bytearray]:
         """The next `n` bytes: a part of a frame's head, or all of its payload."""
         if n > MAX_CONTROL_BYTES:
-            while n > self.room and not self.drops:
-                self.wanted = n
-                yield
+            yield from self._wait_for_room(n)
             if self.drops:
                 yield from self._drop(n)
                 return bytearray()
             self.room -= n
-        while len(self.buffer) < n:
-            yield
-        if n < len(self.buffer) // 2:
-            return (yield from super().read_exact(n))
-        read, self.buffer = self.buffer, self.buffer[n:]  # a large payload is not copied
-        del read[n:]
-        return read
+        return (yield from super().read_exact(n))
 
     def _drop(self, n: int) -> Generator[None, None, None]:
         self.dropped_bytes += n
@@ -158,11 +203,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     _reserved = 0  # bytes
     _fragments = 0
     _seconds = 0.0  # that the client has for the rest of it
-    _whole: bytes | None = None
+    _whole: Buffer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn.reader = self._reader = FrameReader()
+        self.conn.reader = self._reader = FrameReader(self.config.ws_max_size)
         self.conn.parser = self.conn.parse()
         next(self.conn.parser)
 
@@ -188,8 +233,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._reading.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if not self.handshake_initiated:
+        if not self.handshake_initiated:  # this is the whole head
             super().data_received(data)
+            if not self.handshake_initiated:  # which can't be read: nothing will answer it
+                self.transport.abort()
             return
         self._reader.feed_data(data)
         if self._arrival and not self._arrival.done():
@@ -233,6 +280,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def _count(self, frame: WireFrame) -> None:
         """Refuse a message of too many fragments, or of which too much was thrown away."""
+        if self._reader.continues:
+            return
         if len(frame.data) < SMALL_BYTES:
             self._intake.small_frames.charge(1)
         self._fragments += frame.opcode in DATA_OPCODES
@@ -240,9 +289,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             allowed = f"{self._intake.max_bytes} bytes in {MAX_FRAGMENTS} fragments"
             self._end(Refusal("request_too_large", f"A message may have {allowed}."), TOO_BIG)
 
+    def handle_cont(self, event: WireFrame) -> None:
+        """Add to the message: to join all of a long one at its end would take one long step."""
+        if not (self.frames and isinstance(self.frames[0], bytearray)):
+            cast(list[Buffer], self.frames)[:] = [bytearray().join(self.frames)]
+        self.frames[0] += event.data
+        if event.fin:
+            self.send_receive_event_to_app()
+
     def send_receive_event_to_app(self) -> None:
         """The message is whole."""
-        whole = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
+        whole = self.frames[0] if self.frames else b""
         self.frames, self._fragments = [], 0
         self._seconds = self._intake.message_seconds
         if self._reader.drops or self.close_sent:
@@ -278,7 +335,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             reader.drops = True
             self.frames.clear()
 
-    async def _deliver(self, whole: bytes) -> None:
+    async def _deliver(self, whole: Buffer) -> None:
         """Hand a message on, with the memory that it takes."""
         size = max(len(whole), SMALL_BYTES)
         self._whole = None
@@ -522,17 +579,26 @@ class Lane:
 class Line:
     """A session's connection to one upstream."""
 
-    def __init__(self, upstream: Upstream, connection: ClientConnection) -> None:
+    def __init__(self, session: Session, upstream: Upstream, connection: ClientConnection) -> None:
+        self._start = session.start
         self.upstream = upstream
         self.connection = connection
         self.lost = False
         self.waits_for_client = False  # that reads slowly
 
-    async def send(self, text: bytes, seconds: float) -> None:
+    async def send(self, text: Buffer) -> None:
+        """Raises ConnectionClosed. A long text is sent on when the caller waits no more: nothing
+        could follow a half of it."""
+        if len(text) <= MAX_PART:
+            await self.connection.send(text, text=True)
+        else:
+            await asyncio.shield(self._start(self.connection.send(in_parts(text), text=True)))
+
+    async def send_within(self, text: Buffer, seconds: float) -> None:
         """Raises ConnectionClosed, also where the upstream doesn't read for so long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self.connection.send(text, text=True)
+                await self.send(text)
                 return
         self.connection.transport.abort()
         await self.connection.wait_closed()
@@ -543,6 +609,13 @@ class Line:
             async with asyncio.timeout(LINE_SECONDS):
                 await self.connection.close()
         self.connection.transport.abort()
+
+
+async def in_parts(text: Buffer) -> AsyncIterator[memoryview]:
+    """A text in parts, in turns with other long work."""
+    for at in range(0, len(text), MAX_PART):
+        yield memoryview(text)[at : at + MAX_PART]
+        await TURNS.wait()
 
 
 class LineLost(Exception):
@@ -641,7 +714,7 @@ class Session:
             headers.append((b"x-request-id", request_id))
         return [*headers, (b"x-redbtc-request-id", request_id)]
 
-    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -656,7 +729,7 @@ class Session:
         """No new requests; when those in flight are done, it ends."""
         self._expired = True
         if not self._lanes:
-            self._start(self._refuse(expired(), None, close=POLICY_VIOLATION))
+            self.start(self._refuse(expired(), None, close=POLICY_VIOLATION))
 
     def _watch_reading(self, given: int) -> None:
         """Let go of a client that has read nothing since so many messages were given to it."""
@@ -668,13 +741,18 @@ class Session:
     async def _end(self) -> None:
         """The client is gone: what is in flight may be read on for its usage, then all ends."""
         self._closed = True
+        turns = [lane.turn for lane in self._lanes.values() if lane.turn]
+        for turn in turns:
+            turn.clock.client_left = True  # it begins nothing more
         for lane in self._lanes.values():
             while lane.waiting:
                 frame = lane.waiting.popleft()
                 self._waiting[frame].put_back()
                 self._leave(frame)
-            if lane.turn:
-                lane.turn.clock.leave()
+        for number, turn in enumerate(turns, 1):
+            turn.clock.leave()
+            if number % MAX_RINGS == 0:
+                await asyncio.sleep(0)  # its tasks have something to do now
         while self._lanes:
             await asyncio.sleep(TICK)
         for opening in self._opening.values():
@@ -711,7 +789,7 @@ class Session:
             if line.upstream is upstream and not line.lost:
                 return line
         if upstream not in self._opening:
-            self._opening[upstream] = task = self._start(self._open(upstream))
+            self._opening[upstream] = task = self.start(self._open(upstream))
             task.add_done_callback(lambda _: self._opening.pop(upstream))
         return await asyncio.shield(self._opening[upstream])
 
@@ -726,9 +804,9 @@ class Session:
             raise Refusal("upstream_unreachable") from None
         except InvalidHandshake:
             raise Refusal("upstream_protocol_error") from None
-        line = Line(upstream, connection)
+        line = Line(self, upstream, connection)
         self._lines.add(line)
-        self._start(self._pass_events(line))
+        self.start(self._pass_events(line))
         return line
 
     def _turns_on(self, line: Line) -> list[Turn]:
@@ -747,8 +825,7 @@ class Session:
     async def _read(self) -> None:
         while (message := await self._receive())["type"] != "websocket.disconnect":
             if message["type"] == REFUSED:
-                self._small_frames.charge(REFUSED_FRAMES)
-                self.gateway.watch.refused(self._new_scope(), message["refusal"])
+                self._count(self._new_scope(), message["refusal"])
                 await self._refuse(message["refusal"], None, message["close"])
             elif "text" in message:
                 await self._take(message["text"], message["reserved"])
@@ -756,7 +833,7 @@ class Session:
                 self._reserved.give_back(message["reserved"])
                 await self._close(UNSUPPORTED_DATA, "Only text is understood here.")
 
-    async def _take(self, text: bytes, reserved: int) -> None:
+    async def _take(self, text: Buffer, reserved: int) -> None:
         """One message. Its memory is given back unless it waits for a place."""
         frame: Frame | None = None
         try:
@@ -765,10 +842,9 @@ class Session:
                 frame = await in_slices(Frame.read(text), key.account_id)
                 await self._act(frame, admission)
         except Refusal as refusal:
-            self._small_frames.charge(REFUSED_FRAMES)
-            self.gateway.watch.refused(self._new_scope(), refusal)
+            self._count(self._new_scope(), refusal)
             close = closing_code(refusal)
-            if refusal.code == "invalid_json" and not is_utf8(text):
+            if refusal.code == "invalid_json" and not await is_utf8(text):
                 close = INVALID_DATA
             stream_id = frame.facts.stream_id if frame else stream_id_in(text)
             await self._refuse(refusal, stream_id, close)
@@ -776,6 +852,11 @@ class Session:
             pass  # the turn's end is on its way
         if frame not in self._waiting:
             self._reserved.give_back(reserved)
+
+    def _count(self, scope: Scope, refusal: Refusal) -> None:
+        """An event is refused: so many small frames would be as much work."""
+        self._small_frames.charge(REFUSED_FRAMES)
+        self.gateway.watch.refused(scope, refusal)
 
     async def _act(self, frame: Frame, admission: Admission) -> None:
         facts = frame.facts
@@ -792,7 +873,7 @@ class Session:
         lane = self._lanes.get(facts.stream_id)
         if lane is None:
             lane = self._lanes[facts.stream_id] = Lane(facts.stream_id)
-            self._start(self._work(lane))
+            self.start(self._work(lane))
         lane.waiting.append(frame)
 
     async def _steer(self, frame: Frame, admission: Admission) -> None:
@@ -806,7 +887,7 @@ class Session:
                 await self.gateway.homes(self.gateway.enter(self._scope), frame, self._made)
                 await turn.steer(frame, admission)
                 if (line := turn.line) and not line.lost:
-                    await line.send(frame.sent, line.upstream.settings.idle_timeout_seconds)
+                    await line.send_within(frame.sent, line.upstream.settings.idle_timeout_seconds)
                 return
         raise not_found("previous_response_id", response_id)
 
@@ -826,7 +907,7 @@ class Session:
                 with turn.admission:
                     await self._create(turn, frame)
             except Refusal as refusal:
-                self.gateway.watch.refused(scope, refusal)
+                self._count(scope, refusal)
                 await self._refuse(refusal, lane.stream_id, closing_code(refusal))
             except ClientLeft:
                 self.gateway.watch.left(scope)
@@ -881,7 +962,7 @@ class Session:
                 turn.clock.allow(line.upstream.settings.first_byte_timeout_seconds)
                 line.upstream.in_flight += 1
                 try:
-                    await line.connection.send(frame.sent, text=True)
+                    await line.send(frame.sent)
                     await turn.over
                 finally:
                     line.upstream.in_flight -= 1
@@ -1085,7 +1166,7 @@ class Addressed(msgspec.Struct):
 ADDRESSED = msgspec.json.Decoder(Addressed)
 
 
-def stream_id_in(text: bytes) -> str | None:
+def stream_id_in(text: Buffer) -> str | None:
     """The lane of a frame, whose refusal names it. Of a long frame it isn't looked for."""
     if len(text) <= FREE_BYTES:
         with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -1093,10 +1174,10 @@ def stream_id_in(text: bytes) -> str | None:
     return None
 
 
-def is_utf8(text: bytes) -> bool:
+async def is_utf8(text: Buffer) -> bool:
     try:
-        text.decode()
-    except UnicodeDecodeError:
+        await in_slices(check_utf8(text))
+    except Refusal:
         return False
     return True
 

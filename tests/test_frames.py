@@ -21,6 +21,8 @@ from speed import Stalls
 from upstream import Socket, Upstream, ws_events, ws_like_openai
 from websockets.frames import Opcode
 
+from redbtc_websocket import MAX_PART
+
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place
 SERVER = f"[server]\nmax_body_bytes = {MAX_BODY}\n"
@@ -150,7 +152,7 @@ def test_a_message_passes_unchanged_however_it_is_cut(
 ) -> None:
     sent = []
     with wire(gateway, key) as ws:
-        for size in (10, 70_000, 3 * MB):
+        for size in (10, 70_000, MAX_PART - 10, 3 * MB):
             for pieces in (1, 2, 7, 1000):
                 data = message(size, metadata={"pieces": str(pieces)})
                 ws.sock.sendall(fragmented(data, pieces))
@@ -161,6 +163,43 @@ def test_a_message_passes_unchanged_however_it_is_cut(
             time.sleep(0.0002)
         ws.completed()
     assert upstream.sockets[0].texts == [*sent, message(10)]
+
+
+def test_a_long_message_holds_the_loop_no_longer_than_a_short_one(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """It is unmasked and masked again in parts, whatever its frames are."""
+    data = message(90 * MB)
+    with wire(gateway, key) as ws, Stalls(gateway.port) as stalls:
+        ws.send(data)
+        ws.completed()
+    assert upstream.sockets[0].texts == [data]
+    assert stalls.longest < HELD_UNITS
+
+
+def test_a_long_message_that_is_no_text_is_refused_in_slices(gateway: Gateway, key: str) -> None:
+    data = message(90 * MB)[:-3] + b'\xff"}'
+    with wire(gateway, key) as ws, Stalls(gateway.port) as stalls:
+        ws.send(data)
+        assert ws.refused() == "invalid_json"
+        assert ws.closed() == 1007
+    assert stalls.longest < HELD_UNITS
+
+
+def test_a_control_frame_that_is_too_long_is_not_read(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    with wire(gateway, key) as ws:
+        ws.sock.sendall(frame(b"x" * MB, Opcode.PING)[:20])
+        assert ws.closed() == 1002
+
+
+def test_a_handshake_with_a_long_url_is_refused_and_closed(gateway: Gateway) -> None:
+    for size in (8_000, 9_000, 60_000):
+        head = HANDSHAKE.replace("responses", f"responses?{'x' * size}")
+        answer = gateway.raw(f"{head}none\r\n\r\n".encode(), until_close=True)
+        assert answer.startswith(b"HTTP/1.1 431 "), size
+    assert gateway.connections() == 0
 
 
 def floods() -> dict[str, bytes]:
@@ -239,6 +278,18 @@ def test_an_account_that_floods_waits_and_is_served_again(
         ws.sock.sendall(frame(b"", Opcode.PING) * 300)
         ws.create()
         ws.completed()
+        assert time.monotonic() - started > 0.5, "it has waited"
+
+
+def test_requests_that_are_refused_in_their_turn_are_refused_slowly(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """They are not small, and they were read before they were refused."""
+    with wire(gateway, key) as ws:
+        started = time.monotonic()
+        for _ in range(SMALL_FRAMES // 10 + 10):
+            ws.create(background=True, metadata={"long": "x" * 1024})
+            assert ws.refused() == "invalid_request"
         assert time.monotonic() - started > 0.5, "it has waited"
 
 
@@ -431,3 +482,33 @@ def test_at_most_four_steerings_of_a_response_are_unanswered(
         ws.send(json.dumps(steer).encode())
         ws.completed()
     assert len(upstream.sockets[0].texts) == 6
+
+
+def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Only so many requests of it wait at once, whatever the number of its connections."""
+    gateway = make_gateway("[limits]\nqueue_seconds = 100").start()
+    hog, release = gateway.new_key("hog"), threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        request = await sock.recv()
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        await sock.send(*ws_events(1, request))
+
+    upstream.talk = talk
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(wire(gateway, hog)) for _ in range(4)]
+        for number in range(900):
+            for ws in wires:
+                ws.create(stream_id=f"{number}", metadata={"long": "x" * 1024})
+        for ws in wires[1:]:
+            assert ws.refused() == "concurrency_limit_exceeded"
+        assert gateway.metrics()["redbtc_queued"] == 1000
+        with Stalls(gateway.port) as stalls:
+            for ws in reversed(wires):
+                ws.sock.shutdown(socket.SHUT_RDWR)
+            wait_until(lambda: gateway.metrics()["redbtc_queued"] == 0)
+    release.set()
+    assert stalls.longest < HELD_UNITS

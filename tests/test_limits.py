@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object, stream
 
-from redbtc_limits import Places
+from redbtc_limits import MAX_RINGS, Clock, Clocks, Places
 from redbtc_proxy import CLOSING_SECONDS
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
@@ -91,6 +91,32 @@ def test_places_are_given_in_turn_and_given_back(
     assert asyncio.run(all_visits()).taken == 0
     assert order == sorted(order), "in the order of asking"
     assert {n for n, (patient, _) in enumerate(visits) if patient} <= set(order)
+
+
+def test_clocks_whose_time_is_up_at_once_ring_in_turn() -> None:
+    """What rings has something to do, and others want the loop meanwhile."""
+
+    async def test() -> None:
+        clocks, rung, turns = Clocks(), 0, 0
+
+        async def wait() -> None:
+            nonlocal rung
+            clock = Clock(clocks)
+            try:
+                with clock.running(0):
+                    await asyncio.Event().wait()
+            except TimeoutError:
+                rung += 1
+
+        tasks = [asyncio.create_task(wait()) for _ in range(MAX_RINGS * 10)]
+        while rung < len(tasks):
+            before = rung
+            await asyncio.sleep(0)
+            assert rung - before <= MAX_RINGS
+            turns += rung > before
+        assert turns >= 10
+
+    asyncio.run(test())
 
 
 def test_the_limit_over_all_holds_for_many_accounts(

@@ -151,6 +151,7 @@ class Socket:
         self.frames: list[dict[str, Any]] = []  # what has come
         self.texts: list[bytes] = []  # the same, as it came
         self.close_code: int | None = None
+        self._text = bytearray()  # of the message that is coming
         self._reader = reader
         self._writer = writer
         self._protocol = ServerProtocol(max_size=None)
@@ -174,10 +175,13 @@ class Socket:
                 frame = self._events.popleft()
                 assert isinstance(frame, Frame)
                 await self._flush()
-                if frame.opcode is Opcode.TEXT:
-                    self.texts.append(bytes(frame.data))
-                    self.frames.append(json.loads(frame.data))
-                    return self.frames[-1]
+                if frame.opcode in (Opcode.TEXT, Opcode.CONT):
+                    self._text += frame.data
+                    if frame.fin:
+                        self.texts.append(bytes(self._text))
+                        self.frames.append(json.loads(self._text))
+                        self._text.clear()
+                        return self.frames[-1]
             if self._protocol.close_rcvd:
                 self.close_code = self._protocol.close_rcvd.code
             part = b"" if self._protocol.close_rcvd else await self._reader.read(65536)
