@@ -30,6 +30,8 @@ OwnLimits = tuple[int | None, int | None, int | None]  # None: the settings'
 TICK = 0.05  # seconds: how exact timeouts are
 FULL = "concurrency_limit_exceeded"
 FREE_BYTES = 64 << 10  # what a connection's own buffers hold as well
+MAX_FREE = 256  # requests of an account whose first FREE_BYTES are not counted
+OWN_BYTES = 4 << 20  # of an account that nobody else can take
 MAX_WAITING = 1000  # of an account's requests, for places or for memory
 MAX_RINGS = 20  # clocks in a turn of the loop: what rings has about 0.1 ms of work to do
 
@@ -220,6 +222,8 @@ class Limited:
     def __init__(self, what: str) -> None:
         self.what = what
         self.waiting = 0  # requests that have to wait for anything
+        self.free = 0  # requests whose first FREE_BYTES are not counted
+        self.shared = 0  # bytes being read that count for the whole gateway
         self.places = Places()
         self.reading = Places()  # bytes
         self.small_frames = Bucket()  # of WebSockets
@@ -287,6 +291,7 @@ class Admission:
         self.bounds = bounds
         self.queue_seconds = queue_seconds
         self.places: list[Places] = []
+        self.read = False  # the body, whole
         self.admitted = False
         self._charges: list[tuple[str, Bucket, float]] = []
         self.charge("requests", 1)
@@ -322,8 +327,12 @@ class Admission:
 
     def refused(self, error: BaseException) -> None:
         """The request was not forwarded: it used no tokens. It counts as a request where that is
-        its own fault, since reading it was work; else it costs nothing."""
-        if isinstance(error, Refusal) and error.status < 500 and error.code != FULL:
+        its own fault, or its client's who left while it was read: reading it was work. Else it
+        costs nothing."""
+        fault = isinstance(error, ClientLeft) and not self.read
+        if isinstance(error, Refusal):
+            fault = error.status < 500 and error.code != FULL
+        if fault:
             self.correct(0)
         else:
             self.put_back()
@@ -374,6 +383,9 @@ class Limits:
         """Charge the tokens and get the places, for as long as `with` holds the admission. Raises
         Refusal where a rate is used up, or no place comes free within `limits.queue_seconds`;
         ClientLeft."""
+        admission.read = not clock.client_left
+        if clock.client_left:
+            raise ClientLeft
         admission.charge("tokens", estimate)
         patience = time.monotonic() + admission.queue_seconds
         account = admission.bounds[1].limited
@@ -388,10 +400,9 @@ class Limits:
         """The rate of its account's small WebSocket frames."""
         return self._account(key.account_id).small_frames
 
-    def shares(self, key: Key, most: int) -> tuple[tuple[Limited, int], ...]:
-        """Whose memory a body takes, and how many bytes each may hold: its account's half of
-        `most`, and all of it."""
-        return (self._account(key.account_id), most // 2), (self._all, most)
+    def memory(self, key: Key) -> tuple[Limited, Limited]:
+        """Return whose memory a body takes: its account's, and everybody's."""
+        return self._account(key.account_id), self._all
 
     def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
         of_key = self._keys.get(key.id)
@@ -483,21 +494,29 @@ class Limits:
 
 class Reservation:
     """Memory for what a client has sent and what has no place yet: a body and its decoded copy, or
-    a WebSocket's messages. `with` gives it back. The first FREE_BYTES are not counted."""
+    a WebSocket's messages. `with` gives it back. An account may hold half of
+    `server.max_reading_bytes`; what it holds beyond OWN_BYTES is taken from what all may hold. The
+    first FREE_BYTES of each of its first MAX_FREE requests are not counted."""
 
     def __init__(self, limits: Limits, key: Key, settings: Settings) -> None:
         self.account_id = key.account_id
         self._limits = limits
-        self._key = key
+        self._account, self._everybody = limits.memory(key)
         self._settings = settings
+        self._free = 0
         self._size = 0  # what was asked for
         self._held = 0
         self._waits_for = 0
 
     def __enter__(self) -> Reservation:
+        if self._account.free < MAX_FREE:
+            self._account.free += 1
+            self._free = FREE_BYTES
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._free:
+            self._account.free -= 1
         if self._held:
             self.give_back(self._size)
 
@@ -505,7 +524,7 @@ class Reservation:
         """Hold `size` bytes more. Raises Refusal where they do not come free within
         `limits.queue_seconds`, ClientLeft. One task at a time may take."""
         self._size += size
-        more = self._size - FREE_BYTES - self._held
+        more = self._size - self._free - self._held
         if more > 0:
             self._waits_for = more
             try:
@@ -522,41 +541,45 @@ class Reservation:
         """`size` bytes are no longer held."""
         self._size -= size
         if self._held:
-            needed = max(0, self._size - FREE_BYTES) - self._waits_for
+            needed = max(0, self._size - self._free) - self._waits_for
             spare = min(self._held - needed, self._held)
             if spare > 0:
                 self._held -= spare
-                for limited, _ in self._shares():
-                    limited.reading.give_back(spare)
+                self._release(spare)
 
-    def _shares(self) -> tuple[tuple[Limited, int], ...]:
-        return self._limits.shares(self._key, self._settings.server.reading_bytes)
+    def _release(self, size: int) -> None:
+        self._account.reading.give_back(size)
+        excess = self._account.shared - self._beyond_own()
+        if excess > 0:
+            self._account.shared -= excess
+            self._everybody.reading.give_back(excess)
+
+    def _beyond_own(self) -> int:
+        """Bytes of the account that count for the whole gateway."""
+        return max(0, self._account.reading.taken - OWN_BYTES)
 
     async def _take(self, more: int, clock: Clock) -> None:
         seconds = self._settings.limits.queue_seconds
         if self._held:  # bodies that grow can wait for each other: let one of them give up first
             seconds *= random.uniform(0.5, 1)
-        patience = time.monotonic() + seconds
-        account, everybody = self._shares()
-        await self._take_share(account[0], account, more, patience, clock)
+        patience, most = time.monotonic() + seconds, self._settings.server.reading_bytes
+        await self._take_share(self._account, most // 2, more, patience, clock)
         try:
-            await self._take_share(account[0], everybody, more, patience, clock)
+            beyond = self._beyond_own() - self._account.shared
+            if beyond > 0:
+                await self._take_share(self._everybody, most, beyond, patience, clock)
+                self._account.shared += beyond
+                self._release(0)  # what others of the account gave back meanwhile
         except BaseException:
-            account[0].reading.give_back(more)
+            self._release(more)
             raise
 
     async def _take_share(
-        self,
-        account: Limited,
-        share: tuple[Limited, int],
-        more: int,
-        patience: float,
-        clock: Clock,
+        self, limited: Limited, most: int, more: int, patience: float, clock: Clock
     ) -> None:
-        limited, most = share
         if not limited.reading.take_now(most, more):
             try:
-                await self._limits.wait(account, limited.reading, more, patience, clock)
+                await self._limits.wait(self._account, limited.reading, more, patience, clock)
             except TimeoutError:
                 message = f"Too many large request bodies at once for {limited.what}."
                 raise Refusal(FULL, message) from None

@@ -295,6 +295,8 @@ async def read_content(
     form = Form(media.boundary) if media.boundary else None
     along = None if media.encoding else form
     body = await read_body(scope, receive, clock, settings, reserved, along)
+    if clock.client_left:
+        raise ClientLeft
     steps = Content.steps(body, body, form, endpoint.model_needed)
     if media.encoding:
         most = most_decoded(len(body), settings.server.max_body_bytes)

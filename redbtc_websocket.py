@@ -66,7 +66,6 @@ RESPONSES = Endpoint("/v1/responses", stores=True)
 MOST_SESSIONS = 100  # of an account
 MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
 LINE_SECONDS = 2  # for closing a line
-MOST_PONGS = 1000  # that a client may leave unread
 MAX_STEERS = 4  # of a turn, of which nobody has said yet what became of them
 STEER_SECONDS = 30  # for the response that follows one which was steered
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
@@ -191,14 +190,13 @@ class Intake(NamedTuple):
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's, with scope["read_frames"], which reads the client's messages once the connection
     is accepted, and scope["abort"]: to end the connection of a client that doesn't read, which no
-    close reaches. One that pings without end, and reads none of the answers, is let go of, too."""
+    close reaches."""
 
     _intake: Intake
     _reading: asyncio.Task[Any] | None = None
     _arrival: asyncio.Future[None] | None = None  # where bytes are waited for
     _paused = False
     _ended = False  # nothing more is read
-    _pongs = 0
     # Of the message that is being read:
     _reserved = 0  # bytes
     _fragments = 0
@@ -216,12 +214,6 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.handshake_initiated and not self.handshake_complete:
             scope = cast(Scope, self.scope)
             scope["abort"], scope["read_frames"] = self.transport.abort, self.read_frames
-
-    def handle_ping(self) -> None:
-        super().handle_ping()
-        self._pongs = 0 if self.writable.is_set() else self._pongs + 1
-        if self._pongs > MOST_PONGS:
-            self.transport.abort()
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
@@ -580,7 +572,7 @@ class Line:
     """A session's connection to one upstream."""
 
     def __init__(self, session: Session, upstream: Upstream, connection: ClientConnection) -> None:
-        self._start = session.start
+        self._start, self._account_id = session.start, session.account_id
         self.upstream = upstream
         self.connection = connection
         self.lost = False
@@ -592,7 +584,8 @@ class Line:
         if len(text) <= MAX_PART:
             await self.connection.send(text, text=True)
         else:
-            await asyncio.shield(self._start(self.connection.send(in_parts(text), text=True)))
+            parts = in_parts(text, self._account_id)
+            await asyncio.shield(self._start(self.connection.send(parts, text=True)))
 
     async def send_within(self, text: Buffer, seconds: float) -> None:
         """Raises ConnectionClosed, also where the upstream doesn't read for so long."""
@@ -611,11 +604,11 @@ class Line:
         self.connection.transport.abort()
 
 
-async def in_parts(text: Buffer) -> AsyncIterator[memoryview]:
-    """A text in parts, in turns with other long work."""
+async def in_parts(text: Buffer, account_id: str) -> AsyncIterator[memoryview]:
+    """Iterate over the parts of a long text, in turns with other long work."""
     for at in range(0, len(text), MAX_PART):
         yield memoryview(text)[at : at + MAX_PART]
-        await TURNS.wait()
+        await TURNS.wait(account_id, begun=True)
 
 
 class LineLost(Exception):
@@ -649,11 +642,17 @@ class Session:
         self._closed = False  # to the client
         self._expired = False
 
+    @property
+    def account_id(self) -> str:
+        """Whose it is."""
+        return self._key.account_id
+
     async def run(self) -> None:
         """From the handshake to the end. Raises Refusal before the connection is accepted,
         ClientLeft."""
         await self._receive()  # that it wants to connect
         self._key = self.gateway.enter(self._scope)
+        self._charge_handshake()
         sessions, account_id = self.gateway.sessions, self._key.account_id
         if sessions[account_id] >= MOST_SESSIONS:
             message = f"This account has {MOST_SESSIONS} WebSockets open, which is the most."
@@ -667,6 +666,17 @@ class Session:
         finally:
             await self._end()
             sessions[account_id] -= 1
+
+    def _charge_handshake(self) -> None:
+        """Count the handshake as REFUSED_FRAMES small frames: each one connects to an upstream.
+        Raises Refusal where the account's rate is used up."""
+        frames = self.gateway.limits.small_frames(self._key)
+        frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
+        wait = frames.seconds_until(REFUSED_FRAMES)
+        if wait:
+            message = "Too many WebSocket handshakes and small frames of this account."
+            raise Refusal("rate_limit_exceeded", message, retry_after=wait)
+        frames.charge(REFUSED_FRAMES)
 
     async def _run(self) -> None:
         line = await self._first_line()
@@ -844,7 +854,7 @@ class Session:
         except Refusal as refusal:
             self._count(self._new_scope(), refusal)
             close = closing_code(refusal)
-            if refusal.code == "invalid_json" and not await is_utf8(text):
+            if refusal.code == "invalid_json" and not await is_utf8(text, self.account_id):
                 close = INVALID_DATA
             stream_id = frame.facts.stream_id if frame else stream_id_in(text)
             await self._refuse(refusal, stream_id, close)
@@ -1174,9 +1184,9 @@ def stream_id_in(text: Buffer) -> str | None:
     return None
 
 
-async def is_utf8(text: Buffer) -> bool:
+async def is_utf8(text: Buffer, account_id: str) -> bool:
     try:
-        await in_slices(check_utf8(text))
+        await in_slices(check_utf8(text), account_id)
     except Refusal:
         return False
     return True

@@ -512,3 +512,19 @@ def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
             wait_until(lambda: gateway.metrics()["redbtc_queued"] == 0)
     release.set()
     assert stalls.longest < HELD_UNITS
+
+
+def test_handshakes_have_a_rate(gateway: Gateway, key: str) -> None:
+    """Each one connects to an upstream; one that is refused does not."""
+
+    def status(key: str) -> bytes:
+        with gateway.connect() as sock:
+            sock.sendall(f"{HANDSHAKE}{key}\r\n\r\n".encode())
+            return sock.recv(12)[9:]
+
+    assert status(key) == b"101"
+    wire = Wire(gateway, key)
+    for _ in range(SMALL_FRAMES):
+        wire.send(b"", Opcode.PONG)
+    wait_until(lambda: status(key) == b"429")
+    assert status(gateway.new_key("other")) == b"101"

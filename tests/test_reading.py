@@ -239,6 +239,10 @@ def test_what_waits_for_all_gives_back_what_its_account_gave(make_gateway: MakeG
     with contextlib.ExitStack() as stack:
         for name in ("one", "two"):
             stack.enter_context(unfinished(gateway, gateway.new_key(name), 2, MAX_BODY))
+        stack.enter_context(unfinished(gateway, third, 1, MAX_BODY))
+        with gateway.client(gateway.new_key("fourth")) as client:  # an account has some of its own
+            served = client.post("/responses", content=body(4 * MB), headers=JSON)
+            assert served.status_code == 200
         with gateway.client(third) as client:
             for _ in range(3):
                 refused = client.post("/responses", content=body(MAX_BODY), headers=JSON)

@@ -1241,21 +1241,6 @@ def test_steering_that_an_upstream_does_not_read_ends(
     assert brief(gateway) == [done(1)]
 
 
-def test_who_pings_and_reads_nothing_is_let_go_of(
-    gateway: Gateway, upstream: Upstream, key: str
-) -> None:
-    ping = Frame(Opcode.PING, b"x" * 125).serialize(mask=True) * 10_000
-    with by_hand(gateway, key) as sock:
-        assert sock.recv(65536).startswith(b"HTTP/1.1 101 ")
-        before, sent = gateway.rss(), 0
-        with contextlib.suppress(OSError):
-            while sent < 100:
-                sock.sendall(ping)
-                sent += 1
-        assert sent < 100
-        assert gateway.rss() - before < 30 << 20
-
-
 def test_who_leaves_while_another_line_is_dialled_leaves_none(make_gateway: MakeGateway) -> None:
     """Not even where leaving ends all at once, and the first line takes its time to close."""
     with Upstream() as one, Upstream() as two:
