@@ -1,9 +1,9 @@
-"""Long work on the event loop, done in slices so that it holds up nobody.
+"""Long work on the event loop, done in slices of time so that other requests are not held up.
 
-Such work is a generator that yields between small steps and knows nothing of asyncio. Work that is
-done within one slice of time is done at once. Longer work takes turns with other long work: in each
-turn of the loop one slice is done, whoever it is for. (A thread would not help: msgspec and re hold
-the interpreter's lock for as long as a call takes.)
+The work is a generator that yields between small steps and does not use asyncio. Work that fits
+into one slice is done at once. Longer work shares one queue: each turn of the loop runs one slice
+of the work that has waited longest. (A thread would not help: msgspec and re hold the interpreter's
+lock for as long as a call takes.)
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from time import perf_counter
 from typing import TypeVar
 
 SLICE_SECONDS = 0.001
-ITEMS_SECONDS = 0.00025  # of work on items that are many, between two turns of the loop
+ITEMS_SECONDS = 0.00025  # of work in `with_turns` between two turns of the loop
 
 T = TypeVar("T")
 
 
 class Turns:
-    """The work that waits for a slice, in the order in which it asked for one."""
+    """The queue of work that waits for a slice, first come, first served."""
 
     def __init__(self) -> None:
-        self.taken = False  # the slice of this turn of the loop, or there is work that waits for it
+        self.taken = False  # this turn's slice is taken, or work is waiting for one
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait(self) -> None:
         """Return when it is the caller's turn."""
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # that of an earlier loop waits for nothing any more
+        if loop is not self._loop:  # drop the queue of an earlier loop, which has ended
             self._loop, self._waiting, self.taken = loop, deque(), False
         turn = loop.create_future()
         self._waiting.append(turn)
@@ -41,7 +41,7 @@ class Turns:
         await turn
 
     def _give(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Give the slice of the next turn of the loop to the first that still waits."""
+        """Give the next turn's slice to the first in the queue that still waits."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -55,12 +55,12 @@ TURNS = Turns()
 
 
 async def in_slices(steps: Generator[None, None, T]) -> T:
-    """Run a generator of small steps to its end and return its result. Raises what it raises; a
-    caller that is cancelled closes it."""
+    """Run a generator of small steps to its end, in slices, and return its result. Raises what the
+    generator raises. Cancelling the caller closes the generator."""
     try:
         if TURNS.taken:
             await TURNS.wait()
-        next(steps)  # most is done in one step
+        next(steps)  # before reading the clock: most work has only one step
         until = perf_counter() + SLICE_SECONDS
         while True:
             next(steps)
@@ -75,7 +75,7 @@ async def in_slices(steps: Generator[None, None, T]) -> T:
 
 
 async def with_turns(items: Iterable[T]) -> AsyncIterator[T]:
-    """Iterate over what may be many items, with turns of the loop in between."""
+    """Iterate over items that may be many, giving other tasks a turn of the loop in between."""
     began = perf_counter()
     for item in items:
         yield item
