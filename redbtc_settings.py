@@ -227,7 +227,7 @@ MOST_TOKENS = 100_000_000  # no request has more: what claims so is no count of 
 Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
 
 
-BODIES_READ = 4  # an account's half holds a body of the largest size and its decoded copy
+BODIES_READ = 4  # so an account's half can hold the largest body and its decoded copy
 
 
 class Table(Struct, forbid_unknown_fields=True, frozen=True):
@@ -255,7 +255,8 @@ class Server(Table, frozen=True):
 
     @property
     def reading_bytes(self) -> int:
-        """The most bytes of all bodies that have no place yet. An account may hold half of them."""
+        """The maximum of bytes for bodies of requests that have no place yet. Each account may hold
+        half of it."""
         return self.max_reading_bytes or BODIES_READ * self.max_body_bytes
 
 
