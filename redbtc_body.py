@@ -68,7 +68,7 @@ MAX_RATIO = 32  # of decoded to compressed bytes; parsing takes a multiple of th
 MIN_BOUND = 64 << 10  # decoded bytes that are allowed at any ratio
 MAX_FRAMES = 100  # gzip members or zstd frames of one body
 DECODER_INPUT, DECODER_OUTPUT = 32 << 10, 256 << 10  # bytes in each step, which takes under 1 ms
-WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
+ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
 
 
 class Media(NamedTuple):
@@ -125,7 +125,7 @@ def decompressed(body: Buffer, encoding: str, most: int) -> Steps[Buffer]:
     for _ in range(MAX_FRAMES):
         decoder: Any = zlib.decompressobj(31)
         if encoding == "zstd":
-            decoder = zstd.ZstdDecompressor(options=WINDOW)
+            decoder = zstd.ZstdDecompressor(options=ZSTD_OPTIONS)
         rest: Buffer = b""  # input that zlib returns unused; zstd keeps it
         while not decoder.eof:
             given, before = rest, len(decoded)
@@ -158,7 +158,7 @@ def unreadable(encoding: str) -> Refusal:
 
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
-MOST_PARTS = 1000
+MAX_PARTS = 1000
 FORM_WINDOW = 64 << 10  # bytes that are searched in one step
 SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]")
 # Readers differ in how they take spaces, control characters, '%5B', accents and look-alike letters.
@@ -175,7 +175,7 @@ FORM_NAME = re.compile(
 )
 ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
 UNENCODED = (b"binary", b"8bit", b"7bit")
-MOST_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
+MAX_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
 
 
 class Form:
@@ -216,10 +216,10 @@ class Form:
     def _take(self, body: Buffer, end: int) -> None:
         """A part is whole."""
         start = self._part
-        self._tokens += min(end - start, MOST_PICTURE_TOKENS)
+        self._tokens += min(end - start, MAX_PICTURE_TOKENS)
         self._parts += 1
-        if self._parts > MOST_PARTS:
-            raise Refusal("invalid_request", f"The form has more than {MOST_PARTS} parts.")
+        if self._parts > MAX_PARTS:
+            raise Refusal("invalid_request", f"The form has more than {MAX_PARTS} parts.")
         head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_PART_HEAD))
         parameters = parameters_of_part(bytes(body[start : max(start, head_end)]))
         name, size = parameters[b"name"], end - head_end - 4
@@ -248,7 +248,7 @@ class Form:
 
     def most_tokens(self, body: Buffer) -> int:
         """What its parts can come to."""
-        return self._tokens + min(len(body) - max(self._part, 0), MOST_PICTURE_TOKENS)
+        return self._tokens + min(len(body) - max(self._part, 0), MAX_PICTURE_TOKENS)
 
     def references(self) -> Steps[Named]:
         """Return the stored objects that the form names, by the name of a part or in a short field.
@@ -551,7 +551,7 @@ TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
 ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
 # Only items with one of these members are checked; most histories have none.
 TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
-MOST_NESTING = 8  # levels of tools within tools
+MAX_NESTING = 8  # levels of tools within tools
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # the only ones in OpenAI's reference
 FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
 KNOWN = FACT_NAMES | LISTS
@@ -626,7 +626,7 @@ class Content:
         self.offers_tools = reading.tools > 0
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
-            self.most_input_tokens += MOST_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
+            self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
         if isinstance(options, StreamOptions) and options.include_usage is msgspec.UNSET:
             self._options_at = yield from place_of(pieces, "stream_options")
@@ -812,8 +812,8 @@ class Reading:
         yield from self._name_beside(item, skipped | WORDS_OF.get(kind, set()))
 
     def _read_tools(self, given: msgspec.Raw, depth: int, lasting: bool) -> Steps[None]:
-        if depth >= MOST_NESTING:
-            message = f"Tools are nested more than {MOST_NESTING} levels deep."
+        if depth >= MAX_NESTING:
+            message = f"Tools are nested more than {MAX_NESTING} levels deep."
             raise Refusal("invalid_request", message, param="tools")
         for part in self._pieces.parts(given) if is_list(given) else ():
             telling = None if self._names else TOOL_NAMES
@@ -904,8 +904,8 @@ class Reading:
         if bytes(memoryview(value)[:1]) != b"{":
             yield from self._name_beside({name: value}, set())
             return
-        if depth >= MOST_NESTING:
-            message = f"'{name}' is nested more than {MOST_NESTING} levels deep."
+        if depth >= MAX_NESTING:
+            message = f"'{name}' is nested more than {MAX_NESTING} levels deep."
             raise Refusal("invalid_request", message, param=name)
         inner = yield from members_in(self._pieces.parts(value))
         for deeper in ("format", "json_schema"):

@@ -32,7 +32,8 @@ ONCE = (  # of duplicates, one reader may use the first and another the last
     b"authorization",
 )
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
-# The websockets package's own maximums; it closes on a larger handshake without a response.
+# Within the websockets package's own maximums (128 headers, lines of 8192 bytes): it closes on a
+# larger handshake without a response.
 MAX_HANDSHAKE_HEADERS, MAX_HANDSHAKE_LINE = 128, 8000
 
 
@@ -118,7 +119,7 @@ MAX_OVERHEAD = 64 << 10  # bytes of framing, beyond OVERHEAD_A_BYTE for each byt
 OVERHEAD_A_BYTE = 8  # more than chunks of one byte need
 MAX_CHUNKS_A_TURN = 200  # that a connection parses in one turn of the loop; about 0.2 ms
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?[ \t]*")
-TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*")
+TRAILER = re.compile(TOKEN.pattern + rb":[^\x00-\x08\x0a-\x1f\x7f]*")
 
 
 class BadFraming(Exception):

@@ -427,7 +427,7 @@ def test_a_history_with_everything_in_it_passes(
     assert content.chosen_ids == {f"rs_{n}" for n in range(1000)}
     assert not content.references
     shown = (len(picture) + 2) * 20
-    assert content.most_input_tokens == len(text) - shown + 20 * redbtc_body.MOST_PICTURE_TOKENS
+    assert content.most_input_tokens == len(text) - shown + 20 * redbtc_body.MAX_PICTURE_TOKENS
     with gateway.client(key) as client:
         answer = client.post(
             "/responses", content=text, headers={"content-type": "application/json"}
