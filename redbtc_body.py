@@ -15,10 +15,10 @@ Rule 3. A body has one meaning. What the next reader could take in another way i
 that stands twice, a name behind escapes or in other letters, a form whose boundary or heads are in
 doubt. Else what is checked here would not be what the upstream does.
 
-Rule 4. A body is read before its account's limits can refuse it, on the event loop that everybody
-shares. So all reading is a generator of small steps (redbtc_slices.py), no step calls msgspec or re
-on more than a piece of the text (redbtc_pieces.py), and whatever can be repeated has a maximum far
-above all honest use.
+Rule 4. A body is parsed on the event loop that all requests share, and before the limits that
+depend on its contents can refuse it. So all parsing is a generator of small steps
+(redbtc_slices.py), no step calls msgspec or re on more than a piece of the text (redbtc_pieces.py),
+and everything that can be repeated has a maximum far above legitimate use.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ PARAMETER = re.compile(SET, re.IGNORECASE)
 JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json")
 BOUNDARY = re.compile(rb"[\w'()+,./:=?-]{1,70}")  # RFC 2046 §5.1.1, without its inner spaces
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
-MAX_RATIO = 32  # of decoded to compressed bytes; to read them can take a multiple of their memory
-MIN_BOUND = 64 << 10  # bytes: what a short body may be decoded to
-MAX_FRAMES = 100  # that one body may be compressed in
-DECODER_INPUT, DECODER_OUTPUT = 32 << 10, 256 << 10  # bytes a step, under 1 ms
-WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
+MAX_RATIO = 32  # of decoded to compressed bytes; parsing takes a multiple of the decoded bytes
+MIN_BOUND = 64 << 10  # decoded bytes that are allowed at any ratio
+MAX_FRAMES = 100  # gzip members or zstd frames of one body
+DECODER_INPUT, DECODER_OUTPUT = 32 << 10, 256 << 10  # bytes in each step, which takes under 1 ms
+ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
 
 
 class Media(NamedTuple):
@@ -112,20 +112,21 @@ def parametrized(text: bytes) -> tuple[bytes, dict[bytes, bytes]] | None:
 
 
 def most_decoded(size: int, most: int) -> int:
-    """The most bytes that the decoded copy of a body of `size` bytes may have, `most` at most."""
+    """Return how many bytes the decoded copy of a body of `size` bytes may have: not more than
+    `most`."""
     return min(most, max(MIN_BOUND, MAX_RATIO * size))
 
 
 def decompressed(body: Buffer, encoding: str, most: int) -> Steps[Buffer]:
-    """Return the decoded copy of a body. Raises Refusal where it is longer than `most` bytes, or
-    than MAX_RATIO times the body, or can't be decoded."""
+    """Decode a compressed body in small steps and return the copy. Raises Refusal if that is longer
+    than `most_decoded` allows or the body can't be decoded."""
     most = most_decoded(len(body), most)
     decoded, at = bytearray(), 0
     for _ in range(MAX_FRAMES):
         decoder: Any = zlib.decompressobj(31)
         if encoding == "zstd":
-            decoder = zstd.ZstdDecompressor(options=WINDOW)
-        rest: Buffer = b""  # what zlib gives back of its input; zstd keeps it
+            decoder = zstd.ZstdDecompressor(options=ZSTD_OPTIONS)
+        rest: Buffer = b""  # input that zlib returns unused; zstd keeps it
         while not decoder.eof:
             given, before = rest, len(decoded)
             if not rest and getattr(decoder, "needs_input", True):
@@ -136,9 +137,9 @@ def decompressed(body: Buffer, encoding: str, most: int) -> Steps[Buffer]:
             except (zlib.error, zstd.ZstdError):
                 raise unreadable(encoding) from None
             if len(decoded) > most:
-                message = f"The request body is over {most} bytes when it is decoded."
+                message = f"The decoded request body has more than {most} bytes."
                 raise Refusal("request_too_large", message)
-            if not given and len(decoded) == before:  # it ends too soon
+            if not given and len(decoded) == before:  # the compressed data is cut short
                 raise unreadable(encoding)
             rest = getattr(decoder, "unconsumed_tail", b"")
             yield
@@ -149,7 +150,7 @@ def decompressed(body: Buffer, encoding: str, most: int) -> Steps[Buffer]:
 
 
 def unreadable(encoding: str) -> Refusal:
-    """The body is not what its Content-Encoding says."""
+    """Return the refusal of a body that is not what its Content-Encoding says."""
     return Refusal("invalid_request", f"The request body is not valid {encoding}.")
 
 
@@ -157,16 +158,16 @@ def unreadable(encoding: str) -> Refusal:
 
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
-MOST_PARTS = 1000
+MAX_PARTS = 1000
 FORM_WINDOW = 64 << 10  # bytes that are searched in one step
 SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]")
-# Readers differ in what they make of spaces, controls, '%5B', marks, or letters that look alike.
+# Readers differ in how they take spaces, control characters, '%5B', accents and look-alike letters.
 FIELD_NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]+")
 ODD_SINGLE = re.compile(
     rb"(?:model|stream|n|prompt)[.\[]|_charset_$", re.IGNORECASE
 )  # RFC 7578 §4.6
 NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
-# Of these types some readers make fields of their own.
+# Some readers split a part of one of these types into further fields.
 NESTED_TYPE = re.compile(rb"multipart/|message/|application/x-www-form-urlencoded")
 FORM_END = re.compile(rb"--(?:[ \t\r\n]|\Z)")  # else to some readers it is no boundary
 HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
@@ -175,7 +176,7 @@ FORM_NAME = re.compile(
 )
 ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
 UNENCODED = (b"binary", b"8bit", b"7bit")
-MOST_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
+MAX_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
 
 
 class Form:
@@ -188,12 +189,12 @@ class Form:
         self._parts = 0
         self._tokens = 0
         self._delimiter = b"--" + boundary
-        self._part = -1  # where the one begins that is not yet whole
+        self._part = -1  # where the part begins that is not yet whole
         self._searched = 0
 
     def grow(self, body: Buffer) -> Steps[None]:
-        """`body` is what has come so far. Raises Refusal for a form that could be read in more than
-        one way."""
+        """Parse on, in small steps: `body` is the form as far as it has arrived. Raises Refusal for
+        a form that could be read in more than one way."""
         size = len(self._delimiter)
         while self._searched <= len(body) - size:
             end = body.find(self._delimiter, self._searched, self._searched + FORM_WINDOW)
@@ -216,10 +217,10 @@ class Form:
     def _take(self, body: Buffer, end: int) -> None:
         """A part is whole."""
         start = self._part
-        self._tokens += min(end - start, MOST_PICTURE_TOKENS)
+        self._tokens += min(end - start, MAX_PICTURE_TOKENS)
         self._parts += 1
-        if self._parts > MOST_PARTS:
-            raise Refusal("invalid_request", f"The form has more than {MOST_PARTS} parts.")
+        if self._parts > MAX_PARTS:
+            raise Refusal("invalid_request", f"The form has more than {MAX_PARTS} parts.")
         head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_PART_HEAD))
         parameters = parameters_of_part(bytes(body[start : max(start, head_end)]))
         name, size = parameters[b"name"], end - head_end - 4
@@ -232,26 +233,27 @@ class Form:
         long = field and size > MAX_FIELD and name != b"prompt"
         if (single and not proper) or long or ODD_SVG.match(name) or ODD_SINGLE.match(name):
             shown = name.decode()
-            message = f"'{shown}' must be in the form once, as a short text, in lower case."
+            message = f"'{shown}' must be in the form once, in lower case, as a short text field."
             raise Refusal("invalid_request", message, param=shown)
         if field and size <= MAX_FIELD:
             self.fields[name] = bytes(body[head_end + 4 : end])
 
     @staticmethod
     def _check_doubtful(name: bytes, begin: bytes) -> None:
-        """Raise Refusal for a part that some readers take for a file and others for a field, where
-        that matters: its filename is empty, or there is only a `filename*`."""
+        """Raise Refusal for a part that some readers take for a file and others for a field, since
+        its filename is empty or only a `filename*`, if its value begins like JSON."""
         if begin.lstrip()[:1] in (b"{", b"[", b'"'):
             shown = name.decode()
-            message = f"'{shown}' must have a filename, or be a field without one."
+            message = f"'{shown}' must have a 'filename' that is not empty, or none at all."
             raise Refusal("invalid_request", message, param=shown)
 
     def most_tokens(self, body: Buffer) -> int:
         """What its parts can come to."""
-        return self._tokens + min(len(body) - max(self._part, 0), MOST_PICTURE_TOKENS)
+        return self._tokens + min(len(body) - max(self._part, 0), MAX_PICTURE_TOKENS)
 
     def references(self) -> Steps[Named]:
-        """Stored objects that it names, by the name of a part or within a short field."""
+        """Return the stored objects that the form names, by the name of a part or in a short field.
+        Raises Refusal."""
         named = Named()
         for name, value in self.fields.items():
             if name != b"prompt":
@@ -294,7 +296,7 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
     if not (once and plain and found and 0 < len(name) <= MAX_NAME):
         raise Refusal("invalid_request", "A part of the form has no head that can be read.")
     if not FIELD_NAME.fullmatch(name):
-        message = "The name of a form's part may have only letters, digits and '_.-[]'."
+        message = "The name of a form field may have only letters, digits and '_.-[]'."
         raise Refusal("invalid_request", message)
     return found[1]
 
@@ -316,11 +318,11 @@ NOTHING, NULL = msgspec.Raw(), msgspec.Raw(b"null")
 STRING = re.compile(TEXT, re.DOTALL)
 MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
 OBJECT_END = re.compile(rb"\s*+\}")
-MAX_MEMBERS = 1000  # of an object that is looked into; no request of OpenAI's API has 100
-FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())  # Unicode's lower case of these is s and k
+MAX_MEMBERS = 1000  # of each object that is parsed; no request of OpenAI's API has 100
+FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())  # Unicode's case folding makes them s and k
 TOO_WIDE = f"An object in the body has more than {MAX_MEMBERS} members."
-TWICE = "A member of the body stands there twice."
-PACE = 32  # objects that are looked at in one step
+TWICE = "Duplicate key in the JSON body."
+PACE = 32  # objects that are checked in one step
 
 
 def string_in(text: Buffer | msgspec.Raw) -> str:
@@ -332,7 +334,7 @@ def string_in(text: Buffer | msgspec.Raw) -> str:
 
 
 def is_text(raw: msgspec.Raw) -> bool:
-    """Whether it is a string with something in it."""
+    """Return whether a value is a string that is not empty."""
     return len(raw) > 2 and bytes(memoryview(raw)[:1]) == b'"'
 
 
@@ -341,8 +343,8 @@ def is_list(raw: msgspec.Raw) -> bool:
 
 
 def read_members(text: Buffer) -> Members:
-    """Return the members of a JSON object by name, none of them built. Raises Refusal for what
-    can't be read, or could be read in more than one way."""
+    """Return the members of a JSON object by name, with their values as they are written. Raises
+    Refusal for a text that can't be parsed, or that could be read in more than one way."""
     members: Members = read_json(text, MEMBERS)
     if len(members) > MAX_MEMBERS:
         raise Refusal("invalid_request", TOO_WIDE)
@@ -352,8 +354,8 @@ def read_members(text: Buffer) -> Members:
 
 
 def read_short(text: Buffer) -> tuple[Pieces, Members]:
-    """Read a text that is one piece. Half a character in it, from a text that was cut, takes as
-    much room when it is replaced. Raises Refusal as `read_members` does."""
+    """Read a text that is one piece. An unpaired surrogate escape, as in text that was cut within a
+    character, is replaced by another of the same length. Raises Refusal as `read_members` does."""
     try:
         return Pieces(text), read_members(text)
     except Refusal:
@@ -362,7 +364,7 @@ def read_short(text: Buffer) -> tuple[Pieces, Members]:
 
 
 def members_in(parts: list[Buffer]) -> Steps[Members]:
-    """Return the members of an object that is in parts. Raises Refusal as `read_members` does."""
+    """Return the members of an object, given its pieces. Raises Refusal as `read_members` does."""
     members = read_members(parts[0])
     for part in parts[1:]:
         yield
@@ -376,19 +378,19 @@ def members_in(parts: list[Buffer]) -> Steps[Members]:
 
 
 def check_letters(members: Iterable[str], known: Set[str]) -> None:
-    """Raise Refusal where one that is known is written in other letters, which the next reader may
-    take for it."""
+    """Raise Refusal for a name that is a known one with letters of another case or look-alike
+    letters: the next reader may take it for the known one."""
     for name in members:
         if name not in known and name.casefold() in known:
-            message = f"'{name}' is written '{name.casefold()}'."
+            message = f"The key '{name}' must be written '{name.casefold()}'."
             raise Refusal("invalid_request", message, param=name)
 
 
 def read_list(
     pieces: Pieces, part: Buffer, known: Set[str], telling: Set[str] | None
 ) -> Steps[list[Members]]:
-    """Return the objects in a part of a list. Raises Refusal for one with a member of `telling`
-    (None: for any) that could be read in more than one way."""
+    """Return the objects in a piece of a list. Only those with a member in `telling` (None: all)
+    are checked: Raises Refusal for one of these that could be read in more than one way."""
     objects: list[Members] = read_json(part, OBJECTS)
     checked = [
         number
@@ -415,13 +417,13 @@ def read_list(
 
 
 def shortest(members: Members) -> int:
-    """How long an object is that is written as '{"name":value,…}': there is no room in it for
-    anything more. Written wider it takes a closer look."""
+    """Return the length of an object that is written as '{"name":value,…}', without white space or
+    escapes in names. An object of this length has no room for a duplicate; others are checked."""
     return 1 + 4 * len(members) + sum(map(len, members)) + sum(map(len, members.values()))
 
 
 def check_once(text: Buffer, members: Members) -> None:
-    """Raise Refusal where a member stands twice: the next reader may believe the other one."""
+    """Raise Refusal for an object with duplicate keys: the next reader may use the other one."""
     seen: set[str] = set()
     at = text.index(b"{") + 1
     while match := MEMBER_NAME.match(text, at):
@@ -435,14 +437,14 @@ def check_once(text: Buffer, members: Members) -> None:
 
 
 def start_of(text: Buffer, members: Members, wanted: str) -> int:
-    """Return where the value of a member begins, in the text of the object."""
+    """Return where the value of the member `wanted` begins in the text of its object."""
     at = text.index(b"{") + 1
     for name, value in members.items():
         match = MEMBER_NAME.match(text, at)
         if match is None or name == wanted:
             break
         at = match.end() + len(value)
-    assert match is not None, "it is one of the members, which were checked"
+    assert match is not None, "`wanted` is one of the members, and those were checked"
     return match.end()
 
 
@@ -461,7 +463,7 @@ class Facts(Struct):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
-    background: bool | str | None = None  # of pictures it is a colour
+    background: bool | str | None = None  # for images, a colour
     store: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -476,7 +478,7 @@ class Facts(Struct):
 
     @property
     def asks_for_usage(self) -> bool:
-        """Whether a streamed chat will report it."""
+        """Whether a streamed chat asks for its usage."""
         return self.stream_options == StreamOptions(include_usage=True)
 
 
@@ -492,7 +494,7 @@ AnyFacts = TypeVar("AnyFacts", bound=Facts)
 
 
 class Part(Struct):
-    """A part of a message, or of a tool's output: `image_url` where it is a picture."""
+    """A part of a message or of a tool's output. It is a picture if it has an `image_url`."""
 
     image_url: msgspec.Raw = NOTHING
     text: msgspec.Raw = NOTHING
@@ -505,7 +507,7 @@ SEALED = (
     "compaction",
     "compaction_summary",
     "context_compaction",
-)  # whole with their content, encrypted or plain
+)  # items that are complete with their content, encrypted or plain
 
 
 def kind_of(item: Item) -> str:
@@ -514,7 +516,7 @@ def kind_of(item: Item) -> str:
 
 
 def has_text(content: msgspec.Raw, pieces: Pieces) -> bool:
-    """Whether a part of it, in its first piece, is text."""
+    """Return whether a part in the first piece of an item's content has text."""
     with contextlib.suppress(*NOT_JSON):
         parts = PARTS.decode(pieces.parts(content)[0]) if is_list(content) else []
         return any(is_text(part.text) for part in parts)
@@ -522,8 +524,8 @@ def has_text(content: msgspec.Raw, pieces: Pieces) -> bool:
 
 
 def is_reference(item: Item, pieces: Pieces) -> bool:
-    """Whether the upstream would look it up by its id: what is nothing but an id (its type may be
-    left out), and what lacks the content that makes it whole."""
+    """Return whether the upstream would look the item up by its id: it is nothing but an id (its
+    type may be left out), or lacks the content that would make it complete."""
     kind = kind_of(item)
     if kind == "item_reference" or item.keys() <= {"id", "type", "status"}:
         return True
@@ -535,8 +537,9 @@ def is_reference(item: Item, pieces: Pieces) -> bool:
 
 
 def reference_in(item: Item, pieces: Pieces) -> str:
-    """Return what an item's id refers to: "item_reference" where it is all that is given, "input"
-    where a tool of the upstream made the item; "" where the item may have any id."""
+    """Return the name for a reference by an item's id: "item_reference" for an item that the
+    upstream would look up, "input" for one that a tool of the upstream made; "" for any other item,
+    whose id the client may choose."""
     if is_reference(item, pieces):
         return "item_reference"
     return "" if OWN_WORDS.fullmatch(kind_of(item)) else "input"
@@ -548,16 +551,17 @@ PARTS, PICTURE = msgspec.json.Decoder(list[Part]), b"image_url"
 LISTS = {"input", "messages", "tools", "svg"}
 TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
 ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
-# An item with one of these is looked at closely; most histories have none.
+# Only items with one of these members are checked; most histories have none.
 TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
-MOST_NESTING = 8  # of tools in tools
-STEER_MEMBERS = {"type", "previous_response_id", "input"}  # and no others, says OpenAI's reference
+MAX_NESTING = 8  # levels of tools within tools
+STEER_MEMBERS = {"type", "previous_response_id", "input"}  # the only ones in OpenAI's reference
 FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
 KNOWN = FACT_NAMES | LISTS
 
 
 def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFacts:
-    """Raises Refusal where one of them is not what it has to be, or is written in other letters."""
+    """Return the facts among a body's members. Raises Refusal for one that has the wrong type, or
+    whose name has letters of another case."""
     check_letters(members, KNOWN)
     known = [b'"%b":%b' % (name.encode(), members[name]) for name in FACT_NAMES & members.keys()]
     facts: AnyFacts = read_json(b"{%b}" % b",".join(known), decoder)
@@ -565,7 +569,7 @@ def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFa
 
 
 class Content:
-    """A request's body: `sent` is what goes on, `facts` and the rest what has been read of it."""
+    """A request's body: `sent` is what is forwarded, all other attributes are what was read."""
 
     facts: Facts
 
@@ -576,11 +580,11 @@ class Content:
         self.offers_tools = False
         self.references: Collection[Reference] = ()  # all stored objects that it names
         self.most_input_tokens = self.size
-        self._options_at: int | None = None  # where stream_options begin that don't say all
+        self._options_at: int | None = None  # offset of `stream_options` without `include_usage`
         self._inherited: dict[str, bool] = {}
         self._inherits_minted = True
         self.chosen_ids: set[str] = set()  # of items, by the client
-        self._further: dict[str, bool] = {}  # models that it makes work, and if for pictures
+        self._further: dict[str, bool] = {}  # further models it uses, and whether for pictures
         self._lasting: dict[str, bool] = {}  # those of tools that are part of its input
 
     @classmethod
@@ -624,7 +628,7 @@ class Content:
         self.offers_tools = reading.tools > 0
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
-            self.most_input_tokens += MOST_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
+            self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
         if isinstance(options, StreamOptions):
             (text,) = pieces.parts(members["stream_options"])
@@ -634,27 +638,29 @@ class Content:
         return members
 
     def check_model(self, needed: bool) -> None:
-        """Raise Refusal where it names none, or in too many words."""
+        """Raise Refusal if the model is missing but needed, or its name is too long."""
         if self.facts.model is None and needed:
             raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
         if len(self.facts.model or "") > MAX_NAME:
-            raise Refusal("invalid_request", "The name of the model is too long.", param="model")
+            message = f"'model' has more than {MAX_NAME} characters."
+            raise Refusal("invalid_request", message, param="model")
 
     def inherit(self, models: str | None, minted_input: bool) -> None:
-        """It builds on an object in which these models work, and with input of such ids."""
+        """Note an object that this request builds on: the further models that it uses (JSON), and
+        whether the upstream chose all ids of its input."""
         self._inherited |= msgspec.json.decode(models, type=dict[str, bool]) if models else {}
         self._inherits_minted = self._inherits_minted and minted_input
 
     @property
     def mints_input(self) -> bool:
-        """Whether the upstream will choose all the ids in the listing of this input: the client
-        chose none, neither here nor in what this builds on."""
+        """Whether the upstream chooses all ids in the listing of this request's input: the client
+        chose none, here or in what this request builds on."""
         return self._inherits_minted and not self.chosen_ids
 
     @property
     def lasting_models(self) -> str | None:
-        """Those that work in what will build on it, as JSON: of tools that are part of its input.
-        Asked for when it has inherited."""
+        """The further models that a request which builds on this one uses, as JSON: those of tools
+        that are part of the input. Complete once `inherit` was called for all references."""
         lasting = self._inherited | self._lasting
         return msgspec.json.encode(lasting).decode() if lasting else None
 
@@ -674,9 +680,9 @@ class Content:
         return drawing[0] if drawing else DEFAULT_IMAGE_MODEL
 
     def add_include_usage(self) -> bool:
-        """Put `stream_options.include_usage` into what is sent of a streamed chat where it was left
-        out, every other byte as it was; return whether it was. A client that says null or false has
-        not left it out. This is the one change that is ever made to a body (CONTRACT section 6)."""
+        """Add `stream_options.include_usage` to a streamed chat that leaves it out, changing no
+        other byte; return whether it was added. A value of null or false is not left out. This is
+        the only change that is ever made to a body (CONTRACT section 6)."""
         sent, options = self.sent, self.facts.stream_options
         if self._options_at is not None:
             at = sent.index(b"{", self._options_at) + 1
@@ -694,7 +700,7 @@ class Content:
 
 
 class Frame(Content):
-    """A WebSocket's frame from a client."""
+    """A client's message on a WebSocket."""
 
     facts: FrameFacts
     _names: Set[str]
@@ -708,48 +714,49 @@ class Frame(Content):
         return frame
 
     def only(self, names: set[str]) -> Frame:
-        """The same, if it has no other members. Raises Refusal."""
+        """Return the frame itself. Raises Refusal if it has members other than `names`."""
         for name in self._names - names:
-            message = f"'{name}' can't stand in '{self.facts.type}'."
+            message = f"'{name}' is not allowed in '{self.facts.type}'."
             raise Refusal("invalid_request", message, param=name[:MAX_NAME])
         return self
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────
 
-MAX_ITEMS = 20_000  # of the input; a history of a day's work has 2,000
-MAX_TOOLS = 4_000  # those within others included; OpenAI allows 128, MCP servers bring some hundred
-MAX_MODELS = 16  # that a request makes work besides its own
+MAX_ITEMS = 20_000  # of the input; the history of a day's work has 2,000
+MAX_TOOLS = 4_000  # nested ones included; OpenAI allows 128, MCP servers have some hundreds
+MAX_MODELS = 16  # that a request uses besides its own
 
 
 def check_models(models: dict[str, bool]) -> None:
-    """Raise Refusal where there are too many."""
+    """Raise Refusal for more than MAX_MODELS models."""
     if len(models) > MAX_MODELS:
         message = f"The tools name more than {MAX_MODELS} models."
         raise Refusal("invalid_request", message, param="tools")
 
 
 class Reading:
-    """Goes through the members of a body, its input and its tools, once, and keeps what counts."""
+    """One pass over a body's members, its input and its tools, which collects the references, ids,
+    models and pictures in them."""
 
     def __init__(self, pieces: Pieces, members: Members) -> None:
         self.named = Named()
-        self.chosen: set[str] = set()  # ids of items that are the client's own
+        self.chosen: set[str] = set()  # ids of items that the client chose
         self.tools = self._items = 0
         self.models: dict[str, bool] = {}
         self.lasting: dict[str, bool] = {}
         self.pictures = self.picture_bytes = 0
-        self.countable = True  # are the pictures; else they count as text
+        self.countable = True  # whether the pictures could be counted; else they count as text
         self._pieces = pieces
         self._members = members
         self._names = False  # whether any member may name a stored object
-        self._shows = False  # whether any may be a picture
-        self._offers: deque[tuple[msgspec.Raw, int, bool]] = (
-            deque()
-        )  # lists of tools: depth, lasting
+        self._shows = False  # whether any member may be a picture
+        # Lists of tools to read, with their depth and whether they are part of the input.
+        self._offers: deque[tuple[msgspec.Raw, int, bool]] = deque()
 
     def steps(self) -> Steps[None]:
-        """Raises Refusal where it can't be read, or where something hides."""
+        """Read the body in small steps. Raises Refusal for a body that can't be read, is too large,
+        or has a name in a disguised spelling."""
         members = self._members
         for piece in self._pieces.all():
             escaped = yield from refuse_hidden(piece)
@@ -800,7 +807,7 @@ class Reading:
                 self.named.add(Reference(name, object_id))
             else:
                 self.chosen.add(object_id)
-        if "tools" in item and kind_of(item) != "mcp_list_tools":  # which only tells of them
+        if "tools" in item and kind_of(item) != "mcp_list_tools":  # that one only reports tools
             self._offers.append((item["tools"], 0, True))
 
     def _name_item(self, item: Item) -> Steps[None]:
@@ -809,8 +816,9 @@ class Reading:
         yield from self._name_beside(item, skipped | WORDS_OF.get(kind, set()))
 
     def _read_tools(self, given: msgspec.Raw, depth: int, lasting: bool) -> Steps[None]:
-        if depth >= MOST_NESTING:
-            raise Refusal("invalid_request", "Tools within tools within tools.", param="tools")
+        if depth >= MAX_NESTING:
+            message = f"Tools are nested more than {MAX_NESTING} levels deep."
+            raise Refusal("invalid_request", message, param="tools")
         for part in self._pieces.parts(given) if is_list(given) else ():
             telling = None if self._names else TOOL_NAMES
             tools = yield from read_list(self._pieces, part, TOOL_NAMES, telling)
@@ -841,7 +849,7 @@ class Reading:
         self._note_model(model, True, lasting)
 
     def _note_author(self, given: msgspec.Raw, lasting: bool) -> Steps[None]:
-        """Of an SVG, where it is named."""
+        """Note the model that writes an SVG, if one is named."""
         if given != NULL:
             svg = yield from members_in(self._pieces.parts(given))
             check_letters(svg, TOOL_NAMES)
@@ -894,13 +902,14 @@ class Reading:
                 yield from self._name_beside(function, {"parameters"})
 
     def _name_within(self, members: Members, name: str, depth: int = 0) -> Steps[None]:
-        """In what describes a schema, but for the schema, which is its author's own words."""
+        """Note references in a member that holds a schema, but not in the schema itself, which is
+        its author's own text."""
         value = members.get(name, NULL)
         if bytes(memoryview(value)[:1]) != b"{":
             yield from self._name_beside({name: value}, set())
             return
-        if depth >= MOST_NESTING:
-            message = f"'{name}' is nested more than {MOST_NESTING} levels deep."
+        if depth >= MAX_NESTING:
+            message = f"'{name}' is nested more than {MAX_NESTING} levels deep."
             raise Refusal("invalid_request", message, param=name)
         inner = yield from members_in(self._pieces.parts(value))
         for deeper in ("format", "json_schema"):
@@ -909,7 +918,8 @@ class Reading:
         yield from self._name_beside(inner, {"schema", "parameters", "format", "json_schema"})
 
     def _name_beside(self, members: Members, skipped: Set[str]) -> Steps[None]:
-        """In all members but some: of lists that are looked at one by one, if they are lists."""
+        """Note references in all members except `skipped`. "tools" and "functions" are skipped only
+        if they are lists, whose elements are read one by one."""
         for name, value in members.items():
             if name not in skipped or (name in ("tools", "functions") and not is_list(value)):
                 text = b"%b:%b" % (msgspec.json.encode(name), value)
@@ -922,20 +932,20 @@ WORDS = (
     rb"previous_response_id|comparison_response_id|conversation|file_ids?|vector_store_ids?|"
     rb"container(?:_id)?|skill_id|tunnel_id|approval_request_id|prompt|audio|voice"
 )
-MEMBER = re.compile(  # what can't begin one is passed over first: most of the time goes there
+MEMBER = re.compile(  # the look-ahead rejects most strings early, where most of the time is spent
     rb'"(?=[acfpstv])(?:(' + WORDS + rb')"\s*:\s*(?=["\[{])|type"\s*:\s*"item_reference")',
     re.IGNORECASE,
 )
 HIDDEN = re.compile(rb"(?:" + WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE)
 BRACKETS = re.compile(rb"[\[{]|[\]}]|" + TEXT, re.DOTALL)
 ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECASE)
-# Letters, and what lies between: nobody need escape these. (One character before the look ahead:
-# that is searched for much faster than four.)
+# Escapes of ASCII letters and of the letters in FOLDED, which no writer needs. (With only one
+# character before the look-ahead, the search is much faster than with four.)
 ESCAPED = re.compile(rb"\\(?=u(?:00[4-7]|017[fF]|212[aA]))")
-PLAIN = (b"prompt", b"audio", b"voice")  # these may be plain text as well
-HOLDERS = (b"conversation", b"container", *PLAIN)  # and these an object with an id
+PLAIN = (b"prompt", b"audio", b"voice")  # members that may also be plain text
+HOLDERS = (b"conversation", b"container", *PLAIN)  # members that may be an object with an id
 SCHEMAS = ("text", "response_format")
-WORDS_OF = {  # members of items that are a model's or a server's own words
+WORDS_OF = {  # by an item's type, the members that hold a model's or a server's own text
     "tool_search_call": {"arguments"},
     "local_shell_call": {"action"},
     "shell_call": {"action"},
@@ -943,9 +953,9 @@ WORDS_OF = {  # members of items that are a model's or a server's own words
     "additional_tools": {"tools"},
     "tool_search_output": {"tools"},
 }
-MAX_REFERENCES = 20_000  # as many as items
-MAX_MENTIONS = 50_000  # of the same ones, too
-MAX_HIDING = 200  # bytes of a name with all its letters escaped
+MAX_REFERENCES = 20_000  # different ones, as many as items
+MAX_MENTIONS = 50_000  # repeated ones included
+MAX_HIDING = 200  # bytes of a string that is looked at: any name with all its letters escaped
 
 
 class Reference(NamedTuple):
@@ -975,14 +985,14 @@ class Named:
 
 
 def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
-    """Note what is named by the names of members, at any depth."""
+    """Note the stored objects that members in a text name, at any depth."""
     seen: dict[re.Pattern[bytes], set[int]] = {ID_MEMBER: set(), STRING: set()}
     for piece in pieces.within(text, set()):
-        done = {ID_MEMBER: 0, STRING: 0}  # up to where each has looked through objects and lists
+        done = {ID_MEMBER: 0, STRING: 0}  # by pattern, the offset up to which it was searched for
         for match in MEMBER.finditer(piece):
             start, kind = match.end(), piece[match.end() : match.end() + 1]
             name = (match[1] or b"").lower()
-            if not name:  # not among the items
+            if not name:  # an "item_reference" that is not among the items
                 named.add(Reference("item_reference", ""))
             elif kind == b'"':
                 value = STRING.match(piece, start)
@@ -1001,7 +1011,7 @@ def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
 def note_ids(
     name: bytes, ids: re.Pattern[bytes], text: Buffer, pieces: Pieces, named: Named
 ) -> Steps[None]:
-    """Note all ids in a text that belong to a member of that name."""
+    """Note all ids that the pattern `ids` finds in a text, as references by the member `name`."""
     yield
     for number, value in enumerate(ids.finditer(text)):
         if not pieces.is_mark(value[ids.groups]):
@@ -1011,8 +1021,8 @@ def note_ids(
 
 
 def refuse_hidden(text: Buffer) -> Steps[bool]:
-    """Raise Refusal where a name that matters is written in a way in which it isn't looked for.
-    Return whether there is any letter that is not written as itself."""
+    """Raise Refusal for a name that matters but is written with escapes or look-alike letters, so
+    that a search by its text would miss it. Return whether the text has any of these."""
     folded = not text.isascii() and any(letter in text for letter in FOLDED)
     if not folded and not ESCAPED.search(text):
         return False
@@ -1023,7 +1033,11 @@ def refuse_hidden(text: Buffer) -> Steps[bool]:
             if HIDDEN.fullmatch(name.encode("utf-8", "replace")) and (
                 name.encode() not in match[0].lower()
             ):
-                raise Refusal("invalid_request", f"'{name}' is written oddly.", param=name)
+                message = (
+                    f"The name '{name}' contains escapes or look-alike characters. "
+                    "Write it in plain ASCII."
+                )
+                raise Refusal("invalid_request", message, param=name)
         if number % 256 == 0:
             yield
     return True
@@ -1044,7 +1058,7 @@ def end_of(text: Buffer, start: int) -> Steps[int]:
 
 
 def place_of(pieces: Pieces, wanted: str) -> Steps[int]:
-    """Return where in a body the value of a member begins that it has."""
+    """Return the offset in a body of the value of its member `wanted`."""
     for number, part in enumerate(pieces.parts(pieces.root)):
         members = read_members(part)
         if wanted in members:
@@ -1055,28 +1069,29 @@ def place_of(pieces: Pieces, wanted: str) -> Steps[int]:
 
 # ── Queries ──────────────────────────────────────────────────────────────────────────────────────
 
-VALUE = re.compile(r"[\w.:=+~,-]{0,256}", re.ASCII)  # whatever decodes it twice reads the same
+VALUE = re.compile(r"[\w.:=+~,-]{0,256}", re.ASCII)  # no '%', which could be decoded twice
 
 
 class Query:
-    """What may go on of the query of a stored response's route. Other names are dropped: what tools
-    add by themselves (`api-version`) is no reason to refuse, and reaches no upstream."""
+    """The fields of a stored response's query that are forwarded. Others, such as the `api-version`
+    that tools add by themselves, are dropped without a refusal."""
 
     def __init__(self, given: bytes, allowed: Collection[str]) -> None:
-        """Raises Refusal for a value that could be read in more than one way."""
+        """Raises Refusal for a forwarded value that could be read in more than one way."""
         fields = parse_qsl(given.decode("latin-1"), keep_blank_values=True, errors="replace")
         self._fields = [(name, value) for name, value in fields if name in allowed]
         for name, value in self._fields:
             if not VALUE.fullmatch(value):
                 message = (
-                    f"'{name}' in the query must be at most 256 letters, digits and '._:=+~,-'."
+                    f"'{name}' in the query may have at most 256 characters: letters, digits and "
+                    "'._:=+~,-'."
                 )
                 raise Refusal("invalid_request", message, param=name)
 
     def values(self, name: str) -> list[str]:
-        """All that it says of a name."""
+        """Return all values of a field."""
         return [value for each, value in self._fields if each == name]
 
     def encoded(self) -> bytes:
-        """The query for the upstream."""
+        """Return the query for the upstream."""
         return urlencode(self._fields, safe="[]", quote_via=quote).encode()

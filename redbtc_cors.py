@@ -1,8 +1,9 @@
-"""CORS: what browsers let pages of other origins do with /v1 (WHATWG Fetch, "CORS protocol").
+"""CORS: the response headers that let browser pages of other origins use /v1 (WHATWG Fetch, "CORS
+protocol").
 
-A page needs no more than it has anyway, an API key: the gateway never asks a browser for
-credentials of its own (cookies), so any origin may be allowed. The headers are sent only where the
-request has an Origin, so that other requests cost no more.
+A page must hold an API key, and /v1 accepts no cookies, so allowing any origin gives no page more
+than its key does. The headers are sent only in response to requests with an Origin header, so that
+others cost no more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from redbtc_refusals import Headers, Refusal, header
 from redbtc_watch import App, Message, Receive, Scope, Send
 
 PATHS = "/v1/"
-# Names for browsers that don't know "*"; it covers what an upstream adds.
+# "*" covers whatever an upstream adds; the names are for browsers that don't support "*".
 EXPOSED = (
     b"x-request-id, x-redbtc-request-id, retry-after, retry-after-ms, x-should-retry, "
     b"x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, "
@@ -21,12 +22,12 @@ EXPOSED = (
     b"openai-processing-ms, openai-version, openai-model, cf-ray, date, age, *"
 )
 METHODS = b"GET, POST, DELETE"
-MAX_AGE_SECONDS = b"7200"  # Chromium believes no more
+MAX_AGE_SECONDS = b"7200"  # Chromium's maximum
 
 
 def cors_headers(origin: bytes, origins: Iterable[str]) -> Headers:
-    """Return what an answer says to a page of that origin; nothing where it isn't allowed. "*" in
-    `origins` allows every origin, also "null"."""
+    """Return the headers that let a page of `origin` read a response; none if `origins` does not
+    allow it. "*" in `origins` allows every origin, "null" included."""
     if "*" in origins:
         allowed = b"*"
     elif origin.decode("latin-1") in origins:
@@ -41,14 +42,15 @@ def cors_headers(origin: bytes, origins: Iterable[str]) -> Headers:
 
 
 class CORS:
-    """An ASGI app around another, whose answers it adds the headers to, refusals included."""
+    """ASGI middleware that adds CORS headers to every response under /v1, refusals included."""
 
     def __init__(self, app: App, origins: Callable[[], Iterable[str]]) -> None:
         self._app = app
         self._origins = origins
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Return the other's coroutine: another around it would cost each request and event."""
+        """Return the app's own coroutine: one more around it would slow down every request and
+        event."""
         origin = header(scope["headers"], b"origin")
         if origin is not None and scope["type"] == "http" and scope["path"].startswith(PATHS):
             send = _adding(send, cors_headers(origin, self._origins()))
@@ -65,9 +67,9 @@ def _adding(send: Send, more: Headers) -> Send:
 
 
 def preflight_headers(headers: Headers) -> Headers:
-    """Return what the answer to a preflight request adds: every header that the page wants to send
-    is allowed, since those which reach an upstream are chosen elsewhere ("*" would not cover
-    authorization). Raise Refusal where this is no preflight."""
+    """Return the headers that only the response to a preflight request has. Every header that the
+    page asks to send is allowed (by name, since "*" does not cover Authorization): the ones that
+    reach an upstream are chosen elsewhere. Raise Refusal if the request is not a preflight."""
     if header(headers, b"access-control-request-method") is None:
         raise Refusal("unknown_url")
     added: Headers = [

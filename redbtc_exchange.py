@@ -62,8 +62,8 @@ class Endpoint(NamedTuple):
 
 
 def check_background(value: bool | str) -> None:
-    """Raise Refusal where `background` is text, which an upstream might take for true. (Where
-    pictures are asked for, it is a colour.)"""
+    """Raise Refusal if `background` is text, which an upstream might take for true. (In a request
+    for images, which has no background responses, it is a colour.)"""
     if isinstance(value, str):
         message = "'background' must be true or false."
         raise Refusal("invalid_request", message, param="background")
@@ -88,11 +88,11 @@ class Exchange:
         self.admission = admission
         self.meter: Meter = JSONMeter(endpoint.images)
         self.takes_out_usage = False
-        self.answers = 1  # that were asked for, each with an event that ends it
+        self.answers = 1  # images that were asked for, each of which ends with an event of its own
         self.settled = False
         self.status: int | None = None
         self.first_byte_ms: int | None = None
-        self.unwritten: asyncio.Future[None] | None = None  # what to wait for before sending on
+        self.unwritten: asyncio.Future[None] | None = None  # await it before sending more
         self.key: Key
 
     def meter_stream(self) -> None:
@@ -133,8 +133,8 @@ class Exchange:
 
 
 class Metered(Exchange):
-    """A request that has a row in the ledger. `with` it is counted among the account's unfinished
-    background responses, if it is to be one."""
+    """A request that has a row in the ledger. If it asks for a background response, `admit` counts
+    that among the account's unfinished ones; leaving `with` uncounts it if none was created."""
 
     _content: Content
     _money: Hold
@@ -142,10 +142,10 @@ class Metered(Exchange):
     _background: Background | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
     _repeats = False  # what another request has made
-    _in_room = False  # counted as an unfinished background response
+    _in_room = False  # whether it is counted as an unfinished background response
 
     async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
-        """Charge its tokens and wait for its places. Raises Refusal, ClientLeft."""
+        """Charge the request's tokens and take its places. Raises Refusal, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
         self._input_estimate = math.ceil(content.size / BYTES_A_TOKEN)
         self.answers = max(1, self._facts.n or 1) if self.endpoint.images else 1
@@ -158,7 +158,7 @@ class Metered(Exchange):
         await self.gateway.limits.admit(self.admission, estimate, self.clock)
 
     def _enter_room(self, background: bool | str) -> None:
-        """Count an unfinished background response more. Raises Refusal."""
+        """Count one more unfinished background response. Raises Refusal."""
         check_background(background)
         most = self.settings.limits.account.background
         self.gateway.unended.enter(self.key.account_id, most)
@@ -168,13 +168,13 @@ class Metered(Exchange):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Count a background response no longer where none goes on."""
+        """Stop counting a background response that was not created."""
         if self._in_room and not self._background:
             self.gateway.unended.leave_room(self.key.account_id)
 
     async def run(self, forward: Callable[[], Awaitable[None]]) -> None:
-        """Forward it in its places. Raises Refusal where the client has got nothing yet,
-        ClientLeft."""
+        """Hold what the request can cost, and forward it. Raises Refusal while the client has not
+        been sent anything; ClientLeft."""
         try:
             self._money = await self.hold(self._content)
         except Refusal as refusal:
@@ -252,8 +252,8 @@ class Metered(Exchange):
         self._row.upstream = upstream.name
 
     def note(self) -> None:
-        """What the upstream makes is the account's from the first event that names it; what it only
-        repeats of the request is not."""
+        """Make an object that the upstream made the account's at the first event that names it. An
+        id that the client chose and the upstream only repeats is not learned."""
         report = self.meter.report
         if len(report.made) == self._named or not self.endpoint.stores:
             return
@@ -269,8 +269,8 @@ class Metered(Exchange):
 
     @property
     def home(self) -> Home:
-        """Of what it makes. An upstream that honours an idempotency key may answer with a response
-        that another body made."""
+        """Where the objects that it makes are stored. With an idempotency key, `minted_input` is
+        false: the upstream may answer with a response that another body made."""
         first = header(self.scope["headers"], b"idempotency-key") is None
         minted = first and self._content.mints_input
         return Home(self._row.upstream, self._content.lasting_models, minted)
@@ -363,7 +363,7 @@ def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
 
 FIRST_PAUSE, MOST_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
 MOST_ASKING = 16
-ROOM_SECONDS = 5  # for a client to come again where too many are unfinished
+ROOM_SECONDS = 5  # retry-after for a client that has too many unfinished responses
 UNKNOWN = (400, 404, 410)  # how an upstream says that there is no such response
 MOST_UNKNOWN = 3  # in a row: it may not know at once what it has just made
 MOST_FAILURES = 10  # in a row, once the response is older than any can be
@@ -376,7 +376,7 @@ class Background:
     def __init__(
         self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str] | None
     ) -> None:
-        """`chosen` are the ids that the client gave to items of its input, None where an earlier
+        """`chosen` are the ids that the client gave to items of its input; None if only an earlier
         process knew them."""
         self.row = row
         self.unfinished = unfinished
@@ -423,7 +423,8 @@ class Unended:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._responses: dict[str, Background] = {}
-        self._counts: Counter[str] = Counter()  # by account, also of those that may become one
+        # By account, how many are unfinished; requests that may create one are counted as well.
+        self._counts: Counter[str] = Counter()
         self._asking = asyncio.Semaphore(MOST_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -443,8 +444,8 @@ class Unended:
     def keep(
         self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str]
     ) -> tuple[Background, asyncio.Future[None]]:
-        """Its response will go on when its request is over; the hold is for as long. Return it, and
-        a future that is done when it is on disk."""
+        """Keep track of a response that goes on after its request has ended, with its hold. Return
+        it, and a future that is done when it is on disk."""
         response = Background(row, money.keep(), unfinished, chosen)
         self._add(response)
         return response, ledger.keep_pending(self._gateway.store, row, unfinished)
@@ -474,18 +475,20 @@ class Unended:
                 await self._see(response, report)
 
     def enter(self, account_id: str, most: int) -> None:
-        """Count one more unfinished background response of the account, before it is asked for.
-        `most` is how many it may have, 0: any number. Raises Refusal."""
+        """Count one more unfinished background response of the account, before the upstream is
+        asked for it. `most` is the maximum (0: none). Raises Refusal."""
         if 0 < most <= self._counts[account_id]:
             headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
-            message = f"Too many background responses: this account may have {most} unfinished."
+            message = (
+                f"This account has {most} unfinished background responses, which is the maximum."
+            )
             raise Refusal(
                 "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
             )
         self._counts[account_id] += 1
 
     def leave_room(self, account_id: str) -> None:
-        """One that was counted has ended, or has not come to be."""
+        """Stop counting a background response that has ended or was not created."""
         self._counts[account_id] -= 1
         if not self._counts[account_id]:
             del self._counts[account_id]
@@ -546,7 +549,8 @@ class Unended:
         gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
 
     def _learn(self, response: Background, report: Report) -> None:
-        """What its end names is the account's, but for what the client may have named itself."""
+        """Make the objects that the finished response names the account's, except for ids that the
+        client may have chosen."""
         row, objects, chosen = response.row, self._gateway.objects, response.chosen
         if chosen is None:
             with contextlib.suppress(LedgerUnavailable):

@@ -1,8 +1,8 @@
-"""HTTP/1.1 as clients may write it: what of a request's head is let through, and where its body
-ends. There is no I/O here.
+"""The checks on a request's head, and the framing of its body (HTTP/1.1). There is no I/O here.
 
-A head that a proxy before or behind the gateway could read in another way is refused, and so is a
-body whose framing is in doubt (request smuggling). Every byte that is no body is bounded.
+A head that a proxy in front of the gateway or behind it could read differently is refused, and so
+is a body whose framing is ambiguous (request smuggling). The bytes of a request that are not its
+body (head, chunk sizes and extensions, trailers) are limited.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from redbtc_watch import Scope
 
 # ── Heads ────────────────────────────────────────────────────────────────────────────────────────
 
-MAX_HEAD_BYTES = 64 << 10  # OpenAI asks for less than 64 KiB of headers
+MAX_HEAD_BYTES = 64 << 10  # OpenAI's API requires less than 64 KiB of headers
 MAX_HEADERS = 200
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.6.2
 BAD_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 §5.5
-ONCE = (  # two of one could be read in two ways
+ONCE = (  # of duplicates, one reader may use the first and another the last
     b"host",
     b"content-length",
     b"transfer-encoding",
@@ -32,33 +32,35 @@ ONCE = (  # two of one could be read in two ways
     b"authorization",
 )
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
-# What the websockets package reads of a handshake; it answers nothing to a larger one.
+# Within the websockets package's own maximums (128 headers, lines of 8192 bytes): it closes on a
+# larger handshake without a response.
 MAX_HANDSHAKE_HEADERS, MAX_HANDSHAKE_LINE = 128, 8000
 
 
 def check_head(scope: Scope) -> None:
-    """Raise Refusal for a head that no client of good will sends, or that a proxy before or behind
-    this one could read in another way (RFC 9112 §3.2, §6.1, §6.3; RFC 9110 §5.5)."""
+    """Raise Refusal for a head that is too large or invalid, or that a proxy in front of the
+    gateway or behind it could read differently (RFC 9112 §3.2, §6.1, §6.3; RFC 9110 §5.5)."""
     version = scope["http_version"]
     if version not in ("1.1", "1.0"):
-        raise Refusal("invalid_http", "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+        raise Refusal("invalid_http", "The HTTP version must be 1.1 or 1.0.")
     headers: Headers = scope["headers"]
     if len(headers) > MAX_HEADERS:
-        raise Refusal("headers_too_large", f"More than {MAX_HEADERS} headers.")
+        raise Refusal("headers_too_large", f"The request has more than {MAX_HEADERS} headers.")
     names, values = [name for name, _ in headers], b"".join([value for _, value in headers])
     size = len(b"".join(names)) + len(values) + len(scope["raw_path"]) + len(scope["query_string"])
     if size > MAX_HEAD_BYTES:
-        raise Refusal("headers_too_large", f"Headers of more than {MAX_HEAD_BYTES} bytes.")
+        message = f"The URL and the headers have more than {MAX_HEAD_BYTES} bytes."
+        raise Refusal("headers_too_large", message)
     if (headers and not TOKEN.fullmatch(b"".join(names))) or BAD_IN_VALUE.search(values):
-        raise Refusal("invalid_http", "A header contains characters that it must not.")
+        raise Refusal("invalid_http", "A header contains a character that is not allowed.")
     for name in ONCE:
         if names.count(name) > 1:
-            raise Refusal("invalid_http", f"There is more than one {name.decode()} header.")
+            raise Refusal("invalid_http", f"Duplicate header: {name.decode()}.")
     host = header(headers, b"host")
     if not (version == "1.0" if host is None else HOST.fullmatch(host)):
-        raise Refusal("invalid_http", "There must be one Host header of proper form.")
+        raise Refusal("invalid_http", "The Host header is missing or invalid.")
     if scope["type"] == "http" and scope["method"] == "CONNECT":
-        raise Refusal("invalid_http", "CONNECT is not served here.")
+        raise Refusal("invalid_http", "The method CONNECT is not supported.")
     length, encoding = header(headers, b"content-length"), header(headers, b"transfer-encoding")
     _check_framing(version, length, encoding)
 
@@ -69,13 +71,16 @@ def _check_framing(version: str, length: bytes | None, encoding: bytes | None) -
     if encoding is None:
         return
     if length is not None or version != "1.1" or encoding.lower() != b"chunked":
-        raise Refusal("invalid_http", "Transfer-Encoding must be chunked, on HTTP/1.1, alone.")
+        message = (
+            "Transfer-Encoding must be 'chunked', on HTTP/1.1, and without a Content-Length header."
+        )
+        raise Refusal("invalid_http", message)
 
 
 def is_handshake(scope: Scope) -> bool:
-    """Return whether a request opens a WebSocket properly (RFC 6455 §4.2.1), as the websockets
-    package sees it, which will answer it. One that does not is an HTTP request, whose route says
-    what is wrong."""
+    """Return whether a request is a valid WebSocket handshake (RFC 6455 §4.2.1) to the websockets
+    package, which will answer it. Any other request is served as HTTP, and its route says what is
+    wrong."""
     headers: Headers = scope["headers"]
     if (header(headers, b"upgrade") or b"").lower() != b"websocket":
         return False
@@ -89,33 +94,36 @@ def is_handshake(scope: Scope) -> bool:
 
 
 def check_handshake(scope: Scope) -> None:
-    """Raise Refusal for a handshake with a body, which nobody would read, or one that is larger
-    than the websockets package accepts."""
+    """Raise Refusal for a handshake with a body, or one that is larger than the websockets package
+    accepts."""
     headers: Headers = scope["headers"]
     if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HANDSHAKE_LINE:
-        raise Refusal("headers_too_large", f"A path of over {MAX_HANDSHAKE_LINE} bytes.")
+        message = f"The URL of the handshake has more than {MAX_HANDSHAKE_LINE} bytes."
+        raise Refusal("headers_too_large", message)
     for name, value in headers:
         if name in (b"content-length", b"transfer-encoding"):
             raise Refusal("invalid_http", "A WebSocket handshake must not have a body.")
         if len(name) + len(value) > MAX_HANDSHAKE_LINE:
-            raise Refusal("headers_too_large", f"A header of over {MAX_HANDSHAKE_LINE} bytes.")
+            message = f"A header of the handshake has more than {MAX_HANDSHAKE_LINE} bytes."
+            raise Refusal("headers_too_large", message)
     if len(headers) > MAX_HANDSHAKE_HEADERS:
-        raise Refusal("headers_too_large", f"More than {MAX_HANDSHAKE_HEADERS} headers.")
+        message = f"The handshake has more than {MAX_HANDSHAKE_HEADERS} headers."
+        raise Refusal("headers_too_large", message)
 
 
 # ── Bodies ───────────────────────────────────────────────────────────────────────────────────────
 
-MAX_CHUNK_LINE = 1024  # a chunk's size and its extensions
+MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
 MAX_TRAILER_BYTES = 8 << 10
-MAX_OVERHEAD = 64 << 10  # bytes that are no body, beyond those that chunks of one byte need
-OVERHEAD_A_BYTE = 8
-MAX_CHUNKS_A_TURN = 200  # of a connection; about 0.2 ms
+MAX_OVERHEAD = 64 << 10  # bytes of framing, beyond OVERHEAD_A_BYTE for each byte of the body
+OVERHEAD_A_BYTE = 8  # more than chunks of one byte need
+MAX_CHUNKS_A_TURN = 200  # that a connection parses in one turn of the loop; about 0.2 ms
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?[ \t]*")
-TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*")
+TRAILER = re.compile(TOKEN.pattern + rb":[^\x00-\x08\x0a-\x1f\x7f]*")
 
 
 class BadFraming(Exception):
-    """The body's framing can't be read, or has too many bytes that are no body."""
+    """The framing of a body is invalid, or takes too many bytes."""
 
 
 class Length:
@@ -126,7 +134,7 @@ class Length:
         self.whole = length == 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """Return what of `data` is body, and what is left over."""
+        """Split `data` into bytes of the body and bytes that come after it."""
         body = data if len(data) <= self._left else data[: self._left]
         self._left -= len(body)
         self.whole = self._left == 0
@@ -134,20 +142,21 @@ class Length:
 
 
 class Chunked:
-    """A body in chunks (RFC 9112 §7.1), read strictly. Extensions and trailers are dropped."""
+    """A body in chunks (RFC 9112 §7.1), parsed strictly. Extensions and trailers are dropped."""
 
     def __init__(self) -> None:
         self.whole = False
-        self._left = 0  # of the chunk that is arriving
-        self._started = False  # a chunk's data ends with CRLF, before the next size
+        self._left = 0  # bytes of the current chunk that have not arrived
+        self._started = False  # the next size comes after the CRLF that ends a chunk's data
         self._in_trailers = False
         self._partial = b""  # a line that is not yet whole
-        self._budget = MAX_OVERHEAD
+        self._budget = MAX_OVERHEAD  # bytes of framing that may still come
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """Return the body in `data`, and what is left over: what follows the body, or what is to be
-        fed in the next turn of the loop. Raises BadFraming."""
+        """Return the bytes of the body in `data`, and the bytes that were not parsed: those after
+        the body if it is now whole, else those to feed again in the next turn of the loop. Raises
+        BadFraming."""
         data, self._partial = self._partial + data, b""
         parts: list[bytes] = []
         at = 0
@@ -172,7 +181,8 @@ class Chunked:
         return b"".join(parts), data[at:]
 
     def _end_of_line(self, data: bytes, at: int) -> int:
-        """Where the line ends that begins at `at`; less than 0 where that has not come yet."""
+        """Return where the line that begins at `at` ends, or -1 if its end has not arrived. Raises
+        BadFraming."""
         start = at
         if self._started:
             if not b"\r\n".startswith(data[at : at + 2]):
@@ -184,7 +194,7 @@ class Chunked:
         return end
 
     def _take(self, line: bytes) -> None:
-        """A chunk's size, or a line of the trailers."""
+        """Parse a line: a chunk's size or a trailer. Raises BadFraming."""
         if self._in_trailers:
             self._trailer_bytes += len(line) + 2
             self.whole = not line
@@ -200,12 +210,12 @@ class Chunked:
 
 
 class Endless:
-    """What comes after a head or a part of a body that can't be read."""
+    """The framing after a head or a body that can't be read: all that arrives is thrown away."""
 
     whole = False
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """Nothing of it is body."""
+        """Drop all of `data`."""
         return b"", b""
 
 
@@ -213,7 +223,7 @@ Framing = Length | Chunked | Endless
 
 
 def framing_of(headers: Headers) -> Framing:
-    """Return the framing of a body whose head `check_head` has let through."""
+    """Return the framing of a body, by a head that has passed `check_head`."""
     for name, value in headers:
         if name == b"content-length":
             return Length(int(value))

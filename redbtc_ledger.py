@@ -258,16 +258,16 @@ class Store:
         return self._latest
 
     def own_key(self, account_id: str, key: bytes) -> bytes:
-        """Return the account's own form of an idempotency key: always the same for this account
-        and key, another one for every other account, in the form of a random UUID."""
+        """Return the idempotency key to send upstream in place of an account's `key`: always the
+        same one, and a different one for each account. It has the form of a random UUID."""
         digest = hmac.digest(self._secret, b"%b\0%b" % (account_id.encode(), key), "sha256")
         return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
 
     # Reading
 
     def look_up_all(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """All rows of a short query by an index, at once, on the event loop: about 2 µs a row.
-        Raises LedgerUnavailable."""
+        """Return all rows of a short query that uses an index. Runs on the event loop: about 2 µs
+        for each row. Raises LedgerUnavailable."""
         try:
             return self._lookup.execute(sql, values).fetchall()
         except sqlite3.Error as error:
@@ -836,14 +836,14 @@ async def forget(store: Store, row: Row) -> None:
 
 
 # ── Stored objects ───────────────────────────────────────────────────────────────────────────────
-# All accounts share the key that reaches what an upstream stores. What an account may name is what
-# the upstream made for it: known from the first event that names it, and never any other's. An id
-# that the client itself chose, and the upstream only repeats, is never learned.
+# All accounts share the upstream's key, and with it all that the upstream stores. An account may
+# name only objects that the upstream made for it. They are known from the first event that names
+# them. An id that the client itself chose, and the upstream only repeats, is never learned.
 #
-# The first account that an object is recorded for owns it. The row decides; a claim that waits for
-# its commit decides only where there is no row. Since claims are written in the order in which they
-# are made, and the first one for an id is the only one, both give the same answer at every instant:
-# the one that the store will give after a restart.
+# The first account for which an object is recorded owns it. The row decides; a claim that waits for
+# its commit decides only where there is no row. Claims are written in the order in which they are
+# made, and only the first one for an id counts, so the answer is at every instant the one that the
+# store will give after a restart.
 
 OWN = """
     INSERT INTO stored_objects (id, account_id, upstream, models, minted_input, created_at)
@@ -860,9 +860,9 @@ MAX_SHOWN = 1000  # ids of an account that are remembered as shown in listings
 
 
 class Home(NamedTuple):
-    """Where an object is stored; the models that work in what builds on it besides its own (JSON,
-    None where there are none); and, of a response, whether the upstream chose all the ids in the
-    listing of its input."""
+    """Where an object is stored; the further models that a request which builds on it uses (JSON;
+    None: none); and, for a response, whether the upstream chose all the ids in the listing of its
+    input."""
 
     upstream: str
     models: str | None = None
@@ -870,7 +870,7 @@ class Home(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """An object's owner, and where it is."""
+    """An object's owner, and where the object is stored."""
 
     account_id: str
     home: Home
@@ -884,7 +884,8 @@ class Claim(NamedTuple):
 
 
 def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
-    """Return whose an object is, by its row of OWNED and by the claim that waits for its commit."""
+    """Return the owner of an object, given its row of OWNED and the claim that waits for its
+    commit; None if it has neither."""
     if row is None:
         return claim
     account_id, upstream, models, minted_input = row
@@ -898,11 +899,12 @@ class Objects:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._claims: dict[str, Claim] = {}  # whose rows are not known to be committed
+        self._claims: dict[str, Claim] = {}  # by object, those not known to be committed
+        # By account, pairs of a response and an item that its listing showed, latest last.
         self._shown: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
 
     def own(self, ids: Iterable[str], account_id: str, home: Home) -> None:
-        """From now on these are the account's, unless they are another account's."""
+        """Make the objects the account's, except for those that are another account's already."""
         new = Claim(account_id, home)
         for each in ids:
             before = self._claims.get(each)
@@ -929,9 +931,9 @@ class Objects:
         return owned.home if owned and owned.account_id == account_id else None
 
     def look_up(self, ids: Collection[str], account_id: str) -> dict[str, Home | None]:
-        """Return where each of the ids that are anybody's is stored: its home where it is the
-        account's, None where it is another account's. An id that is missing in the result is
-        nobody's. One query; at most MAX_LOOK_UPS ids. Raises LedgerUnavailable."""
+        """Return, by id, where an object of the account is stored, and None for another account's
+        object. Ids of unknown objects are left out. Takes one query; at most MAX_LOOK_UPS ids.
+        Raises LedgerUnavailable."""
         names = orjson.dumps(list(ids)).decode()
         rows = {row[0]: row[1:] for row in self._store.look_up_all(OWNERS, (names,))}
         found: dict[str, Home | None] = {}
@@ -945,14 +947,14 @@ class Objects:
         return self._owned(object_id) is None
 
     async def disown(self, object_id: str, account_id: str) -> None:
-        """The account deleted the object: it is nobody's. A claim that another account made in vain
-        must not come to hold now."""
+        """Forget an object that the account deleted. Also drops a claim that another account made
+        in vain, which would take effect now."""
         self._claims.pop(object_id, None)
         await self._store.record(DISOWN, (object_id, account_id), insist=True)
 
     def show(self, ids: Iterable[str], response_id: str, account_id: str) -> None:
-        """The account saw these ids in the listing of an own response's input: it may go on from
-        there, even where it does not own them."""
+        """Remember that the account saw these ids in the listing of its response's input: it may
+        page from them even if it does not own them."""
         shown = self._shown[account_id]
         for each in ids:
             shown.pop((response_id, each), None)
@@ -961,7 +963,7 @@ class Objects:
             del shown[next(iter(shown))]
 
     def was_shown(self, object_id: str, response_id: str, account_id: str) -> bool:
-        """Return whether the account lately saw the id in the listing of that response's input."""
+        """Return whether the account recently saw the id in the listing of the response's input."""
         return (response_id, object_id) in self._shown.get(account_id, ())
 
 

@@ -1,15 +1,15 @@
 """Limits: how much at once, how many a minute, and how long. All on the monotonic clock.
 
-A request needs room in the rates of its key, its account and the gateway as a whole, memory for its
-body, and a place in each of the three. It gets them in the order of what they cost to refuse:
+A request is charged on the rates of its key, its account and the gateway as a whole, needs memory
+for its body, and needs a place in each of the three. What is cheapest to refuse comes first:
 
 1. the request rates, when nothing but the head has been read;
 2. memory, before each part of the body is read;
 3. the token rates, and then places, which are waited for in turn.
 
-Always in the order key, account, gateway, so that nobody waits for someone who waits for him;
-whoever waits for the gateway holds his account's share, so that no account can fill the queue. The
-memory is given back when the request has its places: from there on these bound it.
+Key, account and gateway always come in this order, so that no two requests wait for each other. A
+request that waits for the gateway already holds its account's share, so that no account can fill
+the queue. Memory is given back once the request has its places: from then on they limit it.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class Clocks:
 
 
 class Places:
-    """Room for `limit` at once (0: no limit), given in the order of asking. Requests take one each;
-    their bodies take as many as they have bytes."""
+    """A counter of places of which `limit` can be taken at once (0: no limit), first come, first
+    served. A request takes one place; for memory, each byte is a place."""
 
     def __init__(self) -> None:
         self.limit = 0
@@ -142,7 +142,8 @@ class Places:
         self._queue: OrderedDict[asyncio.Future[None], int] = OrderedDict()
 
     def take_now(self, limit: int, amount: int = 1) -> bool:
-        """Take `amount` if it is free and nobody stands in line. `limit` holds from now on."""
+        """Take `amount` places if they are free and nobody waits for any; return whether they were
+        taken. Sets the limit."""
         self.limit = limit
         if self._queue:
             self._let_in()
@@ -152,7 +153,7 @@ class Places:
         return True
 
     async def take_in_turn(self, amount: int = 1) -> None:
-        """Wait for `amount`. Whoever stops waiting leaves no trace."""
+        """Wait for `amount` places and take them. Cancelling the wait takes none."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue[turn] = amount
         try:
@@ -165,7 +166,7 @@ class Places:
             raise
 
     def give_back(self, amount: int = 1) -> None:
-        """Free `amount` for the next in line."""
+        """Free `amount` places for the next in the queue."""
         self.taken -= amount
         self._let_in()
 
@@ -225,8 +226,8 @@ class Limited:
         self.free = 0  # requests whose first FREE_BYTES are not counted
         self.shared = 0  # bytes being read that count for the whole gateway
         self.places = Places()
-        self.reading = Places()  # bytes
-        self.small_frames = Bucket()  # of WebSockets
+        self.reading = Places()  # bytes of memory for bodies
+        self.small_frames = Bucket()  # frames of WebSockets
         self.requests = Bucket()
         self.tokens = Bucket()
 
@@ -273,7 +274,7 @@ def rate_limit_headers(kind: str, limit: int, remaining: int, reset: float) -> H
 
 
 def check_rate(kind: str, bucket: Bucket, limit: int, amount: float) -> None:
-    """Raise Refusal where the bucket does not have that amount now."""
+    """Raise Refusal if the bucket, of `limit` a minute, does not have `amount` now."""
     bucket.fill(limit, time.monotonic())
     wait = bucket.seconds_until(amount)
     if wait > 0:
@@ -284,7 +285,8 @@ def check_rate(kind: str, bucket: Bucket, limit: int, amount: float) -> None:
 
 class Admission:
     """One request's charges on the rates of its key, its account and the gateway, and its places.
-    `with` gives the places back, and puts the charges back where the request is not admitted."""
+    Leaving `with` gives the places back. If the request was not admitted, it also undoes its
+    charges (see `refused`)."""
 
     def __init__(self, bounds: tuple[Bound, ...], queue_seconds: float) -> None:
         """Charge all request rates, or raise Refusal and charge none."""
@@ -306,13 +308,12 @@ class Admission:
             self.refused(error)
 
     def give_back_places(self) -> None:
-        """The upstream is done with the request."""
+        """Give back the places, once the upstream is done with the request."""
         while self.places:
             self.places.pop().give_back()
 
     def charge(self, kind: str, amount: float) -> None:
-        """Charge all rates of a kind ("requests" or "tokens"), or raise Refusal and charge none of
-        them."""
+        """Charge all rates of a kind ("requests" or "tokens"), or raise Refusal and charge none."""
         charges: list[tuple[str, Bucket, float]] = []
         requests = kind == "requests"
         for bound in self.bounds:
@@ -326,9 +327,8 @@ class Admission:
         self._charges += charges
 
     def refused(self, error: BaseException) -> None:
-        """The request was not forwarded: it used no tokens. It counts as a request where that is
-        its own fault, or its client's who left while it was read: reading it was work. Else it
-        costs nothing."""
+        """Undo the charges of a request that was not forwarded: its tokens always, and the request
+        itself unless the client is at fault, or left while the body was read: reading was work."""
         fault = isinstance(error, ClientLeft) and not self.read
         if isinstance(error, Refusal):
             fault = error.status < 500 and error.code != FULL
@@ -375,13 +375,12 @@ class Limits:
         self.queued = 0
 
     def charge(self, key: Key, limits: LimitSettings) -> Admission:
-        """Charge one request before anything of it is read. Raises Refusal where a rate is used
-        up."""
+        """Charge one request, before its body is read. Raises Refusal if a rate is used up."""
         return Admission(self._bounds(key, limits), limits.queue_seconds)
 
     async def admit(self, admission: Admission, estimate: int, clock: Clock) -> None:
-        """Charge the tokens and get the places, for as long as `with` holds the admission. Raises
-        Refusal where a rate is used up, or no place comes free within `limits.queue_seconds`;
+        """Charge the tokens and take the places, which leaving the admission's `with` gives back.
+        Raises Refusal if a rate is used up, or no place comes free within `limits.queue_seconds`;
         ClientLeft."""
         admission.read = not clock.client_left
         if clock.client_left:
@@ -397,11 +396,11 @@ class Limits:
         admission.admitted = True
 
     def small_frames(self, key: Key) -> Bucket:
-        """The rate of its account's small WebSocket frames."""
+        """Return the rate of small WebSocket frames of the key's account."""
         return self._account(key.account_id).small_frames
 
     def memory(self, key: Key) -> tuple[Limited, Limited]:
-        """Return whose memory a body takes: its account's, and everybody's."""
+        """Return the two that a body takes memory from: the key's account, and the gateway."""
         return self._account(key.account_id), self._all
 
     def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
@@ -474,8 +473,8 @@ class Limits:
     async def wait(
         self, account: Limited, places: Places, amount: int, patience: float, clock: Clock
     ) -> None:
-        """Take `amount` in turn. Raises TimeoutError at `patience` (monotonic seconds), or at once
-        where too many of the account wait; ClientLeft."""
+        """Take `amount` places in turn. Raises TimeoutError at `patience`, a time of the monotonic
+        clock, or at once if MAX_WAITING requests of the account wait already; ClientLeft."""
         if account.waiting >= MAX_WAITING:
             raise TimeoutError
         account.waiting += 1
@@ -493,20 +492,20 @@ class Limits:
 
 
 class Reservation:
-    """Memory for what a client has sent and what has no place yet: a body and its decoded copy, or
-    a WebSocket's messages. `with` gives it back. An account may hold half of
-    `server.max_reading_bytes`; what it holds beyond OWN_BYTES is taken from what all may hold. The
-    first FREE_BYTES of each of its first MAX_FREE requests are not counted."""
+    """Memory for requests that have no place yet: a body and its decoded copy, or a WebSocket's
+    messages. Leaving `with` gives it back. An account may hold half of `server.max_reading_bytes`,
+    and all accounts together all of it, without the first OWN_BYTES of each account. The first
+    FREE_BYTES of each of an account's first MAX_FREE requests are not counted."""
 
     def __init__(self, limits: Limits, key: Key, settings: Settings) -> None:
         self.account_id = key.account_id
         self._limits = limits
         self._account, self._everybody = limits.memory(key)
         self._settings = settings
-        self._free = 0
-        self._size = 0  # what was asked for
-        self._held = 0
-        self._waits_for = 0
+        self._free = 0  # bytes that are not counted
+        self._size = 0  # bytes that were asked for
+        self._held = 0  # bytes that were taken: all but the free ones
+        self._waits_for = 0  # bytes that `take` is waiting for
 
     def __enter__(self) -> Reservation:
         if self._account.free < MAX_FREE:
@@ -521,8 +520,8 @@ class Reservation:
             self.give_back(self._size)
 
     async def take(self, size: int, clock: Clock) -> None:
-        """Hold `size` bytes more. Raises Refusal where they do not come free within
-        `limits.queue_seconds`, ClientLeft. One task at a time may take."""
+        """Hold `size` bytes more. Raises Refusal if they do not come free within
+        `limits.queue_seconds`; ClientLeft. Only one task at a time may call it."""
         self._size += size
         more = self._size - self._free - self._held
         if more > 0:
@@ -535,10 +534,10 @@ class Reservation:
                 raise
             finally:
                 self._waits_for = 0
-                self.give_back(0)  # what was given back meanwhile
+                self.give_back(0)  # frees what `give_back` kept while this waited
 
     def give_back(self, size: int) -> None:
-        """`size` bytes are no longer held."""
+        """Hold `size` bytes less."""
         self._size -= size
         if self._held:
             needed = max(0, self._size - self._free) - self._waits_for
@@ -560,7 +559,7 @@ class Reservation:
 
     async def _take(self, more: int, clock: Clock) -> None:
         seconds = self._settings.limits.queue_seconds
-        if self._held:  # bodies that grow can wait for each other: let one of them give up first
+        if self._held:  # growing bodies can wait for each other: let one of them give up first
             seconds *= random.uniform(0.5, 1)
         patience, most = time.monotonic() + seconds, self._settings.server.reading_bytes
         await self._take_share(self._account, most // 2, more, patience, clock)

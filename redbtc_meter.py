@@ -152,9 +152,9 @@ class Answer(Struct):
     delta: msgspec.Raw = msgspec.Raw()
 
 
-# Items of which the client says all that there is when it sends them back: an upstream has nothing
-# to look up by their ids. (Sealed ones, reasoning and compaction, are bound to theirs.) All others
-# are the work of the upstream's own tools.
+# Types of items that a client sends back with their whole content, so that an upstream need not
+# look them up by their ids. (Encrypted ones, reasoning and compaction, are bound to their ids.)
+# Items of all other types are made by the upstream's own tools.
 OWN_WORDS = re.compile(
     r"|message|reasoning|(?:context_)?compaction|compaction_summary|.*_output|"
     r"(?:function|custom_tool|tool_search|computer|apply_patch|(?:local_)?shell)_call"
@@ -173,7 +173,7 @@ class Item(Struct):
 
     @property
     def by_tool(self) -> bool:
-        """Whether one of the upstream's own tools made it, so that the upstream may look it up."""
+        """Whether one of the upstream's own tools made the item: the upstream may look it up."""
         return isinstance(self.type, str) and not OWN_WORDS.fullmatch(self.type)
 
     def containers(self) -> Iterator[Any]:
@@ -349,7 +349,9 @@ class Report:
         self.status: str | None = None  # of the Response object
         self.usage: Usage | None = None
         self.parts: list[Part] = []  # of the usage, by model
-        self.made: dict[str, bool] = {}  # ids in order, and whether they matter without `store`
+        # Ids of objects that the upstream made, in order, and whether to learn them if it does not
+        # store the response.
+        self.made: dict[str, bool] = {}
         self.listed: dict[str, bool] = {}  # ids of listed input, and whether the upstream made them
         self.failed = False  # it says itself that it failed
         self.text_bytes = 0  # of output that has passed, for an estimate
@@ -481,8 +483,8 @@ def data_of(event: bytes) -> bytes:
 
 class StreamMeter:
     """Meters server-sent events. `take_out_usage`: the gateway asked for the chat's usage chunk,
-    and takes it out of what the client gets. `ends`: the number of events that end the answer, one
-    for each image that was asked for."""
+    and removes it from what the client gets. `ends`: how many events end the response, one for each
+    image that was asked for."""
 
     def __init__(self, *, images: bool, chat: bool, take_out_usage: bool, ends: int = 1) -> None:
         self.report = Report(images)
@@ -534,8 +536,8 @@ class StreamMeter:
         )
 
     def finish(self) -> None:
-        """The upstream has sent all of it; an event without its empty line counts. It may have made
-        fewer images than it was asked for."""
+        """Note that the upstream has sent everything. A last event without its empty line counts,
+        and fewer images than were asked for are complete as well."""
         if self._partial is not None and not self.ended:
             rest: list[bytes] = []
             self._complete(b"", rest)

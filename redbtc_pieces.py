@@ -1,17 +1,17 @@
-"""A JSON text of any size as pieces that are small enough to be read at once.
+"""Cut a JSON text of any size into pieces that are small enough to be parsed at once.
 
-A call of msgspec or re on a text takes as long as the text is, and nothing else runs meanwhile. So
-a long text is gone through once, in windows, and cut up:
+A call of msgspec or re takes time in proportion to the text, and nothing else can run meanwhile. So
+a long text is scanned once, in windows, and cut up:
 
 - A string that is longer than a window (a picture, a file, a long document) is cut out. No rule
-  cares for what stands in one; its length is kept.
-- A list or an object that is longer than a window is taken out of the one that holds it. What is
-  left in its place is a stand-in: a value of the same kind that carries a number which nobody can
-  guess. What is taken out is itself cut after commas into pieces, each a list or an object of the
-  same kind with a part of the elements or members.
+  looks into such a string; only its length is kept.
+- A list or an object that is longer than a window is taken out of the one that holds it. A stand-in
+  is left in its place: a value of the same kind that contains a number which nobody can guess. The
+  long value itself is cut after commas into pieces, each a list or an object of the same kind with
+  a part of the elements or members.
 
-Every piece is checked by msgspec when it is complete, and so is every part of a long string, which
-together is the same as checking the whole text. A short text is one piece and is left as it is.
+msgspec checks every piece when it is complete, and every part of a long string. Together that is
+the same as checking the whole text. A short text is one piece and is left as it is.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Steps = Generator[None, None, T]  # small steps of work: see redbtc_slices.py
 
 MAX_PIECE = 64 << 10  # bytes: about 1 ms of the slowest work on a piece
 WINDOW = MAX_PIECE // 2
-STRING_WINDOW = 128 << 10  # of a long string, which is quickly gone through
-MAX_GAP = 6 * WINDOW  # bytes between two commas: names, numbers and space
+STRING_WINDOW = 128 << 10  # bytes of a long string, which is fast to scan
+MAX_GAP = 6 * WINDOW  # bytes between two commas: names, numbers and white space
 MAX_STRUCTURE = 32 << 20  # bytes beside long strings; a context of 1,000,000 tokens is about 5 MB
-MAX_OPEN = 1000  # lists and objects within each other, about as many as msgspec reads
-# Lists and objects that are long, or hold more levels than PLAIN_LEVELS: each costs about 2 µs. In
-# 4 MB of an MCP server's schemas there are 4,000.
+MAX_OPEN = 1000  # levels of nested lists and objects, about as many as msgspec parses
+# Lists and objects that are long, or hold more levels than PLAIN_LEVELS: each costs about 2 µs.
+# 4 MB of an MCP server's schemas have 4,000.
 MAX_DEEP = 30_000
 PLAIN_LEVELS = 8
 
@@ -50,7 +50,7 @@ TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 LONG_TEXT = re.compile(rb'[^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+', re.DOTALL)
 OPENING = {ord("["): b"]", ord("{"): b"}"}
 CLOSING = {ord("]"), ord("}")}
-MARK_SIZE = 40  # of a stand-in: 128 bits that nobody can guess, and its number
+MARK_SIZE = 40  # characters in a stand-in: 128 random bits in hexadecimal, and its number
 LIST, OBJECT, STRING = b'["%b"]', b'{"%b":0}', b'"%%b%b"' % (b"." * MAX_NAME)
 STRING_SIZE = len(STRING % (b"0" * MARK_SIZE))
 EMPTY = re.compile(rb"[\[{]\s*+[\]}]")
@@ -58,8 +58,9 @@ SPACE = b" \t\n\r"
 
 
 def run_pattern(levels: int) -> re.Pattern[bytes]:
-    """Match elements or members up to where a list or object begins that is deeper than `levels`,
-    or one ends that began before, or a string doesn't end. The group is what ends with a comma."""
+    """Return a pattern for a run of elements or members. It stops before a list or object that
+    holds more than `levels` levels or does not end in the window, before the end of one that began
+    earlier, and before a string that does not end. Group 1 is the run up to its last comma."""
     within, between = rb'[^"\[\]{}]*+', rb'[^"\[\]{},]*+'
     value = TEXT
     for _ in range(levels):
@@ -72,7 +73,7 @@ RUN = run_pattern(PLAIN_LEVELS)
 
 
 def read_json(text: Buffer | msgspec.Raw, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """Decode a JSON text. Raises Refusal where it can't be read."""
+    """Decode a JSON text. Raises Refusal if it is not JSON or does not have the decoder's type."""
     try:
         return decoder.decode(text)
     except msgspec.ValidationError as error:
@@ -84,8 +85,8 @@ def read_json(text: Buffer | msgspec.Raw, decoder: msgspec.json.Decoder[Any]) ->
 
 
 def checked(text: Buffer) -> Buffer:
-    """Return the text if it is JSON. Half a character, from a text that was cut, takes as much room
-    when it is replaced. Raises Refusal."""
+    """Return the text if it is JSON, else raise Refusal. An unpaired surrogate escape, as in text
+    that was cut within a character, is replaced by another of the same length."""
     try:
         RAW.decode(text)
     except NOT_JSON:
@@ -95,8 +96,8 @@ def checked(text: Buffer) -> Buffer:
 
 
 def check_utf8(text: Buffer) -> Steps[None]:
-    """Raise Refusal where it is not UTF-8 (RFC 8259 §8.1): msgspec doesn't look at strings that it
-    steps over, and a lenient reader would drop what it can't read from a name."""
+    """Raise Refusal for a text that is not UTF-8 (RFC 8259 §8.1): msgspec does not check strings
+    that it skips, and a lenient reader would drop invalid bytes from a name."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for at in range(0, len(text), STRING_WINDOW):
@@ -110,54 +111,55 @@ def check_utf8(text: Buffer) -> Steps[None]:
 
 
 class Pieces:
-    """A JSON text in pieces: `root` is the whole of it, in which long values are stand-ins."""
+    """A JSON text in pieces: `root` is the outermost value, with stand-ins for long values."""
 
     def __init__(self, root: Buffer) -> None:
         self.root = root
         self.cut = False
-        self._mark = b""  # that of its stand-ins
-        self._values: list[int | list[Buffer]] = []  # a long string's length, or a value's pieces
-        self._places = [(0, 0, 0)]  # which piece of the root, where in it, and where in the text
+        self._mark = b""  # the random text in its stand-ins
+        # By a stand-in's number: the length of a long string, or the pieces of a list or an object.
+        self._values: list[int | list[Buffer]] = []
+        self._places = [(0, 0, 0)]  # a piece of the root, an offset in it, and that in the text
 
     def all(self) -> Iterator[Buffer]:
-        """Every piece, in no particular order."""
+        """Yield every piece, in no particular order."""
         yield self.root
         for pieces in self._values:
             if not isinstance(pieces, int):
                 yield from pieces
 
     def parts(self, value: Buffer | msgspec.Raw) -> list[Buffer]:
-        """Return the pieces of a list or an object: each is one of the same kind, and together they
-        have all its elements or members."""
+        """Return the pieces of a list or an object: each is a value of the same kind, and together
+        they have all its elements or members."""
         text = bytes(memoryview(value))
         return (self._stands_for(text, 2) if self.cut else None) or [text]
 
     def is_stand_in(self, value: msgspec.Raw) -> bool:
-        """Return whether it is that of a list or an object."""
+        """Return whether a value is the stand-in of a list or an object."""
         return self.cut and self._stands_for(bytes(memoryview(value)), 2) is not None
 
     def is_mark(self, string: bytes) -> bool:
-        """Return whether it is the string in the stand-in of a list or an object."""
+        """Return whether a string is the one within the stand-in of a list or an object."""
         return self.cut and self._stands_for(string, 1) is not None
 
     def _stands_for(self, text: bytes, start: int) -> list[Buffer] | None:
-        """The pieces that are meant where a stand-in begins at `start`; that of a long string means
-        none."""
+        """Return the pieces of the list or object whose stand-in has its mark at `start`; None for
+        the stand-in of a long string and for any other text."""
         if not text.startswith(self._mark, start):
             return None
         pieces = self._cut_from(text)[0]
         return None if isinstance(pieces, int) else pieces
 
     def taken_out(self, members: dict[str, msgspec.Raw]) -> list[Buffer] | None:
-        """Return the pieces of the object that these are the stand-in of, if they are one."""
+        """Return the pieces of an object if `members` are those of its stand-in, else None."""
         if len(members) != 1:
             return None
         (name,) = members
         return self._stands_for(name.encode(), 0)
 
     def within(self, text: Buffer, seen: set[int]) -> Iterator[Buffer]:
-        """The text, and the pieces of all that is in it; those whose ids are in `seen` are left
-        out, the others put there."""
+        """Yield the text and the pieces of all values that were taken out of it, at any depth.
+        Skip pieces whose `id()` is in `seen`, and add those of the others."""
         waiting = [text]
         while waiting:
             yield (piece := waiting.pop())
@@ -167,25 +169,25 @@ class Pieces:
                     seen.update(map(id, pieces))
 
     def size(self, value: msgspec.Raw) -> int:
-        """Return the length in bytes of a value with the long strings in it."""
+        """Return the length in bytes of a value, long strings that were cut out of it included."""
         cut = self._cut_from(bytes(memoryview(value)))
         return len(value) + sum(each - STRING_SIZE for each in cut if isinstance(each, int))
 
     def place(self, piece: int, offset: int) -> int:
-        """Return where in the text something is that is in a piece of the root."""
+        """Return the offset in the text of an offset in the root's piece number `piece`."""
         number = bisect_right(self._places, (piece, offset, sys.maxsize)) - 1
         _, start, at = self._places[number]
         return at + offset - start
 
     def _cut_from(self, text: Buffer) -> list[int | list[Buffer]]:
-        """What its stand-ins stand for."""
+        """Return the values of the stand-ins in a piece, as in `_values`."""
         if not self.cut:
             return []
         return [self._values[int(part[:8])] for part in text.split(self._mark)[1:]]
 
 
 class Cutter(Pieces):
-    """Cuts a long text."""
+    """Cuts a long text into pieces."""
 
     def __init__(self, text: Buffer) -> None:
         super().__init__(b"")
@@ -193,12 +195,14 @@ class Cutter(Pieces):
         self._text = text
         self._mark = secrets.token_hex(16).encode()
         self._places.clear()
-        self._rest = bytearray()  # what is in no piece yet
-        self._open: list[tuple[int, list[Buffer]]] = []  # starts in the rest; pieces before
+        self._rest = bytearray()  # text that is in no piece yet
+        # Of each list and object that has not ended: its start in the rest, and its pieces so far.
+        self._open: list[tuple[int, list[Buffer]]] = []
         self._kept, self._deep = 0, 0
 
     def steps(self) -> Steps[Pieces]:
-        """Raises Refusal for a text that is no JSON, or that costs too much to read."""
+        """Cut the text, in small steps. Raises Refusal for a text that is not JSON, or that would
+        cost too much to parse."""
         yield from check_utf8(self._text)
         text, at = self._text, 0
         while at < len(text):
@@ -222,8 +226,8 @@ class Cutter(Pieces):
         return self
 
     def _keep(self, at: int, comma: int, end: int) -> None:
-        """Keep the text from `at` to `end`. What ends with the comma before `comma` completes a
-        piece where there is enough of it."""
+        """Add the text from `at` to `end` to the rest. If there is more than a window of it up to
+        `comma`, the end of its last comma, complete a piece there."""
         start, pieces = self._open[-1] if self._open else (0, [])
         if self._open and comma > at and len(self._rest) - start + comma - at > WINDOW:
             self._append(at, comma - 1)
@@ -232,12 +236,12 @@ class Cutter(Pieces):
             at = comma
         self._append(at, end)
         if len(self._rest) - start > MAX_GAP:
-            message = f"There are more than {MAX_GAP} bytes between two commas of the body."
+            message = f"The body has more than {MAX_GAP} bytes between two commas."
             raise Refusal("invalid_request", message)
 
     def _append(self, at: int, end: int) -> None:
         run = self._text[at:end]
-        if not self._rest and not self._open:  # before the whole begins
+        if not self._rest and not self._open:  # white space before the JSON value
             run = run.lstrip(SPACE)
         elif len(run) > WINDOW // 2 and not run.strip(SPACE):
             run = b" "
@@ -245,7 +249,7 @@ class Cutter(Pieces):
         self._rest += run
         self._kept += len(run)
         if self._kept > MAX_STRUCTURE:
-            message = f"The body has more than {MAX_STRUCTURE} bytes beside long strings."
+            message = f"The body has more than {MAX_STRUCTURE} bytes besides long strings."
             raise Refusal("invalid_request", message)
 
     def _note_place(self, at: int) -> None:
@@ -254,14 +258,14 @@ class Cutter(Pieces):
             self._places.append((len(pieces), len(self._rest), at))
 
     def _complete(self, pieces: list[Buffer], piece: Buffer) -> None:
-        if EMPTY.fullmatch(piece):  # two commas, or one before the end
+        if EMPTY.fullmatch(piece):  # two commas in a row, or a comma before the end
             raise Refusal("invalid_json")
         pieces.append(bytes(checked(piece)))
 
     def _begin(self, bracket: int, at: int) -> None:
         self._deep += 1
         if self._deep > MAX_DEEP:
-            message = f"The body has more than {MAX_DEEP} lists and objects that are deep or long."
+            message = f"The body has more than {MAX_DEEP} long or deeply nested lists and objects."
             raise Refusal("invalid_request", message)
         if len(self._open) >= MAX_OPEN:
             raise Refusal("invalid_json")
@@ -270,7 +274,8 @@ class Cutter(Pieces):
         self._rest.append(bracket)
 
     def _end(self, bracket: int) -> None:
-        """What is long is taken out; the rest stays where it is, as a part of what holds it."""
+        """End a list or an object. Take it out if it is long, else leave it as a part of the one
+        that holds it."""
         if not self._open:
             raise Refusal("invalid_json")
         self._rest.append(bracket)
@@ -285,7 +290,7 @@ class Cutter(Pieces):
         return b"%b%08d" % (self._mark, len(self._values) - 1)
 
     def _cut_string(self, start: int) -> Steps[int]:
-        """Cut out the long string that begins there; return its end. Raises Refusal."""
+        """Cut out the long string that begins at `start`; return its end. Raises Refusal."""
         text, at = self._text, start + 1
         while True:
             end = text.find(b'"', at, at + STRING_WINDOW)
@@ -296,7 +301,7 @@ class Cutter(Pieces):
             checked(b'"%b"' % bytes(text[at:end]))
             if text[end : end + 1] == b'"':
                 break
-            if end == at:  # the text has ended, or it is no escape
+            if end == at:  # the text has ended, or an escape is invalid
                 raise Refusal("invalid_json")
             at = end
             yield

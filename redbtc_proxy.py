@@ -130,8 +130,8 @@ async def respond(
 
 
 # ── Guard ────────────────────────────────────────────────────────────────────────────────────────
-# Connections and heads are read in redbtc_server.py, which has checked a head before it comes here.
-# The path is scope["path"], never rebuilt from Host.
+# redbtc_server.py parses requests, and checks each head before the request gets here. The path is
+# scope["path"], never rebuilt from Host.
 
 
 class Guard:
@@ -176,9 +176,9 @@ class Guard:
 
     @staticmethod
     def _headers(refusal: Refusal) -> Headers:
-        """Close what can't be read on: a client whose body is too late, or whose framing is in
-        doubt. Of others the rest is read and thrown away, so that they see the answer, and may use
-        the connection again."""
+        """Return the headers of a refusal's response. They close the connection if the rest of the
+        request can't be read: its body is late, or its framing is invalid. Otherwise the rest is
+        read and thrown away, so that the client sees the response and can reuse the connection."""
         if refusal.code in ("invalid_http", "headers_too_large", "request_timeout"):
             return [*refusal.headers, (b"connection", b"close")]
         return refusal.headers
@@ -218,8 +218,8 @@ def authenticate(scope: Scope, store: Store) -> Key:
 
 
 # ── Read ─────────────────────────────────────────────────────────────────────────────────────────
-# The whole body comes into memory, once, bounded in size and time, where there is memory for bodies
-# that have no place yet (Reservation). What must be known of it is read in redbtc_body.py.
+# The whole body is read into memory, once, bounded in size and time, after the memory for it has
+# been reserved (Reservation). What must be known of it is read in redbtc_body.py.
 
 
 async def read_body(
@@ -230,9 +230,9 @@ async def read_body(
     reserved: Reservation,
     form: Form | None = None,
 ) -> Buffer:
-    """The request's body; a form reads along. The memory for it is reserved first; for a body that
-    does not announce its length it doubles as the bytes come. Raises Refusal where the body is too
-    large or too slow, or no memory comes free; ClientLeft."""
+    """Return the request's body. If `form` is given, it parses the body as it arrives. Memory is
+    reserved first; for a body of unknown length the reservation doubles as the body grows. Raises
+    Refusal if the body is too large or too slow, or no memory comes free; ClientLeft."""
     most, seconds = settings.server.max_body_bytes, settings.server.body_timeout_seconds
     length = header(scope["headers"], b"content-length")
     more = int(length) if length else min(FREE_BYTES, most)
@@ -260,7 +260,8 @@ async def read_body(
 async def _read_up_to(
     room: int, body: Buffer, receive: Receive, most: int, form: Form | None, account_id: str
 ) -> tuple[Buffer, bool]:
-    """Read on until the body fills its room, or is whole: then True. Raises Refusal, ClientLeft."""
+    """Read until the body is whole or fills the reserved `room` in bytes. Return what has been read
+    so far, and whether it is whole. Raises Refusal, ClientLeft."""
     while len(body) <= room:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -290,7 +291,7 @@ async def read_content(
     reserved: Reservation,
     endpoint: Endpoint,
 ) -> Content:
-    """The request's body and what must be known of it. Raises Refusal, ClientLeft."""
+    """Read the request's body and what must be known of it. Raises Refusal, ClientLeft."""
     media = media_of(scope["headers"], endpoint.forms)
     form = Form(media.boundary) if media.boundary else None
     along = None if media.encoding else form
@@ -320,9 +321,9 @@ def _decoded(
 # ── Relay ────────────────────────────────────────────────────────────────────────────────────────
 
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
-AFTER_END_SECONDS = 0.7  # for what follows the event that ends a stream
+AFTER_END_SECONDS = 0.7  # for bytes that follow the event that ends a stream
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
-# With these a browser runs nothing of an answer of another type, nor takes it for HTML.
+# With these a browser neither runs a response of any other type nor takes it for HTML.
 INERT: Headers = [(b"content-security-policy", b"sandbox"), (b"x-content-type-options", b"nosniff")]
 
 
@@ -338,7 +339,7 @@ class Relay:
         body: Buffer,
         query: bytes = b"",
     ) -> None:
-        """Of the client's query only `query` goes on."""
+        """`query` is what is forwarded of the client's query."""
         self._exchange = exchange
         self._clock = exchange.clock
         self._scope = exchange.scope
@@ -349,9 +350,10 @@ class Relay:
         self._bytes = body
         self._body = Body(body)
         self._waits_for_client = False
-        self._head: Message  # of the answer
-        self._started = False  # the client has been given that
-        self._rest: bytes | None = None  # what it has not of the end, once the row is written
+        self._head: Message  # the response's start, for the client
+        self._started = False  # whether the head was sent
+        # The end of the response, as far as it was not sent; None until the row is written.
+        self._rest: bytes | None = None
 
     async def forward(self, upstreams: list[Upstream]) -> None:
         """Raises Refusal where the client has got nothing yet, ClientLeft."""
@@ -410,7 +412,8 @@ class Relay:
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
         encoding = header(headers, b"content-encoding") or b"identity"
         if content_type.lower().startswith(b"text/event-stream") and encoding == b"identity":
-            exchange.meter_stream()  # it may end before the length that the upstream announced
+            # The response may end earlier than the upstream's Content-Length says.
+            exchange.meter_stream()
             headers = [line for line in headers if line[0] != b"content-length"]
         if not INERT_TYPE.fullmatch(content_type):
             headers += INERT
@@ -440,7 +443,7 @@ class Relay:
                 exchange.first_byte_ms = exchange.elapsed_ms()
             passed = meter.feed(chunk)
             exchange.note()
-            if exchange.unwritten:  # a background response: its owner will find it after a crash
+            if exchange.unwritten:  # a background response must be on disk before its id is seen
                 clock.pause()
                 await exchange.unwritten
                 exchange.unwritten = None
@@ -462,8 +465,8 @@ class Relay:
             await self._follow(self._rest, chunks)
 
     async def _follow(self, rest: bytes, chunks: AsyncIterator[bytes]) -> None:
-        """Pass on the event that ended the stream and what follows it, for AFTER_END_SECONDS. What
-        a client that reads slowly has not taken by then is left in `_rest`."""
+        """Send the event that ended the stream and what follows it, for AFTER_END_SECONDS. Bytes
+        that a slow client has not taken by then stay in `_rest`."""
         self._clock.allow(AFTER_END_SECONDS)
         await self._give(rest)
         async for chunk in chunks:
@@ -488,13 +491,13 @@ class Relay:
         await self._send(self._head)
 
     async def _give(self, rest: bytes) -> None:
-        """Send what waited for the row, or came after the end."""
+        """Send bytes that waited for the row to be written, or came after the stream's end."""
         await self._send({"type": "http.response.body", "body": rest, "more_body": True})
         self._rest = b""
 
     async def _end(self, rest: bytes) -> None:
-        """End the client's answer. The upstream is done or closed, so the places are free: a client
-        that reads slowly keeps nothing but its connection."""
+        """Complete the client's response. The upstream is done or closed, so give the places back
+        first: a slow client then keeps nothing but its connection."""
         self._exchange.admission.give_back_places()
         if not self._started:
             await self._send_head()
@@ -558,8 +561,8 @@ class Visit(Exchange):
         gateway.watch.answered(self.scope, status, outcome)
 
     def _learn_listed(self) -> None:
-        """Listed input is the account's where the upstream chose its ids. Where the client may have
-        chosen one, which could be anybody's, the account may only go on from there."""
+        """Make listed input items the account's if the upstream chose their ids. If the client may
+        have chosen one, which could be another account's, only allow paging from these items."""
         listed, account_id, objects = (
             self.meter.report.listed,
             self.key.account_id,
@@ -594,7 +597,7 @@ class StoredRoute:
             with Reservation(gateway.limits, key, settings) as reserved:
                 body = await read_body(scope, receive, clock, settings, reserved)
                 if self._method != "POST":
-                    body = b""  # that of GET and DELETE means nothing (RFC 9110 §9.3.1, §9.3.5)
+                    body = b""  # of GET and DELETE it has no meaning (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
                     check_plain_json(scope["headers"])
                     steps = Content.steps(body, body)
@@ -608,8 +611,8 @@ class StoredRoute:
             await Relay(visit, send, self._method, path, body, query).forward([upstream])
 
     def _query(self, key: Key, response_id: str, given: bytes) -> bytes:
-        """What of the query goes on. A listing goes on after or before an item that the account
-        owns, or saw in a listing. Raises Refusal."""
+        """Return the part of the query that is forwarded. `after` and `before` must name an item
+        that the account owns, or that this response's listing showed it. Raises Refusal."""
         query = Query(given, QUERIES.get((self._method, self._suffix), ()))
         for name in ("after", "before"):
             for object_id in query.values(name):
@@ -621,13 +624,14 @@ class StoredRoute:
 
 
 def not_own(name: str) -> Refusal:
-    """Another account's object gets the same answer as one that does not exist."""
+    """Return the refusal of a reference to an object that is not the account's. It is the same for
+    another account's object as for one that does not exist."""
     message = f"'{name}' names an object that isn't known to be this account's."
     return Refusal("invalid_request", message, param=name)
 
 
 def check_plain_json(headers: Headers) -> None:
-    """Raise Refusal where a body is another thing than JSON, or compressed."""
+    """Raise Refusal if the headers announce a body that is not JSON, or compressed."""
     if media_of(headers, forms=False).encoding:
         message = "The body of this request must not be compressed."
         raise Refusal("unsupported_media_type", message)
@@ -658,7 +662,8 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCI
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
 LISTING = ("include", "include[]", "limit", "order", "after", "before")
 STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfuscation")
-QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}  # the queries that go on
+# By method and path after the id, the query fields that are forwarded.
+QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, Home] = {}
 
@@ -795,12 +800,13 @@ class Gateway:
             if home is None:
                 raise not_own(each.name)
             homes.add(home.upstream)
-            # What is in a conversation can change before the request gets there.
+            # The items of a conversation can change before the request gets there.
             content.inherit(home.models, home.minted_input and each.name != "conversation")
             if number % 1000 == 0:
                 yield
         if len(homes) > 1:
-            raise Refusal("invalid_request", "What this builds on is at different upstreams.")
+            message = "The referenced objects are stored at different upstreams."
+            raise Refusal("invalid_request", message)
         return homes
 
     def _look_up(self, key: Key, ids: list[str]) -> dict[str, Home | None]:
@@ -992,7 +998,7 @@ class Gateway:
         return bool(cors_headers(origin, self.settings.server.cors_origins))
 
     async def preflight(self, scope: Scope, _: Receive, send: Send) -> None:
-        """Tell a browser, which asks without a key, what a page may send."""
+        """Answer a CORS preflight, which browsers send without a key."""
         origin = header(scope["headers"], b"origin")
         if origin is None or not self.allows_origin(origin):
             raise Refusal("unknown_url")

@@ -22,7 +22,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     ),
     "invalid_api_key": (401, INVALID, "Incorrect API key provided."),
     "account_suspended": (403, INVALID, "This account is suspended."),
-    "origin_not_allowed": (403, INVALID, "Pages of this origin may not connect here."),
+    "origin_not_allowed": (403, INVALID, "The Origin of this handshake is not allowed."),
     "metrics_forbidden": (403, INVALID, "Metrics are not for this address."),
     "unknown_url": (404, INVALID, "Unknown request URL. See the documentation for what is served."),
     "model_not_allowed": (403, INVALID, "This key may not use the model."),

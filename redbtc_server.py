@@ -12,6 +12,9 @@ the app does not run has a deadline. One timer a second looks at the deadlines o
     IDLE ─► HEAD ─► SERVING ─┬─────────────► IDLE         the request was read whole
                              ├─► DISCARDING ─► IDLE       the answer came before the body's end
                              └─► CLOSING ─► closed        no further request can follow
+
+CLOSING can also follow DISCARDING, where the rest of the body can't be read. A WebSocket handshake
+leaves these states: the connection gets uvicorn's WebSocket protocol instead.
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ from redbtc_watch import App, Message, Scope, say
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────
 
-HIGH_WATER = 64 << 10  # bytes of a body that nobody reads yet
-NO_BODY = (204, 304)  # RFC 9110 §6.4.1
+HIGH_WATER = 64 << 10  # bytes of a body the app has not read; beyond them reading is paused
+NO_BODY = (204, 304)  # statuses of a response without a body (RFC 9110 §6.4.1)
 
 
 def _status_line(status: int) -> bytes:
@@ -66,7 +69,7 @@ STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 
 
 class RequestCycle:
-    """One request on a connection, as ASGI's app sees it: `receive` and `send`."""
+    """One request on a connection, with the `receive` and `send` that the ASGI app is given."""
 
     def __init__(
         self, connection: HTTPProtocol, scope: Scope, framing: Framing, keep_alive: bool
@@ -74,17 +77,17 @@ class RequestCycle:
         self.scope = scope
         self.framing = framing
         self.keep_alive = keep_alive
-        self.started = False  # the answer's head was given
+        self.started = False  # the app has sent the response's head
         self.complete = False
         self._connection = connection
         self._failure: Refusal | None = None
-        # RFC 9110 §10.1.1: the client sends its body when it is told to
+        # The client sends its body once it gets "100 Continue" (RFC 9110 §10.1.1).
         expected = header(scope["headers"], b"expect") or b""
         self._waits = expected.lower() == b"100-continue" and not self._is_old
         self._body: bytes | bytearray = b""
-        self._ended = False  # the app was given the body's end
+        self._ended = False  # the app has received the end of the body
         self._event = asyncio.Event()
-        self._left: int | None = None  # bytes of the answer that its Content-Length leaves
+        self._left: int | None = None  # bytes still to send of the response's Content-Length
         self._chunked = False
 
     @property
@@ -110,18 +113,18 @@ class RequestCycle:
         return rest
 
     def wake(self) -> None:
-        """Something has happened that `receive` may wait for."""
+        """Let a waiting `receive` look again: data, the body's end, a failure or a disconnect."""
         self._event.set()
 
     def fail(self, refusal: Refusal) -> None:
-        """The body can't be read on: who reads it is told so."""
+        """Make `receive` raise `refusal`: the rest of the body can't be read."""
         self._failure, self.framing, self.keep_alive = refusal, Endless(), False
         self.wake()
 
     def pass_on(self, data: bytes) -> bool:
-        """Send a part of the answer where no task has to wait for it; return False where one has
-        to: the client reads slowly or is gone, or the answer is not under way in a form that needs
-        no more than this."""
+        """Send a part of the response's body at once and return True. Return False, with nothing
+        sent, where `send` must be awaited instead: the client reads slowly or has disconnected, the
+        response has not started or has ended, or it has a Content-Length."""
         connection = self._connection
         if not self.started or self._left is not None or connection.writing_paused:
             return False
@@ -133,7 +136,7 @@ class RequestCycle:
     # The app's side
 
     async def run(self, app: App) -> None:
-        """Run the app; an answer that it does not end is torn."""
+        """Run the app. If it does not complete its response, tear the connection."""
         try:
             await app(self.scope, self.receive, self.send)
         except BaseException as error:
@@ -144,8 +147,8 @@ class RequestCycle:
                 self._connection.tear(self)
 
     async def receive(self) -> Message:
-        """Return the next part of the body; after its end, wait until the client leaves or the
-        answer is complete. Raises Refusal where the body's framing is broken."""
+        """Return the next part of the body; after its end, wait until the client disconnects or the
+        response is complete. Raises Refusal where the body's framing is invalid."""
         connection = self._connection
         if self._waits and not (self.started or connection.closed or self.framing.whole):
             connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -164,7 +167,7 @@ class RequestCycle:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Send the answer's head, or a part of its body. Waits while the client reads slowly."""
+        """Send the response's head or a part of its body. Waits while the client reads slowly."""
         connection = self._connection
         if connection.writing_paused and not connection.closed:
             await connection.writable()
@@ -179,18 +182,19 @@ class RequestCycle:
             raise RuntimeError(f"unexpected message: {message['type']}")
 
     def _head(self, status: int, headers: Headers) -> bytes:
-        """The answer's head, with its framing: by the app's Content-Length, else in chunks, or for
-        HTTP/1.0, which knows no chunks (RFC 9112 §6.1), by the connection's end."""
+        """Return the response's head as bytes. The body is framed by the app's Content-Length, else
+        in chunks, or for HTTP/1.0, which has no chunks (RFC 9112 §6.1), by the connection's end."""
         for name, value in headers:
             if name == b"content-length":
                 self._left = int(value)
             elif name == b"connection" and b"close" in value.lower():
                 self.keep_alive = False
         if self._waits and not self.framing.whole:
-            self.keep_alive = False  # it may send the body that was announced, or the next request
+            # The client was not told to send its body: it may send that, or the next request.
+            self.keep_alive = False
         text = b"".join([b"%b: %b\r\n" % line for line in headers if line[0] != b"connection"])
         if BAD_IN_VALUE.search(b"".join([name + value for name, value in headers])):
-            raise RuntimeError("a header of the answer contains control characters")
+            raise RuntimeError("a response header contains control characters")
         if self.scope["method"] == "HEAD" or status in NO_BODY:
             self._left = 0
         elif self._left is None:
@@ -207,7 +211,7 @@ class RequestCycle:
         if self._left is not None:
             self._left -= len(body)
             if self._left < 0 or (self._left and not more):
-                raise RuntimeError("the answer is not as long as its Content-Length")
+                raise RuntimeError("the response body does not have the length of Content-Length")
         elif self._chunked:
             body = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
             body += b"" if more else b"0\r\n\r\n"
@@ -219,36 +223,37 @@ class RequestCycle:
             connection.answered(self)
 
     def torn_needs_reset(self) -> bool:
-        """Return whether the answer would look whole if the connection ended as usual."""
+        """Return whether the response would look complete if the connection were closed normally,
+        since only the connection's end marks the end of its body."""
         return self.started and self._left is None and not self._chunked
 
 
 # ── Connections ──────────────────────────────────────────────────────────────────────────────────
 
-HEAD_SECONDS = 30  # for a head, and for the first one to begin
-KEEP_ALIVE_SECONDS = 75  # longer than nginx's 60: never closed as it sends a request
+HEAD_SECONDS = 30  # for a whole head; on a new connection, also for its first byte to arrive
+KEEP_ALIVE_SECONDS = 75  # longer than nginx's 60, so that nginx never sends on a closed connection
 DISCARD_SECONDS = 30  # for the rest of a body whose request was answered
-MAX_DISCARDED = 256 << 20  # bytes of that
-LINGER_SECONDS = 2  # to read a last answer: closing on unread bytes would reset the connection
-MAX_LINGER = 4 << 20  # bytes that are thrown away meanwhile
-WRITE_SECONDS = 300  # for the client to read what was sent, while the app has more of it
-PROGRESS_SECONDS = 60  # for it to read a part of that, after these or another deadline
-SWEEP_SECONDS = 1
+MAX_DISCARDED = 256 << 20  # bytes of such a rest
+LINGER_SECONDS = 2  # to read the last response: closing on unread bytes would reset the connection
+MAX_LINGER = 4 << 20  # bytes that are thrown away in that time
+WRITE_SECONDS = 300  # for the client to read from a full write buffer while the app runs
+PROGRESS_SECONDS = 60  # more for a client that has not read all, as long as it reads some in each
+SWEEP_SECONDS = 1  # between two looks at all deadlines
 RESERVED_DESCRIPTORS = 64  # for the ledger, listening sockets, files
 
 
 class State(enum.Enum):
-    """What a connection is doing."""
+    """The states of a connection."""
 
-    IDLE = "between two requests: not a byte of the next one has come"
+    IDLE = "no request: not a byte of the next one has arrived"
     HEAD = "a request's head is arriving"
-    SERVING = "the app runs; its body may still be arriving"
-    DISCARDING = "the request was answered; the rest of its body is thrown away"
-    CLOSING = "the last answer was given; everything else is thrown away"
+    SERVING = "the app runs; the request's body may still be arriving"
+    DISCARDING = "the response is complete; the rest of the request's body is thrown away"
+    CLOSING = "the last response is complete; whatever still arrives is thrown away"
 
 
 class Connections:
-    """What the connections of a server share: their deadlines, and how many there may be."""
+    """All connections of a server: checks their deadlines and limits their number."""
 
     def __init__(
         self,
@@ -256,24 +261,26 @@ class Connections:
         max_connections: int | None = None,
         now: Callable[[], float] | None = None,
     ) -> None:
-        """`now` is a monotonic clock in seconds."""
+        """`max_connections` is by default half of the descriptor limit; `now` is a monotonic clock
+        in seconds."""
         loop = asyncio.get_running_loop()
         self.offers_websocket = offers_websocket
         self.now = now or loop.time
         self.open: set[HTTPProtocol] = set()
-        self.waiting: dict[HTTPProtocol, None] = {}  # without an app; the longest comes first
+        # Connections for which no app runs, the one for which none has run the longest first.
+        self.waiting: dict[HTTPProtocol, None] = {}
         self._loop = loop
         self._max = max_connections or max_client_connections()
         self._sweeping = False
         self._full = False
 
     def protocol(self, **options: Any) -> HTTPProtocol:
-        """Return the protocol of a new connection, as uvicorn asks for it."""
+        """Make the protocol of a new connection; uvicorn calls this with its own options."""
         return HTTPProtocol(self, **options)
 
     def add(self, connection: HTTPProtocol, number: int) -> None:
-        """Take in a new connection, with which there are `number`, WebSockets included. Where these
-        are too many, the one for which no app has run for the longest time is ended."""
+        """Add a new connection. `number` is how many are open with it, WebSockets included. Above
+        the maximum, abort the connection for which no app has run for the longest time."""
         self.open.add(connection)
         if not self._sweeping:
             self._sweeping = True
@@ -285,7 +292,7 @@ class Connections:
             next(iter(self.waiting)).abort()
 
     def discard(self, connection: HTTPProtocol, number: int) -> None:
-        """A connection has ended; `number` are left, WebSockets included."""
+        """Remove a connection that has ended. `number` are left, WebSockets included."""
         self.open.discard(connection)
         self.waiting.pop(connection, None)
         if self._full and number < self._max * 0.9:
@@ -302,9 +309,9 @@ class Connections:
 
 
 class HTTPProtocol(asyncio.Protocol):
-    """One client's connection. Beside what ASGI asks for, a scope has "leaving" (functions that are
-    called when the client leaves: a task that waits in receive() would cost each request a task),
-    "send_now" (see RequestCycle.pass_on) and "abort"."""
+    """One client's connection. Its scopes have three keys that ASGI does not: "leaving", a set of
+    functions that are called when the client disconnects (a task waiting in receive() would cost
+    each request a task), "send_now" (RequestCycle.pass_on), and "abort"."""
 
     transport: asyncio.Transport
 
@@ -327,16 +334,16 @@ class HTTPProtocol(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._state = State.IDLE
         self._cycle: RequestCycle | None = None
-        self._kept = b""  # what has come and is not looked at yet
+        self._kept = b""  # bytes that have arrived and are not parsed yet
         self._reading_paused = False
-        self._continuing = False  # `_kept` will be looked at in the next turn of the loop
+        self._continuing = False  # `_kept` will be parsed in the next turn of the loop
         self._discarded = 0
-        self._head_out = b""  # an answer's head, to be sent with what follows it
-        self._unsent = 0  # bytes that waited for the client when that was last looked at
+        self._head_out = b""  # a response's head, to be sent with what follows it
+        self._unsent = 0  # bytes in the write buffer when the deadline last passed
         self._writable: list[asyncio.Future[None]] = []
         self._leaving: set[Callable[[], None]] = set()
         self._parser: httptools.HttpRequestParser | None = None
-        self._keep_alive = True  # as the head of the request says
+        self._keep_alive = True  # what the request's head asks for
         self._start_head()
 
     # What asyncio calls
@@ -357,7 +364,7 @@ class HTTPProtocol(asyncio.Protocol):
             self._cycle.wake()
         for leave in list(self._leaving):
             leave()
-        # They refer back to here: nothing is to wait for the garbage collector, which comes late.
+        # Break reference cycles, so that memory is freed without waiting for the garbage collector.
         self._cycle = self._parser = None
         self._kept = b""
 
@@ -368,7 +375,7 @@ class HTTPProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._kept or (self.writing_paused and self._cycle is None):
-            self._keep(self._kept + data)  # the client is to read its answers first
+            self._keep(self._kept + data)  # the client must read its responses first
         else:
             self._take(data)
 
@@ -389,7 +396,7 @@ class HTTPProtocol(asyncio.Protocol):
             self._continue()
 
     def shutdown(self) -> None:
-        """End it as soon as the answer under way is out."""
+        """Close the connection, after the response that is under way if there is one."""
         if self._state is State.SERVING and self._cycle:
             self._cycle.keep_alive = False
         else:
@@ -398,18 +405,18 @@ class HTTPProtocol(asyncio.Protocol):
     # States
 
     def _enter(self, state: State, seconds: float = math.inf) -> None:
-        """Change the state; it may last so long."""
+        """Change the state. Its deadline is in `seconds`; by default it has none."""
         self._state = state
         self.deadline = self._shared.now() + seconds if seconds < math.inf else math.inf
         self._unsent = self._discarded = 0
         if state is State.SERVING:
             self._shared.waiting.pop(self, None)
         else:
-            self._shared.waiting[self] = None  # which changes no place that it has already
+            self._shared.waiting[self] = None  # keeps its position if it is there already
 
     def expire(self) -> None:
-        """The deadline has passed: end the connection, unless the client is still reading what was
-        sent to it before."""
+        """Abort the connection, whose deadline has passed. While the write buffer is not empty,
+        extend the deadline once, and again each time that the client has read some since."""
         unsent = self.transport.get_write_buffer_size()
         if unsent and unsent != self._unsent:
             self._unsent = unsent
@@ -418,11 +425,11 @@ class HTTPProtocol(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
-        """End the connection at once."""
+        """Close the connection at once, without sending what is buffered."""
         self.transport.abort()
 
     def answered(self, cycle: RequestCycle) -> None:
-        """The answer is complete: what comes next on this connection?"""
+        """Enter the state that follows a complete response."""
         self._server_state.total_requests += 1
         if not cycle.keep_alive:
             self._close(whole=cycle.framing.whole and not self._kept)
@@ -433,7 +440,7 @@ class HTTPProtocol(asyncio.Protocol):
             self.resume_reading()
 
     def _next(self) -> None:
-        """Wait for the next request, or go on with the one that is here already."""
+        """Wait for the next request, or begin with one whose bytes have arrived already."""
         self._cycle = None
         self._start_head()
         self._enter(State.IDLE, KEEP_ALIVE_SECONDS)
@@ -443,7 +450,8 @@ class HTTPProtocol(asyncio.Protocol):
             self.resume_reading()
 
     def _close(self, whole: bool) -> None:
-        """There is no further request. `whole`: nothing is unread."""
+        """Close after the last response. `whole`: all that the client sent has been read, so that
+        closing at once can't reset the connection before the client has read the response."""
         self._flush_head()
         self._kept = b""
         if whole:
@@ -455,8 +463,8 @@ class HTTPProtocol(asyncio.Protocol):
         self._enter(State.CLOSING, LINGER_SECONDS)
 
     def tear(self, cycle: RequestCycle) -> None:
-        """The app has ended without ending its answer: so must the connection, without an end that
-        the client could take for the answer's."""
+        """End the connection of an app that returned without completing its response, in a way that
+        the client can't take for the end of the response."""
         if self.closed or cycle is not self._cycle:
             return
         self._flush_head()
@@ -472,19 +480,19 @@ class HTTPProtocol(asyncio.Protocol):
     # Reading
 
     def pause_reading(self) -> None:
-        """Let what comes wait in the kernel."""
+        """Stop reading from the socket."""
         if not self._reading_paused and not self.closed:
             self._reading_paused = True
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Undo pause_reading, unless something that has come still waits here."""
+        """Read from the socket again, unless earlier bytes are still waiting in `_kept`."""
         if self._reading_paused and not self._kept and not self.closed:
             self._reading_paused = False
             self.transport.resume_reading()
 
     def _keep(self, data: bytes) -> None:
-        """Look at this later: when the answer under way is complete, or in the next turn."""
+        """Keep bytes until the current response is complete, or until the next turn of the loop."""
         self._kept = data
         if len(data) > HIGH_WATER or self._state is not State.SERVING:
             self.pause_reading()
@@ -504,7 +512,7 @@ class HTTPProtocol(asyncio.Protocol):
         self.resume_reading()
 
     def _take(self, data: bytes) -> None:
-        """Take in what has come, as far as it belongs to one request."""
+        """Parse bytes that have arrived. Those of a following request are kept for later."""
         if data and self._cycle is None and self._state in (State.IDLE, State.HEAD):
             data = self._take_head(data)
         if self._state is State.CLOSING or (self._cycle and type(self._cycle.framing) is Endless):
@@ -515,7 +523,7 @@ class HTTPProtocol(asyncio.Protocol):
             self._take_body(self._cycle, data)
 
     def _take_body(self, cycle: RequestCycle, data: bytes) -> None:
-        if cycle.framing.whole:  # the next request, which waits for its turn
+        if cycle.framing.whole:  # the bytes are the next request's: keep them until it is served
             self._keep(data)
             return
         try:
@@ -550,11 +558,11 @@ class HTTPProtocol(asyncio.Protocol):
         self._headers: Headers = []
 
     def _take_head(self, data: bytes) -> bytes:
-        """Take in a part of a head; return what comes after it."""
+        """Parse a part of a head; return the bytes that come after the head."""
         if self._state is State.IDLE:
             self._enter(State.HEAD, HEAD_SECONDS)
         if self._parser is None:
-            head = data.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 §2.2)
+            head = data.lstrip(b"\r\n")  # empty lines may precede it (RFC 9112 §2.2)
             self._head_bytes += len(data) - len(head)
             data = head
             self._parser = httptools.HttpRequestParser(self) if data else None
@@ -567,7 +575,7 @@ class HTTPProtocol(asyncio.Protocol):
             if self._parser:
                 self._parser.feed_data(part)
         except httptools.HttpParserUpgrade:
-            pass  # whether it is taken is decided here; llhttp sees nothing but the head
+            pass  # `_begin` decides whether to take it; llhttp sees nothing but the head
         except httptools.HttpParserError:
             self._refuse(Refusal("invalid_http"))
             return b""
@@ -590,8 +598,8 @@ class HTTPProtocol(asyncio.Protocol):
         self._keep_alive = self._parser.should_keep_alive()
 
     def _begin(self, rest: bytes) -> bool:
-        """A head is whole: hand the request to the app, or the connection and what has come after
-        the head to a WebSocket. Return whether it is a WebSocket's."""
+        """Serve the request of a whole head, or hand the connection over to a WebSocket, with the
+        bytes that came after the head. Return whether it was handed over."""
         try:
             scope = self._scope()
             check_head(scope)
@@ -609,11 +617,13 @@ class HTTPProtocol(asyncio.Protocol):
         return False
 
     def _refuse(self, refusal: Refusal) -> None:
-        """A head can't be read, or must not be: the app answers with this refusal, and nobody knows
-        where the next request would begin."""
+        """Let the app answer a head that can't be read or is not allowed with `refusal`. The
+        connection is closed afterwards: it is unknown where the next request would begin."""
         scope = self._new_scope()
         scope["path"], scope["refusal"] = self._url.decode("latin-1"), refusal
-        if not self._head_is_whole:  # a page's Origin may still come: where all may, show it why
+        # An Origin may be in the part that has not arrived: "null" lets a page read the refusal
+        # where all origins are allowed.
+        if not self._head_is_whole:
             scope["headers"] = [*self._headers, (b"origin", b"null")]
         self._serve(scope, Endless(), keep_alive=False)
 
@@ -621,7 +631,7 @@ class HTTPProtocol(asyncio.Protocol):
         cycle = self._cycle = RequestCycle(self, scope, framing, keep_alive)
         scope["leaving"], scope["send_now"] = self._leaving, cycle.pass_on
         scope["abort"] = self.transport.abort
-        self._parser = None  # refers back to here
+        self._parser = None  # breaks the reference cycle
         self._enter(State.SERVING)
         task = self._loop.create_task(cycle.run(self._app))
         tasks = self._server_state.tasks
@@ -657,14 +667,14 @@ class HTTPProtocol(asyncio.Protocol):
         return scope
 
     def _hand_over(self, scope: Scope, rest: bytes) -> None:
-        """From now on the connection is a WebSocket's."""
+        """Hand the connection over to uvicorn's WebSocket protocol."""
         self._forget()
         head = [b"GET %b?%b HTTP/1.1\r\n" % (scope["raw_path"], scope["query_string"])]
         head += [b"%b: %b\r\n" % line for line in scope["headers"]]
         protocol = cast(Any, self._config.ws_protocol_class)(
             config=self._config, server_state=self._server_state, app_state=self._app_state
         )
-        self.resume_reading()  # now: from here on the WebSocket decides when to read
+        self.resume_reading()  # before the WebSocket takes over, which pauses reading itself
         protocol.connection_made(self.transport)
         protocol.client, protocol.server = self._client, self._server
         self.transport.set_protocol(protocol)
@@ -675,8 +685,8 @@ class HTTPProtocol(asyncio.Protocol):
     # Writing
 
     def write_head(self, head: bytes) -> None:
-        """Send an answer's head with what follows in the same turn of the loop: each write is a
-        system call, and those cost more than most of what is done for a request."""
+        """Send a response's head together with what is written in the same turn of the loop: each
+        write is a system call, which costs more than most of the work on a request."""
         self._head_out = head
         self._loop.call_soon(self._flush_head)
 
@@ -686,7 +696,7 @@ class HTTPProtocol(asyncio.Protocol):
             self.transport.write(head)
 
     def write(self, data: bytes) -> None:
-        """Send something."""
+        """Send bytes, after the head if that has not been sent yet."""
         if self._head_out:
             head, self._head_out = self._head_out, b""
             self.transport.writelines([head, data])
@@ -694,14 +704,14 @@ class HTTPProtocol(asyncio.Protocol):
             self.transport.write(data)
 
     async def writable(self) -> None:
-        """Wait until the client has read some of what was sent."""
+        """Wait until the client has read enough of what was sent for more to be written."""
         waiting = self._loop.create_future()
         self._writable.append(waiting)
         await waiting
 
 
 def _address(name: Any) -> tuple[str, int] | None:
-    """Return a socket's address as ASGI has it; None for a Unix socket."""
+    """Return a socket's address in ASGI's form: host and port, None for a Unix socket."""
     return (name[0], name[1]) if isinstance(name, tuple) else None
 
 
@@ -709,16 +719,16 @@ def _address(name: Any) -> tuple[str, int] | None:
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the limit of open files to the most that is allowed; return it."""
+    """Raise the limit of open files to the hard limit; return the limit that is now in force."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def max_client_connections() -> int:
-    """Return how many connections of clients there may be: half of the files that may be open,
-    since a request may need a connection to an upstream as well."""
+    """Return how many client connections may be open: half of the files that may be open, since a
+    request may need a connection to an upstream as well."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return max(1, (limit - RESERVED_DESCRIPTORS) // 2) if limit > 0 else sys.maxsize
 
@@ -732,7 +742,8 @@ class Server(uvicorn.Server):
 
 
 def server_for(app: Any, shared: Connections | None = None, **options: Any) -> Server:
-    """Return a quiet server: no log, no headers, no WebSocket of its own."""
+    """Return a uvicorn server for the app, without uvicorn's log, headers and WebSockets. `options`
+    are uvicorn's."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     usual: dict[str, Any] = {
         "http": (shared or Connections()).protocol,
@@ -749,10 +760,10 @@ def server_for(app: Any, shared: Connections | None = None, **options: Any) -> S
 
 
 def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.socket]:
-    """Return a listening socket for each address, all with the same port (0: a free one, which may
-    take some `tries` to find). "::" stands for all addresses, unless one of IPv4 is listed beside
-    it. (That takes a socket of its own: one for both would call IPv4 clients ::ffff:192.0.2.1.)
-    Raise LedgerError where an address can't be had."""
+    """Return a listening socket for each address, all on the same port. Port 0 means a free one: up
+    to `tries` are tried until one is free at every address. "::" means all addresses of IPv6 and
+    IPv4, unless an IPv4 address is listed as well. (IPv4 gets a socket of its own: on a shared one
+    its clients would appear as ::ffff:192.0.2.1.) Raise LedgerError where listening fails."""
     if "::" in hosts and all(":" in host for host in hosts):
         hosts = [*hosts, "0.0.0.0"]
     listeners: list[socket.socket] = []
@@ -778,6 +789,6 @@ def _listen_on(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """Return the host and port of a socket, as they stand in a URL."""
+    """Return a socket's host and port in the form that URLs use."""
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

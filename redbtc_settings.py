@@ -225,9 +225,7 @@ Host = Annotated[str, Meta(min_length=1)]
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z*]+")
 MOST_TOKENS = 100_000_000  # no request has more: what claims so is no count of tokens
 Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
-
-
-BODIES_READ = 4  # an account's half holds a body of the largest size and its decoded copy
+BODIES_READ = 4  # so an account's half can hold the largest body and its decoded copy
 
 
 class Table(Struct, forbid_unknown_fields=True, frozen=True):
@@ -255,7 +253,8 @@ class Server(Table, frozen=True):
 
     @property
     def reading_bytes(self) -> int:
-        """The most bytes of all bodies that have no place yet. An account may hold half of them."""
+        """The maximum of bytes for bodies of requests that have no place yet. Each account may hold
+        half of it."""
         return self.max_reading_bytes or BODIES_READ * self.max_body_bytes
 
 
@@ -442,8 +441,8 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
     server, least = settings.server, BODIES_READ * settings.server.max_body_bytes
     if server.reading_bytes < least:
         raise SettingsError(
-            f"server.max_reading_bytes: found {server.max_reading_bytes}; allowed are 0, and from "
-            f"{least}, which is {BODIES_READ} times server.max_body_bytes"
+            f"server.max_reading_bytes: found {server.max_reading_bytes}; allowed are 0 and "
+            f"numbers from {least}, which is {BODIES_READ} times server.max_body_bytes"
         )
     for upstream in settings.upstreams:
         if not _is_url(upstream.base_url):

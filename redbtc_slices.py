@@ -1,10 +1,10 @@
-"""Long work on the event loop, done in slices so that it holds up nobody.
+"""Long work on the event loop, done in slices of time so that other requests are not held up.
 
-Such work is a generator that yields between small steps and knows nothing of asyncio. Work that is
-done within one slice of time is done at once. Longer work takes turns with other long work: in each
-turn of the loop one slice is done. The accounts take turns, and of one account's works MAX_BEGUN:
-the others are not begun before one of these is done, since work that has begun holds memory. (A
-thread would not help: msgspec and re hold the interpreter's lock for as long as a call takes.)
+The work is a generator that yields between small steps and does not use asyncio. Work that fits
+into one slice is done at once. For longer work each turn of the loop runs one slice: accounts take
+turns, and so do the first MAX_BEGUN works of an account. Its other works are not begun before one
+of these is done, since work that has begun holds memory. (A thread would not help: msgspec and re
+hold the interpreter's lock for as long as a call takes.)
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ T = TypeVar("T")
 
 
 class Turns:
-    """The work that waits for a slice, by account. Of each account's the first MAX_BEGUN go round;
-    what comes later is behind them."""
+    """The queues of work that waits for a slice, one for each account."""
 
     def __init__(self) -> None:
-        self.taken = False  # the slice of this turn of the loop, or there is work that waits for it
+        self.taken = False  # this turn's slice is taken, or work is waiting for one
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the next account first
 
     async def wait(self, account_id: str, begun: bool) -> None:
         """Return when it is the caller's turn."""
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # that of an earlier loop waits for nothing any more
+        if loop is not self._loop:  # drop the queues of an earlier loop, which has ended
             self._loop, self._waiting, self.taken = loop, {}, False
         turn = loop.create_future()
         waiting = self._waiting.setdefault(account_id, deque())
@@ -45,7 +44,7 @@ class Turns:
         await turn
 
     def _give(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Give the slice of the next turn of the loop to the next that still waits."""
+        """Give the next turn's slice to the next account's first work that still waits."""
         while self._waiting:
             account_id = next(iter(self._waiting))
             waiting = self._waiting.pop(account_id)
@@ -63,12 +62,13 @@ TURNS = Turns()
 
 
 async def in_slices(steps: Generator[None, None, T], account_id: str, begun: bool = False) -> T:
-    """Run a generator of small steps to its end and return its result. Raises what it raises; a
-    caller that is cancelled closes it. `begun`: it goes on with what has been built already."""
+    """Run a generator of small steps to its end, in slices, and return its result. Raises what the
+    generator raises. Cancelling the caller closes the generator. `begun`: the work goes on with
+    what earlier work of the request has built, so it does not wait to be begun."""
     try:
         if TURNS.taken:
             await TURNS.wait(account_id, begun)
-        next(steps)  # most is done in one step
+        next(steps)  # before reading the clock: most work has only one step
         until = perf_counter() + SLICE_SECONDS
         while True:
             next(steps)
@@ -83,7 +83,7 @@ async def in_slices(steps: Generator[None, None, T], account_id: str, begun: boo
 
 
 async def with_turns(items: Iterable[T]) -> AsyncIterator[T]:
-    """Iterate over what may be many items, with turns of the loop in between."""
+    """Iterate over items that may be many, giving other tasks a turn of the loop in between."""
     began = perf_counter()
     for item in items:
         yield item

@@ -33,11 +33,12 @@ ALLOWED_HEADERS = frozenset(
     b"x-openai-internal-codex-responses-lite x-openai-memgen-request x-openai-subagent".split()
 )
 ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-")
-# It names a model and a tier besides those in the body, which alone are checked. Codex sends it
-# with a ChatGPT login only.
+# This header names a model and a tier, of which only those in the body are checked. Codex sends it
+# only with a ChatGPT login.
 DROPPED_REQUEST_HEADERS = frozenset([b"x-codex-routing-hint"])
-# RFC 9110 §7.6.1; what belongs to the upstream's account; what steers a proxy or a cache in front
-# of us; and what a browser applies to the whole origin, which here is the dashboard's.
+# Headers of the connection (RFC 9110 §7.6.1), of the upstream's account, for a proxy or a cache in
+# front of the gateway, and those that a browser applies to the whole origin, which is also the
+# dashboard's.
 DROPPED_HEADERS = frozenset(
     b"connection keep-alive te trailer transfer-encoding upgrade "
     b"openai-organization openai-project server "
@@ -263,8 +264,9 @@ def by_turn(upstreams: list[Upstream]) -> list[Upstream]:
 
 
 def headers_for_upstream(headers: Headers, store: Store, account_id: str) -> Headers:
-    """What of the client's headers goes on: an allow-list. An idempotency key goes on in a form
-    that is the account's own: for one key of two accounts an upstream would give one answer."""
+    """Return the client's headers that are forwarded, by an allow-list. An idempotency key is
+    replaced by one that only this account gets: an upstream would answer two accounts that use the
+    same key with the same response."""
     return [
         (name, store.own_key(account_id, value) if name == b"idempotency-key" else value)
         for name, value in headers

@@ -25,7 +25,8 @@ from redbtc_ledger import Outcome, Row
 from redbtc_refusals import Refusal
 from redbtc_settings import iso_time, now_ms
 
-Scope = MutableMapping[str, Any]  # as ASGI has them
+# The types of ASGI.
+Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]

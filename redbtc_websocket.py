@@ -66,12 +66,12 @@ RESPONSES = Endpoint("/v1/responses", stores=True)
 MOST_SESSIONS = 100  # of an account
 MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
 LINE_SECONDS = 2  # for closing a line
-MAX_STEERS = 4  # of a turn, of which nobody has said yet what became of them
+MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not answered
 STEER_SECONDS = 30  # for the response that follows one which was steered
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
 POLICY_VIOLATION, INTERNAL_ERROR, UNSUPPORTED_DATA = 1008, 1011, 1003  # RFC 6455 §7.4.1
 INVALID_DATA, TOO_BIG = 1007, 1009
-REFUSED = "redbtc.refused"  # an event from the protocol: a message was refused before it was read
+REFUSED = "redbtc.refused"  # an event from the protocol: it refused a message and dropped it
 NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
 NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
 HANDSHAKE_HEADERS = (b"sec-websocket-", b"content-", b"date", b"connection", b"upgrade")
@@ -80,25 +80,26 @@ UNRESOLVED = ("response.steer.failed", "response.steer.pending")
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────
-# uvicorn parses all that has come in one go, and queues it. Here one coroutine reads a connection
-# frame by frame, in slices, and at most one message waits to be taken. It stops reading from the
-# socket while there is no memory for a message, or while the account's clients send small frames
-# faster than anybody honest. A message that is refused is read on and thrown away.
+# uvicorn parses and queues everything that has arrived at once. Here one coroutine parses a
+# connection's frames one by one, in slices, and at most one message waits for the app. It stops
+# reading from the socket while there is no memory for a message, and while the account's clients
+# send more small frames than SMALL_FRAMES_PER_MINUTE. The rest of a refused message is read and
+# thrown away.
 
 MAX_FRAGMENTS = 10_000  # of a message
 MAX_CONTROL_BYTES = 125  # RFC 6455 §5.5
-SMALL_BYTES = 1024  # a frame with fewer is work rather than payload
+SMALL_BYTES = 1024  # a frame with fewer is small: it costs more for parsing than for its bytes
 SMALL_FRAMES_PER_MINUTE = 6000  # of an account
-REFUSED_FRAMES = 10  # small frames that a refused event counts as
+REFUSED_FRAMES = 10  # how many small frames a refused event counts as
 MAX_PART = 256 << 10  # bytes that are masked or unmasked in one step; a multiple of the mask's four
 FIN, CONTROL, MASKED = 0x80, 0x08, 0x80  # RFC 6455 §5.2: bits of a head's first and second byte
 LONG, LONG_HEAD = 127, 14  # the second byte of a head with a length of eight bytes; its own length
 
 
 class FrameReader(StreamReader):
-    """The buffer of a connection's parser. It lets the parser read one frame each time that it is
-    stepped, and wait where there is no room for a payload. The parser unmasks a payload in one step
-    that nothing interrupts, so it is shown a long frame as several fragments."""
+    """The buffer of a connection's parser. It makes the parser parse one frame at each step, and
+    wait while there is no room for a payload. The parser unmasks a payload in one call, so a long
+    frame is presented to it as several fragments."""
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class FrameReader(StreamReader):
         self.continues = False  # what is read is a part of a long frame, and not its first
         self.room = 0  # bytes of payload that may be read
         self.wanted = 0  # bytes of a payload that waits for room
-        self.drops = False  # payloads are thrown away
+        self.drops = False  # whether payloads are thrown away
         self.dropped_bytes = 0
         self._max_bytes = max_bytes  # the parser refuses a frame with more
         self._first = 0  # of a long frame: the first byte, the mask, and what is to be shown of it
@@ -114,7 +115,8 @@ class FrameReader(StreamReader):
         self._left = 0
 
     def at_eof(self) -> Generator[None, None, bool]:
-        """Whether the stream has ended. The parser asks before each frame. Raises ProtocolError."""
+        """Return whether the stream has ended. The parser calls this before each frame. Raises
+        ProtocolError for a control frame that is too long."""
         self.between_frames = not self._left
         yield
         ended = yield from super().at_eof()
@@ -159,7 +161,7 @@ class FrameReader(StreamReader):
             yield
 
     def read_exact(self, n: int) -> Generator[None, None, bytearray]:
-        """The next `n` bytes: a part of a frame's head, or all of its payload."""
+        """Return the next `n` bytes: a part of a frame's head, or all of its payload."""
         if n > MAX_CONTROL_BYTES:
             yield from self._wait_for_room(n)
             if self.drops:
@@ -178,7 +180,7 @@ class FrameReader(StreamReader):
 
 
 class Intake(NamedTuple):
-    """What the reading of a connection is held to."""
+    """The limits within which a connection is read."""
 
     reserved: Reservation
     clock: Clock
@@ -188,19 +190,19 @@ class Intake(NamedTuple):
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's, with scope["read_frames"], which reads the client's messages once the connection
-    is accepted, and scope["abort"]: to end the connection of a client that doesn't read, which no
-    close reaches."""
+    """uvicorn's WebSocket protocol with two keys more in its scope: "read_frames", which reads the
+    client's messages once the connection is accepted, and "abort", which ends the connection of a
+    client that does not read, and so would never see a close frame."""
 
     _intake: Intake
     _reading: asyncio.Task[Any] | None = None
-    _arrival: asyncio.Future[None] | None = None  # where bytes are waited for
+    _arrival: asyncio.Future[None] | None = None  # done when bytes have arrived
     _paused = False
-    _ended = False  # nothing more is read
-    # Of the message that is being read:
-    _reserved = 0  # bytes
+    _ended = False  # no more frames are read
+    # For the message that is being read:
+    _reserved = 0  # bytes of memory
     _fragments = 0
-    _seconds = 0.0  # that the client has for the rest of it
+    _seconds = 0.0  # that the client has left to send the rest
     _whole: Buffer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -243,7 +245,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         return message
 
     async def read_frames(self, intake: Intake) -> None:
-        """Read until the connection ends."""
+        """Read the client's frames until the connection ends."""
         if self.disconnected:
             return
         self._intake, self._reading = intake, asyncio.current_task()
@@ -256,7 +258,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.frames.clear()
 
     def _handle_frames(self) -> Generator[None, None, None]:
-        """Handle the frames that have come, until something has to be waited for."""
+        """Handle the frames that have arrived, until there is something to wait for (`_wait`)."""
         small_frames = self._intake.small_frames
         small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
         while self._whole is None and self.queue.empty() and small_frames.remaining:
@@ -271,7 +273,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             yield
 
     def _count(self, frame: WireFrame) -> None:
-        """Refuse a message of too many fragments, or of which too much was thrown away."""
+        """Charge a small frame. Refuse a message that has too many fragments, or of which more than
+        `max_bytes` were thrown away."""
         if self._reader.continues:
             return
         if len(frame.data) < SMALL_BYTES:
@@ -282,7 +285,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._end(Refusal("request_too_large", f"A message may have {allowed}."), TOO_BIG)
 
     def handle_cont(self, event: WireFrame) -> None:
-        """Add to the message: to join all of a long one at its end would take one long step."""
+        """Append a fragment to the message: joining all of them at the end could take long."""
         if not (self.frames and isinstance(self.frames[0], bytearray)):
             cast(list[Buffer], self.frames)[:] = [bytearray().join(self.frames)]
         self.frames[0] += event.data
@@ -316,8 +319,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             await self._wait_for_bytes()
 
     async def _make_room(self, wanted: int) -> None:
-        """Reserve memory for a frame, and for one of many as much again as the message has. Where
-        none comes free the message is refused."""
+        """Reserve memory for a frame of `wanted` bytes, and for the further frames of a message at
+        least as much again as it has. If none comes free, refuse the message."""
         reader, known = self._reader, self._reserved
         size = max(wanted - reader.room, min(known, self._intake.max_bytes - known))
         reader.wanted = 0
@@ -338,7 +341,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._hand_over({"type": "websocket.receive", kind: whole, "reserved": size})
 
     async def _reserve(self, size: int) -> bool:
-        """Whether there is memory for so much more. If there is none, the client is told."""
+        """Reserve `size` bytes more and return True. If there is no memory for them, refuse the
+        message and return False."""
         try:
             await self._intake.reserved.take(max(0, size), self._intake.clock)
         except Refusal as refusal:
@@ -349,12 +353,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         return True
 
     def _give_back(self, size: int) -> None:
-        """Keep memory for `size` bytes of the message."""
+        """Give back the message's memory except for `size` bytes."""
         self._intake.reserved.give_back(self._reserved - size)
         self._reserved, self._reader.room = size, 0
 
     async def _wait_for_bytes(self) -> None:
-        """A message that takes too long ends the reading."""
+        """Wait until bytes arrive. Stop reading if a message takes too long to arrive."""
         self._arrival = self.loop.create_future()
         if self._paused and not self.transport.is_closing():
             self._paused = False
@@ -369,11 +373,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
                 await self._arrival
             self._seconds = clock.deadline - clock.now()
         except TimeoutError:
-            message = "A message took too long to arrive."
+            message = f"A message took longer than {self._intake.message_seconds:g} s to arrive."
             self._end(Refusal("request_timeout", message), POLICY_VIOLATION)
 
     def _end(self, refusal: Refusal, close: int) -> None:
-        """Read nothing more, and say why."""
+        """Stop reading frames, and let the app close the connection with the code `close`."""
         self._ended = True
         self._hand_over({"type": REFUSED, "refusal": refusal, "close": close})
 
@@ -492,7 +496,7 @@ class Turn(Metered):
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
         if len(self._steers) >= MAX_STEERS:
-            message = f"{MAX_STEERS} 'response.steer' events of this response have no answer yet."
+            message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
             raise Refusal("concurrency_limit_exceeded", message)
         admission.charge("tokens", 0)
         usual = self.settings.billing.hold_output_tokens
@@ -528,7 +532,8 @@ class Turn(Metered):
             await self.settle(self.outcome())
 
     def note(self) -> None:
-        """What the upstream makes can be named on this connection even if it is not stored."""
+        """Learn the ids that the upstream made. This connection can name them even if they are not
+        stored."""
         known = self._named
         super().note()
         if self._named != known:
@@ -538,7 +543,8 @@ class Turn(Metered):
 
     @property
     def home(self) -> Home:
-        """Of what it makes. Steering can still add to its input."""
+        """Where the objects that it makes are stored. `minted_input` is false, since a steer event
+        can still add input with ids of the client's own."""
         return super().home._replace(minted_input=False)
 
     async def _follow(self) -> None:
@@ -633,8 +639,8 @@ class Session:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._made: dict[str, Home] = {}  # on this connection, stored or not
         self._written: set[str] = set()  # responses whose usage is in the ledger
-        self._waiting: dict[Frame, Admission] = {}  # what has no place yet
-        self._reserved: Reservation  # for the messages that have none
+        self._waiting: dict[Frame, Admission] = {}  # requests that have no place yet
+        self._reserved: Reservation  # memory for those, and for the message that is being read
         self._small_frames: Bucket
         self._patience = 0.0  # seconds for the client to read
         self._sends, self._given = 0, 0  # messages that wait for that, and that need not
@@ -695,7 +701,7 @@ class Session:
             loop.call_later(CLOSING_SECONDS, self._scope["abort"])
 
     async def _read_frames(self) -> None:
-        """Until the client's connection is lost, which can be after the session's end."""
+        """Read frames until the client's connection ends, which can be after the session's end."""
         gateway, server = self.gateway, self.gateway.settings.server
         self._reserved = Reservation(gateway.limits, self._key, gateway.settings)
         self._small_frames = gateway.limits.small_frames(self._key)
@@ -955,7 +961,7 @@ class Session:
             await turn.run(lambda: self._forward(turn, frame, speaking))
 
     def _leave(self, frame: Frame) -> None:
-        """It waits no more."""
+        """Give back the memory of a request that no longer waits for a place."""
         if self._waiting.pop(frame, None):
             self._reserved.give_back(max(len(frame.sent), SMALL_BYTES))
 
@@ -1168,7 +1174,7 @@ def closing_code(refusal: Refusal) -> int | None:
 
 
 class Addressed(msgspec.Struct):
-    """What is known of a frame without reading it."""
+    """The one member of a frame that is needed to refuse it."""
 
     stream_id: str | None = None
 

@@ -579,12 +579,12 @@ END;
 -- version 8
 
 ALTER TABLE stored_objects ADD COLUMN
-    minted_input        INTEGER NOT NULL DEFAULT 0 CHECK (minted_input IN (0, 1));  -- 1: of a response
-                                                -- whose listed input has no ids but the upstream's
+    minted_input        INTEGER NOT NULL DEFAULT 0 CHECK (minted_input IN (0, 1));  -- 1: a response
+                                                -- whose input has only ids that the upstream chose
 
--- What must stay the same over restarts and be known to nobody.
+-- Random keys that must stay the same across restarts and never leave the gateway.
 CREATE TABLE secrets (
-    name                TEXT PRIMARY KEY CHECK (name = 'idempotency'),  -- the key of a hash that makes
-                                                -- each account's idempotency keys its own
+    name                TEXT PRIMARY KEY CHECK (name = 'idempotency'),  -- the HMAC key that
+                                                -- makes idempotency keys different for each account
     secret              BLOB NOT NULL CHECK (length(secret) = 32)
 ) STRICT;

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Count the function calls that a JSON request costs the gateway, C functions included: a figure
-that does not drift with the machine's speed.
+that does not depend on the machine's speed.
 
     bench/calls.py [CHECKOUT ...]
 
-counts for this checkout, or for each that is named, in front of the tests' upstream.
+runs the gateway of this checkout, or of each CHECKOUT, in front of the tests' upstream.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Profiled(Gateway):
 
 
 def calls(root: Path, requests: int) -> int:
-    """Calls from the start of a gateway to its end, with so many requests between."""
+    """Return how many calls a gateway makes from start to end, serving `requests` requests."""
     with tempfile.TemporaryDirectory() as folder, Upstream() as upstream:
         gateway = Profiled(Path(folder), upstream.url, root=root).start()
         key = gateway.new_key()

@@ -19,7 +19,7 @@ from gateway import Gateway
 from hypothesis import HealthCheck, settings
 from upstream import Upstream
 
-# A slow machine is no failure of an example or of what makes them.
+# On a slow machine neither an example nor its generation may fail for its duration.
 settings.register_profile(
     "any speed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -22,7 +22,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM_KEY = "sk-upstream-canary-0123456789"
-PATIENCE_SECONDS = 150  # for what usually takes a second or two: only what hangs takes longer
+PATIENCE_SECONDS = 150  # for operations that usually take a second or two
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # else each client reads all certificates, 27 ms
 USUAL: dict[str, Any] = {"timeout": PATIENCE_SECONDS, "trust_env": False, "verify": NO_TLS}
 
@@ -32,7 +32,7 @@ def wait_until(
     seconds: float = PATIENCE_SECONDS,
     why: str | Callable[[], str] = "",
 ) -> None:
-    """Return once the condition holds. `why` is what to say where it never does."""
+    """Return once the condition holds. `why` is the message of the failure if it never does."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -42,8 +42,9 @@ def wait_until(
 
 
 def free_port() -> int:
-    """Return a port that nothing listens at. It is below those that connections get, so that none
-    takes it before its server is up; two workers of pytest-xdist draw from different ports."""
+    """Return a port on which nothing listens. It is below the ephemeral ports, so that no
+    connection takes it before its server is up; the workers of pytest-xdist draw from different
+    ports."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
         port = random.randrange(10_000, 32_000, 8) + worker % 8
@@ -170,7 +171,7 @@ class Gateway:
         return self.wait() if wait else None
 
     def wait(self) -> int:
-        """Return the exit status of a gateway that is ending."""
+        """Wait until the gateway has ended; return its exit status."""
         assert self.process is not None
         self.expected_dead = True
         return self.process.wait(PATIENCE_SECONDS)
@@ -298,7 +299,8 @@ class Gateway:
         return socket.create_connection(("127.0.0.1", self.port), PATIENCE_SECONDS)
 
     def begin(self, key: str, body: Any, path: str = "/responses") -> socket.socket:
-        """Send a request on a connection that the caller leaves when it likes."""
+        """Send a request on a new connection, which the caller closes, and return the
+        connection."""
         content = json.dumps(body).encode()
         head = (
             f"POST /v1{path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\n"
@@ -309,7 +311,7 @@ class Gateway:
         return sock
 
     def connections(self) -> int:
-        """Return how many connections clients have to it."""
+        """Return how many client connections the gateway has."""
         found = self._process.net_connections("tcp")
         return sum(each.laddr.port == self.port and bool(each.raddr) for each in found)
 

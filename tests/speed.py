@@ -1,5 +1,5 @@
-"""How fast this machine is now. No test asserts an absolute time: what must be quick is held in
-units of a fixed piece of work that the same process did a moment before."""
+"""Measure durations in units of this machine's speed. No test asserts an absolute time: a duration
+is compared with that of a fixed piece of work, which the same process did just before."""
 
 from __future__ import annotations
 
@@ -45,19 +45,20 @@ def work() -> int:
 
 
 def unit() -> float:
-    """Seconds of processor time that `work` takes here and now: the shortest of seven tries."""
+    """Return the processor seconds that `work` takes now, the shortest of seven tries."""
     return min(cpu_seconds(work) for _ in range(7))
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
-    """Processor time of this thread, which other processes on the machine don't change."""
+    """Return the processor seconds of this thread that a call takes. Other processes on the machine
+    do not change it."""
     start = time.thread_time()
     function()
     return time.thread_time() - start
 
 
 def process_seconds(pid: int) -> float:
-    """Processor time that a process has used, all threads of it."""
+    """Return the processor seconds that all threads of a process have used."""
     if sys.platform == "linux":
         return time.clock_gettime(~pid << 3 | 2)  # its clock, as clock_getcpuclockid(3) makes it
     times = psutil.Process(pid).cpu_times()
@@ -65,13 +66,13 @@ def process_seconds(pid: int) -> float:
 
 
 def cost(function: Callable[[], object], tries: int = 3) -> float:
-    """What a function costs, in units: the least of some tries."""
+    """Return the processor time of a call in units, the least of some tries."""
     return min(cpu_seconds(function) for _ in range(tries)) / unit()
 
 
 def longest_step(steps: Iterable[object]) -> float:
-    """The longest time between two steps of an iterator, in units: how long work in slices holds
-    the loop."""
+    """Return the longest time between two steps of an iterator, in units: how long work in slices
+    holds the loop."""
     measure, longest = unit(), 0.0
     iterator = iter(steps)
     while True:
@@ -84,7 +85,7 @@ def longest_step(steps: Iterable[object]) -> float:
 
 
 def result_of(steps: Generator[object, None, T]) -> T:
-    """What work in slices returns."""
+    """Run work in slices to its end and return its result."""
     while True:
         try:
             next(steps)
@@ -94,10 +95,10 @@ def result_of(steps: Generator[object, None, T]) -> T:
 
 
 class Stalls:
-    """While this is open, a process of its own asks the gateway at `port` for /healthz all the
-    time. Afterwards `longest` is the most that the gateway worked, in units of processor time, from
-    a question to its answer: how long its loop was held by work, or by a thread that held Python's
-    lock. Time in which the gateway did not run is not in it: a busy machine is no stall."""
+    """While this is open, a separate process keeps requesting /healthz from the gateway at `port`.
+    Afterwards `longest` is the most processor time, in units, that the gateway used between such a
+    request and its response: how long its loop was held by work, or by a thread that held Python's
+    lock. Time in which the gateway did not run does not count, so a busy machine is no stall."""
 
     longest = 0.0
 

@@ -402,14 +402,14 @@ def test_codex_cli_waits_for_a_rate_limit(gateway: Gateway, tmp_path: Path) -> N
     refusals = 'redbtc_refusals_total{code="rate_limit_exceeded"}'
 
     def refused() -> int:
-        """Use up what there is. Return how many requests of this test have been refused."""
+        """Use up the rate. Return how many requests of this test have been refused."""
         with gateway.client(key) as client:
             while client.post("/responses", json={"model": "m", "input": "x"}).status_code != 429:
                 pass
         return 1
 
     def leave_nothing(own: int) -> None:
-        """Until Codex CLI has been refused, too."""
+        """Wait until Codex CLI has been refused as well."""
         while gateway.metrics()[refusals] == own:
             own += refused()
 
@@ -461,7 +461,8 @@ EVERY_UPGRADE = 'map $http_upgrade $connection_upgrade { default upgrade; "" "";
 def nginx(
     gateway: Gateway, folder: Path, buffering: str = "off", every_upgrade: bool = False
 ) -> Iterator[int]:
-    """nginx as the README sets it up, or as many set it up: passing every upgrade on. Its port."""
+    """Run nginx with the README's configuration, or with the common one that forwards every Upgrade
+    header. Yield its port."""
     port = free_port()
     folder.mkdir()
     maps, upgrade = (EVERY_UPGRADE, "$http_upgrade") if every_upgrade else (MAPS, "$websocket")
@@ -490,8 +491,8 @@ def nginx(
 
 
 def exchange(port: int, parts: list[bytes], gateway: Gateway) -> bytes:
-    """Send parts, each when the gateway had time for the one before; all that is answered until an
-    answer is whole."""
+    """Send parts, with time for the gateway to handle each before the next. Return what has arrived
+    once a response is whole."""
     with socket.create_connection(("127.0.0.1", port), timeout=100) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for part in parts:
@@ -512,8 +513,8 @@ def exchange(port: int, parts: list[bytes], gateway: Gateway) -> bytes:
 def test_nobody_gets_the_answer_to_a_smuggled_request(
     gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path, way: str
 ) -> None:
-    """An upgrade that is not taken, its body cut off from its head; then another client's request,
-    over nginx's connections to the gateway: each gets its own answer and no other."""
+    """Send an Upgrade that is not taken, with its body in a later packet, then another client's
+    request over nginx's pooled connections. Each gets its own response."""
     smuggled = b"GET /v1/models/of-the-attacker HTTP/1.1\r\nHost: g\r\n\r\n"
     upstream.script = json_answer(response_object())
     mine = (

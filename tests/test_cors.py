@@ -1,4 +1,4 @@
-"""Pages of other origins: what their browser may know of /v1, and the openai package in a page."""
+"""CORS for pages of other origins, and the openai package in a browser page."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_nothing_else_is_for_other_origins(gateway: Gateway, path: str) -> None:
 
 
 def answers(gateway: Gateway, upstream: Upstream, **headers: str) -> Iterator[httpx2.Response]:
-    """One answer of each kind under /v1."""
+    """Yield a response of each kind under /v1."""
     key, narrow = gateway.new_key(), gateway.new_key("narrow", requests_per_minute=1)
     with client_of(gateway, authorization=f"Bearer {key}", **headers) as client:
         yield client.post("/responses", json=RESPONSE)  # 200
@@ -136,7 +136,7 @@ def test_a_page_can_read_every_answer(make_gateway: MakeGateway, upstream: Upstr
 
 
 def test_without_an_origin_nothing_is_added(make_gateway: MakeGateway, upstream: Upstream) -> None:
-    """Ordinary clients' answers are as short as before."""
+    """A request without an Origin gets no CORS headers."""
     gateway = make_gateway(SMALL).start()
     for answer in answers(gateway, upstream):
         assert not cors_of(answer)
@@ -177,7 +177,7 @@ def test_only_listed_origins(make_gateway: MakeGateway, upstream: Upstream) -> N
 def test_what_the_parser_refuses(
     make_gateway: MakeGateway, settings: str, path: str, before: str, allowed: bytes | None
 ) -> None:
-    """As far as it has read the head: where all may, it needs no Origin."""
+    """If all origins are allowed, this holds even if the Origin header was not read."""
     gateway = make_gateway(settings).start()
     for header, status in (("A b: c\r\n\r\n", 400), ("A: " + "x" * 70_000, 431)):
         answer = gateway.raw(f"POST {path} HTTP/1.1\r\n{before}\r\nA: b\r\n{header}".encode())
@@ -231,7 +231,7 @@ HANDSHAKE = {
 def test_the_origin_of_a_websocket(
     make_gateway: MakeGateway, upstream: Upstream, settings: str, origin: str | None, status: int
 ) -> None:
-    """There is no preflight of a handshake: who isn't allowed is refused."""
+    """Browsers send no preflight for a handshake, so one from another origin is refused."""
     upstream.talk = ws_like_openai
     gateway = make_gateway(settings).start()
     lines = {**HANDSHAKE, "host": "g", "authorization": f"Bearer {gateway.new_key()}"}
@@ -271,7 +271,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
-    """Another origin, which serves the npm packages."""
+    """Serve the npm packages from another origin; yield its URL."""
     assert (NODE_MODULES / "openai" / "index.mjs").exists()
     handler = partial(Quiet, directory=NODE_MODULES)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -298,7 +298,7 @@ SCRIPT = """async ([baseURL, apiKey, work]) => {
 
 
 def in_page(page: Page, gateway: Gateway, key: str, work: str) -> Any:
-    """What an async function of the client (and of the package) makes in the page."""
+    """Run an async function of the client (and the package) in the page; return its result."""
     return page.evaluate(SCRIPT, [gateway.base_url, key, work])
 
 
@@ -340,7 +340,7 @@ def test_the_openai_package_in_a_page(gateway: Gateway, page: Page, key: str) ->
 def test_events_reach_a_page_as_they_come(
     gateway: Gateway, upstream: Upstream, page: Page, key: str
 ) -> None:
-    """The upstream sends the second event when the page has the first."""
+    """The upstream sends the second event only after the page has received the first."""
     seen = threading.Event()
     pieces = response_pieces(["Hel", "lo"])
 
@@ -401,7 +401,7 @@ def test_a_page_reads_refusals(gateway: Gateway, page: Page) -> None:
 def test_a_page_reads_every_header_of_an_upstream(
     gateway: Gateway, upstream: Upstream, page: Page, key: str
 ) -> None:
-    """Also one that nobody has heard of, since "*" stands among the names."""
+    """An unknown header is readable as well, since "*" is among the exposed names."""
 
     async def script(_: Received, reply: Reply) -> None:
         await reply.head(
@@ -438,8 +438,8 @@ def test_a_page_of_another_origin_reads_nothing_else(make_gateway: MakeGateway, 
 def test_a_page_of_the_internet_needs_the_users_leave_and_no_other_header(
     gateway: Gateway, playwright: Playwright, site: str, key: str
 ) -> None:
-    """Local Network Access: Chromium asks its user, not the server, whether a page from elsewhere
-    may call this machine; then the ordinary preflight is enough."""
+    """Local Network Access: Chromium asks its user, not the server, whether a page from the
+    internet may call this machine. Then the ordinary preflight is enough."""
     public = f"--ip-address-space-overrides={site.removeprefix('http://')}=public"
     secure = f"--unsafely-treat-insecure-origin-as-secure={site}"
     with launch(playwright, public, secure) as running:

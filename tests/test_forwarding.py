@@ -369,8 +369,8 @@ location: /v1/responses/resp_1
 def test_an_answer_cannot_act_on_the_gateways_origin(
     gateway: Gateway, upstream: Upstream, key: str, path: str
 ) -> None:
-    """What browsers and proxies apply to more than the one answer stays behind; the rest passes,
-    also of a stored response."""
+    """Headers that browsers and proxies apply beyond the one response are removed, and all others
+    forwarded, for stored responses as well."""
     with gateway.client(key) as client:
         assert client.post("/responses", json=RESPONSE).is_success
         dropped, passed = (
@@ -406,7 +406,7 @@ def test_an_answer_cannot_act_on_the_gateways_origin(
 def test_a_browser_runs_nothing_of_an_answer(
     gateway: Gateway, upstream: Upstream, key: str, content_types: list[str], inert: bool
 ) -> None:
-    """A page of an upstream's would be one of the dashboard's origin. JSON and events are none."""
+    """An upstream's HTML would run in the dashboard's origin; JSON and events can't."""
 
     async def script(_: Received, reply: Reply) -> None:
         headers = [("content-type", each) for each in content_types]
@@ -592,7 +592,7 @@ FRAMINGS = ["chunked", "length:100000000", "close"]
 def test_after_the_event_that_ends_it_a_stream_ends_cleanly_and_soon(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    """Whatever the upstream does then."""
+    """This holds whatever the upstream does after that event."""
     gateway = make_gateway({"limits": {"account": {"concurrency": 0}}}).start()
     key = gateway.new_key()
 
@@ -632,7 +632,7 @@ def test_what_follows_the_end_within_its_time_passes(
 def test_each_of_several_images_is_waited_for(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    """The first one's `completed` does not end the stream: the second may take long."""
+    """The `completed` event of the first image does not end the stream."""
     pieces = images_pieces(0)
 
     async def script(_: Received, reply: Reply) -> None:
@@ -672,7 +672,7 @@ def test_a_place_is_free_again_though_the_upstream_goes_on(
 def test_the_answer_of_a_slow_reader_ends_cleanly_too(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    """It reads nothing until long after the end; the kernel can't hold all that followed."""
+    """The client reads nothing until long after the end, and more follows than the kernel holds."""
     follows = b": " + b"x" * (16 << 20) + b"\n\n"
 
     async def script(_: Received, reply: Reply) -> None:
@@ -718,7 +718,7 @@ def test_a_torn_stream_still_looks_torn_before_its_end(
     key: str,
     afterwards: Callable[[Reply], Awaitable[None]],
 ) -> None:
-    """Also one whose length was announced."""
+    """This also holds for a stream with a Content-Length."""
 
     async def script(_: Received, reply: Reply) -> None:
         await reply.head(200, [("content-type", "text/event-stream")], "length:10000")

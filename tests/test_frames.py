@@ -1,5 +1,4 @@
-"""What a client sends over a WebSocket, frame by frame: nothing in it holds the loop, takes memory
-without bound, or lasts for ever."""
+"""WebSocket frames from clients: none can hold the loop, take unbounded memory or last forever."""
 
 from __future__ import annotations
 
@@ -42,7 +41,8 @@ def speaking(upstream: Upstream) -> None:
 
 
 class Wire:
-    """A client's end, frame by frame. Its mask is zero, so that payloads pass as they are."""
+    """A client that sends and receives single frames. Its mask is zero, so that payloads are sent
+    as they are."""
 
     def __init__(self, gateway: Gateway, key: str) -> None:
         self.sock = socket.create_connection(("127.0.0.1", gateway.port), 60)
@@ -73,7 +73,7 @@ class Wire:
         self.send(json.dumps({**CREATE, **fields}).encode())
 
     def frame(self) -> tuple[int, bytes]:
-        """The next frame's opcode and payload. Pings are left out."""
+        """Return the next frame's opcode and payload, skipping pings."""
         while True:
             first, size = self._take(2)
             if size >= 126:
@@ -83,7 +83,7 @@ class Wire:
                 return first & 15, payload
 
     def event(self) -> dict[str, Any]:
-        """The next event; pongs are left out."""
+        """Return the next event, skipping pongs."""
         while True:
             opcode, payload = self.frame()
             if opcode == Opcode.TEXT:
@@ -103,7 +103,7 @@ class Wire:
         return str(self.until("error")["error"]["code"])
 
     def closed(self) -> int | None:
-        """The code with which it ends, None where there is none."""
+        """Return the close code of the connection, None if there is none."""
         with contextlib.suppress(ConnectionError):
             while True:
                 opcode, payload = self.frame()
@@ -130,12 +130,12 @@ def frame(data: bytes, opcode: Opcode = Opcode.TEXT, fin: bool = True) -> bytes:
 
 
 def message(size: int, **fields: Any) -> bytes:
-    """A request of about that size."""
+    """Return a request of about `size` bytes."""
     return json.dumps({**CREATE, "input": "x" * size, **fields}).encode()
 
 
 def fragmented(data: bytes, pieces: int) -> bytes:
-    """A message in so many frames, some of them empty, with pings in between."""
+    """Return a message cut into frames, some of them empty, with pings in between."""
     draw = random.Random(pieces)
     cuts = [0, *sorted(draw.randrange(len(data) + 1) for _ in range(pieces - 1)), len(data)]
     frames = []
@@ -219,7 +219,7 @@ def floods() -> dict[str, bytes]:
 
 
 def test_no_flood_of_frames_holds_the_loop(gateway: Gateway, upstream: Upstream) -> None:
-    """Whatever is refused is refused slowly: reading stops, and another account's requests pass."""
+    """Reading an account that floods pauses, while another account's requests are served."""
     other = gateway.new_key("other")
     for name, flood in floods().items():
         longest, grown = flooded(gateway, gateway.new_key(name), other, flood)
@@ -229,8 +229,8 @@ def test_no_flood_of_frames_holds_the_loop(gateway: Gateway, upstream: Upstream)
 
 
 def flooded(gateway: Gateway, key: str, other: str, flood: bytes) -> tuple[float, int]:
-    """Flood two connections of one key while another is used: the longest stall in units, and the
-    bytes that the gateway has grown by."""
+    """Flood two connections of one key while another key is used. Return the longest stall in
+    units, and the bytes by which the gateway has grown."""
     before = gateway.rss()
     with wire(gateway, key) as ws, wire(gateway, key) as second, wire(gateway, other) as calm:
         stop = threading.Event()
@@ -307,7 +307,7 @@ def test_a_message_has_a_bounded_number_of_fragments(
 
 
 def unfinished(ws: Wire, size: int) -> None:
-    """Send all of a message but its last byte, as far as it is read."""
+    """Send all of a message but its last byte, as far as the gateway reads it."""
     ws.sock.setblocking(False)
     data, quiet = memoryview(frame(message(size)))[:-1], 0
     while data and quiet < 40:
@@ -476,7 +476,7 @@ def test_at_most_four_steerings_of_a_response_are_unanswered(
             ws.send(json.dumps(steer).encode())
         event = ws.until("error")
         assert event["error"]["code"] == "concurrency_limit_exceeded"
-        assert "4 'response.steer'" in event["error"]["message"]
+        assert "4 unanswered 'response.steer'" in event["error"]["message"]
         release.set()
         ws.until("response.steer.failed")
         ws.send(json.dumps(steer).encode())
@@ -523,8 +523,8 @@ def test_handshakes_have_a_rate(gateway: Gateway, key: str) -> None:
             return sock.recv(12)[9:]
 
     assert status(key) == b"101"
-    wire = Wire(gateway, key)
-    for _ in range(SMALL_FRAMES):
-        wire.send(b"", Opcode.PONG)
-    wait_until(lambda: status(key) == b"429")
+    with wire(gateway, key) as flood:
+        for _ in range(SMALL_FRAMES):
+            flood.send(b"", Opcode.PONG)
+        wait_until(lambda: status(key) == b"429")
     assert status(gateway.new_key("other")) == b"101"

@@ -1,4 +1,4 @@
-"""No body holds the loop for long, whatever is in it, nor costs a multiple of its memory."""
+"""No body, whatever it contains, holds the loop for long or costs more than 100 times its bytes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ MOST_MEMORY = 100  # times the body
 
 
 def body(**members: bytes) -> bytes:
-    """A body with these members, each given as JSON text."""
+    """Return a body with these members, each given as JSON text."""
     more = b"".join(b',"%b":%b' % (name.encode(), value) for name, value in members.items())
     return b'{"model":"m"%b}' % more
 
 
 def times(element: bytes, size: int) -> bytes:
-    """A list of as many as there is room for."""
+    """Return a list of as many elements as fit."""
     return b"[" + element * (size // len(element)) + b"0]"
 
 
@@ -162,13 +162,13 @@ SHORT, LONG = MAX_PIECE - 100, 1_500_000  # read in one piece, and in many
 
 
 def run(steps: Iterator[None]) -> Iterator[None]:
-    """Reading a body, up to where it is refused."""
+    """Read a body, in steps, until it ends or is refused."""
     with contextlib.suppress(Refusal):
         yield from steps
 
 
 def assert_quick(make: Callable[[], Iterator[None]]) -> None:
-    """The least of some tries counts, since other processes get in the way."""
+    """The least of some tries counts, since other processes disturb a measurement."""
     longest = longest_step(run(make()))
     if longest >= MOST_UNITS:
         longest = min(longest_step(run(make())) for _ in range(4))
@@ -176,7 +176,7 @@ def assert_quick(make: Callable[[], Iterator[None]]) -> None:
 
 
 def assert_small(make: Callable[[], Iterator[None]], size: int) -> None:
-    """It takes no more memory at once than a multiple of its size."""
+    """Assert that reading takes at most MOST_MEMORY times the body's size."""
     tracemalloc.start()
     for _ in run(make()):
         pass
@@ -235,7 +235,7 @@ def test_no_compressed_body_does(name: str) -> None:
 
 
 def test_a_short_body_is_decoded_to_little() -> None:
-    """188 bytes of zstd became 1 MB."""
+    """188 bytes of zstd could once be decoded to 1 MB."""
     for size, fits in ((64 << 10, True), ((64 << 10) + 1, False)):
         body = zstd.compress(bytes(size))
         assert len(body) < 100
@@ -275,7 +275,7 @@ def test_no_form_does(name: str) -> None:
 
 
 def test_bodies_that_are_mutated_to_cost_more() -> None:
-    """Each round changes the structure of the dearest bodies so far."""
+    """Each round mutates the structure of the costliest bodies so far."""
     chance = random.Random(20)
     pool = [(0.0, make(70_000)) for make in CORPUS.values()]
     until = time.process_time() + 1500 * unit()
@@ -294,7 +294,7 @@ def test_bodies_that_are_mutated_to_cost_more() -> None:
 
 
 def facts_of(text: bytes) -> object:
-    """What is read of a body, or that it is refused."""
+    """Return what is read of a body, or its refusal."""
     try:
         content = result_of(Content.steps(text, text))
         further = content.further_models()
@@ -308,7 +308,7 @@ def facts_of(text: bytes) -> object:
 
 
 def honest(chance: random.Random) -> dict[str, Any]:
-    """A body in which everything may be that is looked for."""
+    """Return a body that may contain everything that is looked for."""
 
     def some(kind: Callable[[], Any], most: int = 4) -> list[Any]:
         return [kind() for _ in range(chance.randrange(most))]
@@ -339,7 +339,7 @@ def honest(chance: random.Random) -> dict[str, Any]:
 
 
 def test_a_body_in_pieces_reads_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever it is cut, and whether it can be read or not."""
+    """This holds wherever the body is cut, for valid and invalid ones."""
     chance, refused = random.Random(1), 0
     for number in range(2500):
         indent = chance.choice((None, None, 1))
@@ -377,7 +377,7 @@ STRAY += [b"\0", b"\x0b", b"null", b",,", b'"x":1,', b'"file_id":"q",', b"\\u006
 
 
 def mutated(chance: random.Random, text: bytes) -> bytes:
-    """A part of it is repeated, or something is put in or taken out."""
+    """Return a body in which a part is repeated, inserted or removed."""
     at, length = chance.randrange(len(text) or 1), chance.choice((1, 5, 30, 200))
     part = chance.choice((text[at : at + length], b'"file_ids":[', b"{", b"]", b'"', b"\\", b" "))
     repeated = part * chance.choice((0, 1, 50, 5000))
@@ -468,7 +468,7 @@ def test_a_history_with_everything_in_it_passes(
     assert content.chosen_ids == {f"rs_{n}" for n in range(1000)}
     assert not content.references
     shown = (len(picture) + 2) * 20
-    assert content.most_input_tokens == len(text) - shown + 20 * redbtc_body.MOST_PICTURE_TOKENS
+    assert content.most_input_tokens == len(text) - shown + 20 * redbtc_body.MAX_PICTURE_TOKENS
     with gateway.client(key) as client:
         answer = client.post(
             "/responses", content=text, headers={"content-type": "application/json"}
@@ -481,7 +481,7 @@ def test_a_history_with_everything_in_it_passes(
 def test_options_far_within_a_long_chat_are_found(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    """`include_usage` is put where it belongs, and nowhere else."""
+    """`include_usage` is added to `stream_options`, and nothing else is changed."""
     before = (
         b'{"model":"m","messages":[%b{"x":{"stream_options":{"y":1}}}],"stream":true, "a":"%b",'
     )
@@ -542,8 +542,8 @@ def test_schemas_of_old_functions_are_their_authors_words(
         (b"{" + b",".join(b'"%d":1' % n for n in range(1001)) + b"}", "1000 members"),
         (body(file_ids=b"[%b]" % b",".join(b'"f%d"' % n for n in range(20_001))), "20000 stored"),
         (body(x=times(b'{"file_id":"a"},', 900_000)), "50000 times"),
-        (CORPUS["deep lists"](1_000_000), "30000 lists"),
-        (body(x=b'"%b"' % (b"a" * 40_000), y=times(b'"aaaaaaaaaaaaa",', 33 << 20)), "beside long"),
+        (CORPUS["deep lists"](1_000_000), "30000 long"),
+        (body(x=b'"%b"' % (b"a" * 40_000), y=times(b'"aaaaaaaaaaaaa",', 33 << 20)), "besides long"),
         (body(text=b'{"format":' * 9 + b"{}" + b"}" * 9, file_id=b'""'), "8 levels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -157,7 +157,7 @@ def test_expect_is_answered_for_a_good_key(gateway: Gateway, key: str) -> None:
 def test_who_was_not_told_to_send_a_body_sends_no_other_request(
     gateway: Gateway, first: str
 ) -> None:
-    """RFC 9110 §10.1.1: nobody knows whether the body follows, or the next request."""
+    """RFC 9110 §10.1.1: the body may follow, or the next request, so the connection is closed."""
     head = f"{first} HTTP/1.1\nHost: a\nContent-Length: 50\nExpect: 100-continue"
     answer = gateway.raw(request(head), until_close=True)
     assert answer.count(b"HTTP/1.1 ") == 1
@@ -460,7 +460,7 @@ def test_metrics_and_readiness(gateway: Gateway, key: str, upstream: Upstream) -
 def test_an_http_1_0_client_gets_no_chunks_and_a_reset_where_the_answer_is_torn(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    """RFC 9112 §6.1; nginx's proxying is HTTP/1.0 where nothing else is said."""
+    """RFC 9112 §6.1. nginx proxies with HTTP/1.0 by default."""
     body = b'{"model":"m","messages":[],"stream":true,"stream_options":{"include_usage":true}}'
     head = (
         f"POST /v1/chat/completions HTTP/1.0\nAuthorization: Bearer {key}\n"
@@ -493,7 +493,7 @@ def test_an_http_1_0_client_gets_no_chunks_and_a_reset_where_the_answer_is_torn(
 
 
 class FewDescriptors(Gateway):
-    """One that may open 160 files."""
+    """Start a gateway that may open 160 files."""
 
     def command(self, *arguments: str) -> list[str]:
         command = super().command(*arguments)
@@ -503,7 +503,8 @@ class FewDescriptors(Gateway):
 
 
 def test_more_connections_than_descriptors(tmp_path: Path, upstream: Upstream) -> None:
-    """Idle connections and slow heads make room, which is said once; requests under way stay."""
+    """Idle connections and slow heads are closed for new ones, with one log line; requests under
+    way are not."""
     gateway = FewDescriptors(tmp_path / "gateway", upstream.url).start()
     try:
         key = gateway.new_key()

@@ -17,7 +17,7 @@ from redbtc_settings import LedgerError
 
 
 def answer_at(host: str, port: int, path: str = "/healthz") -> bytes:
-    """The status line of an answer, or nothing where nobody listens."""
+    """Return the status line of a response, or nothing if no one listens there."""
     try:
         with socket.create_connection((host, port), 20) as sock:
             sock.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
@@ -27,7 +27,7 @@ def answer_at(host: str, port: int, path: str = "/healthz") -> bytes:
 
 
 def serving(gateway: Gateway) -> dict[str, Any]:
-    """What it says when it has started."""
+    """Return the log line that the gateway writes when it has started."""
     lines = [json.loads(line) for line in gateway.log().splitlines() if line.startswith("{")]
     said: dict[str, Any] = next(line for line in lines if line["event"] == "serving")
     return said
@@ -75,7 +75,7 @@ def test_it_answers_where_it_was_told_to(
 
 @needs_ipv6
 def test_clients_of_both_kinds_are_known_by_their_address(make_gateway: MakeGateway) -> None:
-    """Loopback may read the metrics: ::ffff:127.0.0.1 would not be it."""
+    """Only loopback may read the metrics, and ::ffff:127.0.0.1 would not count as loopback."""
     gateway = make_gateway({"server": {"host": "::"}}).start()
     assert answer_at(V4, gateway.port, "/metrics") == OK
     assert answer_at(V6, gateway.port, "/metrics") == OK

@@ -1,5 +1,5 @@
-"""Limits before work: an account over its rate costs its head, and bodies that have no place yet
-have memory of a bounded size, shared fairly."""
+"""Limits apply before work: an account over its rate is refused by the head alone, and the memory
+for bodies of requests without a place is bounded and shared fairly."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def code(answer: httpx2.Response) -> str:
 
 
 def body(size: int) -> bytes:
-    """A request of exactly that many bytes."""
+    """Return a request of exactly `size` bytes."""
     empty = json.dumps({**SMALL, "input": ""}).encode()
     return empty.replace(b'""', b'"%s"' % (b"x" * (size - len(empty))))
 
 
 def compressed() -> bytes:
-    """One that is as long as it may be when it is decoded."""
+    """Return a compressed request whose decoded copy is as long as allowed."""
     text = random.Random(7).randbytes(MAX_BODY // 2 - 100).hex()
     return gzip.compress(json.dumps({**SMALL, "input": text}).encode(), 1)
 
@@ -58,13 +58,13 @@ def head(key: str, *lines: str, method: str = "POST /v1/responses") -> bytes:
 
 
 def until_held(gateway: Gateway, count: int) -> None:
-    """Wait until so many requests are in flight or wait."""
+    """Wait until this many requests are in flight or waiting."""
     wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == count, 60)
 
 
 @contextlib.contextmanager
 def unfinished(gateway: Gateway, key: str, count: int, size: int) -> Iterator[list[socket.socket]]:
-    """Uploads that lack one byte; each waits for no answer."""
+    """Start uploads that lack their last byte, without waiting for responses."""
     with contextlib.ExitStack() as stack:
         socks, before = [], gateway.metrics()["redbtc_in_flight"]
         for number in range(count):
@@ -88,7 +88,8 @@ def unfinished(gateway: Gateway, key: str, count: int, size: int) -> Iterator[li
 
 
 def test_who_is_over_the_rate_is_refused_at_the_head(gateway: Gateway, upstream: Upstream) -> None:
-    """On every route that costs anything; no byte of a body is waited for or asked for."""
+    """This holds on every route that costs anything. No byte of the body is awaited or
+    requested."""
     key = gateway.new_key(requests_per_minute=1)
     with gateway.client(key) as client:
         assert client.post("/responses", json=SMALL).status_code == 200
@@ -119,7 +120,7 @@ def test_who_is_over_the_rate_is_refused_at_the_head(gateway: Gateway, upstream:
 def test_what_is_refused_for_its_own_fault_counts_as_a_request(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    """Else bad bodies would be free work. What the gateway could not do costs nothing."""
+    """Otherwise parsing bad bodies would be free. Failures of the gateway cost nothing."""
     gateway = make_gateway("[limits]\nqueue_seconds = 0.2").start()
     for bad in ("{", '{"model":5}', "[]", json.dumps({**SMALL, "previous_response_id": "resp_x"})):
         key = gateway.new_key(f"account{len(bad)}", requests_per_minute=2)
@@ -178,7 +179,7 @@ def test_unfinished_bodies_take_bounded_memory_and_stop_nobody_else(
 
 
 def answered(sock: socket.socket, seconds: float) -> bool:
-    """Whether something can be read within that time."""
+    """Return whether something can be read within this time."""
     sock.settimeout(seconds)
     try:
         return bool(sock.recv(1, socket.MSG_PEEK))
@@ -187,8 +188,8 @@ def answered(sock: socket.socket, seconds: float) -> bool:
 
 
 def passes(gateway: Gateway, key: str) -> None:
-    """All of the account's memory is free: two of the largest bodies pass side by side, though no
-    other can have a byte meanwhile."""
+    """Assert that all of the account's memory is free: two of the largest bodies, which need all of
+    it, are served side by side."""
     until_held(gateway, 0)
     with unfinished(gateway, key, 2, MAX_BODY) as socks:
         for sock in socks:
@@ -252,7 +253,7 @@ def test_what_waits_for_all_gives_back_what_its_account_gave(make_gateway: MakeG
 
 
 def test_bodies_that_grow_in_each_others_way_do_not_lock(make_gateway: MakeGateway) -> None:
-    """Five of 8 MB without a length, where 16 MB are to be had: whoever waits too long goes."""
+    """Five bodies of 8 MB without a length share 16 MB: those that wait too long are refused."""
     gateway = make_gateway(server(queue_seconds=1)).start()
     key, gate = gateway.new_key(), threading.Barrier(5)
 
@@ -275,7 +276,7 @@ def test_bodies_that_grow_in_each_others_way_do_not_lock(make_gateway: MakeGatew
 
 
 def test_waiting_for_memory_is_not_the_clients_slowness(make_gateway: MakeGateway) -> None:
-    """It is told to go on when there is memory, and has its time from then."""
+    """The client is told to continue when there is memory, and its time counts from then."""
     gateway = make_gateway(server(body_timeout_seconds=2)).start()
     key = gateway.new_key()
     whole = body(MAX_BODY)

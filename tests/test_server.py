@@ -1,4 +1,4 @@
-"""The client's side of HTTP, without sockets: framing, bounds and deadlines."""
+"""The client's side of HTTP, without sockets: framing, limits and deadlines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ UPGRADES = {
 
 
 class Transport(asyncio.Transport):
-    """What the protocol writes, and whether it reads."""
+    """A transport that records what the protocol writes, and whether it reads."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -132,7 +132,7 @@ class Served:
             await turn()
 
     def later(self, seconds: float) -> None:
-        """Let time pass, and the deadlines be looked at."""
+        """Let time pass, and check the deadlines."""
         self.now += seconds
         self.shared._sweep()
 
@@ -174,7 +174,7 @@ def chunked(*parts: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
 
 @pytest.mark.parametrize("upgrade", UPGRADES)
 def test_an_upgrade_that_is_not_taken_is_ignored(upgrade: str) -> None:
-    """Cut at every byte: one request with its whole body, then the next one."""
+    """Wherever it is cut, one request is served with its whole body, and then the next one."""
     after = post(b"X: y", b"next")
 
     async def test() -> None:
@@ -235,7 +235,7 @@ def test_a_handshake_with_a_body_is_refused_and_closed(body: bytes) -> None:
 
 
 def test_chunks_are_read_strictly() -> None:
-    """Each of these is an error, cut at every byte; none is read as a body's end."""
+    """Wherever it is cut, each of these is an error, and none is taken for the end of a body."""
     bad = [
         b"x\r\n",
         b"0x1\r\na\r\n",
@@ -268,7 +268,7 @@ def test_chunks_are_read_strictly() -> None:
 
 
 def is_bad(parts: list[bytes]) -> bool:
-    """Whether it can't be read as a body in chunks, or not as a whole one."""
+    """Return whether the data is invalid or incomplete as a body in chunks."""
     decoder = Chunked()
     try:
         for part in parts:
@@ -367,7 +367,7 @@ def test_a_flood_of_small_chunks_is_read_in_slices() -> None:
 
 
 def test_deadlines() -> None:
-    """Each state in which no app runs ends."""
+    """Each state in which no app runs has a deadline."""
 
     async def forever(scope: Scope, receive: Any, send: Any) -> None:
         await asyncio.Event().wait()
@@ -541,7 +541,7 @@ def test_http_1_0_gets_no_chunks(torn: bool) -> None:
 
 
 def test_a_body_that_was_not_asked_for_ends_the_connection() -> None:
-    """A client that waits for 100 Continue may leave its body out, or send it all the same."""
+    """A client that waits for 100 Continue may omit its body, or send it anyway."""
 
     async def early(scope: Scope, receive: Any, send: Any) -> None:
         await answer(send, b"ok")
@@ -574,7 +574,7 @@ def test_a_body_is_bounded_while_nobody_reads_it() -> None:
 
 
 def heads() -> Iterator[bytes]:
-    """Mutated heads, each with a body that reads like a request."""
+    """Yield mutated heads, each with a body that looks like a request."""
     chance = random.Random(20)
     pieces = [b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"\0", b"\xff", b"\x85", b"%", b"0", b"-"]
     pieces += [b"+", b",", b"\r\n ", b"chunked", b"Content-Length: 5", b"Content-Length: 0"]
@@ -595,8 +595,8 @@ def heads() -> Iterator[bytes]:
 
 
 def test_mutated_heads_never_become_two_requests() -> None:
-    """Whatever a head is, its body is not another request, unless the head says that it has none:
-    then the body begins right behind the first empty line."""
+    """No body of a mutated head is taken for another request, unless the head says that there is no
+    body: then the next request begins right after the first empty line."""
 
     async def test() -> None:
         for text in heads():
@@ -636,7 +636,7 @@ def test_empty_lines_before_a_request_are_bounded() -> None:
 
 
 def test_headers_beyond_the_most_are_not_kept() -> None:
-    """16,000 of 4 bytes each took 40 times their size, until the head's deadline."""
+    """16,000 headers of 4 bytes each once took 40 times their size until the head's deadline."""
 
     async def test() -> None:
         served = Served()
@@ -649,7 +649,7 @@ def test_headers_beyond_the_most_are_not_kept() -> None:
 
 
 def test_empty_lines_are_stepped_over_at_once() -> None:
-    """Each was a copy of all that came with it: 250 KB of them kept everybody waiting for 70 ms."""
+    """Each empty line once cost a copy of all that followed: 250 KB held the loop for 70 ms."""
 
     async def test() -> None:
         def cost_of(data: bytes) -> float:

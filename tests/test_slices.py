@@ -12,7 +12,7 @@ from redbtc_slices import MAX_BEGUN, SLICE_SECONDS, in_slices
 
 
 def busy(name: str, log: list[str], slices: int) -> Generator[None, None, str]:
-    """Work that takes so many slices."""
+    """Return work that takes this many slices."""
     for _ in range(slices):
         until = time.perf_counter() + SLICE_SECONDS
         while time.perf_counter() < until:

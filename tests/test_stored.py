@@ -197,7 +197,7 @@ BODIES = {
 def test_a_body_that_means_nothing_reaches_nobody(
     gateway: Gateway, upstream: Upstream, memory: Memory, name: str, chunked: bool
 ) -> None:
-    """RFC 9110 §9.3.1, §9.3.5: it is read and thrown away, and the connection goes on."""
+    """RFC 9110 §9.3.1, §9.3.5: the body is read and thrown away, and the connection stays open."""
     own, body = gateway.new_key(), BODIES[name]
     made = create(gateway, own)["id"]
     create(gateway, gateway.new_key("other"))
@@ -423,8 +423,8 @@ ITEMS: list[Any] = [
 def test_no_item_is_anothers(
     gateway: Gateway, upstream: Upstream, item: Any, memory: Memory
 ) -> None:
-    """Whatever stands beside its id, where the upstream could look it up; and it is answered like
-    one that never was."""
+    """This holds whatever members the item has, if the upstream could look it up. The answer is the
+    same as for an id that does not exist."""
     own, other = gateway.new_key(), gateway.new_key("other")
     made = create(gateway, own)["output"][0]["id"]
     body = json.dumps({**BODY, "input": [item]}).replace('"X"', f'"{made}"')
@@ -1121,7 +1121,7 @@ def test_what_code_ran_in_can_be_sent_back(
 def test_a_background_response_outlives_a_kill_once_its_client_has_heard_of_it(
     gateway: Gateway, upstream: Upstream
 ) -> None:
-    """From the first event on it is its owner's, and will be billed."""
+    """From its first event on it belongs to its owner, and will be billed."""
     key = gateway.new_key()
     made = response_object(status="in_progress", usage=None)
     release = threading.Event()

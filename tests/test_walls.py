@@ -1,5 +1,5 @@
-"""Promise 7: nothing that a client writes, wherever, reaches what another account made; and what it
-is answered doesn't tell whether there is such a thing."""
+"""Promise 7: nothing in a request reaches an object of another account, and no answer reveals
+whether such an object exists."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ FORM = {"content-type": "multipart/form-data; boundary=xyz"}
 
 
 class Echo:
-    """An upstream that lists the input of each response with the ids that the client gave, and with
-    ids of its own where it gave none."""
+    """An upstream that lists the input of each response with the ids that the client gave, and ids
+    of its own for items without one."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[dict[str, Any]]] = {}
@@ -84,19 +84,19 @@ def create(client: httpx2.Client, headers: dict[str, str] | None = None, **more:
 
 
 def refer(client: httpx2.Client, item_id: str) -> int:
-    """The status of a request that refers to an item."""
+    """Return the status of a request that refers to an item."""
     item = {"type": "item_reference", "id": item_id}
     return client.post("/responses", json={**BODY, "input": [item]}).status_code
 
 
 def said(item_id: str) -> dict[str, Any]:
-    """A message that the client gives an id."""
+    """Return a message whose id the client chose."""
     return {"type": "message", "role": "user", "content": "x", "id": item_id}
 
 
 @contextlib.contextmanager
 def held(gateway: Gateway) -> Iterator[None]:
-    """Meanwhile nothing can be committed."""
+    """While this is open, nothing can be committed."""
     with contextlib.closing(sqlite3.connect(gateway.database)) as database:
         database.execute("BEGIN IMMEDIATE")
         yield
@@ -109,7 +109,7 @@ def held(gateway: Gateway) -> Iterator[None]:
 def test_listing_anothers_id_makes_it_nobody_elses(
     gateway: Gateway, upstream: Upstream, echo: Echo
 ) -> None:
-    """Not for an instant: while it is written down, after that, and after a restart."""
+    """This holds at every instant: while the row is written, afterwards, and after a restart."""
     with (
         gateway.client(gateway.new_key("a")) as a,
         gateway.client(gateway.new_key("b")) as b,
@@ -137,7 +137,7 @@ def test_listing_anothers_id_makes_it_nobody_elses(
 def test_an_id_that_the_client_chose_is_never_its_own(
     gateway: Gateway, upstream: Upstream, echo: Echo
 ) -> None:
-    """However it came into the input that is listed."""
+    """This holds however the id got into the listed input."""
     with gateway.client(gateway.new_key()) as client:
         chosen = create(client, input=[said("msg_chosen")])["id"]
         built_on = create(client, previous_response_id=chosen)["id"]
@@ -161,7 +161,7 @@ def test_an_id_that_the_client_chose_is_never_its_own(
 
 
 def test_an_id_that_the_upstream_chose_is_its_accounts(gateway: Gateway, echo: Echo) -> None:
-    """Through a chain of responses, and after a restart."""
+    """This holds through a chain of responses, and after a restart."""
     key, other = gateway.new_key(), gateway.new_key("other")
     with gateway.client(key) as client, gateway.client(other) as stranger:
         first = create(client)
@@ -220,7 +220,7 @@ def test_the_same_of_a_background_response_after_a_restart(
 
 
 def test_two_accounts_that_are_given_one_id(gateway: Gateway, upstream: Upstream) -> None:
-    """By an odd upstream. The first has it, and both are served to the end."""
+    """Should an upstream give two accounts one id, the first account owns it; both are served."""
     states = itertools.chain(["queued"] * 4, itertools.repeat("completed"))
 
     async def script(request: Received, reply: Reply) -> None:
@@ -247,7 +247,7 @@ def test_two_accounts_that_are_given_one_id(gateway: Gateway, upstream: Upstream
 
 
 def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
-    """Whoever is told that something is his keeps it until he deletes it, however commits and
+    """An account that owns an object keeps it until it deletes the object, however commits and
     claims interleave, and in a new process as well."""
 
     async def run(chance: random.Random, path: Path) -> None:
@@ -292,7 +292,7 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
 def test_models_of_what_is_built_on_hold_while_they_are_written(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    """A second mention, without them, hides none."""
+    """Naming the object again without models does not hide them."""
     gateway = make_gateway('[billing]\nunpriced_models = "refuse"').start()
     for model in ("gpt-up", "gpt-image-dear"):
         gateway.cli("price", "add", model, "--input", "1", "--output", "1")
@@ -313,7 +313,7 @@ def test_models_of_what_is_built_on_hold_while_they_are_written(
 def test_a_ledger_of_an_earlier_version_keeps_its_objects(
     make_gateway: MakeGateway, echo: Echo
 ) -> None:
-    """What its listings would teach is not known."""
+    """Such a ledger does not say who chose the ids of its inputs, so listings teach nothing."""
     gateway = make_gateway()
     sections = migrations(schema())
     with contextlib.closing(sqlite3.connect(gateway.database)) as database:
@@ -359,7 +359,7 @@ TOOLS = ("web_search_call", "image_generation_call", "mcp_approval_request", "fi
 
 
 def made_by(client: httpx2.Client, upstream: Upstream) -> list[str]:
-    """Objects of every kind, of the client's account."""
+    """Create objects of every kind for the client's account."""
     ids = [f"{kind}_theirs" for kind in ("resp", "conv", "msg", "cntr", *TOOLS)]
     response_id, conversation, message, container, *tools = ids
     output: list[dict[str, Any]] = [{**said(message), "role": "assistant"}]
@@ -375,7 +375,8 @@ def made_by(client: httpx2.Client, upstream: Upstream) -> list[str]:
 def test_anothers_id_is_answered_like_one_that_never_was(
     gateway: Gateway, upstream: Upstream
 ) -> None:
-    """Over HTTP and over a WebSocket, whatever kind of object and wherever it is named."""
+    """This holds over HTTP and WebSockets, for every kind of object and every place that names
+    it."""
     with (
         gateway.client(gateway.new_key("a")) as a,
         gateway.client(gateway.new_key("b")) as b,
@@ -427,7 +428,7 @@ def websocket(
 def test_what_the_upstreams_tools_made_can_be_sent_back_unstored(
     gateway: Gateway, upstream: Upstream
 ) -> None:
-    """By its account, though it is not to be stored; by no other."""
+    """Only the account can send it back, even if the response is not stored."""
     searched = {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {}}
     sealed = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"}
     asked = {"type": "mcp_approval_request", "id": "mcpr_1", "name": "n", "arguments": "{}"}
@@ -450,8 +451,8 @@ def test_what_the_upstreams_tools_made_can_be_sent_back_unstored(
 def test_a_websockets_own_ids_are_those_that_nobody_else_has(
     gateway: Gateway, upstream: Upstream
 ) -> None:
-    """What an odd upstream says on it makes nothing the client's, neither what the client chose
-    itself nor what another account has."""
+    """No event of an upstream makes an id the client's that the client chose itself or that another
+    account owns."""
 
     async def talk(sock: Socket) -> None:
         while True:
@@ -572,7 +573,7 @@ def test_a_stored_responses_query_passes_by_list(gateway: Gateway, upstream: Ups
 
 
 def test_an_idempotency_key_is_its_accounts(gateway: Gateway, upstream: Upstream) -> None:
-    """An upstream that honours it gives nobody another account's answer, and each its own again."""
+    """An upstream that honours the key repeats only the account's own responses."""
     kept: dict[str, bytes] = {}
     numbers = itertools.count(1)
 
@@ -721,7 +722,7 @@ def test_an_honest_form_passes(gateway: Gateway, upstream: Upstream, key: str) -
 
 
 class Queue:
-    """An upstream whose background responses end when they are told to."""
+    """An upstream whose background responses end when the test says so."""
 
     def __init__(self) -> None:
         self.numbers = itertools.count(1)
@@ -745,8 +746,8 @@ class Queue:
 def test_background_responses_have_a_limit_of_their_own(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    """Of those that are asked for at once, too; it outlives a restart, and their end gives it
-    back."""
+    """The limit holds for simultaneous requests and across restarts; a response that ends makes
+    room for another."""
     gateway = make_gateway("[limits.account]\nbackground = 5\nconcurrency = 0").start()
     key, other = gateway.new_key("a"), gateway.new_key("b")
     queue = Queue()
@@ -788,13 +789,13 @@ def test_background_responses_have_a_limit_of_their_own(
 
 
 def encoded(chance: random.Random, text: str) -> str:
-    """With some of its characters percent-encoded, once or twice."""
+    """Return a text with some characters percent-encoded, once or twice."""
     text = "".join(f"%{ord(each):02x}" if chance.random() < 0.1 else each for each in text)
     return text.replace("%", "%25") if chance.random() < 0.1 else text
 
 
 def one_try(chance: random.Random, foreign: str) -> tuple[str, str, dict[str, str], bytes]:
-    """Method, target, headers and body of a request that names the object somewhere."""
+    """Return method, target, headers and body of a request that names the object somewhere."""
     headers = {"content-type": "application/json"}
     body = json.dumps(BODY).encode()
     names = ["after", "before", "previous_response_id", "conversation[id]", "file_id", "x"]

@@ -149,7 +149,7 @@ class Socket:
     ) -> None:
         self.received = received
         self.frames: list[dict[str, Any]] = []  # what has come
-        self.texts: list[bytes] = []  # the same, as it came
+        self.texts: list[bytes] = []  # the same messages as bytes
         self.close_code: int | None = None
         self._text = bytearray()  # of the message that is coming
         self._reader = reader
