@@ -35,10 +35,9 @@ from urllib.parse import parse_qsl, quote, urlencode
 import msgspec
 from msgspec import Struct
 
-from redbtc_meter import MAX_NAME, OWN_WORDS, SURROGATE
+from redbtc_meter import MAX_NAME, NOT_JSON, OWN_WORDS, SURROGATE
 from redbtc_pieces import (
     MAX_PIECE,
-    NOT_JSON,
     TEXT,
     Buffer,
     Cutter,

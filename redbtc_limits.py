@@ -19,6 +19,7 @@ import math
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from redbtc_ledger import Key
@@ -28,12 +29,19 @@ from redbtc_settings import Limits as LimitSettings
 
 OwnLimits = tuple[int | None, int | None, int | None]  # None: the settings'
 TICK = 0.05  # seconds: how exact timeouts are
-FULL = "concurrency_limit_exceeded"
 FREE_BYTES = 64 << 10  # what a connection's own buffers hold as well
 MAX_FREE = 256  # requests of an account whose first FREE_BYTES are not counted
 OWN_BYTES = 4 << 20  # of an account that nobody else can take
 MAX_WAITING = 1000  # of an account's requests, for places or for memory
 MAX_RINGS = 20  # clocks in a turn of the loop: what rings has about 0.1 ms of work to do
+
+
+class NoRoom(Refusal):
+    """Refuse a request for which no place or no memory came free in time: the gateway's fault, so
+    that it does not count as a request."""
+
+    def __init__(self, message: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__("concurrency_limit_exceeded", message, headers=headers)
 
 
 class Clock:
@@ -331,7 +339,7 @@ class Admission:
         itself unless the client is at fault, or left while the body was read: reading was work."""
         fault = isinstance(error, ClientLeft) and not self.read
         if isinstance(error, Refusal):
-            fault = error.status < 500 and error.code != FULL
+            fault = error.status < 500 and not isinstance(error, NoRoom)
         if fault:
             self.correct(0)
         else:
@@ -468,7 +476,7 @@ class Limits:
             headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
             what = f"{bound.limited.what} may have {bound.concurrency} requests in flight"
             message = f"Too many requests at once: {what}."
-            raise Refusal(FULL, message, headers=headers) from None
+            raise NoRoom(message, headers) from None
 
     async def wait(
         self, account: Limited, places: Places, amount: int, patience: float, clock: Clock
@@ -581,4 +589,4 @@ class Reservation:
                 await self._limits.wait(self._account, limited.reading, more, patience, clock)
             except TimeoutError:
                 message = f"Too many large request bodies at once for {limited.what}."
-                raise Refusal(FULL, message) from None
+                raise NoRoom(message) from None

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from redbtc_meter import MAX_NAME, SURROGATE
+from redbtc_meter import MAX_NAME, NOT_JSON, SURROGATE
 from redbtc_refusals import Refusal
 
 Buffer = bytes | bytearray
@@ -45,7 +45,6 @@ MAX_DEEP = 30_000
 PLAIN_LEVELS = 8
 
 RAW = msgspec.json.Decoder(msgspec.Raw)
-NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 LONG_TEXT = re.compile(rb'[^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+', re.DOTALL)
 OPENING = {ord("["): b"]", ord("{"): b"}"}

@@ -743,6 +743,21 @@ class Queue:
         await json_answer(answer if done else {**answer, "usage": None})(request, reply)
 
 
+def test_one_background_response_too_many_counts_as_a_request(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Its body was read; else bodies would be read without a limit."""
+    gateway = make_gateway("[limits.account]\nbackground = 1").start()
+    upstream.script = Queue()
+    with gateway.client(gateway.new_key("a", requests_per_minute=4)) as client:
+        create(client, background=True)
+        codes = [
+            error(client.post("/responses", json={**BODY, "background": True}))[1] for _ in range(8)
+        ]
+    assert codes[0] == "concurrency_limit_exceeded"
+    assert "rate_limit_exceeded" in codes
+
+
 def test_background_responses_have_a_limit_of_their_own(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
