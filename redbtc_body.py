@@ -555,13 +555,19 @@ TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
 MAX_NESTING = 8  # levels of tools within tools
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # the only ones in OpenAI's reference
 FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
-KNOWN = FACT_NAMES | LISTS
+# Some upstreams that speak OpenAI's API let a client choose the id of a response with this member;
+# it could be another account's.
+CHOOSES_ID = "request_id"
+KNOWN = FACT_NAMES | LISTS | {CHOOSES_ID}
 
 
 def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFacts:
     """Return the facts among a body's members. Raises Refusal for one that has the wrong type, or
     whose name has letters of another case."""
     check_letters(members, KNOWN)
+    if CHOOSES_ID in members:
+        message = f"'{CHOOSES_ID}' can't be chosen: the upstream gives a response its id."
+        raise Refusal("invalid_request", message, param=CHOOSES_ID)
     known = [b'"%b":%b' % (name.encode(), members[name]) for name in FACT_NAMES & members.keys()]
     facts: AnyFacts = read_json(b"{%b}" % b",".join(known), decoder)
     return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import itertools
 import json
 import os
 import re
@@ -546,6 +547,56 @@ def test_nobody_gets_the_answer_to_a_smuggled_request(
             answer = exchange(port, [served, good[:3], good[3:]], gateway)
             two = upgrade.count(b"Upgrade: ") > 1  # nginx refuses that
             assert answer.startswith(b"HTTP/1.1 200 ") or two, (upgrade, answer)
+
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "PROPFIND")
+PATHS = (
+    "/healthz",
+    "/metrics",
+    "/status",
+    "/v1/models",
+    "/v1/models/m",
+    "/v1/responses",
+    "/nothing",
+)
+PATHS += (
+    "/v1/chat/completions",
+    "/v1/responses/resp_x",
+    "/v1/images/edits",
+    "/v1/responses/r/cancel",
+)
+PATHS += (
+    "/admin/v1/me",
+    "/admin/v1/accounts",
+    "/dashboard/",
+    "/dashboard/login",
+    "/v1/alpha/search",
+)
+
+
+def test_no_route_takes_the_body_of_an_upgrade_for_a_request(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """Whatever a request is for, its body is not the next request; the next one is answered, or
+    the connection has been closed."""
+    upstream.script = json_answer(response_object())
+    body = b"GET /v1/models/of-the-attacker HTTP/1.1\r\nHost: g\r\n\r\n"
+    forms = [form for form in UPGRADES.values() if b"13" not in form]
+    for number, (method, path) in enumerate(itertools.product(METHODS, PATHS)):
+        head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n".encode()
+        head += forms[number % len(forms)] + b"\r\nContent-Length: %d\r\n\r\n" % len(body)
+        last = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        answer = b""
+        with gateway.connect() as sock, contextlib.suppress(ConnectionError):
+            for part in (head, body[: number % len(body)], body[number % len(body) :] + last):
+                sock.sendall(part)
+                gateway.get("/healthz")
+            while part := sock.recv(65536):
+                answer += part
+        assert answer.count(b"HTTP/1.1 ") in (1, 2), (method, path)
+        assert answer.count(b"x-redbtc-request-id") in (1, 2), (method, path)
+        assert b"attacker" not in answer, (method, path)
+    assert not any("attacker" in request.path for request in upstream.requests)
 
 
 def test_nginx_in_front(gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path) -> None:

@@ -258,6 +258,12 @@ JSON = {"content-type": "application/json"}
         ("/responses", b"[]", JSON, (400, "invalid_request", None)),
         ("/responses", b'{"input":"x"}', JSON, (400, "invalid_request", "model")),
         ("/responses", b'{"model":5}', JSON, (400, "invalid_request", "model")),
+        (
+            "/responses",
+            b'{"model":"m","input":"x","request_id":"resp_b"}',
+            JSON,
+            (400, "invalid_request", "request_id"),
+        ),
         ("/responses", b'{"model":"m","stream":"x"}', JSON, (400, "invalid_request", "stream")),
         ("/responses", b"[" * 100_000, JSON, (400, "invalid_json", None)),
         ("/responses", b'{"a":' * 100_000, JSON, (400, "invalid_json", None)),
