@@ -375,3 +375,15 @@ def test_one_body_must_always_fit() -> None:
     table["max_reading_bytes"] = 3_999_999
     with pytest.raises(SettingsError, match=r"server\.max_reading_bytes: found 3999999; .*4000000"):
         parse_settings({"server": table})
+
+
+def test_leaving_while_a_body_is_read_counts_as_a_request(gateway: Gateway) -> None:
+    """Reading was work; only leaving the queue costs nothing."""
+    key = gateway.new_key("a", requests_per_minute=2)
+    for _ in range(2):
+        with socket.create_connection(("127.0.0.1", gateway.port), 60) as sock:
+            sock.sendall(head(key, "Content-Length: 1000") + b"{")
+            wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 1)
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    with gateway.client(key) as client:
+        assert code(client.post("/responses", json=SMALL)) == "rate_limit_exceeded"
