@@ -845,7 +845,7 @@ class Reading:
             raise Refusal("invalid_request", message, param="tools")
 
     def _name_tool(self, tool: Members) -> Steps[None]:
-        yield from self._name_beside(tool, {"parameters", "headers", "function", "tools"})
+        yield from self._name_beside(tool, {"headers", "function", "tools", *TOOL_SCHEMAS})
         yield from self._name_within(tool, "function")
 
     def _note_painter(self, tool: Members, lasting: bool) -> Steps[None]:
@@ -862,6 +862,9 @@ class Reading:
                 self._note_model(author, False, lasting)
 
     def _note_model(self, model: str, images: bool, lasting: bool) -> None:
+        if len(model) > MAX_NAME:
+            message = f"The model of a tool has more than {MAX_NAME} characters."
+            raise Refusal("invalid_request", message, param="tools")
         for models in (self.models, self.lasting) if lasting else (self.models,):
             models[model] = images
             check_models(models)
@@ -904,7 +907,7 @@ class Reading:
             found = yield from read_list(self._pieces, part, set(), None)
             self._count_tools(found)
             for function in found:
-                yield from self._name_beside(function, {"parameters"})
+                yield from self._name_beside(function, TOOL_SCHEMAS)
 
     def _name_within(self, members: Members, name: str, depth: int = 0) -> Steps[None]:
         """Note references in a member that holds a schema, but not in the schema itself, which is
@@ -920,7 +923,7 @@ class Reading:
         for deeper in ("format", "json_schema"):
             if deeper in inner:
                 yield from self._name_within(inner, deeper, depth + 1)
-        yield from self._name_beside(inner, {"schema", "parameters", "format", "json_schema"})
+        yield from self._name_beside(inner, {"schema", "format", "json_schema"} | TOOL_SCHEMAS)
 
     def _name_beside(self, members: Members, skipped: Set[str]) -> Steps[None]:
         """Note references in all members except `skipped`. "tools" and "functions" are skipped only
@@ -950,6 +953,7 @@ ESCAPED = re.compile(rb"\\(?=u(?:00[4-7]|017[fF]|212[aA]))")
 PLAIN = (b"prompt", b"audio", b"voice")  # members that may also be plain text
 HOLDERS = (b"conversation", b"container", *PLAIN)  # members that may be an object with an id
 SCHEMAS = ("text", "response_format")
+TOOL_SCHEMAS = {"parameters", "output_schema"}
 WORDS_OF = {  # by an item's type, the members that hold a model's or a server's own text
     "tool_search_call": {"arguments"},
     "local_shell_call": {"action"},
@@ -1074,16 +1078,16 @@ def place_of(pieces: Pieces, wanted: str) -> Steps[int]:
 
 # ── Queries ──────────────────────────────────────────────────────────────────────────────────────
 
-VALUE = re.compile(r"[\w.:=+~,-]{0,256}", re.ASCII)  # no '%', which could be decoded twice
+VALUE = re.compile(r"[\w.:=+~,-]{1,256}", re.ASCII)  # no '%', which could be decoded twice
 
 
 class Query:
-    """The fields of a stored response's query that are forwarded. Others, such as the `api-version`
-    that tools add by themselves, are dropped without a refusal."""
+    """The fields of a stored response's query that are forwarded. Empty ones and others, such as
+    the `api-version` that tools add by themselves, are dropped without a refusal."""
 
     def __init__(self, given: bytes, allowed: Collection[str]) -> None:
         """Raises Refusal for a forwarded value that could be read in more than one way."""
-        fields = parse_qsl(given.decode("latin-1"), keep_blank_values=True, errors="replace")
+        fields = parse_qsl(given.decode("latin-1"), errors="replace")
         self._fields = [(name, value) for name, value in fields if name in allowed]
         for name, value in self._fields:
             if not VALUE.fullmatch(value):

@@ -276,10 +276,12 @@ class Metered(Exchange):
         return Home(self._row.upstream, self._content.lasting_models, minted)
 
     def _keep(self, report: Report, response_id: str) -> None:
-        """Its response goes on when the request is over. Where that is known already, an upstream
-        has answered with it twice (`idempotency-key`), and it has a row that it is billed by."""
-        with contextlib.suppress(LedgerUnavailable):
-            self._repeats = not self.gateway.objects.is_free(response_id)
+        """Keep track of a background response, which goes on when the request is over. If the
+        request has an idempotency key and the response is known already, the upstream has returned
+        it again, and an earlier row is billed for it."""
+        if header(self.scope["headers"], b"idempotency-key") is not None:
+            with contextlib.suppress(LedgerUnavailable):
+                self._repeats = not self.gateway.objects.is_free(response_id)
         if not self._repeats:
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()

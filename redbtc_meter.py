@@ -161,6 +161,9 @@ OWN_WORDS = re.compile(
 )
 
 
+CITATIONS = ("container_file_citation", "file_path")  # annotations of files that code has made
+
+
 class Item(Struct):
     """Of the output: what names something that the upstream may have stored."""
 
@@ -184,7 +187,7 @@ class Item(Struct):
             yield self.environment.get("container_id")
         for part in objects_in(self.content):
             for note in objects_in(part.get("annotations")):
-                if note.get("type") == "container_file_citation":
+                if note.get("type") in CITATIONS:
                     yield from (note.get("container_id"), note.get("file_id"))
 
 

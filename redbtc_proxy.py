@@ -716,9 +716,9 @@ class Gateway:
         self.draining = False
         self.in_flight = 0
         self.api = admin.API(books, self, settings.dashboard_url)
-        self._admin = admin.served(self.api, dashboard.actor_of(self.api))
+        self._admin = self.in_time(admin.served(self.api, dashboard.actor_of(self.api)))
         self._pages = dashboard.Dashboard(self.api)
-        self._dashboard = self._pages.app()
+        self._dashboard = self.in_time(self._pages.app())
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
         self._cutting: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
         self._started = time.monotonic()
@@ -1027,26 +1027,17 @@ class Gateway:
         scope["where"] = "/admin/v1/me"
         scope["key"] = authenticate(scope, self.store)
         async with self._asking[scope["key"].account_id]:
-            await self._admin(scope, self._in_time(receive), self._with_ids(scope, send))
+            await self._admin(scope, receive, self._with_ids(scope, send))
 
-    def _in_time(self, receive: Receive) -> Receive:
-        """Whoever is too slow with a body has left."""
-        until = time.monotonic() + self.settings.server.body_timeout_seconds
-        whole = False
+    def in_time(self, app: App) -> App:
+        """Return the app with a time limit for each request's body: to the app, a client that is
+        slower has disconnected."""
 
-        async def receive_in_time() -> Message:
-            nonlocal whole
-            if whole:
-                return await receive()
-            try:
-                async with asyncio.timeout(until - time.monotonic()):
-                    message = await receive()
-            except TimeoutError:
-                return {"type": "http.disconnect"}
-            whole = not message.get("more_body", False)
-            return message
+        async def app_in_time(scope: Scope, receive: Receive, send: Send) -> None:
+            until = time.monotonic() + self.settings.server.body_timeout_seconds
+            await app(scope, received_until(until, receive), send)
 
-        return receive_in_time
+        return app_in_time
 
     def _with_ids(self, scope: Scope, send: Send) -> Send:
         async def send_with_ids(message: Message) -> None:
@@ -1061,12 +1052,12 @@ class Gateway:
     async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The admin API, for whoever is logged in to the dashboard."""
         scope["where"] = "/admin/v1"
-        await self._admin(scope, self._in_time(receive), self._with_ids(scope, send))
+        await self._admin(scope, receive, self._with_ids(scope, send))
 
     async def dashboard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Its pages."""
         scope["where"] = "/dashboard"
-        await self._dashboard(scope, self._in_time(receive), self._with_ids(scope, send))
+        await self._dashboard(scope, receive, self._with_ids(scope, send))
 
     async def status(self, scope: Scope, _: Receive, send: Send) -> None:
         """For everybody: whether it works, and the notices for all that are in force or coming."""
@@ -1112,6 +1103,26 @@ class Gateway:
     ) -> None:
         self.watch.answered(scope, status)
         await respond(scope, send, status, body, headers)
+
+
+def received_until(until: float, receive: Receive) -> Receive:
+    """Return a `receive` that says the client has disconnected if its body is not whole at `until`,
+    a time of the monotonic clock."""
+    whole = False
+
+    async def receive_until() -> Message:
+        nonlocal whole
+        if whole:
+            return await receive()
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+        whole = not message.get("more_body", False)
+        return message
+
+    return receive_until
 
 
 def age_header(seconds: float) -> Headers:
@@ -1202,7 +1213,7 @@ class Running:
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         with commands.socket_path(self._gateway.store.path, make=True) as path:
-            api = admin.served(self._gateway.api, admin.local)
+            api = self._gateway.in_time(admin.served(self._gateway.api, admin.local))
             guarded = Guard({}, api, unknown_url, self._gateway.watch)
             local = server_for(guarded, uds=path, proxy_headers=False)
             self._servers = [public, local]

@@ -239,6 +239,7 @@ MAX_LINGER = 4 << 20  # bytes that are thrown away in that time
 WRITE_SECONDS = 300  # for the client to read from a full write buffer while the app runs
 PROGRESS_SECONDS = 60  # more for a client that has not read all, as long as it reads some in each
 SWEEP_SECONDS = 1  # between two looks at all deadlines
+CALM_SECONDS = 60  # below the maximum of connections until the log says so
 RESERVED_DESCRIPTORS = 64  # for the ledger, listening sockets, files
 
 
@@ -272,7 +273,8 @@ class Connections:
         self._loop = loop
         self._max = max_connections or max_client_connections()
         self._sweeping = False
-        self._full = False
+        self._number = 0  # of connections, WebSockets included
+        self._full_at = -math.inf  # when there were too many last; -inf: not since the log said so
 
     def protocol(self, **options: Any) -> HTTPProtocol:
         """Make the protocol of a new connection; uvicorn calls this with its own options."""
@@ -282,28 +284,30 @@ class Connections:
         """Add a new connection. `number` is how many are open with it, WebSockets included. Above
         the maximum, abort the connection for which no app has run for the longest time."""
         self.open.add(connection)
+        self._number = number
         if not self._sweeping:
             self._sweeping = True
             self._loop.call_later(SWEEP_SECONDS, self._sweep)
         if number > self._max:
-            if not self._full:
-                self._full = True
+            if self._full_at == -math.inf:
                 say(logging.WARNING, "too many connections", open=number, maximum=self._max)
+            self._full_at = self.now()
             next(iter(self.waiting)).abort()
 
     def discard(self, connection: HTTPProtocol, number: int) -> None:
         """Remove a connection that has ended. `number` are left, WebSockets included."""
         self.open.discard(connection)
         self.waiting.pop(connection, None)
-        if self._full and number < self._max * 0.9:
-            self._full = False
-            say(logging.INFO, "connections are accepted again", open=number)
+        self._number = number
 
     def _sweep(self) -> None:
         now = self.now()
         for connection in [each for each in self.open if each.deadline <= now]:
             connection.expire()
-        self._sweeping = bool(self.open)
+        if self._number < self._max and -math.inf < self._full_at <= now - CALM_SECONDS:
+            self._full_at = -math.inf
+            say(logging.INFO, "connections are accepted again", open=self._number)
+        self._sweeping = bool(self.open) or self._full_at > -math.inf
         if self._sweeping:
             self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
@@ -399,7 +403,9 @@ class HTTPProtocol(asyncio.Protocol):
         """Close the connection, after the response that is under way if there is one."""
         if self._state is State.SERVING and self._cycle:
             self._cycle.keep_alive = False
-        else:
+        elif self._state is State.DISCARDING:
+            self._close(whole=False)
+        elif self._state is not State.CLOSING:
             self.transport.close()
 
     # States

@@ -10,6 +10,7 @@ import fnmatch
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -43,6 +44,7 @@ DROPPED_HEADERS = frozenset(
     b"connection keep-alive te trailer transfer-encoding upgrade "
     b"openai-organization openai-project server "
     b"x-reproxy-url surrogate-control cdn-cache-control cloudflare-cdn-cache-control "
+    b"vercel-cdn-cache-control netlify-cdn-cache-control akamai-cache-control "
     b"no-vary-search supports-loading-mode "
     b"set-cookie set-cookie2 set-login www-authenticate authentication-info clear-site-data "
     b"strict-transport-security public-key-pins public-key-pins-report-only expect-ct alt-svc "
@@ -65,6 +67,8 @@ DROPPED_PREFIXES = (
     b"x-lighttpd-",
     b"edge-",
 )
+SPECIAL_HEADERS = frozenset([b"connection", b"cache-control"])
+SHARED = re.compile(rb"(?i)public|s-maxage|must-revalidate")
 KEEPALIVE_SECONDS = 15
 MOST_FETCHED = 4 << 20  # bytes of a list of models
 ASK_SECONDS = 30  # for what the gateway itself asks of an upstream
@@ -276,16 +280,26 @@ def headers_for_upstream(headers: Headers, store: Store, account_id: str) -> Hea
 
 
 def headers_for_client(upstreams: Headers) -> Headers:
-    """What of the upstream's headers goes on: all but a deny-list and what Connection names."""
+    """Return the upstream's headers that are forwarded: all but a deny-list, those that Connection
+    names, and a Cache-Control that lets a shared cache store the response."""
     headers = [
         (lower, value)
         for name, value in upstreams
         if (lower := name.lower()) == b"connection"
         or (lower not in DROPPED_HEADERS and not lower.startswith(DROPPED_PREFIXES))
     ]
-    connection = [value for name, value in headers if name == b"connection"]
-    if connection:
+    special = [line for line in headers if line[0] in SPECIAL_HEADERS]
+    if special:
+        headers = [line for line in headers if not may_be_shared(line)]
+        connection = [value for name, value in special if name == b"connection"]
         named = {token.strip().lower() for token in b",".join(connection).split(b",")}
         named.add(b"connection")
         headers = [line for line in headers if line[0] not in named]
     return headers
+
+
+def may_be_shared(line: tuple[bytes, bytes]) -> bool:
+    """Return whether a header lets a shared cache store the response to a request with an API key,
+    and so give it to other accounts (RFC 9111 §3.5)."""
+    name, value = line
+    return name == b"cache-control" and SHARED.search(value) is not None

@@ -10,6 +10,7 @@ import gc
 import html
 import io
 import re
+import socket
 import sqlite3
 import sys
 import threading
@@ -1044,6 +1045,11 @@ def test_a_slow_form_and_a_large_one(make_gateway: MakeGateway) -> None:
         assert slow.startswith(b"HTTP/1.1 400 " if most else b"HTTP/1.1 401 ")
         large = gateway.raw(f"{head} {most + 1}\r\n\r\n".encode() + b"x" * (most + 1))
         assert large.startswith(b"HTTP/1.1 413 " if most else b"HTTP/1.1 401 ")
+    with socket.socket(socket.AF_UNIX) as local:  # what commands use
+        local.connect(f"{gateway.database}.sock")
+        local.settimeout(PATIENCE_SECONDS)
+        local.sendall(b"POST /admin/v1/accounts HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+        assert local.recv(1000).startswith(b"HTTP/1.1 400 ")
     assert "Traceback" not in gateway.log()
 
 

@@ -389,6 +389,29 @@ def test_an_answer_cannot_act_on_the_gateways_origin(
 
 
 @pytest.mark.parametrize(
+    ("value", "passes"),
+    [
+        ("no-cache", True),
+        ("private, max-age=60", True),
+        ("public, max-age=60", False),
+        ("Max-Age=60, S-MaxAge=60", False),
+        ("max-age=60, must-revalidate", False),
+    ],
+)
+def test_no_shared_cache_may_keep_an_answer(
+    gateway: Gateway, upstream: Upstream, key: str, value: str, passes: bool
+) -> None:
+    """A cache in front of the gateway would give one account's response to another."""
+    more = [("cdn-cache-control", "public"), ("connection", "x-hop"), ("x-hop", "1")]
+    for headers in ([("cache-control", value)], [("Cache-Control", value), *more]):
+        upstream.script = json_answer(response_object(), headers=headers)
+        with gateway.client(key) as client:
+            answer = client.post("/responses", json=RESPONSE)
+        assert answer.headers.get("cache-control") == (value if passes else None)
+        assert not {"cdn-cache-control", "x-hop"} & {*answer.headers}
+
+
+@pytest.mark.parametrize(
     ("content_types", "inert"),
     [
         (["application/json"], False),

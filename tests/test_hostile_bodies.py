@@ -522,7 +522,21 @@ def test_schemas_of_old_functions_are_their_authors_words(
             assert client.post("/chat/completions", json=body).status_code == 400
         body["functions"] = {"file_id": "abc"}
         assert client.post("/chat/completions", json=body).status_code == 400
-    assert len(upstream.requests) == 1
+        tool = {"type": "function", "name": "f", "output_schema": {"examples": [{"file_id": "a"}]}}
+        body = {"model": "m", "input": "x", "tools": [tool]}
+        assert client.post("/responses", json=body).status_code == 200
+        body["tools"] = [{**tool, "file_id": "a"}]
+        assert client.post("/responses", json=body).status_code == 400
+    assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("length", [300, 100_000])
+def test_a_tools_model_has_a_name_of_some_length(length: int) -> None:
+    tool = {"type": "image_generation", "model": "m" * length}
+    body = json.dumps({"model": "m", "input": "x", "tools": [tool]}).encode()
+    with pytest.raises(Refusal) as refused:
+        result_of(Content.steps(body, body))
+    assert refused.value.message == "The model of a tool has more than 256 characters."
 
 
 @pytest.mark.parametrize(

@@ -305,11 +305,12 @@ def test_what_an_answer_made_is_named() -> None:
 
 
 CITATION = {"type": "container_file_citation", "container_id": "cntr_3", "file_id": "cfile_4"}
+PATH = {"type": "file_path", "file_id": "cfile_5"}
 
 
 def test_containers_of_an_answer_are_named_where_the_upstream_names_them() -> None:
     """Not where the text of a client or of a tool's server comes back."""
-    text = {"type": "output_text", "text": "", "annotations": [CITATION, {"file_id": "x"}, 1]}
+    text = {"type": "output_text", "text": "", "annotations": [CITATION, PATH, {"file_id": "x"}, 1]}
     schema = {"container_id": "no", "content": [{"annotations": [CITATION]}], "id": "no"}
     items = [
         {"id": "ci_1", "container_id": "cntr_1", "code": "container_id", "outputs": [schema]},
@@ -319,7 +320,7 @@ def test_containers_of_an_answer_are_named_where_the_upstream_names_them() -> No
         {"id": "sh_2", "environment": "local", "content": "text", "container_id": ["no"]},
     ]
     stored = dict.fromkeys(["resp_1", "ci_1", "sh_1", "msg_1", "mcpl_1", "sh_2"], False)
-    made = stored | dict.fromkeys(["cntr_1", "cntr_2", "cntr_3", "cfile_4"], True)
+    made = stored | dict.fromkeys(["cntr_1", "cntr_2", "cntr_3", "cfile_4", "cfile_5"], True)
     assert metered(response_object(output=items)).made == made
     meter = StreamMeter(images=False, chat=False, take_out_usage=False)
     begun = response_object(output=[], status="in_progress", usage=None)

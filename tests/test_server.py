@@ -496,14 +496,44 @@ def test_too_many_connections_are_said_once_among_websockets(
     async def test() -> None:
         served = Served(maximum=20)
         sockets: list[Any] = [object() for _ in range(20)]
-        served._state.connections.update(sockets)
         for _ in range(3):
-            _, protocol = served.connect()
-            protocol.connection_lost(None)
+            served._state.connections.update(sockets)
+            for _ in range(2):
+                served.connect()[1].connection_lost(None)
+            served._state.connections.difference_update(sockets)
+            served.connect()[1].connection_lost(None)
+            served.later(59)
         assert said == ["too many connections"]
-        served._state.connections.clear()
-        served.protocol.connection_lost(None)
+        served.later(1)
         assert said == ["too many connections", "connections are accepted again"]
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("sent", "ended", "eof"),
+    [
+        (b"", "closed", False),
+        (b"GET / HTT", "closed", False),
+        (post(b"X: y", b"")[:-2] + b"Content-Length: 9\r\n\r\n1", "", True),
+        (b"GET / HTTP/1.1\r\n\r\n", "", True),  # refused: no Host
+        (post(b"Connection: close", b"") + b"more", "", True),
+    ],
+)
+def test_shutting_down_loses_no_response(sent: bytes, ended: str, eof: bool) -> None:
+    """Closing a connection on which bytes still arrive would reset it, and the client may not have
+    read the response."""
+
+    async def test() -> None:
+        async def app(scope: Scope, receive: Any, send: Any) -> None:
+            await answer(send, b"ok")
+
+        served = Served(app)
+        await served.feed(sent)
+        served.protocol.shutdown()
+        assert (served.transport.ended, served.transport.eof) == (ended, eof)
+        served.later(3)
+        assert served.transport.ended
 
     run(test)
 

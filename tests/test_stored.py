@@ -983,11 +983,13 @@ def test_who_see_its_end_at_once_pay_once(make_gateway: MakeGateway, memory: Mem
     assert (money["balance"], money["held"]) == ("-0.039", "0")
 
 
+@pytest.mark.parametrize("keyed", [True, False])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_one_that_is_answered_again_is_billed_once(
-    make_gateway: MakeGateway, upstream: Upstream, streamed: bool
+    make_gateway: MakeGateway, upstream: Upstream, streamed: bool, keyed: bool
 ) -> None:
-    """By an upstream that honours `idempotency-key`: meanwhile, and after its end."""
+    """By an upstream that honours `idempotency-key`: meanwhile, and after its end. Without a key,
+    an upstream that uses an id again has worked again."""
     gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
     key, memory = gateway.new_key(), Memory(turns=1_000_000)
@@ -1005,16 +1007,23 @@ def test_one_that_is_answered_again_is_billed_once(
 
     upstream.script = script
     body = {"background": True, "max_output_tokens": 50, "stream": streamed}
+    headers = {"idempotency-key": "order-17"} if keyed else {}
+
+    def create_again() -> str:
+        with gateway.client(key) as client:
+            return client.post("/responses", json={**BODY, **body}, headers=headers).text
+
     for _ in range(2):
-        assert "resp_1" in create_text(gateway, key, **body)
-    assert len(pending(gateway)) == 1
+        assert "resp_1" in create_again()
+    assert len(pending(gateway)) == (1 if keyed else 2)
     memory.turns = 1
     wait_until(lambda: not pending(gateway))
-    assert "completed" in create_text(gateway, key, **body)
+    assert "completed" in create_again()
     gateway.restart()
-    assert sorted(str(row["cost"]) for row in gateway.rows()) == ["0.039", "None", "None"]
+    costs = ["0.039", "None", "None"] if keyed else ["0.039"] * 3
+    assert sorted(str(row["cost"]) for row in gateway.rows()) == costs
     money = gateway.api("GET", "/accounts/test")
-    assert (money["balance"], money["held"]) == ("-0.039", "0")
+    assert (money["balance"], money["held"]) == ("-0.039" if keyed else "-0.117", "0")
 
 
 def test_those_that_the_upstream_knows_no_more_hold_nothing(
@@ -1085,10 +1094,11 @@ def test_a_conversation_that_a_response_made_is_its_accounts(
 
 RAN = {"type": "code_interpreter_call", "container_id": "cntr_1", "code": "1", "outputs": None}
 CITED = {"type": "container_file_citation", "container_id": "cntr_1", "file_id": "cfile_1"}
+PATH = {"type": "file_path", "file_id": "cfile_2", "index": 0}
 WROTE = {
     "type": "message",
     "role": "assistant",
-    "content": [{"type": "output_text", "text": "see a.csv", "annotations": [CITED]}],
+    "content": [{"type": "output_text", "text": "see a.csv", "annotations": [CITED, PATH]}],
 }
 LISTED = {"type": "mcp_list_tools", "tools": [{"input_schema": {"container_id": "cntr_9"}}]}
 
