@@ -252,6 +252,25 @@ def test_what_waits_for_all_gives_back_what_its_account_gave(make_gateway: MakeG
     passes(gateway, third)
 
 
+def test_few_small_bodies_of_an_account_are_not_counted(make_gateway: MakeGateway) -> None:
+    """With 256 requests an account has used up what is not counted: the next ones need memory, of
+    which two large bodies leave 128 KB. When one ends, a small body is free again."""
+    gateway = make_gateway(server(queue_seconds=0.2)).start()
+    key, small = gateway.new_key(), 64 << 10
+    with (
+        unfinished(gateway, key, 2, MAX_BODY),
+        unfinished(gateway, key, 253, small),
+        gateway.client(key) as client,
+    ):
+        with unfinished(gateway, key, 2, small):
+            assert client.post("/responses", json=SMALL).is_success
+            with unfinished(gateway, key, 1, small):
+                assert client.post("/responses", json=SMALL).status_code == 429
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 255)
+        assert client.post("/responses", content=body(small), headers=JSON).is_success
+    passes(gateway, key)
+
+
 def test_bodies_that_grow_in_each_others_way_do_not_lock(make_gateway: MakeGateway) -> None:
     """Five bodies of 8 MB without a length share 16 MB: those that wait too long are refused."""
     gateway = make_gateway(server(queue_seconds=1)).start()
