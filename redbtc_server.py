@@ -68,6 +68,11 @@ def _status_line(status: int) -> bytes:
 STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 
 
+def _is_end(message: Message) -> bool:
+    """Return whether an app's message ends its response."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
 class RequestCycle:
     """One request on a connection, with the `receive` and `send` that the ASGI app is given."""
 
@@ -169,7 +174,7 @@ class RequestCycle:
     async def send(self, message: Message) -> None:
         """Send the response's head or a part of its body. Waits while the client reads slowly."""
         connection = self._connection
-        if connection.writing_paused and not connection.closed:
+        if connection.writing_paused and not (connection.closed or _is_end(message)):
             await connection.writable()
         if connection.closed:
             return

@@ -732,6 +732,8 @@ def test_a_client_that_does_not_read_the_end_keeps_no_place(
         wait_until(lambda: [row["outcome"] for row in gateway.rows()] == ["completed"])
         upstream.script = json_answer(response_object())
         assert client.post("/responses", json=RESPONSE).status_code == 200
+        # The request's body is kept no longer, either.
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0, 30)
 
 
 @pytest.mark.parametrize("afterwards", [tear, close])

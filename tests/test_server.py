@@ -487,6 +487,32 @@ def test_the_oldest_connection_without_a_request_makes_room() -> None:
     run(test)
 
 
+def test_an_end_that_the_client_does_not_read_keeps_no_app_waiting() -> None:
+    ended = []
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        served.protocol.pause_writing()
+        await send({"type": "http.response.body", "body": b"two"})
+        ended.append(True)
+
+    served: Served
+
+    async def test() -> None:
+        nonlocal served
+        served = Served(app)
+        served.transport.unsent = 100_000
+        await served.feed(post(b"X: y", b""))
+        assert ended
+        assert served.protocol in served.shared.waiting
+        served.later(redbtc_server.KEEP_ALIVE_SECONDS)
+        served.later(redbtc_server.PROGRESS_SECONDS)
+        assert served.transport.ended == "aborted"
+
+    run(test)
+
+
 def test_too_many_connections_are_said_once_among_websockets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
