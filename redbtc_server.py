@@ -172,7 +172,9 @@ class RequestCycle:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Send the response's head or a part of its body. Waits while the client reads slowly."""
+        """Send the response's head or a part of its body. Waits while the client reads slowly, but
+        not with the end: what the app still holds is then freed, and the connection has a deadline
+        and can make room."""
         connection = self._connection
         if connection.writing_paused and not (connection.closed or _is_end(message)):
             await connection.writable()
@@ -181,6 +183,8 @@ class RequestCycle:
         if message["type"] == "http.response.start" and not self.started:
             self.started = True
             connection.write_head(self._head(message["status"], message["headers"]))
+            if self.ends_by_closing:
+                connection.reset_when_closed(True)
         elif message["type"] == "http.response.body" and self.started and not self.complete:
             self._send_body(message.get("body", b""), message.get("more_body", False))
         else:
@@ -227,9 +231,9 @@ class RequestCycle:
             self.wake()
             connection.answered(self)
 
-    def torn_needs_reset(self) -> bool:
-        """Return whether the response would look complete if the connection were closed normally,
-        since only the connection's end marks the end of its body."""
+    @property
+    def ends_by_closing(self) -> bool:
+        """Whether only the connection's end marks the end of the response's body."""
         return self.started and self._left is None and not self._chunked
 
 
@@ -349,6 +353,7 @@ class HTTPProtocol(asyncio.Protocol):
         self._discarded = 0
         self._head_out = b""  # a response's head, to be sent with what follows it
         self._unsent = 0  # bytes in the write buffer when the deadline last passed
+        self._lost = False  # bytes in the write buffer were thrown away
         self._writable: list[asyncio.Future[None]] = []
         self._leaving: set[Callable[[], None]] = set()
         self._parser: httptools.HttpRequestParser | None = None
@@ -368,6 +373,8 @@ class HTTPProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         self.closed = True
+        if self._cycle and self._cycle.ends_by_closing and self._cycle.complete:
+            self.reset_when_closed(self._lost or exc is not None)
         self.resume_writing()
         if self._cycle:
             self._cycle.wake()
@@ -437,7 +444,16 @@ class HTTPProtocol(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close the connection at once, without sending what is buffered."""
+        self._lost = self.transport.get_write_buffer_size() > 0
         self.transport.abort()
+
+    def reset_when_closed(self, on: bool) -> None:
+        """Switch on or off that the connection is reset when its socket is closed. On, it is reset
+        even if the process is killed, so that a response whose end is the connection's end never
+        looks complete when it is not."""
+        sock = self.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))
 
     def answered(self, cycle: RequestCycle) -> None:
         """Enter the state that follows a complete response."""
@@ -479,11 +495,8 @@ class HTTPProtocol(asyncio.Protocol):
         if self.closed or cycle is not self._cycle:
             return
         self._flush_head()
-        if cycle.torn_needs_reset():
-            sock = self.transport.get_extra_info("socket")
-            with contextlib.suppress(OSError, AttributeError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
+        if cycle.ends_by_closing:
+            self.abort()
             return
         self.transport.close()
         self._enter(State.CLOSING, LINGER_SECONDS)
@@ -641,7 +654,7 @@ class HTTPProtocol(asyncio.Protocol):
     def _serve(self, scope: Scope, framing: Framing, keep_alive: bool) -> None:
         cycle = self._cycle = RequestCycle(self, scope, framing, keep_alive)
         scope["leaving"], scope["send_now"] = self._leaving, cycle.pass_on
-        scope["abort"] = self.transport.abort
+        scope["abort"] = self.abort
         self._parser = None  # breaks the reference cycle
         self._enter(State.SERVING)
         task = self._loop.create_task(cycle.run(self._app))

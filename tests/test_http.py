@@ -499,6 +499,30 @@ def test_an_http_1_0_client_gets_no_chunks_and_a_reset_where_the_answer_is_torn(
             assert b"chunked" not in answer
 
 
+def test_an_http_1_0_client_sees_that_the_gateway_was_killed(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created"}))
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    body = b'{"model":"m","input":"x","stream":true}'
+    head = (
+        f"POST /v1/responses HTTP/1.0\nAuthorization: Bearer {key}\n"
+        f"Content-Type: application/json\nContent-Length: {len(body)}"
+    )
+    with gateway.connect() as sock:
+        sock.sendall(request(head, body))
+        received = b""
+        while b"response.created" not in received:
+            received += sock.recv(65536)
+        gateway.kill()
+        with pytest.raises(ConnectionResetError):
+            sock.recv(65536)
+
+
 class FewDescriptors(Gateway):
     """Start a gateway that may open 160 files."""
 

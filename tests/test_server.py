@@ -564,8 +564,10 @@ def test_shutting_down_loses_no_response(sent: bytes, ended: str, eof: bool) -> 
     run(test)
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_http_1_0_gets_no_chunks(torn: bool) -> None:
+@pytest.mark.parametrize("how", ["read", "torn", "not read"])
+def test_http_1_0_gets_no_chunks(how: str) -> None:
+    torn = how == "torn"
+
     class Resettable:
         linger = b""
 
@@ -591,7 +593,14 @@ def test_http_1_0_gets_no_chunks(torn: bool) -> None:
         assert b"connection: close" in head
         assert body == (b"onetwo" if torn else b"onetwothree")
         assert served.transport.ended == ("aborted" if torn else "closed")
-        assert sock.linger == (b"\1\0\0\0\0\0\0\0" if torn else b"")
+        assert sock.linger == b"\1\0\0\0\0\0\0\0", "reset if the process is killed"
+        if how == "not read":
+            served.transport.unsent = 10
+            served.later(redbtc_server.LINGER_SECONDS)
+            served.later(redbtc_server.PROGRESS_SECONDS)
+            assert served.transport.ended == "aborted"
+        served.protocol.connection_lost(None)
+        assert sock.linger[:1] == (b"\0" if how == "read" else b"\1")
 
     run(test)
 
