@@ -745,7 +745,7 @@ class Gateway:
         """The key of a request that may come in. Raises Refusal."""
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
-        key = authenticate(scope, self.store)
+        key = scope["key"] = authenticate(scope, self.store)
         if maintenance := self.books.maintenance():
             wait = (maintenance.until - now_ms()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)

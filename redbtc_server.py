@@ -168,7 +168,10 @@ class RequestCycle:
                 return {"type": "http.request", "body": bytes(body), "more_body": not self._ended}
             connection.resume_reading()
             self._event.clear()
-            await self._event.wait()
+            if "key" in self.scope or self.framing.whole:
+                await self._event.wait()
+            else:
+                await connection.make_room_until(self._event)
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -277,7 +280,8 @@ class Connections:
         self.offers_websocket = offers_websocket
         self.now = now or loop.time
         self.open: set[HTTPProtocol] = set()
-        # Connections for which no app runs, the one for which none has run the longest first.
+        # Connections for which no app runs, or one that waits for the body of a request without a
+        # valid key. The one that has been here the longest comes first.
         self.waiting: dict[HTTPProtocol, None] = {}
         self._loop = loop
         self._max = max_connections or max_client_connections()
@@ -291,7 +295,7 @@ class Connections:
 
     def add(self, connection: HTTPProtocol, number: int) -> None:
         """Add a new connection. `number` is how many are open with it, WebSockets included. Above
-        the maximum, abort the connection for which no app has run for the longest time."""
+        the maximum, abort the connection that has been in `waiting` for the longest time."""
         self.open.add(connection)
         self._number = number
         if not self._sweeping:
@@ -324,7 +328,8 @@ class Connections:
 class HTTPProtocol(asyncio.Protocol):
     """One client's connection. Its scopes have three keys that ASGI does not: "leaving", a set of
     functions that are called when the client disconnects (a task waiting in receive() would cost
-    each request a task), "send_now" (RequestCycle.pass_on), and "abort"."""
+    each request a task), "send_now" (RequestCycle.pass_on), and "abort". The app adds "key" when it
+    knows whose request it is."""
 
     transport: asyncio.Transport
 
@@ -431,6 +436,15 @@ class HTTPProtocol(asyncio.Protocol):
             self._shared.waiting.pop(self, None)
         else:
             self._shared.waiting[self] = None  # keeps its position if it is there already
+
+    async def make_room_until(self, event: asyncio.Event) -> None:
+        """Wait for the event. Meanwhile the connection may be closed to make room for others."""
+        self._shared.waiting[self] = None
+        try:
+            await event.wait()
+        finally:
+            if self._state is State.SERVING:
+                self._shared.waiting.pop(self, None)
 
     def expire(self) -> None:
         """Abort the connection, whose deadline has passed. While the write buffer is not empty,

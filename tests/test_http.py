@@ -534,16 +534,18 @@ class FewDescriptors(Gateway):
 
 
 def test_more_connections_than_descriptors(tmp_path: Path, upstream: Upstream) -> None:
-    """Idle connections and slow heads are closed for new ones, with one log line; requests under
-    way are not."""
+    """Idle connections, slow heads and slow bodies without a key are closed for new ones, with one
+    log line; requests under way are not."""
     gateway = FewDescriptors(tmp_path / "gateway", upstream.url).start()
     try:
         key = gateway.new_key()
-        slow = b"POST /v1/responses HTTP/1.1\r\nHost: a\r\nX-Slow: "
+        head = b"POST /dashboard/login HTTP/1.1\r\nHost: a\r\nOrigin: http://a\r\n"
+        form = b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 9\r\n\r\n"
+        slow = [b"", head + b"X-Slow: ", head + form + b"email="]
         with contextlib.ExitStack() as stack:
             for number in range(300):
                 sock = socket.create_connection(("127.0.0.1", gateway.port), 100)
-                stack.enter_context(sock).sendall(slow if number % 2 else b"")
+                stack.enter_context(sock).sendall(slow[number % 3])
                 if number % 50 == 0:  # on a new connection: idle ones are among those closed
                     with gateway.client(key) as client:
                         assert client.post("/responses", json=RESPONSE).status_code == 200

@@ -487,6 +487,33 @@ def test_the_oldest_connection_without_a_request_makes_room() -> None:
     run(test)
 
 
+def test_a_slow_body_without_a_key_makes_room() -> None:
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["path"] == "/key":
+            scope["key"] = "somebody's"
+        await read(receive)
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        served = Served(app, maximum=4)
+        await served.feed(post(b"X: y", b"body", path=b"/key")[:-1])
+        slow, whole, quick = [served.connect() for _ in range(3)]
+        slow[1].data_received(post(b"X: y", b"body")[:-1])
+        whole[1].data_received(post(b"X: y", b"body"))
+        quick[1].data_received(post(b"X: y", b"body")[:-1])
+        await turn()
+        quick[1].data_received(b"y")
+        await turn()
+        served.connect()
+        assert slow[0].ended == "aborted"
+        slow[1].connection_lost(None)
+        served.connect()
+        for other in (served.transport, whole[0], quick[0]):
+            assert not other.ended
+
+    run(test)
+
+
 def test_an_end_that_the_client_does_not_read_keeps_no_app_waiting() -> None:
     ended = []
 
