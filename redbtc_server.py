@@ -620,6 +620,8 @@ class HTTPProtocol(asyncio.Protocol):
         if self._head_bytes > MAX_HEAD_BYTES or len(self._headers) > MAX_HEADERS:
             del self._headers[MAX_HEADERS:]  # they take many times the memory of their bytes
             self._refuse(Refusal("headers_too_large"))
+        elif at >= 0 and not self._head_is_whole:  # to llhttp it goes on: HTTP/2's preface
+            self._refuse(Refusal("invalid_http"))
         elif self._head_is_whole and self._begin(data[end:]):
             return b""
         return data[end:]

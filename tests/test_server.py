@@ -540,6 +540,16 @@ def test_an_end_that_the_client_does_not_read_keeps_no_app_waiting() -> None:
     run(test)
 
 
+def test_http_2_is_refused_at_once() -> None:
+    async def test() -> None:
+        served = Served()
+        await served.feed(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        assert served.transport.out.startswith(b"HTTP/1.1 400 ")
+        assert served.transport.eof
+
+    run(test)
+
+
 def test_too_many_connections_are_said_once_among_websockets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
