@@ -630,7 +630,7 @@ class HTTPProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value.rstrip(b" \t")))  # RFC 9110 §5.5
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None

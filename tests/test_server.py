@@ -550,6 +550,16 @@ def test_http_2_is_refused_at_once() -> None:
     run(test)
 
 
+def test_white_space_after_a_header_is_no_part_of_it() -> None:
+    async def test() -> None:
+        served = Served()
+        await served.feed(b"POST / HTTP/1.1\r\nHost: g \t\r\nContent-Length: 2 \r\n\r\nok")
+        assert served.requests == [("POST", "/", b"ok")]
+        assert dict(served.scopes[0]["headers"]) == {b"host": b"g", b"content-length": b"2"}
+
+    run(test)
+
+
 def test_too_many_connections_are_said_once_among_websockets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
