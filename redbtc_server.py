@@ -572,7 +572,7 @@ class HTTPProtocol(asyncio.Protocol):
                 self._close(whole=False)
             return
         if self._state is State.DISCARDING:
-            self._discarded += len(data)
+            self._discarded += len(data) - len(rest)
             if cycle.framing.whole:
                 self._kept = rest
                 self._next()

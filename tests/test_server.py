@@ -540,6 +540,24 @@ def test_an_end_that_the_client_does_not_read_keeps_no_app_waiting() -> None:
     run(test)
 
 
+def test_small_chunks_that_are_thrown_away_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redbtc_server, "MAX_DISCARDED", 200_000)
+
+    async def early(scope: Scope, receive: Any, send: Any) -> None:
+        await answer(send, b"ok")
+
+    async def test() -> None:
+        served = Served(early)
+        await served.feed(post(b"Transfer-Encoding: chunked", b""), chunked(*[b"x" * 16] * 8000))
+        while not served.transport.reading:
+            await turn()
+        await served.feed(SMUGGLED)
+        assert served.transport.out.count(b"HTTP/1.1 200 ") == 2
+        assert not served.transport.ended
+
+    run(test)
+
+
 def test_http_2_is_refused_at_once() -> None:
     async def test() -> None:
         served = Served()
