@@ -221,6 +221,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().keepalive_timeout()
         self.loop.call_later(CLOSING_SECONDS, self.transport.abort)
 
+    def shutdown(self) -> None:
+        """Close the connection, unless that has begun: a second close frame can't be sent."""
+        if not self.transport.is_closing():
+            super().shutdown()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if self._reading:

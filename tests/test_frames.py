@@ -528,3 +528,21 @@ def test_handshakes_have_a_rate(gateway: Gateway, key: str) -> None:
             flood.send(b"", Opcode.PONG)
         wait_until(lambda: status(key) == b"429")
     assert status(gateway.new_key("other")) == b"101"
+
+
+def test_the_gateway_stops_while_a_client_that_has_closed_does_not_read(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created, {**delta, "delta": "x" * 20 * MB}, completed)
+        await sock.recv()
+
+    upstream.talk = talk
+    with wire(gateway, key) as ws:
+        ws.create()
+        ws.until("response.created")
+        assert ws.sock.recv(1)  # of the long event, which the gateway can't send on
+        ws.send(struct.pack("!H", 1000), Opcode.CLOSE)
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)  # it has seen that
+        assert gateway.terminate() == 0
