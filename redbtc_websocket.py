@@ -266,10 +266,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """Handle the frames that have arrived, until there is something to wait for (`_wait`)."""
         small_frames = self._intake.small_frames
         small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
-        while self._whole is None and self.queue.empty() and small_frames.remaining:
+        while not self._ended and self._whole is None and self.queue.empty():
+            if not small_frames.remaining:
+                return
             self.conn.receive_data(b"")  # parses one frame
+            self._ended = self.conn.eof_sent  # after an error, or the client's close frame
             if self.conn.parser_exc:
-                self._ended = True
                 self.handle_parser_exception()
             if not self.conn.events:
                 return

@@ -546,3 +546,17 @@ def test_the_gateway_stops_while_a_client_that_has_closed_does_not_read(
         ws.send(struct.pack("!H", 1000), Opcode.CLOSE)
         wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)  # it has seen that
         assert gateway.terminate() == 0
+
+
+def test_what_follows_a_close_frame_is_not_read(gateway: Gateway, key: str) -> None:
+    """A frame that is too long for its kind would be refused."""
+    with wire(gateway, key) as ws:
+        ws.send(b"x", Opcode.BINARY)
+        assert ws.closed() == 1003
+        ws.sock.sendall(frame(struct.pack("!H", 1000), Opcode.CLOSE) + b"\x89\xff" * 10)
+        wait_until(lambda: gateway.connections() == 0)
+    with wire(gateway, key) as ws:
+        ws.sock.sendall(frame(struct.pack("!H", 1000), Opcode.CLOSE) + b"\x89\xff" * 10)
+        assert ws.closed() == 1000
+    wait_until(lambda: gateway.connections() == 0)
+    assert '"status":500' not in gateway.log()
