@@ -499,7 +499,7 @@ class Turn(Metered):
         self.failure = "client_disconnected" if self.clock.client_left else outcome
         self.end()
 
-    async def steer(self, frame: Frame, admission: Admission) -> None:
+    async def steer(self, response_id: str, frame: Frame, admission: Admission) -> None:
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
         if len(self._steers) >= MAX_STEERS:
@@ -510,10 +510,13 @@ class Turn(Metered):
         more = self._further_input + (self._content.facts.most_output_tokens() or usual)
         more += frame.size
         money = await self.hold(self._content, more)
+        if self.settled or self.response_id != response_id:  # it has ended meanwhile
+            money.__exit__()
+            raise not_found("previous_response_id", response_id)
         self.holds.enter_context(money)
         self._content.chosen_ids |= frame.chosen_ids
         self._further_input = more
-        self._steers.append(Steer(self.response_id or "", money))
+        self._steers.append(Steer(response_id, money))
 
     async def take(self, event: Answer, idle_seconds: float) -> None:
         """One of its events has come; it may be sent on when this returns."""
@@ -908,7 +911,7 @@ class Session:
         for turn in turns:
             if response_id and turn.response_id == response_id and not turn.settled:
                 await self.gateway.homes(self.gateway.enter(self._scope), frame, self._made)
-                await turn.steer(frame, admission)
+                await turn.steer(response_id, frame, admission)
                 if (line := turn.line) and not line.lost:
                     await line.send_within(frame.sent, line.upstream.settings.idle_timeout_seconds)
                 return
