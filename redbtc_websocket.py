@@ -91,6 +91,7 @@ MAX_CONTROL_BYTES = 125  # RFC 6455 §5.5
 SMALL_BYTES = 1024  # a frame with fewer is small: it costs more for parsing than for its bytes
 SMALL_FRAMES_PER_MINUTE = 6000  # of an account
 REFUSED_FRAMES = 10  # how many small frames a refused event counts as
+MAX_PAUSE = 30  # seconds that refused events can pause reading; a ping waits 60 for its answer
 MAX_PART = 256 << 10  # bytes that are masked or unmasked in one step; a multiple of the mask's four
 FIN, CONTROL, MASKED = 0x80, 0x08, 0x80  # RFC 6455 §5.2: bits of a head's first and second byte
 LONG, LONG_HEAD = 127, 14  # the second byte of a head with a length of eight bytes; its own length
@@ -880,8 +881,11 @@ class Session:
             self._reserved.give_back(reserved)
 
     def _count(self, scope: Scope, refusal: Refusal) -> None:
-        """An event is refused: so many small frames would be as much work."""
-        self._small_frames.charge(REFUSED_FRAMES)
+        """Charge an event that is refused: so many small frames would be as much work. At most
+        MAX_PAUSE is owed, since many requests that wait can be refused at once."""
+        self._small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
+        if self._small_frames.seconds_until(REFUSED_FRAMES) < MAX_PAUSE:
+            self._small_frames.charge(REFUSED_FRAMES)
         self.gateway.watch.refused(scope, refusal)
 
     async def _act(self, frame: Frame, admission: Admission) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -20,7 +21,7 @@ from speed import Stalls
 from upstream import Socket, Upstream, ws_events, ws_like_openai
 from websockets.frames import Opcode
 
-from redbtc_websocket import MAX_PART
+from redbtc_websocket import MAX_PART, MAX_PAUSE
 
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place
@@ -560,3 +561,30 @@ def test_what_follows_a_close_frame_is_not_read(gateway: Gateway, key: str) -> N
         assert ws.closed() == 1000
     wait_until(lambda: gateway.connections() == 0)
     assert '"status":500' not in gateway.log()
+
+
+def test_requests_that_are_refused_together_do_not_shut_their_account_out(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """They wait for a place, in lanes of their own. Reading goes on before a ping's time is up."""
+
+    async def talk(sock: Socket) -> None:
+        await sock.recv()
+        await sock.stop_reading()
+
+    upstream.talk = talk
+    limits = "[limits]\nqueue_seconds = 2\n[limits.account]\nconcurrency = 1"
+    gateway = make_gateway(limits).start()
+    key = gateway.new_key()
+    with wire(gateway, key) as ws, wire(gateway, key) as second:
+        for number in range(490):  # not small
+            for each in (ws, second):
+                each.create(stream_id=str(number), metadata={"long": "x" * 1024})
+        for each in (ws, second):
+            for _ in range(489):
+                assert each.refused() == "concurrency_limit_exceeded"
+        answer = gateway.raw(f"{HANDSHAKE}{key}\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 429 "), answer
+        wait = re.search(rb"\r\nretry-after: (\d+)", answer)
+        assert wait
+        assert int(wait[1]) <= MAX_PAUSE + 1
