@@ -787,7 +787,7 @@ class Gateway:
         return await in_slices(self._find(key, content, made), key.account_id, begun=True)
 
     def _find(self, key: Key, content: Content, made: Mapping[str, Home]) -> Steps[set[str]]:
-        asked = list({each.id for each in content.references})
+        asked = list({each.id for each in content.references if each.id})  # "" is nobody's
         found: dict[str, Home | None] = {}
         for at in range(0, len(asked), ledger.MAX_LOOK_UPS):
             found |= self._look_up(key, asked[at : at + ledger.MAX_LOOK_UPS])

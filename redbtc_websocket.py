@@ -1114,10 +1114,10 @@ class Session:
         """What a response used that is no turn's."""
         report = Report(images=False)
         report.note(event)
-        response_id = report.response_id or ""
-        if not report.usage or response_id in self._written:
+        named = [report.response_id] if report.response_id else []
+        if not report.usage or not self._written.isdisjoint(named):
             return
-        self._written.add(response_id)
+        self._written.update(named)
         scope = self._new_scope()
         row = Row(
             request_id=scope["request_id"],
@@ -1135,7 +1135,7 @@ class Session:
         )
         account_for(row, report, "upstream_error" if report.failed else "completed", None)
         bill(row, report, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
-        self.gateway.objects.own([response_id], row.account_id, Home(row.upstream))
+        self.gateway.objects.own(named, row.account_id, Home(row.upstream))
         await ledger.settle(self.gateway.store, row)
         self.gateway.watch.settled(scope, row)
 

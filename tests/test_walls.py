@@ -489,6 +489,44 @@ def test_a_websockets_own_ids_are_those_that_nobody_else_has(
     }
 
 
+def test_an_upstreams_event_without_an_id_makes_nothing_a_clients(
+    gateway: Gateway, upstream: Upstream
+) -> None:
+    """A reference that nobody can own, such as a form's file id, has an empty id. An event without
+    an id doesn't make that the account's, and each such event is billed."""
+
+    async def talk(sock: Socket) -> None:
+        *events, completed = ws_events(1, await sock.recv())
+        stray = {"type": "response.completed", "response": {**completed["response"], "id": None}}
+        await sock.send(*events, completed, stray, stray)
+        await sock.recv()
+
+    key = gateway.new_key()
+    form = part('name="model"', b"gpt-up") + part('name="image[0][file_id]"', b"file_theirs")
+    nested = {**said("x"), "content": [{"type": "item_reference", "id": "msg_theirs"}]}
+    upstream.talk = talk
+    with websocket(gateway, key) as socket, gateway.client(key) as client:
+        socket.send(json.dumps({"type": "response.create", **BODY}))
+        wait_until(lambda: len(gateway.rows()) == 3)
+        assert {row["usage_source"] for row in gateway.rows()} == {"upstream"}
+
+        def statuses() -> list[int]:
+            return [
+                client.post("/responses", json={**BODY, "input": [nested]}).status_code,
+                client.post(
+                    "/images/edits", content=form + b"--xyz--\r\n", headers=FORM
+                ).status_code,
+            ]
+
+        assert statuses() == [400, 400]
+        with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+            database.execute("""
+                INSERT INTO stored_objects (id, account_id, upstream, created_at)
+                SELECT '', account_id, 'test', 1 FROM keys""")
+            database.commit()  # as an earlier version wrote it
+        assert statuses() == [400, 400]
+
+
 # Queries and headers
 
 
