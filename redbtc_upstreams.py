@@ -38,8 +38,8 @@ ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-")
 # only with a ChatGPT login.
 DROPPED_REQUEST_HEADERS = frozenset([b"x-codex-routing-hint"])
 # Headers of the connection (RFC 9110 §7.6.1), of the upstream's account, for a proxy or a cache in
-# front of the gateway, and those that a browser applies to the whole origin, which is also the
-# dashboard's.
+# front of the gateway, those that only the gateway itself sets, and those that a browser applies to
+# the whole origin, which is also the dashboard's.
 DROPPED_HEADERS = frozenset(
     b"connection keep-alive te trailer transfer-encoding upgrade "
     b"openai-organization openai-project server "
@@ -59,6 +59,7 @@ DROPPED_HEADERS = frozenset(
 DROPPED_PREFIXES = (
     b"x-accel-",
     b"x-ratelimit-",
+    b"x-redbtc-",
     b"access-control-",
     b"cross-origin-",
     b"proxy-",

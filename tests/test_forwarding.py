@@ -388,6 +388,17 @@ def test_an_answer_cannot_act_on_the_gateways_origin(
     }
 
 
+def test_an_upstream_that_is_a_gateway_as_well_names_no_row(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    sent = [("x-redbtc-request-id", "req_theirs"), ("x-request-id", "req_theirs")]
+    upstream.script = json_answer(response_object(), headers=sent)
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json=RESPONSE)
+    assert answer.headers["x-request-id"] == "req_theirs"
+    assert answer.headers.get_list("x-redbtc-request-id") == [gateway.row()["request_id"]]
+
+
 @pytest.mark.parametrize(
     ("value", "passes"),
     [
