@@ -416,7 +416,8 @@ class Relay:
             exchange.meter_stream()
             headers = [line for line in headers if line[0] != b"content-length"]
         if not INERT_TYPE.fullmatch(content_type):
-            headers += INERT
+            # A browser looks only at the first of several X-Content-Type-Options.
+            headers = [line for line in headers if line[0] != b"x-content-type-options"] + INERT
         request_id = self._scope["request_id"].encode()
         if header(headers, b"x-request-id") is None:
             headers.append((b"x-request-id", request_id))

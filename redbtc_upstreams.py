@@ -45,6 +45,7 @@ DROPPED_HEADERS = frozenset(
     b"openai-organization openai-project server "
     b"x-reproxy-url surrogate-control cdn-cache-control cloudflare-cdn-cache-control "
     b"vercel-cdn-cache-control netlify-cdn-cache-control akamai-cache-control "
+    b"x-envoy-immediate-health-check-fail x-envoy-degraded x-envoy-ratelimited "
     b"no-vary-search supports-loading-mode "
     b"set-cookie set-cookie2 set-login www-authenticate authentication-info clear-site-data "
     b"strict-transport-security public-key-pins public-key-pins-report-only expect-ct alt-svc "
@@ -58,6 +59,7 @@ DROPPED_HEADERS = frozenset(
 )
 DROPPED_PREFIXES = (
     b"x-accel-",
+    b"x-litespeed-",
     b"x-ratelimit-",
     b"x-redbtc-",
     b"access-control-",
