@@ -618,7 +618,9 @@ class HTTPProtocol(asyncio.Protocol):
             self._refuse(Refusal("invalid_http"))
             return b""
         if self._head_bytes > MAX_HEAD_BYTES or len(self._headers) > MAX_HEADERS:
-            del self._headers[MAX_HEADERS:]  # they take many times the memory of their bytes
+            # All of them take many times the memory of their bytes. The app still sees an Origin.
+            beyond = [line for line in self._headers[MAX_HEADERS:] if line[0] == b"origin"]
+            self._headers[MAX_HEADERS:] = beyond[:1]
             self._refuse(Refusal("headers_too_large"))
         elif at >= 0 and not self._head_is_whole:  # to llhttp it goes on: HTTP/2's preface
             self._refuse(Refusal("invalid_http"))

@@ -187,6 +187,16 @@ def test_what_the_parser_refuses(
         assert (line in head) == (allowed is not None)
 
 
+def test_an_origin_after_too_many_headers_counts(make_gateway: MakeGateway) -> None:
+    """Browsers send it after the headers that the page sets."""
+    gateway = make_gateway(LISTED).start()
+    for origin, allowed in ((ORIGIN, True), ("https://evil.example", False)):
+        head = "POST /v1/responses HTTP/1.1\r\nHost: a\r\n" + "A: b\r\n" * 300
+        answer = gateway.raw(f"{head}Origin: {origin}\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert (f"\r\naccess-control-allow-origin: {origin}\r\n".encode() in answer) == allowed
+
+
 def test_it_can_be_switched_off_and_reloaded(make_gateway: MakeGateway, upstream: Upstream) -> None:
     gateway = make_gateway("cors_origins = []\n").start()
     with client_of(gateway, **PREFLIGHT) as client:
