@@ -811,7 +811,7 @@ class Reading:
             if name := reference_in(item, self._pieces):
                 self.named.add(Reference(name, object_id))
             else:
-                self.chosen.add(object_id)
+                self.chosen.add(object_id[: MAX_NAME + 1])  # a longer one is never learned
         if "tools" in item and kind_of(item) != "mcp_list_tools":  # that one only reports tools
             self._offers.append((item["tools"], 0, True))
 

@@ -379,10 +379,11 @@ class Background:
         self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str] | None
     ) -> None:
         """`chosen` are the ids that the client gave to items of its input; None if only an earlier
-        process knew them."""
+        process knew them. Their hashes are kept: thousands of ids would take much memory for as
+        long as the response runs."""
         self.row = row
         self.unfinished = unfinished
-        self.chosen = chosen
+        self.chosen = None if chosen is None else {hash(each) for each in chosen}
         self.settling: asyncio.Task[None] | None = None
         self.alone = False  # the request that made it is over
         self.cancelled = False  # its key turned out to be somebody else's
@@ -559,7 +560,8 @@ class Unended:
                 home = objects.home_of(row.response_id or "", row.account_id)
                 chosen = set() if home and home.minted_input else None
         if chosen is not None:
-            objects.own(report.made.keys() - chosen, row.account_id, Home(row.upstream))
+            made = [each for each in report.made if hash(each) not in chosen]
+            objects.own(made, row.account_id, Home(row.upstream))
 
     async def _ask_until_ended(self, response: Background) -> None:
         pause, unknown, failures = FIRST_PAUSE, 0, 0

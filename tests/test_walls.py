@@ -797,6 +797,21 @@ def test_one_background_response_too_many_counts_as_a_request(
     assert "rate_limit_exceeded" in codes
 
 
+def test_an_unfinished_background_response_keeps_little_memory(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """It needs the ids that the client chose until it ends, but not their text."""
+    upstream.script = Queue()
+    items = [said(f"{number}" + "x" * 1500) for number in range(10_000)]
+    grown = []
+    with gateway.client(key) as client:
+        for _ in range(5):
+            create(client, input=items, background=True)
+            upstream.requests.clear()
+            grown.append(gateway.rss())
+    assert grown[4] - grown[1] < 20 << 20
+
+
 def test_background_responses_have_a_limit_of_their_own(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
