@@ -848,7 +848,7 @@ async def forget(store: Store, row: Row) -> None:
 OWN = """
     INSERT INTO stored_objects (id, account_id, upstream, models, minted_input, created_at)
     VALUES (?, ?, ?, ?, ?, ?)
-        ON CONFLICT (id) DO UPDATE SET models = excluded.models
+        ON CONFLICT (id) DO UPDATE SET models = json_patch(excluded.models, ifnull(models, '{}'))
         WHERE account_id = excluded.account_id AND excluded.models IS NOT NULL"""
 DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
 OWNED = "SELECT account_id, upstream, models, minted_input FROM stored_objects WHERE id = ?"
@@ -876,11 +876,19 @@ class Claim(NamedTuple):
     home: Home
 
     def with_models(self, later: Claim) -> Claim:
-        """The same claim, or one with the models of a later claim of the same account."""
-        models = later.home.models
-        if later.account_id != self.account_id or models in (None, self.home.models):
+        """The same claim, or one with more models, of a later claim of the same account."""
+        models = joined(self.home.models, later.home.models)
+        if later.account_id != self.account_id or models == self.home.models:
             return self
         return self._replace(home=self.home._replace(models=models))
+
+
+def joined(models: str | None, more: str | None) -> str | None:
+    """Return the models of both, as OWN joins them: a later request may name the same object, but
+    what works in it stays. Both are JSON, or None where there are none."""
+    if models is None or more is None:
+        return models or more
+    return orjson.dumps(orjson.loads(more) | orjson.loads(models)).decode()
 
 
 def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
@@ -890,7 +898,7 @@ def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
         return claim
     account_id, upstream, models, minted_input = row
     if claim and claim.account_id == account_id:
-        models = claim.home.models or models
+        models = joined(models, claim.home.models)
     return Claim(account_id, Home(upstream, models, bool(minted_input)))
 
 

@@ -654,6 +654,32 @@ def test_tools_of_an_earlier_input_are_checked_held_and_billed(
         assert error(client.post("/responses", json={**BODY, "input": offered}))[0] == 429
 
 
+PAINTERS = {"gpt-up": "1", "gpt-image-cheap": "1", "gpt-image-dear": "1000"}  # and their prices
+
+
+@pytest.mark.parametrize("by_name", ["previous_response_id", "conversation"])
+def test_a_later_request_takes_no_model_from_what_is_built_on(
+    make_gateway: MakeGateway, upstream: Upstream, by_name: str
+) -> None:
+    """It can name the same response (idempotency-key) or conversation."""
+    gateway = make_gateway('[billing]\nunpriced_models = "refuse"').start()
+    for model, price in PAINTERS.items():
+        gateway.cli("price", "add", model, "--input", price, "--output", price)
+    key = gateway.new_key()
+    narrow = gateway.cli("key", "add", "test", "--models", "gpt-up,gpt-image-cheap")["key"]
+    upstream.script = json_answer(response_object(output=[], conversation={"id": "conv_1"}))
+    again = {by_name: "conv_1" if by_name == "conversation" else "resp_1"}
+    for model in ("gpt-image-dear", "gpt-image-cheap"):
+        tools = [{"type": "image_generation", "model": model}]
+        create(gateway, key, input=[{"type": "additional_tools", "tools": tools}])
+    for _ in range(2):
+        with gateway.client(narrow) as client:
+            answer = client.post("/responses", json={**BODY, **again})
+            assert error(answer)[:2] == (400, "invalid_request"), "the tools' models differ"
+        gateway.kill()
+        gateway.start()
+
+
 # Background
 
 
