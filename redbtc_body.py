@@ -653,7 +653,8 @@ class Content:
     def inherit(self, models: str | None, minted_input: bool) -> None:
         """Note an object that this request builds on: the further models that it uses (JSON), and
         whether the upstream chose all ids of its input."""
-        self._inherited |= msgspec.json.decode(models, type=dict[str, bool]) if models else {}
+        if models:
+            add_models(self._inherited, msgspec.json.decode(models, type=dict[str, bool]))
         self._inherits_minted = self._inherits_minted and minted_input
 
     @property
@@ -666,13 +667,13 @@ class Content:
     def lasting_models(self) -> str | None:
         """The further models that a request which builds on this one uses, as JSON: those of tools
         that are part of the input. Complete once `inherit` was called for all references."""
-        lasting = self._inherited | self._lasting
+        lasting = add_models(dict(self._inherited), self._lasting)
         return msgspec.json.encode(lasting).decode() if lasting else None
 
     def further_models(self) -> dict[str, bool]:
         """Return the models that it makes work besides its own, and whether they make pictures: the
         image tool's, and an SVG's author. Raises Refusal."""
-        models = self._inherited | self._further
+        models = add_models(dict(self._inherited), self._further)
         if sum(models.values()) > 1:
             message = "The image tools have different models."
             raise Refusal("invalid_request", message, param="tools")
@@ -738,6 +739,14 @@ def check_models(models: dict[str, bool]) -> None:
     if len(models) > MAX_MODELS:
         message = f"The tools name more than {MAX_MODELS} models."
         raise Refusal("invalid_request", message, param="tools")
+
+
+def add_models(models: dict[str, bool], more: dict[str, bool]) -> dict[str, bool]:
+    """Add `more` to `models`, and return these. One that makes pictures still does if it is named
+    as an SVG's author as well."""
+    for model, images in more.items():
+        models[model] = images or models.get(model, False)
+    return models
 
 
 class Reading:
@@ -866,8 +875,7 @@ class Reading:
             message = f"The model of a tool has more than {MAX_NAME} characters."
             raise Refusal("invalid_request", message, param="tools")
         for models in (self.models, self.lasting) if lasting else (self.models,):
-            models[model] = images
-            check_models(models)
+            check_models(add_models(models, {model: images}))
 
     # Pictures
 

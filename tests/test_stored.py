@@ -680,6 +680,24 @@ def test_a_later_request_takes_no_model_from_what_is_built_on(
         gateway.start()
 
 
+def test_an_svgs_author_hides_no_image_model(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = make_gateway('[billing]\nunpriced_models = "refuse"').start()
+    for model, price in PAINTERS.items():
+        gateway.cli("price", "add", model, "--input", price, "--output", price)
+    dear = {"type": "image_generation", "model": "gpt-image-dear"}
+    cheap = {"model": "gpt-image-cheap", "svg": {"model": "gpt-image-dear"}}
+    with gateway.client(gateway.new_key()) as client:
+        for tools in ([dear, {**dear, **cheap}], [{**dear, **cheap}, dear]):
+            for more in (
+                {"tools": tools},
+                {"input": [{"type": "additional_tools", "tools": tools}]},
+                {"tools": tools[1:], "input": [{"type": "additional_tools", "tools": tools[:1]}]},
+            ):
+                answer = client.post("/responses", json={**BODY, **more})
+                assert error(answer)[:2] == (400, "invalid_request")
+    assert not upstream.requests
+
+
 # Background
 
 
