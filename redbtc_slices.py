@@ -22,13 +22,17 @@ MAX_BEGUN = 4  # works of one account
 T = TypeVar("T")
 
 
+Queue = deque[asyncio.Future[None]]
+
+
 class Turns:
     """The queues of work that waits for a slice, one for each account."""
 
     def __init__(self) -> None:
         self.taken = False  # this turn's slice is taken, or work is waiting for one
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the next account first
+        # By account, the next one first: works that may go on, in turn, and those not begun.
+        self._waiting: dict[str, tuple[Queue, Queue]] = {}
 
     async def wait(self, account_id: str, begun: bool) -> None:
         """Return when it is the caller's turn."""
@@ -36,8 +40,8 @@ class Turns:
         if loop is not self._loop:  # drop the queues of an earlier loop, which has ended
             self._loop, self._waiting, self.taken = loop, {}, False
         turn = loop.create_future()
-        waiting = self._waiting.setdefault(account_id, deque())
-        waiting.insert(MAX_BEGUN - 1 if begun else len(waiting), turn)
+        going_on, new = self._waiting.setdefault(account_id, (deque(), deque()))
+        (going_on if begun else new).append(turn)
         if not self.taken:
             self.taken = True
             loop.call_soon(self._give, loop)
@@ -47,10 +51,12 @@ class Turns:
         """Give the next turn's slice to the next account's first work that still waits."""
         while self._waiting:
             account_id = next(iter(self._waiting))
-            waiting = self._waiting.pop(account_id)
-            turn = waiting.popleft()
-            if waiting:
-                self._waiting[account_id] = waiting
+            going_on, new = self._waiting.pop(account_id)
+            while new and len(going_on) < MAX_BEGUN:
+                going_on.append(new.popleft())
+            turn = going_on.popleft()
+            if going_on or new:
+                self._waiting[account_id] = going_on, new
             if not turn.done():
                 turn.set_result(None)
                 loop.call_soon(self._give, loop)

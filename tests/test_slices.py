@@ -109,3 +109,21 @@ def test_work_that_fails_raises() -> None:
 
     with pytest.raises(KeyError, match="x"):
         asyncio.run(in_slices(failing(), ""))
+
+
+def test_work_that_goes_on_waits_for_no_other_to_be_done() -> None:
+    """The MAX_BEGUN works that were begun took all turns among themselves."""
+
+    async def main() -> None:
+        log: list[str] = []
+        works = [
+            asyncio.create_task(in_slices(busy(f"{number}", log, 50), "a"))
+            for number in range(MAX_BEGUN + 5)
+        ]
+        while len(set(log)) < MAX_BEGUN:
+            await asyncio.sleep(0)
+        await in_slices(busy("more", log, 1), "a", begun=True)
+        assert not any(work.done() for work in works)
+        await asyncio.gather(*works)
+
+    asyncio.run(main())
