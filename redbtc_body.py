@@ -1088,13 +1088,17 @@ def place_of(pieces: Pieces, wanted: str) -> Steps[int]:
 
 VALUE = re.compile(r"[\w.:=+~,-]{1,256}", re.ASCII)  # no '%', which could be decoded twice
 
+MAX_FIELDS = 100
 
 class Query:
     """The fields of a stored response's query that are forwarded. Empty ones and others, such as
     the `api-version` that tools add by themselves, are dropped without a refusal."""
 
     def __init__(self, given: bytes, allowed: Collection[str]) -> None:
-        """Raises Refusal for a forwarded value that could be read in more than one way."""
+        """Raises Refusal for a query with more than MAX_FIELDS fields, and for a forwarded value
+        that could be read in more than one way."""
+        if given.count(b"&") >= MAX_FIELDS:
+            raise Refusal("invalid_request", f"The query has more than {MAX_FIELDS} fields.")
         fields = parse_qsl(given.decode("latin-1"), errors="replace")
         self._fields = [(name, value) for name, value in fields if name in allowed]
         for name, value in self._fields:

@@ -490,6 +490,21 @@ def test_notes_hide_no_reference(gateway: Gateway, upstream: Upstream, key: str,
     assert not upstream.requests
 
 
+def test_a_query_has_few_fields(gateway: Gateway, upstream: Upstream) -> None:
+    """Each `after` is looked up: 1,400 of them, all its own, held the loop for 30 ms."""
+    key = gateway.new_key()
+    made = response_object()
+    upstream.script = json_answer(made)
+    create(gateway, key)
+    after = f"after={made['id']}"
+    with gateway.client(key) as client:
+        for field, count, status in ((after, 100, 200), (after, 101, 400), ("a", 30_000, 400)):
+            query = "&".join([field] * count)
+            answer = client.get(f"/responses/{made['id']}/input_items?{query}")
+            assert answer.status_code == status, answer.text
+            assert status == 200 or "100 fields" in answer.json()["error"]["message"]
+
+
 def test_own_objects_may_have_any_name(gateway: Gateway, upstream: Upstream) -> None:
     """Upstreams that are gateways themselves have names of their own."""
     item = {"id": "rs:1.a", "type": "reasoning", "summary": []}
