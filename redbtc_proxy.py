@@ -242,26 +242,27 @@ async def read_body(
     while True:
         await reserved.take(more, clock)
         room += more
+        begun = bool(body)
         try:
             with clock.running(seconds):
-                body, whole = await _read_up_to(
-                    room, body, receive, most, form, reserved.account_id
-                )
+                body, whole = await _read_up_to(room, body, receive, most, form is not None)
         except TimeoutError:
             if clock.client_left:
                 raise ClientLeft from None
             raise Refusal("request_timeout") from None
+        seconds = clock.deadline - clock.now()
+        if form:  # its turn to be parsed is waited for while the clock stands: no client is slow
+            await in_slices(form.grow(body), reserved.account_id, begun)
         if whole:
             return body
-        seconds = clock.deadline - clock.now()
-        more = min(room, most - room)
+        more = min(room, most - room) if len(body) > room else 0
 
 
 async def _read_up_to(
-    room: int, body: Buffer, receive: Receive, most: int, form: Form | None, account_id: str
+    room: int, body: Buffer, receive: Receive, most: int, one: bool
 ) -> tuple[Buffer, bool]:
-    """Read until the body is whole or fills the reserved `room` in bytes. Return what has been read
-    so far, and whether it is whole. Raises Refusal, ClientLeft."""
+    """Read until the body is whole or fills the reserved `room` in bytes; if `one`, only what comes
+    first. Return what has been read so far, and whether it is whole. Raises Refusal, ClientLeft."""
     while len(body) <= room:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -271,10 +272,8 @@ async def _read_up_to(
         else:
             body = bytearray(body + message["body"]) if body else message["body"]
         _check_size(len(body), most)
-        if form:
-            await in_slices(form.grow(body), account_id)
-        if not message["more_body"]:
-            return body, True
+        if one or not message["more_body"]:
+            return body, not message["more_body"]
     return body, False
 
 

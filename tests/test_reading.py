@@ -3,6 +3,7 @@ for bodies of requests without a place is bounded and shared fairly."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -10,7 +11,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -21,11 +22,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object
 
-from redbtc_limits import Places
+from redbtc_body import Form
+from redbtc_ledger import Key
+from redbtc_limits import Clock, Clocks, Limits, Places, Reservation
+from redbtc_pieces import Buffer, Steps
+from redbtc_proxy import read_body
 from redbtc_settings import SettingsError, parse_settings
+from redbtc_slices import in_slices
+from redbtc_watch import Message
 
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place, and all accounts 32
+SLOW = {"body_timeout_seconds": 1}
 SMALL = {"model": "gpt-up", "input": "Hi"}
 JSON = {"content-type": "application/json"}
 
@@ -406,3 +414,43 @@ def test_leaving_while_a_body_is_read_counts_as_a_request(gateway: Gateway) -> N
         wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
     with gateway.client(key) as client:
         assert code(client.post("/responses", json=SMALL)) == "rate_limit_exceeded"
+
+
+def test_waiting_for_a_turn_is_not_the_clients_slowness() -> None:
+    """A form is parsed as it arrives, and takes turns with the account's other bodies: one that had
+    arrived whole was answered 408. Only its first part waits for others to be done."""
+
+    works: list[asyncio.Task[None]] = []
+    begun = 0
+
+    def busy() -> Generator[None, None, None]:
+        nonlocal begun
+        begun += 1
+        end = time.monotonic() + 1.2
+        while time.monotonic() < end:
+            yield
+
+    async def run() -> None:
+        clocks, limits, settings = Clocks(), Limits(), parse_settings({"server": SLOW})
+        key = Key("key", "account", "active", *[None] * 11)
+        parts = iter([b"--b\r\n" + bytes(100)] + [bytes(100)] * 20 + [b"\r\n--b--"])
+
+        async def receive() -> Message:
+            works.append(asyncio.create_task(in_slices(busy(), "account")))
+            await asyncio.sleep(0)
+            part = next(parts)
+            return {"type": "http.request", "body": part, "more_body": not part.endswith(b"--")}
+
+        with Reservation(limits, key, settings) as reserved:
+            works.extend(asyncio.create_task(in_slices(busy(), "account")) for _ in range(5))
+            clock, form = Clock(clocks), SteppedForm(b"b")
+            await read_body({"headers": []}, receive, clock, settings, reserved, form)
+            assert begun < 15, "the later parts had to wait for later bodies"
+        for work in works:
+            work.cancel()
+
+    class SteppedForm(Form):
+        def grow(self, _: Buffer) -> Steps[None]:
+            yield
+
+    asyncio.run(run())
