@@ -583,7 +583,8 @@ class Content:
         self.plain = sent is text  # not compressed
         self.size = len(text)  # bytes, decoded
         self.offers_tools = False
-        self.references: Collection[Reference] = ()  # all stored objects that it names
+        # All stored objects that it names, until they are looked up.
+        self.references: Collection[Reference] = ()
         self.most_input_tokens = self.size
         self._options_at: int | None = None  # offset of `stream_options` without `include_usage`
         self._inherited: dict[str, bool] = {}
@@ -975,9 +976,10 @@ MAX_MENTIONS = 50_000  # repeated ones included
 MAX_HIDING = 200  # bytes of a string that is looked at: any name with all its letters escaped
 
 
-class Reference(NamedTuple):
+class Reference(Struct, frozen=True, gc=False):
     """A stored object that a body names, and the member that names it. It has to be the account's
-    own: another account's and one that does not exist are refused alike."""
+    own: another account's and one that does not exist are refused alike. (Garbage collections skip
+    it: to go through the references of many bodies would hold the loop.)"""
 
     name: str
     id: str
@@ -1086,9 +1088,9 @@ def place_of(pieces: Pieces, wanted: str) -> Steps[int]:
 
 # ── Queries ──────────────────────────────────────────────────────────────────────────────────────
 
+MAX_FIELDS = 100
 VALUE = re.compile(r"[\w.:=+~,-]{1,256}", re.ASCII)  # no '%', which could be decoded twice
 
-MAX_FIELDS = 100
 
 class Query:
     """The fields of a stored response's query that are forwarded. Empty ones and others, such as

@@ -66,7 +66,7 @@ from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
-from redbtc_meter import StreamMeter
+from redbtc_meter import MAX_NAME, StreamMeter
 from redbtc_pieces import Buffer, Steps
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_server import (
@@ -779,15 +779,18 @@ class Gateway:
         self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
     ) -> set[str]:
         """The upstream that has what the request builds on, if it builds on anything; the content
-        inherits the models that work in that. `made`: what is the client's own without being
-        stored. Raises Refusal."""
-        named = content.references
-        if not named:
+        inherits the models that work in that, and drops its references, so that they take no memory
+        while it waits for a place. `made`: what is the client's own without being stored. Raises
+        Refusal."""
+        if not content.references:
             return set()
-        return await in_slices(self._find(key, content, made), key.account_id, begun=True)
+        homes = await in_slices(self._find(key, content, made), key.account_id, begun=True)
+        content.references = ()
+        return homes
 
     def _find(self, key: Key, content: Content, made: Mapping[str, Home]) -> Steps[set[str]]:
-        asked = list({each.id for each in content.references if each.id})  # "" is nobody's
+        # "" is nobody's. What is longer was never learned, and many of them would make a query long.
+        asked = list({each.id for each in content.references if 0 < len(each.id) <= MAX_NAME})
         found: dict[str, Home | None] = {}
         for at in range(0, len(asked), ledger.MAX_LOOK_UPS):
             found |= self._look_up(key, asked[at : at + ledger.MAX_LOOK_UPS])

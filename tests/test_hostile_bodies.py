@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import json
 import random
+import sqlite3
 import sys
 import time
 import tracemalloc
@@ -13,10 +15,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from gateway import Gateway
+from conftest import MakeGateway
+from gateway import Gateway, wait_until
 from speed import Stalls, longest_step, result_of, unit
 from test_bodies import PACKERS
-from upstream import Upstream, json_answer, response_object
+from upstream import Upstream, json_answer, response_object, silent
 
 import redbtc_body
 import redbtc_pieces
@@ -435,6 +438,54 @@ def test_many_small_bodies_at_once_take_little_memory(
                     answer = sock.recv(4096)
             assert answer.startswith(b"HTTP/1.1 200 ")
     assert most - before < 150_000_000, most - before
+
+
+def test_what_a_body_names_is_nothing_to_collect() -> None:
+    """Collections of garbage took 300 ms while 60 requests with 20,000 references each waited."""
+    text = body(input=b"[%b]" % b",".join(b'{"id":"a%d"}' % n for n in range(20_000)))
+    gc.collect()
+    before = len(gc.get_objects())
+    content = result_of(Content.steps(text, text))
+    assert len(content.references) == 20_000
+    assert len(gc.get_objects()) - before < 1000
+
+
+def test_what_a_body_names_takes_no_memory_while_it_waits(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway({"limits": {"queue_seconds": 600}}).start()
+    key = gateway.new_key(concurrency=1)
+    upstream.script = json_answer(response_object())
+    with gateway.client(key) as client:
+        assert client.post("/responses", json={"model": "m", "input": "x"}).status_code == 200
+    names = [f"item_{number:06d}" for number in range(19_000)]
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database, database:
+        database.executemany(
+            """INSERT INTO stored_objects (id, account_id, upstream, created_at)
+               SELECT ?, account_id, upstream, created_at FROM stored_objects LIMIT 1""",
+            [(name,) for name in names],
+        )
+    upstream.script = silent
+    asked = {"model": "m", "input": [{"id": name} for name in names]}
+    size = len(json.dumps(asked))
+    before = gateway.rss()
+    with contextlib.ExitStack() as stack:
+        for _ in range(30):
+            stack.enter_context(gateway.begin(key, asked))
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 29)
+        assert gateway.rss() - before < 30 * 3 * size + 40_000_000
+
+
+@pytest.mark.parametrize("size", [300, 32_000])
+def test_long_ids_are_not_looked_up(gateway: Gateway, key: str, size: int) -> None:
+    """A query for 250 of them took 30 ms. No id of more than 256 characters is ever learned."""
+    items = [{"type": "item_reference", "id": f"{n:03d}" + "a" * size} for n in range(250)]
+    with gateway.client(key) as client, Stalls(gateway.port) as stalls:
+        for _ in range(3):
+            answer = client.post("/responses", json={"model": "m", "input": items})
+            assert answer.status_code == 400
+            assert "item_reference" in answer.json()["error"]["message"]
+    assert stalls.longest < MOST_UNITS
 
 
 def test_a_history_with_everything_in_it_passes(
