@@ -1088,7 +1088,7 @@ def place_of(pieces: Pieces, wanted: str) -> Steps[int]:
 
 # ── Queries ──────────────────────────────────────────────────────────────────────────────────────
 
-MAX_FIELDS = 100
+MAX_FIELDS = 100  # of a query
 VALUE = re.compile(r"[\w.:=+~,-]{1,256}", re.ASCII)  # no '%', which could be decoded twice
 
 

@@ -257,6 +257,8 @@ class Metered(Exchange):
         report = self.meter.report
         if len(report.made) == self._named or not self.endpoint.stores:
             return
+        if (self.status or 200) >= 300:  # an error makes nothing
+            return
         fresh = list(report.made.items())[self._named :]
         self._named = len(report.made)
         background = self._facts.background is True
@@ -497,7 +499,8 @@ class Unended:
             del self._counts[account_id]
 
     def _add(self, response: Background) -> None:
-        self._responses[response.row.response_id or ""] = response
+        """Let visits see the response, unless an odd upstream gave its id to an earlier one too."""
+        self._responses.setdefault(response.row.response_id or "", response)
 
     def _remove(self, response: Background) -> None:
         response_id = response.row.response_id or ""

@@ -789,7 +789,7 @@ class Gateway:
         return homes
 
     def _find(self, key: Key, content: Content, made: Mapping[str, Home]) -> Steps[set[str]]:
-        # "" is nobody's. What is longer was never learned, and many of them would make a query long.
+        # "" is nobody's. Long ids were never learned, and many of them would make a long query.
         asked = list({each.id for each in content.references if 0 < len(each.id) <= MAX_NAME})
         found: dict[str, Home | None] = {}
         for at in range(0, len(asked), ledger.MAX_LOOK_UPS):
