@@ -31,7 +31,7 @@ ONCE = (  # of duplicates, one reader may use the first and another the last
     b"content-encoding",
     b"authorization",
 )
-HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 # Within the websockets package's own maximums (128 headers, lines of 8192 bytes): it closes on a
 # larger handshake without a response.
 MAX_HANDSHAKE_HEADERS, MAX_HANDSHAKE_LINE = 128, 8000

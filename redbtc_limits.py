@@ -233,6 +233,7 @@ class Limited:
         self.waiting = 0  # requests that have to wait for anything
         self.free = 0  # requests whose first FREE_BYTES are not counted
         self.shared = 0  # bytes being read that count for the whole gateway
+        self.shared_waits = 0  # bytes that will count in `shared` and are waited for
         self.places = Places()
         self.reading = Places()  # bytes of memory for bodies
         self.small_frames = Bucket()  # frames of WebSockets
@@ -570,16 +571,28 @@ class Reservation:
         if self._held:  # growing bodies can wait for each other: let one of them give up first
             seconds *= random.uniform(0.5, 1)
         patience, most = time.monotonic() + seconds, self._settings.server.reading_bytes
-        await self._take_share(self._account, most // 2, more, patience, clock)
+        taken = 0
         try:
-            beyond = self._beyond_own() - self._account.shared
-            if beyond > 0:
-                await self._take_share(self._everybody, most, beyond, patience, clock)
-                self._account.shared += beyond
-                self._release(0)  # what others of the account gave back meanwhile
+            await self._take_share(self._account, most // 2, more, patience, clock)
+            taken = more
+            await self._take_shared(most, more, patience, clock)
         except BaseException:
-            self._release(more)
+            self._release(taken)  # none may have been taken for an instant, and counted as shared
             raise
+
+    async def _take_shared(self, most: int, more: int, patience: float, clock: Clock) -> None:
+        """Take the part of `more` bytes that counts for the whole gateway. What other requests of
+        the account are waiting for is left to them."""
+        account = self._account
+        beyond = min(more, self._beyond_own() - account.shared - account.shared_waits)
+        if beyond > 0:
+            account.shared_waits += beyond
+            try:
+                await self._take_share(self._everybody, most, beyond, patience, clock)
+            finally:
+                account.shared_waits -= beyond
+            account.shared += beyond
+            self._release(0)  # what others of the account gave back meanwhile
 
     async def _take_share(
         self, limited: Limited, most: int, more: int, patience: float, clock: Clock

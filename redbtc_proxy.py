@@ -394,6 +394,8 @@ class Relay:
         headers = headers_for_upstream(self._scope["headers"], store, account_id)
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
+        else:
+            headers = [line for line in headers if line[0] != b"content-encoding"]
         self._body = Body(self._bytes)
         answer = await upstream.open(self._method, self._path, self._query, headers, self._body)
         try:

@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import enum
 import http
+import ipaddress
 import logging
 import math
 import resource
@@ -806,7 +807,7 @@ def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.sock
     to `tries` are tried until one is free at every address. "::" means all addresses of IPv6 and
     IPv4, unless an IPv4 address is listed as well. (IPv4 gets a socket of its own: on a shared one
     its clients would appear as ::ffff:192.0.2.1.) Raise LedgerError where listening fails."""
-    if "::" in hosts and all(":" in host for host in hosts):
+    if all(":" in host for host in hosts) and any(is_any_address(host) for host in hosts):
         hosts = [*hosts, "0.0.0.0"]
     listeners: list[socket.socket] = []
     try:
@@ -820,6 +821,13 @@ def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.sock
             return listen(hosts, port, tries - 1)
         raise
     return listeners
+
+
+def is_any_address(host: str) -> bool:
+    """Return whether a host is "::" or "0.0.0.0", in any spelling."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_unspecified
+    return False
 
 
 def _listen_on(host: str, port: int) -> socket.socket:

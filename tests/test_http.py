@@ -30,6 +30,8 @@ CASES = {
     "two hosts": ("GET /v1/models HTTP/1.1\nHost: a\nHost: b\nAuthorization: Bearer KEY", 400),
     "a host with a path": ("GET /v1/models HTTP/1.1\nHost: a/../b?x#y\nAuthorization: x", 400),
     "a host with a user": ("GET /v1/models HTTP/1.1\nHost: u@a\nAuthorization: x", 400),
+    "a host with an empty port": ("GET /v1/files HTTP/1.1\nHost: a:", 404),
+    "a host with a long port": ("GET /v1/files HTTP/1.1\nHost: a:123456", 400),
     "HTTP/0.9": ("GET /v1/models", 400),
     "HTTP/2 in words": ("GET /v1/models HTTP/2.0\nHost: a", 400),
     "gzip, chunked": (

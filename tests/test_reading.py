@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -22,9 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object
 
+import redbtc_limits
 from redbtc_body import Form
 from redbtc_ledger import Key
-from redbtc_limits import Clock, Clocks, Limits, Places, Reservation
+from redbtc_limits import Clock, Clocks, Limits, NoRoom, Places, Reservation
 from redbtc_pieces import Buffer, Steps
 from redbtc_proxy import read_body
 from redbtc_settings import SettingsError, parse_settings
@@ -359,8 +362,6 @@ def test_the_decoded_copy_takes_memory_while_it_waits_for_a_place(
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_amounts_are_given_in_turn(data: st.DataObject) -> None:
-    import asyncio
-
     async def run() -> None:
         places, limit = Places(), 10
         waiting: list[tuple[int, asyncio.Task[None]]] = []
@@ -392,6 +393,106 @@ def test_amounts_are_given_in_turn(data: st.DataObject) -> None:
             task.cancel()
 
     asyncio.run(run())
+
+
+def test_two_waits_of_an_account_are_each_for_its_own_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second would otherwise stand in everybody's line for the bytes of both."""
+    monkeypatch.setattr(redbtc_limits, "OWN_BYTES", 0)
+    server = SimpleNamespace(reading_bytes=100)
+    settings_: Any = SimpleNamespace(server=server, limits=SimpleNamespace(queue_seconds=60))
+
+    async def run() -> None:
+        limits, clocks = Limits(), Clocks()
+
+        async def take(account: str, size: int) -> Reservation:
+            key: Any = SimpleNamespace(account_id=account)
+            reserved = Reservation(limits, key, settings_)  # without `with`: all bytes count
+            await reserved.take(size, Clock(clocks))
+            return reserved
+
+        await take("b", 45)
+        c = await take("c", 50)
+        waiting = [asyncio.create_task(take("a", 10)) for _ in range(2)]
+        await asyncio.sleep(0)
+        c.give_back(15)
+        for task in waiting:
+            await asyncio.wait_for(task, 5)
+        for task in waiting:
+            task.result().give_back(10)
+        everybody = limits.memory(cast(Any, SimpleNamespace(account_id="a")))[1]
+        assert everybody.reading.taken == 80
+
+    asyncio.run(run())
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 2**32))
+def test_memory_is_counted_right_however_waits_and_returns_interleave(seed: int) -> None:
+    """Whoever has memory has it counted, for the account and for the gateway, and all of it comes
+    back."""
+    draw = random.Random(seed)
+    server = SimpleNamespace(reading_bytes=100)
+    seconds = SimpleNamespace(queue_seconds=draw.choice([0.001, 0.02]))
+    settings_: Any = SimpleNamespace(server=server, limits=seconds)
+    real = dict.fromkeys("abc", 0)
+
+    async def run() -> None:
+        limits, clocks = Limits(), Clocks()
+
+        def check() -> None:
+            beyond = 0
+            for account, size in real.items():
+                limited, everybody = limits.memory(cast(Any, SimpleNamespace(account_id=account)))
+                assert size <= limited.reading.taken <= 50
+                assert max(0, size - 10) <= limited.shared
+                beyond += limited.shared
+            assert beyond <= everybody.reading.taken <= 100  # a wait may just have been granted
+
+        async def use() -> None:
+            account = draw.choice("abc")
+            key: Any = SimpleNamespace(account_id=account)
+            reserved, held = Reservation(limits, key, settings_), 0
+            with reserved:
+                reserved._free = 0
+                try:
+                    for _ in range(draw.randint(1, 3)):
+                        more = draw.randint(1, 16)
+                        await reserved.take(more, Clock(clocks))
+                        held += more
+                        real[account] += more
+                        check()
+                        await asyncio.sleep(draw.choice([0, 0, 0.001]))
+                        less = draw.randint(0, held)
+                        held -= less
+                        real[account] -= less
+                        reserved.give_back(less)
+                        check()
+                except NoRoom:
+                    pass
+                finally:
+                    real[account] -= held
+            check()
+
+        tasks = [asyncio.create_task(use()) for _ in range(30)]
+        for task in tasks:
+            await asyncio.sleep(0)
+            if draw.random() < 0.1:
+                task.cancel()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            assert task.cancelled() or task.exception() is None, task.exception()
+        assert not any(real.values())
+        for account in "abc":
+            limited, everybody = limits.memory(cast(Any, SimpleNamespace(account_id=account)))
+            counts = limited.waiting, limited.shared, limited.shared_waits, limited.reading.taken
+            assert counts == (0, 0, 0, 0)
+            assert everybody.reading.taken == limits.queued == 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redbtc_limits, "OWN_BYTES", 10)
+        asyncio.run(run())
 
 
 def test_one_body_must_always_fit() -> None:

@@ -205,7 +205,7 @@ def test_a_body_that_means_nothing_reaches_nobody(
     with gateway.client(own, limits=httpx2.Limits(max_connections=1)) as client:
         for method, suffix in (("GET", ""), ("GET", "/input_items"), ("DELETE", "")):
             content = iter([body[:5], body[5:]]) if chunked else body
-            headers = {"content-type": "application/json"}
+            headers = {"content-type": "application/json", "content-encoding": "gzip"}
             path = f"/responses/{made}{suffix}"
             answer = client.request(method, path, content=content, headers=headers)
             assert answer.status_code == 200, answer.text
@@ -215,6 +215,7 @@ def test_a_body_that_means_nothing_reaches_nobody(
         assert request.body == b""
         assert request.header("content-length") is None
         assert request.header("transfer-encoding") is None
+        assert request.header("content-encoding") is None
 
 
 def test_a_body_that_means_nothing_has_its_bounds(
