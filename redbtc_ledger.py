@@ -945,9 +945,11 @@ class Objects:
         names = orjson.dumps(list(ids)).decode()
         rows = {row[0]: row[1:] for row in self._store.look_up_all(OWNERS, (names,))}
         found: dict[str, Home | None] = {}
+        homes: dict[Home, Home] = {}  # equal ones are one, so that few are kept
         for each in ids:
             if owned := decided(rows.get(each), self._claims.get(each)):
-                found[each] = owned.home if owned.account_id == account_id else None
+                home = homes.setdefault(owned.home, owned.home)
+                found[each] = home if owned.account_id == account_id else None
         return found
 
     def is_free(self, object_id: str) -> bool:
