@@ -633,7 +633,9 @@ class HTTPProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value.rstrip(b" \t")))  # RFC 9110 §5.5
+        if value[-1:] in (b" ", b"\t"):  # no part of the value (RFC 9110 §5.5)
+            value = value.rstrip(b" \t")
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
