@@ -510,7 +510,7 @@ class Reservation:
         self.account_id = key.account_id
         self._limits = limits
         self._account, self._everybody = limits.memory(key)
-        self._settings = settings
+        self.settings = settings
         self._free = 0  # bytes that are not counted
         self._size = 0  # bytes that were asked for
         self._held = 0  # bytes that were taken: all but the free ones
@@ -567,10 +567,10 @@ class Reservation:
         return max(0, self._account.reading.taken - OWN_BYTES)
 
     async def _take(self, more: int, clock: Clock) -> None:
-        seconds = self._settings.limits.queue_seconds
+        seconds = self.settings.limits.queue_seconds
         if self._held:  # growing bodies can wait for each other: let one of them give up first
             seconds *= random.uniform(0.5, 1)
-        patience, most = time.monotonic() + seconds, self._settings.server.reading_bytes
+        patience, most = time.monotonic() + seconds, self.settings.server.reading_bytes
         taken = 0
         try:
             await self._take_share(self._account, most // 2, more, patience, clock)

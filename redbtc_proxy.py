@@ -1206,7 +1206,6 @@ class Running:
             proxy_headers=True,
             forwarded_allow_ips=list(settings.trusted_proxies),
             ws=WebSocketProtocol,
-            ws_max_size=settings.max_body_bytes,
             ws_per_message_deflate=False,
             ws_ping_interval=PING_SECONDS,
             ws_ping_timeout=60,

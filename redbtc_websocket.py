@@ -84,7 +84,8 @@ UNRESOLVED = ("response.steer.failed", "response.steer.pending")
 # connection's frames one by one, in slices, and at most one message waits for the app. It stops
 # reading from the socket while there is no memory for a message, and while the account's clients
 # send more small frames than SMALL_FRAMES_PER_MINUTE. The rest of a refused message is read and
-# thrown away.
+# thrown away. If the refusal ends the connection, so is what still arrives for a moment: closing on
+# unread bytes would reset the connection before the client has read the close frame.
 
 MAX_FRAGMENTS = 10_000  # of a message
 MAX_CONTROL_BYTES = 125  # RFC 6455 §5.5
@@ -92,9 +93,12 @@ SMALL_BYTES = 1024  # a frame with fewer is small: it costs more for parsing tha
 SMALL_FRAMES_PER_MINUTE = 6000  # of an account
 REFUSED_FRAMES = 10  # how many small frames a refused event counts as
 MAX_PAUSE = 30  # seconds that refused events can pause reading; a ping waits 60 for its answer
+LINGER_SECONDS = 2  # for the client to read the close frame and to close its side
+MAX_LINGER = 256 << 20  # bytes that are thrown away in that time; reading a message costs more
 MAX_PART = 256 << 10  # bytes that are masked or unmasked in one step; a multiple of the mask's four
 FIN, CONTROL, MASKED = 0x80, 0x08, 0x80  # RFC 6455 §5.2: bits of a head's first and second byte
-LONG, LONG_HEAD = 127, 14  # the second byte of a head with a length of eight bytes; its own length
+LENGTHS = {126: 2, 127: 8}  # by the second byte of a head: the bytes in which the length follows
+LONG_HEAD = 14  # bytes of a head with a length of eight bytes
 
 
 class FrameReader(StreamReader):
@@ -102,18 +106,23 @@ class FrameReader(StreamReader):
     wait while there is no room for a payload. The parser unmasks a payload in one call, so a long
     frame is presented to it as several fragments."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.max_bytes = 0  # of a message, which the frames announce
+        self.message_bytes = 0  # that the frames of the current message have announced
         self.between_frames = True
         self.continues = False  # what is read is a part of a long frame, and not its first
         self.room = 0  # bytes of payload that may be read
         self.wanted = 0  # bytes of a payload that waits for room
         self.drops = False  # whether payloads are thrown away
-        self.dropped_bytes = 0
-        self._max_bytes = max_bytes  # the parser refuses a frame with more
         self._first = 0  # of a long frame: the first byte, the mask, and what is to be shown of it
         self._mask = b""
         self._left = 0
+
+    @property
+    def too_large(self) -> bool:
+        """Whether the message has more bytes than it may have. No more of it is read."""
+        return self.message_bytes > self.max_bytes
 
     def at_eof(self) -> Generator[None, None, bool]:
         """Return whether the stream has ended. The parser calls this before each frame. Raises
@@ -130,20 +139,27 @@ class FrameReader(StreamReader):
         return ended
 
     def _look_at_head(self) -> Generator[None, None, None]:
-        """Take the head of a long frame out, once there is room for it."""
+        """Add a frame's length to its message's. Take the head of a long frame out, once there is
+        room for it. Does not end for a message that is too large."""
         while len(self.buffer) < 2:
             yield
         first, second = self.buffer[:2]
+        size = second & ~MASKED
         if first & CONTROL:
-            if second & ~MASKED > MAX_CONTROL_BYTES:
+            if size > MAX_CONTROL_BYTES:
                 raise ProtocolError("control frame too long")
             return
-        if second != MASKED | LONG:
-            return
-        while len(self.buffer) < LONG_HEAD:
+        if size in LENGTHS:
+            end = 2 + LENGTHS[size]
+            while len(self.buffer) < end:
+                yield
+            size = int.from_bytes(self.buffer[2:end], "big")
+        self.message_bytes += size
+        while self.too_large:
             yield
-        size = int.from_bytes(self.buffer[2:10], "big")
-        if MAX_PART < size <= self._max_bytes:
+        if size > MAX_PART and second & MASKED:  # else the parser refuses it
+            while len(self.buffer) < LONG_HEAD:
+                yield
             yield from self._wait_for_room(size)
             self._first, self._mask, self._left = first, bytes(self.buffer[10:LONG_HEAD]), size
             del self.buffer[:LONG_HEAD]
@@ -154,7 +170,7 @@ class FrameReader(StreamReader):
         self._left -= size
         first = 0 if self.continues else self._first & ~FIN
         first |= 0 if self._left else self._first & FIN
-        self.buffer[:0] = struct.pack("!BBQ", first, MASKED | LONG, size) + self._mask
+        self.buffer[:0] = struct.pack("!BBQ", first, MASKED | 127, size) + self._mask
 
     def _wait_for_room(self, n: int) -> Generator[None, None, None]:
         while n > self.room and not self.drops:
@@ -172,7 +188,6 @@ class FrameReader(StreamReader):
         return (yield from super().read_exact(n))
 
     def _drop(self, n: int) -> Generator[None, None, None]:
-        self.dropped_bytes += n
         while n > len(self.buffer):
             n -= len(self.buffer)
             self.buffer.clear()
@@ -180,14 +195,23 @@ class FrameReader(StreamReader):
         del self.buffer[:n]
 
 
-class Intake(NamedTuple):
+class Intake:
     """The limits within which a connection is read."""
 
-    reserved: Reservation
-    clock: Clock
-    small_frames: Bucket
-    max_bytes: int  # of a message
-    message_seconds: float
+    def __init__(self, gateway: Gateway, key: Key) -> None:
+        self._gateway = gateway
+        self.reserved = Reservation(gateway.limits, key, gateway.settings)
+        self.clock = Clock(gateway.clocks)
+        self.small_frames = gateway.limits.small_frames(key)
+        self.max_bytes = 0  # of a message
+        self.message_seconds = 0.0
+        self.renew()
+
+    def renew(self) -> None:
+        """Read the limits of the next message from the settings, which can have changed."""
+        settings = self.reserved.settings = self._gateway.settings
+        self.max_bytes = settings.server.max_body_bytes
+        self.message_seconds = settings.server.body_timeout_seconds
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
@@ -200,6 +224,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     _arrival: asyncio.Future[None] | None = None  # done when bytes have arrived
     _paused = False
     _ended = False  # no more frames are read
+    _discarded = 0  # bytes that arrived after that
     # For the message that is being read:
     _reserved = 0  # bytes of memory
     _fragments = 0
@@ -208,7 +233,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn.reader = self._reader = FrameReader(self.config.ws_max_size)
+        self.conn.max_message_size = None  # the reader bounds it
+        self.conn.reader = self._reader = FrameReader()
         self.conn.parser = self.conn.parse()
         next(self.conn.parser)
 
@@ -238,6 +264,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             if not self.handshake_initiated:  # which can't be read: nothing will answer it
                 self.transport.abort()
             return
+        if self._ended:
+            self._discard(len(data))
+            return
         self._reader.feed_data(data)
         if self._arrival and not self._arrival.done():
             self._arrival.set_result(None)
@@ -256,15 +285,51 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             return
         self._intake, self._reading = intake, asyncio.current_task()
         with intake.reserved:
-            self._seconds = intake.message_seconds
             while not self._ended:
                 await in_slices(self._handle_frames(), intake.reserved.account_id)
                 await self._wait()
         self._reader.buffer.clear()
         self.frames.clear()
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Throw away what still arrives. Once the close frame is sent, end the sending side, and
+        give the client LINGER_SECONDS to end its own."""
+        self._resume()
+        while not (self.close_sent or self.transport.is_closing()):
+            await asyncio.sleep(TICK)
+        if not self.transport.is_closing():
+            with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
+                self.transport.write_eof()
+            if self.close_timer:
+                self.close_timer.cancel()
+            self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _discard(self, size: int) -> None:
+        self._discarded += size
+        if self._discarded > MAX_LINGER:
+            self.transport.abort()
+
+    def handle_parser_exception(self) -> None:
+        """Send the close frame for a frame that can't be parsed."""
+        close = self.conn.close_sent
+        assert close is not None, "the parser has failed the connection"
+        self._hand_over(
+            {"type": "websocket.disconnect", "code": close.code, "reason": close.reason}
+        )
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+
+    @property
+    def _between_messages(self) -> bool:
+        return self._reader.between_frames and not self._fragments
 
     def _handle_frames(self) -> Generator[None, None, None]:
         """Handle the frames that have arrived, until there is something to wait for (`_wait`)."""
+        if self._between_messages:
+            self._intake.renew()
+            self._reader.max_bytes = self._intake.max_bytes
+            self._seconds = self._intake.message_seconds
         small_frames = self._intake.small_frames
         small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
         while not self._ended and self._whole is None and self.queue.empty():
@@ -281,16 +346,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             yield
 
     def _count(self, frame: WireFrame) -> None:
-        """Charge a small frame. Refuse a message that has too many fragments, or of which more than
-        `max_bytes` were thrown away."""
+        """Charge a small frame, and refuse a message that has too many fragments."""
         if self._reader.continues:
             return
         if len(frame.data) < SMALL_BYTES:
             self._intake.small_frames.charge(1)
         self._fragments += frame.opcode in DATA_OPCODES
-        if self._fragments > MAX_FRAGMENTS or self._reader.dropped_bytes > self._intake.max_bytes:
-            allowed = f"{self._intake.max_bytes} bytes in {MAX_FRAGMENTS} fragments"
-            self._end(Refusal("request_too_large", f"A message may have {allowed}."), TOO_BIG)
+        if self._fragments > MAX_FRAGMENTS:
+            self._refuse_size()
+
+    def _refuse_size(self) -> None:
+        allowed = f"at most {self._intake.max_bytes} bytes in {MAX_FRAGMENTS} fragments"
+        self._end(Refusal("request_too_large", f"A message may have {allowed}."), TOO_BIG)
 
     def handle_cont(self, event: WireFrame) -> None:
         """Append a fragment to the message: joining all of them at the end could take long."""
@@ -303,10 +370,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         """The message is whole."""
         whole = self.frames[0] if self.frames else b""
-        self.frames, self._fragments = [], 0
+        self.frames, self._fragments, self._reader.message_bytes = [], 0, 0
         self._seconds = self._intake.message_seconds
         if self._reader.drops or self.close_sent:
-            self._reader.drops, self._reader.dropped_bytes = False, 0
+            self._reader.drops = False
             self._give_back(0)
         else:
             self._whole = whole
@@ -315,7 +382,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         small_frames = self._intake.small_frames
         if self._ended:
             return
-        if self._reader.wanted:
+        if self._reader.too_large:
+            self._refuse_size()
+        elif self._reader.wanted:
             await self._make_room(self._reader.wanted)
         elif self._whole is not None:
             await self._deliver(self._whole)
@@ -368,11 +437,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     async def _wait_for_bytes(self) -> None:
         """Wait until bytes arrive. Stop reading if a message takes too long to arrive."""
         self._arrival = self.loop.create_future()
-        if self._paused and not self.transport.is_closing():
-            self._paused = False
-            self.transport.resume_reading()
-        if self._reader.between_frames and not self._fragments:
-            self._seconds = self._intake.message_seconds
+        self._resume()
+        if self._between_messages:
             await self._arrival
             return
         clock = self._intake.clock
@@ -383,6 +449,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         except TimeoutError:
             message = f"A message took longer than {self._intake.message_seconds:g} s to arrive."
             self._end(Refusal("request_timeout", message), POLICY_VIOLATION)
+
+    def _resume(self) -> None:
+        if self._paused and not self.transport.is_closing():
+            self._paused = False
+            self.transport.resume_reading()
 
     def _end(self, refusal: Refusal, close: int) -> None:
         """Stop reading frames, and let the app close the connection with the code `close`."""
@@ -713,20 +784,12 @@ class Session:
 
     async def _read_frames(self) -> None:
         """Read frames until the client's connection ends, which can be after the session's end."""
-        gateway, server = self.gateway, self.gateway.settings.server
-        self._reserved = Reservation(gateway.limits, self._key, gateway.settings)
-        self._small_frames = gateway.limits.small_frames(self._key)
-        intake = Intake(
-            self._reserved,
-            Clock(gateway.clocks),
-            self._small_frames,
-            server.max_body_bytes,
-            server.body_timeout_seconds,
-        )
+        intake = Intake(self.gateway, self._key)
+        self._reserved, self._small_frames = intake.reserved, intake.small_frames
         try:
             await self._scope["read_frames"](intake)
         except Exception as error:
-            gateway.watch.failed(self._scope, error)
+            self.gateway.watch.failed(self._scope, error)
             self._scope["abort"]()
 
     def _headers(self, connection: ClientConnection) -> Headers:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import re
+import signal
 import socket
 import struct
 import threading
@@ -307,6 +308,86 @@ def test_a_message_has_a_bounded_number_of_fragments(
     assert not upstream.sockets[0].texts
 
 
+def ended(ws: Wire) -> bool:
+    """Return whether the gateway has ended its side of the connection, which is not reset."""
+    return ws.sock.recv(1) == b""
+
+
+def test_a_message_that_is_too_large_is_refused_and_never_reset(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The client sends all of it before it reads anything."""
+    gateway = make_gateway("[server]\nmax_body_bytes = 2000000").start()
+    key = gateway.new_key()
+    room = 2 * MB - len(message(0))
+    tries = [
+        frame(message(room + 1)),
+        frame(message(9 * MB)),
+        fragmented(message(room + 1), 100),
+        fragmented(message(9 * MB), 100),
+    ] * 4
+    for data in tries:
+        with wire(gateway, key) as ws:
+            ws.sock.sendall(data)
+            event = ws.until("error")
+            assert (event["status"], event["error"]["code"]) == (413, "request_too_large")
+            assert "at most 2000000 bytes" in event["error"]["message"]
+            assert ws.closed() == 1009
+            assert ended(ws)
+    refused = 'redbtc_requests_total{outcome="refused",route="/v1/responses",status="413"}'
+    assert gateway.metrics()[refused] == len(tries)
+    with wire(gateway, key) as ws:
+        for data in (frame(message(room)), fragmented(message(room), 100)):
+            ws.sock.sendall(data)
+            ws.completed()
+
+
+def test_who_does_not_stop_sending_is_cut_off(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("[server]\nmax_body_bytes = 2000000").start()
+    with wire(gateway, gateway.new_key()) as ws:
+        ws.sock.sendall(frame(message(2 * MB)))
+        with contextlib.suppress(OSError):
+            while True:
+                ws.sock.sendall(bytes(MB))
+        wait_until(lambda: gateway.connections() == 0)
+
+
+def test_a_connection_ends_at_once_after_a_frame_that_is_none(gateway: Gateway, key: str) -> None:
+    with wire(gateway, key) as ws:
+        ws.sock.sendall(b"\xff" * 9 * MB)
+        assert ws.closed() == 1002
+        assert ended(ws)
+        assert gateway.connections() == 1, "only the client's side is left"
+
+
+def test_new_limits_hold_for_open_connections(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("[server]\nmax_body_bytes = 200000\nmax_reading_bytes = 800000").start()
+    key = gateway.new_key()
+
+    def reload(settings: str) -> None:
+        before = gateway.log().count('"event":"reloaded"')
+        gateway.configure(f"[server]\n{settings}\n")
+        gateway.signal(signal.SIGHUP)
+        wait_until(lambda: gateway.log().count('"event":"reloaded"') > before)
+
+    with wire(gateway, key) as ws, wire(gateway, key) as slow:
+        for each in (ws, slow):
+            each.send(message(150_000))
+            each.completed()
+        reload("max_body_bytes = 8000000")
+        ws.send(message(7 * MB))
+        ws.completed()
+        reload("max_body_bytes = 100000\nbody_timeout_seconds = 0.2")
+        ws.send(message(150_000))
+        assert ws.refused() == "request_too_large"
+        slow.send(b"{", fin=False)
+        assert slow.refused() == "request_timeout"
+
+
 def unfinished(ws: Wire, size: int) -> None:
     """Send all of a message but its last byte, as far as the gateway reads it."""
     ws.sock.setblocking(False)
@@ -416,6 +497,8 @@ def test_a_message_has_its_time(make_gateway: MakeGateway, upstream: Upstream) -
                 ws.sock.sendall(data)
                 assert ws.refused() == "request_timeout"
                 assert ws.closed() == 1008
+                assert ended(ws)
+                wait_until(lambda: gateway.connections() == 2, 20, "for the client to end its side")
         with wire(gateway, key) as ws, contextlib.suppress(OSError):
             ws.send(b"{", fin=False)
             for _ in range(100):  # pings are no progress
