@@ -17,7 +17,8 @@ the steering goes on; it has its own row, in its turn's place.
 
 Rule 4. A line has one fate. There is no way to stop a single response, so when a turn's time is up
 its line is closed, and the other turns on it fail as they do when the upstream is gone. When the
-last line has ended, so does the session.
+last line has ended, so does the session, unless the gateway gave it up for a message that the
+upstream has answered but does not read: then the next request opens another line.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ if TYPE_CHECKING:
 RESPONSES = Endpoint("/v1/responses", stores=True)
 MOST_SESSIONS = 100  # of an account
 MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
-LINE_SECONDS = 2  # for closing a line
+LINE_SECONDS = 2  # for closing a line, and for the end of a message that is answered already
+WRITE_LIMIT = 32 << 10  # bytes that websockets buffers before it waits for the upstream to read
 MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not answered
 STEER_SECONDS = 30  # for the response that follows one which was steered
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
@@ -664,16 +666,24 @@ class Line:
         self.upstream = upstream
         self.connection = connection
         self.lost = False
+        self.given_up = False
         self.waits_for_client = False  # that reads slowly
 
-    async def send(self, text: Buffer) -> None:
-        """Raises ConnectionClosed. A long text is sent on when the caller waits no more: nothing
-        could follow a half of it."""
-        if len(text) <= MAX_PART:
+    async def send(self, text: Buffer, over: asyncio.Future[None] | None = None) -> bool:
+        """Send a message and return True. Return False if the upstream has not read it LINE_SECONDS
+        after `over` is done. Raises ConnectionClosed. If the caller stops waiting, a long text is
+        sent on: nothing could follow a half of it."""
+        if len(text) + self.connection.transport.get_write_buffer_size() <= WRITE_LIMIT:
             await self.connection.send(text, text=True)
-        else:
-            parts = in_parts(text, self._account_id)
-            await asyncio.shield(self._start(self.connection.send(parts, text=True)))
+            return True
+        parts = text if len(text) <= MAX_PART else in_parts(text, self._account_id)
+        sending = self._start(self.connection.send(parts, text=True))
+        if over:
+            await asyncio.wait({sending, over}, return_when=asyncio.FIRST_COMPLETED)
+            if not (await asyncio.wait({sending}, timeout=LINE_SECONDS))[0]:
+                return False
+        await asyncio.shield(sending)
+        return True
 
     async def send_within(self, text: Buffer, seconds: float) -> None:
         """Raises ConnectionClosed, also where the upstream doesn't read for so long."""
@@ -910,6 +920,13 @@ class Session:
         for turn in self._turns_on(line):
             turn.lose(outcome)
 
+    def _give_up(self, line: Line) -> None:
+        """Close a line whose upstream has answered a message that it does not read to its end. No
+        other message can follow on it."""
+        line.given_up = True
+        self._lose(line)
+        self.start(line.close())
+
     # From the client
 
     async def _read(self) -> None:
@@ -1055,8 +1072,10 @@ class Session:
                 turn.clock.allow(line.upstream.settings.first_byte_timeout_seconds)
                 line.upstream.in_flight += 1
                 try:
-                    await line.send(frame.sent)
-                    await turn.over
+                    if await line.send(frame.sent, turn.over):
+                        await turn.over
+                    elif not turn.failure:
+                        self._give_up(line)
                 finally:
                     line.upstream.in_flight -= 1
             if turn.failure:
@@ -1124,7 +1143,7 @@ class Session:
         while any(lane.turn and lane.turn.line is line for lane in self._lanes.values()):
             await asyncio.sleep(TICK)  # they have something to say
         self._lines.remove(line)
-        if not self._lines and not self._opening:
+        if not self._lines and not self._opening and not line.given_up:
             await self._close(code, reason)
 
     async def _pass_event(self, line: Line, message: str | bytes) -> None:

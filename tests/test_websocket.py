@@ -1218,6 +1218,53 @@ def test_an_upstream_that_stops_reading_keeps_no_place(
     assert brief(gateway) == [(None, "upstream_failed", None)]
 
 
+def test_a_message_that_is_answered_before_it_is_read_keeps_no_place(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(
+        "", "idle_timeout_seconds = 600\nfirst_byte_timeout_seconds = 600"
+    ).start()
+    key = gateway.new_key(concurrency=1)
+
+    async def talk(sock: Socket) -> None:
+        if len(upstream.sockets) > 1:
+            await ws_like_openai(sock)
+        await sock.begin()
+        await sock.send(*ws_events(1, {"model": "gpt-up"}))
+        await sock.stop_reading()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        for _ in range(2):
+            ws.send(metadata={"long": "x" * 20_000_000})
+        for _ in range(2):
+            ws.completed()
+        ws.send()
+        ws.completed()
+    assert len(upstream.sockets) == 2
+    assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 3
+
+
+def test_an_idle_connection_stays_when_a_message_was_answered_unread(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    async def talk(sock: Socket) -> None:
+        if len(upstream.sockets) > 1:
+            await ws_like_openai(sock)
+        await sock.begin()
+        await sock.send(*ws_events(1, {"model": "gpt-up"}))
+        await sock.stop_reading()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send(metadata={"long": "x" * 20_000_000})
+        ws.completed()
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+        time.sleep(0.1)  # the line is closed now
+        ws.send()
+        ws.completed()
+
+
 def test_steering_that_an_upstream_does_not_read_ends(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:

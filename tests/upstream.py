@@ -189,6 +189,10 @@ class Socket:
                 raise ConnectionError("closed")
             self._protocol.receive_data(part)
 
+    async def begin(self) -> None:
+        """Wait for the beginning of a message, and drop it: the message can't be read any more."""
+        await self._reader.readexactly(100)
+
     async def send(self, *events: dict[str, Any] | bytes) -> None:
         for each in events:
             text = each if isinstance(each, bytes) else json.dumps(each).encode()
