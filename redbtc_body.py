@@ -590,6 +590,7 @@ class Content:
         self._inherited: dict[str, bool] = {}
         self._inherits_minted = True
         self.chosen_ids: set[str] = set()  # of items, by the client
+        self.excess = 0  # bytes of memory by which what was read is larger than the text
         self._further: dict[str, bool] = {}  # further models it uses, and whether for pictures
         self._lasting: dict[str, bool] = {}  # those of tools that are part of its input
 
@@ -610,7 +611,8 @@ class Content:
 
     def _read_form(self, form: Form, text: Buffer) -> Steps[None]:
         self.facts = form.facts(text)
-        self.references = (yield from form.references()).found
+        named = yield from form.references()
+        self.references, self.excess = named.found, named.excess(self.size)
         self.most_input_tokens = form.most_tokens(text)
         author = form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
         self._further = {author: False} if author else {}
@@ -630,7 +632,10 @@ class Content:
         self.facts = facts_in(members, decoder)
         reading = Reading(pieces, members)
         yield from reading.steps()
-        self.references, self.chosen_ids = reading.named.found, reading.chosen
+        named = reading.named
+        self.references, self.chosen_ids = named.found, named.chosen
+        if named.found or named.chosen:
+            self.excess = named.excess(self.size)
         self.offers_tools = reading.tools > 0
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
@@ -710,22 +715,22 @@ class Frame(Content):
     """A client's message on a WebSocket."""
 
     facts: FrameFacts
-    _names: Set[str]
+    _foreign: str | None  # the first member that steering does not have
 
     @classmethod
     def read(cls, text: Buffer) -> Steps[Frame]:
         """Read a frame in small steps. Raises Refusal as `Content.steps` does."""
         frame = cls(text, text)
         members = yield from frame._read(text, FRAME_FACTS)
-        frame._names = frozenset(members)
+        frame._foreign = next((name for name in members if name not in STEER_MEMBERS), None)
         return frame
 
-    def only(self, names: set[str]) -> Frame:
-        """Return the frame itself. Raises Refusal if it has members other than `names`."""
-        for name in self._names - names:
+    def check_steering(self) -> None:
+        """Raise Refusal if it has other members than steering has."""
+        if self._foreign is not None:
+            name = self._foreign[:MAX_NAME]
             message = f"'{name}' is not allowed in '{self.facts.type}'."
-            raise Refusal("invalid_request", message, param=name[:MAX_NAME])
-        return self
+            raise Refusal("invalid_request", message, param=name)
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────
@@ -756,7 +761,6 @@ class Reading:
 
     def __init__(self, pieces: Pieces, members: Members) -> None:
         self.named = Named()
-        self.chosen: set[str] = set()  # ids of items that the client chose
         self.tools = self._items = 0
         self.models: dict[str, bool] = {}
         self.lasting: dict[str, bool] = {}
@@ -821,7 +825,7 @@ class Reading:
             if name := reference_in(item, self._pieces):
                 self.named.add(Reference(name, object_id))
             else:
-                self.chosen.add(object_id[: MAX_NAME + 1])  # a longer one is never learned
+                self.named.choose(object_id[: MAX_NAME + 1])  # a longer one is never learned
         if "tools" in item and kind_of(item) != "mcp_list_tools":  # that one only reports tools
             self._offers.append((item["tools"], 0, True))
 
@@ -973,6 +977,7 @@ WORDS_OF = {  # by an item's type, the members that hold a model's or a server's
 }
 MAX_REFERENCES = 20_000  # different ones, as many as items
 MAX_MENTIONS = 50_000  # repeated ones included
+ID_BYTES = 250  # of memory for an id and what refers to it, besides its characters
 MAX_HIDING = 200  # bytes of a string that is looked at: any name with all its letters escaped
 
 
@@ -986,18 +991,34 @@ class Reference(Struct, frozen=True, gc=False):
 
 
 class Named:
-    """The stored objects that a body names, each once. Raises Refusal where there are too many."""
+    """The ids in a body, each once: those of stored objects, and those that the client chose."""
 
     def __init__(self) -> None:
         self.found: dict[Reference, None] = {}
+        self.chosen: set[str] = set()
         self._mentions = 0
+        self._characters = 0
+
+    def excess(self, size: int) -> int:
+        """Return by how many bytes of memory the ids are larger than `size`."""
+        ids = len(self.found) + len(self.chosen)
+        return max(0, ID_BYTES * ids + 4 * self._characters - size)
+
+    def choose(self, object_id: str) -> None:
+        """Note an id that the client chose."""
+        if object_id not in self.chosen:
+            self.chosen.add(object_id)
+            self._characters += len(object_id)
 
     def add(self, reference: Reference) -> None:
+        """Note a stored object. Raises Refusal for too many."""
         self._mentions += 1
         if self._mentions > MAX_MENTIONS:
             message = f"The body names stored objects more than {MAX_MENTIONS} times."
             raise Refusal("invalid_request", message)
-        self.found[reference] = None
+        if reference not in self.found:
+            self.found[reference] = None
+            self._characters += len(reference.id)
         if len(self.found) > MAX_REFERENCES:
             message = f"The body names more than {MAX_REFERENCES} stored objects."
             raise Refusal("invalid_request", message)

@@ -528,13 +528,14 @@ class Reservation:
         if self._held:
             self.give_back(self._size)
 
-    async def take(self, size: int, clock: Clock) -> None:
+    async def take(self, size: int, clock: Clock | None) -> None:
         """Hold `size` bytes more. Raises Refusal if they do not come free within
-        `limits.queue_seconds`; ClientLeft. Only one task at a time may call it."""
+        `limits.queue_seconds`; ClientLeft. Only one task at a time may wait. If `clock` is None, do
+        not wait: the memory is in use already."""
         self._size += size
-        more = self._size - self._free - self._held
+        more = self._size - self._free - self._held - self._waits_for
         if more > 0:
-            self._waits_for = more
+            self._waits_for += more
             try:
                 await self._take(more, clock)
                 self._held += more
@@ -542,7 +543,7 @@ class Reservation:
                 self._size -= size
                 raise
             finally:
-                self._waits_for = 0
+                self._waits_for -= more
                 self.give_back(0)  # frees what `give_back` kept while this waited
 
     def give_back(self, size: int) -> None:
@@ -566,7 +567,7 @@ class Reservation:
         """Bytes of the account that count for the whole gateway."""
         return max(0, self._account.reading.taken - OWN_BYTES)
 
-    async def _take(self, more: int, clock: Clock) -> None:
+    async def _take(self, more: int, clock: Clock | None) -> None:
         seconds = self.settings.limits.queue_seconds
         if self._held:  # growing bodies can wait for each other: let one of them give up first
             seconds *= random.uniform(0.5, 1)
@@ -580,7 +581,9 @@ class Reservation:
             self._release(taken)  # none may have been taken for an instant, and counted as shared
             raise
 
-    async def _take_shared(self, most: int, more: int, patience: float, clock: Clock) -> None:
+    async def _take_shared(
+        self, most: int, more: int, patience: float, clock: Clock | None
+    ) -> None:
         """Take the part of `more` bytes that counts for the whole gateway. What other requests of
         the account are waiting for is left to them."""
         account = self._account
@@ -595,10 +598,12 @@ class Reservation:
             self._release(0)  # what others of the account gave back meanwhile
 
     async def _take_share(
-        self, limited: Limited, most: int, more: int, patience: float, clock: Clock
+        self, limited: Limited, most: int, more: int, patience: float, clock: Clock | None
     ) -> None:
         if not limited.reading.take_now(most, more):
             try:
+                if clock is None:
+                    raise TimeoutError
                 await self._limits.wait(self._account, limited.reading, more, patience, clock)
             except TimeoutError:
                 message = f"Too many large request bodies at once for {limited.what}."

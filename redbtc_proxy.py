@@ -302,7 +302,10 @@ async def read_content(
         most = most_decoded(len(body), settings.server.max_body_bytes)
         await reserved.take(most, clock)
         steps = _decoded(body, media.encoding, most, reserved, form, endpoint.model_needed)
-    return await in_slices(steps, reserved.account_id)
+    content = await in_slices(steps, reserved.account_id)
+    if content.excess:
+        await reserved.take(content.excess, None)
+    return content
 
 
 def _decoded(

@@ -48,7 +48,7 @@ from websockets.streams import StreamReader
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
-from redbtc_body import DEFAULT_IMAGE_MODEL, STEER_MEMBERS, Frame
+from redbtc_body import DEFAULT_IMAGE_MODEL, Frame
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
@@ -947,6 +947,9 @@ class Session:
             key = self.gateway.enter(self._scope)
             with self.gateway.limits.charge(key, self.gateway.settings.limits) as admission:
                 frame = await in_slices(Frame.read(text), key.account_id)
+                if frame.excess:
+                    await self._reserved.take(frame.excess, None)
+                    reserved += frame.excess
                 await self._act(frame, admission)
         except Refusal as refusal:
             self._count(self._new_scope(), refusal)
@@ -988,7 +991,8 @@ class Session:
 
     async def _steer(self, frame: Frame, admission: Admission) -> None:
         """More input for a response that is in flight on this connection."""
-        response_id = frame.only(STEER_MEMBERS).facts.previous_response_id or ""
+        frame.check_steering()
+        response_id = frame.facts.previous_response_id or ""
         if frame.offers_tools:
             raise Refusal("invalid_request", "Steering offers no tools.", param="input")
         turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
@@ -1057,7 +1061,7 @@ class Session:
     def _leave(self, frame: Frame) -> None:
         """Give back the memory of a request that no longer waits for a place."""
         if self._waiting.pop(frame, None):
-            self._reserved.give_back(max(len(frame.sent), SMALL_BYTES))
+            self._reserved.give_back(max(len(frame.sent), SMALL_BYTES) + frame.excess)
 
     async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:
         metering = turn.settings.metering

@@ -479,6 +479,43 @@ def test_waiting_requests_take_memory_until_they_have_a_place(
         ws.completed()
 
 
+def test_the_ids_of_waiting_requests_take_memory_as_well(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """What is read of a frame with many short ids is many times larger than the frame."""
+    gateway = make_gateway(f"{SERVER}[limits]\nqueue_seconds = 100").start()
+    release = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        while True:
+            request = await sock.recv()
+            while not release.is_set():
+                await asyncio.sleep(0.01)
+            await sock.send(*ws_events(len(sock.frames), request))
+
+    upstream.talk = talk
+    items = [{"id": f"{number:x}"} for number in range(20_000)]
+    with wire(gateway, gateway.new_key(concurrency=1)) as ws:
+        for given in ([], items):  # the first is in flight, and what one leaves behind is measured
+            ws.create(input=given)
+        before = gateway.rss()
+        for _ in range(40):
+            ws.create(input=items)
+        ws.send(b'{"type":"last"}')
+        refused = []
+        while "'last'" not in (event := ws.until("error"))["error"]["message"]:
+            refused.append(event["error"]["code"])
+        assert refused == ["concurrency_limit_exceeded"] * 38, "16 MB hold three, one is there"
+        assert gateway.rss() - before < 40 * MB
+        release.set()
+        ws.completed()
+        for _ in range(3):
+            assert ws.refused() == "invalid_request"  # the items are nobody's
+        for size in (MAX_BODY - 1000,) * 3:  # all of the memory is free again
+            ws.send(message(size))
+            ws.completed()
+
+
 def test_a_message_has_its_time(make_gateway: MakeGateway, upstream: Upstream) -> None:
     gateway = make_gateway("[server]\nbody_timeout_seconds = 0.4").start()
     key = gateway.new_key()

@@ -618,3 +618,30 @@ def test_a_body_that_is_out_of_bounds_is_told_so(text: bytes, bound: str) -> Non
         result_of(Content.steps(text, text)).further_models()
     assert refused.value.code == "invalid_request"
     assert bound in refused.value.message
+
+
+@pytest.mark.parametrize("count", [1, 5_000, 20_000])
+@pytest.mark.parametrize("end", ["", "a" * 50 + "\N{GRINNING FACE}"])
+def test_what_is_kept_of_ids_is_known(count: int, end: str) -> None:
+    """It can take many times the memory of the body, and in one of usual proportions takes less."""
+    ids = [f"{number:x}{end}" for number in range(count)]
+    bodies: list[dict[str, Any]] = [
+        {"input": [{"id": each} for each in ids]},
+        {"input": [{"id": each, "role": "user", "content": ""} for each in ids]},
+        {"other": [{"file_id": each} for each in ids]},
+        {"other": {"vector_store_ids": ids}},
+    ]
+    for body in bodies:
+        text = json.dumps({"model": "gpt-up", **body}, ensure_ascii=False).encode()
+        result_of(Content.steps(text, text))
+        tracemalloc.start()
+        content = result_of(Content.steps(text, text))
+        kept = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert kept < len(text) + content.excess + 10_000
+
+
+def test_the_ids_of_a_usual_history_take_no_more_than_its_text() -> None:
+    items = [{"id": f"msg_{each:050}", "role": "user", "content": "x" * 700} for each in range(99)]
+    text = json.dumps({"model": "gpt-up", "input": items}).encode()
+    assert result_of(Content.steps(text, text)).excess == 0

@@ -359,6 +359,41 @@ def test_the_decoded_copy_takes_memory_while_it_waits_for_a_place(
     passes(gateway, key)
 
 
+def test_the_ids_in_a_body_take_memory_while_it_waits_for_a_place(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(server(queue_seconds=300)).start()
+    key, release = gateway.new_key(concurrency=1), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.wait(release)
+        await json_answer(response_object())(request, reply)
+
+    upstream.script = script
+    items = [{"id": f"{number}", "role": "user", "content": ""} for number in range(20_000)]
+
+    def post(given: list[dict[str, str]]) -> httpx2.Response:
+        with gateway.client(key, timeout=60) as client:
+            return client.post("/responses", json={**SMALL, "input": given})
+
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(post, [])
+        wait_until(lambda: upstream.in_flight, 60)
+        further = [pool.submit(post, items) for _ in range(8)]
+        wait_until(
+            lambda: sum(each.done() for each in further) + gateway.metrics()["redbtc_queued"] == 8
+        )
+        refused = [each.result() for each in further if each.done()]
+        assert len(refused) == 5, "16 MB hold three bodies of 1 MB with ids of 4 MB"
+        assert {"large request bodies" in each.json()["error"]["message"] for each in refused} == {
+            True
+        }
+        release.set()
+        assert first.result().is_success
+        assert sum(each.result().is_success for each in further) == 3
+    passes(gateway, key)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_amounts_are_given_in_turn(data: st.DataObject) -> None:
