@@ -827,6 +827,70 @@ def test_what_follows_is_held_for(make_gateway: MakeGateway, upstream: Upstream)
     assert gateway.cli("db", "check")["ok"]
 
 
+def test_steering_of_a_response_that_ends_meanwhile_holds_no_money(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """It names so many objects that looking them up takes time, in which the response ends."""
+    gateway = make_gateway(PRICED).start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1", "--output", "1")
+    key = gateway.new_key()
+    gateway.cli("payment", "add", "test", "1000")
+    items = [{"type": "message", "id": f"msg_{number}"} for number in range(18_000)]
+    named = [{"type": "item_reference", "id": item["id"]} for item in items]
+    sent, pause = threading.Event(), 0.0
+
+    async def talk(sock: Socket) -> None:
+        number = 0
+        while True:
+            if (await sock.recv())["type"] == "response.steer":
+                await sock.send({"type": "response.steer.failed"})
+                continue
+            number += 1
+            created, delta, completed = ws_events(number, {"model": "gpt-up"})
+            completed["response"]["output"] = items if number == 1 else []
+            await sock.send(created, delta)
+            if number == 2:  # how long steering takes is measured
+                await sock.recv()
+                await sock.send({"type": "response.steer.failed"})
+            elif number > 2:
+                while not sent.is_set():
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(pause)
+            await sock.send(completed)
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        ws.completed()
+        ws.send()
+        ws.until("response.output_text.delta")
+        started = time.monotonic()
+        ws.raw(steer(2, input=named))
+        ws.until("response.steer.failed")
+        seconds = time.monotonic() - started
+        ws.completed()
+        outcomes: list[str] = []
+        for number in range(
+            3, 18
+        ):  # nearer and nearer to the pause with which steering is passed on
+            sent.clear()
+            ws.send()
+            ws.until("response.output_text.delta")
+            step = seconds / min(number - 1, 12)
+            pause = max(
+                0.0, pause + (step if outcomes[-1:] != ["response.steer.failed"] else -step)
+            )
+            ws.raw(steer(number, input=named))
+            sent.set()
+            ends = ["response.completed", "response.steer.failed", "error"]
+            outcomes += {ws.until(*ends)["type"], ws.until(*ends)["type"]} - {"response.completed"}
+        assert "error" in outcomes
+    steered = [text for text in upstream.sockets[0].texts if b'"response.steer"' in text]
+    assert len(steered) == 1 + outcomes.count("response.steer.failed")
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    assert gateway.api("GET", "/accounts/test")["held"] == "0"
+
+
 def test_steering_is_a_request_in_the_rates(gateway: Gateway, upstream: Upstream) -> None:
     key = gateway.new_key(requests_per_minute=3)
     upstream.talk = steering
