@@ -569,8 +569,21 @@ def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFa
         message = f"'{CHOOSES_ID}' can't be chosen: the upstream gives a response its id."
         raise Refusal("invalid_request", message, param=CHOOSES_ID)
     known = [b'"%b":%b' % (name.encode(), members[name]) for name in FACT_NAMES & members.keys()]
-    facts: AnyFacts = read_json(b"{%b}" % b",".join(known), decoder)
+    text = b"{%b}" % b",".join(known)
+    facts: AnyFacts = read_json(text, decoder)
+    if len(text) > MAX_NAME:
+        check_short(facts)
     return facts
+
+
+def check_short(facts: Facts) -> None:
+    """Raise Refusal for a text that is too long. One that is very long was cut out of the body, and
+    what was read is a stand-in, which must not be shown."""
+    for name in facts.__struct_fields__:
+        value = getattr(facts, name)
+        if isinstance(value, str) and len(value) > MAX_NAME:
+            message = f"'{name}' has more than {MAX_NAME} characters."
+            raise Refusal("invalid_request", message, param=name)
 
 
 class Content:
@@ -611,6 +624,7 @@ class Content:
 
     def _read_form(self, form: Form, text: Buffer) -> Steps[None]:
         self.facts = form.facts(text)
+        check_short(self.facts)
         named = yield from form.references()
         self.references, self.excess = named.found, named.excess(self.size)
         self.most_input_tokens = form.most_tokens(text)
@@ -649,12 +663,9 @@ class Content:
         return members
 
     def check_model(self, needed: bool) -> None:
-        """Raise Refusal if the model is missing but needed, or its name is too long."""
+        """Raise Refusal if the model is missing but needed."""
         if self.facts.model is None and needed:
             raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
-        if len(self.facts.model or "") > MAX_NAME:
-            message = f"'model' has more than {MAX_NAME} characters."
-            raise Refusal("invalid_request", message, param="model")
 
     def inherit(self, models: str | None, minted_input: bool) -> None:
         """Note an object that this request builds on: the further models that it uses (JSON), and

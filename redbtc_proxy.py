@@ -803,7 +803,7 @@ class Gateway:
         homes: set[str] = set()
         for number, each in enumerate(content.references):
             home = found[each.id] if each.id in found else made.get(each.id)
-            if home is None and each.name in NOT_FOUND:
+            if home is None and each.name in NOT_FOUND and len(each.id) <= MAX_NAME:
                 raise not_found(each.name, each.id)
             if home is None:
                 raise not_own(each.name)

@@ -977,7 +977,9 @@ class Session:
             await self._steer(frame, admission)
             return
         if facts.type != "response.create":
-            message = f"'{facts.type}' is not an event that is understood here."
+            message = "'type' is missing."
+            if facts.type is not None:
+                message = f"'{facts.type}' is not an event that is understood here."
             raise Refusal("invalid_request", message, param="type")
         frame.check_model(needed=True)
         if len(self._waiting) >= MOST_WAITING:

@@ -566,6 +566,26 @@ def test_who_is_over_the_rate_is_refused_before_the_frame_is_read(
         assert ws.until("error")["stream_id"] == "c"
 
 
+@pytest.mark.parametrize("size", [300, 3 * MB])
+def test_a_name_that_is_too_long_is_not_shown(gateway: Gateway, key: str, size: int) -> None:
+    """A very long one is cut out of the frame and replaced before it is read."""
+    steer = {"type": "response.steer", "previous_response_id": "x" * size, "input": "x"}
+    with wire(gateway, key) as ws:
+        for given, name in (
+            ({"type": "x" * size}, "type"),
+            ({**CREATE, "stream_id": "x" * size}, "stream_id"),
+            ({**CREATE, "model": "x" * size}, "model"),
+            (steer, "previous_response_id"),
+            ({**CREATE, "previous_response_id": "x" * size}, "previous_response_id"),
+        ):
+            ws.send(json.dumps(given).encode())
+            error = ws.until("error")["error"]
+            assert error["message"] == f"'{name}' has more than 256 characters."
+            assert error["param"] == name
+        ws.send(b"{}")
+        assert ws.until("error")["error"]["message"] == "'type' is missing."
+
+
 def test_text_that_is_none_ends_the_connection(gateway: Gateway, key: str) -> None:
     with wire(gateway, key) as ws:
         ws.send(b'{"type":"\xff"}')
