@@ -35,6 +35,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 import msgspec
 from msgspec import Struct
 
+from redbtc_ledger import MAX_MODELS
 from redbtc_meter import MAX_NAME, NOT_JSON, OWN_WORDS, SURROGATE
 from redbtc_pieces import (
     MAX_PIECE,
@@ -748,7 +749,6 @@ class Frame(Content):
 
 MAX_ITEMS = 20_000  # of the input; the history of a day's work has 2,000
 MAX_TOOLS = 4_000  # nested ones included; OpenAI allows 128, MCP servers have some hundreds
-MAX_MODELS = 16  # that a request uses besides its own
 
 
 def check_models(models: dict[str, bool]) -> None:

@@ -198,6 +198,7 @@ class Store:
         writer = Writer(lambda: sqlite3.connect(self.path, isolation_level=None), 64)
         await stack.enter_async_context(writer)
         self._writer = writer
+        await writer.create_function("joined", 2, joined)
         await self._configure()
         await self._migrate()
         self._latest = await self._value(LATEST)
@@ -848,7 +849,7 @@ async def forget(store: Store, row: Row) -> None:
 OWN = """
     INSERT INTO stored_objects (id, account_id, upstream, models, minted_input, created_at)
     VALUES (?, ?, ?, ?, ?, ?)
-        ON CONFLICT (id) DO UPDATE SET models = json_patch(excluded.models, ifnull(models, '{}'))
+        ON CONFLICT (id) DO UPDATE SET models = joined(models, excluded.models)
         WHERE account_id = excluded.account_id AND excluded.models IS NOT NULL"""
 DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
 OWNED = "SELECT account_id, upstream, models, minted_input FROM stored_objects WHERE id = ?"
@@ -856,6 +857,7 @@ OWNERS = """
     SELECT id, account_id, upstream, models, minted_input FROM stored_objects
      WHERE id IN (SELECT value FROM json_each(?))"""
 MAX_LOOK_UPS = 250  # ids in one query, which takes about 1 ms
+MAX_MODELS = 16  # that a request uses besides its own
 MAX_SHOWN = 1000  # ids of an account that are remembered as shown in listings
 
 
@@ -884,11 +886,18 @@ class Claim(NamedTuple):
 
 
 def joined(models: str | None, more: str | None) -> str | None:
-    """Return the models of both, as OWN joins them: a later request may name the same object, but
-    what works in it stays. Both are JSON, or None where there are none."""
+    """Return the models of both: a later request may name the same object, but what works in it
+    stays, and what makes pictures for one of them does. Both are JSON, or None where there are
+    none. With more than MAX_MODELS nothing can be built on the object, so none are added to them.
+    """
     if models is None or more is None:
         return models or more
-    return orjson.dumps(orjson.loads(more) | orjson.loads(models)).decode()
+    first, later = orjson.loads(models), orjson.loads(more)
+    if len(first) > MAX_MODELS:
+        return models
+    return orjson.dumps(
+        {each: True in (first.get(each), later.get(each)) for each in first | later}
+    ).decode()
 
 
 def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:

@@ -714,6 +714,63 @@ def test_an_svgs_author_hides_no_image_model(make_gateway: MakeGateway, upstream
     assert not upstream.requests
 
 
+def offer(*tools: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "additional_tools",
+            "tools": [{"type": "image_generation", **each} for each in tools],
+        }
+    ]
+
+
+def test_a_model_that_makes_pictures_in_a_conversation_still_does(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """It does even if it was named as an SVG's author there as well, at the same time."""
+    gateway = make_gateway().start()
+    go = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.json()["input"] != "Hi":
+            await reply.wait(go)
+        answer = response_object(output=[], conversation={"id": "conv_1"})
+        await json_answer(answer)(request, reply)
+
+    upstream.script = script
+    cheap, dear = (
+        {"model": "gpt-image-cheap", "svg": {"model": "gpt-image-dear"}},
+        {"model": "gpt-image-dear"},
+    )
+    with gateway.client(gateway.new_key()) as client, ThreadPoolExecutor(2) as pool:
+        assert client.post("/responses", json=BODY).status_code == 200
+        body = {**BODY, "conversation": "conv_1"}
+        asked = []
+        for tool in (cheap, dear):
+            offered = {**body, "input": offer(tool)}
+            asked.append(pool.submit(client.post, "/responses", json=offered))
+            wait_until(lambda: len(upstream.requests) == 1 + len(asked))
+        go.set()
+        assert [each.result().status_code for each in asked] == [200, 200]
+        answer = client.post("/responses", json=body)
+        assert error(answer)[:2] == (400, "invalid_request"), "the tools' models differ"
+
+
+def test_an_object_keeps_few_models(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    """Even if many requests name it (idempotency-key), each with other ones: to add one more would
+    take as long as it has models."""
+    upstream.script = json_answer(response_object(output=[]))
+    for number in range(6):
+        authors = [{"model": "gpt-up", "svg": {"model": f"gpt-{number}-{at}"}} for at in range(15)]
+        create(gateway, key, input=offer(*authors))
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        query = "SELECT models FROM stored_objects WHERE id = 'resp_1'"
+        wait_until(lambda: database.execute(query).fetchone())
+        assert len(json.loads(database.execute(query).fetchone()[0])) <= 2 * 16
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json={**BODY, "previous_response_id": "resp_1"})
+    assert error(answer)[:2] == (400, "invalid_request")
+
+
 # Background
 
 
