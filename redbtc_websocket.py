@@ -576,6 +576,9 @@ class Turn(Metered):
     async def steer(self, response_id: str, frame: Frame, admission: Admission) -> None:
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
+        if frame.lasting_models not in (None, self._content.lasting_models):
+            message = "Steering can't name an item of a response whose input has other tools."
+            raise Refusal("invalid_request", message, param="input")
         if len(self._steers) >= MAX_STEERS:
             message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
             raise Refusal("concurrency_limit_exceeded", message)

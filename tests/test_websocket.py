@@ -925,6 +925,37 @@ def test_steering_has_no_other_members(gateway: Gateway, upstream: Upstream, key
     assert len(upstream.sockets[0].frames) == 2
 
 
+def test_steering_brings_no_tools_by_a_reference(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """What the response that follows can cost is held for the tools of the request; and the key may
+    be one that may not use the others' models."""
+    gateway = make_gateway().start()
+    key = gateway.new_key()
+    narrow = gateway.cli("key", "add", "test", "--models", "gpt-up")["key"]
+    tool = {"type": "image_generation", "model": "gpt-image-dear"}
+    offered = [{"type": "additional_tools", "tools": [tool]}]
+    named = {"input": [{"type": "item_reference", "id": "tools_1"}]}
+    upstream.talk = steering
+    with gateway.client(key) as http:
+        assert (
+            http.post("/responses", json={"model": "gpt-up", "input": offered}).status_code == 200
+        )
+        listed = {"object": "list", "data": [{"id": "tools_1", "type": "additional_tools"}]}
+        upstream.script = json_answer(listed)
+        http.get("/responses/resp_1/input_items")
+    with client(gateway, narrow) as ws:
+        ws.send()
+        ws.until("response.output_text.delta")
+        ws.raw(steer(1, **named))
+        assert code(ws.until("error")) == "invalid_request"
+    with client(gateway, key) as ws:
+        ws.send(previous_response_id="resp_1")
+        ws.until("response.output_text.delta")
+        ws.raw(steer(1, **named))
+        ws.until("response.incomplete")
+
+
 def test_only_what_waits_is_counted_as_waiting(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
