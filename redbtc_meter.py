@@ -387,7 +387,7 @@ class Report:
             self.usage, self.parts = used, parts
 
     def _name(self, answer: Answer, said: Answer) -> None:
-        if self._images:
+        if self._images or answer.type == "error":  # an error makes nothing
             return
         named, items = [(said.id, False)], []
         if isinstance(said.conversation, dict):

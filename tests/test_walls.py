@@ -262,6 +262,27 @@ def test_an_error_makes_nothing_an_accounts(
     assert "pending" not in [row["outcome"] for row in gateway.rows()]
 
 
+def test_an_error_event_makes_nothing_an_accounts(gateway: Gateway, upstream: Upstream) -> None:
+    said_error = {"type": "error", "id": "resp_x", "error": {"code": "x", "message": "x"}}
+
+    async def talk(sock: Socket) -> None:
+        await sock.recv()
+        await sock.send(said_error)
+        await sock.recv()
+
+    upstream.script, upstream.talk = stream([event(said_error, "error")]), talk
+    key = gateway.new_key()
+    with gateway.client(key) as client, websocket(gateway, key) as socket:
+        for background in (False, True):
+            body = {**BODY, "background": background, "stream": True}
+            assert client.post("/responses", json=body).status_code == 200
+        socket.send(json.dumps({"type": "response.create", **BODY}))
+        assert json.loads(socket.recv())["type"] == "error"
+        upstream.script = json_answer(response_object())
+        assert client.get("/responses/resp_x").status_code == 404
+    assert {row["outcome"] for row in gateway.rows()} == {"upstream_error"}
+
+
 def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
     """An account that owns an object keeps it until it deletes the object, however commits and
     claims interleave, and in a new process as well."""
