@@ -71,6 +71,7 @@ DROPPED_PREFIXES = (
     b"edge-",
 )
 SPECIAL_HEADERS = frozenset([b"connection", b"cache-control"])
+NO_STORE = (b"cache-control", b"no-store")
 SHARED = re.compile(rb"(?i)public|s-maxage|must-revalidate")
 KEEPALIVE_SECONDS = 15
 MOST_FETCHED = 4 << 20  # bytes of a list of models
@@ -283,8 +284,9 @@ def headers_for_upstream(headers: Headers, store: Store, account_id: str) -> Hea
 
 
 def headers_for_client(upstreams: Headers) -> Headers:
-    """Return the upstream's headers that are forwarded: all but a deny-list, those that Connection
-    names, and a Cache-Control that lets a shared cache store the response."""
+    """Return the upstream's headers that are forwarded: all but a deny-list and those that
+    Connection names. No-store replaces a Cache-Control that lets a shared cache store the response.
+    """
     headers = [
         (lower, value)
         for name, value in upstreams
@@ -293,7 +295,7 @@ def headers_for_client(upstreams: Headers) -> Headers:
     ]
     special = [line for line in headers if line[0] in SPECIAL_HEADERS]
     if special:
-        headers = [line for line in headers if not may_be_shared(line)]
+        headers = [NO_STORE if may_be_shared(line) else line for line in headers]
         connection = [value for name, value in special if name == b"connection"]
         named = {token.strip().lower() for token in b",".join(connection).split(b",")}
         named.add(b"connection")
