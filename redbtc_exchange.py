@@ -95,6 +95,11 @@ class Exchange:
         self.unwritten: asyncio.Future[None] | None = None  # await it before sending more
         self.key: Key
 
+    @property
+    def repeatable_by(self) -> str:
+        """For whom an upstream may repeat a response by its idempotency key: the account."""
+        return self.key.account_id
+
     def meter_stream(self) -> None:
         """The answer is server-sent events."""
         endpoint = self.endpoint
@@ -276,6 +281,13 @@ class Metered(Exchange):
         first = header(self.scope["headers"], b"idempotency-key") is None
         minted = first and self._content.mints_input
         return Home(self._row.upstream, self._content.lasting_models, minted)
+
+    @property
+    def repeatable_by(self) -> str:
+        """The account; background requests are apart. To one of them no upstream repeats a response
+        of another request, whose row may have ended before all was read and billed."""
+        account_id = super().repeatable_by
+        return f"{account_id} background" if self._facts.background is True else account_id
 
     def _keep(self, report: Report, response_id: str) -> None:
         """Keep track of a background response, which goes on when the request is over. If the

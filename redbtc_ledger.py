@@ -258,10 +258,11 @@ class Store:
         self._latest = max(self._latest, now_ms())
         return self._latest
 
-    def own_key(self, account_id: str, key: bytes) -> bytes:
-        """Return the idempotency key to send upstream in place of an account's `key`: always the
-        same one, and a different one for each account. It has the form of a random UUID."""
-        digest = hmac.digest(self._secret, b"%b\0%b" % (account_id.encode(), key), "sha256")
+    def own_key(self, by: str, key: bytes) -> bytes:
+        """Return the idempotency key to send upstream in place of a `key` that is used `by` an
+        account: always the same one, and a different one for each. It has the form of a random
+        UUID."""
+        digest = hmac.digest(self._secret, b"%b\0%b" % (by.encode(), key), "sha256")
         return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
 
     # Reading

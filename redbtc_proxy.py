@@ -393,8 +393,8 @@ class Relay:
     async def _ask(self, upstream: Upstream) -> None:
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
         exchange = self._exchange
-        store, account_id = exchange.gateway.store, exchange.key.account_id
-        headers = headers_for_upstream(self._scope["headers"], store, account_id)
+        store, by = exchange.gateway.store, exchange.repeatable_by
+        headers = headers_for_upstream(self._scope["headers"], store, by)
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         else:

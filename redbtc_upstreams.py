@@ -271,12 +271,12 @@ def by_turn(upstreams: list[Upstream]) -> list[Upstream]:
     return sorted(upstreams, key=turn)
 
 
-def headers_for_upstream(headers: Headers, store: Store, account_id: str) -> Headers:
+def headers_for_upstream(headers: Headers, store: Store, by: str) -> Headers:
     """Return the client's headers that are forwarded, by an allow-list. An idempotency key is
-    replaced by one that only this account gets: an upstream would answer two accounts that use the
-    same key with the same response."""
+    replaced by one that only requests `by` this account get: an upstream would answer two accounts
+    that use the same key with the same response."""
     return [
-        (name, store.own_key(account_id, value) if name == b"idempotency-key" else value)
+        (name, store.own_key(by, value) if name == b"idempotency-key" else value)
         for name, value in headers
         if name in ALLOWED_HEADERS
         or (name.startswith(ALLOWED_PREFIXES) and name not in DROPPED_REQUEST_HEADERS)

@@ -1143,6 +1143,37 @@ def test_one_that_is_answered_again_is_billed_once(
     assert (money["balance"], money["held"]) == ("-0.039" if keyed else "-0.117", "0")
 
 
+def test_a_background_request_repeats_no_response_that_was_cut(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """The row of the cut one bills what was read. A background request with the same
+    `idempotency-key` that got its rest would not be billed for it."""
+    kept: dict[str | None, dict[str, Any]] = {}
+
+    async def script(request: Received, reply: Reply) -> None:
+        sent = request.header("idempotency-key")
+        response = kept.setdefault(sent, response_object(id=f"resp_{len(kept)}"))
+        if not request.json().get("stream"):
+            await json_answer(response)(request, reply)
+            return
+        await reply.head(headers={"content-type": "text/event-stream"})
+        created = {**response, "status": "in_progress", "usage": None}
+        await reply.send(event({"type": "response.created", "response": created}, "x"))
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        client.headers["idempotency-key"] = "order-17"
+        with client.stream("POST", "/responses", json={**BODY, "stream": True}) as cut:
+            next(cut.iter_bytes())
+        wait_until(lambda: [row["outcome"] for row in gateway.rows()] == ["client_disconnected"])
+        for _ in range(2):
+            body = {**BODY, "background": True}
+            assert client.post("/responses", json=body).json()["id"] == "resp_1"
+    sources = Counter(row["usage_source"] for row in gateway.rows())
+    assert sources == {"estimated": 1, "upstream": 1, "none": 1}
+
+
 def test_those_that_the_upstream_knows_no_more_hold_nothing(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
