@@ -43,7 +43,7 @@ DROPPED_REQUEST_HEADERS = frozenset([b"x-codex-routing-hint"])
 DROPPED_HEADERS = frozenset(
     b"connection keep-alive te trailer transfer-encoding upgrade "
     b"openai-organization openai-project server "
-    b"x-reproxy-url surrogate-control cdn-cache-control cloudflare-cdn-cache-control "
+    b"x-reproxy-url expires surrogate-control cdn-cache-control cloudflare-cdn-cache-control "
     b"vercel-cdn-cache-control netlify-cdn-cache-control akamai-cache-control "
     b"x-envoy-immediate-health-check-fail x-envoy-degraded x-envoy-ratelimited "
     b"no-vary-search supports-loading-mode "
@@ -72,7 +72,9 @@ DROPPED_PREFIXES = (
 )
 SPECIAL_HEADERS = frozenset([b"connection", b"cache-control"])
 NO_STORE = (b"cache-control", b"no-store")
-SHARED = re.compile(rb"(?i)public|s-maxage|must-revalidate")
+SHARED = re.compile(  # nginx caches by max-age whoever asks
+    rb"(?i)public|s-maxage|must-revalidate|^(?!.*(?:private|no-store|no-cache)).*max-age"
+)
 KEEPALIVE_SECONDS = 15
 MOST_FETCHED = 4 << 20  # bytes of a list of models
 ASK_SECONDS = 30  # for what the gateway itself asks of an upstream
@@ -305,6 +307,6 @@ def headers_for_client(upstreams: Headers) -> Headers:
 
 def may_be_shared(line: tuple[bytes, bytes]) -> bool:
     """Return whether a header lets a shared cache store the response to a request with an API key,
-    and so give it to other accounts (RFC 9111 §3.5)."""
+    and so give it to other accounts (RFC 9111 §3.5). Expires, which lets nginx, is dropped."""
     name, value = line
     return name == b"cache-control" and SHARED.search(value) is not None
