@@ -103,6 +103,11 @@ class RequestCycle:
 
     # The client's side
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the app must take what has arrived of the body before more is read."""
+        return len(self._body) > HIGH_WATER and not self.complete
+
     def feed(self, data: bytes) -> bytes:
         """Take in a part of the body; return what comes after the body. Raises BadFraming."""
         body, rest = self.framing.feed(data)
@@ -112,7 +117,7 @@ class RequestCycle:
                 self._body += body
             else:
                 self._body = body
-            if len(self._body) > HIGH_WATER:
+            if self.is_full:
                 self._connection.pause_reading()
         if body or self.framing.whole:
             self.wake()
@@ -525,8 +530,11 @@ class HTTPProtocol(asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read from the socket again, unless earlier bytes are still waiting in `_kept`."""
-        if self._reading_paused and not self._kept and not self.closed:
+        """Read from the socket again, unless earlier bytes are still waiting in `_kept` or for the
+        app to take them."""
+        if not self._reading_paused or self._kept or self.closed:
+            return
+        if not (self._cycle and self._cycle.is_full):
             self._reading_paused = False
             self.transport.resume_reading()
 

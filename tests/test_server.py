@@ -703,6 +703,29 @@ def test_a_body_is_bounded_while_nobody_reads_it() -> None:
     run(test)
 
 
+def test_small_chunks_are_bounded_while_nobody_reads_them() -> None:
+    async def wait(scope: Scope, receive: Any, send: Any) -> None:
+        await let_go.wait()
+        served.requests.append(("", "", await read(receive)))
+
+    served: Served
+    let_go: asyncio.Event
+
+    async def test() -> None:
+        nonlocal served, let_go
+        served, let_go = Served(wait), asyncio.Event()
+        flood = chunked(*[b"x" * 1000] * (MAX_CHUNKS_A_TURN + 50), end=b"")
+        await served.feed(post(b"Transfer-Encoding: chunked", b""), flood)
+        assert not served.transport.reading
+        let_go.set()
+        await turn()
+        assert served.transport.reading
+        await served.feed(b"0\r\n\r\n")
+        assert [len(body) for _, _, body in served.requests] == [(MAX_CHUNKS_A_TURN + 50) * 1000]
+
+    run(test)
+
+
 def heads() -> Iterator[bytes]:
     """Yield mutated heads, each with a body that looks like a request."""
     chance = random.Random(20)
