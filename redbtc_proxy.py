@@ -1197,6 +1197,7 @@ class Running:
         self._loaded = loaded
         self._demo = demo  # the URL of the demonstration upstream, where that is served
         self._servers: list[Server] = []
+        self._connections = Connections(gateway.offers_websocket)
         self._draining: asyncio.Task[None] | None = None
 
     async def serve(self, listeners: list[socket.socket]) -> None:
@@ -1205,7 +1206,7 @@ class Running:
         settings = gateway.settings.server
         public = server_for(
             build(gateway),
-            Connections(gateway.offers_websocket),
+            self._connections,
             proxy_headers=True,
             forwarded_allow_ips=list(settings.trusted_proxies),
             ws=WebSocketProtocol,
@@ -1236,16 +1237,20 @@ class Running:
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        """No new requests; those in flight may finish."""
+        """No new requests; those in flight may finish, and clients may read what was answered."""
         gateway = self._gateway
         gateway.draining = True
         say(logging.INFO, "draining", in_flight=gateway.in_flight)
         patience = time.monotonic() + gateway.settings.server.drain_seconds
-        while gateway.in_flight and time.monotonic() < patience:
+        while self._busy and time.monotonic() < patience:
             await asyncio.sleep(0.05)
         say(logging.INFO, "stopping", in_flight=gateway.in_flight)
         for server in self._servers:
             server.should_exit = True
+
+    @property
+    def _busy(self) -> bool:
+        return self._gateway.in_flight > 0 or self._connections.unsent
 
     def _reload(self) -> None:
         """Read the settings again; a bad file changes nothing."""

@@ -295,6 +295,11 @@ class Connections:
         self._number = 0  # of connections, WebSockets included
         self._full_at = -math.inf  # when there were too many last; -inf: not since the log said so
 
+    @property
+    def unsent(self) -> bool:
+        """Whether a client with a valid key has not read all of a response that is complete."""
+        return any(each.keyed and each.transport.get_write_buffer_size() for each in self.open)
+
     def protocol(self, **options: Any) -> HTTPProtocol:
         """Make the protocol of a new connection; uvicorn calls this with its own options."""
         return HTTPProtocol(self, **options)
@@ -350,6 +355,7 @@ class HTTPProtocol(asyncio.Protocol):
         self.deadline = math.inf
         self.closed = False
         self.writing_paused = False
+        self.keyed = False  # the last response was that of a request with a valid key
         self._shared = shared
         self._config = config
         self._server_state = server_state
@@ -478,6 +484,7 @@ class HTTPProtocol(asyncio.Protocol):
     def answered(self, cycle: RequestCycle) -> None:
         """Enter the state that follows a complete response."""
         self._server_state.total_requests += 1
+        self.keyed = "key" in cycle.scope
         if not cycle.keep_alive:
             self._close(whole=cycle.framing.whole and not self._kept)
         elif cycle.framing.whole:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import threading
@@ -258,6 +260,26 @@ def test_sigterm_drains(gateway: Gateway, upstream: Upstream, key: str) -> None:
     assert results == [(200, "")]
     assert [row["outcome"] for row in gateway.rows()] == ["completed"]
     assert not Path(f"{gateway.database}.sock").exists()
+
+
+def test_sigterm_waits_for_who_reads_slowly(gateway: Gateway, upstream: Upstream, key: str) -> None:
+    """The list is longer than what the kernel keeps of it for the client."""
+    models = [{"id": f"m{number}", "object": "model"} for number in range(92_000)]
+    upstream.script = json_answer({"object": "list", "data": models})
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(PATIENCE_SECONDS)
+        client.connect(("127.0.0.1", gateway.port))
+        head = f"GET /v1/models HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer {key}\r\n\r\n"
+        client.sendall(head.encode())
+        got = client.recv(1000)
+        gateway.signal(signal.SIGTERM)
+        wait_until(lambda: "draining" in gateway.log())
+        time.sleep(2)  # longer than connections are given to close once nothing is in flight
+        while part := client.recv(1 << 20):
+            got += part
+    assert len(json.loads(got.partition(b"\r\n\r\n")[2])["data"]) == len(models)
+    assert gateway.wait() == 0
 
 
 def test_a_second_sigterm_ends_it_at_once(gateway: Gateway, upstream: Upstream, key: str) -> None:

@@ -629,6 +629,27 @@ def test_shutting_down_loses_no_response(sent: bytes, ended: str, eof: bool) -> 
     run(test)
 
 
+def test_only_responses_to_requests_with_a_key_are_waited_for() -> None:
+    """Else anybody could keep a gateway from stopping, by not reading."""
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["path"] == "/key":
+            scope["key"] = "somebody's"
+        await answer(send, b"ok")
+
+    async def test() -> None:
+        served = Served(app)
+        served.transport.unsent = 9
+        await served.feed(post(b"X: y", b""))
+        assert not served.shared.unsent
+        await served.feed(post(b"X: y", b"", path=b"/key"))
+        assert served.shared.unsent
+        served.transport.unsent = 0
+        assert not served.shared.unsent
+
+    run(test)
+
+
 @pytest.mark.parametrize("how", ["read", "torn", "not read"])
 def test_http_1_0_gets_no_chunks(how: str) -> None:
     torn = how == "torn"
