@@ -991,11 +991,11 @@ class Gateway:
             raise Refusal("model_not_found", param="model")
         upstream = choose(self.upstreams, name)[0]
         await self.limits.admit(admission, 0, Clock(self.clocks))
-        shown, status = bytearray(), 0
+        shown, status = b"", 0
         with contextlib.suppress(*NO_LIST):
-            status = await upstream.fetch(f"/models/{name}", shown.extend)
+            status, shown = await upstream.fetch_whole(f"/models/{name}")
         if 200 <= status < 500:
-            return status, bytes(shown), []
+            return status, shown, []
         listed, age = await self._listed(key, [upstream])
         if name not in listed:
             raise Refusal("upstream_unreachable")

@@ -76,7 +76,7 @@ SHARED = re.compile(  # nginx caches by max-age whoever asks
     rb"(?i)public|s-maxage|must-revalidate|^(?!.*(?:private|no-store|no-cache)).*max-age"
 )
 KEEPALIVE_SECONDS = 15
-MOST_FETCHED = 4 << 20  # bytes of a list of models
+MOST_FETCHED = 4 << 20  # bytes of a list of models, or of what describes one
 ASK_SECONDS = 30  # for what the gateway itself asks of an upstream
 SLICE = 2 << 20  # bytes of a body that are given to the kernel at a time
 MOST_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
@@ -198,18 +198,25 @@ class Upstream:
             finally:
                 await answer.body.aclose()
 
+    async def fetch_whole(self, path: str) -> tuple[int, bytes]:
+        """As `fetch`; return the status and the whole body. Raises httpx2.HTTPError, also for a
+        body of more than MOST_FETCHED bytes; TimeoutError."""
+        body = bytearray()
+
+        def take(chunk: bytes) -> None:
+            body.extend(chunk)
+            if len(body) > MOST_FETCHED:
+                raise httpx2.RemoteProtocolError("the answer is too long")
+
+        status = await self.fetch(path, take)
+        return status, bytes(body)
+
     async def models(self) -> tuple[list[dict[str, Any]], float]:
         """The models that it lists and its patterns allow, and how many seconds ago they were: the
         last good list where there is no new one. Raises Refusal where there never was one."""
-        listed = bytearray()
-
-        def take(chunk: bytes) -> None:
-            listed.extend(chunk)
-            if len(listed) > MOST_FETCHED:
-                raise httpx2.RemoteProtocolError("the answer is too long")
-
         with contextlib.suppress(*NO_LIST):
-            if await self.fetch("/models", take) == 200:
+            status, listed = await self.fetch_whole("/models")
+            if status == 200:
                 named = [each for each in orjson.loads(listed)["data"] if name_in(each.get("id"))]
                 allowed = [each for each in named if self.serves(each["id"])]
                 self._models = allowed, time.monotonic()

@@ -28,6 +28,7 @@ from upstream import (
     images_json,
     images_stream,
     json_answer,
+    openai_like,
     response_object,
 )
 
@@ -549,6 +550,28 @@ def test_models_of_several_upstreams_are_joined_and_remembered(
             assert client.get("/models/a-9").status_code == 502
             one.script = json_answer({"error": {"message": "none"}}, 404)
             assert client.get("/models/a-1").status_code == 404, "it says so itself"
+
+
+def test_no_description_of_a_model_fills_the_memory(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """An upstream that went on for half a minute took gigabytes."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.path == "/v1/models":
+            await openai_like(request, reply)
+            return
+        await reply.head(200, [("content-type", "application/json")])
+        while not request.closed.is_set() and len(sent) < 200:
+            sent.append(1)
+            await reply.send(b"x" * 1_000_000)
+        await reply.end()
+
+    sent: list[int] = []
+    upstream.script = script
+    with gateway.client(key) as client:
+        assert client.get("/models/gpt-up").json() == {"id": "gpt-up", "object": "model"}
+    assert len(sent) < 50
 
 
 def time_passes() -> None:
