@@ -174,10 +174,10 @@ class RequestCycle:
                 return {"type": "http.request", "body": bytes(body), "more_body": not self._ended}
             connection.resume_reading()
             self._event.clear()
-            if "key" in self.scope or self.framing.whole:
+            if self.framing.whole:
                 await self._event.wait()
             else:
-                await connection.make_room_until(self._event)
+                await connection.make_room_until(self._event, "key" in self.scope)
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -289,6 +289,9 @@ class Connections:
         # Connections for which no app runs, or one that waits for the body of a request without a
         # valid key. The one that has been here the longest comes first.
         self.waiting: dict[HTTPProtocol, None] = {}
+        # Those that wait for the body of a request with a valid key. They make room after the
+        # others, so that no account can take all connections with bodies that never end.
+        self.uploading: dict[HTTPProtocol, None] = {}
         self._loop = loop
         self._max = max_connections or max_client_connections()
         self._sweeping = False
@@ -306,7 +309,8 @@ class Connections:
 
     def add(self, connection: HTTPProtocol, number: int) -> None:
         """Add a new connection. `number` is how many are open with it, WebSockets included. Above
-        the maximum, abort the connection that has been in `waiting` for the longest time."""
+        the maximum, abort the connection that has been in `waiting` for the longest time; if only
+        the new one is there, the one that has been in `uploading` for the longest time."""
         self.open.add(connection)
         self._number = number
         if not self._sweeping:
@@ -316,12 +320,16 @@ class Connections:
             if self._full_at == -math.inf:
                 say(logging.WARNING, "too many connections", open=number, maximum=self._max)
             self._full_at = self.now()
-            next(iter(self.waiting)).abort()
+            oldest = next(iter(self.waiting))
+            if oldest is connection:
+                oldest = next(iter(self.uploading), connection)
+            oldest.abort()
 
     def discard(self, connection: HTTPProtocol, number: int) -> None:
         """Remove a connection that has ended. `number` are left, WebSockets included."""
         self.open.discard(connection)
         self.waiting.pop(connection, None)
+        self.uploading.pop(connection, None)
         self._number = number
 
     def _sweep(self) -> None:
@@ -444,19 +452,23 @@ class HTTPProtocol(asyncio.Protocol):
         self._state = state
         self.deadline = self._shared.now() + seconds if seconds < math.inf else math.inf
         self._unsent = self._discarded = 0
+        if self in self._shared.uploading:
+            del self._shared.uploading[self]
         if state is State.SERVING:
             self._shared.waiting.pop(self, None)
         else:
             self._shared.waiting[self] = None  # keeps its position if it is there already
 
-    async def make_room_until(self, event: asyncio.Event) -> None:
-        """Wait for the event. Meanwhile the connection may be closed to make room for others."""
-        self._shared.waiting[self] = None
+    async def make_room_until(self, event: asyncio.Event, keyed: bool) -> None:
+        """Wait for the event. Meanwhile the connection may be closed to make room for others.
+        `keyed`: the request has a valid key."""
+        waiting = self._shared.uploading if keyed else self._shared.waiting
+        waiting[self] = None
         try:
             await event.wait()
         finally:
             if self._state is State.SERVING:
-                self._shared.waiting.pop(self, None)
+                waiting.pop(self, None)
 
     def expire(self) -> None:
         """Abort the connection, whose deadline has passed. While the write buffer is not empty,

@@ -514,6 +514,35 @@ def test_a_slow_body_without_a_key_makes_room() -> None:
     run(test)
 
 
+def test_slow_bodies_with_a_key_make_room_last() -> None:
+    """With bodies that never ended, one account shut everybody else out."""
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        scope["key"] = "somebody's"
+        await read(receive)
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        served = Served(app, maximum=3)
+        await served.feed(post(b"X: y", b"body"))
+        slow, idle = served.connect(), served.connect()
+        slow[1].data_received(post(b"X: y", b"body")[:-1])
+        await turn()
+        new = served.connect()
+        assert idle[0].ended == "aborted"
+        idle[1].connection_lost(None)
+        new[1].data_received(post(b"X: y", b"body"))
+        await turn()
+        assert not slow[0].ended
+        last = served.connect()
+        assert slow[0].ended == "aborted"
+        slow[1].connection_lost(None)
+        for other in (served.transport, new[0], last[0]):
+            assert not other.ended
+
+    run(test)
+
+
 def test_an_end_that_the_client_does_not_read_keeps_no_app_waiting() -> None:
     ended = []
 
