@@ -149,13 +149,13 @@ class Places:
         self.taken = 0
         self._queue: OrderedDict[asyncio.Future[None], int] = OrderedDict()
 
-    def take_now(self, limit: int, amount: int = 1) -> bool:
-        """Take `amount` places if they are free and nobody waits for any; return whether they were
-        taken. Sets the limit."""
+    def take_now(self, limit: int, amount: int = 1, ahead: bool = False) -> bool:
+        """Take `amount` places if they are free and nobody waits for any, or if they are free and
+        the caller goes `ahead` of who waits; return whether they were taken. Sets the limit."""
         self.limit = limit
         if self._queue:
             self._let_in()
-        if self._queue or 0 < limit < self.taken + amount:
+        if (self._queue and not ahead) or 0 < limit < self.taken + amount:
             return False
         self.taken += amount
         return True
@@ -530,8 +530,8 @@ class Reservation:
 
     async def take(self, size: int, clock: Clock | None) -> None:
         """Hold `size` bytes more. Raises Refusal if they do not come free within
-        `limits.queue_seconds`; ClientLeft. Only one task at a time may wait. If `clock` is None, do
-        not wait: the memory is in use already."""
+        `limits.queue_seconds`; ClientLeft. Only one task at a time may wait. If `clock` is None, go
+        ahead of those who wait, and do not wait: the memory is in use already."""
         self._size += size
         more = self._size - self._free - self._held - self._waits_for
         if more > 0:
@@ -600,7 +600,7 @@ class Reservation:
     async def _take_share(
         self, limited: Limited, most: int, more: int, patience: float, clock: Clock | None
     ) -> None:
-        if not limited.reading.take_now(most, more):
+        if not limited.reading.take_now(most, more, ahead=clock is None):
             try:
                 if clock is None:
                     raise TimeoutError

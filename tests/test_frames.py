@@ -516,6 +516,27 @@ def test_the_ids_of_waiting_requests_take_memory_as_well(
             ws.completed()
 
 
+def test_the_ids_of_a_request_need_no_turn_behind_a_long_message(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Their memory is in use already: while some is free, a message that waits for more than that
+    lets nobody else be refused."""
+    gateway = make_gateway(f"{SERVER}[limits]\nqueue_seconds = 100").start()
+    key = gateway.new_key()
+    items = [{"id": f"{number}", "type": "function_call", "name": "x"} for number in range(400)]
+    with contextlib.ExitStack() as stack:
+        ws, *wires = [stack.enter_context(wire(gateway, key)) for _ in range(4)]
+        for each in wires:  # of 16 MB these take 14, and the third waits
+            unfinished(each, 7 * MB)
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 1)
+        ws.create(input=items)
+        ws.completed()
+        with gateway.client(key) as client:
+            body = {"model": "gpt-up", "input": items}
+            assert client.post("/responses", json=body).status_code == 200
+        assert gateway.metrics()["redbtc_queued"] == 1
+
+
 def test_a_message_has_its_time(make_gateway: MakeGateway, upstream: Upstream) -> None:
     gateway = make_gateway("[server]\nbody_timeout_seconds = 0.4").start()
     key = gateway.new_key()
