@@ -48,7 +48,7 @@ from websockets.streams import StreamReader
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
-from redbtc_body import DEFAULT_IMAGE_MODEL, Frame
+from redbtc_body import DEFAULT_IMAGE_MODEL, MAX_ITEMS, Frame
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
@@ -582,6 +582,9 @@ class Turn(Metered):
         if len(self._steers) >= MAX_STEERS:
             message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
             raise Refusal("concurrency_limit_exceeded", message)
+        if len(self._content.chosen_ids) + len(frame.chosen_ids) > MAX_ITEMS:
+            message = f"The input of this response has more than {MAX_ITEMS} items with ids."
+            raise Refusal("invalid_request", message, param="input")
         admission.charge("tokens", 0)
         usual = self.settings.billing.hold_output_tokens
         more = self._further_input + (self._content.facts.most_output_tokens() or usual)

@@ -646,6 +646,38 @@ def test_at_most_four_steerings_of_a_response_are_unanswered(
     assert len(upstream.sockets[0].texts) == 6
 
 
+def test_the_ids_in_all_steerings_of_a_response_are_bounded(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """They are kept until the response ends, even if the upstream refuses the steering."""
+
+    async def talk(sock: Socket) -> None:
+        request = await sock.recv()
+        await sock.send(*ws_events(1, request)[:2])
+        for _ in range(2):
+            await sock.recv()
+            await sock.send({"type": "response.steer.failed"})
+        await sock.send(ws_events(1, request)[-1])
+
+    def steer(first: int, size: int) -> None:
+        items = [{"id": f"{first + n}", "role": "user", "content": "x"} for n in range(size)]
+        event = {"type": "response.steer", "previous_response_id": "resp_ws_1", "input": items}
+        ws.send(json.dumps(event).encode())
+
+    upstream.talk = talk
+    with wire(gateway, key) as ws:
+        ws.create(input=[{"id": "mine", "role": "user", "content": "x"}])
+        ws.until("response.output_text.delta")
+        steer(0, 12_000)
+        ws.until("response.steer.failed")
+        steer(12_000, 8_000)
+        error = ws.until("error")["error"]
+        assert error["message"] == "The input of this response has more than 20000 items with ids."
+        assert error["param"] == "input"
+        steer(12_000, 7_999)
+        ws.completed()
+
+
 def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
