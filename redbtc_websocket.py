@@ -225,6 +225,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     _reading: asyncio.Task[Any] | None = None
     _arrival: asyncio.Future[None] | None = None  # done when bytes have arrived
     _paused = False
+    _heard = False  # bytes have arrived since the last ping
     _ended = False  # no more frames are read
     _discarded = 0  # bytes that arrived after that
     # For the message that is being read:
@@ -246,8 +247,21 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             scope = cast(Scope, self.scope)
             scope["abort"], scope["read_frames"] = self.transport.abort, self.read_frames
 
+    def send_keepalive_ping(self) -> None:
+        self._heard = False
+        super().send_keepalive_ping()
+
     def keepalive_timeout(self) -> None:
+        """Close the connection of a client that has not answered a ping. While it sends a long
+        frame it can't answer, and while it is not read its answer can't be seen: then go on
+        waiting."""
+        if self._heard or self._paused:
+            assert self.ping_timeout is not None, "it has passed"
+            self._heard = False
+            self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
+            return
         super().keepalive_timeout()
+        self._ended = self._ended or self.conn.eof_sent
         self.loop.call_later(CLOSING_SECONDS, self.transport.abort)
 
     def shutdown(self) -> None:
@@ -269,6 +283,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self._ended:
             self._discard(len(data))
             return
+        self._heard = True
         self._reader.feed_data(data)
         if self._arrival and not self._arrival.done():
             self._arrival.set_result(None)

@@ -13,6 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -565,6 +566,51 @@ def test_a_message_has_its_time(make_gateway: MakeGateway, upstream: Upstream) -
             assert ws.refused() == "request_timeout"
         idle.create()
         idle.completed()
+
+
+class PingsOften(Gateway):
+    """Start a gateway that sends pings after 0.2 seconds, and waits a second for their answers."""
+
+    WRAPPER = """
+import os, runpy, sys, uvicorn
+init, often = uvicorn.Config.__init__, {"ws_ping_interval": 0.2, "ws_ping_timeout": 1}
+uvicorn.Config.__init__ = lambda self, *given, **named: init(self, *given, **{**named, **often})
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+    def command(self, *arguments: str) -> list[str]:
+        python, *rest = super().command(*arguments)
+        return [python, "-c", self.WRAPPER, *rest] if "serve" in arguments else [python, *rest]
+
+
+def test_who_sends_a_long_frame_or_is_not_read_need_not_answer_pings(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    """The answer comes behind the frame."""
+    gateway = PingsOften(tmp_path, upstream.url, f"{SERVER}[limits]\nqueue_seconds = 100")
+    gateway.start()
+    data = frame(message(MAX_BODY - 1000))
+    with contextlib.ExitStack() as stack:
+        stack.callback(gateway.close)
+        key = gateway.new_key()
+        dead, waits, *slow = (stack.enter_context(wire(gateway, key)) for _ in range(4))
+        for ws in slow:  # these take all memory
+            ws.sock.sendall(data[:-30])
+        waiting = threading.Thread(target=waits.sock.sendall, args=(data,))
+        waiting.start()
+        for at in range(-30, -1):
+            for ws in slow:
+                ws.sock.sendall(data[at : at + 1])
+            time.sleep(0.1)
+        assert gateway.metrics()["redbtc_queued"] == 1
+        assert dead.closed() == 1011
+        for ws in slow:
+            ws.sock.sendall(data[-1:])
+            ws.completed()
+        waits.completed()
+        waiting.join()
 
 
 def test_who_is_over_the_rate_is_refused_before_the_frame_is_read(
