@@ -66,9 +66,19 @@ def toml(tables: Mapping[str, Any], path: str = "") -> str:
     return "".join(plain + nested)
 
 
+RUN = """
+import os, runpy, sys
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class Gateway:
     """`settings` is TOML text put before the upstream's table, or the same as nested dicts;
     `upstream_settings` goes into that table. `env` is added to the environment."""
+
+    prelude = ""  # Python code that the serving process runs first
 
     def __init__(
         self,
@@ -113,8 +123,10 @@ class Gateway:
         self.config.write_text(settings)
 
     def command(self, *arguments: str) -> list[str]:
+        prelude = ["-c", self.prelude + RUN] if self.prelude and "serve" in arguments else []
         return [
             sys.executable,
+            *prelude,
             self._script,
             "--config",
             str(self.config),

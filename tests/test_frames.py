@@ -571,18 +571,11 @@ def test_a_message_has_its_time(make_gateway: MakeGateway, upstream: Upstream) -
 class PingsOften(Gateway):
     """Start a gateway that sends pings after 0.2 seconds, and waits a second for their answers."""
 
-    WRAPPER = """
-import os, runpy, sys, uvicorn
+    prelude = """
+import uvicorn
 init, often = uvicorn.Config.__init__, {"ws_ping_interval": 0.2, "ws_ping_timeout": 1}
 uvicorn.Config.__init__ = lambda self, *given, **named: init(self, *given, **{**named, **often})
-sys.argv.pop(0)
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-    def command(self, *arguments: str) -> list[str]:
-        python, *rest = super().command(*arguments)
-        return [python, "-c", self.WRAPPER, *rest] if "serve" in arguments else [python, *rest]
 
 
 def test_who_sends_a_long_frame_or_is_not_read_need_not_answer_pings(
@@ -724,11 +717,18 @@ def test_the_ids_in_all_steerings_of_a_response_are_bounded(
         ws.completed()
 
 
+class CollectsNothing(Gateway):
+    """Start a gateway without garbage collections. One that happens to come while 1,000 requests
+    wait visits all that they keep, 50,000 objects, which takes 25 to 60 units."""
+
+    prelude = "import gc; gc.disable()"
+
+
 def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
-    make_gateway: MakeGateway, upstream: Upstream
+    tmp_path: Path, upstream: Upstream
 ) -> None:
     """Only so many requests of it wait at once, whatever the number of its connections."""
-    gateway = make_gateway("[limits]\nqueue_seconds = 100").start()
+    gateway = CollectsNothing(tmp_path, upstream.url, "[limits]\nqueue_seconds = 100").start()
     hog, release = gateway.new_key("hog"), threading.Event()
 
     async def talk(sock: Socket) -> None:
@@ -739,6 +739,7 @@ def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
 
     upstream.talk = talk
     with contextlib.ExitStack() as stack:
+        stack.callback(gateway.close)
         wires = [stack.enter_context(wire(gateway, hog)) for _ in range(4)]
         for number in range(900):
             for ws in wires:
@@ -750,8 +751,8 @@ def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
             for ws in reversed(wires):
                 ws.sock.shutdown(socket.SHUT_RDWR)
             wait_until(lambda: gateway.metrics()["redbtc_queued"] == 0)
-    release.set()
-    assert stalls.longest < HELD_UNITS
+        release.set()
+    assert stalls.longest < HELD_UNITS / 4
 
 
 def test_handshakes_have_a_rate(gateway: Gateway, key: str) -> None:

@@ -568,17 +568,10 @@ class CountsObjects(Gateway):
     """Start a gateway that prints at its end how many objects a full garbage collection skips, and
     how many it visits."""
 
-    WRAPPER = """
-import atexit, gc, os, runpy, sys
-sys.argv.pop(0)
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    prelude = """
+import atexit, gc
 atexit.register(lambda: print("objects", gc.get_freeze_count(), len(gc.get_objects())))
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-    def command(self, *arguments: str) -> list[str]:
-        python, *rest = super().command(*arguments)
-        return [python, "-c", self.WRAPPER, *rest] if "serve" in arguments else [python, *rest]
 
 
 def test_garbage_collections_skip_what_is_there_at_the_start(
