@@ -96,6 +96,7 @@ SMALL_FRAMES_PER_MINUTE = 6000  # of an account
 REFUSED_FRAMES = 10  # how many small frames a refused event counts as
 MAX_PAUSE = 30  # seconds that refused events can pause reading; a ping waits 60 for its answer
 LINGER_SECONDS = 2  # for the client to read the close frame and to close its side
+QUIET_SECONDS = 0.25  # without bytes: the client has probably sent all that it was sending
 MAX_LINGER = 256 << 20  # bytes that are thrown away in that time; reading a message costs more
 MAX_PART = 256 << 10  # bytes that are masked or unmasked in one step; a multiple of the mask's four
 FIN, CONTROL, MASKED = 0x80, 0x08, 0x80  # RFC 6455 §5.2: bits of a head's first and second byte
@@ -310,17 +311,23 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         await self._linger()
 
     async def _linger(self) -> None:
-        """Throw away what still arrives. Once the close frame is sent, end the sending side, and
-        give the client LINGER_SECONDS to end its own."""
+        """Throw away what still arrives. Once the close frame is sent, give the client
+        LINGER_SECONDS to end its side, and end the sending side when nothing has arrived for
+        QUIET_SECONDS: a reverse proxy can reset the connection of a client that still sends."""
         self._resume()
         while not (self.close_sent or self.transport.is_closing()):
             await asyncio.sleep(TICK)
-        if not self.transport.is_closing():
-            with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
-                self.transport.write_eof()
-            if self.close_timer:
-                self.close_timer.cancel()
-            self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        if self.transport.is_closing():
+            return
+        if self.close_timer:
+            self.close_timer.cancel()
+        self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        discarded = -1
+        while discarded != self._discarded:
+            discarded = self._discarded
+            await asyncio.sleep(QUIET_SECONDS)
+        with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
+            self.transport.write_eof()
 
     def _discard(self, size: int) -> None:
         self._discarded += size

@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import re
+import select
 import signal
 import socket
 import struct
@@ -341,6 +342,21 @@ def test_a_message_that_is_too_large_is_refused_and_never_reset(
         for data in (frame(message(room)), fragmented(message(room), 100)):
             ws.sock.sendall(data)
             ws.completed()
+
+
+def test_a_refused_client_may_send_the_rest_of_its_message_before_the_end(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """nginx resets the client's connection at an earlier end of the upstream's side."""
+    gateway = make_gateway("[server]\nmax_body_bytes = 2000000").start()
+    with wire(gateway, gateway.new_key()) as ws:
+        ws.sock.sendall(frame(message(9 * MB))[:MB])
+        assert ws.refused() == "request_too_large"
+        assert ws.closed() == 1009
+        for _ in range(50):
+            ws.sock.sendall(bytes(1000))
+            assert not select.select([ws.sock], [], [], 0.01)[0]
+        assert ended(ws)
 
 
 def test_who_does_not_stop_sending_is_cut_off(
