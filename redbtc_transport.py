@@ -14,7 +14,11 @@ not a byte of an answer has come, our kernel is asked whether the other side's h
 byte of the request. Only if none was is it sent again, once, on a new connection (RFC 9110 §9.2.2).
 Where the kernel can't tell, it is not.
 
-Rule 3. Memory is bounded: heads and all else that is no body by MAX_OVERHEAD, what waits for a slow
+Rule 3. Bytes that came before a request are not its answer. A connection on which more than the
+answer comes is not used again. Before each use our kernel is asked whether unread bytes have
+arrived; when an answer begins, whether the other side's kernel had seen any of the request.
+
+Rule 4. Memory is bounded: heads and all else that is no body by MAX_OVERHEAD, what waits for a slow
 reader by HIGH_WATER and one read of the socket. Then nothing more is read.
 """
 
@@ -22,10 +26,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import re
 import socket
 import ssl
 import struct
+import termios
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import NamedTuple, cast
@@ -35,6 +41,7 @@ import httpx2
 
 MAX_OVERHEAD = 100 << 10  # bytes without any body between: heads, 1xx, chunk extensions, trailers
 HIGH_WATER = 64 << 10
+NO_BYTES = bytes(4)  # 0 as a C int
 REQUEST_HEAD = re.compile(  # RFC 9112 §3, RFC 9110 §5.5
     rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.1\r\n"
     rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: [^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+\r\n"
@@ -70,13 +77,19 @@ class Answer(NamedTuple):
 
 def acknowledged(transport: asyncio.BaseTransport) -> int | None:
     """How many bytes have reached the other side's kernel: tcpi_bytes_acked, at 120 in tcp(7)'s
-    struct tcp_info. None on systems other than Linux."""
+    struct tcp_info. None on systems other than Linux, and where the kernel does not count them."""
     try:
         sock = transport.get_extra_info("socket")
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-        return int(struct.unpack_from("=Q", info, 120)[0])
+        return int(struct.unpack_from("=Q", info, 120)[0]) or None
     except (AttributeError, OSError, struct.error):
         return None
+
+
+def has_unread(transport: asyncio.BaseTransport) -> bool:
+    """Return whether bytes have arrived that were not read yet."""
+    number = transport.get_extra_info("socket").fileno()
+    return fcntl.ioctl(number, termios.FIONREAD, NO_BYTES) != NO_BYTES
 
 
 class Connection(asyncio.Protocol):
@@ -131,6 +144,10 @@ class Connection(asyncio.Protocol):
             return
         if self._error:
             return
+        if self._acknowledged is not None and self._came_before():
+            self._fail(httpx2.RemoteProtocolError("an answer came before the request"))
+            self._wake()
+            return
         self._overhead += len(data)
         try:
             self._parser.feed_data(data)
@@ -144,6 +161,13 @@ class Connection(asyncio.Protocol):
             if not self.complete and not self._error:
                 return
         self._wake()
+
+    def _came_before(self) -> bool:
+        """Return whether the first bytes of an answer were sent before the other side's kernel had
+        seen any of the request: they would have acknowledged it."""
+        before, self._acknowledged = self._acknowledged, None
+        now = acknowledged(self._transport)
+        return before is not None and now is not None and now <= before
 
     def eof_received(self) -> None:
         nothing_came = self._method and not self._status and not self._overhead
@@ -203,6 +227,8 @@ class Connection(asyncio.Protocol):
         self.complete = self._method == "HEAD"
 
     def on_body(self, body: bytes) -> None:
+        if self.complete:  # it is another answer's
+            return
         self._overhead = 0
         self._chunks.append(body)
         self.waiting_bytes += len(body)
@@ -313,12 +339,13 @@ class Connection(asyncio.Protocol):
         return self._loop.time() - self._idle_since
 
     def reuse(self) -> bool:
-        """Whether it is as open as when it was given back, as far as it has been noticed."""
+        """Whether it is as open as when it was given back, as far as it has been noticed, and
+        nothing has come meanwhile."""
         if self._tls:
             self._acknowledged = acknowledged(self._transport)
         else:  # of what was answered, all has arrived; the kernel counts its SYN as one byte more
             self._acknowledged = self._written + 1
-        return not self._transport.is_closing()
+        return not (self._transport.is_closing() or has_unread(self._transport))
 
     def release(self) -> None:
         """The answer is no longer read: keep the connection for the next request, or close it."""

@@ -12,7 +12,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, cast
 
 import httpx2
@@ -107,6 +107,25 @@ class Body(httpx2.ByteStream):
         return cast(bytes, memoryview(self._body)[start : start + SLICE])
 
 
+class LastBody(httpx2.AsyncByteStream):
+    """The body of the last answer on a connection of httpx2. httpx2 would take what an upstream
+    sends after an answer for the answer to the next request, which may be another account's."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self._body = cast(httpx2.AsyncByteStream, response.stream)
+        self._connection = response.extensions["network_stream"]
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._body.__aiter__()
+
+    async def aclose(self) -> None:
+        """Close the connection first, so that httpx2 does not offer it to other requests."""
+        try:
+            await self._connection.aclose()
+        finally:
+            await self._body.aclose()
+
+
 NOT_OF_WEBSOCKET = ("accept", "accept-encoding", "content-type", "content-encoding")
 NO_LIST = (
     httpx2.HTTPError,
@@ -182,7 +201,10 @@ class Upstream:
                 extensions={"timeout": request.timeouts},
             )
         )
-        body = cast(httpx2.AsyncByteStream, response.stream)
+        if response.extensions["http_version"] == b"HTTP/2":  # its frames say whose they are
+            body = cast(httpx2.AsyncByteStream, response.stream)
+        else:
+            body = LastBody(response)
         return Answer(response.status_code, response.headers.raw, body)
 
     async def fetch(self, path: str, take: Callable[[bytes], object], method: str = "GET") -> int:
