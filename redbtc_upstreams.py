@@ -19,6 +19,7 @@ import httpx2
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
+from redbtc_http import BAD_IN_VALUE
 from redbtc_ledger import Store
 from redbtc_meter import name_in
 from redbtc_pieces import Buffer
@@ -105,6 +106,16 @@ class Body(httpx2.ByteStream):
         if size <= SLICE:
             return cast(bytes, self._body)
         return cast(bytes, memoryview(self._body)[start : start + SLICE])
+
+
+def check_answer(headers: Headers) -> None:
+    """Raise httpx2.RemoteProtocolError for a head that httpx2 accepts, but that clients could read
+    in two ways."""
+    names = {name.lower() for name, _ in headers}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        raise httpx2.RemoteProtocolError("an answer with Content-Length and Transfer-Encoding")
+    if BAD_IN_VALUE.search(b"".join([value for _, value in headers])):
+        raise httpx2.RemoteProtocolError("a control character in a header")
 
 
 class LastBody(httpx2.AsyncByteStream):
@@ -205,6 +216,11 @@ class Upstream:
             body = cast(httpx2.AsyncByteStream, response.stream)
         else:
             body = LastBody(response)
+        try:
+            check_answer(response.headers.raw)
+        except httpx2.RemoteProtocolError:
+            await body.aclose()
+            raise
         return Answer(response.status_code, response.headers.raw, body)
 
     async def fetch(self, path: str, take: Callable[[bytes], object], method: str = "GET") -> int:

@@ -877,6 +877,20 @@ def test_what_comes_after_an_answer_is_nobodys(
 
 
 @pytest.mark.parametrize("transport", ["asyncio", "httpx"])
+@pytest.mark.parametrize("name", ["length and chunks", "control character"])
+def test_a_head_that_clients_could_misread_is_refused(
+    make_gateway: MakeGateway, upstream: Upstream, transport: str, name: str
+) -> None:
+    control = raw(OK + b"X: a\x01b\r\nContent-Length: 2\r\n\r\n{}", "close")
+    upstream.script = {**STRICTER, "control character": control}[name]
+    gateway = make_gateway(upstream_settings=f'transport = "{transport}"').start()
+    with gateway.client(gateway.new_key()) as client:
+        answer = client.post("/responses", json={"model": "m", "input": "Hi"})
+    assert answer.status_code == 502
+    assert gateway.row()["outcome"] == "upstream_failed"
+
+
+@pytest.mark.parametrize("transport", ["asyncio", "httpx"])
 def test_no_proxy_but_the_settings(
     make_gateway: MakeGateway, upstream: Upstream, transport: str
 ) -> None:
