@@ -765,6 +765,7 @@ class Session:
         self._patience = 0.0  # seconds for the client to read
         self._sends, self._given = 0, 0  # messages that wait for that, and that need not
         self._watching: asyncio.TimerHandle
+        self._accepted = asyncio.Event()  # the client may be sent events
         self._closed = False  # to the client
         self._expired = False
 
@@ -808,6 +809,7 @@ class Session:
         line = await self._first_line()
         self._patience = line.upstream.settings.idle_timeout_seconds
         await self._send({"type": "websocket.accept", "headers": self._headers(line.connection)})
+        self._accepted.set()
         self.gateway.watch.answered(self._scope, 101)
         most, loop = line.upstream.settings.total_timeout_seconds, self.gateway.clocks.loop
         expiry = loop.call_later(most, self._expire)
@@ -1164,6 +1166,7 @@ class Session:
         """Until the upstream closes. With the last line the client's connection is closed, too, in
         the same way."""
         code, reason = INTERNAL_ERROR, "The upstream's connection was lost."
+        await self._accepted.wait()  # an event can come with the upstream's handshake
         try:
             while True:
                 await self._pass_event(line, await line.connection.recv())

@@ -19,6 +19,8 @@ from conftest import MakeGateway
 from gateway import PATIENCE_SECONDS, Gateway, wait_until
 from upstream import (
     RESPONSE_USAGE,
+    Received,
+    Reply,
     Socket,
     Upstream,
     json_answer,
@@ -29,6 +31,7 @@ from upstream import (
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
+from websockets.utils import accept_key
 
 PRICED = '[billing]\ndefault_credit_limit = "0"'
 CREATE = {"type": "response.create", "model": "gpt-up", "input": "Hi", "stream": True}
@@ -711,6 +714,27 @@ def test_events_belong_to_the_response_that_they_name(
         assert ws.until("error")["error"]["message"] == "the third"
         assert [ws.completed()["id"] for _ in range(2)] == ["resp_ws_1", "resp_ws_0"]
         assert brief(gateway) == [done(0), done(1), (None, "upstream_error", None)]
+
+
+def test_an_event_may_come_with_the_upstreams_handshake(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """The client gets it after its own handshake, and the end of the connection as well."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        head = "HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        accept = accept_key(request.header("sec-websocket-key") or "")
+        event = Frame(Opcode.TEXT, b'{"type":"error","error":{"code":"early"}}').serialize(
+            mask=False
+        )
+        await reply.raw(f"{head}sec-websocket-accept: {accept}\r\n\r\n".encode() + event)
+        await asyncio.sleep(0.1)
+        reply.close()
+
+    upstream.talk, upstream.script = None, script
+    with client(gateway, key) as connection:
+        assert code(connection.recv(seconds=10)) == "early"
+        assert connection.closed() == 1011
 
 
 def test_what_nobody_asked_for_is_written_down(
