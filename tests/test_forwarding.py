@@ -401,6 +401,21 @@ def test_an_upstream_that_is_a_gateway_as_well_names_no_row(
     assert answer.headers.get_list("x-redbtc-request-id") == [gateway.row()["request_id"]]
 
 
+@pytest.mark.parametrize("length", ["0", "5"])
+def test_an_answer_without_a_body_has_no_length(
+    gateway: Gateway, upstream: Upstream, key: str, length: str
+) -> None:
+    """Clients refuse a 204 with one (RFC 9110 §8.6)."""
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.raw(b"HTTP/1.1 204 No Content\r\nContent-Length: %s\r\n\r\n" % length.encode())
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json=RESPONSE)
+        assert (answer.status_code, answer.headers.get("content-length")) == (204, None)
+
+
 @pytest.mark.parametrize(
     ("value", "passes"),
     [
