@@ -12,6 +12,7 @@ operator; `body` and `query` are read strictly into their types; others are part
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -993,7 +994,14 @@ def served(api: API, authenticate: Authenticate) -> Starlette:
 
 
 async def _describe(request: Request) -> Response:
-    return await answer(openapi(secure=request.url.scheme == "https"))
+    body = _description(secure=request.url.scheme == "https")
+    return Response(body, headers=SECURITY, media_type="application/json")
+
+
+@functools.cache
+def _description(*, secure: bool) -> bytes:
+    """Return `openapi` as JSON. It is made once: that takes about 10 ms, and anybody may ask."""
+    return orjson.dumps(openapi(secure=secure))
 
 
 async def whole_body(request: Request, most: int) -> bytes:

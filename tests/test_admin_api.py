@@ -16,6 +16,7 @@ import schemathesis
 from gateway import NO_TLS, PATIENCE_SECONDS, USUAL, Gateway
 from hypothesis import HealthCheck, settings
 from schemathesis import Case, GenerationMode
+from speed import Stalls
 from upstream import Upstream
 
 from redbtc_admin import OPERATIONS, PREFIX, RANKS, Operation, openapi
@@ -122,6 +123,21 @@ def test_the_description_served_is_that_of_how_it_is_reached(running: Gateway) -
     assert answer.json() == openapi(secure=False)
     schemes = openapi(secure=True)["components"]["securitySchemes"]
     assert schemes["session"]["name"] == "__Host-redbtc"
+
+
+def test_the_description_is_made_once(running: Gateway) -> None:
+    """Anybody may ask for it, on as many connections as he likes."""
+    head = f"GET {PREFIX}/openapi.json HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+    running.get(f"{PREFIX}/openapi.json")
+    with contextlib.ExitStack() as stack, Stalls(running.port) as stalls:
+        socks = [stack.enter_context(running.connect()) for _ in range(150)]
+        for sock in socks:
+            sock.sendall(head.encode())
+        for sock in socks:
+            with sock.makefile("rb") as answer:
+                assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+                answer.read()
+    assert stalls.longest < 200, "to make one takes 5 to 10 units"
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/accounts", "/nothing"])
