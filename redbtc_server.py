@@ -31,7 +31,7 @@ import socket
 import struct
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, cast
 
 import httptools
@@ -177,7 +177,7 @@ class RequestCycle:
             if self.framing.whole:
                 await self._event.wait()
             else:
-                await connection.make_room_until(self._event, "key" in self.scope)
+                await connection.make_room_until(self._event.wait(), "key" in self.scope)
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -186,7 +186,7 @@ class RequestCycle:
         and can make room."""
         connection = self._connection
         if connection.writing_paused and not (connection.closed or _is_end(message)):
-            await connection.writable()
+            await connection.writable("key" in self.scope)
         if connection.closed:
             return
         if message["type"] == "http.response.start" and not self.started:
@@ -286,12 +286,14 @@ class Connections:
         self.offers_websocket = offers_websocket
         self.now = now or loop.time
         self.open: set[HTTPProtocol] = set()
-        # Connections for which no app runs, or one that waits for the body of a request without a
-        # valid key. The one that has been here the longest comes first.
+        # Connections for which no app runs, or, for a request without a valid key, one that waits
+        # for the client: to send the body or to read the response. The one that has been here the
+        # longest comes first.
         self.waiting: dict[HTTPProtocol, None] = {}
-        # Those that wait for the body of a request with a valid key. They make room after the
-        # others, so that no account can take all connections with bodies that never end.
-        self.uploading: dict[HTTPProtocol, None] = {}
+        # Those that wait for the client of a request with a valid key. They make room after the
+        # others, so that no account can take all connections with bodies that never end or
+        # responses that are not read.
+        self.keyed_waiting: dict[HTTPProtocol, None] = {}
         self._loop = loop
         self._max = max_connections or max_client_connections()
         self._sweeping = False
@@ -310,7 +312,7 @@ class Connections:
     def add(self, connection: HTTPProtocol, number: int) -> None:
         """Add a new connection. `number` is how many are open with it, WebSockets included. Above
         the maximum, abort the connection that has been in `waiting` for the longest time; if only
-        the new one is there, the one that has been in `uploading` for the longest time."""
+        the new one is there, the one that has been in `keyed_waiting` for the longest time."""
         self.open.add(connection)
         self._number = number
         if not self._sweeping:
@@ -322,14 +324,14 @@ class Connections:
             self._full_at = self.now()
             oldest = next(iter(self.waiting))
             if oldest is connection:
-                oldest = next(iter(self.uploading), connection)
+                oldest = next(iter(self.keyed_waiting), connection)
             oldest.abort()
 
     def discard(self, connection: HTTPProtocol, number: int) -> None:
         """Remove a connection that has ended. `number` are left, WebSockets included."""
         self.open.discard(connection)
         self.waiting.pop(connection, None)
-        self.uploading.pop(connection, None)
+        self.keyed_waiting.pop(connection, None)
         self._number = number
 
     def _sweep(self) -> None:
@@ -452,20 +454,20 @@ class HTTPProtocol(asyncio.Protocol):
         self._state = state
         self.deadline = self._shared.now() + seconds if seconds < math.inf else math.inf
         self._unsent = self._discarded = 0
-        if self in self._shared.uploading:
-            del self._shared.uploading[self]
+        if self in self._shared.keyed_waiting:
+            del self._shared.keyed_waiting[self]
         if state is State.SERVING:
             self._shared.waiting.pop(self, None)
         else:
             self._shared.waiting[self] = None  # keeps its position if it is there already
 
-    async def make_room_until(self, event: asyncio.Event, keyed: bool) -> None:
-        """Wait for the event. Meanwhile the connection may be closed to make room for others.
+    async def make_room_until(self, event: Awaitable[Any], keyed: bool) -> None:
+        """Wait for the client. Meanwhile the connection may be closed to make room for others.
         `keyed`: the request has a valid key."""
-        waiting = self._shared.uploading if keyed else self._shared.waiting
+        waiting = self._shared.keyed_waiting if keyed else self._shared.waiting
         waiting[self] = None
         try:
-            await event.wait()
+            await event
         finally:
             if self._state is State.SERVING:
                 waiting.pop(self, None)
@@ -775,11 +777,12 @@ class HTTPProtocol(asyncio.Protocol):
         else:
             self.transport.write(data)
 
-    async def writable(self) -> None:
-        """Wait until the client has read enough of what was sent for more to be written."""
+    async def writable(self, keyed: bool) -> None:
+        """Wait until the client has read enough of what was sent for more to be written. `keyed`:
+        as for `make_room_until`."""
         waiting = self._loop.create_future()
         self._writable.append(waiting)
-        await waiting
+        await self.make_room_until(waiting, keyed)
 
 
 def _address(name: Any) -> tuple[str, int] | None:

@@ -587,6 +587,43 @@ def test_small_chunks_that_are_thrown_away_count_once(monkeypatch: pytest.Monkey
     run(test)
 
 
+def test_clients_that_do_not_read_make_room() -> None:
+    """Those with a key come last, as with bodies."""
+
+    def get(path: bytes) -> bytes:
+        return post(b"X: y", b"", b"GET", path)
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["path"] == "/keyed":
+            scope["key"] = "somebody's"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"a", b"b"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        served = Served(app, maximum=4)
+        await served.feed(get(b"/"))
+        keyed, anybody, read = [served.connect() for _ in range(3)]
+        for (_, protocol), path in ((keyed, b"/keyed"), (anybody, b"/"), (read, b"/")):
+            protocol.data_received(get(path))
+            protocol.pause_writing()
+        await turn()
+        read[1].resume_writing()
+        await turn()
+        for slow in (anybody, keyed):
+            assert not slow[0].ended
+            new = served.connect()
+            assert slow[0].ended == "aborted"
+            slow[1].connection_lost(None)
+            new[1].data_received(get(b"/"))
+            await turn()
+        for other in (served.transport, read[0]):
+            assert not other.ended
+
+    run(test)
+
+
 def test_http_2_is_refused_at_once() -> None:
     async def test() -> None:
         served = Served()
