@@ -675,6 +675,7 @@ STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfusc
 QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, Home] = {}
+MAX_ASKED = 50  # requests of an account for its own figures at once
 
 
 class MeteredRoute:
@@ -729,6 +730,7 @@ class Gateway:
         self._pages = dashboard.Dashboard(self.api)
         self._dashboard = self.in_time(self._pages.app())
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
+        self._asked: Counter[str] = Counter()  # by account, requests for its own figures
         self._cutting: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
         self._started = time.monotonic()
         self._closing: set[asyncio.Task[None]] = set()
@@ -1035,11 +1037,20 @@ class Gateway:
         await respond(scope, send, 200, b'{"status":"ready"}')
 
     async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What an account asks of itself costs none of its limits; its answers are made in turn."""
+        """What an account asks of itself costs none of its limits; its answers are made in turn.
+        Those that wait are few: a client that reads its answer slowly holds them up, and they
+        can't make room for other connections."""
         scope["where"] = "/admin/v1/me"
-        scope["key"] = authenticate(scope, self.store)
-        async with self._asking[scope["key"].account_id]:
-            await self._admin(scope, receive, self._with_ids(scope, send))
+        key = scope["key"] = authenticate(scope, self.store)
+        if self._asked[key.account_id] >= MAX_ASKED:
+            message = f"This account has {MAX_ASKED} requests for its own figures in flight."
+            raise Refusal("concurrency_limit_exceeded", message)
+        self._asked[key.account_id] += 1
+        try:
+            async with self._asking[key.account_id]:
+                await self._admin(scope, receive, self._with_ids(scope, send))
+        finally:
+            self._asked[key.account_id] -= 1
 
     def in_time(self, app: App) -> App:
         """Return the app with a time limit for each request's body: to the app, a client that is

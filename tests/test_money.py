@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import io
 import json
+import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -32,6 +35,8 @@ from upstream import (
     response_object,
     stream,
 )
+
+from redbtc_proxy import MAX_ASKED
 
 REFUSE = '[billing]\nunpriced_models = "refuse"\n'
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -837,6 +842,22 @@ def test_who_asks_much_waits(make_gateway: MakeGateway, upstream: Upstream) -> N
         asked = [pool.submit(report, number) for number in range(300)]
         assert ask(gateway, keys[0]).status_code == 200
     assert {each.result() for each in asked} == {200}
+
+
+def test_nobody_takes_all_connections_by_asking(gateway: Gateway, key: str) -> None:
+    """Requests for an account's own figures that wait for their turn can't make room for others."""
+    head = f"GET /admin/v1/me HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(gateway.connect()) for _ in range(200)]
+        gateway.signal(signal.SIGSTOP)  # so that all arrive at once
+        for sock in socks:
+            sock.sendall(head)
+        gateway.signal(signal.SIGCONT)
+        answers = Counter(sock.recv(65536)[9:12] for sock in socks)
+    assert set(answers) == {b"200", b"429"}
+    assert answers[b"200"] >= MAX_ASKED
+    headers = {"authorization": f"Bearer {key}"}
+    assert gateway.get("/admin/v1/me", headers=headers).status_code == 200
 
 
 def test_first_run_has_prices(make_gateway: MakeGateway, upstream: Upstream) -> None:
