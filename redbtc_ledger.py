@@ -177,6 +177,7 @@ class Store:
         self._waiting: list[Entry] = []
         self._wake = asyncio.Event()
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
+        self._trying = asyncio.Lock()  # whether a commit succeeds
         self._closing = False
         self._latest = 0
 
@@ -337,14 +338,16 @@ class Store:
         return now
 
     async def can_commit(self) -> bool:
-        """Whether a commit succeeds now: one within the last second is proof enough."""
-        if self.healthy and time.monotonic() - self.committed_at > 1:
-            try:
-                await self.transact((BEAT, (self.time(),)))
-                self.committed_at = time.monotonic()
-            except LedgerUnavailable as error:
-                self.healthy, self.failure = False, str(error)
-                self._wake.set()  # the retries that bring it back
+        """Whether a commit succeeds now: one within the last second is proof enough, and one try
+        for all who ask meanwhile."""
+        async with self._trying:
+            if self.healthy and time.monotonic() - self.committed_at > 1:
+                try:
+                    await self.transact((BEAT, (self.time(),)))
+                    self.committed_at = time.monotonic()
+                except LedgerUnavailable as error:
+                    self.healthy, self.failure = False, str(error)
+                    self._wake.set()  # the retries that bring it back
         return self.healthy
 
     async def _write_groups(self) -> None:

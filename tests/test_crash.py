@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -31,6 +33,8 @@ from upstream import (
     response_pieces,
     stream,
 )
+
+from redbtc_ledger import Store
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 KILLS = 50
@@ -147,6 +151,27 @@ def post(gateway: Gateway, key: str) -> tuple[int, str]:
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         assert int(answer.headers["retry-after-ms"]) >= 1
     return answer.status_code, error.get("code", "")
+
+
+def test_one_commit_answers_all_who_ask_whether_the_ledger_is_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may ask /readyz, and each commit waits for the disk."""
+    commits: list[Any] = []
+    transact = Store.transact
+
+    async def counted(store: Store, *changes: Any, **options: Any) -> int:
+        commits.append(changes)
+        return await transact(store, *changes, **options)
+
+    async def test() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            monkeypatch.setattr(Store, "transact", counted)
+            store.committed_at -= 2
+            assert all(await asyncio.gather(*[store.can_commit() for _ in range(100)]))
+
+    asyncio.run(test())
+    assert len(commits) == 1
 
 
 def test_a_locked_database_is_a_503_and_recovers_by_itself(
