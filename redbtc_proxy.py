@@ -46,6 +46,7 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     Metric,
 )
+from starlette.requests import Request
 from starlette.routing import Match, Route, Router
 
 import redbtc_admin as admin
@@ -675,7 +676,7 @@ STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfusc
 QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, Home] = {}
-MAX_ASKED = 50  # requests of an account for its own figures at once
+MAX_ASKED = 50  # requests for figures and pages, of an account or of a user, at once
 
 
 class MeteredRoute:
@@ -730,7 +731,7 @@ class Gateway:
         self._pages = dashboard.Dashboard(self.api)
         self._dashboard = self.in_time(self._pages.app())
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
-        self._asked: Counter[str] = Counter()  # by account, requests for its own figures
+        self._asked: Counter[str] = Counter()  # by account or user, requests without a place
         self._cutting: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
         self._started = time.monotonic()
         self._closing: set[asyncio.Task[None]] = set()
@@ -1037,20 +1038,34 @@ class Gateway:
         await respond(scope, send, 200, b'{"status":"ready"}')
 
     async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What an account asks of itself costs none of its limits; its answers are made in turn.
-        Those that wait are few: a client that reads its answer slowly holds them up, and they
-        can't make room for other connections."""
+        """What an account asks of itself costs none of its limits; its answers are made in turn."""
         scope["where"] = "/admin/v1/me"
         key = scope["key"] = authenticate(scope, self.store)
-        if self._asked[key.account_id] >= MAX_ASKED:
-            message = f"This account has {MAX_ASKED} requests for its own figures in flight."
-            raise Refusal("concurrency_limit_exceeded", message)
-        self._asked[key.account_id] += 1
-        try:
+        with self._asked_by(key.account_id):
             async with self._asking[key.account_id]:
                 await self._admin(scope, receive, self._with_ids(scope, send))
+
+    @contextlib.contextmanager
+    def _asked_by(self, who: str) -> Iterator[None]:
+        """Count a request of an account or a user that has no place: what waits for a client that
+        reads its answer slowly holds a connection and memory. Raises Refusal."""
+        if self._asked[who] >= MAX_ASKED:
+            message = f"At most {MAX_ASKED} of these requests can be in flight at once."
+            raise Refusal("concurrency_limit_exceeded", message)
+        self._asked[who] += 1
+        try:
+            yield
         finally:
-            self._asked[key.account_id] -= 1
+            self._asked[who] -= 1
+            if not self._asked[who]:
+                del self._asked[who]
+
+    def _asked_in_session(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
+        """Count a request of whoever is logged in. Raises Refusal."""
+        with contextlib.suppress(LedgerUnavailable):
+            if session := dashboard.session_of(self.api, Request(scope)):
+                return self._asked_by(session.user_id)
+        return contextlib.nullcontext()
 
     def in_time(self, app: App) -> App:
         """Return the app with a time limit for each request's body: to the app, a client that is
@@ -1075,12 +1090,14 @@ class Gateway:
     async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The admin API, for whoever is logged in to the dashboard."""
         scope["where"] = "/admin/v1"
-        await self._admin(scope, receive, self._with_ids(scope, send))
+        with self._asked_in_session(scope):
+            await self._admin(scope, receive, self._with_ids(scope, send))
 
     async def dashboard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Its pages."""
         scope["where"] = "/dashboard"
-        await self._dashboard(scope, receive, self._with_ids(scope, send))
+        with self._asked_in_session(scope):
+            await self._dashboard(scope, receive, self._with_ids(scope, send))
 
     async def status(self, scope: Scope, _: Receive, send: Send) -> None:
         """For everybody: whether it works, and the notices for all that are in force or coming."""

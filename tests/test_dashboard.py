@@ -14,6 +14,7 @@ import socket
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
@@ -33,6 +34,7 @@ from upstream import Received, Reply, Upstream, event, json_answer
 
 import redbtc_dashboard as dashboard
 from redbtc_ledger import APPLICATION_ID, Accounts, Store, migrations, schema
+from redbtc_proxy import MAX_ASKED
 from redbtc_reports import csv_line
 from redbtc_settings import Conflict, LedgerError, NotFound
 from redbtc_users import (
@@ -1964,6 +1966,35 @@ def test_a_csv_file_breaks_off_with_its_session(
         gateway.api("DELETE", f"/users/{operator.user['id']}")
         with pytest.raises(httpx2.HTTPError):
             list(parts)
+
+
+def test_a_user_who_reads_slowly_takes_little(
+    make_gateway: MakeGateway, closing: Callable[[Login], Login]
+) -> None:
+    """Each of these downloads, as many as one liked, took 2 MB for as long as nobody read it."""
+    gateway = make_gateway()
+    gateway.cli("db", "check")
+    fill(gateway.database, 3_000, 1)
+    gateway.start()
+    operator = closing(new_user(gateway, "op@example.com"))
+    path = "/dashboard/accounts/acct_1/usage.csv"
+    head = f"GET {path} HTTP/1.1\r\nhost: a\r\ncookie: redbtc={operator.client.cookies['redbtc']}"
+    operator.get(path)
+    before = gateway.rss()
+    with contextlib.ExitStack() as stack:
+        answers = []
+        for _ in range(MAX_ASKED + 10):
+            sock = stack.enter_context(socket.socket())
+            # What the kernel takes is little with short segments.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+            sock.connect(("127.0.0.1", gateway.port))
+            sock.sendall(f"{head}\r\n\r\n".encode())
+            answers.append(sock.recv(12)[9:])
+        assert answers == [b"200"] * MAX_ASKED + [b"429"] * 10
+        time.sleep(0.5)  # until what was read for them is freed
+        assert gateway.rss() - before < MAX_ASKED << 20
+    wait_until(lambda: operator.client.get(path).status_code == 200)
 
 
 def test_the_pages_of_the_usage_page_are_all_requests_once(
