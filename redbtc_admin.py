@@ -215,6 +215,7 @@ PREFIX = "/admin/v1"
 MOST_ROWS = 1000  # requests that a browser or a key gets at once
 PART_BYTES = 64 << 10
 MOST_BODY_BYTES = 4 << 20  # a list of thousands of prices
+MAX_FIELDS = 100  # of a query or a form
 
 
 class Operation:
@@ -1004,6 +1005,12 @@ def _description(*, secure: bool) -> bytes:
     return orjson.dumps(openapi(secure=secure))
 
 
+def check_fields(encoded: bytes) -> None:
+    """Raise Invalid if a query or a form has more than MAX_FIELDS fields: 30,000 take 25 ms."""
+    if encoded.count(b"&") >= MAX_FIELDS:
+        raise Invalid(f"a query or a form has at most {MAX_FIELDS} fields here")
+
+
 async def whole_body(request: Request, most: int) -> bytes:
     """Raises TooLarge before more than `most` bytes are held, and Invalid where it ends too
     early."""
@@ -1024,6 +1031,7 @@ def _endpoint(
     async def endpoint(request: Request) -> Response:
         operation = operations["GET" if request.method == "HEAD" else request.method]
         actor = authenticate(request)
+        check_fields(request.scope["query_string"])
         pairs = request.query_params.multi_items()
         query = dict(pairs)
         if len(query) < len(pairs):

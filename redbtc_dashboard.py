@@ -55,6 +55,7 @@ from redbtc_admin import (
     Operation,
     Rank,
     Unauthorized,
+    check_fields,
     in_parts,
     retry_after,
     whole_body,
@@ -101,6 +102,18 @@ def cookie_name(request: Request, name: str) -> str:
     return f"__Host-{name}" if request.url.scheme == "https" else name
 
 
+def cookie_of(request: Request, name: str) -> str:
+    """Return the value of a cookie that `set_cookie` set, "" if there is none. (To resolve quotes,
+    as Starlette does, takes seconds for a long value before Python 3.12.6.)"""
+    wanted, found = cookie_name(request, name), ""
+    for line in request.headers.getlist("cookie"):
+        for pair in line.split(";"):
+            key, _, value = pair.partition("=")
+            if key.strip() == wanted:
+                found = value.strip()
+    return found
+
+
 def set_cookie(
     request: Request, response: Response, name: str, value: str, age: int | None
 ) -> None:
@@ -127,7 +140,7 @@ def check_origin(request: Request) -> None:
 
 def session_of(api: API, request: Request) -> Session | None:
     """Of whoever is logged in. Raises LedgerUnavailable."""
-    cookie = request.cookies.get(cookie_name(request, "redbtc"), "")
+    cookie = cookie_of(request, "redbtc")
     return api.users.session(cookie) if cookie else None
 
 
@@ -537,6 +550,7 @@ class Dashboard:
     async def _form(request: Request) -> dict[str, str]:
         """What was filled in. Raises LedgerError."""
         body = await whole_body(request, MOST_FORM_BYTES)
+        check_fields(body)
         return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
 
     def logged_in(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
@@ -564,7 +578,7 @@ class Dashboard:
         check_origin(request)
         form = await self._form(request)
         shown["email"] = email = form.get("email", "")[:254]
-        browser = request.cookies.get(cookie_name(request, "redbtc-browser"), "")
+        browser = cookie_of(request, "redbtc-browser")
         network, password = network_of(request), form.get("password", "")
         try:
             found = await self.api.users.verify(email, password, network, browser)
@@ -584,8 +598,8 @@ class Dashboard:
     async def _log_in(self, request: Request, user_id: str, hashed: bytes) -> Response | None:
         """To the page that was asked for; None where the password is not right any more."""
         browser = request.headers.get("user-agent", "")
-        known_by = request.cookies.get(cookie_name(request, "redbtc-browser"), "")
-        former = request.cookies.get(cookie_name(request, "redbtc"), "")
+        known_by = cookie_of(request, "redbtc-browser")
+        former = cookie_of(request, "redbtc")
         logged_in = await self.api.users.log_in(user_id, hashed, browser, known_by, former)
         if logged_in is None:
             return None

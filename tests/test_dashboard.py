@@ -1968,6 +1968,21 @@ def test_a_csv_file_breaks_off_with_its_session(
             list(parts)
 
 
+def test_no_stranger_s_cookie_or_form_holds_the_others_up(gateway: Gateway) -> None:
+    """Python's own parser takes seconds for this cookie, and 25 ms for this form."""
+    cookie = 'a="' + '\\"' * 30_000 + '"'
+    form = "%41&" * 16_000
+    with anonymous(gateway) as client, Stalls(gateway.port) as stalls:
+        for path in ("/dashboard/overview", "/dashboard/login", "/admin/v1/accounts"):
+            assert client.get(path, headers={"cookie": cookie}).status_code in (200, 303, 401)
+        kind = "application/x-www-form-urlencoded"
+        headers = {"cookie": cookie, "content-type": kind}
+        assert client.post("/dashboard/login", data={"email": "a"}, headers=headers).is_error
+        many = client.post("/dashboard/login", content=form, headers={"content-type": kind})
+        assert many.status_code == 400
+    assert stalls.longest < 20
+
+
 def test_a_user_who_reads_slowly_takes_little(
     make_gateway: MakeGateway, closing: Callable[[Login], Login]
 ) -> None:
