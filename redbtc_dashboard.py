@@ -309,10 +309,13 @@ async def status(books: Books, uptime_seconds: int) -> Record:
     }
 
 
+MAX_ACCEPT = 2000  # characters of an Accept header that are looked at; a browser's has 150
+
+
 def prefers_html(accept: str) -> bool:
     """Whether an Accept header asks for a page rather than for JSON (RFC 9110 §12.5.1)."""
     weights: dict[str, float] = {}
-    for entry in accept.lower().split(","):
+    for entry in accept.lower()[:MAX_ACCEPT].split(","):
         name, *parameters = (part.strip() for part in entry.split(";"))
         quality = [part[2:] for part in parameters if part.startswith("q=")]
         with contextlib.suppress(ValueError):

@@ -19,7 +19,7 @@ from schemathesis import Case, GenerationMode
 from speed import Stalls
 from upstream import Upstream
 
-from redbtc_admin import OPERATIONS, PREFIX, RANKS, Operation, openapi
+from redbtc_admin import MAX_FIELDS, OPERATIONS, PREFIX, RANKS, Operation, openapi
 
 PASSWORD = "correct horse battery staple 7"
 
@@ -241,6 +241,11 @@ def test_an_unknown_or_a_doubled_query_parameter_is_refused(
         for name in operation.query.__struct_fields__:
             answer = local.request(operation.method, f"{path}?{name}=1&{name}=1")
             assert answer.status_code == 400, (operation.name, name)
+
+
+def test_a_query_with_too_many_fields_is_refused(local: httpx2.Client) -> None:
+    answer = local.get("/usage?" + "&".join(f"a{number}" for number in range(MAX_FIELDS + 1)))
+    assert (answer.status_code, "at most 100 fields" in told(answer)) == (400, True)
 
 
 # ── Who may ──────────────────────────────────────────────────────────────────────────────────────
