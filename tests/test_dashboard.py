@@ -1971,6 +1971,13 @@ def test_a_csv_file_breaks_off_with_its_session(
 def test_no_stranger_s_cookie_or_form_holds_the_others_up(gateway: Gateway) -> None:
     """Python's own parser takes seconds for this cookie, and 25 ms for this form; this Accept took
     40 ms."""
+    for _ in range(2):  # the first time, pages are compiled
+        longest = hold_up(gateway)
+    assert longest < 20
+
+
+def hold_up(gateway: Gateway) -> float:
+    """Send what takes long to parse; return for how long that held up others, in units."""
     cookie = 'a="' + '\\"' * 30_000 + '"'
     form = "%41&" * 16_000
     with anonymous(gateway) as client, Stalls(gateway.port) as stalls:
@@ -1982,7 +1989,7 @@ def test_no_stranger_s_cookie_or_form_holds_the_others_up(gateway: Gateway) -> N
         many = client.post("/dashboard/login", content=form, headers={"content-type": kind})
         assert many.status_code == 400
         assert client.get("/status", headers={"accept": "*/*" + " ," * 30_000}).is_success
-    assert stalls.longest < 20
+    return stalls.longest
 
 
 def test_a_user_who_reads_slowly_takes_little(
