@@ -916,7 +916,7 @@ class Gateway:
     def collect(self) -> Iterator[Metric]:
         """What prometheus-client asks for at each reading."""
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        yield gauge("redbtc_in_flight", "Metered requests being served", self.in_flight)
+        yield gauge("redbtc_in_flight", "Requests under /v1 being served", self.in_flight)
         yield gauge("redbtc_queued", "Requests that wait for a place", self.limits.queued)
         yield counter("redbtc_ledger_commits", "Commits of the ledger", self.store.commits)
         yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", self.store.healthy)
@@ -953,8 +953,9 @@ class Gateway:
         gave no new one."""
         scope["where"] = "/v1/models"
         key = self.enter(scope)
-        with self.limits.charge(key, self.settings.limits) as admission:
-            await self.limits.admit(admission, 0, Clock(self.clocks))
+        clock, charged = Clock(self.clocks), self.limits.charge(key, self.settings.limits)
+        with charged as admission, self.serving(scope, clock, key):
+            await self.limits.admit(admission, 0, clock)
             joined, age = await self._listed(key, self.upstreams)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
         await self._answer(scope, send, 200, body, age_header(age))
@@ -988,16 +989,20 @@ class Gateway:
         that one does not answer."""
         scope["where"] = "/v1/models/{id}"
         key = self.enter(scope)
-        with self.limits.charge(key, self.settings.limits) as admission:
-            status, body, headers = await self._shown(key, scope["path_params"]["model"], admission)
+        clock, charged = Clock(self.clocks), self.limits.charge(key, self.settings.limits)
+        with charged as admission, self.serving(scope, clock, key):
+            name = scope["path_params"]["model"]
+            status, body, headers = await self._shown(key, name, admission, clock)
         await self._answer(scope, send, status, body, headers)
 
-    async def _shown(self, key: Key, name: str, admission: Admission) -> tuple[int, bytes, Headers]:
+    async def _shown(
+        self, key: Key, name: str, admission: Admission, clock: Clock
+    ) -> tuple[int, bytes, Headers]:
         # '../files' must not reach the upstream
         if not (MODEL_NAME.fullmatch(name) and self.books.served(name) and key.allows(name)):
             raise Refusal("model_not_found", param="model")
         upstream = choose(self.upstreams, name)[0]
-        await self.limits.admit(admission, 0, Clock(self.clocks))
+        await self.limits.admit(admission, 0, clock)
         shown, status = b"", 0
         with contextlib.suppress(*NO_LIST):
             status, shown = await upstream.fetch_whole(f"/models/{name}")

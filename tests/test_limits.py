@@ -520,3 +520,27 @@ def test_a_client_that_leaves_after_the_last_event_has_completed(
     ):
         next(answer.iter_raw())
     assert gateway.row()["outcome"] == "completed"
+
+
+@pytest.mark.parametrize("path", ["/models", "/models/gpt-up"])
+def test_who_leaves_the_queue_for_a_list_of_models_waits_no_more(
+    make_gateway: MakeGateway, upstream: Upstream, path: str
+) -> None:
+    gateway = make_gateway("[limits]\nqueue_seconds = 300").start()
+    key, release = gateway.new_key(concurrency=1), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.wait(release)
+        await openai_like(request, reply)
+
+    upstream.script = script
+    with gateway.begin(key, {"model": "gpt-up", "input": "Hi"}) as first:
+        wait_until(lambda: upstream.in_flight)
+        with gateway.connect() as waiting:
+            line = f"GET /v1{path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n\r\n"
+            waiting.sendall(line.encode())
+            wait_until(lambda: gateway.metrics()["redbtc_queued"] == 1)
+            assert gateway.metrics()["redbtc_in_flight"] == 2
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 0)
+        release.set()
+        assert first.recv(20).startswith(b"HTTP/1.1 200 ")
