@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import uvicorn
-from speed import cpu_seconds, unit
+from speed import cost, cpu_seconds, unit
 from uvicorn.server import ServerState
 
 import redbtc_server
 from redbtc_http import (
+    HANDSHAKE_LISTS,
     MAX_CHUNKS_A_TURN,
     MAX_HEAD_BYTES,
     MAX_HEADERS,
     MAX_TRAILER_BYTES,
     BadFraming,
     Chunked,
+    is_handshake,
 )
 from redbtc_server import Connections, HTTPProtocol, State
 from redbtc_watch import Scope
@@ -232,6 +234,17 @@ def test_a_handshake_with_a_body_is_refused_and_closed(body: bytes) -> None:
         assert b"connection: close" in served.transport.out
 
     run(test)
+
+
+@pytest.mark.parametrize("name", HANDSHAKE_LISTS)
+def test_long_lists_in_a_handshake_are_not_read(name: bytes) -> None:
+    """In lines that the websockets package takes, they cost 40 ms."""
+    headers = [tuple(line.lower().split(b": ")) for line in HANDSHAKE.split(b"\r\n")]
+    scope = {"type": "http", "method": "GET", "http_version": "1.1", "headers": headers}
+    assert is_handshake(scope)
+    headers += [(name, b"a," * 3900 + b"a")] * 8
+    assert not is_handshake(scope)
+    assert cost(lambda: is_handshake(scope)) < 5
 
 
 def test_chunks_are_read_strictly() -> None:
