@@ -552,6 +552,7 @@ class Dashboard:
     @staticmethod
     async def _form(request: Request) -> dict[str, str]:
         """What was filled in. Raises LedgerError."""
+        check_fields(request.scope["query_string"])
         body = await whole_body(request, MOST_FORM_BYTES)
         check_fields(body)
         return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
@@ -561,6 +562,7 @@ class Dashboard:
 
         async def endpoint(request: Request) -> Response:
             session, form = session_of(self.api, request), {}
+            check_fields(request.scope["query_string"])
             if session and request.method not in SAFE:
                 check_origin(request)
                 form = await self._form(request)
