@@ -317,6 +317,10 @@ def limits_in(body: Struct) -> dict[str, Any]:
 
 
 MOST_PATTERNS = 100
+# Each request of a key may compile all its patterns: fnmatch remembers only 256. A '[' without an
+# end is looked for its end up to the pattern's.
+MAX_PATTERNS_LENGTH = 4000  # characters of all patterns of a key, with commas
+MAX_WILDCARDS = 10  # characters *, ? and [ of a pattern
 
 
 def models_in(given: str | tuple[str, ...] | None) -> str | None:
@@ -333,7 +337,16 @@ def models_in(given: str | tuple[str, ...] | None) -> str | None:
             )
     if len(patterns) > MOST_PATTERNS:
         raise LedgerError(f"a key has at most {MOST_PATTERNS} patterns of models")
-    return ",".join(patterns)
+    joined = ",".join(patterns)
+    if len(joined) > MAX_PATTERNS_LENGTH:
+        raise LedgerError(
+            f"a key's patterns of models have at most {MAX_PATTERNS_LENGTH} characters"
+        )
+    if any(sum(map(each.count, "*?[")) > MAX_WILDCARDS for each in patterns):
+        raise LedgerError(
+            f"a pattern of models has at most {MAX_WILDCARDS} of the characters * ? ["
+        )
+    return joined
 
 
 def time_in(text: str | None) -> int | None:

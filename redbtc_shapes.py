@@ -161,7 +161,7 @@ class Throttle(Sent):
 
 class NewKey(NewLimits):
     """`expires` is a time or a duration from now; `models` are shell patterns, with commas or as a
-    list."""
+    list: at most 100, together of 4,000 characters, each with at most 10 of the signs * ? [."""
 
     label: Text = ""
     models: Patterns | Annotated[tuple[ModelName, ...], Meta(min_length=1)] | None = None
