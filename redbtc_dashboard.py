@@ -108,9 +108,9 @@ def cookie_of(request: Request, name: str) -> str:
     wanted, found = cookie_name(request, name), ""
     for line in request.headers.getlist("cookie"):
         for pair in line.split(";"):
-            key, _, value = pair.partition("=")
-            if key.strip() == wanted:
-                found = value.strip()
+            if wanted in pair:  # or 60 KB of semicolons would take 3 ms each time
+                key, _, value = pair.partition("=")
+                found = value.strip() if key.strip() == wanted else found
     return found
 
 

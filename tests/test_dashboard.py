@@ -1974,7 +1974,7 @@ def test_no_stranger_s_cookie_or_form_holds_the_others_up(gateway: Gateway) -> N
     40 ms."""
     for _ in range(2):  # the first time, pages are compiled
         longest = hold_up(gateway)
-    assert longest < 20
+    assert longest < 30
 
 
 def hold_up(gateway: Gateway) -> float:
@@ -1987,6 +1987,9 @@ def hold_up(gateway: Gateway) -> float:
         kind = "application/x-www-form-urlencoded"
         headers = {"cookie": cookie, "content-type": kind}
         assert client.post("/dashboard/login", data={"email": "a"}, headers=headers).is_error
+        headers["cookie"] = ";" * 60_000
+        worst = ("a=" + "é%" * 21_000).encode()
+        assert client.post("/dashboard/login", content=worst, headers=headers).is_error
         many = client.post("/dashboard/login", content=form, headers={"content-type": kind})
         assert many.status_code == 400
         assert client.get("/status", headers={"accept": "*/*" + " ," * 30_000}).is_success
