@@ -90,7 +90,7 @@ from redbtc_settings import (
     parse_amount,
     url_of,
 )
-from redbtc_slices import in_slices
+from redbtc_slices import in_slices, with_turns
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
     NO_LIST,
@@ -977,7 +977,7 @@ class Gateway:
                 failures.append(found)
                 continue
             oldest = max(oldest, found[1])
-            for model in found[0]:
+            async for model in with_turns(found[0]):
                 if self.books.served(model["id"]) and key.allows(model["id"]):
                     joined.setdefault(model["id"], model)
         if len(failures) == len(lists):

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeGateway
-from gateway import Gateway, wait_until
+from gateway import WITHOUT_COLLECTIONS, Gateway, wait_until
 from speed import Stalls
 from upstream import Socket, Upstream, ws_events, ws_like_openai
 from websockets.frames import Opcode
@@ -733,18 +733,13 @@ def test_the_ids_in_all_steerings_of_a_response_are_bounded(
         ws.completed()
 
 
-class CollectsNothing(Gateway):
-    """Start a gateway without garbage collections. One that happens to come while 1,000 requests
-    wait visits all that they keep, 50,000 objects, which takes 25 to 60 units."""
-
-    prelude = "import gc; gc.disable()"
-
-
 def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
-    tmp_path: Path, upstream: Upstream
+    make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     """Only so many requests of it wait at once, whatever the number of its connections."""
-    gateway = CollectsNothing(tmp_path, upstream.url, "[limits]\nqueue_seconds = 100").start()
+    gateway = make_gateway("[limits]\nqueue_seconds = 100")
+    gateway.prelude = WITHOUT_COLLECTIONS
+    gateway.start()
     hog, release = gateway.new_key("hog"), threading.Event()
 
     async def talk(sock: Socket) -> None:
@@ -755,7 +750,6 @@ def test_the_lanes_of_an_account_wait_and_leave_without_holding_the_loop(
 
     upstream.talk = talk
     with contextlib.ExitStack() as stack:
-        stack.callback(gateway.close)
         wires = [stack.enter_context(wire(gateway, hog)) for _ in range(4)]
         for number in range(900):
             for ws in wires:
