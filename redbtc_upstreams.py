@@ -12,7 +12,7 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import httpx2
@@ -118,23 +118,12 @@ def check_answer(headers: Headers) -> None:
         raise httpx2.RemoteProtocolError("a control character in a header")
 
 
-class LastBody(httpx2.AsyncByteStream):
-    """The body of the last answer on a connection of httpx2. httpx2 would take what an upstream
-    sends after an answer for the answer to the next request, which may be another account's."""
-
-    def __init__(self, response: httpx2.Response) -> None:
-        self._body = cast(httpx2.AsyncByteStream, response.stream)
-        self._connection = response.extensions["network_stream"]
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._body.__aiter__()
-
-    async def aclose(self) -> None:
-        """Close the connection first, so that httpx2 does not offer it to other requests."""
-        try:
-            await self._connection.aclose()
-        finally:
-            await self._body.aclose()
+async def ask_to_close(event: str, info: dict[str, Any]) -> None:
+    """Let each connection of httpx2 with HTTP/1.1 end with its answer: what is called for the
+    events of a request. httpx2 would take what an upstream sends after an answer for the answer to
+    the next request, which may be another account's. With HTTP/2 its frames say whose they are."""
+    if event == "http11.send_request_headers.started" and info["request"].method != b"CONNECT":
+        info["request"].headers.append((b"connection", b"close"))
 
 
 NOT_OF_WEBSOCKET = ("accept", "accept-encoding", "content-type", "content-encoding")
@@ -209,13 +198,10 @@ class Upstream:
                 request.url.copy_with(raw_path=request.target),
                 headers=request.headers,
                 stream=request.body,
-                extensions={"timeout": request.timeouts},
+                extensions={"timeout": request.timeouts, "trace": ask_to_close},
             )
         )
-        if response.extensions["http_version"] == b"HTTP/2":  # its frames say whose they are
-            body = cast(httpx2.AsyncByteStream, response.stream)
-        else:
-            body = LastBody(response)
+        body = cast(httpx2.AsyncByteStream, response.stream)
         try:
             check_answer(response.headers.raw)
         except httpx2.RemoteProtocolError:

@@ -4,6 +4,7 @@ only it promises: retries, bounds, cancellation."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import random
@@ -42,6 +43,8 @@ from upstream import (
     stream,
 )
 
+import redbtc_upstreams
+from redbtc_settings import parse_settings
 from redbtc_transport import Connection, ResponseBody, Transport
 
 Transports = Callable[[], httpx2.AsyncBaseTransport]
@@ -847,6 +850,37 @@ def test_httpx2s_own_stays_reachable_by_a_setting(
     outcomes = [(row["outcome"], row["usage_source"]) for row in gateway.rows()]
     assert outcomes[:3] == [("completed", "upstream")] * 3
     assert outcomes[4] == ("upstream_failed", "none")
+
+
+def test_httpx2s_own_fails_no_request_at_once_over_tls(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many requests may wait for one connection, which could speak HTTP/2. This one does not."""
+
+    async def hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(SIZED + b"hello")
+        writer.close()
+
+    async def main() -> None:
+        ours = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        ours.load_cert_chain(certificate)
+        server = await asyncio.start_server(hello, "127.0.0.1", 0, ssl=ours)
+        url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        table = {"name": "tls", "base_url": url, "transport": "httpx"}
+        upstream = redbtc_upstreams.Upstream(parse_settings({"upstreams": [table]}).upstreams[0])
+        try:
+            asked = await asyncio.gather(*[upstream.fetch_whole("/models") for _ in range(25)])
+            assert asked == [(200, b"hello")] * 25
+        finally:
+            await upstream.close()
+            server.close()
+            await asyncio.sleep(0.1)
+
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr(httpx2, "create_ssl_context", lambda **_: trusting)
+    run(main)
 
 
 @pytest.mark.parametrize("transport", ["asyncio", "httpx"])
