@@ -16,7 +16,8 @@ Where the kernel can't tell, it is not.
 
 Rule 3. Bytes that came before a request are not its answer. A connection on which more than the
 answer comes is not used again. Before each use our kernel is asked whether unread bytes have
-arrived; when an answer begins, whether the other side's kernel had seen any of the request.
+arrived; when an answer begins, whether the other side's kernel had seen any of the request. (What
+an upstream sends unasked after that can't be told from the answer.)
 
 Rule 4. Memory is bounded: heads and all else that is no body by MAX_OVERHEAD, what waits for a slow
 reader by HIGH_WATER and one read of the socket. Then nothing more is read.
@@ -81,7 +82,8 @@ def acknowledged(transport: asyncio.BaseTransport) -> int | None:
     try:
         sock = transport.get_extra_info("socket")
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-        return int(struct.unpack_from("=Q", info, 120)[0]) or None
+        count = int(struct.unpack_from("=Q", info, 120)[0])
+        return count if count > 1 else None  # the SYN counts as one: more were acknowledged before
     except (AttributeError, OSError, struct.error):
         return None
 
