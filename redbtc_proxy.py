@@ -420,9 +420,7 @@ class Relay:
             # The response may end earlier than the upstream's Content-Length says.
             exchange.meter_stream()
             headers = [line for line in headers if line[0] != b"content-length"]
-        elif (
-            answer.status == 204
-        ):  # it must not have one (RFC 9110 §8.6), but some upstreams send it
+        elif answer.status == 204:  # must not have one (RFC 9110 §8.6); some upstreams send it
             headers = [line for line in headers if line[0] != b"content-length"]
         if not INERT_TYPE.fullmatch(content_type):
             # A browser looks only at the first of several X-Content-Type-Options.
