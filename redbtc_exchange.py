@@ -97,7 +97,7 @@ class Exchange:
 
     @property
     def repeatable_by(self) -> str:
-        """For whom an upstream may repeat a response by its idempotency key: the account."""
+        """The name of those who share idempotency keys: the account."""
         return self.key.account_id
 
     def meter_stream(self) -> None:
@@ -284,8 +284,9 @@ class Metered(Exchange):
 
     @property
     def repeatable_by(self) -> str:
-        """The account; background requests are apart. To one of them no upstream repeats a response
-        of another request, whose row may have ended before all was read and billed."""
+        """The name of those who share idempotency keys: the account's background requests have one
+        of their own. Otherwise an upstream could repeat to one of them the response of an ordinary
+        request, whose row can have ended before all of the response was read and billed."""
         account_id = super().repeatable_by
         return f"{account_id} background" if self._facts.background is True else account_id
 

@@ -260,9 +260,9 @@ class Store:
         return self._latest
 
     def own_key(self, by: str, key: bytes) -> bytes:
-        """Return the idempotency key to send upstream in place of a `key` that is used `by` an
-        account: always the same one, and a different one for each. It has the form of a random
-        UUID."""
+        """Return the idempotency key to send upstream in place of a client's `key`: always the same
+        one for the same `by` (see Exchange.repeatable_by), and a different one for any other. It
+        has the form of a random UUID."""
         digest = hmac.digest(self._secret, b"%b\0%b" % (by.encode(), key), "sha256")
         return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
 

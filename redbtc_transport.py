@@ -229,7 +229,7 @@ class Connection(asyncio.Protocol):
         self.complete = self._method == "HEAD"
 
     def on_body(self, body: bytes) -> None:
-        if self.complete:  # it is another answer's
+        if self.complete:  # these bytes came after the answer
             return
         self._overhead = 0
         self._chunks.append(body)

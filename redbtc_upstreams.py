@@ -119,9 +119,10 @@ def check_answer(headers: Headers) -> None:
 
 
 async def ask_to_close(event: str, info: dict[str, Any]) -> None:
-    """Let each connection of httpx2 with HTTP/1.1 end with its answer: what is called for the
-    events of a request. httpx2 would take what an upstream sends after an answer for the answer to
-    the next request, which may be another account's. With HTTP/2 its frames say whose they are."""
+    """Add `Connection: close` to a request over HTTP/1.1. httpx2 calls this at each event of a
+    request (its "trace" extension). Otherwise it would take what an upstream sends after an answer
+    for the answer to the next request, which may be another account's. HTTP/2 numbers its answers.
+    """
     if event == "http11.send_request_headers.started" and info["request"].method != b"CONNECT":
         info["request"].headers.append((b"connection", b"close"))
 
@@ -306,8 +307,8 @@ def by_turn(upstreams: list[Upstream]) -> list[Upstream]:
 
 def headers_for_upstream(headers: Headers, store: Store, by: str) -> Headers:
     """Return the client's headers that are forwarded, by an allow-list. An idempotency key is
-    replaced by one that only requests `by` this account get: an upstream would answer two accounts
-    that use the same key with the same response."""
+    replaced by one that only requests of the same `by` get (see Exchange.repeatable_by): otherwise
+    an upstream would send two accounts that use the same key the same response."""
     return [
         (name, store.own_key(by, value) if name == b"idempotency-key" else value)
         for name, value in headers

@@ -771,7 +771,7 @@ class Session:
 
     @property
     def account_id(self) -> str:
-        """Whose it is."""
+        """The id of the account that the session belongs to."""
         return self._key.account_id
 
     async def run(self) -> None:
