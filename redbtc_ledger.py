@@ -711,6 +711,9 @@ RATES = (
     "image_input",
     "image_output",
     "web_search",
+    "cache_write_12h",
+    "file_search",
+    "container",
 )
 
 
@@ -758,7 +761,7 @@ Outcome = Literal[
 
 class Usage(Struct, frozen=True):
     """What one request used, in OpenAI's way of counting: cached_input and cache_write are parts of
-    input, reasoning of output. None: nobody reported it."""
+    input, cache_write_12h of cache_write, reasoning of output. None: nobody reported it."""
 
     input_tokens: int | None = None
     cached_input_tokens: int | None = None
@@ -769,6 +772,9 @@ class Usage(Struct, frozen=True):
     image_output_tokens: int | None = None
     web_searches: int | None = None
     tool_input_tokens: int | None = None
+    cache_write_12h_tokens: int | None = None
+    file_searches: int | None = None
+    containers: int | None = None
 
 
 class Part(NamedTuple):

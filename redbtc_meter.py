@@ -357,7 +357,14 @@ class Report:
         self.made: dict[str, bool] = {}
         self.listed: dict[str, bool] = {}  # ids of listed input, and whether the upstream made them
         self.failed = False  # it says itself that it failed
-        self.text_bytes = 0  # of output that has passed, for an estimate
+        # What has passed, for an estimate of what nobody reports:
+        self.text_bytes = 0  # of text, tool calls and their arguments
+        self.sealed_bytes = 0  # of encrypted reasoning, as it is written
+        self.image_tokens = 0  # of output, in the pictures
+        self.web_searches = 0  # calls in the output; the usage may report its own number
+        # No usage reports these; they are counted by the items of the output.
+        self.file_searches = 0
+        self.containers: dict[str, None] = {}  # ids of those in which code ran
 
     def note(self, answer: Answer) -> None:
         """Take in an answer's or an event's JSON: the last that is said counts."""

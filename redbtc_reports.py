@@ -32,6 +32,8 @@ from redbtc_settings import (
 # ends and for what is in flight: a month of five million requests is a few hundred rows.
 
 TOKENS = Usage.__struct_fields__
+FIRST_TOKENS = TOKENS[: TOKENS.index("tool_input_tokens")]  # what rows had before version 3
+LATER_TOKENS = TOKENS[len(FIRST_TOKENS) :]  # at their end, so that no column of a CSV moves
 COUNTS = ("requests", "estimated", "unreported", *TOKENS)
 SUMS = ", ".join(f"sum({name}) AS {name}" for name in (*COUNTS, "cost_units", "cost_nanos"))
 GROUPS = {
@@ -75,8 +77,8 @@ REQUESTS = f"""
     SELECT * FROM (
     SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
            started_at, first_byte_ms, duration_ms, requests.status, outcome, usage_source,
-           {", ".join(TOKENS[:-1])}, service_tier, response_id, cost, :currency AS currency,
-           price_id, month, {TOKENS[-1]}
+           {", ".join(FIRST_TOKENS)}, service_tier, response_id, cost, :currency AS currency,
+           price_id, month, {", ".join(LATER_TOKENS)}
       FROM requests JOIN accounts ON accounts.id = requests.account_id
      WHERE {{account}} started_at >= :since AND (started_at, request_id) < (:until, :before)
        {OF_KEY_AND_MODEL.format(model="ifnull(model, requested_model)")}

@@ -588,3 +588,209 @@ CREATE TABLE secrets (
                                                 -- makes idempotency keys different for each account
     secret              BLOB NOT NULL CHECK (length(secret) = 32)
 ) STRICT;
+
+-- version 9
+
+ALTER TABLE prices ADD COLUMN
+    cache_write_12h     INTEGER CHECK (cache_write_12h >= 0);   -- of what is kept for 12 hours; NULL: not
+                                                -- known, as with the next two
+ALTER TABLE prices ADD COLUMN
+    file_search         INTEGER CHECK (file_search >= 0);       -- a call
+ALTER TABLE prices ADD COLUMN
+    container           INTEGER CHECK (container >= 0);         -- a new container in which code runs
+
+ALTER TABLE requests ADD COLUMN
+    cache_write_12h_tokens INTEGER CHECK (cache_write_12h_tokens >= 0);  -- part of cache_write_tokens
+ALTER TABLE requests ADD COLUMN
+    file_searches       INTEGER CHECK (file_searches >= 0);
+ALTER TABLE requests ADD COLUMN
+    containers          INTEGER CHECK (containers >= 0);        -- new ones
+ALTER TABLE usage_by_day ADD COLUMN cache_write_12h_tokens INTEGER;
+ALTER TABLE usage_by_day ADD COLUMN file_searches INTEGER;
+ALTER TABLE usage_by_day ADD COLUMN containers INTEGER;
+
+-- A key that replaced another one goes on with its budget.
+ALTER TABLE keys ADD COLUMN
+    budget_id           TEXT;                   -- the first key of the chain; NULL: itself
+CREATE INDEX keys_of_a_budget ON keys (budget_id) WHERE budget_id IS NOT NULL;
+
+-- What a request that builds on an object reads with it.
+ALTER TABLE stored_objects ADD COLUMN
+    tokens              INTEGER CHECK (tokens >= 0);  -- of a response or conversation its input and
+                                                -- output, of an item at most so many; NULL: not known
+UPDATE stored_objects SET tokens = reported.tokens
+  FROM (SELECT response_id, max(ifnull(input_tokens, 0) + ifnull(output_tokens, 0)) AS tokens
+          FROM requests WHERE response_id IS NOT NULL AND usage_source <> 'none'
+         GROUP BY response_id) AS reported
+ WHERE reported.response_id = stored_objects.id;
+
+-- Should a background response be estimated: what was seen of it beside its text, and its limits.
+ALTER TABLE background ADD COLUMN
+    seen                TEXT;                   -- JSON; NULL: nothing
+ALTER TABLE background ADD COLUMN
+    most                TEXT;                   -- JSON of the most that it was held to use; NULL: not known
+
+-- Estimated requests whose response may still be seen with its usage.
+CREATE TABLE estimates (
+    response_id         TEXT PRIMARY KEY,
+    request_id          TEXT NOT NULL REFERENCES requests (request_id),
+    admitted_at         INTEGER NOT NULL,       -- by the ledger's time: at the prices of then
+    image_model         TEXT NOT NULL           -- of the request's tool
+) STRICT, WITHOUT ROWID;
+
+-- What estimated requests were seen to have used after all. Rows are only ever added. What a
+-- correction says holds in place of what its request's row says.
+CREATE TABLE corrections (
+    request_id          TEXT PRIMARY KEY REFERENCES requests (request_id),
+    account_id          TEXT NOT NULL REFERENCES accounts (id),
+    month               TEXT NOT NULL,          -- on whose statement the difference is
+    created_at          INTEGER NOT NULL,
+    service_tier        TEXT,
+    price_id            INTEGER REFERENCES prices (id),
+    cost                INTEGER CHECK (cost >= 0),  -- nanos; NULL: there is no price
+    input_tokens        INTEGER CHECK (input_tokens >= 0),
+    cached_input_tokens INTEGER CHECK (cached_input_tokens >= 0),
+    cache_write_tokens  INTEGER CHECK (cache_write_tokens >= 0),
+    output_tokens       INTEGER CHECK (output_tokens >= 0),
+    reasoning_tokens    INTEGER CHECK (reasoning_tokens >= 0),
+    image_input_tokens  INTEGER CHECK (image_input_tokens >= 0),
+    image_output_tokens INTEGER CHECK (image_output_tokens >= 0),
+    web_searches        INTEGER CHECK (web_searches >= 0),
+    tool_input_tokens   INTEGER CHECK (tool_input_tokens >= 0),
+    cache_write_12h_tokens INTEGER CHECK (cache_write_12h_tokens >= 0),
+    file_searches       INTEGER CHECK (file_searches >= 0),
+    containers          INTEGER CHECK (containers >= 0)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX corrections_of_an_account ON corrections (account_id, month);
+
+CREATE TRIGGER corrections_stay BEFORE UPDATE ON corrections
+BEGIN SELECT RAISE(ABORT, 'a correction can''t be changed'); END;
+CREATE TRIGGER corrections_are_kept BEFORE DELETE ON corrections
+BEGIN SELECT RAISE(ABORT, 'a correction can''t be deleted'); END;
+CREATE TRIGGER corrections_are_new BEFORE INSERT ON corrections
+WHEN EXISTS (SELECT 1 FROM corrections WHERE request_id = NEW.request_id)
+BEGIN SELECT RAISE(ABORT, 'a request is corrected once'); END;
+
+DROP TRIGGER a_request_is_settled;
+CREATE TRIGGER a_request_is_settled AFTER UPDATE OF outcome ON requests
+WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
+    INSERT INTO usage_by_day VALUES (
+        NEW.account_id, NEW.month, NEW.started_at / 86400000,
+        ifnull(NEW.model, NEW.requested_model), NEW.requested_model, NEW.key_id, 1,
+        NEW.usage_source = 'estimated', NEW.usage_source = 'none', NEW.input_tokens,
+        NEW.cached_input_tokens, NEW.cache_write_tokens, NEW.output_tokens, NEW.reasoning_tokens,
+        NEW.image_input_tokens, NEW.image_output_tokens, NEW.web_searches,
+        ifnull(NEW.cost / 1000000000, 0), ifnull(NEW.cost % 1000000000, 0),
+        NEW.tool_input_tokens, NEW.cache_write_12h_tokens, NEW.file_searches, NEW.containers)
+    ON CONFLICT DO UPDATE SET
+        requests = requests + 1,
+        estimated = estimated + excluded.estimated,
+        unreported = unreported + excluded.unreported,
+        input_tokens = coalesce(
+            input_tokens + excluded.input_tokens, input_tokens, excluded.input_tokens),
+        cached_input_tokens = coalesce(
+            cached_input_tokens + excluded.cached_input_tokens, cached_input_tokens, excluded.cached_input_tokens),
+        cache_write_tokens = coalesce(
+            cache_write_tokens + excluded.cache_write_tokens, cache_write_tokens, excluded.cache_write_tokens),
+        output_tokens = coalesce(
+            output_tokens + excluded.output_tokens, output_tokens, excluded.output_tokens),
+        reasoning_tokens = coalesce(
+            reasoning_tokens + excluded.reasoning_tokens, reasoning_tokens, excluded.reasoning_tokens),
+        image_input_tokens = coalesce(
+            image_input_tokens + excluded.image_input_tokens, image_input_tokens, excluded.image_input_tokens),
+        image_output_tokens = coalesce(
+            image_output_tokens + excluded.image_output_tokens, image_output_tokens, excluded.image_output_tokens),
+        web_searches = coalesce(
+            web_searches + excluded.web_searches, web_searches, excluded.web_searches),
+        tool_input_tokens = coalesce(
+            tool_input_tokens + excluded.tool_input_tokens, tool_input_tokens, excluded.tool_input_tokens),
+        cache_write_12h_tokens = coalesce(
+            cache_write_12h_tokens + excluded.cache_write_12h_tokens, cache_write_12h_tokens, excluded.cache_write_12h_tokens),
+        file_searches = coalesce(
+            file_searches + excluded.file_searches, file_searches, excluded.file_searches),
+        containers = coalesce(
+            containers + excluded.containers, containers, excluded.containers),
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+END;
+
+-- The difference is added to the sums of the day on which the request started.
+CREATE TRIGGER a_request_is_corrected AFTER INSERT ON corrections BEGIN
+    DELETE FROM estimates WHERE request_id = NEW.request_id;
+    INSERT INTO usage_by_day
+        SELECT r.account_id, NEW.month, r.started_at / 86400000, ifnull(r.model, r.requested_model),
+               r.requested_model, r.key_id, 0, -(r.month = NEW.month), 0,
+               nullif(ifnull(NEW.input_tokens, 0) - ifnull(r.input_tokens, 0), 0),
+               nullif(ifnull(NEW.cached_input_tokens, 0) - ifnull(r.cached_input_tokens, 0), 0),
+               nullif(ifnull(NEW.cache_write_tokens, 0) - ifnull(r.cache_write_tokens, 0), 0),
+               nullif(ifnull(NEW.output_tokens, 0) - ifnull(r.output_tokens, 0), 0),
+               nullif(ifnull(NEW.reasoning_tokens, 0) - ifnull(r.reasoning_tokens, 0), 0),
+               nullif(ifnull(NEW.image_input_tokens, 0) - ifnull(r.image_input_tokens, 0), 0),
+               nullif(ifnull(NEW.image_output_tokens, 0) - ifnull(r.image_output_tokens, 0), 0),
+               nullif(ifnull(NEW.web_searches, 0) - ifnull(r.web_searches, 0), 0),
+               (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) / 1000000000, (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) % 1000000000,
+               nullif(ifnull(NEW.tool_input_tokens, 0) - ifnull(r.tool_input_tokens, 0), 0),
+               nullif(ifnull(NEW.cache_write_12h_tokens, 0) - ifnull(r.cache_write_12h_tokens, 0), 0),
+               nullif(ifnull(NEW.file_searches, 0) - ifnull(r.file_searches, 0), 0),
+               nullif(ifnull(NEW.containers, 0) - ifnull(r.containers, 0), 0)
+          FROM requests AS r WHERE r.request_id = NEW.request_id
+    ON CONFLICT DO UPDATE SET
+        estimated = estimated + excluded.estimated,
+        input_tokens = coalesce(
+            input_tokens + excluded.input_tokens, input_tokens, excluded.input_tokens),
+        cached_input_tokens = coalesce(
+            cached_input_tokens + excluded.cached_input_tokens, cached_input_tokens, excluded.cached_input_tokens),
+        cache_write_tokens = coalesce(
+            cache_write_tokens + excluded.cache_write_tokens, cache_write_tokens, excluded.cache_write_tokens),
+        output_tokens = coalesce(
+            output_tokens + excluded.output_tokens, output_tokens, excluded.output_tokens),
+        reasoning_tokens = coalesce(
+            reasoning_tokens + excluded.reasoning_tokens, reasoning_tokens, excluded.reasoning_tokens),
+        image_input_tokens = coalesce(
+            image_input_tokens + excluded.image_input_tokens, image_input_tokens, excluded.image_input_tokens),
+        image_output_tokens = coalesce(
+            image_output_tokens + excluded.image_output_tokens, image_output_tokens, excluded.image_output_tokens),
+        web_searches = coalesce(
+            web_searches + excluded.web_searches, web_searches, excluded.web_searches),
+        tool_input_tokens = coalesce(
+            tool_input_tokens + excluded.tool_input_tokens, tool_input_tokens, excluded.tool_input_tokens),
+        cache_write_12h_tokens = coalesce(
+            cache_write_12h_tokens + excluded.cache_write_12h_tokens, cache_write_12h_tokens, excluded.cache_write_12h_tokens),
+        file_searches = coalesce(
+            file_searches + excluded.file_searches, file_searches, excluded.file_searches),
+        containers = coalesce(
+            containers + excluded.containers, containers, excluded.containers),
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+    INSERT INTO usage_by_month
+        SELECT r.account_id, NEW.month, 0, ifnull(NEW.input_tokens, 0) - ifnull(r.input_tokens, 0),
+               ifnull(NEW.output_tokens, 0) - ifnull(r.output_tokens, 0),
+               (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) / 1000000000, (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) % 1000000000
+          FROM requests AS r WHERE r.request_id = NEW.request_id
+    ON CONFLICT DO UPDATE SET
+        input_tokens = input_tokens + excluded.input_tokens,
+        output_tokens = output_tokens + excluded.output_tokens,
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+    UPDATE traffic_by_day SET
+        cost_units = cost_units + (SELECT (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) / 1000000000
+            FROM requests AS r WHERE r.request_id = NEW.request_id),
+        cost_nanos = cost_nanos + (SELECT (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) % 1000000000
+            FROM requests AS r WHERE r.request_id = NEW.request_id)
+     WHERE (day, upstream, outcome) = (SELECT r.started_at / 86400000, r.upstream, r.outcome
+            FROM requests AS r WHERE r.request_id = NEW.request_id);
+END;
+
+DROP TRIGGER a_price_is_added;
+CREATE TRIGGER a_price_is_added AFTER INSERT ON prices BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'price',
+        NEW.id, NULL, NULL, json_object('model', NEW.model, 'tier', NEW.tier,
+            'above_input_tokens', NEW.above_input_tokens, 'effective_at', NEW.effective_at,
+            'input', NEW.input, 'cached_input', NEW.cached_input, 'cache_write', NEW.cache_write,
+            'cache_write_12h', NEW.cache_write_12h, 'output', NEW.output,
+            'image_input', NEW.image_input, 'image_output', NEW.image_output,
+            'web_search', NEW.web_search, 'file_search', NEW.file_search,
+            'container', NEW.container, 'max_output_tokens', NEW.max_output_tokens,
+            'source', NEW.source, 'reason', NEW.reason));
+END;

@@ -172,6 +172,9 @@ def test_usage(gateway: Gateway, upstream: Upstream) -> None:
         "price_id",
         "month",
         "tool_input_tokens",
+        "cache_write_12h_tokens",
+        "file_searches",
+        "containers",
     ]
     assert len(gateway.cli("usage", "--account", "a")["requests"]) == 3
     key_id = found["requests"][-1]["key_id"]
