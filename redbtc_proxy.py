@@ -666,7 +666,7 @@ METERED = (
     Endpoint("/v1/images/generations", images=True),
     Endpoint("/v1/images/edits", images=True, forms=True),
 )
-MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:-]*(?:/[A-Za-z0-9][\w.:-]*)*", re.ASCII)
+MODEL_NAME = re.compile(r"[A-Za-z0-9@~][\w.:@+~-]*(?:/[A-Za-z0-9@~][\w.:@+~-]*)*", re.ASCII)
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
 LISTING = ("include", "include[]", "limit", "order", "after", "before")
 STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfuscation")

@@ -549,6 +549,20 @@ def test_models_are_joined_in_order_and_by_pattern(
     assert missing.json()["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize("name", ["@cf/meta/llama+x", "~a/b@2", "ft:gpt-5:acme::x"])
+def test_models_have_names_of_many_forms(
+    gateway: Gateway, upstream: Upstream, key: str, name: str
+) -> None:
+    async def describe(received: Received, reply: Reply) -> None:
+        await reply.head(framing="length:2")
+        await reply.send(b"{}")
+
+    upstream.script = describe
+    with gateway.client(key) as client:
+        assert client.get(f"/models/{name}").status_code == 200
+    assert upstream.requests[0].path == f"/v1/models/{name}"
+
+
 def test_a_chat_error_event_after_200_is_an_upstream_error(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
