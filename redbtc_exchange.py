@@ -22,6 +22,7 @@ import httpx2
 import redbtc_ledger as ledger
 from redbtc_billing import Hold, Spent, Tariff
 from redbtc_body import Content
+from redbtc_decoding import DecodedMeter
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
 from redbtc_limits import Admission, Clock, rate_limit_headers
 from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
@@ -88,6 +89,7 @@ class Exchange:
         self.admission = admission
         self.meter: Meter = JSONMeter(endpoint.images)
         self.takes_out_usage = False
+        self.expects_usage = False  # a streamed chat's, since it was asked for
         self.answers = 1  # images that were asked for, each of which ends with an event of its own
         self.settled = False
         self.status: int | None = None
@@ -100,15 +102,23 @@ class Exchange:
         """The name of those who share idempotency keys: the account."""
         return self.key.account_id
 
-    def meter_stream(self) -> None:
-        """The answer is server-sent events."""
+    def choose_meter(self, stream: bool) -> Meter:
+        """Return the meter for an answer that is server-sent events, or not."""
         endpoint = self.endpoint
-        self.meter = StreamMeter(
+        if not stream:
+            return JSONMeter(endpoint.images)
+        return StreamMeter(
             images=endpoint.images,
             chat=endpoint.chat,
             take_out_usage=self.takes_out_usage,
             ends=self.answers,
+            expects_usage=self.expects_usage,
         )
+
+    def meter_decoded(self, codings: list[bytes], labelled: bool) -> None:
+        """The answer is compressed. `labelled`: as a stream."""
+        report = self.meter.report
+        self.meter = DecodedMeter(report, codings, labelled, self.choose_meter)
 
     def to(self, upstream: Upstream) -> None:
         """It is about to leave for that one."""
@@ -152,6 +162,7 @@ class Metered(Exchange):
     async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
         """Charge the request's tokens and take its places. Raises Refusal, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
+        self.expects_usage = self.takes_out_usage or bool(self._facts.asks_for_usage)
         self._input_estimate = math.ceil(content.size / BYTES_A_TOKEN)
         self.answers = max(1, self._facts.n or 1) if self.endpoint.images else 1
         started_at = now_ms() - self.elapsed_ms()
