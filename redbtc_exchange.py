@@ -89,7 +89,6 @@ class Exchange:
         self.admission = admission
         self.meter: Meter = JSONMeter(endpoint.images)
         self.takes_out_usage = False
-        self.expects_usage = False  # a streamed chat's, since it was asked for
         self.answers = 1  # images that were asked for, each of which ends with an event of its own
         self.settled = False
         self.status: int | None = None
@@ -112,8 +111,12 @@ class Exchange:
             chat=endpoint.chat,
             take_out_usage=self.takes_out_usage,
             ends=self.answers,
-            expects_usage=self.expects_usage,
+            expects_usage=self.expects_usage(),
         )
+
+    def expects_usage(self) -> bool:
+        """Whether a streamed chat was asked to report its usage."""
+        return self.takes_out_usage
 
     def meter_decoded(self, codings: list[bytes], labelled: bool) -> None:
         """The answer is compressed. `labelled`: as a stream."""
@@ -162,7 +165,6 @@ class Metered(Exchange):
     async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
         """Charge the request's tokens and take its places. Raises Refusal, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
-        self.expects_usage = self.takes_out_usage or bool(self._facts.asks_for_usage)
         self._input_estimate = math.ceil(content.size / BYTES_A_TOKEN)
         self.answers = max(1, self._facts.n or 1) if self.endpoint.images else 1
         started_at = now_ms() - self.elapsed_ms()
@@ -172,6 +174,9 @@ class Metered(Exchange):
         if self.endpoint.stores and self._facts.background:
             self._enter_room(self._facts.background)
         await self.gateway.limits.admit(self.admission, estimate, self.clock)
+
+    def expects_usage(self) -> bool:
+        return self.takes_out_usage or bool(self._facts.asks_for_usage)
 
     def _enter_room(self, background: bool | str) -> None:
         """Count one more unfinished background response. Raises Refusal."""

@@ -152,6 +152,11 @@ OWN_WORDS = re.compile(
 )
 
 
+# Items that cost more than their tokens, or run in containers that do.
+COUNTED = (
+    *("web_search_call", "file_search_call", "code_interpreter_call", "shell_call"),
+    *("local_shell_call", "shell_call_output"),
+)
 CITATIONS = ("container_file_citation", "file_path")  # annotations of files that code has made
 
 
@@ -186,7 +191,8 @@ class Item(Struct):
     def containers(self) -> Iterator[Any]:
         """Ids of the containers in which code ran, and of files there. Only where the upstream
         itself names them: a tool's schema, which an item may hold as well, is its author's text."""
-        yield from self.ran_in()
+        if self.container_id or self.environment:
+            yield from self.ran_in()
         for part in objects_in(self.content):
             for note in objects_in(part.get("annotations")):
                 if note.get("type") in CITATIONS:
@@ -317,7 +323,7 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
     cached = tokens_in(parts_input, "cached_tokens")
     cache_write = tokens_in(parts_input, "cache_write_tokens")
     believed = part_of(tokens_input, (cached or 0) + (cache_write or 0))
-    cache_write_12h = writes_for_12h(parts_input) if believed else None
+    cache_write_12h = writes_for_12h(parts_input, cache_write) if believed and cache_write else None
     reasoning = tokens_in(parts_output, "reasoning_tokens")
     image_input = image_output = None
     if images:
@@ -337,13 +343,10 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
     )
 
 
-def writes_for_12h(details: Any) -> int | None:
+def writes_for_12h(details: Any, writes: int) -> int | None:
     """Of the tokens that were written to the cache, those that stay there for 12 hours."""
-    if not isinstance(details, dict):
-        return None
-    writes = details.get("cache_write_tokens_details")
-    tokens = tokens_in(writes, "ttl_12h_tokens")
-    return tokens if part_of(tokens_in(details, "cache_write_tokens"), tokens or 0) else None
+    tokens = tokens_in(details.get("cache_write_tokens_details"), "ttl_12h_tokens")
+    return tokens if part_of(writes, tokens or 0) else None
 
 
 def added(a: Usage, b: Usage) -> Usage:
@@ -560,7 +563,7 @@ class Report:
     def note(self, answer: Answer, torn: bool = False) -> None:
         """Take in an answer's or an event's JSON: the last that is said counts. Of one that was cut
         off (`torn`) it is not known how it goes on, so its status is not believed."""
-        said = answer.inner or answer
+        said = (answer.inner if answer.response else None) or answer
         self.response_id = name_in(said.id) or self.response_id
         self.model = name_in(said.model) or self.model
         self.service_tier = name_in(said.service_tier) or self.service_tier
@@ -586,27 +589,29 @@ class Report:
         if self._images:
             used = with_svg(used, parts, said.svg_usage)
         elif used:
-            used = self._with_calls(used, parts)
+            if self._searches or self._file_searches:
+                used = self._with_calls(used, parts)
             used = with_tools(used, parts, said.tool_usage)
+        if used and self.usage and self._images:
+            used, parts = self._with_earlier(answer, used, parts)
         if used:
-            self.usage, self.parts = self._with_earlier(answer, used, parts)
+            self.usage, self.parts = used, parts
 
     def _with_calls(self, used: Usage, parts: list[Part]) -> Usage:
         """A response's usage with the calls in its output that no usage reports."""
-        if self._searches or self._file_searches:
-            used = msgspec.structs.replace(
-                used,
-                web_searches=self.web_searches or None,
-                file_searches=self.file_searches or None,
-            )
-            parts[0] = parts[0]._replace(usage=used)
+        used = msgspec.structs.replace(
+            used,
+            web_searches=self.web_searches or None,
+            file_searches=self.file_searches or None,
+        )
+        parts[0] = parts[0]._replace(usage=used)
         return used
 
     def _with_earlier(
         self, answer: Answer, used: Usage, parts: list[Part]
     ) -> tuple[Usage, list[Part]]:
         """In a stream of pictures each `completed` event reports the usage of its own picture."""
-        if not self._images or self.usage is None or not str(answer.type).endswith("completed"):
+        if self.usage is None or not str(answer.type).endswith("completed"):
             return used, parts
         by_model = {part.model: part for part in self.parts}
         for part in parts:
@@ -630,7 +635,8 @@ class Report:
         for item in items:
             named.append((item.id, item.type != "message" and item.by_tool))
             named += [(each, True) for each in item.containers()]
-            self._count(item)
+            if item.type in COUNTED:
+                self._count(item)
         self.made.update((each, always) for each, always in named if name_in(each))
 
     def _count(self, item: Item) -> None:
@@ -639,7 +645,8 @@ class Report:
             self._searches[name_in(item.id) or len(self._searches)] = item.searches
         elif item.type == "file_search_call":
             self._file_searches.add(name_in(item.id) or len(self._file_searches))
-        self.containers.update((each, None) for each in item.ran_in() if name_in(each))
+        else:
+            self.containers.update((each, None) for each in item.ran_in() if name_in(each))
 
 
 def name_in(value: Any) -> str | None:
@@ -665,11 +672,8 @@ class Meter:
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
         """Do what `feed` does, in small steps."""
-        passed: list[bytes] = []
-        for at in range(0, len(chunk), STEP):
-            passed.append(self.feed(chunk[at : at + STEP]))
-            yield
-        return b"".join(passed)
+        yield
+        return self.feed(chunk)
 
     def finish(self) -> None:
         """Note that the upstream has sent everything."""
@@ -694,15 +698,13 @@ class JSONMeter(Meter):
     def feed(self, chunk: bytes) -> bytes:
         """Return all but the last byte so far."""
         self._text.feed(chunk)
-        return self._pass(chunk)
+        passed, self._held = self._held + chunk[:-1], chunk[-1:]
+        return passed
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
         yield from self._text.steps(chunk)
-        return self._pass(chunk)
-
-    def _pass(self, chunk: bytes) -> bytes:
-        passed, self._held = self._held + chunk[:-1], chunk[-1:] or self._held
-        return passed if chunk else b""
+        passed, self._held = self._held + chunk[:-1], chunk[-1:]
+        return passed
 
     def finish(self) -> None:
         answer = self._text.answer()
@@ -910,6 +912,16 @@ class StreamMeter(Meter):
             self._grow(chunk[start:], passed)
         return b"".join(passed)
 
+    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+        passed: list[bytes] = []
+        for at in range(0, len(chunk), STEP):
+            if self.ended:
+                self._held += chunk[at:]
+                break
+            passed.append(self.feed(chunk[at : at + STEP]))
+            yield
+        return b"".join(passed)
+
     def is_dull(self, chunk: bytes) -> bool:
         """Whether these are whole events in the usual form, none of which can matter: nearly every
         chunk. There is nothing to be done with it but to count its text."""
@@ -984,6 +996,9 @@ class StreamMeter(Meter):
 
     def _grow(self, chunk: bytes, passed: list[bytes]) -> None:
         """The incomplete event grows. Send on what can't turn out to matter."""
+        if self.ended:
+            self._held += chunk
+            return
         if self._partial is None:
             self._partial = EventText()
         self._partial.feed(chunk)

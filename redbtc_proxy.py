@@ -418,7 +418,7 @@ class Relay:
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
         self._labelled = content_type.lower().startswith(b"text/event-stream")
-        if codings := codings_of(headers):
+        if header(headers, b"content-encoding") is not None and (codings := codings_of(headers)):
             exchange.meter_decoded(codings, self._labelled)
         # A stream may end earlier than the upstream's Content-Length says. Status 204 must not have
         # one (RFC 9110 §8.6), but some upstreams send it.
@@ -470,7 +470,7 @@ class Relay:
             clock.allow(idle_seconds)
         meter = exchange.meter
         clock.pause()
-        if meter.ending:
+        if meter.ending and not meter.ended:
             await self._await_usage(meter, chunks)
         ended_by_event = meter.ended
         meter.finish()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import accumulate
 
 import msgspec
@@ -77,8 +78,12 @@ class Node:
     def name(self, members: dict[str, Node]) -> None:
         """Keep these members, too."""
         self.members |= {name.encode(): node for name, node in members.items()}
+
+    @cached_property
+    def run(self) -> re.Pattern[bytes]:
+        """A run of members that are not kept."""
         names = b"|".join(re.escape(name) for name in self.members)
-        self.run = re.compile(RUN % (names, SIMPLE), re.DOTALL)  # members that are not kept
+        return re.compile(RUN % (names, SIMPLE), re.DOTALL)
 
     def keeps(self, bracket: int) -> bool:
         """Whether anything of a list or an object is kept."""
