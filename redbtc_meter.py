@@ -78,7 +78,8 @@ COUNTS = Node(
         *("reasoning_tokens", "num_requests", "model"),
     )
     | {f"{each}_tokens_details": DETAILS for each in ("input", "output", "prompt", "completion")}
-    | {"cached_tokens_details": DETAILS}
+    | {"cached_tokens_details": DETAILS},
+    whole=True,
 )
 NOTES = Node(elements=Node(short("type", "container_id", "file_id")))
 CONTENT = Node(
@@ -100,7 +101,7 @@ RESPONSE_NODES = (
     )
     | {"error": Node(short("message", "type", "code"))}
     | {"usage": COUNTS, "svg_usage": COUNTS, "x_groq": Node({"usage": COUNTS})}
-    | {"tool_usage": Node({"image_gen": COUNTS, "web_search": COUNTS})}
+    | {"tool_usage": Node({"image_gen": COUNTS, "web_search": COUNTS}, whole=True)}
     | {"conversation": Node(short("id")), "incomplete_details": Node(short("reason"))}
     | {"choices": Node(elements=SAID), "delta": SAID, "b64_json": HEAD}
     | {"output": ITEMS_NODE, "data": ITEMS_NODE, "item": ITEM_NODE}
@@ -249,23 +250,22 @@ class JSONText:
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes, cut anywhere."""
+        if len(self._whole) + len(chunk) <= KEEP and self._scanner is None:
+            self._whole += chunk
+        else:
+            for _ in self.steps(chunk):
+                pass
+
+    def steps(self, chunk: bytes) -> Iterator[None]:
+        """Take a chunk in small steps."""
         if self._scanner is None:
             self._whole += chunk
+            yield
             if len(self._whole) <= KEEP:
                 return
             chunk, self._whole = bytes(self._whole), bytearray()
             self._scanner = Scanner(ANSWER_NODE)
-        self._scanner.feed(chunk)
-
-    def steps(self, chunk: bytes) -> Iterator[None]:
-        """Take a chunk in small steps."""
-        for at in range(0, len(chunk), MAX_AT_ONCE):
-            part = chunk[at : at + MAX_AT_ONCE]
-            if self._scanner:
-                yield from self._scanner.steps(part)
-            else:
-                self.feed(part)
-                yield
+        yield from self._scanner.steps(chunk)
 
     def answer(self) -> Answer | None:
         """None for what is no JSON object."""

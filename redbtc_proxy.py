@@ -456,7 +456,7 @@ class Relay:
                     if isinstance(body, ResponseBody):
                         self._pass_on(meter, body, idle_seconds)
             passed = await self._feed(meter, chunk) if meter else chunk
-            if whole or not passed:
+            if whole or not (meter and passed):  # the head waits until it is known what it is
                 kept += passed
             else:
                 self._waits_for_client = True  # while it reads slowly, and with us the upstream
@@ -533,7 +533,7 @@ class Relay:
         clock, send_now = self._clock, self._scope["send_now"]
 
         def pass_on(chunk: bytes) -> bool:
-            passed: bool = meter.is_dull(chunk) and send_now(chunk)
+            passed: bool = self._started and meter.is_dull(chunk) and send_now(chunk)
             if passed:
                 clock.allow(idle_seconds)
                 meter.count_text(chunk)

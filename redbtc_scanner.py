@@ -32,8 +32,8 @@ MAX_TEXT = 32  # bytes of a text that is kept where only its length matters
 MAX_HEAD = 512  # characters of a picture that are kept
 MAX_NUMBER = 64  # characters
 MAX_LEVELS = 24
-MAX_CONTAINERS = 10_000  # lists and objects that are kept, and elements of lists
-MAX_OUTLINE = 1 << 20  # bytes that are kept; beyond that, lists lose the rest of their elements
+MAX_CONTAINERS = 40_000  # lists and objects that are kept, and elements of lists
+MAX_OUTLINE = 2 << 20  # bytes that are kept; beyond that, lists lose the rest of their elements
 MIN_PIECE, MAX_PIECE = 256, 32 << 10  # bytes that are skipped at once
 
 SPACE = rb"[\s,:]*+"
@@ -67,11 +67,13 @@ class Node:
         elements: Node | None = None,
         strings: str = "short",
         recursive: bool = False,
+        whole: bool = False,
     ) -> None:
-        """`recursive`: it can contain itself."""
+        """`recursive`: it can contain itself. `whole`: it is worth nothing if it was cut off."""
         self.elements = elements
         self.strings = strings
         self.recursive = recursive
+        self.whole = whole
         self.members: dict[bytes, Node] = {}
         self.name(members or {})
 
@@ -157,7 +159,11 @@ class Scanner:
         if self._in_string and self._string and self._string.strings != "short":
             self._end_string()
         while self._open:
-            self._close()
+            if self._open[-1].node.whole and len(self._open) > 1:
+                self._open.pop()
+                self._put(b"null")
+            else:
+                self._close()
         return self.found
 
     # Values that are kept
@@ -207,7 +213,7 @@ class Scanner:
         if match := NAME.match(text, at):
             name = match[1][1:-1]
             if b"\\" in name:
-                name = repaired(match[1])[1:-1]
+                name = msgspec.json.decode(repaired(match[1]), type=str).encode("utf-8", "replace")
             frame.name = name if name in frame.node.members else b""
             return match.end()
         start = SEPARATORS.match(text, at).end()  # type: ignore[union-attr]
@@ -374,7 +380,7 @@ class Scanner:
             self._depth += DEPTHS.get(text[match.start()], 0)
             if self._depth == 0:
                 return match.end()
-        raise AssertionError("the value ends here")
+        return end  # there is a backslash outside of strings: it is no JSON
 
 
 def repaired(value: bytes) -> bytes:
