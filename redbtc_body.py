@@ -36,7 +36,7 @@ import msgspec
 from msgspec import Struct
 
 from redbtc_ledger import MAX_MODELS
-from redbtc_meter import MAX_NAME, NOT_JSON, OWN_WORDS, SURROGATE
+from redbtc_meter import MAX_NAME, OWN_WORDS
 from redbtc_pieces import (
     MAX_PIECE,
     TEXT,
@@ -48,6 +48,7 @@ from redbtc_pieces import (
     read_json,
 )
 from redbtc_refusals import Headers, Refusal, header
+from redbtc_scanner import NOT_JSON, SURROGATE
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -22,6 +22,7 @@ import httpx2
 import redbtc_ledger as ledger
 from redbtc_billing import Hold, Spent, Tariff
 from redbtc_body import Content
+from redbtc_decoding import DecodedMeter
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
 from redbtc_limits import Admission, Clock, rate_limit_headers
 from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
@@ -100,15 +101,27 @@ class Exchange:
         """The name of those who share idempotency keys: the account."""
         return self.key.account_id
 
-    def meter_stream(self) -> None:
-        """The answer is server-sent events."""
+    def choose_meter(self, stream: bool) -> Meter:
+        """Return the meter for an answer that is server-sent events, or not."""
         endpoint = self.endpoint
-        self.meter = StreamMeter(
+        if not stream:
+            return JSONMeter(endpoint.images)
+        return StreamMeter(
             images=endpoint.images,
             chat=endpoint.chat,
             take_out_usage=self.takes_out_usage,
             ends=self.answers,
+            expects_usage=self.expects_usage(),
         )
+
+    def expects_usage(self) -> bool:
+        """Whether a streamed chat was asked to report its usage."""
+        return self.takes_out_usage
+
+    def meter_decoded(self, codings: list[bytes], labelled: bool) -> None:
+        """The answer is compressed. `labelled`: as a stream."""
+        report = self.meter.report
+        self.meter = DecodedMeter(report, codings, labelled, self.choose_meter)
 
     def to(self, upstream: Upstream) -> None:
         """It is about to leave for that one."""
@@ -161,6 +174,9 @@ class Metered(Exchange):
         if self.endpoint.stores and self._facts.background:
             self._enter_room(self._facts.background)
         await self.gateway.limits.admit(self.admission, estimate, self.clock)
+
+    def expects_usage(self) -> bool:
+        return self.takes_out_usage or bool(self._facts.asks_for_usage)
 
     def _enter_room(self, background: bool | str) -> None:
         """Count one more unfinished background response. Raises Refusal."""

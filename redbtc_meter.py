@@ -6,128 +6,110 @@ row is committed; a part of an event that could still turn out to end the answer
 usage chunk that the gateway asked for and takes out) is held until the event is whole. All else
 passes.
 
-Rule 2. Memory is bounded. An event or answer is kept whole for parsing up to KEEP bytes. Beyond
-that it is reduced to its skeleton: long strings lose their text, and where that is not enough,
-arrays their elements. What matters (usage, id, model, tier) stands in short values outside arrays,
-in every shape of OpenAI's, so parsing the skeleton gives the same result as parsing the whole. Only
-the ids of what was made (a picture, a message) stand in an array: they are known while all that is
-beside the long strings is no more than KEEP.
+Rule 2. Memory is bounded. An event or answer is kept whole for parsing up to KEEP bytes. Of a
+larger one only the members that matter are kept (see redbtc_scanner.py): usage, id, model, tier,
+and what must be known of the items of its output. So nothing else in it can be so large that the
+usage is unreadable.
 
 Rule 3. Only a parser decides. A search for a few marks tells whether an event can matter; what it
 says is then read from its JSON, at the place where it belongs, so that text cannot forge it.
+
+Rule 4. What passes is counted as well, for the estimate of an answer that does not report usage.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Generator, Iterator
+from functools import cached_property
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from redbtc_ledger import Part, Usage
+from redbtc_pictures import PARTIAL_TOKENS, picture_tokens
+from redbtc_scanner import BYTE_ORDER_MARK, MAX_LEVELS, NOT_JSON, Node, Scanner
 from redbtc_settings import MOST_TOKENS
 
 MAX_NAME = 256  # of a model, an id, a tier
 KEEP = 256 << 10
-MOST_SKELETON = 4 << 20
-SHORT_STRING = 256
+MAX_AT_ONCE = 16 << 10  # bytes that a meter takes without a turn of the loop
+STEP = 4 << 10  # bytes of a longer chunk that it takes in one step
 MOST_SEARCHES = 100_000  # the same of web searches
 IMAGE_TOOL = "image_generation"  # stands for the model of that tool, which the answer doesn't name
-STRUCTURE = re.compile(rb'[\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
+
+T = TypeVar("T")
 
 
-class Skeleton:
-    """JSON text in bounded memory: whole while it is small, without long strings when it is large,
-    and without what is in arrays when it is large even so. `text` parses to the same values outside
-    of those."""
+# ── What is read ─────────────────────────────────────────────────────────────────────────────────
 
-    def __init__(self, keep: int = KEEP) -> None:
-        self.text = bytearray()
-        self.reduced = False
-        self._keep = keep
-        self._raw = 0  # from here on `text` is as it came
-        self._bound = keep
-        self._drops_arrays = False
-        self._depth = 0  # of arrays open at _raw, where those are dropped
-        self._in_string = False  # what comes next belongs to a string that was dropped
-        self._escaped = False  # and its first byte is escaped
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes, cut anywhere."""
-        if self._in_string:
-            chunk = self._skip_string(chunk)
-        self.text += chunk
-        if len(self.text) > self._bound:
-            self._reduce()
-
-    def _skip_string(self, chunk: bytes) -> bytes:
-        start = 1 if self._escaped and chunk else 0
-        end = STRING_REST.match(chunk, start)
-        assert end is not None
-        self._escaped = end[1] == b"\\" or (self._escaped and not chunk)
-        self._in_string = end[1] != b'"'
-        return chunk[end.end() :]
-
-    def whole(self) -> bytes:
-        """All of the text, to be parsed."""
-        if self.reduced:
-            self._reduce()
-        return bytes(self.text)
-
-    def _reduce(self) -> None:
-        self.reduced = True
-        self._shorten()
-        if len(self.text) > self._keep and not self._drops_arrays:
-            self._drops_arrays, self._raw = True, 0
-            self._shorten()
-
-    def _shorten(self) -> None:
-        """Bring the raw text to its reduced form."""
-        raw = bytes(self.text[self._raw :])
-        kept: list[bytes] = []
-        position = 0  # up to here `raw` is kept or dropped
-        open_string = b""
-        for token in STRUCTURE.finditer(raw):
-            start, end = token.span()
-            if raw[start] in b"[]" and not self._drops_arrays:
-                continue
-            if raw[start] == 0x5B:  # [
-                kept += [] if self._depth else [raw[position:end]]
-                position = end
-                self._depth += 1
-            elif raw[start] == 0x5D:  # ]
-                self._depth = max(0, self._depth - 1)
-                position = position if self._depth else start
-            elif token[1] != b'"':  # a string that goes on in the next chunk
-                if self._depth or end - start > SHORT_STRING:
-                    kept += [] if self._depth else [raw[position:start], b'""']
-                    self._in_string, self._escaped = True, token[1] == b"\\"
-                else:
-                    kept.append(raw[position:start])
-                    open_string = raw[start:]
-                position = len(raw)
-            elif not self._depth and end - start > SHORT_STRING:
-                kept += [raw[position:start], b'""']
-                position = end
-        kept += [] if self._depth else [raw[position:]]
-        self._replace(b"".join(kept), open_string)
-
-    def _replace(self, stable: bytes, open_string: bytes) -> None:
-        self.text[self._raw :] = stable
-        self._raw = len(self.text)
-        self.text += open_string
-        if len(self.text) > MOST_SKELETON:
-            self.text = bytearray(b"?")  # no JSON: whoever parses it learns that nothing is known
-            self._raw = 1
-        self._bound = max(self._keep, 2 * len(self.text))
+# Of what a model writes (items of an output, messages and deltas of chats), the members that hold
+# its words or lead to them.
+WORDS = re.findall(
+    r"\w+",
+    "text refusal name arguments input code summary content action query queries command commands "
+    "operation diff path transcript audio message delta function custom function_call tool_calls "
+    "reasoning reasoning_content",
+)
+SHORT, HEAD = Node(), Node(strings="head")
+SAID = Node(strings="length", recursive=True)
+SAID.elements = SAID
+SAID.name(dict.fromkeys(WORDS, SAID))
+SAYS = dict.fromkeys(WORDS, SAID)
 
 
-class Answer(Struct):
+def short(*names: str) -> dict[str, Node]:
+    return dict.fromkeys(names, SHORT)
+
+
+WRITES = Node(short("ttl_12h_tokens"))
+DETAILS = Node(
+    short(
+        *("cached_tokens", "cache_write_tokens", "reasoning_tokens", "image_tokens"),
+        *("cached_text_tokens",),
+    )
+    | {"cache_write_tokens_details": WRITES}
+)
+COUNTS = Node(
+    short(
+        *("input_tokens", "output_tokens", "prompt_tokens", "completion_tokens"),
+        *("reasoning_tokens", "num_requests", "model"),
+    )
+    | {f"{each}_tokens_details": DETAILS for each in ("input", "output", "prompt", "completion")}
+    | {"cached_tokens_details": DETAILS},
+    whole=True,
+)
+NOTES = Node(elements=Node(short("type", "container_id", "file_id")))
+CONTENT = Node(
+    elements=Node(SAYS | short("type") | {"annotations": NOTES}, SAID, strings="length"),
+    strings="length",
+)
+ITEM_NODE = Node(
+    SAYS
+    | short("id", "type", "call_id", "container_id", "quality", "size")
+    | {"environment": Node(short("container_id")), "content": CONTENT}
+    | {"action": Node(SAYS | short("type")), "encrypted_content": Node(strings="length")}
+    | {"result": HEAD, "b64_json": HEAD, "url": SHORT}
+)
+ITEMS_NODE = Node(elements=ITEM_NODE)
+RESPONSE_NODES = (
+    short(
+        *("id", "type", "model", "status", "service_tier", "stream_id", "output_index"),
+        *("quality", "size"),
+    )
+    | {"error": Node(short("message", "type", "code"))}
+    | {"usage": COUNTS, "svg_usage": COUNTS, "x_groq": Node({"usage": COUNTS})}
+    | {"tool_usage": Node({"image_gen": COUNTS, "web_search": COUNTS}, whole=True)}
+    | {"conversation": Node(short("id")), "incomplete_details": Node(short("reason"))}
+    | {"choices": Node(elements=SAID), "delta": SAID, "b64_json": HEAD}
+    | {"output": ITEMS_NODE, "data": ITEMS_NODE, "item": ITEM_NODE}
+)
+ANSWER_NODE = Node(RESPONSE_NODES | {"response": Node(RESPONSE_NODES)})
+
+
+class Answer(Struct, dict=True):
     """What matters in an answer's JSON, or in that of an event. `response` is the Response object
     within an event. Types are checked where a value is used: one odd field must not hide
     another."""
@@ -141,15 +123,25 @@ class Answer(Struct):
     usage: Any = None
     tool_usage: Any = None
     svg_usage: Any = None
+    x_groq: Any = None
     conversation: Any = None
     incomplete_details: Any = None
     stream_id: Any = None
+    output_index: Any = None
+    quality: Any = None
+    size: Any = None
     response: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
     output: msgspec.Raw = msgspec.Raw()
     data: msgspec.Raw = msgspec.Raw()
     item: msgspec.Raw = msgspec.Raw()
     delta: msgspec.Raw = msgspec.Raw()
+    b64_json: msgspec.Raw = msgspec.Raw()
+
+    @cached_property
+    def inner(self) -> Answer | None:
+        """The Response object, where there is one."""
+        return decode_answer(self.response) if self.response else None
 
 
 # Types of items that a client sends back with their whole content, so that an upstream need not
@@ -161,6 +153,11 @@ OWN_WORDS = re.compile(
 )
 
 
+# Items that cost more than their tokens, or run in containers that do.
+COUNTED = (
+    *("web_search_call", "file_search_call", "code_interpreter_call", "shell_call"),
+    *("local_shell_call", "shell_call_output"),
+)
 CITATIONS = ("container_file_citation", "file_path")  # annotations of files that code has made
 
 
@@ -173,71 +170,118 @@ class Item(Struct):
     container_id: Any = None
     environment: Any = None
     content: Any = None
+    action: Any = None
 
     @property
     def by_tool(self) -> bool:
         """Whether one of the upstream's own tools made the item: the upstream may look it up."""
         return isinstance(self.type, str) and not OWN_WORDS.fullmatch(self.type)
 
-    def containers(self) -> Iterator[Any]:
-        """Ids of the containers in which code ran, and of files there. Only where the upstream
-        itself names them: a tool's schema, which an item may hold as well, is its author's text."""
+    def ran_in(self) -> Iterator[Any]:
+        """The ids of the containers in which its code ran."""
         yield self.container_id
         if isinstance(self.environment, dict):
             yield self.environment.get("container_id")
+
+    @property
+    def searches(self) -> bool:
+        """Whether it is a web search that costs: opening a page does not."""
+        kind = self.action.get("type") if isinstance(self.action, dict) else None
+        return self.type == "web_search_call" and kind in (None, "search")
+
+    def containers(self) -> Iterator[Any]:
+        """Ids of the containers in which code ran, and of files there. Only where the upstream
+        itself names them: a tool's schema, which an item may hold as well, is its author's text."""
+        if self.container_id or self.environment:
+            yield from self.ran_in()
         for part in objects_in(self.content):
             for note in objects_in(part.get("annotations")):
                 if note.get("type") in CITATIONS:
                     yield from (note.get("container_id"), note.get("file_id"))
 
 
-ANSWER, OUTPUT = msgspec.json.Decoder(Answer), msgspec.json.Decoder(list[Item])
-ITEM = msgspec.json.Decoder(Item)
-NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+ANSWER = msgspec.json.Decoder(Answer)
+OUTPUT, ITEM = msgspec.json.Decoder(list[Item]), msgspec.json.Decoder(Item)
+ANYTHING = msgspec.json.Decoder()
 
 
-def decode_answer(text: str | bytes | msgspec.Raw) -> Answer | None:
-    """None for what is no JSON object, even with forbearance: half a character, NaN, a control
-    character in a text, a mark before it all, or a depth that has no end must not make what was
-    used unknown."""
+def read(text: str | bytes | msgspec.Raw, decoder: msgspec.json.Decoder[T], node: Node) -> T | None:
+    """Decode a JSON text; None for what is not one of the decoder's type, even with forbearance:
+    half a character, NaN, a control character in a text, a mark before it all, or a depth that has
+    no end must not make what was used unknown."""
     with contextlib.suppress(*NOT_JSON):
-        return ANSWER.decode(text)
-    plain = in_plain_words(text.encode() if isinstance(text, str) else bytes(text))
+        return decoder.decode(text)
+    scanner = Scanner(node)
+    scanner.feed(text.encode("utf-8", "replace") if isinstance(text, str) else bytes(text))
+    return read_kept(scanner.found, decoder)
+
+
+def read_kept(kept: bytes | None, decoder: msgspec.json.Decoder[T]) -> T | None:
+    """Decode what a scanner has kept."""
     with contextlib.suppress(*NOT_JSON):
-        return ANSWER.decode(plain)
-    with contextlib.suppress(*NOT_JSON):
-        return ANSWER.decode(shallow(plain))
+        return decoder.decode(kept) if kept else None
     return None
 
 
-MOST_DEPTH = 16  # more than twice that of any usage
-CONTROLS = bytes.maketrans(bytes(range(32)), b" " * 32)
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-NO_NUMBER = re.compile(rb":\s*(?:NaN|-?Infinity)\b")
-BRACES = re.compile(rb'[{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+"')
+def decode_answer(text: str | bytes | msgspec.Raw) -> Answer | None:
+    """None for what is no JSON object."""
+    return read(text, ANSWER, ANSWER_NODE)
 
 
-def in_plain_words(text: bytes) -> bytes:
-    """An answer without what a strict parser doesn't take."""
-    text = text.removeprefix(BYTE_ORDER_MARK).translate(CONTROLS)
-    return NO_NUMBER.sub(b":null", SURROGATE.sub(rb"\\ufffd", text))
+def answer_steps(message: str | bytes) -> Generator[None, None, Answer | None]:
+    """Decode a long message in small steps."""
+    scanner = Scanner(ANSWER_NODE)
+    for at in range(0, len(message), MAX_AT_ONCE):
+        part = message[at : at + MAX_AT_ONCE]
+        yield from scanner.steps(part.encode() if isinstance(part, str) else part)
+    return read_kept(scanner.found, ANSWER)
 
 
-def shallow(text: bytes) -> bytes:
-    """An answer without what is in arrays, long strings and deep objects."""
-    skeleton = Skeleton(keep=0)
-    skeleton.feed(text)
-    text, kept, depth, position = skeleton.whole(), [], 0, 0
-    for match in BRACES.finditer(text):
-        if text[match.start()] == 0x7B:  # {
-            depth += 1
-            if depth == MOST_DEPTH:
-                kept.append(text[position : match.end()])
-        elif text[match.start()] == 0x7D:  # }
-            if depth == MOST_DEPTH:
-                position = match.start()
-            depth -= 1
-    return b"".join([*kept, text[position:]])
+class JSONText:
+    """A JSON text that arrives in parts: whole while it is small, else what matters of it."""
+
+    def __init__(self) -> None:
+        self._whole = bytearray()
+        self._scanner: Scanner | None = None
+
+    @property
+    def is_large(self) -> bool:
+        return self._scanner is not None
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes, cut anywhere."""
+        if len(self._whole) + len(chunk) <= KEEP and self._scanner is None:
+            self._whole += chunk
+        else:
+            for _ in self.steps(chunk):
+                pass
+
+    def steps(self, chunk: bytes) -> Iterator[None]:
+        """Take a chunk in small steps."""
+        if self._scanner is None:
+            self._whole += chunk
+            yield
+            if len(self._whole) <= KEEP:
+                return
+            chunk, self._whole = bytes(self._whole), bytearray()
+            self._scanner = Scanner(ANSWER_NODE)
+        yield from self._scanner.steps(chunk)
+
+    def answer(self) -> Answer | None:
+        """None for what is no JSON object."""
+        if self._scanner:
+            return read_kept(self._scanner.found, ANSWER)
+        return decode_answer(bytes(self._whole))
+
+    def torn(self) -> Answer | None:
+        """What a text that was cut off has said."""
+        if self._scanner is None:
+            self._scanner = Scanner(ANSWER_NODE)
+            self._scanner.feed(bytes(self._whole))
+        return read_kept(self._scanner.close(), ANSWER)
+
+
+# ── Usage ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def objects_in(values: Any) -> list[dict[str, Any]]:
@@ -249,6 +293,8 @@ def tokens_in(counts: Any, name: str, most: int = MOST_TOKENS) -> int | None:
     """The count of that name, or None where there is none: negative, fractional, absurd or no
     number."""
     count = counts.get(name) if isinstance(counts, dict) else None
+    if type(count) is float and count.is_integer():
+        count = int(count)
     return count if type(count) is int and 0 <= count <= most else None
 
 
@@ -277,6 +323,7 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
     cached = tokens_in(parts_input, "cached_tokens")
     cache_write = tokens_in(parts_input, "cache_write_tokens")
     believed = part_of(tokens_input, (cached or 0) + (cache_write or 0))
+    cache_write_12h = writes_for_12h(parts_input, cache_write) if believed and cache_write else None
     reasoning = tokens_in(parts_output, "reasoning_tokens")
     image_input = image_output = None
     if images:
@@ -292,7 +339,19 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
         reasoning_tokens=reasoning if part_of(tokens_output, reasoning or 0) else None,
         image_input_tokens=image_input,
         image_output_tokens=image_output,
+        cache_write_12h_tokens=cache_write_12h,
     )
+
+
+def writes_for_12h(details: Any, writes: int) -> int | None:
+    """Of the tokens that were written to the cache, those that stay there for 12 hours."""
+    tokens = tokens_in(details.get("cache_write_tokens_details"), "ttl_12h_tokens")
+    return tokens if part_of(writes, tokens or 0) else None
+
+
+def added(a: Usage, b: Usage) -> Usage:
+    """The usage of two pictures of one stream, of which each reports its own."""
+    return Usage(*[plus(*each) for each in zip(*map(msgspec.structs.astuple, (a, b)), strict=True)])
 
 
 def plus(a: int | None, b: int | None) -> int | None:
@@ -321,7 +380,8 @@ def with_tools(used: Usage, parts: list[Part], tools: Any) -> Usage:
     if not isinstance(tools, dict):
         return used
     searches = tokens_in(tools.get("web_search"), "num_requests", MOST_SEARCHES)
-    used = msgspec.structs.replace(used, web_searches=searches)
+    if searches is not None:
+        used = msgspec.structs.replace(used, web_searches=searches)
     parts[0] = parts[0]._replace(usage=used)
     drawn = read_usage(tools.get("image_gen"), images=True)
     if drawn is None:
@@ -341,6 +401,118 @@ def with_tools(used: Usage, parts: list[Part], tools: Any) -> Usage:
     )
 
 
+# ── What passes ──────────────────────────────────────────────────────────────────────────────────
+
+
+def size_of(words: Any, levels: int = MAX_LEVELS) -> int:
+    """Return the bytes of what a model has written. A negative number is the length of a text that
+    a scanner has left out."""
+    if isinstance(words, str):
+        return len(words) if words.isascii() else len(words.encode("utf-8", "replace"))
+    if isinstance(words, dict) and levels:
+        return sum(size_of(value, levels - 1) for name, value in words.items() if name in SAYS)
+    if isinstance(words, list) and levels:
+        return sum(size_of(value, levels - 1) for value in words)
+    return max(0, -words) if type(words) is int else 0
+
+
+def words_in(raw: msgspec.Raw) -> Any:
+    """Whatever stands there; None if it can't be read."""
+    return read(raw, ANYTHING, SAID) if raw else None
+
+
+class Made(Struct):
+    """What an item of the output, or several, come to."""
+
+    text_bytes: int = 0
+    sealed_bytes: int = 0
+    image_tokens: int = 0
+
+    def grow(self, other: Made) -> None:
+        """It is seen again, with more of it, or less."""
+        self.text_bytes = max(self.text_bytes, other.text_bytes)
+        self.sealed_bytes = max(self.sealed_bytes, other.sealed_bytes)
+        self.image_tokens = max(self.image_tokens, other.image_tokens)
+
+
+def measured(item: Any) -> Made:
+    """Measure an item of the output."""
+    if not isinstance(item, dict):
+        return Made()
+    made = Made(size_of(item), size_of(item.get("encrypted_content")))
+    if item.get("type") == "image_generation_call" and item.get("result"):
+        made.image_tokens = picture_tokens(item.get("quality"), item.get("size"), item["result"])
+    return made
+
+
+def total(made: list[Made]) -> Made:
+    return Made(
+        sum(each.text_bytes for each in made),
+        sum(each.sealed_bytes for each in made),
+        sum(each.image_tokens for each in made),
+    )
+
+
+class Passed:
+    """What has passed of an answer, for an estimate of what nobody reports. Text that is seen as
+    deltas, in the event that ends its item, and in the whole response counts once."""
+
+    def __init__(self) -> None:
+        self.deltas = 0  # bytes
+        self._delta_bytes_in_items = 0  # of the deltas, those before the last item's end
+        self._items: dict[Any, Made] = {}  # by id or index
+        self._whole = Made()  # of the whole response, or of all messages of a chat
+        self._pictures = 0  # tokens of pictures that came as events of their own
+
+    def made(self) -> Made:
+        """Return the largest view of it."""
+        items = total(list(self._items.values()))
+        since = self.deltas - self._delta_bytes_in_items
+        items.text_bytes = max(self.deltas, items.text_bytes + since)
+        items.grow(self._whole)
+        items.image_tokens += self._pictures
+        return items
+
+    def see(self, answer: Answer, said: Answer, images: bool) -> None:
+        """Measure an answer's or an event's JSON."""
+        kind = answer.type if isinstance(answer.type, str) else ""
+        if kind.endswith("partial_image"):
+            self._pictures += PARTIAL_TOKENS
+        elif images:
+            self._see_pictures(answer)
+        elif answer.item:
+            self._see_item(answer, kind)
+        elif said.output:
+            self._see_whole(words_in(said.output))
+        elif said.choices and not kind:
+            self._see_whole(words_in(said.choices))
+
+    def see_delta(self, answer: Answer, chat: bool) -> None:
+        """Measure an event that is too large for a search."""
+        self.deltas += size_of(words_in(answer.choices if chat else answer.delta))
+
+    def _see_item(self, answer: Answer, kind: str) -> None:
+        item = words_in(answer.item)
+        if isinstance(item, dict):
+            known = name_in(item.get("id")) or name_in(item.get("call_id"))
+            index = answer.output_index if isinstance(answer.output_index, int) else None
+            self._items.setdefault(known or index, Made()).grow(measured(item))
+        if kind.endswith("done"):
+            self._delta_bytes_in_items = self.deltas
+
+    def _see_whole(self, listed: Any) -> None:
+        self._whole.grow(total([measured(each) for each in objects_in(listed)]))
+
+    def _see_pictures(self, answer: Answer) -> None:
+        if answer.b64_json:
+            head = words_in(answer.b64_json)
+            self._pictures += picture_tokens(answer.quality, answer.size, head)
+        for picture in objects_in(words_in(answer.data)):
+            if picture.get("b64_json") or picture.get("url"):
+                head = picture.get("b64_json")
+                self._pictures += picture_tokens(answer.quality, answer.size, head)
+
+
 class Report:
     """What an answer has said so far."""
 
@@ -357,41 +529,96 @@ class Report:
         self.made: dict[str, bool] = {}
         self.listed: dict[str, bool] = {}  # ids of listed input, and whether the upstream made them
         self.failed = False  # it says itself that it failed
-        # What has passed, for an estimate of what nobody reports:
-        self.text_bytes = 0  # of text, tool calls and their arguments
-        self.sealed_bytes = 0  # of encrypted reasoning, as it is written
-        self.image_tokens = 0  # of output, in the pictures
-        self.web_searches = 0  # calls in the output; the usage may report its own number
+        self.passed = Passed()
+        self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
+        self._file_searches: set[Any] = set()  # ids
         # No usage reports these; they are counted by the items of the output.
-        self.file_searches = 0
         self.containers: dict[str, None] = {}  # ids of those in which code ran
 
-    def note(self, answer: Answer) -> None:
-        """Take in an answer's or an event's JSON: the last that is said counts."""
-        inner = decode_answer(answer.response) if answer.response else None
-        said = inner or answer
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of text, tool calls and their arguments that have passed."""
+        return self.passed.made().text_bytes
+
+    @property
+    def sealed_bytes(self) -> int:
+        """Bytes of encrypted reasoning that have passed, as it is written."""
+        return self.passed.made().sealed_bytes
+
+    @property
+    def image_tokens(self) -> int:
+        """Output tokens of the pictures that have passed."""
+        return self.passed.made().image_tokens
+
+    @property
+    def web_searches(self) -> int:
+        """Calls in the output; the usage may report its own number."""
+        return sum(self._searches.values())
+
+    @property
+    def file_searches(self) -> int:
+        """Calls in the output."""
+        return len(self._file_searches)
+
+    def note(self, answer: Answer, torn: bool = False) -> None:
+        """Take in an answer's or an event's JSON: the last that is said counts. Of one that was cut
+        off (`torn`) it is not known how it goes on, so its status is not believed."""
+        said = (answer.inner if answer.response else None) or answer
         self.response_id = name_in(said.id) or self.response_id
         self.model = name_in(said.model) or self.model
         self.service_tier = name_in(said.service_tier) or self.service_tier
-        self.status = name_in(said.status) or self.status
-        self._use(said)
         self._name(answer, said)
-        self.failed = self.failed or bool(
-            said.error
-            or answer.error
-            or said.status == "failed"
-            or answer.type in ("error", "response.failed")
-        )
+        self._use(answer, said)
+        if self.usage is None or self._images:
+            self.passed.see(answer, said, self._images)
+        if not torn:
+            self.status = name_in(said.status) or self.status
+            self.failed = self.failed or bool(
+                said.error
+                or answer.error
+                or said.status == "failed"
+                or answer.type in ("error", "response.failed")
+            )
 
-    def _use(self, said: Answer) -> None:
-        used = read_usage(said.usage, self._images)
+    def _use(self, answer: Answer, said: Answer) -> None:
+        reported = said.usage
+        if not isinstance(reported, dict) and isinstance(said.x_groq, dict):
+            reported = said.x_groq.get("usage")
+        used = read_usage(reported, self._images)
         parts = [Part(None, used, self._images)] if used else []
         if self._images:
             used = with_svg(used, parts, said.svg_usage)
         elif used:
+            if self._searches or self._file_searches:
+                used = self._with_calls(used, parts)
             used = with_tools(used, parts, said.tool_usage)
+        if used and self.usage and self._images:
+            used, parts = self._with_earlier(answer, used, parts)
         if used:
             self.usage, self.parts = used, parts
+
+    def _with_calls(self, used: Usage, parts: list[Part]) -> Usage:
+        """A response's usage with the calls in its output that no usage reports."""
+        used = msgspec.structs.replace(
+            used,
+            web_searches=self.web_searches or None,
+            file_searches=self.file_searches or None,
+        )
+        parts[0] = parts[0]._replace(usage=used)
+        return used
+
+    def _with_earlier(
+        self, answer: Answer, used: Usage, parts: list[Part]
+    ) -> tuple[Usage, list[Part]]:
+        """In a stream of pictures each `completed` event reports the usage of its own picture."""
+        if self.usage is None or not str(answer.type).endswith("completed"):
+            return used, parts
+        by_model = {part.model: part for part in self.parts}
+        for part in parts:
+            if earlier := by_model.get(part.model):
+                part = part._replace(usage=added(earlier.usage, part.usage))
+            by_model[part.model] = part
+        return added(self.usage, used), list(by_model.values())
 
     def _name(self, answer: Answer, said: Answer) -> None:
         if self._images or answer.type == "error":  # an error makes nothing
@@ -399,64 +626,115 @@ class Report:
         named, items = [(said.id, False)], []
         if isinstance(said.conversation, dict):
             named.append((said.conversation.get("id"), False))
-        with contextlib.suppress(*NOT_JSON):
-            if answer.item:
-                items.append(ITEM.decode(answer.item))
-            if said.output:
-                items += OUTPUT.decode(said.output)
-            if said.data:
-                self.listed = {
-                    item.id: item.id != item.call_id
-                    for item in OUTPUT.decode(said.data)
-                    if name_in(item.id)
-                }
+        if answer.item and (item := read(answer.item, ITEM, ITEM_NODE)):
+            items.append(item)
+        if said.output and (output := read(said.output, OUTPUT, ITEMS_NODE)):
+            items += output
+        if said.data and (listed := read(said.data, OUTPUT, ITEMS_NODE)):
+            self.listed = {each.id: each.id != each.call_id for each in listed if name_in(each.id)}
         for item in items:
             named.append((item.id, item.type != "message" and item.by_tool))
             named += [(each, True) for each in item.containers()]
+            if item.type in COUNTED:
+                self._count(item)
         self.made.update((each, always) for each, always in named if name_in(each))
+
+    def _count(self, item: Item) -> None:
+        """Note a call of a tool that costs. Without an id it is the next one."""
+        if item.type == "web_search_call":
+            self._searches[name_in(item.id) or len(self._searches)] = item.searches
+        elif item.type == "file_search_call":
+            self._file_searches.add(name_in(item.id) or len(self._file_searches))
+        else:
+            self.containers.update((each, None) for each in item.ran_in() if name_in(each))
 
 
 def name_in(value: Any) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= MAX_NAME else None
 
 
-class Meter(Protocol):
+# ── Meters ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class Meter:
     """`feed` returns what may be sent on now. `ended` is True once the answer has ended for the
-    client; then, and after `finish`, `rest` are the bytes that wait for the row."""
+    client; then, and after `finish`, `rest` are the bytes that wait for the row. While it is
+    `ending`, the event that ends it has come, but more usage may follow."""
 
     report: Report
-    ended: bool
+    ended = False
+    ending = False
+    at_once = MAX_AT_ONCE  # bytes that `feed` takes at once; larger chunks are for `steps`
 
-    def feed(self, chunk: bytes) -> bytes: ...
-    def finish(self) -> None: ...
-    def rest(self) -> bytes: ...
+    def feed(self, chunk: bytes) -> bytes:
+        """Take the next bytes of the answer."""
+        raise NotImplementedError
+
+    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+        """Do what `feed` does, in small steps."""
+        yield
+        return self.feed(chunk)
+
+    def finish(self) -> None:
+        """Note that the upstream has sent everything."""
+
+    def tear(self) -> None:
+        """Note that the answer was cut off: what it has said so far counts."""
+
+    def rest(self) -> bytes:
+        """Return the bytes that wait for the row, once."""
+        return b""
 
 
-class JSONMeter:
+class JSONMeter(Meter):
     """Meters an answer that is one JSON text. Its last byte is what ends it."""
 
     def __init__(self, images: bool) -> None:
         self.report = Report(images)
         self.ended = False
-        self._skeleton = Skeleton()
+        self._text = JSONText()
         self._held = b""
 
     def feed(self, chunk: bytes) -> bytes:
-        """All but the last byte so far."""
-        self._skeleton.feed(chunk)
+        """Return all but the last byte so far."""
+        self._text.feed(chunk)
+        passed, self._held = self._held + chunk[:-1], chunk[-1:]
+        return passed
+
+    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+        yield from self._text.steps(chunk)
         passed, self._held = self._held + chunk[:-1], chunk[-1:]
         return passed
 
     def finish(self) -> None:
-        """The upstream has sent all of it."""
-        answer = decode_answer(self._skeleton.whole())
+        answer = self._text.answer()
         if answer:
             self.report.note(answer)
         self.ended = True
 
+    def tear(self) -> None:
+        answer = self._text.torn()
+        if answer:
+            self.report.note(answer, torn=True)
+
     def rest(self) -> bytes:
         held, self._held = self._held, b""
         return held
+
+
+BLANK = BYTE_ORDER_MARK + b" \t\r\n"
+FIELDS = (b":", b"data", b"event", b"id", b"retry")  # WHATWG HTML §9.2.5
+
+
+def is_stream(start: bytes, labelled: bool) -> bool | None:
+    """Return whether an answer that begins so is server-sent events: by its first bytes, or where
+    they do not tell, by its label. None if all of it so far is blank."""
+    begun = start[:256].lstrip(BLANK) or start.lstrip(BLANK)
+    if not begun:
+        return None
+    if begun[0] in b"{[":
+        return False
+    return labelled or any(begun.startswith(field[: len(begun)]) for field in FIELDS)
 
 
 # WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
@@ -465,22 +743,39 @@ LINE_END = re.compile(rb"\r\n|\n|\r")
 MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)')
 EVENT_TYPE = re.compile(rb'(?:event: ?([^\r\n]*)[\r\n]|data: ?\{"type": ?"([^"\\]*)")')
 CHAT_CHUNK = re.compile(rb"data: ?\{")
-CHAT_TEXT = re.compile(rb'"(?:content|arguments)": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
-RESPONSE_TEXT = re.compile(rb'"delta": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
+STRING_VALUE = rb' ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"'
+CHAT_TEXT = re.compile(
+    rb'"(?:content|arguments|refusal|reasoning(?:_content)?|name|input|text|transcript)":'
+    + STRING_VALUE,
+    re.DOTALL,
+)
+RESPONSE_TEXT = re.compile(rb'"delta":' + STRING_VALUE, re.DOTALL)
 LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed")
-NAMING_EVENTS = 3  # an answer's id and model are looked for in its first events
+# By what is still to be found: events that can name it.
+NAMING = {
+    (True, True): re.compile(rb'"(?:id|model)"\s*+:\s*+"[^"]'),
+    (True, False): re.compile(rb'"id"\s*+:\s*+"[^"]'),
+    (False, True): re.compile(rb'"model"\s*+:\s*+"[^"]'),
+    (False, False): None,
+}
+START = 256  # bytes of an incomplete event in which its type is looked for
 HOLD = 64 << 10
 HOLD_BACK = 64
 
 
+def chat_marked(events: bytes) -> bool:
+    """Whether there can be anything in a chat's events that matters. Text can look like it, too."""
+    return b"[DONE]" in events or MARK.search(events) is not None
+
+
 def marked(events: bytes) -> bool:
-    """Whether there can be anything in them that matters. Text can look like it, too."""
+    """Whether there can be anything that matters in events of a response or of images."""
     return (
         b"[DONE]" in events
-        or b'.completed"' in events
-        or b'.incomplete"' in events
+        or b"complete" in events  # completed, incomplete
         or b'.failed"' in events
         or b"output_item." in events
+        or b'partial_image"' in events
         or MARK.search(events) is not None
     )
 
@@ -491,28 +786,112 @@ def data_of(event: bytes) -> bytes:
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
 
 
-class StreamMeter:
+LINE_REST = re.compile(rb"[^\r\n]*+")
+
+
+class EventText:
+    """An event that arrives in parts: whole while it is small, else what matters of its data."""
+
+    def __init__(self) -> None:
+        self.start = b""
+        self.is_large = False
+        self._whole = bytearray()
+        self._text = JSONText()
+        self._line = b""  # the start of a line, up to the name of its field
+        self._in_data: bool | None = None  # None: at the start of a line
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes, cut anywhere."""
+        if len(self.start) < START:
+            self.start += chunk[: START - len(self.start)]
+        if not self.is_large:
+            self._whole += chunk
+            if len(self._whole) <= KEEP:
+                return
+            self.is_large = True
+            chunk, self._whole = bytes(self._whole), bytearray()
+            chunk = chunk.removeprefix(BYTE_ORDER_MARK)
+        self._read_lines(chunk)
+
+    def whole(self) -> bytes:
+        """Return all of a small event."""
+        return bytes(self._whole)
+
+    def answer(self) -> Answer | None:
+        """None for what is no JSON object."""
+        return self._text.answer() if self.is_large else decode_answer(data_of(self.whole()))
+
+    def torn(self) -> Answer | None:
+        """What an event that was cut off has said."""
+        if not self.is_large:
+            self._read_lines(self.whole().removeprefix(BYTE_ORDER_MARK))
+        return self._text.torn()
+
+    def _read_lines(self, chunk: bytes) -> None:
+        at = 0
+        while at < len(chunk):
+            if self._in_data is None:
+                at = self._read_field(chunk, at)
+                continue
+            end = LINE_REST.match(chunk, at).end()  # type: ignore[union-attr]
+            if self._in_data:
+                self._text.feed(chunk[at:end])
+            if end < len(chunk):
+                self._in_data, self._line = None, b""
+            at = end
+
+    def _read_field(self, chunk: bytes, at: int) -> int:
+        """Read up to the end of a field's name, or of the line."""
+        byte = chunk[at : at + 1]
+        if byte in (b"\r", b"\n"):
+            self._line = b""
+        else:
+            self._line += byte
+            if self._line == b"data:":
+                self._in_data = True
+                self._text.feed(b"\n")
+            elif not b"data:".startswith(self._line):
+                self._in_data = False
+        return at + 1
+
+
+class StreamMeter(Meter):
     """Meters server-sent events. `take_out_usage`: the gateway asked for the chat's usage chunk,
     and removes it from what the client gets. `ends`: how many events end the response, one for each
-    image that was asked for."""
+    image that was asked for. `expects_usage`: a chat was asked to report its usage, so that it is
+    waited for if it has not come before the end."""
 
-    def __init__(self, *, images: bool, chat: bool, take_out_usage: bool, ends: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        images: bool,
+        chat: bool,
+        take_out_usage: bool,
+        ends: int = 1,
+        expects_usage: bool = False,
+    ) -> None:
         self.report = Report(images)
         self.ended = False
+        self.ending = False
         self._chat = chat
+        self._images = images
         self._text = CHAT_TEXT if chat else RESPONSE_TEXT
+        self._marked = chat_marked if chat else marked
         self._take_out_usage = take_out_usage
+        self._expects_usage = expects_usage or take_out_usage
         self._ends = ends
         self._ends_seen = 0
-        self._events = 0
-        self._partial: Skeleton | None = None  # the event that is still incomplete
+        # Events in which the model or the id can be, while they are not known. Pictures have none.
+        self._naming = None if images else NAMING[True, True]
+        self._partial: EventText | None = None  # the event that is still incomplete
         self._tail = b""  # its last two bytes: an event's end may be cut
         self._begun = False  # some of it has been sent on
-        self._held = b""  # what waits: of the incomplete event, or all since the end
+        self._held = b""  # what waits of it
+        self._waiting = b""  # what waits for the row: from the event that ends the answer on
         self._cut_newline = ""  # what to do with the LF of a CRLF whose CR ended an event
 
     def feed(self, chunk: bytes) -> bytes:
-        """What may be sent on now, in order."""
+        """Return what may be sent on now, in order."""
         if self.ended:
             return chunk
         if self.is_dull(chunk):
@@ -521,7 +900,7 @@ class StreamMeter:
         passed: list[bytes] = []
         if self._cut_newline and chunk:
             if chunk.startswith(b"\n"):
-                passed += [b"\n"] if self._cut_newline == "pass" else []
+                self._pass(b"\n" if self._cut_newline == "pass" else b"", passed)
                 chunk = chunk[1:]
             self._cut_newline = ""
         start, shift = 0, len(self._tail)
@@ -533,16 +912,27 @@ class StreamMeter:
             self._grow(chunk[start:], passed)
         return b"".join(passed)
 
+    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+        passed: list[bytes] = []
+        for at in range(0, len(chunk), STEP):
+            if self.ended:
+                self._held += chunk[at:]
+                break
+            passed.append(self.feed(chunk[at : at + STEP]))
+            yield
+        return b"".join(passed)
+
     def is_dull(self, chunk: bytes) -> bool:
         """Whether these are whole events in the usual form, none of which can matter: nearly every
         chunk. There is nothing to be done with it but to count its text."""
         return (
             self._partial is None
-            and self._events >= NAMING_EVENTS
+            and (self._naming is None or not self._naming.search(chunk))
             and not self.ended
+            and not self.ending
             and not self._cut_newline
             and chunk.endswith(b"\n\n")
-            and not marked(chunk)
+            and not self._marked(chunk)
         )
 
     def finish(self) -> None:
@@ -551,52 +941,74 @@ class StreamMeter:
         if self._partial is not None and not self.ended:
             rest: list[bytes] = []
             self._complete(b"", rest)
-            self._held += b"".join(rest)
-        self.ended = self.ended or self._ends_seen > 0
+            self._waiting += b"".join(rest)
+        self.ended = self.ended or self.ending or self._ends_seen > 0
+
+    def tear(self) -> None:
+        answer = self._partial.torn() if self._partial else None
+        if answer:
+            self.report.passed.see_delta(answer, self._chat)
+            self.report.note(answer, torn=True)
 
     def rest(self) -> bytes:
-        held, self._held = self._held, b""
-        return held
+        waiting = self._waiting + self._held
+        self._waiting = self._held = b""
+        return waiting
 
     def count_text(self, events: bytes) -> None:
         """For an estimate."""
         for text in self._text.findall(events):
-            self.report.text_bytes += len(text)
+            self.report.passed.deltas += len(text)
 
     def _complete(self, segment: bytes, passed: list[bytes]) -> None:
         """The event that `segment` ends is whole: judge it."""
-        event, begun = segment, self._begun
-        if self._partial is not None:
-            self._partial.feed(segment)
-            event = self._partial.whole()
+        event, begun = self._partial, self._begun
+        if event is not None:
+            event.feed(segment)
         self._partial, self._tail, self._begun = None, b"", False
-        self._held += segment
-        if self.ended:
-            return
-        self._events += 1
-        self.count_text(event)
-        verdict = self._judge(event)
-        if verdict == "last":
-            self.ended = True
-            return
-        if begun:  # too late to take it out
-            verdict = "pass"
+        verdict = "pass"
+        held, self._held = self._held + segment, b""
+        if not self.ended:
+            verdict = self._judge(event, segment)
+            if begun and verdict == "take out":  # too late for that
+                verdict = "pass"
+            if verdict == "last":
+                self.ending, verdict = True, "pass"
+            self.ended = self.ending and not self._expects_more()
+            self._cut_newline = verdict if held.endswith(b"\r") else ""
         if verdict == "pass":
-            passed.append(self._held)
-        self._cut_newline = verdict if self._held.endswith(b"\r") else ""
-        self._held = b""
+            self._pass(held, passed)
+
+    def _pass(self, held: bytes, passed: list[bytes]) -> None:
+        """Send on, or let wait for the row what comes from the event on that ends the answer."""
+        if self.ending:
+            self._waiting += held
+        else:
+            passed.append(held)
+
+    def _expects_more(self) -> bool:
+        """Whether more usage may follow the event that ends the answer. A picture is not the last
+        one before the stream ends."""
+        if len(self._waiting) > HOLD:
+            return False
+        report = self.report
+        return self._images or (self._expects_usage and not (report.usage or report.failed))
 
     def _grow(self, chunk: bytes, passed: list[bytes]) -> None:
         """The incomplete event grows. Send on what can't turn out to matter."""
+        if self.ended:
+            self._held += chunk
+            return
         if self._partial is None:
-            self._partial = Skeleton()
+            self._partial = EventText()
         self._partial.feed(chunk)
         self._tail = (self._tail + chunk)[-2:]
         self._held += chunk
-        if self.ended:
+        if self.ending:
+            self.ended = self.ended or len(self._held) > HOLD
             return
         keep = 0
-        if self._may_matter(bytes(self._partial.text[:SHORT_STRING])):
+        if self._may_matter(self._partial.start):
             keep = len(self._held) if len(self._held) <= HOLD else HOLD_BACK
         sent = len(self._held) - keep
         self._begun = self._begun or sent > 0
@@ -611,20 +1023,39 @@ class StreamMeter:
         named = EVENT_TYPE.match(start)
         return not named or bool(LAST.fullmatch(named[1] or named[2] or b""))
 
-    def _judge(self, event: bytes) -> str:
-        """'pass', 'last', or 'take out'."""
-        if self._events > NAMING_EVENTS and not marked(event):
+    def _judge(self, event: EventText | None, segment: bytes) -> str:
+        """Return 'pass', 'last', or 'take out' for an event, which is all in `segment` if it did
+        not come in parts."""
+        if event is not None and event.is_large:
+            answer = event.answer()
+            if answer:
+                self.report.passed.see_delta(answer, self._chat)
+            return self._note(answer)
+        whole = event.whole() if event else segment
+        self.count_text(whole)
+        if not self._marked(whole) and not (self._naming and self._naming.search(whole)):
             return "pass"
-        text = data_of(event)
-        if text.strip() == b"[DONE]":
-            return "last"
-        answer = decode_answer(text)
+        data = data_of(whole)
+        return "last" if data.strip() == b"[DONE]" else self._note(decode_answer(data))
+
+    def _note(self, answer: Answer | None) -> str:
+        """Take in what an event says."""
         if answer is None:
             return "pass"
-        self.report.note(answer)
+        report = self.report
+        report.note(answer)
+        if self._naming:
+            self._naming = NAMING[report.response_id is None, report.model is None]
         if isinstance(answer.type, str) and LAST.fullmatch(answer.type.encode()):
             self._ends_seen += not self._chat
-            return "last" if self._ends_seen == self._ends else "pass"
-        empty = bytes(answer.choices).strip() == b"[]"
-        take_out = self._take_out_usage and empty and isinstance(answer.usage, dict)
-        return "take out" if take_out else "pass"
+            return "last" if self._ends_seen >= self._ends else "pass"
+        return "take out" if self._take_out_usage and is_usage_chunk(answer) else "pass"
+
+
+def is_usage_chunk(answer: Answer) -> bool:
+    """Whether a chat's chunk is the one that only reports the usage."""
+    choices = bytes(answer.choices).translate(None, b" \t\r\n")
+    return isinstance(answer.usage, dict) and choices in NO_CHOICES and not answer.error
+
+
+NO_CHOICES = (b"", b"null", b"[]")

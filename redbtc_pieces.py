@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from redbtc_meter import MAX_NAME, NOT_JSON, SURROGATE
+from redbtc_meter import MAX_NAME
 from redbtc_refusals import Refusal
+from redbtc_scanner import NOT_JSON, SURROGATE
 
 Buffer = bytes | bytearray
 T = TypeVar("T")

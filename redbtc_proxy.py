@@ -64,10 +64,11 @@ from redbtc_body import (
     most_decoded,
 )
 from redbtc_cors import CORS, cors_headers, preflight_headers
+from redbtc_decoding import codings_of
 from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
-from redbtc_meter import MAX_NAME, StreamMeter
+from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
 from redbtc_pieces import Buffer, Steps
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_server import (
@@ -355,6 +356,7 @@ class Relay:
         self._waits_for_client = False
         self._head: Message  # the response's start, for the client
         self._started = False  # whether the head was sent
+        self._labelled = False  # the response as a stream
         # The end of the response, as far as it was not sent; None until the row is written.
         self._rest: bytes | None = None
 
@@ -411,17 +413,17 @@ class Relay:
             await answer.body.aclose()
 
     def _head_of(self, answer: Answer) -> Message:
-        """The answer's head for the client. Chooses the meter."""
+        """The answer's head for the client."""
         exchange = self._exchange
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
-        encoding = header(headers, b"content-encoding") or b"identity"
-        if content_type.lower().startswith(b"text/event-stream") and encoding == b"identity":
-            # The response may end earlier than the upstream's Content-Length says.
-            exchange.meter_stream()
-            headers = [line for line in headers if line[0] != b"content-length"]
-        elif answer.status == 204:  # must not have one (RFC 9110 §8.6); some upstreams send it
-            headers = [line for line in headers if line[0] != b"content-length"]
+        self._labelled = content_type.lower().startswith(b"text/event-stream")
+        if header(headers, b"content-encoding") is not None and (codings := codings_of(headers)):
+            exchange.meter_decoded(codings, self._labelled)
+        # A stream may end earlier than the upstream's Content-Length says. Status 204 must not have
+        # one (RFC 9110 §8.6), but some upstreams send it.
+        if self._labelled or answer.status == 204:
+            headers = without_length(headers)
         if not INERT_TYPE.fullmatch(content_type):
             # A browser looks only at the first of several X-Content-Type-Options.
             headers = [line for line in headers if line[0] != b"x-content-type-options"] + INERT
@@ -435,47 +437,92 @@ class Relay:
 
     async def _relay(self, body: httpx2.AsyncByteStream, idle_seconds: float) -> None:
         clock, exchange = self._clock, self._exchange
-        meter = exchange.meter
         clock.allow(idle_seconds)
-        whole, kept = False, b""
-        if isinstance(body, ResponseBody):
-            if isinstance(meter, StreamMeter):
-                self._pass_on(meter, body, idle_seconds)
-            else:  # if it is all here already, it goes out at once when it is written down
-                whole = body.whole
-        if not whole:
+        kept = b""
+        # If it is all here already, it goes out at once when it is written down.
+        whole = isinstance(body, ResponseBody) and body.whole and not self._labelled
+        # The head tells the length only of what is not a stream.
+        if not whole and header(self._head["headers"], b"content-length") is None:
             await self._send_head()
+        meter: Meter | None = None
         chunks = body.__aiter__()
         async for chunk in chunks:
             if exchange.first_byte_ms is None:
                 exchange.first_byte_ms = exchange.elapsed_ms()
-            passed = meter.feed(chunk)
-            exchange.note()
-            if exchange.unwritten:  # a background response must be on disk before its id is seen
-                clock.pause()
-                await exchange.unwritten
-                exchange.unwritten = None
-            if whole:
+            if meter is None:
+                meter = self._meter_of(chunk)
+                if isinstance(meter, StreamMeter):
+                    whole = False
+                    if isinstance(body, ResponseBody):
+                        self._pass_on(meter, body, idle_seconds)
+            passed = await self._feed(meter, chunk) if meter else chunk
+            if whole or not (meter and passed):  # the head waits until it is known what it is
                 kept += passed
-            elif passed:
+            else:
                 self._waits_for_client = True  # while it reads slowly, and with us the upstream
+                if not self._started:
+                    await self._send_head()
+                passed, kept = kept + passed, b""
                 await self._send({"type": "http.response.body", "body": passed, "more_body": True})
                 self._waits_for_client = False
-            if meter.ended:
+            if meter and (meter.ended or meter.ending):
                 break
             clock.allow(idle_seconds)
-        ended_by_event = meter.ended
+        meter = exchange.meter
         clock.pause()
+        if meter.ending and not meter.ended:
+            await self._await_usage(meter, chunks)
+        ended_by_event = meter.ended
         meter.finish()
         await exchange.settle(exchange.outcome())
         self._rest = kept + meter.rest()
         if ended_by_event:
             await self._follow(self._rest, chunks)
 
+    def _meter_of(self, chunk: bytes) -> Meter | None:
+        """Return the meter for an answer that begins so; None while all of it is blank."""
+        exchange = self._exchange
+        if exchange.meter.at_once == 0 or (chunk[:1] == b"{" and not self._labelled):
+            return exchange.meter  # which is that of compressed answers, or of JSON
+        stream = is_stream(chunk, self._labelled)
+        if stream is None:
+            return None
+        exchange.meter = exchange.choose_meter(stream)
+        if stream:
+            self._head["headers"] = without_length(self._head["headers"])
+        return exchange.meter
+
+    async def _feed(self, meter: Meter, chunk: bytes) -> bytes:
+        """Meter a part of the answer; return what may be sent on."""
+        exchange = self._exchange
+        if len(chunk) <= meter.at_once:
+            passed = meter.feed(chunk)
+        else:
+            self._clock.pause()
+            passed = await in_slices(meter.steps(chunk), exchange.key.account_id)
+        exchange.note()
+        if exchange.unwritten:  # a background response must be on disk before its id is seen
+            self._clock.pause()
+            await exchange.unwritten
+            exchange.unwritten = None
+        return passed
+
+    async def _await_usage(self, meter: Meter, chunks: AsyncIterator[bytes]) -> None:
+        """The event that ends the stream has come, but not all of the usage that was to be
+        expected: read on for AFTER_END_SECONDS at most."""
+        with contextlib.suppress(TimeoutError, httpx2.HTTPError):
+            async with asyncio.timeout(AFTER_END_SECONDS):
+                async for chunk in chunks:
+                    await self._feed(meter, chunk)
+                    if meter.ended:
+                        return
+
     async def _follow(self, rest: bytes, chunks: AsyncIterator[bytes]) -> None:
         """Send the event that ended the stream and what follows it, for AFTER_END_SECONDS. Bytes
         that a slow client has not taken by then stay in `_rest`."""
         self._clock.allow(AFTER_END_SECONDS)
+        if not self._started:
+            await self._send_head()
         await self._give(rest)
         async for chunk in chunks:
             self._rest = chunk
@@ -486,7 +533,7 @@ class Relay:
         clock, send_now = self._clock, self._scope["send_now"]
 
         def pass_on(chunk: bytes) -> bool:
-            passed: bool = meter.is_dull(chunk) and send_now(chunk)
+            passed: bool = self._started and meter.is_dull(chunk) and send_now(chunk)
             if passed:
                 clock.allow(idle_seconds)
                 meter.count_text(chunk)
@@ -515,6 +562,7 @@ class Relay:
         """The exchange broke: write down how. A client that has nothing yet is told; for one in the
         middle of the answer the connection ends without the answer's end."""
         exchange = self._exchange
+        exchange.meter.tear()
         if self._body.left:
             await asyncio.sleep(CLOSING_SECONDS)
         if self._clock.client_left and not self._body.left:
@@ -528,6 +576,10 @@ class Relay:
         exchange.status = Refusal(failure).status
         await exchange.settle("upstream_failed")
         raise Refusal(failure)  # kept in no variable: that would keep all of this in memory
+
+
+def without_length(headers: Headers) -> Headers:
+    return [line for line in headers if line[0] != b"content-length"]
 
 
 # ── Stored responses ─────────────────────────────────────────────────────────────────────────────

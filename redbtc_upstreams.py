@@ -19,12 +19,14 @@ import httpx2
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
+from redbtc_decoding import Decoding, NotDecoded, codings_of
 from redbtc_http import BAD_IN_VALUE
 from redbtc_ledger import Store
 from redbtc_meter import name_in
 from redbtc_pieces import Buffer
 from redbtc_refusals import Headers, Refusal
 from redbtc_settings import UpstreamSettings
+from redbtc_slices import with_turns
 from redbtc_transport import Answer, Request, Transport
 
 ALLOWED_HEADERS = frozenset(
@@ -212,14 +214,19 @@ class Upstream:
 
     async def fetch(self, path: str, take: Callable[[bytes], object], method: str = "GET") -> int:
         """A request of the gateway's own, without a body: the status of its answer, and each part
-        of that one's body to `take`. Raises httpx2.HTTPError, TimeoutError."""
+        of that one's body, decoded, to `take`. Raises httpx2.HTTPError, TimeoutError."""
         async with asyncio.timeout(min(ASK_SECONDS, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
             answer = await self.open(method, path, b"", accept, Body(b""))
+            codings = codings_of(answer.headers)
+            decoding = Decoding(codings) if codings else None
             try:
                 async for chunk in answer.body:
-                    take(chunk)
+                    async for part in with_turns(decoding.decoded(chunk) if decoding else [chunk]):
+                        take(part)
                 return answer.status
+            except NotDecoded:
+                raise httpx2.DecodingError("the answer can't be decoded") from None
             finally:
                 await answer.body.aclose()
 

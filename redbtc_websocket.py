@@ -52,7 +52,16 @@ from redbtc_body import DEFAULT_IMAGE_MODEL, MAX_ITEMS, Frame
 from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
 from redbtc_ledger import Home, Key, Outcome, Row
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
-from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
+from redbtc_meter import (
+    KEEP,
+    LAST,
+    Answer,
+    Meter,
+    Report,
+    answer_steps,
+    decode_answer,
+    name_in,
+)
 from redbtc_pieces import Buffer, check_utf8
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import LedgerUnavailable, now_ms
@@ -491,7 +500,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 # ── Turns ────────────────────────────────────────────────────────────────────────────────────────
 
 
-class EventMeter:
+class EventMeter(Meter):
     """Meters the events of one response."""
 
     def __init__(self) -> None:
@@ -503,22 +512,17 @@ class EventMeter:
         """One of its events."""
         kind = kind_of(event)
         if event.delta:
-            self.report.text_bytes += max(0, len(event.delta) - 2)  # without its quotes
-        if event.response or event.item or kind == "error":
+            self.report.passed.see_delta(event, chat=False)
+        if event.response or event.item or kind == "error" or kind.endswith("partial_image"):
             self.report.note(event)
         self.ended = self.ended or kind == "error" or is_last(event)
-        if kind == "response.incomplete" and (response := decode_answer(event.response)):
-            details = response.incomplete_details
+        if kind == "response.incomplete" and event.inner:
+            details = event.inner.incomplete_details
             self.steered = isinstance(details, dict) and details.get("reason") == "steered"
 
     def feed(self, chunk: bytes) -> bytes:
+        """Events are taken instead."""
         return chunk
-
-    def finish(self) -> None:
-        pass
-
-    def rest(self) -> bytes:
-        return b""
 
 
 def kind_of(event: Answer) -> str:
@@ -527,8 +531,7 @@ def kind_of(event: Answer) -> str:
 
 def response_named(event: Answer) -> str | None:
     """The id of the response that an event tells of."""
-    response = decode_answer(event.response) if event.response else None
-    return name_in(response.id) if response else None
+    return name_in(event.inner.id) if event.inner else None
 
 
 def is_last(event: Answer) -> bool:
@@ -1184,9 +1187,13 @@ class Session:
             await self._close(code, reason)
 
     async def _pass_event(self, line: Line, message: str | bytes) -> None:
+        if len(message) <= KEEP:
+            event = decode_answer(message)
+        else:
+            event = await in_slices(answer_steps(message), self.account_id)
         if line.lost:
             return
-        event, turn = decode_answer(message), None
+        turn = None
         if event:
             turn = self._turn_of(event, line)
             if turn:

@@ -20,7 +20,6 @@ from redbtc_meter import (
     JSONMeter,
     Meter,
     Report,
-    Skeleton,
     StreamMeter,
     decode_answer,
 )
@@ -147,47 +146,6 @@ def test_json_answers(text: str, places: list[int], indent: bool) -> None:
     assert passed + rest == whole
     assert len(rest) == 1
     assert meter.report.usage == RESPONSE_USED
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.text()
-    | st.text(min_size=200).map(lambda t: t * 3),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=30,
-)
-
-
-def reduced(value: Any, arrays: bool) -> Any:
-    if isinstance(value, dict):
-        return {short(k): reduced(v, arrays) for k, v in value.items()}
-    if isinstance(value, list):
-        return [reduced(each, arrays) for each in value] if arrays else []
-    return short(value) if isinstance(value, str) else value
-
-
-def short(text: str) -> str:
-    return "" if len(json.dumps(text).encode()) > meters.SHORT_STRING else text
-
-
-@settings(max_examples=500, deadline=None)
-@given(JSON, CUTS, st.integers(1, 2000))
-def test_a_skeleton_parses_to_the_same_without_long_strings_and_if_need_be_arrays(
-    value: Any, places: list[int], keep: int
-) -> None:
-    skeleton = Skeleton(keep)
-    whole = {"a": value, "usage": RESPONSE_USAGE}
-    for piece in cut(json.dumps(whole).encode(), places):
-        skeleton.feed(piece)
-        skeleton._bound = 1
-    if not skeleton.reduced:
-        return
-    found = json.loads(skeleton.whole())
-    expected = reduced(whole, arrays=True)
-    fits = len(json.dumps(expected)) <= keep - meters.SHORT_STRING
-    assert found == expected or (not fits and found == reduced(whole, arrays=False))
 
 
 def test_what_was_made_is_known_beside_large_pictures() -> None:
