@@ -161,6 +161,8 @@ OWN_WORDS = re.compile(
 )
 
 
+# Of those, what holds nothing but the model's output.
+WORDS_ALONE = ("message", "reasoning", "function_call", "custom_tool_call")
 CITATIONS = ("container_file_citation", "file_path")  # annotations of files that code has made
 
 
@@ -355,6 +357,7 @@ class Report:
         # Ids of objects that the upstream made, in order, and whether to learn them if it does not
         # store the response.
         self.made: dict[str, bool] = {}
+        self.words: set[str] = set()  # of these, items that hold nothing but output
         self.listed: dict[str, bool] = {}  # ids of listed input, and whether the upstream made them
         self.failed = False  # it says itself that it failed
         # What has passed, for an estimate of what nobody reports:
@@ -412,6 +415,8 @@ class Report:
                 }
         for item in items:
             named.append((item.id, item.type != "message" and item.by_tool))
+            if item.type in WORDS_ALONE and name_in(item.id):
+                self.words.add(item.id)
             named += [(each, True) for each in item.containers()]
         self.made.update((each, always) for each, always in named if name_in(each))
 
