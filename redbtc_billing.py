@@ -147,6 +147,12 @@ class Price(Struct, frozen=True, dict=True):
             into, out = max(into, rates.image_input), max(out, rates.image_output)
         return -(-(input_tokens * into + output_tokens * out) // MILLION)
 
+    def dearest_call(self, tools: int) -> int:
+        """Return the nanos of a call of the dearest of these tools (bits of TOOLS)."""
+        rates = self.rates
+        offered = [name for name, bit in ledger.TOOLS.items() if tools & bit]
+        return max((getattr(rates, name, 0) for name in offered), default=0)
+
 
 class Tariff:
     """The prices in force for a model, of all tiers and thresholds."""
@@ -167,18 +173,29 @@ class Tariff:
         raise AssertionError("a tariff has a price of the default tier for any input")
 
     def most(self, input_tokens: int, output_tokens: int, tier: str | None, images: bool) -> int:
-        """Nanos that a request can cost at most. `tier` is the one it asks for: it gets that or the
-        default one. Where it leaves the choice to the upstream, it may get any."""
-        chosen = self.tiers
-        if tier not in (None, "auto"):
-            wanted = {DEFAULT_TIER, TIER_NAMES.get(str(tier), str(tier))}
-            chosen = {name: prices for name, prices in self.tiers.items() if name in wanted}
+        """Nanos that a request can cost at most, without calls of tools. `tier` is the one it asks
+        for."""
         return max(
             price.most(input_tokens, output_tokens, images)
-            for prices in chosen.values()
-            for price in prices
+            for price in self._possible(tier)
             if input_tokens > price.above_input_tokens or not price.above_input_tokens
         )
+
+    def dearest_call(self, tools: int, tier: str | None) -> int:
+        """Return the nanos that a call of one of these tools (bits of TOOLS) can cost at most."""
+        return max(price.dearest_call(tools) for price in self._possible(tier))
+
+    def _possible(self, tier: str | None) -> list[Price]:
+        """Return the prices of the tiers that a request for `tier` can get: that one or the default
+        one. Where it leaves the choice to the upstream, it may get any."""
+        wanted = {DEFAULT_TIER, TIER_NAMES.get(str(tier), str(tier))}
+        free = tier in (None, "auto")
+        return [
+            price
+            for name, prices in self.tiers.items()
+            if free or name in wanted
+            for price in prices
+        ]
 
 
 class PriceList:

@@ -28,14 +28,14 @@ import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
 import msgspec
 from msgspec import Struct
 
-from redbtc_ledger import MAX_MODELS
+from redbtc_ledger import MAX_MODELS, TOOLS, Home
 from redbtc_meter import MAX_NAME, OWN_WORDS
 from redbtc_pieces import (
     MAX_PIECE,
@@ -168,6 +168,7 @@ ODD_SINGLE = re.compile(
     rb"(?:model|stream|n|prompt)[.\[]|_charset_$", re.IGNORECASE
 )  # RFC 7578 §4.6
 NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
+MAX_NUMBER = 999  # of answers or images, in `n`
 # Some readers split a part of one of these types into further fields.
 NESTED_TYPE = re.compile(rb"multipart/|message/|application/x-www-form-urlencoded")
 FORM_END = re.compile(rb"--(?:[ \t\r\n]|\Z)")  # else to some readers it is no boundary
@@ -275,12 +276,18 @@ class Form:
         stream = self.fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
         model, number = self.fields.get(b"model"), self.fields.get(b"n")
         if number is not None and not NUMBER.fullmatch(number):
-            raise Refusal("invalid_request", "'n' must be a number from 1 to 999.", param="n")
+            raise bad_number()
         return Facts(
             model=model.decode("utf-8", "replace") if model else None,
             stream=stream,
             n=int(number) if number else None,
         )
+
+
+def bad_number() -> Refusal:
+    """Return the refusal of an `n` that readers could take for different numbers, or for none."""
+    message = f"'n' must be a number from 1 to {MAX_NUMBER}."
+    return Refusal("invalid_request", message, param="n")
 
 
 def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
@@ -457,6 +464,11 @@ class StreamOptions(Struct):
 
     include_usage: bool | msgspec.UnsetType | None = msgspec.UNSET
 
+    @property
+    def says(self) -> bool:
+        """Whether it says if usage is wanted; null is the same as nothing."""
+        return isinstance(self.include_usage, bool)
+
 
 class Facts(Struct):
     """What the gateway must know of a request's body. Other members are skipped, not built."""
@@ -469,18 +481,33 @@ class Facts(Struct):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
+    max_tool_calls: int | None = None
     n: int | None = None
     service_tier: str | None = None
 
-    def most_output_tokens(self) -> int:
-        """What the client allows an answer to have; 0 where it says nothing."""
-        limits = (self.max_tokens, self.max_completion_tokens, self.max_output_tokens)
-        return max(0, *(limit or 0 for limit in limits))
+    def largest(self, names: Iterable[str]) -> int:
+        """Return the largest value of the members that limit something; 0 if none of them does."""
+        largest = 0
+        for name in names:
+            largest = max(largest, getattr(self, name) or 0)
+        return largest
+
+    def number(self) -> int:
+        """Return how many answers or images are asked for. Raises Refusal."""
+        number = 1 if self.n is None else self.n
+        if not 1 <= number <= MAX_NUMBER:
+            raise bad_number()
+        return number
 
     @property
     def asks_for_usage(self) -> bool:
         """Whether a streamed chat asks for its usage."""
         return self.stream_options == StreamOptions(include_usage=True)
+
+    @property
+    def turns_usage_off(self) -> bool:
+        """Whether a streamed chat says that it wants no usage."""
+        return self.stream_options == StreamOptions(include_usage=False)
 
 
 class FrameFacts(Facts):
@@ -554,7 +581,17 @@ TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
 ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
 # Only items with one of these members are checked; most histories have none.
 TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
+# How the types of the upstream's own tools begin, with the bits of what their calls cost; there are
+# dated ones, such as web_search_preview_2025_03_11.
+TOOL_KINDS = {
+    "web_search": TOOLS["web_search"],
+    "file_search": TOOLS["file_search"],
+    "code_interpreter": TOOLS["container"],
+    "shell": TOOLS["container"],
+}
+LOCAL = re.compile(rb'\{\s*+"type"\s*+:\s*+"local"\s*+\}')  # a shell's environment: the client's
 MAX_NESTING = 8  # levels of tools within tools
+MAX_OPTIONS = 4096  # bytes of `stream_options` in which a null is looked for
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # the only ones in OpenAI's reference
 FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
 # Some upstreams that speak OpenAI's API let a client choose the id of a response with this member;
@@ -597,17 +634,23 @@ class Content:
         self.sent = sent
         self.plain = sent is text  # not compressed
         self.size = len(text)  # bytes, decoded
+        self.model = ""  # that is asked for, whether it is named or not
         self.offers_tools = False
-        # All stored objects that it names, until they are looked up.
-        self.references: Collection[Reference] = ()
+        self.tools = 0  # of the upstream whose calls have a price, which it can use: bits of TOOLS
+        # All stored objects that it names and how often it does, until they are looked up.
+        self.references: Mapping[Reference, int] = {}
+        self.inherited_tokens = 0  # of what it builds on
+        self.inherits_unknown = False  # it builds on something of which the tokens are not known
         self.most_input_tokens = self.size
-        self._options_at: int | None = None  # offset of `stream_options` without `include_usage`
+        self._options_at: int | None = None  # where the text leaves `include_usage` out
         self._inherited: dict[str, bool] = {}
         self._inherits_minted = True
+        self._read_names = READ_NAMES
         self.chosen_ids: set[str] = set()  # of items, by the client
         self.excess = 0  # bytes of memory by which what was read is larger than the text
         self._further: dict[str, bool] = {}  # further models it uses, and whether for pictures
         self._lasting: dict[str, bool] = {}  # those of tools that are part of its input
+        self.lasting_tools = 0  # of `tools`, those that a request which builds on this one can use
 
     @classmethod
     def steps(
@@ -653,28 +696,39 @@ class Content:
         if named.found or named.chosen:
             self.excess = named.excess(self.size)
         self.offers_tools = reading.tools > 0
+        self.tools, self.lasting_tools = reading.kinds, reading.lasting_kinds
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
             self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
         if isinstance(options, StreamOptions):
-            (text,) = pieces.parts(members["stream_options"])
-            check_letters(read_members(text), {"include_usage"})
-        if isinstance(options, StreamOptions) and options.include_usage is msgspec.UNSET:
+            (part,) = pieces.parts(members["stream_options"])
+            check_letters(read_members(part), {"include_usage"})
+        if options is None or (isinstance(options, StreamOptions) and not options.says):
             self._options_at = yield from place_of(pieces, "stream_options")
+            if options and options.include_usage is None:
+                self._options_at += yield from place_in_options(text, self._options_at)
         return members
 
     def check_model(self, needed: bool) -> None:
-        """Raise Refusal if the model is missing but needed."""
+        """Note the model that is asked for: the usual one where none need be named. Raises Refusal
+        if it is missing but needed."""
         if self.facts.model is None and needed:
             raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
+        self.model = self.facts.model or ("" if needed else DEFAULT_IMAGE_MODEL)
 
-    def inherit(self, models: str | None, minted_input: bool) -> None:
-        """Note an object that this request builds on: the further models that it uses (JSON), and
-        whether the upstream chose all ids of its input."""
-        if models:
-            add_models(self._inherited, msgspec.json.decode(models, type=dict[str, bool]))
+    def inherit(self, reference: Reference, mentions: int, home: Home) -> None:
+        """Note an object that this request builds on, and how often it names it."""
+        if home.models:
+            add_models(self._inherited, msgspec.json.decode(home.models, type=dict[str, bool]))
+        self.tools |= home.tools
+        self.lasting_tools |= home.tools
+        # The items of a conversation can change before the request gets there.
+        minted_input = home.minted_input and reference.name != "conversation"
         self._inherits_minted = self._inherits_minted and minted_input
+        if reference.name in self._read_names:
+            self.inherited_tokens += mentions * (home.tokens or 0)
+            self.inherits_unknown = self.inherits_unknown or home.tokens is None
 
     @property
     def mints_input(self) -> bool:
@@ -706,21 +760,27 @@ class Content:
 
     def add_include_usage(self) -> bool:
         """Add `stream_options.include_usage` to a streamed chat that leaves it out, changing no
-        other byte; return whether it was added. A value of null or false is not left out. This is
-        the only change that is ever made to a body (CONTRACT section 6)."""
+        other byte; return whether it was added. A null is left out, too, and is replaced; a value
+        of false is not. This is the only change that is ever made to a body (CONTRACT section
+        6)."""
         sent, options = self.sent, self.facts.stream_options
-        if self._options_at is not None:
-            at = sent.index(b"{", self._options_at) + 1
-            more = b"" if OBJECT_END.match(sent, at) else b","
-            added = b'"include_usage":true' + more
-        elif options is msgspec.UNSET:
-            at, added = sent.index(b"{") + 1, b'"stream_options":{"include_usage":true},'
-        else:
+        at = end = self._options_at or 0
+        if isinstance(options, StreamOptions) and options.says:
             return False
-        if isinstance(sent, bytearray):
-            sent[at:at] = added
+        if options is None:
+            end, added = at + len(b"null"), b'{"include_usage":true}'
+        elif options is msgspec.UNSET:
+            at = end = sent.index(b"{") + 1
+            added = b'"stream_options":{"include_usage":true},'
+        elif options.include_usage is None:
+            end, added = at + len(b"null"), b"true"
         else:
-            self.sent = sent[:at] + added + sent[at:]
+            at = end = sent.index(b"{", at) + 1
+            added = b'"include_usage":true' + (b"" if OBJECT_END.match(sent, at) else b",")
+        if isinstance(sent, bytearray):
+            sent[at:end] = added
+        else:
+            self.sent = sent[:at] + added + sent[end:]
         return True
 
 
@@ -735,6 +795,8 @@ class Frame(Content):
         """Read a frame in small steps. Raises Refusal as `Content.steps` does."""
         frame = cls(text, text)
         members = yield from frame._read(text, FRAME_FACTS)
+        if frame.facts.type == "response.steer":  # the response that it names goes on
+            frame._read_names = READ_NAMES - {"previous_response_id"}
         frame._foreign = next((name for name in members if name not in STEER_MEMBERS), None)
         return frame
 
@@ -776,6 +838,7 @@ class Reading:
         self.tools = self._items = 0
         self.models: dict[str, bool] = {}
         self.lasting: dict[str, bool] = {}
+        self.kinds = self.lasting_kinds = 0  # of the upstream's tools: bits of TOOLS
         self.pictures = self.picture_bytes = 0
         self.countable = True  # whether the pictures could be counted; else they count as text
         self._pieces = pieces
@@ -857,6 +920,7 @@ class Reading:
             for number, tool in enumerate(tools):
                 if kind_of(tool) == "image_generation":
                     yield from self._note_painter(tool, lasting)
+                self._note_kind(tool, lasting)
                 if "tools" in tool:
                     self._offers.append((tool["tools"], depth + 1, lasting))
                 if self._names:
@@ -869,6 +933,14 @@ class Reading:
         if self.tools > MAX_TOOLS:
             message = f"The body has more than {MAX_TOOLS} tools."
             raise Refusal("invalid_request", message, param="tools")
+
+    def _note_kind(self, tool: Members, lasting: bool) -> None:
+        kind = kind_of(tool)
+        local = LOCAL.fullmatch(tool.get("environment", NULL)) is not None
+        for begin, bit in TOOL_KINDS.items():
+            if kind.startswith(begin) and not local:
+                self.kinds |= bit
+                self.lasting_kinds |= bit if lasting else 0
 
     def _name_tool(self, tool: Members) -> Steps[None]:
         yield from self._name_beside(tool, {"headers", "function", "tools", *TOOL_SCHEMAS})
@@ -987,6 +1059,8 @@ WORDS_OF = {  # by an item's type, the members that hold a model's or a server's
     "additional_tools": {"tools"},
     "tool_search_output": {"tools"},
 }
+# Members whose objects are read as input with the request; "input" are items of tools.
+READ_NAMES = frozenset(("previous_response_id", "conversation", "item_reference", "input"))
 MAX_REFERENCES = 20_000  # different ones, as many as items
 MAX_MENTIONS = 50_000  # repeated ones included
 ID_BYTES = 250  # of memory for an id and what refers to it, besides its characters
@@ -1006,7 +1080,7 @@ class Named:
     """The ids in a body, each once: those of stored objects, and those that the client chose."""
 
     def __init__(self) -> None:
-        self.found: dict[Reference, None] = {}
+        self.found: dict[Reference, int] = {}  # and how often each is named
         self.chosen: set[str] = set()
         self._mentions = 0
         self._characters = 0
@@ -1029,8 +1103,8 @@ class Named:
             message = f"The body names stored objects more than {MAX_MENTIONS} times."
             raise Refusal("invalid_request", message)
         if reference not in self.found:
-            self.found[reference] = None
             self._characters += len(reference.id)
+        self.found[reference] = self.found.get(reference, 0) + 1
         if len(self.found) > MAX_REFERENCES:
             message = f"The body names more than {MAX_REFERENCES} stored objects."
             raise Refusal("invalid_request", message)
@@ -1107,6 +1181,17 @@ def end_of(text: Buffer, start: int) -> Steps[int]:
         if number % 1024 == 0:
             yield
     return len(text)
+
+
+def place_in_options(text: Buffer, at: int) -> Steps[int]:
+    """Return the offset of the value of `include_usage` in `stream_options`, which begin at `at` in
+    the body's text. Raises Refusal if they are longer than any that are of use."""
+    options = bytes(text[at : at + MAX_OPTIONS])
+    options = options[: (yield from end_of(options, 0))]
+    with contextlib.suppress(Refusal):
+        return start_of(options, read_members(options), "include_usage")
+    message = f"'stream_options' has more than {MAX_OPTIONS} bytes."
+    raise Refusal("invalid_request", message, param="stream_options")
 
 
 def place_of(pieces: Pieces, wanted: str) -> Steps[int]:

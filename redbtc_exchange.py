@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx2
@@ -55,11 +55,20 @@ class Endpoint(NamedTuple):
     forms: bool = False
     stores: bool = False  # what it answers may be kept at the upstream
     free: bool = False  # and costs nothing
+    # The members that limit the output tokens of an answer, of which the largest counts. Others,
+    # which the upstream ignores here, count for nothing.
+    limits: tuple[str, ...] = ()
+    runs_tools: bool = False  # the upstream does, at most `max_tool_calls` times
 
     @property
     def model_needed(self) -> bool:
         """Images have a usual one."""
         return not self.images
+
+    @property
+    def has_number(self) -> bool:
+        """Whether `n` says how many answers or images are asked for."""
+        return self.chat or self.images
 
 
 def check_background(value: bool | str) -> None:
@@ -68,6 +77,17 @@ def check_background(value: bool | str) -> None:
     if isinstance(value, str):
         message = "'background' must be true or false."
         raise Refusal("invalid_request", message, param="background")
+
+
+def unmetered() -> Refusal:
+    """Return the refusal of a streamed chat whose usage would not be reported, though it is billed
+    by that."""
+    message = (
+        "This stream would not report its usage, by which it is billed. Send "
+        '"stream_options": {"include_usage": true}. It can be left out of a body that is not '
+        "compressed, unless the gateway is set to change no body."
+    )
+    return Refusal("invalid_request", message, param="stream_options")
 
 
 class Exchange:
@@ -159,17 +179,22 @@ class Metered(Exchange):
     _row: Row
     _background: Background | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
+    _answers = 1  # that it asks for
     _repeats = False  # what another request has made
     _in_room = False  # whether it is counted as an unfinished background response
 
     async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
         """Charge the request's tokens and take its places. Raises Refusal, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
-        self._input_estimate = math.ceil(content.size / BYTES_A_TOKEN)
-        self.answers = max(1, self._facts.n or 1) if self.endpoint.images else 1
+        self._input_estimate = math.ceil(content.size / BYTES_A_TOKEN) + content.inherited_tokens
+        self._answers = self._facts.number() if self.endpoint.has_number else 1
+        self.answers = self._answers if self.endpoint.images else 1
+        self._unweighed: dict[str, bool] = {}  # what it has made without known tokens
+        if self._unmetered:
+            self._check_unmetered()
         started_at = now_ms() - self.elapsed_ms()
         self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
-        most_output = content.facts.most_output_tokens()
+        most_output = content.facts.largest(self.endpoint.limits)
         estimate = 0 if self.endpoint.free else self._input_estimate + most_output
         if self.endpoint.stores and self._facts.background:
             self._enter_room(self._facts.background)
@@ -223,6 +248,17 @@ class Metered(Exchange):
         streams = self.endpoint.chat and bool(self._facts.stream)
         return streams and not self.takes_out_usage and not self._facts.asks_for_usage
 
+    def _check_unmetered(self) -> None:
+        """Raise Refusal for a stream of a model with a price whose usage is not reported, unless
+        the settings leave that to the client."""
+        if self.settings.metering.unmetered == "allow":
+            return
+        left_out = not self._facts.turns_usage_off
+        if left_out and self.settings.metering.include_usage == "client":
+            return
+        if self.gateway.books.tariff(self._content.model) is not None:
+            raise unmetered()
+
     async def hold(self, content: Content, further_input: int = 0) -> Hold:
         """Hold what a request can cost, at the prices of this instant; `further_input` is in
         tokens. Raises Refusal."""
@@ -231,9 +267,12 @@ class Metered(Exchange):
             return self._most_cost(tariff, content, further_input)
 
         try:
-            return await self.gateway.books.hold(self.key, content.facts.model or "", most)
+            return await self.gateway.books.hold(self.key, content.model, most)
         except Spent as error:
-            raise Refusal("insufficient_quota", str(error), headers=[NO_RETRY]) from None
+            message = str(error)
+            if content.tools or content.further_models():
+                message += f" Its tools may be called {self._most_calls()} times: 'max_tool_calls'."
+            raise Refusal("insufficient_quota", message, headers=[NO_RETRY]) from None
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
@@ -242,17 +281,39 @@ class Metered(Exchange):
         if self.endpoint.free:
             return 0
         if self._unmetered:
-            message = "This account's spending is limited, so 'include_usage' can't be left out."
-            raise Refusal("invalid_request", message, param="stream_options")
-        facts = content.facts
-        limits = (facts.most_output_tokens(), tariff.max_output_tokens)
+            raise unmetered()
+        tier = content.facts.service_tier
+        into = content.most_input_tokens + content.inherited_tokens + further_input
+        if content.inherits_unknown:
+            into += self.settings.billing.hold_output_tokens
+        output = self._most_output(tariff) * self._answers
+        most = tariff.most(into, output, tier, self.endpoint.images)
+        further = self._most_further(content, into)
+        if self.endpoint.images:
+            return most + self._answers * further
+        return most + self._most_calls() * max(tariff.dearest_call(content.tools, tier), further)
+
+    def _most_output(self, tariff: Tariff | None) -> int:
+        """Return how many tokens one answer can have at most."""
+        limits = (
+            self._facts.largest(self.endpoint.limits),
+            tariff.max_output_tokens if tariff else None,
+        )
         usual = self.settings.billing.hold_output_tokens
-        output = min((limit for limit in limits if limit), default=usual) * max(1, facts.n or 1)
-        into = content.most_input_tokens + further_input
-        most = tariff.most(into, output, facts.service_tier, self.endpoint.images)
+        return min((limit for limit in limits if limit), default=usual)
+
+    def _most_calls(self) -> int:
+        """Return how many calls of the upstream's tools there can be at most."""
+        limit = self._facts.max_tool_calls if self.endpoint.runs_tools else None
+        return limit if limit and limit > 0 else self.settings.billing.hold_tool_calls
+
+    def _most_further(self, content: Content, into: int) -> int:
+        """Return the nanos that the further models can cost at most, each working once: for a call
+        of the image tool, or for an SVG."""
+        usual, most = self.settings.billing.hold_output_tokens, 0
         for model, images in content.further_models().items():
-            if further := self.gateway.books.tariff(model):
-                most += further.most(into, further.max_output_tokens or usual, None, images)
+            if tariff := self.gateway.books.tariff(model):
+                most += tariff.most(into, tariff.max_output_tokens or usual, None, images)
         return most
 
     async def _begin(self) -> None:
@@ -280,15 +341,34 @@ class Metered(Exchange):
             return
         if (self.status or 200) >= 300:  # an error makes nothing
             return
+        chosen = self._content.chosen_ids
         fresh = list(report.made.items())[self._named :]
         self._named = len(report.made)
         background = self._facts.background is True
         if background and report.response_id and not (self._background or self._repeats):
             self._keep(report, report.response_id)
-        stored = background or self._facts.store is not False
-        chosen = self._content.chosen_ids
-        made = [each for each, always in fresh if (always or stored) and each not in chosen]
-        self.gateway.objects.own(made, self._row.account_id, self.home)
+        made = {each: always for each, always in fresh if each not in chosen}
+        self._learn(made, report.usage)
+        if report.usage is None:
+            self._unweighed |= made
+
+    def _learn(self, made: dict[str, bool], usage: Usage | None) -> dict[str, Home]:
+        """Make these objects the account's, and return where they are. What was made without being
+        stored is not, unless that is said to be always so."""
+        homes = homes_of(made, self.meter.report, self.home, usage)
+        stored = homes
+        if self._facts.background is not True and self._facts.store is False:
+            stored = {each: homes[each] for each, always in made.items() if always}
+        self.gateway.objects.own_each(stored, self._row.account_id)
+        return homes
+
+    def _weigh(self) -> None:
+        """Note the tokens of what was made before they were known."""
+        text_bytes = self.meter.report.text_bytes
+        known = self._row.usage_source != "none"
+        usage = self._row.usage if known else estimated(self._input_estimate, text_bytes)
+        self._learn(self._unweighed, usage)
+        self._unweighed = {}
 
     @property
     def home(self) -> Home:
@@ -296,7 +376,8 @@ class Metered(Exchange):
         false: the upstream may answer with a response that another body made."""
         first = header(self.scope["headers"], b"idempotency-key") is None
         minted = first and self._content.mints_input
-        return Home(self._row.upstream, self._content.lasting_models, minted)
+        content = self._content
+        return Home(self._row.upstream, content.lasting_models, minted, content.lasting_tools)
 
     @property
     def repeatable_by(self) -> str:
@@ -349,6 +430,8 @@ class Metered(Exchange):
                 report.usage = estimate = None
             account_for(row, report, outcome, estimate)
             bill(row, report, self._money, self._content.image_model())
+            if self._unweighed:
+                self._weigh()
             await ledger.settle(self.gateway.store, row)
             self.gateway.watch.settled(self.scope, row)
         if row.usage_source != "none" or row.outcome == "upstream_error":
@@ -365,6 +448,21 @@ class Metered(Exchange):
 def estimated(input_tokens: int, text_bytes: int) -> Usage:
     """Usage by what has passed."""
     return Usage(input_tokens=input_tokens, output_tokens=math.ceil(text_bytes / BYTES_A_TOKEN))
+
+
+def homes_of(
+    ids: Iterable[str], report: Report, home: Home, usage: Usage | None
+) -> dict[str, Home]:
+    """Return the homes of objects that a response made, with the tokens that a request which builds
+    on them reads at most: of a response and its conversation all input and output, and so of an
+    item, unless it holds nothing but output. `usage` is None if it is not known yet."""
+    if usage is None:
+        return dict.fromkeys(ids, home)
+    output = usage.output_tokens or 0
+    pictures = usage.image_output_tokens or 0
+    whole = home.with_tokens((usage.input_tokens or 0) + output + pictures)
+    words = home.with_tokens(output)
+    return {each: words if each in report.words else whole for each in ids}
 
 
 def account_for(row: Row, report: Report, outcome: Outcome, estimate: Usage | None) -> None:
@@ -427,6 +525,11 @@ class Background:
         """Of its output, the most that anybody has been sent."""
         return max(self._passed, *(report.text_bytes for report in self._read), 0)
 
+    @property
+    def estimate(self) -> Usage:
+        """Return its usage by what has passed."""
+        return estimated(self.unfinished.input_estimate, self.text_bytes)
+
     def read(self, report: Report) -> None:
         """Somebody is being sent what this meters."""
         self._read.add(report)
@@ -441,9 +544,8 @@ class Background:
         row = self.row
         row.duration_ms = now_ms() - row.started_at
         row.model, row.service_tier = report.model or row.model, report.service_tier
-        estimate = estimated(self.unfinished.input_estimate, self.text_bytes)
         cancelled = report.status == "cancelled"
-        account_for(row, report, outcome, estimate if cancelled else None)
+        account_for(row, report, outcome, self.estimate if cancelled else None)
         bill(row, report, self._money, self.unfinished.image_model)
 
     @property
@@ -585,15 +687,20 @@ class Unended:
 
     def _learn(self, response: Background, report: Report) -> None:
         """Make the objects that the finished response names the account's, except for ids that the
-        client may have chosen."""
+        client may have chosen, and note their tokens."""
         row, objects, chosen = response.row, self._gateway.objects, response.chosen
+        response_id = row.response_id or ""
+        made = list(dict.fromkeys((response_id, *report.made)))
         if chosen is None:
+            home = None
             with contextlib.suppress(LedgerUnavailable):
-                home = objects.home_of(row.response_id or "", row.account_id)
-                chosen = set() if home and home.minted_input else None
-        if chosen is not None:
-            made = [each for each in report.made if hash(each) not in chosen]
-            objects.own(made, row.account_id, Home(row.upstream))
+                home = objects.home_of(response_id, row.account_id)
+            if not (home and home.minted_input):
+                made = [response_id] if home else []
+        made = [each for each in made if hash(each) not in (chosen or ())]
+        usage = row.usage if row.usage_source != "none" else response.estimate
+        homes = homes_of(made, report, Home(row.upstream), usage)
+        objects.own_each(homes, row.account_id)
 
     async def _ask_until_ended(self, response: Background) -> None:
         pause, unknown, failures = FIRST_PAUSE, 0, 0

@@ -857,28 +857,52 @@ async def forget(store: Store, row: Row) -> None:
 # store will give after a restart.
 
 OWN = """
-    INSERT INTO stored_objects (id, account_id, upstream, models, minted_input, created_at)
-    VALUES (?, ?, ?, ?, ?, ?)
-        ON CONFLICT (id) DO UPDATE SET models = joined(models, excluded.models)
-        WHERE account_id = excluded.account_id AND excluded.models IS NOT NULL"""
+    INSERT INTO stored_objects
+           (id, account_id, upstream, models, minted_input, tools, tokens, created_at)
+    VALUES {rows}
+        ON CONFLICT (id) DO UPDATE SET models = joined(models, excluded.models),
+           tools = tools | excluded.tools,
+           tokens = coalesce(max(tokens, excluded.tokens), tokens, excluded.tokens)
+        WHERE account_id = excluded.account_id
+          AND (excluded.models IS NOT NULL OR excluded.tools OR excluded.tokens IS NOT NULL)"""
 DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
-OWNED = "SELECT account_id, upstream, models, minted_input FROM stored_objects WHERE id = ?"
-OWNERS = """
-    SELECT id, account_id, upstream, models, minted_input FROM stored_objects
+HOME = "upstream, models, minted_input, tools, tokens"
+OWNED = f"SELECT account_id, {HOME} FROM stored_objects WHERE id = ?"
+OWNERS = f"""
+    SELECT id, account_id, {HOME} FROM stored_objects
      WHERE id IN (SELECT value FROM json_each(?))"""
 MAX_LOOK_UPS = 250  # ids in one query, which takes about 1 ms
 MAX_MODELS = 16  # that a request uses besides its own
 MAX_SHOWN = 1000  # ids of an account that are remembered as shown in listings
+# The upstream's tools whose calls have a price, by the name of that: bits of a set.
+TOOLS = {"web_search": 1, "file_search": 2, "container": 4}
 
 
 class Home(NamedTuple):
     """Where an object is stored; the further models that a request which builds on it uses (JSON;
-    None: none); and, for a response, whether the upstream chose all the ids in the listing of its
-    input."""
+    None: none); for a response, whether the upstream chose all the ids in the listing of its input;
+    and the tools (bits of TOOLS) and tokens that a request which builds on it gets with it. Tokens
+    are None if nobody knows how many."""
 
     upstream: str
     models: str | None = None
     minted_input: bool = False
+    tools: int = 0
+    tokens: int | None = None
+
+    def with_tokens(self, tokens: int | None) -> Home:
+        """Return the same home for an object of so many tokens."""
+        return Home(self.upstream, self.models, self.minted_input, self.tools, tokens)
+
+    def joined(self, later: Home) -> Home:
+        """Return the same home with the models, tools and tokens of a later one added."""
+        return Home(
+            self.upstream,
+            joined(self.models, later.models),
+            self.minted_input,
+            self.tools | later.tools,
+            max(self.tokens or 0, later.tokens) if later.tokens is not None else self.tokens,
+        )
 
 
 class Claim(NamedTuple):
@@ -887,12 +911,13 @@ class Claim(NamedTuple):
     account_id: str
     home: Home
 
-    def with_models(self, later: Claim) -> Claim:
-        """The same claim, or one with more models, of a later claim of the same account."""
-        models = joined(self.home.models, later.home.models)
-        if later.account_id != self.account_id or models == self.home.models:
+    def joined(self, later: Claim) -> Claim:
+        """Return the same claim, or one that adds to it what a later claim of the same account
+        says."""
+        home = self.home.joined(later.home)
+        if later.account_id != self.account_id or home == self.home:
             return self
-        return self._replace(home=self.home._replace(models=models))
+        return Claim(self.account_id, home)
 
 
 def joined(models: str | None, more: str | None) -> str | None:
@@ -910,15 +935,20 @@ def joined(models: str | None, more: str | None) -> str | None:
     ).decode()
 
 
+@functools.lru_cache(MOST_ROWS)
+def own_of(rows: int) -> str:
+    """Return OWN for so many objects at once."""
+    return OWN.format(rows=", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * rows))
+
+
 def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
     """Return the owner of an object, given its row of OWNED and the claim that waits for its
     commit; None if it has neither."""
     if row is None:
         return claim
-    account_id, upstream, models, minted_input = row
-    if claim and claim.account_id == account_id:
-        models = joined(models, claim.home.models)
-    return Claim(account_id, Home(upstream, models, bool(minted_input)))
+    account_id, upstream, models, minted_input, tools, tokens = row
+    owner = Claim(account_id, Home(upstream, models, bool(minted_input), tools, tokens))
+    return owner.joined(claim) if claim else owner
 
 
 class Objects:
@@ -932,19 +962,30 @@ class Objects:
 
     def own(self, ids: Iterable[str], account_id: str, home: Home) -> None:
         """Make the objects the account's, except for those that are another account's already."""
-        new = Claim(account_id, home)
-        for each in ids:
-            before = self._claims.get(each)
-            claim = new if before is None else before.with_models(new)
-            if claim is not before:
-                self._claims[each] = claim
-                values = (each, account_id, *claim.home, now_ms())
-                written = self._store.record(OWN, values, insist=True, lasting=False)
-                written.add_done_callback(functools.partial(self._written, each, claim))
+        self.own_each(dict.fromkeys(ids, home), account_id)
 
-    def _written(self, object_id: str, claim: Claim, _: asyncio.Future[None]) -> None:
-        if self._claims.get(object_id) is claim:
-            del self._claims[object_id]
+    def own_each(self, homes: Mapping[str, Home], account_id: str) -> None:
+        """Make each of these objects the account's, as `own` does."""
+        now, claims, values = now_ms(), {}, []
+        for each, home in homes.items():
+            before, claim = self._claims.get(each), Claim(account_id, home)
+            if before is None or before.account_id == account_id:
+                self._claims[each] = claims[each] = claim = (
+                    before.joined(claim) if before else claim
+                )
+            if claim is not before:  # nothing in it is new
+                values.append((each, account_id, *claim.home, now))
+        for at in range(0, len(values), MOST_ROWS):
+            rows = values[at : at + MOST_ROWS]
+            row = list(chain(*rows))
+            written = self._store.record(own_of(len(rows)), row, insist=True, lasting=False)
+        if values:
+            written.add_done_callback(functools.partial(self._written, claims))
+
+    def _written(self, claims: dict[str, Claim], _: asyncio.Future[None]) -> None:
+        for each, claim in claims.items():
+            if self._claims.get(each) is claim:
+                del self._claims[each]
 
     def _owned(self, object_id: str) -> Claim | None:
         row = self._store.look_up(OWNED, (object_id,))

@@ -158,6 +158,8 @@ COUNTED = (
     *("web_search_call", "file_search_call", "code_interpreter_call", "shell_call"),
     *("local_shell_call", "shell_call_output"),
 )
+# Items that hold nothing but what the model has written.
+WORDS_ALONE = ("message", "reasoning", "function_call", "custom_tool_call")
 CITATIONS = ("container_file_citation", "file_path")  # annotations of files that code has made
 
 
@@ -527,6 +529,7 @@ class Report:
         # Ids of objects that the upstream made, in order, and whether to learn them if it does not
         # store the response.
         self.made: dict[str, bool] = {}
+        self.words: set[str] = set()  # of these, items that hold nothing but output
         self.listed: dict[str, bool] = {}  # ids of listed input, and whether the upstream made them
         self.failed = False  # it says itself that it failed
         self.passed = Passed()
@@ -634,6 +637,8 @@ class Report:
             self.listed = {each.id: each.id != each.call_id for each in listed if name_in(each.id)}
         for item in items:
             named.append((item.id, item.type != "message" and item.by_tool))
+            if item.type in WORDS_ALONE and name_in(item.id):
+                self.words.add(item.id)
             named += [(each, True) for each in item.containers()]
             if item.type in COUNTED:
                 self._count(item)

@@ -631,7 +631,7 @@ class Visit(Exchange):
         objects.show(listed, self._response_id, account_id)
         if self._home.minted_input:
             minted = [each for each, made in listed.items() if made]
-            objects.own(minted, account_id, Home(self._home.upstream, self._home.models))
+            objects.own(minted, account_id, self._home._replace(minted_input=False))
 
 
 class StoredRoute:
@@ -711,7 +711,7 @@ def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[Home, U
 # ── Routes ───────────────────────────────────────────────────────────────────────────────────────
 
 METERED = (
-    Endpoint("/v1/chat/completions", chat=True),
+    Endpoint("/v1/chat/completions", chat=True, limits=("max_completion_tokens", "max_tokens")),
     RESPONSES,
     Endpoint("/v1/responses/compact"),
     Endpoint("/v1/responses/input_tokens", free=True),
@@ -841,13 +841,13 @@ class Gateway:
         self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
     ) -> set[str]:
         """The upstream that has what the request builds on, if it builds on anything; the content
-        inherits the models that work in that, and drops its references, so that they take no memory
-        while it waits for a place. `made`: what is the client's own without being stored. Raises
-        Refusal."""
+        inherits the models and tools that work in that and its tokens, and drops its references, so
+        that they take no memory while it waits for a place. `made`: what is the client's own
+        without being stored. Raises Refusal."""
         if not content.references:
             return set()
         homes = await in_slices(self._find(key, content, made), key.account_id, begun=True)
-        content.references = ()
+        content.references = {}
         return homes
 
     def _find(self, key: Key, content: Content, made: Mapping[str, Home]) -> Steps[set[str]]:
@@ -858,15 +858,14 @@ class Gateway:
             found |= self._look_up(key, asked[at : at + ledger.MAX_LOOK_UPS])
             yield
         homes: set[str] = set()
-        for number, each in enumerate(content.references):
+        for number, (each, mentions) in enumerate(content.references.items()):
             home = found[each.id] if each.id in found else made.get(each.id)
             if home is None and each.name in NOT_FOUND and len(each.id) <= MAX_NAME:
                 raise not_found(each.name, each.id)
             if home is None:
                 raise not_own(each.name)
             homes.add(home.upstream)
-            # The items of a conversation can change before the request gets there.
-            content.inherit(home.models, home.minted_input and each.name != "conversation")
+            content.inherit(each, mentions, home)
             if number % 1000 == 0:
                 yield
         if len(homes) > 1:
@@ -886,7 +885,7 @@ class Gateway:
         """Those that may take the request, the first to try in front. `made`: as for `homes`.
         Raises Refusal."""
         homes = await self.homes(key, content, made)
-        model = content.facts.model or ""
+        model = content.model
         for each in (model, *content.further_models()):
             if not key.allows(each):
                 message = f"This key may not use the model '{each}'."

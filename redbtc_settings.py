@@ -307,6 +307,7 @@ class Metering(Table, frozen=True):
     """[metering]"""
 
     include_usage: Literal["add", "client"] = "add"
+    unmetered: Literal["refuse", "allow"] = "refuse"
     on_disconnect: Literal["drain", "cancel"] = "drain"
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 15
 
@@ -320,6 +321,7 @@ class Billing(Table, frozen=True):
     default_credit_limit: Annotated[str, Meta(pattern=r"^(unlimited|\d+(\.\d+)?)$")] = "unlimited"
     unpriced_models: Literal["refuse", "free"] = "refuse"
     hold_output_tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] = 128_000
+    hold_tool_calls: Annotated[int, Meta(ge=1, le=100_000)] = 32
     webhook_url: Annotated[str, Meta(pattern=r"^(https?://[^\s/?#]+[^\s#]*)?$")] = ""
     webhook_secret_env: Variable = ""
 

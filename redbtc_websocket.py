@@ -28,7 +28,7 @@ import contextlib
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Generator
+from collections.abc import AsyncIterator, Coroutine, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
@@ -49,8 +49,8 @@ from websockets.streams import StreamReader
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
 from redbtc_body import DEFAULT_IMAGE_MODEL, MAX_ITEMS, Frame
-from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
-from redbtc_ledger import Home, Key, Outcome, Row
+from redbtc_exchange import Endpoint, Metered, account_for, bill, homes_of, new_request_id
+from redbtc_ledger import Home, Key, Outcome, Row, Usage
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import (
     KEEP,
@@ -72,7 +72,7 @@ from redbtc_watch import Receive, Scope, Send
 if TYPE_CHECKING:
     from redbtc_proxy import Gateway
 
-RESPONSES = Endpoint("/v1/responses", stores=True)
+RESPONSES = Endpoint("/v1/responses", stores=True, limits=("max_output_tokens",), runs_tools=True)
 MOST_SESSIONS = 100  # of an account
 MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
 LINE_SECONDS = 2  # for closing a line, and for the end of a message that is answered already
@@ -549,10 +549,11 @@ def status_of(event: Answer) -> int:
 
 
 class Steer(NamedTuple):
-    """Input for a response in flight, of which nobody has said yet what became of it, and what the
-    response that follows can cost."""
+    """Input for a response in flight, of which nobody has said yet what became of it; how many
+    tokens it has, and what the response that follows can cost."""
 
     response_id: str
+    tokens: int
     money: Hold
 
 
@@ -571,7 +572,7 @@ class Turn(Metered):
         self.over: asyncio.Future[None] = gateway.clocks.loop.create_future()
         self._session = session
         self._steers: list[Steer] = []
-        self._further_input = 0  # tokens that a response which follows reads besides the request
+        self._further_input = 0  # tokens that its response reads besides the request: it follows
         self.holds = contextlib.ExitStack()  # of responses that follow
 
     @property
@@ -601,27 +602,32 @@ class Turn(Metered):
     async def steer(self, response_id: str, frame: Frame, admission: Admission) -> None:
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
-        if frame.lasting_models not in (None, self._content.lasting_models):
+        content = self._content
+        other_tools = frame.tools & ~content.tools
+        if other_tools or frame.lasting_models not in (None, content.lasting_models):
             message = "Steering can't name an item of a response whose input has other tools."
             raise Refusal("invalid_request", message, param="input")
         if len(self._steers) >= MAX_STEERS:
             message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
             raise Refusal("concurrency_limit_exceeded", message)
-        if len(self._content.chosen_ids) + len(frame.chosen_ids) > MAX_ITEMS:
+        if len(content.chosen_ids) + len(frame.chosen_ids) > MAX_ITEMS:
             message = f"The input of this response has more than {MAX_ITEMS} items with ids."
             raise Refusal("invalid_request", message, param="input")
         admission.charge("tokens", 0)
-        usual = self.settings.billing.hold_output_tokens
-        more = self._further_input + (self._content.facts.most_output_tokens() or usual)
-        more += frame.size
-        money = await self.hold(self._content, more)
+        tokens = frame.most_input_tokens + frame.inherited_tokens
+        waiting = sum(steer.tokens for steer in self._steers)
+        money = await self.hold(content, self._read_next(tokens + waiting))
         if self.settled or self.response_id != response_id:  # it has ended meanwhile
             money.__exit__()
             raise not_found("previous_response_id", response_id)
         self.holds.enter_context(money)
-        self._content.chosen_ids |= frame.chosen_ids
-        self._further_input = more
-        self._steers.append(Steer(response_id, money))
+        content.chosen_ids |= frame.chosen_ids
+        self._steers.append(Steer(response_id, tokens, money))
+
+    def _read_next(self, steered: int) -> int:
+        """Return how many tokens a response that follows reads besides the request at most: what
+        this one has read and said, and what it was steered by."""
+        return self._further_input + self._most_output(self._money.tariff) + steered
 
     async def take(self, event: Answer, idle_seconds: float) -> None:
         """One of its events has come; it may be sent on when this returns."""
@@ -646,15 +652,12 @@ class Turn(Metered):
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
 
-    def note(self) -> None:
+    def _learn(self, made: dict[str, bool], usage: Usage | None) -> dict[str, Home]:
         """Learn the ids that the upstream made. This connection can name them even if they are not
         stored."""
-        known = self._named
-        super().note()
-        if self._named != known:
-            made = list(self.meter.report.made)[known:]
-            chosen = self._content.chosen_ids
-            self._session.remember([each for each in made if each not in chosen], self.home)
+        homes = super()._learn(made, usage)
+        self._session.remember(homes)
+        return homes
 
     @property
     def home(self) -> Home:
@@ -667,6 +670,7 @@ class Turn(Metered):
         the one before."""
         before = self.response_id
         of_it = [each for each in self._steers if each.response_id == before]
+        self._further_input = self._read_next(sum(each.tokens for each in of_it))
         self._steers = [each for each in self._steers if each.response_id != before]
         for steer in of_it[1:]:
             steer.money.__exit__()
@@ -1232,9 +1236,9 @@ class Session:
             turn.clock.allow(line.upstream.settings.idle_timeout_seconds)
         return None
 
-    def remember(self, made: list[str], home: Home) -> None:
+    def remember(self, made: Mapping[str, Home]) -> None:
         """What was made on this connection can be built on here, even if it isn't stored."""
-        self._made.update(dict.fromkeys(made, home))
+        self._made.update(made)
 
     async def _write_stray(self, event: Answer, line: Line) -> None:
         """What a response used that is no turn's."""
@@ -1261,7 +1265,8 @@ class Session:
         )
         account_for(row, report, "upstream_error" if report.failed else "completed", None)
         bill(row, report, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
-        self.gateway.objects.own(named, row.account_id, Home(row.upstream))
+        homes = homes_of(named, report, Home(row.upstream), report.usage)
+        self.gateway.objects.own_each(homes, row.account_id)
         await ledger.settle(self.gateway.store, row)
         self.gateway.watch.settled(scope, row)
 

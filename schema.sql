@@ -618,8 +618,13 @@ CREATE INDEX keys_of_a_budget ON keys (budget_id) WHERE budget_id IS NOT NULL;
 ALTER TABLE stored_objects ADD COLUMN
     tokens              INTEGER CHECK (tokens >= 0);  -- of a response or conversation its input and
                                                 -- output, of an item at most so many; NULL: not known
+ALTER TABLE stored_objects ADD COLUMN
+    tools               INTEGER NOT NULL DEFAULT 0 CHECK (tools BETWEEN 0 AND 7);  -- in its input, for
+                                                -- what builds on it: 1: web search, 2: file search,
+                                                -- 4: containers, as a sum
 UPDATE stored_objects SET tokens = reported.tokens
-  FROM (SELECT response_id, max(ifnull(input_tokens, 0) + ifnull(output_tokens, 0)) AS tokens
+  FROM (SELECT response_id, max(ifnull(input_tokens, 0) + ifnull(output_tokens, 0)
+                                + ifnull(image_output_tokens, 0)) AS tokens
           FROM requests WHERE response_id IS NOT NULL AND usage_source <> 'none'
          GROUP BY response_id) AS reported
  WHERE reported.response_id = stored_objects.id;

@@ -138,8 +138,21 @@ def test_the_usage_chunk_is_asked_for_and_taken_out(
             b'"stream_options": {"include_usage":true,"include_obfuscation":false},'
             b'"stream":true,"model":"m"}',
         ),
+        (
+            b'{"stream":true, "stream_options" : null,"model":"m"}',
+            b'{"stream":true, "stream_options" : {"include_usage":true},"model":"m"}',
+        ),
+        (
+            b'{"stream":true,"stream_options":{"x":{"include_usage":null}, '
+            b'"include_usage" :\nnull },"model":"m"}',
+            b'{"stream":true,"stream_options":{"x":{"include_usage":null}, '
+            b'"include_usage" :\ntrue },"model":"m"}',
+        ),
+        (
+            b'{"stream":true,"stream_options":{"include\\u005fusage":null},"model":"m"}',
+            b'{"stream":true,"stream_options":{"include\\u005fusage":true},"model":"m"}',
+        ),
         (b'{"stream_options":{"include_usage":false},"stream":true,"model":"m"}', None),
-        (b'{"stream_options":null,"stream":true,"model":"m"}', None),
         (b'{"stream_options":{"include_usage":true},"stream":true,"model":"m"}', None),
         (b'{"stream":false,"model":"m"}', None),
     ],

@@ -484,19 +484,18 @@ def test_a_hold_never_outlives_its_request(
 def test_usage_can_not_be_kept_from_a_balance(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    """A client that doesn't let a stream report its usage is billed by an estimate, or refused
-    where spending is limited."""
-    gateway = money_gateway(make_gateway)
+    """Where the settings allow a stream that doesn't report its usage, it is billed by an estimate,
+    and refused if spending is limited."""
+    gateway = money_gateway(make_gateway, '[metering]\nunmetered = "allow"\n')
     gateway.api("POST", "/accounts", {"name": "prepaid", "credit_limit": "10"})
     add_price(gateway, input="1", output="1")
-    for options in (None, {"include_usage": False}, {"include_usage": None}):
-        body = {"stream": True, "stream_options": options}
-        refused = ask(gateway, gateway.new_key("prepaid"), **body)
-        assert (refused.status_code, code(refused)) == (400, "invalid_request")
-        assert refused.json()["error"]["param"] == "stream_options"
-        upstream.requests.clear()
-        assert ask(gateway, gateway.new_key("open"), **body).status_code == 200
-        assert upstream.requests[0].json()["stream_options"] == options
+    body = {"stream": True, "stream_options": {"include_usage": False}}
+    refused = ask(gateway, gateway.new_key("prepaid"), **body)
+    assert (refused.status_code, code(refused)) == (400, "invalid_request")
+    assert refused.json()["error"]["param"] == "stream_options"
+    upstream.requests.clear()
+    assert ask(gateway, gateway.new_key("open"), **body).status_code == 200
+    assert upstream.requests[0].json()["stream_options"] == {"include_usage": False}
     rows = gateway.rows(account="open")
     assert {row["usage_source"] for row in rows} == {"estimated"}
     assert all(Decimal(row["cost"]) > 0 for row in rows)

@@ -289,6 +289,8 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
 
     async def run(chance: random.Random, path: Path) -> None:
         owners: dict[str, str] = {}
+        weights: dict[str, tuple[int, int | None]] = {}  # tools and tokens
+        contended: set[str] = set()  # claimed by another account, too
         deleting: dict[str, tuple[str, asyncio.Task[None]]] = {}
         async with Store.open(path, "normal") as store:
             for account in "ab":
@@ -298,12 +300,21 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
             for _ in range(100):
                 account, name = chance.choice("ab"), chance.choice("xyz")
                 if chance.random() < 0.7:
-                    objects.own([name], account, Home("up", chance.choice([None, "{}"])))
+                    tokens = chance.choice([None, 1, 2, 3])
+                    home = Home("up", chance.choice([None, "{}"]), False, chance.choice([0, 1, 4]))
+                    objects.own([name], account, home.with_tokens(tokens))
                     owners.setdefault(name, account)
+                    if owners[name] != account:
+                        contended.add(name)
+                    else:
+                        tools, largest = weights.get(name, (0, None))
+                        largest = max(largest or 0, tokens) if tokens else largest
+                        weights[name] = tools | home.tools, largest
                 elif owners.get(name) == account and name not in deleting:
                     delete = asyncio.create_task(objects.disown(name, account))
                     await asyncio.sleep(0)
                     deleting[name] = owners.pop(name), delete
+                    weights.pop(name, None)
                 if chance.random() < 0.3:
                     await asyncio.sleep(chance.choice([0, 0, 0.001]))
                 for each in "xyz":
@@ -316,12 +327,18 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
                         assert told in ({deleting[each][0]}, next_owner)
                     else:
                         assert told == next_owner
+                        if owned and each not in contended:  # else once all is committed
+                            assert (owned.home.tools, owned.home.tokens) == weights[each]
                         assert objects.is_free(each) == (not next_owner)
         async with Store.open(path, "normal") as store:
             objects = Objects(store)
             for each in "xyz":
                 told = {by for by in "ab" if objects.home_of(each, by)}
                 assert told == ({owners[each]} if each in owners else set())
+                for account in told:
+                    home = objects.home_of(each, account)
+                    assert home
+                    assert (home.tools, home.tokens) == weights[each]
 
     for seed in range(20):
         asyncio.run(run(random.Random(seed), tmp_path / f"{seed}.db"))

@@ -851,6 +851,33 @@ def test_what_follows_is_held_for(make_gateway: MakeGateway, upstream: Upstream)
     assert gateway.cli("db", "check")["ok"]
 
 
+def test_steering_that_failed_is_not_held_for_again(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(PRICED).start()
+    gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
+    key = gateway.new_key()
+    gateway.cli("payment", "add", "test", "0.4")
+
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(1, await sock.recv())[:2])
+        while True:
+            await sock.recv()
+            await sock.send({"type": "response.steer.failed"})
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send(max_output_tokens=10)
+        ws.until("response.output_text.delta")
+        for _ in range(5):
+            ws.raw(steer(1))
+            event = ws.until("response.steer.failed", "error")
+            assert event["type"] != "error", event
+        ws.raw(steer(1, input="x" * 200))
+        assert code(ws.until("error")) == "insufficient_quota"
+        ws.tear()
+
+
 def test_steering_of_a_response_that_ends_meanwhile_holds_no_money(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:

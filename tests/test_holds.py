@@ -1,0 +1,571 @@
+"""Nobody spends more than is there: what is held before a request is never less than its cost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import random
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from typing import Any
+
+import httpx2
+import pytest
+from conftest import MakeGateway
+from gateway import PATIENCE_SECONDS, wait_until
+from speed import result_of
+from upstream import (
+    Received,
+    Reply,
+    Socket,
+    Upstream,
+    chat_chunk,
+    chat_json,
+    event,
+    json_answer,
+    response_object,
+    stream,
+    wants_stream,
+)
+from websockets.sync.client import ClientConnection, connect
+
+from redbtc_body import DEFAULT_IMAGE_MODEL, Content
+from redbtc_refusals import Refusal
+
+MODEL, PICTURE_TOKENS, ANSWER_TOKENS = "gpt-up", 2000, 10_000
+USUAL_CALLS = 32  # billing.hold_tool_calls
+PARALLEL = 8
+
+
+class Honest:
+    """An upstream like OpenAI's that uses as much as a request's members allow. It takes heed of
+    the members that its API has at each endpoint and of no other."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.stored: dict[str, int] = {}  # tokens of what can be built on, by id
+        self.running: dict[str, dict[str, Any]] = {}  # background responses
+        self.made = 0
+
+    async def __call__(self, request: Received, reply: Reply) -> None:
+        await asyncio.sleep(self.seconds)
+        path = request.path.removeprefix("/v1")
+        if request.method == "GET":
+            response = self.running[path.rpartition("/")[2]]
+            await json_answer(response | {"status": "completed"})(request, reply)
+        elif path == "/chat/completions":
+            await self._chat(request, reply)
+        elif path.startswith("/images"):
+            await self._draw(request, reply)
+        else:
+            await self._respond(request, reply)
+
+    # Chat
+
+    async def _chat(self, request: Received, reply: Reply) -> None:
+        body = request.json()
+        limits = [body.get("max_tokens"), body.get("max_completion_tokens")]
+        output = most_of(limits) * (body.get("n") or 1)
+        usage = {"prompt_tokens": len(request.body) // 4, "completion_tokens": output}
+        usage["total_tokens"] = sum(usage.values())
+        if not body.get("stream"):
+            await chat_json(usage)(request, reply)
+            return
+        pieces = [event(chat_chunk(MODEL, {"content": "Hello"}))]
+        if (body.get("stream_options") or {}).get("include_usage"):
+            pieces.append(event(chat_chunk(MODEL, {}, usage=usage) | {"choices": []}))
+        await stream([*pieces, b"data: [DONE]\n\n"])(request, reply)
+
+    # Images
+
+    async def _draw(self, request: Received, reply: Reply) -> None:
+        number = form_number(request)
+        if number is None:
+            number = request.json().get("n") or 1
+        usage = {"input_tokens": 100, "output_tokens": PICTURE_TOKENS * number}
+        usage["total_tokens"] = sum(usage.values())
+        await json_answer({"created": 1, "data": [], "usage": usage})(request, reply)
+
+    # Responses
+
+    async def _respond(self, request: Received, reply: Reply) -> None:
+        body = request.json()
+        response = self.response(body, compact=request.path.endswith("compact"))
+        if body.get("background"):
+            self.running[response["id"]] = response
+            response = response | {"status": "queued", "usage": None, "output": []}
+        if not wants_stream(request):
+            await json_answer(response)(request, reply)
+            return
+        await stream([event(each) for each in self.events(response)])(request, reply)
+
+    @staticmethod
+    def events(response: dict[str, Any]) -> list[dict[str, Any]]:
+        """What is streamed of a response."""
+        begun = response | {"status": "in_progress", "usage": None, "output": []}
+        items = [{"type": "response.output_item.added", "item": i} for i in response["output"]]
+        last = {"type": "response.completed", "response": response}
+        return [{"type": "response.created", "response": begun}, *items, last]
+
+    def response(self, body: dict[str, Any], compact: bool = False) -> dict[str, Any]:
+        self.made = number = self.made + 1
+        items = body["input"] if isinstance(body["input"], list) else []
+        into = len(json.dumps(body["input"])) // 4
+        into += self.stored.get(body.get("previous_response_id") or "", 0)
+        into += sum(self.stored.get(item.get("id", ""), 0) for item in items)
+        output = ANSWER_TOKENS if compact else most_of([body.get("max_output_tokens")])
+        calls = body.get("max_tool_calls") or 0
+        calls = calls if calls > 0 else USUAL_CALLS
+        offered = list(body.get("tools") or ())
+        for item in items:
+            offered += item.get("tools") or ()
+        kinds = {tool["type"] for tool in offered}
+        tools: dict[str, Any] = {}
+        if kinds & {"web_search", "web_search_preview_2025_03_11"}:
+            tools["web_search"] = {"num_requests": calls}
+        elif "image_generation" in kinds:
+            drawn = {"input_tokens": 10 * calls, "output_tokens": PICTURE_TOKENS * calls}
+            tools["image_gen"] = drawn
+        usage = {"input_tokens": into, "output_tokens": output, "total_tokens": into + output}
+        message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}
+        if body.get("store") is not False:
+            self.stored[f"resp_{number}"] = into + output
+            self.stored[f"msg_{number}"] = output
+        return response_object(
+            MODEL, usage, id=f"resp_{number}", output=[message], tool_usage=tools
+        )
+
+    async def talk(self, sock: Socket) -> None:
+        while True:
+            frame = await sock.recv()
+            await asyncio.sleep(self.seconds)
+            response = self.response(frame)
+            self.stored[response["id"]] = response["usage"]["total_tokens"]
+            await sock.send(*self.events(response))
+
+
+def most_of(limits: list[int | None]) -> int:
+    """The output that these limits allow."""
+    largest = max((limit for limit in limits if limit and limit > 0), default=ANSWER_TOKENS)
+    return min(largest, ANSWER_TOKENS)
+
+
+def form_number(request: Received) -> int | None:
+    """`n` as a lenient reader takes it from a form; None if the body is no form."""
+    if not (request.header("content-type") or "").startswith("multipart/"):
+        return None
+    _, _, rest = request.body.partition(b'name="n"\r\n\r\n')
+    return int(rest.partition(b"\r\n")[0]) if rest else 1
+
+
+@pytest.fixture
+def honest(upstream: Upstream) -> Honest:
+    upstream.script = honest = Honest()
+    upstream.talk = honest.talk
+    return honest
+
+
+class Account:
+    """A prepaid account and what it does."""
+
+    def __init__(self, make_gateway: MakeGateway, settings: str = "") -> None:
+        limits = "[limits.account]\nconcurrency = 0\nbackground = 0\n"
+        self.gateway = make_gateway(f"[billing]\n{settings}{limits}").start()
+        prices = [
+            price(MODEL, input="5", output="30", web_search="0.01", max_output=ANSWER_TOKENS),
+            price("gpt-image-*", input="5", output="30", max_output=PICTURE_TOKENS),
+        ]
+        self.gateway.api("POST", "/prices", {"prices": prices})
+        self.gateway.api("POST", "/accounts", {"name": "prepaid", "credit_limit": "0"})
+        self.key = self.gateway.new_key("prepaid")
+        self.client = self.gateway.client(self.key)
+
+    def show(self) -> dict[str, Any]:
+        shown: dict[str, Any] = self.gateway.api("GET", "/accounts/prepaid")
+        return shown
+
+    def fill(self, amount: str = "1") -> None:
+        """Make the balance so much."""
+        missing = Decimal(amount) - Decimal(self.show()["balance"])
+        payment = {"amount": str(missing), "reason": "test"}
+        self.gateway.api("POST", "/accounts/prepaid/payments", payment)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
+        if isinstance(body, dict):
+            return self.client.post(path, json={"model": MODEL, **body}, **options)
+        return self.client.post(path, content=body, **options)
+
+    def eight(self, path: str, body: dict[str, Any]) -> set[int]:
+        """Send so many requests at once, and return the statuses of their answers."""
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            asks = [pool.submit(self.post, path, body) for _ in range(PARALLEL)]
+            return {ask.result().status_code for ask in asks}
+
+    def balance(self) -> Decimal:
+        """What is left when nothing is in flight any more."""
+        wait_until(lambda: self.show()["held"] == "0")
+        return Decimal(self.show()["balance"])
+
+
+@pytest.fixture
+def account(make_gateway: MakeGateway, honest: Honest) -> Iterator[Account]:
+    account = Account(make_gateway)
+    with account.client:
+        yield account
+
+
+def price(model: str, *, max_output: int, **rates: str) -> dict[str, Any]:
+    return {"model": model, "max_output_tokens": max_output, **rates}
+
+
+def form(fields: dict[str, str], boundary: str = "xyz") -> tuple[bytes, dict[str, str]]:
+    """A form's body and headers."""
+    parts = [
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in fields.items()
+    ]
+    body = "".join([*parts, f"--{boundary}--\r\n"]).encode()
+    return body, {"content-type": f"multipart/form-data; boundary={boundary}"}
+
+
+# ── Attacks ──────────────────────────────────────────────────────────────────────────────────────
+
+SEARCH, DRAW = {"type": "web_search"}, {"type": "image_generation"}
+SHORT = {"input": "x", "max_output_tokens": 100}
+ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a limit of chat": ("/responses", {"input": "x", "max_tokens": 1, "max_completion_tokens": 1}),
+    "a limit of responses": ("/chat/completions", {"messages": [], "max_output_tokens": 1}),
+    "a limit of compaction": ("/responses/compact", {"input": "x", "max_output_tokens": 1}),
+    "the smaller limit": ("/chat/completions", {"max_tokens": 1, "max_completion_tokens": 9999}),
+    "no limit": ("/responses", {"input": "x", "max_output_tokens": 0}),
+    "calls of tools": ("/responses", {**SHORT, "tools": [SEARCH]}),
+    "a limit of calls": ("/responses", {**SHORT, "tools": [SEARCH], "max_tool_calls": 30}),
+    "no calls": ("/responses", {**SHORT, "tools": [SEARCH], "max_tool_calls": -1}),
+    "a dated tool": ("/responses", {**SHORT, "tools": [{"type": "web_search_preview_2025_03_11"}]}),
+    "tools in the input": (
+        "/responses",
+        {**SHORT, "input": [{"type": "additional_tools", "tools": [SEARCH]}]},
+    ),
+    "pictures": ("/responses", {**SHORT, "tools": [DRAW], "max_tool_calls": 5}),
+    "images": ("/images/generations", {"model": DEFAULT_IMAGE_MODEL, "n": 9, "max_tokens": 1}),
+    "images of the usual model": ("/images/edits", {"model": None, "n": 9}),
+}
+
+
+def test_eight_at_once_do_not_spend_more_than_there_is(account: Account, honest: Honest) -> None:
+    honest.seconds = 0.1
+    for attack, (path, body) in ATTACKS.items():
+        account.fill()
+        assert account.eight(path, body) == {200, 429}, attack
+        assert account.balance() >= 0, attack
+
+
+LONG_INPUT = {**SHORT, "input": "x" * 80_000}
+LONG_OUTPUT = {**SHORT, "max_output_tokens": ANSWER_TOKENS}
+HISTORIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (LONG_INPUT, {"previous_response_id": "resp_%d"}),
+    ({**LONG_INPUT, "stream": True}, {"previous_response_id": "resp_%d"}),
+    (LONG_OUTPUT, {"input": [{"type": "item_reference", "id": "msg_%d"}] * 3}),
+    ({**LONG_OUTPUT, "stream": True}, {"input": [{"id": "msg_%d"}] * 3}),
+]
+
+
+def test_what_a_request_builds_on_is_held(account: Account, honest: Honest) -> None:
+    """It is read again by each request, and as often as it is named."""
+    for first, more in HISTORIES:
+        account.fill()
+        honest.seconds = 0
+        assert account.post("/responses", first).status_code == 200
+        account.fill("0.5")
+        honest.seconds = 0.1
+        body = json.loads(json.dumps({**SHORT, **more}).replace("%d", str(honest.made)))
+        assert account.eight("/responses", body) == {200, 429}, more
+        assert account.balance() >= 0, more
+
+
+def test_what_is_built_on_counts_for_the_rate(account: Account, honest: Honest) -> None:
+    """So many tokens are charged before the request leaves."""
+    account.gateway.api("PATCH", "/accounts/prepaid", {"tokens_per_minute": 100_000})
+    account.fill("5")
+    assert account.post("/responses", LONG_INPUT).status_code == 200
+    honest.seconds = 0.1
+    named = {"input": [{"type": "item_reference", "id": "resp_1"}] * 3}
+    assert account.eight("/responses", {**SHORT, **named}) == {200, 429}
+
+
+def test_an_unknown_history_counts_once_as_much_as_an_answer(
+    account: Account, honest: Honest
+) -> None:
+    """Of objects from before their tokens were noted."""
+    account.fill("1")
+    assert account.post("/responses", SHORT).status_code == 200
+    account.gateway.terminate()
+    with contextlib.closing(sqlite3.connect(account.gateway.database)) as database, database:
+        database.execute("UPDATE stored_objects SET tokens = NULL")
+    account.gateway.start()
+    two = {"input": [{"type": "item_reference", "id": each} for each in ("resp_1", "msg_1")]}
+    account.fill("0.66")  # 128,000 tokens are 0.64
+    assert account.post("/responses", {**SHORT, **two}).status_code == 200
+    account.fill("0.64")
+    assert account.post("/responses", {**SHORT, **two}).status_code == 429
+
+
+# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────
+
+NO_NUMBERS = ["0", "-1", "1.0", "10.0", "1e1", '"2"', "true", "1000", "[1]"]
+NO_FORM_NUMBERS = ["0", "0010", "+10", "1_0", " 2", "\u0662", "２", "1000", "", "2.0", "1e1"]
+
+
+def test_what_is_no_plain_number_is_refused(account: Account, upstream: Upstream) -> None:
+    account.fill()
+    headers = {"content-type": "application/json"}
+    for path in ("/chat/completions", "/images/generations", "/images/edits"):
+        for number in NO_NUMBERS:
+            body = b'{"model":"%b","n":%b}' % (MODEL.encode(), number.encode())
+            answer = account.post(path, body, headers=headers)
+            assert answer.status_code == 400, number
+            assert answer.json()["error"]["param"] == "n"
+    for number in NO_FORM_NUMBERS:
+        content, form_headers = form({"model": MODEL, "n": number})
+        answer = account.post("/images/edits", content, headers=form_headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n"), number
+    assert not upstream.requests
+    assert account.post("/chat/completions", {"messages": [], "n": None}).status_code == 200
+    assert account.post("/responses", {**SHORT, "n": 0}).status_code == 200, "no member there"
+
+
+def test_an_image_of_the_usual_model_is_not_free(
+    make_gateway: MakeGateway, upstream: Upstream, honest: Honest
+) -> None:
+    """Where a body names no model, that one counts: for price, hold and the key's models."""
+    gateway = make_gateway('[billing]\nunpriced_models = "free"\n').start()
+    prices = [price(DEFAULT_IMAGE_MODEL, output="30", max_output=PICTURE_TOKENS)]
+    gateway.api("POST", "/prices", {"prices": prices})
+    content, headers = form({"prompt": "x", "n": "2"})
+    key = gateway.new_key("open")
+    limited = gateway.api("POST", "/accounts/open/keys", {"models": ["gpt-up"]})["key"]
+    with gateway.client(key) as client, gateway.client(limited) as other:
+        assert client.post("/images/edits", content=content, headers=headers).status_code == 200
+        assert client.post("/images/generations", json={"prompt": "x"}).status_code == 200
+        answer = other.post("/images/generations", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_allowed")
+    rows = gateway.rows()
+    assert sorted((row["cost"], row["requested_model"]) for row in rows) == [
+        ("0.06", ""),
+        ("0.12", ""),
+    ]
+
+
+# ── Asking for usage ─────────────────────────────────────────────────────────────────────────────
+
+OFF: dict[str, Any] = {"messages": [], "stream": True, "stream_options": {"include_usage": False}}
+LEFT_OUT = {"messages": [], "stream": True, "stream_options": None}
+ASKS = {"messages": [], "stream": True, "stream_options": {"include_usage": True}}
+
+
+def zipped(body: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
+    content = gzip.compress(json.dumps({"model": MODEL, **body}).encode())
+    return content, {"content-type": "application/json", "content-encoding": "gzip"}
+
+
+@pytest.mark.parametrize(
+    ("metering", "passing"),
+    [
+        ("", []),
+        ('unmetered = "allow"\n', ["off", "zipped off", "zipped"]),
+        ('include_usage = "client"\n', ["zipped"]),
+        ('include_usage = "client"\nunmetered = "allow"\n', ["off", "zipped off", "zipped"]),
+    ],
+)
+def test_a_stream_without_usage_is_refused_where_there_is_a_price(
+    make_gateway: MakeGateway, upstream: Upstream, metering: str, passing: list[str]
+) -> None:
+    settings = f'[billing]\nunpriced_models = "free"\n[metering]\n{metering}'
+    gateway = make_gateway(settings).start()
+    prices = [price(MODEL, input="5", output="30", max_output=ANSWER_TOKENS)]
+    gateway.api("POST", "/prices", {"prices": prices})
+    asks = {"off": OFF, "zipped off": OFF, "zipped": LEFT_OUT, "asks": ASKS, "zipped asks": ASKS}
+
+    async def answer(_: Received, reply: Reply) -> None:
+        await stream([b"data: [DONE]\n\n"])(_, reply)
+
+    upstream.script = answer
+    with gateway.client(gateway.new_key()) as client:
+        for how, body in asks.items():
+            for model in (MODEL, "free"):
+                content, headers = zipped({**body, "model": model})
+                if "zipped" not in how:
+                    content = gzip.decompress(content)
+                    del headers["content-encoding"]
+                answer_ = client.post("/chat/completions", content=content, headers=headers)
+                passes = model == "free" or "asks" in how or how in passing
+                assert answer_.status_code == (200 if passes else 400), (how, model)
+                if not passes:
+                    error = answer_.json()["error"]
+                    assert (error["code"], error["param"]) == ("invalid_request", "stream_options")
+                    assert '{"include_usage": true}' in error["message"]
+
+
+@pytest.mark.parametrize("value", ["1", '"true"', "[]", '{"a":1}'])
+def test_stream_is_true_or_false(account: Account, upstream: Upstream, value: str) -> None:
+    """Otherwise an upstream could stream where the gateway thinks that it does not."""
+    for name in ("stream", "stream_options"):
+        if name == "stream_options" and value == '{"a":1}':
+            continue
+        body = b'{"model":"%b","messages":[],"%b":%b}'
+        body %= MODEL.encode(), name.encode(), value.encode()
+        headers = {"content-type": "application/json"}
+        assert account.post("/chat/completions", body, headers=headers).status_code == 400
+    assert not upstream.requests
+
+
+LONG = b'"x":"%b", "y":[%b1],' % (b"x" * 300_000, b"[1, 2], " * 20_000)
+SPACE = b" " * 50_000
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (b"null", b'{"include_usage":true}'),
+        (b"{ }", b'{"include_usage":true }'),
+        (b'{"include_usage": null}', b'{"include_usage": true}'),
+        (b'{"a":{"include_usage":null},"include_usage":null}', None),
+        (b'{"include_\\u0075sage":null}', b'{"include_\\u0075sage":true}'),
+        (SPACE + b"null" + SPACE, SPACE + b'{"include_usage":true}' + SPACE),
+    ],
+)
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+@pytest.mark.parametrize("around", [(b"", b""), (LONG, b""), (b"", b"," + LONG[:-1])])
+def test_no_other_byte_is_changed(
+    options: bytes, changed: bytes | None, kind: type[bytes], around: tuple[bytes, bytes]
+) -> None:
+    if changed is None:
+        changed = b'{"a":{"include_usage":null},"include_usage":true}'
+    text = b' {%b"model":"m","z":{"stream_options":null},"stream":true, "stream_options" :%b%b}\n'
+    body = kind(text % (around[0], options, around[1]))
+    content = result_of(Content.steps(body, body))
+    assert content.add_include_usage()
+    assert content.sent == text % (around[0], changed, around[1])
+
+
+def test_options_that_are_too_long_are_refused() -> None:
+    for options in (b'{"a":"%b","include_usage":null}', b'{%b"include_usage":null}'):
+        filled = options.replace(b"%b", b" " * 5000)
+        body = b'{"model":"m","stream":true,"stream_options":%b}' % filled
+        with pytest.raises(Refusal) as refused:
+            result_of(Content.steps(body, body))
+        assert refused.value.param == "stream_options"
+
+
+# ── A property ───────────────────────────────────────────────────────────────────────────────────
+
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+PROPERTY_SECONDS = 8
+
+
+class Visitor:
+    """A client that asks for anything, and waits for each answer."""
+
+    def __init__(self, account: Account, websocket: ClientConnection, seed: int) -> None:
+        self.account = account
+        self.websocket = websocket
+        self.chance = random.Random(seed)
+        self.made: list[str] = []  # responses and messages
+        self.served = 0
+
+    def ask(self) -> None:
+        chance = self.chance
+        paths = ["/chat/completions", "/responses/compact", "/images/generations", "/images/edits"]
+        path = chance.choice([*paths, *["/responses"] * 4, "websocket", "websocket"])
+        body: dict[str, Any] = {"model": MODEL}
+        for name in chance.sample(LIMITS, chance.randint(0, 3)):
+            body[name] = chance.choice([None, 0, -1, 1, 50, 500, 5000, 10**9])
+        if chance.random() < 0.3:
+            body["max_tool_calls"] = chance.choice([None, 0, 1, 3, 20])
+        if path == "/images/edits":
+            self._edit()
+        elif path.startswith("/images"):
+            images = {"model": chance.choice([None, DEFAULT_IMAGE_MODEL]), "prompt": "x"}
+            self._post(path, {**body, **images, "n": chance.choice([None, 1, 2, 9])})
+        elif path == "/chat/completions":
+            body |= {"messages": [{"role": "user", "content": "x" * chance.choice([1, 4000])}]}
+            body |= {"stream": chance.random() < 0.5, "n": chance.choice([None, 1, 3])}
+            self._post(path, body)
+        else:
+            self._respond(path, body)
+
+    def _edit(self) -> None:
+        number = self.chance.choice(["1", "3", "9", "0010", "+10", "1_0", " 2"])
+        content, headers = form({"prompt": "x", "n": number, "max_tokens": "1"})
+        self.account.post("/images/edits", content, headers=headers)
+
+    def _post(self, path: str, body: dict[str, Any]) -> None:
+        answer = self.account.post(path, body)
+        assert answer.status_code in (200, 429), answer.text
+        if answer.status_code == 200:
+            self.served += 1
+            if path == "/responses":
+                self.made += set(re.findall(r'"id": "((?:resp|msg)_\d+)"', answer.text))
+            if body.get("background"):
+                fetched = self.account.client.get(f"/responses/{answer.json()['id']}")
+                assert fetched.json()["status"] == "completed"
+
+    def _respond(self, path: str, body: dict[str, Any]) -> None:
+        chance = self.chance
+        items: list[dict[str, Any]] = [{"role": "user", "content": "x" * chance.choice([1, 9000])}]
+        if self.made and chance.random() < 0.5:
+            named = chance.choice(self.made)
+            if named.startswith("resp"):
+                body["previous_response_id"] = named
+            else:
+                items += [{"type": "item_reference", "id": named}] * chance.choice([1, 2, 30])
+        tools = [chance.choice([SEARCH, DRAW])] if chance.random() < 0.4 else []
+        if tools and chance.random() < 0.3:
+            items.append({"type": "additional_tools", "tools": tools})
+            tools = []
+        body |= {"input": items, "tools": tools}
+        if path == "websocket":
+            self._create(body)
+        elif path == "/responses/compact":
+            self._post(path, {**body, "tools": []})
+        else:
+            kind = chance.choice(["stream", "background", "n"])
+            self._post(path, {**body, kind: True if kind != "n" else 1})
+
+    def _create(self, body: dict[str, Any]) -> None:
+        self.websocket.send(json.dumps({"type": "response.create", **body}))
+        while True:
+            answer = json.loads(self.websocket.recv(timeout=PATIENCE_SECONDS))
+            if answer["type"] in ("response.completed", "error"):
+                break
+        if answer["type"] == "response.completed":
+            self.served += 1
+            self.made.append(answer["response"]["id"])
+
+
+def test_no_requests_spend_more_than_there_is(account: Account, honest: Honest) -> None:
+    """Eight at a time, with any members, at any endpoint, however they come."""
+    honest.seconds = 0.02
+    url = f"ws://127.0.0.1:{account.gateway.port}/v1/responses"
+    headers = {"authorization": f"Bearer {account.key}"}
+    ends = time.monotonic() + PROPERTY_SECONDS
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(PARALLEL) as pool:
+        visitors = [
+            Visitor(
+                account,
+                stack.enter_context(connect(url, additional_headers=headers, proxy=None)),
+                seed,
+            )
+            for seed in range(PARALLEL)
+        ]
+        while time.monotonic() < ends:
+            account.fill()
+            list(pool.map(Visitor.ask, visitors))
+            assert account.balance() >= 0, account.gateway.rows(limit=PARALLEL)
+    assert all(visitor.served for visitor in visitors)
