@@ -35,6 +35,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 import msgspec
 from msgspec import Struct
 
+from redbtc_estimates import text_tokens
 from redbtc_ledger import MAX_MODELS, TOOLS, Home
 from redbtc_meter import MAX_NAME, OWN_WORDS
 from redbtc_pieces import (
@@ -179,6 +180,7 @@ FORM_NAME = re.compile(
 ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
 UNENCODED = (b"binary", b"8bit", b"7bit")
 MAX_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
+PICTURE_TOKENS = 1500  # what most models make of a large one; only for estimates
 
 
 class Form:
@@ -190,6 +192,7 @@ class Form:
         self.fields: dict[bytes, bytes] = {}
         self._parts = 0
         self._tokens = 0
+        self.files = self.file_bytes = 0
         self._delimiter = b"--" + boundary
         self._part = -1  # where the part begins that is not yet whole
         self._searched = 0
@@ -229,6 +232,8 @@ class Form:
         field = not {b"filename", b"filename*"} & parameters.keys()
         if not field and not parameters.get(b"filename"):
             self._check_doubtful(name, bytes(body[head_end + 4 : min(end, head_end + 64)]))
+        if not field:
+            self.files, self.file_bytes = self.files + 1, self.file_bytes + size
         single = name.lower() in SINGLE_FIELDS
         proper = field and name.lower() not in self.names and name.islower()
         self.names.add(name.lower())
@@ -642,6 +647,7 @@ class Content:
         self.inherited_tokens = 0  # of what it builds on
         self.inherits_unknown = False  # it builds on something of which the tokens are not known
         self.most_input_tokens = self.size
+        self.pictures = self.picture_bytes = 0  # that it brings along, as far as they were counted
         self._options_at: int | None = None  # where the text leaves `include_usage` out
         self._inherited: dict[str, bool] = {}
         self._inherits_minted = True
@@ -673,6 +679,7 @@ class Content:
         named = yield from form.references()
         self.references, self.excess = named.found, named.excess(self.size)
         self.most_input_tokens = form.most_tokens(text)
+        self.pictures, self.picture_bytes = form.files, form.file_bytes
         author = form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
         self._further = {author: False} if author else {}
 
@@ -699,6 +706,7 @@ class Content:
         self.tools, self.lasting_tools = reading.kinds, reading.lasting_kinds
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
+            self.pictures, self.picture_bytes = reading.pictures, reading.picture_bytes
             self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
         if isinstance(options, StreamOptions):
@@ -716,6 +724,13 @@ class Content:
         if self.facts.model is None and needed:
             raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
         self.model = self.facts.model or ("" if needed else DEFAULT_IMAGE_MODEL)
+
+    @property
+    def input_estimate(self) -> int:
+        """About how many tokens it comes to, with what it builds on: by its size, but for
+        pictures, whose tokens don't depend on their bytes."""
+        text = text_tokens(self.size - self.picture_bytes)
+        return text + PICTURE_TOKENS * self.pictures + self.inherited_tokens
 
     def inherit(self, reference: Reference, mentions: int, home: Home) -> None:
         """Note an object that this request builds on, and how often it names it."""

@@ -780,6 +780,9 @@ def statement(context: Context, account: str, month: str, as_csv: bool, as_json:
         show(found, as_json, lambda: statement_text(found))
 
 
+CORRECTION_AMOUNTS = ("before", "after", "difference")
+
+
 def statement_text(found: dict[str, Any]) -> str:
     totals, currency = found["totals"], found["currency"]
     lately = [f"{month} {exact(paid, currency)}" for month, paid in found["paid_by_month"].items()]
@@ -800,6 +803,11 @@ def statement_text(found: dict[str, Any]) -> str:
     parts = [f"{found['account']}, {found['month']}, {state}, in {currency}"]
     parts.append(details(summary))
     parts += [table(used, ["day", "model", *SUM_COLUMNS])] if used else []
+    right = [
+        {**row, **{name: exact(row[name], currency) for name in CORRECTION_AMOUNTS}}
+        for row in found["corrections"]
+    ]
+    parts += [table(right, ["request_id", "day", *CORRECTION_AMOUNTS])] if right else []
     parts += [table(paid, ["created_at", "amount", "reference", "reason"])] if paid else []
     return "\n\n".join(parts)
 

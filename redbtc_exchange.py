@@ -18,16 +18,25 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx2
+import msgspec
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold, Spent, Tariff
 from redbtc_body import Content
 from redbtc_decoding import DecodedMeter
+from redbtc_estimates import (
+    Estimate,
+    Most,
+    Progress,
+    Seen,
+    estimate,
+    is_complete,
+)
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
 from redbtc_limits import Admission, Clock, rate_limit_headers
 from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
 from redbtc_refusals import ClientLeft, Refusal, header
-from redbtc_settings import LedgerUnavailable, now_ms
+from redbtc_settings import MOST_TOKENS, LedgerUnavailable, Settings, now_ms
 from redbtc_upstreams import Upstream
 from redbtc_watch import Scope
 
@@ -35,8 +44,8 @@ if TYPE_CHECKING:
     from redbtc_proxy import Gateway
 
 
+USUAL_PICTURES = 4  # that a response has drawn by the image tool, if it does not say how many
 NO_RETRY = (b"x-should-retry", b"false")
-BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb; only for estimates
 UNFINISHED = ("queued", "in_progress")
 
 
@@ -77,6 +86,12 @@ def check_background(value: bool | str) -> None:
     if isinstance(value, str):
         message = "'background' must be true or false."
         raise Refusal("invalid_request", message, param="background")
+
+
+def most_usual(settings: Settings, input_tokens: int) -> Most:
+    """Return the most that a request can use of which nothing but its input is known."""
+    usual, calls = settings.billing.hold_output_tokens, settings.billing.hold_tool_calls
+    return Most(input_tokens, usual, usual, calls, min(USUAL_PICTURES, calls))
 
 
 def unmetered() -> Refusal:
@@ -177,6 +192,8 @@ class Metered(Exchange):
     _content: Content
     _money: Hold
     _row: Row
+    _left_at = math.inf  # when it left for the upstream, by the monotonic clock
+    _further_input = 0  # tokens that it may read beside its body and what that builds on
     _background: Background | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
     _answers = 1  # that it asks for
@@ -186,7 +203,7 @@ class Metered(Exchange):
     async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
         """Charge the request's tokens and take its places. Raises Refusal, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
-        self._input_estimate = math.ceil(content.size / BYTES_A_TOKEN) + content.inherited_tokens
+        self._input_estimate = content.input_estimate
         self._answers = self._facts.number() if self.endpoint.has_number else 1
         self.answers = self._answers if self.endpoint.images else 1
         self._unweighed: dict[str, bool] = {}  # what it has made without known tokens
@@ -283,15 +300,21 @@ class Metered(Exchange):
         if self._unmetered:
             raise unmetered()
         tier = content.facts.service_tier
-        into = content.most_input_tokens + content.inherited_tokens + further_input
-        if content.inherits_unknown:
-            into += self.settings.billing.hold_output_tokens
+        into = self._most_input(content, further_input)
         output = self._most_output(tariff) * self._answers
         most = tariff.most(into, output, tier, self.endpoint.images)
         further = self._most_further(content, into)
         if self.endpoint.images:
             return most + self._answers * further
-        return most + self._most_calls() * max(tariff.dearest_call(content.tools, tier), further)
+        call = tariff.dearest_call(content.tools, tier)
+        pictures = self._most_pictures() * max(0, further - call)
+        return most + self._most_calls() * call + pictures
+
+    def _most_input(self, content: Content, further_input: int) -> int:
+        """Return how many tokens it can read at most."""
+        into = content.most_input_tokens + content.inherited_tokens + further_input
+        unknown = self.settings.billing.hold_output_tokens if content.inherits_unknown else 0
+        return into + unknown
 
     def _most_output(self, tariff: Tariff | None) -> int:
         """Return how many tokens one answer can have at most."""
@@ -304,8 +327,18 @@ class Metered(Exchange):
 
     def _most_calls(self) -> int:
         """Return how many calls of the upstream's tools there can be at most."""
+        return self._call_limit or self.settings.billing.hold_tool_calls
+
+    def _most_pictures(self) -> int:
+        """Return how many of these can be the image tool's. Unless the request says how many, it
+        is taken to draw only a few: each costs as much as many other calls."""
+        return self._call_limit or min(USUAL_PICTURES, self.settings.billing.hold_tool_calls)
+
+    @property
+    def _call_limit(self) -> int:
+        """That of the request; 0 where it has none."""
         limit = self._facts.max_tool_calls if self.endpoint.runs_tools else None
-        return limit if limit and limit > 0 else self.settings.billing.hold_tool_calls
+        return max(0, limit or 0)
 
     def _most_further(self, content: Content, into: int) -> int:
         """Return the nanos that the further models can cost at most, each working once: for a call
@@ -315,6 +348,26 @@ class Metered(Exchange):
             if tariff := self.gateway.books.tariff(model):
                 most += tariff.most(into, tariff.max_output_tokens or usual, None, images)
         return most
+
+    def _most(self) -> Most:
+        """Return the most that it was held to use, or would have been if anything limited it."""
+        into = self._most_input(self._content, self._further_input)
+        output = self._most_output(self._money.tariff) * self._answers
+        calls, pictures = self._most_calls(), self._most_pictures()
+        return Most(into, output, self._most_drawn(), calls, pictures)
+
+    def _most_drawn(self) -> int:
+        """Return the most output tokens of the image tool's model in one call. A model without a
+        price is not held for where the one that was asked for has one."""
+        content, money = self._content, self._money
+        drawing = [model for model, images in content.further_models().items() if images]
+        if not drawing:
+            return 0
+        tariff = self.gateway.books.prices.tariff(drawing[0], money.at)
+        if tariff is None and money.tariff:
+            return 0
+        of_model = tariff.max_output_tokens if tariff else None
+        return of_model or self.settings.billing.hold_output_tokens
 
     async def _begin(self) -> None:
         try:
@@ -332,6 +385,7 @@ class Metered(Exchange):
 
     def to(self, upstream: Upstream) -> None:
         self._row.upstream = upstream.name
+        self._left_at = time.monotonic()
 
     def note(self) -> None:
         """Make an object that the upstream made the account's at the first event that names it. An
@@ -362,14 +416,6 @@ class Metered(Exchange):
         self.gateway.objects.own_each(stored, self._row.account_id)
         return homes
 
-    def _weigh(self) -> None:
-        """Note the tokens of what was made before they were known."""
-        text_bytes = self.meter.report.text_bytes
-        known = self._row.usage_source != "none"
-        usage = self._row.usage if known else estimated(self._input_estimate, text_bytes)
-        self._learn(self._unweighed, usage)
-        self._unweighed = {}
-
     @property
     def home(self) -> Home:
         """Where the objects that it makes are stored. With an idempotency key, `minted_input` is
@@ -397,7 +443,8 @@ class Metered(Exchange):
         if not self._repeats:
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()
-            unfinished = Unfinished(at, held, self._input_estimate, model, 0)
+            most = msgspec.json.encode(self._most()).decode()
+            unfinished = Unfinished(at, held, self._input_estimate, model, most=most)
             self._background, self.unwritten = self.gateway.unended.keep(
                 self._row, self._money, unfinished, self._content.chosen_ids
             )
@@ -425,29 +472,51 @@ class Metered(Exchange):
                 self.gateway.watch.answered(self.scope, row.status or 0, "pending")
         else:
             self._fill(report)
-            estimate = self._estimate(outcome)
             if self._repeats:
-                report.usage = estimate = None
-            account_for(row, report, outcome, estimate)
-            bill(row, report, self._money, self._content.image_model())
+                report.usage, report.parts = None, []
+            if outcome == "client_disconnected" and self.gateway.stopping:
+                outcome = "interrupted"
+            guess = await self._estimate(outcome)
+            image_model = self._content.image_model()
+            bill(row, account_for(row, report, outcome, guess), self._money, image_model)
             if self._unweighed:
-                self._weigh()
-            await ledger.settle(self.gateway.store, row)
+                self._learn(self._unweighed, row.usage)
+                self._unweighed = {}
+            at = self._money.at if self.endpoint.stores else None
+            await ledger.settle(self.gateway.store, row, at, image_model)
             self.gateway.watch.settled(self.scope, row)
         if row.usage_source != "none" or row.outcome == "upstream_error":
             self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
 
-    def _estimate(self, outcome: Outcome) -> Usage | None:
-        """Of what nobody will report."""
-        estimates = self._unmetered and self.settings.metering.include_usage == "add"
-        if outcome == "client_disconnected" or (outcome == "completed" and estimates):
-            return estimated(self._input_estimate, self.meter.report.text_bytes)
-        return None
+    async def _estimate(self, outcome: Outcome) -> Estimate | None:
+        """Return an estimate, None where the usage is known or nothing was used."""
+        report, images = self.meter.report, self.endpoint.images
+        partly = images and report.usage is not None and not self.meter.ended
+        if (is_complete(report) and not partly) or not self._was_used(outcome):
+            return None
+        worked = max(0.0, time.monotonic() - self._left_at)  # before the speed is read
+        speed = await self.gateway.speeds.of(self._row.model or self._row.requested_model)
+        return estimate(
+            report,
+            Seen.of(report),
+            written=math.ceil(worked * speed * self._answers),
+            read=self._input_estimate,
+            most=self._most(),
+            images=images,
+            partly=partly,
+        )
 
-
-def estimated(input_tokens: int, text_bytes: int) -> Usage:
-    """Usage by what has passed."""
-    return Usage(input_tokens=input_tokens, output_tokens=math.ceil(text_bytes / BYTES_A_TOKEN))
+    def _was_used(self, outcome: Outcome) -> bool:
+        """Return whether a model has worked for it, as far as can be told: bytes of an answer
+        passed, or its client left while it was asked. An error before any output is no use, nor is
+        an answer that another request has made."""
+        if self.endpoint.free or self._repeats:
+            return False
+        if outcome == "upstream_error" or (self.status or 0) >= 400:
+            return bool(Seen.of(self.meter.report))
+        if outcome == "completed" and self._unmetered and not self._money.tariff:
+            return self.settings.metering.include_usage == "add"
+        return self.first_byte_ms is not None or outcome in ("client_disconnected", "interrupted")
 
 
 def homes_of(
@@ -465,25 +534,33 @@ def homes_of(
     return {each: words if each in report.words else whole for each in ids}
 
 
-def account_for(row: Row, report: Report, outcome: Outcome, estimate: Usage | None) -> None:
-    """How the request ended and what it used: what the upstream says, else the estimate."""
+def account_for(
+    row: Row, report: Report, outcome: Outcome, guess: Estimate | None = None
+) -> list[Part]:
+    """Fill in how the request ended and what it used: what the upstream says, else the estimate.
+    Return the parts to bill."""
     row.outcome = outcome
+    if guess:
+        row.usage, row.usage_source = guess.usage, "estimated"
+        return guess.parts
     if report.usage:
         row.usage, row.usage_source = report.usage, "upstream"
-    elif estimate:
-        row.usage, row.usage_source = estimate, "estimated"
+    return report.parts
 
 
-def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
+def bill(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
     """What it cost, by the prices of its admission and the tier that the response reports; not
     known where no usage is."""
     if row.usage_source != "none":
-        parts = [
-            part._replace(model=image_model) if part.model == IMAGE_TOOL else part
-            for part in report.parts or [Part(None, row.usage, False)]
-        ]
-        row.price_id, row.cost = money.cost(parts, row.service_tier)
+        row.price_id, row.cost = money.cost(of_models(parts, image_model), row.service_tier)
     row.month = money.settle(row.cost or 0)
+
+
+def of_models(parts: list[Part], image_model: str) -> list[Part]:
+    """Return the parts with the name of the image tool's model, which no answer tells."""
+    return [
+        part._replace(model=image_model) if part.model == IMAGE_TOOL else part for part in parts
+    ]
 
 
 # ── Background ───────────────────────────────────────────────────────────────────────────────────
@@ -497,8 +574,7 @@ MOST_ASKING = 16
 ROOM_SECONDS = 5  # retry-after for a client that has too many unfinished responses
 UNKNOWN = (400, 404, 410)  # how an upstream says that there is no such response
 MOST_UNKNOWN = 3  # in a row: it may not know at once what it has just made
-MOST_FAILURES = 10  # in a row, once the response is older than any can be
-MOST_AGE_SECONDS = 48 * 3600  # OpenAI's longest completion window is 8 hours
+MOST_AGE_SECONDS = 48 * 3600  # then it is given up; OpenAI's longest completion window is 8 hours
 
 
 class Background:
@@ -510,6 +586,13 @@ class Background:
         """`chosen` are the ids that the client gave to items of its input; None if only an earlier
         process knew them. Their hashes are kept: thousands of ids would take much memory for as
         long as the response runs."""
+        created = row.started_at + (row.duration_ms or 0)
+        self._progress = (
+            msgspec.json.decode(unfinished.seen, type=Progress)
+            if unfinished.seen
+            else Progress(Seen(unfinished.text_bytes), created, created)
+        )
+        self._kept = self._progress.seen, self._progress.works  # what the ledger has
         self.row = row
         self.unfinished = unfinished
         self.chosen = None if chosen is None else {hash(each) for each in chosen}
@@ -517,40 +600,62 @@ class Background:
         self.alone = False  # the request that made it is over
         self.cancelled = False  # its key turned out to be somebody else's
         self._money = money
-        self._passed = unfinished.text_bytes
         self._read: set[Report] = set()
-
-    @property
-    def text_bytes(self) -> int:
-        """Of its output, the most that anybody has been sent."""
-        return max(self._passed, *(report.text_bytes for report in self._read), 0)
-
-    @property
-    def estimate(self) -> Usage:
-        """Return its usage by what has passed."""
-        return estimated(self.unfinished.input_estimate, self.text_bytes)
 
     def read(self, report: Report) -> None:
         """Somebody is being sent what this meters."""
         self._read.add(report)
 
     def left(self, report: Report) -> None:
-        """He has all that he gets."""
+        """A reader has all that it gets."""
         self._read.discard(report)
-        self._passed = max(self._passed, report.text_bytes)
+        self._progress.seen = self._progress.seen.or_more(Seen.of(report))
 
-    def finish(self, report: Report, outcome: Outcome) -> None:
-        """Fill in the row: it has ended."""
-        row = self.row
+    def note(self, status: str | None) -> None:
+        """Note that it was looked at and has not ended; a status of None says nothing."""
+        self._progress.note(status, now_ms())
+
+    def news(self) -> str | None:
+        """Return what is known of it as JSON, None if the ledger has as much."""
+        known = self._progress.seen, self._progress.works
+        if known == self._kept:
+            return None
+        self._kept = known
+        return msgspec.json.encode(self._progress).decode()
+
+    def finish(self, report: Report, outcome: Outcome, speed: float, most: Most) -> None:
+        """Fill in the row: it has ended. `speed` is in output tokens a second."""
+        row, progress = self.row, self._progress
         row.duration_ms = now_ms() - row.started_at
         row.model, row.service_tier = report.model or row.model, report.service_tier
-        cancelled = report.status == "cancelled"
-        account_for(row, report, outcome, self.estimate if cancelled else None)
-        bill(row, report, self._money, self.unfinished.image_model)
+        for each in (report, *self._read):
+            progress.seen = progress.seen.or_more(Seen.of(each))
+        guess = None
+        if not is_complete(report) and (outcome != "upstream_error" or progress.seen):
+            if report.status is not None:  # it worked until it ended
+                progress.until = now_ms()
+            guess = estimate(
+                report,
+                progress.seen,
+                written=math.ceil(progress.worked_seconds * speed),
+                read=self.unfinished.input_estimate,
+                most=most,
+                images=False,
+                partly=False,
+            )
+        parts = account_for(row, report, outcome, guess)
+        bill(row, parts, self._money, self.unfinished.image_model)
 
     @property
-    def outdated(self) -> bool:
-        return now_ms() - self.row.started_at > MOST_AGE_SECONDS * 1000
+    def most(self) -> Most | None:
+        """The most that it was held to use; None where an earlier version did not keep it."""
+        most = self.unfinished.most
+        return msgspec.json.decode(most, type=Most) if most else None
+
+    @property
+    def seconds_left(self) -> float:
+        """For how long it may still go on, if it does not end."""
+        return MOST_AGE_SECONDS - (now_ms() - self.row.started_at) / 1000
 
 
 class Unended:
@@ -593,7 +698,8 @@ class Unended:
         await self._see(response, report)
         if response.settling:
             return True
-        await ledger.note_output(self._gateway.store, response.row, response.text_bytes)
+        response.note(report.status)
+        await self._keep_news(response)
         self._start(self._ask_until_ended(response))
         return False
 
@@ -603,12 +709,24 @@ class Unended:
             response.read(report)
 
     async def look(self, response_id: str, report: Report, shown: bool) -> None:
-        """He has all that he gets. If he has been shown that it has ended, this is done when that
-        is written down."""
+        """A reader has all that it gets. If it has been shown that the response has ended, this is
+        done when that is written down. What events say of its status may be old: they are shown
+        from the response's beginning."""
         if response := self._responses.get(response_id):
             response.left(report)
             if shown:
                 await self._see(response, report)
+            if report.status == "in_progress" or (
+                report.status == "queued" and not report.in_events
+            ):
+                response.note(report.status)
+            await self._keep_news(response)
+
+    async def _keep_news(self, response: Background) -> None:
+        """Write what was seen of it, if that is more than the ledger has."""
+        news = response.news()
+        if news and not response.settling:
+            await ledger.note_progress(self._gateway.store, response.row, news)
 
     def enter(self, account_id: str, most: int) -> None:
         """Count one more unfinished background response of the account, before the upstream is
@@ -679,9 +797,11 @@ class Unended:
 
     async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
-        response.finish(report, outcome)
+        speed = await gateway.speeds.of(report.model or row.model or row.requested_model)
+        most = response.most or most_usual(gateway.settings, MOST_TOKENS)
+        response.finish(report, outcome, speed, most)
         self._learn(response, report)
-        await ledger.end_background(gateway.store, row)
+        await ledger.end_background(gateway.store, row, response.unfinished)
         self._remove(response)
         gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
 
@@ -698,19 +818,18 @@ class Unended:
             if not (home and home.minted_input):
                 made = [response_id] if home else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        usage = row.usage if row.usage_source != "none" else response.estimate
-        homes = homes_of(made, report, Home(row.upstream), usage)
+        homes = homes_of(made, report, Home(row.upstream), row.usage)
         objects.own_each(homes, row.account_id)
 
     async def _ask_until_ended(self, response: Background) -> None:
-        pause, unknown, failures = FIRST_PAUSE, 0, 0
+        pause, unknown = FIRST_PAUSE, 0
         while not response.settling:
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            wait = min(pause * random.uniform(0.8, 1.2), max(0.0, response.seconds_left))
+            await asyncio.sleep(wait)
             pause = min(MOST_PAUSE, pause * PAUSE_GROWTH)
             status = await self._look_after(response)
             unknown = unknown + 1 if status in UNKNOWN else 0
-            failures = failures + 1 if status != 200 else 0
-            if unknown >= MOST_UNKNOWN or (failures >= MOST_FAILURES and response.outdated):
+            if unknown >= MOST_UNKNOWN or response.seconds_left <= 0:
                 self._settle(response, Report(False), "upstream_failed")
 
     async def _look_after(self, response: Background) -> int:
@@ -734,6 +853,9 @@ class Unended:
         except (httpx2.HTTPError, TimeoutError):
             return 0
         meter.finish()
+        response.left(meter.report)
         if status == 200:
             await self._see(response, meter.report)
+            response.note(meter.report.status)
+            await self._keep_news(response)
         return status

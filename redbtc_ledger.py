@@ -817,6 +817,9 @@ RECORD = f"""
     INSERT INTO requests ({", ".join(COLUMNS)}) VALUES {PLACES}
         ON CONFLICT (request_id) DO UPDATE SET upstream = excluded.upstream, {", ".join(SETTLED)}
         WHERE outcome = 'pending'"""
+KEEP_ESTIMATE = """
+    INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model)
+    VALUES (?, ?, ?, ?)"""
 MOST_ROWS = 32  # of one statement
 
 
@@ -836,9 +839,17 @@ async def begin(store: Store, row: Row) -> None:
     await store.record(RECORD, _values(row), insist=False)
 
 
-async def settle(store: Store, row: Row) -> None:
-    """Commit the row as it ended, however long that takes."""
-    await store.record(RECORD, _values(row), insist=True)
+async def settle(
+    store: Store, row: Row, admitted_at: int | None = None, image_model: str = ""
+) -> None:
+    """Commit the row as it ended, however long that takes. `admitted_at`, by the ledger's time, is
+    given where the response may be seen later: if the row is estimated, it can be corrected then,
+    at the prices of that time."""
+    written = store.record(RECORD, _values(row), insist=True)
+    if admitted_at is not None and row.usage_source == "estimated" and row.response_id:
+        values = (row.response_id, row.request_id, admitted_at, image_model)
+        written = store.record(KEEP_ESTIMATE, values, insist=True)
+    await written
 
 
 async def forget(store: Store, row: Row) -> None:
@@ -1039,16 +1050,35 @@ class Objects:
 
 KEEP_PENDING = """
     INSERT OR IGNORE INTO background
-           (request_id, admitted_at, held, input_estimate, image_model, text_bytes)
-    VALUES (?, ?, ?, ?, ?, ?)"""
-NOTE_OUTPUT = "UPDATE background SET text_bytes = ? WHERE request_id = ?"
+           (request_id, admitted_at, held, input_estimate, image_model, text_bytes, seen, most)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+NOTE_PROGRESS = "UPDATE background SET seen = ? WHERE request_id = ?"
 ENDED = "DELETE FROM background WHERE request_id = ?"
 BACKGROUND = f"""
     SELECT {", ".join(f"requests.{name}" for name in COLUMNS)},
-           admitted_at, held, input_estimate, image_model, text_bytes
+           admitted_at, held, input_estimate, image_model, text_bytes, seen, most
       FROM background JOIN requests USING (request_id)
      WHERE requests.outcome = 'pending' AND requests.response_id IS NOT NULL"""
 KEY_OF = FULL_KEY + " WHERE keys.id = ?1"
+ESTIMATED = """
+    SELECT request_id, key_id, requested_model, ifnull(cost, 0), file_searches, containers,
+           admitted_at, image_model
+      FROM estimates JOIN requests USING (request_id)
+     WHERE estimates.response_id = ? AND account_id = ?"""
+CORRECTED = (
+    "request_id",
+    "account_id",
+    "month",
+    "created_at",
+    "service_tier",
+    "price_id",
+    "cost",
+    *Usage.__struct_fields__,
+)
+CORRECT = f"""
+    INSERT INTO corrections ({", ".join(CORRECTED)})
+    SELECT {", ".join(f"?{place}" for place in range(1, len(CORRECTED) + 1))}
+     WHERE EXISTS (SELECT 1 FROM estimates WHERE request_id = ?1)"""
 IS_COMPROMISED = "SELECT 1 FROM keys WHERE id = ? AND compromised"
 
 
@@ -1064,7 +1094,9 @@ class Unfinished(NamedTuple):
     held: int
     input_estimate: int
     image_model: str
-    text_bytes: int
+    text_bytes: int = 0
+    seen: str | None = None
+    most: str | None = None
 
 
 def keep_pending(store: Store, row: Row, unfinished: Unfinished) -> asyncio.Future[None]:
@@ -1074,15 +1106,17 @@ def keep_pending(store: Store, row: Row, unfinished: Unfinished) -> asyncio.Futu
     return store.record(KEEP_PENDING, (row.request_id, *unfinished), insist=True)
 
 
-async def note_output(store: Store, row: Row, text_bytes: int) -> None:
-    """So much of its output has been passed on; committed with all that came before."""
-    await store.record(NOTE_OUTPUT, (text_bytes, row.request_id), insist=True)
+def note_progress(store: Store, row: Row, seen: str) -> asyncio.Future[None]:
+    """Keep what was seen of a background response, as JSON. Return a future that is done when this
+    is on disk, with all that came before."""
+    return store.record(NOTE_PROGRESS, (seen, row.request_id), insist=True)
 
 
-async def end_background(store: Store, row: Row) -> None:
+async def end_background(store: Store, row: Row, unfinished: Unfinished) -> None:
     """Commit the row as its background response ended."""
-    store.record(RECORD, _values(row), insist=True)
-    await store.record(ENDED, (row.request_id,), insist=True)
+    ended = store.record(ENDED, (row.request_id,), insist=True)
+    await settle(store, row, unfinished.admitted_at, unfinished.image_model)
+    await ended
 
 
 async def unfinished_rows(store: Store) -> list[tuple[Row, Key, Unfinished]]:
@@ -1092,9 +1126,38 @@ async def unfinished_rows(store: Store) -> list[tuple[Row, Key, Unfinished]]:
         usage = len(COLUMNS) - len(Usage.__struct_fields__)
         row = Row(*each[:usage])
         row.usage = Usage(*each[usage : len(COLUMNS)])
-        key = Key(*(store.look_up(KEY_OF, (row.key_id, now_ms())) or ()))
-        found.append((row, key, Unfinished(*each[len(COLUMNS) :])))
+        found.append((row, key_of(store, row.key_id), Unfinished(*each[len(COLUMNS) :])))
     return found
+
+
+def key_of(store: Store, key_id: str) -> Key:
+    """The key with that id, in force or not. Raises LedgerUnavailable."""
+    return Key(*(store.look_up(KEY_OF, (key_id, now_ms())) or ()))
+
+
+class Estimated(NamedTuple):
+    """An estimated request whose response may be seen with its usage; its cost in nanos."""
+
+    request_id: str
+    key_id: str
+    requested_model: str
+    cost: int
+    file_searches: int | None
+    containers: int | None
+    admitted_at: int
+    image_model: str
+
+
+def estimated_of(store: Store, response_id: str, account_id: str) -> Estimated | None:
+    """The account's estimated request that a response is of, if it was not corrected yet. Raises
+    LedgerUnavailable."""
+    found = store.look_up(ESTIMATED, (response_id, account_id))
+    return Estimated(*found) if found else None
+
+
+async def correct(store: Store, values: Sequence[Any], usage: Usage) -> None:
+    """Commit a correction, once: `values` are those of CORRECTED before the usage."""
+    await store.record(CORRECT, (*values, *msgspec.structs.astuple(usage)), insist=True)
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────
@@ -1109,7 +1172,12 @@ CHECKS = {
             UNION ALL
             SELECT account_id, ifnull(month, strftime('%Y-%m', started_at / 1000, 'unixepoch')), -1,
                    ifnull(-(cost / 1000000000), 0), ifnull(-(cost % 1000000000), 0)
-              FROM requests WHERE outcome <> 'pending')
+              FROM requests WHERE outcome <> 'pending'
+            UNION ALL
+            SELECT corrections.account_id, corrections.month, 0,
+                   (ifnull(requests.cost, 0) - ifnull(corrections.cost, 0)) / 1000000000,
+                   (ifnull(requests.cost, 0) - ifnull(corrections.cost, 0)) % 1000000000
+              FROM corrections JOIN requests USING (request_id))
          GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
 }
 

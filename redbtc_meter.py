@@ -532,6 +532,7 @@ class Report:
         self.words: set[str] = set()  # of these, items that hold nothing but output
         self.listed: dict[str, bool] = {}  # ids of listed input, and whether the upstream made them
         self.failed = False  # it says itself that it failed
+        self.in_events = False  # the Response object came within an event
         self.passed = Passed()
         self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
         self._file_searches: set[Any] = set()  # ids
@@ -566,7 +567,9 @@ class Report:
     def note(self, answer: Answer, torn: bool = False) -> None:
         """Take in an answer's or an event's JSON: the last that is said counts. Of one that was cut
         off (`torn`) it is not known how it goes on, so its status is not believed."""
-        said = (answer.inner if answer.response else None) or answer
+        inner = answer.inner if answer.response else None
+        said = inner or answer
+        self.in_events = self.in_events or inner is not None
         self.response_id = name_in(said.id) or self.response_id
         self.model = name_in(said.model) or self.model
         self.service_tier = name_in(said.service_tier) or self.service_tier

@@ -63,8 +63,10 @@ from redbtc_body import (
     media_of,
     most_decoded,
 )
+from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import codings_of
+from redbtc_estimates import Speeds
 from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
@@ -614,6 +616,8 @@ class Visit(Exchange):
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
         shown = status == 200 and report.response_id in (None, self._response_id)
         await gateway.unended.look(self._response_id, report, shown)
+        if shown:
+            await gateway.corrections.look(self._response_id, self.key.account_id, report)
         if status == 200:
             self._learn_listed()
         if self.scope["method"] == "DELETE" and status < 300:
@@ -773,8 +777,10 @@ class Gateway:
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.objects = Objects(books.store)
         self.unended = Unended(self)
+        self.speeds = Speeds(books.store)
+        self.corrections = Corrections(books, self.objects)
         self.sessions: Counter[str] = Counter()  # by account
-        self.draining = False
+        self.draining = self.stopping = False
         self.in_flight = 0
         self.api = admin.API(books, self, settings.dashboard_url)
         self._admin = self.in_time(admin.served(self.api, dashboard.actor_of(self.api)))
@@ -935,6 +941,12 @@ class Gateway:
         for cut in running:
             cut()
         return len(running) + in_background
+
+    def stop(self) -> None:
+        """End all that is in flight: the process is about to. What it used is estimated."""
+        self.stopping = True
+        for cut in [cut for running in self._cutting.values() for cut in running]:
+            cut()
 
     def limits_of_key(self, key: Key) -> dict[str, Any]:
         """The limits in force for a key and its account, and what is left of them."""
@@ -1276,6 +1288,9 @@ def build(gateway: Gateway) -> CORS:
 # ── Serve ────────────────────────────────────────────────────────────────────────────────────────
 
 
+STOPPING_SECONDS = 10  # for the rows of what is cut off when the process ends
+
+
 class Running:
     """The gateway as a process: its servers, its signals, its end."""
 
@@ -1332,6 +1347,11 @@ class Running:
         while self._busy and time.monotonic() < patience:
             await asyncio.sleep(0.05)
         say(logging.INFO, "stopping", in_flight=gateway.in_flight)
+        if gateway.in_flight:
+            gateway.stop()
+        patience = time.monotonic() + STOPPING_SECONDS
+        while gateway.in_flight and time.monotonic() < patience:
+            await asyncio.sleep(0.05)
         for server in self._servers:
             server.should_exit = True
 

@@ -47,20 +47,35 @@ OF_KEY_AND_MODEL = """
 IN_RANGE = "started_at >= {since} AND started_at < {until}" + OF_KEY_AND_MODEL.format(
     model="ifnull(model, requested_model)"
 )
+
+
+def corrected(name: str) -> str:
+    """SQL of what a request's correction says in a column, else its row."""
+    return f"iif(corrections.request_id IS NULL, requests.{name}, corrections.{name})"
+
+
+WITH_CORRECTIONS = "LEFT JOIN corrections ON corrections.request_id = requests.request_id"
+# A closed month's statement never changes: there a request that is corrected later stays estimated.
+STILL_ESTIMATED = """
+    usage_source = 'estimated' AND ifnull(corrections.month, '') <> requests.month"""
 OF_REQUESTS = f"""
-    SELECT account_id, key_id, ifnull(model, requested_model) AS model,
-           started_at / 86400000 AS day, 1 AS requests, usage_source = 'estimated' AS estimated,
-           usage_source = 'none' AND outcome <> 'pending' AS unreported, {", ".join(TOKENS)},
-           ifnull(cost / 1000000000, 0) AS cost_units, ifnull(cost % 1000000000, 0) AS cost_nanos
+    SELECT requests.account_id, key_id, ifnull(model, requested_model) AS model,
+           started_at / 86400000 AS day, 1 AS requests, {STILL_ESTIMATED} AS estimated,
+           usage_source = 'none' AND outcome <> 'pending' AS unreported,
+           {", ".join(f"{corrected(name)} AS {name}" for name in TOKENS)},
+           ifnull({corrected("cost")} / 1000000000, 0) AS cost_units,
+           ifnull({corrected("cost")} % 1000000000, 0) AS cost_nanos
       FROM requests"""
+OF_SETTLED = f"{OF_REQUESTS} {WITH_CORRECTIONS}"
+OF_PENDING = f"{OF_REQUESTS} INDEXED BY requests_in_flight {WITH_CORRECTIONS}"
 FIGURES = f"""
-    {OF_REQUESTS} WHERE {{account}} outcome <> 'pending'
+    {OF_SETTLED} WHERE {{of_request}} outcome <> 'pending'
        AND {IN_RANGE.format(since=":since", until=":days_since")}
     UNION ALL
-    {OF_REQUESTS} WHERE {{account}} outcome <> 'pending'
+    {OF_SETTLED} WHERE {{of_request}} outcome <> 'pending'
        AND {IN_RANGE.format(since=":days_until", until=":until")}
     UNION ALL
-    {OF_REQUESTS} INDEXED BY requests_in_flight WHERE {{account}} outcome = 'pending'
+    {OF_PENDING} WHERE {{of_request}} outcome = 'pending'
        AND {IN_RANGE.format(since=":since", until=":until")}
     UNION ALL
     SELECT account_id, key_id, model, day, {", ".join(COUNTS)}, cost_units, cost_nanos
@@ -75,14 +90,21 @@ TOP_FIGURES = f"""
        FROM figures)"""
 REQUESTS = f"""
     SELECT * FROM (
-    SELECT request_id, accounts.name AS account, key_id, endpoint, model, requested_model, upstream,
-           started_at, first_byte_ms, duration_ms, requests.status, outcome, usage_source,
-           {", ".join(FIRST_TOKENS)}, service_tier, response_id, cost, :currency AS currency,
-           price_id, month, {", ".join(LATER_TOKENS)}
-      FROM requests JOIN accounts ON accounts.id = requests.account_id
-     WHERE {{account}} started_at >= :since AND (started_at, request_id) < (:until, :before)
+    SELECT requests.request_id, accounts.name AS account, key_id, endpoint, model, requested_model,
+           upstream, started_at, first_byte_ms, duration_ms, requests.status, outcome,
+           iif(corrections.request_id IS NULL, usage_source, 'upstream') AS usage_source,
+           {", ".join(f"{corrected(name)} AS {name}" for name in FIRST_TOKENS)},
+           {corrected("service_tier")} AS service_tier, response_id,
+           {corrected("cost")} AS cost, :currency AS currency,
+           {corrected("price_id")} AS price_id, requests.month,
+           {", ".join(f"{corrected(name)} AS {name}" for name in LATER_TOKENS)},
+           iif(corrections.request_id IS NULL, NULL, requests.cost) AS estimated_cost,
+           corrections.created_at AS corrected_at
+      FROM requests JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}
+     WHERE {{of_request}} started_at >= :since
+       AND (started_at, requests.request_id) < (:until, :before)
        {OF_KEY_AND_MODEL.format(model="ifnull(model, requested_model)")}
-     ORDER BY started_at DESC, request_id DESC LIMIT :limit)
+     ORDER BY started_at DESC, requests.request_id DESC LIMIT :limit)
      ORDER BY started_at, request_id"""
 DAYS_WITH_SOME = f"""
     SELECT day, sum(requests) FROM (
@@ -98,7 +120,7 @@ START_OF = (
     "SELECT started_at FROM requests WHERE request_id = ? AND account_id = ifnull(?, account_id)"
 )
 # With an account, an index of its own; the queries are the same.
-ONE, ALL = "account_id = :account AND", ""
+ONE, ALL = "{table}account_id = :account AND", ""
 
 
 class Range(Struct, frozen=True):
@@ -124,7 +146,8 @@ class Range(Struct, frozen=True):
 
     def of_account(self, sql: str) -> str:
         """The query for one account or for all."""
-        return sql.format(account=ONE if self.account else ALL)
+        one = ONE if self.account else ALL
+        return sql.format(account=one.format(table=""), of_request=one.format(table="requests."))
 
 
 async def requests_in(store: Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
@@ -134,7 +157,8 @@ async def requests_in(store: Reader, wanted: Range, currency: str) -> AsyncItera
     values = {**wanted.values(), "currency": currency}
     async for row in store.rows(wanted.of_account(REQUESTS), values):
         record = shown(row)
-        record["cost"] = None if record["cost"] is None else decimal(record["cost"])
+        for name in ("cost", "estimated_cost"):
+            record[name] = None if record[name] is None else decimal(record[name])
         yield record
 
 
@@ -192,6 +216,12 @@ def shown_sums(row: Mapping[str, Any] | sqlite3.Row, currency: str) -> Record:
 # ended nothing is added to it.
 
 MONTHS_PAID = 3
+CORRECTIONS_OF_MONTH = """
+    SELECT request_id, started_at / 86400000 AS day, ifnull(requests.cost, 0) AS before,
+           ifnull(corrections.cost, 0) AS after
+      FROM corrections JOIN requests USING (request_id)
+     WHERE corrections.account_id = ? AND corrections.month = ?
+     ORDER BY corrections.created_at, request_id LIMIT ?"""
 USAGE_OF_MONTH = f"""
     SELECT day, model, {SUMS} FROM usage_by_day WHERE account_id = ? AND month = ?
      GROUP BY day, model ORDER BY day, model LIMIT ?"""
@@ -213,6 +243,8 @@ async def statement(books: Books, account: Record, month: str, limit: int | None
         lines = -1 if limit is None else limit
         rows = snapshot.rows(USAGE_OF_MONTH, (account["id"], month, lines))
         usage = [shown_sums(row, books.currency) async for row in rows]
+        rows = snapshot.rows(CORRECTIONS_OF_MONTH, (account["id"], month, lines))
+        corrections = [shown_correction(row) async for row in rows]
         used = await snapshot.one(TOTALS_OF_MONTH, (account["id"], month))
         before = await snapshot.one(SPENT_BEFORE, (account["id"], month))
         payments: list[Record] = []
@@ -234,12 +266,21 @@ async def statement(books: Books, account: Record, month: str, limit: int | None
         "currency": books.currency,
         "opening_balance": decimal(opening),
         "usage": usage,
+        "corrections": corrections,
         "payments": payments,
         "totals": {**shown_sums(used, books.currency), "paid": decimal(paid.get(month, 0))},
         "closing_balance": decimal(opening + paid.get(month, 0) - cost),
         "paid_last_three_months": decimal(sum(paid.get(of, 0) for of in lately)),
         "paid_by_month": {of: decimal(paid.get(of, 0)) for of in lately},
     }
+
+
+def shown_correction(row: sqlite3.Row) -> Record:
+    """A correction as JSON shows it. The difference is part of the usage of its day."""
+    before, after = row["before"], row["after"]
+    amounts = {"before": before, "after": after, "difference": after - before}
+    shown = {name: decimal(amount) for name, amount in amounts.items()}
+    return {"request_id": row["request_id"], "day": day_of(row["day"]), **shown}
 
 
 # ── Overviews ────────────────────────────────────────────────────────────────────────────────────
@@ -390,13 +431,18 @@ def csv_lines(rows: Iterable[Record]) -> Iterator[str]:
 
 def statement_lines(found: Record) -> Iterator[Record]:
     """A statement as lines of one form: the opening balance and all payments, less all costs, are
-    the closing balance."""
-    empty = dict.fromkeys(["line", "date", "description", *COUNTS, "cost", "amount"])
+    the closing balance. The costs include the differences of the corrections, whose own lines have
+    no cost."""
+    columns = ["line", "date", "description", *COUNTS, "cost", "amount"]
+    empty = dict.fromkeys([*columns, "before", "after", "difference"])
     yield {**empty, "line": "opening balance", "amount": found["opening_balance"]}
     for used in found["usage"]:
         figures = {name: used[name] for name in (*COUNTS, "cost")}
         line = {"line": "usage", "date": used["day"], "description": used["model"], **figures}
         yield {**empty, **line}
+    for each in found["corrections"]:
+        line = {"line": "correction", "date": each["day"], "description": each["request_id"]}
+        yield {**empty, **line, **{name: each[name] for name in ("before", "after", "difference")}}
     for paid in found["payments"]:
         line = {"line": "payment", "date": paid["created_at"][:10], "amount": paid["amount"]}
         yield {**empty, **line, "description": paid["reason"] or paid["reference"]}

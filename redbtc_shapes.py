@@ -591,6 +591,9 @@ class Sums(Struct):
     image_output_tokens: Sum
     web_searches: Sum
     tool_input_tokens: Sum
+    cache_write_12h_tokens: Sum
+    file_searches: Sum
+    containers: Sum
     cost: Money
     currency: str
 
@@ -642,6 +645,11 @@ class RequestShown(Struct):
     price_id: int | None
     month: str | None
     tool_input_tokens: Sum
+    cache_write_12h_tokens: Sum
+    file_searches: Sum
+    containers: Sum
+    estimated_cost: Money | None
+    corrected_at: Moment | None
 
 
 class RequestReport(Struct):
@@ -657,6 +665,17 @@ class StatementTotals(Sums):
     paid: Money
 
 
+class Correction(Struct):
+    """What an estimated request cost before and after its usage was seen. The difference is part of
+    the usage of its day."""
+
+    request_id: str
+    day: str
+    before: Money
+    after: Money
+    difference: Money
+
+
 class Statement(Struct):
     """An account's month."""
 
@@ -667,6 +686,7 @@ class Statement(Struct):
     currency: str
     opening_balance: Money
     usage: list[Group]
+    corrections: list[Correction]
     payments: list[Payment]
     totals: StatementTotals
     closing_balance: Money

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import struct
 import time
 from collections import deque
@@ -49,7 +50,16 @@ from websockets.streams import StreamReader
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
 from redbtc_body import DEFAULT_IMAGE_MODEL, MAX_ITEMS, Frame
-from redbtc_exchange import Endpoint, Metered, account_for, bill, homes_of, new_request_id
+from redbtc_estimates import Estimate, Seen, estimate, is_complete
+from redbtc_exchange import (
+    Endpoint,
+    Metered,
+    account_for,
+    bill,
+    homes_of,
+    most_usual,
+    new_request_id,
+)
 from redbtc_ledger import Home, Key, Outcome, Row, Usage
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import (
@@ -77,6 +87,7 @@ MOST_SESSIONS = 100  # of an account
 MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
 LINE_SECONDS = 2  # for closing a line, and for the end of a message that is answered already
 WRITE_LIMIT = 32 << 10  # bytes that websockets buffers before it waits for the upstream to read
+MAX_STRAYS = 16  # responses of a line that no request asked for, whose events are metered
 MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not answered
 STEER_SECONDS = 30  # for the response that follows one which was steered
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
@@ -549,11 +560,12 @@ def status_of(event: Answer) -> int:
 
 
 class Steer(NamedTuple):
-    """Input for a response in flight, of which nobody has said yet what became of it; how many
-    tokens it has, and what the response that follows can cost."""
+    """Input for a response in flight, of which nobody has said yet what became of it: the most
+    tokens that it has, and about how many; and what the response that follows can cost."""
 
     response_id: str
     tokens: int
+    input_estimate: int
     money: Hold
 
 
@@ -572,7 +584,6 @@ class Turn(Metered):
         self.over: asyncio.Future[None] = gateway.clocks.loop.create_future()
         self._session = session
         self._steers: list[Steer] = []
-        self._further_input = 0  # tokens that its response reads besides the request: it follows
         self.holds = contextlib.ExitStack()  # of responses that follow
 
     @property
@@ -583,6 +594,11 @@ class Turn(Metered):
     def waits_for_response(self) -> bool:
         """Whether one that is new can be its."""
         return self.response_id is None if not self.settled else not self.done
+
+    @property
+    def billed(self) -> bool:
+        """Whether its usage, reported or estimated, is in the ledger."""
+        return self.settled and self._row.usage_source != "none"
 
     @property
     def done(self) -> bool:
@@ -622,7 +638,7 @@ class Turn(Metered):
             raise not_found("previous_response_id", response_id)
         self.holds.enter_context(money)
         content.chosen_ids |= frame.chosen_ids
-        self._steers.append(Steer(response_id, tokens, money))
+        self._steers.append(Steer(response_id, tokens, frame.input_estimate, money))
 
     def _read_next(self, steered: int) -> int:
         """Return how many tokens a response that follows reads besides the request at most: what
@@ -672,14 +688,17 @@ class Turn(Metered):
         of_it = [each for each in self._steers if each.response_id == before]
         self._further_input = self._read_next(sum(each.tokens for each in of_it))
         self._steers = [each for each in self._steers if each.response_id != before]
-        for steer in of_it[1:]:
+        for steer in of_it[:-1]:  # the last one's hold includes what they have
             steer.money.__exit__()
-        money = of_it[0].money if of_it else await self._session.no_hold(self._row)
+        money = of_it[-1].money if of_it else await self._session.no_hold(self._row)
+        read, written = self._row.usage.input_tokens or 0, self._row.usage.output_tokens or 0
+        self._input_estimate = read + written + sum(steer.input_estimate for steer in of_it)
         if self.over.done():
             return  # it was given up meanwhile
         self._money = money
         self.scope = {**self.scope, "request_id": new_request_id(), "started": time.monotonic()}
         self._row = self.new_row(self._row.requested_model, self._row.upstream, now_ms())
+        self._left_at = time.monotonic()
         self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
         await ledger.settle(self.gateway.store, self._row)  # pending, however long that takes
 
@@ -693,6 +712,18 @@ class Lane:
         self.turn: Turn | None = None
 
 
+class Stray:
+    """A response that no request asked for, while its events pass."""
+
+    def __init__(self) -> None:
+        self.meter = EventMeter()
+        self.begun = time.monotonic()
+
+    @property
+    def worked_seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+
 class Line:
     """A session's connection to one upstream."""
 
@@ -703,6 +734,7 @@ class Line:
         self.lost = False
         self.given_up = False
         self.waits_for_client = False  # that reads slowly
+        self.strays: dict[str | None, Stray] = {}  # by lane
 
     async def send(self, text: Buffer, over: asyncio.Future[None] | None = None) -> bool:
         """Send a message and return True. Return False if the upstream has not read it LINE_SECONDS
@@ -1184,6 +1216,8 @@ class Session:
             self.gateway.watch.failed(self._scope, error)
             await line.close()
         self._lose(line)
+        for stray in line.strays.values():
+            await self._write_stray(stray, line, "upstream_failed")
         while any(lane.turn and lane.turn.line is line for lane in self._lanes.values()):
             await asyncio.sleep(TICK)  # they have something to say
         self._lines.remove(line)
@@ -1202,10 +1236,10 @@ class Session:
             turn = self._turn_of(event, line)
             if turn:
                 await turn.take(event, line.upstream.settings.idle_timeout_seconds)
-                if turn.settled and turn.meter.report.usage and turn.response_id:
+                if turn.billed and turn.response_id:
                     self._written.add(turn.response_id)
-            elif is_last(event):
-                await self._write_stray(event, line)
+            else:
+                await self._take_stray(event, line)
         line.waits_for_client = True
         await self._to_client(message)
         line.waits_for_client = False
@@ -1240,14 +1274,31 @@ class Session:
         """What was made on this connection can be built on here, even if it isn't stored."""
         self._made.update(made)
 
-    async def _write_stray(self, event: Answer, line: Line) -> None:
-        """What a response used that is no turn's."""
-        report = Report(images=False)
-        report.note(event)
+    async def _take_stray(self, event: Answer, line: Line) -> None:
+        """Meter an event that is no turn's, if it belongs to a response."""
+        lane = event.stream_id if is_lane(event.stream_id) else None
+        if event.response and lane not in line.strays and len(line.strays) < MAX_STRAYS:
+            line.strays[lane] = Stray()
+        if stray := line.strays.get(lane):
+            stray.meter.take(event)
+            if stray.meter.ended:
+                del line.strays[lane]
+                report = stray.meter.report
+                outcome: Outcome = "upstream_error" if report.failed else "completed"
+                await self._write_stray(stray, line, outcome)
+
+    async def _write_stray(self, stray: Stray, line: Line, outcome: Outcome) -> None:
+        """Write what a response used that is no turn's."""
+        report = stray.meter.report
         named = [report.response_id] if report.response_id else []
-        if not report.usage or not self._written.isdisjoint(named):
+        used = is_complete(report) or outcome != "upstream_error" or Seen.of(report)
+        if not self._written.isdisjoint(named):  # it may have been an estimate
+            await self.gateway.corrections.look(named[0], self._key.account_id, report)
+            return
+        if not used:
             return
         self._written.update(named)
+        guess = None if is_complete(report) else await self._estimate(stray)
         scope = self._new_scope()
         row = Row(
             request_id=scope["request_id"],
@@ -1263,12 +1314,26 @@ class Session:
             service_tier=report.service_tier,
             response_id=report.response_id,
         )
-        account_for(row, report, "upstream_error" if report.failed else "completed", None)
-        bill(row, report, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
-        homes = homes_of(named, report, Home(row.upstream), report.usage)
+        parts = account_for(row, report, outcome, guess)
+        bill(row, parts, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
+        homes = homes_of(named, report, Home(row.upstream), row.usage)
         self.gateway.objects.own_each(homes, row.account_id)
         await ledger.settle(self.gateway.store, row)
         self.gateway.watch.settled(scope, row)
+
+    async def _estimate(self, stray: Stray) -> Estimate:
+        """Return an estimate of what it used. What it read is not known."""
+        report, worked = stray.meter.report, stray.worked_seconds
+        speed = await self.gateway.speeds.of(report.model or "")
+        return estimate(
+            report,
+            Seen.of(report),
+            written=math.ceil(worked * speed),
+            read=0,
+            most=most_usual(self.gateway.settings, 0),
+            images=False,
+            partly=False,
+        )
 
     async def no_hold(self, row: Row) -> Hold:
         """For what nobody was asked whether it may be: at the prices of now."""

@@ -631,11 +631,13 @@ UPDATE stored_objects SET tokens = reported.tokens
 
 -- Should a background response be estimated: what was seen of it beside its text, and its limits.
 ALTER TABLE background ADD COLUMN
-    seen                TEXT;                   -- JSON; NULL: nothing
+    seen                TEXT;                   -- JSON, the output included; NULL: no more than text_bytes,
+                                                -- which only earlier versions write
 ALTER TABLE background ADD COLUMN
     most                TEXT;                   -- JSON of the most that it was held to use; NULL: not known
 
--- Estimated requests whose response may still be seen with its usage.
+-- Estimated requests whose response may still be seen with its usage. A row is removed by the
+-- correction of its request.
 CREATE TABLE estimates (
     response_id         TEXT PRIMARY KEY,
     request_id          TEXT NOT NULL REFERENCES requests (request_id),

@@ -40,6 +40,7 @@ from redbtc_refusals import Refusal
 
 MODEL, PICTURE_TOKENS, ANSWER_TOKENS = "gpt-up", 2000, 10_000
 USUAL_CALLS = 32  # billing.hold_tool_calls
+USUAL_PICTURES = 4  # of a response that doesn't say how many
 PARALLEL = 8
 
 
@@ -120,8 +121,9 @@ class Honest:
         into += self.stored.get(body.get("previous_response_id") or "", 0)
         into += sum(self.stored.get(item.get("id", ""), 0) for item in items)
         output = ANSWER_TOKENS if compact else most_of([body.get("max_output_tokens")])
-        calls = body.get("max_tool_calls") or 0
-        calls = calls if calls > 0 else USUAL_CALLS
+        calls = pictures = max(0, body.get("max_tool_calls") or 0)
+        if not calls:
+            calls, pictures = USUAL_CALLS, USUAL_PICTURES
         offered = list(body.get("tools") or ())
         for item in items:
             offered += item.get("tools") or ()
@@ -130,7 +132,7 @@ class Honest:
         if kinds & {"web_search", "web_search_preview_2025_03_11"}:
             tools["web_search"] = {"num_requests": calls}
         elif "image_generation" in kinds:
-            drawn = {"input_tokens": 10 * calls, "output_tokens": PICTURE_TOKENS * calls}
+            drawn = {"input_tokens": 10 * pictures, "output_tokens": PICTURE_TOKENS * pictures}
             tools["image_gen"] = drawn
         usage = {"input_tokens": into, "output_tokens": output, "total_tokens": into + output}
         message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}

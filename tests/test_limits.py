@@ -462,7 +462,7 @@ def test_what_is_cut_off_is_estimated(
     leave_in_mid_stream(gateway, gateway.new_key(), b"xxxx")
     row = row_of_one_that_left(gateway)
     assert (row["outcome"], row["usage_source"]) == ("client_disconnected", "estimated")
-    assert row["output_tokens"] == 10
+    assert row["output_tokens"] >= 10, "what passed, or what is written in that time"
     assert 25 <= row["input_tokens"] <= 60
     assert row["model"] == "up"
     assert upstream.requests[0].closed.wait(PATIENCE_SECONDS)

@@ -760,8 +760,9 @@ def test_what_nobody_asked_for_is_written_down(
         ws.until("error")
         ws.send()
         assert [ws.completed()["id"] for _ in range(2)] == ["resp_ws_3", "resp_ws_4"]
-        failed = ("resp_ws_3", "upstream_error", None)
-        assert brief(gateway) == [done(1), done(2), done(3), failed, done(4)]
+        failed = ("resp_ws_3", "upstream_error", 9)  # first estimated, then corrected
+        assert brief(gateway) == [done(1), done(2), failed, done(4)]
+    assert [bool(row["corrected_at"]) for row in gateway.rows()] == [False, False, True, False]
     assert {row["requested_model"] for row in gateway.rows()} == {"gpt-up"}
 
 
@@ -1050,8 +1051,9 @@ def test_one_lane_that_times_out_costs_the_others_nothing(
         ws.send(stream_id="b")
         assert {ws.until("error")["stream_id"] for _ in range(2)} == {"a", "b"}
         assert ws.closed() == 1011
-    assert brief(gateway) == [(f"resp_ws_{n}", "upstream_failed", None) for n in (1, 2)]
-    assert {row["cost"] for row in gateway.rows()} == {None}
+    assert {row["outcome"] for row in gateway.rows()} == {"upstream_failed"}
+    assert {row["usage_source"] for row in gateway.rows()} == {"estimated"}
+    assert all(0.01 < float(row["cost"]) < 128 for row in gateway.rows())
 
 
 def test_a_turn_that_times_out_is_billed_once(
@@ -1073,8 +1075,9 @@ def test_a_turn_that_times_out_is_billed_once(
         ws.send(max_output_tokens=10)
         assert code(ws.until("error", "response.completed")) == "upstream_timeout"
         assert ws.closed() == 1011
-    assert brief(gateway) == [("resp_ws_1", "upstream_failed", None)]
-    assert gateway.api("GET", "/accounts/test")["balance"] == "10"
+    assert brief(gateway) == [("resp_ws_1", "upstream_failed", 10)]
+    left = 10 - float(gateway.row()["cost"])
+    assert float(gateway.api("GET", "/accounts/test")["balance"]) == pytest.approx(left)
 
 
 def test_an_upstream_that_is_down_ends_its_own_request_only(make_gateway: MakeGateway) -> None:

@@ -1,0 +1,78 @@
+"""Corrections of estimated requests. A response that the upstream stores can show its usage after
+its request was settled by an estimate: the first time that its owner is shown it, the request is
+corrected, at the prices of its admission. The difference is on the statement of the month in which
+that happens, so that a closed month never changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from msgspec import structs
+
+import redbtc_ledger as ledger
+from redbtc_billing import Books
+from redbtc_estimates import is_complete
+from redbtc_exchange import UNFINISHED, homes_of, of_models
+from redbtc_ledger import Estimated, Objects, Part, Usage
+from redbtc_meter import Report
+from redbtc_settings import LedgerUnavailable
+
+
+class Corrections:
+    """Writes corrections, each once."""
+
+    def __init__(self, books: Books, objects: Objects) -> None:
+        self._books = books
+        self._objects = objects
+        self._writing: dict[str, asyncio.Task[None]] = {}  # by response
+
+    async def look(self, response_id: str, account_id: str, report: Report) -> None:
+        """Somebody is shown a response of the account. If it has ended and shows what an estimated
+        request used, return when the correction is on disk."""
+        if report.status in (None, *UNFINISHED) or not is_complete(report):
+            return
+        writing = self._writing.get(response_id)
+        if writing is None:
+            found = None
+            with contextlib.suppress(LedgerUnavailable):  # it is for the next who looks
+                found = ledger.estimated_of(self._books.store, response_id, account_id)
+            if found is None:
+                return
+            writing = asyncio.create_task(self._write(found, response_id, account_id, report))
+            self._writing[response_id] = writing
+            writing.add_done_callback(lambda _: self._writing.pop(response_id))
+        await asyncio.shield(writing)
+
+    async def _write(
+        self, found: Estimated, response_id: str, account_id: str, report: Report
+    ) -> None:
+        books, model = self._books, found.requested_model
+        try:
+            key = ledger.key_of(books.store, found.key_id)
+            home = self._objects.home_of(response_id, account_id)
+            money = await books.hold_again(key, model, found.admitted_at, 0)
+        except LedgerUnavailable:
+            return  # it is for the next who looks
+        parts, usage = self._used(found, report)
+        parts = of_models(parts, found.image_model)
+        price_id, cost = money.cost(parts, report.service_tier)
+        month = money.settle(cost - found.cost)
+        of_request = (found.request_id, account_id, month, books.store.time())
+        values = (*of_request, report.service_tier, price_id, cost)
+        if home:
+            homes = homes_of([response_id], report, home, usage)
+            self._objects.own_each(homes, account_id)
+        await ledger.correct(books.store, values, usage)
+
+    @staticmethod
+    def _used(found: Estimated, report: Report) -> tuple[list[Part], Usage]:
+        """Return the reported usage by model and in all, with what no upstream reports: what was
+        counted stays."""
+        assert report.usage is not None, "it is complete"
+        searches = max(found.file_searches or 0, report.file_searches) or None
+        counted = {"file_searches": searches, "containers": found.containers}
+        first = structs.replace(report.parts[0].usage, **counted)
+        parts = [report.parts[0]._replace(usage=first), *report.parts[1:]]
+        return parts, structs.replace(report.usage, **counted)

@@ -1,0 +1,262 @@
+"""Estimates of what a request used, where the upstream did not report it.
+
+The output is the larger of what was seen of it and what the model writes in the time that it
+worked. The input is what the body comes to. Neither is more than what the request was held for.
+Nothing here is measured by a clock or sent anywhere; only Speeds reads the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import sqlite3
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from redbtc_ledger import Part, Store, Usage
+from redbtc_meter import IMAGE_TOOL, Report, plus
+from redbtc_settings import month_of
+from redbtc_slices import with_turns
+
+BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb
+
+
+def text_tokens(size: int) -> int:
+    """Return about how many tokens a text of so many bytes has."""
+    return -(-size // BYTES_A_TOKEN)
+
+
+class Most(Struct, frozen=True):
+    """The most that a request was held to use; an estimate is never more. `drawn_tokens` are the
+    output of the image tool's model in one call; of all calls of tools, `pictures` can be its."""
+
+    input_tokens: int
+    output_tokens: int
+    drawn_tokens: int
+    tool_calls: int
+    pictures: int
+
+
+class Seen(Struct, frozen=True):
+    """What was seen of an answer; Report explains each field. `containers` is their number."""
+
+    text_bytes: int = 0
+    sealed_bytes: int = 0
+    image_tokens: int = 0
+    web_searches: int = 0
+    file_searches: int = 0
+    containers: int = 0
+
+    @classmethod
+    def of(cls, report: Report) -> Seen:
+        """Return what a meter has seen so far."""
+        return cls(
+            report.text_bytes,
+            report.sealed_bytes,
+            report.image_tokens,
+            report.web_searches,
+            report.file_searches,
+            len(report.containers),
+        )
+
+    def or_more(self, other: Seen) -> Seen:
+        """Return the larger of both, field by field: two readers may have seen the same output."""
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return Seen(*map(max, pairs))
+
+    def __bool__(self) -> bool:
+        return any(msgspec.structs.astuple(self))
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of text and of encrypted reasoning (base64: 3 bytes in 4 characters)."""
+        return text_tokens(self.text_bytes) + text_tokens(self.sealed_bytes * 3 // 4)
+
+
+class Estimate(NamedTuple):
+    """The usage for the row, and its parts by model for the bill."""
+
+    usage: Usage
+    parts: list[Part]
+
+
+def known_usage(report: Report) -> Usage | None:
+    """Return what the answer said about the model that was asked for, None if nothing."""
+    for part in report.parts:
+        if part.model is None:
+            return part.usage
+    return None
+
+
+def is_complete(report: Report) -> bool:
+    """Return whether the answer has reported its input and its output."""
+    known = known_usage(report)
+    return known is not None and None not in (known.input_tokens, known.output_tokens)
+
+
+def estimate(
+    report: Report, seen: Seen, written: int, read: int, most: Most, *, images: bool, partly: bool
+) -> Estimate:
+    """Return an estimate of what the answer did not report; what it reported stays as it is.
+    `written` are the output tokens of the time that the model worked, `read` the input tokens of
+    the body. `images`: of an image endpoint. `partly`: the reported output is only a part."""
+    known = known_usage(report) or Usage()
+    into, out = known.input_tokens, known.output_tokens
+    if into is None:
+        into = min(read, most.input_tokens)
+    if out is None or partly:
+        shown = seen.image_tokens if images else seen.output_tokens
+        out = max(out or 0, min(max(shown, written), most.output_tokens))
+    drawn, left = 0, most.tool_calls
+    if most.drawn_tokens and not images:
+        drawn = min(seen.image_tokens, most.drawn_tokens * most.pictures)
+        left -= -(-drawn // most.drawn_tokens)
+    used = with_calls(known, seen, left)
+    used = msgspec.structs.replace(used, input_tokens=into, output_tokens=out)
+    if images:  # all of the output that nobody reported is picture
+        of_pictures = (known.image_output_tokens or 0) + out - (known.output_tokens or 0)
+        used = msgspec.structs.replace(used, image_output_tokens=of_pictures)
+    parts = [Part(None, used, images)]
+    parts += [part for part in report.parts if part.model is not None]
+    if drawn and all(part.model != IMAGE_TOOL for part in parts):
+        by_tool = Usage(output_tokens=drawn, image_output_tokens=drawn)
+        parts.append(Part(IMAGE_TOOL, by_tool, True))
+    return Estimate(joined_usage(parts, report.usage), parts)
+
+
+def with_calls(known: Usage, seen: Seen, left: int) -> Usage:
+    """Return the usage with the tool calls that were seen but not reported, `left` at most."""
+    counts: dict[str, int] = {}
+    for name in ("web_searches", "file_searches", "containers"):
+        calls = min(getattr(seen, name), left)
+        if getattr(known, name) is None and calls:
+            counts[name] = calls
+            left -= calls
+    return msgspec.structs.replace(known, **counts)
+
+
+def joined_usage(parts: list[Part], reported: Usage | None) -> Usage:
+    """Return the usage for the row: an image tool's tokens stand beside the model's own, those of
+    an SVG's author are added to them."""
+    used = parts[0].usage
+    for part in parts[1:]:
+        if part.model == IMAGE_TOOL:
+            used = msgspec.structs.replace(
+                used,
+                image_input_tokens=part.usage.image_input_tokens,
+                image_output_tokens=part.usage.image_output_tokens,
+                tool_input_tokens=reported.tool_input_tokens if reported else None,
+            )
+        else:
+            used = msgspec.structs.replace(
+                used,
+                input_tokens=plus(used.input_tokens, part.usage.input_tokens),
+                output_tokens=plus(used.output_tokens, part.usage.output_tokens),
+            )
+    return used
+
+
+class Progress(Struct):
+    """What is known of a background response while it runs: what was seen of its output, and from
+    when until when its model is known to have worked (wall clock, in milliseconds). While it was
+    only seen queued, `since` moves along and the model has not worked."""
+
+    seen: Seen
+    since: int
+    until: int
+    works: bool = False
+
+    def note(self, status: str | None, now: int) -> None:
+        """Note that it was looked at and has not ended; a status of None says nothing."""
+        self.until = now
+        self.works = self.works or status != "queued" or bool(self.seen)
+        if not self.works:
+            self.since = now
+
+    @property
+    def worked_seconds(self) -> float:
+        """For how long its model is known to have worked."""
+        return max(0, self.until - self.since) / 1000 if self.works else 0.0
+
+
+# ── Speeds ───────────────────────────────────────────────────────────────────────────────────────
+# How many output tokens a second a model writes, as the newest completed rows show it. A row is
+# easily made slow on purpose (by reading slowly, or with a tool that hangs). So each account counts
+# once, however many rows it has, and of two accounts the faster one counts: to bend the result, an
+# account needs company. Within an account each token counts once: short answers, which show how
+# long the first byte takes rather than the model's pace, say little, and to outweigh honest rows
+# others have to be paid for, token by token.
+
+USUAL_SPEED = 60.0  # of a model of which no row is known
+MIN_DURATION_MS = 1000  # a shorter row says nothing
+MAX_ACCOUNTS, MAX_ROWS = 100, 100  # those with most requests, and the newest rows of each
+SPEED_SECONDS = 60  # for which what was read is used
+UPPER = 0.75  # the share of an account's tokens that were written no faster than its speed
+MONTH_MS = 31 * 86_400_000
+ROWS_WITH_SPEED = f"""
+    SELECT account_id, model, requested_model, output_tokens, duration_ms
+      FROM (SELECT account_id AS id FROM usage_by_month WHERE month >= ? GROUP BY account_id
+             ORDER BY sum(requests) DESC LIMIT {MAX_ACCOUNTS})
+      JOIN requests ON request_id IN (
+               SELECT request_id FROM requests AS newest WHERE newest.account_id = id
+                ORDER BY started_at DESC LIMIT {MAX_ROWS})
+     WHERE outcome = 'completed' AND usage_source = 'upstream'
+       AND duration_ms >= {MIN_DURATION_MS} AND output_tokens > 0"""
+
+
+class Speeds:
+    """The output tokens a second of all models. They are read when an estimate needs them, at most
+    once in SPEED_SECONDS, and cost other requests nothing."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._speeds: Mapping[str, float] = {}
+        self._read_at = -math.inf
+        self._reading = asyncio.Lock()
+
+    async def of(self, model: str) -> float:
+        """Return that of a model, by the upstream's name for it or by the one that clients use."""
+        async with self._reading:
+            if time.monotonic() - self._read_at > SPEED_SECONDS:
+                with contextlib.suppress(sqlite3.Error):  # the last ones are as good
+                    self._speeds = await self._read()
+                self._read_at = time.monotonic()
+        return self._speeds.get(model, USUAL_SPEED)
+
+    async def _read(self) -> dict[str, float]:
+        since = month_of(self._store.time() - MONTH_MS)
+        rows: defaultdict[str, defaultdict[str, list[tuple[float, int]]]]
+        rows = defaultdict(lambda: defaultdict(list))
+        async with self._store.snapshot() as snapshot:
+            found = await snapshot.all(ROWS_WITH_SPEED, (since,))
+        async for account_id, model, requested_model, tokens, duration_ms in with_turns(found):
+            for name in {model or requested_model, requested_model}:
+                rows[name][account_id].append((tokens * 1000 / duration_ms, tokens))
+        return {
+            name: speed_of_accounts(map(speed_of_rows, accounts.values()))
+            for name, accounts in rows.items()
+        }
+
+
+def speed_of_rows(rows: Iterable[tuple[float, int]]) -> float:
+    """Return an account's speed, from pairs of a row's speed and its output tokens: UPPER of its
+    tokens were written no faster."""
+    ordered = sorted(rows)
+    wanted = UPPER * sum(tokens for _, tokens in ordered)
+    for speed, tokens in ordered:
+        wanted -= tokens
+        if wanted <= 0:
+            return speed
+    return ordered[-1][0]
+
+
+def speed_of_accounts(speeds: Iterable[float]) -> float:
+    """Return the median of the accounts' speeds; of two in the middle the faster one."""
+    ordered = sorted(speeds)
+    return ordered[len(ordered) // 2]

@@ -1,0 +1,253 @@
+"""An estimated request is corrected, once, when its response shows what was used."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from typing import Any
+
+import httpx2
+import pytest
+from conftest import MakeGateway
+from gateway import Gateway, wait_until
+from upstream import RESPONSE_USAGE, Received, Reply, Upstream, event, json_answer, response_object
+
+MONEY = '[metering]\non_disconnect = "cancel"\n[billing]\nprice_notice_days = 0\n'
+BODY = {"model": "gpt-up", "input": "Hi"}
+TRUE_COST = Decimal("0.039")  # of RESPONSE_USAGE at 1000 a million
+
+
+class Stored:
+    """An upstream whose streams stop in the middle; their responses can be fetched later."""
+
+    def __init__(self) -> None:
+        self.usage: Any = RESPONSE_USAGE
+        self.status = "completed"
+        self.made = 0
+
+    async def __call__(self, request: Received, reply: Reply) -> None:
+        path, _, query = request.path.partition("?")
+        if request.method == "POST":
+            self.made += 1
+            made = response_object(None, id=f"resp_{self.made}", status="in_progress", usage=None)
+            await reply.head(200, [("content-type", "text/event-stream")])
+            await reply.send(event({"type": "response.created", "response": made}, "x"))
+            delta = {"type": "response.output_text.delta", "delta": "x" * 400}
+            await reply.send(event(delta, "x"))
+            reply.tear()
+        response_id = path.rpartition("/")[2]
+        response = response_object(id=response_id, status=self.status, usage=self.usage)
+        if "stream=true" in query:
+            await reply.head(200, [("content-type", "text/event-stream")])
+            kind = f"response.{self.status}"
+            await reply.send(event({"type": kind, "response": response}, kind))
+            await reply.end()
+        else:
+            await json_answer(response)(request, reply)
+
+
+@pytest.fixture
+def stored(upstream: Upstream) -> Stored:
+    stored = Stored()
+    upstream.script = stored
+    return stored
+
+
+@pytest.fixture
+def gateway(make_gateway: MakeGateway) -> Gateway:
+    gateway = make_gateway(MONEY).start()
+    gateway.api("POST", "/prices", {"prices": [price("1000")]})
+    return gateway
+
+
+def price(amount: str) -> dict[str, Any]:
+    return {"model": "gpt-up", "input": amount, "output": amount}
+
+
+def tear(gateway: Gateway, key: str) -> dict[str, Any]:
+    """The row of a stream that was torn."""
+    with gateway.client(key) as client, contextlib.suppress(httpx2.RemoteProtocolError):
+        client.post("/responses", json={**BODY, "stream": True})
+    row = gateway.rows()[-1]
+    assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "estimated")
+    assert (row["estimated_cost"], row["corrected_at"]) == (None, None)
+    assert Decimal(row["cost"]) >= Decimal("0.1")
+    return row
+
+
+@pytest.mark.parametrize("query", ["", "?stream=true"])
+def test_the_first_look_corrects(gateway: Gateway, stored: Stored, query: str) -> None:
+    key = gateway.new_key()
+    row = tear(gateway, key)
+    gateway.api("POST", "/prices", {"prices": [price("1")]})
+    with gateway.client(key) as client:
+        for stored.status, stored.usage in (("in_progress", None), ("completed", None)):
+            assert client.get(f"/responses/resp_1{query}").status_code == 200
+            assert gateway.row() == row, "nothing is known yet"
+        stored.usage = RESPONSE_USAGE
+        for _ in range(3):
+            assert client.get(f"/responses/resp_1{query}").status_code == 200
+            corrected = gateway.row()
+            assert corrected["usage_source"] == "upstream"
+            assert corrected["cost"] == str(TRUE_COST), "at the price of its admission"
+            assert corrected["estimated_cost"] == row["cost"]
+            assert corrected["output_tokens"] == RESPONSE_USAGE["output_tokens"]
+            assert list(corrected)[-2:] == ["estimated_cost", "corrected_at"]
+            assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
+    gateway.restart()
+    assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
+    assert gateway.cli("db", "check")["ok"]
+
+
+def test_all_figures_show_it(gateway: Gateway, stored: Stored) -> None:
+    key = gateway.new_key()
+    before = tear(gateway, key)
+    other = tear(gateway, key)
+    with gateway.client(key) as client:
+        client.get("/responses/resp_1")
+    total = TRUE_COST + Decimal(other["cost"])
+    month, day = before["month"], before["started_at"][:10]
+    now = before["started_at"]
+    for values in ({}, {"since": now}, {"since": now, "until": "2100-01-01T00:00:00Z"}):
+        found = gateway.api("GET", "/requests", **values)["totals"]
+        assert Decimal(found["cost"]) == total, values
+        assert (found["requests"], found["estimated"]) == (2, 1)
+        assert found["output_tokens"] == RESPONSE_USAGE["output_tokens"] + other["output_tokens"]
+    found = gateway.cli("statement", "test", month)
+    assert found["corrections"] == [
+        {
+            "request_id": before["request_id"],
+            "day": day,
+            "before": before["cost"],
+            "after": str(TRUE_COST),
+            "difference": str(TRUE_COST - Decimal(before["cost"])),
+        }
+    ]
+    assert Decimal(found["totals"]["cost"]) == total
+    assert Decimal(found["closing_balance"]) == -total
+    lines = list(
+        csv.DictReader(io.StringIO(gateway.run("statement", "test", month, "--csv").stdout))
+    )
+    assert sum(Decimal(line["cost"] or 0) for line in lines) == total
+    (line,) = [line for line in lines if line["line"] == "correction"]
+    assert line["description"] == before["request_id"]
+    assert Decimal(line["difference"]) == TRUE_COST - Decimal(before["cost"])
+    assert before["request_id"] in gateway.run("statement", "test", month).stdout
+
+
+def test_a_closed_month_never_changes(gateway: Gateway, stored: Stored) -> None:
+    key = gateway.new_key()
+    before = tear(gateway, key)
+    gateway.kill()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.executescript(
+            """DROP TRIGGER settled_is_settled;
+            UPDATE requests SET month = '2026-01'; UPDATE usage_by_day SET month = '2026-01';
+            UPDATE usage_by_month SET month = '2026-01';"""
+        )
+    gateway.start()
+    closed = gateway.cli("statement", "test", "2026-01")
+    with gateway.client(key) as client:
+        client.get("/responses/resp_1")
+    assert gateway.cli("statement", "test", "2026-01") == closed
+    now = before["month"]
+    found = gateway.cli("statement", "test", now)
+    assert found["opening_balance"] == f"-{before['cost']}"
+    assert Decimal(found["totals"]["cost"]) == TRUE_COST - Decimal(before["cost"]) < 0
+    assert found["closing_balance"] == str(-TRUE_COST)
+    assert [each["request_id"] for each in found["corrections"]] == [before["request_id"]]
+    balance = gateway.api("GET", "/accounts/test")
+    assert (balance["balance"], balance["spent_this_month"]) == (
+        str(-TRUE_COST),
+        found["totals"]["cost"],
+    )
+    assert gateway.cli("db", "check")["ok"]
+    gateway.restart()
+    assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
+
+
+def test_many_looks_at_once_correct_once(gateway: Gateway, stored: Stored) -> None:
+    """And none of them is told of the end before the correction is on disk."""
+    key = gateway.new_key()
+    tear(gateway, key)
+    shown: list[int] = []
+
+    def fetch() -> None:
+        with gateway.client(key) as client, contextlib.suppress(httpx2.HTTPError):
+            shown.append(client.get("/responses/resp_1").status_code)
+
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(4):
+                pool.submit(fetch)
+            time.sleep(0.5)
+            assert not shown
+            database.rollback()
+    assert shown == [200] * 4
+    assert gateway.row()["cost"] == str(TRUE_COST)
+    assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
+
+
+def test_kill_before_the_correction_loses_nothing(gateway: Gateway, stored: Stored) -> None:
+    key = gateway.new_key()
+    row = tear(gateway, key)
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as pool, gateway.client(key) as client:
+            looking = pool.submit(client.get, "/responses/resp_1")
+            time.sleep(0.3)
+            gateway.kill()
+            assert isinstance(looking.exception(), httpx2.HTTPError)
+        database.rollback()
+    gateway.start()
+    assert gateway.row() == row
+    with gateway.client(key) as client:
+        client.get("/responses/resp_1")
+    assert gateway.row()["cost"] == str(TRUE_COST)
+
+
+def test_a_cancelled_background_response_is_corrected(
+    gateway: Gateway, stored: Stored, upstream: Upstream
+) -> None:
+    key = gateway.new_key()
+    status = "queued"
+
+    async def script(request: Received, reply: Reply) -> None:
+        usage = RESPONSE_USAGE if status == "cancelled late" else None
+        content = response_object(id="resp_9", status=status.partition(" ")[0], usage=usage)
+        await json_answer(content)(request, reply)
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        client.post("/responses", json={**BODY, "background": True})
+        status = "cancelled"
+        client.post("/responses/resp_9/cancel")
+        row = gateway.row()
+        assert (row["outcome"], row["usage_source"]) == ("client_disconnected", "estimated")
+        status = "cancelled late"
+        client.get("/responses/resp_9")
+    assert gateway.row()["cost"] == str(TRUE_COST)
+    assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
+
+
+def test_budgets_follow(gateway: Gateway, stored: Stored) -> None:
+    gateway.api("POST", "/accounts", {"name": "test", "monthly_budget": "200"})
+    key = gateway.new_key()
+    tear(gateway, key)
+    used = {**RESPONSE_USAGE, "output_tokens": 180_000, "total_tokens": 180_030}
+    stored.usage = used
+    with gateway.client(key) as client:
+        client.get("/responses/resp_1")
+
+    def percents() -> list[int]:
+        found = gateway.api("GET", "/accounts/test/notices")["notices"]
+        return sorted(each["percent"] for each in found)
+
+    wait_until(lambda: percents() == [50, 80], why=lambda: json.dumps(percents()))

@@ -1,0 +1,553 @@
+"""Where bytes of an answer passed and nobody said what was used, the row is estimated."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import msgspec
+import pytest
+from conftest import MakeGateway
+from gateway import Gateway, wait_until
+from upstream import (
+    IMAGE_USAGE,
+    RESPONSE_USAGE,
+    Received,
+    Reply,
+    Upstream,
+    chat_json,
+    chat_pieces,
+    event,
+    images_pieces,
+    json_answer,
+    openai_like,
+    response_object,
+    stream,
+)
+
+from redbtc_billing import Hold, Price, PriceList, Purse
+from redbtc_body import Content
+from redbtc_estimates import (
+    Most,
+    Progress,
+    Seen,
+    estimate,
+    speed_of_accounts,
+    speed_of_rows,
+)
+from redbtc_exchange import Endpoint, Metered, of_models
+from redbtc_ledger import Usage
+from redbtc_meter import Report
+from redbtc_settings import MOST_TOKENS, Settings
+
+CHAT: dict[str, Any] = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}
+BODY: dict[str, Any] = {"model": "gpt-up", "input": "Hi"}
+CANCEL = '[metering]\non_disconnect = "cancel"\n'
+TEXT = "word " * 13_600  # 68 KB: 17,000 tokens by its size
+SSE = [("content-type", "text/event-stream")]
+
+
+@pytest.fixture
+def ask(make_gateway: MakeGateway) -> Callable[..., Gateway]:
+    """A gateway at 5 and 30 a million."""
+
+    def started(settings: str = CANCEL, upstream_settings: str = "") -> Gateway:
+        gateway = make_gateway(settings + "[billing]\n", upstream_settings).start()
+        prices = [{"model": "*", "input": "5", "output": "30"}]
+        gateway.api("POST", "/prices", {"prices": prices})
+        return gateway
+
+    return started
+
+
+def created(response_id: str = "resp_1", status: str = "in_progress") -> bytes:
+    response = response_object(id=response_id, status=status, usage=None, output=[])
+    return event({"type": "response.created", "response": response}, "response.created")
+
+
+def delta(text: str) -> bytes:
+    return event({"type": "response.output_text.delta", "delta": text}, "x")
+
+
+def settled(gateway: Gateway) -> dict[str, Any]:
+    wait_until(lambda: [row["outcome"] for row in gateway.rows()] not in ([], ["pending"]))
+    return gateway.row()
+
+
+def estimated(gateway: Gateway, outcome: str) -> dict[str, Any]:
+    row = settled(gateway)
+    assert (row["outcome"], row["usage_source"]) == (outcome, "estimated"), row
+    return row
+
+
+def read_until(gateway: Gateway, body: dict[str, Any], marker: bytes, path: str) -> None:
+    """Ask, and leave when the marker has come."""
+    with (
+        gateway.client(gateway.new_key()) as client,
+        client.stream("POST", path, json={**body, "stream": True}) as answer,
+    ):
+        seen = b""
+        for part in answer.iter_raw():
+            seen += part
+            if marker in seen:
+                break
+
+
+# The issue's table
+
+
+def test_an_own_server_that_hangs(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    """Upstream's bill: 0.51."""
+    gateway = ask(upstream_settings="idle_timeout_seconds = 0.5")
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(created() + delta(TEXT))
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    with contextlib.suppress(httpx2.HTTPError):
+        read_until(gateway, BODY, b"nothing like this", "/responses")
+    assert Decimal("0.5") < Decimal(estimated(gateway, "upstream_failed")["cost"]) < 1
+
+
+@pytest.mark.parametrize("metering", [CANCEL, "[metering]\ndrain_seconds = 1\n"])
+def test_who_leaves_while_filler_runs(
+    ask: Callable[..., Gateway], upstream: Upstream, metering: str
+) -> None:
+    gateway = ask(metering)
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(b"".join(chat_pieces([TEXT])[:-2]))
+        while not request.closed.is_set():
+            await reply.send(b": filler\n\n")
+            await reply.wait(request.closed, 0.05)
+
+    upstream.script = script
+    read_until(gateway, CHAT, b"filler", "/chat/completions")
+    row = estimated(gateway, "client_disconnected")
+    assert Decimal("0.5") < Decimal(row["cost"]) < 1
+    assert row["output_tokens"] == 17_000
+
+
+def test_hidden_reasoning_costs_its_time(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    """Nothing of it is seen, with two choices at once."""
+    gateway = ask()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(b": wait\n\n")
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    begun = time.monotonic()
+    with (
+        gateway.client(gateway.new_key()) as client,
+        client.stream("POST", "/chat/completions", json={**CHAT, "stream": True, "n": 2}) as answer,
+    ):
+        parts = answer.iter_raw()
+        next(parts)
+        time.sleep(1)
+    row = estimated(gateway, "client_disconnected")
+    assert 2 * 60 <= row["output_tokens"] <= 2 * 60 * (time.monotonic() - begun) + 2
+
+
+def test_it_is_never_more_than_the_request_allows(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    gateway = ask()
+    upstream.script = stream([created(), delta(TEXT)], end="tear")
+    with contextlib.suppress(httpx2.HTTPError):
+        read_until(gateway, {**BODY, "max_output_tokens": 50}, b"nothing", "/responses")
+    assert estimated(gateway, "upstream_failed")["output_tokens"] == 50
+
+
+def test_encrypted_reasoning_and_pictures_count() -> None:
+    report, most = Report(images=False), Most(1000, 10_000, 5000, 3, 3)
+    seen = Seen(text_bytes=40, sealed_bytes=4000, image_tokens=4160, web_searches=2)
+    usage, parts = estimate(report, seen, written=5, read=7, most=most, images=False, partly=False)
+    assert (usage.input_tokens, usage.output_tokens) == (7, 10 + 750)
+    assert (usage.image_output_tokens, usage.web_searches) == (4160, 2)
+    assert [(part.model, part.usage.output_tokens) for part in parts] == [
+        (None, 760),
+        ("image_generation", 4160),
+    ]
+
+
+def test_a_picture_of_the_request_is_no_text() -> None:
+    picture = {"type": "input_image", "image_url": "data:image/png;base64," + "A" * 400_000}
+    message = {"role": "user", "content": [picture, {"type": "input_text", "text": "x" * 400}]}
+    content = content_of({"model": "m", "input": [message]})
+    assert 1600 < content.input_estimate < 1700
+    content.inherited_tokens = 100_000
+    assert content.input_estimate > 101_600
+
+
+# What is not estimated, or only in part
+
+
+def test_an_upstream_that_never_reports(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    gateway = ask()
+    upstream.script = chat_json(usage=None)
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/chat/completions", json={**CHAT, "messages": ["x" * 4000]})
+    row = estimated(gateway, "completed")
+    assert 1000 <= row["input_tokens"] <= 1050
+    assert row["output_tokens"] >= 1
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_an_error_is_no_use(ask: Callable[..., Gateway], upstream: Upstream, status: int) -> None:
+    gateway = ask()
+    upstream.script = json_answer({"error": {"message": "no"}}, status)
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/responses", json=BODY)
+    assert settled(gateway)["usage_source"] == "none"
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_an_error_event_counts_what_was_written_before(
+    ask: Callable[..., Gateway], upstream: Upstream, output: bool
+) -> None:
+    gateway = ask()
+    failed = response_object(id="resp_1", status="failed", usage=None, output=[])
+    pieces = [created(), *([delta("x" * 4000)] * output)]
+    pieces.append(event({"type": "response.failed", "response": failed}, "response.failed"))
+    upstream.script = stream(pieces)
+    read_until(gateway, BODY, b"nothing like this", "/responses")
+    row = settled(gateway)
+    assert row["outcome"] == "upstream_error"
+    assert row["output_tokens"] == (1000 if output else None)
+
+
+def test_what_is_reported_in_part_counts(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    gateway = ask()
+    upstream.script = stream([*chat_pieces(["x" * 4000], usage={"prompt_tokens": 777})])
+    read_until(gateway, CHAT, b"nothing like this", "/chat/completions")
+    row = estimated(gateway, "completed")
+    assert (row["input_tokens"], row["output_tokens"]) == (777, 1000)
+
+
+def test_one_of_three_pictures_is_known(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    gateway = ask()
+    upstream.script = stream(images_pieces(1), end="tear")
+    body = {"model": "gpt-up", "prompt": "x", "n": 3}
+    with contextlib.suppress(httpx2.HTTPError):
+        read_until(gateway, body, b"nothing", "/images/generations")
+    row = estimated(gateway, "upstream_failed")
+    assert row["input_tokens"] == IMAGE_USAGE["input_tokens"]
+    assert row["output_tokens"] >= IMAGE_USAGE["output_tokens"]
+    assert row["image_output_tokens"] == row["output_tokens"]
+
+
+def test_usage_that_is_known_wins(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    """Whatever passes after it."""
+    gateway = ask("[metering]\ndrain_seconds = 1\n")
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(b"".join(chat_pieces(["x" * 4000])[:-1]))
+        await reply.send(b": filler\n\n")
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    read_until(gateway, CHAT, b"filler", "/chat/completions")
+    row = settled(gateway)
+    assert (row["usage_source"], row["output_tokens"]) == ("upstream", 7)
+
+
+def test_time_in_the_queue_is_no_work(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    gateway = ask()
+    key = gateway.new_key(concurrency=1)
+
+    async def script(request: Received, reply: Reply) -> None:
+        if len(upstream.requests) == 1:
+            await asyncio.sleep(1.5)
+            await openai_like(request, reply)
+        else:
+            await stream([created()], end="tear")(request, reply)
+
+    upstream.script = script
+
+    def post() -> None:
+        with gateway.client(key) as client, contextlib.suppress(httpx2.HTTPError):
+            client.post("/responses", json={**BODY, "stream": True})
+
+    first = threading.Thread(target=post)
+    first.start()
+    wait_until(lambda: upstream.in_flight)
+    post()
+    first.join()
+    row = gateway.rows()[-1]
+    assert row["usage_source"] == "estimated"
+    assert row["duration_ms"] > 1000
+    assert row["output_tokens"] < 60
+
+
+def test_what_is_cut_off_by_the_end_of_the_process(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway("drain_seconds = 0.3\n").start()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(created() + delta("x" * 4000))
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    with (
+        gateway.client(gateway.new_key()) as client,
+        client.stream("POST", "/responses", json={**BODY, "stream": True}) as answer,
+        contextlib.suppress(httpx2.HTTPError),
+    ):
+        for _ in answer.iter_raw():
+            if not gateway.expected_dead:
+                gateway.terminate(wait=False)
+    assert gateway.wait() == 0
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("interrupted", "estimated")
+    assert row["output_tokens"] >= 1000
+
+
+# Background
+
+
+def test_background_output_that_was_fetched_counts(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    """Upstream's bill: 0.51. It is known after a restart, too."""
+    gateway = ask()
+    status = "queued"
+
+    async def script(request: Received, reply: Reply) -> None:
+        if "stream=true" in request.path:
+            await reply.head(200, SSE)
+            await reply.send(created("resp_1", "queued") + delta(TEXT))
+            await reply.wait(request.closed)
+        await json_answer(response_object(status=status, usage=None, output=[]))(request, reply)
+
+    upstream.script = script
+    key = gateway.new_key()
+    with gateway.client(key) as client:
+        client.post("/responses", json={**BODY, "background": True})
+        with client.stream("GET", "/responses/resp_1?stream=true") as answer:
+            seen = 0
+            for part in answer.iter_raw():
+                seen += len(part)
+                if seen > len(TEXT):
+                    break
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+        gateway.restart()
+        status = "cancelled"
+        client.post("/responses/resp_1/cancel")
+    row = estimated(gateway, "client_disconnected")
+    assert Decimal("0.5") < Decimal(row["cost"]) < 1
+
+
+@pytest.mark.parametrize("status", ["queued", "in_progress"])
+def test_background_time_counts_since_it_was_not_queued(
+    ask: Callable[..., Gateway], upstream: Upstream, status: str
+) -> None:
+    gateway = ask()
+
+    async def script(request: Received, reply: Reply) -> None:
+        now = "cancelled" if request.path.endswith("/cancel") else status
+        await json_answer(response_object(status=now, usage=None, output=[]))(request, reply)
+
+    upstream.script = script
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/responses", json={**BODY, "background": True})
+        time.sleep(1)
+        client.post("/responses/resp_1/cancel")
+    row = estimated(gateway, "client_disconnected")
+    assert (row["output_tokens"] >= 60) == (status == "in_progress")
+    assert (row["output_tokens"] == 0) == (status == "queued")
+
+
+@pytest.mark.parametrize("status", [200, 503, 0])
+def test_a_background_response_that_never_ends_is_given_up(
+    ask: Callable[..., Gateway], upstream: Upstream, status: int
+) -> None:
+    """After a restart it is asked for once more first."""
+    gateway = ask()
+    ended = False
+    upstream.script = json_answer(response_object(status="in_progress", usage=None, output=[]))
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/responses", json={**BODY, "background": True})
+    gateway.kill()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute("UPDATE requests SET started_at = started_at - 48 * 3600000")
+        database.commit()
+    upstream.requests.clear()
+    if ended := not status:
+        upstream.script = json_answer(response_object(usage=RESPONSE_USAGE))
+    else:
+        upstream.script = json_answer({}, status)
+    gateway.start()
+    row = settled(gateway)
+    assert row["usage_source"] == ("upstream" if ended else "estimated")
+    assert row["outcome"] == ("completed" if ended else "upstream_failed")
+    assert upstream.requests, "it was asked for"
+    assert gateway.api("GET", "/accounts/test")["held"] == "0"
+
+
+def test_progress() -> None:
+    progress = Progress(Seen(), 1000, 1000)
+    progress.note("queued", 5000)
+    assert progress.worked_seconds == 0
+    progress.note("in_progress", 8000)
+    progress.note("queued", 9000)  # of an odd upstream
+    assert progress.worked_seconds == 4
+
+
+# Speeds
+
+
+def test_a_speed_is_hardly_moved_by_one_account() -> None:
+    honest = speed_of_rows([(100.0, 1000), (90.0, 500), (3.0, 5)])
+    assert honest == 100
+    slow, fast = speed_of_rows([(1.0, 10)] * 100), speed_of_rows([(9000.0, 10_000)] * 100)
+    assert speed_of_accounts([honest]) == 100
+    assert speed_of_accounts([honest, slow]) == 100
+    assert speed_of_accounts([honest, slow, honest]) == 100
+    assert speed_of_accounts([honest, fast, honest]) == 100
+
+
+def test_the_speed_is_that_of_the_ledger(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    gateway = ask()
+    key = gateway.new_key()
+    with gateway.client(key) as client:
+        client.post("/responses", json=BODY)
+    gateway.kill()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute(
+            """INSERT INTO requests (request_id, account_id, key_id, endpoint, model,
+                   requested_model, upstream, started_at, duration_ms, status, outcome,
+                   usage_source, output_tokens, month, cost)
+               SELECT 'req_a', account_id, key_id, endpoint, model, requested_model, upstream,
+                   started_at, 2000, 200, 'completed', 'upstream', 20000, month, 0 FROM requests"""
+        )
+        database.commit()
+    gateway.start()
+    upstream.script = stream([created(), delta("x")], 0.2, end="tear")
+    with contextlib.suppress(httpx2.HTTPError):
+        read_until(gateway, BODY, b"nothing", "/responses")
+    row = gateway.rows()[-1]
+    assert 2000 <= row["output_tokens"] <= 10 * row["duration_ms"] + 1
+
+
+# Never more than the hold
+
+
+def content_of(body: dict[str, Any]) -> Content:
+    text = msgspec.json.encode(body)
+    steps = Content.steps(text, text)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            content: Content = done.value
+            return content
+
+
+ENDPOINTS = [
+    Endpoint("/v1/chat/completions", chat=True),
+    Endpoint("/v1/responses", stores=True),
+    Endpoint("/v1/images/generations", images=True),
+]
+TIERS = [None, "default", "flex", "priority"]
+
+
+def random_prices(chance: random.Random) -> PriceList:
+    def rate() -> int | None:
+        return chance.choice([None, chance.randrange(10**12)])
+
+    def one(model: str, tier: str, above: int) -> Price:
+        most = chance.choice([None, chance.randrange(1, 10_000)])
+        return Price(
+            model,
+            tier,
+            above,
+            input=rate(),
+            cached_input=rate(),
+            output=rate(),
+            image_input=rate(),
+            image_output=rate(),
+            max_output_tokens=most,
+        )
+
+    models = chance.sample(["m", "gpt-image-2.6-sunburst"], chance.randrange(1, 3))
+    slots = [(m, t, a) for m in models for t in ("default", "flex") for a in (0, 300)]
+    chosen = [slot for slot in slots if slot[1:] == ("default", 0) or chance.random() < 0.5]
+    return PriceList(one(*slot) for slot in chosen)
+
+
+def random_request(chance: random.Random, endpoint: Endpoint) -> dict[str, Any]:
+    picture = {"type": "input_image", "image_url": "data:," + "A" * chance.randrange(9000)}
+    words = {"type": "input_text", "text": "x" * chance.randrange(5000)}
+    content = chance.sample([picture, words], chance.randrange(3))
+    body: dict[str, Any] = {"model": "m", "service_tier": chance.choice(TIERS)}
+    named = "messages" if endpoint.chat else "input"
+    body[named] = [{"role": "user", "content": content}]
+    if not endpoint.stores and chance.random() < 0.5:
+        body["n"] = chance.randrange(1, 5)
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        if chance.random() < 0.3:
+            body[name] = chance.randrange(1, 5000)
+    if endpoint.stores and chance.random() < 0.5:
+        body["tools"] = [{"type": "image_generation"}]
+    return body
+
+
+def metered(chance: random.Random, endpoint: Endpoint, prices: PriceList) -> Metered:
+    exchange = object.__new__(Metered)
+    exchange.endpoint = endpoint
+    exchange.settings = Settings()
+    books: Any = SimpleNamespace(prices=prices, tariff=lambda model: prices.tariff(model, 1))
+    exchange.gateway = gateway = SimpleNamespace(books=books)  # type: ignore[assignment]
+    content = exchange._content = content_of(random_request(chance, endpoint))
+    exchange._facts = content.facts
+    exchange._further_input = chance.choice([0, chance.randrange(1000)])
+    purses = Purse("2026-11", 0, 0), Purse("2026-11", 0, 0)
+    tariff = prices.tariff("m", 1)
+    key: Any = None
+    exchange._money = Hold(gateway.books, key, 1, tariff, purses, 0)
+    return exchange
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_an_estimate_is_never_more_than_the_hold(seed: int) -> None:
+    chance = random.Random(seed)
+    endpoint, prices = chance.choice(ENDPOINTS), random_prices(chance)
+    exchange = metered(chance, endpoint, prices)
+    content, tariff = exchange._content, exchange._money.tariff
+    seen = Seen(*(chance.choice([0, chance.randrange(100_000)]) for _ in range(3)))
+    report = Report(endpoint.images)
+    used = estimate(
+        report,
+        seen,
+        written=chance.randrange(200_000),
+        read=content.input_estimate + chance.choice([0, MOST_TOKENS // 2]),
+        most=exchange._most(),
+        images=endpoint.images,
+        partly=False,
+    )
+    asked = content.facts.service_tier
+    tier = chance.choice([None, "default", asked])
+    parts = of_models(used.parts, content.image_model())
+    _, cost = exchange._money.cost(parts, tier)
+    if tariff:
+        assert cost <= exchange._most_cost(tariff, content, exchange._further_input)
+    assert isinstance(used.usage, Usage)
+    if seen or tariff is None:
+        assert used.usage.output_tokens
