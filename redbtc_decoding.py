@@ -103,9 +103,9 @@ class Brotli:
         if self._decoder.is_finished():
             return
         try:
-            yield self._decoder.process(data, output_buffer_limit=OUTPUT)
-            while not self._decoder.can_accept_more_data():
-                yield self._decoder.process(b"", output_buffer_limit=OUTPUT)
+            yield (piece := self._decoder.process(data, output_buffer_limit=OUTPUT))
+            while piece or not self._decoder.can_accept_more_data():  # it can hold output back
+                yield (piece := self._decoder.process(b"", output_buffer_limit=OUTPUT))
         except brotli.error:
             raise NotDecoded from None
 

@@ -936,7 +936,6 @@ class StreamMeter(Meter):
         return (
             self._partial is None
             and (self._naming is None or not self._naming.search(chunk))
-            and not self.ended
             and not self.ending
             and not self._cut_newline
             and chunk.endswith(b"\n\n")

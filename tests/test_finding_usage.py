@@ -616,7 +616,7 @@ def test_a_compressed_answer_passes_and_is_metered(
         upstream.script = answer_of([packed], headers, end="hang")
         with client.stream("POST", "/chat/completions", json=CHAT) as answer:
             assert b"".join(answer.iter_raw()) == packed
-    chat, response = gateway.rows()
+    response, chat = gateway.rows()
     assert (chat["usage_source"], chat["output_tokens"]) == ("upstream", 7)
     assert (response["usage_source"], response["output_tokens"]) == ("upstream", 9)
 
@@ -673,7 +673,7 @@ def test_usage_that_follows_the_end_is_waited_for(
                 [*begin, done, *follows], [("content-type", "text/event-stream")], end
             )
             assert client.post("/chat/completions", json=CHAT).content == b"".join([*begin, done])
-    rows = list(reversed(gateway.rows()))
+    rows = gateway.rows()
     assert [row["outcome"] for row in rows] == ["completed"] * 3
     assert [row["output_tokens"] for row in rows][::2] == [7, 7]
     assert rows[1]["usage_source"] != "upstream"
