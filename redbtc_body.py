@@ -28,11 +28,12 @@ import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
 import msgspec
+import orjson
 from msgspec import Struct
 
 from redbtc_ledger import MAX_MODELS
@@ -545,11 +546,22 @@ def reference_in(item: Item, pieces: Pieces) -> str:
     return "" if OWN_WORDS.fullmatch(kind_of(item)) else "input"
 
 
+KIND = "\0"  # before a kind of tools among the names of models, none of which begins with it
+LONG_CACHE = "long_cache"
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
 PARTS, PICTURE = msgspec.json.Decoder(list[Part]), b"image_url"
 LISTS = {"input", "messages", "tools", "svg"}
-TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
+TOOL_NAMES = {"type", "model", "svg", "tools", "function", "container", "environment"}
+# By what the type of a tool begins with (dated versions follow), what it can use.
+TOOL_KINDS = {
+    "web_search": "web_search",
+    "file_search": "file_search",
+    "code_interpreter": "container",
+    "shell": "container",
+}
+STARTS_OF_KINDS = tuple(TOOL_KINDS)
+NO_NEW_CONTAINER = ("local", "container_reference")  # types of a shell's environment
 ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
 # Only items with one of these members are checked; most histories have none.
 TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
@@ -597,6 +609,11 @@ class Content:
         self.plain = sent is text  # not compressed
         self.size = len(text)  # bytes, decoded
         self.offers_tools = False
+        # Which of "web_search", "file_search" and "container" the tools that it offers, here or in
+        # what it builds on, can use.
+        self.tool_kinds: set[str] = set()
+        self.long_cache = False  # it can write to the cache for more than 30 minutes
+        self._lasting_kinds: set[str] = set()  # of both, what lasts in its input
         # All stored objects that it names, until they are looked up.
         self.references: Collection[Reference] = ()
         self.most_input_tokens = self.size
@@ -652,6 +669,8 @@ class Content:
         if named.found or named.chosen:
             self.excess = named.excess(self.size)
         self.offers_tools = reading.tools > 0
+        self.tool_kinds, self.long_cache = reading.kinds, named.long_cache
+        self._lasting_kinds = reading.lasting_kinds | ({LONG_CACHE} if named.long_cache else set())
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
             self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
@@ -671,9 +690,19 @@ class Content:
     def inherit(self, models: str | None, minted_input: bool) -> None:
         """Note an object that this request builds on: the further models that it uses (JSON), and
         whether the upstream chose all ids of its input."""
-        if models:
-            add_models(self._inherited, msgspec.json.decode(models, type=dict[str, bool]))
+        for name, images in (orjson.loads(models) if models else {}).items():
+            if name.startswith(KIND):
+                self._inherit_kind(name.removeprefix(KIND))
+            else:
+                add_models(self._inherited, {name: images})
         self._inherits_minted = self._inherits_minted and minted_input
+
+    def _inherit_kind(self, kind: str) -> None:
+        self._lasting_kinds.add(kind)
+        if kind == LONG_CACHE:
+            self.long_cache = True
+        else:
+            self.tool_kinds.add(kind)
 
     @property
     def mints_input(self) -> bool:
@@ -682,11 +711,26 @@ class Content:
         return self._inherits_minted and not self.chosen_ids
 
     @property
-    def lasting_models(self) -> str | None:
-        """The further models that a request which builds on this one uses, as JSON: those of tools
-        that are part of the input. Complete once `inherit` was called for all references."""
+    def lasting(self) -> dict[str, bool]:
+        """The further models that a request which builds on this one uses: those of tools that are
+        part of the input; and the kinds of these tools, each with KIND before its name. Complete
+        once `inherit` was called for all references."""
         lasting = add_models(dict(self._inherited), self._lasting)
-        return msgspec.json.encode(lasting).decode() if lasting else None
+        return lasting | {KIND + kind: False for kind in sorted(self._lasting_kinds)}
+
+    @property
+    def lasting_models(self) -> str | None:
+        """The same as JSON, None where there are none."""
+        return msgspec.json.encode(self.lasting).decode() if self.lasting else None
+
+    def needed_rates(self) -> Iterator[tuple[str, str]]:
+        """Yield the rates without which a price does not say what this request costs, and the
+        member of the body that asks for it."""
+        for kind in ("file_search", "container"):
+            if kind in self.tool_kinds:
+                yield kind, "tools"
+        if self.long_cache:
+            yield "cache_write_12h", "prompt_cache_options"
 
     def further_models(self) -> dict[str, bool]:
         """Return the models that it makes work besides its own, and whether they make pictures: the
@@ -695,7 +739,7 @@ class Content:
         if sum(models.values()) > 1:
             message = "The image tools have different models."
             raise Refusal("invalid_request", message, param="tools")
-        check_models(models)
+        check_models(models | self.lasting)
         return models
 
     def image_model(self) -> str:
@@ -775,6 +819,8 @@ class Reading:
         self.tools = self._items = 0
         self.models: dict[str, bool] = {}
         self.lasting: dict[str, bool] = {}
+        self.kinds: set[str] = set()  # of tools
+        self.lasting_kinds: set[str] = set()  # of those that are part of the input
         self.pictures = self.picture_bytes = 0
         self.countable = True  # whether the pictures could be counted; else they count as text
         self._pieces = pieces
@@ -854,8 +900,11 @@ class Reading:
             tools = yield from read_list(self._pieces, part, TOOL_NAMES, telling)
             self._count_tools(tools)
             for number, tool in enumerate(tools):
-                if kind_of(tool) == "image_generation":
+                kind = kind_of(tool)
+                if kind == "image_generation":
                     yield from self._note_painter(tool, lasting)
+                elif kind.startswith(STARTS_OF_KINDS):
+                    yield from self._note_kind(tool, kind, lasting)
                 if "tools" in tool:
                     self._offers.append((tool["tools"], depth + 1, lasting))
                 if self._names:
@@ -873,6 +922,22 @@ class Reading:
         yield from self._name_beside(tool, {"headers", "function", "tools", *TOOL_SCHEMAS})
         yield from self._name_within(tool, "function")
 
+    def _note_kind(self, tool: Members, kind: str, lasting: bool) -> Steps[None]:
+        """Note what a tool can use. A container that is named, and its own machine, are not new."""
+        if kind.startswith("code_interpreter") and is_text(tool.get("container", NULL)):
+            return
+        if kind.startswith("shell"):
+            given = tool.get("environment", NULL)
+            if given == NULL:
+                return
+            environment = yield from members_in(self._pieces.parts(given))
+            check_letters(environment, TOOL_NAMES)
+            if kind_of(environment) in NO_NEW_CONTAINER:
+                return
+        used = next(TOOL_KINDS[start] for start in STARTS_OF_KINDS if kind.startswith(start))
+        for kinds in (self.kinds, self.lasting_kinds) if lasting else (self.kinds,):
+            kinds.add(used)
+
     def _note_painter(self, tool: Members, lasting: bool) -> Steps[None]:
         yield from self._note_author(tool.get("svg", NULL), lasting)
         model = string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL
@@ -887,8 +952,8 @@ class Reading:
                 self._note_model(author, False, lasting)
 
     def _note_model(self, model: str, images: bool, lasting: bool) -> None:
-        if len(model) > MAX_NAME:
-            message = f"The model of a tool has more than {MAX_NAME} characters."
+        if len(model) > MAX_NAME or model.startswith(KIND):
+            message = f"The model of a tool must be a name of at most {MAX_NAME} characters."
             raise Refusal("invalid_request", message, param="tools")
         for models in (self.models, self.lasting) if lasting else (self.models,):
             check_models(add_models(models, {model: images}))
@@ -964,11 +1029,18 @@ WORDS = (
     rb"previous_response_id|comparison_response_id|conversation|file_ids?|vector_store_ids?|"
     rb"container(?:_id)?|skill_id|tunnel_id|approval_request_id|prompt|audio|voice"
 )
+CACHE_WORDS = rb"prompt_cache_(?:options|breakpoint)"  # members with a `ttl`
 MEMBER = re.compile(  # the look-ahead rejects most strings early, where most of the time is spent
-    rb'"(?=[acfpstv])(?:(' + WORDS + rb')"\s*:\s*(?=["\[{])|type"\s*:\s*"item_reference")',
+    rb'"(?=[acfpstv])(?:('
+    + WORDS
+    + rb')"\s*:\s*(?=["\[{])|type"\s*:\s*"item_reference"|('
+    + CACHE_WORDS
+    + rb')"\s*:\s*(?=\{))',
     re.IGNORECASE,
 )
-HIDDEN = re.compile(rb"(?:" + WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE)
+HIDDEN = re.compile(
+    rb"(?:" + WORDS + rb"|" + CACHE_WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE
+)
 BRACKETS = re.compile(rb"[\[{]|[\]}]|" + TEXT, re.DOTALL)
 ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECASE)
 # Escapes of ASCII letters and of the letters in FOLDED, which no writer needs. (With only one
@@ -1007,6 +1079,7 @@ class Named:
     def __init__(self) -> None:
         self.found: dict[Reference, None] = {}
         self.chosen: set[str] = set()
+        self.long_cache = False  # a cache lifetime other than the usual one is asked for
         self._mentions = 0
         self._characters = 0
 
@@ -1043,7 +1116,9 @@ def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
         for match in MEMBER.finditer(piece):
             start, kind = match.end(), piece[match.end() : match.end() + 1]
             name = (match[1] or b"").lower()
-            if not name:  # an "item_reference" that is not among the items
+            if match[2]:
+                yield from note_lifetime(piece, start, pieces, named)
+            elif not name:  # an "item_reference" that is not among the items
                 named.add(Reference("item_reference", ""))
             elif kind == b'"':
                 value = STRING.match(piece, start)
@@ -1057,6 +1132,20 @@ def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
                         yield from note_ids(name, ids, held, pieces, named)
             yield
         yield
+
+
+USUAL_LIFETIME = "30m"
+
+
+def note_lifetime(piece: Buffer, start: int, pieces: Pieces, named: Named) -> Steps[None]:
+    """Note whether an object of options of the prompt cache asks for another lifetime than the
+    usual one. Raises Refusal for one that could be read in more than one way."""
+    end = yield from end_of(piece, start)
+    options = yield from members_in(pieces.parts(piece[start:end]))
+    check_letters(options, {"ttl"})
+    lifetime = options.get("ttl", NULL)
+    if lifetime != NULL and string_in(lifetime) != USUAL_LIFETIME:
+        named.long_cache = True
 
 
 def note_ids(

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx2
+from msgspec import structs
 
 import redbtc_ledger as ledger
 from redbtc_billing import Hold, Spent, Tariff
@@ -233,7 +234,8 @@ class Metered(Exchange):
         usual = self.settings.billing.hold_output_tokens
         output = min((limit for limit in limits if limit), default=usual) * max(1, facts.n or 1)
         into = content.most_input_tokens + further_input
-        most = tariff.most(into, output, facts.service_tier, self.endpoint.images)
+        tier, images, long_cache = facts.service_tier, self.endpoint.images, content.long_cache
+        most = tariff.most(into, output, tier, images, long_cache)
         for model, images in content.further_models().items():
             if further := self.gateway.books.tariff(model):
                 most += further.most(into, further.max_output_tokens or usual, None, images)
@@ -332,6 +334,7 @@ class Metered(Exchange):
             if self._repeats:
                 report.usage = estimate = None
             account_for(row, report, outcome, estimate)
+            await count_tools(self.gateway, row, report)
             bill(row, report, self._money, self._content.image_model())
             await ledger.settle(self.gateway.store, row)
             self.gateway.watch.settled(self.scope, row)
@@ -360,6 +363,22 @@ def account_for(row: Row, report: Report, outcome: Outcome, estimate: Usage | No
         row.usage, row.usage_source = estimate, "estimated"
 
 
+async def count_tools(gateway: Gateway, row: Row, report: Report) -> None:
+    """Add to a row's usage, if that is known, what no upstream reports in it: file searches, and
+    containers that nobody was billed for. The row must be settled before anything else is waited
+    for, so that parallel requests are not billed for the same container."""
+    if row.usage_source == "none" or not (report.file_searches or report.containers):
+        return
+    new = await gateway.containers.unbilled(report.containers)
+    gateway.containers.bill(new)
+    row.usage = with_tool_calls(row.usage, report.file_searches or None, len(new) or None)
+
+
+def with_tool_calls(usage: Usage, file_searches: int | None, containers: int | None) -> Usage:
+    """Return the usage with these calls of tools."""
+    return structs.replace(usage, file_searches=file_searches, containers=containers)
+
+
 def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
     """What it cost, by the prices of its admission and the tier that the response reports; not
     known where no usage is."""
@@ -368,6 +387,10 @@ def bill(row: Row, report: Report, money: Hold, image_model: str) -> None:
             part._replace(model=image_model) if part.model == IMAGE_TOOL else part
             for part in report.parts or [Part(None, row.usage, False)]
         ]
+        files, containers = row.usage.file_searches, row.usage.containers
+        if files or containers:  # the tools are those of the request's own model
+            first = with_tool_calls(parts[0].usage, files, containers)
+            parts[0] = parts[0]._replace(usage=first)
         row.price_id, row.cost = money.cost(parts, row.service_tier)
     row.month = money.settle(row.cost or 0)
 
@@ -428,7 +451,10 @@ class Background:
         estimate = estimated(self.unfinished.input_estimate, self.text_bytes)
         cancelled = report.status == "cancelled"
         account_for(row, report, outcome, estimate if cancelled else None)
-        bill(row, report, self._money, self.unfinished.image_model)
+
+    def bill(self, report: Report) -> None:
+        """Work out what it cost."""
+        bill(self.row, report, self._money, self.unfinished.image_model)
 
     @property
     def outdated(self) -> bool:
@@ -562,6 +588,8 @@ class Unended:
     async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
         response.finish(report, outcome)
+        await count_tools(gateway, row, report)
+        response.bill(report)
         self._learn(response, report)
         await ledger.end_background(gateway.store, row)
         self._remove(response)

@@ -49,7 +49,14 @@ from websockets.streams import StreamReader
 import redbtc_ledger as ledger
 from redbtc_billing import Hold
 from redbtc_body import DEFAULT_IMAGE_MODEL, MAX_ITEMS, Frame
-from redbtc_exchange import Endpoint, Metered, account_for, bill, new_request_id
+from redbtc_exchange import (
+    Endpoint,
+    Metered,
+    account_for,
+    bill,
+    count_tools,
+    new_request_id,
+)
 from redbtc_ledger import Home, Key, Outcome, Row
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import LAST, Answer, Report, decode_answer, name_in
@@ -598,8 +605,11 @@ class Turn(Metered):
     async def steer(self, response_id: str, frame: Frame, admission: Admission) -> None:
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
-        if frame.lasting_models not in (None, self._content.lasting_models):
-            message = "Steering can't name an item of a response whose input has other tools."
+        if not frame.lasting.items() <= self._content.lasting.items():
+            message = (
+                "Steering can't name an item of a response whose input has other tools, or ask for "
+                "another lifetime in the prompt cache."
+            )
             raise Refusal("invalid_request", message, param="input")
         if len(self._steers) >= MAX_STEERS:
             message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
@@ -1253,7 +1263,9 @@ class Session:
             response_id=report.response_id,
         )
         account_for(row, report, "upstream_error" if report.failed else "completed", None)
-        bill(row, report, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
+        money = await self.no_hold(row)
+        await count_tools(self.gateway, row, report)
+        bill(row, report, money, DEFAULT_IMAGE_MODEL)
         self.gateway.objects.own(named, row.account_id, Home(row.upstream))
         await ledger.settle(self.gateway.store, row)
         self.gateway.watch.settled(scope, row)

@@ -609,6 +609,13 @@ ALTER TABLE usage_by_day ADD COLUMN cache_write_12h_tokens INTEGER;
 ALTER TABLE usage_by_day ADD COLUMN file_searches INTEGER;
 ALTER TABLE usage_by_day ADD COLUMN containers INTEGER;
 
+-- Containers that a request was billed for: each is billed once.
+CREATE TABLE billed_containers (
+    id                  TEXT PRIMARY KEY        -- the upstream's
+) STRICT, WITHOUT ROWID;
+INSERT INTO billed_containers SELECT id FROM stored_objects WHERE id GLOB 'cntr_*';  -- not billed
+                                                -- when they were made, and not later either
+
 -- A key that replaced another one goes on with its budget.
 ALTER TABLE keys ADD COLUMN
     budget_id           TEXT;                   -- the first key of the chain; NULL: itself
