@@ -900,6 +900,8 @@ class Reading:
             tools = yield from read_list(self._pieces, part, TOOL_NAMES, telling)
             self._count_tools(tools)
             for number, tool in enumerate(tools):
+                if "type" not in tool:  # unless it has another name of these, it is not checked yet
+                    check_letters(tool, TOOL_NAMES)
                 kind = kind_of(tool)
                 if kind == "image_generation":
                     yield from self._note_painter(tool, lasting)
