@@ -1133,8 +1133,9 @@ def _described(operation: Operation, path: str, number: int, schemas: Record) ->
         for name in in_path
     ]
     query = schemas[operation.query.__name__]
+    needed = query.get("required", ())
     parameters += [
-        {"name": name, "in": "query", "required": False, "schema": schema}
+        {"name": name, "in": "query", "required": name in needed, "schema": schema}
         for name, schema in query.get("properties", {}).items()
     ]
     described: Record = {
