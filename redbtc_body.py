@@ -670,7 +670,9 @@ class Content:
             self.excess = named.excess(self.size)
         self.offers_tools = reading.tools > 0
         self.tool_kinds, self.long_cache = reading.kinds, named.long_cache
-        self._lasting_kinds = reading.lasting_kinds | ({LONG_CACHE} if named.long_cache else set())
+        self._lasting_kinds = reading.lasting_kinds
+        if named.long_cache:
+            self._lasting_kinds.add(LONG_CACHE)
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
             self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
@@ -716,12 +718,15 @@ class Content:
         part of the input; and the kinds of these tools, each with KIND before its name. Complete
         once `inherit` was called for all references."""
         lasting = add_models(dict(self._inherited), self._lasting)
-        return lasting | {KIND + kind: False for kind in sorted(self._lasting_kinds)}
+        if self._lasting_kinds:
+            lasting |= {KIND + kind: False for kind in sorted(self._lasting_kinds)}
+        return lasting
 
     @property
     def lasting_models(self) -> str | None:
         """The same as JSON, None where there are none."""
-        return msgspec.json.encode(self.lasting).decode() if self.lasting else None
+        lasting = self.lasting
+        return msgspec.json.encode(lasting).decode() if lasting else None
 
     def needed_rates(self) -> Iterator[tuple[str, str]]:
         """Yield the rates without which a price does not say what this request costs, and the
@@ -739,7 +744,7 @@ class Content:
         if sum(models.values()) > 1:
             message = "The image tools have different models."
             raise Refusal("invalid_request", message, param="tools")
-        check_models(models | self.lasting)
+        check_models({*models, *self._lasting_kinds})
         return models
 
     def image_model(self) -> str:
@@ -795,7 +800,7 @@ MAX_ITEMS = 20_000  # of the input; the history of a day's work has 2,000
 MAX_TOOLS = 4_000  # nested ones included; OpenAI allows 128, MCP servers have some hundreds
 
 
-def check_models(models: dict[str, bool]) -> None:
+def check_models(models: Collection[str]) -> None:
     """Raise Refusal for more than MAX_MODELS models."""
     if len(models) > MAX_MODELS:
         message = f"The tools name more than {MAX_MODELS} models."

@@ -334,7 +334,8 @@ class Metered(Exchange):
             if self._repeats:
                 report.usage = estimate = None
             account_for(row, report, outcome, estimate)
-            await count_tools(self.gateway, row, report)
+            if report.containers or report.file_searches:
+                await count_tools(self.gateway, row, report)
             bill(row, report, self._money, self._content.image_model())
             await ledger.settle(self.gateway.store, row)
             self.gateway.watch.settled(self.scope, row)
@@ -367,7 +368,7 @@ async def count_tools(gateway: Gateway, row: Row, report: Report) -> None:
     """Add to a row's usage, if that is known, what no upstream reports in it: file searches, and
     containers that nobody was billed for. The row must be settled before anything else is waited
     for, so that parallel requests are not billed for the same container."""
-    if row.usage_source == "none" or not (report.file_searches or report.containers):
+    if row.usage_source == "none":
         return
     new = await gateway.containers.unbilled(report.containers)
     gateway.containers.bill(new)

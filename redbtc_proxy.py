@@ -847,7 +847,8 @@ class Gateway:
             if not self.books.served(each):
                 message = f"The model '{each}' does not exist, or it is not served here."
                 raise Refusal("model_not_found", message, param="model")
-        self._check_rates(content)
+        if content.tool_kinds or content.long_cache:
+            self._check_rates(content)
         return choose(self.upstreams, model, *homes)
 
     def _check_rates(self, content: Content) -> None:
