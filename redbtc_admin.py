@@ -540,7 +540,7 @@ class API:
 
     @operation("POST", "/keys/{key}/rotate", least="owner", answer=KeyAdded)
     async def rotate_key(self, actor: Actor, key: Record, body: Rotation) -> Record:
-        """A new key like the old one, which ends after the overlap."""
+        """Add a key like the old one, which ends after the overlap. They share one budget."""
         overlap = 0 if body.overlap == "0" else parse_duration(body.overlap)
         return await self._accounts.rotate_key(key["id"], overlap, actor.name)
 

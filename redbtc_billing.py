@@ -872,8 +872,8 @@ class Books:
     async def _reach(
         self, new: Sequence[Price], after: PriceList, now: int, listed: Collection[str]
     ) -> Record:
-        """Return the known models that new prices apply to, at the latest when they take effect,
-        and those that they mean and do not apply to, with the reason."""
+        """Return the known models that new prices apply to once they take effect, and those that
+        they mean and do not apply to, with the reason. Other prices' patterns stand for models."""
         by_pattern: dict[str, list[Price]] = {}
         for price in new:
             by_pattern.setdefault(price.model, []).append(price)
@@ -889,7 +889,7 @@ class Books:
                 for price in prices
             ]
             if None in reasons:
-                applies.append(model)
+                applies += [model] * (not is_pattern(model) or model not in by_pattern)
             else:
                 others.append({"model": model, "because": reasons[0]})
         return {"applies_to": applies, "does_not_apply_to": others}

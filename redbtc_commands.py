@@ -409,7 +409,7 @@ def key_list(context: Context, account: str, as_json: bool) -> None:
     """An account's keys."""
     found = context.call("GET", _account(account, "/keys"))
     times = ["created_at", "expires_at", "revoked_at", "last_used_on"]
-    columns = ["id", "label", "models", *ledger.KEY_LIMITS, *times]
+    columns = ["id", "label", "models", *ledger.KEY_LIMITS, "budget_id", *times]
     show(found, as_json, lambda: table(found["keys"], columns))
 
 
@@ -432,7 +432,10 @@ def key_revoke(context: Context, key_id: str, compromised: bool, as_json: bool) 
 @json_option
 @click.pass_obj
 def key_rotate(context: Context, key_id: str, overlap: str, as_json: bool) -> None:
-    """Print a new key like the old one, which ends after the overlap."""
+    """Print a new key like the old one, which ends after the overlap.
+
+    The new key goes on with the old one's monthly budget: what both spend counts together.
+    """
     path = f"/admin/v1/keys/{quote(key_id, safe='')}/rotate"
     added = context.call("POST", path, {"overlap": overlap})
     show(added, as_json, lambda: shown_once(added))
