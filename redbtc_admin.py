@@ -110,6 +110,8 @@ from redbtc_shapes import (
     UserList,
     UserShown,
     UsersQuery,
+    WhichPrice,
+    WhichPriceQuery,
     WhichUser,
 )
 from redbtc_slices import with_turns
@@ -165,6 +167,9 @@ class Running(Protocol):
     def serves(self, model: str) -> bool:
         """Whether an upstream is there for it."""
 
+    def listed_models(self) -> set[str]:
+        """The models that upstreams have listed so far."""
+
     def limits_of_key(self, key: Key) -> Record:
         """The limits in force for a key and its account, and what is left of them."""
 
@@ -186,6 +191,10 @@ class Stopped:
     def serves(self, _: str) -> bool:
         """Nothing is."""
         return False
+
+    def listed_models(self) -> set[str]:
+        """None: no upstream was asked."""
+        return set()
 
     def limits_of_key(self, _: Key) -> Record:
         """Unknown: they are those of its settings."""
@@ -531,7 +540,7 @@ class API:
 
     @operation("POST", "/keys/{key}/rotate", least="owner", answer=KeyAdded)
     async def rotate_key(self, actor: Actor, key: Record, body: Rotation) -> Record:
-        """A new key like the old one, which ends after the overlap."""
+        """Add a key like the old one, which ends after the overlap. They share one budget."""
         overlap = 0 if body.overlap == "0" else parse_duration(body.overlap)
         return await self._accounts.rotate_key(key["id"], overlap, actor.name)
 
@@ -552,13 +561,23 @@ class API:
         ]
         return {"prices": shown}
 
+    @operation("GET", "/prices/which", least="operator", answer=WhichPrice)
+    async def which_price(self, query: WhichPriceQuery) -> Record:
+        """Which price applies to a request, which others match its model and why they don't."""
+        at = time_in(query.at) or self.books.store.time()
+        return self.books.which(query.model, at, query.tier, query.input_tokens)
+
     @operation("POST", "/prices", least="operator", answer=PricesAdded)
     async def add_prices(self, actor: Actor, body: NewPrices) -> Record:
-        """Add prices, all or none."""
+        """Add prices, all or none; say which models they apply to and what they leave out."""
         if body.currency not in (None, self.books.currency):
             raise LedgerError(f"these prices are in {body.currency}, not in {self.books.currency}")
         return await self.books.add_prices(
-            prices_of(body), without_notice=body.without_notice, by=actor.name
+            prices_of(body),
+            without_notice=body.without_notice,
+            by=actor.name,
+            take_over=body.take_over,
+            listed=self._running.listed_models(),
         )
 
     # Payments and statements
@@ -874,7 +893,7 @@ def price_of(given: NewPrice, model: str, source: str | None) -> Price:
         rate = getattr(given, name)
         if rate is not None:
             rates[name] = parse_amount(rate)
-            most = billing.MOST_CALL_RATE if name == "web_search" else billing.MOST_RATE
+            most = billing.MOST_CALL_RATE if name in billing.UNITS else billing.MOST_RATE
             if not 0 <= rates[name] <= most:
                 raise LedgerError(f"a rate of {rate} for {name} of {model} is out of range")
     if not rates:
@@ -1114,8 +1133,9 @@ def _described(operation: Operation, path: str, number: int, schemas: Record) ->
         for name in in_path
     ]
     query = schemas[operation.query.__name__]
+    needed = query.get("required", ())
     parameters += [
-        {"name": name, "in": "query", "required": False, "schema": schema}
+        {"name": name, "in": "query", "required": name in needed, "schema": schema}
         for name, schema in query.get("properties", {}).items()
     ]
     described: Record = {

@@ -20,10 +20,10 @@ import fnmatch
 import functools
 import re
 import sqlite3
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
-from typing import NamedTuple
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -61,19 +61,35 @@ MOST_PAID = 10**17 * NANOS  # by an account: sums of it fit into an INTEGER of u
 MOST_RATE = 10_000_000 * NANOS  # for a million tokens: a row's cost fits into an INTEGER
 MOST_CALL_RATE = 10_000 * NANOS
 IN_USE = 90 * DAY  # a model that somebody asked for within this time is in use
+NEVER = 1 << 62  # milliseconds
+LITERAL = re.compile(r"[^*?\[]*+")  # what all names begin with that a pattern means
+LAST_CHARACTER = "\U0010ffff"
 ONE_CHARACTER = re.compile(r"\[[^\]]+\]|\?")  # what stands in a pattern for exactly one
 
 
 class Rates(NamedTuple):
-    """Nanos for a million tokens; for `web_search` nanos a call."""
+    """Nanos for a million tokens, or for one of what UNITS names."""
 
     input: int = 0
     cached_input: int = 0
     cache_write: int = 0
+    cache_write_12h: int = 0
     output: int = 0
     image_input: int = 0
     image_output: int = 0
     web_search: int = 0
+    file_search: int = 0
+    container: int = 0
+
+
+# What a rate is for, where it is not for a million tokens.
+UNITS = {"web_search": "call", "file_search": "call", "container": "container"}
+# What a request can ask for only where its model's price has the rate, unless it is free.
+NEEDED = {
+    "file_search": "uses the file search tool",
+    "container": "uses a tool that creates a container",
+    "cache_write_12h": "keeps its prompt in the cache for longer than 30 minutes",
+}
 
 
 class Price(Struct, frozen=True, dict=True):
@@ -87,10 +103,13 @@ class Price(Struct, frozen=True, dict=True):
     input: int | None = None
     cached_input: int | None = None
     cache_write: int | None = None
+    cache_write_12h: int | None = None
     output: int | None = None
     image_input: int | None = None
     image_output: int | None = None
     web_search: int | None = None
+    file_search: int | None = None
+    container: int | None = None
     max_output_tokens: int | None = None
     currency: str = "USD"
     source: str | None = None
@@ -107,17 +126,32 @@ class Price(Struct, frozen=True, dict=True):
     @functools.cached_property
     def rates(self) -> Rates:
         """All rates. What was not given: text in all its kinds and pictures cost as much as other
-        input, pictures as much as other output."""
+        input, pictures as much as other output, cache writes for 12 hours as much as others."""
         into, out = self.input or 0, self.output or 0
+        write = into if self.cache_write is None else self.cache_write
         return Rates(
             input=into,
             cached_input=into if self.cached_input is None else self.cached_input,
-            cache_write=into if self.cache_write is None else self.cache_write,
+            cache_write=write,
+            cache_write_12h=write if self.cache_write_12h is None else self.cache_write_12h,
             output=out,
             image_input=into if self.image_input is None else self.image_input,
             image_output=out if self.image_output is None else self.image_output,
             web_search=self.web_search or 0,
+            file_search=self.file_search or 0,
+            container=self.container or 0,
         )
+
+    @property
+    def limits(self) -> tuple[int | None, ...]:
+        """What a price says beside its rates: the maximum, and which of NEEDED it has."""
+        return self.max_output_tokens, *(getattr(self, name) is not None for name in NEEDED)
+
+    @property
+    def given(self) -> dict[str, int]:
+        """The rates and the maximum that were given, by name."""
+        values = {name: getattr(self, name) for name in (*Rates._fields, "max_output_tokens")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def cost(self, usage: Usage, images: bool) -> int:
         """Nanos of what was used, rounded half up: the only rounding there is. `images`: of an
@@ -125,33 +159,44 @@ class Price(Struct, frozen=True, dict=True):
         those of a tool and come on top."""
         rates = self.rates
         cached, written = usage.cached_input_tokens or 0, usage.cache_write_tokens or 0
+        kept = min(written, usage.cache_write_12h_tokens or 0)
         image_in, image_out = usage.image_input_tokens or 0, usage.image_output_tokens or 0
         text_in = (usage.input_tokens or 0) - cached - written - (image_in if images else 0)
         text_out = (usage.output_tokens or 0) - (image_out if images else 0)
         millionths = (
             max(0, text_in) * rates.input
             + cached * rates.cached_input
-            + written * rates.cache_write
+            + (written - kept) * rates.cache_write
+            + kept * rates.cache_write_12h
             + max(0, text_out) * rates.output
             + image_in * rates.image_input
             + image_out * rates.image_output
         )
-        searches = (usage.web_searches or 0) * rates.web_search
-        return (millionths + MILLION // 2) // MILLION + searches
+        calls = (
+            (usage.web_searches or 0) * rates.web_search
+            + (usage.file_searches or 0) * rates.file_search
+            + (usage.containers or 0) * rates.container
+        )
+        return (millionths + MILLION // 2) // MILLION + calls
 
-    def most(self, input_tokens: int, output_tokens: int, images: bool) -> int:
-        """Nanos that so much can cost at most, whatever kind of tokens they turn out to be."""
+    def most(
+        self, input_tokens: int, output_tokens: int, images: bool, long_cache: bool = False
+    ) -> int:
+        """Nanos that so much can cost at most, whatever kind of tokens they turn out to be.
+        `long_cache`: the request can write to the cache for 12 hours."""
         rates = self.rates
         into, out = max(rates.input, rates.cached_input, rates.cache_write), rates.output
+        if long_cache:
+            into = max(into, rates.cache_write_12h)
         if images:
             into, out = max(into, rates.image_input), max(out, rates.image_output)
         return -(-(input_tokens * into + output_tokens * out) // MILLION)
 
-    def dearest_call(self, tools: int) -> int:
-        """Return the nanos of a call of the dearest of these tools (bits of TOOLS)."""
-        rates = self.rates
-        offered = [name for name, bit in ledger.TOOLS.items() if tools & bit]
-        return max((getattr(rates, name, 0) for name in offered), default=0)
+    def dearest_call(self, extras: int) -> int:
+        """Return the nanos of the dearest of these extras (bits of EXTRAS) that are billed by the
+        call."""
+        calls = (name for name in UNITS if ledger.EXTRAS[name] & extras)
+        return max((getattr(self.rates, name) for name in calls), default=0)
 
 
 class Tariff:
@@ -172,30 +217,43 @@ class Tariff:
                     return price
         raise AssertionError("a tariff has a price of the default tier for any input")
 
-    def most(self, input_tokens: int, output_tokens: int, tier: str | None, images: bool) -> int:
-        """Nanos that a request can cost at most, without calls of tools. `tier` is the one it asks
-        for."""
-        return max(
-            price.most(input_tokens, output_tokens, images)
-            for price in self._possible(tier)
-            if input_tokens > price.above_input_tokens or not price.above_input_tokens
-        )
-
-    def dearest_call(self, tools: int, tier: str | None) -> int:
-        """Return the nanos that a call of one of these tools (bits of TOOLS) can cost at most."""
-        return max(price.dearest_call(tools) for price in self._possible(tier))
-
-    def _possible(self, tier: str | None) -> list[Price]:
-        """Return the prices of the tiers that a request for `tier` can get: that one or the default
-        one. Where it leaves the choice to the upstream, it may get any."""
+    def possible(self, tier: str | None) -> list[Price]:
+        """The prices that a request can get which asks for a tier: it gets that or the default one.
+        Where it leaves the choice to the upstream, it may get any."""
         wanted = {DEFAULT_TIER, TIER_NAMES.get(str(tier), str(tier))}
-        free = tier in (None, "auto")
+        any_tier = tier in (None, "auto")
         return [
             price
             for name, prices in self.tiers.items()
-            if free or name in wanted
+            if any_tier or name in wanted
             for price in prices
         ]
+
+    def most(
+        self,
+        input_tokens: int,
+        output_tokens: int,
+        tier: str | None,
+        images: bool,
+        long_cache: bool = False,
+    ) -> int:
+        """Nanos that a request can cost at most, without calls of tools. `tier` is the one it asks
+        for."""
+        return max(
+            price.most(input_tokens, output_tokens, images, long_cache)
+            for price in self.possible(tier)
+            if input_tokens > price.above_input_tokens or not price.above_input_tokens
+        )
+
+    def dearest_call(self, extras: int, tier: str | None) -> int:
+        """Return the nanos that one of these extras (bits of EXTRAS) can cost at most, of those
+        that are billed by the call."""
+        return max(price.dearest_call(extras) for price in self.possible(tier))
+
+    def lacks(self, rate: str, tier: str | None) -> Price | None:
+        """Return a price without this rate that a request which asks for a tier can get."""
+        lacking = (price for price in self.possible(tier) if getattr(price, rate) is None)
+        return next(lacking, None)
 
 
 class PriceList:
@@ -209,6 +267,13 @@ class PriceList:
         for price in self.prices:
             self._slots.setdefault(price.slot, []).append(price)
             self._named.setdefault(price.model, []).append(price)
+        self._names = sorted(self._named)
+        # By name or pattern, since when it has a price that holds for all of its requests.
+        self._since = {
+            prices[0].model: prices[0].effective_at
+            for slot, prices in self._slots.items()
+            if slot[1:] == (DEFAULT_TIER, 0)
+        }
         self._patterns = sorted(filter(is_pattern, self._named), key=specificity)
         self._known: dict[tuple[str, int], Tariff | None] = {}
 
@@ -222,35 +287,137 @@ class PriceList:
         return self._known[known]
 
     def _find(self, model: str, at: int) -> Tariff | None:
-        named = [model] if model in self._named and not is_pattern(model) else []
-        for pattern in (*named, *self._patterns):
-            if pattern in named or fnmatch.fnmatchcase(model, pattern):
-                prices = self._named[pattern]
-                in_force = latest(price for price in prices if price.effective_at <= at)
-                if (pattern, DEFAULT_TIER, 0) in in_force:
-                    return Tariff(in_force.values())
-        return None
+        return next(
+            filter(None, (self.own_tariff(each, at) for each in self.matching(model))), None
+        )
+
+    def matching(self, model: str) -> Iterator[str]:
+        """The names and patterns of prices that mean a model, the most specific first. A pattern
+        means itself, too, and what all models that it means have in common."""
+        if model in self._named:
+            yield model
+        for pattern in self._patterns:
+            if pattern != model and matcher(pattern)(model):
+                yield pattern
+
+    def own_tariff(self, pattern: str, at: int) -> Tariff | None:
+        """The prices in force for exactly this name or pattern, None without one of the default
+        tier: without that, the others don't count."""
+        if at < self._since.get(pattern, NEVER):
+            return None
+        prices = self._named[pattern]
+        return Tariff(latest(price for price in prices if price.effective_at <= at).values())
+
+    def before(self, new: Price, others: Iterable[Price]) -> Price | None:
+        """The price that a new one supersedes when it takes effect, given others that are added
+        with it: that of its slot, or, for a model's name, the one that applies without it."""
+        of_slot = (*self._slots.get(new.slot, []), *others)
+        old = latest(p for p in of_slot if p.effective_at <= new.effective_at).get(new.slot)
+        if old is None and not is_pattern(new.model):
+            tariff = self.tariff(new.model, new.effective_at)
+            old = tariff.price(new.tier, new.above_input_tokens + 1) if tariff else None
+        return old
+
+    def shadowing(self, pattern: str, at: int) -> list[str]:
+        """The more specific names and patterns whose prices are in force instead of those of this
+        pattern for models that it means."""
+        if not is_pattern(pattern):
+            return []
+        prefix = LITERAL.match(pattern)
+        assert prefix is not None, "it may be empty"
+        first = bisect_left(self._names, prefix[0])
+        last = bisect_left(self._names, prefix[0] + LAST_CHARACTER)
+        return [
+            name
+            for name in self._names[first:last]
+            if matcher(pattern)(name)
+            and specificity(name) < specificity(pattern)
+            and at >= self._since.get(name, NEVER)
+        ]
 
     def has(self, new: Price, others: Iterable[Price]) -> bool:
         """Whether that is what its slot costs then, anyway, with these others of it."""
         of_slot = (*self._slots.get(new.slot, []), *others)
         old = latest(p for p in of_slot if p.effective_at <= new.effective_at).get(new.slot)
-        return old is not None and (old.rates, old.max_output_tokens) == (
-            new.rates,
-            new.max_output_tokens,
-        )
+        return old is not None and (old.rates, old.limits) == (new.rates, new.limits)
 
     def rows(self, now: int) -> Iterator[Record]:
         """All of them as JSON shows them, by model, tier, threshold and time."""
-        current = {price.slot: price.id for price in self.prices if price.effective_at <= now}
+        shadowing: dict[tuple[str, int], list[str]] = {}
         for price in self.prices:
-            row = msgspec.structs.asdict(price)
-            for rate in Rates._fields:
-                row[rate] = None if row[rate] is None else decimal(row[rate])
-            for name in ("effective_at", "created_at"):
-                row[name] = iso_time(row[name])
-            coming = "coming" if price.effective_at > now else "past"
-            yield {**row, "status": "current" if current.get(price.slot) == price.id else coming}
+            about = price.model, max(now, price.effective_at)
+            if about not in shadowing:
+                shadowing[about] = self.shadowing(*about)
+            yield self._shown(price, now, shadowing[about])
+
+    def _shown(self, price: Price, now: int, shadowed_by: list[str]) -> Record:
+        row = msgspec.structs.asdict(price)
+        for rate in Rates._fields:
+            row[rate] = None if row[rate] is None else decimal(row[rate])
+        for name in ("effective_at", "created_at"):
+            row[name] = iso_time(row[name])
+        superseded = self._superseded_at(price) <= now
+        status = "coming" if price.effective_at > now else "past" if superseded else "current"
+        return {**row, "status": status, "shadowed_by": [] if superseded else shadowed_by}
+
+    def _superseded_at(self, price: Price) -> int:
+        """When the next price of its slot takes effect."""
+        of_slot = self._slots[price.slot]
+        place = bisect_right(of_slot, order(price), key=order)
+        return of_slot[place].effective_at if place < len(of_slot) else NEVER
+
+    def applies(self, price: Price, model: str, at: int) -> str | None:
+        """Return why a price does not apply to a model that its pattern means, or None if it does,
+        to requests of its tier and so much input."""
+        if price.effective_at > at:
+            return f"it takes effect at {iso_time(price.effective_at)}"
+        if (superseded_at := self._superseded_at(price)) <= at:
+            return f"a later price superseded it at {iso_time(superseded_at)}"
+        if at < self._since.get(price.model, NEVER):
+            return (
+                f"{price.model!r} has no price for the tier {DEFAULT_TIER!r} and any number of "
+                "input tokens, without which its other prices don't count"
+            )
+        chosen = next(each for each in self.matching(model) if at >= self._since.get(each, NEVER))
+        return None if chosen == price.model else f"the price of {chosen!r} is more specific"
+
+    def which(self, model: str, at: int, tier: str, input_tokens: int) -> Record:
+        """Return the price of a request at a time, as JSON shows it, and all others whose patterns
+        mean its model, each with the reason why it does not apply."""
+        tariff = self.tariff(model, at)
+        applied = tariff.price(tier, input_tokens) if tariff else None
+        others = []
+        for pattern in self.matching(model):
+            shadowed_by = self.shadowing(pattern, at)
+            for price in self._named[pattern]:
+                if price is not applied:
+                    because = self.applies(price, model, at) or unlike(price, applied, tier)
+                    others.append({**self._shown(price, at, shadowed_by), "because": because})
+        return {
+            "applies": applied and self._shown(applied, at, self.shadowing(applied.model, at)),
+            "billed_as": applied.tier if applied else None,
+            "others": others,
+        }
+
+
+def unlike(price: Price, applied: Price | None, tier: str) -> str:
+    """Why a price of the right pattern is not the one for a request: by its tier or threshold."""
+    assert applied is not None, "this one has a price of the default tier beside it"
+    if price.tier != applied.tier:
+        more = f", and {tier!r} has its own" if price.tier == DEFAULT_TIER else ""
+        return f"it is for the tier {price.tier!r}{more}"
+    if price.above_input_tokens > applied.above_input_tokens:
+        return f"it is for more than {price.above_input_tokens} input tokens"
+    return f"there is another price for more than {applied.above_input_tokens} input tokens"
+
+
+MAX_MATCHERS = 10_000
+
+
+@functools.lru_cache(MAX_MATCHERS)
+def matcher(pattern: str) -> Callable[[str], object]:
+    """Return what tells whether a pattern means a model. (fnmatch itself remembers too few.)"""
+    return re.compile(fnmatch.translate(pattern)).match
 
 
 def specificity(pattern: str) -> tuple[bool, int, int, str]:
@@ -264,14 +431,20 @@ def is_pattern(model: str) -> bool:
     return not set(model).isdisjoint("*?[")
 
 
+def order(price: Price) -> tuple[int, int]:
+    """Sorts the prices of a slot: each supersedes the one before."""
+    return price.effective_at, price.id
+
+
 def latest(prices: Iterable[Price]) -> dict[tuple[str, str, int], Price]:
     """Of each slot the price that supersedes the others."""
-    ordered = sorted(prices, key=lambda price: (price.effective_at, price.id))
+    ordered = sorted(prices, key=order)
     return {price.slot: price for price in ordered}
 
 
-def rises(before: Tariff | None, after: Tariff | None) -> list[str]:
-    """What costs more after than before, such as 'input 5 to 6', for each tier and threshold."""
+def rises(before: Tariff | None, after: Tariff | None, free: bool) -> list[str]:
+    """What costs more after than before, such as 'input 5 to 6', for each tier and threshold.
+    `free`: what has no rate was free; else it was refused, and its first rate is no rise."""
     if before is None or after is None:
         return []
     prices = [price for tariff in (before, after) for of in tariff.tiers.values() for price in of]
@@ -282,14 +455,20 @@ def rises(before: Tariff | None, after: Tariff | None) -> list[str]:
             tokens = above + 1 if above else 0
             old, new = before.price(tier, tokens), after.price(tier, tokens)
             risen = [
-                f"{name.replace('_', ' ')} {decimal(a)} to {decimal(b)}"
+                f"{name.replace('_', ' ')} {decimal(a)} to {decimal(b)}{unit_of(name)}"
                 for name, a, b in zip(Rates._fields, old.rates, new.rates, strict=True)
                 if b > a and not (getattr(old, name) is None and getattr(new, name) is None)
+                if free or name not in NEEDED or getattr(old, name) is not None
             ]
             where = [tier] * (tier != DEFAULT_TIER) + [f"above {above} input tokens"] * bool(above)
             if risen:
                 found.append(", ".join(risen) + f" ({', '.join(where)})" * bool(where))
     return found
+
+
+def unit_of(rate: str) -> str:
+    """ " a call", or what else a rate is for; "" for a million tokens."""
+    return f" a {UNITS[rate]}" if rate in UNITS else ""
 
 
 # ── Holds ────────────────────────────────────────────────────────────────────────────────────────
@@ -301,7 +480,8 @@ SPENT_IN_ALL = """
       FROM usage_by_month WHERE account_id = ?1"""
 SPENT_BY_KEY = """
     SELECT 0, 0, ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
-      FROM usage_by_day WHERE account_id = ?1 AND month = ?2 AND key_id = ?3"""
+      FROM usage_by_day WHERE account_id = ?1 AND month = ?2
+       AND key_id IN (SELECT id FROM keys WHERE id = ?3 OR budget_id = ?3)"""
 PAID = """
     SELECT ifnull(sum(units), 0), ifnull(sum(nanos), 0) FROM payments WHERE account_id = ?"""
 BUDGET_NOTICE = """
@@ -321,7 +501,8 @@ class Spent(LedgerError):
 
 
 class Purse:
-    """What an account or a key has paid, spent and holds, in nanos. `spent` is of `month`."""
+    """What an account or a key has paid, spent and holds, in nanos. `spent` is of `month`. A key
+    shares its purse with those that it replaced (`budget_id`)."""
 
     __slots__ = ("cost", "held", "month", "paid", "spent", "told")
 
@@ -412,7 +593,7 @@ class Hold:
         if key.account_monthly_budget:
             self._books.tell_of_budget(key, account, key.account_monthly_budget, None)
         if key.monthly_budget:
-            self._books.tell_of_budget(key, own, key.monthly_budget, key.id)
+            self._books.tell_of_budget(key, own, key.monthly_budget, key.budget_id)
         return month
 
 
@@ -522,19 +703,26 @@ class Books:
         """Whether it may be served: without a price only where that is free."""
         return self.settings.unpriced_models == "free" or self.tariff(model) is not None
 
-    async def purse(self, account_id: str, key_id: str | None = None) -> Purse:
-        """That of an account, or of one of its keys. Raises LedgerUnavailable."""
-        purse = await self._purse(account_id, key_id)
+    def lacks(self, model: str, rate: str, tier: str | None) -> Price | None:
+        """Return a price without a rate of NEEDED that a request can get; None where all have it,
+        or what has no price is free."""
+        tariff = self.tariff(model)
+        free = self.settings.unpriced_models == "free"
+        return None if free or tariff is None else tariff.lacks(rate, tier)
+
+    async def purse(self, account_id: str, budget_id: str | None = None) -> Purse:
+        """Return the purse of an account, or of one of its keys. Raises LedgerUnavailable."""
+        purse = await self._purse(account_id, budget_id)
         purse.turn(self.month())
         return purse
 
-    async def _purse(self, account_id: str, key_id: str | None) -> Purse:
-        name = key_id or account_id
+    async def _purse(self, account_id: str, budget_id: str | None) -> Purse:
+        name = budget_id or account_id
         if name not in self._purses:
             month = self.month()
             sql, values = (
-                (SPENT_BY_KEY, (account_id, month, key_id))
-                if key_id
+                (SPENT_BY_KEY, (account_id, month, budget_id))
+                if budget_id
                 else (SPENT_IN_ALL, (account_id, month))
             )
             try:
@@ -543,7 +731,7 @@ class Books:
                 raise LedgerUnavailable(f"can't be read: {error}") from None
             # Nothing was settled meanwhile: that needs the purse.
             purse = Purse(month, nanos_of(*found[:2]), nanos_of(*found[2:]))
-            purse.paid = 0 if key_id else self._paid(account_id)
+            purse.paid = 0 if budget_id else self._paid(account_id)
             self._purses.setdefault(name, purse)
         return self._purses[name]
 
@@ -581,7 +769,7 @@ class Books:
 
     async def _purses_of(self, key: Key) -> tuple[Purse, Purse]:
         account = await self._purse(key.account_id, None)
-        return account, await self._purse(key.account_id, key.id)
+        return account, await self._purse(key.account_id, key.budget_id)
 
     def _left(self, key: Key, account: Purse, own: Purse) -> list[tuple[str, int]]:
         """Of what limits spending, how much is left; empty where nothing does."""
@@ -600,18 +788,24 @@ class Books:
     def _money(self, nanos: int) -> str:
         return money(decimal(nanos), self.currency)
 
-    def tell_of_budget(self, key: Key, purse: Purse, budget: int, key_id: str | None) -> None:
-        """Write a notice for each percentage of a budget that is reached and was not before."""
+    def tell_of_budget(self, key: Key, purse: Purse, budget: int, budget_id: str | None) -> None:
+        """Write a notice for each percentage of a budget that is reached and was not before.
+        `budget_id` is None for the account's; the notice names it, so that keys which replaced one
+        another are told once."""
         for percent in BUDGET_PERCENTS:
             if percent > purse.told and purse.spent * 100 >= budget * percent:
                 purse.told = percent
-                whose = f"monthly budget of key {key_id}" if key_id else "monthly budget"
+                whose = "monthly budget"
+                if budget_id:
+                    whose += f" of key {key.id}"
+                if budget_id not in (None, key.id):
+                    whose += " and the keys that it replaced"
                 text = (
                     f"{percent} % of the {whose} is spent: {self._money(purse.spent)} of "
                     f"{self._money(budget)} {self.currency} in {purse.month}."
                 )
                 now = self.store.time()
-                values = (key.account_id, key_id, purse.month, percent, text, now, now)
+                values = (key.account_id, budget_id, purse.month, percent, text, now, now)
                 written = self.store.record(
                     BUDGET_NOTICE, (ledger.new_id("ntc"), *values), insist=True
                 )
@@ -620,15 +814,23 @@ class Books:
     # Prices
 
     async def add_prices(
-        self, prices: Sequence[Price], *, without_notice: str | None, by: str
+        self,
+        prices: Sequence[Price],
+        *,
+        without_notice: str | None,
+        by: str,
+        take_over: bool = False,
+        listed: Collection[str] = (),
     ) -> Record:
-        """Add them all or none; what is so anyway is left out. `effective_at` of 0 is now. Raises
-        LedgerError for one that would change what has been used, and for a rise without the notice
-        that is due, unless `without_notice` says why."""
+        """Add them all or none; what is so anyway is left out. `effective_at` of 0 is now. With
+        `take_over`, rates that were not given are those of the price that was in force before.
+        `listed` are models that the answer should say something about beside those that have prices
+        or are in use. Raises LedgerError for a price that would change what has been used, and for
+        a rise without the notice that is due, unless `without_notice` says why."""
         async with self._changing_prices:
             now = self.store.time()
             numbers = count(max((price.id for price in self.prices.prices), default=0) + 1)
-            new = [
+            given = [
                 msgspec.structs.replace(
                     price,
                     id=next(numbers),
@@ -640,22 +842,69 @@ class Books:
                 )
                 for price in prices
             ]
-            kept: dict[tuple[str, str, int], list[Price]] = {}
-            for price in sorted(new, key=lambda price: price.effective_at):
-                of_slot = kept.setdefault(price.slot, [])
-                if not self.prices.has(price, of_slot):
-                    of_slot.append(price)
-            new = [price for price in new if price in kept[price.slot]]
+            new, left_out = self._new(given, take_over)
             _refuse_twice(new)
             after = PriceList([*self.prices.prices, *new])
+            notices = await self._notices_of_rises(new, after, now, without_notice)
             changes: list[Change] = [(ADD_PRICE, msgspec.structs.astuple(price)) for price in new]
-            changes += await self._notices_of_rises(new, after, now, without_notice, by)
+            changes += [(ADD_NOTICE, (ledger.new_id("ntc"), *each, now, by, 0)) for each in notices]
             if changes:
                 await self.store.transact(*changes, by=by)
             self.prices = after
         added = {price.id for price in new}
         rows = [row async for row in with_turns(after.rows(now)) if row["id"] in added]
-        return {"prices": rows, "added": len(new), "unchanged": len(prices) - len(new)}
+        return {
+            "prices": rows,
+            "added": len(new),
+            "unchanged": len(prices) - len(new),
+            **await self._reach(new, after, now, listed),
+            "taken_over" if take_over else "left_out": left_out,
+            "notices": [{"text": text, "effective_at": iso_time(at)} for _, text, at, _ in notices],
+        }
+
+    def _new(self, given: Sequence[Price], take_over: bool) -> tuple[list[Price], list[Record]]:
+        """Return the prices that change something, and what the ones before them gave and they
+        don't."""
+        kept: dict[tuple[str, str, int], list[Price]] = {}
+        left_out = []
+        for price in sorted(given, key=lambda price: price.effective_at):
+            of_slot = kept.setdefault(price.slot, [])
+            old = self.prices.before(price, of_slot)
+            rest = {} if old is None else {**old.given}
+            missing = {name: value for name, value in rest.items() if name not in price.given}
+            if take_over:
+                price = msgspec.structs.replace(price, **missing)
+            if self.prices.has(price, of_slot):
+                continue
+            of_slot.append(price)
+            if old and missing and (take_over or old.slot == price.slot):
+                left_out.append(shown_missing(price, old, missing))
+        return sorted(chain(*kept.values()), key=lambda price: price.id), left_out
+
+    async def _reach(
+        self, new: Sequence[Price], after: PriceList, now: int, listed: Collection[str]
+    ) -> Record:
+        """Return the known models that new prices apply to once they take effect, and those that
+        they mean and do not apply to, with the reason. Other prices' patterns stand for models."""
+        by_pattern: dict[str, list[Price]] = {}
+        for price in new:
+            by_pattern.setdefault(price.model, []).append(price)
+        known = {price.model for price in after.prices}
+        known |= {*listed, *await self._models_used(now - IN_USE)}
+        models = sorted(await matching(known, {*by_pattern}))
+        applies, others = [], []
+        async for model in with_turns(models):
+            reasons = [
+                after.applies(price, model, max(now, price.effective_at))
+                for pattern, prices in by_pattern.items()
+                if matches(model, (pattern,))
+                for price in prices
+            ]
+            if None in reasons:
+                applies += [model] * (not is_pattern(model) or model not in by_pattern)
+            else:
+                others.append({"model": model, "because": reasons[0]})
+        return {"applies_to": applies, "does_not_apply_to": others}
 
     async def _notices_of_rises(
         self,
@@ -663,9 +912,9 @@ class Books:
         after: PriceList,
         now: int,
         without_notice: str | None,
-        by: str,
-    ) -> list[Change]:
-        """The notices to write. Raises LedgerError as `add_prices` does."""
+    ) -> list[tuple[str, str, int, int]]:
+        """The notices to write: kind, text, from when on, and until when. Raises LedgerError as
+        `add_prices` does."""
         patterns = {price.model for price in new}
         earliest = min((price.effective_at for price in new), default=now)
         if earliest < now:
@@ -678,15 +927,16 @@ class Books:
         times = {price.effective_at for price in after.prices if price.model in about}
         settings = self.settings
         due = now + settings.price_notice_days * DAY - MINUTE
-        notices: list[Change] = []
+        free = settings.unpriced_models == "free"
+        notices: list[tuple[str, str, int, int]] = []
         told: dict[str, str] = {}  # that a rise goes on is not told again
         for at in sorted(time for time in times if time >= earliest):
             lines: dict[str, str] = {}
             async for model in with_turns(models):
                 before = self.prices.tariff(model, at)
-                if before is None and model in used and settings.unpriced_models == "free":
+                if before is None and model in used and free:
                     before = FREE
-                risen = rises(before, after.tariff(model, at))
+                risen = rises(before, after.tariff(model, at), free)
                 if risen and model in used and at < due and without_notice is None:
                     raise LedgerError(
                         f"{model} is in use and would cost more from {iso_time(at)}: "
@@ -706,10 +956,24 @@ class Books:
                 else:
                     texts.append(f"Prices rise ({self.currency} per million tokens). {line}.")
             until = max(at, now) + settings.price_notice_days * DAY
-            for text in texts:
-                values = ("price", text[:NOTICE_TEXT], at, until, now, by, False)
-                notices.append((ADD_NOTICE, (ledger.new_id("ntc"), *values)))
+            notices += [("price", text[:NOTICE_TEXT], at, until) for text in texts]
         return notices
+
+    def which(self, model: str, at: int, tier: str, input_tokens: int) -> Record:
+        """Return which price applies to a request, and why, as JSON shows it."""
+        tier = TIER_NAMES.get(tier, tier)
+        found = self.prices.which(model, at, tier, input_tokens)
+        billed_as = found.pop("billed_as")
+        why = "Of the names and patterns in force that mean the model, it is the most specific."
+        if billed_as is None:
+            free = self.settings.unpriced_models == "free"
+            then = "are free" if free else "are refused"
+            why = f"No price in force means the model: requests for it {then} "
+            why += "(billing.unpriced_models)."
+        elif billed_as != tier:
+            why += f" It has no price for the tier {tier!r}, so {billed_as!r} counts."
+        asked = {"model": model, "at": iso_time(at), "tier": tier, "input_tokens": input_tokens}
+        return {**asked, "why": why, **found}
 
     async def _models_used(self, since: int) -> set[str]:
         return {row[0] async for row in self.store.rows(MODELS_USED, (since // DAY,))}
@@ -791,7 +1055,7 @@ class Books:
     async def budgets(self, key: Key) -> dict[str, Record]:
         """The monthly budgets of a key and of its account, as JSON shows them."""
         account = await self.purse(key.account_id)
-        own = await self.purse(key.account_id, key.id)
+        own = await self.purse(key.account_id, key.budget_id)
         pairs = {"key": (own, key.monthly_budget), "account": (account, key.account_monthly_budget)}
         return {
             whose: {
@@ -878,6 +1142,60 @@ class Books:
 FREE = Tariff([Price("*")])
 
 
+def shown_missing(price: Price, old: Price, missing: Mapping[str, int]) -> Record:
+    """What a price did not give and the one before it did, as JSON shows it."""
+    rates = {name: decimal(value) for name, value in missing.items() if name in Rates._fields}
+    return {
+        "model": price.model,
+        "tier": price.tier,
+        "above_input_tokens": price.above_input_tokens,
+        "from": {
+            "model": old.model,
+            "tier": old.tier,
+            "above_input_tokens": old.above_input_tokens,
+        },
+        "rates": {**missing, **rates},
+    }
+
+
+SHOWN_MODELS = 8  # of many, in a message
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the names, or the first of many."""
+    more = len(names) - SHOWN_MODELS
+    return ", ".join(names[:SHOWN_MODELS]) + (f" and {more} more" if more > 0 else "")
+
+
+def slot_name(slot: Mapping[str, Any]) -> str:
+    """Return what people call a price, such as "gpt-5.5 (flex, above 272000 input tokens)"."""
+    tier, above = slot["tier"], slot["above_input_tokens"]
+    parts = [tier] * (tier != DEFAULT_TIER) + [f"above {above} input tokens"] * bool(above)
+    return str(slot["model"]) + (f" ({', '.join(parts)})" if parts else "")
+
+
+def told_of_prices(added: Record) -> list[str]:
+    """Return what people should know of prices that were added, given what `add_prices` said."""
+    lines = []
+    for each in added.get("taken_over", ()):
+        rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
+        lines.append(f"{slot_name(each)} takes over from {slot_name(each['from'])}: {rates}.")
+    for each in added.get("left_out", ()):
+        rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
+        lines.append(f"{slot_name(each)} no longer gives: {rates}.")
+    if added["added"]:
+        applies = added["applies_to"]
+        lines.append(f"Applies to: {few(applies)}." if applies else "Applies to no known model.")
+    reasons: dict[str, list[str]] = {}
+    for each in added["does_not_apply_to"]:
+        reasons.setdefault(each["because"], []).append(each["model"])
+    for because, models in reasons.items():
+        lines.append(f"Does not apply to {few(models)}: {because}.")
+    for each in added["notices"]:
+        lines.append(f"Published as a notice, effective {each['effective_at']}: {each['text']}")
+    return lines
+
+
 def _refuse_twice(prices: Iterable[Price]) -> None:
     known = set()
     for price in prices:
@@ -905,4 +1223,4 @@ async def matched(patterns: Iterable[str], models: Iterable[str]) -> set[str]:
 
 def matches(model: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns is the model's, or is the model itself."""
-    return any(fnmatch.fnmatchcase(model, pattern) or model == pattern for pattern in patterns)
+    return any(model == pattern or matcher(pattern)(model) for pattern in patterns)

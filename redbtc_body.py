@@ -28,7 +28,7 @@ import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -36,7 +36,7 @@ import msgspec
 from msgspec import Struct
 
 from redbtc_estimates import text_tokens
-from redbtc_ledger import MAX_MODELS, TOOLS, Home
+from redbtc_ledger import EXTRAS, MAX_MODELS, Home
 from redbtc_meter import MAX_NAME, OWN_WORDS
 from redbtc_pieces import (
     MAX_PIECE,
@@ -582,19 +582,21 @@ DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
 PARTS, PICTURE = msgspec.json.Decoder(list[Part]), b"image_url"
 LISTS = {"input", "messages", "tools", "svg"}
-TOOL_NAMES = {"type", "model", "svg", "tools", "function"}
+TOOL_NAMES = {"type", "model", "svg", "tools", "function", "container", "environment"}
+# How the types of the upstream's own tools begin, with the bits of what they use; there are dated
+# ones, such as web_search_preview_2025_03_11.
+BITS_OF_TOOLS = {
+    "web_search": EXTRAS["web_search"],
+    "file_search": EXTRAS["file_search"],
+    "code_interpreter": EXTRAS["container"],
+    "shell": EXTRAS["container"],
+}
+STARTS_OF_TOOLS = tuple(BITS_OF_TOOLS)
+LONG_CACHE = EXTRAS["cache_write_12h"]
+NO_NEW_CONTAINER = ("local", "container_reference")  # types of a shell's environment
 ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
 # Only items with one of these members are checked; most histories have none.
 TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
-# How the types of the upstream's own tools begin, with the bits of what their calls cost; there are
-# dated ones, such as web_search_preview_2025_03_11.
-TOOL_KINDS = {
-    "web_search": TOOLS["web_search"],
-    "file_search": TOOLS["file_search"],
-    "code_interpreter": TOOLS["container"],
-    "shell": TOOLS["container"],
-}
-LOCAL = re.compile(rb'\{\s*+"type"\s*+:\s*+"local"\s*+\}')  # a shell's environment: the client's
 MAX_NESTING = 8  # levels of tools within tools
 MAX_OPTIONS = 4096  # bytes of `stream_options` in which a null is looked for
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # the only ones in OpenAI's reference
@@ -641,7 +643,7 @@ class Content:
         self.size = len(text)  # bytes, decoded
         self.model = ""  # that is asked for, whether it is named or not
         self.offers_tools = False
-        self.tools = 0  # of the upstream whose calls have a price, which it can use: bits of TOOLS
+        self.extras = 0  # what it can use that has a rate of its own: bits of EXTRAS
         # All stored objects that it names and how often it does, until they are looked up.
         self.references: Mapping[Reference, int] = {}
         self.inherited_tokens = 0  # of what it builds on
@@ -656,7 +658,7 @@ class Content:
         self.excess = 0  # bytes of memory by which what was read is larger than the text
         self._further: dict[str, bool] = {}  # further models it uses, and whether for pictures
         self._lasting: dict[str, bool] = {}  # those of tools that are part of its input
-        self.lasting_tools = 0  # of `tools`, those that a request which builds on this one can use
+        self.lasting_extras = 0  # of these, what a request that builds on this one can use
 
     @classmethod
     def steps(
@@ -703,7 +705,8 @@ class Content:
         if named.found or named.chosen:
             self.excess = named.excess(self.size)
         self.offers_tools = reading.tools > 0
-        self.tools, self.lasting_tools = reading.kinds, reading.lasting_kinds
+        cache = LONG_CACHE if named.long_cache else 0
+        self.extras, self.lasting_extras = reading.extras | cache, reading.lasting_extras | cache
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
             self.pictures, self.picture_bytes = reading.pictures, reading.picture_bytes
@@ -736,8 +739,8 @@ class Content:
         """Note an object that this request builds on, and how often it names it."""
         if home.models:
             add_models(self._inherited, msgspec.json.decode(home.models, type=dict[str, bool]))
-        self.tools |= home.tools
-        self.lasting_tools |= home.tools
+        self.extras |= home.extras
+        self.lasting_extras |= home.extras
         # The items of a conversation can change before the request gets there.
         minted_input = home.minted_input and reference.name != "conversation"
         self._inherits_minted = self._inherits_minted and minted_input
@@ -757,6 +760,18 @@ class Content:
         that are part of the input. Complete once `inherit` was called for all references."""
         lasting = add_models(dict(self._inherited), self._lasting)
         return msgspec.json.encode(lasting).decode() if lasting else None
+
+    @property
+    def long_cache(self) -> bool:
+        """Whether it can write to the cache for more than 30 minutes."""
+        return bool(self.extras & LONG_CACHE)
+
+    def needed_rates(self) -> Iterator[tuple[str, str]]:
+        """Yield the rates without which a price does not say what this request costs, and the
+        member of the body that asks for it."""
+        for rate, bit in EXTRAS.items():
+            if self.extras & bit and rate != "web_search":
+                yield rate, "prompt_cache_options" if bit == LONG_CACHE else "tools"
 
     def further_models(self) -> dict[str, bool]:
         """Return the models that it makes work besides its own, and whether they make pictures: the
@@ -853,7 +868,7 @@ class Reading:
         self.tools = self._items = 0
         self.models: dict[str, bool] = {}
         self.lasting: dict[str, bool] = {}
-        self.kinds = self.lasting_kinds = 0  # of the upstream's tools: bits of TOOLS
+        self.extras = self.lasting_extras = 0  # of the upstream's tools: bits of EXTRAS
         self.pictures = self.picture_bytes = 0
         self.countable = True  # whether the pictures could be counted; else they count as text
         self._pieces = pieces
@@ -933,9 +948,13 @@ class Reading:
             tools = yield from read_list(self._pieces, part, TOOL_NAMES, telling)
             self._count_tools(tools)
             for number, tool in enumerate(tools):
-                if kind_of(tool) == "image_generation":
+                if "type" not in tool:  # unless it has another name of these, it is not checked yet
+                    check_letters(tool, TOOL_NAMES)
+                kind = kind_of(tool)
+                if kind == "image_generation":
                     yield from self._note_painter(tool, lasting)
-                self._note_kind(tool, lasting)
+                elif kind.startswith(STARTS_OF_TOOLS):
+                    yield from self._note_tool(tool, kind, lasting)
                 if "tools" in tool:
                     self._offers.append((tool["tools"], depth + 1, lasting))
                 if self._names:
@@ -949,17 +968,25 @@ class Reading:
             message = f"The body has more than {MAX_TOOLS} tools."
             raise Refusal("invalid_request", message, param="tools")
 
-    def _note_kind(self, tool: Members, lasting: bool) -> None:
-        kind = kind_of(tool)
-        local = LOCAL.fullmatch(tool.get("environment", NULL)) is not None
-        for begin, bit in TOOL_KINDS.items():
-            if kind.startswith(begin) and not local:
-                self.kinds |= bit
-                self.lasting_kinds |= bit if lasting else 0
-
     def _name_tool(self, tool: Members) -> Steps[None]:
         yield from self._name_beside(tool, {"headers", "function", "tools", *TOOL_SCHEMAS})
         yield from self._name_within(tool, "function")
+
+    def _note_tool(self, tool: Members, kind: str, lasting: bool) -> Steps[None]:
+        """Note what a tool can use. A container that is named, and its own machine, are not new."""
+        if kind.startswith("code_interpreter") and is_text(tool.get("container", NULL)):
+            return
+        if kind.startswith("shell"):
+            given = tool.get("environment", NULL)
+            if given == NULL:
+                return
+            environment = yield from members_in(self._pieces.parts(given))
+            check_letters(environment, TOOL_NAMES)
+            if kind_of(environment) in NO_NEW_CONTAINER:
+                return
+        bit = next(BITS_OF_TOOLS[start] for start in STARTS_OF_TOOLS if kind.startswith(start))
+        self.extras |= bit
+        self.lasting_extras |= bit if lasting else 0
 
     def _note_painter(self, tool: Members, lasting: bool) -> Steps[None]:
         yield from self._note_author(tool.get("svg", NULL), lasting)
@@ -1052,11 +1079,18 @@ WORDS = (
     rb"previous_response_id|comparison_response_id|conversation|file_ids?|vector_store_ids?|"
     rb"container(?:_id)?|skill_id|tunnel_id|approval_request_id|prompt|audio|voice"
 )
+CACHE_WORDS = rb"prompt_cache_(?:options|breakpoint)"  # members with a `ttl`
 MEMBER = re.compile(  # the look-ahead rejects most strings early, where most of the time is spent
-    rb'"(?=[acfpstv])(?:(' + WORDS + rb')"\s*:\s*(?=["\[{])|type"\s*:\s*"item_reference")',
+    rb'"(?=[acfpstv])(?:('
+    + WORDS
+    + rb')"\s*:\s*(?=["\[{])|type"\s*:\s*"item_reference"|('
+    + CACHE_WORDS
+    + rb')"\s*:\s*(?=\{))',
     re.IGNORECASE,
 )
-HIDDEN = re.compile(rb"(?:" + WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE)
+HIDDEN = re.compile(
+    rb"(?:" + WORDS + rb"|" + CACHE_WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE
+)
 BRACKETS = re.compile(rb"[\[{]|[\]}]|" + TEXT, re.DOTALL)
 ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECASE)
 # Escapes of ASCII letters and of the letters in FOLDED, which no writer needs. (With only one
@@ -1097,6 +1131,7 @@ class Named:
     def __init__(self) -> None:
         self.found: dict[Reference, int] = {}  # and how often each is named
         self.chosen: set[str] = set()
+        self.long_cache = False  # a cache lifetime other than the usual one is asked for
         self._mentions = 0
         self._characters = 0
 
@@ -1133,7 +1168,9 @@ def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
         for match in MEMBER.finditer(piece):
             start, kind = match.end(), piece[match.end() : match.end() + 1]
             name = (match[1] or b"").lower()
-            if not name:  # an "item_reference" that is not among the items
+            if match[2]:
+                yield from note_lifetime(piece, start, pieces, named)
+            elif not name:  # an "item_reference" that is not among the items
                 named.add(Reference("item_reference", ""))
             elif kind == b'"':
                 value = STRING.match(piece, start)
@@ -1147,6 +1184,20 @@ def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
                         yield from note_ids(name, ids, held, pieces, named)
             yield
         yield
+
+
+USUAL_LIFETIME = "30m"
+
+
+def note_lifetime(piece: Buffer, start: int, pieces: Pieces, named: Named) -> Steps[None]:
+    """Note whether an object of options of the prompt cache asks for another lifetime than the
+    usual one. Raises Refusal for one that could be read in more than one way."""
+    end = yield from end_of(piece, start)
+    options = yield from members_in(pieces.parts(piece[start:end]))
+    check_letters(options, {"ttl"})
+    lifetime = options.get("ttl", NULL)
+    if lifetime != NULL and string_in(lifetime) != USUAL_LIFETIME:
+        named.long_cache = True
 
 
 def note_ids(

@@ -246,10 +246,15 @@ def show(content: Any, as_json: bool, text: Callable[[], str]) -> None:
     click.echo(orjson.dumps(content, option=orjson.OPT_INDENT_2) if as_json else text())
 
 
+def plain(text: str) -> str:
+    """Return a text for the terminal: what users have named must not steer it."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def cell(value: Any) -> str:
-    """A value on the terminal. What is missing is a dash; what users have named must not steer."""
+    """Return a value for the terminal; a dash where there is none."""
     value = ",".join(value) if isinstance(value, list) else value
-    return "-" if value is None else CONTROL.sub(lambda found: repr(found[0])[1:-1], str(value))
+    return "-" if value is None else plain(str(value))
 
 
 def table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
@@ -404,7 +409,7 @@ def key_list(context: Context, account: str, as_json: bool) -> None:
     """An account's keys."""
     found = context.call("GET", _account(account, "/keys"))
     times = ["created_at", "expires_at", "revoked_at", "last_used_on"]
-    columns = ["id", "label", "models", *ledger.KEY_LIMITS, *times]
+    columns = ["id", "label", "models", *ledger.KEY_LIMITS, "budget_id", *times]
     show(found, as_json, lambda: table(found["keys"], columns))
 
 
@@ -427,7 +432,10 @@ def key_revoke(context: Context, key_id: str, compromised: bool, as_json: bool) 
 @json_option
 @click.pass_obj
 def key_rotate(context: Context, key_id: str, overlap: str, as_json: bool) -> None:
-    """Print a new key like the old one, which ends after the overlap."""
+    """Print a new key like the old one, which ends after the overlap.
+
+    The new key goes on with the old one's monthly budget: what both spend counts together.
+    """
     path = f"/admin/v1/keys/{quote(key_id, safe='')}/rotate"
     added = context.call("POST", path, {"overlap": overlap})
     show(added, as_json, lambda: shown_once(added))
@@ -460,21 +468,37 @@ def add_prices(
 
     def text() -> str:
         counts = f"{added['added']} added, {added['unchanged']} unchanged."
-        rows = table(added["prices"], PRICE_COLUMNS)
-        return f"{rows}\n\n{counts}" if added["added"] else counts
+        rows = [price_table(added["prices"]), ""] if added["added"] else []
+        return "\n".join([*rows, counts, *map(plain, billing.told_of_prices(added))])
 
     show(added, as_json, text)
 
 
 @price.command("add")
 @click.argument("model")
-@click.option("--input", metavar="AMOUNT", help="For a million tokens, as all but web searches.")
-@click.option("--cached-input", metavar="AMOUNT", help="Left out: as input.")
-@click.option("--cache-write", metavar="AMOUNT", help="Left out: as input.")
-@click.option("--output", metavar="AMOUNT", help="Left out: 0, as input.")
-@click.option("--image-input", metavar="AMOUNT", help="Left out: as input.")
-@click.option("--image-output", metavar="AMOUNT", help="Left out: as output.")
-@click.option("--web-search", metavar="AMOUNT", help="For a call; left out: 0.")
+@click.option("--input", metavar="AMOUNT", help="For a million tokens, as the next six.")
+@click.option("--cached-input", metavar="AMOUNT", help="Never given: as input.")
+@click.option("--cache-write", metavar="AMOUNT", help="Never given: as input.")
+@click.option(
+    "--cache-write-12h",
+    metavar="AMOUNT",
+    help="Of what is kept for 12 hours. Never given: requests for that are refused.",
+)
+@click.option("--output", metavar="AMOUNT", help="Never given: 0, as for input.")
+@click.option("--image-input", metavar="AMOUNT", help="Never given: as input.")
+@click.option("--image-output", metavar="AMOUNT", help="Never given: as output.")
+@click.option("--web-search", metavar="AMOUNT", help="For a call. Never given: 0.")
+@click.option(
+    "--file-search",
+    metavar="AMOUNT",
+    help="For a call. Never given: requests with the tool are refused.",
+)
+@click.option(
+    "--container",
+    metavar="AMOUNT",
+    help="For a new container in which code runs. Never given: requests with such a tool are "
+    "refused.",
+)
 @click.option("--tier", help="Of responses that report this service tier.  [default: default]")
 @click.option("--above-input-tokens", type=int, help="Of requests with more input than that.")
 @click.option("--max-output-tokens", type=int, help="The most that the model says at once.")
@@ -486,7 +510,13 @@ def add_prices(
 def price_add(
     context: Context, /, as_json: bool, without_notice: bool, reason: str | None, **options: Any
 ) -> None:
-    """Add the price of MODEL, a name or a shell pattern; the most specific pattern counts."""
+    """Add the price of MODEL, a name or a shell pattern.
+
+    To a model applies the most specific name or pattern that means it, and only that. Rates that
+    are left out are those of the price that this one supersedes, or else, for a model's name, of
+    the one that applied to it before. The output says what was taken over, which known models the
+    price applies to, and which notice was published.
+    """
     add_prices(context, {"prices": [given(options)]}, without_notice, reason, as_json)
 
 
@@ -498,8 +528,12 @@ def price_add(
 def price_import(
     context: Context, file: Path, as_json: bool, without_notice: bool, reason: str | None
 ) -> None:
-    """Add the prices of a TOML file, all or none; what is so anyway is left out."""
-    add_prices(context, read_prices(file), without_notice, reason, as_json)
+    """Add the prices of a TOML file, all or none. Prices that are in force anyway are left out.
+
+    The file says all: a rate that it leaves out is not given any more, whatever was in force.
+    """
+    prices = {**read_prices(file), "take_over": False}
+    add_prices(context, prices, without_notice, reason, as_json)
 
 
 def read_prices(file: Path) -> dict[str, Any]:
@@ -528,16 +562,48 @@ PRICE_COLUMNS = [
     "status",
     "effective_at",
     *billing.Rates._fields,
+    "shadowed_by",
 ]
+
+
+def price_table(rows: list[dict[str, Any]]) -> str:
+    shadowed = ({**row, "shadowed_by": billing.few(row["shadowed_by"]) or None} for row in rows)
+    return table(shadowed, PRICE_COLUMNS)
 
 
 @price.command("list")
 @json_option
 @click.pass_obj
 def price_list(context: Context, as_json: bool) -> None:
-    """Past, current and coming prices. A rate of - was not given."""
+    """Past, current and coming prices.
+
+    A rate of - was not given. `shadowed_by` are more specific names and patterns, whose prices
+    apply to the models that they mean instead of this one.
+    """
     found = context.call("GET", "/admin/v1/prices")
-    show(found, as_json, lambda: table(found["prices"], PRICE_COLUMNS))
+    show(found, as_json, lambda: price_table(found["prices"]))
+
+
+@price.command("which")
+@click.argument("model")
+@click.option("--tier", help="Of a response that reports this service tier.  [default: default]")
+@click.option("--input-tokens", type=int, help="Of a request with so many.  [default: 0]")
+@click.option("--at", metavar="TIME", help="At that time; left out: now.")
+@json_option
+@click.pass_obj
+def price_which(context: Context, /, as_json: bool, **options: Any) -> None:
+    """Show which price applies to MODEL, which others match it, and why they don't apply."""
+    found = context.call("GET", "/admin/v1/prices/which", query=given(options))
+
+    def text() -> str:
+        lines = [price_table([found["applies"]])] if found["applies"] else []
+        lines.append(found["why"])
+        for each in found["others"]:
+            about = f"{billing.slot_name(each)}, {each['status']} since {each['effective_at']}"
+            lines.append(f"Not {about.replace('coming since', 'coming at')}: {each['because']}.")
+        return "\n".join(lines)
+
+    show(found, as_json, text)
 
 
 @commands.group()

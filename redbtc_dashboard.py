@@ -60,7 +60,7 @@ from redbtc_admin import (
     retry_after,
     whole_body,
 )
-from redbtc_billing import DAY, Books, Rates, matches
+from redbtc_billing import DAY, UNITS, Books, Rates, few, matches, told_of_prices
 from redbtc_charts import Series, stacked
 from redbtc_ledger import Record
 from redbtc_reports import csv_line, csv_lines, statement_lines
@@ -800,17 +800,27 @@ async def _prices(visit: Visit, found: Record) -> Context:
     return {**part, "model": model, "any_prices": bool(found["prices"]), **RATES}
 
 
+def label(rate: str) -> str:
+    """Return what people call a rate."""
+    return rate.replace("_", " ").capitalize()
+
+
 RATES = {
-    "rates": Rates._fields,
-    "rate_columns": [f"#{rate.replace('_', ' ').capitalize()}" for rate in Rates._fields],
+    "rates": {
+        rate: f"{label(rate)} (per {UNITS.get(rate, 'million tokens')})" for rate in Rates._fields
+    },
+    "rate_columns": [f"#{label(rate)}" for rate in Rates._fields],
+    "few": few,
 }
 PRICE_FIELDS = ("model", "tier", "above_input_tokens", "effective", "max_output_tokens", "source")
 
 
-async def add_price(visit: Visit) -> None:
-    """One more; nothing is changed that was."""
+async def add_price(visit: Visit) -> Context:
+    """Add a price and tell what that means."""
     price = visit.fields(*PRICE_FIELDS, *Rates._fields)
-    await visit.do(API.add_prices, {"prices": [price], **visit.fields("without_notice")})
+    added = await visit.do(API.add_prices, {"prices": [price], **visit.fields("without_notice")})
+    done = "Price added." if added["added"] else "This is the price already: nothing was added."
+    return {"done": " ".join([done, *told_of_prices(added)])}
 
 
 async def notices(visit: Visit) -> Context:

@@ -287,7 +287,7 @@ class Metered(Exchange):
             return await self.gateway.books.hold(self.key, content.model, most)
         except Spent as error:
             message = str(error)
-            if content.tools or content.further_models():
+            if content.extras or content.further_models():
                 message += f" Its tools may be called {self._most_calls()} times: 'max_tool_calls'."
             raise Refusal("insufficient_quota", message, headers=[NO_RETRY]) from None
         except LedgerUnavailable:
@@ -302,11 +302,11 @@ class Metered(Exchange):
         tier = content.facts.service_tier
         into = self._most_input(content, further_input)
         output = self._most_output(tariff) * self._answers
-        most = tariff.most(into, output, tier, self.endpoint.images)
+        most = tariff.most(into, output, tier, self.endpoint.images, content.long_cache)
         further = self._most_further(content, into)
         if self.endpoint.images:
             return most + self._answers * further
-        call = tariff.dearest_call(content.tools, tier)
+        call = tariff.dearest_call(content.extras, tier)
         pictures = self._most_pictures() * max(0, further - call)
         return most + self._most_calls() * call + pictures
 
@@ -423,7 +423,7 @@ class Metered(Exchange):
         first = header(self.scope["headers"], b"idempotency-key") is None
         minted = first and self._content.mints_input
         content = self._content
-        return Home(self._row.upstream, content.lasting_models, minted, content.lasting_tools)
+        return Home(self._row.upstream, content.lasting_models, minted, content.lasting_extras)
 
     @property
     def repeatable_by(self) -> str:
@@ -476,9 +476,11 @@ class Metered(Exchange):
                 report.usage, report.parts = None, []
             if outcome == "client_disconnected" and self.gateway.stopping:
                 outcome = "interrupted"
-            guess = await self._estimate(outcome)
+            parts = account_for(row, report, outcome, await self._estimate(outcome))
+            if report.containers:
+                parts = await count_containers(self.gateway, row, report, parts)
             image_model = self._content.image_model()
-            bill(row, account_for(row, report, outcome, guess), self._money, image_model)
+            bill(row, parts, self._money, image_model)
             if self._unweighed:
                 self._learn(self._unweighed, row.usage)
                 self._unweighed = {}
@@ -546,6 +548,24 @@ def account_for(
     if report.usage:
         row.usage, row.usage_source = report.usage, "upstream"
     return report.parts
+
+
+async def count_containers(
+    gateway: Gateway, row: Row, report: Report, parts: list[Part]
+) -> list[Part]:
+    """Count the containers in an answer that nobody was billed for, which no usage reports. An
+    estimate bounds their number. Return the parts to bill. The row must be settled before anything
+    else is waited for, so that parallel requests are not billed for the same container."""
+    if row.usage_source == "none":
+        return parts
+    new = await gateway.containers.unbilled(report.containers)
+    if row.usage_source == "estimated":
+        new = new[: row.usage.containers or 0]
+    gateway.containers.bill(new)
+    counted = {"containers": len(new) or None}
+    row.usage = msgspec.structs.replace(row.usage, **counted)
+    first = parts[0]._replace(usage=msgspec.structs.replace(parts[0].usage, **counted))
+    return [first, *parts[1:]]
 
 
 def bill(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
@@ -623,8 +643,9 @@ class Background:
         self._kept = known
         return msgspec.json.encode(self._progress).decode()
 
-    def finish(self, report: Report, outcome: Outcome, speed: float, most: Most) -> None:
-        """Fill in the row: it has ended. `speed` is in output tokens a second."""
+    def finish(self, report: Report, outcome: Outcome, speed: float, most: Most) -> list[Part]:
+        """Fill in the row but for its cost: it has ended. Return the parts to bill. `speed` is in
+        output tokens a second."""
         row, progress = self.row, self._progress
         row.duration_ms = now_ms() - row.started_at
         row.model, row.service_tier = report.model or row.model, report.service_tier
@@ -643,8 +664,11 @@ class Background:
                 images=False,
                 partly=False,
             )
-        parts = account_for(row, report, outcome, guess)
-        bill(row, parts, self._money, self.unfinished.image_model)
+        return account_for(row, report, outcome, guess)
+
+    def bill(self, parts: list[Part]) -> None:
+        """Work out what it cost."""
+        bill(self.row, parts, self._money, self.unfinished.image_model)
 
     @property
     def most(self) -> Most | None:
@@ -799,7 +823,8 @@ class Unended:
         gateway, row = self._gateway, response.row
         speed = await gateway.speeds.of(report.model or row.model or row.requested_model)
         most = response.most or most_usual(gateway.settings, MOST_TOKENS)
-        response.finish(report, outcome, speed, most)
+        parts = response.finish(report, outcome, speed, most)
+        response.bill(await count_containers(gateway, row, report, parts))
         self._learn(response, report)
         await ledger.end_background(gateway.store, row, response.unfinished)
         self._remove(response)

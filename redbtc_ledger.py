@@ -478,6 +478,7 @@ class Key(NamedTuple):
     credit_limit: int | None
     models: str | None
     throttle_factor: int | None  # thousandths of its account's limits that it is held to
+    budget_id: str  # the first of the keys that replaced one another, which share a budget
 
     def allows(self, model: str) -> bool:
         """Whether one of its patterns, where it has any, is the model's."""
@@ -491,7 +492,8 @@ FULL_KEY = """
            keys.concurrency, keys.requests_per_minute, keys.tokens_per_minute,
            accounts.concurrency, accounts.requests_per_minute, accounts.tokens_per_minute,
            keys.monthly_budget, accounts.monthly_budget, accounts.credit_limit, keys.models,
-           iif(ifnull(accounts.throttled_until, ?2 + 1) > ?2, accounts.throttle_factor, NULL)
+           iif(ifnull(accounts.throttled_until, ?2 + 1) > ?2, accounts.throttle_factor, NULL),
+           ifnull(keys.budget_id, keys.id)
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_IN_FORCE = f"""{FULL_KEY}
      WHERE keys.hash = ?1 AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""
@@ -532,18 +534,19 @@ END_SESSIONS = """
 KEY = f"""
     SELECT keys.id, accounts.name AS account, account_id, keys.label, keys.models,
            {", ".join(f"keys.{limit}" for limit in KEY_LIMITS)}, keys.created_at, keys.expires_at,
-           keys.revoked_at, keys.compromised
+           keys.revoked_at, keys.compromised, ifnull(keys.budget_id, keys.id) AS budget_id
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_BY_ID = KEY + " WHERE keys.id = ?"
 KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.rowid"
 LAST_USED = "SELECT key_id, max(day) FROM usage_by_day WHERE account_id = ? GROUP BY key_id"
 NEW_KEY = f"""
     INSERT INTO keys (id, hash, account_id, label, models, {", ".join(KEY_LIMITS)}, created_at,
-                      expires_at)"""
+                      expires_at, budget_id)"""
 ADD_KEY = f"""{NEW_KEY}
-    SELECT ?, ?, id, ?, ?, {"?, " * len(KEY_LIMITS)} ?, ? FROM accounts WHERE id = ?"""
+    SELECT ?, ?, id, ?, ?, {"?, " * len(KEY_LIMITS)} ?, ?, NULL FROM accounts WHERE id = ?"""
 COPY_KEY = f"""{NEW_KEY}
-    SELECT ?, ?, account_id, label, models, {", ".join(KEY_LIMITS)}, ?, expires_at
+    SELECT ?, ?, account_id, label, models, {", ".join(KEY_LIMITS)}, ?, expires_at,
+           ifnull(budget_id, id)
       FROM keys WHERE id = ?"""
 EXPIRE_KEY = "UPDATE keys SET expires_at = min(ifnull(expires_at, ?1), ?1) WHERE id = ?2"
 REVOKE_KEY = """
@@ -663,8 +666,8 @@ class Accounts:
         return await self.key(key_id)
 
     async def rotate_key(self, key_id: str, overlap_ms: int, by: str) -> Record:
-        """A new key with the old one's label, limits and expiry; the old one goes on for
-        `overlap_ms`. Raises Conflict where the old one is no longer in force."""
+        """A new key with the old one's label, limits, expiry and spent budget; the old one goes on
+        for `overlap_ms`. Raises Conflict where the old one is no longer in force."""
         old = await self.key(key_id)
         if old["revoked_at"] or (
             old["expires_at"] and old["expires_at"] <= str(iso_time(now_ms()))
@@ -869,15 +872,15 @@ async def forget(store: Store, row: Row) -> None:
 
 OWN = """
     INSERT INTO stored_objects
-           (id, account_id, upstream, models, minted_input, tools, tokens, created_at)
+           (id, account_id, upstream, models, minted_input, extras, tokens, created_at)
     VALUES {rows}
         ON CONFLICT (id) DO UPDATE SET models = joined(models, excluded.models),
-           tools = tools | excluded.tools,
+           extras = extras | excluded.extras,
            tokens = coalesce(max(tokens, excluded.tokens), tokens, excluded.tokens)
         WHERE account_id = excluded.account_id
-          AND (excluded.models IS NOT NULL OR excluded.tools OR excluded.tokens IS NOT NULL)"""
+          AND (excluded.models IS NOT NULL OR excluded.extras OR excluded.tokens IS NOT NULL)"""
 DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
-HOME = "upstream, models, minted_input, tools, tokens"
+HOME = "upstream, models, minted_input, extras, tokens"
 OWNED = f"SELECT account_id, {HOME} FROM stored_objects WHERE id = ?"
 OWNERS = f"""
     SELECT id, account_id, {HOME} FROM stored_objects
@@ -885,33 +888,33 @@ OWNERS = f"""
 MAX_LOOK_UPS = 250  # ids in one query, which takes about 1 ms
 MAX_MODELS = 16  # that a request uses besides its own
 MAX_SHOWN = 1000  # ids of an account that are remembered as shown in listings
-# The upstream's tools whose calls have a price, by the name of that: bits of a set.
-TOOLS = {"web_search": 1, "file_search": 2, "container": 4}
+# What has a rate of its own in a price, by the name of that: bits of a set.
+EXTRAS = {"web_search": 1, "file_search": 2, "container": 4, "cache_write_12h": 8}
 
 
 class Home(NamedTuple):
     """Where an object is stored; the further models that a request which builds on it uses (JSON;
     None: none); for a response, whether the upstream chose all the ids in the listing of its input;
-    and the tools (bits of TOOLS) and tokens that a request which builds on it gets with it. Tokens
-    are None if nobody knows how many."""
+    and the extras (bits of EXTRAS) and tokens that a request which builds on it gets with it.
+    Tokens are None if nobody knows how many."""
 
     upstream: str
     models: str | None = None
     minted_input: bool = False
-    tools: int = 0
+    extras: int = 0
     tokens: int | None = None
 
     def with_tokens(self, tokens: int | None) -> Home:
         """Return the same home for an object of so many tokens."""
-        return Home(self.upstream, self.models, self.minted_input, self.tools, tokens)
+        return Home(self.upstream, self.models, self.minted_input, self.extras, tokens)
 
     def joined(self, later: Home) -> Home:
-        """Return the same home with the models, tools and tokens of a later one added."""
+        """Return the same home with the models, extras and tokens of a later one added."""
         return Home(
             self.upstream,
             joined(self.models, later.models),
             self.minted_input,
-            self.tools | later.tools,
+            self.extras | later.extras,
             max(self.tokens or 0, later.tokens) if later.tokens is not None else self.tokens,
         )
 
@@ -957,8 +960,8 @@ def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
     commit; None if it has neither."""
     if row is None:
         return claim
-    account_id, upstream, models, minted_input, tools, tokens = row
-    owner = Claim(account_id, Home(upstream, models, bool(minted_input), tools, tokens))
+    account_id, upstream, models, minted_input, extras, tokens = row
+    owner = Claim(account_id, Home(upstream, models, bool(minted_input), extras, tokens))
     return owner.joined(claim) if claim else owner
 
 
@@ -1046,6 +1049,44 @@ class Objects:
     def was_shown(self, object_id: str, response_id: str, account_id: str) -> bool:
         """Return whether the account recently saw the id in the listing of the response's input."""
         return (response_id, object_id) in self._shown.get(account_id, ())
+
+
+BILLED_CONTAINER = "SELECT 1 FROM billed_containers WHERE id = ?"
+BILL_CONTAINER = "INSERT OR IGNORE INTO billed_containers (id) VALUES (?)"
+
+
+class Containers:
+    """The containers that were billed. A container is billed to the first request that ends with
+    it in its answer: one that was interrupted, or whose usage is not known, pays for nothing."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: set[str] = set()  # those whose commit is not known yet
+
+    async def unbilled(self, ids: Collection[str]) -> list[str]:
+        """Return those of the containers that nobody was billed for, however long that takes. They
+        are to be billed before anything else is waited for."""
+        while True:
+            try:
+                return [each for each in ids if not self._is_billed(each)]
+            except LedgerUnavailable:
+                await asyncio.sleep(RETRY_SECONDS)
+
+    def _is_billed(self, container_id: str) -> bool:
+        if container_id in self._waiting:
+            return True
+        return self._store.look_up(BILLED_CONTAINER, (container_id,)) is not None
+
+    def bill(self, ids: Iterable[str]) -> None:
+        """Note that the containers are billed, in the same commit as the row that is settled next,
+        before anything is waited for."""
+        for each in ids:
+            self._waiting.add(each)
+            written = self._store.record(BILL_CONTAINER, (each,), insist=True)
+            written.add_done_callback(functools.partial(self._written, each))
+
+    def _written(self, container_id: str, _: asyncio.Future[None]) -> None:
+        self._waiting.discard(container_id)
 
 
 KEEP_PENDING = """

@@ -54,7 +54,7 @@ import redbtc_commands as commands
 import redbtc_dashboard as dashboard
 import redbtc_ledger as ledger
 import redbtc_webhook
-from redbtc_billing import Books, Price
+from redbtc_billing import DEFAULT_TIER, NEEDED, Books, Price
 from redbtc_body import (
     Content,
     Form,
@@ -776,6 +776,7 @@ class Gateway:
         self.settings = settings
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.objects = Objects(books.store)
+        self.containers = ledger.Containers(books.store)
         self.unended = Unended(self)
         self.speeds = Speeds(books.store)
         self.corrections = Corrections(books, self.objects)
@@ -827,6 +828,10 @@ class Gateway:
     def serves(self, model: str) -> bool:
         """Whether an upstream is there for it."""
         return any(upstream.serves(model) for upstream in self.upstreams)
+
+    def listed_models(self) -> set[str]:
+        """The models that upstreams have listed so far."""
+        return {name for upstream in self.upstreams for name in upstream.listed}
 
     def offers_websocket(self) -> bool:
         """Whether any upstream does; else an upgrade is answered 426, by the route of its path."""
@@ -899,7 +904,21 @@ class Gateway:
             if not self.books.served(each):
                 message = f"The model '{each}' does not exist, or it is not served here."
                 raise Refusal("model_not_found", message, param="model")
+        if content.extras:
+            self._check_rates(content)
         return choose(self.upstreams, model, *homes)
+
+    def _check_rates(self, content: Content) -> None:
+        """Raise Refusal for a request that could use what its model's price has no rate for."""
+        model, tier = content.facts.model or "", content.facts.service_tier
+        for rate, member in content.needed_rates():
+            if lacking := self.books.lacks(model, rate, tier):
+                of_tier = "" if lacking.tier == DEFAULT_TIER else f" for the tier '{lacking.tier}'"
+                message = (
+                    f"The price of the model '{model}'{of_tier} has no rate '{rate}', so a request "
+                    f"that {NEEDED[rate]} is refused."
+                )
+                raise Refusal("invalid_request", message, param=member)
 
     @contextlib.contextmanager
     def serving(self, scope: Scope | None, clock: Clock, key: Key) -> Iterator[None]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 import redbtc_billing as billing
 import redbtc_ledger as ledger
@@ -181,8 +181,9 @@ class Rotation(Sent):
 
 
 class NewPrice(Sent):
-    """A price of one or more patterns of models, in currency per million tokens; `web_search` per
-    call. `effective` is a time or a duration from now; left out: now."""
+    """A price of one or more names or patterns of models, in currency per million tokens;
+    `web_search` and `file_search` per call, `container` for each new one. `effective` is a time or
+    a duration from now; left out: now."""
 
     model: Model | Annotated[tuple[ModelName, ...], Meta(min_length=1)]
     tier: Tier = billing.DEFAULT_TIER
@@ -191,19 +192,25 @@ class NewPrice(Sent):
     input: Amount | None = None
     cached_input: Amount | None = None
     cache_write: Amount | None = None
+    cache_write_12h: Amount | None = None
     output: Amount | None = None
     image_input: Amount | None = None
     image_output: Amount | None = None
     web_search: Amount | None = None
+    file_search: Amount | None = None
+    container: Amount | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] | None = None
     source: Source | None = None
 
 
 class NewPrices(Sent):
-    """`without_notice` is the reason for a rise without notice. With `currency` they are refused
-    where that is not the ledger's."""
+    """`take_over`: rates that a price leaves out are those of the price that it supersedes, or of
+    the one that applied to its model before; without it they are not given. `without_notice` is the
+    reason for a rise without notice. With `currency` they are refused where that is not the
+    ledger's."""
 
     prices: tuple[NewPrice, ...]
+    take_over: bool = True
     without_notice: Reason | None = None
     currency: Text | None = None
     source: Source | None = None
@@ -256,6 +263,16 @@ class NewPassword(Sent):
 
     old_password: Annotated[str, Meta(max_length=4000)]
     new_password: Annotated[str, Meta(max_length=4000)]
+
+
+class WhichPriceQuery(Sent):
+    """A request of `model` with so many input tokens, whose response reports the service tier
+    `tier`, at a time or after a duration; left out: now."""
+
+    model: ModelName
+    tier: Tier = billing.DEFAULT_TIER
+    input_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] = 0
+    at: Time | None = None
 
 
 class WhichUser(Sent):
@@ -405,7 +422,8 @@ class Balance(Struct):
 
 
 class KeyShown(Limits):
-    """Without what would let one use it."""
+    """Without what would let one use it. Keys with the same `budget_id`, the id of the first of
+    them, replaced one another and share what is spent of the monthly budget."""
 
     id: str
     account: str
@@ -416,6 +434,7 @@ class KeyShown(Limits):
     expires_at: Moment | None
     revoked_at: Moment | None
     compromised: bool
+    budget_id: str
 
 
 class KeyInList(KeyShown):
@@ -444,7 +463,8 @@ class KeyRevoked(KeyShown):
 
 
 class PriceShown(Struct):
-    """A rate of null was not given."""
+    """A rate of null was not given. `shadowed_by`: more specific names and patterns whose prices
+    apply instead of this one to models that it means."""
 
     id: int
     model: str
@@ -456,11 +476,15 @@ class PriceShown(Struct):
     input: Money | None
     cached_input: Money | None
     cache_write: Money | None
+    cache_write_12h: Money | None
     output: Money | None
     image_input: Money | None
     image_output: Money | None
     web_search: Money | None
+    file_search: Money | None
+    container: Money | None
     max_output_tokens: int | None
+    shadowed_by: list[str]
 
 
 class PriceList(Struct):
@@ -469,11 +493,65 @@ class PriceList(Struct):
     prices: list[PriceShown]
 
 
+class PriceSlot(Struct):
+    """What a price is for."""
+
+    model: str
+    tier: str
+    above_input_tokens: int
+
+
+class RatesOfEarlierPrice(PriceSlot):
+    """Rates that a price left out and an earlier one, `from`, had."""
+
+    from_: PriceSlot = field(name="from")
+    rates: dict[str, Money | int]
+
+
+class NotApplied(Struct):
+    """A model that a price means but does not apply to."""
+
+    model: str
+    because: str
+
+
+class PublishedNotice(Struct):
+    """A notice of a rise."""
+
+    text: str
+    effective_at: Moment
+
+
 class PricesAdded(PriceList):
-    """What was so anyway is unchanged."""
+    """Unchanged are those that were the same anyway. `applies_to` and `does_not_apply_to` are the
+    known models: those with a price, in use, or listed by an upstream. `taken_over` (or `left_out`,
+    without `take_over`) are rates that were not given and an earlier price had."""
 
     added: int
     unchanged: int
+    applies_to: list[str]
+    does_not_apply_to: list[NotApplied]
+    notices: list[PublishedNotice]
+    taken_over: list[RatesOfEarlierPrice] | UnsetType = UNSET
+    left_out: list[RatesOfEarlierPrice] | UnsetType = UNSET
+
+
+class OtherPrice(PriceShown):
+    """One that does not apply, and why."""
+
+    because: str
+
+
+class WhichPrice(Struct):
+    """The price that applies to a request (null: none), and all others that mean its model."""
+
+    model: str
+    at: Moment
+    tier: str
+    input_tokens: int
+    applies: PriceShown | None
+    why: str
+    others: list[OtherPrice]
 
 
 class Payment(Struct):

@@ -257,6 +257,11 @@ class Upstream:
         models, listed_at = self._models
         return models, time.monotonic() - listed_at
 
+    @property
+    def listed(self) -> list[str]:
+        """The models in the last list that it gave."""
+        return [model["id"] for model in self._models[0]] if self._models else []
+
     async def connect(self, headers: Headers) -> ClientConnection:
         """A WebSocket to its /responses. Raises OSError, TimeoutError, InvalidHandshake."""
         url = f"{str(self._base).rstrip('/')}/responses".replace("http", "ws", 1)

@@ -56,6 +56,7 @@ from redbtc_exchange import (
     Metered,
     account_for,
     bill,
+    count_containers,
     homes_of,
     most_usual,
     new_request_id,
@@ -619,9 +620,12 @@ class Turn(Metered):
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
         content = self._content
-        other_tools = frame.tools & ~content.tools
-        if other_tools or frame.lasting_models not in (None, content.lasting_models):
-            message = "Steering can't name an item of a response whose input has other tools."
+        other = frame.extras & ~content.extras
+        if other or frame.lasting_models not in (None, content.lasting_models):
+            message = (
+                "Steering can't name an item of a response whose input has other tools, or ask for "
+                "another lifetime in the prompt cache."
+            )
             raise Refusal("invalid_request", message, param="input")
         if len(self._steers) >= MAX_STEERS:
             message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
@@ -1314,8 +1318,9 @@ class Session:
             service_tier=report.service_tier,
             response_id=report.response_id,
         )
-        parts = account_for(row, report, outcome, guess)
-        bill(row, parts, await self.no_hold(row), DEFAULT_IMAGE_MODEL)
+        parts, money = account_for(row, report, outcome, guess), await self.no_hold(row)
+        parts = await count_containers(self.gateway, row, report, parts)
+        bill(row, parts, money, DEFAULT_IMAGE_MODEL)
         homes = homes_of(named, report, Home(row.upstream), row.usage)
         self.gateway.objects.own_each(homes, row.account_id)
         await ledger.settle(self.gateway.store, row)

@@ -609,6 +609,13 @@ ALTER TABLE usage_by_day ADD COLUMN cache_write_12h_tokens INTEGER;
 ALTER TABLE usage_by_day ADD COLUMN file_searches INTEGER;
 ALTER TABLE usage_by_day ADD COLUMN containers INTEGER;
 
+-- Containers that a request was billed for: each is billed once.
+CREATE TABLE billed_containers (
+    id                  TEXT PRIMARY KEY        -- the upstream's
+) STRICT, WITHOUT ROWID;
+INSERT INTO billed_containers SELECT id FROM stored_objects WHERE id GLOB 'cntr_*';  -- not billed
+                                                -- when they were made, and not later either
+
 -- A key that replaced another one goes on with its budget.
 ALTER TABLE keys ADD COLUMN
     budget_id           TEXT;                   -- the first key of the chain; NULL: itself
@@ -619,9 +626,9 @@ ALTER TABLE stored_objects ADD COLUMN
     tokens              INTEGER CHECK (tokens >= 0);  -- of a response or conversation its input and
                                                 -- output, of an item at most so many; NULL: not known
 ALTER TABLE stored_objects ADD COLUMN
-    tools               INTEGER NOT NULL DEFAULT 0 CHECK (tools BETWEEN 0 AND 7);  -- in its input, for
-                                                -- what builds on it: 1: web search, 2: file search,
-                                                -- 4: containers, as a sum
+    extras              INTEGER NOT NULL DEFAULT 0 CHECK (extras BETWEEN 0 AND 15);  -- what its input
+                                                -- can use, for what builds on it: 1: web search, 2: file
+                                                -- search, 4: containers, 8: long cache, as a sum
 UPDATE stored_objects SET tokens = reported.tokens
   FROM (SELECT response_id, max(ifnull(input_tokens, 0) + ifnull(output_tokens, 0)
                                 + ifnull(image_output_tokens, 0)) AS tokens

@@ -1695,7 +1695,8 @@ def test_an_operator_by_keyboard_alone(
     see(page, "Suspend")
     enter(page, "Prices")
     see(page, "Add a price")
-    write(page, Model="gpt-9*", Input="1.25", Output="10")
+    per = "(per million tokens)"
+    write(page, **{"Model": "gpt-9*", f"Input {per}": "1.25", f"Output {per}": "10"})
     enter(page, "Add it")
     expect(page.locator("tbody")).to_contain_text("gpt-9*")
     enter(page, "Notices")
