@@ -468,6 +468,8 @@ class Metered(Exchange):
         self.settled = True
         row, report = self._row, self.meter.report
         if self._background:
+            if self.unwritten:  # what may be sent after this names the response
+                await self.unwritten
             if not await self.gateway.unended.leave(self._background, report):
                 self.gateway.watch.answered(self.scope, row.status or 0, "pending")
         else:

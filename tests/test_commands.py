@@ -175,6 +175,8 @@ def test_usage(gateway: Gateway, upstream: Upstream) -> None:
         "cache_write_12h_tokens",
         "file_searches",
         "containers",
+        "estimated_cost",
+        "corrected_at",
     ]
     assert len(gateway.cli("usage", "--account", "a")["requests"]) == 3
     key_id = found["requests"][-1]["key_id"]
