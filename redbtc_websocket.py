@@ -1197,8 +1197,8 @@ class Session:
         if turn.settled:
             return
         refusal = Refusal(failure)
-        if outcome == "upstream_failed":
-            turn.status = refusal.status
+        if outcome == "upstream_failed" and turn.first_byte_ms is None:
+            turn.status = refusal.status  # all that the client gets is the error
         await turn.settle(outcome)
         if outcome == "upstream_failed":
             await self._refuse(refusal, turn.lane.stream_id)

@@ -1568,3 +1568,23 @@ def test_half_a_character_passes_as_it_is(gateway: Gateway, upstream: Upstream, 
         ws.completed()
         assert brief(gateway) == [done(1)]
     assert frames == ["\ud83d"]
+
+
+def test_a_turn_whose_upstream_falls_silent_before_any_output_is_estimated(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    async def talk(sock: Socket) -> None:
+        created, *_ = ws_events(1, await sock.recv())
+        await sock.send(created)
+        await sock.recv()
+
+    upstream.talk = talk
+    gateway = make_gateway("", "idle_timeout_seconds = 1").start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    with client(gateway, gateway.new_key()) as ws:
+        ws.send()
+        ws.until("response.created")
+        ws.until("error")
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "estimated")
+    assert row["output_tokens"] > 0
