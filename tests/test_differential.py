@@ -412,7 +412,8 @@ class Judge:
         got = self._got(plan, entry, result)
         bill = plan.cost(entry.used)
         if row is None:
-            if got or (entry.known and entry.sure):
+            findable = plan.model or result.headers  # else nothing tells which row is its
+            if findable and (got or (entry.known and entry.sure)):
                 self.run.differs(plan, f"no row, billed {bill}")
             return
         cost = nanos(row["cost"] or "0")
