@@ -1220,7 +1220,8 @@ class Simulation:
         stop = int(len(text) * plan.at) if broken else len(text)
         if plan.fault == "error":
             stop = 0
-        if plan.fault == "error_late" and plan.stream:  # at the end of an event
+        fills = plan.fault == "leave" and self.mode == "short"
+        if plan.stream and (fills or plan.fault == "error_late"):  # at the end of an event
             stop = max([at for at, _ in answer.texts if at <= stop], default=0)
         label = [("content-type", plan.label)] if plan.label not in ("", "none") else []
         if not plan.label:

@@ -554,7 +554,7 @@ async def judge_owners(run: Run) -> None:
             continue
         own = await run.http(plan.account, "GET", f"/responses/{plan.response_id}")
         if own.status != 200:
-            run.differs(plan, f"its owner doesn't find it: {own.status}")
+            run.differs(plan, f"its owner doesn't find it: {own.status} {bytes(own.body[:150])!r}")
         other = "open" if plan.account == "prepaid" else "prepaid"
         foreign = await run.http(other, "GET", f"/responses/{plan.response_id}")
         if foreign.status != 404:
