@@ -289,7 +289,7 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
 
     async def run(chance: random.Random, path: Path) -> None:
         owners: dict[str, str] = {}
-        weights: dict[str, tuple[int, int | None]] = {}  # tools and tokens
+        weights: dict[str, tuple[int, int | None]] = {}  # extras and tokens
         contended: set[str] = set()  # claimed by another account, too
         deleting: dict[str, tuple[str, asyncio.Task[None]]] = {}
         async with Store.open(path, "normal") as store:
@@ -309,7 +309,7 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
                     else:
                         tools, largest = weights.get(name, (0, None))
                         largest = max(largest or 0, tokens) if tokens else largest
-                        weights[name] = tools | home.tools, largest
+                        weights[name] = tools | home.extras, largest
                 elif owners.get(name) == account and name not in deleting:
                     delete = asyncio.create_task(objects.disown(name, account))
                     await asyncio.sleep(0)
