@@ -328,7 +328,7 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
                     else:
                         assert told == next_owner
                         if owned and each not in contended:  # else once all is committed
-                            assert (owned.home.tools, owned.home.tokens) == weights[each]
+                            assert (owned.home.extras, owned.home.tokens) == weights[each]
                         assert objects.is_free(each) == (not next_owner)
         async with Store.open(path, "normal") as store:
             objects = Objects(store)
@@ -338,7 +338,7 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
                 for account in told:
                     home = objects.home_of(each, account)
                     assert home
-                    assert (home.tools, home.tokens) == weights[each]
+                    assert (home.extras, home.tokens) == weights[each]
 
     for seed in range(20):
         asyncio.run(run(random.Random(seed), tmp_path / f"{seed}.db"))
