@@ -189,11 +189,13 @@ class Progress(Struct):
 # How many output tokens a second a model writes, as the newest completed rows show it. A row is
 # easily made slow on purpose (by reading slowly, or with a tool that hangs). So each account counts
 # once, however many rows it has, and of two accounts the faster one counts: to bend the result, an
-# account needs company. Within an account each token counts once: short answers, which show how
-# long the first byte takes rather than the model's pace, say little, and to outweigh honest rows
-# others have to be paid for, token by token.
+# account needs company. Its own rows make its estimates no lower than the rows of others do, or
+# than USUAL_SPEED where there are none: a model that nobody else uses is easily found. Within an
+# account each token counts once: short answers, which show how long the first byte takes rather
+# than the model's pace, say little, and to outweigh honest rows others have to be paid for, token
+# by token.
 
-USUAL_SPEED = 60.0  # of a model of which no row is known
+USUAL_SPEED = 60.0  # of a model of which no row is known, or none of another account
 MIN_DURATION_MS = 1000  # a shorter row says nothing
 MAX_ACCOUNTS, MAX_ROWS = 100, 100  # those with most requests, and the newest rows of each
 SPEED_SECONDS = 60  # for which what was read is used
@@ -216,20 +218,21 @@ class Speeds:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._speeds: Mapping[str, float] = {}
+        self._speeds: Mapping[str, Mapping[str, float]] = {}  # by model and account
         self._read_at = -math.inf
         self._reading = asyncio.Lock()
 
-    async def of(self, model: str) -> float:
-        """Return that of a model, by the upstream's name for it or by the one that clients use."""
+    async def of(self, model: str, account_id: str) -> float:
+        """Return that of a model for an estimate of the account's, by the upstream's name for the
+        model or by the one that clients use."""
         async with self._reading:
             if time.monotonic() - self._read_at > SPEED_SECONDS:
                 with contextlib.suppress(sqlite3.Error):  # the last ones are as good
                     self._speeds = await self._read()
                 self._read_at = time.monotonic()
-        return self._speeds.get(model, USUAL_SPEED)
+        return speed_for(account_id, self._speeds.get(model, {}))
 
-    async def _read(self) -> dict[str, float]:
+    async def _read(self) -> dict[str, dict[str, float]]:
         since = month_of(self._store.time() - MONTH_MS)
         rows: defaultdict[str, defaultdict[str, list[tuple[float, int]]]]
         rows = defaultdict(lambda: defaultdict(list))
@@ -239,7 +242,7 @@ class Speeds:
             for name in {model or requested_model, requested_model}:
                 rows[name][account_id].append((tokens * 1000 / duration_ms, tokens))
         return {
-            name: speed_of_accounts(map(speed_of_rows, accounts.values()))
+            name: {each: speed_of_rows(found) for each, found in accounts.items()}
             for name, accounts in rows.items()
         }
 
@@ -256,7 +259,13 @@ def speed_of_rows(rows: Iterable[tuple[float, int]]) -> float:
     return ordered[-1][0]
 
 
+def speed_for(account_id: str, speeds: Mapping[str, float]) -> float:
+    """Return a model's speed for an estimate of the account's, given the speeds by account."""
+    others = [speed for each, speed in speeds.items() if each != account_id]
+    return max(speed_of_accounts(others), speed_of_accounts(speeds.values()))
+
+
 def speed_of_accounts(speeds: Iterable[float]) -> float:
     """Return the median of the accounts' speeds; of two in the middle the faster one."""
-    ordered = sorted(speeds)
+    ordered = sorted(speeds) or [USUAL_SPEED]
     return ordered[len(ordered) // 2]

@@ -499,7 +499,9 @@ class Metered(Exchange):
         if (is_complete(report) and not partly) or not self._was_used(outcome):
             return None
         worked = max(0.0, time.monotonic() - self._left_at)  # before the speed is read
-        speed = await self.gateway.speeds.of(self._row.model or self._row.requested_model)
+        speed = await self.gateway.speeds.of(
+            self._row.model or self._row.requested_model, self._row.account_id
+        )
         return estimate(
             report,
             Seen.of(report),
@@ -823,7 +825,9 @@ class Unended:
 
     async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
-        speed = await gateway.speeds.of(report.model or row.model or row.requested_model)
+        speed = await gateway.speeds.of(
+            report.model or row.model or row.requested_model, row.account_id
+        )
         most = response.most or most_usual(gateway.settings, MOST_TOKENS)
         parts = response.finish(report, outcome, speed, most)
         response.bill(await count_containers(gateway, row, report, parts))

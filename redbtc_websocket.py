@@ -1329,7 +1329,7 @@ class Session:
     async def _estimate(self, stray: Stray) -> Estimate:
         """Return an estimate of what it used. What it read is not known."""
         report, worked = stray.meter.report, stray.worked_seconds
-        speed = await self.gateway.speeds.of(report.model or "")
+        speed = await self.gateway.speeds.of(report.model or "", self.account_id)
         return estimate(
             report,
             Seen.of(report),

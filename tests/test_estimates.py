@@ -41,6 +41,7 @@ from redbtc_estimates import (
     Progress,
     Seen,
     estimate,
+    speed_for,
     speed_of_accounts,
     speed_of_rows,
 )
@@ -423,7 +424,19 @@ def test_a_speed_is_hardly_moved_by_one_account() -> None:
     assert speed_of_accounts([honest, fast, honest]) == 100
 
 
-def test_the_speed_is_that_of_the_ledger(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+def test_nobody_is_slow_alone() -> None:
+    assert speed_for("a", {}) == 60
+    assert speed_for("a", {"a": 0.1}) == 60
+    assert speed_for("a", {"a": 500}) == 500
+    assert speed_for("a", {"a": 0.1, "b": 30}) == 30
+    assert speed_for("b", {"a": 0.1, "b": 30}) == 30
+    assert speed_for("b", {"a": 25, "b": 0.1, "c": 30}) == 30
+
+
+@pytest.mark.parametrize(("tokens", "least"), [(20_000, 2000), (1, 60 * 0.2)])
+def test_the_speed_is_that_of_the_ledger(
+    ask: Callable[..., Gateway], upstream: Upstream, tokens: int, least: int
+) -> None:
     gateway = ask()
     key = gateway.new_key()
     with gateway.client(key) as client:
@@ -435,7 +448,8 @@ def test_the_speed_is_that_of_the_ledger(ask: Callable[..., Gateway], upstream: 
                    requested_model, upstream, started_at, duration_ms, status, outcome,
                    usage_source, output_tokens, month, cost)
                SELECT 'req_a', account_id, key_id, endpoint, model, requested_model, upstream,
-                   started_at, 2000, 200, 'completed', 'upstream', 20000, month, 0 FROM requests"""
+                   started_at, 2000, 200, 'completed', 'upstream', ?, month, 0 FROM requests""",
+            (tokens,),
         )
         database.commit()
     gateway.start()
@@ -443,7 +457,7 @@ def test_the_speed_is_that_of_the_ledger(ask: Callable[..., Gateway], upstream: 
     with contextlib.suppress(httpx2.HTTPError):
         read_until(gateway, BODY, b"nothing", "/responses")
     row = gateway.rows()[-1]
-    assert 2000 <= row["output_tokens"] <= 10 * row["duration_ms"] + 1
+    assert least <= row["output_tokens"] <= 10 * row["duration_ms"] + 1
 
 
 # Never more than the hold
