@@ -884,6 +884,8 @@ class Unended:
         except (httpx2.HTTPError, TimeoutError):
             return 0
         meter.finish()
+        if meter.report.response_id not in (None, row.response_id):
+            return 0  # the upstream has answered with another response
         response.left(meter.report)
         if status == 200:
             await self._see(response, meter.report)

@@ -402,6 +402,28 @@ def test_a_background_response_that_never_ends_is_given_up(
     assert gateway.api("GET", "/accounts/test")["held"] == "0"
 
 
+def test_another_response_says_nothing(ask: Callable[..., Gateway], upstream: Upstream) -> None:
+    """An upstream that mixes up its answers bills nobody for the response of somebody else."""
+    gateway, asked = ask(), 0
+
+    async def script(request: Received, reply: Reply) -> None:
+        nonlocal asked
+        asked += request.method == "GET"
+        response = response_object(status="queued", usage=None, output=[])
+        if asked == 1:
+            usage = {**RESPONSE_USAGE, "output_tokens": 90_000}
+            response = response_object(id="resp_2", usage=usage)
+        if asked == 2:
+            response = response_object()
+        await json_answer(response)(request, reply)
+
+    upstream.script = script
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/responses", json={**BODY, "background": True})
+    row = settled(gateway)
+    assert (row["usage_source"], row["output_tokens"]) == ("upstream", 9)
+
+
 def test_progress() -> None:
     progress = Progress(Seen(), 1000, 1000)
     progress.note("queued", 5000)
