@@ -158,6 +158,11 @@ class Exchange:
         report = self.meter.report
         self.meter = DecodedMeter(report, codings, labelled, self.choose_meter)
 
+    def grace(self) -> float:
+        """Return for how many seconds the upstream is read on when the client has left."""
+        metering = self.settings.metering
+        return metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
+
     def to(self, upstream: Upstream) -> None:
         """It is about to leave for that one."""
 
@@ -219,6 +224,12 @@ class Metered(Exchange):
 
     def expects_usage(self) -> bool:
         return self.takes_out_usage or bool(self._facts.asks_for_usage)
+
+    def grace(self) -> float:
+        """A background response goes on whether it is read or not. Until its id is known nobody
+        could ask what it used, or cancel it."""
+        unknown = self._in_room and not (self._background or self._repeats)
+        return math.inf if unknown else super().grace()
 
     def _enter_room(self, background: bool | str) -> None:
         """Count one more unfinished background response. Raises Refusal."""
@@ -449,6 +460,7 @@ class Metered(Exchange):
                 self._row, self._money, unfinished, self._content.chosen_ids
             )
             self._background.read(report)
+        self.clock.shorten(self.grace())
 
     def _fill(self, report: Report) -> None:
         row = self._row

@@ -80,6 +80,13 @@ class Clock:
             if task.uncancel() == 0 and error is asyncio.CancelledError:
                 raise TimeoutError
 
+    def shorten(self, grace: float) -> None:
+        """From now on, at most `grace` seconds from when the client leaves; from now, if it has."""
+        if not self._cut:
+            self._grace = grace
+        if self.client_left:
+            self._last = min(self._last, self._clocks.now() + self._grace)
+
     def allow(self, seconds: float) -> None:
         """The next step may take this long."""
         self.deadline = min(self._last, self._clocks.now() + seconds)

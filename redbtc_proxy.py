@@ -364,8 +364,7 @@ class Relay:
 
     async def forward(self, upstreams: list[Upstream]) -> None:
         """Raises Refusal where the client has got nothing yet, ClientLeft."""
-        metering = self._exchange.settings.metering
-        grace = metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
+        grace = self._exchange.grace()
         failure = ""
         for upstream in upstreams:
             self._exchange.to(upstream)

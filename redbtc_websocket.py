@@ -1139,11 +1139,9 @@ class Session:
             self._reserved.give_back(max(len(frame.sent), SMALL_BYTES) + frame.excess)
 
     async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:
-        metering = turn.settings.metering
-        grace = metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
         total = upstreams[0].settings.total_timeout_seconds
         try:
-            with turn.clock.running(total, grace):
+            with turn.clock.running(total, turn.grace()):
                 line = await self._connect(turn, upstreams)
                 if turn.clock.client_left:
                     raise TimeoutError

@@ -402,6 +402,35 @@ def test_a_background_response_that_never_ends_is_given_up(
     assert gateway.api("GET", "/accounts/test")["held"] == "0"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_before_the_id_pays_for_the_background_response(
+    ask: Callable[..., Gateway], upstream: Upstream, stream: bool
+) -> None:
+    """It goes on at the upstream, where its tools can give its output to the client."""
+    gateway, left = ask(), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "GET":
+            await json_answer(response_object())(request, reply)
+            return
+        await reply.wait(left)
+        if not stream:
+            await json_answer(response_object(status="queued", usage=None))(request, reply)
+        await reply.head(200, SSE)
+        await reply.send(created())
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    body = {**BODY, "background": True, "stream": stream}
+    with gateway.begin(gateway.new_key(), body):
+        wait_until(lambda: upstream.requests)
+    wait_until(lambda: gateway.connections() == 0)
+    left.set()
+    row = settled(gateway)
+    assert (row["outcome"], row["usage_source"]) == ("completed", "upstream")
+    assert gateway.metrics()["redbtc_in_flight"] == 0
+
+
 def test_another_response_says_nothing(ask: Callable[..., Gateway], upstream: Upstream) -> None:
     """An upstream that mixes up its answers bills nobody for the response of somebody else."""
     gateway, asked = ask(), 0
