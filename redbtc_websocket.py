@@ -739,6 +739,7 @@ class Line:
         self.given_up = False
         self.waits_for_client = False  # that reads slowly
         self.strays: dict[str | None, Stray] = {}  # by lane
+        self.passing: asyncio.Task[None]  # its events to the client, until it is closed
 
     async def send(self, text: Buffer, over: asyncio.Future[None] | None = None) -> bool:
         """Send a message and return True. Return False if the upstream has not read it LINE_SECONDS
@@ -914,6 +915,7 @@ class Session:
     async def _end(self) -> None:
         """The client is gone: what is in flight may be read on for its usage, then all ends."""
         self._closed = True
+        self._accepted.set()  # there is nobody to be waited for
         turns = [lane.turn for lane in self._lanes.values() if lane.turn]
         for turn in turns:
             turn.clock.client_left = True  # it begins nothing more
@@ -932,6 +934,7 @@ class Session:
             opening.cancel()
         for line in list(self._lines):
             await line.close()
+            await asyncio.wait({line.passing})  # it writes down what was nobody's
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -979,7 +982,7 @@ class Session:
             raise Refusal("upstream_protocol_error") from None
         line = Line(self, upstream, connection)
         self._lines.add(line)
-        self.start(self._pass_events(line))
+        line.passing = self.start(self._pass_events(line))
         return line
 
     def _turns_on(self, line: Line) -> list[Turn]:
@@ -1218,8 +1221,9 @@ class Session:
             self.gateway.watch.failed(self._scope, error)
             await line.close()
         self._lose(line)
+        outcome: Outcome = "client_disconnected" if self._closed else "upstream_failed"
         for stray in line.strays.values():
-            await self._write_stray(stray, line, "upstream_failed")
+            await self._write_stray(stray, line, outcome)
         while any(lane.turn and lane.turn.line is line for lane in self._lanes.values()):
             await asyncio.sleep(TICK)  # they have something to say
         self._lines.remove(line)
@@ -1321,7 +1325,7 @@ class Session:
         bill(row, parts, money, DEFAULT_IMAGE_MODEL)
         homes = homes_of(named, report, Home(row.upstream), row.usage)
         self.gateway.objects.own_each(homes, row.account_id)
-        await ledger.settle(self.gateway.store, row)
+        await ledger.settle(self.gateway.store, row, money.at, DEFAULT_IMAGE_MODEL)
         self.gateway.watch.settled(scope, row)
 
     async def _estimate(self, stray: Stray) -> Estimate:

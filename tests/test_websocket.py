@@ -766,6 +766,32 @@ def test_what_nobody_asked_for_is_written_down(
     assert {row["requested_model"] for row in gateway.rows()} == {"gpt-up"}
 
 
+def test_who_leaves_pays_for_what_nobody_asked_for(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """It is estimated, and corrected when its response shows its usage."""
+
+    async def talk(sock: Socket) -> None:
+        frame = await sock.recv()
+        await sock.send(*ws_events(1, frame), *ws_events(2, frame)[:2])
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        for _ in range(2):
+            ws.until("response.output_text.delta")
+    wait_until(lambda: len(gateway.rows()) == 2)
+    row = gateway.rows()[1]
+    assert (row["response_id"], row["outcome"]) == ("resp_ws_2", "client_disconnected")
+    assert row["usage_source"] == "estimated"
+    assert row["output_tokens"] >= 2
+    upstream.script = json_answer(response_object(id="resp_ws_2"))
+    with gateway.client(key) as http:
+        http.get("/responses/resp_ws_2")
+    assert gateway.rows()[1]["output_tokens"] == 9
+
+
 # Steering
 
 
