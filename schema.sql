@@ -652,6 +652,8 @@ CREATE TABLE estimates (
     image_model         TEXT NOT NULL           -- of the request's tool
 ) STRICT, WITHOUT ROWID;
 
+CREATE INDEX estimates_of_a_request ON estimates (request_id);
+
 -- What estimated requests were seen to have used after all. Rows are only ever added. What a
 -- correction says holds in place of what its request's row says.
 CREATE TABLE corrections (

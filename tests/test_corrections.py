@@ -237,6 +237,14 @@ def test_a_cancelled_background_response_is_corrected(
     assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
 
 
+def test_a_correction_reads_no_other_estimates(gateway: Gateway) -> None:
+    """There can be a million of them."""
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        plan = "EXPLAIN QUERY PLAN DELETE FROM estimates WHERE request_id = 'req_1'"
+        ((*_, how),) = database.execute(plan)
+    assert how.startswith("SEARCH"), how
+
+
 def test_budgets_follow(gateway: Gateway, stored: Stored) -> None:
     gateway.api("POST", "/accounts", {"name": "test", "monthly_budget": "200"})
     key = gateway.new_key()
