@@ -615,7 +615,7 @@ class Visit(Exchange):
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
         shown = status == 200 and report.response_id in (None, self._response_id)
         await gateway.unended.look(self._response_id, report, shown)
-        if shown:
+        if shown and report.response_id:
             await gateway.corrections.look(self._response_id, self.key.account_id, report)
         if status == 200:
             self._learn_listed()

@@ -213,6 +213,18 @@ def test_kill_before_the_correction_loses_nothing(gateway: Gateway, stored: Stor
     assert gateway.row()["cost"] == str(TRUE_COST)
 
 
+def test_an_answer_without_an_id_corrects_nothing(
+    gateway: Gateway, stored: Stored, upstream: Upstream
+) -> None:
+    key = gateway.new_key()
+    row = tear(gateway, key)
+    usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    upstream.script = json_answer({"status": "completed", "usage": usage})
+    with gateway.client(key) as client:
+        client.get("/responses/resp_1")
+    assert gateway.row() == row
+
+
 def test_a_cancelled_background_response_is_corrected(
     gateway: Gateway, stored: Stored, upstream: Upstream
 ) -> None:
