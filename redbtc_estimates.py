@@ -190,15 +190,15 @@ class Progress(Struct):
 # easily made slow on purpose (by reading slowly, or with a tool that hangs). So each account counts
 # once, however many rows it has, and of two accounts the faster one counts: to bend the result, an
 # account needs company. Its own rows make its estimates no lower than the rows of others do, or
-# than USUAL_SPEED where there are none: a model that nobody else uses is easily found. Within an
-# account each token counts once: short answers, which show how long the first byte takes rather
-# than the model's pace, say little, and to outweigh honest rows others have to be paid for, token
-# by token.
+# than USUAL_SPEED where there are none, unless it is the gateway's only account: a model that
+# nobody else uses is easily found. Within an account each token counts once: short answers, which
+# show how long the first byte takes rather than the model's pace, say little, and to outweigh
+# honest rows others have to be paid for, token by token.
 
-USUAL_SPEED = 60.0  # of a model of which no row is known, or none of another account
+USUAL_SPEED = 60.0  # of a model of which no row is known
 MIN_DURATION_MS = 1000  # a shorter row says nothing
 MAX_ACCOUNTS, MAX_ROWS = 100, 100  # those with most requests, and the newest rows of each
-SPEED_SECONDS = 60  # for which what was read is used
+SPEED_SECONDS = 10  # for which what was read is used
 UPPER = 0.75  # the share of an account's tokens that were written no faster than its speed
 MONTH_MS = 31 * 86_400_000
 ROWS_WITH_SPEED = f"""
@@ -211,6 +211,8 @@ ROWS_WITH_SPEED = f"""
      WHERE outcome = 'completed' AND usage_source = 'upstream'
        AND duration_ms >= {MIN_DURATION_MS} AND output_tokens > 0"""
 
+COUNT_ACCOUNTS = "SELECT count(DISTINCT account_id) FROM usage_by_month"
+
 
 class Speeds:
     """The output tokens a second of all models. They are read when an estimate needs them, at most
@@ -219,6 +221,7 @@ class Speeds:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._speeds: Mapping[str, Mapping[str, float]] = {}  # by model and account
+        self._accounts = 0  # that have used any model
         self._read_at = -math.inf
         self._reading = asyncio.Lock()
 
@@ -230,7 +233,10 @@ class Speeds:
                 with contextlib.suppress(sqlite3.Error):  # the last ones are as good
                     self._speeds = await self._read()
                 self._read_at = time.monotonic()
-        return speed_for(account_id, self._speeds.get(model, {}))
+        speeds = self._speeds.get(model, {})
+        if self._accounts == 1:  # a gateway's only account has nobody to deceive
+            return speed_of_accounts(speeds.values())
+        return speed_for(account_id, speeds)
 
     async def _read(self) -> dict[str, dict[str, float]]:
         since = month_of(self._store.time() - MONTH_MS)
@@ -238,6 +244,8 @@ class Speeds:
         rows = defaultdict(lambda: defaultdict(list))
         async with self._store.snapshot() as snapshot:
             found = await snapshot.all(ROWS_WITH_SPEED, (since,))
+            counted = await snapshot.one(COUNT_ACCOUNTS)
+        self._accounts = counted[0] if counted else 0
         async for account_id, model, requested_model, tokens, duration_ms in with_turns(found):
             for name in {model or requested_model, requested_model}:
                 rows[name][account_id].append((tokens * 1000 / duration_ms, tokens))
