@@ -1,10 +1,12 @@
 """Read compressed answers. An upstream, or a cache in front of it, can compress an answer although
 it was asked not to. Its bytes pass unchanged; the meter reads a decoded copy, of which nothing is
 kept. Decoders return bounded pieces, so that a small answer that decodes to very much takes time in
-small steps, and no memory."""
+small steps, and no memory. The first bytes tell how an answer is compressed; where they do not, its
+header does."""
 
 from __future__ import annotations
 
+import re
 import sys
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -12,7 +14,7 @@ from typing import Any
 
 import brotli  # type: ignore[import-untyped]
 
-from redbtc_meter import Meter, Report, is_stream
+from redbtc_meter import BLANK, Meter, Report, is_stream
 from redbtc_refusals import Headers
 
 if sys.version_info >= (3, 14):
@@ -21,6 +23,7 @@ else:
     from backports import zstd
 
 MAX_CODINGS = 3  # in a row
+START = 8  # bytes by which it is told how an answer is compressed
 INPUT = 4 << 10  # compressed bytes in one step
 OUTPUT = 32 << 10  # decoded bytes in one step
 MAX_DECODED = 1 << 30  # bytes; no answer is as large
@@ -136,23 +139,60 @@ def codings_of(headers: Headers) -> list[bytes]:
     return [each for each in codings if each not in (b"", b"identity")]
 
 
+# How JSON and server-sent events begin, and nothing that is compressed.
+PLAIN = re.compile(
+    rb'[%b]*+(?:\Z|\{[ \t\r\n]*+(?:\Z|["}])|(?:data|event|id|retry)?:)' % re.escape(BLANK)
+)
+MAGIC = {  # RFC 1952, RFC 8878, RFC 1950: how the bytes of a coding begin
+    b"gzip": re.compile(rb"\x1f\x8b\x08"),
+    b"zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    b"deflate": re.compile(rb"\x78[\x01\x5e\x9c\xda]"),
+}
+
+
+def codings_in(start: bytes, named: list[bytes]) -> list[bytes]:
+    """Return the codings of an answer that begins so. Upstreams name codings that are none (utf-8,
+    aws-chunked) or that they have undone, and leave out those that they have applied."""
+    if PLAIN.match(start):
+        return []
+    known = [each for each in named if each in DECODERS]
+    for coding, magic in MAGIC.items():
+        if magic.match(start):
+            told = bool(known) and DECODERS[known[-1]] is DECODERS[coding]
+            return known if told else [coding]
+    return named
+
+
 class Decoding:
-    """Decodes an answer that is compressed, once or several times."""
+    """Decodes an answer that is compressed, once or several times, or not at all. `codings` are
+    those that its header names."""
 
     def __init__(self, codings: list[bytes]) -> None:
-        self._decoders: list[Any] = [Unreadable()]
-        if len(codings) <= MAX_CODINGS and all(each in DECODERS for each in codings):
-            self._decoders = [DECODERS[each]() for each in reversed(codings)]
+        self._codings = codings
+        self._start = b""
+        self._decoders: list[Any] | None = None  # until enough has come to tell
         self._size = 0
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
         """Yield what the bytes decode to, in pieces. Raises NotDecoded."""
+        if self._decoders is None:
+            data = self._start + data
+            if len(data) < START:
+                self._start = data
+                return
+            self._decoders = self._decoders_for(data)
         for at in range(0, len(data), INPUT):
             for piece in self._through(self._decoders, data[at : at + INPUT]):
                 self._size += len(piece)
                 if self._size > MAX_DECODED:
                     raise NotDecoded
                 yield piece
+
+    def _decoders_for(self, start: bytes) -> list[Any]:
+        codings = codings_in(start, self._codings)
+        if len(codings) > MAX_CODINGS or any(each not in DECODERS for each in codings):
+            return [Unreadable()]
+        return [DECODERS[each]() for each in reversed(codings)]
 
     def _through(self, decoders: list[Any], data: bytes) -> Iterator[bytes]:
         if not decoders:

@@ -65,7 +65,7 @@ from redbtc_body import (
 )
 from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
-from redbtc_decoding import codings_of
+from redbtc_decoding import codings_in, codings_of
 from redbtc_estimates import Speeds
 from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
@@ -359,6 +359,7 @@ class Relay:
         self._head: Message  # the response's start, for the client
         self._started = False  # whether the head was sent
         self._labelled = False  # the response as a stream
+        self._codings: list[bytes] = []  # that the response is labelled with
         # The end of the response, as far as it was not sent; None until the row is written.
         self._rest: bytes | None = None
 
@@ -419,8 +420,8 @@ class Relay:
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
         self._labelled = content_type.lower().startswith(b"text/event-stream")
-        if header(headers, b"content-encoding") is not None and (codings := codings_of(headers)):
-            exchange.meter_decoded(codings, self._labelled)
+        if header(headers, b"content-encoding") is not None:
+            self._codings = codings_of(headers)
         # A stream may end earlier than the upstream's Content-Length says. Status 204 must not have
         # one (RFC 9110 §8.6), but some upstreams send it.
         if self._labelled or answer.status == 204:
@@ -483,8 +484,11 @@ class Relay:
     def _meter_of(self, chunk: bytes) -> Meter | None:
         """Return the meter for an answer that begins so; None while all of it is blank."""
         exchange = self._exchange
-        if exchange.meter.at_once == 0 or (chunk[:1] == b"{" and not self._labelled):
-            return exchange.meter  # which is that of compressed answers, or of JSON
+        if chunk[:1] == b"{" and not self._labelled:
+            return exchange.meter  # which is that of JSON
+        if codings := codings_in(chunk, self._codings):
+            exchange.meter_decoded(codings, self._labelled)
+            return exchange.meter
         stream = is_stream(chunk, self._labelled)
         if stream is None:
             return None

@@ -218,11 +218,10 @@ class Upstream:
         async with asyncio.timeout(min(ASK_SECONDS, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
             answer = await self.open(method, path, b"", accept, Body(b""))
-            codings = codings_of(answer.headers)
-            decoding = Decoding(codings) if codings else None
+            decoding = Decoding(codings_of(answer.headers))
             try:
                 async for chunk in answer.body:
-                    async for part in with_turns(decoding.decoded(chunk) if decoding else [chunk]):
+                    async for part in with_turns(decoding.decoded(chunk)):
                         take(part)
                 return answer.status
             except NotDecoded:

@@ -621,8 +621,58 @@ def test_a_compressed_answer_passes_and_is_metered(
     assert (response["usage_source"], response["output_tokens"]) == ("upstream", 9)
 
 
+WRONG = [
+    *(("aws-chunked", "identity"), ("UTF-8", "identity"), ("none", "identity")),
+    *(("gzip", "identity"), ("br, gzip", "identity"), ("utf-8, gzip", "gzip")),
+    *((None, "gzip"), (None, "zstd"), (None, "deflate"), ("identity", "gzip"), ("br", "zstd")),
+]
+
+
+@pytest.mark.parametrize(("named", "real"), WRONG)
+def test_an_encoding_that_is_named_wrongly_does_not_hide_the_usage(
+    gateway: Gateway, upstream: Upstream, key: str, named: str | None, real: str
+) -> None:
+    headers = [("content-encoding", named)] if named else []
+    with gateway.client(key) as client:
+
+        def ask(path: str, body: Any, sent: bytes, kind: str, passed: bytes) -> None:
+            upstream.script = answer_of(
+                [sent[:20], sent[20:]], [("content-type", kind), *headers], length=True
+            )
+            with client.stream("POST", path, json=body) as answer:
+                assert b"".join(answer.iter_raw()) == passed
+
+        sent = PACK[real](json.dumps(response_object()).encode())
+        ask("/responses", {**MODEL, "input": ""}, sent, "application/json", sent)
+        with client.stream("GET", "/responses/resp_1") as answer:
+            assert answer.status_code == 200, "its id is learned"
+        pieces = chat_pieces(["Hello"])
+        sent = PACK[real](b"".join(pieces))
+        plain = b"".join([*pieces[:-2], pieces[-1]])  # without the usage that it did not ask for
+        passed = plain if real == "identity" else sent
+        ask("/chat/completions", CHAT, sent, "text/event-stream", passed)
+    found = [(row["outcome"], row["usage_source"], row["output_tokens"]) for row in gateway.rows()]
+    assert found == [("completed", "upstream", 9), ("completed", "upstream", 7)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 100])
+def test_the_start_of_an_answer_tells_its_encoding_wherever_it_is_cut(size: int) -> None:
+    whole = json.dumps(response_object()).encode()
+    for real in ("identity", "gzip", "deflate", "zstd", "br"):
+        for named in ("utf-8", "gzip", "zstd", real):
+            if real == "br" and named != "br":
+                continue  # nothing tells it
+            packed = PACK[real](whole)
+            meter = decoded_meter(named, chat=False)
+            pieces = [packed[at : at + size] for at in range(0, len(packed), size)]
+            passed, rest = run(meter, pieces, random.Random(1))
+            assert passed + rest == packed
+            assert meter.report.usage == RESPONSE_USED, (real, named)
+
+
+@pytest.mark.parametrize("named", ["gzip", "utf-8", "identity"])
 def test_an_upstream_that_compresses_is_asked_for_background_responses_and_models(
-    gateway: Gateway, upstream: Upstream, key: str
+    gateway: Gateway, upstream: Upstream, key: str, named: str
 ) -> None:
     async def script(request: Received, reply: Reply) -> None:
         content: Any = response_object(status="queued", usage=None)
@@ -631,7 +681,7 @@ def test_an_upstream_that_compresses_is_asked_for_background_responses_and_model
         if request.path.endswith("/models"):
             content = {"data": [{"id": "gpt-up", "object": "model"}]}
         packed = gzip.compress(json.dumps(content).encode())
-        await json_answer(packed, headers=[("content-encoding", "gzip")])(request, reply)
+        await json_answer(packed, headers=[("content-encoding", named)])(request, reply)
 
     upstream.script = script
     with gateway.client(key) as client:
