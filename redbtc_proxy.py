@@ -327,6 +327,7 @@ def _decoded(
 # ── Relay ────────────────────────────────────────────────────────────────────────────────────────
 
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
+MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
 AFTER_END_SECONDS = 0.7  # for bytes that follow the event that ends a stream
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser neither runs a response of any other type nor takes it for HTML.
@@ -458,7 +459,9 @@ class Relay:
                     if isinstance(body, ResponseBody):
                         self._pass_on(meter, body, idle_seconds)
             passed = await self._feed(meter, chunk) if meter else chunk
-            if whole or not (meter and passed):  # the head waits until it is known what it is
+            # The head waits until it is known what it is.
+            unknown = meter is None and not self._started and len(kept) < MAX_BLANK
+            if whole or unknown or not passed:
                 kept += passed
             else:
                 self._waits_for_client = True  # while it reads slowly, and with us the upstream
@@ -470,7 +473,8 @@ class Relay:
             if meter and (meter.ended or meter.ending):
                 break
             clock.allow(idle_seconds)
-        meter = exchange.meter
+        if meter is None:  # nothing has come
+            meter = exchange.meter = exchange.choose_meter(self._labelled)
         clock.pause()
         if meter.ending and not meter.ended:
             await self._await_usage(meter, chunks)

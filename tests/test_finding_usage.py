@@ -9,6 +9,7 @@ import json
 import random
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -739,3 +740,44 @@ def test_all_pictures_of_a_stream_are_billed(
         assert client.post("/images/generations", json=body).content == b"".join(pieces)
     output: int = IMAGE_USAGE["output_tokens"]  # type: ignore[assignment]
     assert gateway.rows()[0]["output_tokens"] == 2 * output
+
+
+@pytest.mark.parametrize("label", ["application/json", "text/event-stream"])
+def test_blanks_before_an_answer_pass_in_time_and_take_no_memory(
+    gateway: Gateway, upstream: Upstream, key: str, label: str
+) -> None:
+    whole = json.dumps(response_object()).encode()
+    seen = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, [("content-type", label)])
+        await reply.send(b"\n")
+        assert await reply.wait(seen)
+        for _ in range(640):
+            await reply.send(b" " * 65536)
+        await reply.send(whole)
+        await reply.end()
+
+    upstream.script = script
+    before = gateway.rss()
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**MODEL, "input": ""}) as answer,
+    ):
+        chunks = answer.iter_raw()
+        assert next(chunks) == b"\n"
+        seen.set()
+        rest = b"".join(chunks)
+    assert rest == b" " * (640 * 65536) + whole
+    assert gateway.rss() - before < 20 << 20
+    assert gateway.row()["output_tokens"] == 9
+
+
+@pytest.mark.parametrize("pieces", [[], [b"\n\n"]])
+def test_an_empty_stream_is_not_complete(
+    gateway: Gateway, upstream: Upstream, key: str, pieces: list[bytes]
+) -> None:
+    upstream.script = answer_of(pieces, [("content-type", "text/event-stream")])
+    with gateway.client(key) as client:
+        assert client.post("/chat/completions", json=CHAT).content == b"".join(pieces)
+    assert gateway.row()["outcome"] == "upstream_failed"
