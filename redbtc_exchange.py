@@ -507,7 +507,9 @@ class Metered(Exchange):
     async def _estimate(self, outcome: Outcome) -> Estimate | None:
         """Return an estimate, None where the usage is known or nothing was used."""
         report, images = self.meter.report, self.endpoint.images
-        partly = images and report.usage is not None and not self.meter.ended
+        partly = report.is_outdated
+        if images:
+            partly = report.usage is not None and not self.meter.ended
         if (is_complete(report) and not partly) or not self._was_used(outcome):
             return None
         worked = max(0.0, time.monotonic() - self._left_at)  # before the speed is read

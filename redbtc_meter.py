@@ -534,10 +534,16 @@ class Report:
         self.failed = False  # it says itself that it failed
         self.in_events = False  # the Response object came within an event
         self.passed = Passed()
+        self._reported_at = 0  # bytes of deltas that had passed when the usage was reported last
         self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
         self._file_searches: set[Any] = set()  # ids
         # No usage reports these; they are counted by the items of the output.
         self.containers: dict[str, None] = {}  # ids of those in which code ran
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether more text has passed since the usage was reported."""
+        return self.usage is not None and self.passed.deltas > self._reported_at
 
     @property
     def text_bytes(self) -> int:
@@ -601,7 +607,7 @@ class Report:
         if used and self.usage and self._images:
             used, parts = self._with_earlier(answer, used, parts)
         if used:
-            self.usage, self.parts = used, parts
+            self.usage, self.parts, self._reported_at = used, parts, self.passed.deltas
 
     def _with_calls(self, used: Usage, parts: list[Part]) -> Usage:
         """A response's usage with the calls in its output that no usage reports."""

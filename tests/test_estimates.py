@@ -19,11 +19,13 @@ import pytest
 from conftest import MakeGateway
 from gateway import Gateway, wait_until
 from upstream import (
+    DONE,
     IMAGE_USAGE,
     RESPONSE_USAGE,
     Received,
     Reply,
     Upstream,
+    chat_chunk,
     chat_json,
     chat_pieces,
     event,
@@ -623,3 +625,37 @@ def test_an_estimate_is_never_more_than_the_hold(seed: int) -> None:
     assert isinstance(used.usage, Usage)
     if seen or tariff is None:
         assert used.usage.output_tokens
+
+
+def chat_with_usage(words: list[str], usages: list[dict[str, int] | None]) -> list[bytes]:
+    """A streamed chat that reports these usages with its words."""
+    pairs = zip(words, usages, strict=True)
+    return [event(chat_chunk("gpt-up", {"content": word}, usage=usage)) for word, usage in pairs]
+
+
+@pytest.mark.parametrize("end", ["clean", "tear"])
+def test_usage_that_was_reported_before_the_text_is_not_all(
+    ask: Callable[..., Gateway], upstream: Upstream, end: str
+) -> None:
+    gateway = ask()
+    first: dict[str, int] | None = {"prompt_tokens": 20, "completion_tokens": 0}
+    pieces = chat_with_usage(["", TEXT], [first, None])
+    upstream.script = stream([*pieces, *([DONE] if end == "clean" else [])], end=end)
+    body = {**CHAT, "stream": True, "max_tokens": 50_000}
+    with gateway.client(gateway.new_key()) as client, contextlib.suppress(httpx2.HTTPError):
+        client.post("/chat/completions", json=body)
+    row = estimated(gateway, "completed" if end == "clean" else "upstream_failed")
+    assert row["input_tokens"] == 20
+    assert row["output_tokens"] >= 17_000
+
+
+def test_usage_that_grows_with_the_text_is_believed(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    gateway = ask()
+    usages = [{"prompt_tokens": 20, "completion_tokens": tokens} for tokens in (1, 2, 3)]
+    upstream.script = stream([*chat_with_usage(["a", "b", "c"], [*usages]), DONE])
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/chat/completions", json={**CHAT, "stream": True})
+    row = settled(gateway)
+    assert (row["usage_source"], row["output_tokens"]) == ("upstream", 3)
