@@ -304,18 +304,27 @@ def part_of(whole: int | None, parts: int) -> bool:
     return whole is not None and parts <= whole
 
 
+INPUT_OUTPUT, PROMPT_COMPLETION = ("input", "output"), ("prompt", "completion")
+
+
+def counts_in(usage: Any, names: tuple[str, str]) -> tuple[int | None, int | None]:
+    """The tokens of the input and of the output, by their names in one shape."""
+    return tokens_in(usage, f"{names[0]}_tokens"), tokens_in(usage, f"{names[1]}_tokens")
+
+
 def read_usage(usage: Any, images: bool) -> Usage | None:
     """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images, the image
     tool's); None where it reports neither input nor output. Parts that exceed their whole are not
     believed."""
     if not isinstance(usage, dict):
         return None
-    chat = "prompt_tokens" in usage
-    into, out = ("prompt", "completion") if chat else ("input", "output")
-    tokens_input, tokens_output = (
-        tokens_in(usage, f"{into}_tokens"),
-        tokens_in(usage, f"{out}_tokens"),
-    )
+    into, out = INPUT_OUTPUT
+    tokens_input, tokens_output = counts_in(usage, INPUT_OUTPUT)
+    if "prompt_tokens" in usage:  # some upstreams have both shapes, of which one is all zeros
+        of_chat = counts_in(usage, PROMPT_COMPLETION)
+        if (tokens_input or 0) + (tokens_output or 0) <= sum(each or 0 for each in of_chat):
+            into, out = PROMPT_COMPLETION
+            tokens_input, tokens_output = of_chat
     if tokens_input is None and tokens_output is None:
         return None
     parts_input, parts_output = (

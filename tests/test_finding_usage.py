@@ -324,6 +324,11 @@ def test_usage_of_all_kinds_counts() -> None:
     zero = {"prompt_tokens": 0, "completion_tokens": 0.0}
     assert used(chat_chunk("m", {}, usage=zero)) == Usage(input_tokens=0, output_tokens=0)
     assert used(chat_chunk("m", {}, usage=CHAT_USAGE), chat_chunk("m", {}, usage=None)) == CHAT_USED
+    zeros = {"input_tokens": 0, "output_tokens": 0, "input_tokens_details": None}
+    assert used(chat_chunk("m", {}, usage={**zeros, **CHAT_USAGE})) == CHAT_USED
+    for nothing in (0, None):
+        both = {"prompt_tokens": nothing, "completion_tokens": nothing, **RESPONSE_USAGE}
+        assert metered(response_object(usage=both)).usage == RESPONSE_USED
     writes = {"cache_write_tokens": 9, "cache_write_tokens_details": {"ttl_12h_tokens": 6}}
     for name, value in (("ttl_12h_tokens", 6), ("ttl_30m_tokens", None)):
         writes["cache_write_tokens_details"] = {name: 6}
