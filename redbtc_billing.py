@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Struct
 
 import redbtc_ledger as ledger
-from redbtc_ledger import Change, Key, Part, Record, Store, Usage
+from redbtc_ledger import Change, Key, Objects, Part, Record, Store, Usage
 from redbtc_settings import (
     NANOS,
     UNLIMITED,
@@ -526,9 +526,10 @@ class Purse:
 
 class Hold:
     """What one request can cost, held on its account and its key from `with` to `settle`, or to the
-    end of `with`; and the time whose prices are its."""
+    end of `with`; and the time whose prices are its. As long, other requests that build on what it
+    makes are held for the tokens that it can have (`grow`)."""
 
-    __slots__ = ("_books", "_key", "_most", "_purses", "at", "tariff")
+    __slots__ = ("_books", "_growth", "_key", "_most", "_objects", "_purses", "at", "tariff")
 
     def __init__(
         self,
@@ -545,6 +546,8 @@ class Hold:
         self._key = key
         self._purses = purses
         self._most = most
+        self._objects: Objects | None = None
+        self._growth: dict[str, int] = {}
         for purse in purses:
             purse.held += most
 
@@ -556,10 +559,23 @@ class Hold:
             for purse in self._purses:
                 purse.held -= self._most
             self._most = 0
+        if self._objects:
+            self._objects.stop_growing(self._growth)
+            self._objects, self._growth = None, {}
+
+    def grow(self, objects: Objects, ids: Iterable[str], tokens: int) -> None:
+        """Note that each of these objects can get so many tokens from the request. Where nothing is
+        held, because nothing limits spending, nobody needs to know."""
+        if self._most:
+            growth = {each: tokens for each in ids if each not in self._growth}
+            objects.grow(growth)
+            self._objects, self._growth = objects, self._growth | growth
 
     def keep(self) -> Hold:
         """The same, beyond the end of `with`."""
         kept = Hold(self._books, self._key, self.at, self.tariff, self._purses, self._most)
+        kept._objects, kept._growth = self._objects, self._growth
+        self._objects, self._growth = None, {}
         self.__exit__()
         return kept
 

@@ -648,6 +648,9 @@ class Content:
         self.references: Mapping[Reference, int] = {}
         self.inherited_tokens = 0  # of what it builds on
         self.inherits_unknown = False  # it builds on something of which the tokens are not known
+        # The conversations that its input and its answer are added to, and their tokens.
+        self.conversations: set[str] = set()
+        self.conversation_tokens = 0
         self.most_input_tokens = self.size
         self.pictures = self.picture_bytes = 0  # that it brings along, as far as they were counted
         self._options_at: int | None = None  # where the text leaves `include_usage` out
@@ -735,8 +738,9 @@ class Content:
         text = text_tokens(self.size - self.picture_bytes)
         return text + PICTURE_TOKENS * self.pictures + self.inherited_tokens
 
-    def inherit(self, reference: Reference, mentions: int, home: Home) -> None:
-        """Note an object that this request builds on, and how often it names it."""
+    def inherit(self, reference: Reference, mentions: int, home: Home, growth: int) -> None:
+        """Note an object that this request builds on, how often it names it, and how many tokens
+        requests that have not ended can add to it."""
         if home.models:
             add_models(self._inherited, msgspec.json.decode(home.models, type=dict[str, bool]))
         self.extras |= home.extras
@@ -745,7 +749,11 @@ class Content:
         minted_input = home.minted_input and reference.name != "conversation"
         self._inherits_minted = self._inherits_minted and minted_input
         if reference.name in self._read_names:
-            self.inherited_tokens += mentions * (home.tokens or 0)
+            tokens = mentions * ((home.tokens or 0) + growth)
+            self.inherited_tokens += tokens
+            if reference.name == "conversation":
+                self.conversations.add(reference.id)
+                self.conversation_tokens += tokens
             self.inherits_unknown = self.inherits_unknown or home.tokens is None
 
     @property

@@ -42,6 +42,11 @@ class Most(Struct, frozen=True):
     tool_calls: int
     pictures: int
 
+    @property
+    def all_tokens(self) -> int:
+        """The most that a request can read which builds on this one."""
+        return self.input_tokens + self.output_tokens + self.drawn_tokens * self.pictures
+
 
 class Seen(Struct, frozen=True):
     """What was seen of an answer; Report explains each field. `containers` is their number."""

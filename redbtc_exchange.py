@@ -255,6 +255,9 @@ class Metered(Exchange):
             self.admission.refused(refusal)
             raise
         with self._money:
+            if conversations := self._content.conversations:
+                added = self._most().all_tokens - self._content.conversation_tokens
+                self._money.grow(self.gateway.objects, conversations, added)
             await self._begin()
             await forward()
 
@@ -416,6 +419,9 @@ class Metered(Exchange):
         self._learn(made, report.usage)
         if report.usage is None:
             self._unweighed |= made
+            money = self._background.money if self._background else self._money
+            if money.held:
+                money.grow(self.gateway.objects, made, self._most().all_tokens)
 
     def _learn(self, made: dict[str, bool], usage: Usage | None) -> dict[str, Home]:
         """Make these objects the account's, and return where they are. What was made without being
@@ -496,7 +502,7 @@ class Metered(Exchange):
             image_model = self._content.image_model()
             bill(row, parts, self._money, image_model)
             if self._unweighed:
-                self._learn(self._unweighed, row.usage)
+                self._learn(self._unweighed, weight(row, self._most()))
                 self._unweighed = {}
             at = self._money.at if self.endpoint.stores else None
             await ledger.settle(self.gateway.store, row, at, image_model)
@@ -552,6 +558,15 @@ def homes_of(
     whole = home.with_tokens((usage.input_tokens or 0) + output + pictures)
     words = home.with_tokens(output)
     return {each: words if each in report.words else whole for each in ids}
+
+
+def weight(row: Row, most: Most) -> Usage:
+    """Return the usage of a request that has ended, for those that build on what it made. An
+    estimate can be too low: they read all that is there, and would spend what is not held."""
+    if row.usage_source != "estimated":
+        return row.usage
+    drawn = most.drawn_tokens * most.pictures
+    return Usage(most.input_tokens, output_tokens=most.output_tokens, image_output_tokens=drawn)
 
 
 def account_for(
@@ -637,7 +652,7 @@ class Background:
         self.settling: asyncio.Task[None] | None = None
         self.alone = False  # the request that made it is over
         self.cancelled = False  # its key turned out to be somebody else's
-        self._money = money
+        self.money = money
         self._read: set[Report] = set()
 
     def read(self, report: Report) -> None:
@@ -686,7 +701,7 @@ class Background:
 
     def bill(self, parts: list[Part]) -> None:
         """Work out what it cost."""
-        bill(self.row, parts, self._money, self.unfinished.image_model)
+        bill(self.row, parts, self.money, self.unfinished.image_model)
 
     @property
     def most(self) -> Most | None:
@@ -718,6 +733,8 @@ class Unended:
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
             response = Background(row, money, unfinished, None)
+            most = response.most or most_usual(self._gateway.settings, MOST_TOKENS)
+            money.grow(self._gateway.objects, [row.response_id or ""], most.all_tokens)
             self._counts[row.account_id] += 1
             self._add(response)
             response.alone = True
@@ -845,12 +862,12 @@ class Unended:
         most = response.most or most_usual(gateway.settings, MOST_TOKENS)
         parts = response.finish(report, outcome, speed, most)
         response.bill(await count_containers(gateway, row, report, parts))
-        self._learn(response, report)
+        self._learn(response, report, most)
         await ledger.end_background(gateway.store, row, response.unfinished)
         self._remove(response)
         gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
 
-    def _learn(self, response: Background, report: Report) -> None:
+    def _learn(self, response: Background, report: Report, most: Most) -> None:
         """Make the objects that the finished response names the account's, except for ids that the
         client may have chosen, and note their tokens."""
         row, objects, chosen = response.row, self._gateway.objects, response.chosen
@@ -863,7 +880,7 @@ class Unended:
             if not (home and home.minted_input):
                 made = [response_id] if home else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        homes = homes_of(made, report, Home(row.upstream), row.usage)
+        homes = homes_of(made, report, Home(row.upstream), weight(row, most))
         objects.own_each(homes, row.account_id)
 
     async def _ask_until_ended(self, response: Background) -> None:

@@ -21,7 +21,7 @@ import sqlite3
 import time
 import uuid
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
@@ -973,6 +973,7 @@ class Objects:
         self._claims: dict[str, Claim] = {}  # by object, those not known to be committed
         # By account, pairs of a response and an item that its listing showed, latest last.
         self._shown: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+        self._growing: Counter[str] = Counter()  # by object, the tokens of `grow`
 
     def own(self, ids: Iterable[str], account_id: str, home: Home) -> None:
         """Make the objects the account's, except for those that are another account's already."""
@@ -1035,6 +1036,22 @@ class Objects:
         in vain, which would take effect now."""
         self._claims.pop(object_id, None)
         await self._store.record(DISOWN, (object_id, account_id), insist=True)
+
+    def grow(self, growth: Mapping[str, int]) -> None:
+        """Note that a request which has not ended can add so many tokens to each of these objects:
+        nobody knows yet how many, but the upstream may have added them already."""
+        self._growing.update(growth)
+
+    def stop_growing(self, growth: Mapping[str, int]) -> None:
+        """Take back what `grow` noted: the request has ended."""
+        for each, tokens in growth.items():
+            self._growing[each] -= tokens
+            if not self._growing[each]:
+                del self._growing[each]
+
+    def growing(self, object_id: str) -> int:
+        """Return how many tokens requests that have not ended can add to an object."""
+        return self._growing[object_id]
 
     def show(self, ids: Iterable[str], response_id: str, account_id: str) -> None:
         """Remember that the account saw these ids in the listing of its response's input: it may

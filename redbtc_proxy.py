@@ -642,7 +642,17 @@ class Visit(Exchange):
         objects.show(listed, self._response_id, account_id)
         if self._home.minted_input:
             minted = [each for each, made in listed.items() if made]
-            objects.own(minted, account_id, self._home._replace(minted_input=False))
+            objects.own(minted, account_id, self._home_of_listed())
+
+    def _home_of_listed(self) -> Home:
+        """Return the home of an input item: it has at most the tokens of the response, which can
+        have become known since this visit began, or are not known yet."""
+        objects, home = self.gateway.objects, self._home
+        with contextlib.suppress(LedgerUnavailable):
+            home = objects.home_of(self._response_id, self.key.account_id) or home
+        if growth := objects.growing(self._response_id):
+            home = home.with_tokens((home.tokens or 0) + growth)
+        return home._replace(minted_input=False)
 
 
 class StoredRoute:
@@ -883,7 +893,7 @@ class Gateway:
             if home is None:
                 raise not_own(each.name)
             homes.add(home.upstream)
-            content.inherit(each, mentions, home)
+            content.inherit(each, mentions, home, self.objects.growing(each.id))
             if number % 1000 == 0:
                 yield
         if len(homes) > 1:

@@ -1323,7 +1323,7 @@ class Session:
         parts, money = account_for(row, report, outcome, guess), await self.no_hold(row)
         parts = await count_containers(self.gateway, row, report, parts)
         bill(row, parts, money, DEFAULT_IMAGE_MODEL)
-        homes = homes_of(named, report, Home(row.upstream), row.usage)
+        homes = homes_of(named, report, Home(row.upstream), None if guess else row.usage)
         self.gateway.objects.own_each(homes, row.account_id)
         await ledger.settle(self.gateway.store, row, money.at, DEFAULT_IMAGE_MODEL)
         self.gateway.watch.settled(scope, row)

@@ -118,7 +118,10 @@ class Honest:
         self.made = number = self.made + 1
         items = body["input"] if isinstance(body["input"], list) else []
         into = len(json.dumps(body["input"])) // 4
+        own = into
         into += self.stored.get(body.get("previous_response_id") or "", 0)
+        conversation = body.get("conversation") or body.get("metadata", {}).get("begins")
+        into += self.stored.get(conversation or "", 0)
         into += sum(self.stored.get(item.get("id", ""), 0) for item in items)
         output = ANSWER_TOKENS if compact else most_of([body.get("max_output_tokens")])
         calls = pictures = max(0, body.get("max_tool_calls") or 0)
@@ -139,8 +142,12 @@ class Honest:
         if body.get("store") is not False:
             self.stored[f"resp_{number}"] = into + output
             self.stored[f"msg_{number}"] = output
+        more: dict[str, Any] = {}
+        if conversation:
+            self.stored[conversation] = self.stored.get(conversation, 0) + own + output
+            more["conversation"] = {"id": conversation}
         return response_object(
-            MODEL, usage, id=f"resp_{number}", output=[message], tool_usage=tools
+            MODEL, usage, id=f"resp_{number}", output=[message], tool_usage=tools, **more
         )
 
     async def talk(self, sock: Socket) -> None:
@@ -289,6 +296,87 @@ def test_what_a_request_builds_on_is_held(account: Account, honest: Honest) -> N
         body = json.loads(json.dumps({**SHORT, **more}).replace("%d", str(honest.made)))
         assert account.eight("/responses", body) == {200, 429}, more
         assert account.balance() >= 0, more
+
+
+@pytest.fixture
+def frugal(make_gateway: MakeGateway, honest: Honest) -> Iterator[Account]:
+    """Of a gateway that holds little for a history of which nothing is known."""
+    account = Account(make_gateway, "hold_output_tokens = 100\n")
+    with account.client:
+        yield account
+
+
+def test_what_has_not_ended_for_the_gateway_is_held_in_full(frugal: Account) -> None:
+    """The upstream may have finished it already, so that it can be built on."""
+    frugal.fill("0.6")
+    first = frugal.post("/responses", {**LONG_INPUT, "background": True})
+    frugal.eight("/responses", {**SHORT, "previous_response_id": first.json()["id"]})
+    assert frugal.balance() >= 0
+
+
+def test_input_that_was_listed_before_the_end_is_held_in_full(
+    frugal: Account, honest: Honest, upstream: Upstream
+) -> None:
+    async def answer(request: Received, reply: Reply) -> None:
+        if request.path.endswith("input_items"):
+            item = {"type": "message", "id": "msg_in", "role": "user", "content": []}
+            await json_answer({"object": "list", "data": [item]})(request, reply)
+        else:
+            await honest(request, reply)
+
+    upstream.script = answer
+    frugal.fill("0.6")
+    first = frugal.post("/responses", {**LONG_INPUT, "background": True}).json()["id"]
+    assert frugal.client.get(f"/responses/{first}/input_items").status_code == 200
+    honest.stored["msg_in"] = len(LONG_INPUT["input"]) // 4
+    assert frugal.client.get(f"/responses/{first}").json()["status"] == "completed"
+    frugal.fill("0.2")
+    frugal.eight("/responses", {**SHORT, "input": [{"type": "item_reference", "id": "msg_in"}]})
+    assert frugal.balance() >= 0
+
+
+def test_what_was_estimated_is_held_in_full(
+    frugal: Account, honest: Honest, upstream: Upstream
+) -> None:
+    """The text can have more tokens than it was estimated to have."""
+
+    async def tear(request: Received, reply: Reply) -> None:
+        events = honest.events(honest.response(request.json()))
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event(events[0]))
+        await asyncio.sleep(0.1)
+        reply.tear()
+
+    upstream.script = tear
+    frugal.fill()
+    with contextlib.suppress(httpx2.HTTPError):
+        frugal.post("/responses", {**LONG_INPUT, "stream": True})
+    frugal.balance()
+    assert frugal.gateway.rows()[0]["usage_source"] == "estimated"
+    upstream.script = honest
+    honest.stored["resp_1"] = len(LONG_INPUT["input"])  # a token is a byte
+    frugal.fill("0.5")
+    frugal.eight("/responses", {**SHORT, "previous_response_id": "resp_1"})
+    assert frugal.balance() >= 0
+
+
+def test_requests_in_one_conversation_are_held_for_each_other(
+    frugal: Account, honest: Honest
+) -> None:
+    """Each reads what those before it have added, some of which have not ended yet."""
+    frugal.fill()
+    begun = frugal.post("/responses", {**SHORT, "metadata": {"begins": "conv_1"}})
+    assert begun.status_code == 200
+    honest.seconds = 0.1
+    frugal.fill("3.3")
+    assert 200 in frugal.eight("/responses", {**LONG_INPUT, "conversation": "conv_1"})
+    assert frugal.balance() >= 0
+    dense = {**SHORT, "conversation": "conv_1", "background": True, "input": "x" * 200_000}
+    honest.seconds = 0
+    frugal.fill("1.6")
+    assert frugal.post("/responses", dense).status_code == 200
+    frugal.eight("/responses", {**SHORT, "conversation": "conv_1"})
+    assert frugal.balance() >= 0
 
 
 def test_what_is_built_on_counts_for_the_rate(account: Account, honest: Honest) -> None:
