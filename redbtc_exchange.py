@@ -317,7 +317,7 @@ class Metered(Exchange):
         into = self._most_input(content, further_input)
         output = self._most_output(tariff) * self._answers
         most = tariff.most(into, output, tier, self.endpoint.images, content.long_cache)
-        further = self._most_further(content, into)
+        further = self._most_further(tariff, content, into)
         if self.endpoint.images:
             return most + self._answers * further
         call = tariff.dearest_call(content.extras, tier)
@@ -354,13 +354,15 @@ class Metered(Exchange):
         limit = self._facts.max_tool_calls if self.endpoint.runs_tools else None
         return max(0, limit or 0)
 
-    def _most_further(self, content: Content, into: int) -> int:
+    def _most_further(self, tariff: Tariff, content: Content, into: int) -> int:
         """Return the nanos that the further models can cost at most, each working once: for a call
-        of the image tool, or for an SVG."""
+        of the image tool, or for an SVG. One without a price is billed by `tariff`, that of the
+        model that was asked for."""
         usual, most = self.settings.billing.hold_output_tokens, 0
         for model, images in content.further_models().items():
-            if tariff := self.gateway.books.tariff(model):
-                most += tariff.most(into, tariff.max_output_tokens or usual, None, images)
+            own = self.gateway.books.tariff(model)
+            of_model, tier = (own, None) if own else (tariff, content.facts.service_tier)
+            most += of_model.most(into, of_model.max_output_tokens or usual, tier, images)
         return most
 
     def _most(self) -> Most:
@@ -371,15 +373,13 @@ class Metered(Exchange):
         return Most(into, output, self._most_drawn(), calls, pictures)
 
     def _most_drawn(self) -> int:
-        """Return the most output tokens of the image tool's model in one call. A model without a
-        price is not held for where the one that was asked for has one."""
+        """Return the most output tokens of the image tool's model in one call. One without a price
+        is held for as the model that was asked for."""
         content, money = self._content, self._money
         drawing = [model for model, images in content.further_models().items() if images]
         if not drawing:
             return 0
-        tariff = self.gateway.books.prices.tariff(drawing[0], money.at)
-        if tariff is None and money.tariff:
-            return 0
+        tariff = self.gateway.books.prices.tariff(drawing[0], money.at) or money.tariff
         of_model = tariff.max_output_tokens if tariff else None
         return of_model or self.settings.billing.hold_output_tokens
 

@@ -406,6 +406,20 @@ def test_an_unknown_history_counts_once_as_much_as_an_answer(
     assert account.post("/responses", {**SHORT, **two}).status_code == 429
 
 
+def test_an_image_tool_without_a_price_is_held_for_as_it_is_billed(
+    make_gateway: MakeGateway, honest: Honest
+) -> None:
+    """By the price of the model that was asked for."""
+    account = Account(make_gateway, 'unpriced_models = "free"\n')
+    account.fill("5")
+    honest.seconds = 0.1
+    tool = {**DRAW, "model": "without-a-price"}
+    body = {**SHORT, "tools": [tool], "max_tool_calls": 5}
+    with account.client:
+        assert account.eight("/responses", body) == {200, 429}
+    assert account.balance() >= 0
+
+
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────
 
 NO_NUMBERS = ["0", "-1", "1.0", "10.0", "1e1", '"2"', "true", "1000", "[1]"]
