@@ -580,7 +580,10 @@ def reference_in(item: Item, pieces: Pieces) -> str:
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
-PARTS, PICTURE = msgspec.json.Decoder(list[Part]), b"image_url"
+PART, PARTS = msgspec.json.Decoder(Part), msgspec.json.Decoder(list[Part])
+PICTURE = b"image_url"
+CONTENTS = ("content", "output")  # members of an item that can hold pictures
+PICTURES = ("images", "mask")  # those of a request for images
 LISTS = {"input", "messages", "tools", "svg"}
 TOOL_NAMES = {"type", "model", "svg", "tools", "function", "container", "environment"}
 # How the types of the upstream's own tools begin, with the bits of what they use; there are dated
@@ -906,8 +909,9 @@ class Reading:
             yield from self._note_author(members["svg"], lasting=False)
         if self._names:
             yield from self._name_members(members)
-        if self._shows and "messages" in members:
-            yield from self._count_messages(members["messages"])
+        if self._shows:
+            yield from self._count_messages(members.get("messages", NULL))
+            yield from self._count_pictures(members, PICTURES)
 
     def _read_input(self, given: msgspec.Raw) -> Steps[None]:
         if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
@@ -922,7 +926,7 @@ class Reading:
                 if self._names:
                     yield from self._name_item(item)
                 if self._shows:
-                    yield from self._count_pictures(item)
+                    yield from self._count_pictures(item, CONTENTS)
                 if number % PACE == 0:
                     yield
 
@@ -959,7 +963,7 @@ class Reading:
                 if "type" not in tool:  # unless it has another name of these, it is not checked yet
                     check_letters(tool, TOOL_NAMES)
                 kind = kind_of(tool)
-                if kind == "image_generation":
+                if kind.startswith("image_generation"):
                     yield from self._note_painter(tool, lasting)
                 elif kind.startswith(STARTS_OF_TOOLS):
                     yield from self._note_tool(tool, kind, lasting)
@@ -998,6 +1002,8 @@ class Reading:
 
     def _note_painter(self, tool: Members, lasting: bool) -> Steps[None]:
         yield from self._note_author(tool.get("svg", NULL), lasting)
+        if self._shows:
+            yield from self._count_pictures(tool, ("input_image_mask",))
         model = string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL
         self._note_model(model, True, lasting)
 
@@ -1027,17 +1033,21 @@ class Reading:
                 return
             self._count_items(messages)
             for message in messages:
-                yield from self._count_pictures(message)
+                yield from self._count_pictures(message, CONTENTS)
             yield
 
-    def _count_pictures(self, item: Item) -> Steps[None]:
-        for given in (item.get("content", NOTHING), item.get("output", NOTHING)):
-            for part in self._pieces.parts(given) if is_list(given) else ():
+    def _count_pictures(self, item: Members, names: Iterable[str]) -> Steps[None]:
+        """Count the pictures in members of an object: lists of parts, or one part."""
+        for name in names:
+            given = item.get(name, NOTHING)
+            single = bytes(memoryview(given)[:1]) == b"{"
+            for text in self._pieces.parts(given) if single or is_list(given) else ():
                 try:
-                    pictures = [each.image_url for each in PARTS.decode(part) if each.image_url]
+                    parts = [PART.decode(text)] if single else PARTS.decode(text)
                 except NOT_JSON:
                     self.countable = False
                     return
+                pictures = [each.image_url for each in parts if each.image_url]
                 self.pictures += len(pictures)
                 self.picture_bytes += sum(map(self._pieces.size, pictures))
                 yield

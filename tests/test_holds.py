@@ -134,7 +134,7 @@ class Honest:
         tools: dict[str, Any] = {}
         if kinds & {"web_search", "web_search_preview_2025_03_11"}:
             tools["web_search"] = {"num_requests": calls}
-        elif "image_generation" in kinds:
+        elif any(kind.startswith("image_generation") for kind in kinds):
             drawn = {"input_tokens": 10 * pictures, "output_tokens": PICTURE_TOKENS * pictures}
             tools["image_gen"] = drawn
         usage = {"input_tokens": into, "output_tokens": output, "total_tokens": into + output}
@@ -262,6 +262,10 @@ ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
         {**SHORT, "input": [{"type": "additional_tools", "tools": [SEARCH]}]},
     ),
     "pictures": ("/responses", {**SHORT, "tools": [DRAW], "max_tool_calls": 5}),
+    "a dated image tool": (
+        "/responses",
+        {**SHORT, "tools": [{"type": "image_generation_2026_01_01"}], "max_tool_calls": 5},
+    ),
     "images": ("/images/generations", {"model": DEFAULT_IMAGE_MODEL, "n": 9, "max_tokens": 1}),
     "images of the usual model": ("/images/edits", {"model": None, "n": 9}),
 }
@@ -418,6 +422,27 @@ def test_an_image_tool_without_a_price_is_held_for_as_it_is_billed(
     with account.client:
         assert account.eight("/responses", body) == {200, 429}
     assert account.balance() >= 0
+
+
+PICTURES = {
+    "a screenshot": {"input": [{"output": "%"}]},
+    "a tool's list": {"input": [{"output": ["%"]}]},
+    "a message": {"input": [{"content": ["%"]}]},
+    "a chat": {"messages": [{"content": ["%"]}]},
+    "images to edit": {"images": ["%"]},
+    "a mask": {"mask": "%"},
+    "a tool's mask": {"tools": [{"type": "image_generation", "input_image_mask": "%"}]},
+}
+
+
+@pytest.mark.parametrize("where", PICTURES)
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_a_picture_is_held_as_such_wherever_it_stands(where: str, size: int) -> None:
+    """Its link can be short, and its bytes are no tokens."""
+    part = {"type": "input_image", "image_url": "x" * size}
+    body = json.dumps({"model": MODEL, **PICTURES[where]}).replace('"%"', json.dumps(part))
+    content = result_of(Content.steps(body.encode(), body.encode()))
+    assert 16_000 < content.most_input_tokens < 16_500
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────
