@@ -125,7 +125,7 @@ class Honest:
         into += sum(self.stored.get(item.get("id", ""), 0) for item in items)
         output = ANSWER_TOKENS if compact else most_of([body.get("max_output_tokens")])
         calls = pictures = max(0, body.get("max_tool_calls") or 0)
-        if not calls:
+        if compact or not calls:  # compaction has no such member
             calls, pictures = USUAL_CALLS, USUAL_PICTURES
         offered = list(body.get("tools") or ())
         for item in items:
