@@ -56,6 +56,7 @@ MINUTE = 60_000
 
 DEFAULT_TIER = "default"
 TIER_NAMES = {"fast": "priority"}  # as requests name them, and the responses to those
+KNOWN_TIERS = ("default", "flex", "scale", "priority", "fast", "ultrafast")  # of OpenAI's API
 MILLION = 1_000_000
 MOST_PAID = 10**17 * NANOS  # by an account: sums of it fit into an INTEGER of units
 MOST_RATE = 10_000_000 * NANOS  # for a million tokens: a row's cost fits into an INTEGER
@@ -219,9 +220,10 @@ class Tariff:
 
     def possible(self, tier: str | None) -> list[Price]:
         """The prices that a request can get which asks for a tier: it gets that or the default one.
-        Where it leaves the choice to the upstream, it may get any."""
+        Where it leaves the choice to the upstream, or nobody knows how that takes the name, it may
+        get any."""
         wanted = {DEFAULT_TIER, TIER_NAMES.get(str(tier), str(tier))}
-        any_tier = tier in (None, "auto")
+        any_tier = tier not in KNOWN_TIERS and tier not in self.tiers
         return [
             price
             for name, prices in self.tiers.items()
