@@ -733,8 +733,8 @@ class Unended:
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
             response = Background(row, money, unfinished, None)
-            most = response.most or most_usual(self._gateway.settings, MOST_TOKENS)
-            money.grow(self._gateway.objects, [row.response_id or ""], most.all_tokens)
+            if most := response.most:
+                money.grow(self._gateway.objects, [row.response_id or ""], most.all_tokens)
             self._counts[row.account_id] += 1
             self._add(response)
             response.alone = True
