@@ -651,9 +651,9 @@ class Content:
         self.references: Mapping[Reference, int] = {}
         self.inherited_tokens = 0  # of what it builds on
         self.inherits_unknown = False  # it builds on something of which the tokens are not known
-        # The conversations that its input and its answer are added to, and their tokens.
-        self.conversations: set[str] = set()
-        self.conversation_tokens = 0
+        # The conversations that its input and its answer are added to, how often each is named, and
+        # the tokens that count for it.
+        self.conversations: dict[str, tuple[int, int]] = {}
         self.most_input_tokens = self.size
         self.pictures = self.picture_bytes = 0  # that it brings along, as far as they were counted
         self._options_at: int | None = None  # where the text leaves `include_usage` out
@@ -755,9 +755,19 @@ class Content:
             tokens = mentions * ((home.tokens or 0) + growth)
             self.inherited_tokens += tokens
             if reference.name == "conversation":
-                self.conversations.add(reference.id)
-                self.conversation_tokens += tokens
+                self.conversations[reference.id] = mentions, tokens
             self.inherits_unknown = self.inherits_unknown or home.tokens is None
+
+    def weigh_again(self, conversation: str, now: int) -> None:
+        """Note the tokens that a conversation has by now: it may have grown."""
+        mentions, before = self.conversations[conversation]
+        self.conversations[conversation] = mentions, mentions * now
+        self.inherited_tokens += mentions * now - before
+
+    @property
+    def conversation_tokens(self) -> int:
+        """Of the inherited tokens those of conversations."""
+        return sum(tokens for _, tokens in self.conversations.values())
 
     @property
     def mints_input(self) -> bool:

@@ -295,6 +295,7 @@ class Metered(Exchange):
         tokens. Raises Refusal."""
 
         def most(tariff: Tariff) -> int:
+            self._weigh_conversations(content)
             return self._most_cost(tariff, content, further_input)
 
         try:
@@ -306,6 +307,15 @@ class Metered(Exchange):
             raise Refusal("insufficient_quota", message, headers=[NO_RETRY]) from None
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
+
+    def _weigh_conversations(self, content: Content) -> None:
+        """Requests that had their turn while this one waited have added to the conversations that
+        it names. Raises LedgerUnavailable."""
+        objects = self.gateway.objects
+        for each in content.conversations:
+            home = objects.home_of(each, self.key.account_id)
+            tokens = (home.tokens if home else None) or 0
+            content.weigh_again(each, tokens + objects.growing(each))
 
     def _most_cost(self, tariff: Tariff, content: Content, further_input: int) -> int:
         """Nanos. Asked for only where spending is limited: there usage has to be reported."""

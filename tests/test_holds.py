@@ -53,6 +53,7 @@ class Honest:
         self.stored: dict[str, int] = {}  # tokens of what can be built on, by id
         self.running: dict[str, dict[str, Any]] = {}  # background responses
         self.made = 0
+        self.bytes_a_token = 4
 
     async def __call__(self, request: Received, reply: Reply) -> None:
         await asyncio.sleep(self.seconds)
@@ -117,7 +118,7 @@ class Honest:
     def response(self, body: dict[str, Any], compact: bool = False) -> dict[str, Any]:
         self.made = number = self.made + 1
         items = body["input"] if isinstance(body["input"], list) else []
-        into = len(json.dumps(body["input"])) // 4
+        into = len(json.dumps(body["input"])) // self.bytes_a_token
         own = into
         into += self.stored.get(body.get("previous_response_id") or "", 0)
         conversation = body.get("conversation") or body.get("metadata", {}).get("begins")
@@ -380,6 +381,19 @@ def test_requests_in_one_conversation_are_held_for_each_other(
     frugal.fill("1.6")
     assert frugal.post("/responses", dense).status_code == 200
     frugal.eight("/responses", {**SHORT, "conversation": "conv_1"})
+    assert frugal.balance() >= 0
+
+
+def test_a_conversation_can_grow_while_requests_wait_for_their_turn(
+    frugal: Account, honest: Honest
+) -> None:
+    frugal.gateway.api("PATCH", "/accounts/prepaid", {"concurrency": 1})
+    frugal.fill()
+    begun = frugal.post("/responses", {**SHORT, "metadata": {"begins": "conv_1"}})
+    assert begun.status_code == 200
+    honest.seconds, honest.bytes_a_token = 0.1, 1
+    frugal.fill("2.3")
+    assert 200 in frugal.eight("/responses", {**LONG_INPUT, "conversation": "conv_1"})
     assert frugal.balance() >= 0
 
 
