@@ -607,7 +607,8 @@ FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
 # Some upstreams that speak OpenAI's API let a client choose the id of a response with this member;
 # it could be another account's.
 CHOOSES_ID = "request_id"
-KNOWN = FACT_NAMES | LISTS | {CHOOSES_ID}
+SEARCHES = "web_search_options"  # with this member a chat searches the web, once
+KNOWN = FACT_NAMES | LISTS | {CHOOSES_ID, SEARCHES}
 
 
 def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFacts:
@@ -647,6 +648,7 @@ class Content:
         self.model = ""  # that is asked for, whether it is named or not
         self.offers_tools = False
         self.extras = 0  # what it can use that has a rate of its own: bits of EXTRAS
+        self.searches = False  # as a chat it searches the web once, which no usage reports
         # All stored objects that it names and how often it does, until they are looked up.
         self.references: Mapping[Reference, int] = {}
         self.inherited_tokens = 0  # of what it builds on
@@ -713,6 +715,7 @@ class Content:
         self.offers_tools = reading.tools > 0
         cache = LONG_CACHE if named.long_cache else 0
         self.extras, self.lasting_extras = reading.extras | cache, reading.lasting_extras | cache
+        self.searches = reading.searches
         self._further, self._lasting = reading.models, reading.lasting
         if reading.countable:
             self.pictures, self.picture_bytes = reading.pictures, reading.picture_bytes
@@ -751,7 +754,10 @@ class Content:
         # The items of a conversation can change before the request gets there.
         minted_input = home.minted_input and reference.name != "conversation"
         self._inherits_minted = self._inherits_minted and minted_input
-        if reference.name in self._read_names:
+        if reference.name == "input":
+            known = MAX_TOOL_ITEM_TOKENS if home.tokens is None else home.tokens + growth
+            self.inherited_tokens += mentions * min(known, MAX_TOOL_ITEM_TOKENS)
+        elif reference.name in self._read_names:
             tokens = mentions * ((home.tokens or 0) + growth)
             self.inherited_tokens += tokens
             if reference.name == "conversation":
@@ -890,6 +896,7 @@ class Reading:
         self.models: dict[str, bool] = {}
         self.lasting: dict[str, bool] = {}
         self.extras = self.lasting_extras = 0  # of the upstream's tools: bits of EXTRAS
+        self.searches = False  # the request as a whole is one search of the web
         self.pictures = self.picture_bytes = 0
         self.countable = True  # whether the pictures could be counted; else they count as text
         self._pieces = pieces
@@ -917,6 +924,9 @@ class Reading:
             yield from self._read_tools(*self._offers.popleft())
         if "svg" in members:
             yield from self._note_author(members["svg"], lasting=False)
+        if members.get(SEARCHES, NULL) != NULL:
+            self.searches = True
+            self.extras |= EXTRAS["web_search"]
         if self._names:
             yield from self._name_members(members)
         if self._shows:
@@ -1136,8 +1146,11 @@ WORDS_OF = {  # by an item's type, the members that hold a model's or a server's
     "additional_tools": {"tools"},
     "tool_search_output": {"tools"},
 }
-# Members whose objects are read as input with the request; "input" are items of tools.
-READ_NAMES = frozenset(("previous_response_id", "conversation", "item_reference", "input"))
+# Members whose objects are read as input with the request.
+READ_NAMES = frozenset(("previous_response_id", "conversation", "item_reference"))
+# That an item of an upstream's tool brings along beside what the body says of it: a picture, or
+# what was found. Clients send whole histories of them.
+MAX_TOOL_ITEM_TOKENS = 8000
 MAX_REFERENCES = 20_000  # different ones, as many as items
 MAX_MENTIONS = 50_000  # repeated ones included
 ID_BYTES = 250  # of memory for an id and what refers to it, besides its characters

@@ -361,6 +361,8 @@ class Metered(Exchange):
     @property
     def _call_limit(self) -> int:
         """That of the request; 0 where it has none."""
+        if self.endpoint.chat:
+            return 1
         limit = self._facts.max_tool_calls if self.endpoint.runs_tools else None
         return max(0, limit or 0)
 
@@ -507,6 +509,8 @@ class Metered(Exchange):
             if outcome == "client_disconnected" and self.gateway.stopping:
                 outcome = "interrupted"
             parts = account_for(row, report, outcome, await self._estimate(outcome))
+            if self.endpoint.chat and self._content.searches and row.usage.web_searches is None:
+                parts = counted(row, parts, web_searches=1)
             if report.containers:
                 parts = await count_containers(self.gateway, row, report, parts)
             image_model = self._content.image_model()
@@ -605,9 +609,16 @@ async def count_containers(
     if row.usage_source == "estimated":
         new = new[: row.usage.containers or 0]
     gateway.containers.bill(new)
-    counted = {"containers": len(new) or None}
-    row.usage = msgspec.structs.replace(row.usage, **counted)
-    first = parts[0]._replace(usage=msgspec.structs.replace(parts[0].usage, **counted))
+    return counted(row, parts, containers=len(new) or None)
+
+
+def counted(row: Row, parts: list[Part], **calls: int | None) -> list[Part]:
+    """Add calls that no usage reports to a row's usage, if that is known. Return the parts to
+    bill."""
+    if row.usage_source == "none":
+        return parts
+    row.usage = msgspec.structs.replace(row.usage, **calls)
+    first = parts[0]._replace(usage=msgspec.structs.replace(parts[0].usage, **calls))
     return [first, *parts[1:]]
 
 

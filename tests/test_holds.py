@@ -407,6 +407,38 @@ def test_what_is_built_on_counts_for_the_rate(account: Account, honest: Honest) 
     assert account.eight("/responses", {**SHORT, **named}) == {200, 429}
 
 
+def test_a_history_of_tool_calls_is_not_held_as_whole_responses(
+    account: Account, upstream: Upstream
+) -> None:
+    """An agent sends its calls again with each request."""
+    calls = [
+        {"type": "web_search_call", "id": f"ws_{number}", "status": "completed", "action": {}}
+        for number in range(20)
+    ]
+    usage = {"input_tokens": 100_000, "output_tokens": 10, "total_tokens": 100_010}
+    upstream.script = json_answer(response_object(MODEL, usage, output=calls))
+    account.fill("2")
+    assert account.post("/responses", {**SHORT, "input": "x"}).status_code == 200
+    account.fill("2")
+    assert account.post("/responses", {**SHORT, "input": calls}).status_code == 200
+
+
+@pytest.mark.parametrize("options", [{}, {"search_context_size": "low"}, None])
+def test_a_chat_that_searches_the_web_pays_for_that(
+    account: Account, options: dict[str, Any] | None
+) -> None:
+    account.fill()
+    body = {"messages": [], "max_tokens": 10, "web_search_options": options}
+    assert account.post("/chat/completions", body).status_code == 200
+    row = account.gateway.row()
+    tokens = row["input_tokens"] * 5 + row["output_tokens"] * 30
+    searched = options is not None
+    assert row["web_searches"] == (1 if searched else None)
+    assert Decimal(row["cost"]) == Decimal(tokens) / 1_000_000 + Decimal("0.01") * searched
+    account.fill("0.005")
+    assert account.post("/chat/completions", body).status_code == (429 if searched else 200)
+
+
 def test_an_unknown_history_counts_once_as_much_as_an_answer(
     account: Account, honest: Honest
 ) -> None:
