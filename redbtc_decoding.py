@@ -188,6 +188,10 @@ class Decoding:
                     raise NotDecoded
                 yield piece
 
+    def rest(self) -> bytes:
+        """Return an answer that is too short to be compressed, once all of it has come."""
+        return self._start if self._decoders is None else b""
+
     def _decoders_for(self, start: bytes) -> list[Any]:
         codings = codings_in(start, self._codings)
         if len(codings) > MAX_CODINGS or any(each not in DECODERS for each in codings):

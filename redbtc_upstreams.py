@@ -223,6 +223,7 @@ class Upstream:
                 async for chunk in answer.body:
                     async for part in with_turns(decoding.decoded(chunk)):
                         take(part)
+                take(decoding.rest())
                 return answer.status
             except NotDecoded:
                 raise httpx2.DecodingError("the answer can't be decoded") from None
