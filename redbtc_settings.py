@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -495,12 +495,21 @@ def _explain(message: str, tables: Mapping[str, Any]) -> str:
         except (KeyError, IndexError, TypeError):
             break
     shown = "something else" if path.endswith("_env") else repr(found)  # it may be the secret
-    return f"{path or 'settings'}: found {shown}; {what[0].lower()}{what[1:]}"
+    allowed = f"{what[0].lower()}{what[1:]}"
+    if what.startswith("Invalid enum value"):
+        table, _, key = path.rpartition(".")
+        choices = get_args(get_type_hints(type(_table_at(table)))[key])
+        allowed = f"allowed are {', '.join(map(repr, choices))}"
+    return f"{path or 'settings'}: found {shown}; {allowed}"
 
 
-def _keys_at(path: str) -> list[str]:
+def _table_at(path: str) -> Any:
+    """Return the default table at a path."""
     table: Any = Settings()
     for step in re.findall(r"[^.\[\]]+", path):
         table = table[0] if step.isdigit() or step == "..." else getattr(table, step)
-    table = table[0] if isinstance(table, tuple) else table
-    return list(table.__struct_fields__)
+    return table[0] if isinstance(table, tuple) else table
+
+
+def _keys_at(path: str) -> list[str]:
+    return list(_table_at(path).__struct_fields__)

@@ -204,7 +204,15 @@ def test_usage(gateway: Gateway, upstream: Upstream) -> None:
         ('[limits]\nconcurrency = "x"', ["limits.concurrency: found 'x'", "int"]),
         ("[limits]\nconcurrency = -1", ["limits.concurrency: found -1", ">= 0"]),
         ("[limits.account]\nburst = 1", ["limits.account.burst: unknown key"]),
-        ('[metering]\non_disconnect = "stop"', ["metering.on_disconnect: found 'stop'"]),
+        (
+            '[metering]\non_disconnect = "stop"',
+            ["metering.on_disconnect: found 'stop'; allowed are 'drain', 'cancel'"],
+        ),
+        ("[metering]\nunmetered = 1", ["metering.unmetered: found 1; expected `str`"]),
+        (
+            '[[upstreams]]\ntransport = "tcp"',
+            ["transport: found 'tcp'; allowed are 'asyncio', 'httpx'"],
+        ),
         ('[server]\ntrusted_proxies = ["x"]', ["server.trusted_proxies: found 'x'"]),
         ('[[upstreams]]\nname = "a"\nbase_url = "ftp://x"', ["base_url: found 'ftp://x'"]),
         ("[server]\nport =", ["not TOML"]),
