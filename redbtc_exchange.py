@@ -302,6 +302,9 @@ class Metered(Exchange):
             return await self.gateway.books.hold(self.key, content.model, most)
         except Spent as error:
             message = str(error)
+            if self.endpoint.limits:
+                limits = " or ".join(map(repr, self.endpoint.limits))
+                message += f" A lower {limits} makes that less."
             if content.extras or content.further_models():
                 message += f" Its tools may be called {self._most_calls()} times: 'max_tool_calls'."
             raise Refusal("insufficient_quota", message, headers=[NO_RETRY]) from None

@@ -309,7 +309,9 @@ def test_200_in_parallel_on_a_balance_for_5(
     assert refused.json()["error"]["type"] == "insufficient_quota"
     assert refused.headers["x-should-retry"] == "false"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
-    assert "can cost up to 3 USD" in refused.json()["error"]["message"]
+    message = refused.json()["error"]["message"]
+    assert "can cost up to 3 USD" in message
+    assert message.endswith("A lower 'max_completion_tokens' or 'max_tokens' makes that less.")
     assert ask(gateway, key, max_tokens=1).status_code == 429  # 0.999 is left
     shown = gateway.cli("account", "show", "a")
     assert (shown["held"], shown["spent_this_month"]) == ("0", "15")
