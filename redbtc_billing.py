@@ -312,10 +312,10 @@ class PriceList:
 
     def before(self, new: Price, others: Iterable[Price]) -> Price | None:
         """The price that a new one supersedes when it takes effect, given others that are added
-        with it: that of its slot, or, for a model's name, the one that applies without it."""
+        with it: that of its slot, or the one that applies to its name or pattern without it."""
         of_slot = (*self._slots.get(new.slot, []), *others)
         old = latest(p for p in of_slot if p.effective_at <= new.effective_at).get(new.slot)
-        if old is None and not is_pattern(new.model):
+        if old is None:
             tariff = self.tariff(new.model, new.effective_at)
             old = tariff.price(new.tier, new.above_input_tokens + 1) if tariff else None
         return old

@@ -513,8 +513,8 @@ def price_add(
     """Add the price of MODEL, a name or a shell pattern.
 
     To a model applies the most specific name or pattern that means it, and only that. Rates that
-    are left out are those of the price that this one supersedes, or else, for a model's name, of
-    the one that applied to it before. The output says what was taken over, which known models the
+    are left out are those of the price that this one supersedes, or else of the one that applied
+    to that name or pattern before. The output says what was taken over, which known models the
     price applies to, and which notice was published.
     """
     add_prices(context, {"prices": [given(options)]}, without_notice, reason, as_json)

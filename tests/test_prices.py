@@ -565,7 +565,8 @@ def test_a_name_takes_over_from_the_pattern_that_applied(make_gateway: MakeGatew
         }
     ]
     assert added["prices"][0]["web_search"] == "0.01"
-    assert add_price(gateway, "mmm*", input="6")["taken_over"] == []  # a pattern: only its own
+    narrower = add_price(gateway, "mmm*", input="6")
+    assert narrower["taken_over"][0]["rates"] == {"output": "30", "web_search": "0.01"}
     flex = add_price(gateway, "mm", tier="flex", input="3", output="15")
     assert flex["taken_over"][0]["rates"] == {"web_search": "0.01"}
     coming = add_price(gateway, "mm", input="7", effective="40d")
