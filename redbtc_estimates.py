@@ -110,10 +110,11 @@ def estimate(
 ) -> Estimate:
     """Return an estimate of what the answer did not report; what it reported stays as it is.
     `written` are the output tokens of the time that the model worked, `read` the input tokens of
-    the body. `images`: of an image endpoint. `partly`: the reported output is only a part."""
+    the body. `images`: of an image endpoint. `partly`: the reported output is only a part, and an
+    input of 0 was not known yet."""
     known = known_usage(report) or Usage()
     into, out = known.input_tokens, known.output_tokens
-    if into is None:
+    if into is None or (partly and into == 0):
         into = min(read, most.input_tokens)
     if out is None or partly:
         shown = seen.image_tokens if images else seen.output_tokens

@@ -530,7 +530,8 @@ class Metered(Exchange):
     async def _estimate(self, outcome: Outcome) -> Estimate | None:
         """Return an estimate, None where the usage is known or nothing was used."""
         report, images = self.meter.report, self.endpoint.images
-        partly = report.is_outdated
+        unfinished = not self.meter.ended or report.failed
+        partly = report.is_outdated or (unfinished and not report.has_output)
         if images:
             partly = report.usage is not None and not self.meter.ended
         if (is_complete(report) and not partly) or not self._was_used(outcome):

@@ -555,6 +555,11 @@ class Report:
         return self.usage is not None and self.passed.deltas > self._reported_at
 
     @property
+    def has_output(self) -> bool:
+        """Whether output was reported. Usage without any can be that of the answer's beginning."""
+        return self.usage is not None and bool(self.usage.output_tokens)
+
+    @property
     def text_bytes(self) -> int:
         """Bytes of text, tool calls and their arguments that have passed."""
         return self.passed.made().text_bytes
@@ -590,7 +595,7 @@ class Report:
         self.service_tier = name_in(said.service_tier) or self.service_tier
         self._name(answer, said)
         self._use(answer, said)
-        if self.usage is None or self._images:
+        if self._images or not self.has_output:
             self.passed.see(answer, said, self._images)
         if not torn:
             self.status = name_in(said.status) or self.status

@@ -659,3 +659,53 @@ def test_usage_that_grows_with_the_text_is_believed(
         client.post("/chat/completions", json={**CHAT, "stream": True})
     row = settled(gateway)
     assert (row["usage_source"], row["output_tokens"]) == ("upstream", 3)
+
+
+def begun_with_usage(endpoint: str) -> bytes:
+    """The first event of a stream, which reports usage without output."""
+    if endpoint == "/responses":
+        usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
+        begun = response_object(status="in_progress", output=[], usage=usage)
+        return event({"type": "response.created", "response": begun}, "response.created")
+    usage = {"prompt_tokens": 20, "completion_tokens": 0}
+    return event(chat_chunk("gpt-up", {"role": "assistant", "content": ""}, usage=usage))
+
+
+@pytest.mark.parametrize("endpoint", ["/responses", "/chat/completions"])
+def test_usage_of_the_beginning_is_not_that_of_hidden_reasoning(
+    ask: Callable[..., Gateway], upstream: Upstream, endpoint: str
+) -> None:
+    """Who leaves while the model reasons pays for the seconds."""
+    gateway = ask()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(begun_with_usage(endpoint))
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    body = {**(BODY if endpoint == "/responses" else CHAT), "stream": True}
+    with (
+        gateway.client(gateway.new_key()) as client,
+        client.stream("POST", endpoint, json=body) as answer,
+    ):
+        pieces = answer.iter_bytes()
+        next(pieces)
+        time.sleep(0.3)
+    row = estimated(gateway, "client_disconnected")
+    assert row["input_tokens"] > 0
+    assert row["output_tokens"] >= 12
+
+
+def test_a_picture_after_usage_of_the_beginning_is_paid(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    gateway = ask()
+    picture = {"id": "ig_1", "type": "image_generation_call", "status": "completed"}
+    picture |= {"result": "aGVsbG8=", "size": "1024x1024", "quality": "high"}
+    done = event({"type": "response.output_item.done", "output_index": 0, "item": picture})
+    upstream.script = stream([begun_with_usage("/responses"), done], end="tear")
+    body = {**BODY, "stream": True, "tools": [{"type": "image_generation"}]}
+    with gateway.client(gateway.new_key()) as client, contextlib.suppress(httpx2.HTTPError):
+        client.post("/responses", json=body)
+    assert estimated(gateway, "upstream_failed")["image_output_tokens"] > 0
