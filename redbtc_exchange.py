@@ -431,8 +431,9 @@ class Metered(Exchange):
         if background and report.response_id and not (self._background or self._repeats):
             self._keep(report, report.response_id)
         made = {each: always for each, always in fresh if each not in chosen}
-        self._learn(made, report.usage)
-        if report.usage is None:
+        known = self.meter.ended and report.has_output  # not what its beginning reports
+        self._learn(made, report.usage if known else None)
+        if not known:
             self._unweighed |= made
             money = self._background.money if self._background else self._money
             if money.held:
@@ -518,7 +519,7 @@ class Metered(Exchange):
                 parts = await count_containers(self.gateway, row, report, parts)
             image_model = self._content.image_model()
             bill(row, parts, self._money, image_model)
-            if self._unweighed:
+            if self._unweighed and not self._repeats:
                 self._learn(self._unweighed, weight(row, self._most()))
                 self._unweighed = {}
             at = self._money.at if self.endpoint.stores else None
@@ -580,9 +581,11 @@ def homes_of(
 
 def weight(row: Row, most: Most) -> Usage:
     """Return the usage of a request that has ended, for those that build on what it made. An
-    estimate can be too low: they read all that is there, and would spend what is not held."""
+    estimate can be too low, and an answer that failed reports no input: they read all that is
+    there, and would spend what is not held."""
     if row.usage_source != "estimated":
-        return row.usage
+        into = row.usage.input_tokens or most.input_tokens
+        return msgspec.structs.replace(row.usage, input_tokens=into)
     drawn = most.drawn_tokens * most.pictures
     return Usage(most.input_tokens, output_tokens=most.output_tokens, image_output_tokens=drawn)
 

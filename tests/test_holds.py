@@ -54,6 +54,7 @@ class Honest:
         self.running: dict[str, dict[str, Any]] = {}  # background responses
         self.made = 0
         self.bytes_a_token = 4
+        self.begun_usage: dict[str, int] | None = None  # in the first event of a stream
 
     async def __call__(self, request: Received, reply: Reply) -> None:
         await asyncio.sleep(self.seconds)
@@ -105,12 +106,16 @@ class Honest:
         if not wants_stream(request):
             await json_answer(response)(request, reply)
             return
-        await stream([event(each) for each in self.events(response)])(request, reply)
+        begun, *more = map(event, self.events(response))
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(begun)
+        await asyncio.sleep(self.seconds)
+        await reply.send(b"".join(more))
+        await reply.end()
 
-    @staticmethod
-    def events(response: dict[str, Any]) -> list[dict[str, Any]]:
+    def events(self, response: dict[str, Any]) -> list[dict[str, Any]]:
         """What is streamed of a response."""
-        begun = response | {"status": "in_progress", "usage": None, "output": []}
+        begun = response | {"status": "in_progress", "usage": self.begun_usage, "output": []}
         items = [{"type": "response.output_item.added", "item": i} for i in response["output"]]
         last = {"type": "response.completed", "response": response}
         return [{"type": "response.created", "response": begun}, *items, last]
@@ -337,6 +342,48 @@ def test_input_that_was_listed_before_the_end_is_held_in_full(
     assert frugal.client.get(f"/responses/{first}").json()["status"] == "completed"
     frugal.fill("0.2")
     frugal.eight("/responses", {**SHORT, "input": [{"type": "item_reference", "id": "msg_in"}]})
+    assert frugal.balance() >= 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_input_of_what_failed_is_held(
+    frugal: Account, honest: Honest, upstream: Upstream, streamed: bool
+) -> None:
+    """It failed before any output and reports no usage, but its input is stored."""
+    error = {"code": "server_error", "message": "failed"}
+    failed = response_object(MODEL, None, id="resp_f", status="failed", output=[], error=error)
+    begun = {"type": "response.created", "response": {**failed, "status": "in_progress"}}
+
+    async def answer(request: Received, reply: Reply) -> None:
+        if request.path.endswith("input_items"):
+            item = {"type": "message", "id": "msg_in", "role": "user", "content": []}
+            await json_answer({"object": "list", "data": [item]})(request, reply)
+        elif len(request.body) < 1000:
+            await honest(request, reply)
+        elif streamed:
+            last = {"type": "response.failed", "response": failed}
+            await stream([event(begun), event(last)])(request, reply)
+        else:
+            await json_answer(failed)(request, reply)
+
+    upstream.script = answer
+    frugal.fill("0.6")
+    assert frugal.post("/responses", {**LONG_INPUT, "stream": streamed}).status_code == 200
+    assert frugal.client.get("/responses/resp_f/input_items").status_code == 200
+    honest.stored["msg_in"], honest.seconds = len(LONG_INPUT["input"]) // 4, 0.1
+    frugal.fill("0.2")
+    frugal.eight("/responses", {**SHORT, "input": [{"type": "item_reference", "id": "msg_in"}]})
+    assert frugal.balance() >= 0
+
+
+def test_usage_of_the_beginning_is_not_what_is_built_on(frugal: Account, honest: Honest) -> None:
+    """Some upstreams report usage of 0 in the first event."""
+    honest.begun_usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
+    honest.seconds = 0.1
+    frugal.fill("0.6")
+    assert frugal.post("/responses", {**LONG_INPUT, "stream": True}).status_code == 200
+    frugal.fill("0.2")
+    frugal.eight("/responses", {**SHORT, "previous_response_id": "resp_1"})
     assert frugal.balance() >= 0
 
 
