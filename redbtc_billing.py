@@ -571,7 +571,8 @@ class Hold:
         if self._most:
             growth = {each: tokens for each in ids if each not in self._growth}
             objects.grow(growth)
-            self._objects, self._growth = objects, self._growth | growth
+            self._objects = objects
+            self._growth.update(growth)
 
     def keep(self) -> Hold:
         """The same, beyond the end of `with`."""

@@ -651,7 +651,8 @@ class Content:
         self.searches = False  # as a chat it searches the web once, which no usage reports
         # All stored objects that it names and how often it does, until they are looked up.
         self.references: Mapping[Reference, int] = {}
-        self.inherited_tokens = 0  # of what it builds on
+        self.inherited_tokens = 0  # of what it builds on, at most
+        self.likely_inherited = 0  # the same, likely
         self.inherits_unknown = False  # it builds on something of which the tokens are not known
         # The conversations that its input and its answer are added to, how often each is named, and
         # the tokens that count for it.
@@ -742,7 +743,7 @@ class Content:
         """About how many tokens it comes to, with what it builds on: by its size, but for
         pictures, whose tokens don't depend on their bytes."""
         text = text_tokens(self.size - self.picture_bytes)
-        return text + PICTURE_TOKENS * self.pictures + self.inherited_tokens
+        return text + PICTURE_TOKENS * self.pictures + self.likely_inherited
 
     def inherit(self, reference: Reference, mentions: int, home: Home, growth: int) -> None:
         """Note an object that this request builds on, how often it names it, and how many tokens
@@ -757,9 +758,11 @@ class Content:
         if reference.name == "input":
             known = MAX_TOOL_ITEM_TOKENS if home.tokens is None else home.tokens + growth
             self.inherited_tokens += mentions * min(known, MAX_TOOL_ITEM_TOKENS)
+            self.likely_inherited += mentions * min(home.likely, MAX_TOOL_ITEM_TOKENS)
         elif reference.name in self._read_names:
             tokens = mentions * ((home.tokens or 0) + growth)
             self.inherited_tokens += tokens
+            self.likely_inherited += mentions * home.likely
             if reference.name == "conversation":
                 self.conversations[reference.id] = mentions, tokens
             self.inherits_unknown = self.inherits_unknown or home.tokens is None

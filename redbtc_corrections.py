@@ -62,7 +62,7 @@ class Corrections:
         of_request = (found.request_id, account_id, month, books.store.time())
         values = (*of_request, report.service_tier, price_id, cost)
         if home:
-            homes = homes_of([response_id], report, home, usage)
+            homes = homes_of([response_id], report, home, usage, usage)
             self._objects.own_each(homes, account_id)
         await ledger.correct(books.store, values, usage)
 

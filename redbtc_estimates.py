@@ -196,10 +196,10 @@ class Progress(Struct):
 # easily made slow on purpose (by reading slowly, or with a tool that hangs). So each account counts
 # once, however many rows it has, and of two accounts the faster one counts: to bend the result, an
 # account needs company. Its own rows make its estimates no lower than the rows of others do, or
-# than USUAL_SPEED where there are none, unless it is the gateway's only account: a model that
-# nobody else uses is easily found. Within an account each token counts once: short answers, which
-# show how long the first byte takes rather than the model's pace, say little, and to outweigh
-# honest rows others have to be paid for, token by token.
+# than USUAL_SPEED where there are none, unless it is the gateway's only account and may spend
+# without a limit: a model that nobody else uses is easily found. Within an account each token
+# counts once: short answers, which show how long the first byte takes rather than the model's pace,
+# say little, and to outweigh honest rows others have to be paid for, token by token.
 
 USUAL_SPEED = 60.0  # of a model of which no row is known
 MIN_DURATION_MS = 1000  # a shorter row says nothing
@@ -231,16 +231,16 @@ class Speeds:
         self._read_at = -math.inf
         self._reading = asyncio.Lock()
 
-    async def of(self, model: str, account_id: str) -> float:
+    async def of(self, model: str, account_id: str, limited: bool) -> float:
         """Return that of a model for an estimate of the account's, by the upstream's name for the
-        model or by the one that clients use."""
+        model or by the one that clients use. `limited`: the account's spending is."""
         async with self._reading:
             if time.monotonic() - self._read_at > SPEED_SECONDS:
                 with contextlib.suppress(sqlite3.Error):  # the last ones are as good
                     self._speeds = await self._read()
                 self._read_at = time.monotonic()
         speeds = self._speeds.get(model, {})
-        if self._accounts == 1:  # a gateway's only account has nobody to deceive
+        if self._accounts == 1 and not limited:  # it has nobody to deceive
             return speed_of_accounts(speeds.values())
         return speed_for(account_id, speeds)
 

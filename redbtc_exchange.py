@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 
 USUAL_PICTURES = 4  # that a response has drawn by the image tool, if it does not say how many
+ID_SECONDS = 60  # for the id of a background response whose client has left
 NO_RETRY = (b"x-should-retry", b"false")
 UNFINISHED = ("queued", "in_progress")
 
@@ -229,7 +230,7 @@ class Metered(Exchange):
         """A background response goes on whether it is read or not. Until its id is known nobody
         could ask what it used, or cancel it."""
         unknown = self._in_room and not (self._background or self._repeats)
-        return math.inf if unknown else super().grace()
+        return max(super().grace(), ID_SECONDS) if unknown else super().grace()
 
     def _enter_room(self, background: bool | str) -> None:
         """Count one more unfinished background response. Raises Refusal."""
@@ -439,10 +440,12 @@ class Metered(Exchange):
             if money.held:
                 money.grow(self.gateway.objects, made, self._most().all_tokens)
 
-    def _learn(self, made: dict[str, bool], usage: Usage | None) -> dict[str, Home]:
+    def _learn(
+        self, made: dict[str, bool], usage: Usage | None, likely: Usage | None = None
+    ) -> dict[str, Home]:
         """Make these objects the account's, and return where they are. What was made without being
         stored is not, unless that is said to be always so."""
-        homes = homes_of(made, self.meter.report, self.home, usage)
+        homes = homes_of(made, self.meter.report, self.home, usage, likely)
         stored = homes
         if self._facts.background is not True and self._facts.store is False:
             stored = {each: homes[each] for each, always in made.items() if always}
@@ -520,7 +523,7 @@ class Metered(Exchange):
             image_model = self._content.image_model()
             bill(row, parts, self._money, image_model)
             if self._unweighed and not self._repeats:
-                self._learn(self._unweighed, weight(row, self._most()))
+                self._learn(self._unweighed, weight(row, self._most()), row.usage)
                 self._unweighed = {}
             at = self._money.at if self.endpoint.stores else None
             await ledger.settle(self.gateway.store, row, at, image_model)
@@ -531,15 +534,18 @@ class Metered(Exchange):
     async def _estimate(self, outcome: Outcome) -> Estimate | None:
         """Return an estimate, None where the usage is known or nothing was used."""
         report, images = self.meter.report, self.endpoint.images
-        unfinished = not self.meter.ended or report.failed
-        partly = report.is_outdated or (unfinished and not report.has_output)
+        ended = self.meter.ended and not report.failed
+        outdated, begun = report.is_outdated, report.is_of_beginning
+        partly = outdated and begun if ended else outdated or begun
         if images:
             partly = report.usage is not None and not self.meter.ended
         if (is_complete(report) and not partly) or not self._was_used(outcome):
             return None
         worked = max(0.0, time.monotonic() - self._left_at)  # before the speed is read
         speed = await self.gateway.speeds.of(
-            self._row.model or self._row.requested_model, self._row.account_id
+            self._row.model or self._row.requested_model,
+            self._row.account_id,
+            limited=self._money.held > 0,
         )
         return estimate(
             report,
@@ -565,18 +571,23 @@ class Metered(Exchange):
 
 
 def homes_of(
-    ids: Iterable[str], report: Report, home: Home, usage: Usage | None
+    ids: Iterable[str], report: Report, home: Home, usage: Usage | None, likely: Usage | None = None
 ) -> dict[str, Home]:
     """Return the homes of objects that a response made, with the tokens that a request which builds
     on them reads at most: of a response and its conversation all input and output, and so of an
-    item, unless it holds nothing but output. `usage` is None if it is not known yet."""
+    item, unless it holds nothing but output. `usage` is None if it is not known yet; `likely` is
+    given where it is only the most that can have been used."""
     if usage is None:
         return dict.fromkeys(ids, home)
-    output = usage.output_tokens or 0
-    pictures = usage.image_output_tokens or 0
-    whole = home.with_tokens((usage.input_tokens or 0) + output + pictures)
-    words = home.with_tokens(output)
+    whole = home.with_tokens(all_of(usage), all_of(likely) if likely else None)
+    words = home.with_tokens(usage.output_tokens or 0, likely.output_tokens if likely else None)
     return {each: words if each in report.words else whole for each in ids}
+
+
+def all_of(usage: Usage) -> int:
+    """Return the tokens of an answer and of all that it was made from."""
+    pictures = usage.image_output_tokens or 0
+    return (usage.input_tokens or 0) + (usage.output_tokens or 0) + pictures
 
 
 def weight(row: Row, most: Most) -> Usage:
@@ -885,7 +896,9 @@ class Unended:
     async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
         speed = await gateway.speeds.of(
-            report.model or row.model or row.requested_model, row.account_id
+            report.model or row.model or row.requested_model,
+            row.account_id,
+            limited=response.money.held > 0,
         )
         most = response.most or most_usual(gateway.settings, MOST_TOKENS)
         parts = response.finish(report, outcome, speed, most)
@@ -908,7 +921,7 @@ class Unended:
             if not (home and home.minted_input):
                 made = [response_id] if home else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        homes = homes_of(made, report, Home(row.upstream), weight(row, most))
+        homes = homes_of(made, report, Home(row.upstream), weight(row, most), row.usage)
         objects.own_each(homes, row.account_id)
 
     async def _ask_until_ended(self, response: Background) -> None:

@@ -872,15 +872,17 @@ async def forget(store: Store, row: Row) -> None:
 
 OWN = """
     INSERT INTO stored_objects
-           (id, account_id, upstream, models, minted_input, extras, tokens, created_at)
+           (id, account_id, upstream, models, minted_input, extras, tokens, likely_tokens,
+            created_at)
     VALUES {rows}
         ON CONFLICT (id) DO UPDATE SET models = joined(models, excluded.models),
            extras = extras | excluded.extras,
-           tokens = coalesce(max(tokens, excluded.tokens), tokens, excluded.tokens)
+           tokens = coalesce(max(tokens, excluded.tokens), tokens, excluded.tokens),
+           likely_tokens = coalesce(excluded.likely_tokens, likely_tokens)
         WHERE account_id = excluded.account_id
           AND (excluded.models IS NOT NULL OR excluded.extras OR excluded.tokens IS NOT NULL)"""
 DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
-HOME = "upstream, models, minted_input, extras, tokens"
+HOME = "upstream, models, minted_input, extras, tokens, likely_tokens"
 OWNED = f"SELECT account_id, {HOME} FROM stored_objects WHERE id = ?"
 OWNERS = f"""
     SELECT id, account_id, {HOME} FROM stored_objects
@@ -895,18 +897,24 @@ EXTRAS = {"web_search": 1, "file_search": 2, "container": 4, "cache_write_12h": 
 class Home(NamedTuple):
     """Where an object is stored; the further models that a request which builds on it uses (JSON;
     None: none); for a response, whether the upstream chose all the ids in the listing of its input;
-    and the extras (bits of EXTRAS) and tokens that a request which builds on it gets with it.
-    Tokens are None if nobody knows how many."""
+    and the extras (bits of EXTRAS) and tokens that a request which builds on it gets with it: at
+    most (None: nobody knows how many) and likely (None: as many)."""
 
     upstream: str
     models: str | None = None
     minted_input: bool = False
     extras: int = 0
     tokens: int | None = None
+    likely_tokens: int | None = None
 
-    def with_tokens(self, tokens: int | None) -> Home:
+    def with_tokens(self, tokens: int | None, likely: int | None = None) -> Home:
         """Return the same home for an object of so many tokens."""
-        return Home(self.upstream, self.models, self.minted_input, self.extras, tokens)
+        return Home(self.upstream, self.models, self.minted_input, self.extras, tokens, likely)
+
+    @property
+    def likely(self) -> int:
+        """Return how many tokens the object likely has, for an estimate."""
+        return (self.tokens if self.likely_tokens is None else self.likely_tokens) or 0
 
     def joined(self, later: Home) -> Home:
         """Return the same home with the models, extras and tokens of a later one added."""
@@ -916,6 +924,7 @@ class Home(NamedTuple):
             self.minted_input,
             self.extras | later.extras,
             max(self.tokens or 0, later.tokens) if later.tokens is not None else self.tokens,
+            self.likely_tokens if later.likely_tokens is None else later.likely_tokens,
         )
 
 
@@ -952,7 +961,7 @@ def joined(models: str | None, more: str | None) -> str | None:
 @functools.lru_cache(MOST_ROWS)
 def own_of(rows: int) -> str:
     """Return OWN for so many objects at once."""
-    return OWN.format(rows=", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * rows))
+    return OWN.format(rows=", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows))
 
 
 def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
@@ -960,8 +969,8 @@ def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
     commit; None if it has neither."""
     if row is None:
         return claim
-    account_id, upstream, models, minted_input, extras, tokens = row
-    owner = Claim(account_id, Home(upstream, models, bool(minted_input), extras, tokens))
+    account_id, upstream, models, minted_input, *rest = row
+    owner = Claim(account_id, Home(upstream, models, bool(minted_input), *rest))
     return owner.joined(claim) if claim else owner
 
 

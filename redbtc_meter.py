@@ -560,6 +560,11 @@ class Report:
         return self.usage is not None and bool(self.usage.output_tokens)
 
     @property
+    def is_of_beginning(self) -> bool:
+        """Whether usage without output was reported, before any output."""
+        return self.usage is not None and not (self.has_output or self._reported_at)
+
+    @property
     def text_bytes(self) -> int:
         """Bytes of text, tool calls and their arguments that have passed."""
         return self.passed.made().text_bytes

@@ -672,10 +672,12 @@ class Turn(Metered):
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
 
-    def _learn(self, made: dict[str, bool], usage: Usage | None) -> dict[str, Home]:
+    def _learn(
+        self, made: dict[str, bool], usage: Usage | None, likely: Usage | None = None
+    ) -> dict[str, Home]:
         """Learn the ids that the upstream made. This connection can name them even if they are not
         stored."""
-        homes = super()._learn(made, usage)
+        homes = super()._learn(made, usage, likely)
         self._session.remember(homes)
         return homes
 
@@ -1331,7 +1333,7 @@ class Session:
     async def _estimate(self, stray: Stray) -> Estimate:
         """Return an estimate of what it used. What it read is not known."""
         report, worked = stray.meter.report, stray.worked_seconds
-        speed = await self.gateway.speeds.of(report.model or "", self.account_id)
+        speed = await self.gateway.speeds.of(report.model or "", self.account_id, False)
         return estimate(
             report,
             Seen.of(report),

@@ -626,6 +626,9 @@ ALTER TABLE stored_objects ADD COLUMN
     tokens              INTEGER CHECK (tokens >= 0);  -- of a response or conversation its input and
                                                 -- output, of an item at most so many; NULL: not known
 ALTER TABLE stored_objects ADD COLUMN
+    likely_tokens       INTEGER CHECK (likely_tokens >= 0);  -- where that is the most that was held
+                                                -- for it: an estimate; NULL: as many
+ALTER TABLE stored_objects ADD COLUMN
     extras              INTEGER NOT NULL DEFAULT 0 CHECK (extras BETWEEN 0 AND 15);  -- what its input
                                                 -- can use, for what builds on it: 1: web search, 2: file
                                                 -- search, 4: containers, 8: long cache, as a sum

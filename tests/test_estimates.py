@@ -192,7 +192,7 @@ def test_a_picture_of_the_request_is_no_text() -> None:
     message = {"role": "user", "content": [picture, {"type": "input_text", "text": "x" * 400}]}
     content = content_of({"model": "m", "input": [message]})
     assert 1600 < content.input_estimate < 1700
-    content.inherited_tokens = 100_000
+    content.likely_inherited = 100_000
     assert content.input_estimate > 101_600
 
 
@@ -518,6 +518,24 @@ def test_the_speed_is_that_of_the_ledger(
     row = gateway.rows()[-1]
     seconds = row["duration_ms"] / 1000
     assert 0.2 * speed <= row["output_tokens"] <= seconds * speed + 1
+
+
+def test_what_builds_on_torn_answers_is_estimated_by_what_they_likely_had(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    """It is held for the most that they can have had, but not billed."""
+    gateway, turns = ask(), 3
+    body: dict[str, Any] = {**BODY, "stream": True}
+    with gateway.client(gateway.new_key()) as client:
+        for turn in range(turns):
+            upstream.script = stream([created(f"resp_{turn}"), delta("Hello")], end="tear")
+            with contextlib.suppress(httpx2.HTTPError):
+                client.post("/responses", json=body)
+            body["previous_response_id"] = f"resp_{turn}"
+    wait_until(lambda: len([row for row in gateway.rows() if row["outcome"] != "pending"]) == turns)
+    rows = gateway.rows()
+    assert {row["usage_source"] for row in rows} == {"estimated"}
+    assert rows[0]["input_tokens"] < rows[1]["input_tokens"] < rows[2]["input_tokens"] < 1000
 
 
 # Never more than the hold
