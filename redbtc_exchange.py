@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 USUAL_PICTURES = 4  # that a response has drawn by the image tool, if it does not say how many
-ID_SECONDS = 60  # for the id of a background response whose client has left
+ID_SECONDS = 15  # for the id of a background response whose client has left
 NO_RETRY = (b"x-should-retry", b"false")
 UNFINISHED = ("queued", "in_progress")
 
