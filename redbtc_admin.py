@@ -168,7 +168,7 @@ class Running(Protocol):
         """Whether an upstream is there for it."""
 
     def listed_models(self) -> set[str]:
-        """The models that upstreams have listed so far."""
+        """Return the models that upstreams have listed so far."""
 
     def limits_of_key(self, key: Key) -> Record:
         """The limits in force for a key and its account, and what is left of them."""
@@ -193,7 +193,7 @@ class Stopped:
         return False
 
     def listed_models(self) -> set[str]:
-        """None: no upstream was asked."""
+        """Return no models, since no upstream was asked."""
         return set()
 
     def limits_of_key(self, _: Key) -> Record:

@@ -179,7 +179,8 @@ class Progress(Struct):
     works: bool = False
 
     def note(self, status: str | None, now: int) -> None:
-        """Note that it was looked at and has not ended; a status of None says nothing."""
+        """Note that it was looked at and has not ended. A status of None could not be read: then
+        its model is taken to work."""
         self.until = now
         self.works = self.works or status != "queued" or bool(self.seen)
         if not self.works:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from redbtc_proxy import Gateway
 
 
-USUAL_PICTURES = 4  # that a response has drawn by the image tool, if it does not say how many
+USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_calls'
 ID_SECONDS = 15  # for the id of a background response whose client has left
 NO_RETRY = (b"x-should-retry", b"false")
 UNFINISHED = ("queued", "in_progress")
@@ -155,7 +155,7 @@ class Exchange:
         return self.takes_out_usage
 
     def meter_decoded(self, codings: list[bytes], labelled: bool) -> None:
-        """The answer is compressed. `labelled`: as a stream."""
+        """Use a meter for a compressed answer. `labelled`: its content type is that of a stream."""
         report = self.meter.report
         self.meter = DecodedMeter(report, codings, labelled, self.choose_meter)
 
@@ -306,15 +306,15 @@ class Metered(Exchange):
             if self.endpoint.limits:
                 limits = " or ".join(map(repr, self.endpoint.limits))
                 message += f" A lower {limits} makes that less."
-            if content.extras or content.further_models():
-                message += f" Its tools may be called {self._most_calls()} times: 'max_tool_calls'."
+            if self.endpoint.runs_tools and (content.extras or content.further_models()):
+                message += " So does a lower 'max_tool_calls'."
             raise Refusal("insufficient_quota", message, headers=[NO_RETRY]) from None
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
     def _weigh_conversations(self, content: Content) -> None:
-        """Requests that had their turn while this one waited have added to the conversations that
-        it names. Raises LedgerUnavailable."""
+        """Count the tokens of the conversations that the request names anew: requests that were
+        served while it waited can have added to them. Raises LedgerUnavailable."""
         objects = self.gateway.objects
         for each in content.conversations:
             home = objects.home_of(each, self.key.account_id)
@@ -704,7 +704,7 @@ class Background:
         self._progress.seen = self._progress.seen.or_more(Seen.of(report))
 
     def note(self, status: str | None) -> None:
-        """Note that it was looked at and has not ended; a status of None says nothing."""
+        """Note that it was looked at and has not ended. A status of None could not be read."""
         self._progress.note(status, now_ms())
 
     def news(self) -> str | None:

@@ -847,7 +847,7 @@ class Gateway:
         return any(upstream.serves(model) for upstream in self.upstreams)
 
     def listed_models(self) -> set[str]:
-        """The models that upstreams have listed so far."""
+        """Return the models that upstreams have listed so far."""
         return {name for upstream in self.upstreams for name in upstream.listed}
 
     def offers_websocket(self) -> bool:

@@ -486,6 +486,23 @@ def test_a_chat_that_searches_the_web_pays_for_that(
     assert account.post("/chat/completions", body).status_code == (429 if searched else 200)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("/responses", {"input": "x", "tools": [SEARCH]}, True),
+        ("/responses", {"input": "x"}, False),
+        ("/responses/compact", {"input": "x", "tools": [SEARCH]}, False),
+        ("/chat/completions", {"messages": [], "web_search_options": {}}, False),
+    ],
+)
+def test_a_refusal_names_max_tool_calls_only_where_that_helps(
+    account: Account, path: str, body: dict[str, Any], told: bool
+) -> None:
+    refused = account.post(path, body)
+    assert refused.status_code == 429
+    assert ("'max_tool_calls'" in refused.json()["error"]["message"]) is told
+
+
 def test_an_unknown_history_counts_once_as_much_as_an_answer(
     account: Account, honest: Honest
 ) -> None:
