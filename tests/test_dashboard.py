@@ -242,7 +242,7 @@ def test_a_session_ends_without_use_and_in_any_case(
     login = closing(new_user(gateway, "ada@example.com"))
 
     def move(column: str, minutes: float) -> None:
-        gateway.kill()
+        gateway.terminate()  # which writes what was noted
         with sqlite3.connect(gateway.database) as database:
             sql = f"UPDATE sessions SET {column} = {column} - ?"
             assert database.execute(sql, (round(minutes * 60_000),)).rowcount == 1
