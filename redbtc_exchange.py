@@ -37,6 +37,7 @@ from redbtc_limits import Admission, Clock, rate_limit_headers
 from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
 from redbtc_refusals import ClientLeft, Refusal, header
 from redbtc_settings import MOST_TOKENS, LedgerUnavailable, Settings, now_ms
+from redbtc_slices import with_turns
 from redbtc_upstreams import Upstream
 from redbtc_watch import Scope
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 
 USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_calls'
+PRESERVE_SECONDS = 1.0  # of work, before a request's use is kept for the case of a kill
 ID_SECONDS = 15  # for the id of a background response whose client has left
 NO_RETRY = (b"x-should-retry", b"false")
 UNFINISHED = ("queued", "in_progress")
@@ -199,6 +201,8 @@ class Metered(Exchange):
     _money: Hold
     _row: Row
     _left_at = math.inf  # when it left for the upstream, by the monotonic clock
+    _preserved_after = 0.0  # seconds of work
+    _preserved = False  # whether the ledger has what it has used, should the process be killed
     _further_input = 0  # tokens that it may read beside its body and what that builds on
     _background: Background | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
@@ -260,7 +264,12 @@ class Metered(Exchange):
                 added = self._most().all_tokens - self._content.conversation_tokens
                 self._money.grow(self.gateway.objects, conversations, added)
             await self._begin()
-            await forward()
+            running = self.gateway.running
+            running.add(self)
+            try:
+                await forward()
+            finally:
+                running.discard(self)
 
     def new_row(self, model: str, upstream: str, started_at: int) -> Row:
         """Pending."""
@@ -477,6 +486,7 @@ class Metered(Exchange):
             with contextlib.suppress(LedgerUnavailable):
                 self._repeats = not self.gateway.objects.is_free(response_id)
         if not self._repeats:
+            self._drop_preserved()
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()
             most = msgspec.json.encode(self._most()).decode()
@@ -515,9 +525,7 @@ class Metered(Exchange):
                 report.usage, report.parts = None, []
             if outcome == "client_disconnected" and self.gateway.stopping:
                 outcome = "interrupted"
-            parts = account_for(row, report, outcome, await self._estimate(outcome))
-            if self.endpoint.chat and self._content.searches and row.usage.web_searches is None:
-                parts = counted(row, parts, web_searches=1)
+            parts = self._account_for(row, outcome, await self._estimate(outcome))
             if report.containers:
                 parts = await count_containers(self.gateway, row, report, parts)
             image_model = self._content.image_model()
@@ -525,11 +533,57 @@ class Metered(Exchange):
             if self._unweighed and not self._repeats:
                 self._learn(self._unweighed, weight(row, self._most()), row.usage)
                 self._unweighed = {}
-            at = self._money.at if self.endpoint.stores else None
-            await ledger.settle(self.gateway.store, row, at, image_model)
+            self._drop_preserved()
+            await ledger.settle(self.gateway.store, row, self._correctable_at, image_model)
             self.gateway.watch.settled(self.scope, row)
         if row.usage_source != "none" or row.outcome == "upstream_error":
             self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
+
+    def _account_for(self, row: Row, outcome: Outcome, guess: Estimate | None) -> list[Part]:
+        """Fill in how it ended and what it used, but for containers. Return the parts to bill."""
+        parts = account_for(row, self.meter.report, outcome, guess)
+        if self.endpoint.chat and self._content.searches and row.usage.web_searches is None:
+            parts = counted(row, parts, web_searches=1)
+        return parts
+
+    @property
+    def _correctable_at(self) -> int | None:
+        """When it was admitted, by the ledger's time, if its response can be seen later."""
+        return self._money.at if self.endpoint.stores else None
+
+    async def preserve(self, now: float) -> None:
+        """Keep what it has used so far in the ledger, should the process be killed: once it has
+        worked for PRESERVE_SECONDS and bytes of an answer have passed, and again when it has worked
+        for twice as long. Containers are left to the next answer that shows them. `now` is by the
+        monotonic clock."""
+        worked = now - self._left_at
+        if worked < max(PRESERVE_SECONDS, 2 * self._preserved_after) or self._is_over:
+            return
+        if self.first_byte_ms is None:
+            return
+        self._preserved_after = worked
+        guess = await self._estimate("interrupted")
+        if self._is_over:
+            return
+        self._fill(self.meter.report)
+        row = msgspec.structs.replace(self._row)
+        parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
+        if row.usage_source != "none":
+            image_model = self._content.image_model()
+            charge(row, parts, self._money, image_model)
+            self._preserved = True
+            store, at = self.gateway.store, self._correctable_at
+            ledger.keep_unsettled(store, row, at, image_model)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether its row is settled, or left to another or to a background response."""
+        return self.settled or self._repeats or self._background is not None
+
+    def _drop_preserved(self) -> None:
+        if self._preserved:
+            self._preserved = False
+            ledger.drop_unsettled(self.gateway.store, self._row)
 
     async def _estimate(self, outcome: Outcome) -> Estimate | None:
         """Return an estimate, None where the usage is known or nothing was used."""
@@ -640,11 +694,16 @@ def counted(row: Row, parts: list[Part], **calls: int | None) -> list[Part]:
     return [first, *parts[1:]]
 
 
-def bill(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
-    """What it cost, by the prices of its admission and the tier that the response reports; not
-    known where no usage is."""
+def charge(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
+    """Fill in what it cost, by the prices of its admission and the tier that the response
+    reports; nothing where no usage is known."""
     if row.usage_source != "none":
         row.price_id, row.cost = money.cost(of_models(parts, image_model), row.service_tier)
+
+
+def bill(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
+    """Fill in what it cost, and take that from what the account may spend."""
+    charge(row, parts, money, image_model)
     row.month = money.settle(row.cost or 0)
 
 
@@ -693,6 +752,8 @@ class Background:
         self.cancelled = False  # its key turned out to be somebody else's
         self.money = money
         self._read: set[Report] = set()
+        self._followed_at = time.monotonic()  # from then on
+        self._watched_after = 0.0  # seconds
 
     def read(self, report: Report) -> None:
         """Somebody is being sent what this meters."""
@@ -702,6 +763,19 @@ class Background:
         """A reader has all that it gets."""
         self._read.discard(report)
         self._progress.seen = self._progress.seen.or_more(Seen.of(report))
+
+    def watch(self, now: float) -> bool:
+        """Note what its readers have been sent so far, if it has gone on for twice as long as the
+        last time; return whether that is so. `now` is by the monotonic clock."""
+        seconds = now - self._followed_at
+        if seconds < 2 * self._watched_after or not self._read:
+            return False
+        self._watched_after = seconds
+        for report in self._read:
+            self._progress.seen = self._progress.seen.or_more(Seen.of(report))
+            if report.status == "in_progress":
+                self.note(report.status)
+        return True
 
     def note(self, status: str | None) -> None:
         """Note that it was looked at and has not ended. A status of None could not be read."""
@@ -797,7 +871,8 @@ class Unended:
         if response.settling:
             return True
         response.note(report.status)
-        await self._keep_news(response)
+        if written := self._keep_news(response):
+            await written
         self._start(self._ask_until_ended(response))
         return False
 
@@ -818,13 +893,22 @@ class Unended:
                 report.status == "queued" and not report.in_events
             ):
                 response.note(report.status)
-            await self._keep_news(response)
+            if written := self._keep_news(response):
+                await written
 
-    async def _keep_news(self, response: Background) -> None:
-        """Write what was seen of it, if that is more than the ledger has."""
-        news = response.news()
-        if news and not response.settling:
-            await ledger.note_progress(self._gateway.store, response.row, news)
+    async def preserve(self, now: float) -> None:
+        """Keep what was seen of the responses that are being read, should the process be killed.
+        `now` is by the monotonic clock."""
+        async for response in with_turns(list(self._responses.values())):
+            if response.watch(now):
+                self._keep_news(response)
+
+    def _keep_news(self, response: Background) -> asyncio.Future[None] | None:
+        """Write what was seen of it, if that is more than the ledger has. Return a future that is
+        done when it is on disk."""
+        if response.settling or not (news := response.news()):
+            return None
+        return ledger.note_progress(self._gateway.store, response.row, news)
 
     def enter(self, account_id: str, most: int) -> None:
         """Count one more unfinished background response of the account, before the upstream is
@@ -962,5 +1046,6 @@ class Unended:
         if status == 200:
             await self._see(response, meter.report)
             response.note(meter.report.status)
-            await self._keep_news(response)
+            if written := self._keep_news(response):
+                await written
         return status

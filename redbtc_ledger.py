@@ -62,6 +62,7 @@ BEAT = "INSERT OR REPLACE INTO heartbeat (id, beat_at) VALUES (1, ?)"
 INTERRUPT = """
     UPDATE requests SET outcome = 'interrupted', month = ?
      WHERE outcome = 'pending' AND request_id NOT IN (SELECT request_id FROM background)"""
+CLEAR_UNSETTLED = "DELETE FROM unsettled"
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
@@ -204,7 +205,11 @@ class Store:
         await self._migrate()
         self._latest = await self._value(LATEST)
         self.interrupted = await self.transact(
-            (MAKE_SECRET, (secrets.token_bytes(32),)), (INTERRUPT, (month_of(self.time()),))
+            (MAKE_SECRET, (secrets.token_bytes(32),)),
+            (TAKE_OVER, ()),
+            (KEEP_ESTIMATES, ()),
+            (CLEAR_UNSETTLED, ()),
+            (INTERRUPT, (month_of(self.time()),)),
         )
         self._secret: bytes = await self._value(SECRET)
         reader = aiosqlite.connect(self._read_only, uri=True)
@@ -823,6 +828,24 @@ RECORD = f"""
 KEEP_ESTIMATE = """
     INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model)
     VALUES (?, ?, ?, ?)"""
+KEEP_UNSETTLED = """
+    INSERT OR REPLACE INTO unsettled (request_id, settled, admitted_at, image_model)
+    VALUES (?, ?, ?, ?)"""
+DROP_UNSETTLED = "DELETE FROM unsettled WHERE request_id = ?"
+TAKEN_OVER = [
+    f"{name} = json_extract(settled, '$.{name}')"
+    for name in COLUMNS[COLUMNS.index("first_byte_ms") :]
+    if name not in ("outcome", "month")
+]
+TAKE_OVER = f"""
+    UPDATE requests SET {", ".join(TAKEN_OVER)} FROM unsettled
+     WHERE requests.request_id = unsettled.request_id AND outcome = 'pending'"""
+KEEP_ESTIMATES = """
+    INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model)
+    SELECT response_id, request_id, admitted_at, image_model
+      FROM unsettled JOIN requests USING (request_id)
+     WHERE outcome = 'pending' AND usage_source = 'estimated'
+       AND response_id IS NOT NULL AND admitted_at IS NOT NULL"""
 MOST_ROWS = 32  # of one statement
 
 
@@ -853,6 +876,19 @@ async def settle(
         values = (row.response_id, row.request_id, admitted_at, image_model)
         written = store.record(KEEP_ESTIMATE, values, insist=True)
     await written
+
+
+def keep_unsettled(store: Store, row: Row, admitted_at: int | None, image_model: str) -> None:
+    """Keep what a request in flight has used so far, should the process be killed. `row` is what
+    its row would be if it ended now, the others as in `settle`."""
+    settled = orjson.dumps(dict(zip(COLUMNS, _values(row), strict=True))).decode()
+    values = (row.request_id, settled, admitted_at, image_model)
+    store.record(KEEP_UNSETTLED, values, insist=True, lasting=False)
+
+
+def drop_unsettled(store: Store, row: Row) -> None:
+    """Remove that, in the commit of what is recorded next."""
+    store.record(DROP_UNSETTLED, (row.request_id,), insist=True, lasting=False)
 
 
 async def forget(store: Store, row: Row) -> None:

@@ -67,7 +67,7 @@ from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import codings_in, codings_of
 from redbtc_estimates import Speeds
-from redbtc_exchange import Endpoint, Exchange, Metered, Unended, new_request_id
+from redbtc_exchange import PRESERVE_SECONDS, Endpoint, Exchange, Metered, Unended, new_request_id
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
@@ -800,6 +800,7 @@ class Gateway:
         self.sessions: Counter[str] = Counter()  # by account
         self.draining = self.stopping = False
         self.in_flight = 0
+        self.running: set[Metered] = set()  # requests that have a row
         self.api = admin.API(books, self, settings.dashboard_url)
         self._admin = self.in_time(admin.served(self.api, dashboard.actor_of(self.api)))
         self._pages = dashboard.Dashboard(self.api)
@@ -1458,6 +1459,17 @@ async def watch_ledger(store: Store) -> None:
             say(level, event, reason=store.failure)
 
 
+async def preserve(gateway: Gateway) -> None:
+    """Keep what requests in flight have used so far, for as long as the gateway runs."""
+    while True:
+        await asyncio.sleep(PRESERVE_SECONDS)
+        if gateway.store.healthy:
+            now = time.monotonic()
+            await gateway.unended.preserve(now)
+            async for request in with_turns(list(gateway.running)):
+                await request.preserve(now)
+
+
 async def run(
     loaded: Loaded, settings: Settings, demo: bool, first_run: bool, as_json: bool
 ) -> None:
@@ -1502,6 +1514,7 @@ async def run(
         if not as_json:
             click.echo(await commands.dashboard(gateway.api))
         await gateway.unended.resume()
+        stack.callback(asyncio.create_task(preserve(gateway)).cancel)
         await Running(gateway, loaded, demo_url).serve(listeners)
 
 

@@ -704,7 +704,7 @@ class Turn(Metered):
         self._money = money
         self.scope = {**self.scope, "request_id": new_request_id(), "started": time.monotonic()}
         self._row = self.new_row(self._row.requested_model, self._row.upstream, now_ms())
-        self._left_at = time.monotonic()
+        self._left_at, self._preserved_after = time.monotonic(), 0.0
         self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
         await ledger.settle(self.gateway.store, self._row)  # pending, however long that takes
 

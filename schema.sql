@@ -813,3 +813,14 @@ CREATE TRIGGER a_price_is_added AFTER INSERT ON prices BEGIN
             'container', NEW.container, 'max_output_tokens', NEW.max_output_tokens,
             'source', NEW.source, 'reason', NEW.reason));
 END;
+
+-- version 10
+
+-- What requests in flight have used so far, as an estimate, should the process be killed. The next
+-- one takes these over into their rows. Short requests have none.
+CREATE TABLE unsettled (
+    request_id          TEXT PRIMARY KEY REFERENCES requests (request_id),
+    settled             TEXT NOT NULL,          -- JSON: its row, as if it had ended
+    admitted_at         INTEGER,                -- if its response can be seen later: as in estimates
+    image_model         TEXT NOT NULL
+) STRICT, WITHOUT ROWID;

@@ -249,6 +249,42 @@ def test_a_cancelled_background_response_is_corrected(
     assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
 
 
+def test_what_a_kill_interrupted_is_corrected(gateway: Gateway, upstream: Upstream) -> None:
+    """If its response is stored at the upstream, where it can have gone on."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "GET":
+            await json_answer(response_object(id="resp_9"))(request, reply)
+            return
+        made = response_object(None, id="resp_9", status="in_progress", usage=None)
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created", "response": made}, "x"))
+        await reply.wait(request.closed)
+
+    def preserved() -> bool:
+        with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+            return bool(database.execute("SELECT 1 FROM unsettled").fetchall())
+
+    upstream.script = script
+    key = gateway.new_key()
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json={**BODY, "stream": True}),
+    ):
+        wait_until(preserved)
+        gateway.kill()
+    gateway.start()
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("interrupted", "estimated")
+    assert row["response_id"] == "resp_9"
+    with gateway.client(key) as client:
+        client.get("/responses/resp_9")
+    corrected = gateway.row()
+    assert (corrected["outcome"], corrected["usage_source"]) == ("interrupted", "upstream")
+    assert (corrected["cost"], corrected["estimated_cost"]) == (str(TRUE_COST), row["cost"])
+    assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
+
+
 def test_a_correction_reads_no_other_estimates(gateway: Gateway) -> None:
     """There can be a million of them."""
     with contextlib.closing(sqlite3.connect(gateway.database)) as database:

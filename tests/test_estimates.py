@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import sqlite3
 import threading
@@ -24,6 +25,7 @@ from upstream import (
     RESPONSE_USAGE,
     Received,
     Reply,
+    Socket,
     Upstream,
     chat_chunk,
     chat_json,
@@ -33,8 +35,10 @@ from upstream import (
     json_answer,
     openai_like,
     response_object,
+    response_pieces,
     stream,
 )
+from websockets.sync.client import connect
 
 from redbtc_billing import Hold, Price, PriceList, Purse
 from redbtc_body import Content
@@ -320,6 +324,105 @@ def test_what_is_cut_off_by_the_end_of_the_process(
     row = gateway.row()
     assert (row["outcome"], row["usage_source"]) == ("interrupted", "estimated")
     assert row["output_tokens"] >= 1000
+
+
+def preserved(gateway: Gateway) -> list[str]:
+    """What is kept of requests in flight, should the process be killed."""
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        sql = """SELECT settled FROM unsettled UNION ALL
+            SELECT seen FROM background WHERE json_extract(seen, '$.seen.text_bytes') > 0"""
+        return [found for (found,) in database.execute(sql)]
+
+
+@pytest.mark.parametrize("how", ["chat", "responses", "images", "json", "websocket", "background"])
+def test_what_passed_before_a_kill_is_paid(
+    ask: Callable[..., Gateway], upstream: Upstream, how: str
+) -> None:
+    gateway, seen = ask(), 17_000
+    pieces = {
+        "chat": chat_pieces([TEXT])[:-2],
+        "images": images_pieces()[:1],
+        "json": [b'{"id":"resp_1","object":"response","model":"gpt-up","output":[', b" " * 70_000],
+    }.get(how, [created(), delta(TEXT)])
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "GET":
+            await json_answer(response_object(status="cancelled", usage=None))(request, reply)
+            return
+        headers = [("content-type", "application/json")] if how == "json" else SSE
+        await reply.head(200, headers)
+        await reply.send(b"".join(pieces))
+        await reply.wait(request.closed)
+
+    async def talk(sock: Socket) -> None:
+        response = response_object(status="in_progress", usage=None, output=[])
+        await sock.recv()
+        await sock.send({"type": "response.created", "response": response})
+        await sock.send({"type": "response.output_text.delta", "delta": TEXT})
+        await sock.recv()
+
+    upstream.script, upstream.talk = script, talk
+    key = gateway.new_key()
+    with contextlib.ExitStack() as stack:
+        if how == "websocket":
+            url = f"ws://127.0.0.1:{gateway.port}/v1/responses"
+            given = {"authorization": f"Bearer {key}"}
+            sock = stack.enter_context(connect(url, additional_headers=given, proxy=None))
+            sock.send(json.dumps({"type": "response.create", **BODY}))
+        else:
+            path = {"chat": "chat/completions", "images": "images/generations"}
+            body = CHAT if how == "chat" else {"model": "gpt-up", "prompt": "A fox"}
+            body = body if how in path else {**BODY, "background": how == "background"}
+            sent = {**body, "stream": how != "json"}
+            client = stack.enter_context(gateway.client(key))
+            at = f"/{path.get(how, 'responses')}"
+            stack.enter_context(client.stream("POST", at, json=sent))
+        wait_until(lambda: preserved(gateway))
+        (row,) = gateway.rows()
+        assert (row["outcome"], row["usage_source"]) == ("pending", "none")
+        assert (row["output_tokens"], row["cost"]) == (None, None)
+        gateway.kill()
+    if how == "background":
+        gateway.start()
+        row = estimated(gateway, "client_disconnected")
+    else:  # also for a command while no gateway runs
+        row = estimated(gateway, "interrupted")
+        assert not preserved(gateway)
+        gateway.start()
+    assert row["output_tokens"] >= (60 if how in ("json", "images") else seen)
+    assert Decimal(row["cost"]) >= row["output_tokens"] * Decimal("0.00003")
+    account = gateway.api("GET", "/accounts/test")
+    assert (account["balance"], account["held"]) == (f"-{row['cost']}", "0")
+    assert gateway.cli("db", "check")["ok"]
+
+
+def test_a_request_that_ends_leaves_nothing_for_a_kill(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    """Nor does one whose response goes on in the background."""
+    gateway, goes_on = ask(), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(b": ping\n\n")
+        await reply.wait(goes_on)
+        await reply.send(created() + b"".join(response_pieces(["x"])))
+        await reply.end()
+
+    upstream.script = script
+    with gateway.client(gateway.new_key()) as client:
+        for background in (False, True):
+            goes_on.clear()
+            body = {**BODY, "stream": True, "background": background}
+            with client.stream("POST", "/responses", json=body) as answer:
+                wait_until(lambda: preserved(gateway))
+                goes_on.set()
+                answer.read()
+            assert not preserved(gateway)
+    before = gateway.rows()
+    assert [row["usage_source"] for row in before] == ["upstream", "upstream"]
+    gateway.kill()
+    assert gateway.rows() == before
 
 
 # Background
