@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
 
 USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_calls'
-PRESERVE_SECONDS = 1.0  # of work, before a request's use is kept for the case of a kill
+# What a request uses is kept for the case of a kill when it has worked for so many seconds, and
+# again each time that it has worked for so many times as long.
+PRESERVE_SECONDS, PRESERVE_GROWTH = 1.0, 4
 ID_SECONDS = 15  # for the id of a background response whose client has left
 NO_RETRY = (b"x-should-retry", b"false")
 UNFINISHED = ("queued", "in_progress")
@@ -551,29 +553,29 @@ class Metered(Exchange):
         """When it was admitted, by the ledger's time, if its response can be seen later."""
         return self._money.at if self.endpoint.stores else None
 
-    async def preserve(self, now: float) -> None:
-        """Keep what it has used so far in the ledger, should the process be killed: once it has
-        worked for PRESERVE_SECONDS and bytes of an answer have passed, and again when it has worked
-        for twice as long. Containers are left to the next answer that shows them. `now` is by the
-        monotonic clock."""
+    async def preserve(self, now: float) -> bool:
+        """Keep what it has used so far in the ledger, should the process be killed, if it is time
+        for that and bytes of an answer have passed. Return whether that was done. Containers are
+        left to the next answer that shows them. `now` is by the monotonic clock."""
         worked = now - self._left_at
-        if worked < max(PRESERVE_SECONDS, 2 * self._preserved_after) or self._is_over:
-            return
-        if self.first_byte_ms is None:
-            return
+        if worked < max(PRESERVE_SECONDS, PRESERVE_GROWTH * self._preserved_after):
+            return False
+        if self.first_byte_ms is None or self._is_over:
+            return False
         self._preserved_after = worked
         guess = await self._estimate("interrupted")
         if self._is_over:
-            return
+            return False
         self._fill(self.meter.report)
         row = msgspec.structs.replace(self._row)
         parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
-        if row.usage_source != "none":
-            image_model = self._content.image_model()
-            charge(row, parts, self._money, image_model)
-            self._preserved = True
-            store, at = self.gateway.store, self._correctable_at
-            ledger.keep_unsettled(store, row, at, image_model)
+        if row.usage_source == "none":
+            return False
+        image_model = self._content.image_model()
+        charge(row, parts, self._money, image_model)
+        self._preserved = True
+        ledger.keep_unsettled(self.gateway.store, row, self._correctable_at, image_model)
+        return True
 
     @property
     def _is_over(self) -> bool:
@@ -765,10 +767,10 @@ class Background:
         self._progress.seen = self._progress.seen.or_more(Seen.of(report))
 
     def watch(self, now: float) -> bool:
-        """Note what its readers have been sent so far, if it has gone on for twice as long as the
-        last time; return whether that is so. `now` is by the monotonic clock."""
+        """Note what its readers have been sent so far, if it is time for that. Return whether that
+        was done. `now` is by the monotonic clock."""
         seconds = now - self._followed_at
-        if seconds < 2 * self._watched_after or not self._read:
+        if seconds < PRESERVE_GROWTH * self._watched_after or not self._read:
             return False
         self._watched_after = seconds
         for report in self._read:

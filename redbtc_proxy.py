@@ -1459,15 +1459,22 @@ async def watch_ledger(store: Store) -> None:
             say(level, event, reason=store.failure)
 
 
+PRESERVED_AT_ONCE, PRESERVE_PAUSE = 8, 0.008  # requests; seconds
+
+
 async def preserve(gateway: Gateway) -> None:
-    """Keep what requests in flight have used so far, for as long as the gateway runs."""
+    """Keep what requests in flight have used so far, for as long as the gateway runs. One commit
+    of very many would hold up others, so there is a pause after each few."""
     while True:
         await asyncio.sleep(PRESERVE_SECONDS)
         if gateway.store.healthy:
-            now = time.monotonic()
-            await gateway.unended.preserve(now)
+            await gateway.unended.preserve(time.monotonic())
+            preserved = 0
             async for request in with_turns(list(gateway.running)):
-                await request.preserve(now)
+                preserved += await request.preserve(time.monotonic())
+                if preserved == PRESERVED_AT_ONCE:
+                    preserved = 0
+                    await asyncio.sleep(PRESERVE_PAUSE)
 
 
 async def run(
