@@ -457,7 +457,8 @@ class Judge:
             return
         if got and (row["usage_source"] == "none" or not cost):
             self.run.differs(plan, f"{got} bytes for nothing, billed {bill}: {state}")
-        if got and row["usage_source"] == "estimated":
+        # What passed in the last second before a kill is not kept.
+        if got and row["usage_source"] == "estimated" and plan.number not in self.run.killed:
             for name, seen in self._seen(plan, result).items():
                 if (row.get(name) or 0) < seen:
                     self.run.differs(plan, f"{name} of {seen} were seen: {row.get(name)}, {state}")
