@@ -205,7 +205,7 @@ class Progress(Struct):
 USUAL_SPEED = 60.0  # of a model of which no row is known
 MIN_DURATION_MS = 1000  # a shorter row says nothing
 MAX_ACCOUNTS, MAX_ROWS = 100, 100  # those with most requests, and the newest rows of each
-SPEED_SECONDS = 10  # for which what was read is used
+SPEED_SECONDS = 60  # for which what was read is used
 UPPER = 0.75  # the share of an account's tokens that were written no faster than its speed
 MONTH_MS = 31 * 86_400_000
 ROWS_WITH_SPEED = f"""
