@@ -761,9 +761,10 @@ class Books:
         """An account's own, else the settings'; in nanos, or UNLIMITED."""
         return parse_limit(self.settings.default_credit_limit) if own is None else own
 
-    async def hold(self, key: Key, model: str, most: Callable[[Tariff], int]) -> Hold:
+    async def hold(self, key: Key, model: str, most: Callable[[Tariff | None], int]) -> Hold:
         """Hold what `most` says that a request can cost by the prices of this instant, where
-        anything limits it. Raises Spent, LedgerUnavailable."""
+        anything limits it. It is given None for a model without a price. Raises Spent,
+        LedgerUnavailable."""
         account, own = await self._purses_of(key)
         now = self.store.time()  # from here on nothing is waited for
         month, tariff = month_of(now), self.prices.tariff(model, now)
@@ -771,7 +772,7 @@ class Books:
         own.turn(month)
         held = 0
         left = self._left(key, account, own)
-        if left and tariff:
+        if left:
             held = most(tariff)
             for what, amount in left:
                 if 0 < held > amount:

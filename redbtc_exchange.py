@@ -21,7 +21,7 @@ import httpx2
 import msgspec
 
 import redbtc_ledger as ledger
-from redbtc_billing import Hold, Spent, Tariff
+from redbtc_billing import FREE, Hold, Spent, Tariff
 from redbtc_body import Content
 from redbtc_decoding import DecodedMeter
 from redbtc_estimates import (
@@ -306,7 +306,7 @@ class Metered(Exchange):
         """Hold what a request can cost, at the prices of this instant; `further_input` is in
         tokens. Raises Refusal."""
 
-        def most(tariff: Tariff) -> int:
+        def most(tariff: Tariff | None) -> int:
             self._weigh_conversations(content)
             return self._most_cost(tariff, content, further_input)
 
@@ -332,12 +332,14 @@ class Metered(Exchange):
             tokens = (home.tokens if home else None) or 0
             content.weigh_again(each, tokens + objects.growing(each))
 
-    def _most_cost(self, tariff: Tariff, content: Content, further_input: int) -> int:
-        """Nanos. Asked for only where spending is limited: there usage has to be reported."""
-        if self.endpoint.free:
+    def _most_cost(self, tariff: Tariff | None, content: Content, further_input: int) -> int:
+        """Nanos. Asked for only where spending is limited: there usage has to be reported. A model
+        without a price is free, but its tools' models can have one."""
+        if self.endpoint.free or not (tariff or content.further_models()):
             return 0
         if self._unmetered:
             raise unmetered()
+        tariff = tariff or FREE
         tier = content.facts.service_tier
         into = self._most_input(content, further_input)
         output = self._most_output(tariff) * self._answers

@@ -534,6 +534,19 @@ def test_an_image_tool_without_a_price_is_held_for_as_it_is_billed(
     assert account.balance() >= 0
 
 
+def test_an_image_tool_with_a_price_is_held_for_beside_a_model_without_one(
+    make_gateway: MakeGateway, honest: Honest
+) -> None:
+    account = Account(make_gateway, 'unpriced_models = "free"\n')
+    account.fill()
+    honest.seconds = 0.1
+    body = {**SHORT, "model": "without-a-price", "max_tool_calls": 5}
+    with account.client:
+        assert account.eight("/responses", {**body, "tools": [DRAW]}) == {200, 429}
+        assert account.balance() >= 0
+        assert account.eight("/responses", body) == {200}
+
+
 PICTURES = {
     "a screenshot": {"input": [{"output": "%"}]},
     "a tool's list": {"input": [{"output": ["%"]}]},
