@@ -222,7 +222,6 @@ class Form:
     def _take(self, body: Buffer, end: int) -> None:
         """A part is whole."""
         start = self._part
-        self._tokens += min(end - start, MAX_PICTURE_TOKENS)
         self._parts += 1
         if self._parts > MAX_PARTS:
             raise Refusal("invalid_request", f"The form has more than {MAX_PARTS} parts.")
@@ -232,6 +231,7 @@ class Form:
         field = not {b"filename", b"filename*"} & parameters.keys()
         if not field and not parameters.get(b"filename"):
             self._check_doubtful(name, bytes(body[head_end + 4 : min(end, head_end + 64)]))
+        self._tokens += end - start if field else min(end - start, MAX_PICTURE_TOKENS)
         if not field:
             self.files, self.file_bytes = self.files + 1, self.file_bytes + size
         single = name.lower() in SINGLE_FIELDS
@@ -583,7 +583,7 @@ FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFact
 PART, PARTS = msgspec.json.Decoder(Part), msgspec.json.Decoder(list[Part])
 PICTURE = b"image_url"
 CONTENTS = ("content", "output")  # members of an item that can hold pictures
-PICTURES = ("images", "mask")  # those of a request for images
+PICTURES = ("images", "mask", "markup")  # those of a request for images
 LISTS = {"input", "messages", "tools", "svg"}
 TOOL_NAMES = {"type", "model", "svg", "tools", "function", "container", "environment"}
 # How the types of the upstream's own tools begin, with the bits of what they use; there are dated
@@ -718,9 +718,8 @@ class Content:
         self.extras, self.lasting_extras = reading.extras | cache, reading.lasting_extras | cache
         self.searches = reading.searches
         self._further, self._lasting = reading.models, reading.lasting
-        if reading.countable:
-            self.pictures, self.picture_bytes = reading.pictures, reading.picture_bytes
-            self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
+        self.pictures, self.picture_bytes = reading.pictures, reading.picture_bytes
+        self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
         if isinstance(options, StreamOptions):
             (part,) = pieces.parts(members["stream_options"])
@@ -901,7 +900,7 @@ class Reading:
         self.extras = self.lasting_extras = 0  # of the upstream's tools: bits of EXTRAS
         self.searches = False  # the request as a whole is one search of the web
         self.pictures = self.picture_bytes = 0
-        self.countable = True  # whether the pictures could be counted; else they count as text
+        self.countable = True  # whether the pictures can be counted by their places
         self._pieces = pieces
         self._members = members
         self._names = False  # whether any member may name a stored object
@@ -935,6 +934,8 @@ class Reading:
         if self._shows:
             yield from self._count_messages(members.get("messages", NULL))
             yield from self._count_pictures(members, PICTURES)
+            if not self.countable:
+                yield from self._count_names()
 
     def _read_input(self, given: msgspec.Raw) -> Steps[None]:
         if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
@@ -1057,6 +1058,18 @@ class Reading:
             self._count_items(messages)
             for message in messages:
                 yield from self._count_pictures(message, CONTENTS)
+            yield
+
+    def _count_names(self) -> Steps[None]:
+        """Take each name of a picture, and each name with escapes, for a picture: there are odd
+        lists in the body, which some upstreams step over. All bytes count as text then."""
+        self.pictures = self.picture_bytes = 0
+        for piece in self._pieces.all():
+            self.pictures += piece.count(PICTURE)
+            for number, _ in enumerate(ESCAPED.finditer(piece)):
+                self.pictures += 1
+                if number % 256 == 0:
+                    yield
             yield
 
     def _count_pictures(self, item: Members, names: Iterable[str]) -> Steps[None]:

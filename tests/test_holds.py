@@ -35,7 +35,7 @@ from upstream import (
 )
 from websockets.sync.client import ClientConnection, connect
 
-from redbtc_body import DEFAULT_IMAGE_MODEL, Content
+from redbtc_body import DEFAULT_IMAGE_MODEL, Content, Form
 from redbtc_refusals import Refusal
 
 MODEL, PICTURE_TOKENS, ANSWER_TOKENS = "gpt-up", 2000, 10_000
@@ -554,6 +554,7 @@ PICTURES = {
     "a chat": {"messages": [{"content": ["%"]}]},
     "images to edit": {"images": ["%"]},
     "a mask": {"mask": "%"},
+    "marks": {"markup": "%"},
     "a tool's mask": {"tools": [{"type": "image_generation", "input_image_mask": "%"}]},
 }
 
@@ -566,6 +567,41 @@ def test_a_picture_is_held_as_such_wherever_it_stands(where: str, size: int) -> 
     body = json.dumps({"model": MODEL, **PICTURES[where]}).replace('"%"', json.dumps(part))
     content = result_of(Content.steps(body.encode(), body.encode()))
     assert 16_000 < content.most_input_tokens < 16_500
+
+
+@pytest.mark.parametrize("more", [{"mask": [1]}, {"images": ["x"]}, {"input": [{"content": [""]}]}])
+@pytest.mark.parametrize("name", ["image_url", "imag\\u0065_url"])
+def test_an_odd_list_hides_no_pictures(
+    account: Account, upstream: Upstream, more: dict[str, Any], name: str
+) -> None:
+    """Some upstreams step over members that they don't know."""
+
+    async def answer(request: Received, reply: Reply) -> None:
+        await asyncio.sleep(0.1)
+        await chat_json({"prompt_tokens": 30_000, "completion_tokens": 1})(request, reply)
+
+    upstream.script = answer
+    account.fill("2")
+    picture = {"type": "picture", "image_url": {"url": "https://example.com/"}}
+    body = {"messages": [{"role": "user", "content": [picture] * 20}], "max_tokens": 1, **more}
+    text = json.dumps({"model": MODEL, **body}).replace("image_url", name).encode()
+    headers = {"content-type": "application/json"}
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        asks = [
+            pool.submit(account.post, "/chat/completions", text, headers=headers)
+            for _ in range(PARALLEL)
+        ]
+        assert {ask.result().status_code for ask in asks} == {200, 429}
+    assert account.balance() >= 0
+
+
+def test_a_long_prompt_in_a_form_is_held_in_full() -> None:
+    """Only files are pictures, which have few tokens."""
+    text, headers = form({"model": "gpt-image", "prompt": "x" * 100_000})
+    read = Form(headers["content-type"].partition("=")[2].encode())
+    result_of(read.grow(text))
+    content = result_of(Content.steps(text, text, read))
+    assert 100_000 < content.most_input_tokens < 100_500
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────
