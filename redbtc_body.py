@@ -965,6 +965,9 @@ class Reading:
             object_id = string_in(item["id"])
             if name := reference_in(item, self._pieces):
                 self.named.add(Reference(name, object_id))
+                if is_text(item.get("result", NULL)) and kind_of(item) == "image_generation_call":
+                    self.pictures += 1
+                    self.picture_bytes += self._pieces.size(item["result"])
             else:
                 self.named.choose(object_id[: MAX_NAME + 1])  # a longer one is never learned
         if "tools" in item and kind_of(item) != "mcp_list_tools":  # that one only reports tools

@@ -470,6 +470,23 @@ def test_a_history_of_tool_calls_is_not_held_as_whole_responses(
     assert account.post("/responses", {**SHORT, "input": calls}).status_code == 200
 
 
+def test_a_drawn_picture_that_is_sent_again_is_held_as_a_picture(
+    account: Account, upstream: Upstream
+) -> None:
+    """The SDKs' `input += response.output` sends all of its bytes."""
+    drawn = {"type": "image_generation_call", "id": "ig_1", "status": "completed"}
+    drawn["result"] = "A" * 2_000_000
+    usage = {"input_tokens": 1000, "output_tokens": 10, "total_tokens": 1010}
+    upstream.script = json_answer(response_object(MODEL, usage, output=[drawn]))
+    account.gateway.api("PATCH", "/accounts/prepaid", {"tokens_per_minute": 100_000})
+    account.fill("2")
+    assert account.post("/responses", {**SHORT, "input": "Draw"}).status_code == 200
+    again = account.post("/responses", {**SHORT, "input": [drawn]})
+    assert again.status_code == 200, again.text
+    account.fill("0.1")
+    assert account.post("/responses", {**SHORT, "input": [drawn]}).status_code == 429, "16,000"
+
+
 @pytest.mark.parametrize("options", [{}, {"search_context_size": "low"}, None])
 def test_a_chat_that_searches_the_web_pays_for_that(
     account: Account, options: dict[str, Any] | None
