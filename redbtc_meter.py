@@ -91,7 +91,7 @@ ITEM_NODE = Node(
     | short("id", "type", "call_id", "container_id", "quality", "size")
     | {"environment": Node(short("container_id")), "content": CONTENT}
     | {"action": Node(SAYS | short("type")), "encrypted_content": Node(strings="length")}
-    | {"result": HEAD, "b64_json": HEAD, "url": SHORT}
+    | {"result": HEAD, "b64_json": HEAD, "url": SHORT, "svg_usage": COUNTS}
 )
 ITEMS_NODE = Node(elements=ITEM_NODE)
 RESPONSE_NODES = (
@@ -173,6 +173,7 @@ class Item(Struct):
     environment: Any = None
     content: Any = None
     action: Any = None
+    svg_usage: Any = None
 
     @property
     def by_tool(self) -> bool:
@@ -370,7 +371,7 @@ def plus(a: int | None, b: int | None) -> int | None:
 
 
 def with_svg(used: Usage | None, parts: list[Part], svg: Any) -> Usage | None:
-    """An image endpoint's usage with that of the model which wrote an SVG: separate, says OpenAI's
+    """The usage of an answer with that of the model which wrote an SVG: separate, says OpenAI's
     reference, so that it comes on top."""
     wrote = read_usage(svg, images=False)
     if wrote is None:
@@ -382,7 +383,10 @@ def with_svg(used: Usage | None, parts: list[Part], svg: Any) -> Usage | None:
         used,
         input_tokens=plus(used.input_tokens, wrote.input_tokens),
         output_tokens=plus(used.output_tokens, wrote.output_tokens),
-        reasoning_tokens=reasoning if part_of(wrote.output_tokens, reasoning or 0) else None,
+        reasoning_tokens=plus(
+            used.reasoning_tokens,
+            reasoning if part_of(wrote.output_tokens, reasoning or 0) else None,
+        ),
     )
 
 
@@ -546,6 +550,9 @@ class Report:
         self._reported_at = 0  # bytes of deltas that had passed when the usage was reported last
         self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
         self._file_searches: set[Any] = set()  # ids
+        self._svgs: dict[
+            Any, Any
+        ] = {}  # by item, the usage of what wrote an SVG for the image tool
         # No usage reports these; they are counted by the items of the output.
         self.containers: dict[str, None] = {}  # ids of those in which code ran
 
@@ -623,6 +630,8 @@ class Report:
             if self._searches or self._file_searches:
                 used = self._with_calls(used, parts)
             used = with_tools(used, parts, said.tool_usage)
+            for svg in self._svgs.values():
+                used = with_svg(used, parts, svg)
         if used and self.usage and self._images:
             used, parts = self._with_earlier(answer, used, parts)
         if used:
@@ -670,6 +679,8 @@ class Report:
             named += [(each, True) for each in item.containers()]
             if item.type in COUNTED:
                 self._count(item)
+            if item.svg_usage is not None:
+                self._svgs[name_in(item.id) or len(self._svgs)] = item.svg_usage
         self.made.update((each, always) for each, always in named if name_in(each))
 
     def _count(self, item: Item) -> None:

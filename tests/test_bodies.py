@@ -486,10 +486,12 @@ def test_svg_and_tool_usage_are_billed_by_their_own_models(
     }
     with gateway.client(gateway.new_key()) as client:
         client.post("/images/generations", json={"model": "gpt-image", "prompt": "x"})
-        upstream.script = json_answer(response_object(tool_usage=tools))
+        drawing = {"type": "image_generation_call", "id": "ig_1", "svg_usage": svg}
         tool = {"type": "image_generation", "model": "gpt-image"}
-        client.post("/responses", json={**BODY, "tools": [tool]})
-    drawn, answered = gateway.rows()
+        for output in ([], [drawing, {**drawing, "id": "ig_2"}]):
+            upstream.script = json_answer(response_object(tool_usage=tools, output=output))
+            client.post("/responses", json={**BODY, "tools": [tool]})
+    drawn, answered, wrote = gateway.rows()
     assert (drawn["input_tokens"], drawn["output_tokens"]) == (150, 322)
     assert drawn["reasoning_tokens"] == 20
     assert float(drawn["cost"]) * 1e6 == pytest.approx(50 * 10 + 272 * 100 + 100 * 1 + 50 * 2)
@@ -498,8 +500,11 @@ def test_svg_and_tool_usage_are_billed_by_their_own_models(
     assert answered["tool_input_tokens"] == 10
     expected = 30 + 9 + 50 * 10 + 1000 * 100 + 3 * 0.5e6
     assert float(answered["cost"]) * 1e6 == pytest.approx(expected)
+    assert float(wrote["cost"]) * 1e6 == pytest.approx(expected + 2 * (100 * 1 + 50 * 2))
+    assert (wrote["input_tokens"], wrote["output_tokens"]) == (30 + 200, 9 + 100)
+    assert wrote["reasoning_tokens"] == answered["reasoning_tokens"] + 2 * 20
     sums = gateway.cli("usage", "--group-by", "model")
-    assert sums["totals"]["tool_input_tokens"] == 10
+    assert sums["totals"]["tool_input_tokens"] == 20
     assert gateway.cli("db", "check")["ok"]
 
 
