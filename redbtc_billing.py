@@ -278,6 +278,7 @@ class PriceList:
         }
         self._patterns = sorted(filter(is_pattern, self._named), key=specificity)
         self._known: dict[tuple[str, int], Tariff | None] = {}
+        self._in_force: dict[int, list[Tariff]] = {}
 
     def tariff(self, model: str, at: int) -> Tariff | None:
         """The prices in force for a model at a time, or None: it has none."""
@@ -309,6 +310,14 @@ class PriceList:
             return None
         prices = self._named[pattern]
         return Tariff(latest(price for price in prices if price.effective_at <= at).values())
+
+    def tariffs(self, at: int) -> list[Tariff]:
+        """The prices in force at a time for each name and pattern."""
+        now = bisect_right(self._changes, at)
+        if now not in self._in_force:
+            own = (self.own_tariff(each, at) for each in self._names)
+            self._in_force = {now: [each for each in own if each]}
+        return self._in_force[now]
 
     def before(self, new: Price, others: Iterable[Price]) -> Price | None:
         """The price that a new one supersedes when it takes effect, given others that are added
@@ -717,6 +726,10 @@ class Books:
     def tariff(self, model: str) -> Tariff | None:
         """Its prices now."""
         return self.prices.tariff(model, self.store.time())
+
+    def tariffs(self) -> list[Tariff]:
+        """The prices now of all names and patterns."""
+        return self.prices.tariffs(self.store.time())
 
     def served(self, model: str) -> bool:
         """Whether it may be served: without a price only where that is free."""

@@ -668,6 +668,7 @@ class Content:
         self._further: dict[str, bool] = {}  # further models it uses, and whether for pictures
         self._lasting: dict[str, bool] = {}  # those of tools that are part of its input
         self.lasting_extras = 0  # of these, what a request that builds on this one can use
+        self.unnamed_author = False  # the upstream chooses the model that writes an SVG
 
     @classmethod
     def steps(
@@ -693,6 +694,8 @@ class Content:
         self.pictures, self.picture_bytes = form.files, form.file_bytes
         author = form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
         self._further = {author: False} if author else {}
+        format_ = form.fields.get(b"output_format", b"").strip().lower()
+        self.unnamed_author = not author and format_ == b"svg"
 
     def _read(self, text: Buffer, decoder: msgspec.json.Decoder[Any]) -> Steps[Members]:
         if len(text) > MAX_PIECE:
@@ -718,6 +721,7 @@ class Content:
         self.extras, self.lasting_extras = reading.extras | cache, reading.lasting_extras | cache
         self.searches = reading.searches
         self._further, self._lasting = reading.models, reading.lasting
+        self.unnamed_author = reading.unnamed_author
         self.pictures, self.picture_bytes = reading.pictures, reading.picture_bytes
         self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
@@ -812,6 +816,11 @@ class Content:
         check_models(models)
         return models
 
+    @property
+    def makes_others_work(self) -> bool:
+        """Whether it makes models work besides its own. Raises Refusal as `further_models` does."""
+        return self.unnamed_author or bool(self.further_models())
+
     def image_model(self) -> str:
         """That of the tool which makes pictures, whether it is named or not."""
         drawing = [model for model, images in self.further_models().items() if images]
@@ -899,6 +908,7 @@ class Reading:
         self.lasting: dict[str, bool] = {}
         self.extras = self.lasting_extras = 0  # of the upstream's tools: bits of EXTRAS
         self.searches = False  # the request as a whole is one search of the web
+        self.unnamed_author = False  # an SVG is asked for, but not by which model
         self.pictures = self.picture_bytes = 0
         self.countable = True  # whether the pictures can be counted by their places
         self._pieces = pieces
@@ -924,8 +934,8 @@ class Reading:
             self._offers.append((members["tools"], 0, False))
         while self._offers:
             yield from self._read_tools(*self._offers.popleft())
-        if "svg" in members:
-            yield from self._note_author(members["svg"], lasting=False)
+        if "svg" in members or "output_format" in members:
+            yield from self._note_author(members, lasting=False)
         if members.get(SEARCHES, NULL) != NULL:
             self.searches = True
             self.extras |= EXTRAS["web_search"]
@@ -1028,19 +1038,23 @@ class Reading:
         self.lasting_extras |= bit if lasting else 0
 
     def _note_painter(self, tool: Members, lasting: bool) -> Steps[None]:
-        yield from self._note_author(tool.get("svg", NULL), lasting)
+        yield from self._note_author(tool, lasting)
         if self._shows:
             yield from self._count_pictures(tool, ("input_image_mask",))
         model = string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL
         self._note_model(model, True, lasting)
 
-    def _note_author(self, given: msgspec.Raw, lasting: bool) -> Steps[None]:
-        """Note the model that writes an SVG, if one is named."""
+    def _note_author(self, drawing: Members, lasting: bool) -> Steps[None]:
+        """Note the model that writes an SVG, given what asks for a picture: a tool or the body."""
+        given, author = drawing.get("svg", NULL), ""
         if given != NULL:
             svg = yield from members_in(self._pieces.parts(given))
             check_letters(svg, TOOL_NAMES)
-            if author := string_in(svg.get("model", NULL)):
-                self._note_model(author, False, lasting)
+            author = string_in(svg.get("model", NULL))
+        if author:
+            self._note_model(author, False, lasting)
+        elif string_in(drawing.get("output_format", NULL)).lower() == "svg":
+            self.unnamed_author = True
 
     def _note_model(self, model: str, images: bool, lasting: bool) -> None:
         if len(model) > MAX_NAME:

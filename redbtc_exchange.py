@@ -21,7 +21,7 @@ import httpx2
 import msgspec
 
 import redbtc_ledger as ledger
-from redbtc_billing import FREE, Hold, Spent, Tariff
+from redbtc_billing import DEFAULT_TIER, FREE, Hold, Spent, Tariff
 from redbtc_body import Content
 from redbtc_decoding import DecodedMeter
 from redbtc_estimates import (
@@ -335,7 +335,7 @@ class Metered(Exchange):
     def _most_cost(self, tariff: Tariff | None, content: Content, further_input: int) -> int:
         """Nanos. Asked for only where spending is limited: there usage has to be reported. A model
         without a price is free, but its tools' models can have one."""
-        if self.endpoint.free or not (tariff or content.further_models()):
+        if self.endpoint.free or not (tariff or content.makes_others_work):
             return 0
         if self._unmetered:
             raise unmetered()
@@ -386,13 +386,21 @@ class Metered(Exchange):
     def _most_further(self, tariff: Tariff, content: Content, into: int) -> int:
         """Return the nanos that the further models can cost at most, each working once: for a call
         of the image tool, or for an SVG. One without a price is billed by `tariff`, that of the
-        model that was asked for."""
-        usual, most = self.settings.billing.hold_output_tokens, 0
+        model that was asked for; the upstream can choose any for an SVG's unnamed author."""
+        books, usual = self.gateway.books, self.settings.billing.hold_output_tokens
+
+        def most(of_model: Tariff, tier: str | None, images: bool) -> int:
+            return of_model.most(into, of_model.max_output_tokens or usual, tier, images)
+
+        asked = tariff, content.facts.service_tier
+        further = 0
         for model, images in content.further_models().items():
-            own = self.gateway.books.tariff(model)
-            of_model, tier = (own, None) if own else (tariff, content.facts.service_tier)
-            most += of_model.most(into, of_model.max_output_tokens or usual, tier, images)
-        return most
+            own = books.tariff(model)
+            further += most(*((own, DEFAULT_TIER) if own else asked), images)
+        if content.unnamed_author:
+            all_models = [(each, DEFAULT_TIER) for each in books.tariffs()]
+            further += max(most(*each, False) for each in (asked, *all_models))
+        return further
 
     def _most(self) -> Most:
         """Return the most that it was held to use, or would have been if anything limited it."""

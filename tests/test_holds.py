@@ -483,8 +483,9 @@ def test_a_drawn_picture_that_is_sent_again_is_held_as_a_picture(
     assert account.post("/responses", {**SHORT, "input": "Draw"}).status_code == 200
     again = account.post("/responses", {**SHORT, "input": [drawn]})
     assert again.status_code == 200, again.text
-    account.fill("0.1")
-    assert account.post("/responses", {**SHORT, "input": [drawn]}).status_code == 429, "16,000"
+    account.fill("0.08")
+    again = account.post("/responses", {**SHORT, "input": [drawn]})
+    assert again.json()["error"]["code"] == "insufficient_quota", "16,000 tokens are 0.08"
 
 
 @pytest.mark.parametrize("options", [{}, {"search_context_size": "low"}, None])
@@ -562,6 +563,44 @@ def test_an_image_tool_with_a_price_is_held_for_beside_a_model_without_one(
         assert account.eight("/responses", {**body, "tools": [DRAW]}) == {200, 429}
         assert account.balance() >= 0
         assert account.eight("/responses", body) == {200}
+
+
+SVG = {"output_format": "svg"}
+
+
+@pytest.mark.parametrize("how", ["a form", "a body", "a tool", "a tool's settings"])
+def test_the_author_of_an_svg_is_held_for_where_none_is_named(
+    account: Account, honest: Honest, upstream: Upstream, how: str
+) -> None:
+    """Which is usual: the upstream chooses one."""
+    prices = [price("gpt-author", input="5", output="90", max_output=ANSWER_TOKENS)]
+    account.gateway.api("POST", "/prices", {"prices": prices})
+    counts = {"input_tokens": 10, "output_tokens": ANSWER_TOKENS, "reasoning_tokens": 0}
+    svg = {**counts, "model": "gpt-author"}
+    item = {"type": "image_generation_call", "id": "ig_1", "svg_usage": svg}
+    tool = {**DRAW, **SVG, "svg": {"reasoning": None} if "settings" in how else None}
+    content, headers = form({"model": "gpt-image-2", "prompt": "x", **SVG})
+
+    async def answer(request: Received, reply: Reply) -> None:
+        await asyncio.sleep(0.1)
+        usage = {"input_tokens": 10, "output_tokens": 10, "total_tokens": 20}
+        pictured = {"created": 1, "data": [], "usage": usage, "svg_usage": svg}
+        made = response_object(MODEL, usage, output=[item])
+        await json_answer(made if "tool" in how else pictured)(request, reply)
+
+    def ask() -> int:
+        if how == "a form":
+            return account.post("/images/edits", content, headers=headers).status_code
+        if how == "a body":
+            return account.post("/images/generations", {"model": "gpt-image-2", **SVG}).status_code
+        body = {**SHORT, "tools": [tool], "max_tool_calls": 1}
+        return account.post("/responses", body).status_code
+
+    upstream.script = answer
+    account.fill("2.5")
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        assert {each.result() for each in [pool.submit(ask) for _ in range(PARALLEL)]} == {200, 429}
+    assert account.balance() >= 0
 
 
 PICTURES = {
