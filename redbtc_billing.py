@@ -210,9 +210,11 @@ class Tariff:
         self.max_output_tokens = self.tiers[DEFAULT_TIER][-1].max_output_tokens
 
     def price(self, tier: str | None, input_tokens: int) -> Price:
-        """That of a response of this tier and so much input. Exactly the threshold is not above
-        it; above it, the whole request has the other rates."""
-        for name in (tier or DEFAULT_TIER, DEFAULT_TIER):
+        """That of a response of this tier and so much input. Some upstreams report the tier by the
+        name that requests have for it. Exactly the threshold is not above it; above it, the whole
+        request has the other rates."""
+        tier = tier or DEFAULT_TIER
+        for name in (tier, TIER_NAMES.get(tier, DEFAULT_TIER), DEFAULT_TIER):
             for price in self.tiers.get(name, ()):
                 if input_tokens > price.above_input_tokens or not price.above_input_tokens:
                     return price
@@ -222,7 +224,7 @@ class Tariff:
         """The prices that a request can get which asks for a tier: it gets that or the default one.
         Where it leaves the choice to the upstream, or nobody knows how that takes the name, it may
         get any."""
-        wanted = {DEFAULT_TIER, TIER_NAMES.get(str(tier), str(tier))}
+        wanted = {DEFAULT_TIER, str(tier), TIER_NAMES.get(str(tier), DEFAULT_TIER)}
         any_tier = tier not in KNOWN_TIERS and tier not in self.tiers
         return [
             price

@@ -565,6 +565,23 @@ def test_an_image_tool_with_a_price_is_held_for_beside_a_model_without_one(
         assert account.eight("/responses", body) == {200}
 
 
+@pytest.mark.parametrize("priced", ["priority", "fast"])
+def test_a_tier_that_is_reported_by_the_name_of_the_request_is_held_and_billed(
+    account: Account, upstream: Upstream, priced: str
+) -> None:
+    prices = [price(MODEL, input="50", output="300", max_output=ANSWER_TOKENS) | {"tier": priced}]
+    account.gateway.api("POST", "/prices", {"prices": prices, "without_notice": "test"})
+    usage = {"input_tokens": 0, "output_tokens": 1000, "total_tokens": 1000}
+    answer = json_answer(response_object(MODEL, usage, service_tier="fast"))
+    upstream.script = answer
+    body = {"input": "x", "max_output_tokens": 1000, "service_tier": "fast"}
+    account.fill("0.2")
+    assert account.post("/responses", body).status_code == 429
+    account.fill("0.5")
+    assert account.post("/responses", body).status_code == 200
+    assert account.balance() == Decimal("0.2")
+
+
 SVG = {"output_format": "svg"}
 
 
