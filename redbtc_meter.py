@@ -550,9 +550,7 @@ class Report:
         self._reported_at = 0  # bytes of deltas that had passed when the usage was reported last
         self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
         self._file_searches: set[Any] = set()  # ids
-        self._svgs: dict[
-            Any, Any
-        ] = {}  # by item, the usage of what wrote an SVG for the image tool
+        self._svgs: dict[Any, Any] = {}  # by item: usage of what wrote an SVG for the image tool
         # No usage reports these; they are counted by the items of the output.
         self.containers: dict[str, None] = {}  # ids of those in which code ran
 
