@@ -452,7 +452,8 @@ class Judge:
         if cost > most:
             self.run.differs(plan, f"costs {cost}, at most {most}: {state}")
         if not bill:
-            if cost and (plan.fault.startswith("error") or plan.endpoint.endswith("input_tokens")):
+            failed = plan.fault.startswith("error") and entry.used != plan.used
+            if cost and (failed or plan.endpoint.endswith("input_tokens")):
                 self.run.differs(plan, f"the upstream bills nothing: {state}")
             return
         if got and (row["usage_source"] == "none" or not cost):
