@@ -13,7 +13,7 @@ from msgspec import structs
 
 import redbtc_ledger as ledger
 from redbtc_billing import Books
-from redbtc_estimates import is_complete
+from redbtc_estimates import is_complete, is_of_cancelled
 from redbtc_exchange import UNFINISHED, homes_of, of_models
 from redbtc_ledger import Estimated, Objects, Part, Usage
 from redbtc_meter import Report
@@ -38,7 +38,7 @@ class Corrections:
             found = None
             with contextlib.suppress(LedgerUnavailable):  # it is for the next who looks
                 found = ledger.estimated_of(self._books.store, response_id, account_id)
-            if found is None:
+            if found is None or (is_of_cancelled(report) and found.output_tokens):
                 return
             writing = asyncio.create_task(self._write(found, response_id, account_id, report))
             self._writing[response_id] = writing

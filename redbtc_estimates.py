@@ -105,6 +105,12 @@ def is_complete(report: Report) -> bool:
     return known is not None and None not in (known.input_tokens, known.output_tokens)
 
 
+def is_of_cancelled(report: Report) -> bool:
+    """Return whether a cancelled response shows usage without output, which can be what it began
+    with: nobody may have counted what its model did until then."""
+    return report.status == "cancelled" and report.is_of_beginning
+
+
 def estimate(
     report: Report, seen: Seen, written: int, read: int, most: Most, *, images: bool, partly: bool
 ) -> Estimate:

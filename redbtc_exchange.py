@@ -31,6 +31,7 @@ from redbtc_estimates import (
     Seen,
     estimate,
     is_complete,
+    is_of_cancelled,
 )
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
 from redbtc_limits import Admission, Clock, rate_limit_headers
@@ -810,7 +811,9 @@ class Background:
         for each in (report, *self._read):
             progress.seen = progress.seen.or_more(Seen.of(each))
         guess = None
-        if not is_complete(report) and (outcome != "upstream_error" or progress.seen):
+        partly = is_of_cancelled(report) and (progress.works or bool(progress.seen))
+        unknown = partly or not is_complete(report)
+        if unknown and (outcome != "upstream_error" or progress.seen):
             if report.status is not None:  # it worked until it ended
                 progress.until = now_ms()
             guess = estimate(
@@ -820,7 +823,7 @@ class Background:
                 read=self.unfinished.input_estimate,
                 most=most,
                 images=False,
-                partly=False,
+                partly=partly,
             )
         return account_for(row, report, outcome, guess)
 

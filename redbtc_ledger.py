@@ -1164,8 +1164,8 @@ BACKGROUND = f"""
      WHERE requests.outcome = 'pending' AND requests.response_id IS NOT NULL"""
 KEY_OF = FULL_KEY + " WHERE keys.id = ?1"
 ESTIMATED = """
-    SELECT request_id, key_id, requested_model, ifnull(cost, 0), file_searches, containers,
-           admitted_at, image_model
+    SELECT request_id, key_id, requested_model, ifnull(cost, 0), ifnull(output_tokens, 0),
+           file_searches, containers, admitted_at, image_model
       FROM estimates JOIN requests USING (request_id)
      WHERE estimates.response_id = ? AND account_id = ?"""
 CORRECTED = (
@@ -1245,6 +1245,7 @@ class Estimated(NamedTuple):
     key_id: str
     requested_model: str
     cost: int
+    output_tokens: int
     file_searches: int | None
     containers: int | None
     admitted_at: int

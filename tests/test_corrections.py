@@ -285,6 +285,21 @@ def test_what_a_kill_interrupted_is_corrected(gateway: Gateway, upstream: Upstre
     assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
 
 
+def test_a_cancelled_response_without_output_corrects_nothing_that_was_seen(
+    gateway: Gateway, stored: Stored
+) -> None:
+    key = gateway.new_key()
+    row = tear(gateway, key)
+    stored.status = "cancelled"
+    stored.usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    with gateway.client(key) as client:
+        client.get("/responses/resp_1")
+        assert gateway.row() == row
+        stored.usage = RESPONSE_USAGE
+        client.get("/responses/resp_1")
+    assert gateway.row()["cost"] == str(TRUE_COST)
+
+
 def test_a_correction_reads_no_other_estimates(gateway: Gateway) -> None:
     """There can be a million of them."""
     with contextlib.closing(sqlite3.connect(gateway.database)) as database:

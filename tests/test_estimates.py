@@ -480,6 +480,43 @@ def test_background_time_counts_since_it_was_not_queued(
     assert (row["output_tokens"] == 0) == (status == "queued")
 
 
+@pytest.mark.parametrize("text", [TEXT, ""])
+def test_a_cancelled_response_with_the_usage_of_its_beginning(
+    ask: Callable[..., Gateway], upstream: Upstream, text: str
+) -> None:
+    """Its usage of 0 is believed where nothing was seen of it but that it was queued."""
+    gateway, status = ask(), "queued"
+
+    async def script(request: Received, reply: Reply) -> None:
+        if status == "queued":
+            await reply.head(200, SSE)
+            await reply.send(created("resp_1", "queued") + (delta(text) if text else b""))
+            await reply.wait(request.closed)
+        usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+        await json_answer(response_object(status=status, usage=usage, output=[]))(request, reply)
+
+    upstream.script = script
+    key = gateway.new_key()
+    body = {**BODY, "background": True, "stream": True}
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/responses", json=body) as answer,
+    ):
+        seen = 0
+        for part in answer.iter_raw():
+            seen += len(part)
+            if seen > len(text):
+                break
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    status = "cancelled"
+    with gateway.client(key) as client:
+        client.post("/responses/resp_1/cancel")
+    row = settled(gateway)
+    assert row["usage_source"] == ("estimated" if text else "upstream")
+    assert (Decimal("0.5") < Decimal(row["cost"]) < 1) == bool(text)
+    assert (row["cost"] == "0") == (not text)
+
+
 @pytest.mark.parametrize("status", [200, 503, 0])
 def test_a_background_response_that_never_ends_is_given_up(
     ask: Callable[..., Gateway], upstream: Upstream, status: int
