@@ -790,6 +790,10 @@ class Background:
                 self.note(report.status)
         return True
 
+    def ignore(self, report: Report) -> None:
+        """A reader has got another response."""
+        self._read.discard(report)
+
     def note(self, status: str | None) -> None:
         """Note that it was looked at and has not ended. A status of None could not be read."""
         self._progress.note(status, now_ms())
@@ -895,6 +899,11 @@ class Unended:
         """Somebody is being sent its output."""
         if response := self._responses.get(response_id):
             response.read(report)
+
+    def ignore(self, response_id: str, report: Report) -> None:
+        """What somebody was sent is another response."""
+        if response := self._responses.get(response_id):
+            response.ignore(report)
 
     async def look(self, response_id: str, report: Report, shown: bool) -> None:
         """A reader has all that it gets. If it has been shown that the response has ended, this is

@@ -614,16 +614,24 @@ class Visit(Exchange):
         self._response_id = response_id
         self._home = home
 
+    @property
+    def _is_of_it(self) -> bool:
+        """Whether the upstream has not answered with another response."""
+        return self.meter.report.response_id in (None, self._response_id)
+
     def note(self) -> None:
-        self.gateway.unended.read(self._response_id, self.meter.report)
+        if self._is_of_it:
+            self.gateway.unended.read(self._response_id, self.meter.report)
 
     async def settle(self, outcome: Outcome) -> None:
         self.clock.pause()
         self.settled = True
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
-        shown = status == 200 and report.response_id in (None, self._response_id)
-        await gateway.unended.look(self._response_id, report, shown)
-        if shown and report.response_id:
+        if self._is_of_it:
+            await gateway.unended.look(self._response_id, report, status == 200)
+        else:
+            gateway.unended.ignore(self._response_id, report)
+        if status == 200 and report.response_id == self._response_id:
             await gateway.corrections.look(self._response_id, self.key.account_id, report)
         if status == 200:
             self._learn_listed()

@@ -595,6 +595,28 @@ def test_another_response_says_nothing(ask: Callable[..., Gateway], upstream: Up
     assert (row["usage_source"], row["output_tokens"]) == ("upstream", 9)
 
 
+def test_output_of_another_response_is_not_seen(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    gateway, status = ask(), "queued"
+    message = {"type": "message", "content": [{"type": "output_text", "text": TEXT}]}
+
+    async def script(request: Received, reply: Reply) -> None:
+        response = response_object(status=status, usage=None, output=[])
+        if request.header("x-client-request-id"):
+            response |= {"id": "resp_2", "status": "in_progress", "output": [message]}
+        await json_answer(response)(request, reply)
+
+    upstream.script = script
+    with gateway.client(gateway.new_key()) as client:
+        client.post("/responses", json={**BODY, "background": True})
+        other = client.get("/responses/resp_1", headers={"x-client-request-id": "1"})
+        assert other.json()["id"] == "resp_2"
+        status = "cancelled"
+        client.post("/responses/resp_1/cancel")
+    assert estimated(gateway, "client_disconnected")["output_tokens"] == 0
+
+
 def test_progress() -> None:
     progress = Progress(Seen(), 1000, 1000)
     progress.note("queued", 5000)
