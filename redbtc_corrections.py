@@ -35,15 +35,22 @@ class Corrections:
             return
         writing = self._writing.get(response_id)
         if writing is None:
-            found = None
-            with contextlib.suppress(LedgerUnavailable):  # it is for the next who looks
-                found = ledger.estimated_of(self._books.store, response_id, account_id)
+            found = self._estimated(response_id, account_id)
             if found is None or (is_of_cancelled(report) and found.output_tokens):
                 return
             writing = asyncio.create_task(self._write(found, response_id, account_id, report))
             self._writing[response_id] = writing
             writing.add_done_callback(lambda _: self._writing.pop(response_id))
         await asyncio.shield(writing)
+
+    def waits(self, response_id: str, account_id: str) -> bool:
+        """Return whether the account's response is of an estimated request."""
+        return self._estimated(response_id, account_id) is not None
+
+    def _estimated(self, response_id: str, account_id: str) -> Estimated | None:
+        with contextlib.suppress(LedgerUnavailable):  # it is for the next who looks
+            return ledger.estimated_of(self._books.store, response_id, account_id)
+        return None
 
     async def _write(
         self, found: Estimated, response_id: str, account_id: str, report: Report

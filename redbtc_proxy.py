@@ -594,6 +594,11 @@ def without_length(headers: Headers) -> Headers:
 # ── Stored responses ─────────────────────────────────────────────────────────────────────────────
 
 
+USAGE_SECONDS = (
+    15  # for the usage of an estimated request, when the reader of its response has left
+)
+
+
 class Visit(Exchange):
     """A look at a stored response, or a change to it. It uses no tokens and has no row; but where
     it shows that a background response has ended, that one's row is settled first."""
@@ -613,6 +618,15 @@ class Visit(Exchange):
         self.key = key
         self._response_id = response_id
         self._home = home
+
+    def grace(self) -> float:
+        """A response whose request was estimated is read on until it shows its usage: its output,
+        which comes first, would be paid by the estimate only."""
+        usual = super().grace()
+        if usual >= USAGE_SECONDS:
+            return usual
+        waits = self.gateway.corrections.waits(self._response_id, self.key.account_id)
+        return USAGE_SECONDS if waits else usual
 
     @property
     def _is_of_it(self) -> bool:

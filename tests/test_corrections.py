@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -298,6 +299,31 @@ def test_a_cancelled_response_without_output_corrects_nothing_that_was_seen(
         stored.usage = RESPONSE_USAGE
         client.get("/responses/resp_1")
     assert gateway.row()["cost"] == str(TRUE_COST)
+
+
+def test_who_leaves_before_the_usage_is_shown_is_corrected(
+    gateway: Gateway, stored: Stored, upstream: Upstream
+) -> None:
+    """The gateway closes an answer whose client has left, but for this one."""
+    key = gateway.new_key()
+    tear(gateway, key)
+    left = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        shown = json.dumps(response_object(id="resp_1", usage=RESPONSE_USAGE)).encode()
+        at = shown.index(b'"usage"')
+        await reply.head(200, [("content-type", "application/json")], f"length:{len(shown)}")
+        await reply.send(shown[:at])
+        await reply.wait(left)
+        await reply.send(shown[at:])
+
+    upstream.script = script
+    with gateway.client(key) as client, client.stream("GET", "/responses/resp_1") as answer:
+        assert b"output" in next(answer.iter_raw())
+    wait_until(lambda: gateway.connections() == 0)
+    left.set()
+    wait_until(lambda: gateway.row()["cost"] == str(TRUE_COST))
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
 
 
 def test_a_correction_reads_no_other_estimates(gateway: Gateway) -> None:
