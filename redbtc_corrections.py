@@ -14,9 +14,9 @@ from msgspec import structs
 import redbtc_ledger as ledger
 from redbtc_billing import Books
 from redbtc_estimates import is_complete, is_of_cancelled
-from redbtc_exchange import UNFINISHED, homes_of, of_models
+from redbtc_exchange import homes_of, of_models
 from redbtc_ledger import Estimated, Objects, Part, Usage
-from redbtc_meter import Report
+from redbtc_meter import UNFINISHED, Report
 from redbtc_settings import LedgerUnavailable
 
 

@@ -35,7 +35,7 @@ from redbtc_estimates import (
 )
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
 from redbtc_limits import Admission, Clock, rate_limit_headers
-from redbtc_meter import IMAGE_TOOL, JSONMeter, Meter, Report, StreamMeter
+from redbtc_meter import IMAGE_TOOL, UNFINISHED, JSONMeter, Meter, Report, StreamMeter
 from redbtc_refusals import ClientLeft, Refusal, header
 from redbtc_settings import MOST_TOKENS, LedgerUnavailable, Settings, now_ms
 from redbtc_slices import with_turns
@@ -52,7 +52,6 @@ USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_c
 PRESERVE_SECONDS, PRESERVE_GROWTH = 1.0, 4
 ID_SECONDS = 15  # for the id of a background response whose client has left
 NO_RETRY = (b"x-should-retry", b"false")
-UNFINISHED = ("queued", "in_progress")
 
 
 def new_request_id() -> str:
@@ -603,7 +602,7 @@ class Metered(Exchange):
         report, images = self.meter.report, self.endpoint.images
         ended = self.meter.ended and not report.failed
         outdated, begun = report.is_outdated, report.is_of_beginning
-        partly = outdated and begun if ended else outdated or begun
+        partly = outdated and begun if ended else outdated or begun or report.is_provisional
         if images:
             partly = report.usage is not None and not self.meter.ended
         if (is_complete(report) and not partly) or not self._was_used(outcome):

@@ -144,6 +144,8 @@ class Answer(Struct, dict=True):
         return decode_answer(self.response) if self.response else None
 
 
+UNFINISHED = ("queued", "in_progress")  # a Response object's status
+
 # Types of items that a client sends back with their whole content, so that an upstream need not
 # look them up by their ids. (Encrypted ones, reasoning and compaction, are bound to their ids.)
 # Items of all other types are made by the upstream's own tools.
@@ -548,6 +550,9 @@ class Report:
         self.in_events = False  # the Response object came within an event
         self.passed = Passed()
         self._reported_at = 0  # bytes of deltas that had passed when the usage was reported last
+        # Usage without output was reported last by an event that does not end the answer: some
+        # upstreams report 0 with each event until they know.
+        self.is_provisional = False
         self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
         self._file_searches: set[Any] = set()  # ids
         self._svgs: dict[Any, Any] = {}  # by item: usage of what wrote an SVG for the image tool
@@ -604,7 +609,7 @@ class Report:
         self.model = name_in(said.model) or self.model
         self.service_tier = name_in(said.service_tier) or self.service_tier
         self._name(answer, said)
-        self._use(answer, said)
+        self._use(answer, said, torn)
         if self._images or not self.has_output:
             self.passed.see(answer, said, self._images)
         if not torn:
@@ -616,7 +621,7 @@ class Report:
                 or answer.type in ("error", "response.failed")
             )
 
-    def _use(self, answer: Answer, said: Answer) -> None:
+    def _use(self, answer: Answer, said: Answer, torn: bool) -> None:
         reported = said.usage
         if not isinstance(reported, dict) and isinstance(said.x_groq, dict):
             reported = said.x_groq.get("usage")
@@ -634,6 +639,9 @@ class Report:
             used, parts = self._with_earlier(answer, used, parts)
         if used:
             self.usage, self.parts, self._reported_at = used, parts, self.passed.deltas
+            self.is_provisional = not (torn or used.output_tokens) and (
+                said.status in UNFINISHED or has_choices(said)
+            )
 
     def _with_calls(self, used: Usage, parts: list[Part]) -> Usage:
         """A response's usage with the calls in its output that no usage reports."""
@@ -1095,8 +1103,12 @@ class StreamMeter(Meter):
 
 def is_usage_chunk(answer: Answer) -> bool:
     """Whether a chat's chunk is the one that only reports the usage."""
-    choices = bytes(answer.choices).translate(None, b" \t\r\n")
-    return isinstance(answer.usage, dict) and choices in NO_CHOICES and not answer.error
+    return isinstance(answer.usage, dict) and not has_choices(answer) and not answer.error
+
+
+def has_choices(answer: Answer) -> bool:
+    """Whether a chat's chunk or answer has any of its choices."""
+    return bytes(answer.choices).translate(None, b" \t\r\n") not in NO_CHOICES
 
 
 NO_CHOICES = (b"", b"null", b"[]")

@@ -920,6 +920,7 @@ class Author:
             if reports and plan.shape == "every":
                 known = Used(input=used.input, output=used.output * number // len(self.words))
                 chunk["usage"] = chat_usage(known, plan.floats)
+                known = known if known.output else None  # it may not be known yet
             elif self.asked:
                 chunk["usage"] = None
             found.append(self._sse(chunk, text=len(word.encode()), known=known))

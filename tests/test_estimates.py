@@ -841,6 +841,32 @@ def test_usage_that_grows_with_the_text_is_believed(
     assert (row["usage_source"], row["output_tokens"]) == ("upstream", 3)
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize("path", ["/chat/completions", "/responses"])
+def test_usage_of_zero_that_is_not_the_last_is_not_believed(
+    ask: Callable[..., Gateway], upstream: Upstream, path: str, leaves: bool
+) -> None:
+    gateway = ask()
+    zero = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
+    written = b"".join(chat_with_usage([TEXT, ""], [zero, zero]))
+    if path == "/responses":
+        written = delta(TEXT) + begun_with_usage(path)
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(written + b": filler\n\n")
+        if leaves:
+            await reply.wait(request.closed)
+        reply.tear()
+
+    upstream.script = script
+    with contextlib.suppress(httpx2.HTTPError):
+        body = CHAT if path == "/chat/completions" else BODY
+        read_until(gateway, body, b"filler" if leaves else b"nothing like this", path)
+    row = estimated(gateway, "client_disconnected" if leaves else "upstream_failed")
+    assert Decimal("0.5") < Decimal(row["cost"]) < 1
+
+
 def begun_with_usage(endpoint: str) -> bytes:
     """The first event of a stream, which reports usage without output."""
     if endpoint == "/responses":
