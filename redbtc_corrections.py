@@ -12,7 +12,7 @@ import contextlib
 from msgspec import structs
 
 import redbtc_ledger as ledger
-from redbtc_billing import Books
+from redbtc_billing import Books, Hold
 from redbtc_estimates import is_complete, is_of_cancelled
 from redbtc_exchange import homes_of, of_models
 from redbtc_ledger import Estimated, Objects, Part, Usage
@@ -43,9 +43,15 @@ class Corrections:
             writing.add_done_callback(lambda _: self._writing.pop(response_id))
         await asyncio.shield(writing)
 
-    def waits(self, response_id: str, account_id: str) -> bool:
-        """Return whether the account's response is of an estimated request."""
-        return self._estimated(response_id, account_id) is not None
+    async def hold(self, response_id: str, account_id: str) -> Hold | None:
+        """Hold what the account's response can turn out to have cost, before it is shown. Return
+        None if nothing can: its request was not estimated. Raises Spent, LedgerUnavailable."""
+        found = ledger.estimated_of(self._books.store, response_id, account_id)
+        if found is None:
+            return None
+        key = ledger.key_of(self._books.store, found.key_id)
+        further = max(0, found.held - found.cost)
+        return await self._books.hold(key, found.requested_model, lambda _: further)
 
     def _estimated(self, response_id: str, account_id: str) -> Estimated | None:
         with contextlib.suppress(LedgerUnavailable):  # it is for the next who looks

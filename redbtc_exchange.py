@@ -99,6 +99,11 @@ def most_usual(settings: Settings, input_tokens: int) -> Most:
     return Most(input_tokens, usual, usual, calls, min(USUAL_PICTURES, calls))
 
 
+def insufficient_quota(message: str) -> Refusal:
+    """Return the refusal of a request that can cost more than there is."""
+    return Refusal("insufficient_quota", message, headers=[NO_RETRY])
+
+
 def unmetered() -> Refusal:
     """Return the refusal of a streamed chat whose usage would not be reported, though it is billed
     by that."""
@@ -319,7 +324,7 @@ class Metered(Exchange):
                 message += f" A lower {limits} makes that less."
             if self.endpoint.runs_tools and (content.extras or content.further_models()):
                 message += " So does a lower 'max_tool_calls'."
-            raise Refusal("insufficient_quota", message, headers=[NO_RETRY]) from None
+            raise insufficient_quota(message) from None
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
 
@@ -540,13 +545,13 @@ class Metered(Exchange):
             parts = self._account_for(row, outcome, await self._estimate(outcome))
             if report.containers:
                 parts = await count_containers(self.gateway, row, report, parts)
-            image_model = self._content.image_model()
-            bill(row, parts, self._money, image_model)
+            admitted = self._admitted
+            bill(row, parts, self._money, self._content.image_model())
             if self._unweighed and not self._repeats:
                 self._learn(self._unweighed, weight(row, self._most()), row.usage)
                 self._unweighed = {}
             self._drop_preserved()
-            await ledger.settle(self.gateway.store, row, self._correctable_at, image_model)
+            await ledger.settle(self.gateway.store, row, admitted)
             self.gateway.watch.settled(self.scope, row)
         if row.usage_source != "none" or row.outcome == "upstream_error":
             self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
@@ -559,9 +564,11 @@ class Metered(Exchange):
         return parts
 
     @property
-    def _correctable_at(self) -> int | None:
-        """When it was admitted, by the ledger's time, if its response can be seen later."""
-        return self._money.at if self.endpoint.stores else None
+    def _admitted(self) -> ledger.Admitted | None:
+        """What is kept of it for a correction, if its response can be seen later."""
+        if not self.endpoint.stores:
+            return None
+        return ledger.Admitted(self._money.at, self._content.image_model(), self._money.held)
 
     async def preserve(self, now: float) -> bool:
         """Keep what it has used so far in the ledger, should the process be killed, if it is time
@@ -581,10 +588,9 @@ class Metered(Exchange):
         parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source == "none":
             return False
-        image_model = self._content.image_model()
-        charge(row, parts, self._money, image_model)
+        charge(row, parts, self._money, self._content.image_model())
         self._preserved = True
-        ledger.keep_unsettled(self.gateway.store, row, self._correctable_at, image_model)
+        ledger.keep_unsettled(self.gateway.store, row, self._admitted)
         return True
 
     @property

@@ -826,11 +826,11 @@ RECORD = f"""
         ON CONFLICT (request_id) DO UPDATE SET upstream = excluded.upstream, {", ".join(SETTLED)}
         WHERE outcome = 'pending'"""
 KEEP_ESTIMATE = """
-    INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model)
-    VALUES (?, ?, ?, ?)"""
+    INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model, held)
+    VALUES (?, ?, ?, ?, ?)"""
 KEEP_UNSETTLED = """
-    INSERT OR REPLACE INTO unsettled (request_id, settled, admitted_at, image_model)
-    VALUES (?, ?, ?, ?)"""
+    INSERT OR REPLACE INTO unsettled (request_id, settled, admitted_at, image_model, held)
+    VALUES (?, ?, ?, ?, ?)"""
 DROP_UNSETTLED = "DELETE FROM unsettled WHERE request_id = ?"
 TAKEN_OVER = [
     f"{name} = json_extract(settled, '$.{name}')"
@@ -841,8 +841,8 @@ TAKE_OVER = f"""
     UPDATE requests SET {", ".join(TAKEN_OVER)} FROM unsettled
      WHERE requests.request_id = unsettled.request_id AND outcome = 'pending'"""
 KEEP_ESTIMATES = """
-    INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model)
-    SELECT response_id, request_id, admitted_at, image_model
+    INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model, held)
+    SELECT response_id, request_id, admitted_at, image_model, held
       FROM unsettled JOIN requests USING (request_id)
      WHERE outcome = 'pending' AND usage_source = 'estimated'
        AND response_id IS NOT NULL AND admitted_at IS NOT NULL"""
@@ -865,24 +865,31 @@ async def begin(store: Store, row: Row) -> None:
     await store.record(RECORD, _values(row), insist=False)
 
 
-async def settle(
-    store: Store, row: Row, admitted_at: int | None = None, image_model: str = ""
-) -> None:
-    """Commit the row as it ended, however long that takes. `admitted_at`, by the ledger's time, is
-    given where the response may be seen later: if the row is estimated, it can be corrected then,
-    at the prices of that time."""
+class Admitted(NamedTuple):
+    """What is kept of a request whose response can be seen later, so that an estimate of it can be
+    corrected: when it was admitted (by the ledger's time), at the prices of then; the model of its
+    image tool; and the nanos that were held for it."""
+
+    at: int
+    image_model: str
+    held: int
+
+
+async def settle(store: Store, row: Row, admitted: Admitted | None = None) -> None:
+    """Commit the row as it ended, however long that takes. `admitted` is given where the response
+    may be seen later: if the row is estimated, it can be corrected then."""
     written = store.record(RECORD, _values(row), insist=True)
-    if admitted_at is not None and row.usage_source == "estimated" and row.response_id:
-        values = (row.response_id, row.request_id, admitted_at, image_model)
+    if admitted and row.usage_source == "estimated" and row.response_id:
+        values = (row.response_id, row.request_id, *admitted)
         written = store.record(KEEP_ESTIMATE, values, insist=True)
     await written
 
 
-def keep_unsettled(store: Store, row: Row, admitted_at: int | None, image_model: str) -> None:
+def keep_unsettled(store: Store, row: Row, admitted: Admitted | None) -> None:
     """Keep what a request in flight has used so far, should the process be killed. `row` is what
-    its row would be if it ended now, the others as in `settle`."""
+    its row would be if it ended now, `admitted` as in `settle`."""
     settled = orjson.dumps(dict(zip(COLUMNS, _values(row), strict=True))).decode()
-    values = (row.request_id, settled, admitted_at, image_model)
+    values = (row.request_id, settled, *(admitted or (None, None, None)))
     store.record(KEEP_UNSETTLED, values, insist=True, lasting=False)
 
 
@@ -1165,7 +1172,7 @@ BACKGROUND = f"""
 KEY_OF = FULL_KEY + " WHERE keys.id = ?1"
 ESTIMATED = """
     SELECT request_id, key_id, requested_model, ifnull(cost, 0), ifnull(output_tokens, 0),
-           file_searches, containers, admitted_at, image_model
+           file_searches, containers, admitted_at, image_model, ifnull(held, 0)
       FROM estimates JOIN requests USING (request_id)
      WHERE estimates.response_id = ? AND account_id = ?"""
 CORRECTED = (
@@ -1218,7 +1225,8 @@ def note_progress(store: Store, row: Row, seen: str) -> asyncio.Future[None]:
 async def end_background(store: Store, row: Row, unfinished: Unfinished) -> None:
     """Commit the row as its background response ended."""
     ended = store.record(ENDED, (row.request_id,), insist=True)
-    await settle(store, row, unfinished.admitted_at, unfinished.image_model)
+    admitted = Admitted(unfinished.admitted_at, unfinished.image_model, unfinished.held)
+    await settle(store, row, admitted)
     await ended
 
 
@@ -1239,7 +1247,8 @@ def key_of(store: Store, key_id: str) -> Key:
 
 
 class Estimated(NamedTuple):
-    """An estimated request whose response may be seen with its usage; its cost in nanos."""
+    """An estimated request whose response may be seen with its usage; its cost, and what was held
+    for it, in nanos."""
 
     request_id: str
     key_id: str
@@ -1250,6 +1259,7 @@ class Estimated(NamedTuple):
     containers: int | None
     admitted_at: int
     image_model: str
+    held: int
 
 
 def estimated_of(store: Store, response_id: str, account_id: str) -> Estimated | None:

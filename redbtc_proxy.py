@@ -54,7 +54,7 @@ import redbtc_commands as commands
 import redbtc_dashboard as dashboard
 import redbtc_ledger as ledger
 import redbtc_webhook
-from redbtc_billing import DEFAULT_TIER, NEEDED, Books, Price
+from redbtc_billing import DEFAULT_TIER, NEEDED, Books, Hold, Price, Spent
 from redbtc_body import (
     Content,
     Form,
@@ -67,7 +67,15 @@ from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import codings_in, codings_of
 from redbtc_estimates import Speeds
-from redbtc_exchange import PRESERVE_SECONDS, Endpoint, Exchange, Metered, Unended, new_request_id
+from redbtc_exchange import (
+    PRESERVE_SECONDS,
+    Endpoint,
+    Exchange,
+    Metered,
+    Unended,
+    insufficient_quota,
+    new_request_id,
+)
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
@@ -594,9 +602,7 @@ def without_length(headers: Headers) -> Headers:
 # ── Stored responses ─────────────────────────────────────────────────────────────────────────────
 
 
-USAGE_SECONDS = (
-    15  # for the usage of an estimated request, when the reader of its response has left
-)
+USAGE_SECONDS = 15  # for the usage of an estimated request, when who reads its response has left
 
 
 class Visit(Exchange):
@@ -613,20 +619,19 @@ class Visit(Exchange):
         key: Key,
         response_id: str,
         home: Home,
+        estimated: bool,
     ) -> None:
+        """`estimated`: the request that made the response was."""
         super().__init__(gateway, scope, endpoint, clock, admission)
         self.key = key
         self._response_id = response_id
         self._home = home
+        self._estimated = estimated
 
     def grace(self) -> float:
         """A response whose request was estimated is read on until it shows its usage: its output,
         which comes first, would be paid by the estimate only."""
-        usual = super().grace()
-        if usual >= USAGE_SECONDS:
-            return usual
-        waits = self.gateway.corrections.waits(self._response_id, self.key.account_id)
-        return USAGE_SECONDS if waits else usual
+        return max(super().grace(), USAGE_SECONDS if self._estimated else 0.0)
 
     @property
     def _is_of_it(self) -> bool:
@@ -709,9 +714,35 @@ class StoredRoute:
                     message = "The response is still in progress; cancel it first."
                     raise Refusal("invalid_request", message)
                 await gateway.limits.admit(admission, 0, clock)
-            visit = Visit(gateway, scope, self._endpoint, clock, admission, key, response_id, home)
-            path = f"/responses/{response_id}{self._suffix}"
-            await Relay(visit, send, self._method, path, body, query).forward([upstream])
+            money = await self._hold(key, response_id, admission)
+            with money or contextlib.nullcontext():
+                visit = Visit(
+                    gateway,
+                    scope,
+                    self._endpoint,
+                    clock,
+                    admission,
+                    key,
+                    response_id,
+                    home,
+                    estimated=money is not None,
+                )
+                path = f"/responses/{response_id}{self._suffix}"
+                await Relay(visit, send, self._method, path, body, query).forward([upstream])
+
+    async def _hold(self, key: Key, response_id: str, admission: Admission) -> Hold | None:
+        """Hold what a response that is shown can turn out to have cost. Return None if that is
+        known, or the response is not shown. Raises Refusal."""
+        if (self._method, self._suffix) not in SHOWING:
+            return None
+        try:
+            return await self._gateway.corrections.hold(response_id, key.account_id)
+        except Spent as error:
+            refusal = insufficient_quota(f"{error} What the response has used is not known yet.")
+        except LedgerUnavailable:
+            refusal = Refusal("ledger_unavailable")
+        admission.refused(refusal)
+        raise refusal
 
     def _query(self, key: Key, response_id: str, given: bytes) -> bytes:
         """Return the part of the query that is forwarded. `after` and `before` must name an item
@@ -767,6 +798,7 @@ LISTING = ("include", "include[]", "limit", "order", "after", "before")
 STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfuscation")
 # By method and path after the id, the query fields that are forwarded.
 QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}
+SHOWING = (("GET", ""), ("POST", "/cancel"))  # these show the response
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
 NOTHING: Mapping[str, Home] = {}
 MAX_ASKED = 50  # requests for figures and pages, of an account or of a user, at once

@@ -1327,7 +1327,8 @@ class Session:
         bill(row, parts, money, DEFAULT_IMAGE_MODEL)
         homes = homes_of(named, report, Home(row.upstream), None if guess else row.usage)
         self.gateway.objects.own_each(homes, row.account_id)
-        await ledger.settle(self.gateway.store, row, money.at, DEFAULT_IMAGE_MODEL)
+        admitted = ledger.Admitted(money.at, DEFAULT_IMAGE_MODEL, 0)
+        await ledger.settle(self.gateway.store, row, admitted)
         self.gateway.watch.settled(scope, row)
 
     async def _estimate(self, stray: Stray) -> Estimate:

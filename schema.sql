@@ -821,6 +821,11 @@ END;
 CREATE TABLE unsettled (
     request_id          TEXT PRIMARY KEY REFERENCES requests (request_id),
     settled             TEXT NOT NULL,          -- JSON: its row, as if it had ended
-    admitted_at         INTEGER,                -- if its response can be seen later: as in estimates
-    image_model         TEXT NOT NULL
+    admitted_at         INTEGER,                -- this and the next as in estimates; NULL: its response
+    image_model         TEXT,                   -- can't be seen later
+    held                INTEGER
 ) STRICT, WITHOUT ROWID;
+
+ALTER TABLE estimates ADD COLUMN
+    held                INTEGER CHECK (held >= 0);  -- nanos that the request was held to cost at most;
+                                                -- NULL: not known

@@ -250,6 +250,59 @@ def test_a_cancelled_background_response_is_corrected(
     assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_response_is_not_shown_to_who_could_not_pay_for_it(
+    make_gateway: MakeGateway, upstream: Upstream, killed: bool
+) -> None:
+    """Four streams are left at once, but the upstream finishes and stores what they ask for."""
+    gateway = make_gateway(MONEY).start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    key, made = gateway.new_key(), 0
+    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
+
+    async def script(request: Received, reply: Reply) -> None:
+        nonlocal made
+        if request.method == "GET":
+            named = request.path.rpartition("/")[2]
+            await json_answer(response_object(id=named, usage=used))(request, reply)
+            return
+        made += 1
+        begun = response_object(None, id=f"resp_{made}", status="in_progress", usage=None)
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created", "response": begun}, "x"))
+        await reply.wait(request.closed)
+
+    def balance() -> Decimal:
+        return Decimal(gateway.api("GET", "/accounts/test")["balance"])
+
+    upstream.script = script
+    body = {**BODY, "stream": True, "max_output_tokens": 30_000}
+    with gateway.client(key) as client:
+        for number in range(1, 5):
+            with client.stream("POST", "/responses", json=body) as answer:
+                next(answer.iter_raw())
+            wait_until(lambda number=number: len(gateway.rows()) == number)  # type: ignore[misc]
+            wait_until(lambda: gateway.rows()[-1]["outcome"] == "client_disconnected")
+    assert balance() > Decimal("0.9")
+    if killed:
+        gateway.kill()
+        gateway.start()
+    with gateway.client(key) as client:
+        answers = [client.get(f"/responses/resp_{number}") for number in range(1, 5)]
+    assert [answer.status_code for answer in answers] == [200, 429, 429, 429]
+    assert answers[1].json()["error"]["code"] == "insufficient_quota"
+    assert 0 <= balance() < Decimal("0.11")
+    gateway.api("POST", "/accounts/test/payments", {"amount": "10"})
+    with gateway.client(key) as client:
+        for number in range(2, 5):
+            assert client.get(f"/responses/resp_{number}").status_code == 200
+            assert client.get(f"/responses/resp_{number}").status_code == 200
+    assert balance() == 11 - 4 * Decimal("0.9")
+    assert gateway.api("GET", "/accounts/test")["held"] == "0"
+
+
 def test_what_a_kill_interrupted_is_corrected(gateway: Gateway, upstream: Upstream) -> None:
     """If its response is stored at the upstream, where it can have gone on."""
 
