@@ -1019,6 +1019,7 @@ class StreamMeter(Meter):
         held, self._held = self._held + segment, b""
         if not self.ended:
             verdict = self._judge(event, segment)
+            self._go_on(len(held), passed)
             if begun and verdict == "take out":  # too late for that
                 verdict = "pass"
             if verdict == "last":
@@ -1035,13 +1036,21 @@ class StreamMeter(Meter):
         else:
             passed.append(held)
 
+    def _go_on(self, size: int, passed: list[bytes]) -> None:
+        """An incomplete or new event of `size` bytes follows what was taken for the end. If it is
+        too large to wait with that, send that on: a stream of pictures goes on."""
+        if self.ending and self._images and len(self._waiting) + size > HOLD:
+            passed.append(self._waiting)
+            self.ending, self._waiting = False, b""
+
     def _expects_more(self) -> bool:
         """Whether more usage may follow the event that ends the answer. A picture is not the last
         one before the stream ends."""
-        if len(self._waiting) > HOLD:
-            return False
+        if self._images:
+            return True
         report = self.report
-        return self._images or (self._expects_usage and not (report.usage or report.failed))
+        expected = self._expects_usage and not (report.usage or report.failed)
+        return expected and len(self._waiting) <= HOLD
 
     def _grow(self, chunk: bytes, passed: list[bytes]) -> None:
         """The incomplete event grows. Send on what can't turn out to matter."""
@@ -1053,8 +1062,9 @@ class StreamMeter(Meter):
         self._partial.feed(chunk)
         self._tail = (self._tail + chunk)[-2:]
         self._held += chunk
+        self._go_on(len(self._held), passed)
         if self.ending:
-            self.ended = self.ended or len(self._held) > HOLD
+            self.ended = not self._images and len(self._held) > HOLD
             return
         keep = 0
         if self._may_matter(self._partial.start):

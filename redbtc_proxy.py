@@ -479,13 +479,14 @@ class Relay:
                 await self._send({"type": "http.response.body", "body": passed, "more_body": True})
                 self._waits_for_client = False
             if meter and (meter.ended or meter.ending):
-                break
+                clock.pause()
+                kept += await self._await_usage(meter, chunks)
+                if meter.ended or meter.ending:
+                    break
             clock.allow(idle_seconds)
         if meter is None:  # nothing has come
             meter = exchange.meter = exchange.choose_meter(self._labelled)
         clock.pause()
-        if meter.ending and not meter.ended:
-            await self._await_usage(meter, chunks)
         ended_by_event = meter.ended
         meter.finish()
         await exchange.settle(exchange.outcome())
@@ -524,15 +525,18 @@ class Relay:
             exchange.unwritten = None
         return passed
 
-    async def _await_usage(self, meter: Meter, chunks: AsyncIterator[bytes]) -> None:
+    async def _await_usage(self, meter: Meter, chunks: AsyncIterator[bytes]) -> bytes:
         """The event that ends the stream has come, but not all of the usage that was to be
-        expected: read on for AFTER_END_SECONDS at most."""
-        with contextlib.suppress(TimeoutError, httpx2.HTTPError):
-            async with asyncio.timeout(AFTER_END_SECONDS):
-                async for chunk in chunks:
-                    await self._feed(meter, chunk)
-                    if meter.ended:
-                        return
+        expected: read on for AFTER_END_SECONDS at most. If the stream goes on instead, return what
+        may be sent on."""
+        passed = b""
+        until = asyncio.get_running_loop().time() + AFTER_END_SECONDS
+        with contextlib.suppress(StopAsyncIteration, TimeoutError, httpx2.HTTPError):
+            while meter.ending and not meter.ended:
+                async with asyncio.timeout_at(until):
+                    chunk = await anext(chunks)
+                passed += await self._feed(meter, chunk)
+        return passed
 
     async def _follow(self, rest: bytes, chunks: AsyncIterator[bytes]) -> None:
         """Send the event that ended the stream and what follows it, for AFTER_END_SECONDS. Bytes

@@ -747,6 +747,54 @@ def test_all_pictures_of_a_stream_are_billed(
     assert gateway.rows()[0]["output_tokens"] == 2 * output
 
 
+def large_pictures(count: int, size: int, kind: str) -> list[bytes]:
+    """As many finished pictures of that size, and one that is not finished before each."""
+    image = {"b64_json": png(64, 64) + "A" * size, "created_at": 1}
+    part = {"type": f"{kind}.partial_image", **image}
+    last = {"type": f"{kind}.completed", **image, "usage": IMAGE_USAGE}
+    return [event(each, str(each["type"])) for _ in range(count) for each in (part, last)]
+
+
+@pytest.mark.parametrize(("count", "coding"), [(3, ""), (5, ""), (5, "gzip")])
+@pytest.mark.parametrize("size", [40_000, 1_500_000])
+def test_large_pictures_are_all_billed_and_pass_in_time(
+    gateway: Gateway, upstream: Upstream, key: str, count: int, coding: str, size: int
+) -> None:
+    """Also more of them than were asked for."""
+    pieces = large_pictures(count, size, "image_edit")
+    headers = [("content-type", "text/event-stream")]
+    got = threading.Event()
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, headers)
+        await reply.send(b"".join(pieces[:4]))
+        assert await reply.wait(got)
+        for piece in pieces[4:]:
+            await reply.send(piece)
+        await reply.end()
+
+    if coding:
+        sent = PACK[coding](b"".join(pieces))
+        upstream.script = answer_of([sent], [*headers, ("content-encoding", coding)])
+    else:
+        sent, upstream.script = b"".join(pieces), script
+    form = {"model": "gpt-up", "prompt": "x", "stream": "true", "n": "3"}
+    files = {"image": ("a.png", b"x", "image/png")}
+    received = b""
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", "/images/edits", data=form, files=files) as answer,
+    ):
+        for part in answer.iter_raw():
+            received += part
+            if len(received) == len(b"".join(pieces[:4])):
+                got.set()
+    assert received == sent
+    row = gateway.rows()[0]
+    output: int = IMAGE_USAGE["output_tokens"]  # type: ignore[assignment]
+    assert (row["outcome"], row["output_tokens"]) == ("completed", count * output)
+
+
 @pytest.mark.parametrize("label", ["application/json", "text/event-stream"])
 def test_blanks_before_an_answer_pass_in_time_and_take_no_memory(
     gateway: Gateway, upstream: Upstream, key: str, label: str
