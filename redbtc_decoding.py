@@ -148,6 +148,10 @@ MAGIC = {  # RFC 1952, RFC 8878, RFC 1950: how the bytes of a coding begin
     b"zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     b"deflate": re.compile(rb"\x78[\x01\x5e\x9c\xda]"),
 }
+# Beginnings that do not tell yet: parts of those, and blanks, with one of which brotli can begin.
+TOO_SHORT = re.compile(
+    rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START - 1)
+)
 
 
 def codings_in(start: bytes, named: list[bytes]) -> list[bytes]:
@@ -167,9 +171,10 @@ class Decoding:
     """Decodes an answer that is compressed, once or several times, or not at all. `codings` are
     those that its header names."""
 
-    def __init__(self, codings: list[bytes]) -> None:
+    def __init__(self, codings: list[bytes], start: bytes = b"") -> None:
+        """`start`: fewer than START bytes that have come already."""
         self._codings = codings
-        self._start = b""
+        self._start = start
         self._decoders: list[Any] | None = None  # until enough has come to tell
         self._size = 0
 
@@ -215,13 +220,18 @@ class DecodedMeter(Meter):
     at_once = 0
 
     def __init__(
-        self, report: Report, codings: list[bytes], labelled: bool, choose: Callable[[bool], Meter]
+        self,
+        report: Report,
+        codings: list[bytes],
+        labelled: bool,
+        choose: Callable[[bool], Meter],
+        start: bytes = b"",
     ) -> None:
-        """`labelled`: as a stream."""
+        """`labelled`: as a stream. `start`: its first bytes, where they have passed already."""
         self.report = report
         self.ended = False
         self._choose = choose
-        self._decoding: Decoding | None = Decoding(codings)  # None: it can't be decoded
+        self._decoding: Decoding | None = Decoding(codings, start)  # None: it can't be decoded
         self._meter: Meter | None = None  # until it is known what the answer is
         self._streams = False
         self._held = b""

@@ -163,10 +163,11 @@ class Exchange:
         """Whether a streamed chat was asked to report its usage."""
         return self.takes_out_usage
 
-    def meter_decoded(self, codings: list[bytes], labelled: bool) -> None:
-        """Use a meter for a compressed answer. `labelled`: its content type is that of a stream."""
+    def meter_decoded(self, codings: list[bytes], labelled: bool, start: bytes) -> None:
+        """Use a meter for a compressed answer. `labelled`: its content type is that of a stream.
+        `start`: its first bytes, where they have passed already."""
         report = self.meter.report
-        self.meter = DecodedMeter(report, codings, labelled, self.choose_meter)
+        self.meter = DecodedMeter(report, codings, labelled, self.choose_meter, start)
 
     def grace(self) -> float:
         """Return for how many seconds the upstream is read on when the client has left."""

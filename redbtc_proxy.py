@@ -65,7 +65,7 @@ from redbtc_body import (
 )
 from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
-from redbtc_decoding import codings_in, codings_of
+from redbtc_decoding import TOO_SHORT, codings_in, codings_of
 from redbtc_estimates import Speeds
 from redbtc_exchange import (
     PRESERVE_SECONDS,
@@ -369,6 +369,7 @@ class Relay:
         self._started = False  # whether the head was sent
         self._labelled = False  # the response as a stream
         self._codings: list[bytes] = []  # that the response is labelled with
+        self._begun = b""  # its first bytes, if they are too few to tell what it is
         # The end of the response, as far as it was not sent; None until the row is written.
         self._rest: bytes | None = None
 
@@ -495,12 +496,16 @@ class Relay:
             await self._follow(self._rest, chunks)
 
     def _meter_of(self, chunk: bytes) -> Meter | None:
-        """Return the meter for an answer that begins so; None while all of it is blank."""
-        exchange = self._exchange
-        if chunk[:1] == b"{" and not self._labelled:
+        """Return the meter for an answer that begins so, or goes on so after the few bytes that did
+        not tell; None while it can't be told, or all of it is blank. Those bytes have passed."""
+        exchange, begun = self._exchange, self._begun
+        if chunk[:1] == b"{" and not (self._labelled or begun):
             return exchange.meter  # which is that of JSON
-        if codings := codings_in(chunk, self._codings):
-            exchange.meter_decoded(codings, self._labelled)
+        if TOO_SHORT.match(begun + chunk):
+            self._begun += chunk
+            return None
+        if codings := codings_in(begun + chunk, self._codings):
+            exchange.meter_decoded(codings, self._labelled, begun)
             return exchange.meter
         stream = is_stream(chunk, self._labelled)
         if stream is None:

@@ -3,6 +3,7 @@ labelled: what the meter says is compared with an honest parse of the whole."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import json
@@ -674,6 +675,43 @@ def test_the_start_of_an_answer_tells_its_encoding_wherever_it_is_cut(size: int)
             passed, rest = run(meter, pieces, random.Random(1))
             assert passed + rest == packed
             assert meter.report.usage == RESPONSE_USED, (real, named)
+
+
+def brotli_in_parts(data: bytes, window_bits: int) -> bytes:
+    packer = brotli.Compressor(lgwin=window_bits)
+    first: bytes = packer.process(data) + packer.flush()
+    return first + packer.finish()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_short_first_chunk_does_not_hide_how_an_answer_is_compressed(
+    gateway: Gateway, upstream: Upstream, key: str, first: int
+) -> None:
+    whole = json.dumps(response_object()).encode()
+    packed = {name: PACK[name](whole) for name in ("gzip", "deflate", "zstd")}
+    packed |= {f"br {bits}": brotli_in_parts(whole, bits) for bits in (21, 23)}
+    assert packed["br 21"][:1] + packed["br 23"][:1] == b"\t\r"
+    with gateway.client(key) as client:
+        for name, sent in packed.items():
+            headers = [("content-encoding", "br")] if name.startswith("br") else []
+
+            async def script(
+                _: Received,
+                reply: Reply,
+                sent: bytes = sent,
+                headers: list[tuple[str, str]] = headers,
+            ) -> None:
+                await reply.head(200, headers)
+                for piece in (sent[:first], sent[first:9], sent[9:]):
+                    await reply.send(piece)
+                    await asyncio.sleep(0.02)
+                await reply.end()
+
+            upstream.script = script
+            with client.stream("POST", "/responses", json={**MODEL, "input": ""}) as answer:
+                assert b"".join(answer.iter_raw()) == sent
+            row = gateway.rows()[0]
+            assert (row["usage_source"], row["output_tokens"]) == ("upstream", 9), name
 
 
 @pytest.mark.parametrize("named", ["gzip", "utf-8", "identity"])
