@@ -241,17 +241,8 @@ class DecodedMeter(Meter):
     def ending(self) -> bool:  # type: ignore[override]
         return self._meter is not None and self._meter.ending and not self.ended
 
-    def feed(self, chunk: bytes) -> bytes:
-        """Return what may be sent on now: all but that with which the decoded answer ends."""
-        steps = self.steps(chunk)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                passed: bytes = done.value
-                return passed
-
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+        """Return what may be sent on now: all but that with which the decoded answer ends."""
         passed: list[bytes] = []
         for at in range(0, len(chunk), INPUT):
             data = chunk[at : at + INPUT]
@@ -304,17 +295,17 @@ class DecodedMeter(Meter):
             passed.append(self._held[:-MAX_HELD])
             self._held = self._held[-MAX_HELD:]
 
-    def finish(self) -> None:
+    def finishing(self) -> Generator[None, None, None]:
         if self._meter and self._decoding:
-            self._meter.finish()
+            yield from self._meter.finishing()
             self.ended = self.ended or self._meter.ended
         else:
-            self.tear()
+            yield from self.tearing()
             self.ended = True
 
-    def tear(self) -> None:
+    def tearing(self) -> Generator[None, None, None]:
         if self._meter:
-            self._meter.tear()
+            yield from self._meter.tearing()
 
     def rest(self) -> bytes:
         held, self._held = self._held, b""

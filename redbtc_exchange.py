@@ -15,6 +15,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx2
@@ -38,7 +39,7 @@ from redbtc_limits import Admission, Clock, rate_limit_headers
 from redbtc_meter import IMAGE_TOOL, UNFINISHED, JSONMeter, Meter, Report, StreamMeter
 from redbtc_refusals import ClientLeft, Refusal, header
 from redbtc_settings import MOST_TOKENS, LedgerUnavailable, Settings, now_ms
-from redbtc_slices import with_turns
+from redbtc_slices import in_slices, with_turns
 from redbtc_upstreams import Upstream
 from redbtc_watch import Scope
 
@@ -453,7 +454,7 @@ class Metered(Exchange):
         if (self.status or 200) >= 300:  # an error makes nothing
             return
         chosen = self._content.chosen_ids
-        fresh = list(report.made.items())[self._named :]
+        fresh = list(islice(report.made.items(), self._named, None))
         self._named = len(report.made)
         background = self._facts.background is True
         if background and report.response_id and not (self._background or self._repeats):
@@ -1066,10 +1067,10 @@ class Unended:
         meter = JSONMeter(images=False)
         try:
             path = f"/responses/{row.response_id}{suffix}"
-            status = await upstream.fetch(path, meter.feed, method)
+            status = await upstream.fetch(path, meter.steps, method)
         except (httpx2.HTTPError, TimeoutError):
             return 0
-        meter.finish()
+        await in_slices(meter.finishing(), row.account_id)
         if meter.report.response_id not in (None, row.response_id):
             return 0  # the upstream has answered with another response
         response.left(meter.report)

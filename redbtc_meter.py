@@ -23,6 +23,7 @@ import contextlib
 import re
 from collections.abc import Generator, Iterator
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 
 import msgspec
@@ -36,6 +37,9 @@ from redbtc_settings import MOST_TOKENS
 MAX_NAME = 256  # of a model, an id, a tier
 KEEP = 256 << 10
 MAX_AT_ONCE = 16 << 10  # bytes that a meter takes without a turn of the loop
+MAX_VALUES = 2000  # of a JSON text that is decoded at once, about
+MAX_NAMED = 256  # ids that are learned in one step
+MAX_ITEMS = 10_000  # of an answer's output that are remembered by their ids
 STEP = 4 << 10  # bytes of a longer chunk that it takes in one step
 MOST_SEARCHES = 100_000  # the same of web searches
 IMAGE_TOOL = "image_generation"  # stands for the model of that tool, which the answer doesn't name
@@ -143,6 +147,11 @@ class Answer(Struct, dict=True):
         """The Response object, where there is one."""
         return decode_answer(self.response) if self.response else None
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it takes more than one step to read all of an event."""
+        return len(self.response) + len(self.item) + len(self.delta) > MAX_AT_ONCE
+
 
 UNFINISHED = ("queued", "in_progress")  # a Response object's status
 
@@ -207,6 +216,7 @@ class Item(Struct):
 
 ANSWER = msgspec.json.Decoder(Answer)
 OUTPUT, ITEM = msgspec.json.Decoder(list[Item]), msgspec.json.Decoder(Item)
+PARTS = msgspec.json.Decoder(list[msgspec.Raw])
 ANYTHING = msgspec.json.Decoder()
 
 
@@ -233,13 +243,50 @@ def decode_answer(text: str | bytes | msgspec.Raw) -> Answer | None:
     return read(text, ANSWER, ANSWER_NODE)
 
 
-def answer_steps(message: str | bytes) -> Generator[None, None, Answer | None]:
-    """Decode a long message in small steps."""
+def is_dense(text: str | bytes) -> bool:
+    """Whether a JSON text is so full of values that to decode them would hold the loop."""
+    marks = (",", "[", "{")
+    if isinstance(text, str):
+        return sum(map(text.count, marks)) > MAX_VALUES
+    return sum(text.count(mark.encode()) for mark in marks) > MAX_VALUES
+
+
+def answer_steps(text: str | bytes) -> Generator[None, None, Answer | None]:
+    """Decode an answer or an event in small steps; None for what is no JSON object."""
+    if len(text) <= MAX_AT_ONCE or (len(text) <= KEEP and not is_dense(text)):
+        with contextlib.suppress(*NOT_JSON):
+            return ANSWER.decode(text)
     scanner = Scanner(ANSWER_NODE)
-    for at in range(0, len(message), MAX_AT_ONCE):
-        part = message[at : at + MAX_AT_ONCE]
-        yield from scanner.steps(part.encode() if isinstance(part, str) else part)
+    for at in range(0, len(text), MAX_AT_ONCE):
+        part = text[at : at + MAX_AT_ONCE]
+        yield from scanner.steps(part.encode("utf-8", "replace") if isinstance(part, str) else part)
     return read_kept(scanner.found, ANSWER)
+
+
+def items_in(listed: msgspec.Raw) -> Generator[None, None, list[Item]]:
+    """Read the items of an output in small steps, without what is none."""
+    with contextlib.suppress(*NOT_JSON):
+        return OUTPUT.decode(listed)
+    scanner = Scanner(ITEMS_NODE)
+    yield from scanner.steps(bytes(listed))
+    items = []
+    parts = read_kept(scanner.found, PARTS)
+    for number, part in enumerate(parts or []):
+        if number % MAX_NAMED == 0:
+            yield
+        if item := read_kept(bytes(part), ITEM):
+            items.append(item)
+    return items
+
+
+def result_of(steps: Generator[None, None, T]) -> T:
+    """Run all of the steps, and return their result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: T = done.value
+            return result
 
 
 class JSONText:
@@ -250,39 +297,31 @@ class JSONText:
         self._scanner: Scanner | None = None
 
     @property
-    def is_large(self) -> bool:
-        return self._scanner is not None
+    def is_long(self) -> bool:
+        """Whether its next bytes, or its end, take more than one step."""
+        return len(self._whole) > MAX_AT_ONCE or self._scanner is not None
 
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes, cut anywhere."""
-        if len(self._whole) + len(chunk) <= KEEP and self._scanner is None:
-            self._whole += chunk
-        else:
-            for _ in self.steps(chunk):
-                pass
-
-    def steps(self, chunk: bytes) -> Iterator[None]:
-        """Take a chunk in small steps."""
+    def steps(self, chunk: bytes) -> Generator[None, None, None]:
+        """Take the next bytes, cut anywhere, in small steps."""
         if self._scanner is None:
             self._whole += chunk
-            yield
             if len(self._whole) <= KEEP:
                 return
             chunk, self._whole = bytes(self._whole), bytearray()
             self._scanner = Scanner(ANSWER_NODE)
         yield from self._scanner.steps(chunk)
 
-    def answer(self) -> Answer | None:
-        """None for what is no JSON object."""
+    def answer(self) -> Generator[None, None, Answer | None]:
+        """Return the answer; None for what is no JSON object."""
         if self._scanner:
             return read_kept(self._scanner.found, ANSWER)
-        return decode_answer(bytes(self._whole))
+        return (yield from answer_steps(bytes(self._whole)))
 
-    def torn(self) -> Answer | None:
-        """What a text that was cut off has said."""
+    def torn(self) -> Generator[None, None, Answer | None]:
+        """Return what a text that was cut off has said."""
         if self._scanner is None:
             self._scanner = Scanner(ANSWER_NODE)
-            self._scanner.feed(bytes(self._whole))
+            yield from self._scanner.steps(bytes(self._whole))
         return read_kept(self._scanner.close(), ANSWER)
 
 
@@ -433,9 +472,9 @@ def size_of(words: Any, levels: int = MAX_LEVELS) -> int:
     return max(0, -words) if type(words) is int else 0
 
 
-def words_in(raw: msgspec.Raw) -> Any:
+def words_in(raw: msgspec.Raw, node: Node = SAID) -> Any:
     """Whatever stands there; None if it can't be read."""
-    return read(raw, ANYTHING, SAID) if raw else None
+    return read(raw, ANYTHING, node) if raw else None
 
 
 class Made(Struct):
@@ -451,6 +490,12 @@ class Made(Struct):
         self.sealed_bytes = max(self.sealed_bytes, other.sealed_bytes)
         self.image_tokens = max(self.image_tokens, other.image_tokens)
 
+    def add(self, other: Made, sign: int = 1) -> None:
+        """Add what another comes to."""
+        self.text_bytes += sign * other.text_bytes
+        self.sealed_bytes += sign * other.sealed_bytes
+        self.image_tokens += sign * other.image_tokens
+
 
 def measured(item: Any) -> Made:
     """Measure an item of the output."""
@@ -462,14 +507,6 @@ def measured(item: Any) -> Made:
     return made
 
 
-def total(made: list[Made]) -> Made:
-    return Made(
-        sum(each.text_bytes for each in made),
-        sum(each.sealed_bytes for each in made),
-        sum(each.image_tokens for each in made),
-    )
-
-
 class Passed:
     """What has passed of an answer, for an estimate of what nobody reports. Text that is seen as
     deltas, in the event that ends its item, and in the whole response counts once."""
@@ -477,57 +514,71 @@ class Passed:
     def __init__(self) -> None:
         self.deltas = 0  # bytes
         self._delta_bytes_in_items = 0  # of the deltas, those before the last item's end
-        self._items: dict[Any, Made] = {}  # by id or index
+        self._items: dict[Any, Made] = {}  # by id or index, the last of them
+        self._in_items = Made()  # what all items come to
         self._whole = Made()  # of the whole response, or of all messages of a chat
         self._pictures = 0  # tokens of pictures that came as events of their own
 
     def made(self) -> Made:
         """Return the largest view of it."""
-        items = total(list(self._items.values()))
+        items = Made()
+        items.add(self._in_items)
         since = self.deltas - self._delta_bytes_in_items
         items.text_bytes = max(self.deltas, items.text_bytes + since)
         items.grow(self._whole)
         items.image_tokens += self._pictures
         return items
 
-    def see(self, answer: Answer, said: Answer, images: bool) -> None:
-        """Measure an answer's or an event's JSON."""
+    def see(self, answer: Answer, said: Answer, images: bool) -> Generator[None, None, None]:
+        """Measure an answer's or an event's JSON, in small steps."""
         kind = answer.type if isinstance(answer.type, str) else ""
         if kind.endswith("partial_image"):
             self._pictures += PARTIAL_TOKENS
         elif images:
-            self._see_pictures(answer)
+            yield from self._see_pictures(answer)
         elif answer.item:
             self._see_item(answer, kind)
         elif said.output:
-            self._see_whole(words_in(said.output))
+            yield from self._see_whole(words_in(said.output, ITEMS_NODE))
         elif said.choices and not kind:
-            self._see_whole(words_in(said.choices))
+            yield from self._see_whole(words_in(said.choices))
 
     def see_delta(self, answer: Answer, chat: bool) -> None:
         """Measure an event that is too large for a search."""
         self.deltas += size_of(words_in(answer.choices if chat else answer.delta))
 
     def _see_item(self, answer: Answer, kind: str) -> None:
-        item = words_in(answer.item)
+        item = words_in(answer.item, ITEM_NODE)
         if isinstance(item, dict):
             known = name_in(item.get("id")) or name_in(item.get("call_id"))
             index = answer.output_index if isinstance(answer.output_index, int) else None
-            self._items.setdefault(known or index, Made()).grow(measured(item))
+            made = self._items.setdefault(known or index, Made())
+            self._in_items.add(made, -1)
+            made.grow(measured(item))
+            self._in_items.add(made)
+            if len(self._items) > MAX_ITEMS:
+                self._items = dict(islice(self._items.items(), MAX_ITEMS // 2, None))
         if kind.endswith("done"):
             self._delta_bytes_in_items = self.deltas
 
-    def _see_whole(self, listed: Any) -> None:
-        self._whole.grow(total([measured(each) for each in objects_in(listed)]))
+    def _see_whole(self, listed: Any) -> Generator[None, None, None]:
+        whole = Made()
+        for number, each in enumerate(objects_in(listed), 1):
+            whole.add(measured(each))
+            if number % MAX_NAMED == 0:
+                yield
+        self._whole.grow(whole)
 
-    def _see_pictures(self, answer: Answer) -> None:
+    def _see_pictures(self, answer: Answer) -> Generator[None, None, None]:
         if answer.b64_json:
             head = words_in(answer.b64_json)
             self._pictures += picture_tokens(answer.quality, answer.size, head)
-        for picture in objects_in(words_in(answer.data)):
+        for number, picture in enumerate(objects_in(words_in(answer.data, ITEMS_NODE)), 1):
             if picture.get("b64_json") or picture.get("url"):
                 head = picture.get("b64_json")
                 self._pictures += picture_tokens(answer.quality, answer.size, head)
+            if number % MAX_NAMED == 0:
+                yield
 
 
 class Report:
@@ -599,19 +650,20 @@ class Report:
         """Calls in the output."""
         return len(self._file_searches)
 
-    def note(self, answer: Answer, torn: bool = False) -> None:
-        """Take in an answer's or an event's JSON: the last that is said counts. Of one that was cut
-        off (`torn`) it is not known how it goes on, so its status is not believed."""
+    def note(self, answer: Answer, torn: bool = False) -> Generator[None, None, None]:
+        """Take in an answer's or an event's JSON, in small steps: the last that is said counts. Of
+        one that was cut off (`torn`) it is not known how it goes on, so its status is not
+        believed."""
         inner = answer.inner if answer.response else None
         said = inner or answer
         self.in_events = self.in_events or inner is not None
         self.response_id = name_in(said.id) or self.response_id
         self.model = name_in(said.model) or self.model
         self.service_tier = name_in(said.service_tier) or self.service_tier
-        self._name(answer, said)
+        yield from self._name(answer, said)
         self._use(answer, said, torn)
         if self._images or not self.has_output:
-            self.passed.see(answer, said, self._images)
+            yield from self.passed.see(answer, said, self._images)
         if not torn:
             self.status = name_in(said.status) or self.status
             self.failed = self.failed or bool(
@@ -666,31 +718,49 @@ class Report:
             by_model[part.model] = part
         return added(self.usage, used), list(by_model.values())
 
-    def _name(self, answer: Answer, said: Answer) -> None:
+    def _name(self, answer: Answer, said: Answer) -> Generator[None, None, None]:
         if self._images or answer.type == "error":  # an error makes nothing
             return
-        named, items = [(said.id, False)], []
+        named: list[tuple[Any, bool]] = [(said.id, False)]
+        items: list[Item] = []
         if isinstance(said.conversation, dict):
             named.append((said.conversation.get("id"), False))
         if answer.item and (item := read(answer.item, ITEM, ITEM_NODE)):
             items.append(item)
-        if said.output and (output := read(said.output, OUTPUT, ITEMS_NODE)):
-            items += output
-        if said.data and (listed := read(said.data, OUTPUT, ITEMS_NODE)):
-            self.listed = {each.id: each.id != each.call_id for each in listed if name_in(each.id)}
+        if said.output:
+            items += yield from items_in(said.output)
+        if said.data:
+            yield from self._list(said.data)
         for item in items:
             named.append((item.id, item.type != "message" and item.by_tool))
-            if item.type in WORDS_ALONE and name_in(item.id):
+            if item.type in WORDS_ALONE and name_in(item.id) and len(self.words) < MAX_ITEMS:
                 self.words.add(item.id)
             named += [(each, True) for each in item.containers()]
             if item.type in COUNTED:
                 self._count(item)
-            if item.svg_usage is not None:
+            if item.svg_usage is not None and len(self._svgs) < MAX_ITEMS:
                 self._svgs[name_in(item.id) or len(self._svgs)] = item.svg_usage
-        self.made.update((each, always) for each, always in named if name_in(each))
+            if len(named) >= MAX_NAMED:
+                self._learn(named)
+                named.clear()
+                yield
+        self._learn(named)
+
+    def _list(self, data: msgspec.Raw) -> Generator[None, None, None]:
+        """Note listed input."""
+        items = yield from items_in(data)
+        listed = [item for item in items if name_in(item.id)][:MAX_ITEMS]
+        self.listed = {item.id: item.id != item.call_id for item in listed}
+
+    def _learn(self, named: list[tuple[Any, bool]]) -> None:
+        for each, always in named:
+            if name_in(each) and (len(self.made) < MAX_ITEMS or each in self.made):
+                self.made[each] = always
 
     def _count(self, item: Item) -> None:
         """Note a call of a tool that costs. Without an id it is the next one."""
+        if len(self._searches) + len(self._file_searches) + len(self.containers) >= MAX_ITEMS:
+            return
         if item.type == "web_search_call":
             self._searches[name_in(item.id) or len(self._searches)] = item.searches
         elif item.type == "file_search_call":
@@ -707,29 +777,41 @@ def name_in(value: Any) -> str | None:
 
 
 class Meter:
-    """`feed` returns what may be sent on now. `ended` is True once the answer has ended for the
-    client; then, and after `finish`, `rest` are the bytes that wait for the row. While it is
-    `ending`, the event that ends it has come, but more usage may follow."""
+    """Meters an answer. `ended` is True once the answer has ended for the client; then, and after
+    `finish`, `rest` are the bytes that wait for the row. While it is `ending`, the event that ends
+    it has come, but more usage may follow. What it does can take long, so each is to be had in
+    small steps; `feed`, `finish` and `tear` run all of them."""
 
     report: Report
     ended = False
     ending = False
-    at_once = MAX_AT_ONCE  # bytes that `feed` takes at once; larger chunks are for `steps`
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Take the next bytes of the answer."""
-        raise NotImplementedError
+    # Bytes that `feed` takes at once, larger chunks are for `steps`; 0 if the next step or the end
+    # may take long as well.
+    at_once = MAX_AT_ONCE
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
-        """Do what `feed` does, in small steps."""
-        yield
-        return self.feed(chunk)
+        """Take the next bytes of the answer; return what may be sent on now."""
+        raise NotImplementedError
+
+    def finishing(self) -> Generator[None, None, None]:
+        """Note that the upstream has sent everything."""
+        yield from ()
+
+    def tearing(self) -> Generator[None, None, None]:
+        """Note that the answer was cut off: what it has said so far counts."""
+        yield from ()
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take the next bytes of the answer; return what may be sent on now."""
+        return result_of(self.steps(chunk))
 
     def finish(self) -> None:
         """Note that the upstream has sent everything."""
+        result_of(self.finishing())
 
     def tear(self) -> None:
         """Note that the answer was cut off: what it has said so far counts."""
+        result_of(self.tearing())
 
     def rest(self) -> bytes:
         """Return the bytes that wait for the row, once."""
@@ -745,27 +827,23 @@ class JSONMeter(Meter):
         self._text = JSONText()
         self._held = b""
 
-    def feed(self, chunk: bytes) -> bytes:
-        """Return all but the last byte so far."""
-        self._text.feed(chunk)
-        passed, self._held = self._held + chunk[:-1], chunk[-1:]
-        return passed
-
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+        """Return all but the last byte so far."""
         yield from self._text.steps(chunk)
+        self.at_once = 0 if self._text.is_long else MAX_AT_ONCE
         passed, self._held = self._held + chunk[:-1], chunk[-1:]
         return passed
 
-    def finish(self) -> None:
-        answer = self._text.answer()
+    def finishing(self) -> Generator[None, None, None]:
+        answer = yield from self._text.answer()
         if answer:
-            self.report.note(answer)
+            yield from self.report.note(answer)
         self.ended = True
 
-    def tear(self) -> None:
-        answer = self._text.torn()
+    def tearing(self) -> Generator[None, None, None]:
+        answer = yield from self._text.torn()
         if answer:
-            self.report.note(answer, torn=True)
+            yield from self.report.note(answer, torn=True)
 
     def rest(self) -> bytes:
         held, self._held = self._held, b""
@@ -789,7 +867,7 @@ def is_stream(start: bytes, labelled: bool) -> bool | None:
 
 # WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
 EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-LINE_END = re.compile(rb"\r\n|\n|\r")
+DATA = re.compile(rb"data:(?<![^\r\n]data:) ?([^\r\n]*+)")
 MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)')
 EVENT_TYPE = re.compile(rb'(?:event: ?([^\r\n]*)[\r\n]|data: ?\{"type": ?"([^"\\]*)")')
 CHAT_CHUNK = re.compile(rb"data: ?\{")
@@ -832,8 +910,7 @@ def marked(events: bytes) -> bool:
 
 def data_of(event: bytes) -> bytes:
     """The data of a whole event: its data lines, joined."""
-    lines = LINE_END.split(event.removeprefix(BYTE_ORDER_MARK))
-    return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+    return b"\n".join(DATA.findall(event.removeprefix(BYTE_ORDER_MARK)))
 
 
 LINE_REST = re.compile(rb"[^\r\n]*+")
@@ -849,9 +926,10 @@ class EventText:
         self._text = JSONText()
         self._line = b""  # the start of a line, up to the name of its field
         self._in_data: bool | None = None  # None: at the start of a line
+        self._lead = b""  # what joins a line of data to the one before
 
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes, cut anywhere."""
+    def steps(self, chunk: bytes) -> Generator[None, None, None]:
+        """Take the next bytes, cut anywhere, in small steps."""
         if len(self.start) < START:
             self.start += chunk[: START - len(self.start)]
         if not self.is_large:
@@ -861,34 +939,45 @@ class EventText:
             self.is_large = True
             chunk, self._whole = bytes(self._whole), bytearray()
             chunk = chunk.removeprefix(BYTE_ORDER_MARK)
-        self._read_lines(chunk)
+        yield from self._read_lines(chunk)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its next bytes, or its end, take more than one step."""
+        return self.is_large or len(self._whole) > MAX_AT_ONCE
 
     def whole(self) -> bytes:
         """Return all of a small event."""
         return bytes(self._whole)
 
-    def answer(self) -> Answer | None:
-        """None for what is no JSON object."""
-        return self._text.answer() if self.is_large else decode_answer(data_of(self.whole()))
+    def answer(self) -> Generator[None, None, Answer | None]:
+        """Return the answer of a large event; None for what is no JSON object."""
+        return self._text.answer()
 
-    def torn(self) -> Answer | None:
-        """What an event that was cut off has said."""
+    def torn(self) -> Generator[None, None, Answer | None]:
+        """Return what an event that was cut off has said."""
         if not self.is_large:
-            self._read_lines(self.whole().removeprefix(BYTE_ORDER_MARK))
-        return self._text.torn()
+            yield from self._read_lines(self.whole().removeprefix(BYTE_ORDER_MARK))
+        return (yield from self._text.torn())
 
-    def _read_lines(self, chunk: bytes) -> None:
+    def _read_lines(self, chunk: bytes) -> Generator[None, None, None]:
         at = 0
-        while at < len(chunk):
-            if self._in_data is None:
-                at = self._read_field(chunk, at)
-                continue
-            end = LINE_REST.match(chunk, at).end()  # type: ignore[union-attr]
-            if self._in_data:
-                self._text.feed(chunk[at:end])
-            if end < len(chunk):
-                self._in_data, self._line = None, b""
-            at = end
+        for end in range(STEP, len(chunk) + STEP, STEP):
+            while at < min(end, len(chunk)):
+                at = yield from self._read_line(chunk, at)
+            yield
+
+    def _read_line(self, chunk: bytes, at: int) -> Generator[None, None, int]:
+        """Read a line, or the rest of one, or a byte of its field's name; return the end."""
+        if self._in_data is None:
+            return self._read_field(chunk, at)
+        end = LINE_REST.match(chunk, at).end()  # type: ignore[union-attr]
+        if self._in_data:
+            yield from self._text.steps(self._lead + chunk[at:end])
+            self._lead = b""
+        if end < len(chunk):
+            self._in_data, self._line = None, b""
+        return end
 
     def _read_field(self, chunk: bytes, at: int) -> int:
         """Read up to the end of a field's name, or of the line."""
@@ -899,7 +988,7 @@ class EventText:
             self._line += byte
             if self._line == b"data:":
                 self._in_data = True
-                self._text.feed(b"\n")
+                self._lead = b"\n"
             elif not b"data:".startswith(self._line):
                 self._in_data = False
         return at + 1
@@ -947,6 +1036,20 @@ class StreamMeter(Meter):
         if self.is_dull(chunk):
             self.count_text(chunk)
             return chunk
+        return result_of(self._read(chunk))
+
+    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+        passed: list[bytes] = []
+        for at in range(0, len(chunk), STEP):
+            if self.ended:
+                self._held += chunk[at:]
+                break
+            passed.append((yield from self._read(chunk[at : at + STEP])))
+            yield
+        return b"".join(passed)
+
+    def _read(self, chunk: bytes) -> Generator[None, None, bytes]:
+        """Take a short chunk; return what may be sent on now."""
         passed: list[bytes] = []
         if self._cut_newline and chunk:
             if chunk.startswith(b"\n"):
@@ -956,20 +1059,10 @@ class StreamMeter(Meter):
         start, shift = 0, len(self._tail)
         for match in EVENT_END.finditer(self._tail + chunk):
             end = match.end() - shift
-            self._complete(chunk[start:end], passed)
+            yield from self._complete(chunk[start:end], passed)
             start = end
         if start < len(chunk):
-            self._grow(chunk[start:], passed)
-        return b"".join(passed)
-
-    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
-        passed: list[bytes] = []
-        for at in range(0, len(chunk), STEP):
-            if self.ended:
-                self._held += chunk[at:]
-                break
-            passed.append(self.feed(chunk[at : at + STEP]))
-            yield
+            yield from self._grow(chunk[start:], passed)
         return b"".join(passed)
 
     def is_dull(self, chunk: bytes) -> bool:
@@ -984,20 +1077,20 @@ class StreamMeter(Meter):
             and not self._marked(chunk)
         )
 
-    def finish(self) -> None:
+    def finishing(self) -> Generator[None, None, None]:
         """Note that the upstream has sent everything. A last event without its empty line counts,
         and fewer images than were asked for are complete as well."""
         if self._partial is not None and not self.ended:
             rest: list[bytes] = []
-            self._complete(b"", rest)
+            yield from self._complete(b"", rest)
             self._waiting += b"".join(rest)
         self.ended = self.ended or self.ending or self._ends_seen > 0
 
-    def tear(self) -> None:
-        answer = self._partial.torn() if self._partial else None
+    def tearing(self) -> Generator[None, None, None]:
+        answer = (yield from self._partial.torn()) if self._partial else None
         if answer:
             self.report.passed.see_delta(answer, self._chat)
-            self.report.note(answer, torn=True)
+            yield from self.report.note(answer, torn=True)
 
     def rest(self) -> bytes:
         waiting = self._waiting + self._held
@@ -1009,16 +1102,17 @@ class StreamMeter(Meter):
         for text in self._text.findall(events):
             self.report.passed.deltas += len(text)
 
-    def _complete(self, segment: bytes, passed: list[bytes]) -> None:
+    def _complete(self, segment: bytes, passed: list[bytes]) -> Generator[None, None, None]:
         """The event that `segment` ends is whole: judge it."""
         event, begun = self._partial, self._begun
         if event is not None:
-            event.feed(segment)
+            yield from event.steps(segment)
         self._partial, self._tail, self._begun = None, b"", False
+        self.at_once = MAX_AT_ONCE
         verdict = "pass"
         held, self._held = self._held + segment, b""
         if not self.ended:
-            verdict = self._judge(event, segment)
+            verdict = yield from self._judge(event, segment)
             self._go_on(len(held), passed)
             if begun and verdict == "take out":  # too late for that
                 verdict = "pass"
@@ -1052,14 +1146,16 @@ class StreamMeter(Meter):
         expected = self._expects_usage and not (report.usage or report.failed)
         return expected and len(self._waiting) <= HOLD
 
-    def _grow(self, chunk: bytes, passed: list[bytes]) -> None:
+    def _grow(self, chunk: bytes, passed: list[bytes]) -> Generator[None, None, None]:
         """The incomplete event grows. Send on what can't turn out to matter."""
         if self.ended:
             self._held += chunk
             return
         if self._partial is None:
             self._partial = EventText()
-        self._partial.feed(chunk)
+        yield from self._partial.steps(chunk)
+        if self._partial.is_long:
+            self.at_once = 0
         self._tail = (self._tail + chunk)[-2:]
         self._held += chunk
         self._go_on(len(self._held), passed)
@@ -1082,27 +1178,31 @@ class StreamMeter(Meter):
         named = EVENT_TYPE.match(start)
         return not named or bool(LAST.fullmatch(named[1] or named[2] or b""))
 
-    def _judge(self, event: EventText | None, segment: bytes) -> str:
+    def _judge(self, event: EventText | None, segment: bytes) -> Generator[None, None, str]:
         """Return 'pass', 'last', or 'take out' for an event, which is all in `segment` if it did
         not come in parts."""
         if event is not None and event.is_large:
-            answer = event.answer()
+            answer = yield from event.answer()
             if answer:
                 self.report.passed.see_delta(answer, self._chat)
-            return self._note(answer)
+            return (yield from self._note(answer))
         whole = event.whole() if event else segment
         self.count_text(whole)
         if not self._marked(whole) and not (self._naming and self._naming.search(whole)):
             return "pass"
         data = data_of(whole)
-        return "last" if data.strip() == b"[DONE]" else self._note(decode_answer(data))
+        if not data:
+            return "pass"
+        if data.strip() == b"[DONE]":
+            return "last"
+        return (yield from self._note((yield from answer_steps(data))))
 
-    def _note(self, answer: Answer | None) -> str:
+    def _note(self, answer: Answer | None) -> Generator[None, None, str]:
         """Take in what an event says."""
         if answer is None:
             return "pass"
         report = self.report
-        report.note(answer)
+        yield from report.note(answer)
         if self._naming:
             self._naming = NAMING[report.response_id is None, report.model is None]
         if isinstance(answer.type, str) and LAST.fullmatch(answer.type.encode()):

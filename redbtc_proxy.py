@@ -489,7 +489,10 @@ class Relay:
             meter = exchange.meter = exchange.choose_meter(self._labelled)
         clock.pause()
         ended_by_event = meter.ended
-        meter.finish()
+        if meter.at_once:
+            meter.finish()
+        else:
+            await in_slices(meter.finishing(), exchange.key.account_id, begun=True)
         await exchange.settle(exchange.outcome())
         self._rest = kept + meter.rest()
         if ended_by_event:
@@ -588,7 +591,10 @@ class Relay:
         """The exchange broke: write down how. A client that has nothing yet is told; for one in the
         middle of the answer the connection ends without the answer's end."""
         exchange = self._exchange
-        exchange.meter.tear()
+        if exchange.meter.at_once:
+            exchange.meter.tear()
+        else:
+            await in_slices(exchange.meter.tearing(), exchange.key.account_id, begun=True)
         if self._body.left:
             await asyncio.sleep(CLOSING_SECONDS)
         if self._clock.client_left and not self._body.left:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import cached_property
 from itertools import accumulate
 
@@ -32,7 +32,7 @@ MAX_TEXT = 32  # bytes of a text that is kept where only its length matters
 MAX_HEAD = 512  # characters of a picture that are kept
 MAX_NUMBER = 64  # characters
 MAX_LEVELS = 24
-MAX_CONTAINERS = 40_000  # lists and objects that are kept, and elements of lists
+MAX_CONTAINERS = 20_000  # lists and objects that are kept, and elements of lists
 MAX_OUTLINE = 2 << 20  # bytes that are kept; beyond that, lists lose the rest of their elements
 MIN_PIECE, MAX_PIECE = 256, 32 << 10  # bytes that are skipped at once
 
@@ -129,7 +129,7 @@ class Scanner:
         self._containers = 0
         self._size = 0
 
-    def steps(self, chunk: bytes) -> Iterator[None]:
+    def steps(self, chunk: bytes) -> Generator[None, None, None]:
         """Take a long chunk in small steps."""
         for at in range(0, len(chunk), WINDOW):
             self.feed(chunk[at : at + WINDOW])

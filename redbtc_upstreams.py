@@ -212,9 +212,12 @@ class Upstream:
             raise
         return Answer(response.status_code, response.headers.raw, body)
 
-    async def fetch(self, path: str, take: Callable[[bytes], object], method: str = "GET") -> int:
+    async def fetch(
+        self, path: str, take: Callable[[bytes], Iterable[object]], method: str = "GET"
+    ) -> int:
         """A request of the gateway's own, without a body: the status of its answer, and each part
-        of that one's body, decoded, to `take`. Raises httpx2.HTTPError, TimeoutError."""
+        of that one's body, decoded, to `take`, which works in steps. Raises httpx2.HTTPError,
+        TimeoutError."""
         async with asyncio.timeout(min(ASK_SECONDS, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
             answer = await self.open(method, path, b"", accept, Body(b""))
@@ -222,8 +225,10 @@ class Upstream:
             try:
                 async for chunk in answer.body:
                     async for part in with_turns(decoding.decoded(chunk)):
-                        take(part)
-                take(decoding.rest())
+                        async for _ in with_turns(take(part)):
+                            pass
+                async for _ in with_turns(take(decoding.rest())):
+                    pass
                 return answer.status
             except NotDecoded:
                 raise httpx2.DecodingError("the answer can't be decoded") from None
@@ -235,10 +240,11 @@ class Upstream:
         body of more than MOST_FETCHED bytes; TimeoutError."""
         body = bytearray()
 
-        def take(chunk: bytes) -> None:
+        def take(chunk: bytes) -> tuple[()]:
             body.extend(chunk)
             if len(body) > MOST_FETCHED:
                 raise httpx2.RemoteProtocolError("the answer is too long")
+            return ()
 
         status = await self.fetch(path, take)
         return status, bytes(body)

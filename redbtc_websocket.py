@@ -64,14 +64,15 @@ from redbtc_exchange import (
 from redbtc_ledger import Home, Key, Outcome, Row, Usage
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import (
-    KEEP,
     LAST,
+    MAX_AT_ONCE,
     Answer,
     Meter,
     Report,
     answer_steps,
     decode_answer,
     name_in,
+    result_of,
 )
 from redbtc_pieces import Buffer, check_utf8
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
@@ -520,21 +521,23 @@ class EventMeter(Meter):
         self.ended = False
         self.steered = False  # it ended for another to follow
 
-    def take(self, event: Answer) -> None:
-        """One of its events."""
+    async def take(self, event: Answer, account_id: str) -> None:
+        """Meter one of its events."""
+        if event.is_long:
+            await in_slices(self._take(event), account_id, begun=True)
+        else:
+            result_of(self._take(event))
+
+    def _take(self, event: Answer) -> Generator[None, None, None]:
         kind = kind_of(event)
         if event.delta:
             self.report.passed.see_delta(event, chat=False)
         if event.response or event.item or kind == "error" or kind.endswith("partial_image"):
-            self.report.note(event)
+            yield from self.report.note(event)
         self.ended = self.ended or kind == "error" or is_last(event)
         if kind == "response.incomplete" and event.inner:
             details = event.inner.incomplete_details
             self.steered = isinstance(details, dict) and details.get("reason") == "steered"
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Events are taken instead."""
-        return chunk
 
 
 def kind_of(event: Answer) -> str:
@@ -666,9 +669,9 @@ class Turn(Metered):
     async def _meter(self, event: Answer) -> None:
         if self.first_byte_ms is None:
             self.first_byte_ms = self.elapsed_ms()
-        self.meter.take(event)
+        await self.meter.take(event, self.key.account_id)
         self.note()
-        if self.meter.ended:
+        if self.meter.ended and not self.settled:
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
 
@@ -1233,7 +1236,7 @@ class Session:
             await self._close(code, reason)
 
     async def _pass_event(self, line: Line, message: str | bytes) -> None:
-        if len(message) <= KEEP:
+        if len(message) <= MAX_AT_ONCE:
             event = decode_answer(message)
         else:
             event = await in_slices(answer_steps(message), self.account_id)
@@ -1288,7 +1291,7 @@ class Session:
         if event.response and lane not in line.strays and len(line.strays) < MAX_STRAYS:
             line.strays[lane] = Stray()
         if stray := line.strays.get(lane):
-            stray.meter.take(event)
+            await stray.meter.take(event, self.account_id)
             if stray.meter.ended:
                 del line.strays[lane]
                 report = stray.meter.report

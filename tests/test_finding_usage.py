@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import gzip
 import json
 import random
 import struct
 import sys
 import threading
+import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import brotli  # type: ignore[import-untyped]
@@ -248,6 +250,93 @@ def test_no_size_hides_the_usage_or_holds_the_loop(shape: str, place: str) -> No
     assert answer is not None
     assert answer.inner is not None
     assert answer.inner.usage["input_tokens"] == 30
+
+
+def dense_answers(size: int) -> dict[str, bytes]:
+    """Answers of about so many bytes that are full of what is to be read."""
+
+    def listed(element: str) -> str:
+        return f"[{','.join([element] * (size // (len(element) + 1)))}]"
+
+    outputs = {
+        "empty items": listed("{}"),
+        "numbered items": json.dumps(
+            [{"id": f"msg_{n}", "type": "message"} for n in range(size // 40)]
+        ),
+        "searches": listed('{"type":"web_search_call"}'),
+        "containers": listed('{"type":"shell_call","container_id":"c"}'),
+        "items beside what is none": f"[NaN,{listed('{}')[1:]}",
+        "parts": f'[{{"content":{listed("{}")}}}]',
+        "words": f'[{{"text":{listed("[[[[[]]]]]")}}}]',
+    }
+    answers = {name: f'"output":{output}' for name, output in outputs.items()}
+    answers["members"] = ",".join(['"id":1'] * (size // 7))
+    end = ',"id":"resp_1","model":"m"%s}'
+    used = ',"usage":' + json.dumps(RESPONSE_USAGE)
+    whole = {name: "{" + each + end % used for name, each in answers.items()}
+    whole |= {f"{name}, no usage": "{" + each + end % "" for name, each in answers.items()}
+    return {name: each.encode() for name, each in whole.items()}
+
+
+def turns_of(meter: Meter, whole: bytes, size: int, tear: bool) -> Iterator[None]:
+    """Meter an answer that comes in chunks of that size, with the turns that the relay takes."""
+    for at in range(0, len(whole), size):
+        chunk = whole[at : at + size]
+        if len(chunk) <= meter.at_once:
+            meter.feed(chunk)
+            yield
+        else:
+            yield from meter.steps(chunk)
+    if meter.at_once:
+        (meter.tear if tear else meter.finish)()
+    else:
+        yield from meter.tearing() if tear else meter.finishing()
+
+
+@pytest.fixture
+def small_heap() -> Iterator[None]:
+    """Keep what the tests have built out of the garbage collector's full collections."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("small_heap")
+@pytest.mark.parametrize("dense", dense_answers(1))
+@pytest.mark.parametrize(("size", "chunk"), [(250_000, 16 << 10), (300_000, 64 << 10)])
+def test_no_number_of_values_holds_the_loop(dense: str, size: int, chunk: int) -> None:
+    whole = dense_answers(size)[dense]
+    used = None if "no usage" in dense else RESPONSE_USED
+    event = b'data: {"type":"response.completed","response":%b}' % whole
+    streamed = {"images": False, "chat": False, "take_out_usage": False}
+    for tear in (False, True):
+        for meter, sent in ((JSONMeter(False), whole), (StreamMeter(**streamed), event)):
+            assert longest_step(turns_of(meter, sent, chunk, tear)) < 25
+            report = meter.report
+            found = (report.response_id, report.usage and report.usage.output_tokens)
+            assert found == ("resp_1", used and used.output_tokens)
+
+
+@pytest.mark.usefixtures("small_heap")
+def test_an_event_that_is_full_of_lines_does_not_hold_the_loop() -> None:
+    event = b":\n" * 120_000 + b'data: {"choices":[],"usage":\n' + b"data:\n" * 1000
+    event += b"data: %b}\n\n" % json.dumps(CHAT_USAGE).encode()
+    meter = StreamMeter(images=False, chat=True, take_out_usage=True)
+    assert longest_step(turns_of(meter, event, 16 << 10, False)) < 25
+    assert meter.report.usage == CHAT_USED
+
+
+def test_no_number_of_items_takes_much_memory() -> None:
+    meter = StreamMeter(images=False, chat=False, take_out_usage=False)
+    tracemalloc.start()
+    for number in range(30_000):
+        item = {"id": f"ws_{number}", "type": "web_search_call", "action": {"query": "q" * 8}}
+        meter.feed(event({"type": "response.output_item.done", "item": item}, ""))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6_000_000, peak
+    assert meter.report.text_bytes == 30_000 * 8
 
 
 def test_items_beside_much_text_are_learned() -> None:
