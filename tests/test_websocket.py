@@ -913,8 +913,8 @@ def test_steering_of_a_response_that_ends_meanwhile_holds_no_money(
     gateway.cli("price", "add", "gpt-up", "--input", "1", "--output", "1")
     key = gateway.new_key()
     gateway.cli("payment", "add", "test", "1000")
-    items = [{"type": "message", "id": f"msg_{number}"} for number in range(18_000)]
-    named = [{"type": "item_reference", "id": item["id"]} for item in items]
+    items = [{"type": "message", "id": f"msg_{number}"} for number in range(3000)]
+    named = [{"type": "item_reference", "id": item["id"]} for item in items * 6]
     sent, pause = threading.Event(), 0.0
 
     async def talk(sock: Socket) -> None:
