@@ -544,10 +544,11 @@ class Metered(Exchange):
                 report.usage, report.parts = None, []
             if outcome == "client_disconnected" and self.gateway.stopping:
                 outcome = "interrupted"
-            parts = self._account_for(row, outcome, await self._estimate(outcome))
+            guess = await self._estimate(outcome)
+            parts = self._account_for(row, outcome, guess)
             if report.containers:
                 parts = await count_containers(self.gateway, row, report, parts)
-            admitted = self._admitted
+            admitted = self._admitted if guess else None
             bill(row, parts, self._money, self._content.image_model())
             if self._unweighed and not self._repeats:
                 self._learn(self._unweighed, weight(row, self._most()), row.usage)
