@@ -474,6 +474,7 @@ class Relay:
                 kept += passed
             else:
                 self._waits_for_client = True  # while it reads slowly, and with us the upstream
+                clock.allow(idle_seconds)  # metering may have paused it
                 if not self._started:
                     await self._send_head()
                 passed, kept = kept + passed, b""

@@ -781,6 +781,18 @@ def test_the_answer_of_a_slow_reader_ends_cleanly_too(
     assert whole.startswith(got)
 
 
+def test_a_client_that_reads_nothing_is_let_go_of_though_chunks_are_large(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Large chunks are metered while the clock stands; it goes on while they are sent."""
+    settings = "total_timeout_seconds = 3\nidle_timeout_seconds = 1"
+    gateway = make_gateway("", settings).start()
+    delta = event({"type": "response.output_text.delta", "delta": "x" * (64 << 10)})
+    upstream.script = stream(response_pieces(["Hello"])[:2] + [delta] * 300)
+    with gateway.begin(gateway.new_key(), {**RESPONSE, "stream": True}):
+        wait_until(lambda: [row["outcome"] for row in gateway.rows()] == ["client_disconnected"])
+
+
 def test_a_client_that_does_not_read_the_end_keeps_no_place(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
