@@ -79,7 +79,7 @@ DETAILS = Node(
 COUNTS = Node(
     short(
         *("input_tokens", "output_tokens", "prompt_tokens", "completion_tokens"),
-        *("reasoning_tokens", "num_requests", "model"),
+        *("reasoning_tokens", "total_tokens", "num_requests", "model"),
     )
     | {f"{each}_tokens_details": DETAILS for each in ("input", "output", "prompt", "completion")}
     | {"cached_tokens_details": DETAILS},
@@ -357,7 +357,7 @@ def counts_in(usage: Any, names: tuple[str, str]) -> tuple[int | None, int | Non
 def read_usage(usage: Any, images: bool) -> Usage | None:
     """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images, the image
     tool's); None where it reports neither input nor output. Parts that exceed their whole are not
-    believed."""
+    believed. Where the total shows that reasoning is counted beside the output, it is added."""
     if not isinstance(usage, dict):
         return None
     into, out = INPUT_OUTPUT
@@ -378,6 +378,9 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
     believed = part_of(tokens_input, (cached or 0) + (cache_write or 0))
     cache_write_12h = writes_for_12h(parts_input, cache_write) if believed and cache_write else None
     reasoning = tokens_in(parts_output, "reasoning_tokens")
+    said = (tokens_input or 0) + (tokens_output or 0)
+    if reasoning and tokens_in(usage, "total_tokens") == said + reasoning:  # it is not in there
+        tokens_output = (tokens_output or 0) + reasoning
     image_input = image_output = None
     if images:
         image_input = tokens_in(parts_input, "image_tokens")

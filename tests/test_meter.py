@@ -211,6 +211,40 @@ def test_odd_usage_is_neither_believed_nor_invented(usage: Any, expected: Usage 
     assert meters.read_usage(usage, images=False) == expected
 
 
+@pytest.mark.parametrize("usage", ["xAI", "Gemini", "included", "no total", "responses"])
+@pytest.mark.parametrize("size", [0, 2 * KEEP])
+def test_reasoning_that_stands_beside_the_output_is_output(usage: str, size: int) -> None:
+    """Of xAI's chats, and of Gemini's in some gateways (CLIProxyAPI #5733, sub2api #5771)."""
+    reasoning = {"reasoning_tokens": 60}
+    chat = {"prompt_tokens": 21, "completion_tokens_details": reasoning}
+    shown, expected = {
+        "xAI": (
+            {**chat, "completion_tokens": 7, "total_tokens": 88},
+            Usage(21, None, None, 67, 60),
+        ),
+        "Gemini": (
+            {**chat, "completion_tokens": 0, "total_tokens": 81},
+            Usage(21, None, None, 60, 60),
+        ),
+        "included": (
+            {**chat, "completion_tokens": 67, "total_tokens": 88},
+            Usage(21, None, None, 67, 60),
+        ),
+        "no total": ({**chat, "completion_tokens": 7}, Usage(21, None, None, 7)),
+        "responses": (
+            {
+                "input_tokens": 21,
+                "output_tokens": 7,
+                "output_tokens_details": reasoning,
+                "total_tokens": 88,
+            },
+            Usage(21, None, None, 67, 60),
+        ),
+    }[usage]
+    answer = {"id": "chatcmpl-1", "choices": [{"x": "x" * size}], "usage": shown}
+    assert metered(answer).usage == expected
+
+
 def metered(answer: dict[str, Any], images: bool = False) -> Report:
     meter = JSONMeter(images)
     meter.feed(json.dumps(answer).encode())
