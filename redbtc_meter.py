@@ -714,12 +714,12 @@ class Report:
         """In a stream of pictures each `completed` event reports the usage of its own picture."""
         if self.usage is None or not str(answer.type).endswith("completed"):
             return used, parts
-        by_model = {part.model: part for part in self.parts}
-        for part in parts:
-            if earlier := by_model.get(part.model):
+        sums = {(part.model, part.images): part for part in self.parts}
+        for part in parts:  # an SVG's author can be without a name, as the picture's model is
+            if earlier := sums.get((part.model, part.images)):
                 part = part._replace(usage=added(earlier.usage, part.usage))
-            by_model[part.model] = part
-        return added(self.usage, used), list(by_model.values())
+            sums[part.model, part.images] = part
+        return added(self.usage, used), list(sums.values())
 
     def _name(self, answer: Answer, said: Answer) -> Generator[None, None, None]:
         if self._images or answer.type == "error":  # an error makes nothing

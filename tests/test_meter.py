@@ -280,6 +280,20 @@ def test_an_svgs_author_comes_on_top() -> None:
     )
 
 
+def test_authors_of_svgs_are_added_up_apart_from_their_pictures() -> None:
+    """Where the answer does not name the author, either."""
+    shown = {"usage": IMAGE_USAGE, "svg_usage": {"input_tokens": 7, "output_tokens": 300}}
+    drawn = {"type": "image_generation.completed", "b64_json": "PHN2Zz4=", **shown}
+    meter = StreamMeter(images=True, chat=False, take_out_usage=False, ends=3)
+    for _ in range(3):
+        meter.feed(framed(drawn, "\n", 0))
+    meter.finish()
+    pictures, authors = meter.report.parts
+    assert pictures == Part(None, Usage(150, None, None, 816, None, 120, 816), True)
+    assert authors == Part(None, Usage(21, None, None, 900), False)
+    assert meter.report.usage == Usage(171, None, None, 1716, None, 120, 816)
+
+
 def test_what_an_answer_made_is_named() -> None:
     """The response, the items of its output, and a conversation."""
     items = [{"id": "msg_1"}, {"id": "fc_2"}, {"type": "compaction"}]
