@@ -611,7 +611,8 @@ class Metered(Exchange):
         report, images = self.meter.report, self.endpoint.images
         ended = self.meter.ended and not report.failed
         outdated, begun = report.is_outdated, report.is_of_beginning
-        partly = outdated and begun if ended else outdated or begun or report.is_provisional
+        passing = report.is_provisional or (report.is_of_choices and self._answers > 1)
+        partly = outdated and begun if ended else outdated or begun or passing
         if images:
             partly = report.usage is not None and not self.meter.ended
         if (is_complete(report) and not partly) or not self._was_used(outcome):

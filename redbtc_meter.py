@@ -607,6 +607,8 @@ class Report:
         # Usage without output was reported last by an event that does not end the answer: some
         # upstreams report 0 with each event until they know.
         self.is_provisional = False
+        # The last usage stood beside choices in a stream: it can be that of those choices alone.
+        self.is_of_choices = False
         self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
         self._file_searches: set[Any] = set()  # ids
         self._svgs: dict[Any, Any] = {}  # by item: usage of what wrote an SVG for the image tool
@@ -1206,6 +1208,8 @@ class StreamMeter(Meter):
             return "pass"
         report = self.report
         yield from report.note(answer)
+        if self._chat and isinstance(answer.usage, dict):
+            report.is_of_choices = has_choices(answer)
         if self._naming:
             self._naming = NAMING[report.response_id is None, report.model is None]
         if isinstance(answer.type, str) and LAST.fullmatch(answer.type.encode()):

@@ -867,6 +867,28 @@ def test_usage_of_zero_that_is_not_the_last_is_not_believed(
     assert Decimal("0.5") < Decimal(row["cost"]) < 1
 
 
+def test_usage_of_one_of_several_answers_is_not_that_of_all(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    """vLLM (continuous_usage_stats) reports that of the chunk's choice, at the end that of all."""
+    gateway = ask()
+    text = "x" * 400
+    choices = [{"index": index, "delta": {"content": text}} for index in range(4)]
+    used = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
+    chunk = {"id": "chatcmpl-1", "model": "gpt-up", "usage": used}
+    of_choices = b"".join(event({**chunk, "choices": [choice]}) for choice in choices)
+    of_all = event({**chunk, "choices": [], "usage": {**used, "completion_tokens": 400}})
+    for written in (of_choices, of_choices + of_all):
+        upstream.script = stream([written], end="tear")
+        with contextlib.suppress(httpx2.HTTPError):
+            body = {**CHAT, "n": 4, "stream_options": {"include_usage": True}}
+            read_until(gateway, body, b"nothing like this", "/chat/completions")
+    torn, told = gateway.rows()
+    assert (torn["usage_source"], torn["input_tokens"]) == ("estimated", 20)
+    assert torn["output_tokens"] >= 400
+    assert (told["usage_source"], told["output_tokens"]) == ("upstream", 400)
+
+
 def begun_with_usage(endpoint: str) -> bytes:
     """The first event of a stream, which reports usage without output."""
     if endpoint == "/responses":
