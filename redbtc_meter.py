@@ -655,6 +655,14 @@ class Report:
         """Calls in the output."""
         return len(self._file_searches)
 
+    @property
+    def authors(self) -> list[Part]:
+        """What the authors of the image tool's SVGs have used. It comes with their items."""
+        parts: list[Part] = []
+        for svg in self._svgs.values():
+            with_svg(None, parts, svg)
+        return parts
+
     def note(self, answer: Answer, torn: bool = False) -> Generator[None, None, None]:
         """Take in an answer's or an event's JSON, in small steps: the last that is said counts. Of
         one that was cut off (`torn`) it is not known how it goes on, so its status is not

@@ -925,6 +925,28 @@ def test_usage_of_the_beginning_is_not_that_of_hidden_reasoning(
     assert row["output_tokens"] >= 12
 
 
+def test_the_author_of_an_svg_is_paid_though_the_answer_is_cut_off(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    gateway = ask()
+    svg = {"model": "gpt-author", "input_tokens": 1000, "output_tokens": 50_000}
+    picture = {"id": "ig_1", "type": "image_generation_call", "status": "completed"}
+    picture |= {"result": "PHN2Zz4=", "svg_usage": svg}
+    drawn = {"type": "response.output_item.done", "output_index": 0, "item": picture}
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(created() + event(drawn, "x"))
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    tool = {"type": "image_generation", "output_format": "svg", "svg": {"model": "gpt-author"}}
+    read_until(gateway, {**BODY, "tools": [tool]}, b"PHN2Zz4=", "/responses")
+    row = estimated(gateway, "client_disconnected")
+    assert row["output_tokens"] >= 50_000
+    assert Decimal(row["cost"]) > Decimal("1.505")
+
+
 def test_a_picture_after_usage_of_the_beginning_is_paid(
     ask: Callable[..., Gateway], upstream: Upstream
 ) -> None:
