@@ -526,7 +526,7 @@ class Relay:
             passed = meter.feed(chunk)
         else:
             self._clock.pause()
-            passed = await in_slices(meter.steps(chunk), exchange.key.account_id)
+            passed = await in_slices(meter.steps(chunk), exchange.key.account_id, begun=True)
         exchange.note()
         if exchange.unwritten:  # a background response must be on disk before its id is seen
             self._clock.pause()

@@ -1239,7 +1239,7 @@ class Session:
         if len(message) <= MAX_AT_ONCE:
             event = decode_answer(message)
         else:
-            event = await in_slices(answer_steps(message), self.account_id)
+            event = await in_slices(answer_steps(message), self.account_id, begun=True)
         if line.lost:
             return
         turn = None
