@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 
 from msgspec import structs
 
@@ -20,6 +21,14 @@ from redbtc_meter import UNFINISHED, Report
 from redbtc_settings import LedgerUnavailable
 
 
+class Shown:
+    """An estimated response that is being shown, and what is held for it."""
+
+    def __init__(self, money: Hold) -> None:
+        self.money = money
+        self.readers = 0
+
+
 class Corrections:
     """Writes corrections, each once."""
 
@@ -27,6 +36,7 @@ class Corrections:
         self._books = books
         self._objects = objects
         self._writing: dict[str, asyncio.Task[None]] = {}  # by response
+        self._shown: dict[str, Shown] = {}  # by response
 
     async def look(self, response_id: str, account_id: str, report: Report) -> None:
         """Somebody is shown a response of the account. If it has ended and shows what an estimated
@@ -43,15 +53,36 @@ class Corrections:
             writing.add_done_callback(lambda _: self._writing.pop(response_id))
         await asyncio.shield(writing)
 
-    async def hold(self, response_id: str, account_id: str) -> Hold | None:
-        """Hold what the account's response can turn out to have cost, before it is shown. Return
-        None if nothing can: its request was not estimated. Raises Spent, LedgerUnavailable."""
+    async def hold(
+        self, response_id: str, account_id: str
+    ) -> contextlib.AbstractContextManager[None] | None:
+        """Hold what the account's response can turn out to have cost, before it is shown, until
+        `with` is left: once, however many are shown it. Return None if nothing can: its request
+        was not estimated. Raises Spent, LedgerUnavailable."""
         found = ledger.estimated_of(self._books.store, response_id, account_id)
         if found is None:
             return None
         key = ledger.key_of(self._books.store, found.key_id)
         further = max(0, found.held - found.cost)
-        return await self._books.hold(key, found.requested_model, lambda _: further)
+
+        def most(_: object) -> int:
+            return 0 if response_id in self._shown else further
+
+        money = await self._books.hold(key, found.requested_model, most)
+        shown = self._shown.setdefault(response_id, Shown(money))  # nothing was waited for
+        shown.readers += 1
+        return self._showing(response_id, shown)
+
+    @contextlib.contextmanager
+    def _showing(self, response_id: str, shown: Shown) -> Iterator[None]:
+        """Give the hold back when the last reader has left."""
+        try:
+            yield
+        finally:
+            shown.readers -= 1
+            if not shown.readers:
+                del self._shown[response_id]
+                shown.money.__exit__()
 
     def _estimated(self, response_id: str, account_id: str) -> Estimated | None:
         with contextlib.suppress(LedgerUnavailable):  # it is for the next who looks

@@ -54,7 +54,7 @@ import redbtc_commands as commands
 import redbtc_dashboard as dashboard
 import redbtc_ledger as ledger
 import redbtc_webhook
-from redbtc_billing import DEFAULT_TIER, NEEDED, Books, Hold, Price, Spent
+from redbtc_billing import DEFAULT_TIER, NEEDED, Books, Price, Spent
 from redbtc_body import (
     Content,
     Form,
@@ -746,7 +746,9 @@ class StoredRoute:
                 path = f"/responses/{response_id}{self._suffix}"
                 await Relay(visit, send, self._method, path, body, query).forward([upstream])
 
-    async def _hold(self, key: Key, response_id: str, admission: Admission) -> Hold | None:
+    async def _hold(
+        self, key: Key, response_id: str, admission: Admission
+    ) -> contextlib.AbstractContextManager[None] | None:
         """Hold what a response that is shown can turn out to have cost. Return None if that is
         known, or the response is not shown. Raises Refusal."""
         if (self._method, self._suffix) not in SHOWING:

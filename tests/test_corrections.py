@@ -303,6 +303,52 @@ def test_a_response_is_not_shown_to_who_could_not_pay_for_it(
     assert gateway.api("GET", "/accounts/test")["held"] == "0"
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_two_who_read_a_response_need_its_hold_once(
+    make_gateway: MakeGateway, upstream: Upstream, leaves: bool
+) -> None:
+    """A client whose connection was lost reads on, while the gateway still reads for the first."""
+    gateway = make_gateway(MONEY).start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    key, ending = gateway.new_key(), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        begun = response_object(None, status="in_progress", usage=None)
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created", "response": begun}, "x"))
+        await reply.wait(ending if request.method == "GET" else request.closed)
+        await reply.send(event({"type": "response.completed", "response": response_object()}, "x"))
+        await reply.end()
+
+    def held() -> Decimal:
+        return Decimal(gateway.api("GET", "/accounts/test")["held"])
+
+    upstream.script = script
+    body = {**BODY, "stream": True, "max_output_tokens": 30_000}
+    path = "/responses/resp_1?stream=true"
+    with gateway.client(key) as client, gateway.client(key) as other:
+        with client.stream("POST", "/responses", json=body) as answer:
+            next(answer.iter_raw())
+        wait_until(lambda: gateway.row()["outcome"] == "client_disconnected")
+        with client.stream("GET", path) as first:
+            next(first.iter_raw())
+            once = held()
+            assert once > Decimal("0.5")
+            if leaves:
+                first.close()
+                wait_until(lambda: gateway.connections() == 0)
+            with other.stream("GET", f"{path}&starting_after=0") as second:
+                assert second.status_code == 200, second.read()
+                assert held() == once
+                ending.set()
+                assert b"response.completed" in second.read()
+    wait_until(lambda: held() == 0)
+    assert gateway.row()["usage_source"] == "upstream"
+    assert gateway.cli("db", "check")["ok"]
+
+
 def test_what_a_kill_interrupted_is_corrected(gateway: Gateway, upstream: Upstream) -> None:
     """If its response is stored at the upstream, where it can have gone on."""
 
