@@ -834,7 +834,7 @@ KEEP_UNSETTLED = """
 DROP_UNSETTLED = "DELETE FROM unsettled WHERE request_id = ?"
 TAKEN_OVER = [
     f"{name} = json_extract(settled, '$.{name}')"
-    for name in COLUMNS[COLUMNS.index("first_byte_ms") :]
+    for name in ("upstream", *COLUMNS[COLUMNS.index("first_byte_ms") :])
     if name not in ("outcome", "month")
 ]
 TAKE_OVER = f"""

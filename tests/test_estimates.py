@@ -18,7 +18,7 @@ import httpx2
 import msgspec
 import pytest
 from conftest import MakeGateway
-from gateway import Gateway, wait_until
+from gateway import Gateway, free_port, wait_until
 from upstream import (
     DONE,
     IMAGE_USAGE,
@@ -394,6 +394,37 @@ def test_what_passed_before_a_kill_is_paid(
     account = gateway.api("GET", "/accounts/test")
     assert (account["balance"], account["held"]) == (f"-{row['cost']}", "0")
     assert gateway.cli("db", "check")["ok"]
+
+
+def test_what_passed_before_a_kill_is_counted_for_the_upstream_that_sent_it(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The first one could not be reached."""
+    ports = {"first": free_port(), "second": upstream.port}
+    settings = CANCEL + "".join(
+        f'[[upstreams]]\nname = "{name}"\nbase_url = "http://127.0.0.1:{port}/v1"\n'
+        f'api_key_env = "TEST_UPSTREAM_KEY"\npriority = {priority}\n'
+        for priority, (name, port) in enumerate(ports.items())
+    )
+    gateway = make_gateway(settings).start()
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.head(200, SSE)
+        await reply.send(created())
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    body = {**BODY, "stream": True}
+    with (
+        gateway.client(gateway.new_key()) as client,
+        client.stream("POST", "/responses", json=body),
+    ):
+        wait_until(lambda: preserved(gateway))
+        gateway.kill()
+    gateway.start()
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("interrupted", "estimated")
+    assert row["upstream"] == "second"
 
 
 def test_a_request_that_ends_leaves_nothing_for_a_kill(
