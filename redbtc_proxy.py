@@ -756,7 +756,10 @@ class StoredRoute:
         try:
             return await self._gateway.corrections.hold(response_id, key.account_id)
         except Spent as error:
-            refusal = insufficient_quota(f"{error} What the response has used is not known yet.")
+            unknown = (
+                "What the response has used is not known yet, and counts for the key that made it."
+            )
+            refusal = insufficient_quota(f"{error} {unknown}")
         except LedgerUnavailable:
             refusal = Refusal("ledger_unavailable")
         admission.refused(refusal)
