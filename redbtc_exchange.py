@@ -582,12 +582,12 @@ class Metered(Exchange):
             return False
         if self.first_byte_ms is None or self._is_over:
             return False
-        self._preserved_after = worked
+        self._preserved_after, current = worked, self._row
         guess = await self._estimate("interrupted")
-        if self._is_over:
+        if self._is_over or self._row is not current:
             return False
         self._fill(self.meter.report)
-        row = msgspec.structs.replace(self._row)
+        row = msgspec.structs.replace(current)
         parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source == "none":
             return False
