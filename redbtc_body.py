@@ -579,6 +579,7 @@ def reference_in(item: Item, pieces: Pieces) -> str:
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
+UNNAMED = ""  # stands for the model that the upstream chooses to write an SVG
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
 PART, PARTS = msgspec.json.Decoder(Part), msgspec.json.Decoder(list[Part])
 PICTURE = b"image_url"
@@ -668,7 +669,6 @@ class Content:
         self._further: dict[str, bool] = {}  # further models it uses, and whether for pictures
         self._lasting: dict[str, bool] = {}  # those of tools that are part of its input
         self.lasting_extras = 0  # of these, what a request that builds on this one can use
-        self.unnamed_author = False  # the upstream chooses the model that writes an SVG
 
     @classmethod
     def steps(
@@ -693,9 +693,8 @@ class Content:
         self.most_input_tokens = form.most_tokens(text)
         self.pictures, self.picture_bytes = form.files, form.file_bytes
         author = form.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
-        self._further = {author: False} if author else {}
         format_ = form.fields.get(b"output_format", b"").strip().lower()
-        self.unnamed_author = not author and format_ == b"svg"
+        self._further = {author or UNNAMED: False} if author or format_ == b"svg" else {}
 
     def _read(self, text: Buffer, decoder: msgspec.json.Decoder[Any]) -> Steps[Members]:
         if len(text) > MAX_PIECE:
@@ -721,7 +720,6 @@ class Content:
         self.extras, self.lasting_extras = reading.extras | cache, reading.lasting_extras | cache
         self.searches = reading.searches
         self._further, self._lasting = reading.models, reading.lasting
-        self.unnamed_author = reading.unnamed_author
         self.pictures, self.picture_bytes = reading.pictures, reading.picture_bytes
         self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
@@ -808,18 +806,14 @@ class Content:
 
     def further_models(self) -> dict[str, bool]:
         """Return the models that it makes work besides its own, and whether they make pictures: the
-        image tool's, and an SVG's author. Raises Refusal."""
+        image tool's, and an SVG's author, which is UNNAMED where the upstream chooses it. Raises
+        Refusal."""
         models = add_models(dict(self._inherited), self._further)
         if sum(models.values()) > 1:
             message = "The image tools have different models."
             raise Refusal("invalid_request", message, param="tools")
         check_models(models)
         return models
-
-    @property
-    def makes_others_work(self) -> bool:
-        """Whether it makes models work besides its own. Raises Refusal as `further_models` does."""
-        return self.unnamed_author or bool(self.further_models())
 
     def image_model(self) -> str:
         """That of the tool which makes pictures, whether it is named or not."""
@@ -908,7 +902,6 @@ class Reading:
         self.lasting: dict[str, bool] = {}
         self.extras = self.lasting_extras = 0  # of the upstream's tools: bits of EXTRAS
         self.searches = False  # the request as a whole is one search of the web
-        self.unnamed_author = False  # an SVG is asked for, but not by which model
         self.pictures = self.picture_bytes = 0
         self.countable = True  # whether the pictures can be counted by their places
         self._pieces = pieces
@@ -1051,10 +1044,8 @@ class Reading:
             svg = yield from members_in(self._pieces.parts(given))
             check_letters(svg, TOOL_NAMES)
             author = string_in(svg.get("model", NULL))
-        if author:
-            self._note_model(author, False, lasting)
-        elif string_in(drawing.get("output_format", NULL)).lower() == "svg":
-            self.unnamed_author = True
+        if author or string_in(drawing.get("output_format", NULL)).lower() == "svg":
+            self._note_model(author or UNNAMED, False, lasting)
 
     def _note_model(self, model: str, images: bool, lasting: bool) -> None:
         if len(model) > MAX_NAME:

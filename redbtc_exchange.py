@@ -23,7 +23,7 @@ import msgspec
 
 import redbtc_ledger as ledger
 from redbtc_billing import DEFAULT_TIER, FREE, Hold, Spent, Tariff
-from redbtc_body import Content
+from redbtc_body import UNNAMED, Content
 from redbtc_decoding import DecodedMeter
 from redbtc_estimates import (
     Estimate,
@@ -342,7 +342,7 @@ class Metered(Exchange):
     def _most_cost(self, tariff: Tariff | None, content: Content, further_input: int) -> int:
         """Nanos. Asked for only where spending is limited: there usage has to be reported. A model
         without a price is free, but its tools' models can have one."""
-        if self.endpoint.free or not (tariff or content.makes_others_work):
+        if self.endpoint.free or not (tariff or content.further_models()):
             return 0
         if self._unmetered:
             raise unmetered()
@@ -402,11 +402,12 @@ class Metered(Exchange):
         asked = tariff, content.facts.service_tier
         further = 0
         for model, images in content.further_models().items():
-            own = books.tariff(model)
-            further += most(*((own, DEFAULT_TIER) if own else asked), images)
-        if content.unnamed_author:
-            all_models = [(each, DEFAULT_TIER) for each in books.tariffs()]
-            further += max(most(*each, False) for each in (asked, *all_models))
+            if model == UNNAMED:
+                all_models = [(each, DEFAULT_TIER) for each in books.tariffs()]
+                further += max(most(*each, False) for each in (asked, *all_models))
+            else:
+                own = books.tariff(model)
+                further += most(*((own, DEFAULT_TIER) if own else asked), images)
         return further
 
     def _most(self) -> Most:

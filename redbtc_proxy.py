@@ -990,7 +990,7 @@ class Gateway:
         Raises Refusal."""
         homes = await self.homes(key, content, made)
         model = content.model
-        for each in (model, *content.further_models()):
+        for each in (model, *filter(None, content.further_models())):
             if not key.allows(each):
                 message = f"This key may not use the model '{each}'."
                 raise Refusal("model_not_allowed", message, param="model")

@@ -620,6 +620,31 @@ def test_the_author_of_an_svg_is_held_for_where_none_is_named(
     assert account.balance() >= 0
 
 
+def test_the_author_of_an_svg_is_held_for_where_its_tool_is_in_what_is_built_on(
+    account: Account, upstream: Upstream
+) -> None:
+    prices = [price("gpt-author", input="5", output="90", max_output=ANSWER_TOKENS)]
+    account.gateway.api("POST", "/prices", {"prices": prices})
+    svg = {"input_tokens": 10, "output_tokens": ANSWER_TOKENS, "model": "gpt-author"}
+    item = {"type": "image_generation_call", "id": "ig_1", "svg_usage": svg}
+    usage = {"input_tokens": 10, "output_tokens": 10, "total_tokens": 20}
+
+    async def answer(request: Received, reply: Reply) -> None:
+        await asyncio.sleep(0.1)
+        output = [item] if b"previous_response_id" in request.body else []
+        await json_answer(response_object(MODEL, usage, id="resp_1", output=output))(request, reply)
+
+    upstream.script = answer
+    tools = {"type": "additional_tools", "tools": [{**DRAW, **SVG}]}
+    account.fill("5")
+    first = account.post("/responses", {**SHORT, "max_tool_calls": 1, "input": [tools]})
+    assert first.status_code == 200
+    account.fill("1.2")
+    again = {**SHORT, "max_tool_calls": 1, "previous_response_id": "resp_1"}
+    assert account.eight("/responses", again) == {200, 429}
+    assert account.balance() >= 0
+
+
 PICTURES = {
     "a screenshot": {"input": [{"output": "%"}]},
     "a tool's list": {"input": [{"output": ["%"]}]},
