@@ -162,11 +162,11 @@ MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
 MAX_PARTS = 1000
 FORM_WINDOW = 64 << 10  # bytes that are searched in one step
-SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]")
+SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]", b"output_format")
 # Readers differ in how they take spaces, control characters, '%5B', accents and look-alike letters.
 FIELD_NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]+")
 ODD_SINGLE = re.compile(
-    rb"(?:model|stream|n|prompt)[.\[]|_charset_$", re.IGNORECASE
+    rb"(?:model|stream|n|prompt|output_format)[.\[]|_charset_$", re.IGNORECASE
 )  # RFC 7578 §4.6
 NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
 MAX_NUMBER = 999  # of answers or images, in `n`
@@ -586,7 +586,8 @@ PICTURE = b"image_url"
 CONTENTS = ("content", "output")  # members of an item that can hold pictures
 PICTURES = ("images", "mask", "markup")  # those of a request for images
 LISTS = {"input", "messages", "tools", "svg"}
-TOOL_NAMES = {"type", "model", "svg", "tools", "function", "container", "environment"}
+DRAWN = {"output_format", "input_image_mask"}  # names that matter where a picture is drawn
+TOOL_NAMES = {"type", "model", "svg", "tools", "function", "container", "environment"} | DRAWN
 # How the types of the upstream's own tools begin, with the bits of what they use; there are dated
 # ones, such as web_search_preview_2025_03_11.
 BITS_OF_TOOLS = {
@@ -598,7 +599,7 @@ BITS_OF_TOOLS = {
 STARTS_OF_TOOLS = tuple(BITS_OF_TOOLS)
 LONG_CACHE = EXTRAS["cache_write_12h"]
 NO_NEW_CONTAINER = ("local", "container_reference")  # types of a shell's environment
-ITEM_NAMES = {"id", "type", "status", "role", "content", "encrypted_content", "tools"}
+ITEM_NAMES = {"id", "type", "status", "role", "content", "output", "encrypted_content", "tools"}
 # Only items with one of these members are checked; most histories have none.
 TELLING = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
 MAX_NESTING = 8  # levels of tools within tools
@@ -609,7 +610,7 @@ FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
 # it could be another account's.
 CHOOSES_ID = "request_id"
 SEARCHES = "web_search_options"  # with this member a chat searches the web, once
-KNOWN = FACT_NAMES | LISTS | {CHOOSES_ID, SEARCHES}
+KNOWN = FACT_NAMES | LISTS | DRAWN | set(PICTURES) | {CHOOSES_ID, SEARCHES}
 
 
 def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFacts:
@@ -944,7 +945,7 @@ class Reading:
         if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
             raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
         for part in self._pieces.parts(given) if is_list(given) else ():
-            telling = None if self._names else TELLING
+            telling = None if self._names or self._shows else TELLING
             objects = yield from read_list(self._pieces, part, ITEM_NAMES, telling)
             self._count_items(objects)
             for number, item in enumerate(objects):
@@ -1059,7 +1060,7 @@ class Reading:
     def _count_messages(self, given: msgspec.Raw) -> Steps[None]:
         for part in self._pieces.parts(given) if is_list(given) else ():
             try:
-                messages = yield from read_list(self._pieces, part, set(), set())
+                messages = yield from read_list(self._pieces, part, {"content"}, None)
             except Refusal:
                 self.countable = False
                 return

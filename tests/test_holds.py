@@ -645,6 +645,29 @@ def test_the_author_of_an_svg_is_held_for_where_its_tool_is_in_what_is_built_on(
     assert account.balance() >= 0
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [("output_format", "svg"), ("output_format", "png")],
+        [("Output_Format", "svg")],
+        [("output_format[]", "svg")],
+        [("output_format.", "svg")],
+        [('output_format"; filename="a', "svg")],
+    ],
+)
+def test_a_form_says_once_whether_it_asks_for_an_svg(
+    account: Account, upstream: Upstream, fields: list[tuple[str, str]]
+) -> None:
+    account.fill()
+    parts = [("model", "gpt-image-2"), ("prompt", "x"), *fields]
+    content = b"".join(form({name: value})[0].removesuffix(b"--xyz--\r\n") for name, value in parts)
+    headers = {"content-type": "multipart/form-data; boundary=xyz"}
+    answer = account.post("/images/edits", content + b"--xyz--\r\n", headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].lower().startswith("output_format")
+    assert not upstream.requests
+
+
 PICTURES = {
     "a screenshot": {"input": [{"output": "%"}]},
     "a tool's list": {"input": [{"output": ["%"]}]},
@@ -691,6 +714,34 @@ def test_an_odd_list_hides_no_pictures(
         ]
         assert {ask.result().status_code for ask in asks} == {200, 429}
     assert account.balance() >= 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    ['{"role":"user","content":%s,"content":"x"}', '{"role":"user","Content":%s}'],
+)
+def test_a_message_that_can_be_read_in_two_ways_hides_no_pictures(message: str) -> None:
+    pictures = json.dumps([{"type": "image_url", "image_url": {"url": "x"}}] * 20)
+    body = f'{{"model":"{MODEL}","messages":[{message % pictures}]}}'.encode()
+    assert result_of(Content.steps(body, body)).most_input_tokens > 320_000
+    body = body.replace(b"messages", b"input")
+    with pytest.raises(Refusal):
+        result_of(Content.steps(body, body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"Images": []},
+        {"MARKUP": {}},
+        {"Output_format": "svg"},
+        {"tools": [{"Output_Format": "svg"}]},
+    ],
+)
+def test_what_matters_to_a_hold_is_in_lower_case(body: dict[str, Any]) -> None:
+    text = json.dumps({"model": MODEL, **body}).encode()
+    with pytest.raises(Refusal):
+        result_of(Content.steps(text, text))
 
 
 def test_a_long_prompt_in_a_form_is_held_in_full() -> None:
