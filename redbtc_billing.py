@@ -375,9 +375,14 @@ class PriceList:
 
     def _superseded_at(self, price: Price) -> int:
         """When the next price of its slot takes effect."""
+        following = self.following(price)
+        return following.effective_at if following else NEVER
+
+    def following(self, price: Price) -> Price | None:
+        """Return the next price of its slot."""
         of_slot = self._slots[price.slot]
         place = bisect_right(of_slot, order(price), key=order)
-        return of_slot[place].effective_at if place < len(of_slot) else NEVER
+        return of_slot[place] if place < len(of_slot) else None
 
     def applies(self, price: Price, model: str, at: int) -> str | None:
         """Return why a price does not apply to a model that its pattern means, or None if it does,
@@ -894,6 +899,11 @@ class Books:
             "unchanged": len(prices) - len(new),
             **await self._reach(new, after, now, listed),
             "taken_over" if take_over else "left_out": left_out,
+            "followed_by": [
+                shown_following(following)
+                for following in map(after.following, new)
+                if following and following.id not in added and following.effective_at > now
+            ],
             "notices": [{"text": text, "effective_at": iso_time(at)} for _, text, at, _ in notices],
         }
 
@@ -1193,6 +1203,18 @@ def shown_missing(price: Price, old: Price, missing: Mapping[str, int]) -> Recor
     }
 
 
+def shown_following(price: Price) -> Record:
+    """What a price gives that follows one, as JSON shows it."""
+    rates = {name: decimal(value) for name, value in price.given.items() if name in Rates._fields}
+    return {
+        "model": price.model,
+        "tier": price.tier,
+        "above_input_tokens": price.above_input_tokens,
+        "effective_at": iso_time(price.effective_at),
+        "rates": {**price.given, **rates},
+    }
+
+
 SHOWN_MODELS = 8  # of many, in a message
 
 
@@ -1218,6 +1240,11 @@ def told_of_prices(added: Record) -> list[str]:
     for each in added.get("left_out", ()):
         rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
         lines.append(f"{slot_name(each)} no longer gives: {rates}.")
+    for each in added["followed_by"]:
+        rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
+        lines.append(
+            f"{slot_name(each)} has a later price already, from {each['effective_at']} on: {rates}."
+        )
     if added["added"]:
         applies = added["applies_to"]
         lines.append(f"Applies to: {few(applies)}." if applies else "Applies to no known model.")

@@ -508,6 +508,13 @@ class RatesOfEarlierPrice(PriceSlot):
     rates: dict[str, Money | int]
 
 
+class FollowingPrice(PriceSlot):
+    """What a price gives that was there already and supersedes an added one later."""
+
+    effective_at: Moment
+    rates: dict[str, Money | int]
+
+
 class NotApplied(Struct):
     """A model that a price means but does not apply to."""
 
@@ -525,12 +532,14 @@ class PublishedNotice(Struct):
 class PricesAdded(PriceList):
     """Unchanged are those that were the same anyway. `applies_to` and `does_not_apply_to` are the
     known models: those with a price, in use, or listed by an upstream. `taken_over` (or `left_out`,
-    without `take_over`) are rates that were not given and an earlier price had."""
+    without `take_over`) are rates that were not given and an earlier price had; `followed_by` are
+    later prices that take effect whatever was added now."""
 
     added: int
     unchanged: int
     applies_to: list[str]
     does_not_apply_to: list[NotApplied]
+    followed_by: list[FollowingPrice]
     notices: list[PublishedNotice]
     taken_over: list[RatesOfEarlierPrice] | UnsetType = UNSET
     left_out: list[RatesOfEarlierPrice] | UnsetType = UNSET

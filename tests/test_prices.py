@@ -551,6 +551,21 @@ def test_what_is_not_given_is_taken_over(make_gateway: MakeGateway) -> None:
     assert [row[name] for name in names] == ["9", "0.5", "30", "0.01", 1000, None]
 
 
+def test_a_later_price_that_is_there_already_is_told_of(make_gateway: MakeGateway) -> None:
+    """It does not take over what is added now, and would undo it silently."""
+    gateway = make_gateway(REFUSE)
+    gateway.cli("price", "add", "m", "--input", "5", "--output", "30")
+    later = gateway.run(
+        "price", "add", "m", "--output", "31", "--effective", "2999-01-01T00:00:00Z"
+    )
+    assert "later price" not in later.stdout
+    done = gateway.run("price", "add", "m", "--input", "6")
+    told = "m has a later price already, from 2999-01-01T00:00:00.000Z on: input 5, output 31."
+    assert told in done.stdout
+    done = gateway.run("price", "add", "m", "--tier", "flex", "--input", "6")
+    assert "later price" not in done.stdout
+
+
 def test_a_name_takes_over_from_the_pattern_that_applied(make_gateway: MakeGateway) -> None:
     gateway = make_gateway(REFUSE).start()
     add_price(gateway, "m*", input="5", output="30", web_search="0.01")
