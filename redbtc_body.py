@@ -527,9 +527,11 @@ AnyFacts = TypeVar("AnyFacts", bound=Facts)
 
 
 class Part(Struct):
-    """A part of a message or of a tool's output. It is a picture if it has an `image_url`."""
+    """A part of a message or of a tool's output. It is a picture if it has an `image_url`, or a
+    `url` where code has made it."""
 
     image_url: msgspec.Raw = NOTHING
+    url: msgspec.Raw = NOTHING
     text: msgspec.Raw = NOTHING
 
 
@@ -951,6 +953,8 @@ class Reading:
             for number, item in enumerate(objects):
                 if "id" in item or "tools" in item:
                     self._note_item(item)
+                if "outputs" in item:
+                    yield from self._count_outputs(item)
                 if self._names:
                     yield from self._name_item(item)
                 if self._shows:
@@ -976,6 +980,17 @@ class Reading:
                 self.named.choose(object_id[: MAX_NAME + 1])  # a longer one is never learned
         if "tools" in item and kind_of(item) != "mcp_list_tools":  # that one only reports tools
             self._offers.append((item["tools"], 0, True))
+
+    def _count_outputs(self, item: Item) -> Steps[None]:
+        """Count the pictures that code in a container of the upstream's has made."""
+        made = "id" in item and reference_in(item, self._pieces) == "input"
+        if made and is_list(item["outputs"]) and kind_of(item) == "code_interpreter_call":
+            for text in self._pieces.parts(item["outputs"]):
+                with contextlib.suppress(*NOT_JSON):
+                    pictures = [each.url for each in PARTS.decode(text) if is_text(each.url)]
+                    self.pictures += len(pictures)
+                    self.picture_bytes += sum(map(self._pieces.size, pictures))
+                yield
 
     def _name_item(self, item: Item) -> Steps[None]:
         kind = kind_of(item)

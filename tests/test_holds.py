@@ -470,12 +470,18 @@ def test_a_history_of_tool_calls_is_not_held_as_whole_responses(
     assert account.post("/responses", {**SHORT, "input": calls}).status_code == 200
 
 
+DRAWN: list[dict[str, Any]] = [
+    {"type": "image_generation_call", "result": "A" * 2_000_000},
+    {"type": "code_interpreter_call", "outputs": [{"type": "image", "url": "A" * 2_000_000}]},
+]
+
+
+@pytest.mark.parametrize("item", DRAWN)
 def test_a_drawn_picture_that_is_sent_again_is_held_as_a_picture(
-    account: Account, upstream: Upstream
+    account: Account, upstream: Upstream, item: dict[str, Any]
 ) -> None:
     """The SDKs' `input += response.output` sends all of its bytes."""
-    drawn = {"type": "image_generation_call", "id": "ig_1", "status": "completed"}
-    drawn["result"] = "A" * 2_000_000
+    drawn = {"id": "ig_1", "status": "completed", **item}
     usage = {"input_tokens": 1000, "output_tokens": 10, "total_tokens": 1010}
     upstream.script = json_answer(response_object(MODEL, usage, output=[drawn]))
     account.gateway.api("PATCH", "/accounts/prepaid", {"tokens_per_minute": 100_000})
