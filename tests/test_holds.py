@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import os
 import random
 import re
 import sqlite3
@@ -55,6 +56,7 @@ class Honest:
         self.made = 0
         self.bytes_a_token = 4
         self.begun_usage: dict[str, int] | None = None  # in the first event of a stream
+        self.author: str | None = None  # of SVGs
 
     async def __call__(self, request: Received, reply: Reply) -> None:
         await asyncio.sleep(self.seconds)
@@ -75,7 +77,7 @@ class Honest:
         body = request.json()
         limits = [body.get("max_tokens"), body.get("max_completion_tokens")]
         output = most_of(limits) * (body.get("n") or 1)
-        usage = {"prompt_tokens": len(request.body) // 4, "completion_tokens": output}
+        usage = {"prompt_tokens": tokens_of(body), "completion_tokens": output}
         usage["total_tokens"] = sum(usage.values())
         if not body.get("stream"):
             await chat_json(usage)(request, reply)
@@ -88,12 +90,19 @@ class Honest:
     # Images
 
     async def _draw(self, request: Received, reply: Reply) -> None:
-        number = form_number(request)
+        number, read = form_number(request), 100
         if number is None:
-            number = request.json().get("n") or 1
-        usage = {"input_tokens": 100, "output_tokens": PICTURE_TOKENS * number}
+            number, read = request.json().get("n") or 1, tokens_of(request.json())
+        usage = {"input_tokens": read, "output_tokens": PICTURE_TOKENS * number}
         usage["total_tokens"] = sum(usage.values())
-        await json_answer({"created": 1, "data": [], "usage": usage})(request, reply)
+        written: dict[str, Any] = {}
+        if self.author and b'"svg"' in request.body.replace(b"\r\n", b'"'):
+            written["svg_usage"] = self._written(number)
+        await json_answer({"created": 1, "data": [], "usage": usage, **written})(request, reply)
+
+    def _written(self, number: int) -> dict[str, Any]:
+        """What the author of so many SVGs has used."""
+        return {"input_tokens": 10, "output_tokens": ANSWER_TOKENS * number, "model": self.author}
 
     # Responses
 
@@ -110,6 +119,9 @@ class Honest:
         await reply.head(200, [("content-type", "text/event-stream")])
         await reply.send(begun)
         await asyncio.sleep(self.seconds)
+        if "torn" in (body.get("metadata") or ()):
+            self.running[response["id"]] = response
+            reply.tear()
         await reply.send(b"".join(more))
         await reply.end()
 
@@ -123,7 +135,7 @@ class Honest:
     def response(self, body: dict[str, Any], compact: bool = False) -> dict[str, Any]:
         self.made = number = self.made + 1
         items = body["input"] if isinstance(body["input"], list) else []
-        into = len(json.dumps(body["input"])) // self.bytes_a_token
+        into = tokens_of(body["input"], self.bytes_a_token)
         own = into
         into += self.stored.get(body.get("previous_response_id") or "", 0)
         conversation = body.get("conversation") or body.get("metadata", {}).get("begins")
@@ -138,13 +150,17 @@ class Honest:
             offered += item.get("tools") or ()
         kinds = {tool["type"] for tool in offered}
         tools: dict[str, Any] = {}
+        message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}
+        made: list[dict[str, Any]] = [message]
         if kinds & {"web_search", "web_search_preview_2025_03_11"}:
             tools["web_search"] = {"num_requests": calls}
         elif any(kind.startswith("image_generation") for kind in kinds):
             drawn = {"input_tokens": 10 * pictures, "output_tokens": PICTURE_TOKENS * pictures}
             tools["image_gen"] = drawn
+            if self.author and '"svg"' in json.dumps(offered):
+                svg = {"type": "image_generation_call", "id": f"ig_{number}"}
+                made.append(svg | {"svg_usage": self._written(pictures)})
         usage = {"input_tokens": into, "output_tokens": output, "total_tokens": into + output}
-        message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}
         if body.get("store") is not False:
             self.stored[f"resp_{number}"] = into + output
             self.stored[f"msg_{number}"] = output
@@ -152,8 +168,10 @@ class Honest:
         if conversation:
             self.stored[conversation] = self.stored.get(conversation, 0) + own + output
             more["conversation"] = {"id": conversation}
+        if body.get("service_tier"):
+            more["service_tier"] = body["service_tier"]
         return response_object(
-            MODEL, usage, id=f"resp_{number}", output=[message], tool_usage=tools, **more
+            MODEL, usage, id=f"resp_{number}", output=made, tool_usage=tools, **more
         )
 
     async def talk(self, sock: Socket) -> None:
@@ -163,6 +181,12 @@ class Honest:
             response = self.response(frame)
             self.stored[response["id"]] = response["usage"]["total_tokens"]
             await sock.send(*self.events(response))
+
+
+def tokens_of(given: Any, bytes_a_token: int = 4) -> int:
+    """The tokens of an input: of its text and its pictures."""
+    text = json.dumps(given)
+    return len(text) // bytes_a_token + 16_000 * text.count('"image_url": "')
 
 
 def most_of(limits: list[int | None]) -> int:
@@ -908,8 +932,10 @@ def test_options_that_are_too_long_are_refused() -> None:
 
 # ── A property ───────────────────────────────────────────────────────────────────────────────────
 
+SEED = int(os.environ.get("REDBTC_SEED", "0"))
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 PROPERTY_SECONDS = 8
+PICTURE = {"type": "input_image", "image_url": "https://example.com/"}
 
 
 class Visitor:
@@ -920,24 +946,32 @@ class Visitor:
         self.websocket = websocket
         self.chance = random.Random(seed)
         self.made: list[str] = []  # responses and messages
+        self.torn: list[str] = []  # responses that were not read to their end
         self.served = 0
 
     def ask(self) -> None:
         chance = self.chance
         paths = ["/chat/completions", "/responses/compact", "/images/generations", "/images/edits"]
-        path = chance.choice([*paths, *["/responses"] * 4, "websocket", "websocket"])
+        path = chance.choice([*paths, *["/responses"] * 4, "websocket", "websocket", "look"])
         body: dict[str, Any] = {"model": MODEL}
+        body["service_tier"] = chance.choice(["default", "default", "flex", "priority"])
         for name in chance.sample(LIMITS, chance.randint(0, 3)):
             body[name] = chance.choice([None, 0, -1, 1, 50, 500, 5000, 10**9])
         if chance.random() < 0.3:
             body["max_tool_calls"] = chance.choice([None, 0, 1, 3, 20])
-        if path == "/images/edits":
+        if path == "look":
+            self._look()
+        elif path == "/images/edits":
             self._edit()
         elif path.startswith("/images"):
-            images = {"model": chance.choice([None, DEFAULT_IMAGE_MODEL]), "prompt": "x"}
+            images: dict[str, Any] = {"model": chance.choice([None, DEFAULT_IMAGE_MODEL])}
+            images |= {"prompt": "x", "output_format": chance.choice(["png", "svg"])}
+            images |= chance.choice([{}, {"images": [PICTURE]}, {"markup": PICTURE}])
             self._post(path, {**body, **images, "n": chance.choice([None, 1, 2, 9])})
         elif path == "/chat/completions":
-            body |= {"messages": [{"role": "user", "content": "x" * chance.choice([1, 4000])}]}
+            content = chance.choice(["x", "x" * 4000, [PICTURE], [PICTURE] * 3])
+            body |= {"messages": [{"role": "user", "content": content}]}
+            body |= chance.choice([{}, {"web_search_options": {}}])
             body |= {"stream": chance.random() < 0.5, "n": chance.choice([None, 1, 3])}
             self._post(path, body)
         else:
@@ -945,7 +979,9 @@ class Visitor:
 
     def _edit(self) -> None:
         number = self.chance.choice(["1", "3", "9", "0010", "+10", "1_0", " 2"])
-        content, headers = form({"prompt": "x", "n": number, "max_tokens": "1"})
+        fields = {"prompt": "x", "n": number, "max_tokens": "1"}
+        fields["output_format"] = self.chance.choice(["png", "svg"])
+        content, headers = form(fields)
         self.account.post("/images/edits", content, headers=headers)
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
@@ -959,16 +995,32 @@ class Visitor:
                 fetched = self.account.client.get(f"/responses/{answer.json()['id']}")
                 assert fetched.json()["status"] == "completed"
 
+    def _tear(self, body: dict[str, Any]) -> None:
+        """Ask for an answer that breaks off, but is stored."""
+        torn = {**body, "stream": True, "metadata": {"torn": ""}}
+        ask = self.account.client.stream("POST", "/responses", json=torn)
+        with contextlib.suppress(httpx2.HTTPError), ask as answer:
+            for line in answer.iter_lines():
+                self.torn += re.findall(r'"id": "(resp_\d+)"', line)
+        self.made += self.torn[-1:]
+
+    def _look(self) -> None:
+        """Look at an answer that broke off, which shows what it used."""
+        if self.torn:
+            answer = self.account.client.get(f"/responses/{self.chance.choice(self.torn)}")
+            assert answer.status_code in (200, 429), answer.text
+
     def _respond(self, path: str, body: dict[str, Any]) -> None:
         chance = self.chance
-        items: list[dict[str, Any]] = [{"role": "user", "content": "x" * chance.choice([1, 9000])}]
+        content = chance.choice(["x", "x" * 9000, [PICTURE]])
+        items: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.made and chance.random() < 0.5:
             named = chance.choice(self.made)
             if named.startswith("resp"):
                 body["previous_response_id"] = named
             else:
                 items += [{"type": "item_reference", "id": named}] * chance.choice([1, 2, 30])
-        tools = [chance.choice([SEARCH, DRAW])] if chance.random() < 0.4 else []
+        tools = [chance.choice([SEARCH, DRAW, {**DRAW, **SVG}])] if chance.random() < 0.4 else []
         if tools and chance.random() < 0.3:
             items.append({"type": "additional_tools", "tools": tools})
             tools = []
@@ -978,8 +1030,11 @@ class Visitor:
         elif path == "/responses/compact":
             self._post(path, {**body, "tools": []})
         else:
-            kind = chance.choice(["stream", "background", "n"])
-            self._post(path, {**body, kind: True if kind != "n" else 1})
+            kind = chance.choice(["stream", "background", "n", "torn"])
+            if kind == "torn":
+                self._tear(body)
+            else:
+                self._post(path, {**body, kind: True if kind != "n" else 1})
 
     def _create(self, body: dict[str, Any]) -> None:
         self.websocket.send(json.dumps({"type": "response.create", **body}))
@@ -994,7 +1049,12 @@ class Visitor:
 
 def test_no_requests_spend_more_than_there_is(account: Account, honest: Honest) -> None:
     """Eight at a time, with any members, at any endpoint, however they come."""
-    honest.seconds = 0.02
+    honest.seconds, honest.author = 0.02, "gpt-author"
+    prices = [
+        price("gpt-author", input="5", output="40", max_output=ANSWER_TOKENS),
+        {"model": MODEL, "tier": "priority", "input": "10", "output": "60", "web_search": "0.01"},
+    ]
+    account.gateway.api("POST", "/prices", {"prices": prices, "without_notice": "test"})
     url = f"ws://127.0.0.1:{account.gateway.port}/v1/responses"
     headers = {"authorization": f"Bearer {account.key}"}
     ends = time.monotonic() + PROPERTY_SECONDS
@@ -1005,7 +1065,7 @@ def test_no_requests_spend_more_than_there_is(account: Account, honest: Honest) 
                 stack.enter_context(connect(url, additional_headers=headers, proxy=None)),
                 seed,
             )
-            for seed in range(PARALLEL)
+            for seed in range(SEED, SEED + PARALLEL)
         ]
         while time.monotonic() < ends:
             account.fill()
