@@ -882,8 +882,8 @@ class Books:
                 )
                 for price in prices
             ]
+            _refuse_twice(given)
             new, left_out = self._new(given, take_over)
-            _refuse_twice(new)
             after = PriceList([*self.prices.prices, *new])
             notices = await self._notices_of_rises(new, after, now, without_notice)
             changes: list[Change] = [(ADD_PRICE, msgspec.structs.astuple(price)) for price in new]
@@ -1259,11 +1259,11 @@ def told_of_prices(added: Record) -> list[str]:
 
 
 def _refuse_twice(prices: Iterable[Price]) -> None:
-    known = set()
+    """Raise LedgerError for two different prices of the same from the same instant on."""
+    known: dict[tuple[object, int], dict[str, int]] = {}
     for price in prices:
-        if (price.slot, price.effective_at) in known:
+        if known.setdefault((price.slot, price.effective_at), price.given) != price.given:
             raise LedgerError(f"there are two prices of {', '.join(map(str, price.slot))}")
-        known.add((price.slot, price.effective_at))
 
 
 async def matching(models: Iterable[str], patterns: set[str]) -> set[str]:

@@ -551,6 +551,17 @@ def test_what_is_not_given_is_taken_over(make_gateway: MakeGateway) -> None:
     assert [row[name] for name in names] == ["9", "0.5", "30", "0.01", 1000, None]
 
 
+def test_two_prices_of_the_same_are_refused(make_gateway: MakeGateway) -> None:
+    """Also where one of them is in force already."""
+    gateway = make_gateway(REFUSE)
+    file = gateway.folder / "two.toml"
+    gateway.cli("price", "add", "m", "--input", "5")
+    for rates, refused in ((("5", "6"), True), (("6", "6"), False)):
+        file.write_text("".join(f'[[prices]]\nmodel = "m"\ninput = {each}\n' for each in rates))
+        done = gateway.run("price", "import", str(file))
+        assert ("there are two prices of m" in done.stderr) is refused
+
+
 def test_a_later_price_that_is_there_already_is_told_of(make_gateway: MakeGateway) -> None:
     """It does not take over what is added now, and would undo it silently."""
     gateway = make_gateway(REFUSE)
