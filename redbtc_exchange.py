@@ -320,15 +320,22 @@ class Metered(Exchange):
         try:
             return await self.gateway.books.hold(self.key, content.model, most)
         except Spent as error:
-            message = str(error)
-            if self.endpoint.limits:
-                limits = " or ".join(map(repr, self.endpoint.limits))
-                message += f" A lower {limits} makes that less."
-            if self.endpoint.runs_tools and (content.extras or content.further_models()):
-                message += " So does a lower 'max_tool_calls'."
-            raise insufficient_quota(message) from None
+            raise insufficient_quota(f"{error}{self._advice(content)}") from None
         except LedgerUnavailable:
             raise Refusal("ledger_unavailable") from None
+
+    def _advice(self, content: Content) -> str:
+        """Say what makes the request cost less at most."""
+        advice = ""
+        if self.endpoint.limits:
+            limits = " or ".join(map(repr, self.endpoint.limits))
+            advice = f" A lower {limits} makes that less."
+        if self.endpoint.runs_tools and (content.extras or content.further_models()):
+            advice += " So does a lower 'max_tool_calls'."
+        tariff, tier = self.gateway.books.tariff(content.model), content.facts.service_tier
+        if advice and tariff and tariff.rises(tier):
+            advice += f" So does the 'service_tier' '{DEFAULT_TIER}'."
+        return advice
 
     def _weigh_conversations(self, content: Content) -> None:
         """Count the tokens of the conversations that the request names anew: requests that were
