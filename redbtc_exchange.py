@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 
 USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_calls'
-# What a request uses is kept for the case of a kill when it has worked for so many seconds, and
-# again each time that it has worked for so many times as long.
+# What a request has used is kept for the case of a kill once it has worked for PRESERVE_SECONDS,
+# and again when it has worked for so many times as long as the last time.
 PRESERVE_SECONDS, PRESERVE_GROWTH = 1.0, 4
 ID_SECONDS = 15  # for the id of a background response whose client has left
 NO_RETRY = (b"x-should-retry", b"false")
@@ -210,7 +210,7 @@ class Metered(Exchange):
     _money: Hold
     _row: Row
     _left_at = math.inf  # when it left for the upstream, by the monotonic clock
-    _preserved_after = 0.0  # seconds of work
+    _preserved_after = PRESERVE_SECONDS / PRESERVE_GROWTH  # seconds of work
     _preserved = False  # whether the ledger has what it has used, should the process be killed
     _further_input = 0  # tokens that it may read beside its body and what that builds on
     _background: Background | None = None  # what its response goes on as
@@ -581,28 +581,27 @@ class Metered(Exchange):
             return None
         return ledger.Admitted(self._money.at, self._content.image_model(), self._money.held)
 
-    async def preserve(self, now: float) -> bool:
-        """Keep what it has used so far in the ledger, should the process be killed, if it is time
-        for that and bytes of an answer have passed. Return whether that was done. Containers are
-        left to the next answer that shows them. `now` is by the monotonic clock."""
-        worked = now - self._left_at
-        if worked < max(PRESERVE_SECONDS, PRESERVE_GROWTH * self._preserved_after):
-            return False
+    def unpreserved(self, now: float) -> float:
+        """Return for how many times as long it has worked as when what it had used was kept last; 0
+        if no bytes of an answer have passed, or it is over. `now` is by the monotonic clock."""
         if self.first_byte_ms is None or self._is_over:
-            return False
-        self._preserved_after, current = worked, self._row
+            return 0.0
+        return (now - self._left_at) / self._preserved_after
+
+    async def preserve(self, now: float) -> None:
+        """Keep what it has used so far in the ledger, should the process be killed. Containers are
+        left to the next answer that shows them. `now` is by the monotonic clock."""
+        self._preserved_after, current = now - self._left_at, self._row
         guess = await self._estimate("interrupted")
         if self._is_over or self._row is not current:
-            return False
+            return
         self._fill(self.meter.report)
         row = msgspec.structs.replace(current)
         parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
-        if row.usage_source == "none":
-            return False
-        charge(row, parts, self._money, self._content.image_model())
-        self._preserved = True
-        ledger.keep_unsettled(self.gateway.store, row, self._admitted)
-        return True
+        if row.usage_source != "none":
+            charge(row, parts, self._money, self._content.image_model())
+            self._preserved = True
+            ledger.keep_unsettled(self.gateway.store, row, self._admitted)
 
     @property
     def _is_over(self) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import heapq
 import hmac
 import ipaddress
 import logging
@@ -68,6 +69,7 @@ from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import TOO_SHORT, codings_in, codings_of
 from redbtc_estimates import Speeds
 from redbtc_exchange import (
+    PRESERVE_GROWTH,
     PRESERVE_SECONDS,
     Endpoint,
     Exchange,
@@ -1534,22 +1536,23 @@ async def watch_ledger(store: Store) -> None:
             say(level, event, reason=store.failure)
 
 
-PRESERVED_AT_ONCE, PRESERVE_PAUSE = 8, 0.008  # requests; seconds
+# So many requests are preserved in one second, or this share of all: to keep each takes 0.1 ms.
+MAX_PRESERVED, MAX_PRESERVED_SHARE = 20, 0.05
 
 
 async def preserve(gateway: Gateway) -> None:
-    """Keep what requests in flight have used so far, for as long as the gateway runs. One commit
-    of very many would hold up others, so there is a pause after each few."""
+    """Keep what requests in flight have used so far, for as long as the gateway runs: first of
+    those of which the smallest part is kept."""
     while True:
         await asyncio.sleep(PRESERVE_SECONDS)
         if gateway.store.healthy:
-            await gateway.unended.preserve(time.monotonic())
-            preserved = 0
-            async for request in with_turns(list(gateway.running)):
-                preserved += await request.preserve(time.monotonic())
-                if preserved == PRESERVED_AT_ONCE:
-                    preserved = 0
-                    await asyncio.sleep(PRESERVE_PAUSE)
+            now = time.monotonic()
+            await gateway.unended.preserve(now)
+            most = max(MAX_PRESERVED, round(MAX_PRESERVED_SHARE * len(gateway.running)))
+            waiting = {each: each.unpreserved(now) for each in gateway.running}
+            due = [each for each, times in waiting.items() if times >= PRESERVE_GROWTH]
+            async for each in with_turns(heapq.nlargest(most, due, key=lambda each: waiting[each])):
+                await each.preserve(now)
 
 
 async def run(

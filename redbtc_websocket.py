@@ -52,6 +52,8 @@ from redbtc_billing import Hold
 from redbtc_body import DEFAULT_IMAGE_MODEL, MAX_ITEMS, Frame
 from redbtc_estimates import Estimate, Seen, estimate, is_complete
 from redbtc_exchange import (
+    PRESERVE_GROWTH,
+    PRESERVE_SECONDS,
     Endpoint,
     Metered,
     account_for,
@@ -707,7 +709,8 @@ class Turn(Metered):
         self._money = money
         self.scope = {**self.scope, "request_id": new_request_id(), "started": time.monotonic()}
         self._row = self.new_row(self._row.requested_model, self._row.upstream, now_ms())
-        self._left_at, self._preserved_after = time.monotonic(), 0.0
+        self._left_at = time.monotonic()
+        self._preserved_after = PRESERVE_SECONDS / PRESERVE_GROWTH
         self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
         await ledger.settle(self.gateway.store, self._row)  # pending, however long that takes
 
