@@ -921,6 +921,11 @@ def marked(events: bytes) -> bool:
     )
 
 
+def without_blank(event: bytes) -> bytes:
+    """Return an event, or its beginning, without the byte order mark and empty lines before it."""
+    return event.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
+
+
 def data_of(event: bytes) -> bytes:
     """The data of a whole event: its data lines, joined."""
     return b"\n".join(DATA.findall(event.removeprefix(BYTE_ORDER_MARK)))
@@ -1126,7 +1131,7 @@ class StreamMeter(Meter):
         held, self._held = self._held + segment, b""
         if not self.ended:
             verdict = yield from self._judge(event, segment)
-            self._go_on(len(held), passed)
+            self._go_on(event.start if event else segment, len(held), passed)
             if begun and verdict == "take out":  # too late for that
                 verdict = "pass"
             if verdict == "last":
@@ -1143,21 +1148,21 @@ class StreamMeter(Meter):
         else:
             passed.append(held)
 
-    def _go_on(self, size: int, passed: list[bytes]) -> None:
-        """An incomplete or new event of `size` bytes follows what was taken for the end. If it is
-        too large to wait with that, send that on: a stream of pictures goes on."""
-        if self.ending and self._images and len(self._waiting) + size > HOLD:
+    def _go_on(self, start: bytes, size: int, passed: list[bytes]) -> None:
+        """An event that begins so, of `size` bytes as yet, follows what was taken for the end. If
+        it is too large to wait with that, and no comment, send that on: a stream of pictures goes
+        on."""
+        too_large = self._images and len(self._waiting) + size > HOLD
+        if self.ending and too_large and not without_blank(start).startswith(b":"):
             passed.append(self._waiting)
             self.ending, self._waiting = False, b""
 
     def _expects_more(self) -> bool:
         """Whether more usage may follow the event that ends the answer. A picture is not the last
         one before the stream ends."""
-        if self._images:
-            return True
         report = self.report
         expected = self._expects_usage and not (report.usage or report.failed)
-        return expected and len(self._waiting) <= HOLD
+        return (self._images or expected) and len(self._waiting) <= 2 * HOLD
 
     def _grow(self, chunk: bytes, passed: list[bytes]) -> Generator[None, None, None]:
         """The incomplete event grows. Send on what can't turn out to matter."""
@@ -1171,9 +1176,9 @@ class StreamMeter(Meter):
             self.at_once = 0
         self._tail = (self._tail + chunk)[-2:]
         self._held += chunk
-        self._go_on(len(self._held), passed)
+        self._go_on(self._partial.start, len(self._held), passed)
         if self.ending:
-            self.ended = not self._images and len(self._held) > HOLD
+            self.ended = len(self._held) > HOLD
             return
         keep = 0
         if self._may_matter(self._partial.start):
@@ -1185,7 +1190,7 @@ class StreamMeter(Meter):
 
     def _may_matter(self, start: bytes) -> bool:
         """Whether an event that starts so may end the answer, or may have to be taken out."""
-        start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
+        start = without_blank(start)
         if self._chat:
             return self._take_out_usage or not CHAT_CHUNK.match(start)
         named = EVENT_TYPE.match(start)
