@@ -816,16 +816,18 @@ END;
 
 -- version 10
 
--- What requests in flight have used so far, as an estimate, should the process be killed. The next
--- one takes these over into their rows. Short requests have none.
+-- What each request in flight has used so far, in case the process is killed. The next process
+-- copies this into the request's row. Requests that take less than a second, or whose answer has not
+-- begun, have no row here. admitted_at, image_model and held are as in estimates, or NULL if the
+-- response can't be fetched later.
 CREATE TABLE unsettled (
     request_id          TEXT PRIMARY KEY REFERENCES requests (request_id),
-    settled             TEXT NOT NULL,          -- JSON: its row, as if it had ended
-    admitted_at         INTEGER,                -- this and the next as in estimates; NULL: its response
-    image_model         TEXT,                   -- can't be seen later
+    settled             TEXT NOT NULL,          -- JSON: the request's row as if it had just ended
+    admitted_at         INTEGER,
+    image_model         TEXT,
     held                INTEGER
 ) STRICT, WITHOUT ROWID;
 
 ALTER TABLE estimates ADD COLUMN
-    held                INTEGER CHECK (held >= 0);  -- nanos that the request was held to cost at most;
-                                                -- NULL: not known
+    held                INTEGER CHECK (held >= 0);  -- nanos that were held for the request; NULL: not
+                                                    -- known, written by an earlier version
