@@ -6,14 +6,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import psutil
-
-T = TypeVar("T")
 
 PROBE = """
 import select, socket, sys
@@ -82,16 +79,6 @@ def longest_step(steps: Iterable[object]) -> float:
         except StopIteration:
             return max(longest, time.thread_time() - start) / measure
         longest = max(longest, time.thread_time() - start)
-
-
-def result_of(steps: Generator[object, None, T]) -> T:
-    """Run work in slices to its end and return its result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            result: T = done.value
-            return result
 
 
 class Stalls:

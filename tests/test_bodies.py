@@ -19,7 +19,7 @@ from conftest import MakeGateway
 from gateway import Gateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speed import cost, result_of
+from speed import cost
 from upstream import (
     IMAGE_USAGE,
     Received,
@@ -33,6 +33,7 @@ from upstream import (
 )
 
 from redbtc_body import Content, Form, decompressed, read_members
+from redbtc_meter import result_of
 from redbtc_refusals import Refusal
 
 if sys.version_info >= (3, 14):

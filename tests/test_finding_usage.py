@@ -21,7 +21,7 @@ import brotli  # type: ignore[import-untyped]
 import httpx2
 import pytest
 from gateway import Gateway, wait_until
-from speed import longest_step, result_of
+from speed import longest_step
 from upstream import (
     CHAT_USAGE,
     IMAGE_USAGE,
@@ -51,6 +51,7 @@ from redbtc_meter import (
     Report,
     StreamMeter,
     answer_steps,
+    result_of,
 )
 from redbtc_scanner import Node, Scanner
 
@@ -99,13 +100,7 @@ def feed(meter: Meter, chunk: bytes, chance: random.Random) -> bytes:
     """At once or in steps."""
     if chance.random() < 0.5:
         return meter.feed(chunk)
-    steps = meter.steps(chunk)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            passed: bytes = done.value
-            return passed
+    return result_of(meter.steps(chunk))
 
 
 def run(meter: Meter, pieces: list[bytes], chance: random.Random) -> tuple[bytes, bytes]:
@@ -253,7 +248,7 @@ def test_no_size_hides_the_usage_or_holds_the_loop(shape: str, place: str) -> No
 
 
 def dense_answers(size: int) -> dict[str, bytes]:
-    """Answers of about so many bytes that are full of what is to be read."""
+    """Return answers of about this size that consist of as many values as fit."""
 
     def listed(element: str) -> str:
         return f"[{','.join([element] * (size // (len(element) + 1)))}]"
@@ -279,7 +274,7 @@ def dense_answers(size: int) -> dict[str, bytes]:
 
 
 def turns_of(meter: Meter, whole: bytes, size: int, tear: bool) -> Iterator[None]:
-    """Meter an answer that comes in chunks of that size, with the turns that the relay takes."""
+    """Meter an answer that comes in chunks of this size, in the steps that the relay takes."""
     for at in range(0, len(whole), size):
         chunk = whole[at : at + size]
         if len(chunk) <= meter.at_once:
@@ -295,7 +290,7 @@ def turns_of(meter: Meter, whole: bytes, size: int, tear: bool) -> Iterator[None
 
 @pytest.fixture
 def small_heap() -> Iterator[None]:
-    """Keep what the tests have built out of the garbage collector's full collections."""
+    """Exclude objects of earlier tests from full garbage collections, which take time."""
     gc.collect()
     gc.freeze()
     yield
@@ -875,7 +870,7 @@ def test_all_pictures_of_a_stream_are_billed(
 
 
 def large_pictures(count: int, size: int, kind: str) -> list[bytes]:
-    """As many finished pictures of that size, and one that is not finished before each."""
+    """Return the events of `count` pictures of this size: a partial one and a finished one each."""
     image = {"b64_json": png(64, 64) + "A" * size, "created_at": 1}
     part = {"type": f"{kind}.partial_image", **image}
     last = {"type": f"{kind}.completed", **image, "usage": IMAGE_USAGE}

@@ -20,7 +20,6 @@ import httpx2
 import pytest
 from conftest import MakeGateway
 from gateway import PATIENCE_SECONDS, wait_until
-from speed import result_of
 from upstream import (
     Received,
     Reply,
@@ -37,6 +36,7 @@ from upstream import (
 from websockets.sync.client import ClientConnection, connect
 
 from redbtc_body import DEFAULT_IMAGE_MODEL, Content, Form
+from redbtc_meter import result_of
 from redbtc_refusals import Refusal
 
 MODEL, PICTURE_TOKENS, ANSWER_TOKENS = "gpt-up", 2000, 10_000
@@ -101,7 +101,7 @@ class Honest:
         await json_answer({"created": 1, "data": [], "usage": usage, **written})(request, reply)
 
     def _written(self, number: int) -> dict[str, Any]:
-        """What the author of so many SVGs has used."""
+        """Return the usage of the author of this number of SVGs."""
         return {"input_tokens": 10, "output_tokens": ANSWER_TOKENS * number, "model": self.author}
 
     # Responses
@@ -184,7 +184,7 @@ class Honest:
 
 
 def tokens_of(given: Any, bytes_a_token: int = 4) -> int:
-    """The tokens of an input: of its text and its pictures."""
+    """Return the tokens of an input: its text and its pictures."""
     text = json.dumps(given)
     return len(text) // bytes_a_token + 16_000 * text.count('"image_url": "')
 

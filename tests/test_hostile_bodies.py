@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 from conftest import MakeGateway
 from gateway import Gateway, wait_until
-from speed import Stalls, longest_step, result_of, unit
+from speed import Stalls, longest_step, unit
 from test_bodies import PACKERS
 from upstream import Upstream, json_answer, response_object, silent
 
 import redbtc_body
 import redbtc_pieces
 from redbtc_body import Content, Form, Frame, decompressed
+from redbtc_meter import result_of
 from redbtc_pieces import MAX_PIECE, Cutter
 from redbtc_refusals import Refusal
 
