@@ -1267,7 +1267,10 @@ def _refuse_twice(prices: Iterable[Price]) -> None:
     known: dict[tuple[object, int], dict[str, int]] = {}
     for price in prices:
         if known.setdefault((price.slot, price.effective_at), price.given) != price.given:
-            raise LedgerError(f"there are two prices of {', '.join(map(str, price.slot))}")
+            raise LedgerError(
+                f"there are two prices of {slot_name(shown_following(price))} "
+                f"from {iso_time(price.effective_at)} on; leave one out"
+            )
 
 
 async def matching(models: Iterable[str], patterns: set[str]) -> set[str]:

@@ -759,7 +759,8 @@ class StoredRoute:
             return await self._gateway.corrections.hold(response_id, key.account_id)
         except Spent as error:
             unknown = (
-                "What the response has used is not known yet, and counts for the key that made it."
+                "The usage of this response is not known yet; "
+                "it is charged to the key that created the response."
             )
             refusal = insufficient_quota(f"{error} {unknown}")
         except LedgerUnavailable:

@@ -294,7 +294,9 @@ def test_a_response_is_not_shown_to_who_could_not_pay_for_it(
     assert [answer.status_code for answer in answers] == [200, 429, 429, 429]
     error = answers[1].json()["error"]
     assert error["code"] == "insufficient_quota"
-    assert "counts for the key that made it" in error["message"], "which may be another one"
+    assert "charged to the key that created the response" in error["message"], (
+        "which may be another one"
+    )
     assert 0 <= balance() < Decimal("0.11")
     gateway.api("POST", "/accounts/test/payments", {"amount": "10"})
     with gateway.client(key) as client:

@@ -559,7 +559,8 @@ def test_two_prices_of_the_same_are_refused(make_gateway: MakeGateway) -> None:
     for rates, refused in ((("5", "6"), True), (("6", "6"), False)):
         file.write_text("".join(f'[[prices]]\nmodel = "m"\ninput = {each}\n' for each in rates))
         done = gateway.run("price", "import", str(file))
-        assert ("there are two prices of m" in done.stderr) is refused
+        assert ("there are two prices of m from 20" in done.stderr) is refused
+        assert done.returncode == int(refused)
 
 
 def test_a_later_price_that_is_there_already_is_told_of(make_gateway: MakeGateway) -> None:
