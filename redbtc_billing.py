@@ -233,8 +233,8 @@ class Tariff:
             for price in prices
         ]
 
-    def rises(self, tier: str | None) -> bool:
-        """Whether a request that asks for this tier can cost more than one for the default tier."""
+    def exceeds_default(self, tier: str | None) -> bool:
+        """Return whether a request for this tier can cost more than one for the default tier."""
         return self.most(1, 1, tier, False) > self.most(1, 1, DEFAULT_TIER, False)
 
     def most(

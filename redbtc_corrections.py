@@ -14,7 +14,7 @@ from msgspec import structs
 
 import redbtc_ledger as ledger
 from redbtc_billing import Books, Hold
-from redbtc_estimates import is_complete, is_of_cancelled
+from redbtc_estimates import is_cancelled_without_output, is_complete
 from redbtc_exchange import homes_of, of_models
 from redbtc_ledger import Estimated, Objects, Part, Usage
 from redbtc_meter import UNFINISHED, Report
@@ -46,7 +46,7 @@ class Corrections:
         writing = self._writing.get(response_id)
         if writing is None:
             found = self._estimated(response_id, account_id)
-            if found is None or (is_of_cancelled(report) and found.output_tokens):
+            if found is None or (is_cancelled_without_output(report) and found.output_tokens):
                 return
             writing = asyncio.create_task(self._write(found, response_id, account_id, report))
             self._writing[response_id] = writing

@@ -105,9 +105,9 @@ def is_complete(report: Report) -> bool:
     return known is not None and None not in (known.input_tokens, known.output_tokens)
 
 
-def is_of_cancelled(report: Report) -> bool:
-    """Return whether a cancelled response shows usage without output, which can be what it began
-    with: nobody may have counted what its model did until then."""
+def is_cancelled_without_output(report: Report) -> bool:
+    """Return whether a cancelled response reports no output tokens. That can be the usage from its
+    beginning: the upstream may not have counted what the model did before it was cancelled."""
     return report.status == "cancelled" and report.is_of_beginning
 
 

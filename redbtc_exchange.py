@@ -31,6 +31,7 @@ from redbtc_estimates import (
     Progress,
     Seen,
     estimate,
+    is_cancelled_without_output,
     is_complete,
     is_of_cancelled,
 )
@@ -333,7 +334,7 @@ class Metered(Exchange):
         if self.endpoint.runs_tools and (content.extras or content.further_models()):
             advice += " So does a lower 'max_tool_calls'."
         tariff, tier = self.gateway.books.tariff(content.model), content.facts.service_tier
-        if advice and tariff and tariff.rises(tier):
+        if advice and tariff and tariff.exceeds_default(tier):
             advice += f" So does the 'service_tier' '{DEFAULT_TIER}'."
         return advice
 
@@ -581,9 +582,10 @@ class Metered(Exchange):
             return None
         return ledger.Admitted(self._money.at, self._content.image_model(), self._money.held)
 
-    def unpreserved(self, now: float) -> float:
-        """Return for how many times as long it has worked as when what it had used was kept last; 0
-        if no bytes of an answer have passed, or it is over. `now` is by the monotonic clock."""
+    def growth_since_preserved(self, now: float) -> float:
+        """Return how long the request has worked, divided by how long it had worked when `preserve`
+        was last called; 0 if no bytes of an answer have passed, or it is over. `now` is by the
+        monotonic clock."""
         if self.first_byte_ms is None or self._is_over:
             return 0.0
         return (now - self._left_at) / self._preserved_after
@@ -831,7 +833,7 @@ class Background:
         for each in (report, *self._read):
             progress.seen = progress.seen.or_more(Seen.of(each))
         guess = None
-        partly = is_of_cancelled(report) and (progress.works or bool(progress.seen))
+        partly = is_cancelled_without_output(report) and (progress.works or bool(progress.seen))
         unknown = partly or not is_complete(report)
         if unknown and (outcome != "upstream_error" or progress.seen):
             if report.status is not None:  # it worked until it ended

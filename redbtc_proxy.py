@@ -652,19 +652,19 @@ class Visit(Exchange):
         return max(super().grace(), USAGE_SECONDS if self._estimated else 0.0)
 
     @property
-    def _is_of_it(self) -> bool:
-        """Whether the upstream has not answered with another response."""
+    def _is_requested(self) -> bool:
+        """Whether the upstream has answered with the requested response, as far as is known."""
         return self.meter.report.response_id in (None, self._response_id)
 
     def note(self) -> None:
-        if self._is_of_it:
+        if self._is_requested:
             self.gateway.unended.read(self._response_id, self.meter.report)
 
     async def settle(self, outcome: Outcome) -> None:
         self.clock.pause()
         self.settled = True
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
-        if self._is_of_it:
+        if self._is_requested:
             await gateway.unended.look(self._response_id, report, status == 200)
         else:
             gateway.unended.ignore(self._response_id, report)
@@ -1542,15 +1542,15 @@ MAX_PRESERVED, MAX_PRESERVED_SHARE = 20, 0.05
 
 
 async def preserve(gateway: Gateway) -> None:
-    """Keep what requests in flight have used so far, for as long as the gateway runs: first of
-    those of which the smallest part is kept."""
+    """Keep what requests in flight have used so far, once a second while the gateway runs. If too
+    many are due, those with the largest `growth_since_preserved` come first."""
     while True:
         await asyncio.sleep(PRESERVE_SECONDS)
         if gateway.store.healthy:
             now = time.monotonic()
             await gateway.unended.preserve(now)
             most = max(MAX_PRESERVED, round(MAX_PRESERVED_SHARE * len(gateway.running)))
-            waiting = {each: each.unpreserved(now) for each in gateway.running}
+            waiting = {each: each.growth_since_preserved(now) for each in gateway.running}
             due = [each for each, times in waiting.items() if times >= PRESERVE_GROWTH]
             async for each in with_turns(heapq.nlargest(most, due, key=lambda each: waiting[each])):
                 await each.preserve(now)
