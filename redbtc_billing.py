@@ -210,9 +210,9 @@ class Tariff:
         self.max_output_tokens = self.tiers[DEFAULT_TIER][-1].max_output_tokens
 
     def price(self, tier: str | None, input_tokens: int) -> Price:
-        """That of a response of this tier and so much input. Some upstreams report the tier by the
-        name that requests have for it. Exactly the threshold is not above it; above it, the whole
-        request has the other rates."""
+        """Return the price of a response of this tier with this many input tokens. The tier may be
+        reported by the name that requests use for it, such as "fast". A threshold applies to input
+        above it, not equal to it, and then its rates apply to the whole request."""
         tier = tier or DEFAULT_TIER
         for name in (tier, TIER_NAMES.get(tier, DEFAULT_TIER), DEFAULT_TIER):
             for price in self.tiers.get(name, ()):
@@ -318,7 +318,7 @@ class PriceList:
         return Tariff(latest(price for price in prices if price.effective_at <= at).values())
 
     def tariffs(self, at: int) -> list[Tariff]:
-        """The prices in force at a time for each name and pattern."""
+        """Return the prices in force at a time, one tariff for each name or pattern."""
         now = bisect_right(self._changes, at)
         if now not in self._in_force:
             own = (self.own_tariff(each, at) for each in self._names)
@@ -383,7 +383,7 @@ class PriceList:
         return following.effective_at if following else NEVER
 
     def following(self, price: Price) -> Price | None:
-        """Return the next price of its slot."""
+        """Return the price that supersedes this one in its slot, or None."""
         of_slot = self._slots[price.slot]
         place = bisect_right(of_slot, order(price), key=order)
         return of_slot[place] if place < len(of_slot) else None
@@ -739,7 +739,7 @@ class Books:
         return self.prices.tariff(model, self.store.time())
 
     def tariffs(self) -> list[Tariff]:
-        """The prices now of all names and patterns."""
+        """Return the prices in force now, one tariff for each name or pattern."""
         return self.prices.tariffs(self.store.time())
 
     def served(self, model: str) -> bool:
@@ -786,9 +786,9 @@ class Books:
         return parse_limit(self.settings.default_credit_limit) if own is None else own
 
     async def hold(self, key: Key, model: str, most: Callable[[Tariff | None], int]) -> Hold:
-        """Hold what `most` says that a request can cost by the prices of this instant, where
-        anything limits it. It is given None for a model without a price. Raises Spent,
-        LedgerUnavailable."""
+        """Hold the most that a request can cost, if a balance or budget limits spending. `most`
+        returns that in nanos, given the prices in force, or None for a model without a price.
+        Raises Spent, LedgerUnavailable."""
         account, own = await self._purses_of(key)
         now = self.store.time()  # from here on nothing is waited for
         month, tariff = month_of(now), self.prices.tariff(model, now)
@@ -1208,7 +1208,7 @@ def shown_missing(price: Price, old: Price, missing: Mapping[str, int]) -> Recor
 
 
 def shown_following(price: Price) -> Record:
-    """What a price gives that follows one, as JSON shows it."""
+    """Return a price that supersedes an added one later, as JSON shows it."""
     rates = {name: decimal(value) for name, value in price.given.items() if name in Rates._fields}
     return {
         "model": price.model,
@@ -1263,7 +1263,7 @@ def told_of_prices(added: Record) -> list[str]:
 
 
 def _refuse_twice(prices: Iterable[Price]) -> None:
-    """Raise LedgerError for two different prices of the same from the same instant on."""
+    """Raise LedgerError if two prices of the same slot take effect at the same time and differ."""
     known: dict[tuple[object, int], dict[str, int]] = {}
     for price in prices:
         if known.setdefault((price.slot, price.effective_at), price.given) != price.given:

@@ -527,8 +527,8 @@ AnyFacts = TypeVar("AnyFacts", bound=Facts)
 
 
 class Part(Struct):
-    """A part of a message or of a tool's output. It is a picture if it has an `image_url`, or a
-    `url` where code has made it."""
+    """A part of a message or of a tool's output. It is a picture if it has an `image_url`, or, in
+    the output of a code interpreter, a `url`."""
 
     image_url: msgspec.Raw = NOTHING
     url: msgspec.Raw = NOTHING
@@ -581,14 +581,14 @@ def reference_in(item: Item, pieces: Pieces) -> str:
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
-UNNAMED = ""  # stands for the model that the upstream chooses to write an SVG
+UNNAMED = ""  # in place of an SVG author's model, where the upstream chooses it
 FACTS, FRAME_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(FrameFacts)
 PART, PARTS = msgspec.json.Decoder(Part), msgspec.json.Decoder(list[Part])
 PICTURE = b"image_url"
 CONTENTS = ("content", "output")  # members of an item that can hold pictures
 PICTURES = ("images", "mask", "markup")  # those of a request for images
 LISTS = {"input", "messages", "tools", "svg"}
-DRAWN = {"output_format", "input_image_mask"}  # names that matter where a picture is drawn
+DRAWN = {"output_format", "input_image_mask"}  # members of the image tool or of an image request
 TOOL_NAMES = {"type", "model", "svg", "tools", "function", "container", "environment"} | DRAWN
 # How the types of the upstream's own tools begin, with the bits of what they use; there are dated
 # ones, such as web_search_preview_2025_03_11.
@@ -808,9 +808,9 @@ class Content:
                 yield rate, "prompt_cache_options" if bit == LONG_CACHE else "tools"
 
     def further_models(self) -> dict[str, bool]:
-        """Return the models that it makes work besides its own, and whether they make pictures: the
-        image tool's, and an SVG's author, which is UNNAMED where the upstream chooses it. Raises
-        Refusal."""
+        """Return the models that the request uses besides its own, each with whether it makes
+        pictures: the image tool's model, and the author of an SVG, which is UNNAMED where the
+        upstream chooses it. Raises Refusal."""
         models = add_models(dict(self._inherited), self._further)
         if sum(models.values()) > 1:
             message = "The image tools have different models."
@@ -982,7 +982,7 @@ class Reading:
             self._offers.append((item["tools"], 0, True))
 
     def _count_outputs(self, item: Item) -> Steps[None]:
-        """Count the pictures that code in a container of the upstream's has made."""
+        """Count the pictures in the output of a code interpreter."""
         made = "id" in item and reference_in(item, self._pieces) == "input"
         if made and is_list(item["outputs"]) and kind_of(item) == "code_interpreter_call":
             for text in self._pieces.parts(item["outputs"]):
@@ -1054,7 +1054,8 @@ class Reading:
         self._note_model(model, True, lasting)
 
     def _note_author(self, drawing: Members, lasting: bool) -> Steps[None]:
-        """Note the model that writes an SVG, given what asks for a picture: a tool or the body."""
+        """Note the author of an SVG, if `drawing`, an image tool or the body of an image request,
+        asks for one."""
         given, author = drawing.get("svg", NULL), ""
         if given != NULL:
             svg = yield from members_in(self._pieces.parts(given))
@@ -1085,8 +1086,8 @@ class Reading:
             yield
 
     def _count_names(self) -> Steps[None]:
-        """Take each name of a picture, and each name with escapes, for a picture: there are odd
-        lists in the body, which some upstreams step over. All bytes count as text then."""
+        """Count every `image_url` in the body, and every escape, as a picture, and all bytes as
+        text. For bodies with malformed lists, which some upstreams ignore."""
         self.pictures = self.picture_bytes = 0
         for piece in self._pieces.all():
             self.pictures += piece.count(PICTURE)

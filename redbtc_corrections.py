@@ -22,7 +22,7 @@ from redbtc_settings import LedgerUnavailable
 
 
 class Shown:
-    """An estimated response that is being shown, and what is held for it."""
+    """An estimated response that is being sent to readers, and the hold for it."""
 
     def __init__(self, money: Hold) -> None:
         self.money = money
@@ -56,9 +56,9 @@ class Corrections:
     async def hold(
         self, response_id: str, account_id: str
     ) -> contextlib.AbstractContextManager[None] | None:
-        """Hold what the account's response can turn out to have cost, before it is shown, until
-        `with` is left: once, however many are shown it. Return None if nothing can: its request
-        was not estimated. Raises Spent, LedgerUnavailable."""
+        """Hold what a correction of the account's response can add to its cost. The returned
+        context lasts while the response is sent to a reader; concurrent readers share one hold.
+        Return None if the response's request was not estimated. Raises Spent, LedgerUnavailable."""
         found = ledger.estimated_of(self._books.store, response_id, account_id)
         if found is None:
             return None
@@ -69,13 +69,13 @@ class Corrections:
             return 0 if response_id in self._shown else further
 
         money = await self._books.hold(key, found.requested_model, most)
-        shown = self._shown.setdefault(response_id, Shown(money))  # nothing was waited for
+        shown = self._shown.setdefault(response_id, Shown(money))  # no await since `most`
         shown.readers += 1
         return self._showing(response_id, shown)
 
     @contextlib.contextmanager
     def _showing(self, response_id: str, shown: Shown) -> Iterator[None]:
-        """Give the hold back when the last reader has left."""
+        """Count a reader; release the hold when the last one has finished."""
         try:
             yield
         finally:
@@ -85,7 +85,7 @@ class Corrections:
                 shown.money.__exit__()
 
     def _estimated(self, response_id: str, account_id: str) -> Estimated | None:
-        with contextlib.suppress(LedgerUnavailable):  # it is for the next who looks
+        with contextlib.suppress(LedgerUnavailable):  # the next reader causes the correction
             return ledger.estimated_of(self._books.store, response_id, account_id)
         return None
 

@@ -148,7 +148,8 @@ MAGIC = {  # RFC 1952, RFC 8878, RFC 1950: how the bytes of a coding begin
     b"zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     b"deflate": re.compile(rb"\x78[\x01\x5e\x9c\xda]"),
 }
-# Beginnings that do not tell yet: parts of those, and blanks, with one of which brotli can begin.
+# First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
+# magic number, and its first byte can be a blank.
 TOO_SHORT = re.compile(
     rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START - 1)
 )
@@ -172,7 +173,7 @@ class Decoding:
     those that its header names."""
 
     def __init__(self, codings: list[bytes], start: bytes = b"") -> None:
-        """`start`: fewer than START bytes that have come already."""
+        """`start`: bytes that have arrived already, fewer than START."""
         self._codings = codings
         self._start = start
         self._decoders: list[Any] | None = None  # until enough has come to tell
@@ -227,7 +228,8 @@ class DecodedMeter(Meter):
         choose: Callable[[bool], Meter],
         start: bytes = b"",
     ) -> None:
-        """`labelled`: as a stream. `start`: its first bytes, where they have passed already."""
+        """`labelled`: its content type is that of a stream. `start`: its first bytes, if they have
+        been sent on already."""
         self.report = report
         self.ended = False
         self._choose = choose
@@ -242,7 +244,8 @@ class DecodedMeter(Meter):
         return self._meter is not None and self._meter.ending and not self.ended
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
-        """Return what may be sent on now: all but that with which the decoded answer ends."""
+        """Take the next bytes, in small steps; return what may be sent on now: all but the bytes
+        with which the decoded answer ends."""
         passed: list[bytes] = []
         for at in range(0, len(chunk), INPUT):
             data = chunk[at : at + INPUT]

@@ -33,7 +33,6 @@ from redbtc_estimates import (
     estimate,
     is_cancelled_without_output,
     is_complete,
-    is_of_cancelled,
 )
 from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
 from redbtc_limits import Admission, Clock, rate_limit_headers
@@ -49,8 +48,8 @@ if TYPE_CHECKING:
 
 
 USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_calls'
-# What a request has used is kept for the case of a kill once it has worked for PRESERVE_SECONDS,
-# and again when it has worked for so many times as long as the last time.
+# In case the process is killed, the ledger keeps what a request has used: first after
+# PRESERVE_SECONDS of work, then after PRESERVE_GROWTH times as long as the last time, and so on.
 PRESERVE_SECONDS, PRESERVE_GROWTH = 1.0, 4
 ID_SECONDS = 15  # for the id of a background response whose client has left
 NO_RETRY = (b"x-should-retry", b"false")
@@ -102,7 +101,7 @@ def most_usual(settings: Settings, input_tokens: int) -> Most:
 
 
 def insufficient_quota(message: str) -> Refusal:
-    """Return the refusal of a request that can cost more than there is."""
+    """Return the refusal of a request that can cost more than its balance or budget has left."""
     return Refusal("insufficient_quota", message, headers=[NO_RETRY])
 
 
@@ -167,7 +166,7 @@ class Exchange:
 
     def meter_decoded(self, codings: list[bytes], labelled: bool, start: bytes) -> None:
         """Use a meter for a compressed answer. `labelled`: its content type is that of a stream.
-        `start`: its first bytes, where they have passed already."""
+        `start`: its first bytes, if they have been sent on already."""
         report = self.meter.report
         self.meter = DecodedMeter(report, codings, labelled, self.choose_meter, start)
 
@@ -212,7 +211,7 @@ class Metered(Exchange):
     _row: Row
     _left_at = math.inf  # when it left for the upstream, by the monotonic clock
     _preserved_after = PRESERVE_SECONDS / PRESERVE_GROWTH  # seconds of work
-    _preserved = False  # whether the ledger has what it has used, should the process be killed
+    _preserved = False  # whether the ledger has a row in `unsettled` for it
     _further_input = 0  # tokens that it may read beside its body and what that builds on
     _background: Background | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
@@ -326,7 +325,7 @@ class Metered(Exchange):
             raise Refusal("ledger_unavailable") from None
 
     def _advice(self, content: Content) -> str:
-        """Say what makes the request cost less at most."""
+        """Say how to lower the most that a request can cost: sentences, each after a space."""
         advice = ""
         if self.endpoint.limits:
             limits = " or ".join(map(repr, self.endpoint.limits))
@@ -348,8 +347,9 @@ class Metered(Exchange):
             content.weigh_again(each, tokens + objects.growing(each))
 
     def _most_cost(self, tariff: Tariff | None, content: Content, further_input: int) -> int:
-        """Nanos. Asked for only where spending is limited: there usage has to be reported. A model
-        without a price is free, but its tools' models can have one."""
+        """Return the most that a request can cost, in nanos. Called only where spending is limited,
+        which requires that usage is reported: raises Refusal if it is not. A model without a price
+        is free, but the models of its tools can have prices."""
         if self.endpoint.free or not (tariff or content.further_models()):
             return 0
         if self._unmetered:
@@ -399,9 +399,9 @@ class Metered(Exchange):
         return max(0, limit or 0)
 
     def _most_further(self, tariff: Tariff, content: Content, into: int) -> int:
-        """Return the nanos that the further models can cost at most, each working once: for a call
-        of the image tool, or for an SVG. One without a price is billed by `tariff`, that of the
-        model that was asked for; the upstream can choose any for an SVG's unnamed author."""
+        """Return the most that one use of each further model can cost, in nanos: one call of the
+        image tool, or one SVG. A model without a price is billed by `tariff`, that of the
+        requested model. An SVG's author that is not named can be any model."""
         books, usual = self.gateway.books, self.settings.billing.hold_output_tokens
 
         def most(of_model: Tariff, tier: str | None, images: bool) -> int:
@@ -569,7 +569,7 @@ class Metered(Exchange):
             self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
 
     def _account_for(self, row: Row, outcome: Outcome, guess: Estimate | None) -> list[Part]:
-        """Fill in how it ended and what it used, but for containers. Return the parts to bill."""
+        """Fill in the row's outcome and usage, except containers. Return the parts to bill."""
         parts = account_for(row, self.meter.report, outcome, guess)
         if self.endpoint.chat and self._content.searches and row.usage.web_searches is None:
             parts = counted(row, parts, web_searches=1)
@@ -577,7 +577,7 @@ class Metered(Exchange):
 
     @property
     def _admitted(self) -> ledger.Admitted | None:
-        """What is kept of it for a correction, if its response can be seen later."""
+        """What a later correction needs, or None if the response can't be fetched later."""
         if not self.endpoint.stores:
             return None
         return ledger.Admitted(self._money.at, self._content.image_model(), self._money.held)
@@ -591,8 +591,9 @@ class Metered(Exchange):
         return (now - self._left_at) / self._preserved_after
 
     async def preserve(self, now: float) -> None:
-        """Keep what it has used so far in the ledger, should the process be killed. Containers are
-        left to the next answer that shows them. `now` is by the monotonic clock."""
+        """Keep in the ledger what the request has used so far, in case the process is killed, but
+        not its containers: they are billed with the next answer that shows them. `now` is by the
+        monotonic clock."""
         self._preserved_after, current = now - self._left_at, self._row
         guess = await self._estimate("interrupted")
         if self._is_over or self._row is not current:
@@ -607,10 +608,12 @@ class Metered(Exchange):
 
     @property
     def _is_over(self) -> bool:
-        """Whether its row is settled, or left to another or to a background response."""
+        """Whether its row is settled, or will be settled by another request or as a background
+        response."""
         return self.settled or self._repeats or self._background is not None
 
     def _drop_preserved(self) -> None:
+        """Remove what `preserve` has kept, in the commit of what is recorded next."""
         if self._preserved:
             self._preserved = False
             ledger.drop_unsettled(self.gateway.store, self._row)
@@ -726,14 +729,14 @@ def counted(row: Row, parts: list[Part], **calls: int | None) -> list[Part]:
 
 
 def charge(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
-    """Fill in what it cost, by the prices of its admission and the tier that the response
-    reports; nothing where no usage is known."""
+    """Fill in the row's cost, by the prices of the request's admission and the tier that the
+    response reports. Leave it unknown where no usage is known."""
     if row.usage_source != "none":
         row.price_id, row.cost = money.cost(of_models(parts, image_model), row.service_tier)
 
 
 def bill(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
-    """Fill in what it cost, and take that from what the account may spend."""
+    """Fill in the row's cost and month, and turn the hold into the cost."""
     charge(row, parts, money, image_model)
     row.month = money.settle(row.cost or 0)
 
@@ -783,8 +786,8 @@ class Background:
         self.cancelled = False  # its key turned out to be somebody else's
         self.money = money
         self._read: set[Report] = set()
-        self._followed_at = time.monotonic()  # from then on
-        self._watched_after = 0.0  # seconds
+        self._followed_at = time.monotonic()  # when this object was made
+        self._watched_after = 0.0  # seconds from then to the last `watch` that was due
 
     def read(self, report: Report) -> None:
         """Somebody is being sent what this meters."""
@@ -796,8 +799,8 @@ class Background:
         self._progress.seen = self._progress.seen.or_more(Seen.of(report))
 
     def watch(self, now: float) -> bool:
-        """Note what its readers have been sent so far, if it is time for that. Return whether that
-        was done. `now` is by the monotonic clock."""
+        """Note what its readers have been sent so far, if that is due. Return whether it was. `now`
+        is by the monotonic clock."""
         seconds = now - self._followed_at
         if seconds < PRESERVE_GROWTH * self._watched_after or not self._read:
             return False
@@ -809,7 +812,7 @@ class Background:
         return True
 
     def ignore(self, report: Report) -> None:
-        """A reader has got another response."""
+        """Ignore what a reader was sent: it was another response."""
         self._read.discard(report)
 
     def note(self, status: str | None) -> None:
@@ -919,7 +922,7 @@ class Unended:
             response.read(report)
 
     def ignore(self, response_id: str, report: Report) -> None:
-        """What somebody was sent is another response."""
+        """Ignore what a reader was sent: it was another response."""
         if response := self._responses.get(response_id):
             response.ignore(report)
 
@@ -939,8 +942,8 @@ class Unended:
                 await written
 
     async def preserve(self, now: float) -> None:
-        """Keep what was seen of the responses that are being read, should the process be killed.
-        `now` is by the monotonic clock."""
+        """Keep what readers of unfinished responses have been sent so far, in case the process is
+        killed. `now` is by the monotonic clock."""
         async for response in with_turns(list(self._responses.values())):
             if response.watch(now):
                 self._keep_news(response)

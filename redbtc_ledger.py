@@ -866,9 +866,9 @@ async def begin(store: Store, row: Row) -> None:
 
 
 class Admitted(NamedTuple):
-    """What is kept of a request whose response can be seen later, so that an estimate of it can be
-    corrected: when it was admitted (by the ledger's time), at the prices of then; the model of its
-    image tool; and the nanos that were held for it."""
+    """What the correction of an estimated request needs: when the request was admitted, by the
+    ledger's time, which chooses its prices; the model of its image tool; and the nanos that were
+    held for it."""
 
     at: int
     image_model: str
@@ -876,8 +876,8 @@ class Admitted(NamedTuple):
 
 
 async def settle(store: Store, row: Row, admitted: Admitted | None = None) -> None:
-    """Commit the row as it ended, however long that takes. `admitted` is given where the response
-    may be seen later: if the row is estimated, it can be corrected then."""
+    """Commit the row as it ended, however long that takes. With `admitted`, an estimated row can be
+    corrected when its response is fetched later."""
     written = store.record(RECORD, _values(row), insist=True)
     if admitted and row.usage_source == "estimated" and row.response_id:
         values = (row.response_id, row.request_id, *admitted)
@@ -886,15 +886,15 @@ async def settle(store: Store, row: Row, admitted: Admitted | None = None) -> No
 
 
 def keep_unsettled(store: Store, row: Row, admitted: Admitted | None) -> None:
-    """Keep what a request in flight has used so far, should the process be killed. `row` is what
-    its row would be if it ended now, `admitted` as in `settle`."""
+    """Keep what a request in flight has used so far, in case the process is killed. `row` is the
+    request's row as if it had just ended; `admitted` as in `settle`."""
     settled = orjson.dumps(dict(zip(COLUMNS, _values(row), strict=True))).decode()
     values = (row.request_id, settled, *(admitted or (None, None, None)))
     store.record(KEEP_UNSETTLED, values, insist=True, lasting=False)
 
 
 def drop_unsettled(store: Store, row: Row) -> None:
-    """Remove that, in the commit of what is recorded next."""
+    """Remove what `keep_unsettled` wrote for a request, in the commit of what is recorded next."""
     store.record(DROP_UNSETTLED, (row.request_id,), insist=True, lasting=False)
 
 
@@ -1247,8 +1247,8 @@ def key_of(store: Store, key_id: str) -> Key:
 
 
 class Estimated(NamedTuple):
-    """An estimated request whose response may be seen with its usage; its cost, and what was held
-    for it, in nanos."""
+    """An estimated request whose response may be fetched later. `cost` and `held` are in nanos;
+    `held` is 0 if it is not known."""
 
     request_id: str
     key_id: str

@@ -37,9 +37,9 @@ from redbtc_settings import MOST_TOKENS
 MAX_NAME = 256  # of a model, an id, a tier
 KEEP = 256 << 10
 MAX_AT_ONCE = 16 << 10  # bytes that a meter takes without a turn of the loop
-MAX_VALUES = 2000  # of a JSON text that is decoded at once, about
-MAX_NAMED = 256  # ids that are learned in one step
-MAX_ITEMS = 4000  # of an answer's output that are remembered by their ids
+MAX_VALUES = 2000  # in a JSON text longer than MAX_AT_ONCE that is decoded in one step; approximate
+MAX_NAMED = 256  # items or ids that are handled in one step
+MAX_ITEMS = 4000  # items of an answer that are remembered by their ids
 STEP = 4 << 10  # bytes of a longer chunk that it takes in one step
 MOST_SEARCHES = 100_000  # the same of web searches
 IMAGE_TOOL = "image_generation"  # stands for the model of that tool, which the answer doesn't name
@@ -149,7 +149,7 @@ class Answer(Struct, dict=True):
 
     @property
     def is_long(self) -> bool:
-        """Whether it takes more than one step to read all of an event."""
+        """Whether the event is too large to be noted in one step."""
         return len(self.response) + len(self.item) + len(self.delta) > MAX_AT_ONCE
 
 
@@ -244,7 +244,8 @@ def decode_answer(text: str | bytes | msgspec.Raw) -> Answer | None:
 
 
 def is_dense(text: str | bytes) -> bool:
-    """Whether a JSON text is so full of values that to decode them would hold the loop."""
+    """Return whether a JSON text has so many values that decoding it at once would block the event
+    loop."""
     marks = (",", "[", "{")
     if isinstance(text, str):
         return sum(map(text.count, marks)) > MAX_VALUES
@@ -252,7 +253,7 @@ def is_dense(text: str | bytes) -> bool:
 
 
 def answer_steps(text: str | bytes) -> Generator[None, None, Answer | None]:
-    """Decode an answer or an event in small steps; None for what is no JSON object."""
+    """Decode an answer or an event in small steps; return None if it is not a JSON object."""
     if len(text) <= MAX_AT_ONCE or (len(text) <= KEEP and not is_dense(text)):
         with contextlib.suppress(*NOT_JSON):
             return ANSWER.decode(text)
@@ -264,7 +265,7 @@ def answer_steps(text: str | bytes) -> Generator[None, None, Answer | None]:
 
 
 def items_in(listed: msgspec.Raw) -> Generator[None, None, list[Item]]:
-    """Read the items of an output in small steps, without what is none."""
+    """Decode the items of an output in small steps, and skip elements that are not items."""
     with contextlib.suppress(*NOT_JSON):
         return OUTPUT.decode(listed)
     scanner = Scanner(ITEMS_NODE)
@@ -280,7 +281,7 @@ def items_in(listed: msgspec.Raw) -> Generator[None, None, list[Item]]:
 
 
 def result_of(steps: Generator[None, None, T]) -> T:
-    """Run all of the steps, and return their result."""
+    """Run a generator of small steps to its end and return its result."""
     while True:
         try:
             next(steps)
@@ -312,13 +313,13 @@ class JSONText:
         yield from self._scanner.steps(chunk)
 
     def answer(self) -> Generator[None, None, Answer | None]:
-        """Return the answer; None for what is no JSON object."""
+        """Decode the text; return None if it is not a JSON object."""
         if self._scanner:
             return read_kept(self._scanner.found, ANSWER)
         return (yield from answer_steps(bytes(self._whole)))
 
     def torn(self) -> Generator[None, None, Answer | None]:
-        """Return what a text that was cut off has said."""
+        """Decode what arrived of a text that was cut off."""
         if self._scanner is None:
             self._scanner = Scanner(ANSWER_NODE)
             yield from self._scanner.steps(bytes(self._whole))
@@ -357,7 +358,7 @@ def counts_in(usage: Any, names: tuple[str, str]) -> tuple[int | None, int | Non
 def read_usage(usage: Any, images: bool) -> Usage | None:
     """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images, the image
     tool's); None where it reports neither input nor output. Parts that exceed their whole are not
-    believed. Where the total shows that reasoning is counted beside the output, it is added."""
+    believed. Reasoning that the total counts beside the output is added to the output."""
     if not isinstance(usage, dict):
         return None
     into, out = INPUT_OUTPUT
@@ -379,7 +380,7 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
     cache_write_12h = writes_for_12h(parts_input, cache_write) if believed and cache_write else None
     reasoning = tokens_in(parts_output, "reasoning_tokens")
     said = (tokens_input or 0) + (tokens_output or 0)
-    if reasoning and tokens_in(usage, "total_tokens") == said + reasoning:  # it is not in there
+    if reasoning and tokens_in(usage, "total_tokens") == said + reasoning:  # not in the output yet
         tokens_output = (tokens_output or 0) + reasoning
     image_input = image_output = None
     if images:
@@ -415,8 +416,8 @@ def plus(a: int | None, b: int | None) -> int | None:
 
 
 def with_svg(used: Usage | None, parts: list[Part], svg: Any) -> Usage | None:
-    """The usage of an answer with that of the model which wrote an SVG: separate, says OpenAI's
-    reference, so that it comes on top."""
+    """Return an answer's usage with that of the model that wrote an SVG added, and append the
+    latter to `parts`. OpenAI's reference says that it is reported separately."""
     wrote = read_usage(svg, images=False)
     if wrote is None:
         return used
@@ -494,7 +495,7 @@ class Made(Struct):
         self.image_tokens = max(self.image_tokens, other.image_tokens)
 
     def add(self, other: Made, sign: int = 1) -> None:
-        """Add what another comes to."""
+        """Add another's counts, or subtract them with a `sign` of -1."""
         self.text_bytes += sign * other.text_bytes
         self.sealed_bytes += sign * other.sealed_bytes
         self.image_tokens += sign * other.image_tokens
@@ -517,8 +518,8 @@ class Passed:
     def __init__(self) -> None:
         self.deltas = 0  # bytes
         self._delta_bytes_in_items = 0  # of the deltas, those before the last item's end
-        self._items: dict[Any, Made] = {}  # by id or index, the last of them
-        self._in_items = Made()  # what all items come to
+        self._items: dict[Any, Made] = {}  # by id or index, the newest MAX_ITEMS at most
+        self._in_items = Made()  # the sum over all items, forgotten ones included
         self._whole = Made()  # of the whole response, or of all messages of a chat
         self._pictures = 0  # tokens of pictures that came as events of their own
 
@@ -604,14 +605,14 @@ class Report:
         self.in_events = False  # the Response object came within an event
         self.passed = Passed()
         self._reported_at = 0  # bytes of deltas that had passed when the usage was reported last
-        # Usage without output was reported last by an event that does not end the answer: some
-        # upstreams report 0 with each event until they know.
+        # The last usage had no output and came before the end of the answer. Some upstreams report
+        # 0 with each event until they know the true number.
         self.is_provisional = False
-        # The last usage stood beside choices in a stream: it can be that of those choices alone.
+        # The last usage of a streamed chat came with choices, so it may cover only those choices.
         self.is_of_choices = False
         self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
         self._file_searches: set[Any] = set()  # ids
-        self._svgs: dict[Any, Any] = {}  # by item: usage of what wrote an SVG for the image tool
+        self._svgs: dict[Any, Any] = {}  # by item id: usage of the author of an SVG
         # No usage reports these; they are counted by the items of the output.
         self.containers: dict[str, None] = {}  # ids of those in which code ran
 
@@ -657,16 +658,16 @@ class Report:
 
     @property
     def authors(self) -> list[Part]:
-        """What the authors of the image tool's SVGs have used. It comes with their items."""
+        """The usage of the authors of SVGs, which the image tool's items report."""
         parts: list[Part] = []
         for svg in self._svgs.values():
             with_svg(None, parts, svg)
         return parts
 
     def note(self, answer: Answer, torn: bool = False) -> Generator[None, None, None]:
-        """Take in an answer's or an event's JSON, in small steps: the last that is said counts. Of
-        one that was cut off (`torn`) it is not known how it goes on, so its status is not
-        believed."""
+        """Take in the JSON of an answer or an event, in small steps: later values replace earlier
+        ones. The status of one that was cut off (`torn`) is not believed, since it could have
+        changed."""
         inner = answer.inner if answer.response else None
         said = inner or answer
         self.in_events = self.in_events or inner is not None
@@ -725,7 +726,7 @@ class Report:
         if self.usage is None or not str(answer.type).endswith("completed"):
             return used, parts
         sums = {(part.model, part.images): part for part in self.parts}
-        for part in parts:  # an SVG's author can be without a name, as the picture's model is
+        for part in parts:  # the model of a picture has no name, and an SVG's author may have none
             if earlier := sums.get((part.model, part.images)):
                 part = part._replace(usage=added(earlier.usage, part.usage))
             sums[part.model, part.images] = part
@@ -760,18 +761,19 @@ class Report:
         self._learn(named)
 
     def _list(self, data: msgspec.Raw) -> Generator[None, None, None]:
-        """Note listed input."""
+        """Note the ids of the input items that an answer lists."""
         items = yield from items_in(data)
         listed = [item for item in items if name_in(item.id)][:MAX_ITEMS]
         self.listed = {item.id: item.id != item.call_id for item in listed}
 
     def _learn(self, named: list[tuple[Any, bool]]) -> None:
+        """Remember ids of what the answer made, MAX_ITEMS at most."""
         for each, always in named:
             if name_in(each) and (len(self.made) < MAX_ITEMS or each in self.made):
                 self.made[each] = always
 
     def _count(self, item: Item) -> None:
-        """Note a call of a tool that costs. Without an id it is the next one."""
+        """Note a tool call that costs money, MAX_ITEMS at most. Without an id it is a new one."""
         if len(self._searches) + len(self._file_searches) + len(self.containers) >= MAX_ITEMS:
             return
         if item.type == "web_search_call":
@@ -791,15 +793,15 @@ def name_in(value: Any) -> str | None:
 
 class Meter:
     """Meters an answer. `ended` is True once the answer has ended for the client; then, and after
-    `finish`, `rest` are the bytes that wait for the row. While it is `ending`, the event that ends
-    it has come, but more usage may follow. What it does can take long, so each is to be had in
-    small steps; `feed`, `finish` and `tear` run all of them."""
+    `finish`, `rest` returns the bytes that wait for the row. While it is `ending`, the event that
+    ends it has come, but more usage may follow. `steps`, `finishing` and `tearing` do long work in
+    small steps; `feed`, `finish` and `tear` do the same at once."""
 
     report: Report
     ended = False
     ending = False
-    # Bytes that `feed` takes at once, larger chunks are for `steps`; 0 if the next step or the end
-    # may take long as well.
+    # `feed` is fast enough for chunks of up to so many bytes; larger ones are for `steps`. 0: any
+    # chunk may take long, and so may the end: use `steps`, `finishing` and `tearing`.
     at_once = MAX_AT_ONCE
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
@@ -841,7 +843,7 @@ class JSONMeter(Meter):
         self._held = b""
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
-        """Return all but the last byte so far."""
+        """Take the next bytes, in small steps; return all but the last byte so far."""
         yield from self._text.steps(chunk)
         self.at_once = 0 if self._text.is_long else MAX_AT_ONCE
         passed, self._held = self._held + chunk[:-1], chunk[-1:]
@@ -880,6 +882,7 @@ def is_stream(start: bytes, labelled: bool) -> bool | None:
 
 # WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
 EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+# The value of a data line. (The lookbehind means the start of a line, which ^ does not do for CR.)
 DATA = re.compile(rb"data:(?<![^\r\n]data:) ?([^\r\n]*+)")
 MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)')
 EVENT_TYPE = re.compile(rb'(?:event: ?([^\r\n]*)[\r\n]|data: ?\{"type": ?"([^"\\]*)")')
@@ -922,7 +925,7 @@ def marked(events: bytes) -> bool:
 
 
 def without_blank(event: bytes) -> bytes:
-    """Return an event, or its beginning, without the byte order mark and empty lines before it."""
+    """Return an event, or its beginning, without a byte order mark and blank lines in front."""
     return event.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
 
 
@@ -944,7 +947,7 @@ class EventText:
         self._text = JSONText()
         self._line = b""  # the start of a line, up to the name of its field
         self._in_data: bool | None = None  # None: at the start of a line
-        self._lead = b""  # what joins a line of data to the one before
+        self._lead = b""  # put before the next data: the newline that joins two data lines
 
     def steps(self, chunk: bytes) -> Generator[None, None, None]:
         """Take the next bytes, cut anywhere, in small steps."""
@@ -969,11 +972,11 @@ class EventText:
         return bytes(self._whole)
 
     def answer(self) -> Generator[None, None, Answer | None]:
-        """Return the answer of a large event; None for what is no JSON object."""
+        """Decode the data of a large event; return None if it is not a JSON object."""
         return self._text.answer()
 
     def torn(self) -> Generator[None, None, Answer | None]:
-        """Return what an event that was cut off has said."""
+        """Decode what arrived of an event that was cut off."""
         if not self.is_large:
             yield from self._read_lines(self.whole().removeprefix(BYTE_ORDER_MARK))
         return (yield from self._text.torn())
@@ -986,7 +989,7 @@ class EventText:
             yield
 
     def _read_line(self, chunk: bytes, at: int) -> Generator[None, None, int]:
-        """Read a line, or the rest of one, or a byte of its field's name; return the end."""
+        """Read a line, the rest of a line, or a byte of its field name; return where that ends."""
         if self._in_data is None:
             return self._read_field(chunk, at)
         end = LINE_REST.match(chunk, at).end()  # type: ignore[union-attr]
@@ -1067,7 +1070,7 @@ class StreamMeter(Meter):
         return b"".join(passed)
 
     def _read(self, chunk: bytes) -> Generator[None, None, bytes]:
-        """Take a short chunk; return what may be sent on now."""
+        """Take a chunk of at most MAX_AT_ONCE bytes; return what may be sent on now."""
         passed: list[bytes] = []
         if self._cut_newline and chunk:
             if chunk.startswith(b"\n"):
@@ -1149,9 +1152,9 @@ class StreamMeter(Meter):
             passed.append(held)
 
     def _go_on(self, start: bytes, size: int, passed: list[bytes]) -> None:
-        """An event that begins so, of `size` bytes as yet, follows what was taken for the end. If
-        it is too large to wait with that, and no comment, send that on: a stream of pictures goes
-        on."""
+        """After an event that seemed to end a stream of pictures, another event with this start has
+        come, of `size` bytes so far. If it is too large to be held back and is not a comment, the
+        stream goes on: send on what was held back."""
         too_large = self._images and len(self._waiting) + size > HOLD
         if self.ending and too_large and not without_blank(start).startswith(b":"):
             passed.append(self._waiting)
@@ -1237,7 +1240,7 @@ def is_usage_chunk(answer: Answer) -> bool:
 
 
 def has_choices(answer: Answer) -> bool:
-    """Whether a chat's chunk or answer has any of its choices."""
+    """Return whether a chat's answer or chunk has any choices."""
     return bytes(answer.choices).translate(None, b" \t\r\n") not in NO_CHOICES
 
 

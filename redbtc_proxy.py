@@ -371,7 +371,7 @@ class Relay:
         self._started = False  # whether the head was sent
         self._labelled = False  # the response as a stream
         self._codings: list[bytes] = []  # that the response is labelled with
-        self._begun = b""  # its first bytes, if they are too few to tell what it is
+        self._begun = b""  # first bytes, sent on, that were too few to tell the coding
         # The end of the response, as far as it was not sent; None until the row is written.
         self._rest: bytes | None = None
 
@@ -502,8 +502,8 @@ class Relay:
             await self._follow(self._rest, chunks)
 
     def _meter_of(self, chunk: bytes) -> Meter | None:
-        """Return the meter for an answer that begins so, or goes on so after the few bytes that did
-        not tell; None while it can't be told, or all of it is blank. Those bytes have passed."""
+        """Return the meter for an answer that begins with this chunk, or None while too few bytes
+        have come to choose one, or only blanks. Such bytes are sent on without a meter."""
         exchange, begun = self._exchange, self._begun
         if chunk[:1] == b"{" and not (self._labelled or begun):
             return exchange.meter  # which is that of JSON
@@ -537,9 +537,8 @@ class Relay:
         return passed
 
     async def _await_usage(self, meter: Meter, chunks: AsyncIterator[bytes]) -> bytes:
-        """The event that ends the stream has come, but not all of the usage that was to be
-        expected: read on for AFTER_END_SECONDS at most. If the stream goes on instead, return what
-        may be sent on."""
+        """Read on for at most AFTER_END_SECONDS, since more usage may follow the event that ends
+        the stream. If the stream goes on instead, return what may be sent on."""
         passed = b""
         until = asyncio.get_running_loop().time() + AFTER_END_SECONDS
         with contextlib.suppress(StopAsyncIteration, TimeoutError, httpx2.HTTPError):
@@ -620,12 +619,13 @@ def without_length(headers: Headers) -> Headers:
 # ── Stored responses ─────────────────────────────────────────────────────────────────────────────
 
 
-USAGE_SECONDS = 15  # for the usage of an estimated request, when who reads its response has left
+# For how long an estimated response is read on to its usage after its reader has left.
+USAGE_SECONDS = 15
 
 
 class Visit(Exchange):
-    """A look at a stored response, or a change to it. It uses no tokens and has no row; but where
-    it shows that a background response has ended, that one's row is settled first."""
+    """A request that reads or changes a stored response. It uses no tokens and has no row. If it
+    shows that a background response has ended, the row of that response is settled first."""
 
     def __init__(
         self,
@@ -639,7 +639,7 @@ class Visit(Exchange):
         home: Home,
         estimated: bool,
     ) -> None:
-        """`estimated`: the request that made the response was."""
+        """`estimated`: the usage of the request that made the response was estimated."""
         super().__init__(gateway, scope, endpoint, clock, admission)
         self.key = key
         self._response_id = response_id
@@ -647,8 +647,9 @@ class Visit(Exchange):
         self._estimated = estimated
 
     def grace(self) -> float:
-        """A response whose request was estimated is read on until it shows its usage: its output,
-        which comes first, would be paid by the estimate only."""
+        """Return for how many seconds the upstream is read on when the client has left: long enough
+        for the usage of an estimated response, which follows its output. Otherwise a client could
+        take the output and leave before the correction."""
         return max(super().grace(), USAGE_SECONDS if self._estimated else 0.0)
 
     @property
@@ -751,8 +752,8 @@ class StoredRoute:
     async def _hold(
         self, key: Key, response_id: str, admission: Admission
     ) -> contextlib.AbstractContextManager[None] | None:
-        """Hold what a response that is shown can turn out to have cost. Return None if that is
-        known, or the response is not shown. Raises Refusal."""
+        """Hold what a correction can add to the cost of a response, before it is shown. Return None
+        if its usage is known, or this request does not show it. Raises Refusal."""
         if (self._method, self._suffix) not in SHOWING:
             return None
         try:
@@ -1537,7 +1538,8 @@ async def watch_ledger(store: Store) -> None:
             say(level, event, reason=store.failure)
 
 
-# So many requests are preserved in one second, or this share of all: to keep each takes 0.1 ms.
+# At most this number or this share of the running requests is preserved in a second, whichever is
+# more: each takes 0.1 ms.
 MAX_PRESERVED, MAX_PRESERVED_SHARE = 20, 0.05
 
 

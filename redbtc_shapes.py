@@ -509,7 +509,7 @@ class RatesOfEarlierPrice(PriceSlot):
 
 
 class FollowingPrice(PriceSlot):
-    """What a price gives that was there already and supersedes an added one later."""
+    """A price that was there before and will supersede an added one."""
 
     effective_at: Moment
     rates: dict[str, Money | int]
@@ -530,10 +530,10 @@ class PublishedNotice(Struct):
 
 
 class PricesAdded(PriceList):
-    """Unchanged are those that were the same anyway. `applies_to` and `does_not_apply_to` are the
+    """`unchanged` counts the prices that were skipped. `applies_to` and `does_not_apply_to` are the
     known models: those with a price, in use, or listed by an upstream. `taken_over` (or `left_out`,
     without `take_over`) are rates that were not given and an earlier price had; `followed_by` are
-    later prices that take effect whatever was added now."""
+    prices that were there before and will supersede the added ones."""
 
     added: int
     unchanged: int

@@ -215,9 +215,9 @@ class Upstream:
     async def fetch(
         self, path: str, take: Callable[[bytes], Iterable[object]], method: str = "GET"
     ) -> int:
-        """A request of the gateway's own, without a body: the status of its answer, and each part
-        of that one's body, decoded, to `take`, which works in steps. Raises httpx2.HTTPError,
-        TimeoutError."""
+        """Send a request of the gateway's own, without a body, and return the status of its answer.
+        `take` is called with each part of the answer's decoded body, and what it returns is
+        iterated, with turns for other work. Raises httpx2.HTTPError, TimeoutError."""
         async with asyncio.timeout(min(ASK_SECONDS, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
             answer = await self.open(method, path, b"", accept, Body(b""))

@@ -551,7 +551,7 @@ def test_what_is_not_given_is_taken_over(make_gateway: MakeGateway) -> None:
     assert [row[name] for name in names] == ["9", "0.5", "30", "0.01", 1000, None]
 
 
-def test_two_prices_of_the_same_are_refused(make_gateway: MakeGateway) -> None:
+def test_two_prices_of_the_same_slot_are_refused(make_gateway: MakeGateway) -> None:
     """Also where one of them is in force already."""
     gateway = make_gateway(REFUSE)
     file = gateway.folder / "two.toml"
