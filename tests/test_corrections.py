@@ -214,6 +214,25 @@ def test_kill_before_the_correction_loses_nothing(gateway: Gateway, stored: Stor
     assert gateway.row()["cost"] == str(TRUE_COST)
 
 
+def test_an_estimate_of_schema_version_9_is_corrected(gateway: Gateway, stored: Stored) -> None:
+    """Such a ledger does not say what was held for the request."""
+    key = gateway.new_key()
+    tear(gateway, key)
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.executescript(
+            """DROP TABLE unsettled;
+            ALTER TABLE estimates DROP COLUMN held;
+            PRAGMA user_version = 9;"""
+        )
+        assert database.execute("SELECT count(*) FROM estimates").fetchone() == (1,)
+    gateway.start()
+    with gateway.client(key) as client:
+        assert client.get("/responses/resp_1").status_code == 200
+    assert gateway.row()["cost"] == str(TRUE_COST)
+    assert gateway.cli("db", "check")["ok"]
+
+
 def test_an_answer_without_an_id_corrects_nothing(
     gateway: Gateway, stored: Stored, upstream: Upstream
 ) -> None:
