@@ -1165,6 +1165,7 @@ class StreamMeter(Meter):
         one before the stream ends."""
         report = self.report
         expected = self._expects_usage and not (report.usage or report.failed)
+        # What is taken for the end can be HOLD bytes itself; as much may follow.
         return (self._images or expected) and len(self._waiting) <= 2 * HOLD
 
     def _grow(self, chunk: bytes, passed: list[bytes]) -> Generator[None, None, None]:

@@ -1544,18 +1544,25 @@ MAX_PRESERVED, MAX_PRESERVED_SHARE = 20, 0.05
 
 
 async def preserve(gateway: Gateway) -> None:
-    """Keep what requests in flight have used so far, once a second while the gateway runs. If too
-    many are due, those with the largest `growth_since_preserved` come first."""
+    """Keep what requests in flight have used so far, for as long as the gateway runs."""
     while True:
         await asyncio.sleep(PRESERVE_SECONDS)
-        if gateway.store.healthy:
-            now = time.monotonic()
-            await gateway.unended.preserve(now)
-            most = max(MAX_PRESERVED, round(MAX_PRESERVED_SHARE * len(gateway.running)))
-            waiting = {each: each.growth_since_preserved(now) for each in gateway.running}
-            due = [each for each, times in waiting.items() if times >= PRESERVE_GROWTH]
-            async for each in with_turns(heapq.nlargest(most, due, key=lambda each: waiting[each])):
-                await each.preserve(now)
+        try:
+            if gateway.store.healthy:
+                await preserve_some(gateway, time.monotonic())
+        except Exception as error:  # that should not happen, and must not end this
+            say(logging.ERROR, "not preserved", error=type(error).__name__)
+
+
+async def preserve_some(gateway: Gateway, now: float) -> None:
+    """Keep what requests in flight have used so far, of those first of which the smallest part is
+    kept. `now` is by the monotonic clock."""
+    await gateway.unended.preserve(now)
+    most = max(MAX_PRESERVED, round(MAX_PRESERVED_SHARE * len(gateway.running)))
+    growth = {each: each.growth_since_preserved(now) for each in gateway.running}
+    due = [each for each, times in growth.items() if times >= PRESERVE_GROWTH]
+    async for each in with_turns(heapq.nlargest(most, due, key=lambda each: growth[each])):
+        await each.preserve(now)
 
 
 async def run(
