@@ -895,6 +895,7 @@ CHAT_TEXT = re.compile(
 )
 RESPONSE_TEXT = re.compile(rb'"delta":' + STRING_VALUE, re.DOTALL)
 LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed")
+PICTURE = re.compile(rb'image_\w+\.\w|"b64_json"')  # within an event that begins so
 # By what is still to be found: events that can name it.
 NAMING = {
     (True, True): re.compile(rb'"(?:id|model)"\s*+:\s*+"[^"]'),
@@ -922,11 +923,6 @@ def marked(events: bytes) -> bool:
         or b'partial_image"' in events
         or MARK.search(events) is not None
     )
-
-
-def without_blank(event: bytes) -> bytes:
-    """Return an event, or its beginning, without a byte order mark and blank lines in front."""
-    return event.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
 
 
 def data_of(event: bytes) -> bytes:
@@ -1153,10 +1149,10 @@ class StreamMeter(Meter):
 
     def _go_on(self, start: bytes, size: int, passed: list[bytes]) -> None:
         """After an event that seemed to end a stream of pictures, another event with this start has
-        come, of `size` bytes so far. If it is too large to be held back and is not a comment, the
-        stream goes on: send on what was held back."""
+        come, of `size` bytes so far. If it is a picture, and too large to be held back, the stream
+        goes on: send on what was held back."""
         too_large = self._images and len(self._waiting) + size > HOLD
-        if self.ending and too_large and not without_blank(start).startswith(b":"):
+        if self.ending and too_large and PICTURE.search(start[:START]):
             passed.append(self._waiting)
             self.ending, self._waiting = False, b""
 
@@ -1194,7 +1190,7 @@ class StreamMeter(Meter):
 
     def _may_matter(self, start: bytes) -> bool:
         """Whether an event that starts so may end the answer, or may have to be taken out."""
-        start = without_blank(start)
+        start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
         if self._chat:
             return self._take_out_usage or not CHAT_CHUNK.match(start)
         named = EVENT_TYPE.match(start)

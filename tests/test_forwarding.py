@@ -649,6 +649,17 @@ async def flood(reply: Reply) -> None:
         await reply.send(b": " + b"x" * 65536 + b"\n\n")
 
 
+async def flood_events(reply: Reply) -> None:
+    while True:
+        await reply.send(b'data: {"type":"keepalive"}\n\n' * 2000)
+
+
+async def flood_lines(reply: Reply) -> None:
+    while True:
+        await reply.send(b"\n" * 65536)
+        await asyncio.sleep(0.01)
+
+
 async def tear(reply: Reply) -> None:
     await asyncio.sleep(0.05)  # else the reset takes what is still on its way along
     reply.tear()
@@ -668,7 +679,8 @@ async def begin_an_event(reply: Reply) -> None:
     await asyncio.sleep(600)
 
 
-AFTERWARDS = [keep_open, comment_for_ever, flood, tear, close, break_the_framing, begin_an_event]
+FLOODS = [flood, flood_events, flood_lines]
+AFTERWARDS = [keep_open, comment_for_ever, *FLOODS, tear, close, break_the_framing, begin_an_event]
 STREAMS = {
     "/responses": b"".join(COMPLETED),
     "/chat/completions": b"".join(chat_pieces(["Hi"], asked=False)),
