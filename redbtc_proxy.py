@@ -475,16 +475,12 @@ class Relay:
             if whole or unknown or not passed:
                 kept += passed
             else:
-                self._waits_for_client = True  # while it reads slowly, and with us the upstream
-                clock.allow(idle_seconds)  # metering may have paused it
-                if not self._started:
-                    await self._send_head()
                 passed, kept = kept + passed, b""
-                await self._send({"type": "http.response.body", "body": passed, "more_body": True})
-                self._waits_for_client = False
+                await self._send_on(passed, idle_seconds)
             if meter and (meter.ended or meter.ending):
-                clock.pause()
-                kept += await self._await_usage(meter, chunks)
+                while passed := await self._await_usage(meter, chunks):
+                    passed, kept = kept + passed, b""
+                    await self._send_on(passed, idle_seconds)
                 if meter.ended or meter.ending:
                     break
             clock.allow(idle_seconds)
@@ -538,14 +534,16 @@ class Relay:
 
     async def _await_usage(self, meter: Meter, chunks: AsyncIterator[bytes]) -> bytes:
         """Read on for at most AFTER_END_SECONDS, since more usage may follow the event that ends
-        the stream. If the stream goes on instead, return what may be sent on."""
+        the stream. If the stream goes on instead, return what may be sent on, else b"". It must be
+        sent before more is read: `_pass_on` could send that first."""
+        self._clock.pause()
         passed = b""
         until = asyncio.get_running_loop().time() + AFTER_END_SECONDS
         with contextlib.suppress(StopAsyncIteration, TimeoutError, httpx2.HTTPError):
-            while meter.ending and not meter.ended:
+            while meter.ending and not (meter.ended or passed):
                 async with asyncio.timeout_at(until):
                     chunk = await anext(chunks)
-                passed += await self._feed(meter, chunk)
+                passed = await self._feed(meter, chunk)
         return passed
 
     async def _follow(self, rest: bytes, chunks: AsyncIterator[bytes]) -> None:
@@ -571,6 +569,15 @@ class Relay:
             return passed
 
         body.pass_on(pass_on)
+
+    async def _send_on(self, passed: bytes, idle_seconds: float) -> None:
+        """Send a part of the answer. While the client reads slowly, so do we the upstream."""
+        self._waits_for_client = True
+        self._clock.allow(idle_seconds)  # metering may have paused it
+        if not self._started:
+            await self._send_head()
+        await self._send({"type": "http.response.body", "body": passed, "more_body": True})
+        self._waits_for_client = False
 
     async def _send_head(self) -> None:
         self._started = True

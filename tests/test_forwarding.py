@@ -17,6 +17,7 @@ from conftest import MakeGateway
 from gateway import UPSTREAM_KEY, Gateway, wait_until
 from upstream import (
     DONE,
+    IMAGE_USAGE,
     Received,
     Reply,
     Upstream,
@@ -749,6 +750,25 @@ def test_each_of_several_images_is_waited_for(
         upstream.script = stream(pieces)  # only one was made
         assert client.post("/images/generations", json=body).content == pieces[0]
     assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 2
+
+
+def test_what_follows_more_pictures_than_were_asked_for_passes_in_order(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """Comments overtook a picture that had just been let go."""
+
+    def picture(kind: str, size: int) -> bytes:
+        kind = f"image_generation.{kind}"
+        return event({"type": kind, "b64_json": "A" * size, "usage": IMAGE_USAGE}, kind)
+
+    parts = [picture("partial_image", 12_000)] * 3
+    pieces = [picture("completed", 30_000), *parts, *[b": ping\n\n"] * 3]
+    upstream.script = stream([*pieces, picture("completed", 30_000)], pause=0.1)
+    body = {"model": "gpt-up", "prompt": "x", "stream": True}
+    with gateway.client(key) as client:
+        content = client.post("/images/generations", json=body).content
+    assert content == b"".join([*pieces, pieces[0]])
+    assert gateway.row()["output_tokens"] == 2 * 272
 
 
 def test_a_place_is_free_again_though_the_upstream_goes_on(
