@@ -103,7 +103,7 @@ from redbtc_settings import (
     parse_amount,
     url_of,
 )
-from redbtc_slices import in_slices, with_turns
+from redbtc_slices import answers_of, in_slices, with_turns
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
     NO_LIST,
@@ -491,7 +491,7 @@ class Relay:
         if meter.at_once:
             meter.finish()
         else:
-            await in_slices(meter.finishing(), exchange.key.account_id, begun=True)
+            await in_slices(meter.finishing(), answers_of(exchange.key.account_id), begun=True)
         await exchange.settle(exchange.outcome())
         self._rest = kept + meter.rest()
         if ended_by_event:
@@ -524,7 +524,9 @@ class Relay:
             passed = meter.feed(chunk)
         else:
             self._clock.pause()
-            passed = await in_slices(meter.steps(chunk), exchange.key.account_id, begun=True)
+            passed = await in_slices(
+                meter.steps(chunk), answers_of(exchange.key.account_id), begun=True
+            )
         exchange.note()
         if exchange.unwritten:  # a background response must be on disk before its id is seen
             self._clock.pause()
@@ -603,7 +605,9 @@ class Relay:
         if exchange.meter.at_once:
             exchange.meter.tear()
         else:
-            await in_slices(exchange.meter.tearing(), exchange.key.account_id, begun=True)
+            await in_slices(
+                exchange.meter.tearing(), answers_of(exchange.key.account_id), begun=True
+            )
         if self._body.left:
             await asyncio.sleep(CLOSING_SECONDS)
         if self._clock.client_left and not self._body.left:

@@ -67,6 +67,12 @@ class Turns:
 TURNS = Turns()
 
 
+def answers_of(account_id: str) -> str:
+    """Return what stands for the account where its answers are metered. They have turns of their
+    own: bodies need not wait until few of its answers are large, nor answers for bodies."""
+    return f"answers {account_id}"
+
+
 async def in_slices(steps: Generator[None, None, T], account_id: str, begun: bool = False) -> T:
     """Run a generator of small steps to its end, in slices, and return its result. Raises what the
     generator raises. Cancelling the caller closes the generator. `begun`: the work goes on with

@@ -79,7 +79,7 @@ from redbtc_meter import (
 from redbtc_pieces import Buffer, check_utf8
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_settings import LedgerUnavailable, now_ms
-from redbtc_slices import TURNS, in_slices
+from redbtc_slices import TURNS, answers_of, in_slices
 from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_upstream
 from redbtc_watch import Receive, Scope, Send
 
@@ -1242,7 +1242,7 @@ class Session:
         if len(message) <= MAX_AT_ONCE:
             event = decode_answer(message)
         else:
-            event = await in_slices(answer_steps(message), self.account_id, begun=True)
+            event = await in_slices(answer_steps(message), answers_of(self.account_id), begun=True)
         if line.lost:
             return
         turn = None

@@ -8,7 +8,7 @@ from collections.abc import Generator
 
 import pytest
 
-from redbtc_slices import MAX_BEGUN, SLICE_SECONDS, in_slices
+from redbtc_slices import MAX_BEGUN, SLICE_SECONDS, answers_of, in_slices
 
 
 def busy(name: str, log: list[str], slices: int) -> Generator[None, None, str]:
@@ -81,6 +81,19 @@ def test_an_account_has_few_works_begun_and_no_more_slices_for_many() -> None:
     assert most <= MAX_BEGUN + 1, "and the one that nobody was before"
     assert log.index("b") < 5
     assert len(log) - log[::-1].index("b") < 20
+
+
+def test_bodies_are_begun_beside_many_answers() -> None:
+    """A short request waited until of its account's large answers only a few went on."""
+    log: list[str] = []
+
+    async def main() -> None:
+        many = range(2 * MAX_BEGUN)
+        answers = [in_slices(busy("a", log, 40), answers_of("x"), begun=True) for _ in many]
+        await asyncio.gather(*answers, in_slices(busy("b", log, 3), "x"))
+
+    asyncio.run(main())
+    assert len(log) - log[::-1].index("b") < 40
 
 
 def test_work_that_is_cancelled_ends_and_others_go_on() -> None:
