@@ -135,7 +135,7 @@ def estimate(
         of_pictures = (known.image_output_tokens or 0) + out - (known.output_tokens or 0)
         used = msgspec.structs.replace(used, image_output_tokens=of_pictures)
     parts = [Part(None, used, images)]
-    parts += [part for part in report.parts if part.model is not None] or report.authors
+    parts += [part for part in report.parts if part.usage is not known] or report.authors
     if drawn and all(part.model != IMAGE_TOOL for part in parts):
         by_tool = Usage(output_tokens=drawn, image_output_tokens=drawn)
         parts.append(Part(IMAGE_TOOL, by_tool, True))

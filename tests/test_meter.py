@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from upstream import CHAT_USAGE, IMAGE_USAGE, RESPONSE_USAGE, chat_chunk, response_object
 
 import redbtc_meter as meters
+from redbtc_estimates import Most, Seen, estimate
 from redbtc_ledger import Part, Usage
 from redbtc_meter import (
     IMAGE_TOOL,
@@ -292,6 +293,10 @@ def test_authors_of_svgs_are_added_up_apart_from_their_pictures() -> None:
     assert pictures == Part(None, Usage(150, None, None, 816, None, 120, 816), True)
     assert authors == Part(None, Usage(21, None, None, 900), False)
     assert meter.report.usage == Usage(171, None, None, 1716, None, 120, 816)
+    most = Most(1000, 816, 0, 0, 0)
+    torn = estimate(meter.report, Seen(), written=0, read=0, most=most, images=True, partly=True)
+    assert torn.parts == meter.report.parts, "the author's, too, where the stream is cut off"
+    assert torn.usage == meter.report.usage
 
 
 def test_what_an_answer_made_is_named() -> None:
