@@ -596,11 +596,15 @@ class Hold:
 
     def keep(self) -> Hold:
         """The same, beyond the end of `with`."""
-        kept = Hold(self._books, self._key, self.at, self.tariff, self._purses, self._most)
+        kept = self.again(self._most)
         kept._objects, kept._growth = self._objects, self._growth
         self._objects, self._growth = None, {}
         self.__exit__()
         return kept
+
+    def again(self, most: int) -> Hold:
+        """Hold so much on the same account and key."""
+        return Hold(self._books, self._key, self.at, self.tariff, self._purses, most)
 
     @property
     def held(self) -> int:

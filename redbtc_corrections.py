@@ -22,10 +22,10 @@ from redbtc_settings import LedgerUnavailable
 
 
 class Shown:
-    """An estimated response that is being sent to readers, and the hold for it."""
+    """A response that is being sent to readers, or whose request is just being estimated."""
 
-    def __init__(self, money: Hold) -> None:
-        self.money = money
+    def __init__(self) -> None:
+        self.money: Hold | None = None  # for what a correction can add, if it is estimated
         self.readers = 0
 
 
@@ -55,26 +55,45 @@ class Corrections:
 
     async def hold(
         self, response_id: str, account_id: str
-    ) -> contextlib.AbstractContextManager[None] | None:
+    ) -> contextlib.AbstractContextManager[None]:
         """Hold what a correction of the account's response can add to its cost. The returned
         context lasts while the response is sent to a reader; concurrent readers share one hold.
-        Return None if the response's request was not estimated. Raises Spent, LedgerUnavailable."""
-        found = ledger.estimated_of(self._books.store, response_id, account_id)
-        if found is None:
-            return None
-        key = ledger.key_of(self._books.store, found.key_id)
-        further = max(0, found.held - found.cost)
+        Nothing is held unless the response's request was estimated, or is meanwhile. Raises Spent,
+        LedgerUnavailable."""
+        found, money = ledger.estimated_of(self._books.store, response_id, account_id), None
+        if found:
+            key = ledger.key_of(self._books.store, found.key_id)
+            further = max(0, found.held - found.cost)
 
-        def most(_: object) -> int:
-            return 0 if response_id in self._shown else further
+            def most(_: object) -> int:
+                return 0 if self.is_unsure(response_id) else further
 
-        money = await self._books.hold(key, found.requested_model, most)
-        shown = self._shown.setdefault(response_id, Shown(money))  # no await since `most`
+            money = await self._books.hold(key, found.requested_model, most)
+        return self._showing(response_id, money)  # no await since `most`
+
+    def keep_held(self, response_id: str, money: Hold) -> contextlib.AbstractContextManager[None]:
+        """Hold `money` for a response whose request is being estimated, in the returned context and
+        until those who began to read it before have finished."""
+        return self._showing(response_id, money)
+
+    def is_unsure(self, response_id: str) -> bool:
+        """Whether a response is being shown of which only an estimate is known."""
+        shown = self._shown.get(response_id)
+        return shown is not None and shown.money is not None
+
+    def _showing(
+        self, response_id: str, money: Hold | None
+    ) -> contextlib.AbstractContextManager[None]:
+        shown = self._shown.setdefault(response_id, Shown())
         shown.readers += 1
-        return self._showing(response_id, shown)
+        if shown.money is None:
+            shown.money = money
+        elif money:
+            money.__exit__()
+        return self._until_left(response_id, shown)
 
     @contextlib.contextmanager
-    def _showing(self, response_id: str, shown: Shown) -> Iterator[None]:
+    def _until_left(self, response_id: str, shown: Shown) -> Iterator[None]:
         """Count a reader; release the hold when the last one has finished."""
         try:
             yield
@@ -82,7 +101,8 @@ class Corrections:
             shown.readers -= 1
             if not shown.readers:
                 del self._shown[response_id]
-                shown.money.__exit__()
+                if shown.money:
+                    shown.money.__exit__()
 
     def _estimated(self, response_id: str, account_id: str) -> Estimated | None:
         with contextlib.suppress(LedgerUnavailable):  # the next reader causes the correction

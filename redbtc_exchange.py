@@ -563,7 +563,8 @@ class Metered(Exchange):
                 self._learn(self._unweighed, weight(row, self._most()), row.usage)
                 self._unweighed = {}
             self._drop_preserved()
-            await ledger.settle(self.gateway.store, row, admitted)
+            with self._kept_held(admitted):  # nothing was waited for since it was billed
+                await ledger.settle(self.gateway.store, row, admitted)
             self.gateway.watch.settled(self.scope, row)
         if row.usage_source != "none" or row.outcome == "upstream_error":
             self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
@@ -581,6 +582,18 @@ class Metered(Exchange):
         if not self.endpoint.stores:
             return None
         return ledger.Admitted(self._money.at, self._content.image_model(), self._money.held)
+
+    def _kept_held(
+        self, admitted: ledger.Admitted | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """If the request was estimated, hold what a correction can still add to its cost, in the
+        returned context and for as long as its response is being shown: a reader can have come
+        before the ledger says that it is estimated."""
+        response_id, cost = self._row.response_id, self._row.cost or 0
+        if admitted is None or response_id is None:
+            return contextlib.nullcontext()
+        rest = self._money.again(max(0, admitted.held - cost))
+        return self.gateway.corrections.keep_held(response_id, rest)
 
     def growth_since_preserved(self, now: float) -> float:
         """Return how long the request has worked, divided by how long it had worked when `preserve`

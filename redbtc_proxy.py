@@ -630,7 +630,7 @@ def without_length(headers: Headers) -> Headers:
 # ── Stored responses ─────────────────────────────────────────────────────────────────────────────
 
 
-# For how long an estimated response is read on to its usage after its reader has left.
+# For how long a response of which only an estimate is known is read on after its reader has left.
 USAGE_SECONDS = 15
 
 
@@ -648,20 +648,20 @@ class Visit(Exchange):
         key: Key,
         response_id: str,
         home: Home,
-        estimated: bool,
     ) -> None:
-        """`estimated`: the usage of the request that made the response was estimated."""
         super().__init__(gateway, scope, endpoint, clock, admission)
         self.key = key
         self._response_id = response_id
         self._home = home
-        self._estimated = estimated
 
     def grace(self) -> float:
-        """Return for how many seconds the upstream is read on when the client has left: long enough
-        for the usage of an estimated response, which follows its output. Otherwise a client could
-        take the output and leave before the correction."""
-        return max(super().grace(), USAGE_SECONDS if self._estimated else 0.0)
+        """Return for how many seconds the upstream is read on when the client has left. If the usage
+        of the response is not known, that is long enough to find it: it follows the output, so a
+        client could otherwise take the output and leave before the correction."""
+        gateway, response_id = self.gateway, self._response_id
+        unknown = self._home.tokens is None and response_id not in gateway.unended
+        unknown = unknown or gateway.corrections.is_unsure(response_id)
+        return max(super().grace(), USAGE_SECONDS if unknown else 0.0)
 
     @property
     def _is_requested(self) -> bool:
@@ -744,8 +744,7 @@ class StoredRoute:
                     message = "The response is still in progress; cancel it first."
                     raise Refusal("invalid_request", message)
                 await gateway.limits.admit(admission, 0, clock)
-            money = await self._hold(key, response_id, admission)
-            with money or contextlib.nullcontext():
+            with await self._hold(key, response_id, admission):
                 visit = Visit(
                     gateway,
                     scope,
@@ -755,18 +754,17 @@ class StoredRoute:
                     key,
                     response_id,
                     home,
-                    estimated=money is not None,
                 )
                 path = f"/responses/{response_id}{self._suffix}"
                 await Relay(visit, send, self._method, path, body, query).forward([upstream])
 
     async def _hold(
         self, key: Key, response_id: str, admission: Admission
-    ) -> contextlib.AbstractContextManager[None] | None:
-        """Hold what a correction can add to the cost of a response, before it is shown. Return None
-        if its usage is known, or this request does not show it. Raises Refusal."""
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold what a correction can add to the cost of a response, while it is shown in the
+        returned context. Raises Refusal."""
         if (self._method, self._suffix) not in SHOWING:
-            return None
+            return contextlib.nullcontext()
         try:
             return await self._gateway.corrections.hold(response_id, key.account_id)
         except Spent as error:

@@ -372,6 +372,58 @@ def test_two_who_read_a_response_need_its_hold_once(
     assert gateway.cli("db", "check")["ok"]
 
 
+@pytest.mark.parametrize("reads_all", [False, True])
+def test_a_response_is_held_for_who_began_to_read_it_before_it_was_estimated(
+    make_gateway: MakeGateway, upstream: Upstream, reads_all: bool
+) -> None:
+    """A client reads its response with a second request, and leaves the first one at once."""
+    gateway = make_gateway(MONEY).start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    key, going_on, ending = gateway.new_key(), threading.Event(), threading.Event()
+    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
+
+    async def script(request: Received, reply: Reply) -> None:
+        begun = response_object(None, status="in_progress", usage=None)
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created", "response": begun}, "x"))
+        await reply.wait(going_on if request.method == "GET" else request.closed)
+        delta = {"type": "response.output_text.delta", "delta": "x" * 50_000}
+        await reply.send(event(delta, "x"))
+        await reply.wait(ending)
+        ended = response_object(usage=used)
+        await reply.send(event({"type": "response.completed", "response": ended}, "x"))
+        await reply.end()
+
+    def held() -> Decimal:
+        return Decimal(gateway.api("GET", "/accounts/test")["held"])
+
+    upstream.script = script
+    body = {**BODY, "stream": True, "max_output_tokens": 30_000}
+    with gateway.client(key) as client, gateway.client(key) as other:
+        with client.stream("POST", "/responses", json=body) as answer:
+            next(answer.iter_raw())
+            shown = other.stream("GET", "/responses/resp_1?stream=true")
+            reading = shown.__enter__()
+            parts = reading.iter_raw()
+            next(parts)
+        wait_until(lambda: gateway.row()["outcome"] == "client_disconnected")
+        assert held() > Decimal("0.8"), "it can still turn out to have cost so much"
+        assert client.post("/responses", json=body).status_code == 429
+        going_on.set()
+        while b"xxx" not in next(parts):
+            pass
+        if reads_all:
+            ending.set()
+            assert b"response.completed" in b"".join(parts)
+        shown.__exit__(None, None, None)
+        ending.set()
+    wait_until(lambda: held() == 0)
+    assert (gateway.row()["usage_source"], gateway.row()["cost"]) == ("upstream", "0.9")
+    assert gateway.api("GET", "/accounts/test")["balance"] == "0.1"
+
+
 def test_what_a_kill_interrupted_is_corrected(gateway: Gateway, upstream: Upstream) -> None:
     """If its response is stored at the upstream, where it can have gone on."""
 
