@@ -122,6 +122,8 @@ class Corrections:
         parts, usage = self._used(found, report)
         parts = of_models(parts, found.image_model)
         price_id, cost = money.cost(parts, report.service_tier)
+        if (shown := self._shown.get(response_id)) and shown.money:
+            shown.money.__exit__()
         month = money.settle(cost - found.cost)
         of_request = (found.request_id, account_id, month, books.store.time())
         values = (*of_request, report.service_tier, price_id, cost)

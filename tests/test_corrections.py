@@ -367,8 +367,8 @@ def test_two_who_read_a_response_need_its_hold_once(
                 assert held() == once
                 ending.set()
                 assert b"response.completed" in second.read()
+    wait_until(lambda: gateway.row()["usage_source"] == "upstream")
     wait_until(lambda: held() == 0)
-    assert gateway.row()["usage_source"] == "upstream"
     assert gateway.cli("db", "check")["ok"]
 
 
@@ -419,9 +419,46 @@ def test_a_response_is_held_for_who_began_to_read_it_before_it_was_estimated(
             assert b"response.completed" in b"".join(parts)
         shown.__exit__(None, None, None)
         ending.set()
+    wait_until(lambda: gateway.row()["usage_source"] == "upstream")
+    assert gateway.row()["cost"] == "0.9"
     wait_until(lambda: held() == 0)
-    assert (gateway.row()["usage_source"], gateway.row()["cost"]) == ("upstream", "0.9")
     assert gateway.api("GET", "/accounts/test")["balance"] == "0.1"
+
+
+def test_what_has_turned_out_is_no_longer_held_for_others_who_read_it(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(MONEY).start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    key = gateway.new_key()
+    used = {"input_tokens": 0, "output_tokens": 20_000, "total_tokens": 20_000}
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.path.endswith("/resp_1"):
+            await json_answer(response_object(usage=used))(request, reply)
+            return
+        begun = response_object(None, status="in_progress", usage=None)
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created", "response": begun}, "x"))
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    body = {**BODY, "stream": True, "max_output_tokens": 30_000}
+    with gateway.client(key) as client, gateway.client(key) as other:
+        with client.stream("POST", "/responses", json=body) as answer:
+            next(answer.iter_raw())
+        wait_until(lambda: gateway.row()["outcome"] == "client_disconnected")
+        with other.stream("GET", "/responses/resp_1?stream=true") as slow:
+            next(slow.iter_raw())
+            assert client.get("/responses/resp_1").status_code == 200
+            account = gateway.api("GET", "/accounts/test")
+            assert (account["balance"], account["held"]) == ("0.4", "0")
+            assert client.get("/responses/resp_1").status_code == 200
+    assert gateway.row()["cost"] == "0.6"
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    assert gateway.api("GET", "/accounts/test")["held"] == "0"
 
 
 def test_what_a_kill_interrupted_is_corrected(gateway: Gateway, upstream: Upstream) -> None:
