@@ -513,8 +513,8 @@ class Metered(Exchange):
         if header(self.scope["headers"], b"idempotency-key") is not None:
             with contextlib.suppress(LedgerUnavailable):
                 self._repeats = not self.gateway.objects.is_free(response_id)
+        self._drop_preserved()
         if not self._repeats:
-            self._drop_preserved()
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()
             most = msgspec.json.encode(self._most()).decode()
@@ -603,10 +603,12 @@ class Metered(Exchange):
             return 0.0
         return (now - self._left_at) / self._preserved_after
 
-    async def preserve(self, now: float) -> None:
+    async def preserve(self) -> None:
         """Keep in the ledger what the request has used so far, in case the process is killed, but
-        not its containers: they are billed with the next answer that shows them. `now` is by the
-        monotonic clock."""
+        not its containers: they are billed with the next answer that shows them."""
+        now = time.monotonic()
+        if self.growth_since_preserved(now) < PRESERVE_GROWTH:  # a steered turn began anew
+            return
         self._preserved_after, current = now - self._left_at, self._row
         guess = await self._estimate("interrupted")
         if self._is_over or self._row is not current:

@@ -1571,7 +1571,7 @@ async def preserve_some(gateway: Gateway, now: float) -> None:
     growth = {each: each.growth_since_preserved(now) for each in gateway.running}
     due = [each for each, times in growth.items() if times >= PRESERVE_GROWTH]
     async for each in with_turns(heapq.nlargest(most, due, key=lambda each: growth[each])):
-        await each.preserve(now)
+        await each.preserve()
 
 
 async def run(
