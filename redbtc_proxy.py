@@ -655,9 +655,9 @@ class Visit(Exchange):
         self._home = home
 
     def grace(self) -> float:
-        """Return for how many seconds the upstream is read on when the client has left. If the usage
-        of the response is not known, that is long enough to find it: it follows the output, so a
-        client could otherwise take the output and leave before the correction."""
+        """Return for how many seconds the upstream is read on when the client has left. If the
+        usage of the response is not known, that is long enough to find it: it follows the output,
+        so a client could otherwise take the output and leave before the correction."""
         gateway, response_id = self.gateway, self._response_id
         unknown = self._home.tokens is None and response_id not in gateway.unended
         unknown = unknown or gateway.corrections.is_unsure(response_id)
