@@ -16,7 +16,7 @@ import redbtc_ledger as ledger
 from redbtc_billing import Books, Hold
 from redbtc_estimates import is_cancelled_without_output, is_complete
 from redbtc_exchange import homes_of, of_models
-from redbtc_ledger import Estimated, Objects, Part, Usage
+from redbtc_ledger import Admitted, Estimated, Objects, Part, Row, Usage
 from redbtc_meter import UNFINISHED, Report
 from redbtc_settings import LedgerUnavailable
 
@@ -71,10 +71,17 @@ class Corrections:
             money = await self._books.hold(key, found.requested_model, most)
         return self._showing(response_id, money)  # no await since `most`
 
-    def keep_held(self, response_id: str, money: Hold) -> contextlib.AbstractContextManager[None]:
-        """Hold `money` for a response whose request is being estimated, in the returned context and
-        until those who began to read it before have finished."""
-        return self._showing(response_id, money)
+    def keep_held(
+        self, row: Row, money: Hold, admitted: Admitted | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """If the row is an estimate that can be corrected, hold what a correction can still add to
+        its cost, in the returned context and until those who began to read the response before the
+        ledger says that it is estimated have finished. `money` is what was held for the request;
+        `admitted` as in `ledger.settle`."""
+        if not (admitted and row.usage_source == "estimated" and row.response_id):
+            return contextlib.nullcontext()
+        further = max(0, admitted.held - (row.cost or 0))
+        return self._showing(row.response_id, money.again(further))
 
     def is_unsure(self, response_id: str) -> bool:
         """Whether a response is being shown of which only an estimate is known."""

@@ -563,7 +563,8 @@ class Metered(Exchange):
                 self._learn(self._unweighed, weight(row, self._most()), row.usage)
                 self._unweighed = {}
             self._drop_preserved()
-            with self._kept_held(admitted):  # nothing was waited for since it was billed
+            # nothing was waited for since it was billed
+            with self.gateway.corrections.keep_held(row, self._money, admitted):
                 await ledger.settle(self.gateway.store, row, admitted)
             self.gateway.watch.settled(self.scope, row)
         if row.usage_source != "none" or row.outcome == "upstream_error":
@@ -582,18 +583,6 @@ class Metered(Exchange):
         if not self.endpoint.stores:
             return None
         return ledger.Admitted(self._money.at, self._content.image_model(), self._money.held)
-
-    def _kept_held(
-        self, admitted: ledger.Admitted | None
-    ) -> contextlib.AbstractContextManager[None]:
-        """If the request was estimated, hold what a correction can still add to its cost, in the
-        returned context and for as long as its response is being shown: a reader can have come
-        before the ledger says that it is estimated."""
-        response_id, cost = self._row.response_id, self._row.cost or 0
-        if admitted is None or response_id is None:
-            return contextlib.nullcontext()
-        rest = self._money.again(max(0, admitted.held - cost))
-        return self.gateway.corrections.keep_held(response_id, rest)
 
     def growth_since_preserved(self, now: float) -> float:
         """Return how long the request has worked, divided by how long it had worked when `preserve`
@@ -878,6 +867,12 @@ class Background:
         return msgspec.json.decode(most, type=Most) if most else None
 
     @property
+    def admitted(self) -> ledger.Admitted:
+        """What a later correction needs."""
+        unfinished = self.unfinished
+        return ledger.Admitted(unfinished.admitted_at, unfinished.image_model, unfinished.held)
+
+    @property
     def seconds_left(self) -> float:
         """For how long it may still go on, if it does not end."""
         return MOST_AGE_SECONDS - (now_ms() - self.row.started_at) / 1000
@@ -1048,7 +1043,9 @@ class Unended:
         parts = response.finish(report, outcome, speed, most)
         response.bill(await count_containers(gateway, row, report, parts))
         self._learn(response, report, most)
-        await ledger.end_background(gateway.store, row, response.unfinished)
+        admitted = response.admitted
+        with gateway.corrections.keep_held(row, response.money, admitted):  # as in Metered.settle
+            await ledger.end_background(gateway.store, row, admitted)
         self._remove(response)
         gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
 

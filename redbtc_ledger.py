@@ -1222,10 +1222,9 @@ def note_progress(store: Store, row: Row, seen: str) -> asyncio.Future[None]:
     return store.record(NOTE_PROGRESS, (seen, row.request_id), insist=True)
 
 
-async def end_background(store: Store, row: Row, unfinished: Unfinished) -> None:
+async def end_background(store: Store, row: Row, admitted: Admitted) -> None:
     """Commit the row as its background response ended."""
     ended = store.record(ENDED, (row.request_id,), insist=True)
-    admitted = Admitted(unfinished.admitted_at, unfinished.image_model, unfinished.held)
     await settle(store, row, admitted)
     await ended
 

@@ -425,6 +425,47 @@ def test_a_response_is_held_for_who_began_to_read_it_before_it_was_estimated(
     assert gateway.api("GET", "/accounts/test")["balance"] == "0.1"
 
 
+def test_a_background_response_is_held_for_who_began_to_read_it_before_it_was_estimated(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """It is cancelled meanwhile, and the upstream reports no usage of that."""
+    gateway = make_gateway(MONEY).start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    key, ending = gateway.new_key(), threading.Event()
+    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
+
+    async def script(request: Received, reply: Reply) -> None:
+        if "stream=true" in request.path:
+            begun = response_object(None, status="in_progress", usage=None)
+            await reply.head(200, [("content-type", "text/event-stream")])
+            await reply.send(event({"type": "response.created", "response": begun}, "x"))
+            await reply.wait(ending)
+            ended = response_object(status="incomplete", usage=used)
+            await reply.send(event({"type": "response.incomplete", "response": ended}, "x"))
+            await reply.end()
+        else:
+            status = "cancelled" if "cancel" in request.path else "queued"
+            await json_answer(response_object(None, status=status, usage=None))(request, reply)
+
+    upstream.script = script
+    body = {**BODY, "background": True, "max_output_tokens": 30_000}
+    with gateway.client(key) as client, gateway.client(key) as other:
+        assert client.post("/responses", json=body).status_code == 200
+        with other.stream("GET", "/responses/resp_1?stream=true") as shown:
+            parts = shown.iter_raw()
+            next(parts)
+            assert client.post("/responses/resp_1/cancel").status_code == 200
+            assert gateway.row()["usage_source"] == "estimated"
+            assert client.post("/responses", json=body).status_code == 429
+            ending.set()
+            assert b"response.incomplete" in b"".join(parts)
+    wait_until(lambda: gateway.row()["usage_source"] == "upstream")
+    account = gateway.api("GET", "/accounts/test")
+    assert (account["balance"], account["held"]) == ("0.1", "0")
+
+
 def test_what_has_turned_out_is_no_longer_held_for_others_who_read_it(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
