@@ -766,6 +766,20 @@ MOST_UNKNOWN = 3  # in a row: it may not know at once what it has just made
 MOST_AGE_SECONDS = 48 * 3600  # then it is given up; OpenAI's longest completion window is 8 hours
 
 
+async def ask(
+    upstream: Upstream, path: str, account_id: str, method: str = "GET"
+) -> tuple[int, Report]:
+    """Send a request of the gateway's own about a response of the account. Return the status of the
+    upstream's answer, 0 where there is none, and what the answer reports."""
+    meter = JSONMeter(images=False)
+    try:
+        status = await upstream.fetch(path, meter.steps, method)
+    except (httpx2.HTTPError, TimeoutError):
+        return 0, meter.report
+    await in_slices(meter.finishing(), account_id)
+    return status, meter.report
+
+
 class Background:
     """One background response that has not been seen to end."""
 
@@ -1090,19 +1104,14 @@ class Unended:
         upstream = self._gateway.upstream_named(row.upstream)
         if upstream is None:
             return 0
-        meter = JSONMeter(images=False)
-        try:
-            path = f"/responses/{row.response_id}{suffix}"
-            status = await upstream.fetch(path, meter.steps, method)
-        except (httpx2.HTTPError, TimeoutError):
-            return 0
-        await in_slices(meter.finishing(), row.account_id)
-        if meter.report.response_id not in (None, row.response_id):
-            return 0  # the upstream has answered with another response
-        response.left(meter.report)
+        path = f"/responses/{row.response_id}{suffix}"
+        status, report = await ask(upstream, path, row.account_id, method)
+        if not status or report.response_id not in (None, row.response_id):
+            return 0  # no answer, or the upstream has answered with another response
+        response.left(report)
         if status == 200:
-            await self._see(response, meter.report)
-            response.note(meter.report.status)
+            await self._see(response, report)
+            response.note(report.status)
             if written := self._keep_news(response):
                 await written
         return status

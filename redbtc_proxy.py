@@ -67,7 +67,7 @@ from redbtc_body import (
 from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import TOO_SHORT, codings_in, codings_of
-from redbtc_estimates import Speeds
+from redbtc_estimates import Speeds, is_complete
 from redbtc_exchange import (
     PRESERVE_GROWTH,
     PRESERVE_SECONDS,
@@ -75,12 +75,13 @@ from redbtc_exchange import (
     Exchange,
     Metered,
     Unended,
+    ask,
     insufficient_quota,
     new_request_id,
 )
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
-from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
+from redbtc_meter import MAX_NAME, Meter, Report, StreamMeter, is_stream
 from redbtc_pieces import Buffer, Steps
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_server import (
@@ -680,13 +681,35 @@ class Visit(Exchange):
             await gateway.unended.look(self._response_id, report, status == 200)
         else:
             gateway.unended.ignore(self._response_id, report)
-        if status == 200 and report.response_id == self._response_id:
-            await gateway.corrections.look(self._response_id, self.key.account_id, report)
+        if status == 200:
+            await self._correct(await self._ask() if self._is_torn(outcome) else report)
         if status == 200:
             self._learn_listed()
         if self.scope["method"] == "DELETE" and status < 300:
             await gateway.objects.disown(self._response_id, self.key.account_id)
         gateway.watch.answered(self.scope, status, outcome)
+
+    async def _correct(self, report: Report) -> None:
+        """Correct the estimate of the response, if there is one and the report shows its usage."""
+        if report.response_id == self._response_id:
+            await self.gateway.corrections.look(self._response_id, self.key.account_id, report)
+
+    def _is_torn(self, outcome: Outcome) -> bool:
+        """Whether only an estimate of the response is known and this answer broke off before its
+        usage: the client may have all of the output, and have stopped reading just before that."""
+        if outcome not in ("client_disconnected", "upstream_failed"):
+            return False
+        unsure = self.gateway.corrections.is_unsure(self._response_id)
+        return unsure and not is_complete(self.meter.report)
+
+    async def _ask(self) -> Report:
+        """Return what the upstream reports of the response when the gateway asks for it itself."""
+        upstream = self.gateway.upstream_named(self._home.upstream)
+        if upstream is None:
+            return self.meter.report
+        path = f"/responses/{self._response_id}"
+        status, report = await ask(upstream, path, self.key.account_id)
+        return report if status == 200 else self.meter.report
 
     def _learn_listed(self) -> None:
         """Make listed input items the account's if the upstream chose their ids. If the client may

@@ -466,6 +466,43 @@ def test_a_background_response_is_held_for_who_began_to_read_it_before_it_was_es
     assert (account["balance"], account["held"]) == ("0.1", "0")
 
 
+def test_who_stops_reading_before_the_usage_pays_for_the_response(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(MONEY, "idle_timeout_seconds = 1").start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    key = gateway.new_key()
+    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.path.endswith("/resp_1"):
+            await json_answer(response_object(usage=used))(request, reply)
+            return
+        begun = response_object(None, status="in_progress", usage=None)
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created", "response": begun}, "x"))
+        if request.method == "GET":
+            delta = event({"type": "response.output_text.delta", "delta": "x" * 5000}, "x")
+            for _ in range(4000):  # more than all buffers take
+                await reply.send(delta)
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    body = {**BODY, "stream": True, "max_output_tokens": 30_000}
+    with gateway.client(key) as client:
+        with client.stream("POST", "/responses", json=body) as answer:
+            next(answer.iter_raw())
+        wait_until(lambda: gateway.row()["outcome"] == "client_disconnected")
+        with client.stream("GET", "/responses/resp_1?stream=true") as shown:
+            next(shown.iter_raw())
+            wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    assert gateway.row()["usage_source"] == "upstream"
+    account = gateway.api("GET", "/accounts/test")
+    assert (account["balance"], account["held"]) == ("0.1", "0")
+
+
 def test_what_has_turned_out_is_no_longer_held_for_others_who_read_it(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
