@@ -818,6 +818,11 @@ class Content:
         check_models(models)
         return models
 
+    @property
+    def could_name_author(self) -> bool:
+        """Whether the upstream chooses the author of an SVG only because the request names none."""
+        return UNNAMED in self._further and UNNAMED not in self._inherited
+
     def image_model(self) -> str:
         """That of the tool which makes pictures, whether it is named or not."""
         drawing = [model for model, images in self.further_models().items() if images]

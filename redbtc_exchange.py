@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -326,16 +326,25 @@ class Metered(Exchange):
 
     def _advice(self, content: Content) -> str:
         """Say how to lower the most that a request can cost: sentences, each after a space."""
-        advice = ""
-        if self.endpoint.limits:
-            limits = " or ".join(map(repr, self.endpoint.limits))
-            advice = f" A lower {limits} makes that less."
-        if self.endpoint.runs_tools and (content.extras or content.further_models()):
-            advice += " So does a lower 'max_tool_calls'."
-        tariff, tier = self.gateway.books.tariff(content.model), content.facts.service_tier
-        if advice and tariff and tariff.exceeds_default(tier):
-            advice += f" So does the 'service_tier' '{DEFAULT_TIER}'."
-        return advice
+        ways = list(self._cheaper_ways(content))
+        first = [f" {way[0].upper()}{way[1:]} makes that less." for way in ways[:1]]
+        return "".join(first + [f" So does {way}." for way in ways[1:]])
+
+    def _cheaper_ways(self, content: Content) -> Iterator[str]:
+        """Yield what would lower the most that a request can cost."""
+        limits, tier = self.endpoint.limits, content.facts.service_tier
+        if limits:
+            yield f"a lower {' or '.join(map(repr, limits))}"
+        uses_tools = self.endpoint.runs_tools and (content.extras or content.further_models())
+        if uses_tools and self._most_calls() > 1:
+            yield "a lower 'max_tool_calls'"
+        if self._answers > 1:
+            yield "a lower 'n'"
+        if content.could_name_author:
+            yield "naming a cheaper model in 'svg.model'"
+        tariff = self.gateway.books.tariff(content.model)
+        if limits and tariff and tariff.exceeds_default(tier):
+            yield f"the 'service_tier' '{DEFAULT_TIER}'"
 
     def _weigh_conversations(self, content: Content) -> None:
         """Count the tokens of the conversations that the request names anew: requests that were

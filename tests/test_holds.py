@@ -538,6 +538,7 @@ def test_a_chat_that_searches_the_web_pays_for_that(
     ("path", "body", "told"),
     [
         ("/responses", {"input": "x", "tools": [SEARCH]}, True),
+        ("/responses", {"input": "x", "tools": [SEARCH], "max_tool_calls": 1}, False),
         ("/responses", {"input": "x"}, False),
         ("/responses/compact", {"input": "x", "tools": [SEARCH]}, False),
         ("/chat/completions", {"messages": [], "web_search_options": {}}, False),
@@ -615,6 +616,39 @@ def test_a_tier_that_is_reported_by_the_name_of_the_request_is_held_and_billed(
 
 
 SVG = {"output_format": "svg"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "advice", "followed"),
+    [
+        ("/chat/completions", {"messages": [], "n": 2}, "'n'", {"n": 1}),
+        ("/images/generations", {"prompt": "x", "n": 2}, "'n'", {"n": 1}),
+        ("/images/generations", {"prompt": "x", **SVG}, "'svg.model'", {"svg": {"model": MODEL}}),
+        (
+            "/responses",
+            {"input": "x", "tools": [{**DRAW, **SVG}]},
+            "'svg.model'",
+            {"tools": [{**DRAW, **SVG, "svg": {"model": MODEL}}]},
+        ),
+    ],
+)
+def test_what_a_refusal_advises_makes_the_request_cheaper(
+    account: Account, path: str, body: dict[str, Any], advice: str, followed: dict[str, Any]
+) -> None:
+    dear = price("gpt-author", input="50", output="300", max_output=ANSWER_TOKENS)
+    account.gateway.api("POST", "/prices", {"prices": [dear]})
+
+    def refusal(asked: dict[str, Any]) -> tuple[Decimal, str]:
+        model = "gpt-image-2" if "/images" in path else MODEL
+        message = account.post(path, {"model": model, **asked}).json()["error"]["message"]
+        most, _, rest = message.partition(" can cost up to ")[2].partition(" ")
+        return Decimal(most), rest
+
+    most, message = refusal(body)
+    assert advice in message
+    less, message = refusal({**body, **followed})
+    assert less < most
+    assert advice not in message
 
 
 @pytest.mark.parametrize("how", ["a form", "a body", "a tool", "a tool's settings"])
