@@ -1314,6 +1314,7 @@ def test_what_pages_say_is_what_the_ledger_says(
     assert month == [[today[:7], "so far", "4", dashboard.money(f"{cost:f}", "USD"), "0.00"]]
     statement = html.unescape(operator.get(f"{path}/billing/{today[:7]}").text)
     assert f"exactly -{dashboard.exact(f'{cost:f}', 'USD')}<" in statement
+    assert "4 requests: 0 estimated,\n1 without usage." in statement
     day = date.fromisoformat(today)
     for since, until, count in ((day, day, 4), (None, day - timedelta(1), 0), (day, None, 4)):
         query = {"since": since, "until": until}
