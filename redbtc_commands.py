@@ -515,7 +515,7 @@ def price_add(
     To a model applies the most specific name or pattern that means it, and only that. Rates that
     are left out are those of the price that this one supersedes, or else of the one that applied
     to that name or pattern before. The output says what was taken over, which known models the
-    price applies to, and which notice was published.
+    price applies to, which later price will supersede it, and which notice was published.
     """
     add_prices(context, {"prices": [given(options)]}, without_notice, reason, as_json)
 
