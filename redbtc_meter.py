@@ -296,6 +296,7 @@ class JSONText:
     def __init__(self) -> None:
         self._whole = bytearray()
         self._scanner: Scanner | None = None
+        self.is_cut = False  # its end is missing; known after `torn`
 
     @property
     def is_long(self) -> bool:
@@ -323,6 +324,7 @@ class JSONText:
         if self._scanner is None:
             self._scanner = Scanner(ANSWER_NODE)
             yield from self._scanner.steps(bytes(self._whole))
+        self.is_cut = self._scanner.found is None
         return read_kept(self._scanner.close(), ANSWER)
 
 
@@ -853,6 +855,8 @@ class JSONMeter(Meter):
         answer = yield from self._text.answer()
         if answer:
             yield from self.report.note(answer)
+        else:  # the upstream has ended it too early
+            yield from self.tearing()
         self.ended = True
 
     def tearing(self) -> Generator[None, None, None]:
@@ -970,6 +974,11 @@ class EventText:
     def answer(self) -> Generator[None, None, Answer | None]:
         """Decode the data of a large event; return None if it is not a JSON object."""
         return self._text.answer()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the end of its JSON is missing; known after `torn`."""
+        return self._text.is_cut
 
     def torn(self) -> Generator[None, None, Answer | None]:
         """Decode what arrived of an event that was cut off."""
@@ -1096,18 +1105,27 @@ class StreamMeter(Meter):
 
     def finishing(self) -> Generator[None, None, None]:
         """Note that the upstream has sent everything. A last event without its empty line counts,
-        and fewer images than were asked for are complete as well."""
+        what arrived of one that is cut off as well, and fewer images than were asked for are
+        complete."""
         if self._partial is not None and not self.ended:
-            rest: list[bytes] = []
-            yield from self._complete(b"", rest)
-            self._waiting += b"".join(rest)
+            answer = yield from self._partial.torn()
+            if answer and self._partial.is_cut:
+                yield from self._take_torn(answer)
+            else:
+                rest: list[bytes] = []
+                yield from self._complete(b"", rest)
+                self._waiting += b"".join(rest)
         self.ended = self.ended or self.ending or self._ends_seen > 0
 
     def tearing(self) -> Generator[None, None, None]:
         answer = (yield from self._partial.torn()) if self._partial else None
         if answer:
-            self.report.passed.see_delta(answer, self._chat)
-            yield from self.report.note(answer, torn=True)
+            yield from self._take_torn(answer)
+
+    def _take_torn(self, answer: Answer) -> Generator[None, None, None]:
+        """Take in what arrived of an event that was cut off."""
+        self.report.passed.see_delta(answer, self._chat)
+        yield from self.report.note(answer, torn=True)
 
     def rest(self) -> bytes:
         waiting = self._waiting + self._held

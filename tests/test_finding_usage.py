@@ -956,3 +956,28 @@ def test_an_empty_stream_is_not_complete(
     with gateway.client(key) as client:
         assert client.post("/chat/completions", json=CHAT).content == b"".join(pieces)
     assert gateway.row()["outcome"] == "upstream_failed"
+
+
+@pytest.mark.parametrize("size", [1000, 100_000, 400_000])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_has_passed_counts_though_an_answer_ends_too_early(
+    gateway: Gateway, key: str, upstream: Upstream, stream: bool, size: int
+) -> None:
+    text = chat_chunk("gpt-up", {"content": "x" * size})
+    whole = event(text) if stream else json.dumps(text).encode()
+    cut = whole[:-100]
+    headers = [("content-type", "text/event-stream" if stream else "application/json")]
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.head(200, headers)
+        await reply.send(cut)
+        await reply.end()
+
+    upstream.script = script
+    with gateway.client(key) as client:
+        answer = client.post("/chat/completions", json={**CHAT, "stream": stream})
+    assert answer.content == cut
+    row = gateway.row()
+    assert row["usage_source"] == "estimated"
+    assert row["model"] == "gpt-up"
+    assert row["output_tokens"] >= size // 4 - 25
