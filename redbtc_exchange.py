@@ -638,6 +638,7 @@ class Metered(Exchange):
         outdated, begun = report.is_outdated, report.is_of_beginning
         passing = report.is_provisional or (report.is_of_choices and self._answers > 1)
         partly = outdated and begun if ended else outdated or begun or passing
+        partly = partly or (report.is_of_one_choice and self._answers > 1)
         if images:
             partly = report.usage is not None and not self.meter.ended
         if (is_complete(report) and not partly) or not self._was_used(outcome):

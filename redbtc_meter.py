@@ -98,6 +98,7 @@ ITEM_NODE = Node(
     | {"result": HEAD, "b64_json": HEAD, "url": SHORT, "svg_usage": COUNTS}
 )
 ITEMS_NODE = Node(elements=ITEM_NODE)
+CHOICES_NODE = Node(elements=Node(SAYS | {"usage": COUNTS}, SAID, strings="length"))
 RESPONSE_NODES = (
     short(
         *("id", "type", "model", "status", "service_tier", "stream_id", "output_index"),
@@ -107,7 +108,7 @@ RESPONSE_NODES = (
     | {"usage": COUNTS, "svg_usage": COUNTS, "x_groq": Node({"usage": COUNTS})}
     | {"tool_usage": Node({"image_gen": COUNTS, "web_search": COUNTS}, whole=True)}
     | {"conversation": Node(short("id")), "incomplete_details": Node(short("reason"))}
-    | {"choices": Node(elements=SAID), "delta": SAID, "b64_json": HEAD}
+    | {"choices": CHOICES_NODE, "delta": SAID, "b64_json": HEAD}
     | {"output": ITEMS_NODE, "data": ITEMS_NODE, "item": ITEM_NODE}
 )
 ANSWER_NODE = Node(RESPONSE_NODES | {"response": Node(RESPONSE_NODES)})
@@ -345,6 +346,21 @@ def tokens_in(counts: Any, name: str, most: int = MOST_TOKENS) -> int | None:
     return count if type(count) is int and 0 <= count <= most else None
 
 
+def usage_elsewhere(answer: Answer, said: Answer) -> Any:
+    """Return the usage object of an event whose response has none."""
+    if isinstance(answer.usage, dict) or not isinstance(said.x_groq, dict):
+        return answer.usage
+    return said.x_groq.get("usage")
+
+
+def usage_in_choices(choices: msgspec.Raw) -> Any:
+    """Return the last usage object that is a member of a choice, where Moonshot has it."""
+    if b'"usage"' not in bytes(choices):
+        return None
+    found = [each.get("usage") for each in objects_in(words_in(choices, CHOICES_NODE))]
+    return next((usage for usage in reversed(found) if isinstance(usage, dict)), None)
+
+
 def part_of(whole: int | None, parts: int) -> bool:
     return whole is not None and parts <= whole
 
@@ -547,7 +563,7 @@ class Passed:
         elif said.output:
             yield from self._see_whole(words_in(said.output, ITEMS_NODE))
         elif said.choices and not kind:
-            yield from self._see_whole(words_in(said.choices))
+            yield from self._see_whole(words_in(said.choices, CHOICES_NODE))
 
     def see_delta(self, answer: Answer, chat: bool) -> None:
         """Measure an event that is too large for a search."""
@@ -612,6 +628,7 @@ class Report:
         self.is_provisional = False
         # The last usage of a streamed chat came with choices, so it may cover only those choices.
         self.is_of_choices = False
+        self.is_of_one_choice = False  # the last usage was a member of a choice
         self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
         self._file_searches: set[Any] = set()  # ids
         self._svgs: dict[Any, Any] = {}  # by item id: usage of the author of an SVG
@@ -690,9 +707,11 @@ class Report:
             )
 
     def _use(self, answer: Answer, said: Answer, torn: bool) -> None:
-        reported = said.usage
-        if not isinstance(reported, dict) and isinstance(said.x_groq, dict):
-            reported = said.x_groq.get("usage")
+        reported, of_choice = said.usage, None
+        if not isinstance(reported, dict) and (said.x_groq or answer.usage or said.choices):
+            reported = usage_elsewhere(answer, said)
+            if not isinstance(reported, dict):
+                reported = of_choice = usage_in_choices(said.choices)
         used = read_usage(reported, self._images)
         parts = [Part(None, used, self._images)] if used else []
         if self._images:
@@ -707,6 +726,7 @@ class Report:
             used, parts = self._with_earlier(answer, used, parts)
         if used:
             self.usage, self.parts, self._reported_at = used, parts, self.passed.deltas
+            self.is_of_one_choice = of_choice is not None
             self.is_provisional = not (torn or used.output_tokens) and (
                 said.status in UNFINISHED or has_choices(said)
             )

@@ -920,6 +920,23 @@ def test_usage_of_one_of_several_answers_is_not_that_of_all(
     assert (told["usage_source"], told["output_tokens"]) == ("upstream", 400)
 
 
+def test_usage_within_one_of_several_choices_is_not_that_of_all(
+    ask: Callable[..., Gateway], upstream: Upstream
+) -> None:
+    gateway = ask()
+    used = {"prompt_tokens": 20, "completion_tokens": 100}
+    choices = [
+        {"index": index, "delta": {"content": "x" * 400}, "usage": used} for index in range(4)
+    ]
+    chunk = {"id": "chatcmpl-1", "model": "gpt-up"}
+    written = b"".join(event({**chunk, "choices": [choice]}) for choice in choices)
+    upstream.script = stream([written, DONE])
+    read_until(gateway, {**CHAT, "n": 4}, b"nothing like this", "/chat/completions")
+    (row,) = gateway.rows()
+    assert (row["usage_source"], row["input_tokens"]) == ("estimated", 20)
+    assert row["output_tokens"] >= 400
+
+
 def begun_with_usage(endpoint: str) -> bytes:
     """The first event of a stream, which reports usage without output."""
     if endpoint == "/responses":

@@ -435,6 +435,28 @@ def metered(answer: Any, images: bool = False) -> Report:
     return meter.report
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("size", [0, KEEP])
+def test_usage_within_a_choice_counts(stream: bool, size: int) -> None:
+    """Moonshot reports it there, https://github.com/earendil-works/pi/issues/2017."""
+    choice = {"index": 0, "delta": {"content": "x" * size}, "usage": CHAT_USAGE}
+    text = chat_chunk("gpt-up", {}) | {"choices": [choice]}
+    meter: Meter = JSONMeter(images=False)
+    if stream:
+        meter = StreamMeter(images=False, chat=True, take_out_usage=True)
+    meter.feed(event(text) if stream else json.dumps(text).encode())
+    meter.finish()
+    assert meter.report.usage == CHAT_USED
+    assert meter.report.is_of_one_choice
+
+
+def test_usage_beside_the_response_counts() -> None:
+    meter = StreamMeter(images=False, chat=False, take_out_usage=False)
+    done = {"response": response_object(usage=None), "usage": RESPONSE_USAGE}
+    meter.feed(event({"type": "response.completed", **done}, "response.completed"))
+    assert meter.report.usage == RESPONSE_USED
+
+
 def test_each_picture_of_a_stream_is_added_up() -> None:
     pieces = images_pieces(0)
     for seen, output in ((3, 816), (1, 272)):
