@@ -381,7 +381,8 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
         return None
     into, out = INPUT_OUTPUT
     tokens_input, tokens_output = counts_in(usage, INPUT_OUTPUT)
-    if "prompt_tokens" in usage:  # some upstreams have both shapes, of which one is all zeros
+    # Some upstreams have both shapes, of which one is all zeros.
+    if "prompt_tokens" in usage or "completion_tokens" in usage:
         of_chat = counts_in(usage, PROMPT_COMPLETION)
         if (tokens_input or 0) + (tokens_output or 0) <= sum(each or 0 for each in of_chat):
             into, out = PROMPT_COMPLETION
@@ -422,6 +423,26 @@ def writes_for_12h(details: Any, writes: int) -> int | None:
     """Of the tokens that were written to the cache, those that stay there for 12 hours."""
     tokens = tokens_in(details.get("cache_write_tokens_details"), "ttl_12h_tokens")
     return tokens if part_of(writes, tokens or 0) else None
+
+
+def with_former(used: Usage, former: Usage) -> Usage:
+    """Return a later usage with the input or the output of a former one where it has none, or 0:
+    some streams report each in an event of its own, and what was used does not become less."""
+    if former.input_tokens and not used.input_tokens:
+        used = msgspec.structs.replace(
+            used,
+            input_tokens=former.input_tokens,
+            cached_input_tokens=former.cached_input_tokens,
+            cache_write_tokens=former.cache_write_tokens,
+            cache_write_12h_tokens=former.cache_write_12h_tokens,
+        )
+    if former.output_tokens and not used.output_tokens:
+        used = msgspec.structs.replace(
+            used,
+            output_tokens=former.output_tokens,
+            reasoning_tokens=former.reasoning_tokens,
+        )
+    return used
 
 
 def added(a: Usage, b: Usage) -> Usage:
@@ -713,6 +734,9 @@ class Report:
             if not isinstance(reported, dict):
                 reported = of_choice = usage_in_choices(said.choices)
         used = read_usage(reported, self._images)
+        written = used.output_tokens if used else None
+        if used and self.parts and not self._images:
+            used = with_former(used, self.parts[0].usage)
         parts = [Part(None, used, self._images)] if used else []
         if self._images:
             used = with_svg(used, parts, said.svg_usage)
@@ -725,7 +749,9 @@ class Report:
         if used and self.usage and self._images:
             used, parts = self._with_earlier(answer, used, parts)
         if used:
-            self.usage, self.parts, self._reported_at = used, parts, self.passed.deltas
+            if written or not used.output_tokens:  # else its output was reported before
+                self._reported_at = self.passed.deltas
+            self.usage, self.parts = used, parts
             self.is_of_one_choice = of_choice is not None
             self.is_provisional = not (torn or used.output_tokens) and (
                 said.status in UNFINISHED or has_choices(said)

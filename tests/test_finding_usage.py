@@ -450,6 +450,20 @@ def test_usage_within_a_choice_counts(stream: bool, size: int) -> None:
     assert meter.report.is_of_one_choice
 
 
+@pytest.mark.parametrize("nothing", [{}, {"prompt_tokens": 0}, {"prompt_tokens": None}])
+def test_input_and_output_count_though_different_events_report_them(nothing: Any) -> None:
+    """https://github.com/llm-d/llm-d-router/pull/2437"""
+    meter = StreamMeter(images=False, chat=True, take_out_usage=False)
+    told = {"completion_tokens": 7, "completion_tokens_details": {"reasoning_tokens": 3}}
+    meter.feed(event(chat_chunk("m", {}, usage={**CHAT_USAGE, "completion_tokens": 1})))
+    meter.feed(event(chat_chunk("m", {"content": "Hello"}, usage={**nothing, **told})))
+    assert meter.report.usage == CHAT_USED
+    assert not meter.report.is_outdated
+    meter.feed(event(chat_chunk("m", {"content": "Hello"}, usage=dict.fromkeys(CHAT_USAGE, 0))))
+    assert meter.report.usage == CHAT_USED
+    assert meter.report.is_outdated, "text has followed"
+
+
 def test_usage_beside_the_response_counts() -> None:
     meter = StreamMeter(images=False, chat=False, take_out_usage=False)
     done = {"response": response_object(usage=None), "usage": RESPONSE_USAGE}
