@@ -1098,6 +1098,7 @@ class Entry:
     name: str  # of the answer: the response's id
     used: Used = Used()  # what it bills
     known: Used | None = None  # what it has reported
+    partly: bool = False  # and it would have reported more
     sure: bool = True  # the gateway has certainly received all that was sent
     steered: bool = False
 
@@ -1280,7 +1281,7 @@ class Simulation:
             await reply.send(part)
         known = answer.known_at(end)
         if known is not None:
-            entry.known = known
+            entry.known, entry.partly = known, end < answer.known[-1][0]
 
     # Stored responses
 
@@ -1306,7 +1307,8 @@ class Simulation:
             await self._show(stored, received, reply)
 
     async def _cancel(self, stored: Stored, reply: Reply) -> None:
-        reports = random.Random(stored.plan.seed).random() < 0.4
+        # Usage of 0 would be taken for that of its beginning.
+        reports = random.Random(stored.plan.seed).random() < 0.4 and stored.plan.used != Used()
         stored.status = "cancelled"
         author = Author(stored.plan)
         value = author.response("cancelled")
@@ -1334,7 +1336,7 @@ class Simulation:
         await self._text(plan, reply, answer, "stream=true" in received.path)
         known = answer.known_at(len(answer.text))
         if known is not None:
-            stored.entry.known = known
+            stored.entry.known, stored.entry.sure = known, True
 
     async def _text(self, plan: Plan, reply: Reply, answer: Answer, stream: bool = False) -> None:
         encoder = Encoder(plan.encoding)
@@ -1453,8 +1455,9 @@ class Simulation:
 
 
 def shows_output(text: bytes) -> bool:
-    """Whether there is anything in it that a model has made."""
-    return any(mark in text for mark in (b'"delta"', b"output_item.done", b"_image"))
+    """Whether there is anything in it that a model has made, or a search that it has begun."""
+    marks = (b'"delta"', b"output_item.done", b"_image", b"web_search_call", b"file_search_call")
+    return any(mark in text for mark in marks)
 
 
 def replace_stream(plan: Plan, author: Author) -> Answer:

@@ -37,6 +37,8 @@ AT_ONCE = 8
 HANGS = 2 * PATIENCE_SECONDS  # for one part of the requests
 PENDING = 60  # seconds for background responses to be seen to end
 ENOUGH = 10**9  # nanos: what most requests can cost
+MUCH = "10"  # what all of them can cost
+BROKEN = ("tear", "reset", "leave", "silent")
 
 
 class Result:
@@ -160,15 +162,27 @@ class Run:
         more = {"cancel": "/cancel", "stream": "?stream=true", "items": "/input_items"}
         path = f"/responses/{plan.response_id}{more.get(action, '')}"
         result = await self.http(plan.account, method, path)
+        if result.code == "insufficient_quota":  # for what it can have used beyond the estimate
+            await self._pay(MUCH)
+            result = await self.http(plan.account, method, path)
         self.visits.append((plan, action, result))
         if result.status != 200 and plan.fate != "lose":
             self.differs(plan, f"{action} by its owner is {result.status} {result.body[:200]!r}")
 
-    async def _pay(self) -> None:
-        """Pay a little, so that the balance stays near to zero."""
+    async def look(self, plans: list[Plan]) -> None:
+        """Look at stored responses whose streams broke off, which shows what they used."""
+        for plan in plans:
+            result = self.results.get(plan.number)
+            seen = result is not None and f'"{plan.response_id}"'.encode() in result.body
+            stored = plan.stream and plan.response_id in self.simulation.stored
+            if seen and stored and plan.fault in BROKEN:
+                await self._visit(plan, "get")
+
+    async def _pay(self, amount: str = "") -> None:
+        """Pay a little, so that the balance stays near to zero, or this amount."""
         api, path = self.gateway.api, "/accounts/prepaid"
-        if nanos((await asyncio.to_thread(api, "GET", path))["balance"]) < ENOUGH:
-            amount = f"{self.rng.choice([0.2, 0.5, 1.0]):.1f}"
+        if amount or nanos((await asyncio.to_thread(api, "GET", path))["balance"]) < ENOUGH:
+            amount = amount or f"{self.rng.choice([0.2, 0.5, 1.0]):.1f}"
             await asyncio.to_thread(api, "POST", f"{path}/payments", {"amount": amount})
 
     async def _balance(self, plan: Plan) -> None:
@@ -424,7 +438,7 @@ class Judge:
                 self.exact["gateway"] += cost
                 return
             killed = plan.number in self.run.killed and row["outcome"] == "interrupted"
-            partly = entry.known != entry.used and plan.cost(entry.known) <= cost
+            partly = entry.partly and plan.cost(entry.known) <= cost
             if entry.sure and not killed and not partly:
                 source = row["usage_source"]
                 wrong = self._wrong(plan, entry.known, row)
@@ -634,6 +648,7 @@ def play(run: Run, upstream: Upstream, requests: int) -> None:
         for rush in rushes:
             asyncio.run(run.rush(rush))
         wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+        asyncio.run(run.look(drawing.plans[before:]))
         if mode != MODES[-1]:
             asyncio.run(run.kill([plan for (plan,) in hanging]))
 
