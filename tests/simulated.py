@@ -337,7 +337,7 @@ class Drawing:
 
     def _break(self, plan: Plan) -> None:
         rng = self.rng
-        if rng.random() < 0.4:
+        if rng.random() < 0.4 and plan.used != Used():  # a 0 is believed at an answer's end only
             plan.fault = rng.choice(FAULTS)
             plan.at = rng.random()
             plan.status = rng.choice([400, 404, 429, 500, 503]) if plan.fault == "status" else 200
@@ -635,16 +635,18 @@ class Drawing:
         self.sessions += 1
         account = rng.choice(["prepaid", "open"])
         fault = rng.choice(["", "", "", "leave", "tear", "error", "never", "error_late"])
-        lanes = [""] if fault or rng.random() < 0.4 else ["", "a", "b"]
+        lanes = [""]
+        if not fault and rng.random() < 0.6:
+            lanes = rng.choice([["", "a", "b"], ["a", "b"]])
         turns = []
         for _ in range(rng.randint(1, 5)):
             plan = self._new("/responses", account)
             plan.session, plan.lane, plan.stream = number, rng.choice(lanes), True
             self._fill_response(plan, plain=False, over="websocket")
             plan.tier, plan.visits = rng.choice(["", "flex"]), []
-            # One at most, in a lane of its own name: an error without a lane is of its steering.
-            may = plan.lane and not plan.foreign and not any(turn.steers for turn in turns)
-            plan.steers = bool(may) and rng.random() < 0.7
+            # One at most, where all lanes have names: an error without a lane is of its steering.
+            may = "" not in lanes and not plan.foreign and not any(turn.steers for turn in turns)
+            plan.steers = may and rng.random() < 0.7
             more: dict[str, Any] = {"type": "response.create", "user": str(plan.number)}
             if plan.lane:
                 more["stream_id"] = plan.lane
