@@ -16,7 +16,7 @@ import redbtc_ledger as ledger
 from redbtc_billing import Books, Hold
 from redbtc_estimates import is_cancelled_without_output, is_complete
 from redbtc_exchange import homes_of, of_models
-from redbtc_ledger import Admitted, Estimated, Objects, Part, Row, Usage
+from redbtc_ledger import Admitted, Containers, Estimated, Objects, Part, Row, Usage
 from redbtc_meter import UNFINISHED, Report
 from redbtc_settings import LedgerUnavailable
 
@@ -32,9 +32,10 @@ class Shown:
 class Corrections:
     """Writes corrections, each once."""
 
-    def __init__(self, books: Books, objects: Objects) -> None:
+    def __init__(self, books: Books, objects: Objects, containers: Containers) -> None:
         self._books = books
         self._objects = objects
+        self._containers = containers
         self._writing: dict[str, asyncio.Task[None]] = {}  # by response
         self._shown: dict[str, Shown] = {}  # by response
 
@@ -126,7 +127,9 @@ class Corrections:
             money = await books.hold_again(key, model, found.admitted_at, 0)
         except LedgerUnavailable:
             return  # it is for the next who looks
-        parts, usage = self._used(found, report)
+        new = await self._containers.unbilled(report.containers)
+        self._containers.bill(new)
+        parts, usage = self._used(found, report, len(new))
         parts = of_models(parts, found.image_model)
         price_id, cost = money.cost(parts, report.service_tier)
         if (shown := self._shown.get(response_id)) and shown.money:
@@ -140,12 +143,13 @@ class Corrections:
         await ledger.correct(books.store, values, usage)
 
     @staticmethod
-    def _used(found: Estimated, report: Report) -> tuple[list[Part], Usage]:
+    def _used(found: Estimated, report: Report, containers: int) -> tuple[list[Part], Usage]:
         """Return the reported usage by model and in all, with what no upstream reports: what was
-        counted stays."""
+        counted stays. `containers` is how many are shown that nobody was billed for."""
         assert report.usage is not None, "it is complete"
         searches = max(found.file_searches or 0, report.file_searches) or None
-        counted = {"file_searches": searches, "containers": found.containers}
+        containers += found.containers or 0
+        counted = {"file_searches": searches, "containers": containers or None}
         first = structs.replace(report.parts[0].usage, **counted)
         parts = [report.parts[0]._replace(usage=first), *report.parts[1:]]
         return parts, structs.replace(report.usage, **counted)

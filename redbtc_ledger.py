@@ -1126,7 +1126,8 @@ BILL_CONTAINER = "INSERT OR IGNORE INTO billed_containers (id) VALUES (?)"
 
 class Containers:
     """The containers that were billed. A container is billed to the first request that ends with
-    it in its answer: one that was interrupted, or whose usage is not known, pays for nothing."""
+    it in its answer, or that is corrected when its response shows it: one that was interrupted, or
+    whose usage is not known, pays for nothing until then."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -907,7 +907,7 @@ class Gateway:
         self.containers = ledger.Containers(books.store)
         self.unended = Unended(self)
         self.speeds = Speeds(books.store)
-        self.corrections = Corrections(books, self.objects)
+        self.corrections = Corrections(books, self.objects, self.containers)
         self.sessions: Counter[str] = Counter()  # by account
         self.draining = self.stopping = False
         self.in_flight = 0

@@ -30,6 +30,7 @@ class Stored:
     def __init__(self) -> None:
         self.usage: Any = RESPONSE_USAGE
         self.status = "completed"
+        self.output: list[Any] = []
         self.made = 0
 
     async def __call__(self, request: Received, reply: Reply) -> None:
@@ -44,6 +45,7 @@ class Stored:
             reply.tear()
         response_id = path.rpartition("/")[2]
         response = response_object(id=response_id, status=self.status, usage=self.usage)
+        response["output"] = self.output or response["output"]
         if "stream=true" in query:
             await reply.head(200, [("content-type", "text/event-stream")])
             kind = f"response.{self.status}"
@@ -104,6 +106,23 @@ def test_the_first_look_corrects(gateway: Gateway, stored: Stored, query: str) -
     gateway.restart()
     assert gateway.api("GET", "/accounts/test")["balance"] == str(-TRUE_COST)
     assert gateway.cli("db", "check")["ok"]
+
+
+def test_a_container_that_only_the_stored_response_shows_is_billed_once(
+    gateway: Gateway, stored: Stored
+) -> None:
+    gateway.api("POST", "/prices", {"prices": [{**price("1000"), "container": "0.03"}]})
+    key = gateway.new_key()
+    call = {"id": "ci_1", "type": "code_interpreter_call", "container_id": "cntr_1"}
+    stored.output = [call, {**call, "id": "ci_2"}]
+    for _ in range(2):
+        tear(gateway, key)
+    with gateway.client(key) as client:
+        for response_id in ("resp_1", "resp_1", "resp_2"):
+            assert client.get(f"/responses/{response_id}").status_code == 200
+    assert [row["containers"] for row in gateway.rows()] == [1, None]
+    costs = [Decimal(row["cost"]) for row in gateway.rows()]
+    assert costs == [TRUE_COST + Decimal("0.03"), TRUE_COST]
 
 
 def test_all_figures_show_it(gateway: Gateway, stored: Stored) -> None:
