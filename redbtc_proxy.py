@@ -683,7 +683,6 @@ class Visit(Exchange):
             gateway.unended.ignore(self._response_id, report)
         if status == 200:
             await self._correct(await self._ask() if self._is_torn(outcome) else report)
-        if status == 200:
             self._learn_listed()
         if self.scope["method"] == "DELETE" and status < 300:
             await gateway.objects.disown(self._response_id, self.key.account_id)
