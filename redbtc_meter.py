@@ -668,8 +668,11 @@ class Report:
 
     @property
     def is_of_beginning(self) -> bool:
-        """Whether usage without output was reported, before any output."""
-        return self.usage is not None and not (self.has_output or self._reported_at)
+        """Whether usage was reported before any output passed: without output, or with the little
+        that Anthropic's message_start has, in an answer that goes on."""
+        if self.usage is None or self._reported_at:
+            return False
+        return not self.has_output or self.is_of_choices or self.status in UNFINISHED
 
     @property
     def text_bytes(self) -> int:
@@ -751,8 +754,8 @@ class Report:
         if used:
             if written or not used.output_tokens:  # else its output was reported before
                 self._reported_at = self.passed.deltas
+                self.is_of_one_choice = of_choice is not None
             self.usage, self.parts = used, parts
-            self.is_of_one_choice = of_choice is not None
             self.is_provisional = not (torn or used.output_tokens) and (
                 said.status in UNFINISHED or has_choices(said)
             )
@@ -1285,7 +1288,8 @@ class StreamMeter(Meter):
             return "pass"
         report = self.report
         yield from report.note(answer)
-        if self._chat and isinstance(answer.usage, dict):
+        # If text has passed since output was reported, this usage has none of its own.
+        if self._chat and isinstance(answer.usage, dict) and not report.is_outdated:
             report.is_of_choices = has_choices(answer)
         if self._naming:
             self._naming = NAMING[report.response_id is None, report.model is None]

@@ -937,26 +937,28 @@ def test_usage_within_one_of_several_choices_is_not_that_of_all(
     assert row["output_tokens"] >= 400
 
 
-def begun_with_usage(endpoint: str) -> bytes:
-    """The first event of a stream, which reports usage without output."""
+def begun_with_usage(endpoint: str, output: int = 0) -> bytes:
+    """The first event of a stream, which reports usage before any output."""
     if endpoint == "/responses":
-        usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
+        usage = {"input_tokens": 0, "output_tokens": output, "total_tokens": output}
         begun = response_object(status="in_progress", output=[], usage=usage)
         return event({"type": "response.created", "response": begun}, "response.created")
-    usage = {"prompt_tokens": 20, "completion_tokens": 0}
+    usage = {"prompt_tokens": 20, "completion_tokens": output}
     return event(chat_chunk("gpt-up", {"role": "assistant", "content": ""}, usage=usage))
 
 
+@pytest.mark.parametrize("output", [0, 1])
 @pytest.mark.parametrize("endpoint", ["/responses", "/chat/completions"])
 def test_usage_of_the_beginning_is_not_that_of_hidden_reasoning(
-    ask: Callable[..., Gateway], upstream: Upstream, endpoint: str
+    ask: Callable[..., Gateway], upstream: Upstream, endpoint: str, output: int
 ) -> None:
-    """Who leaves while the model reasons pays for the seconds."""
+    """Who leaves while the model reasons pays for the seconds. Anthropic's message_start reports an
+    output of 1 or so."""
     gateway = ask()
 
     async def script(request: Received, reply: Reply) -> None:
         await reply.head(200, SSE)
-        await reply.send(begun_with_usage(endpoint))
+        await reply.send(begun_with_usage(endpoint, output))
         await reply.wait(request.closed)
 
     upstream.script = script
@@ -971,6 +973,24 @@ def test_usage_of_the_beginning_is_not_that_of_hidden_reasoning(
     row = estimated(gateway, "client_disconnected")
     assert row["input_tokens"] > 0
     assert row["output_tokens"] >= 12
+
+
+@pytest.mark.parametrize("last", [{}, {"choices": []}, None])
+def test_usage_of_the_beginning_is_not_that_of_the_text_that_follows(
+    ask: Callable[..., Gateway], upstream: Upstream, last: dict[str, Any] | None
+) -> None:
+    """It is the only one, or zeros follow."""
+    gateway = ask()
+    zeros = {"prompt_tokens": 0, "completion_tokens": 0}
+    written = begun_with_usage("/chat/completions", 1)
+    written += event(chat_chunk("gpt-up", {"content": "x" * 4000}))
+    if last is not None:
+        written += event(chat_chunk("gpt-up", {}, usage=zeros) | last)
+    upstream.script = stream([written, DONE])
+    read_until(gateway, CHAT, b"nothing like this", "/chat/completions")
+    (row,) = gateway.rows()
+    assert (row["usage_source"], row["input_tokens"]) == ("estimated", 20)
+    assert row["output_tokens"] >= 1000
 
 
 def test_the_author_of_an_svg_is_paid_though_the_answer_is_cut_off(
