@@ -1155,16 +1155,18 @@ class StreamMeter(Meter):
     def finishing(self) -> Generator[None, None, None]:
         """Note that the upstream has sent everything. A last event without its empty line counts,
         what arrived of one that is cut off as well, and fewer images than were asked for are
-        complete."""
+        complete, unless one is cut off."""
+        is_cut = False
         if self._partial is not None and not self.ended:
             answer = yield from self._partial.torn()
             if answer and self._partial.is_cut:
+                is_cut = True
                 yield from self._take_torn(answer)
             else:
                 rest: list[bytes] = []
                 yield from self._complete(b"", rest)
                 self._waiting += b"".join(rest)
-        self.ended = self.ended or self.ending or self._ends_seen > 0
+        self.ended = self.ended or self.ending or (self._ends_seen > 0 and not is_cut)
 
     def tearing(self) -> Generator[None, None, None]:
         answer = (yield from self._partial.torn()) if self._partial else None

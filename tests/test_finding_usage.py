@@ -486,6 +486,16 @@ def test_each_picture_of_a_stream_is_added_up() -> None:
         assert meter.report.image_tokens == seen * 4160
 
 
+def test_a_picture_that_is_cut_off_after_others_is_not_the_end() -> None:
+    (whole,) = images_pieces(0)
+    meter = StreamMeter(images=True, chat=False, take_out_usage=False, ends=3)
+    passed = meter.feed(whole + whole[:-20])
+    meter.finish()
+    assert passed + meter.rest() == whole + whole[:-20]
+    assert not meter.ended
+    assert meter.report.image_tokens == 2 * 4160
+
+
 # ── What has passed ──────────────────────────────────────────────────────────────────────────────
 
 
