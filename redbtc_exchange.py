@@ -185,6 +185,17 @@ class Exchange:
         """It is over; what still waits for that may be sent then."""
         raise NotImplementedError
 
+    async def ask_for_usage(self, response_id: str, upstream_name: str) -> None:
+        """Ask the upstream for a response of which only an estimate is known, and correct that if
+        the answer shows what was used."""
+        upstream = self.gateway.upstream_named(upstream_name)
+        if upstream is None:
+            return
+        account_id = self.key.account_id
+        status, report = await ask(upstream, f"/responses/{response_id}", account_id)
+        if status == 200 and report.response_id == response_id:
+            await self.gateway.corrections.look(response_id, account_id, report)
+
     async def forget(self) -> None:
         """The client left before anything was sent: nothing was used. Raises ClientLeft."""
         self.admission.put_back()
@@ -218,6 +229,7 @@ class Metered(Exchange):
     _answers = 1  # that it asks for
     _repeats = False  # what another request has made
     _in_room = False  # whether it is counted as an unfinished background response
+    _read_meanwhile = False  # whether its response was shown to another request
 
     async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
         """Charge the request's tokens and take its places. Raises Refusal, ClientLeft."""
@@ -575,9 +587,17 @@ class Metered(Exchange):
             # nothing was waited for since it was billed
             with self.gateway.corrections.keep_held(row, self._money, admitted):
                 await ledger.settle(self.gateway.store, row, admitted)
-            self.gateway.watch.settled(self.scope, row)
+                self.gateway.watch.settled(self.scope, row)
+                if admitted and self._read_meanwhile and row.response_id:
+                    await self.ask_for_usage(row.response_id, row.upstream)
         if row.usage_source != "none" or row.outcome == "upstream_error":
             self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
+
+    def shown(self, response_id: str) -> None:
+        """Another request was shown a response. If it is this one's, it can have been shown in full
+        before this request is estimated, which nobody else would correct then."""
+        if self.meter.report.response_id == response_id:
+            self._read_meanwhile = True
 
     def _account_for(self, row: Row, outcome: Outcome, guess: Estimate | None) -> list[Part]:
         """Fill in the row's outcome and usage, except containers. Return the parts to bill."""

@@ -75,13 +75,12 @@ from redbtc_exchange import (
     Exchange,
     Metered,
     Unended,
-    ask,
     insufficient_quota,
     new_request_id,
 )
 from redbtc_ledger import Home, Key, Objects, Outcome, Store
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
-from redbtc_meter import MAX_NAME, Meter, Report, StreamMeter, is_stream
+from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
 from redbtc_pieces import Buffer, Steps
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
 from redbtc_server import (
@@ -682,16 +681,23 @@ class Visit(Exchange):
         else:
             gateway.unended.ignore(self._response_id, report)
         if status == 200:
-            await self._correct(await self._ask() if self._is_torn(outcome) else report)
+            await self._correct(outcome)
             self._learn_listed()
         if self.scope["method"] == "DELETE" and status < 300:
             await gateway.objects.disown(self._response_id, self.key.account_id)
         gateway.watch.answered(self.scope, status, outcome)
 
-    async def _correct(self, report: Report) -> None:
-        """Correct the estimate of the response, if there is one and the report shows its usage."""
-        if report.response_id == self._response_id:
-            await self.gateway.corrections.look(self._response_id, self.key.account_id, report)
+    async def _correct(self, outcome: Outcome) -> None:
+        """Correct the estimate of the response, if there is one and its usage is known now. If its
+        request goes on, that sees to it."""
+        gateway, response_id, report = self.gateway, self._response_id, self.meter.report
+        if self._is_requested and self._home.tokens is None:
+            for request in gateway.running:
+                request.shown(response_id)
+        if self._is_torn(outcome):
+            await self.ask_for_usage(response_id, self._home.upstream)
+        elif report.response_id == response_id:
+            await gateway.corrections.look(response_id, self.key.account_id, report)
 
     def _is_torn(self, outcome: Outcome) -> bool:
         """Whether only an estimate of the response is known and this answer broke off before its
@@ -700,15 +706,6 @@ class Visit(Exchange):
             return False
         unsure = self.gateway.corrections.is_unsure(self._response_id)
         return unsure and not is_complete(self.meter.report)
-
-    async def _ask(self) -> Report:
-        """Return what the upstream reports of the response when the gateway asks for it itself."""
-        upstream = self.gateway.upstream_named(self._home.upstream)
-        if upstream is None:
-            return self.meter.report
-        path = f"/responses/{self._response_id}"
-        status, report = await ask(upstream, path, self.key.account_id)
-        return report if status == 200 else self.meter.report
 
     def _learn_listed(self) -> None:
         """Make listed input items the account's if the upstream chose their ids. If the client may

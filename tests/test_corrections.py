@@ -485,6 +485,44 @@ def test_a_background_response_is_held_for_who_began_to_read_it_before_it_was_es
     assert (account["balance"], account["held"]) == ("0.1", "0")
 
 
+@pytest.mark.parametrize("reads_all", [False, True])
+def test_a_response_that_was_read_before_it_was_estimated_is_corrected(
+    make_gateway: MakeGateway, upstream: Upstream, reads_all: bool
+) -> None:
+    """Its reader stops before the usage, or reads that too, and leaves the first request then."""
+    gateway = make_gateway(MONEY).start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    key = gateway.new_key()
+    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "GET" and "stream" not in request.path:
+            await json_answer(response_object(usage=used))(request, reply)
+            return
+        begun = response_object(None, status="in_progress", usage=None)
+        await reply.head(200, [("content-type", "text/event-stream")])
+        await reply.send(event({"type": "response.created", "response": begun}, "x"))
+        if request.method == "GET":
+            reply.tear()
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    body = {**BODY, "stream": True, "max_output_tokens": 30_000}
+    query = "" if reads_all else "?stream=true"
+    with gateway.client(key) as client, gateway.client(key) as other:
+        with client.stream("POST", "/responses", json=body) as answer:
+            next(answer.iter_raw())
+            with contextlib.suppress(httpx2.RemoteProtocolError):
+                assert other.get(f"/responses/resp_1{query}").status_code == 200
+        wait_until(lambda: gateway.row()["outcome"] == "client_disconnected")
+    wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+    assert gateway.row()["usage_source"] == "upstream"
+    account = gateway.api("GET", "/accounts/test")
+    assert (account["balance"], account["held"]) == ("0.1", "0")
+
+
 def test_who_stops_reading_before_the_usage_pays_for_the_response(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
