@@ -14,10 +14,10 @@ from msgspec import structs
 
 import redbtc_ledger as ledger
 from redbtc_billing import Books, Hold
-from redbtc_estimates import is_cancelled_without_output, is_complete
+from redbtc_estimates import is_cancelled_without_output, is_final
 from redbtc_exchange import homes_of, of_models
 from redbtc_ledger import Admitted, Containers, Estimated, Objects, Part, Row, Usage
-from redbtc_meter import UNFINISHED, Report
+from redbtc_meter import Report
 from redbtc_settings import LedgerUnavailable
 
 
@@ -42,7 +42,7 @@ class Corrections:
     async def look(self, response_id: str, account_id: str, report: Report) -> None:
         """Somebody is shown a response of the account. If it has ended and shows what an estimated
         request used, return when the correction is on disk."""
-        if report.status in (None, *UNFINISHED) or not is_complete(report):
+        if not is_final(report):
             return
         writing = self._writing.get(response_id)
         if writing is None:

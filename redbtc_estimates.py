@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from redbtc_ledger import Part, Store, Usage
-from redbtc_meter import IMAGE_TOOL, Report, plus
+from redbtc_meter import IMAGE_TOOL, UNFINISHED, Report, plus
 from redbtc_settings import month_of
 from redbtc_slices import with_turns
 
@@ -103,6 +103,11 @@ def is_complete(report: Report) -> bool:
     """Return whether the answer has reported its input and its output."""
     known = known_usage(report)
     return known is not None and None not in (known.input_tokens, known.output_tokens)
+
+
+def is_final(report: Report) -> bool:
+    """Return whether the answer shows a response that has ended, with what it used in all."""
+    return report.status not in (None, *UNFINISHED) and is_complete(report)
 
 
 def is_cancelled_without_output(report: Report) -> bool:

@@ -67,7 +67,7 @@ from redbtc_body import (
 from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import TOO_SHORT, codings_in, codings_of
-from redbtc_estimates import Speeds, is_complete
+from redbtc_estimates import Speeds, is_final
 from redbtc_exchange import (
     PRESERVE_GROWTH,
     PRESERVE_SECONDS,
@@ -705,7 +705,7 @@ class Visit(Exchange):
         if outcome not in ("client_disconnected", "upstream_failed"):
             return False
         unsure = self.gateway.corrections.is_unsure(self._response_id)
-        return unsure and not is_complete(self.meter.report)
+        return unsure and not is_final(self.meter.report)
 
     def _learn_listed(self) -> None:
         """Make listed input items the account's if the upstream chose their ids. If the client may

@@ -523,9 +523,11 @@ def test_a_response_that_was_read_before_it_was_estimated_is_corrected(
     assert (account["balance"], account["held"]) == ("0.1", "0")
 
 
+@pytest.mark.parametrize("first", [None, {"input_tokens": 20, "output_tokens": 0}])
 def test_who_stops_reading_before_the_usage_pays_for_the_response(
-    make_gateway: MakeGateway, upstream: Upstream
+    make_gateway: MakeGateway, upstream: Upstream, first: dict[str, int] | None
 ) -> None:
+    """`first`: the usage in the first event, before the model has written anything."""
     gateway = make_gateway(MONEY, "idle_timeout_seconds = 1").start()
     gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
     gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
@@ -537,7 +539,7 @@ def test_who_stops_reading_before_the_usage_pays_for_the_response(
         if request.path.endswith("/resp_1"):
             await json_answer(response_object(usage=used))(request, reply)
             return
-        begun = response_object(None, status="in_progress", usage=None)
+        begun = response_object(None, status="in_progress", usage=first)
         await reply.head(200, [("content-type", "text/event-stream")])
         await reply.send(event({"type": "response.created", "response": begun}, "x"))
         if request.method == "GET":
