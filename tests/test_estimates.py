@@ -920,9 +920,11 @@ def test_usage_of_one_of_several_answers_is_not_that_of_all(
     assert (told["usage_source"], told["output_tokens"]) == ("upstream", 400)
 
 
+@pytest.mark.parametrize("last", [{}, {"choices": [], "usage": {"prompt_tokens": 20}}])
 def test_usage_within_one_of_several_choices_is_not_that_of_all(
-    ask: Callable[..., Gateway], upstream: Upstream
+    ask: Callable[..., Gateway], upstream: Upstream, last: dict[str, Any]
 ) -> None:
+    """Nor does a last usage without output say how much that was."""
     gateway = ask()
     used = {"prompt_tokens": 20, "completion_tokens": 100}
     choices = [
@@ -930,6 +932,7 @@ def test_usage_within_one_of_several_choices_is_not_that_of_all(
     ]
     chunk = {"id": "chatcmpl-1", "model": "gpt-up"}
     written = b"".join(event({**chunk, "choices": [choice]}) for choice in choices)
+    written += event({**chunk, **last})
     upstream.script = stream([written, DONE])
     read_until(gateway, {**CHAT, "n": 4}, b"nothing like this", "/chat/completions")
     (row,) = gateway.rows()
