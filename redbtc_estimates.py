@@ -106,7 +106,7 @@ def is_complete(report: Report) -> bool:
 
 
 def is_final(report: Report) -> bool:
-    """Return whether the answer shows a response that has ended, with what it used in all."""
+    """Return whether the answer shows that the response has ended, and all that it used."""
     return report.status not in (None, *UNFINISHED) and is_complete(report)
 
 

@@ -584,7 +584,7 @@ class Metered(Exchange):
                 self._learn(self._unweighed, weight(row, self._most()), row.usage)
                 self._unweighed = {}
             self._drop_preserved()
-            # nothing was waited for since it was billed
+            # Nothing else is awaited between `bill` and this: the money stays held throughout.
             with self.gateway.corrections.keep_held(row, self._money, admitted):
                 await ledger.settle(self.gateway.store, row, admitted)
                 self.gateway.watch.settled(self.scope, row)

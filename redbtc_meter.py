@@ -1174,7 +1174,8 @@ class StreamMeter(Meter):
             yield from self._take_torn(answer)
 
     def _take_torn(self, answer: Answer) -> Generator[None, None, None]:
-        """Take in what arrived of an event that was cut off."""
+        """Take in, once, what arrived of an event that was cut off."""
+        self._partial = None
         self.report.passed.see_delta(answer, self._chat)
         yield from self.report.note(answer, torn=True)
 

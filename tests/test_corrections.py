@@ -73,6 +73,18 @@ def price(amount: str) -> dict[str, Any]:
     return {"model": "gpt-up", "input": amount, "output": amount}
 
 
+USED = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}  # 0.90
+
+
+def prepaid(make_gateway: MakeGateway, *config: str) -> Gateway:
+    """Start a gateway whose account `test` has a balance of 1.00, with prices of 5 and 30."""
+    gateway = make_gateway(MONEY, *config).start()
+    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
+    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
+    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    return gateway
+
+
 def tear(gateway: Gateway, key: str) -> dict[str, Any]:
     """The row of a stream that was torn."""
     with gateway.client(key) as client, contextlib.suppress(httpx2.RemoteProtocolError):
@@ -293,18 +305,14 @@ def test_a_response_is_not_shown_to_who_could_not_pay_for_it(
     make_gateway: MakeGateway, upstream: Upstream, killed: bool
 ) -> None:
     """Four streams are left at once, but the upstream finishes and stores what they ask for."""
-    gateway = make_gateway(MONEY).start()
-    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
-    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
-    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    gateway = prepaid(make_gateway)
     key, made = gateway.new_key(), 0
-    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
 
     async def script(request: Received, reply: Reply) -> None:
         nonlocal made
         if request.method == "GET":
             named = request.path.rpartition("/")[2]
-            await json_answer(response_object(id=named, usage=used))(request, reply)
+            await json_answer(response_object(id=named, usage=USED))(request, reply)
             return
         made += 1
         begun = response_object(None, id=f"resp_{made}", status="in_progress", usage=None)
@@ -350,10 +358,7 @@ def test_two_who_read_a_response_need_its_hold_once(
     make_gateway: MakeGateway, upstream: Upstream, leaves: bool
 ) -> None:
     """A client whose connection was lost reads on, while the gateway still reads for the first."""
-    gateway = make_gateway(MONEY).start()
-    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
-    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
-    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    gateway = prepaid(make_gateway)
     key, ending = gateway.new_key(), threading.Event()
 
     async def script(request: Received, reply: Reply) -> None:
@@ -396,12 +401,8 @@ def test_a_response_is_held_for_who_began_to_read_it_before_it_was_estimated(
     make_gateway: MakeGateway, upstream: Upstream, reads_all: bool
 ) -> None:
     """A client reads its response with a second request, and leaves the first one at once."""
-    gateway = make_gateway(MONEY).start()
-    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
-    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
-    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    gateway = prepaid(make_gateway)
     key, going_on, ending = gateway.new_key(), threading.Event(), threading.Event()
-    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
 
     async def script(request: Received, reply: Reply) -> None:
         begun = response_object(None, status="in_progress", usage=None)
@@ -411,7 +412,7 @@ def test_a_response_is_held_for_who_began_to_read_it_before_it_was_estimated(
         delta = {"type": "response.output_text.delta", "delta": "x" * 50_000}
         await reply.send(event(delta, "x"))
         await reply.wait(ending)
-        ended = response_object(usage=used)
+        ended = response_object(usage=USED)
         await reply.send(event({"type": "response.completed", "response": ended}, "x"))
         await reply.end()
 
@@ -448,12 +449,8 @@ def test_a_background_response_is_held_for_who_began_to_read_it_before_it_was_es
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     """It is cancelled meanwhile, and the upstream reports no usage of that."""
-    gateway = make_gateway(MONEY).start()
-    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
-    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
-    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    gateway = prepaid(make_gateway)
     key, ending = gateway.new_key(), threading.Event()
-    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
 
     async def script(request: Received, reply: Reply) -> None:
         if "stream=true" in request.path:
@@ -461,7 +458,7 @@ def test_a_background_response_is_held_for_who_began_to_read_it_before_it_was_es
             await reply.head(200, [("content-type", "text/event-stream")])
             await reply.send(event({"type": "response.created", "response": begun}, "x"))
             await reply.wait(ending)
-            ended = response_object(status="incomplete", usage=used)
+            ended = response_object(status="incomplete", usage=USED)
             await reply.send(event({"type": "response.incomplete", "response": ended}, "x"))
             await reply.end()
         else:
@@ -490,16 +487,12 @@ def test_a_response_that_was_read_before_it_was_estimated_is_corrected(
     make_gateway: MakeGateway, upstream: Upstream, reads_all: bool
 ) -> None:
     """Its reader stops before the usage, or reads that too, and leaves the first request then."""
-    gateway = make_gateway(MONEY).start()
-    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
-    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
-    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    gateway = prepaid(make_gateway)
     key = gateway.new_key()
-    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
 
     async def script(request: Received, reply: Reply) -> None:
         if request.method == "GET" and "stream" not in request.path:
-            await json_answer(response_object(usage=used))(request, reply)
+            await json_answer(response_object(usage=USED))(request, reply)
             return
         begun = response_object(None, status="in_progress", usage=None)
         await reply.head(200, [("content-type", "text/event-stream")])
@@ -528,16 +521,12 @@ def test_who_stops_reading_before_the_usage_pays_for_the_response(
     make_gateway: MakeGateway, upstream: Upstream, first: dict[str, int] | None
 ) -> None:
     """`first`: the usage in the first event, before the model has written anything."""
-    gateway = make_gateway(MONEY, "idle_timeout_seconds = 1").start()
-    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
-    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
-    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    gateway = prepaid(make_gateway, "idle_timeout_seconds = 1")
     key = gateway.new_key()
-    used = {"input_tokens": 0, "output_tokens": 30_000, "total_tokens": 30_000}
 
     async def script(request: Received, reply: Reply) -> None:
         if request.path.endswith("/resp_1"):
-            await json_answer(response_object(usage=used))(request, reply)
+            await json_answer(response_object(usage=USED))(request, reply)
             return
         begun = response_object(None, status="in_progress", usage=first)
         await reply.head(200, [("content-type", "text/event-stream")])
@@ -565,10 +554,7 @@ def test_who_stops_reading_before_the_usage_pays_for_the_response(
 def test_what_has_turned_out_is_no_longer_held_for_others_who_read_it(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    gateway = make_gateway(MONEY).start()
-    gateway.api("POST", "/prices", {"prices": [{"model": "gpt-up", "input": "5", "output": "30"}]})
-    gateway.api("POST", "/accounts", {"name": "test", "credit_limit": "0"})
-    gateway.api("POST", "/accounts/test/payments", {"amount": "1"})
+    gateway = prepaid(make_gateway)
     key = gateway.new_key()
     used = {"input_tokens": 0, "output_tokens": 20_000, "total_tokens": 20_000}
 

@@ -496,6 +496,17 @@ def test_a_picture_that_is_cut_off_after_others_is_not_the_end() -> None:
     assert meter.report.image_tokens == 2 * 4160
 
 
+def test_text_that_is_cut_off_counts_once() -> None:
+    """Its client can leave while the row is being written, after the upstream has ended."""
+    meter = StreamMeter(images=False, chat=True, take_out_usage=False)
+    meter.feed(event(chat_chunk("m", {"content": "x" * 4000}))[:-100])
+    meter.finish()
+    seen = meter.report.text_bytes
+    assert seen > 3800
+    meter.tear()
+    assert meter.report.text_bytes == seen
+
+
 # ── What has passed ──────────────────────────────────────────────────────────────────────────────
 
 
