@@ -29,7 +29,8 @@ import msgspec
 from msgspec import Struct
 
 import redbtc_ledger as ledger
-from redbtc_ledger import Change, Key, Objects, Part, Record, Store, Usage
+from redbtc_ledger import Key, Objects, Record
+from redbtc_rows import Part, Usage
 from redbtc_settings import (
     NANOS,
     UNLIMITED,
@@ -45,6 +46,7 @@ from redbtc_settings import (
     parse_limit,
 )
 from redbtc_slices import with_turns
+from redbtc_store import Change, Store
 
 DAY = 86_400_000  # milliseconds
 MINUTE = 60_000

@@ -36,7 +36,7 @@ import msgspec
 from msgspec import Struct
 
 from redbtc_estimates import text_tokens
-from redbtc_ledger import EXTRAS, MAX_MODELS, Home
+from redbtc_ledger import EXTRAS, Home
 from redbtc_meter import MAX_NAME, OWN_WORDS
 from redbtc_pieces import (
     MAX_PIECE,
@@ -49,6 +49,7 @@ from redbtc_pieces import (
     read_json,
 )
 from redbtc_refusals import Headers, Refusal, header
+from redbtc_rows import MAX_MODELS
 from redbtc_scanner import NOT_JSON, SURROGATE
 
 if sys.version_info >= (3, 14):

@@ -30,7 +30,7 @@ import redbtc_admin as admin
 import redbtc_billing as billing
 import redbtc_ledger as ledger
 from redbtc_billing import Books
-from redbtc_ledger import Accounts, Store
+from redbtc_ledger import Accounts
 from redbtc_reports import csv_lines, statement_lines
 from redbtc_settings import (
     LedgerError,
@@ -43,6 +43,7 @@ from redbtc_settings import (
     shipped,
 )
 from redbtc_shapes import NewPrices
+from redbtc_store import DatabaseInUse, Store
 
 # ── Reaching it ──────────────────────────────────────────────────────────────────────────────────
 
@@ -86,7 +87,7 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
                     books = await Books.open(store, loaded.settings.billing)
                     api = admin.API(books, admin.Stopped(), loaded.settings.dashboard_url)
                     transport = httpx2.ASGITransport(admin.served(api, admin.local))
-            except ledger.DatabaseInUse:
+            except DatabaseInUse:
                 if time.monotonic() > patience:
                     raise
                 await asyncio.sleep(0.05)

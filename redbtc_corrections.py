@@ -16,8 +16,9 @@ import redbtc_ledger as ledger
 from redbtc_billing import Books, Hold
 from redbtc_estimates import is_cancelled_without_output, is_final
 from redbtc_exchange import homes_of, of_models
-from redbtc_ledger import Admitted, Containers, Estimated, Objects, Part, Row, Usage
+from redbtc_ledger import Admitted, Containers, Estimated, Objects
 from redbtc_meter import Report
+from redbtc_rows import Part, Row, Usage
 from redbtc_settings import LedgerUnavailable
 
 

@@ -19,10 +19,11 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct
 
-from redbtc_ledger import Part, Store, Usage
 from redbtc_meter import IMAGE_TOOL, UNFINISHED, Report, plus
+from redbtc_rows import Part, Usage
 from redbtc_settings import month_of
 from redbtc_slices import with_turns
+from redbtc_store import Store
 
 BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb
 

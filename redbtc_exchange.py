@@ -34,10 +34,11 @@ from redbtc_estimates import (
     is_cancelled_without_output,
     is_complete,
 )
-from redbtc_ledger import Home, Key, Outcome, Part, Row, Unfinished, Usage
+from redbtc_ledger import Home, Key, Unfinished
 from redbtc_limits import Admission, Clock, rate_limit_headers
 from redbtc_meter import IMAGE_TOOL, UNFINISHED, JSONMeter, Meter, Report, StreamMeter
 from redbtc_refusals import ClientLeft, Refusal, header
+from redbtc_rows import Outcome, Part, Row, Usage
 from redbtc_settings import MOST_TOKENS, LedgerUnavailable, Settings, now_ms
 from redbtc_slices import in_slices, with_turns
 from redbtc_upstreams import Upstream

@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from redbtc_ledger import Part, Usage
 from redbtc_pictures import PARTIAL_TOKENS, picture_tokens
+from redbtc_rows import Part, Usage
 from redbtc_scanner import BYTE_ORDER_MARK, MAX_LEVELS, NOT_JSON, Node, Scanner
 from redbtc_settings import MOST_TOKENS
 

@@ -78,11 +78,12 @@ from redbtc_exchange import (
     insufficient_quota,
     new_request_id,
 )
-from redbtc_ledger import Home, Key, Objects, Outcome, Store
+from redbtc_ledger import Home, Key, Objects
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
 from redbtc_pieces import Buffer, Steps
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
+from redbtc_rows import Outcome
 from redbtc_server import (
     Connections,
     Server,
@@ -104,6 +105,7 @@ from redbtc_settings import (
     url_of,
 )
 from redbtc_slices import answers_of, in_slices, with_turns
+from redbtc_store import Store
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
     NO_LIST,

@@ -16,7 +16,8 @@ import msgspec
 from msgspec import Struct
 
 from redbtc_billing import DAY, PAYMENTS_OF, Books, for_account, nanos_of, shown_payment
-from redbtc_ledger import ACCOUNT, Reader, Record, Store, Usage, shown
+from redbtc_ledger import ACCOUNT, Record, shown
+from redbtc_rows import Usage
 from redbtc_settings import (
     LedgerError,
     NotFound,
@@ -26,6 +27,7 @@ from redbtc_settings import (
     months_after,
     now_ms,
 )
+from redbtc_store import Reader, Store
 
 # ── Usage ────────────────────────────────────────────────────────────────────────────────────────
 # Sums come from usage_by_day as far as whole days go, from the requests themselves at a range's two

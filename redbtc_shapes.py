@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 import redbtc_billing as billing
-import redbtc_ledger as ledger
+from redbtc_rows import Outcome, UsageSource
 from redbtc_settings import MOST_TOKENS
 
 # ── What is sent ─────────────────────────────────────────────────────────────────────────────────
@@ -715,8 +715,8 @@ class RequestShown(Struct):
     first_byte_ms: int | None
     duration_ms: int | None
     status: int | None
-    outcome: ledger.Outcome
-    usage_source: ledger.UsageSource
+    outcome: Outcome
+    usage_source: UsageSource
     input_tokens: Sum
     cached_input_tokens: Sum
     cache_write_tokens: Sum

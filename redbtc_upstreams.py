@@ -21,12 +21,12 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from redbtc_decoding import Decoding, NotDecoded, codings_of
 from redbtc_http import BAD_IN_VALUE
-from redbtc_ledger import Store
 from redbtc_meter import name_in
 from redbtc_pieces import Buffer
 from redbtc_refusals import Headers, Refusal
 from redbtc_settings import UpstreamSettings
 from redbtc_slices import with_turns
+from redbtc_store import Store
 from redbtc_transport import Answer, Request, Transport
 
 ALLOWED_HEADERS = frozenset(

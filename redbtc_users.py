@@ -36,9 +36,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple, TypeVar
 
-from redbtc_ledger import Record, Store, new_id, shown
+from redbtc_ledger import Record, new_id, shown
 from redbtc_limits import Bucket
 from redbtc_settings import Conflict, LedgerError, NotFound
+from redbtc_store import Store
 
 Role = Literal["operator", "owner", "viewer"]
 Given = TypeVar("Given")

@@ -21,8 +21,8 @@ import orjson
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
-from redbtc_ledger import Outcome, Row
 from redbtc_refusals import Refusal
+from redbtc_rows import Outcome, Row
 from redbtc_settings import iso_time, now_ms
 
 # The types of ASGI.

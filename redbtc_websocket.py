@@ -63,7 +63,7 @@ from redbtc_exchange import (
     most_usual,
     new_request_id,
 )
-from redbtc_ledger import Home, Key, Outcome, Row, Usage
+from redbtc_ledger import Home, Key
 from redbtc_limits import FREE_BYTES, MAX_RINGS, TICK, Admission, Bucket, Clock, Reservation
 from redbtc_meter import (
     LAST,
@@ -78,6 +78,7 @@ from redbtc_meter import (
 )
 from redbtc_pieces import Buffer, check_utf8
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
+from redbtc_rows import Outcome, Row, Usage
 from redbtc_settings import LedgerUnavailable, now_ms
 from redbtc_slices import TURNS, answers_of, in_slices
 from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_upstream

@@ -31,9 +31,11 @@ from hypothesis.stateful import (
 import redbtc_billing as billing
 import redbtc_ledger as ledger
 import redbtc_reports as reports
+import redbtc_store
 from redbtc_billing import Books, Hold, Price, PriceList, Spent
-from redbtc_ledger import Accounts, Key, Row, Store, Usage
+from redbtc_ledger import Accounts, Key
 from redbtc_reports import TOKENS, Range
+from redbtc_rows import Row, Usage, UsageSource
 from redbtc_settings import (
     NANOS,
     Billing,
@@ -45,6 +47,7 @@ from redbtc_settings import (
     months_after,
     parse_amount,
 )
+from redbtc_store import APPLICATION_ID, Store, migrations, schema
 
 HOUR = 3_600_000
 DAY = 24 * HOUR
@@ -287,7 +290,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(ledger, "now_ms", lambda: clock.now)
+    for module in (ledger, redbtc_store):
+        monkeypatch.setattr(module, "now_ms", lambda: clock.now)
     return clock
 
 
@@ -384,7 +388,7 @@ class Bench:
         hold: Hold,
         usage: Usage | None,
         tier: str,
-        source: ledger.UsageSource = "upstream",
+        source: UsageSource = "upstream",
     ) -> None:
         row.outcome, row.service_tier = "completed", tier
         if usage is not None:
@@ -622,7 +626,8 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """300 requests of three accounts over a week, some in flight, with usage or without."""
     clock, chance = Clock(), random.Random(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as exits:
-        patch.setattr(ledger, "now_ms", lambda: clock.now)
+        for module in (ledger, redbtc_store):
+            patch.setattr(module, "now_ms", lambda: clock.now)
         bench = exits.enter_context(
             contextlib.closing(Bench(tmp_path_factory.mktemp("crowded"), Billing()))
         )
@@ -726,17 +731,17 @@ def test_snapshots_are_few_at_a_time(bench: Bench) -> None:
         await asyncio.gather(*(read() for _ in range(100)))
 
     bench.run(read_all())
-    assert most == ledger.MOST_SNAPSHOTS
+    assert most == redbtc_store.MOST_SNAPSHOTS
 
 
 def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Clock) -> None:
     path = tmp_path / "redbtc.db"
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript(ledger.migrations(ledger.schema())[1])
+        database.executescript(migrations(schema())[1])
         database.executescript(
             f"""
             PRAGMA journal_mode = WAL;
-            PRAGMA application_id = {ledger.APPLICATION_ID};
+            PRAGMA application_id = {APPLICATION_ID};
             PRAGMA user_version = 1;
             INSERT INTO accounts (id, name, created_at) VALUES ('acct_1', 'old', 1);
             INSERT INTO keys (id, hash, account_id, created_at)
@@ -872,7 +877,8 @@ class Money(RuleBasedStateMachine):
     def open(self) -> None:
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(ledger, "now_ms", lambda: self.clock.now)
+        for module in (ledger, redbtc_store):
+            self.patch.setattr(module, "now_ms", lambda: self.clock.now)
         self.folder = tempfile.TemporaryDirectory()
         self.bench = Bench(Path(self.folder.name), Billing(default_credit_limit="0"))
         accounts = self.bench.accounts

@@ -18,6 +18,7 @@ from upstream import Upstream
 import redbtc_ledger as ledger
 import redbtc_proxy
 from redbtc_settings import Settings, load_settings
+from redbtc_store import migrations
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -289,4 +290,4 @@ def test_names_steer_neither_terminal_nor_spreadsheet(gateway: Gateway, key: str
 
 def test_migrations_run_in_order_and_once() -> None:
     text = "-- intro\n-- version 1\nCREATE a;\n-- version 2\nCREATE b;\n"
-    assert ledger.migrations(text) == {1: "\nCREATE a;\n", 2: "\nCREATE b;\n"}
+    assert migrations(text) == {1: "\nCREATE a;\n", 2: "\nCREATE b;\n"}

@@ -34,7 +34,7 @@ from upstream import (
     stream,
 )
 
-from redbtc_ledger import Store
+from redbtc_store import Store
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 KILLS = 50

@@ -33,10 +33,11 @@ from starlette.requests import Request
 from upstream import Received, Reply, Upstream, event, json_answer
 
 import redbtc_dashboard as dashboard
-from redbtc_ledger import APPLICATION_ID, Accounts, Store, migrations, schema
+from redbtc_ledger import Accounts
 from redbtc_proxy import MAX_ASKED
 from redbtc_reports import csv_line
 from redbtc_settings import Conflict, LedgerError, NotFound
+from redbtc_store import APPLICATION_ID, Store, migrations, schema
 from redbtc_users import (
     LINK_LASTS,
     LOGINS_KNOWN,
@@ -842,7 +843,7 @@ def test_a_password_is_set_by_nothing_that_has_expired_meanwhile(
             session = users.session(logged_in.cookie) if logged_in else None
             assert session is not None
             later = store.time() + LINK_LASTS
-            monkeypatch.setattr("redbtc_ledger.now_ms", lambda: later)
+            monkeypatch.setattr("redbtc_store.now_ms", lambda: later)
             with pytest.raises(NotFound):
                 await users.set_password(link, "new", "here")
             with pytest.raises(Conflict, match="ended"):
@@ -922,7 +923,7 @@ def test_of_too_many_sessions_the_oldest_end(
             user = await users.add("ada@example.com", "operator", None, "test")
             hashed = await password_is(users, user["link"], "right")
             instant = store.time()
-            monkeypatch.setattr("redbtc_ledger.now_ms", lambda: instant)
+            monkeypatch.setattr("redbtc_store.now_ms", lambda: instant)
             begun = []
             for _ in range(MOST_SESSIONS + 5):
                 logged_in = await users.log_in(user["id"], hashed, "")

@@ -52,8 +52,8 @@ from redbtc_estimates import (
     speed_of_rows,
 )
 from redbtc_exchange import Endpoint, Metered, of_models
-from redbtc_ledger import Usage
 from redbtc_meter import Report
+from redbtc_rows import Usage
 from redbtc_settings import MOST_TOKENS, Settings
 
 CHAT: dict[str, Any] = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}

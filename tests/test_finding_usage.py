@@ -43,7 +43,6 @@ from upstream import (
 
 import redbtc_scanner as scanner
 from redbtc_decoding import DecodedMeter, Decoding, NotDecoded, codings_of
-from redbtc_ledger import Usage
 from redbtc_meter import (
     KEEP,
     JSONMeter,
@@ -53,6 +52,7 @@ from redbtc_meter import (
     answer_steps,
     result_of,
 )
+from redbtc_rows import Usage
 from redbtc_scanner import Node, Scanner
 
 if sys.version_info >= (3, 14):

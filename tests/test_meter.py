@@ -14,7 +14,6 @@ from upstream import CHAT_USAGE, IMAGE_USAGE, RESPONSE_USAGE, chat_chunk, respon
 
 import redbtc_meter as meters
 from redbtc_estimates import Most, Seen, estimate
-from redbtc_ledger import Part, Usage
 from redbtc_meter import (
     IMAGE_TOOL,
     KEEP,
@@ -24,6 +23,7 @@ from redbtc_meter import (
     StreamMeter,
     decode_answer,
 )
+from redbtc_rows import Part, Usage
 
 FAKE = '{"usage":{"input_tokens":666,"output_tokens":666,"prompt_tokens":666}}'
 CHAT_USED = Usage(20, 8, 2, 7, 3)

@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 import redbtc_billing as billing
 from redbtc_billing import Price, PriceList
-from redbtc_ledger import Usage
+from redbtc_rows import Usage
 
 REFUSE = '[billing]\nunpriced_models = "refuse"\n'
 FREE = '[billing]\nunpriced_models = "free"\n'
