@@ -10,12 +10,11 @@ import contextlib
 import getpass
 import os
 import re
-import socket
 import sqlite3
 import sys
 import time
 import tomllib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import orjson
 import redbtc_admin as admin
 import redbtc_billing as billing
 import redbtc_ledger as ledger
+import redbtc_start
 from redbtc_billing import Books
 from redbtc_ledger import Accounts
 from redbtc_reports import csv_lines, statement_lines
@@ -43,32 +43,12 @@ from redbtc_settings import (
     shipped,
 )
 from redbtc_shapes import NewPrices
+from redbtc_socket import socket_path
 from redbtc_store import DatabaseInUse, Store
 
 # ── Reaching it ──────────────────────────────────────────────────────────────────────────────────
 
-LONGEST_SOCKET_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 PATIENCE_SECONDS = 5
-
-
-@contextlib.contextmanager
-def socket_path(database: Path, *, make: bool = False) -> Iterator[str]:
-    """The path of the gateway's Unix socket, by way of its folder's descriptor where it is too long
-    for a socket. With `make` an unused socket of mode 0600 is there, for the server to take
-    over."""
-    path = f"{database}.sock"
-    with contextlib.ExitStack() as stack:
-        if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-            folder = os.open(database.parent, os.O_RDONLY | os.O_DIRECTORY)
-            stack.callback(os.close, folder)
-            path = f"/proc/self/fd/{folder}/{database.name}.sock"
-        if make:
-            Path(path).unlink(missing_ok=True)
-            stack.callback(Path(path).unlink, missing_ok=True)
-            with socket.socket(socket.AF_UNIX) as placeholder:
-                placeholder.bind(path)
-            os.chmod(path, 0o600)
-        yield path
 
 
 @contextlib.asynccontextmanager
@@ -281,6 +261,8 @@ def commands(context: click.Context, config: str | None) -> None:
     context.obj = Context(config)
     if context.invoked_subcommand is None:
         context.invoke(commands.commands["serve"])
+    elif context.invoked_subcommand != "serve":  # which handles signals in its own way
+        redbtc_start.restore()
 
 
 @commands.group()

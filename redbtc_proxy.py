@@ -13,6 +13,11 @@ what people use in redbtc_admin.py.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take 0.2 s
+    import redbtc_start
+
+    redbtc_start.prepare()
+
 import asyncio
 import contextlib
 import gc
@@ -54,6 +59,7 @@ import redbtc_admin as admin
 import redbtc_commands as commands
 import redbtc_dashboard as dashboard
 import redbtc_ledger as ledger
+import redbtc_start
 import redbtc_webhook
 from redbtc_billing import DEFAULT_TIER, NEEDED, Books, Price, Spent
 from redbtc_body import (
@@ -88,6 +94,7 @@ from redbtc_server import (
     Connections,
     Server,
     address_of,
+    configured,
     listen,
     raise_descriptor_limit,
     server_for,
@@ -99,12 +106,13 @@ from redbtc_settings import (
     Settings,
     SettingsError,
     UpstreamSettings,
-    load_settings,
     now_ms,
     parse_amount,
+    reload_settings,
     url_of,
 )
 from redbtc_slices import answers_of, in_slices, with_turns
+from redbtc_socket import AdminServer, socket_path
 from redbtc_store import Store
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
@@ -1468,14 +1476,16 @@ class Running:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        with commands.socket_path(self._gateway.store.path, make=True) as path:
+        redbtc_start.deliver_hangup()
+        with socket_path(self._gateway.store.path) as path:
             api = self._gateway.in_time(admin.served(self._gateway.api, admin.local))
             guarded = Guard({}, api, unknown_url, self._gateway.watch)
-            local = server_for(guarded, uds=path, proxy_headers=False)
+            local = AdminServer(configured(guarded, uds=path, proxy_headers=False))
             self._servers = [public, local]
-            async with asyncio.TaskGroup() as servers:
-                servers.create_task(public.serve(listeners))
-                servers.create_task(local.serve())
+            with local.listening():
+                async with asyncio.TaskGroup() as servers:
+                    servers.create_task(public.serve(listeners))
+                    servers.create_task(local.serve())
 
     def _terminate(self) -> None:
         if self._draining:
@@ -1509,7 +1519,7 @@ class Running:
         """Read the settings again; a bad file changes nothing."""
         old = self._gateway.settings
         try:
-            new = load_settings(str(self._loaded.file or "") or None).settings
+            new = reload_settings(self._loaded)
         except SettingsError as error:
             say(logging.ERROR, "reload refused", reason=str(error))
             return

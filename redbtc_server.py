@@ -817,7 +817,12 @@ class Server(uvicorn.Server):
 
 
 def server_for(app: Any, shared: Connections | None = None, **options: Any) -> Server:
-    """Return a uvicorn server for the app, without uvicorn's log, headers and WebSockets. `options`
+    """Return a uvicorn server for the app, as `configured` describes it."""
+    return Server(configured(app, shared, **options))
+
+
+def configured(app: Any, shared: Connections | None = None, **options: Any) -> uvicorn.Config:
+    """Return the configuration of a server without uvicorn's log, headers and WebSockets. `options`
     are uvicorn's."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     usual: dict[str, Any] = {
@@ -831,7 +836,7 @@ def server_for(app: Any, shared: Connections | None = None, **options: Any) -> S
         "ws": "none",
         "timeout_graceful_shutdown": 1,
     }
-    return Server(uvicorn.Config(app, **usual | options))
+    return uvicorn.Config(app, **usual | options)
 
 
 def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.socket]:

@@ -1,0 +1,60 @@
+"""What a process does before anything else: it opens the standard descriptors and takes charge of
+its signals. `serve` keeps this until its own signal handlers are set. Nothing is imported here that
+takes time: a signal before `prepare` finds Python's own handlers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+_handlers: dict[int, Any] = {}  # those that `prepare` replaced, by signal
+
+
+def prepare() -> None:
+    """Open the closed ones of descriptors 0 to 2 on /dev/null, so that the database does not become
+    standard error. From now on SIGINT and SIGTERM end the process at once and silently, and SIGHUP
+    waits."""
+    _open_standard_descriptors()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    for number in ENDING:
+        _handlers[number] = signal.signal(number, _end)
+
+
+def _open_standard_descriptors() -> None:
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:  # each new descriptor is the lowest that is free
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """End as a process without a handler does. The first process of a container has no such default
+    action, so the exit status says the same there."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
+
+
+def restore() -> None:
+    """Handle signals as other programs do."""
+    for number, handler in _handlers.items():
+        signal.signal(number, handler)
+    deliver_hangup()
+
+
+def deliver_hangup() -> None:
+    """Let SIGHUP come through, also one that came since `prepare`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+
+def main() -> None:
+    """The command redbtc-proxy, where the package is installed."""
+    prepare()
+    import redbtc_proxy  # takes long: after `prepare`
+
+    redbtc_proxy.main()
