@@ -86,7 +86,19 @@ def migrations(text: str) -> dict[int, str]:
     return {int(number): script for number, script in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-class Writer(aiosqlite.Connection):
+class Connection(aiosqlite.Connection):
+    """A connection whose thread has ended when opening it fails. aiosqlite's own goes on, finds the
+    event loop closed, and prints a traceback."""
+
+    async def _connect(self) -> aiosqlite.Connection:
+        try:
+            return await super()._connect()
+        except sqlite3.Error:
+            self._thread.join()
+            raise
+
+
+class Writer(Connection):
     """The connection that writes. A transaction is one call to its thread; one with a single
     statement is one call to SQLite, too, and lets go of Python's lock but once."""
 
@@ -194,12 +206,15 @@ class Store:
             (INTERRUPT, (month_of(self.time()),)),
         )
         self._secret: bytes = await self._value(SECRET)
-        reader = aiosqlite.connect(self._read_only, uri=True)
-        self._reader = Reader(await stack.enter_async_context(reader))
+        self._reader = Reader(await stack.enter_async_context(self._connection()))
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
         stack.callback(self._lookup.close)
         loop = asyncio.create_task(self._write_groups(), name="ledger")
         stack.push_async_callback(self._finish, loop)
+
+    def _connection(self) -> Connection:
+        """A connection that can't write, not yet open."""
+        return Connection(lambda: sqlite3.connect(self._read_only, uri=True), 64)
 
     async def _configure(self) -> None:
         """Set what durability depends on, then read each back: SQLite is silent when it can't."""
@@ -282,7 +297,7 @@ class Store:
     async def snapshot(self) -> AsyncIterator[Reader]:
         """Whatever is read through it is of one instant. Each has a thread of its own: there are no
         more than MOST_SNAPSHOTS at a time."""
-        async with self._snapshots, aiosqlite.connect(self._read_only, uri=True) as connection:
+        async with self._snapshots, self._connection() as connection:
             await connection.execute("BEGIN")
             yield Reader(connection)
 

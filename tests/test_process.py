@@ -224,7 +224,7 @@ def test_a_database_that_may_not_be_opened_is_one_clear_line(
         for command in (["serve"], ["account", "list"], ["check"], ["key", "add", "a"]) * 2:
             done = gateway.run(*command)
             wrong = done.stdout if command == ["check"] else done.stderr
-            assert done.returncode == 2 if command == ["check"] else 1
+            assert done.returncode == (2 if command == ["check"] else 1), done.stderr
             assert str(gateway.database) in wrong, (command, wrong)
             assert "Traceback" not in done.stderr
             assert command == ["check"] or len(done.stderr.splitlines()) == 1, done.stderr
