@@ -84,6 +84,7 @@ from redbtc_exchange import (
     insufficient_quota,
     new_request_id,
 )
+from redbtc_http import NO_BODY
 from redbtc_ledger import Home, Key, Objects
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
@@ -442,6 +443,7 @@ class Relay:
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
         self._labelled = content_type.lower().startswith(b"text/event-stream")
+        self._labelled &= answer.status not in NO_BODY
         if header(headers, b"content-encoding") is not None:
             self._codings = codings_of(headers)
         # A stream may end earlier than the upstream's Content-Length says. Status 204 must not have

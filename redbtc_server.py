@@ -42,6 +42,7 @@ from redbtc_http import (
     BAD_IN_VALUE,
     MAX_HEAD_BYTES,
     MAX_HEADERS,
+    NO_BODY,
     BadFraming,
     Endless,
     Framing,
@@ -57,7 +58,6 @@ from redbtc_watch import App, Message, Scope, say
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────
 
 HIGH_WATER = 64 << 10  # bytes of a body the app has not read; beyond them reading is paused
-NO_BODY = (204, 304)  # statuses of a response without a body (RFC 9110 §6.4.1)
 
 
 def _status_line(status: int) -> bytes:
