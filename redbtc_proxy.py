@@ -349,6 +349,7 @@ def _decoded(
 
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
+MAX_UNNAMED = 1 << 20  # bytes that wait for the id of a background response to be written
 AFTER_END_SECONDS = 0.7  # for bytes that follow the event that ends a stream
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser neither runs a response of any other type nor takes it for HTML.
@@ -484,7 +485,8 @@ class Relay:
             passed = await self._feed(meter, chunk) if meter else chunk
             # The head waits until it is known what it is.
             unknown = meter is None and not self._started and len(kept) < MAX_BLANK
-            if whole or unknown or not passed:
+            unnamed = exchange.awaits_id and len(kept) < MAX_UNNAMED
+            if whole or unknown or unnamed or not passed:
                 kept += passed
             else:
                 passed, kept = kept + passed, b""
@@ -573,10 +575,12 @@ class Relay:
 
     def _pass_on(self, meter: StreamMeter, body: ResponseBody, idle_seconds: float) -> None:
         """Send events in which nothing can matter on as they come, past this request's task."""
-        clock, send_now = self._clock, self._scope["send_now"]
+        clock, send_now, exchange = self._clock, self._scope["send_now"], self._exchange
 
         def pass_on(chunk: bytes) -> bool:
-            passed: bool = self._started and meter.is_dull(chunk) and send_now(chunk)
+            if not self._started or exchange.awaits_id:
+                return False
+            passed: bool = meter.is_dull(chunk) and send_now(chunk)
             if passed:
                 clock.allow(idle_seconds)
                 meter.count_text(chunk)
