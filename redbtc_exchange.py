@@ -290,8 +290,19 @@ class Metered(Exchange):
             running.add(self)
             try:
                 await forward()
+            except (Refusal, ClientLeft):
+                raise
+            except Exception:
+                await self._interrupt()
+                raise
             finally:
                 running.discard(self)
+
+    async def _interrupt(self) -> None:
+        """End a request on which the gateway failed, with what it has used so far."""
+        self.scope["forwarded"] = True
+        if not self.settled:
+            await self.settle("interrupted")
 
     def new_row(self, model: str, upstream: str, started_at: int) -> Row:
         """Pending."""

@@ -75,6 +75,7 @@ from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import TOO_SHORT, codings_in, codings_of
 from redbtc_estimates import Speeds, is_final
 from redbtc_exchange import (
+    NO_RETRY,
     PRESERVE_GROWTH,
     PRESERVE_SECONDS,
     Endpoint,
@@ -89,7 +90,7 @@ from redbtc_ledger import Home, Key, Objects
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
 from redbtc_pieces import Buffer, Steps
-from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
+from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found, refusal_of
 from redbtc_rows import Outcome
 from redbtc_server import (
     Connections,
@@ -177,27 +178,30 @@ class Guard:
         scope["request_id"] = new_request_id()
         scope["started"] = time.monotonic()
         scope["where"] = "other"
-        websocket = scope["type"] == "websocket"
         try:
             if "refusal" in scope:
                 raise scope.pop("refusal")
-            if websocket:
+            if scope["type"] == "websocket":
                 await self._websocket(scope, receive, send)
                 return
             app = self._metered.get(scope["path"]) if scope["method"] == "POST" else None
             await (app or self._others)(scope, receive, send)
         except Refusal as refusal:
             self._watch.refused(scope, refusal)
-            answer = denial(send) if websocket else send
-            await respond(scope, answer, refusal.status, refusal.body(), self._headers(refusal))
+            await self._refuse(scope, send, refusal)
         except ClientLeft:
             self._watch.left(scope)
         except Exception as error:
             self._watch.failed(scope, error)
-            unexpected = Refusal("internal_error")
-            answer = denial(send) if websocket else send
             with contextlib.suppress(RuntimeError):  # the answer had begun: it ends torn
-                await respond(scope, answer, unexpected.status, unexpected.body())
+                await self._refuse(scope, send, refusal_of(error))
+
+    async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
+        answer = denial(send) if scope["type"] == "websocket" else send
+        headers = self._headers(refusal)
+        if "forwarded" in scope:  # a retry would be paid again
+            headers = [*headers, NO_RETRY]
+        await respond(scope, answer, refusal.status, refusal.body(), headers)
 
     @staticmethod
     def _headers(refusal: Refusal) -> Headers:

@@ -601,6 +601,9 @@ class HTTPProtocol(asyncio.Protocol):
             if self._state is State.DISCARDING:
                 self._close(whole=False)
             return
+        except MemoryError:
+            cycle.fail(Refusal("overloaded"))
+            return
         if self._state is State.DISCARDING:
             self._discarded += len(data) - len(rest)
             if cycle.framing.whole:
