@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before the imports below, which take 0.2 s
 
 import asyncio
 import contextlib
-import gc
 import heapq
 import hmac
 import ipaddress
@@ -57,9 +56,9 @@ from starlette.routing import Match, Route, Router
 
 import redbtc_admin as admin
 import redbtc_commands as commands
-import redbtc_dashboard as dashboard
 import redbtc_ledger as ledger
 import redbtc_start
+import redbtc_visitors as visitors
 import redbtc_webhook
 from redbtc_billing import DEFAULT_TIER, NEEDED, Books, Price, Spent
 from redbtc_body import (
@@ -929,9 +928,9 @@ class Gateway:
         self.in_flight = 0
         self.running: set[Metered] = set()  # requests that have a row
         self.api = admin.API(books, self, settings.dashboard_url)
-        self._admin = self.in_time(admin.served(self.api, dashboard.actor_of(self.api)))
-        self._pages = dashboard.Dashboard(self.api)
-        self._dashboard = self.in_time(self._pages.app())
+        self._admin = self.in_time(admin.served(self.api, visitors.actor_of(self.api)))
+        self._pages = visitors.Pages(self.api)
+        self._dashboard = self.in_time(self._pages)
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
         self._asked: Counter[str] = Counter()  # by account or user, requests without a place
         self._cutting: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
@@ -1294,7 +1293,7 @@ class Gateway:
     def _asked_in_session(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
         """Count a request of whoever is logged in. Raises Refusal."""
         with contextlib.suppress(LedgerUnavailable):
-            if session := dashboard.session_of(self.api, Request(scope)):
+            if session := visitors.session_of(self.api, Request(scope)):
                 return self._asked_by(session.user_id)
         return contextlib.nullcontext()
 
@@ -1335,15 +1334,13 @@ class Gateway:
         scope["where"] = "/status"
         uptime = round(time.monotonic() - self._started)
         try:
-            status = await dashboard.status(self.books, uptime)
+            status = await visitors.status(self.books, uptime)
         except sqlite3.Error:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
-        if dashboard.prefers_html(accept.decode("latin-1")):
+        if visitors.prefers_html(accept.decode("latin-1")):
             page = await self._pages.page("status.html", status)
-            headers = [
-                (name.encode(), value.encode()) for name, value in dashboard.SECURITY.items()
-            ]
+            headers = [(name.encode(), value.encode()) for name, value in visitors.SECURITY.items()]
             content_type = page.headers["content-type"].encode()
             await respond(scope, send, page.status_code, bytes(page.body), headers, content_type)
         else:
@@ -1480,13 +1477,11 @@ class Running:
             ws_ping_interval=PING_SECONDS,
             ws_ping_timeout=60,
         )
-        gc.collect()
-        gc.freeze()  # what is there now stays: to look through it each time would take 25 ms
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        redbtc_start.deliver_hangup()
+        redbtc_start.finish()
         with socket_path(self._gateway.store.path) as path:
             api = self._gateway.in_time(admin.served(self._gateway.api, admin.local))
             guarded = Guard({}, api, unknown_url, self._gateway.watch)
