@@ -179,7 +179,11 @@ class Pages:
     async def _loaded(self) -> tuple[Dashboard, Starlette]:
         if self._loading is None:
             self._loading = asyncio.create_task(asyncio.to_thread(self._load))
-        return await asyncio.shield(self._loading)
+        try:
+            return await asyncio.shield(self._loading)
+        except Exception:  # no descriptors, no memory: the next request tries again
+            self._loading = None
+            raise
 
     def _load(self) -> tuple[Dashboard, Starlette]:
         from redbtc_dashboard import Dashboard

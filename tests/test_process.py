@@ -228,3 +228,43 @@ def test_a_database_that_may_not_be_opened_is_one_clear_line(
             assert str(gateway.database) in wrong, (command, wrong)
             assert "Traceback" not in done.stderr
             assert command == ["check"] or len(done.stderr.splitlines()) == 1, done.stderr
+
+
+# What is loaded when it is needed
+
+LATER = ("redbtc_dashboard", "jinja2", "redbtc_charts", "zxcvbn", "httpcore2", "h2", "redbtc_demo")
+SAYS_WHAT_IS_LOADED = f"""
+import atexit, sys
+atexit.register(lambda: print("loaded", [name for name in {LATER!r} if name in sys.modules]))
+"""
+
+
+def test_a_start_loads_no_more_than_requests_need(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    gateway.prelude = SAYS_WHAT_IS_LOADED
+    gateway.start()
+    with gateway.client(gateway.new_key()) as client:
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+    assert gateway.get("/status", headers={"accept": "application/json"}).status_code == 200
+    assert gateway.terminate() == 0
+    assert "loaded []" in gateway.log()
+
+
+FAILS_ONCE = """
+import builtins
+usual, failed = builtins.__import__, []
+def fail_once(name, *arguments):
+    if name == "redbtc_dashboard" and not failed:
+        failed.append(name)
+        raise MemoryError
+    return usual(name, *arguments)
+builtins.__import__ = fail_once
+"""
+
+
+def test_pages_that_could_not_be_loaded_are_loaded_later(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    gateway.prelude = FAILS_ONCE
+    gateway.start()
+    assert gateway.get("/dashboard/login").status_code == 503
+    assert gateway.get("/dashboard/login").status_code == 200
