@@ -253,11 +253,11 @@ def test_a_start_loads_no_more_than_requests_need(make_gateway: MakeGateway) -> 
 FAILS_ONCE = """
 import builtins
 usual, failed = builtins.__import__, []
-def fail_once(name, *arguments):
+def fail_once(name, *arguments, **named):
     if name == "redbtc_dashboard" and not failed:
         failed.append(name)
         raise MemoryError
-    return usual(name, *arguments)
+    return usual(name, *arguments, **named)
 builtins.__import__ = fail_once
 """
 
