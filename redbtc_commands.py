@@ -11,6 +11,7 @@ import getpass
 import os
 import re
 import sqlite3
+import ssl
 import sys
 import time
 import tomllib
@@ -49,6 +50,7 @@ from redbtc_store import DatabaseInUse, Store
 # ── Reaching it ──────────────────────────────────────────────────────────────────────────────────
 
 PATIENCE_SECONDS = 5
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no certificates, which takes 30 ms
 
 
 @contextlib.asynccontextmanager
@@ -61,7 +63,9 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
             path = stack.enter_context(socket_path(loaded.database_path))
             try:
                 if await _answers(path):
-                    transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(uds=path)
+                    transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(
+                        verify=NO_TLS, uds=path
+                    )
                 else:
                     store = await stack.enter_async_context(_open(loaded))
                     books = await Books.open(store, loaded.settings.billing)

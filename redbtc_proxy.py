@@ -352,7 +352,7 @@ def _decoded(
 
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
-MAX_UNNAMED = 1 << 20  # bytes that wait for the id of a background response to be written
+MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written
 AFTER_END_SECONDS = 0.7  # for bytes that follow the event that ends a stream
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser neither runs a response of any other type nor takes it for HTML.
