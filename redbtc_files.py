@@ -51,7 +51,7 @@ def _held(path: Path, database: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise in_use from None
-        if identity_of(path) != _identity(os.fstat(file)):  # removed by who held it before
+        if identity_of(path) != identity_of(file):  # removed by who held it before
             raise in_use
         yield
     finally:
@@ -61,16 +61,13 @@ def _held(path: Path, database: Path) -> Iterator[None]:
 Identity = tuple[int, int]  # device and inode
 
 
-def _identity(found: os.stat_result) -> Identity:
-    return found.st_dev, found.st_ino
-
-
-def identity_of(path: Path) -> Identity | None:
-    """Return which file is at a path, None if there is none. Raises OSError."""
+def identity_of(file: Path | int) -> Identity | None:
+    """Return which file is at a path or open, None if there is none. Raises OSError."""
     try:
-        return _identity(os.stat(path))
+        found = os.stat(file)
     except FileNotFoundError:
         return None
+    return found.st_dev, found.st_ino
 
 
 class OpenFiles:

@@ -1499,8 +1499,8 @@ class Running:
             say(logging.WARNING, "ledger not open yet", reason="requests are refused until it is")
         try:
             async with asyncio.TaskGroup() as servers:
+                servers.create_task(self._serve_gateway(opening))  # first, so that commands work
                 servers.create_task(self._public().serve(listeners))
-                servers.create_task(self._serve_gateway(opening))
         except* LedgerError as group:
             raise group.exceptions[0] from None
         finally:

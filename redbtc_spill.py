@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from redbtc_files import identity_of
+
 Change = tuple[str, Sequence[Any]]  # a statement and its values
 
 RESERVED_BYTES = 256 << 10  # room for about 500 requests
@@ -70,11 +72,21 @@ class Spill:
 
     def add(self, changes: Sequence[Change]) -> int:
         """Write changes and sync them to the disk. Return how many of them found room."""
+        with contextlib.suppress(OSError):
+            self._reopen_if_removed()
         written = sum(1 for _ in self._add_each(changes))
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._file)
         return written
+
+    def _reopen_if_removed(self) -> None:
+        """Make the file again, with all that is in it, if somebody has removed it."""
+        if self._file is None or identity_of(self.path) == identity_of(self._file):
+            return
+        content = os.pread(self._file, self._end, 0)
+        self.reserve()
+        self._end = os.pwrite(self._file, content, 0)
 
     def _add_each(self, changes: Sequence[Change]) -> Iterator[None]:
         for change in changes:
