@@ -70,13 +70,21 @@ ROWS_AT_ONCE = 500
 class Reader:
     """A connection that can't write. Rows are by position or by column name."""
 
-    def __init__(self, connection: aiosqlite.Connection) -> None:
+    def __init__(
+        self, connection: aiosqlite.Connection, notice: Callable[[Exception], None]
+    ) -> None:
+        """`notice` is called with what SQLite raises."""
         connection.row_factory = sqlite3.Row
         self._connection = connection
+        self._notice = notice
 
     async def all(self, sql: str, values: Values = ()) -> list[sqlite3.Row]:
         """All rows of a query, in one call to its thread."""
-        return list(await self._connection.execute_fetchall(sql, values))
+        try:
+            return list(await self._connection.execute_fetchall(sql, values))
+        except sqlite3.Error as error:
+            self._notice(error)
+            raise
 
     async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:
         """The first row of a query."""
@@ -204,7 +212,7 @@ class Store:
         )
         self._secret: bytes = await self._value(SECRET)
         reader = aiosqlite.connect(self._read_only, uri=True)
-        self._reader = Reader(await stack.enter_async_context(reader))
+        self._reader = Reader(await stack.enter_async_context(reader), self.commits.notice)
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
         stack.callback(self._lookup.close)
         if serving:
@@ -332,7 +340,7 @@ class Store:
         more than MOST_SNAPSHOTS at a time."""
         async with self._snapshots, aiosqlite.connect(self._read_only, uri=True) as connection:
             await connection.execute("BEGIN")
-            yield Reader(connection)
+            yield Reader(connection, self.commits.notice)
 
     # Writing
 
