@@ -31,6 +31,7 @@ import redbtc_billing as billing
 import redbtc_ledger as ledger
 import redbtc_start
 from redbtc_billing import Books
+from redbtc_files import DatabaseInUse
 from redbtc_ledger import Accounts
 from redbtc_reports import csv_lines, statement_lines
 from redbtc_settings import (
@@ -45,7 +46,7 @@ from redbtc_settings import (
 )
 from redbtc_shapes import NewPrices
 from redbtc_socket import socket_path
-from redbtc_store import DatabaseInUse, Store
+from redbtc_store import Store
 
 # ── Reaching it ──────────────────────────────────────────────────────────────────────────────────
 
