@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
 
@@ -148,6 +148,14 @@ def opening_error(path: Path, error: sqlite3.Error | OSError) -> LedgerError:
     return LedgerError(said)
 
 
+class Record(Protocol):
+    """The type of Commits.record."""
+
+    def __call__(
+        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
+    ) -> asyncio.Future[None]: ...
+
+
 class Store:
     """The database of one gateway, opened by `async with Store.open(...)`.
 
@@ -161,6 +169,7 @@ class Store:
         self.owed = 0  # changes in the spill file that were taken up
         self.run: int | None = None  # the number of this run of a gateway
         self.commits: Commits
+        self.record: Record
         self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
@@ -201,6 +210,7 @@ class Store:
         self._latest = await self._value(LATEST)
         say = serving.say if serving else silent
         self.commits = Commits(self.path, writer, spill, self._synchronous, self.time, say)
+        self.record = self.commits.record
         stack.push_async_callback(self.commits.close)
         await self.transact((MAKE_SECRET, (secrets.token_bytes(32),)))
         await self._take_up(spill, say)
@@ -383,15 +393,6 @@ class Store:
             self.commits.notice(error)
             raise LedgerUnavailable(f"the database can't be written: {reason_of(error)}") from None
         return changed[-1 if by is None else -2]
-
-    def record(
-        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
-    ) -> asyncio.Future[None]:
-        """Write in the next group; the future is done when it is on disk. With `insist` it is tried
-        until it succeeds, otherwise the future raises LedgerUnavailable if this try fails or takes
-        too long. `lasting`, usually as `insist`: it outlives a loss of power, not just this
-        process."""
-        return self.commits.record(sql, values, insist, insist if lasting is None else lasting)
 
     async def settle_time(self) -> int:
         """The ledger's time, kept so that it holds after a restart, and after all that was to be
