@@ -10,18 +10,18 @@ import contextlib
 import fcntl
 import hmac
 import os
-import re
 import secrets
 import sqlite3
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiosqlite
 
+from redbtc_backup import back_up_before_migration, complete_restore
 from redbtc_rows import (
     CLEAR_UNSETTLED,
     FORGET,
@@ -33,18 +33,17 @@ from redbtc_rows import (
     joined,
     record_of,
 )
-from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms, shipped
+from redbtc_schema import APPLICATION_ID, migrations, schema
+from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms
 from redbtc_slices import with_turns
 
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
 # of their own that can't write. A lock file beside the database keeps every other process out.
 
-APPLICATION_ID = 0x52424343  # marks the file as ours
 BUSY_TIMEOUT_MS = 1000
 RETRY_SECONDS = 0.25
 MOST_SNAPSHOTS = 8
-SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 BEAT = "INSERT OR REPLACE INTO heartbeat (id, beat_at) VALUES (1, ?)"
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
@@ -75,15 +74,15 @@ class Entry(NamedTuple):
     lasting: bool
 
 
-def schema() -> str:
-    """The text of schema.sql."""
-    return shipped("schema.sql").read_text(encoding="utf-8")
+class Migrated(NamedTuple):
+    """How a database was brought to a newer schema. `backup`: the copy made before, or empty where
+    there is none; then `no_backup` says why."""
 
-
-def migrations(text: str) -> dict[int, str]:
-    """The sections of schema.sql by the version that each brings the database to."""
-    parts = SECTION.split(text)
-    return {int(number): script for number, script in zip(parts[1::2], parts[2::2], strict=True)}
+    before: int
+    after: int
+    seconds: float
+    backup: str
+    no_backup: str
 
 
 class Writer(aiosqlite.Connection):
@@ -154,6 +153,8 @@ class Store:
         self.commits = 0
         self.committed_at = time.monotonic()
         self.interrupted = 0  # rows that the process before this one left behind
+        self.migrated: Migrated | None = None  # as this process opened it
+        self.replaced: Path | None = None  # by a restore that this process finished
         self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
         self._loop = asyncio.get_running_loop()
@@ -179,6 +180,7 @@ class Store:
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(os.close, _lock(self.path))
+        self.replaced = complete_restore(self.path)
         writer = Writer(lambda: sqlite3.connect(self.path, isolation_level=None), 64)
         await stack.enter_async_context(writer)
         self._writer = writer
@@ -229,11 +231,20 @@ class Store:
                 f"{self.path} was written by a newer version of this program (schema {version}; "
                 f"this one knows {max(sections)})"
             )
-        for number, script in sorted(sections.items()):
-            if number > version:
-                await self._writer.executescript(
-                    f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
-                )
+        due = {number: script for number, script in sorted(sections.items()) if number > version}
+        if not due:
+            return
+        started, backup, no_backup = time.monotonic(), "", ""
+        if version:
+            copying = asyncio.to_thread(back_up_before_migration, self.path, max(due))
+            backup, no_backup = await copying
+        for number, script in due.items():
+            await self._writer.executescript(
+                f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
+            )
+        if version:
+            seconds = round(time.monotonic() - started, 3)
+            self.migrated = Migrated(version, max(due), seconds, backup, no_backup)
 
     async def _value(self, sql: str) -> Any:
         async with self._writer.execute(sql) as cursor:
@@ -414,3 +425,13 @@ def _lock(database: Path) -> int:
         os.close(file)
         raise DatabaseInUse(f"{database} is in use by another gateway or command") from None
     return file
+
+
+@contextlib.contextmanager
+def locked(database: Path) -> Iterator[None]:
+    """Keep gateways and other commands out of a database. Raises DatabaseInUse."""
+    lock = _lock(database)
+    try:
+        yield
+    finally:
+        os.close(lock)
