@@ -106,6 +106,18 @@ def plain_errors(what: str) -> Iterator[None]:
         raise LedgerError(f"{what}: {said}") from None
 
 
+@contextlib.contextmanager
+def named_damage(name: Path) -> Iterator[None]:
+    """Turn what SQLite says about the content of a file into Damaged. An OperationalError is about
+    this process or the disk, and passes."""
+    try:
+        yield
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        raise Damaged(f"{name} is damaged or not a database: {error}") from None
+
+
 # ── Copying ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -153,9 +165,10 @@ def copy(source: Path, file: int, path: Path, *, immutable: bool = False) -> Non
     """Copy the database `source` at this instant to the empty file `path`, whose descriptor is
     `file`. Each step reaches the disk before the next, so that other processes that write there
     never wait for all of it. `immutable`: nobody writes to the source, and it has no -wal of its
-    own. Raises sqlite3.Error, OSError."""
+    own. Raises Damaged, sqlite3.OperationalError, OSError."""
     how = "immutable=1" if immutable else "mode=ro"
     with (
+        named_damage(source),
         contextlib.closing(_connect(f"{source.as_uri()}?{how}")) as reading,
         contextlib.closing(_connect(f"{path.as_uri()}?nolock=1")) as writing,
     ):
@@ -176,21 +189,17 @@ def verify(path: Path, name: Path, checks: Mapping[str, str]) -> Contents:
     """Check a file that nobody writes to and return what it holds; `name` is what messages call it.
     Checks beyond those of the file itself are made where it has the newest schema. Raises Damaged
     where it is not a whole database of this program, LedgerError where its schema is too new."""
-    try:
-        with contextlib.closing(_connect(f"{path.as_uri()}?immutable=1")) as database:
-            database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-            version = _version(database, name)
-            if version < newest_version():
-                checks = FILE_CHECKS
-            if wrong := problems(database, checks):
-                raise Damaged(f"{name} is damaged: {'; '.join(wrong)}")
-            return Contents(version, *database.execute(LATEST_REQUEST).fetchone())
-    except (
-        sqlite3.OperationalError
-    ):  # about this process or the disk, not about what is in the file
-        raise
-    except sqlite3.DatabaseError as error:
-        raise Damaged(f"{name} is damaged or not a database: {error}") from None
+    with (
+        named_damage(name),
+        contextlib.closing(_connect(f"{path.as_uri()}?immutable=1")) as database,
+    ):
+        database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        version = _version(database, name)
+        if version < newest_version():
+            checks = FILE_CHECKS
+        if wrong := problems(database, checks):
+            raise Damaged(f"{name} is damaged: {'; '.join(wrong)}")
+        return Contents(version, *database.execute(LATEST_REQUEST).fetchone())
 
 
 def _version(database: sqlite3.Connection, name: Path) -> int:
