@@ -26,6 +26,7 @@ format: $(VENV)/dev ## Put the code in its usual form
 
 bench: $(VENV)/dev ## Repeat the measurements that the README quotes (needs nginx; installs LiteLLM)
 	$(RUN) bench/bench.py
+	$(RUN) bench/backup.py
 
 screenshots: $(VENV)/dev ## Take pictures of every page of the dashboard (needs Chromium)
 	$(RUN) tests/screenshots.py

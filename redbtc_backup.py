@@ -15,6 +15,7 @@ Nothing here opens a database for writing, except copies that nobody else knows 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -176,7 +177,7 @@ def copy(source: Path, file: int, path: Path, *, immutable: bool = False) -> Non
         writing.execute("PRAGMA synchronous = OFF")
         reading.execute("BEGIN")
         reading.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # the instant of the copy
-        reading.backup(writing, pages=PAGES_A_STEP, progress=lambda *_: os.fdatasync(file))
+        reading.backup(writing, pages=PAGES_A_STEP, progress=lambda *_: os.fsync(file))
     os.pwrite(file, ROLLBACK_JOURNAL, VERSIONS_AT)  # the copy is one file
     os.fsync(file)
 
@@ -263,14 +264,16 @@ def kept_digest(path: Path) -> str | None:
 def publish(file: Path, path: Path, digest: str | None, scratch: Path) -> None:
     """Give a file its final name, and its digest beside it. Where the process is killed meanwhile,
     the file may stand there without a digest, but never with that of another file."""
-    for old in (digest_file(path), digest_file(file)):
-        old.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    os.replace(file, path)
-    if digest is not None:
-        with temporary(scratch) as written:
+    with contextlib.ExitStack() as stack:
+        if digest is not None:
+            written = stack.enter_context(temporary(scratch))
             os.write(written, f"{digest}  {path.name}\n".encode())
             os.fsync(written)
+        for old in (digest_file(path), digest_file(file)):
+            old.unlink(missing_ok=True)
+        sync_folder(path.parent)
+        os.replace(file, path)
+        if digest is not None:
             os.replace(scratch, digest_file(path))
     sync_folder(path.parent)
 
@@ -352,7 +355,7 @@ def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
                 )
             contents = verify(place.partial, database, FILE_CHECKS)
             digest, size = sha256_of(place.partial), os.fstat(file).st_size
-            scratch = digest_file(place.partial)
+            scratch = suffixed(place.partial, "-sha256")
             place.make_free(keep or 1, scratch)
             publish(place.partial, place.path, digest, scratch)
         if keep is not None:
@@ -468,8 +471,10 @@ def complete_restore(database: Path) -> Path | None:
     stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y%m%dT%H%M%S.%f")[:-3]
     replaced = suffixed(database, f".replaced-{stamp}Z")
     for part in ("-wal", "-journal", ""):
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(suffixed(database, part), suffixed(replaced, part))
+        if (file := suffixed(database, part)).exists():
+            if (kept := suffixed(replaced, part)).exists():
+                raise FileExistsError(errno.EEXIST, "Would be overwritten; move it away", str(kept))
+            os.replace(file, kept)
     suffixed(database, "-shm").unlink(missing_ok=True)
     sync_folder(database.parent)
     os.replace(restored, database)

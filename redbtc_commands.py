@@ -918,6 +918,9 @@ def db_check(context: Context, as_json: bool) -> None:
         raise SystemExit(1)
 
 
+MAX_NICENESS = 19
+
+
 @db.command("backup")
 @click.argument("path")
 @click.option(
@@ -932,6 +935,7 @@ def db_backup(context: Context, path: str, keep: int | None, as_json: bool) -> N
     """Copy the database to PATH and verify the copy, while the gateway runs or not. The SHA-256 is
     written to PATH.sha256. If PATH is a folder, the file in it is named by the time; otherwise an
     earlier backup at PATH is replaced, or with --keep renamed to PATH.1, PATH.2 and so on."""
+    os.nice(MAX_NICENESS)  # the gateway comes first
     made = backup.back_up(context.loaded.database_path, path, keep)
     text = "Backup {path}: {bytes} bytes, {requests} requests, schema {schema}, in {seconds} s."
     show(made._asdict(), as_json, lambda: text.format(**made._asdict()))

@@ -66,7 +66,7 @@ KILL_AT_EACH_STEP = (
 import itertools, shutil
 from pathlib import Path
 import redbtc_backup as backup, redbtc_ledger as ledger
-CALLS = "open replace unlink ftruncate fchmod fchown fsync fdatasync pwrite write mkdir".split()
+CALLS = "open replace unlink ftruncate fchmod fchown fsync pwrite write mkdir".split()
 template, copies, code = sys.argv[1:]
 backup.PAGES_A_STEP = 40
 for number in itertools.count():
@@ -185,6 +185,7 @@ class Commands:
 @pytest.fixture
 def commands(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Commands:
     database_with(tmp_path / "redbtc.db", 50)
+    monkeypatch.setattr(os, "nice", lambda _: 0)  # this process stays as it is
     return Commands(tmp_path, capsys, monkeypatch)
 
 
@@ -254,7 +255,7 @@ def test_the_drill_backup_under_load_disaster_restore(
     backups = gateway.folder / "backups"
     backups.mkdir()
     with Load(gateway, upstream, key) as load:
-        killed(gateway, 9, ["fdatasync"], "db", "backup", str(backups))
+        killed(gateway, 9, ["fsync"], "db", "backup", str(backups))
         assert [file.name for file in backups.iterdir()] == ["redbtc.partial"]
         gateway.cli("db", "backup", str(backups))
         load.more()
@@ -379,7 +380,7 @@ def test_a_copy_is_of_one_instant_and_ends_whatever_is_written_meanwhile(
 ) -> None:
     path = tmp_path / "redbtc.db"
     database_with(path, 1000)
-    fdatasync = os.fdatasync
+    fsync = os.fsync
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as writer:
         steps = 0
 
@@ -387,10 +388,10 @@ def test_a_copy_is_of_one_instant_and_ends_whatever_is_written_meanwhile(
             nonlocal steps
             steps += 1
             add_requests(writer, 1000 + steps, 1000 + steps)
-            fdatasync(file)
+            fsync(file)
 
         monkeypatch.setattr(backup, "PAGES_A_STEP", 1)
-        monkeypatch.setattr(os, "fdatasync", commit_at_each_step)
+        monkeypatch.setattr(os, "fsync", commit_at_each_step)
         made = backup.back_up(path, str(tmp_path / "b.db"))
     assert steps >= made.bytes // 4096 > 50
     assert_whole(tmp_path / "b.db", 1000)
@@ -580,6 +581,32 @@ def test_a_restore_needs_no_database_but_its_spill_files_stay(commands: Commands
     assert commands.json("db", "restore", path)["replaced"] is None
     assert owed.exists()
     assert requests_in(commands.database) == 50
+
+
+def test_a_restore_through_a_symbolic_link_keeps_the_link(commands: Commands) -> None:
+    path = commands.folder / "b.db"
+    commands.json("db", "backup", path)
+    (commands.folder / "disk").mkdir()
+    target = commands.folder / "disk" / "ledger.db"
+    crashed(target, 30, unwritten=10)
+    commands.database.unlink()
+    commands.database.symlink_to(target)
+    replaced = Path(commands.json("db", "restore", path)["replaced"])
+    assert replaced.parent == target.parent
+    assert [requests_in(file) for file in (commands.database, target, replaced)] == [50, 50, 30]
+
+
+def test_a_restore_overwrites_no_kept_database(tmp_path: Path) -> None:
+    path = tmp_path / "redbtc.db"
+    database_with(path, 50)
+    database_with(tmp_path / "redbtc.db.restored", 30)
+    backup.complete_restore(path)
+    (replaced,) = tmp_path.glob("redbtc.db.replaced-*Z")
+    path.rename(tmp_path / "redbtc.db.restored")
+    path.touch()
+    with pytest.raises(FileExistsError):
+        backup.complete_restore(path)
+    assert requests_in(replaced) == 50
 
 
 def test_a_wal_beside_a_backup_with_a_digest_is_ignored(commands: Commands) -> None:
