@@ -257,10 +257,13 @@ def test_the_drill_backup_under_load_disaster_restore(
     with Load(gateway, upstream, key) as load:
         killed(gateway, 9, ["fsync"], "db", "backup", str(backups))
         assert [file.name for file in backups.iterdir()] == ["redbtc.partial"]
-        gateway.cli("db", "backup", str(backups))
+        made = gateway.cli("db", "backup", str(backups))
+        assert_whole(Path(made["path"]), made["requests"])
         load.more()
         before = set(load.complete)
+        gateway.signal(signal.SIGSTOP)  # a gateway that hangs
         made = gateway.cli("db", "backup", str(backups), "--keep", "1")
+        gateway.signal(signal.SIGCONT)
         load.more()
         assert gateway.get("/readyz").status_code == 200
         refused = gateway.cli("db", "restore", made["path"], check=False)
