@@ -31,6 +31,7 @@ import redbtc_backup as backup
 import redbtc_billing as billing
 import redbtc_ledger as ledger
 from redbtc_billing import Books
+from redbtc_files import DatabaseInUse, hold, hold_lock
 from redbtc_ledger import Accounts
 from redbtc_reports import csv_lines, statement_lines
 from redbtc_settings import (
@@ -45,7 +46,7 @@ from redbtc_settings import (
     shipped,
 )
 from redbtc_shapes import NewPrices
-from redbtc_store import DatabaseInUse, Migrated, Store, locked
+from redbtc_store import Migrated, Store
 
 # ── Reaching it ──────────────────────────────────────────────────────────────────────────────────
 
@@ -951,7 +952,11 @@ def db_restore(context: Context, path: str, as_json: bool) -> None:
     started = time.monotonic()
     database = context.loaded.database_path
     os.umask(0o077)
-    with backup.plain_errors(f"{path} was not restored"), locked(database):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backup.plain_errors(f"{path} was not restored"))
+        stack.enter_context(hold_lock(database))
+        if database.exists():
+            stack.enter_context(hold(database))
         restored = backup.restore(database, path, ledger.CHECKS)
     done = {
         "database": str(database),
