@@ -7,15 +7,17 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
-from conftest import MakeGateway
+from conftest import MakeGateway, needs
 from gateway import PATIENCE_SECONDS, ROOT, Gateway, wait_until
-from test_crash import post
+from test_crash import fill, post
 from upstream import Received, Reply, Upstream, openai_like
 
 REFUSED = (503, "ledger_unavailable")
@@ -169,9 +171,9 @@ async def ending(*values):
 redbtc_webhook.post_all = ending
 """,
     "log": """
-import redbtc_watch
+import redbtc_watch, threading
 def ending(self):
-    if fault():
+    if fault() and threading.current_thread().name == "log":
         raise MemoryError
     return write(self)
 write, redbtc_watch.Log._write_lines = redbtc_watch.Log._write_lines, ending
@@ -345,6 +347,166 @@ find, redbtc_checks.Check._check_tables = redbtc_checks.Check._check_tables, slo
     set_fault(gateway)
     gateway.start()
     assert gateway.terminate() == 0, "SIGTERM ends the check"
+
+
+def test_a_copy_put_beside_a_left_over_log_is_not_served(
+    gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path
+) -> None:
+    """A restore by hand after a kill: the log of the other database is still there."""
+    for _ in range(5):
+        assert post(gateway, key) == (200, "")
+    assert gateway.terminate() == 0
+    shutil.copy(gateway.database, tmp_path / "old.db")
+    gateway.start()
+    for number in range(200):
+        gateway.api("POST", "/accounts", {"name": f"a{number}"})
+        post(gateway, key)
+    gateway.kill()
+    shutil.copy(tmp_path / "old.db", gateway.database)
+    served = len(upstream.requests)
+    gateway.start()
+    assert post(gateway, key) == REFUSED
+    assert "ledger damaged" in gateway.log()
+    assert len(upstream.requests) == served
+
+
+# ── Disks that are full, or don't answer ─────────────────────────────────────────────────────────
+
+HANG = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+static void hang(int fd) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0) return;
+    path[length] = 0;
+    if (strstr(path, "redbtc.db") && !strstr(path, ".owed"))
+        while (access("fault", F_OK) == 0) usleep(5000);
+}
+int fsync(int fd) {
+    hang(fd);
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+int fdatasync(int fd) {
+    hang(fd);
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(fd);
+}
+"""
+
+
+@pytest.fixture
+def hanging(make_gateway: MakeGateway, tmp_path: Path) -> Gateway:
+    """A gateway whose disk does not answer while there is a file `fault`."""
+    (tmp_path / "hang.c").write_text(HANG)
+    shim = tmp_path / "hang.so"
+    build = [needs("cc"), "-shared", "-fPIC", "-o", shim, tmp_path / "hang.c", "-ldl"]
+    subprocess.run(build, check=True)
+    return make_gateway(LD_PRELOAD=str(shim)).start()
+
+
+def test_a_disk_that_does_not_answer_makes_nobody_wait(
+    hanging: Gateway, upstream: Upstream
+) -> None:
+    key = hanging.new_key()
+    assert post(hanging, key) == (200, "")
+    flying = InFlight(hanging, upstream, key)
+    set_fault(hanging)
+    flying.release()  # its row waits for the disk
+    wait_until(lambda: hanging.get("/readyz").status_code == 503)
+    assert post(hanging, key) == REFUSED, "while the disk does not answer"
+    assert post(hanging, key) == REFUSED
+    assert hanging.get("/readyz").status_code == 503
+    assert hanging.get("/healthz").status_code == 200
+    with pytest.raises(AssertionError, match="the disk has not answered"):
+        hanging.api("POST", "/accounts", {"name": "b"})
+    mend(hanging)
+    assert flying.join() == [(200, "")]
+    wait_until(lambda: hanging.get("/readyz").status_code == 200)
+    assert post(hanging, key) == (200, "")
+    wait_until(lambda: set(outcomes(hanging)) == {"completed"})
+    assert len(hanging.rows()) == len(upstream.requests), "none of those that were refused"
+    assert hanging.log().count("ledger unavailable") == 1
+
+
+def test_a_disk_that_never_answers_does_not_keep_the_process(
+    hanging: Gateway, upstream: Upstream
+) -> None:
+    key = hanging.new_key()
+    flying = InFlight(hanging, upstream, key)
+    set_fault(hanging)
+    flying.release()
+    wait_until(lambda: hanging.get("/readyz").status_code == 503)
+    assert hanging.terminate() == 70
+    assert flying.join() == [(200, "")], "what it used is owed to the ledger"
+    mend(hanging)
+    hanging.start()
+    assert outcomes(hanging) == ["completed"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    if os.getuid():
+        pytest.skip("mounting a small tmpfs takes root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = [needs("mount"), "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=False)
+
+
+def on_disk(make_gateway: MakeGateway, disk: Path) -> Gateway:
+    gateway = make_gateway(f'[database]\npath = "{disk}/redbtc.db"')
+    gateway.database = disk / "redbtc.db"
+    return gateway
+
+
+def test_what_is_owed_outlives_a_stop_on_a_full_disk(
+    make_gateway: MakeGateway, upstream: Upstream, small_disk: Path
+) -> None:
+    gateway = on_disk(make_gateway, small_disk).start()
+    key = gateway.new_key(concurrency=20)
+    flying = InFlight(gateway, upstream, key, 10)
+    fill(small_disk / "filler")
+    why = "the write-ahead log's own room is used up at last"
+    wait_until(lambda: post(gateway, key) == REFUSED, why=why)
+    flying.release()
+    gateway.signal(signal.SIGTERM)
+    assert gateway.wait() == 0
+    assert flying.join() == [(200, "")] * 10
+    (small_disk / "filler").unlink()
+    gateway.start()
+    assert outcomes(gateway).count("completed") == len(gateway.rows()) >= 10
+    assert gateway.cli("db", "check")["ok"]
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_gateway_starts_on_a_full_disk_and_recovers(
+    make_gateway: MakeGateway, upstream: Upstream, small_disk: Path, clean: bool
+) -> None:
+    gateway = on_disk(make_gateway, small_disk).start()
+    key = gateway.new_key()
+    assert post(gateway, key) == (200, "")
+    if clean:
+        gateway.terminate()
+    else:
+        gateway.kill()
+    fill(small_disk / "filler")
+    gateway.start()
+    assert post(gateway, key) == REFUSED
+    assert gateway.get("/readyz").status_code == 503
+    wait_until(lambda: gateway.log().count("ledger unavailable") == 1)
+    (small_disk / "filler").unlink()
+    wait_until(lambda: gateway.get("/readyz").status_code == 200)
+    assert post(gateway, key) == (200, "")
+    assert outcomes(gateway) == ["completed"] * 2
 
 
 # ── Files that are gone ──────────────────────────────────────────────────────────────────────────
