@@ -11,7 +11,6 @@ import errno
 import hmac
 import logging
 import os
-import re
 import secrets
 import sqlite3
 import time
@@ -22,11 +21,13 @@ from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
 
+from redbtc_backup import Damaged, back_up_before_migration, complete_restore
 from redbtc_checks import Check, Say, is_corrupt
 from redbtc_commits import BEAT, Commits, Health, Writer, is_about_a_value, reason_of
 from redbtc_files import OpenFiles, hold, hold_lock
 from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, joined
-from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms, shipped
+from redbtc_schema import APPLICATION_ID, migrations, schema
+from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms
 from redbtc_slices import with_turns
 from redbtc_spill import Change, Spill
 
@@ -34,10 +35,8 @@ from redbtc_spill import Change, Spill
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
 # of their own that can't write. A lock file beside the database keeps every other process out.
 
-APPLICATION_ID = 0x52424343  # marks the file as ours
 BUSY_TIMEOUT_MS = 1000
 MOST_SNAPSHOTS = 8
-SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
@@ -53,15 +52,15 @@ LATEST_RUN = "SELECT max(id) FROM runs"
 Values = Sequence[Any] | dict[str, Any]
 
 
-def schema() -> str:
-    """The text of schema.sql."""
-    return shipped("schema.sql").read_text(encoding="utf-8")
+class Migrated(NamedTuple):
+    """How a database was brought to a newer schema. `backup`: the copy made before, or empty where
+    there is none; then `no_backup` says why."""
 
-
-def migrations(text: str) -> dict[int, str]:
-    """The sections of schema.sql by the version that each brings the database to."""
-    parts = SECTION.split(text)
-    return {int(number): script for number, script in zip(parts[1::2], parts[2::2], strict=True)}
+    before: int
+    after: int
+    seconds: float
+    backup: str
+    no_backup: str
 
 
 ROWS_AT_ONCE = 500
@@ -166,6 +165,8 @@ class Store:
     def __init__(self, path: Path, synchronous: str) -> None:
         self.path = path
         self.interrupted = 0  # rows that the process before this one left behind
+        self.migrated: Migrated | None = None  # as this process opened it
+        self.replaced: Path | None = None  # by a restore that this process finished
         self.owed = 0  # changes in the spill file that were taken up
         self.run: int | None = None  # the number of this run of a gateway
         self.commits: Commits
@@ -194,6 +195,7 @@ class Store:
 
     async def _open(self, stack: contextlib.AsyncExitStack, serving: Serving | None) -> None:
         stack.enter_context(hold_lock(self.path))
+        self.replaced = complete_restore(self.path)
         spill = Spill(self.path)
         refuse_without(self.path, spill)
         stack.enter_context(hold(self.path))
@@ -294,11 +296,25 @@ class Store:
                 f"{self.path} was written by a newer version of this program (schema {version}; "
                 f"this one knows {max(sections)})"
             )
-        for number, script in sorted(sections.items()):
-            if number > version:
-                await self._writer.executescript(
-                    f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
-                )
+        due = {number: script for number, script in sorted(sections.items()) if number > version}
+        if not due:
+            return
+        started, backup, no_backup = time.monotonic(), "", ""
+        if version:
+            backup, no_backup = await self._back_up(max(due))
+        for number, script in due.items():
+            await self._writer.executescript(
+                f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
+            )
+        if version:
+            seconds = round(time.monotonic() - started, 3)
+            self.migrated = Migrated(version, max(due), seconds, backup, no_backup)
+
+    async def _back_up(self, version: int) -> tuple[str, str]:
+        try:
+            return await asyncio.to_thread(back_up_before_migration, self.path, version)
+        except Damaged as error:
+            raise LedgerDamaged(f"{error}. It was not migrated") from None
 
     async def _value(self, sql: str) -> Any:
         async with self._writer.execute(sql) as cursor:
