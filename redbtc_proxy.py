@@ -1765,6 +1765,10 @@ async def open_gateway(
     ahead = (store.time() - now_ms()) // 1000
     if ahead > 60:
         say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
+    if store.migrated:
+        say(logging.INFO, "migrated", **store.migrated._asdict())
+    if store.replaced:
+        say(logging.INFO, "restore finished", replaced=str(store.replaced))
     for line in missing_keys(settings):
         say(logging.WARNING, "unusable", reason=line)
     if start.as_json:

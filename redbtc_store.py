@@ -11,22 +11,23 @@ import errno
 import hmac
 import logging
 import os
-import re
 import secrets
 import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
 
+from redbtc_backup import Damaged, back_up_before_migration, complete_restore
 from redbtc_checks import Check, Say, is_corrupt
 from redbtc_commits import BEAT, Commits, Connection, Health, Writer, is_about_a_value, reason_of
 from redbtc_files import OpenFiles, hold, hold_lock
 from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, joined
-from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms, shipped
+from redbtc_schema import APPLICATION_ID, migrations, schema
+from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms
 from redbtc_slices import with_turns
 from redbtc_spill import Change, Spill
 
@@ -34,10 +35,8 @@ from redbtc_spill import Change, Spill
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
 # of their own that can't write. A lock file beside the database keeps every other process out.
 
-APPLICATION_ID = 0x52424343  # marks the file as ours
 BUSY_TIMEOUT_MS = 1000
 MOST_SNAPSHOTS = 8
-SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
@@ -53,15 +52,15 @@ LATEST_RUN = "SELECT max(id) FROM runs"
 Values = Sequence[Any] | dict[str, Any]
 
 
-def schema() -> str:
-    """The text of schema.sql."""
-    return shipped("schema.sql").read_text(encoding="utf-8")
+class Migrated(NamedTuple):
+    """How a database was brought to a newer schema. `backup`: the copy made before, or empty where
+    there is none; then `no_backup` says why."""
 
-
-def migrations(text: str) -> dict[int, str]:
-    """The sections of schema.sql by the version that each brings the database to."""
-    parts = SECTION.split(text)
-    return {int(number): script for number, script in zip(parts[1::2], parts[2::2], strict=True)}
+    before: int
+    after: int
+    seconds: float
+    backup: str
+    no_backup: str
 
 
 ROWS_AT_ONCE = 500
@@ -148,6 +147,14 @@ def opening_error(path: Path, error: sqlite3.Error | OSError) -> LedgerError:
     return LedgerError(said)
 
 
+class Record(Protocol):
+    """The type of Commits.record."""
+
+    def __call__(
+        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
+    ) -> asyncio.Future[None]: ...
+
+
 class Store:
     """The database of one gateway, opened by `async with Store.open(...)`.
 
@@ -158,9 +165,12 @@ class Store:
     def __init__(self, path: Path, synchronous: str) -> None:
         self.path = path
         self.interrupted = 0  # rows that the process before this one left behind
+        self.migrated: Migrated | None = None  # as this process opened it
+        self.replaced: Path | None = None  # by a restore that this process finished
         self.owed = 0  # changes in the spill file that were taken up
         self.run: int | None = None  # the number of this run of a gateway
         self.commits: Commits
+        self.record: Record
         self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
@@ -185,6 +195,7 @@ class Store:
 
     async def _open(self, stack: contextlib.AsyncExitStack, serving: Serving | None) -> None:
         stack.enter_context(hold_lock(self.path))
+        self.replaced = complete_restore(self.path)
         spill = Spill(self.path)
         refuse_without(self.path, spill)
         stack.enter_context(hold(self.path))
@@ -201,6 +212,7 @@ class Store:
         self._latest = await self._value(LATEST)
         say = serving.say if serving else silent
         self.commits = Commits(self.path, writer, spill, self._synchronous, self.time, say)
+        self.record = self.commits.record
         stack.push_async_callback(self.commits.close)
         await self.transact((MAKE_SECRET, (secrets.token_bytes(32),)))
         await self._take_up(spill, say)
@@ -288,11 +300,25 @@ class Store:
                 f"{self.path} was written by a newer version of this program (schema {version}; "
                 f"this one knows {max(sections)})"
             )
-        for number, script in sorted(sections.items()):
-            if number > version:
-                await self._writer.executescript(
-                    f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
-                )
+        due = {number: script for number, script in sorted(sections.items()) if number > version}
+        if not due:
+            return
+        started, backup, no_backup = time.monotonic(), "", ""
+        if version:
+            backup, no_backup = await self._back_up(max(due))
+        for number, script in due.items():
+            await self._writer.executescript(
+                f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
+            )
+        if version:
+            seconds = round(time.monotonic() - started, 3)
+            self.migrated = Migrated(version, max(due), seconds, backup, no_backup)
+
+    async def _back_up(self, version: int) -> tuple[str, str]:
+        try:
+            return await asyncio.to_thread(back_up_before_migration, self.path, version)
+        except Damaged as error:
+            raise LedgerDamaged(f"{error}. It was not migrated") from None
 
     async def _value(self, sql: str) -> Any:
         async with self._writer.execute(sql) as cursor:
@@ -387,15 +413,6 @@ class Store:
             self.commits.notice(error)
             raise LedgerUnavailable(f"the database can't be written: {reason_of(error)}") from None
         return changed[-1 if by is None else -2]
-
-    def record(
-        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
-    ) -> asyncio.Future[None]:
-        """Write in the next group; the future is done when it is on disk. With `insist` it is tried
-        until it succeeds, otherwise the future raises LedgerUnavailable if this try fails or takes
-        too long. `lasting`, usually as `insist`: it outlives a loss of power, not just this
-        process."""
-        return self.commits.record(sql, values, insist, insist if lasting is None else lasting)
 
     async def settle_time(self) -> int:
         """The ledger's time, kept so that it holds after a restart, and after all that was to be
