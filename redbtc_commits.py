@@ -39,7 +39,7 @@ from redbtc_rows import (
     record_of,
 )
 from redbtc_settings import LedgerUnavailable
-from redbtc_spill import Change, Spill
+from redbtc_spill import Change, Spill, line_of
 
 RETRY_SECONDS = 0.25
 WATCH_SECONDS = 0.1
@@ -344,9 +344,9 @@ class Commits:
 
     def _set_aside(self, entry: Entry, error: Exception) -> None:
         """Put a change that can't be committed into a file of its own: nothing is thrown away."""
-        self._say_refused(entry, error, file=str(self._spill.path) + ".refused")
+        self._say_refused(entry, error, file=str(self._spill.refused))
         try:
-            self._spill.refuse([entry.change])
+            self._spill.refuse([line_of(entry.change)])
         except OSError as failed:
             self._failed([entry], failed)
         else:

@@ -80,6 +80,7 @@ from redbtc_exchange import (
     insufficient_quota,
     new_request_id,
 )
+from redbtc_files import DatabaseInUse, state_of
 from redbtc_ledger import Home, Key, Objects
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
@@ -1770,29 +1771,34 @@ async def open_gateway(
 
 
 DAMAGED = (
-    "Nothing was written into it. Stop the gateway and restore a backup: db restore FILE. If a "
-    "database was copied to this place by hand, a -wal file of another one may lie beside it."
+    "Nothing was written into it. Restore a backup: db restore FILE. If a database was copied to "
+    "this place by hand, a -wal file of another one may lie beside it."
 )
 
 
 async def open_ledger(stack: contextlib.AsyncExitStack, start: Start) -> Store:
-    """Open the ledger, which is tried again for as long as its disk is full or does not answer.
-    Raises LedgerError where that can't help."""
-    database = start.settings.database
+    """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
+    when a damaged one was replaced. Raises LedgerError where that can't help."""
+    database, path = start.settings.database, start.loaded.database_path
     serving = Serving(database.check_seconds, say, end_soon)
     said = ""
     while True:
-        opening = Store.open(start.loaded.database_path, database.synchronous, serving)
+        tried = state_of(path)
         try:
+            opening = Store.open(path, database.synchronous, serving)
             return await stack.enter_async_context(opening)
-        except LedgerUnavailable as error:
+        except LedgerDamaged as error:
+            say(logging.CRITICAL, "ledger damaged", reason=str(error), what_to_do=DAMAGED)
+            said = "damaged"
+            while state_of(path) == tried:
+                await asyncio.sleep(WATCH_SECONDS)
+        except (LedgerUnavailable, DatabaseInUse) as error:
+            if not said and isinstance(error, DatabaseInUse):
+                raise
             if str(error) != said:
                 said = str(error)
                 say(logging.ERROR, "ledger unavailable", reason=said)
             await asyncio.sleep(RETRY_SECONDS)
-        except LedgerDamaged as error:
-            say(logging.CRITICAL, "ledger damaged", reason=str(error), what_to_do=DAMAGED)
-            await asyncio.Event().wait()  # until a signal ends the process
 
 
 def end_soon() -> None:

@@ -29,7 +29,7 @@ from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, j
 from redbtc_schema import APPLICATION_ID, migrations, schema
 from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms
 from redbtc_slices import with_turns
-from redbtc_spill import Change, Spill
+from redbtc_spill import Change, Spill, line_of
 
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
@@ -261,11 +261,11 @@ class Store:
                 if not is_about_a_value(error):
                     raise
                 refused.append(change)
-        spill.refuse(refused)
+        spill.refuse([*map(line_of, refused), *damaged])
         spill.reserve()
         spill.close()
         self.owed = len(changes)
-        facts = {"changes": len(changes), "refused": len(refused), "damaged": damaged}
+        facts = {"changes": len(changes), "refused": len(refused), "damaged": len(damaged)}
         say(logging.WARNING, "took up what was owed", **facts)
 
     async def _configure(self) -> None:
