@@ -774,7 +774,6 @@ async def correct(store: Store, values: Sequence[Any], usage: Usage) -> None:
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────
 
 CHECKS = {
-    "integrity": "PRAGMA integrity_check(20)",
     "foreign keys": "PRAGMA foreign_key_check",
     "usage that is not the sum of its requests": """
         SELECT account_id, month FROM (
@@ -793,14 +792,28 @@ CHECKS = {
 }
 
 
+TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+
+
 async def check_database(store: Store) -> list[str]:
-    """What is wrong with the file, line by line; empty where nothing is."""
-    wrong = []
-    for name, pragma in CHECKS.items():
-        async for row in store.rows(pragma):
-            if tuple(row) != ("ok",):
-                wrong.append(f"{name}: {' '.join(str(part) for part in row)}")
-    return wrong
+    """Return what is wrong with the file, line by line. Each table, and each other check, is read
+    through a snapshot of its own. Raises LedgerUnavailable."""
+    async with store.snapshot() as snapshot:
+        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLES)]]
+    checks = [("integrity", f"PRAGMA integrity_check('{table}')") for table in tables]
+    return [
+        line for name, sql in (*checks, *CHECKS.items()) for line in await check(store, name, sql)
+    ]
+
+
+async def check(store: Store, name: str, sql: str) -> list[str]:
+    """Return what one check finds wrong. A table that can't be read is a finding, too."""
+    async with store.snapshot_to_check() as snapshot:
+        try:
+            rows = [tuple(row) for row in await snapshot.all(sql)]
+        except sqlite3.DatabaseError as error:
+            rows = [(error,)]
+    return [f"{name}: {' '.join(map(str, row))}" for row in rows if row != ("ok",)]
 
 
 CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"

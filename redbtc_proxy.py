@@ -116,6 +116,7 @@ from redbtc_upstreams import (
     headers_for_client,
     headers_for_upstream,
 )
+from redbtc_vitals import Vitals, watch_size
 from redbtc_watch import LOG, App, Message, Receive, Scope, Send, Watch, say
 from redbtc_websocket import RESPONSES, UPGRADE, Session, WebSocketProtocol
 
@@ -899,6 +900,8 @@ class Gateway:
         self.clocks = Clocks()
         self.watch = Watch()
         self.watch.registry.register(self)
+        self.vitals = Vitals(books.store)
+        self.watch.registry.register(self.vitals)
         self.settings = settings
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.objects = Objects(books.store)
@@ -1614,7 +1617,11 @@ async def run(
         listeners = listen(settings.server.hosts, settings.server.port)
         host, port = listeners[0].getsockname()[:2]
         url = f"{url_of(host, port)}/v1"
-        for work in (watch_ledger(store), redbtc_webhook.post_for_ever(books, say)):
+        for work in (
+            watch_ledger(store),
+            watch_size(store),
+            redbtc_webhook.post_for_ever(books, say),
+        ):
             stack.callback(asyncio.create_task(work).cancel)
         say(
             logging.INFO,
@@ -1640,6 +1647,7 @@ async def run(
             click.echo(await commands.dashboard(gateway.api))
         await gateway.unended.resume()
         stack.callback(asyncio.create_task(preserve(gateway)).cancel)
+        stack.callback(asyncio.create_task(gateway.vitals.watch_loop()).cancel)
         await Running(gateway, loaded, demo_url).serve(listeners)
 
 

@@ -156,12 +156,27 @@ async def requests_in(store: Reader, wanted: Range, currency: str) -> AsyncItera
     """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
     if wanted.limit > 0 and wanted.account:
         wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
-    values = {**wanted.values(), "currency": currency}
-    async for row in store.rows(wanted.of_account(REQUESTS), values):
-        record = shown(row)
-        for name in ("cost", "estimated_cost"):
-            record[name] = None if record[name] is None else decimal(record[name])
-        yield record
+    async for row in store.rows(*_query(wanted, currency)):
+        yield shown_request(row)
+
+
+async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
+    """Return the same as `requests_in`, copied first: it can be read as slowly as a client reads,
+    after the snapshot `store` has ended."""
+    rows = await store.copy(*_query(wanted, currency))
+    return (shown_request(row) async for row in rows)
+
+
+def _query(wanted: Range, currency: str) -> tuple[str, dict[str, Any]]:
+    return wanted.of_account(REQUESTS), {**wanted.values(), "currency": currency}
+
+
+def shown_request(row: sqlite3.Row) -> Record:
+    """Return a row of REQUESTS as JSON shows it."""
+    record = shown(row)
+    for name in ("cost", "estimated_cost"):
+        record[name] = None if record[name] is None else decimal(record[name])
+    return record
 
 
 async def _since_enough(store: Reader, wanted: Range) -> int:

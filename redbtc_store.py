@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import aiosqlite
 
+from redbtc_histogram import COMMIT_SECONDS, Histogram
 from redbtc_rows import (
     CLEAR_UNSETTLED,
     FORGET,
@@ -44,6 +45,11 @@ APPLICATION_ID = 0x52424343  # marks the file as ours
 BUSY_TIMEOUT_MS = 1000
 RETRY_SECONDS = 0.25
 MOST_SNAPSHOTS = 8
+MAX_SNAPSHOT_SECONDS = 30  # as long as one is open, the WAL file grows with each commit
+MAX_CHECK_SECONDS = 3600  # of one table
+KEPT_WAL_BYTES = 16 << 20  # usual are 4 MB; a larger file is emptied once the ledger is idle
+MAX_WAL_BYTES = 64 << 20  # of a file for which snapshots needn't wait until it is emptied
+IDLE_SECONDS = 1  # without a commit
 SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 BEAT = "INSERT OR REPLACE INTO heartbeat (id, beat_at) VALUES (1, ?)"
 LATEST = """
@@ -73,6 +79,7 @@ class Entry(NamedTuple):
     written: asyncio.Future[None]
     insist: bool
     lasting: bool
+    at: float  # when it was recorded, by the monotonic clock
 
 
 def schema() -> str:
@@ -113,6 +120,18 @@ class Writer(aiosqlite.Connection):
             raise
         return changed
 
+    async def empty_wal(self) -> None:
+        """Copy the WAL into the database and empty the WAL file. While a reader still needs it,
+        only copy. Raises sqlite3.Error."""
+        await self._execute(self._empty_wal)  # type: ignore[no-untyped-call]
+
+    def _empty_wal(self) -> None:
+        self._conn.execute("PRAGMA busy_timeout = 0")  # commits must not wait for a reader
+        try:
+            self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            self._conn.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
 
 ROWS_AT_ONCE = 500
 
@@ -139,6 +158,23 @@ class Reader:
                 async for row in with_turns(batch):
                     yield row
 
+    async def copy(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
+        """Copy the rows of a query, once for each connection, and return what reads the copy; that
+        works after the snapshot has ended, too. SQLite makes the copy at its own speed, in a
+        temporary file without a name, which ends with the connection."""
+        await self.all(f"CREATE TEMP TABLE copied AS {sql}", values)
+        return self.rows("SELECT * FROM temp.copied ORDER BY rowid")
+
+
+@contextlib.asynccontextmanager
+async def _interrupting(connection: aiosqlite.Connection) -> AsyncIterator[None]:
+    """On an exception, interrupt the query that runs: nobody waits for its result any more."""
+    try:
+        yield
+    except BaseException:
+        await connection.interrupt()
+        raise
+
 
 class Store:
     """The database of one gateway, opened by `async with Store.open(...)`.
@@ -153,6 +189,8 @@ class Store:
         self.failure = ""  # what the last failed commit failed with
         self.commits = 0
         self.committed_at = time.monotonic()
+        self.commit_seconds = Histogram(COMMIT_SECONDS)
+        self.begin_seconds = Histogram(COMMIT_SECONDS)  # from a request's begin to its commit
         self.interrupted = 0  # rows that the process before this one left behind
         self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
@@ -160,6 +198,8 @@ class Store:
         self._waiting: list[Entry] = []
         self._wake = asyncio.Event()
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
+        self._checks = asyncio.Semaphore(1)
+        self._empty_wal_at = MAX_WAL_BYTES
         self._trying = asyncio.Lock()  # whether a commit succeeds
         self._closing = False
         self._latest = 0
@@ -214,6 +254,7 @@ class Store:
             "synchronous": (self._synchronous, {"full": 2, "normal": 1}[self._synchronous]),
             "foreign_keys": ("ON", 1),
             "secure_delete": ("ON", 1),
+            "journal_size_limit": (KEPT_WAL_BYTES, KEPT_WAL_BYTES),
         }
         for pragma, (value, expected) in wanted.items():
             if await self._value(f"PRAGMA {pragma}") != expected:
@@ -278,13 +319,68 @@ class Store:
         """The first row of a query."""
         return await self._reader.one(sql, values)
 
+    def snapshot(
+        self, outlived_by: contextlib.AsyncExitStack | None = None
+    ) -> contextlib.AbstractAsyncContextManager[Reader]:
+        """Return a reader to which the database stands still, with a connection and a thread of its
+        own, for at most MAX_SNAPSHOT_SECONDS. At most MOST_SNAPSHOTS are open at a time.
+        `outlived_by`: the connection stays open until that stack is closed, so that a copy can be
+        read after the snapshot has ended. Raises LedgerUnavailable if the database can't be read,
+        or not in that time."""
+        return self._snapshot(self._snapshots, MAX_SNAPSHOT_SECONDS, outlived_by)
+
+    def snapshot_to_check(self) -> contextlib.AbstractAsyncContextManager[Reader]:
+        """Return a snapshot for a check of the database, which may take MAX_CHECK_SECONDS. One is
+        open at a time. Raises LedgerUnavailable."""
+        return self._snapshot(self._checks, MAX_CHECK_SECONDS)
+
     @contextlib.asynccontextmanager
-    async def snapshot(self) -> AsyncIterator[Reader]:
-        """Whatever is read through it is of one instant. Each has a thread of its own: there are no
-        more than MOST_SNAPSHOTS at a time."""
-        async with self._snapshots, aiosqlite.connect(self._read_only, uri=True) as connection:
-            await connection.execute("BEGIN")
-            yield Reader(connection)
+    async def _snapshot(
+        self,
+        places: asyncio.Semaphore,
+        seconds: float,
+        outlived_by: contextlib.AsyncExitStack | None = None,
+    ) -> AsyncIterator[Reader]:
+        try:
+            async with places, contextlib.AsyncExitStack() as own:
+                connecting = aiosqlite.connect(self._read_only, uri=True)
+                connection = await (outlived_by or own).enter_async_context(connecting)
+                async with asyncio.timeout(seconds), _interrupting(connection):
+                    await connection.execute("BEGIN")
+                    yield Reader(connection)
+                    await connection.commit()
+        except TimeoutError:
+            raise LedgerUnavailable(
+                f"the ledger can't be read within {seconds} seconds; ask for less of it at a time"
+            ) from None
+        except sqlite3.Error as error:
+            raise LedgerUnavailable(f"the ledger can't be read: {error}") from None
+
+    # Size
+
+    @property
+    def wal_bytes(self) -> int:
+        """The size of the WAL file."""
+        return size_of(f"{self.path}-wal")
+
+    async def shrink(self) -> None:
+        """Empty the WAL file if it is large and the ledger is idle, or if it is too large: SQLite
+        reuses the file only at an instant without a reader, and snapshots can overlap for ever.
+        Emptying 40 MB takes about 80 ms; the commit that reuses them takes 50. Raises
+        LedgerUnavailable."""
+        size = self.wal_bytes
+        idle = not self._waiting and time.monotonic() - self.committed_at > IDLE_SECONDS
+        try:
+            if size > self._empty_wal_at:
+                async with contextlib.AsyncExitStack() as places:
+                    for _ in range(MOST_SNAPSHOTS):  # those that are open end, and none begins
+                        await places.enter_async_context(self._snapshots)
+                    await self._writer.empty_wal()
+                self._empty_wal_at = max(MAX_WAL_BYTES, 2 * self.wal_bytes)
+            elif size > KEPT_WAL_BYTES and idle:
+                await self._writer.empty_wal()
+        except sqlite3.Error as error:
+            raise LedgerUnavailable(f"the WAL file can't be emptied: {error}") from None
 
     # Writing
 
@@ -311,7 +407,7 @@ class Store:
         written: asyncio.Future[None] = self._loop.create_future()
         if self.healthy or insist:
             lasting = insist if lasting is None else lasting
-            self._waiting.append(Entry(sql, values, written, insist, lasting))
+            self._waiting.append(Entry(sql, values, written, insist, lasting, time.monotonic()))
             self._wake.set()
         else:
             written.set_exception(LedgerUnavailable(self.failure))
@@ -361,6 +457,7 @@ class Store:
         if not self.healthy:
             changes.append((BEAT, (self.time(),)))
         lasting = not self.healthy or any(entry.lasting for entry in group)
+        began = time.monotonic()
         try:
             await self._writer.write(changes, self._synchronous if lasting else "normal")
         except sqlite3.OperationalError as error:
@@ -371,7 +468,10 @@ class Store:
             self.healthy, self.failure = True, ""
             self.commits += 1
             self.committed_at = time.monotonic()
+            self.commit_seconds.observe(self.committed_at - began)
             for entry in group:
+                if not entry.insist:  # the begin of a request
+                    self.begin_seconds.observe(self.committed_at - entry.at)
                 if not entry.written.done():
                     entry.written.set_result(None)
 
@@ -385,7 +485,7 @@ class Store:
                 if not entry.written.done():
                     entry.written.set_exception(LedgerUnavailable(reason))
                 nobody: asyncio.Future[None] = self._loop.create_future()
-                kept.append(Entry(FORGET, entry.values[:1], nobody, True, True))
+                kept.append(Entry(FORGET, entry.values[:1], nobody, True, True, entry.at))
         self._waiting[:0] = kept
 
     async def _isolate(self, group: list[Entry], error: Exception) -> None:
@@ -403,6 +503,14 @@ class Store:
             loop.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await loop
+
+
+def size_of(file: str | Path) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
 
 
 def _lock(database: Path) -> int:
