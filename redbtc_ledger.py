@@ -792,27 +792,27 @@ CHECKS = {
 }
 
 
+CHECK_TABLE = "PRAGMA integrity_check('{}')"  # of sqlite_schema: the list of free pages, too
 TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
 
 
 async def check_database(store: Store) -> list[str]:
     """Return what is wrong with the file, line by line. Each table, and each other check, is read
-    through a snapshot of its own. Raises LedgerUnavailable."""
+    through a snapshot of its own, so that none lasts long."""
+    checks = {"integrity of sqlite_schema": CHECK_TABLE.format("sqlite_schema"), **CHECKS}
     async with store.snapshot() as snapshot:
-        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLES)]]
-    checks = [("integrity", f"PRAGMA integrity_check('{table}')") for table in tables]
-    return [
-        line for name, sql in (*checks, *CHECKS.items()) for line in await check(store, name, sql)
-    ]
+        for (table,) in await snapshot.all(TABLES):
+            checks[f"integrity of {table}"] = CHECK_TABLE.format(table)
+    return [line for name, sql in checks.items() for line in await check(store, name, sql)]
 
 
 async def check(store: Store, name: str, sql: str) -> list[str]:
-    """Return what one check finds wrong. A table that can't be read is a finding, too."""
-    async with store.snapshot_to_check() as snapshot:
-        try:
+    """Return what one check finds wrong. What can't be read is a finding, too."""
+    try:
+        async with store.snapshot_to_check() as snapshot:
             rows = [tuple(row) for row in await snapshot.all(sql)]
-        except sqlite3.DatabaseError as error:
-            rows = [(error,)]
+    except LedgerUnavailable as error:
+        rows = [(error,)]
     return [f"{name}: {' '.join(map(str, row))}" for row in rows if row != ("ok",)]
 
 
