@@ -778,10 +778,9 @@ class API:
         if actor.key is None and actor.session is None:
             return self._report(msgspec.structs.replace(wanted, limit=limit))
         wanted = msgspec.structs.replace(wanted, limit=min(query.limit or 100, MOST_ROWS))
-        # Whole before the first byte is sent: who reads slowly keeps no snapshot.
         currency = self.books.currency
         async with self.books.store.snapshot() as snapshot:
-            rows = [row async for row in reports.requests_in(snapshot, wanted, currency)]
+            rows = await reports.requests_in(snapshot, wanted, currency)
             (totals,) = await reports.usage_by(snapshot, wanted, [], currency)
         return {"requests": rows, "totals": totals}
 

@@ -158,12 +158,11 @@ class Reader:
                 async for row in with_turns(batch):
                     yield row
 
-    async def copy(self, sql: str, values: Values = ()) -> AsyncIterator[sqlite3.Row]:
-        """Copy the rows of a query, once for each connection, and return what reads the copy; that
-        works after the snapshot has ended, too. SQLite makes the copy at its own speed, in a
-        temporary file without a name, which ends with the connection."""
+    async def copy(self, sql: str, values: Values = ()) -> None:
+        """Copy the rows of a query to the table `temp.copied`, which can be read when the snapshot
+        has ended, too. SQLite writes it at its own speed to a file without a name, which vanishes
+        with the connection."""
         await self.all(f"CREATE TEMP TABLE copied AS {sql}", values)
-        return self.rows("SELECT * FROM temp.copied ORDER BY rowid")
 
 
 @contextlib.asynccontextmanager
@@ -199,7 +198,7 @@ class Store:
         self._wake = asyncio.Event()
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
         self._checks = asyncio.Semaphore(1)
-        self._empty_wal_at = MAX_WAL_BYTES
+        self._wal_bytes_left = 0  # when it was to be emptied, because of another program's reader
         self._trying = asyncio.Lock()  # whether a commit succeeds
         self._closing = False
         self._latest = 0
@@ -371,14 +370,16 @@ class Store:
         size = self.wal_bytes
         idle = not self._waiting and time.monotonic() - self.committed_at > IDLE_SECONDS
         try:
-            if size > self._empty_wal_at:
+            if size > max(MAX_WAL_BYTES, 2 * self._wal_bytes_left):
                 async with contextlib.AsyncExitStack() as places:
                     for _ in range(MOST_SNAPSHOTS):  # those that are open end, and none begins
                         await places.enter_async_context(self._snapshots)
                     await self._writer.empty_wal()
-                self._empty_wal_at = max(MAX_WAL_BYTES, 2 * self.wal_bytes)
+                self._wal_bytes_left = self.wal_bytes
             elif size > KEPT_WAL_BYTES and idle:
                 await self._writer.empty_wal()
+            elif size <= KEPT_WAL_BYTES:
+                self._wal_bytes_left = 0
         except sqlite3.Error as error:
             raise LedgerUnavailable(f"the WAL file can't be emptied: {error}") from None
 
