@@ -201,7 +201,7 @@ redbtc_reports.REQUESTS = {f"{FOR_EVER} WHERE i < 0"!r}
     assert done.returncode == 1
     assert done.stdout.strip() == ""
     assert "within 1 seconds" in done.stderr
-    wait_until(lambda: psutil.Process(gateway.pid).num_threads() == threads)
+    wait_until(lambda: psutil.Process(gateway.pid).num_threads() <= threads)
     assert gateway.api("GET", "/usage")["totals"]["requests"] == 0
 
 
