@@ -30,6 +30,7 @@ import redbtc_admin as admin
 import redbtc_billing as billing
 import redbtc_ledger as ledger
 from redbtc_billing import Books
+from redbtc_files import DatabaseInUse
 from redbtc_ledger import Accounts
 from redbtc_reports import csv_lines, statement_lines
 from redbtc_settings import (
@@ -43,7 +44,7 @@ from redbtc_settings import (
     shipped,
 )
 from redbtc_shapes import NewPrices
-from redbtc_store import DatabaseInUse, Store
+from redbtc_store import Store
 
 # ── Reaching it ──────────────────────────────────────────────────────────────────────────────────
 

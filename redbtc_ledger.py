@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
+from redbtc_commits import RETRY_SECONDS
 from redbtc_rows import (
     COLUMNS,
     DROP_UNSETTLED,
     FORGET,
     KEEP_ESTIMATE,
     KEEP_UNSETTLED,
-    MOST_ROWS,
+    MAX_ROWS,
     RECORD,
     Row,
     Usage,
@@ -49,7 +50,7 @@ from redbtc_settings import (
     now_ms,
     shown_limit,
 )
-from redbtc_store import APPLICATION_ID, RETRY_SECONDS, Store, migrations, schema
+from redbtc_store import APPLICATION_ID, Store, migrations, schema
 
 # ── Keys ─────────────────────────────────────────────────────────────────────────────────────────
 # sk-redbtc-, 256 bits of chance as 43 base62 characters, and the CRC32 of all before it as 6 more:
@@ -375,6 +376,7 @@ def _columns(kind: str, columns: Record) -> Record:
 
 async def begin(store: Store, row: Row) -> None:
     """Commit the row as pending. Raises LedgerUnavailable; then it will not be in the ledger."""
+    row.run = store.run
     await store.record(RECORD, values_of(row), insist=False)
 
 
@@ -498,7 +500,7 @@ class Claim(NamedTuple):
         return Claim(self.account_id, home)
 
 
-@functools.lru_cache(MOST_ROWS)
+@functools.lru_cache(MAX_ROWS)
 def own_of(rows: int) -> str:
     """Return OWN for so many objects at once."""
     return OWN.format(rows=", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows))
@@ -539,8 +541,8 @@ class Objects:
                 )
             if claim is not before:  # nothing in it is new
                 values.append((each, account_id, *claim.home, now))
-        for at in range(0, len(values), MOST_ROWS):
-            rows = values[at : at + MOST_ROWS]
+        for at in range(0, len(values), MAX_ROWS):
+            rows = values[at : at + MAX_ROWS]
             row = list(chain(*rows))
             written = self._store.record(own_of(len(rows)), row, insist=True, lasting=False)
         if values:

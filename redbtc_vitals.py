@@ -48,8 +48,8 @@ async def watch_size(store: Store) -> None:
         await asyncio.sleep(WATCH_SECONDS)
         note_room(low, store)
         try:
-            await store.shrink()
-            stuck.note(False)
+            if await store.shrink():
+                stuck.note(False)
         except LedgerUnavailable as error:
             stuck.note(True, reason=str(error))
 
@@ -89,7 +89,7 @@ class Vitals:
         yield gauge(
             "redbtc_ledger_seconds_since_commit",
             "Since the last good commit of the ledger",
-            time.monotonic() - store.committed_at,
+            time.monotonic() - store.commits.committed_at,
         )
         yield gauge(
             "redbtc_loop_lag_seconds",
@@ -97,11 +97,15 @@ class Vitals:
             max(self._lag, self._lag_before),
         )
         for name, what, histogram in (
-            ("redbtc_ledger_commit_seconds", "Of a commit of the ledger", store.commit_seconds),
+            (
+                "redbtc_ledger_commit_seconds",
+                "Of a commit of the ledger",
+                store.commits.commit_seconds,
+            ),
             (
                 "redbtc_ledger_begin_seconds",
                 "From a request's begin to its commit in the ledger",
-                store.begin_seconds,
+                store.commits.begin_seconds,
             ),
         ):
             family = HistogramMetricFamily(name, what)

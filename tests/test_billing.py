@@ -33,6 +33,7 @@ import redbtc_ledger as ledger
 import redbtc_reports as reports
 import redbtc_store
 from redbtc_billing import Books, Hold, Price, PriceList, Spent
+from redbtc_commits import Health
 from redbtc_ledger import Accounts, Key
 from redbtc_reports import TOKENS, Range
 from redbtc_rows import Row, Usage, UsageSource
@@ -322,7 +323,7 @@ class Bench:
     def stop(self, crash: bool = False) -> None:
         """With `crash` what waits to be written is lost."""
         if crash:
-            self.store.healthy = False
+            self.store.commits.health = Health.FAILING
         self.run(self._stack.aclose())
 
     def close(self) -> None:

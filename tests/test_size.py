@@ -146,8 +146,8 @@ redbtc_reports.usage_by = slow
 def test_a_client_that_reads_slowly_keeps_no_snapshot(make_gateway: MakeGateway) -> None:
     gateway = make_gateway()
     fill(gateway, 5000)
-    files = set(os.listdir(gateway.folder)) | {"stderr", "redbtc.db.sock"}
     gateway.start()
+    files = set(os.listdir(gateway.folder))
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect(f"{gateway.database}.sock")
         slow.sendall(b"GET /admin/v1/requests HTTP/1.1\r\nhost: gateway\r\n\r\n")
@@ -156,7 +156,7 @@ def test_a_client_that_reads_slowly_keeps_no_snapshot(make_gateway: MakeGateway)
         with load(gateway) as served:
             served(700)
         assert wal_bytes(gateway) < 10 << 20
-        assert set(os.listdir(gateway.folder)) - files == {"redbtc.db-wal", "redbtc.db-shm"}
+        assert set(os.listdir(gateway.folder)) == files
         slow.settimeout(PATIENCE_SECONDS)
         while not answer.endswith(b"\r\n0\r\n\r\n"):
             part = slow.recv(1 << 20)
