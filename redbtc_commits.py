@@ -301,15 +301,15 @@ class Commits:
             else:
                 self._failed(entries, error)
         else:
-            self.commit_seconds.observe(time.monotonic() - began)
-            await self._written(group, changed)
+            await self._written(group, changed, began)
 
-    async def _written(self, group: Group, changed: list[int]) -> None:
+    async def _written(self, group: Group, changed: list[int], began: float) -> None:
         if rows := group.unchanged(changed):
             await self._repair(rows)
         self._turn(Health.WELL)
         self.count += 1
         self.committed_at = time.monotonic()
+        self.commit_seconds.observe(self.committed_at - began)
         for entry in group.entries:
             if not entry.insist:
                 self.begin_seconds.observe(self.committed_at - entry.at)
