@@ -165,31 +165,23 @@ class Writer(aiosqlite.Connection):
         return self._thread.is_alive()
 
 
-class Group:
-    """Entries as one transaction: rows of requests that follow one another are one statement."""
-
-    def __init__(self, entries: list[Entry]) -> None:
-        self.entries = entries
-        self.changes: list[Change] = []
-        self._rows: list[tuple[int, list[Sequence[Any]]]] = []  # by place in `changes`
-        for sql, same in groupby(entries, key=lambda entry: entry.sql):
-            values = [entry.values for entry in same]
-            if sql == RECORD:
-                self._add_rows(values)
-            else:
-                self.changes += [(sql, each) for each in values]
-
-    def _add_rows(self, values: list[Sequence[Any]]) -> None:
-        for at in range(0, len(values), MAX_ROWS):
-            rows = values[at : at + MAX_ROWS]
-            self._rows.append((len(self.changes), rows))
-            self.changes.append((record_of(len(rows)), list(chain(*rows))))
-
-    def unchanged(self, changed: list[int]) -> list[Sequence[Any]]:
-        """Return rows of which some were not written, since they were not pending. `changed` is how
-        many rows each of the changes has changed."""
-        found = [rows for at, rows in self._rows if changed[at] != len(rows)]
-        return list(chain(*found))
+def changes_of(entries: list[Entry]) -> tuple[list[Change], list[int]]:
+    """Return entries as the statements of one transaction, in which rows of requests that follow
+    one another are one statement. The second list has the number of rows that each statement must
+    change, 0 if that is not known."""
+    if len(entries) == 1:
+        (entry,) = entries
+        return [(entry.sql, entry.values)], [1 if entry.sql == RECORD else 0]
+    changes: list[Change] = []
+    counts: list[int] = []
+    for sql, same in groupby(entries, key=lambda entry: entry.sql):
+        values = [entry.values for entry in same]
+        most = MAX_ROWS if sql == RECORD else 1
+        for at in range(0, len(values), most):
+            rows = values[at : at + most]
+            changes.append((record_of(len(rows)), list(chain(*rows))) if most > 1 else (sql, *rows))
+            counts.append(len(rows) if most > 1 else 0)
+    return changes, counts
 
 
 class Commits:
@@ -238,13 +230,15 @@ class Commits:
         return not waiting and time.monotonic() - self.committed_at > IDLE_SECONDS
 
     def record(
-        self, sql: str, values: Sequence[Any], insist: bool, lasting: bool
+        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
     ) -> asyncio.Future[None]:
         """Write in the next group; the future is done when it is on disk. With `insist` it is tried
         until it succeeds, otherwise the future raises LedgerUnavailable if this try fails or takes
-        too long. `lasting`: it outlives a loss of power, not just this process."""
+        too long. `lasting`, usually as `insist`: it outlives a loss of power, not just this
+        process."""
         written: asyncio.Future[None] = self._loop.create_future()
         if self.healthy or insist:
+            lasting = insist if lasting is None else lasting
             self._waiting.append(Entry(sql, values, written, insist, lasting, time.monotonic()))
             self._wake.set()
         else:
@@ -265,57 +259,60 @@ class Commits:
     # Writing
 
     async def _work(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._write_groups()
+        try:
+            while not self._closing or self._waiting:
+                if self.healthy:
+                    await self._wake.wait()
+                    self._wake.clear()
+                else:
+                    await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(0)  # whoever is ready in this turn of the loop comes along
+                if self.health is Health.LOST:
+                    break
+                self._group, self._waiting = self._waiting, []
+                if self._group or not self.healthy:
+                    await self._write_group(self._group)
+                self._group = []
+        except asyncio.CancelledError:
+            if self.health is not Health.LOST:
+                raise
         if self.health is Health.LOST:
             await self._spill_groups()
 
-    async def _write_groups(self) -> None:
-        while not self._closing or self._waiting:
-            if self.healthy:
-                await self._wake.wait()
-                self._wake.clear()
-            else:
-                await asyncio.sleep(RETRY_SECONDS)
-            await asyncio.sleep(0)  # whoever is ready in this turn of the loop comes along
-            if self.health is Health.LOST:
-                return
-            self._group, self._waiting = self._waiting, []
-            if self._group or not self.healthy:
-                await self._write_group(self._group)
-            self._group = []
-
     async def _write_group(self, entries: list[Entry]) -> None:
-        group = Group(entries)
+        changes, counts = changes_of(entries)
         lasting = not self.healthy or any(entry.lasting for entry in entries)
         if not self.healthy:
-            group.changes.append((BEAT, (self._now(),)))
+            changes.append((BEAT, (self._now(),)))
+            counts.append(0)
         began = time.monotonic()
         try:
-            changed = await self._writer.write(
-                group.changes, self._synchronous if lasting else "normal"
-            )
+            changed = await self._writer.write(changes, self._synchronous if lasting else "normal")
         except Exception as error:
             if entries and is_about_a_value(error):
                 await self._isolate(entries, error)
             else:
                 self._failed(entries, error)
         else:
-            await self._written(group, changed, began)
+            for count, done in zip(counts, changed, strict=True):
+                if count > done:
+                    await self._repair([entry for entry in entries if entry.sql == RECORD])
+                    break
+            self._written(entries, began)
 
-    async def _written(self, group: Group, changed: list[int], began: float) -> None:
-        if rows := group.unchanged(changed):
-            await self._repair(rows)
-        self._turn(Health.WELL)
+    def _written(self, entries: list[Entry], began: float) -> None:
+        if not self.healthy:
+            self._turn(Health.WELL)
         self.count += 1
         self.committed_at = time.monotonic()
         self.commit_seconds.observe(self.committed_at - began)
-        for entry in group.entries:
+        for entry in entries:
             if not entry.insist:
                 self.begin_seconds.observe(self.committed_at - entry.at)
-            if entry.written.done():  # it has waited too long: its request was refused
+            if not entry.written.done():
+                entry.written.set_result(None)
+            else:  # it has waited too long: its request was refused
                 self._undo(entry)
-            entry.done()
 
     def _undo(self, entry: Entry) -> None:
         """Take back a row that was begun, or may have been, for a request that was refused."""
@@ -392,11 +389,11 @@ class Commits:
 
     # Rows that somebody else has closed
 
-    async def _repair(self, rows: list[Sequence[Any]]) -> None:
+    async def _repair(self, entries: list[Entry]) -> None:
         """Look at rows that were not pending when they were to be settled. After a commit of
         unknown fate they are as they should be. A row that another process has marked as
         interrupted is opened again and settled."""
-        for values in rows:
+        for values in (entry.values for entry in entries):
             wanted = dict(zip(COLUMNS, values, strict=True))
             found = await self._stored(wanted["request_id"])
             if found is None or all(found[name] == wanted[name] for name in SETTLED):

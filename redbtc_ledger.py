@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
+from redbtc_backup import FILE_CHECKS
 from redbtc_commits import RETRY_SECONDS
 from redbtc_rows import (
     COLUMNS,
@@ -39,6 +40,7 @@ from redbtc_rows import (
     joined,
     values_of,
 )
+from redbtc_schema import APPLICATION_ID, newest_version
 from redbtc_settings import (
     NANOS,
     Conflict,
@@ -50,7 +52,7 @@ from redbtc_settings import (
     now_ms,
     shown_limit,
 )
-from redbtc_store import APPLICATION_ID, Store, migrations, schema
+from redbtc_store import Store
 
 # ── Keys ─────────────────────────────────────────────────────────────────────────────────────────
 # sk-redbtc-, 256 bits of chance as 43 base62 characters, and the CRC32 of all before it as 6 more:
@@ -775,8 +777,7 @@ async def correct(store: Store, values: Sequence[Any], usage: Usage) -> None:
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────
 
-CHECKS = {
-    "foreign keys": "PRAGMA foreign_key_check",
+CHECKS = FILE_CHECKS | {
     "usage that is not the sum of its requests": """
         SELECT account_id, month FROM (
             SELECT account_id, month, requests, cost_units AS units, cost_nanos AS nanos
@@ -799,12 +800,13 @@ TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
 
 
 async def check_database(store: Store) -> list[str]:
-    """Return what is wrong with the file, line by line. Each table, and each other check, is read
-    through a snapshot of its own, so that none lasts long."""
-    checks = {"integrity of sqlite_schema": CHECK_TABLE.format("sqlite_schema"), **CHECKS}
+    """Return what is wrong with the file, line by line. Each table, in place of the integrity of
+    the whole, and each other check is read through a snapshot of its own, so that none lasts long.
+    """
     async with store.snapshot() as snapshot:
-        for (table,) in await snapshot.all(TABLES):
-            checks[f"integrity of {table}"] = CHECK_TABLE.format(table)
+        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLES)]]
+    checks = {f"integrity of {table}": CHECK_TABLE.format(table) for table in tables}
+    checks |= {name: sql for name, sql in CHECKS.items() if name != "integrity"}
     return [line for name, sql in checks.items() for line in await check(store, name, sql)]
 
 
@@ -837,7 +839,7 @@ def check_file(path: Path, currency: str) -> list[str]:
     wrong = [f"{path}: {line}" for (line,) in rows if line != "ok"]
     if marked != APPLICATION_ID:
         wrong.append(f"{path}: a database of another program")
-    elif version > max(migrations(schema())):
+    elif version > newest_version():
         wrong.append(f"{path}: written by a newer version of this program (schema {version})")
     if any(other != currency for (other,) in others):
         wrong.append(f"billing.currency is {currency}, but the ledger is in {others[0][0]}")

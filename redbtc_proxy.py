@@ -1539,6 +1539,7 @@ class Running:
         ]
         for task in tasks:
             task.add_done_callback(self._ended)
+        gateway.unended.ended = self._failed
         self._guard.lead_to(*apps_of(gateway))
         gc.collect()
         gc.freeze()  # what is there now stays: to look through it each time would take 25 ms
@@ -1552,9 +1553,14 @@ class Running:
         for task in tasks[2:]:
             task.cancel()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """A task that runs as long as the process has ended: say why, and end the process, so that
-        a supervisor starts it again."""
+    def _failed(self, task: asyncio.Task[Any]) -> None:
+        """End the process if a task has failed."""
+        if not task.cancelled() and task.exception():
+            self._ended(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        """A task that must not end has ended: say why, and end the process, so that a supervisor
+        starts it again."""
         if self._over or task.cancelled():
             return
         say(logging.CRITICAL, "task ended", task=task.get_name(), **shown_error(task.exception()))
@@ -1747,6 +1753,10 @@ async def open_gateway(
     ahead = (store.time() - now_ms()) // 1000
     if ahead > 60:
         say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
+    if store.migrated:
+        say(logging.INFO, "migrated", **store.migrated._asdict())
+    if store.replaced:
+        say(logging.INFO, "restore finished", replaced=str(store.replaced))
     for line in missing_keys(settings):
         say(logging.WARNING, "unusable", reason=line)
     if start.as_json:

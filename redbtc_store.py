@@ -11,22 +11,23 @@ import errno
 import hmac
 import logging
 import os
-import re
 import secrets
 import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
 
+from redbtc_backup import Damaged, back_up_before_migration, complete_restore
 from redbtc_checks import Check, Say, is_corrupt
 from redbtc_commits import BEAT, Commits, Health, Writer, is_about_a_value, reason_of
 from redbtc_files import OpenFiles, hold, hold_lock
 from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, joined
-from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms, shipped
+from redbtc_schema import APPLICATION_ID, migrations, schema
+from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms
 from redbtc_slices import with_turns
 from redbtc_spill import Change, Spill
 
@@ -34,14 +35,12 @@ from redbtc_spill import Change, Spill
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
 # of their own that can't write. A lock file beside the database keeps every other process out.
 
-APPLICATION_ID = 0x52424343  # marks the file as ours
 BUSY_TIMEOUT_MS = 1000
 MOST_SNAPSHOTS = 8
 MAX_SNAPSHOT_SECONDS = 30  # as long as one is open, the WAL file grows with each commit
 MAX_CHECK_SECONDS = 3600  # of one table
 KEPT_WAL_BYTES = 16 << 20  # usual are 4 MB; a larger file is emptied once the ledger is idle
 MAX_WAL_BYTES = 64 << 20  # of a file for which snapshots needn't wait until it is emptied
-SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
@@ -57,15 +56,15 @@ LATEST_RUN = "SELECT max(id) FROM runs"
 Values = Sequence[Any] | dict[str, Any]
 
 
-def schema() -> str:
-    """The text of schema.sql."""
-    return shipped("schema.sql").read_text(encoding="utf-8")
+class Migrated(NamedTuple):
+    """How a database was brought to a newer schema. `backup`: the copy made before, or empty where
+    there is none; then `no_backup` says why."""
 
-
-def migrations(text: str) -> dict[int, str]:
-    """The sections of schema.sql by the version that each brings the database to."""
-    parts = SECTION.split(text)
-    return {int(number): script for number, script in zip(parts[1::2], parts[2::2], strict=True)}
+    before: int
+    after: int
+    seconds: float
+    backup: str
+    no_backup: str
 
 
 ROWS_AT_ONCE = 500
@@ -74,13 +73,21 @@ ROWS_AT_ONCE = 500
 class Reader:
     """A connection that can't write. Rows are by position or by column name."""
 
-    def __init__(self, connection: aiosqlite.Connection) -> None:
+    def __init__(
+        self, connection: aiosqlite.Connection, notice: Callable[[Exception], None]
+    ) -> None:
+        """`notice` is called with what SQLite raises."""
         connection.row_factory = sqlite3.Row
         self._connection = connection
+        self._notice = notice
 
     async def all(self, sql: str, values: Values = ()) -> list[sqlite3.Row]:
         """All rows of a query, in one call to its thread."""
-        return list(await self._connection.execute_fetchall(sql, values))
+        try:
+            return list(await self._connection.execute_fetchall(sql, values))
+        except sqlite3.Error as error:
+            self._notice(error)
+            raise
 
     async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:
         """The first row of a query."""
@@ -160,6 +167,14 @@ def opening_error(path: Path, error: sqlite3.Error | OSError) -> LedgerError:
     return LedgerError(said)
 
 
+class Record(Protocol):
+    """The type of Commits.record."""
+
+    def __call__(
+        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
+    ) -> asyncio.Future[None]: ...
+
+
 class Store:
     """The database of one gateway, opened by `async with Store.open(...)`.
 
@@ -170,9 +185,12 @@ class Store:
     def __init__(self, path: Path, synchronous: str) -> None:
         self.path = path
         self.interrupted = 0  # rows that the process before this one left behind
+        self.migrated: Migrated | None = None  # as this process opened it
+        self.replaced: Path | None = None  # by a restore that this process finished
         self.owed = 0  # changes in the spill file that were taken up
         self.run: int | None = None  # the number of this run of a gateway
         self.commits: Commits
+        self.record: Record
         self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
@@ -199,6 +217,7 @@ class Store:
 
     async def _open(self, stack: contextlib.AsyncExitStack, serving: Serving | None) -> None:
         stack.enter_context(hold_lock(self.path))
+        self.replaced = complete_restore(self.path)
         spill = Spill(self.path)
         refuse_without(self.path, spill)
         stack.enter_context(hold(self.path))
@@ -215,6 +234,7 @@ class Store:
         self._latest = await self._value(LATEST)
         say = serving.say if serving else silent
         self.commits = Commits(self.path, writer, spill, self._synchronous, self.time, say)
+        self.record = self.commits.record
         stack.push_async_callback(self.commits.close)
         await self.transact((MAKE_SECRET, (secrets.token_bytes(32),)))
         await self._take_up(spill, say)
@@ -226,7 +246,7 @@ class Store:
         )
         self._secret: bytes = await self._value(SECRET)
         reader = aiosqlite.connect(self._read_only, uri=True)
-        self._reader = Reader(await stack.enter_async_context(reader))
+        self._reader = Reader(await stack.enter_async_context(reader), self.commits.notice)
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
         stack.callback(self._lookup.close)
         if serving:
@@ -299,11 +319,25 @@ class Store:
                 f"{self.path} was written by a newer version of this program (schema {version}; "
                 f"this one knows {max(sections)})"
             )
-        for number, script in sorted(sections.items()):
-            if number > version:
-                await self._writer.executescript(
-                    f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
-                )
+        due = {number: script for number, script in sorted(sections.items()) if number > version}
+        if not due:
+            return
+        started, backup, no_backup = time.monotonic(), "", ""
+        if version:
+            backup, no_backup = await self._back_up(max(due))
+        for number, script in due.items():
+            await self._writer.executescript(
+                f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
+            )
+        if version:
+            seconds = round(time.monotonic() - started, 3)
+            self.migrated = Migrated(version, max(due), seconds, backup, no_backup)
+
+    async def _back_up(self, version: int) -> tuple[str, str]:
+        try:
+            return await asyncio.to_thread(back_up_before_migration, self.path, version)
+        except Damaged as error:
+            raise LedgerDamaged(f"{error}. It was not migrated") from None
 
     async def _value(self, sql: str) -> Any:
         async with self._writer.execute(sql) as cursor:
@@ -377,7 +411,7 @@ class Store:
                 connection = await (outlived_by or own).enter_async_context(connecting)
                 async with asyncio.timeout(seconds), _interrupting(connection):
                     await connection.execute("BEGIN")
-                    yield Reader(connection)
+                    yield Reader(connection, self.commits.notice)
                     await connection.commit()
         except TimeoutError:
             raise LedgerUnavailable(
@@ -463,15 +497,6 @@ class Store:
             self.commits.notice(error)
             raise LedgerUnavailable(f"the database can't be written: {reason_of(error)}") from None
         return changed[-1 if by is None else -2]
-
-    def record(
-        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
-    ) -> asyncio.Future[None]:
-        """Write in the next group; the future is done when it is on disk. With `insist` it is tried
-        until it succeeds, otherwise the future raises LedgerUnavailable if this try fails or takes
-        too long. `lasting`, usually as `insist`: it outlives a loss of power, not just this
-        process."""
-        return self.commits.record(sql, values, insist, insist if lasting is None else lasting)
 
     async def settle_time(self) -> int:
         """The ledger's time, kept so that it holds after a restart, and after all that was to be

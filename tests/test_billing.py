@@ -37,6 +37,7 @@ from redbtc_commits import Health
 from redbtc_ledger import Accounts, Key
 from redbtc_reports import TOKENS, Range
 from redbtc_rows import Row, Usage, UsageSource
+from redbtc_schema import APPLICATION_ID, migrations, schema
 from redbtc_settings import (
     NANOS,
     Billing,
@@ -48,7 +49,7 @@ from redbtc_settings import (
     months_after,
     parse_amount,
 )
-from redbtc_store import APPLICATION_ID, Store, migrations, schema
+from redbtc_store import Store
 
 HOUR = 3_600_000
 DAY = 24 * HOUR

@@ -17,7 +17,8 @@ import httpx2
 import pytest
 from conftest import MakeGateway, needs
 from gateway import PATIENCE_SECONDS, ROOT, Gateway, wait_until
-from test_crash import fill, post
+from test_crash import RESPONSE, fill, post
+from test_stored import Memory
 from upstream import Received, Reply, Upstream, openai_like
 
 REFUSED = (503, "ledger_unavailable")
@@ -609,3 +610,50 @@ def test_rows_that_another_process_has_closed_are_opened_again(
     used = gateway.cli("usage", "--group-by", "model")
     assert used["totals"]["requests"] == 8
     assert used["totals"]["unreported"] == 0
+
+
+def test_a_background_response_is_asked_for_after_any_error(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    code = """
+import redbtc_exchange
+async def ending(*values):
+    if fault():
+        raise getattr(builtins, fault())
+    return await ask(*values)
+ask, redbtc_exchange.ask = redbtc_exchange.ask, ending
+"""
+    gateway = faulty(make_gateway(), code).start()
+    key = gateway.new_key()
+    set_fault(gateway, "MemoryError")
+    upstream.script = Memory()
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json={**RESPONSE, "background": True})
+    assert answer.status_code == 200
+    wait_until(lambda: "background response not asked for" in gateway.log())
+    mend(gateway)
+    wait_until(lambda: outcomes(gateway) == ["completed"])
+
+
+def test_a_background_response_that_can_not_be_settled_ends_the_process(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    code = """
+import redbtc_exchange
+async def ending(*values):
+    if fault():
+        raise RuntimeError
+    return await count(*values)
+count, redbtc_exchange.count_containers = redbtc_exchange.count_containers, ending
+"""
+    gateway = faulty(make_gateway(), code).start()
+    key = gateway.new_key()
+    upstream.script = Memory()
+    set_fault(gateway)
+    with gateway.client(key) as client:
+        client.post("/responses", json={**RESPONSE, "background": True})
+    assert gateway.wait() == 70
+    assert '"task":"background responses"' in gateway.log()
+    mend(gateway)
+    gateway.start()
+    wait_until(lambda: outcomes(gateway) == ["completed"])
