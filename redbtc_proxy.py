@@ -120,6 +120,7 @@ from redbtc_upstreams import (
     headers_for_client,
     headers_for_upstream,
 )
+from redbtc_vitals import Vitals, watch_size
 from redbtc_watch import LOG, App, Message, Receive, Scope, Send, Watch, say, shown_error
 from redbtc_websocket import RESPONSES, UPGRADE, Session, WebSocketProtocol
 
@@ -907,6 +908,8 @@ class Gateway:
         self.clocks = Clocks()
         self.watch = watch
         self.watch.registry.register(self)
+        self.vitals = Vitals(books.store)
+        self.watch.registry.register(self.vitals)
         self.settings = settings
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.objects = Objects(books.store)
@@ -1531,6 +1534,8 @@ class Running:
             *gateway.store.commits.tasks,
             asyncio.create_task(redbtc_webhook.post_for_ever(gateway.books, say), name="webhook"),
             asyncio.create_task(preserve(gateway), name="preserve"),
+            asyncio.create_task(watch_size(gateway.store), name="size"),
+            asyncio.create_task(gateway.vitals.watch_loop(), name="loop lag"),
             asyncio.create_task(watch_log(), name="log"),
         ]
         for task in tasks:
