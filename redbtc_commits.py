@@ -27,6 +27,7 @@ import aiosqlite
 
 from redbtc_checks import Say, is_corrupt
 from redbtc_files import FileChanged, OpenFiles
+from redbtc_histogram import COMMIT_SECONDS, Histogram
 from redbtc_rows import (
     COLUMNS,
     FORGET,
@@ -39,10 +40,11 @@ from redbtc_rows import (
     record_of,
 )
 from redbtc_settings import LedgerUnavailable
-from redbtc_spill import Change, Spill
+from redbtc_spill import Change, Spill, line_of
 
 RETRY_SECONDS = 0.25
 WATCH_SECONDS = 0.1
+IDLE_SECONDS = 1
 MAX_BEGIN_SECONDS = 1.9  # and WATCH_SECONDS: nobody waits longer than 2 s to be admitted
 RESCUE_SECONDS = 10  # between two tries
 GONE = (
@@ -153,6 +155,22 @@ class Writer(Connection):
             raise
         return changed
 
+    async def empty_wal(self) -> None:
+        """Copy the WAL into the database and empty the WAL file. While a reader still needs it,
+        only copy. Raises sqlite3.Error, FileChanged, OSError."""
+        await self._execute(self._empty_wal)  # type: ignore[no-untyped-call]
+
+    def _empty_wal(self) -> None:
+        if self.files:
+            self.files.check()
+        database = self._conn
+        (patience,) = database.execute("PRAGMA busy_timeout").fetchone()
+        database.execute("PRAGMA busy_timeout = 0")  # commits must not wait for a reader
+        try:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            database.execute(f"PRAGMA busy_timeout = {patience}")
+
     @property
     def works(self) -> bool:
         """Return whether its thread runs."""
@@ -196,6 +214,8 @@ class Commits:
         self.failure = ""  # why not
         self.count = 0  # of commits
         self.committed_at = time.monotonic()
+        self.commit_seconds = Histogram(COMMIT_SECONDS)
+        self.begin_seconds = Histogram(COMMIT_SECONDS)  # from a request's begin to its commit
         self.repaired = 0  # rows that somebody else had closed
         self.run = 0  # the number of this run, which its rows carry
         self._database = database
@@ -214,6 +234,12 @@ class Commits:
             asyncio.create_task(self._work(), name="ledger"),
             asyncio.create_task(self._watch(), name="ledger watch"),
         ]
+
+    @property
+    def idle(self) -> bool:
+        """Return whether nothing waits, and nothing was committed for IDLE_SECONDS."""
+        waiting = self._waiting or self._group
+        return not waiting and time.monotonic() - self.committed_at > IDLE_SECONDS
 
     def record(
         self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
@@ -271,6 +297,7 @@ class Commits:
         if not self.healthy:
             changes.append((BEAT, (self._now(),)))
             counts.append(0)
+        began = time.monotonic()
         try:
             changed = await self._writer.write(changes, self._synchronous if lasting else "normal")
         except Exception as error:
@@ -283,14 +310,17 @@ class Commits:
                 if count > done:
                     await self._repair([entry for entry in entries if entry.sql == RECORD])
                     break
-            self._written(entries)
+            self._written(entries, began)
 
-    def _written(self, entries: list[Entry]) -> None:
+    def _written(self, entries: list[Entry], began: float) -> None:
         if not self.healthy:
             self._turn(Health.WELL)
         self.count += 1
         self.committed_at = time.monotonic()
+        self.commit_seconds.observe(self.committed_at - began)
         for entry in entries:
+            if not entry.insist:
+                self.begin_seconds.observe(self.committed_at - entry.at)
             if not entry.written.done():
                 entry.written.set_result(None)
             else:  # it has waited too long: its request was refused
@@ -356,9 +386,9 @@ class Commits:
 
     def _set_aside(self, entry: Entry, error: Exception) -> None:
         """Put a change that can't be committed into a file of its own: nothing is thrown away."""
-        self._say_refused(entry, error, file=str(self._spill.path) + ".refused")
+        self._say_refused(entry, error, file=str(self._spill.refused))
         try:
-            self._spill.refuse([entry.change])
+            self._spill.refuse([line_of(entry.change)])
         except OSError as failed:
             self._failed([entry], failed)
         else:

@@ -71,11 +71,11 @@ def identity_of(file: Path | int) -> Identity | None:
 
 
 class OpenFiles:
-    """Which files an open database and its write-ahead log are."""
+    """Which files an open database, its write-ahead log and the index of that are."""
 
     def __init__(self, database: Path) -> None:
-        """Both files must exist. Raises OSError."""
-        paths = (database, Path(f"{database}-wal"))
+        """All must exist. Raises OSError."""
+        paths = (database, Path(f"{database}-wal"), Path(f"{database}-shm"))
         self._opened = {path: identity_of(path) for path in paths}
         self._checked_at = time.monotonic()
 
@@ -91,3 +91,12 @@ class OpenFiles:
             if found != opened:
                 what = "removed" if found is None else "replaced by another file"
                 raise FileChanged(f"{path} was {what} while the gateway had it open")
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is replaced or written to; () if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

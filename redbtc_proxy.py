@@ -87,6 +87,7 @@ from redbtc_exchange import (
     insufficient_quota,
     new_request_id,
 )
+from redbtc_files import DatabaseInUse, state_of
 from redbtc_http import NO_BODY
 from redbtc_ledger import Home, Key, Objects
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
@@ -129,6 +130,7 @@ from redbtc_upstreams import (
     headers_for_client,
     headers_for_upstream,
 )
+from redbtc_vitals import Vitals, watch_size
 from redbtc_watch import LOG, App, Message, Receive, Scope, Send, Watch, say, shown_error
 from redbtc_websocket import RESPONSES, UPGRADE, Session, WebSocketProtocol
 
@@ -924,6 +926,8 @@ class Gateway:
         self.clocks = Clocks()
         self.watch = watch
         self.watch.registry.register(self)
+        self.vitals = Vitals(books.store)
+        self.watch.registry.register(self.vitals)
         self.settings = settings
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.objects = Objects(books.store)
@@ -1547,6 +1551,8 @@ class Running:
             *gateway.store.commits.tasks,
             asyncio.create_task(redbtc_webhook.post_for_ever(gateway.books, say), name="webhook"),
             asyncio.create_task(preserve(gateway), name="preserve"),
+            asyncio.create_task(watch_size(gateway.store), name="size"),
+            asyncio.create_task(gateway.vitals.watch_loop(), name="loop lag"),
             asyncio.create_task(watch_log(), name="log"),
         ]
         for task in tasks:
@@ -1787,29 +1793,34 @@ async def open_gateway(
 
 
 DAMAGED = (
-    "Nothing was written into it. Stop the gateway and restore a backup: db restore FILE. If a "
-    "database was copied to this place by hand, a -wal file of another one may lie beside it."
+    "Nothing was written into it. Restore a backup: db restore FILE. If a database was copied to "
+    "this place by hand, a -wal file of another one may lie beside it."
 )
 
 
 async def open_ledger(stack: contextlib.AsyncExitStack, start: Start) -> Store:
-    """Open the ledger, which is tried again for as long as its disk is full or does not answer.
-    Raises LedgerError where that can't help."""
-    database = start.settings.database
+    """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
+    when a damaged one was replaced. Raises LedgerError where that can't help."""
+    database, path = start.settings.database, start.loaded.database_path
     serving = Serving(database.check_seconds, say, end_soon)
     said = ""
     while True:
-        opening = Store.open(start.loaded.database_path, database.synchronous, serving)
+        tried = state_of(path)
         try:
+            opening = Store.open(path, database.synchronous, serving)
             return await stack.enter_async_context(opening)
-        except LedgerUnavailable as error:
+        except LedgerDamaged as error:
+            say(logging.CRITICAL, "ledger damaged", reason=str(error), what_to_do=DAMAGED)
+            said = "damaged"
+            while state_of(path) == tried:
+                await asyncio.sleep(WATCH_SECONDS)
+        except (LedgerUnavailable, DatabaseInUse) as error:
+            if not said and isinstance(error, DatabaseInUse):
+                raise
             if str(error) != said:
                 said = str(error)
                 say(logging.ERROR, "ledger unavailable", reason=said)
             await asyncio.sleep(RETRY_SECONDS)
-        except LedgerDamaged as error:
-            say(logging.CRITICAL, "ledger damaged", reason=str(error), what_to_do=DAMAGED)
-            await asyncio.Event().wait()  # until a signal ends the process
 
 
 def end_soon() -> None:

@@ -43,7 +43,7 @@ class Spill:
 
     def __init__(self, database: Path) -> None:
         self.path = Path(f"{database}.owed")
-        self._refused = Path(f"{database}.owed.refused")
+        self.refused = Path(f"{database}.owed.refused")
         self._file: int | None = None
         self._end = 0  # of what is written
 
@@ -51,15 +51,20 @@ class Spill:
         """Return whether there is a file: its gateway runs, or did not end cleanly."""
         return self.path.exists()
 
-    def read(self) -> tuple[list[Change], int]:
-        """Return the changes in the file, in their order, and how many of its lines are damaged.
+    def read(self) -> tuple[list[Change], list[bytes]]:
+        """Return the changes in the file, in their order, and those of its lines that are damaged.
         Raises OSError."""
         try:
-            content = self.path.read_bytes().rstrip(b"\0")
+            content = self.path.read_bytes().replace(b"\0", b"")
         except FileNotFoundError:
-            return [], 0
-        changes = [change_of(line) for line in content.split(b"\n") if line.strip(b"\0")]
-        return [each for each in changes if each], changes.count(None)
+            return [], []
+        changes, damaged = [], []
+        for line in filter(None, content.split(b"\n")):
+            if change := change_of(line):
+                changes.append(change)
+            else:
+                damaged.append(line + b"\n")
+        return changes, damaged
 
     def reserve(self) -> None:
         """Empty the file and reserve its space, as far as there is any. Raises OSError."""
@@ -99,11 +104,12 @@ class Spill:
             self._end += len(line)
             yield
 
-    def refuse(self, changes: Sequence[Change]) -> None:
-        """Put changes that can't be committed aside, in a file that nothing reads but people.
-        Raises OSError."""
-        with self._refused.open("ab") as file:
-            file.writelines(line_of(each) for each in changes)
+    def refuse(self, lines: Sequence[bytes]) -> None:
+        """Put lines that can't be committed aside, in a file that nothing reads but people. Raises
+        OSError."""
+        if lines:
+            with open(self.refused, "ab") as file:
+                file.writelines(lines)
 
     def remove(self) -> None:
         """Remove the file: nothing is owed. If something is, close it only."""

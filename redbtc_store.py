@@ -29,7 +29,7 @@ from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, j
 from redbtc_schema import APPLICATION_ID, migrations, schema
 from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms
 from redbtc_slices import with_turns
-from redbtc_spill import Change, Spill
+from redbtc_spill import Change, Spill, line_of
 
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
@@ -37,6 +37,10 @@ from redbtc_spill import Change, Spill
 
 BUSY_TIMEOUT_MS = 1000
 MOST_SNAPSHOTS = 8
+MAX_SNAPSHOT_SECONDS = 30  # as long as one is open, the WAL file grows with each commit
+MAX_CHECK_SECONDS = 3600  # of one table
+KEPT_WAL_BYTES = 16 << 20  # usual are 4 MB; a larger file is emptied once the ledger is idle
+MAX_WAL_BYTES = 64 << 20  # of a file for which snapshots needn't wait until it is emptied
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
@@ -95,6 +99,22 @@ class Reader:
             while batch := await cursor.fetchmany(ROWS_AT_ONCE):
                 async for row in with_turns(batch):
                     yield row
+
+    async def copy(self, sql: str, values: Values = ()) -> None:
+        """Copy the rows of a query to the table `temp.copied`, which can be read when the snapshot
+        has ended, too. SQLite writes it at its own speed to a file without a name, which vanishes
+        with the connection."""
+        await self.all(f"CREATE TEMP TABLE copied AS {sql}", values)
+
+
+@contextlib.asynccontextmanager
+async def _interrupting(connection: aiosqlite.Connection) -> AsyncIterator[None]:
+    """On an exception, interrupt the query that runs: nobody waits for its result any more."""
+    try:
+        yield
+    except BaseException:
+        await connection.interrupt()
+        raise
 
 
 class LedgerDamaged(LedgerError):
@@ -174,6 +194,8 @@ class Store:
         self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
+        self._checks = asyncio.Semaphore(1)
+        self._wal_bytes_left = 0  # when it was to be emptied, because of another program's reader
         self._trying = asyncio.Lock()  # whether a commit succeeds
         self._latest = 0
 
@@ -261,11 +283,11 @@ class Store:
                 if not is_about_a_value(error):
                     raise
                 refused.append(change)
-        spill.refuse(refused)
+        spill.refuse([*map(line_of, refused), *damaged])
         spill.reserve()
         spill.close()
         self.owed = len(changes)
-        facts = {"changes": len(changes), "refused": len(refused), "damaged": damaged}
+        facts = {"changes": len(changes), "refused": len(refused), "damaged": len(damaged)}
         say(logging.WARNING, "took up what was owed", **facts)
 
     def _connection(self) -> Connection:
@@ -285,6 +307,7 @@ class Store:
             "synchronous": (self._synchronous, {"full": 2, "normal": 1}[self._synchronous]),
             "foreign_keys": ("ON", 1),
             "secure_delete": ("ON", 1),
+            "journal_size_limit": (KEPT_WAL_BYTES, KEPT_WAL_BYTES),
         }
         for pragma, (value, expected) in wanted.items():
             if await self._value(f"PRAGMA {pragma}") != expected:
@@ -364,13 +387,77 @@ class Store:
         """The first row of a query."""
         return await self._reader.one(sql, values)
 
+    def snapshot(
+        self, outlived_by: contextlib.AsyncExitStack | None = None
+    ) -> contextlib.AbstractAsyncContextManager[Reader]:
+        """Return a reader to which the database stands still, with a connection and a thread of its
+        own, for at most MAX_SNAPSHOT_SECONDS. At most MOST_SNAPSHOTS are open at a time.
+        `outlived_by`: the connection stays open until that stack is closed, so that a copy can be
+        read after the snapshot has ended. Raises LedgerUnavailable if the database can't be read,
+        or not in that time."""
+        return self._snapshot(self._snapshots, MAX_SNAPSHOT_SECONDS, outlived_by)
+
+    def snapshot_to_check(self) -> contextlib.AbstractAsyncContextManager[Reader]:
+        """Return a snapshot for a check of the database, which may take MAX_CHECK_SECONDS. One is
+        open at a time. Raises LedgerUnavailable."""
+        return self._snapshot(self._checks, MAX_CHECK_SECONDS)
+
     @contextlib.asynccontextmanager
-    async def snapshot(self) -> AsyncIterator[Reader]:
-        """Whatever is read through it is of one instant. Each has a thread of its own: there are no
-        more than MOST_SNAPSHOTS at a time."""
-        async with self._snapshots, self._connection() as connection:
-            await connection.execute("BEGIN")
-            yield Reader(connection, self.commits.notice)
+    async def _snapshot(
+        self,
+        places: asyncio.Semaphore,
+        seconds: float,
+        outlived_by: contextlib.AsyncExitStack | None = None,
+    ) -> AsyncIterator[Reader]:
+        try:
+            async with places, contextlib.AsyncExitStack() as own:
+                connection = await (outlived_by or own).enter_async_context(self._connection())
+                async with asyncio.timeout(seconds), _interrupting(connection):
+                    await connection.execute("BEGIN")
+                    yield Reader(connection, self.commits.notice)
+                    await connection.commit()
+        except TimeoutError:
+            raise LedgerUnavailable(
+                f"the ledger can't be read within {seconds} seconds; ask for less of it at a time"
+            ) from None
+        except sqlite3.Error as error:
+            raise LedgerUnavailable(f"the ledger can't be read: {error}") from None
+
+    # Size
+
+    @property
+    def wal_bytes(self) -> int:
+        """The size of the WAL file."""
+        return size_of(f"{self.path}-wal")
+
+    async def shrink(self) -> bool:
+        """Empty the WAL file if it is large and the ledger is idle, or if it is too large: SQLite
+        reuses the file only at an instant without a reader, and snapshots can overlap for ever.
+        Return False if it is large and not the time for that. Emptying 40 MB takes about 80 ms; the
+        commit that reuses them takes 50. Raises LedgerUnavailable."""
+        size = self.wal_bytes
+        if size <= KEPT_WAL_BYTES:
+            self._wal_bytes_left = 0
+        elif not self.healthy:
+            return False
+        elif size > max(MAX_WAL_BYTES, 2 * self._wal_bytes_left):
+            async with contextlib.AsyncExitStack() as places:
+                for _ in range(MOST_SNAPSHOTS):  # those that are open end, and none begins
+                    await places.enter_async_context(self._snapshots)
+                await self._empty_wal()
+            self._wal_bytes_left = self.wal_bytes
+        elif self.commits.idle:
+            await self._empty_wal()
+        else:
+            return False
+        return True
+
+    async def _empty_wal(self) -> None:
+        try:
+            await self._writer.empty_wal()
+        except Exception as error:
+            self.commits.notice(error)
+            raise LedgerUnavailable(f"the WAL file can't be emptied: {reason_of(error)}") from None
 
     # Writing
 
@@ -429,6 +516,14 @@ class Store:
                 with contextlib.suppress(LedgerUnavailable):
                     await self.settle_time()
         return self.healthy
+
+
+def size_of(file: str | Path) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
 
 
 def has_log(database: Path) -> bool:

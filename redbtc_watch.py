@@ -3,9 +3,7 @@ metrics. Neither ever holds a byte of a prompt, a completion or a key."""
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import itertools
 import logging
 import os
 import threading
@@ -21,6 +19,7 @@ import orjson
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
+from redbtc_histogram import Histogram
 from redbtc_refusals import Refusal, refusal_of
 from redbtc_rows import Outcome, Row
 from redbtc_settings import iso_time, now_ms
@@ -36,7 +35,6 @@ LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 
 LOG_LINES_A_SECOND = 2000
 LOG_BACKLOG = 10_000
 LOG_SECONDS = 0.02  # what comes within is one write
-SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Log:
@@ -118,25 +116,6 @@ def shown_error(error: BaseException | None) -> dict[str, Any]:
     return {"error": type(error).__name__ if error else None, "places": places}
 
 
-class Histogram:
-    """How often a duration was within each of SECONDS."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(SECONDS) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Count one."""
-        self._counts[bisect.bisect_left(SECONDS, seconds)] += 1
-        self._sum += seconds
-
-    def add_to(self, family: HistogramMetricFamily, route: str) -> None:
-        """As Prometheus has it: each bucket counts what is in those below it, too."""
-        limits = [*map(str, map(float, SECONDS)), "+Inf"]
-        counts = itertools.accumulate(self._counts)
-        family.add_metric([route], list(zip(limits, counts, strict=True)), self._sum)
-
-
 class Watch:
     """Counts and logs. The metrics' names are something that users rely on. Counting is a matter of
     plain numbers; prometheus-client is asked only when somebody reads them."""
@@ -181,7 +160,7 @@ class Watch:
         ):
             family = HistogramMetricFamily(name, what, labels=["route"])
             for route, histogram in histograms.items():
-                histogram.add_to(family, route)
+                family.add_metric([route], histogram.buckets(), histogram.total)
             yield family
 
     def settled(self, scope: Scope, row: Row) -> None:

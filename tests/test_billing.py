@@ -367,7 +367,8 @@ class Bench:
 
     def rows(self, **wanted: Any) -> list[dict[str, Any]]:
         async def read() -> list[dict[str, Any]]:
-            return [row async for row in reports.requests_in(self.store, Range(**wanted), "USD")]
+            async with self.store.snapshot() as snapshot:
+                return await reports.requests_in(snapshot, Range(**wanted), "USD")
 
         return self.run(read())
 

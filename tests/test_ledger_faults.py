@@ -303,8 +303,8 @@ def test_after_a_kill_damaged_pages_are_found_before_the_first_request(
     gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path
 ) -> None:
     assert post(gateway, key) == (200, "")
+    assert gateway.run("db", "backup", str(tmp_path / "copy.db")).returncode == 0
     gateway.kill()
-    shutil.copy(gateway.database, tmp_path / "copy.db")
     damage(gateway.database, "payments")
     before = gateway.database.read_bytes()
     gateway.start()
@@ -314,6 +314,10 @@ def test_after_a_kill_damaged_pages_are_found_before_the_first_request(
     assert len(upstream.requests) == served
     assert gateway.log().count("ledger damaged") == 1
     assert gateway.database.read_bytes() == before, "nothing was written into it"
+    done = gateway.run("db", "restore", str(tmp_path / "copy.db"))
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: gateway.get("/readyz").status_code == 200, why="it is opened again")
+    assert post(gateway, key) == (200, "")
     assert gateway.terminate() == 0
 
 
@@ -526,8 +530,8 @@ def rescued(gateway: Gateway) -> Path:
 
 @pytest.mark.parametrize(
     "suffixes",
-    [("", "-wal", "-shm", ".lock", ".owed"), ("-wal",), ("",)],
-    ids=["all", "wal", "database"],
+    [("", "-wal", "-shm", ".lock", ".owed"), ("-wal",), ("-shm",), ("",)],
+    ids=["all", "wal", "shm", "database"],
 )
 def test_removed_files_are_noticed_and_what_they_held_is_rescued(
     gateway: Gateway, upstream: Upstream, key: str, suffixes: tuple[str, ...]
@@ -554,8 +558,7 @@ def test_removed_files_are_noticed_and_what_they_held_is_rescued(
         assert file.name in done.stderr
         assert "db restore" in done.stderr
         assert not gateway.database.exists()
-    remove(gateway, ("", "-wal", "-shm"))
-    file.rename(gateway.database)
+    assert gateway.run("db", "restore", str(file)).returncode == 0
     gateway.start()
     assert outcomes(gateway) == ["completed"] * 21
     assert post(gateway, key) == (200, "")
