@@ -113,15 +113,18 @@ def reason_of(error: Exception) -> str:
     return str(error) if known and str(error) else type(error).__name__
 
 
+ENDING_SECONDS = 1  # for the thread of a connection that is not opened
+
+
 class Connection(aiosqlite.Connection):
-    """A connection whose thread has ended when opening it fails. aiosqlite's own goes on, finds the
-    event loop closed, and prints a traceback."""
+    """A connection whose thread has ended when opening it fails or is cancelled. aiosqlite's own
+    goes on, finds the event loop closed, and prints a traceback."""
 
     async def _connect(self) -> aiosqlite.Connection:
         try:
             return await super()._connect()
-        except sqlite3.Error:
-            self._thread.join()
+        except BaseException:
+            await asyncio.to_thread(self._thread.join, ENDING_SECONDS)
             raise
 
 

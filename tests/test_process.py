@@ -80,6 +80,30 @@ def test_a_signal_while_starting_ends_it_silently(
         assert "Aborted" not in lines
 
 
+SLOW_TO_OPEN = """
+import sqlite3, time
+connect = sqlite3.connect
+def slow(*arguments, **named):
+    open("opening", "w").close()
+    time.sleep(0.5)
+    return connect(*arguments, **named)
+sqlite3.connect = slow
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_database_is_opened_ends_it_silently(
+    make_gateway: MakeGateway, number: signal.Signals
+) -> None:
+    gateway = make_gateway()
+    gateway.prelude = SLOW_TO_OPEN
+    gateway.start(wait=False)
+    wait_until((gateway.folder / "opening").exists)
+    gateway.signal(number)
+    assert gateway.wait() in (0, -number)
+    assert gateway.log() == ""
+
+
 def test_a_reload_while_starting_comes_later(make_gateway: MakeGateway) -> None:
     took = seconds_to_start(make_gateway())
     for _ in range(5):
