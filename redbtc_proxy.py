@@ -64,6 +64,7 @@ from redbtc_body import (
     media_of,
     most_decoded,
 )
+from redbtc_clock import watch_clock
 from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import TOO_SHORT, codings_in, codings_of
@@ -100,7 +101,6 @@ from redbtc_settings import (
     SettingsError,
     UpstreamSettings,
     load_settings,
-    now_ms,
     parse_amount,
     url_of,
 )
@@ -943,7 +943,7 @@ class Gateway:
             raise Refusal("draining", headers=[(b"connection", b"close")])
         key = scope["key"] = authenticate(scope, self.store)
         if maintenance := self.books.maintenance():
-            wait = (maintenance.until - now_ms()) / 1000
+            wait = (maintenance.until - self.store.time()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)
         return key
 
@@ -1088,6 +1088,10 @@ class Gateway:
             cut()
         return len(running) + in_background
 
+    def set_back(self, at: int) -> None:
+        """Let no background response have begun later than `at`: the ledger's time is set back."""
+        self.unended.set_back(at)
+
     def stop(self) -> None:
         """End all that is in flight: the process is about to. What it used is estimated."""
         self.stopping = True
@@ -1126,6 +1130,11 @@ class Gateway:
         yield gauge("redbtc_in_flight", "Requests under /v1 being served", self.in_flight)
         yield gauge("redbtc_queued", "Requests that wait for a place", self.limits.queued)
         yield counter("redbtc_ledger_commits", "Commits of the ledger", self.store.commits)
+        yield gauge(
+            "redbtc_clock_offset_seconds",
+            "The machine's clock minus the ledger's time",
+            self.store.clock.offset / 1000,
+        )
         yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", self.store.healthy)
 
     def routes(self) -> list[Route]:
@@ -1596,13 +1605,22 @@ async def preserve_some(gateway: Gateway, now: float) -> None:
 
 
 async def run(
-    loaded: Loaded, settings: Settings, demo: bool, first_run: bool, as_json: bool
+    loaded: Loaded,
+    settings: Settings,
+    demo: bool,
+    first_run: bool,
+    accept_clock: bool,
+    as_json: bool,
 ) -> None:
     """The gateway from start to end. Raises LedgerError where it can't start."""
     async with contextlib.AsyncExitStack() as stack:
         store = await stack.enter_async_context(
             Store.open(loaded.database_path, settings.database.synchronous)
         )
+        if accept_clock:
+            store.clock.accept()
+        else:
+            store.clock.check()
         demo_url = await start_demo(stack) if demo else None
         if demo_url:
             settings = with_demo(settings, demo_url)
@@ -1614,7 +1632,11 @@ async def run(
         listeners = listen(settings.server.hosts, settings.server.port)
         host, port = listeners[0].getsockname()[:2]
         url = f"{url_of(host, port)}/v1"
-        for work in (watch_ledger(store), redbtc_webhook.post_for_ever(books, say)):
+        for work in (
+            watch_ledger(store),
+            watch_clock(store.clock, say),
+            redbtc_webhook.post_for_ever(books, say),
+        ):
             stack.callback(asyncio.create_task(work).cancel)
         say(
             logging.INFO,
@@ -1623,7 +1645,7 @@ async def run(
             listening=[address_of(each) for each in listeners],
             interrupted_before=store.interrupted,
         )
-        ahead = (store.time() - now_ms()) // 1000
+        ahead = -store.clock.offset // 1000
         if ahead > 60:
             say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
         for line in missing_keys(settings):
@@ -1670,6 +1692,11 @@ async def start_demo(stack: contextlib.AsyncExitStack) -> str:
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead.")
 @click.option("--demo", is_flag=True, help="Forward to a demonstration upstream: no model.")
 @click.option("--first-run", is_flag=True, help="Make a first account and key if there is none.")
+@click.option(
+    "--accept-clock",
+    is_flag=True,
+    help="Believe the machine's clock, even if it is a day behind the ledger or jumps.",
+)
 @commands.json_option
 @click.pass_obj
 def serve(
@@ -1678,6 +1705,7 @@ def serve(
     port: int | None,
     demo: bool,
     first_run: bool,
+    accept_clock: bool,
     as_json: bool,
 ) -> None:
     """Run the gateway; also what a call without a command does."""
@@ -1691,7 +1719,7 @@ def serve(
     LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(loaded, settings, demo, first_run, as_json))
+            runner.run(run(loaded, settings, demo, first_run, accept_clock, as_json))
     finally:
         LOG.flush()
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import aiosqlite
 
+from redbtc_clock import LedgerClock
 from redbtc_rows import (
     CLEAR_UNSETTLED,
     FORGET,
@@ -33,7 +34,7 @@ from redbtc_rows import (
     joined,
     record_of,
 )
-from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms, shipped
+from redbtc_settings import LedgerError, LedgerUnavailable, month_of, shipped
 from redbtc_slices import with_turns
 
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
@@ -162,7 +163,7 @@ class Store:
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
         self._trying = asyncio.Lock()  # whether a commit succeeds
         self._closing = False
-        self._latest = 0
+        self.clock = LedgerClock()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -185,7 +186,7 @@ class Store:
         await writer.create_function("joined", 2, joined)
         await self._configure()
         await self._migrate()
-        self._latest = await self._value(LATEST)
+        self.clock.go_on_from(await self._value(LATEST))
         self.interrupted = await self.transact(
             (MAKE_SECRET, (secrets.token_bytes(32),)),
             (TAKE_OVER, ()),
@@ -241,10 +242,9 @@ class Store:
             return row[0] if row else None
 
     def time(self) -> int:
-        """The ledger's own time, in milliseconds: the wall clock, but never earlier than it was
-        before, so that a clock set back reopens no month and brings no old price back."""
-        self._latest = max(self._latest, now_ms())
-        return self._latest
+        """Return the ledger's own time in milliseconds. It follows the wall clock, but never goes
+        back, so that a clock set back reopens no month and brings no old price back."""
+        return self.clock.now()
 
     def own_key(self, by: str, key: bytes) -> bytes:
         """Return the idempotency key to send upstream in place of a client's `key`: always the same

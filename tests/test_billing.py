@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 )
 
 import redbtc_billing as billing
+import redbtc_clock
 import redbtc_ledger as ledger
 import redbtc_reports as reports
 import redbtc_store
@@ -281,17 +282,32 @@ Result = TypeVar("Result")
 
 
 class Clock:
-    """The wall clock of the machine, which an operator may set as he likes."""
+    """The machine's clocks, in place of the module `time` where the ledger reads them. To set `now`
+    forward lets time pass; to set it back is what an operator may do."""
 
     def __init__(self) -> None:
-        self.now = START
+        self._now, self._elapsed = START, 0
+
+    @property
+    def now(self) -> int:
+        return self._now
+
+    @now.setter
+    def now(self, now: int) -> None:
+        self._elapsed += max(0, now - self._now)
+        self._now = now
+
+    def time_ns(self) -> int:
+        return self._now * 1_000_000
+
+    def clock_gettime_ns(self, _: int) -> int:
+        return self._elapsed * 1_000_000
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (ledger, redbtc_store):
-        monkeypatch.setattr(module, "now_ms", lambda: clock.now)
+    monkeypatch.setattr(redbtc_clock, "time", clock)
     return clock
 
 
@@ -626,8 +642,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """300 requests of three accounts over a week, some in flight, with usage or without."""
     clock, chance = Clock(), random.Random(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as exits:
-        for module in (ledger, redbtc_store):
-            patch.setattr(module, "now_ms", lambda: clock.now)
+        patch.setattr(redbtc_clock, "time", clock)
         bench = exits.enter_context(
             contextlib.closing(Bench(tmp_path_factory.mktemp("crowded"), Billing()))
         )
@@ -877,8 +892,7 @@ class Money(RuleBasedStateMachine):
     def open(self) -> None:
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
-        for module in (ledger, redbtc_store):
-            self.patch.setattr(module, "now_ms", lambda: self.clock.now)
+        self.patch.setattr(redbtc_clock, "time", self.clock)
         self.folder = tempfile.TemporaryDirectory()
         self.bench = Bench(Path(self.folder.name), Billing(default_credit_limit="0"))
         accounts = self.bench.accounts
