@@ -27,6 +27,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from msgspec.structs import replace
 
 import redbtc_billing as billing
 import redbtc_clock
@@ -37,6 +38,7 @@ from redbtc_billing import Books, Hold, Price, PriceList, Spent
 from redbtc_ledger import Accounts, Key
 from redbtc_reports import TOKENS, Range
 from redbtc_rows import Row, Usage, UsageSource
+from redbtc_set_time import set_time
 from redbtc_settings import (
     NANOS,
     Billing,
@@ -921,7 +923,11 @@ class Money(RuleBasedStateMachine):
         return self.latest
 
     def month(self) -> str:
-        return f"{datetime.fromtimestamp(self.time() / 1000, UTC):%Y-%m}"
+        return self.month_at(self.time())
+
+    @staticmethod
+    def month_at(time: int) -> str:
+        return f"{datetime.fromtimestamp(time / 1000, UTC):%Y-%m}"
 
     # Time
 
@@ -976,6 +982,7 @@ class Money(RuleBasedStateMachine):
             above_input_tokens=above,
             effective_at=now + after,
             input=rate * 1_000_000,
+            created_at=now,
             id=len(self.expected.rows) + 1,
         )
         rows = [*self.expected.rows, new]
@@ -1086,6 +1093,26 @@ class Money(RuleBasedStateMachine):
         self.expected.costs += [(month, flight.key, 0) for flight in self.flights]
         self.flights = []
         self.bench.start()
+
+    @rule(distance=st.sampled_from([0, HOUR, 10 * DAY, 40 * DAY]))
+    def set_time(self, distance: int) -> None:
+        """The ledger turns out to be ahead: what is dated later than the clock is moved."""
+        at = self.clock.now = max(START, self.time() - distance)
+        self.bench.run(set_time(self.bench.books, at, at, "test"))
+        self.latest, month, expected = at, self.month_at(at), self.expected
+        expected.payments = [(min(of, month), amount) for of, amount in expected.payments]
+        expected.costs = [(min(of, month), *more) for of, *more in expected.costs]  # type: ignore[misc]
+        expected.rows = [
+            replace(row, effective_at=min(row.effective_at, at))
+            if row.effective_at <= row.created_at
+            else row
+            for row in expected.rows
+        ]
+        expected.rows = [replace(row, created_at=min(row.created_at, at)) for row in expected.rows]
+        for flight in self.flights:
+            flight.row.started_at = min(flight.row.started_at, at)
+        self.last_use = min(self.last_use, at)
+        self.closed = {of: known for of, known in self.closed.items() if of < month}
 
     # What must hold
 
