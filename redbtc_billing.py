@@ -145,6 +145,16 @@ class Price(Struct, frozen=True, dict=True):
             container=self.container or 0,
         )
 
+    def set_back(self, at: int) -> Price:
+        """Return the same price, dated no later than `at`. When it takes effect stays if that was
+        announced."""
+        at_once = self.effective_at <= self.created_at
+        return msgspec.structs.replace(
+            self,
+            effective_at=min(self.effective_at, at) if at_once else self.effective_at,
+            created_at=min(self.created_at, at),
+        )
+
     @property
     def limits(self) -> tuple[int | None, ...]:
         """What a price says beside its rates: the maximum, and which of NEEDED it has."""
@@ -734,7 +744,7 @@ class Books:
         self.noticed = asyncio.Event()  # there is something for the webhook
         self._maintenances: list[Maintenance] = []
         self._purses: dict[tuple[str, str | None], Purse] = {}  # by account and budget
-        self._changing_prices = asyncio.Lock()
+        self.changing_prices = asyncio.Lock()
 
     @classmethod
     async def open(cls, store: Store, settings: Billing) -> Books:
@@ -745,7 +755,8 @@ class Books:
                 raise LedgerError(
                     f"billing.currency is {books.currency}, but the ledger is in {currency}"
                 )
-        await books.read_again()
+        books.prices = PriceList([Price(**dict(row)) async for row in store.rows(PRICES)])
+        await books.read_maintenances()
         return books
 
     def month(self) -> str:
@@ -800,13 +811,15 @@ class Books:
         return self._purses[name]
 
     def set_back(self, at: int) -> None:
-        """Go on from an earlier time, and count as spent in its month what is dated later. All that
-        was settled in the months between must be committed. Raises LedgerUnavailable."""
+        """Go on from an earlier time: count as spent in its month what is dated later, and let
+        prices that took effect later have done so then. All that was settled in the months between
+        must be committed, and `changing_prices` be held. Raises LedgerUnavailable."""
         month = month_of(at)
         later = [each for each in self._purses.items() if each[1].month > month]
         between = [self._spent_between(*name, month, purse.month) for name, purse in later]
         for (_, purse), spent in zip(later, between, strict=True):
             purse.set_back(month, spent)
+        self.prices = PriceList([price.set_back(at) for price in self.prices.prices])
         self.store.clock.set_back(at)
 
     def _spent_between(self, account_id: str, budget_id: str | None, since: str, until: str) -> int:
@@ -817,13 +830,6 @@ class Books:
             else self.store.look_up(SPENT_BETWEEN, values)
         )
         return nanos_of(*(found or (0, 0)))
-
-    async def read_again(self) -> None:
-        """Read again what other dates are now in force of: prices and maintenances."""
-        async with self._changing_prices:
-            rows = self.store.rows(PRICES)
-            self.prices = PriceList([Price(**dict(row)) async for row in rows])
-        await self._read_maintenances()
 
     def _paid(self, account_id: str) -> int:
         return nanos_of(*(self.store.look_up(PAID, (account_id,)) or (0, 0)))
@@ -918,7 +924,7 @@ class Books:
         `listed` are models that the answer should say something about beside those that have prices
         or are in use. Raises LedgerError for a price that would change what has been used, and for
         a rise without the notice that is due, unless `without_notice` says why."""
-        async with self._changing_prices:
+        async with self.changing_prices:
             now = self.store.time()
             numbers = count(max((price.id for price in self.prices.prices), default=0) + 1)
             given = [
@@ -1188,10 +1194,10 @@ class Books:
         notice = ledger.new_id("ntc")
         values = (notice, kind, text, effective_at, until, now, by, refuses_requests)
         await self.store.transact((ADD_NOTICE, values), by=by)
-        await self._read_maintenances()
+        await self.read_maintenances()
         return await self.notice(notice)
 
-    async def _read_maintenances(self) -> None:
+    async def read_maintenances(self) -> None:
         rows = self.store.rows(MAINTENANCES, (self.store.time(),))
         self._maintenances = [Maintenance(*row) async for row in rows]
 
@@ -1214,7 +1220,7 @@ class Books:
         """Nobody is told it any more."""
         await self.notice(notice_id)
         await self.store.transact((WITHDRAW, (self.store.time(), notice_id)), by=by)
-        await self._read_maintenances()
+        await self.read_maintenances()
         return await self.notice(notice_id)
 
     async def notices(self) -> list[Record]:

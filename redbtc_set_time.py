@@ -44,7 +44,8 @@ LATER = {
     "known_browsers": "created_at > ?3",
 }
 COUNTS = [
-    f"'{table}', (SELECT count(*) FROM {table} WHERE {later})" for table, later in LATER.items()
+    f"'{table}', nullif((SELECT count(*) FROM {table} WHERE {later}), 0)"
+    for table, later in LATER.items()
 ]
 COUNT = f"json_object({', '.join(COUNTS)})"
 SET_TIME = f"""
@@ -167,8 +168,8 @@ async def count_later(store: Store, at: int, now: int) -> dict[str, int]:
 
 
 def shown(moved: str) -> dict[str, int]:
-    """Return the counts that are not 0, given all of them as JSON."""
-    counts: dict[str, int] = orjson.loads(moved)
+    """Return the counts of tables that have any, given those of all as JSON."""
+    counts: dict[str, int | None] = orjson.loads(moved)
     return {table: count for table, count in counts.items() if count}
 
 
@@ -194,15 +195,15 @@ async def set_time(books: Books, at: int, now: int, by: str) -> Record:
     """Set the ledger's time back to `at` and move to it whatever is dated later. Return what was
     moved, as JSON shows it. Raises LedgerUnavailable: then it can be done again."""
     store, before = books.store, books.store.time()
-    await store.settle_time()  # what waits to be written has the old time
-    books.set_back(at)
-    await store.settle_time()  # so may have what has come since; nothing after this
-    moved = await count_later(store, at, now)
-    if moved:
-        values = (at, month_of(at), now, before)
-        moves = [(sql, ()) for sql in MOVES]
-        await store.transact((SET_TIME, values), *moves, (TIME_IS_SET, ()), by=by)
-        await books.read_again()
+    async with books.changing_prices:
+        await store.settle_time()  # what waits to be written has the old time
+        books.set_back(at)
+        await store.settle_time()  # so may have what has come since; nothing after this
+        if moved := await count_later(store, at, now):
+            values = (at, month_of(at), now, before)
+            moves = [(sql, ()) for sql in MOVES]
+            await store.transact((SET_TIME, values), *moves, (TIME_IS_SET, ()), by=by)
+    await books.read_maintenances()
     return answer(at, before, moved, done=True)
 
 

@@ -862,7 +862,8 @@ CREATE TABLE setting_time (
     month               TEXT NOT NULL,          -- of that time
     now_at              INTEGER NOT NULL,       -- what logins are dated that are dated later
     before_at           INTEGER NOT NULL,       -- the ledger's time until now
-    moved               TEXT NOT NULL           -- JSON: how many rows are dated later, by table
+    moved               TEXT NOT NULL           -- JSON: how many rows are dated later, by table;
+                                                -- null: none
 ) STRICT;
 
 CREATE TRIGGER the_time_is_set AFTER INSERT ON setting_time BEGIN

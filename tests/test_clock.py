@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -422,6 +423,43 @@ def test_set_time_repairs_a_running_gateway(paid: Gateway) -> None:
     again = gateway.run("db", "set-time")
     assert again.returncode == 0
     assert "Nothing in the ledger is dated after" in again.stdout
+
+
+def test_set_time_loses_nothing_of_requests_that_are_served_meanwhile(paid: Gateway) -> None:
+    """Some have begun in the future and end after the time is set, or wait for a place, or for
+    their commit."""
+    gateway = jumping(paid, believed_after=0.2, days=435).start()
+    gateway.api("POST", "/accounts", {"name": "a", "concurrency": 2, "monthly_budget": "100000"})
+    gateway.api("POST", "/prices", {"prices": [{"model": "m", "input": "10"}]})
+    key = gateway.api("POST", "/accounts/a/keys")["key"]
+    served: list[int] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            served.append(ask(gateway, key))
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: len(served) > 20)
+        jump(gateway, 0)
+        assert gateway.api("POST", "/db/set-time", {})["done"]
+        latest, enough = time.time() * 1000 + 1000, len(served) + 20
+        wait_until(lambda: len(served) > enough)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert set(served) == {200}
+    account = gateway.api("GET", "/accounts/a")
+    assert account["spent_this_month"] == str(10 * len(served))
+    assert account["month"] == true_month()
+    assert gateway.terminate() == 0
+    assert gateway.cli("db", "check")["ok"]
+    assert gateway.cli("account", "show", "a")["spent_this_month"] == str(10 * len(served))
+    assert later_than(gateway, max(latest, time.time() * 1000)) == []
 
 
 def test_set_time_repairs_a_stopped_gateway_which_does_not_start_before(paid: Gateway) -> None:
