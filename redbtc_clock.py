@@ -116,6 +116,12 @@ class LedgerClock:
         self._latest = latest
 
 
+STANDS_STILL = (
+    "the ledger's time stands still until the clock has caught up; if the ledger is wrong, repair "
+    "it with db set-time"
+)
+
+
 async def watch_clock(clock: LedgerClock, say: Callable[..., None]) -> None:
     """Say once when the wall clock jumps, and once when the ledger goes by it again."""
     jumped = False
@@ -129,8 +135,8 @@ async def watch_clock(clock: LedgerClock, say: Callable[..., None]) -> None:
                 "meanwhile, or start again with serve --accept-clock if it is right now",
             )
         elif jumped and not jump:
-            say(
-                logging.WARNING, "the clock is believed", ledger_ahead_seconds=-clock.offset // 1000
-            )
+            ahead = max(0, -clock.offset // 1000)
+            reason = STANDS_STILL if ahead else "the ledger goes by it again"
+            say(logging.WARNING, "the clock is believed", ledger_ahead_seconds=ahead, reason=reason)
         jumped = bool(jump)
         await asyncio.sleep(CHECK_SECONDS)
