@@ -24,8 +24,9 @@ format: $(VENV)/dev ## Put the code in its usual form
 	$(RUN) -m ruff check --fix . || true
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/dev ## Repeat the measurements that the README quotes (needs nginx; installs LiteLLM)
+bench: $(VENV)/dev ## Repeat the measurements that README and docs quote (needs nginx; installs LiteLLM)
 	$(RUN) bench/bench.py
+	$(RUN) bench/backup.py
 
 screenshots: $(VENV)/dev ## Take pictures of every page of the dashboard (needs Chromium)
 	$(RUN) tests/screenshots.py

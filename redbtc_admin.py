@@ -12,9 +12,9 @@ operator; `body` and `query` are read strictly into their types; others are part
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import os
 import re
 import shutil
 from collections.abc import (
@@ -117,6 +117,7 @@ from redbtc_shapes import (
     WhichUser,
 )
 from redbtc_slices import with_turns
+from redbtc_store import size_of
 from redbtc_users import Busy, Later, Session, TooMany, Users
 
 # ── Who ──────────────────────────────────────────────────────────────────────────────────────────
@@ -789,24 +790,26 @@ class API:
         if actor.key is None and actor.session is None:
             return self._report(msgspec.structs.replace(wanted, limit=limit))
         wanted = msgspec.structs.replace(wanted, limit=min(query.limit or 100, MOST_ROWS))
-        # Whole before the first byte is sent: who reads slowly keeps no snapshot.
         currency = self.books.currency
         async with self.books.store.snapshot() as snapshot:
-            rows = [row async for row in reports.requests_in(snapshot, wanted, currency)]
+            rows = await reports.requests_in(snapshot, wanted, currency)
             (totals,) = await reports.usage_by(snapshot, wanted, [], currency)
         return {"requests": rows, "totals": totals}
 
     async def _report(self, wanted: Range) -> AsyncIterator[bytes]:
-        """Rows as they are read, then their totals, all of one instant."""
+        """Rows, then their totals, all of one instant. They are copied first, so that a client that
+        reads slowly keeps no snapshot open."""
         currency = self.books.currency
-        yield b'{"requests":['
-        comma = b""
-        async with self.books.store.snapshot() as snapshot:
-            async for row in reports.requests_in(snapshot, wanted, currency):
+        async with contextlib.AsyncExitStack() as stack:
+            async with self.books.store.snapshot(outlived_by=stack) as snapshot:
+                rows = await reports.copy_requests(snapshot, wanted, currency)
+                (totals,) = await reports.usage_by(snapshot, wanted, [], currency)
+            yield b'{"requests":['
+            comma = b""
+            async for row in rows:
                 yield comma + orjson.dumps(row)
                 comma = b",\n"
-            (totals,) = await reports.usage_by(snapshot, wanted, [], currency)
-        yield b'],"totals":' + orjson.dumps(totals) + b"}"
+            yield b'],"totals":' + orjson.dumps(totals) + b"}"
 
     # An account's own figures
 
@@ -887,13 +890,9 @@ MONEY_SHOWN = ("balance", "held", "available", "month", "spent_this_month", "cur
 
 def database_size(books: Books) -> Record:
     """Of its files, and what is free on their disk; in bytes."""
-    path = books.store.path
-    size = sum(
-        os.stat(f"{path}{suffix}").st_size
-        for suffix in ("", "-wal")
-        if os.path.exists(f"{path}{suffix}")
-    )
-    disk = shutil.disk_usage(path.parent)
+    store = books.store
+    size = size_of(store.path) + store.wal_bytes
+    disk = shutil.disk_usage(store.path.parent)
     return {"bytes": size, "free_bytes": disk.free, "disk_bytes": disk.total}
 
 
@@ -997,6 +996,19 @@ async def in_parts(
     return StreamingResponse(with_turns(parts), status, {**headers, **length}, media_type)
 
 
+async def streamed(parts: AsyncIterator[bytes]) -> Response:
+    """Return an answer of JSON that is sent as it is made. Its status is sent with the first part:
+    what fails before that is answered with an error."""
+    first = await anext(parts)
+
+    async def all_parts() -> AsyncIterator[bytes]:
+        yield first
+        async for part in parts:
+            yield part
+
+    return StreamingResponse(all_parts(), headers=SECURITY, media_type="application/json")
+
+
 async def answer(record: Record, status: int = 200) -> Response:
     """JSON."""
     return await in_parts(encoded(record), status, SECURITY, "application/json")
@@ -1098,7 +1110,7 @@ def _endpoint(
         actor = authenticate(request)  # again: what let him in may have ended meanwhile
         found = await api.perform(operation, actor, request.path_params, query=query, body=body)
         if isinstance(found, AsyncIterator):
-            return StreamingResponse(found, headers=SECURITY, media_type="application/json")
+            return await streamed(found)
         return await answer(found, operation.status)
 
     return endpoint

@@ -46,7 +46,8 @@ from redbtc_settings import (
     parse_limit,
 )
 from redbtc_slices import with_turns
-from redbtc_store import Change, Store
+from redbtc_spill import Change
+from redbtc_store import Store
 
 DAY = 86_400_000  # milliseconds
 MINUTE = 60_000

@@ -88,10 +88,14 @@ class LedgerClock:
         """Let the time not be earlier than `latest`, what the ledger says at the start."""
         self._latest = max(self._latest, latest)
 
-    def check(self) -> None:
-        """Raise LedgerError if the wall clock is more than MAX_BEHIND behind the ledger."""
+    def start(self, *, accept: bool) -> None:
+        """Begin to date what a gateway does. With `accept`, the wall clock is believed from now on,
+        also when it jumps. Otherwise raises LedgerError if it is more than MAX_BEHIND behind the
+        ledger."""
         behind = -self.offset
-        if behind > MAX_BEHIND:
+        if accept:
+            self._believed_after = 0
+        elif behind > MAX_BEHIND:
             raise LedgerError(
                 f"the clock says {iso_time(self._latest - behind)}, but the ledger's latest entry "
                 f"is of {iso_time(self._latest)}, more than a day later. If the clock is wrong, "
@@ -99,10 +103,6 @@ class LedgerClock:
                 "set-time. (serve --accept-clock starts nevertheless; the ledger's time then "
                 "stands still until the clock has caught up)"
             )
-
-    def accept(self) -> None:
-        """Believe the wall clock from now on, also when it jumps."""
-        self._believed_after = 0
 
     def set_back(self, latest: int) -> None:
         """Go on from `latest`, which can be earlier. A wall clock that is behind the ledger's time

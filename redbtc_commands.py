@@ -27,9 +27,11 @@ import msgspec
 import orjson
 
 import redbtc_admin as admin
+import redbtc_backup as backup
 import redbtc_billing as billing
 import redbtc_ledger as ledger
 from redbtc_billing import Books
+from redbtc_files import DatabaseInUse, hold, hold_lock
 from redbtc_ledger import Accounts
 from redbtc_reports import csv_lines, statement_lines
 from redbtc_settings import (
@@ -37,13 +39,14 @@ from redbtc_settings import (
     Loaded,
     decimal,
     digits_of,
+    iso_time,
     load_settings,
     parse_amount,
     parse_limit,
     shipped,
 )
 from redbtc_shapes import NewPrices
-from redbtc_store import DatabaseInUse, Store
+from redbtc_store import Migrated, Store
 
 # ── Reaching it ──────────────────────────────────────────────────────────────────────────────────
 
@@ -84,6 +87,8 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
                     transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(uds=path)
                 else:
                     store = await stack.enter_async_context(_open(loaded))
+                    for line in opening(store):
+                        click.echo(line, err=True)
                     books = await Books.open(store, loaded.settings.billing)
                     api = admin.API(books, admin.Stopped(), loaded.settings.dashboard_url)
                     transport = httpx2.ASGITransport(admin.served(api, admin.local))
@@ -107,6 +112,20 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
 def _open(loaded: Loaded) -> contextlib.AbstractAsyncContextManager[Store]:
     os.umask(0o077)
     return Store.open(loaded.database_path, loaded.settings.database.synchronous)
+
+
+def opening(store: Store) -> list[str]:
+    """Return what opening the database has changed, for people, a line each."""
+    lines = [migration_text(store.migrated)] if store.migrated else []
+    if store.replaced:
+        lines.append(f"A restore was finished. The replaced database is kept: {store.replaced}")
+    return lines
+
+
+def migration_text(migrated: Migrated) -> str:
+    before, after, seconds, copy, no_copy = migrated
+    text = f"The database was migrated from schema {before} to {after} in {seconds} s."
+    return f"{text} As it was before: {copy}" if copy else f"{text} {no_copy}"
 
 
 async def _answers(path: str) -> bool:
@@ -898,6 +917,72 @@ def db_check(context: Context, as_json: bool) -> None:
     show(found, as_json, lambda: "\n".join(found["problems"]) or "The database is sound.")
     if not found["ok"]:
         raise SystemExit(1)
+
+
+MAX_NICENESS = 19
+
+
+@db.command("backup")
+@click.argument("path")
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep the newest N backups, this one included, and remove older ones.",
+)
+@json_option
+@click.pass_obj
+def db_backup(context: Context, path: str, keep: int | None, as_json: bool) -> None:
+    """Copy the database to PATH and verify the copy, while the gateway runs or not. The SHA-256 is
+    written to PATH.sha256. If PATH is a folder, the file in it is named by the time; otherwise an
+    earlier backup at PATH is replaced, or with --keep renamed to PATH.1, PATH.2 and so on."""
+    os.nice(MAX_NICENESS)  # the gateway comes first
+    made = backup.back_up(context.loaded.database_path, path, keep)
+    text = "Backup {path}: {bytes} bytes, {requests} requests, schema {schema}, in {seconds} s."
+    show(made._asdict(), as_json, lambda: text.format(**made._asdict()))
+
+
+@db.command("restore")
+@click.argument("path")
+@json_option
+@click.pass_obj
+def db_restore(context: Context, path: str, as_json: bool) -> None:
+    """Verify the backup PATH and put a copy of it in place of the database. No gateway may be
+    running. The replaced database is kept beside it."""
+    started = time.monotonic()
+    database = context.loaded.database_path
+    os.umask(0o077)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backup.plain_errors(f"{path} was not restored"))
+        stack.enter_context(hold_lock(database))
+        if database.exists():
+            stack.enter_context(hold(database))
+        restored = backup.restore(database, path, ledger.CHECKS)
+    done = {
+        "database": str(database),
+        "restored_from": path,
+        "replaced": str(restored.replaced) if restored.replaced else None,
+        "bytes": restored.bytes,
+        **restored.contents._asdict(),
+        "latest_request_at": iso_time(restored.contents.latest_request_at),
+    }
+    try:
+        done |= context.call("POST", "/admin/v1/db/check")
+    except LedgerError as error:
+        done |= {"ok": False, "problems": [str(error)]}
+    done["seconds"] = round(time.monotonic() - started, 3)
+    show(done, as_json, lambda: restored_text(done))
+    if not done["ok"]:
+        raise SystemExit(1)
+
+
+def restored_text(done: dict[str, Any]) -> str:
+    latest = done["latest_request_at"]
+    until = f", the newest of {latest}" if latest else ""
+    lines = [f"{done['database']} is restored: {done['requests']} requests{until}."]
+    if done["replaced"]:
+        lines.append(f"The replaced database is kept: {done['replaced']}")
+    return "\n".join([*lines, *(done["problems"] or ["The database is sound."])])
 
 
 def time_text(found: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ from msgspec import Struct
 
 from redbtc_meter import IMAGE_TOOL, UNFINISHED, Report, plus
 from redbtc_rows import Part, Usage
-from redbtc_settings import month_of
+from redbtc_settings import LedgerUnavailable, month_of
 from redbtc_slices import with_turns
 from redbtc_store import Store
 
@@ -249,7 +248,7 @@ class Speeds:
         model or by the one that clients use. `limited`: the account's spending is."""
         async with self._reading:
             if time.monotonic() - self._read_at > SPEED_SECONDS:
-                with contextlib.suppress(sqlite3.Error):  # the last ones are as good
+                with contextlib.suppress(LedgerUnavailable):  # the last ones are as good
                     self._speeds = await self._read()
                 self._read_at = time.monotonic()
         speeds = self._speeds.get(model, {})

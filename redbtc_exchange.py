@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import random
 import time
@@ -42,7 +43,7 @@ from redbtc_rows import Outcome, Part, Row, Usage
 from redbtc_settings import MOST_TOKENS, LedgerUnavailable, Settings, now_ms
 from redbtc_slices import in_slices, with_turns
 from redbtc_upstreams import Upstream
-from redbtc_watch import Scope
+from redbtc_watch import Scope, say, shown_error
 
 if TYPE_CHECKING:
     from redbtc_proxy import Gateway
@@ -955,6 +956,7 @@ class Unended:
         self._counts: Counter[str] = Counter()
         self._asking = asyncio.Semaphore(MOST_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.ended: Callable[[asyncio.Task[Any]], None] = lambda _: None  # called with each task
 
     async def resume(self) -> None:
         """Take up what an earlier process left."""
@@ -1100,10 +1102,14 @@ class Unended:
             response.settling = self._start(self._write(response, report, outcome))
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, name="background responses")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self.ended(task)
 
     async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
@@ -1144,10 +1150,19 @@ class Unended:
             wait = min(pause * random.uniform(0.8, 1.2), max(0.0, response.seconds_left))
             await asyncio.sleep(wait)
             pause = min(MOST_PAUSE, pause * PAUSE_GROWTH)
-            status = await self._look_after(response)
+            status = await self._try_to_look(response)
             unknown = unknown + 1 if status in UNKNOWN else 0
             if unknown >= MOST_UNKNOWN or response.seconds_left <= 0:
                 self._settle(response, Report(False), "upstream_failed")
+
+    async def _try_to_look(self, response: Background) -> int:
+        """Ask how it is. What fails unexpectedly, for this response, is tried again later."""
+        try:
+            return await self._look_after(response)
+        except Exception as error:
+            fields = {"request_id": response.row.request_id, **shown_error(error)}
+            say(logging.ERROR, "background response not asked for", **fields)
+            return 0
 
     async def _look_after(self, response: Background) -> int:
         """Ask how it is, after cancelling it where that is to be done; the status of the upstream's

@@ -25,19 +25,22 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
+from redbtc_backup import FILE_CHECKS
+from redbtc_commits import RETRY_SECONDS
 from redbtc_rows import (
     COLUMNS,
     DROP_UNSETTLED,
     FORGET,
     KEEP_ESTIMATE,
     KEEP_UNSETTLED,
-    MOST_ROWS,
+    MAX_ROWS,
     RECORD,
     Row,
     Usage,
     joined,
     values_of,
 )
+from redbtc_schema import APPLICATION_ID, newest_version
 from redbtc_settings import (
     NANOS,
     Conflict,
@@ -48,7 +51,7 @@ from redbtc_settings import (
     iso_time,
     shown_limit,
 )
-from redbtc_store import APPLICATION_ID, RETRY_SECONDS, Store, migrations, schema
+from redbtc_store import Store
 
 # ── Keys ─────────────────────────────────────────────────────────────────────────────────────────
 # sk-redbtc-, 256 bits of chance as 43 base62 characters, and the CRC32 of all before it as 6 more:
@@ -373,6 +376,7 @@ def _columns(kind: str, columns: Record) -> Record:
 
 async def begin(store: Store, row: Row) -> None:
     """Commit the row as pending. Raises LedgerUnavailable; then it will not be in the ledger."""
+    row.run = store.run
     await store.record(RECORD, values_of(row), insist=False)
 
 
@@ -496,7 +500,7 @@ class Claim(NamedTuple):
         return Claim(self.account_id, home)
 
 
-@functools.lru_cache(MOST_ROWS)
+@functools.lru_cache(MAX_ROWS)
 def own_of(rows: int) -> str:
     """Return OWN for so many objects at once."""
     return OWN.format(rows=", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows))
@@ -537,8 +541,8 @@ class Objects:
                 )
             if claim is not before:  # nothing in it is new
                 values.append((each, account_id, *claim.home, now))
-        for at in range(0, len(values), MOST_ROWS):
-            rows = values[at : at + MOST_ROWS]
+        for at in range(0, len(values), MAX_ROWS):
+            rows = values[at : at + MAX_ROWS]
             row = list(chain(*rows))
             written = self._store.record(own_of(len(rows)), row, insist=True, lasting=False)
         if values:
@@ -771,9 +775,7 @@ async def correct(store: Store, values: Sequence[Any], usage: Usage) -> None:
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────
 
-CHECKS = {
-    "integrity": "PRAGMA integrity_check(20)",
-    "foreign keys": "PRAGMA foreign_key_check",
+CHECKS = FILE_CHECKS | {
     "usage that is not the sum of its requests": """
         SELECT account_id, month FROM (
             SELECT account_id, month, requests, cost_units AS units, cost_nanos AS nanos
@@ -791,14 +793,29 @@ CHECKS = {
 }
 
 
+CHECK_TABLE = "PRAGMA integrity_check('{}')"  # of sqlite_schema: the list of free pages, too
+TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+
+
 async def check_database(store: Store) -> list[str]:
-    """What is wrong with the file, line by line; empty where nothing is."""
-    wrong = []
-    for name, pragma in CHECKS.items():
-        async for row in store.rows(pragma):
-            if tuple(row) != ("ok",):
-                wrong.append(f"{name}: {' '.join(str(part) for part in row)}")
-    return wrong
+    """Return what is wrong with the file, line by line. Each table, in place of the integrity of
+    the whole, and each other check is read through a snapshot of its own, so that none lasts long.
+    """
+    async with store.snapshot() as snapshot:
+        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLES)]]
+    checks = {f"integrity of {table}": CHECK_TABLE.format(table) for table in tables}
+    checks |= {name: sql for name, sql in CHECKS.items() if name != "integrity"}
+    return [line for name, sql in checks.items() for line in await check(store, name, sql)]
+
+
+async def check(store: Store, name: str, sql: str) -> list[str]:
+    """Return what one check finds wrong. What can't be read is a finding, too."""
+    try:
+        async with store.snapshot_to_check() as snapshot:
+            rows = [tuple(row) for row in await snapshot.all(sql)]
+    except LedgerUnavailable as error:
+        rows = [(error,)]
+    return [f"{name}: {' '.join(map(str, row))}" for row in rows if row != ("ok",)]
 
 
 CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"
@@ -820,7 +837,7 @@ def check_file(path: Path, currency: str) -> list[str]:
     wrong = [f"{path}: {line}" for (line,) in rows if line != "ok"]
     if marked != APPLICATION_ID:
         wrong.append(f"{path}: a database of another program")
-    elif version > max(migrations(schema())):
+    elif version > newest_version():
         wrong.append(f"{path}: written by a newer version of this program (schema {version})")
     if any(other != currency for (other,) in others):
         wrong.append(f"billing.currency is {currency}, but the ledger is in {others[0][0]}")

@@ -25,6 +25,7 @@ import re
 import signal
 import socket
 import sqlite3
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import (
@@ -34,7 +35,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import httpx2
@@ -65,6 +66,7 @@ from redbtc_body import (
     most_decoded,
 )
 from redbtc_clock import watch_clock
+from redbtc_commits import RETRY_SECONDS
 from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import TOO_SHORT, codings_in, codings_of
@@ -79,6 +81,7 @@ from redbtc_exchange import (
     insufficient_quota,
     new_request_id,
 )
+from redbtc_files import DatabaseInUse, state_of
 from redbtc_ledger import Home, Key, Objects
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
@@ -95,6 +98,7 @@ from redbtc_server import (
 )
 from redbtc_settings import (
     NANOS,
+    LedgerError,
     LedgerUnavailable,
     Loaded,
     Settings,
@@ -105,7 +109,7 @@ from redbtc_settings import (
     url_of,
 )
 from redbtc_slices import answers_of, in_slices, with_turns
-from redbtc_store import Store
+from redbtc_store import LedgerDamaged, Serving, Store
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
     NO_LIST,
@@ -116,7 +120,8 @@ from redbtc_upstreams import (
     headers_for_client,
     headers_for_upstream,
 )
-from redbtc_watch import LOG, App, Message, Receive, Scope, Send, Watch, say
+from redbtc_vitals import Vitals, watch_size
+from redbtc_watch import LOG, App, Message, Receive, Scope, Send, Watch, say, shown_error
 from redbtc_websocket import RESPONSES, UPGRADE, Session, WebSocketProtocol
 
 
@@ -159,10 +164,14 @@ class Guard:
     ) -> None:
         """`metered`: by path, for POST. They don't go through a router, which would look at one
         route after the other, and be gone through again for each event."""
+        self._watch = watch
+        self.lead_to(metered, others, websocket)
+
+    def lead_to(self, metered: Mapping[str, App], others: App, websocket: App) -> None:
+        """Serve these apps from now on."""
         self._metered = metered
         self._others = others
         self._websocket = websocket
-        self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["request_id"] = new_request_id()
@@ -892,13 +901,15 @@ class MeteredRoute:
 class Gateway:
     """The running gateway: what its routes share, and the routes themselves."""
 
-    def __init__(self, books: Books, settings: Settings) -> None:
+    def __init__(self, books: Books, settings: Settings, watch: Watch) -> None:
         self.store = books.store
         self.books = books
         self.limits = Limits()
         self.clocks = Clocks()
-        self.watch = Watch()
+        self.watch = watch
         self.watch.registry.register(self)
+        self.vitals = Vitals(books.store)
+        self.watch.registry.register(self.vitals)
         self.settings = settings
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.objects = Objects(books.store)
@@ -1129,7 +1140,12 @@ class Gateway:
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         yield gauge("redbtc_in_flight", "Requests under /v1 being served", self.in_flight)
         yield gauge("redbtc_queued", "Requests that wait for a place", self.limits.queued)
-        yield counter("redbtc_ledger_commits", "Commits of the ledger", self.store.commits)
+        yield counter("redbtc_ledger_commits", "Commits of the ledger", self.store.commits.count)
+        yield counter(
+            "redbtc_ledger_repairs",
+            "Rows that another process had closed",
+            self.store.commits.repaired,
+        )
         yield gauge(
             "redbtc_clock_offset_seconds",
             "The machine's clock minus the ledger's time",
@@ -1422,9 +1438,11 @@ class ExactRoute(Route):
         return (match, child) if match is Match.FULL else (Match.NONE, {})
 
 
-def build(gateway: Gateway) -> CORS:
-    """The ASGI app."""
-    metered = {endpoint.path: MeteredRoute(gateway, endpoint) for endpoint in METERED}
+def apps_of(gateway: Gateway) -> tuple[dict[str, App], App, App]:
+    """Return the ASGI apps for metered requests by path, for others, and for WebSockets."""
+    metered: dict[str, App] = {
+        endpoint.path: MeteredRoute(gateway, endpoint) for endpoint in METERED
+    }
     others = Router(gateway.routes(), redirect_slashes=False, default=unknown_url)
 
     async def session(scope: Scope, receive: Receive, send: Send) -> None:
@@ -1436,94 +1454,192 @@ def build(gateway: Gateway) -> CORS:
             raise Refusal("origin_not_allowed")
         await Session(gateway, scope, receive, send).run()
 
-    guard = Guard(metered, others, session, gateway.watch)
-    return CORS(guard, lambda: gateway.settings.server.cors_origins)
+    return metered, others, session
+
+
+async def not_open(scope: Scope, _: Receive, send: Send) -> None:
+    """Serve requests while the ledger is not open yet."""
+    if scope["path"] != "/healthz":
+        raise Refusal("ledger_unavailable", headers=[(b"connection", b"close")])
+    scope["where"] = "/healthz"
+    await respond(scope, send, 200, b'{"status":"ok"}')
 
 
 # ── Serve ────────────────────────────────────────────────────────────────────────────────────────
 
 
+OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
 STOPPING_SECONDS = 10  # for the rows of what is cut off when the process ends
+WATCH_SECONDS = 0.25
+EXIT_SOFTWARE = 70  # a task of the process has ended (EX_SOFTWARE of sysexits.h)
 
 
 class Running:
     """The gateway as a process: its servers, its signals, its end."""
 
-    def __init__(self, gateway: Gateway, loaded: Loaded, demo: str | None) -> None:
-        self._gateway = gateway
+    def __init__(self, loaded: Loaded, settings: Settings) -> None:
         self._loaded = loaded
-        self._demo = demo  # the URL of the demonstration upstream, where that is served
+        self._settings = settings
+        self.watch = Watch()
+        self.status = 0  # that the process exits with
+        self._gateway: Gateway | None = None  # None until its ledger is open
+        self.demo: str | None = None  # the URL of the demonstration upstream, where that is served
+        self._opening: asyncio.Task[Gateway] | None = None
+        self._reload_wanted = False
+        self._guard = Guard({}, not_open, not_open, self.watch)
         self._servers: list[Server] = []
-        self._connections = Connections(gateway.offers_websocket)
+        self._connections = Connections(self._offers_websocket)
         self._draining: asyncio.Task[None] | None = None
+        self._over = False  # the tasks may end
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
 
-    async def serve(self, listeners: list[socket.socket]) -> None:
-        """Until a signal ends it."""
-        gateway = self._gateway
-        settings = gateway.settings.server
-        public = server_for(
-            build(gateway),
+    def _offers_websocket(self) -> bool:
+        return self._gateway is not None and self._gateway.offers_websocket()
+
+    async def serve(self, listeners: list[socket.socket], opening: asyncio.Task[Gateway]) -> None:
+        """Serve until a signal ends it, or one of its tasks. Before `opening` is done, requests are
+        refused. Raises LedgerError where the ledger can't be opened."""
+        self._opening = opening
+        await asyncio.wait([opening], timeout=OPENING_SECONDS)
+        if self._draining:
+            return
+        if opening.done():
+            opening.result()
+        else:
+            say(logging.WARNING, "ledger not open yet", reason="requests are refused until it is")
+        try:
+            async with asyncio.TaskGroup() as servers:
+                servers.create_task(self._serve_gateway(opening))  # first, so that commands work
+                servers.create_task(self._public().serve(listeners))
+        except* LedgerError as group:
+            raise group.exceptions[0] from None
+        finally:
+            self._over = True
+
+    def _public(self) -> Server:
+        app = CORS(self._guard, lambda: self._settings.server.cors_origins)
+        server = server_for(
+            app,
             self._connections,
             proxy_headers=True,
-            forwarded_allow_ips=list(settings.trusted_proxies),
+            forwarded_allow_ips=list(self._settings.server.trusted_proxies),
             ws=WebSocketProtocol,
             ws_per_message_deflate=False,
             ws_ping_interval=PING_SECONDS,
             ws_ping_timeout=60,
         )
+        self._servers.append(server)
+        return server
+
+    async def _serve_gateway(self, opening: asyncio.Task[Gateway]) -> None:
+        """Serve the gateway as soon as it is there, and its admin API on the Unix socket."""
+        gateway = self._gateway = await opening
+        if self._reload_wanted:
+            self._reload()
+        tasks = [
+            *gateway.store.commits.tasks,
+            asyncio.create_task(redbtc_webhook.post_for_ever(gateway.books, say), name="webhook"),
+            asyncio.create_task(preserve(gateway), name="preserve"),
+            asyncio.create_task(watch_clock(gateway.store.clock, say), name="clock"),
+            asyncio.create_task(watch_size(gateway.store), name="size"),
+            asyncio.create_task(gateway.vitals.watch_loop(), name="loop lag"),
+            asyncio.create_task(watch_log(), name="log"),
+        ]
+        for task in tasks:
+            task.add_done_callback(self._ended)
+        gateway.unended.ended = self._failed
+        self._guard.lead_to(*apps_of(gateway))
         gc.collect()
         gc.freeze()  # what is there now stays: to look through it each time would take 25 ms
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._terminate)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        with commands.socket_path(self._gateway.store.path, make=True) as path:
-            api = self._gateway.in_time(admin.served(self._gateway.api, admin.local))
-            guarded = Guard({}, api, unknown_url, self._gateway.watch)
+        with commands.socket_path(gateway.store.path, make=True) as path:
+            api = gateway.in_time(admin.served(gateway.api, admin.local))
+            guarded = Guard({}, api, unknown_url, self.watch)
             local = server_for(guarded, uds=path, proxy_headers=False)
-            self._servers = [public, local]
-            async with asyncio.TaskGroup() as servers:
-                servers.create_task(public.serve(listeners))
-                servers.create_task(local.serve())
+            self._servers.append(local)
+            await local.serve()
+        self._over = True
+        for task in tasks[2:]:
+            task.cancel()
+
+    def _failed(self, task: asyncio.Task[Any]) -> None:
+        """End the process if a task has failed."""
+        if not task.cancelled() and task.exception():
+            self._ended(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        """A task that must not end has ended: say why, and end the process, so that a supervisor
+        starts it again."""
+        if self._over or task.cancelled():
+            return
+        say(logging.CRITICAL, "task ended", task=task.get_name(), **shown_error(task.exception()))
+        self.status = EXIT_SOFTWARE
+        if self._gateway and task in self._gateway.store.commits.tasks:
+            self._end_now()
+        if not self._draining:
+            self._draining = asyncio.create_task(self._drain(0))
+
+    def _end_now(self) -> None:
+        """End the process without waiting for anything. What is owed to the ledger is kept."""
+        if self._gateway:
+            self._gateway.store.commits.spill_now()
+        LOG.flush()
+        os._exit(self.status)
 
     def _terminate(self) -> None:
         if self._draining:
-            say(logging.WARNING, "terminated", in_flight=self._gateway.in_flight)
-            LOG.flush()
-            os._exit(128 + signal.SIGTERM)
-        self._draining = asyncio.create_task(self._drain())
+            in_flight = self._gateway.in_flight if self._gateway else 0
+            say(logging.WARNING, "terminated", in_flight=in_flight)
+            self.status = 128 + signal.SIGTERM
+            self._end_now()
+        self._draining = asyncio.create_task(self._drain(self._settings.server.drain_seconds))
 
-    async def _drain(self) -> None:
-        """No new requests; those in flight may finish, and clients may read what was answered."""
-        gateway = self._gateway
-        gateway.draining = True
-        say(logging.INFO, "draining", in_flight=gateway.in_flight)
-        patience = time.monotonic() + gateway.settings.server.drain_seconds
-        while self._busy and time.monotonic() < patience:
-            await asyncio.sleep(0.05)
-        say(logging.INFO, "stopping", in_flight=gateway.in_flight)
-        if gateway.in_flight:
-            gateway.stop()
-        patience = time.monotonic() + STOPPING_SECONDS
-        while gateway.in_flight and time.monotonic() < patience:
-            await asyncio.sleep(0.05)
+    async def _drain(self, seconds: float) -> None:
+        """Admit no new requests; those in flight may finish, and clients may read what was
+        answered, for so many seconds."""
+        if self._gateway:
+            await self._drain_gateway(self._gateway, seconds)
+        elif self._opening:
+            self._opening.cancel()
         for server in self._servers:
             server.should_exit = True
 
-    @property
-    def _busy(self) -> bool:
-        return self._gateway.in_flight > 0 or self._connections.unsent
+    async def _drain_gateway(self, gateway: Gateway, seconds: float) -> None:
+        gateway.draining = True
+        say(logging.INFO, "draining", in_flight=gateway.in_flight)
+        await self._wait_while(self._is_busy, gateway, seconds)
+        say(logging.INFO, "stopping", in_flight=gateway.in_flight)
+        if gateway.in_flight:
+            gateway.stop()
+        await self._wait_while(lambda gateway: gateway.in_flight > 0, gateway, STOPPING_SECONDS)
+
+    async def _wait_while(
+        self, holds: Callable[[Gateway], bool], gateway: Gateway, seconds: float
+    ) -> None:
+        deadline = time.monotonic() + seconds
+        while holds(gateway) and time.monotonic() < deadline:
+            gateway.store.give_up_if_failing()
+            await asyncio.sleep(0.05)
+
+    def _is_busy(self, gateway: Gateway) -> bool:
+        return gateway.in_flight > 0 or self._connections.unsent
 
     def _reload(self) -> None:
         """Read the settings again; a bad file changes nothing."""
+        if self._gateway is None:
+            self._reload_wanted = True
+            return
         old = self._gateway.settings
         try:
             new = load_settings(str(self._loaded.file or "") or None).settings
         except SettingsError as error:
             say(logging.ERROR, "reload refused", reason=str(error))
             return
-        if self._demo:
-            new = with_demo(new, self._demo)
+        if self.demo:
+            new = with_demo(new, self.demo)
+        self._settings = new
         self._gateway.apply(new)
         LOG.level = getattr(logging, new.server.log_level.upper())
         fixed = [
@@ -1565,16 +1681,10 @@ def missing_keys(settings: Settings) -> list[str]:
     ]
 
 
-async def watch_ledger(store: Store) -> None:
-    """Say once when the ledger can't commit, and once when it can again."""
-    healthy = True
-    while True:
-        await asyncio.sleep(0.25)
-        if store.healthy != healthy:
-            healthy = store.healthy
-            level = logging.INFO if healthy else logging.ERROR
-            event = "ledger recovered" if healthy else "ledger unavailable"
-            say(level, event, reason=store.failure)
+async def watch_log() -> None:
+    """Return when the log's thread has ended, which must not happen."""
+    while LOG.works:
+        await asyncio.sleep(WATCH_SECONDS)
 
 
 # At most this number or this share of the running requests is preserved in a second, whichever is
@@ -1604,65 +1714,114 @@ async def preserve_some(gateway: Gateway, now: float) -> None:
         await each.preserve()
 
 
-async def run(
-    loaded: Loaded,
-    settings: Settings,
-    demo: bool,
-    first_run: bool,
-    accept_clock: bool,
-    as_json: bool,
-) -> None:
-    """The gateway from start to end. Raises LedgerError where it can't start."""
+class Start(NamedTuple):
+    """What `serve` was asked for."""
+
+    loaded: Loaded
+    settings: Settings
+    demo: bool
+    first_run: bool
+    accept_clock: bool
+    as_json: bool
+
+
+async def run(start: Start) -> int:
+    """Run the gateway from start to end, and return the exit status. Raises LedgerError where it
+    can't start."""
+    settings = start.settings
+    running = Running(start.loaded, settings)
     async with contextlib.AsyncExitStack() as stack:
-        store = await stack.enter_async_context(
-            Store.open(loaded.database_path, settings.database.synchronous)
-        )
-        if accept_clock:
-            store.clock.accept()
-        else:
-            store.clock.check()
-        demo_url = await start_demo(stack) if demo else None
-        if demo_url:
-            settings = with_demo(settings, demo_url)
-        books = await Books.open(store, settings.billing)
-        if first_run and not books.prices.prices:
-            await commands.import_example(books)
-        if demo and books.tariff(DEMO_PRICE.model) is None:
-            await books.add_prices([DEMO_PRICE], without_notice=None, by="demo")
         listeners = listen(settings.server.hosts, settings.server.port)
-        host, port = listeners[0].getsockname()[:2]
-        url = f"{url_of(host, port)}/v1"
-        for work in (
-            watch_ledger(store),
-            watch_clock(store.clock, say),
-            redbtc_webhook.post_for_ever(books, say),
-        ):
-            stack.callback(asyncio.create_task(work).cancel)
-        say(
-            logging.INFO,
-            "serving",
-            url=url,
-            listening=[address_of(each) for each in listeners],
-            interrupted_before=store.interrupted,
-        )
-        ahead = -store.clock.offset // 1000
-        if ahead > 60:
-            say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
-        for line in missing_keys(settings):
-            say(logging.WARNING, "unusable", reason=line)
-        if as_json:
-            click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
-        if not books.prices.prices and settings.billing.unpriced_models == "refuse":
-            say(logging.WARNING, "no prices", reason="all models are refused: price import")
-        server = msgspec.structs.replace(settings.server, port=port)
-        gateway = Gateway(books, msgspec.structs.replace(settings, server=server))
-        if first_run and not as_json:
-            click.echo(await commands.welcome(gateway.api, url, demo))
-        if not as_json:
-            click.echo(await commands.dashboard(gateway.api))
-        await gateway.unended.resume()
-        stack.callback(asyncio.create_task(preserve(gateway)).cancel)
-        await Running(gateway, loaded, demo_url).serve(listeners)
+        opening = asyncio.create_task(open_gateway(stack, start, running, listeners))
+        await running.serve(listeners, opening)
+    return running.status
+
+
+async def open_gateway(
+    stack: contextlib.AsyncExitStack, start: Start, running: Running, listeners: list[socket.socket]
+) -> Gateway:
+    """Open the ledger, however long that takes, and say that the gateway serves. Raises
+    LedgerError."""
+    settings = start.settings
+    store = await open_ledger(stack, start)
+    demo_url = await start_demo(stack) if start.demo else None
+    if demo_url:
+        settings = with_demo(settings, demo_url)
+        running.demo = demo_url
+    books = await Books.open(store, settings.billing)
+    if start.first_run and not books.prices.prices:
+        await commands.import_example(books)
+    if start.demo and books.tariff(DEMO_PRICE.model) is None:
+        await books.add_prices([DEMO_PRICE], without_notice=None, by="demo")
+    host, port = listeners[0].getsockname()[:2]
+    url = f"{url_of(host, port)}/v1"
+    say(
+        logging.INFO,
+        "serving",
+        url=url,
+        listening=[address_of(each) for each in listeners],
+        interrupted_before=store.interrupted,
+    )
+    ahead = -store.clock.offset // 1000
+    if ahead > 60:
+        say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
+    if store.migrated:
+        say(logging.INFO, "migrated", **store.migrated._asdict())
+    if store.replaced:
+        say(logging.INFO, "restore finished", replaced=str(store.replaced))
+    for line in missing_keys(settings):
+        say(logging.WARNING, "unusable", reason=line)
+    if start.as_json:
+        click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
+    if not books.prices.prices and settings.billing.unpriced_models == "refuse":
+        say(logging.WARNING, "no prices", reason="all models are refused: price import")
+    server = msgspec.structs.replace(settings.server, port=port)
+    settings = msgspec.structs.replace(settings, server=server)
+    gateway = Gateway(books, settings, running.watch)
+    if start.first_run and not start.as_json:
+        click.echo(await commands.welcome(gateway.api, url, start.demo))
+    if not start.as_json:
+        click.echo(await commands.dashboard(gateway.api))
+    await gateway.unended.resume()
+    return gateway
+
+
+DAMAGED = (
+    "Nothing was written into it. Restore a backup: db restore FILE. If a database was copied to "
+    "this place by hand, a -wal file of another one may lie beside it."
+)
+
+
+async def open_ledger(stack: contextlib.AsyncExitStack, start: Start) -> Store:
+    """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
+    when a damaged one was replaced. Raises LedgerError where that can't help."""
+    database, path = start.settings.database, start.loaded.database_path
+    serving = Serving(database.check_seconds, start.accept_clock, say, end_soon)
+    said = ""
+    while True:
+        tried = state_of(path)
+        try:
+            opening = Store.open(path, database.synchronous, serving)
+            return await stack.enter_async_context(opening)
+        except LedgerDamaged as error:
+            say(logging.CRITICAL, "ledger damaged", reason=str(error), what_to_do=DAMAGED)
+            said = "damaged"
+            while state_of(path) == tried:
+                await asyncio.sleep(WATCH_SECONDS)
+        except (LedgerUnavailable, DatabaseInUse) as error:
+            if not said and isinstance(error, DatabaseInUse):
+                raise
+            if str(error) != said:
+                said = str(error)
+                say(logging.ERROR, "ledger unavailable", reason=said)
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+def end_soon() -> None:
+    """End the process if its database is not closed soon: the disk may never answer again."""
+    timer = threading.Timer(STOPPING_SECONDS, os._exit, (EXIT_SOFTWARE,))
+    timer.daemon = True
+    timer.start()
 
 
 async def start_demo(stack: contextlib.AsyncExitStack) -> str:
@@ -1719,9 +1878,11 @@ def serve(
     LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(loaded, settings, demo, first_run, accept_clock, as_json))
+            start = Start(loaded, settings, demo, first_run, accept_clock, as_json)
+            status = runner.run(run(start))
     finally:
         LOG.flush()
+    raise SystemExit(status)
 
 
 @commands.commands.command()

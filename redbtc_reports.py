@@ -26,6 +26,7 @@ from redbtc_settings import (
     month_start,
     months_after,
 )
+from redbtc_slices import with_turns
 from redbtc_store import Reader, Store
 
 # ── Usage ────────────────────────────────────────────────────────────────────────────────────────
@@ -90,7 +91,6 @@ TOP_FIGURES = f"""
                                     sum(requests) DESC, model LIMIT :top), model, NULL) AS model
        FROM figures)"""
 REQUESTS = f"""
-    SELECT * FROM (
     SELECT requests.request_id, accounts.name AS account, key_id, endpoint, model, requested_model,
            upstream, started_at, first_byte_ms, duration_ms, requests.status, outcome,
            iif(corrections.request_id IS NULL, usage_source, 'upstream') AS usage_source,
@@ -105,8 +105,8 @@ REQUESTS = f"""
      WHERE {{of_request}} started_at >= :since
        AND (started_at, requests.request_id) < (:until, :before)
        {OF_KEY_AND_MODEL.format(model="ifnull(model, requested_model)")}
-     ORDER BY started_at DESC, requests.request_id DESC LIMIT :limit)
-     ORDER BY started_at, request_id"""
+     ORDER BY started_at DESC, requests.request_id DESC LIMIT :limit"""
+COPIED = "SELECT * FROM temp.copied ORDER BY rowid DESC"
 DAYS_WITH_SOME = f"""
     SELECT day, sum(requests) FROM (
     SELECT day, requests FROM usage_by_day INDEXED BY usage_of_an_account
@@ -151,16 +151,31 @@ class Range(Struct, frozen=True):
         return sql.format(account=one.format(table=""), of_request=one.format(table="requests."))
 
 
-async def requests_in(store: Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
+async def requests_in(store: Reader, wanted: Range, currency: str) -> list[Record]:
     """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
     if wanted.limit > 0 and wanted.account:
         wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
-    values = {**wanted.values(), "currency": currency}
-    async for row in store.rows(wanted.of_account(REQUESTS), values):
-        record = shown(row)
-        for name in ("cost", "estimated_cost"):
-            record[name] = None if record[name] is None else decimal(record[name])
-        yield record
+    newest_first = await store.all(*_query(wanted, currency))
+    return [shown_request(row) async for row in with_turns(reversed(newest_first))]
+
+
+async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
+    """Return the same, copied first: it can be read as slowly as a client reads, after the snapshot
+    `store` has ended, and it takes no memory."""
+    await store.copy(*_query(wanted, currency))
+    return (shown_request(row) async for row in store.rows(COPIED))
+
+
+def _query(wanted: Range, currency: str) -> tuple[str, dict[str, Any]]:
+    return wanted.of_account(REQUESTS), {**wanted.values(), "currency": currency}
+
+
+def shown_request(row: sqlite3.Row) -> Record:
+    """Return a row of REQUESTS as JSON shows it."""
+    record = shown(row)
+    for name in ("cost", "estimated_cost"):
+        record[name] = None if record[name] is None else decimal(record[name])
+    return record
 
 
 async def _since_enough(store: Reader, wanted: Range) -> int:

@@ -60,6 +60,7 @@ class Row(Struct):
     requested_model: str
     upstream: str
     started_at: int
+    run: int | None = None  # that began it
     first_byte_ms: int | None = None
     duration_ms: int | None = None
     status: int | None = None
@@ -75,11 +76,14 @@ class Row(Struct):
 
 
 COLUMNS = (*Row.__struct_fields__[:-1], *Usage.__struct_fields__)
-SETTLED = [f"{name} = excluded.{name}" for name in COLUMNS[COLUMNS.index("first_byte_ms") :]]
+SETTLED = COLUMNS[COLUMNS.index("first_byte_ms") :]
+# What a settled row can do without, if a value is refused.
+OPTIONAL = [name for name in SETTLED if name not in ("outcome", "usage_source", "month")]
 PLACES = f"({', '.join('?' * len(COLUMNS))})"
 RECORD = f"""
     INSERT INTO requests ({", ".join(COLUMNS)}) VALUES {PLACES}
-        ON CONFLICT (request_id) DO UPDATE SET upstream = excluded.upstream, {", ".join(SETTLED)}
+        ON CONFLICT (request_id) DO UPDATE SET upstream = excluded.upstream,
+           {", ".join(f"{name} = excluded.{name}" for name in SETTLED)}
         WHERE outcome = 'pending'"""
 KEEP_ESTIMATE = """
     INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model, held)
@@ -90,7 +94,7 @@ KEEP_UNSETTLED = """
 DROP_UNSETTLED = "DELETE FROM unsettled WHERE request_id = ?"
 TAKEN_OVER = [
     f"{name} = json_extract(settled, '$.{name}')"
-    for name in ("upstream", *COLUMNS[COLUMNS.index("first_byte_ms") :])
+    for name in ("upstream", *SETTLED)
     if name not in ("outcome", "month")
 ]
 TAKE_OVER = f"""
@@ -107,16 +111,22 @@ INTERRUPT = """
      WHERE outcome = 'pending' AND request_id NOT IN (SELECT request_id FROM background)"""
 CLEAR_UNSETTLED = "DELETE FROM unsettled"
 FORGET = "DELETE FROM requests WHERE request_id = ? AND outcome = 'pending'"
-MOST_ROWS = 32  # of one statement
+REOPEN = """
+    INSERT INTO reopened (request_id, reopened_at)
+    SELECT request_id, ? FROM requests WHERE request_id = ? AND run = ? AND outcome = 'interrupted'
+       AND NOT EXISTS (SELECT 1 FROM corrections WHERE request_id = requests.request_id)"""
+STORED = f"SELECT {', '.join(COLUMNS)} FROM requests WHERE request_id = ?"
+MAX_ROWS = 32  # of one statement
 
 
-@functools.lru_cache(MOST_ROWS)
+@functools.lru_cache(MAX_ROWS)
 def record_of(rows: int) -> str:
     """RECORD for so many rows at once."""
     return RECORD.replace(PLACES, ", ".join([PLACES] * rows))
 
 
 def values_of(row: Row) -> list[Any]:
+    """Return the row's values in the order of COLUMNS."""
     *values, usage = msgspec.structs.astuple(row)
     return [*values, *msgspec.structs.astuple(usage)]
 

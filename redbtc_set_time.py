@@ -17,6 +17,7 @@ from redbtc_settings import LedgerError, iso_time, month_of, now_ms, parse_time
 from redbtc_store import Store
 from redbtc_users import LINK_LASTS
 
+MAX_SECONDS = 600  # for the transaction
 AT = "(SELECT at FROM setting_time)"
 THAT_MONTH = "(SELECT month FROM setting_time)"
 THAT_DAY = "(SELECT at / 86400000 FROM setting_time)"
@@ -38,6 +39,8 @@ LATER = {
     "estimates": "admitted_at > ?1",
     "unsettled": "admitted_at > ?1",
     "changes": "changed_at > ?1",
+    "runs": "started_at > ?1",
+    "reopened": "reopened_at > ?1",
     "users": "max(created_at, ifnull(password_set_at, 0),"
     f" ifnull(link_expires_at, 0) - {LINK_LASTS}) > ?3",
     "sessions": "max(created_at, seen_at) > ?3",
@@ -147,6 +150,8 @@ MOVES = (
     move("background", "admitted_at"),
     move("estimates", "admitted_at"),
     move("unsettled", "admitted_at"),
+    move("runs", "started_at"),
+    move("reopened", "reopened_at"),
     f"""UPDATE users SET created_at = min(created_at, {NOW}),
                password_set_at = min(password_set_at, {NOW}),
                link_expires_at = min(link_expires_at, {NOW} + {LINK_LASTS})
@@ -202,7 +207,8 @@ async def set_time(books: Books, at: int, now: int, by: str) -> Record:
         if moved := await count_later(store, at, now):
             values = (at, month_of(at), now, before)
             moves = [(sql, ()) for sql in MOVES]
-            await store.transact((SET_TIME, values), *moves, (TIME_IS_SET, ()), by=by)
+            changes = ((SET_TIME, values), *moves, (TIME_IS_SET, ()))
+            await store.transact(*changes, by=by, seconds=MAX_SECONDS)
     await books.read_maintenances()
     return answer(at, before, moved, done=True)
 

@@ -264,6 +264,7 @@ class Database(Table, frozen=True):
 
     path: Annotated[str, Meta(min_length=1)] = "redbtc.db"
     synchronous: Literal["full", "normal"] = "full"
+    check_seconds: Annotated[int, Meta(ge=0, le=86400)] = 60
 
 
 class UpstreamSettings(Table, frozen=True):

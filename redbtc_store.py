@@ -7,46 +7,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
+import errno
 import hmac
+import logging
 import os
-import re
 import secrets
 import sqlite3
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from itertools import chain, groupby
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
 
+from redbtc_backup import Damaged, back_up_before_migration, complete_restore
+from redbtc_checks import Check, Say, is_corrupt
 from redbtc_clock import LedgerClock
-from redbtc_rows import (
-    CLEAR_UNSETTLED,
-    FORGET,
-    INTERRUPT,
-    KEEP_ESTIMATES,
-    MOST_ROWS,
-    RECORD,
-    TAKE_OVER,
-    joined,
-    record_of,
-)
-from redbtc_settings import LedgerError, LedgerUnavailable, month_of, shipped
+from redbtc_commits import BEAT, Commits, Health, Writer, is_about_a_value, reason_of
+from redbtc_files import OpenFiles, hold, hold_lock
+from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, joined
+from redbtc_schema import APPLICATION_ID, migrations, schema
+from redbtc_settings import LedgerError, LedgerUnavailable, month_of
 from redbtc_slices import with_turns
+from redbtc_spill import Change, Spill, line_of
 
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
 # of their own that can't write. A lock file beside the database keeps every other process out.
 
-APPLICATION_ID = 0x52424343  # marks the file as ours
 BUSY_TIMEOUT_MS = 1000
-RETRY_SECONDS = 0.25
 MOST_SNAPSHOTS = 8
-SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
-BEAT = "INSERT OR REPLACE INTO heartbeat (id, beat_at) VALUES (1, ?)"
+MAX_SNAPSHOT_SECONDS = 30  # as long as one is open, the WAL file grows with each commit
+MAX_CHECK_SECONDS = 3600  # of one table
+KEPT_WAL_BYTES = 16 << 20  # usual are 4 MB; a larger file is emptied once the ledger is idle
+MAX_WAL_BYTES = 64 << 20  # of a file for which snapshots needn't wait until it is emptied
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
@@ -55,64 +50,22 @@ MAKE_SECRET = "INSERT OR IGNORE INTO secrets (name, secret) VALUES ('idempotency
 SECRET = "SELECT secret FROM secrets WHERE name = 'idempotency'"
 SIGN = "INSERT INTO acting (id, name, at) VALUES (1, ?, ?)"
 UNSIGN = "DELETE FROM acting"
+ADD_RUN = "INSERT INTO runs (started_at) VALUES (?)"
+LATEST_RUN = "SELECT max(id) FROM runs"
 
 
 Values = Sequence[Any] | dict[str, Any]
-Change = tuple[str, Sequence[Any]]  # a statement and its values
 
 
-class DatabaseInUse(LedgerError):
-    """Another process holds the database."""
+class Migrated(NamedTuple):
+    """How a database was brought to a newer schema. `backup`: the copy made before, or empty where
+    there is none; then `no_backup` says why."""
 
-
-class Entry(NamedTuple):
-    """A statement that waits for the next commit. `insist`: it is tried again until it is written;
-    otherwise it fails with the commit that fails. `lasting`: it has to outlive a loss of power."""
-
-    sql: str
-    values: Sequence[Any]
-    written: asyncio.Future[None]
-    insist: bool
-    lasting: bool
-
-
-def schema() -> str:
-    """The text of schema.sql."""
-    return shipped("schema.sql").read_text(encoding="utf-8")
-
-
-def migrations(text: str) -> dict[int, str]:
-    """The sections of schema.sql by the version that each brings the database to."""
-    parts = SECTION.split(text)
-    return {int(number): script for number, script in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-class Writer(aiosqlite.Connection):
-    """The connection that writes. A transaction is one call to its thread; one with a single
-    statement is one call to SQLite, too, and lets go of Python's lock but once."""
-
-    _synchronous = ""
-
-    async def write(self, changes: Sequence[Change], synchronous: str) -> list[int]:
-        """Commit these changes together; returns how many rows each one changed."""
-        changed: list[int] = await self._execute(self._write, changes, synchronous)  # type: ignore[no-untyped-call]
-        return changed
-
-    def _write(self, changes: Sequence[Change], synchronous: str) -> list[int]:
-        database = self._conn
-        if synchronous != self._synchronous:
-            database.execute(f"PRAGMA synchronous = {synchronous}")
-            self._synchronous = synchronous
-        try:
-            if len(changes) > 1:
-                database.execute("BEGIN IMMEDIATE")
-            changed = [database.execute(sql, values).rowcount for sql, values in changes]
-            database.commit()
-        except Exception:
-            with contextlib.suppress(sqlite3.Error):
-                database.rollback()
-            raise
-        return changed
+    before: int
+    after: int
+    seconds: float
+    backup: str
+    no_backup: str
 
 
 ROWS_AT_ONCE = 500
@@ -121,13 +74,21 @@ ROWS_AT_ONCE = 500
 class Reader:
     """A connection that can't write. Rows are by position or by column name."""
 
-    def __init__(self, connection: aiosqlite.Connection) -> None:
+    def __init__(
+        self, connection: aiosqlite.Connection, notice: Callable[[Exception], None]
+    ) -> None:
+        """`notice` is called with what SQLite raises."""
         connection.row_factory = sqlite3.Row
         self._connection = connection
+        self._notice = notice
 
     async def all(self, sql: str, values: Values = ()) -> list[sqlite3.Row]:
         """All rows of a query, in one call to its thread."""
-        return list(await self._connection.execute_fetchall(sql, values))
+        try:
+            return list(await self._connection.execute_fetchall(sql, values))
+        except sqlite3.Error as error:
+            self._notice(error)
+            raise
 
     async def one(self, sql: str, values: Values = ()) -> sqlite3.Row | None:
         """The first row of a query."""
@@ -140,6 +101,81 @@ class Reader:
                 async for row in with_turns(batch):
                     yield row
 
+    async def copy(self, sql: str, values: Values = ()) -> None:
+        """Copy the rows of a query to the table `temp.copied`, which can be read when the snapshot
+        has ended, too. SQLite writes it at its own speed to a file without a name, which vanishes
+        with the connection."""
+        await self.all(f"CREATE TEMP TABLE copied AS {sql}", values)
+
+
+@contextlib.asynccontextmanager
+async def _interrupting(connection: aiosqlite.Connection) -> AsyncIterator[None]:
+    """On an exception, interrupt the query that runs: nobody waits for its result any more."""
+    try:
+        yield
+    except BaseException:
+        await connection.interrupt()
+        raise
+
+
+class LedgerDamaged(LedgerError):
+    """Pages of the database are damaged, so that nothing is written into it."""
+
+
+class Serving(NamedTuple):
+    """What a gateway needs of its store, and a command does not: how many seconds the check after
+    an unclean end may take (0: no check), whether the machine's clock is believed in any case, the
+    log, and what is called when nothing is left but to close the files."""
+
+    check_seconds: float
+    accept_clock: bool
+    say: Say
+    closing: Callable[[], None]
+
+
+def silent(level: int, event: str, **fields: Any) -> None:
+    """Say nothing: the log of a command."""
+
+
+TRANSIENT_SQLITE = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_CANTOPEN,
+)
+TRANSIENT_OS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EROFS,
+)
+TRANSACT_SECONDS = 10
+
+
+def opening_error(path: Path, error: sqlite3.Error | OSError) -> LedgerError:
+    """Return what an error on opening the database means: LedgerUnavailable if it can pass by
+    itself, LedgerDamaged, or a LedgerError."""
+    said = f"{path}: {error.strerror if isinstance(error, OSError) else error}"
+    if is_corrupt(error):
+        return LedgerDamaged(said)
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in TRANSIENT_SQLITE or getattr(error, "errno", None) in TRANSIENT_OS:
+        return LedgerUnavailable(said)
+    return LedgerError(said)
+
+
+class Record(Protocol):
+    """The type of Commits.record."""
+
+    def __call__(
+        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
+    ) -> asyncio.Future[None]: ...
+
 
 class Store:
     """The database of one gateway, opened by `async with Store.open(...)`.
@@ -150,45 +186,63 @@ class Store:
 
     def __init__(self, path: Path, synchronous: str) -> None:
         self.path = path
-        self.healthy = True
-        self.failure = ""  # what the last failed commit failed with
-        self.commits = 0
-        self.committed_at = time.monotonic()
         self.interrupted = 0  # rows that the process before this one left behind
+        self.migrated: Migrated | None = None  # as this process opened it
+        self.replaced: Path | None = None  # by a restore that this process finished
+        self.owed = 0  # changes in the spill file that were taken up
+        self.run: int | None = None  # the number of this run of a gateway
+        self.commits: Commits
+        self.record: Record
         self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
-        self._loop = asyncio.get_running_loop()
-        self._waiting: list[Entry] = []
-        self._wake = asyncio.Event()
         self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
+        self._checks = asyncio.Semaphore(1)
+        self._wal_bytes_left = 0  # when it was to be emptied, because of another program's reader
         self._trying = asyncio.Lock()  # whether a commit succeeds
-        self._closing = False
         self.clock = LedgerClock()
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, path: Path, synchronous: str) -> AsyncIterator[Store]:
-        """The store in the file `path`, made or brought up to date where needed. Raises
-        DatabaseInUse, or LedgerError where the file is not ours, too new, or can't be opened."""
+    async def open(
+        cls, path: Path, synchronous: str, serving: Serving | None = None
+    ) -> AsyncIterator[Store]:
+        """The store in the file `path`, made or brought up to date where needed. `serving` is None
+        for a command. Raises DatabaseInUse; LedgerUnavailable if it can't be opened now;
+        LedgerDamaged; or LedgerError if the file is not ours, too new, or can't be opened."""
         store = cls(path, synchronous)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                await store._open(stack)
+                await store._open(stack, serving)
             except (sqlite3.Error, OSError) as error:
-                raise LedgerError(f"{path}: {error}") from None
+                raise opening_error(path, error) from None
             yield store
 
-    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
-        stack.callback(os.close, _lock(self.path))
+    async def _open(self, stack: contextlib.AsyncExitStack, serving: Serving | None) -> None:
+        stack.enter_context(hold_lock(self.path))
+        self.replaced = complete_restore(self.path)
+        spill = Spill(self.path)
+        refuse_without(self.path, spill)
+        stack.enter_context(hold(self.path))
+        if serving and serving.check_seconds and (spill.exists() or has_log(self.path)):
+            await self._check(serving)
         writer = Writer(lambda: sqlite3.connect(self.path, isolation_level=None), 64)
         await stack.enter_async_context(writer)
         self._writer = writer
+        if serving:
+            stack.callback(serving.closing)
         await writer.create_function("joined", 2, joined)
         await self._configure()
         await self._migrate()
         self.clock.go_on_from(await self._value(LATEST))
+        if serving:
+            self.clock.start(accept=serving.accept_clock)
+        say = serving.say if serving else silent
+        self.commits = Commits(self.path, writer, spill, self._synchronous, self.time, say)
+        self.record = self.commits.record
+        stack.push_async_callback(self.commits.close)
+        await self.transact((MAKE_SECRET, (secrets.token_bytes(32),)))
+        await self._take_up(spill, say)
         self.interrupted = await self.transact(
-            (MAKE_SECRET, (secrets.token_bytes(32),)),
             (TAKE_OVER, ()),
             (KEEP_ESTIMATES, ()),
             (CLEAR_UNSETTLED, ()),
@@ -196,11 +250,49 @@ class Store:
         )
         self._secret: bytes = await self._value(SECRET)
         reader = aiosqlite.connect(self._read_only, uri=True)
-        self._reader = Reader(await stack.enter_async_context(reader))
+        self._reader = Reader(await stack.enter_async_context(reader), self.commits.notice)
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
         stack.callback(self._lookup.close)
-        loop = asyncio.create_task(self._write_groups(), name="ledger")
-        stack.push_async_callback(self._finish, loop)
+        if serving:
+            await self.transact((ADD_RUN, (self.time(),)))
+            self.run = self.commits.run = await self._value(LATEST_RUN)
+            spill.reserve()
+            stack.callback(spill.remove)
+        writer.files = OpenFiles(self.path)
+
+    async def _check(self, serving: Serving) -> None:
+        """Check the pages of the database, since its last gateway did not end cleanly. Raises
+        LedgerDamaged."""
+        began = time.monotonic()
+        check = Check(self.path, serving.check_seconds, serving.say)
+        try:
+            wrong = await asyncio.to_thread(check.find_damage)
+        finally:
+            check.stop()
+        if wrong:
+            raise LedgerDamaged(f"{self.path} is damaged: {'; '.join(wrong)}")
+        took = round((time.monotonic() - began) * 1000)
+        serving.say(logging.INFO, "ledger checked after an unclean end", duration_ms=took)
+
+    async def _take_up(self, spill: Spill, say: Say) -> None:
+        """Commit what an earlier process owed. What is refused is put aside."""
+        changes, damaged = spill.read()
+        if not changes and not damaged:
+            return
+        refused = []
+        for change in changes:
+            try:
+                await self._writer.write([change], self._synchronous)
+            except Exception as error:
+                if not is_about_a_value(error):
+                    raise
+                refused.append(change)
+        spill.refuse([*map(line_of, refused), *damaged])
+        spill.reserve()
+        spill.close()
+        self.owed = len(changes)
+        facts = {"changes": len(changes), "refused": len(refused), "damaged": len(damaged)}
+        say(logging.WARNING, "took up what was owed", **facts)
 
     async def _configure(self) -> None:
         """Set what durability depends on, then read each back: SQLite is silent when it can't."""
@@ -215,6 +307,7 @@ class Store:
             "synchronous": (self._synchronous, {"full": 2, "normal": 1}[self._synchronous]),
             "foreign_keys": ("ON", 1),
             "secure_delete": ("ON", 1),
+            "journal_size_limit": (KEPT_WAL_BYTES, KEPT_WAL_BYTES),
         }
         for pragma, (value, expected) in wanted.items():
             if await self._value(f"PRAGMA {pragma}") != expected:
@@ -230,11 +323,25 @@ class Store:
                 f"{self.path} was written by a newer version of this program (schema {version}; "
                 f"this one knows {max(sections)})"
             )
-        for number, script in sorted(sections.items()):
-            if number > version:
-                await self._writer.executescript(
-                    f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
-                )
+        due = {number: script for number, script in sorted(sections.items()) if number > version}
+        if not due:
+            return
+        started, backup, no_backup = time.monotonic(), "", ""
+        if version:
+            backup, no_backup = await self._back_up(max(due))
+        for number, script in due.items():
+            await self._writer.executescript(
+                f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
+            )
+        if version:
+            seconds = round(time.monotonic() - started, 3)
+            self.migrated = Migrated(version, max(due), seconds, backup, no_backup)
+
+    async def _back_up(self, version: int) -> tuple[str, str]:
+        try:
+            return await asyncio.to_thread(back_up_before_migration, self.path, version)
+        except Damaged as error:
+            raise LedgerDamaged(f"{error}. It was not migrated") from None
 
     async def _value(self, sql: str) -> Any:
         async with self._writer.execute(sql) as cursor:
@@ -261,6 +368,7 @@ class Store:
         try:
             return self._lookup.execute(sql, values).fetchall()
         except sqlite3.Error as error:
+            self.commits.notice(error)
             raise LedgerUnavailable(f"can't be read: {error}") from None
 
     def look_up(self, sql: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -278,44 +386,120 @@ class Store:
         """The first row of a query."""
         return await self._reader.one(sql, values)
 
+    def snapshot(
+        self, outlived_by: contextlib.AsyncExitStack | None = None
+    ) -> contextlib.AbstractAsyncContextManager[Reader]:
+        """Return a reader to which the database stands still, with a connection and a thread of its
+        own, for at most MAX_SNAPSHOT_SECONDS. At most MOST_SNAPSHOTS are open at a time.
+        `outlived_by`: the connection stays open until that stack is closed, so that a copy can be
+        read after the snapshot has ended. Raises LedgerUnavailable if the database can't be read,
+        or not in that time."""
+        return self._snapshot(self._snapshots, MAX_SNAPSHOT_SECONDS, outlived_by)
+
+    def snapshot_to_check(self) -> contextlib.AbstractAsyncContextManager[Reader]:
+        """Return a snapshot for a check of the database, which may take MAX_CHECK_SECONDS. One is
+        open at a time. Raises LedgerUnavailable."""
+        return self._snapshot(self._checks, MAX_CHECK_SECONDS)
+
     @contextlib.asynccontextmanager
-    async def snapshot(self) -> AsyncIterator[Reader]:
-        """Whatever is read through it is of one instant. Each has a thread of its own: there are no
-        more than MOST_SNAPSHOTS at a time."""
-        async with self._snapshots, aiosqlite.connect(self._read_only, uri=True) as connection:
-            await connection.execute("BEGIN")
-            yield Reader(connection)
+    async def _snapshot(
+        self,
+        places: asyncio.Semaphore,
+        seconds: float,
+        outlived_by: contextlib.AsyncExitStack | None = None,
+    ) -> AsyncIterator[Reader]:
+        try:
+            async with places, contextlib.AsyncExitStack() as own:
+                connecting = aiosqlite.connect(self._read_only, uri=True)
+                connection = await (outlived_by or own).enter_async_context(connecting)
+                async with asyncio.timeout(seconds), _interrupting(connection):
+                    await connection.execute("BEGIN")
+                    yield Reader(connection, self.commits.notice)
+                    await connection.commit()
+        except TimeoutError:
+            raise LedgerUnavailable(
+                f"the ledger can't be read within {seconds} seconds; ask for less of it at a time"
+            ) from None
+        except sqlite3.Error as error:
+            raise LedgerUnavailable(f"the ledger can't be read: {error}") from None
+
+    # Size
+
+    @property
+    def wal_bytes(self) -> int:
+        """The size of the WAL file."""
+        return size_of(f"{self.path}-wal")
+
+    async def shrink(self) -> bool:
+        """Empty the WAL file if it is large and the ledger is idle, or if it is too large: SQLite
+        reuses the file only at an instant without a reader, and snapshots can overlap for ever.
+        Return False if it is large and not the time for that. Emptying 40 MB takes about 80 ms; the
+        commit that reuses them takes 50. Raises LedgerUnavailable."""
+        size = self.wal_bytes
+        if size <= KEPT_WAL_BYTES:
+            self._wal_bytes_left = 0
+        elif not self.healthy:
+            return False
+        elif size > max(MAX_WAL_BYTES, 2 * self._wal_bytes_left):
+            async with contextlib.AsyncExitStack() as places:
+                for _ in range(MOST_SNAPSHOTS):  # those that are open end, and none begins
+                    await places.enter_async_context(self._snapshots)
+                await self._empty_wal()
+            self._wal_bytes_left = self.wal_bytes
+        elif self.commits.idle:
+            await self._empty_wal()
+        else:
+            return False
+        return True
+
+    async def _empty_wal(self) -> None:
+        try:
+            await self._writer.empty_wal()
+        except Exception as error:
+            self.commits.notice(error)
+            raise LedgerUnavailable(f"the WAL file can't be emptied: {reason_of(error)}") from None
 
     # Writing
 
-    async def transact(self, *changes: Change, by: str | None = None) -> int:
+    @property
+    def healthy(self) -> bool:
+        """Return whether commits succeed."""
+        return self.commits.healthy
+
+    @property
+    def failure(self) -> str:
+        """Return why no commit succeeds, "" if they do."""
+        return self.commits.failure
+
+    def give_up_if_failing(self) -> None:
+        """Put what is owed into the spill file if no commit succeeds: the process is to end."""
+        if self.commits.health is Health.FAILING:
+            self.commits.give_up()
+
+    async def transact(
+        self, *changes: Change, by: str | None = None, seconds: float = TRANSACT_SECONDS
+    ) -> int:
         """Make changes, all of them or none; returns how many rows the last one changed. `by`: who
         makes them, which the log of administrative changes tells and those can't do without.
-        Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be committed."""
+        Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be committed, or takes
+        longer than `seconds`; then it may be made later."""
         if by is not None:
             changes = ((SIGN, (by, self.time())), *changes, (UNSIGN, ()))
+        if self.commits.health is Health.LOST:
+            raise LedgerUnavailable(f"the database can't be written: {self.failure}")
         try:
-            changed = await self._writer.write(changes, self._synchronous)
+            async with asyncio.timeout(seconds):
+                changed = await self._writer.write(changes, self._synchronous)
         except sqlite3.IntegrityError:
             raise
-        except sqlite3.Error as error:
-            raise LedgerUnavailable(f"the database can't be written: {error}") from None
+        except TimeoutError:
+            raise LedgerUnavailable(
+                f"the disk has not answered for {seconds} s; the change may be made later"
+            ) from None
+        except Exception as error:
+            self.commits.notice(error)
+            raise LedgerUnavailable(f"the database can't be written: {reason_of(error)}") from None
         return changed[-1 if by is None else -2]
-
-    def record(
-        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
-    ) -> asyncio.Future[None]:
-        """Write in the next group; the future is done when it is on disk. With `insist` it is tried
-        until it succeeds, otherwise the future raises LedgerUnavailable if this try fails.
-        `lasting`, usually as `insist`: it outlives a loss of power, not just this process."""
-        written: asyncio.Future[None] = self._loop.create_future()
-        if self.healthy or insist:
-            lasting = insist if lasting is None else lasting
-            self._waiting.append(Entry(sql, values, written, insist, lasting))
-            self._wake.set()
-        else:
-            written.set_exception(LedgerUnavailable(self.failure))
-        return written
 
     async def settle_time(self) -> int:
         """The ledger's time, kept so that it holds after a restart, and after all that was to be
@@ -325,92 +509,44 @@ class Store:
         return now
 
     async def can_commit(self) -> bool:
-        """Whether a commit succeeds now: one within the last second is proof enough, and one try
-        for all who ask meanwhile."""
+        """Return whether a commit succeeds now, in the way that requests take: one within the last
+        second is proof enough, and one try for all who ask meanwhile."""
         async with self._trying:
-            if self.healthy and time.monotonic() - self.committed_at > 1:
-                try:
-                    await self.transact((BEAT, (self.time(),)))
-                    self.committed_at = time.monotonic()
-                except LedgerUnavailable as error:
-                    self.healthy, self.failure = False, str(error)
-                    self._wake.set()  # the retries that bring it back
+            if self.healthy and time.monotonic() - self.commits.committed_at > 1:
+                with contextlib.suppress(LedgerUnavailable):
+                    await self.settle_time()
         return self.healthy
 
-    async def _write_groups(self) -> None:
-        while not self._closing or self._waiting:
-            if self.healthy:
-                await self._wake.wait()
-                self._wake.clear()
-            else:
-                await asyncio.sleep(RETRY_SECONDS)
-            await asyncio.sleep(0)  # whoever is ready in this turn of the loop comes along
-            group, self._waiting = self._waiting, []
-            if group or not self.healthy:
-                await self._write_group(group)
 
-    async def _write_group(self, group: list[Entry]) -> None:
-        changes: list[Change] = []
-        for sql, entries in groupby(group, key=lambda entry: entry.sql):
-            values = [entry.values for entry in entries]
-            if sql == RECORD:
-                groups = [values[at : at + MOST_ROWS] for at in range(0, len(values), MOST_ROWS)]
-                changes += [(record_of(len(rows)), list(chain(*rows))) for rows in groups]
-            else:
-                changes += [(sql, each) for each in values]
-        if not self.healthy:
-            changes.append((BEAT, (self.time(),)))
-        lasting = not self.healthy or any(entry.lasting for entry in group)
-        try:
-            await self._writer.write(changes, self._synchronous if lasting else "normal")
-        except sqlite3.OperationalError as error:
-            self._failed(group, str(error))
-        except (sqlite3.Error, ValueError, OverflowError) as error:
-            await self._isolate(group, error)
-        else:
-            self.healthy, self.failure = True, ""
-            self.commits += 1
-            self.committed_at = time.monotonic()
-            for entry in group:
-                if not entry.written.done():
-                    entry.written.set_result(None)
-
-    def _failed(self, group: list[Entry], reason: str) -> None:
-        """Keep what must be written; for the rest take back whatever may have reached the disk
-        (after a failed fsync a row's fate is unknown)."""
-        self.healthy, self.failure = False, reason
-        kept = [entry for entry in group if entry.insist]
-        for entry in group:
-            if not entry.insist:
-                if not entry.written.done():
-                    entry.written.set_exception(LedgerUnavailable(reason))
-                nobody: asyncio.Future[None] = self._loop.create_future()
-                kept.append(Entry(FORGET, entry.values[:1], nobody, True, True))
-        self._waiting[:0] = kept
-
-    async def _isolate(self, group: list[Entry], error: Exception) -> None:
-        """A value that SQLite won't take must not hold up the others: write one by one."""
-        if len(group) > 1:
-            for entry in group:
-                await self._write_group([entry])
-        elif group and not group[0].written.done():
-            group[0].written.set_exception(error)
-
-    async def _finish(self, loop: asyncio.Task[None]) -> None:
-        self._closing = True
-        self._wake.set()
-        if not self.healthy:  # nothing more can be done: those rows stay pending, then interrupted
-            loop.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await loop
-
-
-def _lock(database: Path) -> int:
-    """A lock that ends with the process, however it ends. Raises DatabaseInUse."""
-    file = os.open(f"{database}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def size_of(file: str | Path) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise DatabaseInUse(f"{database} is in use by another gateway or command") from None
-    return file
+        return os.stat(file).st_size
+    except OSError:
+        return 0
+
+
+def has_log(database: Path) -> bool:
+    """Return whether a write-ahead log lies beside a database, left by a process that was
+    killed."""
+    try:
+        return os.stat(f"{database}-wal").st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def refuse_without(database: Path, spill: Spill) -> None:
+    """Raise LedgerError if the database is gone, but not what was saved of it."""
+    if database.exists():
+        return
+    saved = [str(each) for each in sorted(database.parent.glob(f"{database.name}.rescue-*"))]
+    if saved:
+        raise LedgerError(
+            f"{database} is gone, but {saved[-1]} holds what was in it. Restore that file (db "
+            "restore FILE), or move it away to begin with an empty ledger"
+        )
+    if spill.read()[0]:
+        raise LedgerError(
+            f"{database} is gone, but {spill.path} holds what is still owed to it. Restore a "
+            "backup (db restore FILE), or move that file away to begin with an empty ledger"
+        )

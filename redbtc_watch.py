@@ -3,9 +3,7 @@ metrics. Neither ever holds a byte of a prompt, a completion or a key."""
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import itertools
 import logging
 import os
 import threading
@@ -21,6 +19,7 @@ import orjson
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
+from redbtc_histogram import Histogram
 from redbtc_refusals import Refusal
 from redbtc_rows import Outcome, Row
 from redbtc_settings import iso_time, now_ms
@@ -32,11 +31,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 30, 40)}
+LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 30, 40, 50)}
 LOG_LINES_A_SECOND = 2000
 LOG_BACKLOG = 10_000
 LOG_SECONDS = 0.02  # what comes within is one write
-SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Log:
@@ -51,7 +49,13 @@ class Log:
         self._written = threading.Event()
         self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
-        threading.Thread(target=self._write, name="log", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+        self._thread.start()
+
+    @property
+    def works(self) -> bool:
+        """Return whether its thread runs."""
+        return self._thread.is_alive()
 
     def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
         """One line, at one of logging's levels."""
@@ -71,20 +75,28 @@ class Log:
             self._written.clear()
             self._pending.set()
 
-    def _write(self) -> None:
-        while self._pending.wait():
-            time.sleep(LOG_SECONDS)
-            self._pending.clear()
-            while self._lines:
-                lines = [self._lines.popleft() for _ in range(min(100, len(self._lines)))]
-                with contextlib.suppress(OSError):
-                    os.write(2, b"".join(lines))
-            if not self._pending.is_set():
-                self._written.set()
+    def _work(self) -> None:
+        with contextlib.suppress(Exception):  # the process ends when this does, and says so
+            while self._pending.wait():
+                time.sleep(LOG_SECONDS)
+                self._pending.clear()
+                self._write_lines()
+                if not self._pending.is_set():
+                    self._written.set()
+
+    def _write_lines(self) -> None:
+        while self._lines:
+            lines = [self._lines.popleft() for _ in range(min(100, len(self._lines)))]
+            with contextlib.suppress(OSError):
+                os.write(2, b"".join(lines))
 
     def flush(self) -> None:
-        """Wait up to a second for what is not yet written."""
-        self._written.wait(1)
+        """Wait up to a second for what is not yet written; write it here if the thread has
+        ended."""
+        if self.works:
+            self._written.wait(1)
+        else:
+            self._write_lines()
 
 
 LOG = Log()
@@ -96,23 +108,12 @@ def say(level: int, event: str, **fields: Any) -> None:
         LOG.write(level, event, fields)
 
 
-class Histogram:
-    """How often a duration was within each of SECONDS."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(SECONDS) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Count one."""
-        self._counts[bisect.bisect_left(SECONDS, seconds)] += 1
-        self._sum += seconds
-
-    def add_to(self, family: HistogramMetricFamily, route: str) -> None:
-        """As Prometheus has it: each bucket counts what is in those below it, too."""
-        limits = [*map(str, map(float, SECONDS)), "+Inf"]
-        counts = itertools.accumulate(self._counts)
-        family.add_metric([route], list(zip(limits, counts, strict=True)), self._sum)
+def shown_error(error: BaseException | None) -> dict[str, Any]:
+    """Return the type and the places of an unexpected error for the log. Its message could hold
+    content, so it is left out."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+    return {"error": type(error).__name__ if error else None, "places": places}
 
 
 class Watch:
@@ -159,7 +160,7 @@ class Watch:
         ):
             family = HistogramMetricFamily(name, what, labels=["route"])
             for route, histogram in histograms.items():
-                histogram.add_to(family, route)
+                family.add_metric([route], histogram.buckets(), histogram.total)
             yield family
 
     def settled(self, scope: Scope, row: Row) -> None:
@@ -216,9 +217,7 @@ class Watch:
     def failed(self, scope: Scope, error: Exception) -> None:
         """Something that should not happen. Its message could hold content, so it is not logged."""
         self._requests[scope["where"], "500", "refused"] += 1
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-        self._line(logging.ERROR, scope, 500, {"error": type(error).__name__, "places": places})
+        self._line(logging.ERROR, scope, 500, shown_error(error))
 
     @staticmethod
     def _line(level: int, scope: Scope, status: int | None, fields: dict[str, Any]) -> None:

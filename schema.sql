@@ -834,6 +834,68 @@ ALTER TABLE estimates ADD COLUMN
 
 -- version 11
 
+-- Each start of a gateway. The rows of its requests carry its number.
+CREATE TABLE runs (
+    id                  INTEGER PRIMARY KEY,
+    started_at          INTEGER NOT NULL
+) STRICT;
+
+ALTER TABLE requests ADD COLUMN
+    run                 INTEGER;                -- that began it; NULL: from before there were numbers
+
+-- Requests that another process marked as interrupted while they were in flight. Their own process
+-- adds a row here, which opens them again, and settles them in the same transaction.
+CREATE TABLE reopened (
+    id                  INTEGER PRIMARY KEY,
+    request_id          TEXT NOT NULL REFERENCES requests (request_id),
+    reopened_at         INTEGER NOT NULL
+) STRICT;
+
+CREATE TRIGGER a_request_is_reopened AFTER INSERT ON reopened BEGIN
+    UPDATE usage_by_day SET
+        requests = requests - 1,
+        estimated = estimated - (r.usage_source = 'estimated'),
+        unreported = unreported - (r.usage_source = 'none'),
+        input_tokens = usage_by_day.input_tokens - ifnull(r.input_tokens, 0),
+        cached_input_tokens = usage_by_day.cached_input_tokens - ifnull(r.cached_input_tokens, 0),
+        cache_write_tokens = usage_by_day.cache_write_tokens - ifnull(r.cache_write_tokens, 0),
+        output_tokens = usage_by_day.output_tokens - ifnull(r.output_tokens, 0),
+        reasoning_tokens = usage_by_day.reasoning_tokens - ifnull(r.reasoning_tokens, 0),
+        image_input_tokens = usage_by_day.image_input_tokens - ifnull(r.image_input_tokens, 0),
+        image_output_tokens = usage_by_day.image_output_tokens - ifnull(r.image_output_tokens, 0),
+        web_searches = usage_by_day.web_searches - ifnull(r.web_searches, 0),
+        tool_input_tokens = usage_by_day.tool_input_tokens - ifnull(r.tool_input_tokens, 0),
+        cache_write_12h_tokens = usage_by_day.cache_write_12h_tokens - ifnull(r.cache_write_12h_tokens, 0),
+        file_searches = usage_by_day.file_searches - ifnull(r.file_searches, 0),
+        containers = usage_by_day.containers - ifnull(r.containers, 0),
+        cost_units = cost_units - ifnull(r.cost / 1000000000, 0),
+        cost_nanos = cost_nanos - ifnull(r.cost % 1000000000, 0)
+      FROM requests AS r
+     WHERE r.request_id = NEW.request_id
+       AND day = r.started_at / 86400000 AND usage_by_day.account_id = r.account_id
+       AND usage_by_day.month = r.month
+       AND usage_by_day.model = ifnull(r.model, r.requested_model)
+       AND usage_by_day.requested_model = r.requested_model AND usage_by_day.key_id = r.key_id;
+    UPDATE usage_by_month SET
+        requests = requests - 1,
+        input_tokens = usage_by_month.input_tokens - ifnull(r.input_tokens, 0),
+        output_tokens = usage_by_month.output_tokens - ifnull(r.output_tokens, 0),
+        cost_units = cost_units - ifnull(r.cost / 1000000000, 0),
+        cost_nanos = cost_nanos - ifnull(r.cost % 1000000000, 0)
+      FROM requests AS r
+     WHERE r.request_id = NEW.request_id
+       AND usage_by_month.account_id = r.account_id AND usage_by_month.month = r.month;
+    UPDATE traffic_by_day SET
+        requests = requests - 1,
+        cost_units = cost_units - ifnull(r.cost / 1000000000, 0),
+        cost_nanos = cost_nanos - ifnull(r.cost % 1000000000, 0)
+      FROM requests AS r
+     WHERE r.request_id = NEW.request_id AND day = r.started_at / 86400000
+       AND traffic_by_day.upstream = r.upstream AND traffic_by_day.outcome = r.outcome;
+    DELETE FROM estimates WHERE request_id = NEW.request_id;
+    UPDATE requests SET outcome = 'pending' WHERE request_id = NEW.request_id;
+END;
+
 -- `db set-time` moves what is dated in the future, on record: that is a kind of change, too.
 CREATE TABLE changes_with_time (
     id                  INTEGER PRIMARY KEY,

@@ -1,4 +1,4 @@
-"""`make bench` runs: what the README quotes can be repeated."""
+"""`make bench` runs: what the README and docs quote can be repeated."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def test_the_benchmark_measures_all_but_litellm() -> None:
     for figure in ("start to first answer", "1000 streams: CPU", "CPU a JSON request", "statement"):
         (line,) = [line for line in done.stdout.splitlines() if figure in line]
         assert any(character.isdigit() for character in line.partition(")")[2]), line
+
+
+def test_the_benchmark_of_backups() -> None:
+    short = ["--rows", "1000", "--seconds", "0.1"]
+    command = [sys.executable, ROOT / "bench" / "backup.py", *short]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for figure in ("db backup", "db restore", "requests, during backups"):
+        assert figure in done.stdout

@@ -35,9 +35,11 @@ import redbtc_ledger as ledger
 import redbtc_reports as reports
 import redbtc_store
 from redbtc_billing import Books, Hold, Price, PriceList, Spent
+from redbtc_commits import Health
 from redbtc_ledger import Accounts, Key
 from redbtc_reports import TOKENS, Range
 from redbtc_rows import Row, Usage, UsageSource
+from redbtc_schema import APPLICATION_ID, migrations, schema
 from redbtc_set_time import set_time
 from redbtc_settings import (
     NANOS,
@@ -50,7 +52,7 @@ from redbtc_settings import (
     months_after,
     parse_amount,
 )
-from redbtc_store import APPLICATION_ID, Store, migrations, schema
+from redbtc_store import Store
 
 HOUR = 3_600_000
 DAY = 24 * HOUR
@@ -340,7 +342,7 @@ class Bench:
     def stop(self, crash: bool = False) -> None:
         """With `crash` what waits to be written is lost."""
         if crash:
-            self.store.healthy = False
+            self.store.commits.health = Health.FAILING
         self.run(self._stack.aclose())
 
     def close(self) -> None:
@@ -381,7 +383,8 @@ class Bench:
 
     def rows(self, **wanted: Any) -> list[dict[str, Any]]:
         async def read() -> list[dict[str, Any]]:
-            return [row async for row in reports.requests_in(self.store, Range(**wanted), "USD")]
+            async with self.store.snapshot() as snapshot:
+                return await reports.requests_in(snapshot, Range(**wanted), "USD")
 
         return self.run(read())
 

@@ -21,9 +21,9 @@ from upstream import Upstream, json_answer, response_object
 
 from redbtc_billing import DAY
 from redbtc_clock import BELIEVED_AFTER, MS, LedgerClock
+from redbtc_schema import migrations, schema
 from redbtc_set_time import LATER, MOVES, SET_TIME, TIME_IS_SET
 from redbtc_settings import LedgerError, month_of
-from redbtc_store import migrations, schema
 
 HOUR = 3_600_000
 REQUEST = {"model": "m", "input": "Hi"}
@@ -145,7 +145,7 @@ def test_an_accepted_clock_is_followed_wherever_it_jumps(clocks: Clocks) -> None
     clock = LedgerClock()
     clocks.wall += 400 * DAY
     clock.now()
-    clock.accept()
+    clock.start(accept=True)
     assert clock.now() == clocks.wall
     clocks.wall += DAY
     assert clock.now() == clocks.wall
@@ -157,9 +157,9 @@ def test_setting_the_time_back_believes_a_clock_that_is_behind(clocks: Clocks) -
     clock = LedgerClock()
     clock.go_on_from(clocks.wall + 400 * DAY)
     with pytest.raises(LedgerError, match="more than a day later"):
-        clock.check()
+        clock.start(accept=False)
     clock.set_back(clocks.wall)
-    clock.check()
+    clock.start(accept=False)
     clocks.run(10)
     assert clock.now() == clocks.wall
     clocks.wall -= 400 * DAY

@@ -17,8 +17,8 @@ from upstream import Upstream
 
 import redbtc_ledger as ledger
 import redbtc_proxy
+from redbtc_schema import migrations
 from redbtc_settings import Settings, load_settings
-from redbtc_store import migrations
 
 
 @pytest.mark.parametrize("running", [True, False])

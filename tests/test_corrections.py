@@ -252,7 +252,9 @@ def test_an_estimate_of_schema_version_9_is_corrected(gateway: Gateway, stored: 
     gateway.terminate()
     with contextlib.closing(sqlite3.connect(gateway.database)) as database:
         database.executescript(
-            """DROP TABLE unsettled;
+            """DROP TABLE reopened; DROP TABLE runs;
+                ALTER TABLE requests DROP COLUMN run;
+                DROP TABLE unsettled;
             ALTER TABLE estimates DROP COLUMN held;
             DROP TABLE setting_time;
             PRAGMA user_version = 9;"""

@@ -36,8 +36,9 @@ import redbtc_dashboard as dashboard
 from redbtc_ledger import Accounts
 from redbtc_proxy import MAX_ASKED
 from redbtc_reports import csv_line
+from redbtc_schema import APPLICATION_ID, migrations, schema
 from redbtc_settings import Conflict, LedgerError, NotFound
-from redbtc_store import APPLICATION_ID, Store, migrations, schema
+from redbtc_store import Store
 from redbtc_users import (
     LINK_LASTS,
     LOGINS_KNOWN,

@@ -35,7 +35,8 @@ from upstream import (
 from websockets.sync.client import ClientConnection, connect
 
 from redbtc_ledger import Home, Objects
-from redbtc_store import Store, migrations, schema
+from redbtc_schema import migrations, schema
+from redbtc_store import Store
 
 BODY = {"model": "gpt-up", "input": "Hi"}
 FORM = {"content-type": "multipart/form-data; boundary=xyz"}
