@@ -43,6 +43,7 @@ import redbtc_reports as reports
 from redbtc_billing import Books, Price
 from redbtc_ledger import Accounts, Key, Record
 from redbtc_reports import Range
+from redbtc_set_time import preview, set_time, time_to_set
 from redbtc_settings import (
     MONTH,
     NANOS,
@@ -51,7 +52,6 @@ from redbtc_settings import (
     LedgerError,
     LedgerUnavailable,
     NotFound,
-    now_ms,
     parse_amount,
     parse_duration,
     parse_limit,
@@ -82,6 +82,7 @@ from redbtc_shapes import (
     NewPayment,
     NewPrice,
     NewPrices,
+    NewTime,
     NewUser,
     Nothing,
     Notice,
@@ -104,6 +105,7 @@ from redbtc_shapes import (
     SumsQuery,
     Suspension,
     Throttle,
+    TimeSet,
     UsageQuery,
     UsageReport,
     UserAdded,
@@ -180,6 +182,9 @@ class Running(Protocol):
     def cut(self, key_id: str) -> int:
         """End all that runs for a key; how many requests that were."""
 
+    def set_back(self, at: int) -> None:
+        """Let nothing that runs have begun later than `at`: the ledger's time is set back."""
+
     def at_work(self) -> Record:
         """Requests in flight and queued, what was refused, each upstream."""
 
@@ -208,6 +213,9 @@ class Stopped:
     def cut(self, _: str) -> int:
         """Nothing runs."""
         return 0
+
+    def set_back(self, _: int) -> None:
+        """Nothing runs."""
 
     def at_work(self) -> Record:
         """Nothing."""
@@ -359,9 +367,9 @@ def models_in(given: str | tuple[str, ...] | None) -> str | None:
     return joined
 
 
-def time_in(text: str | None) -> int | None:
-    """A time, or a duration from now. Raises LedgerError."""
-    return parse_time(text, relative_to_past=False) if text else None
+def time_in(text: str | None, now: int) -> int | None:
+    """A time, or a duration from `now` (milliseconds). Raises LedgerError."""
+    return parse_time(text, now, relative_to_past=False) if text else None
 
 
 class API:
@@ -504,8 +512,9 @@ class API:
     async def throttle_account(self, actor: Actor, account: Record, body: Throttle) -> Record:
         """Hold an account to a part of its limits, for a time or until that is lifted."""
         factor = parse_amount(body.factor if body.factor[0] != "." else f"0{body.factor}")
-        until = time_in(body.until)
-        if until is not None and until <= now_ms():
+        now = self.books.store.time()
+        until = time_in(body.until, now)
+        if until is not None and until <= now:
             raise LedgerError("a throttle must end later than now")
         thousandths = factor // (NANOS // 1000)
         if thousandths == 1000:
@@ -528,7 +537,7 @@ class API:
     async def add_key(self, actor: Actor, account: Record, body: NewKey) -> Record:
         """Add a key; it is shown this once."""
         limits, models = limits_in(body), models_in(body.models)
-        expires = time_in(body.expires)
+        expires = time_in(body.expires, self.books.store.time())
         return await self._accounts.add_key(
             account["id"], body.label, expires, limits, actor.name, models
         )
@@ -565,7 +574,8 @@ class API:
     @operation("GET", "/prices/which", least="operator", answer=WhichPrice)
     async def which_price(self, query: WhichPriceQuery) -> Record:
         """Which price applies to a request, which others match its model and why they don't."""
-        at = time_in(query.at) or self.books.store.time()
+        now = self.books.store.time()
+        at = time_in(query.at, now) or now
         return self.books.which(query.model, at, query.tier, query.input_tokens)
 
     @operation("POST", "/prices", least="operator", answer=PricesAdded)
@@ -574,7 +584,7 @@ class API:
         if body.currency not in (None, self.books.currency):
             raise LedgerError(f"these prices are in {body.currency}, not in {self.books.currency}")
         return await self.books.add_prices(
-            prices_of(body),
+            prices_of(body, self.books.store.time()),
             without_notice=body.without_notice,
             by=actor.name,
             take_over=body.take_over,
@@ -653,12 +663,13 @@ class API:
     @operation("POST", "/notices", least="operator", answer=Notice)
     async def add_notice(self, actor: Actor, body: NewNotice) -> Record:
         """Add a notice."""
-        effective = time_in(body.effective)
+        now = self.books.store.time()
+        effective = time_in(body.effective, now)
         return await self.books.add_notice(
             body.kind,
             body.text,
-            self.books.store.time() if effective is None else effective,
-            time_in(body.until),
+            now if effective is None else effective,
+            time_in(body.until, now),
             actor.name,
             body.refuses_requests,
         )
@@ -751,10 +762,11 @@ class API:
             await self._key(actor, query.key)
         wanted = Range(account=account_id, key=query.key, model=query.model)
         given: dict[str, Any] = {}
+        now = self.books.store.time()
         if query.since:
-            given["since"] = parse_time(query.since, relative_to_past=True)
+            given["since"] = parse_time(query.since, now, relative_to_past=True)
         if query.until:
-            given["until"] = parse_time(query.until, relative_to_past=True)
+            given["until"] = parse_time(query.until, now, relative_to_past=True)
         return msgspec.structs.replace(wanted, **given)
 
     @operation("GET", "/usage", "/me/usage", least="key", answer=UsageReport)
@@ -862,6 +874,16 @@ class API:
         problems = await ledger.check_database(self.books.store)
         return {"ok": not problems, "problems": problems}
 
+    @operation("POST", "/db/set-time", least="operator", answer=TimeSet)
+    async def set_time(self, actor: Actor, body: NewTime) -> Record:
+        """Move whatever in the ledger is dated after a time to that time, and go on from there."""
+        at, now = time_to_set(self.books.store, body.time)
+        if body.preview:
+            return await preview(self.books.store, at, now)
+        done = await set_time(self.books, at, now, actor.name)
+        self._running.set_back(at)
+        return done
+
 
 MONEY_SHOWN = ("balance", "held", "available", "month", "spent_this_month", "currency")
 
@@ -874,17 +896,18 @@ def database_size(books: Books) -> Record:
     return {"bytes": size, "free_bytes": disk.free, "disk_bytes": disk.total}
 
 
-def prices_of(body: NewPrices) -> list[Price]:
-    """Raises LedgerError for a rate that is none."""
+def prices_of(body: NewPrices, now: int) -> list[Price]:
+    """Return the prices; durations count from `now`, the ledger's time. Raises LedgerError for a
+    rate that is none."""
     return [
-        price_of(each, model, body.source)
+        price_of(each, model, body.source, now)
         for each in body.prices
         for model in ([each.model] if isinstance(each.model, str) else each.model)
     ]
 
 
-def price_of(given: NewPrice, model: str, source: str | None) -> Price:
-    """Raises LedgerError for a rate that is none."""
+def price_of(given: NewPrice, model: str, source: str | None, now: int) -> Price:
+    """Return one price, as `prices_of` does. Raises LedgerError for a rate that is none."""
     if not model.isprintable():
         raise LedgerError(f"{model!r} is not a name or pattern of models")
     rates: dict[str, Any] = {}
@@ -901,7 +924,7 @@ def price_of(given: NewPrice, model: str, source: str | None) -> Price:
         model=model,
         tier=given.tier,
         above_input_tokens=given.above_input_tokens,
-        effective_at=time_in(given.effective) or 0,
+        effective_at=time_in(given.effective, now) or 0,
         max_output_tokens=given.max_output_tokens,
         source=given.source or source,
         **rates,

@@ -147,6 +147,16 @@ class Price(Struct, frozen=True, dict=True):
             container=self.container or 0,
         )
 
+    def set_back(self, at: int) -> Price:
+        """Return the same price, dated no later than `at`. When it takes effect stays if that was
+        announced."""
+        at_once = self.effective_at <= self.created_at
+        return msgspec.structs.replace(
+            self,
+            effective_at=min(self.effective_at, at) if at_once else self.effective_at,
+            created_at=min(self.created_at, at),
+        )
+
     @property
     def limits(self) -> tuple[int | None, ...]:
         """What a price says beside its rates: the maximum, and which of NEEDED it has."""
@@ -499,15 +509,24 @@ def unit_of(rate: str) -> str:
 
 # ── Holds ────────────────────────────────────────────────────────────────────────────────────────
 
+# Later months than the current one are there only while the ledger's time is set back: then they
+# are about to be moved into the current one.
 SPENT_IN_ALL = """
     SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0),
-           ifnull(sum(cost_units) FILTER (WHERE month = ?2), 0),
-           ifnull(sum(cost_nanos) FILTER (WHERE month = ?2), 0)
+           ifnull(sum(cost_units) FILTER (WHERE month >= ?2), 0),
+           ifnull(sum(cost_nanos) FILTER (WHERE month >= ?2), 0)
       FROM usage_by_month WHERE account_id = ?1"""
 SPENT_BY_KEY = """
     SELECT 0, 0, ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
-      FROM usage_by_day WHERE account_id = ?1 AND month = ?2
+      FROM usage_by_day WHERE account_id = ?1 AND month >= ?2
        AND key_id IN (SELECT id FROM keys WHERE id = ?3 OR budget_id = ?3)"""
+SPENT_BETWEEN = """
+    SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
+      FROM usage_by_month WHERE account_id = ?1 AND month >= ?2 AND month < ?3"""
+SPENT_BETWEEN_BY_KEY = """
+    SELECT ifnull(sum(cost_units), 0), ifnull(sum(cost_nanos), 0)
+      FROM usage_by_day WHERE account_id = ?1 AND month >= ?2 AND month < ?3
+       AND key_id IN (SELECT id FROM keys WHERE id = ?4 OR budget_id = ?4)"""
 PAID = """
     SELECT ifnull(sum(units), 0), ifnull(sum(nanos), 0) FROM payments WHERE account_id = ?"""
 BUDGET_NOTICE = """
@@ -544,6 +563,12 @@ class Purse:
         """It is that month now."""
         if month != self.month:
             self.month, self.spent, self.told = month, 0, 0
+
+    def set_back(self, month: str, spent: int) -> None:
+        """Go back to an earlier month, which is what this one was taken for. `spent` is what was
+        spent from that month on until this one began."""
+        self.month, self.told = month, 0
+        self.spent += spent
 
     def left(self, budget: int) -> int:
         """Of the month's."""
@@ -720,8 +745,8 @@ class Books:
         self.prices = PriceList()
         self.noticed = asyncio.Event()  # there is something for the webhook
         self._maintenances: list[Maintenance] = []
-        self._purses: dict[str, Purse] = {}
-        self._changing_prices = asyncio.Lock()
+        self._purses: dict[tuple[str, str | None], Purse] = {}  # by account and budget
+        self.changing_prices = asyncio.Lock()
 
     @classmethod
     async def open(cls, store: Store, settings: Billing) -> Books:
@@ -733,7 +758,7 @@ class Books:
                     f"billing.currency is {books.currency}, but the ledger is in {currency}"
                 )
         books.prices = PriceList([Price(**dict(row)) async for row in store.rows(PRICES)])
-        await books._read_maintenances()
+        await books.read_maintenances()
         return books
 
     def month(self) -> str:
@@ -768,8 +793,8 @@ class Books:
         return purse
 
     async def _purse(self, account_id: str, budget_id: str | None) -> Purse:
-        name = budget_id or account_id
-        if name not in self._purses:
+        name = account_id, budget_id
+        while name not in self._purses:
             month = self.month()
             sql, values = (
                 (SPENT_BY_KEY, (account_id, month, budget_id))
@@ -783,8 +808,30 @@ class Books:
             # Nothing was settled meanwhile: that needs the purse.
             purse = Purse(month, nanos_of(*found[:2]), nanos_of(*found[2:]))
             purse.paid = 0 if budget_id else self._paid(account_id)
-            self._purses.setdefault(name, purse)
+            if month <= self.month():  # else the time was set back meanwhile
+                self._purses.setdefault(name, purse)
         return self._purses[name]
+
+    def set_back(self, at: int) -> None:
+        """Go on from an earlier time: count as spent in its month what is dated later, and let
+        prices that took effect later have done so then. All that was settled in the months between
+        must be committed, and `changing_prices` be held. Raises LedgerUnavailable."""
+        month = month_of(at)
+        later = [each for each in self._purses.items() if each[1].month > month]
+        between = [self._spent_between(*name, month, purse.month) for name, purse in later]
+        for (_, purse), spent in zip(later, between, strict=True):
+            purse.set_back(month, spent)
+        self.prices = PriceList([price.set_back(at) for price in self.prices.prices])
+        self.store.clock.set_back(at)
+
+    def _spent_between(self, account_id: str, budget_id: str | None, since: str, until: str) -> int:
+        values = (account_id, since, until)
+        found = (
+            self.store.look_up(SPENT_BETWEEN_BY_KEY, (*values, budget_id))
+            if budget_id
+            else self.store.look_up(SPENT_BETWEEN, values)
+        )
+        return nanos_of(*(found or (0, 0)))
 
     def _paid(self, account_id: str) -> int:
         return nanos_of(*(self.store.look_up(PAID, (account_id,)) or (0, 0)))
@@ -879,7 +926,7 @@ class Books:
         `listed` are models that the answer should say something about beside those that have prices
         or are in use. Raises LedgerError for a price that would change what has been used, and for
         a rise without the notice that is due, unless `without_notice` says why."""
-        async with self._changing_prices:
+        async with self.changing_prices:
             now = self.store.time()
             numbers = count(max((price.id for price in self.prices.prices), default=0) + 1)
             given = [
@@ -1149,10 +1196,10 @@ class Books:
         notice = ledger.new_id("ntc")
         values = (notice, kind, text, effective_at, until, now, by, refuses_requests)
         await self.store.transact((ADD_NOTICE, values), by=by)
-        await self._read_maintenances()
+        await self.read_maintenances()
         return await self.notice(notice)
 
-    async def _read_maintenances(self) -> None:
+    async def read_maintenances(self) -> None:
         rows = self.store.rows(MAINTENANCES, (self.store.time(),))
         self._maintenances = [Maintenance(*row) async for row in rows]
 
@@ -1175,7 +1222,7 @@ class Books:
         """Nobody is told it any more."""
         await self.notice(notice_id)
         await self.store.transact((WITHDRAW, (self.store.time(), notice_id)), by=by)
-        await self._read_maintenances()
+        await self.read_maintenances()
         return await self.notice(notice_id)
 
     async def notices(self) -> list[Record]:

@@ -971,6 +971,34 @@ def restored_text(done: dict[str, Any]) -> str:
     return "\n".join([*lines, *(done["problems"] or ["The database is sound."])])
 
 
+def time_text(found: dict[str, Any]) -> str:
+    """Return what `db set-time` did, or would do."""
+    at, moved = found["time"], found["moved"]
+    if not moved:
+        return f"Nothing in the ledger is dated after {at}."
+    rows = "\n".join(f"  {table}: {count}" for table, count in moved.items())
+    what = "Moved to" if found["done"] else "Dated after"
+    return f"{what} {at}, rows by table:\n{rows}"
+
+
+@db.command("set-time")
+@click.argument("time", required=False)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@click.pass_obj
+def db_set_time(context: Context, time: str | None, yes: bool, as_json: bool) -> None:
+    """Move whatever is dated after TIME to TIME: requests, payments, sums and all else. TIME is an
+    ISO 8601 time or a duration ago; left out: now. For a ledger that has entries of the future,
+    after a clock that was ahead was believed. It can't be undone. Costs stay."""
+    path, body = "/admin/v1/db/set-time", given({"time": time})
+    found = context.call("POST", path, {**body, "preview": True})
+    if found["moved"] and not yes:
+        click.echo(time_text(found), err=True)
+        click.confirm("Move all of this?", abort=True, err=True)
+    found = context.call("POST", path, body)
+    show(found, as_json, lambda: time_text(found))
+
+
 def show_check(loaded: Loaded | None, problems: list[str], as_json: bool) -> None:
     """What `check` found; exits with 2 where something is wrong. Without `loaded` the settings
     themselves are."""
@@ -1002,7 +1030,8 @@ async def import_example(books: Books) -> None:
     are in another currency."""
     example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)
     if example.currency == books.currency:
-        await books.add_prices(admin.prices_of(example), without_notice=None, by=FIRST_RUN)
+        prices = admin.prices_of(example, books.store.time())
+        await books.add_prices(prices, without_notice=None, by=FIRST_RUN)
 
 
 async def dashboard(api: admin.API) -> str:

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import enum
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -111,6 +112,15 @@ def reason_of(error: Exception) -> str:
     """Return what failed, for the log. No statement's values are in it."""
     known = isinstance(error, sqlite3.Error | OSError | FileChanged)
     return str(error) if known and str(error) else type(error).__name__
+
+
+def synced(path: Path) -> None:
+    """Bring a file to the disk. Raises OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 ENDING_SECONDS = 1  # for the thread of a connection that is not opened
@@ -516,18 +526,29 @@ class Commits:
         """Write all that the removed file holds into a new one beside it, as soon as that succeeds:
         this process has the only copy."""
         while True:
-            path = f"{self._database}.rescue-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+            path = Path(f"{self._database}.rescue-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
             try:
-                await self._writer.execute("VACUUM INTO ?", (path,))
+                await self._copy_to(path)
             except Exception as error:
                 self._say(logging.CRITICAL, "ledger not rescued", reason=reason_of(error))
-                Path(path).unlink(missing_ok=True)
             else:
-                self._say(logging.CRITICAL, "ledger rescued", file=path, what_to_do=RESCUED)
+                self._say(logging.CRITICAL, "ledger rescued", file=str(path), what_to_do=RESCUED)
                 return
             if self._closing:
                 return
             await asyncio.sleep(RESCUE_SECONDS)
+
+    async def _copy_to(self, path: Path) -> None:
+        """Copy the open database to a file, which has its name only when it is whole and on the
+        disk. Raises sqlite3.Error, OSError."""
+        partial = Path(f"{self._database}.rescuing")
+        try:
+            partial.unlink(missing_ok=True)
+            await self._writer.execute_fetchall("VACUUM INTO ?", (str(partial),))
+            await asyncio.to_thread(synced, partial)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     async def close(self) -> None:
         """Write what waits, or spill it if no commit succeeds."""

@@ -67,7 +67,6 @@ from redbtc_settings import (
     digits_of,
     iso_time,
     money,
-    now_ms,
     shipped,
 )
 from redbtc_shapes import RequestShown
@@ -244,6 +243,11 @@ class Visit:
     async def do(self, operation: Operation, body: Mapping[str, Any], **path: str) -> Any:
         """Make a change with what a form says. Raises LedgerError."""
         return await self._dashboard.api.perform(operation, self.actor, path, body=body)
+
+    @property
+    def now(self) -> int:
+        """The ledger's time, in milliseconds."""
+        return self._dashboard.api.books.store.time()
 
     async def example_model(self, patterns: Sequence[str] | None) -> str:
         """As the API has it."""
@@ -554,9 +558,9 @@ DAYS = 30  # that charts show
 ON_A_PAGE = 50
 
 
-def last_days() -> list[str]:
-    """The days (UTC) that charts show, today last."""
-    today = now_ms() // DAY
+def last_days(now: int) -> list[str]:
+    """Return the days (UTC) that charts show, the one of `now` (milliseconds) last."""
+    today = now // DAY
     return [day_of(day) for day in range(today - DAYS + 1, today + 1)]
 
 
@@ -576,7 +580,7 @@ def by_day(
 async def overview(visit: Visit) -> Context:
     """What an operator looks at first."""
     found = await visit.ask(API.overview, query={"days": DAYS})
-    days, currency = last_days(), found["spending"]["currency"]
+    days, currency = last_days(visit.now), found["spending"]["currency"]
     for row in found["traffic"]:
         row["outcome"] = row["outcome"].replace("_", " ")
     requests = by_day(found["traffic"], days, "outcome", "requests")
@@ -702,7 +706,7 @@ async def add_price(visit: Visit) -> Context:
 
 async def notices(visit: Visit) -> Context:
     """Those that hold or will, and the last that are over; the newest first."""
-    now = iso_time(now_ms()) or ""
+    now = iso_time(visit.now) or ""
     held: list[Record] = []
     over: list[Record] = []
     for each in reversed((await visit.ask(API.list_notices))["notices"]):
@@ -842,7 +846,8 @@ MEASURES = {"cost": "Cost", "requests": "Requests", "output_tokens": "Output tok
 async def account_overview(visit: Visit) -> Context:
     """Spent, used, left."""
     shown = await _account(visit, "Overview")
-    account_id, month, days = shown["account"]["id"], shown["account"]["month"], last_days()
+    account_id, month = shown["account"]["id"], shown["account"]["month"]
+    days = last_days(visit.now)
     query = {"account": account_id, "since": days[0], "group_by": "day,model", "top": "10"}
     used = await visit.ask(API.usage, query=query)
     measure = visit.request.query_params.get("show", "cost")
@@ -869,7 +874,7 @@ async def keys(visit: Visit) -> Context:
     """Those in force, then the others; each the newest first."""
     shown = await _account(visit, "Keys")
     found = (await visit.ask(API.list_keys, account=shown["account"]["id"]))["keys"]
-    now = iso_time(now_ms()) or ""
+    now = iso_time(visit.now) or ""
     async for key in with_turns(found):
         ended = key["expires_at"] is not None and key["expires_at"] <= now
         key["state"] = "revoked" if key["revoked_at"] else "expired" if ended else "in force"

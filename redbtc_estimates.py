@@ -181,8 +181,8 @@ def joined_usage(parts: list[Part], reported: Usage | None) -> Usage:
 
 class Progress(Struct):
     """What is known of a background response while it runs: what was seen of its output, and from
-    when until when its model is known to have worked (wall clock, in milliseconds). While it was
-    only seen queued, `since` moves along and the model has not worked."""
+    when until when its model is known to have worked (the ledger's time, in milliseconds). While it
+    was only seen queued, `since` moves along and the model has not worked."""
 
     seen: Seen
     since: int

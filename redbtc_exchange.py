@@ -243,8 +243,7 @@ class Metered(Exchange):
         self._unweighed: dict[str, bool] = {}  # what it has made without known tokens
         if self._unmetered:
             self._check_unmetered()
-        started_at = now_ms() - self.elapsed_ms()
-        self._row = self.new_row(content.facts.model or "", upstreams[0].name, started_at)
+        self._row = self.new_row(content.facts.model or "", upstreams[0].name)
         most_output = content.facts.largest(self.endpoint.limits)
         estimate = 0 if self.endpoint.free else self._input_estimate + most_output
         if self.endpoint.stores and self._facts.background:
@@ -305,8 +304,8 @@ class Metered(Exchange):
         if not self.settled:
             await self.settle("interrupted")
 
-    def new_row(self, model: str, upstream: str, started_at: int) -> Row:
-        """Pending."""
+    def new_row(self, model: str, upstream: str) -> Row:
+        """Return a pending row. It gets its time when it is written."""
         return Row(
             request_id=self.scope["request_id"],
             account_id=self.key.account_id,
@@ -314,7 +313,7 @@ class Metered(Exchange):
             endpoint=self.endpoint.path,
             requested_model=model,
             upstream=upstream,
-            started_at=started_at,
+            started_at=0,
         )
 
     @property
@@ -470,7 +469,12 @@ class Metered(Exchange):
         of_model = tariff.max_output_tokens if tariff else None
         return of_model or self.settings.billing.hold_output_tokens
 
+    def date_row(self) -> None:
+        """Let the row say when the request's head had arrived, by the ledger's time."""
+        self._row.started_at = self.gateway.store.time() - self.elapsed_ms()
+
     async def _begin(self) -> None:
+        self.date_row()
         try:
             await ledger.begin(self.gateway.store, self._row)
         except LedgerUnavailable:
@@ -828,11 +832,11 @@ class Background:
     """One background response that has not been seen to end."""
 
     def __init__(
-        self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str] | None
+        self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str] | None, now: int
     ) -> None:
         """`chosen` are the ids that the client gave to items of its input; None if only an earlier
         process knew them. Their hashes are kept: thousands of ids would take much memory for as
-        long as the response runs."""
+        long as the response runs. `now` is the ledger's time."""
         created = row.started_at + (row.duration_ms or 0)
         self._progress = (
             msgspec.json.decode(unfinished.seen, type=Progress)
@@ -849,6 +853,7 @@ class Background:
         self.money = money
         self._read: set[Report] = set()
         self._followed_at = time.monotonic()  # when this object was made
+        self._age_before = max(0, now - row.started_at)  # milliseconds
         self._watched_after = 0.0  # seconds from then to the last `watch` that was due
 
     def read(self, report: Report) -> None:
@@ -877,9 +882,26 @@ class Background:
         """Ignore what a reader was sent: it was another response."""
         self._read.discard(report)
 
+    @property
+    def _age(self) -> int:
+        """How long ago its request began, in milliseconds; of this process by the monotonic
+        clock."""
+        return self._age_before + round((time.monotonic() - self._followed_at) * 1000)
+
+    @property
+    def _now(self) -> int:
+        return self.row.started_at + self._age
+
+    def set_back(self, at: int) -> None:
+        """Let it not have begun later than `at`, and move what is known of its progress with it."""
+        distance = max(0, self.row.started_at - at)
+        self.row.started_at -= distance
+        self._progress.since -= distance
+        self._progress.until -= distance
+
     def note(self, status: str | None) -> None:
         """Note that it was looked at and has not ended. A status of None could not be read."""
-        self._progress.note(status, now_ms())
+        self._progress.note(status, self._now)
 
     def news(self) -> str | None:
         """Return what is known of it as JSON, None if the ledger has as much."""
@@ -893,7 +915,7 @@ class Background:
         """Fill in the row but for its cost: it has ended. Return the parts to bill. `speed` is in
         output tokens a second."""
         row, progress = self.row, self._progress
-        row.duration_ms = now_ms() - row.started_at
+        row.duration_ms = self._age
         row.model, row.service_tier = report.model or row.model, report.service_tier
         for each in (report, *self._read):
             progress.seen = progress.seen.or_more(Seen.of(each))
@@ -902,7 +924,7 @@ class Background:
         unknown = partly or not is_complete(report)
         if unknown and (outcome != "upstream_error" or progress.seen):
             if report.status is not None:  # it worked until it ended
-                progress.until = now_ms()
+                progress.until = self._now
             guess = estimate(
                 report,
                 progress.seen,
@@ -933,7 +955,7 @@ class Background:
     @property
     def seconds_left(self) -> float:
         """For how long it may still go on, if it does not end."""
-        return MOST_AGE_SECONDS - (now_ms() - self.row.started_at) / 1000
+        return MOST_AGE_SECONDS - self._age / 1000
 
 
 class Unended:
@@ -954,7 +976,7 @@ class Unended:
             money = await self._gateway.books.hold_again(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
-            response = Background(row, money, unfinished, None)
+            response = Background(row, money, unfinished, None, self._gateway.store.time())
             if most := response.most:
                 money.grow(self._gateway.objects, [row.response_id or ""], most.all_tokens)
             self._counts[row.account_id] += 1
@@ -968,7 +990,8 @@ class Unended:
     ) -> tuple[Background, asyncio.Future[None]]:
         """Keep track of a response that goes on after its request has ended, with its hold. Return
         it, and a future that is done when it is on disk."""
-        response = Background(row, money.keep(), unfinished, chosen)
+        now = self._gateway.store.time()
+        response = Background(row, money.keep(), unfinished, chosen, now)
         self._add(response)
         return response, ledger.keep_pending(self._gateway.store, row, unfinished)
 
@@ -1052,6 +1075,11 @@ class Unended:
         if self._responses.get(response_id) is response:
             del self._responses[response_id]
         self.leave_room(response.row.account_id)
+
+    def set_back(self, at: int) -> None:
+        """Let none have begun later than `at`: the ledger's time is set back."""
+        for response in self._responses.values():
+            response.set_back(at)
 
     def __contains__(self, response_id: str) -> bool:
         """Until its end is committed."""

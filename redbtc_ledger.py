@@ -49,7 +49,6 @@ from redbtc_settings import (
     day_of,
     decimal,
     iso_time,
-    now_ms,
     shown_limit,
 )
 from redbtc_store import Store
@@ -128,7 +127,7 @@ def key_in_force(store: Store, key: str) -> Key | None:
     """The key and its account, or None where it is malformed, unknown, revoked or expired. Reads
     the database, so that what was committed a moment ago holds. Raises LedgerUnavailable."""
     hashed = hash_of_key(key)
-    found = store.look_up(KEY_IN_FORCE, (hashed, now_ms())) if hashed else None
+    found = store.look_up(KEY_IN_FORCE, (hashed, store.time())) if hashed else None
     return Key(*found) if found else None
 
 
@@ -207,7 +206,7 @@ class Accounts:
 
     async def show(self, name: str) -> Record:
         """Raises NotFound."""
-        account = await self._store.one(ACCOUNT_BY_NAME, (now_ms(), name))
+        account = await self._store.one(ACCOUNT_BY_NAME, (self._store.time(), name))
         if account is None:
             raise no_account(name)
         return shown(account)
@@ -221,7 +220,7 @@ class Accounts:
     ) -> Record:
         """Raises Conflict where the name is taken."""
         of_limits = (limits.get(limit) for limit in ACCOUNT_LIMITS)
-        values = (new_id("acct"), name, email, *of_limits, now_ms())
+        values = (new_id("acct"), name, email, *of_limits, self._store.time())
         try:
             await self._store.transact((ADD_ACCOUNT, values), by=by)
         except sqlite3.IntegrityError:
@@ -281,27 +280,26 @@ class Accounts:
         """A new key; `key` in the answer is the only copy of it there will ever be."""
         secret, key_id = new_key(), new_id("key")
         of_limits = (limits.get(limit) for limit in KEY_LIMITS)
-        values = (key_id, hash_of_key(secret), label, models, *of_limits, now_ms(), expires_at)
+        now = self._store.time()
+        values = (key_id, hash_of_key(secret), label, models, *of_limits, now, expires_at)
         await self._store.transact((ADD_KEY, (*values, account_id)), by=by)
         return {"id": key_id, "key": secret, **await self.key(key_id)}
 
     async def revoke_key(self, key_id: str, compromised: bool, by: str) -> Record:
         """Refuse it from the next request on. Revoking twice keeps the first time."""
-        await self._store.transact((REVOKE_KEY, (now_ms(), compromised, key_id)), by=by)
+        await self._store.transact((REVOKE_KEY, (self._store.time(), compromised, key_id)), by=by)
         return await self.key(key_id)
 
     async def rotate_key(self, key_id: str, overlap_ms: int, by: str) -> Record:
         """A new key with the old one's label, limits, expiry and spent budget; the old one goes on
         for `overlap_ms`. Raises Conflict where the old one is no longer in force."""
-        old = await self.key(key_id)
-        if old["revoked_at"] or (
-            old["expires_at"] and old["expires_at"] <= str(iso_time(now_ms()))
-        ):
+        old, now = await self.key(key_id), self._store.time()
+        if old["revoked_at"] or (old["expires_at"] and old["expires_at"] <= str(iso_time(now))):
             raise Conflict(f"key {key_id} is revoked or expired; add a new one instead")
         secret, added = new_key(), new_id("key")
         await self._store.transact(
-            (COPY_KEY, (added, hash_of_key(secret), now_ms(), key_id)),
-            (EXPIRE_KEY, (now_ms() + overlap_ms, key_id)),
+            (COPY_KEY, (added, hash_of_key(secret), now, key_id)),
+            (EXPIRE_KEY, (now + overlap_ms, key_id)),
             by=by,
         )
         return {"id": added, "key": secret, **await self.key(added), "replaces": key_id}
@@ -534,7 +532,7 @@ class Objects:
 
     def own_each(self, homes: Mapping[str, Home], account_id: str) -> None:
         """Make each of these objects the account's, as `own` does."""
-        now, claims, values = now_ms(), {}, []
+        now, claims, values = self._store.time(), {}, []
         for each, home in homes.items():
             before, claim = self._claims.get(each), Claim(account_id, home)
             if before is None or before.account_id == account_id:
@@ -744,7 +742,7 @@ async def unfinished_rows(store: Store) -> list[tuple[Row, Key, Unfinished]]:
 
 def key_of(store: Store, key_id: str) -> Key:
     """The key with that id, in force or not. Raises LedgerUnavailable."""
-    return Key(*(store.look_up(KEY_OF, (key_id, now_ms())) or ()))
+    return Key(*(store.look_up(KEY_OF, (key_id, store.time())) or ()))
 
 
 class Estimated(NamedTuple):

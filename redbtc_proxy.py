@@ -71,6 +71,7 @@ from redbtc_body import (
     media_of,
     most_decoded,
 )
+from redbtc_clock import watch_clock
 from redbtc_commits import RETRY_SECONDS
 from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
@@ -112,7 +113,6 @@ from redbtc_settings import (
     Settings,
     SettingsError,
     UpstreamSettings,
-    now_ms,
     parse_amount,
     reload_settings,
     url_of,
@@ -972,7 +972,7 @@ class Gateway:
             raise Refusal("draining", headers=[(b"connection", b"close")])
         key = scope["key"] = authenticate(scope, self.store)
         if maintenance := self.books.maintenance():
-            wait = (maintenance.until - now_ms()) / 1000
+            wait = (maintenance.until - self.store.time()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)
         return key
 
@@ -1117,6 +1117,10 @@ class Gateway:
             cut()
         return len(running) + in_background
 
+    def set_back(self, at: int) -> None:
+        """Let no background response have begun later than `at`: the ledger's time is set back."""
+        self.unended.set_back(at)
+
     def stop(self) -> None:
         """End all that is in flight: the process is about to. What it used is estimated."""
         self.stopping = True
@@ -1159,6 +1163,11 @@ class Gateway:
             "redbtc_ledger_repairs",
             "Rows that another process had closed",
             self.store.commits.repaired,
+        )
+        yield gauge(
+            "redbtc_clock_offset_seconds",
+            "The machine's clock minus the ledger's time",
+            self.store.clock.offset / 1000,
         )
         yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", self.store.healthy)
 
@@ -1551,6 +1560,7 @@ class Running:
             *gateway.store.commits.tasks,
             asyncio.create_task(redbtc_webhook.post_for_ever(gateway.books, say), name="webhook"),
             asyncio.create_task(preserve(gateway), name="preserve"),
+            asyncio.create_task(watch_clock(gateway.store.clock, say), name="clock"),
             asyncio.create_task(watch_size(gateway.store), name="size"),
             asyncio.create_task(gateway.vitals.watch_loop(), name="loop lag"),
             asyncio.create_task(watch_log(), name="log"),
@@ -1728,6 +1738,7 @@ class Start(NamedTuple):
     settings: Settings
     demo: bool
     first_run: bool
+    accept_clock: bool
     as_json: bool
 
 
@@ -1768,7 +1779,7 @@ async def open_gateway(
         listening=[address_of(each) for each in listeners],
         interrupted_before=store.interrupted,
     )
-    ahead = (store.time() - now_ms()) // 1000
+    ahead = -store.clock.offset // 1000
     if ahead > 60:
         say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
     if store.migrated:
@@ -1802,7 +1813,7 @@ async def open_ledger(stack: contextlib.AsyncExitStack, start: Start) -> Store:
     """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
     when a damaged one was replaced. Raises LedgerError where that can't help."""
     database, path = start.settings.database, start.loaded.database_path
-    serving = Serving(database.check_seconds, say, end_soon)
+    serving = Serving(database.check_seconds, start.accept_clock, say, end_soon)
     said = ""
     while True:
         tried = state_of(path)
@@ -1857,6 +1868,11 @@ async def start_demo(stack: contextlib.AsyncExitStack) -> str:
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead.")
 @click.option("--demo", is_flag=True, help="Forward to a demonstration upstream: no model.")
 @click.option("--first-run", is_flag=True, help="Make a first account and key if there is none.")
+@click.option(
+    "--accept-clock",
+    is_flag=True,
+    help="Believe the machine's clock, even if it is a day behind the ledger or jumps.",
+)
 @commands.json_option
 @click.pass_obj
 def serve(
@@ -1865,6 +1881,7 @@ def serve(
     port: int | None,
     demo: bool,
     first_run: bool,
+    accept_clock: bool,
     as_json: bool,
 ) -> None:
     """Run the gateway; also what a call without a command does."""
@@ -1878,7 +1895,8 @@ def serve(
     LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            status = runner.run(run(Start(loaded, settings, demo, first_run, as_json)))
+            start = Start(loaded, settings, demo, first_run, accept_clock, as_json)
+            status = runner.run(run(start))
     finally:
         LOG.flush()
     raise SystemExit(status)

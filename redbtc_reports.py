@@ -25,7 +25,6 @@ from redbtc_settings import (
     decimal,
     month_start,
     months_after,
-    now_ms,
 )
 from redbtc_slices import with_turns
 from redbtc_store import Reader, Store
@@ -350,7 +349,7 @@ async def list_accounts(
 ) -> list[Record]:
     """Accounts by name with their money as far as it is committed: those with `search` in name or
     address, that come after the name `after`."""
-    values = (now_ms(), books.month(), search, after, limit)
+    values = (books.store.time(), books.month(), search, after, limit)
     found = []
     async for row in books.store.rows(MONEY_OF_EACH, values):
         *_, month, month_nanos, cost, cost_nanos, paid, paid_nanos = row

@@ -44,7 +44,8 @@ class LedgerUnavailable(LedgerError):
 
 
 # ── Times ────────────────────────────────────────────────────────────────────────────────────────
-# The ledger's clock is the wall clock in milliseconds. Limits and timeouts use the monotonic clock.
+# What is written into the ledger has the ledger's time (redbtc_clock.py), log lines and the ids of
+# requests have the wall clock's. Limits and timeouts use the monotonic clock.
 
 RELATIVE_TIME = re.compile(r"(\d{1,9})(s|m|h|d|w)")
 MONTH = re.compile(r"(19[7-9]|2[0-9]{2})[0-9]-(0[1-9]|1[0-2])")
@@ -82,12 +83,12 @@ def parse_duration(text: str) -> int:
     return duration
 
 
-def parse_time(text: str, *, relative_to_past: bool) -> int:
+def parse_time(text: str, now: int, *, relative_to_past: bool) -> int:
     """Milliseconds since 1970 of an ISO 8601 time (UTC where it names no zone) or of a duration
-    ('24h'), which counts back from now or forward. Raises LedgerError."""
+    ('24h'), which counts back from `now` (milliseconds) or forward. Raises LedgerError."""
     if RELATIVE_TIME.fullmatch(text.strip()):
         distance = parse_duration(text)
-        return now_ms() - distance if relative_to_past else now_ms() + distance
+        return now - distance if relative_to_past else now + distance
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:

@@ -321,6 +321,13 @@ class AccountsQuery(Sent):
     limit: Annotated[int, Meta(ge=1, le=1 << 40)] | None = None
 
 
+class NewTime(Sent):
+    """`time` left out: now. A duration counts back from now. `preview`: change nothing."""
+
+    time: Time | None = None
+    preview: bool = False
+
+
 class ChangesQuery(Sent):
     """The newest `limit`, or those before the change of that id."""
 
@@ -843,6 +850,16 @@ class MeShown(Struct):
     balance: Balance
     limits: dict[str, Any]
     notices: list[Notice]
+
+
+class TimeSet(Struct):
+    """The time that is set, the ledger's time before, and how many rows were dated later, by table.
+    `done` of false: it was only a preview."""
+
+    time: Moment
+    before: Moment
+    done: bool
+    moved: dict[str, int]
 
 
 class Check(Struct):

@@ -23,11 +23,12 @@ import aiosqlite
 
 from redbtc_backup import Damaged, back_up_before_migration, complete_restore
 from redbtc_checks import Check, Say, is_corrupt
+from redbtc_clock import LedgerClock
 from redbtc_commits import BEAT, Commits, Connection, Health, Writer, is_about_a_value, reason_of
 from redbtc_files import OpenFiles, hold, hold_lock
 from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, joined
 from redbtc_schema import APPLICATION_ID, migrations, schema
-from redbtc_settings import LedgerError, LedgerUnavailable, month_of, now_ms
+from redbtc_settings import LedgerError, LedgerUnavailable, month_of
 from redbtc_slices import with_turns
 from redbtc_spill import Change, Spill, line_of
 
@@ -123,10 +124,11 @@ class LedgerDamaged(LedgerError):
 
 class Serving(NamedTuple):
     """What a gateway needs of its store, and a command does not: how many seconds the check after
-    an unclean end may take (0: no check), the log, and what is called when nothing is left but to
-    close the files."""
+    an unclean end may take (0: no check), whether the machine's clock is believed in any case, the
+    log, and what is called when nothing is left but to close the files."""
 
     check_seconds: float
+    accept_clock: bool
     say: Say
     closing: Callable[[], None]
 
@@ -197,7 +199,7 @@ class Store:
         self._checks = asyncio.Semaphore(1)
         self._wal_bytes_left = 0  # when it was to be emptied, because of another program's reader
         self._trying = asyncio.Lock()  # whether a commit succeeds
-        self._latest = 0
+        self.clock = LedgerClock()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -231,7 +233,9 @@ class Store:
         await writer.create_function("joined", 2, joined)
         await self._configure()
         await self._migrate()
-        self._latest = await self._value(LATEST)
+        self.clock.go_on_from(await self._value(LATEST))
+        if serving:
+            self.clock.start(accept=serving.accept_clock)
         say = serving.say if serving else silent
         self.commits = Commits(self.path, writer, spill, self._synchronous, self.time, say)
         self.record = self.commits.record
@@ -349,10 +353,9 @@ class Store:
             return row[0] if row else None
 
     def time(self) -> int:
-        """The ledger's own time, in milliseconds: the wall clock, but never earlier than it was
-        before, so that a clock set back reopens no month and brings no old price back."""
-        self._latest = max(self._latest, now_ms())
-        return self._latest
+        """Return the ledger's own time in milliseconds. It follows the wall clock, but never goes
+        back, so that a clock set back reopens no month and brings no old price back."""
+        return self.clock.now()
 
     def own_key(self, by: str, key: bytes) -> bytes:
         """Return the idempotency key to send upstream in place of a client's `key`: always the same

@@ -79,7 +79,7 @@ from redbtc_meter import (
 from redbtc_pieces import Buffer, check_utf8
 from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found, refusal_of
 from redbtc_rows import Outcome, Row, Usage
-from redbtc_settings import LedgerUnavailable, now_ms
+from redbtc_settings import LedgerUnavailable
 from redbtc_slices import TURNS, answers_of, in_slices
 from redbtc_upstreams import Upstream, by_turn, headers_for_client, headers_for_upstream
 from redbtc_watch import Receive, Scope, Send
@@ -712,7 +712,8 @@ class Turn(Metered):
             return  # it was given up meanwhile
         self._money = money
         self.scope = {**self.scope, "request_id": new_request_id(), "started": time.monotonic()}
-        self._row = self.new_row(self._row.requested_model, self._row.upstream, now_ms())
+        self._row = self.new_row(self._row.requested_model, self._row.upstream)
+        self.date_row()
         self._left_at = time.monotonic()
         self._preserved_after = PRESERVE_SECONDS / PRESERVE_GROWTH
         self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
@@ -1326,7 +1327,7 @@ class Session:
             endpoint=RESPONSES.path,
             requested_model=report.model or "",
             upstream=line.upstream.name,
-            started_at=now_ms(),
+            started_at=self.gateway.store.time(),
             duration_ms=0,
             status=200,
             model=report.model,

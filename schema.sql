@@ -895,3 +895,101 @@ CREATE TRIGGER a_request_is_reopened AFTER INSERT ON reopened BEGIN
     DELETE FROM estimates WHERE request_id = NEW.request_id;
     UPDATE requests SET outcome = 'pending' WHERE request_id = NEW.request_id;
 END;
+
+-- `db set-time` moves what is dated in the future, on record: that is a kind of change, too.
+CREATE TABLE changes_with_time (
+    id                  INTEGER PRIMARY KEY,
+    changed_at          INTEGER NOT NULL,
+    changed_by          TEXT NOT NULL,
+    kind                TEXT NOT NULL CHECK (kind IN
+                            ('account', 'key', 'price', 'payment', 'notice', 'user', 'time')),
+    object_id           TEXT NOT NULL,
+    account_id          TEXT,                   -- whose it is
+    before              TEXT,                   -- JSON of the columns; NULL: there was none
+    after               TEXT                    -- NULL: it was removed
+) STRICT;
+INSERT INTO changes_with_time SELECT * FROM changes;
+DROP TABLE changes;                             -- and with it its index and triggers
+PRAGMA legacy_alter_table = ON;                 -- else SQLite misses the table in other triggers
+ALTER TABLE changes_with_time RENAME TO changes;
+PRAGMA legacy_alter_table = OFF;
+CREATE INDEX changes_of_an_account ON changes (account_id, id);
+
+-- The time that the ledger is set back to; empty outside the transaction that does it. Only while
+-- this has its row may dates be changed that money depends on, and only of what is dated later, to
+-- exactly this time.
+CREATE TABLE setting_time (
+    id                  INTEGER PRIMARY KEY CHECK (id = 1),
+    at                  INTEGER NOT NULL CHECK (at >= 0),
+    month               TEXT NOT NULL,          -- of that time
+    now_at              INTEGER NOT NULL,       -- what logins are dated that are dated later
+    before_at           INTEGER NOT NULL,       -- the ledger's time until now
+    moved               TEXT NOT NULL           -- JSON: how many rows are dated later, by table;
+                                                -- null: none
+) STRICT;
+
+CREATE TRIGGER the_time_is_set AFTER INSERT ON setting_time BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'time',
+        'ledger', NULL, json_object('ledger_at', NEW.before_at),
+        json_patch(json_object('ledger_at', NEW.at), NEW.moved));
+END;
+
+CREATE TRIGGER changes_stay BEFORE UPDATE ON changes
+WHEN NOT ((NEW.id, NEW.changed_by, NEW.kind, NEW.object_id, NEW.account_id, NEW.before, NEW.after)
+          IS (OLD.id, OLD.changed_by, OLD.kind, OLD.object_id, OLD.account_id, OLD.before, OLD.after)
+      AND NEW.changed_at IS min(OLD.changed_at, (SELECT at FROM setting_time)))
+BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
+CREATE TRIGGER changes_are_kept BEFORE DELETE ON changes
+BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
+CREATE TRIGGER changes_are_new BEFORE INSERT ON changes
+WHEN EXISTS (SELECT 1 FROM changes WHERE id = NEW.id)
+BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
+
+DROP TRIGGER settled_is_settled;
+CREATE TRIGGER settled_is_settled
+BEFORE UPDATE OF account_id, cost, month, price_id, started_at ON requests
+WHEN OLD.outcome <> 'pending'
+ AND NOT ((NEW.account_id, NEW.cost, NEW.price_id) IS (OLD.account_id, OLD.cost, OLD.price_id)
+      AND NEW.started_at IS min(OLD.started_at, (SELECT at FROM setting_time))
+      AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
+BEGIN SELECT RAISE(ABORT, 'a settled request can''t be changed'); END;
+
+-- A price that took effect later than this time, but no later than it was added, took effect at once.
+DROP TRIGGER prices_stay;
+CREATE TRIGGER prices_stay BEFORE UPDATE ON prices
+WHEN NOT ((NEW.id, NEW.model, NEW.tier, NEW.above_input_tokens, NEW.input, NEW.cached_input,
+           NEW.cache_write, NEW.cache_write_12h, NEW.output, NEW.image_input, NEW.image_output,
+           NEW.web_search, NEW.file_search, NEW.container, NEW.max_output_tokens, NEW.currency,
+           NEW.source, NEW.added_by, NEW.reason)
+          IS (OLD.id, OLD.model, OLD.tier, OLD.above_input_tokens, OLD.input, OLD.cached_input,
+           OLD.cache_write, OLD.cache_write_12h, OLD.output, OLD.image_input, OLD.image_output,
+           OLD.web_search, OLD.file_search, OLD.container, OLD.max_output_tokens, OLD.currency,
+           OLD.source, OLD.added_by, OLD.reason)
+      AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
+      AND NEW.effective_at IS iif(OLD.effective_at <= OLD.created_at,
+           min(OLD.effective_at, (SELECT at FROM setting_time)), OLD.effective_at))
+BEGIN SELECT RAISE(ABORT, 'a price can''t be changed, only superseded'); END;
+
+DROP TRIGGER payments_stay;
+CREATE TRIGGER payments_stay BEFORE UPDATE ON payments
+WHEN NOT ((NEW.id, NEW.account_id, NEW.units, NEW.nanos, NEW.currency, NEW.reference, NEW.reason,
+           NEW.added_by)
+          IS (OLD.id, OLD.account_id, OLD.units, OLD.nanos, OLD.currency, OLD.reference, OLD.reason,
+           OLD.added_by)
+      AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
+      AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
+BEGIN SELECT RAISE(ABORT, 'a payment can''t be changed, only corrected by another'); END;
+
+DROP TRIGGER corrections_stay;
+CREATE TRIGGER corrections_stay BEFORE UPDATE ON corrections
+WHEN NOT ((NEW.request_id, NEW.account_id, NEW.service_tier, NEW.price_id, NEW.cost,
+           NEW.input_tokens, NEW.cached_input_tokens, NEW.cache_write_tokens, NEW.output_tokens,
+           NEW.reasoning_tokens, NEW.image_input_tokens, NEW.image_output_tokens, NEW.web_searches,
+           NEW.tool_input_tokens, NEW.cache_write_12h_tokens, NEW.file_searches, NEW.containers)
+          IS (OLD.request_id, OLD.account_id, OLD.service_tier, OLD.price_id, OLD.cost,
+           OLD.input_tokens, OLD.cached_input_tokens, OLD.cache_write_tokens, OLD.output_tokens,
+           OLD.reasoning_tokens, OLD.image_input_tokens, OLD.image_output_tokens, OLD.web_searches,
+           OLD.tool_input_tokens, OLD.cache_write_12h_tokens, OLD.file_searches, OLD.containers)
+      AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
+      AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
+BEGIN SELECT RAISE(ABORT, 'a correction can''t be changed'); END;

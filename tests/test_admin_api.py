@@ -603,6 +603,14 @@ def test_every_change_is_logged_with_who_before_and_after(gateway: Gateway) -> N
             {"email": "new@example.com"},
             None,
         ),
+        (
+            "set_time",
+            "POST",
+            "/db/set-time",
+            {"time": "2026-01-01"},
+            {},
+            {"ledger_at": "2026-01-01T00:00:00.000Z"},
+        ),
         ("change_password", "POST", "/login/password", passwords, {}, {}),  # the last: it logs out
     ]
     changing = {each.name for each in OPERATIONS if each.method != "GET"}

@@ -27,8 +27,10 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from msgspec.structs import replace
 
 import redbtc_billing as billing
+import redbtc_clock
 import redbtc_ledger as ledger
 import redbtc_reports as reports
 import redbtc_store
@@ -38,6 +40,7 @@ from redbtc_ledger import Accounts, Key
 from redbtc_reports import TOKENS, Range
 from redbtc_rows import Row, Usage, UsageSource
 from redbtc_schema import APPLICATION_ID, migrations, schema
+from redbtc_set_time import set_time
 from redbtc_settings import (
     NANOS,
     Billing,
@@ -285,17 +288,32 @@ Result = TypeVar("Result")
 
 
 class Clock:
-    """The wall clock of the machine, which an operator may set as he likes."""
+    """The machine's clocks, in place of the module `time` where the ledger reads them. To set `now`
+    forward lets time pass; to set it back is what an operator may do."""
 
     def __init__(self) -> None:
-        self.now = START
+        self._now, self._elapsed = START, 0
+
+    @property
+    def now(self) -> int:
+        return self._now
+
+    @now.setter
+    def now(self, now: int) -> None:
+        self._elapsed += max(0, now - self._now)
+        self._now = now
+
+    def time_ns(self) -> int:
+        return self._now * 1_000_000
+
+    def clock_gettime_ns(self, _: int) -> int:
+        return self._elapsed * 1_000_000
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (ledger, redbtc_store):
-        monkeypatch.setattr(module, "now_ms", lambda: clock.now)
+    monkeypatch.setattr(redbtc_clock, "time", clock)
     return clock
 
 
@@ -631,8 +649,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """300 requests of three accounts over a week, some in flight, with usage or without."""
     clock, chance = Clock(), random.Random(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as exits:
-        for module in (ledger, redbtc_store):
-            patch.setattr(module, "now_ms", lambda: clock.now)
+        patch.setattr(redbtc_clock, "time", clock)
         bench = exits.enter_context(
             contextlib.closing(Bench(tmp_path_factory.mktemp("crowded"), Billing()))
         )
@@ -882,8 +899,7 @@ class Money(RuleBasedStateMachine):
     def open(self) -> None:
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
-        for module in (ledger, redbtc_store):
-            self.patch.setattr(module, "now_ms", lambda: self.clock.now)
+        self.patch.setattr(redbtc_clock, "time", self.clock)
         self.folder = tempfile.TemporaryDirectory()
         self.bench = Bench(Path(self.folder.name), Billing(default_credit_limit="0"))
         accounts = self.bench.accounts
@@ -912,7 +928,11 @@ class Money(RuleBasedStateMachine):
         return self.latest
 
     def month(self) -> str:
-        return f"{datetime.fromtimestamp(self.time() / 1000, UTC):%Y-%m}"
+        return self.month_at(self.time())
+
+    @staticmethod
+    def month_at(time: int) -> str:
+        return f"{datetime.fromtimestamp(time / 1000, UTC):%Y-%m}"
 
     # Time
 
@@ -967,6 +987,7 @@ class Money(RuleBasedStateMachine):
             above_input_tokens=above,
             effective_at=now + after,
             input=rate * 1_000_000,
+            created_at=now,
             id=len(self.expected.rows) + 1,
         )
         rows = [*self.expected.rows, new]
@@ -1077,6 +1098,26 @@ class Money(RuleBasedStateMachine):
         self.expected.costs += [(month, flight.key, 0) for flight in self.flights]
         self.flights = []
         self.bench.start()
+
+    @rule(distance=st.sampled_from([0, HOUR, 10 * DAY, 40 * DAY]))
+    def set_time(self, distance: int) -> None:
+        """The ledger turns out to be ahead: what is dated later than the clock is moved."""
+        at = self.clock.now = max(START, self.time() - distance)
+        self.bench.run(set_time(self.bench.books, at, at, "test"))
+        self.latest, month, expected = at, self.month_at(at), self.expected
+        expected.payments = [(min(of, month), amount) for of, amount in expected.payments]
+        expected.costs = [(min(of, month), *more) for of, *more in expected.costs]  # type: ignore[misc]
+        expected.rows = [
+            replace(row, effective_at=min(row.effective_at, at))
+            if row.effective_at <= row.created_at
+            else row
+            for row in expected.rows
+        ]
+        expected.rows = [replace(row, created_at=min(row.created_at, at)) for row in expected.rows]
+        for flight in self.flights:
+            flight.row.started_at = min(flight.row.started_at, at)
+        self.last_use = min(self.last_use, at)
+        self.closed = {of: known for of, known in self.closed.items() if of < month}
 
     # What must hold
 

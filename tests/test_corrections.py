@@ -256,6 +256,7 @@ def test_an_estimate_of_schema_version_9_is_corrected(gateway: Gateway, stored: 
                 ALTER TABLE requests DROP COLUMN run;
                 DROP TABLE unsettled;
             ALTER TABLE estimates DROP COLUMN held;
+            DROP TABLE setting_time;
             PRAGMA user_version = 9;"""
         )
         assert database.execute("SELECT count(*) FROM estimates").fetchone() == (1,)

@@ -523,9 +523,10 @@ def remove(gateway: Gateway, suffixes: tuple[str, ...]) -> None:
 
 
 def rescued(gateway: Gateway) -> Path:
-    wait_until(lambda: "ledger rescued" in gateway.log(), why=gateway.log)
-    (file,) = gateway.folder.glob("redbtc.db.rescue-*")
-    return file
+    wait_until(lambda: '"event":"ledger rescued"' in gateway.log(), why=gateway.log)
+    found = list(gateway.folder.glob("redbtc.db.rescue-*"))
+    assert len(found) == 1, (found, gateway.log())
+    return found[0]
 
 
 @pytest.mark.parametrize(
