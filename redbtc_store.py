@@ -200,6 +200,9 @@ class Store:
         self._wal_bytes_left = 0  # when it was to be emptied, because of another program's reader
         self._trying = asyncio.Lock()  # whether a commit succeeds
         self.clock = LedgerClock()
+        # The ledger's own time in milliseconds. It follows the wall clock, but never goes back, so
+        # that a clock set back reopens no month and brings no old price back.
+        self.time: Callable[[], int] = self.clock.now
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -351,11 +354,6 @@ class Store:
         async with self._writer.execute(sql) as cursor:
             row = await cursor.fetchone()
             return row[0] if row else None
-
-    def time(self) -> int:
-        """Return the ledger's own time in milliseconds. It follows the wall clock, but never goes
-        back, so that a clock set back reopens no month and brings no old price back."""
-        return self.clock.now()
 
     def own_key(self, by: str, key: bytes) -> bytes:
         """Return the idempotency key to send upstream in place of a client's `key`: always the same

@@ -412,6 +412,7 @@ class Transport(httpx2.AsyncBaseTransport):
     ) -> None:
         self.connections: set[Connection] = set()
         self._context = context
+        self._making_context = asyncio.Lock()
         self._keepalive_seconds = keepalive_seconds
         self._idle: dict[tuple[str, bytes, int | None], deque[Connection]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
@@ -486,9 +487,10 @@ class Transport(httpx2.AsyncBaseTransport):
     async def tls_context(self) -> ssl.SSLContext:
         """Return whose certificates are trusted. Reading them takes 30 ms, so it is done when they
         are needed, in a thread."""
-        if self._context is None:
-            make = functools.partial(httpx2.create_ssl_context, trust_env=False)
-            self._context = await asyncio.to_thread(make)
+        async with self._making_context:
+            if self._context is None:
+                make = functools.partial(httpx2.create_ssl_context, trust_env=False)
+                self._context = await asyncio.to_thread(make)
         return self._context
 
     def _sweep(self) -> None:
