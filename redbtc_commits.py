@@ -447,10 +447,12 @@ class Commits:
     async def _watch(self) -> None:
         """Refuse what waits too long to be admitted: a disk may not answer for a long time."""
         while True:
+            due = time.monotonic() + WATCH_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
             if not self._writer.works:
                 raise RuntimeError("the thread that writes the ledger has ended")
-            self._refuse_late(time.monotonic() - MAX_BEGIN_SECONDS)
+            # While the event loop stood still, a commit may have succeeded without being noticed.
+            self._refuse_late(due - MAX_BEGIN_SECONDS)
 
     def _refuse_late(self, since: float) -> None:
         if self._group and self._group[0].at < since:
