@@ -313,16 +313,16 @@ class Commits:
         began = time.monotonic()
         try:
             changed = await self._writer.write(changes, self._synchronous if lasting else "normal")
+            for count, done in zip(counts, changed, strict=True):
+                if count > done:
+                    await self._repair([entry for entry in entries if entry.sql == RECORD])
+                    break
         except Exception as error:
             if entries and is_about_a_value(error):
                 await self._isolate(entries, error)
             else:
                 self._failed(entries, error)
         else:
-            for count, done in zip(counts, changed, strict=True):
-                if count > done:
-                    await self._repair([entry for entry in entries if entry.sql == RECORD])
-                    break
             self._written(entries, began)
 
     def _written(self, entries: list[Entry], began: float) -> None:
