@@ -218,6 +218,12 @@ class Gateway:
     def log(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
+    def flushed_log(self) -> str:
+        """Return the log with all that was said before: it is written a moment later, in order."""
+        marker = self.get("/marker").headers["x-redbtc-request-id"]
+        wait_until(lambda: marker in self.log())
+        return self.log()
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),

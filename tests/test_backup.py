@@ -716,7 +716,8 @@ def version_of(path: Path) -> int:
 
 
 def migrated_line(gateway: Gateway) -> dict[str, Any]:
-    (line,) = [line for line in gateway.log().splitlines() if '"event":"migrated"' in line]
+    log = gateway.flushed_log() if gateway.alive() else gateway.log()
+    (line,) = [line for line in log.splitlines() if '"event":"migrated"' in line]
     said: dict[str, Any] = json.loads(line)
     return said
 

@@ -845,7 +845,7 @@ def test_a_password_is_set_by_nothing_that_has_expired_meanwhile(
             session = users.session(logged_in.cookie) if logged_in else None
             assert session is not None
             later = store.time() + LINK_LASTS
-            monkeypatch.setattr(store.clock, "now", lambda: later)
+            monkeypatch.setattr(store, "time", lambda: later)
             with pytest.raises(NotFound):
                 await users.set_password(link, "new", "here")
             with pytest.raises(Conflict, match="ended"):
@@ -925,7 +925,7 @@ def test_of_too_many_sessions_the_oldest_end(
             user = await users.add("ada@example.com", "operator", None, "test")
             hashed = await password_is(users, user["link"], "right")
             instant = store.time()
-            monkeypatch.setattr(store.clock, "now", lambda: instant)
+            monkeypatch.setattr(store, "time", lambda: instant)
             begun = []
             for _ in range(MOST_SESSIONS + 5):
                 logged_in = await users.log_in(user["id"], hashed, "")

@@ -132,7 +132,7 @@ def test_any_error_of_a_commit_is_a_503_and_passes(
         wait_until(lambda: gateway.get("/readyz").status_code == 200)
         assert post(gateway, key) == (200, "")
         wait_until(lambda count=count: gateway.log().count("ledger recovered") == count + 1)  # type: ignore[misc]
-        assert gateway.log().count("ledger unavailable") == count + 1, "said once"
+        assert gateway.flushed_log().count("ledger unavailable") == count + 1, "said once"
     assert set(outcomes(gateway)) == {"completed"}
     assert len(gateway.rows()) == len(upstream.requests)
     set_fault(gateway, "MemoryError")
@@ -220,7 +220,7 @@ def test_what_waited_for_the_ledgers_task_is_kept(
     mend(gateway)
     gateway.start()
     assert outcomes(gateway) == ["completed"]
-    assert "took up what was owed" in gateway.log()
+    assert "took up what was owed" in gateway.flushed_log()
     assert gateway.terminate() == 0
     assert not Path(f"{gateway.database}.owed").exists()
 
@@ -254,7 +254,7 @@ redbtc_ledger.values_of = too_large
     assert rows[1]["cost"] is None
     assert rows[2]["duration_ms"] is None
     assert all(row["input_tokens"] for row in rows if row["outcome"] == "completed")
-    assert gateway.log().count('"value refused"') == 4
+    assert gateway.flushed_log().count('"value refused"') == 4
     refused = Path(f"{gateway.database}.owed.refused").read_text()
     assert rows[3]["request_id"] in refused, "what can't be written at all is put aside"
 
@@ -312,7 +312,7 @@ def test_after_a_kill_damaged_pages_are_found_before_the_first_request(
     assert post(gateway, key) == REFUSED
     assert gateway.get("/readyz").status_code == 503
     assert len(upstream.requests) == served
-    assert gateway.log().count("ledger damaged") == 1
+    assert gateway.flushed_log().count("ledger damaged") == 1
     assert gateway.database.read_bytes() == before, "nothing was written into it"
     done = gateway.run("db", "restore", str(tmp_path / "copy.db"))
     assert done.returncode == 0, done.stderr
@@ -346,7 +346,7 @@ find, redbtc_checks.Check._check_tables = redbtc_checks.Check._check_tables, slo
     mend(gateway)
     wait_until(lambda: gateway.get("/readyz").status_code == 200)
     assert post(gateway, key) == (200, "")
-    assert "ledger checked after an unclean end" in gateway.log()
+    assert "ledger checked after an unclean end" in gateway.flushed_log()
     wait_until(lambda: '"reloaded"' in gateway.log(), why="a SIGHUP meanwhile is honoured")
     gateway.kill()
     set_fault(gateway)
@@ -373,8 +373,8 @@ look, redbtc_checks.Check._is_to_end = redbtc_checks.Check._is_to_end, slowly
     gateway.start()
     wait_until(lambda: gateway.get("/readyz").status_code == 200)
     assert post(gateway, key) == (200, "")
-    assert '"event":"checking the ledger","table":' in gateway.log()
-    assert gateway.log().count("ledger not checked to its end") == 1
+    assert '"event":"checking the ledger","table":' in gateway.flushed_log()
+    assert gateway.flushed_log().count("ledger not checked to its end") == 1
 
 
 def test_a_copy_put_beside_a_left_over_log_is_not_served(
@@ -394,7 +394,7 @@ def test_a_copy_put_beside_a_left_over_log_is_not_served(
     served = len(upstream.requests)
     gateway.start()
     assert post(gateway, key) == REFUSED
-    assert "ledger damaged" in gateway.log()
+    assert "ledger damaged" in gateway.flushed_log()
     assert len(upstream.requests) == served
 
 
@@ -548,7 +548,7 @@ def remove(gateway: Gateway, suffixes: tuple[str, ...]) -> None:
 def rescued(gateway: Gateway) -> Path:
     wait_until(lambda: '"event":"ledger rescued"' in gateway.log(), why=gateway.log)
     found = list(gateway.folder.glob("redbtc.db.rescue-*"))
-    assert len(found) == 1, (found, gateway.log())
+    assert len(found) == 1, (found, gateway.flushed_log())
     return found[0]
 
 
@@ -573,7 +573,7 @@ def test_removed_files_are_noticed_and_what_they_held_is_rescued(
     flying.release()
     assert flying.join() == [(200, "")], "it is owed to the ledger"
     file = rescued(gateway)
-    assert gateway.log().count("ledger lost") == 1, "said once"
+    assert gateway.flushed_log().count("ledger lost") == 1, "said once"
     assert file.stat().st_mode & 0o777 == 0o600
     assert gateway.terminate() == 0
     if "" in suffixes:
@@ -600,7 +600,7 @@ def test_a_replaced_database_is_noticed(
     assert post(gateway, key) == REFUSED
     with contextlib.closing(sqlite3.connect(rescued(gateway))) as file:
         assert file.execute("SELECT outcome FROM requests").fetchall() == [("completed",)]
-    assert "replaced by another file" in gateway.log()
+    assert "replaced by another file" in gateway.flushed_log()
 
 
 # ── Two gateways ─────────────────────────────────────────────────────────────────────────────────
@@ -632,7 +632,7 @@ def test_rows_that_another_process_has_closed_are_opened_again(
     assert {row["outcome"] for row in rows} == {"completed"}
     assert all(row["cost"] and row["usage_source"] == "upstream" for row in rows)
     assert gateway.metrics()["redbtc_ledger_repairs_total"] == 8
-    assert gateway.log().count("row closed by another process") == 8
+    assert gateway.flushed_log().count("row closed by another process") == 8
     assert gateway.cli("db", "check")["ok"]
     used = gateway.cli("usage", "--group-by", "model")
     assert used["totals"]["requests"] == 8

@@ -28,6 +28,7 @@ def answer_at(host: str, port: int, path: str = "/healthz") -> bytes:
 
 def serving(gateway: Gateway) -> dict[str, Any]:
     """Return the log line that the gateway writes when it has started."""
+    wait_until(lambda: '"event":"serving"' in gateway.log())
     lines = [json.loads(line) for line in gateway.log().splitlines() if line.startswith("{")]
     said: dict[str, Any] = next(line for line in lines if line["event"] == "serving")
     return said
