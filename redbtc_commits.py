@@ -47,6 +47,7 @@ RETRY_SECONDS = 0.25
 WATCH_SECONDS = 0.1
 IDLE_SECONDS = 1
 MAX_BEGIN_SECONDS = 1.9  # and WATCH_SECONDS: nobody waits longer than 2 s to be admitted
+MAX_CLOSE_SECONDS = 10
 RESCUE_SECONDS = 10  # between two tries
 GONE = (
     "Don't stop the gateway before it has said 'ledger rescued'. Then stop it and restore the file "
@@ -418,25 +419,29 @@ class Commits:
         """Look at rows that were not pending when they were to be settled. After a commit of
         unknown fate they are as they should be. A row that another process has marked as
         interrupted is opened again and settled."""
-        for values in (entry.values for entry in entries):
-            wanted = dict(zip(COLUMNS, values, strict=True))
-            found = await self._stored(wanted["request_id"])
-            if found is None or all(found[name] == wanted[name] for name in SETTLED):
-                continue
-            changes: list[Change] = [
-                (REOPEN, (self._now(), wanted["request_id"], self.run)),
-                (RECORD, values),
-            ]
-            reopened, *_ = await self._writer.write(changes, self._synchronous)
-            self.repaired += 1
-            self._say(
-                logging.ERROR,
-                "row closed by another process",
-                request_id=wanted["request_id"],
-                found=found["outcome"],
-                wanted=wanted["outcome"],
-                repaired=bool(reopened),
-            )
+        for entry in entries:
+            await self.repair(entry.values)
+
+    async def repair(self, values: Sequence[Any]) -> None:
+        """Look at one such row: `values` are those that it was to be settled with."""
+        wanted = dict(zip(COLUMNS, values, strict=True))
+        found = await self._stored(wanted["request_id"])
+        if found is None or all(found[name] == wanted[name] for name in SETTLED):
+            return
+        changes: list[Change] = [
+            (REOPEN, (self._now(), wanted["request_id"], wanted["run"])),
+            (RECORD, values),
+        ]
+        reopened, *_ = await self._writer.write(changes, self._synchronous)
+        self.repaired += 1
+        self._say(
+            logging.ERROR,
+            "row closed by another process",
+            request_id=wanted["request_id"],
+            found=found["outcome"],
+            wanted=wanted["outcome"],
+            repaired=bool(reopened),
+        )
 
     async def _stored(self, request_id: str) -> dict[str, Any] | None:
         rows = await self._writer.execute_fetchall(STORED, (request_id,))
@@ -553,11 +558,13 @@ class Commits:
             partial.unlink(missing_ok=True)
 
     async def close(self) -> None:
-        """Write what waits, or spill it if no commit succeeds."""
+        """Write what waits, or spill it if no commit succeeds. Gives up if the disk of the spill
+        file does not answer, either."""
         self._closing = True
         self._wake.set()
         work, watch = self.tasks
-        while not work.done():
+        ends = time.monotonic() + MAX_CLOSE_SECONDS
+        while not work.done() and time.monotonic() < ends:
             if self.health is Health.FAILING:
                 self.give_up()
             await asyncio.wait([work], timeout=WATCH_SECONDS)

@@ -72,7 +72,7 @@ from redbtc_body import (
     most_decoded,
 )
 from redbtc_clock import watch_clock
-from redbtc_commits import RETRY_SECONDS
+from redbtc_commits import RETRY_SECONDS, Health
 from redbtc_corrections import Corrections
 from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import TOO_SHORT, codings_in, codings_of
@@ -107,6 +107,7 @@ from redbtc_server import (
 )
 from redbtc_settings import (
     NANOS,
+    Billing,
     LedgerError,
     LedgerUnavailable,
     Loaded,
@@ -119,7 +120,7 @@ from redbtc_settings import (
 )
 from redbtc_slices import answers_of, in_slices, with_turns
 from redbtc_socket import AdminServer, socket_path
-from redbtc_store import LedgerDamaged, Serving, Store
+from redbtc_store import LedgerDamaged, Serving, Store, opening_error
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
     NO_LIST,
@@ -1522,6 +1523,7 @@ class Running:
         self._opening = opening
         await asyncio.wait([opening], timeout=OPENING_SECONDS)
         if self._draining:
+            self._over = True
             return
         if opening.done():
             opening.result()
@@ -1535,6 +1537,12 @@ class Running:
             raise group.exceptions[0] from None
         finally:
             self._over = True
+
+    def closing(self) -> None:
+        """Expect the end of the process if the files are closed because it has served. They are
+        also closed when an attempt to open them has failed, which is repeated."""
+        if self._over:
+            end_soon()
 
     def _public(self) -> Server:
         app = CORS(self._guard, lambda: self._settings.server.cors_origins)
@@ -1600,6 +1608,7 @@ class Running:
 
     def _end_now(self) -> None:
         """End the process without waiting for anything. What is owed to the ledger is kept."""
+        end_soon()
         if self._gateway:
             self._gateway.store.commits.spill_now()
         LOG.flush()
@@ -1619,6 +1628,7 @@ class Running:
         if self._gateway:
             await self._drain_gateway(self._gateway, seconds)
         elif self._opening:
+            end_soon()  # the disk may not answer
             self._opening.cancel()
         for server in self._servers:
             server.should_exit = True
@@ -1760,12 +1770,12 @@ async def open_gateway(
     """Open the ledger, however long that takes, and say that the gateway serves. Raises
     LedgerError."""
     settings = start.settings
-    store = await open_ledger(stack, start)
+    books = await open_ledger(stack, start, running)
+    store = books.store
     demo_url = await start_demo(stack) if start.demo else None
     if demo_url:
         settings = with_demo(settings, demo_url)
         running.demo = demo_url
-    books = await Books.open(store, settings.billing)
     if start.first_run and not books.prices.prices:
         await commands.import_example(books)
     if start.demo and books.tariff(DEMO_PRICE.model) is None:
@@ -1795,11 +1805,18 @@ async def open_gateway(
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
     gateway = Gateway(books, settings, running.watch)
-    if start.first_run and not start.as_json:
-        click.echo(await commands.welcome(gateway.api, url, start.demo))
     if not start.as_json:
-        click.echo(await commands.dashboard(gateway.api))
-    await gateway.unended.resume()
+        try:
+            if start.first_run:
+                click.echo(await commands.welcome(gateway.api, url, start.demo))
+            click.echo(await commands.dashboard(gateway.api))
+        except (sqlite3.Error, LedgerUnavailable) as error:
+            say(logging.ERROR, "no welcome", reason=str(error))
+    try:
+        await gateway.unended.resume()
+    except (sqlite3.Error, LedgerUnavailable) as error:
+        if store.commits.health is not Health.LOST:  # which serves nothing anyway
+            raise LedgerError(f"{store.path} can't be read: {error}") from None
     return gateway
 
 
@@ -1809,20 +1826,26 @@ DAMAGED = (
 )
 
 
-async def open_ledger(stack: contextlib.AsyncExitStack, start: Start) -> Store:
+async def open_ledger(stack: contextlib.AsyncExitStack, start: Start, running: Running) -> Books:
     """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
     when a damaged one was replaced. Raises LedgerError where that can't help."""
     database, path = start.settings.database, start.loaded.database_path
-    serving = Serving(database.check_seconds, start.accept_clock, say, end_soon)
+    serving = Serving(database.check_seconds, start.accept_clock, say, running.closing)
     said = ""
     while True:
         tried = state_of(path)
         try:
             opening = Store.open(path, database.synchronous, serving)
-            return await stack.enter_async_context(opening)
+            async with contextlib.AsyncExitStack() as opened:
+                store = await opened.enter_async_context(opening)
+                books = await open_books(store, start.settings.billing)
+                stack.push_async_exit(opened.pop_all())
+                return books
         except LedgerDamaged as error:
-            say(logging.CRITICAL, "ledger damaged", reason=str(error), what_to_do=DAMAGED)
-            said = "damaged"
+            if str(error) != said:
+                said = str(error)
+                say(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED)
+            await asyncio.sleep(WATCH_SECONDS)
             while state_of(path) == tried:
                 await asyncio.sleep(WATCH_SECONDS)
         except (LedgerUnavailable, DatabaseInUse) as error:
@@ -1834,8 +1857,16 @@ async def open_ledger(stack: contextlib.AsyncExitStack, start: Start) -> Store:
             await asyncio.sleep(RETRY_SECONDS)
 
 
+async def open_books(store: Store, settings: Billing) -> Books:
+    """Read the prices. Raises LedgerError."""
+    try:
+        return await Books.open(store, settings)
+    except sqlite3.Error as error:
+        raise opening_error(store.path, error) from None
+
+
 def end_soon() -> None:
-    """End the process if its database is not closed soon: the disk may never answer again."""
+    """End the process if it has not ended soon: the disk may never answer again."""
     timer = threading.Timer(STOPPING_SECONDS, os._exit, (EXIT_SOFTWARE,))
     timer.daemon = True
     timer.start()

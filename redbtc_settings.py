@@ -395,7 +395,9 @@ class Loaded(NamedTuple):
 
     @property
     def database_path(self) -> Path:
-        return self.folder / self.settings.database.path
+        """Of the file itself where the settings name a link to it: SQLite puts its other files
+        beside that."""
+        return Path(os.path.realpath(self.folder / self.settings.database.path))
 
 
 def load_settings(path: str | None) -> Loaded:

@@ -112,8 +112,8 @@ class Spill:
                 file.writelines(lines)
 
     def remove(self) -> None:
-        """Remove the file: nothing is owed. If something is, close it only."""
-        empty = self._end == 0
+        """Remove the file, if it is open: nothing is owed. If something is, close it only."""
+        empty = self._file is not None and self._end == 0
         self.close()
         if empty:
             self.path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import hmac
 import logging
@@ -25,8 +26,8 @@ from redbtc_backup import Damaged, back_up_before_migration, complete_restore
 from redbtc_checks import Check, Say, is_corrupt
 from redbtc_clock import LedgerClock
 from redbtc_commits import BEAT, Commits, Connection, Health, Writer, is_about_a_value, reason_of
-from redbtc_files import OpenFiles, hold, hold_lock
-from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, joined
+from redbtc_files import Identity, OpenFiles, hold, hold_lock, identity_of
+from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, RECORD, TAKE_OVER, joined
 from redbtc_schema import APPLICATION_ID, migrations, schema
 from redbtc_settings import LedgerError, LedgerUnavailable, month_of
 from redbtc_slices import with_turns
@@ -118,19 +119,22 @@ async def _interrupting(connection: aiosqlite.Connection) -> AsyncIterator[None]
         raise
 
 
-class LedgerDamaged(LedgerError):
+class LedgerDamaged(LedgerUnavailable):
     """Pages of the database are damaged, so that nothing is written into it."""
 
 
-class Serving(NamedTuple):
+@dataclasses.dataclass
+class Serving:
     """What a gateway needs of its store, and a command does not: how many seconds the check after
     an unclean end may take (0: no check), whether the machine's clock is believed in any case, the
-    log, and what is called when nothing is left but to close the files."""
+    log, what is called when nothing is left but to close the files, and the database that was found
+    sound: the next try to open it does not check it again."""
 
     check_seconds: float
     accept_clock: bool
     say: Say
     closing: Callable[[], None]
+    checked: Identity | None = None
 
 
 def silent(level: int, event: str, **fields: Any) -> None:
@@ -160,7 +164,10 @@ TRANSACT_SECONDS = 10
 def opening_error(path: Path, error: sqlite3.Error | OSError) -> LedgerError:
     """Return what an error on opening the database means: LedgerUnavailable if it can pass by
     itself, LedgerDamaged, or a LedgerError."""
-    said = f"{path}: {error.strerror if isinstance(error, OSError) else error}"
+    if isinstance(error, OSError):
+        said = f"{error.filename or path}: {error.strerror or type(error).__name__}"
+    else:
+        said = f"{path}: {error}"
     if is_corrupt(error):
         return LedgerDamaged(said)
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -242,6 +249,7 @@ class Store:
         say = serving.say if serving else silent
         self.commits = Commits(self.path, writer, spill, self._synchronous, self.time, say)
         self.record = self.commits.record
+        stack.callback(self._end_spill, spill)
         stack.push_async_callback(self.commits.close)
         await self.transact((MAKE_SECRET, (secrets.token_bytes(32),)))
         await self._take_up(spill, say)
@@ -260,12 +268,22 @@ class Store:
             await self.transact((ADD_RUN, (self.time(),)))
             self.run = self.commits.run = await self._value(LATEST_RUN)
             spill.reserve()
-            stack.callback(spill.remove)
         writer.files = OpenFiles(self.path)
+
+    def _end_spill(self, spill: Spill) -> None:
+        """Remove the spill file of a ledger that closes cleanly. If the ledger was lost, the file
+        stays, so that the next start checks the database."""
+        if self.commits.health is Health.LOST:
+            spill.close()
+        else:
+            spill.remove()
 
     async def _check(self, serving: Serving) -> None:
         """Check the pages of the database, since its last gateway did not end cleanly. Raises
         LedgerDamaged."""
+        file = identity_of(self.path)
+        if file == serving.checked:
+            return
         began = time.monotonic()
         check = Check(self.path, serving.check_seconds, serving.say)
         try:
@@ -274,6 +292,7 @@ class Store:
             check.stop()
         if wrong:
             raise LedgerDamaged(f"{self.path} is damaged: {'; '.join(wrong)}")
+        serving.checked = file
         took = round((time.monotonic() - began) * 1000)
         serving.say(logging.INFO, "ledger checked after an unclean end", duration_ms=took)
 
@@ -285,7 +304,9 @@ class Store:
         refused = []
         for change in changes:
             try:
-                await self._writer.write([change], self._synchronous)
+                (changed,) = await self._writer.write([change], self._synchronous)
+                if change[0] == RECORD and not changed:
+                    await self.commits.repair(change[1])
             except Exception as error:
                 if not is_about_a_value(error):
                     raise
@@ -499,7 +520,8 @@ class Store:
             ) from None
         except Exception as error:
             self.commits.notice(error)
-            raise LedgerUnavailable(f"the database can't be written: {reason_of(error)}") from None
+            what = LedgerDamaged if is_corrupt(error) else LedgerUnavailable
+            raise what(f"the database can't be written: {reason_of(error)}") from None
         return changed[-1 if by is None else -2]
 
     async def settle_time(self) -> int:
@@ -537,15 +559,27 @@ def has_log(database: Path) -> bool:
 
 
 def refuse_without(database: Path, spill: Spill) -> None:
-    """Raise LedgerError if the database is gone, but not what was saved of it."""
-    if database.exists():
-        return
-    saved = [str(each) for each in sorted(database.parent.glob(f"{database.name}.rescue-*"))]
-    if saved:
+    """Raise LedgerError if the database is gone, or lacks what was saved of it. A database that was
+    restored is later than the file that was saved."""
+    there = database.exists()
+    saved = sorted(database.parent.glob(f"{database.name}.rescue-*"))
+    if saved and not there:
         raise LedgerError(
             f"{database} is gone, but {saved[-1]} holds what was in it. Restore that file (db "
             "restore FILE), or move it away to begin with an empty ledger"
         )
+    if saved and saved[-1].stat().st_mtime_ns > database.stat().st_mtime_ns:
+        raise LedgerError(
+            f"{saved[-1]} holds what was in {database} before one of its files was removed or "
+            "replaced. Restore that file (db restore FILE), or move it away to go on without it"
+        )
+    if size_of(database) == 0 and has_log(database):
+        raise LedgerError(
+            f"{database} is {'empty' if there else 'gone'}, but its log {database}-wal is there. "
+            "Restore a backup (db restore FILE), or move the log away to begin with an empty ledger"
+        )
+    if there:
+        return
     if spill.read()[0]:
         raise LedgerError(
             f"{database} is gone, but {spill.path} holds what is still owed to it. Restore a "
