@@ -394,7 +394,9 @@ class Loaded(NamedTuple):
 
     @property
     def database_path(self) -> Path:
-        return self.folder / self.settings.database.path
+        """The database's own path: SQLite puts its -wal beside the file to which a symbolic link
+        leads, and all that belongs to the database must be there."""
+        return Path(os.path.realpath(self.folder / self.settings.database.path))
 
 
 def load_settings(path: str | None) -> Loaded:
