@@ -62,8 +62,9 @@ TIER_NAMES = {"fast": "priority"}  # as requests name them, and the responses to
 KNOWN_TIERS = ("default", "flex", "scale", "priority", "fast", "ultrafast")  # of OpenAI's API
 MILLION = 1_000_000
 MOST_PAID = 10**17 * NANOS  # by an account: sums of it fit into an INTEGER of units
-MOST_RATE = 10_000_000 * NANOS  # for a million tokens: a row's cost fits into an INTEGER
+MOST_RATE = 10_000_000 * NANOS  # for a million tokens
 MOST_CALL_RATE = 10_000 * NANOS
+MAX_COST = (1 << 63) - 1  # nanos of one request, and of what is held for it: an INTEGER of SQLite
 IN_USE = 90 * DAY  # a model that somebody asked for within this time is in use
 NEVER = 1 << 62  # milliseconds
 LITERAL = re.compile(r"[^*?\[]*+")  # what all names begin with that a pattern means
@@ -640,8 +641,8 @@ class Hold:
         return self._most
 
     def cost(self, parts: Iterable[Part], tier: str | None) -> tuple[int | None, int]:
-        """What these have cost together: the price's id of the first, and nanos. A part of another
-        model has that one's price, if it has any."""
+        """What these have cost together: the price's id of the first, and nanos, at most MAX_COST.
+        A part of another model has that one's price, if it has any."""
         price_id, cost = None, 0
         for number, (model, usage, images) in enumerate(parts):
             tariff = self._books.prices.tariff(model, self.at) if model else None
@@ -650,7 +651,7 @@ class Hold:
                 price = tariff.price(of_tier, usage.input_tokens or 0)
                 price_id = price_id if number else price.id
                 cost += price.cost(usage, images)
-        return price_id, cost
+        return price_id, min(cost, MAX_COST)
 
     def settle(self, cost: int) -> str:
         """It has cost so much. Returns the month on whose statement that is."""
@@ -851,7 +852,7 @@ class Books:
         held = 0
         left = self._left(key, account, own)
         if left:
-            held = most(tariff)
+            held = min(most(tariff), MAX_COST)
             for what, amount in left:
                 if 0 < held > amount:
                     raise Spent(

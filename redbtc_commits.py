@@ -123,7 +123,22 @@ def synced(path: Path) -> None:
         os.close(file)
 
 
-class Writer(aiosqlite.Connection):
+ENDING_SECONDS = 1  # for the thread of a connection that is not opened
+
+
+class Connection(aiosqlite.Connection):
+    """A connection whose thread has ended when opening it fails or is cancelled. aiosqlite's own
+    goes on, finds the event loop closed, and prints a traceback."""
+
+    async def _connect(self) -> aiosqlite.Connection:
+        try:
+            return await super()._connect()
+        except BaseException:
+            await asyncio.to_thread(self._thread.join, ENDING_SECONDS)
+            raise
+
+
+class Writer(Connection):
     """The connection that writes. A transaction is one call to its thread; one with a single
     statement is one call to SQLite, too, and lets go of Python's lock but once."""
 
@@ -298,16 +313,16 @@ class Commits:
         began = time.monotonic()
         try:
             changed = await self._writer.write(changes, self._synchronous if lasting else "normal")
+            for count, done in zip(counts, changed, strict=True):
+                if count > done:
+                    await self._repair([entry for entry in entries if entry.sql == RECORD])
+                    break
         except Exception as error:
             if entries and is_about_a_value(error):
                 await self._isolate(entries, error)
             else:
                 self._failed(entries, error)
         else:
-            for count, done in zip(counts, changed, strict=True):
-                if count > done:
-                    await self._repair([entry for entry in entries if entry.sql == RECORD])
-                    break
             self._written(entries, began)
 
     def _written(self, entries: list[Entry], began: float) -> None:
@@ -432,10 +447,12 @@ class Commits:
     async def _watch(self) -> None:
         """Refuse what waits too long to be admitted: a disk may not answer for a long time."""
         while True:
+            due = time.monotonic() + WATCH_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
             if not self._writer.works:
                 raise RuntimeError("the thread that writes the ledger has ended")
-            self._refuse_late(time.monotonic() - MAX_BEGIN_SECONDS)
+            # While the event loop stood still, a commit may have succeeded without being noticed.
+            self._refuse_late(due - MAX_BEGIN_SECONDS)
 
     def _refuse_late(self, since: float) -> None:
         if self._group and self._group[0].at < since:

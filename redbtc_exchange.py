@@ -142,6 +142,7 @@ class Exchange:
         self.status: int | None = None
         self.first_byte_ms: int | None = None
         self.unwritten: asyncio.Future[None] | None = None  # await it before sending more
+        self.awaits_id = False  # the answer can create a background response; its id is not known
         self.key: Key
 
     @property
@@ -255,15 +256,14 @@ class Metered(Exchange):
     def grace(self) -> float:
         """A background response goes on whether it is read or not. Until its id is known nobody
         could ask what it used, or cancel it."""
-        unknown = self._in_room and not (self._background or self._repeats)
-        return max(super().grace(), ID_SECONDS) if unknown else super().grace()
+        return max(super().grace(), ID_SECONDS) if self.awaits_id else super().grace()
 
     def _enter_room(self, background: bool | str) -> None:
         """Count one more unfinished background response. Raises Refusal."""
         check_background(background)
         most = self.settings.limits.account.background
         self.gateway.unended.enter(self.key.account_id, most)
-        self._in_room = True
+        self._in_room = self.awaits_id = True
 
     def __enter__(self) -> Metered:
         return self
@@ -290,8 +290,19 @@ class Metered(Exchange):
             running.add(self)
             try:
                 await forward()
+            except (Refusal, ClientLeft):
+                raise
+            except Exception:
+                await self._interrupt()
+                raise
             finally:
                 running.discard(self)
+
+    async def _interrupt(self) -> None:
+        """End a request on which the gateway failed, with what it has used so far."""
+        self.scope["forwarded"] = True
+        if not self.settled:
+            await self.settle("interrupted")
 
     def new_row(self, model: str, upstream: str) -> Row:
         """Return a pending row. It gets its time when it is written."""
@@ -541,6 +552,7 @@ class Metered(Exchange):
             with contextlib.suppress(LedgerUnavailable):
                 self._repeats = not self.gateway.objects.is_free(response_id)
         self._drop_preserved()
+        self.awaits_id = False
         if not self._repeats:
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()

@@ -17,6 +17,8 @@ from websockets.server import ServerProtocol
 from redbtc_refusals import Headers, Refusal, header
 from redbtc_watch import Scope
 
+NO_BODY = (204, 304)  # statuses of a response without a body (RFC 9110 §6.4.1)
+
 # ── Heads ────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_HEAD_BYTES = 64 << 10  # OpenAI's API requires less than 64 KiB of headers

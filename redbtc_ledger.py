@@ -840,9 +840,13 @@ CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"
 
 def check_file(path: Path, currency: str) -> list[str]:
     """What is wrong with the database before anything opens it for writing; it may be in use."""
-    if not path.exists():
+    try:
+        path.stat()
+    except FileNotFoundError:
         writable = os.access(path.parent, os.W_OK)
         return [] if writable else [f"{path}: can't be made: the folder is missing or not writable"]
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
     try:
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
             (marked,) = database.execute("PRAGMA application_id").fetchone()

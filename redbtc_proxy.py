@@ -13,6 +13,11 @@ what people use in redbtc_admin.py.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take 0.2 s
+    import redbtc_start
+
+    redbtc_start.prepare()
+
 import asyncio
 import contextlib
 import gc
@@ -53,8 +58,9 @@ from starlette.routing import Match, Route, Router
 
 import redbtc_admin as admin
 import redbtc_commands as commands
-import redbtc_dashboard as dashboard
 import redbtc_ledger as ledger
+import redbtc_start
+import redbtc_visitors as visitors
 import redbtc_webhook
 from redbtc_billing import DEFAULT_TIER, NEEDED, Books, Price, Spent
 from redbtc_body import (
@@ -72,6 +78,7 @@ from redbtc_cors import CORS, cors_headers, preflight_headers
 from redbtc_decoding import TOO_SHORT, codings_in, codings_of
 from redbtc_estimates import Speeds, is_final
 from redbtc_exchange import (
+    NO_RETRY,
     PRESERVE_GROWTH,
     PRESERVE_SECONDS,
     Endpoint,
@@ -82,16 +89,18 @@ from redbtc_exchange import (
     new_request_id,
 )
 from redbtc_files import DatabaseInUse, state_of
+from redbtc_http import NO_BODY
 from redbtc_ledger import Home, Key, Objects
 from redbtc_limits import FREE_BYTES, Admission, Clock, Clocks, Limits, Reservation
 from redbtc_meter import MAX_NAME, Meter, StreamMeter, is_stream
 from redbtc_pieces import Buffer, Steps
-from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
+from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found, refusal_of
 from redbtc_rows import Outcome
 from redbtc_server import (
     Connections,
     Server,
     address_of,
+    configured,
     listen,
     raise_descriptor_limit,
     server_for,
@@ -104,11 +113,12 @@ from redbtc_settings import (
     Settings,
     SettingsError,
     UpstreamSettings,
-    load_settings,
     parse_amount,
+    reload_settings,
     url_of,
 )
 from redbtc_slices import answers_of, in_slices, with_turns
+from redbtc_socket import AdminServer, socket_path
 from redbtc_store import LedgerDamaged, Serving, Store
 from redbtc_transport import Answer, ResponseBody
 from redbtc_upstreams import (
@@ -177,27 +187,30 @@ class Guard:
         scope["request_id"] = new_request_id()
         scope["started"] = time.monotonic()
         scope["where"] = "other"
-        websocket = scope["type"] == "websocket"
         try:
             if "refusal" in scope:
                 raise scope.pop("refusal")
-            if websocket:
+            if scope["type"] == "websocket":
                 await self._websocket(scope, receive, send)
                 return
             app = self._metered.get(scope["path"]) if scope["method"] == "POST" else None
             await (app or self._others)(scope, receive, send)
         except Refusal as refusal:
             self._watch.refused(scope, refusal)
-            answer = denial(send) if websocket else send
-            await respond(scope, answer, refusal.status, refusal.body(), self._headers(refusal))
+            await self._refuse(scope, send, refusal)
         except ClientLeft:
             self._watch.left(scope)
         except Exception as error:
             self._watch.failed(scope, error)
-            unexpected = Refusal("internal_error")
-            answer = denial(send) if websocket else send
             with contextlib.suppress(RuntimeError):  # the answer had begun: it ends torn
-                await respond(scope, answer, unexpected.status, unexpected.body())
+                await self._refuse(scope, send, refusal_of(error))
+
+    async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
+        answer = denial(send) if scope["type"] == "websocket" else send
+        headers = self._headers(refusal)
+        if "forwarded" in scope:  # a retry would be paid again
+            headers = [*headers, NO_RETRY]
+        await respond(scope, answer, refusal.status, refusal.body(), headers)
 
     @staticmethod
     def _headers(refusal: Refusal) -> Headers:
@@ -349,6 +362,7 @@ def _decoded(
 
 CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
+MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written
 AFTER_END_SECONDS = 0.7  # for bytes that follow the event that ends a stream
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser neither runs a response of any other type nor takes it for HTML.
@@ -443,6 +457,7 @@ class Relay:
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
         self._labelled = content_type.lower().startswith(b"text/event-stream")
+        self._labelled &= answer.status not in NO_BODY
         if header(headers, b"content-encoding") is not None:
             self._codings = codings_of(headers)
         # A stream may end earlier than the upstream's Content-Length says. Status 204 must not have
@@ -483,7 +498,8 @@ class Relay:
             passed = await self._feed(meter, chunk) if meter else chunk
             # The head waits until it is known what it is.
             unknown = meter is None and not self._started and len(kept) < MAX_BLANK
-            if whole or unknown or not passed:
+            unnamed = exchange.awaits_id and len(kept) < MAX_UNNAMED
+            if whole or unknown or unnamed or not passed:
                 kept += passed
             else:
                 passed, kept = kept + passed, b""
@@ -572,10 +588,12 @@ class Relay:
 
     def _pass_on(self, meter: StreamMeter, body: ResponseBody, idle_seconds: float) -> None:
         """Send events in which nothing can matter on as they come, past this request's task."""
-        clock, send_now = self._clock, self._scope["send_now"]
+        clock, send_now, exchange = self._clock, self._scope["send_now"], self._exchange
 
         def pass_on(chunk: bytes) -> bool:
-            passed: bool = self._started and meter.is_dull(chunk) and send_now(chunk)
+            if not self._started or exchange.awaits_id:
+                return False
+            passed: bool = meter.is_dull(chunk) and send_now(chunk)
             if passed:
                 clock.allow(idle_seconds)
                 meter.count_text(chunk)
@@ -922,9 +940,9 @@ class Gateway:
         self.in_flight = 0
         self.running: set[Metered] = set()  # requests that have a row
         self.api = admin.API(books, self, settings.dashboard_url)
-        self._admin = self.in_time(admin.served(self.api, dashboard.actor_of(self.api)))
-        self._pages = dashboard.Dashboard(self.api)
-        self._dashboard = self.in_time(self._pages.app())
+        self._admin = self.in_time(admin.served(self.api, visitors.actor_of(self.api)))
+        self._pages = visitors.Pages(self.api)
+        self._dashboard = self.in_time(self._pages)
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
         self._asked: Counter[str] = Counter()  # by account or user, requests without a place
         self._cutting: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
@@ -1301,7 +1319,7 @@ class Gateway:
     def _asked_in_session(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
         """Count a request of whoever is logged in. Raises Refusal."""
         with contextlib.suppress(LedgerUnavailable):
-            if session := dashboard.session_of(self.api, Request(scope)):
+            if session := visitors.session_of(self.api, Request(scope)):
                 return self._asked_by(session.user_id)
         return contextlib.nullcontext()
 
@@ -1342,15 +1360,13 @@ class Gateway:
         scope["where"] = "/status"
         uptime = round(time.monotonic() - self._started)
         try:
-            status = await dashboard.status(self.books, uptime)
+            status = await visitors.status(self.books, uptime)
         except sqlite3.Error:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
-        if dashboard.prefers_html(accept.decode("latin-1")):
+        if visitors.prefers_html(accept.decode("latin-1")):
             page = await self._pages.page("status.html", status)
-            headers = [
-                (name.encode(), value.encode()) for name, value in dashboard.SECURITY.items()
-            ]
+            headers = [(name.encode(), value.encode()) for name, value in visitors.SECURITY.items()]
             content_type = page.headers["content-type"].encode()
             await respond(scope, send, page.status_code, bytes(page.body), headers, content_type)
         else:
@@ -1495,6 +1511,7 @@ class Running:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
+        redbtc_start.finish()
 
     def _offers_websocket(self) -> bool:
         return self._gateway is not None and self._gateway.offers_websocket()
@@ -1552,14 +1569,14 @@ class Running:
             task.add_done_callback(self._ended)
         gateway.unended.ended = self._failed
         self._guard.lead_to(*apps_of(gateway))
-        gc.collect()
-        gc.freeze()  # what is there now stays: to look through it each time would take 25 ms
-        with commands.socket_path(gateway.store.path, make=True) as path:
+        gc.freeze()  # what is there now stays, as in redbtc_start.finish
+        with socket_path(gateway.store.path) as path:
             api = gateway.in_time(admin.served(gateway.api, admin.local))
             guarded = Guard({}, api, unknown_url, self.watch)
-            local = server_for(guarded, uds=path, proxy_headers=False)
+            local = AdminServer(configured(guarded, uds=path, proxy_headers=False))
             self._servers.append(local)
-            await local.serve()
+            with local.listening():
+                await local.serve()
         self._over = True
         for task in tasks[2:]:
             task.cancel()
@@ -1633,7 +1650,7 @@ class Running:
             return
         old = self._gateway.settings
         try:
-            new = load_settings(str(self._loaded.file or "") or None).settings
+            new = reload_settings(self._loaded)
         except SettingsError as error:
             say(logging.ERROR, "reload refused", reason=str(error))
             return

@@ -41,6 +41,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "upstream_protocol_error": (502, SERVER, "The upstream's answer could not be understood."),
     "no_upstream": (503, SERVER, "No upstream can take this request now."),
     "ledger_unavailable": (503, SERVER, "Usage can't be recorded now, so nothing is served."),
+    "overloaded": (503, SERVER, "The gateway has no memory left for this request."),
     "maintenance": (503, SERVER, "The gateway is under maintenance."),
     "draining": (503, SERVER, "The gateway is shutting down."),
     "upstream_timeout": (504, SERVER, "The upstream took too long to answer."),
@@ -82,6 +83,13 @@ class Refusal(Exception):
     def body(self) -> bytes:
         """That of an answer."""
         return orjson.dumps({"error": self.error()})
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return the refusal of a request that ended with this error."""
+    if isinstance(error, Refusal):
+        return error
+    return Refusal("overloaded" if isinstance(error, MemoryError) else "internal_error")
 
 
 def not_found(name: str, object_id: str) -> Refusal:

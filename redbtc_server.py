@@ -42,6 +42,7 @@ from redbtc_http import (
     BAD_IN_VALUE,
     MAX_HEAD_BYTES,
     MAX_HEADERS,
+    NO_BODY,
     BadFraming,
     Endless,
     Framing,
@@ -57,7 +58,6 @@ from redbtc_watch import App, Message, Scope, say
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────
 
 HIGH_WATER = 64 << 10  # bytes of a body the app has not read; beyond them reading is paused
-NO_BODY = (204, 304)  # statuses of a response without a body (RFC 9110 §6.4.1)
 
 
 def _status_line(status: int) -> bytes:
@@ -601,6 +601,9 @@ class HTTPProtocol(asyncio.Protocol):
             if self._state is State.DISCARDING:
                 self._close(whole=False)
             return
+        except MemoryError:
+            cycle.fail(Refusal("overloaded"))
+            return
         if self._state is State.DISCARDING:
             self._discarded += len(data) - len(rest)
             if cycle.framing.whole:
@@ -817,7 +820,12 @@ class Server(uvicorn.Server):
 
 
 def server_for(app: Any, shared: Connections | None = None, **options: Any) -> Server:
-    """Return a uvicorn server for the app, without uvicorn's log, headers and WebSockets. `options`
+    """Return a uvicorn server for the app, as `configured` describes it."""
+    return Server(configured(app, shared, **options))
+
+
+def configured(app: Any, shared: Connections | None = None, **options: Any) -> uvicorn.Config:
+    """Return the configuration of a server without uvicorn's log, headers and WebSockets. `options`
     are uvicorn's."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     usual: dict[str, Any] = {
@@ -831,7 +839,7 @@ def server_for(app: Any, shared: Connections | None = None, **options: Any) -> S
         "ws": "none",
         "timeout_graceful_shutdown": 1,
     }
-    return Server(uvicorn.Config(app, **usual | options))
+    return uvicorn.Config(app, **usual | options)
 
 
 def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.socket]:

@@ -385,12 +385,13 @@ class SettingsError(LedgerError):
 
 class Loaded(NamedTuple):
     """Settings as read, the file they came from (None: the defaults), the folder where relative
-    paths start, and the keys in it that have no effect yet."""
+    paths start, the keys in it that have no effect yet, and whether the file sets nothing."""
 
     settings: Settings
     file: Path | None
     folder: Path
     without_effect: list[str]
+    is_empty: bool = False
 
     @property
     def database_path(self) -> Path:
@@ -418,7 +419,20 @@ def load_settings(path: str | None) -> Loaded:
     except SettingsError as error:
         raise SettingsError(f"{file}: {error}") from None
     unused = [key for key in WITHOUT_EFFECT if _value(settings, key) != _value(Settings(), key)]
-    return Loaded(settings, file, file.parent, unused)
+    return Loaded(settings, file, file.parent, unused, is_empty=not tables)
+
+
+def reload_settings(before: Loaded) -> Settings:
+    """Read the settings again, from the same file as before. One that sets nothing is taken for one
+    that an editor has not finished writing: the defaults would replace all upstreams. Raises
+    SettingsError."""
+    loaded = load_settings(str(before.file or "") or None)
+    if loaded.is_empty:
+        raise SettingsError(
+            f"{loaded.file}: the file is empty or has only comments; a reload needs at least one "
+            "setting in it. To use the built-in defaults, restart the gateway"
+        )
+    return loaded.settings
 
 
 def parse_settings(tables: Mapping[str, Any]) -> Settings:

@@ -24,7 +24,7 @@ import aiosqlite
 from redbtc_backup import Damaged, back_up_before_migration, complete_restore
 from redbtc_checks import Check, Say, is_corrupt
 from redbtc_clock import LedgerClock
-from redbtc_commits import BEAT, Commits, Health, Writer, is_about_a_value, reason_of
+from redbtc_commits import BEAT, Commits, Connection, Health, Writer, is_about_a_value, reason_of
 from redbtc_files import OpenFiles, hold, hold_lock
 from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, TAKE_OVER, joined
 from redbtc_schema import APPLICATION_ID, migrations, schema
@@ -200,6 +200,9 @@ class Store:
         self._wal_bytes_left = 0  # when it was to be emptied, because of another program's reader
         self._trying = asyncio.Lock()  # whether a commit succeeds
         self.clock = LedgerClock()
+        # The ledger's own time in milliseconds. It follows the wall clock, but never goes back, so
+        # that a clock set back reopens no month and brings no old price back.
+        self.time: Callable[[], int] = self.clock.now
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -249,8 +252,8 @@ class Store:
             (INTERRUPT, (month_of(self.time()),)),
         )
         self._secret: bytes = await self._value(SECRET)
-        reader = aiosqlite.connect(self._read_only, uri=True)
-        self._reader = Reader(await stack.enter_async_context(reader), self.commits.notice)
+        reader = await stack.enter_async_context(self._connection())
+        self._reader = Reader(reader, self.commits.notice)
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
         stack.callback(self._lookup.close)
         if serving:
@@ -293,6 +296,10 @@ class Store:
         self.owed = len(changes)
         facts = {"changes": len(changes), "refused": len(refused), "damaged": len(damaged)}
         say(logging.WARNING, "took up what was owed", **facts)
+
+    def _connection(self) -> Connection:
+        """A connection that can't write, not yet open."""
+        return Connection(lambda: sqlite3.connect(self._read_only, uri=True), 64)
 
     async def _configure(self) -> None:
         """Set what durability depends on, then read each back: SQLite is silent when it can't."""
@@ -347,11 +354,6 @@ class Store:
         async with self._writer.execute(sql) as cursor:
             row = await cursor.fetchone()
             return row[0] if row else None
-
-    def time(self) -> int:
-        """Return the ledger's own time in milliseconds. It follows the wall clock, but never goes
-        back, so that a clock set back reopens no month and brings no old price back."""
-        return self.clock.now()
 
     def own_key(self, by: str, key: bytes) -> bytes:
         """Return the idempotency key to send upstream in place of a client's `key`: always the same
@@ -410,8 +412,7 @@ class Store:
     ) -> AsyncIterator[Reader]:
         try:
             async with places, contextlib.AsyncExitStack() as own:
-                connecting = aiosqlite.connect(self._read_only, uri=True)
-                connection = await (outlived_by or own).enter_async_context(connecting)
+                connection = await (outlived_by or own).enter_async_context(self._connection())
                 async with asyncio.timeout(seconds), _interrupting(connection):
                     await connection.execute("BEGIN")
                     yield Reader(connection, self.commits.notice)

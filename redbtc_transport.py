@@ -28,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import re
 import socket
 import ssl
@@ -410,7 +411,8 @@ class Transport(httpx2.AsyncBaseTransport):
         self, context: ssl.SSLContext | None = None, keepalive_seconds: float = 15
     ) -> None:
         self.connections: set[Connection] = set()
-        self._context = context or httpx2.create_ssl_context(trust_env=False)
+        self._context = context
+        self._making_context = asyncio.Lock()
         self._keepalive_seconds = keepalive_seconds
         self._idle: dict[tuple[str, bytes, int | None], deque[Connection]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
@@ -474,13 +476,22 @@ class Transport(httpx2.AsyncBaseTransport):
                     lambda: Connection(self, idle),
                     host,
                     url.port or (443 if tls else 80),
-                    ssl=self._context if tls else None,
+                    ssl=await self.tls_context() if tls else None,
                 )
         except TimeoutError as error:
             raise httpx2.ConnectTimeout(str(error)) from error
         except OSError as error:
             raise httpx2.ConnectError(str(error)) from error
         return connection
+
+    async def tls_context(self) -> ssl.SSLContext:
+        """Return whose certificates are trusted. Reading them takes 30 ms, so it is done when they
+        are needed, in a thread."""
+        async with self._making_context:
+            if self._context is None:
+                make = functools.partial(httpx2.create_ssl_context, trust_env=False)
+                self._context = await asyncio.to_thread(make)
+        return self._context
 
     def _sweep(self) -> None:
         """Close what nobody has used for long: in each pool that stands in front."""

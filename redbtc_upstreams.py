@@ -158,7 +158,6 @@ class Upstream:
         self.speaks_websocket = settings.websocket and settings.transport == "asyncio"
         self.in_flight = 0
         self._models: tuple[list[dict[str, Any]], float] | None = None  # and when they were listed
-        self._context = httpx2.create_ssl_context(trust_env=False)
         self._base = httpx2.URL(settings.base_url.rstrip("/"))
         self._own: Headers = [(b"host", self._base.netloc), (b"accept-encoding", b"identity")]
         if key:
@@ -170,14 +169,14 @@ class Upstream:
         }
         if settings.transport == "httpx":
             self._transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(
-                verify=self._context,
+                verify=httpx2.create_ssl_context(trust_env=False),
                 http2=True,
                 proxy=settings.proxy or None,
                 limits=httpx2.Limits(keepalive_expiry=KEEPALIVE_SECONDS, max_connections=None),
             )
             self._send = self._send_by_httpx
         else:
-            transport = Transport(self._context, KEEPALIVE_SECONDS)
+            transport = Transport(keepalive_seconds=KEEPALIVE_SECONDS)
             self._transport, self._send = transport, transport.send
 
     def serves(self, model: str) -> bool:
@@ -270,6 +269,7 @@ class Upstream:
 
     async def connect(self, headers: Headers) -> ClientConnection:
         """A WebSocket to its /responses. Raises OSError, TimeoutError, InvalidHandshake."""
+        assert isinstance(self._transport, Transport), "speaks_websocket says so"
         url = f"{str(self._base).rstrip('/')}/responses".replace("http", "ws", 1)
         more = [(name.decode(), value.decode("latin-1")) for name, value in headers]
         more += [(name.decode(), value.decode()) for name, value in self._own if name != b"host"]
@@ -284,7 +284,7 @@ class Upstream:
             ping_interval=PING_SECONDS,
             ping_timeout=self.settings.idle_timeout_seconds,
             close_timeout=1,
-            ssl=self._context if url.startswith("wss") else None,
+            ssl=await self._transport.tls_context() if url.startswith("wss") else None,
         )
 
     async def close(self) -> None:

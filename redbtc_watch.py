@@ -20,7 +20,7 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from redbtc_histogram import Histogram
-from redbtc_refusals import Refusal
+from redbtc_refusals import Refusal, refusal_of
 from redbtc_rows import Outcome, Row
 from redbtc_settings import iso_time, now_ms
 
@@ -215,7 +215,11 @@ class Watch:
         self._line(logging.INFO, scope, None, {"outcome": "client_disconnected"})
 
     def failed(self, scope: Scope, error: Exception) -> None:
-        """Something that should not happen. Its message could hold content, so it is not logged."""
+        """The gateway failed on a request: it had no memory left, or something that should not
+        happen has. The error's message could hold content, so it is not logged."""
+        if isinstance(error, MemoryError):
+            self.refused(scope, refusal_of(error))
+            return
         self._requests[scope["where"], "500", "refused"] += 1
         self._line(logging.ERROR, scope, 500, shown_error(error))
 

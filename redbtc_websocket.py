@@ -77,7 +77,7 @@ from redbtc_meter import (
     result_of,
 )
 from redbtc_pieces import Buffer, check_utf8
-from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found
+from redbtc_refusals import ClientLeft, Headers, Refusal, header, not_found, refusal_of
 from redbtc_rows import Outcome, Row, Usage
 from redbtc_settings import LedgerUnavailable
 from redbtc_slices import TURNS, answers_of, in_slices
@@ -97,7 +97,7 @@ MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not an
 STEER_SECONDS = 30  # for the response that follows one which was steered
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
 POLICY_VIOLATION, INTERNAL_ERROR, UNSUPPORTED_DATA = 1008, 1011, 1003  # RFC 6455 §7.4.1
-INVALID_DATA, TOO_BIG = 1007, 1009
+INVALID_DATA, TOO_BIG, TRY_AGAIN_LATER = 1007, 1009, 1013
 REFUSED = "redbtc.refused"  # an event from the protocol: it refused a message and dropped it
 NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
 NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
@@ -328,9 +328,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             return
         self._intake, self._reading = intake, asyncio.current_task()
         with intake.reserved:
-            while not self._ended:
-                await in_slices(self._handle_frames(), intake.reserved.account_id)
-                await self._wait()
+            try:
+                while not self._ended:
+                    await in_slices(self._handle_frames(), intake.reserved.account_id)
+                    await self._wait()
+            except MemoryError:
+                self._end(Refusal("overloaded"), TRY_AGAIN_LATER)
         self._reader.buffer.clear()
         self.frames.clear()
         await self._linger()
@@ -1037,7 +1040,8 @@ class Session:
                     await self._reserved.take(frame.excess, None)
                     reserved += frame.excess
                 await self._act(frame, admission)
-        except Refusal as refusal:
+        except (Refusal, MemoryError) as error:
+            refusal = refusal_of(error)
             self._count(self._new_scope(), refusal)
             close = closing_code(refusal)
             if refusal.code == "invalid_json" and not await is_utf8(text, self.account_id):
@@ -1115,7 +1119,7 @@ class Session:
                 self.gateway.watch.left(scope)
             except Exception as error:
                 self.gateway.watch.failed(scope, error)
-                await self._refuse(Refusal("internal_error"), lane.stream_id, INTERNAL_ERROR)
+                await self._refuse(refusal_of(error), lane.stream_id, INTERNAL_ERROR)
             finally:
                 self._leave(frame)
                 lane.turn = None

@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ class Gateway:
     `upstream_settings` goes into that table. `env` is added to the environment."""
 
     prelude = ""  # Python code that the serving process runs first
+    wrapper: Sequence[str] = ()  # a command that runs what follows it, such as setpriv
 
     def __init__(
         self,
@@ -128,6 +129,7 @@ class Gateway:
     def command(self, *arguments: str) -> list[str]:
         prelude = ["-c", self.prelude + RUN] if self.prelude and "serve" in arguments else []
         return [
+            *self.wrapper,
             sys.executable,
             *prelude,
             self._script,

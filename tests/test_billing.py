@@ -111,9 +111,11 @@ def usages(draw: st.DrawFn) -> Usage:
 
 @st.composite
 def prices(draw: st.DrawFn, **fixed: Any) -> Price:
-    given_rates = {name: draw(rates) for name in billing.Rates._fields[:-1]}
-    call = draw(st.none() | st.integers(0, billing.MOST_CALL_RATE))
-    return Price(**{"model": "m", "web_search": call, **given_rates, **fixed})
+    calls = st.none() | st.integers(0, billing.MOST_CALL_RATE)
+    given_rates = {
+        name: draw(calls if name in billing.UNITS else rates) for name in billing.Rates._fields
+    }
+    return Price(**{"model": "m", **given_rates, **fixed})
 
 
 def first(*values: int | None) -> int:

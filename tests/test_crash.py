@@ -73,6 +73,9 @@ def test_kill_9_loses_nothing_and_counts_nothing_twice(
                     while not stop.is_set():
                         streamed = bool(random.getrandbits(1))
                         answer = session.post("/responses", json={**RESPONSE, "stream": streamed})
+                        if answer.status_code == 503:  # a commit took longer than 2 s
+                            assert "ledger_unavailable" in answer.text
+                            continue
                         assert answer.status_code == 200, answer.text
                         text = answer.text
                         assert not streamed or "response.completed" in text

@@ -54,6 +54,7 @@ from redbtc_users import (
     hash_of,
     scrypt,
 )
+from redbtc_visitors import network_of
 
 sys.path.append(str(ROOT / "bench"))
 from bench import fill
@@ -390,7 +391,7 @@ def test_the_throttle_forgets_and_is_bounded() -> None:
 
 def test_a_network_is_an_address_or_a_64th_of_ipv6() -> None:
     def network(host: str) -> str:
-        return dashboard.network_of(Request({"type": "http", "client": (host, 1)}))
+        return network_of(Request({"type": "http", "client": (host, 1)}))
 
     assert network("10.0.0.1") != network("10.0.0.2")
     assert network("2001:db8::1:2:3:4") == network("2001:db8:0:0:ffff::")

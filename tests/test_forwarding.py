@@ -416,19 +416,50 @@ def test_an_upstream_that_is_a_gateway_as_well_names_no_row(
     assert answer.headers.get_list("x-redbtc-request-id") == [gateway.row()["request_id"]]
 
 
-@pytest.mark.parametrize("length", ["0", "5"])
-def test_an_answer_without_a_body_has_no_length(
-    gateway: Gateway, upstream: Upstream, key: str, length: str
+BODIES = {
+    "none": b"Content-Length: 0\r\n\r\n",
+    "none, but a length": b"Content-Length: 5\r\n\r\n",
+    "a length": b"Content-Length: 5\r\n\r\nhello",
+    "chunks": b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    "no framing": b"\r\nhello",
+    "an answer": b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+    "JSON": b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
+    "events": b"Content-Type: text/event-stream\r\nContent-Length: 9\r\n\r\ndata: x\n\n",
+    "gzip": b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello",
+}
+
+
+@pytest.mark.parametrize("transport", ["asyncio", "httpx"])
+def test_an_answer_that_has_no_body_ends_with_its_head(
+    make_gateway: MakeGateway, upstream: Upstream, transport: str
 ) -> None:
-    """Clients refuse a 204 with one (RFC 9110 §8.6)."""
+    """After a 204 or 304 (RFC 9110 §6.4.1) the next bytes on a connection are the next answer's,
+    whatever the upstream sends; clients refuse a 204 with a length (§8.6)."""
+    gateway = make_gateway(upstream_settings=f'transport = "{transport}"').start()
+    key = gateway.new_key()
+    ask = b"POST /v1/responses HTTP/1.1\r\nhost: a\r\nauthorization: Bearer %b\r\n" % key.encode()
+    ask += b'content-type: application/json\r\ncontent-length: 25\r\n\r\n{"model":"m","input":"x"}'
+    last = b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+    for status in (b"204 No Content", b"304 Not Modified"):
+        for name, rest in BODIES.items():
+            answer = b"HTTP/1.1 " + status + b"\r\n" + rest
 
-    async def script(_: Received, reply: Reply) -> None:
-        await reply.raw(b"HTTP/1.1 204 No Content\r\nContent-Length: %s\r\n\r\n" % length.encode())
+            async def script(_: Received, reply: Reply, answer: bytes = answer) -> None:
+                await reply.raw(answer)
+                reply.close()
 
-    upstream.script = script
-    with gateway.client(key) as client:
-        answer = client.post("/responses", json=RESPONSE)
-        assert (answer.status_code, answer.headers.get("content-length")) == (204, None)
+            upstream.script = script
+            got = gateway.raw(ask + last, until_close=True)
+            head, _, after = got.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 " + status), (status, name, got)
+            assert after.startswith(b"HTTP/1.1 200 OK\r\n"), (status, name, got)
+            assert after.endswith(b'{"status":"ok"}')
+            assert b"transfer-encoding" not in head
+            assert status[:3] == b"304" or b"content-length" not in head
+    rows = gateway.rows()
+    assert len(rows) == 2 * len(BODIES)
+    assert {row["outcome"] for row in rows} == {"completed"}
+    assert {row["usage_source"] for row in rows} == {"none"}
 
 
 @pytest.mark.parametrize(

@@ -541,6 +541,7 @@ def test_more_connections_than_descriptors(tmp_path: Path, upstream: Upstream) -
     gateway = FewDescriptors(tmp_path / "gateway", upstream.url).start()
     try:
         key = gateway.new_key()
+        gateway.get("/dashboard/login")  # the pages are loaded, which needs descriptors and time
         head = b"POST /dashboard/login HTTP/1.1\r\nHost: a\r\nOrigin: http://a\r\n"
         form = b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 9\r\n\r\n"
         slow = [b"", head + b"X-Slow: ", head + form + b"email="]

@@ -354,6 +354,29 @@ find, redbtc_checks.Check._check_tables = redbtc_checks.Check._check_tables, slo
     assert gateway.terminate() == 0, "SIGTERM ends the check"
 
 
+def test_a_check_after_a_kill_says_how_far_it_is_and_is_bounded(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    code = """
+import redbtc_checks, time
+redbtc_checks.STEPS, redbtc_checks.PROGRESS_SECONDS = 50, 0.1
+def slowly(self):
+    time.sleep(0.02)
+    return look(self)
+look, redbtc_checks.Check._is_to_end = redbtc_checks.Check._is_to_end, slowly
+"""
+    gateway = faulty(make_gateway("[database]\ncheck_seconds = 1"), code).start()
+    key = gateway.new_key()
+    for _ in range(20):
+        assert post(gateway, key) == (200, "")
+    gateway.kill()
+    gateway.start()
+    wait_until(lambda: gateway.get("/readyz").status_code == 200)
+    assert post(gateway, key) == (200, "")
+    assert '"event":"checking the ledger","table":' in gateway.log()
+    assert gateway.log().count("ledger not checked to its end") == 1
+
+
 def test_a_copy_put_beside_a_left_over_log_is_not_served(
     gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import signal
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from upstream import (
     chat_json,
     chat_stream,
     images_json,
+    images_pieces,
     json_answer,
     openai_like,
     response_object,
@@ -72,6 +74,54 @@ def ask(gateway: Gateway, key: str, **more: Any) -> httpx2.Response:
 
 def code(answer: httpx2.Response) -> str:
     return str(answer.json()["error"]["code"])
+
+
+DEAREST = {"input": "10000000", "output": "10000000", "image_output": "10000000"}
+MOST_THAT_FITS = "9223372036.854775807"  # 2^63 - 1 nanos
+
+
+def test_a_cost_beyond_its_column_is_the_most_that_fits(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Ten pictures of 2 * 10^8 tokens each, at the highest rates: 2 * 10^19 nanos."""
+    gateway = money_gateway(make_gateway)
+    key = gateway.new_key("a")
+    add_price(gateway, **DEAREST)
+    tokens = {"input_tokens": 10**8, "output_tokens": 10**8}
+    pictures = images_pieces(0, {**tokens, "total_tokens": 2 * 10**8}) * 10
+    upstream.script = stream(pictures)
+    body = {"model": "m", "prompt": "Hi", "stream": True, "n": 10}
+    with gateway.client(key) as client:
+        assert client.post("/images/generations", json=body).content == b"".join(pictures)
+    row = gateway.row()
+    assert (row["outcome"], row["cost"]) == ("completed", MOST_THAT_FITS)
+    spent = gateway.api("GET", "/accounts/a")["spent_this_month"]
+    assert spent == MOST_THAT_FITS
+    assert gateway.cli("db", "check")["ok"]
+
+
+def test_a_hold_beyond_its_column_is_the_most_that_fits(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """What is held for a background response is kept beside its row."""
+    gateway = money_gateway(make_gateway, 'default_credit_limit = "0"')
+    key = gateway.new_key("a")
+    pay(gateway, "a", "90000000000")
+    add_price(gateway, web_search="10000", **DEAREST)
+    upstream.script = json_answer({**response_object("resp_large"), "status": "queued"})
+    body = {
+        "model": "m",
+        "input": "Hi",
+        "background": True,
+        "max_tool_calls": 100_000,
+        "tools": [{"type": "web_search"}, {"type": "image_generation", "model": "m"}],
+    }
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=body).status_code == 200
+    gateway.kill()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        ((held,),) = database.execute("SELECT held FROM background").fetchall()
+    assert held == 2**63 - 1
 
 
 # ── Prices ───────────────────────────────────────────────────────────────────────────────────────

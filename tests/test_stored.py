@@ -19,7 +19,7 @@ from typing import Any
 import httpx2
 import pytest
 from conftest import MakeGateway
-from gateway import Gateway, wait_until
+from gateway import PATIENCE_SECONDS, ROOT, Gateway, wait_until
 from speed import process_seconds
 from upstream import (
     RESPONSE_USAGE,
@@ -1306,3 +1306,115 @@ def test_a_background_response_outlives_a_kill_once_its_client_has_heard_of_it(
     assert gateway.row()["outcome"] == "pending"
     with gateway.client(key) as client:
         assert client.get(f"/responses/{made['id']}").status_code == 200
+
+
+HANGING = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc_commits import Writer
+write = Writer._write
+def hang(self, changes, synchronous):
+    while os.path.exists("hang"):
+        open("hanging", "w").close()
+        time.sleep(0.005)
+    return write(self, changes, synchronous)
+Writer._write = hang
+"""
+
+
+def created(**more: Any) -> bytes:
+    made = response_object(usage=None, status="in_progress", **more)
+    return event({"type": "response.created", "response": made}, "response.created")
+
+
+def queued(**more: Any) -> bytes:
+    return json.dumps(response_object(usage=None, status="queued", **more)).encode()
+
+
+LARGE = "x" * 100_000  # which the beginning of a response repeats
+FIRST_BYTES: dict[str, tuple[bool, list[bytes]]] = {
+    "event": (True, [created()]),
+    "event in two parts": (True, [created()[:150], created()[150:]]),
+    "large event": (True, [created(instructions=LARGE)[:70_000]]),
+    "comment and event": (True, [b": ping\n\n", created()[:150], created()[150:]]),
+    "JSON": (False, [queued()]),
+    "JSON in two parts": (False, [queued()[:150], queued()[150:]]),
+    "large JSON": (False, [queued(instructions=LARGE)[:70_000]]),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_BYTES)
+def test_the_id_of_a_background_response_waits_for_its_row(
+    make_gateway: MakeGateway, upstream: Upstream, name: str
+) -> None:
+    """No byte that shows it is sent before the commit: who has seen it finds it after a kill."""
+    gateway = make_gateway()
+    gateway.prelude = HANGING
+    gateway.start()
+    key = gateway.new_key()
+    hang, hanging = gateway.folder / "hang", gateway.folder / "hanging"
+    streamed, parts = FIRST_BYTES[name]
+    whole = parts[-1].endswith((b"\n\n", b"}"))
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "GET":
+            await json_answer(response_object())(request, reply)
+            return
+        hang.touch()
+        content_type = "text/event-stream" if streamed else "application/json"
+        await reply.head(200, [("content-type", content_type)])
+        for part in parts:
+            await reply.send(part)
+            await asyncio.sleep(0.01)
+        if whole and not streamed:
+            await reply.end()
+        await reply.wait(request.closed)
+
+    upstream.script = script
+    with gateway.begin(key, {**BODY, "background": True, "stream": streamed}) as client:
+        if whole:
+            wait_until(hanging.exists)
+        else:
+            wait_until(lambda: upstream.requests)
+        time.sleep(0.3)
+        client.setblocking(False)
+        got = b""
+        with contextlib.suppress(BlockingIOError):
+            got = client.recv(1 << 20)
+        assert b"resp_1" not in got
+        if not whole:
+            return
+        hang.unlink()
+        client.settimeout(PATIENCE_SECONDS)
+        while b"resp_1" not in got:
+            got += client.recv(1 << 20)
+        gateway.kill()
+    gateway.start()
+    with gateway.client(key) as again:
+        assert again.get("/responses/resp_1").status_code == 200
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("completed", "upstream")
+
+
+def test_what_comes_before_the_id_of_a_background_response_stays_in_order(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    delta = event({"type": "response.output_text.delta", "delta": "Hi"})
+    sent = [b": one\n\n", delta, delta, created()[:100], created()[100:], delta, b": two\n\n"]
+    sent.append(event({"type": "response.completed", "response": response_object()}))
+    upstream.script = stream(sent, 0.01)
+    assert create_text(gateway, key, background=True, stream=True).encode() == b"".join(sent)
+    assert gateway.row()["outcome"] == "completed"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_without_an_id_waits_for_no_id(
+    gateway: Gateway, upstream: Upstream, key: str, streamed: bool
+) -> None:
+    """A background request whose answer names no response gets all of it in the end; beyond
+    MAX_UNNAMED bytes, as it comes."""
+    large = [event({"type": "response.output_text.delta", "delta": LARGE}) for _ in range(30)]
+    upstream.script = stream(large) if streamed else json_answer({"output": [{"text": LARGE}]})
+    text = create_text(gateway, key, background=True, stream=streamed)
+    assert LARGE in text
+    assert not streamed or text.encode() == b"".join(large)
