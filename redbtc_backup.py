@@ -377,7 +377,8 @@ def _check_source(database: Path) -> os.stat_result:
 
 def _check_target(database: Path, path: Path) -> None:
     """Refuse to replace anything but an earlier backup."""
-    if path in [suffixed(database, part) for part in PARTS]:
+    kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
+    if path in [suffixed(database, part) for part in PARTS] or kept:
         raise LedgerError(f"{path} belongs to the database itself; name another file")
     if suffixed(path, ".lock").exists():
         raise LedgerError(f"{path} is the database of a gateway ({path}.lock); name another file")
