@@ -537,15 +537,19 @@ def has_log(database: Path) -> bool:
 
 
 def refuse_without(database: Path, spill: Spill) -> None:
-    """Raise LedgerError if the database is gone, but not what was saved of it."""
-    if database.exists():
-        return
-    saved = [str(each) for each in sorted(database.parent.glob(f"{database.name}.rescue-*"))]
+    """Raise LedgerError if the database is gone, but not what was saved of it, or if it is older
+    than that: it then lacks what was in a removed -wal. A restored one is newer."""
+    written = database.stat().st_mtime_ns if database.exists() else 0
+    rescued = sorted(database.parent.glob(f"{database.name}.rescue-*"))
+    saved = [each for each in rescued if each.stat().st_mtime_ns > written]
     if saved:
         raise LedgerError(
-            f"{database} is gone, but {saved[-1]} holds what was in it. Restore that file (db "
-            "restore FILE), or move it away to begin with an empty ledger"
+            f"{database} is gone, or older than {saved[-1]}, which holds what was in it when its "
+            "files were removed. Restore that file (db restore FILE), or move it away to go on "
+            "without it"
         )
+    if written:
+        return
     if spill.read()[0]:
         raise LedgerError(
             f"{database} is gone, but {spill.path} holds what is still owed to it. Restore a "

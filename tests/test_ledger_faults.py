@@ -589,6 +589,25 @@ def test_removed_files_are_noticed_and_what_they_held_is_rescued(
     assert gateway.cli("db", "check")["ok"]
 
 
+def test_a_ledger_whose_wal_was_removed_is_not_begun_anew_after_a_kill(
+    gateway: Gateway, key: str
+) -> None:
+    for _ in range(5):
+        assert post(gateway, key) == (200, "")
+    remove(gateway, ("-wal",))
+    time.sleep(0.3)
+    assert post(gateway, key) == REFUSED
+    file = rescued(gateway)
+    gateway.kill()
+    done = gateway.run("serve", "--port", "0")
+    assert done.returncode == 1
+    assert file.name in done.stderr
+    assert gateway.run("db", "restore", str(file)).returncode == 0
+    gateway.start()
+    assert outcomes(gateway) == ["completed"] * 5
+    assert post(gateway, key) == (200, "")
+
+
 def test_a_symbolic_link_to_the_database_is_no_other_place(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
