@@ -718,6 +718,7 @@ def version_of(path: Path) -> int:
 
 
 def migrated_line(gateway: Gateway) -> dict[str, Any]:
+    wait_until(lambda: '"event":"migrated"' in gateway.log(), why=gateway.log)
     (line,) = [line for line in gateway.log().splitlines() if '"event":"migrated"' in line]
     said: dict[str, Any] = json.loads(line)
     return said

@@ -254,7 +254,7 @@ redbtc_ledger.values_of = too_large
     assert rows[1]["cost"] is None
     assert rows[2]["duration_ms"] is None
     assert all(row["input_tokens"] for row in rows if row["outcome"] == "completed")
-    assert gateway.log().count('"value refused"') == 4
+    wait_until(lambda: gateway.log().count('"value refused"') == 4, why=gateway.log)
     refused = Path(f"{gateway.database}.owed.refused").read_text()
     assert rows[3]["request_id"] in refused, "what can't be written at all is put aside"
 
