@@ -367,7 +367,7 @@ def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
 def _check_source(database: Path) -> os.stat_result:
     if not database.is_file():
         raise LedgerError(f"There is no database at {database}")
-    if suffixed(database.resolve(), ".restored").exists():
+    if suffixed(database, ".restored").exists():
         raise LedgerError(
             f"A restore of {database} was not finished. Any command that reads it finishes that,"
             " such as db check; then make the backup again"
@@ -377,8 +377,8 @@ def _check_source(database: Path) -> os.stat_result:
 
 def _check_target(database: Path, path: Path) -> None:
     """Refuse to replace anything but an earlier backup."""
-    database = database.resolve()
-    if path in [suffixed(database, part) for part in PARTS]:
+    kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
+    if path in [suffixed(database, part) for part in PARTS] or kept:
         raise LedgerError(f"{path} belongs to the database itself; name another file")
     if suffixed(path, ".lock").exists():
         raise LedgerError(f"{path} is the database of a gateway ({path}.lock); name another file")
@@ -417,7 +417,7 @@ def restore(database: Path, given: str, checks: Mapping[str, str]) -> Restored:
     """Put a verified copy of the file `given` in the place of the database, which nobody has open:
     the caller holds its lock. What was there is kept. Raises LedgerError; then nothing has changed.
     """
-    database, source = database.resolve(), Path(given).resolve()
+    source = Path(given).resolve()
     with plain_errors(f"{source} was not restored"):
         complete_restore(database)
         if not source.is_file():
@@ -462,7 +462,6 @@ def complete_restore(database: Path) -> Path | None:
     Every step can be repeated. The names come from the copy's own time, so that a repetition uses
     the same. A -wal leaves before its database, and both before the copy takes their place: SQLite
     would apply a -wal to whatever database is beside it. Raises OSError."""
-    database = database.resolve()
     suffixed(database, ".restoring").unlink(missing_ok=True)
     restored = suffixed(database, ".restored")
     if not restored.exists():

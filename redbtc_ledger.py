@@ -790,6 +790,23 @@ CHECKS = FILE_CHECKS | {
                    (ifnull(requests.cost, 0) - ifnull(corrections.cost, 0)) % 1000000000
               FROM corrections JOIN requests USING (request_id))
          GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
+    "usage by month that is not the sum of its days": """
+        SELECT account_id, month FROM (
+            SELECT account_id, month, requests, ifnull(input_tokens, 0) AS input,
+                   ifnull(output_tokens, 0) AS output, cost_units AS units, cost_nanos AS nanos
+              FROM usage_by_day
+            UNION ALL
+            SELECT account_id, month, -requests, -input_tokens, -output_tokens, -cost_units,
+                   -cost_nanos
+              FROM usage_by_month)
+         GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(input) <> 0 OR sum(output) <> 0
+                           OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
+    "traffic that is not the usage of its day": """
+        SELECT date(day * 86400, 'unixepoch') FROM (
+            SELECT day, requests, cost_units AS units, cost_nanos AS nanos FROM usage_by_day
+            UNION ALL
+            SELECT day, -requests, -cost_units, -cost_nanos FROM traffic_by_day)
+         GROUP BY day HAVING sum(requests) <> 0 OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
 }
 
 

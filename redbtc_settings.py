@@ -395,8 +395,8 @@ class Loaded(NamedTuple):
 
     @property
     def database_path(self) -> Path:
-        """Of the file itself where the settings name a link to it: SQLite puts its other files
-        beside that."""
+        """The database's own path: SQLite puts its -wal beside the file to which a symbolic link
+        leads, and all that belongs to the database must be there."""
         return Path(os.path.realpath(self.folder / self.settings.database.path))
 
 

@@ -559,26 +559,23 @@ def has_log(database: Path) -> bool:
 
 
 def refuse_without(database: Path, spill: Spill) -> None:
-    """Raise LedgerError if the database is gone, or lacks what was saved of it. A database that was
-    restored is later than the file that was saved."""
-    there = database.exists()
-    saved = sorted(database.parent.glob(f"{database.name}.rescue-*"))
-    if saved and not there:
+    """Raise LedgerError if the database is gone, but not what was saved of it, or if it is older
+    than that: it then lacks what was in a removed -wal. A restored one is newer."""
+    written = database.stat().st_mtime_ns if database.exists() else 0
+    rescued = sorted(database.parent.glob(f"{database.name}.rescue-*"))
+    saved = [each for each in rescued if each.stat().st_mtime_ns > written]
+    if saved:
         raise LedgerError(
-            f"{database} is gone, but {saved[-1]} holds what was in it. Restore that file (db "
-            "restore FILE), or move it away to begin with an empty ledger"
-        )
-    if saved and saved[-1].stat().st_mtime_ns > database.stat().st_mtime_ns:
-        raise LedgerError(
-            f"{saved[-1]} holds what was in {database} before one of its files was removed or "
-            "replaced. Restore that file (db restore FILE), or move it away to go on without it"
+            f"{database} is gone, or older than {saved[-1]}, which holds what was in it when its "
+            "files were removed. Restore that file (db restore FILE), or move it away to go on "
+            "without it"
         )
     if size_of(database) == 0 and has_log(database):
         raise LedgerError(
-            f"{database} is {'empty' if there else 'gone'}, but its log {database}-wal is there. "
+            f"{database} is {'empty' if written else 'gone'}, but its log {database}-wal is there. "
             "Restore a backup (db restore FILE), or move the log away to begin with an empty ledger"
         )
-    if there:
+    if written:
         return
     if spill.read()[0]:
         raise LedgerError(

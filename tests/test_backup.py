@@ -484,6 +484,8 @@ def test_keep_is_at_least_one(commands: Commands) -> None:
         "redbtc.db",
         "redbtc.db-wal",
         "redbtc.db.restored",
+        "redbtc.db.replaced-20261129T101530.123Z",
+        "redbtc.db.rescue-20261129T101530Z",
         "config.toml",
         "null",
         "theirs.db",

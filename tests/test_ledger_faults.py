@@ -593,6 +593,42 @@ def test_removed_files_are_noticed_and_what_they_held_is_rescued(
     assert gateway.cli("db", "check")["ok"]
 
 
+def test_a_ledger_whose_wal_was_removed_is_not_begun_anew_after_a_kill(
+    gateway: Gateway, key: str
+) -> None:
+    for _ in range(5):
+        assert post(gateway, key) == (200, "")
+    remove(gateway, ("-wal",))
+    time.sleep(0.3)
+    assert post(gateway, key) == REFUSED
+    file = rescued(gateway)
+    gateway.kill()
+    done = gateway.run("serve", "--port", "0")
+    assert done.returncode == 1
+    assert file.name in done.stderr
+    assert gateway.run("db", "restore", str(file)).returncode == 0
+    gateway.start()
+    assert outcomes(gateway) == ["completed"] * 5
+    assert post(gateway, key) == (200, "")
+
+
+def test_a_symbolic_link_to_the_database_is_no_other_place(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """All that belongs to the database is beside the file itself, where SQLite keeps its -wal."""
+    gateway = make_gateway('[database]\npath = "link.db"\n')
+    (gateway.folder / "link.db").symlink_to(gateway.database)
+    key = gateway.start().new_key()
+    assert post(gateway, key) == (200, "")
+    assert list(gateway.folder.glob("link.db*")) == [gateway.folder / "link.db"]
+    assert gateway.metrics()["redbtc_ledger_wal_bytes"] > 0
+    remove(gateway, ("-wal",))
+    time.sleep(0.3)
+    assert post(gateway, key) == REFUSED
+    with contextlib.closing(sqlite3.connect(rescued(gateway))) as file:
+        assert file.execute("SELECT outcome FROM requests").fetchall() == [("completed",)]
+
+
 def test_a_replaced_database_is_noticed(
     gateway: Gateway, upstream: Upstream, key: str, tmp_path: Path
 ) -> None:
@@ -836,7 +872,7 @@ def test_what_nobody_waits_for_is_owed_at_the_end(
     assert found
     mend(gateway)
     gateway.start()
-    assert "took up what was owed" in gateway.log()
+    assert "took up what was owed" in gateway.flushed_log()
 
 
 def test_a_repair_that_fails_is_tried_again(make_gateway: MakeGateway, upstream: Upstream) -> None:

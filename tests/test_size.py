@@ -257,6 +257,31 @@ def test_a_check_finds_damage_in_each_table(make_gateway: MakeGateway, running: 
     assert {"integrity of requests", "integrity of stored_objects"} <= names, problems
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE usage_by_day SET cost_nanos = cost_nanos + 1",
+        "UPDATE usage_by_month SET cost_units = cost_units + 1",
+        "UPDATE usage_by_month SET output_tokens = output_tokens - 1",
+        "DELETE FROM usage_by_month",
+        "UPDATE traffic_by_day SET requests = requests + 1",
+    ],
+)
+def test_a_check_finds_sums_that_are_not_those_of_the_requests(
+    gateway: Gateway, key: str, change: str
+) -> None:
+    """Balances come from the sums by month, pages from all of them."""
+    with gateway.client(key) as client:
+        assert client.post("/responses", json=RESPONSE).status_code == 200
+    assert gateway.terminate() == 0
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute(change)
+        database.commit()
+    found = gateway.run("db", "check", "--json")
+    assert found.returncode == 1
+    assert json.loads(found.stdout)["problems"]
+
+
 # ── Metrics and warnings ─────────────────────────────────────────────────────────────────────────
 
 
