@@ -43,7 +43,7 @@ class LedgerClock:
 
     def _watch(self, offset: int, elapsed: int) -> None:
         """Believe `offset` once the clock has stayed near it for long enough."""
-        self._watched, self._since = offset, elapsed
+        self._watched, self._judged_at = offset, elapsed + self._believed_after
         self._lowest = max(offset, self._believed) - MAX_JUMP
         self._highest = min(offset, self._believed) + MAX_JUMP
 
@@ -51,8 +51,7 @@ class LedgerClock:
         """Return the time in milliseconds. Called several times a request."""
         elapsed = time.clock_gettime_ns(ELAPSED)
         offset = time.time_ns() - elapsed
-        lasted = elapsed - self._since >= self._believed_after
-        if lasted or not self._lowest <= offset <= self._highest:
+        if elapsed >= self._judged_at or not self._lowest <= offset <= self._highest:
             self._judge(offset, elapsed)
         else:
             self._followed = offset
@@ -65,7 +64,7 @@ class LedgerClock:
         """Follow the offset if it is near the one that is believed."""
         if abs(offset - self._watched) > MAX_JUMP:
             self._watch(offset, elapsed)
-        if elapsed - self._since >= self._believed_after:
+        if elapsed >= self._judged_at:
             self._believed = self._watched
             self._watch(offset, elapsed)
         if abs(offset - self._believed) <= MAX_JUMP:
@@ -94,7 +93,7 @@ class LedgerClock:
         ledger."""
         behind = -self.offset
         if accept:
-            self._believed_after = 0
+            self._believed_after = self._judged_at = 0
         elif behind > MAX_BEHIND:
             raise LedgerError(
                 f"the clock says {iso_time(self._latest - behind)}, but the ledger's latest entry "

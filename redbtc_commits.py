@@ -230,6 +230,8 @@ class Commits:
         self.committed_at = time.monotonic()
         self.commit_seconds = Histogram(COMMIT_SECONDS)
         self.begin_seconds = Histogram(COMMIT_SECONDS)  # from a request's begin to its commit
+        self._committed: list[float] = []  # durations that are not in the histograms yet
+        self._begun: list[float] = []
         self.repaired = 0  # rows that somebody else had closed
         self.run = 0  # the number of this run, which its rows carry
         self._database = database
@@ -331,10 +333,10 @@ class Commits:
             self._turn(Health.WELL)
         self.count += 1
         self.committed_at = time.monotonic()
-        self.commit_seconds.observe(self.committed_at - began)
+        self._committed.append(self.committed_at - began)
         for entry in entries:
             if not entry.insist:
-                self.begin_seconds.observe(self.committed_at - entry.at)
+                self._begun.append(self.committed_at - entry.at)
             if not entry.written.done():
                 entry.written.set_result(None)
             else:  # it has waited too long: its request was refused
@@ -456,8 +458,19 @@ class Commits:
             await asyncio.sleep(WATCH_SECONDS)
             if not self._writer.works:
                 raise RuntimeError("the thread that writes the ledger has ended")
+            self._count_durations()
             # While the event loop stood still, a commit may have succeeded without being noticed.
             self._refuse_late(due - MAX_BEGIN_SECONDS)
+
+    def _count_durations(self) -> None:
+        """Count how long commits took: here, where no request waits for it."""
+        for histogram, durations in (
+            (self.commit_seconds, self._committed),
+            (self.begin_seconds, self._begun),
+        ):
+            for seconds in durations:
+                histogram.observe(seconds)
+            durations.clear()
 
     def _refuse_late(self, since: float) -> None:
         if self._group and self._group[0].at < since:

@@ -289,14 +289,14 @@ def test_metrics_of_size_and_time(gateway: Gateway, key: str) -> None:
     with gateway.client(key) as client:
         for _ in range(10):
             assert client.post("/responses", json=RESPONSE).status_code == 200
+    wait_until(lambda: gateway.metrics()["redbtc_ledger_begin_seconds_count"] == 10)
     found = gateway.metrics()
     assert found["redbtc_ledger_wal_bytes"] == wal_bytes(gateway)
     free = shutil.disk_usage(gateway.folder).free
     assert abs(found["redbtc_disk_free_bytes"] - free) < 0.2 * free + (1 << 30)
-    assert found["redbtc_ledger_begin_seconds_count"] == 10
     assert found["redbtc_ledger_begin_seconds_sum"] > 0
     commits = found["redbtc_ledger_commit_seconds_count"]
-    assert commits == found["redbtc_ledger_commits_total"] >= 10
+    assert found["redbtc_ledger_commits_total"] >= commits >= 10
     assert found["redbtc_ledger_commit_seconds_sum"] > 0
     later = gateway.metrics()["redbtc_ledger_seconds_since_commit"]
     assert 0 < found["redbtc_ledger_seconds_since_commit"] < later
