@@ -35,7 +35,8 @@ from redbtc_spill import Change, Spill, line_of
 
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
-# of their own that can't write. A lock file beside the database keeps every other process out.
+# of their own that can't write. A lock file beside the database keeps every other gateway and
+# command out; where somebody has removed it, the lock on the database itself does.
 
 BUSY_TIMEOUT_MS = 1000
 MOST_SNAPSHOTS = 8
