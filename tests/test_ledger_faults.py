@@ -625,6 +625,17 @@ def test_a_ledger_whose_wal_was_removed_is_not_begun_anew_after_a_kill(
     assert post(gateway, key) == (200, "")
 
 
+def test_removed_files_are_noticed_while_no_request_comes(gateway: Gateway, key: str) -> None:
+    for _ in range(5):
+        assert post(gateway, key) == (200, "")
+    remove(gateway, ("-wal",))
+    file = rescued(gateway)
+    gateway.kill()
+    assert gateway.run("db", "restore", str(file)).returncode == 0
+    gateway.start()
+    assert outcomes(gateway) == ["completed"] * 5
+
+
 def test_a_symbolic_link_to_the_database_is_no_other_place(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
