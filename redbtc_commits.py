@@ -92,12 +92,12 @@ class Entry(NamedTuple):
         return (FORGET, self.values[:1]) if self.sql == RECORD and not self.insist else None
 
     def done(self) -> None:
-        """Let who waits for it go on."""
+        """Let whatever waits for the statement go on."""
         if not self.written.done():
             self.written.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """Tell who waits for it that it is not written."""
+        """Raise the error where the statement is waited for: it is not written."""
         if not self.written.done():
             self.written.set_exception(error)
 
@@ -178,12 +178,12 @@ class Writer(Connection):
         if self.files:
             self.files.check()
         database = self._conn
-        (patience,) = database.execute("PRAGMA busy_timeout").fetchone()
+        (timeout_ms,) = database.execute("PRAGMA busy_timeout").fetchone()
         database.execute("PRAGMA busy_timeout = 0")  # commits must not wait for a reader
         try:
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
-            database.execute(f"PRAGMA busy_timeout = {patience}")
+            database.execute(f"PRAGMA busy_timeout = {timeout_ms}")
 
     @property
     def works(self) -> bool:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
-from redbtc_backup import FILE_CHECKS
+from redbtc_backup import FILE_CHECKS, suffixed
 from redbtc_commits import RETRY_SECONDS
 from redbtc_rows import (
     COLUMNS,
@@ -44,6 +44,7 @@ from redbtc_schema import APPLICATION_ID, newest_version
 from redbtc_settings import (
     NANOS,
     Conflict,
+    LedgerError,
     LedgerUnavailable,
     NotFound,
     day_of,
@@ -51,7 +52,8 @@ from redbtc_settings import (
     iso_time,
     shown_limit,
 )
-from redbtc_store import Store
+from redbtc_spill import Spill
+from redbtc_store import Store, refuse_without
 
 # ── Keys ─────────────────────────────────────────────────────────────────────────────────────────
 # sk-redbtc-, 256 bits of chance as 43 base62 characters, and the CRC32 of all before it as 6 more:
@@ -841,7 +843,11 @@ CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"
 def check_file(path: Path, currency: str) -> list[str]:
     """What is wrong with the database before anything opens it for writing; it may be in use."""
     try:
+        if not suffixed(path, ".restored").exists():  # else a start finishes that restore first
+            refuse_without(path, Spill(path))
         path.stat()
+    except LedgerError as error:
+        return [str(error)]
     except FileNotFoundError:
         writable = os.access(path.parent, os.W_OK)
         return [] if writable else [f"{path}: can't be made: the folder is missing or not writable"]

@@ -1597,9 +1597,10 @@ class Running:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         """A task that must not end has ended: say why, and end the process, so that a supervisor
         starts it again."""
-        if self._over or task.cancelled():
+        if self._over:
             return
-        say(logging.CRITICAL, "task ended", task=task.get_name(), **shown_error(task.exception()))
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        say(logging.CRITICAL, "task ended", task=task.get_name(), **shown_error(error))
         self.status = EXIT_SOFTWARE
         if self._gateway and task in self._gateway.store.commits.tasks:
             self._end_now()
@@ -1709,9 +1710,11 @@ def missing_keys(settings: Settings) -> list[str]:
 
 
 async def watch_log() -> None:
-    """Return when the log's thread has ended, which must not happen."""
+    """Raise what has ended the log's thread, which must not happen."""
     while LOG.works:
         await asyncio.sleep(WATCH_SECONDS)
+    if LOG.failure:
+        raise LOG.failure
 
 
 # At most this number or this share of the running requests is preserved in a second, whichever is

@@ -61,17 +61,18 @@ class AdminServer(Server):
         try:
             yield
         finally:
-            Path(self._path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
 
     @property
     def _path(self) -> str:
         return str(self.config.uds)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Make the socket and listen on it. Raises OSError."""
-        _make(self._path)
-        await super().startup(sockets)
-        self._file = _identity(self._path)
+        """Listen on a new socket. If that fails, `on_tick` tries it again."""
+        self.servers = []
+        await self._listen()
+        self.started = True
 
     async def on_tick(self, counter: int) -> bool:
         """Uvicorn calls this ten times a second."""
@@ -83,12 +84,18 @@ class AdminServer(Server):
         """Listen on a new socket, and go on with the connections that there are."""
         for server in self.servers:
             server.close()
+        if await self._listen():
+            say(logging.WARNING, "socket made again", path=self._path)
+
+    async def _listen(self) -> bool:
+        """Make the socket and listen on it. Return False if that fails, which is said once."""
         try:
-            await self.startup()
+            _make(self._path)
+            await super().startup()
         except OSError as error:
-            if str(error) != self._failure:  # once, not at each try
+            if str(error) != self._failure:
                 self._failure = str(error)
                 say(logging.ERROR, "commands can't connect", reason=self._failure)
-        else:
-            self._failure = ""
-            say(logging.WARNING, "socket made again", path=self._path)
+            return False
+        self._file, self._failure = _identity(self._path), ""
+        return True

@@ -26,7 +26,7 @@ from redbtc_backup import Damaged, back_up_before_migration, complete_restore
 from redbtc_checks import Check, Say, is_corrupt
 from redbtc_clock import LedgerClock
 from redbtc_commits import BEAT, Commits, Connection, Health, Writer, is_about_a_value, reason_of
-from redbtc_files import Identity, OpenFiles, hold, hold_lock, identity_of
+from redbtc_files import FileChanged, Identity, OpenFiles, hold, hold_lock, identity_of
 from redbtc_rows import CLEAR_UNSETTLED, INTERRUPT, KEEP_ESTIMATES, RECORD, TAKE_OVER, joined
 from redbtc_schema import APPLICATION_ID, migrations, schema
 from redbtc_settings import LedgerError, LedgerUnavailable, month_of
@@ -35,7 +35,8 @@ from redbtc_spill import Change, Spill, line_of
 
 # One file, one writer. All writes of the process go through one connection, rows of the ledger in
 # groups: whatever has come while a commit was under way is the next commit. Reads have connections
-# of their own that can't write. A lock file beside the database keeps every other process out.
+# of their own that can't write. A lock file beside the database keeps every other gateway and
+# command out; where somebody has removed it, the lock on the database itself does.
 
 BUSY_TIMEOUT_MS = 1000
 MOST_SNAPSHOTS = 8
@@ -451,6 +452,15 @@ class Store:
     def wal_bytes(self) -> int:
         """The size of the WAL file."""
         return size_of(f"{self.path}-wal")
+
+    def check_files(self) -> None:
+        """Notice removed or replaced files while nothing is committed, too: what only they hold is
+        lost with the process."""
+        if self._writer.files:
+            try:
+                self._writer.files.check()
+            except (FileChanged, OSError) as error:
+                self.commits.notice(error)
 
     async def shrink(self) -> bool:
         """Empty the WAL file if it is large and the ledger is idle, or if it is too large: SQLite

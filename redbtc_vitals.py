@@ -41,12 +41,14 @@ class Condition:
 
 
 async def watch_size(store: Store) -> None:
-    """Keep the WAL file small and watch the room on the database's disk, for ever."""
+    """Keep the WAL file small, and watch the database's files and the room on their disk, for
+    ever."""
     low = Condition("disk nearly full", "disk has room again")
     stuck = Condition("WAL file not emptied", "WAL file can be emptied again")
     while True:
         await asyncio.sleep(WATCH_SECONDS)
         note_room(low, store)
+        store.check_files()
         try:
             if await store.shrink():
                 stuck.note(False)

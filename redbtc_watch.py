@@ -49,6 +49,7 @@ class Log:
         self._written = threading.Event()
         self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
+        self.failure: Exception | None = None  # what has ended the thread
         self._thread = threading.Thread(target=self._work, name="log", daemon=True)
         self._thread.start()
 
@@ -76,13 +77,15 @@ class Log:
             self._pending.set()
 
     def _work(self) -> None:
-        with contextlib.suppress(Exception):  # the process ends when this does, and says so
+        try:
             while self._pending.wait():
                 time.sleep(LOG_SECONDS)
                 self._pending.clear()
                 self._write_lines()
                 if not self._pending.is_set():
                     self._written.set()
+        except Exception as error:  # the process ends when this does, and says so
+            self.failure = error
 
     def _write_lines(self) -> None:
         while self._lines:

@@ -313,7 +313,7 @@ def test_a_start_finishes_a_restore_or_never_sees_it(
     killed(gateway, renames, ["replace"], "db", "restore", str(gateway.folder / "other.db"))
     gateway.start()
     assert len(gateway.rows()) == (30 if renames == 0 else 50)
-    finished = re.search(r'"event":"restore finished","replaced":"([^"]+)"', gateway.log())
+    finished = re.search(r'"event":"restore finished","replaced":"([^"]+)"', gateway.flushed_log())
     assert (finished is None) == (renames == 0)
     if finished:
         assert requests_in(Path(finished[1])) == 30

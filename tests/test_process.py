@@ -181,6 +181,22 @@ def test_a_socket_that_cannot_be_made_is_said_once(gateway: Gateway) -> None:
     assert gateway.cli("account", "list") == {"accounts": []}
 
 
+def test_a_socket_that_cannot_be_made_at_the_start_is_made_later(
+    make_gateway: MakeGateway,
+) -> None:
+    gateway = make_gateway()
+    path = Path(f"{gateway.database}.sock")
+    path.mkdir()
+    gateway.start()
+    wait_until(lambda: "commands can't connect" in gateway.log())
+    path.rmdir()
+    wait_until(lambda: "socket made again" in gateway.log())
+    assert gateway.cli("account", "list") == {"accounts": []}
+    path.unlink()
+    path.mkdir()
+    assert gateway.terminate() == 0
+
+
 def test_what_runs_on_the_lost_socket_goes_on(gateway: Gateway) -> None:
     path = Path(f"{gateway.database}.sock")
     with socket.socket(socket.AF_UNIX) as old:
