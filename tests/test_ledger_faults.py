@@ -26,6 +26,8 @@ REFUSED = (503, "ledger_unavailable")
 PRELUDE = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import asyncio, builtins, sqlite3
+def named(error):
+    return getattr(sqlite3, error, None) or getattr(builtins, error)
 def fault():
     try:
         with open("fault") as file:
@@ -93,7 +95,7 @@ write = redbtc_commits.Writer._write
 def raising(self, *values):
     name = fault()
     if name:
-        raise (getattr(sqlite3, name, None) or getattr(builtins, name))("by a test")
+        raise named(name)("by a test")
     return write(self, *values)
 redbtc_commits.Writer._write = raising
 """
@@ -146,7 +148,7 @@ ENDING = {
 import redbtc_commits
 async def ending(self, *values):
     if fault():
-        raise MemoryError
+        raise named(fault())
     return await write(self, *values)
 write, redbtc_commits.Commits._write_group = redbtc_commits.Commits._write_group, ending
 """,
@@ -154,7 +156,7 @@ write, redbtc_commits.Commits._write_group = redbtc_commits.Commits._write_group
 import redbtc_commits
 def ending(self, *values):
     if fault():
-        raise KeyError
+        raise named(fault())
 redbtc_commits.Commits._refuse_late = ending
 """,
     "thread": """
@@ -171,7 +173,7 @@ import redbtc_webhook
 async def ending(*values):
     while not fault():
         await asyncio.sleep(0.01)
-    raise RuntimeError
+    raise named(fault())
 redbtc_webhook.post_all = ending
 """,
     "clock": """
@@ -186,23 +188,32 @@ redbtc_clock.watch_clock = ending
 import redbtc_watch, threading
 def ending(self):
     if fault() and threading.current_thread().name == "log":
-        raise MemoryError
+        raise named(fault())
     return write(self)
 write, redbtc_watch.Log._write_lines = redbtc_watch.Log._write_lines, ending
 """,
 }
 
 
-@pytest.mark.parametrize("task", ENDING)
+ENDS = [
+    (task, error)
+    for task, code in ENDING.items()
+    for error in ("MemoryError", "OSError", "KeyError", "DatabaseError")
+    if error == "MemoryError" or "named" in code
+]
+ENDS.remove(("webhook", "DatabaseError"))  # which it survives: it tries again
+
+
+@pytest.mark.parametrize(("task", "error"), ENDS)
 def test_a_task_that_ends_ends_the_process_which_says_why(
-    make_gateway: MakeGateway, upstream: Upstream, task: str
+    make_gateway: MakeGateway, upstream: Upstream, task: str, error: str
 ) -> None:
     gateway = faulty(make_gateway(), ENDING[task]).start()
     key = gateway.new_key()
     assert post(gateway, key) == (200, "")
     flying = InFlight(gateway, upstream, key)
     gateway.expected_dead = True
-    set_fault(gateway)
+    set_fault(gateway, error)
     flying.release()
     with contextlib.suppress(httpx2.HTTPError):
         post(gateway, key)  # something is to be written and logged
