@@ -123,6 +123,7 @@ def test_any_error_of_a_commit_is_a_503_and_passes(
         assert post(gateway, key) == REFUSED, name
         assert gateway.get("/readyz").status_code == 503
         assert gateway.get("/healthz").status_code == 200
+        assert gateway.get("/status").json()["status"] == "incident"
         assert gateway.metrics()["redbtc_ledger_healthy"] == 0
         flying.release()
         assert post(gateway, key) == REFUSED, name
