@@ -152,14 +152,19 @@ def _held(file: int, path: Path) -> bool:
         return False
 
 
-def check_room(source: Path, folder: Path) -> None:
+def check_room(source: Path, folder: Path, *, migrating: bool = False) -> None:
     """Raise NoRoom where the folder has too little free space for a copy of the database. A copy
-    that fills the disk would stop the gateway that writes to it."""
+    that fills the disk would stop the gateway that writes to it. `migrating`: the database is to be
+    migrated, which may write as much again."""
     files = [source, suffixed(source, "-wal")]
     needed = int(ROOM * sum(file.stat().st_size for file in files if file.exists()))
     free = shutil.disk_usage(folder).free
+    if migrating:
+        what, needed = f"a copy of {source} and its migration need", 2 * needed
+    else:
+        what = f"a copy of {source} needs"
     if free < needed:
-        raise NoRoom(f"{folder} has {free} bytes free; a copy of {source} needs {needed}")
+        raise NoRoom(f"{folder} has {free} bytes free; {what} {needed}")
 
 
 def copy(source: Path, file: int, path: Path, *, immutable: bool = False) -> None:
@@ -402,6 +407,8 @@ def back_up_before_migration(database: Path, version: int) -> tuple[str, str]:
     """Copy the database before it is brought to a version. Return the path of the copy; where none
     could be made, an empty path and the reason. Raises Damaged: such a database is not migrated."""
     try:
+        with plain_errors(f"No backup of {database} was made"):
+            check_room(database, database.parent, migrating=True)
         made = back_up(database, f"{database}.before-schema-{version}", keep=2)
     except Damaged:
         raise

@@ -515,15 +515,16 @@ class Commits:
             if not self._waiting:
                 await self._wake.wait()
                 self._wake.clear()
-            entries, self._waiting = self._waiting, []
-            owed = [entry.change for entry in entries if entry.insist]
-            owed += [undo for entry in entries if (undo := entry.undo)]
+            self._group, self._waiting = self._waiting, []
+            owed = [entry.change for entry in self._group if entry.insist]
+            owed += [undo for entry in self._group if (undo := entry.undo)]
             written = await asyncio.to_thread(self._spill.add, owed)
             self._say_unwritten(owed[written:])
-            for entry in entries:
+            for entry in self._group:
                 if not entry.insist:
                     entry.fail(LedgerUnavailable(self.failure))
                 entry.done()
+            self._group = []
 
     def spill_now(self) -> None:
         """Write what is owed into the spill file at once: the process ends with the next line."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from redbtc_files import identity_of
 Change = tuple[str, Sequence[Any]]  # a statement and its values
 
 RESERVED_BYTES = 256 << 10  # room for about 500 requests
+MAX_TRIES = 5  # to add changes
+RETRY_SECONDS = 0.25
 
 
 def line_of(change: Change) -> bytes:
@@ -45,7 +49,8 @@ class Spill:
         self.path = Path(f"{database}.owed")
         self.refused = Path(f"{database}.owed.refused")
         self._file: int | None = None
-        self._end = 0  # of what is written
+        self._content = b""  # that is on the disk
+        self._adding = threading.Lock()
 
     def exists(self) -> bool:
         """Return whether there is a file: its gateway runs, or did not end cleanly."""
@@ -67,42 +72,63 @@ class Spill:
         return changes, damaged
 
     def reserve(self) -> None:
-        """Empty the file and reserve its space, as far as there is any. Raises OSError."""
-        self.close()
+        """Empty the file and reserve its space, as far as there is any. Raises OSError; an open
+        file is then still open."""
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._file = os.open(self.path, flags, 0o600)
-        self._end = 0
+        file = os.open(self.path, flags, 0o600)
+        self.close()
+        self._file = file
         with contextlib.suppress(OSError):  # the disk is full: what is owed may find room later
-            os.write(self._file, bytes(RESERVED_BYTES))
+            os.write(file, bytes(RESERVED_BYTES))
 
     def add(self, changes: Sequence[Change]) -> int:
-        """Write changes and sync them to the disk. Return how many of them found room."""
-        with contextlib.suppress(OSError):
-            self._reopen_if_removed()
-        written = sum(1 for _ in self._add_each(changes))
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.fsync(self._file)
+        """Write changes and sync them to the disk. What fails is tried again, up to MAX_TRIES
+        times. Return how many of the changes are in the file."""
+        written = 0
+        with self._adding:
+            for tried in range(MAX_TRIES):
+                if tried:
+                    time.sleep(RETRY_SECONDS)
+                written += self._add(changes[written:])
+                if written == len(changes):
+                    break
         return written
 
-    def _reopen_if_removed(self) -> None:
-        """Make the file again, with all that is in it, if somebody has removed it."""
-        if self._file is None or identity_of(self.path) == identity_of(self._file):
-            return
-        content = os.pread(self._file, self._end, 0)
-        self.reserve()
-        self._end = os.pwrite(self._file, content, 0)
+    def _add(self, changes: Sequence[Change]) -> int:
+        if self._file is None:
+            return 0
+        added, written = b"", 0
+        try:
+            with contextlib.suppress(OSError):
+                self._make_again_if_removed()
+                for line in map(line_of, changes):
+                    self._write(line, len(self._content) + len(added))
+                    added += line
+                    written += 1
+            os.fsync(self._file)
+        except OSError:
+            return 0
+        self._content += added
+        return written
 
-    def _add_each(self, changes: Sequence[Change]) -> Iterator[None]:
-        for change in changes:
-            line = line_of(change)
-            try:
-                if self._file is None or os.pwrite(self._file, line, self._end) < len(line):
-                    return
-            except OSError:
-                return
-            self._end += len(line)
-            yield
+    def _make_again_if_removed(self) -> None:
+        """Make the file again, with all that was in it, if somebody has removed it. Raises
+        OSError."""
+        if identity_of(self.path) == identity_of(self._file or 0):
+            return
+        self.reserve()
+        try:
+            self._write(self._content, 0)
+        except OSError:
+            self.path.unlink()  # so that this is done again
+            raise
+
+    def _write(self, data: bytes, at: int) -> None:
+        """Write all of the data at an offset. Raises OSError."""
+        assert self._file is not None
+        while data:
+            written = os.pwrite(self._file, data, at)
+            data, at = data[written:], at + written
 
     def refuse(self, lines: Sequence[bytes]) -> None:
         """Put lines that can't be committed aside, in a file that nothing reads but people. Raises
@@ -113,7 +139,7 @@ class Spill:
 
     def remove(self) -> None:
         """Remove the file, if it is open: nothing is owed. If something is, close it only."""
-        empty = self._file is not None and self._end == 0
+        empty = self._file is not None and not self._content
         self.close()
         if empty:
             self.path.unlink(missing_ok=True)

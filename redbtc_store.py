@@ -128,14 +128,16 @@ class LedgerDamaged(LedgerUnavailable):
 class Serving:
     """What a gateway needs of its store, and a command does not: how many seconds the check after
     an unclean end may take (0: no check), whether the machine's clock is believed in any case, the
-    log, what is called when nothing is left but to close the files, and the database that was found
-    sound: the next try to open it does not check it again."""
+    log, what is called when nothing is left but to close the files, the database that was found
+    sound, and the one that was copied before its migration, with the copy: the next try to open it
+    does not check or copy it again."""
 
     check_seconds: float
     accept_clock: bool
     say: Say
     closing: Callable[[], None]
     checked: Identity | None = None
+    copied: tuple[Identity | None, str] | None = None
 
 
 def silent(level: int, event: str, **fields: Any) -> None:
@@ -243,7 +245,7 @@ class Store:
             stack.callback(serving.closing)
         await writer.create_function("joined", 2, joined)
         await self._configure()
-        await self._migrate()
+        await self._migrate(serving)
         self.clock.go_on_from(await self._value(LATEST))
         if serving:
             self.clock.start(accept=serving.accept_clock)
@@ -344,7 +346,7 @@ class Store:
             if (found := await self._value(f"PRAGMA {pragma}")) != expected:
                 raise LedgerError(f"{self.path}: {pragma} is {found}, not {expected}")
 
-    async def _migrate(self) -> None:
+    async def _migrate(self, serving: Serving | None) -> None:
         version = await self._value("PRAGMA user_version")
         sections = migrations(schema())
         if version > max(sections):
@@ -357,7 +359,7 @@ class Store:
             return
         started, backup, no_backup = time.monotonic(), "", ""
         if version:
-            backup, no_backup = await self._back_up(max(due))
+            backup, no_backup = await self._back_up(max(due), serving)
         for number, script in due.items():
             await self._writer.executescript(
                 f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
@@ -366,11 +368,17 @@ class Store:
             seconds = round(time.monotonic() - started, 3)
             self.migrated = Migrated(version, max(due), seconds, backup, no_backup)
 
-    async def _back_up(self, version: int) -> tuple[str, str]:
+    async def _back_up(self, version: int, serving: Serving | None) -> tuple[str, str]:
+        file = identity_of(self.path)
+        if serving and serving.copied and serving.copied[0] == file:
+            return serving.copied[1], ""
         try:
-            return await asyncio.to_thread(back_up_before_migration, self.path, version)
+            made, why_not = await asyncio.to_thread(back_up_before_migration, self.path, version)
         except Damaged as error:
             raise LedgerDamaged(f"{error}. It was not migrated") from None
+        if serving and made:
+            serving.copied = file, made
+        return made, why_not
 
     async def _value(self, sql: str) -> Any:
         async with self._writer.execute(sql) as cursor:

@@ -128,11 +128,13 @@ def network_of(request: Request) -> str:
 
 
 async def status(books: Books, uptime_seconds: int) -> Record:
-    """What /status says."""
+    """Return what /status says. A ledger that can't commit is an incident: nothing is served."""
     shown = ("id", "kind", "text", "effective_at", "until", "created_at")
     notices = [{name: row[name] for name in shown} for row in await books.notices_now()]
     now = str(iso_time(books.store.time()))
     in_force = {notice["kind"] for notice in notices if notice["effective_at"] <= now}
+    if not books.store.healthy:
+        in_force.add("incident")
     worst = [kind for kind in ("incident", "maintenance") if kind in in_force]
     return {
         "status": worst[0] if worst else "ok",

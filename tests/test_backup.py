@@ -774,6 +774,43 @@ def test_a_migration_without_room_goes_on_and_says_so(make_gateway: MakeGateway)
     assert not list(gateway.folder.glob("*before-schema*"))
 
 
+def test_a_migration_that_is_tried_again_makes_one_copy(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    earlier_database(gateway.database)
+    gateway.prelude = """
+import aiosqlite, os, sqlite3
+run, failures = aiosqlite.Connection.executescript, []
+async def fail_twice(self, script):
+    if len(failures) < 2:
+        failures.append(1)
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+    return await run(self, script)
+aiosqlite.Connection.executescript = fail_twice
+"""
+    gateway.start()
+    wait_until(lambda: gateway.get("/readyz").status_code == 200)
+    copy = f"redbtc.db.before-schema-{newest_version()}"
+    assert migrated_line(gateway)["backup"] == str(gateway.folder / copy)
+    assert sorted(file.name for file in gateway.folder.glob("*before-schema*")) == [
+        copy,
+        f"{copy}.sha256",
+    ]
+
+
+def test_a_copy_does_not_take_the_room_that_the_migration_needs(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    earlier_database(gateway.database)
+    free = gateway.database.stat().st_size * 2
+    gateway.prelude = "import shutil\nusage = shutil.disk_usage\n"
+    gateway.prelude += f"shutil.disk_usage = lambda path: usage(path)._replace(free={free})\n"
+    gateway.start()
+    said = migrated_line(gateway)
+    assert said["backup"] == ""
+    assert "and its migration need" in said["no_backup"]
+
+
 def test_a_damaged_database_is_not_migrated(commands: Commands) -> None:
     commands.database.unlink()
     earlier_database(commands.database)

@@ -125,6 +125,7 @@ def test_any_error_of_a_commit_is_a_503_and_passes(
         assert post(gateway, key) == REFUSED, name
         assert gateway.get("/readyz").status_code == 503
         assert gateway.get("/healthz").status_code == 200
+        assert gateway.get("/status").json()["status"] == "incident"
         assert gateway.metrics()["redbtc_ledger_healthy"] == 0
         flying.release()
         assert post(gateway, key) == REFUSED, name
@@ -945,3 +946,52 @@ redbtc_webhook.signature = signature
     assert post(gateway, key) == (200, "")
     wait_until(lambda: "webhook failed" in gateway.log())
     assert gateway.get("/readyz").status_code == 200
+
+
+SPILL_FAILS_ONCE = (
+    OWED
+    + """
+import errno, os, redbtc_spill
+once = {"pwrite", "short", "open"}
+def fails(name):
+    if os.path.exists(name) and name in once:
+        once.remove(name)
+        return True
+def failing(name):
+    call = getattr(os, name)
+    def replaced(*values):
+        if fails(name):
+            raise OSError(errno.EIO, "by a test")
+        return call(*values)
+    setattr(redbtc_spill.os, name, replaced)
+def short(file, data, at):
+    return pwrite(file, data[:10] if fails("short") else data, at)
+pwrite, os.pwrite = os.pwrite, short
+for name in ("pwrite", "open"):
+    failing(name)
+"""
+)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "short", "open"])
+def test_a_spill_file_that_fails_once_keeps_what_is_owed(
+    make_gateway: MakeGateway, upstream: Upstream, call: str
+) -> None:
+    """`open`: somebody removes the file, and it can't be made again at once."""
+    gateway = faulty(make_gateway(), SPILL_FAILS_ONCE).start()
+    key = gateway.new_key(concurrency=20)
+    flying = InFlight(gateway, upstream, key, 3)
+    set_fault(gateway, "INTO")
+    flying.release()
+    wait_until(lambda: gateway.get("/readyz").status_code == 503)
+    if call == "open":
+        Path(f"{gateway.database}.owed").unlink()
+    (gateway.folder / call).touch()
+    assert gateway.terminate() == 0
+    assert flying.join() == [(200, "")] * 3
+    assert "row not kept" not in gateway.log()
+    (gateway.folder / call).unlink()
+    mend(gateway)
+    gateway.start()
+    assert outcomes(gateway) == ["completed"] * 3
+    assert '"damaged":0' in gateway.flushed_log()
