@@ -72,7 +72,7 @@ class Health(enum.Enum):
 class Entry(NamedTuple):
     """A statement that waits for the next commit. `insist`: it is tried again until it is written;
     otherwise it fails with the commit that fails. `lasting`: it has to outlive a loss of power.
-    `at`: when it was recorded, by the monotonic clock."""
+    `at`: when it was recorded, by the monotonic clock, if it is not insisted on."""
 
     sql: str
     values: Sequence[Any]
@@ -243,6 +243,7 @@ class Commits:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Entry] = []
         self._group: list[Entry] = []  # those that are being written
+        self._began = 0.0  # when that began
         self._wake = asyncio.Event()
         self._closing = False
         self._rescuing: asyncio.Task[None] | None = None
@@ -267,7 +268,8 @@ class Commits:
         written: asyncio.Future[None] = self._loop.create_future()
         if self.healthy or insist:
             lasting = insist if lasting is None else lasting
-            self._waiting.append(Entry(sql, values, written, insist, lasting, time.monotonic()))
+            at = 0.0 if insist else time.monotonic()
+            self._waiting.append(Entry(sql, values, written, insist, lasting, at))
             self._wake.set()
         else:
             written.set_exception(LedgerUnavailable(self.failure))
@@ -313,7 +315,7 @@ class Commits:
         if not self.healthy:
             changes.append((BEAT, (self._now(),)))
             counts.append(0)
-        began = time.monotonic()
+        began = self._began = time.monotonic()
         try:
             changed = await self._writer.write(changes, self._synchronous if lasting else "normal")
             for count, done in zip(counts, changed, strict=True):
@@ -346,7 +348,7 @@ class Commits:
         """Take back a row that was begun, or may have been, for a request that was refused."""
         if undo := entry.undo:
             nobody: asyncio.Future[None] = self._loop.create_future()
-            self._waiting.append(Entry(*undo, nobody, True, True, time.monotonic()))
+            self._waiting.append(Entry(*undo, nobody, True, True, 0.0))
             self._wake.set()
 
     def _failed(self, entries: list[Entry], error: Exception) -> None:
@@ -468,12 +470,11 @@ class Commits:
             (self.commit_seconds, self._committed),
             (self.begin_seconds, self._begun),
         ):
-            for seconds in durations:
-                histogram.observe(seconds)
+            histogram.observe_all(durations)
             durations.clear()
 
     def _refuse_late(self, since: float) -> None:
-        if self._group and self._group[0].at < since:
+        if self._group and self._began < since:
             self._turn(Health.FAILING, f"a commit takes longer than {MAX_BEGIN_SECONDS} s")
         for entry in chain(self._group, self._waiting):
             if entry.at < since and not entry.insist:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Iterable
 
 REQUEST_SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 COMMIT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -21,6 +22,13 @@ class Histogram:
         """Count a duration."""
         self._counts[bisect.bisect_left(self._limits, seconds)] += 1
         self.total += seconds
+
+    def observe_all(self, durations: Iterable[float]) -> None:
+        """Count durations, in seconds."""
+        counts, limits = self._counts, self._limits
+        for seconds in durations:
+            counts[bisect.bisect_left(limits, seconds)] += 1
+            self.total += seconds
 
     def buckets(self) -> list[tuple[str, float]]:
         """Return the buckets in Prometheus' form: each one counts those below it, too."""
