@@ -30,7 +30,6 @@ import re
 import signal
 import socket
 import sqlite3
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import (
@@ -1542,7 +1541,7 @@ class Running:
         """Expect the end of the process if the files are closed because it has served. They are
         also closed when an attempt to open them has failed, which is repeated."""
         if self._over:
-            end_soon()
+            redbtc_start.end_soon(EXIT_SOFTWARE)
 
     def _public(self) -> Server:
         app = CORS(self._guard, lambda: self._settings.server.cors_origins)
@@ -1609,7 +1608,7 @@ class Running:
 
     def _end_now(self) -> None:
         """End the process without waiting for anything. What is owed to the ledger is kept."""
-        end_soon()
+        redbtc_start.end_soon(EXIT_SOFTWARE)
         if self._gateway:
             self._gateway.store.commits.spill_now()
         LOG.flush()
@@ -1629,7 +1628,7 @@ class Running:
         if self._gateway:
             await self._drain_gateway(self._gateway, seconds)
         elif self._opening:
-            end_soon()  # the disk may not answer
+            redbtc_start.end_soon(EXIT_SOFTWARE)  # the disk may not answer
             self._opening.cancel()
         for server in self._servers:
             server.should_exit = True
@@ -1866,13 +1865,6 @@ async def open_books(store: Store, settings: Billing) -> Books:
         return await Books.open(store, settings)
     except sqlite3.Error as error:
         raise opening_error(store.path, error) from None
-
-
-def end_soon() -> None:
-    """End the process if it has not ended soon: the disk may never answer again."""
-    timer = threading.Timer(STOPPING_SECONDS, os._exit, (EXIT_SOFTWARE,))
-    timer.daemon = True
-    timer.start()
 
 
 async def start_demo(stack: contextlib.AsyncExitStack) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
+
+MAX_END_SECONDS = 10  # for the end of a process
 
 _handlers: dict[int, Any] = {}  # those that `prepare` replaced, by signal
 _collects = gc.isenabled()
@@ -62,6 +65,14 @@ def _go_on() -> None:
     if _collects:
         gc.enable()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+
+def end_soon(status: int) -> None:
+    """End the process with a status if it has not ended by itself in MAX_END_SECONDS: a disk may
+    never answer again."""
+    timer = threading.Timer(MAX_END_SECONDS, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def main() -> None:

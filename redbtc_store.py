@@ -517,12 +517,13 @@ class Store:
             self.commits.give_up()
 
     async def transact(
-        self, *changes: Change, by: str | None = None, seconds: float = TRANSACT_SECONDS
+        self, *changes: Change, by: str | None = None, seconds: float | None = None
     ) -> int:
         """Make changes, all of them or none; returns how many rows the last one changed. `by`: who
         makes them, which the log of administrative changes tells and those can't do without.
         Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be committed, or takes
-        longer than `seconds`; then it may be made later."""
+        longer than `seconds` (None: TRANSACT_SECONDS); then it may be made later."""
+        seconds = seconds or TRANSACT_SECONDS
         if by is not None:
             changes = ((SIGN, (by, self.time())), *changes, (UNSIGN, ()))
         if self.commits.health is Health.LOST:

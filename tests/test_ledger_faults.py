@@ -199,7 +199,7 @@ write, redbtc_watch.Log._write_lines = redbtc_watch.Log._write_lines, ending
 ENDS = [
     (task, error)
     for task, code in ENDING.items()
-    for error in ("MemoryError", "OSError", "KeyError", "DatabaseError")
+    for error in ("MemoryError", "KeyError", "DatabaseError")
     if error == "MemoryError" or "named" in code
 ]
 ENDS.remove(("webhook", "DatabaseError"))  # which it survives: it tries again
@@ -459,10 +459,17 @@ def build_shim(folder: Path, code: str) -> Path:
     return shim
 
 
+IMPATIENT = """
+import redbtc_commits, redbtc_start, redbtc_store
+redbtc_store.TRANSACT_SECONDS = redbtc_commits.MAX_CLOSE_SECONDS = redbtc_start.MAX_END_SECONDS = 1
+"""
+
+
 @pytest.fixture
 def hanging(make_gateway: MakeGateway, tmp_path: Path) -> Gateway:
     """A gateway whose disk does not answer while there is a file `fault`."""
-    return make_gateway(LD_PRELOAD=str(build_shim(tmp_path, HANG))).start()
+    gateway = make_gateway(LD_PRELOAD=str(build_shim(tmp_path, HANG)))
+    return faulty(gateway, IMPATIENT).start()
 
 
 def test_a_disk_that_does_not_answer_makes_nobody_wait(
@@ -907,7 +914,7 @@ def test_a_disk_that_does_not_answer_does_not_keep_a_second_sigterm(
 ) -> None:
     """Nor that of the spill file."""
     shim = build_shim(tmp_path, HANG.replace('&& !strstr(path, ".owed")', ""))
-    gateway = make_gateway(LD_PRELOAD=str(shim)).start()
+    gateway = faulty(make_gateway(LD_PRELOAD=str(shim)), IMPATIENT).start()
     key = gateway.new_key()
     flying = InFlight(gateway, upstream, key)
     set_fault(gateway)
