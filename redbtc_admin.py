@@ -889,7 +889,7 @@ MONEY_SHOWN = ("balance", "held", "available", "month", "spent_this_month", "cur
 
 
 def database_size(books: Books) -> Record:
-    """Of its files, and what is free on their disk; in bytes."""
+    """Return the size of the database and the room on its disk, in bytes."""
     store = books.store
     size = size_of(store.path) + store.wal_bytes
     disk = shutil.disk_usage(store.path.parent)

@@ -210,6 +210,13 @@ def changes_of(entries: list[Entry]) -> tuple[list[Change], list[int]]:
     return changes, counts
 
 
+def owed_by(entries: list[Entry]) -> list[Change]:
+    """Return what is owed to the ledger if these entries are not committed: the changes that must
+    be made, and what takes back rows that may have been begun."""
+    owed = [entry.change for entry in entries if entry.insist]
+    return owed + [undo for entry in entries if (undo := entry.undo)]
+
+
 class Commits:
     """The queue of changes, and the state of the ledger. `record` is the way in."""
 
@@ -233,7 +240,6 @@ class Commits:
         self._committed: list[float] = []  # durations that are not in the histograms yet
         self._begun: list[float] = []
         self.repaired = 0  # rows that somebody else had closed
-        self.run = 0  # the number of this run, which its rows carry
         self._database = database
         self._writer = writer
         self._spill = spill
@@ -517,8 +523,7 @@ class Commits:
                 await self._wake.wait()
                 self._wake.clear()
             self._group, self._waiting = self._waiting, []
-            owed = [entry.change for entry in self._group if entry.insist]
-            owed += [undo for entry in self._group if (undo := entry.undo)]
+            owed = owed_by(self._group)
             written = await asyncio.to_thread(self._spill.add, owed)
             self._say_unwritten(owed[written:])
             for entry in self._group:
@@ -529,8 +534,7 @@ class Commits:
 
     def spill_now(self) -> None:
         """Write what is owed into the spill file at once: the process ends with the next line."""
-        entries = [*self._group, *self._waiting]
-        owed = [entry.change for entry in entries if entry.insist]
+        owed = owed_by([*self._group, *self._waiting])
         self._say_unwritten(owed[self._spill.add(owed) :])
 
     def _say_unwritten(self, changes: list[Change]) -> None:

@@ -136,6 +136,8 @@ class Spill:
         if lines:
             with open(self.refused, "ab") as file:
                 file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
 
     def remove(self) -> None:
         """Remove the file, if it is open: nothing is owed. If something is, close it only."""

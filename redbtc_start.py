@@ -73,11 +73,3 @@ def end_soon(status: int) -> None:
     timer = threading.Timer(MAX_END_SECONDS, os._exit, (status,))
     timer.daemon = True
     timer.start()
-
-
-def main() -> None:
-    """The command redbtc-proxy, where the package is installed."""
-    prepare()
-    import redbtc_proxy  # takes long: after `prepare`
-
-    redbtc_proxy.main()

@@ -199,7 +199,6 @@ class Store:
         self.interrupted = 0  # rows that the process before this one left behind
         self.migrated: Migrated | None = None  # as this process opened it
         self.replaced: Path | None = None  # by a restore that this process finished
-        self.owed = 0  # changes in the spill file that were taken up
         self.run: int | None = None  # the number of this run of a gateway
         self.commits: Commits
         self.record: Record
@@ -269,7 +268,7 @@ class Store:
         stack.callback(self._lookup.close)
         if serving:
             await self.transact((ADD_RUN, (self.time(),)))
-            self.run = self.commits.run = await self._value(LATEST_RUN)
+            self.run = await self._value(LATEST_RUN)
             spill.reserve()
         writer.files = OpenFiles(self.path)
 
@@ -317,7 +316,6 @@ class Store:
         spill.refuse([*map(line_of, refused), *damaged])
         spill.reserve()
         spill.close()
-        self.owed = len(changes)
         facts = {"changes": len(changes), "refused": len(refused), "damaged": len(damaged)}
         say(logging.WARNING, "took up what was owed", **facts)
 
