@@ -29,30 +29,30 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-import redbtc_billing as billing
-import redbtc_clock
-import redbtc_ledger as ledger
-import redbtc_reports as reports
-import redbtc_store
-from redbtc_billing import Books, Hold, Price, PriceList, Spent
-from redbtc_commits import Health
-from redbtc_ledger import Accounts, Key
-from redbtc_reports import TOKENS, Range
-from redbtc_rows import Row, Usage, UsageSource
-from redbtc_schema import APPLICATION_ID, migrations, schema
-from redbtc_set_time import set_time
-from redbtc_settings import (
-    NANOS,
-    Billing,
-    Conflict,
-    LedgerError,
-    decimal,
-    month_of,
-    month_start,
-    months_after,
-    parse_amount,
-)
-from redbtc_store import Store
+from redbtc.admin.set_time import set_time
+from redbtc.billing import books, statements
+from redbtc.billing import prices as prices_module
+from redbtc.billing import reports as reports_module
+from redbtc.billing.books import Books
+from redbtc.billing.price_list import PriceList
+from redbtc.billing.prices import Price
+from redbtc.billing.reports import TOKENS, Range
+from redbtc.billing.spending import Hold, Spent
+from redbtc.config import Billing
+from redbtc.errors import Conflict, LedgerError
+from redbtc.money import NANOS, decimal, parse_amount
+from redbtc.store import clock as clock_module
+from redbtc.store import consistency
+from redbtc.store import database as database_module
+from redbtc.store import keys as keys_module
+from redbtc.store import requests as requests_module
+from redbtc.store.accounts import Accounts
+from redbtc.store.commits import Health
+from redbtc.store.database import Store
+from redbtc.store.keys import Key
+from redbtc.store.schema import APPLICATION_ID, migrations, schema
+from redbtc.times import month_of, month_start, months_after
+from redbtc.usage import Row, Usage, UsageSource
 
 HOUR = 3_600_000
 DAY = 24 * HOUR
@@ -88,7 +88,9 @@ def test_months(number: int, distance: int) -> None:
 
 # ── Costs ────────────────────────────────────────────────────────────────────────────────────────
 
-rates = st.none() | st.integers(0, billing.MOST_RATE) | st.sampled_from([0, NANOS, 37_500_000])
+rates = (
+    st.none() | st.integers(0, prices_module.MOST_RATE) | st.sampled_from([0, NANOS, 37_500_000])
+)
 tokens = st.none() | st.integers(0, 10**8) | st.integers(0, 100)
 
 
@@ -111,9 +113,10 @@ def usages(draw: st.DrawFn) -> Usage:
 
 @st.composite
 def prices(draw: st.DrawFn, **fixed: Any) -> Price:
-    calls = st.none() | st.integers(0, billing.MOST_CALL_RATE)
+    calls = st.none() | st.integers(0, prices_module.MOST_CALL_RATE)
     given_rates = {
-        name: draw(calls if name in billing.UNITS else rates) for name in billing.Rates._fields
+        name: draw(calls if name in prices_module.UNITS else rates)
+        for name in prices_module.Rates._fields
     }
     return Price(**{"model": "m", **given_rates, **fixed})
 
@@ -313,7 +316,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(redbtc_clock, "time", clock)
+    monkeypatch.setattr(clock_module, "time", clock)
     return clock
 
 
@@ -362,7 +365,7 @@ class Bench:
         return self.key_now(added["key"])
 
     def key_now(self, secret: str) -> Key:
-        key = ledger.key_in_force(self.store, secret)
+        key = keys_module.key_in_force(self.store, secret)
         assert key is not None
         return key
 
@@ -381,12 +384,12 @@ class Bench:
         return self.run(work)
 
     def statement(self, account: str, month: str) -> dict[str, Any]:
-        return self.run(reports.statement(self.books, self.account(account), month))
+        return self.run(statements.statement(self.books, self.account(account), month))
 
     def rows(self, **wanted: Any) -> list[dict[str, Any]]:
         async def read() -> list[dict[str, Any]]:
             async with self.store.snapshot() as snapshot:
-                return await reports.requests_in(snapshot, Range(**wanted), "USD")
+                return await reports_module.requests_in(snapshot, Range(**wanted), "USD")
 
         return self.run(read())
 
@@ -402,7 +405,7 @@ class Bench:
             upstream="test",
             started_at=at,
         )
-        self.run(ledger.begin(self.store, row))
+        self.run(requests_module.begin(self.store, row))
         return row, hold
 
     def settle(
@@ -421,7 +424,7 @@ class Bench:
                 row.price_id, row.cost = price.id, price.cost(usage, False)
         row.month = hold.settle(row.cost or 0)
         hold.__exit__()
-        self.run(ledger.settle(self.store, row))
+        self.run(requests_module.settle(self.store, row))
 
 
 @pytest.fixture
@@ -495,7 +498,7 @@ def test_each_of_many_rises_is_told(bench: Bench, clock: Clock) -> None:
     bench.price(*(Price(name, input=2 * NANOS, effective_at=at) for name in names))
     told = [each["text"] for each in bench.run(bench.books.notices())]
     assert len(told) > 1
-    assert all(len(text) <= billing.NOTICE_TEXT for text in told)
+    assert all(len(text) <= books.NOTICE_TEXT for text in told)
     found = re.findall(r"(model-\d+): input 1 to 2\.", " ".join(told))
     assert sorted(found) == names
 
@@ -621,14 +624,14 @@ def test_amounts_beyond_what_a_float_or_a_column_holds(bench: Bench, clock: Cloc
     for _ in range(3):
         bench.pay("a", large)
     bench.pay("a", -NANOS // 2)
-    bench.price(Price("m", input=billing.MOST_RATE))
+    bench.price(Price("m", input=prices_module.MOST_RATE))
     costs = [use(bench, key, clock, used=99_999_999).cost or 0 for _ in range(30)]
     assert sum(costs) > 2**63
     balance = 3 * large - NANOS // 2 - sum(costs)
     statement = bench.statement("a", "2026-11")
     assert parse_amount(statement["closing_balance"]) == balance
     assert parse_amount(statement["totals"]["cost"]) == sum(costs)
-    assert bench.run(ledger.check_database(bench.store)) == []
+    assert bench.run(consistency.check_database(bench.store)) == []
     bench.stop()
     bench.start()
     purse = bench.run(bench.books.purse(key.account_id))
@@ -649,7 +652,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """300 requests of three accounts over a week, some in flight, with usage or without."""
     clock, chance = Clock(), random.Random(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as exits:
-        patch.setattr(redbtc_clock, "time", clock)
+        patch.setattr(clock_module, "time", clock)
         bench = exits.enter_context(
             contextlib.closing(Bench(tmp_path_factory.mktemp("crowded"), Billing()))
         )
@@ -679,7 +682,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     account=st.sampled_from([None, "a", "b"]),
     model=st.sampled_from([None, "gpt-*", "renamed", "o"]),
     of_key=st.booleans(),
-    names=st.lists(st.sampled_from(list(reports.GROUPS)), unique=True),
+    names=st.lists(st.sampled_from(list(reports_module.GROUPS)), unique=True),
 )
 def test_sums_are_those_of_the_rows(
     crowded: Bench,
@@ -702,7 +705,7 @@ def test_sums_are_those_of_the_rows(
         "since": START + since,
         "until": START + until,
     }
-    found = crowded.run(reports.usage_by(crowded.store, Range(**wanted), names, "USD"))
+    found = crowded.run(reports_module.usage_by(crowded.store, Range(**wanted), names, "USD"))
     labels = {"day": "day", "model": "model", "key": "key_id", "account": "account"}
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {} if names else {(): []}
     for row in crowded.rows(**wanted):
@@ -730,9 +733,9 @@ def test_the_check_finds_usage_that_is_not_the_sum_of_its_requests(
     key = bench.key("a")
     bench.price(Price("m", input=5 * NANOS))
     use(bench, key, clock)
-    assert bench.run(ledger.check_database(bench.store)) == []
+    assert bench.run(consistency.check_database(bench.store)) == []
     bench.run(bench.store.transact(("UPDATE usage_by_day SET cost_nanos = cost_nanos + 1", ())))
-    found = [line.partition(":")[0] for line in bench.run(ledger.check_database(bench.store))]
+    found = [line.partition(":")[0] for line in bench.run(consistency.check_database(bench.store))]
     assert found == [
         "usage that is not the sum of its requests",
         "usage by month that is not the sum of its days",
@@ -757,7 +760,7 @@ def test_snapshots_are_few_at_a_time(bench: Bench) -> None:
         await asyncio.gather(*(read() for _ in range(100)))
 
     bench.run(read_all())
-    assert most == redbtc_store.MOST_SNAPSHOTS
+    assert most == database_module.MOST_SNAPSHOTS
 
 
 def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Clock) -> None:
@@ -785,7 +788,7 @@ def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Cloc
         assert statement["totals"]["input_tokens"] == 5
         assert statement["closing_balance"] == "0"
         assert [row["cost"] for row in bench.rows()] == [None, None]
-        assert bench.run(ledger.check_database(bench.store)) == []
+        assert bench.run(consistency.check_database(bench.store)) == []
 
 
 @pytest.mark.parametrize("whose", ["account", "key"])
@@ -848,12 +851,12 @@ def test_a_closed_month_has_what_was_settled_in_its_last_instant(
             row.outcome, row.usage_source, row.cost = "completed", "upstream", 5000
             row.usage = Usage(input_tokens=1000)
             row.month = hold.settle(row.cost)
-            written.append(asyncio.ensure_future(ledger.settle(bench.store, row)))
+            written.append(asyncio.ensure_future(requests_module.settle(bench.store, row)))
         await asyncio.sleep(0)
         clock.now += 1
-        first = await reports.statement(bench.books, account, "2026-11")
+        first = await statements.statement(bench.books, account, "2026-11")
         await asyncio.gather(*written)
-        return first, await reports.statement(bench.books, account, "2026-11")
+        return first, await statements.statement(bench.books, account, "2026-11")
 
     first, second = bench.run(ask())
     assert first["closed"]
@@ -903,7 +906,7 @@ class Money(RuleBasedStateMachine):
     def open(self) -> None:
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(redbtc_clock, "time", self.clock)
+        self.patch.setattr(clock_module, "time", self.clock)
         self.folder = tempfile.TemporaryDirectory()
         self.bench = Bench(Path(self.folder.name), Billing(default_credit_limit="0"))
         accounts = self.bench.accounts
@@ -1086,7 +1089,7 @@ class Money(RuleBasedStateMachine):
         """The client left before it was sent: it is taken back."""
         flight = self.flights.pop(which % len(self.flights))
         flight.hold.__exit__()
-        self.bench.run(ledger.forget(self.bench.store, flight.row))
+        self.bench.run(requests_module.forget(self.bench.store, flight.row))
 
     # The process
 
@@ -1152,7 +1155,7 @@ class Money(RuleBasedStateMachine):
             cost for _, _, cost in expected.costs
         )
         assert len(rows) == expected.requests + len(self.flights)
-        assert self.bench.run(ledger.check_database(self.bench.store)) == []
+        assert self.bench.run(consistency.check_database(self.bench.store)) == []
 
     @invariant()
     def the_balance_agrees(self) -> None:

@@ -32,9 +32,12 @@ from upstream import (
     response_object,
 )
 
-from redbtc_body import Content, Form, decompressed, read_members
-from redbtc_meter import result_of
-from redbtc_refusals import Refusal
+from redbtc.meter.answers import result_of
+from redbtc.refusals import Refusal
+from redbtc.request_body.content import Content
+from redbtc.request_body.forms import Form
+from redbtc.request_body.media import decompressed
+from redbtc.request_body.strict_json import read_members
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -40,21 +40,18 @@ from upstream import (
 )
 from websockets.sync.client import connect
 
-from redbtc_billing import Hold, Price, PriceList, Purse
-from redbtc_body import Content
-from redbtc_estimates import (
-    Most,
-    Progress,
-    Seen,
-    estimate,
-    speed_for,
-    speed_of_accounts,
-    speed_of_rows,
-)
-from redbtc_exchange import Endpoint, Metered, of_models
-from redbtc_meter import Report
-from redbtc_rows import Usage
-from redbtc_settings import MOST_TOKENS, Settings
+from redbtc.billing.price_list import PriceList
+from redbtc.billing.prices import Price
+from redbtc.billing.spending import Hold, Purse
+from redbtc.config import Settings
+from redbtc.gateway.exchange import Endpoint
+from redbtc.gateway.metered import Metered
+from redbtc.gateway.settlement import of_models
+from redbtc.meter.estimates import Most, Progress, Seen, estimate
+from redbtc.meter.report import Report
+from redbtc.request_body.content import Content
+from redbtc.store.speeds import speed_for, speed_of_accounts, speed_of_rows
+from redbtc.usage import MOST_TOKENS, Usage
 
 CHAT: dict[str, Any] = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}
 BODY: dict[str, Any] = {"model": "gpt-up", "input": "Hi"}

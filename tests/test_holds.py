@@ -35,9 +35,11 @@ from upstream import (
 )
 from websockets.sync.client import ClientConnection, connect
 
-from redbtc_body import DEFAULT_IMAGE_MODEL, Content, Form
-from redbtc_meter import result_of
-from redbtc_refusals import Refusal
+from redbtc.meter.answers import result_of
+from redbtc.refusals import Refusal
+from redbtc.request_body.content import Content
+from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
+from redbtc.request_body.forms import Form
 
 MODEL, PICTURE_TOKENS, ANSWER_TOKENS = "gpt-up", 2000, 10_000
 USUAL_CALLS = 32  # billing.hold_tool_calls

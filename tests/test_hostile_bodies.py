@@ -21,12 +21,14 @@ from speed import Stalls, longest_step, unit
 from test_bodies import PACKERS
 from upstream import Upstream, json_answer, response_object, silent
 
-import redbtc_body
-import redbtc_pieces
-from redbtc_body import Content, Form, Frame, decompressed
-from redbtc_meter import result_of
-from redbtc_pieces import MAX_PIECE, Cutter
-from redbtc_refusals import Refusal
+from redbtc.meter.answers import result_of
+from redbtc.refusals import Refusal
+from redbtc.request_body import facts, forms, strict_json
+from redbtc.request_body import pieces as pieces_module
+from redbtc.request_body.content import Content, Frame
+from redbtc.request_body.forms import Form
+from redbtc.request_body.media import decompressed
+from redbtc.request_body.pieces import MAX_PIECE, Cutter
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -194,9 +196,9 @@ def test_long_objects_in_a_list_are_read_in_steps() -> None:
     item = b'{"a":"%b","b":"%b"}' % ((b"\\n" + b"x" * 20_000,) * 2)
     text = body(input=b"[%b]" % b",".join([item] * 50))
     pieces = result_of(Cutter(text).steps())
-    (part,) = pieces.parts(redbtc_body.read_members(pieces.root)["input"])
+    (part,) = pieces.parts(strict_json.read_members(pieces.root)["input"])
     assert len(part) < MAX_PIECE
-    steps = sum(1 for _ in redbtc_body.read_list(pieces, part, set(), None))
+    steps = sum(1 for _ in strict_json.read_list(pieces, part, set(), None))
     assert steps > 50
 
 
@@ -354,9 +356,9 @@ def test_a_body_in_pieces_reads_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> N
             encoded = encoded[:at] + more + encoded[at + chance.randrange(3) :]
         whole = facts_of(encoded)
         with monkeypatch.context() as small:
-            small.setattr(redbtc_body, "MAX_PIECE", 1)
-            small.setattr(redbtc_pieces, "WINDOW", 120)
-            small.setattr(redbtc_pieces, "STRING_WINDOW", 7)
+            small.setattr(pieces_module, "MAX_PIECE", 1)
+            small.setattr(pieces_module, "WINDOW", 120)
+            small.setattr(pieces_module, "STRING_WINDOW", 7)
             assert facts_of(encoded) == whole, encoded
         refused += not isinstance(whole, tuple)
     assert 300 < refused < 1200
@@ -516,11 +518,11 @@ def test_a_history_with_everything_in_it_passes(
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
     assert len(text) > 30_000_000
     content = result_of(Content.steps(text, text))
-    assert content.further_models() == {redbtc_body.DEFAULT_IMAGE_MODEL: True}
+    assert content.further_models() == {facts.DEFAULT_IMAGE_MODEL: True}
     assert content.chosen_ids == {f"rs_{n}" for n in range(1000)}
     assert not content.references
     shown = (len(picture) + 2) * 20
-    assert content.most_input_tokens == len(text) - shown + 20 * redbtc_body.MAX_PICTURE_TOKENS
+    assert content.most_input_tokens == len(text) - shown + 20 * forms.MAX_PICTURE_TOKENS
     with gateway.client(key) as client:
         answer = client.post(
             "/responses", content=text, headers={"content-type": "application/json"}

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object, stream
 
-from redbtc_limits import MAX_RINGS, Clock, Clocks, Places
-from redbtc_proxy import CLOSING_SECONDS
+from redbtc.deadlines import MAX_RINGS, Clock, Clocks
+from redbtc.gateway.relay import CLOSING_SECONDS
+from redbtc.limits import Places
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 

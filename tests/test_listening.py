@@ -12,8 +12,8 @@ from conftest import MakeGateway
 from gateway import Gateway, wait_until
 from upstream import Upstream
 
-from redbtc_proxy import listen
-from redbtc_settings import LedgerError
+from redbtc.errors import LedgerError
+from redbtc.server.listening import listen
 
 
 def answer_at(host: str, port: int, path: str = "/healthz") -> bytes:

@@ -12,18 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import CHAT_USAGE, IMAGE_USAGE, RESPONSE_USAGE, chat_chunk, response_object
 
-import redbtc_meter as meters
-from redbtc_estimates import Most, Seen, estimate
-from redbtc_meter import (
-    IMAGE_TOOL,
-    KEEP,
-    JSONMeter,
-    Meter,
-    Report,
-    StreamMeter,
-    decode_answer,
-)
-from redbtc_rows import Part, Usage
+from redbtc.meter import usage_fields
+from redbtc.meter.answers import IMAGE_TOOL, KEEP, decode_answer
+from redbtc.meter.estimates import Most, Seen, estimate
+from redbtc.meter.meters import JSONMeter, Meter
+from redbtc.meter.report import Report
+from redbtc.meter.streams import StreamMeter
+from redbtc.usage import Part, Usage
 
 FAKE = '{"usage":{"input_tokens":666,"output_tokens":666,"prompt_tokens":666}}'
 CHAT_USED = Usage(20, 8, 2, 7, 3)
@@ -209,7 +204,7 @@ def test_tens_of_megabytes_in_bounded_memory(kind: str, framing: str) -> None:
     ],
 )
 def test_odd_usage_is_neither_believed_nor_invented(usage: Any, expected: Usage | None) -> None:
-    assert meters.read_usage(usage, images=False) == expected
+    assert usage_fields.read_usage(usage, images=False) == expected
 
 
 @pytest.mark.parametrize("usage", ["xAI", "Gemini", "included", "no total", "responses"])

@@ -24,15 +24,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object
 
-import redbtc_limits
-from redbtc_body import Form
-from redbtc_ledger import Key
-from redbtc_limits import Clock, Clocks, Limits, NoRoom, Places, Reservation
-from redbtc_pieces import Buffer, Steps
-from redbtc_proxy import read_body
-from redbtc_settings import SettingsError, parse_settings
-from redbtc_slices import in_slices
-from redbtc_watch import Message
+from redbtc import limits as limits_module
+from redbtc.config import SettingsError, parse_settings
+from redbtc.deadlines import Clock, Clocks
+from redbtc.gateway.reading import read_body
+from redbtc.limits import Limits, NoRoom, Places, Reservation
+from redbtc.request_body.forms import Form
+from redbtc.request_body.pieces import Buffer, Steps
+from redbtc.server.asgi import Message
+from redbtc.slices import in_slices
+from redbtc.store.keys import Key
 
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place, and all accounts 32
@@ -432,7 +433,7 @@ def test_two_waits_of_an_account_are_each_for_its_own_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second would otherwise stand in everybody's line for the bytes of both."""
-    monkeypatch.setattr(redbtc_limits, "OWN_BYTES", 0)
+    monkeypatch.setattr(limits_module, "OWN_BYTES", 0)
     server = SimpleNamespace(reading_bytes=100)
     settings_: Any = SimpleNamespace(server=server, limits=SimpleNamespace(queue_seconds=60))
 
@@ -524,7 +525,7 @@ def test_memory_is_counted_right_however_waits_and_returns_interleave(seed: int)
             assert everybody.reading.taken == limits.queued == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(redbtc_limits, "OWN_BYTES", 10)
+        patch.setattr(limits_module, "OWN_BYTES", 10)
         asyncio.run(run())
 
 

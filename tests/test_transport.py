@@ -43,9 +43,9 @@ from upstream import (
     stream,
 )
 
-import redbtc_upstreams
-from redbtc_settings import parse_settings
-from redbtc_transport import Connection, ResponseBody, Transport
+from redbtc.config import parse_settings
+from redbtc.upstream import upstreams
+from redbtc.upstream.http1 import Connection, ResponseBody, Transport
 
 Transports = Callable[[], httpx2.AsyncBaseTransport]
 BODY = b'{"model":"gpt-up","stream":true,"messages":[],"input":"Hi"}'
@@ -869,7 +869,7 @@ def test_httpx2s_own_fails_no_request_at_once_over_tls(
         server = await asyncio.start_server(hello, "127.0.0.1", 0, ssl=ours)
         url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
         table = {"name": "tls", "base_url": url, "transport": "httpx"}
-        upstream = redbtc_upstreams.Upstream(parse_settings({"upstreams": [table]}).upstreams[0])
+        upstream = upstreams.Upstream(parse_settings({"upstreams": [table]}).upstreams[0])
         try:
             asked = await asyncio.gather(*[upstream.fetch_whole("/models") for _ in range(25)])
             assert asked == [(200, b"hello")] * 25

@@ -34,9 +34,10 @@ from upstream import (
 )
 from websockets.sync.client import ClientConnection, connect
 
-from redbtc_ledger import Home, Objects
-from redbtc_schema import migrations, schema
-from redbtc_store import Store
+from redbtc.locations import Home
+from redbtc.store.database import Store
+from redbtc.store.objects import Objects
+from redbtc.store.schema import migrations, schema
 
 BODY = {"model": "gpt-up", "input": "Hi"}
 FORM = {"content-type": "multipart/form-data; boundary=xyz"}
