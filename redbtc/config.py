@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct
 
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.money import parse_limit
-from redbtc.usage import MOST_TOKENS
+from redbtc.usage import MAX_TOKENS
 
 HERE = Path(__file__).resolve().parent.parent
 INSTALLED = Path(sys.prefix) / "share" / "redbtc-proxy"  # where the package puts its other files
@@ -42,11 +42,11 @@ Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
 BODIES_READ = 4  # so an account's half can hold the largest body and its decoded copy
 
 
-class Table(Struct, forbid_unknown_fields=True, frozen=True):
+class SettingsTable(Struct, forbid_unknown_fields=True, frozen=True):
     """A table of the settings file."""
 
 
-class Server(Table, frozen=True):
+class ServerSettings(SettingsTable, frozen=True):
     """[server]: what listens, and what a request may cost before it is read."""
 
     host: Host | Annotated[tuple[Host, ...], Meta(min_length=1)] = "127.0.0.1"
@@ -72,7 +72,7 @@ class Server(Table, frozen=True):
         return self.max_reading_bytes or BODIES_READ * self.max_body_bytes
 
 
-class Database(Table, frozen=True):
+class DatabaseSettings(SettingsTable, frozen=True):
     """[database]"""
 
     path: Annotated[str, Meta(min_length=1)] = "redbtc.db"
@@ -80,7 +80,7 @@ class Database(Table, frozen=True):
     check_seconds: Annotated[int, Meta(ge=0, le=86400)] = 60
 
 
-class UpstreamSettings(Table, frozen=True):
+class UpstreamSettings(SettingsTable, frozen=True):
     """[[upstreams]]: where requests may go. `weight` shares among those of equal `priority`."""
 
     name: Name = "openai"
@@ -99,7 +99,7 @@ class UpstreamSettings(Table, frozen=True):
     websocket: bool = True
 
 
-class AccountLimits(Table, frozen=True):
+class AccountLimitSettings(SettingsTable, frozen=True):
     """[limits.account]: an account's limits unless set on it; 0: none."""
 
     concurrency: Count = 8
@@ -108,17 +108,17 @@ class AccountLimits(Table, frozen=True):
     background: Count = 20
 
 
-class Limits(Table, frozen=True):
+class LimitSettings(SettingsTable, frozen=True):
     """[limits]: all accounts together; 0: none."""
 
     concurrency: Count = 0
     requests_per_minute: Count = 0
     tokens_per_minute: Count = 0
     queue_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10
-    account: AccountLimits = AccountLimits()
+    account: AccountLimitSettings = AccountLimitSettings()
 
 
-class Metering(Table, frozen=True):
+class MeteringSettings(SettingsTable, frozen=True):
     """[metering]"""
 
     include_usage: Literal["add", "client"] = "add"
@@ -127,7 +127,7 @@ class Metering(Table, frozen=True):
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 15
 
 
-class Billing(Table, frozen=True):
+class BillingSettings(SettingsTable, frozen=True):
     """[billing]. The webhook gets notices of budgets, signed as Standard Webhooks are."""
 
     currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] = "USD"
@@ -135,13 +135,13 @@ class Billing(Table, frozen=True):
     terms_notice_days: Annotated[int, Meta(ge=0, le=3650)] = 14
     default_credit_limit: Annotated[str, Meta(pattern=r"^(unlimited|\d+(\.\d+)?)$")] = "unlimited"
     unpriced_models: Literal["refuse", "free"] = "refuse"
-    hold_output_tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] = 128_000
+    hold_output_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = 128_000
     hold_tool_calls: Annotated[int, Meta(ge=1, le=100_000)] = 32
     webhook_url: Annotated[str, Meta(pattern=r"^(https?://[^\s/?#]+[^\s#]*)?$")] = ""
     webhook_secret_env: Variable = ""
 
 
-class Retention(Table, frozen=True):
+class RetentionSettings(SettingsTable, frozen=True):
     """[retention]"""
 
     request_log_days_max: Count = 30
@@ -149,30 +149,30 @@ class Retention(Table, frozen=True):
     terminated_account_days: Count = 30
 
 
-class Metrics(Table, frozen=True):
+class MetricsSettings(SettingsTable, frozen=True):
     """[metrics]: with an empty `token_env` only loopback may read them."""
 
     token_env: Variable = ""
 
 
-class Settings(Table, frozen=True):
+class Settings(SettingsTable, frozen=True):
     """All of config.toml."""
 
-    server: Server = Server()
-    database: Database = Database()
+    server: ServerSettings = ServerSettings()
+    database: DatabaseSettings = DatabaseSettings()
     upstreams: Annotated[tuple[UpstreamSettings, ...], Meta(min_length=1)] = (UpstreamSettings(),)
-    limits: Limits = Limits()
-    metering: Metering = Metering()
-    billing: Billing = Billing()
-    retention: Retention = Retention()
-    metrics: Metrics = Metrics()
+    limits: LimitSettings = LimitSettings()
+    metering: MeteringSettings = MeteringSettings()
+    billing: BillingSettings = BillingSettings()
+    retention: RetentionSettings = RetentionSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @property
     def dashboard_url(self) -> str:
         """Where browsers find the gateway: server.public_url, and where that is not set where it
         listens."""
         server = self.server
-        if server.public_url != Server().public_url:
+        if server.public_url != ServerSettings().public_url:
             return server.public_url
         return url_of(server.hosts[0], server.port)
 
@@ -192,7 +192,7 @@ WITHOUT_EFFECT = [
 ]
 
 
-class SettingsError(LedgerError):
+class SettingsError(UserError):
     """The settings file is missing, unreadable or wrong."""
 
 
@@ -286,10 +286,10 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _check_billing(billing: Billing) -> None:
+def _check_billing(billing: BillingSettings) -> None:
     try:
         parse_limit(billing.default_credit_limit)
-    except LedgerError as error:
+    except UserError as error:
         raise SettingsError(f"billing.default_credit_limit: {error}") from None
     if billing.webhook_url and not (billing.webhook_secret_env and _is_url(billing.webhook_url)):
         raise SettingsError("billing.webhook_url: needs to be a URL, and webhook_secret_env beside")

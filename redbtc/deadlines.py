@@ -10,12 +10,12 @@ TICK = 0.05  # seconds: how exact timeouts are
 MAX_RINGS = 20  # clocks in a turn of the loop: what rings has about 0.1 ms of work to do
 
 
-class Clock:
+class Deadline:
     """How long a request may go on: the timeouts of its steps and of the whole, and what is left
     once the client is gone, are one deadline that moves. Within `with clock.running(...)`, in one
     task, its passing raises TimeoutError."""
 
-    def __init__(self, clocks: Clocks) -> None:
+    def __init__(self, clocks: Deadlines) -> None:
         self.client_left = False
         self.deadline = math.inf
         self.now = clocks.now
@@ -26,7 +26,7 @@ class Clock:
         self._task: asyncio.Task[Any] | None = None
         self._passed = False
 
-    def running(self, total: float, grace: float = math.inf) -> Clock:
+    def running(self, total: float, grace: float = math.inf) -> Deadline:
         """At most `total` seconds, and `grace` from when the client leaves."""
         self._grace = 0 if self._cut else grace
         self.deadline = self._last = self._clocks.now() + total
@@ -83,18 +83,18 @@ class Clock:
             self._task.cancel()
 
 
-class Clocks:
+class Deadlines:
     """All clocks that run. They are looked at together every TICK seconds: a timer for each, moved
     with each byte, would cost more than all limits."""
 
     def __init__(self) -> None:
-        self._running: set[Clock] = set()
+        self._running: set[Deadline] = set()
         self._ticking = False
         self.loop = asyncio.get_running_loop()  # to ask for it costs a system call each time
         self.now = self.loop.time
         self.discard = self._running.discard
 
-    def add(self, clock: Clock) -> None:
+    def add(self, clock: Deadline) -> None:
         """From now on it may ring."""
         self._running.add(clock)
         if not self._ticking:

@@ -33,7 +33,7 @@ from redbtc.request_body.media import decompressed
 from redbtc.slices import in_slices
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
-MOST_BYTES = 100 << 20  # of a body that came compressed
+MAX_BYTES = 100 << 20  # of a body that came compressed
 PAUSE_SECONDS = 0.02  # between two events of a stream
 TEXT_FIELDS = ("instructions", "messages", "input", "content", "text", "output", "arguments")
 MODEL: dict[str, Any] = {"object": "model", "created": 1764547200, "owned_by": "redbtc"}
@@ -101,7 +101,7 @@ async def read(request: Request) -> Json:
     try:
         raw, encoding = await request.body(), request.headers.get("content-encoding", "")
         if encoding in ("gzip", "zstd"):
-            raw = bytes(await in_slices(decompressed(raw, encoding, MOST_BYTES), ""))
+            raw = bytes(await in_slices(decompressed(raw, encoding, MAX_BYTES), ""))
         body = form(kind, raw) if kind.lower().startswith("multipart/") else orjson.loads(raw)
     except (ClientDisconnect, orjson.JSONDecodeError, Refusal):
         raise HTTPException(400, "The request body is not valid JSON.") from None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 
-class LedgerError(Exception):
+class UserError(Exception):
     """What was asked for can't be done; the message says why in one line, fit for a user."""
 
 
-class NotFound(LedgerError):
+class NotFound(UserError):
     """There is no such account or key."""
 
 
-class Conflict(LedgerError):
+class Conflict(UserError):
     """It exists already, or it is in a state that doesn't allow this."""
 
 
-class LedgerUnavailable(LedgerError):
+class StorageUnavailable(UserError):
     """The database can't be read or written now; it will be tried again."""

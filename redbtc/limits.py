@@ -22,9 +22,9 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from redbtc.config import AccountLimits, Settings
-from redbtc.config import Limits as LimitSettings
-from redbtc.deadlines import Clock
+from redbtc.config import AccountLimitSettings, Settings
+from redbtc.config import LimitSettings as LimitSettings
+from redbtc.deadlines import Deadline
 from redbtc.headers import Headers
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.store.keys import Key
@@ -278,7 +278,7 @@ class Admission:
         ]
 
 
-class Limits:
+class Limiter:
     """All that is in flight, by key, by account and over all."""
 
     def __init__(self) -> None:
@@ -291,7 +291,7 @@ class Limits:
         """Charge one request, before its body is read. Raises Refusal if a rate is used up."""
         return Admission(self._bounds(key, limits), limits.queue_seconds)
 
-    async def admit(self, admission: Admission, estimate: int, clock: Clock) -> None:
+    async def admit(self, admission: Admission, estimate: int, clock: Deadline) -> None:
         """Charge the tokens and take the places, which leaving the admission's `with` gives back.
         Raises Refusal if a rate is used up, or no place comes free within `limits.queue_seconds`;
         ClientLeft."""
@@ -299,12 +299,12 @@ class Limits:
         if clock.client_left:
             raise ClientLeft
         admission.charge("tokens", estimate)
-        patience = time.monotonic() + admission.queue_seconds
+        deadline = time.monotonic() + admission.queue_seconds
         account = admission.bounds[1].limited
         for bound in admission.bounds:
             places = bound.limited.places
             if not places.take_now(bound.concurrency):
-                await self._wait_for_place(bound, account, patience, clock)
+                await self._wait_for_place(bound, account, deadline, clock)
             admission.places.append(places)
         admission.admitted = True
 
@@ -339,7 +339,7 @@ class Limits:
         )
 
     def _bound(
-        self, account_id: str, own: OwnLimits, factor: int | None, usual: AccountLimits
+        self, account_id: str, own: OwnLimits, factor: int | None, usual: AccountLimitSettings
     ) -> Bound:
         """That of an account. `factor`: thousandths of its limits that it is held to; of a limit
         something is always left."""
@@ -373,10 +373,10 @@ class Limits:
         return {"key": of_key.report(now), "account": of_account.report(now)}
 
     async def _wait_for_place(
-        self, bound: Bound, account: Limited, patience: float, clock: Clock
+        self, bound: Bound, account: Limited, deadline: float, clock: Deadline
     ) -> None:
         try:
-            await self.wait(account, bound.limited.places, 1, patience, clock)
+            await self.wait(account, bound.limited.places, 1, deadline, clock)
         except TimeoutError:
             headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
             what = f"{bound.limited.what} may have {bound.concurrency} requests in flight"
@@ -384,7 +384,7 @@ class Limits:
             raise NoRoom(message, headers) from None
 
     async def wait(
-        self, account: Limited, places: Places, amount: int, patience: float, clock: Clock
+        self, account: Limited, places: Places, amount: int, deadline: float, clock: Deadline
     ) -> None:
         """Take `amount` places in turn. Raises TimeoutError at `patience`, a time of the monotonic
         clock, or at once if MAX_WAITING requests of the account wait already; ClientLeft."""
@@ -393,7 +393,7 @@ class Limits:
         account.waiting += 1
         self.queued += 1
         try:
-            with clock.running(patience - time.monotonic(), grace=0):
+            with clock.running(deadline - time.monotonic(), grace=0):
                 await places.take_in_turn(amount)
         except TimeoutError:
             if clock.client_left:
@@ -410,7 +410,7 @@ class Reservation:
     and all accounts together all of it, without the first OWN_BYTES of each account. The first
     FREE_BYTES of each of an account's first MAX_FREE requests are not counted."""
 
-    def __init__(self, limits: Limits, key: Key, settings: Settings) -> None:
+    def __init__(self, limits: Limiter, key: Key, settings: Settings) -> None:
         self.account_id = key.account_id
         self._limits = limits
         self._account, self._everybody = limits.memory(key)
@@ -432,7 +432,7 @@ class Reservation:
         if self._held:
             self.give_back(self._size)
 
-    async def take(self, size: int, clock: Clock | None) -> None:
+    async def take(self, size: int, clock: Deadline | None) -> None:
         """Hold `size` bytes more. Raises Refusal if they do not come free within
         `limits.queue_seconds`; ClientLeft. Only one task at a time may wait. If `clock` is None, go
         ahead of those who wait, and do not wait: the memory is in use already."""
@@ -471,22 +471,22 @@ class Reservation:
         """Bytes of the account that count for the whole gateway."""
         return max(0, self._account.reading.taken - OWN_BYTES)
 
-    async def _take(self, more: int, clock: Clock | None) -> None:
+    async def _take(self, more: int, clock: Deadline | None) -> None:
         seconds = self.settings.limits.queue_seconds
         if self._held:  # growing bodies can wait for each other: let one of them give up first
             seconds *= random.uniform(0.5, 1)
-        patience, most = time.monotonic() + seconds, self.settings.server.reading_bytes
+        deadline, most = time.monotonic() + seconds, self.settings.server.reading_bytes
         taken = 0
         try:
-            await self._take_share(self._account, most // 2, more, patience, clock)
+            await self._take_share(self._account, most // 2, more, deadline, clock)
             taken = more
-            await self._take_shared(most, more, patience, clock)
+            await self._take_shared(most, more, deadline, clock)
         except BaseException:
             self._release(taken)  # none may have been taken for an instant, and counted as shared
             raise
 
     async def _take_shared(
-        self, most: int, more: int, patience: float, clock: Clock | None
+        self, most: int, more: int, deadline: float, clock: Deadline | None
     ) -> None:
         """Take the part of `more` bytes that counts for the whole gateway. What other requests of
         the account are waiting for is left to them."""
@@ -495,20 +495,20 @@ class Reservation:
         if beyond > 0:
             account.shared_waits += beyond
             try:
-                await self._take_share(self._everybody, most, beyond, patience, clock)
+                await self._take_share(self._everybody, most, beyond, deadline, clock)
             finally:
                 account.shared_waits -= beyond
             account.shared += beyond
             self._release(0)  # what others of the account gave back meanwhile
 
     async def _take_share(
-        self, limited: Limited, most: int, more: int, patience: float, clock: Clock | None
+        self, limited: Limited, most: int, more: int, deadline: float, clock: Deadline | None
     ) -> None:
         if not limited.reading.take_now(most, more, ahead=clock is None):
             try:
                 if clock is None:
                     raise TimeoutError
-                await self._limits.wait(self._account, limited.reading, more, patience, clock)
+                await self._limits.wait(self._account, limited.reading, more, deadline, clock)
             except TimeoutError:
                 message = f"Too many large request bodies at once for {limited.what}."
                 raise NoRoom(message) from None

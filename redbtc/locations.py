@@ -10,7 +10,7 @@ import orjson
 EXTRAS = {"web_search": 1, "file_search": 2, "container": 4, "cache_write_12h": 8}
 
 
-class Home(NamedTuple):
+class ObjectLocation(NamedTuple):
     """Where an object is stored; the further models that a request which builds on it uses (JSON;
     None: none); for a response, whether the upstream chose all the ids in the listing of its input;
     and the extras (bits of EXTRAS) and tokens that a request which builds on it gets with it: at
@@ -23,18 +23,20 @@ class Home(NamedTuple):
     tokens: int | None = None
     likely_tokens: int | None = None
 
-    def with_tokens(self, tokens: int | None, likely: int | None = None) -> Home:
+    def with_tokens(self, tokens: int | None, likely: int | None = None) -> ObjectLocation:
         """Return the same home for an object of so many tokens."""
-        return Home(self.upstream, self.models, self.minted_input, self.extras, tokens, likely)
+        return ObjectLocation(
+            self.upstream, self.models, self.minted_input, self.extras, tokens, likely
+        )
 
     @property
     def likely(self) -> int:
         """Return how many tokens the object likely has, for an estimate."""
         return (self.tokens if self.likely_tokens is None else self.likely_tokens) or 0
 
-    def joined(self, later: Home) -> Home:
+    def joined(self, later: ObjectLocation) -> ObjectLocation:
         """Return the same home with the models, extras and tokens of a later one added."""
-        return Home(
+        return ObjectLocation(
             self.upstream,
             joined(self.models, later.models),
             self.minted_input,

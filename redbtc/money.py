@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 
 # An amount of money is an integer of nanos: thousand-millionths of the currency's unit. Python's
 # integers have no bound, so no sum is ever rounded or overflows. Outside it is a decimal string,
@@ -16,14 +16,14 @@ from redbtc.errors import LedgerError
 NANOS = 1_000_000_000
 UNLIMITED = -1  # as a credit limit
 AMOUNT = re.compile(r"([+-]?)([0-9]{1,18})(?:\.([0-9]{1,9}))?")
-MOST_LIMIT = 9_000_000_000 * NANOS  # of a credit limit or a budget: it fits into an INTEGER
+MAX_LIMIT = 9_000_000_000 * NANOS  # of a credit limit or a budget: it fits into an INTEGER
 
 
 def parse_amount(text: str) -> int:
-    """Nanos of a decimal string: up to 18 digits, and 9 after the point. Raises LedgerError."""
+    """Nanos of a decimal string: up to 18 digits, and 9 after the point. Raises UserError."""
     match = AMOUNT.fullmatch(text.strip())
     if not match:
-        raise LedgerError(
+        raise UserError(
             f"{text!r} is not an amount; write it like 12.50 (at most 9 digits after the point)"
         )
     sign, units, fraction = match.groups()
@@ -40,12 +40,12 @@ def decimal(nanos: int, digits: int = 0) -> str:
 
 @functools.lru_cache(1000)
 def parse_limit(text: str) -> int:
-    """Nanos of a credit limit or budget, or UNLIMITED for 'unlimited'. Raises LedgerError."""
+    """Nanos of a credit limit or budget, or UNLIMITED for 'unlimited'. Raises UserError."""
     if text == "unlimited":
         return UNLIMITED
     limit = parse_amount(text)
-    if not 0 <= limit <= MOST_LIMIT:
-        raise LedgerError(f"{text!r}: a limit is 'unlimited' or from 0 to {decimal(MOST_LIMIT)}")
+    if not 0 <= limit <= MAX_LIMIT:
+        raise UserError(f"{text!r}: a limit is 'unlimited' or from 0 to {decimal(MAX_LIMIT)}")
     return limit
 
 

@@ -23,7 +23,7 @@ from redbtc.histogram import Histogram
 from redbtc.refusals import Refusal, refusal_of
 from redbtc.server.asgi import Scope
 from redbtc.times import iso_time, now_ms
-from redbtc.usage import Outcome, Row
+from redbtc.usage import Outcome, RequestRow
 
 LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 30, 40, 50)}
 LOG_LINES_A_SECOND = 2000
@@ -99,7 +99,7 @@ class Log:
 LOG = Log()
 
 
-def say(level: int, event: str, **fields: Any) -> None:
+def log(level: int, event: str, **fields: Any) -> None:
     """One line of the log, where its level is wanted."""
     if level >= LOG.level:
         LOG.write(level, event, fields)
@@ -113,7 +113,7 @@ def shown_error(error: BaseException | None) -> dict[str, Any]:
     return {"error": type(error).__name__ if error else None, "places": places}
 
 
-class Watch:
+class Telemetry:
     """Counts and logs. The metrics' names are something that users rely on. Counting is a matter of
     plain numbers; prometheus-client is asked only when somebody reads them."""
 
@@ -160,7 +160,7 @@ class Watch:
                 family.add_metric([route], histogram.buckets(), histogram.total)
             yield family
 
-    def settled(self, scope: Scope, row: Row) -> None:
+    def settled(self, scope: Scope, row: RequestRow) -> None:
         """A request that left for an upstream is over."""
         scope["settled"] = True
         self._requests[row.endpoint, str(row.status or 0), row.outcome] += 1

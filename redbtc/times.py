@@ -7,7 +7,7 @@ import re
 import time
 from datetime import UTC, datetime, timedelta
 
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 
 DAY = 86_400_000  # milliseconds
 MINUTE = 60_000
@@ -17,7 +17,7 @@ MINUTE = 60_000
 RELATIVE_TIME = re.compile(r"(\d{1,9})(s|m|h|d|w)")
 MONTH = re.compile(r"(19[7-9]|2[0-9]{2})[0-9]-(0[1-9]|1[0-2])")
 SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-LONGEST = 100 * 365 * 86_400_000  # duration
+MAX_DURATION_MS = 100 * 365 * 86_400_000  # duration
 END_OF_TIME = 32_503_680_000_000  # 3000-01-01
 
 
@@ -40,33 +40,33 @@ def _iso_second(seconds: int) -> str:
 
 
 def parse_duration(text: str) -> int:
-    """Milliseconds of '90s', '15m', '24h', '30d' or '2w', at most 100 years. Raises LedgerError."""
+    """Milliseconds of '90s', '15m', '24h', '30d' or '2w', at most 100 years. Raises UserError."""
     match = RELATIVE_TIME.fullmatch(text.strip())
     if not match:
-        raise LedgerError(f"{text!r} is not a duration; write it like 90s, 15m, 24h, 30d or 2w")
+        raise UserError(f"{text!r} is not a duration; write it like 90s, 15m, 24h, 30d or 2w")
     duration = int(match[1]) * SECONDS_IN[match[2]] * 1000
-    if duration > LONGEST:
-        raise LedgerError(f"{text!r} is too long; a duration has at most 100 years")
+    if duration > MAX_DURATION_MS:
+        raise UserError(f"{text!r} is too long; a duration has at most 100 years")
     return duration
 
 
 def parse_time(text: str, now: int, *, relative_to_past: bool) -> int:
     """Milliseconds since 1970 of an ISO 8601 time (UTC where it names no zone) or of a duration
-    ('24h'), which counts back from `now` (milliseconds) or forward. Raises LedgerError."""
+    ('24h'), which counts back from `now` (milliseconds) or forward. Raises UserError."""
     if RELATIVE_TIME.fullmatch(text.strip()):
         distance = parse_duration(text)
         return now - distance if relative_to_past else now + distance
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise LedgerError(
+        raise UserError(
             f"{text!r} is not a time; write ISO 8601 (2026-11-23T10:00:00Z) or a duration (24h)"
         ) from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     milliseconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
     if not 0 <= milliseconds < END_OF_TIME:
-        raise LedgerError(f"{text!r} is out of range; times are from 1970 to 2999")
+        raise UserError(f"{text!r} is out of range; times are from 1970 to 2999")
     return milliseconds
 
 
@@ -81,9 +81,9 @@ def month_of(milliseconds: int) -> str:
 
 
 def parse_month(text: str) -> str:
-    """'2026-11', where that is a month. Raises LedgerError."""
+    """'2026-11', where that is a month. Raises UserError."""
     if not MONTH.fullmatch(text):
-        raise LedgerError(f"{text!r} is not a month; write it like 2026-11")
+        raise UserError(f"{text!r} is not a month; write it like 2026-11")
     return text
 
 

@@ -37,7 +37,7 @@ class Usage(Struct, frozen=True):
     containers: int | None = None
 
 
-class Part(NamedTuple):
+class UsagePart(NamedTuple):
     """Of what a request used, what one model did: None is the one that was asked for. `images`: as
     an image endpoint counts, with pictures as parts of input and output."""
 
@@ -46,7 +46,7 @@ class Part(NamedTuple):
     images: bool
 
 
-class Row(Struct):
+class RequestRow(Struct):
     """One request in the ledger; schema.sql explains each field. Times in milliseconds."""
 
     request_id: str
@@ -71,4 +71,4 @@ class Row(Struct):
     usage: Usage = Usage()
 
 
-MOST_TOKENS = 100_000_000  # no request has more: what claims so is no count of tokens
+MAX_TOKENS = 100_000_000  # no request has more: what claims so is no count of tokens

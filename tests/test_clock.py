@@ -20,7 +20,7 @@ from test_stored import Memory, create
 from upstream import Upstream, json_answer, response_object
 
 from redbtc.admin.set_time import LATER, MOVES, SET_TIME, TIME_IS_SET
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.store.clock import BELIEVED_AFTER, MS, LedgerClock
 from redbtc.store.schema import migrations, schema
 from redbtc.times import DAY, month_of
@@ -156,7 +156,7 @@ def test_an_accepted_clock_is_followed_wherever_it_jumps(clocks: Clocks) -> None
 def test_setting_the_time_back_believes_a_clock_that_is_behind(clocks: Clocks) -> None:
     clock = LedgerClock()
     clock.go_on_from(clocks.wall + 400 * DAY)
-    with pytest.raises(LedgerError, match="more than a day later"):
+    with pytest.raises(UserError, match="more than a day later"):
         clock.start(accept=False)
     clock.set_back(clocks.wall)
     clock.start(accept=False)

@@ -34,20 +34,20 @@ from upstream import Received, Reply, Upstream, event, json_answer
 
 from redbtc import money
 from redbtc.admin.passwords import (
-    MOST_OF_ONE,
+    MAX_OF_ONE,
     Busy,
-    Hashing,
+    HashingPool,
     Later,
     Throttle,
     TooMany,
     check_password,
     scrypt,
 )
-from redbtc.admin.users import LINK_LASTS, LOGINS_KNOWN, MOST_SESSIONS, Users, hash_of
+from redbtc.admin.users import LINK_LASTS, LOGINS_KNOWN, MAX_SESSIONS, Users, hash_of
 from redbtc.billing.csv import csv_line
 from redbtc.dashboard import account_pages, app, operator_pages, rendering
 from redbtc.dashboard.sessions import network_of
-from redbtc.errors import Conflict, LedgerError, NotFound
+from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.gateway.state import MAX_ASKED
 from redbtc.store.accounts import Accounts
 from redbtc.store.database import Store
@@ -339,7 +339,7 @@ def test_passwords_that_are_too_easy() -> None:
         "x" * 1001,
         "ada@example.com ada",
     ):
-        with pytest.raises(LedgerError, match="password"):
+        with pytest.raises(UserError, match="password"):
             check_password(password, "ada@example.com")
     check_password(PASSWORD, "ada@example.com")
 
@@ -350,7 +350,7 @@ def test_none_takes_longer_to_judge_than_to_hash() -> None:
     hashing = cost(lambda: scrypt(PASSWORD, bytes(16)))
 
     def judge(password: str, email: str) -> None:
-        with contextlib.suppress(LedgerError):
+        with contextlib.suppress(UserError):
             check_password(password, email)
 
     dots = [".".join("o" * length for length in range(*ends)) for ends in ((1, 10), (10, 21))]
@@ -442,7 +442,7 @@ def test_guessing_from_everywhere_keeps_no_browser_out_that_knows_the_login(
 
 def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
     async def main() -> None:
-        hashing = Hashing()
+        hashing = HashingPool()
         with contextlib.ExitStack() as rooms:
 
             def ask(who: str, network: str, times: int) -> int:
@@ -454,10 +454,10 @@ def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
                 return times
 
             for network in range(9):
-                assert ask("anybody", str(network), 12) == MOST_OF_ONE
-            assert ask("anybody", "another", 12) == MOST_OF_ONE  # which are all
+                assert ask("anybody", str(network), 12) == MAX_OF_ONE
+            assert ask("anybody", "another", 12) == MAX_OF_ONE  # which are all
             assert ask("anybody", "yet another", 1) == 0
-            assert ask("known", "1", 12) == MOST_OF_ONE
+            assert ask("known", "1", 12) == MAX_OF_ONE
             room = rooms.enter_context(hashing.room("known", "another"))
             assert await room.run(scrypt, "a", b"b") == scrypt("a", b"b")
         assert not hashing._waiting
@@ -810,7 +810,7 @@ def test_an_account_s_logins_fill_no_room_of_others(
 
 def test_an_account_without_room_keeps_no_login_out_that_has_other_room() -> None:
     """Of those that a browser knows; an operator's needs none of an account."""
-    hashing = Hashing()
+    hashing = HashingPool()
 
     def is_full(accounts: list[str | None]) -> bool:
         try:
@@ -820,7 +820,7 @@ def test_an_account_without_room_keeps_no_login_out_that_has_other_room() -> Non
             return True
 
     with contextlib.ExitStack() as waiting:
-        for number in range(MOST_OF_ONE):
+        for number in range(MAX_OF_ONE):
             waiting.enter_context(hashing.room("known", f"network {number}", ["a"]))
         found = [is_full(each) for each in (["a"], ["a", "b"], ["b", "a"], ["a", None], [None])]
         assert found == [True, False, False, False, False]
@@ -926,7 +926,7 @@ def test_of_too_many_sessions_the_oldest_end(
             instant = store.time()
             monkeypatch.setattr(store, "time", lambda: instant)
             begun = []
-            for _ in range(MOST_SESSIONS + 5):
+            for _ in range(MAX_SESSIONS + 5):
                 logged_in = await users.log_in(user["id"], hashed, "")
                 session = users.session(logged_in.cookie) if logged_in else None
                 assert logged_in is not None
@@ -2197,7 +2197,7 @@ def test_the_pages_of_notices_are_all_notices_once(
         shown = [list(dict.fromkeys(re.findall(r"notice \d{3}", text))) for text in found]
         assert shown == [texts[:0:-1], texts[:1]]
     overview = owner.get(account).text
-    assert re.findall(r"notice \d{3}", overview) == texts[: -account_pages.MOST_TOLD - 1 : -1]
+    assert re.findall(r"notice \d{3}", overview) == texts[: -account_pages.MAX_TOLD - 1 : -1]
     assert f">{most + 1 - account_pages.MOST_TOLD} more notices<" in overview
 
 

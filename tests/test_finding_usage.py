@@ -359,7 +359,9 @@ def test_model_and_id_are_looked_for_until_they_are_known() -> None:
         assert meter.report.model == "gpt-up"
         assert meter.report.response_id == first.get("id", "resp_1")
         text = {"type": "response.output_text.delta", "delta": "x"}
-        assert meter.is_dull(event(chat_chunk("gpt-up", {"content": "x"}) if chat else text))
+        assert meter.can_skip_parsing(
+            event(chat_chunk("gpt-up", {"content": "x"}) if chat else text)
+        )
 
 
 USAGE_CHUNKS = [

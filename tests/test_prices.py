@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 from redbtc.billing import notices as notices_module
 from redbtc.billing import prices as prices_module
-from redbtc.billing.price_list import PriceList
+from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.usage import Usage
 
@@ -523,7 +523,7 @@ PRICES = st.lists(
 def test_which_says_what_is_billed(prices: list[Price], model: str, at: int) -> None:
     """Exactly one of all that match applies, the one by which a request is billed."""
     numbered = [structs.replace(price, id=number) for number, price in enumerate(prices, 1)]
-    of_all = PriceList(numbered)
+    of_all = PriceTable(numbered)
     for tier in ("default", "flex"):
         for tokens in (0, 101):
             found = of_all.which(model, at, tier, tokens)

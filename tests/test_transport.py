@@ -45,7 +45,7 @@ from upstream import (
 
 from redbtc.config import parse_settings
 from redbtc.upstream import upstreams
-from redbtc.upstream.http1 import Connection, ResponseBody, Transport
+from redbtc.upstream.http1 import ResponseBody, Transport, UpstreamHTTPConnection
 
 Transports = Callable[[], httpx2.AsyncBaseTransport]
 BODY = b'{"model":"gpt-up","stream":true,"messages":[],"input":"Hi"}'
@@ -434,7 +434,7 @@ def test_a_request_that_nobody_has_seen_is_sent_again(
     monkeypatch: pytest.MonkeyPatch, loops: str, replayable: bool
 ) -> None:
     """The upstream closes just after the connection was found open."""
-    reuse = Connection.reuse
+    reuse = UpstreamHTTPConnection.reuse
 
     async def parts() -> AsyncIterator[bytes]:
         yield BODY
@@ -448,12 +448,12 @@ def test_a_request_that_nobody_has_seen_is_sent_again(
                 await in_thread(lambda: server.serve(sock))
                 await first
 
-                def found_open_then_closed(connection: Connection) -> bool:
+                def found_open_then_closed(connection: UpstreamHTTPConnection) -> bool:
                     found = reuse(connection)
                     sock.close()
                     return found
 
-                monkeypatch.setattr(Connection, "reuse", found_open_then_closed)
+                monkeypatch.setattr(UpstreamHTTPConnection, "reuse", found_open_then_closed)
                 body = BODY if replayable else parts()
                 headers = {"content-length": str(len(BODY))}
                 second = asyncio.create_task(
@@ -561,14 +561,14 @@ def test_cancelled_anywhere_a_connection_is_kept_whole_or_closed(upstream: Upstr
 def test_a_closed_connection_waits_for_no_garbage_collector(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, loops: str
 ) -> None:
-    made: list[weakref.ref[Connection]] = []
-    connection_made = Connection.connection_made
+    made: list[weakref.ref[UpstreamHTTPConnection]] = []
+    connection_made = UpstreamHTTPConnection.connection_made
 
-    def note(connection: Connection, transport: asyncio.BaseTransport) -> None:
+    def note(connection: UpstreamHTTPConnection, transport: asyncio.BaseTransport) -> None:
         made.append(weakref.ref(connection))
         connection_made(connection, transport)
 
-    monkeypatch.setattr(Connection, "connection_made", note)
+    monkeypatch.setattr(UpstreamHTTPConnection, "connection_made", note)
 
     async def main() -> None:
         async with Transport() as transport:

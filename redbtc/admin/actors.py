@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
-from redbtc.admin.users import Session
-from redbtc.errors import LedgerError
+from redbtc.admin.users import LoginSession
+from redbtc.errors import UserError
 from redbtc.store.keys import Key
 from redbtc.store.records import Record
 
@@ -20,11 +20,11 @@ class Actor(NamedTuple):
     rank: Rank
     account_id: str | None = None  # None: all
     key: Key | None = None
-    session: Session | None = None
+    session: LoginSession | None = None
     network: str = ""
 
 
-class Invalid(LedgerError):
+class Invalid(UserError):
     """What was sent is not of the form that is asked for; the message names the place, `field` the
     member, where it is about one."""
 
@@ -34,19 +34,19 @@ class Invalid(LedgerError):
         self.field = place.rpartition(".")[2]
 
 
-class TooLarge(LedgerError):
+class TooLarge(UserError):
     """A body of more bytes than are wanted."""
 
 
-class Forbidden(LedgerError):
+class Forbidden(UserError):
     """Not for this actor, who may know that it is there."""
 
 
-class Unauthorized(LedgerError):
+class Unauthorized(UserError):
     """Nobody is logged in, or shows a key."""
 
 
-class Running(Protocol):
+class RunningGateway(Protocol):
     """What is shown of the gateway at work, which it gives at assembly."""
 
     @property
@@ -75,7 +75,7 @@ class Running(Protocol):
         """Requests in flight and queued, what was refused, each upstream."""
 
 
-class Stopped:
+class StoppedGateway:
     """A gateway that does not run: the operations are those of a command's own process."""
 
     example_model = ""

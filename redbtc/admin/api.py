@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from redbtc.admin.actors import RANKS, Actor, Forbidden, Invalid, Running
+from redbtc.admin.actors import RANKS, Actor, Forbidden, Invalid, RunningGateway
 from redbtc.admin.inputs import (
     AccountChange,
     AccountsQuery,
@@ -23,6 +23,7 @@ from redbtc.admin.inputs import (
     NewPayment,
     NewPrice,
     NewPrices,
+    NewThrottle,
     NewTime,
     NewUser,
     OverviewQuery,
@@ -32,7 +33,6 @@ from redbtc.admin.inputs import (
     StatementQuery,
     SumsQuery,
     Suspension,
-    Throttle,
     UsageQuery,
     UsersQuery,
     WhichPriceQuery,
@@ -79,14 +79,14 @@ from redbtc.admin.outputs import (
     WhichPrice,
 )
 from redbtc.admin.set_time import preview, set_time, time_to_set
-from redbtc.admin.users import Session, Users
-from redbtc.billing.books import Books, for_account
+from redbtc.admin.users import LoginSession, Users
+from redbtc.billing.books import Billing, for_account
 from redbtc.billing.notices import matches
 from redbtc.billing.overviews import lately, list_accounts, months, spending, traffic
-from redbtc.billing.prices import MOST_CALL_RATE, MOST_RATE, UNITS, Price, Rates
+from redbtc.billing.prices import MAX_CALL_RATE, MAX_RATE, UNITS, Price, Rates
 from redbtc.billing.reports import Range, copy_requests, older_than, requests_in, usage_by
 from redbtc.billing.statements import statement
-from redbtc.errors import Conflict, LedgerError, NotFound
+from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.money import NANOS, parse_amount
 from redbtc.slices import with_turns
 from redbtc.store.accounts import Accounts, no_account, no_key
@@ -97,7 +97,7 @@ from redbtc.store.keys import Key
 from redbtc.store.records import Record
 from redbtc.times import parse_duration, parse_month, parse_time
 
-MOST_ROWS = 1000  # requests that a browser or a key gets at once
+MAX_ROWS = 1000  # requests that a browser or a key gets at once
 
 ACCOUNT_ID = re.compile(r"acct_[0-9a-f]{16}")
 
@@ -105,7 +105,7 @@ ACCOUNT_ID = re.compile(r"acct_[0-9a-f]{16}")
 class API:
     """What can be done, and who may. `public_url` is where browsers find the gateway."""
 
-    def __init__(self, books: Books, running: Running, public_url: str) -> None:
+    def __init__(self, books: Billing, running: RunningGateway, public_url: str) -> None:
         self.books = books
         self.users = Users(books.store)
         self._running = running
@@ -136,7 +136,7 @@ class API:
         body: bytes | Mapping[str, Any] = b"",
     ) -> Any:
         """What the operation answers: a record, or bytes of JSON as they come. A body of text
-        values, as a form has them, is read as such. Raises LedgerError."""
+        values, as a form has them, is read as such. Raises UserError."""
         path = path or {}
         if RANKS[actor.rank] < RANKS[operation.least]:
             raise Forbidden("this is not for your role")
@@ -210,7 +210,7 @@ class API:
     async def add_account(self, actor: Actor, body: NewAccount) -> Record:
         """Add an account."""
         if ACCOUNT_ID.fullmatch(body.name):  # where either will do, it would be taken for another's
-            raise LedgerError(f"{body.name!r} has the form of an account's id; take another name")
+            raise UserError(f"{body.name!r} has the form of an account's id; take another name")
         limits = limits_in(body)
         account = await self._accounts.add(body.name, body.email, limits, actor.name)
         return await self._with_money(account, actor)
@@ -237,13 +237,13 @@ class API:
         return await self._accounts.resume(account["id"], actor.name)
 
     @operation("POST", "/accounts/{account}/throttle", least="operator", answer=Account)
-    async def throttle_account(self, actor: Actor, account: Record, body: Throttle) -> Record:
+    async def throttle_account(self, actor: Actor, account: Record, body: NewThrottle) -> Record:
         """Hold an account to a part of its limits, for a time or until that is lifted."""
         factor = parse_amount(body.factor if body.factor[0] != "." else f"0{body.factor}")
         now = self.books.store.time()
         until = time_in(body.until, now)
         if until is not None and until <= now:
-            raise LedgerError("a throttle must end later than now")
+            raise UserError("a throttle must end later than now")
         thousandths = factor // (NANOS // 1000)
         if thousandths == 1000:
             return await self._accounts.throttle(account["id"], None, None, actor.name)
@@ -308,7 +308,7 @@ class API:
     async def add_prices(self, actor: Actor, body: NewPrices) -> Record:
         """Add prices, all or none; say which models they apply to and what they leave out."""
         if body.currency not in (None, self.books.currency):
-            raise LedgerError(f"these prices are in {body.currency}, not in {self.books.currency}")
+            raise UserError(f"these prices are in {body.currency}, not in {self.books.currency}")
         return await self.books.add_prices(
             prices_of(body, self.books.store.time()),
             without_notice=body.without_notice,
@@ -363,7 +363,7 @@ class API:
         """An account's month."""
         try:
             wanted = parse_month(month)
-        except LedgerError as error:
+        except UserError as error:
             raise Invalid(str(error)) from None
         return await statement(self.books, account, wanted, query.limit)
 
@@ -421,7 +421,7 @@ class API:
         if actor.account_id and body.role == "operator":
             raise Forbidden("only operators make operators")
         if (body.role == "operator") == bool(body.account or actor.account_id):
-            raise LedgerError("a user is an operator, or belongs to an account")
+            raise UserError("a user is an operator, or belongs to an account")
         account_id = None
         if body.role != "operator":
             account_id = (await self._account(actor, body.account))["id"]
@@ -450,7 +450,7 @@ class API:
         return found
 
     @staticmethod
-    def _session(actor: Actor) -> Session:
+    def _session(actor: Actor) -> LoginSession:
         if actor.session is None:
             raise NotFound("this is for whoever is logged in")
         return actor.session
@@ -515,7 +515,7 @@ class API:
             wanted = await older_than(self.books.store, wanted, query.before)
         if actor.key is None and actor.session is None:
             return self._report(msgspec.structs.replace(wanted, limit=limit))
-        wanted = msgspec.structs.replace(wanted, limit=min(query.limit or 100, MOST_ROWS))
+        wanted = msgspec.structs.replace(wanted, limit=min(query.limit or 100, MAX_ROWS))
         currency = self.books.currency
         async with self.books.store.snapshot() as snapshot:
             rows = await requests_in(snapshot, wanted, currency)
@@ -614,7 +614,7 @@ class API:
 MONEY_SHOWN = ("balance", "held", "available", "month", "spent_this_month", "currency")
 
 
-def database_size(books: Books) -> Record:
+def database_size(books: Billing) -> Record:
     """Return the size of the database and the room on its disk, in bytes."""
     store = books.store
     size = size_of(store.path) + store.wal_bytes
@@ -623,7 +623,7 @@ def database_size(books: Books) -> Record:
 
 
 def prices_of(body: NewPrices, now: int) -> list[Price]:
-    """Return the prices; durations count from `now`, the ledger's time. Raises LedgerError for a
+    """Return the prices; durations count from `now`, the ledger's time. Raises UserError for a
     rate that is none."""
     return [
         price_of(each, model, body.source, now)
@@ -633,19 +633,19 @@ def prices_of(body: NewPrices, now: int) -> list[Price]:
 
 
 def price_of(given: NewPrice, model: str, source: str | None, now: int) -> Price:
-    """Return one price, as `prices_of` does. Raises LedgerError for a rate that is none."""
+    """Return one price, as `prices_of` does. Raises UserError for a rate that is none."""
     if not model.isprintable():
-        raise LedgerError(f"{model!r} is not a name or pattern of models")
+        raise UserError(f"{model!r} is not a name or pattern of models")
     rates: dict[str, Any] = {}
     for name in Rates._fields:
         rate = getattr(given, name)
         if rate is not None:
             rates[name] = parse_amount(rate)
-            most = MOST_CALL_RATE if name in UNITS else MOST_RATE
+            most = MAX_CALL_RATE if name in UNITS else MAX_RATE
             if not 0 <= rates[name] <= most:
-                raise LedgerError(f"a rate of {rate} for {name} of {model} is out of range")
+                raise UserError(f"a rate of {rate} for {name} of {model} is out of range")
     if not rates:
-        raise LedgerError(f"a price of {model} needs at least one rate; 0 where it is free")
+        raise UserError(f"a price of {model} needs at least one rate; 0 where it is free")
     return Price(
         model=model,
         tier=given.tier,

@@ -18,17 +18,17 @@ from redbtc.admin.api import API, OPERATIONS
 from redbtc.admin.openapi import openapi
 from redbtc.admin.operations import PREFIX, Operation
 from redbtc.admin.passwords import Busy, Later, TooMany
-from redbtc.errors import Conflict, LedgerError, LedgerUnavailable, NotFound
+from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.slices import with_turns
 from redbtc.store.records import Record
 
 WHO = b"redbtc-user"  # the header with which a command says who gives it
 PART_BYTES = 64 << 10
-MOST_BODY_BYTES = 4 << 20  # of an operator: a list of thousands of prices
+MAX_BODY_BYTES = 4 << 20  # of an operator: a list of thousands of prices
 MAX_MEMBERS_BODY = 64 << 10  # of others; 4 MB of JSON take 100 ms to read
 MAX_FIELDS = 100  # of a query or a form
 
-STATUS: dict[type[LedgerError], int] = {
+STATUS: dict[type[UserError], int] = {
     Invalid: 400,
     Unauthorized: 401,
     Forbidden: 403,
@@ -36,7 +36,7 @@ STATUS: dict[type[LedgerError], int] = {
     Conflict: 409,
     TooLarge: 413,
     TooMany: 429,
-    LedgerUnavailable: 503,
+    StorageUnavailable: 503,
     Busy: 503,
 }
 OTHERWISE = 409  # well formed, but it can't be done
@@ -116,7 +116,7 @@ async def error_answer(status: int, message: str, headers: Mapping[str, str]) ->
 
 
 async def refused(_: Request, error: Exception) -> Response:
-    """A LedgerError."""
+    """A UserError."""
     status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
     return await error_answer(status, str(error), retry_after(error))
 
@@ -124,7 +124,7 @@ async def refused(_: Request, error: Exception) -> Response:
 def retry_after(error: Exception) -> dict[str, str]:
     """A header, where it makes sense to try again."""
     seconds = error.seconds if isinstance(error, Later) else 5
-    again = isinstance(error, (Later, LedgerUnavailable))
+    again = isinstance(error, (Later, StorageUnavailable))
     return {"retry-after": str(seconds)} if again else {}
 
 
@@ -149,7 +149,7 @@ def served(api: API, authenticate: Authenticate) -> Starlette:
     for path, operations in by_path.items():
         endpoint = _endpoint(api, operations, authenticate)
         routes.append(Route(path, endpoint, methods=list(operations)))
-    handlers: dict[Any, Any] = {LedgerError: refused, HTTPException: unknown, Exception: unknown}
+    handlers: dict[Any, Any] = {UserError: refused, HTTPException: unknown, Exception: unknown}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return app
@@ -198,7 +198,7 @@ def _endpoint(
         if len(query) < len(pairs):
             raise Invalid("a query parameter stands twice")
         has_body = operation.method in ("POST", "PATCH")
-        most = MOST_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
+        most = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
         body = await whole_body(request, most) if has_body else b""
         actor = authenticate(request)  # again: what let him in may have ended meanwhile
         found = await api.perform(operation, actor, request.path_params, query=query, body=body)

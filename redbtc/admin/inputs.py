@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from redbtc.billing.books import NOTICE_TEXT
 from redbtc.billing.prices import DEFAULT_TIER
-from redbtc.usage import MOST_TOKENS
+from redbtc.usage import MAX_TOKENS
 
 # Strict: an unknown member is an error that names it. The same types describe the API in
 # openapi.json. Patterns end in $(?!\n), since Python's $ alone lets a line's end through.
@@ -148,7 +148,7 @@ class Suspension(Sent):
     reason: Text | None = None
 
 
-class Throttle(Sent):
+class NewThrottle(Sent):
     """The part of its limits that the account is held to, 0.001 to 1; 1 lifts it."""
 
     factor: Factor
@@ -183,7 +183,7 @@ class NewPrice(Sent):
 
     model: Model | Annotated[tuple[ModelName, ...], Meta(min_length=1)]
     tier: Tier = DEFAULT_TIER
-    above_input_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] = 0
+    above_input_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     effective: Time | None = None
     input: Amount | None = None
     cached_input: Amount | None = None
@@ -195,7 +195,7 @@ class NewPrice(Sent):
     web_search: Amount | None = None
     file_search: Amount | None = None
     container: Amount | None = None
-    max_output_tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     source: Source | None = None
 
 
@@ -267,7 +267,7 @@ class WhichPriceQuery(Sent):
 
     model: ModelName
     tier: Tier = DEFAULT_TIER
-    input_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] = 0
+    input_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     at: Time | None = None
 
 

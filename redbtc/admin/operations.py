@@ -20,7 +20,7 @@ from redbtc.admin.outputs import (
     PricesAdded,
     UserAdded,
 )
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.money import UNLIMITED, parse_limit
 from redbtc.times import parse_time
 
@@ -125,7 +125,7 @@ def limits_in(body: Struct) -> dict[str, Any]:
     return limits
 
 
-MOST_PATTERNS = 100
+MAX_PATTERNS = 100
 # Each request of a key may compile all its patterns: fnmatch remembers only 256. A '[' without an
 # end is looked for its end up to the pattern's.
 MAX_PATTERNS_LENGTH = 4000  # characters of all patterns of a key, with commas
@@ -134,30 +134,24 @@ MAX_WILDCARDS = 10  # characters *, ? and [ of a pattern
 
 def models_in(given: str | tuple[str, ...] | None) -> str | None:
     """The patterns that a key is limited to, as the ledger has them; None: to none. Raises
-    LedgerError."""
+    UserError."""
     if given is None:
         return None
     # Each request of the key is held against all of them.
     patterns = [each.strip() for each in (given.split(",") if isinstance(given, str) else given)]
     for pattern in patterns:
         if not pattern or "," in pattern or not pattern.isprintable():
-            raise LedgerError(
-                f"{pattern!r} is not a pattern of models; write it like gpt-5*,codex*"
-            )
-    if len(patterns) > MOST_PATTERNS:
-        raise LedgerError(f"a key has at most {MOST_PATTERNS} patterns of models")
+            raise UserError(f"{pattern!r} is not a pattern of models; write it like gpt-5*,codex*")
+    if len(patterns) > MAX_PATTERNS:
+        raise UserError(f"a key has at most {MAX_PATTERNS} patterns of models")
     joined = ",".join(patterns)
     if len(joined) > MAX_PATTERNS_LENGTH:
-        raise LedgerError(
-            f"a key's patterns of models have at most {MAX_PATTERNS_LENGTH} characters"
-        )
+        raise UserError(f"a key's patterns of models have at most {MAX_PATTERNS_LENGTH} characters")
     if any(sum(map(each.count, "*?[")) > MAX_WILDCARDS for each in patterns):
-        raise LedgerError(
-            f"a pattern of models has at most {MAX_WILDCARDS} of the characters * ? ["
-        )
+        raise UserError(f"a pattern of models has at most {MAX_WILDCARDS} of the characters * ? [")
     return joined
 
 
 def time_in(text: str | None, now: int) -> int | None:
-    """A time, or a duration from `now` (milliseconds). Raises LedgerError."""
+    """A time, or a duration from `now` (milliseconds). Raises UserError."""
     return parse_time(text, now, relative_to_past=False) if text else None

@@ -14,29 +14,29 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.limits import Bucket
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 Counted = tuple[str, str]  # what of, and which one
 
-SHORTEST, LONGEST = 15, 1000  # characters; NIST SP 800-63B-4 §3.1.1.2 asks for 15
+MIN_LENGTH, MAX_LENGTH = 15, 1000  # characters; NIST SP 800-63B-4 §3.1.1.2 asks for 15
 COST, BLOCKS, PARALLEL = 1 << 15, 8, 3  # of scrypt, as OWASP has it: 32 MiB; a core for 0.2 s
-MOST_WAITING = 100  # of anybody, and as many who are known
-MOST_OF_ONE = 10  # network, or account of those who are known
+MAX_WAITING = 100  # of anybody, and as many who are known
+MAX_OF_ONE = 10  # network, or account of those who are known
 # What of a password is judged is bounded, so that none takes longer than its scrypt: so many
 # characters and parts of the address. zxcvbn reads it anew for each way to say which of the
 # characters that may stand for a letter does; of too many ways one is left.
-LOOKED_AT, MOST_PARTS, SHORTEST_PART, MOST_WAYS = 40, 5, 3, 8
+LOOKED_AT, MAX_PARTS, MIN_PART, MAX_WAYS = 40, 5, 3, 8
 EXAMPLES = "redbtc", "correcthorsebatterystaple"
 ALIKE = "4@", "({[<", "69", "1!|", "5$", "7+"
 AS_ONE = {ord(other): each[0] for each in ALIKE for other in each[1:]}
 STRONG_ENOUGH = 3  # of zxcvbn's 4: more than 10^8 guesses
-LEAST_OWN = 8  # characters that are not the address's
+MIN_OWN = 8  # characters that are not the address's
 
 
-class Later(LedgerError):
+class Later(UserError):
     """Not now, but in so many seconds."""
 
     def __init__(self, message: str, seconds: int) -> None:
@@ -58,7 +58,7 @@ def too_many(wait: float) -> TooMany:
     return TooMany(f"too many attempts; try again in {seconds} seconds", seconds)
 
 
-class Room:
+class HashingSlot:
     """For somebody's password, until it is checked."""
 
     def __init__(self, place: asyncio.Semaphore) -> None:
@@ -70,7 +70,7 @@ class Room:
             return await asyncio.to_thread(work, password, given)
 
 
-class Hashing:
+class HashingPool:
     """What takes long with passwords, off the event loop: one thread for those who may be anybody,
     one for who has a session, a link, or a browser that is known, so that they never wait for the
     others."""
@@ -80,45 +80,47 @@ class Hashing:
         self._waiting: Counter[Counted] = Counter()
 
     @contextlib.contextmanager
-    def room(self, who: str, network: str, accounts: Iterable[str | None] = ()) -> Iterator[Room]:
+    def room(
+        self, who: str, network: str, accounts: Iterable[str | None] = ()
+    ) -> Iterator[HashingSlot]:
         """For "anybody" or somebody "known", from a network and of one of these accounts that has
         place left; operators (None) need none of an account. Raises Busy."""
         ways = [[(who, f"of {each}")] if each else [] for each in accounts] or [[]]
         fewest = min(ways, key=lambda way: sum(self._waiting[each] for each in way))
         parties = [(who, f"from {network}"), *fewest]
-        full = any(self._waiting[each] >= MOST_OF_ONE for each in parties)
-        if full or self._waiting[who, "all"] >= MOST_WAITING:
+        full = any(self._waiting[each] >= MAX_OF_ONE for each in parties)
+        if full or self._waiting[who, "all"] >= MAX_WAITING:
             raise Busy("too many people log in at once; try again in a few seconds", 5)
         taken = Counter([(who, "all"), *parties])
         self._waiting += taken
         try:
-            yield Room(self._places[who])
+            yield HashingSlot(self._places[who])
         finally:
             self._waiting -= taken  # and forgets who has none
 
 
 def scrypt(password: str, salt: bytes) -> bytes:
     """32 bytes."""
-    typed = unicodedata.normalize("NFC", password[:LONGEST]).encode("utf-8", "surrogatepass")
+    typed = unicodedata.normalize("NFC", password[:MAX_LENGTH]).encode("utf-8", "surrogatepass")
     return hashlib.scrypt(typed, salt=salt, n=COST, r=BLOCKS, p=PARALLEL, maxmem=64 << 20, dklen=32)
 
 
 def check_password(password: str, email: str) -> None:
-    """Raises LedgerError for one that is too short or too common."""
+    """Raises UserError for one that is too short or too common."""
     from zxcvbn import zxcvbn  # here: it takes 14 MiB, and most gateways never need it
 
-    if len(password) < SHORTEST:
-        raise LedgerError(f"a password has at least {SHORTEST} characters")
-    if len(password) > LONGEST:
-        raise LedgerError(f"a password has at most {LONGEST} characters")
-    parts = [part for part in re.split(r"\W+", email) if len(part) >= SHORTEST_PART][:MOST_PARTS]
+    if len(password) < MIN_LENGTH:
+        raise UserError(f"a password has at least {MIN_LENGTH} characters")
+    if len(password) > MAX_LENGTH:
+        raise UserError(f"a password has at most {MAX_LENGTH} characters")
+    parts = [part for part in re.split(r"\W+", email) if len(part) >= MIN_PART][:MAX_PARTS]
     own = functools.reduce(lambda rest, part: rest.replace(part, ""), parts, password.lower())
     judged = [each[:LOOKED_AT] for each in (password, email, *parts, *EXAMPLES)]
-    if math.prod(len({*each} & {*judged[0]}) or 1 for each in ALIKE) > MOST_WAYS:
+    if math.prod(len({*each} & {*judged[0]}) or 1 for each in ALIKE) > MAX_WAYS:
         judged = [each.translate(AS_ONE) for each in judged]
     found = zxcvbn(judged[0], user_inputs=judged[1:])
-    if found["score"] < STRONG_ENOUGH or len(own) < LEAST_OWN:
-        raise LedgerError(
+    if found["score"] < STRONG_ENOUGH or len(own) < MIN_OWN:
+        raise UserError(
             "this password is too easy to guess: it is common, or made of common words, repeats, "
             "sequences or the address; four words by chance are a good one"
         )

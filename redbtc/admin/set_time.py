@@ -11,8 +11,8 @@ from __future__ import annotations
 import orjson
 
 from redbtc.admin.users import LINK_LASTS
-from redbtc.billing.books import Books
-from redbtc.errors import LedgerError
+from redbtc.billing.books import Billing
+from redbtc.errors import UserError
 from redbtc.store.database import Store
 from redbtc.store.records import Record
 from redbtc.times import DAY, iso_time, month_of, now_ms, parse_time
@@ -181,11 +181,11 @@ def shown(moved: str) -> dict[str, int]:
 
 def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
     """Return the time that is meant (None: now) and the time that it is, both in milliseconds.
-    Raises LedgerError."""
+    Raises UserError."""
     now = min(now_ms(), store.time())  # one of them may be ahead
     at = parse_time(text, now, relative_to_past=True) if text else now
     if at > now + DAY:
-        raise LedgerError(
+        raise UserError(
             f"the time must not be later than a day from now: it is {iso_time(now)}, "
             f"{iso_time(at)} was given"
         )
@@ -197,9 +197,9 @@ async def preview(store: Store, at: int, now: int) -> Record:
     return answer(at, store.time(), await count_later(store, at, now), done=False)
 
 
-async def set_time(books: Books, at: int, now: int, by: str) -> Record:
+async def set_time(books: Billing, at: int, now: int, by: str) -> Record:
     """Set the ledger's time back to `at` and move to it whatever is dated later. Return what was
-    moved, as JSON shows it. Raises LedgerUnavailable: then it can be done again."""
+    moved, as JSON shows it. Raises StorageUnavailable: then it can be done again."""
     store, before = books.store, books.store.time()
     async with books.changing_prices:
         await store.settle_time()  # what waits to be written has the old time

@@ -12,7 +12,7 @@ account's suspension, after IDLE without a sign of it and after LIFETIME in all.
 ends one asks, in the transaction that does so, whether what it was granted for still holds.
 
 Rule 4. Who guesses is slowed down, and nobody else is: not in another network, whoever guesses in
-one; not in a browser in which a login was used before (the last MOST_BROWSERS of it), whoever
+one; not in a browser in which a login was used before (the last MAX_BROWSERS of it), whoever
 guesses wherever: it has tries of its own, for the logins that were used there. Right passwords
 count as wrong ones do. If they didn't, a login of one's own, whose password is the guess, would
 make guesses at another login of its address free, and a try that counts would tell that there is
@@ -28,8 +28,15 @@ import secrets
 import sqlite3
 from typing import Literal, NamedTuple
 
-from redbtc.admin.passwords import Hashing, Room, Throttle, check_password, scrypt, too_many
-from redbtc.errors import Conflict, LedgerError, NotFound
+from redbtc.admin.passwords import (
+    HashingPool,
+    HashingSlot,
+    Throttle,
+    check_password,
+    scrypt,
+    too_many,
+)
+from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.store.database import Store
 from redbtc.store.records import Record, new_id, shown
 
@@ -40,8 +47,8 @@ LINK_LASTS = 7 * 86_400_000  # milliseconds
 IDLE = 30 * 60_000
 LIFETIME = 12 * 3_600_000
 SEEN_EVERY = 60_000  # how exactly it is known when a session was last used
-MOST_SESSIONS = 20  # of a user; the oldest ends
-MOST_BROWSERS = 20
+MAX_SESSIONS = 20  # of a user; the oldest ends
+MAX_BROWSERS = 20
 EMAIL = re.compile(r"[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,189}")
 USER = """
     SELECT users.id, users.email, role, accounts.name AS account, account_id, password_set_at,
@@ -90,7 +97,7 @@ END_FORMER = f"DELETE FROM sessions WHERE hash = ?3 AND EXISTS (SELECT 1 {IF_RIG
 PRUNE_SESSIONS = f"""
     DELETE FROM sessions WHERE NOT ({IN_FORCE})
         OR (user_id = ?1 AND id NOT IN (SELECT id FROM sessions WHERE user_id = ?1
-             ORDER BY created_at DESC, rowid DESC LIMIT {MOST_SESSIONS - 1}))"""
+             ORDER BY created_at DESC, rowid DESC LIMIT {MAX_SESSIONS - 1}))"""
 KNOW_BROWSER = f"""
     INSERT INTO known_browsers (hash, user_id, created_at)
     SELECT ?3, users.id, max(?4, ifnull((SELECT max(created_at) + 1 FROM known_browsers
@@ -99,7 +106,7 @@ KNOW_BROWSER = f"""
 PRUNE_BROWSERS = f"""
     DELETE FROM known_browsers WHERE user_id = ?1 AND hash NOT IN (
         SELECT hash FROM known_browsers WHERE user_id = ?1
-         ORDER BY created_at DESC LIMIT {MOST_BROWSERS})"""
+         ORDER BY created_at DESC LIMIT {MAX_BROWSERS})"""
 KNOWN_STILL = """
     UPDATE OR IGNORE known_browsers SET hash = ?2
      WHERE hash = ?1 AND EXISTS (SELECT 1 FROM known_browsers WHERE hash = ?2)"""
@@ -131,7 +138,7 @@ def signature(email: str, account: str | None) -> str:
     return f"{email} of {account}" if account else email
 
 
-class Session(NamedTuple):
+class LoginSession(NamedTuple):
     """Somebody who is logged in. Of an operator both `account_id` and `account` are None."""
 
     id: str
@@ -182,10 +189,10 @@ def hash_of(secret: str) -> bytes:
 
 
 def parse_email(text: str) -> str:
-    """An address in the form in which it is compared. Raises LedgerError."""
+    """An address in the form in which it is compared. Raises UserError."""
     email = text.strip().lower()
     if not EMAIL.fullmatch(email):
-        raise LedgerError(f"{text!r} is not an address; write it like ada@example.com")
+        raise UserError(f"{text!r} is not an address; write it like ada@example.com")
     return email
 
 
@@ -194,7 +201,7 @@ class Users:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._hashing = Hashing()
+        self._hashing = HashingPool()
         self._throttle = Throttle()
         self._nobodys_salt = secrets.token_bytes(SALT_BYTES)
 
@@ -269,7 +276,7 @@ class Users:
                     return found
         raise too_many(self._throttle.seconds_to_wait(*anywhere))  # as in any other browser
 
-    async def _right(self, room: Room, email: str, password: str) -> list[Login]:
+    async def _right(self, room: HashingSlot, email: str, password: str) -> list[Login]:
         """The logins whose password it is."""
         rows = [tuple(row) async for row in self._store.rows(CANDIDATES, (email,))]
         salt = rows[0][3] if rows else self._nobodys_salt
@@ -281,13 +288,13 @@ class Users:
         ]
 
     def link(self, secret: str) -> Link | None:
-        """That of a secret, if it is in force. Raises LedgerUnavailable."""
+        """That of a secret, if it is in force. Raises StorageUnavailable."""
         hashed = hash_of(secret)
         found = self._store.look_up(BY_LINK, (hashed, self._store.time()))
         return Link(hashed, *found) if found else None
 
     async def set_password(self, link: Link, password: str, network: str) -> bytes:
-        """Its scrypt; the link is used up. Raises NotFound where it is meanwhile, LedgerError for a
+        """Its scrypt; the link is used up. Raises NotFound where it is meanwhile, UserError for a
         password that won't do."""
         with self._hashing.room("known", network, [link.account]) as room:
             self._throttle.count(("link", link.hashed.hex()))
@@ -300,17 +307,17 @@ class Users:
         return hashed
 
     async def change_password(
-        self, session: Session, old_password: str, new_password: str, network: str
+        self, session: LoginSession, old_password: str, new_password: str, network: str
     ) -> bytes:
         """The new one's scrypt. All sessions end with it, also this one: a new one is to be begun.
-        Raises LedgerError."""
+        Raises UserError."""
         user_id, email = session.user_id, session.email
         with self._hashing.room("known", network, [session.account]) as room:
             self._throttle.count(("login", f"{user_id}, logged in"))
             logins = await self._right(room, email, old_password)
             found = [each for each in logins if each.user_id == user_id]
             if not found:
-                raise LedgerError("the old password is not right")
+                raise UserError("the old password is not right")
             await room.run(check_password, new_password, email)
             hashed = await room.run(scrypt, new_password, found[0].salt)
         values = hashed, self._store.time(), user_id, found[0].hashed, session.id
@@ -340,16 +347,16 @@ class Users:
         )
         return LoggedIn(cookie, known) if added else None
 
-    def session(self, cookie: str) -> Session | None:
+    def session(self, cookie: str) -> LoginSession | None:
         """That of a cookie, if it is in force; that it was used is noted. Raises
-        LedgerUnavailable."""
+        StorageUnavailable."""
         now = self._store.time()
         found = self._store.look_up(SESSION, (hash_of(cookie), now))
         if found is None:
             return None
-        session = Session(*found)
+        session = LoginSession(*found)
         if now - session.seen_at >= SEEN_EVERY:
-            self._store.record(SEE, (now, session.id), insist=True, lasting=False)
+            self._store.record(SEE, (now, session.id), retry_until_written=True, durable=False)
         return session
 
     async def sessions(self, user_id: str) -> list[Record]:

@@ -19,21 +19,21 @@ from redbtc.billing.notices import (
     shown_missing,
     slot_name,
 )
-from redbtc.billing.price_list import PriceList, Tariff, is_pattern, rises, specificity
+from redbtc.billing.price_list import ModelPrices, PriceTable, is_pattern, rises, specificity
 from redbtc.billing.prices import MAX_COST, TIER_NAMES, Price
-from redbtc.billing.spending import Hold, Purse, Spent, nanos_of
-from redbtc.config import Billing
-from redbtc.errors import Conflict, LedgerError, LedgerUnavailable, NotFound
+from redbtc.billing.spending import Hold, Spending, SpendingLimitReached, nanos_of
+from redbtc.config import BillingSettings
+from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.money import NANOS, UNLIMITED, decimal, money, parse_limit
 from redbtc.slices import with_turns
 from redbtc.store.consistency import CURRENCIES
 from redbtc.store.database import Store
 from redbtc.store.keys import Key
 from redbtc.store.records import Record, new_id, shown
-from redbtc.store.spill import Change
+from redbtc.store.spill import OwedChange
 from redbtc.times import DAY, MINUTE, iso_time, month_of
 
-MOST_PAID = 10**17 * NANOS  # by an account: sums of it fit into an INTEGER of units
+MAX_PAID = 10**17 * NANOS  # by an account: sums of it fit into an INTEGER of units
 IN_USE = 90 * DAY  # a model that somebody asked for within this time is in use
 
 # Later months than the current one are there only while the ledger's time is set back: then they
@@ -125,30 +125,30 @@ class Maintenance(NamedTuple):
     text: str
 
 
-class Books:
+class Billing:
     """The money of one gateway: shared by what serves requests and what people use."""
 
-    def __init__(self, store: Store, settings: Billing) -> None:
+    def __init__(self, store: Store, settings: BillingSettings) -> None:
         """`settings` may be replaced by others of the same currency."""
         self.store = store
         self.settings = settings
         self.currency = settings.currency
-        self.prices = PriceList()
+        self.prices = PriceTable()
         self.noticed = asyncio.Event()  # there is something for the webhook
         self._maintenances: list[Maintenance] = []
-        self._purses: dict[tuple[str, str | None], Purse] = {}  # by account and budget
+        self._purses: dict[tuple[str, str | None], Spending] = {}  # by account and budget
         self.changing_prices = asyncio.Lock()
 
     @classmethod
-    async def open(cls, store: Store, settings: Billing) -> Books:
-        """Raises LedgerError where the ledger's amounts are in another currency."""
+    async def open(cls, store: Store, settings: BillingSettings) -> Billing:
+        """Raises UserError where the ledger's amounts are in another currency."""
         books = cls(store, settings)
         async for (currency,) in store.rows(CURRENCIES):
             if currency != books.currency:
-                raise LedgerError(
+                raise UserError(
                     f"billing.currency is {books.currency}, but the ledger is in {currency}"
                 )
-        books.prices = PriceList([Price(**dict(row)) async for row in store.rows(PRICES)])
+        books.prices = PriceTable([Price(**dict(row)) async for row in store.rows(PRICES)])
         await books.read_maintenances()
         return books
 
@@ -158,11 +158,11 @@ class Books:
 
     # What a request can cost, and did
 
-    def tariff(self, model: str) -> Tariff | None:
+    def tariff(self, model: str) -> ModelPrices | None:
         """Its prices now."""
         return self.prices.tariff(model, self.store.time())
 
-    def tariffs(self) -> list[Tariff]:
+    def tariffs(self) -> list[ModelPrices]:
         """Return the prices in force now, one tariff for each name or pattern."""
         return self.prices.tariffs(self.store.time())
 
@@ -177,13 +177,13 @@ class Books:
         free = self.settings.unpriced_models == "free"
         return None if free or tariff is None else tariff.lacks(rate, tier)
 
-    async def purse(self, account_id: str, budget_id: str | None = None) -> Purse:
-        """Return the purse of an account, or of one of its keys. Raises LedgerUnavailable."""
+    async def purse(self, account_id: str, budget_id: str | None = None) -> Spending:
+        """Return the purse of an account, or of one of its keys. Raises StorageUnavailable."""
         purse = await self._purse(account_id, budget_id)
         purse.turn(self.month())
         return purse
 
-    async def _purse(self, account_id: str, budget_id: str | None) -> Purse:
+    async def _purse(self, account_id: str, budget_id: str | None) -> Spending:
         name = account_id, budget_id
         while name not in self._purses:
             month = self.month()
@@ -195,9 +195,9 @@ class Books:
             try:
                 found = await self.store.one(sql, values) or (0, 0, 0, 0)
             except sqlite3.Error as error:
-                raise LedgerUnavailable(f"can't be read: {error}") from None
+                raise StorageUnavailable(f"can't be read: {error}") from None
             # Nothing was settled meanwhile: that needs the purse.
-            purse = Purse(month, nanos_of(*found[:2]), nanos_of(*found[2:]))
+            purse = Spending(month, nanos_of(*found[:2]), nanos_of(*found[2:]))
             purse.paid = 0 if budget_id else self._paid(account_id)
             if month <= self.month():  # else the time was set back meanwhile
                 self._purses.setdefault(name, purse)
@@ -206,13 +206,13 @@ class Books:
     def set_back(self, at: int) -> None:
         """Go on from an earlier time: count as spent in its month what is dated later, and let
         prices that took effect later have done so then. All that was settled in the months between
-        must be committed, and `changing_prices` be held. Raises LedgerUnavailable."""
+        must be committed, and `changing_prices` be held. Raises StorageUnavailable."""
         month = month_of(at)
         later = [each for each in self._purses.items() if each[1].month > month]
         between = [self._spent_between(*name, month, purse.month) for name, purse in later]
         for (_, purse), spent in zip(later, between, strict=True):
             purse.set_back(month, spent)
-        self.prices = PriceList([price.set_back(at) for price in self.prices.prices])
+        self.prices = PriceTable([price.set_back(at) for price in self.prices.prices])
         self.store.clock.set_back(at)
 
     def _spent_between(self, account_id: str, budget_id: str | None, since: str, until: str) -> int:
@@ -231,10 +231,10 @@ class Books:
         """An account's own, else the settings'; in nanos, or UNLIMITED."""
         return parse_limit(self.settings.default_credit_limit) if own is None else own
 
-    async def hold(self, key: Key, model: str, most: Callable[[Tariff | None], int]) -> Hold:
+    async def hold(self, key: Key, model: str, most: Callable[[ModelPrices | None], int]) -> Hold:
         """Hold the most that a request can cost, if a balance or budget limits spending. `most`
         returns that in nanos, given the prices in force, or None for a model without a price.
-        Raises Spent, LedgerUnavailable."""
+        Raises Spent, StorageUnavailable."""
         account, own = await self._purses_of(key)
         now = self.store.time()  # from here on nothing is waited for
         month, tariff = month_of(now), self.prices.tariff(model, now)
@@ -246,22 +246,22 @@ class Books:
             held = min(most(tariff), MAX_COST)
             for what, amount in left:
                 if 0 < held > amount:
-                    raise Spent(
+                    raise SpendingLimitReached(
                         f"This request can cost up to {decimal(held)} {self.currency}, "
                         f"and of {what} {decimal(amount)} is left."
                     )
         return Hold(self, key, now, tariff, (account, own), held)
 
     async def hold_again(self, key: Key, model: str, at: int, held: int) -> Hold:
-        """What an earlier process held at that time. Raises LedgerUnavailable."""
+        """What an earlier process held at that time. Raises StorageUnavailable."""
         purses = await self._purses_of(key)
         return Hold(self, key, at, self.prices.tariff(model, at), purses, held)
 
-    async def _purses_of(self, key: Key) -> tuple[Purse, Purse]:
+    async def _purses_of(self, key: Key) -> tuple[Spending, Spending]:
         account = await self._purse(key.account_id, None)
         return account, await self._purse(key.account_id, key.budget_id)
 
-    def _left(self, key: Key, account: Purse, own: Purse) -> list[tuple[str, int]]:
+    def _left(self, key: Key, account: Spending, own: Spending) -> list[tuple[str, int]]:
         """Of what limits spending, how much is left; empty where nothing does."""
         left = []
         credit = self.credit_limit(key.credit_limit)
@@ -278,7 +278,7 @@ class Books:
     def _money(self, nanos: int) -> str:
         return money(decimal(nanos), self.currency)
 
-    def tell_of_budget(self, key: Key, purse: Purse, budget: int, budget_id: str | None) -> None:
+    def tell_of_budget(self, key: Key, purse: Spending, budget: int, budget_id: str | None) -> None:
         """Write a notice for each percentage of a budget that is reached and was not before.
         `budget_id` is None for the account's; the notice names it, so that keys which replaced one
         another are told once."""
@@ -296,7 +296,9 @@ class Books:
                 )
                 now = self.store.time()
                 values = (key.account_id, budget_id, purse.month, percent, text, now, now)
-                written = self.store.record(BUDGET_NOTICE, (new_id("ntc"), *values), insist=True)
+                written = self.store.record(
+                    BUDGET_NOTICE, (new_id("ntc"), *values), retry_until_written=True
+                )
                 written.add_done_callback(lambda _: self.noticed.set())
 
     # Prices
@@ -313,7 +315,7 @@ class Books:
         """Add them all or none; what is so anyway is left out. `effective_at` of 0 is now. With
         `take_over`, rates that were not given are those of the price that was in force before.
         `listed` are models that the answer should say something about beside those that have prices
-        or are in use. Raises LedgerError for a price that would change what has been used, and for
+        or are in use. Raises UserError for a price that would change what has been used, and for
         a rise without the notice that is due, unless `without_notice` says why."""
         async with self.changing_prices:
             now = self.store.time()
@@ -332,9 +334,11 @@ class Books:
             ]
             _refuse_twice(given)
             new, left_out = self._new(given, take_over)
-            after = PriceList([*self.prices.prices, *new])
+            after = PriceTable([*self.prices.prices, *new])
             notices = await self._notices_of_rises(new, after, now, without_notice)
-            changes: list[Change] = [(ADD_PRICE, msgspec.structs.astuple(price)) for price in new]
+            changes: list[OwedChange] = [
+                (ADD_PRICE, msgspec.structs.astuple(price)) for price in new
+            ]
             changes += [(ADD_NOTICE, (new_id("ntc"), *each, now, by, 0)) for each in notices]
             if changes:
                 await self.store.transact(*changes, by=by)
@@ -375,7 +379,7 @@ class Books:
         return sorted(chain(*kept.values()), key=lambda price: price.id), left_out
 
     async def _reach(
-        self, new: Sequence[Price], after: PriceList, now: int, listed: Collection[str]
+        self, new: Sequence[Price], after: PriceTable, now: int, listed: Collection[str]
     ) -> Record:
         """Return the known models that new prices apply to once they take effect, and those that
         they mean and do not apply to, with the reason. Other prices' patterns stand for models."""
@@ -402,11 +406,11 @@ class Books:
     async def _notices_of_rises(
         self,
         new: Sequence[Price],
-        after: PriceList,
+        after: PriceTable,
         now: int,
         without_notice: str | None,
     ) -> list[tuple[str, str, int, int]]:
-        """The notices to write: kind, text, from when on, and until when. Raises LedgerError as
+        """The notices to write: kind, text, from when on, and until when. Raises UserError as
         `add_prices` does."""
         patterns = {price.model for price in new}
         earliest = min((price.effective_at for price in new), default=now)
@@ -431,7 +435,7 @@ class Books:
                     before = FREE
                 risen = rises(before, after.tariff(model, at), free)
                 if risen and model in used and at < due and without_notice is None:
-                    raise LedgerError(
+                    raise UserError(
                         f"{model} is in use and would cost more from {iso_time(at)}: "
                         f"{'; '.join(risen)}. A rise needs {settings.price_notice_days} days of "
                         "notice (billing.price_notice_days), or a reason to come without"
@@ -476,7 +480,7 @@ class Books:
         for price in prices:
             for model in await self._models_used(price.effective_at):
                 if matches(model, {price.model}):
-                    raise LedgerError(
+                    raise UserError(
                         f"{model} has been used since {iso_time(price.effective_at)}: its price "
                         "then can't be changed any more; let it take effect now or later"
                     )
@@ -495,12 +499,12 @@ class Books:
         """Write down a payment, once for each reference of an account; a refund is negative and
         needs a reason. Raises Conflict where the reference was another amount's."""
         if amount == 0:
-            raise LedgerError("a payment of 0 is none")
+            raise UserError("a payment of 0 is none")
         if amount < 0 and not reason:
-            raise LedgerError("a refund or correction (a negative amount) needs a reason")
+            raise UserError("a refund or correction (a negative amount) needs a reason")
         purse, payment = await self.purse(account["id"]), new_id("pay")
-        if abs(purse.paid + amount) > MOST_PAID or abs(amount) > MOST_PAID:
-            raise LedgerError(f"an account's payments come to {decimal(MOST_PAID)} at most")
+        if abs(purse.paid + amount) > MAX_PAID or abs(amount) > MAX_PAID:
+            raise UserError(f"an account's payments come to {decimal(MAX_PAID)} at most")
         now = self.store.time()
         values = (payment, account["id"], *divmod(amount, NANOS), self.currency, reference, reason)
         try:
@@ -571,17 +575,17 @@ class Books:
         refuses_requests: bool = False,
     ) -> Record:
         """`refuses_requests`: of a maintenance, while which the gateway takes no new ones. Raises
-        LedgerError where new terms would hold before the notice that is due."""
+        UserError where new terms would hold before the notice that is due."""
         now, days = self.store.time(), self.settings.terms_notice_days
         if kind == "terms" and effective_at < now + days * DAY - MINUTE:
-            raise LedgerError(
+            raise UserError(
                 f"new terms need {days} days of notice (billing.terms_notice_days): "
                 f"{iso_time(effective_at)} is too early"
             )
         if until is not None and until <= effective_at:
-            raise LedgerError("a notice must take effect before it ends")
+            raise UserError("a notice must take effect before it ends")
         if refuses_requests and kind != "maintenance":
-            raise LedgerError("only a maintenance can refuse requests")
+            raise UserError("only a maintenance can refuse requests")
         notice = new_id("ntc")
         values = (notice, kind, text, effective_at, until, now, by, refuses_requests)
         await self.store.transact((ADD_NOTICE, values), by=by)
@@ -633,11 +637,11 @@ class Books:
 
 
 def _refuse_twice(prices: Iterable[Price]) -> None:
-    """Raise LedgerError if two prices of the same slot take effect at the same time and differ."""
+    """Raise UserError if two prices of the same slot take effect at the same time and differ."""
     known: dict[tuple[object, int], dict[str, int]] = {}
     for price in prices:
         if known.setdefault((price.slot, price.effective_at), price.given) != price.given:
-            raise LedgerError(
+            raise UserError(
                 f"there are two prices of {slot_name(shown_following(price))} "
                 f"from {iso_time(price.effective_at)} on; leave one out"
             )

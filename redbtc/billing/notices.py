@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from redbtc.billing.price_list import Tariff, is_pattern, matcher
+from redbtc.billing.price_list import ModelPrices, is_pattern, matcher
 from redbtc.billing.prices import DEFAULT_TIER, Price, Rates
 from redbtc.money import decimal
 from redbtc.slices import with_turns
 from redbtc.store.records import Record
 from redbtc.times import iso_time
 
-FREE = Tariff([Price("*")])
+FREE = ModelPrices([Price("*")])
 
 
 def shown_missing(price: Price, old: Price, missing: Mapping[str, int]) -> Record:

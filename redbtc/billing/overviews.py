@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redbtc.billing.books import PAYMENTS_OF, Books
+from redbtc.billing.books import PAYMENTS_OF, Billing
 from redbtc.billing.spending import nanos_of
 from redbtc.money import decimal
 from redbtc.store.accounts import ACCOUNT
@@ -29,7 +29,7 @@ MONEY_OF_EACH = f"""
         ON spent.account_id = accounts.id AND spent.month = ?2
      WHERE (?3 = '' OR instr(lower(name), lower(?3)) OR instr(lower(email), lower(?3)) OR id = ?3)
        AND name > ?4 ORDER BY name LIMIT ?5"""
-MOST_SPENT = """
+MAX_SPENT = """
     SELECT accounts.name AS account, account_id, requests, input_tokens, output_tokens, cost_units,
            cost_nanos
       FROM usage_by_month JOIN accounts ON accounts.id = account_id
@@ -46,7 +46,7 @@ TRAFFIC = """
 LATELY = """
     SELECT upstream, outcome, first_byte_ms, duration_ms FROM requests
      WHERE outcome <> 'pending' ORDER BY started_at DESC LIMIT ?"""
-MOST_LATELY = 500  # requests
+MAX_LATELY = 500  # requests
 
 
 def with_cost(row: Mapping[str, Any] | sqlite3.Row) -> Record:
@@ -57,7 +57,7 @@ def with_cost(row: Mapping[str, Any] | sqlite3.Row) -> Record:
 
 
 async def list_accounts(
-    books: Books, search: str = "", after: str = "", limit: int = -1
+    books: Billing, search: str = "", after: str = "", limit: int = -1
 ) -> list[Record]:
     """Accounts by name with their money as far as it is committed: those with `search` in name or
     address, that come after the name `after`."""
@@ -77,7 +77,7 @@ async def list_accounts(
     return found
 
 
-async def months(books: Books, account: Record) -> list[Record]:
+async def months(books: Billing, account: Record) -> list[Record]:
     """The account's months in which something was used or paid, the newest first."""
     empty = {"requests": 0, "input_tokens": 0, "output_tokens": 0, "cost": "0", "paid": "0"}
     found: dict[str, Record] = {}
@@ -96,16 +96,16 @@ async def months(books: Books, account: Record) -> list[Record]:
     ]
 
 
-async def spending(books: Books, limit: int) -> Record:
+async def spending(books: Billing, limit: int) -> Record:
     """Of all accounts in this month, and of those that spent most."""
     month = books.month()
     total = await books.store.one(SPENT_IN_MONTH, (month,))
     assert total is not None, "a sum always has one row"
-    most = [with_cost(row) async for row in books.store.rows(MOST_SPENT, (month, limit))]
+    most = [with_cost(row) async for row in books.store.rows(MAX_SPENT, (month, limit))]
     return {"month": month, **with_cost(total), "most": most, "currency": books.currency}
 
 
-async def traffic(books: Books, days: int) -> list[Record]:
+async def traffic(books: Billing, days: int) -> list[Record]:
     """Requests and cost of all accounts in the last so many days (UTC), by day, upstream and
     outcome."""
     since = books.store.time() // DAY - days
@@ -113,9 +113,9 @@ async def traffic(books: Books, days: int) -> list[Record]:
     return [{**with_cost(row), "day": day_of(row["day"])} async for row in rows]
 
 
-async def lately(books: Books) -> Record:
-    """How the newest requests went, MOST_LATELY at most: by upstream, and how long they took."""
-    rows = [row async for row in books.store.rows(LATELY, (MOST_LATELY,))]
+async def lately(books: Billing) -> Record:
+    """How the newest requests went, MAX_LATELY at most: by upstream, and how long they took."""
+    rows = [row async for row in books.store.rows(LATELY, (MAX_LATELY,))]
     first = sorted(row["first_byte_ms"] for row in rows if row["first_byte_ms"] is not None)
     whole = sorted(row["duration_ms"] for row in rows if row["duration_ms"] is not None)
     upstreams: dict[str, Record] = {}

@@ -22,7 +22,7 @@ LAST_CHARACTER = "\U0010ffff"
 ONE_CHARACTER = re.compile(r"\[[^\]]+\]|\?")  # what stands in a pattern for exactly one
 
 
-class Tariff:
+class ModelPrices:
     """The prices in force for a model, of all tiers and thresholds."""
 
     def __init__(self, prices: Iterable[Price]) -> None:
@@ -86,7 +86,7 @@ class Tariff:
         return next(lacking, None)
 
 
-class PriceList:
+class PriceTable:
     """All prices, past, current and coming. It doesn't change: with more prices it is another."""
 
     def __init__(self, prices: Iterable[Price] = ()) -> None:
@@ -105,10 +105,10 @@ class PriceList:
             if slot[1:] == (DEFAULT_TIER, 0)
         }
         self._patterns = sorted(filter(is_pattern, self._named), key=specificity)
-        self._known: dict[tuple[str, int], Tariff | None] = {}
-        self._in_force: dict[int, list[Tariff]] = {}
+        self._known: dict[tuple[str, int], ModelPrices | None] = {}
+        self._in_force: dict[int, list[ModelPrices]] = {}
 
-    def tariff(self, model: str, at: int) -> Tariff | None:
+    def tariff(self, model: str, at: int) -> ModelPrices | None:
         """The prices in force for a model at a time, or None: it has none."""
         known = model, bisect_right(self._changes, at)  # between two changes all stays as it is
         if known not in self._known:
@@ -117,7 +117,7 @@ class PriceList:
             self._known[known] = self._find(model, at)
         return self._known[known]
 
-    def _find(self, model: str, at: int) -> Tariff | None:
+    def _find(self, model: str, at: int) -> ModelPrices | None:
         return next(
             filter(None, (self.own_tariff(each, at) for each in self.matching(model))), None
         )
@@ -131,15 +131,15 @@ class PriceList:
             if pattern != model and matcher(pattern)(model):
                 yield pattern
 
-    def own_tariff(self, pattern: str, at: int) -> Tariff | None:
+    def own_tariff(self, pattern: str, at: int) -> ModelPrices | None:
         """The prices in force for exactly this name or pattern, None without one of the default
         tier: without that, the others don't count."""
         if at < self._since.get(pattern, NEVER):
             return None
         prices = self._named[pattern]
-        return Tariff(latest(price for price in prices if price.effective_at <= at).values())
+        return ModelPrices(latest(price for price in prices if price.effective_at <= at).values())
 
-    def tariffs(self, at: int) -> list[Tariff]:
+    def tariffs(self, at: int) -> list[ModelPrices]:
         """Return the prices in force at a time, one tariff for each name or pattern."""
         now = bisect_right(self._changes, at)
         if now not in self._in_force:
@@ -286,7 +286,7 @@ def latest(prices: Iterable[Price]) -> dict[tuple[str, str, int], Price]:
     return {price.slot: price for price in ordered}
 
 
-def rises(before: Tariff | None, after: Tariff | None, free: bool) -> list[str]:
+def rises(before: ModelPrices | None, after: ModelPrices | None, free: bool) -> list[str]:
     """What costs more after than before, such as 'input 5 to 6', for each tier and threshold.
     `free`: what has no rate was free; else it was refused, and its first rate is no rise."""
     if before is None or after is None:

@@ -18,8 +18,8 @@ from redbtc.usage import Usage
 DEFAULT_TIER = "default"
 TIER_NAMES = {"fast": "priority"}  # as requests name them, and the responses to those
 MILLION = 1_000_000
-MOST_RATE = 10_000_000 * NANOS  # for a million tokens
-MOST_CALL_RATE = 10_000 * NANOS
+MAX_RATE = 10_000_000 * NANOS  # for a million tokens
+MAX_CALL_RATE = 10_000 * NANOS
 MAX_COST = (1 << 63) - 1  # nanos of one request, and of what is held for it: an INTEGER of SQLite
 
 

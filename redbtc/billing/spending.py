@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from redbtc.billing.price_list import Tariff
+from redbtc.billing.price_list import ModelPrices
 from redbtc.billing.prices import MAX_COST
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.money import NANOS
 from redbtc.store.keys import Key
 from redbtc.store.objects import Objects
-from redbtc.usage import Part
+from redbtc.usage import UsagePart
 
 if TYPE_CHECKING:
-    from redbtc.billing.books import Books
+    from redbtc.billing.books import Billing
 
 
 def nanos_of(units: int, nanos: int) -> int:
@@ -22,11 +22,11 @@ def nanos_of(units: int, nanos: int) -> int:
     return units * NANOS + nanos
 
 
-class Spent(LedgerError):
+class SpendingLimitReached(UserError):
     """Balance or budget don't allow what the request can cost."""
 
 
-class Purse:
+class Spending:
     """What an account or a key has paid, spent and holds, in nanos. `spent` is of `month`. A key
     shares its purse with those that it replaced (`budget_id`)."""
 
@@ -65,11 +65,11 @@ class Hold:
 
     def __init__(
         self,
-        books: Books,
+        books: Billing,
         key: Key,
         at: int,
-        tariff: Tariff | None,
-        purses: tuple[Purse, Purse],
+        tariff: ModelPrices | None,
+        purses: tuple[Spending, Spending],
         most: int,
     ) -> None:
         self.at = at
@@ -121,7 +121,7 @@ class Hold:
         """Nanos."""
         return self._most
 
-    def cost(self, parts: Iterable[Part], tier: str | None) -> tuple[int | None, int]:
+    def cost(self, parts: Iterable[UsagePart], tier: str | None) -> tuple[int | None, int]:
         """What these have cost together: the price's id of the first, and nanos, at most MAX_COST.
         A part of another model has that one's price, if it has any."""
         price_id, cost = None, 0

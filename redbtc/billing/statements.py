@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 
-from redbtc.billing.books import PAYMENTS_OF, Books, for_account, shown_payment
+from redbtc.billing.books import PAYMENTS_OF, Billing, for_account, shown_payment
 from redbtc.billing.reports import SUMS, shown_sums
 from redbtc.billing.spending import nanos_of
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.money import decimal
 from redbtc.store.records import Record
 from redbtc.times import day_of, month_start, months_after
@@ -31,14 +31,16 @@ SPENT_BEFORE = """
       FROM usage_by_month WHERE account_id = ? AND month < ?"""
 
 
-async def statement(books: Books, account: Record, month: str, limit: int | None = None) -> Record:
-    """With the first `limit` lines of its usage, or all. Raises LedgerError for a month that has
+async def statement(
+    books: Billing, account: Record, month: str, limit: int | None = None
+) -> Record:
+    """With the first `limit` lines of its usage, or all. Raises UserError for a month that has
     not begun."""
     store = books.store
     end = month_start(months_after(month, 1))
     now = await store.settle_time()
     if month_start(month) > now:
-        raise LedgerError(f"{month} has not begun")
+        raise UserError(f"{month} has not begun")
     async with store.snapshot() as snapshot:
         lines = -1 if limit is None else limit
         rows = snapshot.rows(USAGE_OF_MONTH, (account["id"], month, lines))

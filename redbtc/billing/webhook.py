@@ -19,16 +19,16 @@ from collections.abc import Callable
 import httpx2
 import orjson
 
-from redbtc.billing.books import Books
-from redbtc.errors import LedgerUnavailable
+from redbtc.billing.books import Billing
+from redbtc.errors import StorageUnavailable
 from redbtc.store.records import Record
 from redbtc.times import DAY
 
-Say = Callable[..., None]  # the gateway's log: level, event, fields
+LogFunction = Callable[..., None]  # the gateway's log: level, event, fields
 
 WEBHOOK_SECONDS = 10
 WEBHOOK_FOR = 3 * DAY
-LONGEST_PAUSE = 3600.0
+MAX_PAUSE = 3600.0
 
 
 def signature(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
@@ -42,7 +42,9 @@ def signature(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
     return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
-async def post(client: httpx2.AsyncClient, url: str, secret: str, notice: Record, say: Say) -> bool:
+async def post(
+    client: httpx2.AsyncClient, url: str, secret: str, notice: Record, log: LogFunction
+) -> bool:
     """Whether the webhook took it."""
     facts = ("account", "key_id", "month", "percent", "text")
     body = {
@@ -60,14 +62,14 @@ async def post(client: httpx2.AsyncClient, url: str, secret: str, notice: Record
         }
         answer = await client.post(url, content=content, headers=headers)
     except Exception as error:  # whatever it is, one notice must not end the gateway
-        say(logging.WARNING, "webhook failed", notice=notice["id"], error=type(error).__name__)
+        log(logging.WARNING, "webhook failed", notice=notice["id"], error=type(error).__name__)
         return False
     if not answer.is_success:
-        say(logging.WARNING, "webhook refused", notice=notice["id"], status=answer.status_code)
+        log(logging.WARNING, "webhook refused", notice=notice["id"], status=answer.status_code)
     return answer.is_success
 
 
-async def post_all(books: Books, say: Say) -> bool:
+async def post_all(books: Billing, log: LogFunction) -> bool:
     """Post what has not been taken yet; whether all of it was taken now."""
     url = books.settings.webhook_url
     secret = os.environ.get(books.settings.webhook_secret_env, "")
@@ -78,12 +80,12 @@ async def post_all(books: Books, say: Say) -> bool:
         return True
     async with httpx2.AsyncClient(timeout=WEBHOOK_SECONDS, trust_env=False) as client:
         for notice in waiting:
-            if await post(client, url, secret, notice, say):
+            if await post(client, url, secret, notice, log):
                 await books.delivered(notice["id"])
     return not await books.undelivered(books.store.time() - WEBHOOK_FOR)
 
 
-async def post_for_ever(books: Books, say: Say) -> None:
+async def post_for_ever(books: Billing, log: LogFunction) -> None:
     """Post notices for as long as the gateway runs."""
     pause: float | None = 0.0
     while True:
@@ -92,6 +94,6 @@ async def post_for_ever(books: Books, say: Say) -> None:
                 await books.noticed.wait()
         books.noticed.clear()
         done = False
-        with contextlib.suppress(sqlite3.Error, LedgerUnavailable):
-            done = await post_all(books, say)
-        pause = None if done else min(LONGEST_PAUSE, max(1.0, 2 * (pause or 0.0)))
+        with contextlib.suppress(sqlite3.Error, StorageUnavailable):
+            done = await post_all(books, log)
+        pause = None if done else min(MAX_PAUSE, max(1.0, 2 * (pause or 0.0)))

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import click
 
 from redbtc.cli.main import (
-    Context,
+    CommandContext,
     commands,
     details,
     given,
@@ -31,7 +31,7 @@ def account() -> None:
 @limit_options(ACCOUNT_LIMITS)
 @json_option
 @click.pass_obj
-def account_add(context: Context, /, name: str, as_json: bool, **options: Any) -> None:
+def account_add(context: CommandContext, /, name: str, as_json: bool, **options: Any) -> None:
     """Add an account. Limits that are left out are the settings'."""
     added = context.call("POST", "/admin/v1/accounts", {"name": name, **given(options)})
     show(added, as_json, lambda: f"Account {added['name']} added ({added['id']}).")
@@ -40,7 +40,7 @@ def account_add(context: Context, /, name: str, as_json: bool, **options: Any) -
 @account.command("list")
 @json_option
 @click.pass_obj
-def account_list(context: Context, as_json: bool) -> None:
+def account_list(context: CommandContext, as_json: bool) -> None:
     """All accounts."""
     found = context.call("GET", "/admin/v1/accounts")
     columns = ["name", "id", "status", "balance", "spent_this_month", *ACCOUNT_LIMITS]
@@ -56,7 +56,7 @@ def _account(name: str, action: str = "") -> str:
 @click.argument("name")
 @json_option
 @click.pass_obj
-def account_show(context: Context, name: str, as_json: bool) -> None:
+def account_show(context: CommandContext, name: str, as_json: bool) -> None:
     """One account, by its name or id. A limit of - is the settings'."""
     found = context.call("GET", _account(name))
     show(found, as_json, lambda: details(found))
@@ -68,7 +68,7 @@ def account_show(context: Context, name: str, as_json: bool) -> None:
 @limit_options(ACCOUNT_LIMITS)
 @json_option
 @click.pass_obj
-def account_set(context: Context, /, name: str, as_json: bool, **options: Any) -> None:
+def account_set(context: CommandContext, /, name: str, as_json: bool, **options: Any) -> None:
     """Change an account, from its next request on. `default`: what the settings say."""
     if not given(options):
         raise click.UsageError("say what to change; --help lists what can be")
@@ -81,7 +81,7 @@ def account_set(context: Context, /, name: str, as_json: bool, **options: Any) -
 @click.option("--reason", help="Why; shown to operators.")
 @json_option
 @click.pass_obj
-def account_suspend(context: Context, name: str, reason: str | None, as_json: bool) -> None:
+def account_suspend(context: CommandContext, name: str, reason: str | None, as_json: bool) -> None:
     """Refuse an account's requests from the next one on."""
     changed = context.call("POST", _account(name, "/suspend"), {"reason": reason})
     show(changed, as_json, lambda: f"Account {changed['name']} is suspended.")
@@ -91,7 +91,7 @@ def account_suspend(context: Context, name: str, reason: str | None, as_json: bo
 @click.argument("name")
 @json_option
 @click.pass_obj
-def account_resume(context: Context, name: str, as_json: bool) -> None:
+def account_resume(context: CommandContext, name: str, as_json: bool) -> None:
     """Serve a suspended account again."""
     changed = context.call("POST", _account(name, "/resume"))
     show(changed, as_json, lambda: f"Account {changed['name']} is active.")
@@ -103,7 +103,7 @@ def account_resume(context: Context, name: str, as_json: bool) -> None:
 @click.option("--until", metavar="TIME", help="Until then; left out: until it is lifted.")
 @json_option
 @click.pass_obj
-def account_throttle(context: Context, /, name: str, as_json: bool, **options: Any) -> None:
+def account_throttle(context: CommandContext, /, name: str, as_json: bool, **options: Any) -> None:
     """Hold an account to a part of its limits, from its next request on."""
     changed = context.call("POST", _account(name, "/throttle"), given(options))
 
@@ -133,7 +133,7 @@ def shown_once(added: dict[str, Any]) -> str:
 @limit_options(KEY_LIMITS)
 @json_option
 @click.pass_obj
-def key_add(context: Context, /, account: str, as_json: bool, **options: Any) -> None:
+def key_add(context: CommandContext, /, account: str, as_json: bool, **options: Any) -> None:
     """Add a key to an account and print it, once."""
     added = context.call("POST", _account(account, "/keys"), given(options))
     show(added, as_json, lambda: shown_once(added))
@@ -143,7 +143,7 @@ def key_add(context: Context, /, account: str, as_json: bool, **options: Any) ->
 @click.argument("account")
 @json_option
 @click.pass_obj
-def key_list(context: Context, account: str, as_json: bool) -> None:
+def key_list(context: CommandContext, account: str, as_json: bool) -> None:
     """An account's keys."""
     found = context.call("GET", _account(account, "/keys"))
     times = ["created_at", "expires_at", "revoked_at", "last_used_on"]
@@ -156,7 +156,7 @@ def key_list(context: Context, account: str, as_json: bool) -> None:
 @click.option("--compromised", is_flag=True, help="Somebody else has it: cut what runs, too.")
 @json_option
 @click.pass_obj
-def key_revoke(context: Context, key_id: str, compromised: bool, as_json: bool) -> None:
+def key_revoke(context: CommandContext, key_id: str, compromised: bool, as_json: bool) -> None:
     """Refuse a key from the next request on."""
     path = f"/admin/v1/keys/{quote(key_id, safe='')}/revoke"
     changed = context.call("POST", path, {"compromised": compromised})
@@ -169,7 +169,7 @@ def key_revoke(context: Context, key_id: str, compromised: bool, as_json: bool) 
 @click.option("--overlap", default="24h", show_default=True, help="How long the old key goes on.")
 @json_option
 @click.pass_obj
-def key_rotate(context: Context, key_id: str, overlap: str, as_json: bool) -> None:
+def key_rotate(context: CommandContext, key_id: str, overlap: str, as_json: bool) -> None:
     """Print a new key like the old one, which ends after the overlap.
 
     The new key goes on with the old one's monthly budget: what both spend counts together.

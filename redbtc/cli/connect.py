@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator
 import click
 import httpx2
 
-from redbtc.admin.actors import Stopped
+from redbtc.admin.actors import StoppedGateway
 from redbtc.admin.api import API
 from redbtc.admin.http import WHO, local, served
-from redbtc.billing.books import Books
+from redbtc.billing.books import Billing
 from redbtc.config import Loaded
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.server.unix_socket import socket_path
 from redbtc.store.database import Migrated, Store
 from redbtc.store.files import DatabaseInUse
@@ -30,8 +30,8 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no certificates, which
 @contextlib.asynccontextmanager
 async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of the admin API: of the running gateway's, else of one in this process. Where a
-    gateway is just starting or stopping, wait for it. Raises LedgerError."""
-    patience = time.monotonic() + PATIENCE_SECONDS
+    gateway is just starting or stopping, wait for it. Raises UserError."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         async with contextlib.AsyncExitStack() as stack:
             path = stack.enter_context(socket_path(loaded.database_path))
@@ -44,11 +44,11 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
                     store = await stack.enter_async_context(_open(loaded))
                     for line in opening(store):
                         click.echo(line, err=True)
-                    books = await Books.open(store, loaded.settings.billing)
-                    api = API(books, Stopped(), loaded.settings.dashboard_url)
+                    books = await Billing.open(store, loaded.settings.billing)
+                    api = API(books, StoppedGateway(), loaded.settings.dashboard_url)
                     transport = httpx2.ASGITransport(served(api, local))
             except DatabaseInUse:
-                if time.monotonic() > patience:
+                if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.05)
                 continue
@@ -89,7 +89,7 @@ async def _answers(path: str) -> bool:
     except (FileNotFoundError, ConnectionRefusedError):
         return False
     except OSError as error:
-        raise LedgerError(f"the gateway's socket {path}: {error.strerror}") from None
+        raise UserError(f"the gateway's socket {path}: {error.strerror}") from None
     writer.close()
     await writer.wait_closed()
     return True

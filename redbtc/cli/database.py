@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from redbtc.cli.main import Context, commands, given, json_option, show
+from redbtc.cli.main import CommandContext, commands, given, json_option, show
 from redbtc.config import Loaded
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.store.backup import back_up, plain_errors, restore
 from redbtc.store.consistency import CHECKS
 from redbtc.store.files import hold, hold_lock
@@ -26,7 +26,7 @@ def db() -> None:
 @db.command("check")
 @json_option
 @click.pass_obj
-def db_check(context: Context, as_json: bool) -> None:
+def db_check(context: CommandContext, as_json: bool) -> None:
     """Check the whole file for damage."""
     found = context.call("POST", "/admin/v1/db/check")
     show(found, as_json, lambda: "\n".join(found["problems"]) or "The database is sound.")
@@ -47,7 +47,7 @@ MAX_NICENESS = 19
 )
 @json_option
 @click.pass_obj
-def db_backup(context: Context, path: str, keep: int | None, as_json: bool) -> None:
+def db_backup(context: CommandContext, path: str, keep: int | None, as_json: bool) -> None:
     """Copy the database to PATH and verify the copy, while the gateway runs or not. The SHA-256 is
     written to PATH.sha256. If PATH is a folder, the file in it is named by the time; otherwise an
     earlier backup at PATH is replaced, or with --keep renamed to PATH.1, PATH.2 and so on."""
@@ -61,7 +61,7 @@ def db_backup(context: Context, path: str, keep: int | None, as_json: bool) -> N
 @click.argument("path")
 @json_option
 @click.pass_obj
-def db_restore(context: Context, path: str, as_json: bool) -> None:
+def db_restore(context: CommandContext, path: str, as_json: bool) -> None:
     """Verify the backup PATH and put a copy of it in place of the database. No gateway may be
     running. The replaced database is kept beside it."""
     started = time.monotonic()
@@ -83,7 +83,7 @@ def db_restore(context: Context, path: str, as_json: bool) -> None:
     }
     try:
         done |= context.call("POST", "/admin/v1/db/check")
-    except LedgerError as error:
+    except UserError as error:
         done |= {"ok": False, "problems": [str(error)]}
     done["seconds"] = round(time.monotonic() - started, 3)
     show(done, as_json, lambda: restored_text(done))
@@ -115,7 +115,7 @@ def time_text(found: dict[str, Any]) -> str:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @click.pass_obj
-def db_set_time(context: Context, time: str | None, yes: bool, as_json: bool) -> None:
+def db_set_time(context: CommandContext, time: str | None, yes: bool, as_json: bool) -> None:
     """Move whatever is dated after TIME to TIME: requests, payments, sums and all else. TIME is an
     ISO 8601 time or a duration ago; left out: now. For a ledger that has entries of the future,
     after a clock that was ahead was believed. It can't be undone. Costs stay."""

@@ -10,7 +10,7 @@ import msgspec
 from redbtc.admin.actors import Actor
 from redbtc.admin.api import API, prices_of
 from redbtc.admin.inputs import NewPrices
-from redbtc.billing.books import Books
+from redbtc.billing.books import Billing
 from redbtc.cli.money import read_prices
 from redbtc.config import shipped
 from redbtc.store.accounts import Accounts
@@ -20,7 +20,7 @@ FIRST_RUN = "first run"  # who makes its changes
 FIRST_OPERATOR = "operator@localhost"
 
 
-async def import_example(books: Books) -> None:
+async def import_example(books: Billing) -> None:
     """The prices of prices.toml, so that a newcomer's first requests are served; none where they
     are in another currency."""
     example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)

@@ -15,13 +15,13 @@ import orjson
 
 from redbtc.cli.connect import connect
 from redbtc.config import Loaded, load_settings
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.money import parse_limit
 from redbtc.start import restore
 from redbtc.store.accounts import LIMITS
 
 
-class Context:
+class CommandContext:
     """What the options before the command say; the settings are read when they are needed."""
 
     def __init__(self, config: str | None) -> None:
@@ -32,7 +32,7 @@ class Context:
         return load_settings(self._config)
 
     def call(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
-        """The JSON that the admin API answers. Raises LedgerError with its message."""
+        """The JSON that the admin API answers. Raises UserError with its message."""
 
         content = None if body is None else msgspec.json.encode(body)
 
@@ -63,9 +63,9 @@ def _content(status: int, body: bytes) -> Any:
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise LedgerError(f"the gateway answered {status}; see its log") from None
+        raise UserError(f"the gateway answered {status}; see its log") from None
     if status >= 400:
-        raise LedgerError(content["error"]["message"])
+        raise UserError(content["error"]["message"])
     return content
 
 
@@ -91,7 +91,7 @@ class AmountType(click.ParamType[Any]):
         if value != "default":
             try:
                 parse_limit(value)
-            except LedgerError as error:
+            except UserError as error:
                 self.fail(str(error), param, ctx)
         return value
 
@@ -167,7 +167,7 @@ def details(record: dict[str, Any]) -> str:
 @click.pass_context
 def commands(context: click.Context, config: str | None) -> None:
     """RedBTC AI: an OpenAI-compatible API gateway."""
-    context.obj = Context(config)
+    context.obj = CommandContext(config)
     if context.invoked_subcommand is None:
         context.invoke(commands.commands["serve"])
     elif context.invoked_subcommand != "serve":  # which handles signals in its own way
@@ -178,7 +178,7 @@ def main() -> None:
     """Run the command line; exit 0 done, 1 refused or failed, 2 wrong usage."""
     try:
         commands(prog_name="redbtc-proxy")
-    except (LedgerError, sqlite3.Error, httpx2.HTTPError) as error:
+    except (UserError, sqlite3.Error, httpx2.HTTPError) as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(1) from None
     except UnicodeEncodeError:

@@ -13,8 +13,17 @@ import click
 from redbtc.billing.notices import few, slot_name, told_of_prices
 from redbtc.billing.prices import Rates
 from redbtc.cli.accounts import _account
-from redbtc.cli.main import Context, Decorated, commands, given, json_option, plain, show, table
-from redbtc.errors import LedgerError
+from redbtc.cli.main import (
+    CommandContext,
+    Decorated,
+    commands,
+    given,
+    json_option,
+    plain,
+    show,
+    table,
+)
+from redbtc.errors import UserError
 
 
 @commands.group()
@@ -31,7 +40,7 @@ def notice_options(function: Decorated) -> Decorated:
 
 
 def add_prices(
-    context: Context,
+    context: CommandContext,
     prices: dict[str, Any],
     without_notice: bool,
     reason: str | None,
@@ -84,7 +93,12 @@ def add_prices(
 @json_option
 @click.pass_obj
 def price_add(
-    context: Context, /, as_json: bool, without_notice: bool, reason: str | None, **options: Any
+    context: CommandContext,
+    /,
+    as_json: bool,
+    without_notice: bool,
+    reason: str | None,
+    **options: Any,
 ) -> None:
     """Add the price of MODEL, a name or a shell pattern.
 
@@ -102,7 +116,7 @@ def price_add(
 @json_option
 @click.pass_obj
 def price_import(
-    context: Context, file: Path, as_json: bool, without_notice: bool, reason: str | None
+    context: CommandContext, file: Path, as_json: bool, without_notice: bool, reason: str | None
 ) -> None:
     """Add the prices of a TOML file, all or none. Prices that are in force anyway are left out.
 
@@ -114,16 +128,16 @@ def price_import(
 
 def read_prices(file: Path) -> dict[str, Any]:
     """The tables of a price file as the API takes them: amounts as decimal strings, exactly as they
-    stand in it. Raises LedgerError."""
+    stand in it. Raises UserError."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"), parse_float=Decimal)
     except OSError as error:
-        raise LedgerError(f"{file}: {error.strerror}") from None
+        raise UserError(f"{file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LedgerError(f"{file}: not TOML: {error}") from None
+        raise UserError(f"{file}: not TOML: {error}") from None
     prices = tables.get("prices")
     if not isinstance(prices, list) or not all(isinstance(price, dict) for price in prices):
-        raise LedgerError(f"{file}: needs an array 'prices' of tables")
+        raise UserError(f"{file}: needs an array 'prices' of tables")
     for price in prices:
         for name, value in price.items():
             if type(value) in (int, Decimal) and not name.endswith("_tokens"):
@@ -150,7 +164,7 @@ def price_table(rows: list[dict[str, Any]]) -> str:
 @price.command("list")
 @json_option
 @click.pass_obj
-def price_list(context: Context, as_json: bool) -> None:
+def price_list(context: CommandContext, as_json: bool) -> None:
     """Past, current and coming prices.
 
     A rate of - was not given. `shadowed_by` are more specific names and patterns, whose prices
@@ -167,7 +181,7 @@ def price_list(context: Context, as_json: bool) -> None:
 @click.option("--at", metavar="TIME", help="At that time; left out: now.")
 @json_option
 @click.pass_obj
-def price_which(context: Context, /, as_json: bool, **options: Any) -> None:
+def price_which(context: CommandContext, /, as_json: bool, **options: Any) -> None:
     """Show which price applies to MODEL, which others match it, and why they don't apply."""
     found = context.call("GET", "/admin/v1/prices/which", query=given(options))
 
@@ -195,7 +209,7 @@ def payment() -> None:
 @click.option("--reason", help="Of a refund or correction, which are negative.")
 @json_option
 @click.pass_obj
-def payment_add(context: Context, /, account: str, as_json: bool, **options: Any) -> None:
+def payment_add(context: CommandContext, /, account: str, as_json: bool, **options: Any) -> None:
     """Write down a payment of an account, such as 25.00; a refund is negative."""
     added = context.call("POST", _account(account, "/payments"), given(options))
     money = "Payment of {amount} {currency} for {account} ({id}); the balance is {balance}."
@@ -206,7 +220,7 @@ def payment_add(context: Context, /, account: str, as_json: bool, **options: Any
 @click.argument("account", required=False)
 @json_option
 @click.pass_obj
-def payment_list(context: Context, account: str | None, as_json: bool) -> None:
+def payment_list(context: CommandContext, account: str | None, as_json: bool) -> None:
     """All payments, or an account's, oldest first."""
     path = _account(account, "/payments") if account else "/admin/v1/payments"
     found = context.call("GET", path)
@@ -237,7 +251,7 @@ def notice() -> None:
 )
 @json_option
 @click.pass_obj
-def notice_add(context: Context, /, as_json: bool, **options: Any) -> None:
+def notice_add(context: CommandContext, /, as_json: bool, **options: Any) -> None:
     """Add a notice. New terms need billing.terms_notice_days of notice."""
     added = context.call("POST", "/admin/v1/notices", given(options))
     show(added, as_json, lambda: f"Notice {added['id']} added.")
@@ -246,7 +260,7 @@ def notice_add(context: Context, /, as_json: bool, **options: Any) -> None:
 @notice.command("list")
 @json_option
 @click.pass_obj
-def notice_list(context: Context, as_json: bool) -> None:
+def notice_list(context: CommandContext, as_json: bool) -> None:
     """All notices."""
     found = context.call("GET", "/admin/v1/notices")
     columns = ["id", "kind", "account", "effective_at", "until", "withdrawn_at", "text"]
@@ -257,7 +271,7 @@ def notice_list(context: Context, as_json: bool) -> None:
 @click.argument("notice_id")
 @json_option
 @click.pass_obj
-def notice_withdraw(context: Context, notice_id: str, as_json: bool) -> None:
+def notice_withdraw(context: CommandContext, notice_id: str, as_json: bool) -> None:
     """Show a notice to nobody any more."""
     path = f"/admin/v1/notices/{quote(notice_id, safe='')}/withdraw"
     changed = context.call("POST", path)

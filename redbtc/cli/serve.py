@@ -15,15 +15,15 @@ import msgspec
 import orjson
 import uvloop
 
-from redbtc.billing.books import Books
+from redbtc.billing.books import Billing
 from redbtc.billing.prices import Price
 from redbtc.cli import main as main_module
 from redbtc.cli.database import show_check
 from redbtc.cli.first_run import dashboard, import_example, welcome
-from redbtc.cli.main import Context, json_option
-from redbtc.config import Billing, Loaded, Settings, SettingsError, url_of
-from redbtc.errors import LedgerError, LedgerUnavailable
-from redbtc.gateway.process import WATCH_SECONDS, Running, missing_keys, with_demo
+from redbtc.cli.main import CommandContext, json_option
+from redbtc.config import BillingSettings, Loaded, Settings, SettingsError, url_of
+from redbtc.errors import StorageUnavailable, UserError
+from redbtc.gateway.process import WATCH_SECONDS, GatewayProcess, missing_keys, with_demo
 from redbtc.gateway.state import Gateway
 from redbtc.money import NANOS
 from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
@@ -31,14 +31,14 @@ from redbtc.store.commits import RETRY_SECONDS, Health
 from redbtc.store.consistency import check_file
 from redbtc.store.database import LedgerDamaged, Serving, Store, opening_error
 from redbtc.store.files import DatabaseInUse, state_of
-from redbtc.telemetry import LOG, say
+from redbtc.telemetry import LOG, log
 
 DEMO_PRICE = Price(
     "redbtc-demo*", input=NANOS, output=4 * NANOS, max_output_tokens=1000, source="an invention"
 )
 
 
-class Start(NamedTuple):
+class ServeOptions(NamedTuple):
     """What `serve` was asked for."""
 
     loaded: Loaded
@@ -49,11 +49,11 @@ class Start(NamedTuple):
     as_json: bool
 
 
-async def run(start: Start) -> int:
-    """Run the gateway from start to end, and return the exit status. Raises LedgerError where it
+async def run(start: ServeOptions) -> int:
+    """Run the gateway from start to end, and return the exit status. Raises UserError where it
     can't start."""
     settings = start.settings
-    running = Running(start.loaded, settings)
+    running = GatewayProcess(start.loaded, settings)
     async with contextlib.AsyncExitStack() as stack:
         listeners = listen(settings.server.hosts, settings.server.port)
         opening = asyncio.create_task(open_gateway(stack, start, running, listeners))
@@ -62,10 +62,13 @@ async def run(start: Start) -> int:
 
 
 async def open_gateway(
-    stack: contextlib.AsyncExitStack, start: Start, running: Running, listeners: list[socket.socket]
+    stack: contextlib.AsyncExitStack,
+    start: ServeOptions,
+    running: GatewayProcess,
+    listeners: list[socket.socket],
 ) -> Gateway:
     """Open the ledger, however long that takes, and say that the gateway serves. Raises
-    LedgerError."""
+    UserError."""
     settings = start.settings
     books = await open_ledger(stack, start, running)
     store = books.store
@@ -79,7 +82,7 @@ async def open_gateway(
         await books.add_prices([DEMO_PRICE], without_notice=None, by="demo")
     host, port = listeners[0].getsockname()[:2]
     url = f"{url_of(host, port)}/v1"
-    say(
+    log(
         logging.INFO,
         "serving",
         url=url,
@@ -88,17 +91,17 @@ async def open_gateway(
     )
     ahead = -store.clock.offset // 1000
     if ahead > 60:
-        say(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
+        log(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
     if store.migrated:
-        say(logging.INFO, "migrated", **store.migrated._asdict())
+        log(logging.INFO, "migrated", **store.migrated._asdict())
     if store.replaced:
-        say(logging.INFO, "restore finished", replaced=str(store.replaced))
+        log(logging.INFO, "restore finished", replaced=str(store.replaced))
     for line in missing_keys(settings):
-        say(logging.WARNING, "unusable", reason=line)
+        log(logging.WARNING, "unusable", reason=line)
     if start.as_json:
         click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
     if not books.prices.prices and settings.billing.unpriced_models == "refuse":
-        say(logging.WARNING, "no prices", reason="all models are refused: price import")
+        log(logging.WARNING, "no prices", reason="all models are refused: price import")
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
     gateway = Gateway(books, settings, running.watch)
@@ -107,13 +110,13 @@ async def open_gateway(
             if start.first_run:
                 click.echo(await welcome(gateway.api, url, start.demo))
             click.echo(await dashboard(gateway.api))
-        except (sqlite3.Error, LedgerUnavailable) as error:
-            say(logging.ERROR, "no welcome", reason=str(error))
+        except (sqlite3.Error, StorageUnavailable) as error:
+            log(logging.ERROR, "no welcome", reason=str(error))
     try:
         await gateway.unended.resume()
-    except (sqlite3.Error, LedgerUnavailable) as error:
+    except (sqlite3.Error, StorageUnavailable) as error:
         if store.commits.health is not Health.LOST:  # which serves nothing anyway
-            raise LedgerError(f"{store.path} can't be read: {error}") from None
+            raise UserError(f"{store.path} can't be read: {error}") from None
     return gateway
 
 
@@ -123,11 +126,13 @@ DAMAGED = (
 )
 
 
-async def open_ledger(stack: contextlib.AsyncExitStack, start: Start, running: Running) -> Books:
+async def open_ledger(
+    stack: contextlib.AsyncExitStack, start: ServeOptions, running: GatewayProcess
+) -> Billing:
     """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
-    when a damaged one was replaced. Raises LedgerError where that can't help."""
+    when a damaged one was replaced. Raises UserError where that can't help."""
     database, path = start.settings.database, start.loaded.database_path
-    serving = Serving(database.check_seconds, start.accept_clock, say, running.closing)
+    serving = Serving(database.check_seconds, start.accept_clock, log, running.closing)
     said = ""
     while True:
         tried = state_of(path)
@@ -141,23 +146,23 @@ async def open_ledger(stack: contextlib.AsyncExitStack, start: Start, running: R
         except LedgerDamaged as error:
             if str(error) != said:
                 said = str(error)
-                say(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED)
+                log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED)
             await asyncio.sleep(WATCH_SECONDS)
             while state_of(path) == tried:
                 await asyncio.sleep(WATCH_SECONDS)
-        except (LedgerUnavailable, DatabaseInUse) as error:
+        except (StorageUnavailable, DatabaseInUse) as error:
             if not said and isinstance(error, DatabaseInUse):
                 raise
             if str(error) != said:
                 said = str(error)
-                say(logging.ERROR, "ledger unavailable", reason=said)
+                log(logging.ERROR, "ledger unavailable", reason=said)
             await asyncio.sleep(RETRY_SECONDS)
 
 
-async def open_books(store: Store, settings: Billing) -> Books:
-    """Read the prices. Raises LedgerError."""
+async def open_books(store: Store, settings: BillingSettings) -> Billing:
+    """Read the prices. Raises UserError."""
     try:
-        return await Books.open(store, settings)
+        return await Billing.open(store, settings)
     except sqlite3.Error as error:
         raise opening_error(store.path, error) from None
 
@@ -197,7 +202,7 @@ async def start_demo(stack: contextlib.AsyncExitStack) -> str:
 @json_option
 @click.pass_obj
 def serve(
-    context: Context,
+    context: CommandContext,
     hosts: tuple[str, ...],
     port: int | None,
     demo: bool,
@@ -216,7 +221,7 @@ def serve(
     LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            start = Start(loaded, settings, demo, first_run, accept_clock, as_json)
+            start = ServeOptions(loaded, settings, demo, first_run, accept_clock, as_json)
             status = runner.run(run(start))
     finally:
         LOG.flush()
@@ -226,7 +231,7 @@ def serve(
 @main_module.commands.command()
 @json_option
 @click.pass_obj
-def check(context: Context, as_json: bool) -> None:
+def check(context: CommandContext, as_json: bool) -> None:
     """Say what is wrong with the settings and the database, line by line."""
     try:
         loaded = context.loaded

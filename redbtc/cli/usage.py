@@ -10,7 +10,7 @@ import click
 
 from redbtc.billing.csv import csv_lines, statement_lines
 from redbtc.cli.accounts import _account
-from redbtc.cli.main import Context, commands, details, given, json_option, show, table
+from redbtc.cli.main import CommandContext, commands, details, given, json_option, show, table
 from redbtc.money import decimal, digits_of, parse_amount
 
 USAGE_COLUMNS = [
@@ -48,7 +48,7 @@ SUM_COLUMNS = [
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
 @click.pass_obj
-def usage(context: Context, /, as_csv: bool, as_json: bool, **filters: Any) -> None:
+def usage(context: CommandContext, /, as_csv: bool, as_json: bool, **filters: Any) -> None:
     """The ledger: a row for each request that reached an upstream, oldest first, or sums of them.
     The totals are of the whole range, whatever the limit."""
     one_form(as_csv, as_json)
@@ -82,7 +82,9 @@ def one_form(as_csv: bool, as_json: bool) -> None:
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
 @click.pass_obj
-def statement(context: Context, account: str, month: str, as_csv: bool, as_json: bool) -> None:
+def statement(
+    context: CommandContext, account: str, month: str, as_csv: bool, as_json: bool
+) -> None:
     """An account's month: opening balance, usage by day and model, payments, closing balance, and
     what was paid in the last three months."""
     one_form(as_csv, as_json)

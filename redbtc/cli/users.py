@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import click
 
-from redbtc.cli.main import Context, Decorated, commands, given, json_option, show, table
+from redbtc.cli.main import CommandContext, Decorated, commands, given, json_option, show, table
 
 
 @commands.group()
@@ -28,7 +28,12 @@ def link_text(added: dict[str, Any]) -> str:
 @json_option
 @click.pass_obj
 def user_add(
-    context: Context, email: str, operator: bool, account: str | None, viewer: bool, as_json: bool
+    context: CommandContext,
+    email: str,
+    operator: bool,
+    account: str | None,
+    viewer: bool,
+    as_json: bool,
 ) -> None:
     """Add a login and print the link with which its password is set, once."""
     if operator == bool(account) or (operator and viewer):
@@ -42,7 +47,7 @@ def user_add(
 @user.command("list")
 @json_option
 @click.pass_obj
-def user_list(context: Context, as_json: bool) -> None:
+def user_list(context: CommandContext, as_json: bool) -> None:
     """All logins, operators first."""
     found = context.call("GET", "/admin/v1/users")
     columns = ["email", "role", "account", "password_set_at", "link_expires_at", "id"]
@@ -66,7 +71,7 @@ def _which(account: str | None, operator: bool) -> dict[str, str]:
 @json_option
 @click.pass_obj
 def user_remove(
-    context: Context, email: str, account: str | None, operator: bool, as_json: bool
+    context: CommandContext, email: str, account: str | None, operator: bool, as_json: bool
 ) -> None:
     """Remove a login, and log it out."""
     path = f"/admin/v1/users/{quote(email, safe='')}"
@@ -80,7 +85,7 @@ def user_remove(
 @json_option
 @click.pass_obj
 def user_reset(
-    context: Context, email: str, account: str | None, operator: bool, as_json: bool
+    context: CommandContext, email: str, account: str | None, operator: bool, as_json: bool
 ) -> None:
     """End a login's password and sessions, and print a new link."""
     path = f"/admin/v1/users/{quote(email, safe='')}/reset"

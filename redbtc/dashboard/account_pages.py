@@ -26,8 +26,8 @@ from redbtc.dashboard.operator_pages import (
 )
 from redbtc.dashboard.rendering import explanation
 from redbtc.dashboard.sessions import SECURITY
-from redbtc.dashboard.visit import Context, Visit
-from redbtc.errors import LedgerError, NotFound
+from redbtc.dashboard.visit import PageRequest, PageVariables
+from redbtc.errors import NotFound, UserError
 from redbtc.money import money
 from redbtc.slices import with_turns
 from redbtc.store.records import Record
@@ -35,7 +35,7 @@ from redbtc.times import iso_time
 
 
 # For its members, and for operators.
-async def _account(visit: Visit, here: str) -> Context:
+async def _account(visit: PageRequest, here: str) -> PageVariables:
     """What all of them show. Raises NotFound."""
     account = await visit.ask(API.show_account, account=visit.request.path_params["account"])
     rank = RANKS[visit.actor.rank]
@@ -58,11 +58,11 @@ TABS: dict[str, Rank] = {
     "Notices": "viewer",
     "Manage": "operator",
 }
-MOST_TOLD = 5  # notices on the overview
+MAX_TOLD = 5  # notices on the overview
 MEASURES = {"cost": "Cost", "requests": "Requests", "output_tokens": "Output tokens"}
 
 
-async def account_overview(visit: Visit) -> Context:
+async def account_overview(visit: PageRequest) -> PageVariables:
     """Spent, used, left."""
     shown = await _account(visit, "Overview")
     account_id, month = shown["account"]["id"], shown["account"]["month"]
@@ -78,8 +78,8 @@ async def account_overview(visit: Visit) -> Context:
         **shown,
         "month": (await _statement(visit, account_id, month, 0))["totals"],
         "limits": await visit.ask(API.account_limits, account=account_id),
-        "notices": notices[-MOST_TOLD:][::-1],
-        "more_notices": max(0, len(notices) - MOST_TOLD),
+        "notices": notices[-MAX_TOLD:][::-1],
+        "more_notices": max(0, len(notices) - MAX_TOLD),
         "groups": used["groups"],
         "measure": measure,
         "measures": MEASURES,
@@ -89,7 +89,7 @@ async def account_overview(visit: Visit) -> Context:
     }
 
 
-async def keys(visit: Visit) -> Context:
+async def keys(visit: PageRequest) -> PageVariables:
     """Those in force, then the others; each the newest first."""
     shown = await _account(visit, "Keys")
     found = (await visit.ask(API.list_keys, account=shown["account"]["id"]))["keys"]
@@ -113,21 +113,21 @@ KEY_FIELDS = (
 )
 
 
-async def _new_key(visit: Visit, added: Record) -> Context:
+async def _new_key(visit: PageRequest, added: Record) -> PageVariables:
     """It is shown this once, and how to use it."""
     url, host = visit.request.url, visit.request.headers.get("host", "")
     model = await visit.example_model(added["models"])
     return {"added": added, "base_url": f"{url.scheme}://{host}/v1", "model": model}
 
 
-async def add_key(visit: Visit) -> Context:
+async def add_key(visit: PageRequest) -> PageVariables:
     """One more of this account."""
     body = visit.fields(*KEY_FIELDS)
     account = visit.request.path_params["account"]
     return await _new_key(visit, await visit.do(API.add_key, body, account=account))
 
 
-async def _key(visit: Visit) -> str:
+async def _key(visit: PageRequest) -> str:
     """The id of the one that a form names, where it is of this page's account."""
     account = visit.request.path_params["account"]
     found = (await visit.ask(API.list_keys, account=account))["keys"]
@@ -137,20 +137,20 @@ async def _key(visit: Visit) -> str:
     return key_id
 
 
-async def rotate_key(visit: Visit) -> Context:
+async def rotate_key(visit: PageRequest) -> PageVariables:
     """A new one in its place."""
     body = visit.fields("overlap")
     return await _new_key(visit, await visit.do(API.rotate_key, body, key=await _key(visit)))
 
 
-async def revoke_key(visit: Visit) -> Context | None:
+async def revoke_key(visit: PageRequest) -> PageVariables | None:
     """From the next request on; of a compromised one what runs is cut."""
     compromised = "true" if visit.form.get("compromised") else "false"
     done = await visit.do(API.revoke_key, {"compromised": compromised}, key=await _key(visit))
     return {"done": f"Revoked. Cut in flight: {done['cut']}."} if done["compromised"] else None
 
 
-def _filters(visit: Visit, account_id: str) -> tuple[dict[str, str], dict[str, str]]:
+def _filters(visit: PageRequest, account_id: str) -> tuple[dict[str, str], dict[str, str]]:
     """What is asked for, as it stands in the page's address and as the API has it: there the last
     day is one that counts."""
     asked = visit.request.query_params
@@ -161,20 +161,20 @@ def _filters(visit: Visit, account_id: str) -> tuple[dict[str, str], dict[str, s
     return shown, query
 
 
-MOST_OFFERED = 200  # keys, to choose one of
+MAX_OFFERED = 200  # keys, to choose one of
 
 
-async def usage(visit: Visit) -> Context:
+async def usage(visit: PageRequest) -> PageVariables:
     """Each request, the newest first, and sums of all that the filters let through."""
     shown = await _account(visit, "Usage")
     account_id = shown["account"]["id"]
     known = (await visit.ask(API.list_keys, account=account_id))["keys"]
     filters, query = _filters(visit, account_id)
-    offered = known[-MOST_OFFERED:]
+    offered = known[-MAX_OFFERED:]
     kept = {name: value for name, value in filters.items() if value}
     shown |= {
         "filters": filters,
-        "keys": [key for key in known[:-MOST_OFFERED] if key["id"] == filters["key"]] + offered,
+        "keys": [key for key in known[:-MAX_OFFERED] if key["id"] == filters["key"]] + offered,
         "csv": f"{shown['path']}/usage.csv?{urlencode(kept)}",
         "totals": None,
     }
@@ -186,7 +186,7 @@ async def usage(visit: Visit) -> Context:
         found = await visit.ask(API.requests, query={**query, **part})
     except NotFound:
         raise
-    except LedgerError as error:
+    except UserError as error:
         return {**shown, **explanation(error)}
     rows = found["requests"][::-1]
     more = len(rows) > ON_A_PAGE
@@ -200,7 +200,7 @@ async def usage(visit: Visit) -> Context:
     }
 
 
-async def usage_csv(visit: Visit) -> Response:
+async def usage_csv(visit: PageRequest) -> Response:
     """The same as CSV, all of it, the newest first: read in parts, each of one instant, so that who
     reads slowly holds nothing up."""
     account_id = (await _account(visit, "Usage"))["account"]["id"]
@@ -229,7 +229,7 @@ def as_file(name: str) -> dict[str, str]:
     return {**SECURITY, "content-disposition": f'attachment; filename="{name}"'}
 
 
-async def billing(visit: Visit) -> Context:
+async def billing(visit: PageRequest) -> PageVariables:
     """Statements, payments, prices."""
     shown = await _account(visit, "Billing")
     account_id = shown["account"]["id"]
@@ -249,26 +249,26 @@ async def billing(visit: Visit) -> Context:
     }
 
 
-async def statement(visit: Visit) -> Context:
+async def statement(visit: PageRequest) -> PageVariables:
     """A month of it."""
     shown = await _account(visit, "Billing")
     month = visit.request.path_params["month"]
-    found = await _statement(visit, shown["account"]["id"], month, MOST_LINES + 1)
-    more = len(found["usage"]) > MOST_LINES
-    return {**shown, "found": found, "lines": found["usage"][:MOST_LINES], "more": more}
+    found = await _statement(visit, shown["account"]["id"], month, MAX_LINES + 1)
+    more = len(found["usage"]) > MAX_LINES
+    return {**shown, "found": found, "lines": found["usage"][:MAX_LINES], "more": more}
 
 
-async def _statement(visit: Visit, account: str, month: str, lines: int) -> Record:
+async def _statement(visit: PageRequest, account: str, month: str, lines: int) -> Record:
     """With so many lines of its usage."""
     query = {"limit": lines}
     found: Record = await visit.ask(API.statement, account=account, month=month, query=query)
     return found
 
 
-MOST_LINES = 500
+MAX_LINES = 500
 
 
-async def statement_csv(visit: Visit) -> Response:
+async def statement_csv(visit: PageRequest) -> Response:
     """As CSV."""
     account, month = (visit.request.path_params[name] for name in ("account", "month"))
     found = await visit.ask(API.statement, account=account, month=month)
@@ -276,25 +276,25 @@ async def statement_csv(visit: Visit) -> Response:
     return await in_parts(lines, 200, as_file(f"statement-{found['month']}.csv"), "text/csv")
 
 
-async def members(visit: Visit) -> Context:
+async def members(visit: PageRequest) -> PageVariables:
     """Who may log in to it."""
     shown = await _account(visit, "Members")
     return {**shown, **part_of(visit, "users", await _users(visit)), "added": None}
 
 
-async def account_notices(visit: Visit) -> Context:
+async def account_notices(visit: PageRequest) -> PageVariables:
     """What it is told."""
     shown = await _account(visit, "Notices")
     found = (await visit.ask(API.account_notices, account=shown["account"]["id"]))["notices"]
     return {**shown, **part_of(visit, "notices", found[::-1])}
 
 
-async def manage(visit: Visit) -> Context:
+async def manage(visit: PageRequest) -> PageVariables:
     """What only operators change of an account."""
     return await _account(visit, "Manage")
 
 
-async def set_account(visit: Visit) -> None:
+async def set_account(visit: PageRequest) -> None:
     """What is left empty is the settings' again."""
     body = {name: visit.form.get(name, "").strip() or None for name in ACCOUNT_FIELDS}
     await visit.do(API.set_account, body, account=visit.request.path_params["account"])

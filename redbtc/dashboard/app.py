@@ -21,7 +21,7 @@ from redbtc.admin.api import API
 from redbtc.admin.http import OTHERWISE, STATUS, check_fields, retry_after, whole_body
 from redbtc.admin.operations import Operation
 from redbtc.admin.passwords import Later
-from redbtc.admin.users import Session
+from redbtc.admin.users import LoginSession
 from redbtc.dashboard.account_pages import (
     account_notices,
     account_overview,
@@ -65,20 +65,20 @@ from redbtc.dashboard.sessions import (
     session_of,
     set_cookie,
 )
-from redbtc.dashboard.visit import HOME, LOGIN, Context, Visit, to, to_login
-from redbtc.errors import LedgerError, NotFound
+from redbtc.dashboard.visit import HOME, LOGIN, PageRequest, PageVariables, to, to_login
+from redbtc.errors import NotFound, UserError
 
-MOST_FORM_BYTES = 64 << 10
+MAX_FORM_BYTES = 64 << 10
 ONCE = re.compile("[0-9a-f]{16}")
-MOST_SENT = 10_000  # forms that are known to have been sent
+MAX_SENT = 10_000  # forms that are known to have been sent
 
 BAD_LOGIN = "Address and password don't belong together."
 SUSPENDED = "This account is suspended."
 SEVERAL = "This is the password of several logins: choose one, and type it again."
 UNKNOWN = {404: "There is no such page.", 500: "The gateway failed on this."}
-Handler = Callable[[Visit], Awaitable[Response]]
-Show = Callable[[Visit], Awaitable[Context]]
-Action = Callable[[Visit], Awaitable[Context | Response | None]]
+Handler = Callable[[PageRequest], Awaitable[Response]]
+Show = Callable[[PageRequest], Awaitable[PageVariables]]
+Action = Callable[[PageRequest], Awaitable[PageVariables | Response | None]]
 NO_ACTIONS: Mapping[str, Action] = {}
 
 
@@ -122,7 +122,7 @@ class Dashboard:
             screen(f"{account}/manage", manage, MANAGE_ACTIONS, "operator"),
         ]
         handlers: dict[Any, Any] = {
-            LedgerError: self._refused,
+            UserError: self._refused,
             HTTPException: self._unknown,
             Exception: self._unknown,
         }
@@ -142,17 +142,17 @@ class Dashboard:
         once, and only then; otherwise the page is loaded again."""
         template = f"{show.__name__}.html"
 
-        async def handler(visit: Visit) -> Response:
+        async def handler(visit: PageRequest) -> Response:
             if RANKS[visit.actor.rank] < RANKS[least]:
                 raise Forbidden("this is not for your role")
-            made: Context = {"done": "done" in visit.request.query_params}
+            made: PageVariables = {"done": "done" in visit.request.query_params}
             refused = None
             if visit.request.method not in SAFE:
                 try:
                     answer = await self._act(visit, actions)
                 except (NotFound, Forbidden):
                     raise
-                except LedgerError as error:
+                except UserError as error:
                     made, refused = {"form": visit.form}, error
                 else:
                     if not isinstance(answer, dict):
@@ -167,7 +167,9 @@ class Dashboard:
         methods = ["GET", "POST"] if actions else ["GET"]
         return Route(path, self.logged_in(handler), methods=methods)
 
-    async def _act(self, visit: Visit, actions: Mapping[str, Action]) -> Context | Response | None:
+    async def _act(
+        self, visit: PageRequest, actions: Mapping[str, Action]
+    ) -> PageVariables | Response | None:
         action = actions.get(visit.form.get("do", ""))
         if action is None:
             raise Forbidden("there is no such form")
@@ -175,17 +177,17 @@ class Dashboard:
             return await action(visit)
 
     @contextlib.contextmanager
-    def _once(self, session: Session, token: str) -> Iterator[None]:
+    def _once(self, session: LoginSession, token: str) -> Iterator[None]:
         """What a form on a page asks for is done once, however often it is sent (a page is loaded
-        again, a button clicked twice), as long as the gateway runs. Raises LedgerError."""
+        again, a button clicked twice), as long as the gateway runs. Raises UserError."""
         if not ONCE.fullmatch(token):  # of no page of ours
             yield
             return
         form = session.user_id, token
         if form in self._sent:
-            raise LedgerError("this form was sent before; a key or link is shown only once")
+            raise UserError("this form was sent before; a key or link is shown only once")
         self._sent[form] = None
-        if len(self._sent) > MOST_SENT:
+        if len(self._sent) > MAX_SENT:
             self._sent.popitem(last=False)
         try:
             yield
@@ -193,7 +195,7 @@ class Dashboard:
             self._sent.pop(form, None)
             raise
 
-    async def home(self, visit: Visit) -> Response:
+    async def home(self, visit: PageRequest) -> Response:
         """Where one begins."""
         account_id = visit.session.account_id
         return to(f"/dashboard/accounts/{account_id}" if account_id else "/dashboard/overview")
@@ -209,13 +211,13 @@ class Dashboard:
         return asset
 
     async def page(
-        self, name: str, context: Context, status: int = 200, refused: LedgerError | None = None
+        self, name: str, context: PageVariables, status: int = 200, refused: UserError | None = None
     ) -> Response:
         """A template as an answer; with `refused` it says why."""
         if refused:
             status = STATUS.get(type(refused), OTHERWISE)
             context = {**context, **explanation(refused)}
-        usual: Context = {
+        usual: PageVariables = {
             "session": None,
             "form": {},
             "wrong": "",
@@ -233,7 +235,7 @@ class Dashboard:
         return Response(body, status, headers, media_type="text/html; charset=utf-8")
 
     async def _refused(self, _: Request, error: Exception) -> Response:
-        assert isinstance(error, LedgerError), "it handles no other"
+        assert isinstance(error, UserError), "it handles no other"
         code = STATUS.get(type(error), OTHERWISE)
         return await self.page("error.html", {"code": code}, refused=error)
 
@@ -244,9 +246,9 @@ class Dashboard:
 
     @staticmethod
     async def _form(request: Request) -> dict[str, str]:
-        """What was filled in. Raises LedgerError."""
+        """What was filled in. Raises UserError."""
         check_fields(request.scope["query_string"])
-        body = await whole_body(request, MOST_FORM_BYTES)
+        body = await whole_body(request, MAX_FORM_BYTES)
         check_fields(body)
         return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
 
@@ -262,7 +264,7 @@ class Dashboard:
                 session = session_of(self.api, request)  # it may have ended meanwhile
             if session is None:
                 return to_login(request)
-            return await handler(Visit(self, request, session, form))
+            return await handler(PageRequest(self, request, session, form))
 
         return endpoint
 
@@ -270,7 +272,7 @@ class Dashboard:
 
     async def login(self, request: Request) -> Response:
         """Address and password, and where several logins have both, which one."""
-        shown: Context = {"email": "", "logins": []}
+        shown: PageVariables = {"email": "", "logins": []}
         if request.method in SAFE:
             return await self.page("login.html", shown)
         check_origin(request)
@@ -308,7 +310,7 @@ class Dashboard:
         set_cookie(request, response, "redbtc-browser", logged_in.browser, BROWSER_SECONDS)
         return response
 
-    async def log_out(self, visit: Visit) -> Response:
+    async def log_out(self, visit: PageRequest) -> Response:
         """This session ends."""
         await self.api.users.end_session(visit.session.id, visit.session.user_id)
         response = to(LOGIN)
@@ -318,7 +320,7 @@ class Dashboard:
     async def link(self, request: Request) -> Response:
         """A one-time link: looking at it doesn't use it up, setting a password does."""
         link = self.api.users.link(request.path_params["link"])
-        shown: Context = {"email": link.email if link else ""}
+        shown: PageVariables = {"email": link.email if link else ""}
         if not link or request.method in SAFE:
             return await self.page("link.html", shown, 200 if link else 404)
         check_origin(request)
@@ -326,15 +328,15 @@ class Dashboard:
         try:
             password = new_password(form, "password")
             hashed = await self.api.users.set_password(link, password, network_of(request))
-        except LedgerError as error:
+        except UserError as error:
             return await self.page("link.html", shown, refused=error)
         logged_in = await self._log_in(request, link.user_id, hashed)
         if logged_in is None:
             raise Forbidden("the password is set, but this account is suspended")
         return logged_in
 
-    async def change_password(self, visit: Visit) -> Response:
-        """All sessions end with it; this browser gets a new one. Raises LedgerError."""
+    async def change_password(self, visit: PageRequest) -> Response:
+        """All sessions end with it; this browser gets a new one. Raises UserError."""
         old, new = visit.form.get("old_password", ""), new_password(visit.form, "new_password")
         network = visit.actor.network
         hashed = await self.api.users.change_password(visit.session, old, new, network)
@@ -342,9 +344,9 @@ class Dashboard:
 
 
 def new_password(form: Mapping[str, str], name: str) -> str:
-    """That of a form, where it was typed twice alike. Raises LedgerError."""
+    """That of a form, where it was typed twice alike. Raises UserError."""
     if form.get(name, "") != form.get("again", ""):
-        raise LedgerError("the two passwords differ")
+        raise UserError("the two passwords differ")
     return form.get(name, "")
 
 
@@ -354,7 +356,7 @@ KEY_ACTIONS: dict[str, Action] = {"add": add_key, "rotate": rotate_key, "revoke"
 
 
 def _on_account(operation: Operation, *fields: str) -> Action:
-    async def action(visit: Visit) -> None:
+    async def action(visit: PageRequest) -> None:
         account = visit.request.path_params["account"]
         await visit.do(operation, visit.fields(*fields), account=account)
 

@@ -117,12 +117,14 @@ def _check(dates: Sequence[date], series: Sequence[Series], prefix: str) -> None
             raise ValueError("a value is negative or not finite")
 
 
-def _content(dates: list[date], series: Iterable[Series], unit: str) -> Content:
+def _content(dates: list[date], series: Iterable[Series], unit: str) -> ChartContent:
     looks = _looks(series)
     columns = list(zip(*(row.values for row in looks.values()), strict=True))
     sums = [sum(column, Decimal(0)) for column in columns] or [Decimal(0)] * len(dates)
     whole = all(value == value.to_integral_value() for column in columns for value in column)
-    return Content(dates, looks, columns, sums, axis_ticks(max(sums), whole=whole), _clean(unit))
+    return ChartContent(
+        dates, looks, columns, sums, axis_ticks(max(sums), whole=whole), _clean(unit)
+    )
 
 
 # Names come from clients: a model may be called anything. What is not printable (control, format
@@ -258,7 +260,7 @@ WIDEST_BAR = 44
 MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 
 
-class Size(NamedTuple):
+class ChartSize(NamedTuple):
     """A drawing's viewBox."""
 
     name: str
@@ -266,10 +268,10 @@ class Size(NamedTuple):
     height: int
 
 
-WIDE, NARROW = Size("wide", 720, 240), Size("narrow", 340, 220)
+WIDE, NARROW = ChartSize("wide", 720, 240), ChartSize("narrow", 340, 220)
 
 
-class Content(NamedTuple):
+class ChartContent(NamedTuple):
     """What both drawings show: days, series by their look, for each day its values in that order
     and their sum, the axis' marks and unit."""
 
@@ -281,7 +283,7 @@ class Content(NamedTuple):
     unit: str
 
 
-class Frame(NamedTuple):
+class ChartFrame(NamedTuple):
     """Where things are in one drawing: the axes' edges, a day's width, a bar's, units per value."""
 
     left: int
@@ -298,16 +300,16 @@ class Frame(NamedTuple):
         return _place(self.bottom - float(value * self.scale))
 
 
-def _frame(content: Content, size: Size) -> Frame:
+def _frame(content: ChartContent, size: ChartSize) -> ChartFrame:
     longest = max(len(short(tick)) for tick in content.ticks)
     left = max(LEFT, 14 + CHARACTER * longest)
     right, bottom = size.width - RIGHT, size.height - BOTTOM
     slot = (right - left) / len(content.dates)
     scale = (bottom - TOP) / (content.ticks[-1] or Decimal(1))
-    return Frame(left, right, bottom, slot, min(WIDEST_BAR, slot * 0.72), scale)
+    return ChartFrame(left, right, bottom, slot, min(WIDEST_BAR, slot * 0.72), scale)
 
 
-def _drawing(content: Content, size: Size, prefix: str) -> str:
+def _drawing(content: ChartContent, size: ChartSize, prefix: str) -> str:
     frame = _frame(content, size)
     drawn = [_gridlines(content, frame), _days(content, frame)]
     if content.looks:
@@ -316,14 +318,14 @@ def _drawing(content: Content, size: Size, prefix: str) -> str:
     return "".join(drawn)
 
 
-def _gridlines(content: Content, frame: Frame) -> str:
+def _gridlines(content: ChartContent, frame: ChartFrame) -> str:
     lines = "".join(
         f"M{frame.left} {frame.height(tick)}H{frame.right}" for tick in content.ticks[1:]
     )
     return f'<path class="gridline" d="{lines}"/>' if lines else ""
 
 
-def _days(content: Content, frame: Frame) -> str:
+def _days(content: ChartContent, frame: ChartFrame) -> str:
     unit = escape(content.unit)
     columns = "".join(
         f'<path d="M{_place(frame.middle(index))} {TOP}V{frame.bottom}">'
@@ -336,7 +338,7 @@ def _days(content: Content, frame: Frame) -> str:
     )
 
 
-def _all_bars(content: Content, frame: Frame, prefix: str) -> str:
+def _all_bars(content: ChartContent, frame: ChartFrame, prefix: str) -> str:
     definitions = "".join(_definition(look, f"{prefix}-{look}") for look in content.looks)
     drawn = "".join(
         _one_look(look, bars, prefix)
@@ -353,7 +355,7 @@ def _one_look(look: str, bars: str, prefix: str) -> str:
     return f'{path}<use href="#{prefix}-bars-{look}" fill="url(#{prefix}-{look})"/>'
 
 
-def _bars(content: Content, frame: Frame) -> Iterator[str]:
+def _bars(content: ChartContent, frame: ChartFrame) -> Iterator[str]:
     """A path for each series. A bar ends on the very number that the next one starts on."""
     width = _place(frame.bar)
     lefts = [_place(frame.middle(index) - frame.bar / 2) for index in range(len(content.dates))]
@@ -370,7 +372,7 @@ def _bars(content: Content, frame: Frame) -> Iterator[str]:
         )
 
 
-def _axis(content: Content, frame: Frame) -> str:
+def _axis(content: ChartContent, frame: ChartFrame) -> str:
     end = frame.left - 8
     labels = "".join(
         f'<text x="{end}" y="{_place(float(frame.height(tick)) + 4)}">{short(tick)}</text>'
@@ -383,12 +385,12 @@ def _axis(content: Content, frame: Frame) -> str:
     )
 
 
-def _nothing(frame: Frame) -> str:
+def _nothing(frame: ChartFrame) -> str:
     x, y = (frame.left + frame.right) // 2, (TOP + frame.bottom) // 2
     return f'<text x="{x}" y="{y}" text-anchor="middle">Nothing in this time</text>'
 
 
-def _day_labels(content: Content, frame: Frame) -> str:
+def _day_labels(content: ChartContent, frame: ChartFrame) -> str:
     labels = "".join(
         f'<text x="{_place(frame.middle(index))}" y="{frame.bottom + 19}">'
         f"{_day_and_month(content.dates[index])}</text>"

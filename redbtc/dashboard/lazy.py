@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from redbtc.dashboard.app import Dashboard
 
 
-class Pages:
+class LazyDashboard:
     """The dashboard as an ASGI app. To load it takes 50 ms, and many gateways never show a page, so
     that is done at the first request for one, in a thread."""
 

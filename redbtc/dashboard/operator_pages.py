@@ -12,7 +12,7 @@ from redbtc.billing.notices import few, matches, told_of_prices
 from redbtc.billing.prices import UNITS, Rates
 from redbtc.dashboard.charts import Series, stacked
 from redbtc.dashboard.rendering import PAGE, exact
-from redbtc.dashboard.visit import Context, Visit
+from redbtc.dashboard.visit import PageRequest, PageVariables
 from redbtc.errors import NotFound
 from redbtc.slices import with_turns
 from redbtc.store.records import Record
@@ -41,7 +41,7 @@ def by_day(
     return [Series(each, tuple(values)) for each, values in series.items()]
 
 
-async def overview(visit: Visit) -> Context:
+async def overview(visit: PageRequest) -> PageVariables:
     """What an operator looks at first."""
     found = await visit.ask(API.overview, query={"days": DAYS})
     days, currency = last_days(visit.now), found["spending"]["currency"]
@@ -73,7 +73,9 @@ async def overview(visit: Visit) -> Context:
     }
 
 
-def part_of(visit: Visit, name: str, rows: list[Record], parameter: str = "page") -> Context:
+def part_of(
+    visit: PageRequest, name: str, rows: list[Record], parameter: str = "page"
+) -> PageVariables:
     """Those of so many rows that are on the page that is asked for, and how to ask for the one
     before and the next, with other parameters as they are."""
     asked = dict(visit.request.query_params)
@@ -94,7 +96,7 @@ def part_of(visit: Visit, name: str, rows: list[Record], parameter: str = "page"
     }
 
 
-async def accounts(visit: Visit) -> Context:
+async def accounts(visit: PageRequest) -> PageVariables:
     """All of them, or those that are searched for."""
     asked = visit.request.query_params
     search, after = asked.get("search", "")[:200], asked.get("after", "")[:200]
@@ -121,17 +123,17 @@ ACCOUNT_FIELDS = (
 )
 
 
-async def add_account(visit: Visit) -> None:
+async def add_account(visit: PageRequest) -> None:
     """With the limits of the settings where none are filled in."""
     await visit.do(API.add_account, visit.fields("name", *ACCOUNT_FIELDS))
 
 
-async def prices(visit: Visit) -> Context:
+async def prices(visit: PageRequest) -> PageVariables:
     """All prices."""
     return {"here": "Prices", **await _prices(visit, await visit.ask(API.list_prices))}
 
 
-async def _prices(visit: Visit, found: Record) -> Context:
+async def _prices(visit: PageRequest, found: Record) -> PageVariables:
     """Those in force and coming, then the past ones; all, or those for a model or with such a name,
     a part at a time."""
     model = visit.request.query_params.get("model", "")[:256].strip()
@@ -160,7 +162,7 @@ RATES = {
 PRICE_FIELDS = ("model", "tier", "above_input_tokens", "effective", "max_output_tokens", "source")
 
 
-async def add_price(visit: Visit) -> Context:
+async def add_price(visit: PageRequest) -> PageVariables:
     """Add a price and tell what that means."""
     price = visit.fields(*PRICE_FIELDS, *Rates._fields)
     added = await visit.do(API.add_prices, {"prices": [price], **visit.fields("without_notice")})
@@ -168,7 +170,7 @@ async def add_price(visit: Visit) -> Context:
     return {"done": " ".join([done, *told_of_prices(added)])}
 
 
-async def notices(visit: Visit) -> Context:
+async def notices(visit: PageRequest) -> PageVariables:
     """Those that hold or will, and the last that are over; the newest first."""
     now = iso_time(visit.now) or ""
     held: list[Record] = []
@@ -179,19 +181,19 @@ async def notices(visit: Visit) -> Context:
     return {"here": "Notices", **part_of(visit, "notices", held), "over": over[:ON_A_PAGE]}
 
 
-async def add_notice(visit: Visit) -> None:
+async def add_notice(visit: PageRequest) -> None:
     """And, of a maintenance, whether requests are refused meanwhile."""
     body = visit.fields("kind", "text", "effective", "until")
     refuses = "true" if visit.form.get("refuses_requests") else "false"
     await visit.do(API.add_notice, {**body, "refuses_requests": refuses})
 
 
-async def end_notice(visit: Visit) -> None:
+async def end_notice(visit: PageRequest) -> None:
     """Nobody is told it any more."""
     await visit.do(API.withdraw_notice, {}, notice=visit.form.get("notice", ""))
 
 
-async def log(visit: Visit) -> Context:
+async def log(visit: PageRequest) -> PageVariables:
     """Every administrative change, or those of one account."""
     asked = visit.request.query_params
     query = {name: asked[name] for name in ("before", "account") if asked.get(name)}
@@ -224,12 +226,12 @@ def differences(change: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     ]
 
 
-async def users(visit: Visit) -> Context:
+async def users(visit: PageRequest) -> PageVariables:
     """Who may do everything."""
     return {"here": "Users", **part_of(visit, "users", await _users(visit)), "added": None}
 
 
-async def add_user(visit: Visit) -> Context:
+async def add_user(visit: PageRequest) -> PageVariables:
     """Shows the link with which a password is set."""
     body = visit.fields("email", "role")
     if account := visit.request.path_params.get("account"):
@@ -237,7 +239,7 @@ async def add_user(visit: Visit) -> Context:
     return {"added": await visit.do(API.add_user, body)}
 
 
-async def _users(visit: Visit) -> list[Record]:
+async def _users(visit: PageRequest) -> list[Record]:
     """Whom this page is about: an account's members, or the operators."""
     account = visit.request.path_params.get("account")
     query = {"account": account} if account else {"role": "operator"}
@@ -245,7 +247,7 @@ async def _users(visit: Visit) -> list[Record]:
     return found
 
 
-async def _user(visit: Visit) -> str:
+async def _user(visit: PageRequest) -> str:
     """The id of the one that a form names, where it is one of them."""
     user_id = visit.form.get("user", "")
     if all(user["id"] != user_id for user in await _users(visit)):
@@ -253,21 +255,21 @@ async def _user(visit: Visit) -> str:
     return user_id
 
 
-async def reset_user(visit: Visit) -> Context:
+async def reset_user(visit: PageRequest) -> PageVariables:
     """A new link; the password and the sessions end."""
     return {"added": await visit.do(API.reset_user, {}, user=await _user(visit))}
 
 
-async def remove_user(visit: Visit) -> None:
+async def remove_user(visit: PageRequest) -> None:
     """And log them out."""
     await visit.do(API.remove_user, {}, user=await _user(visit))
 
 
-async def you(visit: Visit) -> Context:
+async def you(visit: PageRequest) -> PageVariables:
     """One's own password and sessions."""
     return {"here": "You", **await visit.ask(API.list_sessions)}
 
 
-async def end_session(visit: Visit) -> None:
+async def end_session(visit: PageRequest) -> None:
     """Log out there."""
     await visit.do(API.end_session, {}, session=visit.form.get("session", ""))

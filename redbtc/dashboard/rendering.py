@@ -14,7 +14,7 @@ import jinja2.meta
 import orjson
 
 from redbtc.admin.actors import Invalid
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.money import digits_of, money
 from redbtc.slices import with_turns
 
@@ -137,7 +137,7 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper() if first.isalpha() else text[:1]}{text[1:]}."
 
 
-def explanation(error: LedgerError) -> dict[str, Any]:
+def explanation(error: UserError) -> dict[str, Any]:
     """Why a form was refused, and which of its fields was wrong, where it was one."""
     if isinstance(error, Invalid) and error.field:
         what = error.what.removesuffix(", got `str`")

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from redbtc.admin import http
 from redbtc.admin.actors import Actor, Forbidden, Unauthorized
 from redbtc.admin.api import API
-from redbtc.admin.users import Session, signature
+from redbtc.admin.users import LoginSession, signature
 
 # Who is logged in is told by a cookie; that a change comes from a page of ours, by Origin, which
 # every browser sends with it. (None does under `no-referrer`: pages have a meta element for that.)
@@ -66,13 +66,13 @@ def check_origin(request: Request) -> None:
         raise Forbidden("this came from another site")
 
 
-def session_of(api: API, request: Request) -> Session | None:
-    """Of whoever is logged in. Raises LedgerUnavailable."""
+def session_of(api: API, request: Request) -> LoginSession | None:
+    """Of whoever is logged in. Raises StorageUnavailable."""
     cookie = cookie_of(request, "redbtc")
     return api.users.session(cookie) if cookie else None
 
 
-def actor_for(session: Session, request: Request) -> Actor:
+def actor_for(session: LoginSession, request: Request) -> Actor:
     """What somebody who is logged in may do."""
     name, network = signature(session.email, session.account), network_of(request)
     return Actor(name, session.role, session.account_id, session=session, network=network)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
-from redbtc.billing.books import Books
+from redbtc.billing.books import Billing
 from redbtc.store.records import Record
 from redbtc.times import iso_time
 
 
 # What everybody may know of the gateway, without a key.
-async def status(books: Books, uptime_seconds: int) -> Record:
+async def status(books: Billing, uptime_seconds: int) -> Record:
     """Return what /status says. A ledger that can't commit is an incident: nothing is served."""
     shown = ("id", "kind", "text", "effective_at", "until", "created_at")
     notices = [{name: row[name] for name in shown} for row in await books.notices_now()]

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from redbtc.admin.operations import Operation
-from redbtc.admin.users import Session
+from redbtc.admin.users import LoginSession
 from redbtc.dashboard.sessions import SAFE, SECURITY, actor_for, session_of
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def to_login(request: Request) -> Response:
     return to(f"{LOGIN}?{urlencode({'next': f'{path}?{query}' if query else path})}")
 
 
-class Visit:
+class PageRequest:
     """A request to the dashboard of somebody who is logged in."""
 
     def __init__(
-        self, dashboard: Dashboard, request: Request, session: Session, form: dict[str, str]
+        self, dashboard: Dashboard, request: Request, session: LoginSession, form: dict[str, str]
     ) -> None:
         self.request = request
         self.actor = actor_for(session, request)
@@ -49,11 +49,11 @@ class Visit:
     async def ask(
         self, operation: Operation, *, query: Mapping[str, Any] | None = None, **path: str
     ) -> Any:
-        """What an operation answers. Raises LedgerError."""
+        """What an operation answers. Raises UserError."""
         return await self._dashboard.api.perform(operation, self.actor, path, query=query)
 
     async def do(self, operation: Operation, body: Mapping[str, Any], **path: str) -> Any:
-        """Make a change with what a form says. Raises LedgerError."""
+        """Make a change with what a form says. Raises UserError."""
         return await self._dashboard.api.perform(operation, self.actor, path, body=body)
 
     @property
@@ -66,7 +66,7 @@ class Visit:
         return await self._dashboard.api.example_model(patterns)
 
     def is_logged_in(self) -> bool:
-        """Still. Raises LedgerError."""
+        """Still. Raises UserError."""
         return session_of(self._dashboard.api, self.request) is not None
 
     def fields(self, *names: str) -> dict[str, str]:
@@ -75,4 +75,4 @@ class Visit:
         return {name: text for name, text in filled_in.items() if text}
 
 
-Context = dict[str, Any]
+PageVariables = dict[str, Any]

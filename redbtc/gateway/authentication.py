@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from redbtc.errors import LedgerUnavailable
+from redbtc.errors import StorageUnavailable
 from redbtc.headers import header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Scope
@@ -22,7 +22,7 @@ def authenticate(scope: Scope, store: Store) -> Key:
         shown = ""
     try:
         key = key_in_force(store, shown)
-    except LedgerUnavailable:
+    except StorageUnavailable:
         raise Refusal("ledger_unavailable") from None
     if key is None:
         raise Refusal("invalid_api_key", BAD_KEY, headers=[(b"www-authenticate", b"Bearer")])

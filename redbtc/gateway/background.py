@@ -12,26 +12,33 @@ from redbtc.billing.spending import Hold
 from redbtc.gateway.exchange import PRESERVE_GROWTH
 from redbtc.gateway.settlement import account_for, bill
 from redbtc.meter.estimates import (
-    Most,
+    MaximumUsage,
     Progress,
-    Seen,
+    SeenOutput,
     estimate,
     is_cancelled_without_output,
     is_complete,
 )
 from redbtc.meter.report import Report
-from redbtc.store.background import Unfinished
+from redbtc.store.background import UnfinishedRow
 from redbtc.store.requests import Admitted
-from redbtc.usage import Outcome, Part, Row
+from redbtc.usage import Outcome, RequestRow, UsagePart
 
-MOST_AGE_SECONDS = 48 * 3600  # then it is given up; OpenAI's longest completion window is 8 hours
+MAX_AGE_OF_UNKNOWN_SECONDS = (
+    48 * 3600
+)  # then it is given up; OpenAI's longest completion window is 8 hours
 
 
-class Background:
+class BackgroundResponse:
     """One background response that has not been seen to end."""
 
     def __init__(
-        self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str] | None, now: int
+        self,
+        row: RequestRow,
+        money: Hold,
+        unfinished: UnfinishedRow,
+        chosen: set[str] | None,
+        now: int,
     ) -> None:
         """`chosen` are the ids that the client gave to items of its input; None if only an earlier
         process knew them. Their hashes are kept: thousands of ids would take much memory for as
@@ -40,7 +47,7 @@ class Background:
         self._progress = (
             msgspec.json.decode(unfinished.seen, type=Progress)
             if unfinished.seen
-            else Progress(Seen(unfinished.text_bytes), created, created)
+            else Progress(SeenOutput(unfinished.text_bytes), created, created)
         )
         self._kept = self._progress.seen, self._progress.works  # what the ledger has
         self.row = row
@@ -62,7 +69,7 @@ class Background:
     def left(self, report: Report) -> None:
         """A reader has all that it gets."""
         self._read.discard(report)
-        self._progress.seen = self._progress.seen.or_more(Seen.of(report))
+        self._progress.seen = self._progress.seen.or_more(SeenOutput.of(report))
 
     def watch(self, now: float) -> bool:
         """Note what its readers have been sent so far, if that is due. Return whether it was. `now`
@@ -72,7 +79,7 @@ class Background:
             return False
         self._watched_after = seconds
         for report in self._read:
-            self._progress.seen = self._progress.seen.or_more(Seen.of(report))
+            self._progress.seen = self._progress.seen.or_more(SeenOutput.of(report))
             if report.status == "in_progress":
                 self.note(report.status)
         return True
@@ -110,14 +117,16 @@ class Background:
         self._kept = known
         return msgspec.json.encode(self._progress).decode()
 
-    def finish(self, report: Report, outcome: Outcome, speed: float, most: Most) -> list[Part]:
+    def finish(
+        self, report: Report, outcome: Outcome, speed: float, most: MaximumUsage
+    ) -> list[UsagePart]:
         """Fill in the row but for its cost: it has ended. Return the parts to bill. `speed` is in
         output tokens a second."""
         row, progress = self.row, self._progress
         row.duration_ms = self._age
         row.model, row.service_tier = report.model or row.model, report.service_tier
         for each in (report, *self._read):
-            progress.seen = progress.seen.or_more(Seen.of(each))
+            progress.seen = progress.seen.or_more(SeenOutput.of(each))
         guess = None
         partly = is_cancelled_without_output(report) and (progress.works or bool(progress.seen))
         unknown = partly or not is_complete(report)
@@ -135,15 +144,15 @@ class Background:
             )
         return account_for(row, report, outcome, guess)
 
-    def bill(self, parts: list[Part]) -> None:
+    def bill(self, parts: list[UsagePart]) -> None:
         """Work out what it cost."""
         bill(self.row, parts, self.money, self.unfinished.image_model)
 
     @property
-    def most(self) -> Most | None:
+    def most(self) -> MaximumUsage | None:
         """The most that it was held to use; None where an earlier version did not keep it."""
         most = self.unfinished.most
-        return msgspec.json.decode(most, type=Most) if most else None
+        return msgspec.json.decode(most, type=MaximumUsage) if most else None
 
     @property
     def admitted(self) -> Admitted:
@@ -154,4 +163,4 @@ class Background:
     @property
     def seconds_left(self) -> float:
         """For how long it may still go on, if it does not end."""
-        return MOST_AGE_SECONDS - self._age / 1000
+        return MAX_AGE_OF_UNKNOWN_SECONDS - self._age / 1000

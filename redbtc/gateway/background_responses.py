@@ -11,27 +11,27 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from redbtc.billing.spending import Hold
-from redbtc.errors import LedgerUnavailable
-from redbtc.gateway.background import Background
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.background import BackgroundResponse
 from redbtc.gateway.exchange import ask, most_usual
 from redbtc.gateway.settlement import count_containers, homes_of, weight
 from redbtc.limits import rate_limit_headers
-from redbtc.locations import Home
+from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import UNFINISHED
-from redbtc.meter.estimates import Most
+from redbtc.meter.estimates import MaximumUsage
 from redbtc.meter.report import Report
 from redbtc.refusals import Refusal
 from redbtc.slices import with_turns
 from redbtc.store.background import (
-    Unfinished,
+    UnfinishedRow,
     end_background,
     is_compromised,
     keep_pending,
     note_progress,
     unfinished_rows,
 )
-from redbtc.telemetry import say, shown_error
-from redbtc.usage import MOST_TOKENS, Outcome, Row
+from redbtc.telemetry import log, shown_error
+from redbtc.usage import MAX_TOKENS, Outcome, RequestRow
 
 if TYPE_CHECKING:
     from redbtc.gateway.state import Gateway
@@ -41,22 +41,22 @@ if TYPE_CHECKING:
 # stays held, until somebody sees that it has ended: its client, who fetches it, or the gateway,
 # which asks the upstream with growing pauses, after a restart as well. Whoever is first settles it;
 # whoever comes while that is being written waits until it is.
-FIRST_PAUSE, MOST_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
-MOST_ASKING = 16
+FIRST_PAUSE, MAX_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
+MAX_ASKING = 16
 ROOM_SECONDS = 5  # retry-after for a client that has too many unfinished responses
 UNKNOWN = (400, 404, 410)  # how an upstream says that there is no such response
-MOST_UNKNOWN = 3  # in a row: it may not know at once what it has just made
+MAX_UNKNOWN = 3  # in a row: it may not know at once what it has just made
 
 
-class Unended:
+class BackgroundResponses:
     """All background responses that have not been seen to end."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._responses: dict[str, Background] = {}
+        self._responses: dict[str, BackgroundResponse] = {}
         # By account, how many are unfinished; requests that may create one are counted as well.
         self._counts: Counter[str] = Counter()
-        self._asking = asyncio.Semaphore(MOST_ASKING)
+        self._asking = asyncio.Semaphore(MAX_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ended: Callable[[asyncio.Task[Any]], None] = lambda _: None  # called with each task
 
@@ -66,7 +66,7 @@ class Unended:
             money = await self._gateway.books.hold_again(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
-            response = Background(row, money, unfinished, None, self._gateway.store.time())
+            response = BackgroundResponse(row, money, unfinished, None, self._gateway.store.time())
             if most := response.most:
                 money.grow(self._gateway.objects, [row.response_id or ""], most.all_tokens)
             self._counts[row.account_id] += 1
@@ -76,16 +76,16 @@ class Unended:
             self._start(self._ask_until_ended(response))
 
     def keep(
-        self, row: Row, money: Hold, unfinished: Unfinished, chosen: set[str]
-    ) -> tuple[Background, asyncio.Future[None]]:
+        self, row: RequestRow, money: Hold, unfinished: UnfinishedRow, chosen: set[str]
+    ) -> tuple[BackgroundResponse, asyncio.Future[None]]:
         """Keep track of a response that goes on after its request has ended, with its hold. Return
         it, and a future that is done when it is on disk."""
         now = self._gateway.store.time()
-        response = Background(row, money.keep(), unfinished, chosen, now)
+        response = BackgroundResponse(row, money.keep(), unfinished, chosen, now)
         self._add(response)
         return response, keep_pending(self._gateway.store, row, unfinished)
 
-    async def leave(self, response: Background, report: Report) -> bool:
+    async def leave(self, response: BackgroundResponse, report: Report) -> bool:
         """The request that made it is over. Whether the response is, too; else it is asked for."""
         response.left(report)
         response.alone = True
@@ -130,7 +130,7 @@ class Unended:
             if response.watch(now):
                 self._keep_news(response)
 
-    def _keep_news(self, response: Background) -> asyncio.Future[None] | None:
+    def _keep_news(self, response: BackgroundResponse) -> asyncio.Future[None] | None:
         """Write what was seen of it, if that is more than the ledger has. Return a future that is
         done when it is on disk."""
         if response.settling or not (news := response.news()):
@@ -156,11 +156,11 @@ class Unended:
         if not self._counts[account_id]:
             del self._counts[account_id]
 
-    def _add(self, response: Background) -> None:
+    def _add(self, response: BackgroundResponse) -> None:
         """Let visits see the response, unless an odd upstream gave its id to an earlier one too."""
         self._responses.setdefault(response.row.response_id or "", response)
 
-    def _remove(self, response: Background) -> None:
+    def _remove(self, response: BackgroundResponse) -> None:
         response_id = response.row.response_id or ""
         if self._responses.get(response_id) is response:
             del self._responses[response_id]
@@ -187,7 +187,7 @@ class Unended:
             self._start(self._look_after(each))
         return sum(each.alone for each in running)
 
-    async def _see(self, response: Background, report: Report) -> None:
+    async def _see(self, response: BackgroundResponse, report: Report) -> None:
         if report.status and report.status not in UNFINISHED:
             outcome: Outcome = "completed"
             if report.status == "cancelled":
@@ -198,7 +198,7 @@ class Unended:
         if response.settling:
             await asyncio.shield(response.settling)
 
-    def _settle(self, response: Background, report: Report, outcome: Outcome) -> None:
+    def _settle(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
         """Only the first time."""
         if response.settling is None:
             response.settling = self._start(self._write(response, report, outcome))
@@ -213,14 +213,14 @@ class Unended:
         self._tasks.discard(task)
         self.ended(task)
 
-    async def _write(self, response: Background, report: Report, outcome: Outcome) -> None:
+    async def _write(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
         gateway, row = self._gateway, response.row
         speed = await gateway.speeds.of(
             report.model or row.model or row.requested_model,
             row.account_id,
             limited=response.money.held > 0,
         )
-        most = response.most or most_usual(gateway.settings, MOST_TOKENS)
+        most = response.most or most_usual(gateway.settings, MAX_TOKENS)
         parts = response.finish(report, outcome, speed, most)
         response.bill(await count_containers(gateway, row, report, parts))
         self._learn(response, report, most)
@@ -230,7 +230,7 @@ class Unended:
         self._remove(response)
         gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
 
-    def _learn(self, response: Background, report: Report, most: Most) -> None:
+    def _learn(self, response: BackgroundResponse, report: Report, most: MaximumUsage) -> None:
         """Make the objects that the finished response names the account's, except for ids that the
         client may have chosen, and note their tokens."""
         row, objects, chosen = response.row, self._gateway.objects, response.chosen
@@ -238,35 +238,35 @@ class Unended:
         made = list(dict.fromkeys((response_id, *report.made)))
         if chosen is None:
             home = None
-            with contextlib.suppress(LedgerUnavailable):
+            with contextlib.suppress(StorageUnavailable):
                 home = objects.home_of(response_id, row.account_id)
             if not (home and home.minted_input):
                 made = [response_id] if home else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        homes = homes_of(made, report, Home(row.upstream), weight(row, most), row.usage)
+        homes = homes_of(made, report, ObjectLocation(row.upstream), weight(row, most), row.usage)
         objects.own_each(homes, row.account_id)
 
-    async def _ask_until_ended(self, response: Background) -> None:
+    async def _ask_until_ended(self, response: BackgroundResponse) -> None:
         pause, unknown = FIRST_PAUSE, 0
         while not response.settling:
             wait = min(pause * random.uniform(0.8, 1.2), max(0.0, response.seconds_left))
             await asyncio.sleep(wait)
-            pause = min(MOST_PAUSE, pause * PAUSE_GROWTH)
+            pause = min(MAX_PAUSE, pause * PAUSE_GROWTH)
             status = await self._try_to_look(response)
             unknown = unknown + 1 if status in UNKNOWN else 0
-            if unknown >= MOST_UNKNOWN or response.seconds_left <= 0:
+            if unknown >= MAX_UNKNOWN or response.seconds_left <= 0:
                 self._settle(response, Report(False), "upstream_failed")
 
-    async def _try_to_look(self, response: Background) -> int:
+    async def _try_to_look(self, response: BackgroundResponse) -> int:
         """Ask how it is. What fails unexpectedly, for this response, is tried again later."""
         try:
             return await self._look_after(response)
         except Exception as error:
             fields = {"request_id": response.row.request_id, **shown_error(error)}
-            say(logging.ERROR, "background response not asked for", **fields)
+            log(logging.ERROR, "background response not asked for", **fields)
             return 0
 
-    async def _look_after(self, response: Background) -> int:
+    async def _look_after(self, response: BackgroundResponse) -> int:
         """Ask how it is, after cancelling it where that is to be done; the status of the upstream's
         answer."""
         async with self._asking:
@@ -274,7 +274,9 @@ class Unended:
                 await self._ask(response, "/cancel", "POST")
             return 200 if response.settling else await self._ask(response)
 
-    async def _ask(self, response: Background, suffix: str = "", method: str = "GET") -> int:
+    async def _ask(
+        self, response: BackgroundResponse, suffix: str = "", method: str = "GET"
+    ) -> int:
         """The status of the upstream's answer, 0 where there is none."""
         row = response.row
         upstream = self._gateway.upstream_named(row.upstream)

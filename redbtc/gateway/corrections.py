@@ -12,18 +12,18 @@ from collections.abc import Iterator
 
 from msgspec import structs
 
-from redbtc.billing.books import Books
+from redbtc.billing.books import Billing
 from redbtc.billing.spending import Hold
-from redbtc.errors import LedgerUnavailable
+from redbtc.errors import StorageUnavailable
 from redbtc.gateway.settlement import homes_of, of_models
 from redbtc.meter.estimates import is_cancelled_without_output, is_final
 from redbtc.meter.report import Report
 from redbtc.store.background import key_of
 from redbtc.store.containers import Containers
-from redbtc.store.estimated import Estimated, correct, estimated_of
+from redbtc.store.estimated import EstimatedRow, correct, estimated_of
 from redbtc.store.objects import Objects
 from redbtc.store.requests import Admitted
-from redbtc.usage import Part, Row, Usage
+from redbtc.usage import RequestRow, Usage, UsagePart
 
 
 class Shown:
@@ -37,7 +37,7 @@ class Shown:
 class Corrections:
     """Writes corrections, each once."""
 
-    def __init__(self, books: Books, objects: Objects, containers: Containers) -> None:
+    def __init__(self, books: Billing, objects: Objects, containers: Containers) -> None:
         self._books = books
         self._objects = objects
         self._containers = containers
@@ -65,7 +65,7 @@ class Corrections:
         """Hold what a correction of the account's response can add to its cost. The returned
         context lasts while the response is sent to a reader; concurrent readers share one hold.
         Nothing is held unless the response's request was estimated, or is meanwhile. Raises Spent,
-        LedgerUnavailable."""
+        StorageUnavailable."""
         found, money = estimated_of(self._books.store, response_id, account_id), None
         if found:
             key = key_of(self._books.store, found.key_id)
@@ -78,7 +78,7 @@ class Corrections:
         return self._showing(response_id, money)  # no await since `most`
 
     def keep_held(
-        self, row: Row, money: Hold, admitted: Admitted | None
+        self, row: RequestRow, money: Hold, admitted: Admitted | None
     ) -> contextlib.AbstractContextManager[None]:
         """If the row is an estimate that can be corrected, hold what a correction can still add to
         its cost, in the returned context and until those who began to read the response before the
@@ -117,20 +117,20 @@ class Corrections:
                 if shown.money:
                     shown.money.__exit__()
 
-    def _estimated(self, response_id: str, account_id: str) -> Estimated | None:
-        with contextlib.suppress(LedgerUnavailable):  # the next reader causes the correction
+    def _estimated(self, response_id: str, account_id: str) -> EstimatedRow | None:
+        with contextlib.suppress(StorageUnavailable):  # the next reader causes the correction
             return estimated_of(self._books.store, response_id, account_id)
         return None
 
     async def _write(
-        self, found: Estimated, response_id: str, account_id: str, report: Report
+        self, found: EstimatedRow, response_id: str, account_id: str, report: Report
     ) -> None:
         books, model = self._books, found.requested_model
         try:
             key = key_of(books.store, found.key_id)
             home = self._objects.home_of(response_id, account_id)
             money = await books.hold_again(key, model, found.admitted_at, 0)
-        except LedgerUnavailable:
+        except StorageUnavailable:
             return  # it is for the next who looks
         new = await self._containers.unbilled(report.containers)
         self._containers.bill(new)
@@ -148,7 +148,9 @@ class Corrections:
         await correct(books.store, values, usage)
 
     @staticmethod
-    def _used(found: Estimated, report: Report, containers: int) -> tuple[list[Part], Usage]:
+    def _used(
+        found: EstimatedRow, report: Report, containers: int
+    ) -> tuple[list[UsagePart], Usage]:
         """Return the reported usage by model and in all, with what no upstream reports: what was
         counted stays. `containers` is how many are shown that nobody was billed for."""
         assert report.usage is not None, "it is complete"

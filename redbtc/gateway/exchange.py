@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import httpx2
 
 from redbtc.config import Settings
-from redbtc.deadlines import Clock
+from redbtc.deadlines import Deadline
 from redbtc.limits import Admission
 from redbtc.meter.decoding import DecodedMeter
-from redbtc.meter.estimates import Most
+from redbtc.meter.estimates import MaximumUsage
 from redbtc.meter.meters import JSONMeter, Meter
 from redbtc.meter.report import Report
 from redbtc.meter.streams import StreamMeter
@@ -66,10 +66,10 @@ def check_background(value: bool | str) -> None:
         raise Refusal("invalid_request", message, param="background")
 
 
-def most_usual(settings: Settings, input_tokens: int) -> Most:
+def most_usual(settings: Settings, input_tokens: int) -> MaximumUsage:
     """Return the most that a request can use of which nothing but its input is known."""
     usual, calls = settings.billing.hold_output_tokens, settings.billing.hold_tool_calls
-    return Most(input_tokens, usual, usual, calls, min(USUAL_PICTURES, calls))
+    return MaximumUsage(input_tokens, usual, usual, calls, min(USUAL_PICTURES, calls))
 
 
 def insufficient_quota(message: str) -> Refusal:
@@ -88,7 +88,7 @@ def unmetered() -> Refusal:
     return Refusal("invalid_request", message, param="stream_options")
 
 
-class Exchange:
+class ForwardedRequest:
     """What is the same for all that is forwarded. `meter` has been fed what has passed."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Exchange:
         gateway: Gateway,
         scope: Scope,
         endpoint: Endpoint,
-        clock: Clock,
+        clock: Deadline,
         admission: Admission,
     ) -> None:
         self.gateway = gateway

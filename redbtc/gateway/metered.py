@@ -17,16 +17,16 @@ from itertools import islice
 import msgspec
 
 from redbtc.billing.notices import FREE
-from redbtc.billing.price_list import Tariff
+from redbtc.billing.price_list import ModelPrices
 from redbtc.billing.prices import DEFAULT_TIER
-from redbtc.billing.spending import Hold, Spent
-from redbtc.errors import LedgerUnavailable
-from redbtc.gateway.background import Background
+from redbtc.billing.spending import Hold, SpendingLimitReached
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.background import BackgroundResponse
 from redbtc.gateway.exchange import (
     PRESERVE_GROWTH,
     PRESERVE_SECONDS,
     USUAL_PICTURES,
-    Exchange,
+    ForwardedRequest,
     check_background,
     insufficient_quota,
     unmetered,
@@ -41,39 +41,39 @@ from redbtc.gateway.settlement import (
     weight,
 )
 from redbtc.headers import header
-from redbtc.locations import Home
-from redbtc.meter.estimates import Estimate, Most, Seen, estimate, is_complete
+from redbtc.locations import ObjectLocation
+from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
 from redbtc.meter.report import Report
 from redbtc.refusals import ClientLeft, Refusal
-from redbtc.request_body.content import Content
+from redbtc.request_body.content import RequestBody
 from redbtc.request_body.facts import UNNAMED
 from redbtc.server.asgi import ID_SECONDS
-from redbtc.store.background import Unfinished
+from redbtc.store.background import UnfinishedRow
 from redbtc.store.keys import Key
 from redbtc.store.requests import Admitted, begin, drop_unsettled, forget, keep_unsettled, settle
 from redbtc.upstream.upstreams import Upstream
-from redbtc.usage import Outcome, Part, Row, Usage
+from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 
 
-class Metered(Exchange):
+class MeteredRequest(ForwardedRequest):
     """A request that has a row in the ledger. If it asks for a background response, `admit` counts
     that among the account's unfinished ones; leaving `with` uncounts it if none was created."""
 
-    _content: Content
+    _content: RequestBody
     _money: Hold
-    _row: Row
+    _row: RequestRow
     _left_at = math.inf  # when it left for the upstream, by the monotonic clock
     _preserved_after = PRESERVE_SECONDS / PRESERVE_GROWTH  # seconds of work
     _preserved = False  # whether the ledger has a row in `unsettled` for it
     _further_input = 0  # tokens that it may read beside its body and what that builds on
-    _background: Background | None = None  # what its response goes on as
+    _background: BackgroundResponse | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
     _answers = 1  # that it asks for
     _repeats = False  # what another request has made
     _in_room = False  # whether it is counted as an unfinished background response
     _read_meanwhile = False  # whether its response was shown to another request
 
-    async def admit(self, key: Key, content: Content, upstreams: list[Upstream]) -> None:
+    async def admit(self, key: Key, content: RequestBody, upstreams: list[Upstream]) -> None:
         """Charge the request's tokens and take its places. Raises Refusal, ClientLeft."""
         self.key, self._content, self._facts = key, content, content.facts
         self._input_estimate = content.input_estimate
@@ -104,7 +104,7 @@ class Metered(Exchange):
         self.gateway.unended.enter(self.key.account_id, most)
         self._in_room = self.awaits_id = True
 
-    def __enter__(self) -> Metered:
+    def __enter__(self) -> MeteredRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,9 +143,9 @@ class Metered(Exchange):
         if not self.settled:
             await self.settle("interrupted")
 
-    def new_row(self, model: str, upstream: str) -> Row:
+    def new_row(self, model: str, upstream: str) -> RequestRow:
         """Return a pending row. It gets its time when it is written."""
-        return Row(
+        return RequestRow(
             request_id=self.scope["request_id"],
             account_id=self.key.account_id,
             key_id=self.key.id,
@@ -172,28 +172,28 @@ class Metered(Exchange):
         if self.gateway.books.tariff(self._content.model) is not None:
             raise unmetered()
 
-    async def hold(self, content: Content, further_input: int = 0) -> Hold:
+    async def hold(self, content: RequestBody, further_input: int = 0) -> Hold:
         """Hold what a request can cost, at the prices of this instant; `further_input` is in
         tokens. Raises Refusal."""
 
-        def most(tariff: Tariff | None) -> int:
+        def most(tariff: ModelPrices | None) -> int:
             self._weigh_conversations(content)
             return self._most_cost(tariff, content, further_input)
 
         try:
             return await self.gateway.books.hold(self.key, content.model, most)
-        except Spent as error:
+        except SpendingLimitReached as error:
             raise insufficient_quota(f"{error}{self._advice(content)}") from None
-        except LedgerUnavailable:
+        except StorageUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def _advice(self, content: Content) -> str:
+    def _advice(self, content: RequestBody) -> str:
         """Say how to lower the most that a request can cost: sentences, each after a space."""
         ways = list(self._cheaper_ways(content))
         first = [f" {way[0].upper()}{way[1:]} makes that less." for way in ways[:1]]
         return "".join(first + [f" So does {way}." for way in ways[1:]])
 
-    def _cheaper_ways(self, content: Content) -> Iterator[str]:
+    def _cheaper_ways(self, content: RequestBody) -> Iterator[str]:
         """Yield what would lower the most that a request can cost."""
         limits, tier = self.endpoint.limits, content.facts.service_tier
         if limits:
@@ -209,16 +209,18 @@ class Metered(Exchange):
         if limits and tariff and tariff.exceeds_default(tier):
             yield f"the 'service_tier' '{DEFAULT_TIER}'"
 
-    def _weigh_conversations(self, content: Content) -> None:
+    def _weigh_conversations(self, content: RequestBody) -> None:
         """Count the tokens of the conversations that the request names anew: requests that were
-        served while it waited can have added to them. Raises LedgerUnavailable."""
+        served while it waited can have added to them. Raises StorageUnavailable."""
         objects = self.gateway.objects
         for each in content.conversations:
             home = objects.home_of(each, self.key.account_id)
             tokens = (home.tokens if home else None) or 0
             content.weigh_again(each, tokens + objects.growing(each))
 
-    def _most_cost(self, tariff: Tariff | None, content: Content, further_input: int) -> int:
+    def _most_cost(
+        self, tariff: ModelPrices | None, content: RequestBody, further_input: int
+    ) -> int:
         """Return the most that a request can cost, in nanos. Called only where spending is limited,
         which requires that usage is reported: raises Refusal if it is not. A model without a price
         is free, but the models of its tools can have prices."""
@@ -238,13 +240,13 @@ class Metered(Exchange):
         pictures = self._most_pictures() * max(0, further - call)
         return most + self._most_calls() * call + pictures
 
-    def _most_input(self, content: Content, further_input: int) -> int:
+    def _most_input(self, content: RequestBody, further_input: int) -> int:
         """Return how many tokens it can read at most."""
         into = content.most_input_tokens + content.inherited_tokens + further_input
         unknown = self.settings.billing.hold_output_tokens if content.inherits_unknown else 0
         return into + unknown
 
-    def _most_output(self, tariff: Tariff | None) -> int:
+    def _most_output(self, tariff: ModelPrices | None) -> int:
         """Return how many tokens one answer can have at most."""
         limits = (
             self._facts.largest(self.endpoint.limits),
@@ -270,13 +272,13 @@ class Metered(Exchange):
         limit = self._facts.max_tool_calls if self.endpoint.runs_tools else None
         return max(0, limit or 0)
 
-    def _most_further(self, tariff: Tariff, content: Content, into: int) -> int:
+    def _most_further(self, tariff: ModelPrices, content: RequestBody, into: int) -> int:
         """Return the most that one use of each further model can cost, in nanos: one call of the
         image tool, or one SVG. A model without a price is billed by `tariff`, that of the
         requested model. An SVG's author that is not named can be any model."""
         books, usual = self.gateway.books, self.settings.billing.hold_output_tokens
 
-        def most(of_model: Tariff, tier: str | None, images: bool) -> int:
+        def most(of_model: ModelPrices, tier: str | None, images: bool) -> int:
             return of_model.most(into, of_model.max_output_tokens or usual, tier, images)
 
         asked = tariff, content.facts.service_tier
@@ -290,12 +292,12 @@ class Metered(Exchange):
                 further += most(*((own, DEFAULT_TIER) if own else asked), images)
         return further
 
-    def _most(self) -> Most:
+    def _most(self) -> MaximumUsage:
         """Return the most that it was held to use, or would have been if anything limited it."""
         into = self._most_input(self._content, self._further_input)
         output = self._most_output(self._money.tariff) * self._answers
         calls, pictures = self._most_calls(), self._most_pictures()
-        return Most(into, output, self._most_drawn(), calls, pictures)
+        return MaximumUsage(into, output, self._most_drawn(), calls, pictures)
 
     def _most_drawn(self) -> int:
         """Return the most output tokens of the image tool's model in one call. One without a price
@@ -316,7 +318,7 @@ class Metered(Exchange):
         self.date_row()
         try:
             await begin(self.gateway.store, self._row)
-        except LedgerUnavailable:
+        except StorageUnavailable:
             self.admission.put_back()
             raise Refusal("ledger_unavailable") from None
         if self.clock.client_left:
@@ -356,7 +358,7 @@ class Metered(Exchange):
 
     def _learn(
         self, made: dict[str, bool], usage: Usage | None, likely: Usage | None = None
-    ) -> dict[str, Home]:
+    ) -> dict[str, ObjectLocation]:
         """Make these objects the account's, and return where they are. What was made without being
         stored is not, unless that is said to be always so."""
         homes = homes_of(made, self.meter.report, self.home, usage, likely)
@@ -367,13 +369,15 @@ class Metered(Exchange):
         return homes
 
     @property
-    def home(self) -> Home:
+    def home(self) -> ObjectLocation:
         """Where the objects that it makes are stored. With an idempotency key, `minted_input` is
         false: the upstream may answer with a response that another body made."""
         first = header(self.scope["headers"], b"idempotency-key") is None
         minted = first and self._content.mints_input
         content = self._content
-        return Home(self._row.upstream, content.lasting_models, minted, content.lasting_extras)
+        return ObjectLocation(
+            self._row.upstream, content.lasting_models, minted, content.lasting_extras
+        )
 
     @property
     def repeatable_by(self) -> str:
@@ -388,7 +392,7 @@ class Metered(Exchange):
         request has an idempotency key and the response is known already, the upstream has returned
         it again, and an earlier row is billed for it."""
         if header(self.scope["headers"], b"idempotency-key") is not None:
-            with contextlib.suppress(LedgerUnavailable):
+            with contextlib.suppress(StorageUnavailable):
                 self._repeats = not self.gateway.objects.is_free(response_id)
         self._drop_preserved()
         self.awaits_id = False
@@ -396,7 +400,7 @@ class Metered(Exchange):
             self._fill(report)
             at, held, model = self._money.at, self._money.held, self._content.image_model()
             most = msgspec.json.encode(self._most()).decode()
-            unfinished = Unfinished(at, held, self._input_estimate, model, most=most)
+            unfinished = UnfinishedRow(at, held, self._input_estimate, model, most=most)
             self._background, self.unwritten = self.gateway.unended.keep(
                 self._row, self._money, unfinished, self._content.chosen_ids
             )
@@ -456,7 +460,9 @@ class Metered(Exchange):
         if self.meter.report.response_id == response_id:
             self._read_meanwhile = True
 
-    def _account_for(self, row: Row, outcome: Outcome, guess: Estimate | None) -> list[Part]:
+    def _account_for(
+        self, row: RequestRow, outcome: Outcome, guess: Estimate | None
+    ) -> list[UsagePart]:
         """Fill in the row's outcome and usage, except containers. Return the parts to bill."""
         parts = account_for(row, self.meter.report, outcome, guess)
         if self.endpoint.chat and self._content.searches and row.usage.web_searches is None:
@@ -528,7 +534,7 @@ class Metered(Exchange):
         )
         return estimate(
             report,
-            Seen.of(report),
+            SeenOutput.of(report),
             written=math.ceil(worked * speed * self._answers),
             read=self._input_estimate,
             most=self._most(),
@@ -543,7 +549,7 @@ class Metered(Exchange):
         if self.endpoint.free or self._repeats:
             return False
         if outcome == "upstream_error" or (self.status or 0) >= 400:
-            return bool(Seen.of(self.meter.report))
+            return bool(SeenOutput.of(self.meter.report))
         if outcome == "completed" and self._unmetered and not self._money.tariff:
             return self.settings.metering.include_usage == "add"
         return self.first_byte_ms is not None or outcome in ("client_disconnected", "interrupted")

@@ -19,7 +19,7 @@ from redbtc.admin import http
 from redbtc.admin.http import served
 from redbtc.billing.webhook import post_for_ever
 from redbtc.config import Loaded, Settings, SettingsError, UpstreamSettings, reload_settings
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.gateway.exchange import PRESERVE_GROWTH, PRESERVE_SECONDS
 from redbtc.gateway.handlers import unknown_url
 from redbtc.gateway.routes import apps_of, not_open
@@ -34,7 +34,7 @@ from redbtc.server.websocket_protocol import WebSocketProtocol
 from redbtc.slices import with_turns
 from redbtc.start import end_soon, finish
 from redbtc.store.clock import watch_clock
-from redbtc.telemetry import LOG, Watch, say, shown_error
+from redbtc.telemetry import LOG, Telemetry, log, shown_error
 from redbtc.upstream.upstreams import PING_SECONDS
 
 OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
@@ -43,13 +43,13 @@ WATCH_SECONDS = 0.25
 EXIT_SOFTWARE = 70  # a task of the process has ended (EX_SOFTWARE of sysexits.h)
 
 
-class Running:
+class GatewayProcess:
     """The gateway as a process: its servers, its signals, its end."""
 
     def __init__(self, loaded: Loaded, settings: Settings) -> None:
         self._loaded = loaded
         self._settings = settings
-        self.watch = Watch()
+        self.watch = Telemetry()
         self.status = 0  # that the process exits with
         self._gateway: Gateway | None = None  # None until its ledger is open
         self.demo: str | None = None  # the URL of the demonstration upstream, where that is served
@@ -71,7 +71,7 @@ class Running:
 
     async def serve(self, listeners: list[socket.socket], opening: asyncio.Task[Gateway]) -> None:
         """Serve until a signal ends it, or one of its tasks. Before `opening` is done, requests are
-        refused. Raises LedgerError where the ledger can't be opened."""
+        refused. Raises UserError where the ledger can't be opened."""
         self._opening = opening
         await asyncio.wait([opening], timeout=OPENING_SECONDS)
         if self._draining:
@@ -80,12 +80,12 @@ class Running:
         if opening.done():
             opening.result()
         else:
-            say(logging.WARNING, "ledger not open yet", reason="requests are refused until it is")
+            log(logging.WARNING, "ledger not open yet", reason="requests are refused until it is")
         try:
             async with asyncio.TaskGroup() as servers:
                 servers.create_task(self._serve_gateway(opening))  # first, so that commands work
                 servers.create_task(self._public().serve(listeners))
-        except* LedgerError as group:
+        except* UserError as group:
             raise group.exceptions[0] from None
         finally:
             self._over = True
@@ -118,9 +118,9 @@ class Running:
             self._reload()
         tasks = [
             *gateway.store.commits.tasks,
-            asyncio.create_task(post_for_ever(gateway.books, say), name="webhook"),
+            asyncio.create_task(post_for_ever(gateway.books, log), name="webhook"),
             asyncio.create_task(preserve(gateway), name="preserve"),
-            asyncio.create_task(watch_clock(gateway.store.clock, say), name="clock"),
+            asyncio.create_task(watch_clock(gateway.store.clock, log), name="clock"),
             asyncio.create_task(watch_size(gateway.store), name="size"),
             asyncio.create_task(gateway.vitals.watch_loop(), name="loop lag"),
             asyncio.create_task(watch_log(), name="log"),
@@ -152,7 +152,7 @@ class Running:
         if self._over:
             return
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        say(logging.CRITICAL, "task ended", task=task.get_name(), **shown_error(error))
+        log(logging.CRITICAL, "task ended", task=task.get_name(), **shown_error(error))
         self.status = EXIT_SOFTWARE
         if self._gateway and task in self._gateway.store.commits.tasks:
             self._end_now()
@@ -170,7 +170,7 @@ class Running:
     def _terminate(self) -> None:
         if self._draining:
             in_flight = self._gateway.in_flight if self._gateway else 0
-            say(logging.WARNING, "terminated", in_flight=in_flight)
+            log(logging.WARNING, "terminated", in_flight=in_flight)
             self.status = 128 + signal.SIGTERM
             self._end_now()
         self._draining = asyncio.create_task(self._drain(self._settings.server.drain_seconds))
@@ -188,9 +188,9 @@ class Running:
 
     async def _drain_gateway(self, gateway: Gateway, seconds: float) -> None:
         gateway.draining = True
-        say(logging.INFO, "draining", in_flight=gateway.in_flight)
+        log(logging.INFO, "draining", in_flight=gateway.in_flight)
         await self._wait_while(self._is_busy, gateway, seconds)
-        say(logging.INFO, "stopping", in_flight=gateway.in_flight)
+        log(logging.INFO, "stopping", in_flight=gateway.in_flight)
         if gateway.in_flight:
             gateway.stop()
         await self._wait_while(lambda gateway: gateway.in_flight > 0, gateway, STOPPING_SECONDS)
@@ -215,7 +215,7 @@ class Running:
         try:
             new = reload_settings(self._loaded)
         except SettingsError as error:
-            say(logging.ERROR, "reload refused", reason=str(error))
+            log(logging.ERROR, "reload refused", reason=str(error))
             return
         if self.demo:
             new = with_demo(new, self.demo)
@@ -233,9 +233,9 @@ class Running:
             )
             if before != after
         ]
-        say(logging.INFO, "reloaded", needs_restart=fixed)
+        log(logging.INFO, "reloaded", needs_restart=fixed)
         for line in missing_keys(new):
-            say(logging.WARNING, "unusable", reason=line)
+            log(logging.WARNING, "unusable", reason=line)
 
 
 def with_demo(settings: Settings, url: str) -> Settings:
@@ -276,7 +276,7 @@ async def preserve(gateway: Gateway) -> None:
             if gateway.store.healthy:
                 await preserve_some(gateway, time.monotonic())
         except Exception as error:  # that should not happen, and must not end this
-            say(logging.ERROR, "not preserved", error=type(error).__name__)
+            log(logging.ERROR, "not preserved", error=type(error).__name__)
 
 
 async def preserve_some(gateway: Gateway, now: float) -> None:

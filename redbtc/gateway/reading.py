@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from redbtc.config import Settings
-from redbtc.deadlines import Clock
+from redbtc.deadlines import Deadline
 from redbtc.gateway.exchange import Endpoint
 from redbtc.headers import header
 from redbtc.limits import FREE_BYTES, Reservation
 from redbtc.refusals import ClientLeft, Refusal
-from redbtc.request_body.content import Content
+from redbtc.request_body.content import RequestBody
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed, media_of, most_decoded
 from redbtc.request_body.pieces import Buffer, Steps
@@ -21,7 +21,7 @@ from redbtc.slices import in_slices
 async def read_body(
     scope: Scope,
     receive: Receive,
-    clock: Clock,
+    clock: Deadline,
     settings: Settings,
     reserved: Reservation,
     form: Form | None = None,
@@ -81,11 +81,11 @@ def _check_size(size: int, most: int) -> None:
 async def read_content(
     scope: Scope,
     receive: Receive,
-    clock: Clock,
+    clock: Deadline,
     settings: Settings,
     reserved: Reservation,
     endpoint: Endpoint,
-) -> Content:
+) -> RequestBody:
     """Read the request's body and what must be known of it. Raises Refusal, ClientLeft."""
     media = media_of(scope["headers"], endpoint.forms)
     form = Form(media.boundary) if media.boundary else None
@@ -93,7 +93,7 @@ async def read_content(
     body = await read_body(scope, receive, clock, settings, reserved, along)
     if clock.client_left:
         raise ClientLeft
-    steps = Content.steps(body, body, form, endpoint.model_needed)
+    steps = RequestBody.steps(body, body, form, endpoint.model_needed)
     if media.encoding:
         most = most_decoded(len(body), settings.server.max_body_bytes)
         await reserved.take(most, clock)
@@ -106,11 +106,11 @@ async def read_content(
 
 def _decoded(
     body: Buffer, encoding: str, most: int, reserved: Reservation, form: Form | None, named: bool
-) -> Steps[Content]:
+) -> Steps[RequestBody]:
     """Decode a body and read it, in one: else all copies would wait for their turns. Raises
     Refusal."""
     text = yield from decompressed(body, encoding, most)
     reserved.give_back(most - len(text))
     if form:
         yield from form.grow(text)
-    return (yield from Content.steps(body, text, form, named))
+    return (yield from RequestBody.steps(body, text, form, named))

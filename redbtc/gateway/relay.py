@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import httpx2
 
-from redbtc.gateway.exchange import Exchange
+from redbtc.gateway.exchange import ForwardedRequest
 from redbtc.headers import Headers, header
 from redbtc.meter.decoding import START, codings_in, codings_of
 from redbtc.meter.events import BLANK, is_stream
@@ -21,8 +21,8 @@ from redbtc.server.asgi import Message, Send
 from redbtc.server.framing import NO_BODY
 from redbtc.slices import answers_of, in_slices
 from redbtc.upstream.headers import headers_for_client, headers_for_upstream
-from redbtc.upstream.http1 import Answer, ResponseBody
-from redbtc.upstream.upstreams import Body, Upstream
+from redbtc.upstream.http1 import ResponseBody, ResponseHead
+from redbtc.upstream.upstreams import UploadBody, Upstream
 
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
 # magic number, and its first byte can be a blank.
@@ -43,7 +43,7 @@ class Relay:
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: ForwardedRequest,
         send: Send,
         method: str,
         path: str,
@@ -59,7 +59,7 @@ class Relay:
         self._path = path
         self._query = query
         self._bytes = body
-        self._body = Body(body)
+        self._body = UploadBody(body)
         self._waits_for_client = False
         self._head: Message  # the response's start, for the client
         self._started = False  # whether the head was sent
@@ -110,7 +110,7 @@ class Relay:
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         else:
             headers = [line for line in headers if line[0] != b"content-encoding"]
-        self._body = Body(self._bytes)
+        self._body = UploadBody(self._bytes)
         answer = await upstream.open(self._method, self._path, self._query, headers, self._body)
         try:
             if not 200 <= answer.status <= 599:
@@ -120,7 +120,7 @@ class Relay:
         finally:
             await answer.body.aclose()
 
-    def _head_of(self, answer: Answer) -> Message:
+    def _head_of(self, answer: ResponseHead) -> Message:
         """The answer's head for the client."""
         exchange = self._exchange
         headers = headers_for_client(answer.headers)
@@ -262,7 +262,7 @@ class Relay:
         def pass_on(chunk: bytes) -> bool:
             if not self._started or exchange.awaits_id:
                 return False
-            passed: bool = meter.is_dull(chunk) and send_now(chunk)
+            passed: bool = meter.can_skip_parsing(chunk) and send_now(chunk)
             if passed:
                 clock.allow(idle_seconds)
                 meter.count_text(chunk)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from starlette.routing import Router
 
-from redbtc.deadlines import Clock
+from redbtc.deadlines import Deadline
 from redbtc.gateway.exchange import RESPONSES, Endpoint
 from redbtc.gateway.handlers import unknown_url
-from redbtc.gateway.metered import Metered
+from redbtc.gateway.metered import MeteredRequest
 from redbtc.gateway.reading import read_content
 from redbtc.gateway.relay import Relay
 from redbtc.gateway.state import Gateway
-from redbtc.gateway.websocket_session import Session
+from redbtc.gateway.websocket_session import WebSocketSession
 from redbtc.headers import header
 from redbtc.limits import Reservation
 from redbtc.refusals import Refusal
@@ -38,12 +38,12 @@ class MeteredRoute:
         gateway, endpoint = self._gateway, self._endpoint
         scope["where"] = endpoint.path
         key, settings = gateway.enter(scope), gateway.settings
-        clock = Clock(gateway.clocks)
+        clock = Deadline(gateway.clocks)
         charged = gateway.limits.charge(key, settings.limits)
         with (
             charged as admission,
             gateway.serving(scope, clock, key),
-            Metered(gateway, scope, endpoint, clock, admission) as exchange,
+            MeteredRequest(gateway, scope, endpoint, clock, admission) as exchange,
         ):
             with Reservation(gateway.limits, key, settings) as reserved:
                 content = await read_content(scope, receive, clock, settings, reserved, endpoint)
@@ -71,7 +71,7 @@ def apps_of(gateway: Gateway) -> tuple[dict[str, App], App, App]:
         origin = header(scope["headers"], b"origin")
         if origin is not None and not gateway.allows_origin(origin):  # RFC 6455 §10.2
             raise Refusal("origin_not_allowed")
-        await Session(gateway, scope, receive, send).run()
+        await WebSocketSession(gateway, scope, receive, send).run()
 
     return metered, others, session
 

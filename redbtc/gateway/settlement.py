@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from redbtc.billing.spending import Hold
-from redbtc.locations import Home
+from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import IMAGE_TOOL
-from redbtc.meter.estimates import Estimate, Most
+from redbtc.meter.estimates import Estimate, MaximumUsage
 from redbtc.meter.report import Report
-from redbtc.usage import Outcome, Part, Row, Usage
+from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 
 if TYPE_CHECKING:
     from redbtc.gateway.state import Gateway
 
 
 def homes_of(
-    ids: Iterable[str], report: Report, home: Home, usage: Usage | None, likely: Usage | None = None
-) -> dict[str, Home]:
+    ids: Iterable[str],
+    report: Report,
+    home: ObjectLocation,
+    usage: Usage | None,
+    likely: Usage | None = None,
+) -> dict[str, ObjectLocation]:
     """Return the homes of objects that a response made, with the tokens that a request which builds
     on them reads at most: of a response and its conversation all input and output, and so of an
     item, unless it holds nothing but output. `usage` is None if it is not known yet; `likely` is
@@ -38,7 +42,7 @@ def all_of(usage: Usage) -> int:
     return (usage.input_tokens or 0) + (usage.output_tokens or 0) + pictures
 
 
-def weight(row: Row, most: Most) -> Usage:
+def weight(row: RequestRow, most: MaximumUsage) -> Usage:
     """Return the usage of a request that has ended, for those that build on what it made. An
     estimate can be too low, and an answer that failed reports no input: they read all that is
     there, and would spend what is not held."""
@@ -50,8 +54,8 @@ def weight(row: Row, most: Most) -> Usage:
 
 
 def account_for(
-    row: Row, report: Report, outcome: Outcome, guess: Estimate | None = None
-) -> list[Part]:
+    row: RequestRow, report: Report, outcome: Outcome, guess: Estimate | None = None
+) -> list[UsagePart]:
     """Fill in how the request ended and what it used: what the upstream says, else the estimate.
     Return the parts to bill."""
     row.outcome = outcome
@@ -64,8 +68,8 @@ def account_for(
 
 
 async def count_containers(
-    gateway: Gateway, row: Row, report: Report, parts: list[Part]
-) -> list[Part]:
+    gateway: Gateway, row: RequestRow, report: Report, parts: list[UsagePart]
+) -> list[UsagePart]:
     """Count the containers in an answer that nobody was billed for, which no usage reports. An
     estimate bounds their number. Return the parts to bill. The row must be settled before anything
     else is waited for, so that parallel requests are not billed for the same container."""
@@ -78,7 +82,7 @@ async def count_containers(
     return counted(row, parts, containers=len(new) or None)
 
 
-def counted(row: Row, parts: list[Part], **calls: int | None) -> list[Part]:
+def counted(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> list[UsagePart]:
     """Add calls that no usage reports to a row's usage, if that is known. Return the parts to
     bill."""
     if row.usage_source == "none":
@@ -88,20 +92,20 @@ def counted(row: Row, parts: list[Part], **calls: int | None) -> list[Part]:
     return [first, *parts[1:]]
 
 
-def charge(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
+def charge(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
     """Fill in the row's cost, by the prices of the request's admission and the tier that the
     response reports. Leave it unknown where no usage is known."""
     if row.usage_source != "none":
         row.price_id, row.cost = money.cost(of_models(parts, image_model), row.service_tier)
 
 
-def bill(row: Row, parts: list[Part], money: Hold, image_model: str) -> None:
+def bill(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
     """Fill in the row's cost and month, and turn the hold into the cost."""
     charge(row, parts, money, image_model)
     row.month = money.settle(row.cost or 0)
 
 
-def of_models(parts: list[Part], image_model: str) -> list[Part]:
+def of_models(parts: list[UsagePart], image_model: str) -> list[UsagePart]:
     """Return the parts with the name of the image tool's model, which no answer tells."""
     return [
         part._replace(model=image_model) if part.model == IMAGE_TOOL else part for part in parts

@@ -22,29 +22,29 @@ from starlette.routing import Route
 
 from redbtc.admin.api import API
 from redbtc.admin.http import served
-from redbtc.billing.books import Books
+from redbtc.billing.books import Billing
 from redbtc.billing.prices import DEFAULT_TIER, NEEDED
 from redbtc.config import Settings
 from redbtc.dashboard import status as status_module
-from redbtc.dashboard.lazy import Pages
+from redbtc.dashboard.lazy import LazyDashboard
 from redbtc.dashboard.sessions import SECURITY, actor_of, session_of
 from redbtc.dashboard.status import prefers_html
-from redbtc.deadlines import Clock, Clocks
-from redbtc.errors import LedgerUnavailable
+from redbtc.deadlines import Deadline, Deadlines
+from redbtc.errors import StorageUnavailable
 from redbtc.gateway.authentication import authenticate
-from redbtc.gateway.background_responses import Unended
+from redbtc.gateway.background_responses import BackgroundResponses
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.handlers import AsApp, ExactRoute, age_header, received_until, upgrade_required
-from redbtc.gateway.metered import Metered
+from redbtc.gateway.metered import MeteredRequest
 from redbtc.gateway.stored import StoredRoute, not_own
 from redbtc.gateway.vitals import Vitals
 from redbtc.headers import Headers, header
-from redbtc.limits import Admission, Limits
-from redbtc.locations import Home
+from redbtc.limits import Admission, Limiter
+from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.money import NANOS, parse_amount
 from redbtc.refusals import Refusal, not_found
-from redbtc.request_body.content import Content
+from redbtc.request_body.content import RequestBody
 from redbtc.request_body.pieces import Steps
 from redbtc.server.asgi import App, Message, Receive, Scope, Send, ids_of, respond
 from redbtc.server.cors import cors_headers, preflight_headers
@@ -55,23 +55,23 @@ from redbtc.store.keys import Key
 from redbtc.store.objects import MAX_LOOK_UPS, Objects
 from redbtc.store.records import Record
 from redbtc.store.speeds import Speeds
-from redbtc.telemetry import Watch
+from redbtc.telemetry import Telemetry
 from redbtc.upstream.upstreams import NO_LIST, Upstream, choose
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9@~][\w.:@+~-]*(?:/[A-Za-z0-9@~][\w.:@+~-]*)*", re.ASCII)
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
-NOTHING: Mapping[str, Home] = {}
+NOTHING: Mapping[str, ObjectLocation] = {}
 MAX_ASKED = 50  # requests for figures and pages, of an account or of a user, at once
 
 
 class Gateway:
     """The running gateway: what its routes share, and the routes themselves."""
 
-    def __init__(self, books: Books, settings: Settings, watch: Watch) -> None:
+    def __init__(self, books: Billing, settings: Settings, watch: Telemetry) -> None:
         self.store = books.store
         self.books = books
-        self.limits = Limits()
-        self.clocks = Clocks()
+        self.limits = Limiter()
+        self.clocks = Deadlines()
         self.watch = watch
         self.watch.registry.register(self)
         self.vitals = Vitals(books.store)
@@ -80,16 +80,16 @@ class Gateway:
         self.upstreams = [Upstream(upstream) for upstream in settings.upstreams]
         self.objects = Objects(books.store)
         self.containers = Containers(books.store)
-        self.unended = Unended(self)
+        self.unended = BackgroundResponses(self)
         self.speeds = Speeds(books.store)
         self.corrections = Corrections(books, self.objects, self.containers)
         self.sessions: Counter[str] = Counter()  # by account
         self.draining = self.stopping = False
         self.in_flight = 0
-        self.running: set[Metered] = set()  # requests that have a row
+        self.running: set[MeteredRequest] = set()  # requests that have a row
         self.api = API(books, self, settings.dashboard_url)
         self._admin = self.in_time(served(self.api, actor_of(self.api)))
-        self._pages = Pages(self.api)
+        self._pages = LazyDashboard(self.api)
         self._dashboard = self.in_time(self._pages)
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
         self._asked: Counter[str] = Counter()  # by account or user, requests without a place
@@ -145,15 +145,15 @@ class Gateway:
         """That of the settings."""
         return next((upstream for upstream in self.upstreams if upstream.name == name), None)
 
-    def home_of(self, key: Key, object_id: str) -> Home | None:
+    def home_of(self, key: Key, object_id: str) -> ObjectLocation | None:
         """Where what the key's account made is stored; None for all else."""
         try:
             return self.objects.home_of(object_id, key.account_id)
-        except LedgerUnavailable:
+        except StorageUnavailable:
             raise Refusal("ledger_unavailable") from None
 
     async def homes(
-        self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
+        self, key: Key, content: RequestBody, made: Mapping[str, ObjectLocation] = NOTHING
     ) -> set[str]:
         """The upstream that has what the request builds on, if it builds on anything; the content
         inherits the models and tools that work in that and its tokens, and drops its references, so
@@ -165,10 +165,12 @@ class Gateway:
         content.references = {}
         return homes
 
-    def _find(self, key: Key, content: Content, made: Mapping[str, Home]) -> Steps[set[str]]:
+    def _find(
+        self, key: Key, content: RequestBody, made: Mapping[str, ObjectLocation]
+    ) -> Steps[set[str]]:
         # "" is nobody's. Long ids were never learned, and many of them would make a long query.
         asked = list({each.id for each in content.references if 0 < len(each.id) <= MAX_NAME})
-        found: dict[str, Home | None] = {}
+        found: dict[str, ObjectLocation | None] = {}
         for at in range(0, len(asked), MAX_LOOK_UPS):
             found |= self._look_up(key, asked[at : at + MAX_LOOK_UPS])
             yield
@@ -188,14 +190,14 @@ class Gateway:
             raise Refusal("invalid_request", message)
         return homes
 
-    def _look_up(self, key: Key, ids: list[str]) -> dict[str, Home | None]:
+    def _look_up(self, key: Key, ids: list[str]) -> dict[str, ObjectLocation | None]:
         try:
             return self.objects.look_up(ids, key.account_id)
-        except LedgerUnavailable:
+        except StorageUnavailable:
             raise Refusal("ledger_unavailable") from None
 
     async def upstreams_for(
-        self, key: Key, content: Content, made: Mapping[str, Home] = NOTHING
+        self, key: Key, content: RequestBody, made: Mapping[str, ObjectLocation] = NOTHING
     ) -> list[Upstream]:
         """Those that may take the request, the first to try in front. `made`: as for `homes`.
         Raises Refusal."""
@@ -212,7 +214,7 @@ class Gateway:
             self._check_rates(content)
         return choose(self.upstreams, model, *homes)
 
-    def _check_rates(self, content: Content) -> None:
+    def _check_rates(self, content: RequestBody) -> None:
         """Raise Refusal for a request that could use what its model's price has no rate for."""
         model, tier = content.facts.model or "", content.facts.service_tier
         for rate, member in content.needed_rates():
@@ -225,7 +227,7 @@ class Gateway:
                 raise Refusal("invalid_request", message, param=member)
 
     @contextlib.contextmanager
-    def serving(self, scope: Scope | None, clock: Clock, key: Key) -> Iterator[None]:
+    def serving(self, scope: Scope | None, clock: Deadline, key: Key) -> Iterator[None]:
         """A request is in flight; its clock hears when its client leaves, or its key is cut."""
         leaving: set[Callable[[], None]] = scope["leaving"] if scope else set()
 
@@ -351,7 +353,7 @@ class Gateway:
         gave no new one."""
         scope["where"] = "/v1/models"
         key = self.enter(scope)
-        clock, charged = Clock(self.clocks), self.limits.charge(key, self.settings.limits)
+        clock, charged = Deadline(self.clocks), self.limits.charge(key, self.settings.limits)
         with charged as admission, self.serving(scope, clock, key):
             await self.limits.admit(admission, 0, clock)
             joined, age = await self._listed(key, self.upstreams)
@@ -387,14 +389,14 @@ class Gateway:
         that one does not answer."""
         scope["where"] = "/v1/models/{id}"
         key = self.enter(scope)
-        clock, charged = Clock(self.clocks), self.limits.charge(key, self.settings.limits)
+        clock, charged = Deadline(self.clocks), self.limits.charge(key, self.settings.limits)
         with charged as admission, self.serving(scope, clock, key):
             name = scope["path_params"]["model"]
             status, body, headers = await self._shown(key, name, admission, clock)
         await self._answer(scope, send, status, body, headers)
 
     async def _shown(
-        self, key: Key, name: str, admission: Admission, clock: Clock
+        self, key: Key, name: str, admission: Admission, clock: Deadline
     ) -> tuple[int, bytes, Headers]:
         # '../files' must not reach the upstream. To match a long name takes long.
         is_name = len(name) <= MAX_NAME and MODEL_NAME.fullmatch(name)
@@ -466,7 +468,7 @@ class Gateway:
 
     def _asked_in_session(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
         """Count a request of whoever is logged in. Raises Refusal."""
-        with contextlib.suppress(LedgerUnavailable):
+        with contextlib.suppress(StorageUnavailable):
             if session := session_of(self.api, Request(scope)):
                 return self._asked_by(session.user_id)
         return contextlib.nullcontext()

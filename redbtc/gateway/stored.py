@@ -6,18 +6,18 @@ import contextlib
 import re
 from typing import TYPE_CHECKING
 
-from redbtc.billing.spending import Spent
-from redbtc.deadlines import Clock
-from redbtc.errors import LedgerUnavailable
-from redbtc.gateway.exchange import Endpoint, Exchange, insufficient_quota
+from redbtc.billing.spending import SpendingLimitReached
+from redbtc.deadlines import Deadline
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.exchange import Endpoint, ForwardedRequest, insufficient_quota
 from redbtc.gateway.reading import read_body
 from redbtc.gateway.relay import Relay
 from redbtc.headers import Headers
 from redbtc.limits import Admission, Reservation
-from redbtc.locations import Home
+from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import is_final
 from redbtc.refusals import Refusal
-from redbtc.request_body.content import Content
+from redbtc.request_body.content import RequestBody
 from redbtc.request_body.media import media_of
 from redbtc.request_body.query import Query
 from redbtc.server.asgi import Receive, Scope, Send
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 USAGE_SECONDS = 15
 
 
-class Visit(Exchange):
+class StoredRequest(ForwardedRequest):
     """A request that reads or changes a stored response. It uses no tokens and has no row. If it
     shows that a background response has ended, the row of that response is settled first."""
 
@@ -43,11 +43,11 @@ class Visit(Exchange):
         gateway: Gateway,
         scope: Scope,
         endpoint: Endpoint,
-        clock: Clock,
+        clock: Deadline,
         admission: Admission,
         key: Key,
         response_id: str,
-        home: Home,
+        home: ObjectLocation,
     ) -> None:
         super().__init__(gateway, scope, endpoint, clock, admission)
         self.key = key
@@ -120,11 +120,11 @@ class Visit(Exchange):
             minted = [each for each, made in listed.items() if made]
             objects.own(minted, account_id, self._home_of_listed())
 
-    def _home_of_listed(self) -> Home:
+    def _home_of_listed(self) -> ObjectLocation:
         """Return the home of an input item: it has at most the tokens of the response, which can
         have become known since this visit began, or are not known yet."""
         objects, home = self.gateway.objects, self._home
-        with contextlib.suppress(LedgerUnavailable):
+        with contextlib.suppress(StorageUnavailable):
             home = objects.home_of(self._response_id, self.key.account_id) or home
         if growth := objects.growing(self._response_id):
             home = home.with_tokens((home.tokens or 0) + growth)
@@ -146,7 +146,7 @@ class StoredRoute:
         scope["where"] = self._endpoint.path
         key, settings = gateway.enter(scope), gateway.settings
         response_id = scope["path_params"]["id"]
-        clock = Clock(gateway.clocks)
+        clock = Deadline(gateway.clocks)
         charged = gateway.limits.charge(key, settings.limits)
         with charged as admission, gateway.serving(scope, clock, key):
             home, upstream = choose_stored(gateway, key, response_id)
@@ -157,14 +157,14 @@ class StoredRoute:
                     body = b""  # of GET and DELETE it has no meaning (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
                     check_plain_json(scope["headers"])
-                    steps = Content.steps(body, body)
+                    steps = RequestBody.steps(body, body)
                     await gateway.homes(key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.unended:
                     message = "The response is still in progress; cancel it first."
                     raise Refusal("invalid_request", message)
                 await gateway.limits.admit(admission, 0, clock)
             with await self._hold(key, response_id, admission):
-                visit = Visit(
+                visit = StoredRequest(
                     gateway,
                     scope,
                     self._endpoint,
@@ -186,13 +186,13 @@ class StoredRoute:
             return contextlib.nullcontext()
         try:
             return await self._gateway.corrections.hold(response_id, key.account_id)
-        except Spent as error:
+        except SpendingLimitReached as error:
             unknown = (
                 "The usage of this response is not known yet; "
                 "it is charged to the key that created the response."
             )
             refusal = insufficient_quota(f"{error} {unknown}")
-        except LedgerUnavailable:
+        except StorageUnavailable:
             refusal = Refusal("ledger_unavailable")
         admission.refused(refusal)
         raise refusal
@@ -224,7 +224,7 @@ def check_plain_json(headers: Headers) -> None:
         raise Refusal("unsupported_media_type", message)
 
 
-def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[Home, Upstream]:
+def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[ObjectLocation, Upstream]:
     """Where the account's response is. Raises Refusal."""
     home = gateway.home_of(key, response_id) if OBJECT_ID.fullmatch(response_id) else None
     if home is None:

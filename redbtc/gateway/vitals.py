@@ -14,9 +14,9 @@ from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from redbtc.errors import LedgerUnavailable
+from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
-from redbtc.telemetry import say
+from redbtc.telemetry import log
 
 WATCH_SECONDS = 1
 LOW_DISK_BYTES, LOW_DISK_SHARE = 256 << 20, 0.05  # free; the smaller of the two
@@ -37,7 +37,7 @@ class Condition:
         if holds != self.holds:
             self.holds = holds
             level, event = self._events[holds]
-            say(level, event, **fields)
+            log(level, event, **fields)
 
 
 async def watch_size(store: Store) -> None:
@@ -52,7 +52,7 @@ async def watch_size(store: Store) -> None:
         try:
             if await store.shrink():
                 stuck.note(False)
-        except LedgerUnavailable as error:
+        except StorageUnavailable as error:
             stuck.note(True, reason=str(error))
 
 

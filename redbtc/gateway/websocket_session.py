@@ -37,18 +37,18 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import MAX_RINGS, TICK
-from redbtc.errors import LedgerUnavailable
+from redbtc.errors import StorageUnavailable
 from redbtc.gateway.exchange import RESPONSES, most_usual
 from redbtc.gateway.settlement import account_for, bill, count_containers, homes_of
 from redbtc.gateway.websocket_turns import Lane, Stray, Turn, is_lane, kind_of, response_named
-from redbtc.gateway.websocket_upstream import Line, LineLost
+from redbtc.gateway.websocket_upstream import UpstreamSocket, UpstreamSocketLost
 from redbtc.headers import Headers, header
 from redbtc.limits import FREE_BYTES, Admission, Bucket, Reservation
-from redbtc.locations import Home
+from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_AT_ONCE, Answer, answer_steps, decode_answer
-from redbtc.meter.estimates import Estimate, Seen, estimate, is_complete
+from redbtc.meter.estimates import Estimate, SeenOutput, estimate, is_complete
 from redbtc.refusals import ClientLeft, Refusal, not_found, refusal_of
-from redbtc.request_body.content import Frame
+from redbtc.request_body.content import ClientEvent
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.request_body.pieces import Buffer, check_utf8
 from redbtc.server.asgi import Receive, Scope, Send, new_request_id
@@ -70,14 +70,14 @@ from redbtc.store.keys import Key
 from redbtc.store.requests import Admitted, settle
 from redbtc.upstream.headers import headers_for_client, headers_for_upstream
 from redbtc.upstream.upstreams import Upstream, by_turn
-from redbtc.usage import Outcome, Row
+from redbtc.usage import Outcome, RequestRow
 
 if TYPE_CHECKING:
     from redbtc.gateway.state import Gateway
 
 
-MOST_SESSIONS = 100  # of an account
-MOST_WAITING = 1000  # requests of a connection that have not left for an upstream
+MAX_SESSIONS = 100  # of an account
+MAX_WAITING = 1000  # requests of a connection that have not left for an upstream
 MAX_STRAYS = 16  # responses of a line that no request asked for, whose events are metered
 NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
 NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
@@ -85,7 +85,7 @@ HANDSHAKE_HEADERS = (b"sec-websocket-", b"content-", b"date", b"connection", b"u
 MAX_PAUSE = 30  # seconds that refused events can pause reading; a ping waits 60 for its answer
 
 
-class Session:
+class WebSocketSession:
     """One client's WebSocket."""
 
     def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,15 +95,15 @@ class Session:
         self._send = send
         self._key: Key
         self._lanes: dict[str | None, Lane] = {}
-        self._lines: set[Line] = set()
-        self._opening: dict[Upstream, asyncio.Task[Line]] = {}
+        self._lines: set[UpstreamSocket] = set()
+        self._opening: dict[Upstream, asyncio.Task[UpstreamSocket]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._made: dict[str, Home] = {}  # on this connection, stored or not
+        self._made: dict[str, ObjectLocation] = {}  # on this connection, stored or not
         self._written: set[str] = set()  # responses whose usage is in the ledger
-        self._waiting: dict[Frame, Admission] = {}  # requests that have no place yet
+        self._waiting: dict[ClientEvent, Admission] = {}  # requests that have no place yet
         self._reserved: Reservation  # memory for those, and for the message that is being read
         self._small_frames: Bucket
-        self._patience = 0.0  # seconds for the client to read
+        self._deadline = 0.0  # seconds for the client to read
         self._sends, self._given = 0, 0  # messages that wait for that, and that need not
         self._watching: asyncio.TimerHandle
         self._accepted = asyncio.Event()  # the client may be sent events
@@ -122,8 +122,8 @@ class Session:
         self._key = self.gateway.enter(self._scope)
         self._charge_handshake()
         sessions, account_id = self.gateway.sessions, self._key.account_id
-        if sessions[account_id] >= MOST_SESSIONS:
-            message = f"This account has {MOST_SESSIONS} WebSockets open, which is the most."
+        if sessions[account_id] >= MAX_SESSIONS:
+            message = f"This account has {MAX_SESSIONS} WebSockets open, which is the most."
             raise Refusal("concurrency_limit_exceeded", message)
         sessions[account_id] += 1
         try:
@@ -148,7 +148,7 @@ class Session:
 
     async def _run(self) -> None:
         line = await self._first_line()
-        self._patience = line.upstream.settings.idle_timeout_seconds
+        self._deadline = line.upstream.settings.idle_timeout_seconds
         await self._send({"type": "websocket.accept", "headers": self._headers(line.connection)})
         self._accepted.set()
         self.gateway.watch.answered(self._scope, 101)
@@ -207,7 +207,7 @@ class Session:
         if self._sends and self._given == given:
             self._scope["abort"]()
         again, loop = self._watch_reading, self.gateway.clocks.loop
-        self._watching = loop.call_later(self._patience, again, self._given)
+        self._watching = loop.call_later(self._deadline, again, self._given)
 
     async def _end(self) -> None:
         """The client is gone: what is in flight may be read on for its usage, then all ends."""
@@ -239,7 +239,7 @@ class Session:
 
     # Lines
 
-    async def _first_line(self) -> Line:
+    async def _first_line(self) -> UpstreamSocket:
         """Connect to an upstream before the client is answered, so that a refusal of a WebSocket is
         ours, too."""
         speaking = [each for each in self.gateway.upstreams if each.speaks_websocket]
@@ -256,7 +256,7 @@ class Session:
                 refused = refusal.code
         raise Refusal(refused, headers=UPGRADE if refused == "upgrade_required" else ())
 
-    async def _line_to(self, upstream: Upstream) -> Line:
+    async def _line_to(self, upstream: Upstream) -> UpstreamSocket:
         """The line to an upstream, a new one where there is none. Raises OSError, Refusal."""
         for line in self._lines:
             if line.upstream is upstream and not line.lost:
@@ -266,7 +266,7 @@ class Session:
             task.add_done_callback(lambda _: self._opening.pop(upstream))
         return await asyncio.shield(self._opening[upstream])
 
-    async def _open(self, upstream: Upstream) -> Line:
+    async def _open(self, upstream: Upstream) -> UpstreamSocket:
         account_id, store = self._key.account_id, self.gateway.store
         headers = headers_for_upstream(self._scope["headers"], store, account_id)
         try:
@@ -277,23 +277,23 @@ class Session:
             raise Refusal("upstream_unreachable") from None
         except InvalidHandshake:
             raise Refusal("upstream_protocol_error") from None
-        line = Line(self, upstream, connection)
+        line = UpstreamSocket(self, upstream, connection)
         self._lines.add(line)
         line.passing = self.start(self._pass_events(line))
         return line
 
-    def _turns_on(self, line: Line) -> list[Turn]:
+    def _turns_on(self, line: UpstreamSocket) -> list[Turn]:
         """Those that are not done, in the order of their lanes."""
         turns = [lane.turn for lane in self._lanes.values() if lane.turn]
         return [turn for turn in turns if turn.line is line and not turn.done]
 
-    def _lose(self, line: Line, outcome: Outcome = "upstream_failed") -> None:
+    def _lose(self, line: UpstreamSocket, outcome: Outcome = "upstream_failed") -> None:
         """Nothing that comes from it is passed on any more."""
         line.lost = True
         for turn in self._turns_on(line):
             turn.lose(outcome)
 
-    def _give_up(self, line: Line) -> None:
+    def _give_up(self, line: UpstreamSocket) -> None:
         """Close a line whose upstream has answered a message that it does not read to its end. No
         other message can follow on it."""
         line.given_up = True
@@ -315,11 +315,11 @@ class Session:
 
     async def _take(self, text: Buffer, reserved: int) -> None:
         """One message. Its memory is given back unless it waits for a place."""
-        frame: Frame | None = None
+        frame: ClientEvent | None = None
         try:
             key = self.gateway.enter(self._scope)
             with self.gateway.limits.charge(key, self.gateway.settings.limits) as admission:
-                frame = await in_slices(Frame.read(text), key.account_id)
+                frame = await in_slices(ClientEvent.read(text), key.account_id)
                 if frame.excess:
                     await self._reserved.take(frame.excess, None)
                     reserved += frame.excess
@@ -345,7 +345,7 @@ class Session:
             self._small_frames.charge(REFUSED_FRAMES)
         self.gateway.watch.refused(scope, refusal)
 
-    async def _act(self, frame: Frame, admission: Admission) -> None:
+    async def _act(self, frame: ClientEvent, admission: Admission) -> None:
         facts = frame.facts
         if facts.type == "response.steer":
             await self._steer(frame, admission)
@@ -356,7 +356,7 @@ class Session:
                 message = f"'{facts.type}' is not an event that is understood here."
             raise Refusal("invalid_request", message, param="type")
         frame.check_model(needed=True)
-        if len(self._waiting) >= MOST_WAITING:
+        if len(self._waiting) >= MAX_WAITING:
             raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
         self._waiting[frame] = admission
         lane = self._lanes.get(facts.stream_id)
@@ -365,7 +365,7 @@ class Session:
             self.start(self._work(lane))
         lane.waiting.append(frame)
 
-    async def _steer(self, frame: Frame, admission: Admission) -> None:
+    async def _steer(self, frame: ClientEvent, admission: Admission) -> None:
         """More input for a response that is in flight on this connection."""
         frame.check_steering()
         response_id = frame.facts.previous_response_id or ""
@@ -411,7 +411,7 @@ class Session:
         if self._expired and not self._lanes:
             self._expire()
 
-    async def _create(self, turn: Turn, frame: Frame) -> None:
+    async def _create(self, turn: Turn, frame: ClientEvent) -> None:
         """Raises Refusal, ClientLeft."""
         gateway, facts = self.gateway, frame.facts
         if self._expired:
@@ -434,12 +434,12 @@ class Session:
             self._leave(frame)
             await turn.run(lambda: self._forward(turn, frame, speaking))
 
-    def _leave(self, frame: Frame) -> None:
+    def _leave(self, frame: ClientEvent) -> None:
         """Give back the memory of a request that no longer waits for a place."""
         if self._waiting.pop(frame, None):
             self._reserved.give_back(max(len(frame.sent), SMALL_BYTES) + frame.excess)
 
-    async def _forward(self, turn: Turn, frame: Frame, upstreams: list[Upstream]) -> None:
+    async def _forward(self, turn: Turn, frame: ClientEvent, upstreams: list[Upstream]) -> None:
         total = upstreams[0].settings.total_timeout_seconds
         try:
             with turn.clock.running(total, turn.grace()):
@@ -464,16 +464,16 @@ class Session:
         except ConnectionClosed:
             turn.lose("upstream_failed")
             await self._fail(turn, turn.failure or "upstream_failed", "upstream_unreachable")
-        except LineLost:
+        except UpstreamSocketLost:
             await self._fail(turn, "upstream_failed", "upstream_unreachable")
 
-    async def _connect(self, turn: Turn, upstreams: list[Upstream]) -> Line:
+    async def _connect(self, turn: Turn, upstreams: list[Upstream]) -> UpstreamSocket:
         for upstream in upstreams:
             turn.to(upstream)
             turn.clock.allow(upstream.settings.connect_timeout_seconds + 1)  # it keeps it itself
             with contextlib.suppress(OSError, Refusal):
                 return await self._line_to(upstream)
-        raise LineLost
+        raise UpstreamSocketLost
 
     async def _time_out(self, turn: Turn) -> None:
         """Its time is up: that of the upstream, or of a client that is gone or doesn't read."""
@@ -504,7 +504,7 @@ class Session:
 
     # From an upstream
 
-    async def _pass_events(self, line: Line) -> None:
+    async def _pass_events(self, line: UpstreamSocket) -> None:
         """Until the upstream closes. With the last line the client's connection is closed, too, in
         the same way."""
         code, reason = INTERNAL_ERROR, "The upstream's connection was lost."
@@ -528,7 +528,7 @@ class Session:
         if not self._lines and not self._opening and not line.given_up:
             await self._close(code, reason)
 
-    async def _pass_event(self, line: Line, message: str | bytes) -> None:
+    async def _pass_event(self, line: UpstreamSocket, message: str | bytes) -> None:
         if len(message) <= MAX_AT_ONCE:
             event = decode_answer(message)
         else:
@@ -550,7 +550,7 @@ class Session:
         if turn and turn.done:
             turn.end()
 
-    def _turn_of(self, event: Answer, line: Line) -> Turn | None:
+    def _turn_of(self, event: Answer, line: UpstreamSocket) -> Turn | None:
         """Rule 2."""
         lane = self._lanes.get(event.stream_id) if is_lane(event.stream_id) else None
         if lane and lane.turn and lane.turn.line is line and not event.response:
@@ -574,11 +574,11 @@ class Session:
             turn.clock.allow(line.upstream.settings.idle_timeout_seconds)
         return None
 
-    def remember(self, made: Mapping[str, Home]) -> None:
+    def remember(self, made: Mapping[str, ObjectLocation]) -> None:
         """What was made on this connection can be built on here, even if it isn't stored."""
         self._made.update(made)
 
-    async def _take_stray(self, event: Answer, line: Line) -> None:
+    async def _take_stray(self, event: Answer, line: UpstreamSocket) -> None:
         """Meter an event that is no turn's, if it belongs to a response."""
         lane = event.stream_id if is_lane(event.stream_id) else None
         if event.response and lane not in line.strays and len(line.strays) < MAX_STRAYS:
@@ -591,11 +591,11 @@ class Session:
                 outcome: Outcome = "upstream_error" if report.failed else "completed"
                 await self._write_stray(stray, line, outcome)
 
-    async def _write_stray(self, stray: Stray, line: Line, outcome: Outcome) -> None:
+    async def _write_stray(self, stray: Stray, line: UpstreamSocket, outcome: Outcome) -> None:
         """Write what a response used that is no turn's."""
         report = stray.meter.report
         named = [report.response_id] if report.response_id else []
-        used = is_complete(report) or outcome != "upstream_error" or Seen.of(report)
+        used = is_complete(report) or outcome != "upstream_error" or SeenOutput.of(report)
         if not self._written.isdisjoint(named):  # it may have been an estimate
             await self.gateway.corrections.look(named[0], self._key.account_id, report)
             return
@@ -604,7 +604,7 @@ class Session:
         self._written.update(named)
         guess = None if is_complete(report) else await self._estimate(stray)
         scope = self._new_scope()
-        row = Row(
+        row = RequestRow(
             request_id=scope["request_id"],
             account_id=self._key.account_id,
             key_id=self._key.id,
@@ -621,7 +621,7 @@ class Session:
         parts, money = account_for(row, report, outcome, guess), await self.no_hold(row)
         parts = await count_containers(self.gateway, row, report, parts)
         bill(row, parts, money, DEFAULT_IMAGE_MODEL)
-        homes = homes_of(named, report, Home(row.upstream), None if guess else row.usage)
+        homes = homes_of(named, report, ObjectLocation(row.upstream), None if guess else row.usage)
         self.gateway.objects.own_each(homes, row.account_id)
         admitted = Admitted(money.at, DEFAULT_IMAGE_MODEL, 0)
         await settle(self.gateway.store, row, admitted)
@@ -633,7 +633,7 @@ class Session:
         speed = await self.gateway.speeds.of(report.model or "", self.account_id, False)
         return estimate(
             report,
-            Seen.of(report),
+            SeenOutput.of(report),
             written=math.ceil(worked * speed),
             read=0,
             most=most_usual(self.gateway.settings, 0),
@@ -641,11 +641,11 @@ class Session:
             partly=False,
         )
 
-    async def no_hold(self, row: Row) -> Hold:
+    async def no_hold(self, row: RequestRow) -> Hold:
         """For what nobody was asked whether it may be: at the prices of now."""
         books = self.gateway.books
         while True:
-            with contextlib.suppress(LedgerUnavailable):
+            with contextlib.suppress(StorageUnavailable):
                 return await books.hold_again(self._key, row.requested_model, books.store.time(), 0)
             await asyncio.sleep(TICK)
 
@@ -685,8 +685,8 @@ class Session:
 
 def closing_code(refusal: Refusal) -> int | None:
     """With which the connection ends, too: its key or account is in force no more."""
-    lasting = refusal.status in (401, 403) and refusal.code != "model_not_allowed"
-    return POLICY_VIOLATION if lasting else None
+    durable = refusal.status in (401, 403) and refusal.code != "model_not_allowed"
+    return POLICY_VIOLATION if durable else None
 
 
 class Addressed(msgspec.Struct):

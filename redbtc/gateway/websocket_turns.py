@@ -10,18 +10,18 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redbtc.billing.spending import Hold
-from redbtc.deadlines import Clock
+from redbtc.deadlines import Deadline
 from redbtc.gateway.exchange import PRESERVE_GROWTH, PRESERVE_SECONDS, RESPONSES
-from redbtc.gateway.metered import Metered
-from redbtc.gateway.websocket_upstream import Line
+from redbtc.gateway.metered import MeteredRequest
+from redbtc.gateway.websocket_upstream import UpstreamSocket
 from redbtc.limits import Admission
-from redbtc.locations import Home
+from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import Answer, name_in, result_of
 from redbtc.meter.events import LAST
 from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.refusals import Refusal, not_found
-from redbtc.request_body.content import Frame
+from redbtc.request_body.content import ClientEvent
 from redbtc.request_body.reading import MAX_ITEMS
 from redbtc.server.asgi import Scope, new_request_id
 from redbtc.slices import in_slices
@@ -29,7 +29,7 @@ from redbtc.store.requests import settle
 from redbtc.usage import Outcome, Usage
 
 if TYPE_CHECKING:
-    from redbtc.gateway.websocket_session import Session
+    from redbtc.gateway.websocket_session import WebSocketSession
 
 
 MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not answered
@@ -97,17 +97,19 @@ class Steer(NamedTuple):
     money: Hold
 
 
-class Turn(Metered):
+class Turn(MeteredRequest):
     """One response.create, and the responses that follow by themselves where it is steered."""
 
     meter: EventMeter
 
-    def __init__(self, session: Session, lane: Lane, scope: Scope, admission: Admission) -> None:
+    def __init__(
+        self, session: WebSocketSession, lane: Lane, scope: Scope, admission: Admission
+    ) -> None:
         gateway = session.gateway
-        super().__init__(gateway, scope, RESPONSES, Clock(gateway.clocks), admission)
+        super().__init__(gateway, scope, RESPONSES, Deadline(gateway.clocks), admission)
         self.meter = EventMeter()
         self.lane = lane
-        self.line: Line | None = None
+        self.line: UpstreamSocket | None = None
         self.failure: Outcome | None = None  # where its line was lost
         self.over: asyncio.Future[None] = gateway.clocks.loop.create_future()
         self._session = session
@@ -143,7 +145,7 @@ class Turn(Metered):
         self.failure = "client_disconnected" if self.clock.client_left else outcome
         self.end()
 
-    async def steer(self, response_id: str, frame: Frame, admission: Admission) -> None:
+    async def steer(self, response_id: str, frame: ClientEvent, admission: Admission) -> None:
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
         content = self._content
@@ -201,7 +203,7 @@ class Turn(Metered):
 
     def _learn(
         self, made: dict[str, bool], usage: Usage | None, likely: Usage | None = None
-    ) -> dict[str, Home]:
+    ) -> dict[str, ObjectLocation]:
         """Learn the ids that the upstream made. This connection can name them even if they are not
         stored."""
         homes = super()._learn(made, usage, likely)
@@ -209,7 +211,7 @@ class Turn(Metered):
         return homes
 
     @property
-    def home(self) -> Home:
+    def home(self) -> ObjectLocation:
         """Where the objects that it makes are stored. `minted_input` is false, since a steer event
         can still add input with ids of the client's own."""
         return super().home._replace(minted_input=False)
@@ -243,7 +245,7 @@ class Lane:
 
     def __init__(self, stream_id: str | None) -> None:
         self.stream_id = stream_id
-        self.waiting: deque[Frame] = deque()
+        self.waiting: deque[ClientEvent] = deque()
         self.turn: Turn | None = None
 
 

@@ -15,7 +15,7 @@ from redbtc.slices import TURNS
 from redbtc.upstream.upstreams import Upstream
 
 if TYPE_CHECKING:
-    from redbtc.gateway.websocket_session import Session
+    from redbtc.gateway.websocket_session import WebSocketSession
     from redbtc.gateway.websocket_turns import Stray
 
 
@@ -23,10 +23,12 @@ LINE_SECONDS = 2  # for closing a line, and for the end of a message that is ans
 WRITE_LIMIT = 32 << 10  # bytes that websockets buffers before it waits for the upstream to read
 
 
-class Line:
+class UpstreamSocket:
     """A session's connection to one upstream."""
 
-    def __init__(self, session: Session, upstream: Upstream, connection: ClientConnection) -> None:
+    def __init__(
+        self, session: WebSocketSession, upstream: Upstream, connection: ClientConnection
+    ) -> None:
         self._start, self._account_id = session.start, session.account_id
         self.upstream = upstream
         self.connection = connection
@@ -76,5 +78,5 @@ async def in_parts(text: Buffer, account_id: str) -> AsyncIterator[memoryview]:
         await TURNS.wait(account_id, begun=True)
 
 
-class LineLost(Exception):
+class UpstreamSocketLost(Exception):
     """No upstream could be reached."""

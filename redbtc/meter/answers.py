@@ -141,7 +141,7 @@ OWN_WORDS = re.compile(
 CITATIONS = ("container_file_citation", "file_path")  # annotations of files that code has made
 
 
-class Item(Struct):
+class OutputItem(Struct):
     """Of the output: what names something that the upstream may have stored."""
 
     id: Any = None
@@ -182,7 +182,7 @@ class Item(Struct):
 
 
 ANSWER = msgspec.json.Decoder(Answer)
-OUTPUT, ITEM = msgspec.json.Decoder(list[Item]), msgspec.json.Decoder(Item)
+OUTPUT, ITEM = msgspec.json.Decoder(list[OutputItem]), msgspec.json.Decoder(OutputItem)
 PARTS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
@@ -230,7 +230,7 @@ def answer_steps(text: str | bytes) -> Generator[None, None, Answer | None]:
     return read_kept(scanner.found, ANSWER)
 
 
-def items_in(listed: msgspec.Raw) -> Generator[None, None, list[Item]]:
+def items_in(listed: msgspec.Raw) -> Generator[None, None, list[OutputItem]]:
     """Decode the items of an output in small steps, and skip elements that are not items."""
     with contextlib.suppress(*NOT_JSON):
         return OUTPUT.decode(listed)

@@ -15,7 +15,7 @@ from msgspec import Struct
 from redbtc.meter.answers import IMAGE_TOOL, UNFINISHED
 from redbtc.meter.report import Report
 from redbtc.meter.usage_fields import plus
-from redbtc.usage import Part, Usage
+from redbtc.usage import Usage, UsagePart
 
 BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb
 
@@ -25,7 +25,7 @@ def text_tokens(size: int) -> int:
     return -(-size // BYTES_A_TOKEN)
 
 
-class Most(Struct, frozen=True):
+class MaximumUsage(Struct, frozen=True):
     """The most that a request was held to use; an estimate is never more. `drawn_tokens` are the
     output of the image tool's model in one call; of all calls of tools, `pictures` can be its."""
 
@@ -41,7 +41,7 @@ class Most(Struct, frozen=True):
         return self.input_tokens + self.output_tokens + self.drawn_tokens * self.pictures
 
 
-class Seen(Struct, frozen=True):
+class SeenOutput(Struct, frozen=True):
     """What was seen of an answer; Report explains each field. `containers` is their number."""
 
     text_bytes: int = 0
@@ -52,7 +52,7 @@ class Seen(Struct, frozen=True):
     containers: int = 0
 
     @classmethod
-    def of(cls, report: Report) -> Seen:
+    def of(cls, report: Report) -> SeenOutput:
         """Return what a meter has seen so far."""
         return cls(
             report.text_bytes,
@@ -63,10 +63,10 @@ class Seen(Struct, frozen=True):
             len(report.containers),
         )
 
-    def or_more(self, other: Seen) -> Seen:
+    def or_more(self, other: SeenOutput) -> SeenOutput:
         """Return the larger of both, field by field: two readers may have seen the same output."""
         pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
-        return Seen(*map(max, pairs))
+        return SeenOutput(*map(max, pairs))
 
     def __bool__(self) -> bool:
         return any(msgspec.structs.astuple(self))
@@ -81,7 +81,7 @@ class Estimate(NamedTuple):
     """The usage for the row, and its parts by model for the bill."""
 
     usage: Usage
-    parts: list[Part]
+    parts: list[UsagePart]
 
 
 def known_usage(report: Report) -> Usage | None:
@@ -110,7 +110,14 @@ def is_cancelled_without_output(report: Report) -> bool:
 
 
 def estimate(
-    report: Report, seen: Seen, written: int, read: int, most: Most, *, images: bool, partly: bool
+    report: Report,
+    seen: SeenOutput,
+    written: int,
+    read: int,
+    most: MaximumUsage,
+    *,
+    images: bool,
+    partly: bool,
 ) -> Estimate:
     """Return an estimate of what the answer did not report; what it reported stays as it is.
     `written` are the output tokens of the time that the model worked, `read` the input tokens of
@@ -132,15 +139,15 @@ def estimate(
     if images:  # all of the output that nobody reported is picture
         of_pictures = (known.image_output_tokens or 0) + out - (known.output_tokens or 0)
         used = msgspec.structs.replace(used, image_output_tokens=of_pictures)
-    parts = [Part(None, used, images)]
+    parts = [UsagePart(None, used, images)]
     parts += [part for part in report.parts if part.usage is not known] or report.authors
     if drawn and all(part.model != IMAGE_TOOL for part in parts):
         by_tool = Usage(output_tokens=drawn, image_output_tokens=drawn)
-        parts.append(Part(IMAGE_TOOL, by_tool, True))
+        parts.append(UsagePart(IMAGE_TOOL, by_tool, True))
     return Estimate(joined_usage(parts, report.usage), parts)
 
 
-def with_calls(known: Usage, seen: Seen, left: int) -> Usage:
+def with_calls(known: Usage, seen: SeenOutput, left: int) -> Usage:
     """Return the usage with the tool calls that were seen but not reported, `left` at most."""
     counts: dict[str, int] = {}
     for name in ("web_searches", "file_searches", "containers"):
@@ -151,7 +158,7 @@ def with_calls(known: Usage, seen: Seen, left: int) -> Usage:
     return msgspec.structs.replace(known, **counts)
 
 
-def joined_usage(parts: list[Part], reported: Usage | None) -> Usage:
+def joined_usage(parts: list[UsagePart], reported: Usage | None) -> Usage:
     """Return the usage for the row: an image tool's tokens stand beside the model's own, those of
     an SVG's author are added to them."""
     used = parts[0].usage
@@ -177,7 +184,7 @@ class Progress(Struct):
     when until when its model is known to have worked (the ledger's time, in milliseconds). While it
     was only seen queued, `since` moves along and the model has not worked."""
 
-    seen: Seen
+    seen: SeenOutput
     since: int
     until: int
     works: bool = False

@@ -14,7 +14,7 @@ from redbtc.meter.answers import (
     MAX_NAMED,
     UNFINISHED,
     Answer,
-    Item,
+    OutputItem,
     items_in,
     name_in,
     read,
@@ -30,7 +30,7 @@ from redbtc.meter.usage_fields import (
     with_svg,
     with_tools,
 )
-from redbtc.usage import Part, Usage
+from redbtc.usage import Usage, UsagePart
 
 # Items that cost more than their tokens, or run in containers that do.
 COUNTED = (
@@ -51,7 +51,7 @@ class Report:
         self.service_tier: str | None = None
         self.status: str | None = None  # of the Response object
         self.usage: Usage | None = None
-        self.parts: list[Part] = []  # of the usage, by model
+        self.parts: list[UsagePart] = []  # of the usage, by model
         # Ids of objects that the upstream made, in order, and whether to learn them if it does not
         # store the response.
         self.made: dict[str, bool] = {}
@@ -117,9 +117,9 @@ class Report:
         return len(self._file_searches)
 
     @property
-    def authors(self) -> list[Part]:
+    def authors(self) -> list[UsagePart]:
         """The usage of the authors of SVGs, which the image tool's items report."""
-        parts: list[Part] = []
+        parts: list[UsagePart] = []
         for svg in self._svgs.values():
             with_svg(None, parts, svg)
         return parts
@@ -157,7 +157,7 @@ class Report:
         written = used.output_tokens if used else None
         if used and self.parts and not self._images:
             used = with_former(used, self.parts[0].usage)
-        parts = [Part(None, used, self._images)] if used else []
+        parts = [UsagePart(None, used, self._images)] if used else []
         if self._images:
             used = with_svg(used, parts, said.svg_usage)
         elif used:
@@ -177,7 +177,7 @@ class Report:
                 said.status in UNFINISHED or has_choices(said)
             )
 
-    def _with_calls(self, used: Usage, parts: list[Part]) -> Usage:
+    def _with_calls(self, used: Usage, parts: list[UsagePart]) -> Usage:
         """A response's usage with the calls in its output that no usage reports."""
         used = msgspec.structs.replace(
             used,
@@ -188,8 +188,8 @@ class Report:
         return used
 
     def _with_earlier(
-        self, answer: Answer, used: Usage, parts: list[Part]
-    ) -> tuple[Usage, list[Part]]:
+        self, answer: Answer, used: Usage, parts: list[UsagePart]
+    ) -> tuple[Usage, list[UsagePart]]:
         """In a stream of pictures each `completed` event reports the usage of its own picture."""
         if self.usage is None or not str(answer.type).endswith("completed"):
             return used, parts
@@ -204,7 +204,7 @@ class Report:
         if self._images or answer.type == "error":  # an error makes nothing
             return
         named: list[tuple[Any, bool]] = [(said.id, False)]
-        items: list[Item] = []
+        items: list[OutputItem] = []
         if isinstance(said.conversation, dict):
             named.append((said.conversation.get("id"), False))
         if answer.item and (item := read(answer.item, ITEM, ITEM_NODE)):
@@ -240,7 +240,7 @@ class Report:
             if name_in(each) and (len(self.made) < MAX_ITEMS or each in self.made):
                 self.made[each] = always
 
-    def _count(self, item: Item) -> None:
+    def _count(self, item: OutputItem) -> None:
         """Note a tool call that costs money, MAX_ITEMS at most. Without an id it is a new one."""
         if len(self._searches) + len(self._file_searches) + len(self.containers) >= MAX_ITEMS:
             return

@@ -92,7 +92,7 @@ class Node:
         return bool(self.members) if bracket == 0x7B else self.elements is not None
 
 
-class Frame:
+class OpenContainer:
     """A list or an object that is kept and has not ended."""
 
     __slots__ = ("elements", "members", "name", "node")
@@ -115,7 +115,7 @@ class Scanner:
     def __init__(self, root: Node) -> None:
         self.found: bytes | None = None  # what is kept, once the value has ended
         self._root = root
-        self._open: list[Frame] = []
+        self._open: list[OpenContainer] = []
         self._rest = b""  # an incomplete token
         self._over = False  # the value has ended, or there is none
         self._depth = 0  # of a value that is skipped
@@ -199,7 +199,7 @@ class Scanner:
             bracket = text[start]
             self._over = bracket not in b"[{" or not self._root.keeps(bracket)
             if not self._over:
-                self._open.append(Frame(self._root, bracket))
+                self._open.append(OpenContainer(self._root, bracket))
             start += 1
         return start
 
@@ -207,7 +207,7 @@ class Scanner:
         full = self._size > MAX_OUTLINE or self._containers > MAX_CONTAINERS
         return full and first not in b"]}"
 
-    def _take_name(self, frame: Frame, text: bytes, at: int) -> int:
+    def _take_name(self, frame: OpenContainer, text: bytes, at: int) -> int:
         run = frame.node.run.match(text, at)
         at = run.end() if run else at
         if match := NAME.match(text, at):
@@ -237,7 +237,7 @@ class Scanner:
         if first in b"[{":
             if node and node.keeps(first) and self._has_room(node):
                 self._containers += 1
-                self._open.append(Frame(node, first))
+                self._open.append(OpenContainer(node, first))
             else:
                 self._begin_skipping()
                 self._put(b"null")

@@ -74,7 +74,7 @@ class StreamMeter(Meter):
         """Return what may be sent on now, in order."""
         if self.ended:
             return chunk
-        if self.is_dull(chunk):
+        if self.can_skip_parsing(chunk):
             self.count_text(chunk)
             return chunk
         return result_of(self._read(chunk))
@@ -106,7 +106,7 @@ class StreamMeter(Meter):
             yield from self._grow(chunk[start:], passed)
         return b"".join(passed)
 
-    def is_dull(self, chunk: bytes) -> bool:
+    def can_skip_parsing(self, chunk: bytes) -> bool:
         """Whether these are whole events in the usual form, none of which can matter: nearly every
         chunk. There is nothing to be done with it but to count its text."""
         return (

@@ -17,13 +17,13 @@ from redbtc.meter.answers import (
     read,
 )
 from redbtc.meter.scanner import MAX_LEVELS, Node
-from redbtc.usage import MOST_TOKENS, Part, Usage
+from redbtc.usage import MAX_TOKENS, Usage, UsagePart
 
-MOST_SEARCHES = 100_000  # the same of web searches
+MAX_SEARCHES = 100_000  # the same of web searches
 ANYTHING = msgspec.json.Decoder()
 
 
-def tokens_in(counts: Any, name: str, most: int = MOST_TOKENS) -> int | None:
+def tokens_in(counts: Any, name: str, most: int = MAX_TOKENS) -> int | None:
     """The count of that name, or None where there is none: negative, fractional, absurd or no
     number."""
     count = counts.get(name) if isinstance(counts, dict) else None
@@ -140,14 +140,14 @@ def plus(a: int | None, b: int | None) -> int | None:
     return a if b is None else (a or 0) + b
 
 
-def with_svg(used: Usage | None, parts: list[Part], svg: Any) -> Usage | None:
+def with_svg(used: Usage | None, parts: list[UsagePart], svg: Any) -> Usage | None:
     """Return an answer's usage with that of the model that wrote an SVG added, and append the
     latter to `parts`. OpenAI's reference says that it is reported separately."""
     wrote = read_usage(svg, images=False)
     if wrote is None:
         return used
     reasoning = tokens_in(svg, "reasoning_tokens")
-    parts.append(Part(name_in(svg.get("model")), wrote, False))
+    parts.append(UsagePart(name_in(svg.get("model")), wrote, False))
     used = used or Usage()
     return msgspec.structs.replace(
         used,
@@ -160,11 +160,11 @@ def with_svg(used: Usage | None, parts: list[Part], svg: Any) -> Usage | None:
     )
 
 
-def with_tools(used: Usage, parts: list[Part], tools: Any) -> Usage:
+def with_tools(used: Usage, parts: list[UsagePart], tools: Any) -> Usage:
     """A response's usage with that of its tools, which is none of its own tokens."""
     if not isinstance(tools, dict):
         return used
-    searches = tokens_in(tools.get("web_search"), "num_requests", MOST_SEARCHES)
+    searches = tokens_in(tools.get("web_search"), "num_requests", MAX_SEARCHES)
     if searches is not None:
         used = msgspec.structs.replace(used, web_searches=searches)
     parts[0] = parts[0]._replace(usage=used)
@@ -177,7 +177,7 @@ def with_tools(used: Usage, parts: list[Part], tools: Any) -> Usage:
     drawn = msgspec.structs.replace(
         drawn, cached_input_tokens=cached if part_of(text, cached or 0) else None
     )
-    parts.append(Part(IMAGE_TOOL, drawn, True))
+    parts.append(UsagePart(IMAGE_TOOL, drawn, True))
     return msgspec.structs.replace(
         used,
         image_input_tokens=drawn.image_input_tokens,

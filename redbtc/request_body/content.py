@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from redbtc.locations import EXTRAS, Home
+from redbtc.locations import EXTRAS, ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.meter.estimates import text_tokens
 from redbtc.refusals import Refusal
@@ -23,7 +23,7 @@ from redbtc.request_body.facts import (
 )
 from redbtc.request_body.forms import MAX_PICTURE_TOKENS, Form
 from redbtc.request_body.pieces import MAX_PIECE, Buffer, Cutter, Pieces, Steps, check_utf8
-from redbtc.request_body.reading import Reading, add_models, check_models
+from redbtc.request_body.reading import BodyReader, add_models, check_models
 from redbtc.request_body.references import Reference
 from redbtc.request_body.strict_json import (
     NULL,
@@ -41,7 +41,7 @@ LONG_CACHE = EXTRAS["cache_write_12h"]
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # the only ones in OpenAI's reference
 
 
-class Content:
+class RequestBody:
     """A request's body: `sent` is what is forwarded, all other attributes are what was read."""
 
     facts: Facts
@@ -71,13 +71,13 @@ class Content:
         self.chosen_ids: set[str] = set()  # of items, by the client
         self.excess = 0  # bytes of memory by which what was read is larger than the text
         self._further: dict[str, bool] = {}  # further models it uses, and whether for pictures
-        self._lasting: dict[str, bool] = {}  # those of tools that are part of its input
+        self._durable: dict[str, bool] = {}  # those of tools that are part of its input
         self.lasting_extras = 0  # of these, what a request that builds on this one can use
 
     @classmethod
     def steps(
         cls, sent: Buffer, text: Buffer, form: Form | None = None, model_needed: bool = False
-    ) -> Steps[Content]:
+    ) -> Steps[RequestBody]:
         """Read a body in small steps and return its content. `text` is the body decoded. Raises
         Refusal for a body that can't be read, that costs too much to read, or that could be read in
         more than one way."""
@@ -113,7 +113,7 @@ class Content:
                 "invalid_request", "'stream_options' is too long.", param="stream_options"
             )
         self.facts = facts_in(members, decoder)
-        reading = Reading(pieces, members)
+        reading = BodyReader(pieces, members)
         yield from reading.steps()
         named = reading.named
         self.references, self.chosen_ids = named.found, named.chosen
@@ -123,7 +123,7 @@ class Content:
         cache = LONG_CACHE if named.long_cache else 0
         self.extras, self.lasting_extras = reading.extras | cache, reading.lasting_extras | cache
         self.searches = reading.searches
-        self._further, self._lasting = reading.models, reading.lasting
+        self._further, self._durable = reading.models, reading.durable
         self.pictures, self.picture_bytes = reading.pictures, reading.picture_bytes
         self.most_input_tokens += MAX_PICTURE_TOKENS * reading.pictures - reading.picture_bytes
         options = self.facts.stream_options
@@ -150,7 +150,9 @@ class Content:
         text = text_tokens(self.size - self.picture_bytes)
         return text + PICTURE_TOKENS * self.pictures + self.likely_inherited
 
-    def inherit(self, reference: Reference, mentions: int, home: Home, growth: int) -> None:
+    def inherit(
+        self, reference: Reference, mentions: int, home: ObjectLocation, growth: int
+    ) -> None:
         """Note an object that this request builds on, how often it names it, and how many tokens
         requests that have not ended can add to it."""
         if home.models:
@@ -193,8 +195,8 @@ class Content:
     def lasting_models(self) -> str | None:
         """The further models that a request which builds on this one uses, as JSON: those of tools
         that are part of the input. Complete once `inherit` was called for all references."""
-        lasting = add_models(dict(self._inherited), self._lasting)
-        return msgspec.json.encode(lasting).decode() if lasting else None
+        durable = add_models(dict(self._inherited), self._durable)
+        return msgspec.json.encode(durable).decode() if durable else None
 
     @property
     def long_cache(self) -> bool:
@@ -255,14 +257,14 @@ class Content:
         return True
 
 
-class Frame(Content):
+class ClientEvent(RequestBody):
     """A client's message on a WebSocket."""
 
     facts: FrameFacts
     _foreign: str | None  # the first member that steering does not have
 
     @classmethod
-    def read(cls, text: Buffer) -> Steps[Frame]:
+    def read(cls, text: Buffer) -> Steps[ClientEvent]:
         """Read a frame in small steps. Raises Refusal as `Content.steps` does."""
         frame = cls(text, text)
         members = yield from frame._read(text, FRAME_FACTS)

@@ -94,7 +94,7 @@ class FrameFacts(Facts):
 AnyFacts = TypeVar("AnyFacts", bound=Facts)
 
 
-class Part(Struct):
+class ContentPart(Struct):
     """A part of a message or of a tool's output. It is a picture if it has an `image_url`, or, in
     the output of a code interpreter, a `url`."""
 
@@ -103,7 +103,7 @@ class Part(Struct):
     text: msgspec.Raw = NOTHING
 
 
-Item = Members  # a message, or another item of the input
+InputItem = Members  # a message, or another item of the input
 ROLES = ("user", "assistant", "system", "developer")
 SEALED = (
     "reasoning",
@@ -113,7 +113,7 @@ SEALED = (
 )  # items that are complete with their content, encrypted or plain
 
 
-def kind_of(item: Item) -> str:
+def kind_of(item: InputItem) -> str:
     """An item's type, or a tool's."""
     return string_in(item["type"]) if "type" in item else ""
 
@@ -126,7 +126,7 @@ def has_text(content: msgspec.Raw, pieces: Pieces) -> bool:
     return False
 
 
-def is_reference(item: Item, pieces: Pieces) -> bool:
+def is_reference(item: InputItem, pieces: Pieces) -> bool:
     """Return whether the upstream would look the item up by its id: it is nothing but an id (its
     type may be left out), or lacks the content that would make it complete."""
     kind = kind_of(item)
@@ -139,7 +139,7 @@ def is_reference(item: Item, pieces: Pieces) -> bool:
     return kind in SEALED and not sealed and not has_text(content, pieces)
 
 
-def reference_in(item: Item, pieces: Pieces) -> str:
+def reference_in(item: InputItem, pieces: Pieces) -> str:
     """Return the name for a reference by an item's id: "item_reference" for an item that the
     upstream would look up, "input" for one that a tool of the upstream made; "" for any other item,
     whose id the client may choose."""
@@ -150,7 +150,7 @@ def reference_in(item: Item, pieces: Pieces) -> str:
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
 UNNAMED = ""  # in place of an SVG author's model, where the upstream chooses it
-PART, PARTS = msgspec.json.Decoder(Part), msgspec.json.Decoder(list[Part])
+PART, PARTS = msgspec.json.Decoder(ContentPart), msgspec.json.Decoder(list[ContentPart])
 PICTURES = ("images", "mask", "markup")  # those of a request for images
 LISTS = {"input", "messages", "tools", "svg"}
 DRAWN = {"output_format", "input_image_mask"}  # members of the image tool or of an image request

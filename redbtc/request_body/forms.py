@@ -9,7 +9,7 @@ from redbtc.refusals import Refusal
 from redbtc.request_body.facts import Facts, bad_number
 from redbtc.request_body.media import CHARSETS, parametrized
 from redbtc.request_body.pieces import Buffer, Pieces, Steps, check_utf8
-from redbtc.request_body.references import Named, Reference, named_in, refuse_hidden
+from redbtc.request_body.references import Reference, References, named_in, refuse_hidden
 
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
@@ -109,10 +109,10 @@ class Form:
         """What its parts can come to."""
         return self._tokens + min(len(body) - max(self._part, 0), MAX_PICTURE_TOKENS)
 
-    def references(self) -> Steps[Named]:
+    def references(self) -> Steps[References]:
         """Return the stored objects that the form names, by the name of a part or in a short field.
         Raises Refusal."""
-        named = Named()
+        named = References()
         for name, value in self.fields.items():
             if name != b"prompt":
                 yield from check_utf8(value)

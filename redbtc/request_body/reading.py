@@ -20,7 +20,7 @@ from redbtc.request_body.facts import (
     PICTURES,
     SEARCHES,
     UNNAMED,
-    Item,
+    InputItem,
     kind_of,
     reference_in,
 )
@@ -28,8 +28,8 @@ from redbtc.request_body.pieces import Pieces, Steps
 from redbtc.request_body.references import (
     ESCAPED,
     MEMBER,
-    Named,
     Reference,
+    References,
     named_in,
     refuse_hidden,
 )
@@ -83,15 +83,15 @@ def add_models(models: dict[str, bool], more: dict[str, bool]) -> dict[str, bool
     return models
 
 
-class Reading:
+class BodyReader:
     """One pass over a body's members, its input and its tools, which collects the references, ids,
     models and pictures in them."""
 
     def __init__(self, pieces: Pieces, members: Members) -> None:
-        self.named = Named()
+        self.named = References()
         self.tools = self._items = 0
         self.models: dict[str, bool] = {}
-        self.lasting: dict[str, bool] = {}
+        self.durable: dict[str, bool] = {}
         self.extras = self.lasting_extras = 0  # of the upstream's tools: bits of EXTRAS
         self.searches = False  # the request as a whole is one search of the web
         self.pictures = self.picture_bytes = 0
@@ -120,7 +120,7 @@ class Reading:
         while self._offers:
             yield from self._read_tools(*self._offers.popleft())
         if "svg" in members or "output_format" in members:
-            yield from self._note_author(members, lasting=False)
+            yield from self._note_author(members, durable=False)
         if members.get(SEARCHES, NULL) != NULL:
             self.searches = True
             self.extras |= EXTRAS["web_search"]
@@ -157,7 +157,7 @@ class Reading:
             message = f"The input has more than {MAX_ITEMS} items."
             raise Refusal("invalid_request", message, param="input")
 
-    def _note_item(self, item: Item) -> None:
+    def _note_item(self, item: InputItem) -> None:
         if "id" in item and is_text(item["id"]):
             object_id = string_in(item["id"])
             if name := reference_in(item, self._pieces):
@@ -170,7 +170,7 @@ class Reading:
         if "tools" in item and kind_of(item) != "mcp_list_tools":  # that one only reports tools
             self._offers.append((item["tools"], 0, True))
 
-    def _count_outputs(self, item: Item) -> Steps[None]:
+    def _count_outputs(self, item: InputItem) -> Steps[None]:
         """Count the pictures in the output of a code interpreter."""
         made = "id" in item and reference_in(item, self._pieces) == "input"
         if made and is_list(item["outputs"]) and kind_of(item) == "code_interpreter_call":
@@ -181,12 +181,12 @@ class Reading:
                     self.picture_bytes += sum(map(self._pieces.size, pictures))
                 yield
 
-    def _name_item(self, item: Item) -> Steps[None]:
+    def _name_item(self, item: InputItem) -> Steps[None]:
         kind = kind_of(item)
         skipped = {"id", "type"} if kind == "item_reference" else set()
         yield from self._name_beside(item, skipped | WORDS_OF.get(kind, set()))
 
-    def _read_tools(self, given: msgspec.Raw, depth: int, lasting: bool) -> Steps[None]:
+    def _read_tools(self, given: msgspec.Raw, depth: int, durable: bool) -> Steps[None]:
         if depth >= MAX_NESTING:
             message = f"Tools are nested more than {MAX_NESTING} levels deep."
             raise Refusal("invalid_request", message, param="tools")
@@ -199,11 +199,11 @@ class Reading:
                     check_letters(tool, TOOL_NAMES)
                 kind = kind_of(tool)
                 if kind.startswith("image_generation"):
-                    yield from self._note_painter(tool, lasting)
+                    yield from self._note_painter(tool, durable)
                 elif kind.startswith(STARTS_OF_TOOLS):
-                    yield from self._note_tool(tool, kind, lasting)
+                    yield from self._note_tool(tool, kind, durable)
                 if "tools" in tool:
-                    self._offers.append((tool["tools"], depth + 1, lasting))
+                    self._offers.append((tool["tools"], depth + 1, durable))
                 if self._names:
                     yield from self._name_tool(tool)
                 if number % PACE == 0:
@@ -219,7 +219,7 @@ class Reading:
         yield from self._name_beside(tool, {"headers", "function", "tools", *TOOL_SCHEMAS})
         yield from self._name_within(tool, "function")
 
-    def _note_tool(self, tool: Members, kind: str, lasting: bool) -> Steps[None]:
+    def _note_tool(self, tool: Members, kind: str, durable: bool) -> Steps[None]:
         """Note what a tool can use. A container that is named, and its own machine, are not new."""
         if kind.startswith("code_interpreter") and is_text(tool.get("container", NULL)):
             return
@@ -233,16 +233,16 @@ class Reading:
                 return
         bit = next(BITS_OF_TOOLS[start] for start in STARTS_OF_TOOLS if kind.startswith(start))
         self.extras |= bit
-        self.lasting_extras |= bit if lasting else 0
+        self.lasting_extras |= bit if durable else 0
 
-    def _note_painter(self, tool: Members, lasting: bool) -> Steps[None]:
-        yield from self._note_author(tool, lasting)
+    def _note_painter(self, tool: Members, durable: bool) -> Steps[None]:
+        yield from self._note_author(tool, durable)
         if self._shows:
             yield from self._count_pictures(tool, ("input_image_mask",))
         model = string_in(tool.get("model", NULL)) or DEFAULT_IMAGE_MODEL
-        self._note_model(model, True, lasting)
+        self._note_model(model, True, durable)
 
-    def _note_author(self, drawing: Members, lasting: bool) -> Steps[None]:
+    def _note_author(self, drawing: Members, durable: bool) -> Steps[None]:
         """Note the author of an SVG, if `drawing`, an image tool or the body of an image request,
         asks for one."""
         given, author = drawing.get("svg", NULL), ""
@@ -251,13 +251,13 @@ class Reading:
             check_letters(svg, TOOL_NAMES)
             author = string_in(svg.get("model", NULL))
         if author or string_in(drawing.get("output_format", NULL)).lower() == "svg":
-            self._note_model(author or UNNAMED, False, lasting)
+            self._note_model(author or UNNAMED, False, durable)
 
-    def _note_model(self, model: str, images: bool, lasting: bool) -> None:
+    def _note_model(self, model: str, images: bool, durable: bool) -> None:
         if len(model) > MAX_NAME:
             message = f"The model of a tool has more than {MAX_NAME} characters."
             raise Refusal("invalid_request", message, param="tools")
-        for models in (self.models, self.lasting) if lasting else (self.models,):
+        for models in (self.models, self.durable) if durable else (self.models,):
             check_models(add_models(models, {model: images}))
 
     # Pictures

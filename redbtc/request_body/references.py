@@ -51,7 +51,7 @@ class Reference(Struct, frozen=True, gc=False):
     id: str
 
 
-class Named:
+class References:
     """The ids in a body, each once: those of stored objects, and those that the client chose."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Named:
             raise Refusal("invalid_request", message)
 
 
-def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
+def named_in(text: Buffer, pieces: Pieces, named: References) -> Steps[None]:
     """Note the stored objects that members in a text name, at any depth."""
     seen: dict[re.Pattern[bytes], set[int]] = {ID_MEMBER: set(), STRING: set()}
     for piece in pieces.within(text, set()):
@@ -115,7 +115,7 @@ def named_in(text: Buffer, pieces: Pieces, named: Named) -> Steps[None]:
 USUAL_LIFETIME = "30m"
 
 
-def note_lifetime(piece: Buffer, start: int, pieces: Pieces, named: Named) -> Steps[None]:
+def note_lifetime(piece: Buffer, start: int, pieces: Pieces, named: References) -> Steps[None]:
     """Note whether an object of options of the prompt cache asks for another lifetime than the
     usual one. Raises Refusal for one that could be read in more than one way."""
     end = yield from end_of(piece, start)
@@ -127,7 +127,7 @@ def note_lifetime(piece: Buffer, start: int, pieces: Pieces, named: Named) -> St
 
 
 def note_ids(
-    name: bytes, ids: re.Pattern[bytes], text: Buffer, pieces: Pieces, named: Named
+    name: bytes, ids: re.Pattern[bytes], text: Buffer, pieces: Pieces, named: References
 ) -> Steps[None]:
     """Note all ids that the pattern `ids` finds in a text, as references by the member `name`."""
     yield

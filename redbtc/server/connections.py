@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from redbtc.telemetry import say
+from redbtc.telemetry import log
 
 if TYPE_CHECKING:
     from redbtc.server.protocol import HTTPProtocol
@@ -77,7 +77,7 @@ class Connections:
             self._loop.call_later(SWEEP_SECONDS, self._sweep)
         if number > self._max:
             if self._full_at == -math.inf:
-                say(logging.WARNING, "too many connections", open=number, maximum=self._max)
+                log(logging.WARNING, "too many connections", open=number, maximum=self._max)
             self._full_at = self.now()
             oldest = next(iter(self.waiting))
             if oldest is connection:
@@ -97,7 +97,7 @@ class Connections:
             connection.expire()
         if self._number < self._max and -math.inf < self._full_at <= now - CALM_SECONDS:
             self._full_at = -math.inf
-            say(logging.INFO, "connections are accepted again", open=self._number)
+            log(logging.INFO, "connections are accepted again", open=self._number)
         self._sweeping = bool(self.open) or self._full_at > -math.inf
         if self._sweeping:
             self._loop.call_later(SWEEP_SECONDS, self._sweep)

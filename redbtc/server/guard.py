@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from redbtc.headers import Headers
 from redbtc.refusals import NO_RETRY, ClientLeft, Refusal, refusal_of
 from redbtc.server.asgi import App, Message, Receive, Scope, Send, new_request_id, respond
-from redbtc.telemetry import Watch
+from redbtc.telemetry import Telemetry
 
 
 # protocol.py parses requests, and checks each head before the request gets here. The path is
@@ -19,7 +19,7 @@ class Guard:
     into an answer. What nobody expected is logged by type and place, never with content."""
 
     def __init__(
-        self, metered: Mapping[str, App], others: App, websocket: App, watch: Watch
+        self, metered: Mapping[str, App], others: App, websocket: App, watch: Telemetry
     ) -> None:
         """`metered`: by path, for POST. They don't go through a router, which would look at one
         route after the other, and be gone through again for each event."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.server.connections import Connections
 from redbtc.server.protocol import HTTPProtocol
 
@@ -61,7 +61,7 @@ def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.sock
     """Return a listening socket for each address, all on the same port. Port 0 means a free one: up
     to `tries` are tried until one is free at every address. "::" means all addresses of IPv6 and
     IPv4, unless an IPv4 address is listed as well. (IPv4 gets a socket of its own: on a shared one
-    its clients would appear as ::ffff:192.0.2.1.) Raise LedgerError where listening fails."""
+    its clients would appear as ::ffff:192.0.2.1.) Raise UserError where listening fails."""
     if all(":" in host for host in hosts) and any(is_any_address(host) for host in hosts):
         hosts = [*hosts, "0.0.0.0"]
     listeners: list[socket.socket] = []
@@ -69,7 +69,7 @@ def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.sock
         for host in hosts:
             chosen = listeners[0].getsockname()[1] if listeners else port
             listeners.append(_listen_on(host, chosen))
-    except LedgerError:
+    except UserError:
         for listener in listeners:
             listener.close()
         if port == 0 and listeners and tries > 1:
@@ -90,7 +90,7 @@ def _listen_on(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise LedgerError(f"can't listen on {where}:{port}: {error.strerror}") from None
+        raise UserError(f"can't listen on {where}:{port}: {error.strerror}") from None
 
 
 def address_of(listener: socket.socket) -> str:

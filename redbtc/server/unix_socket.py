@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from redbtc.server.listening import Server
-from redbtc.telemetry import say
+from redbtc.telemetry import log
 
 MAX_SOCKET_PATH = 100  # bytes; sun_path holds 108 on Linux, 104 on macOS
 TICKS = 5  # of uvicorn's, 0.1 s each, between two looks at the file
@@ -85,7 +85,7 @@ class AdminServer(Server):
         for server in self.servers:
             server.close()
         if await self._listen():
-            say(logging.WARNING, "socket made again", path=self._path)
+            log(logging.WARNING, "socket made again", path=self._path)
 
     async def _listen(self) -> bool:
         """Make the socket and listen on it. Return False if that fails, which is said once."""
@@ -95,7 +95,7 @@ class AdminServer(Server):
         except OSError as error:
             if str(error) != self._failure:
                 self._failure = str(error)
-                say(logging.ERROR, "commands can't connect", reason=self._failure)
+                log(logging.ERROR, "commands can't connect", reason=self._failure)
             return False
         self._file, self._failure = _identity(self._path), ""
         return True

@@ -16,7 +16,7 @@ from websockets.frames import Frame as WireFrame
 from websockets.http11 import Request
 from websockets.streams import StreamReader
 
-from redbtc.deadlines import TICK, Clock
+from redbtc.deadlines import TICK, Deadline
 from redbtc.limits import Reservation
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
@@ -154,7 +154,7 @@ class Intake:
     def __init__(self, gateway: Gateway, key: Key) -> None:
         self._gateway = gateway
         self.reserved = Reservation(gateway.limits, key, gateway.settings)
-        self.clock = Clock(gateway.clocks)
+        self.clock = Deadline(gateway.clocks)
         self.small_frames = gateway.limits.small_frames(key)
         self.max_bytes = 0  # of a message
         self.message_seconds = 0.0

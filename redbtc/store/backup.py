@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.store.schema import APPLICATION_ID, newest_version
 
 PAGES_A_STEP = 1024  # 4 MiB, written to the disk before the next step begins
@@ -54,11 +54,11 @@ FILE_CHECKS = {
 LATEST_REQUEST = "SELECT count(*), max(started_at) FROM requests"
 
 
-class Damaged(LedgerError):
+class Damaged(UserError):
     """A file is not a whole database of this program."""
 
 
-class NoRoom(LedgerError):
+class NoRoom(UserError):
     """There is too little free space for a copy."""
 
 
@@ -98,13 +98,13 @@ def suffixed(path: Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def plain_errors(what: str) -> Iterator[None]:
-    """Turn an error of SQLite or of the system into a LedgerError that says what failed."""
+    """Turn an error of SQLite or of the system into a UserError that says what failed."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
         file = getattr(error, "filename", None)
         said = f"{file}: {error.strerror}" if isinstance(error, OSError) and file else error
-        raise LedgerError(f"{what}: {said}") from None
+        raise UserError(f"{what}: {said}") from None
 
 
 @contextlib.contextmanager
@@ -123,14 +123,12 @@ def named_damage(name: Path) -> Iterator[None]:
 def temporary(path: Path) -> Iterator[int]:
     """Yield the descriptor of an empty file at `path`, of mode 0600, which no other process writes
     meanwhile. What a killed process left there is thrown away. The file is removed where the block
-    raises. Raises LedgerError where another process is at it."""
+    raises. Raises UserError where another process is at it."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, file)
         if not _held(file, path):
-            raise LedgerError(
-                f"{path} is being written by another command; wait until it has ended"
-            )
+            raise UserError(f"{path} is being written by another command; wait until it has ended")
         try:
             os.ftruncate(file, 0)
             os.fchmod(file, 0o600)
@@ -191,7 +189,7 @@ def _connect(uri: str) -> sqlite3.Connection:
 def verify(path: Path, name: Path, checks: Mapping[str, str]) -> Contents:
     """Check a file that nobody writes to and return what it holds; `name` is what messages call it.
     Checks beyond those of the file itself are made where it has the newest schema. Raises Damaged
-    where it is not a whole database of this program, LedgerError where its schema is too new."""
+    where it is not a whole database of this program, UserError where its schema is too new."""
     with (
         named_damage(name),
         contextlib.closing(_connect(f"{path.as_uri()}?immutable=1")) as database,
@@ -211,7 +209,7 @@ def _version(database: sqlite3.Connection, name: Path) -> int:
     if marked != APPLICATION_ID or version == 0:
         raise Damaged(f"{name} is not a database of this program")
     if version > newest_version():
-        raise LedgerError(
+        raise UserError(
             f"{name} was written by a newer version of this program (schema {version}; this one"
             f" knows {newest_version()}). Use that version"
         )
@@ -277,7 +275,7 @@ def publish(file: Path, path: Path, digest: str | None, scratch: Path) -> None:
     sync_folder(path.parent)
 
 
-class Place(NamedTuple):
+class BackupFile(NamedTuple):
     """Where a backup goes. `stem`: of the names in a folder of backups; None where the backup has a
     name of its own."""
 
@@ -285,16 +283,16 @@ class Place(NamedTuple):
     stem: str | None
 
     @classmethod
-    def of(cls, database: Path, given: str) -> Place:
+    def of(cls, database: Path, given: str) -> BackupFile:
         """Return the place that a path names: a file, or a folder in which the file is named by the
-        time. Raises LedgerError where there is no such folder."""
+        time. Raises UserError where there is no such folder."""
         path = Path(given).resolve()
         if path.is_dir():
             name = f"{database.stem}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.db"
             return cls(path / name, database.stem)
         folder = path if given.endswith("/") else path.parent
         if not folder.is_dir():
-            raise LedgerError(f"{folder} is not a folder; make it first")
+            raise UserError(f"{folder} is not a folder; make it first")
         return cls(path, None)
 
     @property
@@ -336,17 +334,17 @@ class Place(NamedTuple):
 def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
     """Copy the database to the file `given`, or to a file named by the time where that is a folder.
     `keep`: how many backups are kept, this one included; None: none is removed but one of the same
-    name. Raises LedgerError; what is there already is then as it was, or has another number."""
+    name. Raises UserError; what is there already is then as it was, or has another number."""
     started = time.monotonic()
     with plain_errors(f"No backup of {database} was made"):
-        place = Place.of(database, given)
+        place = BackupFile.of(database, given)
         before = _check_source(database)
         _check_target(database, place.path)
         check_room(database, place.path.parent)
         with temporary(place.partial) as file:
             copy(database, file, place.partial)
             if not os.path.samestat(before, _check_source(database)):
-                raise LedgerError(
+                raise UserError(
                     f"{database} was replaced while it was copied; make the backup again"
                 )
             contents = verify(place.partial, database, FILE_CHECKS)
@@ -362,9 +360,9 @@ def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
 
 def _check_source(database: Path) -> os.stat_result:
     if not database.is_file():
-        raise LedgerError(f"There is no database at {database}")
+        raise UserError(f"There is no database at {database}")
     if suffixed(database, ".restored").exists():
-        raise LedgerError(
+        raise UserError(
             f"A restore of {database} was not finished. Any command that reads it finishes that,"
             " such as db check; then make the backup again"
         )
@@ -375,11 +373,11 @@ def _check_target(database: Path, path: Path) -> None:
     """Refuse to replace anything but an earlier backup."""
     kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
     if path in [suffixed(database, part) for part in PARTS] or kept:
-        raise LedgerError(f"{path} belongs to the database itself; name another file")
+        raise UserError(f"{path} belongs to the database itself; name another file")
     if suffixed(path, ".lock").exists():
-        raise LedgerError(f"{path} is the database of a gateway ({path}.lock); name another file")
+        raise UserError(f"{path} is the database of a gateway ({path}.lock); name another file")
     if path.exists() and not _is_ours(path):
-        raise LedgerError(f"{path} exists and is not a backup; name another file")
+        raise UserError(f"{path} exists and is not a backup; name another file")
 
 
 def _is_ours(path: Path) -> bool:
@@ -403,22 +401,22 @@ def back_up_before_migration(database: Path, version: int) -> tuple[str, str]:
         made = back_up(database, f"{database}.before-schema-{version}", keep=2)
     except Damaged:
         raise
-    except LedgerError as error:
+    except UserError as error:
         return "", str(error)
     return made.path, ""
 
 
 def restore(database: Path, given: str, checks: Mapping[str, str]) -> Restored:
     """Put a verified copy of the file `given` in the place of the database, which nobody has open:
-    the caller holds its lock. What was there is kept. Raises LedgerError; then nothing has changed.
+    the caller holds its lock. What was there is kept. Raises UserError; then nothing has changed.
     """
     source = Path(given).resolve()
     with plain_errors(f"{source} was not restored"):
         complete_restore(database)
         if not source.is_file():
-            raise LedgerError(f"There is no file {source}")
+            raise UserError(f"There is no file {source}")
         if database.exists() and source.samefile(database):
-            raise LedgerError(f"{source} is the database itself; name a backup")
+            raise UserError(f"{source} is the database itself; name a backup")
         check_room(source, database.parent)
         restoring = suffixed(database, ".restoring")
         with temporary(restoring) as file:

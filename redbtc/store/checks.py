@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-Say = Callable[..., None]  # the gateway's log: level, event, fields
+LogFunction = Callable[..., None]  # the gateway's log: level, event, fields
 
 PROGRESS_SECONDS = 5  # between two lines of the log
 STEPS = 100_000  # of SQLite's machine between two looks at the clock
@@ -29,11 +29,11 @@ QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check(?) LIMIT ?"
 class Check:
     """A check of the pages of a database that nothing has opened yet."""
 
-    def __init__(self, database: Path, seconds: float, say: Say) -> None:
+    def __init__(self, database: Path, seconds: float, log: LogFunction) -> None:
         """After about `seconds` the rest is left out, and the log says so."""
         self._database = database
         self._deadline = time.monotonic() + seconds
-        self._say = say
+        self._say = log
         self._said_at = time.monotonic()
         self._stopped = False
         self._state: dict[str, str | int] = {}

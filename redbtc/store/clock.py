@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 from redbtc.times import iso_time
 
 # The wall clock can jump, by a mistake or a battery that died. What is written meanwhile would be
@@ -89,13 +89,13 @@ class LedgerClock:
 
     def start(self, *, accept: bool) -> None:
         """Begin to date what a gateway does. With `accept`, the wall clock is believed from now on,
-        also when it jumps. Otherwise raises LedgerError if it is more than MAX_BEHIND behind the
+        also when it jumps. Otherwise raises UserError if it is more than MAX_BEHIND behind the
         ledger."""
         behind = -self.offset
         if accept:
             self._believed_after = self._judged_at = 0
         elif behind > MAX_BEHIND:
-            raise LedgerError(
+            raise UserError(
                 f"the clock says {iso_time(self._latest - behind)}, but the ledger's latest entry "
                 f"is of {iso_time(self._latest)}, more than a day later. If the clock is wrong, "
                 "set it right and start again. If the ledger is wrong, repair it: redbtc-proxy db "
@@ -121,12 +121,12 @@ STANDS_STILL = (
 )
 
 
-async def watch_clock(clock: LedgerClock, say: Callable[..., None]) -> None:
+async def watch_clock(clock: LedgerClock, log: Callable[..., None]) -> None:
     """Say once when the wall clock jumps, and once when the ledger goes by it again."""
     jumped = False
     while True:
         if (jump := clock.jump) and not jumped:
-            say(
+            log(
                 logging.ERROR,
                 "the clock has jumped",
                 seconds=jump // 1000,
@@ -136,6 +136,6 @@ async def watch_clock(clock: LedgerClock, say: Callable[..., None]) -> None:
         elif jumped and not jump:
             ahead = max(0, -clock.offset // 1000)
             reason = STANDS_STILL if ahead else "the ledger goes by it again"
-            say(logging.WARNING, "the clock is believed", ledger_ahead_seconds=ahead, reason=reason)
+            log(logging.WARNING, "the clock is believed", ledger_ahead_seconds=ahead, reason=reason)
         jumped = bool(jump)
         await asyncio.sleep(CHECK_SECONDS)

@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 
 import aiosqlite
 
-from redbtc.errors import LedgerUnavailable
+from redbtc.errors import StorageUnavailable
 from redbtc.histogram import Histogram
-from redbtc.store.checks import Say, is_corrupt
+from redbtc.store.checks import LogFunction, is_corrupt
 from redbtc.store.files import FileChanged, OpenFiles
 from redbtc.store.rows import COLUMNS, FORGET, MAX_ROWS, RECORD, SETTLED, record_of
-from redbtc.store.spill import Change, Spill, line_of
+from redbtc.store.spill import OwedChange, Spill, line_of
 
 RETRY_SECONDS = 0.25
 WATCH_SECONDS = 0.1
@@ -60,26 +60,30 @@ class Health(enum.Enum):
 
 
 class Entry(NamedTuple):
-    """A statement that waits for the next commit. `insist`: it is tried again until it is written;
-    otherwise it fails with the commit that fails. `lasting`: it has to outlive a loss of power.
-    `at`: when it was recorded, by the monotonic clock, if it is not insisted on."""
+    """A statement that waits for the next commit. With `retry_until_written` it is tried again until
+    it is written; without, it fails with the commit that fails. With `durable` it must survive a
+    loss of power. `at` is when it was recorded, by the monotonic clock, where it is not retried."""
 
     sql: str
     values: Sequence[Any]
     written: asyncio.Future[None]
-    insist: bool
-    lasting: bool
+    retry_until_written: bool
+    durable: bool
     at: float
 
     @property
-    def change(self) -> Change:
+    def change(self) -> OwedChange:
         """Return the statement and its values."""
         return self.sql, self.values
 
     @property
-    def undo(self) -> Change | None:
+    def undo(self) -> OwedChange | None:
         """Return what takes back a row that was begun; None for anything else."""
-        return (FORGET, self.values[:1]) if self.sql == RECORD and not self.insist else None
+        return (
+            (FORGET, self.values[:1])
+            if self.sql == RECORD and not self.retry_until_written
+            else None
+        )
 
     def done(self) -> None:
         """Let whatever waits for the statement go on."""
@@ -117,7 +121,7 @@ def synced(path: Path) -> None:
 ENDING_SECONDS = 1  # for the thread of a connection that is not opened
 
 
-class Connection(aiosqlite.Connection):
+class DatabaseConnection(aiosqlite.Connection):
     """A connection whose thread has ended when opening it fails or is cancelled. aiosqlite's own
     goes on, finds the event loop closed, and prints a traceback."""
 
@@ -129,19 +133,19 @@ class Connection(aiosqlite.Connection):
             raise
 
 
-class Writer(Connection):
+class Writer(DatabaseConnection):
     """The connection that writes. A transaction is one call to its thread; one with a single
     statement is one call to SQLite, too, and lets go of Python's lock but once."""
 
     _synchronous = ""
     files: OpenFiles | None = None  # checked before each transaction
 
-    async def write(self, changes: Sequence[Change], synchronous: str) -> list[int]:
+    async def write(self, changes: Sequence[OwedChange], synchronous: str) -> list[int]:
         """Commit these changes together; returns how many rows each one changed."""
         changed: list[int] = await self._execute(self._write, changes, synchronous)  # type: ignore[no-untyped-call]
         return changed
 
-    def _write(self, changes: Sequence[Change], synchronous: str) -> list[int]:
+    def _write(self, changes: Sequence[OwedChange], synchronous: str) -> list[int]:
         if self.files:
             self.files.check()
         database = self._conn
@@ -181,14 +185,14 @@ class Writer(Connection):
         return self._thread.is_alive()
 
 
-def changes_of(entries: list[Entry]) -> tuple[list[Change], list[int]]:
+def changes_of(entries: list[Entry]) -> tuple[list[OwedChange], list[int]]:
     """Return entries as the statements of one transaction, in which rows of requests that follow
     one another are one statement. The second list has the number of rows that each statement must
     change, 0 if that is not known."""
     if len(entries) == 1:
         (entry,) = entries
         return [(entry.sql, entry.values)], [1 if entry.sql == RECORD else 0]
-    changes: list[Change] = []
+    changes: list[OwedChange] = []
     counts: list[int] = []
     for sql, same in groupby(entries, key=lambda entry: entry.sql):
         values = [entry.values for entry in same]
@@ -200,10 +204,10 @@ def changes_of(entries: list[Entry]) -> tuple[list[Change], list[int]]:
     return changes, counts
 
 
-def owed_by(entries: list[Entry]) -> list[Change]:
+def owed_by(entries: list[Entry]) -> list[OwedChange]:
     """Return what is owed to the ledger if these entries are not committed: the changes that must
     be made, and what takes back rows that may have been begun."""
-    owed = [entry.change for entry in entries if entry.insist]
+    owed = [entry.change for entry in entries if entry.retry_until_written]
     return owed + [undo for entry in entries if (undo := entry.undo)]
 
 
@@ -217,7 +221,7 @@ class Commits:
         spill: Spill,
         synchronous: str,
         now: Callable[[], int],
-        say: Say,
+        log: LogFunction,
     ) -> None:
         """`now` returns the ledger's time in milliseconds."""
         self.health = Health.WELL
@@ -235,7 +239,7 @@ class Commits:
         self._spill = spill
         self._synchronous = synchronous
         self._now = now
-        self._say = say
+        self._say = log
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Entry] = []
         self._group: list[Entry] = []  # those that are being written
@@ -255,20 +259,25 @@ class Commits:
         return not waiting and time.monotonic() - self.committed_at > IDLE_SECONDS
 
     def record(
-        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
+        self,
+        sql: str,
+        values: Sequence[Any],
+        *,
+        retry_until_written: bool,
+        durable: bool | None = None,
     ) -> asyncio.Future[None]:
-        """Write in the next group; the future is done when it is on disk. With `insist` it is tried
-        until it succeeds, otherwise the future raises LedgerUnavailable if this try fails or takes
-        too long. `lasting`, usually as `insist`: it outlives a loss of power, not just this
-        process."""
+        """Write a statement in the next group; the future is done when it is on disk. With
+        `retry_until_written` it is tried until it succeeds; without, the future raises
+        StorageUnavailable if this try fails or takes too long. With `durable`, by default the same
+        as `retry_until_written`, it survives a loss of power, not only the end of this process."""
         written: asyncio.Future[None] = self._loop.create_future()
-        if self.healthy or insist:
-            lasting = insist if lasting is None else lasting
-            at = 0.0 if insist else time.monotonic()
-            self._waiting.append(Entry(sql, values, written, insist, lasting, at))
+        if self.healthy or retry_until_written:
+            durable = retry_until_written if durable is None else durable
+            at = 0.0 if retry_until_written else time.monotonic()
+            self._waiting.append(Entry(sql, values, written, retry_until_written, durable, at))
             self._wake.set()
         else:
-            written.set_exception(LedgerUnavailable(self.failure))
+            written.set_exception(StorageUnavailable(self.failure))
         return written
 
     def _turn(self, health: Health, reason: str = "") -> None:
@@ -307,13 +316,13 @@ class Commits:
 
     async def _write_group(self, entries: list[Entry]) -> None:
         changes, counts = changes_of(entries)
-        lasting = not self.healthy or any(entry.lasting for entry in entries)
+        durable = not self.healthy or any(entry.durable for entry in entries)
         if not self.healthy:
             changes.append((BEAT, (self._now(),)))
             counts.append(0)
         began = self._began = time.monotonic()
         try:
-            changed = await self._writer.write(changes, self._synchronous if lasting else "normal")
+            changed = await self._writer.write(changes, self._synchronous if durable else "normal")
             for count, done in zip(counts, changed, strict=True):
                 if count > done:
                     await self._repair([entry for entry in entries if entry.sql == RECORD])
@@ -333,7 +342,7 @@ class Commits:
         self.committed_at = time.monotonic()
         self._committed.append(self.committed_at - began)
         for entry in entries:
-            if not entry.insist:
+            if not entry.retry_until_written:
                 self._begun.append(self.committed_at - entry.at)
             if not entry.written.done():
                 entry.written.set_result(None)
@@ -352,10 +361,10 @@ class Commits:
         (after a failed fsync a row's fate is unknown)."""
         reason = reason_of(error)
         for entry in entries:
-            if not entry.insist:
-                entry.fail(LedgerUnavailable(reason))
+            if not entry.retry_until_written:
+                entry.fail(StorageUnavailable(reason))
                 self._undo(entry)
-        self._waiting[:0] = [entry for entry in entries if entry.insist]
+        self._waiting[:0] = [entry for entry in entries if entry.retry_until_written]
         self._turn(Health.FAILING, reason)
         self.notice(error)
 
@@ -368,7 +377,7 @@ class Commits:
                 await self._write_group([entry])
             return
         (entry,) = entries
-        if not entry.insist:
+        if not entry.retry_until_written:
             entry.fail(error)
         elif entry.sql == RECORD:
             await self._write_without_bad_value(entry, error)
@@ -428,7 +437,7 @@ class Commits:
         found = await self._stored(wanted["request_id"])
         if found is None or all(found[name] == wanted[name] for name in SETTLED):
             return
-        changes: list[Change] = [
+        changes: list[OwedChange] = [
             (REOPEN, (self._now(), wanted["request_id"], wanted["run"])),
             (RECORD, values),
         ]
@@ -473,10 +482,12 @@ class Commits:
         if self._group and self._began < since:
             self._turn(Health.FAILING, f"a commit takes longer than {MAX_BEGIN_SECONDS} s")
         for entry in chain(self._group, self._waiting):
-            if entry.at < since and not entry.insist:
-                entry.fail(LedgerUnavailable(self.failure or "the ledger is too slow"))
+            if entry.at < since and not entry.retry_until_written:
+                entry.fail(StorageUnavailable(self.failure or "the ledger is too slow"))
         self._waiting = [
-            entry for entry in self._waiting if entry.insist or not entry.written.done()
+            entry
+            for entry in self._waiting
+            if entry.retry_until_written or not entry.written.done()
         ]
 
     # The end
@@ -517,8 +528,8 @@ class Commits:
             written = await asyncio.to_thread(self._spill.add, owed)
             self._say_unwritten(owed[written:])
             for entry in self._group:
-                if not entry.insist:
-                    entry.fail(LedgerUnavailable(self.failure))
+                if not entry.retry_until_written:
+                    entry.fail(StorageUnavailable(self.failure))
                 entry.done()
             self._group = []
 
@@ -527,7 +538,7 @@ class Commits:
         owed = owed_by([*self._group, *self._waiting])
         self._say_unwritten(owed[self._spill.add(owed) :])
 
-    def _say_unwritten(self, changes: list[Change]) -> None:
+    def _say_unwritten(self, changes: list[OwedChange]) -> None:
         """There is no other place left for a row than the log."""
         for sql, values in changes:
             if sql == RECORD:

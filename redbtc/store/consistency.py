@@ -7,7 +7,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from redbtc.errors import LedgerError, LedgerUnavailable
+from redbtc.errors import StorageUnavailable, UserError
 from redbtc.store.backup import FILE_CHECKS, suffixed
 from redbtc.store.database import Store, refuse_without
 from redbtc.store.schema import APPLICATION_ID, newest_version
@@ -67,7 +67,7 @@ async def check(store: Store, name: str, sql: str) -> list[str]:
     try:
         async with store.snapshot_to_check() as snapshot:
             rows = [tuple(row) for row in await snapshot.all(sql)]
-    except LedgerUnavailable as error:
+    except StorageUnavailable as error:
         rows = [(error,)]
     return [f"{name}: {' '.join(map(str, row))}" for row in rows if row != ("ok",)]
 
@@ -81,7 +81,7 @@ def check_file(path: Path, currency: str) -> list[str]:
         if not suffixed(path, ".restored").exists():  # else a start finishes that restore first
             refuse_without(path, Spill(path))
         path.stat()
-    except LedgerError as error:
+    except UserError as error:
         return [str(error)]
     except FileNotFoundError:
         writable = os.access(path.parent, os.W_OK)

@@ -6,7 +6,7 @@ import asyncio
 import functools
 from collections.abc import Collection, Iterable
 
-from redbtc.errors import LedgerUnavailable
+from redbtc.errors import StorageUnavailable
 from redbtc.store.commits import RETRY_SECONDS
 from redbtc.store.database import Store
 
@@ -29,7 +29,7 @@ class Containers:
         while True:
             try:
                 return [each for each in ids if not self._is_billed(each)]
-            except LedgerUnavailable:
+            except StorageUnavailable:
                 await asyncio.sleep(RETRY_SECONDS)
 
     def _is_billed(self, container_id: str) -> bool:
@@ -42,7 +42,7 @@ class Containers:
         before anything is waited for."""
         for each in ids:
             self._waiting.add(each)
-            written = self._store.record(BILL_CONTAINER, (each,), insist=True)
+            written = self._store.record(BILL_CONTAINER, (each,), retry_until_written=True)
             written.add_done_callback(functools.partial(self._written, each))
 
     def _written(self, container_id: str, _: asyncio.Future[None]) -> None:

@@ -22,16 +22,16 @@ from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
 
-from redbtc.errors import LedgerError, LedgerUnavailable
+from redbtc.errors import StorageUnavailable, UserError
 from redbtc.locations import joined
 from redbtc.slices import with_turns
 from redbtc.store.backup import Damaged, back_up_before_migration, complete_restore
-from redbtc.store.checks import Check, Say, is_corrupt
+from redbtc.store.checks import Check, LogFunction, is_corrupt
 from redbtc.store.clock import LedgerClock
 from redbtc.store.commits import (
     BEAT,
     Commits,
-    Connection,
+    DatabaseConnection,
     Health,
     Writer,
     is_about_a_value,
@@ -40,7 +40,7 @@ from redbtc.store.commits import (
 from redbtc.store.files import FileChanged, Identity, OpenFiles, hold, hold_lock, identity_of
 from redbtc.store.rows import RECORD, SETTLED
 from redbtc.store.schema import APPLICATION_ID, migrations, schema
-from redbtc.store.spill import Change, Spill, line_of
+from redbtc.store.spill import OwedChange, Spill, line_of
 from redbtc.times import month_of
 
 TAKEN_OVER = [
@@ -67,7 +67,7 @@ CLEAR_UNSETTLED = "DELETE FROM unsettled"
 # of their own that can't write. A lock file beside the database keeps every other gateway and
 # command out; where somebody has removed it, the lock on the database itself does.
 BUSY_TIMEOUT_MS = 1000
-MOST_SNAPSHOTS = 8
+MAX_SNAPSHOTS = 8
 MAX_SNAPSHOT_SECONDS = 30  # as long as one is open, the WAL file grows with each commit
 MAX_CHECK_SECONDS = 3600  # of one table
 KEPT_WAL_BYTES = 16 << 20  # usual are 4 MB; a larger file is emptied once the ledger is idle
@@ -147,7 +147,7 @@ async def _interrupting(connection: aiosqlite.Connection) -> AsyncIterator[None]
         raise
 
 
-class LedgerDamaged(LedgerUnavailable):
+class LedgerDamaged(StorageUnavailable):
     """Pages of the database are damaged, so that nothing is written into it."""
 
 
@@ -161,7 +161,7 @@ class Serving:
 
     check_seconds: float
     accept_clock: bool
-    say: Say
+    log: LogFunction
     closing: Callable[[], None]
     checked: Identity | None = None
     copied: tuple[Identity | None, str] | None = None
@@ -191,9 +191,9 @@ TRANSIENT_OS = (
 TRANSACT_SECONDS = 10
 
 
-def opening_error(path: Path, error: sqlite3.Error | OSError) -> LedgerError:
-    """Return what an error on opening the database means: LedgerUnavailable if it can pass by
-    itself, LedgerDamaged, or a LedgerError."""
+def opening_error(path: Path, error: sqlite3.Error | OSError) -> UserError:
+    """Return what an error on opening the database means: StorageUnavailable if it can pass by
+    itself, LedgerDamaged, or a UserError."""
     if isinstance(error, OSError):
         said = f"{error.filename or path}: {error.strerror or type(error).__name__}"
     else:
@@ -202,15 +202,20 @@ def opening_error(path: Path, error: sqlite3.Error | OSError) -> LedgerError:
         return LedgerDamaged(said)
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in TRANSIENT_SQLITE or getattr(error, "errno", None) in TRANSIENT_OS:
-        return LedgerUnavailable(said)
-    return LedgerError(said)
+        return StorageUnavailable(said)
+    return UserError(said)
 
 
-class Record(Protocol):
+class ChangeRecorder(Protocol):
     """The type of Commits.record."""
 
     def __call__(
-        self, sql: str, values: Sequence[Any], *, insist: bool, lasting: bool | None = None
+        self,
+        sql: str,
+        values: Sequence[Any],
+        *,
+        retry_until_written: bool,
+        durable: bool | None = None,
     ) -> asyncio.Future[None]: ...
 
 
@@ -228,10 +233,10 @@ class Store:
         self.replaced: Path | None = None  # by a restore that this process finished
         self.run: int | None = None  # the number of this run of a gateway
         self.commits: Commits
-        self.record: Record
+        self.record: ChangeRecorder
         self._read_only = f"{path.as_uri()}?mode=ro"
         self._synchronous = synchronous
-        self._snapshots = asyncio.Semaphore(MOST_SNAPSHOTS)
+        self._snapshots = asyncio.Semaphore(MAX_SNAPSHOTS)
         self._checks = asyncio.Semaphore(1)
         self._wal_bytes_left = 0  # when it was to be emptied, because of another program's reader
         self._trying = asyncio.Lock()  # whether a commit succeeds
@@ -246,8 +251,8 @@ class Store:
         cls, path: Path, synchronous: str, serving: Serving | None = None
     ) -> AsyncIterator[Store]:
         """The store in the file `path`, made or brought up to date where needed. `serving` is None
-        for a command. Raises DatabaseInUse; LedgerUnavailable if it can't be opened now;
-        LedgerDamaged; or LedgerError if the file is not ours, too new, or can't be opened."""
+        for a command. Raises DatabaseInUse; StorageUnavailable if it can't be opened now;
+        LedgerDamaged; or UserError if the file is not ours, too new, or can't be opened."""
         store = cls(path, synchronous)
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -275,13 +280,13 @@ class Store:
         self.clock.go_on_from(await self._value(LATEST))
         if serving:
             self.clock.start(accept=serving.accept_clock)
-        say = serving.say if serving else silent
-        self.commits = Commits(self.path, writer, spill, self._synchronous, self.time, say)
+        log = serving.log if serving else silent
+        self.commits = Commits(self.path, writer, spill, self._synchronous, self.time, log)
         self.record = self.commits.record
         stack.callback(self._end_spill, spill)
         stack.push_async_callback(self.commits.close)
         await self.transact((MAKE_SECRET, (secrets.token_bytes(32),)))
-        await self._take_up(spill, say)
+        await self._take_up(spill, log)
         self.interrupted = await self.transact(
             (TAKE_OVER, ()),
             (KEEP_ESTIMATES, ()),
@@ -314,7 +319,7 @@ class Store:
         if file == serving.checked:
             return
         began = time.monotonic()
-        check = Check(self.path, serving.check_seconds, serving.say)
+        check = Check(self.path, serving.check_seconds, serving.log)
         try:
             wrong = await asyncio.to_thread(check.find_damage)
         finally:
@@ -323,9 +328,9 @@ class Store:
             raise LedgerDamaged(f"{self.path} is damaged: {'; '.join(wrong)}")
         serving.checked = file
         took = round((time.monotonic() - began) * 1000)
-        serving.say(logging.INFO, "ledger checked after an unclean end", duration_ms=took)
+        serving.log(logging.INFO, "ledger checked after an unclean end", duration_ms=took)
 
-    async def _take_up(self, spill: Spill, say: Say) -> None:
+    async def _take_up(self, spill: Spill, log: LogFunction) -> None:
         """Commit what an earlier process owed. What is refused is put aside."""
         changes, damaged = spill.read()
         if not changes and not damaged:
@@ -344,18 +349,18 @@ class Store:
         spill.reserve()
         spill.close()
         facts = {"changes": len(changes), "refused": len(refused), "damaged": len(damaged)}
-        say(logging.WARNING, "took up what was owed", **facts)
+        log(logging.WARNING, "took up what was owed", **facts)
 
-    def _connection(self) -> Connection:
+    def _connection(self) -> DatabaseConnection:
         """A connection that can't write, not yet open."""
-        return Connection(lambda: sqlite3.connect(self._read_only, uri=True), 64)
+        return DatabaseConnection(lambda: sqlite3.connect(self._read_only, uri=True), 64)
 
     async def _configure(self) -> None:
         """Set what durability depends on, then read each back: SQLite is silent when it can't."""
         tables = await self._value("SELECT count(*) FROM sqlite_schema")
         marked = await self._value("PRAGMA application_id")
         if tables and marked != APPLICATION_ID:
-            raise LedgerError(f"{self.path} is a database of another program; it is left alone")
+            raise UserError(f"{self.path} is a database of another program; it is left alone")
         wanted: dict[str, tuple[str | int, str | int]] = {
             "application_id": (APPLICATION_ID, APPLICATION_ID),
             "busy_timeout": (BUSY_TIMEOUT_MS, BUSY_TIMEOUT_MS),
@@ -369,13 +374,13 @@ class Store:
             if await self._value(f"PRAGMA {pragma}") != expected:
                 await self._value(f"PRAGMA {pragma} = {value}")
             if (found := await self._value(f"PRAGMA {pragma}")) != expected:
-                raise LedgerError(f"{self.path}: {pragma} is {found}, not {expected}")
+                raise UserError(f"{self.path}: {pragma} is {found}, not {expected}")
 
     async def _migrate(self, serving: Serving | None) -> None:
         version = await self._value("PRAGMA user_version")
         sections = migrations(schema())
         if version > max(sections):
-            raise LedgerError(
+            raise UserError(
                 f"{self.path} was written by a newer version of this program (schema {version}; "
                 f"this one knows {max(sections)})"
             )
@@ -421,15 +426,16 @@ class Store:
 
     def look_up_all(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         """Return all rows of a short query that uses an index. Runs on the event loop: about 2 µs
-        for each row. Raises LedgerUnavailable."""
+        for each row. Raises StorageUnavailable."""
         try:
             return self._lookup.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             self.commits.notice(error)
-            raise LedgerUnavailable(f"can't be read: {error}") from None
+            raise StorageUnavailable(f"can't be read: {error}") from None
 
     def look_up(self, sql: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
-        """One row by an index, at once, on the event loop: about 5 µs. Raises LedgerUnavailable."""
+        """Return one row, found by an index, on the event loop: it takes about 5 µs. Raises
+        StorageUnavailable."""
         rows = self.look_up_all(sql, values)
         return rows[0] if rows else None
 
@@ -447,15 +453,15 @@ class Store:
         self, outlived_by: contextlib.AsyncExitStack | None = None
     ) -> contextlib.AbstractAsyncContextManager[Reader]:
         """Return a reader to which the database stands still, with a connection and a thread of its
-        own, for at most MAX_SNAPSHOT_SECONDS. At most MOST_SNAPSHOTS are open at a time.
+        own, for at most MAX_SNAPSHOT_SECONDS. At most MAX_SNAPSHOTS are open at a time.
         `outlived_by`: the connection stays open until that stack is closed, so that a copy can be
-        read after the snapshot has ended. Raises LedgerUnavailable if the database can't be read,
+        read after the snapshot has ended. Raises StorageUnavailable if the database can't be read,
         or not in that time."""
         return self._snapshot(self._snapshots, MAX_SNAPSHOT_SECONDS, outlived_by)
 
     def snapshot_to_check(self) -> contextlib.AbstractAsyncContextManager[Reader]:
         """Return a snapshot for a check of the database, which may take MAX_CHECK_SECONDS. One is
-        open at a time. Raises LedgerUnavailable."""
+        open at a time. Raises StorageUnavailable."""
         return self._snapshot(self._checks, MAX_CHECK_SECONDS)
 
     @contextlib.asynccontextmanager
@@ -473,11 +479,11 @@ class Store:
                     yield Reader(connection, self.commits.notice)
                     await connection.commit()
         except TimeoutError:
-            raise LedgerUnavailable(
+            raise StorageUnavailable(
                 f"the ledger can't be read within {seconds} seconds; ask for less of it at a time"
             ) from None
         except sqlite3.Error as error:
-            raise LedgerUnavailable(f"the ledger can't be read: {error}") from None
+            raise StorageUnavailable(f"the ledger can't be read: {error}") from None
 
     # Size
 
@@ -499,7 +505,7 @@ class Store:
         """Empty the WAL file if it is large and the ledger is idle, or if it is too large: SQLite
         reuses the file only at an instant without a reader, and snapshots can overlap for ever.
         Return False if it is large and not the time for that. Emptying 40 MB takes about 80 ms; the
-        commit that reuses them takes 50. Raises LedgerUnavailable."""
+        commit that reuses them takes 50. Raises StorageUnavailable."""
         size = self.wal_bytes
         if size <= KEPT_WAL_BYTES:
             self._wal_bytes_left = 0
@@ -507,7 +513,7 @@ class Store:
             return False
         elif size > max(MAX_WAL_BYTES, 2 * self._wal_bytes_left):
             async with contextlib.AsyncExitStack() as places:
-                for _ in range(MOST_SNAPSHOTS):  # those that are open end, and none begins
+                for _ in range(MAX_SNAPSHOTS):  # those that are open end, and none begins
                     await places.enter_async_context(self._snapshots)
                 await self._empty_wal()
             self._wal_bytes_left = self.wal_bytes
@@ -522,7 +528,7 @@ class Store:
             await self._writer.empty_wal()
         except Exception as error:
             self.commits.notice(error)
-            raise LedgerUnavailable(f"the WAL file can't be emptied: {reason_of(error)}") from None
+            raise StorageUnavailable(f"the WAL file can't be emptied: {reason_of(error)}") from None
 
     # Writing
 
@@ -542,29 +548,29 @@ class Store:
             self.commits.give_up()
 
     async def transact(
-        self, *changes: Change, by: str | None = None, seconds: float | None = None
+        self, *changes: OwedChange, by: str | None = None, seconds: float | None = None
     ) -> int:
         """Make changes, all of them or none; returns how many rows the last one changed. `by`: who
         makes them, which the log of administrative changes tells and those can't do without.
-        Raises sqlite3.IntegrityError, or LedgerUnavailable where it can't be committed, or takes
+        Raises sqlite3.IntegrityError, or StorageUnavailable where it can't be committed, or takes
         longer than `seconds` (None: TRANSACT_SECONDS); then it may be made later."""
         seconds = seconds or TRANSACT_SECONDS
         if by is not None:
             changes = ((SIGN, (by, self.time())), *changes, (UNSIGN, ()))
         if self.commits.health is Health.LOST:
-            raise LedgerUnavailable(f"the database can't be written: {self.failure}")
+            raise StorageUnavailable(f"the database can't be written: {self.failure}")
         try:
             async with asyncio.timeout(seconds):
                 changed = await self._writer.write(changes, self._synchronous)
         except sqlite3.IntegrityError:
             raise
         except TimeoutError:
-            raise LedgerUnavailable(
+            raise StorageUnavailable(
                 f"the disk has not answered for {seconds} s; the change may be made later"
             ) from None
         except Exception as error:
             self.commits.notice(error)
-            what = LedgerDamaged if is_corrupt(error) else LedgerUnavailable
+            what = LedgerDamaged if is_corrupt(error) else StorageUnavailable
             raise what(f"the database can't be written: {reason_of(error)}") from None
         return changed[-1 if by is None else -2]
 
@@ -572,7 +578,7 @@ class Store:
         """The ledger's time, kept so that it holds after a restart, and after all that was to be
         written before."""
         now = self.time()
-        await self.record(BEAT, (now,), insist=False)
+        await self.record(BEAT, (now,), retry_until_written=False)
         return now
 
     async def can_commit(self) -> bool:
@@ -580,7 +586,7 @@ class Store:
         second is proof enough, and one try for all who ask meanwhile."""
         async with self._trying:
             if self.healthy and time.monotonic() - self.commits.committed_at > 1:
-                with contextlib.suppress(LedgerUnavailable):
+                with contextlib.suppress(StorageUnavailable):
                     await self.settle_time()
         return self.healthy
 
@@ -603,26 +609,26 @@ def has_log(database: Path) -> bool:
 
 
 def refuse_without(database: Path, spill: Spill) -> None:
-    """Raise LedgerError if the database is gone, but not what was saved of it, or if it is older
+    """Raise UserError if the database is gone, but not what was saved of it, or if it is older
     than that: it then lacks what was in a removed -wal. A restored one is newer."""
     written = database.stat().st_mtime_ns if database.exists() else 0
     rescued = sorted(database.parent.glob(f"{database.name}.rescue-*"))
     saved = [each for each in rescued if each.stat().st_mtime_ns > written]
     if saved:
-        raise LedgerError(
+        raise UserError(
             f"{database} is gone, or older than {saved[-1]}, which holds what was in it when its "
             "files were removed. Restore that file (db restore FILE), or move it away to go on "
             "without it"
         )
     if size_of(database) == 0 and has_log(database):
-        raise LedgerError(
+        raise UserError(
             f"{database} is {'empty' if written else 'gone'}, but its log {database}-wal is there. "
             "Restore a backup (db restore FILE), or move the log away to begin with an empty ledger"
         )
     if written:
         return
     if spill.read()[0]:
-        raise LedgerError(
+        raise UserError(
             f"{database} is gone, but {spill.path} holds what is still owed to it. Restore a "
             "backup (db restore FILE), or move that file away to begin with an empty ledger"
         )

@@ -31,7 +31,7 @@ CORRECT = f"""
      WHERE EXISTS (SELECT 1 FROM estimates WHERE request_id = ?1)"""
 
 
-class Estimated(NamedTuple):
+class EstimatedRow(NamedTuple):
     """An estimated request whose response may be fetched later. `cost` and `held` are in nanos;
     `held` is 0 if it is not known."""
 
@@ -47,13 +47,15 @@ class Estimated(NamedTuple):
     held: int
 
 
-def estimated_of(store: Store, response_id: str, account_id: str) -> Estimated | None:
+def estimated_of(store: Store, response_id: str, account_id: str) -> EstimatedRow | None:
     """The account's estimated request that a response is of, if it was not corrected yet. Raises
-    LedgerUnavailable."""
+    StorageUnavailable."""
     found = store.look_up(ESTIMATED, (response_id, account_id))
-    return Estimated(*found) if found else None
+    return EstimatedRow(*found) if found else None
 
 
 async def correct(store: Store, values: Sequence[Any], usage: Usage) -> None:
     """Commit a correction, once: `values` are those of CORRECTED before the usage."""
-    await store.record(CORRECT, (*values, *msgspec.structs.astuple(usage)), insist=True)
+    await store.record(
+        CORRECT, (*values, *msgspec.structs.astuple(usage)), retry_until_written=True
+    )

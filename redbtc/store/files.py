@@ -9,16 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from redbtc.errors import LedgerError
+from redbtc.errors import UserError
 
 CHECK_SECONDS = 0.25
 
 
-class DatabaseInUse(LedgerError):
+class DatabaseInUse(UserError):
     """Another process holds the database."""
 
 
-class FileChanged(LedgerError):
+class FileChanged(UserError):
     """The database's file was removed, or replaced by another one, while it was open."""
 
 

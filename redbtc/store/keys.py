@@ -80,7 +80,7 @@ KEY_IN_FORCE = f"""{FULL_KEY}
 
 def key_in_force(store: Store, key: str) -> Key | None:
     """The key and its account, or None where it is malformed, unknown, revoked or expired. Reads
-    the database, so that what was committed a moment ago holds. Raises LedgerUnavailable."""
+    the database, so that what was committed a moment ago holds. Raises StorageUnavailable."""
     hashed = hash_of_key(key)
     found = store.look_up(KEY_IN_FORCE, (hashed, store.time())) if hashed else None
     return Key(*found) if found else None

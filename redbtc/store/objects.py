@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from redbtc.locations import Home
+from redbtc.locations import ObjectLocation
 from redbtc.store.database import Store
 from redbtc.store.rows import MAX_ROWS
 
@@ -48,7 +48,7 @@ class Claim(NamedTuple):
     """An object's owner, and where the object is stored."""
 
     account_id: str
-    home: Home
+    home: ObjectLocation
 
     def joined(self, later: Claim) -> Claim:
         """Return the same claim, or one that adds to it what a later claim of the same account
@@ -71,7 +71,7 @@ def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
     if row is None:
         return claim
     account_id, upstream, models, minted_input, *rest = row
-    owner = Claim(account_id, Home(upstream, models, bool(minted_input), *rest))
+    owner = Claim(account_id, ObjectLocation(upstream, models, bool(minted_input), *rest))
     return owner.joined(claim) if claim else owner
 
 
@@ -85,11 +85,11 @@ class Objects:
         self._shown: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
         self._growing: Counter[str] = Counter()  # by object, the tokens of `grow`
 
-    def own(self, ids: Iterable[str], account_id: str, home: Home) -> None:
+    def own(self, ids: Iterable[str], account_id: str, home: ObjectLocation) -> None:
         """Make the objects the account's, except for those that are another account's already."""
         self.own_each(dict.fromkeys(ids, home), account_id)
 
-    def own_each(self, homes: Mapping[str, Home], account_id: str) -> None:
+    def own_each(self, homes: Mapping[str, ObjectLocation], account_id: str) -> None:
         """Make each of these objects the account's, as `own` does."""
         now, claims, values = self._store.time(), {}, []
         for each, home in homes.items():
@@ -103,7 +103,9 @@ class Objects:
         for at in range(0, len(values), MAX_ROWS):
             rows = values[at : at + MAX_ROWS]
             row = list(chain(*rows))
-            written = self._store.record(own_of(len(rows)), row, insist=True, lasting=False)
+            written = self._store.record(
+                own_of(len(rows)), row, retry_until_written=True, durable=False
+            )
         if values:
             written.add_done_callback(functools.partial(self._written, claims))
 
@@ -116,21 +118,21 @@ class Objects:
         row = self._store.look_up(OWNED, (object_id,))
         return decided(row, self._claims.get(object_id))
 
-    def home_of(self, object_id: str, account_id: str) -> Home | None:
+    def home_of(self, object_id: str, account_id: str) -> ObjectLocation | None:
         """Return where the object is, None unless it is the account's. Costs one read by an index,
         which takes as long for another account's object as for one that does not exist. Raises
-        LedgerUnavailable."""
+        StorageUnavailable."""
         owned = self._owned(object_id)
         return owned.home if owned and owned.account_id == account_id else None
 
-    def look_up(self, ids: Collection[str], account_id: str) -> dict[str, Home | None]:
+    def look_up(self, ids: Collection[str], account_id: str) -> dict[str, ObjectLocation | None]:
         """Return, by id, where an object of the account is stored, and None for another account's
         object. Ids of unknown objects are left out. Takes one query; at most MAX_LOOK_UPS ids.
-        Raises LedgerUnavailable."""
+        Raises StorageUnavailable."""
         names = orjson.dumps(list(ids)).decode()
         rows = {row[0]: row[1:] for row in self._store.look_up_all(OWNERS, (names,))}
-        found: dict[str, Home | None] = {}
-        homes: dict[Home, Home] = {}  # equal ones are one, so that few are kept
+        found: dict[str, ObjectLocation | None] = {}
+        homes: dict[ObjectLocation, ObjectLocation] = {}  # equal ones are one, so that few are kept
         for each in ids:
             if owned := decided(rows.get(each), self._claims.get(each)):
                 home = homes.setdefault(owned.home, owned.home)
@@ -138,14 +140,14 @@ class Objects:
         return found
 
     def is_free(self, object_id: str) -> bool:
-        """Return whether no account owns the object. Raises LedgerUnavailable."""
+        """Return whether no account owns the object. Raises StorageUnavailable."""
         return self._owned(object_id) is None
 
     async def disown(self, object_id: str, account_id: str) -> None:
         """Forget an object that the account deleted. Also drops a claim that another account made
         in vain, which would take effect now."""
         self._claims.pop(object_id, None)
-        await self._store.record(DISOWN, (object_id, account_id), insist=True)
+        await self._store.record(DISOWN, (object_id, account_id), retry_until_written=True)
 
     def grow(self, growth: Mapping[str, int]) -> None:
         """Note that a request which has not ended can add so many tokens to each of these objects:

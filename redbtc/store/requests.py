@@ -8,14 +8,14 @@ import orjson
 
 from redbtc.store.database import Store
 from redbtc.store.rows import COLUMNS, FORGET, RECORD, values_of
-from redbtc.usage import Row
+from redbtc.usage import RequestRow
 
 
 # The ledger proper: a row is begun when its request leaves for an upstream and settled at its end.
-async def begin(store: Store, row: Row) -> None:
-    """Commit the row as pending. Raises LedgerUnavailable; then it will not be in the ledger."""
+async def begin(store: Store, row: RequestRow) -> None:
+    """Commit the row as pending. Raises StorageUnavailable; then it will not be in the ledger."""
     row.run = store.run
-    await store.record(RECORD, values_of(row), insist=False)
+    await store.record(RECORD, values_of(row), retry_until_written=False)
 
 
 class Admitted(NamedTuple):
@@ -28,32 +28,32 @@ class Admitted(NamedTuple):
     held: int
 
 
-async def settle(store: Store, row: Row, admitted: Admitted | None = None) -> None:
+async def settle(store: Store, row: RequestRow, admitted: Admitted | None = None) -> None:
     """Commit the row as it ended, however long that takes. With `admitted`, an estimated row can be
     corrected when its response is fetched later."""
-    written = store.record(RECORD, values_of(row), insist=True)
+    written = store.record(RECORD, values_of(row), retry_until_written=True)
     if admitted and row.usage_source == "estimated" and row.response_id:
         values = (row.response_id, row.request_id, *admitted)
-        written = store.record(KEEP_ESTIMATE, values, insist=True)
+        written = store.record(KEEP_ESTIMATE, values, retry_until_written=True)
     await written
 
 
-def keep_unsettled(store: Store, row: Row, admitted: Admitted | None) -> None:
+def keep_unsettled(store: Store, row: RequestRow, admitted: Admitted | None) -> None:
     """Keep what a request in flight has used so far, in case the process is killed. `row` is the
     request's row as if it had just ended; `admitted` as in `settle`."""
     settled = orjson.dumps(dict(zip(COLUMNS, values_of(row), strict=True))).decode()
     values = (row.request_id, settled, *(admitted or (None, None, None)))
-    store.record(KEEP_UNSETTLED, values, insist=True, lasting=False)
+    store.record(KEEP_UNSETTLED, values, retry_until_written=True, durable=False)
 
 
-def drop_unsettled(store: Store, row: Row) -> None:
+def drop_unsettled(store: Store, row: RequestRow) -> None:
     """Remove what `keep_unsettled` wrote for a request, in the commit of what is recorded next."""
-    store.record(DROP_UNSETTLED, (row.request_id,), insist=True, lasting=False)
+    store.record(DROP_UNSETTLED, (row.request_id,), retry_until_written=True, durable=False)
 
 
-async def forget(store: Store, row: Row) -> None:
+async def forget(store: Store, row: RequestRow) -> None:
     """Take back a pending row whose request did not leave for the upstream after all."""
-    await store.record(FORGET, (row.request_id,), insist=True)
+    await store.record(FORGET, (row.request_id,), retry_until_written=True)
 
 
 KEEP_ESTIMATE = """

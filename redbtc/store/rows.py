@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from redbtc.usage import Row, Usage
+from redbtc.usage import RequestRow, Usage
 
-COLUMNS = (*Row.__struct_fields__[:-1], *Usage.__struct_fields__)
+COLUMNS = (*RequestRow.__struct_fields__[:-1], *Usage.__struct_fields__)
 SETTLED = COLUMNS[COLUMNS.index("first_byte_ms") :]
 PLACES = f"({', '.join('?' * len(COLUMNS))})"
 RECORD = f"""
@@ -27,7 +27,7 @@ def record_of(rows: int) -> str:
     return RECORD.replace(PLACES, ", ".join([PLACES] * rows))
 
 
-def values_of(row: Row) -> list[Any]:
+def values_of(row: RequestRow) -> list[Any]:
     """Return the row's values in the order of COLUMNS."""
     *values, usage = msgspec.structs.astuple(row)
     return [*values, *msgspec.structs.astuple(usage)]

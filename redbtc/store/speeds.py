@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from redbtc.errors import LedgerUnavailable
+from redbtc.errors import StorageUnavailable
 from redbtc.slices import with_turns
 from redbtc.store.database import Store
 from redbtc.times import month_of
@@ -57,7 +57,7 @@ class Speeds:
         model or by the one that clients use. `limited`: the account's spending is."""
         async with self._reading:
             if time.monotonic() - self._read_at > SPEED_SECONDS:
-                with contextlib.suppress(LedgerUnavailable):  # the last ones are as good
+                with contextlib.suppress(StorageUnavailable):  # the last ones are as good
                     self._speeds = await self._read()
                 self._read_at = time.monotonic()
         speeds = self._speeds.get(model, {})

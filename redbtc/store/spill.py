@@ -20,20 +20,20 @@ from typing import Any
 
 from redbtc.store.files import identity_of
 
-Change = tuple[str, Sequence[Any]]  # a statement and its values
+OwedChange = tuple[str, Sequence[Any]]  # a statement and its values
 
 RESERVED_BYTES = 256 << 10  # room for about 500 requests
 MAX_TRIES = 5  # to add changes
 RETRY_SECONDS = 0.25
 
 
-def line_of(change: Change) -> bytes:
+def line_of(change: OwedChange) -> bytes:
     """Return a change as a line of the file."""
     text = json.dumps([change[0], list(change[1])]).encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
-def change_of(line: bytes) -> Change | None:
+def change_of(line: bytes) -> OwedChange | None:
     """Return the change in a line, None if the line is damaged."""
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
@@ -56,7 +56,7 @@ class Spill:
         """Return whether there is a file: its gateway runs, or did not end cleanly."""
         return self.path.exists()
 
-    def read(self) -> tuple[list[Change], list[bytes]]:
+    def read(self) -> tuple[list[OwedChange], list[bytes]]:
         """Return the changes in the file, in their order, and those of its lines that are damaged.
         Raises OSError."""
         try:
@@ -81,7 +81,7 @@ class Spill:
         with contextlib.suppress(OSError):  # the disk is full: what is owed may find room later
             os.write(file, bytes(RESERVED_BYTES))
 
-    def add(self, changes: Sequence[Change]) -> int:
+    def add(self, changes: Sequence[OwedChange]) -> int:
         """Write changes and sync them to the disk. What fails is tried again, up to MAX_TRIES
         times. Return how many of the changes are in the file."""
         written = 0
@@ -94,7 +94,7 @@ class Spill:
                     break
         return written
 
-    def _add(self, changes: Sequence[Change]) -> int:
+    def _add(self, changes: Sequence[OwedChange]) -> int:
         if self._file is None:
             return 0
         added, written = b"", 0

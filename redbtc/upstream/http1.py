@@ -55,7 +55,7 @@ class NotSent(httpx2.RemoteProtocolError):
     """The upstream closed the connection before it had seen a byte of the request."""
 
 
-class Request(NamedTuple):
+class UpstreamRequest(NamedTuple):
     """What is sent: to the origin of `url`, with `target` after the method. `timeouts` are httpx2's
     ("connect", "read", "write") in seconds; none where there is none."""
 
@@ -67,7 +67,7 @@ class Request(NamedTuple):
     timeouts: dict[str, float | None]
 
 
-class Answer(NamedTuple):
+class ResponseHead(NamedTuple):
     """An answer's head, and the body to come, which its reader closes."""
 
     status: int
@@ -95,11 +95,11 @@ def has_unread(transport: asyncio.BaseTransport) -> bool:
     return fcntl.ioctl(number, termios.FIONREAD, NO_BYTES) != NO_BYTES
 
 
-class Connection(asyncio.Protocol):
+class UpstreamHTTPConnection(asyncio.Protocol):
     """One connection, and the request that is on it. What arrives is parsed at once and kept until
     it is read; whoever waits, waits for `_waiter`, and looks then at what has changed."""
 
-    def __init__(self, transport: Transport, idle: deque[Connection]) -> None:
+    def __init__(self, transport: Transport, idle: deque[UpstreamHTTPConnection]) -> None:
         self._idle_since = 0.0
         self._owner = transport
         self._idle = idle
@@ -256,7 +256,7 @@ class Connection(asyncio.Protocol):
 
     # What the transport calls
 
-    async def exchange(self, request: Request) -> Answer:
+    async def exchange(self, request: UpstreamRequest) -> ResponseHead:
         """Send a request; its answer's head, with the body to come. Raises TransportError."""
         self._method = request.method
         read = request.timeouts.get("read")
@@ -268,9 +268,9 @@ class Connection(asyncio.Protocol):
             self.close()
             raise
         body = ResponseBody(self, read)
-        return Answer(self._status, self._headers, body, self._http_version, self._reason)
+        return ResponseHead(self._status, self._headers, body, self._http_version, self._reason)
 
-    async def _send(self, request: Request) -> None:
+    async def _send(self, request: UpstreamRequest) -> None:
         """Send all of it, unless the answer comes before: that is then an early refusal."""
         length, chunked, timeout = 0, False, request.timeouts.get("write")
         head = [b"%s %s HTTP/1.1\r\n" % (request.method.encode(), request.target)]
@@ -370,8 +370,8 @@ class Connection(asyncio.Protocol):
 class ResponseBody(httpx2.AsyncByteStream):
     """An answer's body, in parts as they come. Closing it gives the connection back."""
 
-    def __init__(self, connection: Connection, timeout: float | None) -> None:
-        self._connection: Connection | None = connection
+    def __init__(self, connection: UpstreamHTTPConnection, timeout: float | None) -> None:
+        self._connection: UpstreamHTTPConnection | None = connection
         self._timeout = timeout
 
     def pass_on(self, function: Callable[[bytes], bool]) -> None:
@@ -410,18 +410,18 @@ class Transport(httpx2.AsyncBaseTransport):
     def __init__(
         self, context: ssl.SSLContext | None = None, keepalive_seconds: float = 15
     ) -> None:
-        self.connections: set[Connection] = set()
+        self.connections: set[UpstreamHTTPConnection] = set()
         self._context = context
         self._making_context = asyncio.Lock()
         self._keepalive_seconds = keepalive_seconds
-        self._idle: dict[tuple[str, bytes, int | None], deque[Connection]] = {}
+        self._idle: dict[tuple[str, bytes, int | None], deque[UpstreamHTTPConnection]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Raises TransportError."""
         assert isinstance(request.stream, httpx2.AsyncByteStream)
         answer = await self.send(
-            Request(
+            UpstreamRequest(
                 request.method,
                 request.url,
                 request.url.raw_path,
@@ -438,7 +438,7 @@ class Transport(httpx2.AsyncBaseTransport):
             extensions={"http_version": version, "reason_phrase": answer.reason},
         )
 
-    async def send(self, request: Request) -> Answer:
+    async def send(self, request: UpstreamRequest) -> ResponseHead:
         """The same without httpx2's objects, which cost as much as all of this. Raises
         TransportError."""
         url = request.url
@@ -452,7 +452,7 @@ class Transport(httpx2.AsyncBaseTransport):
         connection = await self._connect(url, idle, request.timeouts.get("connect"))
         return await connection.exchange(request)
 
-    def _reusable(self, idle: deque[Connection]) -> Connection | None:
+    def _reusable(self, idle: deque[UpstreamHTTPConnection]) -> UpstreamHTTPConnection | None:
         """The one used last, so that the others can grow old."""
         while idle:
             connection = idle.pop()
@@ -462,8 +462,8 @@ class Transport(httpx2.AsyncBaseTransport):
         return None
 
     async def _connect(
-        self, url: httpx2.URL, idle: deque[Connection], timeout: float | None
-    ) -> Connection:
+        self, url: httpx2.URL, idle: deque[UpstreamHTTPConnection], timeout: float | None
+    ) -> UpstreamHTTPConnection:
         if url.scheme not in ("http", "https"):
             raise httpx2.UnsupportedProtocol(f"Unsupported URL protocol {url.scheme!r}")
         loop = asyncio.get_running_loop()
@@ -473,7 +473,7 @@ class Transport(httpx2.AsyncBaseTransport):
         try:
             async with asyncio.timeout(timeout):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self, idle),
+                    lambda: UpstreamHTTPConnection(self, idle),
                     host,
                     url.port or (443 if tls else 80),
                     ssl=await self.tls_context() if tls else None,

@@ -25,17 +25,17 @@ from redbtc.meter.decoding import Decoding, NotDecoded, codings_of
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
 from redbtc.slices import with_turns
-from redbtc.upstream.http1 import Answer, Request, Transport
+from redbtc.upstream.http1 import ResponseHead, Transport, UpstreamRequest
 
 KEEPALIVE_SECONDS = 15
-MOST_FETCHED = 4 << 20  # bytes of a list of models, or of what describes one
+MAX_FETCHED = 4 << 20  # bytes of a list of models, or of what describes one
 ASK_SECONDS = 30  # for what the gateway itself asks of an upstream
 SLICE = 2 << 20  # bytes of a body that are given to the kernel at a time
-MOST_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
+MAX_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
 PING_SECONDS = 20
 
 
-class Body(httpx2.ByteStream):
+class UploadBody(httpx2.ByteStream):
     """A request's body, in slices of what it is held in, that knows whether it has begun to leave:
     then the head has left before."""
 
@@ -44,7 +44,7 @@ class Body(httpx2.ByteStream):
         self._at = 0
         self.left = False
 
-    def __aiter__(self) -> Body:
+    def __aiter__(self) -> UploadBody:
         self._at = 0
         return self
 
@@ -134,14 +134,16 @@ class Upstream:
         return "*" in patterns or any(fnmatch.fnmatchcase(model, each) for each in patterns)
 
     async def open(
-        self, method: str, path: str, query: bytes, headers: Headers, body: Body
-    ) -> Answer:
+        self, method: str, path: str, query: bytes, headers: Headers, body: UploadBody
+    ) -> ResponseHead:
         """Send a request; the answer's head. Raises httpx2.HTTPError."""
         target = self._path + path.encode() + (b"?" + query if query else b"")
         headers = [*headers, *self._own]
-        return await self._send(Request(method, self._base, target, headers, body, self._timeouts))
+        return await self._send(
+            UpstreamRequest(method, self._base, target, headers, body, self._timeouts)
+        )
 
-    async def _send_by_httpx(self, request: Request) -> Answer:
+    async def _send_by_httpx(self, request: UpstreamRequest) -> ResponseHead:
         assert isinstance(self._transport, httpx2.AsyncHTTPTransport)
         response = await self._transport.handle_async_request(
             httpx2.Request(
@@ -158,7 +160,7 @@ class Upstream:
         except httpx2.RemoteProtocolError:
             await body.aclose()
             raise
-        return Answer(response.status_code, response.headers.raw, body)
+        return ResponseHead(response.status_code, response.headers.raw, body)
 
     async def fetch(
         self, path: str, take: Callable[[bytes], Iterable[object]], method: str = "GET"
@@ -168,7 +170,7 @@ class Upstream:
         iterated, with turns for other work. Raises httpx2.HTTPError, TimeoutError."""
         async with asyncio.timeout(min(ASK_SECONDS, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
-            answer = await self.open(method, path, b"", accept, Body(b""))
+            answer = await self.open(method, path, b"", accept, UploadBody(b""))
             decoding = Decoding(codings_of(answer.headers))
             try:
                 async for chunk in answer.body:
@@ -185,12 +187,12 @@ class Upstream:
 
     async def fetch_whole(self, path: str) -> tuple[int, bytes]:
         """As `fetch`; return the status and the whole body. Raises httpx2.HTTPError, also for a
-        body of more than MOST_FETCHED bytes; TimeoutError."""
+        body of more than MAX_FETCHED bytes; TimeoutError."""
         body = bytearray()
 
         def take(chunk: bytes) -> tuple[()]:
             body.extend(chunk)
-            if len(body) > MOST_FETCHED:
+            if len(body) > MAX_FETCHED:
                 raise httpx2.RemoteProtocolError("the answer is too long")
             return ()
 
@@ -228,7 +230,7 @@ class Upstream:
             user_agent_header=None,
             compression=None,
             proxy=None,
-            max_size=MOST_FRAME,
+            max_size=MAX_FRAME,
             open_timeout=self.settings.connect_timeout_seconds,
             ping_interval=PING_SECONDS,
             ping_timeout=self.settings.idle_timeout_seconds,
