@@ -2198,7 +2198,7 @@ def test_the_pages_of_notices_are_all_notices_once(
         assert shown == [texts[:0:-1], texts[:1]]
     overview = owner.get(account).text
     assert re.findall(r"notice \d{3}", overview) == texts[: -account_pages.MAX_TOLD - 1 : -1]
-    assert f">{most + 1 - account_pages.MOST_TOLD} more notices<" in overview
+    assert f">{most + 1 - account_pages.MAX_TOLD} more notices<" in overview
 
 
 HELD_UNITS = 100  # 70 ms on an ordinary machine

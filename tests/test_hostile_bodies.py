@@ -356,7 +356,7 @@ def test_a_body_in_pieces_reads_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> N
             encoded = encoded[:at] + more + encoded[at + chance.randrange(3) :]
         whole = facts_of(encoded)
         with monkeypatch.context() as small:
-            small.setattr(pieces_module, "MAX_PIECE", 1)
+            small.setattr("redbtc.request_body.content.MAX_PIECE", 1)
             small.setattr(pieces_module, "WINDOW", 120)
             small.setattr(pieces_module, "STRING_WINDOW", 7)
             assert facts_of(encoded) == whole, encoded

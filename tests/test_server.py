@@ -14,7 +14,6 @@ import uvicorn
 from speed import cost, cpu_seconds, unit
 from uvicorn.server import ServerState
 
-from redbtc import telemetry
 from redbtc.server import cycle
 from redbtc.server import protocol as protocol_module
 from redbtc.server.asgi import Scope
@@ -666,7 +665,8 @@ def test_too_many_connections_are_said_once_among_websockets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(telemetry, "say", lambda level, event, **fields: said.append(event))
+    log = "redbtc.server.connections.log"
+    monkeypatch.setattr(log, lambda level, event, **fields: said.append(event))
 
     async def test() -> None:
         served = Served(maximum=20)

@@ -60,9 +60,9 @@ class Health(enum.Enum):
 
 
 class Entry(NamedTuple):
-    """A statement that waits for the next commit. With `retry_until_written` it is tried again until
-    it is written; without, it fails with the commit that fails. With `durable` it must survive a
-    loss of power. `at` is when it was recorded, by the monotonic clock, where it is not retried."""
+    """A statement that waits for the next commit. With `retry_until_written` it is retried until it
+    is written; without, it fails with the commit that fails. With `durable` it must survive a loss
+    of power. `at` is when it was recorded, by the monotonic clock, where it is not retried."""
 
     sql: str
     values: Sequence[Any]
