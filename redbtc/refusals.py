@@ -100,3 +100,8 @@ def not_found(name: str, object_id: str) -> Refusal:
 
 class ClientLeft(Exception):
     """The client is gone; there is nobody to answer."""
+
+
+def insufficient_quota(message: str) -> Refusal:
+    """Return the refusal of a request that can cost more than its balance or budget has left."""
+    return Refusal("insufficient_quota", message, headers=[NO_RETRY])
