@@ -462,7 +462,7 @@ EVERY_UPGRADE = 'map $http_upgrade $connection_upgrade { default upgrade; "" "";
 def nginx(
     gateway: Gateway, folder: Path, buffering: str = "off", every_upgrade: bool = False
 ) -> Iterator[int]:
-    """Run nginx with the README's configuration, or with the common one that forwards every Upgrade
+    """Run nginx as docs/operating.md configures it, or in the common way that forwards every Upgrade
     header. Yield its port."""
     port = free_port()
     folder.mkdir()

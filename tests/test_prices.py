@@ -425,11 +425,11 @@ def test_a_pattern_says_which_models_it_does_not_apply_to(make_gateway: MakeGate
     }
 
 
-def test_the_readmes_example_applies(make_gateway: MakeGateway) -> None:
-    """Each command that the README shows for prices works, and its price applies in the end."""
+def test_the_documented_example_applies(make_gateway: MakeGateway) -> None:
+    """Each command that docs/billing.md shows for prices works, and its price applies in the end."""
     gateway = make_gateway(REFUSE)
     lines = [
-        line.partition("#")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()
+        line.partition("#")[0].strip() for line in (ROOT / "docs" / "billing.md").read_text().splitlines()
     ]
     commands = [line.split() for line in lines if line.startswith("redbtc-proxy price add")]
     assert commands
