@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from gateway import Gateway  # noqa: E402
 
-import redbtc_backup  # noqa: E402
-import redbtc_ledger  # noqa: E402
 from bench import Upstream, fill, requests  # noqa: E402
+from redbtc.store import backup as backup_module  # noqa: E402
+from redbtc.store import consistency  # noqa: E402
 
 CLIENTS = 4
 
@@ -47,9 +47,9 @@ def measure_commands(gateway: Gateway, backup: Path, rows: int) -> None:
     size = gateway.database.stat().st_size
     show("size", f"{size / 1e6:.0f} MB, {size / rows:.0f} bytes a row")
     timed("db backup", lambda: gateway.cli("db", "backup", str(backup)))
-    for name, query in redbtc_ledger.CHECKS.items():
+    for name, query in consistency.CHECKS.items():
         checked = {name: query}
-        timed(f"  check: {name}"[:32], lambda: redbtc_backup.verify(backup, backup, checked))  # noqa: B023
+        timed(f"  check: {name}"[:32], lambda: backup_module.verify(backup, backup, checked))  # noqa: B023
     timed("db restore", lambda: gateway.cli("db", "restore", str(backup)))
     timed("db check", lambda: gateway.cli("db", "check"))
 

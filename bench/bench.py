@@ -213,9 +213,9 @@ async def poll() -> None:
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
-    patience = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < patience, what
+        assert time.monotonic() < deadline, what
         await asyncio.sleep(0.02)
 
 

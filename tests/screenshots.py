@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from test_dashboard import OPERATORS_PAGES, PAGES, fill_in, new_user
 from upstream import Upstream
 
-from redbtc_settings import day_of, now_ms
+from redbtc.times import day_of, now_ms
 
 MODELS = (("gpt-5.5", 5_000_000), ("gpt-5.4-mini", 400_000), ("gpt-image-2", 9_000_000))
 OUTCOMES = ("completed",) * 30 + ("client_disconnected", "upstream_error", "upstream_failed")

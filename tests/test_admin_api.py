@@ -19,7 +19,11 @@ from schemathesis import Case, GenerationMode
 from speed import Stalls
 from upstream import Upstream
 
-from redbtc_admin import MAX_FIELDS, OPERATIONS, PREFIX, RANKS, Operation, openapi
+from redbtc.admin.actors import RANKS
+from redbtc.admin.api import OPERATIONS
+from redbtc.admin.http import MAX_FIELDS
+from redbtc.admin.openapi import openapi
+from redbtc.admin.operations import PREFIX, Operation
 
 PASSWORD = "correct horse battery staple 7"
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from conftest import MakeGateway
 from gateway import PATIENCE_SECONDS, ROOT, RUN, Gateway, wait_until
 from upstream import Received, Reply, Upstream, json_answer, response_object
 
-import redbtc_backup as backup
-import redbtc_commands
-import redbtc_ledger as ledger
-from redbtc_schema import APPLICATION_ID, migrations, newest_version, schema
-from redbtc_settings import iso_time
+from redbtc.cli import main
+from redbtc.store import backup as backup_module
+from redbtc.store import consistency
+from redbtc.store.schema import APPLICATION_ID, migrations, newest_version, schema
+from redbtc.times import iso_time
 
 BODY = {"model": "gpt-up", "input": "Hi"}
 FIRST = 1_795_000_000_000  # when the first request started, less one millisecond
@@ -65,7 +66,7 @@ KILL_AT_EACH_STEP = (
     + """
 import itertools, shutil
 from pathlib import Path
-import redbtc_backup as backup, redbtc_ledger as ledger
+from redbtc.store import backup
 CALLS = "open replace unlink ftruncate fchmod fchown fsync pwrite write mkdir".split()
 template, copies, code = sys.argv[1:]
 backup.PAGES_A_STEP = 40
@@ -123,14 +124,14 @@ def crashed(path: Path, requests: int, unwritten: int) -> None:
 def requests_in(path: Path) -> int:
     """Return how many requests a sound database has."""
     with contextlib.closing(sqlite3.connect(path)) as database:
-        assert backup.problems(database, ledger.CHECKS) == []
+        assert backup_module.problems(database, consistency.CHECKS) == []
         count: int = database.execute("SELECT count(*) FROM requests").fetchone()[0]
         return count
 
 
 def assert_whole(path: Path, requests: int) -> None:
     """The file is a backup with so many requests, beside its digest, and nobody else's to read."""
-    assert backup.verify(path, path, ledger.CHECKS).requests == requests
+    assert backup_module.verify(path, path, consistency.CHECKS).requests == requests
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert Path(f"{path}.sha256").read_text() == f"{digest}  {path.name}\n"
     assert {file.stat().st_mode & 0o777 for file in (path, Path(f"{path}.sha256"))} == {0o600}
@@ -153,7 +154,7 @@ class Commands:
         self._monkeypatch.setattr(sys, "argv", command)
         umask = os.umask(0o022)
         try:
-            redbtc_commands.main()
+            main.main()
         except SystemExit as end:
             return int(end.code or 0)
         finally:
@@ -241,7 +242,7 @@ class Load:
 
 def killed(gateway: Gateway, left: int, calls: list[str], *arguments: str) -> None:
     """Run a command that is killed before a call."""
-    prelude = f"{KILL}\nkill_after({left}, {calls!r})\nimport redbtc_backup as backup\n"
+    prelude = f"{KILL}\nkill_after({left}, {calls!r})\n\n"
     prelude += "backup.PAGES_A_STEP = 4\n"
     command = [sys.executable, "-c", prelude + RUN, *gateway.command(*arguments)[1:]]
     done = subprocess.run(command, capture_output=True, timeout=PATIENCE_SECONDS)
@@ -341,7 +342,7 @@ def test_a_killed_backup_leaves_whole_files_and_the_next_one_succeeds(tmp_path: 
     path = template / "b.db"
     for requests in (20, 30):
         database_with(template / "redbtc.db", requests)
-        backup.back_up(template / "redbtc.db", str(path), keep=3)
+        backup_module.back_up(template / "redbtc.db", str(path), keep=3)
         (template / "redbtc.db").unlink()
     crashed(template / "redbtc.db", 40, unwritten=10)
     code = "backup.back_up(folder / 'redbtc.db', str(folder / 'b.db'), keep=3)"
@@ -349,12 +350,12 @@ def test_a_killed_backup_leaves_whole_files_and_the_next_one_succeeds(tmp_path: 
     for folder in copies_killed_at_each_step(template, code):
         files = [file for file in folder.iterdir() if re.fullmatch(r"b\.db(\.\d)?", file.name)]
         for file in files:
-            backup.verify(file, file, ledger.CHECKS)
-            assert backup.kept_digest(file) in (None, backup.sha256_of(file))
+            backup_module.verify(file, file, consistency.CHECKS)
+            assert backup_module.kept_digest(file) in (None, backup_module.sha256_of(file))
         found = [requests_in(file) for file in sorted(files)]
         seen.add(tuple(found))
         assert {20, 30} <= set(found)
-        backup.back_up(folder / "redbtc.db", str(folder / "b.db"), keep=3)
+        backup_module.back_up(folder / "redbtc.db", str(folder / "b.db"), keep=3)
         assert_whole(folder / "b.db", 40)
         assert not [file for file in folder.iterdir() if "partial" in file.name]
     assert seen >= {(30, 20), (40, 30, 20)}
@@ -365,11 +366,11 @@ def test_a_killed_restore_leaves_the_old_database_or_the_new_one(tmp_path: Path)
     template.mkdir()
     crashed(template / "redbtc.db", 30, unwritten=10)
     database_with(template / "other.db", 50)
-    backup.back_up(template / "other.db", str(template / "b.db"))
+    backup_module.back_up(template / "other.db", str(template / "b.db"))
     code = "backup.restore(folder / 'redbtc.db', str(folder / 'b.db'), ledger.CHECKS)"
     found = []
     for folder in copies_killed_at_each_step(template, code):
-        backup.complete_restore(folder / "redbtc.db")
+        backup_module.complete_restore(folder / "redbtc.db")
         found.append(requests_in(folder / "redbtc.db"))
         replaced = list(folder.glob("*.replaced-*Z"))
         assert [requests_in(file) for file in replaced] == ([30] if found[-1] == 50 else [])
@@ -397,9 +398,9 @@ def test_a_copy_is_of_one_instant_and_ends_whatever_is_written_meanwhile(
             add_requests(writer, 1000 + steps, 1000 + steps)
             fsync(file)
 
-        monkeypatch.setattr(backup, "PAGES_A_STEP", 1)
+        monkeypatch.setattr(backup_module, "PAGES_A_STEP", 1)
         monkeypatch.setattr(os, "fsync", commit_at_each_step)
-        made = backup.back_up(path, str(tmp_path / "b.db"))
+        made = backup_module.back_up(path, str(tmp_path / "b.db"))
     assert steps >= made.bytes // 4096 > 50
     assert_whole(tmp_path / "b.db", 1000)
     assert requests_in(path) == 1000 + steps
@@ -446,12 +447,12 @@ def test_backups_in_a_folder_are_named_by_the_time(
     digests = [Path(f"{file}.sha256") for file in kept]
     assert set(folder.iterdir()) == {*others, *kept, *digests}
 
-    class Earlier(backup.datetime):
+    class Earlier(datetime):
         @classmethod
         def now(cls, *_: Any) -> Any:
             return cls(2020, 1, 1)
 
-    monkeypatch.setattr(backup, "datetime", Earlier)
+    monkeypatch.setattr(backup_module, "datetime", Earlier)
     made = Path(commands.json("db", "backup", folder, "--keep", "1")["path"])
     assert made.name == "redbtc-20200101T000000Z.db"
     assert set(folder.iterdir()) == {*others, made, Path(f"{made}.sha256")}
@@ -539,7 +540,7 @@ def test_a_backup_that_fails_leaves_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", refused)
         assert "Permission denied" in commands.refuses("db", "backup", path)
-    with backup.temporary(commands.folder / "b.db.partial"):
+    with backup_module.temporary(commands.folder / "b.db.partial"):
         assert commands("db", "backup", path) == 1
         assert "another command" in commands.err
     assert commands("db", "backup", path) == 0
@@ -609,12 +610,12 @@ def test_a_restore_overwrites_no_kept_database(tmp_path: Path) -> None:
     path = tmp_path / "redbtc.db"
     database_with(path, 50)
     database_with(tmp_path / "redbtc.db.restored", 30)
-    backup.complete_restore(path)
+    backup_module.complete_restore(path)
     (replaced,) = tmp_path.glob("redbtc.db.replaced-*Z")
     path.rename(tmp_path / "redbtc.db.restored")
     path.touch()
     with pytest.raises(FileExistsError):
-        backup.complete_restore(path)
+        backup_module.complete_restore(path)
     assert requests_in(replaced) == 50
 
 

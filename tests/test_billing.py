@@ -29,30 +29,30 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-import redbtc_billing as billing
-import redbtc_clock
-import redbtc_ledger as ledger
-import redbtc_reports as reports
-import redbtc_store
-from redbtc_billing import Books, Hold, Price, PriceList, Spent
-from redbtc_commits import Health
-from redbtc_ledger import Accounts, Key
-from redbtc_reports import TOKENS, Range
-from redbtc_rows import Row, Usage, UsageSource
-from redbtc_schema import APPLICATION_ID, migrations, schema
-from redbtc_set_time import set_time
-from redbtc_settings import (
-    NANOS,
-    Billing,
-    Conflict,
-    LedgerError,
-    decimal,
-    month_of,
-    month_start,
-    months_after,
-    parse_amount,
-)
-from redbtc_store import Store
+from redbtc.admin.set_time import set_time
+from redbtc.billing import books, statements
+from redbtc.billing import prices as prices_module
+from redbtc.billing import reports as reports_module
+from redbtc.billing.books import Billing
+from redbtc.billing.price_list import PriceTable
+from redbtc.billing.prices import Price
+from redbtc.billing.reports import TOKENS, Range
+from redbtc.billing.spending import Hold, SpendingLimitReached
+from redbtc.config import BillingSettings
+from redbtc.errors import Conflict, UserError
+from redbtc.money import NANOS, decimal, parse_amount
+from redbtc.store import clock as clock_module
+from redbtc.store import consistency
+from redbtc.store import database as database_module
+from redbtc.store import keys as keys_module
+from redbtc.store import requests as requests_module
+from redbtc.store.accounts import Accounts
+from redbtc.store.commits import Health
+from redbtc.store.database import Store
+from redbtc.store.keys import Key
+from redbtc.store.schema import APPLICATION_ID, migrations, schema
+from redbtc.times import month_of, month_start, months_after
+from redbtc.usage import RequestRow, Usage, UsageSource
 
 HOUR = 3_600_000
 DAY = 24 * HOUR
@@ -73,7 +73,7 @@ def test_an_amount_is_its_decimal_string_exactly(nanos: int) -> None:
     ["", "-", ".5", "5.", "1e3", "1,000", "0.0000000001", "NaN", "١", "1 0", "0x1", "9" * 19],
 )
 def test_what_is_no_amount(text: str) -> None:
-    with pytest.raises(LedgerError, match="is not an amount"):
+    with pytest.raises(UserError, match="is not an amount"):
         parse_amount(text)
 
 
@@ -88,7 +88,7 @@ def test_months(number: int, distance: int) -> None:
 
 # ── Costs ────────────────────────────────────────────────────────────────────────────────────────
 
-rates = st.none() | st.integers(0, billing.MOST_RATE) | st.sampled_from([0, NANOS, 37_500_000])
+rates = st.none() | st.integers(0, prices_module.MAX_RATE) | st.sampled_from([0, NANOS, 37_500_000])
 tokens = st.none() | st.integers(0, 10**8) | st.integers(0, 100)
 
 
@@ -111,9 +111,10 @@ def usages(draw: st.DrawFn) -> Usage:
 
 @st.composite
 def prices(draw: st.DrawFn, **fixed: Any) -> Price:
-    calls = st.none() | st.integers(0, billing.MOST_CALL_RATE)
+    calls = st.none() | st.integers(0, prices_module.MAX_CALL_RATE)
     given_rates = {
-        name: draw(calls if name in billing.UNITS else rates) for name in billing.Rates._fields
+        name: draw(calls if name in prices_module.UNITS else rates)
+        for name in prices_module.Rates._fields
     }
     return Price(**{"model": "m", **given_rates, **fixed})
 
@@ -244,13 +245,13 @@ def price_by_hand(
 def test_the_price_of_a_request_is_what_a_model_by_elimination_says(
     rows: list[Price], model: str, at: int, tier: str, input_tokens: int
 ) -> None:
-    tariff = PriceList(rows).tariff(model, at)
+    tariff = PriceTable(rows).tariff(model, at)
     expected = price_by_hand(rows, model, at, tier, input_tokens)
     assert (tariff.price(tier, input_tokens) if tariff else None) == expected
 
 
 def test_exactly_the_threshold_is_the_short_rate() -> None:
-    table = PriceList([Price("m", input=1), Price("m", above_input_tokens=272_000, input=2, id=1)])
+    table = PriceTable([Price("m", input=1), Price("m", above_input_tokens=272_000, input=2, id=1)])
     tariff = table.tariff("m", 0)
     assert tariff is not None
     assert tariff.price("default", 272_000).input == 1
@@ -260,7 +261,7 @@ def test_exactly_the_threshold_is_the_short_rate() -> None:
 
 def test_what_is_held_depends_on_the_tier_asked_for() -> None:
     tiers = {"default": 2, "flex": 1, "priority": 4}
-    table = PriceList(
+    table = PriceTable(
         Price("m", tier=tier, input=rate * NANOS, id=rate) for tier, rate in tiers.items()
     )
     tariff = table.tariff("m", 0)
@@ -313,14 +314,14 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(redbtc_clock, "time", clock)
+    monkeypatch.setattr(clock_module, "time", clock)
     return clock
 
 
 class Bench:
     """Books on a file, opened and closed like a gateway's, driven from synchronous code."""
 
-    def __init__(self, folder: Path, table: Billing) -> None:
+    def __init__(self, folder: Path, table: BillingSettings) -> None:
         self.path = folder / "redbtc.db"
         self.table = table
         self._runner = asyncio.Runner()
@@ -336,7 +337,7 @@ class Bench:
         async def open_all() -> None:
             self._stack = contextlib.AsyncExitStack()
             self.store = await self._stack.enter_async_context(Store.open(self.path, "normal"))
-            self.books = await Books.open(self.store, self.table)
+            self.books = await Billing.open(self.store, self.table)
             self.accounts = Accounts(self.store)
 
         self.run(open_all())
@@ -355,14 +356,14 @@ class Bench:
         """A new key of an account; the account is made where there is none."""
         try:
             self.run(self.accounts.show(account))
-        except LedgerError:
+        except UserError:
             self.run(self.accounts.add(account, None, {}, "test"))
         account_id = self.account(account)["id"]
         added = self.run(self.accounts.add_key(account_id, "", None, limits, "test"))
         return self.key_now(added["key"])
 
     def key_now(self, secret: str) -> Key:
-        key = ledger.key_in_force(self.store, secret)
+        key = keys_module.key_in_force(self.store, secret)
         assert key is not None
         return key
 
@@ -381,19 +382,19 @@ class Bench:
         return self.run(work)
 
     def statement(self, account: str, month: str) -> dict[str, Any]:
-        return self.run(reports.statement(self.books, self.account(account), month))
+        return self.run(statements.statement(self.books, self.account(account), month))
 
     def rows(self, **wanted: Any) -> list[dict[str, Any]]:
         async def read() -> list[dict[str, Any]]:
             async with self.store.snapshot() as snapshot:
-                return await reports.requests_in(snapshot, Range(**wanted), "USD")
+                return await reports_module.requests_in(snapshot, Range(**wanted), "USD")
 
         return self.run(read())
 
-    def begin(self, key: Key, model: str, most: int, at: int) -> tuple[Row, Hold]:
+    def begin(self, key: Key, model: str, most: int, at: int) -> tuple[RequestRow, Hold]:
         """As the gateway does: price, hold, row. Raises Spent."""
         hold = self.run(self.books.hold(key, model, lambda _: most))
-        row = Row(
+        row = RequestRow(
             request_id=f"req_{random.getrandbits(128):032x}",
             account_id=key.account_id,
             key_id=key.id,
@@ -402,12 +403,12 @@ class Bench:
             upstream="test",
             started_at=at,
         )
-        self.run(ledger.begin(self.store, row))
+        self.run(requests_module.begin(self.store, row))
         return row, hold
 
     def settle(
         self,
-        row: Row,
+        row: RequestRow,
         hold: Hold,
         usage: Usage | None,
         tier: str,
@@ -421,17 +422,17 @@ class Bench:
                 row.price_id, row.cost = price.id, price.cost(usage, False)
         row.month = hold.settle(row.cost or 0)
         hold.__exit__()
-        self.run(ledger.settle(self.store, row))
+        self.run(requests_module.settle(self.store, row))
 
 
 @pytest.fixture
 def bench(tmp_path: Path, clock: Clock) -> Iterator[Bench]:
-    bench = Bench(tmp_path, Billing())
+    bench = Bench(tmp_path, BillingSettings())
     yield bench
     bench.close()
 
 
-def use(bench: Bench, key: Key, clock: Clock, model: str = "m", used: int = 1000) -> Row:
+def use(bench: Bench, key: Key, clock: Clock, model: str = "m", used: int = 1000) -> RequestRow:
     row, hold = bench.begin(key, model, 0, clock.now)
     bench.settle(row, hold, Usage(input_tokens=used, output_tokens=0), "default")
     return row
@@ -445,17 +446,17 @@ def test_a_rise_for_a_model_in_use_needs_notice(bench: Bench, clock: Clock) -> N
     clock.now += 1000
     for model, at in (("m", 0), ("m", clock.now + 29 * DAY), ("*", 0), ("[m]", 0)):
         if model == "m":
-            with pytest.raises(LedgerError, match=r"in use and would cost more .*input 6 to 7"):
+            with pytest.raises(UserError, match=r"in use and would cost more .*input 6 to 7"):
                 bench.price(Price(model, input=7 * NANOS, effective_at=at))
         else:  # the price of the name itself has the say
             bench.price(Price(model, input=7 * NANOS, effective_at=at))
     bench.price(Price("m", input=7 * NANOS, effective_at=clock.now + 30 * DAY))
     bench.price(Price("m", input=4 * NANOS))  # a fall may be at once
-    with pytest.raises(LedgerError, match="input 4 to 5"):
+    with pytest.raises(UserError, match="input 4 to 5"):
         bench.price(Price("m", input=5 * NANOS, effective_at=clock.now + DAY))
-    with pytest.raises(LedgerError, match=r"input 4 to 8 \(priority\)"):
+    with pytest.raises(UserError, match=r"input 4 to 8 \(priority\)"):
         bench.price(Price("m", tier="priority", input=8 * NANOS))
-    with pytest.raises(LedgerError, match=r"input 4 to 9 \(above 1000 input tokens\)"):
+    with pytest.raises(UserError, match=r"input 4 to 9 \(above 1000 input tokens\)"):
         bench.price(Price("m", above_input_tokens=1000, input=9 * NANOS))
     added = bench.price(Price("m", input=8 * NANOS), without_notice="our own cost")
     (row,) = added["prices"]
@@ -495,7 +496,7 @@ def test_each_of_many_rises_is_told(bench: Bench, clock: Clock) -> None:
     bench.price(*(Price(name, input=2 * NANOS, effective_at=at) for name in names))
     told = [each["text"] for each in bench.run(bench.books.notices())]
     assert len(told) > 1
-    assert all(len(text) <= billing.NOTICE_TEXT for text in told)
+    assert all(len(text) <= books.NOTICE_TEXT for text in told)
     found = re.findall(r"(model-\d+): input 1 to 2\.", " ".join(told))
     assert sorted(found) == names
 
@@ -518,20 +519,22 @@ def test_a_more_specific_pattern_can_hide_no_rise(bench: Bench, clock: Clock) ->
     bench.price(Price("gpt-*", input=5 * NANOS))
     use(bench, key, clock, "gpt-5.5")
     for pattern in ("gpt-5*", "gpt-5.5", "gpt-?.?"):
-        with pytest.raises(LedgerError, match=r"gpt-5\.5 is in use"):
+        with pytest.raises(UserError, match=r"gpt-5\.5 is in use"):
             bench.price(Price(pattern, input=6 * NANOS))
     # Lower now, but it would be in the way of a fall that has been announced.
     bench.price(Price("gpt-*", input=1 * NANOS, effective_at=clock.now + DAY))
-    with pytest.raises(LedgerError, match="input 1 to 4"):
+    with pytest.raises(UserError, match="input 1 to 4"):
         bench.price(Price("gpt-5.5", input=4 * NANOS))
 
 
 def test_free_models_in_use_rise_when_they_get_a_price(tmp_path: Path, clock: Clock) -> None:
-    with contextlib.closing(Bench(tmp_path, Billing(unpriced_models="free"))) as bench:
+    with contextlib.closing(Bench(tmp_path, BillingSettings(unpriced_models="free"))) as bench:
         use(bench, bench.key("a"), clock)
-        with pytest.raises(LedgerError, match="input 0 to 1"):
+        with pytest.raises(UserError, match="input 0 to 1"):
             bench.price(Price("m", input=1 * NANOS))
-        bench.books.settings = Billing()  # refused until now: whoever wants it has yet to agree
+        bench.books.settings = (
+            BillingSettings()
+        )  # refused until now: whoever wants it has yet to agree
         bench.price(Price("m", input=1 * NANOS))
 
 
@@ -541,7 +544,7 @@ def test_a_price_that_was_used_can_not_be_changed_afterwards(bench: Bench, clock
     bench.price(Price("m", input=4 * NANOS, effective_at=clock.now - 30 * DAY))
     use(bench, key, clock)
     clock.now += 1000
-    with pytest.raises(LedgerError, match="its price then can't be changed any more"):
+    with pytest.raises(UserError, match="its price then can't be changed any more"):
         bench.price(Price("m", input=1 * NANOS, effective_at=clock.now - DAY))
     with (
         contextlib.closing(sqlite3.connect(bench.path)) as database,
@@ -554,7 +557,7 @@ def test_what_is_in_flight_is_in_use(bench: Bench, clock: Clock) -> None:
     key = bench.key("a")
     bench.price(Price("m", input=5 * NANOS))
     row, hold = bench.begin(key, "m", 0, clock.now)
-    with pytest.raises(LedgerError, match="in use"):
+    with pytest.raises(UserError, match="in use"):
         bench.price(Price("m", input=6 * NANOS))
     bench.settle(row, hold, None, "default")
 
@@ -595,9 +598,9 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
     with pytest.raises(Conflict, match="of 5 already"):
         bench.pay("a", 6 * NANOS, "r")
     bench.pay("b", 6 * NANOS, "r")
-    with pytest.raises(LedgerError, match="needs a reason"):
+    with pytest.raises(UserError, match="needs a reason"):
         bench.run(bench.books.pay(bench.account("a"), -1, reference=None, reason=None, by="test"))
-    with pytest.raises(LedgerError, match="of 0 is none"):
+    with pytest.raises(UserError, match="of 0 is none"):
         bench.pay("a", 0)
 
 
@@ -621,14 +624,14 @@ def test_amounts_beyond_what_a_float_or_a_column_holds(bench: Bench, clock: Cloc
     for _ in range(3):
         bench.pay("a", large)
     bench.pay("a", -NANOS // 2)
-    bench.price(Price("m", input=billing.MOST_RATE))
+    bench.price(Price("m", input=prices_module.MAX_RATE))
     costs = [use(bench, key, clock, used=99_999_999).cost or 0 for _ in range(30)]
     assert sum(costs) > 2**63
     balance = 3 * large - NANOS // 2 - sum(costs)
     statement = bench.statement("a", "2026-11")
     assert parse_amount(statement["closing_balance"]) == balance
     assert parse_amount(statement["totals"]["cost"]) == sum(costs)
-    assert bench.run(ledger.check_database(bench.store)) == []
+    assert bench.run(consistency.check_database(bench.store)) == []
     bench.stop()
     bench.start()
     purse = bench.run(bench.books.purse(key.account_id))
@@ -637,8 +640,8 @@ def test_amounts_beyond_what_a_float_or_a_column_holds(bench: Bench, clock: Cloc
 
 def test_another_currency_is_another_ledger(bench: Bench) -> None:
     bench.price(Price("m", input=1))
-    with pytest.raises(LedgerError, match=r"billing\.currency is EUR, but the ledger is in USD"):
-        bench.run(Books.open(bench.store, Billing(currency="EUR")))
+    with pytest.raises(UserError, match=r"billing\.currency is EUR, but the ledger is in USD"):
+        bench.run(Billing.open(bench.store, BillingSettings(currency="EUR")))
 
 
 # ── Usage ────────────────────────────────────────────────────────────────────────────────────────
@@ -649,9 +652,9 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """300 requests of three accounts over a week, some in flight, with usage or without."""
     clock, chance = Clock(), random.Random(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as exits:
-        patch.setattr(redbtc_clock, "time", clock)
+        patch.setattr(clock_module, "time", clock)
         bench = exits.enter_context(
-            contextlib.closing(Bench(tmp_path_factory.mktemp("crowded"), Billing()))
+            contextlib.closing(Bench(tmp_path_factory.mktemp("crowded"), BillingSettings()))
         )
         keys = [bench.key(name) for name in ("a", "a", "b", "c")]
         bench.price(Price("*", input=3 * NANOS, output=7 * NANOS + 1), Price("o", input=10**12))
@@ -679,7 +682,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     account=st.sampled_from([None, "a", "b"]),
     model=st.sampled_from([None, "gpt-*", "renamed", "o"]),
     of_key=st.booleans(),
-    names=st.lists(st.sampled_from(list(reports.GROUPS)), unique=True),
+    names=st.lists(st.sampled_from(list(reports_module.GROUPS)), unique=True),
 )
 def test_sums_are_those_of_the_rows(
     crowded: Bench,
@@ -702,7 +705,7 @@ def test_sums_are_those_of_the_rows(
         "since": START + since,
         "until": START + until,
     }
-    found = crowded.run(reports.usage_by(crowded.store, Range(**wanted), names, "USD"))
+    found = crowded.run(reports_module.usage_by(crowded.store, Range(**wanted), names, "USD"))
     labels = {"day": "day", "model": "model", "key": "key_id", "account": "account"}
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {} if names else {(): []}
     for row in crowded.rows(**wanted):
@@ -730,9 +733,9 @@ def test_the_check_finds_usage_that_is_not_the_sum_of_its_requests(
     key = bench.key("a")
     bench.price(Price("m", input=5 * NANOS))
     use(bench, key, clock)
-    assert bench.run(ledger.check_database(bench.store)) == []
+    assert bench.run(consistency.check_database(bench.store)) == []
     bench.run(bench.store.transact(("UPDATE usage_by_day SET cost_nanos = cost_nanos + 1", ())))
-    found = [line.partition(":")[0] for line in bench.run(ledger.check_database(bench.store))]
+    found = [line.partition(":")[0] for line in bench.run(consistency.check_database(bench.store))]
     assert found == [
         "usage that is not the sum of its requests",
         "usage by month that is not the sum of its days",
@@ -757,7 +760,7 @@ def test_snapshots_are_few_at_a_time(bench: Bench) -> None:
         await asyncio.gather(*(read() for _ in range(100)))
 
     bench.run(read_all())
-    assert most == redbtc_store.MOST_SNAPSHOTS
+    assert most == database_module.MAX_SNAPSHOTS
 
 
 def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Clock) -> None:
@@ -779,13 +782,13 @@ def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Cloc
                    ('req_2', 'acct_1', 'key_1', '/v1/responses', 'm', 'u', {START}, 'pending',
                     'none', NULL);"""
         )
-    with contextlib.closing(Bench(tmp_path, Billing())) as bench:
+    with contextlib.closing(Bench(tmp_path, BillingSettings())) as bench:
         statement = bench.statement("old", "2026-11")
         assert statement["totals"]["requests"] == 2  # one of them interrupted
         assert statement["totals"]["input_tokens"] == 5
         assert statement["closing_balance"] == "0"
         assert [row["cost"] for row in bench.rows()] == [None, None]
-        assert bench.run(ledger.check_database(bench.store)) == []
+        assert bench.run(consistency.check_database(bench.store)) == []
 
 
 @pytest.mark.parametrize("whose", ["account", "key"])
@@ -796,10 +799,10 @@ def test_a_budget_starts_anew_with_the_month(bench: Bench, clock: Clock, whose: 
     bench.price(Price("m", input=5 * NANOS))
     clock.now = month_start("2026-12") - 1
     row, hold = bench.begin(key, "m", 5_000_000, clock.now)
-    with pytest.raises(Spent, match=f"the {whose}'s monthly budget 0 is left"):
+    with pytest.raises(SpendingLimitReached, match=f"the {whose}'s monthly budget 0 is left"):
         bench.begin(key, "m", 1, clock.now)
     bench.settle(row, hold, Usage(input_tokens=1000), "default")
-    with pytest.raises(Spent):
+    with pytest.raises(SpendingLimitReached):
         bench.begin(key, "m", 1, clock.now)
     clock.now += 1
     row, hold = bench.begin(key, "m", 5_000_000, clock.now)
@@ -848,12 +851,12 @@ def test_a_closed_month_has_what_was_settled_in_its_last_instant(
             row.outcome, row.usage_source, row.cost = "completed", "upstream", 5000
             row.usage = Usage(input_tokens=1000)
             row.month = hold.settle(row.cost)
-            written.append(asyncio.ensure_future(ledger.settle(bench.store, row)))
+            written.append(asyncio.ensure_future(requests_module.settle(bench.store, row)))
         await asyncio.sleep(0)
         clock.now += 1
-        first = await reports.statement(bench.books, account, "2026-11")
+        first = await statements.statement(bench.books, account, "2026-11")
         await asyncio.gather(*written)
-        return first, await reports.statement(bench.books, account, "2026-11")
+        return first, await statements.statement(bench.books, account, "2026-11")
 
     first, second = bench.run(ask())
     assert first["closed"]
@@ -869,7 +872,7 @@ def test_a_closed_month_has_what_was_settled_in_its_last_instant(
 class Flight:
     """A request in flight, as the model remembers it."""
 
-    row: Row
+    row: RequestRow
     hold: Hold
     key: int
     most: int
@@ -903,9 +906,9 @@ class Money(RuleBasedStateMachine):
     def open(self) -> None:
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(redbtc_clock, "time", self.clock)
+        self.patch.setattr(clock_module, "time", self.clock)
         self.folder = tempfile.TemporaryDirectory()
-        self.bench = Bench(Path(self.folder.name), Billing(default_credit_limit="0"))
+        self.bench = Bench(Path(self.folder.name), BillingSettings(default_credit_limit="0"))
         accounts = self.bench.accounts
         account = self.bench.run(accounts.add("a", None, {"monthly_budget": BUDGET}, "test"))
         self.secrets = [
@@ -1001,7 +1004,7 @@ class Money(RuleBasedStateMachine):
         if refused and (not self.flights and now - self.last_use > 85 * DAY):
             return  # in use or not is a matter of days here
         if refused:
-            with pytest.raises(LedgerError, match="in use"):
+            with pytest.raises(UserError, match="in use"):
                 self.bench.price(new)
             return
         slot = [
@@ -1048,7 +1051,7 @@ class Money(RuleBasedStateMachine):
         if key == 1:
             left.append(KEY_BUDGET - self.expected.spent(month, 1) - held_by_key)
         if most and most > min(left):
-            with pytest.raises(Spent):
+            with pytest.raises(SpendingLimitReached):
                 self.bench.begin(of_key, "m", most, self.clock.now)
             return
         rows = list(self.expected.rows)
@@ -1086,7 +1089,7 @@ class Money(RuleBasedStateMachine):
         """The client left before it was sent: it is taken back."""
         flight = self.flights.pop(which % len(self.flights))
         flight.hold.__exit__()
-        self.bench.run(ledger.forget(self.bench.store, flight.row))
+        self.bench.run(requests_module.forget(self.bench.store, flight.row))
 
     # The process
 
@@ -1152,7 +1155,7 @@ class Money(RuleBasedStateMachine):
             cost for _, _, cost in expected.costs
         )
         assert len(rows) == expected.requests + len(self.flights)
-        assert self.bench.run(ledger.check_database(self.bench.store)) == []
+        assert self.bench.run(consistency.check_database(self.bench.store)) == []
 
     @invariant()
     def the_balance_agrees(self) -> None:

@@ -32,9 +32,12 @@ from upstream import (
     response_object,
 )
 
-from redbtc_body import Content, Form, decompressed, read_members
-from redbtc_meter import result_of
-from redbtc_refusals import Refusal
+from redbtc.meter.answers import result_of
+from redbtc.refusals import Refusal
+from redbtc.request_body.content import RequestBody
+from redbtc.request_body.forms import Form
+from redbtc.request_body.media import decompressed
+from redbtc.request_body.strict_json import read_members
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -454,7 +457,7 @@ def test_nothing_in_a_body_takes_long() -> None:
 
     def read(body: bytes) -> None:
         with contextlib.suppress(Refusal):
-            result_of(Content.steps(body, body, model_needed=True)).further_models()
+            result_of(RequestBody.steps(body, body, model_needed=True)).further_models()
 
     def read_form(body: bytes) -> None:
         form = Form(b"xyz")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from speed import cost
 
-from redbtc_charts import Chart, Series, axis_ticks, short, stacked
+from redbtc.dashboard.charts import Chart, Series, axis_ticks, short, stacked
 
 WIDE, NARROW = (720, 240), (340, 220)
 BAR = re.compile(r"M([\d.]+) ([\d.]+)V([\d.]+)h([\d.]+)V([\d.]+)")

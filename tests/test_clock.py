@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from test_stored import Memory, create
 from upstream import Upstream, json_answer, response_object
 
-from redbtc_billing import DAY
-from redbtc_clock import BELIEVED_AFTER, MS, LedgerClock
-from redbtc_schema import migrations, schema
-from redbtc_set_time import LATER, MOVES, SET_TIME, TIME_IS_SET
-from redbtc_settings import LedgerError, month_of
+from redbtc.admin.set_time import LATER, MOVES, SET_TIME, TIME_IS_SET
+from redbtc.errors import UserError
+from redbtc.store.clock import BELIEVED_AFTER, MS, LedgerClock
+from redbtc.store.schema import migrations, schema
+from redbtc.times import DAY, month_of
 
 HOUR = 3_600_000
 REQUEST = {"model": "m", "input": "Hi"}
@@ -52,7 +52,7 @@ class Clocks:
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
     clocks = Clocks()
-    monkeypatch.setattr("redbtc_clock.time", clocks)
+    monkeypatch.setattr("redbtc.store.clock.time", clocks)
     return clocks
 
 
@@ -74,7 +74,7 @@ def test_time_never_goes_back_and_believes_only_what_lasts(steps: list[tuple[int
     clock has kept, within an hour, for ten minutes; or the time stands still."""
     with pytest.MonkeyPatch.context() as patch:
         clocks = Clocks()
-        patch.setattr("redbtc_clock.time", clocks)
+        patch.setattr("redbtc.store.clock.time", clocks)
         clock = LedgerClock()
         kept, seen = (
             [clocks.wall - clocks.elapsed],
@@ -104,7 +104,7 @@ def test_time_never_goes_back_and_believes_only_what_lasts(steps: list[tuple[int
 def test_many_small_jumps_are_a_large_one(steps: list[tuple[int, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clocks = Clocks()
-        patch.setattr("redbtc_clock.time", clocks)
+        patch.setattr("redbtc.store.clock.time", clocks)
         clock = LedgerClock()
         true = clocks.wall
         for passed, jump in steps:
@@ -156,7 +156,7 @@ def test_an_accepted_clock_is_followed_wherever_it_jumps(clocks: Clocks) -> None
 def test_setting_the_time_back_believes_a_clock_that_is_behind(clocks: Clocks) -> None:
     clock = LedgerClock()
     clock.go_on_from(clocks.wall + 400 * DAY)
-    with pytest.raises(LedgerError, match="more than a day later"):
+    with pytest.raises(UserError, match="more than a day later"):
         clock.start(accept=False)
     clock.set_back(clocks.wall)
     clock.start(accept=False)
@@ -190,8 +190,8 @@ def time_ns():
         return true_ns() + int(file.read()) * 10**9
 time.time_ns = time_ns
 sys.path.insert(0, {root!r})
-import redbtc_clock
-redbtc_clock.BELIEVED_AFTER = int({seconds!r} * 10**9)
+from redbtc.store import clock
+clock.BELIEVED_AFTER = int({seconds!r} * 10**9)
 """
 
 

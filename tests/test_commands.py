@@ -15,10 +15,13 @@ from conftest import MakeGateway
 from gateway import ROOT, Gateway
 from upstream import Upstream
 
-import redbtc_ledger as ledger
-import redbtc_proxy
-from redbtc_schema import migrations
-from redbtc_settings import Settings, load_settings
+from redbtc.cli import (
+    main,
+    serve,  # noqa: F401
+)
+from redbtc.config import Settings, load_settings
+from redbtc.store import keys
+from redbtc.store.schema import migrations
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -60,20 +63,20 @@ def test_only_the_hash_is_stored(make_gateway: MakeGateway) -> None:
         dump = "\n".join(database.iterdump())
     database.close()
     assert key[10:40] not in dump
-    hashed = ledger.hash_of_key(key)
+    hashed = keys.hash_of_key(key)
     assert hashed is not None
     assert hashed.hex().upper() in dump.upper()
 
 
 def test_a_keys_form() -> None:
     for _ in range(200):
-        key = ledger.new_key()
-        assert ledger.hash_of_key(key)
-        assert ledger.hash_of_key(key[:-7] + ("A" if key[-7] != "A" else "B") + key[-6:]) is None
-    for wrong in ("", "sk-redbtc-", "sk-" + "0" * 56, ledger.new_key() + "\n", "\u00e9"):
-        assert ledger.hash_of_key(wrong) is None
-    assert ledger.base62(0, 3) == "000"
-    assert ledger.base62(62**2, 3) == "100"
+        key = keys.new_key()
+        assert keys.hash_of_key(key)
+        assert keys.hash_of_key(key[:-7] + ("A" if key[-7] != "A" else "B") + key[-6:]) is None
+    for wrong in ("", "sk-redbtc-", "sk-" + "0" * 56, keys.new_key() + "\n", "\u00e9"):
+        assert keys.hash_of_key(wrong) is None
+    assert keys.base62(0, 3) == "000"
+    assert keys.base62(62**2, 3) == "100"
 
 
 @pytest.mark.parametrize(
@@ -265,9 +268,7 @@ def test_the_settings_file_shows_every_default(monkeypatch: pytest.MonkeyPatch) 
 
 def test_help_of_every_command() -> None:
     def walk(command: click.Command, path: list[str]) -> int:
-        done = CliRunner().invoke(
-            redbtc_proxy.commands.commands, [*path, "--help"], prog_name="redbtc-proxy"
-        )
+        done = CliRunner().invoke(main.commands, [*path, "--help"], prog_name="redbtc-proxy")
         assert done.exit_code == 0
         assert "Usage: redbtc-proxy" in done.output
         assert command.help
@@ -276,7 +277,7 @@ def test_help_of_every_command() -> None:
         inner = command.commands if isinstance(command, click.Group) else {}
         return 1 + sum(walk(each, [*path, name]) for name, each in inner.items())
 
-    assert walk(redbtc_proxy.commands.commands, []) > 25
+    assert walk(main.commands, []) > 25
 
 
 def test_names_steer_neither_terminal_nor_spreadsheet(gateway: Gateway, key: str) -> None:

@@ -33,7 +33,7 @@ from upstream import (
     stream,
 )
 
-from redbtc_store import Store
+from redbtc.store.database import Store
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 KILLS = 50

@@ -32,29 +32,26 @@ from speed import Stalls, cost, process_seconds, unit
 from starlette.requests import Request
 from upstream import Received, Reply, Upstream, event, json_answer
 
-import redbtc_dashboard as dashboard
-from redbtc_ledger import Accounts
-from redbtc_proxy import MAX_ASKED
-from redbtc_reports import csv_line
-from redbtc_schema import APPLICATION_ID, migrations, schema
-from redbtc_settings import Conflict, LedgerError, NotFound
-from redbtc_store import Store
-from redbtc_users import (
-    LINK_LASTS,
-    LOGINS_KNOWN,
-    MOST_OF_ONE,
-    MOST_SESSIONS,
+from redbtc import money
+from redbtc.admin.passwords import (
+    MAX_OF_ONE,
     Busy,
-    Hashing,
+    HashingPool,
     Later,
     Throttle,
     TooMany,
-    Users,
     check_password,
-    hash_of,
     scrypt,
 )
-from redbtc_visitors import network_of
+from redbtc.admin.users import LINK_LASTS, LOGINS_KNOWN, MAX_SESSIONS, Users, hash_of
+from redbtc.billing.csv import csv_line
+from redbtc.dashboard import account_pages, app, operator_pages, rendering
+from redbtc.dashboard.sessions import network_of
+from redbtc.errors import Conflict, NotFound, UserError
+from redbtc.gateway.state import MAX_ASKED
+from redbtc.store.accounts import Accounts
+from redbtc.store.database import Store
+from redbtc.store.schema import APPLICATION_ID, migrations, schema
 
 sys.path.append(str(ROOT / "bench"))
 from bench import fill
@@ -324,7 +321,7 @@ def test_a_cell_is_no_formula(text: str) -> None:
     ],
 )
 def test_a_browser_is_called_as_people_call_it(agent: str, called: str) -> None:
-    assert dashboard.browser(agent) == called
+    assert rendering.browser(agent) == called
 
 
 def test_passwords_that_are_too_easy() -> None:
@@ -342,7 +339,7 @@ def test_passwords_that_are_too_easy() -> None:
         "x" * 1001,
         "ada@example.com ada",
     ):
-        with pytest.raises(LedgerError, match="password"):
+        with pytest.raises(UserError, match="password"):
             check_password(password, "ada@example.com")
     check_password(PASSWORD, "ada@example.com")
 
@@ -353,7 +350,7 @@ def test_none_takes_longer_to_judge_than_to_hash() -> None:
     hashing = cost(lambda: scrypt(PASSWORD, bytes(16)))
 
     def judge(password: str, email: str) -> None:
-        with contextlib.suppress(LedgerError):
+        with contextlib.suppress(UserError):
             check_password(password, email)
 
     dots = [".".join("o" * length for length in range(*ends)) for ends in ((1, 10), (10, 21))]
@@ -445,7 +442,7 @@ def test_guessing_from_everywhere_keeps_no_browser_out_that_knows_the_login(
 
 def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
     async def main() -> None:
-        hashing = Hashing()
+        hashing = HashingPool()
         with contextlib.ExitStack() as rooms:
 
             def ask(who: str, network: str, times: int) -> int:
@@ -457,10 +454,10 @@ def test_whoever_is_known_finds_room_where_strangers_find_none() -> None:
                 return times
 
             for network in range(9):
-                assert ask("anybody", str(network), 12) == MOST_OF_ONE
-            assert ask("anybody", "another", 12) == MOST_OF_ONE  # which are all
+                assert ask("anybody", str(network), 12) == MAX_OF_ONE
+            assert ask("anybody", "another", 12) == MAX_OF_ONE  # which are all
             assert ask("anybody", "yet another", 1) == 0
-            assert ask("known", "1", 12) == MOST_OF_ONE
+            assert ask("known", "1", 12) == MAX_OF_ONE
             room = rooms.enter_context(hashing.room("known", "another"))
             assert await room.run(scrypt, "a", b"b") == scrypt("a", b"b")
         assert not hashing._waiting
@@ -712,8 +709,10 @@ async def guess_from_everywhere(users: Users) -> None:
 
 @pytest.fixture
 def quick_scrypt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("redbtc_users.scrypt", lambda password, salt: hash_of(f"{password}{salt}"))
-    monkeypatch.setattr("redbtc_users.check_password", lambda *_: None)
+    monkeypatch.setattr(
+        "redbtc.admin.passwords.scrypt", lambda password, salt: hash_of(f"{password}{salt}")
+    )
+    monkeypatch.setattr("redbtc.admin.passwords.check_password", lambda *_: None)
 
 
 @pytest.mark.usefixtures("quick_scrypt")
@@ -790,8 +789,8 @@ def test_an_account_s_logins_fill_no_room_of_others(
                     verify = functools.partial(users.verify, email, "x", browser=own.browser)
                     asks.append(lambda network, verify=verify: verify(network=network))
             go = threading.Event()
-            monkeypatch.setattr("redbtc_users.scrypt", lambda *_: go.wait() and hashed)
-            monkeypatch.setattr("redbtc_users.check_password", lambda *_: go.wait())
+            monkeypatch.setattr("redbtc.admin.passwords.scrypt", lambda *_: go.wait() and hashed)
+            monkeypatch.setattr("redbtc.admin.passwords.check_password", lambda *_: go.wait())
             flood = [
                 asyncio.ensure_future(ask(f"network {number}"))
                 for ask in asks[which::3]
@@ -811,7 +810,7 @@ def test_an_account_s_logins_fill_no_room_of_others(
 
 def test_an_account_without_room_keeps_no_login_out_that_has_other_room() -> None:
     """Of those that a browser knows; an operator's needs none of an account."""
-    hashing = Hashing()
+    hashing = HashingPool()
 
     def is_full(accounts: list[str | None]) -> bool:
         try:
@@ -821,7 +820,7 @@ def test_an_account_without_room_keeps_no_login_out_that_has_other_room() -> Non
             return True
 
     with contextlib.ExitStack() as waiting:
-        for number in range(MOST_OF_ONE):
+        for number in range(MAX_OF_ONE):
             waiting.enter_context(hashing.room("known", f"network {number}", ["a"]))
         found = [is_full(each) for each in (["a"], ["a", "b"], ["b", "a"], ["a", None], [None])]
         assert found == [True, False, False, False, False]
@@ -927,7 +926,7 @@ def test_of_too_many_sessions_the_oldest_end(
             instant = store.time()
             monkeypatch.setattr(store, "time", lambda: instant)
             begun = []
-            for _ in range(MOST_SESSIONS + 5):
+            for _ in range(MAX_SESSIONS + 5):
                 logged_in = await users.log_in(user["id"], hashed, "")
                 session = users.session(logged_in.cookie) if logged_in else None
                 assert logged_in is not None
@@ -1153,9 +1152,9 @@ OPERATORS_FORMS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
-    assert set(FORMS["/keys"]) == set(dashboard.KEY_ACTIONS)
-    assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(dashboard.USER_ACTIONS)
-    assert set(FORMS["/manage"]) == set(dashboard.MANAGE_ACTIONS)
+    assert set(FORMS["/keys"]) == set(app.KEY_ACTIONS)
+    assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(app.USER_ACTIONS)
+    assert set(FORMS["/manage"]) == set(app.MANAGE_ACTIONS)
     for name in ("a", "b"):
         gateway.new_key(name)
     operator = closing(new_user(gateway, "op@example.com"))
@@ -1254,9 +1253,9 @@ def test_another_account_s_ids_in_addresses(
 def test_money_has_its_currency_s_digits(
     amount: str, currency: str, rounded: str, exact: str
 ) -> None:
-    assert dashboard.money(amount, currency) == rounded
-    assert dashboard.exact(amount, currency) == exact
-    column = dashboard.aligned(amount, currency)
+    assert money.money(amount, currency) == rounded
+    assert rendering.exact(amount, currency) == exact
+    column = rendering.aligned(amount, currency)
     assert column.strip() == exact
     assert len(column) - column.find(".") == 10 if "." in column else column.endswith("\u2007" * 10)
 
@@ -1270,7 +1269,7 @@ def test_money_has_its_currency_s_digits(
     ],
 )
 def test_a_message_is_a_sentence_and_a_name_stays_as_it_is(text: str, shown: str) -> None:
-    assert dashboard.sentence(text) == shown
+    assert app.sentence(text) == shown
 
 
 def cells(text: str, caption: str) -> list[list[str]]:
@@ -1298,14 +1297,14 @@ def test_what_pages_say_is_what_the_ledger_says(
     today = rows[-1]["started_at"][:10]
     operator = closing(new_user(gateway, "op@example.com"))
     shown = cells(operator.get("/dashboard/overview").text, "Traffic and spend by day")
-    assert len(shown) == dashboard.DAYS
-    assert shown[-1] == [today, "3", "1", dashboard.exact(f"{cost:f}", "USD")]
+    assert len(shown) == operator_pages.DAYS
+    assert shown[-1] == [today, "3", "1", rendering.exact(f"{cost:f}", "USD")]
     assert set(shown[-2][1:]) == {"0", "0.00"}
     path = f"/dashboard/accounts/{gateway.api('GET', '/accounts/test')['id']}"
     by_model = cells(operator.get(path).text, "Usage by day")
     assert [[*row[:3], row[-1]] for row in by_model] == [
         [today, "free", "1", "0.00"],
-        [today, "gpt-5.5", "3", dashboard.exact(f"{cost:f}", "USD")],
+        [today, "gpt-5.5", "3", rendering.exact(f"{cost:f}", "USD")],
     ]
     of_models = operator.get("/admin/v1/usage?group_by=day,model&top=1").json()
     assert [(row["model"], row["requests"]) for row in of_models["groups"]] == [
@@ -1314,9 +1313,9 @@ def test_what_pages_say_is_what_the_ledger_says(
     ]
     assert of_models["totals"]["requests"] == 4
     month = cells(operator.get(f"{path}/billing").text, "By month")
-    assert month == [[today[:7], "so far", "4", dashboard.money(f"{cost:f}", "USD"), "0.00"]]
+    assert month == [[today[:7], "so far", "4", money.money(f"{cost:f}", "USD"), "0.00"]]
     statement = html.unescape(operator.get(f"{path}/billing/{today[:7]}").text)
-    assert f"exactly -{dashboard.exact(f'{cost:f}', 'USD')}<" in statement
+    assert f"exactly -{rendering.exact(f'{cost:f}', 'USD')}<" in statement
     assert "4 requests: 0 estimated,\n1 without usage." in statement
     day = date.fromisoformat(today)
     for since, until, count in ((day, day, 4), (None, day - timedelta(1), 0), (day, None, 4)):
@@ -2111,7 +2110,8 @@ def test_the_pages_of_keys_are_all_keys_once(
 ) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
     made = [
-        gateway.api("POST", "/accounts/a/keys", {})["id"] for _ in range(dashboard.ON_A_PAGE + 1)
+        gateway.api("POST", "/accounts/a/keys", {})["id"]
+        for _ in range(operator_pages.ON_A_PAGE + 1)
     ]
     owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
     path = f"/dashboard/accounts/{owner.user['account_id']}/keys"
@@ -2120,7 +2120,7 @@ def test_the_pages_of_keys_are_all_keys_once(
     second = owner.get(f"{path}?page=2").text
     assert "page=3" not in second
     shown = [re.findall(r"<code>(key_\w+)</code>", text) for text in (first, second)]
-    assert [len(each) for each in shown] == [dashboard.ON_A_PAGE, 1]
+    assert [len(each) for each in shown] == [operator_pages.ON_A_PAGE, 1]
     assert [*shown[0], *shown[1]] == made[::-1]
     assert 'rel="prev" href="?page=1"' in second
     assert "Page 2 of 2" in second
@@ -2134,7 +2134,7 @@ def test_the_pages_of_keys_are_all_keys_once(
 def test_the_pages_of_accounts_are_all_accounts_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    names = [f"a {number:02}" for number in range(dashboard.ON_A_PAGE + 1)]
+    names = [f"a {number:02}" for number in range(operator_pages.ON_A_PAGE + 1)]
     for name in names:
         gateway.api("POST", "/accounts", {"name": name})
     operator = closing(new_user(gateway, "op@example.com"))
@@ -2185,7 +2185,7 @@ def test_the_pages_of_notices_are_all_notices_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
-    most = dashboard.ON_A_PAGE
+    most = operator_pages.ON_A_PAGE
     texts = [f"notice {number:03}" for number in range(most + 1)]
     for text in texts:
         gateway.api("POST", "/notices", {"kind": "incident", "text": text})
@@ -2197,8 +2197,8 @@ def test_the_pages_of_notices_are_all_notices_once(
         shown = [list(dict.fromkeys(re.findall(r"notice \d{3}", text))) for text in found]
         assert shown == [texts[:0:-1], texts[:1]]
     overview = owner.get(account).text
-    assert re.findall(r"notice \d{3}", overview) == texts[: -dashboard.MOST_TOLD - 1 : -1]
-    assert f">{most + 1 - dashboard.MOST_TOLD} more notices<" in overview
+    assert re.findall(r"notice \d{3}", overview) == texts[: -account_pages.MAX_TOLD - 1 : -1]
+    assert f">{most + 1 - account_pages.MAX_TOLD} more notices<" in overview
 
 
 HELD_UNITS = 100  # 70 ms on an ordinary machine

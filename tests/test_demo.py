@@ -21,7 +21,7 @@ import uvicorn
 from gateway import PATIENCE_SECONDS, USUAL
 from starlette.testclient import TestClient
 
-import redbtc_demo
+from redbtc import demo
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 HELLO: Any = [
@@ -46,12 +46,12 @@ def tokens(text: str) -> int:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redbtc_demo, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(demo, "PAUSE_SECONDS", 0)
 
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
-    with TestClient(redbtc_demo.app()) as running:
+    with TestClient(demo.app()) as running:
         yield running
 
 
@@ -59,7 +59,7 @@ def client() -> Iterator[TestClient]:
 def base_url() -> Iterator[str]:
     """A real server on a loopback port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(redbtc_demo.app(), ws="none", log_config=None))
+        server = uvicorn.Server(uvicorn.Config(demo.app(), ws="none", log_config=None))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
@@ -155,8 +155,8 @@ def test_sdk_images_are_pictures(sdk: openai.OpenAI) -> None:
     pictures = [base64.b64decode(each.data[0].b64_json) for each in (made, edited)]
     assert [decode_png(each)[:2] for each in pictures] == [(64, 64)] * 2
     assert pictures[0] != pictures[1]
-    assert pictures[0] == redbtc_demo.picture("a small square")
-    assert pictures[1] == redbtc_demo.picture("ein größeres Quadrat")
+    assert pictures[0] == demo.picture("a small square")
+    assert pictures[1] == demo.picture("ein größeres Quadrat")
     assert [each.type for each in partial] == ["image_generation.partial_image"] * 2
     assert [each.partial_image_index for each in partial] == [0, 1]
     assert last.type == "image_generation.completed"
@@ -287,7 +287,7 @@ def test_edits_take_json_and_forms(client: TestClient) -> None:
         (first, partial), (second, completed) = events(got.text)
         assert (first, second) == ("image_edit.partial_image", "image_edit.completed")
         assert partial["b64_json"] == completed["b64_json"]
-        assert base64.b64decode(completed["b64_json"]) == redbtc_demo.picture("täst")
+        assert base64.b64decode(completed["b64_json"]) == demo.picture("täst")
         assert completed["usage"]["input_tokens"] == 1
 
 
@@ -302,7 +302,7 @@ def test_words_pass_one_by_one_and_a_client_may_leave(
     base_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With a pause that never ends the first event still arrives, and leaving ends the stream."""
-    monkeypatch.setattr(redbtc_demo, "PAUSE_SECONDS", 3600)
+    monkeypatch.setattr(demo, "PAUSE_SECONDS", 3600)
     body = {"model": "m", "input": "x", "stream": True}
     with httpx2.stream("POST", f"{base_url}/responses", json=body, **USUAL) as got:
         assert b"response.created" in next(got.iter_raw())
@@ -320,7 +320,7 @@ def test_a_torn_upload_is_no_failure() -> None:
         del message
 
     scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": []}
-    asyncio.run(redbtc_demo.app()({**scope, "query_string": b""}, receive, send))
+    asyncio.run(demo.app()({**scope, "query_string": b""}, receive, send))
 
 
 def test_a_compressed_body_is_read(client: TestClient) -> None:

@@ -40,21 +40,18 @@ from upstream import (
 )
 from websockets.sync.client import connect
 
-from redbtc_billing import Hold, Price, PriceList, Purse
-from redbtc_body import Content
-from redbtc_estimates import (
-    Most,
-    Progress,
-    Seen,
-    estimate,
-    speed_for,
-    speed_of_accounts,
-    speed_of_rows,
-)
-from redbtc_exchange import Endpoint, Metered, of_models
-from redbtc_meter import Report
-from redbtc_rows import Usage
-from redbtc_settings import MOST_TOKENS, Settings
+from redbtc.billing.price_list import PriceTable
+from redbtc.billing.prices import Price
+from redbtc.billing.spending import Hold, Spending
+from redbtc.config import Settings
+from redbtc.gateway.exchange import Endpoint
+from redbtc.gateway.metered import MeteredRequest
+from redbtc.gateway.settlement import of_models
+from redbtc.meter.estimates import MaximumUsage, Progress, SeenOutput, estimate
+from redbtc.meter.report import Report
+from redbtc.request_body.content import RequestBody
+from redbtc.store.speeds import speed_for, speed_of_accounts, speed_of_rows
+from redbtc.usage import MAX_TOKENS, Usage
 
 CHAT: dict[str, Any] = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}
 BODY: dict[str, Any] = {"model": "gpt-up", "input": "Hi"}
@@ -180,8 +177,8 @@ def test_it_is_never_more_than_the_request_allows(
 
 
 def test_encrypted_reasoning_and_pictures_count() -> None:
-    report, most = Report(images=False), Most(1000, 10_000, 5000, 3, 3)
-    seen = Seen(text_bytes=40, sealed_bytes=4000, image_tokens=4160, web_searches=2)
+    report, most = Report(images=False), MaximumUsage(1000, 10_000, 5000, 3, 3)
+    seen = SeenOutput(text_bytes=40, sealed_bytes=4000, image_tokens=4160, web_searches=2)
     usage, parts = estimate(report, seen, written=5, read=7, most=most, images=False, partly=False)
     assert (usage.input_tokens, usage.output_tokens) == (7, 10 + 750)
     assert (usage.image_output_tokens, usage.web_searches) == (4160, 2)
@@ -649,7 +646,7 @@ def test_output_of_another_response_is_not_seen(
 
 
 def test_progress() -> None:
-    progress = Progress(Seen(), 1000, 1000)
+    progress = Progress(SeenOutput(), 1000, 1000)
     progress.note("queued", 5000)
     assert progress.worked_seconds == 0
     progress.note("in_progress", 8000)
@@ -734,14 +731,14 @@ def test_what_builds_on_torn_answers_is_estimated_by_what_they_likely_had(
 # Never more than the hold
 
 
-def content_of(body: dict[str, Any]) -> Content:
+def content_of(body: dict[str, Any]) -> RequestBody:
     text = msgspec.json.encode(body)
-    steps = Content.steps(text, text)
+    steps = RequestBody.steps(text, text)
     while True:
         try:
             next(steps)
         except StopIteration as done:
-            content: Content = done.value
+            content: RequestBody = done.value
             return content
 
 
@@ -753,7 +750,7 @@ ENDPOINTS = [
 TIERS = [None, "default", "flex", "priority"]
 
 
-def random_prices(chance: random.Random) -> PriceList:
+def random_prices(chance: random.Random) -> PriceTable:
     def rate() -> int | None:
         return chance.choice([None, chance.randrange(10**12)])
 
@@ -774,7 +771,7 @@ def random_prices(chance: random.Random) -> PriceList:
     models = chance.sample(["m", "gpt-image-2.6-sunburst"], chance.randrange(1, 3))
     slots = [(m, t, a) for m in models for t in ("default", "flex") for a in (0, 300)]
     chosen = [slot for slot in slots if slot[1:] == ("default", 0) or chance.random() < 0.5]
-    return PriceList(one(*slot) for slot in chosen)
+    return PriceTable(one(*slot) for slot in chosen)
 
 
 def random_request(chance: random.Random, endpoint: Endpoint) -> dict[str, Any]:
@@ -794,8 +791,8 @@ def random_request(chance: random.Random, endpoint: Endpoint) -> dict[str, Any]:
     return body
 
 
-def metered(chance: random.Random, endpoint: Endpoint, prices: PriceList) -> Metered:
-    exchange = object.__new__(Metered)
+def metered(chance: random.Random, endpoint: Endpoint, prices: PriceTable) -> MeteredRequest:
+    exchange = object.__new__(MeteredRequest)
     exchange.endpoint = endpoint
     exchange.settings = Settings()
     books: Any = SimpleNamespace(prices=prices, tariff=lambda model: prices.tariff(model, 1))
@@ -803,7 +800,7 @@ def metered(chance: random.Random, endpoint: Endpoint, prices: PriceList) -> Met
     content = exchange._content = content_of(random_request(chance, endpoint))
     exchange._facts = content.facts
     exchange._further_input = chance.choice([0, chance.randrange(1000)])
-    purses = Purse("2026-11", 0, 0), Purse("2026-11", 0, 0)
+    purses = Spending("2026-11", 0, 0), Spending("2026-11", 0, 0)
     tariff = prices.tariff("m", 1)
     key: Any = None
     exchange._money = Hold(gateway.books, key, 1, tariff, purses, 0)
@@ -816,13 +813,13 @@ def test_an_estimate_is_never_more_than_the_hold(seed: int) -> None:
     endpoint, prices = chance.choice(ENDPOINTS), random_prices(chance)
     exchange = metered(chance, endpoint, prices)
     content, tariff = exchange._content, exchange._money.tariff
-    seen = Seen(*(chance.choice([0, chance.randrange(100_000)]) for _ in range(3)))
+    seen = SeenOutput(*(chance.choice([0, chance.randrange(100_000)]) for _ in range(3)))
     report = Report(endpoint.images)
     used = estimate(
         report,
         seen,
         written=chance.randrange(200_000),
-        read=content.input_estimate + chance.choice([0, MOST_TOKENS // 2]),
+        read=content.input_estimate + chance.choice([0, MAX_TOKENS // 2]),
         most=exchange._most(),
         images=endpoint.images,
         partly=False,

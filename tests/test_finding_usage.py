@@ -41,19 +41,14 @@ from upstream import (
     stream,
 )
 
-import redbtc_scanner as scanner
-from redbtc_decoding import DecodedMeter, Decoding, NotDecoded, codings_of
-from redbtc_meter import (
-    KEEP,
-    JSONMeter,
-    Meter,
-    Report,
-    StreamMeter,
-    answer_steps,
-    result_of,
-)
-from redbtc_rows import Usage
-from redbtc_scanner import Node, Scanner
+from redbtc.meter import scanner as scanner_module
+from redbtc.meter.answers import KEEP, answer_steps, result_of
+from redbtc.meter.decoding import DecodedMeter, Decoding, NotDecoded, codings_of
+from redbtc.meter.meters import JSONMeter, Meter
+from redbtc.meter.report import Report
+from redbtc.meter.scanner import Node, Scanner
+from redbtc.meter.streams import StreamMeter
+from redbtc.usage import Usage
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -155,9 +150,9 @@ def honest_string(value: str, node: Node) -> str | int:
     size = len(json.dumps(value)) - 2
     if node.strings == "head":
         return value
-    if node.strings == "length" and size > scanner.MAX_TEXT:
+    if node.strings == "length" and size > scanner_module.MAX_TEXT:
         return -size
-    return value if size + 2 <= scanner.MAX_STRING else ""
+    return value if size + 2 <= scanner_module.MAX_STRING else ""
 
 
 INNER = Node({"id": Node(), "x": Node(strings="length"), "input_tokens": Node()})
@@ -364,7 +359,9 @@ def test_model_and_id_are_looked_for_until_they_are_known() -> None:
         assert meter.report.model == "gpt-up"
         assert meter.report.response_id == first.get("id", "resp_1")
         text = {"type": "response.output_text.delta", "delta": "x"}
-        assert meter.is_dull(event(chat_chunk("gpt-up", {"content": "x"}) if chat else text))
+        assert meter.can_skip_parsing(
+            event(chat_chunk("gpt-up", {"content": "x"}) if chat else text)
+        )
 
 
 USAGE_CHUNKS = [

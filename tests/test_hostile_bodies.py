@@ -21,12 +21,14 @@ from speed import Stalls, longest_step, unit
 from test_bodies import PACKERS
 from upstream import Upstream, json_answer, response_object, silent
 
-import redbtc_body
-import redbtc_pieces
-from redbtc_body import Content, Form, Frame, decompressed
-from redbtc_meter import result_of
-from redbtc_pieces import MAX_PIECE, Cutter
-from redbtc_refusals import Refusal
+from redbtc.meter.answers import result_of
+from redbtc.refusals import Refusal
+from redbtc.request_body import facts, forms, strict_json
+from redbtc.request_body import pieces as pieces_module
+from redbtc.request_body.content import ClientEvent, RequestBody
+from redbtc.request_body.forms import Form
+from redbtc.request_body.media import decompressed
+from redbtc.request_body.pieces import MAX_PIECE, Cutter
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -194,20 +196,20 @@ def test_long_objects_in_a_list_are_read_in_steps() -> None:
     item = b'{"a":"%b","b":"%b"}' % ((b"\\n" + b"x" * 20_000,) * 2)
     text = body(input=b"[%b]" % b",".join([item] * 50))
     pieces = result_of(Cutter(text).steps())
-    (part,) = pieces.parts(redbtc_body.read_members(pieces.root)["input"])
+    (part,) = pieces.parts(strict_json.read_members(pieces.root)["input"])
     assert len(part) < MAX_PIECE
-    steps = sum(1 for _ in redbtc_body.read_list(pieces, part, set(), None))
+    steps = sum(1 for _ in strict_json.read_list(pieces, part, set(), None))
     assert steps > 50
 
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_no_body_holds_the_loop_or_takes_memory(name: str) -> None:
     short, long = CORPUS[name](SHORT), CORPUS[name](LONG)
-    assert_quick(lambda: Content.steps(short, short))
-    assert_quick(lambda: Frame.read(long))
-    assert_small(lambda: Content.steps(short, short), len(short))
+    assert_quick(lambda: RequestBody.steps(short, short))
+    assert_quick(lambda: ClientEvent.read(long))
+    assert_small(lambda: RequestBody.steps(short, short), len(short))
     middle = CORPUS[name](2 * MAX_PIECE)
-    assert_small(lambda: Content.steps(middle, middle), len(middle))
+    assert_small(lambda: RequestBody.steps(middle, middle), len(middle))
 
 
 def packed(encoding: str, text: bytes) -> tuple[bytes, str]:
@@ -272,7 +274,7 @@ def test_no_form_does(name: str) -> None:
     def steps() -> Iterator[None]:
         form = Form(boundary)
         yield from form.grow(text)
-        yield from Content.steps(text, text, form)
+        yield from RequestBody.steps(text, text, form)
 
     assert_quick(steps)
     assert_small(steps, len(text))
@@ -286,9 +288,9 @@ def test_bodies_that_are_mutated_to_cost_more() -> None:
     while time.process_time() < until:
         _, chosen = pool[chance.randrange(len(pool))]
         text = mutated(chance, chosen)
-        cost = longest_step(run(Content.steps(text, text)))
+        cost = longest_step(run(RequestBody.steps(text, text)))
         if cost > MOST_UNITS:
-            cost = min(longest_step(run(Content.steps(text, text))) for _ in range(3))
+            cost = min(longest_step(run(RequestBody.steps(text, text))) for _ in range(3))
         assert cost < MOST_UNITS, text[:200]
         pool.append((cost, text))
         pool = sorted(pool, key=lambda each: each[0])[-200:]
@@ -300,7 +302,7 @@ def test_bodies_that_are_mutated_to_cost_more() -> None:
 def facts_of(text: bytes) -> object:
     """Return what is read of a body, or its refusal."""
     try:
-        content = result_of(Content.steps(text, text))
+        content = result_of(RequestBody.steps(text, text))
         further = content.further_models()
     except Refusal:
         return "refused"
@@ -354,9 +356,9 @@ def test_a_body_in_pieces_reads_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> N
             encoded = encoded[:at] + more + encoded[at + chance.randrange(3) :]
         whole = facts_of(encoded)
         with monkeypatch.context() as small:
-            small.setattr(redbtc_body, "MAX_PIECE", 1)
-            small.setattr(redbtc_pieces, "WINDOW", 120)
-            small.setattr(redbtc_pieces, "STRING_WINDOW", 7)
+            small.setattr("redbtc.request_body.content.MAX_PIECE", 1)
+            small.setattr(pieces_module, "WINDOW", 120)
+            small.setattr(pieces_module, "STRING_WINDOW", 7)
             assert facts_of(encoded) == whole, encoded
         refused += not isinstance(whole, tuple)
     assert 300 < refused < 1200
@@ -446,7 +448,7 @@ def test_what_a_body_names_is_nothing_to_collect() -> None:
     text = body(input=b"[%b]" % b",".join(b'{"id":"a%d"}' % n for n in range(20_000)))
     gc.collect()
     before = len(gc.get_objects())
-    content = result_of(Content.steps(text, text))
+    content = result_of(RequestBody.steps(text, text))
     assert len(content.references) == 20_000
     assert len(gc.get_objects()) - before < 1000
 
@@ -515,12 +517,12 @@ def test_a_history_with_everything_in_it_passes(
     }
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
     assert len(text) > 30_000_000
-    content = result_of(Content.steps(text, text))
-    assert content.further_models() == {redbtc_body.DEFAULT_IMAGE_MODEL: True}
+    content = result_of(RequestBody.steps(text, text))
+    assert content.further_models() == {facts.DEFAULT_IMAGE_MODEL: True}
     assert content.chosen_ids == {f"rs_{n}" for n in range(1000)}
     assert not content.references
     shown = (len(picture) + 2) * 20
-    assert content.most_input_tokens == len(text) - shown + 20 * redbtc_body.MAX_PICTURE_TOKENS
+    assert content.most_input_tokens == len(text) - shown + 20 * forms.MAX_PICTURE_TOKENS
     with gateway.client(key) as client:
         answer = client.post(
             "/responses", content=text, headers={"content-type": "application/json"}
@@ -587,7 +589,7 @@ def test_a_tools_model_has_a_name_of_some_length(length: int) -> None:
     tool = {"type": "image_generation", "model": "m" * length}
     body = json.dumps({"model": "m", "input": "x", "tools": [tool]}).encode()
     with pytest.raises(Refusal) as refused:
-        result_of(Content.steps(body, body))
+        result_of(RequestBody.steps(body, body))
     assert refused.value.message == "The model of a tool has more than 256 characters."
 
 
@@ -616,7 +618,7 @@ def test_a_tools_model_has_a_name_of_some_length(length: int) -> None:
 )
 def test_a_body_that_is_out_of_bounds_is_told_so(text: bytes, bound: str) -> None:
     with pytest.raises(Refusal) as refused:
-        result_of(Content.steps(text, text)).further_models()
+        result_of(RequestBody.steps(text, text)).further_models()
     assert refused.value.code == "invalid_request"
     assert bound in refused.value.message
 
@@ -634,9 +636,9 @@ def test_what_is_kept_of_ids_is_known(count: int, end: str) -> None:
     ]
     for body in bodies:
         text = json.dumps({"model": "gpt-up", **body}, ensure_ascii=False).encode()
-        result_of(Content.steps(text, text))
+        result_of(RequestBody.steps(text, text))
         tracemalloc.start()
-        content = result_of(Content.steps(text, text))
+        content = result_of(RequestBody.steps(text, text))
         kept = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert kept < len(text) + content.excess + 10_000
@@ -645,4 +647,4 @@ def test_what_is_kept_of_ids_is_known(count: int, end: str) -> None:
 def test_the_ids_of_a_usual_history_take_no_more_than_its_text() -> None:
     items = [{"id": f"msg_{each:050}", "role": "user", "content": "x" * 700} for each in range(99)]
     text = json.dumps({"model": "gpt-up", "input": items}).encode()
-    assert result_of(Content.steps(text, text)).excess == 0
+    assert result_of(RequestBody.steps(text, text)).excess == 0

@@ -90,14 +90,14 @@ def outcomes(gateway: Gateway) -> list[str]:
 # ── A commit that fails in any way ───────────────────────────────────────────────────────────────
 
 RAISING = """
-import redbtc_commits
-write = redbtc_commits.Writer._write
+from redbtc.store import commits
+write = commits.Writer._write
 def raising(self, *values):
     name = fault()
     if name:
         raise named(name)("by a test")
     return write(self, *values)
-redbtc_commits.Writer._write = raising
+commits.Writer._write = raising
 """
 ERRORS = (
     "MemoryError",
@@ -146,19 +146,19 @@ def test_any_error_of_a_commit_is_a_503_and_passes(
 
 ENDING = {
     "ledger": """
-import redbtc_commits
+from redbtc.store import commits
 async def ending(self, *values):
     if fault():
         raise named(fault())
     return await write(self, *values)
-write, redbtc_commits.Commits._write_group = redbtc_commits.Commits._write_group, ending
+write, commits.Commits._write_group = commits.Commits._write_group, ending
 """,
     "ledger watch": """
-import redbtc_commits
+from redbtc.store import commits
 def ending(self, *values):
     if fault():
         raise named(fault())
-redbtc_commits.Commits._refuse_late = ending
+commits.Commits._refuse_late = ending
 """,
     "thread": """
 import aiosqlite.core, redbtc_commits
@@ -170,28 +170,29 @@ def ending(self, *values):
 write, redbtc_commits.Writer._write = redbtc_commits.Writer._write, ending
 """,
     "webhook": """
-import redbtc_webhook
+from redbtc.billing import webhook
 async def ending(*values):
     while not fault():
         await asyncio.sleep(0.01)
     raise named(fault())
-redbtc_webhook.post_all = ending
+webhook.post_all = ending
 """,
     "clock": """
-import redbtc_clock
+from redbtc.store import clock
 async def ending(*values):
     while not fault():
         await asyncio.sleep(0.01)
     raise asyncio.CancelledError  # nobody has cancelled it
-redbtc_clock.watch_clock = ending
+clock.watch_clock = ending
 """,
     "log": """
-import redbtc_watch, threading
+import threading
+from redbtc import telemetry
 def ending(self):
     if fault() and threading.current_thread().name == "log":
         raise named(fault())
     return write(self)
-write, redbtc_watch.Log._write_lines = redbtc_watch.Log._write_lines, ending
+write, telemetry.Log._write_lines = telemetry.Log._write_lines, ending
 """,
 }
 
@@ -256,14 +257,14 @@ def test_a_settled_row_is_written_without_the_field_that_is_refused(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     code = """
-import redbtc_ledger
-values_of = redbtc_ledger.values_of
+from redbtc.store import rows
+values_of = rows.values_of
 def too_large(row):
     values = values_of(row)
     if fault() and row.outcome != "pending":
-        values[redbtc_ledger.COLUMNS.index(fault())] = 2**64
+        values[rows.COLUMNS.index(fault())] = 2**64
     return values
-redbtc_ledger.values_of = too_large
+rows.values_of = too_large
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
@@ -349,14 +350,15 @@ def test_a_check_after_a_kill_refuses_requests_until_it_is_through(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     code = """
-import redbtc_checks, time
+import time
+from redbtc.store import checks
 def slowly(self, *values):
     while fault():
         time.sleep(0.01)
         if self._is_to_end():
             return []
     return find(self, *values)
-find, redbtc_checks.Check._check_tables = redbtc_checks.Check._check_tables, slowly
+find, checks.Check._check_tables = checks.Check._check_tables, slowly
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
@@ -382,12 +384,13 @@ def test_a_check_after_a_kill_says_how_far_it_is_and_is_bounded(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     code = """
-import redbtc_checks, time
-redbtc_checks.STEPS, redbtc_checks.PROGRESS_SECONDS = 50, 0.1
+import time
+from redbtc.store import checks
+checks.STEPS, checks.PROGRESS_SECONDS = 50, 0.1
 def slowly(self):
     time.sleep(0.02)
     return look(self)
-look, redbtc_checks.Check._is_to_end = redbtc_checks.Check._is_to_end, slowly
+look, checks.Check._is_to_end = checks.Check._is_to_end, slowly
 """
     gateway = faulty(make_gateway("[database]\ncheck_seconds = 1"), code).start()
     key = gateway.new_key()
@@ -460,8 +463,10 @@ def build_shim(folder: Path, code: str) -> Path:
 
 
 IMPATIENT = """
-import redbtc_commits, redbtc_start, redbtc_store
-redbtc_store.TRANSACT_SECONDS = redbtc_commits.MAX_CLOSE_SECONDS = redbtc_start.MAX_END_SECONDS = 1
+from redbtc.store import database
+from redbtc.store import commits
+from redbtc import start
+database.TRANSACT_SECONDS = commits.MAX_CLOSE_SECONDS = start.MAX_END_SECONDS = 1
 """
 
 
@@ -726,12 +731,12 @@ def test_a_background_response_is_asked_for_after_any_error(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     code = """
-import redbtc_exchange
+from redbtc.gateway import exchange
 async def ending(*values):
     if fault():
         raise getattr(builtins, fault())
     return await ask(*values)
-ask, redbtc_exchange.ask = redbtc_exchange.ask, ending
+ask, exchange.ask = exchange.ask, ending
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
@@ -749,12 +754,12 @@ def test_a_background_response_that_can_not_be_settled_ends_the_process(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     code = """
-import redbtc_exchange
+from redbtc.gateway import settlement
 async def ending(*values):
     if fault():
         raise RuntimeError
     return await count(*values)
-count, redbtc_exchange.count_containers = redbtc_exchange.count_containers, ending
+count, settlement.count_containers = settlement.count_containers, ending
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
@@ -854,13 +859,13 @@ def test_after_a_damaged_page_was_found_the_next_start_checks_the_database(
 
 
 OWED = """
-import redbtc_commits, redbtc_ledger
-write = redbtc_commits.Writer._write
+from redbtc.store import commits
+write = commits.Writer._write
 def raising(self, changes, *values):
     if fault() and any(fault() in sql for sql, _ in changes):
         raise sqlite3.OperationalError("by a test")
     return write(self, changes, *values)
-redbtc_commits.Writer._write = raising
+commits.Writer._write = raising
 """
 
 
@@ -939,10 +944,10 @@ webhook_url = "http://127.0.0.1:1/"
 webhook_secret_env = "SECRET"
 """
     code = """
-import redbtc_webhook
+from redbtc.billing import webhook
 def signature(*values):
     raise KeyError
-redbtc_webhook.signature = signature
+webhook.signature = signature
 """
     gateway = faulty(make_gateway(settings, SECRET="whsec_é"), code).start()
     key = gateway.new_key()
@@ -958,7 +963,8 @@ redbtc_webhook.signature = signature
 SPILL_FAILS_ONCE = (
     OWED
     + """
-import errno, os, redbtc_spill
+import errno, os
+from redbtc.store import spill
 once = {"pwrite", "short", "open"}
 def fails(name):
     if os.path.exists(name) and name in once:
@@ -970,7 +976,7 @@ def failing(name):
         if fails(name):
             raise OSError(errno.EIO, "by a test")
         return call(*values)
-    setattr(redbtc_spill.os, name, replaced)
+    setattr(spill.os, name, replaced)
 def short(file, data, at):
     return pwrite(file, data[:10] if fails("short") else data, at)
 pwrite, os.pwrite = os.pwrite, short

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object, stream
 
-from redbtc_limits import MAX_RINGS, Clock, Clocks, Places
-from redbtc_proxy import CLOSING_SECONDS
+from redbtc.deadlines import MAX_RINGS, Deadline, Deadlines
+from redbtc.gateway.relay import CLOSING_SECONDS
+from redbtc.limits import Places
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 
@@ -97,11 +98,11 @@ def test_clocks_whose_time_is_up_at_once_ring_in_turn() -> None:
     """What rings has something to do, and others want the loop meanwhile."""
 
     async def test() -> None:
-        clocks, rung, turns = Clocks(), 0, 0
+        clocks, rung, turns = Deadlines(), 0, 0
 
         async def wait() -> None:
             nonlocal rung
-            clock = Clock(clocks)
+            clock = Deadline(clocks)
             try:
                 with clock.running(0):
                     await asyncio.Event().wait()

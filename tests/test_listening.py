@@ -12,8 +12,8 @@ from conftest import MakeGateway
 from gateway import Gateway, wait_until
 from upstream import Upstream
 
-from redbtc_proxy import listen
-from redbtc_settings import LedgerError
+from redbtc.errors import UserError
+from redbtc.server.listening import listen
 
 
 def answer_at(host: str, port: int, path: str = "/healthz") -> bytes:
@@ -133,7 +133,7 @@ def test_a_free_port_that_is_taken_elsewhere_is_tried_again(
     ],
 )
 def test_an_address_that_cannot_be_had_is_named(hosts: list[str], named: str) -> None:
-    with pytest.raises(LedgerError, match="can't listen on") as caught:
+    with pytest.raises(UserError, match="can't listen on") as caught:
         listen(hosts, 0)
     assert f"can't listen on {named}" in str(caught.value)
 
@@ -147,7 +147,7 @@ def test_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(family, *rest, **options)
 
     monkeypatch.setattr(socket, "socket", no_ipv6)
-    with pytest.raises(LedgerError) as caught:
+    with pytest.raises(UserError) as caught:
         listen(["::"], 8080)
     assert str(caught.value) == (
         "can't listen on [::]:8080: Address family not supported by protocol"

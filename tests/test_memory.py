@@ -18,8 +18,16 @@ from upstream import Upstream, images_json, json_answer, response_object, ws_lik
 PRELUDE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import redbtc_body, redbtc_exchange, redbtc_limits, redbtc_meter, redbtc_server, redbtc_upstreams
-import redbtc_websocket
+from redbtc.server import cycle
+from redbtc import limits
+from redbtc.request_body import content
+from redbtc.request_body import forms, media
+from redbtc.gateway import metered
+from redbtc.upstream import upstreams
+from redbtc.meter import meters
+from redbtc.server import websocket_protocol
+from redbtc.gateway import websocket_turns
+pass
 
 def let_fail(owner, name):
     usual = vars(owner)[name]
@@ -34,19 +42,19 @@ def let_fail(owner, name):
         return function(*arguments, **named)
     setattr(owner, name, failing if usual is function else type(usual)(failing))
 
-let_fail(redbtc_server.RequestCycle, "feed")
-let_fail(redbtc_server.RequestCycle, "receive")
-let_fail(redbtc_limits.Reservation, "take")
-let_fail(redbtc_body.Content, "steps")
-let_fail(redbtc_body.Content, "add_include_usage")
-let_fail(redbtc_body.Form, "grow")
-let_fail(redbtc_body, "decompressed")
-let_fail(redbtc_body.Frame, "read")
-let_fail(redbtc_exchange.Metered, "hold")
-let_fail(redbtc_upstreams.Upstream, "open")
-let_fail(redbtc_meter.JSONMeter, "steps")
-let_fail(redbtc_websocket.WebSocketProtocol, "_count")
-let_fail(redbtc_websocket.EventMeter, "take")
+let_fail(cycle.RequestCycle, "feed")
+let_fail(cycle.RequestCycle, "receive")
+let_fail(limits.Reservation, "take")
+let_fail(content.RequestBody, "steps")
+let_fail(content.RequestBody, "add_include_usage")
+let_fail(forms.Form, "grow")
+let_fail(media, "decompressed")
+let_fail(content.ClientEvent, "read")
+let_fail(metered.MeteredRequest, "hold")
+let_fail(upstreams.Upstream, "open")
+let_fail(meters.JSONMeter, "steps")
+let_fail(websocket_protocol.WebSocketProtocol, "_count")
+let_fail(websocket_turns.EventMeter, "take")
 """
 RESPONSE = {"model": "m", "input": "Hi"}
 CHAT = {"model": "m", "stream": True, "messages": []}
@@ -59,11 +67,11 @@ BEFORE_FORWARDING: dict[str, tuple[str, dict[str, str], bytes]] = {
     "RequestCycle.feed": ("/responses", JSON, TEXT),
     "RequestCycle.receive": ("/responses", JSON, TEXT),
     "Reservation.take": ("/responses", JSON, TEXT),
-    "Content.steps": ("/responses", JSON, TEXT),
-    "Content.add_include_usage": ("/chat/completions", JSON, json.dumps(CHAT).encode()),
+    "RequestBody.steps": ("/responses", JSON, TEXT),
+    "RequestBody.add_include_usage": ("/chat/completions", JSON, json.dumps(CHAT).encode()),
     "Form.grow": ("/images/edits", FORM, PICTURE),
-    "redbtc_body.decompressed": ("/responses", GZIP, gzip.compress(TEXT)),
-    "Metered.hold": ("/responses", JSON, TEXT),
+    "redbtc.request_body.media.decompressed": ("/responses", GZIP, gzip.compress(TEXT)),
+    "MeteredRequest.hold": ("/responses", JSON, TEXT),
 }
 
 
@@ -133,7 +141,7 @@ def test_no_memory_for_a_message_is_an_event(starving: Gateway, upstream: Upstre
     upstream.talk = ws_like_openai
     key = starving.new_key()
     with websocket(starving, key) as client:
-        file = let_fail(starving, "Frame.read")
+        file = let_fail(starving, "ClientEvent.read")
         client.send()
         event = client.recv()
         assert (event["status"], event["error"]["code"]) == (503, "overloaded")

@@ -12,18 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import CHAT_USAGE, IMAGE_USAGE, RESPONSE_USAGE, chat_chunk, response_object
 
-import redbtc_meter as meters
-from redbtc_estimates import Most, Seen, estimate
-from redbtc_meter import (
-    IMAGE_TOOL,
-    KEEP,
-    JSONMeter,
-    Meter,
-    Report,
-    StreamMeter,
-    decode_answer,
-)
-from redbtc_rows import Part, Usage
+from redbtc.meter import usage_fields
+from redbtc.meter.answers import IMAGE_TOOL, KEEP, decode_answer
+from redbtc.meter.estimates import MaximumUsage, SeenOutput, estimate
+from redbtc.meter.meters import JSONMeter, Meter
+from redbtc.meter.report import Report
+from redbtc.meter.streams import StreamMeter
+from redbtc.usage import Usage, UsagePart
 
 FAKE = '{"usage":{"input_tokens":666,"output_tokens":666,"prompt_tokens":666}}'
 CHAT_USED = Usage(20, 8, 2, 7, 3)
@@ -209,7 +204,7 @@ def test_tens_of_megabytes_in_bounded_memory(kind: str, framing: str) -> None:
     ],
 )
 def test_odd_usage_is_neither_believed_nor_invented(usage: Any, expected: Usage | None) -> None:
-    assert meters.read_usage(usage, images=False) == expected
+    assert usage_fields.read_usage(usage, images=False) == expected
 
 
 @pytest.mark.parametrize("usage", ["xAI", "Gemini", "included", "no total", "responses"])
@@ -267,8 +262,8 @@ def test_tool_usage() -> None:
     report = metered(response_object(tool_usage=tools))
     assert report.usage == Usage(30, 10, 4, 9, 5, 40, 990, 3, tool_input_tokens=10)
     said, drawn = report.parts
-    assert said == Part(None, Usage(30, 10, 4, 9, 5, web_searches=3), False)
-    assert drawn == Part(IMAGE_TOOL, Usage(50, 4, None, 1000, None, 40, 990), True)
+    assert said == UsagePart(None, Usage(30, 10, 4, 9, 5, web_searches=3), False)
+    assert drawn == UsagePart(IMAGE_TOOL, Usage(50, 4, None, 1000, None, 40, 990), True)
 
 
 def test_an_svgs_author_comes_on_top() -> None:
@@ -290,11 +285,13 @@ def test_authors_of_svgs_are_added_up_apart_from_their_pictures() -> None:
         meter.feed(framed(drawn, "\n", 0))
     meter.finish()
     pictures, authors = meter.report.parts
-    assert pictures == Part(None, Usage(150, None, None, 816, None, 120, 816), True)
-    assert authors == Part(None, Usage(21, None, None, 900), False)
+    assert pictures == UsagePart(None, Usage(150, None, None, 816, None, 120, 816), True)
+    assert authors == UsagePart(None, Usage(21, None, None, 900), False)
     assert meter.report.usage == Usage(171, None, None, 1716, None, 120, 816)
-    most = Most(1000, 816, 0, 0, 0)
-    torn = estimate(meter.report, Seen(), written=0, read=0, most=most, images=True, partly=True)
+    most = MaximumUsage(1000, 816, 0, 0, 0)
+    torn = estimate(
+        meter.report, SeenOutput(), written=0, read=0, most=most, images=True, partly=True
+    )
     assert torn.parts == meter.report.parts, "the author's, too, where the stream is cut off"
     assert torn.usage == meter.report.usage
 

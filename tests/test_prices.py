@@ -20,9 +20,11 @@ from msgspec import structs
 from upstream import Received, Reply, Socket, Upstream, json_answer, response_object
 from websockets.sync.client import connect
 
-import redbtc_billing as billing
-from redbtc_billing import Price, PriceList
-from redbtc_rows import Usage
+from redbtc.billing import notices as notices_module
+from redbtc.billing import prices as prices_module
+from redbtc.billing.price_list import PriceTable
+from redbtc.billing.prices import Price
+from redbtc.usage import Usage
 
 REFUSE = '[billing]\nunpriced_models = "refuse"\n'
 FREE = '[billing]\nunpriced_models = "free"\n'
@@ -123,7 +125,7 @@ RATE = st.none() | st.integers(0, 10**9)
 
 
 @given(
-    st.fixed_dictionaries(dict.fromkeys(billing.Rates._fields, RATE)),
+    st.fixed_dictionaries(dict.fromkeys(prices_module.Rates._fields, RATE)),
     st.tuples(*[st.integers(0, 1000)] * 4),
 )
 def test_what_was_not_given_costs_nothing_extra(rates: Any, used: tuple[int, ...]) -> None:
@@ -520,7 +522,7 @@ PRICES = st.lists(
 def test_which_says_what_is_billed(prices: list[Price], model: str, at: int) -> None:
     """Exactly one of all that match applies, the one by which a request is billed."""
     numbered = [structs.replace(price, id=number) for number, price in enumerate(prices, 1)]
-    of_all = PriceList(numbered)
+    of_all = PriceTable(numbered)
     for tier in ("default", "flex"):
         for tokens in (0, 101):
             found = of_all.which(model, at, tier, tokens)
@@ -528,7 +530,7 @@ def test_which_says_what_is_billed(prices: list[Price], model: str, at: int) -> 
             billed = tariff and tariff.price(tier, tokens)
             assert (found["applies"] or {}).get("id") == (billed.id if billed else None)
             ids = [each["id"] for each in (*found["others"], *filter(None, [found["applies"]]))]
-            meant = [price.id for price in numbered if billing.matches(model, [price.model])]
+            meant = [price.id for price in numbered if notices_module.matches(model, [price.model])]
             assert sorted(ids) == meant
             assert all(each["because"] for each in found["others"])
 

@@ -272,7 +272,15 @@ def test_a_database_that_may_not_be_opened_is_one_clear_line(
 
 # What is loaded when it is needed
 
-LATER = ("redbtc_dashboard", "jinja2", "redbtc_charts", "zxcvbn", "httpcore2", "h2", "redbtc_demo")
+LATER = (
+    "redbtc.dashboard.app",
+    "jinja2",
+    "redbtc.dashboard.charts",
+    "zxcvbn",
+    "httpcore2",
+    "h2",
+    "redbtc.demo",
+)
 SAYS_WHAT_IS_LOADED = f"""
 import atexit, sys
 atexit.register(lambda: print("loaded", [name for name in {LATER!r} if name in sys.modules]))
@@ -294,7 +302,7 @@ FAILS_ONCE = """
 import builtins
 usual, failed = builtins.__import__, []
 def fail_once(name, *arguments, **named):
-    if name == "redbtc_dashboard" and not failed:
+    if name == "redbtc.dashboard.app" and not failed:
         failed.append(name)
         raise MemoryError
     return usual(name, *arguments, **named)

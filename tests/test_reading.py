@@ -24,15 +24,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object
 
-import redbtc_limits
-from redbtc_body import Form
-from redbtc_ledger import Key
-from redbtc_limits import Clock, Clocks, Limits, NoRoom, Places, Reservation
-from redbtc_pieces import Buffer, Steps
-from redbtc_proxy import read_body
-from redbtc_settings import SettingsError, parse_settings
-from redbtc_slices import in_slices
-from redbtc_watch import Message
+from redbtc import limits as limits_module
+from redbtc.config import SettingsError, parse_settings
+from redbtc.deadlines import Deadline, Deadlines
+from redbtc.gateway.reading import read_body
+from redbtc.limits import Limiter, NoRoom, Places, Reservation
+from redbtc.request_body.forms import Form
+from redbtc.request_body.pieces import Buffer, Steps
+from redbtc.server.asgi import Message
+from redbtc.slices import in_slices
+from redbtc.store.keys import Key
 
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place, and all accounts 32
@@ -432,17 +433,17 @@ def test_two_waits_of_an_account_are_each_for_its_own_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second would otherwise stand in everybody's line for the bytes of both."""
-    monkeypatch.setattr(redbtc_limits, "OWN_BYTES", 0)
+    monkeypatch.setattr(limits_module, "OWN_BYTES", 0)
     server = SimpleNamespace(reading_bytes=100)
     settings_: Any = SimpleNamespace(server=server, limits=SimpleNamespace(queue_seconds=60))
 
     async def run() -> None:
-        limits, clocks = Limits(), Clocks()
+        limits, clocks = Limiter(), Deadlines()
 
         async def take(account: str, size: int) -> Reservation:
             key: Any = SimpleNamespace(account_id=account)
             reserved = Reservation(limits, key, settings_)  # without `with`: all bytes count
-            await reserved.take(size, Clock(clocks))
+            await reserved.take(size, Deadline(clocks))
             return reserved
 
         await take("b", 45)
@@ -472,7 +473,7 @@ def test_memory_is_counted_right_however_waits_and_returns_interleave(seed: int)
     real = dict.fromkeys("abc", 0)
 
     async def run() -> None:
-        limits, clocks = Limits(), Clocks()
+        limits, clocks = Limiter(), Deadlines()
 
         def check() -> None:
             beyond = 0
@@ -492,7 +493,7 @@ def test_memory_is_counted_right_however_waits_and_returns_interleave(seed: int)
                 try:
                     for _ in range(draw.randint(1, 3)):
                         more = draw.randint(1, 16)
-                        await reserved.take(more, Clock(clocks))
+                        await reserved.take(more, Deadline(clocks))
                         held += more
                         real[account] += more
                         check()
@@ -524,7 +525,7 @@ def test_memory_is_counted_right_however_waits_and_returns_interleave(seed: int)
             assert everybody.reading.taken == limits.queued == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(redbtc_limits, "OWN_BYTES", 10)
+        patch.setattr(limits_module, "OWN_BYTES", 10)
         asyncio.run(run())
 
 
@@ -565,7 +566,7 @@ def test_waiting_for_a_turn_is_not_the_clients_slowness() -> None:
             yield
 
     async def run() -> None:
-        clocks, limits, settings = Clocks(), Limits(), parse_settings({"server": SLOW})
+        clocks, limits, settings = Deadlines(), Limiter(), parse_settings({"server": SLOW})
         key = Key("key", "account", "active", *[None] * 11, "key")
         parts = iter([b"--b\r\n" + bytes(100)] + [bytes(100)] * 20 + [b"\r\n--b--"])
 
@@ -577,7 +578,7 @@ def test_waiting_for_a_turn_is_not_the_clients_slowness() -> None:
 
         with Reservation(limits, key, settings) as reserved:
             works.extend(asyncio.create_task(in_slices(busy(), "account")) for _ in range(5))
-            clock, form = Clock(clocks), SteppedForm(b"b")
+            clock, form = Deadline(clocks), SteppedForm(b"b")
             await read_body({"headers": []}, receive, clock, settings, reserved, form)
             assert begun < 15, "the later parts had to wait for later bodies"
         for work in works:

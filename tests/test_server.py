@@ -14,8 +14,11 @@ import uvicorn
 from speed import cost, cpu_seconds, unit
 from uvicorn.server import ServerState
 
-import redbtc_server
-from redbtc_http import (
+from redbtc.server import cycle
+from redbtc.server import protocol as protocol_module
+from redbtc.server.asgi import Scope
+from redbtc.server.connections import Connections, State
+from redbtc.server.framing import (
     HANDSHAKE_LISTS,
     MAX_CHUNKS_A_TURN,
     MAX_HEAD_BYTES,
@@ -25,8 +28,7 @@ from redbtc_http import (
     Chunked,
     is_handshake,
 )
-from redbtc_server import Connections, HTTPProtocol, State
-from redbtc_watch import Scope
+from redbtc.server.protocol import HTTPProtocol
 
 SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: g\r\n\r\n"
 HANDSHAKE = (
@@ -113,7 +115,9 @@ class Served:
 
     def connect(self) -> tuple[Transport, HTTPProtocol]:
         transport = Transport()
-        protocol = self.shared.protocol(config=self._config, server_state=self._state, app_state={})
+        protocol = HTTPProtocol(
+            self.shared, config=self._config, server_state=self._state, app_state={}
+        )
         protocol.connection_made(transport)
         return transport, protocol
 
@@ -215,7 +219,7 @@ def test_connect_is_refused_and_closed() -> None:
         assert served.transport.out.startswith(b"HTTP/1.1 400 ")
         assert served.transport.out.count(b"HTTP/1.1") == 1
         assert served.transport.eof
-        served.later(redbtc_server.LINGER_SECONDS)
+        served.later(protocol_module.LINGER_SECONDS)
         assert served.transport.ended == "aborted"
 
     run(test)
@@ -324,7 +328,7 @@ def test_trailers_and_extensions_are_bounded() -> None:
         await served.feed(head)
         while not served.transport.ended and sent < 10_000_000:
             if served.transport.eof:
-                served.later(redbtc_server.LINGER_SECONDS)
+                served.later(protocol_module.LINGER_SECONDS)
             else:
                 await served.feed(piece)
                 sent += len(piece)
@@ -454,9 +458,9 @@ def test_a_stream_that_nobody_reads_is_ended() -> None:
         await served.feed(SMUGGLED)
         served.protocol.pause_writing()
         served.transport.unsent = 99_000
-        served.later(redbtc_server.WRITE_SECONDS)
+        served.later(protocol_module.WRITE_SECONDS)
         assert not served.transport.ended, "it may have read some"
-        served.later(redbtc_server.PROGRESS_SECONDS)
+        served.later(protocol_module.PROGRESS_SECONDS)
         assert served.transport.ended == "aborted"
         served.protocol.connection_lost(None)
         await turn()
@@ -469,7 +473,7 @@ def test_pipelined_requests_take_turns_and_little_memory() -> None:
         served = Served()
         served.protocol.data_received(SMUGGLED * 1500)
         assert len(served.scopes) == 0
-        assert not served.transport.reading or len(SMUGGLED) * 1500 <= redbtc_server.HIGH_WATER
+        assert not served.transport.reading or len(SMUGGLED) * 1500 <= cycle.HIGH_WATER
         while len(served.requests) < 1500:
             assert len(served._state.tasks) <= 2, "one after the other"
             await asyncio.sleep(0)
@@ -575,15 +579,15 @@ def test_an_end_that_the_client_does_not_read_keeps_no_app_waiting() -> None:
         await served.feed(post(b"X: y", b""))
         assert ended
         assert served.protocol in served.shared.waiting
-        served.later(redbtc_server.KEEP_ALIVE_SECONDS)
-        served.later(redbtc_server.PROGRESS_SECONDS)
+        served.later(protocol_module.KEEP_ALIVE_SECONDS)
+        served.later(protocol_module.PROGRESS_SECONDS)
         assert served.transport.ended == "aborted"
 
     run(test)
 
 
 def test_small_chunks_that_are_thrown_away_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redbtc_server, "MAX_DISCARDED", 200_000)
+    monkeypatch.setattr(protocol_module, "MAX_DISCARDED", 200_000)
 
     async def early(scope: Scope, receive: Any, send: Any) -> None:
         await answer(send, b"ok")
@@ -661,7 +665,8 @@ def test_too_many_connections_are_said_once_among_websockets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(redbtc_server, "say", lambda level, event, **fields: said.append(event))
+    log = "redbtc.server.connections.log"
+    monkeypatch.setattr(log, lambda level, event, **fields: said.append(event))
 
     async def test() -> None:
         served = Served(maximum=20)
@@ -761,8 +766,8 @@ def test_http_1_0_gets_no_chunks(how: str) -> None:
         assert sock.linger == b"\1\0\0\0\0\0\0\0", "reset if the process is killed"
         if how == "not read":
             served.transport.unsent = 10
-            served.later(redbtc_server.LINGER_SECONDS)
-            served.later(redbtc_server.PROGRESS_SECONDS)
+            served.later(protocol_module.LINGER_SECONDS)
+            served.later(protocol_module.PROGRESS_SECONDS)
             assert served.transport.ended == "aborted"
         served.protocol.connection_lost(None)
         assert sock.linger[:1] == (b"\0" if how == "read" else b"\1")

@@ -22,7 +22,9 @@ from gateway import PATIENCE_SECONDS, ROOT, Gateway, wait_until
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 OWN_MODULES = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
 KEPT_WAL_BYTES = 6 << 20  # in these tests, which are faster so
-SMALL_FILES = f"{OWN_MODULES}import redbtc_store; redbtc_store.KEPT_WAL_BYTES = {KEPT_WAL_BYTES}\n"
+SMALL_FILES = (
+    f"{OWN_MODULES}from redbtc.store import database; database.KEPT_WAL_BYTES = {KEPT_WAL_BYTES}\n"
+)
 FOR_EVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT * FROM n"
 
 
@@ -120,14 +122,16 @@ def test_snapshots_that_overlap_for_ever_dont_keep_the_wal_file(make_gateway: Ma
     """There is always one open: SQLite alone never reuses the file."""
     gateway = make_gateway()
     gateway.prelude = f"""{SMALL_FILES}
-import asyncio, redbtc_reports
-redbtc_store.MAX_WAL_BYTES = {KEPT_WAL_BYTES}
-usage_by = redbtc_reports.usage_by
+import asyncio
+from redbtc.billing import reports
+from redbtc.store import database
+database.MAX_WAL_BYTES = {KEPT_WAL_BYTES}
+usage_by = reports.usage_by
 async def slow(*given):
     found = await usage_by(*given)
     await asyncio.sleep(0.1)
     return found
-redbtc_reports.usage_by = slow
+reports.usage_by = slow
 """
     gateway.start()
     stop = threading.Event()
@@ -191,9 +195,10 @@ def test_a_snapshot_ends_after_a_time_with_an_error(make_gateway: MakeGateway) -
     """The client doesn't get a part for the whole, and the query doesn't go on."""
     gateway = make_gateway()
     gateway.prelude = f"""{OWN_MODULES}
-import redbtc_reports, redbtc_store
-redbtc_store.MAX_SNAPSHOT_SECONDS = 1
-redbtc_reports.REQUESTS = {f"{FOR_EVER} WHERE i < 0"!r}
+from redbtc.store import database
+from redbtc.billing import reports
+database.MAX_SNAPSHOT_SECONDS = 1
+reports.REQUESTS = {f"{FOR_EVER} WHERE i < 0"!r}
 """
     gateway.start()
     threads = psutil.Process(gateway.pid).num_threads()
@@ -213,8 +218,8 @@ def test_nothing_waits_for_a_check_of_the_database(make_gateway: MakeGateway) ->
     the process."""
     gateway = make_gateway()
     gateway.prelude = f"""{OWN_MODULES}
-import redbtc_ledger
-redbtc_ledger.CHECKS["for ever"] = {f"{FOR_EVER} WHERE i < 0"!r}
+from redbtc.store import consistency
+consistency.CHECKS["for ever"] = {f"{FOR_EVER} WHERE i < 0"!r}
 """
     gateway.start()
     keys = [gateway.new_key(name, monthly_budget="1") for name in ("a", "b")]
@@ -314,8 +319,9 @@ def test_a_disk_that_gets_full_is_logged_once(make_gateway: MakeGateway) -> None
     free = gateway.folder / "free"
     free.write_text(str(1 << 40))
     gateway.prelude = f"""{OWN_MODULES}
-import pathlib, shutil, redbtc_vitals
-redbtc_vitals.WATCH_SECONDS = 0.02
+import pathlib, shutil
+from redbtc.gateway import vitals
+vitals.WATCH_SECONDS = 0.02
 usage, asked = shutil.disk_usage, 0
 def disk_usage(path):
     global asked

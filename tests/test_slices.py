@@ -8,7 +8,7 @@ from collections.abc import Generator
 
 import pytest
 
-from redbtc_slices import MAX_BEGUN, SLICE_SECONDS, answers_of, in_slices
+from redbtc.slices import MAX_BEGUN, SLICE_SECONDS, answers_of, in_slices
 
 
 def busy(name: str, log: list[str], slices: int) -> Generator[None, None, str]:

@@ -43,9 +43,9 @@ from upstream import (
     stream,
 )
 
-import redbtc_upstreams
-from redbtc_settings import parse_settings
-from redbtc_transport import Connection, ResponseBody, Transport
+from redbtc.config import parse_settings
+from redbtc.upstream import upstreams
+from redbtc.upstream.http1 import ResponseBody, Transport, UpstreamHTTPConnection
 
 Transports = Callable[[], httpx2.AsyncBaseTransport]
 BODY = b'{"model":"gpt-up","stream":true,"messages":[],"input":"Hi"}'
@@ -434,7 +434,7 @@ def test_a_request_that_nobody_has_seen_is_sent_again(
     monkeypatch: pytest.MonkeyPatch, loops: str, replayable: bool
 ) -> None:
     """The upstream closes just after the connection was found open."""
-    reuse = Connection.reuse
+    reuse = UpstreamHTTPConnection.reuse
 
     async def parts() -> AsyncIterator[bytes]:
         yield BODY
@@ -448,12 +448,12 @@ def test_a_request_that_nobody_has_seen_is_sent_again(
                 await in_thread(lambda: server.serve(sock))
                 await first
 
-                def found_open_then_closed(connection: Connection) -> bool:
+                def found_open_then_closed(connection: UpstreamHTTPConnection) -> bool:
                     found = reuse(connection)
                     sock.close()
                     return found
 
-                monkeypatch.setattr(Connection, "reuse", found_open_then_closed)
+                monkeypatch.setattr(UpstreamHTTPConnection, "reuse", found_open_then_closed)
                 body = BODY if replayable else parts()
                 headers = {"content-length": str(len(BODY))}
                 second = asyncio.create_task(
@@ -561,14 +561,14 @@ def test_cancelled_anywhere_a_connection_is_kept_whole_or_closed(upstream: Upstr
 def test_a_closed_connection_waits_for_no_garbage_collector(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, loops: str
 ) -> None:
-    made: list[weakref.ref[Connection]] = []
-    connection_made = Connection.connection_made
+    made: list[weakref.ref[UpstreamHTTPConnection]] = []
+    connection_made = UpstreamHTTPConnection.connection_made
 
-    def note(connection: Connection, transport: asyncio.BaseTransport) -> None:
+    def note(connection: UpstreamHTTPConnection, transport: asyncio.BaseTransport) -> None:
         made.append(weakref.ref(connection))
         connection_made(connection, transport)
 
-    monkeypatch.setattr(Connection, "connection_made", note)
+    monkeypatch.setattr(UpstreamHTTPConnection, "connection_made", note)
 
     async def main() -> None:
         async with Transport() as transport:
@@ -869,7 +869,7 @@ def test_httpx2s_own_fails_no_request_at_once_over_tls(
         server = await asyncio.start_server(hello, "127.0.0.1", 0, ssl=ours)
         url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
         table = {"name": "tls", "base_url": url, "transport": "httpx"}
-        upstream = redbtc_upstreams.Upstream(parse_settings({"upstreams": [table]}).upstreams[0])
+        upstream = upstreams.Upstream(parse_settings({"upstreams": [table]}).upstreams[0])
         try:
             asked = await asyncio.gather(*[upstream.fetch_whole("/models") for _ in range(25)])
             assert asked == [(200, b"hello")] * 25

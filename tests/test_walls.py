@@ -34,9 +34,10 @@ from upstream import (
 )
 from websockets.sync.client import ClientConnection, connect
 
-from redbtc_ledger import Home, Objects
-from redbtc_schema import migrations, schema
-from redbtc_store import Store
+from redbtc.locations import ObjectLocation
+from redbtc.store.database import Store
+from redbtc.store.objects import Objects
+from redbtc.store.schema import migrations, schema
 
 BODY = {"model": "gpt-up", "input": "Hi"}
 FORM = {"content-type": "multipart/form-data; boundary=xyz"}
@@ -303,7 +304,9 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
                 account, name = chance.choice("ab"), chance.choice("xyz")
                 if chance.random() < 0.7:
                     tokens = chance.choice([None, 1, 2, 3])
-                    home = Home("up", chance.choice([None, "{}"]), False, chance.choice([0, 1, 4]))
+                    home = ObjectLocation(
+                        "up", chance.choice([None, "{}"]), False, chance.choice([0, 1, 4])
+                    )
                     objects.own([name], account, home.with_tokens(tokens))
                     owners.setdefault(name, account)
                     if owners[name] != account:

@@ -1,0 +1,1 @@
+"""RedBTC AI: an OpenAI-compatible API gateway. docs/architecture.md describes its packages."""

@@ -1,0 +1,209 @@
+"""The admin API over HTTP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from redbtc.admin.actors import Actor, Forbidden, Invalid, TooLarge, Unauthorized
+from redbtc.admin.api import API, OPERATIONS
+from redbtc.admin.openapi import openapi
+from redbtc.admin.operations import PREFIX, Operation
+from redbtc.admin.passwords import Busy, Later, TooMany
+from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
+from redbtc.slices import with_turns
+from redbtc.store.records import Record
+
+WHO = b"redbtc-user"  # the header with which a command says who gives it
+PART_BYTES = 64 << 10
+MAX_BODY_BYTES = 4 << 20  # of an operator: a list of thousands of prices
+MAX_MEMBERS_BODY = 64 << 10  # of others; 4 MB of JSON take 100 ms to read
+MAX_FIELDS = 100  # of a query or a form
+
+STATUS: dict[type[UserError], int] = {
+    Invalid: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
+    NotFound: 404,
+    Conflict: 409,
+    TooLarge: 413,
+    TooMany: 429,
+    StorageUnavailable: 503,
+    Busy: 503,
+}
+OTHERWISE = 409  # well formed, but it can't be done
+Authenticate = Callable[[Request], Actor]
+
+
+def local(request: Request) -> Actor:
+    """Whoever may open the database: an operator."""
+    return Actor(request.headers.get(WHO.decode(), "local"), "operator")
+
+
+SECURITY = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+
+def encoded(record: Record) -> Iterator[bytes]:
+    """As JSON, bit by bit."""
+    yield b"{"
+    for number, (name, value) in enumerate(record.items()):
+        yield (b"," if number else b"") + orjson.dumps(name) + b":"
+        if not isinstance(value, list):
+            yield orjson.dumps(value)
+            continue
+        yield b"["
+        for place, each in enumerate(value):
+            yield (b"," if place else b"") + orjson.dumps(each)
+        yield b"]"
+    yield b"}"
+
+
+async def in_parts(
+    bits: Iterable[bytes], status: int, headers: Mapping[str, str], media_type: str
+) -> Response:
+    """An answer of what may be long."""
+    parts: list[bytes] = []
+    part = bytearray()
+    async for bit in with_turns(bits):
+        part += bit
+        if len(part) >= PART_BYTES:
+            parts.append(bytes(part))
+            part.clear()
+    parts.append(bytes(part))
+    if len(parts) == 1:
+        return Response(parts[0], status, headers, media_type)
+    length = {"content-length": str(sum(map(len, parts)))}
+    return StreamingResponse(with_turns(parts), status, {**headers, **length}, media_type)
+
+
+async def streamed(parts: AsyncIterator[bytes]) -> Response:
+    """Return an answer of JSON that is sent as it is made. Its status is sent with the first part:
+    what fails before that is answered with an error."""
+    first = await anext(parts)
+
+    async def all_parts() -> AsyncIterator[bytes]:
+        yield first
+        async for part in parts:
+            yield part
+
+    return StreamingResponse(all_parts(), headers=SECURITY, media_type="application/json")
+
+
+async def answer(record: Record, status: int = 200) -> Response:
+    """JSON."""
+    return await in_parts(encoded(record), status, SECURITY, "application/json")
+
+
+async def error_answer(status: int, message: str, headers: Mapping[str, str]) -> Response:
+    """OpenAI's error form."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    response = await answer({"error": error}, status)
+    response.headers.update(headers)
+    return response
+
+
+async def refused(_: Request, error: Exception) -> Response:
+    """A UserError."""
+    status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
+    return await error_answer(status, str(error), retry_after(error))
+
+
+def retry_after(error: Exception) -> dict[str, str]:
+    """A header, where it makes sense to try again."""
+    seconds = error.seconds if isinstance(error, Later) else 5
+    again = isinstance(error, (Later, StorageUnavailable))
+    return {"retry-after": str(seconds)} if again else {}
+
+
+UNKNOWN = {404: "Unknown request URL.", 500: "The gateway failed on this request."}
+
+
+async def unknown(_: Request, error: Exception) -> Response:
+    """What Starlette itself refuses, an unknown path or method; or what should not happen."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    message = UNKNOWN.get(status, "This method is not known here.")
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return await error_answer(status, message, headers or {})
+
+
+def served(api: API, authenticate: Authenticate) -> Starlette:
+    """The operations as an app, for whoever `authenticate` says it is."""
+    by_path: dict[str, dict[str, Operation]] = {}
+    for each in OPERATIONS:
+        for path in each.paths:
+            by_path.setdefault(PREFIX + path, {})[each.method] = each
+    routes = [Route(f"{PREFIX}/openapi.json", _describe, methods=["GET"])]
+    for path, operations in by_path.items():
+        endpoint = _endpoint(api, operations, authenticate)
+        routes.append(Route(path, endpoint, methods=list(operations)))
+    handlers: dict[Any, Any] = {UserError: refused, HTTPException: unknown, Exception: unknown}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _describe(request: Request) -> Response:
+    body = _description(secure=request.url.scheme == "https")
+    return Response(body, headers=SECURITY, media_type="application/json")
+
+
+@functools.cache
+def _description(*, secure: bool) -> bytes:
+    """Return `openapi` as JSON. It is made once: that takes about 10 ms, and anybody may ask."""
+    return orjson.dumps(openapi(secure=secure))
+
+
+def check_fields(encoded: bytes) -> None:
+    """Raise Invalid if a query or a form has more than MAX_FIELDS fields: 30,000 take 25 ms."""
+    if encoded.count(b"&") >= MAX_FIELDS:
+        raise Invalid(f"a query or a form has at most {MAX_FIELDS} fields here")
+
+
+async def whole_body(request: Request, most: int) -> bytes:
+    """Raises TooLarge before more than `most` bytes are held, and Invalid where it ends too
+    early."""
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise TooLarge(f"a body has at most {most} bytes here")
+    except ClientDisconnect:
+        raise Invalid("the body is not whole") from None
+    return bytes(body)
+
+
+def _endpoint(
+    api: API, operations: dict[str, Operation], authenticate: Authenticate
+) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        operation = operations["GET" if request.method == "HEAD" else request.method]
+        actor = authenticate(request)
+        check_fields(request.scope["query_string"])
+        pairs = request.query_params.multi_items()
+        query = dict(pairs)
+        if len(query) < len(pairs):
+            raise Invalid("a query parameter stands twice")
+        has_body = operation.method in ("POST", "PATCH")
+        most = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
+        body = await whole_body(request, most) if has_body else b""
+        actor = authenticate(request)  # again: what let him in may have ended meanwhile
+        found = await api.perform(operation, actor, request.path_params, query=query, body=body)
+        if isinstance(found, AsyncIterator):
+            return await streamed(found)
+        return await answer(found, operation.status)
+
+    return endpoint

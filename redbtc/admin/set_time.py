@@ -1,0 +1,219 @@
+"""`db set-time`: repair a ledger that has entries of the future, after a clock that was ahead was
+believed. What is dated after a time is moved to it, in one transaction and on record. Costs are not
+worked out again.
+
+Triggers (schema.sql) let nothing else change the dates that money depends on: they look into the
+table setting_time, which has a row only during this transaction.
+"""
+
+from __future__ import annotations
+
+import orjson
+
+from redbtc.admin.users import LINK_LASTS
+from redbtc.billing.books import Billing
+from redbtc.errors import UserError
+from redbtc.store.database import Store
+from redbtc.store.records import Record
+from redbtc.times import DAY, iso_time, month_of, now_ms, parse_time
+from redbtc.usage import Usage
+
+MAX_SECONDS = 600  # for the transaction
+AT = "(SELECT at FROM setting_time)"
+THAT_MONTH = "(SELECT month FROM setting_time)"
+THAT_DAY = "(SELECT at / 86400000 FROM setting_time)"
+NOW = "(SELECT now_at FROM setting_time)"
+
+# What is dated later than ?1, or in a later month than ?2, by table. Logins are compared with ?3,
+# the time that it is: an operator who repairs last week stays logged in.
+LATER = {
+    "requests": "started_at > ?1 OR month > ?2",
+    "payments": "created_at > ?1 OR month > ?2",
+    "corrections": "created_at > ?1 OR month > ?2",
+    "prices": "created_at > ?1",
+    "notices": "max(created_at, ifnull(withdrawn_at, 0), ifnull(delivered_at, 0)) > ?1"
+    " OR month > ?2",
+    "accounts": "created_at > ?1",
+    "keys": "max(created_at, ifnull(revoked_at, 0)) > ?1",
+    "stored_objects": "created_at > ?1",
+    "background": "admitted_at > ?1",
+    "estimates": "admitted_at > ?1",
+    "unsettled": "admitted_at > ?1",
+    "changes": "changed_at > ?1",
+    "runs": "started_at > ?1",
+    "reopened": "reopened_at > ?1",
+    "users": "max(created_at, ifnull(password_set_at, 0),"
+    f" ifnull(link_expires_at, 0) - {LINK_LASTS}) > ?3",
+    "sessions": "max(created_at, seen_at) > ?3",
+    "known_browsers": "created_at > ?3",
+}
+COUNTS = [
+    f"'{table}', nullif((SELECT count(*) FROM {table} WHERE {later}), 0)"
+    for table, later in LATER.items()
+]
+COUNT = f"json_object({', '.join(COUNTS)})"
+SET_TIME = f"""
+    INSERT INTO setting_time (id, at, month, now_at, before_at, moved)
+    SELECT 1, ?1, ?2, ?3, ?4, {COUNT}"""
+TIME_IS_SET = "DELETE FROM setting_time"
+
+
+def later(table: str) -> str:
+    """Return the condition for the rows of a table that are moved."""
+    condition = LATER[table].replace("?1", AT).replace("?2", THAT_MONTH)
+    return condition.replace("?3", NOW)
+
+
+def move(table: str, *columns: str, to: str = AT) -> str:
+    """Return a statement that moves dates of a table which are later than `to`."""
+    moved = ", ".join(f"{column} = min({column}, {to})" for column in columns)
+    return f"UPDATE {table} SET {moved} WHERE {later(table)}"
+
+
+def merge(table: str, names: tuple[str, ...], counts: tuple[str, ...], condition: str) -> list[str]:
+    """Return statements that add the later sums of a table to those of the time that is set.
+    `names` are the columns of its key; a column of `counts` can be NULL, where nothing is summed.
+    """
+    key = {"day": f"min(day, {THAT_DAY})", "month": f"min(month, {THAT_MONTH})"}
+    keys = ", ".join(key.get(name, name) for name in names)
+    sums = [
+        f"{each} = coalesce({each} + excluded.{each}, {each}, excluded.{each})" for each in counts
+    ]
+    into = ", ".join([*names, *counts])
+    return [
+        f"""INSERT INTO {table} ({into}) SELECT {keys}, {", ".join(counts)} FROM {table}
+             WHERE {condition} ON CONFLICT DO UPDATE SET {", ".join(sums)}""",
+        f"DELETE FROM {table} WHERE {condition}",
+    ]
+
+
+MONEY = ("cost_units", "cost_nanos")
+# A correction in a later month than its request's leaves that estimated; now they are in one month.
+CORRECTED_IN_TIME = f"""
+    UPDATE usage_by_day SET estimated = estimated - (
+        SELECT count(*) FROM corrections JOIN requests USING (request_id)
+         WHERE corrections.account_id = usage_by_day.account_id
+           AND corrections.month = usage_by_day.month
+           AND requests.month < corrections.month AND requests.month >= {THAT_MONTH}
+           AND (requests.started_at / 86400000, ifnull(requests.model, requests.requested_model),
+                requests.requested_model, requests.key_id)
+             = (usage_by_day.day, usage_by_day.model, usage_by_day.requested_model,
+                usage_by_day.key_id))
+     WHERE month > {THAT_MONTH}"""
+# The progress of a background response moves with its request, so that it has worked as long.
+MOVE_PROGRESS = f"""
+    UPDATE background SET seen = json_set(seen,
+        '$.since', iif(started_at > {AT}, json_extract(seen, '$.since') - (started_at - {AT}),
+                       min(json_extract(seen, '$.since'), {AT})),
+        '$.until', iif(started_at > {AT}, json_extract(seen, '$.until') - (started_at - {AT}),
+                       min(json_extract(seen, '$.until'), {AT})))
+      FROM requests
+     WHERE requests.request_id = background.request_id AND seen IS NOT NULL
+       AND max(started_at, json_extract(seen, '$.until')) > {AT}"""
+AT_ONCE = f"iif(effective_at <= created_at, min(effective_at, {AT}), effective_at)"
+MOVES = (
+    CORRECTED_IN_TIME,
+    *merge(
+        "usage_by_day",
+        ("account_id", "month", "day", "model", "requested_model", "key_id"),
+        ("requests", "estimated", "unreported", *Usage.__struct_fields__, *MONEY),
+        f"day > {THAT_DAY} OR month > {THAT_MONTH}",
+    ),
+    *merge(
+        "usage_by_month",
+        ("account_id", "month"),
+        ("requests", "input_tokens", "output_tokens", *MONEY),
+        f"month > {THAT_MONTH}",
+    ),
+    *merge(
+        "traffic_by_day",
+        ("day", "upstream", "outcome"),
+        ("requests", *MONEY),
+        f"day > {THAT_DAY}",
+    ),
+    MOVE_PROGRESS,
+    f"""UPDATE requests SET started_at = min(started_at, {AT}), month = min(month, {THAT_MONTH})
+         WHERE {later("requests")}""",
+    f"""UPDATE payments SET created_at = min(created_at, {AT}), month = min(month, {THAT_MONTH})
+         WHERE {later("payments")}""",
+    f"""UPDATE corrections SET created_at = min(created_at, {AT}), month = min(month, {THAT_MONTH})
+         WHERE {later("corrections")}""",
+    # Those of a later month's budget are told again as soon as the true month's is spent.
+    f"DELETE FROM notices WHERE kind = 'budget' AND month > {THAT_MONTH}",
+    f"""UPDATE notices SET effective_at = {AT_ONCE}, created_at = min(created_at, {AT}),
+               withdrawn_at = min(withdrawn_at, {AT}), delivered_at = min(delivered_at, {AT})
+         WHERE {later("notices")}""",
+    f"""UPDATE prices SET effective_at = {AT_ONCE}, created_at = min(created_at, {AT})
+         WHERE {later("prices")}""",
+    move("accounts", "created_at"),
+    move("keys", "created_at", "revoked_at"),
+    move("stored_objects", "created_at"),
+    move("background", "admitted_at"),
+    move("estimates", "admitted_at"),
+    move("unsettled", "admitted_at"),
+    move("runs", "started_at"),
+    move("reopened", "reopened_at"),
+    f"""UPDATE users SET created_at = min(created_at, {NOW}),
+               password_set_at = min(password_set_at, {NOW}),
+               link_expires_at = min(link_expires_at, {NOW} + {LINK_LASTS})
+         WHERE {later("users")}""",
+    move("sessions", "created_at", "seen_at", to=NOW),
+    move("known_browsers", "created_at", to=NOW),
+    # Without the record of this change itself, and of what other triggers have recorded since.
+    f"""{move("changes", "changed_at")}
+           AND id < (SELECT max(id) FROM changes WHERE kind = 'time')""",
+)
+
+
+async def count_later(store: Store, at: int, now: int) -> dict[str, int]:
+    """Return how many rows are dated later than `at` (milliseconds), by table, where there are
+    any."""
+    row = await store.one(f"SELECT {COUNT}", (at, month_of(at), now))
+    assert row is not None, "it counts"
+    return shown(row[0])
+
+
+def shown(moved: str) -> dict[str, int]:
+    """Return the counts of tables that have any, given those of all as JSON."""
+    counts: dict[str, int | None] = orjson.loads(moved)
+    return {table: count for table, count in counts.items() if count}
+
+
+def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
+    """Return the time that is meant (None: now) and the time that it is, both in milliseconds.
+    Raises UserError."""
+    now = min(now_ms(), store.time())  # one of them may be ahead
+    at = parse_time(text, now, relative_to_past=True) if text else now
+    if at > now + DAY:
+        raise UserError(
+            f"the time must not be later than a day from now: it is {iso_time(now)}, "
+            f"{iso_time(at)} was given"
+        )
+    return at, now
+
+
+async def preview(store: Store, at: int, now: int) -> Record:
+    """Return what `set_time` would move, as JSON shows it."""
+    return answer(at, store.time(), await count_later(store, at, now), done=False)
+
+
+async def set_time(books: Billing, at: int, now: int, by: str) -> Record:
+    """Set the ledger's time back to `at` and move to it whatever is dated later. Return what was
+    moved, as JSON shows it. Raises StorageUnavailable: then it can be done again."""
+    store, before = books.store, books.store.time()
+    async with books.changing_prices:
+        await store.settle_time()  # what waits to be written has the old time
+        books.set_back(at)
+        await store.settle_time()  # so may have what has come since; nothing after this
+        if moved := await count_later(store, at, now):
+            values = (at, month_of(at), now, before)
+            moves = [(sql, ()) for sql in MOVES]
+            changes = ((SET_TIME, values), *moves, (TIME_IS_SET, ()))
+            await store.transact(*changes, by=by, seconds=MAX_SECONDS)
+    await books.read_maintenances()
+    return answer(at, before, moved, done=True)
+
+
+def answer(at: int, before: int, moved: dict[str, int], *, done: bool) -> Record:
+    """Return the answer to a request to set the time, as JSON shows it."""
+    return {"time": iso_time(at), "before": iso_time(before), "done": done, "moved": moved}

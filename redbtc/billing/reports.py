@@ -1,0 +1,216 @@
+"""Reports: what was used and what it cost, of a request, a range, a month, of all accounts. Every
+one of them reads sums that are kept in the transaction that settles a request, and requests only
+where a range cuts a day in two.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from redbtc.billing.spending import nanos_of
+from redbtc.errors import NotFound
+from redbtc.money import decimal
+from redbtc.slices import with_turns
+from redbtc.store.database import Reader, Store
+from redbtc.store.records import Record, shown
+from redbtc.times import DAY, day_of
+from redbtc.usage import Usage
+
+# Sums come from usage_by_day as far as whole days go, from the requests themselves at a range's two
+# ends and for what is in flight: a month of five million requests is a few hundred rows.
+TOKENS = Usage.__struct_fields__
+FIRST_TOKENS = TOKENS[: TOKENS.index("tool_input_tokens")]  # what rows had before version 3
+LATER_TOKENS = TOKENS[len(FIRST_TOKENS) :]  # at their end, so that no column of a CSV moves
+COUNTS = ("requests", "estimated", "unreported", *TOKENS)
+SUMS = ", ".join(f"sum({name}) AS {name}" for name in (*COUNTS, "cost_units", "cost_nanos"))
+GROUPS = {
+    "day": "day",
+    "model": "model",
+    "key": "key_id",
+    "account": "(SELECT name FROM accounts WHERE id = account_id) AS account",
+}
+OF_KEY_AND_MODEL = """
+       AND (:key IS NULL OR key_id = :key) AND (:model IS NULL OR {model} GLOB :model)"""
+IN_RANGE = "started_at >= {since} AND started_at < {until}" + OF_KEY_AND_MODEL.format(
+    model="ifnull(model, requested_model)"
+)
+
+
+def corrected(name: str) -> str:
+    """SQL of what a request's correction says in a column, else its row."""
+    return f"iif(corrections.request_id IS NULL, requests.{name}, corrections.{name})"
+
+
+WITH_CORRECTIONS = "LEFT JOIN corrections ON corrections.request_id = requests.request_id"
+# A closed month's statement never changes: there a request that is corrected later stays estimated.
+STILL_ESTIMATED = """
+    usage_source = 'estimated' AND ifnull(corrections.month, '') <> requests.month"""
+OF_REQUESTS = f"""
+    SELECT requests.account_id, key_id, ifnull(model, requested_model) AS model,
+           started_at / 86400000 AS day, 1 AS requests, {STILL_ESTIMATED} AS estimated,
+           usage_source = 'none' AND outcome <> 'pending' AS unreported,
+           {", ".join(f"{corrected(name)} AS {name}" for name in TOKENS)},
+           ifnull({corrected("cost")} / 1000000000, 0) AS cost_units,
+           ifnull({corrected("cost")} % 1000000000, 0) AS cost_nanos
+      FROM requests"""
+OF_SETTLED = f"{OF_REQUESTS} {WITH_CORRECTIONS}"
+OF_PENDING = f"{OF_REQUESTS} INDEXED BY requests_in_flight {WITH_CORRECTIONS}"
+FIGURES = f"""
+    {OF_SETTLED} WHERE {{of_request}} outcome <> 'pending'
+       AND {IN_RANGE.format(since=":since", until=":days_since")}
+    UNION ALL
+    {OF_SETTLED} WHERE {{of_request}} outcome <> 'pending'
+       AND {IN_RANGE.format(since=":days_until", until=":until")}
+    UNION ALL
+    {OF_PENDING} WHERE {{of_request}} outcome = 'pending'
+       AND {IN_RANGE.format(since=":since", until=":until")}
+    UNION ALL
+    SELECT account_id, key_id, model, day, {", ".join(COUNTS)}, cost_units, cost_nanos
+      FROM usage_by_day
+     WHERE {{account}} day >= :days_since / 86400000 AND day < :days_until / 86400000
+       {OF_KEY_AND_MODEL.format(model="model")}"""
+TOP_FIGURES = f"""
+    (SELECT account_id, key_id, day, {", ".join(COUNTS)}, cost_units, cost_nanos,
+            iif(model IN (SELECT model FROM figures GROUP BY model
+                           ORDER BY sum(cost_units) + sum(cost_nanos) / 1e9 DESC,
+                                    sum(requests) DESC, model LIMIT :top), model, NULL) AS model
+       FROM figures)"""
+REQUESTS = f"""
+    SELECT requests.request_id, accounts.name AS account, key_id, endpoint, model, requested_model,
+           upstream, started_at, first_byte_ms, duration_ms, requests.status, outcome,
+           iif(corrections.request_id IS NULL, usage_source, 'upstream') AS usage_source,
+           {", ".join(f"{corrected(name)} AS {name}" for name in FIRST_TOKENS)},
+           {corrected("service_tier")} AS service_tier, response_id,
+           {corrected("cost")} AS cost, :currency AS currency,
+           {corrected("price_id")} AS price_id, requests.month,
+           {", ".join(f"{corrected(name)} AS {name}" for name in LATER_TOKENS)},
+           iif(corrections.request_id IS NULL, NULL, requests.cost) AS estimated_cost,
+           corrections.created_at AS corrected_at
+      FROM requests JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}
+     WHERE {{of_request}} started_at >= :since
+       AND (started_at, requests.request_id) < (:until, :before)
+       {OF_KEY_AND_MODEL.format(model="ifnull(model, requested_model)")}
+     ORDER BY started_at DESC, requests.request_id DESC LIMIT :limit"""
+COPIED = "SELECT * FROM temp.copied ORDER BY rowid DESC"
+DAYS_WITH_SOME = f"""
+    SELECT day, sum(requests) FROM (
+    SELECT day, requests FROM usage_by_day INDEXED BY usage_of_an_account
+     WHERE account_id = :account AND day >= :since / 86400000 AND day <= :until / 86400000
+       {OF_KEY_AND_MODEL.format(model="model")}
+    UNION ALL
+    SELECT started_at / 86400000, 1 FROM requests INDEXED BY requests_in_flight
+     WHERE outcome = 'pending' AND account_id = :account
+       AND {IN_RANGE.format(since=":since", until=":until")})
+     GROUP BY day ORDER BY day DESC"""
+START_OF = (
+    "SELECT started_at FROM requests WHERE request_id = ? AND account_id = ifnull(?, account_id)"
+)
+# With an account, an index of its own; the queries are the same.
+ONE, ALL = "{table}account_id = :account AND", ""
+
+
+class Range(Struct, frozen=True):
+    """Which requests: of an account and a key (by id), a model (a shell pattern), from `since` up
+    to but without `until` (milliseconds), or from there up to but without the request `before`.
+    `limit` keeps the newest of them; -1: all."""
+
+    account: str | None = None
+    key: str | None = None
+    model: str | None = None
+    since: int = 0
+    until: int = 1 << 62
+    before: str = ""
+    limit: int = -1
+
+    def values(self) -> dict[str, Any]:
+        """Bound to the queries above; the days that lie in it whole are those from `days_since` to
+        `days_until`."""
+        days_since = min(-(-self.since // DAY) * DAY, self.until)
+        days_until = max(self.until // DAY * DAY, days_since)
+        days = {"days_since": days_since, "days_until": days_until}
+        return msgspec.structs.asdict(self) | days
+
+    def of_account(self, sql: str) -> str:
+        """The query for one account or for all."""
+        one = ONE if self.account else ALL
+        return sql.format(account=one.format(table=""), of_request=one.format(table="requests."))
+
+
+async def requests_in(store: Reader, wanted: Range, currency: str) -> list[Record]:
+    """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
+    if wanted.limit > 0 and wanted.account:
+        wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
+    newest_first = await store.all(*_query(wanted, currency))
+    return [shown_request(row) async for row in with_turns(reversed(newest_first))]
+
+
+async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
+    """Return the same, copied first: it can be read as slowly as a client reads, after the snapshot
+    `store` has ended, and it takes no memory."""
+    await store.copy(*_query(wanted, currency))
+    return (shown_request(row) async for row in store.rows(COPIED))
+
+
+def _query(wanted: Range, currency: str) -> tuple[str, dict[str, Any]]:
+    return wanted.of_account(REQUESTS), {**wanted.values(), "currency": currency}
+
+
+def shown_request(row: sqlite3.Row) -> Record:
+    """Return a row of REQUESTS as JSON shows it."""
+    record = shown(row)
+    for name in ("cost", "estimated_cost"):
+        record[name] = None if record[name] is None else decimal(record[name])
+    return record
+
+
+async def _since_enough(store: Reader, wanted: Range) -> int:
+    """From when on there are as many as are wanted: the days tell, so that who looks for what is
+    rare doesn't have all looked through."""
+    found, since = 0, wanted.until
+    async for day, requests in store.rows(DAYS_WITH_SOME, wanted.values()):
+        since = max(wanted.since, int(day) * DAY)
+        if (day + 1) * DAY <= wanted.until:  # else it counts what may come after
+            found += requests
+        if found >= wanted.limit:
+            break
+    return since
+
+
+async def older_than(store: Store, wanted: Range, request_id: str) -> Range:
+    """Those of a range that come before a request. Raises NotFound."""
+    found = await store.one(START_OF, (request_id, wanted.account))
+    if found is None:
+        raise NotFound(f"there is no request {request_id!r}")
+    until = min(wanted.until, found[0])
+    return msgspec.structs.replace(wanted, until=until, before=request_id)
+
+
+async def usage_by(
+    store: Reader, wanted: Range, names: Sequence[str], currency: str, top: int | None = None
+) -> list[Record]:
+    """Sums of the requests in a range for each combination of `names`, keys of GROUPS; for none of
+    them the one sum of all. A sum is null where no request has a number. `top`: as many models have
+    a name, those that cost most; that of the others is null."""
+    labels = "".join(f"{GROUPS[name]}, " for name in names)
+    places = ", ".join(str(place + 1) for place in range(len(names)))
+    group = f"GROUP BY {places} ORDER BY {places}" if names else ""
+    figures = TOP_FIGURES if top and "model" in names else "figures"
+    sql = f"WITH figures AS ({wanted.of_account(FIGURES)}) SELECT {labels}{SUMS} FROM {figures}"
+    values = {**wanted.values(), "top": top}
+    return [shown_sums(row, currency) async for row in store.rows(f"{sql} {group}", values)]
+
+
+def shown_sums(row: Mapping[str, Any] | sqlite3.Row, currency: str) -> Record:
+    """Sums as JSON shows them."""
+    record = dict(row)
+    cost = nanos_of(record.pop("cost_units") or 0, record.pop("cost_nanos") or 0)
+    for name in ("requests", "estimated", "unreported"):
+        record[name] = record[name] or 0
+    if "day" in record:
+        record["day"] = day_of(record["day"])
+    return {**record, "cost": decimal(cost), "currency": currency}

@@ -1,0 +1,103 @@
+"""How commands reach the admin API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import os
+import ssl
+import time
+from collections.abc import AsyncIterator
+
+import click
+import httpx2
+
+from redbtc.admin.actors import StoppedGateway
+from redbtc.admin.api import API
+from redbtc.admin.http import WHO, local, served
+from redbtc.billing.books import Billing
+from redbtc.config import Loaded
+from redbtc.errors import UserError
+from redbtc.server.unix_socket import socket_path
+from redbtc.store.database import Migrated, Store
+from redbtc.store.files import DatabaseInUse
+
+PATIENCE_SECONDS = 5
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no certificates, which takes 30 ms
+
+
+@contextlib.asynccontextmanager
+async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of the admin API: of the running gateway's, else of one in this process. Where a
+    gateway is just starting or stopping, wait for it. Raises UserError."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        async with contextlib.AsyncExitStack() as stack:
+            path = stack.enter_context(socket_path(loaded.database_path))
+            try:
+                if await _answers(path):
+                    transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(
+                        verify=NO_TLS, uds=path
+                    )
+                else:
+                    store = await stack.enter_async_context(_open(loaded))
+                    for line in opening(store):
+                        click.echo(line, err=True)
+                    books = await Billing.open(store, loaded.settings.billing)
+                    api = API(books, StoppedGateway(), loaded.settings.dashboard_url)
+                    transport = httpx2.ASGITransport(served(api, local))
+            except DatabaseInUse:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+                continue
+            yield await stack.enter_async_context(
+                httpx2.AsyncClient(
+                    transport=transport,
+                    base_url="http://gateway",
+                    headers={WHO: user_name().encode()},
+                    timeout=None,
+                    trust_env=False,
+                )
+            )
+            return
+
+
+def _open(loaded: Loaded) -> contextlib.AbstractAsyncContextManager[Store]:
+    os.umask(0o077)
+    return Store.open(loaded.database_path, loaded.settings.database.synchronous)
+
+
+def opening(store: Store) -> list[str]:
+    """Return what opening the database has changed, for people, a line each."""
+    lines = [migration_text(store.migrated)] if store.migrated else []
+    if store.replaced:
+        lines.append(f"A restore was finished. The replaced database is kept: {store.replaced}")
+    return lines
+
+
+def migration_text(migrated: Migrated) -> str:
+    before, after, seconds, copy, no_copy = migrated
+    text = f"The database was migrated from schema {before} to {after} in {seconds} s."
+    return f"{text} As it was before: {copy}" if copy else f"{text} {no_copy}"
+
+
+async def _answers(path: str) -> bool:
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    except OSError as error:
+        raise UserError(f"the gateway's socket {path}: {error.strerror}") from None
+    writer.close()
+    await writer.wait_closed()
+    return True
+
+
+def user_name() -> str:
+    """Who gives this command, for the record."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"

@@ -1,0 +1,147 @@
+"""Commands: db."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Any
+
+import click
+
+from redbtc.cli.main import CommandContext, commands, given, json_option, show
+from redbtc.config import Loaded
+from redbtc.errors import UserError
+from redbtc.store.backup import back_up, plain_errors, restore
+from redbtc.store.consistency import CHECKS
+from redbtc.store.files import hold, hold_lock
+from redbtc.times import iso_time
+
+
+@commands.group()
+def db() -> None:
+    """The database."""
+
+
+@db.command("check")
+@json_option
+@click.pass_obj
+def db_check(context: CommandContext, as_json: bool) -> None:
+    """Check the whole file for damage."""
+    found = context.call("POST", "/admin/v1/db/check")
+    show(found, as_json, lambda: "\n".join(found["problems"]) or "The database is sound.")
+    if not found["ok"]:
+        raise SystemExit(1)
+
+
+MAX_NICENESS = 19
+
+
+@db.command("backup")
+@click.argument("path")
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep the newest N backups, this one included, and remove older ones.",
+)
+@json_option
+@click.pass_obj
+def db_backup(context: CommandContext, path: str, keep: int | None, as_json: bool) -> None:
+    """Copy the database to PATH and verify the copy, while the gateway runs or not. The SHA-256 is
+    written to PATH.sha256. If PATH is a folder, the file in it is named by the time; otherwise an
+    earlier backup at PATH is replaced, or with --keep renamed to PATH.1, PATH.2 and so on."""
+    os.nice(MAX_NICENESS)  # the gateway comes first
+    made = back_up(context.loaded.database_path, path, keep)
+    text = "Backup {path}: {bytes} bytes, {requests} requests, schema {schema}, in {seconds} s."
+    show(made._asdict(), as_json, lambda: text.format(**made._asdict()))
+
+
+@db.command("restore")
+@click.argument("path")
+@json_option
+@click.pass_obj
+def db_restore(context: CommandContext, path: str, as_json: bool) -> None:
+    """Verify the backup PATH and put a copy of it in place of the database. No gateway may be
+    running. The replaced database is kept beside it."""
+    started = time.monotonic()
+    database = context.loaded.database_path
+    os.umask(0o077)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(plain_errors(f"{path} was not restored"))
+        stack.enter_context(hold_lock(database))
+        if database.exists():
+            stack.enter_context(hold(database))
+        restored = restore(database, path, CHECKS)
+    done = {
+        "database": str(database),
+        "restored_from": path,
+        "replaced": str(restored.replaced) if restored.replaced else None,
+        "bytes": restored.bytes,
+        **restored.contents._asdict(),
+        "latest_request_at": iso_time(restored.contents.latest_request_at),
+    }
+    try:
+        done |= context.call("POST", "/admin/v1/db/check")
+    except UserError as error:
+        done |= {"ok": False, "problems": [str(error)]}
+    done["seconds"] = round(time.monotonic() - started, 3)
+    show(done, as_json, lambda: restored_text(done))
+    if not done["ok"]:
+        raise SystemExit(1)
+
+
+def restored_text(done: dict[str, Any]) -> str:
+    latest = done["latest_request_at"]
+    until = f", the newest of {latest}" if latest else ""
+    lines = [f"{done['database']} is restored: {done['requests']} requests{until}."]
+    if done["replaced"]:
+        lines.append(f"The replaced database is kept: {done['replaced']}")
+    return "\n".join([*lines, *(done["problems"] or ["The database is sound."])])
+
+
+def time_text(found: dict[str, Any]) -> str:
+    """Return what `db set-time` did, or would do."""
+    at, moved = found["time"], found["moved"]
+    if not moved:
+        return f"Nothing in the ledger is dated after {at}."
+    rows = "\n".join(f"  {table}: {count}" for table, count in moved.items())
+    what = "Moved to" if found["done"] else "Dated after"
+    return f"{what} {at}, rows by table:\n{rows}"
+
+
+@db.command("set-time")
+@click.argument("time", required=False)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@click.pass_obj
+def db_set_time(context: CommandContext, time: str | None, yes: bool, as_json: bool) -> None:
+    """Move whatever is dated after TIME to TIME: requests, payments, sums and all else. TIME is an
+    ISO 8601 time or a duration ago; left out: now. For a ledger that has entries of the future,
+    after a clock that was ahead was believed. It can't be undone. Costs stay."""
+    path, body = "/admin/v1/db/set-time", given({"time": time})
+    found = context.call("POST", path, {**body, "preview": True})
+    if found["moved"] and not yes:
+        click.echo(time_text(found), err=True)
+        click.confirm("Move all of this?", abort=True, err=True)
+    found = context.call("POST", path, body)
+    show(found, as_json, lambda: time_text(found))
+
+
+def show_check(loaded: Loaded | None, problems: list[str], as_json: bool) -> None:
+    """What `check` found; exits with 2 where something is wrong. Without `loaded` the settings
+    themselves are."""
+    unused = loaded.without_effect if loaded else []
+    notes = [f"{key}: accepted, but has no effect yet" for key in unused]
+    found = {
+        "ok": not problems,
+        "settings": str(loaded.file) if loaded and loaded.file else None,
+        "database": str(loaded.database_path) if loaded else None,
+        "problems": problems,
+        "notes": notes,
+    }
+    read = [f"settings: {loaded.file or 'the built-in defaults'}"] if loaded else []
+    lines = [*read, *notes, *problems, "not ok" if problems else "ok"]
+    show(found, as_json, lambda: "\n".join(lines))
+    if problems:
+        raise SystemExit(2)

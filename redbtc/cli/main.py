@@ -1,0 +1,186 @@
+"""The command line: options and output that all commands share."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+import httpx2
+import msgspec
+import orjson
+
+from redbtc.cli.connect import connect
+from redbtc.config import Loaded, load_settings
+from redbtc.errors import UserError
+from redbtc.money import parse_limit
+from redbtc.start import restore
+from redbtc.store.accounts import LIMITS
+
+
+class CommandContext:
+    """What the options before the command say; the settings are read when they are needed."""
+
+    def __init__(self, config: str | None) -> None:
+        self._config = config
+
+    @property
+    def loaded(self) -> Loaded:
+        return load_settings(self._config)
+
+    def call(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
+        """The JSON that the admin API answers. Raises UserError with its message."""
+
+        content = None if body is None else msgspec.json.encode(body)
+
+        async def ask() -> Any:
+            async with connect(self.loaded) as client:
+                response = await client.request(method, path, content=content, params=query)
+                return _content(response.status_code, response.content)
+
+        return asyncio.run(ask())
+
+    def copy(self, path: str, query: Any, out: Any) -> None:
+        """Copy the admin API's answer to a GET to `out`, as it comes."""
+
+        async def ask() -> None:
+            async with (
+                connect(self.loaded) as client,
+                client.stream("GET", path, params=query) as response,
+            ):
+                if response.status_code != 200:
+                    _content(response.status_code, await response.aread())
+                async for chunk in response.aiter_bytes():
+                    out.write(chunk)
+
+        asyncio.run(ask())
+
+
+def _content(status: int, body: bytes) -> Any:
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise UserError(f"the gateway answered {status}; see its log") from None
+    if status >= 400:
+        raise UserError(content["error"]["message"])
+    return content
+
+
+class LimitType(click.ParamType[Any]):
+    """A number, or `default` for what the settings say."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value == "default":
+            return value
+        if not re.fullmatch(r"\d{1,9}", value):
+            self.fail(f"{value!r} is neither a number up to 999999999 nor 'default'", param, ctx)
+        return int(value)
+
+
+class AmountType(click.ParamType[Any]):
+    """A limit in money: a decimal number, `unlimited`, or `default` for what the settings say."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value != "default":
+            try:
+                parse_limit(value)
+            except UserError as error:
+                self.fail(str(error), param, ctx)
+        return value
+
+
+Decorated = Callable[..., Any]
+LIMIT_TEXTS = {
+    "concurrency": "Requests in flight at most; 0: no limit.",
+    "requests_per_minute": "Requests a minute at most; 0: no limit.",
+    "tokens_per_minute": "Tokens a minute at most; 0: no limit.",
+    "monthly_budget": "What may be spent in a calendar month (UTC); unlimited: no limit.",
+    "credit_limit": "How far below zero the balance may go: an amount, or unlimited.",
+}
+
+
+def limit_options(names: Iterable[str]) -> Callable[[Decorated], Decorated]:
+    def decorate(function: Decorated) -> Decorated:
+        for name in reversed(list(names)):
+            option = "--" + name.replace("_", "-")
+            kind = LimitType() if name in LIMITS else AmountType()
+            function = click.option(option, type=kind, help=LIMIT_TEXTS[name])(function)
+        return function
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """What was said, with `default` as the API says it: null."""
+    return {
+        name: None if value == "default" else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def show(content: Any, as_json: bool, text: Callable[[], str]) -> None:
+    click.echo(orjson.dumps(content, option=orjson.OPT_INDENT_2) if as_json else text())
+
+
+def plain(text: str) -> str:
+    """Return a text for the terminal: what users have named must not steer it."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def cell(value: Any) -> str:
+    """Return a value for the terminal; a dash where there is none."""
+    value = ",".join(value) if isinstance(value, list) else value
+    return "-" if value is None else plain(str(value))
+
+
+def table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
+    """Rows under their columns' names."""
+    lines = [columns] + [[cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def details(record: dict[str, Any]) -> str:
+    width = max(len(name) for name in record)
+    return "\n".join(f"{name.ljust(width)}  {cell(value)}" for name, value in record.items())
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", metavar="PATH", help="The settings file instead of config.toml.")
+@click.pass_context
+def commands(context: click.Context, config: str | None) -> None:
+    """RedBTC AI: an OpenAI-compatible API gateway."""
+    context.obj = CommandContext(config)
+    if context.invoked_subcommand is None:
+        context.invoke(commands.commands["serve"])
+    elif context.invoked_subcommand != "serve":  # which handles signals in its own way
+        restore()
+
+
+def main() -> None:
+    """Run the command line; exit 0 done, 1 refused or failed, 2 wrong usage."""
+    try:
+        commands(prog_name="redbtc-proxy")
+    except (UserError, sqlite3.Error, httpx2.HTTPError) as error:
+        click.echo(f"Error: {error}", err=True)
+        raise SystemExit(1) from None
+    except UnicodeEncodeError:
+        click.echo("Error: what was given is not UTF-8", err=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,244 @@
+"""The commands serve and check."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sqlite3
+from typing import NamedTuple
+
+import click
+import msgspec
+import orjson
+import uvloop
+
+from redbtc.billing.books import Billing
+from redbtc.billing.prices import Price
+from redbtc.cli import main as main_module
+from redbtc.cli.database import show_check
+from redbtc.cli.first_run import dashboard, import_example, welcome
+from redbtc.cli.main import CommandContext, json_option
+from redbtc.config import BillingSettings, Loaded, Settings, SettingsError, url_of
+from redbtc.errors import StorageUnavailable, UserError
+from redbtc.gateway.process import WATCH_SECONDS, GatewayProcess, missing_keys, with_demo
+from redbtc.gateway.state import Gateway
+from redbtc.money import NANOS
+from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
+from redbtc.store.commits import RETRY_SECONDS, Health
+from redbtc.store.consistency import check_file
+from redbtc.store.database import LedgerDamaged, Serving, Store, opening_error
+from redbtc.store.files import DatabaseInUse, state_of
+from redbtc.telemetry import LOG, log
+
+DEMO_PRICE = Price(
+    "redbtc-demo*", input=NANOS, output=4 * NANOS, max_output_tokens=1000, source="an invention"
+)
+
+
+class ServeOptions(NamedTuple):
+    """What `serve` was asked for."""
+
+    loaded: Loaded
+    settings: Settings
+    demo: bool
+    first_run: bool
+    accept_clock: bool
+    as_json: bool
+
+
+async def run(start: ServeOptions) -> int:
+    """Run the gateway from start to end, and return the exit status. Raises UserError where it
+    can't start."""
+    settings = start.settings
+    running = GatewayProcess(start.loaded, settings)
+    async with contextlib.AsyncExitStack() as stack:
+        listeners = listen(settings.server.hosts, settings.server.port)
+        opening = asyncio.create_task(open_gateway(stack, start, running, listeners))
+        await running.serve(listeners, opening)
+    return running.status
+
+
+async def open_gateway(
+    stack: contextlib.AsyncExitStack,
+    start: ServeOptions,
+    running: GatewayProcess,
+    listeners: list[socket.socket],
+) -> Gateway:
+    """Open the ledger, however long that takes, and say that the gateway serves. Raises
+    UserError."""
+    settings = start.settings
+    books = await open_ledger(stack, start, running)
+    store = books.store
+    demo_url = await start_demo(stack) if start.demo else None
+    if demo_url:
+        settings = with_demo(settings, demo_url)
+        running.demo = demo_url
+    if start.first_run and not books.prices.prices:
+        await import_example(books)
+    if start.demo and books.tariff(DEMO_PRICE.model) is None:
+        await books.add_prices([DEMO_PRICE], without_notice=None, by="demo")
+    host, port = listeners[0].getsockname()[:2]
+    url = f"{url_of(host, port)}/v1"
+    log(
+        logging.INFO,
+        "serving",
+        url=url,
+        listening=[address_of(each) for each in listeners],
+        interrupted_before=store.interrupted,
+    )
+    ahead = -store.clock.offset // 1000
+    if ahead > 60:
+        log(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
+    if store.migrated:
+        log(logging.INFO, "migrated", **store.migrated._asdict())
+    if store.replaced:
+        log(logging.INFO, "restore finished", replaced=str(store.replaced))
+    for line in missing_keys(settings):
+        log(logging.WARNING, "unusable", reason=line)
+    if start.as_json:
+        click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
+    if not books.prices.prices and settings.billing.unpriced_models == "refuse":
+        log(logging.WARNING, "no prices", reason="all models are refused: price import")
+    server = msgspec.structs.replace(settings.server, port=port)
+    settings = msgspec.structs.replace(settings, server=server)
+    gateway = Gateway(books, settings, running.watch)
+    if not start.as_json:
+        try:
+            if start.first_run:
+                click.echo(await welcome(gateway.api, url, start.demo))
+            click.echo(await dashboard(gateway.api))
+        except (sqlite3.Error, StorageUnavailable) as error:
+            log(logging.ERROR, "no welcome", reason=str(error))
+    try:
+        await gateway.unended.resume()
+    except (sqlite3.Error, StorageUnavailable) as error:
+        if store.commits.health is not Health.LOST:  # which serves nothing anyway
+            raise UserError(f"{store.path} can't be read: {error}") from None
+    return gateway
+
+
+DAMAGED = (
+    "Nothing was written into it. Restore a backup: db restore FILE. If a database was copied to "
+    "this place by hand, a -wal file of another one may lie beside it."
+)
+
+
+async def open_ledger(
+    stack: contextlib.AsyncExitStack, start: ServeOptions, running: GatewayProcess
+) -> Billing:
+    """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
+    when a damaged one was replaced. Raises UserError where that can't help."""
+    database, path = start.settings.database, start.loaded.database_path
+    serving = Serving(database.check_seconds, start.accept_clock, log, running.closing)
+    said = ""
+    while True:
+        tried = state_of(path)
+        try:
+            opening = Store.open(path, database.synchronous, serving)
+            async with contextlib.AsyncExitStack() as opened:
+                store = await opened.enter_async_context(opening)
+                books = await open_books(store, start.settings.billing)
+                stack.push_async_exit(opened.pop_all())
+                return books
+        except LedgerDamaged as error:
+            if str(error) != said:
+                said = str(error)
+                log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED)
+            await asyncio.sleep(WATCH_SECONDS)
+            while state_of(path) == tried:
+                await asyncio.sleep(WATCH_SECONDS)
+        except (StorageUnavailable, DatabaseInUse) as error:
+            if not said and isinstance(error, DatabaseInUse):
+                raise
+            if str(error) != said:
+                said = str(error)
+                log(logging.ERROR, "ledger unavailable", reason=said)
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+async def open_books(store: Store, settings: BillingSettings) -> Billing:
+    """Read the prices. Raises UserError."""
+    try:
+        return await Billing.open(store, settings)
+    except sqlite3.Error as error:
+        raise opening_error(store.path, error) from None
+
+
+async def start_demo(stack: contextlib.AsyncExitStack) -> str:
+    """Serve the demonstration upstream on a free port of loopback; its base URL."""
+    from redbtc import demo  # only who asks for it pays for it
+
+    listeners = listen(["127.0.0.1"], 0)
+    server = server_for(demo.app())
+    serving = asyncio.create_task(server.serve(listeners))
+
+    async def stop() -> None:
+        server.should_exit = True
+        await serving
+
+    stack.push_async_callback(stop)
+    return f"http://{address_of(listeners[0])}/v1"
+
+
+@main_module.commands.command()
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Listen on this address instead of the settings'; can be repeated.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead.")
+@click.option("--demo", is_flag=True, help="Forward to a demonstration upstream: no model.")
+@click.option("--first-run", is_flag=True, help="Make a first account and key if there is none.")
+@click.option(
+    "--accept-clock",
+    is_flag=True,
+    help="Believe the machine's clock, even if it is a day behind the ledger or jumps.",
+)
+@json_option
+@click.pass_obj
+def serve(
+    context: CommandContext,
+    hosts: tuple[str, ...],
+    port: int | None,
+    demo: bool,
+    first_run: bool,
+    accept_clock: bool,
+    as_json: bool,
+) -> None:
+    """Run the gateway; also what a call without a command does."""
+    loaded = context.loaded
+    listening = {"host": hosts or None, "port": port}
+    given = {name: value for name, value in listening.items() if value is not None}
+    server = msgspec.structs.replace(loaded.settings.server, **given)
+    settings = msgspec.structs.replace(loaded.settings, server=server)
+    raise_descriptor_limit()
+    os.umask(0o077)  # what the gateway writes is its user's alone
+    LOG.level = getattr(logging, server.log_level.upper())
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            start = ServeOptions(loaded, settings, demo, first_run, accept_clock, as_json)
+            status = runner.run(run(start))
+    finally:
+        LOG.flush()
+    raise SystemExit(status)
+
+
+@main_module.commands.command()
+@json_option
+@click.pass_obj
+def check(context: CommandContext, as_json: bool) -> None:
+    """Say what is wrong with the settings and the database, line by line."""
+    try:
+        loaded = context.loaded
+    except SettingsError as error:
+        show_check(None, [str(error)], as_json)
+    else:
+        currency = loaded.settings.billing.currency
+        problems = missing_keys(loaded.settings)
+        problems += check_file(loaded.database_path, currency)
+        show_check(loaded, problems, as_json)

@@ -1,0 +1,132 @@
+"""Commands: usage, statement."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from urllib.parse import quote
+
+import click
+
+from redbtc.billing.csv import csv_lines, statement_lines
+from redbtc.cli.accounts import _account
+from redbtc.cli.main import CommandContext, commands, details, given, json_option, show, table
+from redbtc.money import decimal, digits_of, parse_amount
+
+USAGE_COLUMNS = [
+    "started_at",
+    "account",
+    "requested_model",
+    "status",
+    "outcome",
+    "usage_source",
+    "input_tokens",
+    "cached_input_tokens",
+    "output_tokens",
+    "cost",
+    "duration_ms",
+]
+SUM_COLUMNS = [
+    "requests",
+    "estimated",
+    "unreported",
+    "input_tokens",
+    "cached_input_tokens",
+    "output_tokens",
+    "cost",
+]
+
+
+@commands.command()
+@click.option("--account", help="Of this account.")
+@click.option("--key", help="Of this key (its id).")
+@click.option("--model", help="Of models that match this shell pattern.")
+@click.option("--since", metavar="TIME", help="From then on: an ISO 8601 time, or 24h ago.")
+@click.option("--until", metavar="TIME", help="Up to then.")
+@click.option("--limit", type=click.IntRange(1), help="Only the newest so many.")
+@click.option("--group-by", metavar="NAMES", help="Sums by day, model, key, account: day,model.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@json_option
+@click.pass_obj
+def usage(context: CommandContext, /, as_csv: bool, as_json: bool, **filters: Any) -> None:
+    """The ledger: a row for each request that reached an upstream, oldest first, or sums of them.
+    The totals are of the whole range, whatever the limit."""
+    one_form(as_csv, as_json)
+    grouped = filters["group_by"] is not None
+    if grouped and filters["limit"]:
+        raise click.UsageError("--limit is for requests, not for sums of them")
+    path = "/admin/v1/usage" if grouped else "/admin/v1/requests"
+    if as_json:
+        context.copy(path, given(filters), sys.stdout.buffer)
+        click.echo()
+        return
+    found = context.call("GET", path, query=given(filters))
+    rows = found["groups" if grouped else "requests"]
+    labels = [name for name in rows[0] if name not in found["totals"]] if rows else []
+    columns = [*labels, *SUM_COLUMNS] if grouped else USAGE_COLUMNS
+    totals = {name: value for name, value in found["totals"].items() if value is not None}
+    if as_csv:
+        click.echo("".join(csv_lines(rows)), nl=False)
+    else:
+        click.echo(f"{table(rows, columns)}\n\nTotals\n{details(totals)}")
+
+
+def one_form(as_csv: bool, as_json: bool) -> None:
+    if as_csv and as_json:
+        raise click.UsageError("--csv and --json exclude each other")
+
+
+@commands.command()
+@click.argument("account")
+@click.argument("month", metavar="YYYY-MM")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@json_option
+@click.pass_obj
+def statement(
+    context: CommandContext, account: str, month: str, as_csv: bool, as_json: bool
+) -> None:
+    """An account's month: opening balance, usage by day and model, payments, closing balance, and
+    what was paid in the last three months."""
+    one_form(as_csv, as_json)
+    found = context.call("GET", _account(account, f"/statements/{quote(month, safe='')}"))
+    if as_csv:
+        click.echo("".join(csv_lines(statement_lines(found))), nl=False)
+    else:
+        show(found, as_json, lambda: statement_text(found))
+
+
+CORRECTION_AMOUNTS = ("before", "after", "difference")
+
+
+def statement_text(found: dict[str, Any]) -> str:
+    totals, currency = found["totals"], found["currency"]
+    lately = [f"{month} {exact(paid, currency)}" for month, paid in found["paid_by_month"].items()]
+    paid_lately = exact(found["paid_last_three_months"], currency)
+    summary = {
+        "opening balance": exact(found["opening_balance"], currency),
+        "payments": exact(totals["paid"], currency),
+        "usage": exact(totals["cost"], currency),
+        "closing balance": exact(found["closing_balance"], currency),
+        "requests": totals["requests"],
+        "of them estimated": totals["estimated"],
+        "without usage": totals["unreported"],
+        "paid in three months": f"{paid_lately} ({', '.join(lately)})",
+    }
+    used = [{**row, "cost": exact(row["cost"], currency)} for row in found["usage"]]
+    paid = [{**row, "amount": exact(row["amount"], currency)} for row in found["payments"]]
+    state = "closed" if found["closed"] else "so far"
+    parts = [f"{found['account']}, {found['month']}, {state}, in {currency}"]
+    parts.append(details(summary))
+    parts += [table(used, ["day", "model", *SUM_COLUMNS])] if used else []
+    right = [
+        {**row, **{name: exact(row[name], currency) for name in CORRECTION_AMOUNTS}}
+        for row in found["corrections"]
+    ]
+    parts += [table(right, ["request_id", "day", *CORRECTION_AMOUNTS])] if right else []
+    parts += [table(paid, ["created_at", "amount", "reference", "reason"])] if paid else []
+    return "\n\n".join(parts)
+
+
+def exact(amount: str, currency: str) -> str:
+    """With the currency's digits after the point at least, as people write it."""
+    return decimal(parse_amount(amount), digits_of(currency))

@@ -1,0 +1,346 @@
+"""config.toml: its tables, its defaults and how it is read."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from redbtc.errors import UserError
+from redbtc.money import parse_limit
+from redbtc.usage import MAX_TOKENS
+
+HERE = Path(__file__).resolve().parent.parent
+INSTALLED = Path(sys.prefix) / "share" / "redbtc-proxy"  # where the package puts its other files
+
+
+def shipped(name: str) -> Path:
+    """Return the path of a file that comes with the program."""
+    return (HERE if (HERE / name).exists() else INSTALLED) / name
+
+
+# config.toml, strictly: an unknown key, a wrong type or a value out of range is an error that names
+# the key's full path, what was found and what is allowed. The defaults below are the documented
+# ones; config.toml beside the package explains each.
+Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Variable = Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
+Url = Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")]
+Host = Annotated[str, Meta(min_length=1)]
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z*]+")
+Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
+BODIES_READ = 4  # so an account's half can hold the largest body and its decoded copy
+
+
+class SettingsTable(Struct, forbid_unknown_fields=True, frozen=True):
+    """A table of the settings file."""
+
+
+class ServerSettings(SettingsTable, frozen=True):
+    """[server]: what listens, and what a request may cost before it is read."""
+
+    host: Host | Annotated[tuple[Host, ...], Meta(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    public_url: Url = "http://127.0.0.1:8080"
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1",)
+    cors_origins: tuple[str, ...] = ("*",)
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=4 << 30)] = 104_857_600
+    max_reading_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
+    body_timeout_seconds: Seconds = 60
+    drain_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The addresses to listen on."""
+        return (self.host,) if isinstance(self.host, str) else self.host
+
+    @property
+    def reading_bytes(self) -> int:
+        """The maximum of bytes for bodies of requests that have no place yet. Each account may hold
+        half of it."""
+        return self.max_reading_bytes or BODIES_READ * self.max_body_bytes
+
+
+class DatabaseSettings(SettingsTable, frozen=True):
+    """[database]"""
+
+    path: Annotated[str, Meta(min_length=1)] = "redbtc.db"
+    synchronous: Literal["full", "normal"] = "full"
+    check_seconds: Annotated[int, Meta(ge=0, le=86400)] = 60
+
+
+class UpstreamSettings(SettingsTable, frozen=True):
+    """[[upstreams]]: where requests may go. `weight` shares among those of equal `priority`."""
+
+    name: Name = "openai"
+    base_url: Url = "https://api.openai.com/v1"
+    api_key_env: Variable = "OPENAI_API_KEY"
+    models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("*",)
+    priority: Count = 1
+    weight: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    max_concurrency: Count = 0
+    connect_timeout_seconds: Seconds = 5
+    first_byte_timeout_seconds: Seconds = 600
+    idle_timeout_seconds: Seconds = 300
+    total_timeout_seconds: Seconds = 3600
+    transport: Literal["asyncio", "httpx"] = "asyncio"
+    proxy: Proxy = ""
+    websocket: bool = True
+
+
+class AccountLimitSettings(SettingsTable, frozen=True):
+    """[limits.account]: an account's limits unless set on it; 0: none."""
+
+    concurrency: Count = 8
+    requests_per_minute: Count = 0
+    tokens_per_minute: Count = 0
+    background: Count = 20
+
+
+class LimitSettings(SettingsTable, frozen=True):
+    """[limits]: all accounts together; 0: none."""
+
+    concurrency: Count = 0
+    requests_per_minute: Count = 0
+    tokens_per_minute: Count = 0
+    queue_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10
+    account: AccountLimitSettings = AccountLimitSettings()
+
+
+class MeteringSettings(SettingsTable, frozen=True):
+    """[metering]"""
+
+    include_usage: Literal["add", "client"] = "add"
+    unmetered: Literal["refuse", "allow"] = "refuse"
+    on_disconnect: Literal["drain", "cancel"] = "drain"
+    drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 15
+
+
+class BillingSettings(SettingsTable, frozen=True):
+    """[billing]. The webhook gets notices of budgets, signed as Standard Webhooks are."""
+
+    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] = "USD"
+    price_notice_days: Annotated[int, Meta(ge=0, le=3650)] = 30
+    terms_notice_days: Annotated[int, Meta(ge=0, le=3650)] = 14
+    default_credit_limit: Annotated[str, Meta(pattern=r"^(unlimited|\d+(\.\d+)?)$")] = "unlimited"
+    unpriced_models: Literal["refuse", "free"] = "refuse"
+    hold_output_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = 128_000
+    hold_tool_calls: Annotated[int, Meta(ge=1, le=100_000)] = 32
+    webhook_url: Annotated[str, Meta(pattern=r"^(https?://[^\s/?#]+[^\s#]*)?$")] = ""
+    webhook_secret_env: Variable = ""
+
+
+class RetentionSettings(SettingsTable, frozen=True):
+    """[retention]"""
+
+    request_log_days_max: Count = 30
+    usage_days: Count = 0
+    terminated_account_days: Count = 30
+
+
+class MetricsSettings(SettingsTable, frozen=True):
+    """[metrics]: with an empty `token_env` only loopback may read them."""
+
+    token_env: Variable = ""
+
+
+class Settings(SettingsTable, frozen=True):
+    """All of config.toml."""
+
+    server: ServerSettings = ServerSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    upstreams: Annotated[tuple[UpstreamSettings, ...], Meta(min_length=1)] = (UpstreamSettings(),)
+    limits: LimitSettings = LimitSettings()
+    metering: MeteringSettings = MeteringSettings()
+    billing: BillingSettings = BillingSettings()
+    retention: RetentionSettings = RetentionSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+    @property
+    def dashboard_url(self) -> str:
+        """Where browsers find the gateway: server.public_url, and where that is not set where it
+        listens."""
+        server = self.server
+        if server.public_url != ServerSettings().public_url:
+            return server.public_url
+        return url_of(server.hosts[0], server.port)
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL by which clients on this machine reach what listens on a host and port."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+# Accepted now, used by what is still to come; `check` says so for each that is not at its default.
+WITHOUT_EFFECT = [
+    "upstreams.max_concurrency",
+    "retention.request_log_days_max",
+    "retention.usage_days",
+    "retention.terminated_account_days",
+]
+
+
+class SettingsError(UserError):
+    """The settings file is missing, unreadable or wrong."""
+
+
+class Loaded(NamedTuple):
+    """Settings as read, the file they came from (None: the defaults), the folder where relative
+    paths start, the keys in it that have no effect yet, and whether the file sets nothing."""
+
+    settings: Settings
+    file: Path | None
+    folder: Path
+    without_effect: list[str]
+    is_empty: bool = False
+
+    @property
+    def database_path(self) -> Path:
+        """The database's own path: SQLite puts its -wal beside the file to which a symbolic link
+        leads, and all that belongs to the database must be there."""
+        return Path(os.path.realpath(self.folder / self.settings.database.path))
+
+
+def load_settings(path: str | None) -> Loaded:
+    """Settings from `path`, else from $REDBTC_CONFIG, else from config.toml beside this script,
+    else the defaults. Raises SettingsError with one line that says what is wrong and where."""
+    beside = HERE / "config.toml"
+    chosen = path or os.environ.get("REDBTC_CONFIG") or (str(beside) if beside.exists() else None)
+    if chosen is None:
+        return Loaded(Settings(), None, Path.cwd(), [])
+    file = Path(chosen).absolute()
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: not TOML: {error}") from None
+    try:
+        settings = parse_settings(tables)
+    except SettingsError as error:
+        raise SettingsError(f"{file}: {error}") from None
+    unused = [key for key in WITHOUT_EFFECT if _value(settings, key) != _value(Settings(), key)]
+    return Loaded(settings, file, file.parent, unused, is_empty=not tables)
+
+
+def reload_settings(before: Loaded) -> Settings:
+    """Read the settings again, from the same file as before. One that sets nothing is taken for one
+    that an editor has not finished writing: the defaults would replace all upstreams. Raises
+    SettingsError."""
+    loaded = load_settings(str(before.file or "") or None)
+    if loaded.is_empty:
+        raise SettingsError(
+            f"{loaded.file}: the file is empty or has only comments; a reload needs at least one "
+            "setting in it. To use the built-in defaults, restart the gateway"
+        )
+    return loaded.settings
+
+
+def parse_settings(tables: Mapping[str, Any]) -> Settings:
+    """Settings out of parsed TOML. Raises SettingsError."""
+    try:
+        settings = msgspec.convert(tables, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(_explain(str(error), tables)) from None
+    names = [upstream.name for upstream in settings.upstreams]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(f"upstreams.name: {name!r} stands twice; each needs its own name")
+    for proxy in settings.server.trusted_proxies:
+        try:
+            ipaddress.ip_network(proxy, strict=False)
+        except ValueError:
+            raise SettingsError(
+                f"server.trusted_proxies: found {proxy!r}; allowed are IP addresses and networks"
+            ) from None
+    for origin in settings.server.cors_origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise SettingsError(
+                f"server.cors_origins: found {origin!r}; allowed are '*' and origins such as "
+                "'https://app.example.com': scheme, host and port in lower case, without a path"
+            )
+    server, least = settings.server, BODIES_READ * settings.server.max_body_bytes
+    if server.reading_bytes < least:
+        raise SettingsError(
+            f"server.max_reading_bytes: found {server.max_reading_bytes}; allowed are 0 and "
+            f"numbers from {least}, which is {BODIES_READ} times server.max_body_bytes"
+        )
+    for upstream in settings.upstreams:
+        if not _is_url(upstream.base_url):
+            raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; no such URL")
+        if upstream.proxy and upstream.transport != "httpx":
+            raise SettingsError('upstreams.proxy: needs transport = "httpx"')
+    _check_billing(settings.billing)
+    return settings
+
+
+def _check_billing(billing: BillingSettings) -> None:
+    try:
+        parse_limit(billing.default_credit_limit)
+    except UserError as error:
+        raise SettingsError(f"billing.default_credit_limit: {error}") from None
+    if billing.webhook_url and not (billing.webhook_secret_env and _is_url(billing.webhook_url)):
+        raise SettingsError("billing.webhook_url: needs to be a URL, and webhook_secret_env beside")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return bool(urlsplit(text).hostname) and urlsplit(text).port != 0
+    except ValueError:
+        return False
+
+
+def _value(settings: Any, key: str) -> Any:
+    first, _, rest = key.partition(".")
+    value = getattr(settings, first)
+    if isinstance(value, tuple) and rest:
+        return {_value(table, rest) for table in value}
+    return _value(value, rest) if rest else value
+
+
+def _explain(message: str, tables: Mapping[str, Any]) -> str:
+    """msgspec's message, turned round: the key's path, what was found, what is allowed."""
+    what, _, place = message.partition(" - at `$")
+    path = place.rstrip("`").lstrip(".")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
+    if unknown:
+        key = f"{path}.{unknown[1]}".lstrip(".")
+        return f"{key}: unknown key; allowed here are {', '.join(_keys_at(path))}"
+    found: Any = tables
+    for step in re.findall(r"[^.\[\]]+", path):
+        index = int(step) if isinstance(found, list) and step.isdigit() else step
+        try:
+            found = found[index]
+        except (KeyError, IndexError, TypeError):
+            break
+    shown = "something else" if path.endswith("_env") else repr(found)  # it may be the secret
+    allowed = f"{what[0].lower()}{what[1:]}"
+    if what.startswith("Invalid enum value"):
+        table, _, key = path.rpartition(".")
+        choices = get_args(get_type_hints(type(_table_at(table)))[key])
+        allowed = f"allowed are {', '.join(map(repr, choices))}"
+    return f"{path or 'settings'}: found {shown}; {allowed}"
+
+
+def _table_at(path: str) -> Any:
+    """Return the default table at a path."""
+    table: Any = Settings()
+    for step in re.findall(r"[^.\[\]]+", path):
+        table = table[0] if step.isdigit() or step == "..." else getattr(table, step)
+    return table[0] if isinstance(table, tuple) else table
+
+
+def _keys_at(path: str) -> list[str]:
+    return list(_table_at(path).__struct_fields__)

@@ -1,0 +1,41 @@
+"""/status: what everybody is told."""
+
+from __future__ import annotations
+
+import contextlib
+
+from redbtc.billing.books import Billing
+from redbtc.store.records import Record
+from redbtc.times import iso_time
+
+
+# What everybody may know of the gateway, without a key.
+async def status(books: Billing, uptime_seconds: int) -> Record:
+    """Return what /status says. A ledger that can't commit is an incident: nothing is served."""
+    shown = ("id", "kind", "text", "effective_at", "until", "created_at")
+    notices = [{name: row[name] for name in shown} for row in await books.notices_now()]
+    now = str(iso_time(books.store.time()))
+    in_force = {notice["kind"] for notice in notices if notice["effective_at"] <= now}
+    if not books.store.healthy:
+        in_force.add("incident")
+    worst = [kind for kind in ("incident", "maintenance") if kind in in_force]
+    return {
+        "status": worst[0] if worst else "ok",
+        "uptime_seconds": uptime_seconds,
+        "incidents": [notice for notice in notices if notice["kind"] == "incident"],
+        "notices": [notice for notice in notices if notice["kind"] != "incident"],
+    }
+
+
+MAX_ACCEPT = 2000  # characters of an Accept header that are looked at; a browser's has 150
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header asks for a page rather than for JSON (RFC 9110 §12.5.1)."""
+    weights: dict[str, float] = {}
+    for entry in accept.lower()[:MAX_ACCEPT].split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        quality = [part[2:] for part in parameters if part.startswith("q=")]
+        with contextlib.suppress(ValueError):
+            weights[name] = float(quality[0]) if quality else 1.0
+    return weights.get("text/html", 0) > weights.get("application/json", 0)

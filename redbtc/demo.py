@@ -1,0 +1,271 @@
+"""An upstream to try the gateway with: no model, truthful usage.
+
+It speaks enough of OpenAI's API that curl, the SDKs and Codex CLI work against it. A token here is
+a run of word characters or one other sign that is no space; a picture is 64 squares, a token each.
+Used is all text of the messages it was sent, and exactly what it says. What it doesn't look at
+counts for nothing: tools, pictures to edit. It checks no key and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import re
+import struct
+import textwrap
+import time
+import uuid
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from email.message import Message
+from typing import Any, NamedTuple
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from redbtc.refusals import Refusal
+from redbtc.request_body.media import decompressed
+from redbtc.slices import in_slices
+
+TOKEN = re.compile(r"\w+|[^\w\s]")
+MAX_BYTES = 100 << 20  # of a body that came compressed
+PAUSE_SECONDS = 0.02  # between two events of a stream
+TEXT_FIELDS = ("instructions", "messages", "input", "content", "text", "output", "arguments")
+MODEL: dict[str, Any] = {"object": "model", "created": 1764547200, "owned_by": "redbtc"}
+MODELS = {name: {"id": name} | MODEL for name in ("redbtc-demo", "redbtc-demo-image")}
+Json = dict[str, Any]
+
+
+class Reply(NamedTuple):
+    """What is said to a request, whether its limit cut that short, and the tokens it was sent."""
+
+    text: str
+    cut: bool
+    tokens_in: int
+
+    def words(self) -> list[str]:
+        """The text in pieces of one word, each with the space before it."""
+        return re.findall(r"\s*\S+", self.text)
+
+    def usage(self, sent: str, said: str) -> Json:
+        """Chat and responses name the two sides differently, and nothing else."""
+        tokens_out = count(self.text)
+        return {
+            f"{sent}_tokens": self.tokens_in,
+            f"{sent}_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            f"{said}_tokens": tokens_out,
+            f"{said}_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.tokens_in + tokens_out,
+        }
+
+
+def count(text: str) -> int:
+    """How many tokens a text has."""
+    return len(TOKEN.findall(text))
+
+
+def texts(content: Any) -> Iterator[str]:
+    """All text in a body, an item or a list of them, however nested; not ids, not files."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict):
+        yield from texts([content.get(name) for name in TEXT_FIELDS])
+    elif isinstance(content, list):
+        for part in content:
+            yield from texts(part)
+
+
+def reply(body: Json, messages: Any, most: Any) -> Reply:
+    """Quotes the user's last message in at most so many tokens; None is no limit."""
+    if most is not None and (not isinstance(most, int) or most < 1):
+        raise HTTPException(400, "The most tokens to answer with must be a whole number from 1.")
+    if isinstance(messages, list):
+        messages = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"][-1:]
+    asked = " ".join(texts(messages)).lstrip()[:200]
+    text = (
+        "This is the RedBTC demonstration upstream: no model is behind it. You said: "
+        f'"{textwrap.shorten(asked, 60, placeholder="…")}". The usage is a true count of both.'
+    )
+    ends = [token.end() for token in TOKEN.finditer(text)][:most]
+    return Reply(text[: ends[-1]], ends[-1] < len(text), sum(map(count, texts(body))))
+
+
+async def read(request: Request) -> Json:
+    """The fields of a body, JSON or a form. Refuses what can't be read or names no model."""
+    kind = request.headers.get("content-type", "")
+    try:
+        raw, encoding = await request.body(), request.headers.get("content-encoding", "")
+        if encoding in ("gzip", "zstd"):
+            raw = bytes(await in_slices(decompressed(raw, encoding, MAX_BYTES), ""))
+        body = form(kind, raw) if kind.lower().startswith("multipart/") else orjson.loads(raw)
+    except (ClientDisconnect, orjson.JSONDecodeError, Refusal):
+        raise HTTPException(400, "The request body is not valid JSON.") from None
+    if not isinstance(body, dict) or not isinstance(body.get("model"), str):
+        raise HTTPException(400, "You must provide a model parameter.")
+    return body
+
+
+def form(content_type: str, raw: bytes) -> Json:
+    """The fields of a multipart form (RFC 7578), files left out."""
+    header, fields = Message(), {}
+    header["content-type"] = content_type
+    for part in (b"\r\n" + raw).split(f"\r\n--{header.get_boundary('?')}".encode()):
+        head, _, value = part.partition(b"\r\n\r\n")
+        name = re.search(rb'[; ]name="?([^";\r]+)', head)
+        if name and b"filename" not in head:
+            fields[name[1].decode(errors="replace")] = value.decode(errors="replace")
+    return fields
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex}"
+
+
+def answer(content: Json, status: int = 200) -> Response:
+    headers = {"x-request-id": new_id("req"), "content-type": "application/json"}
+    return Response(orjson.dumps(content), status, headers)
+
+
+def stream(events: list[Json], end: bytes = b"") -> Response:
+    """Server-sent events with a pause after each; those that have a type are named by it."""
+
+    async def paced() -> AsyncIterator[bytes]:
+        for event in events:
+            name = f"event: {event['type']}\n" if "type" in event else ""
+            yield name.encode() + b"data: " + orjson.dumps(event) + b"\n\n"
+            await asyncio.sleep(PAUSE_SECONDS)
+        yield end
+
+    headers = {"x-request-id": new_id("req"), "content-type": "text/event-stream"}
+    return StreamingResponse(paced(), headers=headers)
+
+
+async def refused(_: Request, error: Exception) -> Response:
+    """OpenAI's error form, for the router's 404 and 405 as well."""
+    assert isinstance(error, HTTPException)
+    form = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+    return answer({"error": form}, error.status_code)
+
+
+async def chat(request: Request) -> Response:
+    """POST /v1/chat/completions"""
+    body = await read(request)
+    limits = [body.get("max_completion_tokens"), body.get("max_tokens")]
+    most = next((limit for limit in limits if limit is not None), None)
+    said = reply(body, body.get("messages"), most)
+    finish, usage = "length" if said.cut else "stop", said.usage("prompt", "completion")
+    head: Json = {"id": new_id("chatcmpl"), "created": int(time.time())}
+    head |= {"model": body["model"], "service_tier": "default"}
+    if not body.get("stream"):
+        choice: Json = {"index": 0, "logprobs": None, "finish_reason": finish}
+        choice |= {"message": {"role": "assistant", "content": said.text, "refusal": None}}
+        return answer(head | {"object": "chat.completion", "choices": [choice], "usage": usage})
+    usage_wanted = (body.get("stream_options") or {}).get("include_usage")
+    head |= {"object": "chat.completion.chunk"} | ({"usage": None} if usage_wanted else {})
+    deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in said.words())]
+    choices: list[Json] = [{"index": 0, "delta": each, "finish_reason": None} for each in deltas]
+    choices += [{"index": 0, "delta": {}, "finish_reason": finish}]
+    last = [head | {"choices": [], "usage": usage}] if usage_wanted else []
+    return stream([head | {"choices": [each]} for each in choices] + last, b"data: [DONE]\n\n")
+
+
+async def responses(request: Request) -> Response:
+    """POST /v1/responses"""
+    body = await read(request)
+    said = reply(body, body.get("input"), body.get("max_output_tokens"))
+    begun: Json = {"id": new_id("resp"), "object": "response", "created_at": int(time.time())}
+    begun |= {"status": "in_progress", "model": body["model"], "output": [], "usage": None}
+    begun |= {"error": None, "incomplete_details": None, "instructions": None, "metadata": {}}
+    begun |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "store": False}
+    begun |= {"service_tier": "default", "temperature": 1.0, "top_p": 1.0}
+    status = "incomplete" if said.cut else "completed"
+    item: Json = {"id": new_id("msg"), "type": "message", "role": "assistant"}
+    item |= {"status": status, "content": [output_text(said.text)]}
+    ended = begun | {"status": status, "output": [item], "usage": said.usage("input", "output")}
+    ended |= {"incomplete_details": {"reason": "max_output_tokens"} if said.cut else None}
+    return stream(response_events(begun, ended, said)) if body.get("stream") else answer(ended)
+
+
+def output_text(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def response_events(begun: Json, ended: Json, said: Reply) -> list[Json]:
+    item = ended["output"][0]
+    place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    text = place | {"logprobs": []}
+    item_begun = item | {"status": "in_progress", "content": []}
+    events = [
+        ("created", {"response": begun}),
+        ("in_progress", {"response": begun}),
+        ("output_item.added", {"output_index": 0, "item": item_begun}),
+        ("content_part.added", place | {"part": output_text("")}),
+        *(("output_text.delta", text | {"delta": word}) for word in said.words()),
+        ("output_text.done", text | {"text": said.text}),
+        ("content_part.done", place | {"part": output_text(said.text)}),
+        ("output_item.done", {"output_index": 0, "item": item}),
+        (ended["status"], {"response": ended}),
+    ]
+    return [
+        {"type": f"response.{name}", "sequence_number": number} | content
+        for number, (name, content) in enumerate(events)
+    ]
+
+
+async def images(request: Request) -> Response:
+    """POST /v1/images/generations and /v1/images/edits"""
+    body = await read(request)
+    prompt, partial = str(body.get("prompt", "")), str(body.get("partial_images") or 0)
+    if partial not in ("0", "1", "2", "3"):
+        raise HTTPException(400, "partial_images must be from 0 to 3.")
+    image = {"b64_json": base64.b64encode(picture(prompt)).decode()}
+    about = {"output_format": "png", "quality": "low", "size": "64x64", "background": "opaque"}
+    text = count(prompt)
+    usage: Json = {"input_tokens": text, "output_tokens": 64, "total_tokens": text + 64}
+    usage |= {"input_tokens_details": {"text_tokens": text, "image_tokens": 0}}
+    usage |= {"output_tokens_details": {"text_tokens": 0, "image_tokens": 64}}
+    created = int(time.time())
+    if body.get("stream") not in (True, "true"):
+        return answer({"created": created, "data": [image], "usage": usage} | about)
+    kind = "image_edit" if request.url.path.endswith("edits") else "image_generation"
+    head = {"created_at": created} | image | about
+    rough = head | {"type": f"{kind}.partial_image"}
+    partials = [rough | {"partial_image_index": index} for index in range(int(partial))]
+    return stream([*partials, head | {"type": f"{kind}.completed", "usage": usage}])
+
+
+def picture(prompt: str) -> bytes:
+    """A PNG of 64 by 64 pixels: 8 rows of 8 squares in the prompt's own colours."""
+    colours = hashlib.shake_256(prompt.encode()).digest(3 * 64)
+    squares = [colours[at : at + 3] * 8 for at in range(0, 3 * 64, 3)]
+    rows = [b"\0" + b"".join(squares[at : at + 8]) for at in range(0, 64, 8)]
+    header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB
+    pixels = zlib.compress(b"".join(row * 8 for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    )
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models and /v1/models/{id}"""
+    name = request.path_params.get("id")
+    if name is None:
+        return answer({"object": "list", "data": list(MODELS.values())})
+    if name not in MODELS:
+        raise HTTPException(404, "The model does not exist.")
+    return answer(MODELS[name])
+
+
+def app() -> Starlette:
+    """The ASGI app."""
+    posts = {"chat/completions": chat, "responses": responses}
+    posts |= {"images/generations": images, "images/edits": images}
+    routes = [Route(f"/v1/{path}", handler, methods=["POST"]) for path, handler in posts.items()]
+    routes += [Route("/v1/models", models), Route("/v1/models/{id:path}", models)]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refused})

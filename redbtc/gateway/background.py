@@ -1,0 +1,166 @@
+"""A background response that has not ended yet."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+
+import msgspec
+
+from redbtc.billing.spending import Hold
+from redbtc.gateway.exchange import PRESERVE_GROWTH
+from redbtc.gateway.settlement import account_for, bill
+from redbtc.meter.estimates import (
+    MaximumUsage,
+    Progress,
+    SeenOutput,
+    estimate,
+    is_cancelled_without_output,
+    is_complete,
+)
+from redbtc.meter.report import Report
+from redbtc.store.background import UnfinishedRow
+from redbtc.store.requests import Admitted
+from redbtc.usage import Outcome, RequestRow, UsagePart
+
+MAX_AGE_OF_UNKNOWN_SECONDS = (
+    48 * 3600
+)  # then it is given up; OpenAI's longest completion window is 8 hours
+
+
+class BackgroundResponse:
+    """One background response that has not been seen to end."""
+
+    def __init__(
+        self,
+        row: RequestRow,
+        money: Hold,
+        unfinished: UnfinishedRow,
+        chosen: set[str] | None,
+        now: int,
+    ) -> None:
+        """`chosen` are the ids that the client gave to items of its input; None if only an earlier
+        process knew them. Their hashes are kept: thousands of ids would take much memory for as
+        long as the response runs. `now` is the ledger's time."""
+        created = row.started_at + (row.duration_ms or 0)
+        self._progress = (
+            msgspec.json.decode(unfinished.seen, type=Progress)
+            if unfinished.seen
+            else Progress(SeenOutput(unfinished.text_bytes), created, created)
+        )
+        self._kept = self._progress.seen, self._progress.works  # what the ledger has
+        self.row = row
+        self.unfinished = unfinished
+        self.chosen = None if chosen is None else {hash(each) for each in chosen}
+        self.settling: asyncio.Task[None] | None = None
+        self.alone = False  # the request that made it is over
+        self.cancelled = False  # its key turned out to be somebody else's
+        self.money = money
+        self._read: set[Report] = set()
+        self._followed_at = time.monotonic()  # when this object was made
+        self._age_before = max(0, now - row.started_at)  # milliseconds
+        self._watched_after = 0.0  # seconds from then to the last `watch` that was due
+
+    def read(self, report: Report) -> None:
+        """Somebody is being sent what this meters."""
+        self._read.add(report)
+
+    def left(self, report: Report) -> None:
+        """A reader has all that it gets."""
+        self._read.discard(report)
+        self._progress.seen = self._progress.seen.or_more(SeenOutput.of(report))
+
+    def watch(self, now: float) -> bool:
+        """Note what its readers have been sent so far, if that is due. Return whether it was. `now`
+        is by the monotonic clock."""
+        seconds = now - self._followed_at
+        if seconds < PRESERVE_GROWTH * self._watched_after or not self._read:
+            return False
+        self._watched_after = seconds
+        for report in self._read:
+            self._progress.seen = self._progress.seen.or_more(SeenOutput.of(report))
+            if report.status == "in_progress":
+                self.note(report.status)
+        return True
+
+    def ignore(self, report: Report) -> None:
+        """Ignore what a reader was sent: it was another response."""
+        self._read.discard(report)
+
+    @property
+    def _age(self) -> int:
+        """How long ago its request began, in milliseconds; of this process by the monotonic
+        clock."""
+        return self._age_before + round((time.monotonic() - self._followed_at) * 1000)
+
+    @property
+    def _now(self) -> int:
+        return self.row.started_at + self._age
+
+    def set_back(self, at: int) -> None:
+        """Let it not have begun later than `at`, and move what is known of its progress with it."""
+        distance = max(0, self.row.started_at - at)
+        self.row.started_at -= distance
+        self._progress.since -= distance
+        self._progress.until -= distance
+
+    def note(self, status: str | None) -> None:
+        """Note that it was looked at and has not ended. A status of None could not be read."""
+        self._progress.note(status, self._now)
+
+    def news(self) -> str | None:
+        """Return what is known of it as JSON, None if the ledger has as much."""
+        known = self._progress.seen, self._progress.works
+        if known == self._kept:
+            return None
+        self._kept = known
+        return msgspec.json.encode(self._progress).decode()
+
+    def finish(
+        self, report: Report, outcome: Outcome, speed: float, most: MaximumUsage
+    ) -> list[UsagePart]:
+        """Fill in the row but for its cost: it has ended. Return the parts to bill. `speed` is in
+        output tokens a second."""
+        row, progress = self.row, self._progress
+        row.duration_ms = self._age
+        row.model, row.service_tier = report.model or row.model, report.service_tier
+        for each in (report, *self._read):
+            progress.seen = progress.seen.or_more(SeenOutput.of(each))
+        guess = None
+        partly = is_cancelled_without_output(report) and (progress.works or bool(progress.seen))
+        unknown = partly or not is_complete(report)
+        if unknown and (outcome != "upstream_error" or progress.seen):
+            if report.status is not None:  # it worked until it ended
+                progress.until = self._now
+            guess = estimate(
+                report,
+                progress.seen,
+                written=math.ceil(progress.worked_seconds * speed),
+                read=self.unfinished.input_estimate,
+                most=most,
+                images=False,
+                partly=partly,
+            )
+        return account_for(row, report, outcome, guess)
+
+    def bill(self, parts: list[UsagePart]) -> None:
+        """Work out what it cost."""
+        bill(self.row, parts, self.money, self.unfinished.image_model)
+
+    @property
+    def most(self) -> MaximumUsage | None:
+        """The most that it was held to use; None where an earlier version did not keep it."""
+        most = self.unfinished.most
+        return msgspec.json.decode(most, type=MaximumUsage) if most else None
+
+    @property
+    def admitted(self) -> Admitted:
+        """What a later correction needs."""
+        unfinished = self.unfinished
+        return Admitted(unfinished.admitted_at, unfinished.image_model, unfinished.held)
+
+    @property
+    def seconds_left(self) -> float:
+        """For how long it may still go on, if it does not end."""
+        return MAX_AGE_OF_UNKNOWN_SECONDS - self._age / 1000

@@ -1,0 +1,295 @@
+"""All background responses that have not ended yet, and the task that asks for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from redbtc.billing.spending import Hold
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.background import BackgroundResponse
+from redbtc.gateway.exchange import ask, most_usual
+from redbtc.gateway.settlement import count_containers, homes_of, weight
+from redbtc.limits import rate_limit_headers
+from redbtc.locations import ObjectLocation
+from redbtc.meter.answers import UNFINISHED
+from redbtc.meter.estimates import MaximumUsage
+from redbtc.meter.report import Report
+from redbtc.refusals import Refusal
+from redbtc.slices import with_turns
+from redbtc.store.background import (
+    UnfinishedRow,
+    end_background,
+    is_compromised,
+    keep_pending,
+    note_progress,
+    unfinished_rows,
+)
+from redbtc.telemetry import log, shown_error
+from redbtc.usage import MAX_TOKENS, Outcome, RequestRow
+
+if TYPE_CHECKING:
+    from redbtc.gateway.state import Gateway
+
+
+# A background response goes on when its request is over. Its row stays pending and what it can cost
+# stays held, until somebody sees that it has ended: its client, who fetches it, or the gateway,
+# which asks the upstream with growing pauses, after a restart as well. Whoever is first settles it;
+# whoever comes while that is being written waits until it is.
+FIRST_PAUSE, MAX_PAUSE, PAUSE_GROWTH = 1.0, 60.0, 1.5  # seconds; the pause grows by half
+MAX_ASKING = 16
+ROOM_SECONDS = 5  # retry-after for a client that has too many unfinished responses
+UNKNOWN = (400, 404, 410)  # how an upstream says that there is no such response
+MAX_UNKNOWN = 3  # in a row: it may not know at once what it has just made
+
+
+class BackgroundResponses:
+    """All background responses that have not been seen to end."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._responses: dict[str, BackgroundResponse] = {}
+        # By account, how many are unfinished; requests that may create one are counted as well.
+        self._counts: Counter[str] = Counter()
+        self._asking = asyncio.Semaphore(MAX_ASKING)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.ended: Callable[[asyncio.Task[Any]], None] = lambda _: None  # called with each task
+
+    async def resume(self) -> None:
+        """Take up what an earlier process left."""
+        for row, key, unfinished in await unfinished_rows(self._gateway.store):
+            money = await self._gateway.books.hold_again(
+                key, row.requested_model, unfinished.admitted_at, unfinished.held
+            )
+            response = BackgroundResponse(row, money, unfinished, None, self._gateway.store.time())
+            if most := response.most:
+                money.grow(self._gateway.objects, [row.response_id or ""], most.all_tokens)
+            self._counts[row.account_id] += 1
+            self._add(response)
+            response.alone = True
+            response.cancelled = is_compromised(self._gateway.store, key.id)
+            self._start(self._ask_until_ended(response))
+
+    def keep(
+        self, row: RequestRow, money: Hold, unfinished: UnfinishedRow, chosen: set[str]
+    ) -> tuple[BackgroundResponse, asyncio.Future[None]]:
+        """Keep track of a response that goes on after its request has ended, with its hold. Return
+        it, and a future that is done when it is on disk."""
+        now = self._gateway.store.time()
+        response = BackgroundResponse(row, money.keep(), unfinished, chosen, now)
+        self._add(response)
+        return response, keep_pending(self._gateway.store, row, unfinished)
+
+    async def leave(self, response: BackgroundResponse, report: Report) -> bool:
+        """The request that made it is over. Whether the response is, too; else it is asked for."""
+        response.left(report)
+        response.alone = True
+        await self._see(response, report)
+        if response.settling:
+            return True
+        response.note(report.status)
+        if written := self._keep_news(response):
+            await written
+        self._start(self._ask_until_ended(response))
+        return False
+
+    def read(self, response_id: str, report: Report) -> None:
+        """Somebody is being sent its output."""
+        if response := self._responses.get(response_id):
+            response.read(report)
+
+    def ignore(self, response_id: str, report: Report) -> None:
+        """Ignore what a reader was sent: it was another response."""
+        if response := self._responses.get(response_id):
+            response.ignore(report)
+
+    async def look(self, response_id: str, report: Report, shown: bool) -> None:
+        """A reader has all that it gets. If it has been shown that the response has ended, this is
+        done when that is written down. What events say of its status may be old: they are shown
+        from the response's beginning."""
+        if response := self._responses.get(response_id):
+            response.left(report)
+            if shown:
+                await self._see(response, report)
+            if report.status == "in_progress" or (
+                report.status == "queued" and not report.in_events
+            ):
+                response.note(report.status)
+            if written := self._keep_news(response):
+                await written
+
+    async def preserve(self, now: float) -> None:
+        """Keep what readers of unfinished responses have been sent so far, in case the process is
+        killed. `now` is by the monotonic clock."""
+        async for response in with_turns(list(self._responses.values())):
+            if response.watch(now):
+                self._keep_news(response)
+
+    def _keep_news(self, response: BackgroundResponse) -> asyncio.Future[None] | None:
+        """Write what was seen of it, if that is more than the ledger has. Return a future that is
+        done when it is on disk."""
+        if response.settling or not (news := response.news()):
+            return None
+        return note_progress(self._gateway.store, response.row, news)
+
+    def enter(self, account_id: str, most: int) -> None:
+        """Count one more unfinished background response of the account, before the upstream is
+        asked for it. `most` is the maximum (0: none). Raises Refusal."""
+        if 0 < most <= self._counts[account_id]:
+            headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
+            message = (
+                f"This account has {most} unfinished background responses, which is the maximum."
+            )
+            raise Refusal(
+                "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
+            )
+        self._counts[account_id] += 1
+
+    def leave_room(self, account_id: str) -> None:
+        """Stop counting a background response that has ended or was not created."""
+        self._counts[account_id] -= 1
+        if not self._counts[account_id]:
+            del self._counts[account_id]
+
+    def _add(self, response: BackgroundResponse) -> None:
+        """Let visits see the response, unless an odd upstream gave its id to an earlier one too."""
+        self._responses.setdefault(response.row.response_id or "", response)
+
+    def _remove(self, response: BackgroundResponse) -> None:
+        response_id = response.row.response_id or ""
+        if self._responses.get(response_id) is response:
+            del self._responses[response_id]
+        self.leave_room(response.row.account_id)
+
+    def set_back(self, at: int) -> None:
+        """Let none have begun later than `at`: the ledger's time is set back."""
+        for response in self._responses.values():
+            response.set_back(at)
+
+    def __contains__(self, response_id: str) -> bool:
+        """Until its end is committed."""
+        return response_id in self._responses
+
+    def cancel(self, key_id: str) -> int:
+        """Have the upstreams stop what the key has made; how much of that goes on by itself."""
+        running = [
+            each
+            for each in self._responses.values()
+            if each.row.key_id == key_id and each.settling is None
+        ]
+        for each in running:
+            each.cancelled = True
+            self._start(self._look_after(each))
+        return sum(each.alone for each in running)
+
+    async def _see(self, response: BackgroundResponse, report: Report) -> None:
+        if report.status and report.status not in UNFINISHED:
+            outcome: Outcome = "completed"
+            if report.status == "cancelled":
+                outcome = "client_disconnected"
+            elif report.failed:
+                outcome = "upstream_error"
+            self._settle(response, report, outcome)
+        if response.settling:
+            await asyncio.shield(response.settling)
+
+    def _settle(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
+        """Only the first time."""
+        if response.settling is None:
+            response.settling = self._start(self._write(response, report, outcome))
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work, name="background responses")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self.ended(task)
+
+    async def _write(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
+        gateway, row = self._gateway, response.row
+        speed = await gateway.speeds.of(
+            report.model or row.model or row.requested_model,
+            row.account_id,
+            limited=response.money.held > 0,
+        )
+        most = response.most or most_usual(gateway.settings, MAX_TOKENS)
+        parts = response.finish(report, outcome, speed, most)
+        response.bill(await count_containers(gateway, row, report, parts))
+        self._learn(response, report, most)
+        admitted = response.admitted
+        with gateway.corrections.keep_held(row, response.money, admitted):  # as in Metered.settle
+            await end_background(gateway.store, row, admitted)
+        self._remove(response)
+        gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
+
+    def _learn(self, response: BackgroundResponse, report: Report, most: MaximumUsage) -> None:
+        """Make the objects that the finished response names the account's, except for ids that the
+        client may have chosen, and note their tokens."""
+        row, objects, chosen = response.row, self._gateway.objects, response.chosen
+        response_id = row.response_id or ""
+        made = list(dict.fromkeys((response_id, *report.made)))
+        if chosen is None:
+            home = None
+            with contextlib.suppress(StorageUnavailable):
+                home = objects.home_of(response_id, row.account_id)
+            if not (home and home.minted_input):
+                made = [response_id] if home else []
+        made = [each for each in made if hash(each) not in (chosen or ())]
+        homes = homes_of(made, report, ObjectLocation(row.upstream), weight(row, most), row.usage)
+        objects.own_each(homes, row.account_id)
+
+    async def _ask_until_ended(self, response: BackgroundResponse) -> None:
+        pause, unknown = FIRST_PAUSE, 0
+        while not response.settling:
+            wait = min(pause * random.uniform(0.8, 1.2), max(0.0, response.seconds_left))
+            await asyncio.sleep(wait)
+            pause = min(MAX_PAUSE, pause * PAUSE_GROWTH)
+            status = await self._try_to_look(response)
+            unknown = unknown + 1 if status in UNKNOWN else 0
+            if unknown >= MAX_UNKNOWN or response.seconds_left <= 0:
+                self._settle(response, Report(False), "upstream_failed")
+
+    async def _try_to_look(self, response: BackgroundResponse) -> int:
+        """Ask how it is. What fails unexpectedly, for this response, is tried again later."""
+        try:
+            return await self._look_after(response)
+        except Exception as error:
+            fields = {"request_id": response.row.request_id, **shown_error(error)}
+            log(logging.ERROR, "background response not asked for", **fields)
+            return 0
+
+    async def _look_after(self, response: BackgroundResponse) -> int:
+        """Ask how it is, after cancelling it where that is to be done; the status of the upstream's
+        answer."""
+        async with self._asking:
+            if response.cancelled and not response.settling:
+                await self._ask(response, "/cancel", "POST")
+            return 200 if response.settling else await self._ask(response)
+
+    async def _ask(
+        self, response: BackgroundResponse, suffix: str = "", method: str = "GET"
+    ) -> int:
+        """The status of the upstream's answer, 0 where there is none."""
+        row = response.row
+        upstream = self._gateway.upstream_named(row.upstream)
+        if upstream is None:
+            return 0
+        path = f"/responses/{row.response_id}{suffix}"
+        status, report = await ask(upstream, path, row.account_id, method)
+        if not status or report.response_id not in (None, row.response_id):
+            return 0  # no answer, or the upstream has answered with another response
+        response.left(report)
+        if status == 200:
+            await self._see(response, report)
+            response.note(report.status)
+            if written := self._keep_news(response):
+                await written
+        return status

@@ -1,0 +1,162 @@
+"""Corrections of estimated requests. A response that the upstream stores can show its usage after
+its request was settled by an estimate: the first time that its owner is shown it, the request is
+corrected, at the prices of its admission. The difference is on the statement of the month in which
+that happens, so that a closed month never changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+from msgspec import structs
+
+from redbtc.billing.books import Billing
+from redbtc.billing.spending import Hold
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.settlement import homes_of, of_models
+from redbtc.meter.estimates import is_cancelled_without_output, is_final
+from redbtc.meter.report import Report
+from redbtc.store.background import key_of
+from redbtc.store.containers import Containers
+from redbtc.store.estimated import EstimatedRow, correct, estimated_of
+from redbtc.store.objects import Objects
+from redbtc.store.requests import Admitted
+from redbtc.usage import RequestRow, Usage, UsagePart
+
+
+class Shown:
+    """A response that is being sent to readers, or whose request is just being estimated."""
+
+    def __init__(self) -> None:
+        self.money: Hold | None = None  # for what a correction can add, if it is estimated
+        self.readers = 0
+
+
+class Corrections:
+    """Writes corrections, each once."""
+
+    def __init__(self, books: Billing, objects: Objects, containers: Containers) -> None:
+        self._books = books
+        self._objects = objects
+        self._containers = containers
+        self._writing: dict[str, asyncio.Task[None]] = {}  # by response
+        self._shown: dict[str, Shown] = {}  # by response
+
+    async def look(self, response_id: str, account_id: str, report: Report) -> None:
+        """Somebody is shown a response of the account. If it has ended and shows what an estimated
+        request used, return when the correction is on disk."""
+        if not is_final(report):
+            return
+        writing = self._writing.get(response_id)
+        if writing is None:
+            found = self._estimated(response_id, account_id)
+            if found is None or (is_cancelled_without_output(report) and found.output_tokens):
+                return
+            writing = asyncio.create_task(self._write(found, response_id, account_id, report))
+            self._writing[response_id] = writing
+            writing.add_done_callback(lambda _: self._writing.pop(response_id))
+        await asyncio.shield(writing)
+
+    async def hold(
+        self, response_id: str, account_id: str
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold what a correction of the account's response can add to its cost. The returned
+        context lasts while the response is sent to a reader; concurrent readers share one hold.
+        Nothing is held unless the response's request was estimated, or is meanwhile. Raises Spent,
+        StorageUnavailable."""
+        found, money = estimated_of(self._books.store, response_id, account_id), None
+        if found:
+            key = key_of(self._books.store, found.key_id)
+            further = max(0, found.held - found.cost)
+
+            def most(_: object) -> int:
+                return 0 if self.is_unsure(response_id) else further
+
+            money = await self._books.hold(key, found.requested_model, most)
+        return self._showing(response_id, money)  # no await since `most`
+
+    def keep_held(
+        self, row: RequestRow, money: Hold, admitted: Admitted | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """If the row is an estimate that can be corrected, hold what a correction can still add to
+        its cost, in the returned context and until those who began to read the response before the
+        ledger says that it is estimated have finished. `money` is what was held for the request;
+        `admitted` as in `ledger.settle`."""
+        if not (admitted and row.usage_source == "estimated" and row.response_id):
+            return contextlib.nullcontext()
+        further = max(0, admitted.held - (row.cost or 0))
+        return self._showing(row.response_id, money.again(further))
+
+    def is_unsure(self, response_id: str) -> bool:
+        """Whether a response is being shown of which only an estimate is known."""
+        shown = self._shown.get(response_id)
+        return shown is not None and shown.money is not None
+
+    def _showing(
+        self, response_id: str, money: Hold | None
+    ) -> contextlib.AbstractContextManager[None]:
+        shown = self._shown.setdefault(response_id, Shown())
+        shown.readers += 1
+        if shown.money is None:
+            shown.money = money
+        elif money:
+            money.__exit__()
+        return self._until_left(response_id, shown)
+
+    @contextlib.contextmanager
+    def _until_left(self, response_id: str, shown: Shown) -> Iterator[None]:
+        """Count a reader; release the hold when the last one has finished."""
+        try:
+            yield
+        finally:
+            shown.readers -= 1
+            if not shown.readers:
+                del self._shown[response_id]
+                if shown.money:
+                    shown.money.__exit__()
+
+    def _estimated(self, response_id: str, account_id: str) -> EstimatedRow | None:
+        with contextlib.suppress(StorageUnavailable):  # the next reader causes the correction
+            return estimated_of(self._books.store, response_id, account_id)
+        return None
+
+    async def _write(
+        self, found: EstimatedRow, response_id: str, account_id: str, report: Report
+    ) -> None:
+        books, model = self._books, found.requested_model
+        try:
+            key = key_of(books.store, found.key_id)
+            home = self._objects.home_of(response_id, account_id)
+            money = await books.hold_again(key, model, found.admitted_at, 0)
+        except StorageUnavailable:
+            return  # it is for the next who looks
+        new = await self._containers.unbilled(report.containers)
+        self._containers.bill(new)
+        parts, usage = self._used(found, report, len(new))
+        parts = of_models(parts, found.image_model)
+        price_id, cost = money.cost(parts, report.service_tier)
+        if (shown := self._shown.get(response_id)) and shown.money:
+            shown.money.__exit__()
+        month = money.settle(cost - found.cost)
+        of_request = (found.request_id, account_id, month, books.store.time())
+        values = (*of_request, report.service_tier, price_id, cost)
+        if home:
+            homes = homes_of([response_id], report, home, usage, usage)
+            self._objects.own_each(homes, account_id)
+        await correct(books.store, values, usage)
+
+    @staticmethod
+    def _used(
+        found: EstimatedRow, report: Report, containers: int
+    ) -> tuple[list[UsagePart], Usage]:
+        """Return the reported usage by model and in all, with what no upstream reports: what was
+        counted stays. `containers` is how many are shown that nobody was billed for."""
+        assert report.usage is not None, "it is complete"
+        searches = max(found.file_searches or 0, report.file_searches) or None
+        containers += found.containers or 0
+        counted = {"file_searches": searches, "containers": containers or None}
+        first = structs.replace(report.parts[0].usage, **counted)
+        parts = [report.parts[0]._replace(usage=first), *report.parts[1:]]
+        return parts, structs.replace(report.usage, **counted)

@@ -1,0 +1,116 @@
+"""Read the body of a request within its limits."""
+
+from __future__ import annotations
+
+from redbtc.config import Settings
+from redbtc.deadlines import Deadline
+from redbtc.gateway.exchange import Endpoint
+from redbtc.headers import header
+from redbtc.limits import FREE_BYTES, Reservation
+from redbtc.refusals import ClientLeft, Refusal
+from redbtc.request_body.content import RequestBody
+from redbtc.request_body.forms import Form
+from redbtc.request_body.media import decompressed, media_of, most_decoded
+from redbtc.request_body.pieces import Buffer, Steps
+from redbtc.server.asgi import Receive, Scope
+from redbtc.slices import in_slices
+
+
+# The whole body is read into memory, once, bounded in size and time, after the memory for it has
+# been reserved (Reservation). What must be known of it is read in redbtc/request_body.
+async def read_body(
+    scope: Scope,
+    receive: Receive,
+    clock: Deadline,
+    settings: Settings,
+    reserved: Reservation,
+    form: Form | None = None,
+) -> Buffer:
+    """Return the request's body. If `form` is given, it parses the body as it arrives. Memory is
+    reserved first; for a body of unknown length the reservation doubles as the body grows. Raises
+    Refusal if the body is too large or too slow, or no memory comes free; ClientLeft."""
+    most, seconds = settings.server.max_body_bytes, settings.server.body_timeout_seconds
+    length = header(scope["headers"], b"content-length")
+    more = int(length) if length else min(FREE_BYTES, most)
+    _check_size(more, most)
+    body: Buffer = b""
+    room = 0
+    while True:
+        await reserved.take(more, clock)
+        room += more
+        begun = bool(body)
+        try:
+            with clock.running(seconds):
+                body, whole = await _read_up_to(room, body, receive, most, form is not None)
+        except TimeoutError:
+            if clock.client_left:
+                raise ClientLeft from None
+            raise Refusal("request_timeout") from None
+        seconds = clock.deadline - clock.now()
+        if form:  # its turn to be parsed is waited for while the clock stands: no client is slow
+            await in_slices(form.grow(body), reserved.account_id, begun)
+        if whole:
+            return body
+        more = min(room, most - room) if len(body) > room else 0
+
+
+async def _read_up_to(
+    room: int, body: Buffer, receive: Receive, most: int, one: bool
+) -> tuple[Buffer, bool]:
+    """Read until the body is whole or fills the reserved `room` in bytes; if `one`, only what comes
+    first. Return what has been read so far, and whether it is whole. Raises Refusal, ClientLeft."""
+    while len(body) <= room:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        if isinstance(body, bytearray):
+            body += message["body"]
+        else:
+            body = bytearray(body + message["body"]) if body else message["body"]
+        _check_size(len(body), most)
+        if one or not message["more_body"]:
+            return body, not message["more_body"]
+    return body, False
+
+
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise Refusal("request_too_large", f"The request body is over {most} bytes.")
+
+
+async def read_content(
+    scope: Scope,
+    receive: Receive,
+    clock: Deadline,
+    settings: Settings,
+    reserved: Reservation,
+    endpoint: Endpoint,
+) -> RequestBody:
+    """Read the request's body and what must be known of it. Raises Refusal, ClientLeft."""
+    media = media_of(scope["headers"], endpoint.forms)
+    form = Form(media.boundary) if media.boundary else None
+    along = None if media.encoding else form
+    body = await read_body(scope, receive, clock, settings, reserved, along)
+    if clock.client_left:
+        raise ClientLeft
+    steps = RequestBody.steps(body, body, form, endpoint.model_needed)
+    if media.encoding:
+        most = most_decoded(len(body), settings.server.max_body_bytes)
+        await reserved.take(most, clock)
+        steps = _decoded(body, media.encoding, most, reserved, form, endpoint.model_needed)
+    content = await in_slices(steps, reserved.account_id)
+    if content.excess:
+        await reserved.take(content.excess, None)
+    return content
+
+
+def _decoded(
+    body: Buffer, encoding: str, most: int, reserved: Reservation, form: Form | None, named: bool
+) -> Steps[RequestBody]:
+    """Decode a body and read it, in one: else all copies would wait for their turns. Raises
+    Refusal."""
+    text = yield from decompressed(body, encoding, most)
+    reserved.give_back(most - len(text))
+    if form:
+        yield from form.grow(text)
+    return (yield from RequestBody.steps(body, text, form, named))

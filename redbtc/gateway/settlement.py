@@ -1,0 +1,112 @@
+"""From a report to a row: owners of objects, costs, containers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from redbtc.billing.spending import Hold
+from redbtc.locations import ObjectLocation
+from redbtc.meter.answers import IMAGE_TOOL
+from redbtc.meter.estimates import Estimate, MaximumUsage
+from redbtc.meter.report import Report
+from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
+
+if TYPE_CHECKING:
+    from redbtc.gateway.state import Gateway
+
+
+def homes_of(
+    ids: Iterable[str],
+    report: Report,
+    home: ObjectLocation,
+    usage: Usage | None,
+    likely: Usage | None = None,
+) -> dict[str, ObjectLocation]:
+    """Return the homes of objects that a response made, with the tokens that a request which builds
+    on them reads at most: of a response and its conversation all input and output, and so of an
+    item, unless it holds nothing but output. `usage` is None if it is not known yet; `likely` is
+    given where it is only the most that can have been used."""
+    if usage is None:
+        return dict.fromkeys(ids, home)
+    whole = home.with_tokens(all_of(usage), all_of(likely) if likely else None)
+    words = home.with_tokens(usage.output_tokens or 0, likely.output_tokens if likely else None)
+    return {each: words if each in report.words else whole for each in ids}
+
+
+def all_of(usage: Usage) -> int:
+    """Return the tokens of an answer and of all that it was made from."""
+    pictures = usage.image_output_tokens or 0
+    return (usage.input_tokens or 0) + (usage.output_tokens or 0) + pictures
+
+
+def weight(row: RequestRow, most: MaximumUsage) -> Usage:
+    """Return the usage of a request that has ended, for those that build on what it made. An
+    estimate can be too low, and an answer that failed reports no input: they read all that is
+    there, and would spend what is not held."""
+    if row.usage_source != "estimated":
+        into = row.usage.input_tokens or most.input_tokens
+        return msgspec.structs.replace(row.usage, input_tokens=into)
+    drawn = most.drawn_tokens * most.pictures
+    return Usage(most.input_tokens, output_tokens=most.output_tokens, image_output_tokens=drawn)
+
+
+def account_for(
+    row: RequestRow, report: Report, outcome: Outcome, guess: Estimate | None = None
+) -> list[UsagePart]:
+    """Fill in how the request ended and what it used: what the upstream says, else the estimate.
+    Return the parts to bill."""
+    row.outcome = outcome
+    if guess:
+        row.usage, row.usage_source = guess.usage, "estimated"
+        return guess.parts
+    if report.usage:
+        row.usage, row.usage_source = report.usage, "upstream"
+    return report.parts
+
+
+async def count_containers(
+    gateway: Gateway, row: RequestRow, report: Report, parts: list[UsagePart]
+) -> list[UsagePart]:
+    """Count the containers in an answer that nobody was billed for, which no usage reports. An
+    estimate bounds their number. Return the parts to bill. The row must be settled before anything
+    else is waited for, so that parallel requests are not billed for the same container."""
+    if row.usage_source == "none":
+        return parts
+    new = await gateway.containers.unbilled(report.containers)
+    if row.usage_source == "estimated":
+        new = new[: row.usage.containers or 0]
+    gateway.containers.bill(new)
+    return counted(row, parts, containers=len(new) or None)
+
+
+def counted(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> list[UsagePart]:
+    """Add calls that no usage reports to a row's usage, if that is known. Return the parts to
+    bill."""
+    if row.usage_source == "none":
+        return parts
+    row.usage = msgspec.structs.replace(row.usage, **calls)
+    first = parts[0]._replace(usage=msgspec.structs.replace(parts[0].usage, **calls))
+    return [first, *parts[1:]]
+
+
+def charge(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
+    """Fill in the row's cost, by the prices of the request's admission and the tier that the
+    response reports. Leave it unknown where no usage is known."""
+    if row.usage_source != "none":
+        row.price_id, row.cost = money.cost(of_models(parts, image_model), row.service_tier)
+
+
+def bill(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
+    """Fill in the row's cost and month, and turn the hold into the cost."""
+    charge(row, parts, money, image_model)
+    row.month = money.settle(row.cost or 0)
+
+
+def of_models(parts: list[UsagePart], image_model: str) -> list[UsagePart]:
+    """Return the parts with the name of the image tool's model, which no answer tells."""
+    return [
+        part._replace(model=image_model) if part.model == IMAGE_TOOL else part for part in parts
+    ]

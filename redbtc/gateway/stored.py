@@ -1,0 +1,243 @@
+"""Requests for stored responses."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import TYPE_CHECKING
+
+from redbtc.billing.spending import SpendingLimitReached
+from redbtc.deadlines import Deadline
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.exchange import Endpoint, ForwardedRequest, insufficient_quota
+from redbtc.gateway.reading import read_body
+from redbtc.gateway.relay import Relay
+from redbtc.headers import Headers
+from redbtc.limits import Admission, Reservation
+from redbtc.locations import ObjectLocation
+from redbtc.meter.estimates import is_final
+from redbtc.refusals import Refusal
+from redbtc.request_body.content import RequestBody
+from redbtc.request_body.media import media_of
+from redbtc.request_body.query import Query
+from redbtc.server.asgi import Receive, Scope, Send
+from redbtc.slices import in_slices
+from redbtc.store.keys import Key
+from redbtc.upstream.upstreams import Upstream
+from redbtc.usage import Outcome
+
+if TYPE_CHECKING:
+    from redbtc.gateway.state import Gateway
+
+
+# For how long a response of which only an estimate is known is read on after its reader has left.
+USAGE_SECONDS = 15
+
+
+class StoredRequest(ForwardedRequest):
+    """A request that reads or changes a stored response. It uses no tokens and has no row. If it
+    shows that a background response has ended, the row of that response is settled first."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        scope: Scope,
+        endpoint: Endpoint,
+        clock: Deadline,
+        admission: Admission,
+        key: Key,
+        response_id: str,
+        home: ObjectLocation,
+    ) -> None:
+        super().__init__(gateway, scope, endpoint, clock, admission)
+        self.key = key
+        self._response_id = response_id
+        self._home = home
+
+    def grace(self) -> float:
+        """Return for how many seconds the upstream is read on when the client has left. If the
+        usage of the response is not known, that is long enough to find it: it follows the output,
+        so a client could otherwise take the output and leave before the correction."""
+        gateway, response_id = self.gateway, self._response_id
+        unknown = self._home.tokens is None and response_id not in gateway.unended
+        unknown = unknown or gateway.corrections.is_unsure(response_id)
+        return max(super().grace(), USAGE_SECONDS if unknown else 0.0)
+
+    @property
+    def _is_requested(self) -> bool:
+        """Whether the upstream has answered with the requested response, as far as is known."""
+        return self.meter.report.response_id in (None, self._response_id)
+
+    def note(self) -> None:
+        if self._is_requested:
+            self.gateway.unended.read(self._response_id, self.meter.report)
+
+    async def settle(self, outcome: Outcome) -> None:
+        self.clock.pause()
+        self.settled = True
+        gateway, status, report = self.gateway, self.status or 0, self.meter.report
+        if self._is_requested:
+            await gateway.unended.look(self._response_id, report, status == 200)
+        else:
+            gateway.unended.ignore(self._response_id, report)
+        if status == 200:
+            await self._correct(outcome)
+            self._learn_listed()
+        if self.scope["method"] == "DELETE" and status < 300:
+            await gateway.objects.disown(self._response_id, self.key.account_id)
+        gateway.watch.answered(self.scope, status, outcome)
+
+    async def _correct(self, outcome: Outcome) -> None:
+        """Correct the estimate of the response, if there is one and its usage is known now. If its
+        request goes on, that sees to it."""
+        gateway, response_id, report = self.gateway, self._response_id, self.meter.report
+        if self._is_requested and self._home.tokens is None:
+            for request in gateway.running:
+                request.shown(response_id)
+        if self._is_torn(outcome):
+            await self.ask_for_usage(response_id, self._home.upstream)
+        elif report.response_id == response_id:
+            await gateway.corrections.look(response_id, self.key.account_id, report)
+
+    def _is_torn(self, outcome: Outcome) -> bool:
+        """Whether only an estimate of the response is known and this answer broke off before its
+        usage: the client may have all of the output, and have stopped reading just before that."""
+        if outcome not in ("client_disconnected", "upstream_failed"):
+            return False
+        unsure = self.gateway.corrections.is_unsure(self._response_id)
+        return unsure and not is_final(self.meter.report)
+
+    def _learn_listed(self) -> None:
+        """Make listed input items the account's if the upstream chose their ids. If the client may
+        have chosen one, which could be another account's, only allow paging from these items."""
+        listed, account_id, objects = (
+            self.meter.report.listed,
+            self.key.account_id,
+            self.gateway.objects,
+        )
+        objects.show(listed, self._response_id, account_id)
+        if self._home.minted_input:
+            minted = [each for each, made in listed.items() if made]
+            objects.own(minted, account_id, self._home_of_listed())
+
+    def _home_of_listed(self) -> ObjectLocation:
+        """Return the home of an input item: it has at most the tokens of the response, which can
+        have become known since this visit began, or are not known yet."""
+        objects, home = self.gateway.objects, self._home
+        with contextlib.suppress(StorageUnavailable):
+            home = objects.home_of(self._response_id, self.key.account_id) or home
+        if growth := objects.growing(self._response_id):
+            home = home.with_tokens((home.tokens or 0) + growth)
+        return home._replace(minted_input=False)
+
+
+class StoredRoute:
+    """The ASGI app for a stored response: its owner reaches it, with any key, where it is. For all
+    others it does not exist, and what never existed is answered no differently."""
+
+    def __init__(self, gateway: Gateway, method: str, suffix: str = "") -> None:
+        self._gateway = gateway
+        self._method = method
+        self._suffix = suffix
+        self._endpoint = Endpoint(f"/v1/responses/{{id}}{suffix}")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway = self._gateway
+        scope["where"] = self._endpoint.path
+        key, settings = gateway.enter(scope), gateway.settings
+        response_id = scope["path_params"]["id"]
+        clock = Deadline(gateway.clocks)
+        charged = gateway.limits.charge(key, settings.limits)
+        with charged as admission, gateway.serving(scope, clock, key):
+            home, upstream = choose_stored(gateway, key, response_id)
+            query = self._query(key, response_id, scope["query_string"])
+            with Reservation(gateway.limits, key, settings) as reserved:
+                body = await read_body(scope, receive, clock, settings, reserved)
+                if self._method != "POST":
+                    body = b""  # of GET and DELETE it has no meaning (RFC 9110 §9.3.1, §9.3.5)
+                elif body.strip():
+                    check_plain_json(scope["headers"])
+                    steps = RequestBody.steps(body, body)
+                    await gateway.homes(key, await in_slices(steps, key.account_id))
+                if self._method == "DELETE" and response_id in gateway.unended:
+                    message = "The response is still in progress; cancel it first."
+                    raise Refusal("invalid_request", message)
+                await gateway.limits.admit(admission, 0, clock)
+            with await self._hold(key, response_id, admission):
+                visit = StoredRequest(
+                    gateway,
+                    scope,
+                    self._endpoint,
+                    clock,
+                    admission,
+                    key,
+                    response_id,
+                    home,
+                )
+                path = f"/responses/{response_id}{self._suffix}"
+                await Relay(visit, send, self._method, path, body, query).forward([upstream])
+
+    async def _hold(
+        self, key: Key, response_id: str, admission: Admission
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold what a correction can add to the cost of a response, while it is shown in the
+        returned context. Raises Refusal."""
+        if (self._method, self._suffix) not in SHOWING:
+            return contextlib.nullcontext()
+        try:
+            return await self._gateway.corrections.hold(response_id, key.account_id)
+        except SpendingLimitReached as error:
+            unknown = (
+                "The usage of this response is not known yet; "
+                "it is charged to the key that created the response."
+            )
+            refusal = insufficient_quota(f"{error} {unknown}")
+        except StorageUnavailable:
+            refusal = Refusal("ledger_unavailable")
+        admission.refused(refusal)
+        raise refusal
+
+    def _query(self, key: Key, response_id: str, given: bytes) -> bytes:
+        """Return the part of the query that is forwarded. `after` and `before` must name an item
+        that the account owns, or that this response's listing showed it. Raises Refusal."""
+        query = Query(given, QUERIES.get((self._method, self._suffix), ()))
+        for name in ("after", "before"):
+            for object_id in query.values(name):
+                objects, account_id = self._gateway.objects, key.account_id
+                shown = objects.was_shown(object_id, response_id, account_id)
+                if not shown and self._gateway.home_of(key, object_id) is None:
+                    raise not_own(name)
+        return query.encoded()
+
+
+def not_own(name: str) -> Refusal:
+    """Return the refusal of a reference to an object that is not the account's. It is the same for
+    another account's object as for one that does not exist."""
+    message = f"'{name}' names an object that isn't known to be this account's."
+    return Refusal("invalid_request", message, param=name)
+
+
+def check_plain_json(headers: Headers) -> None:
+    """Raise Refusal if the headers announce a body that is not JSON, or compressed."""
+    if media_of(headers, forms=False).encoding:
+        message = "The body of this request must not be compressed."
+        raise Refusal("unsupported_media_type", message)
+
+
+def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[ObjectLocation, Upstream]:
+    """Where the account's response is. Raises Refusal."""
+    home = gateway.home_of(key, response_id) if OBJECT_ID.fullmatch(response_id) else None
+    if home is None:
+        raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")
+    upstream = gateway.upstream_named(home.upstream)
+    if upstream is None or not upstream.usable:
+        raise Refusal("no_upstream", retry_after=60)
+    return home, upstream
+
+
+OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
+LISTING = ("include", "include[]", "limit", "order", "after", "before")
+STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfuscation")
+# By method and path after the id, the query fields that are forwarded.
+QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}
+SHOWING = (("GET", ""), ("POST", "/cancel"))  # these show the response

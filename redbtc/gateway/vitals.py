@@ -1,0 +1,118 @@
+"""What an operator must know of the place where the gateway runs: the size of the WAL file, the
+room on the disk, how long commits take, and whether the event loop lags.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from redbtc.errors import StorageUnavailable
+from redbtc.store.database import Store
+from redbtc.telemetry import log
+
+WATCH_SECONDS = 1
+LOW_DISK_BYTES, LOW_DISK_SHARE = 256 << 20, 0.05  # free; the smaller of the two
+MARGIN = 1.1  # so many times that much must be free before the disk counts as having room again
+TICK_SECONDS = 0.1
+LAG_SECONDS = 15
+
+
+class Condition:
+    """A condition that is logged once when it begins and once when it ends."""
+
+    def __init__(self, begins: str, ends: str) -> None:
+        self.holds = False
+        self._events = {True: (logging.WARNING, begins), False: (logging.INFO, ends)}
+
+    def note(self, holds: bool, **fields: Any) -> None:
+        """Log if that has changed."""
+        if holds != self.holds:
+            self.holds = holds
+            level, event = self._events[holds]
+            log(level, event, **fields)
+
+
+async def watch_size(store: Store) -> None:
+    """Keep the WAL file small, and watch the database's files and the room on their disk, for
+    ever."""
+    low = Condition("disk nearly full", "disk has room again")
+    stuck = Condition("WAL file not emptied", "WAL file can be emptied again")
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        note_room(low, store)
+        store.check_files()
+        try:
+            if await store.shrink():
+                stuck.note(False)
+        except StorageUnavailable as error:
+            stuck.note(True, reason=str(error))
+
+
+def note_room(low: Condition, store: Store) -> None:
+    """Note whether the disk of the database is nearly full."""
+    try:
+        disk = shutil.disk_usage(store.path.parent)
+    except OSError:  # that commits fail is said elsewhere
+        return
+    needed = min(LOW_DISK_BYTES, disk.total * LOW_DISK_SHARE) * (MARGIN if low.holds else 1)
+    low.note(disk.free < needed, free_bytes=disk.free, folder=str(store.path.parent))
+
+
+class Vitals:
+    """The metrics of the gateway's place. The operating system is asked when they are read."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lag = self._lag_before = 0.0  # the longest in the running period and the one before
+
+    async def watch_loop(self) -> None:
+        """Measure how late the event loop calls what is due, for ever."""
+        period_ends = time.monotonic() + LAG_SECONDS
+        while True:
+            due = time.monotonic() + TICK_SECONDS
+            await asyncio.sleep(TICK_SECONDS)
+            now = time.monotonic()
+            if now > period_ends:
+                self._lag, self._lag_before, period_ends = 0.0, self._lag, now + LAG_SECONDS
+            self._lag = max(self._lag, now - due)
+
+    def collect(self) -> Iterator[Metric]:
+        """Return what prometheus-client asks for at each reading."""
+        store, gauge = self._store, GaugeMetricFamily
+        yield gauge("redbtc_ledger_wal_bytes", "Size of the database's WAL file", store.wal_bytes)
+        yield gauge(
+            "redbtc_ledger_seconds_since_commit",
+            "Since the last good commit of the ledger",
+            time.monotonic() - store.commits.committed_at,
+        )
+        yield gauge(
+            "redbtc_loop_lag_seconds",
+            f"Longest delay of the event loop in the last {LAG_SECONDS} to {2 * LAG_SECONDS} s",
+            max(self._lag, self._lag_before),
+        )
+        for name, what, histogram in (
+            (
+                "redbtc_ledger_commit_seconds",
+                "Of a commit of the ledger",
+                store.commits.commit_seconds,
+            ),
+            (
+                "redbtc_ledger_begin_seconds",
+                "From a request's begin to its commit in the ledger",
+                store.commits.begin_seconds,
+            ),
+        ):
+            family = HistogramMetricFamily(name, what)
+            family.add_metric([], histogram.buckets(), histogram.total)
+            yield family
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(store.path.parent).free
+            yield gauge("redbtc_disk_free_bytes", "Free on the database's disk", free)

@@ -1,0 +1,203 @@
+"""Estimates of what a request used, where the upstream did not report it.
+
+The output is the larger of what was seen of it and what the model writes in the time that it
+worked. The input is what the body comes to. Neither is more than what the request was held for.
+Nothing here is measured by a clock or sent anywhere; only Speeds reads the ledger.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from redbtc.meter.answers import IMAGE_TOOL, UNFINISHED
+from redbtc.meter.report import Report
+from redbtc.meter.usage_fields import plus
+from redbtc.usage import Usage, UsagePart
+
+BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb
+
+
+def text_tokens(size: int) -> int:
+    """Return about how many tokens a text of so many bytes has."""
+    return -(-size // BYTES_A_TOKEN)
+
+
+class MaximumUsage(Struct, frozen=True):
+    """The most that a request was held to use; an estimate is never more. `drawn_tokens` are the
+    output of the image tool's model in one call; of all calls of tools, `pictures` can be its."""
+
+    input_tokens: int
+    output_tokens: int
+    drawn_tokens: int
+    tool_calls: int
+    pictures: int
+
+    @property
+    def all_tokens(self) -> int:
+        """The most that a request can read which builds on this one."""
+        return self.input_tokens + self.output_tokens + self.drawn_tokens * self.pictures
+
+
+class SeenOutput(Struct, frozen=True):
+    """What was seen of an answer; Report explains each field. `containers` is their number."""
+
+    text_bytes: int = 0
+    sealed_bytes: int = 0
+    image_tokens: int = 0
+    web_searches: int = 0
+    file_searches: int = 0
+    containers: int = 0
+
+    @classmethod
+    def of(cls, report: Report) -> SeenOutput:
+        """Return what a meter has seen so far."""
+        return cls(
+            report.text_bytes,
+            report.sealed_bytes,
+            report.image_tokens,
+            report.web_searches,
+            report.file_searches,
+            len(report.containers),
+        )
+
+    def or_more(self, other: SeenOutput) -> SeenOutput:
+        """Return the larger of both, field by field: two readers may have seen the same output."""
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return SeenOutput(*map(max, pairs))
+
+    def __bool__(self) -> bool:
+        return any(msgspec.structs.astuple(self))
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of text and of encrypted reasoning (base64: 3 bytes in 4 characters)."""
+        return text_tokens(self.text_bytes) + text_tokens(self.sealed_bytes * 3 // 4)
+
+
+class Estimate(NamedTuple):
+    """The usage for the row, and its parts by model for the bill."""
+
+    usage: Usage
+    parts: list[UsagePart]
+
+
+def known_usage(report: Report) -> Usage | None:
+    """Return what the answer said about the model that was asked for, None if nothing."""
+    for part in report.parts:
+        if part.model is None:
+            return part.usage
+    return None
+
+
+def is_complete(report: Report) -> bool:
+    """Return whether the answer has reported its input and its output."""
+    known = known_usage(report)
+    return known is not None and None not in (known.input_tokens, known.output_tokens)
+
+
+def is_final(report: Report) -> bool:
+    """Return whether the answer shows that the response has ended, and all that it used."""
+    return report.status not in (None, *UNFINISHED) and is_complete(report)
+
+
+def is_cancelled_without_output(report: Report) -> bool:
+    """Return whether a cancelled response reports no output tokens. That can be the usage from its
+    beginning: the upstream may not have counted what the model did before it was cancelled."""
+    return report.status == "cancelled" and report.is_of_beginning
+
+
+def estimate(
+    report: Report,
+    seen: SeenOutput,
+    written: int,
+    read: int,
+    most: MaximumUsage,
+    *,
+    images: bool,
+    partly: bool,
+) -> Estimate:
+    """Return an estimate of what the answer did not report; what it reported stays as it is.
+    `written` are the output tokens of the time that the model worked, `read` the input tokens of
+    the body. `images`: of an image endpoint. `partly`: the reported output is only a part, and an
+    input of 0 was not known yet."""
+    known = known_usage(report) or Usage()
+    into, out = known.input_tokens, known.output_tokens
+    if into is None or (partly and into == 0):
+        into = min(read, most.input_tokens)
+    if out is None or partly:
+        shown = seen.image_tokens if images else seen.output_tokens
+        out = max(out or 0, min(max(shown, written), most.output_tokens))
+    drawn, left = 0, most.tool_calls
+    if most.drawn_tokens and not images:
+        drawn = min(seen.image_tokens, most.drawn_tokens * most.pictures)
+        left -= -(-drawn // most.drawn_tokens)
+    used = with_calls(known, seen, left)
+    used = msgspec.structs.replace(used, input_tokens=into, output_tokens=out)
+    if images:  # all of the output that nobody reported is picture
+        of_pictures = (known.image_output_tokens or 0) + out - (known.output_tokens or 0)
+        used = msgspec.structs.replace(used, image_output_tokens=of_pictures)
+    parts = [UsagePart(None, used, images)]
+    parts += [part for part in report.parts if part.usage is not known] or report.authors
+    if drawn and all(part.model != IMAGE_TOOL for part in parts):
+        by_tool = Usage(output_tokens=drawn, image_output_tokens=drawn)
+        parts.append(UsagePart(IMAGE_TOOL, by_tool, True))
+    return Estimate(joined_usage(parts, report.usage), parts)
+
+
+def with_calls(known: Usage, seen: SeenOutput, left: int) -> Usage:
+    """Return the usage with the tool calls that were seen but not reported, `left` at most."""
+    counts: dict[str, int] = {}
+    for name in ("web_searches", "file_searches", "containers"):
+        calls = min(getattr(seen, name), left)
+        if getattr(known, name) is None and calls:
+            counts[name] = calls
+            left -= calls
+    return msgspec.structs.replace(known, **counts)
+
+
+def joined_usage(parts: list[UsagePart], reported: Usage | None) -> Usage:
+    """Return the usage for the row: an image tool's tokens stand beside the model's own, those of
+    an SVG's author are added to them."""
+    used = parts[0].usage
+    for part in parts[1:]:
+        if part.model == IMAGE_TOOL:
+            used = msgspec.structs.replace(
+                used,
+                image_input_tokens=part.usage.image_input_tokens,
+                image_output_tokens=part.usage.image_output_tokens,
+                tool_input_tokens=reported.tool_input_tokens if reported else None,
+            )
+        else:
+            used = msgspec.structs.replace(
+                used,
+                input_tokens=plus(used.input_tokens, part.usage.input_tokens),
+                output_tokens=plus(used.output_tokens, part.usage.output_tokens),
+            )
+    return used
+
+
+class Progress(Struct):
+    """What is known of a background response while it runs: what was seen of its output, and from
+    when until when its model is known to have worked (the ledger's time, in milliseconds). While it
+    was only seen queued, `since` moves along and the model has not worked."""
+
+    seen: SeenOutput
+    since: int
+    until: int
+    works: bool = False
+
+    def note(self, status: str | None, now: int) -> None:
+        """Note that it was looked at and has not ended. A status of None could not be read: then
+        its model is taken to work."""
+        self.until = now
+        self.works = self.works or status != "queued" or bool(self.seen)
+        if not self.works:
+            self.since = now
+
+    @property
+    def worked_seconds(self) -> float:
+        """For how long its model is known to have worked."""
+        return max(0, self.until - self.since) / 1000 if self.works else 0.0

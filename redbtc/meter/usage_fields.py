@@ -1,0 +1,211 @@
+"""Read token counts from the usage fields of an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from redbtc.meter.answers import (
+    CHOICES_NODE,
+    IMAGE_TOOL,
+    SAID,
+    SAYS,
+    Answer,
+    name_in,
+    objects_in,
+    read,
+)
+from redbtc.meter.scanner import MAX_LEVELS, Node
+from redbtc.usage import MAX_TOKENS, Usage, UsagePart
+
+MAX_SEARCHES = 100_000  # the same of web searches
+ANYTHING = msgspec.json.Decoder()
+
+
+def tokens_in(counts: Any, name: str, most: int = MAX_TOKENS) -> int | None:
+    """The count of that name, or None where there is none: negative, fractional, absurd or no
+    number."""
+    count = counts.get(name) if isinstance(counts, dict) else None
+    if type(count) is float and count.is_integer():
+        count = int(count)
+    return count if type(count) is int and 0 <= count <= most else None
+
+
+def usage_elsewhere(answer: Answer, said: Answer) -> Any:
+    """Return the usage object of an event whose response has none."""
+    if isinstance(answer.usage, dict) or not isinstance(said.x_groq, dict):
+        return answer.usage
+    return said.x_groq.get("usage")
+
+
+def usage_in_choices(choices: msgspec.Raw) -> Any:
+    """Return the last usage object that is a member of a choice, where Moonshot has it."""
+    if b'"usage"' not in bytes(choices):
+        return None
+    found = [each.get("usage") for each in objects_in(words_in(choices, CHOICES_NODE))]
+    return next((usage for usage in reversed(found) if isinstance(usage, dict)), None)
+
+
+def part_of(whole: int | None, parts: int) -> bool:
+    return whole is not None and parts <= whole
+
+
+INPUT_OUTPUT, PROMPT_COMPLETION = ("input", "output"), ("prompt", "completion")
+
+
+def counts_in(usage: Any, names: tuple[str, str]) -> tuple[int | None, int | None]:
+    """The tokens of the input and of the output, by their names in one shape."""
+    return tokens_in(usage, f"{names[0]}_tokens"), tokens_in(usage, f"{names[1]}_tokens")
+
+
+def read_usage(usage: Any, images: bool) -> Usage | None:
+    """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images, the image
+    tool's); None where it reports neither input nor output. Parts that exceed their whole are not
+    believed. Reasoning that the total counts beside the output is added to the output."""
+    if not isinstance(usage, dict):
+        return None
+    into, out = INPUT_OUTPUT
+    tokens_input, tokens_output = counts_in(usage, INPUT_OUTPUT)
+    # Some upstreams have both shapes, of which one is all zeros.
+    if "prompt_tokens" in usage or "completion_tokens" in usage:
+        of_chat = counts_in(usage, PROMPT_COMPLETION)
+        if (tokens_input or 0) + (tokens_output or 0) <= sum(each or 0 for each in of_chat):
+            into, out = PROMPT_COMPLETION
+            tokens_input, tokens_output = of_chat
+    if tokens_input is None and tokens_output is None:
+        return None
+    parts_input, parts_output = (
+        usage.get(f"{into}_tokens_details"),
+        usage.get(f"{out}_tokens_details"),
+    )
+    cached = tokens_in(parts_input, "cached_tokens")
+    cache_write = tokens_in(parts_input, "cache_write_tokens")
+    believed = part_of(tokens_input, (cached or 0) + (cache_write or 0))
+    cache_write_12h = writes_for_12h(parts_input, cache_write) if believed and cache_write else None
+    reasoning = tokens_in(parts_output, "reasoning_tokens")
+    said = (tokens_input or 0) + (tokens_output or 0)
+    if reasoning and tokens_in(usage, "total_tokens") == said + reasoning:  # not in the output yet
+        tokens_output = (tokens_output or 0) + reasoning
+    image_input = image_output = None
+    if images:
+        image_input = tokens_in(parts_input, "image_tokens")
+        image_output = tokens_in(parts_output, "image_tokens")
+        if image_output is None:  # without details all of the output is image
+            image_output = tokens_output
+    return Usage(
+        input_tokens=tokens_input,
+        cached_input_tokens=cached if believed else None,
+        cache_write_tokens=cache_write if believed else None,
+        output_tokens=tokens_output,
+        reasoning_tokens=reasoning if part_of(tokens_output, reasoning or 0) else None,
+        image_input_tokens=image_input,
+        image_output_tokens=image_output,
+        cache_write_12h_tokens=cache_write_12h,
+    )
+
+
+def writes_for_12h(details: Any, writes: int) -> int | None:
+    """Of the tokens that were written to the cache, those that stay there for 12 hours."""
+    tokens = tokens_in(details.get("cache_write_tokens_details"), "ttl_12h_tokens")
+    return tokens if part_of(writes, tokens or 0) else None
+
+
+def with_former(used: Usage, former: Usage) -> Usage:
+    """Return a later usage with the input or the output of a former one where it has none, or 0:
+    some streams report each in an event of its own, and what was used does not become less."""
+    if former.input_tokens and not used.input_tokens:
+        used = msgspec.structs.replace(
+            used,
+            input_tokens=former.input_tokens,
+            cached_input_tokens=former.cached_input_tokens,
+            cache_write_tokens=former.cache_write_tokens,
+            cache_write_12h_tokens=former.cache_write_12h_tokens,
+        )
+    if former.output_tokens and not used.output_tokens:
+        used = msgspec.structs.replace(
+            used,
+            output_tokens=former.output_tokens,
+            reasoning_tokens=former.reasoning_tokens,
+        )
+    return used
+
+
+def added(a: Usage, b: Usage) -> Usage:
+    """The usage of two pictures of one stream, of which each reports its own."""
+    return Usage(*[plus(*each) for each in zip(*map(msgspec.structs.astuple, (a, b)), strict=True)])
+
+
+def plus(a: int | None, b: int | None) -> int | None:
+    return a if b is None else (a or 0) + b
+
+
+def with_svg(used: Usage | None, parts: list[UsagePart], svg: Any) -> Usage | None:
+    """Return an answer's usage with that of the model that wrote an SVG added, and append the
+    latter to `parts`. OpenAI's reference says that it is reported separately."""
+    wrote = read_usage(svg, images=False)
+    if wrote is None:
+        return used
+    reasoning = tokens_in(svg, "reasoning_tokens")
+    parts.append(UsagePart(name_in(svg.get("model")), wrote, False))
+    used = used or Usage()
+    return msgspec.structs.replace(
+        used,
+        input_tokens=plus(used.input_tokens, wrote.input_tokens),
+        output_tokens=plus(used.output_tokens, wrote.output_tokens),
+        reasoning_tokens=plus(
+            used.reasoning_tokens,
+            reasoning if part_of(wrote.output_tokens, reasoning or 0) else None,
+        ),
+    )
+
+
+def with_tools(used: Usage, parts: list[UsagePart], tools: Any) -> Usage:
+    """A response's usage with that of its tools, which is none of its own tokens."""
+    if not isinstance(tools, dict):
+        return used
+    searches = tokens_in(tools.get("web_search"), "num_requests", MAX_SEARCHES)
+    if searches is not None:
+        used = msgspec.structs.replace(used, web_searches=searches)
+    parts[0] = parts[0]._replace(usage=used)
+    drawn = read_usage(tools.get("image_gen"), images=True)
+    if drawn is None:
+        return used
+    details = tools["image_gen"].get("cached_tokens_details")
+    text = (drawn.input_tokens or 0) - (drawn.image_input_tokens or 0)
+    cached = tokens_in(details, "cached_text_tokens")
+    drawn = msgspec.structs.replace(
+        drawn, cached_input_tokens=cached if part_of(text, cached or 0) else None
+    )
+    parts.append(UsagePart(IMAGE_TOOL, drawn, True))
+    return msgspec.structs.replace(
+        used,
+        image_input_tokens=drawn.image_input_tokens,
+        image_output_tokens=drawn.image_output_tokens,
+        tool_input_tokens=max(0, text) if drawn.input_tokens is not None else None,
+    )
+
+
+def size_of(words: Any, levels: int = MAX_LEVELS) -> int:
+    """Return the bytes of what a model has written. A negative number is the length of a text that
+    a scanner has left out."""
+    if isinstance(words, str):
+        return len(words) if words.isascii() else len(words.encode("utf-8", "replace"))
+    if isinstance(words, dict) and levels:
+        return sum(size_of(value, levels - 1) for name, value in words.items() if name in SAYS)
+    if isinstance(words, list) and levels:
+        return sum(size_of(value, levels - 1) for value in words)
+    return max(0, -words) if type(words) is int else 0
+
+
+def words_in(raw: msgspec.Raw, node: Node = SAID) -> Any:
+    """Whatever stands there; None if it can't be read."""
+    return read(raw, ANYTHING, node) if raw else None
+
+
+def has_choices(answer: Answer) -> bool:
+    """Return whether a chat's answer or chunk has any choices."""
+    return bytes(answer.choices).translate(None, b" \t\r\n") not in NO_CHOICES
+
+
+NO_CHOICES = (b"", b"null", b"[]")

@@ -1,0 +1,102 @@
+"""What the gateway itself answers with an error: OpenAI's form, so that every SDK raises its proper
+exception. The table is CONTRACT.md section 4."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import orjson
+
+from redbtc.headers import Headers
+
+NO_RETRY = (b"x-should-retry", b"false")
+INVALID, RATE, SERVER = "invalid_request_error", "rate_limit_error", "server_error"
+REFUSALS: dict[str, tuple[int, str, str]] = {
+    "invalid_http": (400, INVALID, "The HTTP request is malformed."),
+    "invalid_json": (400, INVALID, "The request body is not valid JSON."),
+    "invalid_request": (400, INVALID, "The request is not valid."),
+    "websocket_connection_limit_reached": (
+        400,
+        INVALID,
+        "A WebSocket lasts 60 minutes. Connect again to go on.",
+    ),
+    "invalid_api_key": (401, INVALID, "Incorrect API key provided."),
+    "account_suspended": (403, INVALID, "This account is suspended."),
+    "origin_not_allowed": (403, INVALID, "The Origin of this handshake is not allowed."),
+    "metrics_forbidden": (403, INVALID, "Metrics are not for this address."),
+    "unknown_url": (404, INVALID, "Unknown request URL. See the documentation for what is served."),
+    "model_not_allowed": (403, INVALID, "This key may not use the model."),
+    "model_not_found": (404, INVALID, "The model does not exist, or it is not served here."),
+    "response_not_found": (404, INVALID, "The response does not exist."),
+    "request_timeout": (408, INVALID, "The request body took too long to arrive."),
+    "request_too_large": (413, INVALID, "The request body is too large."),
+    "unsupported_media_type": (415, INVALID, "The request's content type is not supported here."),
+    "upgrade_required": (426, INVALID, "WebSocket is not offered here; use POST."),
+    "rate_limit_exceeded": (429, RATE, "Rate limit reached."),
+    "insufficient_quota": (429, "insufficient_quota", "Balance and credit are spent."),
+    "concurrency_limit_exceeded": (429, RATE, "Too many requests in flight."),
+    "headers_too_large": (431, INVALID, "The request's headers are too large."),
+    "internal_error": (500, SERVER, "The gateway failed on this request."),
+    "upstream_unreachable": (502, SERVER, "The upstream could not be reached."),
+    "upstream_protocol_error": (502, SERVER, "The upstream's answer could not be understood."),
+    "no_upstream": (503, SERVER, "No upstream can take this request now."),
+    "ledger_unavailable": (503, SERVER, "Usage can't be recorded now, so nothing is served."),
+    "overloaded": (503, SERVER, "The gateway has no memory left for this request."),
+    "maintenance": (503, SERVER, "The gateway is under maintenance."),
+    "draining": (503, SERVER, "The gateway is shutting down."),
+    "upstream_timeout": (504, SERVER, "The upstream took too long to answer."),
+}
+
+
+class Refusal(Exception):
+    """Refuse the client with a status, a code and a message from REFUSALS. Every 429 and 503 says
+    when to come back: whole seconds from 1 to 60, since Codex CLI gives up without them and
+    openai-node ignores more."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str = "",
+        *,
+        param: str | None = None,
+        retry_after: float = 1.0,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        super().__init__(code)
+        self.code = code
+        self.status, self.type, usual = REFUSALS[code]
+        self.message = message or usual
+        self.param = param
+        self.headers: Headers = list(headers)
+        if self.status in (429, 503):
+            seconds = min(60, max(1, math.ceil(retry_after)))
+            milliseconds = min(60_000, max(1, math.ceil(retry_after * 1000)))
+            self.headers += [
+                (b"retry-after", b"%d" % seconds),
+                (b"retry-after-ms", b"%d" % milliseconds),
+            ]
+
+    def error(self) -> dict[str, str | None]:
+        """OpenAI's error object."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+    def body(self) -> bytes:
+        """That of an answer."""
+        return orjson.dumps({"error": self.error()})
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return the refusal of a request that ended with this error."""
+    if isinstance(error, Refusal):
+        return error
+    return Refusal("overloaded" if isinstance(error, MemoryError) else "internal_error")
+
+
+def not_found(name: str, object_id: str) -> Refusal:
+    """What is another's is not found, like what never was."""
+    return Refusal("response_not_found", f"Response with id '{object_id}' not found.", param=name)
+
+
+class ClientLeft(Exception):
+    """The client is gone; there is nobody to answer."""

@@ -1,0 +1,166 @@
+"""Multipart forms: find the short fields and the size of the rest."""
+
+from __future__ import annotations
+
+import re
+
+from redbtc.meter.answers import MAX_NAME
+from redbtc.refusals import Refusal
+from redbtc.request_body.facts import Facts, bad_number
+from redbtc.request_body.media import CHARSETS, parametrized
+from redbtc.request_body.pieces import Buffer, Pieces, Steps, check_utf8
+from redbtc.request_body.references import Reference, References, named_in, refuse_hidden
+
+MAX_PART_HEAD = 8192
+MAX_FIELD = 4096
+MAX_PARTS = 1000
+FORM_WINDOW = 64 << 10  # bytes that are searched in one step
+SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]", b"output_format")
+# Readers differ in how they take spaces, control characters, '%5B', accents and look-alike letters.
+FIELD_NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]+")
+ODD_SINGLE = re.compile(
+    rb"(?:model|stream|n|prompt|output_format)[.\[]|_charset_$", re.IGNORECASE
+)  # RFC 7578 §4.6
+NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
+# Some readers split a part of one of these types into further fields.
+NESTED_TYPE = re.compile(rb"multipart/|message/|application/x-www-form-urlencoded")
+FORM_END = re.compile(rb"--(?:[ \t\r\n]|\Z)")  # else to some readers it is no boundary
+HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
+FORM_NAME = re.compile(
+    rb"file_ids?|vector_store_ids?|container_id|_response_id|conversation", re.IGNORECASE
+)
+ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
+UNENCODED = (b"binary", b"8bit", b"7bit")
+MAX_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
+
+
+class Form:
+    """A multipart form (RFC 7578, RFC 2046 §5.1.1), read as it grows: the names of its parts, and
+    its short fields. Files are stepped over, never copied."""
+
+    def __init__(self, boundary: bytes) -> None:
+        self.names: set[bytes] = set()  # in lower case
+        self.fields: dict[bytes, bytes] = {}
+        self._parts = 0
+        self._tokens = 0
+        self.files = self.file_bytes = 0
+        self._delimiter = b"--" + boundary
+        self._part = -1  # where the part begins that is not yet whole
+        self._searched = 0
+
+    def grow(self, body: Buffer) -> Steps[None]:
+        """Parse on, in small steps: `body` is the form as far as it has arrived. Raises Refusal for
+        a form that could be read in more than one way."""
+        size = len(self._delimiter)
+        while self._searched <= len(body) - size:
+            end = body.find(self._delimiter, self._searched, self._searched + FORM_WINDOW)
+            if end < 0:
+                window_end = min(self._searched + FORM_WINDOW, len(body))
+                self._searched = window_end - size + 1
+            else:
+                self._find(body, end)
+            yield
+
+    def _find(self, body: Buffer, end: int) -> None:
+        """A boundary."""
+        first = self._part < 0  # with nothing before it, which another reader could take in
+        if (end and body[end - 2 : end] != b"\r\n") or (first and end > 2):
+            raise Refusal("invalid_request", "The form's boundary stands within a line.")
+        if not first:
+            self._take(body, end - 2)
+        self._part = self._searched = end + len(self._delimiter)
+
+    def _take(self, body: Buffer, end: int) -> None:
+        """A part is whole."""
+        start = self._part
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise Refusal("invalid_request", f"The form has more than {MAX_PARTS} parts.")
+        head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_PART_HEAD))
+        parameters = parameters_of_part(bytes(body[start : max(start, head_end)]))
+        name, size = parameters[b"name"], end - head_end - 4
+        field = not {b"filename", b"filename*"} & parameters.keys()
+        if not field and not parameters.get(b"filename"):
+            self._check_doubtful(name, bytes(body[head_end + 4 : min(end, head_end + 64)]))
+        self._tokens += end - start if field else min(end - start, MAX_PICTURE_TOKENS)
+        if not field:
+            self.files, self.file_bytes = self.files + 1, self.file_bytes + size
+        single = name.lower() in SINGLE_FIELDS
+        proper = field and name.lower() not in self.names and name.islower()
+        self.names.add(name.lower())
+        long = field and size > MAX_FIELD and name != b"prompt"
+        if (single and not proper) or long or ODD_SVG.match(name) or ODD_SINGLE.match(name):
+            shown = name.decode()
+            message = f"'{shown}' must be in the form once, in lower case, as a short text field."
+            raise Refusal("invalid_request", message, param=shown)
+        if field and size <= MAX_FIELD:
+            self.fields[name] = bytes(body[head_end + 4 : end])
+
+    @staticmethod
+    def _check_doubtful(name: bytes, begin: bytes) -> None:
+        """Raise Refusal for a part that some readers take for a file and others for a field, since
+        its filename is empty or only a `filename*`, if its value begins like JSON."""
+        if begin.lstrip()[:1] in (b"{", b"[", b'"'):
+            shown = name.decode()
+            message = f"'{shown}' must have a 'filename' that is not empty, or none at all."
+            raise Refusal("invalid_request", message, param=shown)
+
+    def most_tokens(self, body: Buffer) -> int:
+        """What its parts can come to."""
+        return self._tokens + min(len(body) - max(self._part, 0), MAX_PICTURE_TOKENS)
+
+    def references(self) -> Steps[References]:
+        """Return the stored objects that the form names, by the name of a part or in a short field.
+        Raises Refusal."""
+        named = References()
+        for name, value in self.fields.items():
+            if name != b"prompt":
+                yield from check_utf8(value)
+                yield from refuse_hidden(value)
+                yield from named_in(value, Pieces(value), named)
+            yield
+        for name in self.names:
+            if match := FORM_NAME.search(name.replace(b".", b"_")):
+                named.add(Reference(match[0].decode(), ""))
+        return named
+
+    def facts(self, body: Buffer) -> Facts:
+        """`model` and `stream` wherever they stand in the form: openai-node sends files before
+        them. Raises Refusal where the form has no end."""
+        if self._part < 0 or not FORM_END.match(body, self._part):
+            raise Refusal("invalid_request", "The form has no end.")
+        stream = self.fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
+        model, number = self.fields.get(b"model"), self.fields.get(b"n")
+        if number is not None and not NUMBER.fullmatch(number):
+            raise bad_number()
+        return Facts(
+            model=model.decode("utf-8", "replace") if model else None,
+            stream=stream,
+            n=int(number) if number else None,
+        )
+
+
+def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
+    """Those of its Content-Disposition, `name` among them. Raises Refusal where they can't be read,
+    or not in one way only."""
+    padding, *lines = head.split(b"\r\n")
+    matches = [HEAD_LINE.fullmatch(line) for line in lines]
+    fields = {match[1].lower(): match[2] for match in matches if match}
+    found = parametrized(fields.get(b"content-disposition", b""))
+    encoding = fields.get(b"content-transfer-encoding", b"binary").strip().lower()
+    once = not padding.strip(b" \t") and len(fields) == len(lines) and encoding in UNENCODED
+    name = found[1].get(b"name", b"") if found and found[0] == b"form-data" else b""
+    plain = is_plain(fields.get(b"content-type", b"").strip().lower())
+    if not (once and plain and found and 0 < len(name) <= MAX_NAME):
+        raise Refusal("invalid_request", "A part of the form has no head that can be read.")
+    if not FIELD_NAME.fullmatch(name):
+        message = "The name of a form field may have only letters, digits and '_.-[]'."
+        raise Refusal("invalid_request", message)
+    return found[1]
+
+
+def is_plain(content_type: bytes) -> bool:
+    """Whether a part of that type holds neither parts of its own nor text in another charset."""
+    found = parametrized(content_type)
+    charset = found[1].get(b"charset", b"utf-8") if found else b"charset" in content_type
+    return charset in (*CHARSETS, False) and not NESTED_TYPE.match(content_type)

@@ -1,0 +1,206 @@
+"""One request on a client's connection, and its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http
+import logging
+from typing import TYPE_CHECKING
+
+from redbtc.headers import BAD_IN_VALUE, Headers, header
+from redbtc.refusals import Refusal
+from redbtc.server.asgi import App, Message, Scope
+from redbtc.server.framing import NO_BODY, Endless, Framing
+
+if TYPE_CHECKING:
+    from redbtc.server.protocol import HTTPProtocol
+
+
+HIGH_WATER = 64 << 10  # bytes of a body the app has not read; beyond them reading is paused
+
+
+def _status_line(status: int) -> bytes:
+    with contextlib.suppress(ValueError):
+        return b"HTTP/1.1 %d %s\r\n" % (status, http.HTTPStatus(status).phrase.encode())
+    return b"HTTP/1.1 %d \r\n" % status
+
+
+STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
+
+
+def _is_end(message: Message) -> bool:
+    """Return whether an app's message ends its response."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+class RequestCycle:
+    """One request on a connection, with the `receive` and `send` that the ASGI app is given."""
+
+    def __init__(
+        self, connection: HTTPProtocol, scope: Scope, framing: Framing, keep_alive: bool
+    ) -> None:
+        self.scope = scope
+        self.framing = framing
+        self.keep_alive = keep_alive
+        self.started = False  # the app has sent the response's head
+        self.complete = False
+        self._connection = connection
+        self._failure: Refusal | None = None
+        # The client sends its body once it gets "100 Continue" (RFC 9110 §10.1.1).
+        expected = header(scope["headers"], b"expect") or b""
+        self._waits = expected.lower() == b"100-continue" and not self._is_old
+        self._body: bytes | bytearray = b""
+        self._ended = False  # the app has received the end of the body
+        self._event = asyncio.Event()
+        self._left: int | None = None  # bytes still to send of the response's Content-Length
+        self._chunked = False
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether the client speaks HTTP/1.0."""
+        return bool(self.scope["http_version"] == "1.0")
+
+    # The client's side
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the app must take what has arrived of the body before more is read."""
+        return len(self._body) > HIGH_WATER and not self.complete
+
+    def feed(self, data: bytes) -> bytes:
+        """Take in a part of the body; return what comes after the body. Raises BadFraming."""
+        body, rest = self.framing.feed(data)
+        if body and not self.complete:
+            if self._body:
+                self._body = bytearray(self._body) if type(self._body) is bytes else self._body
+                self._body += body
+            else:
+                self._body = body
+            if self.is_full:
+                self._connection.pause_reading()
+        if body or self.framing.whole:
+            self.wake()
+        return rest
+
+    def wake(self) -> None:
+        """Let a waiting `receive` look again: data, the body's end, a failure or a disconnect."""
+        self._event.set()
+
+    def fail(self, refusal: Refusal) -> None:
+        """Make `receive` raise `refusal`: the rest of the body can't be read."""
+        self._failure, self.framing, self.keep_alive = refusal, Endless(), False
+        self.wake()
+
+    def pass_on(self, data: bytes) -> bool:
+        """Send a part of the response's body at once and return True. Return False, with nothing
+        sent, where `send` must be awaited instead: the client reads slowly or has disconnected, the
+        response has not started or has ended, or it has a Content-Length."""
+        connection = self._connection
+        if not self.started or self._left is not None or connection.writing_paused:
+            return False
+        if connection.closed or self.complete:
+            return False
+        connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return True
+
+    # The app's side
+
+    async def run(self, app: App) -> None:
+        """Run the app. If it does not complete its response, tear the connection."""
+        try:
+            await app(self.scope, self.receive, self.send)
+        except BaseException as error:
+            if not isinstance(error, asyncio.CancelledError):
+                logging.getLogger("uvicorn.error").error("exception in the app", exc_info=error)
+        finally:
+            if not self.complete:
+                self._connection.tear(self)
+
+    async def receive(self) -> Message:
+        """Return the next part of the body; after its end, wait until the client disconnects or the
+        response is complete. Raises Refusal where the body's framing is invalid."""
+        connection = self._connection
+        if self._waits and not (self.started or connection.closed or self.framing.whole):
+            connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._waits = False
+        while not (connection.closed or self.complete):
+            if self._failure:
+                raise self._failure
+            if self._body or (self.framing.whole and not self._ended):
+                body, self._body = self._body, b""
+                self._ended = self.framing.whole
+                connection.resume_reading()
+                return {"type": "http.request", "body": bytes(body), "more_body": not self._ended}
+            connection.resume_reading()
+            self._event.clear()
+            if self.framing.whole:
+                await self._event.wait()
+            else:
+                await connection.make_room_until(self._event.wait(), "key" in self.scope)
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """Send the response's head or a part of its body. Waits while the client reads slowly, but
+        not with the end: what the app still holds is then freed, and the connection has a deadline
+        and can make room."""
+        connection = self._connection
+        if connection.writing_paused and not (connection.closed or _is_end(message)):
+            await connection.writable("key" in self.scope)
+        if connection.closed:
+            return
+        if message["type"] == "http.response.start" and not self.started:
+            self.started = True
+            connection.write_head(self._head(message["status"], message["headers"]))
+            if self.ends_by_closing:
+                connection.reset_when_closed(True)
+        elif message["type"] == "http.response.body" and self.started and not self.complete:
+            self._send_body(message.get("body", b""), message.get("more_body", False))
+        else:
+            raise RuntimeError(f"unexpected message: {message['type']}")
+
+    def _head(self, status: int, headers: Headers) -> bytes:
+        """Return the response's head as bytes. The body is framed by the app's Content-Length, else
+        in chunks, or for HTTP/1.0, which has no chunks (RFC 9112 §6.1), by the connection's end."""
+        for name, value in headers:
+            if name == b"content-length":
+                self._left = int(value)
+            elif name == b"connection" and b"close" in value.lower():
+                self.keep_alive = False
+        if self._waits and not self.framing.whole:
+            # The client was not told to send its body: it may send that, or the next request.
+            self.keep_alive = False
+        text = b"".join([b"%b: %b\r\n" % line for line in headers if line[0] != b"connection"])
+        if BAD_IN_VALUE.search(b"".join([name + value for name, value in headers])):
+            raise RuntimeError("a response header contains control characters")
+        if self.scope["method"] == "HEAD" or status in NO_BODY:
+            self._left = 0
+        elif self._left is None:
+            self._chunked = not self._is_old
+            text += b"transfer-encoding: chunked\r\n" if self._chunked else b""
+        if not self.keep_alive:
+            text += b"connection: close\r\n"
+        return STATUS_LINES[status] + text + b"\r\n"
+
+    def _send_body(self, body: bytes, more: bool) -> None:
+        connection = self._connection
+        if self.scope["method"] == "HEAD":
+            body = b""
+        if self._left is not None:
+            self._left -= len(body)
+            if self._left < 0 or (self._left and not more):
+                raise RuntimeError("the response body does not have the length of Content-Length")
+        elif self._chunked:
+            body = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            body += b"" if more else b"0\r\n\r\n"
+        if body or not more:
+            connection.write(body)
+        if not more:
+            self.complete = True
+            self.wake()
+            connection.answered(self)
+
+    @property
+    def ends_by_closing(self) -> bool:
+        """Whether only the connection's end marks the end of the response's body."""
+        return self.started and self._left is None and not self._chunked

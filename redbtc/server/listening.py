@@ -1,0 +1,99 @@
+"""Listen for clients, and start uvicorn's server with the gateway's protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import ipaddress
+import logging
+import resource
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import uvicorn
+
+from redbtc.errors import UserError
+from redbtc.server.connections import Connections
+from redbtc.server.protocol import HTTPProtocol
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open files to the hard limit; return the limit that is now in force."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that leaves signals to the gateway."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def server_for(app: Any, shared: Connections | None = None, **options: Any) -> Server:
+    """Return a uvicorn server for the app, as `configured` describes it."""
+    return Server(configured(app, shared, **options))
+
+
+def configured(app: Any, shared: Connections | None = None, **options: Any) -> uvicorn.Config:
+    """Return the configuration of a server without uvicorn's log, headers and WebSockets. `options`
+    are uvicorn's."""
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    usual: dict[str, Any] = {
+        "http": functools.partial(HTTPProtocol, shared or Connections()),
+        "lifespan": "off",
+        "interface": "asgi3",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "date_header": False,
+        "ws": "none",
+        "timeout_graceful_shutdown": 1,
+    }
+    return uvicorn.Config(app, **usual | options)
+
+
+def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.socket]:
+    """Return a listening socket for each address, all on the same port. Port 0 means a free one: up
+    to `tries` are tried until one is free at every address. "::" means all addresses of IPv6 and
+    IPv4, unless an IPv4 address is listed as well. (IPv4 gets a socket of its own: on a shared one
+    its clients would appear as ::ffff:192.0.2.1.) Raise UserError where listening fails."""
+    if all(":" in host for host in hosts) and any(is_any_address(host) for host in hosts):
+        hosts = [*hosts, "0.0.0.0"]
+    listeners: list[socket.socket] = []
+    try:
+        for host in hosts:
+            chosen = listeners[0].getsockname()[1] if listeners else port
+            listeners.append(_listen_on(host, chosen))
+    except UserError:
+        for listener in listeners:
+            listener.close()
+        if port == 0 and listeners and tries > 1:
+            return listen(hosts, port, tries - 1)
+        raise
+    return listeners
+
+
+def is_any_address(host: str) -> bool:
+    """Return whether a host is "::" or "0.0.0.0", in any spelling."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_unspecified
+    return False
+
+
+def _listen_on(host: str, port: int) -> socket.socket:
+    family, where = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(f"can't listen on {where}:{port}: {error.strerror}") from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return a socket's host and port in the form that URLs use."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

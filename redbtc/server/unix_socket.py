@@ -1,0 +1,101 @@
+"""The Unix socket beside the database, through which commands reach a running gateway. Only its
+user may connect. While the gateway runs the socket comes back when its file is removed or replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from redbtc.server.listening import Server
+from redbtc.telemetry import log
+
+MAX_SOCKET_PATH = 100  # bytes; sun_path holds 108 on Linux, 104 on macOS
+TICKS = 5  # of uvicorn's, 0.1 s each, between two looks at the file
+
+
+@contextlib.contextmanager
+def socket_path(database: Path) -> Iterator[str]:
+    """The path of the socket, by way of its folder's descriptor where it is too long for a
+    socket."""
+    path = f"{database}.sock"
+    with contextlib.ExitStack() as stack:
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            folder = os.open(database.parent, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, folder)
+            path = f"/proc/self/fd/{folder}/{database.name}.sock"
+        yield path
+
+
+def _make(path: str) -> None:
+    """Replace whatever is at `path` by an unused socket of mode 0600, which uvicorn takes over with
+    its mode."""
+    Path(path).unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as placeholder:
+        placeholder.bind(path)
+    os.chmod(path, 0o600)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return the device and inode of a file, None if it can't be found. The inode of a socket is
+    not used again while a process listens on it."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    return None
+
+
+class AdminServer(Server):
+    """The server of the admin API on that socket."""
+
+    _file: tuple[int, int] | None = None
+    _failure = ""  # what the last try to listen failed with
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Remove the socket in the end."""
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+    @property
+    def _path(self) -> str:
+        return str(self.config.uds)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on a new socket. If that fails, `on_tick` tries it again."""
+        self.servers = []
+        await self._listen()
+        self.started = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Uvicorn calls this ten times a second."""
+        if counter % TICKS == 0 and (self._failure or _identity(self._path) != self._file):
+            await self._listen_again()
+        return await super().on_tick(counter)
+
+    async def _listen_again(self) -> None:
+        """Listen on a new socket, and go on with the connections that there are."""
+        for server in self.servers:
+            server.close()
+        if await self._listen():
+            log(logging.WARNING, "socket made again", path=self._path)
+
+    async def _listen(self) -> bool:
+        """Make the socket and listen on it. Return False if that fails, which is said once."""
+        try:
+            _make(self._path)
+            await super().startup()
+        except OSError as error:
+            if str(error) != self._failure:
+                self._failure = str(error)
+                log(logging.ERROR, "commands can't connect", reason=self._failure)
+            return False
+        self._file, self._failure = _identity(self._path), ""
+        return True

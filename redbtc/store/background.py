@@ -1,0 +1,79 @@
+"""Background responses that have not ended yet."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+from redbtc.store.database import Store
+from redbtc.store.keys import FULL_KEY, Key
+from redbtc.store.requests import Admitted, settle
+from redbtc.store.rows import COLUMNS, RECORD, values_of
+from redbtc.usage import RequestRow, Usage
+
+KEEP_PENDING = """
+    INSERT OR IGNORE INTO background
+           (request_id, admitted_at, held, input_estimate, image_model, text_bytes, seen, most)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+NOTE_PROGRESS = "UPDATE background SET seen = ? WHERE request_id = ?"
+ENDED = "DELETE FROM background WHERE request_id = ?"
+BACKGROUND = f"""
+    SELECT {", ".join(f"requests.{name}" for name in COLUMNS)},
+           admitted_at, held, input_estimate, image_model, text_bytes, seen, most
+      FROM background JOIN requests USING (request_id)
+     WHERE requests.outcome = 'pending' AND requests.response_id IS NOT NULL"""
+KEY_OF = FULL_KEY + " WHERE keys.id = ?1"
+IS_COMPROMISED = "SELECT 1 FROM keys WHERE id = ? AND compromised"
+
+
+def is_compromised(store: Store, key_id: str) -> bool:
+    """Whether somebody else had the key. Raises StorageUnavailable."""
+    return store.look_up(IS_COMPROMISED, (key_id,)) is not None
+
+
+class UnfinishedRow(NamedTuple):
+    """What is kept of a background response beside its row; schema.sql explains each field."""
+
+    admitted_at: int
+    held: int
+    input_estimate: int
+    image_model: str
+    text_bytes: int = 0
+    seen: str | None = None
+    most: str | None = None
+
+
+def keep_pending(store: Store, row: RequestRow, unfinished: UnfinishedRow) -> asyncio.Future[None]:
+    """Keep the row pending, since its response goes on at the upstream. Return a future that is
+    done when this is on disk."""
+    store.record(RECORD, values_of(row), retry_until_written=True)
+    return store.record(KEEP_PENDING, (row.request_id, *unfinished), retry_until_written=True)
+
+
+def note_progress(store: Store, row: RequestRow, seen: str) -> asyncio.Future[None]:
+    """Keep what was seen of a background response, as JSON. Return a future that is done when this
+    is on disk, with all that came before."""
+    return store.record(NOTE_PROGRESS, (seen, row.request_id), retry_until_written=True)
+
+
+async def end_background(store: Store, row: RequestRow, admitted: Admitted) -> None:
+    """Commit the row as its background response ended."""
+    ended = store.record(ENDED, (row.request_id,), retry_until_written=True)
+    await settle(store, row, admitted)
+    await ended
+
+
+async def unfinished_rows(store: Store) -> list[tuple[RequestRow, Key, UnfinishedRow]]:
+    """What an earlier process left to be asked for."""
+    found = []
+    async for each in store.rows(BACKGROUND):
+        usage = len(COLUMNS) - len(Usage.__struct_fields__)
+        row = RequestRow(*each[:usage])
+        row.usage = Usage(*each[usage : len(COLUMNS)])
+        found.append((row, key_of(store, row.key_id), UnfinishedRow(*each[len(COLUMNS) :])))
+    return found
+
+
+def key_of(store: Store, key_id: str) -> Key:
+    """The key with that id, in force or not. Raises StorageUnavailable."""
+    return Key(*(store.look_up(KEY_OF, (key_id, store.time())) or ()))

@@ -1,0 +1,474 @@
+"""Backups of a database file, and how a backup takes the place of a database.
+
+A copy is made with SQLite's backup API from one read transaction, so it is the database at one
+instant, whatever other processes commit meanwhile. It is written to a temporary file, verified
+there, brought to the disk and then renamed: a file under its final name is always whole.
+
+A restore prepares and verifies its copy as `….restoring` and renames it to `….restored`. That
+rename decides: before it, nothing has changed; after it, `complete_restore` finishes the work, at
+the latest when the database is opened the next time. Each of its steps can be repeated, so a
+process that is killed at any instant leaves either the old database or the restored one.
+
+Nothing here opens a database for writing, except copies that nobody else knows of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from redbtc.errors import UserError
+from redbtc.store.schema import APPLICATION_ID, newest_version
+
+PAGES_A_STEP = 1024  # 4 MiB, written to the disk before the next step begins
+ROOM = 1.1  # free space that a copy needs, as a multiple of its source
+CACHE_KIB = 65536  # memory for checking a copy
+HEADER = 100  # bytes of a database's header
+MAGIC = b"SQLite format 3\0"
+ROLLBACK_JOURNAL = (
+    b"\1\1"  # write and read version of a file without a -wal (SQLite's file format, 1.3)
+)
+VERSIONS_AT = 18
+APPLICATION_ID_AT = 68
+DIGEST = re.compile(r"([0-9a-f]{64}) [ *](.+)\n?")
+# What is added to a database's name for files that belong to it: no backup may take such a name.
+PARTS = ("", "-wal", "-shm", "-journal", ".lock", ".sock", ".owed", ".restoring", ".restored")
+
+FILE_CHECKS = {
+    "integrity": "PRAGMA integrity_check(20)",
+    "foreign keys": "PRAGMA foreign_key_check",
+}
+LATEST_REQUEST = "SELECT count(*), max(started_at) FROM requests"
+
+
+class Damaged(UserError):
+    """A file is not a whole database of this program."""
+
+
+class NoRoom(UserError):
+    """There is too little free space for a copy."""
+
+
+class Contents(NamedTuple):
+    """What a verified copy holds. `latest_request_at`: when the newest request started, in
+    milliseconds; None where there is no request."""
+
+    schema: int
+    requests: int
+    latest_request_at: int | None
+
+
+class Backup(NamedTuple):
+    """A finished backup."""
+
+    path: str
+    bytes: int
+    sha256: str
+    schema: int
+    requests: int
+    seconds: float
+
+
+class Restored(NamedTuple):
+    """A finished restore. `replaced`: the file that holds the database as it was before; None where
+    there was none."""
+
+    bytes: int
+    contents: Contents
+    replaced: Path | None
+
+
+def suffixed(path: Path, suffix: str) -> Path:
+    """Return the path with a suffix added to its name."""
+    return path.with_name(path.name + suffix)
+
+
+@contextlib.contextmanager
+def plain_errors(what: str) -> Iterator[None]:
+    """Turn an error of SQLite or of the system into a UserError that says what failed."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        file = getattr(error, "filename", None)
+        said = f"{file}: {error.strerror}" if isinstance(error, OSError) and file else error
+        raise UserError(f"{what}: {said}") from None
+
+
+@contextlib.contextmanager
+def named_damage(name: Path) -> Iterator[None]:
+    """Turn what SQLite says about the content of a file into Damaged. An OperationalError is about
+    this process or the disk, and passes."""
+    try:
+        yield
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        raise Damaged(f"{name} is damaged or not a database: {error}") from None
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[int]:
+    """Yield the descriptor of an empty file at `path`, of mode 0600, which no other process writes
+    meanwhile. What a killed process left there is thrown away. The file is removed where the block
+    raises. Raises UserError where another process is at it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, file)
+        if not _held(file, path):
+            raise UserError(f"{path} is being written by another command; wait until it has ended")
+        try:
+            os.ftruncate(file, 0)
+            os.fchmod(file, 0o600)
+            yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _held(file: int, path: Path) -> bool:
+    """Lock the file; return whether this process holds it and it still has this name."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def check_room(source: Path, folder: Path, *, migrating: bool = False) -> None:
+    """Raise NoRoom where the folder has too little free space for a copy of the database. A copy
+    that fills the disk would stop the gateway that writes to it. `migrating`: the database is to be
+    migrated, which may write as much again."""
+    files = [source, suffixed(source, "-wal")]
+    needed = int(ROOM * sum(file.stat().st_size for file in files if file.exists()))
+    free = shutil.disk_usage(folder).free
+    if migrating:
+        what, needed = f"a copy of {source} and its migration need", 2 * needed
+    else:
+        what = f"a copy of {source} needs"
+    if free < needed:
+        raise NoRoom(f"{folder} has {free} bytes free; {what} {needed}")
+
+
+def copy(source: Path, file: int, path: Path, *, immutable: bool = False) -> None:
+    """Copy the database `source` at this instant to the empty file `path`, whose descriptor is
+    `file`. Each step reaches the disk before the next, so that other processes that write there
+    never wait for all of it. `immutable`: nobody writes to the source, and it has no -wal of its
+    own. Raises Damaged, sqlite3.OperationalError, OSError."""
+    how = "immutable=1" if immutable else "mode=ro"
+    with (
+        named_damage(source),
+        contextlib.closing(_connect(f"{source.as_uri()}?{how}")) as reading,
+        contextlib.closing(_connect(f"{path.as_uri()}?nolock=1")) as writing,
+    ):
+        writing.execute("PRAGMA journal_mode = OFF")
+        writing.execute("PRAGMA synchronous = OFF")
+        reading.execute("BEGIN")
+        reading.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # the instant of the copy
+        reading.backup(writing, pages=PAGES_A_STEP, progress=lambda *_: os.fsync(file))
+    os.pwrite(file, ROLLBACK_JOURNAL, VERSIONS_AT)  # the copy is one file
+    os.fsync(file)
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, isolation_level=None)
+
+
+def verify(path: Path, name: Path, checks: Mapping[str, str]) -> Contents:
+    """Check a file that nobody writes to and return what it holds; `name` is what messages call it.
+    Checks beyond those of the file itself are made where it has the newest schema. Raises Damaged
+    where it is not a whole database of this program, UserError where its schema is too new."""
+    with (
+        named_damage(name),
+        contextlib.closing(_connect(f"{path.as_uri()}?immutable=1")) as database,
+    ):
+        database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        version = _version(database, name)
+        if version < newest_version():
+            checks = FILE_CHECKS
+        if wrong := problems(database, checks):
+            raise Damaged(f"{name} is damaged: {'; '.join(wrong)}")
+        return Contents(version, *database.execute(LATEST_REQUEST).fetchone())
+
+
+def _version(database: sqlite3.Connection, name: Path) -> int:
+    (marked,) = database.execute("PRAGMA application_id").fetchone()
+    version: int = database.execute("PRAGMA user_version").fetchone()[0]
+    if marked != APPLICATION_ID or version == 0:
+        raise Damaged(f"{name} is not a database of this program")
+    if version > newest_version():
+        raise UserError(
+            f"{name} was written by a newer version of this program (schema {version}; this one"
+            f" knows {newest_version()}). Use that version"
+        )
+    return version
+
+
+def problems(database: sqlite3.Connection, checks: Mapping[str, str]) -> list[str]:
+    """Return what the checks find wrong, a line each."""
+    return [
+        f"{name}: {' '.join(str(part) for part in row)}"
+        for name, query in checks.items()
+        for row in database.execute(query)
+        if row != ("ok",)
+    ]
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def digest_file(path: Path) -> Path:
+    """Return the name of the file with the SHA-256 of `path`, in the format of sha256sum."""
+    return suffixed(path, ".sha256")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept_digest(path: Path) -> str | None:
+    """Return the SHA-256 that stands beside a file, or None where there is none. Raises Damaged
+    where what stands there is something else."""
+    try:
+        text = digest_file(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    if not (match := DIGEST.fullmatch(text)):
+        raise Damaged(f"{digest_file(path)} is not a line of sha256sum. Remove it to do without it")
+    return match[1]
+
+
+def publish(file: Path, path: Path, digest: str | None, scratch: Path) -> None:
+    """Give a file its final name, and its digest beside it. Where the process is killed meanwhile,
+    the file may stand there without a digest, but never with that of another file."""
+    with contextlib.ExitStack() as stack:
+        if digest is not None:
+            written = stack.enter_context(temporary(scratch))
+            os.write(written, f"{digest}  {path.name}\n".encode())
+            os.fsync(written)
+        for old in (digest_file(path), digest_file(file)):
+            old.unlink(missing_ok=True)
+        sync_folder(path.parent)
+        os.replace(file, path)
+        if digest is not None:
+            os.replace(scratch, digest_file(path))
+    sync_folder(path.parent)
+
+
+class BackupFile(NamedTuple):
+    """Where a backup goes. `stem`: of the names in a folder of backups; None where the backup has a
+    name of its own."""
+
+    path: Path
+    stem: str | None
+
+    @classmethod
+    def of(cls, database: Path, given: str) -> BackupFile:
+        """Return the place that a path names: a file, or a folder in which the file is named by the
+        time. Raises UserError where there is no such folder."""
+        path = Path(given).resolve()
+        if path.is_dir():
+            name = f"{database.stem}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.db"
+            return cls(path / name, database.stem)
+        folder = path if given.endswith("/") else path.parent
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; make it first")
+        return cls(path, None)
+
+    @property
+    def partial(self) -> Path:
+        """The name of an unfinished backup: always the same, so that the next one removes it."""
+        return self.path.with_name(f"{self.stem or self.path.name}.partial")
+
+    def make_free(self, keep: int, scratch: Path) -> None:
+        """Keep a file that has the name of the backup as `….1`, that one as `….2`, and so on."""
+        numbers = range(1, keep if self.stem is None else 1)
+        names = [self.path, *(suffixed(self.path, f".{number}") for number in numbers)]
+        taken = list(itertools.takewhile(Path.exists, names))
+        for old, new in reversed(list(zip(taken, names[1:], strict=False))):
+            digest = None
+            with contextlib.suppress(Damaged):
+                digest = kept_digest(old)
+            publish(old, new, digest, scratch)
+
+    def remove_old(self, keep: int) -> None:
+        """Remove what is older than the newest `keep` backups, of which this is one."""
+        for old in self._numbered(keep) if self.stem is None else self._named_by_time(keep):
+            digest_file(old).unlink(missing_ok=True)
+            old.unlink()
+
+    def _numbered(self, keep: int) -> Iterator[Path]:
+        names = (suffixed(self.path, f".{number}") for number in itertools.count(keep))
+        return itertools.takewhile(Path.exists, names)
+
+    def _named_by_time(self, keep: int) -> list[Path]:
+        pattern = re.compile(rf"{re.escape(self.stem or '')}-\d{{8}}T\d{{6}}Z\.db")
+        others = [
+            file
+            for file in self.path.parent.iterdir()
+            if pattern.fullmatch(file.name) and file != self.path
+        ]
+        return sorted(others, reverse=True)[keep - 1 :]
+
+
+def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
+    """Copy the database to the file `given`, or to a file named by the time where that is a folder.
+    `keep`: how many backups are kept, this one included; None: none is removed but one of the same
+    name. Raises UserError; what is there already is then as it was, or has another number."""
+    started = time.monotonic()
+    with plain_errors(f"No backup of {database} was made"):
+        place = BackupFile.of(database, given)
+        before = _check_source(database)
+        _check_target(database, place.path)
+        check_room(database, place.path.parent)
+        with temporary(place.partial) as file:
+            copy(database, file, place.partial)
+            if not os.path.samestat(before, _check_source(database)):
+                raise UserError(
+                    f"{database} was replaced while it was copied; make the backup again"
+                )
+            contents = verify(place.partial, database, FILE_CHECKS)
+            digest, size = sha256_of(place.partial), os.fstat(file).st_size
+            scratch = suffixed(place.partial, "-sha256")
+            place.make_free(keep or 1, scratch)
+            publish(place.partial, place.path, digest, scratch)
+        if keep is not None:
+            place.remove_old(keep)
+    seconds = round(time.monotonic() - started, 3)
+    return Backup(str(place.path), size, digest, contents.schema, contents.requests, seconds)
+
+
+def _check_source(database: Path) -> os.stat_result:
+    if not database.is_file():
+        raise UserError(f"There is no database at {database}")
+    if suffixed(database, ".restored").exists():
+        raise UserError(
+            f"A restore of {database} was not finished. Any command that reads it finishes that,"
+            " such as db check; then make the backup again"
+        )
+    return database.stat()
+
+
+def _check_target(database: Path, path: Path) -> None:
+    """Refuse to replace anything but an earlier backup."""
+    kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
+    if path in [suffixed(database, part) for part in PARTS] or kept:
+        raise UserError(f"{path} belongs to the database itself; name another file")
+    if suffixed(path, ".lock").exists():
+        raise UserError(f"{path} is the database of a gateway ({path}.lock); name another file")
+    if path.exists() and not _is_ours(path):
+        raise UserError(f"{path} exists and is not a backup; name another file")
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file is empty or has the header of a database of this program."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        return False
+    with path.open("rb") as file:
+        header = file.read(HEADER)
+    mark = header[APPLICATION_ID_AT : APPLICATION_ID_AT + 4]
+    return not header or (
+        header.startswith(MAGIC) and int.from_bytes(mark, "big") == APPLICATION_ID
+    )
+
+
+def back_up_before_migration(database: Path, version: int) -> tuple[str, str]:
+    """Copy the database before it is brought to a version. Return the path of the copy; where none
+    could be made, an empty path and the reason. Raises Damaged: such a database is not migrated."""
+    try:
+        with plain_errors(f"No backup of {database} was made"):
+            check_room(database, database.parent, migrating=True)
+        made = back_up(database, f"{database}.before-schema-{version}", keep=2)
+    except Damaged:
+        raise
+    except UserError as error:
+        return "", str(error)
+    return made.path, ""
+
+
+def restore(database: Path, given: str, checks: Mapping[str, str]) -> Restored:
+    """Put a verified copy of the file `given` in the place of the database, which nobody has open:
+    the caller holds its lock. What was there is kept. Raises UserError; then nothing has changed.
+    """
+    source = Path(given).resolve()
+    with plain_errors(f"{source} was not restored"):
+        complete_restore(database)
+        if not source.is_file():
+            raise UserError(f"There is no file {source}")
+        if database.exists() and source.samefile(database):
+            raise UserError(f"{source} is the database itself; name a backup")
+        check_room(source, database.parent)
+        restoring = suffixed(database, ".restoring")
+        with temporary(restoring) as file:
+            copy(source, file, restoring, immutable=_is_one_file(source))
+            contents = verify(restoring, source, checks)
+            _own_like(file, database)
+            size = os.fstat(file).st_size
+            os.fsync(file)
+            os.replace(restoring, suffixed(database, ".restored"))
+        sync_folder(database.parent)
+        return Restored(size, contents, complete_restore(database))
+
+
+def _is_one_file(source: Path) -> bool:
+    """Return whether a backup is all in its file, so that a -wal beside it is another file's: where
+    its digest is right, or nothing is beside it. Raises Damaged where the digest is wrong."""
+    if (digest := kept_digest(source)) is not None:
+        if digest != sha256_of(source):
+            raise Damaged(f"{source} is damaged: its SHA-256 is not that in {digest_file(source)}")
+        return True
+    return not any(suffixed(source, part).exists() for part in ("-wal", "-journal"))
+
+
+def _own_like(file: int, database: Path) -> None:
+    """Where root restores, the file goes to the user whose database it replaces, or whose folder it
+    comes to: the gateway often runs as another user."""
+    if os.geteuid() == 0:
+        like = (database if database.exists() else database.parent).stat()
+        os.fchown(file, like.st_uid, like.st_gid)
+
+
+def complete_restore(database: Path) -> Path | None:
+    """Finish a restore whose copy is ready, and remove one that is not. Return the file that holds
+    what was replaced, or None. Nobody has the database open: the caller holds its lock.
+
+    Every step can be repeated. The names come from the copy's own time, so that a repetition uses
+    the same. A -wal leaves before its database, and both before the copy takes their place: SQLite
+    would apply a -wal to whatever database is beside it. Raises OSError."""
+    suffixed(database, ".restoring").unlink(missing_ok=True)
+    restored = suffixed(database, ".restored")
+    if not restored.exists():
+        return None
+    seconds = restored.stat().st_mtime_ns // 1_000_000 / 1000
+    stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y%m%dT%H%M%S.%f")[:-3]
+    replaced = suffixed(database, f".replaced-{stamp}Z")
+    for part in ("-wal", "-journal", ""):
+        if (file := suffixed(database, part)).exists():
+            if (kept := suffixed(replaced, part)).exists():
+                raise FileExistsError(errno.EEXIST, "Would be overwritten; move it away", str(kept))
+            os.replace(file, kept)
+    suffixed(database, "-shm").unlink(missing_ok=True)
+    sync_folder(database.parent)
+    os.replace(restored, database)
+    sync_folder(database.parent)
+    return replaced if replaced.exists() else None

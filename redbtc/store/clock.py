@@ -1,0 +1,141 @@
+"""The ledger's own time: the wall clock, except where that jumps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from redbtc.errors import UserError
+from redbtc.times import iso_time
+
+# The wall clock can jump, by a mistake or a battery that died. What is written meanwhile would be
+# booked into another month for good, so a jump is not believed until it has lasted for a while. The
+# clock that shows a jump keeps running while a laptop sleeps, where there is one that does.
+ELAPSED = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+MAX_JUMP = 3_600_000_000_000  # ns; a longer one is not believed at once
+BELIEVED_AFTER = 600_000_000_000  # ns for which a jump has to last
+MAX_BEHIND = 86_400_000  # ms that the wall clock may be behind the ledger at the start
+MS = 1_000_000  # ns
+CHECK_SECONDS = 0.25
+
+
+class LedgerClock:
+    """The ledger's time in milliseconds. It never goes back, except by `set_back`.
+
+    The difference between the wall clock and the monotonic clock, the offset, stays as it is unless
+    the wall clock is set. Offsets that are not further than MAX_JUMP from the one that is believed
+    are followed. With another one, the time goes on by the monotonic clock until the offset has
+    stayed there for BELIEVED_AFTER; then that is the one that is believed.
+    """
+
+    def __init__(self) -> None:
+        self._believed_after = BELIEVED_AFTER
+        self._latest = 0  # ms
+        elapsed = time.clock_gettime_ns(ELAPSED)
+        self._followed = time.time_ns() - elapsed  # the offset by which the time goes
+        self._believe(self._followed, elapsed)
+
+    def _believe(self, offset: int, elapsed: int) -> None:
+        self._believed = offset
+        self._watch(offset, elapsed)
+
+    def _watch(self, offset: int, elapsed: int) -> None:
+        """Believe `offset` once the clock has stayed near it for long enough."""
+        self._watched, self._judged_at = offset, elapsed + self._believed_after
+        self._lowest = max(offset, self._believed) - MAX_JUMP
+        self._highest = min(offset, self._believed) + MAX_JUMP
+
+    def now(self) -> int:
+        """Return the time in milliseconds. Called several times a request."""
+        elapsed = time.clock_gettime_ns(ELAPSED)
+        offset = time.time_ns() - elapsed
+        if elapsed >= self._judged_at or not self._lowest <= offset <= self._highest:
+            self._judge(offset, elapsed)
+        else:
+            self._followed = offset
+        now = (elapsed + self._followed) // MS
+        if now > self._latest:
+            self._latest = now
+        return self._latest
+
+    def _judge(self, offset: int, elapsed: int) -> None:
+        """Follow the offset if it is near the one that is believed."""
+        if abs(offset - self._watched) > MAX_JUMP:
+            self._watch(offset, elapsed)
+        if elapsed >= self._judged_at:
+            self._believed = self._watched
+            self._watch(offset, elapsed)
+        if abs(offset - self._believed) <= MAX_JUMP:
+            self._followed = offset
+
+    @property
+    def jump(self) -> int:
+        """How far the wall clock is from the time it would show without the jump that is not
+        believed, in milliseconds; 0 if it is believed."""
+        self.now()
+        jump = time.time_ns() - time.clock_gettime_ns(ELAPSED) - self._believed
+        return jump // MS if abs(jump) > MAX_JUMP else 0
+
+    @property
+    def offset(self) -> int:
+        """The wall clock minus the ledger's time, in milliseconds."""
+        return time.time_ns() // MS - self.now()
+
+    def go_on_from(self, latest: int) -> None:
+        """Let the time not be earlier than `latest`, what the ledger says at the start."""
+        self._latest = max(self._latest, latest)
+
+    def start(self, *, accept: bool) -> None:
+        """Begin to date what a gateway does. With `accept`, the wall clock is believed from now on,
+        also when it jumps. Otherwise raises UserError if it is more than MAX_BEHIND behind the
+        ledger."""
+        behind = -self.offset
+        if accept:
+            self._believed_after = self._judged_at = 0
+        elif behind > MAX_BEHIND:
+            raise UserError(
+                f"the clock says {iso_time(self._latest - behind)}, but the ledger's latest entry "
+                f"is of {iso_time(self._latest)}, more than a day later. If the clock is wrong, "
+                "set it right and start again. If the ledger is wrong, repair it: redbtc-proxy db "
+                "set-time. (serve --accept-clock starts nevertheless; the ledger's time then "
+                "stands still until the clock has caught up)"
+            )
+
+    def set_back(self, latest: int) -> None:
+        """Go on from `latest`, which can be earlier. A wall clock that is behind the ledger's time
+        is believed; one that has jumped ahead is still not."""
+        self.now()
+        elapsed = time.clock_gettime_ns(ELAPSED)
+        offset = time.time_ns() - elapsed
+        if offset < self._followed:
+            self._followed = offset
+            self._believe(offset, elapsed)
+        self._latest = latest
+
+
+STANDS_STILL = (
+    "the ledger's time stands still until the clock has caught up; if the ledger is wrong, repair "
+    "it with db set-time"
+)
+
+
+async def watch_clock(clock: LedgerClock, log: Callable[..., None]) -> None:
+    """Say once when the wall clock jumps, and once when the ledger goes by it again."""
+    jumped = False
+    while True:
+        if (jump := clock.jump) and not jumped:
+            log(
+                logging.ERROR,
+                "the clock has jumped",
+                seconds=jump // 1000,
+                reason="the ledger goes on with its own time for ten minutes; set the clock right "
+                "meanwhile, or start again with serve --accept-clock if it is right now",
+            )
+        elif jumped and not jump:
+            ahead = max(0, -clock.offset // 1000)
+            reason = STANDS_STILL if ahead else "the ledger goes by it again"
+            log(logging.WARNING, "the clock is believed", ledger_ahead_seconds=ahead, reason=reason)
+        jumped = bool(jump)
+        await asyncio.sleep(CHECK_SECONDS)

@@ -1,0 +1,106 @@
+"""db check: whether the rows of a ledger agree with each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+
+from redbtc.errors import StorageUnavailable, UserError
+from redbtc.store.backup import FILE_CHECKS, suffixed
+from redbtc.store.database import Store, refuse_without
+from redbtc.store.schema import APPLICATION_ID, newest_version
+from redbtc.store.spill import Spill
+
+CHECKS = FILE_CHECKS | {
+    "usage that is not the sum of its requests": """
+        SELECT account_id, month FROM (
+            SELECT account_id, month, requests, cost_units AS units, cost_nanos AS nanos
+              FROM usage_by_day
+            UNION ALL
+            SELECT account_id, ifnull(month, strftime('%Y-%m', started_at / 1000, 'unixepoch')), -1,
+                   ifnull(-(cost / 1000000000), 0), ifnull(-(cost % 1000000000), 0)
+              FROM requests WHERE outcome <> 'pending'
+            UNION ALL
+            SELECT corrections.account_id, corrections.month, 0,
+                   (ifnull(requests.cost, 0) - ifnull(corrections.cost, 0)) / 1000000000,
+                   (ifnull(requests.cost, 0) - ifnull(corrections.cost, 0)) % 1000000000
+              FROM corrections JOIN requests USING (request_id))
+         GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
+    "usage by month that is not the sum of its days": """
+        SELECT account_id, month FROM (
+            SELECT account_id, month, requests, ifnull(input_tokens, 0) AS input,
+                   ifnull(output_tokens, 0) AS output, cost_units AS units, cost_nanos AS nanos
+              FROM usage_by_day
+            UNION ALL
+            SELECT account_id, month, -requests, -input_tokens, -output_tokens, -cost_units,
+                   -cost_nanos
+              FROM usage_by_month)
+         GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(input) <> 0 OR sum(output) <> 0
+                           OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
+    "traffic that is not the usage of its day": """
+        SELECT date(day * 86400, 'unixepoch') FROM (
+            SELECT day, requests, cost_units AS units, cost_nanos AS nanos FROM usage_by_day
+            UNION ALL
+            SELECT day, -requests, -cost_units, -cost_nanos FROM traffic_by_day)
+         GROUP BY day HAVING sum(requests) <> 0 OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
+}
+
+CHECK_TABLE = "PRAGMA integrity_check('{}')"  # of sqlite_schema: the list of free pages, too
+TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+
+
+async def check_database(store: Store) -> list[str]:
+    """Return what is wrong with the file, line by line. Each table, in place of the integrity of
+    the whole, and each other check is read through a snapshot of its own, so that none lasts long.
+    """
+    async with store.snapshot() as snapshot:
+        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLES)]]
+    checks = {f"integrity of {table}": CHECK_TABLE.format(table) for table in tables}
+    checks |= {name: sql for name, sql in CHECKS.items() if name != "integrity"}
+    return [line for name, sql in checks.items() for line in await check(store, name, sql)]
+
+
+async def check(store: Store, name: str, sql: str) -> list[str]:
+    """Return what one check finds wrong. What can't be read is a finding, too."""
+    try:
+        async with store.snapshot_to_check() as snapshot:
+            rows = [tuple(row) for row in await snapshot.all(sql)]
+    except StorageUnavailable as error:
+        rows = [(error,)]
+    return [f"{name}: {' '.join(map(str, row))}" for row in rows if row != ("ok",)]
+
+
+CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"
+
+
+def check_file(path: Path, currency: str) -> list[str]:
+    """What is wrong with the database before anything opens it for writing; it may be in use."""
+    try:
+        if not suffixed(path, ".restored").exists():  # else a start finishes that restore first
+            refuse_without(path, Spill(path))
+        path.stat()
+    except UserError as error:
+        return [str(error)]
+    except FileNotFoundError:
+        writable = os.access(path.parent, os.W_OK)
+        return [] if writable else [f"{path}: can't be made: the folder is missing or not writable"]
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            (marked,) = database.execute("PRAGMA application_id").fetchone()
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            rows = database.execute("PRAGMA quick_check(20)").fetchall()
+            others = database.execute(CURRENCIES).fetchall() if version > 1 else []
+    except sqlite3.Error as error:
+        return [f"{path}: {error}"]
+    wrong = [f"{path}: {line}" for (line,) in rows if line != "ok"]
+    if marked != APPLICATION_ID:
+        wrong.append(f"{path}: a database of another program")
+    elif version > newest_version():
+        wrong.append(f"{path}: written by a newer version of this program (schema {version})")
+    if any(other != currency for (other,) in others):
+        wrong.append(f"billing.currency is {currency}, but the ledger is in {others[0][0]}")
+    return wrong

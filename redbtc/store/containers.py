@@ -1,0 +1,49 @@
+"""Containers of code interpreters, each of which is billed once."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Collection, Iterable
+
+from redbtc.errors import StorageUnavailable
+from redbtc.store.commits import RETRY_SECONDS
+from redbtc.store.database import Store
+
+BILLED_CONTAINER = "SELECT 1 FROM billed_containers WHERE id = ?"
+BILL_CONTAINER = "INSERT OR IGNORE INTO billed_containers (id) VALUES (?)"
+
+
+class Containers:
+    """The containers that were billed. A container is billed to the first request that ends with
+    it in its answer, or that is corrected when its response shows it: one that was interrupted, or
+    whose usage is not known, pays for nothing until then."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: set[str] = set()  # those whose commit is not known yet
+
+    async def unbilled(self, ids: Collection[str]) -> list[str]:
+        """Return those of the containers that nobody was billed for, however long that takes. They
+        are to be billed before anything else is waited for."""
+        while True:
+            try:
+                return [each for each in ids if not self._is_billed(each)]
+            except StorageUnavailable:
+                await asyncio.sleep(RETRY_SECONDS)
+
+    def _is_billed(self, container_id: str) -> bool:
+        if container_id in self._waiting:
+            return True
+        return self._store.look_up(BILLED_CONTAINER, (container_id,)) is not None
+
+    def bill(self, ids: Iterable[str]) -> None:
+        """Note that the containers are billed, in the same commit as the row that is settled next,
+        before anything is waited for."""
+        for each in ids:
+            self._waiting.add(each)
+            written = self._store.record(BILL_CONTAINER, (each,), retry_until_written=True)
+            written.add_done_callback(functools.partial(self._written, each))
+
+    def _written(self, container_id: str, _: asyncio.Future[None]) -> None:
+        self._waiting.discard(container_id)

@@ -1,0 +1,61 @@
+"""Requests that were settled by an estimate, and their correction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from redbtc.store.database import Store
+from redbtc.usage import Usage
+
+ESTIMATED = """
+    SELECT request_id, key_id, requested_model, ifnull(cost, 0), ifnull(output_tokens, 0),
+           file_searches, containers, admitted_at, image_model, ifnull(held, 0)
+      FROM estimates JOIN requests USING (request_id)
+     WHERE estimates.response_id = ? AND account_id = ?"""
+CORRECTED = (
+    "request_id",
+    "account_id",
+    "month",
+    "created_at",
+    "service_tier",
+    "price_id",
+    "cost",
+    *Usage.__struct_fields__,
+)
+CORRECT = f"""
+    INSERT INTO corrections ({", ".join(CORRECTED)})
+    SELECT {", ".join(f"?{place}" for place in range(1, len(CORRECTED) + 1))}
+     WHERE EXISTS (SELECT 1 FROM estimates WHERE request_id = ?1)"""
+
+
+class EstimatedRow(NamedTuple):
+    """An estimated request whose response may be fetched later. `cost` and `held` are in nanos;
+    `held` is 0 if it is not known."""
+
+    request_id: str
+    key_id: str
+    requested_model: str
+    cost: int
+    output_tokens: int
+    file_searches: int | None
+    containers: int | None
+    admitted_at: int
+    image_model: str
+    held: int
+
+
+def estimated_of(store: Store, response_id: str, account_id: str) -> EstimatedRow | None:
+    """The account's estimated request that a response is of, if it was not corrected yet. Raises
+    StorageUnavailable."""
+    found = store.look_up(ESTIMATED, (response_id, account_id))
+    return EstimatedRow(*found) if found else None
+
+
+async def correct(store: Store, values: Sequence[Any], usage: Usage) -> None:
+    """Commit a correction, once: `values` are those of CORRECTED before the usage."""
+    await store.record(
+        CORRECT, (*values, *msgspec.structs.astuple(usage)), retry_until_written=True
+    )

@@ -1,0 +1,86 @@
+"""API keys: how one is made, hashed and found."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import secrets
+import zlib
+from typing import NamedTuple
+
+from redbtc.store.database import Store
+
+# sk-redbtc-, 256 bits of chance as 43 base62 characters, and the CRC32 of all before it as 6 more:
+# a slip of the finger, or a string that only looks like a key, is told apart without a look-up.
+KEY_PREFIX = "sk-redbtc-"
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def base62(number: int, width: int) -> str:
+    """`number` in base 62, most significant digit first, filled up with zeros to `width`."""
+    digits = []
+    for _ in range(width):
+        number, digit = divmod(number, 62)
+        digits.append(BASE62[digit])
+    return "".join(reversed(digits))
+
+
+def new_key() -> str:
+    """A fresh API key, 59 characters. It is shown once; only its hash is kept."""
+    body = KEY_PREFIX + base62(secrets.randbits(256), 43)
+    return body + base62(zlib.crc32(body.encode()), 6)
+
+
+def hash_of_key(key: str) -> bytes | None:
+    """The SHA-256 under which a key is stored; None for what can't be a key."""
+    shown = key.encode()
+    if len(shown) != 59 or key[-6:] != base62(zlib.crc32(shown[:-6]), 6):
+        return None
+    return hashlib.sha256(shown).digest()
+
+
+class Key(NamedTuple):
+    """A key that is in force, with what its account allows: limits of None are the settings',
+    budgets of None are none."""
+
+    id: str
+    account_id: str
+    account_status: str
+    concurrency: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    account_concurrency: int | None
+    account_requests_per_minute: int | None
+    account_tokens_per_minute: int | None
+    monthly_budget: int | None
+    account_monthly_budget: int | None
+    credit_limit: int | None
+    models: str | None
+    throttle_factor: int | None  # thousandths of its account's limits that it is held to
+    budget_id: str  # the first of the keys that replaced one another, which share a budget
+
+    def allows(self, model: str) -> bool:
+        """Whether one of its patterns, where it has any, is the model's."""
+        if self.models is None:
+            return True
+        return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models.split(","))
+
+
+FULL_KEY = """
+    SELECT keys.id, accounts.id, accounts.status,
+           keys.concurrency, keys.requests_per_minute, keys.tokens_per_minute,
+           accounts.concurrency, accounts.requests_per_minute, accounts.tokens_per_minute,
+           keys.monthly_budget, accounts.monthly_budget, accounts.credit_limit, keys.models,
+           iif(ifnull(accounts.throttled_until, ?2 + 1) > ?2, accounts.throttle_factor, NULL),
+           ifnull(keys.budget_id, keys.id)
+      FROM keys JOIN accounts ON accounts.id = keys.account_id"""
+KEY_IN_FORCE = f"""{FULL_KEY}
+     WHERE keys.hash = ?1 AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""
+
+
+def key_in_force(store: Store, key: str) -> Key | None:
+    """The key and its account, or None where it is malformed, unknown, revoked or expired. Reads
+    the database, so that what was committed a moment ago holds. Raises StorageUnavailable."""
+    hashed = hash_of_key(key)
+    found = store.look_up(KEY_IN_FORCE, (hashed, store.time())) if hashed else None
+    return Key(*found) if found else None

@@ -1,0 +1,33 @@
+"""The statements that write the rows of requests. No connection is used here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import msgspec
+
+from redbtc.usage import RequestRow, Usage
+
+COLUMNS = (*RequestRow.__struct_fields__[:-1], *Usage.__struct_fields__)
+SETTLED = COLUMNS[COLUMNS.index("first_byte_ms") :]
+PLACES = f"({', '.join('?' * len(COLUMNS))})"
+RECORD = f"""
+    INSERT INTO requests ({", ".join(COLUMNS)}) VALUES {PLACES}
+        ON CONFLICT (request_id) DO UPDATE SET upstream = excluded.upstream,
+           {", ".join(f"{name} = excluded.{name}" for name in SETTLED)}
+        WHERE outcome = 'pending'"""
+FORGET = "DELETE FROM requests WHERE request_id = ? AND outcome = 'pending'"
+MAX_ROWS = 32  # of one statement
+
+
+@functools.lru_cache(MAX_ROWS)
+def record_of(rows: int) -> str:
+    """RECORD for so many rows at once."""
+    return RECORD.replace(PLACES, ", ".join([PLACES] * rows))
+
+
+def values_of(row: RequestRow) -> list[Any]:
+    """Return the row's values in the order of COLUMNS."""
+    *values, usage = msgspec.structs.astuple(row)
+    return [*values, *msgspec.structs.astuple(usage)]

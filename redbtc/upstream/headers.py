@@ -1,0 +1,97 @@
+"""Which headers pass between client and upstream."""
+
+from __future__ import annotations
+
+import re
+
+from redbtc.headers import Headers
+from redbtc.store.database import Store
+
+ALLOWED_HEADERS = frozenset(
+    b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "
+    b"version session-id session_id thread-id x-client-request-id "
+    # Of x-openai-* those that Codex sends with an API key. Others authorize, or choose an
+    # organization, a region or a product.
+    b"x-openai-internal-codex-responses-lite x-openai-memgen-request x-openai-subagent".split()
+)
+ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-")
+# This header names a model and a tier, of which only those in the body are checked. Codex sends it
+# only with a ChatGPT login.
+DROPPED_REQUEST_HEADERS = frozenset([b"x-codex-routing-hint"])
+# Headers of the connection (RFC 9110 §7.6.1), of the upstream's account, for a proxy or a cache in
+# front of the gateway, those that only the gateway itself sets, and those that a browser applies to
+# the whole origin, which is also the dashboard's.
+DROPPED_HEADERS = frozenset(
+    b"connection keep-alive te trailer transfer-encoding upgrade "
+    b"openai-organization openai-project server "
+    b"x-reproxy-url expires surrogate-control cdn-cache-control cloudflare-cdn-cache-control "
+    b"vercel-cdn-cache-control netlify-cdn-cache-control akamai-cache-control "
+    b"x-envoy-immediate-health-check-fail x-envoy-degraded x-envoy-ratelimited "
+    b"no-vary-search supports-loading-mode "
+    b"set-cookie set-cookie2 set-login www-authenticate authentication-info clear-site-data "
+    b"strict-transport-security public-key-pins public-key-pins-report-only expect-ct alt-svc "
+    b"content-security-policy content-security-policy-report-only x-content-security-policy "
+    b"x-webkit-csp x-frame-options permissions-policy permissions-policy-report-only "
+    b"feature-policy document-policy document-policy-report-only integrity-policy "
+    b"integrity-policy-report-only origin-agent-cluster origin-trial report-to "
+    b"reporting-endpoints nel refresh link speculation-rules use-as-dictionary accept-ch "
+    b"critical-ch service-worker-allowed sourcemap x-sourcemap sec-session-registration "
+    b"secure-session-registration observe-browsing-topics activate-storage-access".split()
+)
+DROPPED_PREFIXES = (
+    b"x-accel-",
+    b"x-litespeed-",
+    b"x-ratelimit-",
+    b"x-redbtc-",
+    b"access-control-",
+    b"cross-origin-",
+    b"proxy-",
+    b"attribution-reporting-",
+    b"x-sendfile",
+    b"x-lighttpd-",
+    b"edge-",
+)
+SPECIAL_HEADERS = frozenset([b"connection", b"cache-control"])
+NO_STORE = (b"cache-control", b"no-store")
+SHARED = re.compile(  # nginx caches by max-age whoever asks
+    rb"(?i)public|s-maxage|must-revalidate|^(?!.*(?:private|no-store|no-cache)).*max-age"
+)
+
+
+def headers_for_upstream(headers: Headers, store: Store, by: str) -> Headers:
+    """Return the client's headers that are forwarded, by an allow-list. An idempotency key is
+    replaced by one that only requests of the same `by` get (see Exchange.repeatable_by): otherwise
+    an upstream would send two accounts that use the same key the same response."""
+    return [
+        (name, store.own_key(by, value) if name == b"idempotency-key" else value)
+        for name, value in headers
+        if name in ALLOWED_HEADERS
+        or (name.startswith(ALLOWED_PREFIXES) and name not in DROPPED_REQUEST_HEADERS)
+    ]
+
+
+def headers_for_client(upstreams: Headers) -> Headers:
+    """Return the upstream's headers that are forwarded: all but a deny-list and those that
+    Connection names. No-store replaces a Cache-Control that lets a shared cache store the response.
+    """
+    headers = [
+        (lower, value)
+        for name, value in upstreams
+        if (lower := name.lower()) == b"connection"
+        or (lower not in DROPPED_HEADERS and not lower.startswith(DROPPED_PREFIXES))
+    ]
+    special = [line for line in headers if line[0] in SPECIAL_HEADERS]
+    if special:
+        headers = [NO_STORE if may_be_shared(line) else line for line in headers]
+        connection = [value for name, value in special if name == b"connection"]
+        named = {token.strip().lower() for token in b",".join(connection).split(b",")}
+        named.add(b"connection")
+        headers = [line for line in headers if line[0] not in named]
+    return headers
+
+
+def may_be_shared(line: tuple[bytes, bytes]) -> bool:
+    """Return whether a header lets a shared cache store the response to a request with an API key,
+    and so give it to other accounts (RFC 9111 §3.5). Expires, which lets nginx, is dropped."""
+    name, value = line
+    return name == b"cache-control" and SHARED.search(value) is not None

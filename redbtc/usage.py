@@ -1,0 +1,74 @@
+"""What a request used, and its row in the ledger, as plain data."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from msgspec import Struct
+
+# The ledger proper: a row is begun when its request leaves for an upstream and settled at its end.
+# One statement does both, so that writing it again after a commit of unknown fate changes nothing.
+UsageSource = Literal["upstream", "estimated", "none"]
+Outcome = Literal[
+    "pending",
+    "completed",
+    "upstream_error",
+    "upstream_failed",
+    "client_disconnected",
+    "interrupted",
+]
+
+
+class Usage(Struct, frozen=True):
+    """What one request used, in OpenAI's way of counting: cached_input and cache_write are parts of
+    input, cache_write_12h of cache_write, reasoning of output. None: nobody reported it."""
+
+    input_tokens: int | None = None
+    cached_input_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    output_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    image_input_tokens: int | None = None
+    image_output_tokens: int | None = None
+    web_searches: int | None = None
+    tool_input_tokens: int | None = None
+    cache_write_12h_tokens: int | None = None
+    file_searches: int | None = None
+    containers: int | None = None
+
+
+class UsagePart(NamedTuple):
+    """Of what a request used, what one model did: None is the one that was asked for. `images`: as
+    an image endpoint counts, with pictures as parts of input and output."""
+
+    model: str | None
+    usage: Usage
+    images: bool
+
+
+class RequestRow(Struct):
+    """One request in the ledger; schema.sql explains each field. Times in milliseconds."""
+
+    request_id: str
+    account_id: str
+    key_id: str
+    endpoint: str
+    requested_model: str
+    upstream: str
+    started_at: int
+    run: int | None = None  # that began it
+    first_byte_ms: int | None = None
+    duration_ms: int | None = None
+    status: int | None = None
+    outcome: Outcome = "pending"
+    usage_source: UsageSource = "none"
+    model: str | None = None
+    service_tier: str | None = None
+    response_id: str | None = None
+    price_id: int | None = None
+    cost: int | None = None  # nanos
+    month: str | None = None
+    usage: Usage = Usage()
+
+
+MAX_TOKENS = 100_000_000  # no request has more: what claims so is no count of tokens
