@@ -18,16 +18,18 @@ from click.testing import CliRunner
 from conftest import MakeGateway, needs
 from gateway import ROOT, Gateway, wait_until
 
-from redbtc_admin import OPERATIONS
-from redbtc_commands import commands
-from redbtc_proxy import METERED
-from redbtc_refusals import REFUSALS
-from redbtc_settings import Settings, parse_settings
-from redbtc_shapes import RequestShown
+import redbtc_proxy  # noqa: F401 (adds all commands)
+from redbtc.admin.api import OPERATIONS
+from redbtc.admin.outputs import RequestShown
+from redbtc.cli.main import commands
+from redbtc.config import Settings, parse_settings
+from redbtc.gateway.routes import METERED
+from redbtc.refusals import REFUSALS
 
 MAX_README_LINES = 200
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+PACKAGE = ROOT / "redbtc"
 CONTRACT = DOCS / "contract.md"
 PAGES = [
     README,
@@ -111,6 +113,14 @@ def test_links_resolve(page: Path) -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     linked = {link for link, _ in LINK.findall(README.read_text())}
     assert {f"docs/{page.name}" for page in DOCS.glob("*.md")} <= linked
+
+
+def test_the_architecture_names_files_that_exist() -> None:
+    page = (DOCS / "architecture.md").read_text()
+    named = [span for span in spans(prose(page)) if re.fullmatch(r"[\w/]+(\.py|/)", span)]
+    assert named
+    missing = {each for each in named if not any((at / each).exists() for at in (ROOT, PACKAGE))}
+    assert not missing
 
 
 def parsed(words: list[str]) -> str:
