@@ -16,7 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from conftest import MakeGateway, needs
-from gateway import ROOT, Gateway, wait_until
+from gateway import ROOT, Gateway, free_port, wait_until
 
 import redbtc_proxy  # noqa: F401 (adds all commands)
 from redbtc.admin.api import OPERATIONS
@@ -210,6 +210,19 @@ def test_requests_answer_as_written(make_gateway: MakeGateway, page: Path) -> No
         assert done.returncode == 0, done.stderr
         streamed = done.stdout.endswith("data: [DONE]\n\n")
         assert streamed or json.loads(done.stdout)
+
+
+def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
+    (code,) = blocks(DOCS / "operating.md", "nginx")
+    code = code.replace("443 ssl", str(free_port()))  # there is no certificate
+    temporary = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "".join(f"{name}_temp_path {tmp_path};\n" for name in temporary)
+    (tmp_path / "nginx.conf").write_text(
+        f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{paths}{code}}}\n"
+    )
+    command = [needs("nginx"), "-t", "-p", str(tmp_path), "-c", "nginx.conf", "-e", "stderr"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ── The contract ─────────────────────────────────────────────────────────────────────────────────
