@@ -1,5 +1,5 @@
 """What the gateway itself answers with an error: OpenAI's form, so that every SDK raises its proper
-exception. The table is CONTRACT.md section 4."""
+exception. The table is docs/contract.md section 4."""
 
 from __future__ import annotations
 
