@@ -44,7 +44,7 @@ from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate,
 from redbtc.meter.report import Report
 from redbtc.refusals import ClientLeft, Refusal, insufficient_quota
 from redbtc.request_body.content import RequestBody
-from redbtc.server.asgi import ID_SECONDS, Scope
+from redbtc.server.asgi import ID_SECONDS, ClientRequest
 from redbtc.store.background import UnfinishedRow
 from redbtc.store.keys import Key
 from redbtc.store.requests import Admitted, begin, drop_unsettled, forget, keep_unsettled, settle
@@ -76,14 +76,14 @@ class MeteredRequest(ForwardedRequest):
     def __init__(
         self,
         gateway: Gateway,
-        scope: Scope,
+        client_request: ClientRequest,
         endpoint: Endpoint,
         clock: Deadline,
         admission: Admission,
         key: Key,
         body: RequestBody,
     ) -> None:
-        super().__init__(gateway, scope, endpoint, clock, admission, key)
+        super().__init__(gateway, client_request, endpoint, clock, admission, key)
         self.body = body
         self.facts = body.facts
         self.maximum = Maximum(endpoint, body, gateway.books)
@@ -222,7 +222,7 @@ class MeteredRequest(ForwardedRequest):
     def new_row(self, model: str, upstream: str) -> RequestRow:
         """Return a pending row. It gets its time when it is written."""
         return RequestRow(
-            request_id=self.scope["request_id"],
+            request_id=self.client_request.id,
             account_id=self.key.account_id,
             key_id=self.key.id,
             endpoint=self.endpoint.path,
@@ -253,7 +253,7 @@ class MeteredRequest(ForwardedRequest):
 
     async def _interrupt(self) -> None:
         """End a request on which the gateway failed, with what it has used so far."""
-        self.scope["forwarded"] = True
+        self.client_request.forwarded = True
         if not self.settled:
             await self.settle("interrupted")
 
@@ -304,7 +304,7 @@ class MeteredRequest(ForwardedRequest):
     def location(self) -> ObjectLocation:
         """Where the objects that it makes are stored. With an idempotency key, `minted_input` is
         false: the upstream may answer with a response that another body made."""
-        first = header(self.scope["headers"], b"idempotency-key") is None
+        first = header(self.client_request.headers, b"idempotency-key") is None
         minted = first and self.body.mints_input
         return ObjectLocation(
             self.row.upstream, self.body.lasting_models, minted, self.body.lasting_extras
@@ -322,7 +322,7 @@ class MeteredRequest(ForwardedRequest):
         """Keep track of a background response, which goes on when the request is over. If the
         request has an idempotency key and the response is known already, the upstream has returned
         it again, and an earlier row is billed for it."""
-        if header(self.scope["headers"], b"idempotency-key") is not None:
+        if header(self.client_request.headers, b"idempotency-key") is not None:
             with contextlib.suppress(StorageUnavailable):
                 self._repeats = not self.gateway.objects.is_free(response_id)
         self._drop_saved()
@@ -365,7 +365,10 @@ class MeteredRequest(ForwardedRequest):
         if self.unwritten:  # what may be sent after this names the response
             await self.unwritten
         if not await self.gateway.unended.leave(background, self.meter.report):
-            self.gateway.watch.answered(self.scope, self.row.status or 0, "pending")
+            client_request = self.client_request
+            self.gateway.watch.answered(
+                client_request.id, client_request.route, self.row.status or 0, "pending"
+            )
 
     async def _settle_row(self, outcome: Outcome) -> None:
         row, report, gateway = self.row, self.meter.report, self.gateway
@@ -387,7 +390,8 @@ class MeteredRequest(ForwardedRequest):
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
         with gateway.corrections.keep_held(row, self.money, admitted):
             await settle(gateway.store, row, admitted)
-            gateway.watch.settled(self.scope, row)
+            gateway.watch.settled(row)
+            self.client_request.counted = True
             if admitted and self._shown_elsewhere and row.response_id:
                 await self.ask_for_usage(row.response_id, row.upstream)
 
