@@ -804,7 +804,7 @@ def maximum_and_hold(
     key: Any = None
     spending = Spending("2026-11", 0, 0), Spending("2026-11", 0, 0)
     quote = Quote(key, 1, prices, prices.tariff("m", 1), spending, [])
-    return Maximum(endpoint, body, billing), quote.hold(0)
+    return Maximum(endpoint, body, billing), Hold(quote, 0)
 
 
 @pytest.mark.parametrize("seed", range(300))
