@@ -102,6 +102,16 @@ class MeteredRequest(ForwardedRequest):
         self.row = self.new_row(self.facts.model or "", upstream.name)
         return self
 
+    def take_over(self, before: RequestRow, money: Hold) -> None:
+        """Begin a row in the places of a request that has ended, whose row is `before`: the
+        upstream has begun another response to it by itself. This takes the place of `async with`'s
+        beginning; its end must follow. `money` is held for it."""
+        self.money, self._is_held = money, True
+        self.row = self.new_row(before.requested_model, before.upstream)
+        self.date_row()
+        self._left_at = time.monotonic()
+        self.gateway.in_flight.with_row.add(self)
+
     async def __aenter__(self) -> MeteredRequest:
         if self._is_unmetered:
             self._check_unmetered()
@@ -430,14 +440,14 @@ class MeteredRequest(ForwardedRequest):
         """Save in the ledger what the request has used so far, in case the process is killed, but
         not its containers: they are billed with the next answer that shows them."""
         now = time.monotonic()
-        if self.growth_since_saved(now) < PROGRESS_GROWTH:  # a steered turn began anew
+        if self._is_over:
             return
-        self._saved_after, current = now - self._left_at, self.row
+        self._saved_after = now - self._left_at
         guess = await self._estimate("interrupted")
-        if self._is_over or self.row is not current:
+        if self._is_over:
             return
         self._fill(self.meter.report)
-        row = msgspec.structs.replace(current)
+        row = msgspec.structs.replace(self.row)
         parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
             charge(row, parts, self.money, self.body.image_model())
