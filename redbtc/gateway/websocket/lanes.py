@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from redbtc.deadlines import MAX_RINGS, TICK
 from redbtc.gateway.websocket.event_meter import is_stream_id, kind_of, response_named
@@ -44,8 +44,9 @@ class MessageMemory:
 
     def release(self) -> None:
         """Give the memory back. It has no effect the second time."""
-        size, self._size = self._size, 0
-        self._reservation.give_back(size)
+        if self._size:
+            self._reservation.give_back(self._size)
+            self._size = 0
 
 
 class QueuedRequest:
@@ -113,9 +114,9 @@ class Lanes:
         """Forget a lane that has no more requests."""
         del self._lanes[lane.stream_id]
 
-    def turns(self) -> Iterator[Turn]:
-        """Yield the turns, in the order of their lanes."""
-        return (lane.turn for lane in self._lanes.values() if lane.turn)
+    def turns(self) -> list[Turn]:
+        """Return the turns, in the order of their lanes."""
+        return [lane.turn for lane in self._lanes.values() if lane.turn]
 
     def turns_on(self, socket: UpstreamSocket) -> list[Turn]:
         """Return the turns on a connection that have not finished, in the order of their lanes."""
@@ -142,7 +143,7 @@ class Lanes:
 
     async def leave(self) -> None:
         """End the requests: the client is gone. What is in flight may be read on for its usage."""
-        turns = list(self.turns())
+        turns = self.turns()
         for turn in turns:
             turn.deadline.client_left = True  # it begins nothing more
         for lane in self._lanes.values():

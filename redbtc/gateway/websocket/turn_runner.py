@@ -105,7 +105,7 @@ class TurnRunner:
         if not upstreams:
             raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
         with gateway.serving(None, deadline, key):
-            async with turn.admitted(upstreams[0], queued):
+            async with response.admitted(upstreams[0], queued), turn.further:
                 await self._forward(turn, event, upstreams)
 
     async def _forward(self, turn: Turn, event: ClientEvent, upstreams: list[Upstream]) -> None:
@@ -129,6 +129,8 @@ class TurnRunner:
             await self._fail(turn, turn.failure or "upstream_failed", "upstream_unreachable")
         except NoUpstream:
             await self._fail(turn, "upstream_failed", "upstream_unreachable")
+        finally:
+            turn.end()
 
     async def _connect(self, turn: Turn, upstreams: list[Upstream]) -> UpstreamSocket:
         """Return a connection to the first upstream that can be reached. Raises NoUpstream."""

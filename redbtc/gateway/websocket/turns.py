@@ -19,12 +19,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
-from redbtc.gateway.metered import Releasable
 from redbtc.gateway.websocket.event_meter import kind_of, response_named, status_of
 from redbtc.gateway.websocket.strays import hold_nothing
 from redbtc.gateway.websocket.turn_response import TurnResponse
@@ -34,7 +32,6 @@ from redbtc.meter.answers import Answer
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.content import ClientEvent
 from redbtc.request_body.reading import MAX_ITEMS
-from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
 
 MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not answered
@@ -80,18 +77,9 @@ class Turn:
         # Done when the turn is, for who waits for that.
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._steers: list[Steer] = []
-        self._ends = contextlib.AsyncExitStack()  # of the responses and of what is held for them
-
-    @contextlib.asynccontextmanager
-    async def admitted(self, upstream: Upstream, memory: Releasable) -> AsyncIterator[None]:
-        """Admit the request as `MeteredRequest.admitted` does, until the end of `async with`. The
-        responses that follow have its places."""
-        async with self._ends:
-            await self._ends.enter_async_context(self.response.admitted(upstream, memory))
-            try:
-                yield
-            finally:
-                self.end()
+        # The responses that follow the first one, and what is held for them. To be entered before
+        # the request is sent: they end with it.
+        self.further = contextlib.AsyncExitStack()
 
     def end(self) -> None:
         """Wait for nothing more."""
@@ -123,7 +111,7 @@ class Turn:
         if self.response.settled or self.response.id != response_id:  # it has ended meanwhile
             money.release()
             raise not_found("previous_response_id", response_id)
-        self._ends.enter_context(money)
+        self.further.enter_context(money)
         self.response.body.chosen_ids |= event.chosen_ids
         self._steers.append(Steer(tokens, event.input_estimate, money))
 
@@ -195,6 +183,6 @@ class Turn:
         tokens = before.next_input(sum(steer.tokens for steer in steers))
         estimate = sum(steer.input_estimate for steer in steers)
         self.response = before.following(money, tokens, estimate)
-        self._ends.push_async_exit(self.response)
+        self.further.push_async_exit(self.response)
         self._enter(TurnState.WAITING)
         await self.response.write_pending()

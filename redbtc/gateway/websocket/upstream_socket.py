@@ -43,6 +43,7 @@ class UpstreamSocket:
     ) -> None:
         self.upstream = upstream
         self.connection = connection
+        self.idle_seconds = upstream.settings.idle_timeout_seconds
         self.state = SocketState.PASSING
         self._account_id = account_id
         self._tasks = tasks
@@ -56,11 +57,6 @@ class UpstreamSocket:
     def is_lost(self) -> bool:
         """Return whether requests can be sent over it no more."""
         return self.state in LOST_STATES
-
-    @property
-    def idle_seconds(self) -> float:
-        """The upstream's `idle_timeout_seconds`."""
-        return self.upstream.settings.idle_timeout_seconds
 
     async def send(self, text: Buffer, over: asyncio.Future[None] | None = None) -> bool:
         """Send a message and return True. Return False if the upstream has not read it
