@@ -47,13 +47,17 @@ class Log:
         self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
         self.failure: Exception | None = None  # the error that ended the thread
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to write lines, those that were logged before included."""
         self._thread = threading.Thread(target=self._work, name="log", daemon=True)
         self._thread.start()
 
     @property
     def works(self) -> bool:
         """Whether the thread that writes the lines runs."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
         """Queue a line, at one of the levels of `logging`."""
