@@ -139,7 +139,7 @@ class API:
         values, as a form has them, is read as such. Raises UserError."""
         path = path or {}
         if RANKS[actor.rank] < RANKS[operation.least]:
-            raise Forbidden("this is not for your role")
+            raise Forbidden("your role doesn't allow this")
         arguments: dict[str, Any] = {}
         sent_query = converted(query or {}, operation.query)
         read = decoded(body, operation.body) if isinstance(body, bytes) else None
@@ -163,7 +163,7 @@ class API:
         """The one that is meant, where it is the actor's to know of."""
         if name is None:
             if actor.account_id is None:
-                raise NotFound("this is for the holder of an API key")
+                raise NotFound("this needs an API key in the Authorization header")
             name = actor.account_id
         account = await self._accounts.show(name)
         if actor.account_id not in (None, account["id"]):
@@ -179,7 +179,7 @@ class API:
     async def _user(self, actor: Actor, name: str, query: WhichUser) -> Record:
         """Of several logins of one address a member only ever means, and learns of, his account's.
         Raises NotFound, Conflict."""
-        no_user = NotFound(f"there is no user {name!r}")
+        no_user = NotFound(f"user {name!r} does not exist")
         account, operator = query.account, query.operator
         if actor.account_id is not None:
             own = await self._accounts.show(actor.account_id)
@@ -210,7 +210,7 @@ class API:
     async def add_account(self, actor: Actor, body: NewAccount) -> Record:
         """Add an account."""
         if ACCOUNT_ID.fullmatch(body.name):  # where either will do, it would be taken for another's
-            raise UserError(f"{body.name!r} has the form of an account's id; take another name")
+            raise UserError(f"name {body.name!r} looks like an account id; choose another one")
         limits = limits_in(body)
         account = await self._accounts.add(body.name, body.email, limits, actor.name)
         return await self._with_money(account, actor)
@@ -243,7 +243,7 @@ class API:
         now = self.books.store.time()
         until = time_in(body.until, now)
         if until is not None and until <= now:
-            raise UserError("a throttle must end later than now")
+            raise UserError("until must be later than now")
         thousandths = factor // (NANOS // 1000)
         if thousandths == 1000:
             return await self._accounts.throttle(account["id"], None, None, actor.name)
@@ -308,7 +308,9 @@ class API:
     async def add_prices(self, actor: Actor, body: NewPrices) -> Record:
         """Add prices, all or none; say which models they apply to and what they leave out."""
         if body.currency not in (None, self.books.currency):
-            raise UserError(f"these prices are in {body.currency}, not in {self.books.currency}")
+            raise UserError(
+                f"prices are in {body.currency}, but billing.currency is {self.books.currency}"
+            )
         return await self.books.add_prices(
             prices_of(body, self.books.store.time()),
             without_notice=body.without_notice,
@@ -419,9 +421,9 @@ class API:
     async def add_user(self, actor: Actor, body: NewUser) -> Record:
         """Add a user, and answer the link with which they set a password."""
         if actor.account_id and body.role == "operator":
-            raise Forbidden("only operators make operators")
+            raise Forbidden("only an operator can add an operator")
         if (body.role == "operator") == bool(body.account or actor.account_id):
-            raise UserError("a user is an operator, or belongs to an account")
+            raise UserError("an operator has no account; an owner or viewer needs one")
         account_id = None
         if body.role != "operator":
             account_id = (await self._account(actor, body.account))["id"]
@@ -446,13 +448,13 @@ class API:
         """Not oneself, or nobody would have to know the old password for a new one."""
         found = await self._user(actor, user, query)
         if actor.session and actor.session.user_id == found["id"]:
-            raise Conflict("this is your own login; only somebody else can end it")
+            raise Conflict("you can't remove or reset your own login; ask somebody else to")
         return found
 
     @staticmethod
     def _session(actor: Actor) -> LoginSession:
         if actor.session is None:
-            raise NotFound("this is for whoever is logged in")
+            raise NotFound("this needs a dashboard session; log in at /dashboard/login")
         return actor.session
 
     @operation("POST", "/login/password", least="viewer", answer=Done)
@@ -474,7 +476,7 @@ class API:
     async def end_session(self, actor: Actor, session: str) -> Record:
         """Log out there."""
         if not await self.users.end_session(session, self._session(actor).user_id):
-            raise NotFound("there is no such session")
+            raise NotFound("this session does not exist or has ended")
         return {"ok": True}
 
     # Usage
@@ -549,7 +551,7 @@ class API:
     @staticmethod
     def _shown_key(actor: Actor) -> Key:
         if actor.key is None:
-            raise NotFound("this is for the holder of an API key")
+            raise NotFound("this needs an API key in the Authorization header")
         return actor.key
 
     @operation("GET", "/me", least="key", answer=MeShown)
@@ -635,7 +637,7 @@ def prices_of(body: NewPrices, now: int) -> list[Price]:
 def price_of(given: NewPrice, model: str, source: str | None, now: int) -> Price:
     """Return one price, as `prices_of` does. Raises UserError for a rate that is none."""
     if not model.isprintable():
-        raise UserError(f"{model!r} is not a name or pattern of models")
+        raise UserError(f"{model!r} is not a model name or pattern")
     rates: dict[str, Any] = {}
     for name in Rates._fields:
         rate = getattr(given, name)
@@ -643,9 +645,9 @@ def price_of(given: NewPrice, model: str, source: str | None, now: int) -> Price
             rates[name] = parse_amount(rate)
             most = MAX_CALL_RATE if name in UNITS else MAX_RATE
             if not 0 <= rates[name] <= most:
-                raise UserError(f"a rate of {rate} for {name} of {model} is out of range")
+                raise UserError(f"{model}: the rate {name} is out of range: {rate}")
     if not rates:
-        raise UserError(f"a price of {model} needs at least one rate; 0 where it is free")
+        raise UserError(f"the price of {model} has no rate; give at least one (0 if it is free)")
     return Price(
         model=model,
         tier=given.tier,
