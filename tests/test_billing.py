@@ -562,7 +562,7 @@ def test_a_price_that_was_used_can_not_be_changed_afterwards(bench: Bench, clock
     bench.price(Price("m", input=4 * NANOS, effective_at=clock.now - 30 * DAY))
     use(bench, key, clock)
     clock.now += 1000
-    with pytest.raises(UserError, match="its price then can't be changed any more"):
+    with pytest.raises(UserError, match="its price can't change from then on"):
         bench.price(Price("m", input=1 * NANOS, effective_at=clock.now - DAY))
     with (
         contextlib.closing(sqlite3.connect(bench.path)) as database,
@@ -618,7 +618,7 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
     bench.pay("b", 6 * NANOS, "r")
     with pytest.raises(UserError, match="needs a reason"):
         bench.run(bench.books.pay(bench.account("a"), -1, reference=None, reason=None, by="test"))
-    with pytest.raises(UserError, match="of 0 is none"):
+    with pytest.raises(UserError, match="must not be 0"):
         bench.pay("a", 0)
 
 
@@ -755,9 +755,9 @@ def test_the_check_finds_usage_that_is_not_the_sum_of_its_requests(
     bench.run(bench.store.transact(("UPDATE usage_by_day SET cost_nanos = cost_nanos + 1", ())))
     found = [line.partition(":")[0] for line in bench.run(consistency.check_database(bench.store))]
     assert found == [
-        "usage that is not the sum of its requests",
-        "usage by month that is not the sum of its days",
-        "traffic that is not the usage of its day",
+        "usage does not equal the sum of its requests",
+        "usage by month does not equal the sum of its days",
+        "traffic does not equal the usage of its day",
     ]
 
 
@@ -817,7 +817,7 @@ def test_a_budget_starts_anew_with_the_month(bench: Bench, clock: Clock, whose: 
     bench.price(Price("m", input=5 * NANOS))
     clock.now = month_start("2026-12") - 1
     row, hold = bench.begin(key, "m", 5_000_000, clock.now)
-    with pytest.raises(SpendingLimitReached, match=f"the {whose}'s monthly budget 0 is left"):
+    with pytest.raises(SpendingLimitReached, match=rf"the {whose}'s monthly budget \(0 "):
         bench.begin(key, "m", 1, clock.now)
     bench.settle(row, hold, Usage(input_tokens=1000), "default")
     with pytest.raises(SpendingLimitReached):

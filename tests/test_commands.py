@@ -35,7 +35,7 @@ def test_accounts_and_keys(make_gateway: MakeGateway, running: bool) -> None:
     assert gateway.cli("account", "show", added["id"])["email"] == "a@b.c"
     again = gateway.run("account", "add", "Ada Lovelace")
     assert (again.returncode, again.stdout) == (1, "")
-    assert again.stderr == "Error: there is an account 'Ada Lovelace' already\n"
+    assert again.stderr == "Error: account 'Ada Lovelace' already exists\n"
     changed = gateway.cli("account", "set", "Ada Lovelace", "--concurrency", "default")
     assert changed["concurrency"] is None
     suspended = gateway.cli("account", "suspend", "Ada Lovelace", "--reason", "late")
@@ -221,7 +221,7 @@ def test_usage(gateway: Gateway, upstream: Upstream) -> None:
         ),
         ('[server]\ntrusted_proxies = ["x"]', ["server.trusted_proxies: found 'x'"]),
         ('[[upstreams]]\nname = "a"\nbase_url = "ftp://x"', ["base_url: found 'ftp://x'"]),
-        ("[server]\nport =", ["not TOML"]),
+        ("[server]\nport =", ["not valid TOML"]),
         ("[nonsense]\na = 1", ["nonsense: unknown key"]),
     ],
 )

@@ -493,7 +493,7 @@ def test_which_looks_at_time_tier_and_threshold(make_gateway: MakeGateway) -> No
     assert (found["applies"]["model"], found["applies"]["input"]) == ("m*", "8")
     because = [each["because"] for each in found["others"]]
     assert because[0].startswith("it takes effect at ")
-    assert because[1].startswith("a later price superseded it at ")
+    assert because[1].startswith("a newer price replaced it at ")
     assert because[2] == "it is for more than 100 input tokens"
     assert which(gateway, "m", input_tokens=100)["applies"]["input"] == "8"
     found = which(gateway, "m", input_tokens=101)
@@ -638,7 +638,7 @@ def test_a_rise_is_said_to_be_published(make_gateway: MakeGateway, upstream: Ups
     )
     done = gateway.run(*rise, "--effective", "31d")
     assert f": {text}" in done.stdout
-    assert "Published as a notice, effective " in done.stdout
+    assert "Published notice, effective " in done.stdout
     (notice,) = add_price(gateway, input="6", effective="32d")["notices"]
     assert "m: input 5 to 6." in notice["text"]
     assert [each["text"] for each in gateway.api("GET", "/notices")["notices"]] == [
