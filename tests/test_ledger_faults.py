@@ -245,7 +245,7 @@ def test_what_waited_for_the_ledgers_task_is_kept(
     mend(gateway)
     gateway.start()
     assert outcomes(gateway) == ["completed"]
-    assert "wrote entries kept from an earlier run" in gateway.flushed_log()
+    assert "took up what was owed" in gateway.flushed_log()
     assert gateway.terminate() == 0
     assert not Path(f"{gateway.database}.owed").exists()
 
@@ -887,7 +887,7 @@ def test_what_nobody_waits_for_is_owed_at_the_end(
     assert found
     mend(gateway)
     gateway.start()
-    assert "wrote entries kept from an earlier run" in gateway.flushed_log()
+    assert "took up what was owed" in gateway.flushed_log()
 
 
 def test_a_repair_that_fails_is_tried_again(make_gateway: MakeGateway, upstream: Upstream) -> None:

@@ -64,8 +64,8 @@ def check_rates(gateway: Gateway, body: RequestBody) -> None:
         if lacking := gateway.books.lacks(model, rate, tier):
             of_tier = "" if lacking.tier == DEFAULT_TIER else f" for the tier '{lacking.tier}'"
             message = (
-                f"This request {NEEDED[rate]}, but the price of the model '{model}'{of_tier} has no "
-                f"rate '{rate}'. Ask your administrator to add it."
+                f"This request {NEEDED[rate]}, but the price of the model '{model}'{of_tier} has "
+                f"no rate '{rate}'. Ask your administrator to add it."
             )
             raise Refusal("invalid_request", message, param=member)
 

@@ -349,7 +349,7 @@ class Store:
         spill.reserve()
         spill.close()
         facts = {"changes": len(changes), "refused": len(refused), "damaged": len(damaged)}
-        log(logging.WARNING, "wrote entries kept from an earlier run", **facts)
+        log(logging.WARNING, "took up what was owed", **facts)
 
     def _connection(self) -> DatabaseConnection:
         """A connection that can't write, not yet open."""
