@@ -184,10 +184,10 @@ def key_revoke(context: CommandContext, key_id: str, compromised: bool, as_json:
 @json_option
 @click.pass_obj
 def key_rotate(context: CommandContext, key_id: str, overlap: str, as_json: bool) -> None:
-    """Replace a key: create a new key with the same options and print it.
+    """Replace a key with a new one and print it.
 
-    The old key stops working after the overlap. Both keys share the old key's monthly budget.
-    """
+    The new key has the same options. The old key stops working after the overlap. Both keys share
+    the old key's monthly budget."""
     path = f"/admin/v1/keys/{quote(key_id, safe='')}/rotate"
     added = context.call("POST", path, {"overlap": overlap})
     show(added, as_json, lambda: shown_once(added))

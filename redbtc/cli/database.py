@@ -64,9 +64,10 @@ def db_backup(context: CommandContext, path: str, keep: int | None, as_json: boo
 @json_option
 @click.pass_obj
 def db_restore(context: CommandContext, path: str, as_json: bool) -> None:
-    """Verify the backup at PATH and replace the database with a copy of it.
+    """Restore the database from the backup at PATH.
 
-    Stop the gateway first. The replaced database is kept beside the new one."""
+    Stop the gateway first. The backup is verified before it replaces the database. The replaced
+    database is kept beside the new one."""
     started = time.monotonic()
     database = context.loaded.database_path
     os.umask(0o077)

@@ -208,7 +208,7 @@ def price_list(context: CommandContext, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def price_which(context: CommandContext, /, as_json: bool, **options: Any) -> None:
-    """Show which price applies to MODEL, and why other matching prices don't."""
+    """Show which price applies to MODEL. Says why other matching prices don't."""
     found = context.call("GET", "/admin/v1/prices/which", query=given(options))
 
     def text() -> str:
@@ -256,7 +256,7 @@ def payment_list(context: CommandContext, account: str | None, as_json: bool) ->
 
 @commands.group()
 def notice() -> None:
-    """Manage notices, which users see on /status, in the dashboard and in the API."""
+    """Manage notices. Users see them on /status, in the dashboard and in the API."""
 
 
 @notice.command("add")

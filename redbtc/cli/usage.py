@@ -53,8 +53,10 @@ SUM_COLUMNS = [
 @json_option
 @click.pass_obj
 def usage(context: CommandContext, /, as_csv: bool, as_json: bool, **filters: Any) -> None:
-    """List requests that reached an upstream, oldest first, or sums of them. Totals cover the
-    whole range, whatever the limit."""
+    """List requests or, with --group-by, sums of them.
+
+    These are the requests that reached an upstream, oldest first. Totals cover the whole range,
+    whatever the limit."""
     one_form(as_csv, as_json)
     grouped = filters["group_by"] is not None
     if grouped and filters["limit"]:
@@ -89,8 +91,10 @@ def one_form(as_csv: bool, as_json: bool) -> None:
 def statement(
     context: CommandContext, account: str, month: str, as_csv: bool, as_json: bool
 ) -> None:
-    """Show an account's statement for a month: opening balance, usage by day and model, payments,
-    closing balance, and payments in the last three months."""
+    """Show an account's statement for a month.
+
+    It has the opening balance, usage by day and model, payments, the closing balance, and payments
+    in the last three months."""
     one_form(as_csv, as_json)
     found = context.call("GET", _account(account, f"/statements/{quote(month, safe='')}"))
     if as_csv:

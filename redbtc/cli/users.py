@@ -90,7 +90,7 @@ def user_remove(
 def user_reset(
     context: CommandContext, email: str, account: str | None, operator: bool, as_json: bool
 ) -> None:
-    """Invalidate a login's password and sessions and print a new one-time link."""
+    """Reset a login. Its password and sessions end, and a new one-time link is printed."""
     path = f"/admin/v1/users/{quote(email, safe='')}/reset"
     added = context.call("POST", path, query=_which(account, operator))
     show(added, as_json, lambda: link_text(added))
