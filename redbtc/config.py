@@ -314,8 +314,19 @@ def _value(settings: Any, key: str) -> Any:
     return _value(value, rest) if rest else value
 
 
+TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "an array",
+    "object": "a table",
+}
+
+
 def _explain(message: str, tables: Mapping[str, Any]) -> str:
-    """msgspec's message, turned round: the key's path, what was found, what is allowed."""
+    """Return msgspec's message as people would say it: the key's path, what was found, and what is
+    allowed."""
     what, _, place = message.partition(" - at `$")
     path = place.rstrip("`").lstrip(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
@@ -330,7 +341,11 @@ def _explain(message: str, tables: Mapping[str, Any]) -> str:
         except (KeyError, IndexError, TypeError):
             break
     shown = "something else" if path.endswith("_env") else repr(found)  # it may be the secret
-    allowed = f"{what[0].lower()}{what[1:]}"
+    allowed = re.sub(
+        r"`([\w |]+)`",
+        lambda types: " or ".join(TYPE_NAMES.get(each, each) for each in types[1].split(" | ")),
+        f"{what[0].lower()}{what[1:]}".partition(", got ")[0],
+    )
     if what.startswith("Invalid enum value"):
         table, _, key = path.rpartition(".")
         choices = get_args(get_type_hints(type(_table_at(table)))[key])

@@ -503,7 +503,7 @@ def test_which_looks_at_time_tier_and_threshold(make_gateway: MakeGateway) -> No
     assert which(gateway, "mm", at="11d")["applies"]["model"] == "m*"
     assert which(gateway, "other")["others"] == []
     text = gateway.run("price", "which", "m", "--at", "11d").stdout
-    assert "Not m*, current since" in text
+    assert "Does not apply: m*, current since" in text
 
 
 NAMES = st.text("ab*?", min_size=1, max_size=3)

@@ -216,7 +216,8 @@ def price_which(context: CommandContext, /, as_json: bool, **options: Any) -> No
         lines.append(found["why"])
         for each in found["others"]:
             about = f"{slot_name(each)}, {each['status']} since {each['effective_at']}"
-            lines.append(f"Not {about.replace('coming since', 'coming at')}: {each['because']}.")
+            about = about.replace("coming since", "coming at")
+            lines.append(f"Does not apply: {about}: {each['because']}.")
         return "\n".join(lines)
 
     show(found, as_json, text)
