@@ -1454,8 +1454,8 @@ def test_texts_and_amounts_at_their_limits(
     operator.get("/dashboard/accounts")
     for field, text, problem in (
         ("label", "x" * 201, "Expected at most 200 characters."),
-        ("models", ",".join(["m"] * 101), "A key has at most 100 patterns of models."),
-        ("models", "m[*?" * 4, "A pattern of models has at most 10 of the characters * ? [."),
+        ("models", ",".join(["m"] * 101), "Found 101 model patterns; a key can have at most 100."),
+        ("models", "m[*?" * 4, "A model pattern can have at most 10 of the characters * ? [."),
         ("monthly_budget", "lots", "Expected an amount such as 12.50"),
         ("expires", "2026-13-45", "is not a time"),
     ):

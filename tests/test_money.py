@@ -700,7 +700,7 @@ def test_notices_and_status(make_gateway: MakeGateway, upstream: Upstream) -> No
     assert [(n["kind"], n["text"]) for n in found["notices"]] == [
         ("maintenance", "Short."),
         ("terms", "New terms."),
-        ("price", "Prices rise (USD per million tokens). m: input 1 to 2."),
+        ("price", "Price increase (USD per million tokens). m: input from 1 to 2."),
     ]
     page = gateway.get("/status", headers={"accept": "text/html,*/*;q=0.8"})
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -727,7 +727,10 @@ def test_payment_commands(make_gateway: MakeGateway) -> None:
     assert again["balance"] == "9007199254740993.01"
     other = gateway.run("payment", "add", "a", "5", "--reference", "bank 1")
     assert (other.returncode, other.stdout) == (1, "")
-    assert other.stderr == "Error: there is a payment 'bank 1' of 9007199254740993.01 already\n"
+    assert (
+        other.stderr
+        == "Error: payment 'bank 1' already exists, with the amount 9007199254740993.01\n"
+    )
     assert gateway.run("payment", "add", "a", "-5").returncode == 1
     refund = gateway.cli("payment", "add", "a", "-5.5", "--reason", "too much")
     assert (refund["amount"], refund["balance"]) == ("-5.5", "9007199254740987.51")

@@ -64,7 +64,7 @@ def told_of_prices(added: Record) -> list[str]:
     lines = []
     for each in added.get("taken_over", ()):
         rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
-        lines.append(f"{slot_name(each)}: copied from {slot_name(each['from'])}: {rates}.")
+        lines.append(f"{slot_name(each)}: rates copied from {slot_name(each['from'])}: {rates}.")
     for each in added.get("left_out", ()):
         rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
         lines.append(f"{slot_name(each)}: no longer has these rates: {rates}.")
