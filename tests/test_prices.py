@@ -303,8 +303,8 @@ def test_what_the_price_has_no_rate_for_is_refused(
     assert not upstream.requests
     message = respond(gateway, key, tools=[TOOLS[0]]).json()["error"]["message"]
     assert message == (
-        "The price of the model 'm' has no rate 'file_search', so a request that uses the file "
-        "search tool is refused."
+        "This request uses the file search tool, but the price of the model 'm' has no rate "
+        "'file_search'. Ask your administrator to add it."
     )
     assert respond(gateway, key, tools=HARMLESS).status_code == 200
     usual = {"prompt_cache_options": {"ttl": "30m"}, "metadata": {"ttl": "12h"}}
@@ -479,7 +479,7 @@ def test_a_tier_alone_applies_to_nothing(make_gateway: MakeGateway) -> None:
     add_price(gateway, "m", input="2")
     assert which(gateway, "m", tier="flex")["applies"]["tier"] == "flex"
     assert which(gateway, "m", tier="fast")["why"].endswith(
-        "It has no price for the tier 'priority', so 'default' counts."
+        "It has no price for the tier 'priority', so the price of 'default' applies."
     )
 
 
@@ -563,7 +563,7 @@ def test_two_prices_of_the_same_slot_are_refused(make_gateway: MakeGateway) -> N
     for rates, refused in ((("5", "6"), True), (("6", "6"), False)):
         file.write_text("".join(f'[[prices]]\nmodel = "m"\ninput = {each}\n' for each in rates))
         done = gateway.run("price", "import", str(file))
-        assert ("there are two prices of m from 20" in done.stderr) is refused
+        assert ("two different prices of m take effect at 20" in done.stderr) is refused
         assert done.returncode == int(refused)
 
 
