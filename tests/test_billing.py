@@ -616,7 +616,7 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
 
     assert len(bench.run(pay_at_once())) == 1
     assert bench.run(bench.books.purse(bench.account("a")["id"])).paid == 5 * NANOS
-    with pytest.raises(Conflict, match="of 5 already"):
+    with pytest.raises(Conflict, match="already exists, with the amount 5"):
         bench.pay("a", 6 * NANOS, "r")
     bench.pay("b", 6 * NANOS, "r")
     with pytest.raises(UserError, match="needs a reason"):
