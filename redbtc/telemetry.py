@@ -177,25 +177,31 @@ class Telemetry:
         """Return what prometheus-client asks for whenever the metrics are read."""
         yield counter_of(
             "redbtc_requests",
-            "Requests by route, status and outcome (refused: by the gateway itself)",
+            "Requests by route, status and outcome (refused means by the gateway itself)",
             ["route", "status", "outcome"],
             self._requests,
         )
         yield counter_of(
-            "redbtc_refusals", "Requests refused by the gateway", ["code"], self._refusals
+            "redbtc_refusals",
+            "Requests refused by the gateway, by error code",
+            ["code"],
+            self._refusals,
         )
         yield counter_of(
-            "redbtc_tokens", "Tokens, parts included", ["kind", "source"], self._tokens
+            "redbtc_tokens",
+            "Tokens by kind, including kinds that are parts of others",
+            ["kind", "source"],
+            self._tokens,
         )
         yield histogram_of(
             "redbtc_first_byte_seconds",
-            "From the request's head to the first byte of the upstream's body",
+            "Time from the request headers to the first byte of the upstream's body",
             ["route"],
             self._first_byte,
         )
         yield histogram_of(
             "redbtc_request_seconds",
-            "From the request's head to the answer's end",
+            "Time from the request headers to the end of the response",
             ["route"],
             self._duration,
         )
