@@ -47,13 +47,17 @@ class Log:
         self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
         self.failure: Exception | None = None  # the error that ended the thread
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to write lines, those that were logged before included."""
         self._thread = threading.Thread(target=self._work, name="log", daemon=True)
         self._thread.start()
 
     @property
     def works(self) -> bool:
         """Whether the thread that writes the lines runs."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
         """Queue a line, at one of the levels of `logging`."""
@@ -173,25 +177,31 @@ class Telemetry:
         """Return what prometheus-client asks for whenever the metrics are read."""
         yield counter_of(
             "redbtc_requests",
-            "Requests by route, status and outcome (refused: by the gateway itself)",
+            "Requests by route, status and outcome (refused means by the gateway itself)",
             ["route", "status", "outcome"],
             self._requests,
         )
         yield counter_of(
-            "redbtc_refusals", "Requests refused by the gateway", ["code"], self._refusals
+            "redbtc_refusals",
+            "Requests refused by the gateway, by error code",
+            ["code"],
+            self._refusals,
         )
         yield counter_of(
-            "redbtc_tokens", "Tokens, parts included", ["kind", "source"], self._tokens
+            "redbtc_tokens",
+            "Tokens by kind, including kinds that are parts of others",
+            ["kind", "source"],
+            self._tokens,
         )
         yield histogram_of(
             "redbtc_first_byte_seconds",
-            "From the request's head to the first byte of the upstream's body",
+            "Time from the request headers to the first byte of the upstream's body",
             ["route"],
             self._first_byte,
         )
         yield histogram_of(
             "redbtc_request_seconds",
-            "From the request's head to the answer's end",
+            "Time from the request headers to the end of the response",
             ["route"],
             self._duration,
         )

@@ -8,7 +8,7 @@ from redbtc.refusals import Refusal
 from redbtc.store.database import Store
 from redbtc.store.keys import Key, key_in_force
 
-BAD_KEY = "Incorrect API key provided. Send it as 'Authorization: Bearer sk-redbtc-…'."
+BAD_KEY = "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…'."
 
 
 def authenticate(headers: Headers, store: Store) -> Key:

@@ -53,10 +53,10 @@ class Gateway:
         self.sessions: Counter[str] = Counter()  # WebSocket sessions, by account
         self.started = time.monotonic()
         telemetry.show_gauge(
-            "redbtc_in_flight", "Requests under /v1 being served", lambda: self.in_flight.count
+            "redbtc_in_flight", "Requests to /v1 in flight", lambda: self.in_flight.count
         )
         telemetry.show_gauge(
-            "redbtc_queued", "Requests that wait for a place", lambda: self.limits.queued
+            "redbtc_queued", "Requests waiting for a free place", lambda: self.limits.queued
         )
         self.draining = self.stopping = False
 

@@ -92,7 +92,7 @@ class Vitals:
         yield gauge("redbtc_ledger_wal_bytes", "Size of the database's WAL file", store.wal_bytes)
         yield gauge(
             "redbtc_ledger_seconds_since_commit",
-            "Since the last good commit of the ledger",
+            "Time since the ledger's last successful commit",
             time.monotonic() - commits.committed_at,
         )
         yield gauge(
@@ -100,28 +100,26 @@ class Vitals:
             f"Longest delay of the event loop in the last {LAG_SECONDS} to {2 * LAG_SECONDS} s",
             max(self._lag, self._lag_before),
         )
-        yield counter("redbtc_ledger_commits", "Commits of the ledger", commits.count)
-        yield counter(
-            "redbtc_ledger_repairs", "Rows that another process had closed", commits.repaired
-        )
+        yield counter("redbtc_ledger_commits", "Ledger commits", commits.count)
+        yield counter("redbtc_ledger_repairs", "Rows closed by another process", commits.repaired)
         yield gauge(
             "redbtc_clock_offset_seconds",
-            "The machine's clock minus the ledger's time",
+            "System clock minus ledger time",
             store.clock.offset / 1000,
         )
         yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", store.healthy)
         yield histogram_of(
             "redbtc_ledger_commit_seconds",
-            "Of a commit of the ledger",
+            "Duration of a ledger commit",
             [],
             {(): commits.commit_seconds},
         )
         yield histogram_of(
             "redbtc_ledger_begin_seconds",
-            "From a request's begin to its commit in the ledger",
+            "Time from the start of a request to the commit of its row",
             [],
             {(): commits.begin_seconds},
         )
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(store.path.parent).free
-            yield gauge("redbtc_disk_free_bytes", "Free on the database's disk", free)
+            yield gauge("redbtc_disk_free_bytes", "Free space on the database's disk", free)

@@ -11,26 +11,24 @@ bytes would reset the connection before the client has read the close frame.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import DATA_OPCODES
 from websockets.frames import Frame as WireFrame
 from websockets.http11 import Request
 
-from redbtc.deadlines import TICK, Deadline
+from redbtc.deadlines import Deadline
 from redbtc.limits import Bucket, Reservation
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import IN_SCOPE, Client, ClientRequest, Scope
 from redbtc.server.frame_reader import FrameReader
+from redbtc.server.pausing_websocket import PausingWebSocket
 from redbtc.slices import in_slices
 
-CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
 POLICY_VIOLATION, INTERNAL_ERROR, UNSUPPORTED_DATA = 1008, 1011, 1003  # RFC 6455 §7.4.1
 INVALID_DATA, TOO_BIG, TRY_AGAIN_LATER = 1007, 1009, 1013
 REFUSED = "redbtc.refused"  # an event from the protocol: it refused a message and dropped it
@@ -40,9 +38,6 @@ MAX_FRAGMENTS = 10_000  # of a message
 SMALL_BYTES = 1024  # a frame with fewer is small: it costs more for parsing than for its bytes
 SMALL_FRAMES_PER_MINUTE = 6000  # of an account
 REFUSED_FRAMES = 10  # how many small frames a refused event counts as
-LINGER_SECONDS = 2  # for the client to read the close frame and to close its side
-QUIET_SECONDS = 0.25  # without bytes: the client has probably sent all that it was sending
-MAX_LINGER = 256 << 20  # bytes that are thrown away in that time; reading a message costs more
 
 
 class Intake(Protocol):
@@ -69,11 +64,13 @@ class IncomingMessage:
         self._reader = reader
         self._reserved = 0  # bytes
 
-    def missing_for(self, frame_bytes: int) -> int:
-        """Return how many bytes to reserve for a frame: for the further frames of the message, at
-        least as much again as it has."""
+    async def make_room(self, frame_bytes: int) -> None:
+        """Reserve memory for a frame. For the further frames of a message, reserve at least as much
+        again as it has. Raises Refusal as `reserve` does."""
         known = self._reserved
-        return max(frame_bytes - self._reader.room, min(known, self._intake.max_bytes - known))
+        size = max(frame_bytes - self._reader.room, min(known, self._intake.max_bytes - known))
+        await self.reserve(size)
+        self._reader.room += size
 
     async def reserve(self, size: int) -> None:
         """Reserve `size` bytes more. Raises Refusal, and gives all of the message's memory back, if
@@ -107,25 +104,13 @@ class WebSocketClient(Client):
     read_frames: Callable[[Intake], Awaitable[None]]
 
 
-class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket protocol with a ClientRequest in its scope, whose client is a
+class WebSocketProtocol(PausingWebSocket):
+    """Reads messages within the limits. The scope has a ClientRequest, whose client is a
     WebSocketClient."""
 
     _intake: Intake
     _message: IncomingMessage
     _reading: asyncio.Task[Any] | None = None
-    _arrival: asyncio.Future[None] | None = None  # done when bytes have arrived
-    _paused = False
-    _heard = False  # bytes have arrived since the last ping
-    _ended = False  # no more frames are read
-    _discarded = 0  # bytes that arrived after that
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conn.max_message_size = None  # the reader bounds it
-        self.conn.reader = self._reader = FrameReader()
-        self.conn.parser = self.conn.parse()
-        next(self.conn.parser)
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -134,49 +119,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             client = WebSocketClient(self.transport.abort, read_frames=self.read_frames)
             scope[IN_SCOPE] = ClientRequest(scope["headers"], client)
 
-    def send_keepalive_ping(self) -> None:
-        self._heard = False
-        super().send_keepalive_ping()
-
-    def keepalive_timeout(self) -> None:
-        """Close the connection of a client that has not answered a ping. While it sends a long
-        frame it can't answer, and while it is not read its answer can't be seen: then go on
-        waiting."""
-        if self._heard or self._paused:
-            assert self.ping_timeout is not None, "it has passed"
-            self._heard = False
-            self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
-            return
-        super().keepalive_timeout()
-        self._ended = self._ended or self.conn.eof_sent
-        self.loop.call_later(CLOSING_SECONDS, self.transport.abort)
-
-    def shutdown(self) -> None:
-        """Close the connection, unless that has begun: a second close frame can't be sent."""
-        if not self.transport.is_closing():
-            super().shutdown()
-
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if self._reading:
             self._reading.cancel()
-
-    def data_received(self, data: bytes) -> None:
-        if not self.handshake_initiated:  # this is the whole head
-            super().data_received(data)
-            if not self.handshake_initiated:  # which can't be read: nothing will answer it
-                self.transport.abort()
-            return
-        if self._ended:
-            self._discard(len(data))
-            return
-        self._heard = True
-        self._reader.feed_data(data)
-        if self._arrival and not self._arrival.done():
-            self._arrival.set_result(None)
-        elif not self._paused:
-            self._paused = True
-            self.transport.pause_reading()
 
     async def receive(self) -> Any:
         """Return the next message of the ASGI scope."""
@@ -188,43 +134,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """Read the client's frames until the connection ends."""
         if self.disconnected:
             return
-        self._intake, self._message = intake, IncomingMessage(intake, self._reader)
+        self._intake, self._message = intake, IncomingMessage(intake, self.reader)
         self._reading = asyncio.current_task()
         with intake.reservation:
             try:
-                while not self._ended:
+                while not self.ended:
                     await in_slices(self._handle_frames(), intake.reservation.account_id)
                     await self._wait()
             except MemoryError:
                 self._end(Refusal("overloaded"), TRY_AGAIN_LATER)
-        self._reader.buffer.clear()
+        self.reader.buffer.clear()
         self.frames.clear()
-        await self._linger()
-
-    async def _linger(self) -> None:
-        """Throw away what still arrives. Once the close frame is sent, give the client
-        LINGER_SECONDS to end its side, and end the sending side when nothing has arrived for
-        QUIET_SECONDS: a reverse proxy can reset the connection of a client that still sends."""
-        self._resume()
-        while not (self.close_sent or self.transport.is_closing()):
-            await asyncio.sleep(TICK)
-        if self.transport.is_closing():
-            return
-        if self.close_timer:
-            self.close_timer.cancel()
-        self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
-        discarded = -1
-        while discarded != self._discarded:
-            discarded = self._discarded
-            await asyncio.sleep(QUIET_SECONDS)
-        with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
-            self.transport.write_eof()
-
-    def _discard(self, size: int) -> None:
-        """Count bytes that are thrown away, and abort the connection if they are too many."""
-        self._discarded += size
-        if self._discarded > MAX_LINGER:
-            self.transport.abort()
+        await self.linger()
 
     def handle_parser_exception(self) -> None:
         """Send the close frame for a frame that can't be parsed."""
@@ -238,21 +159,21 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     @property
     def _between_messages(self) -> bool:
-        return self._reader.between_frames and not self._message.fragments
+        return self.reader.between_frames and not self._message.fragments
 
     def _handle_frames(self) -> Generator[None, None, None]:
         """Handle the frames that have arrived, until there is something to wait for (`_wait`)."""
         if self._between_messages:
             self._intake.renew()
-            self._reader.max_bytes = self._intake.max_bytes
+            self.reader.max_bytes = self._intake.max_bytes
             self._message.seconds = self._intake.message_seconds
         small_frames = self._intake.small_frames
         small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
-        while not self._ended and self._message.whole is None and self.queue.empty():
+        while not self.ended and self._message.whole is None and self.queue.empty():
             if not small_frames.remaining:
                 return
             self.conn.receive_data(b"")  # parses one frame
-            self._ended = self.conn.eof_sent  # after an error, or the client's close frame
+            self.ended = self.conn.eof_sent  # after an error, or the client's close frame
             if self.conn.parser_exc:
                 self.handle_parser_exception()
             if not self.conn.events:
@@ -263,7 +184,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def _count(self, frame: WireFrame) -> None:
         """Charge a small frame, and refuse a message that has too many fragments."""
-        if self._reader.continues:
+        if self.reader.continues:
             return
         if len(frame.data) < SMALL_BYTES:
             self._intake.small_frames.charge(1)
@@ -273,8 +194,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def _refuse_size(self) -> None:
         """Refuse a message that is too large, and end the connection."""
-        allowed = f"at most {self._intake.max_bytes} bytes in {MAX_FRAGMENTS} fragments"
-        self._end(Refusal("request_too_large", f"A message may have {allowed}."), TOO_BIG)
+        allowed = f"at most {self._intake.max_bytes} bytes in at most {MAX_FRAGMENTS} fragments"
+        self._end(Refusal("request_too_large", f"A message can have {allowed}."), TOO_BIG)
 
     def handle_cont(self, event: WireFrame) -> None:
         """Append a fragment to the message: joining all of them at the end could take long."""
@@ -287,10 +208,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         """Keep the message, which is whole, for `_wait` to deliver."""
         whole = self.frames[0] if self.frames else b""
-        self.frames, self._message.fragments, self._reader.message_bytes = [], 0, 0
+        self.frames, self._message.fragments, self.reader.message_bytes = [], 0, 0
         self._message.seconds = self._intake.message_seconds
-        if self._reader.drops or self.close_sent:
-            self._reader.drops = False
+        if self.reader.drops or self.close_sent:
+            self.reader.drops = False
             self._message.give_back(0)
         else:
             self._message.whole = whole
@@ -298,12 +219,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     async def _wait(self) -> None:
         """Wait for what is needed before further frames can be handled."""
         small_frames = self._intake.small_frames
-        if self._ended:
+        if self.ended:
             return
-        if self._reader.too_large:
+        if self.reader.too_large:
             self._refuse_size()
-        elif self._reader.wanted:
-            await self._make_room(self._reader.wanted)
+        elif self.reader.wanted:
+            await self._make_room(self.reader.wanted)
         elif self._message.whole is not None:
             await self._deliver(self._message.whole)
         elif not self.queue.empty():
@@ -315,12 +236,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     async def _make_room(self, wanted: int) -> None:
         """Reserve memory for a frame of `wanted` bytes. If none comes free, refuse the message."""
-        reader, size = self._reader, self._message.missing_for(wanted)
-        reader.wanted = 0
-        if not self.close_sent and await self._has_memory(self._message.reserve(size)):
-            reader.room += size
-        else:
-            reader.drops = True
+        self.reader.wanted = 0
+        if self.close_sent or not await self._has_memory(self._message.make_room(wanted)):
+            self.reader.drops = True
             self.frames.clear()
 
     async def _deliver(self, whole: Buffer) -> None:
@@ -342,28 +260,21 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     async def _wait_for_bytes(self) -> None:
         """Wait until bytes arrive. Stop reading if a message takes too long to arrive."""
-        self._arrival = self.loop.create_future()
-        self._resume()
         if self._between_messages:
-            await self._arrival
+            await self.arrival()
             return
         deadline = self._intake.deadline
         try:
             with deadline.running(self._message.seconds):
-                await self._arrival
+                await self.arrival()
             self._message.seconds = deadline.deadline - deadline.now()
         except TimeoutError:
             message = f"A message took longer than {self._intake.message_seconds:g} s to arrive."
             self._end(Refusal("request_timeout", message), POLICY_VIOLATION)
 
-    def _resume(self) -> None:
-        if self._paused and not self.transport.is_closing():
-            self._paused = False
-            self.transport.resume_reading()
-
     def _end(self, refusal: Refusal, close: int) -> None:
         """Stop reading frames, and let the app close the connection with the code `close`."""
-        self._ended = True
+        self.ended = True
         self._hand_over({"type": REFUSED, "refusal": refusal, "close": close})
 
     def _hand_over(self, message: Any) -> None:

@@ -1,5 +1,5 @@
-"""What the client of a session sends: response.create, and response.steer for a response of the
-same connection. Everything else is refused."""
+"""The events that the client of a session sends: response.create, and response.steer for a response
+of the same connection. Everything else is refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ClientEvents:
                 if "text" in message:
                     await self._take(message["text"], memory)
                 else:
-                    await self._sender.close(UNSUPPORTED_DATA, "Only text is understood here.")
+                    await self._sender.close(UNSUPPORTED_DATA, "Only text messages are supported.")
 
     async def _take(self, text: Buffer, memory: MessageMemory) -> None:
         """Act on a message, or refuse it. Its memory is kept if it waits for a place."""
@@ -91,7 +91,7 @@ class ClientEvents:
         else:
             message = "'type' is missing."
             if kind is not None:
-                message = f"'{kind}' is not an event that is understood here."
+                message = f"'{kind}' is not a supported event type."
             raise Refusal("invalid_request", message, param="type")
 
     async def _steer(self, event: ClientEvent, admission: Admission) -> None:
@@ -100,7 +100,7 @@ class ClientEvents:
         event.check_steering()
         response_id = event.facts.previous_response_id or ""
         if event.offers_tools:
-            raise Refusal("invalid_request", "Steering offers no tools.", param="input")
+            raise Refusal("invalid_request", "'response.steer' can't add tools.", param="input")
         turn = self._lanes.turn_of_response(response_id)
         if turn is None:
             raise not_found("previous_response_id", response_id)

@@ -1,4 +1,4 @@
-"""What a session sends to its client: events of upstreams as they are, and events of its own."""
+"""The events that a session sends to its client: those of upstreams as they are, and its own."""
 
 from __future__ import annotations
 

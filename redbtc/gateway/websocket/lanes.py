@@ -92,14 +92,15 @@ class Lanes:
 
     @property
     def idle(self) -> bool:
-        """Whether no lane has a request."""
+        """Return whether no lane has a request."""
         return not self._lanes
 
     def queue(self, event: ClientEvent, admission: Admission, memory: MessageMemory) -> Lane | None:
         """Put a request in its lane. Return the lane if that is new, and its requests must be
         served. Raises Refusal."""
         if len(self._queued) >= MAX_WAITING:
-            raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
+            message = f"{MAX_WAITING} requests are waiting on this connection, the maximum."
+            raise Refusal("concurrency_limit_exceeded", message)
         request = QueuedRequest(event, admission, memory.transfer(), self._queued)
         stream_id = event.facts.stream_id
         lane = self._lanes.get(stream_id)
@@ -142,7 +143,7 @@ class Lanes:
             turn.lose(outcome)
 
     async def leave(self) -> None:
-        """End the requests: the client is gone. What is in flight may be read on for its usage."""
+        """End all requests when the client is gone. Responses may be read on for their usage."""
         turns = self.turns()
         for turn in turns:
             turn.deadline.client_left = True  # it begins nothing more

@@ -50,8 +50,8 @@ from redbtc.headers import Headers, header
 from redbtc.limits import Bucket
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.server.asgi import ClientRequest, Receive, Send
+from redbtc.server.pausing_websocket import CLOSING_SECONDS
 from redbtc.server.websocket_protocol import (
-    CLOSING_SECONDS,
     REFUSED_FRAMES,
     SMALL_FRAMES_PER_MINUTE,
     WebSocketClient,
@@ -88,7 +88,7 @@ def charge_handshake(small_frames: Bucket) -> None:
     small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
     wait = small_frames.seconds_until(REFUSED_FRAMES)
     if wait:
-        message = "Too many WebSocket handshakes and small frames of this account."
+        message = "This account sends too many WebSocket handshakes and small frames."
         raise Refusal("rate_limit_exceeded", message, retry_after=wait)
     small_frames.charge(REFUSED_FRAMES)
 
@@ -97,7 +97,7 @@ def charge_handshake(small_frames: Bucket) -> None:
 def counted_session(gateway: Gateway, account_id: str) -> Iterator[None]:
     """Count a session of the account until the end of `with`. Raises Refusal if it has too many."""
     if gateway.sessions[account_id] >= MAX_SESSIONS:
-        message = f"This account has {MAX_SESSIONS} WebSockets open, which is the most."
+        message = f"This account has {MAX_SESSIONS} WebSockets open, the maximum."
         raise Refusal("concurrency_limit_exceeded", message)
     gateway.sessions[account_id] += 1
     try:

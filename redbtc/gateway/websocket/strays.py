@@ -31,8 +31,8 @@ MAX_STRAYS = 16  # responses of a connection whose events are metered at the sam
 
 
 async def hold_nothing(billing: Billing, key: Key, model: str) -> Hold:
-    """Return a hold of nothing at the prices of now, for a response that was not held for because
-    nobody asked for it. Waits until the ledger can be read."""
+    """Return a hold of nothing at the current prices, for a response that nobody asked for. Wait
+    until the ledger can be read."""
     while True:
         with contextlib.suppress(StorageUnavailable):
             return await billing.hold_again(key, model, billing.store.time(), 0)

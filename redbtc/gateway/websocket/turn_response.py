@@ -22,9 +22,9 @@ from redbtc.usage import Outcome, Usage
 
 @dataclass
 class SessionObjects:
-    """What was made over one client's connection."""
+    """The objects that were made over one client's connection."""
 
-    # Where it is, whether it is stored or not: requests over the same connection can build on it.
+    # Where they are, stored or not: requests over the same connection can build on them.
     locations: dict[str, ObjectLocation] = field(default_factory=dict)
     billed: set[str] = field(default_factory=set)  # responses whose usage is in the ledger
 
@@ -79,8 +79,8 @@ class TurnResponse(MeteredRequest):
 
     @property
     def location(self) -> ObjectLocation:
-        """Where the objects that it makes are stored. `minted_input` is false, since a steer event
-        can still add input with ids of the client's own."""
+        """The place where the response and its items are stored. `minted_input` is false, since a
+        steer event can still add input with ids that the client chose."""
         return super().location._replace(minted_input=False)
 
     def next_input(self, steered_tokens: int) -> int:

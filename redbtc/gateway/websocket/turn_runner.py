@@ -103,7 +103,8 @@ class TurnRunner:
         upstreams = await upstreams_for(gateway, key, event, objects.locations)
         upstreams = self._upstream_events.connected_first(upstreams)
         if not upstreams:
-            raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
+            message = "No upstream serves this model over a WebSocket; use POST."
+            raise Refusal("no_upstream", message)
         with gateway.serving(None, deadline, key):
             async with response.admitted(upstreams[0], queued), turn.further:
                 await self._forward(turn, event, upstreams)

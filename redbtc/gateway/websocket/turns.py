@@ -1,4 +1,5 @@
-"""A turn: one response.create of a session, its response, and those that follow by themselves.
+"""The turns of a session. A turn is a response.create with its response, and with the responses
+that follow by themselves.
 
 A response can be steered: the client sends more input for it while it is in flight. The upstream
 then ends it early and begins another one that takes the new input in, without being asked again
@@ -121,12 +122,12 @@ class Turn:
         further = event.extras & ~body.extras
         if further or event.lasting_models not in (None, body.lasting_models):
             message = (
-                "Steering can't name an item of a response whose input has other tools, or ask for "
-                "another lifetime in the prompt cache."
+                "'response.steer' can't refer to an item of a response that has other tools, or "
+                "ask for another prompt cache lifetime."
             )
             raise Refusal("invalid_request", message, param="input")
         if len(self._steers) >= MAX_STEERS:
-            message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
+            message = f"This response has {MAX_STEERS} unanswered steering events, the maximum."
             raise Refusal("concurrency_limit_exceeded", message)
         if len(body.chosen_ids) + len(event.chosen_ids) > MAX_ITEMS:
             message = f"The input of this response has more than {MAX_ITEMS} items with ids."

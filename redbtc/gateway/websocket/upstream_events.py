@@ -107,7 +107,7 @@ class UpstreamEvents:
     async def _pass_all(self, socket: UpstreamSocket) -> None:
         """Send events to the client until the connection ends. When the session's last one has
         ended, close the client's connection in the same way, unless the last one was given up."""
-        code, reason = INTERNAL_ERROR, "The upstream's connection was lost."
+        code, reason = INTERNAL_ERROR, "The connection to the upstream was lost."
         strays = Strays(self._gateway, self._key, socket.upstream.name, self._objects)
         await self._sender.opened.wait()  # an event can come with the upstream's handshake
         try:
