@@ -695,7 +695,7 @@ def test_at_most_four_steerings_of_a_response_are_unanswered(
             ws.send(json.dumps(steer).encode())
         event = ws.until("error")
         assert event["error"]["code"] == "concurrency_limit_exceeded"
-        assert "4 unanswered 'response.steer'" in event["error"]["message"]
+        assert "4 unanswered steering events" in event["error"]["message"]
         release.set()
         ws.until("response.steer.failed")
         ws.send(json.dumps(steer).encode())
