@@ -45,7 +45,8 @@ from upstream import (
 
 from redbtc.config import parse_settings
 from redbtc.upstream import upstreams
-from redbtc.upstream.http1 import ResponseBody, Transport, UpstreamHTTPConnection
+from redbtc.upstream.connection import ResponseBody, UpstreamHTTPConnection
+from redbtc.upstream.transport import Transport
 
 Transports = Callable[[], httpx2.AsyncBaseTransport]
 BODY = b'{"model":"gpt-up","stream":true,"messages":[],"input":"Hi"}'
@@ -610,7 +611,7 @@ def test_what_nobody_reads_stays_at_the_upstream(upstream: Upstream) -> None:
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             await asyncio.sleep(1)
             (connection,) = transport.connections
-            assert connection.waiting_bytes < 1 << 20
+            assert connection.response.waiting_bytes < 1 << 20
             assert sent[0] < 50_000_000
             read = 0
             async for part in response.stream:

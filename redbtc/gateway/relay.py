@@ -20,8 +20,9 @@ from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Message, Send
 from redbtc.server.framing import NO_BODY
 from redbtc.slices import answers_of, in_slices
+from redbtc.upstream.connection import ResponseBody
 from redbtc.upstream.headers import headers_for_client, headers_for_upstream
-from redbtc.upstream.http1 import ResponseBody, ResponseHead
+from redbtc.upstream.response import ResponseHead
 from redbtc.upstream.upstreams import UploadBody, Upstream
 
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
@@ -104,8 +105,8 @@ class Relay:
     async def _ask(self, upstream: Upstream) -> None:
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
         exchange = self._exchange
-        store, by = exchange.gateway.store, exchange.repeatable_by
-        headers = headers_for_upstream(self._scope["headers"], store, by)
+        secret, by = exchange.gateway.store.secret, exchange.repeatable_by
+        headers = headers_for_upstream(self._scope["headers"], secret, by)
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         else:
@@ -306,9 +307,9 @@ class Relay:
             await in_slices(
                 exchange.meter.tearing(), answers_of(exchange.key.account_id), begun=True
             )
-        if self._body.left:
+        if self._body.begun:
             await asyncio.sleep(CLOSING_SECONDS)
-        if self._clock.client_left and not self._body.left:
+        if self._clock.client_left and not self._body.begun:
             await exchange.forget()
         if self._clock.client_left or self._waits_for_client:
             await exchange.settle("client_disconnected")
