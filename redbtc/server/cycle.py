@@ -1,23 +1,18 @@
-"""One request on a client's connection, and its answer."""
+"""One request on a client's connection, and the response to it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import http
-import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from redbtc.headers import BAD_IN_VALUE, Headers, header
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import App, Message, Scope
+from redbtc.server.asgi import Message, Scope
+from redbtc.server.connections import Connection
 from redbtc.server.framing import NO_BODY, Endless, Framing
-
-if TYPE_CHECKING:
-    from redbtc.server.protocol import HTTPProtocol
-
-
-HIGH_WATER = 64 << 10  # bytes of a body the app has not read; beyond them reading is paused
+from redbtc.server.stream import HIGH_WATER
 
 
 def _status_line(status: int) -> bytes:
@@ -38,14 +33,22 @@ class RequestCycle:
     """One request on a connection, with the `receive` and `send` that the ASGI app is given."""
 
     def __init__(
-        self, connection: HTTPProtocol, scope: Scope, framing: Framing, keep_alive: bool
+        self,
+        connection: Connection,
+        scope: Scope,
+        framing: Framing,
+        keep_alive: bool,
+        on_complete: Callable[[RequestCycle], None],
     ) -> None:
+        """`on_complete` is called as soon as the app has sent the whole response."""
         self.scope = scope
         self.framing = framing
         self.keep_alive = keep_alive
         self.started = False  # the app has sent the response's head
         self.complete = False
         self._connection = connection
+        self._stream = connection.stream
+        self._on_complete = on_complete
         self._failure: Refusal | None = None
         # The client sends its body once it gets "100 Continue" (RFC 9110 §10.1.1).
         expected = header(scope["headers"], b"expect") or b""
@@ -69,7 +72,7 @@ class RequestCycle:
         return len(self._body) > HIGH_WATER and not self.complete
 
     def feed(self, data: bytes) -> bytes:
-        """Take in a part of the body; return what comes after the body. Raises BadFraming."""
+        """Take in a part of the body; return what comes after the body. Raise BadFraming."""
         body, rest = self.framing.feed(data)
         if body and not self.complete:
             if self._body:
@@ -78,7 +81,7 @@ class RequestCycle:
             else:
                 self._body = body
             if self.is_full:
-                self._connection.pause_reading()
+                self._stream.pause_reading()
         if body or self.framing.whole:
             self.wake()
         return rest
@@ -96,33 +99,22 @@ class RequestCycle:
         """Send a part of the response's body at once and return True. Return False, with nothing
         sent, where `send` must be awaited instead: the client reads slowly or has disconnected, the
         response has not started or has ended, or it has a Content-Length."""
-        connection = self._connection
-        if not self.started or self._left is not None or connection.writing_paused:
+        stream = self._stream
+        if not self.started or self._left is not None or stream.writing_paused:
             return False
-        if connection.closed or self.complete:
+        if self._connection.closed or self.complete:
             return False
-        connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        stream.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return True
 
     # The app's side
 
-    async def run(self, app: App) -> None:
-        """Run the app. If it does not complete its response, tear the connection."""
-        try:
-            await app(self.scope, self.receive, self.send)
-        except BaseException as error:
-            if not isinstance(error, asyncio.CancelledError):
-                logging.getLogger("uvicorn.error").error("exception in the app", exc_info=error)
-        finally:
-            if not self.complete:
-                self._connection.tear(self)
-
     async def receive(self) -> Message:
         """Return the next part of the body; after its end, wait until the client disconnects or the
-        response is complete. Raises Refusal where the body's framing is invalid."""
+        response is complete. Raise Refusal where the body's framing is invalid."""
         connection = self._connection
         if self._waits and not (self.started or connection.closed or self.framing.whole):
-            connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._waits = False
         while not (connection.closed or self.complete):
             if self._failure:
@@ -130,9 +122,9 @@ class RequestCycle:
             if self._body or (self.framing.whole and not self._ended):
                 body, self._body = self._body, b""
                 self._ended = self.framing.whole
-                connection.resume_reading()
+                self._stream.resume_reading()
                 return {"type": "http.request", "body": bytes(body), "more_body": not self._ended}
-            connection.resume_reading()
+            self._stream.resume_reading()
             self._event.clear()
             if self.framing.whole:
                 await self._event.wait()
@@ -144,16 +136,16 @@ class RequestCycle:
         """Send the response's head or a part of its body. Waits while the client reads slowly, but
         not with the end: what the app still holds is then freed, and the connection has a deadline
         and can make room."""
-        connection = self._connection
-        if connection.writing_paused and not (connection.closed or _is_end(message)):
-            await connection.writable("key" in self.scope)
+        connection, stream = self._connection, self._stream
+        if stream.writing_paused and not (connection.closed or _is_end(message)):
+            await connection.make_room_until(stream.writable(), "key" in self.scope)
         if connection.closed:
             return
         if message["type"] == "http.response.start" and not self.started:
             self.started = True
-            connection.write_head(self._head(message["status"], message["headers"]))
+            stream.write_head(self._head(message["status"], message["headers"]))
             if self.ends_by_closing:
-                connection.reset_when_closed(True)
+                stream.reset_when_closed(True)
         elif message["type"] == "http.response.body" and self.started and not self.complete:
             self._send_body(message.get("body", b""), message.get("more_body", False))
         else:
@@ -183,7 +175,6 @@ class RequestCycle:
         return STATUS_LINES[status] + text + b"\r\n"
 
     def _send_body(self, body: bytes, more: bool) -> None:
-        connection = self._connection
         if self.scope["method"] == "HEAD":
             body = b""
         if self._left is not None:
@@ -194,11 +185,11 @@ class RequestCycle:
             body = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
             body += b"" if more else b"0\r\n\r\n"
         if body or not more:
-            connection.write(body)
+            self._stream.write(body)
         if not more:
             self.complete = True
             self.wake()
-            connection.answered(self)
+            self._on_complete(self)
 
     @property
     def ends_by_closing(self) -> bool:
