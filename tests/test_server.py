@@ -219,7 +219,7 @@ def test_connect_is_refused_and_closed() -> None:
         assert served.transport.out.startswith(b"HTTP/1.1 400 ")
         assert served.transport.out.count(b"HTTP/1.1") == 1
         assert served.transport.eof
-        served.later(protocol_module.LINGER_SECONDS)
+        served.later(connections.LINGER_SECONDS)
         assert served.transport.ended == "aborted"
 
     run(test)
@@ -328,7 +328,7 @@ def test_trailers_and_extensions_are_bounded() -> None:
         await served.feed(head)
         while not served.transport.ended and sent < 10_000_000:
             if served.transport.eof:
-                served.later(protocol_module.LINGER_SECONDS)
+                served.later(connections.LINGER_SECONDS)
             else:
                 await served.feed(piece)
                 sent += len(piece)
@@ -766,7 +766,7 @@ def test_http_1_0_gets_no_chunks(how: str) -> None:
         assert sock.linger == b"\1\0\0\0\0\0\0\0", "reset if the process is killed"
         if how == "not read":
             served.transport.unsent = 10
-            served.later(protocol_module.LINGER_SECONDS)
+            served.later(connections.LINGER_SECONDS)
             served.later(connections.PROGRESS_SECONDS)
             assert served.transport.ended == "aborted"
         served.protocol.connection_lost(None)

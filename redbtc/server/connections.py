@@ -26,6 +26,7 @@ from redbtc.server.stream import ClientStream
 from redbtc.telemetry import log
 
 SWEEP_SECONDS = 1  # between two looks at all deadlines
+LINGER_SECONDS = 2  # to read the last response: closing on unread bytes would reset the connection
 PROGRESS_SECONDS = 60  # more for a client that has not read all, as long as it reads some in each
 CALM_SECONDS = 60  # below the maximum of connections until the log says so
 RESERVED_DESCRIPTORS = 64  # for the ledger, listening sockets, files
@@ -83,6 +84,26 @@ class Connection:
         finally:
             if self.state is State.SERVING:
                 waiting.pop(self, None)
+
+    def close(self, whole: bool) -> None:
+        """Close after the last response. `whole`: all that the client sent has been read, so that
+        closing at once can't reset the connection before the client has read the response."""
+        self.stream.flush_head()
+        if whole:
+            self.stream.close()
+        else:
+            self.stream.close_writing()
+        self.enter(State.CLOSING, LINGER_SECONDS)
+
+    def tear(self, ends_by_closing: bool) -> None:
+        """Close in the middle of a response, in a way that the client can't take for the end of the
+        response. `ends_by_closing`: only the connection's end marks the end of the response."""
+        self.stream.flush_head()
+        if ends_by_closing:
+            self.stream.abort()
+            return
+        self.stream.close()
+        self.enter(State.CLOSING, LINGER_SECONDS)
 
     def expire(self) -> None:
         """Abort the connection, whose deadline has passed. While the write buffer is not empty,

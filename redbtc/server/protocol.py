@@ -36,8 +36,7 @@ HEAD_SECONDS = 30  # for a whole head; on a new connection, also for its first b
 KEEP_ALIVE_SECONDS = 75  # longer than nginx's 60, so that nginx never sends on a closed connection
 DISCARD_SECONDS = 30  # for the rest of a body whose request was answered
 MAX_DISCARDED = 256 << 20  # bytes of such a rest
-LINGER_SECONDS = 2  # to read the last response: closing on unread bytes would reset the connection
-MAX_LINGER = 4 << 20  # bytes that are thrown away in that time
+MAX_LINGER = 4 << 20  # bytes that are thrown away after the last response
 WRITE_SECONDS = 300  # for the client to read from a full write buffer while the app runs
 
 
@@ -119,7 +118,7 @@ class HTTPProtocol(asyncio.Protocol):
         if self.connection.state is State.SERVING and self._cycle:
             self._cycle.keep_alive = False
         elif self.connection.state is State.DISCARDING:
-            self._close(whole=False)
+            self.connection.close(whole=False)
         elif self.connection.state is not State.CLOSING:
             self._stream.close()
 
@@ -177,7 +176,7 @@ class HTTPProtocol(asyncio.Protocol):
         except BadFraming:
             cycle.fail(Refusal("invalid_http", "The framing of the body is invalid."))
             if discarding:
-                self._close(whole=False)
+                self.connection.close(whole=False)
             return
         except MemoryError:
             cycle.fail(Refusal("overloaded"))
@@ -235,14 +234,14 @@ class HTTPProtocol(asyncio.Protocol):
                 logging.getLogger("uvicorn.error").error("exception in the app", exc_info=error)
         finally:
             if not cycle.complete and not self.connection.closed:
-                self._tear(cycle)
+                self.connection.tear(cycle.ends_by_closing)
 
     def _answered(self, cycle: RequestCycle) -> None:
         """Enter the state that follows a complete response."""
         self._server_state.total_requests += 1
         self.connection.keyed = "key" in cycle.scope
         if not cycle.keep_alive:
-            self._close(whole=cycle.framing.whole and not self._stream.kept)
+            self.connection.close(whole=cycle.framing.whole and not self._stream.kept)
         elif cycle.framing.whole:
             self._next()
         else:
@@ -257,26 +256,6 @@ class HTTPProtocol(asyncio.Protocol):
             self._continue()
         else:
             self._stream.resume_reading()
-
-    def _close(self, whole: bool) -> None:
-        """Close after the last response. `whole`: all that the client sent has been read, so that
-        closing at once can't reset the connection before the client has read the response."""
-        self._stream.flush_head()
-        if whole:
-            self._stream.close()
-        else:
-            self._stream.close_writing()
-        self.connection.enter(State.CLOSING, LINGER_SECONDS)
-
-    def _tear(self, cycle: RequestCycle) -> None:
-        """End the connection of an app that returned without completing its response, in a way that
-        the client can't take for the end of the response."""
-        self._stream.flush_head()
-        if cycle.ends_by_closing:
-            self._stream.abort()
-            return
-        self._stream.close()
-        self.connection.enter(State.CLOSING, LINGER_SECONDS)
 
     def _hand_over(self, scope: Scope, rest: bytes) -> None:
         """Hand the connection over to uvicorn's WebSocket protocol."""
