@@ -172,7 +172,7 @@ def test_sdk_models_and_errors(sdk: openai.OpenAI) -> None:
     assert sdk.models.retrieve("redbtc-demo").owned_by == "redbtc"
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve("other/model")
-    with pytest.raises(openai.BadRequestError, match="most tokens"):
+    with pytest.raises(openai.BadRequestError, match="output tokens"):
         sdk.responses.create(model="m", input="x", max_output_tokens=0)
 
 

@@ -20,7 +20,7 @@ from redbtc.server.asgi import Scope
 from redbtc.server.connections import Connections, State
 from redbtc.server.framing import (
     HANDSHAKE_LISTS,
-    MAX_CHUNKS_A_TURN,
+    MAX_CHUNKS_PER_TURN,
     MAX_HEAD_BYTES,
     MAX_HEADERS,
     MAX_TRAILER_BYTES,
@@ -378,7 +378,7 @@ def test_a_flood_of_small_chunks_is_read_in_slices() -> None:
         assert not served.transport.reading, "no more is taken in meanwhile"
         await count()
         assert served.requests[0][2] == b"a" * 40_000
-        assert turns >= 40_000 / MAX_CHUNKS_A_TURN
+        assert turns >= 40_000 / MAX_CHUNKS_PER_TURN
 
     run(test)
 
@@ -819,14 +819,14 @@ def test_small_chunks_are_bounded_while_nobody_reads_them() -> None:
     async def test() -> None:
         nonlocal served, let_go
         served, let_go = Served(wait), asyncio.Event()
-        flood = chunked(*[b"x" * 1000] * (MAX_CHUNKS_A_TURN + 50), end=b"")
+        flood = chunked(*[b"x" * 1000] * (MAX_CHUNKS_PER_TURN + 50), end=b"")
         await served.feed(post(b"Transfer-Encoding: chunked", b""), flood)
         assert not served.transport.reading
         let_go.set()
         await turn()
         assert served.transport.reading
         await served.feed(b"0\r\n\r\n")
-        assert [len(body) for _, _, body in served.requests] == [(MAX_CHUNKS_A_TURN + 50) * 1000]
+        assert [len(body) for _, _, body in served.requests] == [(MAX_CHUNKS_PER_TURN + 50) * 1000]
 
     run(test)
 

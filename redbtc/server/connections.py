@@ -156,8 +156,8 @@ class Connections:
 
     @property
     def unsent(self) -> bool:
-        """Whether there are clients with a valid key that have not read all of a response that is
-        complete."""
+        """Return whether there are clients with a valid key that have not read all of a response
+        that is complete."""
         return any(each.keyed and each.stream.unsent_bytes for each in self.open)
 
     def add(self, connection: Connection, number: int) -> None:

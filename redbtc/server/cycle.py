@@ -52,23 +52,23 @@ class RequestCycle:
         self._failure: Refusal | None = None
         # The client sends its body once it gets "100 Continue" (RFC 9110 §10.1.1).
         expected = header(scope["headers"], b"expect") or b""
-        self._waits = expected.lower() == b"100-continue" and not self._is_old
+        self._expects_continue = expected.lower() == b"100-continue" and not self._is_old
         self._body: bytes | bytearray = b""
         self._ended = False  # the app has received the end of the body
         self._event = asyncio.Event()
-        self._left: int | None = None  # bytes still to send of the response's Content-Length
+        self._remaining: int | None = None  # bytes still to send of the response's Content-Length
         self._chunked = False
 
     @property
     def _is_old(self) -> bool:
-        """Whether the client speaks HTTP/1.0."""
+        """Return whether the client speaks HTTP/1.0."""
         return bool(self.scope["http_version"] == "1.0")
 
     # The client's side
 
     @property
     def is_full(self) -> bool:
-        """Whether the app must take what has arrived of the body before more is read."""
+        """Return whether the app must take what has arrived of the body before more is read."""
         return len(self._body) > HIGH_WATER and not self.complete
 
     def feed(self, data: bytes) -> bytes:
@@ -100,7 +100,7 @@ class RequestCycle:
         sent, where `send` must be awaited instead: the client reads slowly or has disconnected, the
         response has not started or has ended, or it has a Content-Length."""
         stream = self._stream
-        if not self.started or self._left is not None or stream.writing_paused:
+        if not self.started or self._remaining is not None or stream.writing_paused:
             return False
         if self._connection.closed or self.complete:
             return False
@@ -113,9 +113,9 @@ class RequestCycle:
         """Return the next part of the body; after its end, wait until the client disconnects or the
         response is complete. Raise Refusal where the body's framing is invalid."""
         connection = self._connection
-        if self._waits and not (self.started or connection.closed or self.framing.whole):
+        if self._expects_continue and not (self.started or connection.closed or self.framing.whole):
             self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._waits = False
+        self._expects_continue = False
         while not (connection.closed or self.complete):
             if self._failure:
                 raise self._failure
@@ -156,18 +156,18 @@ class RequestCycle:
         in chunks, or for HTTP/1.0, which has no chunks (RFC 9112 §6.1), by the connection's end."""
         for name, value in headers:
             if name == b"content-length":
-                self._left = int(value)
+                self._remaining = int(value)
             elif name == b"connection" and b"close" in value.lower():
                 self.keep_alive = False
-        if self._waits and not self.framing.whole:
+        if self._expects_continue and not self.framing.whole:
             # The client was not told to send its body: it may send that, or the next request.
             self.keep_alive = False
         text = b"".join([b"%b: %b\r\n" % line for line in headers if line[0] != b"connection"])
         if BAD_IN_VALUE.search(b"".join([name + value for name, value in headers])):
             raise RuntimeError("a response header contains control characters")
         if self.scope["method"] == "HEAD" or status in NO_BODY:
-            self._left = 0
-        elif self._left is None:
+            self._remaining = 0
+        elif self._remaining is None:
             self._chunked = not self._is_old
             text += b"transfer-encoding: chunked\r\n" if self._chunked else b""
         if not self.keep_alive:
@@ -177,9 +177,9 @@ class RequestCycle:
     def _send_body(self, body: bytes, more: bool) -> None:
         if self.scope["method"] == "HEAD":
             body = b""
-        if self._left is not None:
-            self._left -= len(body)
-            if self._left < 0 or (self._left and not more):
+        if self._remaining is not None:
+            self._remaining -= len(body)
+            if self._remaining < 0 or (self._remaining and not more):
                 raise RuntimeError("the response body does not have the length of Content-Length")
         elif self._chunked:
             body = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
@@ -193,5 +193,5 @@ class RequestCycle:
 
     @property
     def ends_by_closing(self) -> bool:
-        """Whether only the connection's end marks the end of the response's body."""
-        return self.started and self._left is None and not self._chunked
+        """Return whether only the connection's end marks the end of the response's body."""
+        return self.started and self._remaining is None and not self._chunked

@@ -88,7 +88,7 @@ class ClientStream:
 
     @property
     def unsent_bytes(self) -> int:
-        """How many bytes are in the write buffer."""
+        """The number of bytes in the write buffer."""
         return self._transport.get_write_buffer_size()
 
     # Ending

@@ -259,7 +259,7 @@ class ResponseBody(httpx2.AsyncByteStream):
 
     @property
     def whole(self) -> bool:
-        """Whether all of it has arrived."""
+        """Return whether all of the body has arrived."""
         return self._connection is not None and self._connection.response.state is State.COMPLETE
 
     def __aiter__(self) -> ResponseBody:

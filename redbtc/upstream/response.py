@@ -130,7 +130,7 @@ class ResponseReader:
 
     @property
     def nothing_came(self) -> bool:
-        """Whether a response is awaited of which not a byte has arrived."""
+        """Return whether a response is awaited of which not a byte has arrived."""
         return self.state in (State.SENDING, State.AWAITING_HEAD) and not self._overhead
 
     # What httptools calls
