@@ -427,8 +427,14 @@ class Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._free or self._held:
+            self.release()
+
+    def release(self) -> None:
+        """Give all of it back. It has no effect the second time."""
         if self._free:
             self._account.free -= 1
+            self._free = 0
         if self._held:
             self.give_back(self._size)
 
