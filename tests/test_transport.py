@@ -757,7 +757,7 @@ def test_the_states_of_an_exchange() -> None:
     reader.begin("POST")
     states.append(reader.state)
     assert reader.nothing_came
-    reader.await_head()
+    reader.enter(State.AWAITING_HEAD)
     reader.feed(b"HTTP/1.1 103 Early Hints\r\n\r\n" + SIZED[:-1])
     states.append(reader.state)
     assert not reader.nothing_came
@@ -788,7 +788,7 @@ def test_an_exchange_that_does_not_go_as_planned() -> None:
     early = ResponseReader()
     early.begin("POST")
     early.feed(SIZED + b"hello")
-    early.await_head()
+    early.enter(State.AWAITING_HEAD)
     assert (early.state, early.reusable) == (State.COMPLETE, False), (
         "the request was not sent whole"
     )

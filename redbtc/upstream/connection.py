@@ -202,7 +202,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             raise httpx2.LocalProtocolError("Too little data for declared Content-Length")
         if end := head + (b"0\r\n\r\n" if left is None else b""):
             self._write([end])
-        self.response.await_head()
+        self.response.enter(State.AWAITING_HEAD)
 
     def _write(self, parts: list[bytes]) -> None:
         self._written += sum(map(len, parts))

@@ -1,7 +1,7 @@
 """A response of an upstream: one `ResponseReader` parses it. There is no I/O here.
 
 A reader serves one exchange, a request and its response, and has the states of the connection
-during that exchange. `ResponseReader._enter` alone changes them:
+during that exchange. `ResponseReader.enter` alone changes them:
 
     IDLE ─► SENDING ─► AWAITING_HEAD ─► READING_BODY ─► COMPLETE ─► CLOSED
                └───────────────────────────▲  (a response that did not wait for the whole request)
@@ -67,7 +67,7 @@ class ResponseReader:
         self._overhead = 0
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
-    def _enter(self, state: State) -> None:
+    def enter(self, state: State) -> None:
         """Change the state. After COMPLETE and FAILED there is only CLOSED, and nothing after it:
         the first error counts, and none after the response's end."""
         if state is State.CLOSED or self.state not in ENDED:
@@ -78,11 +78,7 @@ class ResponseReader:
     def begin(self, method: str) -> None:
         """Expect the response to a request that is being sent from now on."""
         self._has_body = method != "HEAD"
-        self._enter(State.SENDING)
-
-    def await_head(self) -> None:
-        """Note that the request was sent whole."""
-        self._enter(State.AWAITING_HEAD)
+        self.enter(State.SENDING)
 
     def feed(self, data: bytes) -> None:
         """Parse bytes that have arrived. Fails where they are no response of HTTP/1.1."""
@@ -103,7 +99,7 @@ class ResponseReader:
         if error:
             self.fail(httpx2.ReadError(str(error)))
         elif self.state is State.READING_BODY and self._until_close:
-            self._enter(State.COMPLETE)
+            self.enter(State.COMPLETE)
         else:
             where = "in the middle of" if self.status else "without"
             self.fail(httpx2.RemoteProtocolError(f"the connection was closed {where} a response"))
@@ -114,7 +110,7 @@ class ResponseReader:
         self.reusable = False
         if self.state not in ENDED:
             self.error = error
-            self._enter(State.FAILED)
+            self.enter(State.FAILED)
 
     def take(self) -> list[bytes]:
         """Return the parts of the body that have arrived since the last time."""
@@ -125,7 +121,7 @@ class ResponseReader:
         """Read nothing any more. Break reference cycles, so that memory is freed without waiting
         for the garbage collector: a parser refers back to its reader, a raised error to the code
         that raised it."""
-        self._enter(State.CLOSED)
+        self.enter(State.CLOSED)
         self._parser = self.error = None
 
     @property
@@ -146,7 +142,8 @@ class ResponseReader:
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status:  # a trailer
             return
-        value = value.rstrip(b" \t")
+        if value[-1:] in (b" ", b"\t"):  # no part of the value (RFC 9110 §5.5)
+            value = value.rstrip(b" \t")
         self.headers.append((name, value))
         lower = name.lower()
         if lower == b"content-length":
@@ -169,10 +166,10 @@ class ResponseReader:
         self.status = status
         self.http_version = self._parser.get_http_version()
         self._overhead = 0
-        self._enter(State.READING_BODY)
+        self.enter(State.READING_BODY)
         if not self._has_body:
             self.reusable = False  # to llhttp, a body follows
-            self._enter(State.COMPLETE)
+            self.enter(State.COMPLETE)
 
     def on_body(self, body: bytes) -> None:
         if self.state is State.READING_BODY:  # else these bytes came after the response
@@ -183,4 +180,4 @@ class ResponseReader:
         if self.state is State.READING_BODY:
             assert self._parser is not None
             self.reusable = self.reusable and self._parser.should_keep_alive()
-            self._enter(State.COMPLETE)
+            self.enter(State.COMPLETE)
