@@ -69,7 +69,7 @@ class Connection:
             connections.waiting[self] = None  # keeps its position if it is there already
 
     def limit_serving(self, seconds: float) -> None:
-        """If the app runs, set a deadline in `seconds`, or none for infinity."""
+        """Set a deadline in `seconds` while the app runs; infinity means none."""
         if self.state is State.SERVING:
             self.deadline = self._connections.now() + seconds
 
