@@ -58,8 +58,8 @@ def check_response(headers: Headers) -> None:
 
 async def ask_to_close(event: str, info: dict[str, Any]) -> None:
     """Tell the upstream of a request over HTTP/1.1 to close the connection after its response.
-    httpx2 calls this at each event of a request (its "trace" extension). Otherwise httpx2 would take what an upstream sends after a
-    response for the response to the next request, which may be another account's. HTTP/2 numbers
-    its responses."""
+    httpx2 calls this at each event of a request (its "trace" extension). Otherwise httpx2 would
+    take what an upstream sends after a response for the response to the next request, which may be
+    another account's. HTTP/2 numbers its responses."""
     if event == "http11.send_request_headers.started" and info["request"].method != b"CONNECT":
         info["request"].headers.append((b"connection", b"close"))
