@@ -51,8 +51,10 @@ class RequestCycle:
         self._on_complete = on_complete
         self._failure: Refusal | None = None
         # The client sends its body once it gets "100 Continue" (RFC 9110 §10.1.1).
-        expected = header(scope["headers"], b"expect") or b""
-        self._expects_continue = expected.lower() == b"100-continue" and not self._is_old
+        expected = header(scope["headers"], b"expect")
+        self._expects_continue = (
+            expected is not None and expected.lower() == b"100-continue" and not self._is_old
+        )
         self._body: bytes | bytearray = b""
         self._ended = False  # the app has received the end of the body
         self._event = asyncio.Event()
