@@ -86,13 +86,13 @@ def reply_to(body: Json, messages: Any, max_tokens: Any) -> Reply:
     """Return a reply of at most `max_tokens` tokens (None means no limit), which quotes the user's
     last message."""
     if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-        raise HTTPException(400, "The maximum of output tokens must be an integer of at least 1.")
+        raise HTTPException(400, "The output token limit must be a whole number of at least 1.")
     if isinstance(messages, list):
         messages = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"][-1:]
     asked = " ".join(texts(messages)).lstrip()[:200]
     text = (
-        "This is the RedBTC demonstration upstream: no model is behind it. You said: "
-        f'"{textwrap.shorten(asked, 60, placeholder="…")}". The usage is a true count of both.'
+        "This is a canned answer from the RedBTC demonstration upstream. You said: "
+        f'"{textwrap.shorten(asked, 60, placeholder="…")}". The token counts are exact.'
     )
     ends = [token.end() for token in TOKEN.finditer(text)][:max_tokens]
     return Reply(text[: ends[-1]], ends[-1] < len(text), sum(map(count, texts(body))))

@@ -174,7 +174,8 @@ class HTTPProtocol(asyncio.Protocol):
         try:
             rest = cycle.feed(data)
         except BadFraming:
-            cycle.fail(Refusal("invalid_http", "The framing of the body is invalid."))
+            message = "The chunked encoding of the request body is invalid."
+            cycle.fail(Refusal("invalid_http", message))
             if discarding:
                 self.connection.close(whole=False)
             return

@@ -170,7 +170,7 @@ class Upstream:
                 allowed = [each for each in named if self.serves(each["id"])]
                 self._models = allowed, time.monotonic()
         if self._models is None:
-            raise Refusal("upstream_unreachable", "The upstream gave no list of models.")
+            raise Refusal("upstream_unreachable", "The upstream did not return a list of models.")
         models, listed_at = self._models
         return models, time.monotonic() - listed_at
 
