@@ -10,7 +10,7 @@ from redbtc.meter.decoding import codings_of
 from redbtc.server.asgi import Message, Send
 from redbtc.server.framing import NO_BODY
 from redbtc.upstream.headers import headers_for_client
-from redbtc.upstream.http1 import ResponseHead
+from redbtc.upstream.response import ResponseHead
 
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser neither runs a response of any other type nor takes it for HTML.

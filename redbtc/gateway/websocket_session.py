@@ -73,7 +73,7 @@ from redbtc.slices import answers_of, in_slices
 from redbtc.store.keys import Key
 from redbtc.store.requests import Admitted, settle
 from redbtc.upstream.headers import headers_for_client, headers_for_upstream
-from redbtc.upstream.upstreams import Upstream, by_turn
+from redbtc.upstream.upstreams import Upstream, in_order
 from redbtc.usage import Outcome, RequestRow
 
 MAX_SESSIONS = 100  # of an account
@@ -264,7 +264,7 @@ class WebSocketSession:
         if not usable:
             raise Refusal("no_upstream", retry_after=5)
         refused = "upstream_unreachable"
-        for upstream in by_turn(usable):
+        for upstream in in_order(usable):
             try:
                 return await self._line_to(upstream)
             except OSError:
@@ -284,8 +284,8 @@ class WebSocketSession:
         return await asyncio.shield(self._opening[upstream])
 
     async def _open(self, upstream: Upstream) -> UpstreamSocket:
-        account_id, store = self._key.account_id, self.gateway.store
-        headers = headers_for_upstream(self._handshake.headers, store, account_id)
+        account_id, secret = self._key.account_id, self.gateway.store.secret
+        headers = headers_for_upstream(self._handshake.headers, secret, account_id)
         try:
             connection = await upstream.connect(headers)
         except InvalidStatus as error:
