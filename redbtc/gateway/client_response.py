@@ -18,7 +18,7 @@ INERT: Headers = [(b"content-security-policy", b"sandbox"), (b"x-content-type-op
 
 
 class Sent(enum.Enum):
-    """How much of the response the client has been sent."""
+    """The part of the response that the client has been sent."""
 
     NOTHING = "nothing: it can still be told of a failure"
     HEAD = "the head, and perhaps a part of the body: it can only be cut off"
@@ -62,7 +62,7 @@ class ClientResponse:
 
     @property
     def has_length(self) -> bool:
-        """Whether the head tells the length of the body."""
+        """Return whether the head tells the length of the body."""
         return header(self._head["headers"], b"content-length") is not None
 
     def drop_length(self) -> None:
