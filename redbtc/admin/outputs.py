@@ -372,7 +372,7 @@ class UsageReport(Struct):
 
 
 class RequestShown(Struct):
-    """A row of the ledger, CONTRACT.md section 5."""
+    """A row of the ledger, docs/contract.md section 5."""
 
     request_id: str
     account: str

@@ -142,7 +142,7 @@ class Range(Struct, frozen=True):
 
 
 async def requests_in(store: Reader, wanted: Range, currency: str) -> list[Record]:
-    """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
+    """Rows of the ledger, oldest first, with the fields of docs/contract.md section 5."""
     if wanted.limit > 0 and wanted.account:
         wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
     newest_first = await store.all(*_query(wanted, currency))
