@@ -23,7 +23,7 @@ from redbtc.admin.api import OPERATIONS
 from redbtc.admin.outputs import RequestShown
 from redbtc.cli.main import commands
 from redbtc.config import Settings, parse_settings
-from redbtc.gateway.routes import METERED
+from redbtc.gateway.endpoints import METERED
 from redbtc.refusals import REFUSALS
 
 MAX_README_LINES = 200
