@@ -1122,7 +1122,7 @@ def test_money_has_its_currency_s_digits(
     ],
 )
 def test_a_message_is_a_sentence_and_a_name_stays_as_it_is(text: str, shown: str) -> None:
-    assert app.sentence(text) == shown
+    assert rendering.sentence(text) == shown
 
 
 def cells(text: str, caption: str) -> list[list[str]]:
