@@ -123,8 +123,8 @@ class Attempts:
             self._queued -= Counter([site])  # which removes a site that has none left
 
     def _count(self, email: str, network: str) -> None:
-        """Raise TooMany. The network comes first: a refused attempt must not add a bucket for its
-        address, or it would push other buckets out without the cost of a scrypt."""
+        """Count an attempt, or raise TooMany. The network comes first: a refused attempt must not
+        add a bucket for its address, or it would push others out without the cost of a scrypt."""
         of_network = self._filled((network,), MAX_PER_NETWORK)
         of_address = self._filled((network, email), MAX_PER_ADDRESS)
         of_network.charge(1)

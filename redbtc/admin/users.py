@@ -1,4 +1,4 @@
-"""Dashboard users: their passwords, one-time links and sessions.
+"""The dashboard's users: their passwords, one-time links and sessions.
 
 Rule 1. Nothing that could let somebody in is stored: of a password only its scrypt is kept, of a
 one-time link and a session's cookie (256 random bits each) only the SHA-256.
@@ -166,7 +166,7 @@ def parse_email(text: str) -> str:
 
 
 class Users:
-    """All users of one gateway and their sessions. The argument `by` of a method is the name in the
+    """The users of one gateway and their sessions. The argument `by` of a method is the name in the
     log of changes of whoever makes the change."""
 
     def __init__(self, store: Store) -> None:
