@@ -48,13 +48,17 @@ class Log:
         self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
         self.failure: Exception | None = None  # what has ended the thread
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to write lines, also those that came before."""
         self._thread = threading.Thread(target=self._work, name="log", daemon=True)
         self._thread.start()
 
     @property
     def works(self) -> bool:
         """Return whether its thread runs."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
         """One line, at one of logging's levels."""

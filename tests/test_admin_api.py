@@ -111,7 +111,7 @@ def ids(running: Gateway) -> dict[str, str]:
 @DESCRIBED.parametrize()
 @FEW
 def test_every_operation_keeps_its_description(
-    case: Case, running: Gateway, asking: Asking, ids: dict[str, str]
+    case: Case[Any], running: Gateway, asking: Asking, ids: dict[str, str]
 ) -> None:
     assert case.meta is not None
     if case.meta.generation.mode == GenerationMode.POSITIVE:

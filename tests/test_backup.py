@@ -27,11 +27,12 @@ from conftest import MakeGateway
 from gateway import PATIENCE_SECONDS, ROOT, RUN, Gateway, wait_until
 from upstream import Received, Reply, Upstream, json_answer, response_object
 
-from redbtc.cli import main
+from redbtc.cli.main import main
 from redbtc.store import backup as backup_module
 from redbtc.store import consistency
 from redbtc.store.schema import APPLICATION_ID, migrations, newest_version, schema
 from redbtc.times import iso_time
+from redbtc_proxy import run
 
 BODY = {"model": "gpt-up", "input": "Hi"}
 FIRST = 1_795_000_000_000  # when the first request started, less one millisecond
@@ -154,7 +155,7 @@ class Commands:
         self._monkeypatch.setattr(sys, "argv", command)
         umask = os.umask(0o022)
         try:
-            main.main()
+            main(run)
         except SystemExit as end:
             return int(end.code or 0)
         finally:
@@ -243,7 +244,7 @@ class Load:
 def killed(gateway: Gateway, left: int, calls: list[str], *arguments: str) -> None:
     """Run a command that is killed before a call."""
     prelude = f"{KILL}\nkill_after({left}, {calls!r})\n\n"
-    prelude += "backup.PAGES_A_STEP = 4\n"
+    prelude += "from redbtc.store import backup\nbackup.PAGES_A_STEP = 4\n"
     command = [sys.executable, "-c", prelude + RUN, *gateway.command(*arguments)[1:]]
     done = subprocess.run(command, capture_output=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -336,6 +337,7 @@ def copies_killed_at_each_step(template: Path, code: str) -> Iterator[Path]:
         yield copies / str(number)
 
 
+@pytest.mark.slow
 def test_a_killed_backup_leaves_whole_files_and_the_next_one_succeeds(tmp_path: Path) -> None:
     template = tmp_path / "template"
     template.mkdir()
@@ -361,6 +363,7 @@ def test_a_killed_backup_leaves_whole_files_and_the_next_one_succeeds(tmp_path: 
     assert seen >= {(30, 20), (40, 30, 20)}
 
 
+@pytest.mark.slow
 def test_a_killed_restore_leaves_the_old_database_or_the_new_one(tmp_path: Path) -> None:
     template = tmp_path / "template"
     template.mkdir()
@@ -531,7 +534,7 @@ def test_a_backup_that_fails_leaves_nothing(
 ) -> None:
     path = commands.folder / "b.db"
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
         assert "5 bytes free" in commands.refuses("db", "backup", path)
 
     def refused(*_: Any) -> None:
@@ -690,7 +693,7 @@ def test_a_restore_without_room_changes_nothing(
 ) -> None:
     path = commands.folder / "b.db"
     commands.json("db", "backup", path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
     assert "5 bytes free" in commands.refuses("db", "restore", path)
 
 

@@ -110,7 +110,7 @@ def usages(draw: st.DrawFn) -> Usage:
 
 
 @st.composite
-def prices(draw: st.DrawFn, **fixed: Any) -> Price:
+def prices(draw: st.DrawFn, /, **fixed: Any) -> Price:
     calls = st.none() | st.integers(0, prices_module.MAX_CALL_RATE)
     given_rates = {
         name: draw(calls if name in prices_module.UNITS else rates)
@@ -391,6 +391,13 @@ class Bench:
 
         return self.run(read())
 
+    def usage_by(self, names: list[str], **wanted: Any) -> list[dict[str, Any]]:
+        async def read() -> list[dict[str, Any]]:
+            async with self.store.snapshot() as snapshot:
+                return await reports_module.usage_by(snapshot, Range(**wanted), names, "USD")
+
+        return self.run(read())
+
     def begin(self, key: Key, model: str, most: int, at: int) -> tuple[RequestRow, Hold]:
         """Take price and hold and begin a row, as the gateway does. Raises SpendingLimitReached."""
         spending = self.run(self.books.spending_of(key))
@@ -507,11 +514,22 @@ def test_a_class_that_begins_with_its_end_is_a_pattern(bench: Bench, clock: Cloc
 
 
 def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> None:
+    """Its price may rise at once and without a reason. The rise is published, and requests from
+    then on cost the new price."""
     key = bench.key("a")
     bench.price(Price("m", input=5 * NANOS))
-    use(bench, key, clock)
-    clock.now += 92 * DAY
-    bench.price(Price("m", input=6 * NANOS))
+    use(bench, key, clock, used=1_000_000)
+    clock.now += 89 * DAY
+    with pytest.raises(UserError, match=r"m is in use and would cost more .*input 5 to 6"):
+        bench.price(Price("m", input=6 * NANOS))
+    clock.now += 2 * DAY
+    added = bench.price(Price("m", input=6 * NANOS))
+    (price,) = added["prices"]
+    assert (price["input"], price["status"], price["reason"]) == ("6", "current", None)
+    (notice,) = bench.run(bench.books.notices())
+    assert notice["text"].endswith("m: input 5 to 6.")
+    use(bench, key, clock, used=1_000_000)
+    assert [row["cost"] for row in bench.rows()] == ["5", "6"]
 
 
 def test_a_more_specific_pattern_can_hide_no_rise(bench: Bench, clock: Clock) -> None:
@@ -705,7 +723,7 @@ def test_sums_are_those_of_the_rows(
         "since": START + since,
         "until": START + until,
     }
-    found = crowded.run(reports_module.usage_by(crowded.store, Range(**wanted), names, "USD"))
+    found = crowded.usage_by(names, **wanted)
     labels = {"day": "day", "model": "model", "key": "key_id", "account": "account"}
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {} if names else {(): []}
     for row in crowded.rows(**wanted):
@@ -1177,7 +1195,7 @@ class Money(RuleBasedStateMachine):
 Money.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestMoney = Money.TestCase
+TestMoney = pytest.mark.slow(Money.TestCase)
 
 
 def test_what_is_committed_is_seen_while_something_else_is_being_read(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from redbtc.store.schema import migrations
 
 
 @pytest.mark.parametrize("running", [True, False])
+@pytest.mark.front_door
 def test_accounts_and_keys(make_gateway: MakeGateway, running: bool) -> None:
     gateway = make_gateway()
     if running:
@@ -137,6 +138,7 @@ def test_exit_status_and_one_clear_line(
     assert done.stderr.strip().splitlines()[-1].startswith("Error: ")
 
 
+@pytest.mark.front_door
 def test_usage(gateway: Gateway, upstream: Upstream) -> None:
     for account, path, count in (("a", "/responses", 3), ("b", "/chat/completions", 2)):
         with gateway.client(gateway.new_key(account)) as client:

@@ -148,6 +148,7 @@ def test_a_model_without_a_price_is_refused_and_not_listed(
     assert gateway.rows()[0]["cost"] == "0.000034"  # 20 in, 7 out
 
 
+@pytest.mark.front_door
 def test_a_request_is_billed_by_what_the_response_reports(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
@@ -744,6 +745,7 @@ def test_payment_commands(make_gateway: MakeGateway) -> None:
     ]
 
 
+@pytest.mark.front_door
 def test_a_statement_adds_up(make_gateway: MakeGateway, upstream: Upstream) -> None:
     gateway = money_gateway(make_gateway, '[metering]\non_disconnect = "cancel"\n')
     key = gateway.new_key("a")
@@ -852,8 +854,8 @@ def test_a_script_can_ask_for_its_account_s_figures(
     assert in_force["tokens_per_minute"]["limit"] is None
     budget = {"limit": "10", "spent": "0.000027", "remaining": "9.999973"}
     assert in_force["monthly_budget"] == budget
-    budget = {"limit": None, "spent": "0.000027", "remaining": None}
-    assert me()["limits"]["key"]["monthly_budget"] == budget
+    unlimited = {"limit": None, "spent": "0.000027", "remaining": None}
+    assert me()["limits"]["key"]["monthly_budget"] == unlimited
     assert [price["input"] for price in me("/prices")["prices"]] == ["1"]
     assert me("/usage")["totals"]["requests"] == 1
     assert me("/usage", key=other, group_by="model")["groups"][0]["requests"] == 2

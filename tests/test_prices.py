@@ -60,8 +60,10 @@ HARMLESS: list[dict[str, Any]] = [
 
 
 def add_price(gateway: Gateway, model: str = "m", **given: Any) -> dict[str, Any]:
-    around = {name: given.pop(name) for name in ("without_notice", "take_over") if name in given}
-    body = {"prices": [{"model": model, **given}], **around}
+    around: dict[str, Any] = {
+        name: given.pop(name) for name in ("without_notice", "take_over") if name in given
+    }
+    body: dict[str, Any] = {"prices": [{"model": model, **given}], **around}
     found: dict[str, Any] = gateway.api("POST", "/prices", body)
     return found
 
@@ -679,7 +681,7 @@ def test_a_rotated_key_goes_on_with_its_budget(
 ) -> None:
     gateway = make_gateway(REFUSE).start()
     add_price(gateway, input="1000000", output="0", max_output_tokens=1)
-    used = {"input_tokens": 1, "output_tokens": 0, "total_tokens": 1}
+    used: dict[str, Any] = {"input_tokens": 1, "output_tokens": 0, "total_tokens": 1}
     upstream.script = json_answer(answering(**used))
     gateway.api("POST", "/accounts", {"name": "a"})
     keys = [gateway.api("POST", "/accounts/a/keys", {"monthly_budget": "1000"})]
