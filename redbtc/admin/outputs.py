@@ -15,7 +15,7 @@ Sum = int | None
 
 
 class Error(Struct):
-    """OpenAI's form."""
+    """An error, as in OpenAI's API."""
 
     message: str
     type: str
@@ -24,13 +24,14 @@ class Error(Struct):
 
 
 class Refused(Struct):
-    """What an error's body is."""
+    """The body of an error response."""
 
     error: Error
 
 
 class Limits(Struct):
-    """A limit of null is the settings' or the account's, a budget of null is none."""
+    """Limits. A limit of null falls back to the account's or the settings'; a budget of null means
+    no budget."""
 
     concurrency: int | None
     requests_per_minute: int | None
@@ -39,7 +40,7 @@ class Limits(Struct):
 
 
 class Account(Limits):
-    """With its limits."""
+    """An account, with its limits."""
 
     id: str
     name: str
@@ -53,7 +54,7 @@ class Account(Limits):
 
 
 class AccountWithMoney(Account):
-    """And what it may spend; `available` of null is without limit."""
+    """An account with its money. If `available` is null, its credit is unlimited."""
 
     balance: Money
     held: Money
@@ -64,7 +65,7 @@ class AccountWithMoney(Account):
 
 
 class AccountInList(Account):
-    """And what it has spent."""
+    """An account with what it has spent."""
 
     balance: Money
     spent_this_month: Money
@@ -73,13 +74,13 @@ class AccountInList(Account):
 
 
 class AccountList(Struct):
-    """By name."""
+    """Accounts, by name."""
 
     accounts: list[AccountInList]
 
 
 class Balance(Struct):
-    """An account's money now."""
+    """An account's current balance and budget. If `available` is null, its credit is unlimited."""
 
     balance: Money
     held: Money
@@ -92,8 +93,8 @@ class Balance(Struct):
 
 
 class KeyShown(Limits):
-    """Without what would let one use it. Keys with the same `budget_id`, the id of the first of
-    them, replaced one another and share what is spent of the monthly budget."""
+    """A key, without the secret. Keys with the same `budget_id` (the id of the first of them)
+    replaced one another and share a monthly budget."""
 
     id: str
     account: str
@@ -108,33 +109,33 @@ class KeyShown(Limits):
 
 
 class KeyInList(KeyShown):
-    """`last_used_on` is a day, in UTC."""
+    """A key with the day (UTC) of its last use."""
 
     last_used_on: str | None
 
 
 class KeyList(Struct):
-    """Oldest first."""
+    """Keys, oldest first."""
 
     keys: list[KeyInList]
 
 
 class KeyAdded(KeyShown):
-    """`key` is the only copy there will ever be."""
+    """A new key. `key` is the secret, which is shown only once."""
 
     key: str
     replaces: str | UnsetType = UNSET
 
 
 class KeyRevoked(KeyShown):
-    """`cut`: how many of its requests were in flight and are not any more."""
+    """A revoked key. `cut` is the number of its requests in flight that were stopped."""
 
     cut: int
 
 
 class PriceShown(Struct):
-    """A rate of null was not given. `shadowed_by`: more specific names and patterns whose prices
-    apply instead of this one to models that it means."""
+    """A price. A rate of null was not given. `shadowed_by` lists more specific names and patterns:
+    their prices apply to the models that they match, not this one."""
 
     id: int
     model: str
@@ -158,13 +159,13 @@ class PriceShown(Struct):
 
 
 class PriceList(Struct):
-    """By model, tier, threshold and time."""
+    """Prices, by model, tier, threshold and time."""
 
     prices: list[PriceShown]
 
 
 class PriceSlot(Struct):
-    """What a price is for."""
+    """The model, tier and threshold that a price applies to."""
 
     model: str
     tier: str
@@ -172,38 +173,39 @@ class PriceSlot(Struct):
 
 
 class RatesOfEarlierPrice(PriceSlot):
-    """Rates that a price left out and an earlier one, `from`, had."""
+    """Rates that a price left out but the earlier price `from` has."""
 
     from_: PriceSlot = field(name="from")
     rates: dict[str, Money | int]
 
 
 class FollowingPrice(PriceSlot):
-    """A price that was there before and will supersede an added one."""
+    """An existing price that will replace an added one later."""
 
     effective_at: Moment
     rates: dict[str, Money | int]
 
 
 class NotApplied(Struct):
-    """A model that a price means but does not apply to."""
+    """A model that a price matches but does not apply to, and why."""
 
     model: str
     because: str
 
 
 class PublishedNotice(Struct):
-    """A notice of a rise."""
+    """A published notice of a price increase."""
 
     text: str
     effective_at: Moment
 
 
 class PricesAdded(PriceList):
-    """`unchanged` counts the prices that were skipped. `applies_to` and `does_not_apply_to` are the
-    known models: those with a price, in use, or listed by an upstream. `taken_over` (or `left_out`,
-    without `take_over`) are rates that were not given and an earlier price had; `followed_by` are
-    prices that were there before and will supersede the added ones."""
+    """The prices that were added. `unchanged` counts prices that were skipped because they already
+    apply. `applies_to` and `does_not_apply_to` list known models: those with a price, in use, or
+    listed by an upstream. `taken_over` (without `take_over`: `left_out`) lists rates that were not
+    given but an earlier price has. `followed_by` lists existing prices that will replace the added
+    ones later."""
 
     added: int
     unchanged: int
@@ -216,13 +218,14 @@ class PricesAdded(PriceList):
 
 
 class OtherPrice(PriceShown):
-    """One that does not apply, and why."""
+    """A price that does not apply, and why."""
 
     because: str
 
 
 class WhichPrice(Struct):
-    """The price that applies to a request (null: none), and all others that mean its model."""
+    """The price that applies to a request (null if none does), and all others that match its
+    model."""
 
     model: str
     at: Moment
@@ -234,7 +237,7 @@ class WhichPrice(Struct):
 
 
 class Payment(Struct):
-    """A refund is negative."""
+    """A payment. A refund has a negative amount."""
 
     id: str
     account: str
@@ -247,19 +250,19 @@ class Payment(Struct):
 
 
 class PaymentList(Struct):
-    """Oldest first."""
+    """Payments, oldest first."""
 
     payments: list[Payment]
 
 
 class PaymentAdded(Payment):
-    """And the balance with it."""
+    """A new payment and the balance after it."""
 
     balance: Money
 
 
 class Notice(Struct):
-    """`account` of null: for all."""
+    """A notice. If `account` is null, it is for all accounts."""
 
     id: str
     kind: Literal["price", "terms", "maintenance", "incident", "budget"]
@@ -275,19 +278,19 @@ class Notice(Struct):
 
 
 class NoticeWithdrawn(Notice):
-    """And since when."""
+    """A notice and when it was withdrawn."""
 
     withdrawn_at: Moment
 
 
 class NoticeList(Struct):
-    """By when they take effect."""
+    """Notices, by the time they take effect."""
 
     notices: list[Notice]
 
 
 class UserShown(Struct):
-    """`account` of null: an operator."""
+    """A login. If `account` is null, it is an operator's."""
 
     id: str
     email: str
@@ -300,19 +303,19 @@ class UserShown(Struct):
 
 
 class UserList(Struct):
-    """Operators first."""
+    """Logins, operators first."""
 
     users: list[UserShown]
 
 
 class UserAdded(UserShown):
-    """`link` is where the user sets a password, once."""
+    """A login and its one-time link to set a password."""
 
     link: str
 
 
 class SessionShown(Struct):
-    """Of a browser that is logged in."""
+    """A session of a browser that is logged in."""
 
     id: str
     browser: str
@@ -322,19 +325,19 @@ class SessionShown(Struct):
 
 
 class SessionList(Struct):
-    """The last used first."""
+    """Sessions, most recently used first."""
 
     sessions: list[SessionShown]
 
 
 class Done(Struct):
-    """There is nothing to tell."""
+    """Confirmation that the change was made."""
 
     ok: bool
 
 
 class Sums(Struct):
-    """A sum of null: no request has a number."""
+    """Sums over requests. A sum is null if no request reported that number."""
 
     requests: int
     estimated: int
@@ -356,7 +359,7 @@ class Sums(Struct):
 
 
 class Group(Sums):
-    """Those of one combination of what it was grouped by."""
+    """Sums for one combination of the fields to group by."""
 
     day: str | UnsetType = UNSET
     model: str | UnsetType | None = UNSET
@@ -365,7 +368,7 @@ class Group(Sums):
 
 
 class UsageReport(Struct):
-    """Sums by groups, and of all."""
+    """Sums by group, and in total."""
 
     groups: list[Group]
     totals: Sums
@@ -410,21 +413,21 @@ class RequestShown(Struct):
 
 
 class RequestReport(Struct):
-    """Oldest first; the totals are of the whole range, whatever the limit."""
+    """Requests, oldest first. Totals cover the whole range, whatever the limit."""
 
     requests: list[RequestShown]
     totals: Sums
 
 
 class StatementTotals(Sums):
-    """And what was paid."""
+    """Sums of a statement, and what was paid."""
 
     paid: Money
 
 
 class Correction(Struct):
-    """What an estimated request cost before and after its usage was seen. The difference is part of
-    the usage of its day."""
+    """The cost of an estimated request before and after its real usage became known. The difference
+    is included in the usage of its day."""
 
     request_id: str
     day: str
@@ -434,7 +437,7 @@ class Correction(Struct):
 
 
 class Statement(Struct):
-    """An account's month."""
+    """An account's statement for a month."""
 
     account: str
     account_id: str
@@ -452,7 +455,7 @@ class Statement(Struct):
 
 
 class Month(Struct):
-    """What was used and paid in it."""
+    """Usage and payments of a month."""
 
     month: str
     closed: bool
@@ -465,13 +468,14 @@ class Month(Struct):
 
 
 class MonthList(Struct):
-    """The newest first."""
+    """Months, newest first."""
 
     months: list[Month]
 
 
 class Change(Struct):
-    """`before` of null: it was added; `after` of null: it was removed."""
+    """An administrative change. If `before` is null, the object was added; if `after` is null, it
+    was removed."""
 
     id: int
     changed_at: Moment
@@ -484,13 +488,13 @@ class Change(Struct):
 
 
 class ChangeList(Struct):
-    """The newest first."""
+    """Changes, newest first."""
 
     changes: list[Change]
 
 
 class Overview(Struct):
-    """What an operator looks at first."""
+    """The state of the gateway, traffic and spending."""
 
     running: bool
     uptime_seconds: int
@@ -505,7 +509,7 @@ class Overview(Struct):
 
 
 class MeShown(Struct):
-    """An account's own figures, for one of its keys."""
+    """The balance, limits and notices of the account that a key belongs to."""
 
     account: str
     account_id: str
@@ -516,8 +520,8 @@ class MeShown(Struct):
 
 
 class TimeSet(Struct):
-    """The time that is set, the ledger's time before, and how many rows were dated later, by table.
-    `done` of false: it was only a preview."""
+    """The time that was set, the ledger's time before, and how many rows were dated later, by
+    table. If `done` is false, this was a preview."""
 
     time: Moment
     before: Moment
@@ -526,7 +530,7 @@ class TimeSet(Struct):
 
 
 class Check(Struct):
-    """What is wrong with the file, line by line."""
+    """The result of a database check: problems, one per line."""
 
     ok: bool
     problems: list[str]

@@ -184,8 +184,7 @@ def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
     at = parse_time(text, now, relative_to_past=True) if text else now
     if at > now + DAY:
         raise UserError(
-            f"the time must not be later than a day from now: it is {iso_time(now)}, "
-            f"{iso_time(at)} was given"
+            f"{iso_time(at)} is more than a day from now ({iso_time(now)}); give an earlier time"
         )
     return at, now
 

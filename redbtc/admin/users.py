@@ -161,7 +161,7 @@ def parse_email(text: str) -> str:
     """Return an email address in the form in which addresses are compared. Raise UserError."""
     email = text.strip().lower()
     if not EMAIL.fullmatch(email):
-        raise UserError(f"{text!r} is not an address; write it like ada@example.com")
+        raise UserError(f"{text!r} is not an email address; write it like ada@example.com")
     return email
 
 
@@ -183,7 +183,7 @@ class Users:
         """Return a user. Raise NotFound."""
         user = await self._store.one(USER_BY_ID, (user_id,))
         if user is None:
-            raise NotFound(f"there is no user {user_id!r}")
+            raise NotFound(f"user {user_id!r} does not exist")
         return shown(user)
 
     async def named(self, name: str, account: str | None, operator: bool) -> Record:
@@ -195,7 +195,9 @@ class Users:
         if not rows:
             return await self.show(name)
         if len(rows) > 1:
-            raise Conflict(f"{name} has {len(rows)} logins; say of which account, or operator")
+            raise Conflict(
+                f"{name} has {len(rows)} logins; choose one by its account, or the operator login"
+            )
         return rows[0]
 
     async def add(self, email: str, role: Role, account_id: str | None, by: str) -> Record:
@@ -207,7 +209,7 @@ class Users:
         try:
             await self._store.transact((ADD_USER, values), by=by)
         except sqlite3.IntegrityError:
-            raise Conflict(f"there is a user {email} already") from None
+            raise Conflict(f"user {email} already exists") from None
         return {**await self.show(user_id), "link": link}
 
     async def remove(self, user_id: str, by: str) -> Record:

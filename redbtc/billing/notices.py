@@ -64,14 +64,14 @@ def told_of_prices(added: Record) -> list[str]:
     lines = []
     for each in added.get("taken_over", ()):
         rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
-        lines.append(f"{slot_name(each)} takes over from {slot_name(each['from'])}: {rates}.")
+        lines.append(f"{slot_name(each)}: rates copied from {slot_name(each['from'])}: {rates}.")
     for each in added.get("left_out", ()):
         rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
-        lines.append(f"{slot_name(each)} no longer gives: {rates}.")
+        lines.append(f"{slot_name(each)}: no longer has these rates: {rates}.")
     for each in added["followed_by"]:
         rates = ", ".join(f"{name} {rate}" for name, rate in each["rates"].items())
         lines.append(
-            f"{slot_name(each)} has a later price already, from {each['effective_at']} on: {rates}."
+            f"{slot_name(each)}: a later price takes effect at {each['effective_at']}: {rates}."
         )
     if added["added"]:
         applies = added["applies_to"]
@@ -82,7 +82,7 @@ def told_of_prices(added: Record) -> list[str]:
     for because, models in reasons.items():
         lines.append(f"Does not apply to {few(models)}: {because}.")
     for each in added["notices"]:
-        lines.append(f"Published as a notice, effective {each['effective_at']}: {each['text']}")
+        lines.append(f"Published notice, effective {each['effective_at']}: {each['text']}")
     return lines
 
 

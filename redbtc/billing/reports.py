@@ -185,7 +185,7 @@ async def older_than(store: Store, wanted: Range, request_id: str) -> Range:
     """Those of a range that come before a request. Raises NotFound."""
     found = await store.one(START_OF, (request_id, wanted.account))
     if found is None:
-        raise NotFound(f"there is no request {request_id!r}")
+        raise NotFound(f"request {request_id!r} does not exist")
     until = min(wanted.until, found[0])
     return msgspec.structs.replace(wanted, until=until, before=request_id)
 

@@ -40,7 +40,7 @@ async def statement(
     end = month_start(months_after(month, 1))
     now = await store.settle_time()
     if month_start(month) > now:
-        raise UserError(f"{month} has not begun")
+        raise UserError(f"the month {month} has not begun")
     async with store.snapshot() as snapshot:
         lines = -1 if limit is None else limit
         rows = snapshot.rows(USAGE_OF_MONTH, (account["id"], month, lines))

@@ -84,7 +84,7 @@ class Accounts:
         try:
             await self._store.transact((ADD_ACCOUNT, values), by=by)
         except sqlite3.IntegrityError:
-            raise Conflict(f"there is an account {name!r} already") from None
+            raise Conflict(f"account {name!r} already exists") from None
         return await self.show(name)
 
     async def set(self, account_id: str, changes: Mapping[str, Any], by: str) -> Record:
@@ -155,7 +155,7 @@ class Accounts:
         for `overlap_ms`. Raises Conflict where the old one is no longer in force."""
         old, now = await self.key(key_id), self._store.time()
         if old["revoked_at"] or (old["expires_at"] and old["expires_at"] <= str(iso_time(now))):
-            raise Conflict(f"key {key_id} is revoked or expired; add a new one instead")
+            raise Conflict(f"key {key_id} is revoked or expired; create a new key instead")
         secret, added = new_key(), new_id("key")
         await self._store.transact(
             (COPY_KEY, (added, hash_of_key(secret), now, key_id)),
@@ -167,9 +167,9 @@ class Accounts:
 
 def no_account(name: str) -> NotFound:
     """What is another's is not found, like what never was."""
-    return NotFound(f"there is no account {name!r}")
+    return NotFound(f"account {name!r} does not exist")
 
 
 def no_key(key_id: str) -> NotFound:
     """The same for a key."""
-    return NotFound(f"there is no key {key_id!r}")
+    return NotFound(f"key {key_id!r} does not exist")
