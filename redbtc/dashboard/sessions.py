@@ -12,6 +12,7 @@ from redbtc.admin import http
 from redbtc.admin.actors import Actor, Forbidden, Unauthorized
 from redbtc.admin.api import API
 from redbtc.admin.users import LoginSession, name_in_log
+from redbtc.server.asgi import request_of
 
 # A cookie says who is logged in. The header Origin, which every browser sends with a change, says
 # that the change comes from one of the gateway's own pages. (Under the policy `no-referrer` they
@@ -79,11 +80,11 @@ def actor_for(session: LoginSession, request: Request) -> Actor:
 
 
 def actor_of(api: API) -> Callable[[Request], Actor]:
-    """Return a function that says who calls the admin API on the public port: a key that the
-    gateway has put into the scope, or somebody with a session."""
+    """Return a function that says who calls the admin API on the public port: the key that the
+    gateway has found to be valid, or somebody with a session."""
 
     def authenticate(request: Request) -> Actor:
-        if key := request.scope.get("key"):
+        if key := request_of(request.scope).key:
             return Actor(f"key {key.id}", "key", key.account_id, key=key)
         session = session_of(api, request)
         if session is None:
