@@ -994,3 +994,13 @@ WHEN NOT ((NEW.request_id, NEW.account_id, NEW.service_tier, NEW.price_id, NEW.c
       AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
       AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
 BEGIN SELECT RAISE(ABORT, 'a correction can''t be changed'); END;
+
+-- version 12
+
+-- Logins are limited by network and address alone; a browser in which a login was used before is
+-- like any other.
+DROP TRIGGER a_password_ends;
+CREATE TRIGGER a_password_ends AFTER UPDATE OF password ON users BEGIN
+    DELETE FROM sessions WHERE user_id = NEW.id;
+END;
+DROP TABLE known_browsers;

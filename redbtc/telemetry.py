@@ -56,7 +56,7 @@ class Log:
 
     @property
     def works(self) -> bool:
-        """Whether the thread that writes the lines runs."""
+        """Return whether the thread that writes the lines runs."""
         return self._thread is not None and self._thread.is_alive()
 
     def write(self, level: int, event: str, fields: dict[str, Any]) -> None:

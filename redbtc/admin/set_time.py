@@ -45,7 +45,6 @@ LATER = {
     "users": "max(created_at, ifnull(password_set_at, 0),"
     f" ifnull(link_expires_at, 0) - {LINK_LASTS}) > ?3",
     "sessions": "max(created_at, seen_at) > ?3",
-    "known_browsers": "created_at > ?3",
 }
 COUNTS = [
     f"'{table}', nullif((SELECT count(*) FROM {table} WHERE {later}), 0)"
@@ -158,7 +157,6 @@ MOVES = (
                link_expires_at = min(link_expires_at, {NOW} + {LINK_LASTS})
          WHERE {later("users")}""",
     move("sessions", "created_at", "seen_at", to=NOW),
-    move("known_browsers", "created_at", to=NOW),
     # Without the record of this change itself, and of what other triggers have recorded since.
     f"""{move("changes", "changed_at")}
            AND id < (SELECT max(id) FROM changes WHERE kind = 'time')""",

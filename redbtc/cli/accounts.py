@@ -1,4 +1,4 @@
-"""Commands: account, key."""
+"""The commands account and key."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def account_list(context: CommandContext, as_json: bool) -> None:
     show(found, as_json, lambda: table(found["accounts"], columns))
 
 
-def _account(name: str, action: str = "") -> str:
+def path_of_account(name: str, action: str = "") -> str:
+    """Return the path of an account in the admin API, or of an action on it."""
     return f"/admin/v1/accounts/{quote(name, safe='')}{action}"
 
 
@@ -58,7 +59,7 @@ def _account(name: str, action: str = "") -> str:
 @click.pass_obj
 def account_show(context: CommandContext, name: str, as_json: bool) -> None:
     """Show an account, by name or id. "-" means the default from config.toml."""
-    found = context.call("GET", _account(name))
+    found = context.call("GET", path_of_account(name))
     show(found, as_json, lambda: details(found))
 
 
@@ -73,7 +74,7 @@ def account_set(context: CommandContext, /, name: str, as_json: bool, **options:
     from config.toml."""
     if not given(options):
         raise click.UsageError("nothing to change: give at least one option (see --help)")
-    changed = context.call("PATCH", _account(name), given(options))
+    changed = context.call("PATCH", path_of_account(name), given(options))
     show(changed, as_json, lambda: details(changed))
 
 
@@ -84,7 +85,7 @@ def account_set(context: CommandContext, /, name: str, as_json: bool, **options:
 @click.pass_obj
 def account_suspend(context: CommandContext, name: str, reason: str | None, as_json: bool) -> None:
     """Suspend an account: refuse its requests and log its members out."""
-    changed = context.call("POST", _account(name, "/suspend"), {"reason": reason})
+    changed = context.call("POST", path_of_account(name, "/suspend"), {"reason": reason})
     show(changed, as_json, lambda: f"Account {changed['name']} suspended.")
 
 
@@ -94,7 +95,7 @@ def account_suspend(context: CommandContext, name: str, reason: str | None, as_j
 @click.pass_obj
 def account_resume(context: CommandContext, name: str, as_json: bool) -> None:
     """Resume a suspended account."""
-    changed = context.call("POST", _account(name, "/resume"))
+    changed = context.call("POST", path_of_account(name, "/resume"))
     show(changed, as_json, lambda: f"Account {changed['name']} resumed.")
 
 
@@ -108,7 +109,7 @@ def account_resume(context: CommandContext, name: str, as_json: bool) -> None:
 @click.pass_obj
 def account_throttle(context: CommandContext, /, name: str, as_json: bool, **options: Any) -> None:
     """Temporarily reduce an account's limits."""
-    changed = context.call("POST", _account(name, "/throttle"), given(options))
+    changed = context.call("POST", path_of_account(name, "/throttle"), given(options))
 
     def text() -> str:
         factor, until = changed["throttle_factor"], changed["throttled_until"]
@@ -145,7 +146,7 @@ def shown_once(added: dict[str, Any]) -> str:
 @click.pass_obj
 def key_add(context: CommandContext, /, account: str, as_json: bool, **options: Any) -> None:
     """Create a key for an account and print it. It is shown only once."""
-    added = context.call("POST", _account(account, "/keys"), given(options))
+    added = context.call("POST", path_of_account(account, "/keys"), given(options))
     show(added, as_json, lambda: shown_once(added))
 
 
@@ -155,7 +156,7 @@ def key_add(context: CommandContext, /, account: str, as_json: bool, **options: 
 @click.pass_obj
 def key_list(context: CommandContext, account: str, as_json: bool) -> None:
     """List an account's keys."""
-    found = context.call("GET", _account(account, "/keys"))
+    found = context.call("GET", path_of_account(account, "/keys"))
     times = ["created_at", "expires_at", "revoked_at", "last_used_on"]
     columns = ["id", "label", "models", *KEY_LIMITS, "budget_id", *times]
     show(found, as_json, lambda: table(found["keys"], columns))

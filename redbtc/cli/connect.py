@@ -1,4 +1,4 @@
-"""How commands reach the admin API."""
+"""The connection of commands to the admin API."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def _answers(path: str) -> bool:
 
 
 def user_name() -> str:
-    """Who gives this command, for the record."""
+    """Return the name of the user who gives this command, for the log of changes."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -1,4 +1,4 @@
-"""Commands: db."""
+"""The command db."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def db_set_time(context: CommandContext, time: str | None, yes: bool, as_json: b
 
 
 def show_check(loaded: Loaded | None, problems: list[str], as_json: bool) -> None:
-    """What `check` found; exits with 2 where something is wrong. Without `loaded` the settings
-    themselves are."""
+    """Print the problems that `check` has found, and exit with 2 if there are any. `loaded` is None
+    if the settings can't be read."""
     unused = loaded.without_effect if loaded else []
     notes = [f"{key}: accepted, but has no effect yet" for key in unused]
     found = {

@@ -1,4 +1,4 @@
-"""What the first start makes and shows."""
+"""The account, the key and the prices that the first start makes, and what it prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST_OPERATOR = "operator@localhost"
 
 
 async def import_example(books: Billing) -> None:
-    """The prices of prices.toml, so that a newcomer's first requests are served; none where they
+    """Add the prices of prices.toml, so that a newcomer's first requests are served, unless they
     are in another currency."""
     example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)
     if example.currency == books.currency:
@@ -30,9 +30,10 @@ async def import_example(books: Billing) -> None:
         await books.add_prices(prices, without_notice=None, by=FIRST_RUN)
 
 
-async def dashboard(api: API) -> str:
-    """Where it is. Until an operator has a password, and unless somebody has been made one, the
-    first gets a link at each start to set one."""
+async def dashboard_lines(api: API) -> str:
+    """Return the lines that say where the dashboard is. Until an operator has set a password, and
+    unless another operator was added, they hold a new one-time link of the first operator, who is
+    added if need be."""
     actor = Actor(FIRST_RUN, "operator")
     operators = await api.users.all(None, "operator")
     first = [user["id"] for user in operators if user["email"] == FIRST_OPERATOR]

@@ -26,7 +26,8 @@ Run = Callable[
 
 
 class CommandContext:
-    """What the options before the command say; the settings are read when they are needed."""
+    """The options before the command, and the way to the admin API. The settings file is read each
+    time that `loaded` is used."""
 
     def __init__(self, config: str | None, run: Run) -> None:
         self._config = config
@@ -128,7 +129,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
-    """What was said, with `default` as the API says it: null."""
+    """Return the options that were given, with null for `default`, as the API expects it."""
     return {
         name: None if value == "default" else value
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""Commands: price, payment, notice."""
+"""The commands price, payment and notice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 
 from redbtc.billing.notices import few, slot_name, told_of_prices
 from redbtc.billing.prices import Rates
-from redbtc.cli.accounts import _account
+from redbtc.cli.accounts import path_of_account
 from redbtc.cli.main import (
     CommandContext,
     Decorated,
@@ -238,7 +238,7 @@ def payment() -> None:
 @click.pass_obj
 def payment_add(context: CommandContext, /, account: str, as_json: bool, **options: Any) -> None:
     """Record a payment, such as 25.00. Use a negative amount for a refund."""
-    added = context.call("POST", _account(account, "/payments"), given(options))
+    added = context.call("POST", path_of_account(account, "/payments"), given(options))
     money = "Recorded {amount} {currency} for {account} ({id}). Balance: {balance} {currency}."
     show(added, as_json, lambda: money.format(**added))
 
@@ -249,7 +249,7 @@ def payment_add(context: CommandContext, /, account: str, as_json: bool, **optio
 @click.pass_obj
 def payment_list(context: CommandContext, account: str | None, as_json: bool) -> None:
     """List all payments, or one account's, oldest first."""
-    path = _account(account, "/payments") if account else "/admin/v1/payments"
+    path = path_of_account(account, "/payments") if account else "/admin/v1/payments"
     found = context.call("GET", path)
     columns = ["created_at", "account", "amount", "currency", "reference", "reason", "id"]
     show(found, as_json, lambda: table(found["payments"], columns))

@@ -18,7 +18,7 @@ import uvloop
 from redbtc.billing.books import Billing
 from redbtc.billing.prices import Price
 from redbtc.cli.database import show_check
-from redbtc.cli.first_run import dashboard, import_example, welcome
+from redbtc.cli.first_run import dashboard_lines, import_example, welcome
 from redbtc.cli.main import CommandContext, commands, json_option
 from redbtc.config import (
     BillingSettings,
@@ -50,7 +50,7 @@ DEMO_PRICE = Price(
 
 
 class ServeOptions(NamedTuple):
-    """What `serve` was asked for."""
+    """The options of the command serve."""
 
     loaded: Loaded
     settings: Settings
@@ -61,7 +61,7 @@ class ServeOptions(NamedTuple):
 
 
 class Process(Protocol):
-    """What opening the ledger must know of the process."""
+    """The process, as far as opening the ledger needs it."""
 
     telemetry: Telemetry
     demo: str | None  # the URL of the demonstration upstream, where that is served
@@ -122,7 +122,7 @@ async def open_service(
         try:
             if start.first_run:
                 click.echo(await welcome(service.api, url, settings.upstreams, start.demo))
-            click.echo(await dashboard(service.api))
+            click.echo(await dashboard_lines(service.api))
         except (sqlite3.Error, StorageUnavailable) as error:
             log(logging.ERROR, "no welcome", reason=str(error))
     try:
@@ -173,7 +173,7 @@ async def open_ledger(
 
 
 async def open_books(store: Store, settings: BillingSettings) -> Billing:
-    """Read the prices. Raises UserError."""
+    """Read the prices from an open database. Raises UserError."""
     try:
         return await Billing.open(store, settings)
     except sqlite3.Error as error:

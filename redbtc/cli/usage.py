@@ -1,4 +1,4 @@
-"""Commands: usage, statement."""
+"""The commands usage and statement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import quote
 import click
 
 from redbtc.billing.csv import csv_lines, statement_lines
-from redbtc.cli.accounts import _account
+from redbtc.cli.accounts import path_of_account
 from redbtc.cli.main import CommandContext, commands, details, given, json_option, show, table
 from redbtc.money import decimal, digits_of, parse_amount
 
@@ -96,7 +96,7 @@ def statement(
     It has the opening balance, usage by day and model, payments, the closing balance, and payments
     in the last three months."""
     one_form(as_csv, as_json)
-    found = context.call("GET", _account(account, f"/statements/{quote(month, safe='')}"))
+    found = context.call("GET", path_of_account(account, f"/statements/{quote(month, safe='')}"))
     if as_csv:
         click.echo("".join(csv_lines(statement_lines(found))), nl=False)
     else:
@@ -136,5 +136,5 @@ def statement_text(found: dict[str, Any]) -> str:
 
 
 def exact(amount: str, currency: str) -> str:
-    """With the currency's digits after the point at least, as people write it."""
+    """Return an amount with at least as many digits after the point as the currency has."""
     return decimal(parse_amount(amount), digits_of(currency))

@@ -1,4 +1,4 @@
-"""Commands: user."""
+"""The command user."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def user_list(context: CommandContext, as_json: bool) -> None:
 
 
 def which_user(function: Decorated) -> Decorated:
-    """Of several logins of one address."""
+    """Add the options that choose one of several logins of one address."""
     account = click.option(
         "--account", metavar="NAME", help="Which login: the one of this account."
     )

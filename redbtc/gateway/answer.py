@@ -23,7 +23,7 @@ from redbtc.meter.events import BLANK, is_stream
 from redbtc.meter.meters import Meter
 from redbtc.meter.streams import StreamMeter
 from redbtc.slices import answers_of, in_slices
-from redbtc.upstream.http1 import ResponseBody
+from redbtc.upstream.connection import ResponseBody
 
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
 # magic number, and its first byte can be a blank.

@@ -90,7 +90,7 @@ class BackgroundResponse:
 
     @property
     def _age(self) -> int:
-        """How long ago its request began, in milliseconds; of this process by the monotonic
+        """The time since its request began, in milliseconds: in this process by the monotonic
         clock."""
         return self._age_before + round((time.monotonic() - self._followed_at) * 1000)
 
@@ -156,11 +156,11 @@ class BackgroundResponse:
 
     @property
     def admitted(self) -> Admitted:
-        """What a later correction needs."""
+        """The facts that a later correction needs."""
         unfinished = self.unfinished
         return Admitted(unfinished.admitted_at, unfinished.image_model, unfinished.held)
 
     @property
     def seconds_left(self) -> float:
-        """For how long it may still go on, if it does not end."""
+        """The seconds until the response is given up, if it does not end."""
         return MAX_AGE_SECONDS - self._age / 1000

@@ -1,4 +1,4 @@
-"""All background responses that have not ended yet, and the task that asks for them."""
+"""The background responses that have not ended yet, and the tasks that ask for them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MAX_UNKNOWN = 3  # in a row: it may not know at once what it has just made
 
 
 class BackgroundResponses:
-    """All background responses that have not been seen to end."""
+    """The background responses that have not been seen to end."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class BackgroundResponses:
             await asyncio.shield(response.settling)
 
     def _settle(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
-        """Only the first time."""
+        """Begin to settle a response, unless that has begun."""
         if response.settling is None:
             response.settling = self._start(self._write(response, report, outcome))
 

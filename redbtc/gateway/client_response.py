@@ -10,7 +10,7 @@ from redbtc.meter.decoding import codings_of
 from redbtc.server.asgi import Message, Send
 from redbtc.server.framing import NO_BODY
 from redbtc.upstream.headers import headers_for_client
-from redbtc.upstream.http1 import ResponseHead
+from redbtc.upstream.response import ResponseHead
 
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser neither runs a response of any other type nor takes it for HTML.
@@ -18,7 +18,7 @@ INERT: Headers = [(b"content-security-policy", b"sandbox"), (b"x-content-type-op
 
 
 class Sent(enum.Enum):
-    """How much of the response the client has been sent."""
+    """The part of the response that the client has been sent."""
 
     NOTHING = "nothing: it can still be told of a failure"
     HEAD = "the head, and perhaps a part of the body: it can only be cut off"
@@ -62,7 +62,7 @@ class ClientResponse:
 
     @property
     def has_length(self) -> bool:
-        """Whether the head tells the length of the body."""
+        """Return whether the head tells the length of the body."""
         return header(self._head["headers"], b"content-length") is not None
 
     def drop_length(self) -> None:

@@ -52,7 +52,7 @@ class ForwardedRequest:
 
     @property
     def repeatable_by(self) -> str:
-        """The name of those who share idempotency keys: the account."""
+        """A name for the requests among which idempotency keys are shared: the account's id."""
         return self.key.account_id
 
     def choose_meter(self, stream: bool) -> Meter:
@@ -109,7 +109,8 @@ class ForwardedRequest:
         raise Refusal(failure)  # kept in no variable: that would keep all of this in memory
 
     async def forget(self) -> None:
-        """Record nothing: the client left before anything was sent. Raises ClientLeft."""
+        """End a request whose client left before anything was sent, without a row. Raises
+        ClientLeft."""
         self.admission.put_back()
         raise ClientLeft
 

@@ -1,4 +1,4 @@
-"""What supervisors, monitors and browsers ask: /healthz, /readyz, /status, /metrics, and CORS
+"""The routes for supervisors, monitors and browsers: /healthz, /readyz, /status, /metrics, and CORS
 preflights."""
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ class MeteredRequest(ForwardedRequest):
 
     @property
     def _is_unmetered(self) -> bool:
-        """Whether this is a streamed chat whose usage is not reported."""
+        """Return whether this is a streamed chat whose usage is not reported."""
         return bool(self.endpoint.chat and self.facts.stream and not self.expects_usage())
 
     def _check_unmetered(self) -> None:
@@ -217,8 +217,8 @@ class MeteredRequest(ForwardedRequest):
 
     @property
     def may_add_usage(self) -> bool:
-        """Whether the option that makes a streamed chat report its usage may be added to the body,
-        where the client left it out."""
+        """Return whether the option that makes a streamed chat report its usage may be added to the
+        body, where the client left it out."""
         adds = self.settings.metering.include_usage == "add" and self.body.plain
         return bool(self.endpoint.chat and self.facts.stream and adds)
 
@@ -313,8 +313,8 @@ class MeteredRequest(ForwardedRequest):
 
     @property
     def location(self) -> ObjectLocation:
-        """Where the objects that it makes are stored. With an idempotency key, `minted_input` is
-        false: the upstream may answer with a response that another body made."""
+        """The location of the objects that the request makes. With an idempotency key,
+        `minted_input` is false: the upstream may answer with a response that another body made."""
         first = header(self.client_request.headers, b"idempotency-key") is None
         minted = first and self.body.mints_input
         return ObjectLocation(
@@ -323,9 +323,10 @@ class MeteredRequest(ForwardedRequest):
 
     @property
     def repeatable_by(self) -> str:
-        """The name of those who share idempotency keys: the account's background requests have one
-        of their own. Otherwise an upstream could repeat to one of them the response of an ordinary
-        request, whose row can have ended before all of the response was read and billed."""
+        """A name for the requests among which idempotency keys are shared: an account's background
+        requests have one of their own. Otherwise an upstream could repeat to one of them the
+        response of an ordinary request, whose row can have ended before all of the response was
+        read and billed."""
         account_id = super().repeatable_by
         return f"{account_id} background" if self.facts.background is True else account_id
 
@@ -423,7 +424,7 @@ class MeteredRequest(ForwardedRequest):
 
     @property
     def _admitted(self) -> Admitted | None:
-        """What a later correction needs, or None if the response can't be fetched later."""
+        """The facts that a later correction needs; None if the response can't be fetched later."""
         if not self.endpoint.stores:
             return None
         return Admitted(self.money.at, self.body.image_model(), self.money.held)
@@ -456,8 +457,8 @@ class MeteredRequest(ForwardedRequest):
 
     @property
     def _is_over(self) -> bool:
-        """Whether its row is settled, or will be settled by another request or as a background
-        response."""
+        """Return whether its row is settled, or will be settled by another request or as a
+        background response."""
         return self.settled or self._repeats or self._background is not None
 
     def _drop_saved(self) -> None:

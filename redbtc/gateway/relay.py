@@ -78,8 +78,8 @@ class Relay:
         """Send the request to one upstream, and pass its answer on."""
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
         request = self._request
-        store, by = request.gateway.store, request.repeatable_by
-        headers = headers_for_upstream(request.client_request.headers, store, by)
+        secret, by = request.gateway.store.secret, request.repeatable_by
+        headers = headers_for_upstream(request.client_request.headers, secret, by)
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         else:
@@ -121,7 +121,7 @@ class Relay:
         else:
             account = answers_of(request.key.account_id)
             await in_slices(request.meter.tearing(), account, begun=True)
-        if self._upload.left:
+        if self._upload.begun:
             await asyncio.sleep(CLOSING_SECONDS)
         elif clock.client_left:
             await request.forget()

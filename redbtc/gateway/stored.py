@@ -69,7 +69,8 @@ class StoredRequest(ForwardedRequest):
 
     @property
     def _is_requested(self) -> bool:
-        """Whether the upstream has answered with the requested response, as far as is known."""
+        """Return whether the upstream has answered with the requested response, as far as is
+        known."""
         return self.meter.report.response_id in (None, self._response_id)
 
     def metered(self) -> None:
@@ -104,8 +105,9 @@ class StoredRequest(ForwardedRequest):
             await gateway.corrections.look(response_id, self.key.account_id, report)
 
     def _is_torn(self, outcome: Outcome) -> bool:
-        """Whether only an estimate of the response is known and this answer broke off before its
-        usage: the client may have all of the output, and have stopped reading just before that."""
+        """Return whether only an estimate of the response is known and this answer broke off
+        before its usage: the client may have all of the output, and have stopped reading just
+        before that."""
         if outcome not in ("client_disconnected", "upstream_failed"):
             return False
         unsure = self.gateway.corrections.is_unsure(self._response_id)
@@ -225,7 +227,7 @@ def check_plain_json(headers: Headers) -> None:
 
 
 def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[ObjectLocation, Upstream]:
-    """Where the account's response is. Raises Refusal."""
+    """Return where the account's response is stored, and that upstream. Raises Refusal."""
     home = location_of(gateway, key, response_id) if OBJECT_ID.fullmatch(response_id) else None
     if home is None:
         raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")

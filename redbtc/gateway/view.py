@@ -1,4 +1,4 @@
-"""What the admin API shows of the gateway at work."""
+"""The view that the admin API has of the gateway at work."""
 
 from __future__ import annotations
 

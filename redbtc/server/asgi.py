@@ -41,7 +41,7 @@ def cannot_send_now(data: bytes) -> bool:
 
 @dataclass(slots=True)
 class Client:
-    """What can be done to a client's connection that ASGI has no message for."""
+    """The things that can be done to a client's connection and for which ASGI has no message."""
 
     abort: Callable[[], None]  # end the connection at once, without sending what is buffered
     # Send a part of the response's body past the app's task, or return False if `send` must be

@@ -69,7 +69,7 @@ class Guard:
 
 
 def denial(send: Send) -> Send:
-    """An HTTP answer to who asked for a WebSocket (an extension of ASGI's)."""
+    """Return a `send` for the HTTP response that refuses a WebSocket (an extension of ASGI)."""
 
     async def send_denial(message: Message) -> None:
         await send({**message, "type": f"websocket.{message['type']}"})

@@ -9,13 +9,11 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import hmac
 import logging
 import os
 import secrets
 import sqlite3
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -293,7 +291,8 @@ class Store:
             (CLEAR_UNSETTLED, ()),
             (INTERRUPT, (month_of(self.time()),)),
         )
-        self._secret: bytes = await self._value(SECRET)
+        # For the idempotency keys that are sent upstream.
+        self.secret: bytes = await self._value(SECRET)
         reader = await stack.enter_async_context(self._connection())
         self._reader = Reader(reader, self.commits.notice)
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
@@ -416,13 +415,6 @@ class Store:
         async with self._writer.execute(sql) as cursor:
             row = await cursor.fetchone()
             return row[0] if row else None
-
-    def own_key(self, by: str, key: bytes) -> bytes:
-        """Return the idempotency key to send upstream in place of a client's `key`: always the same
-        one for the same `by` (see Exchange.repeatable_by), and a different one for any other. It
-        has the form of a random UUID."""
-        digest = hmac.digest(self._secret, b"%b\0%b" % (by.encode(), key), "sha256")
-        return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
 
     # Reading
 

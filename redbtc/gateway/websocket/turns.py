@@ -78,8 +78,8 @@ class Turn:
         # Done when the turn is, for who waits for that.
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._steers: list[Steer] = []
-        # The responses that follow the first one, and what is held for them. To be entered before
-        # the request is sent: they end with it.
+        # The response that follows the one before, and what is held for the next one. To be entered
+        # before the request is sent: they end with it.
         self.further = contextlib.AsyncExitStack()
 
     def end(self) -> None:
@@ -175,15 +175,17 @@ class Turn:
         for steer in steers[:-1]:  # the last one's hold includes what they have
             steer.money.release()
         if steers:
-            money = steers[-1].money
+            money = steers[-1].money.transfer()
         else:
-            gateway, model = before.gateway, before.row.requested_model
-            money = await hold_nothing(gateway.books, before.key, model)
-        if self.over.done():
-            return  # it was given up meanwhile
+            billing, model = before.gateway.books, before.row.requested_model
+            money = await hold_nothing(billing, before.key, model)
+        if self.over.done():  # it was given up meanwhile
+            money.release()
+            return
         tokens = before.next_input(sum(steer.tokens for steer in steers))
         estimate = sum(steer.input_estimate for steer in steers)
         self.response = before.following(money, tokens, estimate)
+        await self.further.aclose()  # what was before has ended
         self.further.push_async_exit(self.response)
         self._enter(TurnState.WAITING)
         await self.response.write_pending()

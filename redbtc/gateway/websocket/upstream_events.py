@@ -22,7 +22,7 @@ from redbtc.server.websocket_protocol import INTERNAL_ERROR, UPGRADE
 from redbtc.slices import answers_of, in_slices
 from redbtc.store.keys import Key
 from redbtc.upstream.headers import headers_for_upstream
-from redbtc.upstream.upstreams import Upstream, by_turn
+from redbtc.upstream.upstreams import Upstream, in_order
 from redbtc.usage import Outcome
 
 NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
@@ -61,7 +61,7 @@ class UpstreamEvents:
         if not usable:
             raise Refusal("no_upstream", retry_after=5)
         refused = "upstream_unreachable"
-        for upstream in by_turn(usable):
+        for upstream in in_order(usable):
             try:
                 return await self.socket_to(upstream)
             except OSError:
@@ -90,8 +90,8 @@ class UpstreamEvents:
 
     async def _open(self, upstream: Upstream) -> UpstreamSocket:
         """Connect to an upstream, and begin to send its events on. Raises OSError, Refusal."""
-        account_id, store = self._key.account_id, self._gateway.store
-        headers = headers_for_upstream(self._handshake.headers, store, account_id)
+        account_id, secret = self._key.account_id, self._gateway.store.secret
+        headers = headers_for_upstream(self._handshake.headers, secret, account_id)
         try:
             connection = await upstream.connect(headers)
         except InvalidStatus as error:
