@@ -29,14 +29,15 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
+from redbtc import rates as rates_module
 from redbtc.admin.set_time import set_time
-from redbtc.billing import books, statements
 from redbtc.billing import prices as prices_module
+from redbtc.billing import records, statements
 from redbtc.billing import reports as reports_module
 from redbtc.billing.books import Billing
 from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
-from redbtc.billing.reports import TOKENS, Range
+from redbtc.billing.reports import Range
 from redbtc.billing.spending import Hold, SpendingLimitReached
 from redbtc.config import BillingSettings
 from redbtc.errors import Conflict, UserError
@@ -113,8 +114,8 @@ def usages(draw: st.DrawFn) -> Usage:
 def prices(draw: st.DrawFn, **fixed: Any) -> Price:
     calls = st.none() | st.integers(0, prices_module.MAX_CALL_RATE)
     given_rates = {
-        name: draw(calls if name in prices_module.UNITS else rates)
-        for name in prices_module.Rates._fields
+        name: draw(calls if name in rates_module.UNITS else rates)
+        for name in rates_module.Rates._fields
     }
     return Price(**{"model": "m", **given_rates, **fixed})
 
@@ -496,7 +497,7 @@ def test_each_of_many_rises_is_told(bench: Bench, clock: Clock) -> None:
     bench.price(*(Price(name, input=2 * NANOS, effective_at=at) for name in names))
     told = [each["text"] for each in bench.run(bench.books.notices())]
     assert len(told) > 1
-    assert all(len(text) <= books.NOTICE_TEXT for text in told)
+    assert all(len(text) <= records.NOTICE_TEXT for text in told)
     found = re.findall(r"(model-\d+): input 1 to 2\.", " ".join(told))
     assert sorted(found) == names
 

@@ -20,8 +20,8 @@ from msgspec import structs
 from upstream import Received, Reply, Socket, Upstream, json_answer, response_object
 from websockets.sync.client import connect
 
+from redbtc import rates as rates_module
 from redbtc.billing import notices as notices_module
-from redbtc.billing import prices as prices_module
 from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.usage import Usage
@@ -125,7 +125,7 @@ RATE = st.none() | st.integers(0, 10**9)
 
 
 @given(
-    st.fixed_dictionaries(dict.fromkeys(prices_module.Rates._fields, RATE)),
+    st.fixed_dictionaries(dict.fromkeys(rates_module.Rates._fields, RATE)),
     st.tuples(*[st.integers(0, 1000)] * 4),
 )
 def test_what_was_not_given_costs_nothing_extra(rates: Any, used: tuple[int, ...]) -> None:

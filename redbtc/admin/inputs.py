@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from redbtc.billing.books import NOTICE_TEXT
-from redbtc.billing.prices import DEFAULT_TIER
+from redbtc.billing.records import NOTICE_TEXT
+from redbtc.rates import DEFAULT_TIER, RATES
+from redbtc.store.records import with_members
 from redbtc.usage import MAX_TOKENS
 
 # Strict: an unknown member is an error that names it. The same types describe the API in
@@ -176,6 +177,7 @@ class Rotation(Sent):
     overlap: Duration = "24h"
 
 
+@with_members(dict.fromkeys(RATES, Amount | None), None)
 class NewPrice(Sent):
     """A price of one or more names or patterns of models, in currency per million tokens;
     `web_search` and `file_search` per call, `container` for each new one. `effective` is a time or
@@ -185,16 +187,6 @@ class NewPrice(Sent):
     tier: Tier = DEFAULT_TIER
     above_input_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     effective: Time | None = None
-    input: Amount | None = None
-    cached_input: Amount | None = None
-    cache_write: Amount | None = None
-    cache_write_12h: Amount | None = None
-    output: Amount | None = None
-    image_input: Amount | None = None
-    image_output: Amount | None = None
-    web_search: Amount | None = None
-    file_search: Amount | None = None
-    container: Amount | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     source: Source | None = None
 

@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING
 from redbtc.billing.price_list import ModelPrices
 from redbtc.billing.prices import MAX_COST
 from redbtc.errors import UserError
-from redbtc.money import NANOS
 from redbtc.store.keys import Key
 from redbtc.store.objects import Objects
 from redbtc.usage import UsagePart
 
 if TYPE_CHECKING:
     from redbtc.billing.books import Billing
-
-
-def nanos_of(units: int, nanos: int) -> int:
-    """A sum of the database's two columns."""
-    return units * NANOS + nanos
 
 
 class SpendingLimitReached(UserError):

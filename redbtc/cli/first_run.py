@@ -6,6 +6,7 @@ import os
 import sys
 
 import msgspec
+from msgspec import convert
 
 from redbtc.admin.actors import Actor
 from redbtc.admin.api import API, prices_of
@@ -23,7 +24,7 @@ FIRST_OPERATOR = "operator@localhost"
 async def import_example(books: Billing) -> None:
     """The prices of prices.toml, so that a newcomer's first requests are served; none where they
     are in another currency."""
-    example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)
+    example = convert(read_prices(shipped("prices.toml")), NewPrices)
     if example.currency == books.currency:
         prices = prices_of(example, books.store.time())
         await books.add_prices(prices, without_notice=None, by=FIRST_RUN)
@@ -34,15 +35,15 @@ async def dashboard(api: API) -> str:
     first gets a link at each start to set one."""
     actor = Actor(FIRST_RUN, "operator")
     operators = await api.users.all(None, "operator")
-    first = [user["id"] for user in operators if user["email"] == FIRST_OPERATOR]
-    if any(user["password_set_at"] for user in operators) or (operators and not first):
+    first = [user.id for user in operators if user.email == FIRST_OPERATOR]
+    if any(user.password_set_at for user in operators) or (operators and not first):
         return f"Dashboard  {api.dashboard_url}\n"
     if first:
         added = await api.perform(API.reset_user, actor, {"user": first[0]})
     else:
         new = {"email": FIRST_OPERATOR, "role": "operator"}
         added = await api.perform(API.add_user, actor, body=msgspec.json.encode(new))
-    return f"Dashboard  {added['link']}   (to set the operator's password, once)\n"
+    return f"Dashboard  {added.link}   (to set the operator's password, once)\n"
 
 
 async def welcome(api: API, base_url: str, demo: bool) -> str:
@@ -53,7 +54,7 @@ async def welcome(api: API, base_url: str, demo: bool) -> str:
     about_key = f"Your API key was shown at the first start. Another:  {command} key add first"
     if not await accounts.any():
         account = await accounts.add(FIRST_ACCOUNT, None, {}, FIRST_RUN)
-        key = (await accounts.add_key(account["id"], FIRST_RUN, None, {}, FIRST_RUN))["key"]
+        key = (await accounts.add_key(account.id, FIRST_RUN, None, {}, FIRST_RUN)).key
         about_key = f"API key    {key}   (shown this once: store it now)"
     model = await api.example_model(None)
     chat = f'{{"model":"{model}","messages":[{{"role":"user","content":"Say hello."}}]'

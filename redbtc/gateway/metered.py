@@ -18,7 +18,6 @@ import msgspec
 
 from redbtc.billing.notices import FREE
 from redbtc.billing.price_list import ModelPrices
-from redbtc.billing.prices import DEFAULT_TIER
 from redbtc.billing.spending import Hold, SpendingLimitReached
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.background import BackgroundResponse
@@ -44,6 +43,7 @@ from redbtc.headers import header
 from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
 from redbtc.meter.report import Report
+from redbtc.rates import DEFAULT_TIER
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.request_body.content import RequestBody
 from redbtc.request_body.facts import UNNAMED

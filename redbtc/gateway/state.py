@@ -14,16 +14,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import orjson
 import prometheus_client
+from msgspec.structs import asdict
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.requests import Request
 from starlette.routing import Route
 
 from redbtc.admin.api import API
 from redbtc.admin.http import served
+from redbtc.admin.outputs import AtWork, UpstreamAtWork
 from redbtc.billing.books import Billing
-from redbtc.billing.prices import DEFAULT_TIER, NEEDED
 from redbtc.config import Settings
 from redbtc.dashboard import status as status_module
 from redbtc.dashboard.lazy import LazyDashboard
@@ -43,17 +45,17 @@ from redbtc.limits import Admission, Limiter
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.money import NANOS, parse_amount
+from redbtc.rates import DEFAULT_TIER, NEEDED
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.content import RequestBody
 from redbtc.request_body.pieces import Steps
 from redbtc.server.asgi import App, Message, Receive, Scope, Send, ids_of, respond
 from redbtc.server.cors import cors_headers, preflight_headers
 from redbtc.slices import in_slices, with_turns
-from redbtc.store.accounts import LIMITS
+from redbtc.store.accounts import Account
 from redbtc.store.containers import Containers
 from redbtc.store.keys import Key
 from redbtc.store.objects import MAX_LOOK_UPS, Objects
-from redbtc.store.records import Record
 from redbtc.store.speeds import Speeds
 from redbtc.telemetry import Telemetry
 from redbtc.upstream.upstreams import NO_LIST, Upstream, choose
@@ -281,27 +283,26 @@ class Gateway:
         """The limits in force for a key and its account, and what is left of them."""
         return self.limits.report(key, self.settings.limits)
 
-    def limits_of_account(self, account: Record) -> dict[str, Any]:
+    def limits_of_account(self, account: Account) -> dict[str, Any]:
         """Those of an account."""
-        concurrency, requests, tokens = (account[name] for name in LIMITS)
-        factor = account["throttle_factor"]
+        own = account.concurrency, account.requests_per_minute, account.tokens_per_minute
+        factor = account.throttle_factor
         thousandths = None if factor is None else parse_amount(factor) // (NANOS // 1000)
-        own = concurrency, requests, tokens
-        return self.limits.report_account(account["id"], own, thousandths, self.settings.limits)
+        return self.limits.report_account(account.id, own, thousandths, self.settings.limits)
 
-    def at_work(self) -> dict[str, Any]:
+    def at_work(self) -> AtWork:
         """What is in flight, what was refused since the start, and the upstreams."""
-        return {
-            "running": True,
-            "uptime_seconds": round(time.monotonic() - self._started),
-            "in_flight": self.in_flight,
-            "queued": self.limits.queued,
-            "refusals": self.watch.refusals(),
-            "upstreams": [
-                {"name": each.name, "usable": each.usable, "in_flight": each.in_flight}
+        return AtWork(
+            running=True,
+            uptime_seconds=round(time.monotonic() - self._started),
+            in_flight=self.in_flight,
+            queued=self.limits.queued,
+            refusals=self.watch.refusals(),
+            upstreams=[
+                UpstreamAtWork(name=each.name, usable=each.usable, in_flight=each.in_flight)
                 for each in self.upstreams
             ],
-        }
+        )
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus-client asks for at each reading."""
@@ -515,12 +516,12 @@ class Gateway:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
         if prefers_html(accept.decode("latin-1")):
-            page = await self._pages.page("status.html", status)
+            page = await self._pages.page("status.html", asdict(status))
             headers = [(name.encode(), value.encode()) for name, value in SECURITY.items()]
             content_type = page.headers["content-type"].encode()
             await respond(scope, send, page.status_code, bytes(page.body), headers, content_type)
         else:
-            await respond(scope, send, 200, orjson.dumps(status))
+            await respond(scope, send, 200, msgspec.json.encode(status))
 
     async def metrics(self, scope: Scope, _: Receive, send: Send) -> None:
         """Prometheus text, for loopback or for who has the token of the settings."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from redbtc.store.database import Store
-from redbtc.usage import Usage
+from redbtc.usage import KINDS, Usage
 
 ESTIMATED = """
     SELECT request_id, key_id, requested_model, ifnull(cost, 0), ifnull(output_tokens, 0),
@@ -23,7 +23,7 @@ CORRECTED = (
     "service_tier",
     "price_id",
     "cost",
-    *Usage.__struct_fields__,
+    *KINDS,
 )
 CORRECT = f"""
     INSERT INTO corrections ({", ".join(CORRECTED)})
