@@ -13,7 +13,6 @@ from msgspec import UNSET
 from msgspec.structs import asdict, replace
 
 from redbtc.admin.actors import RANKS, Actor, Forbidden, Invalid, RunningGateway
-from redbtc.admin.http import ENCODER
 from redbtc.admin.inputs import (
     AccountChange,
     AccountsQuery,
@@ -536,9 +535,9 @@ class API:
             yield b'{"requests":['
             comma = b""
             async for row in rows:
-                yield comma + ENCODER.encode(row)
+                yield comma + msgspec.json.encode(row)
                 comma = b",\n"
-            yield b'],"totals":' + ENCODER.encode(totals) + b"}"
+            yield b'],"totals":' + msgspec.json.encode(totals) + b"}"
 
     # An account's own figures
 

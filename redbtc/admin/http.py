@@ -58,20 +58,18 @@ SECURITY = {
     "cache-control": "no-store",
 }
 
-ENCODER = msgspec.json.Encoder()
-
 
 def encoded(found: Struct | Mapping[str, Any]) -> Iterator[bytes]:
     """Return an answer as JSON, bit by bit."""
     yield b"{"
     for number, (name, value) in enumerate(members_of(found)):
-        yield (b"," if number else b"") + ENCODER.encode(name) + b":"
+        yield (b"," if number else b"") + msgspec.json.encode(name) + b":"
         if not isinstance(value, list):
-            yield ENCODER.encode(value)
+            yield msgspec.json.encode(value)
             continue
         yield b"["
         for place, each in enumerate(value):
-            yield (b"," if place else b"") + ENCODER.encode(each)
+            yield (b"," if place else b"") + msgspec.json.encode(each)
         yield b"]"
     yield b"}"
 
