@@ -87,9 +87,7 @@ def new_user(gateway: Gateway, email: str, role: str = "operator", account: str 
     body = {"email": email, "role": role, **({"account": account} if account else {})}
     user = gateway.api("POST", "/users", body)
     client = anonymous(gateway)
-    answer = client.post(
-        urlsplit(user["link"]).path, data={"password": PASSWORD, "again": PASSWORD}
-    )
+    answer = client.post(urlsplit(user["link"]).path, data={"password": PASSWORD, "again": PASSWORD})
     assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/"), answer.text
     return Login(client, user)
 
@@ -612,9 +610,9 @@ def test_what_ends_a_login_while_it_is_checked_ends_it(tmp_path: Path, event: st
 async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
     async with Store.open(tmp_path / "redbtc.db", "normal") as store:
         users, accounts = Users(store), Accounts(store)
-        account = (await accounts.add("a", None, {}, "test"))["id"]
+        account = (await accounts.add("a", None, {}, "test")).id
         user = await users.add("ada@example.com", "owner", account, "test")
-        link = users.link(user["link"])
+        link = users.link(user.link)
         assert link is not None
         await users.set_password(link, PASSWORD, "here")
         (login,) = await users.verify("ada@example.com", PASSWORD, "here", "")
@@ -646,7 +644,7 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
         assert await overtaken.log_in(login.user_id, login.hashed, "") is None
         assert users.session(first.cookie) is None
         if event == "reset":
-            link = users.link((await users.reset(login.user_id, "test"))["link"])
+            link = users.link((await users.reset(login.user_id, "test")).link)
             assert link is not None
             await users.set_password(link, PASSWORD, "here")
             with pytest.raises(Conflict):
@@ -668,8 +666,8 @@ class Guesser:
         users = self._users
         made = users.reset(self._own, "test") if self._own else None
         user = await (made or users.add("op@example.com", "owner", self._account, "test"))
-        self._own = user["id"]
-        link = users.link(user["link"])
+        self._own = user.id
+        link = users.link(user.link)
         assert link is not None
         return await users.set_password(link, password, "his")
 
@@ -721,7 +719,7 @@ def test_who_guesses_from_a_line_with_both_protocols_keeps_no_stranger_out(tmp_p
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users = Users(store)
             user = await users.add("op@example.com", "operator", None, "test")
-            await password_is(users, user["link"], "right")
+            await password_is(users, user.link, "right")
             for _ in range(50):
                 for network in ("10.0.0.1", "2001:db8::/64"):
                     await is_told(users, "wrong", network)
@@ -738,9 +736,9 @@ def test_guessing_in_one_browser_that_knows_a_login_keeps_no_other_out(tmp_path:
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users = Users(store)
             user = await users.add("op@example.com", "operator", None, "test")
-            hashed = await password_is(users, user["link"], "right")
-            own = await users.log_in(user["id"], hashed, "")
-            public = await users.log_in(user["id"], hashed, "")
+            hashed = await password_is(users, user.link, "right")
+            own = await users.log_in(user.id, hashed, "")
+            public = await users.log_in(user.id, hashed, "")
             assert own is not None
             assert public is not None
             await guess_from_everywhere(users)
@@ -763,23 +761,21 @@ def test_an_account_s_logins_fill_no_room_of_others(
     async def main() -> None:
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users, accounts = Users(store), Accounts(store)
-            account = (await accounts.add("a", None, {}, "test"))["id"]
+            account = (await accounts.add("a", None, {}, "test")).id
             victim = await users.add("op@example.com", "operator", None, "test")
-            hashed = await password_is(users, victim["link"], "right")
-            known = await users.log_in(victim["id"], hashed, "")
+            hashed = await password_is(users, victim.link, "right")
+            known = await users.log_in(victim.id, hashed, "")
             assert known is not None
             asks: list[Callable[[str], Awaitable[object]]] = []
             for number in range(60):
                 email = f"{number}@example.com"
                 user = await users.add(email, "owner", account, "test")
                 if number % 3 == 0:
-                    link = users.link(user["link"])
+                    link = users.link(user.link)
                     assert link is not None
                     asks.append(functools.partial(users.set_password, link, "new"))
                     continue
-                own = await users.log_in(
-                    user["id"], await password_is(users, user["link"], "x"), ""
-                )
+                own = await users.log_in(user.id, await password_is(users, user.link, "x"), "")
                 session = users.session(own.cookie) if own else None
                 assert own is not None
                 assert session is not None
@@ -836,11 +832,9 @@ def test_a_password_is_set_by_nothing_that_has_expired_meanwhile(
             users = Users(store)
             ada = await users.add("ada@example.com", "operator", None, "test")
             bob = await users.add("bob@example.com", "operator", None, "test")
-            link = users.link(bob["link"])
+            link = users.link(bob.link)
             assert link is not None
-            logged_in = await users.log_in(
-                ada["id"], await password_is(users, ada["link"], "right"), ""
-            )
+            logged_in = await users.log_in(ada.id, await password_is(users, ada.link, "right"), "")
             session = users.session(logged_in.cookie) if logged_in else None
             assert session is not None
             later = store.time() + LINK_LASTS
@@ -860,10 +854,10 @@ def test_a_login_of_one_s_own_is_of_no_use_to_guess_another(tmp_path: Path) -> N
     async def main() -> None:
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users, accounts = Users(store), Accounts(store)
-            guesser = Guesser(users, (await accounts.add("a", None, {}, "test"))["id"])
+            guesser = Guesser(users, (await accounts.add("a", None, {}, "test")).id)
             victim = await users.add("op@example.com", "operator", None, "test")
-            hashed = await password_is(users, victim["link"], "right")
-            left_behind = await users.log_in(victim["id"], hashed, "")
+            hashed = await password_is(users, victim.link, "right")
+            left_behind = await users.log_in(victim.id, hashed, "")
             assert left_behind is not None
             tried = [await guesser.learns(f"{number}") for number in range(12)]
             assert tried == [False] * 10 + [None] * 2
@@ -871,8 +865,8 @@ def test_a_login_of_one_s_own_is_of_no_use_to_guess_another(tmp_path: Path) -> N
             tried = [await guesser.learns(f"{number}") for number in range(12, 32)]
             assert tried == [False] * 10 + [None] * 10
             guesser.browser = ""
-            reset = await users.reset(victim["id"], "test")
-            await password_is(users, reset["link"], "3")
+            reset = await users.reset(victim.id, "test")
+            await password_is(users, reset.link, "3")
             assert [await guesser.learns(f"{number}") for number in range(6)] == [None] * 6
             tried = []
             for number in range(40, 52):
@@ -891,23 +885,23 @@ def test_a_login_is_known_in_its_last_browsers_whoever_uses_them(tmp_path: Path)
             users = Users(store)
             ada = await users.add("ada@example.com", "operator", None, "test")
             bob = await users.add("bob@example.com", "operator", None, "test")
-            adas = await password_is(users, ada["link"], PASSWORD)
-            bobs = await password_is(users, bob["link"], PASSWORD)
-            home = await users.log_in(ada["id"], adas, "")
-            public = await users.log_in(ada["id"], adas, "")
+            adas = await password_is(users, ada.link, PASSWORD)
+            bobs = await password_is(users, bob.link, PASSWORD)
+            home = await users.log_in(ada.id, adas, "")
+            public = await users.log_in(ada.id, adas, "")
             assert home is not None
             assert public is not None
-            again = await users.log_in(ada["id"], adas, "", home.browser)
+            again = await users.log_in(ada.id, adas, "", home.browser)
             assert again is not None
             assert again.browser == home.browser  # so that an answer may be lost
             for _ in range(30):
-                await users.log_in(bob["id"], bobs, "", public.browser)
-            await users.log_in(ada["id"], adas, "")
+                await users.log_in(bob.id, bobs, "", public.browser)
+            await users.log_in(ada.id, adas, "")
             rows = [
                 tuple(row) async for row in store.rows("SELECT user_id, hash FROM known_browsers")
             ]
-            assert (ada["id"], hash_of(home.browser)) in rows
-            assert len([row for row in rows if row[0] == ada["id"]]) == 3
+            assert (ada.id, hash_of(home.browser)) in rows
+            assert len([row for row in rows if row[0] == ada.id]) == 3
 
     asyncio.run(main())
 
@@ -922,19 +916,19 @@ def test_of_too_many_sessions_the_oldest_end(
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users = Users(store)
             user = await users.add("ada@example.com", "operator", None, "test")
-            hashed = await password_is(users, user["link"], "right")
+            hashed = await password_is(users, user.link, "right")
             instant = store.time()
             monkeypatch.setattr(store, "time", lambda: instant)
             begun = []
             for _ in range(MAX_SESSIONS + 5):
-                logged_in = await users.log_in(user["id"], hashed, "")
+                logged_in = await users.log_in(user.id, hashed, "")
                 session = users.session(logged_in.cookie) if logged_in else None
                 assert logged_in is not None
                 assert session is not None
                 begun.append((logged_in.cookie, session.id))
             in_force = [ses for cookie, ses in begun if users.session(cookie)]
             assert in_force == [ses for _, ses in begun[5:]]
-            shown = [each["id"] for each in await users.sessions(user["id"])]
+            shown = [each.id for each in await users.sessions(user.id, "")]
             assert shown == in_force[::-1]
 
     asyncio.run(main())

@@ -463,8 +463,7 @@ class Billing:
     def which(self, model: str, at: int, tier: str, input_tokens: int) -> WhichPrice:
         """Return which price applies to a request, and why, as JSON shows it."""
         tier = TIER_NAMES.get(tier, tier)
-        tariff = self.prices.tariff(model, at)
-        applied = tariff.price(tier, input_tokens) if tariff else None
+        applied, others = self.prices.which(model, at, tier, input_tokens)
         return WhichPrice(
             model=model,
             at=shown_time(at),
@@ -472,7 +471,7 @@ class Billing:
             input_tokens=input_tokens,
             why=self._why(tier, applied),
             applies=self.prices.shown(applied, at) if applied else None,
-            others=self.prices.others(model, at, tier, applied),
+            others=others,
         )
 
     def _why(self, tier: str, applied: Price | None) -> str:

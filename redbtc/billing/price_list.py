@@ -236,9 +236,13 @@ class PriceTable:
         chosen = next(each for each in self.matching(model) if at >= self._since.get(each, NEVER))
         return None if chosen == price.model else f"the price of {chosen!r} is more specific"
 
-    def others(self, model: str, at: int, tier: str, applied: Price | None) -> list[OtherPrice]:
-        """Return the prices whose patterns mean a model and that do not apply to a request at a
-        time, as JSON shows them, each with the reason."""
+    def which(
+        self, model: str, at: int, tier: str, input_tokens: int
+    ) -> tuple[Price | None, list[OtherPrice]]:
+        """Return the price of a request at a time, and all others whose patterns mean its model,
+        each with the reason why it does not apply."""
+        prices = self.tariff(model, at)
+        applied = prices.price(tier, input_tokens) if prices else None
         others = []
         for pattern in self.matching(model):
             shadowed_by = self.shadowing(pattern, at)
@@ -247,7 +251,7 @@ class PriceTable:
                     because = self.applies(price, model, at) or unlike(price, applied, tier)
                     shown = asdict(self._shown(price, at, shadowed_by))
                     others.append(OtherPrice(**shown, because=because))
-        return others
+        return applied, others
 
     def shown(self, price: Price, now: int) -> PriceShown:
         """Return a price as JSON shows it."""
