@@ -27,13 +27,342 @@ if __name__ == "__main__":  # before the imports below, which take 0.2 s
 
     start.prepare()
 
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.routing import Route, Router
+
+from redbtc import start
+from redbtc.admin.http import local, served
+from redbtc.billing.webhook import post_for_ever
+from redbtc.cli import accounts, database, money, usage, users  # noqa: F401 (they add commands)
 from redbtc.cli import main as command_line
-from redbtc.cli import serve  # noqa: F401 (adds its commands)
+from redbtc.cli.serve import ServeOptions, open_service
+from redbtc.config import (
+    Loaded,
+    Settings,
+    SettingsError,
+    missing_keys,
+    reload_settings,
+    with_demo,
+)
+from redbtc.errors import UserError
+from redbtc.gateway.endpoints import METERED, RESPONSES
+from redbtc.gateway.health import healthz
+from redbtc.gateway.metered_route import MeteredRoute
+from redbtc.gateway.pages import in_time
+from redbtc.gateway.plain_routes import AsApp, ExactRoute, unknown_url, upgrade_required
+from redbtc.gateway.progress import save_progress
+from redbtc.gateway.service import Service
+from redbtc.gateway.state import Gateway
+from redbtc.gateway.stored import StoredRoute
+from redbtc.gateway.vitals import watch_size
+from redbtc.gateway.websocket_session import WebSocketSession
+from redbtc.headers import header
+from redbtc.refusals import Refusal
+from redbtc.server.asgi import App, Receive, Scope, Send
+from redbtc.server.connections import Connections
+from redbtc.server.cors import CORS
+from redbtc.server.guard import Guard
+from redbtc.server.listening import Server, configured, listen, server_for
+from redbtc.server.unix_socket import AdminServer, socket_path
+from redbtc.server.websocket_protocol import WebSocketProtocol
+from redbtc.store.clock import watch_clock
+from redbtc.telemetry import LOG, Telemetry, log, shown_error, watch_log
+from redbtc.upstream.upstreams import PING_SECONDS
+
+OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
+STOPPING_SECONDS = 10  # for the rows of what is aborted when the process ends
+EXIT_SOFTWARE = 70  # a task of the process has ended (EX_SOFTWARE of sysexits.h)
+
+
+# ── Routes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def metered_apps(service: Service) -> dict[str, App]:
+    """Return the apps of POST requests that are metered, by path."""
+    return {each.path: MeteredRoute(service.gateway, each) for each in METERED}
+
+
+def other_apps(service: Service) -> App:
+    """Return the app of all other requests. What has no route is 404 before its body is read."""
+    models, health, pages = service.models, service.health, service.pages
+
+    def stored(method: str, suffix: str = "") -> Route:
+        app = StoredRoute(service.gateway, method, suffix)
+        return ExactRoute(f"/v1/responses/{{id}}{suffix}", app, methods=[method])
+
+    def get(path: str, function: App) -> Route:
+        return ExactRoute(path, AsApp(function), methods=["GET"])
+
+    routes = [
+        get("/v1/responses", upgrade_required),
+        stored("GET"),
+        stored("DELETE"),
+        stored("POST", "/cancel"),
+        stored("GET", "/input_items"),
+        get("/v1/models", models.list),
+        get("/v1/models/{model:path}", models.show),
+        ExactRoute("/v1/{rest:path}", AsApp(health.preflight), methods=["OPTIONS"]),
+        get("/healthz", healthz),
+        get("/readyz", health.readyz),
+        get("/metrics", health.metrics),
+        get("/status", health.status),
+        get("/admin/v1/me{rest:path}", pages.me),
+        Route("/admin/v1/{rest:path}", AsApp(pages.admin)),
+        Route("/dashboard{rest:path}", AsApp(pages.dashboard)),
+    ]
+    return Router(routes, redirect_slashes=False, default=unknown_url)
+
+
+def websocket_app(service: Service) -> App:
+    """Return the app of WebSockets: /v1/responses."""
+
+    async def session(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != RESPONSES.path:
+            raise Refusal("unknown_url")
+        scope["where"] = RESPONSES.path
+        origin = header(scope["headers"], b"origin")
+        if origin is not None and not service.health.allows_origin(origin):  # RFC 6455 §10.2
+            raise Refusal("origin_not_allowed")
+        await WebSocketSession(service.gateway, scope, receive, send).run()
+
+    return session
+
+
+async def not_open(scope: Scope, receive: Receive, send: Send) -> None:
+    """Serve requests while the ledger is not open yet."""
+    if scope["path"] != "/healthz":
+        raise Refusal("ledger_unavailable", headers=[(b"connection", b"close")])
+    await healthz(scope, receive, send)
+
+
+# ── The process ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def run(options: ServeOptions) -> int:
+    """Run the gateway from start to end, and return the exit status. Raises UserError where it
+    can't start."""
+    settings = options.settings
+    process = GatewayProcess(options.loaded, settings)
+    async with contextlib.AsyncExitStack() as stack:
+        listeners = listen(settings.server.hosts, settings.server.port)
+        opening = asyncio.create_task(open_service(stack, options, process, listeners))
+        await process.serve(listeners, opening)
+    return process.status
+
+
+class GatewayProcess:
+    """The process that serves: its servers, its signals and its end."""
+
+    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+        self._loaded = loaded
+        self._settings = settings
+        self.telemetry = Telemetry()
+        self.status = 0  # that the process exits with
+        self._service: Service | None = None  # None until the ledger is open
+        self.demo: str | None = None  # the URL of the demonstration upstream, where that is served
+        self._opening: asyncio.Task[Service] | None = None
+        self._reload_wanted = False
+        self._guard = Guard({}, not_open, not_open, self.telemetry)
+        self._servers: list[Server] = []
+        self._connections = Connections(self._offers_websocket)
+        self._draining: asyncio.Task[None] | None = None
+        self._over = False  # the tasks may end
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        start.finish()
+
+    def _offers_websocket(self) -> bool:
+        return self._service is not None and self._service.gateway.upstreams.offer_websocket()
+
+    async def serve(self, listeners: list[socket.socket], opening: asyncio.Task[Service]) -> None:
+        """Serve until a signal ends it, or one of its tasks. Before `opening` is done, requests are
+        refused. Raises UserError where the ledger can't be opened."""
+        self._opening = opening
+        await asyncio.wait([opening], timeout=OPENING_SECONDS)
+        if self._draining:
+            self._over = True
+            return
+        if opening.done():
+            opening.result()
+        else:
+            log(logging.WARNING, "ledger not open yet", reason="requests are refused until it is")
+        try:
+            async with asyncio.TaskGroup() as servers:
+                servers.create_task(self._serve_gateway(opening))  # first, so that commands work
+                servers.create_task(self._public().serve(listeners))
+        except* UserError as group:
+            raise group.exceptions[0] from None
+        finally:
+            self._over = True
+
+    def closing(self) -> None:
+        """Expect the end of the process if the files are closed because it has served. They are
+        also closed when an attempt to open them has failed, which is repeated."""
+        if self._over:
+            start.end_soon(EXIT_SOFTWARE)
+
+    def _public(self) -> Server:
+        app = CORS(self._guard, lambda: self._settings.server.cors_origins)
+        server = server_for(
+            app,
+            self._connections,
+            proxy_headers=True,
+            forwarded_allow_ips=list(self._settings.server.trusted_proxies),
+            ws=WebSocketProtocol,
+            ws_per_message_deflate=False,
+            ws_ping_interval=PING_SECONDS,
+            ws_ping_timeout=60,
+        )
+        self._servers.append(server)
+        return server
+
+    async def _serve_gateway(self, opening: asyncio.Task[Service]) -> None:
+        """Serve the gateway as soon as it is there, and its admin API on the Unix socket."""
+        service = self._service = await opening
+        gateway, store = service.gateway, service.gateway.store
+        if self._reload_wanted:
+            self._reload()
+        saving = save_progress(store, gateway.in_flight.with_row, gateway.unended)
+        tasks = [
+            *store.commits.tasks,
+            asyncio.create_task(post_for_ever(gateway.books, log), name="webhook"),
+            asyncio.create_task(saving, name="progress"),
+            asyncio.create_task(watch_clock(store.clock, log), name="clock"),
+            asyncio.create_task(watch_size(store), name="size"),
+            asyncio.create_task(service.vitals.watch_loop(), name="loop lag"),
+            asyncio.create_task(watch_log(), name="log"),
+        ]
+        for task in tasks:
+            task.add_done_callback(self._ended)
+        gateway.unended.ended = self._failed
+        self._guard.lead_to(metered_apps(service), other_apps(service), websocket_app(service))
+        gc.freeze()  # what is there now stays, as in start.finish
+        with socket_path(store.path) as path:
+            api = in_time(gateway, served(service.api, local))
+            guarded = Guard({}, api, unknown_url, self.telemetry)
+            server = AdminServer(configured(guarded, uds=path, proxy_headers=False))
+            self._servers.append(server)
+            with server.listening():
+                await server.serve()
+        self._over = True
+        for task in tasks[2:]:
+            task.cancel()
+
+    def _failed(self, task: asyncio.Task[Any]) -> None:
+        """End the process if a task has failed."""
+        if not task.cancelled() and task.exception():
+            self._ended(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        """A task that must not end has ended: say why, and end the process, so that a supervisor
+        starts it again."""
+        if self._over:
+            return
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        log(logging.CRITICAL, "task ended", task=task.get_name(), **shown_error(error))
+        self.status = EXIT_SOFTWARE
+        if self._service and task in self._service.gateway.store.commits.tasks:
+            self._end_now()
+        if not self._draining:
+            self._draining = asyncio.create_task(self._drain(0))
+
+    def _end_now(self) -> None:
+        """End the process without waiting for anything. What is owed to the ledger is kept."""
+        start.end_soon(EXIT_SOFTWARE)
+        if self._service:
+            self._service.gateway.store.commits.spill_now()
+        LOG.flush()
+        os._exit(self.status)
+
+    def _terminate(self) -> None:
+        if self._draining:
+            in_flight = self._service.gateway.in_flight.count if self._service else 0
+            log(logging.WARNING, "terminated", in_flight=in_flight)
+            self.status = 128 + signal.SIGTERM
+            self._end_now()
+        self._draining = asyncio.create_task(self._drain(self._settings.server.drain_seconds))
+
+    async def _drain(self, seconds: float) -> None:
+        """Admit no new requests; those in flight may finish, and clients may read what was
+        answered, for so many seconds."""
+        if self._service:
+            await self._drain_gateway(self._service.gateway, seconds)
+        elif self._opening:
+            start.end_soon(EXIT_SOFTWARE)  # the disk may not answer
+            self._opening.cancel()
+        for server in self._servers:
+            server.should_exit = True
+
+    async def _drain_gateway(self, gateway: Gateway, seconds: float) -> None:
+        gateway.draining = True
+        log(logging.INFO, "draining", in_flight=gateway.in_flight.count)
+        await self._wait_while(self._is_busy, gateway, seconds)
+        log(logging.INFO, "stopping", in_flight=gateway.in_flight.count)
+        if gateway.in_flight.count:
+            gateway.stop()
+        await self._wait_while(
+            lambda gateway: gateway.in_flight.count > 0, gateway, STOPPING_SECONDS
+        )
+
+    async def _wait_while(
+        self, holds: Callable[[Gateway], bool], gateway: Gateway, seconds: float
+    ) -> None:
+        deadline = time.monotonic() + seconds
+        while holds(gateway) and time.monotonic() < deadline:
+            gateway.store.give_up_if_failing()
+            await asyncio.sleep(0.05)
+
+    def _is_busy(self, gateway: Gateway) -> bool:
+        return gateway.in_flight.count > 0 or self._connections.unsent
+
+    def _reload(self) -> None:
+        """Read the settings again; a bad file changes nothing."""
+        if self._service is None:
+            self._reload_wanted = True
+            return
+        gateway = self._service.gateway
+        old = gateway.settings
+        try:
+            new = reload_settings(self._loaded)
+        except SettingsError as error:
+            log(logging.ERROR, "reload refused", reason=str(error))
+            return
+        if self.demo:
+            new = with_demo(new, self.demo)
+        self._settings = new
+        gateway.apply(new)
+        LOG.level = getattr(logging, new.server.log_level.upper())
+        fixed = [
+            name
+            for name, before, after in (
+                ("server.host", old.server.hosts, new.server.hosts),
+                ("server.port", old.server.port, new.server.port),
+                ("server.trusted_proxies", old.server.trusted_proxies, new.server.trusted_proxies),
+                ("database", old.database, new.database),
+                ("billing.currency", old.billing.currency, new.billing.currency),
+            )
+            if before != after
+        ]
+        log(logging.INFO, "reloaded", needs_restart=fixed)
+        for line in missing_keys(new):
+            log(logging.WARNING, "unusable", reason=line)
 
 
 def main() -> None:
     """Run the command line: redbtc-proxy, or python redbtc_proxy.py."""
-    command_line.main()
+    command_line.main(run)
 
 
 if __name__ == "__main__":

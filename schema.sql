@@ -1,6 +1,6 @@
--- The tables of a gateway's database. The gateway runs this file by itself: every section whose
--- number is above the database's `PRAGMA user_version`, in order, each in one transaction. A section
--- that has been released is never edited; what changes is a new section below it.
+-- The tables of a gateway's database. The gateway executes this file by itself: every section whose
+-- number is above the database's `PRAGMA user_version`, in order, each in one transaction. The SQL
+-- of a released section is never edited; a change is a new section at the end.
 --
 -- Times are milliseconds since 1970-01-01T00:00:00Z, counts are integers, nothing is REAL.
 
@@ -8,14 +8,14 @@
 
 CREATE TABLE accounts (
     id                  TEXT PRIMARY KEY,       -- acct_ and 16 hexadecimal digits
-    name                TEXT NOT NULL UNIQUE    -- what people call it, in commands and reports
+    name                TEXT NOT NULL UNIQUE    -- its name in commands and reports
                         CHECK (length(name) BETWEEN 1 AND 100),
-    email               TEXT,                   -- whom to write to
+    email               TEXT,                   -- contact address
     status              TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'suspended')),
     status_reason       TEXT,                   -- why it is suspended
-    concurrency         INTEGER CHECK (concurrency >= 0),          -- its own limits; NULL: those of
+    concurrency         INTEGER CHECK (concurrency >= 0),          -- its limits; NULL: those of
     requests_per_minute INTEGER CHECK (requests_per_minute >= 0),  -- [limits.account] in the
-    tokens_per_minute   INTEGER CHECK (tokens_per_minute >= 0),    -- settings; 0: none
+    tokens_per_minute   INTEGER CHECK (tokens_per_minute >= 0),    -- settings; 0: no limit
     created_at          INTEGER NOT NULL
 ) STRICT;
 
@@ -23,9 +23,9 @@ CREATE TABLE keys (
     id                  TEXT PRIMARY KEY,       -- key_ and 16 hexadecimal digits
     hash                BLOB NOT NULL UNIQUE CHECK (length(hash) = 32),  -- SHA-256 of the whole key
     account_id          TEXT NOT NULL REFERENCES accounts (id),
-    label               TEXT NOT NULL DEFAULT '',   -- what its owner calls it
-    concurrency         INTEGER CHECK (concurrency >= 0),          -- limits beside its account's;
-    requests_per_minute INTEGER CHECK (requests_per_minute >= 0),  -- NULL or 0: none
+    label               TEXT NOT NULL DEFAULT '',   -- the owner's name for it
+    concurrency         INTEGER CHECK (concurrency >= 0),          -- in addition to the account's limits;
+    requests_per_minute INTEGER CHECK (requests_per_minute >= 0),  -- NULL or 0: no limit
     tokens_per_minute   INTEGER CHECK (tokens_per_minute >= 0),
     created_at          INTEGER NOT NULL,
     expires_at          INTEGER,                -- refused from this instant; NULL: never
@@ -34,8 +34,8 @@ CREATE TABLE keys (
 
 CREATE INDEX keys_of_an_account ON keys (account_id);
 
--- One row for each request that left for an upstream: written as 'pending' before it leaves,
--- settled before its last bytes reach the client. Never deleted, never settled twice.
+-- One row for each request that was sent to an upstream: written as 'pending' before it is sent,
+-- settled before its last bytes reach the client. A row is never deleted, and never settled twice.
 CREATE TABLE requests (
     request_id          TEXT PRIMARY KEY,       -- req_, 12 hexadecimal digits of time, 20 of chance
     account_id          TEXT NOT NULL REFERENCES accounts (id),
@@ -44,9 +44,9 @@ CREATE TABLE requests (
     model               TEXT,                   -- as the upstream named it in its answer
     requested_model     TEXT NOT NULL,          -- as the client named it
     upstream            TEXT NOT NULL,          -- the name of the upstream in the settings
-    started_at          INTEGER NOT NULL,       -- when the request's head had arrived
-    first_byte_ms       INTEGER,                -- from then to the upstream's first byte of a body
-    duration_ms         INTEGER,                -- from then to the upstream's last byte
+    started_at          INTEGER NOT NULL,       -- when the request's head had been received
+    first_byte_ms       INTEGER,                -- from then to the first byte of the upstream's body
+    duration_ms         INTEGER,                -- from then to the last byte of the upstream's body
     status              INTEGER,                -- the HTTP status given to the client
     outcome             TEXT NOT NULL CHECK (outcome IN ('pending', 'completed', 'upstream_error',
                             'upstream_failed', 'client_disconnected', 'interrupted')),
@@ -67,7 +67,7 @@ CREATE INDEX requests_by_time ON requests (started_at);
 CREATE INDEX requests_of_an_account ON requests (account_id, started_at);
 CREATE INDEX requests_in_flight ON requests (request_id) WHERE outcome = 'pending';
 
--- What the gateway writes to learn whether the ledger can commit.
+-- One row, which the gateway writes to find out whether the ledger can commit.
 CREATE TABLE heartbeat (
     id      INTEGER PRIMARY KEY CHECK (id = 1),
     beat_at INTEGER NOT NULL
@@ -75,31 +75,31 @@ CREATE TABLE heartbeat (
 
 -- version 2
 --
--- Amounts are integers of nanos, thousand-millionths of the currency's unit; prices are nanos for a
--- million tokens. Sums and payments are whole units and the nanos beyond them in two columns, since
--- a sum of nanos can be too large for an INTEGER.
+-- Amounts are integers of nanos (billionths of the currency's unit); prices are nanos per million
+-- tokens. Sums and payments are stored as whole units and the remaining nanos in two columns, since a
+-- sum of nanos can be too large for an INTEGER.
 
 ALTER TABLE accounts ADD COLUMN
-    credit_limit        INTEGER CHECK (credit_limit >= -1);     -- below zero the balance may go by this;
+    credit_limit        INTEGER CHECK (credit_limit >= -1);     -- how far below zero the balance may go;
                                                 -- -1: unlimited; NULL: billing.default_credit_limit
 ALTER TABLE accounts ADD COLUMN
-    monthly_budget      INTEGER CHECK (monthly_budget >= 0);    -- for a calendar month; NULL: none
+    monthly_budget      INTEGER CHECK (monthly_budget >= 0);    -- for a calendar month (UTC); NULL: no budget
 ALTER TABLE keys ADD COLUMN
-    monthly_budget      INTEGER CHECK (monthly_budget >= 0);    -- the same, of this key alone
+    monthly_budget      INTEGER CHECK (monthly_budget >= 0);    -- the same, for this key alone
 ALTER TABLE requests ADD COLUMN
-    price_id            INTEGER REFERENCES prices (id);         -- by which it was billed; NULL: by none
+    price_id            INTEGER REFERENCES prices (id);         -- the price it was billed by; NULL: not billed
 ALTER TABLE requests ADD COLUMN
-    cost                INTEGER CHECK (cost >= 0);  -- nanos; NULL: not known, since no usage was reported
+    cost                INTEGER CHECK (cost >= 0);  -- nanos; NULL: unknown, since no usage was reported
 ALTER TABLE requests ADD COLUMN
-    month               TEXT;                   -- whose statement it is on, such as 2026-11: that of its end
+    month               TEXT;                   -- the statement it is on, such as 2026-11: the month in which it ended
 
--- What a model costs from some instant on. Rows are only ever added. In force, of one pattern, tier
--- and threshold, is the row with the latest effective_at that has come.
+-- What a model costs from an instant on. Rows are only ever added. For each pattern, tier and
+-- threshold, the row in force is the one with the latest effective_at that is not in the future.
 CREATE TABLE prices (
     id                  INTEGER PRIMARY KEY,
-    model               TEXT NOT NULL,          -- a shell pattern; the most specific that matches counts
+    model               TEXT NOT NULL,          -- a name or shell pattern; the most specific matching one wins
     tier                TEXT NOT NULL,          -- the service tier that the response reports
-    above_input_tokens  INTEGER NOT NULL CHECK (above_input_tokens >= 0),  -- for requests with more
+    above_input_tokens  INTEGER NOT NULL CHECK (above_input_tokens >= 0),  -- for requests with more input
     effective_at        INTEGER NOT NULL,
     input               INTEGER CHECK (input >= 0),         -- NULL: 0
     cached_input        INTEGER CHECK (cached_input >= 0),  -- NULL: as input
@@ -107,13 +107,13 @@ CREATE TABLE prices (
     output              INTEGER CHECK (output >= 0),        -- NULL: 0
     image_input         INTEGER CHECK (image_input >= 0),   -- NULL: as input
     image_output        INTEGER CHECK (image_output >= 0),  -- NULL: as output
-    web_search          INTEGER CHECK (web_search >= 0),    -- a call, not a million; NULL: 0
-    max_output_tokens   INTEGER CHECK (max_output_tokens > 0),  -- the most the model can say, if known
+    web_search          INTEGER CHECK (web_search >= 0),    -- per call, not per million; NULL: 0
+    max_output_tokens   INTEGER CHECK (max_output_tokens > 0),  -- the model's maximum output, if known
     currency            TEXT NOT NULL,
-    source              TEXT,                   -- where it was read
+    source              TEXT,                   -- where the price was published
     created_at          INTEGER NOT NULL,
     added_by            TEXT,                   -- who added it
-    reason              TEXT                    -- why it could rise without notice
+    reason              TEXT                    -- why an increase skipped the notice period
 ) STRICT;
 
 CREATE TABLE payments (
@@ -122,9 +122,9 @@ CREATE TABLE payments (
     units               INTEGER NOT NULL,       -- -1.5 is -2 units and 500,000,000 nanos
     nanos               INTEGER NOT NULL CHECK (nanos BETWEEN 0 AND 999999999),
     currency            TEXT NOT NULL,
-    reference           TEXT,                   -- of the one who paid; a second one changes nothing
-    reason              TEXT CHECK (units >= 0 OR reason IS NOT NULL),  -- of a refund or correction
-    month               TEXT NOT NULL,          -- whose statement it is on
+    reference           TEXT,                   -- the payer's; a repeated one is ignored
+    reason              TEXT CHECK (units >= 0 OR reason IS NOT NULL),  -- required for a refund or correction
+    month               TEXT NOT NULL,          -- the statement it is on
     created_at          INTEGER NOT NULL,
     added_by            TEXT
 ) STRICT;
@@ -132,38 +132,38 @@ CREATE TABLE payments (
 CREATE UNIQUE INDEX payments_by_reference ON payments (account_id, reference);
 CREATE INDEX payments_of_an_account ON payments (account_id, month);
 
--- What people are told: all of them, or one account.
+-- Notices for all accounts or for one.
 CREATE TABLE notices (
     id                  TEXT PRIMARY KEY,       -- ntc_ and 16 hexadecimal digits
     kind                TEXT NOT NULL
                         CHECK (kind IN ('price', 'terms', 'maintenance', 'incident', 'budget')),
     account_id          TEXT REFERENCES accounts (id),  -- NULL: for all
-    key_id              TEXT REFERENCES keys (id),      -- whose budget it is; NULL: the account's
+    key_id              TEXT REFERENCES keys (id),      -- the key whose budget it is; NULL: the account's budget
     month               TEXT,                   -- of the budget
     percent             INTEGER,                -- of the budget that is spent
     text                TEXT NOT NULL,
-    effective_at        INTEGER NOT NULL,       -- what it tells of holds from then
-    until               INTEGER,                -- to then; NULL: no end
+    effective_at        INTEGER NOT NULL,       -- what it announces begins then
+    until               INTEGER,                -- and ends then; NULL: no end
     created_at          INTEGER NOT NULL,
     added_by            TEXT,
     withdrawn_at        INTEGER,
-    delivered_at        INTEGER                 -- when the webhook took it
+    delivered_at        INTEGER                 -- when the webhook accepted it
 ) STRICT;
 
 CREATE UNIQUE INDEX budget_notices ON notices (account_id, ifnull(key_id, ''), month, percent)
     WHERE kind = 'budget';
 
--- The settled requests, summed up: kept by the triggers below in the transaction that settles them.
+-- Sums of the settled requests, kept by the triggers below in the transaction that settles a request.
 CREATE TABLE usage_by_day (
     account_id          TEXT NOT NULL,
-    month               TEXT NOT NULL,          -- of the statement
-    day                 INTEGER NOT NULL,       -- on which they started, in days since 1970
+    month               TEXT NOT NULL,          -- the month of the statement
+    day                 INTEGER NOT NULL,       -- on which the requests started, in days since 1970
     model               TEXT NOT NULL,          -- as the upstream named it, else as the client did
     requested_model     TEXT NOT NULL,
     key_id              TEXT NOT NULL,
     requests            INTEGER NOT NULL,
-    estimated           INTEGER NOT NULL,       -- of them with estimated usage
-    unreported          INTEGER NOT NULL,       -- of them without usage
+    estimated           INTEGER NOT NULL,       -- those with estimated usage
+    unreported          INTEGER NOT NULL,       -- those without usage
     input_tokens        INTEGER,                -- sums; NULL: no request has a number
     cached_input_tokens INTEGER,
     cache_write_tokens  INTEGER,
@@ -224,14 +224,14 @@ WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
         cost_nanos = cost_nanos + excluded.cost_nanos;
 END;
 
--- A row that comes in already settled goes through pending, too.
+-- A row that is inserted already settled becomes pending first, so that the trigger above counts it.
 CREATE TRIGGER a_request_comes_settled AFTER INSERT ON requests
 WHEN NEW.outcome <> 'pending' BEGIN
     UPDATE requests SET outcome = 'pending' WHERE request_id = NEW.request_id;
     UPDATE requests SET outcome = NEW.outcome WHERE request_id = NEW.request_id;
 END;
 
--- Nothing that money depends on is changed or deleted.
+-- Nothing that money depends on may be changed or deleted.
 CREATE TRIGGER settled_is_settled BEFORE UPDATE OF account_id, cost, month, price_id ON requests
 WHEN OLD.outcome <> 'pending' BEGIN SELECT RAISE(ABORT, 'a settled request can''t be changed'); END;
 CREATE TRIGGER prices_stay BEFORE UPDATE ON prices
@@ -246,30 +246,30 @@ BEGIN SELECT RAISE(ABORT, 'a payment can''t be deleted, only corrected by anothe
 -- version 3
 
 ALTER TABLE keys ADD COLUMN
-    models              TEXT;                   -- shell patterns with commas between; NULL: all models
+    models              TEXT;                   -- shell patterns, separated by commas; NULL: all models
 ALTER TABLE requests ADD COLUMN
     tool_input_tokens   INTEGER CHECK (tool_input_tokens >= 0);  -- text that a tool's own model read; not
                                                 -- part of input_tokens
 ALTER TABLE usage_by_day ADD COLUMN tool_input_tokens INTEGER;
 
--- Whose is what the upstreams store: all accounts share the key that reaches it.
+-- Which account owns each object that an upstream stores: all accounts share the upstream's key.
 CREATE TABLE stored_objects (
-    id                  TEXT PRIMARY KEY,       -- of a response, an item of its output or of its listed
+    id                  TEXT PRIMARY KEY,       -- the id of a response, an item of its output or listed
                                                 -- input, a container or a file in it, a conversation:
                                                 -- as the upstream named it
     account_id          TEXT NOT NULL REFERENCES accounts (id),
-    upstream            TEXT NOT NULL,          -- where it is
+    upstream            TEXT NOT NULL,          -- where it is stored
     created_at          INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- Background responses that have not been seen to end. Their rows in `requests` are pending, and a
--- new start doesn't interrupt them.
+-- Background responses whose end has not been seen. Their rows in `requests` are pending, and the
+-- next start does not mark them as interrupted.
 CREATE TABLE background (
     request_id          TEXT PRIMARY KEY REFERENCES requests (request_id),
-    admitted_at         INTEGER NOT NULL,       -- by the ledger's time: at the prices of then
+    admitted_at         INTEGER NOT NULL,       -- ledger time; the prices of that time apply
     held                INTEGER NOT NULL,       -- nanos, until it ends
-    input_estimate      INTEGER NOT NULL,       -- tokens, should nobody report any
-    image_model         TEXT NOT NULL           -- of the request's tool
+    input_estimate      INTEGER NOT NULL,       -- tokens, used if none are reported
+    image_model         TEXT NOT NULL           -- the model of the request's image tool
 ) STRICT, WITHOUT ROWID;
 
 DROP TRIGGER a_request_is_settled;
@@ -312,35 +312,35 @@ END;
 -- version 4
 
 ALTER TABLE background ADD COLUMN
-    text_bytes          INTEGER NOT NULL DEFAULT 0 CHECK (text_bytes >= 0);  -- of output that was passed
-                                                -- on, should it be cancelled
+    text_bytes          INTEGER NOT NULL DEFAULT 0 CHECK (text_bytes >= 0);  -- output that was sent to the
+                                                -- client, for an estimate if it is cancelled
 ALTER TABLE stored_objects ADD COLUMN
-    models              TEXT;                   -- that work in what builds on it besides its own, as JSON:
+    models              TEXT;                   -- further models that work in what builds on it, as JSON:
                                                 -- {"gpt-image-2": true}, true for pictures; NULL: none
 
 -- version 5
 
 ALTER TABLE accounts ADD COLUMN
     throttle_factor     INTEGER CHECK (throttle_factor BETWEEN 1 AND 999);  -- thousandths of its limits
-                                                -- that it is held to; NULL: to all of them
+                                                -- that apply; NULL: no throttle
 ALTER TABLE accounts ADD COLUMN
-    throttled_until     INTEGER;                -- NULL: until that is lifted
+    throttled_until     INTEGER;                -- NULL: until the throttle is removed
 ALTER TABLE keys ADD COLUMN
-    compromised         INTEGER NOT NULL DEFAULT 0 CHECK (compromised IN (0, 1));  -- somebody else had it
+    compromised         INTEGER NOT NULL DEFAULT 0 CHECK (compromised IN (0, 1));  -- 1: it was leaked
 ALTER TABLE notices ADD COLUMN
-    refuses_requests    INTEGER NOT NULL DEFAULT 0  -- 1: new requests are refused while it holds
+    refuses_requests    INTEGER NOT NULL DEFAULT 0  -- 1: new requests are refused while it lasts
                         CHECK (refuses_requests = 0 OR kind = 'maintenance');
 
--- Who may log in to the dashboard: operators, and the members of accounts. The same address in two
--- accounts is two users, who know nothing of each other.
+-- Users of the dashboard: operators, and the members of accounts. The same address in two accounts
+-- is two separate users.
 CREATE TABLE users (
     id                  TEXT PRIMARY KEY,       -- usr_ and 16 hexadecimal digits
     email               TEXT NOT NULL CHECK (email = lower(email)),
     role                TEXT NOT NULL CHECK (role IN ('operator', 'owner', 'viewer')),
     account_id          TEXT REFERENCES accounts (id)
                         CHECK ((account_id IS NULL) = (role = 'operator')),
-    salt                BLOB NOT NULL CHECK (length(salt) = 16),    -- the same for all of an address
-    password            BLOB CHECK (length(password) = 32),         -- scrypt of it; NULL: none is set
+    salt                BLOB NOT NULL CHECK (length(salt) = 16),    -- the same for all users of an address
+    password            BLOB CHECK (length(password) = 32),         -- scrypt hash; NULL: not set yet
     password_set_at     INTEGER,
     link                BLOB UNIQUE CHECK (length(link) = 32),      -- SHA-256 of a one-time link's secret
     link_expires_at     INTEGER,
@@ -351,17 +351,17 @@ CREATE UNIQUE INDEX users_by_email ON users (email, ifnull(account_id, ''));
 CREATE INDEX users_of_an_account ON users (account_id);
 
 CREATE TABLE sessions (
-    id                  TEXT PRIMARY KEY,       -- ses_ and 16 hexadecimal digits: its name, no secret
+    id                  TEXT PRIMARY KEY,       -- ses_ and 16 hexadecimal digits; not a secret
     hash                BLOB NOT NULL UNIQUE CHECK (length(hash) = 32),  -- SHA-256 of the cookie
     user_id             TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
-    browser             TEXT NOT NULL,          -- as it named itself
+    browser             TEXT NOT NULL,          -- its User-Agent, shortened
     created_at          INTEGER NOT NULL,
     seen_at             INTEGER NOT NULL        -- to the minute
 ) STRICT;
 
 CREATE INDEX sessions_of_a_user ON sessions (user_id);
 
--- Browsers in which somebody has logged in: guessing by others doesn't make them wait.
+-- Browsers in which somebody has logged in.
 CREATE TABLE known_browsers (
     hash                BLOB PRIMARY KEY CHECK (length(hash) = 32),  -- SHA-256 of the cookie
     user_id             TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
@@ -370,7 +370,7 @@ CREATE TABLE known_browsers (
 
 CREATE INDEX known_browsers_of_a_user ON known_browsers (user_id);
 
--- Every administrative change, written by the triggers below in the transaction that makes it.
+-- The log of administrative changes, written by the triggers below in the transaction of the change.
 CREATE TABLE changes (
     id                  INTEGER PRIMARY KEY,
     changed_at          INTEGER NOT NULL,
@@ -378,14 +378,15 @@ CREATE TABLE changes (
     kind                TEXT NOT NULL
                         CHECK (kind IN ('account', 'key', 'price', 'payment', 'notice', 'user')),
     object_id           TEXT NOT NULL,
-    account_id          TEXT,                   -- whose it is
-    before              TEXT,                   -- JSON of the columns; NULL: there was none
+    account_id          TEXT,                   -- the account it belongs to
+    before              TEXT,                   -- the columns as JSON; NULL: it was added
     after               TEXT                    -- NULL: it was removed
 ) STRICT;
 
 CREATE INDEX changes_of_an_account ON changes (account_id, id);
 
--- Who makes the changes of this transaction; empty outside one, so that none can go unsigned.
+-- Who makes the changes of this transaction. Empty outside a transaction, so that no change can be
+-- made without a name.
 CREATE TABLE acting (
     id                  INTEGER PRIMARY KEY CHECK (id = 1),
     name                TEXT NOT NULL,
@@ -484,10 +485,10 @@ CREATE TRIGGER a_user_is_removed AFTER DELETE ON users BEGIN
         OLD.id, OLD.account_id, json_object('email', OLD.email, 'role', OLD.role), NULL);
 END;
 
--- Sums for the pages that show all accounts, kept as usage_by_day is.
+-- Sums for the pages that show all accounts, kept in the same way as usage_by_day.
 CREATE TABLE usage_by_month (
     account_id          TEXT NOT NULL,
-    month               TEXT NOT NULL,          -- of the statement
+    month               TEXT NOT NULL,          -- the month of the statement
     requests            INTEGER NOT NULL,
     input_tokens        INTEGER NOT NULL,
     output_tokens       INTEGER NOT NULL,
@@ -499,7 +500,7 @@ CREATE TABLE usage_by_month (
 CREATE INDEX usage_of_a_month ON usage_by_month (month);
 
 CREATE TABLE traffic_by_day (
-    day                 INTEGER NOT NULL,       -- on which they started, in days since 1970
+    day                 INTEGER NOT NULL,       -- on which the requests started, in days since 1970
     upstream            TEXT NOT NULL,
     outcome             TEXT NOT NULL,
     requests            INTEGER NOT NULL,
@@ -539,7 +540,7 @@ END;
 
 -- version 6
 
--- An INSERT OR REPLACE would be a way around the triggers above.
+-- INSERT OR REPLACE would bypass the triggers above, so it is refused.
 CREATE TRIGGER changes_are_new BEFORE INSERT ON changes
 WHEN EXISTS (SELECT 1 FROM changes WHERE id = NEW.id)
 BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
@@ -558,19 +559,19 @@ END;
 
 -- version 7
 
--- A browser is known for every login that was used in it.
+-- A browser is remembered for every login that was used in it.
 ALTER TABLE known_browsers RENAME TO known_before;
 CREATE TABLE known_browsers (
     hash                BLOB NOT NULL CHECK (length(hash) = 32),  -- SHA-256 of the cookie
     user_id             TEXT NOT NULL REFERENCES users (id) ON DELETE CASCADE,
-    created_at          INTEGER NOT NULL,       -- when the login was last used there
+    created_at          INTEGER NOT NULL,       -- when the login was last used in it
     PRIMARY KEY (hash, user_id)
 ) STRICT, WITHOUT ROWID;
 INSERT INTO known_browsers SELECT * FROM known_before;
 DROP TABLE known_before;
 CREATE INDEX known_browsers_of_a_user ON known_browsers (user_id);
 
--- However a password changes, nothing goes on that it let in.
+-- When a password changes, everything that it gave access to ends.
 CREATE TRIGGER a_password_ends AFTER UPDATE OF password ON users BEGIN
     DELETE FROM sessions WHERE user_id = NEW.id;
     DELETE FROM known_browsers WHERE user_id = NEW.id;
@@ -592,46 +593,46 @@ CREATE TABLE secrets (
 -- version 9
 
 ALTER TABLE prices ADD COLUMN
-    cache_write_12h     INTEGER CHECK (cache_write_12h >= 0);   -- of what is kept for 12 hours; NULL: not
-                                                -- known, as with the next two
+    cache_write_12h     INTEGER CHECK (cache_write_12h >= 0);   -- for what is kept for 12 hours; NULL: not
+                                                -- known, as for the next two
 ALTER TABLE prices ADD COLUMN
-    file_search         INTEGER CHECK (file_search >= 0);       -- a call
+    file_search         INTEGER CHECK (file_search >= 0);       -- per call
 ALTER TABLE prices ADD COLUMN
-    container           INTEGER CHECK (container >= 0);         -- a new container in which code runs
+    container           INTEGER CHECK (container >= 0);         -- per new container in which code runs
 
 ALTER TABLE requests ADD COLUMN
     cache_write_12h_tokens INTEGER CHECK (cache_write_12h_tokens >= 0);  -- part of cache_write_tokens
 ALTER TABLE requests ADD COLUMN
     file_searches       INTEGER CHECK (file_searches >= 0);
 ALTER TABLE requests ADD COLUMN
-    containers          INTEGER CHECK (containers >= 0);        -- new ones
+    containers          INTEGER CHECK (containers >= 0);        -- new containers
 ALTER TABLE usage_by_day ADD COLUMN cache_write_12h_tokens INTEGER;
 ALTER TABLE usage_by_day ADD COLUMN file_searches INTEGER;
 ALTER TABLE usage_by_day ADD COLUMN containers INTEGER;
 
--- Containers that a request was billed for: each is billed once.
+-- Containers that a request was billed for. Each is billed once.
 CREATE TABLE billed_containers (
-    id                  TEXT PRIMARY KEY        -- the upstream's
+    id                  TEXT PRIMARY KEY        -- the upstream's id
 ) STRICT, WITHOUT ROWID;
-INSERT INTO billed_containers SELECT id FROM stored_objects WHERE id GLOB 'cntr_*';  -- not billed
-                                                -- when they were made, and not later either
+INSERT INTO billed_containers SELECT id FROM stored_objects WHERE id GLOB 'cntr_*';  -- they were not
+                                                -- billed when they were created, and are not billed later
 
--- A key that replaced another one goes on with its budget.
+-- A key that replaces another one shares its budget.
 ALTER TABLE keys ADD COLUMN
     budget_id           TEXT;                   -- the first key of the chain; NULL: itself
 CREATE INDEX keys_of_a_budget ON keys (budget_id) WHERE budget_id IS NOT NULL;
 
--- What a request that builds on an object reads with it.
+-- What a request that builds on an object reads with it, in tokens.
 ALTER TABLE stored_objects ADD COLUMN
-    tokens              INTEGER CHECK (tokens >= 0);  -- of a response or conversation its input and
-                                                -- output, of an item at most so many; NULL: not known
+    tokens              INTEGER CHECK (tokens >= 0);  -- of a response or conversation: its input and
+                                                -- output; of an item: a maximum; NULL: not known
 ALTER TABLE stored_objects ADD COLUMN
-    likely_tokens       INTEGER CHECK (likely_tokens >= 0);  -- where that is the most that was held
-                                                -- for it: an estimate; NULL: as many
+    likely_tokens       INTEGER CHECK (likely_tokens >= 0);  -- an estimate, if `tokens` is the maximum
+                                                -- that was held for it; NULL: the same as `tokens`
 ALTER TABLE stored_objects ADD COLUMN
-    extras              INTEGER NOT NULL DEFAULT 0 CHECK (extras BETWEEN 0 AND 15);  -- what its input
-                                                -- can use, for what builds on it: 1: web search, 2: file
-                                                -- search, 4: containers, 8: long cache, as a sum
+    extras              INTEGER NOT NULL DEFAULT 0 CHECK (extras BETWEEN 0 AND 15);  -- what a request
+                                                -- that builds on it can use, as a sum of 1: web search,
+                                                -- 2: file search, 4: containers, 8: long cache
 UPDATE stored_objects SET tokens = reported.tokens
   FROM (SELECT response_id, max(ifnull(input_tokens, 0) + ifnull(output_tokens, 0)
                                 + ifnull(image_output_tokens, 0)) AS tokens
@@ -639,34 +640,34 @@ UPDATE stored_objects SET tokens = reported.tokens
          GROUP BY response_id) AS reported
  WHERE reported.response_id = stored_objects.id;
 
--- Should a background response be estimated: what was seen of it beside its text, and its limits.
+-- For the estimate of a background response: what was seen of it besides its text, and its limits.
 ALTER TABLE background ADD COLUMN
-    seen                TEXT;                   -- JSON, the output included; NULL: no more than text_bytes,
+    seen                TEXT;                   -- JSON, including the output; NULL: only text_bytes is known,
                                                 -- which only earlier versions write
 ALTER TABLE background ADD COLUMN
-    most                TEXT;                   -- JSON of the most that it was held to use; NULL: not known
+    most                TEXT;                   -- the maximum usage that was held, as JSON; NULL: not known
 
--- Estimated requests whose response may still be seen with its usage. A row is removed by the
--- correction of its request.
+-- Estimated requests whose response may still show its usage later. The correction of a request
+-- removes its row.
 CREATE TABLE estimates (
     response_id         TEXT PRIMARY KEY,
     request_id          TEXT NOT NULL REFERENCES requests (request_id),
-    admitted_at         INTEGER NOT NULL,       -- by the ledger's time: at the prices of then
-    image_model         TEXT NOT NULL           -- of the request's tool
+    admitted_at         INTEGER NOT NULL,       -- ledger time; the prices of that time apply
+    image_model         TEXT NOT NULL           -- the model of the request's image tool
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX estimates_of_a_request ON estimates (request_id);
 
--- What estimated requests were seen to have used after all. Rows are only ever added. What a
--- correction says holds in place of what its request's row says.
+-- The true usage of estimated requests, as their responses showed it later. Rows are only ever added.
+-- A correction takes the place of the numbers in its request's row.
 CREATE TABLE corrections (
     request_id          TEXT PRIMARY KEY REFERENCES requests (request_id),
     account_id          TEXT NOT NULL REFERENCES accounts (id),
-    month               TEXT NOT NULL,          -- on whose statement the difference is
+    month               TEXT NOT NULL,          -- the statement that the difference is on
     created_at          INTEGER NOT NULL,
     service_tier        TEXT,
     price_id            INTEGER REFERENCES prices (id),
-    cost                INTEGER CHECK (cost >= 0),  -- nanos; NULL: there is no price
+    cost                INTEGER CHECK (cost >= 0),  -- nanos; NULL: the model has no price
     input_tokens        INTEGER CHECK (input_tokens >= 0),
     cached_input_tokens INTEGER CHECK (cached_input_tokens >= 0),
     cache_write_tokens  INTEGER CHECK (cache_write_tokens >= 0),
@@ -834,14 +835,14 @@ ALTER TABLE estimates ADD COLUMN
 
 -- version 11
 
--- Each start of a gateway. The rows of its requests carry its number.
+-- Each start of a gateway. The rows of its requests have its number.
 CREATE TABLE runs (
     id                  INTEGER PRIMARY KEY,
     started_at          INTEGER NOT NULL
 ) STRICT;
 
 ALTER TABLE requests ADD COLUMN
-    run                 INTEGER;                -- that began it; NULL: from before there were numbers
+    run                 INTEGER;                -- the start that began it; NULL: written by an earlier version
 
 -- Requests that another process marked as interrupted while they were in flight. Their own process
 -- adds a row here, which opens them again, and settles them in the same transaction.
@@ -896,7 +897,7 @@ CREATE TRIGGER a_request_is_reopened AFTER INSERT ON reopened BEGIN
     UPDATE requests SET outcome = 'pending' WHERE request_id = NEW.request_id;
 END;
 
--- `db set-time` moves what is dated in the future, on record: that is a kind of change, too.
+-- `db set-time` moves what is dated in the future. The log records that as a kind of change, too.
 CREATE TABLE changes_with_time (
     id                  INTEGER PRIMARY KEY,
     changed_at          INTEGER NOT NULL,
@@ -904,28 +905,28 @@ CREATE TABLE changes_with_time (
     kind                TEXT NOT NULL CHECK (kind IN
                             ('account', 'key', 'price', 'payment', 'notice', 'user', 'time')),
     object_id           TEXT NOT NULL,
-    account_id          TEXT,                   -- whose it is
-    before              TEXT,                   -- JSON of the columns; NULL: there was none
+    account_id          TEXT,                   -- the account it belongs to
+    before              TEXT,                   -- the columns as JSON; NULL: it was added
     after               TEXT                    -- NULL: it was removed
 ) STRICT;
 INSERT INTO changes_with_time SELECT * FROM changes;
-DROP TABLE changes;                             -- and with it its index and triggers
-PRAGMA legacy_alter_table = ON;                 -- else SQLite misses the table in other triggers
+DROP TABLE changes;                             -- with its index and triggers
+PRAGMA legacy_alter_table = ON;                 -- otherwise triggers that name the table are an error
 ALTER TABLE changes_with_time RENAME TO changes;
 PRAGMA legacy_alter_table = OFF;
 CREATE INDEX changes_of_an_account ON changes (account_id, id);
 
--- The time that the ledger is set back to; empty outside the transaction that does it. Only while
--- this has its row may dates be changed that money depends on, and only of what is dated later, to
+-- The time that the ledger is set back to. Empty outside the transaction that does so. Dates that
+-- money depends on may be changed only while this table has its row, and only from a later time to
 -- exactly this time.
 CREATE TABLE setting_time (
     id                  INTEGER PRIMARY KEY CHECK (id = 1),
     at                  INTEGER NOT NULL CHECK (at >= 0),
-    month               TEXT NOT NULL,          -- of that time
-    now_at              INTEGER NOT NULL,       -- what logins are dated that are dated later
+    month               TEXT NOT NULL,          -- the month of that time
+    now_at              INTEGER NOT NULL,       -- the new date of logins that are dated later
     before_at           INTEGER NOT NULL,       -- the ledger's time until now
     moved               TEXT NOT NULL           -- JSON: how many rows are dated later, by table;
-                                                -- null: none
+                                                -- null: no rows
 ) STRICT;
 
 CREATE TRIGGER the_time_is_set AFTER INSERT ON setting_time BEGIN
@@ -954,7 +955,7 @@ WHEN OLD.outcome <> 'pending'
       AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
 BEGIN SELECT RAISE(ABORT, 'a settled request can''t be changed'); END;
 
--- A price that took effect later than this time, but no later than it was added, took effect at once.
+-- A price that took effect after this time, but not after it was added, took effect at once.
 DROP TRIGGER prices_stay;
 CREATE TRIGGER prices_stay BEFORE UPDATE ON prices
 WHEN NOT ((NEW.id, NEW.model, NEW.tier, NEW.above_input_tokens, NEW.input, NEW.cached_input,

@@ -344,3 +344,23 @@ def _table_at(path: str) -> Any:
 
 def _keys_at(path: str) -> list[str]:
     return list(_table_at(path).__struct_fields__)
+
+
+DEMO = "demo"  # the name of the demonstration upstream
+
+
+def with_demo(settings: Settings, url: str) -> Settings:
+    """Return the settings with the demonstration upstream in place of all others."""
+    demo = UpstreamSettings(name=DEMO, base_url=url, api_key_env="")
+    return msgspec.structs.replace(settings, upstreams=(demo,))
+
+
+def missing_keys(settings: Settings) -> list[str]:
+    """Return a line for all that can't be used, since the environment has no key for it."""
+    wanted = {f"upstream {upstream.name}": upstream.api_key_env for upstream in settings.upstreams}
+    wanted["billing.webhook_url"] = settings.billing.webhook_secret_env
+    return [
+        f"{what}: the environment has no {variable}"
+        for what, variable in wanted.items()
+        if variable and not os.environ.get(variable)
+    ]

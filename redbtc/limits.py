@@ -427,8 +427,13 @@ class Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give all of it back. It has no effect the second time."""
         if self._free:
             self._account.free -= 1
+            self._free = 0
         if self._held:
             self.give_back(self._size)
 

@@ -1,5 +1,5 @@
 """What the gateway itself answers with an error: OpenAI's form, so that every SDK raises its proper
-exception. The table is CONTRACT.md section 4."""
+exception. The table is docs/contract.md section 4."""
 
 from __future__ import annotations
 
@@ -100,3 +100,8 @@ def not_found(name: str, object_id: str) -> Refusal:
 
 class ClientLeft(Exception):
     """The client is gone; there is nobody to answer."""
+
+
+def insufficient_quota(message: str) -> Refusal:
+    """Return the refusal of a request that can cost more than its balance or budget has left."""
+    return Refusal("insufficient_quota", message, headers=[NO_RETRY])

@@ -3,6 +3,7 @@ metrics. Neither ever holds a byte of a prompt, a completion or a key."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -29,6 +30,9 @@ LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 
 LOG_LINES_A_SECOND = 2000
 LOG_BACKLOG = 10_000
 LOG_SECONDS = 0.02  # what comes within is one write
+
+
+WATCH_SECONDS = 0.25  # between two looks at the log's thread
 
 
 class Log:
@@ -225,3 +229,11 @@ class Telemetry:
         if level >= LOG.level:
             request = {"request_id": scope["request_id"], "route": scope["where"], "status": status}
             LOG.write(level, "request", request | fields)
+
+
+async def watch_log() -> None:
+    """Raise what has ended the log's thread, which must not happen."""
+    while LOG.works:
+        await asyncio.sleep(WATCH_SECONDS)
+    if LOG.failure:
+        raise LOG.failure

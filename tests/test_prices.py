@@ -427,12 +427,11 @@ def test_a_pattern_says_which_models_it_does_not_apply_to(make_gateway: MakeGate
     }
 
 
-def test_the_readmes_example_applies(make_gateway: MakeGateway) -> None:
-    """Each command that the README shows for prices works, and its price applies in the end."""
+def test_the_documented_example_applies(make_gateway: MakeGateway) -> None:
+    """Each price that docs/billing.md adds applies in the end."""
     gateway = make_gateway(REFUSE)
-    lines = [
-        line.partition("#")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()
-    ]
+    page = (ROOT / "docs" / "billing.md").read_text()
+    lines = [line.partition("#")[0].strip() for line in page.splitlines()]
     commands = [line.split() for line in lines if line.startswith("redbtc-proxy price add")]
     assert commands
     gateway.cli("price", "import", str(ROOT / "prices.toml"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, count
 from typing import NamedTuple
 
@@ -34,7 +34,13 @@ from redbtc.billing.records import (
     RatesOfEarlierPrice,
     WhichPrice,
 )
-from redbtc.billing.spending import Hold, Spending, SpendingLimitReached
+from redbtc.billing.spending import (
+    Hold,
+    Quote,
+    Spending,
+    SpendingLimitReached,
+    SpendingOf,
+)
 from redbtc.config import BillingSettings
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.money import NANOS, UNLIMITED, decimal, money, parse_limit
@@ -231,35 +237,54 @@ class Billing:
         """An account's own, else the settings'; in nanos, or UNLIMITED."""
         return parse_limit(self.settings.default_credit_limit) if own is None else own
 
-    async def hold(self, key: Key, model: str, most: Callable[[ModelPrices | None], int]) -> Hold:
-        """Hold the most that a request can cost, if a balance or budget limits spending. `most`
-        returns that in nanos, given the prices in force, or None for a model without a price.
-        Raises Spent, StorageUnavailable."""
-        account, own = await self._purses_of(key)
-        now = self.store.time()  # from here on nothing is waited for
-        month, tariff = month_of(now), self.prices.tariff(model, now)
-        account.turn(month)
-        own.turn(month)
-        held = 0
-        left = self._left(key, account, own)
-        if left:
-            held = min(most(tariff), MAX_COST)
-            for what, amount in left:
-                if 0 < held > amount:
-                    raise SpendingLimitReached(
-                        f"This request can cost up to {decimal(held)} {self.currency}, "
-                        f"and of {what} {decimal(amount)} is left."
-                    )
-        return Hold(self, key, now, tariff, (account, own), held)
-
-    async def hold_again(self, key: Key, model: str, at: int, held: int) -> Hold:
-        """What an earlier process held at that time. Raises StorageUnavailable."""
-        purses = await self._purses_of(key)
-        return Hold(self, key, at, self.prices.tariff(model, at), purses, held)
-
-    async def _purses_of(self, key: Key) -> tuple[Spending, Spending]:
+    async def spending_of(self, key: Key) -> SpendingOf:
+        """Return what the account of a key and the key itself have spent. Raises
+        StorageUnavailable."""
         account = await self._purse(key.account_id, None)
         return account, await self._purse(key.account_id, key.budget_id)
+
+    def quote(self, key: Key, model: str, spending: SpendingOf) -> Quote:
+        """Return the prices that are in force now for a request, and what limits its spending."""
+        now, (account, own) = self.store.time(), spending
+        month = month_of(now)
+        account.turn(month)
+        own.turn(month)
+        left = self._left(key, account, own)
+        return Quote(key, now, self.prices, self.prices.tariff(model, now), spending, left)
+
+    def hold(self, quote: Quote, amount: int) -> Hold:
+        """Hold the most that a request can cost, in nanos. There must be no `await` since `quote`.
+        Raises SpendingLimitReached."""
+        held = min(amount, MAX_COST)
+        for what, left in quote.left:
+            if 0 < held > left:
+                raise SpendingLimitReached(
+                    f"This request can cost up to {decimal(held)} {self.currency}, "
+                    f"and of {what} {decimal(left)} is left."
+                )
+        return quote.hold(held)
+
+    async def hold_again(self, key: Key, model: str, at: int, held: int) -> Hold:
+        """Hold what an earlier process held, at the prices of that time. Raises
+        StorageUnavailable."""
+        spending = await self.spending_of(key)
+        return Quote(key, at, self.prices, self.prices.tariff(model, at), spending, []).hold(held)
+
+    def settle(self, money: Hold, cost: int) -> str:
+        """Replace a hold by what the request has cost, in nanos. Return the month on whose
+        statement that is."""
+        money.release()
+        month, key = self.month(), money.key
+        for spending in money.spending:
+            spending.turn(month)
+            spending.cost += cost
+            spending.spent += cost
+        account, own = money.spending
+        if key.account_monthly_budget:
+            self.tell_of_budget(key, account, key.account_monthly_budget, None)
+        if key.monthly_budget:
+            self.tell_of_budget(key, own, key.monthly_budget, key.budget_id)
+        return month
 
     def _left(self, key: Key, account: Spending, own: Spending) -> list[tuple[str, int]]:
         """Of what limits spending, how much is left; empty where nothing does."""
@@ -283,8 +308,8 @@ class Billing:
         `budget_id` is None for the account's; the notice names it, so that keys which replaced one
         another are told once."""
         for percent in BUDGET_PERCENTS:
-            if percent > purse.told and purse.spent * 100 >= budget * percent:
-                purse.told = percent
+            if percent > purse.notified_percent and purse.spent * 100 >= budget * percent:
+                purse.notified_percent = percent
                 whose = "monthly budget"
                 if budget_id:
                     whose += f" of key {key.id}"

@@ -138,7 +138,7 @@ class Range(Struct, frozen=True):
 
 
 async def requests_in(store: Reader, wanted: Range, currency: str) -> list[RequestShown]:
-    """Rows of the ledger, oldest first, with the fields of CONTRACT.md section 5."""
+    """Rows of the ledger, oldest first, with the fields of docs/contract.md section 5."""
     if wanted.limit > 0 and wanted.account:
         wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
     newest_first = await store.all(*_query(wanted, currency))
@@ -282,7 +282,7 @@ class RequestWithKinds(RequestWithFirstKinds, kw_only=True):
 
 
 class RequestShown(RequestWithKinds, kw_only=True):
-    """A row of the ledger, CONTRACT.md section 5."""
+    """A row of the ledger, docs/contract.md section 5."""
 
     estimated_cost: Money | None
     corrected_at: Moment | None

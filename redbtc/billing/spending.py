@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from redbtc.billing.price_list import ModelPrices
+from redbtc.billing.price_list import ModelPrices, PriceTable
 from redbtc.billing.prices import MAX_COST
 from redbtc.errors import UserError
 from redbtc.store.keys import Key
 from redbtc.store.objects import Objects
 from redbtc.usage import UsagePart
 
-if TYPE_CHECKING:
-    from redbtc.billing.books import Billing
-
 
 class SpendingLimitReached(UserError):
-    """Balance or budget don't allow what the request can cost."""
+    """A balance or a budget does not allow what a request can cost."""
 
 
 class Spending:
-    """What an account or a key has paid, spent and holds, in nanos. `spent` is of `month`. A key
-    shares its purse with those that it replaced (`budget_id`)."""
+    """What an account or a key has paid, spent and holds, in nanos. `spent` is that of `month`. A
+    key shares it with the keys that it replaced (`budget_id`)."""
 
-    __slots__ = ("cost", "held", "month", "paid", "spent", "told")
+    __slots__ = ("cost", "held", "month", "notified_percent", "paid", "spent")
 
     def __init__(self, month: str, cost: int, spent: int) -> None:
         self.paid = 0
@@ -32,113 +29,120 @@ class Spending:
         self.held = 0
         self.month = month
         self.spent = spent
-        self.told = 0  # the highest percentage of the month's budget that there is a notice of
+        self.notified_percent = 0  # the highest part of the month's budget that has a notice
 
     def turn(self, month: str) -> None:
-        """It is that month now."""
+        """Begin a month, if it is another one than before."""
         if month != self.month:
-            self.month, self.spent, self.told = month, 0, 0
+            self.month, self.spent, self.notified_percent = month, 0, 0
 
     def set_back(self, month: str, spent: int) -> None:
-        """Go back to an earlier month, which is what this one was taken for. `spent` is what was
-        spent from that month on until this one began."""
-        self.month, self.told = month, 0
+        """Go back to an earlier month, which was taken for this one. `spent` is what was spent from
+        that month on until this one began."""
+        self.month, self.notified_percent = month, 0
         self.spent += spent
 
     def left(self, budget: int) -> int:
-        """Of the month's."""
+        """Return what remains of a monthly budget, after holds."""
         return budget - self.spent - self.held
 
 
+SpendingOf = tuple[Spending, Spending]  # of a request: its account's and its key's
+
+
+class Quote(NamedTuple):
+    """The prices of a request, and what limits its spending, at one instant."""
+
+    key: Key
+    at: int  # milliseconds, by the ledger's time
+    prices: PriceTable
+    model_prices: ModelPrices | None  # None for a model without a price
+    spending: SpendingOf
+    left: list[tuple[str, int]]  # what limits spending, and how many nanos are left of it
+
+    def hold(self, amount: int) -> Hold:
+        """Hold an amount in nanos. What is left is not looked at."""
+        return Hold(self, amount)
+
+
 class Hold:
-    """What one request can cost, held on its account and its key from `with` to `settle`, or to the
-    end of `with`; and the time whose prices are its. As long, other requests that build on what it
-    makes are held for the tokens that it can have (`grow`)."""
+    """The most that one request can cost, held on its account and its key until `release`, the end
+    of `with`, or `Billing.settle`; and the prices that apply to the request. Meanwhile, requests
+    that build on what it makes are held for the tokens that it can add (`grow`)."""
 
-    __slots__ = ("_books", "_growth", "_key", "_most", "_objects", "_purses", "at", "tariff")
+    __slots__ = ("_growth", "_objects", "_quote", "at", "held", "model_prices")
 
-    def __init__(
-        self,
-        books: Billing,
-        key: Key,
-        at: int,
-        tariff: ModelPrices | None,
-        purses: tuple[Spending, Spending],
-        most: int,
-    ) -> None:
-        self.at = at
-        self.tariff = tariff
-        self._books = books
-        self._key = key
-        self._purses = purses
-        self._most = most
+    def __init__(self, quote: Quote, amount: int) -> None:
+        self.at = quote.at
+        self.model_prices = quote.model_prices
+        self.held = amount  # nanos
+        self._quote = quote
         self._objects: Objects | None = None
         self._growth: dict[str, int] = {}
-        for purse in purses:
-            purse.held += most
+        for spending in quote.spending:
+            spending.held += amount
 
     def __enter__(self) -> Hold:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._most:
-            for purse in self._purses:
-                purse.held -= self._most
-            self._most = 0
+        self.release()
+
+    def release(self) -> None:
+        """Give the money back. It has no effect the second time."""
+        if self.held:
+            for spending in self._quote.spending:
+                spending.held -= self.held
+            self.held = 0
         if self._objects:
             self._objects.stop_growing(self._growth)
             self._objects, self._growth = None, {}
 
     def grow(self, objects: Objects, ids: Iterable[str], tokens: int) -> None:
-        """Note that each of these objects can get so many tokens from the request. Where nothing is
-        held, because nothing limits spending, nobody needs to know."""
-        if self._most:
+        """Note that the request can add so many tokens to each of these objects. Where nothing is
+        held, because nothing limits spending, no request needs to know."""
+        if self.held:
             growth = {each: tokens for each in ids if each not in self._growth}
             objects.grow(growth)
             self._objects = objects
             self._growth.update(growth)
 
-    def keep(self) -> Hold:
-        """The same, beyond the end of `with`."""
-        kept = self.again(self._most)
+    def transfer(self) -> Hold:
+        """Return a hold that goes on when this one ends, and end this one."""
+        kept = Hold(self._quote, self.held)
         kept._objects, kept._growth = self._objects, self._growth
         self._objects, self._growth = None, {}
-        self.__exit__()
+        self.release()
         return kept
 
-    def again(self, most: int) -> Hold:
-        """Hold so much on the same account and key."""
-        return Hold(self._books, self._key, self.at, self.tariff, self._purses, most)
+    def again(self, amount: int) -> Hold:
+        """Return a further hold of so many nanos on the same account and key."""
+        return Hold(self._quote, amount)
+
+    def prices_of(self, model: str) -> ModelPrices | None:
+        """Return the prices of another model that apply to the request, None if it has none."""
+        return self._quote.prices.tariff(model, self.at)
 
     @property
-    def held(self) -> int:
-        """Nanos."""
-        return self._most
+    def key(self) -> Key:
+        """The key whose request this is held for."""
+        return self._quote.key
+
+    @property
+    def spending(self) -> SpendingOf:
+        """The spending on which this is held."""
+        return self._quote.spending
 
     def cost(self, parts: Iterable[UsagePart], tier: str | None) -> tuple[int | None, int]:
-        """What these have cost together: the price's id of the first, and nanos, at most MAX_COST.
-        A part of another model has that one's price, if it has any."""
+        """Return the id of the price that applies to the first part, and what all parts cost
+        together in nanos, at most MAX_COST. A part of another model has the price of that model, if
+        there is one."""
         price_id, cost = None, 0
         for number, (model, usage, images) in enumerate(parts):
-            tariff = self._books.prices.tariff(model, self.at) if model else None
-            of_tier = tier if tariff is None else None
-            if tariff := tariff or self.tariff:
-                price = tariff.price(of_tier, usage.input_tokens or 0)
+            prices = self.prices_of(model) if model else None
+            of_tier = tier if prices is None else None
+            if prices := prices or self.model_prices:
+                price = prices.price(of_tier, usage.input_tokens or 0)
                 price_id = price_id if number else price.id
                 cost += price.cost(usage, images)
         return price_id, min(cost, MAX_COST)
-
-    def settle(self, cost: int) -> str:
-        """It has cost so much. Returns the month on whose statement that is."""
-        self.__exit__()
-        month, key = self._books.month(), self._key
-        for purse in self._purses:
-            purse.turn(month)
-            purse.cost += cost
-            purse.spent += cost
-        account, own = self._purses
-        if key.account_monthly_budget:
-            self._books.tell_of_budget(key, account, key.account_monthly_budget, None)
-        if key.monthly_budget:
-            self._books.tell_of_budget(key, own, key.monthly_budget, key.budget_id)
-        return month

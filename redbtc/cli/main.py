@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import click
@@ -20,12 +20,17 @@ from redbtc.money import parse_limit
 from redbtc.start import restore
 from redbtc.store.accounts import LIMITS
 
+Run = Callable[
+    ..., Coroutine[Any, Any, int]
+]  # of ServeOptions: runs the gateway, returns the exit status
+
 
 class CommandContext:
     """What the options before the command say; the settings are read when they are needed."""
 
-    def __init__(self, config: str | None) -> None:
+    def __init__(self, config: str | None, run: Run) -> None:
         self._config = config
+        self.run = run
 
     @property
     def loaded(self) -> Loaded:
@@ -167,17 +172,17 @@ def details(record: dict[str, Any]) -> str:
 @click.pass_context
 def commands(context: click.Context, config: str | None) -> None:
     """RedBTC AI: an OpenAI-compatible API gateway."""
-    context.obj = CommandContext(config)
+    context.obj = CommandContext(config, context.obj)
     if context.invoked_subcommand is None:
         context.invoke(commands.commands["serve"])
     elif context.invoked_subcommand != "serve":  # which handles signals in its own way
         restore()
 
 
-def main() -> None:
-    """Run the command line; exit 0 done, 1 refused or failed, 2 wrong usage."""
+def main(run: Run) -> None:
+    """Run the command line; exit 0 done, 1 refused or failed, 2 wrong usage. `run` serves."""
     try:
-        commands(prog_name="redbtc-proxy")
+        commands(prog_name="redbtc-proxy", obj=run)
     except (UserError, sqlite3.Error, httpx2.HTTPError) as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(1) from None

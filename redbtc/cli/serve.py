@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import sqlite3
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import click
 import msgspec
@@ -17,22 +17,29 @@ import uvloop
 
 from redbtc.billing.books import Billing
 from redbtc.billing.prices import Price
-from redbtc.cli import main as main_module
 from redbtc.cli.database import show_check
 from redbtc.cli.first_run import dashboard, import_example, welcome
-from redbtc.cli.main import CommandContext, json_option
-from redbtc.config import BillingSettings, Loaded, Settings, SettingsError, url_of
+from redbtc.cli.main import CommandContext, commands, json_option
+from redbtc.config import (
+    BillingSettings,
+    Loaded,
+    Settings,
+    SettingsError,
+    missing_keys,
+    url_of,
+    with_demo,
+)
 from redbtc.errors import StorageUnavailable, UserError
-from redbtc.gateway.process import WATCH_SECONDS, GatewayProcess, missing_keys, with_demo
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.service import Service
 from redbtc.money import NANOS
 from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
 from redbtc.store.commits import RETRY_SECONDS, Health
 from redbtc.store.consistency import check_file
 from redbtc.store.database import LedgerDamaged, Serving, Store, opening_error
 from redbtc.store.files import DatabaseInUse, state_of
-from redbtc.telemetry import LOG, log
+from redbtc.telemetry import LOG, Telemetry, log
 
+WATCH_SECONDS = 0.25  # between two looks at the file of a damaged database
 DEMO_PRICE = Price(
     "redbtc-demo*", input=NANOS, output=4 * NANOS, max_output_tokens=1000, source="an invention"
 )
@@ -49,24 +56,22 @@ class ServeOptions(NamedTuple):
     as_json: bool
 
 
-async def run(start: ServeOptions) -> int:
-    """Run the gateway from start to end, and return the exit status. Raises UserError where it
-    can't start."""
-    settings = start.settings
-    running = GatewayProcess(start.loaded, settings)
-    async with contextlib.AsyncExitStack() as stack:
-        listeners = listen(settings.server.hosts, settings.server.port)
-        opening = asyncio.create_task(open_gateway(stack, start, running, listeners))
-        await running.serve(listeners, opening)
-    return running.status
+class Process(Protocol):
+    """What opening the ledger must know of the process."""
+
+    telemetry: Telemetry
+    demo: str | None  # the URL of the demonstration upstream, where that is served
+
+    def closing(self) -> None:
+        """Expect the end of the process if the files are closed because it has served."""
 
 
-async def open_gateway(
+async def open_service(
     stack: contextlib.AsyncExitStack,
     start: ServeOptions,
-    running: GatewayProcess,
+    running: Process,
     listeners: list[socket.socket],
-) -> Gateway:
+) -> Service:
     """Open the ledger, however long that takes, and say that the gateway serves. Raises
     UserError."""
     settings = start.settings
@@ -104,20 +109,20 @@ async def open_gateway(
         log(logging.WARNING, "no prices", reason="all models are refused: price import")
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
-    gateway = Gateway(books, settings, running.watch)
+    service = Service(books, settings, running.telemetry)
     if not start.as_json:
         try:
             if start.first_run:
-                click.echo(await welcome(gateway.api, url, start.demo))
-            click.echo(await dashboard(gateway.api))
+                click.echo(await welcome(service.api, url, start.demo))
+            click.echo(await dashboard(service.api))
         except (sqlite3.Error, StorageUnavailable) as error:
             log(logging.ERROR, "no welcome", reason=str(error))
     try:
-        await gateway.unended.resume()
+        await service.gateway.unended.resume()
     except (sqlite3.Error, StorageUnavailable) as error:
         if store.commits.health is not Health.LOST:  # which serves nothing anyway
             raise UserError(f"{store.path} can't be read: {error}") from None
-    return gateway
+    return service
 
 
 DAMAGED = (
@@ -127,7 +132,7 @@ DAMAGED = (
 
 
 async def open_ledger(
-    stack: contextlib.AsyncExitStack, start: ServeOptions, running: GatewayProcess
+    stack: contextlib.AsyncExitStack, start: ServeOptions, running: Process
 ) -> Billing:
     """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
     when a damaged one was replaced. Raises UserError where that can't help."""
@@ -183,7 +188,7 @@ async def start_demo(stack: contextlib.AsyncExitStack) -> str:
     return f"http://{address_of(listeners[0])}/v1"
 
 
-@main_module.commands.command()
+@commands.command()
 @click.option(
     "--host",
     "hosts",
@@ -222,13 +227,13 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             start = ServeOptions(loaded, settings, demo, first_run, accept_clock, as_json)
-            status = runner.run(run(start))
+            status = runner.run(context.run(start))
     finally:
         LOG.flush()
     raise SystemExit(status)
 
 
-@main_module.commands.command()
+@commands.command()
 @json_option
 @click.pass_obj
 def check(context: CommandContext, as_json: bool) -> None:

@@ -8,8 +8,9 @@ import time
 
 import msgspec
 
+from redbtc.billing.books import Billing
 from redbtc.billing.spending import Hold
-from redbtc.gateway.exchange import PRESERVE_GROWTH
+from redbtc.gateway.progress import PROGRESS_GROWTH
 from redbtc.gateway.settlement import account_for, bill
 from redbtc.meter.estimates import (
     MaximumUsage,
@@ -24,9 +25,8 @@ from redbtc.store.background import UnfinishedRow
 from redbtc.store.requests import Admitted
 from redbtc.usage import Outcome, RequestRow, UsagePart
 
-MAX_AGE_OF_UNKNOWN_SECONDS = (
-    48 * 3600
-)  # then it is given up; OpenAI's longest completion window is 8 hours
+# Then a response is given up. OpenAI's longest completion window is 8 hours.
+MAX_AGE_SECONDS = 48 * 3600
 
 
 class BackgroundResponse:
@@ -75,7 +75,7 @@ class BackgroundResponse:
         """Note what its readers have been sent so far, if that is due. Return whether it was. `now`
         is by the monotonic clock."""
         seconds = now - self._followed_at
-        if seconds < PRESERVE_GROWTH * self._watched_after or not self._read:
+        if seconds < PROGRESS_GROWTH * self._watched_after or not self._read:
             return False
         self._watched_after = seconds
         for report in self._read:
@@ -144,9 +144,9 @@ class BackgroundResponse:
             )
         return account_for(row, report, outcome, guess)
 
-    def bill(self, parts: list[UsagePart]) -> None:
-        """Work out what it cost."""
-        bill(self.row, parts, self.money, self.unfinished.image_model)
+    def bill(self, parts: list[UsagePart], billing: Billing) -> None:
+        """Fill in the row's cost and month, and replace the hold by the cost."""
+        bill(self.row, parts, billing, self.money, self.unfinished.image_model)
 
     @property
     def most(self) -> MaximumUsage | None:
@@ -163,4 +163,4 @@ class BackgroundResponse:
     @property
     def seconds_left(self) -> float:
         """For how long it may still go on, if it does not end."""
-        return MAX_AGE_OF_UNKNOWN_SECONDS - self._age / 1000
+        return MAX_AGE_SECONDS - self._age / 1000

@@ -8,13 +8,16 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from redbtc.billing.books import Billing
 from redbtc.billing.spending import Hold
 from redbtc.errors import StorageUnavailable
+from redbtc.gateway.asking import ask
 from redbtc.gateway.background import BackgroundResponse
-from redbtc.gateway.exchange import ask, most_usual
-from redbtc.gateway.settlement import count_containers, homes_of, weight
+from redbtc.gateway.corrections import Corrections
+from redbtc.gateway.maximum import maximum_of_unknown
+from redbtc.gateway.settlement import count_containers, locations_of, weight
 from redbtc.limits import rate_limit_headers
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import UNFINISHED
@@ -30,12 +33,12 @@ from redbtc.store.background import (
     note_progress,
     unfinished_rows,
 )
-from redbtc.telemetry import log, shown_error
+from redbtc.store.containers import Containers
+from redbtc.store.objects import Objects
+from redbtc.store.speeds import Speeds
+from redbtc.telemetry import Telemetry, log, shown_error
+from redbtc.upstream.configured import Upstreams
 from redbtc.usage import MAX_TOKENS, Outcome, RequestRow
-
-if TYPE_CHECKING:
-    from redbtc.gateway.state import Gateway
-
 
 # A background response goes on when its request is over. Its row stays pending and what it can cost
 # stays held, until somebody sees that it has ended: its client, who fetches it, or the gateway,
@@ -51,8 +54,24 @@ MAX_UNKNOWN = 3  # in a row: it may not know at once what it has just made
 class BackgroundResponses:
     """All background responses that have not been seen to end."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(
+        self,
+        billing: Billing,
+        objects: Objects,
+        containers: Containers,
+        corrections: Corrections,
+        speeds: Speeds,
+        upstreams: Upstreams,
+        telemetry: Telemetry,
+    ) -> None:
+        self._store = billing.store
+        self._billing = billing
+        self._objects = objects
+        self._containers = containers
+        self._corrections = corrections
+        self._upstreams = upstreams
+        self._telemetry = telemetry
+        self._speeds = speeds
         self._responses: dict[str, BackgroundResponse] = {}
         # By account, how many are unfinished; requests that may create one are counted as well.
         self._counts: Counter[str] = Counter()
@@ -62,17 +81,17 @@ class BackgroundResponses:
 
     async def resume(self) -> None:
         """Take up what an earlier process left."""
-        for row, key, unfinished in await unfinished_rows(self._gateway.store):
-            money = await self._gateway.books.hold_again(
+        for row, key, unfinished in await unfinished_rows(self._store):
+            money = await self._billing.hold_again(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
-            response = BackgroundResponse(row, money, unfinished, None, self._gateway.store.time())
+            response = BackgroundResponse(row, money, unfinished, None, self._store.time())
             if most := response.most:
-                money.grow(self._gateway.objects, [row.response_id or ""], most.all_tokens)
+                money.grow(self._objects, [row.response_id or ""], most.all_tokens)
             self._counts[row.account_id] += 1
             self._add(response)
             response.alone = True
-            response.cancelled = is_compromised(self._gateway.store, key.id)
+            response.cancelled = is_compromised(self._store, key.id)
             self._start(self._ask_until_ended(response))
 
     def keep(
@@ -80,10 +99,10 @@ class BackgroundResponses:
     ) -> tuple[BackgroundResponse, asyncio.Future[None]]:
         """Keep track of a response that goes on after its request has ended, with its hold. Return
         it, and a future that is done when it is on disk."""
-        now = self._gateway.store.time()
-        response = BackgroundResponse(row, money.keep(), unfinished, chosen, now)
+        now = self._store.time()
+        response = BackgroundResponse(row, money.transfer(), unfinished, chosen, now)
         self._add(response)
-        return response, keep_pending(self._gateway.store, row, unfinished)
+        return response, keep_pending(self._store, row, unfinished)
 
     async def leave(self, response: BackgroundResponse, report: Report) -> bool:
         """The request that made it is over. Whether the response is, too; else it is asked for."""
@@ -123,7 +142,7 @@ class BackgroundResponses:
             if written := self._keep_news(response):
                 await written
 
-    async def preserve(self, now: float) -> None:
+    async def save_progress(self, now: float) -> None:
         """Keep what readers of unfinished responses have been sent so far, in case the process is
         killed. `now` is by the monotonic clock."""
         async for response in with_turns(list(self._responses.values())):
@@ -135,7 +154,7 @@ class BackgroundResponses:
         done when it is on disk."""
         if response.settling or not (news := response.news()):
             return None
-        return note_progress(self._gateway.store, response.row, news)
+        return note_progress(self._store, response.row, news)
 
     def enter(self, account_id: str, most: int) -> None:
         """Count one more unfinished background response of the account, before the upstream is
@@ -214,26 +233,28 @@ class BackgroundResponses:
         self.ended(task)
 
     async def _write(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
-        gateway, row = self._gateway, response.row
-        speed = await gateway.speeds.of(
+        row = response.row
+        speed = await self._speeds.of(
             report.model or row.model or row.requested_model,
             row.account_id,
             limited=response.money.held > 0,
         )
-        most = response.most or most_usual(gateway.settings, MAX_TOKENS)
+        most = response.most or maximum_of_unknown(self._billing.settings, MAX_TOKENS)
         parts = response.finish(report, outcome, speed, most)
-        response.bill(await count_containers(gateway, row, report, parts))
+        parts = await count_containers(self._containers, row, report, parts)
+        response.bill(parts, self._billing)
         self._learn(response, report, most)
         admitted = response.admitted
-        with gateway.corrections.keep_held(row, response.money, admitted):  # as in Metered.settle
-            await end_background(gateway.store, row, admitted)
+        # As in MeteredRequest: nothing else is awaited between `bill` and this.
+        with self._corrections.keep_held(row, response.money, admitted):
+            await end_background(self._store, row, admitted)
         self._remove(response)
-        gateway.watch.settled({"request_id": row.request_id, "where": row.endpoint}, row)
+        self._telemetry.settled({"request_id": row.request_id, "where": row.endpoint}, row)
 
     def _learn(self, response: BackgroundResponse, report: Report, most: MaximumUsage) -> None:
         """Make the objects that the finished response names the account's, except for ids that the
         client may have chosen, and note their tokens."""
-        row, objects, chosen = response.row, self._gateway.objects, response.chosen
+        row, objects, chosen = response.row, self._objects, response.chosen
         response_id = row.response_id or ""
         made = list(dict.fromkeys((response_id, *report.made)))
         if chosen is None:
@@ -243,7 +264,9 @@ class BackgroundResponses:
             if not (home and home.minted_input):
                 made = [response_id] if home else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        homes = homes_of(made, report, ObjectLocation(row.upstream), weight(row, most), row.usage)
+        homes = locations_of(
+            made, report, ObjectLocation(row.upstream), weight(row, most), row.usage
+        )
         objects.own_each(homes, row.account_id)
 
     async def _ask_until_ended(self, response: BackgroundResponse) -> None:
@@ -279,7 +302,7 @@ class BackgroundResponses:
     ) -> int:
         """The status of the upstream's answer, 0 where there is none."""
         row = response.row
-        upstream = self._gateway.upstream_named(row.upstream)
+        upstream = self._upstreams.named(row.upstream)
         if upstream is None:
             return 0
         path = f"/responses/{row.response_id}{suffix}"

@@ -15,7 +15,7 @@ from msgspec import structs
 from redbtc.billing.books import Billing
 from redbtc.billing.spending import Hold
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.settlement import homes_of, of_models
+from redbtc.gateway.settlement import locations_of, of_models
 from redbtc.meter.estimates import is_cancelled_without_output, is_final
 from redbtc.meter.report import Report
 from redbtc.store.background import key_of
@@ -69,13 +69,12 @@ class Corrections:
         found, money = estimated_of(self._books.store, response_id, account_id), None
         if found:
             key = key_of(self._books.store, found.key_id)
-            further = max(0, found.held - found.cost)
-
-            def most(_: object) -> int:
-                return 0 if self.is_unsure(response_id) else further
-
-            money = await self._books.hold(key, found.requested_model, most)
-        return self._showing(response_id, money)  # no await since `most`
+            spending = await self._books.spending_of(key)
+            # Nothing is awaited from here on: other readers share the hold of the first one.
+            quote = self._books.quote(key, found.requested_model, spending)
+            is_held = not quote.left or self.is_unsure(response_id)
+            money = self._books.hold(quote, 0 if is_held else max(0, found.held - found.cost))
+        return self._showing(response_id, money)
 
     def keep_held(
         self, row: RequestRow, money: Hold, admitted: Admitted | None
@@ -102,7 +101,7 @@ class Corrections:
         if shown.money is None:
             shown.money = money
         elif money:
-            money.__exit__()
+            money.release()
         return self._until_left(response_id, shown)
 
     @contextlib.contextmanager
@@ -115,7 +114,7 @@ class Corrections:
             if not shown.readers:
                 del self._shown[response_id]
                 if shown.money:
-                    shown.money.__exit__()
+                    shown.money.release()
 
     def _estimated(self, response_id: str, account_id: str) -> EstimatedRow | None:
         with contextlib.suppress(StorageUnavailable):  # the next reader causes the correction
@@ -138,12 +137,12 @@ class Corrections:
         parts = of_models(parts, found.image_model)
         price_id, cost = money.cost(parts, report.service_tier)
         if (shown := self._shown.get(response_id)) and shown.money:
-            shown.money.__exit__()
-        month = money.settle(cost - found.cost)
+            shown.money.release()
+        month = books.settle(money, cost - found.cost)
         of_request = (found.request_id, account_id, month, books.store.time())
         values = (*of_request, report.service_tier, price_id, cost)
         if home:
-            homes = homes_of([response_id], report, home, usage, usage)
+            homes = locations_of([response_id], report, home, usage, usage)
             self._objects.own_each(homes, account_id)
         await correct(books.store, values, usage)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from redbtc.config import Settings
 from redbtc.deadlines import Deadline
-from redbtc.gateway.exchange import Endpoint
+from redbtc.gateway.endpoints import Endpoint
 from redbtc.headers import header
 from redbtc.limits import FREE_BYTES, Reservation
 from redbtc.refusals import ClientLeft, Refusal

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from redbtc.billing.books import Billing
 from redbtc.billing.spending import Hold
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import IMAGE_TOOL
 from redbtc.meter.estimates import Estimate, MaximumUsage
+from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
+from redbtc.store.containers import Containers
 from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 
-if TYPE_CHECKING:
-    from redbtc.gateway.state import Gateway
 
-
-def homes_of(
+def locations_of(
     ids: Iterable[str],
     report: Report,
     home: ObjectLocation,
@@ -68,17 +67,17 @@ def account_for(
 
 
 async def count_containers(
-    gateway: Gateway, row: RequestRow, report: Report, parts: list[UsagePart]
+    containers: Containers, row: RequestRow, report: Report, parts: list[UsagePart]
 ) -> list[UsagePart]:
     """Count the containers in an answer that nobody was billed for, which no usage reports. An
     estimate bounds their number. Return the parts to bill. The row must be settled before anything
     else is waited for, so that parallel requests are not billed for the same container."""
     if row.usage_source == "none":
         return parts
-    new = await gateway.containers.unbilled(report.containers)
+    new = await containers.unbilled(report.containers)
     if row.usage_source == "estimated":
         new = new[: row.usage.containers or 0]
-    gateway.containers.bill(new)
+    containers.bill(new)
     return counted(row, parts, containers=len(new) or None)
 
 
@@ -99,10 +98,27 @@ def charge(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: st
         row.price_id, row.cost = money.cost(of_models(parts, image_model), row.service_tier)
 
 
-def bill(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
-    """Fill in the row's cost and month, and turn the hold into the cost."""
+def bill(
+    row: RequestRow, parts: list[UsagePart], billing: Billing, money: Hold, image_model: str
+) -> None:
+    """Fill in the row's cost and month, and replace the hold by the cost."""
     charge(row, parts, money, image_model)
-    row.month = money.settle(row.cost or 0)
+    row.month = billing.settle(money, row.cost or 0)
+
+
+def is_partly_known(meter: Meter, answers: int, *, images: bool) -> bool:
+    """Return whether the usage that an answer reported is not all that was used. `answers` is how
+    many were asked for."""
+    report = meter.report
+    if images:
+        return report.usage is not None and not meter.ended
+    outdated, begun = report.is_outdated, report.is_of_beginning
+    if meter.ended and not report.failed:
+        partly = outdated and begun
+    else:
+        partly = outdated or begun or report.is_provisional
+        partly = partly or (report.is_of_choices and answers > 1)
+    return partly or (report.is_of_one_choice and answers > 1)
 
 
 def of_models(parts: list[UsagePart], image_model: str) -> list[UsagePart]:

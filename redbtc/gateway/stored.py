@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 from redbtc.billing.spending import SpendingLimitReached
 from redbtc.deadlines import Deadline
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.exchange import Endpoint, ForwardedRequest, insufficient_quota
+from redbtc.gateway.endpoints import Endpoint
+from redbtc.gateway.exchange import ForwardedRequest
 from redbtc.gateway.reading import read_body
+from redbtc.gateway.references import location_of, not_own, required_upstreams
 from redbtc.gateway.relay import Relay
+from redbtc.gateway.state import Gateway
 from redbtc.headers import Headers
 from redbtc.limits import Admission, Reservation
 from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import is_final
-from redbtc.refusals import Refusal
+from redbtc.refusals import Refusal, insufficient_quota
 from redbtc.request_body.content import RequestBody
 from redbtc.request_body.media import media_of
 from redbtc.request_body.query import Query
@@ -49,8 +52,7 @@ class StoredRequest(ForwardedRequest):
         response_id: str,
         home: ObjectLocation,
     ) -> None:
-        super().__init__(gateway, scope, endpoint, clock, admission)
-        self.key = key
+        super().__init__(gateway, scope, endpoint, clock, admission, key)
         self._response_id = response_id
         self._home = home
 
@@ -68,7 +70,7 @@ class StoredRequest(ForwardedRequest):
         """Whether the upstream has answered with the requested response, as far as is known."""
         return self.meter.report.response_id in (None, self._response_id)
 
-    def note(self) -> None:
+    def metered(self) -> None:
         if self._is_requested:
             self.gateway.unended.read(self._response_id, self.meter.report)
 
@@ -92,7 +94,7 @@ class StoredRequest(ForwardedRequest):
         request goes on, that sees to it."""
         gateway, response_id, report = self.gateway, self._response_id, self.meter.report
         if self._is_requested and self._home.tokens is None:
-            for request in gateway.running:
+            for request in gateway.in_flight.with_row:
                 request.shown(response_id)
         if self._is_torn(outcome):
             await self.ask_for_usage(response_id, self._home.upstream)
@@ -158,7 +160,7 @@ class StoredRoute:
                 elif body.strip():
                     check_plain_json(scope["headers"])
                     steps = RequestBody.steps(body, body)
-                    await gateway.homes(key, await in_slices(steps, key.account_id))
+                    await required_upstreams(gateway, key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.unended:
                     message = "The response is still in progress; cancel it first."
                     raise Refusal("invalid_request", message)
@@ -205,16 +207,9 @@ class StoredRoute:
             for object_id in query.values(name):
                 objects, account_id = self._gateway.objects, key.account_id
                 shown = objects.was_shown(object_id, response_id, account_id)
-                if not shown and self._gateway.home_of(key, object_id) is None:
+                if not shown and location_of(self._gateway, key, object_id) is None:
                     raise not_own(name)
         return query.encoded()
-
-
-def not_own(name: str) -> Refusal:
-    """Return the refusal of a reference to an object that is not the account's. It is the same for
-    another account's object as for one that does not exist."""
-    message = f"'{name}' names an object that isn't known to be this account's."
-    return Refusal("invalid_request", message, param=name)
 
 
 def check_plain_json(headers: Headers) -> None:
@@ -226,10 +221,10 @@ def check_plain_json(headers: Headers) -> None:
 
 def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[ObjectLocation, Upstream]:
     """Where the account's response is. Raises Refusal."""
-    home = gateway.home_of(key, response_id) if OBJECT_ID.fullmatch(response_id) else None
+    home = location_of(gateway, key, response_id) if OBJECT_ID.fullmatch(response_id) else None
     if home is None:
         raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")
-    upstream = gateway.upstream_named(home.upstream)
+    upstream = gateway.upstreams.named(home.upstream)
     if upstream is None or not upstream.usable:
         raise Refusal("no_upstream", retry_after=60)
     return home, upstream

@@ -28,7 +28,7 @@ import contextlib
 import math
 import time
 from collections.abc import Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import orjson
@@ -38,8 +38,11 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import MAX_RINGS, TICK
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.exchange import RESPONSES, most_usual
-from redbtc.gateway.settlement import account_for, bill, count_containers, homes_of
+from redbtc.gateway.endpoints import RESPONSES
+from redbtc.gateway.maximum import maximum_of_unknown
+from redbtc.gateway.references import required_upstreams, upstreams_for
+from redbtc.gateway.settlement import account_for, bill, count_containers, locations_of
+from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket_turns import Lane, Stray, Turn, is_lane, kind_of, response_named
 from redbtc.gateway.websocket_upstream import UpstreamSocket, UpstreamSocketLost
 from redbtc.headers import Headers, header
@@ -72,10 +75,6 @@ from redbtc.upstream.headers import headers_for_client, headers_for_upstream
 from redbtc.upstream.upstreams import Upstream, by_turn
 from redbtc.usage import Outcome, RequestRow
 
-if TYPE_CHECKING:
-    from redbtc.gateway.state import Gateway
-
-
 MAX_SESSIONS = 100  # of an account
 MAX_WAITING = 1000  # requests of a connection that have not left for an upstream
 MAX_STRAYS = 16  # responses of a line that no request asked for, whose events are metered
@@ -83,6 +82,18 @@ NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
 NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
 HANDSHAKE_HEADERS = (b"sec-websocket-", b"content-", b"date", b"connection", b"upgrade")
 MAX_PAUSE = 30  # seconds that refused events can pause reading; a ping waits 60 for its answer
+
+
+class FrameMemory:
+    """The memory of a request that waits for its places."""
+
+    def __init__(self, session: WebSocketSession, frame: ClientEvent) -> None:
+        self._session = session
+        self._frame = frame
+
+    def release(self) -> None:
+        """Give it back, if that has not been done."""
+        self._session.leave(self._frame)
 
 
 class WebSocketSession:
@@ -127,7 +138,7 @@ class WebSocketSession:
             raise Refusal("concurrency_limit_exceeded", message)
         sessions[account_id] += 1
         try:
-            with self.gateway.cutting(self._key, self._scope["abort"]):
+            with self.gateway.in_flight.abortable(self._key, self._scope["abort"]):
                 await self._run()
         except OSError:
             raise ClientLeft from None
@@ -220,7 +231,7 @@ class WebSocketSession:
             while lane.waiting:
                 frame = lane.waiting.popleft()
                 self._waiting[frame].put_back()
-                self._leave(frame)
+                self.leave(frame)
         for number, turn in enumerate(turns, 1):
             turn.clock.leave()
             if number % MAX_RINGS == 0:
@@ -374,7 +385,8 @@ class WebSocketSession:
         turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
         for turn in turns:
             if response_id and turn.response_id == response_id and not turn.settled:
-                await self.gateway.homes(self.gateway.enter(self._scope), frame, self._made)
+                key = self.gateway.enter(self._scope)
+                await required_upstreams(self.gateway, key, frame, self._made)
                 await turn.steer(response_id, frame, admission)
                 if (line := turn.line) and not line.lost:
                     await line.send_within(frame.sent, line.upstream.settings.idle_timeout_seconds)
@@ -392,7 +404,7 @@ class WebSocketSession:
     async def _work(self, lane: Lane) -> None:
         while lane.waiting:
             frame, scope = lane.waiting.popleft(), self._new_scope()
-            turn = lane.turn = Turn(self, lane, scope, self._waiting[frame])
+            turn = lane.turn = Turn(self, lane, scope, self._waiting[frame], self._key, frame)
             try:
                 with turn.admission:
                     await self._create(turn, frame)
@@ -405,7 +417,7 @@ class WebSocketSession:
                 self.gateway.watch.failed(scope, error)
                 await self._refuse(refusal_of(error), lane.stream_id, INTERNAL_ERROR)
             finally:
-                self._leave(frame)
+                self.leave(frame)
                 lane.turn = None
         del self._lanes[lane.stream_id]
         if self._expired and not self._lanes:
@@ -419,22 +431,22 @@ class WebSocketSession:
             raise expired()
         if self._closed:
             raise ClientLeft
-        key = gateway.enter(self._scope)
+        key = turn.key = gateway.enter(self._scope)
         if facts.background:
             message = "A background response can't be created over a WebSocket."
             raise Refusal("invalid_request", message, param="background")
-        upstreams = await gateway.upstreams_for(key, frame, self._made)
+        upstreams = await upstreams_for(gateway, key, frame, self._made)
         speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
         if not speaking:
             raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
         here = {line.upstream for line in self._lines}
         speaking.sort(key=lambda upstream: upstream not in here)
+        memory = FrameMemory(self, frame)
         with gateway.serving(None, turn.clock, key), turn.holds:
-            await turn.admit(key, frame, speaking)
-            self._leave(frame)
-            await turn.run(lambda: self._forward(turn, frame, speaking))
+            async with turn.admitted(speaking[0], memory):
+                await self._forward(turn, frame, speaking)
 
-    def _leave(self, frame: ClientEvent) -> None:
+    def leave(self, frame: ClientEvent) -> None:
         """Give back the memory of a request that no longer waits for a place."""
         if self._waiting.pop(frame, None):
             self._reserved.give_back(max(len(frame.sent), SMALL_BYTES) + frame.excess)
@@ -469,7 +481,7 @@ class WebSocketSession:
 
     async def _connect(self, turn: Turn, upstreams: list[Upstream]) -> UpstreamSocket:
         for upstream in upstreams:
-            turn.to(upstream)
+            turn.leaves_for(upstream)
             turn.clock.allow(upstream.settings.connect_timeout_seconds + 1)  # it keeps it itself
             with contextlib.suppress(OSError, Refusal):
                 return await self._line_to(upstream)
@@ -619,9 +631,11 @@ class WebSocketSession:
             response_id=report.response_id,
         )
         parts, money = account_for(row, report, outcome, guess), await self.no_hold(row)
-        parts = await count_containers(self.gateway, row, report, parts)
-        bill(row, parts, money, DEFAULT_IMAGE_MODEL)
-        homes = homes_of(named, report, ObjectLocation(row.upstream), None if guess else row.usage)
+        parts = await count_containers(self.gateway.containers, row, report, parts)
+        bill(row, parts, self.gateway.books, money, DEFAULT_IMAGE_MODEL)
+        homes = locations_of(
+            named, report, ObjectLocation(row.upstream), None if guess else row.usage
+        )
         self.gateway.objects.own_each(homes, row.account_id)
         admitted = Admitted(money.at, DEFAULT_IMAGE_MODEL, 0)
         await settle(self.gateway.store, row, admitted)
@@ -636,7 +650,7 @@ class WebSocketSession:
             SeenOutput.of(report),
             written=math.ceil(worked * speed),
             read=0,
-            most=most_usual(self.gateway.settings, 0),
+            most=maximum_of_unknown(self.gateway.settings.billing, 0),
             images=False,
             partly=False,
         )

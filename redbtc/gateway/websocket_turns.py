@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
-from redbtc.gateway.exchange import PRESERVE_GROWTH, PRESERVE_SECONDS, RESPONSES
+from redbtc.gateway.endpoints import RESPONSES
 from redbtc.gateway.metered import MeteredRequest
+from redbtc.gateway.progress import PROGRESS_GROWTH, PROGRESS_SECONDS
 from redbtc.gateway.websocket_upstream import UpstreamSocket
 from redbtc.limits import Admission
 from redbtc.locations import ObjectLocation
@@ -25,6 +26,7 @@ from redbtc.request_body.content import ClientEvent
 from redbtc.request_body.reading import MAX_ITEMS
 from redbtc.server.asgi import Scope, new_request_id
 from redbtc.slices import in_slices
+from redbtc.store.keys import Key
 from redbtc.store.requests import settle
 from redbtc.usage import Outcome, Usage
 
@@ -103,10 +105,17 @@ class Turn(MeteredRequest):
     meter: EventMeter
 
     def __init__(
-        self, session: WebSocketSession, lane: Lane, scope: Scope, admission: Admission
+        self,
+        session: WebSocketSession,
+        lane: Lane,
+        scope: Scope,
+        admission: Admission,
+        key: Key,
+        event: ClientEvent,
     ) -> None:
         gateway = session.gateway
-        super().__init__(gateway, scope, RESPONSES, Deadline(gateway.clocks), admission)
+        deadline = Deadline(gateway.clocks)
+        super().__init__(gateway, scope, RESPONSES, deadline, admission, key, event)
         self.meter = EventMeter()
         self.lane = lane
         self.line: UpstreamSocket | None = None
@@ -128,7 +137,7 @@ class Turn(MeteredRequest):
     @property
     def billed(self) -> bool:
         """Whether its usage, reported or estimated, is in the ledger."""
-        return self.settled and self._row.usage_source != "none"
+        return self.settled and self.row.usage_source != "none"
 
     @property
     def done(self) -> bool:
@@ -148,7 +157,7 @@ class Turn(MeteredRequest):
     async def steer(self, response_id: str, frame: ClientEvent, admission: Admission) -> None:
         """Hold what the response that follows can cost, before the steering goes on: it reads what
         this one has read and said, and the frame. Raises Refusal."""
-        content = self._content
+        content = self.body
         other = frame.extras & ~content.extras
         if other or frame.lasting_models not in (None, content.lasting_models):
             message = (
@@ -165,9 +174,9 @@ class Turn(MeteredRequest):
         admission.charge("tokens", 0)
         tokens = frame.most_input_tokens + frame.inherited_tokens
         waiting = sum(steer.tokens for steer in self._steers)
-        money = await self.hold(content, self._read_next(tokens + waiting))
+        money = await self.hold(self._read_next(tokens + waiting))
         if self.settled or self.response_id != response_id:  # it has ended meanwhile
-            money.__exit__()
+            money.release()
             raise not_found("previous_response_id", response_id)
         self.holds.enter_context(money)
         content.chosen_ids |= frame.chosen_ids
@@ -176,14 +185,14 @@ class Turn(MeteredRequest):
     def _read_next(self, steered: int) -> int:
         """Return how many tokens a response that follows reads besides the request at most: what
         this one has read and said, and what it was steered by."""
-        return self._further_input + self._most_output(self._money.tariff) + steered
+        return self.further_input + self.maximum.output_tokens(self.money.model_prices) + steered
 
     async def take(self, event: Answer, idle_seconds: float) -> None:
         """One of its events has come; it may be sent on when this returns."""
         kind = kind_of(event)
         self.clock.allow(idle_seconds)
         if self._steers and (kind in UNRESOLVED or (kind == "error" and self.settled)):
-            self._steers.pop(0).money.__exit__()  # no response will follow
+            self._steers.pop(0).money.release()  # no response will follow
         elif kind not in UNRESOLVED:
             if self.settled and response_named(event) not in (None, self.response_id):
                 await self._follow()
@@ -196,7 +205,7 @@ class Turn(MeteredRequest):
         if self.first_byte_ms is None:
             self.first_byte_ms = self.elapsed_ms()
         await self.meter.take(event, self.key.account_id)
-        self.note()
+        self.metered()
         if self.meter.ended and not self.settled:
             self.status = status_of(event) if kind_of(event) == "error" else 200
             await self.settle(self.outcome())
@@ -211,33 +220,33 @@ class Turn(MeteredRequest):
         return homes
 
     @property
-    def home(self) -> ObjectLocation:
+    def location(self) -> ObjectLocation:
         """Where the objects that it makes are stored. `minted_input` is false, since a steer event
         can still add input with ids of the client's own."""
-        return super().home._replace(minted_input=False)
+        return super().location._replace(minted_input=False)
 
     async def _follow(self) -> None:
         """A response that follows by itself has a row of its own. It takes in all that was sent to
         the one before."""
         before = self.response_id
         of_it = [each for each in self._steers if each.response_id == before]
-        self._further_input = self._read_next(sum(each.tokens for each in of_it))
+        self.further_input = self._read_next(sum(each.tokens for each in of_it))
         self._steers = [each for each in self._steers if each.response_id != before]
         for steer in of_it[:-1]:  # the last one's hold includes what they have
-            steer.money.__exit__()
-        money = of_it[-1].money if of_it else await self._session.no_hold(self._row)
-        read, written = self._row.usage.input_tokens or 0, self._row.usage.output_tokens or 0
-        self._input_estimate = read + written + sum(steer.input_estimate for steer in of_it)
+            steer.money.release()
+        money = of_it[-1].money if of_it else await self._session.no_hold(self.row)
+        read, written = self.row.usage.input_tokens or 0, self.row.usage.output_tokens or 0
+        self.input_estimate = read + written + sum(steer.input_estimate for steer in of_it)
         if self.over.done():
             return  # it was given up meanwhile
-        self._money = money
+        self.money = money
         self.scope = {**self.scope, "request_id": new_request_id(), "started": time.monotonic()}
-        self._row = self.new_row(self._row.requested_model, self._row.upstream)
+        self.row = self.new_row(self.row.requested_model, self.row.upstream)
         self.date_row()
         self._left_at = time.monotonic()
-        self._preserved_after = PRESERVE_SECONDS / PRESERVE_GROWTH
+        self._saved_after = PROGRESS_SECONDS / PROGRESS_GROWTH
         self.meter, self.settled, self.first_byte_ms, self._named = EventMeter(), False, None, 0
-        await settle(self.gateway.store, self._row)  # pending, however long that takes
+        await settle(self.gateway.store, self.row)  # pending, however long that takes
 
 
 class Lane:

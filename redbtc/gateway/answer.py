@@ -1,0 +1,216 @@
+"""The body of an upstream's answer on its way to the client.
+
+Bytes are sent on as they come, but for four cases: a whole JSON answer goes out when its row is
+written; the first bytes wait until they show what the answer is; an answer that creates a
+background response waits for the response's id to be on disk; and what ends an answer for the
+client is held back by the meter until the row is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable
+
+import httpx2
+
+from redbtc.deadlines import Deadline
+from redbtc.gateway.client_response import ClientResponse, Sent
+from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.meter.decoding import START, codings_in
+from redbtc.meter.events import BLANK, is_stream
+from redbtc.meter.meters import Meter
+from redbtc.meter.streams import StreamMeter
+from redbtc.slices import answers_of, in_slices
+from redbtc.upstream.http1 import ResponseBody
+
+# First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
+# magic number, and its first byte can be a blank.
+TOO_SHORT = re.compile(
+    rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START - 1)
+)
+MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
+MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written
+AFTER_END_SECONDS = 0.7  # for bytes that follow the event that ends a stream
+
+
+class Bypass:
+    """Send events in which nothing can matter straight from the upstream's connection to the
+    client's, past the request's task: for most events of a stream this is all that is done. It is
+    called with each chunk, and returns whether it has sent it."""
+
+    __slots__ = ("_deadline", "_idle_seconds", "_meter", "_request", "_response", "_send_now")
+
+    def __init__(
+        self,
+        request: ForwardedRequest,
+        meter: StreamMeter,
+        response: ClientResponse,
+        idle_seconds: float,
+    ) -> None:
+        self._request = request
+        self._meter = meter
+        self._response = response
+        self._deadline: Deadline = request.clock
+        self._send_now: Callable[[bytes], bool] = request.scope["send_now"]
+        self._idle_seconds = idle_seconds
+
+    def __call__(self, chunk: bytes) -> bool:
+        if self._response.sent is Sent.NOTHING or self._request.awaits_id:
+            return False
+        passed = self._meter.can_skip_parsing(chunk) and self._send_now(chunk)
+        if passed:
+            self._deadline.allow(self._idle_seconds)
+            self._meter.count_text(chunk)
+        return passed
+
+
+class AnswerBody:
+    """The body of one answer. `rest` is its end, as far as that was not sent; None until the row is
+    written."""
+
+    __slots__ = ("_begun", "_clock", "_idle_seconds", "_request", "_response", "rest")
+
+    def __init__(
+        self, request: ForwardedRequest, response: ClientResponse, idle_seconds: float
+    ) -> None:
+        self._request = request
+        self._response = response
+        self._clock = request.clock
+        self._idle_seconds = idle_seconds
+        self._begun = b""  # first bytes, sent on, that were too few to tell the coding
+        self.rest: bytes | None = None
+
+    async def pass_on(self, body: httpx2.AsyncByteStream) -> None:
+        """Send the body on as it comes, and settle the request at its end."""
+        request, response = self._request, self._response
+        self._clock.allow(self._idle_seconds)
+        # If it is all here already, it goes out at once when it is written down.
+        is_whole = isinstance(body, ResponseBody) and body.whole
+        is_whole = is_whole and not response.is_labelled_stream
+        # The head tells the length only of what is not a stream.
+        if not is_whole and not response.has_length:
+            await response.send_head()
+        chunks = body.__aiter__()
+        meter, kept = await self._pass_chunks(body, chunks, is_whole)
+        if meter is None:  # nothing has come
+            meter = request.meter = request.choose_meter(response.is_labelled_stream)
+        self._clock.pause()
+        ended_by_event = meter.ended
+        if meter.at_once:
+            meter.finish()
+        else:
+            await in_slices(meter.finishing(), answers_of(request.key.account_id), begun=True)
+        await request.settle(request.outcome())
+        self.rest = kept + meter.rest()
+        if ended_by_event:
+            await self._follow(self.rest, chunks)
+
+    async def _pass_chunks(
+        self, body: httpx2.AsyncByteStream, chunks: AsyncIterator[bytes], is_whole: bool
+    ) -> tuple[Meter | None, bytes]:
+        """Meter the chunks, and send on what may be sent, until the answer ends. Return the meter,
+        None if nothing has come, and the bytes that are kept for the end."""
+        request, response, clock = self._request, self._response, self._clock
+        meter: Meter | None = None
+        kept = b""
+        async for chunk in chunks:
+            if request.first_byte_ms is None:
+                request.received()
+            if meter is None:
+                meter = self._meter_of(chunk)
+                if isinstance(meter, StreamMeter):
+                    is_whole = False
+                    if isinstance(body, ResponseBody):
+                        body.pass_on(Bypass(request, meter, response, self._idle_seconds))
+            passed = await self._feed(meter, chunk) if meter else chunk
+            # The head waits until it is known what the answer is.
+            is_unknown = meter is None and response.sent is Sent.NOTHING and len(kept) < MAX_BLANK
+            is_unnamed = request.awaits_id and len(kept) < MAX_UNNAMED
+            if is_whole or is_unknown or is_unnamed or not passed:
+                kept += passed
+            else:
+                passed, kept = kept + passed, b""
+                clock.allow(self._idle_seconds)  # metering may have paused it
+                await response.send(passed)
+            if meter and (meter.ended or meter.ending):
+                kept = await self._send_until_usage(meter, chunks, kept)
+                if meter.ended or meter.ending:
+                    break
+            clock.allow(self._idle_seconds)
+        return meter, kept
+
+    def _meter_of(self, chunk: bytes) -> Meter | None:
+        """Return the meter for an answer that begins with this chunk, or None while too few bytes
+        have come to choose one, or only blanks. Such bytes are sent on without a meter."""
+        request, response, begun = self._request, self._response, self._begun
+        if chunk[:1] == b"{" and not (response.is_labelled_stream or begun):
+            return request.meter  # which is that of JSON
+        if TOO_SHORT.match(begun + chunk):
+            self._begun += chunk
+            return None
+        if codings := codings_in(begun + chunk, response.codings):
+            request.meter_decoded(codings, response.is_labelled_stream, begun)
+            return request.meter
+        stream = is_stream(chunk, response.is_labelled_stream)
+        if stream is None:
+            return None
+        request.meter = request.choose_meter(stream)
+        if stream:
+            response.drop_length()
+        return request.meter
+
+    async def _feed(self, meter: Meter, chunk: bytes) -> bytes:
+        """Meter a part of the answer; return what may be sent on."""
+        request = self._request
+        if len(chunk) <= meter.at_once:
+            passed = meter.feed(chunk)
+        else:
+            self._clock.pause()
+            account = answers_of(request.key.account_id)
+            passed = await in_slices(meter.steps(chunk), account, begun=True)
+        request.metered()
+        if request.unwritten:  # a background response must be on disk before its id is seen
+            self._clock.pause()
+            await request.unwritten
+            request.unwritten = None
+        return passed
+
+    async def _send_until_usage(
+        self, meter: Meter, chunks: AsyncIterator[bytes], kept: bytes
+    ) -> bytes:
+        """Read on after the event that seems to end the stream, and send what follows if it goes on
+        instead. Return the bytes that are kept."""
+        while passed := await self._await_usage(meter, chunks):
+            passed, kept = kept + passed, b""
+            self._clock.allow(self._idle_seconds)
+            await self._response.send(passed)
+        return kept
+
+    async def _await_usage(self, meter: Meter, chunks: AsyncIterator[bytes]) -> bytes:
+        """Read on for at most AFTER_END_SECONDS, since more usage may follow the event that ends
+        the stream. If the stream goes on instead, return what may be sent on, else b"". It must be
+        sent before more is read: the bypass could send that first."""
+        self._clock.pause()
+        passed = b""
+        until = asyncio.get_running_loop().time() + AFTER_END_SECONDS
+        with contextlib.suppress(StopAsyncIteration, TimeoutError, httpx2.HTTPError):
+            while meter.ending and not (meter.ended or passed):
+                async with asyncio.timeout_at(until):
+                    chunk = await anext(chunks)
+                passed = await self._feed(meter, chunk)
+        return passed
+
+    async def _follow(self, rest: bytes, chunks: AsyncIterator[bytes]) -> None:
+        """Send the event that ended the stream and what follows it, for AFTER_END_SECONDS. Bytes
+        that a slow client has not taken by then stay in `rest`."""
+        self._clock.allow(AFTER_END_SECONDS)
+        await self._give(rest)
+        async for chunk in chunks:
+            self.rest = chunk
+            await self._give(chunk)
+
+    async def _give(self, rest: bytes) -> None:
+        await self._response.send_after_end(rest)
+        self.rest = b""

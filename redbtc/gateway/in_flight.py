@@ -1,0 +1,52 @@
+"""Requests in flight: how many there are, and how they are aborted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+from redbtc.gateway.progress import Running
+from redbtc.store.keys import Key
+
+
+class InFlight:
+    """The requests in flight. Each can be aborted, as can each WebSocket session."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.with_row: set[Running] = set()  # requests that have a row in the ledger
+        self._aborts: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
+
+    @contextlib.contextmanager
+    def abortable(self, key: Key, abort: Callable[[], None]) -> Iterator[None]:
+        """Until the end of `with`, call `abort` when the key is reported as compromised, or the
+        process is about to end."""
+        self.add(key, abort)
+        try:
+            yield
+        finally:
+            self.discard(key, abort)
+
+    def add(self, key: Key, abort: Callable[[], None]) -> None:
+        """Call `abort` as `abortable` does, until `discard`."""
+        self._aborts[key.id].add(abort)
+
+    def discard(self, key: Key, abort: Callable[[], None]) -> None:
+        """Don't call `abort` any more."""
+        of_key = self._aborts[key.id]
+        of_key.discard(abort)
+        if not of_key:
+            del self._aborts[key.id]
+
+    def abort_key(self, key_id: str) -> int:
+        """Abort what is in flight for a key. Return how much that was."""
+        aborts = list(self._aborts.get(key_id, ()))
+        for abort in aborts:
+            abort()
+        return len(aborts)
+
+    def abort_all(self) -> None:
+        """Abort all that is in flight."""
+        for abort in [abort for of_key in self._aborts.values() for abort in of_key]:
+            abort()

@@ -1,0 +1,147 @@
+"""The most that a request can use and cost, which is held before it is forwarded.
+
+All of it follows from the request's body, its endpoint, the prices and the settings. Where a body
+sets no limit of its own, the settings say what is held ([billing] hold_output_tokens and
+hold_tool_calls).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from redbtc.billing.books import Billing
+from redbtc.billing.notices import FREE
+from redbtc.billing.price_list import ModelPrices
+from redbtc.billing.spending import Hold
+from redbtc.config import BillingSettings
+from redbtc.gateway.endpoints import Endpoint
+from redbtc.meter.estimates import MaximumUsage
+from redbtc.rates import DEFAULT_TIER
+from redbtc.request_body.content import RequestBody
+from redbtc.request_body.facts import UNNAMED
+
+USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_calls'
+
+
+def maximum_of_unknown(settings: BillingSettings, input_tokens: int) -> MaximumUsage:
+    """Return the most that a request can use of which nothing but the input is known."""
+    output, calls = settings.hold_output_tokens, settings.hold_tool_calls
+    return MaximumUsage(input_tokens, output, output, calls, min(USUAL_PICTURES, calls))
+
+
+class Maximum:
+    """The most that a request can use and cost. `answers` is how many it asks for."""
+
+    __slots__ = ("_billing", "_body", "_endpoint", "_settings", "answers")
+
+    def __init__(self, endpoint: Endpoint, body: RequestBody, billing: Billing) -> None:
+        self._endpoint = endpoint
+        self._body = body
+        self._billing = billing
+        self._settings = billing.settings
+        self.answers = body.facts.number() if endpoint.has_number else 1
+
+    def cost(self, prices: ModelPrices | None, further_input: int = 0) -> int:
+        """Return the most that the request can cost, in nanos. `further_input` is in tokens. A
+        model without a price (None) is free, but the models of its tools can have prices."""
+        body, endpoint = self._body, self._endpoint
+        if endpoint.free or not (prices or body.further_models()):
+            return 0
+        prices, tier = prices or FREE, body.facts.service_tier
+        read = self.input_tokens(further_input)
+        written = self.output_tokens(prices) * self.answers
+        most = prices.most(read, written, tier, endpoint.images, body.long_cache)
+        further = self._further_cost(prices, read)
+        if endpoint.images:
+            return most + self.answers * further
+        call = prices.dearest_call(body.extras, tier)
+        return most + self.calls() * call + self._pictures() * max(0, further - call)
+
+    def usage(self, money: Hold, further_input: int = 0) -> MaximumUsage:
+        """Return the most that the request can use. `money` is what is held for it."""
+        read = self.input_tokens(further_input)
+        written = self.output_tokens(money.model_prices) * self.answers
+        return MaximumUsage(read, written, self._drawn(money), self.calls(), self._pictures())
+
+    def input_tokens(self, further_input: int) -> int:
+        """Return how many tokens the request can read."""
+        body = self._body
+        read = body.most_input_tokens + body.inherited_tokens + further_input
+        return read + (self._settings.hold_output_tokens if body.inherits_unknown else 0)
+
+    def output_tokens(self, prices: ModelPrices | None) -> int:
+        """Return how many tokens one answer can have."""
+        limits = (
+            self._body.facts.largest(self._endpoint.limits),
+            prices.max_output_tokens if prices else None,
+        )
+        return min((limit for limit in limits if limit), default=self._settings.hold_output_tokens)
+
+    def calls(self) -> int:
+        """Return how many calls of the upstream's tools there can be."""
+        return self._call_limit or self._settings.hold_tool_calls
+
+    def _pictures(self) -> int:
+        """Return how many of the calls can be the image tool's. Unless the request says how many,
+        it is assumed to draw only a few: each costs as much as many other calls."""
+        return self._call_limit or min(USUAL_PICTURES, self._settings.hold_tool_calls)
+
+    @property
+    def _call_limit(self) -> int:
+        """The request's own limit of tool calls; 0 where it has none."""
+        if self._endpoint.chat:
+            return 1
+        limit = self._body.facts.max_tool_calls if self._endpoint.runs_tools else None
+        return max(0, limit or 0)
+
+    def _further_cost(self, prices: ModelPrices, read: int) -> int:
+        """Return the most that one use of each further model can cost, in nanos: one call of the
+        image tool, or one SVG. A model without a price is billed by `prices`, those of the
+        requested model. The author of an SVG that is not named can be any model."""
+        usual = self._settings.hold_output_tokens
+
+        def most(of_model: ModelPrices, tier: str | None, images: bool) -> int:
+            return of_model.most(read, of_model.max_output_tokens or usual, tier, images)
+
+        asked = prices, self._body.facts.service_tier
+        further = 0
+        for model, images in self._body.further_models().items():
+            if model == UNNAMED:
+                all_models = [(each, DEFAULT_TIER) for each in self._billing.tariffs()]
+                further += max(most(*each, False) for each in (asked, *all_models))
+            else:
+                own = self._billing.tariff(model)
+                further += most(*((own, DEFAULT_TIER) if own else asked), images)
+        return further
+
+    def _drawn(self, money: Hold) -> int:
+        """Return the most output tokens of the image tool's model in one call. A model without a
+        price is held for as the requested model."""
+        drawing = [model for model, images in self._body.further_models().items() if images]
+        if not drawing:
+            return 0
+        prices = money.prices_of(drawing[0]) or money.model_prices
+        of_model = prices.max_output_tokens if prices else None
+        return of_model or self._settings.hold_output_tokens
+
+    def advice(self) -> str:
+        """Say how to lower the most that the request can cost: sentences, each after a space."""
+        ways = list(self._cheaper_ways())
+        first = [f" {way[0].upper()}{way[1:]} makes that less." for way in ways[:1]]
+        return "".join(first + [f" So does {way}." for way in ways[1:]])
+
+    def _cheaper_ways(self) -> Iterator[str]:
+        """Yield what would lower the most that the request can cost."""
+        body, limits, tier = self._body, self._endpoint.limits, self._body.facts.service_tier
+        if limits:
+            yield f"a lower {' or '.join(map(repr, limits))}"
+        uses_tools = self._endpoint.runs_tools and (body.extras or body.further_models())
+        if uses_tools and self.calls() > 1:
+            yield "a lower 'max_tool_calls'"
+        if self.answers > 1:
+            yield "a lower 'n'"
+        if body.could_name_author:
+            yield "naming a cheaper model in 'svg.model'"
+        prices = self._billing.tariff(body.model)
+        if limits and prices and prices.exceeds_default(tier):
+            yield f"the 'service_tier' '{DEFAULT_TIER}'"

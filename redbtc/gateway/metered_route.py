@@ -1,0 +1,41 @@
+"""The way of a metered request over HTTP."""
+
+from __future__ import annotations
+
+from redbtc.deadlines import Deadline
+from redbtc.gateway.endpoints import Endpoint
+from redbtc.gateway.metered import MeteredRequest
+from redbtc.gateway.reading import read_content
+from redbtc.gateway.references import upstreams_for
+from redbtc.gateway.relay import Relay
+from redbtc.gateway.state import Gateway
+from redbtc.limits import Reservation
+from redbtc.server.asgi import Receive, Scope, Send
+
+
+class MeteredRoute:
+    """The ASGI app of an endpoint whose requests are metered."""
+
+    def __init__(self, gateway: Gateway, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway, endpoint = self._gateway, self._endpoint
+        scope["where"] = endpoint.path
+        key, settings = gateway.enter(scope), gateway.settings
+        clock = Deadline(gateway.clocks)
+        charged = gateway.limits.charge(key, settings.limits)
+        with (
+            charged as admission,
+            gateway.serving(scope, clock, key),
+            Reservation(gateway.limits, key, settings) as memory,
+        ):
+            body = await read_content(scope, receive, clock, settings, memory, endpoint)
+            upstreams = await upstreams_for(gateway, key, body)
+            request = MeteredRequest(gateway, scope, endpoint, clock, admission, key, body)
+            if request.may_add_usage:
+                request.takes_out_usage = body.add_include_usage()
+            async with request.admitted(upstreams[0], memory):
+                path = endpoint.path.removeprefix("/v1")
+                await Relay(request, send, "POST", path, body.sent).forward(upstreams)

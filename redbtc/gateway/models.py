@@ -1,0 +1,122 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+
+from redbtc.deadlines import Deadline
+from redbtc.gateway.state import Gateway
+from redbtc.headers import Headers
+from redbtc.limits import Admission
+from redbtc.meter.answers import MAX_NAME
+from redbtc.refusals import Refusal
+from redbtc.server.asgi import Receive, Scope, Send, respond
+from redbtc.slices import with_turns
+from redbtc.store.keys import Key
+from redbtc.upstream.upstreams import NO_LIST, Upstream
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9@~][\w.:@+~-]*(?:/[A-Za-z0-9@~][\w.:@+~-]*)*", re.ASCII)
+
+
+class Models:
+    """The models that a key may use, as the upstreams list them."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def list(self, scope: Scope, _: Receive, send: Send) -> None:
+        """Answer with the lists of all upstreams, joined in their order, less what the key may not
+        use and what has no price where that is refused. `age` is that of the oldest of the lists,
+        where an upstream gave no new one."""
+        scope["where"] = "/v1/models"
+        gateway = self._gateway
+        key = gateway.enter(scope)
+        clock, charged = (
+            Deadline(gateway.clocks),
+            gateway.limits.charge(key, gateway.settings.limits),
+        )
+        with charged as admission, gateway.serving(scope, clock, key):
+            await gateway.limits.admit(admission, 0, clock)
+            joined, age = await self._listed(key, gateway.upstreams)
+        body = orjson.dumps({"object": "list", "data": list(joined.values())})
+        await self._answer(scope, send, 200, body, age_header(age))
+
+    async def show(self, scope: Scope, _: Receive, send: Send) -> None:
+        """Answer with one model, as the upstream that would serve it describes it; as it was listed
+        last, where that upstream does not answer."""
+        scope["where"] = "/v1/models/{id}"
+        gateway = self._gateway
+        key = gateway.enter(scope)
+        clock, charged = (
+            Deadline(gateway.clocks),
+            gateway.limits.charge(key, gateway.settings.limits),
+        )
+        with charged as admission, gateway.serving(scope, clock, key):
+            name = scope["path_params"]["model"]
+            status, body, headers = await self._shown(key, name, admission, clock)
+        await self._answer(scope, send, status, body, headers)
+
+    async def _answer(
+        self, scope: Scope, send: Send, status: int, body: bytes, headers: Headers
+    ) -> None:
+        self._gateway.watch.answered(scope, status)
+        await respond(scope, send, status, body, headers)
+
+    async def _listed(
+        self, key: Key, upstreams: Iterable[Upstream]
+    ) -> tuple[dict[str, dict[str, Any]], float]:
+        """Return the models that the key may use, and the age of the oldest list in seconds. Raises
+        Refusal where no upstream ever gave a list."""
+        usable = [upstream for upstream in upstreams if upstream.usable]
+        if not usable:
+            raise Refusal("no_upstream", retry_after=5)
+        asked = (upstream.models() for upstream in usable)
+        lists = await asyncio.gather(*asked, return_exceptions=True)
+        joined: dict[str, dict[str, Any]] = {}
+        oldest, failures = 0.0, []
+        for found in lists:
+            if isinstance(found, BaseException):
+                failures.append(found)
+                continue
+            oldest = max(oldest, found[1])
+            async for model in with_turns(found[0]):
+                if self._is_usable(key, model["id"]):
+                    joined.setdefault(model["id"], model)
+        if len(failures) == len(lists):
+            raise failures[0]
+        return joined, oldest
+
+    def _is_usable(self, key: Key, model: str) -> bool:
+        return self._gateway.books.served(model) and key.allows(model)
+
+    async def _shown(
+        self, key: Key, name: str, admission: Admission, clock: Deadline
+    ) -> tuple[int, bytes, Headers]:
+        """Return the status, body and headers of the answer about a model. Raises Refusal."""
+        gateway = self._gateway
+        # '../files' must not reach the upstream. To match a long name takes long.
+        is_name = len(name) <= MAX_NAME and MODEL_NAME.fullmatch(name)
+        if not (is_name and self._is_usable(key, name)):
+            raise Refusal("model_not_found", param="model")
+        upstream = gateway.upstreams.choose(name)[0]
+        await gateway.limits.admit(admission, 0, clock)
+        shown, status = b"", 0
+        with contextlib.suppress(*NO_LIST):
+            status, shown = await upstream.fetch_whole(f"/models/{name}")
+        if 200 <= status < 500:
+            return status, shown, []
+        listed, age = await self._listed(key, [upstream])
+        if name not in listed:
+            raise Refusal("upstream_unreachable")
+        return 200, orjson.dumps(listed[name]), age_header(age)
+
+
+def age_header(seconds: float) -> Headers:
+    """Return the Age header (RFC 9111 §5.1) of what is older than a second."""
+    return [(b"age", b"%d" % seconds)] if seconds >= 1 else []

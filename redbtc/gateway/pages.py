@@ -1,0 +1,123 @@
+"""The admin API and the dashboard on the public port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from starlette.requests import Request
+
+from redbtc.admin.api import API
+from redbtc.admin.http import served
+from redbtc.dashboard.lazy import LazyDashboard
+from redbtc.dashboard.sessions import actor_of, session_of
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.authentication import authenticate
+from redbtc.gateway.state import Gateway
+from redbtc.refusals import Refusal
+from redbtc.server.asgi import App, Message, Receive, Scope, Send, ids_of
+
+MAX_ASKED = 50  # requests for figures and pages, of an account or of a user, at once
+
+
+class Pages:
+    """The admin API and the dashboard, for accounts with an API key and for users who are logged
+    in."""
+
+    def __init__(self, gateway: Gateway, api: API) -> None:
+        self._gateway = gateway
+        self._api = api
+        self._admin = in_time(gateway, served(api, actor_of(api)))
+        self.lazy_dashboard = LazyDashboard(api)
+        self._dashboard = in_time(gateway, self.lazy_dashboard)
+        self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
+        self._asked: Counter[str] = Counter()  # by account or user, requests without a place
+
+    async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve what an account asks about itself. That costs none of its limits; the answers to an
+        account are made one after the other. Raises Refusal."""
+        scope["where"] = "/admin/v1/me"
+        key = scope["key"] = authenticate(scope, self._gateway.store)
+        with self._asked_by(key.account_id):
+            async with self._asking[key.account_id]:
+                await self._admin(scope, receive, self._with_ids(scope, send))
+
+    async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the admin API to a user who is logged in to the dashboard."""
+        scope["where"] = "/admin/v1"
+        with self._asked_in_session(scope):
+            await self._admin(scope, receive, self._with_ids(scope, send))
+
+    async def dashboard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the pages of the dashboard."""
+        scope["where"] = "/dashboard"
+        with self._asked_in_session(scope):
+            await self._dashboard(scope, receive, self._with_ids(scope, send))
+
+    @contextlib.contextmanager
+    def _asked_by(self, who: str) -> Iterator[None]:
+        """Count a request of an account or a user that has no place: one whose client reads its
+        answer slowly holds a connection and memory. Raises Refusal."""
+        if self._asked[who] >= MAX_ASKED:
+            message = f"At most {MAX_ASKED} of these requests can be in flight at once."
+            raise Refusal("concurrency_limit_exceeded", message)
+        self._asked[who] += 1
+        try:
+            yield
+        finally:
+            self._asked[who] -= 1
+            if not self._asked[who]:
+                del self._asked[who]
+
+    def _asked_in_session(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
+        """Count a request of a user who is logged in. Raises Refusal."""
+        with contextlib.suppress(StorageUnavailable):
+            if session := session_of(self._api, Request(scope)):
+                return self._asked_by(session.user_id)
+        return contextlib.nullcontext()
+
+    def _with_ids(self, scope: Scope, send: Send) -> Send:
+        """Return a `send` that adds the request's ids to the answer, and counts it."""
+
+        async def send_with_ids(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *ids_of(scope)]
+                if message["status"] != 500:  # it is counted as what failed
+                    self._gateway.watch.answered(scope, message["status"])
+            await send(message)
+
+        return send_with_ids
+
+
+def in_time(gateway: Gateway, app: App) -> App:
+    """Return the app with a time limit for the body of each request: to the app, a client that is
+    slower has disconnected."""
+
+    async def app_in_time(scope: Scope, receive: Receive, send: Send) -> None:
+        deadline = time.monotonic() + gateway.settings.server.body_timeout_seconds
+        await app(scope, received_until(deadline, receive), send)
+
+    return app_in_time
+
+
+def received_until(deadline: float, receive: Receive) -> Receive:
+    """Return a `receive` that says the client has disconnected if its body is not whole at
+    `deadline`, a time of the monotonic clock."""
+    whole = False
+
+    async def receive_until() -> Message:
+        nonlocal whole
+        if whole:
+            return await receive()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+        whole = not message.get("more_body", False)
+        return message
+
+    return receive_until

@@ -1,0 +1,130 @@
+"""The objects that a request refers to, and the upstreams that may take it.
+
+All accounts share the upstream's key, so a request may only name objects that its own account has
+made. Another account's object gets the same answer as one that does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.state import Gateway
+from redbtc.locations import ObjectLocation
+from redbtc.meter.answers import MAX_NAME
+from redbtc.rates import DEFAULT_TIER, NEEDED
+from redbtc.refusals import Refusal, not_found
+from redbtc.request_body.content import RequestBody
+from redbtc.request_body.pieces import Steps
+from redbtc.slices import in_slices
+from redbtc.store.keys import Key
+from redbtc.store.objects import MAX_LOOK_UPS
+from redbtc.upstream.upstreams import Upstream
+
+# References to these get the answer that OpenAI gives for a response that does not exist.
+NOT_FOUND = ("previous_response_id", "comparison_response_id")
+NOTHING: Mapping[str, ObjectLocation] = {}
+
+
+def location_of(gateway: Gateway, key: Key, object_id: str) -> ObjectLocation | None:
+    """Return where an object of the key's account is stored, None for any other object. Raises
+    Refusal."""
+    try:
+        return gateway.objects.home_of(object_id, key.account_id)
+    except StorageUnavailable:
+        raise Refusal("ledger_unavailable") from None
+
+
+async def upstreams_for(
+    gateway: Gateway,
+    key: Key,
+    body: RequestBody,
+    made: Mapping[str, ObjectLocation] = NOTHING,
+) -> list[Upstream]:
+    """Return the upstreams that may take a request, the first to try in front. `made` is as for
+    `required_upstreams`. Raises Refusal."""
+    required = await required_upstreams(gateway, key, body, made)
+    model = body.model
+    for each in (model, *filter(None, body.further_models())):
+        if not key.allows(each):
+            message = f"This key may not use the model '{each}'."
+            raise Refusal("model_not_allowed", message, param="model")
+        if not gateway.books.served(each):
+            message = f"The model '{each}' does not exist, or it is not served here."
+            raise Refusal("model_not_found", message, param="model")
+    if body.extras:
+        check_rates(gateway, body)
+    return gateway.upstreams.choose(model, *required)
+
+
+def check_rates(gateway: Gateway, body: RequestBody) -> None:
+    """Raise Refusal for a request that could use what the price of its model has no rate for."""
+    model, tier = body.facts.model or "", body.facts.service_tier
+    for rate, member in body.needed_rates():
+        if lacking := gateway.books.lacks(model, rate, tier):
+            of_tier = "" if lacking.tier == DEFAULT_TIER else f" for the tier '{lacking.tier}'"
+            message = (
+                f"The price of the model '{model}'{of_tier} has no rate '{rate}', so a request "
+                f"that {NEEDED[rate]} is refused."
+            )
+            raise Refusal("invalid_request", message, param=member)
+
+
+async def required_upstreams(
+    gateway: Gateway,
+    key: Key,
+    body: RequestBody,
+    made: Mapping[str, ObjectLocation] = NOTHING,
+) -> set[str]:
+    """Return the name of the upstream that stores what the request builds on; nothing if it builds
+    on nothing. The body inherits the models and tools that work in that, and its tokens, and drops
+    its references, so that they take no memory while the request waits for a place. `made` is what
+    the client can name without its being stored. Raises Refusal."""
+    if not body.references:
+        return set()
+    upstreams = await in_slices(resolve(gateway, key, body, made), key.account_id, begun=True)
+    body.references = {}
+    return upstreams
+
+
+def resolve(
+    gateway: Gateway, key: Key, body: RequestBody, made: Mapping[str, ObjectLocation]
+) -> Steps[set[str]]:
+    """Find all that a body refers to, in small steps. Raises Refusal."""
+    # "" is nobody's. Long ids were never learned, and many of them would make a long query.
+    asked = list({each.id for each in body.references if 0 < len(each.id) <= MAX_NAME})
+    found: dict[str, ObjectLocation | None] = {}
+    for at in range(0, len(asked), MAX_LOOK_UPS):
+        found |= look_up(gateway, key, asked[at : at + MAX_LOOK_UPS])
+        yield
+    upstreams: set[str] = set()
+    for number, (each, mentions) in enumerate(body.references.items()):
+        location = found[each.id] if each.id in found else made.get(each.id)
+        if location is None and each.name in NOT_FOUND and len(each.id) <= MAX_NAME:
+            raise not_found(each.name, each.id)
+        if location is None:
+            raise not_own(each.name)
+        upstreams.add(location.upstream)
+        body.inherit(each, mentions, location, gateway.objects.growing(each.id))
+        if number % 1000 == 0:
+            yield
+    if len(upstreams) > 1:
+        message = "The referenced objects are stored at different upstreams."
+        raise Refusal("invalid_request", message)
+    return upstreams
+
+
+def look_up(gateway: Gateway, key: Key, ids: list[str]) -> dict[str, ObjectLocation | None]:
+    """Return where these objects are stored, None for those that are not the account's. Raises
+    Refusal."""
+    try:
+        return gateway.objects.look_up(ids, key.account_id)
+    except StorageUnavailable:
+        raise Refusal("ledger_unavailable") from None
+
+
+def not_own(name: str) -> Refusal:
+    """Return the refusal of a reference to an object that is not the account's. It is the same for
+    another account's object as for one that does not exist."""
+    message = f"'{name}' names an object that isn't known to be this account's."
+    return Refusal("invalid_request", message, param=name)
