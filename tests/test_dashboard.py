@@ -87,7 +87,9 @@ def new_user(gateway: Gateway, email: str, role: str = "operator", account: str 
     body = {"email": email, "role": role, **({"account": account} if account else {})}
     user = gateway.api("POST", "/users", body)
     client = anonymous(gateway)
-    answer = client.post(urlsplit(user["link"]).path, data={"password": PASSWORD, "again": PASSWORD})
+    answer = client.post(
+        urlsplit(user["link"]).path, data={"password": PASSWORD, "again": PASSWORD}
+    )
     assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/"), answer.text
     return Login(client, user)
 
