@@ -427,7 +427,8 @@ class Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        if self._free or self._held:
+            self.release()
 
     def release(self) -> None:
         """Give all of it back. It has no effect the second time."""

@@ -397,8 +397,9 @@ class Bench:
         return [msgspec.to_builtins(row) for row in self.run(read())]
 
     def begin(self, key: Key, model: str, most: int, at: int) -> tuple[RequestRow, Hold]:
-        """As the gateway does: price, hold, row. Raises Spent."""
-        hold = self.run(self.books.hold(key, model, lambda _: most))
+        """Take price and hold and begin a row, as the gateway does. Raises SpendingLimitReached."""
+        spending = self.run(self.books.spending_of(key))
+        hold = self.books.hold(self.books.quote(key, model, spending), most)
         row = RequestRow(
             request_id=f"req_{random.getrandbits(128):032x}",
             account_id=key.account_id,
@@ -422,11 +423,10 @@ class Bench:
         row.outcome, row.service_tier = "completed", tier
         if usage is not None:
             row.usage, row.usage_source, row.cost = usage, source, 0
-            if hold.tariff:
-                price = hold.tariff.price(tier, usage.input_tokens or 0)
+            if hold.model_prices:
+                price = hold.model_prices.price(tier, usage.input_tokens or 0)
                 row.price_id, row.cost = price.id, price.cost(usage, False)
-        row.month = hold.settle(row.cost or 0)
-        hold.__exit__()
+        row.month = self.books.settle(hold, row.cost or 0)
         self.run(requests_module.settle(self.store, row))
 
 
@@ -855,7 +855,7 @@ def test_a_closed_month_has_what_was_settled_in_its_last_instant(
         for row, hold in flights:
             row.outcome, row.usage_source, row.cost = "completed", "upstream", 5000
             row.usage = Usage(input_tokens=1000)
-            row.month = hold.settle(row.cost)
+            row.month = bench.books.settle(hold, row.cost)
             written.append(asyncio.ensure_future(requests_module.settle(bench.store, row)))
         await asyncio.sleep(0)
         clock.now += 1
@@ -929,7 +929,7 @@ class Money(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "bench"):
             for flight in self.flights:
-                flight.hold.__exit__()
+                flight.hold.release()
             self.bench.close()
             self.folder.cleanup()
             self.patch.undo()
@@ -1093,7 +1093,7 @@ class Money(RuleBasedStateMachine):
     def give_up(self, which: int) -> None:
         """The client left before it was sent: it is taken back."""
         flight = self.flights.pop(which % len(self.flights))
-        flight.hold.__exit__()
+        flight.hold.release()
         self.bench.run(requests_module.forget(self.bench.store, flight.row))
 
     # The process

@@ -17,13 +17,13 @@ import pytest
 from click.testing import CliRunner
 from conftest import MakeGateway, needs
 from gateway import ROOT, Gateway, free_port, wait_until
-from redbtc.gateway.routes import METERED
 
 import redbtc_proxy  # noqa: F401 (adds all commands)
 from redbtc.admin.api import OPERATIONS
-from redbtc.admin.outputs import RequestShown
+from redbtc.billing.reports import RequestShown
 from redbtc.cli.main import commands
 from redbtc.config import Settings, parse_settings
+from redbtc.gateway.endpoints import METERED
 from redbtc.refusals import REFUSALS
 
 MAX_README_LINES = 200

@@ -42,10 +42,10 @@ from websockets.sync.client import connect
 
 from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
-from redbtc.billing.spending import Hold, Spending
+from redbtc.billing.spending import Hold, Quote, Spending
 from redbtc.config import Settings
-from redbtc.gateway.exchange import Endpoint
-from redbtc.gateway.metered import MeteredRequest
+from redbtc.gateway.endpoints import Endpoint
+from redbtc.gateway.maximum import Maximum
 from redbtc.gateway.settlement import of_models
 from redbtc.meter.estimates import MaximumUsage, Progress, SeenOutput, estimate
 from redbtc.meter.report import Report
@@ -791,47 +791,48 @@ def random_request(chance: random.Random, endpoint: Endpoint) -> dict[str, Any]:
     return body
 
 
-def metered(chance: random.Random, endpoint: Endpoint, prices: PriceTable) -> MeteredRequest:
-    exchange = object.__new__(MeteredRequest)
-    exchange.endpoint = endpoint
-    exchange.settings = Settings()
-    books: Any = SimpleNamespace(prices=prices, tariff=lambda model: prices.tariff(model, 1))
-    exchange.gateway = gateway = SimpleNamespace(books=books)  # type: ignore[assignment]
-    content = exchange._content = content_of(random_request(chance, endpoint))
-    exchange._facts = content.facts
-    exchange._further_input = chance.choice([0, chance.randrange(1000)])
-    purses = Spending("2026-11", 0, 0), Spending("2026-11", 0, 0)
-    tariff = prices.tariff("m", 1)
+def maximum_and_hold(
+    chance: random.Random, body: RequestBody, endpoint: Endpoint
+) -> tuple[Maximum, Hold]:
+    """Return the maximum of a request with these bodies, and a hold at random prices."""
+    prices = random_prices(chance)
+    billing: Any = SimpleNamespace(
+        settings=Settings().billing,
+        tariff=lambda model: prices.tariff(model, 1),
+        tariffs=list,
+    )
     key: Any = None
-    exchange._money = Hold(gateway.books, key, 1, tariff, purses, 0)
-    return exchange
+    spending = Spending("2026-11", 0, 0), Spending("2026-11", 0, 0)
+    quote = Quote(key, 1, prices, prices.tariff("m", 1), spending, [])
+    return Maximum(endpoint, body, billing), Hold(quote, 0)
 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_an_estimate_is_never_more_than_the_hold(seed: int) -> None:
     chance = random.Random(seed)
-    endpoint, prices = chance.choice(ENDPOINTS), random_prices(chance)
-    exchange = metered(chance, endpoint, prices)
-    content, tariff = exchange._content, exchange._money.tariff
+    endpoint = chance.choice(ENDPOINTS)
+    body = content_of(random_request(chance, endpoint))
+    maximum, money = maximum_and_hold(chance, body, endpoint)
+    further_input = chance.choice([0, chance.randrange(1000)])
     seen = SeenOutput(*(chance.choice([0, chance.randrange(100_000)]) for _ in range(3)))
     report = Report(endpoint.images)
     used = estimate(
         report,
         seen,
         written=chance.randrange(200_000),
-        read=content.input_estimate + chance.choice([0, MAX_TOKENS // 2]),
-        most=exchange._most(),
+        read=body.input_estimate + chance.choice([0, MAX_TOKENS // 2]),
+        most=maximum.usage(money, further_input),
         images=endpoint.images,
         partly=False,
     )
-    asked = content.facts.service_tier
+    asked = body.facts.service_tier
     tier = chance.choice([None, "default", asked])
-    parts = of_models(used.parts, content.image_model())
-    _, cost = exchange._money.cost(parts, tier)
-    if tariff:
-        assert cost <= exchange._most_cost(tariff, content, exchange._further_input)
+    parts = of_models(used.parts, body.image_model())
+    _, cost = money.cost(parts, tier)
+    if money.model_prices:
+        assert cost <= maximum.cost(money.model_prices, further_input)
     assert isinstance(used.usage, Usage)
-    if seen or tariff is None:
+    if seen or money.model_prices is None:
         assert used.usage.output_tokens
 
 

@@ -731,12 +731,12 @@ def test_a_background_response_is_asked_for_after_any_error(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     code = """
-from redbtc.gateway import exchange
+from redbtc.gateway import asking
 async def ending(*values):
     if fault():
         raise getattr(builtins, fault())
     return await ask(*values)
-ask, exchange.ask = exchange.ask, ending
+ask, asking.ask = asking.ask, ending
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()

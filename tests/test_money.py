@@ -38,7 +38,7 @@ from upstream import (
     stream,
 )
 
-from redbtc.gateway.state import MAX_ASKED
+from redbtc.gateway.pages import MAX_ASKED
 
 REFUSE = '[billing]\nunpriced_models = "refuse"\n'
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

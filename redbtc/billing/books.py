@@ -255,20 +255,21 @@ class Billing:
     def hold(self, quote: Quote, amount: int) -> Hold:
         """Hold the most that a request can cost, in nanos. There must be no `await` since `quote`.
         Raises SpendingLimitReached."""
-        held = min(amount, MAX_COST)
         for what, left in quote.left:
-            if 0 < held > left:
+            amount = min(amount, MAX_COST)
+            if 0 < amount > left:
                 raise SpendingLimitReached(
-                    f"This request can cost up to {decimal(held)} {self.currency}, "
+                    f"This request can cost up to {decimal(amount)} {self.currency}, "
                     f"and of {what} {decimal(left)} is left."
                 )
-        return quote.hold(held)
+        return Hold(quote, amount)
 
     async def hold_again(self, key: Key, model: str, at: int, held: int) -> Hold:
         """Hold what an earlier process held, at the prices of that time. Raises
         StorageUnavailable."""
         spending = await self.spending_of(key)
-        return Quote(key, at, self.prices, self.prices.tariff(model, at), spending, []).hold(held)
+        quote = Quote(key, at, self.prices, self.prices.tariff(model, at), spending, [])
+        return Hold(quote, held)
 
     def settle(self, money: Hold, cost: int) -> str:
         """Replace a hold by what the request has cost, in nanos. Return the month on whose

@@ -60,38 +60,38 @@ class Quote(NamedTuple):
     spending: SpendingOf
     left: list[tuple[str, int]]  # what limits spending, and how many nanos are left of it
 
-    def hold(self, amount: int) -> Hold:
-        """Hold an amount in nanos. What is left is not looked at."""
-        return Hold(self, amount)
-
 
 class Hold:
-    """The most that one request can cost, held on its account and its key until `release`, the end
+    """The most that one request can cost, held on its account and its key (`spending`) until `release`, the end
     of `with`, or `Billing.settle`; and the prices that apply to the request. Meanwhile, requests
     that build on what it makes are held for the tokens that it can add (`grow`)."""
 
-    __slots__ = ("_growth", "_objects", "_quote", "at", "held", "model_prices")
+    __slots__ = ("_growth", "_objects", "_quote", "at", "held", "key", "model_prices", "spending")
 
     def __init__(self, quote: Quote, amount: int) -> None:
+        self.key = quote.key
+        self.spending = quote.spending
         self.at = quote.at
         self.model_prices = quote.model_prices
         self.held = amount  # nanos
         self._quote = quote
         self._objects: Objects | None = None
         self._growth: dict[str, int] = {}
-        for spending in quote.spending:
-            spending.held += amount
+        if amount:
+            for spending in quote.spending:
+                spending.held += amount
 
     def __enter__(self) -> Hold:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        if self.held or self._objects:
+            self.release()
 
     def release(self) -> None:
         """Give the money back. It has no effect the second time."""
         if self.held:
-            for spending in self._quote.spending:
+            for spending in self.spending:
                 spending.held -= self.held
             self.held = 0
         if self._objects:
@@ -122,16 +122,6 @@ class Hold:
     def prices_of(self, model: str) -> ModelPrices | None:
         """Return the prices of another model that apply to the request, None if it has none."""
         return self._quote.prices.tariff(model, self.at)
-
-    @property
-    def key(self) -> Key:
-        """The key whose request this is held for."""
-        return self._quote.key
-
-    @property
-    def spending(self) -> SpendingOf:
-        """The spending on which this is held."""
-        return self._quote.spending
 
     def cost(self, parts: Iterable[UsagePart], tier: str | None) -> tuple[int | None, int]:
         """Return the id of the price that applies to the first part, and what all parts cost

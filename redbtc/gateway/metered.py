@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -62,14 +61,17 @@ class Releasable(Protocol):
 class MeteredRequest(ForwardedRequest):
     """A request that has a row in the ledger from `admitted` on."""
 
-    money: Hold  # while it is admitted
+    money: Hold  # from `async with` on
+    _is_held = False
     row: RequestRow
+    _memory: Releasable
     _left_at = math.inf  # when it left for the upstream, by the monotonic clock
     _saved_after = PROGRESS_SECONDS / PROGRESS_GROWTH  # seconds of work, when it was last saved
     _is_saved = False  # whether the ledger has a row in `unsettled` for it
     further_input = 0  # tokens that it may read beside its body and what that builds on
     _background: BackgroundResponse | None = None  # what its response goes on as
     _named = 0  # objects that it is known to have made
+    _is_unfinished = False  # whether it is counted as an unfinished background response
     _repeats = False  # what another request has made
     _shown_elsewhere = False  # whether its response was shown to another request
 
@@ -91,56 +93,58 @@ class MeteredRequest(ForwardedRequest):
         self.input_estimate = body.input_estimate
         self._unweighed: dict[str, bool] = {}  # what it has made without known tokens
 
-    @contextlib.asynccontextmanager
-    async def admitted(self, upstream: Upstream, memory: Releasable) -> AsyncIterator[None]:
+    def admitted(self, upstream: Upstream, memory: Releasable) -> MeteredRequest:
         """Take the request's places, hold what it can cost and begin its row, until the end of
         `async with`. `upstream` is the first to be tried. `memory` is what was reserved for the
-        body, given back as soon as the request has its places: from then on they limit it. Raises
-        Refusal, ClientLeft."""
+        body, given back as soon as the request has its places: from then on they limit it. `async
+        with` raises Refusal, ClientLeft."""
+        self._memory = memory
+        self.row = self.new_row(self.facts.model or "", upstream.name)
+        return self
+
+    async def __aenter__(self) -> MeteredRequest:
         if self._is_unmetered:
             self._check_unmetered()
-        self.row = self.new_row(self.facts.model or "", upstream.name)
-        with self._unfinished_response():
-            await self.gateway.limits.admit(self.admission, self._token_estimate(), self.clock)
-            memory.release()
-            with await self._first_hold() as self.money:
-                await self._begin()
-                running = self.gateway.in_flight.with_row
-                running.add(self)
-                try:
-                    yield
-                except (Refusal, ClientLeft):
-                    raise
-                except Exception:
-                    await self._interrupt()
-                    raise
-                finally:
-                    running.discard(self)
-
-    def _token_estimate(self) -> int:
-        """Return about how many tokens are charged on the rates before the usage is known."""
-        if self.endpoint.free:
-            return 0
-        return self.input_estimate + self.facts.largest(self.endpoint.limits)
-
-    @contextlib.contextmanager
-    def _unfinished_response(self) -> Iterator[None]:
-        """Count a request for a background response as one of the account's unfinished ones. If no
-        response was created, stop counting it at the end of `with`. Raises Refusal."""
-        if not (self.endpoint.stores and self.facts.background):
-            yield
-            return
-        check_background(self.facts.background)
-        background, account_id = self.gateway.unended, self.key.account_id
-        background.enter(account_id, self.settings.limits.account.background)
-        self.awaits_id = True
+        if self.endpoint.stores and self.facts.background:
+            self._count_unfinished(self.facts.background)
         try:
-            yield
-        finally:
-            if not self._background:
-                background.leave_room(account_id)
+            tokens = self.input_estimate + self.facts.largest(self.endpoint.limits)
+            tokens = 0 if self.endpoint.free else tokens
+            await self.gateway.limits.admit(self.admission, tokens, self.clock)
+            self._memory.release()
+            self.money = await self._hold_or_refund()
+            self._is_held = True
+            await self._begin()
+        except BaseException:
+            self._give_back()
+            raise
+        self.gateway.in_flight.with_row.add(self)
+        return self
 
-    async def _first_hold(self) -> Hold:
+    async def __aexit__(self, kind: Any, error: BaseException | None, _: object) -> None:
+        try:
+            if isinstance(error, Exception) and not isinstance(error, (Refusal, ClientLeft)):
+                await self._interrupt()
+        finally:
+            self.gateway.in_flight.with_row.discard(self)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Give back the hold, and the count of a background response that was not created."""
+        if self._is_held:
+            self.money.release()
+        if self._is_unfinished and not self._background:
+            self.gateway.unended.leave_room(self.key.account_id)
+
+    def _count_unfinished(self, background: bool | str) -> None:
+        """Count a request for a background response as one of the account's unfinished ones. Raises
+        Refusal."""
+        check_background(background)
+        most = self.settings.limits.account.background
+        self.gateway.unended.enter(self.key.account_id, most)
+        self._is_unfinished = self.awaits_id = True
+
+    async def _hold_or_refund(self) -> Hold:
         """Hold what the request can cost. Raises Refusal, and puts back what was charged."""
         try:
             money = await self.hold()
@@ -160,19 +164,16 @@ class MeteredRequest(ForwardedRequest):
             spending = await billing.spending_of(self.key)
             # Nothing is awaited from here on: no other request can hold the same money.
             quote = billing.quote(self.key, self.body.model, spending)
-            return billing.hold(quote, self._cost(quote.model_prices, further_input, quote.left))
+            cost = self._most_cost(quote.model_prices, further_input) if quote.left else 0
+            return billing.hold(quote, cost)
         except SpendingLimitReached as error:
             raise insufficient_quota(f"{error}{self.maximum.advice()}") from None
         except StorageUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def _cost(
-        self, prices: ModelPrices | None, further_input: int, left: list[tuple[str, int]]
-    ) -> int:
-        """Return what is held, in nanos: nothing where nothing limits spending. Raises Refusal for
-        a request whose usage would not be reported, StorageUnavailable."""
-        if not left:
-            return 0
+    def _most_cost(self, prices: ModelPrices | None, further_input: int) -> int:
+        """Return the most that the request can cost, in nanos. Raises Refusal if its usage would
+        not be reported, StorageUnavailable."""
         self._weigh_conversations()
         cost = self.maximum.cost(prices, further_input)
         if cost and self._is_unmetered:
@@ -354,20 +355,7 @@ class MeteredRequest(ForwardedRequest):
         self.settled = True
         if self._background:
             await self._leave_background(self._background)
-        else:
-            await self._settle_row(outcome)
-        row = self.row
-        if row.usage_source != "none" or row.outcome == "upstream_error":
-            self.admission.correct((row.usage.input_tokens or 0) + (row.usage.output_tokens or 0))
-
-    async def _leave_background(self, background: BackgroundResponse) -> None:
-        """Settle a background response that has ended; leave the row of another pending."""
-        if self.unwritten:  # what may be sent after this names the response
-            await self.unwritten
-        if not await self.gateway.unended.leave(background, self.meter.report):
-            self.gateway.watch.answered(self.scope, self.row.status or 0, "pending")
-
-    async def _settle_row(self, outcome: Outcome) -> None:
+            return
         row, report, gateway = self.row, self.meter.report, self.gateway
         self._fill(report)
         if self._repeats:
@@ -390,6 +378,21 @@ class MeteredRequest(ForwardedRequest):
             gateway.watch.settled(self.scope, row)
             if admitted and self._shown_elsewhere and row.response_id:
                 await self.ask_for_usage(row.response_id, row.upstream)
+        self._correct_charge()
+
+    async def _leave_background(self, background: BackgroundResponse) -> None:
+        """Settle a background response that has ended; leave the row of another pending."""
+        if self.unwritten:  # what may be sent after this names the response
+            await self.unwritten
+        if not await self.gateway.unended.leave(background, self.meter.report):
+            self.gateway.watch.answered(self.scope, self.row.status or 0, "pending")
+        self._correct_charge()
+
+    def _correct_charge(self) -> None:
+        """Charge the tokens that were used on the rates, in place of the estimate."""
+        usage = self.row.usage
+        if self.row.usage_source != "none" or self.row.outcome == "upstream_error":
+            self.admission.correct((usage.input_tokens or 0) + (usage.output_tokens or 0))
 
     def shown(self, response_id: str) -> None:
         """Note that another request was shown a response. If it is this one's, it can have been

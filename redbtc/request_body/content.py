@@ -234,9 +234,9 @@ class RequestBody:
 
     def add_include_usage(self) -> bool:
         """Add `stream_options.include_usage` to a streamed chat that leaves it out, changing no
-        other byte; return whether it was added. A null is left out, too, and is replaced; a value
-        of false is not. This is the only change that is ever made to a body (CONTRACT section
-        6)."""
+        other byte; return whether it was added. A null counts as left out, and is replaced; a value
+        of false does not. No other change is ever made to a body (docs/contract.md,
+        section 6)."""
         sent, options = self.sent, self.facts.stream_options
         at = end = self._options_at or 0
         if isinstance(options, StreamOptions) and options.says:
