@@ -49,7 +49,7 @@ from redbtc.store.accounts import Account
 from redbtc.store.consistency import CURRENCIES
 from redbtc.store.database import Store
 from redbtc.store.keys import Key
-from redbtc.store.records import nanos_of, new_id, shown_amount, shown_time
+from redbtc.store.records import by_name, nanos_of, new_id, shown_amount, shown_time
 from redbtc.store.spill import OwedChange
 from redbtc.times import DAY, MINUTE, iso_time, month_of
 
@@ -107,8 +107,8 @@ UNDELIVERED = f"""{NOTICE}
      ORDER BY notices.created_at, notices.rowid"""
 DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
 MAINTENANCES = f"""
-    SELECT effective_at, ifnull(until, {1 << 62}), text FROM notices
-     WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(until, ?1 + 1) > ?1"""
+    SELECT effective_at AS since, ifnull(until, {1 << 62}) AS until, text FROM notices
+     WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(notices.until, ?1 + 1) > ?1"""
 WITHDRAW = "UPDATE notices SET withdrawn_at = ifnull(withdrawn_at, ?) WHERE id = ?"
 PAYMENT = """
     SELECT payments.id, accounts.name AS account, units, nanos, currency, reference, reason, month,
@@ -633,7 +633,7 @@ class Billing:
 
     async def read_maintenances(self) -> None:
         rows = self.store.rows(MAINTENANCES, (self.store.time(),))
-        self._maintenances = [Maintenance(*row) async for row in rows]
+        self._maintenances = [Maintenance(**by_name(row)) async for row in rows]
 
     def maintenance(self) -> Maintenance | None:
         """That for which requests are refused now."""
