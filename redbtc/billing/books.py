@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
-from itertools import chain, count
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -345,19 +345,7 @@ class Billing:
         a rise without the notice that is due, unless `without_notice` says why."""
         async with self.changing_prices:
             now = self.store.time()
-            numbers = count(max((price.id for price in self.prices.prices), default=0) + 1)
-            given = [
-                msgspec.structs.replace(
-                    price,
-                    id=next(numbers),
-                    effective_at=price.effective_at or now,
-                    currency=self.currency,
-                    created_at=now,
-                    added_by=by,
-                    reason=without_notice,
-                )
-                for price in prices
-            ]
+            given = list(self._as_rows(prices, now, by, without_notice))
             _refuse_twice(given)
             new, left_out = self._new(given, take_over)
             after = PriceTable([*self.prices.prices, *new])
@@ -386,6 +374,22 @@ class Billing:
             ],
             notices=[PublishedNotice(text, shown_time(at)) for _, text, at, _ in notices],
         )
+
+    def _as_rows(
+        self, prices: Iterable[Price], now: int, by: str, reason: str | None
+    ) -> Iterator[Price]:
+        """Yield the prices as the ledger would have them."""
+        first = max((price.id for price in self.prices.prices), default=0) + 1
+        for number, price in enumerate(prices, first):
+            yield msgspec.structs.replace(
+                price,
+                id=number,
+                effective_at=price.effective_at or now,
+                currency=self.currency,
+                created_at=now,
+                added_by=by,
+                reason=reason,
+            )
 
     def _new(
         self, given: Sequence[Price], take_over: bool
