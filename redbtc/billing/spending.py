@@ -62,7 +62,7 @@ class Quote(NamedTuple):
 
 
 class Hold:
-    """The most that one request can cost, held on its account and its key (`spending`) until `release`, the end
+    """The most that one request can cost, held on its account and its key until `release`, the end
     of `with`, or `Billing.settle`; and the prices that apply to the request. Meanwhile, requests
     that build on what it makes are held for the tokens that it can add (`grow`)."""
 
