@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from msgspec import Struct
 
 from redbtc.billing.books import Billing
-from redbtc.billing.statements import _paid_by_month
+from redbtc.billing.statements import paid_by_month_of
 from redbtc.money import decimal
 from redbtc.store.accounts import ACCOUNT, Account, account_columns
 from redbtc.store.records import Money, cost_of, nanos_of
@@ -69,7 +69,7 @@ async def months(books: Billing, account: Account) -> list[Month]:
     """Return the account's months in which something was used or paid, and the present one; the
     newest first."""
     used = {row["month"]: row async for row in books.store.rows(MONTHS_OF, (account.id,))}
-    paid = await _paid_by_month(books.store, account.id)
+    paid = await paid_by_month_of(books.store, account.id)
     now = books.month()
     return [
         Month.of(month, used.get(month), paid.get(month, 0), now, books.currency)

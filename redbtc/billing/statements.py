@@ -60,7 +60,7 @@ async def statement(
         used = await snapshot.one(TOTALS_OF_MONTH, of_month)
         before = await snapshot.one(SPENT_BEFORE, of_month)
         payments = await snapshot.all(PAYMENTS_OF_MONTH, of_month)
-        paid = await _paid_by_month(snapshot, account.id)
+        paid = await paid_by_month_of(snapshot, account.id)
     assert used is not None, "a sum always has one row"
     assert before is not None, "and this one, too"
     opening = sum(amount for of, amount in paid.items() if of < month)
@@ -90,7 +90,7 @@ def _last_months(month: str) -> list[str]:
     return [months_after(month, -back) for back in reversed(range(MONTHS_PAID))]
 
 
-async def _paid_by_month(store: Store | Reader, account_id: str) -> dict[str, int]:
+async def paid_by_month_of(store: Store | Reader, account_id: str) -> dict[str, int]:
     """Return what an account paid, in nanos, by month."""
     rows = store.rows(PAID_BY_MONTH, (account_id,))
     return {row["month"]: nanos_of(row["units"], row["nanos"]) async for row in rows}
