@@ -4,16 +4,19 @@ RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .SILENT:
-.PHONY: help run test lint format bench screenshots lock clean
+.PHONY: help run test test-fast lint format bench screenshots lock clean
 
 help: ## List the targets
-	sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 run: $(VENV)/runtime ## Run the gateway: OpenAI where OPENAI_API_KEY is set, else a demonstration
 	exec $(RUN) redbtc_proxy.py serve --first-run $(if $(OPENAI_API_KEY),,--demo)
 
 test: $(VENV)/dev tests/node_modules lint ## Check style and types, run all tests
-	$(RUN) -m pytest --numprocesses 2 --dist worksteal
+	$(RUN) -m pytest --numprocesses 3 --dist worksteal
+
+test-fast: $(VENV)/dev ## Run in a minute the tests that start no process, and some that do
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal -m "not slow and (front_door or not process)"
 
 lint: $(VENV)/dev ## Check style and types
 	$(RUN) -m ruff check .

@@ -362,6 +362,7 @@ class GatewayProcess:
 
 def main() -> None:
     """Run the command line: redbtc-proxy, or python redbtc_proxy.py."""
+    LOG.start()
     command_line.main(run)
 
 

@@ -89,8 +89,8 @@ class Upstream(asyncio.Protocol):
     streams: set[Upstream] = set()  # noqa: RUF012
     events_a_second = 20.0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: Any = transport
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
         self.buffer = bytearray()
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -179,8 +179,8 @@ class Reading(asyncio.Protocol):
     def __init__(self, request: bytes) -> None:
         self._request = request
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: Any = transport
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
         self.transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
@@ -272,7 +272,7 @@ class Proxy:
 
     def memory(self) -> float:
         """Resident MiB."""
-        return sum(process.memory_info().rss for process in self.processes) / (1 << 20)
+        return sum(int(process.memory_info().rss) for process in self.processes) / (1 << 20)
 
 
 @contextlib.contextmanager
@@ -414,8 +414,10 @@ class Figures:
             for name in self._proxies:
                 value = self.median(figure, name)
                 text = "–" if value is None else f"{value:.2f}"
-                ratio = name != "nginx" and value is not None and base and "added" not in figure
-                text += f" ({value / base:5.1f}×)" if ratio else " " * 9
+                if value is None or not base or name == "nginx" or "added" in figure:
+                    text += " " * 9
+                else:
+                    text += f" ({value / base:5.1f}×)"
                 line += text.rjust(width)
             lines.append(line.rstrip())
         return "\n".join(lines)
@@ -498,8 +500,10 @@ def measure_reports(proxy: Proxy, figures: Figures, rounds: int) -> None:
 
 
 OPERATORS = ("overview", "accounts", "accounts?search=47", "prices", "notices", "log", "users")
-ACCOUNTS = ("", "/keys", "/usage", "/usage?model=m0&since=2026-05-01", "/billing")
-ACCOUNTS += ("/billing/2026-05", "/members", "/notices", "/manage")
+ACCOUNTS = (
+    *("", "/keys", "/usage", "/usage?model=m0&since=2026-05-01", "/billing"),
+    *("/billing/2026-05", "/members", "/notices", "/manage"),
+)
 PAGES_A_SECOND = (0, 2, 20)
 
 

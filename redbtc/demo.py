@@ -81,15 +81,15 @@ def texts(content: Any) -> Iterator[str]:
 
 
 def reply(body: Json, messages: Any, most: Any) -> Reply:
-    """Quotes the user's last message in at most so many tokens; None is no limit."""
+    """Quote the user's last message in at most `most` tokens (None: no limit)."""
     if most is not None and (not isinstance(most, int) or most < 1):
-        raise HTTPException(400, "The most tokens to answer with must be a whole number from 1.")
+        raise HTTPException(400, "The output token limit must be a whole number of at least 1.")
     if isinstance(messages, list):
         messages = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"][-1:]
     asked = " ".join(texts(messages)).lstrip()[:200]
     text = (
-        "This is the RedBTC demonstration upstream: no model is behind it. You said: "
-        f'"{textwrap.shorten(asked, 60, placeholder="…")}". The usage is a true count of both.'
+        "This is a canned answer from the RedBTC demonstration upstream. You said: "
+        f'"{textwrap.shorten(asked, 60, placeholder="…")}". The token counts are exact.'
     )
     ends = [token.end() for token in TOKEN.finditer(text)][:most]
     return Reply(text[: ends[-1]], ends[-1] < len(text), sum(map(count, texts(body))))

@@ -37,43 +37,65 @@ class Rates(Struct, frozen=True, kw_only=True):
     """The rates of a price, in nanos for a million tokens or for one unit. None: not given. A rate
     stands below the one that it is a part of."""
 
-    input: Annotated[int | None, Rate("input_tokens", "For a million tokens, as the next six.")] = (
-        None
-    )
+    input: Annotated[
+        int | None, Rate("input_tokens", "Per million input tokens.  [default: 0]")
+    ] = None
     cached_input: Annotated[
-        int | None, Rate("cached_input_tokens", "Never given: as input.", part_of="input")
+        int | None,
+        Rate(
+            "cached_input_tokens",
+            "Per million cached input tokens.  [default: the input rate]",
+            part_of="input",
+        ),
     ] = None
     cache_write: Annotated[
-        int | None, Rate("cache_write_tokens", "Never given: as input.", part_of="input")
+        int | None,
+        Rate(
+            "cache_write_tokens",
+            "Per million tokens written to the cache.  [default: the input rate]",
+            part_of="input",
+        ),
     ] = None
     cache_write_12h: Annotated[
         int | None,
         Rate(
             "cache_write_12h_tokens",
-            "Of what is kept for 12 hours. Never given: requests for that are refused.",
+            "Per million tokens cached for 12 hours.  [default: such requests are refused]",
             part_of="cache_write",
             only="long cache",
             extra=8,
             needed="keeps its prompt in the cache for longer than 30 minutes",
         ),
     ] = None
-    output: Annotated[int | None, Rate("output_tokens", "Never given: 0, as for input.")] = None
+    output: Annotated[
+        int | None, Rate("output_tokens", "Per million output tokens.  [default: 0]")
+    ] = None
     image_input: Annotated[
         int | None,
-        Rate("image_input_tokens", "Never given: as input.", part_of="input", only="images"),
+        Rate(
+            "image_input_tokens",
+            "Per million image input tokens.  [default: the input rate]",
+            part_of="input",
+            only="images",
+        ),
     ] = None
     image_output: Annotated[
         int | None,
-        Rate("image_output_tokens", "Never given: as output.", part_of="output", only="images"),
+        Rate(
+            "image_output_tokens",
+            "Per million image output tokens.  [default: the output rate]",
+            part_of="output",
+            only="images",
+        ),
     ] = None
     web_search: Annotated[
-        int | None, Rate("web_searches", "For a call. Never given: 0.", unit="call", extra=1)
+        int | None, Rate("web_searches", "Per web search call.  [default: 0]", unit="call", extra=1)
     ] = None
     file_search: Annotated[
         int | None,
         Rate(
             "file_searches",
-            "For a call. Never given: requests with the tool are refused.",
+            "Per file search call.  [default: requests with this tool are refused]",
             unit="call",
             extra=2,
             needed="uses the file search tool",
@@ -83,8 +105,8 @@ class Rates(Struct, frozen=True, kw_only=True):
         int | None,
         Rate(
             "containers",
-            "For a new container in which code runs. Never given: requests with such a tool are "
-            "refused.",
+            "Per new container in which code runs.  [default: requests with such a tool are "
+            "refused]",
             unit="container",
             extra=4,
             needed="uses a tool that creates a container",

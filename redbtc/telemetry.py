@@ -48,13 +48,17 @@ class Log:
         self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
         self.failure: Exception | None = None  # what has ended the thread
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to write lines, also those that came before."""
         self._thread = threading.Thread(target=self._work, name="log", daemon=True)
         self._thread.start()
 
     @property
     def works(self) -> bool:
         """Return whether its thread runs."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
         """One line, at one of logging's levels."""
@@ -136,12 +140,22 @@ class Telemetry:
         for name, what, labels, counts in (
             (
                 "redbtc_requests",
-                "Requests by route, status and outcome (refused: by the gateway itself)",
+                "Requests by route, status and outcome (refused means by the gateway itself)",
                 ["route", "status", "outcome"],
                 self._requests,
             ),
-            ("redbtc_refusals", "Requests refused by the gateway", ["code"], self._refusals),
-            ("redbtc_tokens", "Tokens, parts included", ["kind", "source"], self._tokens),
+            (
+                "redbtc_refusals",
+                "Requests refused by the gateway, by error code",
+                ["code"],
+                self._refusals,
+            ),
+            (
+                "redbtc_tokens",
+                "Tokens by kind, including kinds that are parts of others",
+                ["kind", "source"],
+                self._tokens,
+            ),
         ):
             counter = CounterMetricFamily(name, what, labels=labels)
             for values, count in cast(Counter[Any], counts).items():
@@ -150,12 +164,12 @@ class Telemetry:
         for name, what, histograms in (
             (
                 "redbtc_first_byte_seconds",
-                "From the request's head to the first byte of the upstream's body",
+                "Time from the request headers to the first byte of the upstream's body",
                 self._first_byte,
             ),
             (
                 "redbtc_request_seconds",
-                "From the request's head to the answer's end",
+                "Time from the request headers to the end of the response",
                 self._duration,
             ),
         ):

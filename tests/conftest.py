@@ -15,7 +15,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gateway import Gateway
+from fork_server import ForkServer
+from gateway import ROOT, Gateway
 from hypothesis import HealthCheck, settings
 from upstream import Upstream
 
@@ -24,7 +25,17 @@ settings.register_profile(
     "any speed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("any speed")
+STARTING = {"make_gateway", "running", "shared", "house", "browser"}  # fixtures
 NODE_MODULES = Path(__file__).parent / "node_modules"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start a process: `make test-fast` leaves most of them out. Slow tests
+    begin first, so that none of them is left to one worker at the end."""
+    for item in items:
+        if isinstance(item, pytest.Function) and STARTING & {*item.fixturenames}:
+            item.add_marker("process")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def needs(tool: str) -> str:
@@ -48,20 +59,29 @@ def upstream() -> Iterator[Upstream]:
 MakeGateway = Callable[..., Gateway]
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    with ForkServer(ROOT) as running:
+        yield running
+
+
 @pytest.fixture
-def make_gateway(tmp_path: Path, upstream: Upstream) -> Iterator[MakeGateway]:
+def make_gateway(
+    tmp_path: Path, upstream: Upstream, fork_server: ForkServer | None
+) -> Iterator[MakeGateway]:
     """Makes gateways; each is not yet started. All are closed at the end, and each fails the test
     that died by itself or wrote a traceback."""
     made = 0
     with ExitStack() as closing:
 
         def make(
-            settings: str | Mapping[str, Any] = "", upstream_settings: str = "", **env: str
+            settings: str | Mapping[str, Any] = "", upstream_settings: str = "", **env: Any
         ) -> Gateway:
             nonlocal made
             folder = tmp_path / f"gateway{made}"
             made += 1
             gateway = Gateway(folder, upstream.url, settings, upstream_settings, **env)
+            gateway.fork_server = fork_server
             closing.callback(gateway.close)
             return gateway
 

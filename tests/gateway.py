@@ -13,12 +13,13 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 import psutil
+from fork_server import Forked, ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM_KEY = "sk-upstream-canary-0123456789"
@@ -42,6 +43,11 @@ def wait_until(
             said = why if isinstance(why, str) else why()
             raise AssertionError(f"waited {seconds} s in vain {said}")
         time.sleep(0.005)
+
+
+def wait_for_length(things: Sized, length: int) -> None:
+    """Wait until there are at least `length` things."""
+    wait_until(lambda: len(things) >= length, why=lambda: f"for {length}; there are {len(things)}")
 
 
 def free_port() -> int:
@@ -81,6 +87,7 @@ class Gateway:
     """`settings` is TOML text put before the upstream's table, or the same as nested dicts;
     `upstream_settings` goes into that table. `env` is added to the environment."""
 
+    fork_server: ForkServer | None = None  # forks the process, unless Python has to start anew
     prelude = ""  # Python code that the serving process runs first
     wrapper: Sequence[str] = ()  # a command that runs what follows it, such as setpriv
 
@@ -105,7 +112,7 @@ class Gateway:
         self._env = {**os.environ, "TEST_UPSTREAM_KEY": UPSTREAM_KEY, **env}
         self._env.pop("REDBTC_CONFIG", None)
         self._upstream = (upstream_url, upstream_settings)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
         self.expected_dead = False
         self.configure(settings)
 
@@ -141,19 +148,29 @@ class Gateway:
     # The process
 
     def start(self, *arguments: str, wait: bool = True) -> Gateway:
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command("serve", *arguments),
-                env=self._env,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                cwd=self.folder,
-            )
+        with self._log.open("ab") as log, open(os.devnull) as nothing:
+            self.process = self._start(self.command("serve", *arguments), nothing, log)
         self.expected_dead = False
         if wait:
             wait_until(self._answers, why=lambda: f"for the gateway to start: {self.log()}")
         return self
+
+    def _start(
+        self, command: list[str], nothing: IO[str], log: IO[bytes]
+    ) -> subprocess.Popen[bytes] | Forked:
+        if server := self._fork_server_for(command):
+            files = [nothing.fileno(), log.fileno(), log.fileno()]
+            return server.start(command[1:], self._env, self.folder, files)
+        return subprocess.Popen(
+            command, env=self._env, cwd=self.folder, stdin=nothing, stdout=log, stderr=log
+        )
+
+    def _fork_server_for(self, command: list[str]) -> ForkServer | None:
+        """Return the fork server, if no other Python, code or library is asked for."""
+        plain = command[:2] == [sys.executable, self._script]
+        loaded = ("PYTHONPATH", "LD_PRELOAD")
+        usual = all(self._env.get(name) == os.environ.get(name) for name in loaded)
+        return self.fork_server if plain and usual else None
 
     def _answers(self) -> bool:
         assert self.process is not None
@@ -224,9 +241,20 @@ class Gateway:
         wait_until(lambda: marker in self.log())
         return self.log()
 
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        """Wait until `text` is in the log at least so many times."""
+        wait_until(lambda: self.log().count(text) >= times, why=self.log)
+
+    def wait_for_rows(self, number: int) -> None:
+        """Wait until the ledger has `number` rows."""
+        wait_until(lambda: len(self.rows()) == number)
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = self.command(*arguments)
+        if server := self._fork_server_for(command):
+            return server.run(command[1:], self._env, self.folder, PATIENCE_SECONDS)
         return subprocess.run(
-            self.command(*arguments),
+            command,
             env=self._env,
             capture_output=True,
             text=True,
@@ -252,7 +280,7 @@ class Gateway:
             assert answer.status_code < 400, answer.text
             return answer.json()
 
-    def new_key(self, account: str = "test", **limits: int) -> str:
+    def new_key(self, account: str = "test", **limits: int | str) -> str:
         """A key of an account, which is made with these limits if it is not there yet."""
         if not self.alive():
             return self._new_key_offline(account, limits)
@@ -261,7 +289,7 @@ class Gateway:
             self.api("POST", "/accounts", {"name": account, **limits})
         return str(self.api("POST", f"/accounts/{account}/keys")["key"])
 
-    def _new_key_offline(self, account: str, limits: dict[str, int]) -> str:
+    def _new_key_offline(self, account: str, limits: Mapping[str, int | str]) -> str:
         if account not in [each["name"] for each in self.cli("account", "list")["accounts"]]:
             options = [f"--{name.replace('_', '-')}={value}" for name, value in limits.items()]
             self.cli("account", "add", account, *options)

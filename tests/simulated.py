@@ -638,7 +638,7 @@ class Drawing:
         lanes = [""]
         if not fault and rng.random() < 0.6:
             lanes = rng.choice([["", "a", "b"], ["a", "b"]])
-        turns = []
+        turns: list[Plan] = []
         for _ in range(rng.randint(1, 5)):
             plan = self._new("/responses", account)
             plan.session, plan.lane, plan.stream = number, rng.choice(lanes), True

@@ -111,7 +111,7 @@ def ids(running: Gateway) -> dict[str, str]:
 @DESCRIBED.parametrize()
 @FEW
 def test_every_operation_keeps_its_description(
-    case: Case, running: Gateway, asking: Asking, ids: dict[str, str]
+    case: Case[Any], running: Gateway, asking: Asking, ids: dict[str, str]
 ) -> None:
     assert case.meta is not None
     if case.meta.generation.mode == GenerationMode.POSITIVE:
@@ -432,7 +432,7 @@ def test_an_owner_learns_of_no_other_accounts_users(house: House) -> None:
     for account in (OTHERS, "nobody"):
         body = {"email": "new@example.com", "account": account}
         answer = house.ask("owner", "POST", "/users", body)
-        assert (answer.status_code, told(answer)) == (404, f"there is no account {account!r}")
+        assert (answer.status_code, told(answer)) == (404, f"account {account!r} does not exist")
     body = {"email": "new@example.com", "role": "operator"}
     assert house.ask("owner", "POST", "/users", body).status_code == 403
 

@@ -27,11 +27,12 @@ from conftest import MakeGateway
 from gateway import PATIENCE_SECONDS, ROOT, RUN, Gateway, wait_until
 from upstream import Received, Reply, Upstream, json_answer, response_object
 
-from redbtc.cli import main
+from redbtc.cli.main import main
 from redbtc.store import backup as backup_module
 from redbtc.store import consistency
 from redbtc.store.schema import APPLICATION_ID, migrations, newest_version, schema
 from redbtc.times import iso_time
+from redbtc_proxy import run
 
 BODY = {"model": "gpt-up", "input": "Hi"}
 FIRST = 1_795_000_000_000  # when the first request started, less one millisecond
@@ -154,7 +155,7 @@ class Commands:
         self._monkeypatch.setattr(sys, "argv", command)
         umask = os.umask(0o022)
         try:
-            main.main()
+            main(run)
         except SystemExit as end:
             return int(end.code or 0)
         finally:
@@ -243,7 +244,7 @@ class Load:
 def killed(gateway: Gateway, left: int, calls: list[str], *arguments: str) -> None:
     """Run a command that is killed before a call."""
     prelude = f"{KILL}\nkill_after({left}, {calls!r})\n\n"
-    prelude += "backup.PAGES_A_STEP = 4\n"
+    prelude += "from redbtc.store import backup\nbackup.PAGES_A_STEP = 4\n"
     command = [sys.executable, "-c", prelude + RUN, *gateway.command(*arguments)[1:]]
     done = subprocess.run(command, capture_output=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -336,6 +337,7 @@ def copies_killed_at_each_step(template: Path, code: str) -> Iterator[Path]:
         yield copies / str(number)
 
 
+@pytest.mark.slow
 def test_a_killed_backup_leaves_whole_files_and_the_next_one_succeeds(tmp_path: Path) -> None:
     template = tmp_path / "template"
     template.mkdir()
@@ -361,6 +363,7 @@ def test_a_killed_backup_leaves_whole_files_and_the_next_one_succeeds(tmp_path: 
     assert seen >= {(30, 20), (40, 30, 20)}
 
 
+@pytest.mark.slow
 def test_a_killed_restore_leaves_the_old_database_or_the_new_one(tmp_path: Path) -> None:
     template = tmp_path / "template"
     template.mkdir()
@@ -500,7 +503,7 @@ def test_a_backup_replaces_nothing_but_a_backup(commands: Commands, name: str) -
     (commands.folder / "theirs.db.lock").touch()
     commands.config.write_text("# not empty\n")
     said = commands.refuses("db", "backup", f"{commands.folder}/{name}")
-    assert "name another file" in said or "make it first" in said
+    assert "choose another file" in said or "create it first" in said
 
 
 def damage(path: Path) -> None:
@@ -531,7 +534,7 @@ def test_a_backup_that_fails_leaves_nothing(
 ) -> None:
     path = commands.folder / "b.db"
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
         assert "5 bytes free" in commands.refuses("db", "backup", path)
 
     def refused(*_: Any) -> None:
@@ -576,7 +579,7 @@ def test_a_restore_keeps_what_it_replaces_and_can_be_undone(commands: Commands) 
     assert commands.database.stat().st_mode & 0o777 == 0o600
     assert_whole(path, 50)
     assert commands("db", "restore", done["replaced"]) == 0
-    assert f"30 requests, the newest of {iso_time(FIRST + 30)}" in commands.out
+    assert f"30 requests, newest from {iso_time(FIRST + 30)}" in commands.out
     assert "The replaced database is kept: " in commands.out
     assert requests_in(commands.database) == 30
 
@@ -658,16 +661,16 @@ def without_digest(make: Callable[[Path], Any]) -> Callable[[Path], None]:
         (lambda path: Path(f"{path}.sha256").write_text("?"), "sha256sum"),
         (without_digest(damage), "damaged"),
         (without_digest(lambda path: os.truncate(path, 40_000)), "damaged"),
-        (without_digest(lambda path: path.write_bytes(b"")), "not a database of this program"),
+        (without_digest(lambda path: path.write_bytes(b"")), "not a RedBTC database"),
         (without_digest(lambda path: path.write_text("text\n" * 2000)), "not a database"),
-        (change("PRAGMA application_id = 1"), "not a database of this program"),
+        (change("PRAGMA application_id = 1"), "not a RedBTC database"),
         (change("PRAGMA user_version = 99"), "newer version"),
-        (change("UPDATE usage_by_day SET requests = 1"), "not the sum"),
+        (change("UPDATE usage_by_day SET requests = 1"), "not equal the sum"),
         (
             change("PRAGMA foreign_keys = OFF; UPDATE keys SET account_id = 'acct_2'"),
             "foreign keys",
         ),
-        (lambda path: path.unlink(), "no file"),
+        (lambda path: path.unlink(), "does not exist"),
     ],
 )
 def test_what_is_not_a_whole_backup_is_not_restored(
@@ -682,7 +685,7 @@ def test_what_is_not_a_whole_backup_is_not_restored(
 
 def test_a_restore_names_a_file_that_is_not_the_database(commands: Commands) -> None:
     assert "the database itself" in commands.refuses("db", "restore", commands.database)
-    assert "no file" in commands.refuses("db", "restore", commands.folder)
+    assert "does not exist" in commands.refuses("db", "restore", commands.folder)
 
 
 def test_a_restore_without_room_changes_nothing(
@@ -690,7 +693,7 @@ def test_a_restore_without_room_changes_nothing(
 ) -> None:
     path = commands.folder / "b.db"
     commands.json("db", "backup", path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
     assert "5 bytes free" in commands.refuses("db", "restore", path)
 
 
@@ -758,8 +761,8 @@ aiosqlite.Connection.executescript = kill_before_commit
     done = gateway.cli("db", "restore", str(copy), check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schema"] == newest - 1
-    text = rf"The database was migrated from schema {newest - 1} to {newest} in \S+ s\. "
-    assert re.search(rf"{text}As it was before: \S+\n", done.stderr)
+    text = rf"Migrated the database from schema {newest - 1} to {newest} in \S+ s\. "
+    assert re.search(rf"{text}A copy of the old one is kept: \S+\n", done.stderr)
     assert version_of(gateway.database) == newest
 
 

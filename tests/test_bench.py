@@ -10,12 +10,14 @@ import pytest
 from conftest import needs
 from gateway import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_the_benchmark_measures_all_but_litellm() -> None:
     needs("nginx")
     short = ["--rows", "1000", "--no-litellm", "--rounds", "1", "--seconds", "0.1"]
-    command = [sys.executable, ROOT / "bench" / "bench.py", *short]
+    command = [sys.executable, str(ROOT / "bench" / "bench.py"), *short]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for figure in ("start to first answer", "1000 streams: CPU", "CPU a JSON request", "statement"):
@@ -25,7 +27,7 @@ def test_the_benchmark_measures_all_but_litellm() -> None:
 
 def test_the_benchmark_of_backups() -> None:
     short = ["--rows", "1000", "--seconds", "0.1"]
-    command = [sys.executable, ROOT / "bench" / "backup.py", *short]
+    command = [sys.executable, str(ROOT / "bench" / "backup.py"), *short]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for figure in ("db backup", "db restore", "requests, during backups"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import json
 import random
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2
@@ -46,7 +47,7 @@ else:
 
 BODY = {"model": "gpt-up", "input": "Hi " * 200}
 JSON = {"content-type": "application/json"}
-PACKERS = {"gzip": gzip.compress, "zstd": zstd.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
 
 
 def code(answer: httpx2.Response) -> str:
@@ -120,7 +121,7 @@ def test_compression_of_any_kind(encoding: str) -> None:
         result_of(decompressed(PACKERS[encoding](bytes(1001)), encoding, 1000))
     assert large.value.code == "request_too_large"
     if encoding == "zstd":
-        wide = {zstd.CompressionParameter.window_log: 27}
+        wide: dict[int, int] = {zstd.CompressionParameter.window_log: 27}
         with pytest.raises(Refusal):
             result_of(decompressed(zstd.compress(whole * 50, options=wide), "zstd", 1 << 30))
     else:
@@ -465,7 +466,7 @@ def test_nothing_in_a_body_takes_long() -> None:
         result_of(form.references())
 
     for body in bodies:
-        assert cost(lambda body=body: read(body)) < 70 + len(body) / 700, body[:60]
+        assert cost(functools.partial(read, body)) < 70 + len(body) / 700, body[:60]
     part = FIELD % (b'name="' + b"a" * 200 + b'"')
     assert cost(lambda: read_form(part * 900 + b"--xyz--")) < 430
 

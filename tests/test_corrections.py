@@ -332,7 +332,7 @@ def test_a_response_is_not_shown_to_who_could_not_pay_for_it(
         for number in range(1, 5):
             with client.stream("POST", "/responses", json=body) as answer:
                 next(answer.iter_raw())
-            wait_until(lambda number=number: len(gateway.rows()) == number)  # type: ignore[misc]
+            gateway.wait_for_rows(number)
             wait_until(lambda: gateway.rows()[-1]["outcome"] == "client_disconnected")
     assert balance() > Decimal("0.9")
     if killed:

@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from conftest import MakeGateway, needs
-from gateway import PATIENCE_SECONDS, Gateway, wait_until
+from gateway import PATIENCE_SECONDS, Gateway, wait_for_length, wait_until
 from upstream import (
     Received,
     Reply,
@@ -40,6 +40,7 @@ KILLS = 50
 CLIENTS = 24
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_and_counts_nothing_twice(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
@@ -89,7 +90,7 @@ def test_kill_9_loses_nothing_and_counts_nothing_twice(
     try:
         for _ in range(KILLS):
             enough = len(complete) + random.randrange(5, 60)
-            wait_until(lambda enough=enough: len(complete) >= enough)  # type: ignore[misc]
+            wait_for_length(complete, enough)
             time.sleep(random.random() * 0.02)
             gateway.kill()
             gateway.start()
@@ -122,6 +123,7 @@ def test_kill_9_loses_nothing_and_counts_nothing_twice(
     assert gateway.cli("db", "check")["ok"]
 
 
+@pytest.mark.front_door
 def test_a_stopped_gateways_crash_is_visible_to_commands(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
@@ -209,6 +211,7 @@ def fill(file: Path) -> None:
             filler.write(b"x" * 4096)
 
 
+@pytest.mark.process
 def test_a_full_disk_is_a_503_and_recovers_by_itself(tmp_path: Path, upstream: Upstream) -> None:
     if os.getuid():
         pytest.skip("mounting a small tmpfs takes root")
@@ -258,6 +261,7 @@ def test_a_full_disk_is_a_503_and_recovers_by_itself(tmp_path: Path, upstream: U
         subprocess.run([needs("umount"), "-l", disk], check=False)
 
 
+@pytest.mark.front_door
 def test_sigterm_drains(gateway: Gateway, upstream: Upstream, key: str) -> None:
     release = threading.Event()
 
@@ -448,6 +452,7 @@ def test_what_the_gateway_writes_is_its_users_alone(gateway: Gateway) -> None:
         assert file.stat().st_mode & 0o077 == 0, file
 
 
+@pytest.mark.process
 def test_a_long_folder_name_is_no_obstacle(tmp_path: Path, upstream: Upstream) -> None:
     folder = tmp_path / ("x" * 120)
     gateway = Gateway(folder, upstream.url).start()

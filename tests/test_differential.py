@@ -347,8 +347,8 @@ class Judge:
                 continue
             rows = by_model.get(plan.model, [])
             if not plan.model:
-                row = by_id.get(result.headers.get("x-redbtc-request-id", ""))
-                rows = [row] if row else []
+                named = by_id.get(result.headers.get("x-redbtc-request-id", ""))
+                rows = [named] if named else []
             self._judge_status(plan, result)
             self._judge_bytes(plan, result)
             self._judge_rows(plan, result, rows)
@@ -413,10 +413,10 @@ class Judge:
         left = list(rows)
         for entry in entries:
             named = [row for row in left if row["response_id"] == entry.name]
-            row = (named or [row for row in left if not row["response_id"]] or left or [None])[0]
-            if row is not None:
-                left.remove(row)
-            self._judge_entry(plan, entry, result, row)
+            fitting = named or [row for row in left if not row["response_id"]] or left
+            if fitting:
+                left.remove(fitting[0])
+            self._judge_entry(plan, entry, result, fitting[0] if fitting else None)
         if left:
             self.run.differs(plan, f"{len(left)} more rows than the upstream has: {left}")
 

@@ -999,7 +999,7 @@ def test_the_author_of_an_svg_is_paid_though_the_answer_is_cut_off(
 ) -> None:
     gateway = ask()
     svg = {"model": "gpt-author", "input_tokens": 1000, "output_tokens": 50_000}
-    picture = {"id": "ig_1", "type": "image_generation_call", "status": "completed"}
+    picture: dict[str, Any] = {"id": "ig_1", "type": "image_generation_call", "status": "completed"}
     picture |= {"result": "PHN2Zz4=", "svg_usage": svg}
     drawn = {"type": "response.output_item.done", "output_index": 0, "item": picture}
 
@@ -1020,7 +1020,7 @@ def test_a_picture_after_usage_of_the_beginning_is_paid(
     ask: Callable[..., Gateway], upstream: Upstream
 ) -> None:
     gateway = ask()
-    picture = {"id": "ig_1", "type": "image_generation_call", "status": "completed"}
+    picture: dict[str, Any] = {"id": "ig_1", "type": "image_generation_call", "status": "completed"}
     picture |= {"result": "aGVsbG8=", "size": "1024x1024", "quality": "high"}
     done = event({"type": "response.output_item.done", "output_index": 0, "item": picture})
     upstream.script = stream([begun_with_usage("/responses"), done], end="tear")

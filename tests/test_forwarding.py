@@ -34,6 +34,7 @@ CHAT = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 
 
+@pytest.mark.front_door
 def test_a_json_answer_is_the_same_byte_for_byte_and_metered(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_json_answer_is_the_same_byte_for_byte_and_metered(
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
+@pytest.mark.front_door
 def test_a_stream_is_the_same_byte_for_byte(
     gateway: Gateway, upstream: Upstream, key: str, size: int
 ) -> None:
@@ -71,6 +73,7 @@ def test_a_stream_is_the_same_byte_for_byte(
     assert gateway.row()["input_tokens"] == 30
 
 
+@pytest.mark.front_door
 def test_each_chunk_passes_at_once(gateway: Gateway, upstream: Upstream, key: str) -> None:
     """In lock step: the upstream sends the next piece when the client has the one before."""
     pieces = [
@@ -108,6 +111,7 @@ def test_each_chunk_passes_at_once(gateway: Gateway, upstream: Upstream, key: st
     assert got == b"".join(pieces)
 
 
+@pytest.mark.front_door
 def test_the_usage_chunk_is_asked_for_and_taken_out(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
@@ -189,6 +193,7 @@ def test_with_client_nothing_is_changed_and_the_row_says_none(
     assert row["output_tokens"] is None
 
 
+@pytest.mark.front_door
 def test_the_terminal_event_waits_for_the_row_and_nothing_else_does(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
@@ -251,6 +256,7 @@ def test_a_torn_answer_looks_torn(
     assert row["output_tokens"] >= 1
 
 
+@pytest.mark.front_door
 def test_headers_pass_by_list(gateway: Gateway, upstream: Upstream, key: str) -> None:
     upstream.script = json_answer(
         response_object(),
@@ -382,6 +388,11 @@ location: /v1/responses/resp_1
 """
 
 
+def header_of(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(": ")
+    return name, value
+
+
 @pytest.mark.parametrize("path", ["/responses", "/responses/resp_1"])
 def test_an_answer_cannot_act_on_the_gateways_origin(
     gateway: Gateway, upstream: Upstream, key: str, path: str
@@ -391,7 +402,7 @@ def test_an_answer_cannot_act_on_the_gateways_origin(
     with gateway.client(key) as client:
         assert client.post("/responses", json=RESPONSE).is_success
         dropped, passed = (
-            [tuple(line.split(": ", 1)) for line in lines.strip().splitlines()]
+            [header_of(line) for line in lines.strip().splitlines()]
             for lines in (OF_THE_ORIGIN, OF_THE_ANSWER)
         )
         upper = [(name.title(), value) for name, value in dropped]
@@ -528,6 +539,7 @@ def test_a_browser_runs_nothing_of_an_answer(
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
+@pytest.mark.front_door
 def test_an_upstreams_error_passes_unchanged(
     gateway: Gateway, upstream: Upstream, key: str, status: int
 ) -> None:

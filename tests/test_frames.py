@@ -595,6 +595,7 @@ uvicorn.Config.__init__ = lambda self, *given, **named: init(self, *given, **{**
 """
 
 
+@pytest.mark.process
 def test_who_sends_a_long_frame_or_is_not_read_need_not_answer_pings(
     tmp_path: Path, upstream: Upstream
 ) -> None:

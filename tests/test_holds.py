@@ -311,7 +311,7 @@ def test_eight_at_once_do_not_spend_more_than_there_is(account: Account, honest:
         assert account.balance() >= 0, attack
 
 
-LONG_INPUT = {**SHORT, "input": "x" * 80_000}
+LONG_INPUT: dict[str, Any] = {**SHORT, "input": "x" * 80_000}
 LONG_OUTPUT = {**SHORT, "max_output_tokens": ANSWER_TOKENS}
 HISTORIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (LONG_INPUT, {"previous_response_id": "resp_%d"}),
@@ -611,7 +611,7 @@ def test_a_tier_that_is_reported_by_the_name_of_the_request_is_held_and_billed(
     account.fill("0.2")
     refused = account.post("/responses", body)
     assert refused.status_code == 429
-    assert refused.json()["error"]["message"].endswith("So does the 'service_tier' 'default'.")
+    assert refused.json()["error"]["message"].endswith(", or the 'service_tier' 'default'.")
     account.fill("0.5")
     assert account.post("/responses", body).status_code == 200
     assert account.balance() == Decimal("0.2")
@@ -736,7 +736,7 @@ def test_a_form_says_once_whether_it_asks_for_an_svg(
     assert not upstream.requests
 
 
-PICTURES = {
+PICTURES: dict[str, dict[str, Any]] = {
     "a screenshot": {"input": [{"output": "%"}]},
     "a tool's list": {"input": [{"output": ["%"]}]},
     "a message": {"input": [{"content": ["%"]}]},

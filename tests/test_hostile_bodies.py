@@ -515,20 +515,20 @@ def test_a_history_with_everything_in_it_passes(
         "model": "gpt-up",
         "store": False,
     }
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-    assert len(text) > 30_000_000
-    content = result_of(RequestBody.steps(text, text))
+    sent = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    assert len(sent) > 30_000_000
+    content = result_of(RequestBody.steps(sent, sent))
     assert content.further_models() == {facts.DEFAULT_IMAGE_MODEL: True}
     assert content.chosen_ids == {f"rs_{n}" for n in range(1000)}
     assert not content.references
-    shown = (len(picture) + 2) * 20
-    assert content.most_input_tokens == len(text) - shown + 20 * forms.MAX_PICTURE_TOKENS
+    pictures = (len(picture) + 2) * 20
+    assert content.most_input_tokens == len(sent) - pictures + 20 * forms.MAX_PICTURE_TOKENS
     with gateway.client(key) as client:
         answer = client.post(
-            "/responses", content=text, headers={"content-type": "application/json"}
+            "/responses", content=sent, headers={"content-type": "application/json"}
         )
     assert answer.status_code == 200, answer.text
-    assert upstream.requests[-1].body == text
+    assert upstream.requests[-1].body == sent
     assert gateway.row()["requested_model"] == "gpt-up"
 
 
@@ -611,7 +611,7 @@ def test_a_tools_model_has_a_name_of_some_length(length: int) -> None:
         (body(file_ids=b"[%b]" % b",".join(b'"f%d"' % n for n in range(20_001))), "20000 stored"),
         (body(x=times(b'{"file_id":"a"},', 900_000)), "50000 times"),
         (CORPUS["deep lists"](1_000_000), "30000 long"),
-        (body(x=b'"%b"' % (b"a" * 40_000), y=times(b'"aaaaaaaaaaaaa",', 33 << 20)), "besides long"),
+        (body(x=b'"%b"' % (b"a" * 40_000), y=times(b'"aaaaaaaaaaaaa",', 33 << 20)), "outside long"),
         (body(text=b'{"format":' * 9 + b"{}" + b"}" * 9, file_id=b'""'), "8 levels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

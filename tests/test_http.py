@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -123,6 +124,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.front_door
 def test_raw_requests(shared: tuple[Gateway, Upstream], name: str) -> None:
     gateway, upstream = shared
     head, status = CASES[name]
@@ -243,9 +245,9 @@ def test_a_head_that_never_ends_costs_no_memory(gateway: Gateway) -> None:
     assert gateway.rss() - before < 4 << 20
 
 
-def code_of(gateway: Gateway, key: str, path: str, **options: object) -> tuple[int, str, str]:
+def code_of(gateway: Gateway, key: str, path: str, **options: Any) -> tuple[int, str, str]:
     with gateway.client(key) as client:
-        answer = client.post(path, **options)  # type: ignore[arg-type]
+        answer = client.post(path, **options)
     error = answer.json()["error"]
     return answer.status_code, error["code"], error["param"]
 
@@ -305,6 +307,7 @@ JSON = {"content-type": "application/json"}
         ),
     ],
 )
+@pytest.mark.front_door
 def test_bodies_that_are_refused(
     shared: tuple[Gateway, Upstream],
     path: str,
@@ -426,7 +429,7 @@ def test_a_slow_reader_slows_the_upstream_down(
 ) -> None:
     sent = [0]
 
-    async def script(_: Received, reply: Reply) -> None:
+    async def script(request: Received, reply: Reply) -> None:
         await reply.head(200, [("content-type", "text/event-stream")])
         for _ in range(2000):
             await reply.send(b": " + b"x" * 50_000 + b"\n\n")
@@ -535,6 +538,7 @@ class FewDescriptors(Gateway):
         return ["sh", "-c", 'ulimit -n 160; exec "$@"', "sh", *command]
 
 
+@pytest.mark.process
 def test_more_connections_than_descriptors(tmp_path: Path, upstream: Upstream) -> None:
     """Idle connections, slow heads and slow bodies without a key are closed for new ones, with one
     log line; requests under way are not."""
@@ -575,6 +579,7 @@ atexit.register(lambda: print("objects", gc.get_freeze_count(), len(gc.get_objec
 """
 
 
+@pytest.mark.process
 def test_garbage_collections_skip_what_is_there_at_the_start(
     tmp_path: Path, upstream: Upstream
 ) -> None:

@@ -58,10 +58,23 @@ def test_fields_keep_their_order(kind: type[Struct]) -> None:
 
 
 def test_the_columns_of_a_statement_keep_their_order() -> None:
-    amounts = dict.fromkeys(("opening_balance", "closing_balance", "paid_last_three_months"), "0")
-    empty: Any = {"usage": [], "corrections": [], "payments": [], "totals": None}
-    about = {"account": "a", "account_id": "acct", "month": "2026-11", "currency": "USD"}
-    statement = Statement(**about, closed=True, paid_by_month={}, **amounts, **empty)
+    statement = Statement(
+        account="a",
+        account_id="acct",
+        month="2026-11",
+        closed=True,
+        currency="USD",
+        opening_balance="0",
+        usage=[],
+        corrections=[],
+        payments=[],
+        totals=StatementTotals(
+            **dict.fromkeys(StatementTotals.__struct_fields__, 0)  # type: ignore[arg-type]
+        ),
+        closing_balance="0",
+        paid_last_three_months="0",
+        paid_by_month={},
+    )
     header = next(csv_lines(statement_lines(statement)))
     columns = f"""line date description requests estimated unreported {FIRST} {LATER} cost amount
         before after difference"""

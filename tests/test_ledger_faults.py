@@ -134,7 +134,7 @@ def test_any_error_of_a_commit_is_a_503_and_passes(
         assert flying.join() == [(200, "")], "it got its end when its row was written"
         wait_until(lambda: gateway.get("/readyz").status_code == 200)
         assert post(gateway, key) == (200, "")
-        wait_until(lambda count=count: gateway.log().count("ledger recovered") == count + 1)  # type: ignore[misc]
+        gateway.wait_for_log("ledger recovered", count + 1)
         assert gateway.flushed_log().count("ledger unavailable") == count + 1, "said once"
     assert set(outcomes(gateway)) == {"completed"}
     assert len(gateway.rows()) == len(upstream.requests)
@@ -523,7 +523,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small tmpfs takes root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = [needs("mount"), "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]
+    command = [needs("mount"), "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     yield disk

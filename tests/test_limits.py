@@ -48,6 +48,7 @@ async def slowly(request: Received, reply: Reply) -> None:
     await openai_like(request, reply)
 
 
+@pytest.mark.front_door
 def test_never_more_than_n_in_flight_and_everyone_gets_a_turn(
     gateway: Gateway, upstream: Upstream
 ) -> None:
@@ -269,6 +270,7 @@ def test_a_revoked_key_is_refused_on_the_next_request_with_100_in_flight(
     assert len(upstream.requests) == 100
 
 
+@pytest.mark.front_door
 def test_every_flaw_of_a_key_has_one_answer(gateway: Gateway, upstream: Upstream) -> None:
     key = gateway.new_key()
     expired = gateway.cli("key", "add", "test", "--expires", "2020-01-01")["key"]
@@ -310,6 +312,7 @@ def test_rotating_a_key_overlaps(gateway: Gateway) -> None:
     assert ended["label"] == "a"
 
 
+@pytest.mark.slow
 def test_ten_thousand_disconnects_leave_no_trace(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:

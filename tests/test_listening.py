@@ -108,7 +108,8 @@ def test_a_free_port_is_the_same_everywhere(hosts: list[str]) -> None:
 def test_a_free_port_that_is_taken_elsewhere_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, taken = socket.create_server, []
+    real = socket.create_server
+    taken: list[socket.socket] = []
 
     def create(address: tuple[str, int], **options: Any) -> socket.socket:
         if address[0] == "127.0.0.2" and len(taken) < 3:
@@ -171,6 +172,6 @@ def test_a_change_takes_a_restart(
         before = gateway.log().count("reloaded")
         gateway.configure({"server": {"host": host}})
         gateway.signal(1)
-        wait_until(lambda before=before: gateway.log().count('"reloaded"') > before)
+        gateway.wait_for_log('"reloaded"', before + 1)
         last = json.loads(gateway.log().splitlines()[-1])
         assert ("server.host" in last["needs_restart"]) == restart

@@ -113,7 +113,8 @@ def test_chat_streams(chat: tuple[list[bytes], bool], places: list[int]) -> None
 def test_responses_streams(
     words: list[str], end: str, newline: str, style: int, places: list[int]
 ) -> None:
-    events = [("response.created", {"response": response_object(usage=None, status="x")})]
+    begun = {"response": response_object(usage=None, status="x")}
+    events: list[tuple[str, dict[str, Any]]] = [("response.created", begun)]
     events += [("response.output_text.delta", {"delta": word}) for word in words]
     last = response_object(metadata={"usage": {"input_tokens": 1}}, status=end)
     events.append((f"response.{end}", {"response": last}))
@@ -354,7 +355,8 @@ ODD = {
 def test_what_a_strict_parser_does_not_take_is_metered(odd: str, place: str) -> None:
     """A client can have the upstream say such things, by its tools and its words."""
     item, known = ODD[odd]
-    whole = json.dumps(response_object(**{place: ["X"] if place == "output" else "X"}))
+    member: dict[str, Any] = {place: ["X"] if place == "output" else "X"}
+    whole = json.dumps(response_object(**member))
     answer = whole.replace('"X"', item).encode()
     for text in (answer, b"\xef\xbb\xbf" + answer):
         meter = JSONMeter(images=False)

@@ -3,6 +3,7 @@ socket that commands use, and a database that it may not open."""
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -30,6 +31,11 @@ def interrupt(event, arguments):
         os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(interrupt)
 """
+
+
+@pytest.fixture
+def fork_server() -> None:
+    """Let make_gateway start Python anew: these tests are about the start."""
 
 
 def mask(gateway: Gateway, name: str) -> int:
@@ -108,10 +114,10 @@ def test_a_reload_while_starting_comes_later(make_gateway: MakeGateway) -> None:
     took = seconds_to_start(make_gateway())
     for _ in range(5):
         gateway = make_gateway().start(wait=False)
-        wait_until(lambda gateway=gateway: is_prepared(gateway))
+        wait_until(functools.partial(is_prepared, gateway))
         time.sleep(random.uniform(0, took / 2))
         gateway.signal(signal.SIGHUP)
-        wait_until(lambda gateway=gateway: '"reloaded"' in gateway.log(), why=gateway.log)
+        gateway.wait_for_log('"reloaded"')
         gateway.terminate()
 
 
@@ -160,7 +166,7 @@ def test_the_socket_of_commands_comes_back(gateway: Gateway, spoil: Callable[[Pa
     path = Path(f"{gateway.database}.sock")
     for number in range(2):
         spoil(path)
-        wait_until(lambda times=number + 1: gateway.log().count("socket made again") == times)
+        gateway.wait_for_log("socket made again", number + 1)
         mode = path.stat().st_mode
         assert stat.S_ISSOCK(mode)
         assert stat.S_IMODE(mode) == 0o600
@@ -244,6 +250,7 @@ def test_a_command_without_descriptors_leaves_the_database_whole(
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can run a program as another user")
 @pytest.mark.parametrize("spoiled", ["redbtc.db", "."])
+@pytest.mark.process
 def test_a_database_that_may_not_be_opened_is_one_clear_line(
     upstream: Upstream, spoiled: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gzip
 import json
 import random
@@ -360,6 +361,10 @@ def test_the_decoded_copy_takes_memory_while_it_waits_for_a_place(
     passes(gateway, key)
 
 
+def has_queued(gateway: Gateway, number: int) -> bool:
+    return gateway.metrics()["redbtc_queued"] == number
+
+
 def test_the_ids_in_a_body_take_memory_while_it_waits_for_a_place(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
@@ -382,7 +387,7 @@ def test_the_ids_in_a_body_take_memory_while_it_waits_for_a_place(
         wait_until(lambda: upstream.in_flight, 60)
         for number in range(1, 4):
             waiting.append(pool.submit(post, items))
-            wait_until(lambda number=number: gateway.metrics()["redbtc_queued"] == number, 60)
+            wait_until(functools.partial(has_queued, gateway, number), 60)
         gateway.configure(server(queue_seconds=0.1))
         gateway.signal(1)
         wait_until(lambda: '"reloaded"' in gateway.log())
@@ -567,7 +572,7 @@ def test_waiting_for_a_turn_is_not_the_clients_slowness() -> None:
 
     async def run() -> None:
         clocks, limits, settings = Deadlines(), Limiter(), parse_settings({"server": SLOW})
-        key = Key("key", "account", "active", *[None] * 11, "key")
+        key = Key._make(["key", "account", "active", *[None] * 11, "key"])
         parts = iter([b"--b\r\n" + bytes(100)] + [bytes(100)] * 20 + [b"\r\n--b--"])
 
         async def receive() -> Message:

@@ -123,7 +123,10 @@ class Model:
         place = {"item_id": item["id"], "output_index": 0}
         events: list[dict[str, Any]] = [{"type": "response.created", "response": begun}]
         empty = {**item, "status": "in_progress"}
-        empty |= {"arguments": ""} if "arguments" in item else {"content": []}
+        if "arguments" in item:
+            empty["arguments"] = ""
+        else:
+            empty["content"] = []
         events.append({"type": "response.output_item.added", "output_index": 0, "item": empty})
         if "arguments" in item:
             kind = "response.function_call_arguments"

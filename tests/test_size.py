@@ -48,10 +48,12 @@ def load(gateway: Gateway) -> Iterator[Callable[[int], None]]:
                 assert client.post("/responses", json=RESPONSE).status_code == 200
                 served[0] += 1
 
+    def wait_for_more(number: int) -> None:
+        wanted = served[0] + number
+        wait_until(lambda: served[0] >= wanted)
+
     with running(*[send] * 3, stop=stop):
-        yield lambda number: wait_until(
-            lambda wanted=served[0] + number: served[0] >= wanted  # type: ignore[misc]
-        )
+        yield wait_for_more
 
 
 @contextlib.contextmanager

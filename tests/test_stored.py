@@ -89,11 +89,14 @@ class Memory:
         if not body.get("stream"):
             return json_answer(response)
         begun = {**response, "status": "in_progress", "output": [], "usage": None}
-        item = {"type": "response.output_item.added", "item": {"id": f"msg_{number:08}"}}
-        events = [("response.created", {"response": begun}), (item["type"], item)]
+        item = {"id": f"msg_{number:08}"}
+        events: list[dict[str, Any]] = [
+            {"type": "response.created", "response": begun},
+            {"type": "response.output_item.added", "item": item},
+        ]
         if not body.get("background"):
-            events.append(("response.completed", {"response": response}))
-        return stream([event({"type": n, **content}, str(n)) for n, content in events])
+            events.append({"type": "response.completed", "response": response})
+        return stream([event(each, each["type"]) for each in events])
 
 
 @pytest.fixture
@@ -117,6 +120,7 @@ def create(gateway: Gateway, key: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.front_door
 def test_its_owner_reaches_a_response_with_any_key(
     gateway: Gateway, upstream: Upstream, memory: Memory, key: str, streamed: bool
 ) -> None:
@@ -346,7 +350,8 @@ def planted(chance: random.Random, foreign: str) -> bytes:
         reference = {chance.choice(OBJECTS): chance.choice([{"x": inner}, {"id": 1, **inner}])}
     else:
         kind = chance.choice(["reasoning", "image_generation_call", None, "compaction", "x_call"])
-        item = {"id": foreign, "type": kind, "summary": [], "encrypted_content": None}
+        item: dict[str, Any] = {"id": foreign, "type": kind}
+        item |= {"summary": [], "encrypted_content": None}
         if kind == "x_call":
             del item["summary"], item["encrypted_content"]
         text = json.dumps({**BODY, "input": [{"role": "user", "content": "x"}, item]})
@@ -388,6 +393,10 @@ def test_no_planted_id_reaches_the_upstream(
     assert len(upstream.requests) == seen
 
 
+CONTENTS: list[Any] = [
+    *([], [{}], [{"text": ""}], [{"text": None}], ["x"]),
+    *("", "x", {}, {"text": "x"}),
+]
 ITEMS: list[Any] = [
     {"id": "X", "role": "user"},
     {"id": "X", "role": "user", "content": None},
@@ -399,17 +408,7 @@ ITEMS: list[Any] = [
     *(
         {"id": "X", "type": kind, "content": content}
         for kind in ("reasoning", "compaction")
-        for content in (
-            [],
-            [{}],
-            [{"text": ""}],
-            [{"text": None}],
-            ["x"],
-            "",
-            "x",
-            {},
-            {"text": "x"},
-        )
+        for content in CONTENTS
     ),
     {"id": "X", "type": "image_generation_call", "result": "x"},
     {"id": "X", "type": "image_generation_call", "status": "failed", "result": None},
@@ -643,7 +642,7 @@ def test_tools_of_an_earlier_input_are_checked_held_and_billed(
     drawn = {"image_gen": {"input_tokens": 0, "output_tokens": 1000}}
 
     async def script(request: Received, reply: Reply) -> None:
-        more = {"id": f"resp_{next(numbers)}", "output": [], "tool_usage": drawn}
+        more: dict[str, Any] = {"id": f"resp_{next(numbers)}", "output": [], "tool_usage": drawn}
         await json_answer(response_object(conversation={"id": "conv_1"}, **more))(request, reply)
 
     upstream.script = script
@@ -822,6 +821,7 @@ def test_a_client_that_fetches_it_is_first(make_gateway: MakeGateway, memory: Me
     assert gateway.cli("db", "check")["ok"]
 
 
+@pytest.mark.front_door
 def test_a_background_response_outlives_the_gateway(
     make_gateway: MakeGateway, memory: Memory
 ) -> None:

@@ -71,6 +71,15 @@ def run(main: Callable[[], Awaitable[Any]], loops: str = "uvloop") -> Any:
         return runner.run(bounded())
 
 
+def answered(make: Callable[[], httpx2.AsyncBaseTransport], request: httpx2.Request) -> Any:
+    """Return what a transport of its own answers a request with."""
+
+    async def main() -> Any:
+        return await answer_to(make(), request)
+
+    return run(main)
+
+
 def post(
     url: str,
     content: bytes | AsyncIterator[bytes] = BODY,
@@ -224,8 +233,8 @@ async def exchanges(
     """Two requests, and how many connections neither end has closed after them."""
     request = functools.partial(post, upstream.url, timeouts=timeouts)
     seen = [await answer_to(transport, request()) for _ in range(2)]
-    ours = isinstance(transport, Transport)
-    open_here = (transport if ours else transport._pool).connections  # type: ignore[attr-defined]
+    pool: Any = transport if isinstance(transport, Transport) else vars(transport)["_pool"]
+    open_here = pool.connections
     while not all(each.finished.is_set() for each in upstream.requests):
         await asyncio.sleep(0.001)
     while upstream.connections > len(open_here):  # until it has noticed what was closed here
@@ -340,7 +349,7 @@ def test_an_upstream_that_reads_nothing(upstream: Upstream) -> None:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         for make in (Transport, theirs):
             request = post(url, b"x" * 50_000_000, timeouts={**TIMEOUTS, "write": 0.5})
-            seen = run(lambda make=make, request=request: answer_to(make(), request))
+            seen = answered(make, request)
             assert seen == {"body": b"", "exception": httpx2.WriteTimeout}
 
 
@@ -361,10 +370,10 @@ def test_upstreams_that_are_not_there() -> None:
     for each, (expected, seconds) in cases.items():
         for make in (Transport, theirs):
             request = post(each, timeouts={**TIMEOUTS, "connect": seconds})
-            seen = run(lambda make=make, request=request: answer_to(make(), request))
+            seen = answered(make, request)
             assert seen == {"body": b"", "exception": expected}, (each, make)
-    for each in (*clogs, full):
-        each.close()
+    for sock in (*clogs, full):
+        sock.close()
 
 
 class Server:
@@ -404,8 +413,8 @@ class Server:
         sock.sendall(SIZED + b"hello")
 
 
-async def in_thread(function: Callable[[], Any]) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(None, function)
+async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
 
 
 @pytest.mark.parametrize("loops", ["uvloop", "asyncio"])
@@ -418,7 +427,7 @@ def test_a_connection_that_was_closed_meanwhile_is_not_used(loops: str, noticed:
                 for _ in range(3):
                     first = asyncio.create_task(answer_to(transport, post(server.url)))
                     sock = await in_thread(server.accept)
-                    await in_thread(lambda sock=sock: server.serve(sock))
+                    await in_thread(server.serve, sock)
                     assert (await first)["body"] == b"hello"
                     sock.close()
                     if noticed:
@@ -596,7 +605,7 @@ def test_a_closed_connection_waits_for_no_garbage_collector(
 def test_what_nobody_reads_stays_at_the_upstream(upstream: Upstream) -> None:
     sent = [0]
 
-    async def endless(_: Received, reply: Reply) -> None:
+    async def endless(request: Received, reply: Reply) -> None:
         await reply.head(200)
         for _ in range(5000):
             await reply.send(b"x" * 100_000)

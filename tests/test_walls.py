@@ -64,8 +64,10 @@ class Echo:
         items = [{"id": f"in_{number}_{at}", **item} for at, item in enumerate(given)]
         self.inputs[f"resp_{number}"] = before + items
         message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}
-        made = {"id": f"resp_{number}", "output": [message]}
-        return json_answer(response_object(conversation=body.get("conversation"), **made))
+        response = response_object(
+            id=f"resp_{number}", output=[message], conversation=body.get("conversation")
+        )
+        return json_answer(response)
 
 
 @pytest.fixture
@@ -185,11 +187,13 @@ def test_an_item_that_is_only_repeated_is_not_learned(
 ) -> None:
     output = [said("msg_chosen"), {**said("msg_made"), "role": "assistant"}]
     response = response_object(output=output, status="completed")
-    added = [{"type": "response.output_item.added", "item": item} for item in output]
-    ended = {"type": "response.completed", "response": response}
+    events: list[dict[str, Any]] = [
+        *({"type": "response.output_item.added", "item": item} for item in output),
+        {"type": "response.completed", "response": response},
+    ]
     upstream.script = json_answer(response)
     if way == "stream":
-        upstream.script = stream([event(each, each["type"]) for each in (*added, ended)])
+        upstream.script = stream([event(each, each["type"]) for each in events])
     with gateway.client(gateway.new_key()) as client:
         body = {**BODY, "stream": way == "stream", "background": way == "background"}
         answer = client.post("/responses", json={**body, "input": [said("msg_chosen")]})
@@ -222,6 +226,7 @@ def test_the_same_of_a_background_response_after_a_restart(
         assert refer(client, "msg_made") == (400 if chosen else 200)
 
 
+@pytest.mark.front_door
 def test_two_accounts_that_are_given_one_id(gateway: Gateway, upstream: Upstream) -> None:
     """Should an upstream give two accounts one id, the first account owns it; both are served."""
     states = itertools.chain(["queued"] * 4, itertools.repeat("completed"))
@@ -341,9 +346,9 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
                 told = {by for by in "ab" if objects.home_of(each, by)}
                 assert told == ({owners[each]} if each in owners else set())
                 for account in told:
-                    home = objects.home_of(each, account)
-                    assert home
-                    assert (home.extras, home.tokens) == weights[each]
+                    found = objects.home_of(each, account)
+                    assert found
+                    assert (found.extras, found.tokens) == weights[each]
 
     for seed in range(20):
         asyncio.run(run(random.Random(seed), tmp_path / f"{seed}.db"))
@@ -461,12 +466,12 @@ def test_anothers_id_is_answered_like_one_that_never_was(
                     answers.append((answer.status_code, names, shown.replace(each, "ID")))
                 assert answers[0] == answers[1], (way, name)
         for (method, suffix), name in itertools.product(ROUTES, theirs):
-            answers = []
+            refusals = []
             for each in (name, "x" * len(name)):
                 answer = a.request(method, f"/responses/{each}{suffix}")
-                answers.append((answer.status_code, answer.text.replace(each, "ID")))
-            assert answers[0] == answers[1]
-            assert answers[0][0] == 404
+                refusals.append((answer.status_code, answer.text.replace(each, "ID")))
+            assert refusals[0] == refusals[1]
+            assert refusals[0][0] == 404
         assert len(upstream.requests) == seen
 
 
@@ -671,6 +676,7 @@ def test_a_stored_responses_query_passes_by_list(gateway: Gateway, upstream: Ups
         assert error(answers[0]) == (400, "invalid_request", "after")
 
 
+@pytest.mark.front_door
 def test_an_idempotency_key_is_its_accounts(gateway: Gateway, upstream: Upstream) -> None:
     """An upstream that honours the key repeats only the account's own responses."""
     kept: dict[str, bytes] = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeGateway
-from gateway import PATIENCE_SECONDS, Gateway, wait_until
+from gateway import PATIENCE_SECONDS, Gateway, wait_for_length, wait_until
 from upstream import (
     RESPONSE_USAGE,
     Received,
@@ -101,6 +101,7 @@ def speaking(upstream: Upstream) -> None:
     upstream.talk = ws_like_openai
 
 
+@pytest.mark.front_door
 def test_frames_pass_unchanged_and_each_response_is_a_row(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
@@ -154,6 +155,7 @@ def test_frames_pass_unchanged_and_each_response_is_a_row(
     assert upstream.sockets[0].frames[0] == json.loads(odd)
 
 
+@pytest.mark.front_door
 def test_the_row_is_committed_before_the_last_event(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
@@ -1201,7 +1203,7 @@ def test_who_leaves_during_the_handshake_leaves_nothing(
     files = gateway.open_files()
     for number in range(1, 21):
         with by_hand(gateway, key):
-            wait_until(lambda number=number: len(upstream.requests) == number)  # type: ignore[misc]
+            wait_for_length(upstream.requests, number)
     wait_until(lambda: gateway.log().count('"client_disconnected"') == 20)
     wait_until(lambda: not upstream.connections and gateway.open_files() <= files + 1)
 
@@ -1334,7 +1336,7 @@ def test_who_stops_reading_pays_for_all_lanes(
         for number, lane in enumerate("ba"):
             text = json.dumps({**CREATE, "stream_id": lane}).encode()
             sock.sendall(Frame(Opcode.TEXT, text).serialize(mask=True))
-            wait_until(lambda n=number: len(gateway.rows()) == n + 1)
+            gateway.wait_for_rows(number + 1)
         assert {outcome for _, outcome, _ in brief(gateway)} == {"client_disconnected"}
 
 
@@ -1354,7 +1356,7 @@ def test_a_slow_reader_is_not_to_blame_for_another_line(make_gateway: MakeGatewa
 
     with Upstream() as one, Upstream() as two:
         one.talk, two.talk = much, stalls
-        upstreams = [
+        upstreams: list[dict[str, Any]] = [
             {"name": "one", "base_url": one.url, "models": ["one"]},
             {"name": "two", "base_url": two.url, "models": ["two"], "idle_timeout_seconds": 2},
         ]

@@ -31,14 +31,14 @@ CHAT_USAGE = {
     "prompt_tokens_details": {"cached_tokens": 8, "cache_write_tokens": 2},
     "completion_tokens_details": {"reasoning_tokens": 3},
 }
-RESPONSE_USAGE = {
+RESPONSE_USAGE: dict[str, Any] = {
     "input_tokens": 30,
     "input_tokens_details": {"cached_tokens": 10, "cache_write_tokens": 4},
     "output_tokens": 9,
     "output_tokens_details": {"reasoning_tokens": 5},
     "total_tokens": 39,
 }
-IMAGE_USAGE = {
+IMAGE_USAGE: dict[str, Any] = {
     "input_tokens": 50,
     "input_tokens_details": {"text_tokens": 10, "image_tokens": 40},
     "output_tokens": 272,
@@ -501,7 +501,10 @@ def chat_pieces(
 
 
 def response_object(
-    model: str = "gpt-up", usage: Any = RESPONSE_USAGE, status: str = "completed", **more: Any
+    model: str | None = "gpt-up",
+    usage: Any = RESPONSE_USAGE,
+    status: str = "completed",
+    **more: Any,
 ) -> dict[str, Any]:
     part = {"type": "output_text", "text": "Hello there", "annotations": []}
     message = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed"}
@@ -526,7 +529,7 @@ def response_pieces(
     words: list[str], model: str = "gpt-up", usage: Any = RESPONSE_USAGE
 ) -> list[bytes]:
     """A streamed response."""
-    events = [
+    events: list[dict[str, Any]] = [
         {"type": "response.created", "response": response_object(model, None, "in_progress")},
         {
             "type": "response.output_item.added",
@@ -546,7 +549,7 @@ def response_pieces(
         {"type": "response.completed", "response": response_object(model, usage)},
     ]
     return [
-        event({**content, "sequence_number": number}, str(content["type"]))
+        event({**content, "sequence_number": number}, content["type"])
         for number, content in enumerate(events)
     ]
 
@@ -556,7 +559,7 @@ def images_pieces(
 ) -> list[bytes]:
     """A streamed image. `kind`: 'image_generation' or 'image_edit'."""
     image = {"b64_json": "aGVsbG8=", "created_at": 1, "output_format": "png"}
-    events = [
+    events: list[dict[str, Any]] = [
         {"type": f"{kind}.partial_image", "partial_image_index": number, **image}
         for number in range(partial)
     ]

@@ -131,7 +131,7 @@ class API:
         values, as a form has them, is read as such. Raises UserError."""
         path = path or {}
         if RANKS[actor.rank] < RANKS[operation.least]:
-            raise Forbidden("this is not for your role")
+            raise Forbidden("your role doesn't allow this")
         arguments: dict[str, Any] = {}
         sent_query = converted(query or {}, operation.query)
         read = decoded(body, operation.body) if isinstance(body, bytes) else None
@@ -155,7 +155,7 @@ class API:
         """The one that is meant, where it is the actor's to know of."""
         if name is None:
             if actor.account_id is None:
-                raise NotFound("this is for the holder of an API key")
+                raise NotFound("this needs an API key in the Authorization header")
             name = actor.account_id
         account = await self._accounts.show(name)
         if actor.account_id not in (None, account.id):
@@ -171,7 +171,7 @@ class API:
     async def _user(self, actor: Actor, name: str, query: WhichUser) -> UserShown:
         """Of several logins of one address a member only ever means, and learns of, his account's.
         Raises NotFound, Conflict."""
-        no_user = NotFound(f"there is no user {name!r}")
+        no_user = NotFound(f"user {name!r} does not exist")
         account, operator = query.account, query.operator
         if actor.account_id is not None:
             own = await self._accounts.show(actor.account_id)
@@ -201,51 +201,51 @@ class API:
 
     @operation("GET", "/accounts", least="operator", answer=AccountList)
     async def list_accounts(self, query: AccountsQuery) -> AccountList:
-        """All accounts, or those that are searched for."""
+        """List accounts, or search them."""
         return AccountList(
             await list_accounts(self.books, query.search, query.after, query.limit or -1)
         )
 
     @operation("POST", "/accounts", least="operator", answer=AccountWithMoney)
     async def add_account(self, actor: Actor, body: NewAccount) -> AccountWithMoney:
-        """Add an account."""
+        """Create an account."""
         if ACCOUNT_ID.fullmatch(body.name):  # where either will do, it would be taken for another's
-            raise UserError(f"{body.name!r} has the form of an account's id; take another name")
+            raise UserError(f"name {body.name!r} looks like an account id; choose another one")
         limits = limits_in(body)
         account = await self._accounts.add(body.name, body.email, limits, actor.name)
         return await self._with_money(account, actor)
 
     @operation("GET", "/accounts/{account}", least="viewer", answer=AccountWithMoney)
     async def show_account(self, actor: Actor, account: Account) -> AccountWithMoney:
-        """One account, by its name or id."""
+        """Show an account, by name or id."""
         return await self._with_money(account, actor)
 
     @operation("PATCH", "/accounts/{account}", least="operator", answer=AccountWithMoney)
     async def set_account(
         self, actor: Actor, account: Account, body: AccountChange
     ) -> AccountWithMoney:
-        """Change an account, from its next request on."""
+        """Change an account. Takes effect on its next request."""
         changed = await self._accounts.set(account.id, limits_in(body), actor.name)
         return await self._with_money(changed, actor)
 
     @operation("POST", "/accounts/{account}/suspend", least="operator", answer=Account)
     async def suspend_account(self, actor: Actor, account: Account, body: Suspension) -> Account:
-        """Refuse its requests from the next one on, and log its members out."""
+        """Suspend an account: refuse its requests and log its members out."""
         return await self._accounts.suspend(account.id, body.reason, actor.name)
 
     @operation("POST", "/accounts/{account}/resume", least="operator", answer=Account)
     async def resume_account(self, actor: Actor, account: Account) -> Account:
-        """Serve a suspended account again."""
+        """Resume a suspended account."""
         return await self._accounts.resume(account.id, actor.name)
 
     @operation("POST", "/accounts/{account}/throttle", least="operator", answer=Account)
     async def throttle_account(self, actor: Actor, account: Account, body: NewThrottle) -> Account:
-        """Hold an account to a part of its limits, for a time or until that is lifted."""
+        """Temporarily reduce an account's limits."""
         factor = parse_amount(body.factor if body.factor[0] != "." else f"0{body.factor}")
         now = self.books.store.time()
         until = time_in(body.until, now)
         if until is not None and until <= now:
-            raise UserError("a throttle must end later than now")
+            raise UserError("until must be later than now")
         thousandths = factor // (NANOS // 1000)
         if thousandths == 1000:
             return await self._accounts.throttle(account.id, None, None, actor.name)
@@ -253,19 +253,19 @@ class API:
 
     @operation("GET", "/accounts/{account}/limits", least="viewer", answer=dict[str, Any])
     async def account_limits(self, account: Account) -> dict[str, Any]:
-        """The limits in force and what is left of them, while the gateway runs."""
+        """Show an account's current limits and what is left of them, while the gateway runs."""
         return self._running.limits_of_account(account)
 
     # Keys
 
     @operation("GET", "/accounts/{account}/keys", least="viewer", answer=KeyList)
     async def list_keys(self, account: Account) -> KeyList:
-        """An account's keys."""
+        """List an account's keys."""
         return KeyList(await self._accounts.keys(account.id))
 
     @operation("POST", "/accounts/{account}/keys", least="owner", answer=KeyAdded)
     async def add_key(self, actor: Actor, account: Account, body: NewKey) -> KeyAdded:
-        """Add a key; it is shown this once."""
+        """Create a key. It is shown only once."""
         limits, models = limits_in(body), models_in(body.models)
         expires = time_in(body.expires, self.books.store.time())
         return await self._accounts.add_key(
@@ -274,14 +274,15 @@ class API:
 
     @operation("POST", "/keys/{key}/revoke", least="owner", answer=KeyRevoked)
     async def revoke_key(self, actor: Actor, key: KeyShown, body: Revocation) -> KeyRevoked:
-        """Refuse a key from the next request on."""
+        """Revoke a key. Takes effect on its next request."""
         revoked = await self._accounts.revoke_key(key.id, body.compromised, actor.name)
         cut = self._running.cut(key.id) if body.compromised else 0
         return KeyRevoked(**asdict(revoked), cut=cut)
 
     @operation("POST", "/keys/{key}/rotate", least="owner", answer=KeyAdded)
     async def rotate_key(self, actor: Actor, key: KeyShown, body: Rotation) -> KeyAdded:
-        """Add a key like the old one, which ends after the overlap. They share one budget."""
+        """Replace a key with a new one. The old one stops working after the overlap; both share one
+        budget."""
         overlap = 0 if body.overlap == "0" else parse_duration(body.overlap)
         return await self._accounts.rotate_key(key.id, overlap, actor.name)
 
@@ -289,28 +290,30 @@ class API:
 
     @operation("GET", "/prices", least="operator", answer=PriceList)
     async def list_prices(self) -> PriceList:
-        """Past, current and coming prices."""
+        """List past, current and coming prices."""
         rows = self.books.prices.rows(self.books.store.time())
         return PriceList([row async for row in with_turns(rows)])
 
     @operation("GET", "/accounts/{account}/prices", "/me/prices", least="key", answer=PriceList)
     async def account_prices(self, account: Account) -> PriceList:
-        """The prices in force and coming."""
+        """List current and coming prices."""
         rows = with_turns(self.books.prices.rows(self.books.store.time()))
         return PriceList([row.for_account() async for row in rows if row.status != "past"])
 
     @operation("GET", "/prices/which", least="operator", answer=WhichPrice)
     async def which_price(self, query: WhichPriceQuery) -> WhichPrice:
-        """Which price applies to a request, which others match its model and why they don't."""
+        """Show which price applies to a request, and why other matching prices don't."""
         now = self.books.store.time()
         at = time_in(query.at, now) or now
         return self.books.which(query.model, at, query.tier, query.input_tokens)
 
     @operation("POST", "/prices", least="operator", answer=PricesAdded)
     async def add_prices(self, actor: Actor, body: NewPrices) -> PricesAdded:
-        """Add prices, all or none; say which models they apply to and what they leave out."""
+        """Add prices, all or none. The answer says which models they apply to."""
         if body.currency not in (None, self.books.currency):
-            raise UserError(f"these prices are in {body.currency}, not in {self.books.currency}")
+            raise UserError(
+                f"prices are in {body.currency}, but billing.currency is {self.books.currency}"
+            )
         return await self.books.add_prices(
             prices_of(body, self.books.store.time()),
             without_notice=body.without_notice,
@@ -323,14 +326,14 @@ class API:
 
     @operation("GET", "/payments", least="operator", answer=PaymentList)
     async def list_payments(self) -> PaymentList:
-        """All payments."""
+        """List all payments."""
         return PaymentList(await self.books.payments(None))
 
     @operation(
         "GET", "/accounts/{account}/payments", "/me/payments", least="key", answer=PaymentList
     )
     async def account_payments(self, actor: Actor, account: Account) -> PaymentList:
-        """An account's payments."""
+        """List an account's payments."""
         payments = await self.books.payments(account)
         if actor.rank != "operator":
             payments = [each.for_account() async for each in with_turns(payments)]
@@ -338,7 +341,7 @@ class API:
 
     @operation("POST", "/accounts/{account}/payments", least="operator", answer=PaymentAdded)
     async def add_payment(self, actor: Actor, account: Account, body: NewPayment) -> PaymentAdded:
-        """Write down a payment of an account, or with a negative amount a refund."""
+        """Record a payment or, with a negative amount, a refund."""
         payment = await self.books.pay(
             account,
             parse_amount(body.amount),
@@ -351,7 +354,7 @@ class API:
 
     @operation("GET", "/accounts/{account}/statements", least="viewer", answer=MonthList)
     async def list_months(self, account: Account) -> MonthList:
-        """The months that an account has statements of."""
+        """List the months for which an account has a statement."""
         return MonthList(await months(self.books, account))
 
     @operation(
@@ -362,7 +365,7 @@ class API:
         answer=Statement,
     )
     async def statement(self, account: Account, month: str, query: StatementQuery) -> Statement:
-        """An account's month."""
+        """Show an account's statement for a month."""
         try:
             wanted = parse_month(month)
         except UserError as error:
@@ -371,24 +374,24 @@ class API:
 
     @operation("GET", "/me/balance", least="key", answer=Balance)
     async def balance(self, account: Account) -> Balance:
-        """An account's money now."""
+        """Show an account's current balance and budget."""
         return await self.books.balance(account)
 
     # Notices
 
     @operation("GET", "/notices", least="operator", answer=NoticeList)
     async def list_notices(self) -> NoticeList:
-        """All notices there ever were."""
+        """List all notices, past and withdrawn ones included."""
         return NoticeList(await self.books.notices())
 
     @operation("GET", "/accounts/{account}/notices", "/me/notices", least="key", answer=NoticeList)
     async def account_notices(self, account: Account) -> NoticeList:
-        """The notices in force and coming that an account is told."""
+        """List current and coming notices for an account."""
         return NoticeList(await self.books.notices_now(account.id))
 
     @operation("POST", "/notices", least="operator", answer=Notice)
     async def add_notice(self, actor: Actor, body: NewNotice) -> Notice:
-        """Add a notice."""
+        """Publish a notice."""
         now = self.books.store.time()
         effective = time_in(body.effective, now)
         return await self.books.add_notice(
@@ -402,7 +405,7 @@ class API:
 
     @operation("POST", "/notices/{notice}/withdraw", least="operator", answer=NoticeWithdrawn)
     async def withdraw_notice(self, actor: Actor, notice: str) -> NoticeWithdrawn:
-        """Show a notice to nobody any more."""
+        """Withdraw a notice."""
         withdrawn = await self.books.withdraw_notice(notice, actor.name)
         return NoticeWithdrawn(**asdict(withdrawn))
 
@@ -410,7 +413,7 @@ class API:
 
     @operation("GET", "/users", least="owner", answer=UserList)
     async def list_users(self, actor: Actor, query: UsersQuery) -> UserList:
-        """All who may log in; of an account's owner the account's members."""
+        """List logins. An owner sees the members of the own account."""
         account_id = actor.account_id
         if query.account is not None:
             account_id = (await self._account(actor, query.account)).id
@@ -418,11 +421,11 @@ class API:
 
     @operation("POST", "/users", least="owner", answer=UserAdded)
     async def add_user(self, actor: Actor, body: NewUser) -> UserAdded:
-        """Add a user, and answer the link with which they set a password."""
+        """Add a login and return a one-time link to set its password."""
         if actor.account_id and body.role == "operator":
-            raise Forbidden("only operators make operators")
+            raise Forbidden("only an operator can add an operator")
         if (body.role == "operator") == bool(body.account or actor.account_id):
-            raise UserError("a user is an operator, or belongs to an account")
+            raise UserError("an operator has no account; an owner or viewer needs one")
         account_id = None
         if body.role != "operator":
             account_id = (await self._account(actor, body.account)).id
@@ -433,13 +436,13 @@ class API:
 
     @operation("DELETE", "/users/{user}", least="owner", answer=UserShown)
     async def remove_user(self, actor: Actor, user: str, query: WhichUser) -> UserShown:
-        """Remove a user, by id or address, and log them out."""
+        """Remove a login, by id or email address, and end its sessions."""
         found = await self._another(actor, user, query)
         return await self.users.remove(found.id, actor.name)
 
     @operation("POST", "/users/{user}/reset", least="owner", answer=UserAdded)
     async def reset_user(self, actor: Actor, user: str, query: WhichUser) -> UserAdded:
-        """End a user's password and sessions, and answer a new link."""
+        """Invalidate a login's password and sessions and return a new one-time link."""
         found = await self._another(actor, user, query)
         return self._with_link(await self.users.reset(found.id, actor.name))
 
@@ -447,18 +450,18 @@ class API:
         """Not oneself, or nobody would have to know the old password for a new one."""
         found = await self._user(actor, user, query)
         if actor.session and actor.session.user_id == found.id:
-            raise Conflict("this is your own login; only somebody else can end it")
+            raise Conflict("you can't remove or reset your own login; ask somebody else to")
         return found
 
     @staticmethod
     def _session(actor: Actor) -> LoginSession:
         if actor.session is None:
-            raise NotFound("this is for whoever is logged in")
+            raise NotFound("this needs a dashboard session; log in at /dashboard/login")
         return actor.session
 
     @operation("POST", "/login/password", least="viewer", answer=Done)
     async def change_password(self, actor: Actor, body: NewPassword) -> Done:
-        """Change one's password; all one's sessions end."""
+        """Change your password. All your sessions end."""
         session = self._session(actor)
         old, new = body.old_password, body.new_password
         await self.users.change_password(session, old, new, actor.network)
@@ -466,15 +469,15 @@ class API:
 
     @operation("GET", "/login/sessions", least="viewer", answer=SessionList)
     async def list_sessions(self, actor: Actor) -> SessionList:
-        """Where one is logged in."""
+        """List your active sessions."""
         session = self._session(actor)
         return SessionList(await self.users.sessions(session.user_id, session.id))
 
     @operation("DELETE", "/login/sessions/{session}", least="viewer", answer=Done)
     async def end_session(self, actor: Actor, session: str) -> Done:
-        """Log out there."""
+        """End one of your sessions."""
         if not await self.users.end_session(session, self._session(actor).user_id):
-            raise NotFound("there is no such session")
+            raise NotFound("this session does not exist or has ended")
         return Done(ok=True)
 
     # Usage
@@ -497,7 +500,7 @@ class API:
 
     @operation("GET", "/usage", "/me/usage", least="key", answer=UsageReport)
     async def usage(self, actor: Actor, query: SumsQuery) -> UsageReport:
-        """Sums by groups, and of all."""
+        """Sum usage by group, and in total."""
         wanted, books = await self._range(actor, query), self.books
         names = list(dict.fromkeys(query.group_by.split(","))) if query.group_by else []
         async with books.store.snapshot() as snapshot:
@@ -511,7 +514,7 @@ class API:
     async def requests(
         self, actor: Actor, query: RequestsQuery
     ) -> AsyncIterator[bytes] | RequestReport:
-        """Rows of the ledger, and their totals."""
+        """List requests, and their totals."""
         wanted, limit = await self._range(actor, query), query.limit or -1
         if query.before:
             wanted = await older_than(self.books.store, wanted, query.before)
@@ -551,12 +554,12 @@ class API:
     @staticmethod
     def _shown_key(actor: Actor) -> Key:
         if actor.key is None:
-            raise NotFound("this is for the holder of an API key")
+            raise NotFound("this needs an API key in the Authorization header")
         return actor.key
 
     @operation("GET", "/me", least="key", answer=MeShown)
     async def me(self, actor: Actor, account: Account) -> MeShown:
-        """Balance, limits and notices, with an API key."""
+        """Show your balance, limits and notices. Needs an API key."""
         key = self._shown_key(actor)
         return MeShown(
             account=account.name,
@@ -569,14 +572,14 @@ class API:
 
     @operation("GET", "/me/limits", least="key", answer=dict[str, Any])
     async def limits(self, actor: Actor) -> dict[str, Any]:
-        """The limits in force and what is left of them, budgets included, with an API key."""
+        """Show your current limits and budgets and what is left of them. Needs an API key."""
         return await self._limits_and_budgets(self._shown_key(actor))
 
     # The whole
 
     @operation("GET", "/overview", least="operator", answer=Overview)
     async def overview(self, query: OverviewQuery) -> Overview:
-        """Traffic, spending, upstreams, and the room that is left."""
+        """Show traffic, spending, upstreams and free disk space."""
         books = self.books
         return Overview(
             **asdict(self._running.at_work()),
@@ -588,7 +591,7 @@ class API:
 
     @operation("GET", "/changes", least="operator", answer=ChangeList)
     async def list_changes(self, actor: Actor, query: ChangesQuery) -> ChangeList:
-        """Every administrative change: who, when, what, before and after."""
+        """List administrative changes: who, when, what, before and after."""
         account_id = None
         if query.account is not None:
             account_id = (await self._account(actor, query.account)).id
@@ -597,13 +600,13 @@ class API:
 
     @operation("POST", "/db/check", least="operator", answer=Check)
     async def check_database(self) -> Check:
-        """Check the whole file for damage."""
+        """Check the whole database for damage."""
         problems = await check_database(self.books.store)
         return Check(ok=not problems, problems=problems)
 
     @operation("POST", "/db/set-time", least="operator", answer=TimeSet)
     async def set_time(self, actor: Actor, body: NewTime) -> TimeSet:
-        """Move whatever in the ledger is dated after a time to that time, and go on from there."""
+        """Move ledger entries dated after a time to that time."""
         at, now = time_to_set(self.books.store, body.time)
         if body.preview:
             return await preview(self.books.store, at, now)
@@ -633,7 +636,7 @@ def prices_of(body: NewPrices, now: int) -> list[Price]:
 def price_of(given: NewPrice, model: str, source: str | None, now: int) -> Price:
     """Return one price, as `prices_of` does. Raises UserError for a rate that is none."""
     if not model.isprintable():
-        raise UserError(f"{model!r} is not a name or pattern of models")
+        raise UserError(f"{model!r} is not a model name or pattern")
     rates: dict[str, Any] = {}
     for name in RATES:
         rate = getattr(given, name)
@@ -641,9 +644,9 @@ def price_of(given: NewPrice, model: str, source: str | None, now: int) -> Price
             rates[name] = parse_amount(rate)
             most = MAX_CALL_RATE if name in UNITS else MAX_RATE
             if not 0 <= rates[name] <= most:
-                raise UserError(f"a rate of {rate} for {name} of {model} is out of range")
+                raise UserError(f"{model}: the rate {name} is out of range: {rate}")
     if not rates:
-        raise UserError(f"a price of {model} needs at least one rate; 0 where it is free")
+        raise UserError(f"the price of {model} has no rate; give at least one (0 if it is free)")
     return Price(
         model=model,
         tier=given.tier,

@@ -138,13 +138,13 @@ def retry_after(error: Exception) -> dict[str, str]:
     return {"retry-after": str(seconds)} if again else {}
 
 
-UNKNOWN = {404: "Unknown request URL.", 500: "The gateway failed on this request."}
+UNKNOWN = {404: "Unknown request URL.", 500: "The gateway could not process this request."}
 
 
 async def unknown(_: Request, error: Exception) -> Response:
     """What Starlette itself refuses, an unknown path or method; or what should not happen."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = UNKNOWN.get(status, "This method is not known here.")
+    message = UNKNOWN.get(status, "Method not allowed.")
     headers = error.headers if isinstance(error, HTTPException) else None
     return await error_answer(status, message, headers or {})
 
@@ -179,7 +179,7 @@ def _description(*, secure: bool) -> bytes:
 def check_fields(encoded: bytes) -> None:
     """Raise Invalid if a query or a form has more than MAX_FIELDS fields: 30,000 take 25 ms."""
     if encoded.count(b"&") >= MAX_FIELDS:
-        raise Invalid(f"a query or a form has at most {MAX_FIELDS} fields here")
+        raise Invalid(f"too many fields in the query or form; at most {MAX_FIELDS} are allowed")
 
 
 async def whole_body(request: Request, most: int) -> bytes:
@@ -190,9 +190,9 @@ async def whole_body(request: Request, most: int) -> bytes:
         async for part in request.stream():
             body += part
             if len(body) > most:
-                raise TooLarge(f"a body has at most {most} bytes here")
+                raise TooLarge(f"the request body is larger than {most} bytes")
     except ClientDisconnect:
-        raise Invalid("the body is not whole") from None
+        raise Invalid("the request body is incomplete") from None
     return bytes(body)
 
 
@@ -206,7 +206,7 @@ def _endpoint(
         pairs = request.query_params.multi_items()
         query = dict(pairs)
         if len(query) < len(pairs):
-            raise Invalid("a query parameter stands twice")
+            raise Invalid("duplicate query parameter")
         has_body = operation.method in ("POST", "PATCH")
         most = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
         body = await whole_body(request, most) if has_body else b""

@@ -13,14 +13,14 @@ from redbtc.admin.outputs import Refused
 from redbtc.times import MONTH
 
 ERRORS = {
-    "400": "It is not of the form that is asked for; the message names the place.",
-    "401": "Nobody is logged in, or the key is not in force.",
-    "403": "It is not for this role, or comes from another site.",
-    "404": "There is none, or it is another account's.",
-    "409": "It is well formed, but can't be done; the message says why.",
+    "400": "The request is malformed. The message names the field.",
+    "401": "Not logged in, or the API key is not active.",
+    "403": "Your role does not allow this, or the request came from another site.",
+    "404": "The object does not exist or belongs to another account.",
+    "409": "The request conflicts with the current state. The message says how.",
     "413": "The body is too large.",
-    "429": "Too many passwords were tried.",
-    "503": "The database can't be written now, or too many passwords are being checked.",
+    "429": "Too many login attempts.",
+    "503": "The database can't be written, or too many logins are being checked.",
 }
 
 ID = {"type": "string", "minLength": 1, "pattern": "^[^/]+$"}

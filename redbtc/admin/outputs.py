@@ -16,7 +16,7 @@ from redbtc.store.records import Moment, Money
 
 
 class Error(Struct):
-    """OpenAI's form."""
+    """An error, as in OpenAI's API."""
 
     message: str
     type: str
@@ -25,13 +25,13 @@ class Error(Struct):
 
 
 class Refused(Struct):
-    """What an error's body is."""
+    """The body of an error response."""
 
     error: Error
 
 
 class AccountWithMoney(Account, kw_only=True):
-    """And what it may spend; `available` of null is without limit."""
+    """An account with its money. If `available` is null, its credit is unlimited."""
 
     balance: Money
     held: Money
@@ -42,87 +42,87 @@ class AccountWithMoney(Account, kw_only=True):
 
 
 class AccountList(Struct):
-    """By name."""
+    """Accounts, by name."""
 
     accounts: list[AccountInList]
 
 
 class KeyList(Struct):
-    """Oldest first."""
+    """Keys, oldest first."""
 
     keys: list[KeyInList]
 
 
 class KeyRevoked(KeyShown):
-    """`cut`: how many of its requests were in flight and are not any more."""
+    """A revoked key. `cut` is the number of its requests in flight that were stopped."""
 
     cut: int
 
 
 class PaymentList(Struct):
-    """Oldest first."""
+    """Payments, oldest first."""
 
     payments: list[Payment]
 
 
 class PaymentAdded(Payment, kw_only=True):
-    """And the balance with it."""
+    """A new payment and the balance after it."""
 
     balance: Money
 
 
 class NoticeWithdrawn(Notice, kw_only=True):
-    """And since when."""
+    """A notice and when it was withdrawn."""
 
     withdrawn_at: Moment
 
 
 class NoticeList(Struct):
-    """By when they take effect."""
+    """Notices, by the time they take effect."""
 
     notices: list[Notice]
 
 
 class UserList(Struct):
-    """Operators first."""
+    """Logins, operators first."""
 
     users: list[UserShown]
 
 
 class SessionList(Struct):
-    """The last used first."""
+    """Sessions, most recently used first."""
 
     sessions: list[SessionShown]
 
 
 class Done(Struct):
-    """There is nothing to tell."""
+    """Confirmation that the change was made."""
 
     ok: bool
 
 
 class UsageReport(Struct):
-    """Sums by groups, and of all."""
+    """Sums by group, and in total."""
 
     groups: list[Group]
     totals: Sums
 
 
 class RequestReport(Struct):
-    """Oldest first; the totals are of the whole range, whatever the limit."""
+    """Requests, oldest first. Totals cover the whole range, whatever the limit."""
 
     requests: list[RequestShown]
     totals: Sums
 
 
 class MonthList(Struct):
-    """The newest first."""
+    """Months, newest first."""
 
     months: list[Month]
 
 
 class ChangeList(Struct):
-    """The newest first."""
+    """Changes, newest first."""
 
     changes: list[Change]
 
@@ -155,7 +155,7 @@ class AtWork(Struct):
 
 
 class Overview(AtWork):
-    """What an operator looks at first."""
+    """The state of the gateway, traffic and spending."""
 
     traffic: list[TrafficOfDay]
     spending: Spending
@@ -164,7 +164,7 @@ class Overview(AtWork):
 
 
 class MeShown(Struct):
-    """An account's own figures, for one of its keys."""
+    """The balance, limits and notices of the account that a key belongs to."""
 
     account: str
     account_id: str
@@ -175,7 +175,7 @@ class MeShown(Struct):
 
 
 class Check(Struct):
-    """What is wrong with the file, line by line."""
+    """The result of a database check: problems, one per line."""
 
     ok: bool
     problems: list[str]

@@ -55,7 +55,7 @@ class TooMany(Later):
 def too_many(wait: float) -> TooMany:
     """Until so many seconds have gone by."""
     seconds = int(wait) + 1
-    return TooMany(f"too many attempts; try again in {seconds} seconds", seconds)
+    return TooMany(f"too many login attempts; try again in {seconds} seconds", seconds)
 
 
 class HashingSlot:
@@ -90,7 +90,7 @@ class HashingPool:
         parties = [(who, f"from {network}"), *fewest]
         full = any(self._waiting[each] >= MAX_OF_ONE for each in parties)
         if full or self._waiting[who, "all"] >= MAX_WAITING:
-            raise Busy("too many people log in at once; try again in a few seconds", 5)
+            raise Busy("too many logins at once; try again in a few seconds", 5)
         taken = Counter([(who, "all"), *parties])
         self._waiting += taken
         try:
@@ -110,9 +110,9 @@ def check_password(password: str, email: str) -> None:
     from zxcvbn import zxcvbn  # here: it takes 14 MiB, and most gateways never need it
 
     if len(password) < MIN_LENGTH:
-        raise UserError(f"a password has at least {MIN_LENGTH} characters")
+        raise UserError(f"the password is too short: use at least {MIN_LENGTH} characters")
     if len(password) > MAX_LENGTH:
-        raise UserError(f"a password has at most {MAX_LENGTH} characters")
+        raise UserError(f"the password is too long: use at most {MAX_LENGTH} characters")
     parts = [part for part in re.split(r"\W+", email) if len(part) >= MIN_PART][:MAX_PARTS]
     own = functools.reduce(lambda rest, part: rest.replace(part, ""), parts, password.lower())
     judged = [each[:LOOKED_AT] for each in (password, email, *parts, *EXAMPLES)]
@@ -122,7 +122,7 @@ def check_password(password: str, email: str) -> None:
     if found["score"] < STRONG_ENOUGH or len(own) < MIN_OWN:
         raise UserError(
             "this password is too easy to guess: it is common, or made of common words, repeats, "
-            "sequences or the address; four words by chance are a good one"
+            "sequences or your email address. Four random words make a strong password"
         )
 
 

@@ -182,8 +182,7 @@ def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
     at = parse_time(text, now, relative_to_past=True) if text else now
     if at > now + DAY:
         raise UserError(
-            f"the time must not be later than a day from now: it is {iso_time(now)}, "
-            f"{iso_time(at)} was given"
+            f"{iso_time(at)} is more than a day from now ({iso_time(now)}); give an earlier time"
         )
     return at, now
 
@@ -216,8 +215,8 @@ def answer(at: int, before: int, moved: dict[str, int], *, done: bool) -> TimeSe
 
 
 class TimeSet(Struct):
-    """The time that is set, the ledger's time before, and how many rows were dated later, by table.
-    `done` of false: it was only a preview."""
+    """The time that was set, the ledger's time before, and how many rows were dated later, by
+    table. If `done` is false, this was a preview."""
 
     time: Moment
     before: Moment

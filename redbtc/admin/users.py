@@ -46,7 +46,7 @@ from redbtc.times import iso_time
 
 
 class UserShown(Struct):
-    """`account` of null: an operator."""
+    """A login. If `account` is null, it is an operator's."""
 
     id: str
     email: str
@@ -70,13 +70,13 @@ class UserShown(Struct):
 
 
 class UserAdded(UserShown):
-    """`link` is where the user sets a password, once."""
+    """A login and its one-time link to set a password."""
 
     link: str
 
 
 class SessionShown(Struct):
-    """Of a browser that is logged in. `this`: it is the one that asks."""
+    """A session of a browser that is logged in. `this` marks the session that asks."""
 
     id: str
     browser: str
@@ -181,7 +181,7 @@ END_SESSION = "DELETE FROM sessions WHERE id = ? AND user_id = ?"
 
 def no_link() -> NotFound:
     """It never was one, or isn't any more."""
-    return NotFound("this link has been used, or it is too old; ask for another")
+    return NotFound("this link has expired or was already used; ask for a new one")
 
 
 def signature(email: str, account: str | None) -> str:
@@ -243,7 +243,7 @@ def parse_email(text: str) -> str:
     """An address in the form in which it is compared. Raises UserError."""
     email = text.strip().lower()
     if not EMAIL.fullmatch(email):
-        raise UserError(f"{text!r} is not an address; write it like ada@example.com")
+        raise UserError(f"{text!r} is not an email address; write it like ada@example.com")
     return email
 
 
@@ -264,7 +264,7 @@ class Users:
         """Raises NotFound."""
         user = await self._store.one(USER_BY_ID, (user_id,))
         if user is None:
-            raise NotFound(f"there is no user {user_id!r}")
+            raise NotFound(f"user {user_id!r} does not exist")
         return UserShown.of(user)
 
     async def named(self, name: str, account: str | None, operator: bool) -> UserShown:
@@ -277,7 +277,9 @@ class Users:
         if not rows:
             return await self.show(name)
         if len(rows) > 1:
-            raise Conflict(f"{name} has {len(rows)} logins; say of which account, or operator")
+            raise Conflict(
+                f"{name} has {len(rows)} logins; choose one by its account, or the operator login"
+            )
         return rows[0]
 
     async def add(self, email: str, role: Role, account_id: str | None, by: str) -> UserAdded:
@@ -289,7 +291,7 @@ class Users:
         try:
             await self._store.transact((ADD_USER, values), by=by)
         except sqlite3.IntegrityError:
-            raise Conflict(f"there is a user {email} already") from None
+            raise Conflict(f"user {email} already exists") from None
         return UserAdded(**asdict(await self.show(user_id)), link=link)
 
     async def remove(self, user_id: str, by: str) -> UserShown:
@@ -369,7 +371,7 @@ class Users:
             logins = await self._right(room, email, old_password)
             found = [each for each in logins if each.user_id == user_id]
             if not found:
-                raise UserError("the old password is not right")
+                raise UserError("the current password is wrong")
             await room.run(check_password, new_password, email)
             hashed = await room.run(scrypt, new_password, found[0].salt)
         values = hashed, self._store.time(), user_id, found[0].hashed, session.id

@@ -152,7 +152,8 @@ class Billing:
         async for (currency,) in store.rows(CURRENCIES):
             if currency != books.currency:
                 raise UserError(
-                    f"billing.currency is {books.currency}, but the ledger is in {currency}"
+                    f"billing.currency is {books.currency}, but the ledger is in {currency}; "
+                    "change it back"
                 )
         books.prices = PriceTable([Price(**dict(row)) async for row in store.rows(PRICES)])
         await books.read_maintenances()
@@ -201,7 +202,7 @@ class Billing:
             try:
                 found = await self.store.one(sql, values) or (0, 0, 0, 0)
             except sqlite3.Error as error:
-                raise StorageUnavailable(f"can't be read: {error}") from None
+                raise StorageUnavailable(f"the ledger can't be read: {error}") from None
             # Nothing was settled meanwhile: that needs the purse.
             purse = Spending(month, nanos_of(*found[:2]), nanos_of(*found[2:]))
             purse.paid = 0 if budget_id else self._paid(account_id)
@@ -259,8 +260,8 @@ class Billing:
             amount = min(amount, MAX_COST)
             if 0 < amount > left:
                 raise SpendingLimitReached(
-                    f"This request can cost up to {decimal(amount)} {self.currency}, "
-                    f"and of {what} {decimal(left)} is left."
+                    f"This request can cost up to {decimal(amount)} {self.currency}, more than is "
+                    f"left of {what} ({decimal(left)} {self.currency})."
                 )
         return Hold(quote, amount)
 
@@ -293,7 +294,7 @@ class Billing:
         credit = self.credit_limit(key.credit_limit)
         if credit != UNLIMITED:
             balance = account.paid - account.cost + credit - account.held
-            left.append(("the account's balance", balance))
+            left.append(("the account's balance and credit", balance))
         if key.account_monthly_budget is not None:
             budget = account.left(key.account_monthly_budget)
             left.append(("the account's monthly budget", budget))
@@ -315,9 +316,9 @@ class Billing:
                 if budget_id:
                     whose += f" of key {key.id}"
                 if budget_id not in (None, key.id):
-                    whose += " and the keys that it replaced"
+                    whose += " (shared with the keys it replaced)"
                 text = (
-                    f"{percent} % of the {whose} is spent: {self._money(purse.spent)} of "
+                    f"{percent} % of the {whose} has been spent: {self._money(purse.spent)} of "
                     f"{self._money(budget)} {self.currency} in {purse.month}."
                 )
                 now = self.store.time()
@@ -471,8 +472,9 @@ class Billing:
                 if risen and model in used and at < due and without_notice is None:
                     raise UserError(
                         f"{model} is in use and would cost more from {iso_time(at)}: "
-                        f"{'; '.join(risen)}. A rise needs {settings.price_notice_days} days of "
-                        "notice (billing.price_notice_days), or a reason to come without"
+                        f"{'; '.join(risen)}. A price increase needs "
+                        f"{settings.price_notice_days} days of notice (billing.price_notice_days), "
+                        "or a reason to skip the notice period"
                     )
                 if risen:  # what somebody has asked for is nobody else's to read
                     named = [model] if model in priced | patterns else patterns
@@ -485,7 +487,7 @@ class Billing:
                 if texts and len(texts[-1]) + len(line) + 3 <= NOTICE_TEXT:
                     texts[-1] += f" {line}."
                 else:
-                    texts.append(f"Prices rise ({self.currency} per million tokens). {line}.")
+                    texts.append(f"Price increase ({self.currency} per million tokens). {line}.")
             until = max(at, now) + settings.price_notice_days * DAY
             notices += [("price", text[:NOTICE_TEXT], at, until) for text in texts]
         return notices
@@ -509,12 +511,14 @@ class Billing:
             free = self.settings.unpriced_models == "free"
             then = "are free" if free else "are refused"
             return (
-                f"No price in force means the model: requests for it {then} "
+                f"No current price matches the model: requests for it {then} "
                 "(billing.unpriced_models)."
             )
-        why = "Of the names and patterns in force that mean the model, it is the most specific."
+        why = "It is the most specific of the current names and patterns that match the model."
         if applied.tier != tier:
-            why += f" It has no price for the tier {tier!r}, so {applied.tier!r} counts."
+            why += (
+                f" It has no price for the tier {tier!r}, so the price of {applied.tier!r} applies."
+            )
         return why
 
     async def _models_used(self, since: int) -> set[str]:
@@ -526,8 +530,8 @@ class Billing:
             for model in await self._models_used(price.effective_at):
                 if matches(model, {price.model}):
                     raise UserError(
-                        f"{model} has been used since {iso_time(price.effective_at)}: its price "
-                        "then can't be changed any more; let it take effect now or later"
+                        f"{model} has been used since {iso_time(price.effective_at)}, so its price "
+                        "can't change from then on; choose a time from now on"
                     )
 
     # Payments
@@ -544,12 +548,14 @@ class Billing:
         """Write down a payment, once for each reference of an account; a refund is negative and
         needs a reason. Raises Conflict where the reference was another amount's."""
         if amount == 0:
-            raise UserError("a payment of 0 is none")
+            raise UserError("the amount must not be 0")
         if amount < 0 and not reason:
-            raise UserError("a refund or correction (a negative amount) needs a reason")
+            raise UserError("a negative amount (a refund or correction) needs a reason")
         purse, payment = await self.purse(account.id), new_id("pay")
         if abs(purse.paid + amount) > MAX_PAID or abs(amount) > MAX_PAID:
-            raise UserError(f"an account's payments come to {decimal(MAX_PAID)} at most")
+            raise UserError(
+                f"the amount is too large: an account's payments can total {decimal(MAX_PAID)}"
+            )
         now = self.store.time()
         values = (payment, account.id, *divmod(amount, NANOS), self.currency, reference, reason)
         try:
@@ -561,7 +567,7 @@ class Billing:
             known = Payment.of(same)
             if known.amount != decimal(amount):
                 raise Conflict(
-                    f"there is a payment {reference!r} of {known.amount} already"
+                    f"payment {reference!r} already exists, with the amount {known.amount}"
                 ) from None
             return known
         finally:
@@ -622,13 +628,13 @@ class Billing:
         now, days = self.store.time(), self.settings.terms_notice_days
         if kind == "terms" and effective_at < now + days * DAY - MINUTE:
             raise UserError(
-                f"new terms need {days} days of notice (billing.terms_notice_days): "
+                f"new terms need {days} days of notice (billing.terms_notice_days); "
                 f"{iso_time(effective_at)} is too early"
             )
         if until is not None and until <= effective_at:
-            raise UserError("a notice must take effect before it ends")
+            raise UserError("until must be later than effective")
         if refuses_requests and kind != "maintenance":
-            raise UserError("only a maintenance can refuse requests")
+            raise UserError("only a notice of the kind maintenance can refuse requests")
         notice = new_id("ntc")
         values = (notice, kind, text, effective_at, until, now, by, refuses_requests)
         await self.store.transact((ADD_NOTICE, values), by=by)
@@ -651,7 +657,7 @@ class Billing:
         """Raises NotFound."""
         row = await self.store.one(NOTICE_BY_ID, (notice_id,))
         if row is None:
-            raise NotFound(f"there is no notice {notice_id!r}")
+            raise NotFound(f"notice {notice_id!r} does not exist")
         return Notice.of(row)
 
     async def withdraw_notice(self, notice_id: str, by: str) -> Notice:
@@ -685,6 +691,6 @@ def _refuse_twice(prices: Iterable[Price]) -> None:
     for price in prices:
         if known.setdefault((price.slot, price.effective_at), price.given) != price.given:
             raise UserError(
-                f"there are two prices of {slot_name(PriceSlot(*price.slot))} "
-                f"from {iso_time(price.effective_at)} on; leave one out"
+                f"two different prices of {slot_name(PriceSlot(*price.slot))} "
+                f"take effect at {iso_time(price.effective_at)}; remove one"
             )

@@ -51,14 +51,13 @@ def told_of_prices(added: PricesAdded) -> list[str]:
     """Return what people should know of prices that were added."""
     lines = []
     for each in added.taken_over or ():
-        lines.append(
-            f"{slot_name(each)} takes over from {slot_name(each.from_)}: {rate_list(each.rates)}."
-        )
+        earlier = slot_name(each.from_)
+        lines.append(f"{slot_name(each)}: rates copied from {earlier}: {rate_list(each.rates)}.")
     for each in added.left_out or ():
-        lines.append(f"{slot_name(each)} no longer gives: {rate_list(each.rates)}.")
+        lines.append(f"{slot_name(each)}: no longer has these rates: {rate_list(each.rates)}.")
     for following in added.followed_by:
         lines.append(
-            f"{slot_name(following)} has a later price already, from {following.effective_at} on: "
+            f"{slot_name(following)}: a later price takes effect at {following.effective_at}: "
             f"{rate_list(following.rates)}."
         )
     if added.added:
@@ -70,7 +69,7 @@ def told_of_prices(added: PricesAdded) -> list[str]:
     for because, models in reasons.items():
         lines.append(f"Does not apply to {few(models)}: {because}.")
     for notice in added.notices:
-        lines.append(f"Published as a notice, effective {notice.effective_at}: {notice.text}")
+        lines.append(f"Published notice, effective {notice.effective_at}: {notice.text}")
     return lines
 
 

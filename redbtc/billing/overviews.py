@@ -130,7 +130,7 @@ def quantile(ordered: Sequence[int], percent: int) -> int | None:
 
 
 class AccountInList(Account, kw_only=True):
-    """And what it has spent."""
+    """An account with what it has spent."""
 
     balance: Money
     spent_this_month: Money
@@ -152,7 +152,7 @@ class AccountInList(Account, kw_only=True):
 
 
 class Month(Struct):
-    """What was used and paid in it."""
+    """Usage and payments of a month."""
 
     month: str
     requests: int

@@ -227,11 +227,11 @@ class PriceTable:
         if price.effective_at > at:
             return f"it takes effect at {iso_time(price.effective_at)}"
         if (superseded_at := self._superseded_at(price)) <= at:
-            return f"a later price superseded it at {iso_time(superseded_at)}"
+            return f"a newer price replaced it at {iso_time(superseded_at)}"
         if at < self._since.get(price.model, NEVER):
             return (
-                f"{price.model!r} has no price for the tier {DEFAULT_TIER!r} and any number of "
-                "input tokens, without which its other prices don't count"
+                f"{price.model!r} has no price for the tier {DEFAULT_TIER!r} without a token "
+                "threshold, so its other prices don't apply"
             )
         chosen = next(each for each in self.matching(model) if at >= self._since.get(each, NEVER))
         return None if chosen == price.model else f"the price of {chosen!r} is more specific"
@@ -262,11 +262,11 @@ def unlike(price: Price, applied: Price | None, tier: str) -> str:
     """Why a price of the right pattern is not the one for a request: by its tier or threshold."""
     assert applied is not None, "this one has a price of the default tier beside it"
     if price.tier != applied.tier:
-        more = f", and {tier!r} has its own" if price.tier == DEFAULT_TIER else ""
+        more = f", and {tier!r} has its own price" if price.tier == DEFAULT_TIER else ""
         return f"it is for the tier {price.tier!r}{more}"
     if price.above_input_tokens > applied.above_input_tokens:
-        return f"it is for more than {price.above_input_tokens} input tokens"
-    return f"there is another price for more than {applied.above_input_tokens} input tokens"
+        return f"it applies above {price.above_input_tokens} input tokens"
+    return f"another price applies above {applied.above_input_tokens} input tokens"
 
 
 MAX_MATCHERS = 10_000
@@ -313,7 +313,7 @@ def rises(before: ModelPrices | None, after: ModelPrices | None, free: bool) -> 
             tokens = above + 1 if above else 0
             old, new = before.price(tier, tokens), after.price(tier, tokens)
             risen = [
-                f"{name.replace('_', ' ')} {decimal(a)} to {decimal(b)}{unit_of(name)}"
+                f"{name.replace('_', ' ')} from {decimal(a)} to {decimal(b)}{unit_of(name)}"
                 for name, a, b in ((name, old.rates[name], new.rates[name]) for name in RATES)
                 if b > a and not (getattr(old, name) is None and getattr(new, name) is None)
                 if free or name not in NEEDED or getattr(old, name) is not None
@@ -325,5 +325,5 @@ def rises(before: ModelPrices | None, after: ModelPrices | None, free: bool) -> 
 
 
 def unit_of(rate: str) -> str:
-    """ " a call", or what else a rate is for; "" for a million tokens."""
-    return f" a {UNITS[rate]}" if rate in UNITS else ""
+    """Return the unit of a rate, such as " per call"; "" for a rate per million tokens."""
+    return f" per {UNITS[rate]}" if rate in UNITS else ""

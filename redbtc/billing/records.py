@@ -17,7 +17,7 @@ NOTICE_TEXT = 4000  # characters
 
 
 class Balance(Struct):
-    """An account's money now."""
+    """An account's current balance and budget. If `available` is null, its credit is unlimited."""
 
     balance: Money
     held: Money
@@ -30,7 +30,7 @@ class Balance(Struct):
 
 
 class PriceSlot(Struct):
-    """What a price is for."""
+    """The model, tier and threshold that a price applies to."""
 
     model: str
     tier: str
@@ -45,9 +45,9 @@ class RatesOfPrice(PriceSlot):
 
 
 class PriceShown(RatesOfPrice, kw_only=True):
-    """A rate of null was not given. `shadowed_by`: more specific names and patterns whose prices
-    apply instead of this one to models that it means. `added_by` and `reason` are for operators
-    only."""
+    """A price. A rate of null was not given. `shadowed_by` lists more specific names and patterns:
+    their prices apply to the models that they match, not this one. Only
+    operators see `added_by` and `reason`."""
 
     max_output_tokens: int | None
     currency: str
@@ -65,44 +65,45 @@ class PriceShown(RatesOfPrice, kw_only=True):
 
 
 class PriceList(Struct):
-    """By model, tier, threshold and time."""
+    """Prices, by model, tier, threshold and time."""
 
     prices: list[PriceShown]
 
 
 class RatesOfEarlierPrice(PriceSlot):
-    """Rates that a price left out and an earlier one, `from`, had."""
+    """Rates that a price left out but the earlier price `from` has."""
 
     from_: PriceSlot = field(name="from")
     rates: dict[str, Money | int]
 
 
 class FollowingPrice(PriceSlot):
-    """A price that was there before and will supersede an added one."""
+    """An existing price that will replace an added one later."""
 
     effective_at: Moment
     rates: dict[str, Money | int]
 
 
 class NotApplied(Struct):
-    """A model that a price means but does not apply to."""
+    """A model that a price matches but does not apply to, and why."""
 
     model: str
     because: str
 
 
 class PublishedNotice(Struct):
-    """A notice of a rise."""
+    """A published notice of a price increase."""
 
     text: str
     effective_at: Moment
 
 
 class PricesAdded(PriceList, kw_only=True):
-    """`unchanged` counts the prices that were skipped. `applies_to` and `does_not_apply_to` are the
-    known models: those with a price, in use, or listed by an upstream. `taken_over` (or `left_out`,
-    without `take_over`) are rates that were not given and an earlier price had; `followed_by` are
-    prices that were there before and will supersede the added ones."""
+    """The prices that were added. `unchanged` counts prices that were skipped because they already
+    apply. `applies_to` and `does_not_apply_to` list known models: those with a price, in use, or
+    listed by an upstream. `taken_over` (without `take_over`: `left_out`) lists rates that were not
+    given but an earlier price has. `followed_by` lists existing prices that will replace the added
+    ones later."""
 
     added: int
     unchanged: int
@@ -115,13 +116,14 @@ class PricesAdded(PriceList, kw_only=True):
 
 
 class OtherPrice(PriceShown, kw_only=True):
-    """One that does not apply, and why."""
+    """A price that does not apply, and why."""
 
     because: str
 
 
 class WhichPrice(Struct):
-    """The price that applies to a request (null: none), and all others that mean its model."""
+    """The price that applies to a request (null if none does), and all others that match its
+    model."""
 
     model: str
     at: Moment
@@ -133,7 +135,7 @@ class WhichPrice(Struct):
 
 
 class Payment(Struct, kw_only=True):
-    """A refund is negative. `added_by` is for operators only."""
+    """A payment. A refund has a negative amount. Only operators see `added_by`."""
 
     id: str
     account: str
@@ -159,8 +161,8 @@ class Payment(Struct, kw_only=True):
 
 
 class Notice(Struct, kw_only=True):
-    """`account` of null: for all. `added_by`, `withdrawn_at` and `delivered_at` (by the webhook)
-    are for operators only."""
+    """A notice. If `account` is null, it is for all accounts. Only operators see `added_by`,
+    `withdrawn_at` and `delivered_at`, the time at which the webhook took it."""
 
     id: str
     kind: Literal["price", "terms", "maintenance", "incident", "budget"]

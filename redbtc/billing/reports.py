@@ -173,7 +173,7 @@ async def older_than(store: Store, wanted: Range, request_id: str) -> Range:
     """Those of a range that come before a request. Raises NotFound."""
     found = await store.one(START_OF, (request_id, wanted.account))
     if found is None:
-        raise NotFound(f"there is no request {request_id!r}")
+        raise NotFound(f"request {request_id!r} does not exist")
     until = min(wanted.until, found[0])
     return msgspec.structs.replace(wanted, until=until, before=request_id)
 
@@ -206,7 +206,7 @@ class SumsOfKinds(Struct):
 
 
 class Sums(SumsOfKinds, kw_only=True):
-    """A sum of null: no request has a number."""
+    """Sums over requests. A sum is null if no request reported that number."""
 
     cost: Money
     currency: str
@@ -229,7 +229,7 @@ def sum_columns(row: sqlite3.Row, currency: str) -> dict[str, Any]:
 
 
 class Group(Sums, kw_only=True):
-    """Those of one combination of what it was grouped by."""
+    """Sums for one combination of the fields to group by."""
 
     day: str | UnsetType = UNSET
     model: str | UnsetType | None = UNSET

@@ -52,7 +52,7 @@ async def statement(
     end = month_start(months_after(month, 1))
     now = await store.settle_time()
     if month_start(month) > now:
-        raise UserError(f"{month} has not begun")
+        raise UserError(f"the month {month} has not begun")
     of_month, lines = (account.id, month), -1 if limit is None else limit
     async with store.snapshot() as snapshot:
         usage = await snapshot.all(USAGE_OF_MONTH, (*of_month, lines))
@@ -97,14 +97,14 @@ async def paid_by_month_of(store: Store | Reader, account_id: str) -> dict[str, 
 
 
 class StatementTotals(Sums, kw_only=True):
-    """And what was paid."""
+    """Sums of a statement, and what was paid."""
 
     paid: Money
 
 
 class Correction(Struct):
-    """What an estimated request cost before and after its usage was seen. The difference is part of
-    the usage of its day."""
+    """The cost of an estimated request before and after its real usage became known. The difference
+    is included in the usage of its day."""
 
     request_id: str
     day: str
@@ -126,7 +126,7 @@ class Correction(Struct):
 
 
 class Statement(Struct):
-    """An account's month."""
+    """An account's statement for a month."""
 
     account: str
     account_id: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 
 import msgspec
 from msgspec import convert
@@ -13,7 +14,7 @@ from redbtc.admin.api import API, prices_of
 from redbtc.admin.inputs import NewPrices
 from redbtc.billing.books import Billing
 from redbtc.cli.money import read_prices
-from redbtc.config import shipped
+from redbtc.config import UpstreamSettings, shipped
 from redbtc.store.accounts import Accounts
 
 FIRST_ACCOUNT = "first"
@@ -43,39 +44,42 @@ async def dashboard(api: API) -> str:
     else:
         new = {"email": FIRST_OPERATOR, "role": "operator"}
         added = await api.perform(API.add_user, actor, body=msgspec.json.encode(new))
-    return f"Dashboard  {added.link}   (to set the operator's password, once)\n"
+    return f"Dashboard  {added.link}   (one-time link to set the operator's password)\n"
 
 
-async def welcome(api: API, base_url: str, demo: bool) -> str:
-    """What a newcomer needs: with no account yet, a first one and its key, shown this once."""
+async def welcome(
+    api: API, base_url: str, upstreams: Iterable[UpstreamSettings], demo: bool
+) -> str:
+    """Return what a newcomer needs to know. If there is no account, create one with a key."""
     accounts = Accounts(api.books.store)
     command = f"{os.path.relpath(sys.executable)} {os.path.relpath(sys.argv[0])}"
     key = "$REDBTC_API_KEY"
-    about_key = f"Your API key was shown at the first start. Another:  {command} key add first"
+    about_key = (
+        f"Your API key was shown at the first start. To create another:  {command} key add first"
+    )
     if not await accounts.any():
         account = await accounts.add(FIRST_ACCOUNT, None, {}, FIRST_RUN)
         key = (await accounts.add_key(account.id, FIRST_RUN, None, {}, FIRST_RUN)).key
-        about_key = f"API key    {key}   (shown this once: store it now)"
+        about_key = f"API key    {key}   (copy it now: it won't be shown again)"
     model = await api.example_model(None)
     chat = f'{{"model":"{model}","messages":[{{"role":"user","content":"Say hello."}}]'
     curl = f'curl {base_url}/chat/completions -H "Authorization: Bearer {key}"'
     curl += ' -H "Content-Type: application/json"'
-    upstream = (
-        "a demonstration upstream: no model is behind it. Set OPENAI_API_KEY for OpenAI."
-        if demo
-        else "the upstreams of the settings."
-    )
+    target = ", ".join(f"{each.name} ({each.base_url})" for each in upstreams)
+    if demo:
+        target = "the demonstration upstream (answers are canned, usage is real)\n"
+        target += "To use OpenAI, set OPENAI_API_KEY and start again."
     return f"""
-RedBTC AI forwards to {upstream}
+Forwarding to: {target}
 
 Base URL   {base_url}
 {about_key}
 
-Try it, plain and streamed:
+Try it, without and with streaming:
 
 {curl} -d '{chat}}}'
 
 {curl} -N -d '{chat},"stream":true}}'
 
-What was used:  {command} usage
+Show usage:  {command} usage
 """

@@ -27,7 +27,7 @@ from redbtc.dashboard.operator_pages import (
     last_days,
     part_of,
 )
-from redbtc.dashboard.rendering import explanation
+from redbtc.dashboard.rendering import counted, explanation
 from redbtc.dashboard.sessions import SECURITY
 from redbtc.dashboard.visit import PageRequest, PageVariables
 from redbtc.errors import NotFound, UserError
@@ -88,13 +88,13 @@ async def account_overview(visit: PageRequest) -> PageVariables:
         "measure": measure,
         "measures": MEASURES,
         "chart": stacked(
-            f"{unit} by day and model", "The last 30 days.", days, series, unit=unit, prefix="a"
+            f"{unit} by day and model", "Last 30 days.", days, series, unit=unit, prefix="a"
         ),
     }
 
 
 class KeyOnPage(NamedTuple):
-    """A key, and whether it is in force."""
+    """A key, and whether it is active, expired or revoked."""
 
     key: KeyInList
     state: str
@@ -103,16 +103,16 @@ class KeyOnPage(NamedTuple):
     def of(cls, key: KeyInList, now: str) -> KeyOnPage:
         """Return the key with its state at a time."""
         expired = key.expires_at is not None and key.expires_at <= now
-        return cls(key, "revoked" if key.revoked_at else "expired" if expired else "in force")
+        return cls(key, "revoked" if key.revoked_at else "expired" if expired else "active")
 
 
 async def keys(visit: PageRequest) -> PageVariables:
-    """Those in force, then the others; each the newest first."""
+    """Show active keys, then the others, newest first."""
     shown = await _account(visit, "Keys")
     found = (await visit.ask(API.list_keys, account=shown["account"].id)).keys
     now = iso_time(visit.now) or ""
     on_page = [KeyOnPage.of(key, now) async for key in with_turns(reversed(found))]
-    on_page.sort(key=lambda each: each.state != "in force")
+    on_page.sort(key=lambda each: each.state != "active")
     return {**shown, **part_of(visit, "keys", on_page), "added": None}
 
 
@@ -147,7 +147,7 @@ async def _key(visit: PageRequest) -> str:
     found = (await visit.ask(API.list_keys, account=account)).keys
     key_id = visit.form.get("key", "")
     if all(key.id != key_id for key in found):
-        raise NotFound("there is no such key")
+        raise NotFound("this account has no such key")
     return key_id
 
 
@@ -161,7 +161,11 @@ async def revoke_key(visit: PageRequest) -> PageVariables | None:
     """From the next request on; of a compromised one what runs is cut."""
     compromised = "true" if visit.form.get("compromised") else "false"
     done = await visit.do(API.revoke_key, {"compromised": compromised}, key=await _key(visit))
-    return {"done": f"Revoked. Cut in flight: {done.cut}."} if done.compromised else None
+    return (
+        {"done": f"Key revoked. {counted(done.cut, 'request')} in flight stopped."}
+        if done.compromised
+        else None
+    )
 
 
 def _filters(visit: PageRequest, account_id: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -72,10 +72,10 @@ MAX_FORM_BYTES = 64 << 10
 ONCE = re.compile("[0-9a-f]{16}")
 MAX_SENT = 10_000  # forms that are known to have been sent
 
-BAD_LOGIN = "Address and password don't belong together."
+BAD_LOGIN = "Wrong email or password."
 SUSPENDED = "This account is suspended."
-SEVERAL = "This is the password of several logins: choose one, and type it again."
-UNKNOWN = {404: "There is no such page.", 500: "The gateway failed on this."}
+SEVERAL = "You have several logins with this password. Choose one and enter the password again."
+UNKNOWN = {404: "Page not found.", 500: "The gateway could not process this request."}
 Handler = Callable[[PageRequest], Awaitable[Response]]
 Show = Callable[[PageRequest], Awaitable[PageVariables]]
 Action = Callable[[PageRequest], Awaitable[PageVariables | Response | None]]
@@ -144,7 +144,7 @@ class Dashboard:
 
         async def handler(visit: PageRequest) -> Response:
             if RANKS[visit.actor.rank] < RANKS[least]:
-                raise Forbidden("this is not for your role")
+                raise Forbidden("you don't have access to this page")
             made: PageVariables = {"done": "done" in visit.request.query_params}
             refused = None
             if visit.request.method not in SAFE:
@@ -172,7 +172,7 @@ class Dashboard:
     ) -> PageVariables | Response | None:
         action = actions.get(visit.form.get("do", ""))
         if action is None:
-            raise Forbidden("there is no such form")
+            raise Forbidden("this page has no such form; reload the page and try again")
         with self._once(visit.session, visit.form.pop("once", "")):
             return await action(visit)
 
@@ -185,7 +185,7 @@ class Dashboard:
             return
         form = session.user_id, token
         if form in self._sent:
-            raise UserError("this form was sent before; a key or link is shown only once")
+            raise UserError("this form was already submitted; keys and links are shown only once")
         self._sent[form] = None
         if len(self._sent) > MAX_SENT:
             self._sent.popitem(last=False)
@@ -241,7 +241,7 @@ class Dashboard:
 
     async def _unknown(self, _: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        problem = UNKNOWN.get(status, "This can't be asked for so.")
+        problem = UNKNOWN.get(status, "This request isn't supported.")
         return await self.page("error.html", {"code": status, "problem": problem}, status)
 
     @staticmethod
@@ -332,7 +332,7 @@ class Dashboard:
             return await self.page("link.html", shown, refused=error)
         logged_in = await self._log_in(request, link.user_id, hashed)
         if logged_in is None:
-            raise Forbidden("the password is set, but this account is suspended")
+            raise Forbidden("your password is set, but this account is suspended")
         return logged_in
 
     async def change_password(self, visit: PageRequest) -> Response:
@@ -346,7 +346,7 @@ class Dashboard:
 def new_password(form: Mapping[str, str], name: str) -> str:
     """That of a form, where it was typed twice alike. Raises UserError."""
     if form.get(name, "") != form.get("again", ""):
-        raise UserError("the two passwords differ")
+        raise UserError("the two passwords don't match")
     return form.get(name, "")
 
 

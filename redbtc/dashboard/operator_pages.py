@@ -59,8 +59,8 @@ async def overview(visit: PageRequest) -> PageVariables:
         "found": found,
         "columns": [
             "Day",
-            *(f"#Requests, {each.name}" for each in requests),
-            *(f"#{currency}, {each.name}" for each in costs),
+            *(f"#Requests: {each.name}" for each in requests),
+            *(f"#{currency}: {each.name}" for each in costs),
         ],
         "table": {
             day: [
@@ -70,10 +70,20 @@ async def overview(visit: PageRequest) -> PageVariables:
             for place, day in enumerate(days)
         },
         "traffic": stacked(
-            "Requests by day", "All accounts.", days, requests, unit="requests", prefix="r"
+            "Requests by day and outcome",
+            "All accounts, last 30 days.",
+            days,
+            requests,
+            unit="requests",
+            prefix="r",
         ),
         "spend": stacked(
-            "Spend by day and upstream", "All accounts.", days, costs, unit=currency, prefix="s"
+            "Spend by day and upstream",
+            "All accounts, last 30 days.",
+            days,
+            costs,
+            unit=currency,
+            prefix="s",
         ),
     }
 
@@ -169,7 +179,7 @@ async def add_price(visit: PageRequest) -> PageVariables:
     """Add a price and tell what that means."""
     price = visit.fields(*PRICE_FIELDS, *RATES)
     added = await visit.do(API.add_prices, {"prices": [price], **visit.fields("without_notice")})
-    done = "Price added." if added.added else "This is the price already: nothing was added."
+    done = "Price added." if added.added else "Nothing added: this price already applies."
     return {"done": " ".join([done, *told_of_prices(added)])}
 
 
@@ -254,7 +264,7 @@ async def _user(visit: PageRequest) -> str:
     """The id of the one that a form names, where it is one of them."""
     user_id = visit.form.get("user", "")
     if all(user.id != user_id for user in await _users(visit)):
-        raise NotFound("there is no such user")
+        raise NotFound("this page lists no such user")
     return user_id
 
 

@@ -61,9 +61,9 @@ def check_origin(request: Request) -> None:
     """Raises Forbidden for a change that doesn't come from here, or doesn't say so."""
     own = f"{request.url.scheme}://{request.headers.get('host', '')}"
     if request.headers.get("origin") != own:
-        raise Forbidden(f"a change must come from here: with the header Origin: {own}")
+        raise Forbidden(f"the Origin header must be {own}: open the dashboard at its own address")
     if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
-        raise Forbidden("this came from another site")
+        raise Forbidden("requests from other sites are refused")
 
 
 def session_of(api: API, request: Request) -> LoginSession | None:
@@ -87,7 +87,7 @@ def actor_of(api: API) -> Callable[[Request], Actor]:
             return Actor(f"key {key.id}", "key", key.account_id, key=key)
         session = session_of(api, request)
         if session is None:
-            raise Unauthorized("nobody is logged in; the dashboard's login is /dashboard/login")
+            raise Unauthorized("not logged in; log in at /dashboard/login")
         if request.method not in SAFE:
             check_origin(request)
         return actor_for(session, request)

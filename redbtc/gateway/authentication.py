@@ -9,7 +9,7 @@ from redbtc.server.asgi import Scope
 from redbtc.store.database import Store
 from redbtc.store.keys import Key, key_in_force
 
-BAD_KEY = "Incorrect API key provided. Send it as 'Authorization: Bearer sk-redbtc-…'."
+BAD_KEY = "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…'."
 
 
 def authenticate(scope: Scope, store: Store) -> Key:

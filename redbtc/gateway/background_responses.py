@@ -161,9 +161,7 @@ class BackgroundResponses:
         asked for it. `most` is the maximum (0: none). Raises Refusal."""
         if 0 < most <= self._counts[account_id]:
             headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
-            message = (
-                f"This account has {most} unfinished background responses, which is the maximum."
-            )
+            message = f"This account has {most} unfinished background responses, the maximum."
             raise Refusal(
                 "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
             )

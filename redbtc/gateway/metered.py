@@ -501,8 +501,8 @@ def unmetered() -> Refusal:
     """Return the refusal of a streamed chat whose usage would not be reported, though it is billed
     by that."""
     message = (
-        "This stream would not report its usage, by which it is billed. Send "
-        '"stream_options": {"include_usage": true}. It can be left out of a body that is not '
-        "compressed, unless the gateway is set to change no body."
+        "This stream would not report its usage, which is needed for billing. Send "
+        '"stream_options": {"include_usage": true}. The gateway adds it for you only if the body '
+        'is not compressed and metering.include_usage is "add".'
     )
     return Refusal("invalid_request", message, param="stream_options")

@@ -62,7 +62,7 @@ class Pages:
         """Count a request of an account or a user that has no place: one whose client reads its
         answer slowly holds a connection and memory. Raises Refusal."""
         if self._asked[who] >= MAX_ASKED:
-            message = f"At most {MAX_ASKED} of these requests can be in flight at once."
+            message = f"At most {MAX_ASKED} requests for figures and pages can be in flight."
             raise Refusal("concurrency_limit_exceeded", message)
         self._asked[who] += 1
         try:

@@ -75,7 +75,7 @@ async def _read_up_to(
 
 def _check_size(size: int, most: int) -> None:
     if size > most:
-        raise Refusal("request_too_large", f"The request body is over {most} bytes.")
+        raise Refusal("request_too_large", f"The request body is larger than {most} bytes.")
 
 
 async def read_content(

@@ -162,7 +162,7 @@ class StoredRoute:
                     steps = RequestBody.steps(body, body)
                     await required_upstreams(gateway, key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.unended:
-                    message = "The response is still in progress; cancel it first."
+                    message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
                 await gateway.limits.admit(admission, 0, clock)
             with await self._hold(key, response_id, admission):
@@ -190,8 +190,8 @@ class StoredRoute:
             return await self._gateway.corrections.hold(response_id, key.account_id)
         except SpendingLimitReached as error:
             unknown = (
-                "The usage of this response is not known yet; "
-                "it is charged to the key that created the response."
+                "The usage of this response is not known yet. "
+                "It will be charged to the key that created the response."
             )
             refusal = insufficient_quota(f"{error} {unknown}")
         except StorageUnavailable:
@@ -215,7 +215,9 @@ class StoredRoute:
 def check_plain_json(headers: Headers) -> None:
     """Raise Refusal if the headers announce a body that is not JSON, or compressed."""
     if media_of(headers, forms=False).encoding:
-        message = "The body of this request must not be compressed."
+        message = (
+            "The body of this request must not be compressed; send it without Content-Encoding."
+        )
         raise Refusal("unsupported_media_type", message)
 
 

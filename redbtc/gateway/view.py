@@ -82,17 +82,17 @@ class GatewayMetrics:
         """Yield the metrics of the gateway and of its ledger."""
         gauge, counter, gateway = GaugeMetricFamily, CounterMetricFamily, self._gateway
         store = gateway.store
-        yield gauge("redbtc_in_flight", "Requests under /v1 being served", gateway.in_flight.count)
-        yield gauge("redbtc_queued", "Requests that wait for a place", gateway.limits.queued)
-        yield counter("redbtc_ledger_commits", "Commits of the ledger", store.commits.count)
+        yield gauge("redbtc_in_flight", "Requests to /v1 in flight", gateway.in_flight.count)
+        yield gauge("redbtc_queued", "Requests waiting for a free place", gateway.limits.queued)
+        yield counter("redbtc_ledger_commits", "Ledger commits", store.commits.count)
         yield counter(
             "redbtc_ledger_repairs",
-            "Rows that another process had closed",
+            "Rows closed by another process",
             store.commits.repaired,
         )
         yield gauge(
             "redbtc_clock_offset_seconds",
-            "The machine's clock minus the ledger's time",
+            "System clock minus ledger time",
             store.clock.offset / 1000,
         )
         yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", store.healthy)

@@ -90,7 +90,7 @@ class Vitals:
         yield gauge("redbtc_ledger_wal_bytes", "Size of the database's WAL file", store.wal_bytes)
         yield gauge(
             "redbtc_ledger_seconds_since_commit",
-            "Since the last good commit of the ledger",
+            "Time since the ledger's last successful commit",
             time.monotonic() - store.commits.committed_at,
         )
         yield gauge(
@@ -101,12 +101,12 @@ class Vitals:
         for name, what, histogram in (
             (
                 "redbtc_ledger_commit_seconds",
-                "Of a commit of the ledger",
+                "Duration of a ledger commit",
                 store.commits.commit_seconds,
             ),
             (
                 "redbtc_ledger_begin_seconds",
-                "From a request's begin to its commit in the ledger",
+                "Time from the start of a request to the commit of its row",
                 store.commits.begin_seconds,
             ),
         ):
@@ -115,4 +115,4 @@ class Vitals:
             yield family
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(store.path.parent).free
-            yield gauge("redbtc_disk_free_bytes", "Free on the database's disk", free)
+            yield gauge("redbtc_disk_free_bytes", "Free space on the database's disk", free)

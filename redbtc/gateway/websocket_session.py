@@ -134,7 +134,7 @@ class WebSocketSession:
         self._charge_handshake()
         sessions, account_id = self.gateway.sessions, self._key.account_id
         if sessions[account_id] >= MAX_SESSIONS:
-            message = f"This account has {MAX_SESSIONS} WebSockets open, which is the most."
+            message = f"This account has {MAX_SESSIONS} WebSockets open, the maximum."
             raise Refusal("concurrency_limit_exceeded", message)
         sessions[account_id] += 1
         try:
@@ -153,7 +153,7 @@ class WebSocketSession:
         frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
         wait = frames.seconds_until(REFUSED_FRAMES)
         if wait:
-            message = "Too many WebSocket handshakes and small frames of this account."
+            message = "This account sends too many WebSocket handshakes and small frames."
             raise Refusal("rate_limit_exceeded", message, retry_after=wait)
         frames.charge(REFUSED_FRAMES)
 
@@ -322,7 +322,7 @@ class WebSocketSession:
                 await self._take(message["text"], message["reserved"])
             else:
                 self._reserved.give_back(message["reserved"])
-                await self._close(UNSUPPORTED_DATA, "Only text is understood here.")
+                await self._close(UNSUPPORTED_DATA, "Only text messages are supported.")
 
     async def _take(self, text: Buffer, reserved: int) -> None:
         """One message. Its memory is given back unless it waits for a place."""
@@ -364,11 +364,12 @@ class WebSocketSession:
         if facts.type != "response.create":
             message = "'type' is missing."
             if facts.type is not None:
-                message = f"'{facts.type}' is not an event that is understood here."
+                message = f"'{facts.type}' is not a supported event type."
             raise Refusal("invalid_request", message, param="type")
         frame.check_model(needed=True)
         if len(self._waiting) >= MAX_WAITING:
-            raise Refusal("concurrency_limit_exceeded", "Too many requests wait for their turn.")
+            message = f"{MAX_WAITING} requests are waiting on this connection, the maximum."
+            raise Refusal("concurrency_limit_exceeded", message)
         self._waiting[frame] = admission
         lane = self._lanes.get(facts.stream_id)
         if lane is None:
@@ -381,7 +382,7 @@ class WebSocketSession:
         frame.check_steering()
         response_id = frame.facts.previous_response_id or ""
         if frame.offers_tools:
-            raise Refusal("invalid_request", "Steering offers no tools.", param="input")
+            raise Refusal("invalid_request", "'response.steer' can't add tools.", param="input")
         turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
         for turn in turns:
             if response_id and turn.response_id == response_id and not turn.settled:
@@ -438,7 +439,9 @@ class WebSocketSession:
         upstreams = await upstreams_for(gateway, key, frame, self._made)
         speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
         if not speaking:
-            raise Refusal("no_upstream", "No upstream takes this model over a WebSocket.")
+            raise Refusal(
+                "no_upstream", "No upstream serves this model over a WebSocket; use POST."
+            )
         here = {line.upstream for line in self._lines}
         speaking.sort(key=lambda upstream: upstream not in here)
         memory = FrameMemory(self, frame)
@@ -519,7 +522,7 @@ class WebSocketSession:
     async def _pass_events(self, line: UpstreamSocket) -> None:
         """Until the upstream closes. With the last line the client's connection is closed, too, in
         the same way."""
-        code, reason = INTERNAL_ERROR, "The upstream's connection was lost."
+        code, reason = INTERNAL_ERROR, "The connection to the upstream was lost."
         await self._accepted.wait()  # an event can come with the upstream's handshake
         try:
             while True:

@@ -161,12 +161,12 @@ class Turn(MeteredRequest):
         other = frame.extras & ~content.extras
         if other or frame.lasting_models not in (None, content.lasting_models):
             message = (
-                "Steering can't name an item of a response whose input has other tools, or ask for "
-                "another lifetime in the prompt cache."
+                "'response.steer' can't refer to an item of a response that has other tools, or "
+                "ask for another prompt cache lifetime."
             )
             raise Refusal("invalid_request", message, param="input")
         if len(self._steers) >= MAX_STEERS:
-            message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
+            message = f"This response has {MAX_STEERS} unanswered steering events, the maximum."
             raise Refusal("concurrency_limit_exceeded", message)
         if len(content.chosen_ids) + len(frame.chosen_ids) > MAX_ITEMS:
             message = f"The input of this response has more than {MAX_ITEMS} items with ids."

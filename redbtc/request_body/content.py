@@ -217,7 +217,7 @@ class RequestBody:
         upstream chooses it. Raises Refusal."""
         models = add_models(dict(self._inherited), self._further)
         if sum(models.values()) > 1:
-            message = "The image tools have different models."
+            message = "All image tools in a request must use the same model."
             raise Refusal("invalid_request", message, param="tools")
         check_models(models)
         return models
@@ -278,7 +278,7 @@ class ClientEvent(RequestBody):
         """Raise Refusal if it has other members than steering has."""
         if self._foreign is not None:
             name = self._foreign[:MAX_NAME]
-            message = f"'{name}' is not allowed in '{self.facts.type}'."
+            message = f"'{name}' is not allowed in an event of type '{self.facts.type}'."
             raise Refusal("invalid_request", message, param=name)
 
 

@@ -28,7 +28,7 @@ MAX_NUMBER = 999  # of answers or images, in `n`
 
 def bad_number() -> Refusal:
     """Return the refusal of an `n` that readers could take for different numbers, or for none."""
-    message = f"'n' must be a number from 1 to {MAX_NUMBER}."
+    message = f"'n' must be a whole number from 1 to {MAX_NUMBER}."
     return Refusal("invalid_request", message, param="n")
 
 
@@ -167,7 +167,7 @@ def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFa
     whose name has letters of another case."""
     check_letters(members, KNOWN)
     if CHOOSES_ID in members:
-        message = f"'{CHOOSES_ID}' can't be chosen: the upstream gives a response its id."
+        message = f"'{CHOOSES_ID}' is not allowed: the upstream chooses the id of a response."
         raise Refusal("invalid_request", message, param=CHOOSES_ID)
     known = [b'"%b":%b' % (name.encode(), members[name]) for name in FACT_NAMES & members.keys()]
     text = b"{%b}" % b",".join(known)

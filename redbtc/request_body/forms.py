@@ -65,7 +65,7 @@ class Form:
         """A boundary."""
         first = self._part < 0  # with nothing before it, which another reader could take in
         if (end and body[end - 2 : end] != b"\r\n") or (first and end > 2):
-            raise Refusal("invalid_request", "The form's boundary stands within a line.")
+            raise Refusal("invalid_request", "The form's boundary must be at the start of a line.")
         if not first:
             self._take(body, end - 2)
         self._part = self._searched = end + len(self._delimiter)
@@ -91,7 +91,10 @@ class Form:
         long = field and size > MAX_FIELD and name != b"prompt"
         if (single and not proper) or long or ODD_SVG.match(name) or ODD_SINGLE.match(name):
             shown = name.decode()
-            message = f"'{shown}' must be in the form once, in lower case, as a short text field."
+            message = (
+                f"'{shown}' must be in the form once, in lower case, as a text field of at most "
+                f"{MAX_FIELD} bytes."
+            )
             raise Refusal("invalid_request", message, param=shown)
         if field and size <= MAX_FIELD:
             self.fields[name] = bytes(body[head_end + 4 : end])
@@ -102,7 +105,7 @@ class Form:
         its filename is empty or only a `filename*`, if its value begins like JSON."""
         if begin.lstrip()[:1] in (b"{", b"[", b'"'):
             shown = name.decode()
-            message = f"'{shown}' must have a 'filename' that is not empty, or none at all."
+            message = f"'{shown}' has an empty 'filename'. Name the file, or leave 'filename' out."
             raise Refusal("invalid_request", message, param=shown)
 
     def most_tokens(self, body: Buffer) -> int:
@@ -128,7 +131,9 @@ class Form:
         """`model` and `stream` wherever they stand in the form: openai-node sends files before
         them. Raises Refusal where the form has no end."""
         if self._part < 0 or not FORM_END.match(body, self._part):
-            raise Refusal("invalid_request", "The form has no end.")
+            raise Refusal(
+                "invalid_request", "The form is incomplete: its closing boundary is missing."
+            )
         stream = self.fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
         model, number = self.fields.get(b"model"), self.fields.get(b"n")
         if number is not None and not NUMBER.fullmatch(number):
@@ -152,9 +157,9 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
     name = found[1].get(b"name", b"") if found and found[0] == b"form-data" else b""
     plain = is_plain(fields.get(b"content-type", b"").strip().lower())
     if not (once and plain and found and 0 < len(name) <= MAX_NAME):
-        raise Refusal("invalid_request", "A part of the form has no head that can be read.")
+        raise Refusal("invalid_request", "A part of the form has invalid headers.")
     if not FIELD_NAME.fullmatch(name):
-        message = "The name of a form field may have only letters, digits and '_.-[]'."
+        message = "The name of a form field may contain only letters, digits and '_.-[]'."
         raise Refusal("invalid_request", message)
     return found[1]
 

@@ -72,7 +72,7 @@ MAX_TOOLS = 4_000  # nested ones included; OpenAI allows 128, MCP servers have s
 def check_models(models: dict[str, bool]) -> None:
     """Raise Refusal for more than MAX_MODELS models."""
     if len(models) > MAX_MODELS:
-        message = f"The tools name more than {MAX_MODELS} models."
+        message = f"The tools use more than {MAX_MODELS} different models."
         raise Refusal("invalid_request", message, param="tools")
 
 
@@ -135,7 +135,7 @@ class BodyReader:
 
     def _read_input(self, given: msgspec.Raw) -> Steps[None]:
         if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
-            raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
+            raise Refusal("invalid_request", "'input' must be a string or an array.", param="input")
         for part in self._pieces.parts(given) if is_list(given) else ():
             telling = None if self._names or self._shows else TELLING
             objects = yield from read_list(self._pieces, part, ITEM_NAMES, telling)

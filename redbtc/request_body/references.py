@@ -76,13 +76,13 @@ class References:
         """Note a stored object. Raises Refusal for too many."""
         self._mentions += 1
         if self._mentions > MAX_MENTIONS:
-            message = f"The body names stored objects more than {MAX_MENTIONS} times."
+            message = f"The body refers to stored objects more than {MAX_MENTIONS} times."
             raise Refusal("invalid_request", message)
         if reference not in self.found:
             self._characters += len(reference.id)
         self.found[reference] = self.found.get(reference, 0) + 1
         if len(self.found) > MAX_REFERENCES:
-            message = f"The body names more than {MAX_REFERENCES} stored objects."
+            message = f"The body refers to more than {MAX_REFERENCES} stored objects."
             raise Refusal("invalid_request", message)
 
 

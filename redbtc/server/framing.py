@@ -51,7 +51,7 @@ def check_head(scope: Scope) -> None:
     names, values = [name for name, _ in headers], b"".join([value for _, value in headers])
     size = len(b"".join(names)) + len(values) + len(scope["raw_path"]) + len(scope["query_string"])
     if size > MAX_HEAD_BYTES:
-        message = f"The URL and the headers have more than {MAX_HEAD_BYTES} bytes."
+        message = f"The URL and headers together have more than {MAX_HEAD_BYTES} bytes."
         raise Refusal("headers_too_large", message)
     if (headers and not TOKEN.fullmatch(b"".join(names))) or BAD_IN_VALUE.search(values):
         raise Refusal("invalid_http", "A header contains a character that is not allowed.")

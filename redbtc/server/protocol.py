@@ -310,7 +310,9 @@ class HTTPProtocol(asyncio.Protocol):
         try:
             rest = cycle.feed(data)
         except BadFraming:
-            cycle.fail(Refusal("invalid_http", "The framing of the body is invalid."))
+            cycle.fail(
+                Refusal("invalid_http", "The chunked encoding of the request body is invalid.")
+            )
             if self._state is State.DISCARDING:
                 self._close(whole=False)
             return

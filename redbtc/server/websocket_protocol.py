@@ -333,8 +333,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._refuse_size()
 
     def _refuse_size(self) -> None:
-        allowed = f"at most {self._intake.max_bytes} bytes in {MAX_FRAGMENTS} fragments"
-        self._end(Refusal("request_too_large", f"A message may have {allowed}."), TOO_BIG)
+        allowed = f"at most {self._intake.max_bytes} bytes in at most {MAX_FRAGMENTS} fragments"
+        self._end(Refusal("request_too_large", f"A message can have {allowed}."), TOO_BIG)
 
     def handle_cont(self, event: WireFrame) -> None:
         """Append a fragment to the message: joining all of them at the end could take long."""

@@ -95,7 +95,7 @@ class Accounts:
         try:
             await self._store.transact((ADD_ACCOUNT, values), by=by)
         except sqlite3.IntegrityError:
-            raise Conflict(f"there is an account {name!r} already") from None
+            raise Conflict(f"account {name!r} already exists") from None
         return await self.show(name)
 
     async def set(self, account_id: str, changes: Mapping[str, Any], by: str) -> Account:
@@ -170,7 +170,7 @@ class Accounts:
         for `overlap_ms`. Raises Conflict where the old one is no longer in force."""
         old, now = await self._key(key_id), self._store.time()
         if old["revoked_at"] is not None or (old["expires_at"] or now + 1) <= now:
-            raise Conflict(f"key {key_id} is revoked or expired; add a new one instead")
+            raise Conflict(f"key {key_id} is revoked or expired; create a new key instead")
         secret, added = new_key(), new_id("key")
         await self._store.transact(
             (COPY_KEY, (added, hash_of_key(secret), now, key_id)),
@@ -182,17 +182,17 @@ class Accounts:
 
 def no_account(name: str) -> NotFound:
     """What is another's is not found, like what never was."""
-    return NotFound(f"there is no account {name!r}")
+    return NotFound(f"account {name!r} does not exist")
 
 
 def no_key(key_id: str) -> NotFound:
     """The same for a key."""
-    return NotFound(f"there is no key {key_id!r}")
+    return NotFound(f"key {key_id!r} does not exist")
 
 
 class Account(Struct, kw_only=True):
-    """An account with its limits. A limit of null is the settings', a budget of null is none.
-    `status_reason` is for operators only."""
+    """An account, with its limits. A limit of null falls back to the settings'; a budget of null
+    means no budget. Only operators see `status_reason`."""
 
     id: str
     name: str
@@ -241,9 +241,9 @@ def key_columns(row: sqlite3.Row) -> dict[str, Any]:
 
 
 class KeyShown(Struct):
-    """A key without what would let one use it. A limit of null is the account's, a budget of null
-    is none. Keys with the same `budget_id`, the id of the first of them, replaced one another and
-    share what is spent of the monthly budget."""
+    """A key, without the secret. A limit of null falls back to the account's; a budget of null
+    means no budget. Keys with the same `budget_id` (the id of the first of them) replaced one
+    another and share a monthly budget."""
 
     id: str
     account: str
@@ -267,13 +267,13 @@ class KeyShown(Struct):
 
 
 class KeyInList(KeyShown):
-    """`last_used_on` is a day, in UTC."""
+    """A key with the day (UTC) of its last use."""
 
     last_used_on: str | None
 
 
 class KeyAdded(Struct):
-    """A new key; the rest is as in KeyShown. `key` is the only copy there will ever be."""
+    """A new key. `key` is the secret, which is shown only once; the rest is as in KeyShown."""
 
     id: str
     key: str

@@ -85,7 +85,8 @@ def shown_columns(kind: str, columns: str | None) -> dict[str, Any] | None:
 
 
 class Change(Struct):
-    """`before` of null: it was added; `after` of null: it was removed."""
+    """An administrative change. If `before` is null, the object was added; if `after` is null, it
+    was removed."""
 
     id: int
     changed_at: Moment

@@ -64,7 +64,7 @@ def check_answer(headers: Headers) -> None:
     in two ways."""
     names = {name.lower() for name, _ in headers}
     if {b"content-length", b"transfer-encoding"} <= names:
-        raise httpx2.RemoteProtocolError("an answer with Content-Length and Transfer-Encoding")
+        raise httpx2.RemoteProtocolError("a response with Content-Length and Transfer-Encoding")
     if BAD_IN_VALUE.search(b"".join([value for _, value in headers])):
         raise httpx2.RemoteProtocolError("a control character in a header")
 
@@ -181,7 +181,7 @@ class Upstream:
                     pass
                 return answer.status
             except NotDecoded:
-                raise httpx2.DecodingError("the answer can't be decoded") from None
+                raise httpx2.DecodingError("the response can't be decoded") from None
             finally:
                 await answer.body.aclose()
 
@@ -193,7 +193,7 @@ class Upstream:
         def take(chunk: bytes) -> tuple[()]:
             body.extend(chunk)
             if len(body) > MAX_FETCHED:
-                raise httpx2.RemoteProtocolError("the answer is too long")
+                raise httpx2.RemoteProtocolError("the response is too long")
             return ()
 
         status = await self.fetch(path, take)
@@ -209,7 +209,7 @@ class Upstream:
                 allowed = [each for each in named if self.serves(each["id"])]
                 self._models = allowed, time.monotonic()
         if self._models is None:
-            raise Refusal("upstream_unreachable", "The upstream gave no list of models.")
+            raise Refusal("upstream_unreachable", "The upstream did not return a list of models.")
         models, listed_at = self._models
         return models, time.monotonic() - listed_at
 
