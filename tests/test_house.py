@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "upstream": BASE | {"config", "refusals", "meter", "request_body"},
     "server": BASE | {"deadlines", "limits", "refusals", "request_body", "store", "telemetry"},
     "admin": BASE | {"billing", "config", "limits", "store"},
-    "dashboard": BASE | {"admin", "billing", "config", "store"},
+    "dashboard": BASE | {"admin", "billing", "config", "server", "store"},
     "demo": BASE | {"refusals", "request_body"},
 }
 MAY_IMPORT["gateway"] = frozenset(MAY_IMPORT) - {"start", "demo"}

@@ -7,7 +7,7 @@ import contextlib
 import random
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvicorn
@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 
 from redbtc.server import cycle
 from redbtc.server import protocol as protocol_module
-from redbtc.server.asgi import Scope
+from redbtc.server.asgi import Scope, request_of
 from redbtc.server.connections import Connections, State
 from redbtc.server.framing import (
     HANDSHAKE_LISTS,
@@ -29,7 +29,9 @@ from redbtc.server.framing import (
     is_handshake,
 )
 from redbtc.server.protocol import HTTPProtocol
+from redbtc.store.keys import Key
 
+KEY = cast(Key, "somebody's")
 SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: g\r\n\r\n"
 HANDSHAKE = (
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
@@ -129,10 +131,10 @@ class Served:
         await self._app(scope, receive, send)
 
     async def _echo(self, scope: Scope, receive: Any, send: Any) -> None:
-        body = await read(receive) if "refusal" not in scope else b""
-        refused = "refusal" in scope
-        self.requests.append((scope["method"], "" if refused else scope["path"], body))
-        status = scope["refusal"].status if refused else 200
+        refusal = request_of(scope).refusal
+        body = b"" if refusal else await read(receive)
+        self.requests.append((scope["method"], "" if refusal else scope["path"], body))
+        status = refusal.status if refusal else 200
         await answer(send, b"ok", status)
 
     async def feed(self, *parts: bytes) -> None:
@@ -511,7 +513,7 @@ def test_the_oldest_connection_without_a_request_makes_room() -> None:
 def test_a_slow_body_without_a_key_makes_room() -> None:
     async def app(scope: Scope, receive: Any, send: Any) -> None:
         if scope["path"] == "/key":
-            scope["key"] = "somebody's"
+            request_of(scope).key = KEY
         await read(receive)
         await asyncio.Event().wait()
 
@@ -539,7 +541,7 @@ def test_slow_bodies_with_a_key_make_room_last() -> None:
     """With bodies that never ended, one account shut everybody else out."""
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
-        scope["key"] = "somebody's"
+        request_of(scope).key = KEY
         await read(receive)
         await asyncio.Event().wait()
 
@@ -616,7 +618,7 @@ def test_clients_that_do_not_read_make_room() -> None:
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
         if scope["path"] == "/keyed":
-            scope["key"] = "somebody's"
+            request_of(scope).key = KEY
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for part in (b"a", b"b"):
             await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -722,7 +724,7 @@ def test_only_responses_to_requests_with_a_key_are_waited_for() -> None:
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
         if scope["path"] == "/key":
-            scope["key"] = "somebody's"
+            request_of(scope).key = KEY
         await answer(send, b"ok")
 
     async def test() -> None:
@@ -751,7 +753,7 @@ def test_http_1_0_gets_no_chunks(how: str) -> None:
     async def stream(scope: Scope, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"one", "more_body": True})
-        assert scope["send_now"](b"two")
+        assert request_of(scope).client.send_now(b"two")
         if not torn:
             await send({"type": "http.response.body", "body": b"three"})
 

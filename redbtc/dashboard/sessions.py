@@ -12,6 +12,7 @@ from redbtc.admin import http
 from redbtc.admin.actors import Actor, Forbidden, Unauthorized
 from redbtc.admin.api import API
 from redbtc.admin.users import LoginSession, signature
+from redbtc.server.asgi import request_of
 
 # Who is logged in is told by a cookie; that a change comes from a page of ours, by Origin, which
 # every browser sends with it. (None does under `no-referrer`: pages have a meta element for that.)
@@ -79,11 +80,11 @@ def actor_for(session: LoginSession, request: Request) -> Actor:
 
 
 def actor_of(api: API) -> Callable[[Request], Actor]:
-    """Who calls the admin API on the public port: a key that the gateway has put into the scope, or
-    a session."""
+    """Who calls the admin API on the public port: the key that the gateway has found to be
+    valid, or a session."""
 
     def authenticate(request: Request) -> Actor:
-        if key := request.scope.get("key"):
+        if key := request_of(request.scope).key:
             return Actor(f"key {key.id}", "key", key.account_id, key=key)
         session = session_of(api, request)
         if session is None:

@@ -247,7 +247,7 @@ class BackgroundResponses:
         with self._corrections.keep_held(row, response.money, admitted):
             await end_background(self._store, row, admitted)
         self._remove(response)
-        self._telemetry.settled({"request_id": row.request_id, "where": row.endpoint}, row)
+        self._telemetry.settled(row)
 
     def _learn(self, response: BackgroundResponse, report: Report, most: MaximumUsage) -> None:
         """Make the objects that the finished response names the account's, except for ids that the

@@ -43,7 +43,7 @@ from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate,
 from redbtc.meter.report import Report
 from redbtc.refusals import ClientLeft, Refusal, insufficient_quota
 from redbtc.request_body.content import RequestBody
-from redbtc.server.asgi import ID_SECONDS, Scope
+from redbtc.server.asgi import ID_SECONDS, ClientRequest
 from redbtc.store.background import UnfinishedRow
 from redbtc.store.keys import Key
 from redbtc.store.requests import Admitted, begin, drop_unsettled, forget, keep_unsettled, settle
@@ -78,14 +78,14 @@ class MeteredRequest(ForwardedRequest):
     def __init__(
         self,
         gateway: Gateway,
-        scope: Scope,
+        client_request: ClientRequest,
         endpoint: Endpoint,
         clock: Deadline,
         admission: Admission,
         key: Key,
         body: RequestBody,
     ) -> None:
-        super().__init__(gateway, scope, endpoint, clock, admission, key)
+        super().__init__(gateway, client_request, endpoint, clock, admission, key)
         self.body = body
         self.facts = body.facts
         self.maximum = Maximum(endpoint, body, gateway.books)
@@ -223,7 +223,7 @@ class MeteredRequest(ForwardedRequest):
     def new_row(self, model: str, upstream: str) -> RequestRow:
         """Return a pending row. It gets its time when it is written."""
         return RequestRow(
-            request_id=self.scope["request_id"],
+            request_id=self.client_request.id,
             account_id=self.key.account_id,
             key_id=self.key.id,
             endpoint=self.endpoint.path,
@@ -254,7 +254,7 @@ class MeteredRequest(ForwardedRequest):
 
     async def _interrupt(self) -> None:
         """End a request on which the gateway failed, with what it has used so far."""
-        self.scope["forwarded"] = True
+        self.client_request.forwarded = True
         if not self.settled:
             await self.settle("interrupted")
 
@@ -305,7 +305,7 @@ class MeteredRequest(ForwardedRequest):
     def location(self) -> ObjectLocation:
         """Where the objects that it makes are stored. With an idempotency key, `minted_input` is
         false: the upstream may answer with a response that another body made."""
-        first = header(self.scope["headers"], b"idempotency-key") is None
+        first = header(self.client_request.headers, b"idempotency-key") is None
         minted = first and self.body.mints_input
         return ObjectLocation(
             self.row.upstream, self.body.lasting_models, minted, self.body.lasting_extras
@@ -323,7 +323,7 @@ class MeteredRequest(ForwardedRequest):
         """Keep track of a background response, which goes on when the request is over. If the
         request has an idempotency key and the response is known already, the upstream has returned
         it again, and an earlier row is billed for it."""
-        if header(self.scope["headers"], b"idempotency-key") is not None:
+        if header(self.client_request.headers, b"idempotency-key") is not None:
             with contextlib.suppress(StorageUnavailable):
                 self._repeats = not self.gateway.objects.is_free(response_id)
         self._drop_saved()
@@ -375,7 +375,8 @@ class MeteredRequest(ForwardedRequest):
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
         with gateway.corrections.keep_held(row, self.money, admitted):
             await settle(gateway.store, row, admitted)
-            gateway.watch.settled(self.scope, row)
+            gateway.watch.settled(row)
+            self.client_request.counted = True
             if admitted and self._shown_elsewhere and row.response_id:
                 await self.ask_for_usage(row.response_id, row.upstream)
         self._correct_charge()
@@ -385,7 +386,8 @@ class MeteredRequest(ForwardedRequest):
         if self.unwritten:  # what may be sent after this names the response
             await self.unwritten
         if not await self.gateway.unended.leave(background, self.meter.report):
-            self.gateway.watch.answered(self.scope, self.row.status or 0, "pending")
+            request, status = self.client_request, self.row.status or 0
+            self.gateway.watch.answered(request.id, request.route, status, "pending")
         self._correct_charge()
 
     def _correct_charge(self) -> None:

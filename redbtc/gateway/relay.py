@@ -79,7 +79,7 @@ class Relay:
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
         request = self._request
         store, by = request.gateway.store, request.repeatable_by
-        headers = headers_for_upstream(request.scope["headers"], store, by)
+        headers = headers_for_upstream(request.client_request.headers, store, by)
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         else:
@@ -90,7 +90,7 @@ class Relay:
         try:
             if not 200 <= answer.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
-            self._response.set_head(answer, request.scope, request.admission.headers())
+            self._response.set_head(answer, request.client_request.id, request.admission.headers())
             request.answered(answer.status)
             await body.pass_on(answer.body)
         finally:

@@ -23,7 +23,7 @@ from redbtc.refusals import Refusal, insufficient_quota
 from redbtc.request_body.content import RequestBody
 from redbtc.request_body.media import media_of
 from redbtc.request_body.query import Query
-from redbtc.server.asgi import Receive, Scope, Send
+from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, request_of
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import Upstream
@@ -44,17 +44,19 @@ class StoredRequest(ForwardedRequest):
     def __init__(
         self,
         gateway: Gateway,
-        scope: Scope,
+        client_request: ClientRequest,
         endpoint: Endpoint,
         clock: Deadline,
         admission: Admission,
         key: Key,
         response_id: str,
         home: ObjectLocation,
+        deletes: bool,
     ) -> None:
-        super().__init__(gateway, scope, endpoint, clock, admission, key)
+        super().__init__(gateway, client_request, endpoint, clock, admission, key)
         self._response_id = response_id
         self._home = home
+        self._deletes = deletes
 
     def grace(self) -> float:
         """Return for how many seconds the upstream is read on when the client has left. If the
@@ -85,9 +87,9 @@ class StoredRequest(ForwardedRequest):
         if status == 200:
             await self._correct(outcome)
             self._learn_listed()
-        if self.scope["method"] == "DELETE" and status < 300:
+        if self._deletes and status < 300:
             await gateway.objects.disown(self._response_id, self.key.account_id)
-        gateway.watch.answered(self.scope, status, outcome)
+        gateway.watch.answered(self.client_request.id, self.client_request.route, status, outcome)
 
     async def _correct(self, outcome: Outcome) -> None:
         """Correct the estimate of the response, if there is one and its usage is known now. If its
@@ -144,21 +146,21 @@ class StoredRoute:
         self._endpoint = Endpoint(f"/v1/responses/{{id}}{suffix}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway = self._gateway
-        scope["where"] = self._endpoint.path
-        key, settings = gateway.enter(scope), gateway.settings
+        gateway, request = self._gateway, request_of(scope)
+        request.route = self._endpoint.path
+        key, settings = gateway.enter(request), gateway.settings
         response_id = scope["path_params"]["id"]
         clock = Deadline(gateway.clocks)
         charged = gateway.limits.charge(key, settings.limits)
-        with charged as admission, gateway.serving(scope, clock, key):
+        with charged as admission, gateway.serving(request.client, clock, key):
             home, upstream = choose_stored(gateway, key, response_id)
             query = self._query(key, response_id, scope["query_string"])
             with Reservation(gateway.limits, key, settings) as reserved:
-                body = await read_body(scope, receive, clock, settings, reserved)
+                body = await read_body(request.headers, receive, clock, settings, reserved)
                 if self._method != "POST":
                     body = b""  # of GET and DELETE it has no meaning (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
-                    check_plain_json(scope["headers"])
+                    check_plain_json(request.headers)
                     steps = RequestBody.steps(body, body)
                     await required_upstreams(gateway, key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.unended:
@@ -168,13 +170,14 @@ class StoredRoute:
             with await self._hold(key, response_id, admission):
                 visit = StoredRequest(
                     gateway,
-                    scope,
+                    request,
                     self._endpoint,
                     clock,
                     admission,
                     key,
                     response_id,
                     home,
+                    deletes=self._method == "DELETE",
                 )
                 path = f"/responses/{response_id}{self._suffix}"
                 await Relay(visit, send, self._method, path, body, query).forward([upstream])

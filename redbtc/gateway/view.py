@@ -1,12 +1,9 @@
-"""What the admin API and /metrics show of the gateway at work."""
+"""What the admin API shows of the gateway at work."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
-
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from redbtc.admin.outputs import AtWork, UpstreamAtWork
 from redbtc.config import DEMO
@@ -70,29 +67,3 @@ class GatewayView:
                 for each in gateway.upstreams
             ],
         )
-
-
-class GatewayMetrics:
-    """A collector of prometheus-client: what the gateway is asked for at each reading."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of the gateway and of its ledger."""
-        gauge, counter, gateway = GaugeMetricFamily, CounterMetricFamily, self._gateway
-        store = gateway.store
-        yield gauge("redbtc_in_flight", "Requests to /v1 in flight", gateway.in_flight.count)
-        yield gauge("redbtc_queued", "Requests waiting for a free place", gateway.limits.queued)
-        yield counter("redbtc_ledger_commits", "Ledger commits", store.commits.count)
-        yield counter(
-            "redbtc_ledger_repairs",
-            "Rows closed by another process",
-            store.commits.repaired,
-        )
-        yield gauge(
-            "redbtc_clock_offset_seconds",
-            "System clock minus ledger time",
-            store.clock.offset / 1000,
-        )
-        yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", store.healthy)

@@ -54,7 +54,7 @@ from redbtc.refusals import ClientLeft, Refusal, not_found, refusal_of
 from redbtc.request_body.content import ClientEvent
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.request_body.pieces import Buffer, check_utf8
-from redbtc.server.asgi import Receive, Scope, Send, new_request_id
+from redbtc.server.asgi import ClientRequest, Receive, Send, new_request_id
 from redbtc.server.websocket_protocol import (
     CLOSING_SECONDS,
     INTERNAL_ERROR,
@@ -67,6 +67,7 @@ from redbtc.server.websocket_protocol import (
     UNSUPPORTED_DATA,
     UPGRADE,
     Intake,
+    WebSocketClient,
 )
 from redbtc.slices import answers_of, in_slices
 from redbtc.store.keys import Key
@@ -99,9 +100,13 @@ class FrameMemory:
 class WebSocketSession:
     """One client's WebSocket."""
 
-    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, gateway: Gateway, handshake: ClientRequest, receive: Receive, send: Send
+    ) -> None:
+        assert isinstance(handshake.client, WebSocketClient)
         self.gateway = gateway
-        self._scope = scope
+        self._handshake = handshake
+        self._client = handshake.client
         self._receive = receive
         self._send = send
         self._key: Key
@@ -130,7 +135,7 @@ class WebSocketSession:
         """From the handshake to the end. Raises Refusal before the connection is accepted,
         ClientLeft."""
         await self._receive()  # that it wants to connect
-        self._key = self.gateway.enter(self._scope)
+        self._key = self.gateway.enter(self._handshake)
         self._charge_handshake()
         sessions, account_id = self.gateway.sessions, self._key.account_id
         if sessions[account_id] >= MAX_SESSIONS:
@@ -138,7 +143,7 @@ class WebSocketSession:
             raise Refusal("concurrency_limit_exceeded", message)
         sessions[account_id] += 1
         try:
-            with self.gateway.in_flight.abortable(self._key, self._scope["abort"]):
+            with self.gateway.in_flight.abortable(self._key, self._client.abort):
                 await self._run()
         except OSError:
             raise ClientLeft from None
@@ -162,7 +167,7 @@ class WebSocketSession:
         self._deadline = line.upstream.settings.idle_timeout_seconds
         await self._send({"type": "websocket.accept", "headers": self._headers(line.connection)})
         self._accepted.set()
-        self.gateway.watch.answered(self._scope, 101)
+        self.gateway.watch.answered(self._handshake.id, self._handshake.route, 101)
         most, loop = line.upstream.settings.total_timeout_seconds, self.gateway.clocks.loop
         expiry = loop.call_later(most, self._expire)
         self._watch_reading(-1)
@@ -172,22 +177,23 @@ class WebSocketSession:
         finally:
             expiry.cancel()
             self._watching.cancel()
-            loop.call_later(CLOSING_SECONDS, self._scope["abort"])
+            loop.call_later(CLOSING_SECONDS, self._client.abort)
 
     async def _read_frames(self) -> None:
         """Read frames until the client's connection ends, which can be after the session's end."""
         intake = Intake(self.gateway, self._key)
         self._reserved, self._small_frames = intake.reserved, intake.small_frames
         try:
-            await self._scope["read_frames"](intake)
+            await self._client.read_frames(intake)
         except Exception as error:
-            self.gateway.watch.failed(self._scope, error)
-            self._scope["abort"]()
+            request = self._handshake
+            self.gateway.watch.failed(request.id, request.route, error, request.counted)
+            self._client.abort()
 
     def _headers(self, connection: ClientConnection) -> Headers:
         """Those of the handshake, for the client."""
         assert connection.response is not None, "the handshake is over"
-        request_id, given = self._scope["request_id"].encode(), connection.response.headers
+        request_id, given = self._handshake.id.encode(), connection.response.headers
         headers = headers_for_client(
             [(name.encode(), value.encode("latin-1")) for name, value in given.raw_items()]
         )
@@ -216,7 +222,7 @@ class WebSocketSession:
     def _watch_reading(self, given: int) -> None:
         """Let go of a client that has read nothing since so many messages were given to it."""
         if self._sends and self._given == given:
-            self._scope["abort"]()
+            self._client.abort()
         again, loop = self._watch_reading, self.gateway.clocks.loop
         self._watching = loop.call_later(self._deadline, again, self._given)
 
@@ -279,7 +285,7 @@ class WebSocketSession:
 
     async def _open(self, upstream: Upstream) -> UpstreamSocket:
         account_id, store = self._key.account_id, self.gateway.store
-        headers = headers_for_upstream(self._scope["headers"], store, account_id)
+        headers = headers_for_upstream(self._handshake.headers, store, account_id)
         try:
             connection = await upstream.connect(headers)
         except InvalidStatus as error:
@@ -316,7 +322,7 @@ class WebSocketSession:
     async def _read(self) -> None:
         while (message := await self._receive())["type"] != "websocket.disconnect":
             if message["type"] == REFUSED:
-                self._count(self._new_scope(), message["refusal"])
+                self._count(self._handshake.further(), message["refusal"])
                 await self._refuse(message["refusal"], None, message["close"])
             elif "text" in message:
                 await self._take(message["text"], message["reserved"])
@@ -328,7 +334,7 @@ class WebSocketSession:
         """One message. Its memory is given back unless it waits for a place."""
         frame: ClientEvent | None = None
         try:
-            key = self.gateway.enter(self._scope)
+            key = self.gateway.enter(self._handshake)
             with self.gateway.limits.charge(key, self.gateway.settings.limits) as admission:
                 frame = await in_slices(ClientEvent.read(text), key.account_id)
                 if frame.excess:
@@ -337,7 +343,7 @@ class WebSocketSession:
                 await self._act(frame, admission)
         except (Refusal, MemoryError) as error:
             refusal = refusal_of(error)
-            self._count(self._new_scope(), refusal)
+            self._count(self._handshake.further(), refusal)
             close = closing_code(refusal)
             if refusal.code == "invalid_json" and not await is_utf8(text, self.account_id):
                 close = INVALID_DATA
@@ -348,13 +354,13 @@ class WebSocketSession:
         if frame not in self._waiting:
             self._reserved.give_back(reserved)
 
-    def _count(self, scope: Scope, refusal: Refusal) -> None:
+    def _count(self, request: ClientRequest, refusal: Refusal) -> None:
         """Charge an event that is refused: so many small frames would be as much work. At most
         MAX_PAUSE is owed, since many requests that wait can be refused at once."""
         self._small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
         if self._small_frames.seconds_until(REFUSED_FRAMES) < MAX_PAUSE:
             self._small_frames.charge(REFUSED_FRAMES)
-        self.gateway.watch.refused(scope, refusal)
+        self.gateway.watch.refused(request.id, request.route, refusal, request.counted)
 
     async def _act(self, frame: ClientEvent, admission: Admission) -> None:
         facts = frame.facts
@@ -386,7 +392,7 @@ class WebSocketSession:
         turns = [lane.turn for lane in self._lanes.values() if lane.turn and lane.turn.line]
         for turn in turns:
             if response_id and turn.response_id == response_id and not turn.settled:
-                key = self.gateway.enter(self._scope)
+                key = self.gateway.enter(self._handshake)
                 await required_upstreams(self.gateway, key, frame, self._made)
                 await turn.steer(response_id, frame, admission)
                 if (line := turn.line) and not line.lost:
@@ -394,28 +400,20 @@ class WebSocketSession:
                 return
         raise not_found("previous_response_id", response_id)
 
-    def _new_scope(self) -> Scope:
-        return {
-            "request_id": new_request_id(),
-            "started": time.monotonic(),
-            "where": RESPONSES.path,
-            "headers": self._scope["headers"],
-        }
-
     async def _work(self, lane: Lane) -> None:
         while lane.waiting:
-            frame, scope = lane.waiting.popleft(), self._new_scope()
-            turn = lane.turn = Turn(self, lane, scope, self._waiting[frame], self._key, frame)
+            frame, request = lane.waiting.popleft(), self._handshake.further()
+            turn = lane.turn = Turn(self, lane, request, self._waiting[frame], self._key, frame)
             try:
                 with turn.admission:
                     await self._create(turn, frame)
             except Refusal as refusal:
-                self._count(scope, refusal)
+                self._count(request, refusal)
                 await self._refuse(refusal, lane.stream_id, closing_code(refusal))
             except ClientLeft:
-                self.gateway.watch.left(scope)
+                self.gateway.watch.left(request.id, request.route)
             except Exception as error:
-                self.gateway.watch.failed(scope, error)
+                self.gateway.watch.failed(request.id, request.route, error, request.counted)
                 await self._refuse(refusal_of(error), lane.stream_id, INTERNAL_ERROR)
             finally:
                 self.leave(frame)
@@ -432,7 +430,7 @@ class WebSocketSession:
             raise expired()
         if self._closed:
             raise ClientLeft
-        key = turn.key = gateway.enter(self._scope)
+        key = turn.key = gateway.enter(self._handshake)
         if facts.background:
             message = "A background response can't be created over a WebSocket."
             raise Refusal("invalid_request", message, param="background")
@@ -531,7 +529,8 @@ class WebSocketSession:
             if closed.rcvd and closed.rcvd.code not in NO_CODES and not line.lost:
                 code, reason = closed.rcvd.code, closed.rcvd.reason
         except Exception as error:
-            self.gateway.watch.failed(self._scope, error)
+            request = self._handshake
+            self.gateway.watch.failed(request.id, request.route, error, request.counted)
             await line.close()
         self._lose(line)
         outcome: Outcome = "client_disconnected" if self._closed else "upstream_failed"
@@ -618,9 +617,8 @@ class WebSocketSession:
             return
         self._written.update(named)
         guess = None if is_complete(report) else await self._estimate(stray)
-        scope = self._new_scope()
         row = RequestRow(
-            request_id=scope["request_id"],
+            request_id=new_request_id(),
             account_id=self._key.account_id,
             key_id=self._key.id,
             endpoint=RESPONSES.path,
@@ -642,7 +640,7 @@ class WebSocketSession:
         self.gateway.objects.own_each(homes, row.account_id)
         admitted = Admitted(money.at, DEFAULT_IMAGE_MODEL, 0)
         await settle(self.gateway.store, row, admitted)
-        self.gateway.watch.settled(scope, row)
+        self.gateway.watch.settled(row)
 
     async def _estimate(self, stray: Stray) -> Estimate:
         """Return an estimate of what it used. What it read is not known."""

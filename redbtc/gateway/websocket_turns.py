@@ -24,7 +24,7 @@ from redbtc.meter.report import Report
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.content import ClientEvent
 from redbtc.request_body.reading import MAX_ITEMS
-from redbtc.server.asgi import Scope, new_request_id
+from redbtc.server.asgi import ClientRequest
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key
 from redbtc.store.requests import settle
@@ -108,14 +108,14 @@ class Turn(MeteredRequest):
         self,
         session: WebSocketSession,
         lane: Lane,
-        scope: Scope,
+        client_request: ClientRequest,
         admission: Admission,
         key: Key,
         event: ClientEvent,
     ) -> None:
         gateway = session.gateway
         deadline = Deadline(gateway.clocks)
-        super().__init__(gateway, scope, RESPONSES, deadline, admission, key, event)
+        super().__init__(gateway, client_request, RESPONSES, deadline, admission, key, event)
         self.meter = EventMeter()
         self.lane = lane
         self.line: UpstreamSocket | None = None
@@ -240,7 +240,7 @@ class Turn(MeteredRequest):
         if self.over.done():
             return  # it was given up meanwhile
         self.money = money
-        self.scope = {**self.scope, "request_id": new_request_id(), "started": time.monotonic()}
+        self.client_request = self.client_request.further()
         self.row = self.new_row(self.row.requested_model, self.row.upstream)
         self.date_row()
         self._left_at = time.monotonic()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from redbtc.headers import BAD_IN_VALUE, Headers, header
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import App, Message, Scope
+from redbtc.server.asgi import IN_SCOPE, App, Client, ClientRequest, Message, Scope
 from redbtc.server.framing import NO_BODY, Endless, Framing
 
 if TYPE_CHECKING:
@@ -38,8 +38,16 @@ class RequestCycle:
     """One request on a connection, with the `receive` and `send` that the ASGI app is given."""
 
     def __init__(
-        self, connection: HTTPProtocol, scope: Scope, framing: Framing, keep_alive: bool
+        self,
+        connection: HTTPProtocol,
+        scope: Scope,
+        framing: Framing,
+        keep_alive: bool,
+        refusal: Refusal | None,
     ) -> None:
+        """`refusal`: why the app has to refuse the request, whose head can't be served."""
+        client = Client(connection.abort, self.send_now, connection.on_leave)
+        self.request = scope[IN_SCOPE] = ClientRequest(scope["headers"], client, refusal=refusal)
         self.scope = scope
         self.framing = framing
         self.keep_alive = keep_alive
@@ -92,7 +100,7 @@ class RequestCycle:
         self._failure, self.framing, self.keep_alive = refusal, Endless(), False
         self.wake()
 
-    def pass_on(self, data: bytes) -> bool:
+    def send_now(self, data: bytes) -> bool:
         """Send a part of the response's body at once and return True. Return False, with nothing
         sent, where `send` must be awaited instead: the client reads slowly or has disconnected, the
         response has not started or has ended, or it has a Content-Length."""
@@ -137,7 +145,7 @@ class RequestCycle:
             if self.framing.whole:
                 await self._event.wait()
             else:
-                await connection.make_room_until(self._event.wait(), "key" in self.scope)
+                await connection.make_room_until(self._event.wait(), self.request.key is not None)
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -146,7 +154,7 @@ class RequestCycle:
         and can make room."""
         connection = self._connection
         if connection.writing_paused and not (connection.closed or _is_end(message)):
-            await connection.writable("key" in self.scope)
+            await connection.writable(self.request.key is not None)
         if connection.closed:
             return
         if message["type"] == "http.response.start" and not self.started:

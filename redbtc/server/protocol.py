@@ -60,10 +60,8 @@ PROGRESS_SECONDS = 60  # more for a client that has not read all, as long as it 
 
 
 class HTTPProtocol(asyncio.Protocol):
-    """One client's connection. Its scopes have three keys that ASGI does not: "leaving", a set of
-    functions that are called when the client disconnects (a task waiting in receive() would cost
-    each request a task), "send_now" (RequestCycle.pass_on), and "abort". The app adds "key" when it
-    knows whose request it is."""
+    """One client's connection. Each scope holds a ClientRequest, to which the app adds the key when
+    it has found the key to be valid."""
 
     transport: asyncio.Transport
 
@@ -95,7 +93,7 @@ class HTTPProtocol(asyncio.Protocol):
         self._unsent = 0  # bytes in the write buffer when the deadline last passed
         self._lost = False  # bytes in the write buffer were thrown away
         self._writable: list[asyncio.Future[None]] = []
-        self._leaving: set[Callable[[], None]] = set()
+        self.on_leave: set[Callable[[], None]] = set()  # called when the client disconnects
         self._parser: httptools.HttpRequestParser | None = None
         self._keep_alive = True  # what the request's head asks for
         self._start_head()
@@ -118,7 +116,7 @@ class HTTPProtocol(asyncio.Protocol):
         self.resume_writing()
         if self._cycle:
             self._cycle.wake()
-        for leave in list(self._leaving):
+        for leave in list(self.on_leave):
             leave()
         # Break reference cycles, so that memory is freed without waiting for the garbage collector.
         self._cycle = self._parser = None
@@ -211,7 +209,7 @@ class HTTPProtocol(asyncio.Protocol):
     def answered(self, cycle: RequestCycle) -> None:
         """Enter the state that follows a complete response."""
         self._server_state.total_requests += 1
-        self.keyed = "key" in cycle.scope
+        self.keyed = cycle.request.key is not None
         if not cycle.keep_alive:
             self._close(whole=cycle.framing.whole and not self._kept)
         elif cycle.framing.whole:
@@ -412,17 +410,17 @@ class HTTPProtocol(asyncio.Protocol):
         """Let the app answer a head that can't be read or is not allowed with `refusal`. The
         connection is closed afterwards: it is unknown where the next request would begin."""
         scope = self._new_scope()
-        scope["path"], scope["refusal"] = self._url.decode("latin-1"), refusal
+        scope["path"] = self._url.decode("latin-1")
         # An Origin may be in the part that has not arrived: "null" lets a page read the refusal
         # where all origins are allowed.
         if not self._head_is_whole:
             scope["headers"] = [*self._headers, (b"origin", b"null")]
-        self._serve(scope, Endless(), keep_alive=False)
+        self._serve(scope, Endless(), keep_alive=False, refusal=refusal)
 
-    def _serve(self, scope: Scope, framing: Framing, keep_alive: bool) -> None:
-        cycle = self._cycle = RequestCycle(self, scope, framing, keep_alive)
-        scope["leaving"], scope["send_now"] = self._leaving, cycle.pass_on
-        scope["abort"] = self.abort
+    def _serve(
+        self, scope: Scope, framing: Framing, keep_alive: bool, refusal: Refusal | None = None
+    ) -> None:
+        cycle = self._cycle = RequestCycle(self, scope, framing, keep_alive, refusal)
         self._parser = None  # breaks the reference cycle
         self._enter(State.SERVING)
         task = self._loop.create_task(cycle.run(self._app))

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -20,7 +21,7 @@ from redbtc.deadlines import TICK, Deadline
 from redbtc.limits import Reservation
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
-from redbtc.server.asgi import Scope
+from redbtc.server.asgi import IN_SCOPE, Client, ClientRequest, Scope
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key
 
@@ -167,10 +168,18 @@ class Intake:
         self.message_seconds = settings.server.body_timeout_seconds
 
 
+@dataclass(slots=True, kw_only=True)
+class WebSocketClient(Client):
+    """The client of a WebSocket. It is aborted if it does not read: it would never see a close
+    frame."""
+
+    # Read the client's frames until the connection ends; to be called once it is accepted.
+    read_frames: Callable[[Intake], Awaitable[None]]
+
+
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket protocol with two keys more in its scope: "read_frames", which reads the
-    client's messages once the connection is accepted, and "abort", which ends the connection of a
-    client that does not read, and so would never see a close frame."""
+    """uvicorn's WebSocket protocol with a ClientRequest in its scope, whose client is a
+    WebSocketClient."""
 
     _intake: Intake
     _reading: asyncio.Task[Any] | None = None
@@ -196,7 +205,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
             scope = cast(Scope, self.scope)
-            scope["abort"], scope["read_frames"] = self.transport.abort, self.read_frames
+            client = WebSocketClient(self.transport.abort, read_frames=self.read_frames)
+            scope[IN_SCOPE] = ClientRequest(scope["headers"], client)
 
     def send_keepalive_ping(self) -> None:
         self._heard = False
