@@ -6,15 +6,12 @@ from typing import NamedTuple
 
 import orjson
 
-# What has a rate of its own in a price, by the name of that: bits of a set.
-EXTRAS = {"web_search": 1, "file_search": 2, "container": 4, "cache_write_12h": 8}
-
 
 class ObjectLocation(NamedTuple):
     """Where an object is stored; the further models that a request which builds on it uses (JSON;
     None: none); for a response, whether the upstream chose all the ids in the listing of its input;
-    and the extras (bits of EXTRAS) and tokens that a request which builds on it gets with it: at
-    most (None: nobody knows how many) and likely (None: as many)."""
+    and the extras (bits of EXTRAS in redbtc/rates.py) and tokens that a request which builds on it
+    gets with it: at most (None: nobody knows how many) and likely (None: as many)."""
 
     upstream: str
     models: str | None = None

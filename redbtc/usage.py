@@ -37,6 +37,9 @@ class Usage(Struct, frozen=True):
     containers: int | None = None
 
 
+KINDS = Usage.__struct_fields__
+
+
 class UsagePart(NamedTuple):
     """Of what a request used, what one model did: None is the one that was asked for. `images`: as
     an image endpoint counts, with pictures as parts of input and output."""

@@ -602,9 +602,9 @@ def test_what_ends_a_login_while_it_is_checked_ends_it(tmp_path: Path, event: st
 async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
     async with Store.open(tmp_path / "redbtc.db", "normal") as store:
         users, accounts = Users(store), Accounts(store)
-        account = (await accounts.add("a", None, {}, "test"))["id"]
+        account = (await accounts.add("a", None, {}, "test")).id
         user = await users.add("ada@example.com", "owner", account, "test")
-        link = users.link(user["link"])
+        link = users.link(user.link)
         assert link is not None
         await users.set_password(link, PASSWORD, "here")
         (login,) = await users.verify("ada@example.com", PASSWORD, "here")
@@ -636,7 +636,7 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
         assert await overtaken.log_in(login.user_id, login.hashed, "") is None
         assert users.session(first) is None
         if event == "reset":
-            link = users.link((await users.reset(login.user_id, "test"))["link"])
+            link = users.link((await users.reset(login.user_id, "test")).link)
             assert link is not None
             await users.set_password(link, PASSWORD, "here")
             with pytest.raises(Conflict):
@@ -672,7 +672,7 @@ def test_who_guesses_from_a_line_with_both_protocols_keeps_no_stranger_out(tmp_p
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users = Users(store)
             user = await users.add("op@example.com", "operator", None, "test")
-            await password_is(users, user["link"], "right")
+            await password_is(users, user.link, "right")
             for _ in range(50):
                 for network in ("10.0.0.1", "2001:db8::/64"):
                     await is_told(users, "wrong", network)
@@ -689,7 +689,7 @@ def test_a_flood_from_several_networks_leaves_room_for_another(
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users = Users(store)
             user = await users.add("op@example.com", "operator", None, "test")
-            hashed = await password_is(users, user["link"], "right")
+            hashed = await password_is(users, user.link, "right")
             go = threading.Event()
             monkeypatch.setattr("redbtc.admin.users.scrypt", lambda *_: go.wait() and hashed)
             flood = [
@@ -719,11 +719,9 @@ def test_a_password_is_set_by_nothing_that_has_expired_meanwhile(
             users = Users(store)
             ada = await users.add("ada@example.com", "operator", None, "test")
             bob = await users.add("bob@example.com", "operator", None, "test")
-            link = users.link(bob["link"])
+            link = users.link(bob.link)
             assert link is not None
-            logged_in = await users.log_in(
-                ada["id"], await password_is(users, ada["link"], "right"), ""
-            )
+            logged_in = await users.log_in(ada.id, await password_is(users, ada.link, "right"), "")
             session = users.session(logged_in) if logged_in else None
             assert session is not None
             later = store.time() + LINK_LASTS
@@ -744,15 +742,15 @@ def test_a_login_of_one_s_own_is_of_no_use_to_guess_another(tmp_path: Path) -> N
     async def main() -> None:
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users, accounts = Users(store), Accounts(store)
-            account = (await accounts.add("a", None, {}, "test"))["id"]
+            account = (await accounts.add("a", None, {}, "test")).id
             victim = await users.add("op@example.com", "operator", None, "test")
-            await password_is(users, victim["link"], "right")
+            await password_is(users, victim.link, "right")
             own = await users.add("op@example.com", "owner", account, "test")
             found = []
             for number in range(20):
-                reset = await users.reset(own["id"], "test")
+                reset = await users.reset(own.id, "test")
                 try:
-                    await password_is(users, reset["link"], f"{number}", "his")
+                    await password_is(users, reset.link, f"{number}", "his")
                     found.append(len(await users.verify("op@example.com", f"{number}", "his")))
                 except TooMany:
                     found.append(0)
@@ -771,19 +769,19 @@ def test_of_too_many_sessions_the_oldest_end(
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             users = Users(store)
             user = await users.add("ada@example.com", "operator", None, "test")
-            hashed = await password_is(users, user["link"], "right")
+            hashed = await password_is(users, user.link, "right")
             instant = store.time()
             monkeypatch.setattr(store, "time", lambda: instant)
             begun = []
             for _ in range(MAX_USER_SESSIONS + 5):
-                logged_in = await users.log_in(user["id"], hashed, "")
+                logged_in = await users.log_in(user.id, hashed, "")
                 session = users.session(logged_in) if logged_in else None
                 assert logged_in is not None
                 assert session is not None
                 begun.append((logged_in, session.id))
             in_force = [ses for cookie, ses in begun if users.session(cookie)]
             assert in_force == [ses for _, ses in begun[5:]]
-            shown = [each["id"] for each in await users.sessions(user["id"])]
+            shown = [each.id for each in await users.sessions(user.id, "")]
             assert shown == in_force[::-1]
 
     asyncio.run(main())

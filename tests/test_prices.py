@@ -20,8 +20,8 @@ from msgspec import structs
 from upstream import Received, Reply, Socket, Upstream, json_answer, response_object
 from websockets.sync.client import connect
 
+from redbtc import rates as rates_module
 from redbtc.billing import notices as notices_module
-from redbtc.billing import prices as prices_module
 from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.usage import Usage
@@ -127,7 +127,7 @@ RATE = st.none() | st.integers(0, 10**9)
 
 
 @given(
-    st.fixed_dictionaries(dict.fromkeys(prices_module.Rates._fields, RATE)),
+    st.fixed_dictionaries(dict.fromkeys(rates_module.RATES, RATE)),
     st.tuples(*[st.integers(0, 1000)] * 4),
 )
 def test_what_was_not_given_costs_nothing_extra(rates: Any, used: tuple[int, ...]) -> None:
@@ -527,14 +527,14 @@ def test_which_says_what_is_billed(prices: list[Price], model: str, at: int) -> 
     of_all = PriceTable(numbered)
     for tier in ("default", "flex"):
         for tokens in (0, 101):
-            found = of_all.which(model, at, tier, tokens)
+            applied, others = of_all.which(model, at, tier, tokens)
             tariff = of_all.tariff(model, at)
             billed = tariff and tariff.price(tier, tokens)
-            assert (found["applies"] or {}).get("id") == (billed.id if billed else None)
-            ids = [each["id"] for each in (*found["others"], *filter(None, [found["applies"]]))]
+            assert applied is billed
+            ids = [each.id for each in others] + ([applied.id] if applied else [])
             meant = [price.id for price in numbered if notices_module.matches(model, [price.model])]
             assert sorted(ids) == meant
-            assert all(each["because"] for each in found["others"])
+            assert all(each.because for each in others)
 
 
 # ── What is not given ────────────────────────────────────────────────────────────────────────────

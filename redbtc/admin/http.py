@@ -6,7 +6,10 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import orjson
+from msgspec import UNSET, Struct
+from msgspec.structs import astuple
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -17,10 +20,10 @@ from redbtc.admin.actors import Actor, Forbidden, Invalid, TooLarge, Unauthorize
 from redbtc.admin.api import API, OPERATIONS
 from redbtc.admin.openapi import openapi
 from redbtc.admin.operations import PREFIX, Operation
+from redbtc.admin.outputs import Error, Refused
 from redbtc.admin.passwords import Busy, Later, TooMany
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.slices import with_turns
-from redbtc.store.records import Record
 
 WHO = b"redbtc-user"  # the header with which a command says who gives it
 PART_BYTES = 64 << 10
@@ -56,19 +59,27 @@ SECURITY = {
 }
 
 
-def encoded(record: Record) -> Iterator[bytes]:
-    """As JSON, bit by bit."""
+def encoded(found: Struct | Mapping[str, Any]) -> Iterator[bytes]:
+    """Return an answer as JSON, bit by bit."""
     yield b"{"
-    for number, (name, value) in enumerate(record.items()):
-        yield (b"," if number else b"") + orjson.dumps(name) + b":"
+    for number, (name, value) in enumerate(members_of(found)):
+        yield (b"," if number else b"") + msgspec.json.encode(name) + b":"
         if not isinstance(value, list):
-            yield orjson.dumps(value)
+            yield msgspec.json.encode(value)
             continue
         yield b"["
         for place, each in enumerate(value):
-            yield (b"," if place else b"") + orjson.dumps(each)
+            yield (b"," if place else b"") + msgspec.json.encode(each)
         yield b"]"
     yield b"}"
+
+
+def members_of(found: Struct | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the members of an answer, by the names that JSON has for them."""
+    if not isinstance(found, Struct):
+        return list(found.items())
+    pairs = zip(found.__struct_encode_fields__, astuple(found), strict=True)
+    return [(name, value) for name, value in pairs if value is not UNSET]
 
 
 async def in_parts(
@@ -102,15 +113,14 @@ async def streamed(parts: AsyncIterator[bytes]) -> Response:
     return StreamingResponse(all_parts(), headers=SECURITY, media_type="application/json")
 
 
-async def answer(record: Record, status: int = 200) -> Response:
+async def answer(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
     """JSON."""
-    return await in_parts(encoded(record), status, SECURITY, "application/json")
+    return await in_parts(encoded(found), status, SECURITY, "application/json")
 
 
 async def error_answer(status: int, message: str, headers: Mapping[str, str]) -> Response:
     """OpenAI's error form."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    response = await answer({"error": error}, status)
+    response = await answer(Refused(Error(message, "invalid_request_error")), status)
     response.headers.update(headers)
     return response
 

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from redbtc.billing.books import NOTICE_TEXT
-from redbtc.billing.prices import DEFAULT_TIER
+from redbtc.billing.records import NOTICE_TEXT
+from redbtc.rates import DEFAULT_TIER, RATES
+from redbtc.store.records import with_members
 from redbtc.usage import MAX_TOKENS
 
 # Strict: an unknown member is an error that names it. The same types describe the API in
@@ -181,6 +182,7 @@ class Rotation(Sent):
     overlap: Duration = "24h"
 
 
+@with_members(dict.fromkeys(RATES, Amount | None), None)
 class NewPrice(Sent):
     """A price for one or more model names or patterns, per million tokens; `web_search` and
     `file_search` are per call, `container` is per new container. `effective` is a time or a
@@ -190,16 +192,6 @@ class NewPrice(Sent):
     tier: Tier = DEFAULT_TIER
     above_input_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     effective: Time | None = None
-    input: Amount | None = None
-    cached_input: Amount | None = None
-    cache_write: Amount | None = None
-    cache_write_12h: Amount | None = None
-    output: Amount | None = None
-    image_input: Amount | None = None
-    image_output: Amount | None = None
-    web_search: Amount | None = None
-    file_search: Amount | None = None
-    container: Amount | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     source: Source | None = None
 

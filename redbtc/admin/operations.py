@@ -12,16 +12,12 @@ from msgspec import UNSET, Struct
 
 from redbtc.admin.actors import Invalid, Rank
 from redbtc.admin.inputs import MEANT, Nothing
-from redbtc.admin.outputs import (
-    AccountWithMoney,
-    KeyAdded,
-    Notice,
-    PaymentAdded,
-    PricesAdded,
-    UserAdded,
-)
+from redbtc.admin.outputs import AccountWithMoney, PaymentAdded
+from redbtc.admin.users import UserAdded
+from redbtc.billing.records import Notice, PricesAdded
 from redbtc.errors import UserError
 from redbtc.money import UNLIMITED, parse_limit
+from redbtc.store.accounts import KeyAdded
 from redbtc.times import parse_time
 
 Wanted = TypeVar("Wanted", bound=Struct)

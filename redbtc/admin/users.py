@@ -28,10 +28,61 @@ import secrets
 import sqlite3
 from typing import Literal, NamedTuple
 
+from msgspec import Struct
+from msgspec.structs import asdict
+
 from redbtc.admin.passwords import Attempts, check_password, scrypt
 from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.store.database import Store
-from redbtc.store.records import Record, new_id, shown
+from redbtc.store.records import Moment, by_name, new_id, shown_time
+from redbtc.times import iso_time
+
+
+class UserShown(Struct):
+    """A login. If `account` is null, it is an operator's."""
+
+    id: str
+    email: str
+    role: Literal["operator", "owner", "viewer"]
+    account: str | None
+    account_id: str | None
+    password_set_at: Moment | None
+    link_expires_at: Moment | None
+    created_at: Moment
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> UserShown:
+        """Return the user of a row."""
+        columns = {
+            **by_name(row),
+            "password_set_at": iso_time(row["password_set_at"]),
+            "link_expires_at": iso_time(row["link_expires_at"]),
+            "created_at": shown_time(row["created_at"]),
+        }
+        return cls(**columns)
+
+
+class UserAdded(UserShown):
+    """A login and its one-time link to set a password."""
+
+    link: str
+
+
+class SessionShown(Struct):
+    """A session of a browser that is logged in. `this` marks the session that asks."""
+
+    id: str
+    browser: str
+    created_at: Moment
+    seen_at: Moment
+    this: bool
+
+    @classmethod
+    def of(cls, row: sqlite3.Row, this: str) -> SessionShown:
+        """Return the session of a row; `this` is the id of the one that asks."""
+        times = {name: shown_time(row[name]) for name in ("created_at", "seen_at")}
+        return cls(**{**by_name(row), **times}, this=row["id"] == this)
+
 
 Role = Literal["operator", "owner", "viewer"]
 SALT_BYTES = 16
@@ -174,24 +225,25 @@ class Users:
         self._attempts = Attempts()
         self._nobodys_salt = secrets.token_bytes(SALT_BYTES)
 
-    async def all(self, account_id: str | None, role: Role | None) -> list[Record]:
+    async def all(self, account_id: str | None, role: Role | None) -> list[UserShown]:
         """Return the users of an account (None: all users, operators too) who have this role (None:
         any)."""
-        return [shown(row) async for row in self._store.rows(USERS, (account_id, role))]
+        return [UserShown.of(row) async for row in self._store.rows(USERS, (account_id, role))]
 
-    async def show(self, user_id: str) -> Record:
+    async def show(self, user_id: str) -> UserShown:
         """Return a user. Raise NotFound."""
         user = await self._store.one(USER_BY_ID, (user_id,))
         if user is None:
             raise NotFound(f"user {user_id!r} does not exist")
-        return shown(user)
+        return UserShown.of(user)
 
-    async def named(self, name: str, account: str | None, operator: bool) -> Record:
+    async def named(self, name: str, account: str | None, operator: bool) -> UserShown:
         """Return a user by id or email address. `account` or `operator` chooses between several
         users of one address. Raise NotFound, or Conflict for more than one."""
-        rows = [shown(row) async for row in self._store.rows(USERS_BY_EMAIL, (name.lower(),))]
+        found = self._store.rows(USERS_BY_EMAIL, (name.lower(),))
+        rows = [UserShown.of(row) async for row in found]
         if operator or account:
-            rows = [row for row in rows if row["account"] == account]
+            rows = [row for row in rows if row.account == account]
         if not rows:
             return await self.show(name)
         if len(rows) > 1:
@@ -200,7 +252,7 @@ class Users:
             )
         return rows[0]
 
-    async def add(self, email: str, role: Role, account_id: str | None, by: str) -> Record:
+    async def add(self, email: str, role: Role, account_id: str | None, by: str) -> UserAdded:
         """Add a user and return them. `link` in the answer is the secret with which their password
         is set, once. Raise Conflict if there is such a user already."""
         email, user_id, link = parse_email(email), new_id("usr"), new_secret()
@@ -210,20 +262,20 @@ class Users:
             await self._store.transact((ADD_USER, values), by=by)
         except sqlite3.IntegrityError:
             raise Conflict(f"user {email} already exists") from None
-        return {**await self.show(user_id), "link": link}
+        return UserAdded(**asdict(await self.show(user_id)), link=link)
 
-    async def remove(self, user_id: str, by: str) -> Record:
+    async def remove(self, user_id: str, by: str) -> UserShown:
         """Remove a user with all their sessions, and return who it was. Raise NotFound."""
         user = await self.show(user_id)
         await self._store.transact((REMOVE_USER, (user_id,)), by=by)
         return user
 
-    async def reset(self, user_id: str, by: str) -> Record:
+    async def reset(self, user_id: str, by: str) -> UserAdded:
         """End a user's password and sessions. `link` in the answer is a new secret, as in that of
         `add`."""
         link, expires = new_secret(), self._store.time() + LINK_LASTS
         await self._store.transact((RESET, (hash_of(link), expires, user_id)), by=by)
-        return {**await self.show(user_id), "link": link}
+        return UserAdded(**asdict(await self.show(user_id)), link=link)
 
     # Passwords
 
@@ -311,10 +363,11 @@ class Users:
             self._store.record(SEE, (now, session.id), retry_until_written=True, durable=False)
         return session
 
-    async def sessions(self, user_id: str) -> list[Record]:
-        """Return a user's sessions, the last used one first."""
+    async def sessions(self, user_id: str, this: str) -> list[SessionShown]:
+        """Return a user's sessions, the last used one first. `this` is the id of the session that
+        asks."""
         rows = self._store.rows(SESSIONS, (user_id, self._store.time()))
-        return [shown(row) async for row in rows]
+        return [SessionShown.of(row, this) async for row in rows]
 
     async def end_session(self, session_id: str, user_id: str) -> bool:
         """End a user's session at once. Return whether there was one."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 
 import msgspec
+from msgspec import convert
 
 from redbtc.admin.actors import Actor
 from redbtc.admin.api import API, prices_of
@@ -24,7 +25,7 @@ FIRST_OPERATOR = "operator@localhost"
 async def import_example(books: Billing) -> None:
     """Add the prices of prices.toml, so that a newcomer's first requests are served, unless they
     are in another currency."""
-    example = msgspec.convert(read_prices(shipped("prices.toml")), NewPrices)
+    example = convert(read_prices(shipped("prices.toml")), NewPrices)
     if example.currency == books.currency:
         prices = prices_of(example, books.store.time())
         await books.add_prices(prices, without_notice=None, by=FIRST_RUN)
@@ -36,15 +37,15 @@ async def dashboard_lines(api: API) -> str:
     added if need be."""
     actor = Actor(FIRST_RUN, "operator")
     operators = await api.users.all(None, "operator")
-    first = [user["id"] for user in operators if user["email"] == FIRST_OPERATOR]
-    if any(user["password_set_at"] for user in operators) or (operators and not first):
+    first = [user.id for user in operators if user.email == FIRST_OPERATOR]
+    if any(user.password_set_at for user in operators) or (operators and not first):
         return f"Dashboard  {api.dashboard_url}\n"
     if first:
         added = await api.perform(API.reset_user, actor, {"user": first[0]})
     else:
         new = {"email": FIRST_OPERATOR, "role": "operator"}
         added = await api.perform(API.add_user, actor, body=msgspec.json.encode(new))
-    return f"Dashboard  {added['link']}   (one-time link to set the operator's password)\n"
+    return f"Dashboard  {added.link}   (one-time link to set the operator's password)\n"
 
 
 async def welcome(
@@ -59,7 +60,7 @@ async def welcome(
     )
     if not await accounts.any():
         account = await accounts.add(FIRST_ACCOUNT, None, {}, FIRST_RUN)
-        key = (await accounts.add_key(account["id"], FIRST_RUN, None, {}, FIRST_RUN))["key"]
+        key = (await accounts.add_key(account.id, FIRST_RUN, None, {}, FIRST_RUN)).key
         about_key = f"API key    {key}   (copy it now: it won't be shown again)"
     model = await api.example_model(None)
     chat = f'{{"model":"{model}","messages":[{{"role":"user","content":"Say hello."}}]'

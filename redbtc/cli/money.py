@@ -9,9 +9,10 @@ from typing import Any
 from urllib.parse import quote
 
 import click
+from msgspec import convert
 
 from redbtc.billing.notices import few, slot_name, told_of_prices
-from redbtc.billing.prices import Rates
+from redbtc.billing.records import OtherPrice, PricesAdded
 from redbtc.cli.accounts import path_of_account
 from redbtc.cli.main import (
     CommandContext,
@@ -24,6 +25,7 @@ from redbtc.cli.main import (
     table,
 )
 from redbtc.errors import UserError
+from redbtc.rates import RATES
 
 
 @commands.group()
@@ -58,51 +60,21 @@ def add_prices(
     def text() -> str:
         counts = f"{added['added']} added, {added['unchanged']} unchanged."
         rows = [price_table(added["prices"]), ""] if added["added"] else []
-        return "\n".join([*rows, counts, *map(plain, told_of_prices(added))])
+        return "\n".join([*rows, counts, *map(plain, told_of_prices(convert(added, PricesAdded)))])
 
     show(added, as_json, text)
 
 
+def rate_options(function: Decorated) -> Decorated:
+    for name, rate in reversed(RATES.items()):
+        option = "--" + name.replace("_", "-")
+        function = click.option(option, name, metavar="AMOUNT", help=rate.help)(function)
+    return function
+
+
 @price.command("add")
 @click.argument("model")
-@click.option("--input", metavar="AMOUNT", help="Per million input tokens.  [default: 0]")
-@click.option(
-    "--cached-input",
-    metavar="AMOUNT",
-    help="Per million cached input tokens.  [default: the input rate]",
-)
-@click.option(
-    "--cache-write",
-    metavar="AMOUNT",
-    help="Per million tokens written to the cache.  [default: the input rate]",
-)
-@click.option(
-    "--cache-write-12h",
-    metavar="AMOUNT",
-    help="Per million tokens cached for 12 hours.  [default: such requests are refused]",
-)
-@click.option("--output", metavar="AMOUNT", help="Per million output tokens.  [default: 0]")
-@click.option(
-    "--image-input",
-    metavar="AMOUNT",
-    help="Per million image input tokens.  [default: the input rate]",
-)
-@click.option(
-    "--image-output",
-    metavar="AMOUNT",
-    help="Per million image output tokens.  [default: the output rate]",
-)
-@click.option("--web-search", metavar="AMOUNT", help="Per web search call.  [default: 0]")
-@click.option(
-    "--file-search",
-    metavar="AMOUNT",
-    help="Per file search call.  [default: requests with this tool are refused]",
-)
-@click.option(
-    "--container",
-    metavar="AMOUNT",
-    help="Per new container in which code runs.  [default: requests with such a tool are refused]",
-)
+@rate_options
 @click.option("--tier", help="For responses that report this service tier.  [default: default]")
 @click.option(
     "--above-input-tokens",
@@ -177,7 +149,7 @@ PRICE_COLUMNS = [
     "above_input_tokens",
     "status",
     "effective_at",
-    *Rates._fields,
+    *RATES,
     "shadowed_by",
 ]
 
@@ -215,9 +187,10 @@ def price_which(context: CommandContext, /, as_json: bool, **options: Any) -> No
         lines = [price_table([found["applies"]])] if found["applies"] else []
         lines.append(found["why"])
         for each in found["others"]:
-            about = f"{slot_name(each)}, {each['status']} since {each['effective_at']}"
-            about = about.replace("coming since", "coming at")
-            lines.append(f"Does not apply: {about}: {each['because']}.")
+            other = convert(each, OtherPrice)
+            since = "at" if other.status == "coming" else "since"
+            about = f"{slot_name(other)}, {other.status} {since} {other.effective_at}"
+            lines.append(f"Does not apply: {about}: {other.because}.")
         return "\n".join(lines)
 
     show(found, as_json, text)

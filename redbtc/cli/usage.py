@@ -7,8 +7,10 @@ from typing import Any
 from urllib.parse import quote
 
 import click
+from msgspec import convert
 
 from redbtc.billing.csv import csv_lines, statement_lines
+from redbtc.billing.statements import Statement
 from redbtc.cli.accounts import path_of_account
 from redbtc.cli.main import CommandContext, commands, details, given, json_option, show, table
 from redbtc.money import decimal, digits_of, parse_amount
@@ -98,7 +100,7 @@ def statement(
     one_form(as_csv, as_json)
     found = context.call("GET", path_of_account(account, f"/statements/{quote(month, safe='')}"))
     if as_csv:
-        click.echo("".join(csv_lines(statement_lines(found))), nl=False)
+        click.echo("".join(csv_lines(statement_lines(convert(found, Statement)))), nl=False)
     else:
         show(found, as_json, lambda: statement_text(found))
 

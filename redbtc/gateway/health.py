@@ -9,8 +9,9 @@ import os
 import sqlite3
 import time
 
-import orjson
+import msgspec
 import prometheus_client
+from msgspec.structs import asdict
 
 from redbtc.dashboard.lazy import LazyDashboard
 from redbtc.dashboard.sessions import SECURITY
@@ -62,12 +63,12 @@ class Health:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
         if prefers_html(accept.decode("latin-1")):
-            page = await self._dashboard.page("status.html", status)
+            page = await self._dashboard.page("status.html", asdict(status))
             headers = [(name.encode(), value.encode()) for name, value in SECURITY.items()]
             content_type = page.headers["content-type"].encode()
             await respond(request, send, page.status_code, bytes(page.body), headers, content_type)
         else:
-            await respond(request, send, 200, orjson.dumps(status))
+            await respond(request, send, 200, msgspec.json.encode(status))
 
     async def metrics(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer with the metrics as Prometheus text, to loopback or with the token of the

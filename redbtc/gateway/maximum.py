@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from redbtc.billing.books import Billing
 from redbtc.billing.notices import FREE
 from redbtc.billing.price_list import ModelPrices
-from redbtc.billing.prices import DEFAULT_TIER
 from redbtc.billing.spending import Hold
 from redbtc.config import BillingSettings
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.meter.estimates import MaximumUsage
+from redbtc.rates import DEFAULT_TIER
 from redbtc.request_body.content import RequestBody
 from redbtc.request_body.facts import UNNAMED
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from redbtc.billing.prices import DEFAULT_TIER, NEEDED
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.state import Gateway
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
+from redbtc.rates import DEFAULT_TIER, NEEDED
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.content import RequestBody
 from redbtc.request_body.pieces import Steps

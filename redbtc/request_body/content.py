@@ -7,9 +7,10 @@ from typing import Any
 
 import msgspec
 
-from redbtc.locations import EXTRAS, ObjectLocation
+from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.meter.estimates import text_tokens
+from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
 from redbtc.request_body.edits import place_in_options, place_of
 from redbtc.request_body.facts import (

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Set
 
 import msgspec
 
-from redbtc.locations import EXTRAS, MAX_MODELS
+from redbtc.locations import MAX_MODELS
 from redbtc.meter.answers import MAX_NAME
 from redbtc.meter.scanner import NOT_JSON
+from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
 from redbtc.request_body.facts import (
     DEFAULT_IMAGE_MODEL,
