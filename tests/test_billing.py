@@ -51,8 +51,8 @@ from redbtc.store import database as database_module
 from redbtc.store import keys as keys_module
 from redbtc.store import requests as requests_module
 from redbtc.store.accounts import Account, Accounts
-from redbtc.store.commits import Health
 from redbtc.store.database import Store
+from redbtc.store.health import Health
 from redbtc.store.keys import Key
 from redbtc.store.schema import APPLICATION_ID, migrations, schema
 from redbtc.times import month_of, month_start, months_after
@@ -348,7 +348,7 @@ class Bench:
     def stop(self, crash: bool = False) -> None:
         """With `crash` what waits to be written is lost."""
         if crash:
-            self.store.commits.health = Health.FAILING
+            self.store.commits.state.health = Health.FAILING
         self.run(self._stack.aclose())
 
     def close(self) -> None:

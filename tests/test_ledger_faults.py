@@ -90,14 +90,14 @@ def outcomes(gateway: Gateway) -> list[str]:
 # ── A commit that fails in any way ───────────────────────────────────────────────────────────────
 
 RAISING = """
-from redbtc.store import commits
-write = commits.Writer._write
+from redbtc.store import writer
+write = writer.Writer._write
 def raising(self, *values):
     name = fault()
     if name:
         raise named(name)("by a test")
     return write(self, *values)
-commits.Writer._write = raising
+writer.Writer._write = raising
 """
 ERRORS = (
     "MemoryError",
@@ -154,20 +154,21 @@ async def ending(self, *values):
 write, commits.Commits._write_group = commits.Commits._write_group, ending
 """,
     "ledger watch": """
-from redbtc.store import commits
+from redbtc.store import entries
 def ending(self, *values):
     if fault():
         raise named(fault())
-commits.Commits._refuse_late = ending
+entries.ChangeQueue.refuse_late = ending
 """,
     "thread": """
-import aiosqlite.core, redbtc_commits
+import aiosqlite.core
+from redbtc.store import writer
 def ending(self, *values):
     if fault():  # the thread ends with what it does next
         self._tx.put_nowait((None, lambda: aiosqlite.core._STOP_RUNNING_SENTINEL))
         raise OSError
     return write(self, *values)
-write, redbtc_commits.Writer._write = redbtc_commits.Writer._write, ending
+write, writer.Writer._write = writer.Writer._write, ending
 """,
     "webhook": """
 from redbtc.billing import webhook
@@ -859,13 +860,13 @@ def test_after_a_damaged_page_was_found_the_next_start_checks_the_database(
 
 
 OWED = """
-from redbtc.store import commits
-write = commits.Writer._write
+from redbtc.store import writer
+write = writer.Writer._write
 def raising(self, changes, *values):
     if fault() and any(fault() in sql for sql, _ in changes):
         raise sqlite3.OperationalError("by a test")
     return write(self, changes, *values)
-commits.Writer._write = raising
+writer.Writer._write = raising
 """
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from redbtc.store.database import Store
 from redbtc.store.keys import FULL_KEY, Key
+from redbtc.store.request_rows import REQUEST_ROWS
 from redbtc.store.requests import Admitted, settle
 from redbtc.store.rows import COLUMNS, RECORD, row_of, values_of
 from redbtc.usage import RequestRow
@@ -46,7 +47,7 @@ class UnfinishedRow(NamedTuple):
 def keep_pending(store: Store, row: RequestRow, unfinished: UnfinishedRow) -> asyncio.Future[None]:
     """Keep the row pending, since its response goes on at the upstream. Return a future that is
     done when this is on disk."""
-    store.record(RECORD, values_of(row), retry_until_written=True)
+    store.record(RECORD, values_of(row), kind=REQUEST_ROWS, retry_until_written=True)
     return store.record(KEEP_PENDING, (row.request_id, *unfinished), retry_until_written=True)
 
 

@@ -6,10 +6,9 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-LogFunction = Callable[..., None]  # the gateway's log: level, event, fields
+from redbtc.store.failures import LogFunction, is_corrupt
 
 PROGRESS_SECONDS = 5  # between two lines of the log
 STEPS = 100_000  # of SQLite's machine between two looks at the clock
@@ -91,9 +90,3 @@ class Check:
 def first_line(text: str) -> str:
     """Return what a message of SQLite's check says of the first page; it lists all of them."""
     return text.removeprefix("*** in database main ***\n").partition("\n")[0]
-
-
-def is_corrupt(error: Exception) -> bool:
-    """Return whether SQLite found a damaged page, or a file that is no database."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

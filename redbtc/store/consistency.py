@@ -9,7 +9,8 @@ from pathlib import Path
 
 from redbtc.errors import StorageUnavailable, UserError
 from redbtc.store.backup import FILE_CHECKS, suffixed
-from redbtc.store.database import Store, refuse_without
+from redbtc.store.database import Store
+from redbtc.store.opening import refuse_incomplete
 from redbtc.store.schema import APPLICATION_ID, newest_version
 from redbtc.store.spill import Spill
 
@@ -79,7 +80,7 @@ def check_file(path: Path, currency: str) -> list[str]:
     """What is wrong with the database before anything opens it for writing; it may be in use."""
     try:
         if not suffixed(path, ".restored").exists():  # else a start finishes that restore first
-            refuse_without(path, Spill(path))
+            refuse_incomplete(path, Spill(path))
         path.stat()
     except UserError as error:
         return [str(error)]

@@ -7,8 +7,8 @@ import functools
 from collections.abc import Collection, Iterable
 
 from redbtc.errors import StorageUnavailable
-from redbtc.store.commits import RETRY_SECONDS
 from redbtc.store.database import Store
+from redbtc.store.health import RETRY_SECONDS
 
 BILLED_CONTAINER = "SELECT 1 FROM billed_containers WHERE id = ?"
 BILL_CONTAINER = "INSERT OR IGNORE INTO billed_containers (id) VALUES (?)"

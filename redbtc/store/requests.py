@@ -7,6 +7,7 @@ from typing import NamedTuple
 import orjson
 
 from redbtc.store.database import Store
+from redbtc.store.request_rows import REQUEST_ROWS
 from redbtc.store.rows import COLUMNS, FORGET, RECORD, values_of
 from redbtc.usage import RequestRow
 
@@ -15,7 +16,8 @@ from redbtc.usage import RequestRow
 async def begin(store: Store, row: RequestRow) -> None:
     """Commit the row as pending. Raises StorageUnavailable; then it will not be in the ledger."""
     row.run = store.run
-    await store.record(RECORD, values_of(row), retry_until_written=False)
+    values, undo = values_of(row), (FORGET, (row.request_id,))
+    await store.record(RECORD, values, kind=REQUEST_ROWS, undo=undo, retry_until_written=False)
 
 
 class Admitted(NamedTuple):
@@ -31,10 +33,11 @@ class Admitted(NamedTuple):
 async def settle(store: Store, row: RequestRow, admitted: Admitted | None = None) -> None:
     """Commit the row as it ended, however long that takes. With `admitted`, an estimated row can be
     corrected when its response is fetched later."""
-    written = store.record(RECORD, values_of(row), retry_until_written=True)
+    values = values_of(row)
+    written = store.record(RECORD, values, kind=REQUEST_ROWS, retry_until_written=True)
     if admitted and row.usage_source == "estimated" and row.response_id:
-        values = (row.response_id, row.request_id, *admitted)
-        written = store.record(KEEP_ESTIMATE, values, retry_until_written=True)
+        estimate = (row.response_id, row.request_id, *admitted)
+        written = store.record(KEEP_ESTIMATE, estimate, retry_until_written=True)
     await written
 
 
