@@ -356,7 +356,7 @@ from redbtc.store import checks
 def slowly(self, *values):
     while fault():
         time.sleep(0.01)
-        if self._is_to_end():
+        if self._must_end():
             return []
     return find(self, *values)
 find, checks.Check._check_tables = checks.Check._check_tables, slowly
@@ -391,7 +391,7 @@ checks.STEPS, checks.PROGRESS_SECONDS = 50, 0.1
 def slowly(self):
     time.sleep(0.02)
     return look(self)
-look, checks.Check._is_to_end = checks.Check._is_to_end, slowly
+look, checks.Check._must_end = checks.Check._must_end, slowly
 """
     gateway = faulty(make_gateway("[database]\ncheck_seconds = 1"), code).start()
     key = gateway.new_key()

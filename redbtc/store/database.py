@@ -1,4 +1,4 @@
-"""The store: the database of a gateway, with one connection that writes and others that read.
+"""Open the database of a gateway, with one connection that writes and others that read.
 
 All writes of the process go through one connection, those of requests in groups
 (redbtc/store/commits.py). Reads have connections that can't write (readers.py). A lock file beside

@@ -1,4 +1,4 @@
-"""What an error of SQLite or of the system means for the ledger, and what an operator can do."""
+"""Classify errors of SQLite and of the system, and say what an operator can do about them."""
 
 from __future__ import annotations
 

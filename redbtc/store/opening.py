@@ -26,7 +26,7 @@ BUSY_TIMEOUT_MS = 1000
 
 
 class Migrated(NamedTuple):
-    """How a database was brought to a newer schema. `backup` is the path of the copy that was made
+    """The result of bringing a database to a newer schema. `backup` is the path of the copy that was made
     before. It is empty if there is none; then `no_backup` says why."""
 
     before: int
@@ -38,7 +38,7 @@ class Migrated(NamedTuple):
 
 @dataclasses.dataclass
 class Serving:
-    """What a gateway needs of its store, and a command does not."""
+    """The options of a store that a gateway opens, and a command does not need."""
 
     check_seconds: float  # that the check after an unclean end may take; 0: no check
     accept_clock: bool  # believe the machine's clock in any case

@@ -1,5 +1,5 @@
-"""How rows of requests are written into the ledger: many in one statement, without a value that is
-refused, and again where another process has closed one."""
+"""Write rows of requests into the ledger: many with one statement, without a value that is refused,
+and again if another process has closed one."""
 
 from __future__ import annotations
 

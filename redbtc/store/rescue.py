@@ -1,5 +1,5 @@
-"""What is saved once this process writes nothing more into the database file: the entries that the
-file lacks go into the spill file, and the content of a removed file into a new one."""
+"""Save what would be lost once this process writes nothing more into the database file: the entries
+that the file lacks go into the spill file, and the content of a removed file into a new one."""
 
 from __future__ import annotations
 

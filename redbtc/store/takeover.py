@@ -1,5 +1,5 @@
-"""What a new process does with what an earlier one left behind: changes in the spill file, and rows
-of requests that were in flight."""
+"""Finish what an earlier process left behind: changes in the spill file, and rows of requests that
+were in flight."""
 
 from __future__ import annotations
 
