@@ -90,9 +90,9 @@ class LedgerClock:
         self._latest = max(self._latest, latest)
 
     def start(self, *, accept: bool) -> None:
-        """Begin to date the entries of a gateway. With `accept`, the wall clock is believed from now
-        on, even if it jumps. Otherwise raises UserError if it is more than MAX_BEHIND behind the
-        ledger."""
+        """Begin to date the entries of a gateway. With `accept`, the wall clock is believed from
+        now on, even if it jumps. Otherwise raises UserError if it is more than MAX_BEHIND behind
+        the ledger."""
         behind = -self.offset
         if accept:
             self._believed_after = self._judged_at = 0

@@ -26,8 +26,8 @@ BUSY_TIMEOUT_MS = 1000
 
 
 class Migrated(NamedTuple):
-    """The result of bringing a database to a newer schema. `backup` is the path of the copy that was made
-    before. It is empty if there is none; then `no_backup` says why."""
+    """The result of bringing a database to a newer schema. `backup` is the path of the copy that
+    was made before. It is empty if there is none; then `no_backup` says why."""
 
     before: int
     after: int
