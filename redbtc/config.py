@@ -161,7 +161,7 @@ class MetricsSettings(SettingsTable, frozen=True):
 
 
 class Settings(SettingsTable, frozen=True):
-    """All settings of config.toml."""
+    """The whole of config.toml, a field for each table."""
 
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()

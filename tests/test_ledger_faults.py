@@ -359,7 +359,7 @@ def slowly(self, *values):
         if self._must_end():
             return []
     return find(self, *values)
-find, checks.Check._check_tables = checks.Check._check_tables, slowly
+find, checks.PageCheck._check_tables = checks.PageCheck._check_tables, slowly
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
@@ -387,11 +387,11 @@ def test_a_check_after_a_kill_says_how_far_it_is_and_is_bounded(
     code = """
 import time
 from redbtc.store import checks
-checks.STEPS, checks.PROGRESS_SECONDS = 50, 0.1
+checks.STEPS_A_CALL, checks.SECONDS_BETWEEN_LINES = 50, 0.1
 def slowly(self):
     time.sleep(0.02)
     return look(self)
-look, checks.Check._must_end = checks.Check._must_end, slowly
+look, checks.PageCheck._must_end = checks.PageCheck._must_end, slowly
 """
     gateway = faulty(make_gateway("[database]\ncheck_seconds = 1"), code).start()
     key = gateway.new_key()

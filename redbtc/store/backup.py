@@ -37,7 +37,7 @@ PAGES_A_STEP = 1024  # 4 MiB, written to the disk before the next step begins
 SPACE_FACTOR = 1.1  # free space that a copy needs, as a multiple of its source
 CACHE_KIB = 65536  # memory for checking a copy
 HEADER_BYTES = 100
-MAGIC = b"SQLite format 3\0"
+SQLITE_MAGIC = b"SQLite format 3\0"
 ROLLBACK_JOURNAL = (
     b"\1\1"  # write and read version of a file without a -wal (SQLite's file format, 1.3)
 )
@@ -45,7 +45,17 @@ VERSIONS_AT = 18
 APPLICATION_ID_AT = 68
 DIGEST = re.compile(r"([0-9a-f]{64}) [ *](.+)\n?")
 # Suffixes of the files that belong to a database. No backup may take such a name.
-SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock", ".sock", ".owed", ".restoring", ".restored")
+FILE_SUFFIXES = (
+    "",
+    "-wal",
+    "-shm",
+    "-journal",
+    ".lock",
+    ".sock",
+    ".owed",
+    ".restoring",
+    ".restored",
+)
 
 FILE_CHECKS = {
     "integrity": "PRAGMA integrity_check(20)",
@@ -379,7 +389,7 @@ def _check_source(database: Path) -> os.stat_result:
 def _check_target(database: Path, path: Path) -> None:
     """Raise UserError if the backup would replace anything but an earlier backup."""
     kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
-    if path in [suffixed(database, suffix) for suffix in SUFFIXES] or kept:
+    if path in [suffixed(database, suffix) for suffix in FILE_SUFFIXES] or kept:
         raise UserError(f"{path} belongs to the database itself; choose another file")
     if suffixed(path, ".lock").exists():
         raise UserError(f"{path} is the database of a gateway ({path}.lock); choose another file")
@@ -395,7 +405,7 @@ def _is_ours(path: Path) -> bool:
         header = file.read(HEADER_BYTES)
     mark = header[APPLICATION_ID_AT : APPLICATION_ID_AT + 4]
     return not header or (
-        header.startswith(MAGIC) and int.from_bytes(mark, "big") == APPLICATION_ID
+        header.startswith(SQLITE_MAGIC) and int.from_bytes(mark, "big") == APPLICATION_ID
     )
 
 

@@ -1,4 +1,4 @@
-"""Check the pages of a database whose gateway did not end cleanly."""
+"""PageCheck the pages of a database whose gateway did not end cleanly."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from redbtc.store.failures import LogFunction, is_corrupt
 
-PROGRESS_SECONDS = 5  # between two log lines
-STEPS = 100_000  # of SQLite's virtual machine, after which the clock is read
+SECONDS_BETWEEN_LINES = 5  # between two log lines
+STEPS_A_CALL = 100_000  # of SQLite's virtual machine, after which the clock is read
 MAX_PROBLEMS = 5
-TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY rootpage"
+TABLES_BY_PAGE = "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY rootpage"
 # Pages of two databases in one can each be sound, so the numbers of rows are compared as well.
 HAS_SUMS = "SELECT 1 FROM sqlite_schema WHERE name = 'traffic_by_day'"
-COUNTS = """
+REQUEST_COUNTS = """
     SELECT (SELECT count(*) FROM requests NOT INDEXED WHERE outcome <> 'pending'),
            (SELECT count(*) FROM requests INDEXED BY requests_by_time)
            - (SELECT count(*) FROM requests INDEXED BY requests_in_flight
@@ -25,7 +25,7 @@ COUNTS = """
 QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check(?) LIMIT ?"
 
 
-class Check:
+class PageCheck:
     """A check of the pages of a database that nothing has opened yet."""
 
     def __init__(self, database: Path, seconds: float, log: LogFunction) -> None:
@@ -41,7 +41,7 @@ class Check:
         """Return the problems, table by table. Nothing is written."""
         uri = f"{self._database.as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.set_progress_handler(self._must_end, STEPS)
+            connection.set_progress_handler(self._must_end, STEPS_A_CALL)
             try:
                 return self._check_tables(connection)
             except sqlite3.DatabaseError as error:
@@ -54,7 +54,7 @@ class Check:
         self._stopped = True
 
     def _check_tables(self, connection: sqlite3.Connection) -> list[str]:
-        tables = [name for (name,) in connection.execute(TABLES)]
+        tables = [name for (name,) in connection.execute(TABLES_BY_PAGE)]
         wrong: list[str] = []
         try:
             for number, table in enumerate(tables):
@@ -71,7 +71,7 @@ class Check:
     def _compare(self, connection: sqlite3.Connection) -> list[str]:
         if not connection.execute(HAS_SUMS).fetchone():
             return []
-        in_table, in_index, in_sums = connection.execute(COUNTS).fetchone()
+        in_table, in_index, in_sums = connection.execute(REQUEST_COUNTS).fetchone()
         if in_table == in_index == in_sums:
             return []
         return [
@@ -81,7 +81,7 @@ class Check:
     def _must_end(self) -> bool:
         """Log the progress of the check, and return whether it must end."""
         now = time.monotonic()
-        if now - self._logged_at > PROGRESS_SECONDS:
+        if now - self._logged_at > SECONDS_BETWEEN_LINES:
             self._logged_at = now
             self._log(logging.INFO, "checking the ledger", **self._state)
         return self._stopped or now > self._deadline

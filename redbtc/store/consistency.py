@@ -49,20 +49,20 @@ CHECKS = FILE_CHECKS | {
 }
 
 CHECK_TABLE = "PRAGMA integrity_check('{}')"  # of sqlite_schema: the list of free pages, too
-TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+TABLE_NAMES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
 
 
 async def check_database(store: Store) -> list[str]:
     """Return the problems of the database, line by line. The integrity of each table, and each
     other check, is read through a snapshot of its own, so that no snapshot lasts long."""
     async with store.snapshot() as snapshot:
-        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLES)]]
+        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLE_NAMES)]]
     checks = {f"integrity of {table}": CHECK_TABLE.format(table) for table in tables}
     checks |= {name: sql for name, sql in CHECKS.items() if name != "integrity"}
-    return [line for name, sql in checks.items() for line in await check(store, name, sql)]
+    return [line for name, sql in checks.items() for line in await run_check(store, name, sql)]
 
 
-async def check(store: Store, name: str, sql: str) -> list[str]:
+async def run_check(store: Store, name: str, sql: str) -> list[str]:
     """Return the problems that one check finds. A part that can't be read is one, too."""
     try:
         async with store.snapshot_to_check() as snapshot:

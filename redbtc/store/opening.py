@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from redbtc.errors import UserError
 from redbtc.store.backup import Damaged, back_up_before_migration
-from redbtc.store.checks import Check
+from redbtc.store.checks import PageCheck
 from redbtc.store.failures import LedgerDamaged, LogFunction
 from redbtc.store.files import Identity, identity_of
 from redbtc.store.schema import APPLICATION_ID, migrations, schema
 from redbtc.store.spill import Spill
-from redbtc.store.wal import KEPT_WAL_BYTES, size_of, wal_of
+from redbtc.store.wal import KEPT_WAL_BYTES, file_size, wal_of
 from redbtc.store.writer import Writer
 
 BUSY_TIMEOUT_MS = 1000
@@ -71,7 +71,7 @@ def refuse_incomplete(database: Path, spill: Spill) -> None:
             f"{database} is missing, or older than {newer[-1]}, a copy made when its files were "
             "removed. Restore that file (db restore FILE), or move it away to continue without it"
         )
-    if size_of(database) == 0 and has_wal(database):
+    if file_size(database) == 0 and has_wal(database):
         raise UserError(
             f"{database} is {'empty' if written else 'missing'}, but {wal_of(database)} exists. "
             "Restore a backup (db restore FILE), or move it away to start with an empty ledger"
@@ -84,13 +84,13 @@ def refuse_incomplete(database: Path, spill: Spill) -> None:
 
 
 async def check_pages(database: Path, serving: Serving) -> None:
-    """Check the pages of the database, since its last gateway did not end cleanly. Raises
+    """PageCheck the pages of the database, since its last gateway did not end cleanly. Raises
     LedgerDamaged."""
     file = identity_of(database)
     if file == serving.checked:
         return
     began = time.monotonic()
-    check = Check(database, serving.check_seconds, serving.log)
+    check = PageCheck(database, serving.check_seconds, serving.log)
     try:
         wrong = await asyncio.to_thread(check.find_damage)
     finally:

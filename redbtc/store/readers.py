@@ -21,13 +21,13 @@ MAX_CHECK_SECONDS = 3600  # of one table
 ROWS_AT_ONCE = 500
 
 Values = Sequence[Any] | dict[str, Any]
-Notice = Callable[[Exception], None]  # told of each error of SQLite
+ErrorListener = Callable[[Exception], None]  # told of each error of SQLite
 
 
 class Reader:
     """A connection that reads. The columns of its rows have positions and names."""
 
-    def __init__(self, connection: aiosqlite.Connection, notice: Notice) -> None:
+    def __init__(self, connection: aiosqlite.Connection, notice: ErrorListener) -> None:
         connection.row_factory = sqlite3.Row
         self._connection = connection
         self._notice = notice
@@ -62,7 +62,7 @@ class Readers:
     """One connection for queries, one for look-ups on the event loop, and one for each snapshot."""
 
     def __init__(
-        self, uri: str, reader: Reader, lookup: sqlite3.Connection, notice: Notice
+        self, uri: str, reader: Reader, lookup: sqlite3.Connection, notice: ErrorListener
     ) -> None:
         self._uri = uri
         self._reader = reader
@@ -73,7 +73,7 @@ class Readers:
 
     @classmethod
     async def open(
-        cls, stack: contextlib.AsyncExitStack, database: Path, notice: Notice
+        cls, stack: contextlib.AsyncExitStack, database: Path, notice: ErrorListener
     ) -> Readers:
         """Open the connections that are not for snapshots. Raises sqlite3.Error."""
         uri = f"{database.as_uri()}?mode=ro"

@@ -29,7 +29,7 @@ class WalFile:
     @property
     def size(self) -> int:
         """Return the size of the file in bytes."""
-        return size_of(self._path)
+        return file_size(self._path)
 
     async def shrink(self) -> bool:
         """Empty the file if it is large and the ledger is idle, or if it is too large. Return False
@@ -63,7 +63,7 @@ def wal_of(database: Path) -> Path:
     return Path(f"{database}-wal")
 
 
-def size_of(file: Path) -> int:
+def file_size(file: Path) -> int:
     """Return the size of a file in bytes, 0 if there is none."""
     try:
         return os.stat(file).st_size
