@@ -46,7 +46,7 @@ from redbtc.request_body.content import RequestBody
 from redbtc.server.asgi import ID_SECONDS, ClientRequest
 from redbtc.store.background import UnfinishedRow
 from redbtc.store.keys import Key
-from redbtc.store.requests import Admitted, begin, drop_unsettled, forget, keep_unsettled, settle
+from redbtc.store.requests import Admitted, begin, drop_progress, forget, record_progress, settle
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 
@@ -195,7 +195,7 @@ class MeteredRequest(ForwardedRequest):
         served while it waited can have added to them. Raises StorageUnavailable."""
         objects, body = self.gateway.objects, self.body
         for each in body.conversations:
-            location = objects.home_of(each, self.key.account_id)
+            location = objects.location_of(each, self.key.account_id)
             tokens = (location.tokens if location else None) or 0
             body.weigh_again(each, tokens + objects.growing(each))
 
@@ -453,7 +453,7 @@ class MeteredRequest(ForwardedRequest):
         if row.usage_source != "none":
             charge(row, parts, self.money, self.body.image_model())
             self._is_saved = True
-            keep_unsettled(self.gateway.store, row, self._admitted)
+            record_progress(self.gateway.store, row, self._admitted)
 
     @property
     def _is_over(self) -> bool:
@@ -465,7 +465,7 @@ class MeteredRequest(ForwardedRequest):
         """Remove what `save_progress` has saved, in the commit of what is recorded next."""
         if self._is_saved:
             self._is_saved = False
-            drop_unsettled(self.gateway.store, self.row)
+            drop_progress(self.gateway.store, self.row)
 
     async def _estimate(self, outcome: Outcome) -> Estimate | None:
         """Return an estimate, None where the usage is known or nothing was used."""

@@ -14,7 +14,7 @@ from redbtc.store.spill import Spill, line_of
 from redbtc.store.writer import SQLStatement, Writer
 from redbtc.times import month_of
 
-KINDS: dict[str, EntryKind] = {REQUEST_ROWS.name: REQUEST_ROWS}
+ENTRY_KINDS: dict[str, EntryKind] = {REQUEST_ROWS.name: REQUEST_ROWS}
 
 # What a request had used when it was last written to the table `unsettled` becomes its row.
 TAKEN_OVER = [
@@ -56,7 +56,7 @@ async def write_owed(spill: Spill, writer: Writer, commits: Commits, log: LogFun
     for change in changes:
         try:
             (changed,) = await writer.write([(change.sql, change.values)])
-            kind = KINDS.get(change.kind)
+            kind = ENTRY_KINDS.get(change.kind)
             if kind and not changed:
                 await commits.repair(kind, change.values)
         except Exception as error:
