@@ -98,7 +98,7 @@ class Accounts:
         return await self.show(name)
 
     async def set(self, account_id: str, changes: Mapping[str, Any], by: str) -> Account:
-        """Change the given ones of email and limits. A limit of None falls back to the settings'."""
+        """Change the given ones of email and limits. A limit of None is the settings' again."""
         values = [part for name in CHANGEABLE for part in (name in changes, changes.get(name))]
         await self._store.transact((SET_ACCOUNT, (*values, account_id)), by=by)
         return await self.show(account_id)

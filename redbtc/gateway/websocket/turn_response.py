@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from redbtc.billing.spending import Hold
@@ -69,7 +70,7 @@ class TurnResponse(MeteredRequest):
             self._objects.billed.add(self.id)
 
     def _learn(
-        self, made: dict[str, bool], usage: Usage | None, likely: Usage | None = None
+        self, made: Mapping[str, bool], usage: Usage | None, likely: Usage | None = None
     ) -> dict[str, ObjectLocation]:
         """Learn the ids that the upstream made. This connection can name them even if they are not
         stored."""
