@@ -50,7 +50,7 @@ from redbtc.store.consistency import CURRENCIES
 from redbtc.store.database import Store
 from redbtc.store.keys import Key
 from redbtc.store.records import by_name, nanos_of, new_id, shown_amount, shown_time
-from redbtc.store.spill import OwedChange
+from redbtc.store.writer import SQLStatement
 from redbtc.times import DAY, MINUTE, iso_time, month_of
 
 MAX_PAID = 10**17 * NANOS  # by an account: sums of it fit into an INTEGER of units
@@ -351,7 +351,7 @@ class Billing:
             new, left_out = self._new(given, take_over)
             after = PriceTable([*self.prices.prices, *new])
             notices = await self._notices_of_rises(new, after, now, without_notice)
-            changes: list[OwedChange] = [
+            changes: list[SQLStatement] = [
                 (ADD_PRICE, msgspec.structs.astuple(price)) for price in new
             ]
             changes += [(ADD_NOTICE, (new_id("ntc"), *each, now, by, 0)) for each in notices]
