@@ -82,7 +82,7 @@ async def account_overview_page(page: PageRequest) -> PageVariables:
 
 
 async def members_page(page: PageRequest) -> PageVariables:
-    """Show the users who are members of the account."""
+    """Show the account's members."""
     return {**await account_base(page, "Members"), **await user_table(page)}
 
 
@@ -109,12 +109,12 @@ async def set_account(page: PageRequest) -> None:
 
 
 async def suspend_account(page: PageRequest) -> None:
-    """Suspend the account."""
+    """Suspend the account for a reason that operators see."""
     await page.do(API.suspend_account, page.fields("reason"), account=page.path["account"])
 
 
 async def resume_account(page: PageRequest) -> None:
-    """Resume the account."""
+    """Resume the account after a suspension."""
     await page.do(API.resume_account, {}, account=page.path["account"])
 
 

@@ -57,7 +57,7 @@ PROBLEMS = {404: "Page not found.", 500: "The gateway could not process this req
 
 
 class Dashboard:
-    """All pages. They show and do what the admin API's operations return and do."""
+    """The pages, built on the operations of the admin API."""
 
     def __init__(self, api: API) -> None:
         self._api = api

@@ -1,4 +1,4 @@
-"""How pages write numbers, amounts, times and browsers."""
+"""The formats of numbers, amounts, times and browsers' names on pages."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ async def new_key(page: PageRequest, added: KeyAdded) -> PageVariables:
 
 
 async def revoke_key(page: PageRequest) -> PageVariables | None:
-    """Revoke a key. If it was leaked, its requests in flight are stopped, and the page says how
-    many."""
+    """Revoke the key that a form selects. If it was leaked, stop its requests in flight, too, and
+    say how many."""
     compromised = "true" if page.form.get("compromised") else "false"
     key = await selected_key(page)
     done = await page.do(API.revoke_key, {"compromised": compromised}, key=key)

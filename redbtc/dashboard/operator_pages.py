@@ -1,4 +1,4 @@
-"""The pages for operators, and everyone's page about the own login."""
+"""The pages of operators, and the page on which users manage their own login."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def accounts_page(page: PageRequest) -> PageVariables:
 
 
 async def add_account(page: PageRequest) -> None:
-    """Add an account. Limits that are left empty are those of the settings."""
+    """Add an account with the limits of the form, else with those of the settings."""
     await page.do(API.add_account, page.fields("name", *ACCOUNT_FIELDS))
 
 
@@ -100,7 +100,7 @@ PRICE_FIELDS = ("model", "tier", "above_input_tokens", "effective", "max_output_
 
 
 async def prices_page(page: PageRequest) -> PageVariables:
-    """Show all prices."""
+    """Show the price list of the gateway."""
     return {"here": "Prices", **await price_table(page, await page.ask(API.list_prices))}
 
 
@@ -134,7 +134,7 @@ async def add_notice(page: PageRequest) -> None:
 
 
 async def withdraw_notice(page: PageRequest) -> None:
-    """Withdraw a notice."""
+    """Withdraw the notice that a form selects."""
     await page.do(API.withdraw_notice, {}, notice=page.form.get("notice", ""))
 
 
@@ -177,7 +177,7 @@ def differences(change: Change) -> list[tuple[str, Any, Any]]:
 
 
 async def users_page(page: PageRequest) -> PageVariables:
-    """Show the operators."""
+    """Show the users with the role operator."""
     return {"here": "Users", **await user_table(page)}
 
 

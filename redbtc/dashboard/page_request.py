@@ -1,4 +1,4 @@
-"""The request for a page by a user who is logged in."""
+"""A logged-in user's request for a page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGIN = "/dashboard/login"
 
 
 class PageRequest:
-    """A request to the dashboard by a user who is logged in."""
+    """A logged-in user's request to the dashboard."""
 
     def __init__(
         self, api: API, request: Request, session: LoginSession, form: Mapping[str, str]
@@ -69,7 +69,7 @@ PageHandler = Callable[[PageRequest], Awaitable[Response]]
 
 
 def logged_in(api: API, handler: PageHandler) -> Callable[[Request], Awaitable[Response]]:
-    """Return an endpoint for users who are logged in. It redirects others to the login form."""
+    """Return an endpoint that requires a login. It redirects other users to the login form."""
 
     async def endpoint(request: Request) -> Response:
         session, form = session_of(api, request), {}

@@ -93,7 +93,7 @@ class Renderer:
         }
 
     async def render(self, template: str, variables: PageVariables, status: int = 200) -> Response:
-        """Return a page. Pages are drawn one after the other."""
+        """Return a page with this status. Pages are drawn one after the other."""
         async with self._drawing:
             if template not in self._compiled:  # compiling blocks for longer than drawing
                 await asyncio.to_thread(self._environment.get_template, template)
