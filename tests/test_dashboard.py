@@ -2137,4 +2137,7 @@ def test_what_an_account_piles_up_makes_nobody_wait(
     }
     assert max(pages.values()) < 1_000_000, pages
     assert sizes[f"{page}/billing/{month}/csv"] > 1_000_000
-    assert "The first 500 lines; the CSV has all." in login.get(f"{page}/billing/{month}").text
+    assert (
+        "Showing the first 500 lines. The CSV has all of them."
+        in login.get(f"{page}/billing/{month}").text
+    )

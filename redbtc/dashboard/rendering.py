@@ -85,7 +85,7 @@ class Renderer:
         self._defaults: PageVariables = {
             "session": None,
             "form": {},
-            "wrong": "",
+            "wrong_field": "",
             "problem": "",
             "done": False,
             "here": "",
@@ -137,5 +137,5 @@ def explanation(error: UserError) -> PageVariables:
         what = error.what.removesuffix(", got `str`")
         if what.startswith("Object missing"):
             what = f"{error.field} is required"
-        return {"problem": sentence(what), "wrong": error.field}
+        return {"problem": sentence(what), "wrong_field": error.field}
     return {"problem": sentence(str(error))}
