@@ -25,10 +25,10 @@ from redbtc.admin.passwords import Busy, Later, TooMany
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.slices import with_turns
 
-WHO = b"redbtc-user"  # the header with which a command says who gives it
+WHO = b"redbtc-user"  # the header in which a command names its user
 PART_BYTES = 64 << 10
-MAX_BODY_BYTES = 4 << 20  # of an operator: a list of thousands of prices
-MAX_MEMBERS_BODY = 64 << 10  # of others; 4 MB of JSON take 100 ms to read
+MAX_BODY_BYTES = 4 << 20  # of an operator: thousands of prices
+MAX_MEMBERS_BODY = 64 << 10  # bytes; of other actors: 4 MB of JSON take 100 ms to read
 MAX_FIELDS = 100  # of a query or a form
 
 STATUS: dict[type[UserError], int] = {
@@ -42,12 +42,13 @@ STATUS: dict[type[UserError], int] = {
     StorageUnavailable: 503,
     Busy: 503,
 }
-OTHERWISE = 409  # well formed, but it can't be done
+OTHERWISE = 409  # well formed, but not possible in the current state
 Authenticate = Callable[[Request], Actor]
 
 
 def local(request: Request) -> Actor:
-    """Whoever may open the database: an operator."""
+    """Return the actor of a request on the Unix socket: an operator, since only a user who may open
+    the database itself may open the socket."""
     return Actor(request.headers.get(WHO.decode(), "local"), "operator")
 
 
@@ -60,7 +61,7 @@ SECURITY = {
 
 
 def encoded(found: Struct | Mapping[str, Any]) -> Iterator[bytes]:
-    """Return an answer as JSON, bit by bit."""
+    """Yield an answer as JSON, a value at a time."""
     yield b"{"
     for number, (name, value) in enumerate(members_of(found)):
         yield (b"," if number else b"") + msgspec.json.encode(name) + b":"
@@ -85,7 +86,7 @@ def members_of(found: Struct | Mapping[str, Any]) -> list[tuple[str, Any]]:
 async def in_parts(
     bits: Iterable[bytes], status: int, headers: Mapping[str, str], media_type: str
 ) -> Response:
-    """An answer of what may be long."""
+    """Return a response whose content may be long."""
     parts: list[bytes] = []
     part = bytearray()
     async for bit in with_turns(bits):
@@ -101,8 +102,8 @@ async def in_parts(
 
 
 async def streamed(parts: AsyncIterator[bytes]) -> Response:
-    """Return an answer of JSON that is sent as it is made. Its status is sent with the first part:
-    what fails before that is answered with an error."""
+    """Return a response of JSON that is sent as it is made. The status is sent with the first part,
+    so a failure before that still gets an error response."""
     first = await anext(parts)
 
     async def all_parts() -> AsyncIterator[bytes]:
@@ -114,25 +115,25 @@ async def streamed(parts: AsyncIterator[bytes]) -> Response:
 
 
 async def answer(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
-    """JSON."""
+    """Return an answer as a response of JSON."""
     return await in_parts(encoded(found), status, SECURITY, "application/json")
 
 
 async def error_answer(status: int, message: str, headers: Mapping[str, str]) -> Response:
-    """OpenAI's error form."""
+    """Return an error response in the form of OpenAI's API."""
     response = await answer(Refused(Error(message, "invalid_request_error")), status)
     response.headers.update(headers)
     return response
 
 
 async def refused(_: Request, error: Exception) -> Response:
-    """A UserError."""
+    """Return the error response for a UserError."""
     status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
     return await error_answer(status, str(error), retry_after(error))
 
 
 def retry_after(error: Exception) -> dict[str, str]:
-    """A header, where it makes sense to try again."""
+    """Return the headers of an error response; they say when to try again, if that can help."""
     seconds = error.seconds if isinstance(error, Later) else 5
     again = isinstance(error, (Later, StorageUnavailable))
     return {"retry-after": str(seconds)} if again else {}
@@ -142,7 +143,7 @@ UNKNOWN = {404: "Unknown request URL.", 500: "The gateway could not process this
 
 
 async def unknown(_: Request, error: Exception) -> Response:
-    """What Starlette itself refuses, an unknown path or method; or what should not happen."""
+    """Return the error response for an unknown path or method, or for an unexpected error."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = UNKNOWN.get(status, "Method not allowed.")
     headers = error.headers if isinstance(error, HTTPException) else None
@@ -150,7 +151,7 @@ async def unknown(_: Request, error: Exception) -> Response:
 
 
 def served(api: API, authenticate: Authenticate) -> Starlette:
-    """The operations as an app, for whoever `authenticate` says it is."""
+    """Return the operations as an app. `authenticate` returns the actor of a request."""
     by_path: dict[str, dict[str, Operation]] = {}
     for each in OPERATIONS:
         for path in each.paths:
@@ -172,7 +173,7 @@ async def _describe(request: Request) -> Response:
 
 @functools.cache
 def _description(*, secure: bool) -> bytes:
-    """Return `openapi` as JSON. It is made once: that takes about 10 ms, and anybody may ask."""
+    """Return `openapi` as JSON. It is made once, since that takes about 10 ms."""
     return orjson.dumps(openapi(secure=secure))
 
 
@@ -182,15 +183,15 @@ def check_fields(encoded: bytes) -> None:
         raise Invalid(f"too many fields in the query or form; at most {MAX_FIELDS} are allowed")
 
 
-async def whole_body(request: Request, most: int) -> bytes:
-    """Raises TooLarge before more than `most` bytes are held, and Invalid where it ends too
-    early."""
+async def whole_body(request: Request, maximum: int) -> bytes:
+    """Return the body of a request. Raise TooLarge as soon as it has more than `maximum` bytes, and
+    Invalid if it ends too early."""
     body = bytearray()
     try:
         async for part in request.stream():
             body += part
-            if len(body) > most:
-                raise TooLarge(f"the request body is larger than {most} bytes")
+            if len(body) > maximum:
+                raise TooLarge(f"the request body is larger than {maximum} bytes")
     except ClientDisconnect:
         raise Invalid("the request body is incomplete") from None
     return bytes(body)
@@ -208,10 +209,10 @@ def _endpoint(
         if len(query) < len(pairs):
             raise Invalid("duplicate query parameter")
         has_body = operation.method in ("POST", "PATCH")
-        most = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
-        body = await whole_body(request, most) if has_body else b""
-        actor = authenticate(request)  # again: what let him in may have ended meanwhile
-        found = await api.perform(operation, actor, request.path_params, query=query, body=body)
+        maximum = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
+        body = await whole_body(request, maximum) if has_body else b""
+        actor = authenticate(request)  # again: the session may have ended meanwhile
+        found = await api.perform_request(operation, actor, request.path_params, query, body)
         if isinstance(found, AsyncIterator):
             return await streamed(found)
         return await answer(found, operation.status)

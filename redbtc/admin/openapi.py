@@ -28,12 +28,15 @@ IN_PATH = {"month": {"type": "string", "pattern": f"^({MONTH.pattern})$"}}
 
 
 def openapi(*, secure: bool) -> dict[str, Any]:
-    """/admin/v1/openapi.json, made from the operations and their types (OpenAPI 3.1). `secure`: as
-    it is reached with TLS, where the session's cookie has another name."""
-    answers = {each.answer for each in OPERATIONS if isinstance(each.answer, type)}
-    types = [*answers, *{each.body for each in OPERATIONS}, *{each.query for each in OPERATIONS}]
+    """Return the content of /admin/v1/openapi.json (OpenAPI 3.1), made from the table of operations
+    and their types. `secure` says whether clients use TLS, which changes the session cookie's
+    name."""
+    answers = [each.answer for each in OPERATIONS if isinstance(each.answer, type)]
+    inputs = [kind for each in OPERATIONS for kind in (each.body, each.query)]
     template = "#/components/schemas/{name}"
-    _, schemas = msgspec.json.schema_components([*types, Refused], ref_template=template)
+    _, schemas = msgspec.json.schema_components(
+        dict.fromkeys([*answers, *inputs, Refused]), ref_template=template
+    )
     paths: dict[str, dict[str, Any]] = {}
     for each in OPERATIONS:
         for number, path in enumerate(each.paths):

@@ -73,7 +73,7 @@ async def account_overview(visit: PageRequest) -> PageVariables:
     account_id, month = account.id, account.month
     days = last_days(visit.now)
     query = {"account": account_id, "since": days[0], "group_by": "day,model", "top": "10"}
-    used = await visit.ask(API.usage, query=query)
+    used = await visit.do(API.usage, query)
     measure = visit.request.query_params.get("show", "cost")
     measure = measure if measure in MEASURES else "cost"
     series = by_day(used.groups, days, "model", measure)
@@ -201,8 +201,8 @@ async def usage(visit: PageRequest) -> PageVariables:
     if before := visit.request.query_params.get("before"):
         part["before"] = before
     try:
-        totals = (await visit.ask(API.usage, query=query)).totals
-        found = await visit.ask(API.requests, query={**query, **part})
+        totals = (await visit.do(API.usage, query)).totals
+        found = await visit.do(API.requests, {**query, **part})
     except NotFound:
         raise
     except UserError as error:
@@ -225,7 +225,7 @@ async def usage_csv(visit: PageRequest) -> Response:
     account_id = (await _account(visit, "Usage"))["account"].id
     _, query = _filters(visit, account_id)
     query["limit"] = "1000"
-    rows = (await visit.ask(API.requests, query=query)).requests[::-1]
+    rows = (await visit.do(API.requests, query)).requests[::-1]
 
     async def lines() -> AsyncIterator[str]:
         nonlocal rows
@@ -239,7 +239,7 @@ async def usage_csv(visit: PageRequest) -> Response:
             older = {**query, "before": rows[-1].request_id}
             rows = []  # takes ten times the memory of its text, while a client reads slowly
             yield text
-            rows = (await visit.ask(API.requests, query=older)).requests[::-1]
+            rows = (await visit.do(API.requests, older)).requests[::-1]
 
     return StreamingResponse(lines(), headers=as_file("usage.csv"), media_type="text/csv")
 
@@ -280,7 +280,7 @@ async def statement(visit: PageRequest) -> PageVariables:
 async def _statement(visit: PageRequest, account: str, month: str, lines: int) -> Statement:
     """With so many lines of its usage."""
     query = {"limit": lines}
-    found: Statement = await visit.ask(API.statement, account=account, month=month, query=query)
+    found: Statement = await visit.do(API.statement, query, account=account, month=month)
     return found
 
 
@@ -290,7 +290,7 @@ MAX_LINES = 500
 async def statement_csv(visit: PageRequest) -> Response:
     """As CSV."""
     account, month = (visit.request.path_params[name] for name in ("account", "month"))
-    found = await visit.ask(API.statement, account=account, month=month)
+    found = await visit.do(API.statement, {}, account=account, month=month)
     lines = map(str.encode, csv_lines(statement_lines(found)))
     return await in_parts(lines, 200, as_file(f"statement-{found.month}.csv"), "text/csv")
 

@@ -19,7 +19,6 @@ from starlette.routing import Route
 from redbtc.admin.actors import RANKS, Forbidden, Rank
 from redbtc.admin.api import API
 from redbtc.admin.http import OTHERWISE, STATUS, check_fields, retry_after, whole_body
-from redbtc.admin.operations import Operation
 from redbtc.admin.passwords import Later
 from redbtc.admin.users import LoginSession
 from redbtc.dashboard.account_pages import (
@@ -225,7 +224,7 @@ class Dashboard:
             "done": False,
             "here": "",
         }
-        usual["currency"] = self.api.books.currency
+        usual["currency"] = self.api.billing.currency
         async with self._drawing:
             if name not in self._drawn:  # compiling takes longer, but is done once
                 await asyncio.to_thread(self._templates.get_template, name)
@@ -354,18 +353,33 @@ USER_ACTIONS: dict[str, Action] = {"add": add_user, "reset": reset_user, "remove
 KEY_ACTIONS: dict[str, Action] = {"add": add_key, "rotate": rotate_key, "revoke": revoke_key}
 
 
-def _on_account(operation: Operation, *fields: str) -> Action:
-    async def action(visit: PageRequest) -> None:
-        account = visit.request.path_params["account"]
-        await visit.do(operation, visit.fields(*fields), account=account)
+async def _suspend(visit: PageRequest) -> None:
+    await visit.do(API.suspend_account, visit.fields("reason"), account=_account_of(visit))
 
-    return action
+
+async def _resume(visit: PageRequest) -> None:
+    await visit.ask(API.resume_account, account=_account_of(visit))
+
+
+async def _throttle(visit: PageRequest) -> None:
+    fields = visit.fields("factor", "until")
+    await visit.do(API.throttle_account, fields, account=_account_of(visit))
+
+
+async def _pay(visit: PageRequest) -> None:
+    fields = visit.fields("amount", "reference", "reason")
+    await visit.do(API.add_payment, fields, account=_account_of(visit))
+
+
+def _account_of(visit: PageRequest) -> str:
+    account: str = visit.request.path_params["account"]
+    return account
 
 
 MANAGE_ACTIONS: dict[str, Action] = {
     "set": set_account,
-    "suspend": _on_account(API.suspend_account, "reason"),
-    "resume": _on_account(API.resume_account),
-    "throttle": _on_account(API.throttle_account, "factor", "until"),
-    "pay": _on_account(API.add_payment, "amount", "reference", "reason"),
+    "suspend": _suspend,
+    "resume": _resume,
+    "throttle": _throttle,
+    "pay": _pay,
 }

@@ -47,7 +47,7 @@ def by_day(
 
 async def overview(visit: PageRequest) -> PageVariables:
     """What an operator looks at first."""
-    found = await visit.ask(API.overview, query={"days": DAYS})
+    found = await visit.do(API.overview, {"days": DAYS})
     days, currency = last_days(visit.now), found.spending.currency
     requests = [
         each._replace(name=str(each.name).replace("_", " "))
@@ -116,7 +116,7 @@ async def accounts(visit: PageRequest) -> PageVariables:
     asked = visit.request.query_params
     search, after = asked.get("search", "")[:200], asked.get("after", "")[:200]
     query = {"search": search, "after": after, "limit": ON_A_PAGE + 1}
-    found = (await visit.ask(API.list_accounts, query=query)).accounts
+    found = (await visit.do(API.list_accounts, query)).accounts
     return {
         "here": "Accounts",
         "accounts": found[:ON_A_PAGE],
@@ -203,7 +203,7 @@ async def add_notice(visit: PageRequest) -> None:
 
 async def end_notice(visit: PageRequest) -> None:
     """Nobody is told it any more."""
-    await visit.do(API.withdraw_notice, {}, notice=visit.form.get("notice", ""))
+    await visit.ask(API.withdraw_notice, notice=visit.form.get("notice", ""))
 
 
 async def log(visit: PageRequest) -> PageVariables:
@@ -211,7 +211,7 @@ async def log(visit: PageRequest) -> PageVariables:
     asked = visit.request.query_params
     query = {name: asked[name] for name in ("before", "account") if asked.get(name)}
     limit = {"limit": str(ON_A_PAGE + 1)}
-    found = (await visit.ask(API.list_changes, query={**query, **limit})).changes
+    found = (await visit.do(API.list_changes, {**query, **limit})).changes
     changes, more = found[:ON_A_PAGE], len(found) > ON_A_PAGE
     of = query.get("account")
     return {
@@ -256,7 +256,7 @@ async def _users(visit: PageRequest) -> list[UserShown]:
     """Whom this page is about: an account's members, or the operators."""
     account = visit.request.path_params.get("account")
     query = {"account": account} if account else {"role": "operator"}
-    found: list[UserShown] = (await visit.ask(API.list_users, query=query)).users
+    found: list[UserShown] = (await visit.do(API.list_users, query)).users
     return found
 
 
@@ -285,4 +285,4 @@ async def you(visit: PageRequest) -> PageVariables:
 
 async def end_session(visit: PageRequest) -> None:
     """Log out there."""
-    await visit.do(API.end_session, {}, session=visit.form.get("session", ""))
+    await visit.ask(API.end_session, session=visit.form.get("session", ""))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate
 from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from redbtc.admin.operations import Operation
+from redbtc.admin.actors import Actor
+from redbtc.admin.api import API, Answer, Arguments, Given
 from redbtc.admin.users import LoginSession
 from redbtc.dashboard.sessions import SAFE, SECURITY, actor_for, session_of
 
@@ -47,19 +48,30 @@ class PageRequest:
         self._dashboard = dashboard
 
     async def ask(
-        self, operation: Operation, *, query: Mapping[str, Any] | None = None, **path: str
-    ) -> Any:
-        """What an operation answers. Raises UserError."""
-        return await self._dashboard.api.perform(operation, self.actor, path, query=query)
+        self,
+        operation: Callable[Concatenate[API, Actor, Arguments], Awaitable[Answer]],
+        *arguments: Arguments.args,
+        **path: Arguments.kwargs,
+    ) -> Answer:
+        """Perform an operation of the admin API. Raise UserError."""
+        return await self._dashboard.api.perform(operation, self.actor, *arguments, **path)
 
-    async def do(self, operation: Operation, body: Mapping[str, Any], **path: str) -> Any:
-        """Make a change with what a form says. Raises UserError."""
-        return await self._dashboard.api.perform(operation, self.actor, path, body=body)
+    async def do(
+        self,
+        operation: Callable[Concatenate[API, Actor, Given, Arguments], Awaitable[Answer]],
+        values: Mapping[str, Any],
+        *arguments: Arguments.args,
+        **path: Arguments.kwargs,
+    ) -> Answer:
+        """Perform an operation with the text values of a form or a query. Raise UserError."""
+        return await self._dashboard.api.perform_text(
+            operation, self.actor, values, *arguments, **path
+        )
 
     @property
     def now(self) -> int:
         """The ledger's time, in milliseconds."""
-        return self._dashboard.api.books.store.time()
+        return self._dashboard.api.billing.store.time()
 
     async def example_model(self, patterns: Sequence[str] | None) -> str:
         """As the API has it."""
