@@ -19,7 +19,7 @@ from starlette.routing import Route
 from redbtc.admin.actors import Actor, Forbidden, Invalid, TooLarge, Unauthorized
 from redbtc.admin.api import API, OPERATIONS
 from redbtc.admin.openapi import openapi
-from redbtc.admin.operations import PREFIX, Operation
+from redbtc.admin.operations import PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Error, Refused
 from redbtc.admin.passwords import Busy, Later, TooMany
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
@@ -158,7 +158,7 @@ def served(api: API, authenticate: Authenticate) -> Starlette:
             by_path.setdefault(PREFIX + path, {})[each.method] = each
     routes = [Route(f"{PREFIX}/openapi.json", _describe, methods=["GET"])]
     for path, operations in by_path.items():
-        endpoint = _endpoint(api, operations, authenticate)
+        endpoint = _endpoint(api, path, operations, authenticate)
         routes.append(Route(path, endpoint, methods=list(operations)))
     handlers: dict[Any, Any] = {UserError: refused, HTTPException: unknown, Exception: unknown}
     app = Starlette(routes=routes, exception_handlers=handlers)
@@ -198,7 +198,7 @@ async def whole_body(request: Request, maximum: int) -> bytes:
 
 
 def _endpoint(
-    api: API, operations: dict[str, Operation], authenticate: Authenticate
+    api: API, path: str, operations: dict[str, Operation], authenticate: Authenticate
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         operation = operations["GET" if request.method == "HEAD" else request.method]
@@ -212,7 +212,8 @@ def _endpoint(
         maximum = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
         body = await whole_body(request, maximum) if has_body else b""
         actor = authenticate(request)  # again: the session may have ended meanwhile
-        found = await api.perform_request(operation, actor, request.path_params, query, body)
+        values = {name: request.path_params[name] for name in variables_of(path)}
+        found = await api.perform_request(operation, actor, values, query, body)
         if isinstance(found, AsyncIterator):
             return await streamed(found)
         return await answer(found, operation.status)

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from redbtc.admin.api import OPERATIONS
-from redbtc.admin.operations import PREFIX, Operation
+from redbtc.admin.operations import PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Refused
 from redbtc.times import MONTH
 
@@ -60,10 +60,9 @@ def openapi(*, secure: bool) -> dict[str, Any]:
 def _described(
     operation: Operation, path: str, number: int, schemas: dict[str, Any]
 ) -> dict[str, Any]:
-    in_path = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": IN_PATH.get(name, ID)}
-        for name in in_path
+        for name in variables_of(path)
     ]
     query = schemas[operation.query.__name__]
     needed = query.get("required", ())

@@ -13,6 +13,11 @@ Given = TypeVar("Given", bound=Sent)
 Answer = TypeVar("Answer")
 
 
+def variables_of(path: str) -> list[str]:
+    """Return the names of the variables of a path, such as `account` in /accounts/{account}."""
+    return [part[1:-1] for part in path.split("/") if part.startswith("{")]
+
+
 class Operation(NamedTuple):
     """A row of the table of operations (admin/api.py): a handler, and how it is reached over HTTP.
 
