@@ -144,11 +144,12 @@ USAGE_BY_RATE: Callable[[Usage], tuple[int | None, ...]] = operator.attrgetter(
 )
 
 
-def billed_usage(usage: Usage, images: bool) -> list[int]:
+def billed_usage(usage: Usage, images: bool) -> list[int | None]:
     """Return how much is billed by each rate, in the order of RATES, so that no token is billed
-    twice. An amount below 0 is 0. `images`: of an image endpoint, whose image tokens are parts of
-    its input and output; elsewhere they are those of a tool and come on top."""
-    amounts = [amount or 0 for amount in USAGE_BY_RATE(usage)]
+    twice. None, or an amount below 0, is 0. `images`: of an image endpoint, whose image tokens are
+    parts of its input and output; elsewhere they are those of a tool and come on top."""
+    amounts = list(USAGE_BY_RATE(usage))
     for whole, part in PARTS[images]:
-        amounts[whole] -= amounts[part]
+        if among := amounts[part]:
+            amounts[whole] = (amounts[whole] or 0) - among
     return amounts

@@ -58,7 +58,7 @@ from redbtc.admin.passwords import (
 )
 from redbtc.admin.users import LINK_LASTS, MAX_USER_SESSIONS, Users, hash_of
 from redbtc.billing.csv import csv_line
-from redbtc.dashboard import account_pages, app, operator_pages, rendering
+from redbtc.dashboard import account_pages, formats, key_page, parts, rendering
 from redbtc.dashboard.sessions import network_of
 from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.gateway.pages import MAX_ASKED
@@ -332,7 +332,7 @@ def test_a_cell_is_no_formula(text: str) -> None:
     ],
 )
 def test_a_browser_is_called_as_people_call_it(agent: str, called: str) -> None:
-    assert rendering.browser(agent) == called
+    assert formats.browser(agent) == called
 
 
 def test_passwords_that_are_too_easy() -> None:
@@ -1013,9 +1013,9 @@ OPERATORS_FORMS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
-    assert set(FORMS["/keys"]) == set(app.KEY_ACTIONS)
-    assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(app.USER_ACTIONS)
-    assert set(FORMS["/manage"]) == set(app.MANAGE_ACTIONS)
+    assert set(FORMS["/keys"]) == set(key_page.KEY_ACTIONS)
+    assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(parts.USER_ACTIONS)
+    assert set(FORMS["/manage"]) == set(account_pages.MANAGE_ACTIONS)
     for name in ("a", "b"):
         gateway.new_key(name)
     operator = closing(new_user(gateway, "op@example.com"))
@@ -1115,8 +1115,8 @@ def test_money_has_its_currency_s_digits(
     amount: str, currency: str, rounded: str, exact: str
 ) -> None:
     assert money.money(amount, currency) == rounded
-    assert rendering.exact(amount, currency) == exact
-    column = rendering.aligned(amount, currency)
+    assert formats.exact(amount, currency) == exact
+    column = formats.aligned(amount, currency)
     assert column.strip() == exact
     assert len(column) - column.find(".") == 10 if "." in column else column.endswith("\u2007" * 10)
 
@@ -1159,14 +1159,14 @@ def test_what_pages_say_is_what_the_ledger_says(
     today = rows[-1]["started_at"][:10]
     operator = closing(new_user(gateway, "op@example.com"))
     shown = cells(operator.get("/dashboard/overview").text, "Traffic and spend by day")
-    assert len(shown) == operator_pages.DAYS
-    assert shown[-1] == [today, "3", "1", rendering.exact(f"{cost:f}", "USD")]
+    assert len(shown) == parts.CHART_DAYS
+    assert shown[-1] == [today, "3", "1", formats.exact(f"{cost:f}", "USD")]
     assert set(shown[-2][1:]) == {"0", "0.00"}
     path = f"/dashboard/accounts/{gateway.api('GET', '/accounts/test')['id']}"
     by_model = cells(operator.get(path).text, "Usage by day")
     assert [[*row[:3], row[-1]] for row in by_model] == [
         [today, "free", "1", "0.00"],
-        [today, "gpt-5.5", "3", rendering.exact(f"{cost:f}", "USD")],
+        [today, "gpt-5.5", "3", formats.exact(f"{cost:f}", "USD")],
     ]
     of_models = operator.get("/admin/v1/usage?group_by=day,model&top=1").json()
     assert [(row["model"], row["requests"]) for row in of_models["groups"]] == [
@@ -1177,7 +1177,7 @@ def test_what_pages_say_is_what_the_ledger_says(
     month = cells(operator.get(f"{path}/billing").text, "Statements by month")
     assert month == [[today[:7], "in progress", "4", money.money(f"{cost:f}", "USD"), "0.00"]]
     statement = html.unescape(operator.get(f"{path}/billing/{today[:7]}").text)
-    assert f"exact: -{rendering.exact(f'{cost:f}', 'USD')}<" in statement
+    assert f"exact: -{formats.exact(f'{cost:f}', 'USD')}<" in statement
     assert "4 requests: 0 estimated, 1 reported no usage." in statement
     day = date.fromisoformat(today)
     for since, until, count in ((day, day, 4), (None, day - timedelta(1), 0), (day, None, 4)):
@@ -1972,10 +1972,7 @@ def test_the_pages_of_keys_are_all_keys_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
-    made = [
-        gateway.api("POST", "/accounts/a/keys", {})["id"]
-        for _ in range(operator_pages.ON_A_PAGE + 1)
-    ]
+    made = [gateway.api("POST", "/accounts/a/keys", {})["id"] for _ in range(parts.PAGE_ROWS + 1)]
     owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
     path = f"/dashboard/accounts/{owner.user['account_id']}/keys"
     first = owner.get(path).text
@@ -1983,7 +1980,7 @@ def test_the_pages_of_keys_are_all_keys_once(
     second = owner.get(f"{path}?page=2").text
     assert "page=3" not in second
     shown = [re.findall(r"<code>(key_\w+)</code>", text) for text in (first, second)]
-    assert [len(each) for each in shown] == [operator_pages.ON_A_PAGE, 1]
+    assert [len(each) for each in shown] == [parts.PAGE_ROWS, 1]
     assert [*shown[0], *shown[1]] == made[::-1]
     assert 'rel="prev" href="?page=1"' in second
     assert "Page 2 of 2" in second
@@ -1997,7 +1994,7 @@ def test_the_pages_of_keys_are_all_keys_once(
 def test_the_pages_of_accounts_are_all_accounts_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    names = [f"a {number:02}" for number in range(operator_pages.ON_A_PAGE + 1)]
+    names = [f"a {number:02}" for number in range(parts.PAGE_ROWS + 1)]
     for name in names:
         gateway.api("POST", "/accounts", {"name": name})
     operator = closing(new_user(gateway, "op@example.com"))
@@ -2050,7 +2047,7 @@ def test_the_pages_of_notices_are_all_notices_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
-    most = operator_pages.ON_A_PAGE
+    most = parts.PAGE_ROWS
     texts = [f"notice {number:03}" for number in range(most + 1)]
     for text in texts:
         gateway.api("POST", "/notices", {"kind": "incident", "text": text})
@@ -2062,8 +2059,8 @@ def test_the_pages_of_notices_are_all_notices_once(
         shown = [list(dict.fromkeys(re.findall(r"notice \d{3}", text))) for text in found]
         assert shown == [texts[:0:-1], texts[:1]]
     overview = owner.get(account).text
-    assert re.findall(r"notice \d{3}", overview) == texts[: -account_pages.MAX_TOLD - 1 : -1]
-    assert f">{most + 1 - account_pages.MAX_TOLD} more notices<" in overview
+    assert re.findall(r"notice \d{3}", overview) == texts[: -account_pages.MAX_NOTICES - 1 : -1]
+    assert f">{most + 1 - account_pages.MAX_NOTICES} more notices<" in overview
 
 
 HELD_UNITS = 100  # 70 ms on an ordinary machine
