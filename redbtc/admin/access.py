@@ -1,4 +1,4 @@
-"""What an actor may know of: the accounts, keys and users that operations look up."""
+"""Look up accounts, keys and users as far as an actor may know of them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Actor(NamedTuple):
 
     @property
     def is_command(self) -> bool:
-        """Whether the actor is a command, on the Unix socket or in a process of its own."""
+        """Return whether the actor is a command rather than a browser or the holder of a key."""
         return self.key is None and self.session is None
 
     def require(self, least: Rank) -> None:
@@ -76,7 +76,7 @@ class Actor(NamedTuple):
 
 
 class RunningGateway(Protocol):
-    """What the admin API needs of a gateway."""
+    """The methods of a gateway that the admin API calls."""
 
     @property
     def example_model(self) -> str:

@@ -1,4 +1,4 @@
-"""The admin API: its table of operations, and how HTTP and pages perform one of them."""
+"""Declare the operations of the admin API in one table, and perform them for HTTP and pages."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ Answer = TypeVar("Answer")
 
 
 class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
-    """All operations. Perform them with one of the `perform` methods, which check the actor's role:
-    `await api.perform(API.show_account, actor, account="first")`."""
+    """The methods of all operations. Call them through one of the `perform` methods, which check
+    the actor's role: `await api.perform(API.show_account, actor, account="first")`."""
 
     async def perform(
         self,
@@ -84,7 +84,8 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         *arguments: Arguments.args,
         **path: Arguments.kwargs,
     ) -> Answer:
-        """Perform an operation. Raise UserError."""
+        """Return the result of an operation. Raise Forbidden if the actor's role is too low, and
+        any UserError that the operation raises."""
         actor.require(BY_HANDLER[handler].least)
         return await handler(self, actor, *arguments, **path)
 
@@ -96,8 +97,8 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         *arguments: Arguments.args,
         **path: Arguments.kwargs,
     ) -> Answer:
-        """Perform an operation with the values of a form or a query, which may all be text, as its
-        input. Raise UserError."""
+        """Return the result of an operation whose input is the values of a form or a query; they
+        may all be text. Raise UserError as `perform` does, and Invalid for malformed input."""
         declared = BY_HANDLER[handler]
         actor.require(declared.least)
         given: Any = converted(values, declared.input)
@@ -111,8 +112,8 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         query: Mapping[str, str],
         body: bytes,
     ) -> Struct | dict[str, Any] | AsyncIterator[bytes]:
-        """Perform the operation of an HTTP request. Return the answer, or its JSON part by part.
-        Raise UserError."""
+        """Return the answer to an HTTP request, or its JSON part by part. Raise UserError as
+        `perform` does, and Invalid for malformed input."""
         actor.require(declared.least)
         inputs = converted(query, declared.query), decoded(body, declared.body)
         given = [each for each in inputs if type(each) is not Nothing]

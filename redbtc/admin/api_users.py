@@ -48,8 +48,8 @@ class UserOperations(Access):
         return self._with_link(await self.users.reset(found.id, actor.name))
 
     async def _other_user(self, actor: Actor, query: WhichUser, user: str) -> UserShown:
-        """Return a user other than the actor. Resetting one's own login would set a new password
-        without the old one. Raise NotFound or Conflict."""
+        """Return a user other than the actor. Resetting their own login would let an actor
+        set a new password without the old one. Raise NotFound or Conflict."""
         found = await self.find_user(actor, query, user)
         if actor.session and actor.session.user_id == found.id:
             raise Conflict("you can't remove or reset your own login; ask somebody else to")

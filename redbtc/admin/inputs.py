@@ -1,4 +1,4 @@
-"""What the admin API takes: strict types."""
+"""Define the inputs of the admin API as strict types."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from redbtc.rates import DEFAULT_TIER, RATES
 from redbtc.store.records import with_members
 from redbtc.usage import MAX_TOKENS
 
-# Strict: an unknown member is an error that names it. The same types describe the API in
-# openapi.json. Patterns end in $(?!\n), since Python's $ alone lets a line's end through.
-CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # also those that turn text round
+# Strict: an unknown field is an error that names it. The docstrings of the types are descriptions
+# in openapi.json. Patterns end in $(?!\n), since Python's $ alone also matches before a final
+# newline.
+CONTROLS = (
+    r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # also those that change the direction of text
+)
 NAME_FORM = rf"^[^\s/{CONTROLS}]([^/{CONTROLS}]*[^\s/{CONTROLS}])?$(?!\n)"
 Limit = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-MEANT: dict[str, str] = {}  # what people call the form that a pattern asks for
+MEANT: dict[str, str] = {}  # what error messages call the form that a pattern asks for
 
 
 def form(pattern: str, meant: str, **more: Any) -> Meta:
@@ -80,7 +83,7 @@ ModelName = Annotated[
         max_length=256,
     ),
 ]
-# Where a list may be instead: msgspec 0.22 frees the pattern of a text beside a list twice.
+# For a field that may also be a list: msgspec 0.22 frees the pattern of such a text twice.
 Model = Annotated[str, Meta(min_length=1, max_length=256)]
 Tier = Annotated[
     str,

@@ -1,4 +1,4 @@
-"""How the input of an operation is read: JSON, and the text values of a query or a form."""
+"""Read the input of an operation: JSON, or the text values of a query or a form."""
 
 from __future__ import annotations
 

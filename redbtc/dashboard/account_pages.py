@@ -40,8 +40,7 @@ async def account_base(page: PageRequest, tab: str) -> PageVariables:
 async def statement_of(page: PageRequest, account: str, month: str, lines: int) -> Statement:
     """Return a month's statement with at most `lines` lines of usage. Raise UserError."""
     query = {"limit": lines}
-    found: Statement = await page.do(API.statement, query, account=account, month=month)
-    return found
+    return await page.do(API.statement, query, account=account, month=month)
 
 
 # The overview
