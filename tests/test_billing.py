@@ -530,14 +530,14 @@ def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> 
     bench.price(Price("m", input=5 * NANOS))
     use(bench, key, clock, used=1_000_000)
     clock.now += 89 * DAY
-    with pytest.raises(UserError, match=r"m is in use and would cost more .*input 5 to 6"):
+    with pytest.raises(UserError, match=r"m is in use and would cost more .*input from 5 to 6"):
         bench.price(Price("m", input=6 * NANOS))
     clock.now += 2 * DAY
     added = bench.price(Price("m", input=6 * NANOS))
     (price,) = msgspec.to_builtins(added.prices)
     assert (price["input"], price["status"], price["reason"]) == ("6", "current", None)
     (notice,) = bench.run(bench.books.notices())
-    assert notice.text.endswith("m: input 5 to 6.")
+    assert notice.text.endswith("m: input from 5 to 6.")
     use(bench, key, clock, used=1_000_000)
     assert [row["cost"] for row in bench.rows()] == ["5", "6"]
 

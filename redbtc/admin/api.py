@@ -16,6 +16,7 @@ from redbtc.admin.inputs import (
     AccountChange,
     AccountsQuery,
     ChangesQuery,
+    Input,
     NewAccount,
     NewKey,
     NewNotice,
@@ -30,7 +31,6 @@ from redbtc.admin.inputs import (
     RequestsQuery,
     Revocation,
     Rotation,
-    Sent,
     StatementQuery,
     SumsQuery,
     Suspension,
@@ -61,14 +61,14 @@ from redbtc.admin.outputs import (
 )
 from redbtc.admin.set_time import TimeSet
 from redbtc.admin.users import UserAdded, UserShown
-from redbtc.admin.validation import converted, decoded
+from redbtc.admin.validation import read_json, read_values
 from redbtc.billing.notices import matches
 from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement
 from redbtc.slices import with_turns
 from redbtc.store.accounts import Account, KeyAdded
 
-Given = TypeVar("Given", bound=Sent)
+Given = TypeVar("Given", bound=Input)
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
@@ -101,7 +101,7 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         may all be text. Raise UserError as `perform` does, and Invalid for malformed input."""
         declared = BY_HANDLER[handler]
         actor.require(declared.least)
-        given: Any = converted(values, declared.input)
+        given: Any = read_values(values, declared.input)
         return await handler(self, actor, given, *arguments, **path)
 
     async def perform_request(
@@ -115,7 +115,7 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         """Return the answer to an HTTP request, or its JSON part by part. Raise UserError as
         `perform` does, and Invalid for malformed input."""
         actor.require(declared.least)
-        inputs = converted(query, declared.query), decoded(body, declared.body)
+        inputs = read_values(query, declared.query), read_json(body, declared.body)
         given = [each for each in inputs if type(each) is not Nothing]
         if declared.stream and actor.is_command:
             return declared.stream(self, actor, *given, **path)

@@ -25,7 +25,7 @@ from redbtc.admin.passwords import Busy, Later, TooMany
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.slices import with_turns
 
-WHO = b"redbtc-user"  # the header in which a command names its user
+USER_HEADER = b"redbtc-user"  # the header in which a command names its user
 PART_BYTES = 64 << 10
 MAX_BODY_BYTES = 4 << 20  # of an operator: thousands of prices
 MAX_MEMBERS_BODY = 64 << 10  # bytes; of other actors: 4 MB of JSON take 100 ms to read
@@ -42,14 +42,14 @@ STATUS: dict[type[UserError], int] = {
     StorageUnavailable: 503,
     Busy: 503,
 }
-OTHERWISE = 409  # well formed, but not possible in the current state
+DEFAULT_STATUS = 409  # well formed, but not possible in the current state
 Authenticate = Callable[[Request], Actor]
 
 
 def local(request: Request) -> Actor:
     """Return the actor of a request on the Unix socket: an operator, since only a user who may open
     the database itself may open the socket."""
-    return Actor(request.headers.get(WHO.decode(), "local"), "operator")
+    return Actor(request.headers.get(USER_HEADER.decode(), "local"), "operator")
 
 
 SECURITY = {
@@ -60,7 +60,7 @@ SECURITY = {
 }
 
 
-def encoded(found: Struct | Mapping[str, Any]) -> Iterator[bytes]:
+def json_parts(found: Struct | Mapping[str, Any]) -> Iterator[bytes]:
     """Yield an answer as JSON, a value at a time."""
     yield b"{"
     for number, (name, value) in enumerate(members_of(found)):
@@ -83,7 +83,7 @@ def members_of(found: Struct | Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in pairs if value is not UNSET]
 
 
-async def in_parts(
+async def response_in_parts(
     bits: Iterable[bytes], status: int, headers: Mapping[str, str], media_type: str
 ) -> Response:
     """Return a response whose content may be long."""
@@ -101,7 +101,7 @@ async def in_parts(
     return StreamingResponse(with_turns(parts), status, {**headers, **length}, media_type)
 
 
-async def streamed(parts: AsyncIterator[bytes]) -> Response:
+async def stream_response(parts: AsyncIterator[bytes]) -> Response:
     """Return a response of JSON that is sent as it is made. The status is sent with the first part,
     so a failure before that still gets an error response."""
     first = await anext(parts)
@@ -114,22 +114,22 @@ async def streamed(parts: AsyncIterator[bytes]) -> Response:
     return StreamingResponse(all_parts(), headers=SECURITY, media_type="application/json")
 
 
-async def answer(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
+async def json_response(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
     """Return an answer as a response of JSON."""
-    return await in_parts(encoded(found), status, SECURITY, "application/json")
+    return await response_in_parts(json_parts(found), status, SECURITY, "application/json")
 
 
-async def error_answer(status: int, message: str, headers: Mapping[str, str]) -> Response:
+async def error_response(status: int, message: str, headers: Mapping[str, str]) -> Response:
     """Return an error response in the form of OpenAI's API."""
-    response = await answer(Refused(Error(message, "invalid_request_error")), status)
+    response = await json_response(Refused(Error(message, "invalid_request_error")), status)
     response.headers.update(headers)
     return response
 
 
-async def refused(_: Request, error: Exception) -> Response:
+async def user_error_response(_: Request, error: Exception) -> Response:
     """Return the error response for a UserError."""
-    status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
-    return await error_answer(status, str(error), retry_after(error))
+    status = STATUS.get(type(error), DEFAULT_STATUS)  # type: ignore[arg-type]
+    return await error_response(status, str(error), retry_after(error))
 
 
 def retry_after(error: Exception) -> dict[str, str]:
@@ -142,15 +142,15 @@ def retry_after(error: Exception) -> dict[str, str]:
 UNKNOWN = {404: "Unknown request URL.", 500: "The gateway could not process this request."}
 
 
-async def unknown(_: Request, error: Exception) -> Response:
+async def other_error_response(_: Request, error: Exception) -> Response:
     """Return the error response for an unknown path or method, or for an unexpected error."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = UNKNOWN.get(status, "Method not allowed.")
     headers = error.headers if isinstance(error, HTTPException) else None
-    return await error_answer(status, message, headers or {})
+    return await error_response(status, message, headers or {})
 
 
-def served(api: API, authenticate: Authenticate) -> Starlette:
+def admin_app(api: API, authenticate: Authenticate) -> Starlette:
     """Return the operations as an app. `authenticate` returns the actor of a request."""
     by_path: dict[str, dict[str, Operation]] = {}
     for each in OPERATIONS:
@@ -160,7 +160,11 @@ def served(api: API, authenticate: Authenticate) -> Starlette:
     for path, operations in by_path.items():
         endpoint = _endpoint(api, path, operations, authenticate)
         routes.append(Route(path, endpoint, methods=list(operations)))
-    handlers: dict[Any, Any] = {UserError: refused, HTTPException: unknown, Exception: unknown}
+    handlers: dict[Any, Any] = {
+        UserError: user_error_response,
+        HTTPException: other_error_response,
+        Exception: other_error_response,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return app
@@ -215,7 +219,7 @@ def _endpoint(
         values = {name: request.path_params[name] for name in variables_of(path)}
         found = await api.perform_request(operation, actor, values, query, body)
         if isinstance(found, AsyncIterator):
-            return await streamed(found)
-        return await answer(found, operation.status)
+            return await stream_response(found)
+        return await json_response(found, operation.status)
 
     return endpoint

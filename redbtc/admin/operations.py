@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Concatenate, NamedTuple, TypeVar, overload
 
 from redbtc.admin.actors import Actor, Rank
-from redbtc.admin.inputs import Nothing, Sent
+from redbtc.admin.inputs import Input, Nothing
 
 PREFIX = "/admin/v1"
-Given = TypeVar("Given", bound=Sent)
+Given = TypeVar("Given", bound=Input)
 Answer = TypeVar("Answer")
 
 
@@ -30,8 +30,8 @@ class Operation(NamedTuple):
     least: Rank  # the lowest role that may perform the operation
     handler: Callable[..., Awaitable[Any]]
     answer: Any  # the type that is described in openapi.json
-    query: type[Sent] = Nothing
-    body: type[Sent] = Nothing
+    query: type[Input] = Nothing
+    body: type[Input] = Nothing
     status: int = 200
     key_path: str | None = None  # the path for the holder of an API key, if there is another one
     stream: Callable[..., AsyncIterator[bytes]] | None = None  # yields the answer to a command
@@ -52,7 +52,7 @@ class Operation(NamedTuple):
         return " ".join((self.handler.__doc__ or "").split())
 
     @property
-    def input(self) -> type[Sent]:
+    def input(self) -> type[Input]:
         """The type of the handler's input; no operation has both a query and a body."""
         return self.query if self.body is Nothing else self.body
 

@@ -188,7 +188,7 @@ def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
 
 async def preview(store: Store, at: int, now: int) -> TimeSet:
     """Return what `set_time` would move."""
-    return answer(at, store.time(), await count_later(store, at, now), done=False)
+    return time_set(at, store.time(), await count_later(store, at, now), done=False)
 
 
 async def set_time(billing: Billing, at: int, now: int, by: str) -> TimeSet:
@@ -205,10 +205,10 @@ async def set_time(billing: Billing, at: int, now: int, by: str) -> TimeSet:
             changes = ((SET_TIME, values), *moves, (TIME_IS_SET, ()))
             await store.transact(*changes, by=by, seconds=MAX_SECONDS)
     await billing.read_maintenances()
-    return answer(at, before, moved, done=True)
+    return time_set(at, before, moved, done=True)
 
 
-def answer(at: int, before: int, moved: dict[str, int], *, done: bool) -> TimeSet:
+def time_set(at: int, before: int, moved: dict[str, int], *, done: bool) -> TimeSet:
     """Return the answer to a request to set the time."""
     return TimeSet(shown_time(at), shown_time(before), done, moved)
 

@@ -10,15 +10,15 @@ import msgspec
 from msgspec import UNSET, Struct
 
 from redbtc.admin.actors import Invalid
-from redbtc.admin.inputs import MEANT
+from redbtc.admin.inputs import FORM_NAMES
 from redbtc.errors import UserError
 from redbtc.money import UNLIMITED, parse_limit
 from redbtc.times import parse_time
 
-Wanted = TypeVar("Wanted", bound=Struct)
+AnyInput = TypeVar("AnyInput", bound=Struct)
 
 # Messages of msgspec, and what error messages say instead.
-PLAIN = (
+PLAIN_MESSAGES = (
     (r"^Expected `int( \| null)?`", "Expected a whole number"),
     (r"^Expected `(\w+)( \| null)?` of length <= (\d+)", r"Expected at most \3 characters"),
     (r"^Expected `array( \| null)?` of length >= (\d+)", r"Expected a list of \2 or more"),
@@ -35,25 +35,25 @@ def invalid(error: Exception) -> Invalid:
     an unknown or missing field is whole."""
     what, at, place = str(error).partition(" - at `")
     place = place[:-1] if at else "$"
-    for pattern, meant in MEANT.items():
+    for pattern, meant in FORM_NAMES.items():
         what = what.replace(f"`str` matching regex {pattern!r}", meant)
     if field := FIELD.fullmatch(what):
         place = f"{place}.{field[1]}"
-    for said, plain in PLAIN:
-        what = re.sub(said, plain, what)
+    for technical, plain in PLAIN_MESSAGES:
+        what = re.sub(technical, plain, what)
     return Invalid(what, place if place != "$" else "")
 
 
-def whole(number: str) -> int | float:
+def read_number(number: str) -> int | float:
     """Return a number of a JSON body. In JSON Schema 456.0 is an integer (2020-12, Core §4.2.3)."""
     found = float(number)
     return int(found) if found.is_integer() else found
 
 
-JSON = msgspec.json.Decoder(float_hook=whole)
+JSON = msgspec.json.Decoder(float_hook=read_number)
 
 
-def decoded(body: bytes, wanted: type[Wanted]) -> Wanted:
+def read_json(body: bytes, wanted: type[AnyInput]) -> AnyInput:
     """Return a JSON body as the input `wanted`. Raise Invalid."""
     try:
         return msgspec.convert(JSON.decode(body or b"{}"), wanted)
@@ -61,7 +61,7 @@ def decoded(body: bytes, wanted: type[Wanted]) -> Wanted:
         raise invalid(error) from None
 
 
-def converted(values: Mapping[str, Any], wanted: type[Wanted]) -> Wanted:
+def read_values(values: Mapping[str, Any], wanted: type[AnyInput]) -> AnyInput:
     """Return the values of a query or a form as the input `wanted`; they may all be text. Raise
     Invalid."""
     try:

@@ -23,7 +23,7 @@ from redbtc.dashboard.account_pages import (
 )
 from redbtc.dashboard.forms import ProcessedForms
 from redbtc.dashboard.key_page import KEY_ACTIONS, keys_page
-from redbtc.dashboard.login import Login
+from redbtc.dashboard.login import LoginPages
 from redbtc.dashboard.operator_pages import (
     accounts_page,
     add_account,
@@ -63,7 +63,7 @@ class Dashboard:
         self._api = api
         self._renderer = Renderer(api.billing.currency)
         self._processed = ProcessedForms()
-        self._login = Login(api.users, self._renderer)
+        self._login = LoginPages(api.users, self._renderer)
 
     async def render(self, template: str, variables: PageVariables) -> Response:
         """Return a page for anyone, logged in or not."""

@@ -27,7 +27,7 @@ SUSPENDED = "This account is suspended."
 SEVERAL = "You have several logins with this password. Choose one and enter the password again."
 
 
-class Login:
+class LoginPages:
     """The pages on which a session begins, ends, or gets another password."""
 
     def __init__(self, users: Users, renderer: Renderer) -> None:

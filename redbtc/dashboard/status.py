@@ -43,13 +43,13 @@ class Status(Struct):
     notices: list[PublicNotice]
 
 
-async def status(books: Billing, uptime_seconds: int) -> Status:
+async def status(billing: Billing, uptime_seconds: int) -> Status:
     """Return the gateway's status. A database that can't commit is an incident: no request is
     served then."""
-    notices = [PublicNotice.of(each) for each in await books.notices_now()]
-    now = shown_time(books.store.time())
+    notices = [PublicNotice.of(each) for each in await billing.notices_now()]
+    now = shown_time(billing.store.time())
     in_force = {notice.kind for notice in notices if notice.effective_at <= now}
-    if not books.store.healthy:
+    if not billing.store.healthy:
         in_force.add("incident")
     worst = [kind for kind in ("incident", "maintenance") if kind in in_force]
     return Status(

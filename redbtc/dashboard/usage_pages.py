@@ -11,7 +11,7 @@ from msgspec.structs import astuple
 from starlette.responses import Response, StreamingResponse
 
 from redbtc.admin.api import API
-from redbtc.admin.http import in_parts
+from redbtc.admin.http import response_in_parts
 from redbtc.billing.csv import csv_line, csv_lines, statement_lines
 from redbtc.billing.reports import RequestShown
 from redbtc.dashboard.account_pages import account_base, statement_of
@@ -136,4 +136,4 @@ async def statement_csv(page: PageRequest) -> Response:
     account, month = page.path["account"], page.path["month"]
     found = await page.do(API.statement, {}, account=account, month=month)
     lines = map(str.encode, csv_lines(statement_lines(found)))
-    return await in_parts(lines, 200, download(f"statement-{found.month}.csv"), "text/csv")
+    return await response_in_parts(lines, 200, download(f"statement-{found.month}.csv"), "text/csv")
