@@ -46,7 +46,7 @@ DEFAULT_STATUS = 409  # well formed, but not possible in the current state
 Authenticate = Callable[[Request], Actor]
 
 
-def local(request: Request) -> Actor:
+def local_actor(request: Request) -> Actor:
     """Return the actor of a request on the Unix socket: an operator, since only a user who may open
     the database itself may open the socket."""
     return Actor(request.headers.get(USER_HEADER.decode(), "local"), "operator")

@@ -39,8 +39,8 @@ def openapi(*, secure: bool) -> dict[str, Any]:
     )
     paths: dict[str, dict[str, Any]] = {}
     for each in OPERATIONS:
-        for number, path in enumerate(each.paths):
-            described = _described(each, path, number, schemas)
+        for path in each.paths:
+            described = _described(each, path, schemas)
             paths.setdefault(PREFIX + path, {})[each.method.lower()] = described
     cookie = "__Host-redbtc" if secure else "redbtc"
     return {
@@ -57,9 +57,7 @@ def openapi(*, secure: bool) -> dict[str, Any]:
     }
 
 
-def _described(
-    operation: Operation, path: str, number: int, schemas: dict[str, Any]
-) -> dict[str, Any]:
+def _described(operation: Operation, path: str, schemas: dict[str, Any]) -> dict[str, Any]:
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": IN_PATH.get(name, ID)}
         for name in variables_of(path)
@@ -71,7 +69,7 @@ def _described(
         for name, schema in query.get("properties", {}).items()
     ]
     described: dict[str, Any] = {
-        "operationId": operation.name + ("_of_key" if path.startswith("/me/") and number else ""),
+        "operationId": operation.name + ("_of_key" if path == operation.key_path else ""),
         "summary": operation.summary,
         "security": [{"key": []}] if path.startswith("/me") else [{"session": []}],
         "parameters": parameters,

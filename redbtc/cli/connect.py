@@ -15,7 +15,7 @@ import httpx2
 
 from redbtc.admin.actors import StoppedGateway
 from redbtc.admin.api import API
-from redbtc.admin.http import USER_HEADER, admin_app, local
+from redbtc.admin.http import USER_HEADER, admin_app, local_actor
 from redbtc.billing.books import Billing
 from redbtc.config import Loaded
 from redbtc.errors import UserError
@@ -46,7 +46,7 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
                         click.echo(line, err=True)
                     books = await Billing.open(store, loaded.settings.billing)
                     api = API(books, StoppedGateway(), loaded.settings.dashboard_url)
-                    transport = httpx2.ASGITransport(admin_app(api, local))
+                    transport = httpx2.ASGITransport(admin_app(api, local_actor))
             except DatabaseInUse:
                 if time.monotonic() > deadline:
                     raise
