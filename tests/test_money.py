@@ -306,7 +306,10 @@ def test_price_files(make_gateway: MakeGateway, tmp_path: Path) -> None:
         ('[[prices]]\nmodel = "a"\ninput = true', "$.prices[0].input"),
         ('[[prices]]\nmodel = "a"\ninput = 0.0000000001', "an amount"),
         ('[[prices]]\nmodel = "a"\ninput = 1\n[[prices]]\nmodel = "b"', "give at least one"),
-        ('[[prices]]\nmodel = "a"\ninput = 1\n[[prices]]\nmodel = "a"\ninput = 2', "two different prices"),
+        (
+            '[[prices]]\nmodel = "a"\ninput = 1\n[[prices]]\nmodel = "a"\ninput = 2',
+            "two different prices",
+        ),
         ('currency = "EUR"\nprices = []', "in EUR, but billing.currency is USD"),
         ("prices = [", "not valid TOML"),
     ):
