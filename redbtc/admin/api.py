@@ -71,13 +71,15 @@ from redbtc.admin.outputs import (
 )
 from redbtc.admin.set_time import TimeSet, preview, set_time, time_to_set
 from redbtc.admin.users import LoginSession, UserAdded, Users, UserShown
-from redbtc.billing.books import Billing
-from redbtc.billing.notices import matches
-from redbtc.billing.overviews import lately, list_accounts, months, spending, traffic
+from redbtc.billing.billing import Billing
+from redbtc.billing.model_patterns import matches
+from redbtc.billing.overviews import lately, list_accounts, months, spending_overview, traffic
+from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import MAX_CALL_RATE, MAX_RATE, Price
 from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.reports import Range, copy_requests, older_than, requests_in, usage_by
 from redbtc.billing.statements import Statement, statement
+from redbtc.billing.which_price import which_price
 from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.money import NANOS, parse_amount
 from redbtc.rates import RATES, UNITS
@@ -305,7 +307,7 @@ class API:
         """Show which price applies to a request, and why other matching prices don't."""
         now = self.books.store.time()
         at = time_in(query.at, now) or now
-        return self.books.which(query.model, at, query.tier, query.input_tokens)
+        return which_price(self.books, query.model, at, query.tier, query.input_tokens)
 
     @operation("POST", "/prices", least="operator", answer=PricesAdded)
     async def add_prices(self, actor: Actor, body: NewPrices) -> PricesAdded:
@@ -314,7 +316,8 @@ class API:
             raise UserError(
                 f"prices are in {body.currency}, but billing.currency is {self.books.currency}"
             )
-        return await self.books.add_prices(
+        return await add_prices(
+            self.books,
             prices_of(body, self.books.store.time()),
             without_notice=body.without_notice,
             by=actor.name,
@@ -382,19 +385,19 @@ class API:
     @operation("GET", "/notices", least="operator", answer=NoticeList)
     async def list_notices(self) -> NoticeList:
         """List all notices, past and withdrawn ones included."""
-        return NoticeList(await self.books.notices())
+        return NoticeList(await self.books.notices.all())
 
     @operation("GET", "/accounts/{account}/notices", "/me/notices", least="key", answer=NoticeList)
     async def account_notices(self, account: Account) -> NoticeList:
         """List current and coming notices for an account."""
-        return NoticeList(await self.books.notices_now(account.id))
+        return NoticeList(await self.books.notices.current(account.id))
 
     @operation("POST", "/notices", least="operator", answer=Notice)
     async def add_notice(self, actor: Actor, body: NewNotice) -> Notice:
         """Publish a notice."""
         now = self.books.store.time()
         effective = time_in(body.effective, now)
-        return await self.books.add_notice(
+        return await self.books.notices.add(
             body.kind,
             body.text,
             now if effective is None else effective,
@@ -406,7 +409,7 @@ class API:
     @operation("POST", "/notices/{notice}/withdraw", least="operator", answer=NoticeWithdrawn)
     async def withdraw_notice(self, actor: Actor, notice: str) -> NoticeWithdrawn:
         """Withdraw a notice."""
-        withdrawn = await self.books.withdraw_notice(notice, actor.name)
+        withdrawn = await self.books.notices.withdraw(notice, actor.name)
         return NoticeWithdrawn(**asdict(withdrawn))
 
     # Users
@@ -567,7 +570,7 @@ class API:
             key_id=key.id,
             balance=await self.books.balance(account),
             limits=await self._limits_and_budgets(key),
-            notices=await self.books.notices_now(account.id),
+            notices=await self.books.notices.current(account.id),
         )
 
     @operation("GET", "/me/limits", least="key", answer=dict[str, Any])
@@ -584,7 +587,7 @@ class API:
         return Overview(
             **asdict(self._running.at_work()),
             traffic=await traffic(books, query.days),
-            spending=await spending(books, query.limit),
+            spending=await spending_overview(books, query.limit),
             lately=await lately(books),
             database=database_size(books),
         )

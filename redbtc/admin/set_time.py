@@ -12,7 +12,7 @@ import orjson
 from msgspec import Struct
 
 from redbtc.admin.users import LINK_LASTS
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.errors import UserError
 from redbtc.store.database import Store
 from redbtc.store.records import Moment, shown_time
@@ -203,7 +203,7 @@ async def set_time(books: Billing, at: int, now: int, by: str) -> TimeSet:
             moves = [(sql, ()) for sql in MOVES]
             changes = ((SET_TIME, values), *moves, (TIME_IS_SET, ()))
             await store.transact(*changes, by=by, seconds=MAX_SECONDS)
-    await books.read_maintenances()
+    await books.notices.read_maintenances()
     return answer(at, before, moved, done=True)
 
 

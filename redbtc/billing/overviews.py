@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.statements import paid_by_month_of
 from redbtc.money import decimal
 from redbtc.store.accounts import ACCOUNT, Account, account_columns
@@ -56,34 +56,34 @@ MAX_LATELY = 500  # requests
 
 
 async def list_accounts(
-    books: Billing, search: str = "", after: str = "", limit: int = -1
+    billing: Billing, search: str = "", after: str = "", limit: int = -1
 ) -> list[AccountInList]:
     """Accounts by name with their money as far as it is committed: those with `search` in name or
     address, that come after the name `after`."""
-    values = (books.store.time(), books.month(), search, after, limit)
-    rows = books.store.rows(MONEY_OF_EACH, values)
-    return [AccountInList.with_sums(row, books.currency) async for row in rows]
+    values = (billing.store.time(), billing.month(), search, after, limit)
+    rows = billing.store.rows(MONEY_OF_EACH, values)
+    return [AccountInList.with_sums(row, billing.currency) async for row in rows]
 
 
-async def months(books: Billing, account: Account) -> list[Month]:
+async def months(billing: Billing, account: Account) -> list[Month]:
     """Return the account's months in which something was used or paid, and the present one; the
     newest first."""
-    used = {row["month"]: row async for row in books.store.rows(MONTHS_OF, (account.id,))}
-    paid = await paid_by_month_of(books.store, account.id)
-    now = books.month()
+    used = {row["month"]: row async for row in billing.store.rows(MONTHS_OF, (account.id,))}
+    paid = await paid_by_month_of(billing.store, account.id)
+    now = billing.month()
     return [
-        Month.of(month, used.get(month), paid.get(month, 0), now, books.currency)
+        Month.of(month, used.get(month), paid.get(month, 0), now, billing.currency)
         for month in sorted({*used, *paid, now}, reverse=True)
     ]
 
 
-async def spending(books: Billing, limit: int) -> Spending:
+async def spending_overview(billing: Billing, limit: int) -> SpendingOverview:
     """Of all accounts in this month, and of those that spent most."""
-    month = books.month()
-    total = await books.store.one(SPENT_IN_MONTH, (month,))
+    month = billing.month()
+    total = await billing.store.one(SPENT_IN_MONTH, (month,))
     assert total is not None, "a sum always has one row"
-    rows = books.store.rows(MAX_SPENT, (month, limit))
-    return Spending(
+    rows = billing.store.rows(MAX_SPENT, (month, limit))
+    return SpendingOverview(
         month=month,
         accounts=total["accounts"],
         requests=total["requests"],
@@ -91,20 +91,20 @@ async def spending(books: Billing, limit: int) -> Spending:
         output_tokens=total["output_tokens"],
         cost=cost_of(total),
         most=[MostSpent.of(row) async for row in rows],
-        currency=books.currency,
+        currency=billing.currency,
     )
 
 
-async def traffic(books: Billing, days: int) -> list[TrafficOfDay]:
+async def traffic(billing: Billing, days: int) -> list[TrafficOfDay]:
     """Requests and cost of all accounts in the last so many days (UTC), by day, upstream and
     outcome."""
-    since = books.store.time() // DAY - days
-    return [TrafficOfDay.of(row) async for row in books.store.rows(TRAFFIC, (since,))]
+    since = billing.store.time() // DAY - days
+    return [TrafficOfDay.of(row) async for row in billing.store.rows(TRAFFIC, (since,))]
 
 
-async def lately(books: Billing) -> Lately:
+async def lately(billing: Billing) -> Lately:
     """How the newest requests went, MAX_LATELY at most: by upstream, and how long they took."""
-    rows = [row async for row in books.store.rows(LATELY, (MAX_LATELY,))]
+    rows = [row async for row in billing.store.rows(LATELY, (MAX_LATELY,))]
     upstreams: dict[str, UpstreamLately] = {}
     for row in rows:
         of = upstreams.setdefault(row["upstream"], UpstreamLately(requests=0, failed=0))
@@ -222,7 +222,7 @@ class MostSpent(Struct):
         )
 
 
-class Spending(Struct):
+class SpendingOverview(Struct):
     """What all accounts used in a month, and those that spent most."""
 
     month: str

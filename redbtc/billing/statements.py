@@ -6,7 +6,7 @@ import sqlite3
 
 from msgspec import Struct
 
-from redbtc.billing.books import PAYMENT, Billing
+from redbtc.billing.billing import PAYMENT, Billing
 from redbtc.billing.records import Payment
 from redbtc.billing.reports import SUMS, Group, Sums, group_type, sum_columns
 from redbtc.errors import UserError
@@ -44,11 +44,11 @@ PAID_BY_MONTH = """
 
 
 async def statement(
-    books: Billing, account: Account, month: str, limit: int | None = None
+    billing: Billing, account: Account, month: str, limit: int | None = None
 ) -> Statement:
     """Return an account's month with the first `limit` lines of its usage, or all. Raises
     UserError for a month that has not begun."""
-    store, currency = books.store, books.currency
+    store, currency = billing.store, billing.currency
     end = month_start(months_after(month, 1))
     now = await store.settle_time()
     if month_start(month) > now:

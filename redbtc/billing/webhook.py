@@ -19,7 +19,7 @@ from collections.abc import Callable
 import httpx2
 import orjson
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.records import Notice
 from redbtc.errors import StorageUnavailable
 from redbtc.times import DAY
@@ -69,31 +69,31 @@ async def post(
     return answer.is_success
 
 
-async def post_all(books: Billing, log: LogFunction) -> bool:
+async def post_all(billing: Billing, log: LogFunction) -> bool:
     """Post what has not been taken yet; whether all of it was taken now."""
-    url = books.settings.webhook_url
-    secret = os.environ.get(books.settings.webhook_secret_env, "")
+    url = billing.settings.webhook_url
+    secret = os.environ.get(billing.settings.webhook_secret_env, "")
     if not (url and secret):
         return True
-    waiting = await books.undelivered(books.store.time() - WEBHOOK_FOR)
+    waiting = await billing.notices.undelivered(billing.store.time() - WEBHOOK_FOR)
     if not waiting:
         return True
     async with httpx2.AsyncClient(timeout=WEBHOOK_SECONDS, trust_env=False) as client:
         for notice in waiting:
             if await post(client, url, secret, notice, log):
-                await books.delivered(notice.id)
-    return not await books.undelivered(books.store.time() - WEBHOOK_FOR)
+                await billing.notices.mark_delivered(notice.id)
+    return not await billing.notices.undelivered(billing.store.time() - WEBHOOK_FOR)
 
 
-async def post_for_ever(books: Billing, log: LogFunction) -> None:
+async def post_for_ever(billing: Billing, log: LogFunction) -> None:
     """Post notices for as long as the gateway runs."""
     pause: float | None = 0.0
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
-                await books.noticed.wait()
-        books.noticed.clear()
+                await billing.notices.webhook_wakeup.wait()
+        billing.notices.webhook_wakeup.clear()
         done = False
         with contextlib.suppress(sqlite3.Error, StorageUnavailable):
-            done = await post_all(books, log)
+            done = await post_all(billing, log)
         pause = None if done else min(MAX_PAUSE, max(1.0, 2 * (pause or 0.0)))

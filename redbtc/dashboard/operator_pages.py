@@ -9,8 +9,9 @@ from urllib.parse import urlencode
 
 from redbtc.admin.api import API
 from redbtc.admin.users import UserShown
-from redbtc.billing.notices import few, matches, told_of_prices
+from redbtc.billing.model_patterns import matches
 from redbtc.billing.overviews import TrafficOfDay
+from redbtc.billing.price_texts import few, summary_of_added
 from redbtc.billing.records import Notice, PriceList
 from redbtc.billing.reports import Group
 from redbtc.dashboard.charts import Series, stacked
@@ -180,7 +181,7 @@ async def add_price(visit: PageRequest) -> PageVariables:
     price = visit.fields(*PRICE_FIELDS, *RATES)
     added = await visit.do(API.add_prices, {"prices": [price], **visit.fields("without_notice")})
     done = "Price added." if added.added else "Nothing added: this price already applies."
-    return {"done": " ".join([done, *told_of_prices(added)])}
+    return {"done": " ".join([done, *summary_of_added(added)])}
 
 
 async def notices(visit: PageRequest) -> PageVariables:

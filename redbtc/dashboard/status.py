@@ -6,7 +6,7 @@ import contextlib
 
 from msgspec import Struct
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.records import Notice
 from redbtc.store.records import Moment, shown_time
 
@@ -46,7 +46,7 @@ class Status(Struct):
 # What everybody may know of the gateway, without a key.
 async def status(books: Billing, uptime_seconds: int) -> Status:
     """Return what /status says. A ledger that can't commit is an incident: nothing is served."""
-    notices = [PublicNotice.of(each) for each in await books.notices_now()]
+    notices = [PublicNotice.of(each) for each in await books.notices.current()]
     now = shown_time(books.store.time())
     in_force = {notice.kind for notice in notices if notice.effective_at <= now}
     if not books.store.healthy:
