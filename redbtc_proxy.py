@@ -65,7 +65,7 @@ from redbtc.gateway.service import Service
 from redbtc.gateway.state import Gateway
 from redbtc.gateway.stored import StoredRoute
 from redbtc.gateway.vitals import watch_size
-from redbtc.gateway.websocket_session import WebSocketSession
+from redbtc.gateway.websocket.session import serve_websocket
 from redbtc.headers import header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import App, Receive, Scope, Send, request_of
@@ -134,7 +134,7 @@ def websocket_app(service: Service) -> App:
         origin = header(request.headers, b"origin")
         if origin is not None and not service.health.allows_origin(origin):  # RFC 6455 §10.2
             raise Refusal("origin_not_allowed")
-        await WebSocketSession(service.gateway, request, receive, send).run()
+        await serve_websocket(service.gateway, request, receive, send)
 
     return session
 

@@ -51,7 +51,7 @@ def parse_limit(text: str) -> int:
     return limit
 
 
-def shown_limit(limit: int | None) -> str | None:
+def json_limit(limit: int | None) -> str | None:
     """The opposite of parse_limit."""
     return "unlimited" if limit == UNLIMITED else None if limit is None else decimal(limit)
 

@@ -15,7 +15,7 @@ from redbtc.admin.users import LINK_LASTS
 from redbtc.billing.billing import Billing
 from redbtc.errors import UserError
 from redbtc.store.database import Store
-from redbtc.store.records import Moment, shown_time
+from redbtc.store.records import Moment, json_time
 from redbtc.times import DAY, iso_time, month_of, now_ms, parse_time
 from redbtc.usage import KINDS
 
@@ -209,7 +209,7 @@ async def set_time(books: Billing, at: int, now: int, by: str) -> TimeSet:
 
 def answer(at: int, before: int, moved: dict[str, int], *, done: bool) -> TimeSet:
     """Return the answer to a request to set the time, as JSON shows it."""
-    return TimeSet(shown_time(at), shown_time(before), done, moved)
+    return TimeSet(json_time(at), json_time(before), done, moved)
 
 
 class TimeSet(Struct):

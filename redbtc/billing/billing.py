@@ -19,7 +19,7 @@ from redbtc.store.accounts import Account
 from redbtc.store.consistency import CURRENCIES
 from redbtc.store.database import Store
 from redbtc.store.keys import Key
-from redbtc.store.records import new_id, shown_amount
+from redbtc.store.records import json_amount, new_id
 from redbtc.times import month_of
 
 MAX_PAID = 10**17 * NANOS  # by one account, so that sums fit into an INTEGER of units
@@ -194,8 +194,9 @@ class Billing:
         reason: str | None,
         by: str,
     ) -> Payment:
-        """Record a payment. A refund is negative and needs a reason. A payment whose reference the
-        account has already is returned instead; raises Conflict if the amount differs."""
+        """Record a payment of an account. A refund is negative and needs a reason. If the account
+        has a payment with this reference already, that one is returned. Raises Conflict if its
+        amount differs."""
         if amount == 0:
             raise UserError("the amount must not be 0")
         if amount < 0 and not reason:
@@ -240,7 +241,7 @@ class Billing:
             balance=decimal(balance),
             held=decimal(spending.held),
             credit_limit="unlimited" if limit == UNLIMITED else decimal(limit),
-            available=shown_amount(available),
+            available=json_amount(available),
             month=spending.month,
             spent_this_month=decimal(spending.spent),
             monthly_budget=account.monthly_budget,

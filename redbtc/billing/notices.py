@@ -1,4 +1,4 @@
-"""Notices: what accounts are told of prices, terms, maintenance, incidents and their budgets."""
+"""Notices to accounts about prices, terms, maintenance, incidents and budgets."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Maintenance(NamedTuple):
 
 
 class Notices:
-    """All notices of the gateway. `webhook_wakeup` is set when the webhook may have something to
+    """The notices of the gateway. `webhook_wakeup` is set when the webhook may have something to
     deliver."""
 
     def __init__(self, store: Store, settings: BillingSettings) -> None:
@@ -73,9 +73,9 @@ class Notices:
         by: str,
         refuses_requests: bool = False,
     ) -> Notice:
-        """Add a notice. With `refuses_requests`, which only a maintenance can have, the gateway
-        refuses new requests between `effective_at` and `until`. Raises UserError if new terms would
-        take effect before the end of their notice period."""
+        """Add a notice and return it. With `refuses_requests`, which only a maintenance can have,
+        the gateway refuses new requests between `effective_at` and `until`. Raises UserError if new
+        terms would take effect before the end of their notice period."""
         now, days = self._store.time(), self.settings.terms_notice_days
         if kind == "terms" and effective_at < now + days * DAY - MINUTE:
             raise UserError(
@@ -93,7 +93,7 @@ class Notices:
         return await self.get(notice)
 
     async def withdraw(self, notice_id: str, by: str) -> Notice:
-        """Withdraw a notice: from now on, no account is shown it. Raises NotFound."""
+        """Withdraw a notice, so that no account is shown it any more. Raises NotFound."""
         await self.get(notice_id)
         await self._store.transact((WITHDRAW, (self._store.time(), notice_id)), by=by)
         await self.read_maintenances()

@@ -38,7 +38,7 @@ from redbtc.billing.records import (
 from redbtc.errors import UserError
 from redbtc.slices import with_turns
 from redbtc.store.database import Store
-from redbtc.store.records import shown_time
+from redbtc.store.records import json_time
 from redbtc.times import DAY, MINUTE, iso_time
 
 IN_USE = 90 * DAY  # a model that was requested within this time is in use
@@ -92,7 +92,7 @@ async def add_prices(
             for following in map(after.following, new)
             if following and following.id not in added and following.effective_at > now
         ],
-        notices=[PublishedNotice(text, shown_time(at)) for at, text in notices],
+        notices=[PublishedNotice(text, json_time(at)) for at, text in notices],
     )
 
 

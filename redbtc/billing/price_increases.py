@@ -1,4 +1,4 @@
-"""Price increases: which rates of which models rise when prices are added, and the notices of them.
+"""Increases of rates when prices are added, and the notices of them.
 
 Models in use must not become more expensive without notice, so the prices before and after are
 compared for each model at each time at which one of its prices takes effect. Accounts can read the
@@ -21,7 +21,7 @@ from redbtc.times import iso_time
 
 
 class Compared(NamedTuple):
-    """What is compared when prices are added."""
+    """The models and times to compare when prices are added."""
 
     models: list[str]  # names and patterns, the most specific first
     times: list[int]  # in milliseconds, the earliest first

@@ -23,14 +23,14 @@ from redbtc.billing.model_prices import ModelPrices
 from redbtc.billing.prices import Price
 from redbtc.billing.records import OtherPrice, PriceShown
 from redbtc.rates import DEFAULT_TIER, RATES
-from redbtc.store.records import shown_amount, shown_time
+from redbtc.store.records import json_amount, json_time
 from redbtc.times import iso_time
 
 NEVER = 1 << 62  # milliseconds
 
 
 class PriceTable:
-    """All prices, past, current and coming. A table does not change; adding prices makes a new
+    """The past, current and coming prices. A table does not change; adding prices makes a new
     one."""
 
     def __init__(self, prices: Iterable[Price] = ()) -> None:
@@ -139,12 +139,12 @@ class PriceTable:
             model=price.model,
             tier=price.tier,
             above_input_tokens=price.above_input_tokens,
-            effective_at=shown_time(price.effective_at),
-            **{name: shown_amount(getattr(price, name)) for name in RATES},
+            effective_at=json_time(price.effective_at),
+            **{name: json_amount(getattr(price, name)) for name in RATES},
             max_output_tokens=price.max_output_tokens,
             currency=price.currency,
             source=price.source,
-            created_at=shown_time(price.created_at),
+            created_at=json_time(price.created_at),
             added_by=price.added_by,
             reason=price.reason,
             id=price.id,

@@ -8,23 +8,23 @@ from redbtc.billing.prices import Price
 from redbtc.billing.records import FollowingPrice, PricesAdded, PriceSlot, RatesOfEarlierPrice
 from redbtc.money import decimal
 from redbtc.rates import DEFAULT_TIER, RATES
-from redbtc.store.records import shown_time
+from redbtc.store.records import json_time
 
 SHOWN_MODELS = 8  # in one message
 
 
 def rates_of_earlier(price: Price, old: Price, missing: Mapping[str, int]) -> RatesOfEarlierPrice:
     """Return the rates that a price lacks and the one before it has, as JSON shows them."""
-    return RatesOfEarlierPrice(*price.slot, from_=PriceSlot(*old.slot), rates=shown_rates(missing))
+    return RatesOfEarlierPrice(*price.slot, from_=PriceSlot(*old.slot), rates=json_rates(missing))
 
 
 def following_price(price: Price) -> FollowingPrice:
     """Return a price that supersedes an added one later, as JSON shows it."""
-    at = shown_time(price.effective_at)
-    return FollowingPrice(*price.slot, effective_at=at, rates=shown_rates(price.given))
+    at = json_time(price.effective_at)
+    return FollowingPrice(*price.slot, effective_at=at, rates=json_rates(price.given))
 
 
-def shown_rates(given: Mapping[str, int]) -> dict[str, str | int]:
+def json_rates(given: Mapping[str, int]) -> dict[str, str | int]:
     """Return rates, and the maximum if it is among them, as JSON shows them."""
     return {name: decimal(value) if name in RATES else value for name, value in given.items()}
 

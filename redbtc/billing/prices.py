@@ -92,7 +92,7 @@ class Price(Rates, frozen=True, dict=True):
         `images`: see `billed_usage`."""
         millionths = 0
         for amount, rate in zip(billed_usage(usage, images), self._millionths, strict=True):
-            if amount > 0:
+            if amount and amount > 0:
                 millionths += amount * rate
         return (millionths + MILLION // 2) // MILLION
 

@@ -95,7 +95,7 @@ class Hold:
             self.release()
 
     def release(self) -> None:
-        """End the hold. Has no effect the second time."""
+        """End the hold, once; another call has no effect."""
         if self.held:
             for spending in self.spending:
                 spending.held -= self.held

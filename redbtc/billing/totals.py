@@ -1,4 +1,4 @@
-"""Running totals: what accounts and keys have paid and spent.
+"""Running totals of what accounts and keys have paid and spent.
 
 They are read from the database once, before the first request that needs them, and then kept up to
 date in memory: a cost counts as spent before it is committed.

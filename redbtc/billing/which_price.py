@@ -5,7 +5,7 @@ from __future__ import annotations
 from redbtc.billing.billing import Billing
 from redbtc.billing.prices import TIER_NAMES, Price
 from redbtc.billing.records import WhichPrice
-from redbtc.store.records import shown_time
+from redbtc.store.records import json_time
 
 
 def which_price(billing: Billing, model: str, at: int, tier: str, input_tokens: int) -> WhichPrice:
@@ -14,7 +14,7 @@ def which_price(billing: Billing, model: str, at: int, tier: str, input_tokens: 
     applied, others = billing.prices.which(model, at, tier, input_tokens)
     return WhichPrice(
         model=model,
-        at=shown_time(at),
+        at=json_time(at),
         tier=tier,
         input_tokens=input_tokens,
         why=_why(applied, tier, billing.settings.unpriced_models == "free"),

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.records import Notice
-from redbtc.store.records import Moment, shown_time
+from redbtc.store.records import Moment, json_time
 
 
 class PublicNotice(Struct):
@@ -47,7 +47,7 @@ class Status(Struct):
 async def status(books: Billing, uptime_seconds: int) -> Status:
     """Return what /status says. A ledger that can't commit is an incident: nothing is served."""
     notices = [PublicNotice.of(each) for each in await books.notices.current()]
-    now = shown_time(books.store.time())
+    now = json_time(books.store.time())
     in_force = {notice.kind for notice in notices if notice.effective_at <= now}
     if not books.store.healthy:
         in_force.add("incident")
