@@ -56,7 +56,7 @@ def parse_limit(text: str) -> int:
     return limit
 
 
-def shown_limit(limit: int | None) -> str | None:
+def json_limit(limit: int | None) -> str | None:
     """Return a limit as parse_limit reads it."""
     return "unlimited" if limit == UNLIMITED else None if limit is None else decimal(limit)
 

@@ -1,8 +1,8 @@
-"""The rates of a price: one table, from which everything else that names rates is derived.
+"""The rates of a price, in one table from which all other lists of rates are derived.
 
 A rate is for one kind of usage, which is a field of Usage. docs/architecture.md says how to add a
 kind: its columns in schema.sql, its field in Usage, its rate below, and the line in redbtc/meter
-that reads it from an upstream's answer.
+that reads it from an upstream's response.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ DEFAULT_TIER = "default"
 
 
 class Rate(Struct, frozen=True):
-    """How one kind of usage is billed."""
+    """The billing of one kind of usage."""
 
     usage: str  # the field of Usage
     help: str  # the help text of `price add`
-    # The rate of the tokens that include these. It applies where this one is not given; without
-    # it, what is not given costs nothing.
+    # The rate of the tokens that include these; it applies if this one is not given. "": without
+    # this rate, these tokens cost nothing.
     part_of: str = ""
-    # Requests that can use this kind; "": all. For "images", see `billed_usage`.
+    # The requests that can use this kind; "": all. For "images", see `billed_usage`.
     only: Literal["", "images", "long cache"] = ""
-    unit: str = ""  # what is billed one by one; "": a million tokens
-    extra: int = 0  # its bit in stored_objects.extras; 0: it is not inherited from objects
-    needed: str = ""  # what a request does that is refused if its price lacks the rate; "": nothing
+    unit: str = ""  # the name of one billed unit; "": a million tokens
+    extra: int = 0  # the bit in stored_objects.extras; 0: not inherited from objects
+    needed: str = ""  # what a request does that needs the rate and is refused without it
 
 
 class Rates(Struct, frozen=True, kw_only=True):
-    """The rates of a price, in nanos for a million tokens or for one unit. None: not given. A rate
-    stands below the one that it is a part of."""
+    """The rates of a price, in nanos per million tokens or per unit; None is not given. A rate
+    comes after the one that it is a part of."""
 
     input: Annotated[
         int | None, Rate("input_tokens", "Per million input tokens.  [default: 0]")
@@ -124,7 +124,7 @@ RATES = {name: _rate_of(hint) for name, hint in get_type_hints(Rates, include_ex
 UNITS = {name: rate.unit for name, rate in RATES.items() if rate.unit}
 NEEDED = {name: rate.needed for name, rate in RATES.items() if rate.needed}
 EXTRAS = {name: RATES[name].extra for name in sorted(RATES, key=lambda name: RATES[name].extra)}
-EXTRAS = {name: bit for name, bit in EXTRAS.items() if bit}  # bits of a set, the lowest first
+EXTRAS = {name: bit for name, bit in EXTRAS.items() if bit}  # the lowest bit first
 
 
 def _parts(images: bool) -> list[tuple[int, int]]:
@@ -145,9 +145,10 @@ USAGE_BY_RATE: Callable[[Usage], tuple[int | None, ...]] = operator.attrgetter(
 
 
 def billed_usage(usage: Usage, images: bool) -> list[int | None]:
-    """Return how much is billed by each rate, in the order of RATES, so that no token is billed
-    twice. None, or an amount below 0, is 0. `images`: of an image endpoint, whose image tokens are
-    parts of its input and output; elsewhere they are those of a tool and come on top."""
+    """Return the amount to bill by each rate, in the order of RATES, so that no token is billed
+    twice. None or an amount below 0 is 0. `images`: the usage is that of an image endpoint, whose
+    image tokens are parts of its input and output. Elsewhere they are those of a tool and are added
+    to the others."""
     amounts = list(USAGE_BY_RATE(usage))
     for whole, part in PARTS[images]:
         if among := amounts[part]:

@@ -35,7 +35,8 @@ from redbtc.admin.set_time import set_time
 from redbtc.billing import prices as prices_module
 from redbtc.billing import records, statements
 from redbtc.billing import reports as reports_module
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
+from redbtc.billing.price_changes import add_prices
 from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.billing.records import Payment, PricesAdded
@@ -172,7 +173,7 @@ def test_no_usage_within_the_bounds_costs_more_than_is_held(
         image_input_tokens=seen,
         image_output_tokens=data.draw(st.integers(0, said)) if images else None,
     )
-    assert price.cost(usage, images) <= price.most(into, out, images)
+    assert price.cost(usage, images) <= price.max_cost(into, out, images)
 
 
 # ── Prices ───────────────────────────────────────────────────────────────────────────────────────
@@ -248,14 +249,14 @@ def price_by_hand(
 def test_the_price_of_a_request_is_what_a_model_by_elimination_says(
     rows: list[Price], model: str, at: int, tier: str, input_tokens: int
 ) -> None:
-    tariff = PriceTable(rows).tariff(model, at)
+    tariff = PriceTable(rows).model_prices(model, at)
     expected = price_by_hand(rows, model, at, tier, input_tokens)
     assert (tariff.price(tier, input_tokens) if tariff else None) == expected
 
 
 def test_exactly_the_threshold_is_the_short_rate() -> None:
     table = PriceTable([Price("m", input=1), Price("m", above_input_tokens=272_000, input=2, id=1)])
-    tariff = table.tariff("m", 0)
+    tariff = table.model_prices("m", 0)
     assert tariff is not None
     assert tariff.price("default", 272_000).input == 1
     assert tariff.price("default", 272_001).input == 2
@@ -267,11 +268,11 @@ def test_what_is_held_depends_on_the_tier_asked_for() -> None:
     table = PriceTable(
         Price("m", tier=tier, input=rate * NANOS, id=rate) for tier, rate in tiers.items()
     )
-    tariff = table.tariff("m", 0)
+    tariff = table.model_prices("m", 0)
     assert tariff is not None
     million = 1_000_000
     most = {
-        tier: tariff.most(million, 0, tier, images=False) // NANOS
+        tier: tariff.max_cost(million, 0, tier, images=False) // NANOS
         for tier in (None, "auto", "default", "flex", "priority", "fast", "scale", "Priority")
     }
     assert most == {
@@ -374,7 +375,7 @@ class Bench:
         return self.run(self.accounts.show(name))
 
     def price(self, *prices: Price, without_notice: str | None = None) -> PricesAdded:
-        work = self.books.add_prices(prices, without_notice=without_notice, by="test")
+        work = add_prices(self.books, prices, without_notice=without_notice, by="test")
         return self.run(work)
 
     def pay(self, account: str, amount: int, reference: str | None = None) -> Payment:
@@ -475,7 +476,7 @@ def test_a_rise_for_a_model_in_use_needs_notice(bench: Bench, clock: Clock) -> N
     added = bench.price(Price("m", input=8 * NANOS), without_notice="our own cost")
     (row,) = added.prices
     assert (row.reason, row.added_by, row.status) == ("our own cost", "test", "current")
-    texts = [notice.text for notice in bench.run(bench.books.notices())]
+    texts = [notice.text for notice in bench.run(bench.books.notices.all())]
     assert any("m: input from 6 to 7" in text for text in texts)
     assert any("m: input from 4 to 8" in text for text in texts)
 
@@ -486,7 +487,7 @@ def test_a_rise_is_told_once_whatever_else_is_to_come(bench: Bench, clock: Clock
     bench.price(*coming, Price("[m]*", input=3, effective_at=clock.now + 45 * DAY))
     bench.price(Price("m", input=6 * NANOS, effective_at=clock.now + 35 * DAY))
     bench.price(Price("m", input=7 * NANOS, effective_at=clock.now + 47 * DAY))
-    told = [(each.effective_at, each.text) for each in bench.run(bench.books.notices())]
+    told = [(each.effective_at, each.text) for each in bench.run(bench.books.notices.all())]
     assert [text.partition(". ")[2] for _, text in told] == [
         "m: input from 5 to 6.",
         "m: input from 6 to 7.",
@@ -501,7 +502,7 @@ def test_a_price_that_is_to_go_back_goes_back(bench: Bench, clock: Clock) -> Non
     )
     assert (added.added, added.unchanged) == (2, 2)
     for day, rate in ((39, 1), (45, 2), (55, 1), (65, 1)):
-        tariff = bench.books.prices.tariff("m", clock.now + day * DAY)
+        tariff = bench.books.prices.model_prices("m", clock.now + day * DAY)
         assert tariff is not None
         assert tariff.price("default", 0).input == rate
 
@@ -511,7 +512,7 @@ def test_each_of_many_rises_is_told(bench: Bench, clock: Clock) -> None:
     bench.price(*(Price(name, input=NANOS) for name in names))
     at = clock.now + 40 * DAY
     bench.price(*(Price(name, input=2 * NANOS, effective_at=at) for name in names))
-    told = [each.text for each in bench.run(bench.books.notices())]
+    told = [each.text for each in bench.run(bench.books.notices.all())]
     assert len(told) > 1
     assert all(len(text) <= records.NOTICE_TEXT for text in told)
     found = re.findall(r"(model-\d+): input from 1 to 2\.", " ".join(told))
@@ -520,7 +521,7 @@ def test_each_of_many_rises_is_told(bench: Bench, clock: Clock) -> None:
 
 def test_a_class_that_begins_with_its_end_is_a_pattern(bench: Bench, clock: Clock) -> None:
     bench.price(Price("[]a]", input=1))
-    assert bench.books.prices.tariff("a", clock.now) is not None
+    assert bench.books.prices.model_prices("a", clock.now) is not None
 
 
 def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> None:
@@ -536,7 +537,7 @@ def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> 
     added = bench.price(Price("m", input=6 * NANOS))
     (price,) = msgspec.to_builtins(added.prices)
     assert (price["input"], price["status"], price["reason"]) == ("6", "current", None)
-    (notice,) = bench.run(bench.books.notices())
+    (notice,) = bench.run(bench.books.notices.all())
     assert notice.text.endswith("m: input from 5 to 6.")
     use(bench, key, clock, used=1_000_000)
     assert [row["cost"] for row in bench.rows()] == ["5", "6"]
@@ -560,9 +561,7 @@ def test_free_models_in_use_rise_when_they_get_a_price(tmp_path: Path, clock: Cl
         use(bench, bench.key("a"), clock)
         with pytest.raises(UserError, match="input from 0 to 1"):
             bench.price(Price("m", input=1 * NANOS))
-        bench.books.settings = (
-            BillingSettings()
-        )  # refused until now: whoever wants it has yet to agree
+        bench.books.apply(BillingSettings())  # refused until now: whoever wants it has yet to agree
         bench.price(Price("m", input=1 * NANOS))
 
 
@@ -622,7 +621,7 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
         return {payment.id for payment in payments}
 
     assert len(bench.run(pay_at_once())) == 1
-    assert bench.run(bench.books.purse(bench.account("a").id)).paid == 5 * NANOS
+    assert bench.run(bench.books.spending(bench.account("a").id)).paid == 5 * NANOS
     with pytest.raises(Conflict, match="already exists, with the amount 5"):
         bench.pay("a", 6 * NANOS, "r")
     bench.pay("b", 6 * NANOS, "r")
@@ -637,12 +636,12 @@ def test_what_was_made_in_one_instant_is_listed_as_it_was_made(bench: Bench) -> 
     keys = [bench.key("a").id for _ in range(10)]
     payments = [bench.pay("a", NANOS).id for _ in keys]
     for number in range(len(keys)):
-        bench.run(bench.books.add_notice("incident", f"{number}", START, None, "test"))
+        bench.run(bench.books.notices.add("incident", f"{number}", START, None, "test"))
     account = bench.account("a")
     assert [key.id for key in bench.run(bench.accounts.keys(account.id))] == keys
     for whose in (account, None):
         assert [each.id for each in bench.run(bench.books.payments(whose))] == payments
-    for told in (bench.books.notices(), bench.books.notices_now(account.id)):
+    for told in (bench.books.notices.all(), bench.books.notices.current(account.id)):
         assert [each.text for each in bench.run(told)] == [str(n) for n in range(len(keys))]
 
 
@@ -662,7 +661,7 @@ def test_amounts_beyond_what_a_float_or_a_column_holds(bench: Bench, clock: Cloc
     assert bench.run(consistency.check_database(bench.store)) == []
     bench.stop()
     bench.start()
-    purse = bench.run(bench.books.purse(key.account_id))
+    purse = bench.run(bench.books.spending(key.account_id))
     assert (purse.paid - purse.cost, purse.spent) == (balance, sum(costs))
 
 
@@ -858,7 +857,7 @@ def test_a_clock_set_back_changes_no_price_and_no_month(
     row = use(bench, key, clock)
     assert (row.cost, row.month) == (3_000_000, "2026-12")
     assert bench.pay("a", NANOS).month == "2026-12"
-    assert bench.run(bench.books.purse(key.account_id, key.id)).spent == 6_000_000
+    assert bench.run(bench.books.spending(key.account_id, key.id)).spent == 6_000_000
     assert bench.statement("a", "2026-11") == closed
     assert closed.closed
 
@@ -1192,8 +1191,8 @@ class Money(RuleBasedStateMachine):
         key = self.bench.key_now(self.secrets[1])
         month = self.month()
         account, own = (
-            self.bench.run(self.bench.books.purse(key.account_id)),
-            self.bench.run(self.bench.books.purse(key.account_id, key.id)),
+            self.bench.run(self.bench.books.spending(key.account_id)),
+            self.bench.run(self.bench.books.spending(key.account_id, key.id)),
         )
         assert account.paid - account.cost == self.expected.balance()
         assert account.spent == self.expected.spent(month)

@@ -798,12 +798,12 @@ def maximum_and_hold(
     prices = random_prices(chance)
     billing: Any = SimpleNamespace(
         settings=Settings().billing,
-        tariff=lambda model: prices.tariff(model, 1),
-        tariffs=list,
+        model_prices=lambda model: prices.model_prices(model, 1),
+        prices_in_force=list,
     )
     key: Any = None
     spending = Spending("2026-11", 0, 0), Spending("2026-11", 0, 0)
-    quote = Quote(key, 1, prices, prices.tariff("m", 1), spending, [])
+    quote = Quote(key, 1, prices, prices.model_prices("m", 1), spending, [])
     return Maximum(endpoint, body, billing), Hold(quote, 0)
 
 

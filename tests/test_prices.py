@@ -21,7 +21,7 @@ from upstream import Received, Reply, Socket, Upstream, json_answer, response_ob
 from websockets.sync.client import connect
 
 from redbtc import rates as rates_module
-from redbtc.billing import notices as notices_module
+from redbtc.billing import model_patterns
 from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.usage import Usage
@@ -148,7 +148,7 @@ def test_what_was_not_given_costs_nothing_extra(rates: Any, used: tuple[int, ...
     price = Price("m", **rates)
     assert price.cost(usage, images=False) == expected
     calls = searches * (rates["file_search"] or 0) + containers * (rates["container"] or 0)
-    assert price.most(plain + kept, 0, images=False, long_cache=True) >= expected - calls
+    assert price.max_cost(plain + kept, 0, images=False, long_cache=True) >= expected - calls
 
 
 def test_a_container_is_billed_once(make_gateway: MakeGateway, upstream: Upstream) -> None:
@@ -528,11 +528,11 @@ def test_which_says_what_is_billed(prices: list[Price], model: str, at: int) -> 
     for tier in ("default", "flex"):
         for tokens in (0, 101):
             applied, others = of_all.which(model, at, tier, tokens)
-            tariff = of_all.tariff(model, at)
+            tariff = of_all.model_prices(model, at)
             billed = tariff and tariff.price(tier, tokens)
             assert applied is billed
             ids = [each.id for each in others] + ([applied.id] if applied else [])
-            meant = [price.id for price in numbered if notices_module.matches(model, [price.model])]
+            meant = [price.id for price in numbered if model_patterns.matches(model, [price.model])]
             assert sorted(ids) == meant
             assert all(each.because for each in others)
 

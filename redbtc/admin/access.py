@@ -5,7 +5,7 @@ from __future__ import annotations
 from redbtc.admin.actors import Actor, RunningGateway
 from redbtc.admin.inputs import WhichUser
 from redbtc.admin.users import Users, UserShown
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.errors import NotFound
 from redbtc.store.accounts import Account, Accounts, KeyShown, no_account, no_key
 

@@ -62,7 +62,7 @@ from redbtc.admin.outputs import (
 from redbtc.admin.set_time import TimeSet
 from redbtc.admin.users import UserAdded, UserShown
 from redbtc.admin.validation import read_json, read_values
-from redbtc.billing.notices import matches
+from redbtc.billing.model_patterns import matches
 from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement
 from redbtc.slices import with_turns

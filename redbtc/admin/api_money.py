@@ -25,9 +25,11 @@ from redbtc.admin.outputs import (
 )
 from redbtc.admin.validation import time_in
 from redbtc.billing.overviews import months
+from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import MAX_CALL_RATE, MAX_RATE, Price
 from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement, statement
+from redbtc.billing.which_price import which_price
 from redbtc.errors import UserError
 from redbtc.money import parse_amount
 from redbtc.rates import RATES, UNITS
@@ -53,7 +55,7 @@ class MoneyOperations(Access):
         """Show which price applies to a request, and why other matching prices don't."""
         now = self.billing.store.time()
         at = time_in(query.at, now) or now
-        return self.billing.which(query.model, at, query.tier, query.input_tokens)
+        return which_price(self.billing, query.model, at, query.tier, query.input_tokens)
 
     async def add_prices(self, actor: Actor, body: NewPrices) -> PricesAdded:
         """Add prices, all or none. The answer says which models they apply to."""
@@ -61,7 +63,8 @@ class MoneyOperations(Access):
             raise UserError(
                 f"prices are in {body.currency}, but billing.currency is {self.billing.currency}"
             )
-        return await self.billing.add_prices(
+        return await add_prices(
+            self.billing,
             prices_of(body, self.billing.store.time()),
             without_notice=body.without_notice,
             by=actor.name,
@@ -117,18 +120,18 @@ class MoneyOperations(Access):
 
     async def list_notices(self, actor: Actor) -> NoticeList:
         """List all notices, past and withdrawn ones included."""
-        return NoticeList(await self.billing.notices())
+        return NoticeList(await self.billing.notices.all())
 
     async def account_notices(self, actor: Actor, account: str | None = None) -> NoticeList:
         """List current and coming notices for an account."""
         found = await self.find_account(actor, account)
-        return NoticeList(await self.billing.notices_now(found.id))
+        return NoticeList(await self.billing.notices.current(found.id))
 
     async def add_notice(self, actor: Actor, body: NewNotice) -> Notice:
         """Publish a notice."""
         now = self.billing.store.time()
         effective = time_in(body.effective, now)
-        return await self.billing.add_notice(
+        return await self.billing.notices.add(
             body.kind,
             body.text,
             now if effective is None else effective,
@@ -139,7 +142,7 @@ class MoneyOperations(Access):
 
     async def withdraw_notice(self, actor: Actor, notice: str) -> NoticeWithdrawn:
         """Withdraw a notice."""
-        withdrawn = await self.billing.withdraw_notice(notice, actor.name)
+        withdrawn = await self.billing.notices.withdraw(notice, actor.name)
         return NoticeWithdrawn(**asdict(withdrawn))
 
 

@@ -30,8 +30,8 @@ from redbtc.admin.outputs import (
     UsageReport,
 )
 from redbtc.admin.set_time import TimeSet, preview, set_time, time_to_set
-from redbtc.billing.books import Billing
-from redbtc.billing.overviews import lately, spending, traffic
+from redbtc.billing.billing import Billing
+from redbtc.billing.overviews import lately, spending_overview, traffic
 from redbtc.billing.reports import Range, copy_requests, older_than, requests_in, usage_by
 from redbtc.store import changes as changes_module
 from redbtc.store.consistency import check_database
@@ -125,7 +125,7 @@ class UsageOperations(Access):
             key_id=key.id,
             balance=await self.billing.balance(found),
             limits=await self._limits_and_budgets(key),
-            notices=await self.billing.notices_now(found.id),
+            notices=await self.billing.notices.current(found.id),
         )
 
     async def limits(self, actor: Actor) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class UsageOperations(Access):
         return Overview(
             **asdict(self.gateway.at_work()),
             traffic=await traffic(billing, query.days),
-            spending=await spending(billing, query.limit),
+            spending=await spending_overview(billing, query.limit),
             lately=await lately(billing),
             database=database_size(billing),
         )

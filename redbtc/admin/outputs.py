@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from redbtc.admin.users import SessionShown, UserShown
-from redbtc.billing.overviews import AccountInList, Lately, Month, Spending, TrafficOfDay
+from redbtc.billing.overviews import AccountInList, Lately, Month, SpendingOverview, TrafficOfDay
 from redbtc.billing.records import Balance, Notice, Payment
 from redbtc.billing.reports import Group, RequestShown, Sums
 from redbtc.store.accounts import Account, KeyInList, KeyShown
@@ -158,7 +158,7 @@ class Overview(AtWork):
     """The state of the gateway, traffic and spending."""
 
     traffic: list[TrafficOfDay]
-    spending: Spending
+    spending: SpendingOverview
     lately: Lately
     database: DatabaseSize
 

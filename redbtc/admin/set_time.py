@@ -12,10 +12,10 @@ import orjson
 from msgspec import Struct
 
 from redbtc.admin.users import LINK_LASTS
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.errors import UserError
 from redbtc.store.database import Store
-from redbtc.store.records import Moment, shown_time
+from redbtc.store.records import Moment, json_time
 from redbtc.times import DAY, iso_time, month_of, now_ms, parse_time
 from redbtc.usage import KINDS
 
@@ -204,13 +204,13 @@ async def set_time(billing: Billing, at: int, now: int, by: str) -> TimeSet:
             moves = [(sql, ()) for sql in MOVES]
             changes = ((SET_TIME, values), *moves, (TIME_IS_SET, ()))
             await store.transact(*changes, by=by, seconds=MAX_SECONDS)
-    await billing.read_maintenances()
+    await billing.notices.read_maintenances()
     return time_set(at, before, moved, done=True)
 
 
 def time_set(at: int, before: int, moved: dict[str, int], *, done: bool) -> TimeSet:
     """Return the answer to a request to set the time."""
-    return TimeSet(shown_time(at), shown_time(before), done, moved)
+    return TimeSet(json_time(at), json_time(before), done, moved)
 
 
 class TimeSet(Struct):

@@ -33,7 +33,7 @@ from msgspec.structs import asdict
 from redbtc.admin.passwords import Attempts, check_password, scrypt
 from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.store.database import Store
-from redbtc.store.records import Moment, by_name, new_id, shown_time
+from redbtc.store.records import Moment, by_name, json_time, new_id
 from redbtc.times import iso_time
 
 
@@ -56,7 +56,7 @@ class UserShown(Struct):
             **by_name(row),
             "password_set_at": iso_time(row["password_set_at"]),
             "link_expires_at": iso_time(row["link_expires_at"]),
-            "created_at": shown_time(row["created_at"]),
+            "created_at": json_time(row["created_at"]),
         }
         return cls(**columns)
 
@@ -79,7 +79,7 @@ class SessionShown(Struct):
     @classmethod
     def of(cls, row: sqlite3.Row, this: str) -> SessionShown:
         """Return the session of a row; `this` is the id of the one that asks."""
-        times = {name: shown_time(row[name]) for name in ("created_at", "seen_at")}
+        times = {name: json_time(row[name]) for name in ("created_at", "seen_at")}
         return cls(**{**by_name(row), **times}, this=row["id"] == this)
 
 

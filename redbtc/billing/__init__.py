@@ -1,14 +1,19 @@
-"""Billing: what requests cost, who may spend how much, and the account given of it.
+"""The costs of requests, the limits of spending, and the statements about both.
 
-Rule 1. What has been billed is never worked out again. A settled row holds its cost and the price
-it came from; prices, payments and settled rows are only ever added (schema.sql has triggers against
-anything else), and their sums by day are kept in the transaction that adds them.
+Rule 1. A cost is computed once. A settled row holds its cost and the id of its price. Prices,
+payments and settled rows are only ever added (schema.sql has triggers against anything else), and
+the transaction that adds them updates their sums by day.
 
-Rule 2. Nobody overspends by being quick. Before a request leaves, the most that it can cost is held
-on its account and its key; check and hold are one step on the event loop, with nothing in between.
-Holds live in memory alone, so none outlives its request or the process.
+Rule 2. Requests in parallel can't overspend. Before a request is sent upstream, its maximum cost
+is held on its account and its key. Check and hold are one step on the event loop, without an
+`await` in between. Holds exist only in memory, so none outlives its request or the process.
 
-Rule 3. What an account has paid and spent is read from the database once, before its first request
-is settled by this process, and kept along from then on: what waits for the next commit is spent
-already. Payments are read again after each change, so that none counts twice.
+Rule 3. The payments and costs of an account are read from the database once, before this process
+settles its first request, and then kept up to date in memory (totals.py): a cost counts before it
+is committed. Payments are read again after each change, so that none counts twice.
+
+billing.py      balances, budgets, holds and payments
+prices.py, model_prices.py, model_patterns.py, price_list.py      which price applies, and the cost
+price_changes.py, price_increases.py, price_texts.py              prices that are added
+reports.py, statements.py, overviews.py, csv.py                   usage and costs, summed up
 """

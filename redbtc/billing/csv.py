@@ -15,7 +15,8 @@ FORMULA = re.compile(r"\s*[=+@＝＋－＠]|\s+-|-(?![0-9.]+$)|[\t\r\n]")
 
 
 def csv_line(values: Iterable[Any]) -> str:
-    """RFC 4180. What a spreadsheet would take for a formula, and is no number, is text."""
+    """Return a line of CSV (RFC 4180). Text that a spreadsheet would take for a formula gets an
+    apostrophe in front, except for numbers."""
     texts = ("" if value is None else str(value) for value in values)
     out = io.StringIO()
     csv.writer(out).writerow(f"'{text}" if FORMULA.match(text) else text for text in texts)
@@ -23,7 +24,7 @@ def csv_line(values: Iterable[Any]) -> str:
 
 
 def csv_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Where there is a row, with a line of column names."""
+    """Yield the lines of rows, after a line of column names. Without rows there is no line."""
     for place, row in enumerate(rows):
         if not place:
             yield csv_line(row)
@@ -31,9 +32,9 @@ def csv_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def statement_lines(found: Statement) -> Iterator[dict[str, Any]]:
-    """A statement as lines of one form: the opening balance and all payments, less all costs, are
-    the closing balance. The costs include the differences of the corrections, whose own lines have
-    no cost."""
+    """Yield a statement as rows with the same columns. The closing balance is the opening balance
+    plus all payments minus all costs. The costs of the usage include the differences of the
+    corrections, whose own rows have no cost."""
     columns = ["line", "date", "description", *COUNTS, "cost", "amount"]
     empty = dict.fromkeys([*columns, "before", "after", "difference"])
     yield {**empty, "line": "opening balance", "amount": found.opening_balance}

@@ -1,100 +1,178 @@
-"""Texts of notices about prices."""
+"""Notices to accounts about prices, terms, maintenance, incidents and budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from redbtc.billing.price_list import ModelPrices, is_pattern, matcher
-from redbtc.billing.prices import Price
-from redbtc.billing.records import FollowingPrice, PricesAdded, PriceSlot, RatesOfEarlierPrice
-from redbtc.money import decimal
-from redbtc.rates import DEFAULT_TIER, RATES
-from redbtc.slices import with_turns
-from redbtc.store.records import shown_time
+from redbtc.billing.records import Notice
+from redbtc.billing.spending import Spending
+from redbtc.config import BillingSettings
+from redbtc.errors import NotFound, UserError
+from redbtc.money import decimal, money
+from redbtc.store.database import Store
+from redbtc.store.keys import Key
+from redbtc.store.records import by_name, new_id
+from redbtc.times import DAY, MINUTE, iso_time
 
-FREE = ModelPrices([Price("*")])
+BUDGET_PERCENTS = (50, 80, 100)
 
-
-def shown_missing(price: Price, old: Price, missing: Mapping[str, int]) -> RatesOfEarlierPrice:
-    """Return what a price did not give and the one before it did, as JSON shows it."""
-    return RatesOfEarlierPrice(*price.slot, from_=PriceSlot(*old.slot), rates=shown_rates(missing))
-
-
-def shown_following(price: Price) -> FollowingPrice:
-    """Return a price that supersedes an added one later, as JSON shows it."""
-    at = shown_time(price.effective_at)
-    return FollowingPrice(*price.slot, effective_at=at, rates=shown_rates(price.given))
-
-
-def shown_rates(given: Mapping[str, int]) -> dict[str, str | int]:
-    """Return rates, and the maximum if it is among them, as JSON shows them."""
-    return {name: decimal(value) if name in RATES else value for name, value in given.items()}
-
-
-SHOWN_MODELS = 8  # of many, in a message
-
-
-def few(names: Sequence[str]) -> str:
-    """Return the names, or the first of many."""
-    more = len(names) - SHOWN_MODELS
-    return ", ".join(names[:SHOWN_MODELS]) + (f" and {more} more" if more > 0 else "")
-
-
-def slot_name(slot: PriceSlot) -> str:
-    """Return what people call a price, such as "gpt-5.5 (flex, above 272000 input tokens)"."""
-    tier, above = slot.tier, slot.above_input_tokens
-    parts = [tier] * (tier != DEFAULT_TIER) + [f"above {above} input tokens"] * bool(above)
-    return slot.model + (f" ({', '.join(parts)})" if parts else "")
+ADD_NOTICE = """
+    INSERT INTO notices (id, kind, text, effective_at, until, created_at, added_by,
+                         refuses_requests)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+BUDGET_NOTICE = """
+    INSERT OR IGNORE INTO notices (id, kind, account_id, key_id, month, percent, text, effective_at,
+                                   created_at)
+    VALUES (?, 'budget', ?, ?, ?, ?, ?, ?, ?)"""
+NOTICE = """
+    SELECT notices.id, kind, accounts.name AS account, key_id, month, percent, text, effective_at,
+           until, refuses_requests, notices.created_at, added_by, withdrawn_at, delivered_at
+      FROM notices LEFT JOIN accounts ON accounts.id = account_id"""
+NOTICES = NOTICE + " ORDER BY effective_at, notices.created_at, notices.rowid"
+NOTICE_BY_ID = NOTICE + " WHERE notices.id = ?"
+CURRENT_NOTICES = f"""{NOTICE}
+     WHERE (account_id IS NULL OR account_id = ?1) AND withdrawn_at IS NULL
+       AND ifnull(until, ?2 + 1) > ?2 ORDER BY effective_at, notices.created_at, notices.rowid"""
+UNDELIVERED = f"""{NOTICE}
+     WHERE kind = 'budget' AND delivered_at IS NULL AND notices.created_at > ?
+     ORDER BY notices.created_at, notices.rowid"""
+DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
+MAINTENANCES = f"""
+    SELECT effective_at AS since, ifnull(until, {1 << 62}) AS until, text FROM notices
+     WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(notices.until, ?1 + 1) > ?1"""
+WITHDRAW = "UPDATE notices SET withdrawn_at = ifnull(withdrawn_at, ?) WHERE id = ?"
 
 
-def told_of_prices(added: PricesAdded) -> list[str]:
-    """Return what people should know of prices that were added."""
-    lines = []
-    for each in added.taken_over or ():
-        earlier = slot_name(each.from_)
-        lines.append(f"{slot_name(each)}: rates copied from {earlier}: {rate_list(each.rates)}.")
-    for each in added.left_out or ():
-        lines.append(f"{slot_name(each)}: no longer has these rates: {rate_list(each.rates)}.")
-    for following in added.followed_by:
-        lines.append(
-            f"{slot_name(following)}: a later price takes effect at {following.effective_at}: "
-            f"{rate_list(following.rates)}."
+class Maintenance(NamedTuple):
+    """A time during which new requests are refused. Times are in milliseconds."""
+
+    since: int
+    until: int
+    text: str
+
+
+class Notices:
+    """The notices of the gateway. `webhook_wakeup` is set when the webhook may have something to
+    deliver."""
+
+    def __init__(self, store: Store, settings: BillingSettings) -> None:
+        """`settings` may be replaced by others of the same currency."""
+        self.settings = settings
+        self.webhook_wakeup = asyncio.Event()
+        self._store = store
+        self._maintenances: list[Maintenance] = []
+
+    async def add(
+        self,
+        kind: str,
+        text: str,
+        effective_at: int,
+        until: int | None,
+        by: str,
+        refuses_requests: bool = False,
+    ) -> Notice:
+        """Add a notice and return it. With `refuses_requests`, which only a maintenance can have,
+        the gateway refuses new requests between `effective_at` and `until`. Raises UserError if new
+        terms would take effect before the end of their notice period."""
+        now, days = self._store.time(), self.settings.terms_notice_days
+        if kind == "terms" and effective_at < now + days * DAY - MINUTE:
+            raise UserError(
+                f"new terms need {days} days of notice (billing.terms_notice_days); "
+                f"{iso_time(effective_at)} is too early"
+            )
+        if until is not None and until <= effective_at:
+            raise UserError("until must be later than effective")
+        if refuses_requests and kind != "maintenance":
+            raise UserError("only a notice of the kind maintenance can refuse requests")
+        notice = new_id("ntc")
+        values = (notice, kind, text, effective_at, until, now, by, refuses_requests)
+        await self._store.transact((ADD_NOTICE, values), by=by)
+        await self.read_maintenances()
+        return await self.get(notice)
+
+    async def withdraw(self, notice_id: str, by: str) -> Notice:
+        """Withdraw a notice, so that no account is shown it any more. Raises NotFound."""
+        await self.get(notice_id)
+        await self._store.transact((WITHDRAW, (self._store.time(), notice_id)), by=by)
+        await self.read_maintenances()
+        return await self.get(notice_id)
+
+    async def get(self, notice_id: str) -> Notice:
+        """Return a notice by its id. Raises NotFound."""
+        row = await self._store.one(NOTICE_BY_ID, (notice_id,))
+        if row is None:
+            raise NotFound(f"notice {notice_id!r} does not exist")
+        return Notice.of(row)
+
+    async def all(self) -> list[Notice]:
+        """Return all notices, past and withdrawn ones included, by when they take effect."""
+        return [Notice.of(row) async for row in self._store.rows(NOTICES)]
+
+    async def current(self, account_id: str | None = None) -> list[Notice]:
+        """Return the notices for all accounts that are in force or will be, and those for one
+        account."""
+        rows = self._store.rows(CURRENT_NOTICES, (account_id, self._store.time()))
+        return [Notice.of(row).for_account() async for row in rows]
+
+    # Maintenance
+
+    async def read_maintenances(self) -> None:
+        """Read from the ledger when requests are to be refused."""
+        rows = self._store.rows(MAINTENANCES, (self._store.time(),))
+        self._maintenances = [Maintenance(**by_name(row)) async for row in rows]
+
+    def maintenance(self) -> Maintenance | None:
+        """Return the maintenance for which requests are refused now, None if there is none."""
+        if not self._maintenances:
+            return None
+        now = self._store.time()
+        in_force = (each for each in self._maintenances if each.since <= now < each.until)
+        return next(in_force, None)
+
+    # Budgets, and the webhook that is told of them
+
+    def notify_of_budget(
+        self, key: Key, spending: Spending, budget: int, budget_id: str | None
+    ) -> None:
+        """Write a notice for each percentage of a budget that has been reached since the last call.
+        `budget_id` is None for the account's budget. The notice names it, so that keys which
+        replaced one another share one notice."""
+        for percent in BUDGET_PERCENTS:
+            if percent > spending.notified_percent and spending.spent * 100 >= budget * percent:
+                spending.notified_percent = percent
+                text = self._budget_text(key, spending, budget, budget_id, percent)
+                now = self._store.time()
+                values = (key.account_id, budget_id, spending.month, percent, text, now, now)
+                written = self._store.record(
+                    BUDGET_NOTICE, (new_id("ntc"), *values), retry_until_written=True
+                )
+                written.add_done_callback(lambda _: self.webhook_wakeup.set())
+
+    def _budget_text(
+        self, key: Key, spending: Spending, budget: int, budget_id: str | None, percent: int
+    ) -> str:
+        whose, currency = "monthly budget", self.settings.currency
+        if budget_id:
+            whose += f" of key {key.id}"
+        if budget_id not in (None, key.id):
+            whose += " (shared with the keys it replaced)"
+        spent, whole = (money(decimal(each), currency) for each in (spending.spent, budget))
+        return (
+            f"{percent} % of the {whose} has been spent: {spent} of {whole} {currency} in "
+            f"{spending.month}."
         )
-    if added.added:
-        applies = added.applies_to
-        lines.append(f"Applies to: {few(applies)}." if applies else "Applies to no known model.")
-    reasons: dict[str, list[str]] = {}
-    for other in added.does_not_apply_to:
-        reasons.setdefault(other.because, []).append(other.model)
-    for because, models in reasons.items():
-        lines.append(f"Does not apply to {few(models)}: {because}.")
-    for notice in added.notices:
-        lines.append(f"Published notice, effective {notice.effective_at}: {notice.text}")
-    return lines
+
+    async def undelivered(self, since: int) -> list[Notice]:
+        """Return the notices of budgets that the webhook has not accepted, oldest first."""
+        return [Notice.of(row) async for row in self._store.rows(UNDELIVERED, (since,))]
+
+    async def mark_delivered(self, notice_id: str) -> None:
+        """Note that the webhook accepted a notice."""
+        await self._store.transact((DELIVERED, (self._store.time(), notice_id)))
 
 
-def rate_list(rates: Mapping[str, str | int]) -> str:
-    """Return rates as people read them, such as "input 5, output 30"."""
-    return ", ".join(f"{name} {rate}" for name, rate in rates.items())
-
-
-async def matching(models: Iterable[str], patterns: set[str]) -> set[str]:
-    """Those of many models that one of many patterns means."""
-    wild = [pattern for pattern in patterns if is_pattern(pattern)]
-    return {
-        model async for model in with_turns(models) if model in patterns or matches(model, wild)
-    }
-
-
-async def matched(patterns: Iterable[str], models: Iterable[str]) -> set[str]:
-    """Those of many patterns that mean one of many models."""
-    return {
-        pattern
-        async for pattern in with_turns(filter(is_pattern, patterns))
-        if any(matches(model, {pattern}) for model in models)
-    }
-
-
-def matches(model: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns is the model's, or is the model itself."""
-    return any(model == pattern or matcher(pattern)(model) for pattern in patterns)
+def price_notice(text: str, at: int, until: int, now: int, by: str) -> tuple[str, Sequence[Any]]:
+    """Return the statement that adds a notice of a price increase, and its values."""
+    return ADD_NOTICE, (new_id("ntc"), "price", text, at, until, now, by, False)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.statements import paid_by_month_of
 from redbtc.money import decimal
 from redbtc.store.accounts import ACCOUNT, Account, account_columns
@@ -15,7 +15,6 @@ from redbtc.store.records import Money, cost_of, nanos_of
 from redbtc.times import DAY, day_of
 from redbtc.usage import Outcome
 
-# Of an account by month; of all accounts, for operators.
 MONTHS_OF = """
     SELECT month, requests, input_tokens, output_tokens, cost_units, cost_nanos
       FROM usage_by_month WHERE account_id = ? ORDER BY month"""
@@ -35,7 +34,7 @@ MONEY_OF_EACH = f"""
         ON spent.account_id = accounts.id AND spent.month = ?2
      WHERE (?3 = '' OR instr(lower(name), lower(?3)) OR instr(lower(email), lower(?3)) OR id = ?3)
        AND name > ?4 ORDER BY name LIMIT ?5"""
-MAX_SPENT = """
+HIGHEST_COSTS = """
     SELECT accounts.name AS account, account_id, requests, input_tokens, output_tokens, cost_units,
            cost_nanos
       FROM usage_by_month JOIN accounts ON accounts.id = account_id
@@ -56,34 +55,33 @@ MAX_LATELY = 500  # requests
 
 
 async def list_accounts(
-    books: Billing, search: str = "", after: str = "", limit: int = -1
+    billing: Billing, search: str = "", after: str = "", limit: int = -1
 ) -> list[AccountInList]:
-    """Accounts by name with their money as far as it is committed: those with `search` in name or
-    address, that come after the name `after`."""
-    values = (books.store.time(), books.month(), search, after, limit)
-    rows = books.store.rows(MONEY_OF_EACH, values)
-    return [AccountInList.with_sums(row, books.currency) async for row in rows]
+    """Return accounts, sorted by name, with their committed money: those with `search` in name or
+    address whose names come after `after`. A `limit` of -1 is none."""
+    values = (billing.store.time(), billing.month(), search, after, limit)
+    rows = billing.store.rows(MONEY_OF_EACH, values)
+    return [AccountInList.with_sums(row, billing.currency) async for row in rows]
 
 
-async def months(books: Billing, account: Account) -> list[Month]:
-    """Return the account's months in which something was used or paid, and the present one; the
-    newest first."""
-    used = {row["month"]: row async for row in books.store.rows(MONTHS_OF, (account.id,))}
-    paid = await paid_by_month_of(books.store, account.id)
-    now = books.month()
+async def months(billing: Billing, account: Account) -> list[Month]:
+    """Return the account's months with usage or payments and the current one, newest first."""
+    used = {row["month"]: row async for row in billing.store.rows(MONTHS_OF, (account.id,))}
+    paid = await paid_by_month_of(billing.store, account.id)
+    now = billing.month()
     return [
-        Month.of(month, used.get(month), paid.get(month, 0), now, books.currency)
+        Month.of(month, used.get(month), paid.get(month, 0), now, billing.currency)
         for month in sorted({*used, *paid, now}, reverse=True)
     ]
 
 
-async def spending(books: Billing, limit: int) -> Spending:
-    """Of all accounts in this month, and of those that spent most."""
-    month = books.month()
-    total = await books.store.one(SPENT_IN_MONTH, (month,))
+async def spending_overview(billing: Billing, limit: int) -> SpendingOverview:
+    """Return the usage of all accounts in this month, and of the `limit` with the highest costs."""
+    month = billing.month()
+    total = await billing.store.one(SPENT_IN_MONTH, (month,))
     assert total is not None, "a sum always has one row"
-    rows = books.store.rows(MAX_SPENT, (month, limit))
-    return Spending(
+    rows = billing.store.rows(HIGHEST_COSTS, (month, limit))
+    return SpendingOverview(
         month=month,
         accounts=total["accounts"],
         requests=total["requests"],
@@ -91,20 +89,20 @@ async def spending(books: Billing, limit: int) -> Spending:
         output_tokens=total["output_tokens"],
         cost=cost_of(total),
         most=[MostSpent.of(row) async for row in rows],
-        currency=books.currency,
+        currency=billing.currency,
     )
 
 
-async def traffic(books: Billing, days: int) -> list[TrafficOfDay]:
-    """Requests and cost of all accounts in the last so many days (UTC), by day, upstream and
+async def traffic(billing: Billing, days: int) -> list[TrafficOfDay]:
+    """Return the requests and costs of all accounts in the last `days` (UTC), by day, upstream and
     outcome."""
-    since = books.store.time() // DAY - days
-    return [TrafficOfDay.of(row) async for row in books.store.rows(TRAFFIC, (since,))]
+    since = billing.store.time() // DAY - days
+    return [TrafficOfDay.of(row) async for row in billing.store.rows(TRAFFIC, (since,))]
 
 
-async def lately(books: Billing) -> Lately:
-    """How the newest requests went, MAX_LATELY at most: by upstream, and how long they took."""
-    rows = [row async for row in books.store.rows(LATELY, (MAX_LATELY,))]
+async def lately(billing: Billing) -> Lately:
+    """Return failures by upstream and durations of the newest requests, at most MAX_LATELY."""
+    rows = [row async for row in billing.store.rows(LATELY, (MAX_LATELY,))]
     upstreams: dict[str, UpstreamLately] = {}
     for row in rows:
         of = upstreams.setdefault(row["upstream"], UpstreamLately(requests=0, failed=0))
@@ -125,7 +123,8 @@ def quantiles(times: Iterable[int | None]) -> Quantiles:
 
 
 def quantile(ordered: Sequence[int], percent: int) -> int | None:
-    """The smallest that so many percent of them are not above; None of none."""
+    """Return the smallest number that at least `percent` of the numbers do not exceed, None if
+    there are none."""
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)] if ordered else None
 
 
@@ -165,7 +164,7 @@ class Month(Struct):
 
     @classmethod
     def of(cls, month: str, row: sqlite3.Row | None, paid: int, now: str, currency: str) -> Month:
-        """Return the month of a row, or one without usage; `now` is the present month."""
+        """Return the month of a row, or one without usage; `now` is the current month."""
         return cls(
             month=month,
             requests=row["requests"] if row else 0,
@@ -200,7 +199,7 @@ class TrafficOfDay(Struct):
 
 
 class MostSpent(Struct):
-    """What an account used in a month."""
+    """Usage and cost of an account in a month."""
 
     account: str
     account_id: str
@@ -211,7 +210,7 @@ class MostSpent(Struct):
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> MostSpent:
-        """Return what the account of a row used."""
+        """Return the usage of the account of a row."""
         return cls(
             account=row["account"],
             account_id=row["account_id"],
@@ -222,8 +221,8 @@ class MostSpent(Struct):
         )
 
 
-class Spending(Struct):
-    """What all accounts used in a month, and those that spent most."""
+class SpendingOverview(Struct):
+    """Usage and cost of all accounts in a month, and the accounts with the highest costs."""
 
     month: str
     accounts: int
@@ -236,21 +235,21 @@ class Spending(Struct):
 
 
 class Quantiles(Struct):
-    """Milliseconds; null: of no request."""
+    """Median and 95th percentile in milliseconds, null without requests."""
 
     median: int | None
     p95: int | None
 
 
 class UpstreamLately(Struct):
-    """How many requests an upstream had, and how many of them failed."""
+    """The number of an upstream's requests, and of those that failed."""
 
     requests: int
     failed: int
 
 
 class Lately(Struct):
-    """How the newest requests went."""
+    """Failures and durations of the newest requests."""
 
     requests: int
     first_byte_ms: Quantiles

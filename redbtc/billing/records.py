@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from redbtc.money import decimal
 from redbtc.rates import RATES
-from redbtc.store.records import Moment, Money, by_name, nanos_of, shown_time, with_members
+from redbtc.store.records import Moment, Money, by_name, json_time, nanos_of, with_members
 from redbtc.times import iso_time
 
 NOTICE_TEXT = 4000  # characters
@@ -45,9 +45,9 @@ class RatesOfPrice(PriceSlot):
 
 
 class PriceShown(RatesOfPrice, kw_only=True):
-    """A price. A rate of null was not given. `shadowed_by` lists more specific names and patterns:
-    their prices apply to the models that they match, not this one. Only
-    operators see `added_by` and `reason`."""
+    """A price for a pattern of models. A rate of null was not given. `shadowed_by` lists more
+    specific names and patterns: their prices apply to the models that they match, not this one.
+    Only operators see `added_by` and `reason`."""
 
     max_output_tokens: int | None
     currency: str
@@ -135,7 +135,7 @@ class WhichPrice(Struct):
 
 
 class Payment(Struct, kw_only=True):
-    """A payment. A refund has a negative amount. Only operators see `added_by`."""
+    """A payment of an account. A refund has a negative amount. Only operators see `added_by`."""
 
     id: str
     account: str
@@ -152,7 +152,7 @@ class Payment(Struct, kw_only=True):
         """Return the payment of a row."""
         columns = by_name(row)
         amount = nanos_of(columns.pop("units"), columns.pop("nanos"))
-        columns["created_at"] = shown_time(row["created_at"])
+        columns["created_at"] = json_time(row["created_at"])
         return cls(**columns, amount=decimal(amount))
 
     def for_account(self) -> Payment:
@@ -161,8 +161,8 @@ class Payment(Struct, kw_only=True):
 
 
 class Notice(Struct, kw_only=True):
-    """A notice. If `account` is null, it is for all accounts. Only operators see `added_by`,
-    `withdrawn_at` and `delivered_at`, the time at which the webhook took it."""
+    """A notice to accounts. If `account` is null, it is for all accounts. Only operators see
+    `added_by`, `withdrawn_at` and `delivered_at`, the time at which the webhook accepted it."""
 
     id: str
     kind: Literal["price", "terms", "maintenance", "incident", "budget"]
@@ -184,10 +184,10 @@ class Notice(Struct, kw_only=True):
         """Return the notice of a row."""
         columns = {
             **by_name(row),
-            "effective_at": shown_time(row["effective_at"]),
+            "effective_at": json_time(row["effective_at"]),
             "until": iso_time(row["until"]),
             "refuses_requests": bool(row["refuses_requests"]),
-            "created_at": shown_time(row["created_at"]),
+            "created_at": json_time(row["created_at"]),
             "withdrawn_at": iso_time(row["withdrawn_at"]),
             "delivered_at": iso_time(row["delivered_at"]),
         }

@@ -1,6 +1,8 @@
-"""Reports: what was used and what it cost, of a request, a range, a month, of all accounts. Every
-one of them reads sums that are kept in the transaction that settles a request, and requests only
-where a range cuts a day in two.
+"""Reports of usage and cost, for single requests and as sums over ranges of time.
+
+Sums come from usage_by_day, which the transaction that settles a request updates, as far as the
+range has whole days. Only its two ends, and the requests in flight, are read from the requests
+themselves: a month of five million requests is a few hundred rows.
 """
 
 from __future__ import annotations
@@ -19,12 +21,10 @@ from redbtc.money import decimal
 from redbtc.slices import with_turns
 from redbtc.store.database import Store
 from redbtc.store.readers import Reader
-from redbtc.store.records import Moment, Money, Sum, by_name, nanos_of, shown_amount, with_members
+from redbtc.store.records import Moment, Money, Sum, by_name, json_amount, nanos_of, with_members
 from redbtc.times import DAY, day_of, iso_time
 from redbtc.usage import KINDS, Outcome, UsageSource
 
-# Sums come from usage_by_day as far as whole days go, from the requests themselves at a range's two
-# ends and for what is in flight: a month of five million requests is a few hundred rows.
 COUNTS = ("requests", "estimated", "unreported", *KINDS)
 SUMS = ", ".join(f"sum({name}) AS {name}" for name in (*COUNTS, "cost_units", "cost_nanos"))
 GROUPS = {  # the column, and what it is selected as
@@ -41,12 +41,13 @@ IN_RANGE = "started_at >= {since} AND started_at < {until}" + OF_KEY_AND_MODEL.f
 
 
 def corrected(name: str) -> str:
-    """SQL of what a request's correction says in a column, else its row."""
+    """Return SQL for a column of a request's correction, or of its row if it was not corrected."""
     return f"iif(corrections.request_id IS NULL, requests.{name}, corrections.{name})"
 
 
 WITH_CORRECTIONS = "LEFT JOIN corrections ON corrections.request_id = requests.request_id"
-# A closed month's statement never changes: there a request that is corrected later stays estimated.
+# The statement of a closed month never changes: a request that is corrected later stays estimated
+# in it.
 STILL_ESTIMATED = """
     usage_source = 'estimated' AND ifnull(corrections.month, '') <> requests.month"""
 OF_REQUESTS = f"""
@@ -112,9 +113,9 @@ ONE, ALL = "{table}account_id = :account AND", ""
 
 
 class Range(Struct, frozen=True):
-    """Which requests: of an account and a key (by id), a model (a shell pattern), from `since` up
-    to but without `until` (milliseconds), or from there up to but without the request `before`.
-    `limit` keeps the newest of them; -1: all."""
+    """A selection of requests: by the ids of account and key, by model (a shell pattern), and by
+    start, from `since` until before `until` (milliseconds) and, of those that started at `until`,
+    the ones before the request `before`. Only the newest `limit` are selected; -1 is all."""
 
     account: str | None = None
     key: str | None = None
@@ -125,21 +126,21 @@ class Range(Struct, frozen=True):
     limit: int = -1
 
     def values(self) -> dict[str, Any]:
-        """Bound to the queries above; the days that lie in it whole are those from `days_since` to
-        `days_until`."""
+        """Return the values of the queries above. The whole days of the range are those from
+        `days_since` until before `days_until`."""
         days_since = min(-(-self.since // DAY) * DAY, self.until)
         days_until = max(self.until // DAY * DAY, days_since)
         days = {"days_since": days_since, "days_until": days_until}
         return msgspec.structs.asdict(self) | days
 
     def of_account(self, sql: str) -> str:
-        """The query for one account or for all."""
+        """Return a query for the account of the range, or for all accounts."""
         one = ONE if self.account else ALL
         return sql.format(account=one.format(table=""), of_request=one.format(table="requests."))
 
 
 async def requests_in(store: Reader, wanted: Range, currency: str) -> list[RequestShown]:
-    """Rows of the ledger, oldest first, with the fields of docs/contract.md section 5."""
+    """Return rows of the ledger, oldest first, with the fields of docs/contract.md section 5."""
     if wanted.limit > 0 and wanted.account:
         wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
     newest_first = await store.all(*_query(wanted, currency))
@@ -147,8 +148,8 @@ async def requests_in(store: Reader, wanted: Range, currency: str) -> list[Reque
 
 
 async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIterator[RequestShown]:
-    """Return the same, copied first: it can be read as slowly as a client reads, after the snapshot
-    `store` has ended, and it takes no memory."""
+    """Return the same rows from a temporary copy. They take no memory, and can still be read, as
+    slowly as a client does, after the snapshot `store` has ended."""
     await store.copy(*_query(wanted, currency))
     return (RequestShown.of(row) async for row in store.rows(COPIED))
 
@@ -158,12 +159,12 @@ def _query(wanted: Range, currency: str) -> tuple[str, dict[str, Any]]:
 
 
 async def _since_enough(store: Reader, wanted: Range) -> int:
-    """From when on there are as many as are wanted: the days tell, so that who looks for what is
-    rare doesn't have all looked through."""
+    """Return a time since which the range has `limit` requests. It comes from the sums by day, so
+    that a query for rare requests does not read all others."""
     found, since = 0, wanted.until
     async for day, requests in store.rows(DAYS_WITH_SOME, wanted.values()):
         since = max(wanted.since, int(day) * DAY)
-        if (day + 1) * DAY <= wanted.until:  # else it counts what may come after
+        if (day + 1) * DAY <= wanted.until:  # else the sum includes requests after the range
             found += requests
         if found >= wanted.limit:
             break
@@ -171,7 +172,7 @@ async def _since_enough(store: Reader, wanted: Range) -> int:
 
 
 async def older_than(store: Store, wanted: Range, request_id: str) -> Range:
-    """Those of a range that come before a request. Raises NotFound."""
+    """Return the part of a range that comes before a request. Raises NotFound."""
     found = await store.one(START_OF, (request_id, wanted.account))
     if found is None:
         raise NotFound(f"request {request_id!r} does not exist")
@@ -182,9 +183,9 @@ async def older_than(store: Store, wanted: Range, request_id: str) -> Range:
 async def usage_by(
     store: Reader, wanted: Range, names: Sequence[str], currency: str, top: int | None = None
 ) -> list[Group]:
-    """Return the sums of the requests in a range for each combination of `names`, keys of GROUPS;
-    for none of them the one sum of all. A sum is null where no request has a number. `top`: so many
-    models have a name, those that cost most; that of the others is null."""
+    """Return the sums of the requests in a range for each combination of `names` (keys of GROUPS),
+    or a single sum without names. A sum is null if no request has that number. With `top`, only
+    that many models, those with the highest costs, keep their names; the others' is null."""
     group = group_type(tuple(GROUPS[name][0] for name in names))
     labels = "".join(f"{GROUPS[name][1]}, " for name in names)
     places = ", ".join(str(place + 1) for place in range(len(names)))
@@ -199,7 +200,7 @@ async def usage_by(
 
 @with_members(dict.fromkeys(KINDS, Sum))
 class SumsOfKinds(Struct):
-    """A sum of null: no request has a number."""
+    """Counts of requests, and the sum of each kind of usage."""
 
     requests: int
     estimated: int
@@ -207,7 +208,7 @@ class SumsOfKinds(Struct):
 
 
 class Sums(SumsOfKinds, kw_only=True):
-    """Sums over requests. A sum is null if no request reported that number."""
+    """The sums over a set of requests. A sum is null if no request reported that number."""
 
     cost: Money
     currency: str
@@ -219,7 +220,7 @@ class Sums(SumsOfKinds, kw_only=True):
 
 
 def sum_columns(row: sqlite3.Row, currency: str) -> dict[str, Any]:
-    """Return what JSON shows of sums, and of the day that they are of."""
+    """Return the columns of a row of sums, and of its day if it has one, as JSON shows them."""
     columns = by_name(row)
     cost = nanos_of(columns.pop("cost_units") or 0, columns.pop("cost_nanos") or 0)
     for name in ("requests", "estimated", "unreported"):  # sums of no rows are null
@@ -240,7 +241,7 @@ class Group(Sums, kw_only=True):
 
 @functools.cache
 def group_type(labels: tuple[str, ...]) -> type[Group]:
-    """Return Group with only these labels, in this order and before the sums."""
+    """Return a Group that has only these labels, in this order and before the sums."""
     members = [(label, str | None) for label in labels]
     members += [(each.name, each.type) for each in fields(Sums)]
     return defstruct("Group", members)  # type: ignore[return-value]  # it has the same members
@@ -294,6 +295,6 @@ class RequestShown(RequestWithKinds, kw_only=True):
         columns = by_name(row)
         columns["started_at"] = iso_time(columns["started_at"])
         columns["corrected_at"] = iso_time(columns["corrected_at"])
-        columns["cost"] = shown_amount(columns["cost"])
-        columns["estimated_cost"] = shown_amount(columns["estimated_cost"])
+        columns["cost"] = json_amount(columns["cost"])
+        columns["estimated_cost"] = json_amount(columns["estimated_cost"])
         return cls(**columns)

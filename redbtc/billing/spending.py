@@ -1,11 +1,16 @@
-"""What accounts and keys have spent, and what is held for requests in flight."""
+"""The spending of accounts and keys, and the holds for requests in flight.
+
+A hold sets aside the maximum cost of a request before it is sent upstream, so that requests in
+parallel can't spend the same money. It is released when the request is settled or fails.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from redbtc.billing.price_list import ModelPrices, PriceTable
+from redbtc.billing.model_prices import ModelPrices
+from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import MAX_COST
 from redbtc.errors import UserError
 from redbtc.store.keys import Key
@@ -18,8 +23,9 @@ class SpendingLimitReached(UserError):
 
 
 class Spending:
-    """What an account or a key has paid, spent and holds, in nanos. `spent` is that of `month`. A
-    key shares it with the keys that it replaced (`budget_id`)."""
+    """The amounts that an account or a key has paid, spent and holds, in nanos. `cost` is the sum
+    of all months, `spent` that of `month`. A key shares them with the keys that it replaced
+    (`budget_id`)."""
 
     __slots__ = ("cost", "held", "month", "notified_percent", "paid", "spent")
 
@@ -29,42 +35,42 @@ class Spending:
         self.held = 0
         self.month = month
         self.spent = spent
-        self.notified_percent = 0  # the highest part of the month's budget that has a notice
+        self.notified_percent = 0  # the highest percentage of the month's budget with a notice
 
-    def turn(self, month: str) -> None:
-        """Begin a month, if it is another one than before."""
+    def begin_month(self, month: str) -> None:
+        """Begin a month unless it has begun already."""
         if month != self.month:
             self.month, self.spent, self.notified_percent = month, 0, 0
 
     def set_back(self, month: str, spent: int) -> None:
-        """Go back to an earlier month, which was taken for this one. `spent` is what was spent from
-        that month on until this one began."""
+        """Go back to an earlier month, since the current one began too early. `spent` is the sum
+        from that month until the current one."""
         self.month, self.notified_percent = month, 0
         self.spent += spent
 
-    def left(self, budget: int) -> int:
-        """Return what remains of a monthly budget, after holds."""
+    def remaining(self, budget: int) -> int:
+        """Return how much of a monthly budget remains after holds, in nanos."""
         return budget - self.spent - self.held
 
 
-SpendingOf = tuple[Spending, Spending]  # of a request: its account's and its key's
+SpendingOf = tuple[Spending, Spending]  # of the account and the key of a request
 
 
 class Quote(NamedTuple):
-    """The prices of a request, and what limits its spending, at one instant."""
+    """The prices of a request, and the limits of its spending, at one instant."""
 
     key: Key
     at: int  # milliseconds, by the ledger's time
     prices: PriceTable
     model_prices: ModelPrices | None  # None for a model without a price
     spending: SpendingOf
-    left: list[tuple[str, int]]  # what limits spending, and how many nanos are left of it
+    remaining: list[tuple[str, int]]  # each limit of spending, and the nanos that remain of it
 
 
 class Hold:
-    """The most that one request can cost, held on its account and its key until `release`, the end
-    of `with`, or `Billing.settle`; and the prices that apply to the request. Meanwhile, requests
-    that build on what it makes are held for the tokens that it can add (`grow`)."""
+    """The maximum cost of one request, held on its account and its key until `release`, the end of
+    `with`, or `Billing.settle`; and the prices that apply to the request. Until then, the holds of
+    requests that build on its objects include the tokens that it can add to them (`grow`)."""
 
     __slots__ = ("_growth", "_objects", "_quote", "at", "held", "key", "model_prices", "spending")
 
@@ -89,7 +95,7 @@ class Hold:
             self.release()
 
     def release(self) -> None:
-        """Give the money back. It has no effect the second time."""
+        """End the hold, once; another call has no effect."""
         if self.held:
             for spending in self.spending:
                 spending.held -= self.held
@@ -99,8 +105,8 @@ class Hold:
             self._objects, self._growth = None, {}
 
     def grow(self, objects: Objects, ids: Iterable[str], tokens: int) -> None:
-        """Note that the request can add so many tokens to each of these objects. Where nothing is
-        held, because nothing limits spending, no request needs to know."""
+        """Note that the request can add a number of tokens to each of these objects. Has no effect
+        if nothing is held: then nothing limits spending."""
         if self.held:
             growth = {each: tokens for each in ids if each not in self._growth}
             objects.grow(growth)
@@ -108,7 +114,7 @@ class Hold:
             self._growth.update(growth)
 
     def transfer(self) -> Hold:
-        """Return a hold that goes on when this one ends, and end this one."""
+        """Return a new hold that takes the place of this one, and release this one."""
         kept = Hold(self._quote, self.held)
         kept._objects, kept._growth = self._objects, self._growth
         self._objects, self._growth = None, {}
@@ -116,17 +122,17 @@ class Hold:
         return kept
 
     def again(self, amount: int) -> Hold:
-        """Return a further hold of so many nanos on the same account and key."""
+        """Return a further hold of `amount` nanos on the same account and key."""
         return Hold(self._quote, amount)
 
     def prices_of(self, model: str) -> ModelPrices | None:
         """Return the prices of another model that apply to the request, None if it has none."""
-        return self._quote.prices.tariff(model, self.at)
+        return self._quote.prices.model_prices(model, self.at)
 
     def cost(self, parts: Iterable[UsagePart], tier: str | None) -> tuple[int | None, int]:
-        """Return the id of the price that applies to the first part, and what all parts cost
-        together in nanos, at most MAX_COST. A part of another model has the price of that model, if
-        there is one."""
+        """Return the id of the price that applies to the first part, and the cost of all parts in
+        nanos, at most MAX_COST. A part of another model has the price of that model, if there is
+        one."""
         price_id, cost = None, 0
         for number, (model, usage, images) in enumerate(parts):
             prices = self.prices_of(model) if model else None

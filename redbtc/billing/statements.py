@@ -1,4 +1,9 @@
-"""Monthly statements."""
+"""Statements of an account's months.
+
+A request is on the statement of the month in which it ended, a payment on that of the month in
+which it was recorded, by the ledger's time. That time does not go back, so nothing is added to a
+month once it has ended.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import sqlite3
 
 from msgspec import Struct
 
-from redbtc.billing.books import PAYMENT, Billing
+from redbtc.billing.billing import PAYMENT, Billing
 from redbtc.billing.records import Payment
 from redbtc.billing.reports import SUMS, Group, Sums, group_type, sum_columns
 from redbtc.errors import UserError
@@ -22,9 +27,6 @@ PAYMENTS_OF_MONTH = (
     PAYMENT + " WHERE account_id = ? AND month = ? ORDER BY payments.created_at, payments.rowid"
 )
 
-# An account's month. A request is on the statement of the month in which it ended, a payment on
-# that in which it was written down, by the ledger's time, which doesn't go back: once a month has
-# ended nothing is added to it.
 MONTHS_PAID = 3
 CORRECTIONS_OF_MONTH = """
     SELECT request_id, started_at / 86400000 AS day, ifnull(requests.cost, 0) AS before,
@@ -45,11 +47,11 @@ PAID_BY_MONTH = """
 
 
 async def statement(
-    books: Billing, account: Account, month: str, limit: int | None = None
+    billing: Billing, account: Account, month: str, limit: int | None = None
 ) -> Statement:
-    """Return an account's month with the first `limit` lines of its usage, or all. Raises
-    UserError for a month that has not begun."""
-    store, currency = books.store, books.currency
+    """Return an account's statement for a month, with the first `limit` lines of usage and of
+    corrections, or all. Raises UserError for a month that has not begun."""
+    store, currency = billing.store, billing.currency
     end = month_start(months_after(month, 1))
     now = await store.settle_time()
     if month_start(month) > now:
@@ -63,7 +65,7 @@ async def statement(
         payments = await snapshot.all(PAYMENTS_OF_MONTH, of_month)
         paid = await paid_by_month_of(snapshot, account.id)
     assert used is not None, "a sum always has one row"
-    assert before is not None, "and this one, too"
+    assert before is not None, "a sum always has one row"
     opening = sum(amount for of, amount in paid.items() if of < month)
     opening -= nanos_of(before["units"], before["nanos"])
     lately = {of: paid.get(of, 0) for of in _last_months(month)}
@@ -92,13 +94,13 @@ def _last_months(month: str) -> list[str]:
 
 
 async def paid_by_month_of(store: Store | Reader, account_id: str) -> dict[str, int]:
-    """Return what an account paid, in nanos, by month."""
+    """Return the sum of an account's payments in nanos, by month."""
     rows = store.rows(PAID_BY_MONTH, (account_id,))
     return {row["month"]: nanos_of(row["units"], row["nanos"]) async for row in rows}
 
 
 class StatementTotals(Sums, kw_only=True):
-    """Sums of a statement, and what was paid."""
+    """Sums of a statement, and the payments of its month."""
 
     paid: Money
 

@@ -16,7 +16,7 @@ import httpx2
 from redbtc.admin.actors import StoppedGateway
 from redbtc.admin.api import API
 from redbtc.admin.http import USER_HEADER, admin_app, local_actor
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.config import Loaded
 from redbtc.errors import UserError
 from redbtc.server.unix_socket import socket_path

@@ -12,7 +12,8 @@ from redbtc.admin.actors import Actor
 from redbtc.admin.api import API
 from redbtc.admin.api_money import prices_of
 from redbtc.admin.inputs import NewPrices, NewUser, WhichUser
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
+from redbtc.billing.price_changes import add_prices
 from redbtc.cli.money import read_prices
 from redbtc.config import UpstreamSettings, shipped
 
@@ -27,7 +28,7 @@ async def import_example(books: Billing) -> None:
     example = convert(read_prices(shipped("prices.toml")), NewPrices)
     if example.currency == books.currency:
         prices = prices_of(example, books.store.time())
-        await books.add_prices(prices, without_notice=None, by=FIRST_RUN)
+        await add_prices(books, prices, without_notice=None, by=FIRST_RUN)
 
 
 async def dashboard_lines(api: API) -> str:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import click
 from msgspec import convert
 
-from redbtc.billing.notices import few, slot_name, told_of_prices
+from redbtc.billing.price_texts import few, slot_name, summary_of_added
 from redbtc.billing.records import OtherPrice, PricesAdded
 from redbtc.cli.accounts import path_of_account
 from redbtc.cli.main import (
@@ -60,7 +60,9 @@ def add_prices(
     def text() -> str:
         counts = f"{added['added']} added, {added['unchanged']} unchanged."
         rows = [price_table(added["prices"]), ""] if added["added"] else []
-        return "\n".join([*rows, counts, *map(plain, told_of_prices(convert(added, PricesAdded)))])
+        return "\n".join(
+            [*rows, counts, *map(plain, summary_of_added(convert(added, PricesAdded)))]
+        )
 
     show(added, as_json, text)
 

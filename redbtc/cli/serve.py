@@ -15,7 +15,8 @@ import msgspec
 import orjson
 import uvloop
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
+from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import Price
 from redbtc.cli.database import show_check
 from redbtc.cli.first_run import dashboard_lines, import_example, welcome
@@ -89,8 +90,8 @@ async def open_service(
         running.demo = demo_url
     if start.first_run and not books.prices.prices:
         await import_example(books)
-    if start.demo and books.tariff(DEMO_PRICE.model) is None:
-        await books.add_prices([DEMO_PRICE], without_notice=None, by="demo")
+    if start.demo and books.model_prices(DEMO_PRICE.model) is None:
+        await add_prices(books, [DEMO_PRICE], without_notice=None, by="demo")
     host, port = listeners[0].getsockname()[:2]
     url = f"{url_of(host, port)}/v1"
     log(

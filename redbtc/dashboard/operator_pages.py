@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from redbtc.admin.api import API
-from redbtc.billing.notices import told_of_prices
+from redbtc.billing.price_texts import summary_of_added
 from redbtc.billing.records import Notice
 from redbtc.dashboard.charts import stacked
 from redbtc.dashboard.formats import exact
@@ -109,7 +109,7 @@ async def add_price(page: PageRequest) -> PageVariables:
     price = page.fields(*PRICE_FIELDS, *RATES)
     added = await page.do(API.add_prices, {"prices": [price], **page.fields("without_notice")})
     done = "Price added." if added.added else "Nothing added: this price already applies."
-    return {"done": " ".join([done, *told_of_prices(added)])}
+    return {"done": " ".join([done, *summary_of_added(added)])}
 
 
 # Notices

@@ -10,8 +10,9 @@ from urllib.parse import urlencode
 
 from redbtc.admin.api import API
 from redbtc.admin.users import UserShown
-from redbtc.billing.notices import few, matches
+from redbtc.billing.model_patterns import matches
 from redbtc.billing.overviews import TrafficOfDay
+from redbtc.billing.price_texts import few
 from redbtc.billing.records import PriceList
 from redbtc.billing.reports import Group
 from redbtc.dashboard.charts import Series

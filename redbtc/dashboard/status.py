@@ -6,9 +6,9 @@ import contextlib
 
 from msgspec import Struct
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.records import Notice
-from redbtc.store.records import Moment, shown_time
+from redbtc.store.records import Moment, json_time
 
 
 class PublicNotice(Struct):
@@ -46,8 +46,8 @@ class Status(Struct):
 async def status(billing: Billing, uptime_seconds: int) -> Status:
     """Return the gateway's status. A database that can't commit is an incident: no request is
     served then."""
-    notices = [PublicNotice.of(each) for each in await billing.notices_now()]
-    now = shown_time(billing.store.time())
+    notices = [PublicNotice.of(each) for each in await billing.notices.current()]
+    now = json_time(billing.store.time())
     in_force = {notice.kind for notice in notices if notice.effective_at <= now}
     if not billing.store.healthy:
         in_force.add("incident")

@@ -11,7 +11,7 @@ import math
 import time
 from typing import Any, Protocol, Self
 
-from redbtc.billing.price_list import ModelPrices
+from redbtc.billing.model_prices import ModelPrices
 from redbtc.billing.spending import Hold, SpendingLimitReached
 from redbtc.deadlines import Deadline
 from redbtc.errors import StorageUnavailable
@@ -148,7 +148,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             spending = await billing.spending_of(self.key)
             # Nothing is awaited from here on: no other request can hold the same money.
             quote = billing.quote(self.key, self.body.model, spending)
-            cost = self._most_cost(quote.model_prices, further_input) if quote.left else 0
+            cost = self._most_cost(quote.model_prices, further_input) if quote.remaining else 0
             return billing.hold(quote, cost)
         except SpendingLimitReached as error:
             raise insufficient_quota(f"{error}{self.maximum.advice()}") from None
@@ -186,7 +186,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             return
         if not self.facts.turns_usage_off and metering.include_usage == "client":
             return
-        if self.gateway.books.tariff(self.body.model) is not None:
+        if self.gateway.books.model_prices(self.body.model) is not None:
             raise unmetered()
 
     @property

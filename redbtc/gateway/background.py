@@ -9,7 +9,7 @@ import time
 
 import msgspec
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
 from redbtc.gateway.progress import PROGRESS_GROWTH
 from redbtc.gateway.settlement import account_for, bill

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.asking import ask

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from msgspec import structs
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.settlement import locations_of, of_models
@@ -72,7 +72,7 @@ class Corrections:
             spending = await self._books.spending_of(key)
             # Nothing is awaited from here on: other readers share the hold of the first one.
             quote = self._books.quote(key, found.requested_model, spending)
-            is_held = not quote.left or self.is_unsure(response_id)
+            is_held = not quote.remaining or self.is_unsure(response_id)
             money = self._books.hold(quote, 0 if is_held else max(0, found.held - found.cost))
         return self._showing(response_id, money)
 

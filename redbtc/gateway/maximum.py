@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from redbtc.billing.books import Billing
-from redbtc.billing.notices import FREE
-from redbtc.billing.price_list import ModelPrices
+from redbtc.billing.billing import Billing
+from redbtc.billing.model_prices import FREE, ModelPrices
 from redbtc.billing.spending import Hold
 from redbtc.config import BillingSettings
 from redbtc.gateway.endpoints import Endpoint
@@ -50,11 +49,11 @@ class Maximum:
         prices, tier = prices or FREE, body.facts.service_tier
         read = self.input_tokens(further_input)
         written = self.output_tokens(prices) * self.answers
-        most = prices.most(read, written, tier, endpoint.images, body.long_cache)
+        most = prices.max_cost(read, written, tier, endpoint.images, body.long_cache)
         further = self._further_cost(prices, read)
         if endpoint.images:
             return most + self.answers * further
-        call = prices.dearest_call(body.extras, tier)
+        call = prices.max_call_cost(body.extras, tier)
         return most + self.calls() * call + self._pictures() * max(0, further - call)
 
     def usage(self, money: Hold, further_input: int = 0) -> MaximumUsage:
@@ -101,16 +100,16 @@ class Maximum:
         usual = self._settings.hold_output_tokens
 
         def most(of_model: ModelPrices, tier: str | None, images: bool) -> int:
-            return of_model.most(read, of_model.max_output_tokens or usual, tier, images)
+            return of_model.max_cost(read, of_model.max_output_tokens or usual, tier, images)
 
         asked = prices, self._body.facts.service_tier
         further = 0
         for model, images in self._body.further_models().items():
             if model == UNNAMED:
-                all_models = [(each, DEFAULT_TIER) for each in self._billing.tariffs()]
+                all_models = [(each, DEFAULT_TIER) for each in self._billing.prices_in_force()]
                 further += max(most(*each, False) for each in (asked, *all_models))
             else:
-                own = self._billing.tariff(model)
+                own = self._billing.model_prices(model)
                 further += most(*((own, DEFAULT_TIER) if own else asked), images)
         return further
 
@@ -142,6 +141,6 @@ class Maximum:
             yield "a lower 'n'"
         if body.could_name_author:
             yield "a cheaper model in 'svg.model'"
-        prices = self._billing.tariff(body.model)
+        prices = self._billing.model_prices(body.model)
         if limits and prices and prices.exceeds_default(tier):
             yield f"the 'service_tier' '{DEFAULT_TIER}'"

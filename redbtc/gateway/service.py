@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from redbtc.admin.api import API
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.config import Settings
 from redbtc.gateway.health import Health
 from redbtc.gateway.models import Models

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import IMAGE_TOOL

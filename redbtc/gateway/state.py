@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.config import Settings
 from redbtc.deadlines import Deadline, Deadlines
 from redbtc.gateway.authentication import authenticate
@@ -63,8 +63,7 @@ class Gateway:
     def apply(self, settings: Settings) -> None:
         """Use other settings, from the next request on."""
         self.settings = settings
-        self.books.settings = settings.billing
-        self.books.noticed.set()  # there may be a webhook now
+        self.books.apply(settings.billing)
         self.upstreams.apply(settings.upstreams)
 
     def enter(self, request: ClientRequest) -> Key:
@@ -72,7 +71,7 @@ class Gateway:
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
         key = request.key = authenticate(request.headers, self.store)
-        if maintenance := self.books.maintenance():
+        if maintenance := self.books.notices.maintenance():
             wait = (maintenance.until - self.store.time()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)
         return key

@@ -9,17 +9,17 @@ from typing import Any, Literal, Self
 from msgspec import UNSET, Struct, UnsetType
 
 from redbtc.errors import Conflict, NotFound
-from redbtc.money import shown_limit
+from redbtc.money import json_limit
 from redbtc.store.database import Store
 from redbtc.store.keys import hash_of_key, new_key
 from redbtc.store.records import (
     Moment,
     Money,
     by_name,
+    json_factor,
+    json_patterns,
+    json_time,
     new_id,
-    shown_factor,
-    shown_patterns,
-    shown_time,
 )
 from redbtc.times import day_of, iso_time
 
@@ -218,11 +218,11 @@ def account_columns(row: sqlite3.Row) -> dict[str, Any]:
     """Return what JSON shows of an account, from a row that may have more columns."""
     columns = by_name(row)
     return {name: columns[name] for name in Account.__struct_fields__} | {
-        "monthly_budget": shown_limit(row["monthly_budget"]),
-        "credit_limit": shown_limit(row["credit_limit"]),
-        "throttle_factor": shown_factor(row["throttle_factor"]),
+        "monthly_budget": json_limit(row["monthly_budget"]),
+        "credit_limit": json_limit(row["credit_limit"]),
+        "throttle_factor": json_factor(row["throttle_factor"]),
         "throttled_until": iso_time(row["throttled_until"]),
-        "created_at": shown_time(row["created_at"]),
+        "created_at": json_time(row["created_at"]),
     }
 
 
@@ -230,9 +230,9 @@ def key_columns(row: sqlite3.Row) -> dict[str, Any]:
     """Return the columns of a key's row, as JSON shows them."""
     return {
         **by_name(row),
-        "models": shown_patterns(row["models"]),
-        "monthly_budget": shown_limit(row["monthly_budget"]),
-        "created_at": shown_time(row["created_at"]),
+        "models": json_patterns(row["models"]),
+        "monthly_budget": json_limit(row["monthly_budget"]),
+        "created_at": json_time(row["created_at"]),
         "expires_at": iso_time(row["expires_at"]),
         "revoked_at": iso_time(row["revoked_at"]),
         "compromised": bool(row["compromised"]),

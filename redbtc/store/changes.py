@@ -9,17 +9,17 @@ from typing import Any
 import orjson
 from msgspec import Struct
 
-from redbtc.money import decimal, shown_limit
+from redbtc.money import decimal, json_limit
 from redbtc.rates import RATES
 from redbtc.store.database import Store
 from redbtc.store.records import (
     Moment,
     by_name,
+    json_amount,
+    json_factor,
+    json_patterns,
+    json_time,
     nanos_of,
-    shown_amount,
-    shown_factor,
-    shown_patterns,
-    shown_time,
 )
 from redbtc.times import iso_time
 
@@ -45,19 +45,19 @@ async def changes(
 # columns are shown as they are.
 CHANGED: dict[str, dict[str, Callable[[Any], Any]]] = {
     "account": {
-        "credit_limit": shown_limit,
-        "monthly_budget": shown_limit,
-        "throttle_factor": shown_factor,
+        "credit_limit": json_limit,
+        "monthly_budget": json_limit,
+        "throttle_factor": json_factor,
         "throttled_until": iso_time,
     },
     "key": {
-        "models": shown_patterns,
-        "monthly_budget": shown_limit,
+        "models": json_patterns,
+        "monthly_budget": json_limit,
         "expires_at": iso_time,
         "revoked_at": iso_time,
         "compromised": bool,
     },
-    "price": {"effective_at": iso_time, **dict.fromkeys(RATES, shown_amount)},
+    "price": {"effective_at": iso_time, **dict.fromkeys(RATES, json_amount)},
     "payment": {},
     "notice": {
         "effective_at": iso_time,
@@ -70,7 +70,7 @@ CHANGED: dict[str, dict[str, Callable[[Any], Any]]] = {
 }
 
 
-def shown_columns(kind: str, columns: str | None) -> dict[str, Any] | None:
+def json_columns(kind: str, columns: str | None) -> dict[str, Any] | None:
     """Return what a trigger wrote to the log of changes, as JSON shows it."""
     if columns is None:
         return None
@@ -102,8 +102,8 @@ class Change(Struct):
         """Return the change of a row."""
         columns = {
             **by_name(row),
-            "changed_at": shown_time(row["changed_at"]),
-            "before": shown_columns(row["kind"], row["before"]),
-            "after": shown_columns(row["kind"], row["after"]),
+            "changed_at": json_time(row["changed_at"]),
+            "before": json_columns(row["kind"], row["before"]),
+            "after": json_columns(row["kind"], row["after"]),
         }
         return cls(**columns)

@@ -53,22 +53,22 @@ Money = Annotated[str, Meta(pattern=r"^-?[0-9]+(\.[0-9]{1,9})?$")]
 Sum = int | None
 
 
-def shown_time(milliseconds: int) -> str:
+def json_time(milliseconds: int) -> str:
     """Return a time as JSON shows it."""
     return str(iso_time(milliseconds))
 
 
-def shown_amount(nanos: int | None) -> str | None:
+def json_amount(nanos: int | None) -> str | None:
     """Return an amount as JSON shows it."""
     return None if nanos is None else decimal(nanos)
 
 
-def shown_factor(thousandths: int | None) -> str | None:
+def json_factor(thousandths: int | None) -> str | None:
     """Return the part of its limits that an account is held to, as JSON shows it."""
     return None if thousandths is None else decimal(thousandths * (NANOS // 1000))
 
 
-def shown_patterns(models: str | None) -> list[str] | None:
+def json_patterns(models: str | None) -> list[str] | None:
     """Return the patterns of a key, as JSON shows them."""
     return models.split(",") if models else None
 

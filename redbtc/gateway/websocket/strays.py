@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 
-from redbtc.billing.books import Billing
+from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import TICK
 from redbtc.errors import StorageUnavailable
