@@ -1,4 +1,5 @@
-"""Where the objects that an upstream stores are, as plain data."""
+"""The upstream at which a stored object is, and what a request gets by building on it: plain
+data."""
 
 from __future__ import annotations
 
@@ -6,15 +7,22 @@ from typing import NamedTuple
 
 import orjson
 
-# What has a rate of its own in a price, by the name of that: bits of a set.
+# What a price can have a separate rate for, by the name of the rate: bits of a set.
 EXTRAS = {"web_search": 1, "file_search": 2, "container": 4, "cache_write_12h": 8}
+MAX_MODELS = 16  # that a request uses besides its own
 
 
 class ObjectLocation(NamedTuple):
-    """Where an object is stored; the further models that a request which builds on it uses (JSON;
-    None: none); for a response, whether the upstream chose all the ids in the listing of its input;
-    and the extras (bits of EXTRAS) and tokens that a request which builds on it gets with it: at
-    most (None: nobody knows how many) and likely (None: as many)."""
+    """The upstream that stores an object, and what a request that builds on the object uses.
+
+    - `models`: the further models, as a JSON object (see `joined_models`), or None for none.
+    - `minted_input`: for a response, whether the upstream chose all the ids in the listing of its
+      input.
+    - `extras`: bits of EXTRAS.
+    - `tokens`: the maximum number of tokens that the request reads with the object; None if it is
+      unknown.
+    - `likely_tokens`: the likely number, for an estimate; None if it is the maximum.
+    """
 
     upstream: str
     models: str | None = None
@@ -24,21 +32,21 @@ class ObjectLocation(NamedTuple):
     likely_tokens: int | None = None
 
     def with_tokens(self, tokens: int | None, likely: int | None = None) -> ObjectLocation:
-        """Return the same home for an object of so many tokens."""
+        """Return the same location for an object of this many tokens."""
         return ObjectLocation(
             self.upstream, self.models, self.minted_input, self.extras, tokens, likely
         )
 
     @property
     def likely(self) -> int:
-        """Return how many tokens the object likely has, for an estimate."""
+        """How many tokens the object likely has, for an estimate."""
         return (self.tokens if self.likely_tokens is None else self.likely_tokens) or 0
 
     def joined(self, later: ObjectLocation) -> ObjectLocation:
-        """Return the same home with the models, extras and tokens of a later one added."""
+        """Return the same location with the models, extras and tokens of a later one added."""
         return ObjectLocation(
             self.upstream,
-            joined(self.models, later.models),
+            joined_models(self.models, later.models),
             self.minted_input,
             self.extras | later.extras,
             max(self.tokens or 0, later.tokens) if later.tokens is not None else self.tokens,
@@ -46,14 +54,11 @@ class ObjectLocation(NamedTuple):
         )
 
 
-MAX_MODELS = 16  # that a request uses besides its own
-
-
-def joined(models: str | None, more: str | None) -> str | None:
-    """Return the models of both: a later request may name the same object, but what works in it
-    stays, and what makes pictures for one of them does. Both are JSON, or None where there are
-    none. With more than MAX_MODELS nothing can be built on the object, so none are added to them.
-    """
+def joined_models(models: str | None, more: str | None) -> str | None:
+    """Return the models of both: a later request may name the same object, but what the object
+    uses already stays. Both are None or a JSON object with the name of each model and whether it
+    makes pictures, which is true in the result if it is in one of them. A request with more than
+    MAX_MODELS is refused, so none are added to `models` if it has more."""
     if models is None or more is None:
         return models or more
     first, later = orjson.loads(models), orjson.loads(more)

@@ -1,5 +1,5 @@
-"""What the gateway itself answers with an error: OpenAI's form, so that every SDK raises its proper
-exception. The table is docs/contract.md section 4."""
+"""The errors that the gateway itself returns to clients, in OpenAI's form, so that every SDK raises
+the matching exception. docs/contract.md section 4 has the same table."""
 
 from __future__ import annotations
 
@@ -19,30 +19,42 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "websocket_connection_limit_reached": (
         400,
         INVALID,
-        "A WebSocket lasts 60 minutes. Connect again to go on.",
+        "The WebSocket was open for 60 minutes, the maximum. Connect again.",
     ),
     "invalid_api_key": (401, INVALID, "Incorrect API key provided."),
     "account_suspended": (403, INVALID, "This account is suspended."),
     "origin_not_allowed": (403, INVALID, "The Origin of this handshake is not allowed."),
-    "metrics_forbidden": (403, INVALID, "Metrics are not for this address."),
-    "unknown_url": (404, INVALID, "Unknown request URL. See the documentation for what is served."),
-    "model_not_allowed": (403, INVALID, "This key may not use the model."),
+    "metrics_forbidden": (403, INVALID, "Metrics are not available from this address."),
+    "unknown_url": (
+        404,
+        INVALID,
+        "Unknown request URL. The documentation lists the URLs.",
+    ),
+    "model_not_allowed": (403, INVALID, "This key is not allowed to use the model."),
     "model_not_found": (404, INVALID, "The model does not exist, or it is not served here."),
     "response_not_found": (404, INVALID, "The response does not exist."),
     "request_timeout": (408, INVALID, "The request body took too long to arrive."),
     "request_too_large": (413, INVALID, "The request body is too large."),
     "unsupported_media_type": (415, INVALID, "The request's content type is not supported here."),
-    "upgrade_required": (426, INVALID, "WebSocket is not offered here; use POST."),
+    "upgrade_required": (
+        426,
+        INVALID,
+        "WebSocket is not available here. Send a POST request.",
+    ),
     "rate_limit_exceeded": (429, RATE, "Rate limit reached."),
-    "insufficient_quota": (429, "insufficient_quota", "Balance and credit are spent."),
+    "insufficient_quota": (429, "insufficient_quota", "The balance and the credit are used up."),
     "concurrency_limit_exceeded": (429, RATE, "Too many requests in flight."),
     "headers_too_large": (431, INVALID, "The request's headers are too large."),
     "internal_error": (500, SERVER, "The gateway failed on this request."),
     "upstream_unreachable": (502, SERVER, "The upstream could not be reached."),
-    "upstream_protocol_error": (502, SERVER, "The upstream's answer could not be understood."),
-    "no_upstream": (503, SERVER, "No upstream can take this request now."),
-    "ledger_unavailable": (503, SERVER, "Usage can't be recorded now, so nothing is served."),
-    "overloaded": (503, SERVER, "The gateway has no memory left for this request."),
+    "upstream_protocol_error": (502, SERVER, "The upstream sent a malformed response."),
+    "no_upstream": (503, SERVER, "No upstream is available for this request."),
+    "ledger_unavailable": (
+        503,
+        SERVER,
+        "Requests are refused while usage can't be recorded.",
+    ),
+    "overloaded": (503, SERVER, "The gateway does not have enough memory for this request."),
     "maintenance": (503, SERVER, "The gateway is under maintenance."),
     "draining": (503, SERVER, "The gateway is shutting down."),
     "upstream_timeout": (504, SERVER, "The upstream took too long to answer."),
@@ -50,9 +62,9 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
 
 
 class Refusal(Exception):
-    """Refuse the client with a status, a code and a message from REFUSALS. Every 429 and 503 says
-    when to come back: whole seconds from 1 to 60, since Codex CLI gives up without them and
-    openai-node ignores more."""
+    """An error for the client, with its status, type and default message from REFUSALS. Every 429
+    and 503 has a Retry-After header of 1 to 60 whole seconds: Codex CLI gives up without one, and
+    openai-node ignores more than 60."""
 
     def __init__(
         self,
@@ -78,11 +90,11 @@ class Refusal(Exception):
             ]
 
     def error(self) -> dict[str, str | None]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 
     def body(self) -> bytes:
-        """That of an answer."""
+        """Return the body of the error response."""
         return orjson.dumps({"error": self.error()})
 
 
@@ -94,12 +106,13 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 def not_found(name: str, object_id: str) -> Refusal:
-    """What is another's is not found, like what never was."""
+    """Return the refusal of an object that does not exist or belongs to another account: a client
+    can't tell the two apart."""
     return Refusal("response_not_found", f"Response with id '{object_id}' not found.", param=name)
 
 
 class ClientLeft(Exception):
-    """The client is gone; there is nobody to answer."""
+    """The client has disconnected, so that no answer can be sent."""
 
 
 def insufficient_quota(message: str) -> Refusal:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from redbtc.errors import UserError
-from redbtc.limits import Bucket
+from redbtc.limits.rates import Bucket
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")

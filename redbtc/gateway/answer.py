@@ -101,7 +101,7 @@ class AnswerBody:
         if meter.at_once:
             meter.finish()
         else:
-            await in_slices(meter.finishing(), answers_of(request.key.account_id), begun=True)
+            await in_slices(meter.finishing(), answers_of(request.key.account_id), started=True)
         await request.settle(request.outcome())
         self.rest = kept + meter.rest()
         if ended_by_event:
@@ -169,7 +169,7 @@ class AnswerBody:
         else:
             self._clock.pause()
             account = answers_of(request.key.account_id)
-            passed = await in_slices(meter.steps(chunk), account, begun=True)
+            passed = await in_slices(meter.steps(chunk), account, started=True)
         request.metered()
         if request.unwritten:  # a background response must be on disk before its id is seen
             self._clock.pause()

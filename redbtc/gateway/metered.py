@@ -37,7 +37,7 @@ from redbtc.gateway.settlement import (
 )
 from redbtc.gateway.state import Gateway
 from redbtc.headers import header
-from redbtc.limits import Admission
+from redbtc.limits.admission import Admission
 from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
 from redbtc.meter.report import Report
@@ -149,7 +149,7 @@ class MeteredRequest(ForwardedRequest):
         try:
             money = await self.hold()
         except Refusal as refusal:
-            self.admission.refused(refusal)
+            self.admission.undo(refusal)
             raise
         if conversations := self.body.conversations:
             added = self.maximum.usage(money).all_tokens - self.body.conversation_tokens
@@ -242,13 +242,13 @@ class MeteredRequest(ForwardedRequest):
         try:
             await begin(self.gateway.store, self.row)
         except StorageUnavailable:
-            self.admission.put_back()
+            self.admission.refund()
             raise Refusal("ledger_unavailable") from None
         if self.clock.client_left:
             await self.forget()
 
     async def forget(self) -> None:
-        self.admission.put_back()
+        self.admission.refund()
         await forget(self.gateway.store, self.row)
         raise ClientLeft
 
@@ -392,7 +392,7 @@ class MeteredRequest(ForwardedRequest):
         """Charge the tokens that were used on the rates, in place of the estimate."""
         usage = self.row.usage
         if self.row.usage_source != "none" or self.row.outcome == "upstream_error":
-            self.admission.correct((usage.input_tokens or 0) + (usage.output_tokens or 0))
+            self.admission.correct_tokens((usage.input_tokens or 0) + (usage.output_tokens or 0))
 
     def shown(self, response_id: str) -> None:
         """Note that another request was shown a response. If it is this one's, it can have been

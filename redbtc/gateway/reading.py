@@ -6,7 +6,7 @@ from redbtc.config import Settings
 from redbtc.deadlines import Deadline
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.headers import header
-from redbtc.limits import FREE_BYTES, Reservation
+from redbtc.limits.memory import FREE_BYTES, Reservation
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.request_body.content import RequestBody
 from redbtc.request_body.forms import Form
@@ -46,7 +46,7 @@ async def read_body(
             if clock.client_left:
                 raise ClientLeft from None
             raise Refusal("request_timeout") from None
-        seconds = clock.deadline - clock.now()
+        seconds = clock.expires_at - clock.now()
         if form:  # its turn to be parsed is waited for while the clock stands: no client is slow
             await in_slices(form.grow(body), reserved.account_id, begun)
         if whole:

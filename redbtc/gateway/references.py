@@ -82,7 +82,7 @@ async def required_upstreams(
     the client can name without its being stored. Raises Refusal."""
     if not body.references:
         return set()
-    upstreams = await in_slices(resolve(gateway, key, body, made), key.account_id, begun=True)
+    upstreams = await in_slices(resolve(gateway, key, body, made), key.account_id, started=True)
     body.references = {}
     return upstreams
 

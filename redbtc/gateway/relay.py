@@ -120,7 +120,7 @@ class Relay:
             request.meter.tear()
         else:
             account = answers_of(request.key.account_id)
-            await in_slices(request.meter.tearing(), account, begun=True)
+            await in_slices(request.meter.tearing(), account, started=True)
         if self._upload.left:
             await asyncio.sleep(CLOSING_SECONDS)
         elif clock.client_left:

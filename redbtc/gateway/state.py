@@ -14,7 +14,7 @@ from redbtc.gateway.authentication import authenticate
 from redbtc.gateway.background_responses import BackgroundResponses
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.in_flight import InFlight
-from redbtc.limits import Limiter
+from redbtc.limits.limiter import Limiter
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Scope
 from redbtc.store.containers import Containers
@@ -78,19 +78,19 @@ class Gateway:
         leaving: set[Callable[[], None]] = scope["leaving"] if scope else set()
 
         def abort() -> None:
-            clock.cut()
+            clock.abort()
             if scope:
                 scope["abort"]()
 
         in_flight = self.in_flight
         in_flight.count += 1
-        leaving.add(clock.leave)
+        leaving.add(clock.on_client_disconnect)
         in_flight.add(key, abort)
         try:
             yield
         finally:
             in_flight.discard(key, abort)
-            leaving.discard(clock.leave)
+            leaving.discard(clock.on_client_disconnect)
             in_flight.count -= 1
 
     def stop(self) -> None:

@@ -16,7 +16,8 @@ from redbtc.gateway.references import location_of, not_own, required_upstreams
 from redbtc.gateway.relay import Relay
 from redbtc.gateway.state import Gateway
 from redbtc.headers import Headers
-from redbtc.limits import Admission, Reservation
+from redbtc.limits.admission import Admission
+from redbtc.limits.memory import Reservation
 from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import is_final
 from redbtc.refusals import Refusal, insufficient_quota
@@ -196,7 +197,7 @@ class StoredRoute:
             refusal = insufficient_quota(f"{error} {unknown}")
         except StorageUnavailable:
             refusal = Refusal("ledger_unavailable")
-        admission.refused(refusal)
+        admission.undo(refusal)
         raise refusal
 
     def _query(self, key: Key, response_id: str, given: bytes) -> bytes:

@@ -36,7 +36,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from redbtc.billing.spending import Hold
-from redbtc.deadlines import MAX_RINGS, TICK
+from redbtc.deadlines import MAX_EXPIRED, TICK
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import RESPONSES
 from redbtc.gateway.maximum import maximum_of_unknown
@@ -46,7 +46,9 @@ from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket_turns import Lane, Stray, Turn, is_lane, kind_of, response_named
 from redbtc.gateway.websocket_upstream import UpstreamSocket, UpstreamSocketLost
 from redbtc.headers import Headers, header
-from redbtc.limits import FREE_BYTES, Admission, Bucket, Reservation
+from redbtc.limits.admission import Admission
+from redbtc.limits.memory import FREE_BYTES, Reservation
+from redbtc.limits.rates import Bucket
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_AT_ONCE, Answer, answer_steps, decode_answer
 from redbtc.meter.estimates import Estimate, SeenOutput, estimate, is_complete
@@ -230,11 +232,11 @@ class WebSocketSession:
         for lane in self._lanes.values():
             while lane.waiting:
                 frame = lane.waiting.popleft()
-                self._waiting[frame].put_back()
+                self._waiting[frame].refund()
                 self.leave(frame)
         for number, turn in enumerate(turns, 1):
-            turn.clock.leave()
-            if number % MAX_RINGS == 0:
+            turn.clock.on_client_disconnect()
+            if number % MAX_EXPIRED == 0:
                 await asyncio.sleep(0)  # its tasks have something to do now
         while self._lanes:
             await asyncio.sleep(TICK)
@@ -427,7 +429,7 @@ class WebSocketSession:
         """Raises Refusal, ClientLeft."""
         gateway, facts = self.gateway, frame.facts
         if self._expired:
-            turn.admission.put_back()
+            turn.admission.refund()
             raise expired()
         if self._closed:
             raise ClientLeft
@@ -544,7 +546,9 @@ class WebSocketSession:
         if len(message) <= MAX_AT_ONCE:
             event = decode_answer(message)
         else:
-            event = await in_slices(answer_steps(message), answers_of(self.account_id), begun=True)
+            event = await in_slices(
+                answer_steps(message), answers_of(self.account_id), started=True
+            )
         if line.lost:
             return
         turn = None

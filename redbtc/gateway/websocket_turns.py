@@ -15,7 +15,7 @@ from redbtc.gateway.endpoints import RESPONSES
 from redbtc.gateway.metered import MeteredRequest
 from redbtc.gateway.progress import PROGRESS_GROWTH, PROGRESS_SECONDS
 from redbtc.gateway.websocket_upstream import UpstreamSocket
-from redbtc.limits import Admission
+from redbtc.limits.admission import Admission
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import Answer, name_in, result_of
 from redbtc.meter.events import LAST
@@ -50,7 +50,7 @@ class EventMeter(Meter):
     async def take(self, event: Answer, account_id: str) -> None:
         """Meter one of its events."""
         if event.is_long:
-            await in_slices(self._take(event), account_id, begun=True)
+            await in_slices(self._take(event), account_id, started=True)
         else:
             result_of(self._take(event))
 

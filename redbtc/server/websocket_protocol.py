@@ -17,7 +17,7 @@ from websockets.http11 import Request
 from websockets.streams import StreamReader
 
 from redbtc.deadlines import TICK, Deadline
-from redbtc.limits import Reservation
+from redbtc.limits.memory import Reservation
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Scope
@@ -422,7 +422,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         try:
             with clock.running(self._seconds):
                 await self._arrival
-            self._seconds = clock.deadline - clock.now()
+            self._seconds = clock.expires_at - clock.now()
         except TimeoutError:
             message = f"A message took longer than {self._intake.message_seconds:g} s to arrive."
             self._end(Refusal("request_timeout", message), POLICY_VIOLATION)

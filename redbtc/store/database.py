@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import aiosqlite
 
 from redbtc.errors import StorageUnavailable, UserError
-from redbtc.locations import joined
+from redbtc.locations import joined_models
 from redbtc.slices import with_turns
 from redbtc.store.backup import Damaged, back_up_before_migration, complete_restore
 from redbtc.store.checks import Check, LogFunction, is_corrupt
@@ -274,7 +274,7 @@ class Store:
         self._writer = writer
         if serving:
             stack.callback(serving.closing)
-        await writer.create_function("joined", 2, joined)
+        await writer.create_function("joined", 2, joined_models)
         await self._configure()
         await self._migrate(serving)
         self.clock.go_on_from(await self._value(LATEST))
