@@ -19,7 +19,7 @@ PRELUDE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from redbtc.server import cycle
-from redbtc import limits
+from redbtc.limits import memory
 from redbtc.request_body import content
 from redbtc.request_body import forms, media
 from redbtc.gateway import metered
@@ -44,7 +44,7 @@ def let_fail(owner, name):
 
 let_fail(cycle.RequestCycle, "feed")
 let_fail(cycle.RequestCycle, "receive")
-let_fail(limits.Reservation, "take")
+let_fail(memory.Reservation, "take")
 let_fail(content.RequestBody, "steps")
 let_fail(content.RequestBody, "add_include_usage")
 let_fail(forms.Form, "grow")

@@ -101,7 +101,7 @@ class AnswerBody:
         if meter.at_once:
             meter.finish()
         else:
-            await in_slices(meter.finishing(), answers_of(request.key.account_id), started=True)
+            await in_slices(meter.finish_steps(), answers_of(request.key.account_id), started=True)
         await request.settle(request.outcome())
         self.rest = kept + meter.rest()
         if ended_by_event:

@@ -11,7 +11,7 @@ from redbtc.gateway.asking import ask
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.state import Gateway
 from redbtc.limits.admission import Admission
-from redbtc.meter.decoding import DecodedMeter
+from redbtc.meter.decoded_meter import DecodedMeter
 from redbtc.meter.meters import JSONMeter, Meter
 from redbtc.meter.streams import StreamMeter
 from redbtc.refusals import ClientLeft, Refusal

@@ -471,7 +471,7 @@ class MeteredRequest(ForwardedRequest):
             SeenOutput.of(report),
             written=math.ceil(worked * speed * answers),
             read=self.input_estimate,
-            most=self._most_usage(),
+            maximum=self._most_usage(),
             images=self.endpoint.images,
             partly=partly,
         )

@@ -654,7 +654,7 @@ class WebSocketSession:
             SeenOutput.of(report),
             written=math.ceil(worked * speed),
             read=0,
-            most=maximum_of_unknown(self.gateway.settings.billing, 0),
+            maximum=maximum_of_unknown(self.gateway.settings.billing, 0),
             images=False,
             partly=False,
         )

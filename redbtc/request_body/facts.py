@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from redbtc.meter.answers import MAX_NAME, OWN_WORDS
+from redbtc.meter.answers import MAX_NAME, SELF_CONTAINED
 from redbtc.meter.scanner import NOT_JSON
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Pieces, read_json
@@ -145,7 +145,7 @@ def reference_in(item: InputItem, pieces: Pieces) -> str:
     whose id the client may choose."""
     if is_reference(item, pieces):
         return "item_reference"
-    return "" if OWN_WORDS.fullmatch(kind_of(item)) else "input"
+    return "" if SELF_CONTAINED.fullmatch(kind_of(item)) else "input"
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
