@@ -87,7 +87,7 @@ class Deadline:
 
 
 class Deadlines:
-    """All running deadlines. They are checked together every TICK seconds: a timer for each, moved
+    """The running deadlines. They are checked together every TICK seconds: a timer for each, moved
     with each byte, would cost more than all limits."""
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ class ObjectLocation(NamedTuple):
 
     @property
     def likely(self) -> int:
-        """How many tokens the object likely has, for an estimate."""
+        """The likely number of the object's tokens, for an estimate."""
         return (self.tokens if self.likely_tokens is None else self.likely_tokens) or 0
 
     def joined(self, later: ObjectLocation) -> ObjectLocation:

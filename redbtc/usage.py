@@ -1,4 +1,4 @@
-"""What a request used, and its row in the ledger, as plain data."""
+"""The usage of a request, and its row in the ledger, as plain data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ Outcome = Literal[
 
 
 class Usage(Struct, frozen=True):
-    """What one request used, in OpenAI's way of counting: cached_input and cache_write are parts of
-    input, cache_write_12h of cache_write, reasoning of output. None: nobody reported it."""
+    """The usage of one request, as OpenAI counts it: cached_input and cache_write are parts of
+    input, cache_write_12h is a part of cache_write, reasoning of output. None: it was not
+    reported."""
 
     input_tokens: int | None = None
     cached_input_tokens: int | None = None
@@ -38,8 +39,8 @@ class Usage(Struct, frozen=True):
 
 
 class UsagePart(NamedTuple):
-    """Of what a request used, what one model did: None is the one that was asked for. `images`: as
-    an image endpoint counts, with pictures as parts of input and output."""
+    """The part of a request's usage that belongs to one model; None is the requested model.
+    `images`: it is counted as image endpoints do, with pictures as parts of input and output."""
 
     model: str | None
     usage: Usage

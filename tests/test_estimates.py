@@ -49,7 +49,7 @@ from redbtc.gateway.maximum import Maximum
 from redbtc.gateway.settlement import of_models
 from redbtc.meter.estimates import MaximumUsage, Progress, SeenOutput, estimate
 from redbtc.meter.report import Report
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.store.speeds import speed_for, speed_of_accounts, speed_of_rows
 from redbtc.usage import MAX_TOKENS, Usage
 
@@ -195,7 +195,7 @@ def test_a_picture_of_the_request_is_no_text() -> None:
     message = {"role": "user", "content": [picture, {"type": "input_text", "text": "x" * 400}]}
     content = content_of({"model": "m", "input": [message]})
     assert 1600 < content.input_estimate < 1700
-    content.likely_inherited = 100_000
+    content.inherited.likely_tokens = 100_000
     assert content.input_estimate > 101_600
 
 

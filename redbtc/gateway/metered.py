@@ -42,7 +42,7 @@ from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
 from redbtc.meter.report import Report
 from redbtc.refusals import ClientLeft, Refusal, insufficient_quota
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.server.asgi import ID_SECONDS, Scope
 from redbtc.store.background import UnfinishedRow
 from redbtc.store.keys import Key
@@ -151,8 +151,8 @@ class MeteredRequest(ForwardedRequest):
         except Refusal as refusal:
             self.admission.undo(refusal)
             raise
-        if conversations := self.body.conversations:
-            added = self.maximum.usage(money).all_tokens - self.body.conversation_tokens
+        if conversations := self.body.inherited.conversations:
+            added = self.maximum.usage(money).all_tokens - self.body.inherited.conversation_tokens
             money.grow(self.gateway.objects, conversations, added)
         return money
 
@@ -184,10 +184,10 @@ class MeteredRequest(ForwardedRequest):
         """Count the tokens of the conversations that the request names anew: requests that were
         served while it waited can have added to them. Raises StorageUnavailable."""
         objects, body = self.gateway.objects, self.body
-        for each in body.conversations:
+        for each in body.inherited.conversations:
             location = objects.home_of(each, self.key.account_id)
             tokens = (location.tokens if location else None) or 0
-            body.weigh_again(each, tokens + objects.growing(each))
+            body.inherited.update_conversation(each, tokens + objects.growing(each))
 
     @property
     def _is_unmetered(self) -> bool:
@@ -209,7 +209,7 @@ class MeteredRequest(ForwardedRequest):
     def may_add_usage(self) -> bool:
         """Whether the option that makes a streamed chat report its usage may be added to the body,
         where the client left it out."""
-        adds = self.settings.metering.include_usage == "add" and self.body.plain
+        adds = self.settings.metering.include_usage == "add" and self.body.is_plain
         return bool(self.endpoint.chat and self.facts.stream and adds)
 
     def expects_usage(self) -> bool:
@@ -308,7 +308,7 @@ class MeteredRequest(ForwardedRequest):
         first = header(self.scope["headers"], b"idempotency-key") is None
         minted = first and self.body.mints_input
         return ObjectLocation(
-            self.row.upstream, self.body.lasting_models, minted, self.body.lasting_extras
+            self.row.upstream, self.body.inheritable_models, minted, self.body.inheritable_extras
         )
 
     @property
@@ -405,7 +405,7 @@ class MeteredRequest(ForwardedRequest):
     ) -> list[UsagePart]:
         """Fill in the row's outcome and usage, except containers. Return the parts to bill."""
         parts = account_for(row, self.meter.report, outcome, guess)
-        if self.endpoint.chat and self.body.searches and row.usage.web_searches is None:
+        if self.endpoint.chat and self.body.searches_web and row.usage.web_searches is None:
             parts = counted(row, parts, web_searches=1)
         return parts
 

@@ -14,7 +14,7 @@ from redbtc.gateway.state import Gateway
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.refusals import Refusal, not_found
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.request_body.pieces import Steps
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key

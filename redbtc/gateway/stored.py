@@ -21,7 +21,7 @@ from redbtc.limits.memory import Reservation
 from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import is_final
 from redbtc.refusals import Refusal, insufficient_quota
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.request_body.media import media_of
 from redbtc.request_body.query import Query
 from redbtc.server.asgi import Receive, Scope, Send

@@ -53,7 +53,7 @@ from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_AT_ONCE, Answer, answer_steps, decode_answer
 from redbtc.meter.estimates import Estimate, SeenOutput, estimate, is_complete
 from redbtc.refusals import ClientLeft, Refusal, not_found, refusal_of
-from redbtc.request_body.content import ClientEvent
+from redbtc.request_body.body import ClientEvent
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.request_body.pieces import Buffer, check_utf8
 from redbtc.server.asgi import Receive, Scope, Send, new_request_id
@@ -333,9 +333,9 @@ class WebSocketSession:
             key = self.gateway.enter(self._scope)
             with self.gateway.limits.charge(key, self.gateway.settings.limits) as admission:
                 frame = await in_slices(ClientEvent.read(text), key.account_id)
-                if frame.excess:
-                    await self._reserved.take(frame.excess, None)
-                    reserved += frame.excess
+                if frame.excess_bytes:
+                    await self._reserved.take(frame.excess_bytes, None)
+                    reserved += frame.excess_bytes
                 await self._act(frame, admission)
         except (Refusal, MemoryError) as error:
             refusal = refusal_of(error)
@@ -451,7 +451,7 @@ class WebSocketSession:
     def leave(self, frame: ClientEvent) -> None:
         """Give back the memory of a request that no longer waits for a place."""
         if self._waiting.pop(frame, None):
-            self._reserved.give_back(max(len(frame.sent), SMALL_BYTES) + frame.excess)
+            self._reserved.give_back(max(len(frame.sent), SMALL_BYTES) + frame.excess_bytes)
 
     async def _forward(self, turn: Turn, frame: ClientEvent, upstreams: list[Upstream]) -> None:
         total = upstreams[0].settings.total_timeout_seconds

@@ -22,7 +22,7 @@ from redbtc.meter.events import LAST
 from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.refusals import Refusal, not_found
-from redbtc.request_body.content import ClientEvent
+from redbtc.request_body.body import ClientEvent
 from redbtc.request_body.reading import MAX_ITEMS
 from redbtc.server.asgi import Scope, new_request_id
 from redbtc.slices import in_slices
@@ -159,7 +159,7 @@ class Turn(MeteredRequest):
         this one has read and said, and the frame. Raises Refusal."""
         content = self.body
         other = frame.extras & ~content.extras
-        if other or frame.lasting_models not in (None, content.lasting_models):
+        if other or frame.inheritable_models not in (None, content.inheritable_models):
             message = (
                 "Steering can't name an item of a response whose input has other tools, or ask for "
                 "another lifetime in the prompt cache."
@@ -172,7 +172,7 @@ class Turn(MeteredRequest):
             message = f"The input of this response has more than {MAX_ITEMS} items with ids."
             raise Refusal("invalid_request", message, param="input")
         admission.charge("tokens", 0)
-        tokens = frame.most_input_tokens + frame.inherited_tokens
+        tokens = frame.max_input_tokens + frame.inherited.tokens
         waiting = sum(steer.tokens for steer in self._steers)
         money = await self.hold(self._read_next(tokens + waiting))
         if self.settled or self.response_id != response_id:  # it has ended meanwhile

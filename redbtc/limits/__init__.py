@@ -1,5 +1,5 @@
-"""Limits: how many requests at the same time, how many requests and tokens per minute, and how much
-memory for bodies. All times are by the monotonic clock.
+"""Limit how many requests are in flight, how many requests and tokens there are per minute, and how
+much memory bodies take. All times are by the monotonic clock.
 
 A request is charged on the rates of its key, its account and the whole gateway, needs memory for
 its body, and needs a place in each of the three. The checks that cost the least come first:

@@ -1,4 +1,4 @@
-"""Places: a number of things that can be in use at the same time."""
+"""Count the places that can be taken at the same time, and queue for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates: how much per minute, and the headers that report it."""
+"""Limit requests and tokens per minute, and report the limits in headers."""
 
 from __future__ import annotations
 

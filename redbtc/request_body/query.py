@@ -1,4 +1,4 @@
-"""Query strings, reduced to the fields that are forwarded."""
+"""Read query strings, and keep the fields that are forwarded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Query:
     the `api-version` that tools add by themselves, are dropped without a refusal."""
 
     def __init__(self, given: bytes, allowed: Collection[str]) -> None:
-        """Raises Refusal for a query with more than MAX_FIELDS fields, and for a forwarded value
-        that could be read in more than one way."""
+        """Read the fields of a query. Raises Refusal for one with more than MAX_FIELDS fields, and
+        for a forwarded value that could be read in more than one way."""
         if given.count(b"&") >= MAX_FIELDS:
             raise Refusal("invalid_request", f"The query has more than {MAX_FIELDS} fields.")
         fields = parse_qsl(given.decode("latin-1"), errors="replace")
