@@ -18,7 +18,7 @@ import httpx2
 from redbtc.deadlines import Deadline
 from redbtc.gateway.client_response import ClientResponse, Sent
 from redbtc.gateway.exchange import ForwardedRequest
-from redbtc.meter.decoding import START, codings_in
+from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
 from redbtc.meter.meters import Meter
 from redbtc.meter.streams import StreamMeter
@@ -28,7 +28,7 @@ from redbtc.upstream.http1 import ResponseBody
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
 # magic number, and its first byte can be a blank.
 TOO_SHORT = re.compile(
-    rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START - 1)
+    rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START_SIZE - 1)
 )
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
 MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written

@@ -23,7 +23,7 @@ from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.body import ClientEvent
-from redbtc.request_body.reading import MAX_ITEMS
+from redbtc.request_body.reading import MAX_INPUT_ITEMS
 from redbtc.server.asgi import Scope, new_request_id
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key
@@ -168,8 +168,8 @@ class Turn(MeteredRequest):
         if len(self._steers) >= MAX_STEERS:
             message = f"This response has {MAX_STEERS} unanswered 'response.steer' events already."
             raise Refusal("concurrency_limit_exceeded", message)
-        if len(content.chosen_ids) + len(frame.chosen_ids) > MAX_ITEMS:
-            message = f"The input of this response has more than {MAX_ITEMS} items with ids."
+        if len(content.chosen_ids) + len(frame.chosen_ids) > MAX_INPUT_ITEMS:
+            message = f"The input of this response has more than {MAX_INPUT_ITEMS} items with ids."
             raise Refusal("invalid_request", message, param="input")
         admission.charge("tokens", 0)
         tokens = frame.max_input_tokens + frame.inherited.tokens

@@ -15,7 +15,7 @@ from redbtc.store.keys import Key
 
 # An account's own limits of concurrency, requests and tokens; None: the default from config.toml.
 OwnLimits = tuple[int | None, int | None, int | None]
-MAX_WAITING = 1000  # of an account's requests, for places or for memory
+MAX_WAITING_REQUESTS = 1000  # of an account's requests, for places or for memory
 
 
 class Limiter:
@@ -127,9 +127,9 @@ class Limiter:
         self, account: Limited, places: Places, amount: int, until: float, deadline: Deadline
     ) -> None:
         """Take `amount` places in turn. Raises TimeoutError at `until` (monotonic seconds), or
-        immediately if MAX_WAITING requests of the account wait already; ClientLeft if the client
-        disconnects."""
-        if account.waiting >= MAX_WAITING:
+        immediately if MAX_WAITING_REQUESTS requests of the account wait already; ClientLeft if the
+        client disconnects."""
+        if account.waiting >= MAX_WAITING_REQUESTS:
             raise TimeoutError
         account.waiting += 1
         self.queued += 1

@@ -21,7 +21,7 @@ MAX_WHOLE = 256 << 10  # bytes of an answer or an event that is kept whole for p
 MAX_AT_ONCE = 16 << 10  # bytes that a meter takes without giving the event loop a turn
 MAX_VALUES = 2000  # values (about) in a text longer than MAX_AT_ONCE that is decoded in one step
 MAX_NAMED = 256  # items or ids that are handled in one step
-MAX_ITEMS = 4000  # items of an answer that are remembered by their ids
+MAX_OUTPUT_ITEMS = 4000  # items of an answer that are remembered by their ids
 STEP = 4 << 10  # bytes of a longer chunk that are taken in one step
 IMAGE_TOOL = "image_generation"  # stands for the model of that tool, which the answer doesn't name
 
@@ -123,12 +123,15 @@ class OutputItem(Struct):
                     yield from (note.get("container_id"), note.get("file_id"))
 
 
-ANSWER = msgspec.json.Decoder(Answer)
-OUTPUT, ITEM = msgspec.json.Decoder(list[OutputItem]), msgspec.json.Decoder(OutputItem)
-PARTS = msgspec.json.Decoder(list[msgspec.Raw])
+ANSWER_DECODER = msgspec.json.Decoder(Answer)
+OUTPUT_DECODER = msgspec.json.Decoder(list[OutputItem])
+ITEM_DECODER = msgspec.json.Decoder(OutputItem)
+PARTS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-def read(text: str | bytes | msgspec.Raw, decoder: msgspec.json.Decoder[T], node: Node) -> T | None:
+def decode_leniently(
+    text: str | bytes | msgspec.Raw, decoder: msgspec.json.Decoder[T], node: Node
+) -> T | None:
     """Decode a JSON text; return None if it does not have the decoder's type. What a strict parser
     refuses is read with a scanner: half a character, NaN, a control character in a string, a byte
     order mark or very deep nesting must not make the usage unknown."""
@@ -136,10 +139,10 @@ def read(text: str | bytes | msgspec.Raw, decoder: msgspec.json.Decoder[T], node
         return decoder.decode(text)
     scanner = Scanner(node)
     scanner.feed(text.encode("utf-8", "replace") if isinstance(text, str) else bytes(text))
-    return read_kept(scanner.found, decoder)
+    return decode_kept(scanner.found, decoder)
 
 
-def read_kept(kept: bytes | None, decoder: msgspec.json.Decoder[T]) -> T | None:
+def decode_kept(kept: bytes | None, decoder: msgspec.json.Decoder[T]) -> T | None:
     """Decode what a scanner has kept; return None if that does not have the decoder's type."""
     with contextlib.suppress(*NOT_JSON):
         return decoder.decode(kept) if kept else None
@@ -148,7 +151,7 @@ def read_kept(kept: bytes | None, decoder: msgspec.json.Decoder[T]) -> T | None:
 
 def decode_answer(text: str | bytes | msgspec.Raw) -> Answer | None:
     """Decode the JSON of an answer or an event; return None if it is not a JSON object."""
-    return read(text, ANSWER, ANSWER_NODE)
+    return decode_leniently(text, ANSWER_DECODER, ANSWER_NODE)
 
 
 def is_dense(text: str | bytes) -> bool:
@@ -164,26 +167,26 @@ def answer_steps(text: str | bytes) -> Generator[None, None, Answer | None]:
     """Decode an answer or an event in small steps; return None if it is not a JSON object."""
     if len(text) <= MAX_AT_ONCE or (len(text) <= MAX_WHOLE and not is_dense(text)):
         with contextlib.suppress(*NOT_JSON):
-            return ANSWER.decode(text)
+            return ANSWER_DECODER.decode(text)
     scanner = Scanner(ANSWER_NODE)
     for at in range(0, len(text), MAX_AT_ONCE):
         part = text[at : at + MAX_AT_ONCE]
         yield from scanner.steps(part.encode("utf-8", "replace") if isinstance(part, str) else part)
-    return read_kept(scanner.found, ANSWER)
+    return decode_kept(scanner.found, ANSWER_DECODER)
 
 
 def items_in(listed: msgspec.Raw) -> Generator[None, None, list[OutputItem]]:
     """Decode the items of an output in small steps, and skip elements that are not items."""
     with contextlib.suppress(*NOT_JSON):
-        return OUTPUT.decode(listed)
+        return OUTPUT_DECODER.decode(listed)
     scanner = Scanner(ITEMS_NODE)
     yield from scanner.steps(bytes(listed))
     items = []
-    parts = read_kept(scanner.found, PARTS)
+    parts = decode_kept(scanner.found, PARTS_DECODER)
     for number, part in enumerate(parts or []):
         if number % MAX_NAMED == 0:
             yield
-        if item := read_kept(bytes(part), ITEM):
+        if item := decode_kept(bytes(part), ITEM_DECODER):
             items.append(item)
     return items
 
@@ -225,7 +228,7 @@ class JSONText:
     def answer(self) -> Generator[None, None, Answer | None]:
         """Decode the whole text; return None if it is not a JSON object."""
         if self._scanner:
-            return read_kept(self._scanner.found, ANSWER)
+            return decode_kept(self._scanner.found, ANSWER_DECODER)
         return (yield from answer_steps(bytes(self._whole)))
 
     def partial_answer(self) -> Generator[None, None, Answer | None]:
@@ -234,7 +237,7 @@ class JSONText:
             self._scanner = Scanner(ANSWER_NODE)
             yield from self._scanner.steps(bytes(self._whole))
         self.is_cut_off = self._scanner.found is None
-        return read_kept(self._scanner.close(), ANSWER)
+        return decode_kept(self._scanner.close(), ANSWER_DECODER)
 
 
 def objects_in(values: Any) -> list[dict[str, Any]]:

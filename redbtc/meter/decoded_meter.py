@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 
-from redbtc.meter.decoding import INPUT, Decoding, NotDecoded
+from redbtc.meter.decoding import INPUT_STEP, Decoding, NotDecoded
 from redbtc.meter.events import is_stream
 from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 
-MAX_HELD = 64 << 10  # compressed bytes that are held back although nothing is decoded from them
+MAX_HELD_COMPRESSED = 64 << 10  # bytes that are held back although nothing is decoded from them
 
 
 class DecodedMeter(Meter):
@@ -47,8 +47,8 @@ class DecodedMeter(Meter):
         """Take the next bytes, in small steps; return what may be sent on now: all bytes but those
         with which the decoded answer ends."""
         passed: list[bytes] = []
-        for at in range(0, len(chunk), INPUT):
-            data = chunk[at : at + INPUT]
+        for at in range(0, len(chunk), INPUT_STEP):
+            data = chunk[at : at + INPUT_STEP]
             grown = False
             if self._decoding and not self.ended:
                 grown = yield from self._read(self._decoding, data)
@@ -86,7 +86,7 @@ class DecodedMeter(Meter):
         if self._streams and meter:
             if meter.ending or meter.ended:
                 self._held += data
-                self.ended = meter.ended or len(self._held) > 2 * MAX_HELD
+                self.ended = meter.ended or len(self._held) > 2 * MAX_HELD_COMPRESSED
             else:
                 passed.append(self._held + data)
                 self._held = b""
@@ -96,8 +96,8 @@ class DecodedMeter(Meter):
             self._held = data
         else:
             self._held += data
-            passed.append(self._held[:-MAX_HELD])
-            self._held = self._held[-MAX_HELD:]
+            passed.append(self._held[:-MAX_HELD_COMPRESSED])
+            self._held = self._held[-MAX_HELD_COMPRESSED:]
 
     def finish_steps(self) -> Generator[None, None, None]:
         if self._meter and self._decoding:

@@ -20,9 +20,9 @@ from redbtc.headers import Headers
 from redbtc.meter.events import BLANK
 
 MAX_CODINGS = 3  # of one answer
-START = 8  # bytes that tell how an answer is compressed
-INPUT = 4 << 10  # compressed bytes in one step
-OUTPUT = 32 << 10  # decoded bytes in one step
+START_SIZE = 8  # bytes that tell how an answer is compressed
+INPUT_STEP = 4 << 10  # compressed bytes in one step
+OUTPUT_STEP = 32 << 10  # decoded bytes in one step
 MAX_DECODED = 1 << 30  # bytes; no real answer is as large
 ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
 
@@ -44,9 +44,9 @@ class Gzip:
         """Decode the next bytes; yield the result in pieces. Raises NotDecoded."""
         piece = b""
         try:
-            while (data or len(piece) == OUTPUT) and not self._over:
+            while (data or len(piece) == OUTPUT_STEP) and not self._over:
                 self._decoder = self._decoder or self._begin(data)
-                piece = self._decoder.decompress(data, OUTPUT)
+                piece = self._decoder.decompress(data, OUTPUT_STEP)
                 data = self._decoder.unconsumed_tail
                 yield piece
                 if self._decoder.eof:
@@ -83,7 +83,7 @@ class Zstd:
         """Decode the next bytes; yield the result in pieces. Raises NotDecoded."""
         try:
             while data or not self._decoder.needs_input:
-                yield self._decoder.decompress(data, OUTPUT)
+                yield self._decoder.decompress(data, OUTPUT_STEP)
                 data = b""
                 if self._decoder.eof:
                     data = self._decoder.unused_data
@@ -103,9 +103,9 @@ class Brotli:
         if self._decoder.is_finished():
             return
         try:
-            yield (piece := self._decoder.process(data, output_buffer_limit=OUTPUT))
+            yield (piece := self._decoder.process(data, output_buffer_limit=OUTPUT_STEP))
             while piece or not self._decoder.can_accept_more_data():  # it can hold output back
-                yield (piece := self._decoder.process(b"", output_buffer_limit=OUTPUT))
+                yield (piece := self._decoder.process(b"", output_buffer_limit=OUTPUT_STEP))
         except brotli.error:
             raise NotDecoded from None
 
@@ -137,10 +137,10 @@ def codings_of(headers: Headers) -> list[bytes]:
 
 
 # How JSON and server-sent events begin, and no compressed answer does.
-PLAIN = re.compile(
+NOT_COMPRESSED = re.compile(
     rb'[%b]*+(?:\Z|\{[ \t\r\n]*+(?:\Z|["}])|(?:data|event|id|retry)?:)' % re.escape(BLANK)
 )
-MAGIC = {  # RFC 1952, RFC 8878, RFC 1950: how the bytes of a coding begin
+CODING_MAGIC = {  # RFC 1952, RFC 8878, RFC 1950: how the bytes of a coding begin
     b"gzip": re.compile(rb"\x1f\x8b\x08"),
     b"zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     b"deflate": re.compile(rb"\x78[\x01\x5e\x9c\xda]"),
@@ -151,10 +151,10 @@ def codings_in(start: bytes, named: list[bytes]) -> list[bytes]:
     """Return the codings of an answer that begins with `start`; `named` are those that its header
     names. Upstreams name things that are no codings (utf-8, aws-chunked) or that they have undone,
     and leave out codings that they have applied."""
-    if PLAIN.match(start):
+    if NOT_COMPRESSED.match(start):
         return []
     known = [each for each in named if each in DECODERS]
-    for coding, magic in MAGIC.items():
+    for coding, magic in CODING_MAGIC.items():
         if magic.match(start):
             is_named = bool(known) and DECODERS[known[-1]] is DECODERS[coding]
             return known if is_named else [coding]
@@ -166,22 +166,23 @@ class Decoding:
     that its header names."""
 
     def __init__(self, codings: list[bytes], start: bytes = b"") -> None:
-        """Prepare for an answer of which the bytes in `start`, fewer than START, have arrived."""
+        """Prepare for an answer of which the bytes in `start`, fewer than START_SIZE, have
+        arrived."""
         self._codings = codings
         self._start = start
-        self._decoders: list[Any] | None = None  # None until START bytes have come
+        self._decoders: list[Any] | None = None  # None until START_SIZE bytes have come
         self._size = 0
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
         """Decode the next bytes; yield the result in pieces. Raises NotDecoded."""
         if self._decoders is None:
             data = self._start + data
-            if len(data) < START:
+            if len(data) < START_SIZE:
                 self._start = data
                 return
             self._decoders = self._decoders_for(data)
-        for at in range(0, len(data), INPUT):
-            for piece in self._through(self._decoders, data[at : at + INPUT]):
+        for at in range(0, len(data), INPUT_STEP):
+            for piece in self._through(self._decoders, data[at : at + INPUT_STEP]):
                 self._size += len(piece)
                 if self._size > MAX_DECODED:
                     raise NotDecoded

@@ -29,7 +29,7 @@ def is_stream(start: bytes, labelled: bool) -> bool | None:
 DATA = re.compile(rb"data:(?<![^\r\n]data:) ?([^\r\n]*+)")
 MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)')
 LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed")
-START = 256  # bytes of an incomplete event in which its type is searched for
+EVENT_START_SIZE = 256  # bytes of an incomplete event in which its type is searched for
 
 
 def chat_may_matter(events: bytes) -> bool:
@@ -72,8 +72,8 @@ class EventText:
 
     def steps(self, chunk: bytes) -> Generator[None, None, None]:
         """Take the next bytes, cut anywhere, in small steps."""
-        if len(self.start) < START:
-            self.start += chunk[: START - len(self.start)]
+        if len(self.start) < EVENT_START_SIZE:
+            self.start += chunk[: EVENT_START_SIZE - len(self.start)]
         if not self.is_large:
             self._whole += chunk
             if len(self._whole) <= MAX_WHOLE:

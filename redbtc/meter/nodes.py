@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Literal
 
 TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-SIMPLE = TEXT + rb'|[^\s"\[\]{},:]++|[\[{][^"\[\]{}]*+(?:%b[^"\[\]{}]*+)*+[\]}]' % TEXT
-RUN = rb'(?:[\s,]*+"(?!(?:%b)")[^"\\]*+"\s*+:\s*+(?:%b)(?=[\s,}]))*+'
+SIMPLE_VALUE = TEXT + rb'|[^\s"\[\]{},:]++|[\[{][^"\[\]{}]*+(?:%b[^"\[\]{}]*+)*+[\]}]' % TEXT
+SKIPPED_RUN = rb'(?:[\s,]*+"(?!(?:%b)")[^"\\]*+"\s*+:\s*+(?:%b)(?=[\s,}]))*+'
 KeptOfString = Literal["short", "length", "head"]
 
 
@@ -42,7 +42,7 @@ class Node:
     def run(self) -> re.Pattern[bytes]:
         """The pattern of a run of members that are not kept."""
         names = b"|".join(re.escape(name) for name in self.members)
-        return re.compile(RUN % (names, SIMPLE), re.DOTALL)
+        return re.compile(SKIPPED_RUN % (names, SIMPLE_VALUE), re.DOTALL)
 
     def keeps(self, bracket: int) -> bool:
         """Return whether anything is kept of a list or an object, which begins with `bracket`."""

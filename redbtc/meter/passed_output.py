@@ -11,14 +11,14 @@ from msgspec import Struct
 
 from redbtc.meter.answer_nodes import CHOICES_NODE, ITEM_NODE, ITEMS_NODE
 from redbtc.meter.answers import (
-    MAX_ITEMS,
     MAX_NAMED,
+    MAX_OUTPUT_ITEMS,
     Answer,
     name_in,
     objects_in,
 )
 from redbtc.meter.pictures import picture_tokens
-from redbtc.meter.usage_fields import size_of, text_in
+from redbtc.meter.usage_fields import text_bytes_in, text_in
 
 
 class OutputSizes(Struct):
@@ -45,7 +45,7 @@ def sizes_of(item: Any) -> OutputSizes:
     """Measure an output item."""
     if not isinstance(item, dict):
         return OutputSizes()
-    sizes = OutputSizes(size_of(item), size_of(item.get("encrypted_content")))
+    sizes = OutputSizes(text_bytes_in(item), text_bytes_in(item.get("encrypted_content")))
     if item.get("type") == "image_generation_call" and item.get("result"):
         sizes.image_tokens = picture_tokens(item.get("quality"), item.get("size"), item["result"])
     return sizes
@@ -58,7 +58,7 @@ class PassedOutput:
     def __init__(self) -> None:
         self.deltas = 0  # bytes
         self._delta_bytes_in_items = 0  # of deltas before the end of the last item
-        self._items: dict[Any, OutputSizes] = {}  # by id or index; at most the newest MAX_ITEMS
+        self._items: dict[Any, OutputSizes] = {}  # the newest MAX_OUTPUT_ITEMS, by id or index
         self._in_items = OutputSizes()  # the sum over all items, removed ones included
         self._whole = OutputSizes()  # of the whole response, or of all messages of a chat
         self._pictures = 0  # tokens of pictures that came in their own events
@@ -90,7 +90,7 @@ class PassedOutput:
 
     def see_delta(self, answer: Answer, chat: bool) -> None:
         """Measure the deltas of an event that is too large to be searched for them."""
-        self.deltas += size_of(text_in(answer.choices if chat else answer.delta))
+        self.deltas += text_bytes_in(text_in(answer.choices if chat else answer.delta))
 
     def _see_item(self, answer: Answer, kind: str) -> None:
         item = text_in(answer.item, ITEM_NODE)
@@ -101,8 +101,8 @@ class PassedOutput:
             self._in_items.add(sizes, -1)
             sizes.grow(sizes_of(item))
             self._in_items.add(sizes)
-            if len(self._items) > MAX_ITEMS:
-                self._items = dict(islice(self._items.items(), MAX_ITEMS // 2, None))
+            if len(self._items) > MAX_OUTPUT_ITEMS:
+                self._items = dict(islice(self._items.items(), MAX_OUTPUT_ITEMS // 2, None))
         if kind.endswith("done"):
             self._delta_bytes_in_items = self.deltas
 

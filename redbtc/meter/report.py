@@ -9,16 +9,17 @@ import msgspec
 
 from redbtc.meter.answer_nodes import ITEM_NODE
 from redbtc.meter.answers import (
-    ITEM,
-    MAX_ITEMS,
+    ITEM_DECODER,
     MAX_NAMED,
+    MAX_OUTPUT_ITEMS,
     UNFINISHED,
     Answer,
     OutputItem,
+    decode_leniently,
     items_in,
     name_in,
-    read,
 )
+from redbtc.meter.paid_items import PAID_TYPES, PaidItems
 from redbtc.meter.passed_output import PassedOutput
 from redbtc.meter.usage_fields import (
     added,
@@ -32,11 +33,6 @@ from redbtc.meter.usage_fields import (
 )
 from redbtc.usage import Usage, UsagePart
 
-# Items that cost more than their tokens, or run in containers that do.
-PAID_ITEMS = (
-    *("web_search_call", "file_search_call", "code_interpreter_call", "shell_call"),
-    *("local_shell_call", "shell_call_output"),
-)
 # Items that contain nothing but text of the model.
 TEXT_ITEMS = ("message", "reasoning", "function_call", "custom_tool_call")
 
@@ -67,12 +63,8 @@ class Report:
         # The last usage of a streamed chat came with choices, so it may cover only those choices.
         self.is_of_choices = False
         self.is_of_one_choice = False  # the last usage was a member of a choice
-        self._searches: dict[Any, bool] = {}  # web searches by id; whether they cost money
-        self._file_searches: set[Any] = set()  # ids
-        self._svgs: dict[Any, Any] = {}  # usage of the authors of SVGs, by the item's id
-        # The ids of containers in which code ran. No usage reports containers, so they are counted
-        # by the items of the output.
-        self.containers: dict[str, None] = {}
+        self._paid = PaidItems()
+        self.containers = self._paid.containers  # the ids of containers in which code ran
 
     @property
     def is_outdated(self) -> bool:
@@ -111,19 +103,18 @@ class Report:
     @property
     def web_searches(self) -> int:
         """The number of paid web searches in the output; the usage may report another number."""
-        return sum(self._searches.values())
+        return self._paid.web_searches
 
     @property
     def file_searches(self) -> int:
         """The number of file searches in the output."""
-        return len(self._file_searches)
+        return len(self._paid.file_searches)
 
     @property
     def authors(self) -> list[UsagePart]:
         """The usage of the authors of SVGs, which the image tool's items report."""
         parts: list[UsagePart] = []
-        for svg in self._svgs.values():
-            with_svg(None, parts, svg)
+        self._paid.add_authors(None, parts)
         return parts
 
     def note(self, answer: Answer, cut_off: bool = False) -> Generator[None, None, None]:
@@ -162,11 +153,11 @@ class Report:
         if self._images:
             used = with_svg(used, parts, response.svg_usage)
         elif used:
-            if self._searches or self._file_searches:
-                used = self._with_calls(used, parts)
+            if self._paid.searches or self._paid.file_searches:
+                used = self._paid.add_calls(used, parts)
             used = with_tools(used, parts, response.tool_usage)
-            for svg in self._svgs.values():
-                used = with_svg(used, parts, svg)
+            if self._paid.svgs:
+                used = self._paid.add_authors(used, parts)
         if used and self.usage and self._images:
             used, parts = self._with_earlier_pictures(answer, used, parts)
         if used:
@@ -177,16 +168,6 @@ class Report:
             self.is_provisional = not (cut_off or used.output_tokens) and (
                 response.status in UNFINISHED or has_choices(response)
             )
-
-    def _with_calls(self, used: Usage, parts: list[UsagePart]) -> Usage:
-        """Return a response's usage with the tool calls in its output, which no usage reports."""
-        used = msgspec.structs.replace(
-            used,
-            web_searches=self.web_searches or None,
-            file_searches=self.file_searches or None,
-        )
-        parts[0] = parts[0]._replace(usage=used)
-        return used
 
     def _with_earlier_pictures(
         self, answer: Answer, used: Usage, parts: list[UsagePart]
@@ -209,7 +190,7 @@ class Report:
         items: list[OutputItem] = []
         if isinstance(response.conversation, dict):
             ids.append((response.conversation.get("id"), False))
-        if answer.item and (item := read(answer.item, ITEM, ITEM_NODE)):
+        if answer.item and (item := decode_leniently(answer.item, ITEM_DECODER, ITEM_NODE)):
             items.append(item)
         if response.output:
             items += yield from items_in(response.output)
@@ -217,13 +198,12 @@ class Report:
             yield from self._note_listed(response.data)
         for item in items:
             ids.append((item.id, item.type != "message" and item.is_made_by_tool))
-            if item.type in TEXT_ITEMS and name_in(item.id) and len(self.text_items) < MAX_ITEMS:
+            has_room = len(self.text_items) < MAX_OUTPUT_ITEMS
+            if item.type in TEXT_ITEMS and name_in(item.id) and has_room:
                 self.text_items.add(item.id)
             ids += [(each, True) for each in item.container_objects()]
-            if item.type in PAID_ITEMS:
-                self._count_call(item)
-            if item.svg_usage is not None and len(self._svgs) < MAX_ITEMS:
-                self._svgs[name_in(item.id) or len(self._svgs)] = item.svg_usage
+            if item.type in PAID_TYPES or item.svg_usage is not None:
+                self._paid.note(item)
             if len(ids) >= MAX_NAMED:
                 self._remember(ids)
                 ids.clear()
@@ -233,23 +213,11 @@ class Report:
     def _note_listed(self, data: msgspec.Raw) -> Generator[None, None, None]:
         """Note the ids of the input items that an answer lists."""
         items = yield from items_in(data)
-        listed = [item for item in items if name_in(item.id)][:MAX_ITEMS]
+        listed = [item for item in items if name_in(item.id)][:MAX_OUTPUT_ITEMS]
         self.listed = {item.id: item.id != item.call_id for item in listed}
 
     def _remember(self, ids: list[tuple[Any, bool]]) -> None:
-        """Remember the ids of objects that the answer made, at most MAX_ITEMS."""
+        """Remember the ids of objects that the answer made, at most MAX_OUTPUT_ITEMS."""
         for each, always in ids:
-            if name_in(each) and (len(self.made) < MAX_ITEMS or each in self.made):
+            if name_in(each) and (len(self.made) < MAX_OUTPUT_ITEMS or each in self.made):
                 self.made[each] = always
-
-    def _count_call(self, item: OutputItem) -> None:
-        """Note a tool call that costs money, at most MAX_ITEMS. A call without an id is a new
-        one."""
-        if len(self._searches) + len(self._file_searches) + len(self.containers) >= MAX_ITEMS:
-            return
-        if item.type == "web_search_call":
-            self._searches[name_in(item.id) or len(self._searches)] = item.is_paid_search
-        elif item.type == "file_search_call":
-            self._file_searches.add(name_in(item.id) or len(self._file_searches))
-        else:
-            self.containers.update((each, None) for each in item.used_containers() if name_in(each))

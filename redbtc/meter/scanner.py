@@ -27,23 +27,23 @@ from redbtc.meter.skipping import BASE64, LongString, SkippedValue
 
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
-WINDOW = 4 << 10  # bytes in one step of `steps`
+SCAN_STEP = 4 << 10  # bytes in one step of `steps`
 MAX_STRING = 1536  # bytes of a string that is kept whole: MAX_NAME characters, all escaped
 MAX_TEXT = 32  # bytes of a string that is kept whole although only its length matters
-MAX_NUMBER = 64  # characters
+MAX_NUMBER_LENGTH = 64  # characters
 MAX_LEVELS = 24  # of lists and objects that are kept
 MAX_CONTAINERS = 20_000  # lists and objects that are kept, and elements of lists
 MAX_OUTLINE = 2 << 20  # bytes that are kept; beyond that, lists lose the rest of their elements
 
-SPACE = rb"[\s,:]*+"
+SEPARATOR_RUN = rb"[\s,:]*+"
 STRING = re.compile(TEXT, re.DOTALL)
-SEPARATORS = re.compile(SPACE)
-NAME = re.compile(SPACE + rb"(" + TEXT + rb")\s*+:", re.DOTALL)
+SEPARATORS = re.compile(SEPARATOR_RUN)
+NAME = re.compile(SEPARATOR_RUN + rb"(" + TEXT + rb")\s*+:", re.DOTALL)
 SCALAR = re.compile(rb'[^\s,:"\[\]{}]++')
 PLAIN_STRING = re.compile(rb'"[\x20\x21\x23-\x5b\x5d-\x7e]*+"')
 PLAIN_SCALAR = re.compile(rb"-?(?:0|[1-9]\d{0,17})|true|false|null")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-CONTROLS = bytes.maketrans(bytes(range(32)), b" " * 32)
+CONTROLS_TO_SPACES = bytes.maketrans(bytes(range(32)), b" " * 32)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
@@ -81,8 +81,8 @@ class Scanner:
 
     def steps(self, chunk: bytes) -> Generator[None, None, None]:
         """Take a long chunk in small steps."""
-        for at in range(0, len(chunk), WINDOW):
-            self.feed(chunk[at : at + WINDOW])
+        for at in range(0, len(chunk), SCAN_STEP):
+            self.feed(chunk[at : at + SCAN_STEP])
             yield
 
     def feed(self, chunk: bytes) -> None:
@@ -201,9 +201,11 @@ class Scanner:
             return start + 1
         scalar = SCALAR.match(text, start)
         end = scalar.end() if scalar else start + 1
-        if end == len(text) and end - start <= MAX_NUMBER:
+        if end == len(text) and end - start <= MAX_NUMBER_LENGTH:
             return start
-        self._put(repaired(text[start:end]) if node and end - start <= MAX_NUMBER else b"null")
+        self._put(
+            repaired(text[start:end]) if node and end - start <= MAX_NUMBER_LENGTH else b"null"
+        )
         return end
 
     def _has_room(self, node: Node) -> bool:
@@ -265,7 +267,7 @@ def repaired(value: bytes) -> bytes:
         return msgspec.json.encode(msgspec.json.decode(value))
     if not value.startswith(b'"'):
         return b"null"
-    value = value.translate(CONTROLS).decode("utf-8", "replace").encode()
+    value = value.translate(CONTROLS_TO_SPACES).decode("utf-8", "replace").encode()
     with contextlib.suppress(*NOT_JSON):
         return msgspec.json.encode(msgspec.json.decode(SURROGATE.sub(rb"\\ufffd", value)))
     return b'""'

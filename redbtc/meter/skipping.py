@@ -9,7 +9,7 @@ from itertools import accumulate
 from redbtc.meter.nodes import Node
 
 MAX_HEAD = 512  # characters of a picture that are kept
-MIN_PIECE, MAX_PIECE = 256, 32 << 10  # bytes that are skipped at once
+MIN_SKIP, MAX_SKIP = 256, 32 << 10  # bytes that are skipped at once
 
 STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("|\\?\Z)', re.DOTALL)
 BRACKET = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -64,7 +64,7 @@ class SkippedValue:
     def __init__(self) -> None:
         self.ended = False
         self._depth = 1
-        self._piece_size = MIN_PIECE
+        self._piece_size = MIN_SKIP
         self._nears_end = False
         self._in_string = False  # the last piece ended within a string
         self._is_escaped = False  # the next byte of that string is escaped
@@ -82,9 +82,9 @@ class SkippedValue:
         if depth > 0:
             self._depth = depth
             if not self._nears_end:
-                self._piece_size = min(2 * self._piece_size, MAX_PIECE)
+                self._piece_size = min(2 * self._piece_size, MAX_SKIP)
             return at + len(piece)
-        if len(piece) > MIN_PIECE:
+        if len(piece) > MIN_SKIP:
             self._piece_size, self._nears_end = len(piece) // 2, True
             return at
         return self._find_end(text, at, at + len(piece))

@@ -7,7 +7,14 @@ from collections.abc import Generator
 from enum import Enum, auto
 
 from redbtc.meter.answers import MAX_AT_ONCE, STEP, Answer, answer_steps, result_of
-from redbtc.meter.events import LAST, START, EventText, chat_may_matter, data_of, may_matter
+from redbtc.meter.events import (
+    EVENT_START_SIZE,
+    LAST,
+    EventText,
+    chat_may_matter,
+    data_of,
+    may_matter,
+)
 from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.meter.scanner import BYTE_ORDER_MARK
@@ -24,7 +31,7 @@ CHAT_TEXT = re.compile(
     re.DOTALL,
 )
 RESPONSE_TEXT = re.compile(rb'"delta":' + STRING_VALUE, re.DOTALL)
-PICTURE = re.compile(rb'image_\w+\.\w|"b64_json"')  # in the first bytes of an event
+PICTURE_EVENT = re.compile(rb'image_\w+\.\w|"b64_json"')  # in the first bytes of an event
 # By whether the id and the model are still unknown: events that can contain them.
 NAMING = {
     (True, True): re.compile(rb'"(?:id|model)"\s*+:\s*+"[^"]'),
@@ -203,7 +210,7 @@ class StreamMeter(Meter):
         end it: if another event, which begins with `start` and has `size` bytes so far, is a
         picture and too large to be held back."""
         too_large = self._images and len(self._waiting) + size > MAX_HELD
-        if self.ending and too_large and PICTURE.search(start[:START]):
+        if self.ending and too_large and PICTURE_EVENT.search(start[:EVENT_START_SIZE]):
             passed.append(self._waiting)
             self.ending, self._waiting = False, b""
 

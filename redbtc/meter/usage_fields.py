@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from redbtc.meter.answer_nodes import CHOICES_NODE, TEXT_MEMBERS, TEXT_NODE
-from redbtc.meter.answers import IMAGE_TOOL, Answer, name_in, objects_in, read
+from redbtc.meter.answers import IMAGE_TOOL, Answer, decode_leniently, name_in, objects_in
 from redbtc.meter.nodes import Node
 from redbtc.meter.scanner import MAX_LEVELS
 from redbtc.usage import MAX_TOKENS, Usage, UsagePart
@@ -184,22 +184,22 @@ def with_tools(used: Usage, parts: list[UsagePart], tools: Any) -> Usage:
     )
 
 
-def size_of(text: Any, levels: int = MAX_LEVELS) -> int:
+def text_bytes_in(text: Any, levels: int = MAX_LEVELS) -> int:
     """Return how many bytes of text a decoded value contains. A negative number in it stands for a
     text of that length that a scanner has left out."""
     if isinstance(text, str):
         return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
     if isinstance(text, dict) and levels:
         members = [value for name, value in text.items() if name in TEXT_MEMBERS]
-        return sum(size_of(value, levels - 1) for value in members)
+        return sum(text_bytes_in(value, levels - 1) for value in members)
     if isinstance(text, list) and levels:
-        return sum(size_of(value, levels - 1) for value in text)
+        return sum(text_bytes_in(value, levels - 1) for value in text)
     return max(0, -text) if type(text) is int else 0
 
 
 def text_in(raw: msgspec.Raw, node: Node = TEXT_NODE) -> Any:
     """Decode a value that contains text; return None if it is not JSON."""
-    return read(raw, ANYTHING, node) if raw else None
+    return decode_leniently(raw, ANYTHING, node) if raw else None
 
 
 def has_choices(answer: Answer) -> bool:

@@ -10,7 +10,7 @@ from redbtc.locations import EXTRAS, ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.meter.estimates import text_tokens
 from redbtc.refusals import Refusal
-from redbtc.request_body.contents import Contents, Models, add_models, check_models
+from redbtc.request_body.contents import BodyContents, FurtherModels, add_models, check_models
 from redbtc.request_body.edits import include_usage_edit
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL, UNNAMED, EventFacts, Facts
 from redbtc.request_body.forms import Form
@@ -31,7 +31,7 @@ class RequestBody:
 
     facts: Facts
 
-    def __init__(self, sent: Buffer, text: Buffer, contents: Contents) -> None:
+    def __init__(self, sent: Buffer, text: Buffer, contents: BodyContents) -> None:
         named, tools = contents.references, contents.tools
         self.sent = sent
         self.is_plain = sent is text  # not compressed
@@ -122,7 +122,7 @@ class RequestBody:
             if self.extras & bit and rate != "web_search":
                 yield rate, "prompt_cache_options" if bit == LONG_CACHE else "tools"
 
-    def further_models(self) -> Models:
+    def further_models(self) -> FurtherModels:
         """Return the models that the request uses besides its own: the image tool's, and the author
         of an SVG, which is UNNAMED if the upstream chooses it. Raises Refusal."""
         models = add_models(dict(self.inherited.models), self._models)
@@ -162,7 +162,7 @@ class ClientEvent(RequestBody):
 
     facts: EventFacts
 
-    def __init__(self, text: Buffer, contents: Contents, unsteered: str | None) -> None:
+    def __init__(self, text: Buffer, contents: BodyContents, unsteered: str | None) -> None:
         """Make an event of what was found in its text. `unsteered` is its first member that a
         "response.steer" can't have, or None."""
         super().__init__(text, text, contents)

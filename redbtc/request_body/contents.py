@@ -9,17 +9,17 @@ from redbtc.refusals import Refusal
 from redbtc.request_body.facts import Facts
 from redbtc.request_body.references import References
 
-Models = dict[str, bool]  # by name, whether the request uses the model to make pictures
+FurtherModels = dict[str, bool]  # by name, whether the request uses the model to make pictures
 
 
-def check_models(models: Models) -> None:
+def check_models(models: FurtherModels) -> None:
     """Raise Refusal for more than MAX_MODELS models."""
     if len(models) > MAX_MODELS:
         message = f"The tools name more than {MAX_MODELS} models."
         raise Refusal("invalid_request", message, param="tools")
 
 
-def add_models(models: Models, more: Models) -> Models:
+def add_models(models: FurtherModels, more: FurtherModels) -> FurtherModels:
     """Add `more` to `models`, and return these. A model that makes pictures still does if it is
     named as the author of an SVG as well."""
     for model, images in more.items():
@@ -32,13 +32,13 @@ class ToolUse(Struct):
     are inherited by requests that build on this one."""
 
     count: int = 0
-    models: Models = {}
-    inheritable_models: Models = {}
+    models: FurtherModels = {}
+    inheritable_models: FurtherModels = {}
     extras: int = 0  # bits of EXTRAS
     inheritable_extras: int = 0
 
 
-class Contents(Struct):
+class BodyContents(Struct):
     """The facts, references and tools found in a body. `options_at` is the place in its text where
     `include_usage` can be added; None if it need not be. `searches_web`: as a chat, the request
     searches the web once, which no usage reports."""

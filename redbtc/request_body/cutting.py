@@ -21,15 +21,15 @@ import secrets
 
 import msgspec
 
+from redbtc.meter.nodes import TEXT
 from redbtc.meter.scanner import NOT_JSON, SURROGATE
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import (
-    LIST,
+    LIST_STAND_IN,
     MAX_PIECE,
-    OBJECT,
-    STRING,
+    OBJECT_STAND_IN,
+    STRING_STAND_IN,
     STRING_WINDOW,
-    TEXT,
     Buffer,
     Pieces,
     Steps,
@@ -51,7 +51,7 @@ LONG_TEXT = re.compile(rb'[^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+', re.
 OPENING = {ord("["): b"]", ord("{"): b"}"}
 CLOSING = {ord("]"), ord("}")}
 EMPTY = re.compile(rb"[\[{]\s*+[\]}]")
-SPACE = b" \t\n\r"
+WHITE_SPACE = b" \t\n\r"
 
 
 def run_pattern(levels: int) -> re.Pattern[bytes]:
@@ -136,8 +136,8 @@ class Cutter(Pieces):
     def _append(self, at: int, end: int) -> None:
         run = self._text[at:end]
         if not self._rest and not self._open:  # white space before the JSON value
-            run = run.lstrip(SPACE)
-        elif len(run) > WINDOW // 2 and not run.strip(SPACE):
+            run = run.lstrip(WHITE_SPACE)
+        elif len(run) > WINDOW // 2 and not run.strip(WHITE_SPACE):
             run = b" "
         self._note_place(end - len(run))
         self._rest += run
@@ -177,9 +177,10 @@ class Cutter(Pieces):
         if pieces or len(self._rest) - start > WINDOW:
             self._complete(pieces, self._rest[start:])
             del self._rest[start:]
-            self._rest += (LIST if bracket == ord("]") else OBJECT) % self._stand_in(pieces)
+            stand_in = LIST_STAND_IN if bracket == ord("]") else OBJECT_STAND_IN
+            self._rest += stand_in % self._mark_for(pieces)
 
-    def _stand_in(self, cut: int | list[Buffer]) -> bytes:
+    def _mark_for(self, cut: int | list[Buffer]) -> bytes:
         self._values.append(cut)
         return b"%b%08d" % (self._mark, len(self._values) - 1)
 
@@ -199,5 +200,5 @@ class Cutter(Pieces):
                 raise Refusal("invalid_json")
             at = end
             yield
-        self._rest += STRING % self._stand_in(end + 1 - start)
+        self._rest += STRING_STAND_IN % self._mark_for(end + 1 - start)
         return end + 1

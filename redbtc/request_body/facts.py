@@ -14,7 +14,7 @@ from redbtc.meter.scanner import NOT_JSON
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Pieces, read_json
 from redbtc.request_body.strict_json import (
-    NOTHING,
+    NO_VALUE,
     NULL,
     Members,
     check_letters,
@@ -23,12 +23,12 @@ from redbtc.request_body.strict_json import (
     string_in,
 )
 
-MAX_NUMBER = 999  # of answers or images, in `n`
+MAX_N = 999  # of answers or images, in `n`
 
 
 def bad_number() -> Refusal:
     """Return the refusal of an `n` that readers could take for different numbers, or for none."""
-    message = f"'n' must be a number from 1 to {MAX_NUMBER}."
+    message = f"'n' must be a number from 1 to {MAX_N}."
     return Refusal("invalid_request", message, param="n")
 
 
@@ -69,7 +69,7 @@ class Facts(Struct):
     def number(self) -> int:
         """Return the requested number of answers or images. Raises Refusal."""
         number = 1 if self.n is None else self.n
-        if not 1 <= number <= MAX_NUMBER:
+        if not 1 <= number <= MAX_N:
             raise bad_number()
         return number
 
@@ -98,7 +98,7 @@ AnyFacts = TypeVar("AnyFacts", bound=Facts)
 class TextPart(Struct):
     """A part of a message or of another item, which can have text."""
 
-    text: msgspec.Raw = NOTHING
+    text: msgspec.Raw = NO_VALUE
 
 
 InputItem = Members  # a message, or another item of the input
@@ -107,7 +107,7 @@ ROLES = ("user", "assistant", "system", "developer")
 REASONING = ("reasoning", "compaction", "compaction_summary", "context_compaction")
 
 
-def kind_of(item: InputItem) -> str:
+def type_of(item: InputItem) -> str:
     """Return the type of an item or a tool; "" if it has none."""
     return string_in(item["type"]) if "type" in item else ""
 
@@ -115,7 +115,7 @@ def kind_of(item: InputItem) -> str:
 def has_text(content: msgspec.Raw, pieces: Pieces) -> bool:
     """Return whether a part in the first piece of an item's content has text."""
     with contextlib.suppress(*NOT_JSON):
-        parts = TEXT_PARTS.decode(pieces.parts(content)[0]) if is_list(content) else []
+        parts = TEXT_PARTS_DECODER.decode(pieces.parts(content)[0]) if is_list(content) else []
         return any(is_text(part.text) for part in parts)
     return False
 
@@ -123,13 +123,13 @@ def has_text(content: msgspec.Raw, pieces: Pieces) -> bool:
 def is_reference(item: InputItem, pieces: Pieces) -> bool:
     """Return whether the upstream would look the item up by its id, since it is nothing but an id
     (its type may be left out), or lacks the content that would make it complete."""
-    kind = kind_of(item)
+    kind = type_of(item)
     if kind == "item_reference" or item.keys() <= {"id", "type", "status"}:
         return True
     content = item.get("content", NULL)
     if kind in ("", "message"):
-        return string_in(item.get("role", NOTHING)) not in ROLES or content == NULL
-    encrypted = is_text(item.get("encrypted_content", NOTHING))
+        return string_in(item.get("role", NO_VALUE)) not in ROLES or content == NULL
+    encrypted = is_text(item.get("encrypted_content", NO_VALUE))
     return kind in REASONING and not encrypted and not has_text(content, pieces)
 
 
@@ -139,12 +139,12 @@ def reference_in(item: InputItem, pieces: Pieces) -> str:
     whose id the client may choose."""
     if is_reference(item, pieces):
         return "item_reference"
-    return "" if SELF_CONTAINED.fullmatch(kind_of(item)) else "input"
+    return "" if SELF_CONTAINED.fullmatch(type_of(item)) else "input"
 
 
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the image tool, if the request names none
 UNNAMED = ""  # stands for the model of an SVG's author if the upstream chooses it
-TEXT_PARTS = msgspec.json.Decoder(list[TextPart])
+TEXT_PARTS_DECODER = msgspec.json.Decoder(list[TextPart])
 PICTURE_MEMBERS = ("images", "mask", "markup")  # of a request for images
 LISTS = {"input", "messages", "tools", "svg"}
 IMAGE_MEMBERS = {"output_format", "input_image_mask"}  # of the image tool or an image request

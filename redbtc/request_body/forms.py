@@ -6,7 +6,7 @@ import re
 
 from redbtc.meter.answers import MAX_NAME
 from redbtc.refusals import Refusal
-from redbtc.request_body.contents import Contents, ToolUse
+from redbtc.request_body.contents import BodyContents, ToolUse
 from redbtc.request_body.facts import UNNAMED, Facts, bad_number, check_short
 from redbtc.request_body.media import CHARSETS, parametrized
 from redbtc.request_body.pieces import Buffer, Pieces, Steps, check_utf8
@@ -14,7 +14,7 @@ from redbtc.request_body.references import Reference, References, named_in, refu
 
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
-MAX_PARTS = 1000
+MAX_FORM_PARTS = 1000
 FORM_WINDOW = 64 << 10  # bytes that are searched in one step
 SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]", b"output_format")
 # Readers differ in how they read spaces, control characters, '%5B', accents and look-alike letters.
@@ -75,8 +75,8 @@ class Form:
         """Take a part that is whole and ends at `end`. Raises Refusal."""
         start = self._part
         self._parts += 1
-        if self._parts > MAX_PARTS:
-            raise Refusal("invalid_request", f"The form has more than {MAX_PARTS} parts.")
+        if self._parts > MAX_FORM_PARTS:
+            raise Refusal("invalid_request", f"The form has more than {MAX_FORM_PARTS} parts.")
         head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_PART_HEAD))
         parameters = parameters_of_part(bytes(body[start : max(start, head_end)]))
         name, size = parameters[b"name"], end - head_end - 4
@@ -110,7 +110,7 @@ class Form:
         """Return the maximum number of tokens that the parts can have."""
         return self._tokens + min(len(body) - max(self._part, 0), MAX_PICTURE_TOKENS)
 
-    def contents(self, body: Buffer) -> Steps[Contents]:
+    def contents(self, body: Buffer) -> Steps[BodyContents]:
         """Return what was found in the form, once it is whole. Raises Refusal."""
         facts = self.facts(body)
         check_short(facts)
@@ -118,7 +118,7 @@ class Form:
         author = self.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
         is_svg = self.fields.get(b"output_format", b"").strip().lower() == b"svg"
         use = ToolUse(models={author or UNNAMED: False} if author or is_svg else {})
-        return Contents(facts, named, use, self.files, self.file_bytes, self.max_tokens(body))
+        return BodyContents(facts, named, use, self.files, self.file_bytes, self.max_tokens(body))
 
     def references(self) -> Steps[References]:
         """Return the stored objects that the form names, by the name of a part or in a short field.

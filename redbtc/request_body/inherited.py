@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Struct
 
 from redbtc.locations import ObjectLocation
-from redbtc.request_body.contents import Models, add_models
+from redbtc.request_body.contents import FurtherModels, add_models
 from redbtc.request_body.references import Reference
 
 # Members that name an object which is read as input with the request.
@@ -26,7 +26,7 @@ class Inherited(Struct):
     # The conversations to which the input and the answer are added, with how often the request
     # names each, and its tokens among `tokens`.
     conversations: dict[str, tuple[int, int]] = {}
-    models: Models = {}
+    models: FurtherModels = {}
     minted_input: bool = True  # the upstream chose all ids in what is inherited
 
     def add(
@@ -40,7 +40,7 @@ class Inherited(Struct):
         """Add an object, which the request names `mentions` times. `growth`: how many tokens other
         requests, which have not ended, can add to it. `is_read`: the object is read as input."""
         if location.models:
-            add_models(self.models, msgspec.json.decode(location.models, type=Models))
+            add_models(self.models, msgspec.json.decode(location.models, type=FurtherModels))
         # The items of a conversation can change before the request gets there.
         if reference.name == "conversation" or not location.minted_input:
             self.minted_input = False

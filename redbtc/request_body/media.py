@@ -12,6 +12,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 from redbtc.headers import Headers, header
+from redbtc.meter.decoding import ZSTD_OPTIONS
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer, Steps
 
@@ -27,7 +28,6 @@ MAX_RATIO = 32  # of decoded to compressed bytes; parsing needs a multiple of th
 MIN_DECODED = 64 << 10  # decoded bytes that are allowed at any ratio
 MAX_FRAMES = 100  # gzip members or zstd frames of one body
 DECODER_INPUT, DECODER_OUTPUT = 32 << 10, 256 << 10  # bytes in each step, which takes under 1 ms
-ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
 
 
 class Media(NamedTuple):

@@ -9,12 +9,12 @@ from collections.abc import Set
 import msgspec
 
 from redbtc.refusals import Refusal
-from redbtc.request_body.facts import kind_of
+from redbtc.request_body.facts import type_of
 from redbtc.request_body.pieces import Pieces, Steps
 from redbtc.request_body.references import References, named_in
 from redbtc.request_body.strict_json import NULL, Members, is_list, members_in
 
-MAX_NESTING = 8  # levels of formats within formats
+MAX_NESTING = 8  # levels of tools within tools, and of formats within formats
 FORMATS = ("text", "response_format")  # members of a request that hold a schema
 TOOL_SCHEMAS = {"parameters", "output_schema"}
 # Members of a request that are free text, or whose elements are read one by one.
@@ -49,7 +49,7 @@ class MemberReferences:
 
     def find_in_item(self, item: Members) -> Steps[None]:
         """Find the references in an item of the input."""
-        kind = kind_of(item)
+        kind = type_of(item)
         skipped = {"id", "type"} if kind == "item_reference" else set()
         yield from self._find_besides(item, skipped | FREE_TEXT.get(kind, set()))
 

@@ -11,20 +11,21 @@ from msgspec import Struct
 from redbtc.meter.scanner import NOT_JSON
 from redbtc.request_body.pieces import Pieces, Steps
 from redbtc.request_body.references import ESCAPED
-from redbtc.request_body.strict_json import NOTHING, Members, is_list, is_text
+from redbtc.request_body.strict_json import NO_VALUE, Members, is_list, is_text
 
-PICTURE = b"image_url"
+PICTURE_MARK = b"image_url"
 
 
 class ContentPart(Struct):
     """A part of a message or of a tool's output. It is a picture if it has an `image_url` or, in
     the output of a code interpreter, a `url`."""
 
-    image_url: msgspec.Raw = NOTHING
-    url: msgspec.Raw = NOTHING
+    image_url: msgspec.Raw = NO_VALUE
+    url: msgspec.Raw = NO_VALUE
 
 
-PART, PARTS = msgspec.json.Decoder(ContentPart), msgspec.json.Decoder(list[ContentPart])
+PART_DECODER = msgspec.json.Decoder(ContentPart)
+PARTS_DECODER = msgspec.json.Decoder(list[ContentPart])
 
 
 class PictureCounter(Struct):
@@ -43,11 +44,11 @@ class PictureCounter(Struct):
     def count_in(self, item: Members, names: Iterable[str]) -> Steps[None]:
         """Count the pictures in these members of an object: lists of parts, or one part."""
         for name in names:
-            given = item.get(name, NOTHING)
+            given = item.get(name, NO_VALUE)
             single = bytes(memoryview(given)[:1]) == b"{"
             for text in self.pieces.parts(given) if single or is_list(given) else ():
                 try:
-                    parts = [PART.decode(text)] if single else PARTS.decode(text)
+                    parts = [PART_DECODER.decode(text)] if single else PARTS_DECODER.decode(text)
                 except NOT_JSON:
                     self.is_countable = False
                     return
@@ -58,7 +59,7 @@ class PictureCounter(Struct):
         """Count the pictures in the output of a code interpreter."""
         for text in self.pieces.parts(outputs):
             with contextlib.suppress(*NOT_JSON):
-                self.add([each.url for each in PARTS.decode(text) if is_text(each.url)])
+                self.add([each.url for each in PARTS_DECODER.decode(text) if is_text(each.url)])
             yield
 
     def count_names(self) -> Steps[None]:
@@ -66,7 +67,7 @@ class PictureCounter(Struct):
         text. For bodies with malformed lists, which some upstreams ignore."""
         self.count = self.bytes = 0
         for piece in self.pieces.all():
-            self.count += piece.count(PICTURE)
+            self.count += piece.count(PICTURE_MARK)
             for number, _ in enumerate(ESCAPED.finditer(piece)):
                 self.count += 1
                 if number % 256 == 0:

@@ -20,11 +20,11 @@ Steps = Generator[None, None, T]  # small steps of work (redbtc/slices.py)
 
 MAX_PIECE = 64 << 10  # bytes: about 1 ms of the slowest work on a piece
 STRING_WINDOW = 128 << 10  # bytes of a long string, which is fast to scan
-TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 MARK_SIZE = 40  # characters in a stand-in: 128 random bits in hexadecimal, and its number
 # The stand-ins for a long list, object or string.
-LIST, OBJECT, STRING = b'["%b"]', b'{"%b":0}', b'"%%b%b"' % (b"." * MAX_NAME)
-STRING_SIZE = len(STRING % (b"0" * MARK_SIZE))
+LIST_STAND_IN, OBJECT_STAND_IN = b'["%b"]', b'{"%b":0}'
+STRING_STAND_IN = b'"%%b%b"' % (b"." * MAX_NAME)
+STRING_STAND_IN_SIZE = len(STRING_STAND_IN % (b"0" * MARK_SIZE))
 
 
 def read_json(text: Buffer | msgspec.Raw, decoder: msgspec.json.Decoder[Any]) -> Any:
@@ -115,7 +115,8 @@ class Pieces:
     def size(self, value: msgspec.Raw) -> int:
         """Return the length in bytes of a value, long strings that were cut out of it included."""
         cut = self._values_in(bytes(memoryview(value)))
-        return len(value) + sum(each - STRING_SIZE for each in cut if isinstance(each, int))
+        strings = [each for each in cut if isinstance(each, int)]
+        return len(value) + sum(strings) - STRING_STAND_IN_SIZE * len(strings)
 
     def place(self, piece: int, offset: int) -> int:
         """Return the offset in the text of an offset in the root's piece number `piece`."""

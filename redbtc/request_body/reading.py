@@ -7,7 +7,7 @@ import msgspec
 from redbtc.locations import EXTRAS
 from redbtc.meter.answers import MAX_NAME
 from redbtc.refusals import Refusal
-from redbtc.request_body.contents import Contents, ToolUse
+from redbtc.request_body.contents import BodyContents, ToolUse
 from redbtc.request_body.cutting import Cutter
 from redbtc.request_body.edits import place_to_edit
 from redbtc.request_body.facts import (
@@ -16,12 +16,12 @@ from redbtc.request_body.facts import (
     AnyFacts,
     InputItem,
     facts_in,
-    kind_of,
     reference_in,
+    type_of,
 )
 from redbtc.request_body.forms import MAX_PICTURE_TOKENS
 from redbtc.request_body.member_references import MemberReferences
-from redbtc.request_body.pictures import PICTURE, PictureCounter
+from redbtc.request_body.pictures import PICTURE_MARK, PictureCounter
 from redbtc.request_body.pieces import MAX_PIECE, Buffer, Pieces, Steps, check_utf8
 from redbtc.request_body.references import MEMBER, Reference, References, refuse_hidden
 from redbtc.request_body.strict_json import (
@@ -41,12 +41,12 @@ PICTURE_LISTS = ("content", "output")  # members of an item that can hold pictur
 ITEM_MEMBERS = {"id", "type", "status", "role", "content", "output", "encrypted_content", "tools"}
 # Only items with one of these members are checked; most histories have none.
 CHECKED_MEMBERS = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
-MAX_ITEMS = 20_000  # of the input; the history of a day's work has 2,000
+MAX_INPUT_ITEMS = 20_000  # of the input; the history of a day's work has 2,000
 
 
 def read_contents(
     text: Buffer, decoder: msgspec.json.Decoder[AnyFacts]
-) -> Steps[tuple[Contents, Members]]:
+) -> Steps[tuple[BodyContents, Members]]:
     """Read a JSON body in small steps; return what was found, and its members. Raises Refusal for a
     body that can't be read, is too large, or could be read in more than one way."""
     if len(text) > MAX_PIECE:
@@ -65,7 +65,7 @@ def read_contents(
     options_at = None
     if not isinstance(options, msgspec.UnsetType):
         options_at = yield from place_to_edit(text, pieces, members, options)
-    contents = Contents(
+    contents = BodyContents(
         facts,
         reader.named,
         reader.use,
@@ -97,7 +97,7 @@ class BodyReader:
         for piece in self._pieces.all():
             escaped = yield from refuse_hidden(piece)
             self._may_reference = self._may_reference or MEMBER.search(piece) is not None
-            self._may_show = self._may_show or escaped or PICTURE in piece
+            self._may_show = self._may_show or escaped or PICTURE_MARK in piece
             if self._pieces.is_cut:
                 yield
         members = self._members
@@ -137,7 +137,7 @@ class BodyReader:
             for number, item in enumerate(items):
                 if "id" in item:
                     self._note_id(item)
-                if "tools" in item and kind_of(item) != "mcp_list_tools":  # it reports tools only
+                if "tools" in item and type_of(item) != "mcp_list_tools":  # it reports tools only
                     tools.waiting.append((item["tools"], 0, True))
                 if "outputs" in item and self._is_code_output(item):
                     yield from self.pictures.count_in_outputs(item["outputs"])
@@ -150,8 +150,8 @@ class BodyReader:
 
     def _count_items(self, items: list[Members]) -> None:
         self._items += len(items)
-        if self._items > MAX_ITEMS:
-            message = f"The input has more than {MAX_ITEMS} items."
+        if self._items > MAX_INPUT_ITEMS:
+            message = f"The input has more than {MAX_INPUT_ITEMS} items."
             raise Refusal("invalid_request", message, param="input")
 
     def _note_id(self, item: InputItem) -> None:
@@ -161,7 +161,7 @@ class BodyReader:
         object_id = string_in(item["id"])
         if name := reference_in(item, self._pieces):
             self.named.add(Reference(name, object_id))
-            if is_text(item.get("result", NULL)) and kind_of(item) == "image_generation_call":
+            if is_text(item.get("result", NULL)) and type_of(item) == "image_generation_call":
                 self.pictures.add([item["result"]])
         else:
             self.named.choose(object_id[: MAX_NAME + 1])  # a longer one is never stored
@@ -169,7 +169,7 @@ class BodyReader:
     def _is_code_output(self, item: InputItem) -> bool:
         """Return whether an item is one of a code interpreter that the upstream has run."""
         made = "id" in item and reference_in(item, self._pieces) == "input"
-        return made and is_list(item["outputs"]) and kind_of(item) == "code_interpreter_call"
+        return made and is_list(item["outputs"]) and type_of(item) == "code_interpreter_call"
 
     def _read_functions(
         self, given: msgspec.Raw, tools: ToolReader, finder: MemberReferences

@@ -6,11 +6,12 @@ import re
 
 from msgspec import Struct
 
+from redbtc.meter.nodes import TEXT
+from redbtc.meter.scanner import STRING
 from redbtc.refusals import Refusal
-from redbtc.request_body.pieces import TEXT, Buffer, Pieces, Steps
+from redbtc.request_body.pieces import Buffer, Pieces, Steps
 from redbtc.request_body.strict_json import NULL, PACE, check_letters, end_of, members_in, string_in
 
-STRING = re.compile(TEXT, re.DOTALL)
 FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())  # case folding makes these s and k
 
 NAMES = (
@@ -35,7 +36,11 @@ ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECAS
 # the look-ahead the search is much faster than with four.)
 ESCAPED = re.compile(rb"\\(?=u(?:00[4-7]|017[fF]|212[aA]))")
 TEXT_OR_ID = (b"prompt", b"audio", b"voice")  # members that can also be text
-OBJECTS = (b"conversation", b"container", *TEXT_OR_ID)  # members that can be an object with an id
+OBJECT_OR_ID = (
+    b"conversation",
+    b"container",
+    *TEXT_OR_ID,
+)  # members that can be an object
 MAX_REFERENCES = 20_000  # different ones; the input can have as many items
 MAX_MENTIONS = 50_000  # repeated ones included
 ID_BYTES = 250  # of memory for an id and its reference, without its characters
@@ -101,7 +106,7 @@ def named_in(text: Buffer, pieces: Pieces, named: References) -> Steps[None]:
                 value = STRING.match(piece, start)
                 if value and name not in TEXT_OR_ID:
                     yield from note_ids(name, STRING, value[0], pieces, named)
-            elif kind == b"[" or name in OBJECTS:
+            elif kind == b"[" or name in OBJECT_OR_ID:
                 ids = ID_MEMBER if kind == b"{" or name in TEXT_OR_ID else STRING
                 if start >= done[ids]:
                     done[ids] = yield from end_of(piece, start)

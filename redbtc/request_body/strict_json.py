@@ -7,15 +7,16 @@ from collections.abc import Iterable, Set
 
 import msgspec
 
+from redbtc.meter.nodes import TEXT
 from redbtc.meter.scanner import NOT_JSON, SURROGATE
 from redbtc.refusals import Refusal
-from redbtc.request_body.pieces import TEXT, Buffer, Pieces, Steps, read_json
+from redbtc.request_body.pieces import Buffer, Pieces, Steps, read_json
 
 # The members of an object by name, each with the text of its value: values are not built.
 Members = dict[str, msgspec.Raw]
-MEMBERS, OBJECTS = msgspec.json.Decoder(Members), msgspec.json.Decoder(list[Members])
-RAWS = msgspec.json.Decoder(list[msgspec.Raw])
-NOTHING, NULL = msgspec.Raw(), msgspec.Raw(b"null")
+MEMBERS, OBJECT_LIST = msgspec.json.Decoder(Members), msgspec.json.Decoder(list[Members])
+RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+NO_VALUE, NULL = msgspec.Raw(), msgspec.Raw(b"null")
 MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
 OBJECT_END = re.compile(rb"\s*+\}")
 MAX_MEMBERS = 1000  # of each object that is parsed; no request of OpenAI's API has 100
@@ -92,13 +93,13 @@ def read_list(
 ) -> Steps[list[Members]]:
     """Return the objects in a piece of a list. Raises Refusal for an object that could be read in
     more than one way, but checks only those with a member in `telling` (None: all)."""
-    objects: list[Members] = read_json(part, OBJECTS)
+    objects: list[Members] = read_json(part, OBJECT_LIST)
     checked = [
         number
         for number, each in enumerate(objects)
         if telling is None or not telling.isdisjoint(each)
     ]
-    raws = read_json(part, RAWS) if checked else ()
+    raws = read_json(part, RAW_LIST) if checked else ()
     for number in checked:
         each, raw = objects[number], raws[number]
         if len(each) > MAX_MEMBERS:

@@ -11,7 +11,7 @@ from redbtc.locations import EXTRAS
 from redbtc.meter.answers import MAX_NAME
 from redbtc.refusals import Refusal
 from redbtc.request_body.contents import ToolUse, add_models, check_models
-from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL, IMAGE_MEMBERS, UNNAMED, kind_of
+from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL, IMAGE_MEMBERS, UNNAMED, type_of
 from redbtc.request_body.member_references import MAX_NESTING, MemberReferences
 from redbtc.request_body.pictures import PictureCounter
 from redbtc.request_body.pieces import Pieces, Steps
@@ -67,7 +67,7 @@ class ToolReader(Struct):
             for number, tool in enumerate(tools):
                 if "type" not in tool:  # `read_list` may not have checked such a tool
                     check_letters(tool, TOOL_MEMBERS)
-                kind = kind_of(tool)
+                kind = type_of(tool)
                 if kind.startswith("image_generation"):
                     yield from self._note_image_tool(tool, inheritable)
                 elif kind.startswith(PAID_TOOLS):
@@ -97,7 +97,7 @@ class ToolReader(Struct):
                 return
             environment = yield from members_in(self.pieces.parts(given))
             check_letters(environment, TOOL_MEMBERS)
-            if kind_of(environment) in NO_NEW_CONTAINER:
+            if type_of(environment) in NO_NEW_CONTAINER:
                 return
         bit = next(EXTRAS_OF_TOOLS[start] for start in PAID_TOOLS if kind.startswith(start))
         self.use.extras |= bit
