@@ -65,10 +65,10 @@ from redbtc.gateway.service import Service
 from redbtc.gateway.state import Gateway
 from redbtc.gateway.stored import StoredRoute
 from redbtc.gateway.vitals import watch_size
-from redbtc.gateway.websocket_session import WebSocketSession
+from redbtc.gateway.websocket.session import serve_websocket
 from redbtc.headers import header
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import App, Receive, Scope, Send
+from redbtc.server.asgi import App, Receive, Scope, Send, request_of
 from redbtc.server.connections import Connections
 from redbtc.server.cors import CORS
 from redbtc.server.guard import Guard
@@ -129,11 +129,12 @@ def websocket_app(service: Service) -> App:
     async def session(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] != RESPONSES.path:
             raise Refusal("unknown_url")
-        scope["where"] = RESPONSES.path
-        origin = header(scope["headers"], b"origin")
+        request = request_of(scope)
+        request.route = RESPONSES.path
+        origin = header(request.headers, b"origin")
         if origin is not None and not service.health.allows_origin(origin):  # RFC 6455 §10.2
             raise Refusal("origin_not_allowed")
-        await WebSocketSession(service.gateway, scope, receive, send).run()
+        await serve_websocket(service.gateway, request, receive, send)
 
     return session
 

@@ -994,3 +994,154 @@ WHEN NOT ((NEW.request_id, NEW.account_id, NEW.service_tier, NEW.price_id, NEW.c
       AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
       AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
 BEGIN SELECT RAISE(ABORT, 'a correction can''t be changed'); END;
+
+-- version 12
+
+-- Logins are limited by network and address alone; a browser in which a login was used before is
+-- like any other.
+DROP TRIGGER a_password_ends;
+CREATE TRIGGER a_password_ends AFTER UPDATE OF password ON users BEGIN
+    DELETE FROM sessions WHERE user_id = NEW.id;
+END;
+DROP TABLE known_browsers;
+
+-- The triggers below take the place of those of the same names.
+
+-- triggers
+--
+-- These triggers name each kind of usage or each rate. They belong to the newest version and are made
+-- anew by it, so that a section which adds a kind or a rate only adds its columns. A line with "kind"
+-- in braces stands for one line for each field of Usage (redbtc/usage.py), a line with "rate" in braces
+-- for one line for each rate (redbtc/rates.py).
+
+DROP TRIGGER IF EXISTS a_request_is_settled;
+CREATE TRIGGER a_request_is_settled AFTER UPDATE OF outcome ON requests
+WHEN OLD.outcome = 'pending' AND NEW.outcome <> 'pending' BEGIN
+    INSERT INTO usage_by_day (
+        account_id, month, day, model, requested_model, key_id, requests, estimated, unreported,
+        {kind},
+        cost_units, cost_nanos)
+    VALUES (
+        NEW.account_id, NEW.month, NEW.started_at / 86400000,
+        ifnull(NEW.model, NEW.requested_model), NEW.requested_model, NEW.key_id, 1,
+        NEW.usage_source = 'estimated', NEW.usage_source = 'none',
+        NEW.{kind},
+        ifnull(NEW.cost / 1000000000, 0), ifnull(NEW.cost % 1000000000, 0))
+    ON CONFLICT DO UPDATE SET
+        requests = requests + 1,
+        estimated = estimated + excluded.estimated,
+        unreported = unreported + excluded.unreported,
+        {kind} = coalesce({kind} + excluded.{kind}, {kind}, excluded.{kind}),
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+END;
+
+-- The difference is added to the sums of the day on which the request started.
+DROP TRIGGER IF EXISTS a_request_is_corrected;
+CREATE TRIGGER a_request_is_corrected AFTER INSERT ON corrections BEGIN
+    DELETE FROM estimates WHERE request_id = NEW.request_id;
+    INSERT INTO usage_by_day (
+        account_id, month, day, model, requested_model, key_id, requests, estimated, unreported,
+        {kind},
+        cost_units, cost_nanos)
+        SELECT r.account_id, NEW.month, r.started_at / 86400000, ifnull(r.model, r.requested_model),
+               r.requested_model, r.key_id, 0, -(r.month = NEW.month), 0,
+               nullif(ifnull(NEW.{kind}, 0) - ifnull(r.{kind}, 0), 0),
+               (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) / 1000000000,
+               (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) % 1000000000
+          FROM requests AS r WHERE r.request_id = NEW.request_id
+    ON CONFLICT DO UPDATE SET
+        estimated = estimated + excluded.estimated,
+        {kind} = coalesce({kind} + excluded.{kind}, {kind}, excluded.{kind}),
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+    INSERT INTO usage_by_month
+        SELECT r.account_id, NEW.month, 0, ifnull(NEW.input_tokens, 0) - ifnull(r.input_tokens, 0),
+               ifnull(NEW.output_tokens, 0) - ifnull(r.output_tokens, 0),
+               (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) / 1000000000,
+               (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) % 1000000000
+          FROM requests AS r WHERE r.request_id = NEW.request_id
+    ON CONFLICT DO UPDATE SET
+        input_tokens = input_tokens + excluded.input_tokens,
+        output_tokens = output_tokens + excluded.output_tokens,
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+    UPDATE traffic_by_day SET
+        cost_units = cost_units + (SELECT (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) / 1000000000
+            FROM requests AS r WHERE r.request_id = NEW.request_id),
+        cost_nanos = cost_nanos + (SELECT (ifnull(NEW.cost, 0) - ifnull(r.cost, 0)) % 1000000000
+            FROM requests AS r WHERE r.request_id = NEW.request_id)
+     WHERE (day, upstream, outcome) = (SELECT r.started_at / 86400000, r.upstream, r.outcome
+            FROM requests AS r WHERE r.request_id = NEW.request_id);
+END;
+
+DROP TRIGGER IF EXISTS a_request_is_reopened;
+CREATE TRIGGER a_request_is_reopened AFTER INSERT ON reopened BEGIN
+    UPDATE usage_by_day SET
+        requests = requests - 1,
+        estimated = estimated - (r.usage_source = 'estimated'),
+        unreported = unreported - (r.usage_source = 'none'),
+        {kind} = usage_by_day.{kind} - ifnull(r.{kind}, 0),
+        cost_units = cost_units - ifnull(r.cost / 1000000000, 0),
+        cost_nanos = cost_nanos - ifnull(r.cost % 1000000000, 0)
+      FROM requests AS r
+     WHERE r.request_id = NEW.request_id
+       AND day = r.started_at / 86400000 AND usage_by_day.account_id = r.account_id
+       AND usage_by_day.month = r.month
+       AND usage_by_day.model = ifnull(r.model, r.requested_model)
+       AND usage_by_day.requested_model = r.requested_model AND usage_by_day.key_id = r.key_id;
+    UPDATE usage_by_month SET
+        requests = requests - 1,
+        input_tokens = usage_by_month.input_tokens - ifnull(r.input_tokens, 0),
+        output_tokens = usage_by_month.output_tokens - ifnull(r.output_tokens, 0),
+        cost_units = cost_units - ifnull(r.cost / 1000000000, 0),
+        cost_nanos = cost_nanos - ifnull(r.cost % 1000000000, 0)
+      FROM requests AS r
+     WHERE r.request_id = NEW.request_id
+       AND usage_by_month.account_id = r.account_id AND usage_by_month.month = r.month;
+    UPDATE traffic_by_day SET
+        requests = requests - 1,
+        cost_units = cost_units - ifnull(r.cost / 1000000000, 0),
+        cost_nanos = cost_nanos - ifnull(r.cost % 1000000000, 0)
+      FROM requests AS r
+     WHERE r.request_id = NEW.request_id AND day = r.started_at / 86400000
+       AND traffic_by_day.upstream = r.upstream AND traffic_by_day.outcome = r.outcome;
+    DELETE FROM estimates WHERE request_id = NEW.request_id;
+    UPDATE requests SET outcome = 'pending' WHERE request_id = NEW.request_id;
+END;
+
+DROP TRIGGER IF EXISTS corrections_stay;
+CREATE TRIGGER corrections_stay BEFORE UPDATE ON corrections
+WHEN NOT ((NEW.request_id, NEW.account_id, NEW.service_tier, NEW.price_id,
+           NEW.{kind},
+           NEW.cost)
+          IS (OLD.request_id, OLD.account_id, OLD.service_tier, OLD.price_id,
+           OLD.{kind},
+           OLD.cost)
+      AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
+      AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
+BEGIN SELECT RAISE(ABORT, 'a correction can''t be changed'); END;
+
+DROP TRIGGER IF EXISTS a_price_is_added;
+CREATE TRIGGER a_price_is_added AFTER INSERT ON prices BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'price',
+        NEW.id, NULL, NULL, json_object('model', NEW.model, 'tier', NEW.tier,
+            'above_input_tokens', NEW.above_input_tokens, 'effective_at', NEW.effective_at,
+            '{rate}', NEW.{rate},
+            'max_output_tokens', NEW.max_output_tokens, 'source', NEW.source,
+            'reason', NEW.reason));
+END;
+
+-- A price that took effect later than this time, but no later than it was added, took effect at once.
+DROP TRIGGER IF EXISTS prices_stay;
+CREATE TRIGGER prices_stay BEFORE UPDATE ON prices
+WHEN NOT ((NEW.id, NEW.model, NEW.tier, NEW.above_input_tokens,
+           NEW.{rate},
+           NEW.max_output_tokens, NEW.currency, NEW.source, NEW.added_by, NEW.reason)
+          IS (OLD.id, OLD.model, OLD.tier, OLD.above_input_tokens,
+           OLD.{rate},
+           OLD.max_output_tokens, OLD.currency, OLD.source, OLD.added_by, OLD.reason)
+      AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
+      AND NEW.effective_at IS iif(OLD.effective_at <= OLD.created_at,
+           min(OLD.effective_at, (SELECT at FROM setting_time)), OLD.effective_at))
+BEGIN SELECT RAISE(ABORT, 'a price can''t be changed, only superseded'); END;

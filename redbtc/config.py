@@ -226,7 +226,7 @@ def load_settings(path: str | None) -> Loaded:
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: not TOML: {error}") from None
+        raise SettingsError(f"{file}: not valid TOML: {error}") from None
     try:
         settings = parse_settings(tables)
     except SettingsError as error:
@@ -257,7 +257,9 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
     names = [upstream.name for upstream in settings.upstreams]
     for name in names:
         if names.count(name) > 1:
-            raise SettingsError(f"upstreams.name: {name!r} stands twice; each needs its own name")
+            raise SettingsError(
+                f"upstreams.name: duplicate name {name!r}; each upstream needs its own"
+            )
     for proxy in settings.server.trusted_proxies:
         try:
             ipaddress.ip_network(proxy, strict=False)
@@ -279,9 +281,9 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
         )
     for upstream in settings.upstreams:
         if not _is_url(upstream.base_url):
-            raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; no such URL")
+            raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; not a valid URL")
         if upstream.proxy and upstream.transport != "httpx":
-            raise SettingsError('upstreams.proxy: needs transport = "httpx"')
+            raise SettingsError('upstreams.proxy: a proxy needs transport = "httpx"')
     _check_billing(settings.billing)
     return settings
 
@@ -292,7 +294,9 @@ def _check_billing(billing: BillingSettings) -> None:
     except UserError as error:
         raise SettingsError(f"billing.default_credit_limit: {error}") from None
     if billing.webhook_url and not (billing.webhook_secret_env and _is_url(billing.webhook_url)):
-        raise SettingsError("billing.webhook_url: needs to be a URL, and webhook_secret_env beside")
+        raise SettingsError(
+            "billing.webhook_url: must be a URL, and billing.webhook_secret_env must be set"
+        )
 
 
 def _is_url(text: str) -> bool:
@@ -310,14 +314,25 @@ def _value(settings: Any, key: str) -> Any:
     return _value(value, rest) if rest else value
 
 
+TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "an array",
+    "object": "a table",
+}
+
+
 def _explain(message: str, tables: Mapping[str, Any]) -> str:
-    """msgspec's message, turned round: the key's path, what was found, what is allowed."""
+    """Return msgspec's message as people would say it: the key's path, what was found, and what is
+    allowed."""
     what, _, place = message.partition(" - at `$")
     path = place.rstrip("`").lstrip(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
     if unknown:
         key = f"{path}.{unknown[1]}".lstrip(".")
-        return f"{key}: unknown key; allowed here are {', '.join(_keys_at(path))}"
+        return f"{key}: unknown key; allowed: {', '.join(_keys_at(path))}"
     found: Any = tables
     for step in re.findall(r"[^.\[\]]+", path):
         index = int(step) if isinstance(found, list) and step.isdigit() else step
@@ -326,7 +341,11 @@ def _explain(message: str, tables: Mapping[str, Any]) -> str:
         except (KeyError, IndexError, TypeError):
             break
     shown = "something else" if path.endswith("_env") else repr(found)  # it may be the secret
-    allowed = f"{what[0].lower()}{what[1:]}"
+    allowed = re.sub(
+        r"`([\w |]+)`",
+        lambda types: " or ".join(TYPE_NAMES.get(each, each) for each in types[1].split(" | ")),
+        f"{what[0].lower()}{what[1:]}".partition(", got ")[0],
+    )
     if what.startswith("Invalid enum value"):
         table, _, key = path.rpartition(".")
         choices = get_args(get_type_hints(type(_table_at(table)))[key])
@@ -357,10 +376,12 @@ def with_demo(settings: Settings, url: str) -> Settings:
 
 def missing_keys(settings: Settings) -> list[str]:
     """Return a line for all that can't be used, since the environment has no key for it."""
-    wanted = {f"upstream {upstream.name}": upstream.api_key_env for upstream in settings.upstreams}
+    wanted = {
+        f'upstream "{upstream.name}"': upstream.api_key_env for upstream in settings.upstreams
+    }
     wanted["billing.webhook_url"] = settings.billing.webhook_secret_env
     return [
-        f"{what}: the environment has no {variable}"
+        f"{what}: environment variable {variable} is not set"
         for what, variable in wanted.items()
         if variable and not os.environ.get(variable)
     ]

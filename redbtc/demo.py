@@ -1,9 +1,10 @@
-"""An upstream to try the gateway with: no model, truthful usage.
+"""The demonstration upstream, to try the gateway with: canned answers, exact token counts.
 
-It speaks enough of OpenAI's API that curl, the SDKs and Codex CLI work against it. A token here is
-a run of word characters or one other sign that is no space; a picture is 64 squares, a token each.
-Used is all text of the messages it was sent, and exactly what it says. What it doesn't look at
-counts for nothing: tools, pictures to edit. It checks no key and keeps nothing.
+It speaks enough of OpenAI's API that curl, the SDKs and Codex CLI work with it. A token here is a
+run of word characters, or one other character that is not a space; an image has 64 squares, which
+are one token each. The usage counts all text in the messages of the request, and exactly the text
+of the response. Tools and images to edit are ignored, and count nothing. No key is checked, and
+nothing is stored.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from redbtc.request_body.media import decompressed
 from redbtc.slices import in_slices
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
-MAX_BYTES = 100 << 20  # of a body that came compressed
+MAX_BYTES = 100 << 20  # of a compressed body, once decompressed
 PAUSE_SECONDS = 0.02  # between two events of a stream
 TEXT_FIELDS = ("instructions", "messages", "input", "content", "text", "output", "arguments")
 MODEL: dict[str, Any] = {"object": "model", "created": 1764547200, "owned_by": "redbtc"}
@@ -42,35 +43,36 @@ Json = dict[str, Any]
 
 
 class Reply(NamedTuple):
-    """What is said to a request, whether its limit cut that short, and the tokens it was sent."""
+    """The text that a request is answered with."""
 
     text: str
-    cut: bool
-    tokens_in: int
+    truncated: bool  # by the request's maximum of output tokens
+    input_tokens: int  # of the request
 
     def words(self) -> list[str]:
-        """The text in pieces of one word, each with the space before it."""
+        """Return the text in pieces of one word, each with the space before it."""
         return re.findall(r"\s*\S+", self.text)
 
-    def usage(self, sent: str, said: str) -> Json:
-        """Chat and responses name the two sides differently, and nothing else."""
-        tokens_out = count(self.text)
+    def usage(self, input_name: str, output_name: str) -> Json:
+        """Return the usage. /chat/completions and /responses name the two kinds of tokens
+        differently."""
+        output_tokens = count(self.text)
         return {
-            f"{sent}_tokens": self.tokens_in,
-            f"{sent}_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            f"{said}_tokens": tokens_out,
-            f"{said}_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self.tokens_in + tokens_out,
+            f"{input_name}_tokens": self.input_tokens,
+            f"{input_name}_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            f"{output_name}_tokens": output_tokens,
+            f"{output_name}_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.input_tokens + output_tokens,
         }
 
 
 def count(text: str) -> int:
-    """How many tokens a text has."""
+    """Return the number of tokens in a text."""
     return len(TOKEN.findall(text))
 
 
 def texts(content: Any) -> Iterator[str]:
-    """All text in a body, an item or a list of them, however nested; not ids, not files."""
+    """Yield the texts in a body, an item or a list of them, at any depth; no ids and no files."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
@@ -80,23 +82,25 @@ def texts(content: Any) -> Iterator[str]:
             yield from texts(part)
 
 
-def reply(body: Json, messages: Any, most: Any) -> Reply:
-    """Quotes the user's last message in at most so many tokens; None is no limit."""
-    if most is not None and (not isinstance(most, int) or most < 1):
-        raise HTTPException(400, "The most tokens to answer with must be a whole number from 1.")
+def reply_to(body: Json, messages: Any, max_tokens: Any) -> Reply:
+    """Return a reply of at most `max_tokens` tokens (None means no limit), which quotes the user's
+    last message."""
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise HTTPException(400, "The output token limit must be a whole number of at least 1.")
     if isinstance(messages, list):
         messages = [m for m in messages if isinstance(m, dict) and m.get("role") == "user"][-1:]
     asked = " ".join(texts(messages)).lstrip()[:200]
     text = (
-        "This is the RedBTC demonstration upstream: no model is behind it. You said: "
-        f'"{textwrap.shorten(asked, 60, placeholder="…")}". The usage is a true count of both.'
+        "This is a canned answer from the RedBTC demonstration upstream. You said: "
+        f'"{textwrap.shorten(asked, 60, placeholder="…")}". The token counts are exact.'
     )
-    ends = [token.end() for token in TOKEN.finditer(text)][:most]
+    ends = [token.end() for token in TOKEN.finditer(text)][:max_tokens]
     return Reply(text[: ends[-1]], ends[-1] < len(text), sum(map(count, texts(body))))
 
 
 async def read(request: Request) -> Json:
-    """The fields of a body, JSON or a form. Refuses what can't be read or names no model."""
+    """Return the fields of a request's body, which is JSON or a form. Refuse a body that can't be
+    read or names no model."""
     kind = request.headers.get("content-type", "")
     try:
         raw, encoding = await request.body(), request.headers.get("content-encoding", "")
@@ -111,7 +115,7 @@ async def read(request: Request) -> Json:
 
 
 def form(content_type: str, raw: bytes) -> Json:
-    """The fields of a multipart form (RFC 7578), files left out."""
+    """Return the fields of a multipart form (RFC 7578) without its files."""
     header, fields = Message(), {}
     header["content-type"] = content_type
     for part in (b"\r\n" + raw).split(f"\r\n--{header.get_boundary('?')}".encode()):
@@ -126,13 +130,14 @@ def new_id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
 
 
-def answer(content: Json, status: int = 200) -> Response:
+def json_response(content: Json, status: int = 200) -> Response:
     headers = {"x-request-id": new_id("req"), "content-type": "application/json"}
     return Response(orjson.dumps(content), status, headers)
 
 
-def stream(events: list[Json], end: bytes = b"") -> Response:
-    """Server-sent events with a pause after each; those that have a type are named by it."""
+def event_response(events: list[Json], end: bytes = b"") -> Response:
+    """Return a response of server-sent events, with a pause after each. An event with a type has
+    that as its name."""
 
     async def paced() -> AsyncIterator[bytes]:
         for event in events:
@@ -145,57 +150,63 @@ def stream(events: list[Json], end: bytes = b"") -> Response:
     return StreamingResponse(paced(), headers=headers)
 
 
-async def refused(_: Request, error: Exception) -> Response:
-    """OpenAI's error form, for the router's 404 and 405 as well."""
+async def error_response(_: Request, error: Exception) -> Response:
+    """Return an error in the form of OpenAI's API; the router's 404 and 405, too."""
     assert isinstance(error, HTTPException)
     form = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
-    return answer({"error": form}, error.status_code)
+    return json_response({"error": form}, error.status_code)
 
 
 async def chat(request: Request) -> Response:
-    """POST /v1/chat/completions"""
+    """Serve POST /v1/chat/completions."""
     body = await read(request)
     limits = [body.get("max_completion_tokens"), body.get("max_tokens")]
-    most = next((limit for limit in limits if limit is not None), None)
-    said = reply(body, body.get("messages"), most)
-    finish, usage = "length" if said.cut else "stop", said.usage("prompt", "completion")
+    max_tokens = next((limit for limit in limits if limit is not None), None)
+    reply = reply_to(body, body.get("messages"), max_tokens)
+    finish, usage = "length" if reply.truncated else "stop", reply.usage("prompt", "completion")
     head: Json = {"id": new_id("chatcmpl"), "created": int(time.time())}
     head |= {"model": body["model"], "service_tier": "default"}
     if not body.get("stream"):
         choice: Json = {"index": 0, "logprobs": None, "finish_reason": finish}
-        choice |= {"message": {"role": "assistant", "content": said.text, "refusal": None}}
-        return answer(head | {"object": "chat.completion", "choices": [choice], "usage": usage})
+        choice |= {"message": {"role": "assistant", "content": reply.text, "refusal": None}}
+        return json_response(
+            head | {"object": "chat.completion", "choices": [choice], "usage": usage}
+        )
     usage_wanted = (body.get("stream_options") or {}).get("include_usage")
     head |= {"object": "chat.completion.chunk"} | ({"usage": None} if usage_wanted else {})
-    deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in said.words())]
+    deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in reply.words())]
     choices: list[Json] = [{"index": 0, "delta": each, "finish_reason": None} for each in deltas]
     choices += [{"index": 0, "delta": {}, "finish_reason": finish}]
     last = [head | {"choices": [], "usage": usage}] if usage_wanted else []
-    return stream([head | {"choices": [each]} for each in choices] + last, b"data: [DONE]\n\n")
+    return event_response(
+        [head | {"choices": [each]} for each in choices] + last, b"data: [DONE]\n\n"
+    )
 
 
 async def responses(request: Request) -> Response:
-    """POST /v1/responses"""
+    """Serve POST /v1/responses."""
     body = await read(request)
-    said = reply(body, body.get("input"), body.get("max_output_tokens"))
+    reply = reply_to(body, body.get("input"), body.get("max_output_tokens"))
     begun: Json = {"id": new_id("resp"), "object": "response", "created_at": int(time.time())}
     begun |= {"status": "in_progress", "model": body["model"], "output": [], "usage": None}
     begun |= {"error": None, "incomplete_details": None, "instructions": None, "metadata": {}}
     begun |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "store": False}
     begun |= {"service_tier": "default", "temperature": 1.0, "top_p": 1.0}
-    status = "incomplete" if said.cut else "completed"
+    status = "incomplete" if reply.truncated else "completed"
     item: Json = {"id": new_id("msg"), "type": "message", "role": "assistant"}
-    item |= {"status": status, "content": [output_text(said.text)]}
-    ended = begun | {"status": status, "output": [item], "usage": said.usage("input", "output")}
-    ended |= {"incomplete_details": {"reason": "max_output_tokens"} if said.cut else None}
-    return stream(response_events(begun, ended, said)) if body.get("stream") else answer(ended)
+    item |= {"status": status, "content": [output_text(reply.text)]}
+    ended = begun | {"status": status, "output": [item], "usage": reply.usage("input", "output")}
+    ended |= {"incomplete_details": {"reason": "max_output_tokens"} if reply.truncated else None}
+    if body.get("stream"):
+        return event_response(response_events(begun, ended, reply))
+    return json_response(ended)
 
 
 def output_text(text: str) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def response_events(begun: Json, ended: Json, said: Reply) -> list[Json]:
+def response_events(begun: Json, ended: Json, reply: Reply) -> list[Json]:
     item = ended["output"][0]
     place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
     text = place | {"logprobs": []}
@@ -205,9 +216,9 @@ def response_events(begun: Json, ended: Json, said: Reply) -> list[Json]:
         ("in_progress", {"response": begun}),
         ("output_item.added", {"output_index": 0, "item": item_begun}),
         ("content_part.added", place | {"part": output_text("")}),
-        *(("output_text.delta", text | {"delta": word}) for word in said.words()),
-        ("output_text.done", text | {"text": said.text}),
-        ("content_part.done", place | {"part": output_text(said.text)}),
+        *(("output_text.delta", text | {"delta": word}) for word in reply.words()),
+        ("output_text.done", text | {"text": reply.text}),
+        ("content_part.done", place | {"part": output_text(reply.text)}),
         ("output_item.done", {"output_index": 0, "item": item}),
         (ended["status"], {"response": ended}),
     ]
@@ -218,7 +229,7 @@ def response_events(begun: Json, ended: Json, said: Reply) -> list[Json]:
 
 
 async def images(request: Request) -> Response:
-    """POST /v1/images/generations and /v1/images/edits"""
+    """Serve POST /v1/images/generations and /v1/images/edits."""
     body = await read(request)
     prompt, partial = str(body.get("prompt", "")), str(body.get("partial_images") or 0)
     if partial not in ("0", "1", "2", "3"):
@@ -231,16 +242,17 @@ async def images(request: Request) -> Response:
     usage |= {"output_tokens_details": {"text_tokens": 0, "image_tokens": 64}}
     created = int(time.time())
     if body.get("stream") not in (True, "true"):
-        return answer({"created": created, "data": [image], "usage": usage} | about)
+        return json_response({"created": created, "data": [image], "usage": usage} | about)
     kind = "image_edit" if request.url.path.endswith("edits") else "image_generation"
     head = {"created_at": created} | image | about
     rough = head | {"type": f"{kind}.partial_image"}
     partials = [rough | {"partial_image_index": index} for index in range(int(partial))]
-    return stream([*partials, head | {"type": f"{kind}.completed", "usage": usage}])
+    return event_response([*partials, head | {"type": f"{kind}.completed", "usage": usage}])
 
 
 def picture(prompt: str) -> bytes:
-    """A PNG of 64 by 64 pixels: 8 rows of 8 squares in the prompt's own colours."""
+    """Return a PNG image of 64 by 64 pixels: 8 rows of 8 squares, in colours that depend on the
+    prompt."""
     colours = hashlib.shake_256(prompt.encode()).digest(3 * 64)
     squares = [colours[at : at + 3] * 8 for at in range(0, 3 * 64, 3)]
     rows = [b"\0" + b"".join(squares[at : at + 8]) for at in range(0, 64, 8)]
@@ -253,19 +265,19 @@ def picture(prompt: str) -> bytes:
 
 
 async def models(request: Request) -> Response:
-    """GET /v1/models and /v1/models/{id}"""
+    """Serve GET /v1/models and /v1/models/{id}."""
     name = request.path_params.get("id")
     if name is None:
-        return answer({"object": "list", "data": list(MODELS.values())})
+        return json_response({"object": "list", "data": list(MODELS.values())})
     if name not in MODELS:
         raise HTTPException(404, "The model does not exist.")
-    return answer(MODELS[name])
+    return json_response(MODELS[name])
 
 
 def app() -> Starlette:
-    """The ASGI app."""
+    """Return the demonstration upstream as an ASGI app."""
     posts = {"chat/completions": chat, "responses": responses}
     posts |= {"images/generations": images, "images/edits": images}
     routes = [Route(f"/v1/{path}", handler, methods=["POST"]) for path, handler in posts.items()]
     routes += [Route("/v1/models", models), Route("/v1/models/{id:path}", models)]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refused})
+    return Starlette(routes=routes, exception_handlers={HTTPException: error_response})

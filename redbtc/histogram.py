@@ -1,4 +1,4 @@
-"""A histogram of durations, kept as plain numbers until somebody reads the metrics."""
+"""A histogram of durations, kept as plain numbers until the metrics are read."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ REQUEST_SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Histogram:
-    """How many durations are up to each of `limits`, in seconds, and their `total`."""
+    """The number of durations up to each limit, and the total of the durations in seconds."""
 
     def __init__(self, limits: tuple[float, ...] = REQUEST_SECONDS) -> None:
+        """`limits` are the upper bounds of the buckets, in seconds; a last bucket has none."""
         self.total = 0.0
         self._limits = limits
         self._counts = [0] * (len(limits) + 1)
 
     def observe(self, seconds: float) -> None:
-        """Count a duration."""
+        """Count a duration, in seconds."""
         self._counts[bisect.bisect_left(self._limits, seconds)] += 1
         self.total += seconds
 
@@ -30,6 +31,7 @@ class Histogram:
             self.total += seconds
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return the buckets in Prometheus' form: each one counts those below it, too."""
+        """Return each bucket's limit and count as Prometheus wants them: a bucket also counts the
+        durations of the buckets below it."""
         limits = [*map(str, map(float, self._limits)), "+Inf"]
         return list(zip(limits, itertools.accumulate(self._counts), strict=True))

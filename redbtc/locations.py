@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import orjson
 
-# What a price can have a separate rate for, by the name of the rate: bits of a set.
-EXTRAS = {"web_search": 1, "file_search": 2, "container": 4, "cache_write_12h": 8}
 MAX_MODELS = 16  # that a request uses besides its own
 
 
@@ -18,7 +16,7 @@ class ObjectLocation(NamedTuple):
     - `models`: the further models, as a JSON object (see `joined_models`), or None for none.
     - `minted_input`: for a response, whether the upstream chose all the ids in the listing of its
       input.
-    - `extras`: bits of EXTRAS.
+    - `extras`: bits of EXTRAS in redbtc/rates.py.
     - `tokens`: the maximum number of tokens that the request reads with the object; None if it is
       unknown.
     - `likely_tokens`: the likely number, for an estimate; None if it is the maximum.

@@ -45,7 +45,9 @@ def parse_limit(text: str) -> int:
         return UNLIMITED
     limit = parse_amount(text)
     if not 0 <= limit <= MAX_LIMIT:
-        raise UserError(f"{text!r}: a limit is 'unlimited' or from 0 to {decimal(MAX_LIMIT)}")
+        raise UserError(
+            f"{text!r} is out of range; a limit is 'unlimited' or from 0 to {decimal(MAX_LIMIT)}"
+        )
     return limit
 
 

@@ -1,6 +1,7 @@
-"""What a process does before anything else: it opens the standard descriptors and takes charge of
-its signals and of garbage collection. `serve` keeps this until its own signal handlers are set.
-Nothing is imported here that takes time: a signal before `prepare` finds Python's own handlers.
+"""The first steps of a process: standard descriptors, signals and garbage collection.
+
+`serve` keeps what is set here until its own signal handlers are set. Nothing is imported here that
+takes time: a signal before `prepare` finds Python's own handlers.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
-MAX_END_SECONDS = 10  # for the end of a process
+MAX_END_SECONDS = 10  # until a process has ended, after which it is killed
 
 _handlers: dict[int, Any] = {}  # those that `prepare` replaced, by signal
 _collects = gc.isenabled()
 
 
 def prepare() -> None:
-    """Open the closed ones of descriptors 0 to 2 on /dev/null, so that the database does not become
-    standard error. From now on SIGINT and SIGTERM end the process at once and silently, and SIGHUP
-    waits. No garbage is collected: loading the program makes none to speak of."""
+    """Open those of the descriptors 0 to 2 that are closed on /dev/null, so that the database does
+    not become standard error. From now on SIGINT and SIGTERM end the process at once and silently,
+    and SIGHUP waits. No garbage is collected: loading the program makes hardly any."""
     _open_standard_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     for number in ENDING:
@@ -39,37 +40,37 @@ def _open_standard_descriptors() -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """End as a process without a handler does. The first process of a container has no such default
-    action, so the exit status says the same there."""
+    """End the process by the signal, as without a handler. The first process of a container can't
+    be ended so: its exit status says the same."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)
 
 
 def restore() -> None:
-    """Handle signals and collect garbage as other programs do: for commands."""
+    """Handle signals and collect garbage as other programs do. Commands need nothing else."""
     for number, handler in _handlers.items():
         signal.signal(number, handler)
-    _go_on()
+    _resume()
 
 
 def finish() -> None:
-    """End the start of `serve`, whose own handlers are set. What is there now stays, so it is no
-    garbage: to look through it at each full collection would take 25 ms."""
+    """End the start of `serve`, whose own handlers are set. Exempt the objects that exist now from
+    garbage collection: they stay, and looking through them takes 25 ms at each full collection."""
     gc.freeze()
-    _go_on()
+    _resume()
 
 
-def _go_on() -> None:
-    """Collect garbage, and let SIGHUP come through, also one that came since `prepare`."""
+def _resume() -> None:
+    """Collect garbage, and deliver SIGHUP, including one that has come since `prepare`."""
     if _collects:
         gc.enable()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def end_soon(status: int) -> None:
-    """End the process with a status if it has not ended by itself in MAX_END_SECONDS: a disk may
-    never answer again."""
+    """End the process with this exit status if it has not ended by itself within MAX_END_SECONDS:
+    a disk may never answer again."""
     timer = threading.Timer(MAX_END_SECONDS, os._exit, (status,))
     timer.daemon = True
     timer.start()

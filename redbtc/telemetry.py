@@ -1,5 +1,5 @@
-"""What an operator sees of the gateway at work: one JSON line a request on standard error, and
-metrics. Neither ever holds a byte of a prompt, a completion or a key."""
+"""The log, with one JSON line for each request on standard error, and the metrics of requests.
+Neither ever holds a byte of a prompt, a completion or a key."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import msgspec
 import orjson
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from redbtc.histogram import Histogram
 from redbtc.refusals import Refusal, refusal_of
-from redbtc.server.asgi import Scope
 from redbtc.times import iso_time, now_ms
-from redbtc.usage import Outcome, RequestRow
+from redbtc.usage import Outcome, RequestRow, Usage
+
+# ── Log ──────────────────────────────────────────────────────────────────────────────────────────
 
 LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 30, 40, 50)}
 LOG_LINES_A_SECOND = 2000
 LOG_BACKLOG = 10_000
-LOG_SECONDS = 0.02  # what comes within is one write
-
-
+LOG_SECONDS = 0.02  # lines that are logged within this time are written together
 WATCH_SECONDS = 0.25  # between two looks at the log's thread
 
 
 class Log:
-    """JSON lines on standard error, written by a thread of their own: a reader that stops reading
-    must not stop the gateway. Beyond a rate, and where the reader lags, lines are dropped and
-    counted."""
+    """A log of JSON lines on standard error. A thread of its own writes them, so that a reader that
+    stops reading does not stop the gateway. Lines are dropped and counted above LOG_LINES_A_SECOND,
+    and while LOG_BACKLOG lines wait for the reader."""
 
     def __init__(self) -> None:
         self.level = logging.INFO
@@ -47,21 +46,21 @@ class Log:
         self._written = threading.Event()
         self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
-        self.failure: Exception | None = None  # what has ended the thread
+        self.failure: Exception | None = None  # the error that ended the thread
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to write lines, also those that came before."""
+        """Begin to write lines, those that were logged before included."""
         self._thread = threading.Thread(target=self._work, name="log", daemon=True)
         self._thread.start()
 
     @property
     def works(self) -> bool:
-        """Return whether its thread runs."""
+        """Return whether the thread that writes the lines runs."""
         return self._thread is not None and self._thread.is_alive()
 
     def write(self, level: int, event: str, fields: dict[str, Any]) -> None:
-        """One line, at one of logging's levels."""
+        """Queue a line, at one of the levels of `logging`."""
         now = now_ms()
         if now // 1000 != self._second:
             self._second, self._in_second = now // 1000, 0
@@ -96,8 +95,7 @@ class Log:
                 os.write(2, b"".join(lines))
 
     def flush(self) -> None:
-        """Wait up to a second for what is not yet written; write it here if the thread has
-        ended."""
+        """Wait up to a second until all lines are written. If the thread has ended, write them."""
         if self.works:
             self._written.wait(1)
         else:
@@ -108,80 +106,120 @@ LOG = Log()
 
 
 def log(level: int, event: str, **fields: Any) -> None:
-    """One line of the log, where its level is wanted."""
+    """Log an event, unless the log's level is higher."""
     if level >= LOG.level:
         LOG.write(level, event, fields)
 
 
 def shown_error(error: BaseException | None) -> dict[str, Any]:
-    """Return the type and the places of an unexpected error for the log. Its message could hold
-    content, so it is left out."""
+    """Return the type of an unexpected error and the lines of code it passed through, for the log.
+    Its message could hold content, so it is left out."""
     frames = traceback.extract_tb(error.__traceback__) if error else []
     places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
     return {"error": type(error).__name__ if error else None, "places": places}
 
 
+async def watch_log() -> None:
+    """Wait for the end of the log's thread, which must not happen, and raise the error that ended
+    it."""
+    while LOG.works:
+        await asyncio.sleep(WATCH_SECONDS)
+    if LOG.failure:
+        raise LOG.failure
+
+
+# ── Metrics ──────────────────────────────────────────────────────────────────────────────────────
+# prometheus-client's own counters and histograms take a lock each time, and cost a JSON request 6 %
+# more function calls. So counts are plain numbers here, and become metrics when they are read.
+
+Counts = Counter[tuple[str, ...]]  # by the values of the metric's labels
+Histograms = Mapping[tuple[str, ...], Histogram]
+
+
+def counter_of(name: str, what: str, labels: Sequence[str], counts: Counts) -> Metric:
+    """Return counts as a Prometheus counter."""
+    metric = CounterMetricFamily(name, what, labels=labels)
+    for values, count in counts.items():
+        metric.add_metric(values, count)
+    return metric
+
+
+def histogram_of(name: str, what: str, labels: Sequence[str], histograms: Histograms) -> Metric:
+    """Return histograms as one of Prometheus."""
+    metric = HistogramMetricFamily(name, what, labels=labels)
+    for values, histogram in histograms.items():
+        metric.add_metric(values, histogram.buckets(), histogram.total)
+    return metric
+
+
+TOKENS_OF = attrgetter(*Usage.__struct_fields__)
+TOKEN_KINDS = [name.removesuffix("_tokens") for name in Usage.__struct_fields__]
+
+
 class Telemetry:
-    """Counts and logs. The metrics' names are something that users rely on. Counting is a matter of
-    plain numbers; prometheus-client is asked only when somebody reads them."""
+    """Counts requests and logs each of them. Users rely on the metrics' names."""
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
         self.registry.register(self)
         prometheus_client.ProcessCollector(registry=self.registry)
-        self._requests: Counter[tuple[str, str, str]] = Counter()
-        self._refusals: Counter[tuple[str]] = Counter()
-        self._tokens: Counter[tuple[str, str]] = Counter()
-        self._first_byte: defaultdict[str, Histogram] = defaultdict(Histogram)
-        self._duration: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self._requests: Counts = Counter()
+        self._refusals: Counts = Counter()
+        self._tokens: Counts = Counter()
+        self._first_byte: defaultdict[tuple[str, ...], Histogram] = defaultdict(Histogram)
+        self._duration: defaultdict[tuple[str, ...], Histogram] = defaultdict(Histogram)
+
+    def show_gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """Add a gauge, whose value is read whenever the metrics are."""
+        prometheus_client.Gauge(name, what, registry=self.registry).set_function(read)
 
     def collect(self) -> Iterator[Metric]:
-        """What prometheus-client asks for at each reading."""
-        for name, what, labels, counts in (
-            (
-                "redbtc_requests",
-                "Requests by route, status and outcome (refused: by the gateway itself)",
-                ["route", "status", "outcome"],
-                self._requests,
-            ),
-            ("redbtc_refusals", "Requests refused by the gateway", ["code"], self._refusals),
-            ("redbtc_tokens", "Tokens, parts included", ["kind", "source"], self._tokens),
-        ):
-            counter = CounterMetricFamily(name, what, labels=labels)
-            for values, count in cast(Counter[Any], counts).items():
-                counter.add_metric(values, count)
-            yield counter
-        for name, what, histograms in (
-            (
-                "redbtc_first_byte_seconds",
-                "From the request's head to the first byte of the upstream's body",
-                self._first_byte,
-            ),
-            (
-                "redbtc_request_seconds",
-                "From the request's head to the answer's end",
-                self._duration,
-            ),
-        ):
-            family = HistogramMetricFamily(name, what, labels=["route"])
-            for route, histogram in histograms.items():
-                family.add_metric([route], histogram.buckets(), histogram.total)
-            yield family
+        """Return what prometheus-client asks for whenever the metrics are read."""
+        yield counter_of(
+            "redbtc_requests",
+            "Requests by route, status and outcome (refused means by the gateway itself)",
+            ["route", "status", "outcome"],
+            self._requests,
+        )
+        yield counter_of(
+            "redbtc_refusals",
+            "Requests refused by the gateway, by error code",
+            ["code"],
+            self._refusals,
+        )
+        yield counter_of(
+            "redbtc_tokens",
+            "Tokens by kind, including kinds that are parts of others",
+            ["kind", "source"],
+            self._tokens,
+        )
+        yield histogram_of(
+            "redbtc_first_byte_seconds",
+            "Time from the request headers to the first byte of the upstream's body",
+            ["route"],
+            self._first_byte,
+        )
+        yield histogram_of(
+            "redbtc_request_seconds",
+            "Time from the request headers to the end of the response",
+            ["route"],
+            self._duration,
+        )
 
-    def settled(self, scope: Scope, row: RequestRow) -> None:
-        """A request that left for an upstream is over."""
-        scope["settled"] = True
+    def settled(self, row: RequestRow) -> None:
+        """Count and log a request that has a row in the ledger."""
         self._requests[row.endpoint, str(row.status or 0), row.outcome] += 1
-        self._duration[row.endpoint].observe((row.duration_ms or 0) / 1000)
+        self._duration[(row.endpoint,)].observe((row.duration_ms or 0) / 1000)
         if row.first_byte_ms is not None:
-            self._first_byte[row.endpoint].observe(row.first_byte_ms / 1000)
+            self._first_byte[(row.endpoint,)].observe(row.first_byte_ms / 1000)
         if row.usage_source != "none":
-            for kind, tokens in msgspec.structs.asdict(row.usage).items():
+            for kind, tokens in zip(TOKEN_KINDS, TOKENS_OF(row.usage), strict=True):
                 if tokens:
-                    self._tokens[kind.removesuffix("_tokens"), row.usage_source] += tokens
+                    self._tokens[kind, row.usage_source] += tokens
         self._line(
             logging.INFO,
-            scope,
+            row.request_id,
+            row.endpoint,
             row.status,
             {
                 "account_id": row.account_id,
@@ -196,48 +234,45 @@ class Telemetry:
             },
         )
 
-    def answered(self, scope: Scope, status: int, outcome: Outcome = "completed") -> None:
-        """A request that is not metered was answered."""
-        self._requests[scope["where"], str(status), outcome] += 1
-        self._line(logging.INFO, scope, status, {"outcome": outcome})
+    def answered(
+        self, request_id: str, route: str, status: int, outcome: Outcome = "completed"
+    ) -> None:
+        """Count and log a request that was answered and is not metered."""
+        self._requests[route, str(status), outcome] += 1
+        self._line(logging.INFO, request_id, route, status, {"outcome": outcome})
 
-    def refused(self, scope: Scope, refusal: Refusal) -> None:
-        """The gateway itself said no."""
+    def refused(self, request_id: str, route: str, refusal: Refusal, counted: bool) -> None:
+        """Count a refusal. Count and log the request as well, unless that was done with its row,
+        which `counted` says."""
         self._refusals[(refusal.code,)] += 1
-        if "settled" in scope:  # counted and logged with its row
+        if counted:
             return
-        self._requests[scope["where"], str(refusal.status), "refused"] += 1
+        self._requests[route, str(refusal.status), "refused"] += 1
         fields = {"outcome": "refused", "code": refusal.code}
-        self._line(logging.INFO, scope, refusal.status, fields)
+        self._line(logging.INFO, request_id, route, refusal.status, fields)
 
     def refusals(self) -> dict[str, int]:
-        """How often each code was answered since the start."""
+        """Return how often each code was answered since the start."""
         return {code: count for (code,), count in self._refusals.items()}
 
-    def left(self, scope: Scope) -> None:
-        """The client went before its request had left for an upstream."""
-        self._requests[scope["where"], "0", "client_disconnected"] += 1
-        self._line(logging.INFO, scope, None, {"outcome": "client_disconnected"})
+    def left(self, request_id: str, route: str) -> None:
+        """Count and log a request whose client disconnected before it was sent to an upstream."""
+        self._requests[route, "0", "client_disconnected"] += 1
+        self._line(logging.INFO, request_id, route, None, {"outcome": "client_disconnected"})
 
-    def failed(self, scope: Scope, error: Exception) -> None:
-        """The gateway failed on a request: it had no memory left, or something that should not
-        happen has. The error's message could hold content, so it is not logged."""
+    def failed(self, request_id: str, route: str, error: Exception, counted: bool) -> None:
+        """Count and log a request on which the gateway failed: it had no memory left, or something
+        happened that should not. The error's message could hold content, so it is not logged."""
         if isinstance(error, MemoryError):
-            self.refused(scope, refusal_of(error))
+            self.refused(request_id, route, refusal_of(error), counted)
             return
-        self._requests[scope["where"], "500", "refused"] += 1
-        self._line(logging.ERROR, scope, 500, shown_error(error))
+        self._requests[route, "500", "refused"] += 1
+        self._line(logging.ERROR, request_id, route, 500, shown_error(error))
 
     @staticmethod
-    def _line(level: int, scope: Scope, status: int | None, fields: dict[str, Any]) -> None:
+    def _line(
+        level: int, request_id: str, route: str, status: int | None, fields: dict[str, Any]
+    ) -> None:
         if level >= LOG.level:
-            request = {"request_id": scope["request_id"], "route": scope["where"], "status": status}
+            request = {"request_id": request_id, "route": route, "status": status}
             LOG.write(level, "request", request | fields)
-
-
-async def watch_log() -> None:
-    """Raise what has ended the log's thread, which must not happen."""
-    while LOG.works:
-        await asyncio.sleep(WATCH_SECONDS)
-    if LOG.failure:
-        raise LOG.failure

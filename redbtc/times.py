@@ -46,7 +46,7 @@ def parse_duration(text: str) -> int:
         raise UserError(f"{text!r} is not a duration; write it like 90s, 15m, 24h, 30d or 2w")
     duration = int(match[1]) * SECONDS_IN[match[2]] * 1000
     if duration > MAX_DURATION_MS:
-        raise UserError(f"{text!r} is too long; a duration has at most 100 years")
+        raise UserError(f"{text!r} is too long; the maximum is 100 years")
     return duration
 
 

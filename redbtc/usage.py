@@ -38,6 +38,9 @@ class Usage(Struct, frozen=True):
     containers: int | None = None
 
 
+KINDS = Usage.__struct_fields__
+
+
 class UsagePart(NamedTuple):
     """The part of a request's usage that belongs to one model; None is the requested model.
     `images`: it is counted as image endpoints do, with pictures as parts of input and output."""

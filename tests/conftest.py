@@ -31,11 +31,16 @@ NODE_MODULES = Path(__file__).parent / "node_modules"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that start a process: `make test-fast` leaves most of them out. Slow tests
-    begin first, so that none of them is left to one worker at the end."""
-    for item in items:
-        if isinstance(item, pytest.Function) and STARTING & {*item.fixturenames}:
+    begin first, so that none of them is left to one worker at the end; those with a browser come
+    last, since Playwright leaves an event loop running in its worker."""
+
+    def place(item: pytest.Item) -> int:
+        fixtures = {*item.fixturenames} if isinstance(item, pytest.Function) else set()
+        if STARTING & fixtures:
             item.add_marker("process")
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        return 2 if "browser" in fixtures else int(item.get_closest_marker("slow") is None)
+
+    items.sort(key=place)
 
 
 def needs(tool: str) -> str:

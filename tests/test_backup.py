@@ -503,7 +503,7 @@ def test_a_backup_replaces_nothing_but_a_backup(commands: Commands, name: str) -
     (commands.folder / "theirs.db.lock").touch()
     commands.config.write_text("# not empty\n")
     said = commands.refuses("db", "backup", f"{commands.folder}/{name}")
-    assert "name another file" in said or "make it first" in said
+    assert "choose another file" in said or "create it first" in said
 
 
 def damage(path: Path) -> None:
@@ -579,7 +579,7 @@ def test_a_restore_keeps_what_it_replaces_and_can_be_undone(commands: Commands) 
     assert commands.database.stat().st_mode & 0o777 == 0o600
     assert_whole(path, 50)
     assert commands("db", "restore", done["replaced"]) == 0
-    assert f"30 requests, the newest of {iso_time(FIRST + 30)}" in commands.out
+    assert f"30 requests, newest from {iso_time(FIRST + 30)}" in commands.out
     assert "The replaced database is kept: " in commands.out
     assert requests_in(commands.database) == 30
 
@@ -661,16 +661,16 @@ def without_digest(make: Callable[[Path], Any]) -> Callable[[Path], None]:
         (lambda path: Path(f"{path}.sha256").write_text("?"), "sha256sum"),
         (without_digest(damage), "damaged"),
         (without_digest(lambda path: os.truncate(path, 40_000)), "damaged"),
-        (without_digest(lambda path: path.write_bytes(b"")), "not a database of this program"),
+        (without_digest(lambda path: path.write_bytes(b"")), "not a RedBTC database"),
         (without_digest(lambda path: path.write_text("text\n" * 2000)), "not a database"),
-        (change("PRAGMA application_id = 1"), "not a database of this program"),
+        (change("PRAGMA application_id = 1"), "not a RedBTC database"),
         (change("PRAGMA user_version = 99"), "newer version"),
-        (change("UPDATE usage_by_day SET requests = 1"), "not the sum"),
+        (change("UPDATE usage_by_day SET requests = 1"), "not equal the sum"),
         (
             change("PRAGMA foreign_keys = OFF; UPDATE keys SET account_id = 'acct_2'"),
             "foreign keys",
         ),
-        (lambda path: path.unlink(), "no file"),
+        (lambda path: path.unlink(), "does not exist"),
     ],
 )
 def test_what_is_not_a_whole_backup_is_not_restored(
@@ -685,7 +685,7 @@ def test_what_is_not_a_whole_backup_is_not_restored(
 
 def test_a_restore_names_a_file_that_is_not_the_database(commands: Commands) -> None:
     assert "the database itself" in commands.refuses("db", "restore", commands.database)
-    assert "no file" in commands.refuses("db", "restore", commands.folder)
+    assert "does not exist" in commands.refuses("db", "restore", commands.folder)
 
 
 def test_a_restore_without_room_changes_nothing(
@@ -761,8 +761,8 @@ aiosqlite.Connection.executescript = kill_before_commit
     done = gateway.cli("db", "restore", str(copy), check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schema"] == newest - 1
-    text = rf"The database was migrated from schema {newest - 1} to {newest} in \S+ s\. "
-    assert re.search(rf"{text}As it was before: \S+\n", done.stderr)
+    text = rf"Migrated the database from schema {newest - 1} to {newest} in \S+ s\. "
+    assert re.search(rf"{text}A copy of the old one is kept: \S+\n", done.stderr)
     assert version_of(gateway.database) == newest
 
 

@@ -35,8 +35,8 @@ from upstream import (
 )
 
 from redbtc import request_body
-from redbtc.locations import EXTRAS
 from redbtc.meter.answers import result_of
+from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.forms import Form

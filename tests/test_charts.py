@@ -371,7 +371,7 @@ def test_nothing_is_said_to_be_nothing(rows: list[Series]) -> None:
     chart = chart_of(days(2), rows)
     assert chart.legend == ()
     for drawing, _ in parsed(chart):
-        assert texts(drawing, "axis") == ["USD", "0", "Nothing in this time"]
+        assert texts(drawing, "axis") == ["USD", "0", "No usage in this period"]
         assert texts(drawing, "bar-label") == ["24 Oct", "25 Oct"]
         assert bars_by_look(drawing) == {}
 

@@ -20,7 +20,7 @@ from gateway import ROOT, Gateway, free_port, wait_until
 
 import redbtc_proxy  # noqa: F401 (adds all commands)
 from redbtc.admin.api import OPERATIONS
-from redbtc.admin.outputs import RequestShown
+from redbtc.billing.reports import RequestShown
 from redbtc.cli.main import commands
 from redbtc.config import Settings, parse_settings
 from redbtc.gateway.endpoints import METERED

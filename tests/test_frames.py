@@ -24,8 +24,8 @@ from speed import Stalls
 from upstream import Socket, Upstream, ws_events, ws_like_openai
 from websockets.frames import Opcode
 
-from redbtc.gateway.websocket_session import MAX_PAUSE
-from redbtc.server.websocket_protocol import MAX_PART
+from redbtc.gateway.websocket.client_sender import MAX_PAUSE
+from redbtc.server.frame_reader import MAX_PART
 
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place
@@ -695,7 +695,7 @@ def test_at_most_four_steerings_of_a_response_are_unanswered(
             ws.send(json.dumps(steer).encode())
         event = ws.until("error")
         assert event["error"]["code"] == "concurrency_limit_exceeded"
-        assert "4 unanswered 'response.steer'" in event["error"]["message"]
+        assert "4 unanswered steering events" in event["error"]["message"]
         release.set()
         ws.until("response.steer.failed")
         ws.send(json.dumps(steer).encode())

@@ -611,7 +611,7 @@ def test_a_tier_that_is_reported_by_the_name_of_the_request_is_held_and_billed(
     account.fill("0.2")
     refused = account.post("/responses", body)
     assert refused.status_code == 429
-    assert refused.json()["error"]["message"].endswith("So does the 'service_tier' 'default'.")
+    assert refused.json()["error"]["message"].endswith(", or the 'service_tier' 'default'.")
     account.fill("0.5")
     assert account.post("/responses", body).status_code == 200
     assert account.balance() == Decimal("0.2")

@@ -613,7 +613,7 @@ def test_a_tools_model_has_a_name_of_some_length(length: int) -> None:
         (body(file_ids=b"[%b]" % b",".join(b'"f%d"' % n for n in range(20_001))), "20000 stored"),
         (body(x=times(b'{"file_id":"a"},', 900_000)), "50000 times"),
         (CORPUS["deep lists"](1_000_000), "30000 long"),
-        (body(x=b'"%b"' % (b"a" * 40_000), y=times(b'"aaaaaaaaaaaaa",', 33 << 20)), "besides long"),
+        (body(x=b'"%b"' % (b"a" * 40_000), y=times(b'"aaaaaaaaaaaaa",', 33 << 20)), "outside long"),
         (body(text=b'{"format":' * 9 + b"{}" + b"}" * 9, file_id=b'""'), "8 levels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -12,7 +12,7 @@ import pytest
 from gateway import ROOT
 
 BASE = frozenset(
-    ("errors", "times", "money", "usage", "headers", "locations", "slices", "histogram")
+    ("errors", "times", "money", "usage", "rates", "headers", "locations", "slices", "histogram")
 )
 # Each room, a folder or a file of redbtc/, with the rooms that it may import.
 MAY_IMPORT: dict[str, frozenset[str]] = {
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "times": frozenset(("errors",)),
     "money": frozenset(("errors",)),
     "usage": frozenset(),
+    "rates": frozenset(("usage",)),
     "locations": frozenset(("usage",)),
     "refusals": frozenset(("headers",)),
     "deadlines": frozenset(("refusals",)),
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "upstream": BASE | {"config", "refusals", "meter", "request_body"},
     "server": BASE | {"deadlines", "limits", "refusals", "request_body", "store", "telemetry"},
     "admin": BASE | {"billing", "config", "limits", "store"},
-    "dashboard": BASE | {"admin", "billing", "config", "store"},
+    "dashboard": BASE | {"admin", "billing", "config", "server", "store"},
     "demo": BASE | {"refusals", "request_body"},
 }
 MAY_IMPORT["gateway"] = frozenset(MAY_IMPORT) - {"start", "demo"}

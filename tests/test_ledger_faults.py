@@ -161,13 +161,14 @@ def ending(self, *values):
 commits.Commits._refuse_late = ending
 """,
     "thread": """
-import aiosqlite.core, redbtc_commits
+import aiosqlite.core
+from redbtc.store import commits
 def ending(self, *values):
     if fault():  # the thread ends with what it does next
         self._tx.put_nowait((None, lambda: aiosqlite.core._STOP_RUNNING_SENTINEL))
         raise OSError
     return write(self, *values)
-write, redbtc_commits.Writer._write = redbtc_commits.Writer._write, ending
+write, commits.Writer._write = commits.Writer._write, ending
 """,
     "webhook": """
 from redbtc.billing import webhook

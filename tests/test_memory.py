@@ -26,7 +26,7 @@ from redbtc.gateway import metered
 from redbtc.upstream import upstreams
 from redbtc.meter import meters
 from redbtc.server import websocket_protocol
-from redbtc.gateway import websocket_turns
+from redbtc.gateway.websocket import event_meter
 pass
 
 def let_fail(owner, name):
@@ -54,7 +54,7 @@ let_fail(metered.MeteredRequest, "hold")
 let_fail(upstreams.Upstream, "open")
 let_fail(meters.JSONMeter, "steps")
 let_fail(websocket_protocol.WebSocketProtocol, "_count")
-let_fail(websocket_turns.EventMeter, "take")
+let_fail(event_meter.EventMeter, "take")
 """
 RESPONSE = {"model": "m", "input": "Hi"}
 CHAT = {"model": "m", "stream": True, "messages": []}

@@ -20,8 +20,8 @@ from msgspec import structs
 from upstream import Received, Reply, Socket, Upstream, json_answer, response_object
 from websockets.sync.client import connect
 
+from redbtc import rates as rates_module
 from redbtc.billing import notices as notices_module
-from redbtc.billing import prices as prices_module
 from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.usage import Usage
@@ -127,7 +127,7 @@ RATE = st.none() | st.integers(0, 10**9)
 
 
 @given(
-    st.fixed_dictionaries(dict.fromkeys(prices_module.Rates._fields, RATE)),
+    st.fixed_dictionaries(dict.fromkeys(rates_module.RATES, RATE)),
     st.tuples(*[st.integers(0, 1000)] * 4),
 )
 def test_what_was_not_given_costs_nothing_extra(rates: Any, used: tuple[int, ...]) -> None:
@@ -303,8 +303,8 @@ def test_what_the_price_has_no_rate_for_is_refused(
     assert not upstream.requests
     message = respond(gateway, key, tools=[TOOLS[0]]).json()["error"]["message"]
     assert message == (
-        "The price of the model 'm' has no rate 'file_search', so a request that uses the file "
-        "search tool is refused."
+        "This request uses the file search tool, but the price of the model 'm' has no rate "
+        "'file_search'. Ask your administrator to add it."
     )
     assert respond(gateway, key, tools=HARMLESS).status_code == 200
     usual = {"prompt_cache_options": {"ttl": "30m"}, "metadata": {"ttl": "12h"}}
@@ -479,7 +479,7 @@ def test_a_tier_alone_applies_to_nothing(make_gateway: MakeGateway) -> None:
     add_price(gateway, "m", input="2")
     assert which(gateway, "m", tier="flex")["applies"]["tier"] == "flex"
     assert which(gateway, "m", tier="fast")["why"].endswith(
-        "It has no price for the tier 'priority', so 'default' counts."
+        "It has no price for the tier 'priority', so the price of 'default' applies."
     )
 
 
@@ -493,17 +493,17 @@ def test_which_looks_at_time_tier_and_threshold(make_gateway: MakeGateway) -> No
     assert (found["applies"]["model"], found["applies"]["input"]) == ("m*", "8")
     because = [each["because"] for each in found["others"]]
     assert because[0].startswith("it takes effect at ")
-    assert because[1].startswith("a later price superseded it at ")
-    assert because[2] == "it is for more than 100 input tokens"
+    assert because[1].startswith("a newer price replaced it at ")
+    assert because[2] == "it applies above 100 input tokens"
     assert which(gateway, "m", input_tokens=100)["applies"]["input"] == "8"
     found = which(gateway, "m", input_tokens=101)
     assert found["applies"]["input"] == "16"
-    assert found["others"][2]["because"] == "there is another price for more than 100 input tokens"
+    assert found["others"][2]["because"] == "another price applies above 100 input tokens"
     assert which(gateway, "m", at="11d")["applies"]["model"] == "m"
     assert which(gateway, "mm", at="11d")["applies"]["model"] == "m*"
     assert which(gateway, "other")["others"] == []
     text = gateway.run("price", "which", "m", "--at", "11d").stdout
-    assert "Not m*, current since" in text
+    assert "Does not apply: m*, current since" in text
 
 
 NAMES = st.text("ab*?", min_size=1, max_size=3)
@@ -527,14 +527,14 @@ def test_which_says_what_is_billed(prices: list[Price], model: str, at: int) -> 
     of_all = PriceTable(numbered)
     for tier in ("default", "flex"):
         for tokens in (0, 101):
-            found = of_all.which(model, at, tier, tokens)
+            applied, others = of_all.which(model, at, tier, tokens)
             tariff = of_all.tariff(model, at)
             billed = tariff and tariff.price(tier, tokens)
-            assert (found["applies"] or {}).get("id") == (billed.id if billed else None)
-            ids = [each["id"] for each in (*found["others"], *filter(None, [found["applies"]]))]
+            assert applied is billed
+            ids = [each.id for each in others] + ([applied.id] if applied else [])
             meant = [price.id for price in numbered if notices_module.matches(model, [price.model])]
             assert sorted(ids) == meant
-            assert all(each["because"] for each in found["others"])
+            assert all(each.because for each in others)
 
 
 # ── What is not given ────────────────────────────────────────────────────────────────────────────
@@ -546,8 +546,9 @@ def test_what_is_not_given_is_taken_over(make_gateway: MakeGateway) -> None:
     gateway.cli("price", "add", "m", "--input", "5", "--output", "30", *options)
     done = gateway.run("price", "add", "m", "--input", "9")
     taken = (
-        "m takes over from m: cached_input 0.5, output 30, web_search 0.01, max_output_tokens 1000."
+        "m: rates copied from m: cached_input 0.5, output 30, web_search 0.01, max_output_tokens"
     )
+    taken += " 1000."
     assert taken in done.stdout
     row = gateway.cli("price", "which", "m")["applies"]
     names = ("input", "cached_input", "output", "web_search", "max_output_tokens", "cache_write")
@@ -562,7 +563,7 @@ def test_two_prices_of_the_same_slot_are_refused(make_gateway: MakeGateway) -> N
     for rates, refused in ((("5", "6"), True), (("6", "6"), False)):
         file.write_text("".join(f'[[prices]]\nmodel = "m"\ninput = {each}\n' for each in rates))
         done = gateway.run("price", "import", str(file))
-        assert ("there are two prices of m from 20" in done.stderr) is refused
+        assert ("two different prices of m take effect at 20" in done.stderr) is refused
         assert done.returncode == int(refused)
 
 
@@ -575,7 +576,7 @@ def test_a_later_price_that_is_there_already_is_told_of(make_gateway: MakeGatewa
     )
     assert "later price" not in later.stdout
     done = gateway.run("price", "add", "m", "--input", "6")
-    told = "m has a later price already, from 2999-01-01T00:00:00.000Z on: input 5, output 31."
+    told = "m: a later price takes effect at 2999-01-01T00:00:00.000Z: input 5, output 31."
     assert told in done.stdout
     done = gateway.run("price", "add", "m", "--tier", "flex", "--input", "6")
     assert "later price" not in done.stdout
@@ -613,7 +614,7 @@ def test_an_import_gives_all_that_it_gives(make_gateway: MakeGateway, tmp_path: 
     file = tmp_path / "own.toml"
     file.write_text('prices = [{model = "m", input = 5, output = 30}]')
     done = gateway.run("price", "import", str(file))
-    assert "m no longer gives: web_search 0.01, file_search 0.0025." in done.stdout
+    assert "m: no longer has these rates: web_search 0.01, file_search 0.0025." in done.stdout
     row = which(gateway, "m")["applies"]
     assert (row["web_search"], row["file_search"]) == (None, None)
     again = gateway.cli("price", "import", str(file))
@@ -630,17 +631,18 @@ def test_a_rise_is_said_to_be_published(make_gateway: MakeGateway, upstream: Ups
     refused = gateway.run(*rise)
     assert "would cost more" in refused.stderr
     assert (
-        "file search 0.0025 to 0.003 a call, container 0.03 to 0.04 a container" in refused.stderr
+        "file search from 0.0025 to 0.003 per call, container from 0.03 to 0.04 per container"
+        in refused.stderr
     )
     text = (
-        "Prices rise (USD per million tokens). m: file search 0.0025 to 0.003 a call, container "
-        "0.03 to 0.04 a container."
+        "Price increase (USD per million tokens). m: file search from 0.0025 to 0.003 per call, "
+        "container from 0.03 to 0.04 per container."
     )
     done = gateway.run(*rise, "--effective", "31d")
     assert f": {text}" in done.stdout
-    assert "Published as a notice, effective " in done.stdout
+    assert "Published notice, effective " in done.stdout
     (notice,) = add_price(gateway, input="6", effective="32d")["notices"]
-    assert "m: input 5 to 6." in notice["text"]
+    assert "m: input from 5 to 6." in notice["text"]
     assert [each["text"] for each in gateway.api("GET", "/notices")["notices"]] == [
         text,
         notice["text"],
@@ -722,7 +724,10 @@ def test_a_rotated_key_goes_on_with_its_budget(
         (50, keys[0]["id"]),
         (80, keys[0]["id"]),
     ]
-    assert f"of key {keys[1]['id']} and the keys that it replaced is spent" in notices[0]["text"]
+    assert (
+        f"of key {keys[1]['id']} (shared with the keys it replaced) has been spent"
+        in notices[0]["text"]
+    )
     other = gateway.api("POST", "/accounts/a/keys", {"monthly_budget": "1000"})
     assert respond(gateway, other["key"], max_output_tokens=1).status_code == 200
 

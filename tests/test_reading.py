@@ -587,7 +587,7 @@ def test_waiting_for_a_turn_is_not_the_clients_slowness() -> None:
         with Reservation(limits, key, settings) as reserved:
             works.extend(asyncio.create_task(in_slices(busy(), "account")) for _ in range(5))
             clock, form = Deadline(clocks), SteppedForm(b"b")
-            await read_body({"headers": []}, receive, clock, settings, reserved, form)
+            await read_body([], receive, clock, settings, reserved, form)
             assert begun < 15, "the later parts had to wait for later bodies"
         for work in works:
             work.cancel()

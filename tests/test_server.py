@@ -7,20 +7,20 @@ import contextlib
 import random
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvicorn
 from speed import cost, cpu_seconds, unit
 from uvicorn.server import ServerState
 
-from redbtc.server import cycle
+from redbtc.server import connections
 from redbtc.server import protocol as protocol_module
-from redbtc.server.asgi import Scope
+from redbtc.server.asgi import Scope, request_of
 from redbtc.server.connections import Connections, State
 from redbtc.server.framing import (
     HANDSHAKE_LISTS,
-    MAX_CHUNKS_A_TURN,
+    MAX_CHUNKS_PER_TURN,
     MAX_HEAD_BYTES,
     MAX_HEADERS,
     MAX_TRAILER_BYTES,
@@ -29,7 +29,10 @@ from redbtc.server.framing import (
     is_handshake,
 )
 from redbtc.server.protocol import HTTPProtocol
+from redbtc.server.stream import HIGH_WATER
+from redbtc.store.keys import Key
 
+KEY = cast(Key, "somebody's")
 SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: g\r\n\r\n"
 HANDSHAKE = (
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
@@ -129,10 +132,10 @@ class Served:
         await self._app(scope, receive, send)
 
     async def _echo(self, scope: Scope, receive: Any, send: Any) -> None:
-        body = await read(receive) if "refusal" not in scope else b""
-        refused = "refusal" in scope
-        self.requests.append((scope["method"], "" if refused else scope["path"], body))
-        status = scope["refusal"].status if refused else 200
+        refusal = request_of(scope).refusal
+        body = b"" if refusal else await read(receive)
+        self.requests.append((scope["method"], "" if refusal else scope["path"], body))
+        status = refusal.status if refusal else 200
         await answer(send, b"ok", status)
 
     async def feed(self, *parts: bytes) -> None:
@@ -223,7 +226,7 @@ def test_connect_is_refused_and_closed() -> None:
         assert served.transport.out.startswith(b"HTTP/1.1 400 ")
         assert served.transport.out.count(b"HTTP/1.1") == 1
         assert served.transport.eof
-        served.later(protocol_module.LINGER_SECONDS)
+        served.later(connections.LINGER_SECONDS)
         assert served.transport.ended() == "aborted"
 
     run(test)
@@ -332,7 +335,7 @@ def test_trailers_and_extensions_are_bounded() -> None:
         await served.feed(head)
         while not served.transport.ended() and sent < 10_000_000:
             if served.transport.eof:
-                served.later(protocol_module.LINGER_SECONDS)
+                served.later(connections.LINGER_SECONDS)
             else:
                 await served.feed(piece)
                 sent += len(piece)
@@ -382,7 +385,7 @@ def test_a_flood_of_small_chunks_is_read_in_slices() -> None:
         assert not served.transport.reading, "no more is taken in meanwhile"
         await count()
         assert served.requests[0][2] == b"a" * 40_000
-        assert turns >= 40_000 / MAX_CHUNKS_A_TURN
+        assert turns >= 40_000 / MAX_CHUNKS_PER_TURN
 
     run(test)
 
@@ -411,7 +414,7 @@ def test_deadlines() -> None:
         for app, parts, state, seconds in cases:
             served = Served(app)
             await served.feed(*parts)
-            assert served.protocol._state is state, parts
+            assert served.protocol.connection.state is state, parts
             served.later(seconds - 1)
             assert served.transport.ended() in ("", "closed"), parts
             served.later(1)
@@ -464,7 +467,7 @@ def test_a_stream_that_nobody_reads_is_ended() -> None:
         served.transport.unsent = 99_000
         served.later(protocol_module.WRITE_SECONDS)
         assert not served.transport.ended(), "it may have read some"
-        served.later(protocol_module.PROGRESS_SECONDS)
+        served.later(connections.PROGRESS_SECONDS)
         assert served.transport.ended() == "aborted"
         served.protocol.connection_lost(None)
         await turn()
@@ -477,7 +480,7 @@ def test_pipelined_requests_take_turns_and_little_memory() -> None:
         served = Served()
         served.protocol.data_received(SMUGGLED * 1500)
         assert len(served.scopes) == 0
-        assert not served.transport.reading or len(SMUGGLED) * 1500 <= cycle.HIGH_WATER
+        assert not served.transport.reading or len(SMUGGLED) * 1500 <= HIGH_WATER
         while len(served.requests) < 1500:
             assert len(served._state.tasks) <= 2, "one after the other"
             await asyncio.sleep(0)
@@ -511,7 +514,7 @@ def test_the_oldest_connection_without_a_request_makes_room() -> None:
 def test_a_slow_body_without_a_key_makes_room() -> None:
     async def app(scope: Scope, receive: Any, send: Any) -> None:
         if scope["path"] == "/key":
-            scope["key"] = "somebody's"
+            request_of(scope).key = KEY
         await read(receive)
         await asyncio.Event().wait()
 
@@ -539,7 +542,7 @@ def test_slow_bodies_with_a_key_make_room_last() -> None:
     """With bodies that never ended, one account shut everybody else out."""
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
-        scope["key"] = "somebody's"
+        request_of(scope).key = KEY
         await read(receive)
         await asyncio.Event().wait()
 
@@ -582,9 +585,9 @@ def test_an_end_that_the_client_does_not_read_keeps_no_app_waiting() -> None:
         served.transport.unsent = 100_000
         await served.feed(post(b"X: y", b""))
         assert ended
-        assert served.protocol in served.shared.waiting
+        assert served.protocol.connection in served.shared.waiting
         served.later(protocol_module.KEEP_ALIVE_SECONDS)
-        served.later(protocol_module.PROGRESS_SECONDS)
+        served.later(connections.PROGRESS_SECONDS)
         assert served.transport.ended() == "aborted"
 
     run(test)
@@ -616,7 +619,7 @@ def test_clients_that_do_not_read_make_room() -> None:
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
         if scope["path"] == "/keyed":
-            scope["key"] = "somebody's"
+            request_of(scope).key = KEY
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for part in (b"a", b"b"):
             await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -722,7 +725,7 @@ def test_only_responses_to_requests_with_a_key_are_waited_for() -> None:
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
         if scope["path"] == "/key":
-            scope["key"] = "somebody's"
+            request_of(scope).key = KEY
         await answer(send, b"ok")
 
     async def test() -> None:
@@ -751,7 +754,7 @@ def test_http_1_0_gets_no_chunks(how: str) -> None:
     async def stream(scope: Scope, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"one", "more_body": True})
-        assert scope["send_now"](b"two")
+        assert request_of(scope).client.send_now(b"two")
         if not torn:
             await send({"type": "http.response.body", "body": b"three"})
 
@@ -770,8 +773,8 @@ def test_http_1_0_gets_no_chunks(how: str) -> None:
         assert sock.linger == b"\1\0\0\0\0\0\0\0", "reset if the process is killed"
         if how == "not read":
             served.transport.unsent = 10
-            served.later(protocol_module.LINGER_SECONDS)
-            served.later(protocol_module.PROGRESS_SECONDS)
+            served.later(connections.LINGER_SECONDS)
+            served.later(connections.PROGRESS_SECONDS)
             assert served.transport.ended() == "aborted"
         served.protocol.connection_lost(None)
         assert sock.linger[:1] == (b"\0" if how == "read" else b"\1")
@@ -823,14 +826,14 @@ def test_small_chunks_are_bounded_while_nobody_reads_them() -> None:
     async def test() -> None:
         nonlocal served, let_go
         served, let_go = Served(wait), asyncio.Event()
-        flood = chunked(*[b"x" * 1000] * (MAX_CHUNKS_A_TURN + 50), end=b"")
+        flood = chunked(*[b"x" * 1000] * (MAX_CHUNKS_PER_TURN + 50), end=b"")
         await served.feed(post(b"Transfer-Encoding: chunked", b""), flood)
         assert not served.transport.reading
         let_go.set()
         await turn()
         assert served.transport.reading
         await served.feed(b"0\r\n\r\n")
-        assert [len(body) for _, _, body in served.requests] == [(MAX_CHUNKS_A_TURN + 50) * 1000]
+        assert [len(body) for _, _, body in served.requests] == [(MAX_CHUNKS_PER_TURN + 50) * 1000]
 
     run(test)
 
@@ -903,7 +906,8 @@ def test_headers_beyond_the_most_are_not_kept() -> None:
     async def test() -> None:
         served = Served()
         await served.feed(b"GET / HTTP/1.1\r\nHost: g\r\n" + b"a:\r\n" * 10_000)
-        assert len(served.protocol._headers) <= MAX_HEADERS + 1
+        assert served.protocol.head is None, "it is not read further"
+        assert len(served.scopes[0]["headers"]) <= MAX_HEADERS + 2
         await served.feed(b"\r\n")
         assert served.transport.out.startswith(b"HTTP/1.1 431 ")
 

@@ -45,7 +45,9 @@ from upstream import (
 
 from redbtc.config import parse_settings
 from redbtc.upstream import upstreams
-from redbtc.upstream.http1 import ResponseBody, Transport, UpstreamHTTPConnection
+from redbtc.upstream.connection import ResponseBody, UpstreamHTTPConnection
+from redbtc.upstream.response import ResponseReader, State
+from redbtc.upstream.transport import Transport
 
 Transports = Callable[[], httpx2.AsyncBaseTransport]
 BODY = b'{"model":"gpt-up","stream":true,"messages":[],"input":"Hi"}'
@@ -619,7 +621,7 @@ def test_what_nobody_reads_stays_at_the_upstream(upstream: Upstream) -> None:
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             await asyncio.sleep(1)
             (connection,) = transport.connections
-            assert connection.waiting_bytes < 1 << 20
+            assert connection.response.waiting_bytes < 1 << 20
             assert sent[0] < 50_000_000
             read = 0
             async for part in response.stream:
@@ -731,6 +733,80 @@ def test_an_end_that_comes_with_a_part_that_is_passed_on(upstream: Upstream) -> 
             assert len(transport.connections) == 1
 
     run(main)
+
+
+@pytest.mark.parametrize("loops", ["uvloop", "asyncio"])
+def test_a_body_that_we_cut_off_is_not_complete(upstream: Upstream, loops: str) -> None:
+    """Its end is the connection's end, but only if the upstream ends the connection."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        await reply.raw(OK + b"\r\nhello")
+        await reply.wait(request.closed)
+
+    upstream.script = script
+
+    async def main() -> None:
+        async with Transport() as transport:
+            body = (await transport.handle_async_request(post(upstream.url))).stream
+            assert isinstance(body, ResponseBody)
+            assert await anext(body) == b"hello"
+            reading = asyncio.create_task(body.__anext__())
+            await asyncio.sleep(0)  # the reader waits
+            await transport.aclose()
+            with pytest.raises(httpx2.RemoteProtocolError):
+                await reading
+            await body.aclose()
+
+    run(main, loops)
+
+
+def test_the_states_of_an_exchange() -> None:
+    reader = ResponseReader()
+    states = [reader.state]
+    reader.begin("POST")
+    states.append(reader.state)
+    assert reader.nothing_came
+    reader.enter(State.AWAITING_HEAD)
+    reader.feed(b"HTTP/1.1 103 Early Hints\r\n\r\n" + SIZED[:-1])
+    states.append(reader.state)
+    assert not reader.nothing_came
+    reader.feed(SIZED[-1:] + b"hel")
+    states.append(reader.state)
+    assert (reader.status, reader.reason) == (200, b"OK")
+    reader.feed(b"lo")
+    states.append(reader.state)
+    assert (reader.take(), reader.reusable) == ([b"hel", b"lo"], True)
+    reader.fail(httpx2.ReadTimeout("too late"))
+    reader.feed(b"HTTP/1.1 404 Not Found\r\n\r\nmore")
+    states.append(reader.state)
+    assert (reader.error, reader.reusable) == (None, False)
+    assert (reader.status, reader.reason, reader.take()) == (200, b"OK", [])
+    reader.close()
+    assert [*states, reader.state] == [
+        State.IDLE,
+        State.SENDING,
+        State.AWAITING_HEAD,
+        State.READING_BODY,
+        State.COMPLETE,
+        State.COMPLETE,
+        State.CLOSED,
+    ]
+
+
+def test_an_exchange_that_does_not_go_as_planned() -> None:
+    early = ResponseReader()
+    early.begin("POST")
+    early.feed(SIZED + b"hello")
+    early.enter(State.AWAITING_HEAD)
+    assert (early.state, early.reusable) == (State.COMPLETE, False), (
+        "the request was not sent whole"
+    )
+    failed = ResponseReader()
+    failed.begin("GET")
+    failed.feed(b"garbage")
+    error = failed.error
+    failed.end(None)
+    assert (failed.state, failed.error) == (State.FAILED, error), "the first error counts"
 
 
 def test_connections_are_kept_for_a_while_and_no_longer(upstream: Upstream) -> None:

@@ -820,6 +820,32 @@ def test_the_next_request_of_a_lane_waits_for_what_steering_makes_follow(
         assert brief(gateway) == [done(1), done(2), done(3)]
 
 
+def test_a_response_that_follows_keeps_nothing_of_the_one_before(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """If the client leaves, its row has no status, like that of a first response."""
+
+    async def talk(sock: Socket) -> None:
+        await sock.send(*ws_events(1, await sock.recv())[:2])
+        await sock.recv()
+        await sock.send(steered(1), *ws_events(2, {"model": "gpt-up"})[:2])
+        await sock.recv()
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        ws.until("response.output_text.delta")
+        ws.raw(steer(1))
+        ws.until("response.incomplete")
+        ws.until("response.output_text.delta")
+        ws.tear()
+    assert [each[:2] for each in brief(gateway)] == [
+        ("resp_ws_1", "completed"),
+        ("resp_ws_2", "client_disconnected"),
+    ]
+    assert [row["status"] for row in gateway.rows()] == [200, None]
+
+
 @pytest.mark.parametrize("end", ["response.steer.failed", "response.steer.pending", "error"])
 def test_steering_that_nothing_follows_holds_no_place(
     gateway: Gateway, upstream: Upstream, end: str

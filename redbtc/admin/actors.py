@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+from redbtc.admin.outputs import AtWork
 from redbtc.admin.users import LoginSession
 from redbtc.errors import UserError
+from redbtc.store.accounts import Account
 from redbtc.store.keys import Key
-from redbtc.store.records import Record
 
 Rank = Literal["key", "viewer", "owner", "operator"]
 RANKS = {"key": 0, "viewer": 1, "owner": 2, "operator": 3}
@@ -59,10 +60,10 @@ class RunningGateway(Protocol):
     def listed_models(self) -> set[str]:
         """Return the models that upstreams have listed so far."""
 
-    def limits_of_key(self, key: Key) -> Record:
+    def limits_of_key(self, key: Key) -> dict[str, Any]:
         """The limits in force for a key and its account, and what is left of them."""
 
-    def limits_of_account(self, account: Record) -> Record:
+    def limits_of_account(self, account: Account) -> dict[str, Any]:
         """Those of an account."""
 
     def cut(self, key_id: str) -> int:
@@ -71,7 +72,7 @@ class RunningGateway(Protocol):
     def set_back(self, at: int) -> None:
         """Let nothing that runs have begun later than `at`: the ledger's time is set back."""
 
-    def at_work(self) -> Record:
+    def at_work(self) -> AtWork:
         """Requests in flight and queued, what was refused, each upstream."""
 
 
@@ -88,11 +89,11 @@ class StoppedGateway:
         """Return no models, since no upstream was asked."""
         return set()
 
-    def limits_of_key(self, _: Key) -> Record:
+    def limits_of_key(self, _: Key) -> dict[str, Any]:
         """Unknown: they are those of its settings."""
         return {}
 
-    def limits_of_account(self, _: Record) -> Record:
+    def limits_of_account(self, _: Account) -> dict[str, Any]:
         """Unknown, too."""
         return {}
 
@@ -103,9 +104,6 @@ class StoppedGateway:
     def set_back(self, _: int) -> None:
         """Nothing runs."""
 
-    def at_work(self) -> Record:
+    def at_work(self) -> AtWork:
         """Nothing."""
-        return {"running": False, "in_flight": 0, "queued": 0, "uptime_seconds": 0} | {
-            "refusals": {},
-            "upstreams": [],
-        }
+        return AtWork(False, in_flight=0, queued=0, uptime_seconds=0, refusals={}, upstreams=[])

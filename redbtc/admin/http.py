@@ -6,7 +6,10 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import orjson
+from msgspec import UNSET, Struct
+from msgspec.structs import astuple
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -17,10 +20,10 @@ from redbtc.admin.actors import Actor, Forbidden, Invalid, TooLarge, Unauthorize
 from redbtc.admin.api import API, OPERATIONS
 from redbtc.admin.openapi import openapi
 from redbtc.admin.operations import PREFIX, Operation
+from redbtc.admin.outputs import Error, Refused
 from redbtc.admin.passwords import Busy, Later, TooMany
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.slices import with_turns
-from redbtc.store.records import Record
 
 WHO = b"redbtc-user"  # the header with which a command says who gives it
 PART_BYTES = 64 << 10
@@ -56,19 +59,27 @@ SECURITY = {
 }
 
 
-def encoded(record: Record) -> Iterator[bytes]:
-    """As JSON, bit by bit."""
+def encoded(found: Struct | Mapping[str, Any]) -> Iterator[bytes]:
+    """Return an answer as JSON, bit by bit."""
     yield b"{"
-    for number, (name, value) in enumerate(record.items()):
-        yield (b"," if number else b"") + orjson.dumps(name) + b":"
+    for number, (name, value) in enumerate(members_of(found)):
+        yield (b"," if number else b"") + msgspec.json.encode(name) + b":"
         if not isinstance(value, list):
-            yield orjson.dumps(value)
+            yield msgspec.json.encode(value)
             continue
         yield b"["
         for place, each in enumerate(value):
-            yield (b"," if place else b"") + orjson.dumps(each)
+            yield (b"," if place else b"") + msgspec.json.encode(each)
         yield b"]"
     yield b"}"
+
+
+def members_of(found: Struct | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the members of an answer, by the names that JSON has for them."""
+    if not isinstance(found, Struct):
+        return list(found.items())
+    pairs = zip(found.__struct_encode_fields__, astuple(found), strict=True)
+    return [(name, value) for name, value in pairs if value is not UNSET]
 
 
 async def in_parts(
@@ -102,15 +113,14 @@ async def streamed(parts: AsyncIterator[bytes]) -> Response:
     return StreamingResponse(all_parts(), headers=SECURITY, media_type="application/json")
 
 
-async def answer(record: Record, status: int = 200) -> Response:
+async def answer(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
     """JSON."""
-    return await in_parts(encoded(record), status, SECURITY, "application/json")
+    return await in_parts(encoded(found), status, SECURITY, "application/json")
 
 
 async def error_answer(status: int, message: str, headers: Mapping[str, str]) -> Response:
     """OpenAI's error form."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    response = await answer({"error": error}, status)
+    response = await answer(Refused(Error(message, "invalid_request_error")), status)
     response.headers.update(headers)
     return response
 
@@ -128,13 +138,13 @@ def retry_after(error: Exception) -> dict[str, str]:
     return {"retry-after": str(seconds)} if again else {}
 
 
-UNKNOWN = {404: "Unknown request URL.", 500: "The gateway failed on this request."}
+UNKNOWN = {404: "Unknown request URL.", 500: "The gateway could not process this request."}
 
 
 async def unknown(_: Request, error: Exception) -> Response:
     """What Starlette itself refuses, an unknown path or method; or what should not happen."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = UNKNOWN.get(status, "This method is not known here.")
+    message = UNKNOWN.get(status, "Method not allowed.")
     headers = error.headers if isinstance(error, HTTPException) else None
     return await error_answer(status, message, headers or {})
 
@@ -169,7 +179,7 @@ def _description(*, secure: bool) -> bytes:
 def check_fields(encoded: bytes) -> None:
     """Raise Invalid if a query or a form has more than MAX_FIELDS fields: 30,000 take 25 ms."""
     if encoded.count(b"&") >= MAX_FIELDS:
-        raise Invalid(f"a query or a form has at most {MAX_FIELDS} fields here")
+        raise Invalid(f"too many fields in the query or form; at most {MAX_FIELDS} are allowed")
 
 
 async def whole_body(request: Request, most: int) -> bytes:
@@ -180,9 +190,9 @@ async def whole_body(request: Request, most: int) -> bytes:
         async for part in request.stream():
             body += part
             if len(body) > most:
-                raise TooLarge(f"a body has at most {most} bytes here")
+                raise TooLarge(f"the request body is larger than {most} bytes")
     except ClientDisconnect:
-        raise Invalid("the body is not whole") from None
+        raise Invalid("the request body is incomplete") from None
     return bytes(body)
 
 
@@ -196,7 +206,7 @@ def _endpoint(
         pairs = request.query_params.multi_items()
         query = dict(pairs)
         if len(query) < len(pairs):
-            raise Invalid("a query parameter stands twice")
+            raise Invalid("duplicate query parameter")
         has_body = operation.method in ("POST", "PATCH")
         most = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
         body = await whole_body(request, most) if has_body else b""

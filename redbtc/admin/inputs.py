@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from redbtc.billing.books import NOTICE_TEXT
-from redbtc.billing.prices import DEFAULT_TIER
+from redbtc.billing.records import NOTICE_TEXT
+from redbtc.rates import DEFAULT_TIER, RATES
+from redbtc.store.records import with_members
 from redbtc.usage import MAX_TOKENS
 
 # Strict: an unknown member is an error that names it. The same types describe the API in
@@ -19,7 +20,7 @@ MEANT: dict[str, str] = {}  # what people call the form that a pattern asks for
 
 
 def form(pattern: str, meant: str, **more: Any) -> Meta:
-    """Text of this form; who sends another is told what is meant."""
+    """Return the constraint that a text has this form. Error messages call the form `meant`."""
     MEANT[pattern] = meant
     return Meta(pattern=pattern, title=meant, **more)
 
@@ -33,7 +34,7 @@ AccountName = Annotated[
     str,
     form(
         NAME_FORM,
-        "a name without slashes and control characters, and no space at its ends",
+        "a name without slashes, control characters, or spaces at either end",
         min_length=1,
         max_length=100,
     ),
@@ -57,7 +58,7 @@ Time = Annotated[
     form(
         r"^([0-9]{1,9}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}"
         r"([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]{1,9})?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?)$(?!\n)",
-        "a time: ISO 8601 (2026-12-31T00:00:00Z; UTC where it names no zone), or a duration (24h)",
+        "a time (ISO 8601, UTC by default, such as 2026-12-31T00:00:00Z) or a duration (24h)",
     ),
 ]
 Duration = Annotated[
@@ -67,14 +68,14 @@ Factor = Annotated[
     str,
     form(
         r"^(0?\.[0-9]{0,2}[1-9]|0?\.[1-9]0{0,2}|0?\.[0-9][1-9]0|1(\.0{1,3})?)$(?!\n)",
-        "a part from 0.001 to 1, such as 0.25",
+        "a fraction from 0.001 to 1, such as 0.25",
     ),
 ]
 ModelName = Annotated[
     str,
     form(
         rf"^[^{CONTROLS}]+$(?!\n)",
-        "a name or pattern without control characters",
+        "a model name or pattern without control characters",
         min_length=1,
         max_length=256,
     ),
@@ -83,16 +84,16 @@ ModelName = Annotated[
 Model = Annotated[str, Meta(min_length=1, max_length=256)]
 Tier = Annotated[
     str,
-    form(r"^[a-z0-9_-]{1,32}$(?!\n)", "a tier such as flex: lower-case letters, digits, _ and -"),
+    form(r"^[a-z0-9_-]{1,32}$(?!\n)", "a tier such as flex (lower-case letters, digits, _ and -)"),
 ]
 Patterns = Annotated[
-    str, Meta(min_length=1, max_length=4000, description="shell patterns, commas between")
+    str, Meta(min_length=1, max_length=4000, description="shell patterns, separated by commas")
 ]
 Email = Annotated[
     str,
     form(
         rf"^[^@\s{CONTROLS}]{{1,64}}@[^@\s{CONTROLS}]{{1,189}}$(?!\n)",
-        "an address such as ada@example.com",
+        "an email address such as ada@example.com",
         max_length=254,
     ),
 ]
@@ -101,21 +102,22 @@ Groups = Annotated[
     str,
     form(
         r"^((day|model|key|account)(,(day|model|key|account)){0,3})?$(?!\n)",
-        "any of day, model, key, account, with commas between",
+        "any of day, model, key and account, separated by commas",
     ),
 ]
 
 
 class Sent(Struct, forbid_unknown_fields=True):
-    """What comes in."""
+    """The base of all inputs: unknown fields are refused."""
 
 
 class Nothing(Sent):
-    """No member is known."""
+    """An empty object."""
 
 
 class NewLimits(Sent):
-    """A limit left out is the settings' or the account's, a budget left out is none."""
+    """Limits. A limit that is left out falls back to the account's or the settings'; a budget that
+    is left out means no budget."""
 
     concurrency: Limit | None = None
     requests_per_minute: Limit | None = None
@@ -124,7 +126,7 @@ class NewLimits(Sent):
 
 
 class NewAccount(NewLimits, kw_only=True):
-    """With these limits."""
+    """An account to create, with its limits."""
 
     name: AccountName
     email: Text | None = None
@@ -132,7 +134,8 @@ class NewAccount(NewLimits, kw_only=True):
 
 
 class AccountChange(Sent):
-    """What is left out stays; null is the settings' again."""
+    """Changes to an account. Fields that are left out stay as they are; null goes back to the
+    settings' value."""
 
     email: Text | UnsetType | None = UNSET
     concurrency: Limit | UnsetType | None = UNSET
@@ -143,21 +146,23 @@ class AccountChange(Sent):
 
 
 class Suspension(Sent):
-    """`reason` is for operators."""
+    """Why an account is suspended. Only operators see `reason`."""
 
     reason: Text | None = None
 
 
 class NewThrottle(Sent):
-    """The part of its limits that the account is held to, 0.001 to 1; 1 lifts it."""
+    """A temporary reduction of an account's limits. `factor` is the fraction that is left, from
+    0.001 to 1; 1 removes the throttle. Without `until`, it lasts until it is removed."""
 
     factor: Factor
     until: Time | None = None
 
 
 class NewKey(NewLimits):
-    """`expires` is a time or a duration from now; `models` are shell patterns, with commas or as a
-    list: at most 100, together of 4,000 characters, each with at most 10 of the signs * ? [."""
+    """An API key to create. `expires` is a time or a duration from now. `models` are shell
+    patterns, as a list or separated by commas: at most 100, together at most 4,000 characters, each
+    with at most 10 of the characters * ? [."""
 
     label: Text = ""
     models: Patterns | Annotated[tuple[ModelName, ...], Meta(min_length=1)] | None = None
@@ -165,45 +170,37 @@ class NewKey(NewLimits):
 
 
 class Revocation(Sent):
-    """`compromised`: somebody else has it; what runs is cut as well."""
+    """How to revoke a key. `compromised` means that the key was leaked: its requests in flight are
+    stopped, too."""
 
     compromised: bool = False
 
 
 class Rotation(Sent):
-    """The old key goes on for `overlap`."""
+    """How to rotate a key. The old key keeps working for `overlap`."""
 
     overlap: Duration = "24h"
 
 
+@with_members(dict.fromkeys(RATES, Amount | None), None)
 class NewPrice(Sent):
-    """A price of one or more names or patterns of models, in currency per million tokens;
-    `web_search` and `file_search` per call, `container` for each new one. `effective` is a time or
-    a duration from now; left out: now."""
+    """A price for one or more model names or patterns, per million tokens; `web_search` and
+    `file_search` are per call, `container` is per new container. `effective` is a time or a
+    duration from now; the default is now."""
 
     model: Model | Annotated[tuple[ModelName, ...], Meta(min_length=1)]
     tier: Tier = DEFAULT_TIER
     above_input_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     effective: Time | None = None
-    input: Amount | None = None
-    cached_input: Amount | None = None
-    cache_write: Amount | None = None
-    cache_write_12h: Amount | None = None
-    output: Amount | None = None
-    image_input: Amount | None = None
-    image_output: Amount | None = None
-    web_search: Amount | None = None
-    file_search: Amount | None = None
-    container: Amount | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     source: Source | None = None
 
 
 class NewPrices(Sent):
-    """`take_over`: rates that a price leaves out are those of the price that it supersedes, or of
-    the one that applied to its model before; without it they are not given. `without_notice` is the
-    reason for a rise without notice. With `currency` they are refused where that is not the
-    ledger's."""
+    """Prices to add. With `take_over`, rates that a price leaves out are copied from the price that
+    it replaces, or from the one that applied to its model before; otherwise the price has no such
+    rates. `without_notice` is the reason to skip the notice period for increases. Prices are
+    refused if `currency` is given and is not the ledger's."""
 
     prices: tuple[NewPrice, ...]
     take_over: bool = True
@@ -213,7 +210,8 @@ class NewPrices(Sent):
 
 
 class NewPayment(Sent):
-    """Sent again with the same reference it is added once; a negative one needs a reason."""
+    """A payment to record. A repeated `reference` is ignored. A negative amount needs a
+    `reason`."""
 
     amount: Amount
     reference: Annotated[str, LINE, Meta(min_length=1, max_length=200)] | None = None
@@ -221,8 +219,8 @@ class NewPayment(Sent):
 
 
 class NewNotice(Sent):
-    """`effective`: now where it is left out; `until`: no end. `refuses_requests`: of a
-    maintenance, while which new requests are answered 503."""
+    """A notice to publish. `effective` defaults to now, `until` to no end. With `refuses_requests`
+    (maintenance only), new requests are rejected with 503 during the window."""
 
     kind: Literal["price", "terms", "maintenance", "incident"]
     text: Annotated[
@@ -240,7 +238,8 @@ class NewNotice(Sent):
 
 
 class NewUser(Sent):
-    """An operator has no account; an owner's members are of theirs."""
+    """A login to add. An operator has no account. If an owner adds a login, it belongs to the
+    owner's account."""
 
     email: Email
     role: Literal["operator", "owner", "viewer"] = "owner"
@@ -248,22 +247,22 @@ class NewUser(Sent):
 
 
 class UsersQuery(Sent):
-    """Filters, each left out where not wanted."""
+    """Filters for users. All are optional."""
 
     account: Filter | None = None
     role: Literal["operator", "owner", "viewer"] | None = None
 
 
 class NewPassword(Sent):
-    """Of whoever is logged in."""
+    """A change of one's own password."""
 
     old_password: Annotated[str, Meta(max_length=4000)]
     new_password: Annotated[str, Meta(max_length=4000)]
 
 
 class WhichPriceQuery(Sent):
-    """A request of `model` with so many input tokens, whose response reports the service tier
-    `tier`, at a time or after a duration; left out: now."""
+    """A request to find the price of: its `model`, the service `tier` that the response reports,
+    its number of input tokens, and its time (a time or a duration from now; the default is now)."""
 
     model: ModelName
     tier: Tier = DEFAULT_TIER
@@ -272,14 +271,14 @@ class WhichPriceQuery(Sent):
 
 
 class WhichUser(Sent):
-    """Where an address has several logins."""
+    """Which login is meant, if an email address has several."""
 
     account: Filter | None = None
     operator: bool = False
 
 
 class UsageQuery(Sent):
-    """Filters, each left out where not wanted: `key` by id, `model` a shell pattern."""
+    """Filters for usage. All are optional. `key` is a key's id, `model` a shell pattern."""
 
     account: Filter | None = None
     key: Filter | None = None
@@ -289,28 +288,31 @@ class UsageQuery(Sent):
 
 
 class RequestsQuery(UsageQuery):
-    """`limit` keeps the newest; `before`: those older than the request of that id."""
+    """Filters for requests. `limit` keeps the newest ones. `before` keeps those older than the
+    request with that id."""
 
     limit: Annotated[int, Meta(ge=1, le=1 << 40)] | None = None
     before: Cursor | None = None
 
 
 class SumsQuery(UsageQuery):
-    """`group_by`: day, model, key, account, with commas between. `top`: as many models have a
-    name, those that cost most; the others are one group with the model null."""
+    """Filters and groups for sums. `group_by` is any of day, model, key and account, separated by
+    commas. With `top`, only that many models, the most expensive ones, are named; all others form
+    one group whose model is null."""
 
     group_by: Groups = ""
     top: Annotated[int, Meta(ge=1, le=1000)] | None = None
 
 
 class StatementQuery(Sent):
-    """`limit`: as many lines of usage, the first ones; the totals are of all."""
+    """`limit` keeps the first lines of usage. Totals cover all of them."""
 
     limit: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
 
 
 class AccountsQuery(Sent):
-    """`search` in names and addresses; `after`: whose names come after that one."""
+    """Filters for accounts. `search` looks in names and email addresses. `after` keeps names that
+    sort after this one."""
 
     search: Filter = ""
     after: Filter = ""
@@ -318,14 +320,15 @@ class AccountsQuery(Sent):
 
 
 class NewTime(Sent):
-    """`time` left out: now. A duration counts back from now. `preview`: change nothing."""
+    """The time to move later entries to. The default is now; a duration counts back from now. With
+    `preview`, nothing is changed."""
 
     time: Time | None = None
     preview: bool = False
 
 
 class ChangesQuery(Sent):
-    """The newest `limit`, or those before the change of that id."""
+    """Filters for changes: the newest `limit`, or those before the change with the id `before`."""
 
     account: Filter | None = None
     before: Annotated[int, Meta(ge=1, le=1 << 62)] | None = None
@@ -333,7 +336,8 @@ class ChangesQuery(Sent):
 
 
 class OverviewQuery(Sent):
-    """Traffic of the last `days`, the `limit` accounts that spent most in this month."""
+    """What the overview covers: traffic of the last `days`, and the `limit` top accounts by
+    spending this month."""
 
     days: Annotated[int, Meta(ge=1, le=366)] = 30
     limit: Annotated[int, Meta(ge=1, le=100)] = 10

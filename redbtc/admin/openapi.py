@@ -10,32 +10,31 @@ from msgspec import Struct
 from redbtc.admin.api import OPERATIONS
 from redbtc.admin.operations import PREFIX, Operation
 from redbtc.admin.outputs import Refused
-from redbtc.store.records import Record
 from redbtc.times import MONTH
 
 ERRORS = {
-    "400": "It is not of the form that is asked for; the message names the place.",
-    "401": "Nobody is logged in, or the key is not in force.",
-    "403": "It is not for this role, or comes from another site.",
-    "404": "There is none, or it is another account's.",
-    "409": "It is well formed, but can't be done; the message says why.",
+    "400": "The request is malformed. The message names the field.",
+    "401": "Not logged in, or the API key is not active.",
+    "403": "Your role does not allow this, or the request came from another site.",
+    "404": "The object does not exist or belongs to another account.",
+    "409": "The request conflicts with the current state. The message says how.",
     "413": "The body is too large.",
-    "429": "Too many passwords were tried.",
-    "503": "The database can't be written now, or too many passwords are being checked.",
+    "429": "Too many login attempts.",
+    "503": "The database can't be written, or too many logins are being checked.",
 }
 
 ID = {"type": "string", "minLength": 1, "pattern": "^[^/]+$"}
 IN_PATH = {"month": {"type": "string", "pattern": f"^({MONTH.pattern})$"}}
 
 
-def openapi(*, secure: bool) -> Record:
+def openapi(*, secure: bool) -> dict[str, Any]:
     """/admin/v1/openapi.json, made from the operations and their types (OpenAPI 3.1). `secure`: as
     it is reached with TLS, where the session's cookie has another name."""
     answers = {each.answer for each in OPERATIONS if isinstance(each.answer, type)}
     types = [*answers, *{each.body for each in OPERATIONS}, *{each.query for each in OPERATIONS}]
     template = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components([*types, Refused], ref_template=template)
-    paths: dict[str, Record] = {}
+    paths: dict[str, dict[str, Any]] = {}
     for each in OPERATIONS:
         for number, path in enumerate(each.paths):
             described = _described(each, path, number, schemas)
@@ -55,7 +54,9 @@ def openapi(*, secure: bool) -> Record:
     }
 
 
-def _described(operation: Operation, path: str, number: int, schemas: Record) -> Record:
+def _described(
+    operation: Operation, path: str, number: int, schemas: dict[str, Any]
+) -> dict[str, Any]:
     in_path = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": IN_PATH.get(name, ID)}
@@ -67,7 +68,7 @@ def _described(operation: Operation, path: str, number: int, schemas: Record) ->
         {"name": name, "in": "query", "required": name in needed, "schema": schema}
         for name, schema in query.get("properties", {}).items()
     ]
-    described: Record = {
+    described: dict[str, Any] = {
         "operationId": operation.name + ("_of_key" if path.startswith("/me/") and number else ""),
         "summary": operation.summary,
         "security": [{"key": []}] if path.startswith("/me") else [{"session": []}],
@@ -86,7 +87,7 @@ def _described(operation: Operation, path: str, number: int, schemas: Record) ->
     return described
 
 
-def _content(text: str, of: Any) -> Record:
+def _content(text: str, of: Any) -> dict[str, Any]:
     named = isinstance(of, type) and issubclass(of, Struct)
     schema = {"$ref": f"#/components/schemas/{of.__name__}"} if named else {"type": "object"}
     return {"description": text, "content": {"application/json": {"schema": schema}}}

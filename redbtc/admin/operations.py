@@ -12,16 +12,12 @@ from msgspec import UNSET, Struct
 
 from redbtc.admin.actors import Invalid, Rank
 from redbtc.admin.inputs import MEANT, Nothing
-from redbtc.admin.outputs import (
-    AccountWithMoney,
-    KeyAdded,
-    Notice,
-    PaymentAdded,
-    PricesAdded,
-    UserAdded,
-)
+from redbtc.admin.outputs import AccountWithMoney, PaymentAdded
+from redbtc.admin.users import UserAdded
+from redbtc.billing.records import Notice, PricesAdded
 from redbtc.errors import UserError
 from redbtc.money import UNLIMITED, parse_limit
+from redbtc.store.accounts import KeyAdded
 from redbtc.times import parse_time
 
 Wanted = TypeVar("Wanted", bound=Struct)
@@ -141,14 +137,21 @@ def models_in(given: str | tuple[str, ...] | None) -> str | None:
     patterns = [each.strip() for each in (given.split(",") if isinstance(given, str) else given)]
     for pattern in patterns:
         if not pattern or "," in pattern or not pattern.isprintable():
-            raise UserError(f"{pattern!r} is not a pattern of models; write it like gpt-5*,codex*")
+            raise UserError(
+                f"{pattern!r} is not a model pattern; write patterns like gpt-5*,codex*"
+            )
     if len(patterns) > MAX_PATTERNS:
-        raise UserError(f"a key has at most {MAX_PATTERNS} patterns of models")
+        raise UserError(
+            f"found {len(patterns)} model patterns; a key can have at most {MAX_PATTERNS}"
+        )
     joined = ",".join(patterns)
     if len(joined) > MAX_PATTERNS_LENGTH:
-        raise UserError(f"a key's patterns of models have at most {MAX_PATTERNS_LENGTH} characters")
+        raise UserError(
+            f"the key's model patterns have {len(joined)} characters; allowed are "
+            f"{MAX_PATTERNS_LENGTH}"
+        )
     if any(sum(map(each.count, "*?[")) > MAX_WILDCARDS for each in patterns):
-        raise UserError(f"a pattern of models has at most {MAX_WILDCARDS} of the characters * ? [")
+        raise UserError(f"a model pattern can have at most {MAX_WILDCARDS} of the characters * ? [")
     return joined
 
 

@@ -9,14 +9,15 @@ table setting_time, which has a row only during this transaction.
 from __future__ import annotations
 
 import orjson
+from msgspec import Struct
 
 from redbtc.admin.users import LINK_LASTS
 from redbtc.billing.books import Billing
 from redbtc.errors import UserError
 from redbtc.store.database import Store
-from redbtc.store.records import Record
+from redbtc.store.records import Moment, shown_time
 from redbtc.times import DAY, iso_time, month_of, now_ms, parse_time
-from redbtc.usage import Usage
+from redbtc.usage import KINDS
 
 MAX_SECONDS = 600  # for the transaction
 AT = "(SELECT at FROM setting_time)"
@@ -45,7 +46,6 @@ LATER = {
     "users": "max(created_at, ifnull(password_set_at, 0),"
     f" ifnull(link_expires_at, 0) - {LINK_LASTS}) > ?3",
     "sessions": "max(created_at, seen_at) > ?3",
-    "known_browsers": "created_at > ?3",
 }
 COUNTS = [
     f"'{table}', nullif((SELECT count(*) FROM {table} WHERE {later}), 0)"
@@ -116,7 +116,7 @@ MOVES = (
     *merge(
         "usage_by_day",
         ("account_id", "month", "day", "model", "requested_model", "key_id"),
-        ("requests", "estimated", "unreported", *Usage.__struct_fields__, *MONEY),
+        ("requests", "estimated", "unreported", *KINDS, *MONEY),
         f"day > {THAT_DAY} OR month > {THAT_MONTH}",
     ),
     *merge(
@@ -158,7 +158,6 @@ MOVES = (
                link_expires_at = min(link_expires_at, {NOW} + {LINK_LASTS})
          WHERE {later("users")}""",
     move("sessions", "created_at", "seen_at", to=NOW),
-    move("known_browsers", "created_at", to=NOW),
     # Without the record of this change itself, and of what other triggers have recorded since.
     f"""{move("changes", "changed_at")}
            AND id < (SELECT max(id) FROM changes WHERE kind = 'time')""",
@@ -168,14 +167,9 @@ MOVES = (
 async def count_later(store: Store, at: int, now: int) -> dict[str, int]:
     """Return how many rows are dated later than `at` (milliseconds), by table, where there are
     any."""
-    row = await store.one(f"SELECT {COUNT}", (at, month_of(at), now))
+    row = await store.one(f"SELECT {COUNT} AS moved", (at, month_of(at), now))
     assert row is not None, "it counts"
-    return shown(row[0])
-
-
-def shown(moved: str) -> dict[str, int]:
-    """Return the counts of tables that have any, given those of all as JSON."""
-    counts: dict[str, int | None] = orjson.loads(moved)
+    counts: dict[str, int | None] = orjson.loads(row["moved"])
     return {table: count for table, count in counts.items() if count}
 
 
@@ -186,18 +180,17 @@ def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
     at = parse_time(text, now, relative_to_past=True) if text else now
     if at > now + DAY:
         raise UserError(
-            f"the time must not be later than a day from now: it is {iso_time(now)}, "
-            f"{iso_time(at)} was given"
+            f"{iso_time(at)} is more than a day from now ({iso_time(now)}); give an earlier time"
         )
     return at, now
 
 
-async def preview(store: Store, at: int, now: int) -> Record:
+async def preview(store: Store, at: int, now: int) -> TimeSet:
     """Return what `set_time` would move, as JSON shows it."""
     return answer(at, store.time(), await count_later(store, at, now), done=False)
 
 
-async def set_time(books: Billing, at: int, now: int, by: str) -> Record:
+async def set_time(books: Billing, at: int, now: int, by: str) -> TimeSet:
     """Set the ledger's time back to `at` and move to it whatever is dated later. Return what was
     moved, as JSON shows it. Raises StorageUnavailable: then it can be done again."""
     store, before = books.store, books.store.time()
@@ -214,6 +207,16 @@ async def set_time(books: Billing, at: int, now: int, by: str) -> Record:
     return answer(at, before, moved, done=True)
 
 
-def answer(at: int, before: int, moved: dict[str, int], *, done: bool) -> Record:
+def answer(at: int, before: int, moved: dict[str, int], *, done: bool) -> TimeSet:
     """Return the answer to a request to set the time, as JSON shows it."""
-    return {"time": iso_time(at), "before": iso_time(before), "done": done, "moved": moved}
+    return TimeSet(shown_time(at), shown_time(before), done, moved)
+
+
+class TimeSet(Struct):
+    """The time that was set, the ledger's time before, and how many rows were dated later, by
+    table. If `done` is false, this was a preview."""
+
+    time: Moment
+    before: Moment
+    done: bool
+    moved: dict[str, int]

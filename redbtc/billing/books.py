@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
-from itertools import chain, count
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
 from redbtc.billing.notices import (
     FREE,
@@ -21,22 +22,34 @@ from redbtc.billing.notices import (
 )
 from redbtc.billing.price_list import ModelPrices, PriceTable, is_pattern, rises, specificity
 from redbtc.billing.prices import MAX_COST, TIER_NAMES, Price
+from redbtc.billing.records import (
+    NOTICE_TEXT,
+    Balance,
+    NotApplied,
+    Notice,
+    Payment,
+    PricesAdded,
+    PriceSlot,
+    PublishedNotice,
+    RatesOfEarlierPrice,
+    WhichPrice,
+)
 from redbtc.billing.spending import (
     Hold,
     Quote,
     Spending,
     SpendingLimitReached,
     SpendingOf,
-    nanos_of,
 )
 from redbtc.config import BillingSettings
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.money import NANOS, UNLIMITED, decimal, money, parse_limit
 from redbtc.slices import with_turns
+from redbtc.store.accounts import Account
 from redbtc.store.consistency import CURRENCIES
 from redbtc.store.database import Store
 from redbtc.store.keys import Key
-from redbtc.store.records import Record, new_id, shown
+from redbtc.store.records import by_name, nanos_of, new_id, shown_amount, shown_time
 from redbtc.store.spill import OwedChange
 from redbtc.times import DAY, MINUTE, iso_time, month_of
 
@@ -94,8 +107,8 @@ UNDELIVERED = f"""{NOTICE}
      ORDER BY notices.created_at, notices.rowid"""
 DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
 MAINTENANCES = f"""
-    SELECT effective_at, ifnull(until, {1 << 62}), text FROM notices
-     WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(until, ?1 + 1) > ?1"""
+    SELECT effective_at AS since, ifnull(until, {1 << 62}) AS until, text FROM notices
+     WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(notices.until, ?1 + 1) > ?1"""
 WITHDRAW = "UPDATE notices SET withdrawn_at = ifnull(withdrawn_at, ?) WHERE id = ?"
 PAYMENT = """
     SELECT payments.id, accounts.name AS account, units, nanos, currency, reference, reason, month,
@@ -108,20 +121,6 @@ PAYMENT_BY_REFERENCE = PAYMENT + " WHERE account_id = ? AND reference = ?"
 ADD_PAYMENT = """
     INSERT INTO payments (id, account_id, units, nanos, currency, reference, reason, month,
                           created_at, added_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-NOTICE_TEXT = 4000  # characters
-
-
-def shown_payment(row: sqlite3.Row) -> Record:
-    """A payment as JSON shows it."""
-    record = shown(row)
-    record["amount"] = decimal(nanos_of(record.pop("units"), record.pop("nanos")))
-    return record
-
-
-def for_account(record: Record, *more: str) -> Record:
-    """Without what only operators are shown, and without `more`."""
-    hidden = ("added_by", "delivered_at", "withdrawn_at", *more)
-    return {name: value for name, value in record.items() if name not in hidden}
 
 
 class Maintenance(NamedTuple):
@@ -153,7 +152,8 @@ class Billing:
         async for (currency,) in store.rows(CURRENCIES):
             if currency != books.currency:
                 raise UserError(
-                    f"billing.currency is {books.currency}, but the ledger is in {currency}"
+                    f"billing.currency is {books.currency}, but the ledger is in {currency}; "
+                    "change it back"
                 )
         books.prices = PriceTable([Price(**dict(row)) async for row in store.rows(PRICES)])
         await books.read_maintenances()
@@ -202,7 +202,7 @@ class Billing:
             try:
                 found = await self.store.one(sql, values) or (0, 0, 0, 0)
             except sqlite3.Error as error:
-                raise StorageUnavailable(f"can't be read: {error}") from None
+                raise StorageUnavailable(f"the ledger can't be read: {error}") from None
             # Nothing was settled meanwhile: that needs the purse.
             purse = Spending(month, nanos_of(*found[:2]), nanos_of(*found[2:]))
             purse.paid = 0 if budget_id else self._paid(account_id)
@@ -260,8 +260,8 @@ class Billing:
             amount = min(amount, MAX_COST)
             if 0 < amount > left:
                 raise SpendingLimitReached(
-                    f"This request can cost up to {decimal(amount)} {self.currency}, "
-                    f"and of {what} {decimal(left)} is left."
+                    f"This request can cost up to {decimal(amount)} {self.currency}, more than is "
+                    f"left of {what} ({decimal(left)} {self.currency})."
                 )
         return Hold(quote, amount)
 
@@ -294,7 +294,7 @@ class Billing:
         credit = self.credit_limit(key.credit_limit)
         if credit != UNLIMITED:
             balance = account.paid - account.cost + credit - account.held
-            left.append(("the account's balance", balance))
+            left.append(("the account's balance and credit", balance))
         if key.account_monthly_budget is not None:
             budget = account.left(key.account_monthly_budget)
             left.append(("the account's monthly budget", budget))
@@ -316,9 +316,9 @@ class Billing:
                 if budget_id:
                     whose += f" of key {key.id}"
                 if budget_id not in (None, key.id):
-                    whose += " and the keys that it replaced"
+                    whose += " (shared with the keys it replaced)"
                 text = (
-                    f"{percent} % of the {whose} is spent: {self._money(purse.spent)} of "
+                    f"{percent} % of the {whose} has been spent: {self._money(purse.spent)} of "
                     f"{self._money(budget)} {self.currency} in {purse.month}."
                 )
                 now = self.store.time()
@@ -338,7 +338,7 @@ class Billing:
         by: str,
         take_over: bool = False,
         listed: Collection[str] = (),
-    ) -> Record:
+    ) -> PricesAdded:
         """Add them all or none; what is so anyway is left out. `effective_at` of 0 is now. With
         `take_over`, rates that were not given are those of the price that was in force before.
         `listed` are models that the answer should say something about beside those that have prices
@@ -346,19 +346,7 @@ class Billing:
         a rise without the notice that is due, unless `without_notice` says why."""
         async with self.changing_prices:
             now = self.store.time()
-            numbers = count(max((price.id for price in self.prices.prices), default=0) + 1)
-            given = [
-                msgspec.structs.replace(
-                    price,
-                    id=next(numbers),
-                    effective_at=price.effective_at or now,
-                    currency=self.currency,
-                    created_at=now,
-                    added_by=by,
-                    reason=without_notice,
-                )
-                for price in prices
-            ]
+            given = list(self._as_rows(prices, now, by, without_notice))
             _refuse_twice(given)
             new, left_out = self._new(given, take_over)
             after = PriceTable([*self.prices.prices, *new])
@@ -371,22 +359,42 @@ class Billing:
                 await self.store.transact(*changes, by=by)
             self.prices = after
         added = {price.id for price in new}
-        rows = [row async for row in with_turns(after.rows(now)) if row["id"] in added]
-        return {
-            "prices": rows,
-            "added": len(new),
-            "unchanged": len(prices) - len(new),
-            **await self._reach(new, after, now, listed),
-            "taken_over" if take_over else "left_out": left_out,
-            "followed_by": [
+        applies_to, others = await self._reach(new, after, now, listed)
+        return PricesAdded(
+            prices=[row async for row in with_turns(after.rows(now)) if row.id in added],
+            added=len(new),
+            unchanged=len(prices) - len(new),
+            applies_to=applies_to,
+            does_not_apply_to=others,
+            taken_over=left_out if take_over else UNSET,
+            left_out=UNSET if take_over else left_out,
+            followed_by=[
                 shown_following(following)
                 for following in map(after.following, new)
                 if following and following.id not in added and following.effective_at > now
             ],
-            "notices": [{"text": text, "effective_at": iso_time(at)} for _, text, at, _ in notices],
-        }
+            notices=[PublishedNotice(text, shown_time(at)) for _, text, at, _ in notices],
+        )
 
-    def _new(self, given: Sequence[Price], take_over: bool) -> tuple[list[Price], list[Record]]:
+    def _as_rows(
+        self, prices: Iterable[Price], now: int, by: str, reason: str | None
+    ) -> Iterator[Price]:
+        """Yield the prices as the ledger would have them."""
+        first = max((price.id for price in self.prices.prices), default=0) + 1
+        for number, price in enumerate(prices, first):
+            yield msgspec.structs.replace(
+                price,
+                id=number,
+                effective_at=price.effective_at or now,
+                currency=self.currency,
+                created_at=now,
+                added_by=by,
+                reason=reason,
+            )
+
+    def _new(
+        self, given: Sequence[Price], take_over: bool
+    ) -> tuple[list[Price], list[RatesOfEarlierPrice]]:
         """Return the prices that change something, and what the ones before them gave and they
         don't."""
         kept: dict[tuple[str, str, int], list[Price]] = {}
@@ -407,7 +415,7 @@ class Billing:
 
     async def _reach(
         self, new: Sequence[Price], after: PriceTable, now: int, listed: Collection[str]
-    ) -> Record:
+    ) -> tuple[list[str], list[NotApplied]]:
         """Return the known models that new prices apply to once they take effect, and those that
         they mean and do not apply to, with the reason. Other prices' patterns stand for models."""
         by_pattern: dict[str, list[Price]] = {}
@@ -427,8 +435,8 @@ class Billing:
             if None in reasons:
                 applies += [model] * (not is_pattern(model) or model not in by_pattern)
             else:
-                others.append({"model": model, "because": reasons[0]})
-        return {"applies_to": applies, "does_not_apply_to": others}
+                others.append(NotApplied(model, str(reasons[0])))
+        return applies, others
 
     async def _notices_of_rises(
         self,
@@ -464,8 +472,9 @@ class Billing:
                 if risen and model in used and at < due and without_notice is None:
                     raise UserError(
                         f"{model} is in use and would cost more from {iso_time(at)}: "
-                        f"{'; '.join(risen)}. A rise needs {settings.price_notice_days} days of "
-                        "notice (billing.price_notice_days), or a reason to come without"
+                        f"{'; '.join(risen)}. A price increase needs "
+                        f"{settings.price_notice_days} days of notice (billing.price_notice_days), "
+                        "or a reason to skip the notice period"
                     )
                 if risen:  # what somebody has asked for is nobody else's to read
                     named = [model] if model in priced | patterns else patterns
@@ -478,26 +487,39 @@ class Billing:
                 if texts and len(texts[-1]) + len(line) + 3 <= NOTICE_TEXT:
                     texts[-1] += f" {line}."
                 else:
-                    texts.append(f"Prices rise ({self.currency} per million tokens). {line}.")
+                    texts.append(f"Price increase ({self.currency} per million tokens). {line}.")
             until = max(at, now) + settings.price_notice_days * DAY
             notices += [("price", text[:NOTICE_TEXT], at, until) for text in texts]
         return notices
 
-    def which(self, model: str, at: int, tier: str, input_tokens: int) -> Record:
+    def which(self, model: str, at: int, tier: str, input_tokens: int) -> WhichPrice:
         """Return which price applies to a request, and why, as JSON shows it."""
         tier = TIER_NAMES.get(tier, tier)
-        found = self.prices.which(model, at, tier, input_tokens)
-        billed_as = found.pop("billed_as")
-        why = "Of the names and patterns in force that mean the model, it is the most specific."
-        if billed_as is None:
+        applied, others = self.prices.which(model, at, tier, input_tokens)
+        return WhichPrice(
+            model=model,
+            at=shown_time(at),
+            tier=tier,
+            input_tokens=input_tokens,
+            why=self._why(tier, applied),
+            applies=self.prices.shown(applied, at) if applied else None,
+            others=others,
+        )
+
+    def _why(self, tier: str, applied: Price | None) -> str:
+        if applied is None:
             free = self.settings.unpriced_models == "free"
             then = "are free" if free else "are refused"
-            why = f"No price in force means the model: requests for it {then} "
-            why += "(billing.unpriced_models)."
-        elif billed_as != tier:
-            why += f" It has no price for the tier {tier!r}, so {billed_as!r} counts."
-        asked = {"model": model, "at": iso_time(at), "tier": tier, "input_tokens": input_tokens}
-        return {**asked, "why": why, **found}
+            return (
+                f"No current price matches the model: requests for it {then} "
+                "(billing.unpriced_models)."
+            )
+        why = "It is the most specific of the current names and patterns that match the model."
+        if applied.tier != tier:
+            why += (
+                f" It has no price for the tier {tier!r}, so the price of {applied.tier!r} applies."
+            )
+        return why
 
     async def _models_used(self, since: int) -> set[str]:
         return {row[0] async for row in self.store.rows(MODELS_USED, (since // DAY,))}
@@ -508,75 +530,75 @@ class Billing:
             for model in await self._models_used(price.effective_at):
                 if matches(model, {price.model}):
                     raise UserError(
-                        f"{model} has been used since {iso_time(price.effective_at)}: its price "
-                        "then can't be changed any more; let it take effect now or later"
+                        f"{model} has been used since {iso_time(price.effective_at)}, so its price "
+                        "can't change from then on; choose a time from now on"
                     )
 
     # Payments
 
     async def pay(
         self,
-        account: Record,
+        account: Account,
         amount: int,
         *,
         reference: str | None,
         reason: str | None,
         by: str,
-    ) -> Record:
+    ) -> Payment:
         """Write down a payment, once for each reference of an account; a refund is negative and
         needs a reason. Raises Conflict where the reference was another amount's."""
         if amount == 0:
-            raise UserError("a payment of 0 is none")
+            raise UserError("the amount must not be 0")
         if amount < 0 and not reason:
-            raise UserError("a refund or correction (a negative amount) needs a reason")
-        purse, payment = await self.purse(account["id"]), new_id("pay")
+            raise UserError("a negative amount (a refund or correction) needs a reason")
+        purse, payment = await self.purse(account.id), new_id("pay")
         if abs(purse.paid + amount) > MAX_PAID or abs(amount) > MAX_PAID:
-            raise UserError(f"an account's payments come to {decimal(MAX_PAID)} at most")
+            raise UserError(
+                f"the amount is too large: an account's payments can total {decimal(MAX_PAID)}"
+            )
         now = self.store.time()
-        values = (payment, account["id"], *divmod(amount, NANOS), self.currency, reference, reason)
+        values = (payment, account.id, *divmod(amount, NANOS), self.currency, reference, reason)
         try:
             await self.store.transact((ADD_PAYMENT, (*values, month_of(now), now, by)), by=by)
         except sqlite3.IntegrityError:
-            same = await self.store.one(PAYMENT_BY_REFERENCE, (account["id"], reference))
+            same = await self.store.one(PAYMENT_BY_REFERENCE, (account.id, reference))
             if same is None:
                 raise
-            known = shown_payment(same)
-            if known["amount"] != decimal(amount):
+            known = Payment.of(same)
+            if known.amount != decimal(amount):
                 raise Conflict(
-                    f"there is a payment {reference!r} of {known['amount']} already"
+                    f"payment {reference!r} already exists, with the amount {known.amount}"
                 ) from None
             return known
         finally:
-            purse.paid = self._paid(account["id"])
+            purse.paid = self._paid(account.id)
         added = await self.store.one(PAYMENT_BY_ID, (payment,))
         assert added is not None, "payments stay"
-        return shown_payment(added)
+        return Payment.of(added)
 
-    async def payments(self, account: Record | None) -> list[Record]:
+    async def payments(self, account: Account | None) -> list[Payment]:
         """All, or an account's, oldest first."""
-        sql, values = (PAYMENTS_OF, (account["id"],)) if account else (PAYMENTS, ())
-        return [shown_payment(row) async for row in self.store.rows(sql, values)]
+        sql, values = (PAYMENTS_OF, (account.id,)) if account else (PAYMENTS, ())
+        return [Payment.of(row) async for row in self.store.rows(sql, values)]
 
-    async def balance(
-        self, account_id: str, credit_limit: str | None, budget: str | None
-    ) -> Record:
-        """An account's money now, as JSON shows it; its limits as `ledger.shown` gives them."""
-        purse = await self.purse(account_id)
-        limit = self.credit_limit(None if credit_limit is None else parse_limit(credit_limit))
+    async def balance(self, account: Account) -> Balance:
+        """Return an account's money now, as JSON shows it."""
+        purse, own = await self.purse(account.id), account.credit_limit
+        limit = self.credit_limit(None if own is None else parse_limit(own))
         balance = purse.paid - purse.cost
         left = None if limit == UNLIMITED else balance + limit - purse.held
-        return {
-            "balance": decimal(balance),
-            "held": decimal(purse.held),
-            "credit_limit": "unlimited" if limit == UNLIMITED else decimal(limit),
-            "available": None if left is None else decimal(left),
-            "month": purse.month,
-            "spent_this_month": decimal(purse.spent),
-            "monthly_budget": budget,
-            "currency": self.currency,
-        }
+        return Balance(
+            balance=decimal(balance),
+            held=decimal(purse.held),
+            credit_limit="unlimited" if limit == UNLIMITED else decimal(limit),
+            available=shown_amount(left),
+            month=purse.month,
+            spent_this_month=decimal(purse.spent),
+            monthly_budget=account.monthly_budget,
+            currency=self.currency,
+        )
 
-    async def budgets(self, key: Key) -> dict[str, Record]:
+    async def budgets(self, key: Key) -> dict[str, dict[str, str | None]]:
         """The monthly budgets of a key and of its account, as JSON shows them."""
         account = await self.purse(key.account_id)
         own = await self.purse(key.account_id, key.budget_id)
@@ -600,19 +622,19 @@ class Billing:
         until: int | None,
         by: str,
         refuses_requests: bool = False,
-    ) -> Record:
+    ) -> Notice:
         """`refuses_requests`: of a maintenance, while which the gateway takes no new ones. Raises
         UserError where new terms would hold before the notice that is due."""
         now, days = self.store.time(), self.settings.terms_notice_days
         if kind == "terms" and effective_at < now + days * DAY - MINUTE:
             raise UserError(
-                f"new terms need {days} days of notice (billing.terms_notice_days): "
+                f"new terms need {days} days of notice (billing.terms_notice_days); "
                 f"{iso_time(effective_at)} is too early"
             )
         if until is not None and until <= effective_at:
-            raise UserError("a notice must take effect before it ends")
+            raise UserError("until must be later than effective")
         if refuses_requests and kind != "maintenance":
-            raise UserError("only a maintenance can refuse requests")
+            raise UserError("only a notice of the kind maintenance can refuse requests")
         notice = new_id("ntc")
         values = (notice, kind, text, effective_at, until, now, by, refuses_requests)
         await self.store.transact((ADD_NOTICE, values), by=by)
@@ -621,7 +643,7 @@ class Billing:
 
     async def read_maintenances(self) -> None:
         rows = self.store.rows(MAINTENANCES, (self.store.time(),))
-        self._maintenances = [Maintenance(*row) async for row in rows]
+        self._maintenances = [Maintenance(**by_name(row)) async for row in rows]
 
     def maintenance(self) -> Maintenance | None:
         """That for which requests are refused now."""
@@ -631,32 +653,32 @@ class Billing:
         in_force = (each for each in self._maintenances if each.since <= now < each.until)
         return next(in_force, None)
 
-    async def notice(self, notice_id: str) -> Record:
+    async def notice(self, notice_id: str) -> Notice:
         """Raises NotFound."""
         row = await self.store.one(NOTICE_BY_ID, (notice_id,))
         if row is None:
-            raise NotFound(f"there is no notice {notice_id!r}")
-        return shown(row)
+            raise NotFound(f"notice {notice_id!r} does not exist")
+        return Notice.of(row)
 
-    async def withdraw_notice(self, notice_id: str, by: str) -> Record:
+    async def withdraw_notice(self, notice_id: str, by: str) -> Notice:
         """Nobody is told it any more."""
         await self.notice(notice_id)
         await self.store.transact((WITHDRAW, (self.store.time(), notice_id)), by=by)
         await self.read_maintenances()
         return await self.notice(notice_id)
 
-    async def notices(self) -> list[Record]:
+    async def notices(self) -> list[Notice]:
         """All there ever were, by when they take effect."""
-        return [shown(row) async for row in self.store.rows(NOTICES)]
+        return [Notice.of(row) async for row in self.store.rows(NOTICES)]
 
-    async def notices_now(self, account_id: str | None = None) -> list[Record]:
+    async def notices_now(self, account_id: str | None = None) -> list[Notice]:
         """Those in force and coming: for all, and for one account."""
         rows = self.store.rows(NOTICES_NOW, (account_id, self.store.time()))
-        return [for_account(shown(row)) async for row in rows]
+        return [Notice.of(row).for_account() async for row in rows]
 
-    async def undelivered(self, since: int) -> list[Record]:
+    async def undelivered(self, since: int) -> list[Notice]:
         """Notices of budgets that the webhook has not taken, oldest first."""
-        return [shown(row) async for row in self.store.rows(UNDELIVERED, (since,))]
+        return [Notice.of(row) async for row in self.store.rows(UNDELIVERED, (since,))]
 
     async def delivered(self, notice_id: str) -> None:
         """The webhook took it."""
@@ -669,6 +691,6 @@ def _refuse_twice(prices: Iterable[Price]) -> None:
     for price in prices:
         if known.setdefault((price.slot, price.effective_at), price.given) != price.given:
             raise UserError(
-                f"there are two prices of {slot_name(shown_following(price))} "
-                f"from {iso_time(price.effective_at)} on; leave one out"
+                f"two different prices of {slot_name(PriceSlot(*price.slot))} "
+                f"take effect at {iso_time(price.effective_at)}; remove one"
             )

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from redbtc.billing.books import PAYMENTS_OF, Billing
-from redbtc.billing.spending import nanos_of
+from msgspec import Struct
+
+from redbtc.billing.books import Billing
+from redbtc.billing.statements import paid_by_month_of
 from redbtc.money import decimal
-from redbtc.store.accounts import ACCOUNT
-from redbtc.store.records import Record, shown
+from redbtc.store.accounts import ACCOUNT, Account, account_columns
+from redbtc.store.records import Money, cost_of, nanos_of
 from redbtc.times import DAY, day_of
+from redbtc.usage import Outcome
 
 # Of an account by month; of all accounts, for operators.
 MONTHS_OF = """
     SELECT month, requests, input_tokens, output_tokens, cost_units, cost_nanos
       FROM usage_by_month WHERE account_id = ? ORDER BY month"""
 MONEY_OF_EACH = f"""
-    SELECT accounts.*, spent.requests AS requests_this_month,
-           ifnull(spent.cost_units, 0), ifnull(spent.cost_nanos, 0),
-           (SELECT ifnull(sum(cost_units), 0) FROM usage_by_month WHERE account_id = accounts.id),
-           (SELECT ifnull(sum(cost_nanos), 0) FROM usage_by_month WHERE account_id = accounts.id),
-           (SELECT ifnull(sum(units), 0) FROM payments WHERE account_id = accounts.id),
-           (SELECT ifnull(sum(nanos), 0) FROM payments WHERE account_id = accounts.id)
+    SELECT accounts.*, ifnull(spent.requests, 0) AS requests_this_month,
+           ifnull(spent.cost_units, 0) AS month_units, ifnull(spent.cost_nanos, 0) AS month_nanos,
+           (SELECT ifnull(sum(cost_units), 0) FROM usage_by_month
+             WHERE account_id = accounts.id) AS cost_units,
+           (SELECT ifnull(sum(cost_nanos), 0) FROM usage_by_month
+             WHERE account_id = accounts.id) AS cost_nanos,
+           (SELECT ifnull(sum(units), 0) FROM payments
+             WHERE account_id = accounts.id) AS paid_units,
+           (SELECT ifnull(sum(nanos), 0) FROM payments
+             WHERE account_id = accounts.id) AS paid_nanos
       FROM ({ACCOUNT}) AS accounts
       LEFT JOIN usage_by_month AS spent
         ON spent.account_id = accounts.id AND spent.month = ?2
@@ -49,88 +55,204 @@ LATELY = """
 MAX_LATELY = 500  # requests
 
 
-def with_cost(row: Mapping[str, Any] | sqlite3.Row) -> Record:
-    """Its cost as JSON shows it."""
-    record = dict(row)
-    units, nanos = record.pop("cost_units"), record.pop("cost_nanos")
-    return {**record, "cost": decimal(nanos_of(units, nanos))}
-
-
 async def list_accounts(
     books: Billing, search: str = "", after: str = "", limit: int = -1
-) -> list[Record]:
+) -> list[AccountInList]:
     """Accounts by name with their money as far as it is committed: those with `search` in name or
     address, that come after the name `after`."""
     values = (books.store.time(), books.month(), search, after, limit)
-    found = []
-    async for row in books.store.rows(MONEY_OF_EACH, values):
-        *_, month, month_nanos, cost, cost_nanos, paid, paid_nanos = row
-        record = {name: row[name] for name in row.keys()[:-6]}
-        balance = nanos_of(paid, paid_nanos) - nanos_of(cost, cost_nanos)
-        money = {
-            "balance": decimal(balance),
-            "spent_this_month": decimal(nanos_of(month, month_nanos)),
-            "requests_this_month": record.pop("requests_this_month") or 0,
-            "currency": books.currency,
-        }
-        found.append({**shown(record), **money})
-    return found
+    rows = books.store.rows(MONEY_OF_EACH, values)
+    return [AccountInList.with_sums(row, books.currency) async for row in rows]
 
 
-async def months(books: Billing, account: Record) -> list[Record]:
-    """The account's months in which something was used or paid, the newest first."""
-    empty = {"requests": 0, "input_tokens": 0, "output_tokens": 0, "cost": "0", "paid": "0"}
-    found: dict[str, Record] = {}
-    async for row in books.store.rows(MONTHS_OF, (account["id"],)):
-        found[row["month"]] = {**empty, **with_cost(row)}
-    paid: dict[str, int] = {}
-    async for row in books.store.rows(PAYMENTS_OF, (account["id"],)):
-        paid[row["month"]] = paid.get(row["month"], 0) + nanos_of(row["units"], row["nanos"])
-    for month, amount in paid.items():
-        found[month] = {"month": month, **found.get(month, empty), "paid": decimal(amount)}
+async def months(books: Billing, account: Account) -> list[Month]:
+    """Return the account's months in which something was used or paid, and the present one; the
+    newest first."""
+    used = {row["month"]: row async for row in books.store.rows(MONTHS_OF, (account.id,))}
+    paid = await paid_by_month_of(books.store, account.id)
     now = books.month()
-    found.setdefault(now, {"month": now, **empty})
     return [
-        {**found[month], "closed": month < now, "currency": books.currency}
-        for month in sorted(found, reverse=True)
+        Month.of(month, used.get(month), paid.get(month, 0), now, books.currency)
+        for month in sorted({*used, *paid, now}, reverse=True)
     ]
 
 
-async def spending(books: Billing, limit: int) -> Record:
+async def spending(books: Billing, limit: int) -> Spending:
     """Of all accounts in this month, and of those that spent most."""
     month = books.month()
     total = await books.store.one(SPENT_IN_MONTH, (month,))
     assert total is not None, "a sum always has one row"
-    most = [with_cost(row) async for row in books.store.rows(MAX_SPENT, (month, limit))]
-    return {"month": month, **with_cost(total), "most": most, "currency": books.currency}
+    rows = books.store.rows(MAX_SPENT, (month, limit))
+    return Spending(
+        month=month,
+        accounts=total["accounts"],
+        requests=total["requests"],
+        input_tokens=total["input_tokens"],
+        output_tokens=total["output_tokens"],
+        cost=cost_of(total),
+        most=[MostSpent.of(row) async for row in rows],
+        currency=books.currency,
+    )
 
 
-async def traffic(books: Billing, days: int) -> list[Record]:
+async def traffic(books: Billing, days: int) -> list[TrafficOfDay]:
     """Requests and cost of all accounts in the last so many days (UTC), by day, upstream and
     outcome."""
     since = books.store.time() // DAY - days
-    rows = books.store.rows(TRAFFIC, (since,))
-    return [{**with_cost(row), "day": day_of(row["day"])} async for row in rows]
+    return [TrafficOfDay.of(row) async for row in books.store.rows(TRAFFIC, (since,))]
 
 
-async def lately(books: Billing) -> Record:
+async def lately(books: Billing) -> Lately:
     """How the newest requests went, MAX_LATELY at most: by upstream, and how long they took."""
     rows = [row async for row in books.store.rows(LATELY, (MAX_LATELY,))]
-    first = sorted(row["first_byte_ms"] for row in rows if row["first_byte_ms"] is not None)
-    whole = sorted(row["duration_ms"] for row in rows if row["duration_ms"] is not None)
-    upstreams: dict[str, Record] = {}
+    upstreams: dict[str, UpstreamLately] = {}
     for row in rows:
-        of = upstreams.setdefault(row["upstream"], {"requests": 0, "failed": 0})
-        of["requests"] += 1
-        of["failed"] += row["outcome"] in ("upstream_error", "upstream_failed")
-    return {
-        "requests": len(rows),
-        "first_byte_ms": {"median": quantile(first, 50), "p95": quantile(first, 95)},
-        "duration_ms": {"median": quantile(whole, 50), "p95": quantile(whole, 95)},
-        "upstreams": upstreams,
-    }
+        of = upstreams.setdefault(row["upstream"], UpstreamLately(requests=0, failed=0))
+        of.requests += 1
+        of.failed += row["outcome"] in ("upstream_error", "upstream_failed")
+    return Lately(
+        requests=len(rows),
+        first_byte_ms=quantiles(row["first_byte_ms"] for row in rows),
+        duration_ms=quantiles(row["duration_ms"] for row in rows),
+        upstreams=upstreams,
+    )
+
+
+def quantiles(times: Iterable[int | None]) -> Quantiles:
+    """Return the median and the 95th percentile of the times that are known."""
+    known = sorted(each for each in times if each is not None)
+    return Quantiles(median=quantile(known, 50), p95=quantile(known, 95))
 
 
 def quantile(ordered: Sequence[int], percent: int) -> int | None:
     """The smallest that so many percent of them are not above; None of none."""
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)] if ordered else None
+
+
+class AccountInList(Account, kw_only=True):
+    """An account with what it has spent."""
+
+    balance: Money
+    spent_this_month: Money
+    requests_this_month: int
+    currency: str
+
+    @classmethod
+    def with_sums(cls, row: sqlite3.Row, currency: str) -> AccountInList:
+        """Return the account of a row with its sums."""
+        paid = nanos_of(row["paid_units"], row["paid_nanos"])
+        cost = nanos_of(row["cost_units"], row["cost_nanos"])
+        return cls(
+            **account_columns(row),
+            balance=decimal(paid - cost),
+            spent_this_month=decimal(nanos_of(row["month_units"], row["month_nanos"])),
+            requests_this_month=row["requests_this_month"],
+            currency=currency,
+        )
+
+
+class Month(Struct):
+    """Usage and payments of a month."""
+
+    month: str
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cost: Money
+    paid: Money
+    closed: bool
+    currency: str
+
+    @classmethod
+    def of(cls, month: str, row: sqlite3.Row | None, paid: int, now: str, currency: str) -> Month:
+        """Return the month of a row, or one without usage; `now` is the present month."""
+        return cls(
+            month=month,
+            requests=row["requests"] if row else 0,
+            input_tokens=row["input_tokens"] if row else 0,
+            output_tokens=row["output_tokens"] if row else 0,
+            cost=cost_of(row) if row else "0",
+            paid=decimal(paid),
+            closed=month < now,
+            currency=currency,
+        )
+
+
+class TrafficOfDay(Struct):
+    """Requests of a day (UTC) with one upstream and outcome."""
+
+    day: str
+    upstream: str
+    outcome: Outcome
+    requests: int
+    cost: Money
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> TrafficOfDay:
+        """Return the traffic of a row."""
+        return cls(
+            day=day_of(row["day"]),
+            upstream=row["upstream"],
+            outcome=row["outcome"],
+            requests=row["requests"],
+            cost=cost_of(row),
+        )
+
+
+class MostSpent(Struct):
+    """What an account used in a month."""
+
+    account: str
+    account_id: str
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cost: Money
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> MostSpent:
+        """Return what the account of a row used."""
+        return cls(
+            account=row["account"],
+            account_id=row["account_id"],
+            requests=row["requests"],
+            input_tokens=row["input_tokens"],
+            output_tokens=row["output_tokens"],
+            cost=cost_of(row),
+        )
+
+
+class Spending(Struct):
+    """What all accounts used in a month, and those that spent most."""
+
+    month: str
+    accounts: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cost: Money
+    most: list[MostSpent]
+    currency: str
+
+
+class Quantiles(Struct):
+    """Milliseconds; null: of no request."""
+
+    median: int | None
+    p95: int | None
+
+
+class UpstreamLately(Struct):
+    """How many requests an upstream had, and how many of them failed."""
+
+    requests: int
+    failed: int
+
+
+class Lately(Struct):
+    """How the newest requests went."""
+
+    requests: int
+    first_byte_ms: Quantiles
+    duration_ms: Quantiles
+    upstreams: dict[str, UpstreamLately]

@@ -8,11 +8,13 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 
-import msgspec
+from msgspec.structs import asdict
 
-from redbtc.billing.prices import DEFAULT_TIER, NEEDED, TIER_NAMES, UNITS, Price, Rates
+from redbtc.billing.prices import TIER_NAMES, Price
+from redbtc.billing.records import OtherPrice, PriceShown
 from redbtc.money import decimal
-from redbtc.store.records import Record
+from redbtc.rates import DEFAULT_TIER, NEEDED, RATES, UNITS
+from redbtc.store.records import shown_amount, shown_time
 from redbtc.times import iso_time
 
 KNOWN_TIERS = ("default", "flex", "scale", "priority", "fast", "ultrafast")  # of OpenAI's API
@@ -180,7 +182,7 @@ class PriceTable:
         old = latest(p for p in of_slot if p.effective_at <= new.effective_at).get(new.slot)
         return old is not None and (old.rates, old.limits) == (new.rates, new.limits)
 
-    def rows(self, now: int) -> Iterator[Record]:
+    def rows(self, now: int) -> Iterator[PriceShown]:
         """All of them as JSON shows them, by model, tier, threshold and time."""
         shadowing: dict[tuple[str, int], list[str]] = {}
         for price in self.prices:
@@ -189,15 +191,24 @@ class PriceTable:
                 shadowing[about] = self.shadowing(*about)
             yield self._shown(price, now, shadowing[about])
 
-    def _shown(self, price: Price, now: int, shadowed_by: list[str]) -> Record:
-        row = msgspec.structs.asdict(price)
-        for rate in Rates._fields:
-            row[rate] = None if row[rate] is None else decimal(row[rate])
-        for name in ("effective_at", "created_at"):
-            row[name] = iso_time(row[name])
+    def _shown(self, price: Price, now: int, shadowed_by: list[str]) -> PriceShown:
         superseded = self._superseded_at(price) <= now
-        status = "coming" if price.effective_at > now else "past" if superseded else "current"
-        return {**row, "status": status, "shadowed_by": [] if superseded else shadowed_by}
+        return PriceShown(
+            model=price.model,
+            tier=price.tier,
+            above_input_tokens=price.above_input_tokens,
+            effective_at=shown_time(price.effective_at),
+            **{name: shown_amount(getattr(price, name)) for name in RATES},
+            max_output_tokens=price.max_output_tokens,
+            currency=price.currency,
+            source=price.source,
+            created_at=shown_time(price.created_at),
+            added_by=price.added_by,
+            reason=price.reason,
+            id=price.id,
+            status="coming" if price.effective_at > now else "past" if superseded else "current",
+            shadowed_by=[] if superseded else shadowed_by,
+        )
 
     def _superseded_at(self, price: Price) -> int:
         """When the next price of its slot takes effect."""
@@ -216,43 +227,46 @@ class PriceTable:
         if price.effective_at > at:
             return f"it takes effect at {iso_time(price.effective_at)}"
         if (superseded_at := self._superseded_at(price)) <= at:
-            return f"a later price superseded it at {iso_time(superseded_at)}"
+            return f"a newer price replaced it at {iso_time(superseded_at)}"
         if at < self._since.get(price.model, NEVER):
             return (
-                f"{price.model!r} has no price for the tier {DEFAULT_TIER!r} and any number of "
-                "input tokens, without which its other prices don't count"
+                f"{price.model!r} has no price for the tier {DEFAULT_TIER!r} without a token "
+                "threshold, so its other prices don't apply"
             )
         chosen = next(each for each in self.matching(model) if at >= self._since.get(each, NEVER))
         return None if chosen == price.model else f"the price of {chosen!r} is more specific"
 
-    def which(self, model: str, at: int, tier: str, input_tokens: int) -> Record:
-        """Return the price of a request at a time, as JSON shows it, and all others whose patterns
-        mean its model, each with the reason why it does not apply."""
-        tariff = self.tariff(model, at)
-        applied = tariff.price(tier, input_tokens) if tariff else None
+    def which(
+        self, model: str, at: int, tier: str, input_tokens: int
+    ) -> tuple[Price | None, list[OtherPrice]]:
+        """Return the price of a request at a time, and all others whose patterns mean its model,
+        each with the reason why it does not apply."""
+        prices = self.tariff(model, at)
+        applied = prices.price(tier, input_tokens) if prices else None
         others = []
         for pattern in self.matching(model):
             shadowed_by = self.shadowing(pattern, at)
             for price in self._named[pattern]:
                 if price is not applied:
                     because = self.applies(price, model, at) or unlike(price, applied, tier)
-                    others.append({**self._shown(price, at, shadowed_by), "because": because})
-        return {
-            "applies": applied and self._shown(applied, at, self.shadowing(applied.model, at)),
-            "billed_as": applied.tier if applied else None,
-            "others": others,
-        }
+                    shown = asdict(self._shown(price, at, shadowed_by))
+                    others.append(OtherPrice(**shown, because=because))
+        return applied, others
+
+    def shown(self, price: Price, now: int) -> PriceShown:
+        """Return a price as JSON shows it."""
+        return self._shown(price, now, self.shadowing(price.model, now))
 
 
 def unlike(price: Price, applied: Price | None, tier: str) -> str:
     """Why a price of the right pattern is not the one for a request: by its tier or threshold."""
     assert applied is not None, "this one has a price of the default tier beside it"
     if price.tier != applied.tier:
-        more = f", and {tier!r} has its own" if price.tier == DEFAULT_TIER else ""
+        more = f", and {tier!r} has its own price" if price.tier == DEFAULT_TIER else ""
         return f"it is for the tier {price.tier!r}{more}"
     if price.above_input_tokens > applied.above_input_tokens:
-        return f"it is for more than {price.above_input_tokens} input tokens"
-    return f"there is another price for more than {applied.above_input_tokens} input tokens"
+        return f"it applies above {price.above_input_tokens} input tokens"
+    return f"another price applies above {applied.above_input_tokens} input tokens"
 
 
 MAX_MATCHERS = 10_000
@@ -299,8 +313,8 @@ def rises(before: ModelPrices | None, after: ModelPrices | None, free: bool) -> 
             tokens = above + 1 if above else 0
             old, new = before.price(tier, tokens), after.price(tier, tokens)
             risen = [
-                f"{name.replace('_', ' ')} {decimal(a)} to {decimal(b)}{unit_of(name)}"
-                for name, a, b in zip(Rates._fields, old.rates, new.rates, strict=True)
+                f"{name.replace('_', ' ')} from {decimal(a)} to {decimal(b)}{unit_of(name)}"
+                for name, a, b in ((name, old.rates[name], new.rates[name]) for name in RATES)
                 if b > a and not (getattr(old, name) is None and getattr(new, name) is None)
                 if free or name not in NEEDED or getattr(old, name) is not None
             ]
@@ -311,5 +325,5 @@ def rises(before: ModelPrices | None, after: ModelPrices | None, free: bool) -> 
 
 
 def unit_of(rate: str) -> str:
-    """ " a call", or what else a rate is for; "" for a million tokens."""
-    return f" a {UNITS[rate]}" if rate in UNITS else ""
+    """Return the unit of a rate, such as " per call"; "" for a rate per million tokens."""
+    return f" per {UNITS[rate]}" if rate in UNITS else ""

@@ -5,34 +5,32 @@ where a range cuts a day in two.
 
 from __future__ import annotations
 
+import functools
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Self
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType, defstruct
+from msgspec.structs import fields
 
-from redbtc.billing.spending import nanos_of
 from redbtc.errors import NotFound
 from redbtc.money import decimal
 from redbtc.slices import with_turns
 from redbtc.store.database import Reader, Store
-from redbtc.store.records import Record, shown
-from redbtc.times import DAY, day_of
-from redbtc.usage import Usage
+from redbtc.store.records import Moment, Money, Sum, by_name, nanos_of, shown_amount, with_members
+from redbtc.times import DAY, day_of, iso_time
+from redbtc.usage import KINDS, Outcome, UsageSource
 
 # Sums come from usage_by_day as far as whole days go, from the requests themselves at a range's two
 # ends and for what is in flight: a month of five million requests is a few hundred rows.
-TOKENS = Usage.__struct_fields__
-FIRST_TOKENS = TOKENS[: TOKENS.index("tool_input_tokens")]  # what rows had before version 3
-LATER_TOKENS = TOKENS[len(FIRST_TOKENS) :]  # at their end, so that no column of a CSV moves
-COUNTS = ("requests", "estimated", "unreported", *TOKENS)
+COUNTS = ("requests", "estimated", "unreported", *KINDS)
 SUMS = ", ".join(f"sum({name}) AS {name}" for name in (*COUNTS, "cost_units", "cost_nanos"))
-GROUPS = {
-    "day": "day",
-    "model": "model",
-    "key": "key_id",
-    "account": "(SELECT name FROM accounts WHERE id = account_id) AS account",
+GROUPS = {  # the column, and what it is selected as
+    "day": ("day", "day"),
+    "model": ("model", "model"),
+    "key": ("key_id", "key_id"),
+    "account": ("account", "(SELECT name FROM accounts WHERE id = account_id) AS account"),
 }
 OF_KEY_AND_MODEL = """
        AND (:key IS NULL OR key_id = :key) AND (:model IS NULL OR {model} GLOB :model)"""
@@ -54,7 +52,7 @@ OF_REQUESTS = f"""
     SELECT requests.account_id, key_id, ifnull(model, requested_model) AS model,
            started_at / 86400000 AS day, 1 AS requests, {STILL_ESTIMATED} AS estimated,
            usage_source = 'none' AND outcome <> 'pending' AS unreported,
-           {", ".join(f"{corrected(name)} AS {name}" for name in TOKENS)},
+           {", ".join(f"{corrected(name)} AS {name}" for name in KINDS)},
            ifnull({corrected("cost")} / 1000000000, 0) AS cost_units,
            ifnull({corrected("cost")} % 1000000000, 0) AS cost_nanos
       FROM requests"""
@@ -80,15 +78,13 @@ TOP_FIGURES = f"""
                            ORDER BY sum(cost_units) + sum(cost_nanos) / 1e9 DESC,
                                     sum(requests) DESC, model LIMIT :top), model, NULL) AS model
        FROM figures)"""
+CORRECTABLE = ("service_tier", "price_id", "cost", *KINDS)
 REQUESTS = f"""
     SELECT requests.request_id, accounts.name AS account, key_id, endpoint, model, requested_model,
            upstream, started_at, first_byte_ms, duration_ms, requests.status, outcome,
            iif(corrections.request_id IS NULL, usage_source, 'upstream') AS usage_source,
-           {", ".join(f"{corrected(name)} AS {name}" for name in FIRST_TOKENS)},
-           {corrected("service_tier")} AS service_tier, response_id,
-           {corrected("cost")} AS cost, :currency AS currency,
-           {corrected("price_id")} AS price_id, requests.month,
-           {", ".join(f"{corrected(name)} AS {name}" for name in LATER_TOKENS)},
+           {", ".join(f"{corrected(name)} AS {name}" for name in CORRECTABLE)},
+           response_id, :currency AS currency, requests.month,
            iif(corrections.request_id IS NULL, NULL, requests.cost) AS estimated_cost,
            corrections.created_at AS corrected_at
       FROM requests JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}
@@ -141,31 +137,23 @@ class Range(Struct, frozen=True):
         return sql.format(account=one.format(table=""), of_request=one.format(table="requests."))
 
 
-async def requests_in(store: Reader, wanted: Range, currency: str) -> list[Record]:
+async def requests_in(store: Reader, wanted: Range, currency: str) -> list[RequestShown]:
     """Rows of the ledger, oldest first, with the fields of docs/contract.md section 5."""
     if wanted.limit > 0 and wanted.account:
         wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
     newest_first = await store.all(*_query(wanted, currency))
-    return [shown_request(row) async for row in with_turns(reversed(newest_first))]
+    return [RequestShown.of(row) async for row in with_turns(reversed(newest_first))]
 
 
-async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIterator[Record]:
+async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIterator[RequestShown]:
     """Return the same, copied first: it can be read as slowly as a client reads, after the snapshot
     `store` has ended, and it takes no memory."""
     await store.copy(*_query(wanted, currency))
-    return (shown_request(row) async for row in store.rows(COPIED))
+    return (RequestShown.of(row) async for row in store.rows(COPIED))
 
 
 def _query(wanted: Range, currency: str) -> tuple[str, dict[str, Any]]:
     return wanted.of_account(REQUESTS), {**wanted.values(), "currency": currency}
-
-
-def shown_request(row: sqlite3.Row) -> Record:
-    """Return a row of REQUESTS as JSON shows it."""
-    record = shown(row)
-    for name in ("cost", "estimated_cost"):
-        record[name] = None if record[name] is None else decimal(record[name])
-    return record
 
 
 async def _since_enough(store: Reader, wanted: Range) -> int:
@@ -185,32 +173,126 @@ async def older_than(store: Store, wanted: Range, request_id: str) -> Range:
     """Those of a range that come before a request. Raises NotFound."""
     found = await store.one(START_OF, (request_id, wanted.account))
     if found is None:
-        raise NotFound(f"there is no request {request_id!r}")
+        raise NotFound(f"request {request_id!r} does not exist")
     until = min(wanted.until, found[0])
     return msgspec.structs.replace(wanted, until=until, before=request_id)
 
 
 async def usage_by(
     store: Reader, wanted: Range, names: Sequence[str], currency: str, top: int | None = None
-) -> list[Record]:
-    """Sums of the requests in a range for each combination of `names`, keys of GROUPS; for none of
-    them the one sum of all. A sum is null where no request has a number. `top`: as many models have
-    a name, those that cost most; that of the others is null."""
-    labels = "".join(f"{GROUPS[name]}, " for name in names)
+) -> list[Group]:
+    """Return the sums of the requests in a range for each combination of `names`, keys of GROUPS;
+    for none of them the one sum of all. A sum is null where no request has a number. `top`: so many
+    models have a name, those that cost most; that of the others is null."""
+    group = group_type(tuple(GROUPS[name][0] for name in names))
+    labels = "".join(f"{GROUPS[name][1]}, " for name in names)
     places = ", ".join(str(place + 1) for place in range(len(names)))
-    group = f"GROUP BY {places} ORDER BY {places}" if names else ""
+    grouped = f"GROUP BY {places} ORDER BY {places}" if names else ""
     figures = TOP_FIGURES if top and "model" in names else "figures"
     sql = f"WITH figures AS ({wanted.of_account(FIGURES)}) SELECT {labels}{SUMS} FROM {figures}"
     values = {**wanted.values(), "top": top}
-    return [shown_sums(row, currency) async for row in store.rows(f"{sql} {group}", values)]
+    return [
+        group(**sum_columns(row, currency)) async for row in store.rows(f"{sql} {grouped}", values)
+    ]
 
 
-def shown_sums(row: Mapping[str, Any] | sqlite3.Row, currency: str) -> Record:
-    """Sums as JSON shows them."""
-    record = dict(row)
-    cost = nanos_of(record.pop("cost_units") or 0, record.pop("cost_nanos") or 0)
-    for name in ("requests", "estimated", "unreported"):
-        record[name] = record[name] or 0
-    if "day" in record:
-        record["day"] = day_of(record["day"])
-    return {**record, "cost": decimal(cost), "currency": currency}
+@with_members(dict.fromkeys(KINDS, Sum))
+class SumsOfKinds(Struct):
+    """A sum of null: no request has a number."""
+
+    requests: int
+    estimated: int
+    unreported: int
+
+
+class Sums(SumsOfKinds, kw_only=True):
+    """Sums over requests. A sum is null if no request reported that number."""
+
+    cost: Money
+    currency: str
+
+    @classmethod
+    def of(cls, row: sqlite3.Row, currency: str, **more: Any) -> Self:
+        """Return the sums of a row; `more` are members that a subclass adds."""
+        return cls(**sum_columns(row, currency), **more)
+
+
+def sum_columns(row: sqlite3.Row, currency: str) -> dict[str, Any]:
+    """Return what JSON shows of sums, and of the day that they are of."""
+    columns = by_name(row)
+    cost = nanos_of(columns.pop("cost_units") or 0, columns.pop("cost_nanos") or 0)
+    for name in ("requests", "estimated", "unreported"):  # sums of no rows are null
+        columns[name] = columns[name] or 0
+    if "day" in columns:
+        columns["day"] = day_of(columns["day"])
+    return {**columns, "cost": decimal(cost), "currency": currency}
+
+
+class Group(Sums, kw_only=True):
+    """Sums for one combination of the fields to group by."""
+
+    day: str | UnsetType = UNSET
+    model: str | UnsetType | None = UNSET
+    key_id: str | UnsetType = UNSET
+    account: str | UnsetType = UNSET
+
+
+@functools.cache
+def group_type(labels: tuple[str, ...]) -> type[Group]:
+    """Return Group with only these labels, in this order and before the sums."""
+    members = [(label, str | None) for label in labels]
+    members += [(each.name, each.type) for each in fields(Sums)]
+    return defstruct("Group", members)  # type: ignore[return-value]  # it has the same members
+
+
+# Kinds that were added later stand after the month, so that no column of a CSV moves.
+FIRST_KINDS = KINDS[: KINDS.index("tool_input_tokens")]
+LATER_KINDS = KINDS[len(FIRST_KINDS) :]
+
+
+@with_members(dict.fromkeys(FIRST_KINDS, Sum))
+class RequestWithFirstKinds(Struct):
+    """The first members of RequestShown."""
+
+    request_id: str
+    account: str
+    key_id: str
+    endpoint: str
+    model: str | None
+    requested_model: str
+    upstream: str
+    started_at: Moment
+    first_byte_ms: int | None
+    duration_ms: int | None
+    status: int | None
+    outcome: Outcome
+    usage_source: UsageSource
+
+
+@with_members(dict.fromkeys(LATER_KINDS, Sum))
+class RequestWithKinds(RequestWithFirstKinds, kw_only=True):
+    """The next members of RequestShown."""
+
+    service_tier: str | None
+    response_id: str | None
+    cost: Money | None
+    currency: str
+    price_id: int | None
+    month: str | None
+
+
+class RequestShown(RequestWithKinds, kw_only=True):
+    """A row of the ledger, docs/contract.md section 5."""
+
+    estimated_cost: Money | None
+    corrected_at: Moment | None
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> RequestShown:
+        """Return the request of a row."""
+        columns = by_name(row)
+        columns["started_at"] = iso_time(columns["started_at"])
+        columns["corrected_at"] = iso_time(columns["corrected_at"])
+        columns["cost"] = shown_amount(columns["cost"])
+        columns["estimated_cost"] = shown_amount(columns["estimated_cost"])
+        return cls(**columns)

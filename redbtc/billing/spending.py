@@ -8,15 +8,9 @@ from typing import NamedTuple
 from redbtc.billing.price_list import ModelPrices, PriceTable
 from redbtc.billing.prices import MAX_COST
 from redbtc.errors import UserError
-from redbtc.money import NANOS
 from redbtc.store.keys import Key
 from redbtc.store.objects import Objects
 from redbtc.usage import UsagePart
-
-
-def nanos_of(units: int, nanos: int) -> int:
-    """Return the amount, in nanos, that two columns of the database hold."""
-    return units * NANOS + nanos
 
 
 class SpendingLimitReached(UserError):

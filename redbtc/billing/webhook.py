@@ -20,8 +20,8 @@ import httpx2
 import orjson
 
 from redbtc.billing.books import Billing
+from redbtc.billing.records import Notice
 from redbtc.errors import StorageUnavailable
-from redbtc.store.records import Record
 from redbtc.times import DAY
 
 LogFunction = Callable[..., None]  # the gateway's log: level, event, fields
@@ -43,29 +43,29 @@ def signature(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
 
 
 async def post(
-    client: httpx2.AsyncClient, url: str, secret: str, notice: Record, log: LogFunction
+    client: httpx2.AsyncClient, url: str, secret: str, notice: Notice, log: LogFunction
 ) -> bool:
     """Whether the webhook took it."""
     facts = ("account", "key_id", "month", "percent", "text")
     body = {
         "type": "budget.reached",
-        "timestamp": notice["created_at"],
-        "data": {name: notice[name] for name in facts},
+        "timestamp": notice.created_at,
+        "data": {name: getattr(notice, name) for name in facts},
     }
     content, timestamp = orjson.dumps(body), str(int(time.time()))
     try:
         headers = {
             "content-type": "application/json",
-            "webhook-id": notice["id"],
+            "webhook-id": notice.id,
             "webhook-timestamp": timestamp,
-            "webhook-signature": signature(secret, notice["id"], timestamp, content),
+            "webhook-signature": signature(secret, notice.id, timestamp, content),
         }
         answer = await client.post(url, content=content, headers=headers)
     except Exception as error:  # whatever it is, one notice must not end the gateway
-        log(logging.WARNING, "webhook failed", notice=notice["id"], error=type(error).__name__)
+        log(logging.WARNING, "webhook failed", notice=notice.id, error=type(error).__name__)
         return False
     if not answer.is_success:
-        log(logging.WARNING, "webhook refused", notice=notice["id"], status=answer.status_code)
+        log(logging.WARNING, "webhook refused", notice=notice.id, status=answer.status_code)
     return answer.is_success
 
 
@@ -81,7 +81,7 @@ async def post_all(books: Billing, log: LogFunction) -> bool:
     async with httpx2.AsyncClient(timeout=WEBHOOK_SECONDS, trust_env=False) as client:
         for notice in waiting:
             if await post(client, url, secret, notice, log):
-                await books.delivered(notice["id"])
+                await books.delivered(notice.id)
     return not await books.undelivered(books.store.time() - WEBHOOK_FOR)
 
 

@@ -1,4 +1,4 @@
-"""Commands: account, key."""
+"""The commands account and key."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ from redbtc.store.accounts import ACCOUNT_LIMITS, KEY_LIMITS
 
 @commands.group()
 def account() -> None:
-    """Who may use the gateway."""
+    """Manage accounts."""
 
 
 @account.command("add")
 @click.argument("name")
-@click.option("--email", help="Whom to write to.")
+@click.option("--email", help="Contact email.")
 @limit_options(ACCOUNT_LIMITS)
 @json_option
 @click.pass_obj
 def account_add(context: CommandContext, /, name: str, as_json: bool, **options: Any) -> None:
-    """Add an account. Limits that are left out are the settings'."""
+    """Create an account. Unset limits fall back to config.toml."""
     added = context.call("POST", "/admin/v1/accounts", {"name": name, **given(options)})
-    show(added, as_json, lambda: f"Account {added['name']} added ({added['id']}).")
+    show(added, as_json, lambda: f"Account {added['name']} created ({added['id']}).")
 
 
 @account.command("list")
 @json_option
 @click.pass_obj
 def account_list(context: CommandContext, as_json: bool) -> None:
-    """All accounts."""
+    """List all accounts."""
     found = context.call("GET", "/admin/v1/accounts")
     columns = ["name", "id", "status", "balance", "spent_this_month", *ACCOUNT_LIMITS]
     columns += ["throttle_factor", "keys_in_force", "created_at"]
     show(found, as_json, lambda: table(found["accounts"], columns))
 
 
-def _account(name: str, action: str = "") -> str:
+def path_of_account(name: str, action: str = "") -> str:
+    """Return the path of an account in the admin API, or of an action on it."""
     return f"/admin/v1/accounts/{quote(name, safe='')}{action}"
 
 
@@ -57,34 +58,35 @@ def _account(name: str, action: str = "") -> str:
 @json_option
 @click.pass_obj
 def account_show(context: CommandContext, name: str, as_json: bool) -> None:
-    """One account, by its name or id. A limit of - is the settings'."""
-    found = context.call("GET", _account(name))
+    """Show an account, by name or id. "-" means the default from config.toml."""
+    found = context.call("GET", path_of_account(name))
     show(found, as_json, lambda: details(found))
 
 
 @account.command("set")
 @click.argument("name")
-@click.option("--email", help="Whom to write to.")
+@click.option("--email", help="Contact email.")
 @limit_options(ACCOUNT_LIMITS)
 @json_option
 @click.pass_obj
 def account_set(context: CommandContext, /, name: str, as_json: bool, **options: Any) -> None:
-    """Change an account, from its next request on. `default`: what the settings say."""
+    """Change an account. Takes effect on its next request. Use `default` to go back to the value
+    from config.toml."""
     if not given(options):
-        raise click.UsageError("say what to change; --help lists what can be")
-    changed = context.call("PATCH", _account(name), given(options))
+        raise click.UsageError("nothing to change: give at least one option (see --help)")
+    changed = context.call("PATCH", path_of_account(name), given(options))
     show(changed, as_json, lambda: details(changed))
 
 
 @account.command("suspend")
 @click.argument("name")
-@click.option("--reason", help="Why; shown to operators.")
+@click.option("--reason", help="Why. Visible to operators only.")
 @json_option
 @click.pass_obj
 def account_suspend(context: CommandContext, name: str, reason: str | None, as_json: bool) -> None:
-    """Refuse an account's requests from the next one on."""
-    changed = context.call("POST", _account(name, "/suspend"), {"reason": reason})
-    show(changed, as_json, lambda: f"Account {changed['name']} is suspended.")
+    """Suspend an account: refuse its requests and log its members out."""
+    changed = context.call("POST", path_of_account(name, "/suspend"), {"reason": reason})
+    show(changed, as_json, lambda: f"Account {changed['name']} suspended.")
 
 
 @account.command("resume")
@@ -92,50 +94,59 @@ def account_suspend(context: CommandContext, name: str, reason: str | None, as_j
 @json_option
 @click.pass_obj
 def account_resume(context: CommandContext, name: str, as_json: bool) -> None:
-    """Serve a suspended account again."""
-    changed = context.call("POST", _account(name, "/resume"))
-    show(changed, as_json, lambda: f"Account {changed['name']} is active.")
+    """Resume a suspended account."""
+    changed = context.call("POST", path_of_account(name, "/resume"))
+    show(changed, as_json, lambda: f"Account {changed['name']} resumed.")
 
 
 @account.command("throttle")
 @click.argument("name")
-@click.option("--factor", required=True, help="The part of its limits that is left; 1 lifts it.")
-@click.option("--until", metavar="TIME", help="Until then; left out: until it is lifted.")
+@click.option(
+    "--factor", required=True, help="Fraction of the limits, such as 0.25. 1 removes the throttle."
+)
+@click.option("--until", metavar="TIME", help="End time.  [default: until removed]")
 @json_option
 @click.pass_obj
 def account_throttle(context: CommandContext, /, name: str, as_json: bool, **options: Any) -> None:
-    """Hold an account to a part of its limits, from its next request on."""
-    changed = context.call("POST", _account(name, "/throttle"), given(options))
+    """Temporarily reduce an account's limits."""
+    changed = context.call("POST", path_of_account(name, "/throttle"), given(options))
 
     def text() -> str:
         factor, until = changed["throttle_factor"], changed["throttled_until"]
         if factor is None:
-            return f"Account {changed['name']} has all of its limits."
-        return f"Account {changed['name']} has {factor} of its limits until {until or 'lifted'}."
+            return f"Account {changed['name']} is no longer throttled."
+        end = f"until {until}" if until else "until removed"
+        return f"Account {changed['name']} throttled to {factor} of its limits {end}."
 
     show(changed, as_json, text)
 
 
 @commands.group()
 def key() -> None:
-    """API keys: shown once, stored as hashes."""
+    """Manage API keys. A key is shown once and stored as a hash."""
 
 
 def shown_once(added: dict[str, Any]) -> str:
-    return f"{added['key']}\n\nKey {added['id']}, shown this once: store it now."
+    return f"{added['key']}\n\nKey {added['id']} created. Copy it now: it won't be shown again."
 
 
 @key.command("add")
 @click.argument("account")
-@click.option("--label", help="What its owner calls it.")
-@click.option("--expires", metavar="TIME", help="2026-12-31T00:00:00Z, or 90d from now.")
-@click.option("--models", metavar="PATTERNS", help='Only these: "gpt-5*,codex*".')
+@click.option("--label", help="A name to recognise the key by.")
+@click.option(
+    "--expires",
+    metavar="TIME",
+    help="Expiry time, such as 2026-12-31T00:00:00Z or 90d.  [default: never]",
+)
+@click.option(
+    "--models", metavar="PATTERNS", help='Allowed models, such as "gpt-5*,codex*".  [default: all]'
+)
 @limit_options(KEY_LIMITS)
 @json_option
 @click.pass_obj
 def key_add(context: CommandContext, /, account: str, as_json: bool, **options: Any) -> None:
-    """Add a key to an account and print it, once."""
-    added = context.call("POST", _account(account, "/keys"), given(options))
+    """Create a key for an account and print it. It is shown only once."""
+    added = context.call("POST", path_of_account(account, "/keys"), given(options))
     show(added, as_json, lambda: shown_once(added))
 
 
@@ -144,8 +155,8 @@ def key_add(context: CommandContext, /, account: str, as_json: bool, **options: 
 @json_option
 @click.pass_obj
 def key_list(context: CommandContext, account: str, as_json: bool) -> None:
-    """An account's keys."""
-    found = context.call("GET", _account(account, "/keys"))
+    """List an account's keys."""
+    found = context.call("GET", path_of_account(account, "/keys"))
     times = ["created_at", "expires_at", "revoked_at", "last_used_on"]
     columns = ["id", "label", "models", *KEY_LIMITS, "budget_id", *times]
     show(found, as_json, lambda: table(found["keys"], columns))
@@ -153,27 +164,31 @@ def key_list(context: CommandContext, account: str, as_json: bool) -> None:
 
 @key.command("revoke")
 @click.argument("key_id")
-@click.option("--compromised", is_flag=True, help="Somebody else has it: cut what runs, too.")
+@click.option(
+    "--compromised", is_flag=True, help="The key was leaked: also stop its requests in flight."
+)
 @json_option
 @click.pass_obj
 def key_revoke(context: CommandContext, key_id: str, compromised: bool, as_json: bool) -> None:
-    """Refuse a key from the next request on."""
+    """Revoke a key. Takes effect on its next request."""
     path = f"/admin/v1/keys/{quote(key_id, safe='')}/revoke"
     changed = context.call("POST", path, {"compromised": compromised})
-    cut = f" Requests cut: {changed['cut']}." if compromised else ""
-    show(changed, as_json, lambda: f"Key {changed['id']} is revoked.{cut}")
+    cut = f" Requests in flight stopped: {changed['cut']}." if compromised else ""
+    show(changed, as_json, lambda: f"Key {changed['id']} revoked.{cut}")
 
 
 @key.command("rotate")
 @click.argument("key_id")
-@click.option("--overlap", default="24h", show_default=True, help="How long the old key goes on.")
+@click.option(
+    "--overlap", default="24h", show_default=True, help="How long the old key keeps working."
+)
 @json_option
 @click.pass_obj
 def key_rotate(context: CommandContext, key_id: str, overlap: str, as_json: bool) -> None:
-    """Print a new key like the old one, which ends after the overlap.
+    """Replace a key with a new one and print it.
 
-    The new key goes on with the old one's monthly budget: what both spend counts together.
-    """
+    The new key has the same options. The old key stops working after the overlap. Both keys share
+    the old key's monthly budget."""
     path = f"/admin/v1/keys/{quote(key_id, safe='')}/rotate"
     added = context.call("POST", path, {"overlap": overlap})
     show(added, as_json, lambda: shown_once(added))

@@ -1,4 +1,4 @@
-"""How commands reach the admin API."""
+"""The connection of commands to the admin API."""
 
 from __future__ import annotations
 
@@ -73,14 +73,16 @@ def opening(store: Store) -> list[str]:
     """Return what opening the database has changed, for people, a line each."""
     lines = [migration_text(store.migrated)] if store.migrated else []
     if store.replaced:
-        lines.append(f"A restore was finished. The replaced database is kept: {store.replaced}")
+        lines.append(
+            f"An interrupted restore was finished. The replaced database is kept: {store.replaced}"
+        )
     return lines
 
 
 def migration_text(migrated: Migrated) -> str:
     before, after, seconds, copy, no_copy = migrated
-    text = f"The database was migrated from schema {before} to {after} in {seconds} s."
-    return f"{text} As it was before: {copy}" if copy else f"{text} {no_copy}"
+    text = f"Migrated the database from schema {before} to {after} in {seconds} s."
+    return f"{text} A copy of the old one is kept: {copy}" if copy else f"{text} {no_copy}"
 
 
 async def _answers(path: str) -> bool:
@@ -96,7 +98,7 @@ async def _answers(path: str) -> bool:
 
 
 def user_name() -> str:
-    """Who gives this command, for the record."""
+    """Return the name of the user who gives this command, for the log of changes."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

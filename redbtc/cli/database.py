@@ -1,4 +1,4 @@
-"""Commands: db."""
+"""The command db."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from redbtc.times import iso_time
 
 @commands.group()
 def db() -> None:
-    """The database."""
+    """Manage the database."""
 
 
 @db.command("check")
 @json_option
 @click.pass_obj
 def db_check(context: CommandContext, as_json: bool) -> None:
-    """Check the whole file for damage."""
+    """Check the whole database for damage. Exits with 1 if there is any."""
     found = context.call("POST", "/admin/v1/db/check")
-    show(found, as_json, lambda: "\n".join(found["problems"]) or "The database is sound.")
+    show(found, as_json, lambda: "\n".join(found["problems"]) or "The database is intact.")
     if not found["ok"]:
         raise SystemExit(1)
 
@@ -43,14 +43,16 @@ MAX_NICENESS = 19
     "--keep",
     type=click.IntRange(1),
     metavar="N",
-    help="Keep the newest N backups, this one included, and remove older ones.",
+    help="Keep the newest N backups, including this one, and remove older ones.",
 )
 @json_option
 @click.pass_obj
 def db_backup(context: CommandContext, path: str, keep: int | None, as_json: bool) -> None:
-    """Copy the database to PATH and verify the copy, while the gateway runs or not. The SHA-256 is
-    written to PATH.sha256. If PATH is a folder, the file in it is named by the time; otherwise an
-    earlier backup at PATH is replaced, or with --keep renamed to PATH.1, PATH.2 and so on."""
+    """Copy the database to PATH and verify the copy. The gateway may be running.
+
+    The SHA-256 is written to PATH.sha256. If PATH is a folder, the backup is named after the time.
+    Otherwise, an earlier backup at PATH is replaced or, with --keep, renamed to PATH.1, PATH.2 and
+    so on."""
     os.nice(MAX_NICENESS)  # the gateway comes first
     made = back_up(context.loaded.database_path, path, keep)
     text = "Backup {path}: {bytes} bytes, {requests} requests, schema {schema}, in {seconds} s."
@@ -62,8 +64,10 @@ def db_backup(context: CommandContext, path: str, keep: int | None, as_json: boo
 @json_option
 @click.pass_obj
 def db_restore(context: CommandContext, path: str, as_json: bool) -> None:
-    """Verify the backup PATH and put a copy of it in place of the database. No gateway may be
-    running. The replaced database is kept beside it."""
+    """Restore the database from the backup at PATH.
+
+    Stop the gateway first. The backup is verified before it replaces the database. The replaced
+    database is kept beside the new one."""
     started = time.monotonic()
     database = context.loaded.database_path
     os.umask(0o077)
@@ -93,11 +97,11 @@ def db_restore(context: CommandContext, path: str, as_json: bool) -> None:
 
 def restored_text(done: dict[str, Any]) -> str:
     latest = done["latest_request_at"]
-    until = f", the newest of {latest}" if latest else ""
-    lines = [f"{done['database']} is restored: {done['requests']} requests{until}."]
+    until = f", newest from {latest}" if latest else ""
+    lines = [f"Restored {done['database']}: {done['requests']} requests{until}."]
     if done["replaced"]:
         lines.append(f"The replaced database is kept: {done['replaced']}")
-    return "\n".join([*lines, *(done["problems"] or ["The database is sound."])])
+    return "\n".join([*lines, *(done["problems"] or ["The database is intact."])])
 
 
 def time_text(found: dict[str, Any]) -> str:
@@ -112,25 +116,27 @@ def time_text(found: dict[str, Any]) -> str:
 
 @db.command("set-time")
 @click.argument("time", required=False)
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @json_option
 @click.pass_obj
 def db_set_time(context: CommandContext, time: str | None, yes: bool, as_json: bool) -> None:
-    """Move whatever is dated after TIME to TIME: requests, payments, sums and all else. TIME is an
-    ISO 8601 time or a duration ago; left out: now. For a ledger that has entries of the future,
-    after a clock that was ahead was believed. It can't be undone. Costs stay."""
+    """Move ledger entries dated after TIME to TIME.
+
+    TIME is an ISO 8601 time, or a duration ago; the default is now. Use this to repair a ledger
+    with entries in the future, after the system clock was ahead. Costs do not change. This can't be
+    undone."""
     path, body = "/admin/v1/db/set-time", given({"time": time})
     found = context.call("POST", path, {**body, "preview": True})
     if found["moved"] and not yes:
         click.echo(time_text(found), err=True)
-        click.confirm("Move all of this?", abort=True, err=True)
+        click.confirm("Move all of these entries?", abort=True, err=True)
     found = context.call("POST", path, body)
     show(found, as_json, lambda: time_text(found))
 
 
 def show_check(loaded: Loaded | None, problems: list[str], as_json: bool) -> None:
-    """What `check` found; exits with 2 where something is wrong. Without `loaded` the settings
-    themselves are."""
+    """Print the problems that `check` has found, and exit with 2 if there are any. `loaded` is None
+    if the settings can't be read."""
     unused = loaded.without_effect if loaded else []
     notes = [f"{key}: accepted, but has no effect yet" for key in unused]
     found = {
@@ -140,7 +146,7 @@ def show_check(loaded: Loaded | None, problems: list[str], as_json: bool) -> Non
         "problems": problems,
         "notes": notes,
     }
-    read = [f"settings: {loaded.file or 'the built-in defaults'}"] if loaded else []
+    read = [f"settings: {loaded.file or 'built-in defaults'}"] if loaded else []
     lines = [*read, *notes, *problems, "not ok" if problems else "ok"]
     show(found, as_json, lambda: "\n".join(lines))
     if problems:

@@ -26,7 +26,8 @@ Run = Callable[
 
 
 class CommandContext:
-    """What the options before the command say; the settings are read when they are needed."""
+    """The options before the command, and the way to the admin API. The settings file is read each
+    time that `loaded` is used."""
 
     def __init__(self, config: str | None, run: Run) -> None:
         self._config = config
@@ -68,14 +69,14 @@ def _content(status: int, body: bytes) -> Any:
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise UserError(f"the gateway answered {status}; see its log") from None
+        raise UserError(f"the gateway answered with status {status}; see its log") from None
     if status >= 400:
         raise UserError(content["error"]["message"])
     return content
 
 
 class LimitType(click.ParamType[Any]):
-    """A number, or `default` for what the settings say."""
+    """A number, or `default` for the default from config.toml."""
 
     name = "number"
 
@@ -83,12 +84,14 @@ class LimitType(click.ParamType[Any]):
         if value == "default":
             return value
         if not re.fullmatch(r"\d{1,9}", value):
-            self.fail(f"{value!r} is neither a number up to 999999999 nor 'default'", param, ctx)
+            self.fail(
+                f"{value!r} is not valid: give a number up to 999999999, or 'default'", param, ctx
+            )
         return int(value)
 
 
 class AmountType(click.ParamType[Any]):
-    """A limit in money: a decimal number, `unlimited`, or `default` for what the settings say."""
+    """An amount of money, `unlimited`, or `default` for the default from config.toml."""
 
     name = "amount"
 
@@ -103,11 +106,11 @@ class AmountType(click.ParamType[Any]):
 
 Decorated = Callable[..., Any]
 LIMIT_TEXTS = {
-    "concurrency": "Requests in flight at most; 0: no limit.",
-    "requests_per_minute": "Requests a minute at most; 0: no limit.",
-    "tokens_per_minute": "Tokens a minute at most; 0: no limit.",
-    "monthly_budget": "What may be spent in a calendar month (UTC); unlimited: no limit.",
-    "credit_limit": "How far below zero the balance may go: an amount, or unlimited.",
+    "concurrency": "Maximum requests in flight. 0 means no limit.",
+    "requests_per_minute": "Maximum requests per minute. 0 means no limit.",
+    "tokens_per_minute": "Maximum tokens per minute. 0 means no limit.",
+    "monthly_budget": "Maximum spending per calendar month (UTC): an amount, or unlimited.",
+    "credit_limit": "How far the balance may go below zero: an amount, or unlimited.",
 }
 
 
@@ -122,11 +125,11 @@ def limit_options(names: Iterable[str]) -> Callable[[Decorated], Decorated]:
     return decorate
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
-    """What was said, with `default` as the API says it: null."""
+    """Return the options that were given, with null for `default`, as the API expects it."""
     return {
         name: None if value == "default" else value
         for name, value in values.items()
@@ -168,7 +171,7 @@ def details(record: dict[str, Any]) -> str:
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--config", metavar="PATH", help="The settings file instead of config.toml.")
+@click.option("--config", metavar="PATH", help="Read settings from PATH instead of config.toml.")
 @click.pass_context
 def commands(context: click.Context, config: str | None) -> None:
     """RedBTC AI: an OpenAI-compatible API gateway."""
@@ -187,5 +190,5 @@ def main(run: Run) -> None:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(1) from None
     except UnicodeEncodeError:
-        click.echo("Error: what was given is not UTF-8", err=True)
+        click.echo("Error: an argument is not valid UTF-8", err=True)
         raise SystemExit(2) from None

@@ -1,4 +1,4 @@
-"""Commands: price, payment, notice."""
+"""The commands price, payment and notice."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 from urllib.parse import quote
 
 import click
+from msgspec import convert
 
 from redbtc.billing.notices import few, slot_name, told_of_prices
-from redbtc.billing.prices import Rates
-from redbtc.cli.accounts import _account
+from redbtc.billing.records import OtherPrice, PricesAdded
+from redbtc.cli.accounts import path_of_account
 from redbtc.cli.main import (
     CommandContext,
     Decorated,
@@ -24,17 +25,22 @@ from redbtc.cli.main import (
     table,
 )
 from redbtc.errors import UserError
+from redbtc.rates import RATES
 
 
 @commands.group()
 def price() -> None:
-    """What models cost, from when on. Prices are added, never changed."""
+    """Manage prices. Prices are added, never changed."""
 
 
 def notice_options(function: Decorated) -> Decorated:
-    reason = click.option("--reason", help="Why, for the record.")
+    reason = click.option(
+        "--reason", help="Reason for --without-notice, kept in the log of changes."
+    )
     without = click.option(
-        "--without-notice", is_flag=True, help="Let a rise take effect early; needs --reason."
+        "--without-notice",
+        is_flag=True,
+        help="Skip the notice period for price increases; requires --reason.",
     )
     return without(reason(function))
 
@@ -47,48 +53,39 @@ def add_prices(
     as_json: bool,
 ) -> None:
     if without_notice != bool(reason):
-        raise click.UsageError("--without-notice and --reason need each other")
+        raise click.UsageError("--without-notice and --reason must be used together")
     body = {**prices, **given({"without_notice": reason})}
     added = context.call("POST", "/admin/v1/prices", body)
 
     def text() -> str:
         counts = f"{added['added']} added, {added['unchanged']} unchanged."
         rows = [price_table(added["prices"]), ""] if added["added"] else []
-        return "\n".join([*rows, counts, *map(plain, told_of_prices(added))])
+        return "\n".join([*rows, counts, *map(plain, told_of_prices(convert(added, PricesAdded)))])
 
     show(added, as_json, text)
 
 
+def rate_options(function: Decorated) -> Decorated:
+    for name, rate in reversed(RATES.items()):
+        option = "--" + name.replace("_", "-")
+        function = click.option(option, name, metavar="AMOUNT", help=rate.help)(function)
+    return function
+
+
 @price.command("add")
 @click.argument("model")
-@click.option("--input", metavar="AMOUNT", help="For a million tokens, as the next six.")
-@click.option("--cached-input", metavar="AMOUNT", help="Never given: as input.")
-@click.option("--cache-write", metavar="AMOUNT", help="Never given: as input.")
+@rate_options
+@click.option("--tier", help="For responses that report this service tier.  [default: default]")
 @click.option(
-    "--cache-write-12h",
-    metavar="AMOUNT",
-    help="Of what is kept for 12 hours. Never given: requests for that are refused.",
-)
-@click.option("--output", metavar="AMOUNT", help="Never given: 0, as for input.")
-@click.option("--image-input", metavar="AMOUNT", help="Never given: as input.")
-@click.option("--image-output", metavar="AMOUNT", help="Never given: as output.")
-@click.option("--web-search", metavar="AMOUNT", help="For a call. Never given: 0.")
-@click.option(
-    "--file-search",
-    metavar="AMOUNT",
-    help="For a call. Never given: requests with the tool are refused.",
+    "--above-input-tokens",
+    type=int,
+    help="Apply only to requests with more input tokens than this.",
 )
 @click.option(
-    "--container",
-    metavar="AMOUNT",
-    help="For a new container in which code runs. Never given: requests with such a tool are "
-    "refused.",
+    "--max-output-tokens", type=int, help="Maximum output tokens of the model per request."
 )
-@click.option("--tier", help="Of responses that report this service tier.  [default: default]")
-@click.option("--above-input-tokens", type=int, help="Of requests with more input than that.")
-@click.option("--max-output-tokens", type=int, help="The most that the model says at once.")
-@click.option("--effective", metavar="TIME", help="From then on; left out: now.")
-@click.option("--source", help="Where it was read.")
+@click.option("--effective", metavar="TIME", help="Start time.  [default: now]")
+@click.option("--source", help="Where the price was found, such as a URL.")
 @notice_options
 @json_option
 @click.pass_obj
@@ -100,12 +97,13 @@ def price_add(
     reason: str | None,
     **options: Any,
 ) -> None:
-    """Add the price of MODEL, a name or a shell pattern.
+    """Add a price for MODEL, a name or a shell pattern.
 
-    To a model applies the most specific name or pattern that means it, and only that. Rates that
-    are left out are those of the price that this one supersedes, or else of the one that applied
-    to that name or pattern before. The output says what was taken over, which known models the
-    price applies to, which later price will supersede it, and which notice was published.
+    For each model, only the most specific matching name or pattern applies. Rates that you leave
+    out are copied from the price that this one replaces, or else from the one that applied to this
+    name or pattern before; the defaults below count where there is none. The output says which
+    rates were copied, which known models the price applies to, which later price will replace it,
+    and which notice was published.
     """
     add_prices(context, {"prices": [given(options)]}, without_notice, reason, as_json)
 
@@ -118,9 +116,9 @@ def price_add(
 def price_import(
     context: CommandContext, file: Path, as_json: bool, without_notice: bool, reason: str | None
 ) -> None:
-    """Add the prices of a TOML file, all or none. Prices that are in force anyway are left out.
+    """Add the prices in a TOML file, all or none. Unchanged prices are skipped.
 
-    The file says all: a rate that it leaves out is not given any more, whatever was in force.
+    Rates that the file leaves out are not copied from earlier prices.
     """
     prices = {**read_prices(file), "take_over": False}
     add_prices(context, prices, without_notice, reason, as_json)
@@ -134,10 +132,10 @@ def read_prices(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not TOML: {error}") from None
+        raise UserError(f"{file}: not valid TOML: {error}") from None
     prices = tables.get("prices")
     if not isinstance(prices, list) or not all(isinstance(price, dict) for price in prices):
-        raise UserError(f"{file}: needs an array 'prices' of tables")
+        raise UserError(f"{file}: no prices found; write each one as a [[prices]] table")
     for price in prices:
         for name, value in price.items():
             if type(value) in (int, Decimal) and not name.endswith("_tokens"):
@@ -151,7 +149,7 @@ PRICE_COLUMNS = [
     "above_input_tokens",
     "status",
     "effective_at",
-    *Rates._fields,
+    *RATES,
     "shadowed_by",
 ]
 
@@ -165,10 +163,10 @@ def price_table(rows: list[dict[str, Any]]) -> str:
 @json_option
 @click.pass_obj
 def price_list(context: CommandContext, as_json: bool) -> None:
-    """Past, current and coming prices.
+    """List past, current and coming prices.
 
-    A rate of - was not given. `shadowed_by` are more specific names and patterns, whose prices
-    apply to the models that they mean instead of this one.
+    "-" means that a rate was not given. `shadowed_by` lists more specific names and patterns: their
+    prices apply to the models that they match, not this one.
     """
     found = context.call("GET", "/admin/v1/prices")
     show(found, as_json, lambda: price_table(found["prices"]))
@@ -176,21 +174,23 @@ def price_list(context: CommandContext, as_json: bool) -> None:
 
 @price.command("which")
 @click.argument("model")
-@click.option("--tier", help="Of a response that reports this service tier.  [default: default]")
-@click.option("--input-tokens", type=int, help="Of a request with so many.  [default: 0]")
-@click.option("--at", metavar="TIME", help="At that time; left out: now.")
+@click.option("--tier", help="The service tier that the response reports.  [default: default]")
+@click.option("--input-tokens", type=int, help="The number of input tokens.  [default: 0]")
+@click.option("--at", metavar="TIME", help="The time of the request.  [default: now]")
 @json_option
 @click.pass_obj
 def price_which(context: CommandContext, /, as_json: bool, **options: Any) -> None:
-    """Show which price applies to MODEL, which others match it, and why they don't apply."""
+    """Show which price applies to MODEL. Says why other matching prices don't."""
     found = context.call("GET", "/admin/v1/prices/which", query=given(options))
 
     def text() -> str:
         lines = [price_table([found["applies"]])] if found["applies"] else []
         lines.append(found["why"])
         for each in found["others"]:
-            about = f"{slot_name(each)}, {each['status']} since {each['effective_at']}"
-            lines.append(f"Not {about.replace('coming since', 'coming at')}: {each['because']}.")
+            other = convert(each, OtherPrice)
+            since = "at" if other.status == "coming" else "since"
+            about = f"{slot_name(other)}, {other.status} {since} {other.effective_at}"
+            lines.append(f"Does not apply: {about}: {other.because}.")
         return "\n".join(lines)
 
     show(found, as_json, text)
@@ -198,21 +198,21 @@ def price_which(context: CommandContext, /, as_json: bool, **options: Any) -> No
 
 @commands.group()
 def payment() -> None:
-    """What accounts have paid."""
+    """Manage payments."""
 
 
 # A negative amount must not be taken for an option.
 @payment.command("add", context_settings={"ignore_unknown_options": True})
 @click.argument("account")
 @click.argument("amount")
-@click.option("--reference", help="Sent again with the same reference, it is added once.")
-@click.option("--reason", help="Of a refund or correction, which are negative.")
+@click.option("--reference", help="Optional ID. A repeated reference is ignored.")
+@click.option("--reason", help="Required for a negative amount (a refund or correction).")
 @json_option
 @click.pass_obj
 def payment_add(context: CommandContext, /, account: str, as_json: bool, **options: Any) -> None:
-    """Write down a payment of an account, such as 25.00; a refund is negative."""
-    added = context.call("POST", _account(account, "/payments"), given(options))
-    money = "Payment of {amount} {currency} for {account} ({id}); the balance is {balance}."
+    """Record a payment, such as 25.00. Use a negative amount for a refund."""
+    added = context.call("POST", path_of_account(account, "/payments"), given(options))
+    money = "Recorded {amount} {currency} for {account} ({id}). Balance: {balance} {currency}."
     show(added, as_json, lambda: money.format(**added))
 
 
@@ -221,8 +221,8 @@ def payment_add(context: CommandContext, /, account: str, as_json: bool, **optio
 @json_option
 @click.pass_obj
 def payment_list(context: CommandContext, account: str | None, as_json: bool) -> None:
-    """All payments, or an account's, oldest first."""
-    path = _account(account, "/payments") if account else "/admin/v1/payments"
+    """List all payments, or one account's, oldest first."""
+    path = path_of_account(account, "/payments") if account else "/admin/v1/payments"
     found = context.call("GET", path)
     columns = ["created_at", "account", "amount", "currency", "reference", "reason", "id"]
     show(found, as_json, lambda: table(found["payments"], columns))
@@ -230,7 +230,7 @@ def payment_list(context: CommandContext, account: str | None, as_json: bool) ->
 
 @commands.group()
 def notice() -> None:
-    """What users are told, on /status and by the API."""
+    """Manage notices. Users see them on /status, in the dashboard and in the API."""
 
 
 @notice.command("add")
@@ -239,29 +239,29 @@ def notice() -> None:
     "--kind",
     type=click.Choice(["price", "terms", "maintenance", "incident"]),
     required=True,
-    help="What it is about.",
+    help="Kind of notice.",
 )
-@click.option("--effective", metavar="TIME", help="From when it holds; left out: now.")
-@click.option("--until", metavar="TIME", help="Until when; left out: it has no end.")
+@click.option("--effective", metavar="TIME", help="Start time.  [default: now]")
+@click.option("--until", metavar="TIME", help="End time.  [default: no end]")
 @click.option(
     "--refuse-requests",
     "refuses_requests",
     is_flag=True,
-    help="Of a maintenance: answer new requests with 503 while it lasts.",
+    help="Maintenance only: reject new requests with 503 during the window.",
 )
 @json_option
 @click.pass_obj
 def notice_add(context: CommandContext, /, as_json: bool, **options: Any) -> None:
-    """Add a notice. New terms need billing.terms_notice_days of notice."""
+    """Publish a notice. New terms need billing.terms_notice_days days of notice."""
     added = context.call("POST", "/admin/v1/notices", given(options))
-    show(added, as_json, lambda: f"Notice {added['id']} added.")
+    show(added, as_json, lambda: f"Notice {added['id']} published.")
 
 
 @notice.command("list")
 @json_option
 @click.pass_obj
 def notice_list(context: CommandContext, as_json: bool) -> None:
-    """All notices."""
+    """List all notices."""
     found = context.call("GET", "/admin/v1/notices")
     columns = ["id", "kind", "account", "effective_at", "until", "withdrawn_at", "text"]
     show(found, as_json, lambda: table(found["notices"], columns))
@@ -272,7 +272,7 @@ def notice_list(context: CommandContext, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def notice_withdraw(context: CommandContext, notice_id: str, as_json: bool) -> None:
-    """Show a notice to nobody any more."""
+    """Withdraw a notice."""
     path = f"/admin/v1/notices/{quote(notice_id, safe='')}/withdraw"
     changed = context.call("POST", path)
-    show(changed, as_json, lambda: f"Notice {changed['id']} is withdrawn.")
+    show(changed, as_json, lambda: f"Notice {changed['id']} withdrawn.")

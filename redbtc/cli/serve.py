@@ -18,7 +18,7 @@ import uvloop
 from redbtc.billing.books import Billing
 from redbtc.billing.prices import Price
 from redbtc.cli.database import show_check
-from redbtc.cli.first_run import dashboard, import_example, welcome
+from redbtc.cli.first_run import dashboard_lines, import_example, welcome
 from redbtc.cli.main import CommandContext, commands, json_option
 from redbtc.config import (
     BillingSettings,
@@ -41,12 +41,16 @@ from redbtc.telemetry import LOG, Telemetry, log
 
 WATCH_SECONDS = 0.25  # between two looks at the file of a damaged database
 DEMO_PRICE = Price(
-    "redbtc-demo*", input=NANOS, output=4 * NANOS, max_output_tokens=1000, source="an invention"
+    "redbtc-demo*",
+    input=NANOS,
+    output=4 * NANOS,
+    max_output_tokens=1000,
+    source="made up for the demonstration",
 )
 
 
 class ServeOptions(NamedTuple):
-    """What `serve` was asked for."""
+    """The options of the command serve."""
 
     loaded: Loaded
     settings: Settings
@@ -57,7 +61,7 @@ class ServeOptions(NamedTuple):
 
 
 class Process(Protocol):
-    """What opening the ledger must know of the process."""
+    """The process, as far as opening the ledger needs it."""
 
     telemetry: Telemetry
     demo: str | None  # the URL of the demonstration upstream, where that is served
@@ -106,15 +110,19 @@ async def open_service(
     if start.as_json:
         click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
     if not books.prices.prices and settings.billing.unpriced_models == "refuse":
-        log(logging.WARNING, "no prices", reason="all models are refused: price import")
+        log(
+            logging.WARNING,
+            "no prices",
+            reason="requests for all models are refused; add prices with price import",
+        )
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
     service = Service(books, settings, running.telemetry)
     if not start.as_json:
         try:
             if start.first_run:
-                click.echo(await welcome(service.api, url, start.demo))
-            click.echo(await dashboard(service.api))
+                click.echo(await welcome(service.api, url, settings.upstreams, start.demo))
+            click.echo(await dashboard_lines(service.api))
         except (sqlite3.Error, StorageUnavailable) as error:
             log(logging.ERROR, "no welcome", reason=str(error))
     try:
@@ -126,8 +134,8 @@ async def open_service(
 
 
 DAMAGED = (
-    "Nothing was written into it. Restore a backup: db restore FILE. If a database was copied to "
-    "this place by hand, a -wal file of another one may lie beside it."
+    "The file was not changed. Restore a backup: db restore FILE. If a database was copied here "
+    "by hand, a -wal file of another database may lie beside it."
 )
 
 
@@ -165,7 +173,7 @@ async def open_ledger(
 
 
 async def open_books(store: Store, settings: BillingSettings) -> Billing:
-    """Read the prices. Raises UserError."""
+    """Read the prices from an open database. Raises UserError."""
     try:
         return await Billing.open(store, settings)
     except sqlite3.Error as error:
@@ -194,15 +202,19 @@ async def start_demo(stack: contextlib.AsyncExitStack) -> str:
     "hosts",
     multiple=True,
     metavar="ADDRESS",
-    help="Listen on this address instead of the settings'; can be repeated.",
+    help="Listen on this address instead of server.host. Can be repeated.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead.")
-@click.option("--demo", is_flag=True, help="Forward to a demonstration upstream: no model.")
-@click.option("--first-run", is_flag=True, help="Make a first account and key if there is none.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Listen on this port instead of server.port."
+)
+@click.option(
+    "--demo", is_flag=True, help="Forward to a built-in demonstration upstream with canned answers."
+)
+@click.option("--first-run", is_flag=True, help="Create an account and a key if there are none.")
 @click.option(
     "--accept-clock",
     is_flag=True,
-    help="Believe the machine's clock, even if it is a day behind the ledger or jumps.",
+    help="Trust the system clock, even if it is a day behind the ledger or jumps.",
 )
 @json_option
 @click.pass_obj
@@ -215,7 +227,7 @@ def serve(
     accept_clock: bool,
     as_json: bool,
 ) -> None:
-    """Run the gateway; also what a call without a command does."""
+    """Run the gateway (default command)."""
     loaded = context.loaded
     listening = {"host": hosts or None, "port": port}
     given = {name: value for name, value in listening.items() if value is not None}
@@ -237,7 +249,7 @@ def serve(
 @json_option
 @click.pass_obj
 def check(context: CommandContext, as_json: bool) -> None:
-    """Say what is wrong with the settings and the database, line by line."""
+    """Check the settings and the database. Exits with 2 if there are problems."""
     try:
         loaded = context.loaded
     except SettingsError as error:

@@ -1,4 +1,4 @@
-"""Commands: usage, statement."""
+"""The commands usage and statement."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 from urllib.parse import quote
 
 import click
+from msgspec import convert
 
 from redbtc.billing.csv import csv_lines, statement_lines
-from redbtc.cli.accounts import _account
+from redbtc.billing.statements import Statement
+from redbtc.cli.accounts import path_of_account
 from redbtc.cli.main import CommandContext, commands, details, given, json_option, show, table
 from redbtc.money import decimal, digits_of, parse_amount
 
@@ -38,23 +40,29 @@ SUM_COLUMNS = [
 
 
 @commands.command()
-@click.option("--account", help="Of this account.")
-@click.option("--key", help="Of this key (its id).")
-@click.option("--model", help="Of models that match this shell pattern.")
-@click.option("--since", metavar="TIME", help="From then on: an ISO 8601 time, or 24h ago.")
-@click.option("--until", metavar="TIME", help="Up to then.")
-@click.option("--limit", type=click.IntRange(1), help="Only the newest so many.")
-@click.option("--group-by", metavar="NAMES", help="Sums by day, model, key, account: day,model.")
+@click.option("--account", help="Filter by account.")
+@click.option("--key", help="Filter by key id.")
+@click.option("--model", help="Filter by model (shell pattern).")
+@click.option(
+    "--since", metavar="TIME", help="Start time: ISO 8601, or a duration ago, such as 24h."
+)
+@click.option("--until", metavar="TIME", help="End time (exclusive).")
+@click.option("--limit", type=click.IntRange(1), help="Show the newest N requests.")
+@click.option(
+    "--group-by", metavar="NAMES", help="Sum by day, model, key or account, such as day,model."
+)
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
 @click.pass_obj
 def usage(context: CommandContext, /, as_csv: bool, as_json: bool, **filters: Any) -> None:
-    """The ledger: a row for each request that reached an upstream, oldest first, or sums of them.
-    The totals are of the whole range, whatever the limit."""
+    """List requests or, with --group-by, sums of them.
+
+    These are the requests that reached an upstream, oldest first. Totals cover the whole range,
+    whatever the limit."""
     one_form(as_csv, as_json)
     grouped = filters["group_by"] is not None
     if grouped and filters["limit"]:
-        raise click.UsageError("--limit is for requests, not for sums of them")
+        raise click.UsageError("--limit can't be used with --group-by")
     path = "/admin/v1/usage" if grouped else "/admin/v1/requests"
     if as_json:
         context.copy(path, given(filters), sys.stdout.buffer)
@@ -73,7 +81,7 @@ def usage(context: CommandContext, /, as_csv: bool, as_json: bool, **filters: An
 
 def one_form(as_csv: bool, as_json: bool) -> None:
     if as_csv and as_json:
-        raise click.UsageError("--csv and --json exclude each other")
+        raise click.UsageError("use either --csv or --json, not both")
 
 
 @commands.command()
@@ -85,12 +93,14 @@ def one_form(as_csv: bool, as_json: bool) -> None:
 def statement(
     context: CommandContext, account: str, month: str, as_csv: bool, as_json: bool
 ) -> None:
-    """An account's month: opening balance, usage by day and model, payments, closing balance, and
-    what was paid in the last three months."""
+    """Show an account's statement for a month.
+
+    It has the opening balance, usage by day and model, payments, the closing balance, and payments
+    in the last three months."""
     one_form(as_csv, as_json)
-    found = context.call("GET", _account(account, f"/statements/{quote(month, safe='')}"))
+    found = context.call("GET", path_of_account(account, f"/statements/{quote(month, safe='')}"))
     if as_csv:
-        click.echo("".join(csv_lines(statement_lines(found))), nl=False)
+        click.echo("".join(csv_lines(statement_lines(convert(found, Statement)))), nl=False)
     else:
         show(found, as_json, lambda: statement_text(found))
 
@@ -108,13 +118,13 @@ def statement_text(found: dict[str, Any]) -> str:
         "usage": exact(totals["cost"], currency),
         "closing balance": exact(found["closing_balance"], currency),
         "requests": totals["requests"],
-        "of them estimated": totals["estimated"],
-        "without usage": totals["unreported"],
-        "paid in three months": f"{paid_lately} ({', '.join(lately)})",
+        "requests estimated": totals["estimated"],
+        "requests without usage": totals["unreported"],
+        "paid, last 3 months": f"{paid_lately} ({', '.join(lately)})",
     }
     used = [{**row, "cost": exact(row["cost"], currency)} for row in found["usage"]]
     paid = [{**row, "amount": exact(row["amount"], currency)} for row in found["payments"]]
-    state = "closed" if found["closed"] else "so far"
+    state = "closed" if found["closed"] else "in progress"
     parts = [f"{found['account']}, {found['month']}, {state}, in {currency}"]
     parts.append(details(summary))
     parts += [table(used, ["day", "model", *SUM_COLUMNS])] if used else []
@@ -128,5 +138,5 @@ def statement_text(found: dict[str, Any]) -> str:
 
 
 def exact(amount: str, currency: str) -> str:
-    """With the currency's digits after the point at least, as people write it."""
+    """Return an amount with at least as many digits after the point as the currency has."""
     return decimal(parse_amount(amount), digits_of(currency))

@@ -1,4 +1,4 @@
-"""Commands: user."""
+"""The command user."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from redbtc.cli.main import CommandContext, Decorated, commands, given, json_opt
 
 @commands.group()
 def user() -> None:
-    """Who may log in to the dashboard."""
+    """Manage dashboard logins."""
 
 
 def link_text(added: dict[str, Any]) -> str:
     until = added["link_expires_at"]
-    return f"{added['link']}\n\n{added['email']} sets a password there, once, until {until}."
+    text = f"Send this link to {added['email']} to set a password. It works once, until {until}."
+    return f"{added['link']}\n\n{text}"
 
 
 @user.command("add")
 @click.argument("email")
-@click.option("--operator", is_flag=True, help="May do everything.")
-@click.option("--account", metavar="NAME", help="Owns this account.")
-@click.option("--viewer", is_flag=True, help="Of the account: sees all of it, changes nothing.")
+@click.option("--operator", is_flag=True, help="Full access to everything.")
+@click.option("--account", metavar="NAME", help="Owner of this account.")
+@click.option("--viewer", is_flag=True, help="Read-only member of the account.")
 @json_option
 @click.pass_obj
 def user_add(
@@ -35,9 +36,9 @@ def user_add(
     viewer: bool,
     as_json: bool,
 ) -> None:
-    """Add a login and print the link with which its password is set, once."""
+    """Add a login and print a one-time link to set its password."""
     if operator == bool(account) or (operator and viewer):
-        raise click.UsageError("give --operator, or --account NAME with or without --viewer")
+        raise click.UsageError("use --operator, or --account NAME, optionally with --viewer")
     role = "operator" if operator else "viewer" if viewer else "owner"
     body = given({"email": email, "role": role, "account": account})
     added = context.call("POST", "/admin/v1/users", body)
@@ -48,16 +49,18 @@ def user_add(
 @json_option
 @click.pass_obj
 def user_list(context: CommandContext, as_json: bool) -> None:
-    """All logins, operators first."""
+    """List all logins, operators first."""
     found = context.call("GET", "/admin/v1/users")
     columns = ["email", "role", "account", "password_set_at", "link_expires_at", "id"]
     show(found, as_json, lambda: table(found["users"], columns))
 
 
 def which_user(function: Decorated) -> Decorated:
-    """Of several logins of one address."""
-    account = click.option("--account", metavar="NAME", help="The login of this account.")
-    operator = click.option("--operator", is_flag=True, help="The operator's login.")
+    """Add the options that choose one of several logins of one address."""
+    account = click.option(
+        "--account", metavar="NAME", help="Which login: the one of this account."
+    )
+    operator = click.option("--operator", is_flag=True, help="Which login: the operator's.")
     return account(operator(function))
 
 
@@ -73,10 +76,10 @@ def _which(account: str | None, operator: bool) -> dict[str, str]:
 def user_remove(
     context: CommandContext, email: str, account: str | None, operator: bool, as_json: bool
 ) -> None:
-    """Remove a login, and log it out."""
+    """Remove a login and end its sessions."""
     path = f"/admin/v1/users/{quote(email, safe='')}"
     removed = context.call("DELETE", path, query=_which(account, operator))
-    show(removed, as_json, lambda: f"User {removed['email']} is removed.")
+    show(removed, as_json, lambda: f"User {removed['email']} removed.")
 
 
 @user.command("reset")
@@ -87,7 +90,7 @@ def user_remove(
 def user_reset(
     context: CommandContext, email: str, account: str | None, operator: bool, as_json: bool
 ) -> None:
-    """End a login's password and sessions, and print a new link."""
+    """Reset a login. Its password and sessions end, and a new one-time link is printed."""
     path = f"/admin/v1/users/{quote(email, safe='')}/reset"
     added = context.call("POST", path, query=_which(account, operator))
     show(added, as_json, lambda: link_text(added))

@@ -60,10 +60,10 @@ from redbtc.dashboard.sessions import (
     SAFE,
     SECURITY,
     check_origin,
-    cookie_of,
     network_of,
+    session_cookie,
     session_of,
-    set_cookie,
+    set_session_cookie,
 )
 from redbtc.dashboard.visit import HOME, LOGIN, PageRequest, PageVariables, to, to_login
 from redbtc.errors import NotFound, UserError
@@ -72,10 +72,10 @@ MAX_FORM_BYTES = 64 << 10
 ONCE = re.compile("[0-9a-f]{16}")
 MAX_SENT = 10_000  # forms that are known to have been sent
 
-BAD_LOGIN = "Address and password don't belong together."
+BAD_LOGIN = "Wrong email or password."
 SUSPENDED = "This account is suspended."
-SEVERAL = "This is the password of several logins: choose one, and type it again."
-UNKNOWN = {404: "There is no such page.", 500: "The gateway failed on this."}
+SEVERAL = "You have several logins with this password. Choose one and enter the password again."
+UNKNOWN = {404: "Page not found.", 500: "The gateway could not process this request."}
 Handler = Callable[[PageRequest], Awaitable[Response]]
 Show = Callable[[PageRequest], Awaitable[PageVariables]]
 Action = Callable[[PageRequest], Awaitable[PageVariables | Response | None]]
@@ -144,7 +144,7 @@ class Dashboard:
 
         async def handler(visit: PageRequest) -> Response:
             if RANKS[visit.actor.rank] < RANKS[least]:
-                raise Forbidden("this is not for your role")
+                raise Forbidden("you don't have access to this page")
             made: PageVariables = {"done": "done" in visit.request.query_params}
             refused = None
             if visit.request.method not in SAFE:
@@ -172,7 +172,7 @@ class Dashboard:
     ) -> PageVariables | Response | None:
         action = actions.get(visit.form.get("do", ""))
         if action is None:
-            raise Forbidden("there is no such form")
+            raise Forbidden("this page has no such form; reload the page and try again")
         with self._once(visit.session, visit.form.pop("once", "")):
             return await action(visit)
 
@@ -185,7 +185,7 @@ class Dashboard:
             return
         form = session.user_id, token
         if form in self._sent:
-            raise UserError("this form was sent before; a key or link is shown only once")
+            raise UserError("this form was already submitted; keys and links are shown only once")
         self._sent[form] = None
         if len(self._sent) > MAX_SENT:
             self._sent.popitem(last=False)
@@ -241,7 +241,7 @@ class Dashboard:
 
     async def _unknown(self, _: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        problem = UNKNOWN.get(status, "This can't be asked for so.")
+        problem = UNKNOWN.get(status, "This request isn't supported.")
         return await self.page("error.html", {"code": status, "problem": problem}, status)
 
     @staticmethod
@@ -253,7 +253,7 @@ class Dashboard:
         return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
 
     def logged_in(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-        """For whoever is logged in; others are sent to the login."""
+        """Return an endpoint for people who are logged in. It redirects others to the login."""
 
         async def endpoint(request: Request) -> Response:
             session, form = session_of(self.api, request), {}
@@ -271,17 +271,17 @@ class Dashboard:
     # Logging in
 
     async def login(self, request: Request) -> Response:
-        """Address and password, and where several logins have both, which one."""
+        """Show the login form, or log in. Somebody with several logins that have one password is
+        asked which they mean."""
         shown: PageVariables = {"email": "", "logins": []}
         if request.method in SAFE:
             return await self.page("login.html", shown)
         check_origin(request)
         form = await self._form(request)
         shown["email"] = email = form.get("email", "")[:254]
-        browser = cookie_of(request, "redbtc-browser")
         network, password = network_of(request), form.get("password", "")
         try:
-            found = await self.api.users.verify(email, password, network, browser)
+            found = await self.api.users.verify(email, password, network)
         except Later as error:
             return await self.page("login.html", shown, refused=error)
         chosen = form.get("login", "")
@@ -296,29 +296,27 @@ class Dashboard:
         return await self.page("login.html", shown, 403)
 
     async def _log_in(self, request: Request, user_id: str, hashed: bytes) -> Response | None:
-        """To the page that was asked for; None where the password is not right any more."""
-        browser = request.headers.get("user-agent", "")
-        known_by = cookie_of(request, "redbtc-browser")
-        former = cookie_of(request, "redbtc")
-        logged_in = await self.api.users.log_in(user_id, hashed, browser, known_by, former)
-        if logged_in is None:
+        """Begin a session and redirect to the page that was asked for. Return None if the password
+        has changed meanwhile or the account is suspended."""
+        browser, former = request.headers.get("user-agent", ""), session_cookie(request)
+        cookie = await self.api.users.log_in(user_id, hashed, browser, former)
+        if cookie is None:
             return None
         wanted = request.query_params.get("next", "")
         path = wanted if wanted.startswith("/dashboard/") else HOME
         response = RedirectResponse(path, 303, SECURITY)
-        set_cookie(request, response, "redbtc", logged_in.cookie, None)
-        set_cookie(request, response, "redbtc-browser", logged_in.browser, BROWSER_SECONDS)
+        set_session_cookie(request, response, cookie)
         return response
 
     async def log_out(self, visit: PageRequest) -> Response:
-        """This session ends."""
+        """End this session."""
         await self.api.users.end_session(visit.session.id, visit.session.user_id)
         response = to(LOGIN)
-        set_cookie(visit.request, response, "redbtc", "", 0)
+        set_session_cookie(visit.request, response, "")
         return response
 
     async def link(self, request: Request) -> Response:
-        """A one-time link: looking at it doesn't use it up, setting a password does."""
+        """Show the page of a one-time link, or set a password, which uses the link up."""
         link = self.api.users.link(request.path_params["link"])
         shown: PageVariables = {"email": link.email if link else ""}
         if not link or request.method in SAFE:
@@ -332,11 +330,12 @@ class Dashboard:
             return await self.page("link.html", shown, refused=error)
         logged_in = await self._log_in(request, link.user_id, hashed)
         if logged_in is None:
-            raise Forbidden("the password is set, but this account is suspended")
+            raise Forbidden("your password is set, but this account is suspended")
         return logged_in
 
     async def change_password(self, visit: PageRequest) -> Response:
-        """All sessions end with it; this browser gets a new one. Raises UserError."""
+        """Set a new password, which ends all sessions, and log this browser in again. Raise
+        UserError."""
         old, new = visit.form.get("old_password", ""), new_password(visit.form, "new_password")
         network = visit.actor.network
         hashed = await self.api.users.change_password(visit.session, old, new, network)
@@ -344,9 +343,9 @@ class Dashboard:
 
 
 def new_password(form: Mapping[str, str], name: str) -> str:
-    """That of a form, where it was typed twice alike. Raises UserError."""
+    """Return the new password of a form. Raise UserError if the two fields differ."""
     if form.get(name, "") != form.get("again", ""):
-        raise UserError("the two passwords differ")
+        raise UserError("the two passwords don't match")
     return form.get(name, "")
 
 
@@ -370,4 +369,3 @@ MANAGE_ACTIONS: dict[str, Action] = {
     "throttle": _on_account(API.throttle_account, "factor", "until"),
     "pay": _on_account(API.add_payment, "amount", "reference", "reason"),
 }
-BROWSER_SECONDS = 365 * 86400

@@ -387,7 +387,7 @@ def _axis(content: ChartContent, frame: ChartFrame) -> str:
 
 def _nothing(frame: ChartFrame) -> str:
     x, y = (frame.left + frame.right) // 2, (TOP + frame.bottom) // 2
-    return f'<text x="{x}" y="{y}" text-anchor="middle">Nothing in this time</text>'
+    return f'<text x="{x}" y="{y}" text-anchor="middle">No usage in this period</text>'
 
 
 def _day_labels(content: ChartContent, frame: ChartFrame) -> str:

@@ -6,7 +6,8 @@ import re
 import secrets
 import shlex
 from collections.abc import Mapping, MutableMapping
-from datetime import timedelta
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,23 @@ def aligned(amount: str | None, currency: str) -> str:
 
 
 def count(number: int | None) -> str:
-    """With thousands apart; a dash where it is not known."""
+    """Return a number with thousands separators, or a dash for None."""
     return "–" if number is None else f"{number:,}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun: 1 account, 2 accounts."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def percent(fraction: str) -> str:
+    """Return a fraction as a percentage: 25 % for 0.25."""
+    return f"{(Decimal(fraction) * 100).normalize():f} %"
+
+
+def month_name(month: str) -> str:
+    """Return a month for people: November 2026 for 2026-11."""
+    return f"{date.fromisoformat(f'{month}-01'):%B %Y}"
 
 
 def size(number: int) -> str:
@@ -61,8 +77,11 @@ MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 def duration(seconds: int) -> str:
-    """2 days, 3:04:05."""
-    return str(timedelta(seconds=seconds))
+    """Return a duration in its two largest units: 2 days 3 hours."""
+    minutes, hours, days = seconds // 60 % 60, seconds // 3600 % 24, seconds // 86400
+    units = (days, "day"), (hours, "hour"), (minutes, "minute")
+    parts = [counted(number, unit) for number, unit in units if number]
+    return " ".join(parts[:2]) or "less than a minute"
 
 
 def utc(moment: str, digits: int = 16) -> str:
@@ -119,6 +138,7 @@ def environment() -> jinja2.Environment:
     found.filters.update(
         money=money, exact=exact, count=count, size=size, utc=utc, duration=duration
     )
+    found.filters.update(counted=counted, percent=percent, month_name=month_name)
     found.filters.update(aligned=aligned, literal=literal, shell=shlex.quote, browser=browser)
     found.tests["moment"] = lambda value: isinstance(value, str) and bool(MOMENT.fullmatch(value))
     found.globals["once"] = lambda: secrets.token_hex(8)
@@ -142,6 +162,6 @@ def explanation(error: UserError) -> dict[str, Any]:
     if isinstance(error, Invalid) and error.field:
         what = error.what.removesuffix(", got `str`")
         if what.startswith("Object missing"):
-            what = f"{error.field} is needed"
+            what = f"{error.field} is required"
         return {"problem": sentence(what), "wrong": error.field}
     return {"problem": sentence(str(error))}

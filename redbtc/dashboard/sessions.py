@@ -1,4 +1,4 @@
-"""Who visits: browsers that are logged in, and what they may do."""
+"""Browsers that are logged in: their cookie, origin and network, and what they may do."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from starlette.responses import Response
 from redbtc.admin import http
 from redbtc.admin.actors import Actor, Forbidden, Unauthorized
 from redbtc.admin.api import API
-from redbtc.admin.users import LoginSession, signature
+from redbtc.admin.users import LoginSession, name_in_log
+from redbtc.server.asgi import request_of
 
-# Who is logged in is told by a cookie; that a change comes from a page of ours, by Origin, which
-# every browser sends with it. (None does under `no-referrer`: pages have a meta element for that.)
+# A cookie says who is logged in. The header Origin, which every browser sends with a change, says
+# that the change comes from one of the gateway's own pages. (Under the policy `no-referrer` they
+# leave Origin out, so pages override it with a meta element.)
 SECURITY = {
     **http.SECURITY,
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
@@ -25,15 +27,16 @@ SECURITY = {
 SAFE = ("GET", "HEAD")
 
 
-def cookie_name(request: Request, name: str) -> str:
-    """With TLS the browser itself keeps other hosts and paths from setting it."""
-    return f"__Host-{name}" if request.url.scheme == "https" else name
+def cookie_name(request: Request) -> str:
+    """Return the name of a session's cookie. With TLS its prefix makes the browser refuse it from
+    other hosts and for other paths."""
+    return "__Host-redbtc" if request.url.scheme == "https" else "redbtc"
 
 
-def cookie_of(request: Request, name: str) -> str:
-    """Return the value of a cookie that `set_cookie` set, "" if there is none. (To resolve quotes,
-    as Starlette does, takes seconds for a long value before Python 3.12.6.)"""
-    wanted, found = cookie_name(request, name), ""
+def session_cookie(request: Request) -> str:
+    """Return the session's cookie, "" if there is none. (Starlette resolves quotes, which takes
+    seconds for a long value before Python 3.12.6.)"""
+    wanted, found = cookie_name(request), ""
     for line in request.headers.getlist("cookie"):
         for pair in line.split(";"):
             if wanted in pair:  # or 60 KB of semicolons would take 3 ms each time
@@ -42,14 +45,12 @@ def cookie_of(request: Request, name: str) -> str:
     return found
 
 
-def set_cookie(
-    request: Request, response: Response, name: str, value: str, age: int | None
-) -> None:
-    """`age` in seconds; None: while the browser runs."""
+def set_session_cookie(request: Request, response: Response, value: str) -> None:
+    """Give the browser a session's cookie until it is closed, or with "" take the cookie away."""
     response.set_cookie(
-        cookie_name(request, name),
+        cookie_name(request),
         value,
-        max_age=age,
+        max_age=None if value else 0,
         path="/",
         secure=request.url.scheme == "https",
         httponly=True,
@@ -58,36 +59,36 @@ def set_cookie(
 
 
 def check_origin(request: Request) -> None:
-    """Raises Forbidden for a change that doesn't come from here, or doesn't say so."""
+    """Raise Forbidden for a change that does not come from the gateway's own pages."""
     own = f"{request.url.scheme}://{request.headers.get('host', '')}"
     if request.headers.get("origin") != own:
-        raise Forbidden(f"a change must come from here: with the header Origin: {own}")
+        raise Forbidden(f"the Origin header must be {own}: open the dashboard at its own address")
     if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
-        raise Forbidden("this came from another site")
+        raise Forbidden("requests from other sites are refused")
 
 
 def session_of(api: API, request: Request) -> LoginSession | None:
-    """Of whoever is logged in. Raises StorageUnavailable."""
-    cookie = cookie_of(request, "redbtc")
+    """Return the session of whoever sends a request. Raise StorageUnavailable."""
+    cookie = session_cookie(request)
     return api.users.session(cookie) if cookie else None
 
 
 def actor_for(session: LoginSession, request: Request) -> Actor:
-    """What somebody who is logged in may do."""
-    name, network = signature(session.email, session.account), network_of(request)
+    """Return what somebody who is logged in may do."""
+    name, network = name_in_log(session.email, session.account), network_of(request)
     return Actor(name, session.role, session.account_id, session=session, network=network)
 
 
 def actor_of(api: API) -> Callable[[Request], Actor]:
-    """Who calls the admin API on the public port: a key that the gateway has put into the scope, or
-    a session."""
+    """Return a function that says who calls the admin API on the public port: the key that the
+    gateway has found to be valid, or somebody with a session."""
 
     def authenticate(request: Request) -> Actor:
-        if key := request.scope.get("key"):
+        if key := request_of(request.scope).key:
             return Actor(f"key {key.id}", "key", key.account_id, key=key)
         session = session_of(api, request)
         if session is None:
-            raise Unauthorized("nobody is logged in; the dashboard's login is /dashboard/login")
+            raise Unauthorized("not logged in; log in at /dashboard/login")
         if request.method not in SAFE:
             check_origin(request)
         return actor_for(session, request)
@@ -96,7 +97,7 @@ def actor_of(api: API) -> Callable[[Request], Actor]:
 
 
 def network_of(request: Request) -> str:
-    """The client's address; of IPv6 the /64 that one has."""
+    """Return the client's address, or for IPv6 the /64 that a client usually has to itself."""
     host = request.client.host if request.client else ""
     try:
         address = ipaddress.ip_address(host)

@@ -4,27 +4,60 @@ from __future__ import annotations
 
 import contextlib
 
+from msgspec import Struct
+
 from redbtc.billing.books import Billing
-from redbtc.store.records import Record
-from redbtc.times import iso_time
+from redbtc.billing.records import Notice
+from redbtc.store.records import Moment, shown_time
+
+
+class PublicNotice(Struct):
+    """What everybody is told of a notice."""
+
+    id: str
+    kind: str
+    text: str
+    effective_at: Moment
+    until: Moment | None
+    created_at: Moment
+
+    @classmethod
+    def of(cls, notice: Notice) -> PublicNotice:
+        """Return what everybody is told of a notice."""
+        return cls(
+            id=notice.id,
+            kind=notice.kind,
+            text=notice.text,
+            effective_at=notice.effective_at,
+            until=notice.until,
+            created_at=notice.created_at,
+        )
+
+
+class Status(Struct):
+    """What /status says."""
+
+    status: str
+    uptime_seconds: int
+    incidents: list[PublicNotice]
+    notices: list[PublicNotice]
 
 
 # What everybody may know of the gateway, without a key.
-async def status(books: Billing, uptime_seconds: int) -> Record:
+async def status(books: Billing, uptime_seconds: int) -> Status:
     """Return what /status says. A ledger that can't commit is an incident: nothing is served."""
-    shown = ("id", "kind", "text", "effective_at", "until", "created_at")
-    notices = [{name: row[name] for name in shown} for row in await books.notices_now()]
-    now = str(iso_time(books.store.time()))
-    in_force = {notice["kind"] for notice in notices if notice["effective_at"] <= now}
+    notices = [PublicNotice.of(each) for each in await books.notices_now()]
+    now = shown_time(books.store.time())
+    in_force = {notice.kind for notice in notices if notice.effective_at <= now}
     if not books.store.healthy:
         in_force.add("incident")
     worst = [kind for kind in ("incident", "maintenance") if kind in in_force]
-    return {
-        "status": worst[0] if worst else "ok",
-        "uptime_seconds": uptime_seconds,
-        "incidents": [notice for notice in notices if notice["kind"] == "incident"],
-        "notices": [notice for notice in notices if notice["kind"] != "incident"],
-    }
+    return Status(
+        status=worst[0] if worst else "ok",
+        uptime_seconds=uptime_seconds,
+        incidents=[notice for notice in notices if notice.kind == "incident"],
+        notices=[notice for notice in notices if notice.kind != "incident"],
+    )
 
 
 MAX_ACCEPT = 2000  # characters of an Accept header that are looked at; a browser's has 150

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import httpx2
 
@@ -23,7 +23,7 @@ from redbtc.meter.events import BLANK, is_stream
 from redbtc.meter.meters import Meter
 from redbtc.meter.streams import StreamMeter
 from redbtc.slices import answers_of, in_slices
-from redbtc.upstream.http1 import ResponseBody
+from redbtc.upstream.connection import ResponseBody
 
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
 # magic number, and its first byte can be a blank.
@@ -53,7 +53,7 @@ class Bypass:
         self._meter = meter
         self._response = response
         self._deadline: Deadline = request.clock
-        self._send_now: Callable[[bytes], bool] = request.scope["send_now"]
+        self._send_now = request.client_request.client.send_now
         self._idle_seconds = idle_seconds
 
     def __call__(self, chunk: bytes) -> bool:

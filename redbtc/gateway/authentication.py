@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from redbtc.errors import StorageUnavailable
-from redbtc.headers import header
+from redbtc.headers import Headers, header
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import Scope
 from redbtc.store.database import Store
 from redbtc.store.keys import Key, key_in_force
 
-BAD_KEY = "Incorrect API key provided. Send it as 'Authorization: Bearer sk-redbtc-…'."
+BAD_KEY = "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…'."
 
 
-def authenticate(scope: Scope, store: Store) -> Key:
-    """The key in force that the request shows. Every flaw of a key has the same answer. Reads the
-    database each time: revoking and suspending hold from the next request on."""
-    scheme, _, token = (header(scope["headers"], b"authorization") or b"").partition(b" ")
+def authenticate(headers: Headers, store: Store) -> Key:
+    """Return the key in a request's headers, which is in force. Every flaw of a key has the same
+    response. The database is read each time, so that revoking a key and suspending an account take
+    effect on the next request. Raises Refusal."""
+    scheme, _, token = (header(headers, b"authorization") or b"").partition(b" ")
     try:
         shown = token.strip().decode("ascii") if scheme.lower() == b"bearer" else ""
     except UnicodeDecodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import math
 import time
 
@@ -29,6 +30,15 @@ from redbtc.usage import Outcome, RequestRow, UsagePart
 MAX_AGE_SECONDS = 48 * 3600
 
 
+class Stage(enum.Enum):
+    """The stages of a background response, in their order. It has ended with SETTLING, whatever
+    comes after that."""
+
+    FOLLOWED = 1  # the request that created it is still being answered
+    ALONE = 2  # that request is over: the gateway asks the upstream how the response is
+    SETTLING = 3  # it has ended, and its row is being written
+
+
 class BackgroundResponse:
     """One background response that has not been seen to end."""
 
@@ -53,14 +63,24 @@ class BackgroundResponse:
         self.row = row
         self.unfinished = unfinished
         self.chosen = None if chosen is None else {hash(each) for each in chosen}
-        self.settling: asyncio.Task[None] | None = None
-        self.alone = False  # the request that made it is over
-        self.cancelled = False  # its key turned out to be somebody else's
+        self.stage = Stage.FOLLOWED
+        self.settling: asyncio.Task[None] | None = None  # in the stage SETTLING
+        self.to_be_cancelled = False  # its key was reported as compromised
         self.money = money
         self._read: set[Report] = set()
         self._followed_at = time.monotonic()  # when this object was made
         self._age_before = max(0, now - row.started_at)  # milliseconds
         self._watched_after = 0.0  # seconds from then to the last `watch` that was due
+
+    def enter(self, stage: Stage) -> None:
+        """Go on to a later stage; a stage that has passed is not entered again."""
+        if stage.value > self.stage.value:
+            self.stage = stage
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the response has ended, and is settled or about to be."""
+        return self.stage is Stage.SETTLING
 
     def read(self, report: Report) -> None:
         """Somebody is being sent what this meters."""
@@ -90,7 +110,7 @@ class BackgroundResponse:
 
     @property
     def _age(self) -> int:
-        """How long ago its request began, in milliseconds; of this process by the monotonic
+        """The time since its request began, in milliseconds: in this process by the monotonic
         clock."""
         return self._age_before + round((time.monotonic() - self._followed_at) * 1000)
 
@@ -156,11 +176,11 @@ class BackgroundResponse:
 
     @property
     def admitted(self) -> Admitted:
-        """What a later correction needs."""
+        """The facts that a later correction needs."""
         unfinished = self.unfinished
         return Admitted(unfinished.admitted_at, unfinished.image_model, unfinished.held)
 
     @property
     def seconds_left(self) -> float:
-        """For how long it may still go on, if it does not end."""
+        """The seconds until the response is given up, if it does not end."""
         return MAX_AGE_SECONDS - self._age / 1000

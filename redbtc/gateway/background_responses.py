@@ -1,4 +1,4 @@
-"""All background responses that have not ended yet, and the task that asks for them."""
+"""The background responses that have not ended yet, and the tasks that ask for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redbtc.billing.books import Billing
 from redbtc.billing.spending import Hold
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.asking import ask
-from redbtc.gateway.background import BackgroundResponse
+from redbtc.gateway.background import BackgroundResponse, Stage
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import count_containers, locations_of, weight
@@ -51,8 +51,37 @@ UNKNOWN = (400, 404, 410)  # how an upstream says that there is no such response
 MAX_UNKNOWN = 3  # in a row: it may not know at once what it has just made
 
 
+class UnfinishedCount:
+    """The number of unfinished background responses, by account. Requests that may create one are
+    counted as well."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, account_id: str, most: int) -> None:
+        """Count one more unfinished background response of the account, before the upstream is
+        asked for it. `most` is the maximum (0: none). Raises Refusal."""
+        if 0 < most <= self._counts[account_id]:
+            headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
+            message = f"This account has {most} unfinished background responses, the maximum."
+            raise Refusal(
+                "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
+            )
+        self._counts[account_id] += 1
+
+    def resume(self, account_id: str) -> None:
+        """Count a response that an earlier process has left, whatever the maximum is."""
+        self._counts[account_id] += 1
+
+    def remove(self, account_id: str) -> None:
+        """Stop counting a background response that has ended or was not created."""
+        self._counts[account_id] -= 1
+        if not self._counts[account_id]:
+            del self._counts[account_id]
+
+
 class BackgroundResponses:
-    """All background responses that have not been seen to end."""
+    """The background responses that have not been seen to end."""
 
     def __init__(
         self,
@@ -73,8 +102,7 @@ class BackgroundResponses:
         self._telemetry = telemetry
         self._speeds = speeds
         self._responses: dict[str, BackgroundResponse] = {}
-        # By account, how many are unfinished; requests that may create one are counted as well.
-        self._counts: Counter[str] = Counter()
+        self.unfinished = UnfinishedCount()
         self._asking = asyncio.Semaphore(MAX_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ended: Callable[[asyncio.Task[Any]], None] = lambda _: None  # called with each task
@@ -88,10 +116,10 @@ class BackgroundResponses:
             response = BackgroundResponse(row, money, unfinished, None, self._store.time())
             if most := response.most:
                 money.grow(self._objects, [row.response_id or ""], most.all_tokens)
-            self._counts[row.account_id] += 1
+            self.unfinished.resume(row.account_id)
             self._add(response)
-            response.alone = True
-            response.cancelled = is_compromised(self._store, key.id)
+            response.enter(Stage.ALONE)
+            response.to_be_cancelled = is_compromised(self._store, key.id)
             self._start(self._ask_until_ended(response))
 
     def keep(
@@ -107,9 +135,9 @@ class BackgroundResponses:
     async def leave(self, response: BackgroundResponse, report: Report) -> bool:
         """The request that made it is over. Whether the response is, too; else it is asked for."""
         response.left(report)
-        response.alone = True
+        response.enter(Stage.ALONE)
         await self._see(response, report)
-        if response.settling:
+        if response.has_ended:
             return True
         response.note(report.status)
         if written := self._keep_news(response):
@@ -152,28 +180,9 @@ class BackgroundResponses:
     def _keep_news(self, response: BackgroundResponse) -> asyncio.Future[None] | None:
         """Write what was seen of it, if that is more than the ledger has. Return a future that is
         done when it is on disk."""
-        if response.settling or not (news := response.news()):
+        if response.has_ended or not (news := response.news()):
             return None
         return note_progress(self._store, response.row, news)
-
-    def enter(self, account_id: str, most: int) -> None:
-        """Count one more unfinished background response of the account, before the upstream is
-        asked for it. `most` is the maximum (0: none). Raises Refusal."""
-        if 0 < most <= self._counts[account_id]:
-            headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
-            message = (
-                f"This account has {most} unfinished background responses, which is the maximum."
-            )
-            raise Refusal(
-                "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
-            )
-        self._counts[account_id] += 1
-
-    def leave_room(self, account_id: str) -> None:
-        """Stop counting a background response that has ended or was not created."""
-        self._counts[account_id] -= 1
-        if not self._counts[account_id]:
-            del self._counts[account_id]
 
     def _add(self, response: BackgroundResponse) -> None:
         """Let visits see the response, unless an odd upstream gave its id to an earlier one too."""
@@ -183,7 +192,7 @@ class BackgroundResponses:
         response_id = response.row.response_id or ""
         if self._responses.get(response_id) is response:
             del self._responses[response_id]
-        self.leave_room(response.row.account_id)
+        self.unfinished.remove(response.row.account_id)
 
     def set_back(self, at: int) -> None:
         """Let none have begun later than `at`: the ledger's time is set back."""
@@ -199,12 +208,12 @@ class BackgroundResponses:
         running = [
             each
             for each in self._responses.values()
-            if each.row.key_id == key_id and each.settling is None
+            if each.row.key_id == key_id and not each.has_ended
         ]
         for each in running:
-            each.cancelled = True
+            each.to_be_cancelled = True
             self._start(self._look_after(each))
-        return sum(each.alone for each in running)
+        return sum(each.stage is Stage.ALONE for each in running)
 
     async def _see(self, response: BackgroundResponse, report: Report) -> None:
         if report.status and report.status not in UNFINISHED:
@@ -218,8 +227,9 @@ class BackgroundResponses:
             await asyncio.shield(response.settling)
 
     def _settle(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
-        """Only the first time."""
-        if response.settling is None:
+        """Begin to settle a response, unless that has begun."""
+        if not response.has_ended:
+            response.enter(Stage.SETTLING)
             response.settling = self._start(self._write(response, report, outcome))
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -249,7 +259,7 @@ class BackgroundResponses:
         with self._corrections.keep_held(row, response.money, admitted):
             await end_background(self._store, row, admitted)
         self._remove(response)
-        self._telemetry.settled({"request_id": row.request_id, "where": row.endpoint}, row)
+        self._telemetry.settled(row)
 
     def _learn(self, response: BackgroundResponse, report: Report, most: MaximumUsage) -> None:
         """Make the objects that the finished response names the account's, except for ids that the
@@ -271,7 +281,7 @@ class BackgroundResponses:
 
     async def _ask_until_ended(self, response: BackgroundResponse) -> None:
         pause, unknown = FIRST_PAUSE, 0
-        while not response.settling:
+        while not response.has_ended:
             wait = min(pause * random.uniform(0.8, 1.2), max(0.0, response.seconds_left))
             await asyncio.sleep(wait)
             pause = min(MAX_PAUSE, pause * PAUSE_GROWTH)
@@ -293,9 +303,9 @@ class BackgroundResponses:
         """Ask how it is, after cancelling it where that is to be done; the status of the upstream's
         answer."""
         async with self._asking:
-            if response.cancelled and not response.settling:
+            if response.to_be_cancelled and not response.has_ended:
                 await self._ask(response, "/cancel", "POST")
-            return 200 if response.settling else await self._ask(response)
+            return 200 if response.has_ended else await self._ask(response)
 
     async def _ask(
         self, response: BackgroundResponse, suffix: str = "", method: str = "GET"

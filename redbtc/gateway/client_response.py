@@ -7,10 +7,10 @@ import re
 
 from redbtc.headers import Headers, header
 from redbtc.meter.decoding import codings_of
-from redbtc.server.asgi import Message, Scope, Send
+from redbtc.server.asgi import Message, Send
 from redbtc.server.framing import NO_BODY
 from redbtc.upstream.headers import headers_for_client
-from redbtc.upstream.http1 import ResponseHead
+from redbtc.upstream.response import ResponseHead
 
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser neither runs a response of any other type nor takes it for HTML.
@@ -18,7 +18,7 @@ INERT: Headers = [(b"content-security-policy", b"sandbox"), (b"x-content-type-op
 
 
 class Sent(enum.Enum):
-    """How much of the response the client has been sent."""
+    """The part of the response that the client has been sent."""
 
     NOTHING = "nothing: it can still be told of a failure"
     HEAD = "the head, and perhaps a part of the body: it can only be cut off"
@@ -38,7 +38,7 @@ class ClientResponse:
         self.is_labelled_stream = False  # by the upstream's content type
         self.codings: list[bytes] = []  # with which it is labelled as compressed
 
-    def set_head(self, answer: ResponseHead, scope: Scope, more: Headers) -> None:
+    def set_head(self, answer: ResponseHead, id_of_request: str, more: Headers) -> None:
         """Make the head from the upstream's answer. `more` are headers of the gateway's own."""
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
@@ -53,7 +53,7 @@ class ClientResponse:
         if not INERT_TYPE.fullmatch(content_type):
             # A browser looks only at the first of several X-Content-Type-Options.
             headers = [line for line in headers if line[0] != b"x-content-type-options"] + INERT
-        request_id = scope["request_id"].encode()
+        request_id = id_of_request.encode()
         if header(headers, b"x-request-id") is None:
             headers.append((b"x-request-id", request_id))
         headers.append((b"x-redbtc-request-id", request_id))
@@ -62,7 +62,7 @@ class ClientResponse:
 
     @property
     def has_length(self) -> bool:
-        """Whether the head tells the length of the body."""
+        """Return whether the head tells the length of the body."""
         return header(self._head["headers"], b"content-length") is not None
 
     def drop_length(self) -> None:

@@ -79,17 +79,17 @@ class Corrections:
     def keep_held(
         self, row: RequestRow, money: Hold, admitted: Admitted | None
     ) -> contextlib.AbstractContextManager[None]:
-        """If the row is an estimate that can be corrected, hold what a correction can still add to
-        its cost, in the returned context and until those who began to read the response before the
-        ledger says that it is estimated have finished. `money` is what was held for the request;
-        `admitted` as in `ledger.settle`."""
+        """Hold what a correction can still add to the cost of a row that is an estimate, if it can
+        be corrected, in the returned context and until those who began to read the response before
+        the ledger says that it is estimated have finished. `money` is what was held for the
+        request; `admitted` as in `ledger.settle`."""
         if not (admitted and row.usage_source == "estimated" and row.response_id):
             return contextlib.nullcontext()
         further = max(0, admitted.held - (row.cost or 0))
         return self._showing(row.response_id, money.again(further))
 
     def is_unsure(self, response_id: str) -> bool:
-        """Whether a response is being shown of which only an estimate is known."""
+        """Return whether a response is being shown of which only an estimate is known."""
         shown = self._shown.get(response_id)
         return shown is not None and shown.money is not None
 

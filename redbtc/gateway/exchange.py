@@ -15,7 +15,7 @@ from redbtc.meter.decoded_meter import DecodedMeter
 from redbtc.meter.meters import JSONMeter, Meter
 from redbtc.meter.streams import StreamMeter
 from redbtc.refusals import ClientLeft, Refusal
-from redbtc.server.asgi import Scope
+from redbtc.server.asgi import ClientRequest
 from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
@@ -28,7 +28,7 @@ class ForwardedRequest:
     def __init__(
         self,
         gateway: Gateway,
-        scope: Scope,
+        client_request: ClientRequest,
         endpoint: Endpoint,
         clock: Deadline,
         admission: Admission,
@@ -36,7 +36,7 @@ class ForwardedRequest:
     ) -> None:
         self.gateway = gateway
         self.settings = gateway.settings
-        self.scope = scope
+        self.client_request = client_request
         self.endpoint = endpoint
         self.clock = clock
         self.admission = admission
@@ -52,7 +52,7 @@ class ForwardedRequest:
 
     @property
     def repeatable_by(self) -> str:
-        """The name of those who share idempotency keys: the account."""
+        """A name for the requests among which idempotency keys are shared: the account's id."""
         return self.key.account_id
 
     def choose_meter(self, stream: bool) -> Meter:
@@ -109,7 +109,8 @@ class ForwardedRequest:
         raise Refusal(failure)  # kept in no variable: that would keep all of this in memory
 
     async def forget(self) -> None:
-        """Record nothing: the client left before anything was sent. Raises ClientLeft."""
+        """End a request whose client left before anything was sent, without a row. Raises
+        ClientLeft."""
         self.admission.refund()
         raise ClientLeft
 
@@ -134,4 +135,4 @@ class ForwardedRequest:
 
     def elapsed_ms(self) -> int:
         """Return how long ago the request's head had arrived, in milliseconds."""
-        return round((time.monotonic() - float(self.scope["started"])) * 1000)
+        return round((time.monotonic() - self.client_request.started) * 1000)

@@ -1,4 +1,4 @@
-"""What supervisors, monitors and browsers ask: /healthz, /readyz, /status, /metrics, and CORS
+"""The routes for supervisors, monitors and browsers: /healthz, /readyz, /status, /metrics, and CORS
 preflights."""
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import os
 import sqlite3
 import time
 
-import orjson
+import msgspec
 import prometheus_client
+from msgspec.structs import asdict
 
 from redbtc.dashboard.lazy import LazyDashboard
 from redbtc.dashboard.sessions import SECURITY
@@ -19,14 +20,15 @@ from redbtc.dashboard.status import status as public_status
 from redbtc.gateway.state import Gateway
 from redbtc.headers import header
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import Receive, Scope, Send, ids_of, respond
+from redbtc.server.asgi import Receive, Scope, Send, ids_of, request_of, respond
 from redbtc.server.cors import cors_headers, preflight_headers
 
 
 async def healthz(scope: Scope, _: Receive, send: Send) -> None:
     """Answer that the process lives. Asks for no key and no database."""
-    scope["where"] = "/healthz"
-    await respond(scope, send, 200, b'{"status":"ok"}')
+    request = request_of(scope)
+    request.route = "/healthz"
+    await respond(request, send, 200, b'{"status":"ok"}')
 
 
 class Health:
@@ -38,7 +40,8 @@ class Health:
 
     async def readyz(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer whether a request would be served. Raises Refusal."""
-        scope["where"] = "/readyz"
+        request = request_of(scope)
+        request.route = "/readyz"
         gateway = self._gateway
         if gateway.draining:
             raise Refusal("draining")
@@ -46,12 +49,13 @@ class Health:
             raise Refusal("no_upstream", retry_after=5)
         if not await gateway.store.can_commit():
             raise Refusal("ledger_unavailable")
-        await respond(scope, send, 200, b'{"status":"ready"}')
+        await respond(request, send, 200, b'{"status":"ready"}')
 
     async def status(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer to everybody whether the gateway works, and with the notices for all accounts, as
         JSON or as a page."""
-        scope["where"] = "/status"
+        request = request_of(scope)
+        request.route = "/status"
         uptime = round(time.monotonic() - self._gateway.started)
         try:
             status = await public_status(self._gateway.books, uptime)
@@ -59,22 +63,23 @@ class Health:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
         if prefers_html(accept.decode("latin-1")):
-            page = await self._dashboard.page("status.html", status)
+            page = await self._dashboard.page("status.html", asdict(status))
             headers = [(name.encode(), value.encode()) for name, value in SECURITY.items()]
             content_type = page.headers["content-type"].encode()
-            await respond(scope, send, page.status_code, bytes(page.body), headers, content_type)
+            await respond(request, send, page.status_code, bytes(page.body), headers, content_type)
         else:
-            await respond(scope, send, 200, orjson.dumps(status))
+            await respond(request, send, 200, msgspec.json.encode(status))
 
     async def metrics(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer with the metrics as Prometheus text, to loopback or with the token of the
         settings. Raises Refusal."""
-        scope["where"] = "/metrics"
+        request = request_of(scope)
+        request.route = "/metrics"
         if not self._may_read_metrics(scope):
             raise Refusal("metrics_forbidden")
         body = prometheus_client.generate_latest(self._gateway.watch.registry)
         content_type = prometheus_client.CONTENT_TYPE_LATEST.encode()
-        await respond(scope, send, 200, body, content_type=content_type)
+        await respond(request, send, 200, body, content_type=content_type)
 
     def _may_read_metrics(self, scope: Scope) -> bool:
         variable = self._gateway.settings.metrics.token_env
@@ -96,6 +101,6 @@ class Health:
         origin = header(scope["headers"], b"origin")
         if origin is None or not self.allows_origin(origin):
             raise Refusal("unknown_url")
-        headers = [*preflight_headers(scope["headers"]), *ids_of(scope)]
+        headers = [*preflight_headers(scope["headers"]), *ids_of(request_of(scope))]
         await send({"type": "http.response.start", "status": 204, "headers": headers})
         await send({"type": "http.response.body", "body": b""})

@@ -1,4 +1,4 @@
-"""Requests in flight: how many there are, and how they are aborted."""
+"""The requests in flight: their number, and how they are aborted."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from redbtc.billing.books import Billing
 from redbtc.billing.notices import FREE
 from redbtc.billing.price_list import ModelPrices
-from redbtc.billing.prices import DEFAULT_TIER
 from redbtc.billing.spending import Hold
 from redbtc.config import BillingSettings
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.meter.estimates import MaximumUsage
+from redbtc.rates import DEFAULT_TIER
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.facts import UNNAMED
 
@@ -125,10 +125,10 @@ class Maximum:
         return of_model or self._settings.hold_output_tokens
 
     def advice(self) -> str:
-        """Say how to lower the most that the request can cost: sentences, each after a space."""
-        ways = list(self._cheaper_ways())
-        first = [f" {way[0].upper()}{way[1:]} makes that less." for way in ways[:1]]
-        return "".join(first + [f" So does {way}." for way in ways[1:]])
+        """Return a sentence, after a space, that says how to lower the most that the request can
+        cost; "" if nothing does."""
+        ways = ", or ".join(self._cheaper_ways())
+        return f" To reduce this maximum, use {ways}." if ways else ""
 
     def _cheaper_ways(self) -> Iterator[str]:
         """Yield what would lower the most that the request can cost."""
@@ -141,7 +141,7 @@ class Maximum:
         if self.answers > 1:
             yield "a lower 'n'"
         if body.could_name_author:
-            yield "naming a cheaper model in 'svg.model'"
+            yield "a cheaper model in 'svg.model'"
         prices = self._billing.tariff(body.model)
         if limits and prices and prices.exceeds_default(tier):
             yield f"the 'service_tier' '{DEFAULT_TIER}'"

@@ -10,7 +10,7 @@ from redbtc.gateway.references import upstreams_for
 from redbtc.gateway.relay import Relay
 from redbtc.gateway.state import Gateway
 from redbtc.limits.memory import Reservation
-from redbtc.server.asgi import Receive, Scope, Send
+from redbtc.server.asgi import Receive, Scope, Send, request_of
 
 
 class MeteredRoute:
@@ -21,19 +21,21 @@ class MeteredRoute:
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway, endpoint = self._gateway, self._endpoint
-        scope["where"] = endpoint.path
-        key, settings = gateway.enter(scope), gateway.settings
+        gateway, endpoint, client_request = self._gateway, self._endpoint, request_of(scope)
+        client_request.route = endpoint.path
+        key, settings = gateway.enter(client_request), gateway.settings
         clock = Deadline(gateway.clocks)
         charged = gateway.limits.charge(key, settings.limits)
         with (
             charged as admission,
-            gateway.serving(scope, clock, key),
+            gateway.serving(client_request.client, clock, key),
             Reservation(gateway.limits, key, settings) as memory,
         ):
-            body = await read_content(scope, receive, clock, settings, memory, endpoint)
+            body = await read_content(
+                client_request.headers, receive, clock, settings, memory, endpoint
+            )
             upstreams = await upstreams_for(gateway, key, body)
-            request = MeteredRequest(gateway, scope, endpoint, clock, admission, key, body)
+            request = MeteredRequest(gateway, client_request, endpoint, clock, admission, key, body)
             if request.may_add_usage:
                 request.takes_out_usage = body.add_include_usage()
             async with request.admitted(upstreams[0], memory):

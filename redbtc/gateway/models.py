@@ -16,7 +16,7 @@ from redbtc.headers import Headers
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import MAX_NAME
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import Receive, Scope, Send, respond
+from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, request_of, respond
 from redbtc.slices import with_turns
 from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import NO_LIST, Upstream
@@ -34,39 +34,41 @@ class Models:
         """Answer with the lists of all upstreams, joined in their order, less what the key may not
         use and what has no price where that is refused. `age` is that of the oldest of the lists,
         where an upstream gave no new one."""
-        scope["where"] = "/v1/models"
+        request = request_of(scope)
+        request.route = "/v1/models"
         gateway = self._gateway
-        key = gateway.enter(scope)
+        key = gateway.enter(request)
         clock, charged = (
             Deadline(gateway.clocks),
             gateway.limits.charge(key, gateway.settings.limits),
         )
-        with charged as admission, gateway.serving(scope, clock, key):
+        with charged as admission, gateway.serving(request.client, clock, key):
             await gateway.limits.admit(admission, 0, clock)
             joined, age = await self._listed(key, gateway.upstreams)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
-        await self._answer(scope, send, 200, body, age_header(age))
+        await self._answer(request, send, 200, body, age_header(age))
 
     async def show(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer with one model, as the upstream that would serve it describes it; as it was listed
         last, where that upstream does not answer."""
-        scope["where"] = "/v1/models/{id}"
+        request = request_of(scope)
+        request.route = "/v1/models/{id}"
         gateway = self._gateway
-        key = gateway.enter(scope)
+        key = gateway.enter(request)
         clock, charged = (
             Deadline(gateway.clocks),
             gateway.limits.charge(key, gateway.settings.limits),
         )
-        with charged as admission, gateway.serving(scope, clock, key):
+        with charged as admission, gateway.serving(request.client, clock, key):
             name = scope["path_params"]["model"]
             status, body, headers = await self._shown(key, name, admission, clock)
-        await self._answer(scope, send, status, body, headers)
+        await self._answer(request, send, status, body, headers)
 
     async def _answer(
-        self, scope: Scope, send: Send, status: int, body: bytes, headers: Headers
+        self, request: ClientRequest, send: Send, status: int, body: bytes, headers: Headers
     ) -> None:
-        self._gateway.watch.answered(scope, status)
-        await respond(scope, send, status, body, headers)
+        self._gateway.watch.answered(request.id, request.route, status)
+        await respond(request, send, status, body, headers)
 
     async def _listed(
         self, key: Key, upstreams: Iterable[Upstream]

@@ -18,7 +18,7 @@ from redbtc.errors import StorageUnavailable
 from redbtc.gateway.authentication import authenticate
 from redbtc.gateway.state import Gateway
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import App, Message, Receive, Scope, Send, ids_of
+from redbtc.server.asgi import App, ClientRequest, Message, Receive, Scope, Send, ids_of, request_of
 
 MAX_ASKED = 50  # requests for figures and pages, of an account or of a user, at once
 
@@ -39,30 +39,33 @@ class Pages:
     async def me(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve what an account asks about itself. That costs none of its limits; the answers to an
         account are made one after the other. Raises Refusal."""
-        scope["where"] = "/admin/v1/me"
-        key = scope["key"] = authenticate(scope, self._gateway.store)
+        request = request_of(scope)
+        request.route = "/admin/v1/me"
+        key = request.key = authenticate(request.headers, self._gateway.store)
         with self._asked_by(key.account_id):
             async with self._asking[key.account_id]:
-                await self._admin(scope, receive, self._with_ids(scope, send))
+                await self._admin(scope, receive, self._with_ids(request, send))
 
     async def admin(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the admin API to a user who is logged in to the dashboard."""
-        scope["where"] = "/admin/v1"
+        request = request_of(scope)
+        request.route = "/admin/v1"
         with self._asked_in_session(scope):
-            await self._admin(scope, receive, self._with_ids(scope, send))
+            await self._admin(scope, receive, self._with_ids(request, send))
 
     async def dashboard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the pages of the dashboard."""
-        scope["where"] = "/dashboard"
+        request = request_of(scope)
+        request.route = "/dashboard"
         with self._asked_in_session(scope):
-            await self._dashboard(scope, receive, self._with_ids(scope, send))
+            await self._dashboard(scope, receive, self._with_ids(request, send))
 
     @contextlib.contextmanager
     def _asked_by(self, who: str) -> Iterator[None]:
         """Count a request of an account or a user that has no place: one whose client reads its
         answer slowly holds a connection and memory. Raises Refusal."""
         if self._asked[who] >= MAX_ASKED:
-            message = f"At most {MAX_ASKED} of these requests can be in flight at once."
+            message = f"At most {MAX_ASKED} requests for figures and pages can be in flight."
             raise Refusal("concurrency_limit_exceeded", message)
         self._asked[who] += 1
         try:
@@ -79,14 +82,14 @@ class Pages:
                 return self._asked_by(session.user_id)
         return contextlib.nullcontext()
 
-    def _with_ids(self, scope: Scope, send: Send) -> Send:
+    def _with_ids(self, request: ClientRequest, send: Send) -> Send:
         """Return a `send` that adds the request's ids to the answer, and counts it."""
 
         async def send_with_ids(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *ids_of(scope)]
+                message["headers"] = [*message["headers"], *ids_of(request)]
                 if message["status"] != 500:  # it is counted as what failed
-                    self._gateway.watch.answered(scope, message["status"])
+                    self._gateway.watch.answered(request.id, request.route, message["status"])
             await send(message)
 
         return send_with_ids

@@ -5,21 +5,21 @@ from __future__ import annotations
 from redbtc.config import Settings
 from redbtc.deadlines import Deadline
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.headers import header
+from redbtc.headers import Headers, header
 from redbtc.limits.memory import FREE_BYTES, Reservation
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed, max_decoded, media_of
 from redbtc.request_body.pieces import Buffer, Steps
-from redbtc.server.asgi import Receive, Scope
+from redbtc.server.asgi import Receive
 from redbtc.slices import in_slices
 
 
 # The whole body is read into memory, once, bounded in size and time, after the memory for it has
 # been reserved (Reservation). What must be known of it is read in redbtc/request_body.
 async def read_body(
-    scope: Scope,
+    headers: Headers,
     receive: Receive,
     clock: Deadline,
     settings: Settings,
@@ -30,7 +30,7 @@ async def read_body(
     reserved first; for a body of unknown length the reservation doubles as the body grows. Raises
     Refusal if the body is too large or too slow, or no memory comes free; ClientLeft."""
     most, seconds = settings.server.max_body_bytes, settings.server.body_timeout_seconds
-    length = header(scope["headers"], b"content-length")
+    length = header(headers, b"content-length")
     more = int(length) if length else min(FREE_BYTES, most)
     _check_size(more, most)
     body: Buffer = b""
@@ -75,11 +75,11 @@ async def _read_up_to(
 
 def _check_size(size: int, most: int) -> None:
     if size > most:
-        raise Refusal("request_too_large", f"The request body is over {most} bytes.")
+        raise Refusal("request_too_large", f"The request body is larger than {most} bytes.")
 
 
 async def read_content(
-    scope: Scope,
+    headers: Headers,
     receive: Receive,
     clock: Deadline,
     settings: Settings,
@@ -87,10 +87,10 @@ async def read_content(
     endpoint: Endpoint,
 ) -> RequestBody:
     """Read the request's body and what must be known of it. Raises Refusal, ClientLeft."""
-    media = media_of(scope["headers"], endpoint.forms)
+    media = media_of(headers, endpoint.forms)
     form = Form(media.boundary) if media.boundary else None
     along = None if media.encoding else form
-    body = await read_body(scope, receive, clock, settings, reserved, along)
+    body = await read_body(headers, receive, clock, settings, reserved, along)
     if clock.client_left:
         raise ClientLeft
     steps = RequestBody.steps(body, body, form, endpoint.model_needed)

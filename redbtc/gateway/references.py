@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from redbtc.billing.prices import DEFAULT_TIER, NEEDED
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.state import Gateway
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
+from redbtc.rates import DEFAULT_TIER, NEEDED
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.pieces import Steps
@@ -47,10 +47,10 @@ async def upstreams_for(
     model = body.model
     for each in (model, *filter(None, body.further_models())):
         if not key.allows(each):
-            message = f"This key may not use the model '{each}'."
+            message = f"This API key is not allowed to use the model '{each}'."
             raise Refusal("model_not_allowed", message, param="model")
         if not gateway.books.served(each):
-            message = f"The model '{each}' does not exist, or it is not served here."
+            message = f"The model '{each}' does not exist or is not available here."
             raise Refusal("model_not_found", message, param="model")
     if body.extras:
         check_rates(gateway, body)
@@ -64,8 +64,8 @@ def check_rates(gateway: Gateway, body: RequestBody) -> None:
         if lacking := gateway.books.lacks(model, rate, tier):
             of_tier = "" if lacking.tier == DEFAULT_TIER else f" for the tier '{lacking.tier}'"
             message = (
-                f"The price of the model '{model}'{of_tier} has no rate '{rate}', so a request "
-                f"that {NEEDED[rate]} is refused."
+                f"This request {NEEDED[rate]}, but the price of the model '{model}'{of_tier} has "
+                f"no rate '{rate}'. Ask your administrator to add it."
             )
             raise Refusal("invalid_request", message, param=member)
 
@@ -126,5 +126,5 @@ def look_up(gateway: Gateway, key: Key, ids: list[str]) -> dict[str, ObjectLocat
 def not_own(name: str) -> Refusal:
     """Return the refusal of a reference to an object that is not the account's. It is the same for
     another account's object as for one that does not exist."""
-    message = f"'{name}' names an object that isn't known to be this account's."
+    message = f"'{name}' refers to an object that does not exist or belongs to another account."
     return Refusal("invalid_request", message, param=name)

@@ -78,8 +78,8 @@ class Relay:
         """Send the request to one upstream, and pass its answer on."""
         self._clock.allow(upstream.settings.first_byte_timeout_seconds)
         request = self._request
-        store, by = request.gateway.store, request.repeatable_by
-        headers = headers_for_upstream(request.scope["headers"], store, by)
+        secret, by = request.gateway.store.secret, request.repeatable_by
+        headers = headers_for_upstream(request.client_request.headers, secret, by)
         if self._bytes or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._bytes)))
         else:
@@ -90,7 +90,7 @@ class Relay:
         try:
             if not 200 <= answer.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
-            self._response.set_head(answer, request.scope, request.admission.headers())
+            self._response.set_head(answer, request.client_request.id, request.admission.headers())
             request.answered(answer.status)
             await body.pass_on(answer.body)
         finally:
@@ -121,7 +121,7 @@ class Relay:
         else:
             account = answers_of(request.key.account_id)
             await in_slices(request.meter.cut_off_steps(), account, started=True)
-        if self._upload.left:
+        if self._upload.begun:
             await asyncio.sleep(CLOSING_SECONDS)
         elif clock.client_left:
             await request.forget()

@@ -9,7 +9,7 @@ from redbtc.gateway.health import Health
 from redbtc.gateway.models import Models
 from redbtc.gateway.pages import Pages
 from redbtc.gateway.state import Gateway
-from redbtc.gateway.view import GatewayMetrics, GatewayView
+from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals
 from redbtc.telemetry import Telemetry
 
@@ -24,5 +24,4 @@ class Service:
         self.pages = Pages(self.gateway, self.api)
         self.health = Health(self.gateway, self.pages.lazy_dashboard)
         self.vitals = Vitals(billing.store)
-        for collector in (GatewayMetrics(self.gateway), self.vitals):
-            telemetry.registry.register(collector)
+        telemetry.registry.register(self.vitals)

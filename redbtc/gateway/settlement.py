@@ -1,4 +1,4 @@
-"""From a report to a row: owners of objects, costs, containers."""
+"""Fill in the row of a request that has ended: usage, cost, containers, owners of objects."""
 
 from __future__ import annotations
 

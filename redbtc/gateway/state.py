@@ -16,7 +16,7 @@ from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.in_flight import InFlight
 from redbtc.limits.limiter import Limiter
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import Scope
+from redbtc.server.asgi import Client, ClientRequest
 from redbtc.store.containers import Containers
 from redbtc.store.keys import Key
 from redbtc.store.objects import Objects
@@ -52,6 +52,12 @@ class Gateway:
         )
         self.sessions: Counter[str] = Counter()  # WebSocket sessions, by account
         self.started = time.monotonic()
+        telemetry.show_gauge(
+            "redbtc_in_flight", "Requests to /v1 in flight", lambda: self.in_flight.count
+        )
+        telemetry.show_gauge(
+            "redbtc_queued", "Requests waiting for a free place", lambda: self.limits.queued
+        )
         self.draining = self.stopping = False
 
     def apply(self, settings: Settings) -> None:
@@ -61,36 +67,36 @@ class Gateway:
         self.books.noticed.set()  # there may be a webhook now
         self.upstreams.apply(settings.upstreams)
 
-    def enter(self, scope: Scope) -> Key:
+    def enter(self, request: ClientRequest) -> Key:
         """Return the key of a request that may come in. Raises Refusal."""
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
-        key = scope["key"] = authenticate(scope, self.store)
+        key = request.key = authenticate(request.headers, self.store)
         if maintenance := self.books.maintenance():
             wait = (maintenance.until - self.store.time()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)
         return key
 
     @contextlib.contextmanager
-    def serving(self, scope: Scope | None, clock: Deadline, key: Key) -> Iterator[None]:
+    def serving(self, client: Client | None, clock: Deadline, key: Key) -> Iterator[None]:
         """Count a request as in flight; its deadline is told when the client leaves, or when it is
-        to be aborted. A turn of a WebSocket has no scope of its own."""
-        leaving: set[Callable[[], None]] = scope["leaving"] if scope else set()
+        to be aborted. `client` is None for a turn of a WebSocket, whose session sees to that."""
+        on_leave: set[Callable[[], None]] = client.on_leave if client else set()
 
         def abort() -> None:
             clock.abort()
-            if scope:
-                scope["abort"]()
+            if client:
+                client.abort()
 
         in_flight = self.in_flight
         in_flight.count += 1
-        leaving.add(clock.on_client_disconnect)
+        on_leave.add(clock.on_client_disconnect)
         in_flight.add(key, abort)
         try:
             yield
         finally:
             in_flight.discard(key, abort)
-            leaving.discard(clock.on_client_disconnect)
+            on_leave.discard(clock.on_client_disconnect)
             in_flight.count -= 1
 
     def stop(self) -> None:

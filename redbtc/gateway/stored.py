@@ -24,7 +24,7 @@ from redbtc.refusals import Refusal, insufficient_quota
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.media import media_of
 from redbtc.request_body.query import Query
-from redbtc.server.asgi import Receive, Scope, Send
+from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, request_of
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import Upstream
@@ -45,17 +45,19 @@ class StoredRequest(ForwardedRequest):
     def __init__(
         self,
         gateway: Gateway,
-        scope: Scope,
+        client_request: ClientRequest,
         endpoint: Endpoint,
         clock: Deadline,
         admission: Admission,
         key: Key,
         response_id: str,
         home: ObjectLocation,
+        deletes: bool,
     ) -> None:
-        super().__init__(gateway, scope, endpoint, clock, admission, key)
+        super().__init__(gateway, client_request, endpoint, clock, admission, key)
         self._response_id = response_id
         self._home = home
+        self._deletes = deletes
 
     def grace(self) -> float:
         """Return for how many seconds the upstream is read on when the client has left. If the
@@ -68,7 +70,8 @@ class StoredRequest(ForwardedRequest):
 
     @property
     def _is_requested(self) -> bool:
-        """Whether the upstream has answered with the requested response, as far as is known."""
+        """Return whether the upstream has answered with the requested response, as far as is
+        known."""
         return self.meter.report.response_id in (None, self._response_id)
 
     def metered(self) -> None:
@@ -86,9 +89,9 @@ class StoredRequest(ForwardedRequest):
         if status == 200:
             await self._correct(outcome)
             self._learn_listed()
-        if self.scope["method"] == "DELETE" and status < 300:
+        if self._deletes and status < 300:
             await gateway.objects.disown(self._response_id, self.key.account_id)
-        gateway.watch.answered(self.scope, status, outcome)
+        gateway.watch.answered(self.client_request.id, self.client_request.route, status, outcome)
 
     async def _correct(self, outcome: Outcome) -> None:
         """Correct the estimate of the response, if there is one and its usage is known now. If its
@@ -103,8 +106,9 @@ class StoredRequest(ForwardedRequest):
             await gateway.corrections.look(response_id, self.key.account_id, report)
 
     def _is_torn(self, outcome: Outcome) -> bool:
-        """Whether only an estimate of the response is known and this answer broke off before its
-        usage: the client may have all of the output, and have stopped reading just before that."""
+        """Return whether only an estimate of the response is known and this answer broke off
+        before its usage: the client may have all of the output, and have stopped reading just
+        before that."""
         if outcome not in ("client_disconnected", "upstream_failed"):
             return False
         unsure = self.gateway.corrections.is_unsure(self._response_id)
@@ -145,37 +149,38 @@ class StoredRoute:
         self._endpoint = Endpoint(f"/v1/responses/{{id}}{suffix}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway = self._gateway
-        scope["where"] = self._endpoint.path
-        key, settings = gateway.enter(scope), gateway.settings
+        gateway, request = self._gateway, request_of(scope)
+        request.route = self._endpoint.path
+        key, settings = gateway.enter(request), gateway.settings
         response_id = scope["path_params"]["id"]
         clock = Deadline(gateway.clocks)
         charged = gateway.limits.charge(key, settings.limits)
-        with charged as admission, gateway.serving(scope, clock, key):
+        with charged as admission, gateway.serving(request.client, clock, key):
             home, upstream = choose_stored(gateway, key, response_id)
             query = self._query(key, response_id, scope["query_string"])
             with Reservation(gateway.limits, key, settings) as reserved:
-                body = await read_body(scope, receive, clock, settings, reserved)
+                body = await read_body(request.headers, receive, clock, settings, reserved)
                 if self._method != "POST":
                     body = b""  # of GET and DELETE it has no meaning (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
-                    check_plain_json(scope["headers"])
+                    check_plain_json(request.headers)
                     steps = RequestBody.steps(body, body)
                     await required_upstreams(gateway, key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.unended:
-                    message = "The response is still in progress; cancel it first."
+                    message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
                 await gateway.limits.admit(admission, 0, clock)
             with await self._hold(key, response_id, admission):
                 visit = StoredRequest(
                     gateway,
-                    scope,
+                    request,
                     self._endpoint,
                     clock,
                     admission,
                     key,
                     response_id,
                     home,
+                    deletes=self._method == "DELETE",
                 )
                 path = f"/responses/{response_id}{self._suffix}"
                 await Relay(visit, send, self._method, path, body, query).forward([upstream])
@@ -191,8 +196,8 @@ class StoredRoute:
             return await self._gateway.corrections.hold(response_id, key.account_id)
         except SpendingLimitReached as error:
             unknown = (
-                "The usage of this response is not known yet; "
-                "it is charged to the key that created the response."
+                "The usage of this response is not known yet. "
+                "It will be charged to the key that created the response."
             )
             refusal = insufficient_quota(f"{error} {unknown}")
         except StorageUnavailable:
@@ -216,12 +221,14 @@ class StoredRoute:
 def check_plain_json(headers: Headers) -> None:
     """Raise Refusal if the headers announce a body that is not JSON, or compressed."""
     if media_of(headers, forms=False).encoding:
-        message = "The body of this request must not be compressed."
+        message = (
+            "The body of this request must not be compressed; send it without Content-Encoding."
+        )
         raise Refusal("unsupported_media_type", message)
 
 
 def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[ObjectLocation, Upstream]:
-    """Where the account's response is. Raises Refusal."""
+    """Return where the account's response is stored, and that upstream. Raises Refusal."""
     home = location_of(gateway, key, response_id) if OBJECT_ID.fullmatch(response_id) else None
     if home is None:
         raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")

@@ -1,19 +1,16 @@
-"""What the admin API and /metrics show of the gateway at work."""
+"""The view that the admin API has of the gateway at work."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-
+from redbtc.admin.outputs import AtWork, UpstreamAtWork
 from redbtc.config import DEMO
 from redbtc.gateway.state import Gateway
 from redbtc.money import NANOS, parse_amount
-from redbtc.store.accounts import LIMITS
+from redbtc.store.accounts import Account
 from redbtc.store.keys import Key
-from redbtc.store.records import Record
 
 
 class GatewayView:
@@ -48,54 +45,25 @@ class GatewayView:
         """Return the limits in force for a key and its account, and what is left of them."""
         return self._gateway.limits.report(key, self._gateway.settings.limits)
 
-    def limits_of_account(self, account: Record) -> dict[str, Any]:
+    def limits_of_account(self, account: Account) -> dict[str, Any]:
         """Return the limits in force for an account, and what is left of them."""
-        gateway = self._gateway
-        concurrency, requests, tokens = (account[name] for name in LIMITS)
-        factor = account["throttle_factor"]
+        own = account.concurrency, account.requests_per_minute, account.tokens_per_minute
+        factor = account.throttle_factor
         thousandths = None if factor is None else parse_amount(factor) // (NANOS // 1000)
-        own = concurrency, requests, tokens
-        return gateway.limits.report_account(
-            account["id"], own, thousandths, gateway.settings.limits
-        )
+        gateway = self._gateway
+        return gateway.limits.report_account(account.id, own, thousandths, gateway.settings.limits)
 
-    def at_work(self) -> dict[str, Any]:
+    def at_work(self) -> AtWork:
         """Return what is in flight, what was refused since the start, and the upstreams."""
         gateway = self._gateway
-        return {
-            "running": True,
-            "uptime_seconds": round(time.monotonic() - gateway.started),
-            "in_flight": gateway.in_flight.count,
-            "queued": gateway.limits.queued,
-            "refusals": gateway.watch.refusals(),
-            "upstreams": [
-                {"name": each.name, "usable": each.usable, "in_flight": each.in_flight}
+        return AtWork(
+            running=True,
+            uptime_seconds=round(time.monotonic() - gateway.started),
+            in_flight=gateway.in_flight.count,
+            queued=gateway.limits.queued,
+            refusals=gateway.watch.refusals(),
+            upstreams=[
+                UpstreamAtWork(name=each.name, usable=each.usable, in_flight=each.in_flight)
                 for each in gateway.upstreams
             ],
-        }
-
-
-class GatewayMetrics:
-    """A collector of prometheus-client: what the gateway is asked for at each reading."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of the gateway and of its ledger."""
-        gauge, counter, gateway = GaugeMetricFamily, CounterMetricFamily, self._gateway
-        store = gateway.store
-        yield gauge("redbtc_in_flight", "Requests under /v1 being served", gateway.in_flight.count)
-        yield gauge("redbtc_queued", "Requests that wait for a place", gateway.limits.queued)
-        yield counter("redbtc_ledger_commits", "Commits of the ledger", store.commits.count)
-        yield counter(
-            "redbtc_ledger_repairs",
-            "Rows that another process had closed",
-            store.commits.repaired,
         )
-        yield gauge(
-            "redbtc_clock_offset_seconds",
-            "The machine's clock minus the ledger's time",
-            store.clock.offset / 1000,
-        )
-        yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", store.healthy)

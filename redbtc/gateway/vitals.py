@@ -1,5 +1,6 @@
-"""What an operator must know of the place where the gateway runs: the size of the WAL file, the
-room on the disk, how long commits take, and whether the event loop lags.
+"""What an operator must know of the ledger and the machine: whether commits succeed and how long
+they take, the size of the WAL file, the free space on the disk, the clock, and the event loop's
+lag.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
-from redbtc.telemetry import log
+from redbtc.telemetry import histogram_of, log
 
 WATCH_SECONDS = 1
 LOW_DISK_BYTES, LOW_DISK_SHARE = 256 << 20, 0.05  # free; the smaller of the two
@@ -67,7 +68,7 @@ def note_room(low: Condition, store: Store) -> None:
 
 
 class Vitals:
-    """The metrics of the gateway's place. The operating system is asked when they are read."""
+    """The metrics of the ledger and of the machine. They are read when somebody asks for them."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -85,34 +86,40 @@ class Vitals:
             self._lag = max(self._lag, now - due)
 
     def collect(self) -> Iterator[Metric]:
-        """Return what prometheus-client asks for at each reading."""
-        store, gauge = self._store, GaugeMetricFamily
+        """Return what prometheus-client asks for whenever the metrics are read."""
+        store, commits = self._store, self._store.commits
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
         yield gauge("redbtc_ledger_wal_bytes", "Size of the database's WAL file", store.wal_bytes)
         yield gauge(
             "redbtc_ledger_seconds_since_commit",
-            "Since the last good commit of the ledger",
-            time.monotonic() - store.commits.committed_at,
+            "Time since the ledger's last successful commit",
+            time.monotonic() - commits.committed_at,
         )
         yield gauge(
             "redbtc_loop_lag_seconds",
             f"Longest delay of the event loop in the last {LAG_SECONDS} to {2 * LAG_SECONDS} s",
             max(self._lag, self._lag_before),
         )
-        for name, what, histogram in (
-            (
-                "redbtc_ledger_commit_seconds",
-                "Of a commit of the ledger",
-                store.commits.commit_seconds,
-            ),
-            (
-                "redbtc_ledger_begin_seconds",
-                "From a request's begin to its commit in the ledger",
-                store.commits.begin_seconds,
-            ),
-        ):
-            family = HistogramMetricFamily(name, what)
-            family.add_metric([], histogram.buckets(), histogram.total)
-            yield family
+        yield counter("redbtc_ledger_commits", "Ledger commits", commits.count)
+        yield counter("redbtc_ledger_repairs", "Rows closed by another process", commits.repaired)
+        yield gauge(
+            "redbtc_clock_offset_seconds",
+            "System clock minus ledger time",
+            store.clock.offset / 1000,
+        )
+        yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", store.healthy)
+        yield histogram_of(
+            "redbtc_ledger_commit_seconds",
+            "Duration of a ledger commit",
+            [],
+            {(): commits.commit_seconds},
+        )
+        yield histogram_of(
+            "redbtc_ledger_begin_seconds",
+            "Time from the start of a request to the commit of its row",
+            [],
+            {(): commits.begin_seconds},
+        )
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(store.path.parent).free
-            yield gauge("redbtc_disk_free_bytes", "Free on the database's disk", free)
+            yield gauge("redbtc_disk_free_bytes", "Free space on the database's disk", free)

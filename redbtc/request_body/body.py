@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from redbtc.locations import EXTRAS, ObjectLocation
+from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.meter.estimates import text_tokens
+from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
 from redbtc.request_body.contents import BodyContents, FurtherModels, add_models, check_models
 from redbtc.request_body.edits import include_usage_edit
@@ -127,7 +128,7 @@ class RequestBody:
         of an SVG, which is UNNAMED if the upstream chooses it. Raises Refusal."""
         models = add_models(dict(self.inherited.models), self._models)
         if sum(models.values()) > 1:
-            message = "The image tools have different models."
+            message = "All image tools in a request must use the same model."
             raise Refusal("invalid_request", message, param="tools")
         check_models(models)
         return models
@@ -187,5 +188,5 @@ class ClientEvent(RequestBody):
         """Raise Refusal if the event has other members than a "response.steer" has."""
         if self._unsteered is not None:
             name = self._unsteered[:MAX_NAME]
-            message = f"'{name}' is not allowed in '{self.facts.type}'."
+            message = f"'{name}' is not allowed in an event of type '{self.facts.type}'."
             raise Refusal("invalid_request", message, param=name)

@@ -15,7 +15,7 @@ FurtherModels = dict[str, bool]  # by name, whether the request uses the model t
 def check_models(models: FurtherModels) -> None:
     """Raise Refusal for more than MAX_MODELS models."""
     if len(models) > MAX_MODELS:
-        message = f"The tools name more than {MAX_MODELS} models."
+        message = f"The tools use more than {MAX_MODELS} different models."
         raise Refusal("invalid_request", message, param="tools")
 
 

@@ -143,7 +143,7 @@ class Cutter(Pieces):
         self._rest += run
         self._kept += len(run)
         if self._kept > MAX_STRUCTURE:
-            message = f"The body has more than {MAX_STRUCTURE} bytes besides long strings."
+            message = f"The body has more than {MAX_STRUCTURE} bytes outside long strings."
             raise Refusal("invalid_request", message)
 
     def _note_place(self, at: int) -> None:

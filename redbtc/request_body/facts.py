@@ -28,7 +28,7 @@ MAX_N = 999  # of answers or images, in `n`
 
 def bad_number() -> Refusal:
     """Return the refusal of an `n` that readers could take for different numbers, or for none."""
-    message = f"'n' must be a number from 1 to {MAX_N}."
+    message = f"'n' must be a whole number from 1 to {MAX_N}."
     return Refusal("invalid_request", message, param="n")
 
 

@@ -66,7 +66,7 @@ class Form:
         """Take the boundary at `end`, which ends a part unless it is the first."""
         first = self._part < 0  # nothing may come before it, since some readers would read that
         if (end and body[end - 2 : end] != b"\r\n") or (first and end > 2):
-            raise Refusal("invalid_request", "The form has a boundary within a line.")
+            raise Refusal("invalid_request", "The form's boundary must be at the start of a line.")
         if not first:
             self._take_part(body, end - 2)
         self._part = self._searched = end + len(self._delimiter)
@@ -92,7 +92,10 @@ class Form:
         long = field and size > MAX_FIELD and name != b"prompt"
         if (single and not proper) or long or ODD_SVG.match(name) or ODD_SINGLE.match(name):
             shown = name.decode()
-            message = f"'{shown}' must be in the form once, in lower case, as a short text field."
+            message = (
+                f"'{shown}' must be in the form once, in lower case, as a text field of at most "
+                f"{MAX_FIELD} bytes."
+            )
             raise Refusal("invalid_request", message, param=shown)
         if field and size <= MAX_FIELD:
             self.fields[name] = bytes(body[head_end + 4 : end])
@@ -103,7 +106,7 @@ class Form:
         begins like JSON: some readers take such a part for a file, others for a field."""
         if begin.lstrip()[:1] in (b"{", b"[", b'"'):
             shown = name.decode()
-            message = f"'{shown}' must have a non-empty 'filename', or none at all."
+            message = f"'{shown}' has an empty 'filename'. Name the file, or leave 'filename' out."
             raise Refusal("invalid_request", message, param=shown)
 
     def max_tokens(self, body: Buffer) -> int:
@@ -139,7 +142,9 @@ class Form:
         """Return the facts in the fields of the whole form, wherever they are: openai-node sends
         files before them. Raises Refusal if the form has no end."""
         if self._part < 0 or not FORM_END.match(body, self._part):
-            raise Refusal("invalid_request", "The form has no closing boundary.")
+            raise Refusal(
+                "invalid_request", "The form is incomplete: its closing boundary is missing."
+            )
         stream = self.fields.get(b"stream", b"").strip().lower() in (b"true", b"1")
         model, number = self.fields.get(b"model"), self.fields.get(b"n")
         if number is not None and not NUMBER.fullmatch(number):
@@ -163,9 +168,9 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
     name = found[1].get(b"name", b"") if found and found[0] == b"form-data" else b""
     plain = is_plain(fields.get(b"content-type", b"").strip().lower())
     if not (once and plain and found and 0 < len(name) <= MAX_NAME):
-        raise Refusal("invalid_request", "The head of a part of the form can't be read.")
+        raise Refusal("invalid_request", "A part of the form has invalid headers.")
     if not FIELD_NAME.fullmatch(name):
-        message = "The name of a form field may have only letters, digits and '_.-[]'."
+        message = "The name of a form field may contain only letters, digits and '_.-[]'."
         raise Refusal("invalid_request", message)
     return found[1]
 

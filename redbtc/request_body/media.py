@@ -45,7 +45,7 @@ def media_of(headers: Headers, forms: bool) -> Media:
     )
     encoding = {"identity": "", "x-gzip": "gzip"}.get(encoding, encoding)
     if encoding not in ("", "gzip", "zstd"):
-        message = "Content-Encoding must be gzip, zstd or identity."
+        message = "Content-Encoding must be gzip or zstd, or absent."
         raise Refusal("unsupported_media_type", message)
     content_type = header(headers, b"content-type")
     kind, parameters = parametrized(content_type or b"application/json") or (b"", {})
@@ -56,7 +56,7 @@ def media_of(headers: Headers, forms: bool) -> Media:
         if forms and kind == b"multipart/form-data" and BOUNDARY.fullmatch(boundary):
             return Media(encoding, boundary)
     allowed = "application/json or multipart/form-data" if forms else "application/json"
-    raise Refusal("unsupported_media_type", f"Content-Type must be {allowed}, in UTF-8.")
+    raise Refusal("unsupported_media_type", f"Content-Type must be {allowed}, with charset UTF-8.")
 
 
 def parametrized(text: bytes) -> tuple[bytes, dict[bytes, bytes]] | None:
@@ -96,7 +96,7 @@ def decompressed(body: Buffer, encoding: str, maximum: int) -> Steps[Buffer]:
             except (zlib.error, zstd.ZstdError):
                 raise unreadable(encoding) from None
             if len(decoded) > maximum:
-                message = f"The decoded request body has more than {maximum} bytes."
+                message = f"The decompressed request body is larger than {maximum} bytes."
                 raise Refusal("request_too_large", message)
             if not given and len(decoded) == before:  # the compressed data is cut short
                 raise unreadable(encoding)

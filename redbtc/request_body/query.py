@@ -26,8 +26,8 @@ class Query:
         for name, value in self._fields:
             if not VALUE.fullmatch(value):
                 message = (
-                    f"'{name}' in the query may have at most 256 characters: letters, digits and "
-                    "'._:=+~,-'."
+                    f"'{name}' in the query may contain only letters, digits and '._:=+~,-', at "
+                    "most 256 characters."
                 )
                 raise Refusal("invalid_request", message, param=name)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from redbtc.locations import EXTRAS
 from redbtc.meter.answers import MAX_NAME
+from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
 from redbtc.request_body.contents import BodyContents, ToolUse
 from redbtc.request_body.cutting import Cutter
@@ -129,7 +129,7 @@ class BodyReader:
         self, given: msgspec.Raw, tools: ToolReader, finder: MemberReferences | None
     ) -> Steps[None]:
         if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
-            raise Refusal("invalid_request", "'input' must be text or a list.", param="input")
+            raise Refusal("invalid_request", "'input' must be a string or an array.", param="input")
         for part in self._pieces.parts(given) if is_list(given) else ():
             telling = None if self._may_reference or self._may_show else CHECKED_MEMBERS
             items = yield from read_list(self._pieces, part, ITEM_MEMBERS, telling)

@@ -80,13 +80,13 @@ class References(Struct):
         """Note a stored object. Raises Refusal if there are too many."""
         self.mentions += 1
         if self.mentions > MAX_MENTIONS:
-            message = f"The body names stored objects more than {MAX_MENTIONS} times."
+            message = f"The body refers to stored objects more than {MAX_MENTIONS} times."
             raise Refusal("invalid_request", message)
         if reference not in self.found:
             self.characters += len(reference.id)
         self.found[reference] = self.found.get(reference, 0) + 1
         if len(self.found) > MAX_REFERENCES:
-            message = f"The body names more than {MAX_REFERENCES} stored objects."
+            message = f"The body refers to more than {MAX_REFERENCES} stored objects."
             raise Refusal("invalid_request", message)
 
 

@@ -7,8 +7,8 @@ from collections import deque
 import msgspec
 from msgspec import Struct, field
 
-from redbtc.locations import EXTRAS
 from redbtc.meter.answers import MAX_NAME
+from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
 from redbtc.request_body.contents import ToolUse, add_models, check_models
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL, IMAGE_MEMBERS, UNNAMED, type_of

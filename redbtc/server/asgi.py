@@ -1,51 +1,109 @@
-"""Types of ASGI, and the answers that the gateway gives itself."""
+"""The types of ASGI, what the gateway knows of a request beside ASGI's scope, and the responses of
+the gateway's own.
+
+The server puts one `ClientRequest` into each scope, and everything that handles the request finds
+it there: its id, its route, its key, and the client that waits for the response.
+"""
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from redbtc.headers import Headers
+from redbtc.refusals import Refusal
+from redbtc.store.keys import Key
 from redbtc.times import now_ms
 
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+IN_SCOPE = "redbtc"  # the scope's key for the ClientRequest
 ID_SECONDS = 15  # for the id of a background response whose client has left
 
 
 def new_request_id() -> str:
-    """req_, 12 hexadecimal digits of milliseconds, 20 of chance: ids sort by time. They are no
-    secrets; random is seeded from the system's entropy at the start."""
+    """Return "req_", 12 hexadecimal digits of milliseconds and 20 of chance, so that ids sort by
+    time. Ids are no secrets; `random` is seeded from the system's entropy at the start."""
     return f"req_{now_ms():012x}{random.getrandbits(80):020x}"
 
 
-def ids_of(scope: Scope) -> Headers:
+def cannot_send_now(data: bytes) -> bool:
+    """Return False: `send` must be awaited."""
+    return False
+
+
+@dataclass(slots=True)
+class Client:
+    """The things that can be done to a client's connection and for which ASGI has no message."""
+
+    abort: Callable[[], None]  # end the connection at once, without sending what is buffered
+    # Send a part of the response's body past the app's task, or return False if `send` must be
+    # awaited instead.
+    send_now: Callable[[bytes], bool] = cannot_send_now
+    # Called when the client disconnects: a task that waits in `receive` would cost each request a
+    # task.
+    on_leave: set[Callable[[], None]] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class ClientRequest:
+    """A request as the whole gateway knows it: one over HTTP, the handshake of a WebSocket, or one
+    that arrived over a WebSocket."""
+
+    headers: Headers
+    client: Client
+    route: str = "other"  # as the metrics and the log name it
+    refusal: Refusal | None = None  # why the head can't be served; its path is not reliable then
+    key: Key | None = None  # once it is found to be valid
+    forwarded: bool = False  # it may have reached an upstream, so a retry would be paid again
+    counted: bool = False  # it is in the metrics and the log, with its row in the ledger
+    id: str = field(default_factory=new_request_id)
+    started: float = field(default_factory=time.monotonic)  # when the head had arrived
+
+    def further(self) -> ClientRequest:
+        """Return a request that arrives now over the same WebSocket."""
+        return ClientRequest(self.headers, self.client, self.route)
+
+    def take_refusal(self) -> Refusal:
+        """Return the refusal and forget it: raised, it refers to all that is on the stack."""
+        refusal, self.refusal = self.refusal, None
+        assert refusal is not None
+        return refusal
+
+
+def request_of(scope: Scope) -> ClientRequest:
+    """Return the request that a scope belongs to."""
+    request: ClientRequest = scope[IN_SCOPE]
+    return request
+
+
+def ids_of(request: ClientRequest) -> Headers:
     """Return the headers that name the request in the ledger and the log."""
-    request_id = scope["request_id"].encode()
+    request_id = request.id.encode()
     return [(b"x-request-id", request_id), (b"x-redbtc-request-id", request_id)]
 
 
 async def respond(
-    scope: Scope,
+    request: ClientRequest,
     send: Send,
     status: int,
     body: bytes,
     headers: Iterable[tuple[bytes, bytes]] = (),
     content_type: bytes = b"application/json",
 ) -> None:
-    """One whole answer of the gateway's own."""
+    """Send a whole response of the gateway's own."""
     head: Headers = [
         (b"content-type", content_type),
         (b"content-length", b"%d" % len(body)),
-        *ids_of(scope),
+        *ids_of(request),
         *headers,
     ]
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body})
-
-
-# The types of ASGI.
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]

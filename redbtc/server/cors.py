@@ -1,4 +1,4 @@
-"""CORS: the response headers that let browser pages of other origins use /v1 (WHATWG Fetch, "CORS
+"""The response headers that let browser pages of other origins use /v1: CORS (WHATWG Fetch, "CORS
 protocol").
 
 A page must hold an API key, and /v1 accepts no cookies, so allowing any origin gives no page more

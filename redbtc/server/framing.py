@@ -51,7 +51,7 @@ def check_head(scope: Scope) -> None:
     names, values = [name for name, _ in headers], b"".join([value for _, value in headers])
     size = len(b"".join(names)) + len(values) + len(scope["raw_path"]) + len(scope["query_string"])
     if size > MAX_HEAD_BYTES:
-        message = f"The URL and the headers have more than {MAX_HEAD_BYTES} bytes."
+        message = f"The URL and headers together have more than {MAX_HEAD_BYTES} bytes."
         raise Refusal("headers_too_large", message)
     if (headers and not TOKEN.fullmatch(b"".join(names))) or BAD_IN_VALUE.search(values):
         raise Refusal("invalid_http", "A header contains a character that is not allowed.")
@@ -118,9 +118,9 @@ def check_handshake(scope: Scope) -> None:
 
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
 MAX_TRAILER_BYTES = 8 << 10
-MAX_OVERHEAD = 64 << 10  # bytes of framing, beyond OVERHEAD_A_BYTE for each byte of the body
-OVERHEAD_A_BYTE = 8  # more than chunks of one byte need
-MAX_CHUNKS_A_TURN = 200  # that a connection parses in one turn of the loop; about 0.2 ms
+MAX_OVERHEAD = 64 << 10  # bytes of framing, beyond OVERHEAD_PER_BYTE for each byte of the body
+OVERHEAD_PER_BYTE = 8  # more than chunks of one byte need
+MAX_CHUNKS_PER_TURN = 200  # that a connection parses in one turn of the loop; about 0.2 ms
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?[ \t]*")
 TRAILER = re.compile(TOKEN.pattern + rb":[^\x00-\x08\x0a-\x1f\x7f]*")
 
@@ -133,14 +133,14 @@ class Length:
     """A body of a known length (RFC 9112 §6.2)."""
 
     def __init__(self, length: int) -> None:
-        self._left = length
+        self._remaining = length
         self.whole = length == 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Split `data` into bytes of the body and bytes that come after it."""
-        body = data if len(data) <= self._left else data[: self._left]
-        self._left -= len(body)
-        self.whole = self._left == 0
+        body = data if len(data) <= self._remaining else data[: self._remaining]
+        self._remaining -= len(body)
+        self.whole = self._remaining == 0
         return body, data[len(body) :]
 
 
@@ -149,8 +149,8 @@ class Chunked:
 
     def __init__(self) -> None:
         self.whole = False
-        self._left = 0  # bytes of the current chunk that have not arrived
-        self._started = False  # the next size comes after the CRLF that ends a chunk's data
+        self._remaining = 0  # bytes of the current chunk that have not arrived
+        self._after_chunk = False  # the next size comes after the CRLF that ends a chunk's data
         self._in_trailers = False
         self._partial = b""  # a line that is not yet whole
         self._budget = MAX_OVERHEAD  # bytes of framing that may still come
@@ -158,25 +158,26 @@ class Chunked:
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Return the bytes of the body in `data`, and the bytes that were not parsed: those after
-        the body if it is now whole, else those to feed again in the next turn of the loop. Raises
+        the body if it is now whole, else those to feed again in the next turn of the loop. Raise
         BadFraming."""
         data, self._partial = self._partial + data, b""
         parts: list[bytes] = []
         at = 0
-        for _ in range(MAX_CHUNKS_A_TURN):
-            if self._left:
-                part = data[at : at + self._left]
+        for _ in range(MAX_CHUNKS_PER_TURN):
+            if self._remaining:
+                part = data[at : at + self._remaining]
                 parts.append(part)
                 at += len(part)
-                self._left -= len(part)
-                self._budget = min(MAX_OVERHEAD, self._budget + OVERHEAD_A_BYTE * len(part))
-            if self._left or self.whole:
+                self._remaining -= len(part)
+                self._budget = min(MAX_OVERHEAD, self._budget + OVERHEAD_PER_BYTE * len(part))
+            if self._remaining or self.whole:
                 break
             end = self._end_of_line(data, at)
             if end < 0:
                 self._partial, at = data[at:], len(data)
                 break
-            self._take(data[at:end].removeprefix(b"\r\n") if self._started else data[at:end])
+            line = data[at:end]
+            self._parse_line(line.removeprefix(b"\r\n") if self._after_chunk else line)
             self._budget -= end + 2 - at
             at = end + 2
             if self._budget < 0:
@@ -184,10 +185,10 @@ class Chunked:
         return b"".join(parts), data[at:]
 
     def _end_of_line(self, data: bytes, at: int) -> int:
-        """Return where the line that begins at `at` ends, or -1 if its end has not arrived. Raises
+        """Return where the line that begins at `at` ends, or -1 if its end has not arrived. Raise
         BadFraming."""
         start = at
-        if self._started:
+        if self._after_chunk:
             if not b"\r\n".startswith(data[at : at + 2]):
                 raise BadFraming
             start = at + 2
@@ -196,8 +197,8 @@ class Chunked:
             raise BadFraming
         return end
 
-    def _take(self, line: bytes) -> None:
-        """Parse a line: a chunk's size or a trailer. Raises BadFraming."""
+    def _parse_line(self, line: bytes) -> None:
+        """Parse a chunk's size or a trailer. Raise BadFraming."""
         if self._in_trailers:
             self._trailer_bytes += len(line) + 2
             self.whole = not line
@@ -207,9 +208,9 @@ class Chunked:
         match = CHUNK_LINE.fullmatch(line)
         if match is None:
             raise BadFraming
-        self._left = int(match[1], 16)
-        self._in_trailers = self._left == 0
-        self._started = not self._in_trailers
+        self._remaining = int(match[1], 16)
+        self._in_trailers = self._remaining == 0
+        self._after_chunk = not self._in_trailers
 
 
 class Endless:

@@ -1,29 +1,28 @@
-"""The first app that a request meets: it names the request, and turns refusals into answers."""
+"""The first app that a request meets: it turns refusals and errors into responses."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping
 
 from redbtc.headers import Headers
 from redbtc.refusals import NO_RETRY, ClientLeft, Refusal, refusal_of
-from redbtc.server.asgi import App, Message, Receive, Scope, Send, new_request_id, respond
+from redbtc.server.asgi import App, Message, Receive, Scope, Send, request_of, respond
 from redbtc.telemetry import Telemetry
 
 
 # protocol.py parses requests, and checks each head before the request gets here. The path is
 # scope["path"], never rebuilt from Host.
 class Guard:
-    """The outermost ASGI app: gives the request its id, refuses bad heads, and turns every Refusal
-    into an answer. What nobody expected is logged by type and place, never with content."""
+    """The outermost ASGI app: refuses bad heads, and turns every Refusal into a response. An
+    unexpected error is logged by type and place, never with content."""
 
     def __init__(
-        self, metered: Mapping[str, App], others: App, websocket: App, watch: Telemetry
+        self, metered: Mapping[str, App], others: App, websocket: App, telemetry: Telemetry
     ) -> None:
         """`metered`: by path, for POST. They don't go through a router, which would look at one
         route after the other, and be gone through again for each event."""
-        self._watch = watch
+        self._telemetry = telemetry
         self.lead_to(metered, others, websocket)
 
     def lead_to(self, metered: Mapping[str, App], others: App, websocket: App) -> None:
@@ -33,33 +32,31 @@ class Guard:
         self._websocket = websocket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["request_id"] = new_request_id()
-        scope["started"] = time.monotonic()
-        scope["where"] = "other"
+        request = request_of(scope)
         try:
-            if "refusal" in scope:
-                raise scope.pop("refusal")
+            if request.refusal:
+                raise request.take_refusal()
             if scope["type"] == "websocket":
                 await self._websocket(scope, receive, send)
                 return
             app = self._metered.get(scope["path"]) if scope["method"] == "POST" else None
             await (app or self._others)(scope, receive, send)
         except Refusal as refusal:
-            self._watch.refused(scope, refusal)
+            self._telemetry.refused(request.id, request.route, refusal, request.counted)
             await self._refuse(scope, send, refusal)
         except ClientLeft:
-            self._watch.left(scope)
+            self._telemetry.left(request.id, request.route)
         except Exception as error:
-            self._watch.failed(scope, error)
+            self._telemetry.failed(request.id, request.route, error, request.counted)
             with contextlib.suppress(RuntimeError):  # the answer had begun: it ends torn
                 await self._refuse(scope, send, refusal_of(error))
 
     async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
         answer = denial(send) if scope["type"] == "websocket" else send
-        headers = self._headers(refusal)
-        if "forwarded" in scope:  # a retry would be paid again
+        headers, request = self._headers(refusal), request_of(scope)
+        if request.forwarded:
             headers = [*headers, NO_RETRY]
-        await respond(scope, answer, refusal.status, refusal.body(), headers)
+        await respond(request, answer, refusal.status, refusal.body(), headers)
 
     @staticmethod
     def _headers(refusal: Refusal) -> Headers:
@@ -72,7 +69,7 @@ class Guard:
 
 
 def denial(send: Send) -> Send:
-    """An HTTP answer to who asked for a WebSocket (an extension of ASGI's)."""
+    """Return a `send` for the HTTP response that refuses a WebSocket (an extension of ASGI)."""
 
     async def send_denial(message: Message) -> None:
         await send({**message, "type": f"websocket.{message['type']}"})

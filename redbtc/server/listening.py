@@ -34,17 +34,17 @@ class Server(uvicorn.Server):
         yield
 
 
-def server_for(app: Any, shared: Connections | None = None, **options: Any) -> Server:
+def server_for(app: Any, connections: Connections | None = None, **options: Any) -> Server:
     """Return a uvicorn server for the app, as `configured` describes it."""
-    return Server(configured(app, shared, **options))
+    return Server(configured(app, connections, **options))
 
 
-def configured(app: Any, shared: Connections | None = None, **options: Any) -> uvicorn.Config:
+def configured(app: Any, connections: Connections | None = None, **options: Any) -> uvicorn.Config:
     """Return the configuration of a server without uvicorn's log, headers and WebSockets. `options`
     are uvicorn's."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     usual: dict[str, Any] = {
-        "http": functools.partial(HTTPProtocol, shared or Connections()),
+        "http": functools.partial(HTTPProtocol, connections or Connections()),
         "lifespan": "off",
         "interface": "asgi3",
         "log_config": None,

@@ -1,5 +1,7 @@
-"""The Unix socket beside the database, through which commands reach a running gateway. Only its
-user may connect. While the gateway runs the socket comes back when its file is removed or replaced.
+"""The Unix socket beside the database, through which commands reach a running gateway.
+
+Only the gateway's user may connect. If the socket's file is removed or replaced while the gateway
+runs, the gateway makes it again.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ TICKS = 5  # of uvicorn's, 0.1 s each, between two looks at the file
 
 @contextlib.contextmanager
 def socket_path(database: Path) -> Iterator[str]:
-    """The path of the socket, by way of its folder's descriptor where it is too long for a
-    socket."""
+    """Give the path of the socket. A path that is too long for a socket leads through a descriptor
+    of its folder, which is open meanwhile."""
     path = f"{database}.sock"
     with contextlib.ExitStack() as stack:
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
@@ -50,14 +52,14 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 class AdminServer(Server):
-    """The server of the admin API on that socket."""
+    """The server of the admin API on the Unix socket beside the database."""
 
     _file: tuple[int, int] | None = None
-    _failure = ""  # what the last try to listen failed with
+    _failure = ""  # why the last attempt to listen failed
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Remove the socket in the end."""
+        """Remove the socket file at the end."""
         try:
             yield
         finally:
@@ -69,26 +71,28 @@ class AdminServer(Server):
         return str(self.config.uds)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen on a new socket. If that fails, `on_tick` tries it again."""
+        """Listen on a new socket. If that fails, `on_tick` tries again."""
         self.servers = []
         await self._listen()
         self.started = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Uvicorn calls this ten times a second."""
+        """Listen again if the socket file was removed or replaced. Uvicorn calls this ten times a
+        second."""
         if counter % TICKS == 0 and (self._failure or _identity(self._path) != self._file):
             await self._listen_again()
         return await super().on_tick(counter)
 
     async def _listen_again(self) -> None:
-        """Listen on a new socket, and go on with the connections that there are."""
+        """Listen on a new socket. Connections that are open go on."""
         for server in self.servers:
             server.close()
         if await self._listen():
             log(logging.WARNING, "socket made again", path=self._path)
 
     async def _listen(self) -> bool:
-        """Make the socket and listen on it. Return False if that fails, which is said once."""
+        """Make the socket and listen on it. Return False if that fails, and log each reason
+        once."""
         try:
             _make(self._path)
             await super().startup()

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, Self
+
+from msgspec import UNSET, Struct, UnsetType
 
 from redbtc.errors import Conflict, NotFound
+from redbtc.money import shown_limit
 from redbtc.store.database import Store
 from redbtc.store.keys import hash_of_key, new_key
-from redbtc.store.records import Record, new_id, shown
+from redbtc.store.records import (
+    Moment,
+    Money,
+    by_name,
+    new_id,
+    shown_factor,
+    shown_patterns,
+    shown_time,
+)
 from redbtc.times import day_of, iso_time
 
 LIMITS = ("concurrency", "requests_per_minute", "tokens_per_minute")
@@ -41,7 +52,7 @@ KEY = f"""
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_BY_ID = KEY + " WHERE keys.id = ?"
 KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.rowid"
-LAST_USED = "SELECT key_id, max(day) FROM usage_by_day WHERE account_id = ? GROUP BY key_id"
+LAST_USED = "SELECT key_id, max(day) AS day FROM usage_by_day WHERE account_id = ? GROUP BY key_id"
 NEW_KEY = f"""
     INSERT INTO keys (id, hash, account_id, label, models, {", ".join(KEY_LIMITS)}, created_at,
                       expires_at, budget_id)"""
@@ -64,12 +75,12 @@ class Accounts:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def show(self, name: str) -> Record:
+    async def show(self, name: str) -> Account:
         """Raises NotFound."""
         account = await self._store.one(ACCOUNT_BY_NAME, (self._store.time(), name))
         if account is None:
             raise no_account(name)
-        return shown(account)
+        return Account.of(account)
 
     async def any(self) -> bool:
         """Whether there is one."""
@@ -77,56 +88,60 @@ class Accounts:
 
     async def add(
         self, name: str, email: str | None, limits: Mapping[str, int | None], by: str
-    ) -> Record:
+    ) -> Account:
         """Raises Conflict where the name is taken."""
         of_limits = (limits.get(limit) for limit in ACCOUNT_LIMITS)
         values = (new_id("acct"), name, email, *of_limits, self._store.time())
         try:
             await self._store.transact((ADD_ACCOUNT, values), by=by)
         except sqlite3.IntegrityError:
-            raise Conflict(f"there is an account {name!r} already") from None
+            raise Conflict(f"account {name!r} already exists") from None
         return await self.show(name)
 
-    async def set(self, account_id: str, changes: Mapping[str, Any], by: str) -> Record:
+    async def set(self, account_id: str, changes: Mapping[str, Any], by: str) -> Account:
         """Change the given ones of email and limits; a limit of None is the settings' again."""
         values = [part for name in CHANGEABLE for part in (name in changes, changes.get(name))]
         await self._store.transact((SET_ACCOUNT, (*values, account_id)), by=by)
         return await self.show(account_id)
 
-    async def suspend(self, account_id: str, reason: str | None, by: str) -> Record:
+    async def suspend(self, account_id: str, reason: str | None, by: str) -> Account:
         """Refuse its requests from the next one on, and log its members out."""
         suspension = (SET_STATUS, ("suspended", reason, account_id))
         await self._store.transact(suspension, (END_SESSIONS, (account_id,)), by=by)
         return await self.show(account_id)
 
-    async def resume(self, account_id: str, by: str) -> Record:
+    async def resume(self, account_id: str, by: str) -> Account:
         """Serve its requests again."""
         await self._store.transact((SET_STATUS, ("active", None, account_id)), by=by)
         return await self.show(account_id)
 
     async def throttle(
         self, account_id: str, factor: int | None, until: int | None, by: str
-    ) -> Record:
+    ) -> Account:
         """Hold it to so many thousandths of its limits, up to `until` or until that is lifted;
         None lifts it."""
         await self._store.transact((THROTTLE, (factor, until, account_id)), by=by)
         return await self.show(account_id)
 
-    async def keys(self, account_id: str) -> list[Record]:
+    async def keys(self, account_id: str) -> list[KeyInList]:
         """The account's keys, oldest first, without what would let one use them. `last_used_on` is
         a day (UTC)."""
-        days = {row[0]: row[1] async for row in self._store.rows(LAST_USED, (account_id,))}
+        rows = self._store.rows(LAST_USED, (account_id,))
+        days = {row["key_id"]: day_of(row["day"]) async for row in rows}
         return [
-            {**shown(row), "last_used_on": day_of(days[row["id"]]) if row["id"] in days else None}
+            KeyInList.of(row, last_used_on=days.get(row["id"]))
             async for row in self._store.rows(KEYS_OF_ACCOUNT, (account_id,))
         ]
 
-    async def key(self, key_id: str) -> Record:
+    async def key(self, key_id: str) -> KeyShown:
         """Raises NotFound."""
+        return KeyShown.of(await self._key(key_id))
+
+    async def _key(self, key_id: str) -> sqlite3.Row:
         key = await self._store.one(KEY_BY_ID, (key_id,))
         if key is None:
             raise no_key(key_id)
-        return shown(key)
+        return key
 
     async def add_key(
         self,
@@ -136,40 +151,148 @@ class Accounts:
         limits: Mapping[str, int | None],
         by: str,
         models: str | None = None,
-    ) -> Record:
+    ) -> KeyAdded:
         """A new key; `key` in the answer is the only copy of it there will ever be."""
         secret, key_id = new_key(), new_id("key")
         of_limits = (limits.get(limit) for limit in KEY_LIMITS)
         now = self._store.time()
         values = (key_id, hash_of_key(secret), label, models, *of_limits, now, expires_at)
         await self._store.transact((ADD_KEY, (*values, account_id)), by=by)
-        return {"id": key_id, "key": secret, **await self.key(key_id)}
+        return KeyAdded.of(await self._key(key_id), key=secret)
 
-    async def revoke_key(self, key_id: str, compromised: bool, by: str) -> Record:
+    async def revoke_key(self, key_id: str, compromised: bool, by: str) -> KeyShown:
         """Refuse it from the next request on. Revoking twice keeps the first time."""
         await self._store.transact((REVOKE_KEY, (self._store.time(), compromised, key_id)), by=by)
         return await self.key(key_id)
 
-    async def rotate_key(self, key_id: str, overlap_ms: int, by: str) -> Record:
+    async def rotate_key(self, key_id: str, overlap_ms: int, by: str) -> KeyAdded:
         """A new key with the old one's label, limits, expiry and spent budget; the old one goes on
         for `overlap_ms`. Raises Conflict where the old one is no longer in force."""
-        old, now = await self.key(key_id), self._store.time()
-        if old["revoked_at"] or (old["expires_at"] and old["expires_at"] <= str(iso_time(now))):
-            raise Conflict(f"key {key_id} is revoked or expired; add a new one instead")
+        old, now = await self._key(key_id), self._store.time()
+        if old["revoked_at"] is not None or (old["expires_at"] or now + 1) <= now:
+            raise Conflict(f"key {key_id} is revoked or expired; create a new key instead")
         secret, added = new_key(), new_id("key")
         await self._store.transact(
             (COPY_KEY, (added, hash_of_key(secret), now, key_id)),
             (EXPIRE_KEY, (now + overlap_ms, key_id)),
             by=by,
         )
-        return {"id": added, "key": secret, **await self.key(added), "replaces": key_id}
+        return KeyAdded.of(await self._key(added), key=secret, replaces=key_id)
 
 
 def no_account(name: str) -> NotFound:
     """What is another's is not found, like what never was."""
-    return NotFound(f"there is no account {name!r}")
+    return NotFound(f"account {name!r} does not exist")
 
 
 def no_key(key_id: str) -> NotFound:
     """The same for a key."""
-    return NotFound(f"there is no key {key_id!r}")
+    return NotFound(f"key {key_id!r} does not exist")
+
+
+class Account(Struct, kw_only=True):
+    """An account, with its limits. A limit of null falls back to the settings'; a budget of null
+    means no budget. Only operators see `status_reason`."""
+
+    id: str
+    name: str
+    email: str | None
+    status: Literal["active", "suspended"]
+    status_reason: str | UnsetType | None = UNSET
+    concurrency: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    monthly_budget: Money | None
+    credit_limit: str | None
+    throttle_factor: Money | None
+    throttled_until: Moment | None
+    created_at: Moment
+    keys_in_force: int
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> Account:
+        """Return the account of a row."""
+        return cls(**account_columns(row))
+
+
+def account_columns(row: sqlite3.Row) -> dict[str, Any]:
+    """Return what JSON shows of an account, from a row that may have more columns."""
+    columns = by_name(row)
+    return {name: columns[name] for name in Account.__struct_fields__} | {
+        "monthly_budget": shown_limit(row["monthly_budget"]),
+        "credit_limit": shown_limit(row["credit_limit"]),
+        "throttle_factor": shown_factor(row["throttle_factor"]),
+        "throttled_until": iso_time(row["throttled_until"]),
+        "created_at": shown_time(row["created_at"]),
+    }
+
+
+def key_columns(row: sqlite3.Row) -> dict[str, Any]:
+    """Return the columns of a key's row, as JSON shows them."""
+    return {
+        **by_name(row),
+        "models": shown_patterns(row["models"]),
+        "monthly_budget": shown_limit(row["monthly_budget"]),
+        "created_at": shown_time(row["created_at"]),
+        "expires_at": iso_time(row["expires_at"]),
+        "revoked_at": iso_time(row["revoked_at"]),
+        "compromised": bool(row["compromised"]),
+    }
+
+
+class KeyShown(Struct):
+    """A key, without the secret. A limit of null falls back to the account's; a budget of null
+    means no budget. Keys with the same `budget_id` (the id of the first of them) replaced one
+    another and share a monthly budget."""
+
+    id: str
+    account: str
+    account_id: str
+    label: str
+    models: list[str] | None
+    concurrency: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    monthly_budget: Money | None
+    created_at: Moment
+    expires_at: Moment | None
+    revoked_at: Moment | None
+    compromised: bool
+    budget_id: str
+
+    @classmethod
+    def of(cls, row: sqlite3.Row, **more: Any) -> Self:
+        """Return the key of a row; `more` are members that a subclass adds."""
+        return cls(**key_columns(row), **more)
+
+
+class KeyInList(KeyShown):
+    """A key with the day (UTC) of its last use."""
+
+    last_used_on: str | None
+
+
+class KeyAdded(Struct):
+    """A new key. `key` is the secret, which is shown only once; the rest is as in KeyShown."""
+
+    id: str
+    key: str
+    account: str
+    account_id: str
+    label: str
+    models: list[str] | None
+    concurrency: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    monthly_budget: Money | None
+    created_at: Moment
+    expires_at: Moment | None
+    revoked_at: Moment | None
+    compromised: bool
+    budget_id: str
+    replaces: str | UnsetType = UNSET
+
+    @classmethod
+    def of(cls, row: sqlite3.Row, **more: Any) -> KeyAdded:
+        """Return the key of a row; `more` is the key itself, and what it replaces."""
+        return cls(**key_columns(row), **more)

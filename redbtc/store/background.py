@@ -8,8 +8,8 @@ from typing import NamedTuple
 from redbtc.store.database import Store
 from redbtc.store.keys import FULL_KEY, Key
 from redbtc.store.requests import Admitted, settle
-from redbtc.store.rows import COLUMNS, RECORD, values_of
-from redbtc.usage import RequestRow, Usage
+from redbtc.store.rows import COLUMNS, RECORD, row_of, values_of
+from redbtc.usage import RequestRow
 
 KEEP_PENDING = """
     INSERT OR IGNORE INTO background
@@ -67,10 +67,11 @@ async def unfinished_rows(store: Store) -> list[tuple[RequestRow, Key, Unfinishe
     """What an earlier process left to be asked for."""
     found = []
     async for each in store.rows(BACKGROUND):
-        usage = len(COLUMNS) - len(Usage.__struct_fields__)
-        row = RequestRow(*each[:usage])
-        row.usage = Usage(*each[usage : len(COLUMNS)])
-        found.append((row, key_of(store, row.key_id), UnfinishedRow(*each[len(COLUMNS) :])))
+        row, unfinished = (
+            row_of(each),
+            UnfinishedRow(**{name: each[name] for name in UnfinishedRow._fields}),
+        )
+        found.append((row, key_of(store, row.key_id), unfinished))
     return found
 
 

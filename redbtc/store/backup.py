@@ -128,7 +128,9 @@ def temporary(path: Path) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, file)
         if not _held(file, path):
-            raise UserError(f"{path} is being written by another command; wait until it has ended")
+            raise UserError(
+                f"{path} is being written by another command; wait until it has finished"
+            )
         try:
             os.ftruncate(file, 0)
             os.fchmod(file, 0o600)
@@ -159,7 +161,7 @@ def check_room(source: Path, folder: Path, *, migrating: bool = False) -> None:
     else:
         what = f"a copy of {source} needs"
     if free < needed:
-        raise NoRoom(f"{folder} has {free} bytes free; {what} {needed}")
+        raise NoRoom(f"{folder} has {free} bytes free, but {what} {needed}")
 
 
 def copy(source: Path, file: int, path: Path, *, immutable: bool = False) -> None:
@@ -207,7 +209,7 @@ def _version(database: sqlite3.Connection, name: Path) -> int:
     (marked,) = database.execute("PRAGMA application_id").fetchone()
     version: int = database.execute("PRAGMA user_version").fetchone()[0]
     if marked != APPLICATION_ID or version == 0:
-        raise Damaged(f"{name} is not a database of this program")
+        raise Damaged(f"{name} is not a RedBTC database")
     if version > newest_version():
         raise UserError(
             f"{name} was written by a newer version of this program (schema {version}; this one"
@@ -254,7 +256,9 @@ def kept_digest(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     if not (match := DIGEST.fullmatch(text)):
-        raise Damaged(f"{digest_file(path)} is not a line of sha256sum. Remove it to do without it")
+        raise Damaged(
+            f"{digest_file(path)} is not in the format of sha256sum; remove it to skip the check"
+        )
     return match[1]
 
 
@@ -292,7 +296,7 @@ class BackupFile(NamedTuple):
             return cls(path / name, database.stem)
         folder = path if given.endswith("/") else path.parent
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; make it first")
+            raise UserError(f"the folder {folder} does not exist; create it first")
         return cls(path, None)
 
     @property
@@ -345,7 +349,7 @@ def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
             copy(database, file, place.partial)
             if not os.path.samestat(before, _check_source(database)):
                 raise UserError(
-                    f"{database} was replaced while it was copied; make the backup again"
+                    f"{database} was replaced while it was being copied; run the backup again"
                 )
             contents = verify(place.partial, database, FILE_CHECKS)
             digest, size = sha256_of(place.partial), os.fstat(file).st_size
@@ -360,11 +364,11 @@ def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
 
 def _check_source(database: Path) -> os.stat_result:
     if not database.is_file():
-        raise UserError(f"There is no database at {database}")
+        raise UserError(f"Database {database} does not exist")
     if suffixed(database, ".restored").exists():
         raise UserError(
-            f"A restore of {database} was not finished. Any command that reads it finishes that,"
-            " such as db check; then make the backup again"
+            f"A restore of {database} was interrupted. Run db check to finish it, then run the"
+            " backup again"
         )
     return database.stat()
 
@@ -373,11 +377,11 @@ def _check_target(database: Path, path: Path) -> None:
     """Refuse to replace anything but an earlier backup."""
     kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
     if path in [suffixed(database, part) for part in PARTS] or kept:
-        raise UserError(f"{path} belongs to the database itself; name another file")
+        raise UserError(f"{path} belongs to the database itself; choose another file")
     if suffixed(path, ".lock").exists():
-        raise UserError(f"{path} is the database of a gateway ({path}.lock); name another file")
+        raise UserError(f"{path} is the database of a gateway ({path}.lock); choose another file")
     if path.exists() and not _is_ours(path):
-        raise UserError(f"{path} exists and is not a backup; name another file")
+        raise UserError(f"{path} exists and is not a backup; choose another file")
 
 
 def _is_ours(path: Path) -> bool:
@@ -414,9 +418,9 @@ def restore(database: Path, given: str, checks: Mapping[str, str]) -> Restored:
     with plain_errors(f"{source} was not restored"):
         complete_restore(database)
         if not source.is_file():
-            raise UserError(f"There is no file {source}")
+            raise UserError(f"File {source} does not exist")
         if database.exists() and source.samefile(database):
-            raise UserError(f"{source} is the database itself; name a backup")
+            raise UserError(f"{source} is the database itself; choose a backup")
         check_room(source, database.parent)
         restoring = suffixed(database, ".restoring")
         with temporary(restoring) as file:
@@ -435,7 +439,7 @@ def _is_one_file(source: Path) -> bool:
     its digest is right, or nothing is beside it. Raises Damaged where the digest is wrong."""
     if (digest := kept_digest(source)) is not None:
         if digest != sha256_of(source):
-            raise Damaged(f"{source} is damaged: its SHA-256 is not that in {digest_file(source)}")
+            raise Damaged(f"{source} is damaged: its SHA-256 differs from {digest_file(source)}")
         return True
     return not any(suffixed(source, part).exists() for part in ("-wal", "-journal"))
 
@@ -465,7 +469,9 @@ def complete_restore(database: Path) -> Path | None:
     for part in ("-wal", "-journal", ""):
         if (file := suffixed(database, part)).exists():
             if (kept := suffixed(replaced, part)).exists():
-                raise FileExistsError(errno.EEXIST, "Would be overwritten; move it away", str(kept))
+                raise FileExistsError(
+                    errno.EEXIST, "This file would be overwritten; move it away", str(kept)
+                )
             os.replace(file, kept)
     suffixed(database, "-shm").unlink(missing_ok=True)
     sync_folder(database.parent)

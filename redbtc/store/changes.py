@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-import orjson
+import sqlite3
+from collections.abc import Callable
+from typing import Any
 
-from redbtc.money import NANOS, decimal, shown_limit
+import orjson
+from msgspec import Struct
+
+from redbtc.money import decimal, shown_limit
+from redbtc.rates import RATES
 from redbtc.store.database import Store
-from redbtc.store.records import Record, shown
+from redbtc.store.records import (
+    Moment,
+    by_name,
+    nanos_of,
+    shown_amount,
+    shown_factor,
+    shown_patterns,
+    shown_time,
+)
+from redbtc.times import iso_time
 
 # The log of administrative changes. Triggers write it (schema.sql), so that nothing can pass it by.
 CHANGES = """
@@ -15,42 +30,80 @@ CHANGES = """
       FROM changes LEFT JOIN accounts ON accounts.id = account_id
      WHERE changes.id < :before AND (:account IS NULL OR account_id = :account)
      ORDER BY changes.id DESC LIMIT :limit"""
-RATES = (
-    "input",
-    "cached_input",
-    "cache_write",
-    "output",
-    "image_input",
-    "image_output",
-    "web_search",
-    "cache_write_12h",
-    "file_search",
-    "container",
-)
 
 
 async def changes(
     store: Store, account_id: str | None, before: int | None, limit: int
-) -> list[Record]:
+) -> list[Change]:
     """The newest so many, of an account or of all, that are older than the one with the id
-    `before`. Amounts in them are decimal strings, as everywhere."""
+    `before`."""
     values = {"account": account_id, "before": before or 1 << 62, "limit": limit}
-    found = []
-    async for row in store.rows(CHANGES, values):
-        record = shown(row)
-        for side in ("before", "after"):
-            if record[side] is not None:
-                record[side] = _columns(record["kind"], orjson.loads(record[side]))
-        found.append(record)
-    return found
+    return [Change.of(row) async for row in store.rows(CHANGES, values)]
 
 
-def _columns(kind: str, columns: Record) -> Record:
-    """What a trigger wrote, as JSON shows it."""
-    if kind == "price":
-        rates = (name for name in columns if name in RATES)
-        columns |= {name: shown_limit(columns[name]) for name in rates}
+# How JSON shows the columns that a trigger wrote to the log of changes, by kind of change. Other
+# columns are shown as they are.
+CHANGED: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "account": {
+        "credit_limit": shown_limit,
+        "monthly_budget": shown_limit,
+        "throttle_factor": shown_factor,
+        "throttled_until": iso_time,
+    },
+    "key": {
+        "models": shown_patterns,
+        "monthly_budget": shown_limit,
+        "expires_at": iso_time,
+        "revoked_at": iso_time,
+        "compromised": bool,
+    },
+    "price": {"effective_at": iso_time, **dict.fromkeys(RATES, shown_amount)},
+    "payment": {},
+    "notice": {
+        "effective_at": iso_time,
+        "until": iso_time,
+        "refuses_requests": bool,
+        "withdrawn_at": iso_time,
+    },
+    "user": {"password_set_at": iso_time, "link_expires_at": iso_time},
+    "time": {"ledger_at": iso_time},
+}
+
+
+def shown_columns(kind: str, columns: str | None) -> dict[str, Any] | None:
+    """Return what a trigger wrote to the log of changes, as JSON shows it."""
+    if columns is None:
+        return None
+    written = orjson.loads(columns)
     if kind == "payment":
-        units, nanos = (columns.pop(name) for name in ("units", "nanos"))
-        columns = {"amount": decimal(units * NANOS + nanos), **columns}
-    return shown(columns)
+        amount = nanos_of(written.pop("units"), written.pop("nanos"))
+        written = {"amount": decimal(amount), **written}
+    as_shown = {
+        name: show(written[name]) for name, show in CHANGED[kind].items() if name in written
+    }
+    return {**written, **as_shown}
+
+
+class Change(Struct):
+    """An administrative change. If `before` is null, the object was added; if `after` is null, it
+    was removed."""
+
+    id: int
+    changed_at: Moment
+    changed_by: str
+    kind: str
+    object_id: str
+    account: str | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> Change:
+        """Return the change of a row."""
+        columns = {
+            **by_name(row),
+            "changed_at": shown_time(row["changed_at"]),
+            "before": shown_columns(row["kind"], row["before"]),
+            "after": shown_columns(row["kind"], row["after"]),
+        }
+        return cls(**columns)

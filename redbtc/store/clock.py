@@ -97,10 +97,10 @@ class LedgerClock:
         elif behind > MAX_BEHIND:
             raise UserError(
                 f"the clock says {iso_time(self._latest - behind)}, but the ledger's latest entry "
-                f"is of {iso_time(self._latest)}, more than a day later. If the clock is wrong, "
-                "set it right and start again. If the ledger is wrong, repair it: redbtc-proxy db "
-                "set-time. (serve --accept-clock starts nevertheless; the ledger's time then "
-                "stands still until the clock has caught up)"
+                f"is from {iso_time(self._latest)}, more than a day later. If the clock is wrong, "
+                "correct it and start again. If the ledger is wrong, repair it with redbtc-proxy "
+                "db set-time. (serve --accept-clock starts anyway; ledger time then pauses until "
+                "the clock catches up)"
             )
 
     def set_back(self, latest: int) -> None:
@@ -116,8 +116,8 @@ class LedgerClock:
 
 
 STANDS_STILL = (
-    "the ledger's time stands still until the clock has caught up; if the ledger is wrong, repair "
-    "it with db set-time"
+    "ledger time pauses until the clock catches up; if the ledger is wrong, repair it with "
+    "db set-time"
 )
 
 
@@ -130,12 +130,17 @@ async def watch_clock(clock: LedgerClock, log: Callable[..., None]) -> None:
                 logging.ERROR,
                 "the clock has jumped",
                 seconds=jump // 1000,
-                reason="the ledger goes on with its own time for ten minutes; set the clock right "
-                "meanwhile, or start again with serve --accept-clock if it is right now",
+                reason="the ledger keeps its own time for ten minutes; correct the clock, or "
+                "restart with serve --accept-clock if it is right",
             )
         elif jumped and not jump:
             ahead = max(0, -clock.offset // 1000)
-            reason = STANDS_STILL if ahead else "the ledger goes by it again"
-            log(logging.WARNING, "the clock is believed", ledger_ahead_seconds=ahead, reason=reason)
+            reason = STANDS_STILL if ahead else "the ledger follows the clock again"
+            log(
+                logging.WARNING,
+                "the clock is trusted again",
+                ledger_ahead_seconds=ahead,
+                reason=reason,
+            )
         jumped = bool(jump)
         await asyncio.sleep(CHECK_SECONDS)

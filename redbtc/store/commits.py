@@ -40,12 +40,12 @@ MAX_BEGIN_SECONDS = 1.9  # and WATCH_SECONDS: nobody waits longer than 2 s to be
 MAX_CLOSE_SECONDS = 10
 RESCUE_SECONDS = 10  # between two tries
 GONE = (
-    "Don't stop the gateway before it has said 'ledger rescued'. Then stop it and restore the file "
-    "that it names: db restore FILE."
+    "Don't stop the gateway until it logs 'ledger rescued'. Then stop it and restore the file that "
+    "the log names: db restore FILE."
 )
-RESCUED = "Stop the gateway and restore the file: db restore FILE. What is owed is added then."
+RESCUED = "Stop the gateway and restore the file: db restore FILE. What it lacks is added then."
 DAMAGED = (
-    "Stop the gateway and restore a backup: db restore FILE. What is owed is added then. Or save "
+    "Stop the gateway and restore a backup: db restore FILE. What it lacks is added then. Or save "
     "what can be read with the recover command of the sqlite3 program."
 )
 BEAT = "INSERT OR REPLACE INTO heartbeat (id, beat_at) VALUES (1, ?)"

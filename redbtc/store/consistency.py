@@ -14,7 +14,7 @@ from redbtc.store.schema import APPLICATION_ID, newest_version
 from redbtc.store.spill import Spill
 
 CHECKS = FILE_CHECKS | {
-    "usage that is not the sum of its requests": """
+    "usage does not equal the sum of its requests": """
         SELECT account_id, month FROM (
             SELECT account_id, month, requests, cost_units AS units, cost_nanos AS nanos
               FROM usage_by_day
@@ -28,7 +28,7 @@ CHECKS = FILE_CHECKS | {
                    (ifnull(requests.cost, 0) - ifnull(corrections.cost, 0)) % 1000000000
               FROM corrections JOIN requests USING (request_id))
          GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
-    "usage by month that is not the sum of its days": """
+    "usage by month does not equal the sum of its days": """
         SELECT account_id, month FROM (
             SELECT account_id, month, requests, ifnull(input_tokens, 0) AS input,
                    ifnull(output_tokens, 0) AS output, cost_units AS units, cost_nanos AS nanos
@@ -39,7 +39,7 @@ CHECKS = FILE_CHECKS | {
               FROM usage_by_month)
          GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(input) <> 0 OR sum(output) <> 0
                            OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
-    "traffic that is not the usage of its day": """
+    "traffic does not equal the usage of its day": """
         SELECT date(day * 86400, 'unixepoch') FROM (
             SELECT day, requests, cost_units AS units, cost_nanos AS nanos FROM usage_by_day
             UNION ALL
@@ -85,7 +85,9 @@ def check_file(path: Path, currency: str) -> list[str]:
         return [str(error)]
     except FileNotFoundError:
         writable = os.access(path.parent, os.W_OK)
-        return [] if writable else [f"{path}: can't be made: the folder is missing or not writable"]
+        return (
+            [] if writable else [f"{path}: can't be created: its folder is missing or not writable"]
+        )
     except OSError as error:
         return [f"{path}: {error.strerror}"]
     try:
@@ -98,9 +100,11 @@ def check_file(path: Path, currency: str) -> list[str]:
         return [f"{path}: {error}"]
     wrong = [f"{path}: {line}" for (line,) in rows if line != "ok"]
     if marked != APPLICATION_ID:
-        wrong.append(f"{path}: a database of another program")
+        wrong.append(f"{path}: this is the database of another program")
     elif version > newest_version():
         wrong.append(f"{path}: written by a newer version of this program (schema {version})")
     if any(other != currency for (other,) in others):
-        wrong.append(f"billing.currency is {currency}, but the ledger is in {others[0][0]}")
+        wrong.append(
+            f"billing.currency is {currency}, but the ledger is in {others[0][0]}; change it back"
+        )
     return wrong

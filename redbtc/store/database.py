@@ -9,13 +9,11 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import hmac
 import logging
 import os
 import secrets
 import sqlite3
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -293,7 +291,8 @@ class Store:
             (CLEAR_UNSETTLED, ()),
             (INTERRUPT, (month_of(self.time()),)),
         )
-        self._secret: bytes = await self._value(SECRET)
+        # For the idempotency keys that are sent upstream.
+        self.secret: bytes = await self._value(SECRET)
         reader = await stack.enter_async_context(self._connection())
         self._reader = Reader(reader, self.commits.notice)
         self._lookup = sqlite3.connect(self._read_only, uri=True, timeout=0)
@@ -360,7 +359,9 @@ class Store:
         tables = await self._value("SELECT count(*) FROM sqlite_schema")
         marked = await self._value("PRAGMA application_id")
         if tables and marked != APPLICATION_ID:
-            raise UserError(f"{self.path} is a database of another program; it is left alone")
+            raise UserError(
+                f"{self.path} is the database of another program; set database.path to another file"
+            )
         wanted: dict[str, tuple[str | int, str | int]] = {
             "application_id": (APPLICATION_ID, APPLICATION_ID),
             "busy_timeout": (BUSY_TIMEOUT_MS, BUSY_TIMEOUT_MS),
@@ -415,13 +416,6 @@ class Store:
             row = await cursor.fetchone()
             return row[0] if row else None
 
-    def own_key(self, by: str, key: bytes) -> bytes:
-        """Return the idempotency key to send upstream in place of a client's `key`: always the same
-        one for the same `by` (see Exchange.repeatable_by), and a different one for any other. It
-        has the form of a random UUID."""
-        digest = hmac.digest(self._secret, b"%b\0%b" % (by.encode(), key), "sha256")
-        return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
-
     # Reading
 
     def look_up_all(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -431,7 +425,7 @@ class Store:
             return self._lookup.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             self.commits.notice(error)
-            raise StorageUnavailable(f"can't be read: {error}") from None
+            raise StorageUnavailable(f"the ledger can't be read: {error}") from None
 
     def look_up(self, sql: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
         """Return one row, found by an index, on the event loop: it takes about 5 µs. Raises
@@ -480,7 +474,7 @@ class Store:
                     await connection.commit()
         except TimeoutError:
             raise StorageUnavailable(
-                f"the ledger can't be read within {seconds} seconds; ask for less of it at a time"
+                f"reading the ledger took longer than {seconds} seconds; request a smaller range"
             ) from None
         except sqlite3.Error as error:
             raise StorageUnavailable(f"the ledger can't be read: {error}") from None
@@ -566,7 +560,7 @@ class Store:
             raise
         except TimeoutError:
             raise StorageUnavailable(
-                f"the disk has not answered for {seconds} s; the change may be made later"
+                f"the disk has not answered for {seconds} s; the change may still be made later"
             ) from None
         except Exception as error:
             self.commits.notice(error)
@@ -616,19 +610,18 @@ def refuse_without(database: Path, spill: Spill) -> None:
     saved = [each for each in rescued if each.stat().st_mtime_ns > written]
     if saved:
         raise UserError(
-            f"{database} is gone, or older than {saved[-1]}, which holds what was in it when its "
-            "files were removed. Restore that file (db restore FILE), or move it away to go on "
-            "without it"
+            f"{database} is missing, or older than {saved[-1]}, a copy made when its files were "
+            "removed. Restore that file (db restore FILE), or move it away to continue without it"
         )
     if size_of(database) == 0 and has_log(database):
         raise UserError(
-            f"{database} is {'empty' if written else 'gone'}, but its log {database}-wal is there. "
-            "Restore a backup (db restore FILE), or move the log away to begin with an empty ledger"
+            f"{database} is {'empty' if written else 'missing'}, but {database}-wal exists. "
+            "Restore a backup (db restore FILE), or move it away to start with an empty ledger"
         )
     if written:
         return
     if spill.read()[0]:
         raise UserError(
-            f"{database} is gone, but {spill.path} holds what is still owed to it. Restore a "
-            "backup (db restore FILE), or move that file away to begin with an empty ledger"
+            f"{database} is missing, but {spill.path} holds entries that belong to it. Restore a "
+            "backup (db restore FILE), or move that file away to start with an empty ledger"
         )

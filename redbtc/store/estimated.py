@@ -8,13 +8,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from redbtc.store.database import Store
-from redbtc.usage import Usage
+from redbtc.usage import KINDS, Usage
 
-ESTIMATED = """
-    SELECT request_id, key_id, requested_model, ifnull(cost, 0), ifnull(output_tokens, 0),
-           file_searches, containers, admitted_at, image_model, ifnull(held, 0)
-      FROM estimates JOIN requests USING (request_id)
-     WHERE estimates.response_id = ? AND account_id = ?"""
 CORRECTED = (
     "request_id",
     "account_id",
@@ -23,7 +18,7 @@ CORRECTED = (
     "service_tier",
     "price_id",
     "cost",
-    *Usage.__struct_fields__,
+    *KINDS,
 )
 CORRECT = f"""
     INSERT INTO corrections ({", ".join(CORRECTED)})
@@ -45,6 +40,13 @@ class EstimatedRow(NamedTuple):
     admitted_at: int
     image_model: str
     held: int
+
+
+NOT_NULL = ("cost", "output_tokens", "held")
+COLUMNS = [f"ifnull({name}, 0)" if name in NOT_NULL else name for name in EstimatedRow._fields]
+ESTIMATED = f"""
+    SELECT {", ".join(COLUMNS)} FROM estimates JOIN requests USING (request_id)
+     WHERE estimates.response_id = ? AND account_id = ?"""
 
 
 def estimated_of(store: Store, response_id: str, account_id: str) -> EstimatedRow | None:

@@ -46,9 +46,7 @@ def hold(database: Path) -> Iterator[None]:
 def _held(path: Path, database: Path) -> Iterator[None]:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        in_use = DatabaseInUse(
-            f"{database} is in use by another gateway or command; stop that first"
-        )
+        in_use = DatabaseInUse(f"{database} is in use by another gateway or command; stop it first")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

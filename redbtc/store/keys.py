@@ -66,13 +66,22 @@ class Key(NamedTuple):
         return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models.split(","))
 
 
-FULL_KEY = """
-    SELECT keys.id, accounts.id, accounts.status,
-           keys.concurrency, keys.requests_per_minute, keys.tokens_per_minute,
-           accounts.concurrency, accounts.requests_per_minute, accounts.tokens_per_minute,
-           keys.monthly_budget, accounts.monthly_budget, accounts.credit_limit, keys.models,
-           iif(ifnull(accounts.throttled_until, ?2 + 1) > ?2, accounts.throttle_factor, NULL),
-           ifnull(keys.budget_id, keys.id)
+# Where the fields of Key come from that are not columns of the key itself.
+FROM_ACCOUNT = {
+    "account_id": "accounts.id",
+    "account_status": "accounts.status",
+    "account_concurrency": "accounts.concurrency",
+    "account_requests_per_minute": "accounts.requests_per_minute",
+    "account_tokens_per_minute": "accounts.tokens_per_minute",
+    "account_monthly_budget": "accounts.monthly_budget",
+    "credit_limit": "accounts.credit_limit",
+    "throttle_factor": (
+        "iif(ifnull(accounts.throttled_until, ?2 + 1) > ?2, accounts.throttle_factor, NULL)"
+    ),
+    "budget_id": "ifnull(keys.budget_id, keys.id)",
+}
+FULL_KEY = f"""
+    SELECT {", ".join(FROM_ACCOUNT.get(name, f"keys.{name}") for name in Key._fields)}
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_IN_FORCE = f"""{FULL_KEY}
      WHERE keys.hash = ?1 AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""

@@ -1,35 +1,81 @@
-"""Rows as dictionaries, as the admin API shows them."""
+"""How JSON shows what rows have, and the ids of new ones."""
 
 from __future__ import annotations
 
 import secrets
 import sqlite3
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
-from redbtc.money import NANOS, decimal, shown_limit
+from msgspec import Meta, Struct, defstruct
+
+from redbtc.money import NANOS, decimal
 from redbtc.times import iso_time
-
-Record = dict[str, Any]  # one row, as JSON shows it
-
-
-def shown(row: Mapping[str, Any] | sqlite3.Row) -> Record:
-    """A row as JSON shows it: times in ISO 8601, money as decimal strings."""
-    record = dict(row)
-    for name, value in record.items():
-        if name.endswith("_at") or name in ("until", "throttled_until"):
-            record[name] = iso_time(value)
-        elif name in ("credit_limit", "monthly_budget"):
-            record[name] = shown_limit(value)
-        elif name == "models":
-            record[name] = value.split(",") if value else None
-        elif name == "throttle_factor":
-            record[name] = None if value is None else decimal(value * (NANOS // 1000))
-        elif name in ("compromised", "refuses_requests"):
-            record[name] = bool(value)
-    return record
 
 
 def new_id(kind: str) -> str:
     """acct_, key_, pay_, ntc_, usr_ or ses_ and 16 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(8)}"
+
+
+def by_name(row: sqlite3.Row) -> dict[str, Any]:
+    """Return a row's values by the names of its columns."""
+    return dict(zip(row.keys(), row, strict=True))
+
+
+Described = TypeVar("Described", bound=Struct)
+
+
+def with_members(
+    members: Mapping[str, Any], *default: Any
+) -> Callable[[type[Described]], type[Described]]:
+    """Decorate a type: put these members, given by name and type, after those that it has. So what
+    lists all rates or all kinds of usage has them from the one place where they are declared."""
+
+    def decorate(base: type[Described]) -> type[Described]:
+        return defstruct(  # type: ignore[return-value]  # it is a subclass
+            base.__name__,
+            [(name, kind, *default) for name, kind in members.items()],
+            bases=(base,),
+            kw_only=True,
+            module=base.__module__,
+            namespace={"__doc__": base.__doc__},
+        )
+
+    return decorate
+
+
+# JSON and CSV have the members of these types, in their order. What is UNSET is left out.
+Moment = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
+Money = Annotated[str, Meta(pattern=r"^-?[0-9]+(\.[0-9]{1,9})?$")]
+Sum = int | None
+
+
+def shown_time(milliseconds: int) -> str:
+    """Return a time as JSON shows it."""
+    return str(iso_time(milliseconds))
+
+
+def shown_amount(nanos: int | None) -> str | None:
+    """Return an amount as JSON shows it."""
+    return None if nanos is None else decimal(nanos)
+
+
+def shown_factor(thousandths: int | None) -> str | None:
+    """Return the part of its limits that an account is held to, as JSON shows it."""
+    return None if thousandths is None else decimal(thousandths * (NANOS // 1000))
+
+
+def shown_patterns(models: str | None) -> list[str] | None:
+    """Return the patterns of a key, as JSON shows them."""
+    return models.split(",") if models else None
+
+
+def nanos_of(units: int, nanos: int) -> int:
+    """Return an amount that the database has in two columns."""
+    return units * NANOS + nanos
+
+
+def cost_of(row: sqlite3.Row) -> str:
+    """Return the cost of a row of sums, as JSON shows it."""
+    return decimal(nanos_of(row["cost_units"], row["cost_nanos"]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sqlite3
 from typing import Any
 
 import msgspec
 
-from redbtc.usage import RequestRow, Usage
+from redbtc.usage import KINDS, RequestRow, Usage
 
-COLUMNS = (*RequestRow.__struct_fields__[:-1], *Usage.__struct_fields__)
+COLUMNS = (*RequestRow.__struct_fields__[:-1], *KINDS)
 SETTLED = COLUMNS[COLUMNS.index("first_byte_ms") :]
 PLACES = f"({', '.join('?' * len(COLUMNS))})"
 RECORD = f"""
@@ -31,3 +32,9 @@ def values_of(row: RequestRow) -> list[Any]:
     """Return the row's values in the order of COLUMNS."""
     *values, usage = msgspec.structs.astuple(row)
     return [*values, *msgspec.structs.astuple(usage)]
+
+
+def row_of(columns: sqlite3.Row) -> RequestRow:
+    """Return the row whose COLUMNS are among these; the opposite of `values_of`."""
+    usage = Usage(**{name: columns[name] for name in KINDS})
+    return RequestRow(**{name: columns[name] for name in COLUMNS if name not in KINDS}, usage=usage)

@@ -1,16 +1,17 @@
-"""Which headers pass between client and upstream."""
+"""The headers that are forwarded between client and upstream."""
 
 from __future__ import annotations
 
+import hmac
 import re
+import uuid
 
 from redbtc.headers import Headers
-from redbtc.store.database import Store
 
 ALLOWED_HEADERS = frozenset(
     b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "
     b"version session-id session_id thread-id x-client-request-id "
-    # Of x-openai-* those that Codex sends with an API key. Others authorize, or choose an
+    # The x-openai-* headers that Codex sends with an API key. Others authorize, or choose an
     # organization, a region or a product.
     b"x-openai-internal-codex-responses-lite x-openai-memgen-request x-openai-subagent".split()
 )
@@ -58,25 +59,32 @@ SHARED = re.compile(  # nginx caches by max-age whoever asks
 )
 
 
-def headers_for_upstream(headers: Headers, store: Store, by: str) -> Headers:
+def headers_for_upstream(headers: Headers, secret: bytes, by: str) -> Headers:
     """Return the client's headers that are forwarded, by an allow-list. An idempotency key is
-    replaced by one that only requests of the same `by` get (see Exchange.repeatable_by): otherwise
-    an upstream would send two accounts that use the same key the same response."""
+    replaced by `own_idempotency_key`: otherwise an upstream would send two accounts that use the
+    same key the same response. `by` says whose key it is (see ForwardedRequest.repeatable_by)."""
     return [
-        (name, store.own_key(by, value) if name == b"idempotency-key" else value)
+        (name, own_idempotency_key(secret, by, value) if name == b"idempotency-key" else value)
         for name, value in headers
         if name in ALLOWED_HEADERS
         or (name.startswith(ALLOWED_PREFIXES) and name not in DROPPED_REQUEST_HEADERS)
     ]
 
 
-def headers_for_client(upstreams: Headers) -> Headers:
-    """Return the upstream's headers that are forwarded: all but a deny-list and those that
-    Connection names. No-store replaces a Cache-Control that lets a shared cache store the response.
-    """
+def own_idempotency_key(secret: bytes, by: str, key: bytes) -> bytes:
+    """Return the idempotency key to send upstream in place of a client's `key`: always the same
+    one for the same `by`, and a different one for any other. It has the form of a random UUID."""
+    digest = hmac.digest(secret, b"%b\0%b" % (by.encode(), key), "sha256")
+    return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
+
+
+def headers_for_client(received: Headers) -> Headers:
+    """Return the upstream's headers that are forwarded: all but those of a deny-list and those that
+    Connection names. "no-store" replaces a Cache-Control that lets a shared cache store the
+    response."""
     headers = [
         (lower, value)
-        for name, value in upstreams
+        for name, value in received
         if (lower := name.lower()) == b"connection"
         or (lower not in DROPPED_HEADERS and not lower.startswith(DROPPED_PREFIXES))
     ]

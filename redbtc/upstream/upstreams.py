@@ -1,6 +1,8 @@
-"""The upstreams. Where requests may go is decided by the settings alone: nothing in a body or a
-header names a place, no redirects are followed, no cookies kept, no proxy taken from the
-environment."""
+"""The configured upstreams, and the choice among them.
+
+The settings alone decide where requests may go: nothing in a body or a header names a place, no
+redirects are followed, no cookies are kept and no proxy is taken from the environment.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +21,32 @@ import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
 from redbtc.config import UpstreamSettings
-from redbtc.headers import BAD_IN_VALUE, Headers
+from redbtc.headers import Headers
 from redbtc.meter.answers import name_in
 from redbtc.meter.decoding import Decoding, NotDecoded, codings_of
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
 from redbtc.slices import with_turns
-from redbtc.upstream.http1 import ResponseHead, Transport, UpstreamRequest
+from redbtc.upstream.httpx_transport import HTTPXTransport
+from redbtc.upstream.request import UpstreamRequest
+from redbtc.upstream.response import ResponseHead
+from redbtc.upstream.transport import Transport
 
 KEEPALIVE_SECONDS = 15
-MAX_FETCHED = 4 << 20  # bytes of a list of models, or of what describes one
-ASK_SECONDS = 30  # for what the gateway itself asks of an upstream
+MAX_FETCHED = 4 << 20  # bytes of a response that `fetch_whole` reads
+FETCH_SECONDS = 30  # at most, for a request of the gateway's own
 SLICE = 2 << 20  # bytes of a body that are given to the kernel at a time
 MAX_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
 PING_SECONDS = 20
 
 
 class UploadBody(httpx2.ByteStream):
-    """A request's body, in slices of what it is held in, that knows whether it has begun to leave:
-    then the head has left before."""
+    """A request's body, sent in slices. It can be sent again from its beginning."""
 
     def __init__(self, body: Buffer) -> None:
         self._body = body
         self._at = 0
-        self.left = False
+        self.begun = False  # some of the request has been sent, since the head goes first
 
     def __aiter__(self) -> UploadBody:
         self._at = 0
@@ -52,34 +56,15 @@ class UploadBody(httpx2.ByteStream):
         start, size = self._at, len(self._body)
         if start >= max(size, 1):
             raise StopAsyncIteration
-        self.left = True
+        self.begun = True
         self._at = max(start + SLICE, 1)
         if size <= SLICE:
             return cast(bytes, self._body)
         return cast(bytes, memoryview(self._body)[start : start + SLICE])
 
 
-def check_answer(headers: Headers) -> None:
-    """Raise httpx2.RemoteProtocolError for a head that httpx2 accepts, but that clients could read
-    in two ways."""
-    names = {name.lower() for name, _ in headers}
-    if {b"content-length", b"transfer-encoding"} <= names:
-        raise httpx2.RemoteProtocolError("an answer with Content-Length and Transfer-Encoding")
-    if BAD_IN_VALUE.search(b"".join([value for _, value in headers])):
-        raise httpx2.RemoteProtocolError("a control character in a header")
-
-
-async def ask_to_close(event: str, info: dict[str, Any]) -> None:
-    """Add `Connection: close` to a request over HTTP/1.1. httpx2 calls this at each event of a
-    request (its "trace" extension). Otherwise it would take what an upstream sends after an answer
-    for the answer to the next request, which may be another account's. HTTP/2 numbers its answers.
-    """
-    if event == "http11.send_request_headers.started" and info["request"].method != b"CONNECT":
-        info["request"].headers.append((b"connection", b"close"))
-
-
-NOT_OF_WEBSOCKET = ("accept", "accept-encoding", "content-type", "content-encoding")
-NO_LIST = (
+NOT_IN_HANDSHAKE = ("accept", "accept-encoding", "content-type", "content-encoding")
+NO_LIST = (  # what is raised where an upstream gives no list of models
     httpx2.HTTPError,
     TimeoutError,
     orjson.JSONDecodeError,
@@ -90,14 +75,14 @@ NO_LIST = (
 
 
 class Connect(connect):
-    """Follows no redirects."""
+    """A WebSocket handshake that follows no redirects."""
 
     def process_redirect(self, exc: Exception) -> Exception:
         return exc
 
 
 class Upstream:
-    """One place that requests are forwarded to, with its connections."""
+    """A configured upstream, with its connections."""
 
     def __init__(self, settings: UpstreamSettings) -> None:
         self.settings = settings
@@ -116,92 +101,68 @@ class Upstream:
             "connect": settings.connect_timeout_seconds,
             "write": settings.idle_timeout_seconds,
         }
-        if settings.transport == "httpx":
-            self._transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(
-                verify=httpx2.create_ssl_context(trust_env=False),
-                http2=True,
-                proxy=settings.proxy or None,
-                limits=httpx2.Limits(keepalive_expiry=KEEPALIVE_SECONDS, max_connections=None),
-            )
-            self._send = self._send_by_httpx
-        else:
-            transport = Transport(keepalive_seconds=KEEPALIVE_SECONDS)
-            self._transport, self._send = transport, transport.send
+        self._transport = (
+            HTTPXTransport(settings.proxy or None, KEEPALIVE_SECONDS)
+            if settings.transport == "httpx"
+            else Transport(keepalive_seconds=KEEPALIVE_SECONDS)
+        )
 
     def serves(self, model: str) -> bool:
-        """Whether one of its patterns matches."""
+        """Return whether one of the patterns in its settings matches the model's name."""
         patterns = self.settings.models
         return "*" in patterns or any(fnmatch.fnmatchcase(model, each) for each in patterns)
 
     async def open(
         self, method: str, path: str, query: bytes, headers: Headers, body: UploadBody
     ) -> ResponseHead:
-        """Send a request; the answer's head. Raises httpx2.HTTPError."""
+        """Send a request; return the head of its response. Raise httpx2.HTTPError."""
         target = self._path + path.encode() + (b"?" + query if query else b"")
         headers = [*headers, *self._own]
-        return await self._send(
+        return await self._transport.send(
             UpstreamRequest(method, self._base, target, headers, body, self._timeouts)
         )
-
-    async def _send_by_httpx(self, request: UpstreamRequest) -> ResponseHead:
-        assert isinstance(self._transport, httpx2.AsyncHTTPTransport)
-        response = await self._transport.handle_async_request(
-            httpx2.Request(
-                request.method,
-                request.url.copy_with(raw_path=request.target),
-                headers=request.headers,
-                stream=request.body,
-                extensions={"timeout": request.timeouts, "trace": ask_to_close},
-            )
-        )
-        body = cast(httpx2.AsyncByteStream, response.stream)
-        try:
-            check_answer(response.headers.raw)
-        except httpx2.RemoteProtocolError:
-            await body.aclose()
-            raise
-        return ResponseHead(response.status_code, response.headers.raw, body)
 
     async def fetch(
         self, path: str, take: Callable[[bytes], Iterable[object]], method: str = "GET"
     ) -> int:
-        """Send a request of the gateway's own, without a body, and return the status of its answer.
-        `take` is called with each part of the answer's decoded body, and what it returns is
-        iterated, with turns for other work. Raises httpx2.HTTPError, TimeoutError."""
-        async with asyncio.timeout(min(ASK_SECONDS, self.settings.first_byte_timeout_seconds)):
+        """Send a request of the gateway's own, without a body; return the status of its response.
+        Call `take` with each part of the decoded response body, and iterate over what it returns,
+        with turns for other work. Raise httpx2.HTTPError, TimeoutError."""
+        async with asyncio.timeout(min(FETCH_SECONDS, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
-            answer = await self.open(method, path, b"", accept, UploadBody(b""))
-            decoding = Decoding(codings_of(answer.headers))
+            response = await self.open(method, path, b"", accept, UploadBody(b""))
+            decoding = Decoding(codings_of(response.headers))
             try:
-                async for chunk in answer.body:
+                async for chunk in response.body:
                     async for part in with_turns(decoding.decoded(chunk)):
                         async for _ in with_turns(take(part)):
                             pass
                 async for _ in with_turns(take(decoding.rest())):
                     pass
-                return answer.status
+                return response.status
             except NotDecoded:
-                raise httpx2.DecodingError("the answer can't be decoded") from None
+                raise httpx2.DecodingError("the response can't be decoded") from None
             finally:
-                await answer.body.aclose()
+                await response.body.aclose()
 
     async def fetch_whole(self, path: str) -> tuple[int, bytes]:
-        """As `fetch`; return the status and the whole body. Raises httpx2.HTTPError, also for a
-        body of more than MAX_FETCHED bytes; TimeoutError."""
+        """Fetch a response; return its status and its whole body. Raise TimeoutError, and
+        httpx2.HTTPError, also for a body of more than MAX_FETCHED bytes."""
         body = bytearray()
 
         def take(chunk: bytes) -> tuple[()]:
             body.extend(chunk)
             if len(body) > MAX_FETCHED:
-                raise httpx2.RemoteProtocolError("the answer is too long")
+                raise httpx2.RemoteProtocolError("the response is too long")
             return ()
 
         status = await self.fetch(path, take)
         return status, bytes(body)
 
     async def models(self) -> tuple[list[dict[str, Any]], float]:
-        """The models that it lists and its patterns allow, and how many seconds ago they were: the
-        last good list where there is no new one. Raises Refusal where there never was one."""
+        """Fetch the upstream's list of models. Return the models that its patterns allow, and how
+        old the list is in seconds: if the upstream gives no list now, it is the last one that it
+        gave. Raise Refusal if there is none."""
         with contextlib.suppress(*NO_LIST):
             status, listed = await self.fetch_whole("/models")
             if status == 200:
@@ -209,24 +170,25 @@ class Upstream:
                 allowed = [each for each in named if self.serves(each["id"])]
                 self._models = allowed, time.monotonic()
         if self._models is None:
-            raise Refusal("upstream_unreachable", "The upstream gave no list of models.")
+            raise Refusal("upstream_unreachable", "The upstream did not return a list of models.")
         models, listed_at = self._models
         return models, time.monotonic() - listed_at
 
     @property
     def listed(self) -> list[str]:
-        """The models in the last list that it gave."""
+        """The names of the models in the last list that the upstream gave."""
         return [model["id"] for model in self._models[0]] if self._models else []
 
     async def connect(self, headers: Headers) -> ClientConnection:
-        """A WebSocket to its /responses. Raises OSError, TimeoutError, InvalidHandshake."""
-        assert isinstance(self._transport, Transport), "speaks_websocket says so"
+        """Open a WebSocket to the upstream's /responses. Raise OSError, TimeoutError,
+        InvalidHandshake."""
+        assert isinstance(self._transport, Transport), "speaks_websocket must be true"
         url = f"{str(self._base).rstrip('/')}/responses".replace("http", "ws", 1)
-        more = [(name.decode(), value.decode("latin-1")) for name, value in headers]
-        more += [(name.decode(), value.decode()) for name, value in self._own if name != b"host"]
+        sent = [(name.decode(), value.decode("latin-1")) for name, value in headers]
+        sent += [(name.decode(), value.decode()) for name, value in self._own if name != b"host"]
         return await Connect(
             url,
-            additional_headers=[line for line in more if line[0] not in NOT_OF_WEBSOCKET],
+            additional_headers=[line for line in sent if line[0] not in NOT_IN_HANDSHAKE],
             user_agent_header=None,
             compression=None,
             proxy=None,
@@ -239,16 +201,16 @@ class Upstream:
         )
 
     async def close(self) -> None:
-        """Close its connections, once those in flight are done."""
+        """Close the connections once no request is in flight."""
         while self.in_flight:
             await asyncio.sleep(1)
         await self._transport.aclose()
 
 
 def choose(upstreams: Iterable[Upstream], model: str, only: str | None = None) -> list[Upstream]:
-    """The upstreams that may take the request, the one to try first in front: by priority, among
-    equals by chance and weight. `only`: the name of the one where what it builds on is stored.
-    Raises Refusal."""
+    """Return the upstreams to try for a request, in that order: by priority, and at random by
+    weight within a priority. `only` is the name of the upstream where the objects are stored that
+    the request refers to. Raise Refusal if there is none."""
     if only is not None:
         upstreams = [upstream for upstream in upstreams if upstream.name == only]
         if not upstreams:
@@ -259,16 +221,16 @@ def choose(upstreams: Iterable[Upstream], model: str, only: str | None = None) -
     usable = [upstream for upstream in serving if upstream.usable]
     if not usable:
         raise Refusal("no_upstream", retry_after=5)
-    return by_turn(usable)
+    return in_order(usable)
 
 
-def by_turn(upstreams: list[Upstream]) -> list[Upstream]:
-    """By priority, among equals by chance and weight."""
+def in_order(upstreams: list[Upstream]) -> list[Upstream]:
+    """Sort by priority, and at random by weight within a priority."""
     if len(upstreams) == 1:
         return upstreams
 
-    def turn(upstream: Upstream) -> tuple[int, float]:  # Efraimidis and Spirakis, 2006
+    def place(upstream: Upstream) -> tuple[int, float]:  # Efraimidis and Spirakis, 2006
         chance = -math.log(1 - random.random()) / upstream.settings.weight
         return upstream.settings.priority, chance
 
-    return sorted(upstreams, key=turn)
+    return sorted(upstreams, key=place)

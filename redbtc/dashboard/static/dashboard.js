@@ -40,7 +40,7 @@ for (const button of document.querySelectorAll("button[data-copy]")) {
   button.addEventListener("click", async () => {
     const copied = await copy(source);
     button.textContent = copied ? "Copied" : "Selected";
-    announcement.textContent = copied ? "Copied" : "Selected. Copy it with the keyboard.";
+    announcement.textContent = copied ? "Copied" : "Selected. Press Ctrl+C or Command+C to copy.";
     clearTimeout(timer);
     timer = setTimeout(() => {
       button.textContent = label;

@@ -1,0 +1,275 @@
+"""The admission of a request: its places in the limits, the hold of what it can cost, its row.
+
+    places ─► hold ─► row begun ─► (it is forwarded and settled) ─► all given back
+
+A row is begun before anything leaves for an upstream.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Protocol, Self
+
+from redbtc.billing.price_list import ModelPrices
+from redbtc.billing.spending import Hold, SpendingLimitReached
+from redbtc.deadlines import Deadline
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.background import BackgroundResponse
+from redbtc.gateway.endpoints import Endpoint
+from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.maximum import Maximum
+from redbtc.gateway.progress import Running
+from redbtc.gateway.state import Gateway
+from redbtc.limits.admission import Admission
+from redbtc.refusals import ClientLeft, Refusal, insufficient_quota
+from redbtc.request_body.body import RequestBody
+from redbtc.server.asgi import ID_SECONDS, ClientRequest
+from redbtc.store.keys import Key
+from redbtc.store.requests import begin, forget
+from redbtc.upstream.upstreams import Upstream
+from redbtc.usage import RequestRow
+
+
+class Releasable(Protocol):
+    """Something that is taken, and can be given back early."""
+
+    def release(self) -> None:
+        """Give it back."""
+
+
+class AdmittedRequest(ForwardedRequest, Running):
+    """A request that has places, a hold and a row in the ledger, in `async with` of `admitted`."""
+
+    money: Hold  # from `async with` on
+    row: RequestRow
+    further_input = 0  # tokens that it may read beside its body and what that builds on
+    left_at = math.inf  # when it left for the upstream, by the monotonic clock
+    background: BackgroundResponse | None = None  # what its response goes on as
+    _memory: Releasable
+    _is_held = False
+    _is_unfinished = False  # whether it is counted as an unfinished background response
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        client_request: ClientRequest,
+        endpoint: Endpoint,
+        clock: Deadline,
+        admission: Admission,
+        key: Key,
+        body: RequestBody,
+    ) -> None:
+        super().__init__(gateway, client_request, endpoint, clock, admission, key)
+        self.body = body
+        self.facts = body.facts
+        self.maximum = Maximum(endpoint, body, gateway.books)
+        self.images = self.maximum.answers if endpoint.images else 1
+        self.input_estimate = body.input_estimate
+
+    def admitted(self, upstream: Upstream, memory: Releasable) -> Self:
+        """Take the request's places, hold what it can cost and begin its row, until the end of
+        `async with`. `upstream` is the first to be tried. `memory` is what was reserved for the
+        body, given back as soon as the request has its places: from then on they limit it. `async
+        with` raises Refusal, ClientLeft."""
+        self._memory = memory
+        self.row = self.new_row(self.facts.model or "", upstream.name)
+        return self
+
+    def take_over(self, before: RequestRow, money: Hold) -> None:
+        """Begin a row in the places of a request that has ended, whose row is `before`: the
+        upstream has begun another response to it by itself. This takes the place of `async with`'s
+        beginning; its end must follow. `money` is held for it."""
+        self.money, self._is_held = money, True
+        self.row = self.new_row(before.requested_model, before.upstream)
+        self.date_row()
+        self.left_at = time.monotonic()
+        self.gateway.in_flight.with_row.add(self)
+
+    async def __aenter__(self) -> Self:
+        if self.is_unmetered:
+            self._check_unmetered()
+        if self.endpoint.stores and self.facts.background:
+            self._count_unfinished(self.facts.background)
+        try:
+            tokens = self.input_estimate + self.facts.largest(self.endpoint.limits)
+            tokens = 0 if self.endpoint.free else tokens
+            await self.gateway.limits.admit(self.admission, tokens, self.clock)
+            self._memory.release()
+            self.money = await self._hold_or_refund()
+            self._is_held = True
+            await self._begin()
+        except BaseException:
+            self._give_back()
+            raise
+        self.gateway.in_flight.with_row.add(self)
+        return self
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, _: object) -> None:
+        try:
+            if isinstance(error, Exception) and not isinstance(error, (Refusal, ClientLeft)):
+                await self._interrupt()
+        finally:
+            self.gateway.in_flight.with_row.discard(self)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Give back the hold, and the count of a background response that was not created."""
+        if self._is_held:
+            self.money.release()
+        if self._is_unfinished and not self.background:
+            self.gateway.unended.unfinished.remove(self.key.account_id)
+
+    def _count_unfinished(self, background: bool | str) -> None:
+        """Count a request for a background response as one of the account's unfinished ones. Raises
+        Refusal."""
+        check_background(background)
+        most = self.settings.limits.account.background
+        self.gateway.unended.unfinished.add(self.key.account_id, most)
+        self._is_unfinished = self.awaits_id = True
+
+    async def _hold_or_refund(self) -> Hold:
+        """Hold what the request can cost. Raises Refusal, and puts back what was charged."""
+        try:
+            money = await self.hold()
+        except Refusal as refusal:
+            self.admission.undo(refusal)
+            raise
+        if conversations := self.body.inherited.conversations:
+            added = self.maximum.usage(money).all_tokens - self.body.inherited.conversation_tokens
+            money.grow(self.gateway.objects, conversations, added)
+        return money
+
+    async def hold(self, further_input: int = 0) -> Hold:
+        """Hold the most that the request can cost, at the prices of this instant. `further_input`
+        is in tokens. Raises Refusal."""
+        billing = self.gateway.books
+        try:
+            spending = await billing.spending_of(self.key)
+            # Nothing is awaited from here on: no other request can hold the same money.
+            quote = billing.quote(self.key, self.body.model, spending)
+            cost = self._most_cost(quote.model_prices, further_input) if quote.left else 0
+            return billing.hold(quote, cost)
+        except SpendingLimitReached as error:
+            raise insufficient_quota(f"{error}{self.maximum.advice()}") from None
+        except StorageUnavailable:
+            raise Refusal("ledger_unavailable") from None
+
+    def _most_cost(self, prices: ModelPrices | None, further_input: int) -> int:
+        """Return the most that the request can cost, in nanos. Raises Refusal if its usage would
+        not be reported, StorageUnavailable."""
+        self._weigh_conversations()
+        cost = self.maximum.cost(prices, further_input)
+        if cost and self.is_unmetered:
+            raise unmetered()
+        return cost
+
+    def _weigh_conversations(self) -> None:
+        """Count the tokens of the conversations that the request names anew: requests that were
+        served while it waited can have added to them. Raises StorageUnavailable."""
+        objects, body = self.gateway.objects, self.body
+        for each in body.inherited.conversations:
+            location = objects.home_of(each, self.key.account_id)
+            tokens = (location.tokens if location else None) or 0
+            body.inherited.update_conversation(each, tokens + objects.growing(each))
+
+    @property
+    def is_unmetered(self) -> bool:
+        """Return whether this is a streamed chat whose usage is not reported."""
+        return bool(self.endpoint.chat and self.facts.stream and not self.expects_usage())
+
+    def _check_unmetered(self) -> None:
+        """Raise Refusal for a stream of a model with a price whose usage is not reported, unless
+        the settings leave that to the client."""
+        metering = self.settings.metering
+        if metering.unmetered == "allow":
+            return
+        if not self.facts.turns_usage_off and metering.include_usage == "client":
+            return
+        if self.gateway.books.tariff(self.body.model) is not None:
+            raise unmetered()
+
+    @property
+    def may_add_usage(self) -> bool:
+        """Return whether the option that makes a streamed chat report its usage may be added to the
+        body, where the client left it out."""
+        adds = self.settings.metering.include_usage == "add" and self.body.is_plain
+        return bool(self.endpoint.chat and self.facts.stream and adds)
+
+    def expects_usage(self) -> bool:
+        return self.takes_out_usage or bool(self.facts.asks_for_usage)
+
+    def grace(self) -> float:
+        """Return for how many seconds the upstream is read on when the client has left. Until the
+        id of a background response is known, nobody could ask what it used, or cancel it."""
+        return max(super().grace(), ID_SECONDS) if self.awaits_id else super().grace()
+
+    def new_row(self, model: str, upstream: str) -> RequestRow:
+        """Return a pending row. It gets its time when it is written."""
+        return RequestRow(
+            request_id=self.client_request.id,
+            account_id=self.key.account_id,
+            key_id=self.key.id,
+            endpoint=self.endpoint.path,
+            requested_model=model,
+            upstream=upstream,
+            started_at=0,
+        )
+
+    def date_row(self) -> None:
+        """Let the row say when the request's head had arrived, by the ledger's time."""
+        self.row.started_at = self.gateway.store.time() - self.elapsed_ms()
+
+    async def _begin(self) -> None:
+        """Commit the pending row. Raises Refusal, ClientLeft."""
+        self.date_row()
+        try:
+            await begin(self.gateway.store, self.row)
+        except StorageUnavailable:
+            self.admission.refund()
+            raise Refusal("ledger_unavailable") from None
+        if self.clock.client_left:
+            await self.forget()
+
+    async def forget(self) -> None:
+        self.admission.refund()
+        await forget(self.gateway.store, self.row)
+        raise ClientLeft
+
+    async def _interrupt(self) -> None:
+        """End a request on which the gateway failed, with what it has used so far."""
+        self.client_request.forwarded = True
+        if not self.settled:
+            await self.settle("interrupted")
+
+    def leaves_for(self, upstream: Upstream) -> None:
+        self.row.upstream = upstream.name
+        self.left_at = time.monotonic()
+
+    @property
+    def repeatable_by(self) -> str:
+        """A name for the requests among which idempotency keys are shared: an account's background
+        requests have one of their own. Otherwise an upstream could repeat to one of them the
+        response of an ordinary request, whose row can have ended before all of the response was
+        read and billed."""
+        account_id = super().repeatable_by
+        return f"{account_id} background" if self.facts.background is True else account_id
+
+
+def check_background(value: bool | str) -> None:
+    """Raise Refusal if `background` is text, which an upstream might take for true. (In a request
+    for images, which has no background responses, it is a colour.)"""
+    if isinstance(value, str):
+        message = "'background' must be true or false."
+        raise Refusal("invalid_request", message, param="background")
+
+
+def unmetered() -> Refusal:
+    """Return the refusal of a streamed chat whose usage would not be reported, though it is billed
+    by that."""
+    message = (
+        "This stream would not report its usage, which is needed for billing. Send "
+        '"stream_options": {"include_usage": true}. The gateway adds it for you only if the body '
+        'is not compressed and metering.include_usage is "add".'
+    )
+    return Refusal("invalid_request", message, param="stream_options")

@@ -1,0 +1,191 @@
+"""The turns of a session. A turn is a response.create with its response, and with the responses
+that follow by themselves.
+
+A response can be steered: the client sends more input for it while it is in flight. The upstream
+then ends it early and begins another one that takes the new input in, without being asked again
+(Rule 3 of the session). Each of them is a `TurnResponse` with a row of its own, and the turn goes
+from one to the next:
+
+    WAITING ─► OPEN ─┬─► SETTLED ─► DONE
+       ▲             │      ▲
+       │             ▼      │ all steering has failed
+       └─ AWAITING_FOLLOW_UP
+
+An error can settle a response that has not begun. From every state the turn is DONE when its
+upstream connection is lost or its time is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from typing import NamedTuple
+
+from redbtc.billing.spending import Hold
+from redbtc.deadlines import Deadline
+from redbtc.gateway.websocket.event_meter import kind_of, response_named, status_of
+from redbtc.gateway.websocket.strays import hold_nothing
+from redbtc.gateway.websocket.turn_response import TurnResponse
+from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
+from redbtc.limits.admission import Admission
+from redbtc.meter.answers import Answer
+from redbtc.refusals import Refusal, not_found
+from redbtc.request_body.body import ClientEvent
+from redbtc.request_body.reading import MAX_INPUT_ITEMS
+from redbtc.usage import Outcome
+
+MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not answered
+STEER_SECONDS = 30  # for the response that follows one which was steered
+UNRESOLVED = ("response.steer.failed", "response.steer.pending")
+
+
+class TurnState(enum.Enum):
+    """The states of a turn."""
+
+    WAITING = "its response has not begun"
+    OPEN = "its response has begun"
+    AWAITING_FOLLOW_UP = "its response is settled, and another one is expected to follow"
+    SETTLED = "its last response is settled; the event that ended it may not be sent yet"
+    DONE = "nothing more comes, or nothing more is waited for"
+
+
+FINISHED = (TurnState.SETTLED, TurnState.DONE)
+WAITS_FOR_RESPONSE = (TurnState.WAITING, TurnState.AWAITING_FOLLOW_UP)
+
+
+class Steer(NamedTuple):
+    """Input for the response in flight, of which the upstream has not said yet what became of it:
+    the most tokens that it has, and about how many; and what is held for the response that
+    follows."""
+
+    tokens: int
+    input_estimate: int
+    money: Hold
+
+
+class Turn:
+    """One response.create and its responses, one after the other. `response` is the last of them,
+    and `socket` is the connection over which it is asked for, once there is one."""
+
+    def __init__(self, stream_id: str | None, response: TurnResponse, deadline: Deadline) -> None:
+        self.stream_id = stream_id
+        self.response = response
+        self.deadline = deadline
+        self.state = TurnState.WAITING
+        self.socket: UpstreamSocket | None = None
+        self.failure: Outcome | None = None  # how a response ends whose connection was lost
+        # Done when the turn is, for who waits for that.
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._steers: list[Steer] = []
+        # The response that follows the one before, and what is held for the next one. To be entered
+        # before the request is sent: they end with it.
+        self.further = contextlib.AsyncExitStack()
+
+    def end(self) -> None:
+        """Wait for nothing more."""
+        self._enter(TurnState.DONE)
+
+    def lose(self, outcome: Outcome) -> None:
+        """Note that the upstream connection is lost. A response that is not settled ends so; as
+        `client_disconnected`, if the client has left."""
+        if self.state is not TurnState.DONE:
+            self.failure = "client_disconnected" if self.deadline.client_left else outcome
+            self.end()
+
+    def _enter(self, state: TurnState) -> None:
+        """Change the state. DONE is final: a long event can still be metered then."""
+        if self.state is TurnState.DONE:
+            return
+        self.state = state
+        if state is TurnState.DONE and not self.over.done():
+            self.over.set_result(None)
+
+    async def steer(self, response_id: str, event: ClientEvent, admission: Admission) -> None:
+        """Hold what the response that follows can cost, before the steering goes on: it reads what
+        this one has read and said, and the event. Raises Refusal."""
+        self._check_steering(event)
+        admission.charge("tokens", 0)
+        tokens = event.max_input_tokens + event.inherited.tokens
+        waiting = sum(steer.tokens for steer in self._steers)
+        money = await self.response.hold(self.response.next_input(tokens + waiting))
+        if self.response.settled or self.response.id != response_id:  # it has ended meanwhile
+            money.release()
+            raise not_found("previous_response_id", response_id)
+        self.further.enter_context(money)
+        self.response.body.chosen_ids |= event.chosen_ids
+        self._steers.append(Steer(tokens, event.input_estimate, money))
+
+    def _check_steering(self, event: ClientEvent) -> None:
+        """Raise Refusal for steering that the response can't be given."""
+        body = self.response.body
+        further = event.extras & ~body.extras
+        if further or event.inheritable_models not in (None, body.inheritable_models):
+            message = (
+                "'response.steer' can't refer to an item of a response that has other tools, or "
+                "ask for another prompt cache lifetime."
+            )
+            raise Refusal("invalid_request", message, param="input")
+        if len(self._steers) >= MAX_STEERS:
+            message = f"This response has {MAX_STEERS} unanswered steering events, the maximum."
+            raise Refusal("concurrency_limit_exceeded", message)
+        if len(body.chosen_ids) + len(event.chosen_ids) > MAX_INPUT_ITEMS:
+            message = f"The input of this response has more than {MAX_INPUT_ITEMS} items with ids."
+            raise Refusal("invalid_request", message, param="input")
+
+    async def take(self, event: Answer, idle_seconds: float) -> None:
+        """Meter an event of the turn; it may be sent to the client when this returns."""
+        kind = kind_of(event)
+        self.deadline.allow(idle_seconds)
+        settled = self.response.settled
+        if self._steers and (kind in UNRESOLVED or (kind == "error" and settled)):
+            self._steers.pop(0).money.release()  # no response will follow
+            if settled:
+                self._enter(self._settled_state())
+        elif kind not in UNRESOLVED:
+            if settled and response_named(event) not in (None, self.response.id):
+                await self._follow()
+            if not self.response.settled:
+                await self._meter(event, kind)
+        if self.response.settled:
+            self.deadline.allow(STEER_SECONDS)
+
+    async def _meter(self, event: Answer, kind: str) -> None:
+        """Meter an event of the response, and settle the response if it is the last one."""
+        response = self.response
+        await response.take(event, kind)
+        if response.meter.ended and not response.settled:
+            response.answered(status_of(event) if kind == "error" else 200)
+            self._enter(self._settled_state())
+            await response.settle(response.outcome())
+        elif self.state is TurnState.WAITING and response.id:
+            self._enter(TurnState.OPEN)
+
+    def _settled_state(self) -> TurnState:
+        """Return the state that follows when the response is settled."""
+        if self._steers or self.response.meter.was_steered:
+            return TurnState.AWAITING_FOLLOW_UP
+        return TurnState.SETTLED
+
+    async def _follow(self) -> None:
+        """Go on to the response that the upstream has begun by itself. It takes in all steering
+        that the one before was sent."""
+        before, steers = self.response, self._steers
+        self._steers = []
+        for steer in steers[:-1]:  # the last one's hold includes what they have
+            steer.money.release()
+        if steers:
+            money = steers[-1].money.transfer()
+        else:
+            billing, model = before.gateway.books, before.row.requested_model
+            money = await hold_nothing(billing, before.key, model)
+        if self.over.done():  # it was given up meanwhile
+            money.release()
+            return
+        tokens = before.next_input(sum(steer.tokens for steer in steers))
+        estimate = sum(steer.input_estimate for steer in steers)
+        self.response = before.following(money, tokens, estimate)
+        await self.further.aclose()  # what was before has ended
+        self.further.push_async_exit(self.response)
+        self._enter(TurnState.WAITING)
+        await self.response.write_pending()

@@ -1,0 +1,159 @@
+"""The connections of a session to upstreams, and the events that come over them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+
+from redbtc.deadlines import TICK
+from redbtc.gateway.state import Gateway
+from redbtc.gateway.websocket.client_sender import ClientSender
+from redbtc.gateway.websocket.lanes import Lanes
+from redbtc.gateway.websocket.strays import Strays
+from redbtc.gateway.websocket.tasks import Tasks
+from redbtc.gateway.websocket.turn_response import SessionObjects
+from redbtc.gateway.websocket.turns import FINISHED
+from redbtc.gateway.websocket.upstream_socket import SocketState, UpstreamSocket
+from redbtc.meter.answers import MAX_AT_ONCE, answer_steps, decode_answer
+from redbtc.refusals import Refusal
+from redbtc.server.asgi import ClientRequest
+from redbtc.server.websocket_protocol import INTERNAL_ERROR, UPGRADE
+from redbtc.slices import answers_of, in_slices
+from redbtc.store.keys import Key
+from redbtc.upstream.headers import headers_for_upstream
+from redbtc.upstream.upstreams import Upstream, in_order
+from redbtc.usage import Outcome
+
+NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
+NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
+
+
+class UpstreamEvents:
+    """Connects a session to upstreams, and sends their events on to the client."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        handshake: ClientRequest,
+        key: Key,
+        sender: ClientSender,
+        lanes: Lanes,
+        objects: SessionObjects,
+        tasks: Tasks,
+    ) -> None:
+        self._gateway = gateway
+        self._handshake = handshake
+        self._key = key
+        self._sender = sender
+        self._lanes = lanes
+        self._objects = objects
+        self._tasks = tasks
+        # The connections that are open, each with the task that passes its events on.
+        self._passing: dict[UpstreamSocket, asyncio.Task[None]] = {}
+        self._opening: dict[Upstream, asyncio.Task[UpstreamSocket]] = {}
+
+    async def first_socket(self) -> UpstreamSocket:
+        """Return a connection to an upstream, before the client's handshake is answered: that can
+        be refused then as it would be by the upstream. Raises Refusal."""
+        speaking = [each for each in self._gateway.upstreams if each.speaks_websocket]
+        usable = [upstream for upstream in speaking if upstream.usable]
+        if not usable:
+            raise Refusal("no_upstream", retry_after=5)
+        refused = "upstream_unreachable"
+        for upstream in in_order(usable):
+            try:
+                return await self.socket_to(upstream)
+            except OSError:
+                continue
+            except Refusal as refusal:
+                refused = refusal.code
+        raise Refusal(refused, headers=UPGRADE if refused == "upgrade_required" else ())
+
+    def connected_first(self, upstreams: list[Upstream]) -> list[Upstream]:
+        """Return those of these upstreams that speak WebSocket, first those that the session has a
+        connection to."""
+        connected = {socket.upstream for socket in self._passing}
+        speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
+        return sorted(speaking, key=lambda upstream: upstream not in connected)
+
+    async def socket_to(self, upstream: Upstream) -> UpstreamSocket:
+        """Return the connection to an upstream, a new one if there is none. Raises OSError,
+        Refusal."""
+        for socket in self._passing:
+            if socket.upstream is upstream and not socket.is_lost:
+                return socket
+        if upstream not in self._opening:
+            self._opening[upstream] = task = self._tasks.start(self._open(upstream))
+            task.add_done_callback(lambda _: self._opening.pop(upstream))
+        return await asyncio.shield(self._opening[upstream])
+
+    async def _open(self, upstream: Upstream) -> UpstreamSocket:
+        """Connect to an upstream, and begin to send its events on. Raises OSError, Refusal."""
+        account_id, secret = self._key.account_id, self._gateway.store.secret
+        headers = headers_for_upstream(self._handshake.headers, secret, account_id)
+        try:
+            connection = await upstream.connect(headers)
+        except InvalidStatus as error:
+            if error.response.status_code in NO_WEBSOCKET:
+                raise Refusal("upgrade_required") from None
+            raise Refusal("upstream_unreachable") from None
+        except InvalidHandshake:
+            raise Refusal("upstream_protocol_error") from None
+        socket = UpstreamSocket(upstream, connection, account_id, self._tasks)
+        self._passing[socket] = self._tasks.start(self._pass_all(socket))
+        return socket
+
+    async def _pass_all(self, socket: UpstreamSocket) -> None:
+        """Send events to the client until the connection ends. When the session's last one has
+        ended, close the client's connection in the same way, unless the last one was given up."""
+        code, reason = INTERNAL_ERROR, "The connection to the upstream was lost."
+        strays = Strays(self._gateway, self._key, socket.upstream.name, self._objects)
+        await self._sender.opened.wait()  # an event can come with the upstream's handshake
+        try:
+            while True:
+                await self._pass(await socket.connection.recv(), socket, strays)
+        except ConnectionClosed as closed:
+            if closed.rcvd and closed.rcvd.code not in NO_CODES and not socket.is_lost:
+                code, reason = closed.rcvd.code, closed.rcvd.reason
+        except Exception as error:
+            request = self._handshake
+            self._gateway.watch.failed(request.id, request.route, error, request.counted)
+            await socket.close()
+        self._lanes.lose(socket, SocketState.LOST, "upstream_failed")
+        outcome: Outcome = "client_disconnected" if self._sender.closed else "upstream_failed"
+        await strays.end(outcome)
+        while self._lanes.has_turn_on(socket):
+            await asyncio.sleep(TICK)  # it has something to say
+        del self._passing[socket]
+        is_last = not self._passing and not self._opening
+        if is_last and socket.state is not SocketState.GIVEN_UP:
+            await self._sender.close(code, reason)
+
+    async def _pass(self, message: str | bytes, socket: UpstreamSocket, strays: Strays) -> None:
+        """Meter an event, and send it to the client. The event that ends a response is sent when
+        the response's row is committed."""
+        if len(message) <= MAX_AT_ONCE:
+            event = decode_answer(message)
+        else:
+            account = answers_of(self._key.account_id)
+            event = await in_slices(answer_steps(message), account, started=True)
+        if socket.is_lost:
+            return
+        turn = None
+        if event:
+            turn = self._lanes.turn_of(event, socket)
+            await (turn.take(event, socket.idle_seconds) if turn else strays.take(event))
+        socket.enter(SocketState.BLOCKED)
+        await self._sender.send(message)
+        socket.enter(SocketState.PASSING)
+        if turn and turn.state in FINISHED:
+            turn.end()
+
+    async def close(self) -> None:
+        """Close all connections. What the upstreams have reported for no turn is written first."""
+        for opening in self._opening.values():
+            opening.cancel()
+        for socket, passing in list(self._passing.items()):
+            await socket.close()
+            await asyncio.wait({passing})

@@ -1,0 +1,100 @@
+"""A session's connection to an upstream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from collections.abc import AsyncIterator
+
+from websockets.asyncio.client import ClientConnection
+
+from redbtc.gateway.websocket.tasks import Tasks
+from redbtc.request_body.pieces import Buffer
+from redbtc.server.frame_reader import MAX_PART
+from redbtc.slices import TURNS
+from redbtc.upstream.upstreams import Upstream
+
+CLOSE_SECONDS = 2  # to close a connection, and to send the rest of a message after its answer
+WRITE_LIMIT = 32 << 10  # bytes that websockets buffers before it waits for the upstream to read
+
+
+class SocketState(enum.Enum):
+    """The states of a connection to an upstream."""
+
+    PASSING = "its events are sent to the client as they come"
+    BLOCKED = "one of its events waits for the client, which reads slowly"
+    LOST = "nothing that comes from it is sent to the client any more"
+    GIVEN_UP = "lost, because its upstream has answered a message without reading all of it"
+
+
+LOST_STATES = (SocketState.LOST, SocketState.GIVEN_UP)
+
+
+class UpstreamSocket:
+    """A session's connection to one upstream. Its `state` is changed by `enter` alone:
+
+    PASSING ◄─► BLOCKED
+       └───────────┴──► LOST or GIVEN_UP
+    """
+
+    def __init__(
+        self, upstream: Upstream, connection: ClientConnection, account_id: str, tasks: Tasks
+    ) -> None:
+        self.upstream = upstream
+        self.connection = connection
+        self.idle_seconds = upstream.settings.idle_timeout_seconds
+        self.state = SocketState.PASSING
+        self._account_id = account_id
+        self._tasks = tasks
+
+    def enter(self, state: SocketState) -> None:
+        """Change the state. A lost connection stays lost, for the reason that came first."""
+        if self.state not in LOST_STATES:
+            self.state = state
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether requests can be sent over it no more."""
+        return self.state in LOST_STATES
+
+    async def send(self, text: Buffer, over: asyncio.Future[None] | None = None) -> bool:
+        """Send a message and return True. Return False if the upstream has not read it
+        CLOSE_SECONDS after `over` is done. Raises ConnectionClosed. If the caller stops waiting, a
+        long text is sent on: nothing could follow a half of it."""
+        if len(text) + self.connection.transport.get_write_buffer_size() <= WRITE_LIMIT:
+            await self.connection.send(text, text=True)
+            return True
+        parts = text if len(text) <= MAX_PART else in_parts(text, self._account_id)
+        sending = self._tasks.start(self.connection.send(parts, text=True))
+        if over:
+            await asyncio.wait({sending, over}, return_when=asyncio.FIRST_COMPLETED)
+            if not (await asyncio.wait({sending}, timeout=CLOSE_SECONDS))[0]:
+                return False
+        await asyncio.shield(sending)
+        return True
+
+    async def send_in_time(self, text: Buffer) -> None:
+        """Send a message. Raises ConnectionClosed, and closes the connection if the upstream does
+        not read the message within its idle timeout."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.idle_seconds):
+                await self.send(text)
+                return
+        self.connection.transport.abort()
+        await self.connection.wait_closed()
+
+    async def close(self) -> None:
+        """Close the connection, even if the upstream does not read: websockets would wait for that
+        for ever."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.connection.close()
+        self.connection.transport.abort()
+
+
+async def in_parts(text: Buffer, account_id: str) -> AsyncIterator[memoryview]:
+    """Iterate over the parts of a long text, in turns with other long work."""
+    for at in range(0, len(text), MAX_PART):
+        yield memoryview(text)[at : at + MAX_PART]
+        await TURNS.wait(account_id, started=True)
