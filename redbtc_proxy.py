@@ -10,7 +10,7 @@ the client sees the end of the answer. The code is in the package beside this fi
     redbtc/server/        the client's side of HTTP: connections, heads, bodies, WebSocket frames
     redbtc/gateway/       the way of a request, and the routes
     redbtc/request_body/  what must be known of a request's body
-    redbtc/limits.py      how much at once and how many a minute
+    redbtc/limits/        how much at once and how many a minute
     redbtc/upstream/      the way to the upstreams
     redbtc/meter/         find the usage in an answer
     redbtc/billing/       prices, spending, statements
