@@ -1,4 +1,9 @@
-"""config.toml: its tables, its defaults and how it is read."""
+"""Read config.toml, strictly.
+
+An unknown key, a wrong type or a value out of range is an error that names the key's full path,
+what was found and what is allowed. The defaults below are the documented ones; config.toml beside
+the package explains each.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +33,6 @@ def shipped(name: str) -> Path:
     return (HERE if (HERE / name).exists() else INSTALLED) / name
 
 
-# config.toml, strictly: an unknown key, a wrong type or a value out of range is an error that names
-# the key's full path, what was found and what is allowed. The defaults below are the documented
-# ones; config.toml beside the package explains each.
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -39,7 +41,7 @@ Url = Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")]
 Host = Annotated[str, Meta(min_length=1)]
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z*]+")
 Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
-BODIES_READ = 4  # so an account's half can hold the largest body and its decoded copy
+MIN_BODIES_READ = 4  # so that an account's half holds the largest body and its decoded copy
 
 
 class SettingsTable(Struct, forbid_unknown_fields=True, frozen=True):
@@ -47,7 +49,7 @@ class SettingsTable(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ServerSettings(SettingsTable, frozen=True):
-    """[server]: what listens, and what a request may cost before it is read."""
+    """The table [server]: where to listen, and the limits for reading requests."""
 
     host: Host | Annotated[tuple[Host, ...], Meta(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
@@ -62,18 +64,18 @@ class ServerSettings(SettingsTable, frozen=True):
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """The addresses to listen on."""
+        """Return the addresses to listen on."""
         return (self.host,) if isinstance(self.host, str) else self.host
 
     @property
     def reading_bytes(self) -> int:
-        """The maximum of bytes for bodies of requests that have no place yet. Each account may hold
-        half of it."""
-        return self.max_reading_bytes or BODIES_READ * self.max_body_bytes
+        """Return how many bytes the bodies of requests that are not admitted yet may have in memory
+        together. Each account may use half of them."""
+        return self.max_reading_bytes or MIN_BODIES_READ * self.max_body_bytes
 
 
 class DatabaseSettings(SettingsTable, frozen=True):
-    """[database]"""
+    """The table [database]: where the database is, and how safely it is written."""
 
     path: Annotated[str, Meta(min_length=1)] = "redbtc.db"
     synchronous: Literal["full", "normal"] = "full"
@@ -81,7 +83,8 @@ class DatabaseSettings(SettingsTable, frozen=True):
 
 
 class UpstreamSettings(SettingsTable, frozen=True):
-    """[[upstreams]]: where requests may go. `weight` shares among those of equal `priority`."""
+    """A table [[upstreams]]: a server that requests are sent to. Upstreams of equal `priority`
+    share requests by `weight`."""
 
     name: Name = "openai"
     base_url: Url = "https://api.openai.com/v1"
@@ -100,7 +103,7 @@ class UpstreamSettings(SettingsTable, frozen=True):
 
 
 class AccountLimitSettings(SettingsTable, frozen=True):
-    """[limits.account]: an account's limits unless set on it; 0: none."""
+    """The table [limits.account]: limits of an account that has none of its own; 0: no limit."""
 
     concurrency: Count = 8
     requests_per_minute: Count = 0
@@ -109,7 +112,7 @@ class AccountLimitSettings(SettingsTable, frozen=True):
 
 
 class LimitSettings(SettingsTable, frozen=True):
-    """[limits]: all accounts together; 0: none."""
+    """The table [limits]: limits of all accounts together; 0: no limit."""
 
     concurrency: Count = 0
     requests_per_minute: Count = 0
@@ -119,7 +122,7 @@ class LimitSettings(SettingsTable, frozen=True):
 
 
 class MeteringSettings(SettingsTable, frozen=True):
-    """[metering]"""
+    """The table [metering]: how usage is found where a client or an upstream does not help."""
 
     include_usage: Literal["add", "client"] = "add"
     unmetered: Literal["refuse", "allow"] = "refuse"
@@ -128,7 +131,8 @@ class MeteringSettings(SettingsTable, frozen=True):
 
 
 class BillingSettings(SettingsTable, frozen=True):
-    """[billing]. The webhook gets notices of budgets, signed as Standard Webhooks are."""
+    """The table [billing]. Notices of budgets are posted to the webhook, signed as Standard
+    Webhooks specifies."""
 
     currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] = "USD"
     price_notice_days: Annotated[int, Meta(ge=0, le=3650)] = 30
@@ -142,7 +146,7 @@ class BillingSettings(SettingsTable, frozen=True):
 
 
 class RetentionSettings(SettingsTable, frozen=True):
-    """[retention]"""
+    """The table [retention]: how long data is kept."""
 
     request_log_days_max: Count = 30
     usage_days: Count = 0
@@ -150,13 +154,14 @@ class RetentionSettings(SettingsTable, frozen=True):
 
 
 class MetricsSettings(SettingsTable, frozen=True):
-    """[metrics]: with an empty `token_env` only loopback may read them."""
+    """The table [metrics]. With an empty `token_env`, only clients on this machine may read the
+    metrics."""
 
     token_env: Variable = ""
 
 
 class Settings(SettingsTable, frozen=True):
-    """All of config.toml."""
+    """The whole of config.toml, a field for each table."""
 
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
@@ -169,8 +174,8 @@ class Settings(SettingsTable, frozen=True):
 
     @property
     def dashboard_url(self) -> str:
-        """Where browsers find the gateway: server.public_url, and where that is not set where it
-        listens."""
+        """Return the URL at which browsers find the gateway: server.public_url if it is set,
+        otherwise the first address to listen on."""
         server = self.server
         if server.public_url != ServerSettings().public_url:
             return server.public_url
@@ -178,12 +183,12 @@ class Settings(SettingsTable, frozen=True):
 
 
 def url_of(host: str, port: int) -> str:
-    """Return the URL by which clients on this machine reach what listens on a host and port."""
+    """Return the URL with which clients on this machine reach a server on a host and port."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-# Accepted now, used by what is still to come; `check` says so for each that is not at its default.
+# Settings that are accepted but not used yet. `check` names those that are not at their default.
 WITHOUT_EFFECT = [
     "upstreams.max_concurrency",
     "retention.request_log_days_max",
@@ -193,29 +198,29 @@ WITHOUT_EFFECT = [
 
 
 class SettingsError(UserError):
-    """The settings file is missing, unreadable or wrong."""
+    """The settings file can't be read or is wrong."""
 
 
 class Loaded(NamedTuple):
-    """Settings as read, the file they came from (None: the defaults), the folder where relative
-    paths start, the keys in it that have no effect yet, and whether the file sets nothing."""
+    """Settings, and the file that they come from."""
 
     settings: Settings
-    file: Path | None
-    folder: Path
-    without_effect: list[str]
-    is_empty: bool = False
+    file: Path | None  # None: the built-in defaults
+    folder: Path  # where relative paths start
+    without_effect: list[str]  # keys that have no effect yet and are not at their default
+    is_empty: bool = False  # the file sets nothing
 
     @property
     def database_path(self) -> Path:
-        """The database's own path: SQLite puts its -wal beside the file to which a symbolic link
-        leads, and all that belongs to the database must be there."""
+        """Return the path of the database file itself. SQLite puts the -wal file beside the file to
+        which a symbolic link leads, and all that belongs to the database must be there."""
         return Path(os.path.realpath(self.folder / self.settings.database.path))
 
 
 def load_settings(path: str | None) -> Loaded:
-    """Settings from `path`, else from $REDBTC_CONFIG, else from config.toml beside this script,
-    else the defaults. Raises SettingsError with one line that says what is wrong and where."""
+    """Read the settings from `path`, else from $REDBTC_CONFIG, else from config.toml beside the
+    script, else use the defaults. Raises SettingsError with one line that says what is wrong and
+    where."""
     beside = HERE / "config.toml"
     chosen = path or os.environ.get("REDBTC_CONFIG") or (str(beside) if beside.exists() else None)
     if chosen is None:
@@ -236,9 +241,9 @@ def load_settings(path: str | None) -> Loaded:
 
 
 def reload_settings(before: Loaded) -> Settings:
-    """Read the settings again, from the same file as before. One that sets nothing is taken for one
-    that an editor has not finished writing: the defaults would replace all upstreams. Raises
-    SettingsError."""
+    """Read the settings again, from the same file as before. Raises SettingsError, also if the file
+    sets nothing: an editor may not have finished writing it, and the defaults would replace all
+    upstreams."""
     loaded = load_settings(str(before.file or "") or None)
     if loaded.is_empty:
         raise SettingsError(
@@ -249,7 +254,7 @@ def reload_settings(before: Loaded) -> Settings:
 
 
 def parse_settings(tables: Mapping[str, Any]) -> Settings:
-    """Settings out of parsed TOML. Raises SettingsError."""
+    """Return the settings in parsed TOML. Raises SettingsError."""
     try:
         settings = msgspec.convert(tables, Settings)
     except msgspec.ValidationError as error:
@@ -273,11 +278,11 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
                 f"server.cors_origins: found {origin!r}; allowed are '*' and origins such as "
                 "'https://app.example.com': scheme, host and port in lower case, without a path"
             )
-    server, least = settings.server, BODIES_READ * settings.server.max_body_bytes
-    if server.reading_bytes < least:
+    server, minimum = settings.server, MIN_BODIES_READ * settings.server.max_body_bytes
+    if server.reading_bytes < minimum:
         raise SettingsError(
             f"server.max_reading_bytes: found {server.max_reading_bytes}; allowed are 0 and "
-            f"numbers from {least}, which is {BODIES_READ} times server.max_body_bytes"
+            f"numbers from {minimum}, which is {MIN_BODIES_READ} times server.max_body_bytes"
         )
     for upstream in settings.upstreams:
         if not _is_url(upstream.base_url):

@@ -1,19 +1,19 @@
-"""Errors that are shown to whoever asked for the work by a command, on a page or over the API."""
+"""Errors whose message is shown to the user, by a command, on a page or over the API."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What was asked for can't be done; the message says why in one line, fit for a user."""
+    """An operation that can't be done. The message says why, in one line for the user."""
 
 
 class NotFound(UserError):
-    """There is no such account or key."""
+    """The account, key or other object does not exist."""
 
 
 class Conflict(UserError):
-    """It exists already, or it is in a state that doesn't allow this."""
+    """The object exists already, or its state does not allow the operation."""
 
 
 class StorageUnavailable(UserError):
-    """The database can't be read or written now; it will be tried again."""
+    """The database can't be read or written now, but may be later."""

@@ -9,7 +9,8 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def header(headers: Headers, name: bytes) -> bytes | None:
-    """The first header of that name (lower case)."""
+    """Return the value of the first header with a name, which is in lower case; None if there is
+    none."""
     for key, value in headers:
         if key == name:
             return value

@@ -1,4 +1,4 @@
-"""Where the objects that an upstream stores are, as plain data."""
+"""The location of an object that an upstream stores, as plain data."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ import orjson
 
 
 class ObjectLocation(NamedTuple):
-    """Where an object is stored; the further models that a request which builds on it uses (JSON;
-    None: none); for a response, whether the upstream chose all the ids in the listing of its input;
-    and the extras (bits of EXTRAS in redbtc/rates.py) and tokens that a request which builds on it
-    gets with it: at most (None: nobody knows how many) and likely (None: as many)."""
+    """The upstream that stores an object, and what a request that builds on the object inherits."""
 
     upstream: str
-    models: str | None = None
-    minted_input: bool = False
-    extras: int = 0
-    tokens: int | None = None
-    likely_tokens: int | None = None
+    models: str | None = None  # further models that such a request uses, as JSON; None: none
+    minted_input: bool = False  # of a response: the upstream chose all ids in its listed input
+    extras: int = 0  # bits of EXTRAS in redbtc/rates.py
+    tokens: int | None = None  # the maximum; None: unknown
+    likely_tokens: int | None = None  # None: as many as `tokens`
 
     def with_tokens(self, tokens: int | None, likely: int | None = None) -> ObjectLocation:
-        """Return the same home for an object of so many tokens."""
+        """Return the same location for an object with these numbers of tokens."""
         return ObjectLocation(
             self.upstream, self.models, self.minted_input, self.extras, tokens, likely
         )
@@ -32,7 +29,7 @@ class ObjectLocation(NamedTuple):
         return (self.tokens if self.likely_tokens is None else self.likely_tokens) or 0
 
     def joined(self, later: ObjectLocation) -> ObjectLocation:
-        """Return the same home with the models, extras and tokens of a later one added."""
+        """Return this location with the models, extras and tokens of a later one added."""
         return ObjectLocation(
             self.upstream,
             joined(self.models, later.models),
@@ -43,14 +40,13 @@ class ObjectLocation(NamedTuple):
         )
 
 
-MAX_MODELS = 16  # that a request uses besides its own
+MAX_MODELS = 16  # of one request, besides the requested one
 
 
 def joined(models: str | None, more: str | None) -> str | None:
-    """Return the models of both: a later request may name the same object, but what works in it
-    stays, and what makes pictures for one of them does. Both are JSON, or None where there are
-    none. With more than MAX_MODELS nothing can be built on the object, so none are added to them.
-    """
+    """Return the models of two locations of the same object, which a later request named again. A
+    model that makes pictures in one of them does in the result. Models are JSON, or None if there
+    are none. With more than MAX_MODELS no request can build on the object, so none are added."""
     if models is None or more is None:
         return models or more
     first, later = orjson.loads(models), orjson.loads(more)

@@ -1,4 +1,12 @@
-"""Amounts of money. An amount is a number of nanos: billionths of the currency's unit."""
+"""Read, show and round amounts of money.
+
+An amount is an integer number of nanos: billionths of the currency's unit. Python's integers have
+no bound, so no sum is ever rounded or overflows. Outside the program an amount is a decimal string,
+never a float. In the database, the cost of one request is one INTEGER of nanos. A sum, and a
+payment, is two INTEGERs, whole units and the nanos beyond them, since 2^63 nanos are only 9.2
+billion units, which is not much in some currencies. A price is an amount for a million tokens. Only
+one thing is ever rounded: the cost of a request, to nanos, half up (Price.cost).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +15,6 @@ import re
 
 from redbtc.errors import UserError
 
-# An amount of money is an integer of nanos: thousand-millionths of the currency's unit. Python's
-# integers have no bound, so no sum is ever rounded or overflows. Outside it is a decimal string,
-# never a float. In the database one request's cost is one INTEGER of nanos; a sum, and a payment,
-# is two, whole units and the nanos beyond them, since 2^63 nanos are only 9.2 thousand million
-# units, which is not much in some currencies. A price is an amount for a million tokens. The only
-# rounding there is: the cost of one request is rounded to nanos, half up (Price.cost).
 NANOS = 1_000_000_000
 UNLIMITED = -1  # as a credit limit
 AMOUNT = re.compile(r"([+-]?)([0-9]{1,18})(?:\.([0-9]{1,9}))?")
@@ -20,7 +22,8 @@ MAX_LIMIT = 9_000_000_000 * NANOS  # of a credit limit or a budget: it fits into
 
 
 def parse_amount(text: str) -> int:
-    """Nanos of a decimal string: up to 18 digits, and 9 after the point. Raises UserError."""
+    """Return the nanos of a decimal string of up to 18 digits, and 9 after the point. Raises
+    UserError."""
     match = AMOUNT.fullmatch(text.strip())
     if not match:
         raise UserError(
@@ -32,7 +35,8 @@ def parse_amount(text: str) -> int:
 
 
 def decimal(nanos: int, digits: int = 0) -> str:
-    """The decimal string of an amount, exactly; at least so many digits after the point."""
+    """Return an amount as an exact decimal string with at least `digits` digits after the
+    point."""
     units, rest = divmod(abs(nanos), NANOS)
     fraction = f"{rest:09}".rstrip("0").ljust(digits, "0")
     return f"{'-' * (nanos < 0)}{units}{'.' * bool(fraction)}{fraction}"
@@ -40,7 +44,8 @@ def decimal(nanos: int, digits: int = 0) -> str:
 
 @functools.lru_cache(1000)
 def parse_limit(text: str) -> int:
-    """Nanos of a credit limit or budget, or UNLIMITED for 'unlimited'. Raises UserError."""
+    """Return the nanos of a credit limit or budget, or UNLIMITED for 'unlimited'. Raises
+    UserError."""
     if text == "unlimited":
         return UNLIMITED
     limit = parse_amount(text)
@@ -52,7 +57,7 @@ def parse_limit(text: str) -> int:
 
 
 def json_limit(limit: int | None) -> str | None:
-    """The opposite of parse_limit."""
+    """Return a limit as parse_limit reads it."""
     return "unlimited" if limit == UNLIMITED else None if limit is None else decimal(limit)
 
 
@@ -62,14 +67,14 @@ FOUR_DIGITS = "CLF UYW"
 
 
 def digits_of(currency: str) -> int:
-    """After the point (ISO 4217)."""
+    """Return how many digits a currency has after the point (ISO 4217)."""
     by_digits = {0: NO_DIGITS, 3: THREE_DIGITS, 4: FOUR_DIGITS}
-    return next((digits for digits, of in by_digits.items() if currency in of), 2)
+    return next((digits for digits, codes in by_digits.items() if currency in codes), 2)
 
 
 def money(amount: str, currency: str) -> str:
-    """Rounded half up to the currency's digits, with thousands apart; what would round to nothing
-    is "less than" the least that can be shown."""
+    """Return an amount for people: rounded half up to the currency's digits, with separators of
+    thousands. An amount that would round to 0 is shown as less than the smallest one: < 0.01."""
     nanos, digits = parse_amount(amount), digits_of(currency)
     step: int = NANOS // 10**digits
     units = (abs(nanos) + step // 2) // step

@@ -1,10 +1,10 @@
-"""Long work on the event loop, done in slices of time so that other requests are not held up.
+"""Run long work on the event loop in slices of time, so that other requests are not held up.
 
 The work is a generator that yields between small steps and does not use asyncio. Work that fits
-into one slice is done at once. For longer work each turn of the loop runs one slice: accounts take
-turns, and so do the first MAX_BEGUN works of an account. Its other works are not begun before one
-of these is done, since work that has begun holds memory. (A thread would not help: msgspec and re
-hold the interpreter's lock for as long as a call takes.)
+into one slice is done at once. For longer work, each turn of the loop runs one slice: accounts take
+turns, and so do the first MAX_BEGUN works of an account. Its other works don't begin before one of
+these is done, since work that has begun holds memory. A thread would not help: msgspec and re hold
+the interpreter's lock for as long as a call takes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from time import perf_counter
 from typing import TypeVar
 
 SLICE_SECONDS = 0.001
-ITEMS_SECONDS = 0.00025  # of work on items that are many, between two turns of the loop
-MAX_BEGUN = 4  # works of one account
+ITEMS_SECONDS = 0.00025  # of work on many items, between two turns of the loop
+MAX_BEGUN = 4  # works of one account that have begun
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ Queue = deque[asyncio.Future[None]]
 
 
 class Turns:
-    """The queues of work that waits for a slice, one for each account."""
+    """The queues of work that waits for a slice, two for each account."""
 
     def __init__(self) -> None:
         self.taken = False  # this turn's slice is taken, or work is waiting for one
@@ -34,7 +34,7 @@ class Turns:
         self._waiting: dict[str, tuple[Queue, Queue]] = {}
 
     async def wait(self, account_id: str, begun: bool) -> None:
-        """Return when it is the caller's turn."""
+        """Wait until it is the caller's turn."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:  # drop the queues of an earlier loop, which has ended
             self._loop, self._waiting, self.taken = loop, {}, False
@@ -47,7 +47,7 @@ class Turns:
         await turn
 
     def _give(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Give the next turn's slice to the next account's first work that still waits."""
+        """Give the slice of this turn to the next account's first work that still waits."""
         while self._waiting:
             account_id = next(iter(self._waiting))
             going_on, new = self._waiting.pop(account_id)
@@ -67,8 +67,8 @@ TURNS = Turns()
 
 
 def answers_of(account_id: str) -> str:
-    """Return what stands for the account where its answers are metered. They have turns of their
-    own: bodies need not wait until few of its answers are large, nor answers for bodies."""
+    """Return the name under which the account's answers are metered. They have turns of their own,
+    so that the account's request bodies don't wait for large answers, nor answers for bodies."""
     return f"answers {account_id}"
 
 

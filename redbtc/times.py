@@ -1,4 +1,8 @@
-"""Times and months. A time is a number of milliseconds since 1970, UTC."""
+"""Read and show times, durations and months. A time is a number of milliseconds since 1970, UTC.
+
+What is written into the ledger has the ledger's time (redbtc/store/clock.py). Log lines and the ids
+of requests have the wall clock's. Limits and timeouts use the monotonic clock.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,20 @@ from redbtc.errors import UserError
 DAY = 86_400_000  # milliseconds
 MINUTE = 60_000
 
-# What is written into the ledger has the ledger's time (redbtc/store/clock.py), log lines and the
-# ids of requests have the wall clock's. Limits and timeouts use the monotonic clock.
 RELATIVE_TIME = re.compile(r"(\d{1,9})(s|m|h|d|w)")
 MONTH = re.compile(r"(19[7-9]|2[0-9]{2})[0-9]-(0[1-9]|1[0-2])")
 SECONDS_IN = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-MAX_DURATION_MS = 100 * 365 * 86_400_000  # duration
+MAX_DURATION_MS = 100 * 365 * DAY
 END_OF_TIME = 32_503_680_000_000  # 3000-01-01
 
 
 def now_ms() -> int:
-    """The wall clock, in milliseconds since 1970 UTC."""
+    """Return the time of the wall clock, in milliseconds since 1970, UTC."""
     return time.time_ns() // 1_000_000
 
 
 def iso_time(milliseconds: int | None) -> str | None:
-    """2026-11-23T10:47:00.123Z, as reports and JSON show times."""
+    """Return a time in ISO 8601, as reports and JSON show it: 2026-11-23T10:47:00.123Z."""
     if milliseconds is None:
         return None
     seconds, rest = divmod(milliseconds, 1000)
@@ -40,7 +42,8 @@ def _iso_second(seconds: int) -> str:
 
 
 def parse_duration(text: str) -> int:
-    """Milliseconds of '90s', '15m', '24h', '30d' or '2w', at most 100 years. Raises UserError."""
+    """Return the milliseconds of a duration such as '90s', '15m', '24h', '30d' or '2w', at most 100
+    years. Raises UserError."""
     match = RELATIVE_TIME.fullmatch(text.strip())
     if not match:
         raise UserError(f"{text!r} is not a duration; write it like 90s, 15m, 24h, 30d or 2w")
@@ -51,8 +54,8 @@ def parse_duration(text: str) -> int:
 
 
 def parse_time(text: str, now: int, *, relative_to_past: bool) -> int:
-    """Milliseconds since 1970 of an ISO 8601 time (UTC where it names no zone) or of a duration
-    ('24h'), which counts back from `now` (milliseconds) or forward. Raises UserError."""
+    """Return the time that a text means: an ISO 8601 time, in UTC unless it names a zone, or a
+    duration such as '24h', which counts back from `now` or forward. Raises UserError."""
     if RELATIVE_TIME.fullmatch(text.strip()):
         distance = parse_duration(text)
         return now - distance if relative_to_past else now + distance
@@ -76,28 +79,28 @@ def _month_of_hour(hours: int) -> str:
 
 
 def month_of(milliseconds: int) -> str:
-    """The calendar month in UTC, such as 2026-11."""
+    """Return the calendar month of a time, in UTC: 2026-11."""
     return _month_of_hour(milliseconds // 3_600_000)
 
 
 def parse_month(text: str) -> str:
-    """'2026-11', where that is a month. Raises UserError."""
+    """Return the text if it is a month, such as 2026-11. Raises UserError."""
     if not MONTH.fullmatch(text):
         raise UserError(f"{text!r} is not a month; write it like 2026-11")
     return text
 
 
 def month_start(month: str) -> int:
-    """Its first instant, in milliseconds since 1970 UTC."""
+    """Return the first instant of a month, in milliseconds since 1970, UTC."""
     return round(datetime(int(month[:4]), int(month[5:]), 1, tzinfo=UTC).timestamp()) * 1000
 
 
 def months_after(month: str, months: int) -> str:
-    """The month so many after that one; before it where that is negative."""
+    """Return the month that is `months` after another one, or before it if `months` is negative."""
     year, number = divmod(int(month[:4]) * 12 + int(month[5:]) - 1 + months, 12)
     return f"{year:04}-{number + 1:02}"
 
 
 def day_of(days: int) -> str:
-    """2026-11-23, of days since 1970."""
+    """Return the date of a number of days since 1970: 2026-11-23."""
     return f"{datetime.fromtimestamp(days * 86400, UTC):%Y-%m-%d}"

@@ -1,4 +1,4 @@
-"""What a request used, and its row in the ledger, as plain data."""
+"""The usage of a request, and the request's row in the ledger, as plain data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-# The ledger proper: a row is begun when its request leaves for an upstream and settled at its end.
-# One statement does both, so that writing it again after a commit of unknown fate changes nothing.
 UsageSource = Literal["upstream", "estimated", "none"]
 Outcome = Literal[
     "pending",
@@ -20,8 +18,9 @@ Outcome = Literal[
 
 
 class Usage(Struct, frozen=True):
-    """What one request used, in OpenAI's way of counting: cached_input and cache_write are parts of
-    input, cache_write_12h of cache_write, reasoning of output. None: nobody reported it."""
+    """The usage of one request, as OpenAI counts it: cached_input and cache_write are parts of
+    input, cache_write_12h of cache_write, reasoning of output. A number that was not reported is
+    None."""
 
     input_tokens: int | None = None
     cached_input_tokens: int | None = None
@@ -41,8 +40,8 @@ KINDS = Usage.__struct_fields__
 
 
 class UsagePart(NamedTuple):
-    """Of what a request used, what one model did: None is the one that was asked for. `images`: as
-    an image endpoint counts, with pictures as parts of input and output."""
+    """The usage of one model within a request. `model` is None for the requested model. With
+    `images`, pictures are parts of input and output, as an image endpoint counts."""
 
     model: str | None
     usage: Usage
@@ -50,7 +49,7 @@ class UsagePart(NamedTuple):
 
 
 class RequestRow(Struct):
-    """One request in the ledger; schema.sql explains each field. Times in milliseconds."""
+    """One request in the ledger. schema.sql explains each field. Times are in milliseconds."""
 
     request_id: str
     account_id: str
@@ -59,7 +58,7 @@ class RequestRow(Struct):
     requested_model: str
     upstream: str
     started_at: int
-    run: int | None = None  # that began it
+    run: int | None = None  # the run of the gateway that began the request
     first_byte_ms: int | None = None
     duration_ms: int | None = None
     status: int | None = None
@@ -74,4 +73,4 @@ class RequestRow(Struct):
     usage: Usage = Usage()
 
 
-MAX_TOKENS = 100_000_000  # no request has more: what claims so is no count of tokens
+MAX_TOKENS = 100_000_000  # of one request; a higher number is not a count of tokens

@@ -85,7 +85,7 @@ def fill(gateway: Gateway) -> str:
 
 
 def pages(account: str, link: str) -> list[tuple[str, str, Callable[[Page], None] | None]]:
-    """Of each page its name, its path, and what is done there before the picture is taken."""
+    """Return each page's name and path, and what is done there before the picture is taken."""
     of_account = f"dashboard/accounts/{account}"
     month = day_of(now_ms() // DAY)[:7]
     keys, manage, members = (f"{of_account}/{name}" for name in ("keys", "manage", "members"))
@@ -116,7 +116,7 @@ def pages(account: str, link: str) -> list[tuple[str, str, Callable[[Page], None
 
 
 def shoot(browser: Browser, gateway: Gateway, account: str, cookie: str, link: str) -> None:
-    """Every page."""
+    """Take pictures of every page, light and dark, wide and narrow."""
     folder, docs = ROOT / "build" / "screenshots", ROOT / "docs"
     cookies: Any = [{"name": "redbtc", "value": cookie, "url": gateway.url}]
 
@@ -153,7 +153,7 @@ api_key_env = "TEST_UPSTREAM_KEY"
 
 
 def main() -> None:
-    """Take them."""
+    """Start a gateway with a month of usage and take the pictures."""
     with tempfile.TemporaryDirectory() as folder, Upstream() as upstream:
         upstreams = [UPSTREAM.format(name=name, url=upstream.url) for name in ("openai", "azure")]
         gateway = Gateway(Path(folder) / "gateway", upstream.url, "".join(upstreams))

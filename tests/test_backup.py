@@ -67,7 +67,7 @@ KILL_AT_EACH_STEP = (
     + """
 import itertools, shutil
 from pathlib import Path
-from redbtc.store import backup
+from redbtc.store import backup, consistency
 CALLS = "open replace unlink ftruncate fchmod fchown fsync pwrite write mkdir".split()
 template, copies, code = sys.argv[1:]
 backup.PAGES_A_STEP = 40
@@ -370,7 +370,7 @@ def test_a_killed_restore_leaves_the_old_database_or_the_new_one(tmp_path: Path)
     crashed(template / "redbtc.db", 30, unwritten=10)
     database_with(template / "other.db", 50)
     backup_module.back_up(template / "other.db", str(template / "b.db"))
-    code = "backup.restore(folder / 'redbtc.db', str(folder / 'b.db'), ledger.CHECKS)"
+    code = "backup.restore(folder / 'redbtc.db', str(folder / 'b.db'), consistency.CHECKS)"
     found = []
     for folder in copies_killed_at_each_step(template, code):
         backup_module.complete_restore(folder / "redbtc.db")

@@ -48,13 +48,13 @@ from redbtc.errors import Conflict, UserError
 from redbtc.money import NANOS, decimal, parse_amount
 from redbtc.store import clock as clock_module
 from redbtc.store import consistency
-from redbtc.store import database as database_module
 from redbtc.store import keys as keys_module
 from redbtc.store import requests as requests_module
 from redbtc.store.accounts import Account, Accounts
-from redbtc.store.commits import Health
 from redbtc.store.database import Store
+from redbtc.store.health import Health
 from redbtc.store.keys import Key
+from redbtc.store.readers import MAX_SNAPSHOTS
 from redbtc.store.schema import APPLICATION_ID, migrations, schema
 from redbtc.times import month_of, month_start, months_after
 from redbtc.usage import KINDS, RequestRow, Usage, UsageSource
@@ -349,7 +349,7 @@ class Bench:
     def stop(self, crash: bool = False) -> None:
         """With `crash` what waits to be written is lost."""
         if crash:
-            self.store.commits.health = Health.FAILING
+            self.store.commits.state.health = Health.FAILING
         self.run(self._stack.aclose())
 
     def close(self) -> None:
@@ -787,7 +787,7 @@ def test_snapshots_are_few_at_a_time(bench: Bench) -> None:
         await asyncio.gather(*(read() for _ in range(100)))
 
     bench.run(read_all())
-    assert most == database_module.MAX_SNAPSHOTS
+    assert most == MAX_SNAPSHOTS
 
 
 def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Clock) -> None:

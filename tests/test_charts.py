@@ -96,7 +96,7 @@ def bars_by_look(drawing: ET.Element) -> dict[str, list[tuple[float, float, floa
 
 
 def heights(drawing: ET.Element, count: int) -> dict[str, list[float]]:
-    """Of each look, a height for each day: bars are put to the column that they stand in."""
+    """Return for each look the height of its bar on each day, found by the column it stands in."""
     columns = [column_middle(path) for path in drawing.findall("g[@class='days']/path")]
     assert len(columns) == count
     result = {}
@@ -225,7 +225,7 @@ def looks_of(series: Sequence[Series]) -> list[list[Fraction]]:
 @settings(max_examples=150, deadline=None)
 @given(charted())
 def test_every_bar_is_as_high_as_its_share(content: tuple[list[str], list[Series]]) -> None:
-    """In both drawings, of every look and day: its part of the axis up to the last label."""
+    """A bar's share of the axis up to the last label is its value's, in both drawings."""
     chart, expected = chart_of(*content), looks_of(content[1])
     assert [entry.look for entry in chart.legend] == [*"123456", "other"][: len(expected)]
     for drawing, _ in parsed(chart):
@@ -281,7 +281,7 @@ def test_nothing_is_outside_of_the_drawing(content: tuple[list[str], list[Series
 @settings(max_examples=60, deadline=None)
 @given(charted())
 def test_numbers_are_plain_and_short(content: tuple[list[str], list[Series]]) -> None:
-    """No NaN, no exponent, and two decimals at most, in whatever has to do with a place."""
+    """Coordinates contain no NaN, no exponent, and two decimals at most."""
     for drawing, _ in parsed(chart_of(*content)):
         for element in drawing.iter():
             for attribute in {"x", "y", "d", "width", "height", "stroke-width"} & set(
@@ -451,7 +451,7 @@ def test_labels_are_short(value: str, label: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.dates(date(1970, 1, 1), date(2990, 1, 1)), st.integers(1, 100))
 def test_day_labels_never_touch(start: date, count: int) -> None:
-    """And there is one at least, and a first of a month that has room has its own."""
+    """There is at least one label, and the first of a month has one if there is room."""
     for drawing, _ in parsed(chart_of(days(count, start), [row("m", *[1] * count)])):
         labels = texts(drawing, "bar-label")
         boxes = list(text_boxes(drawing, "bar-label"))

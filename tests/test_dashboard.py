@@ -1,4 +1,4 @@
-"""The dashboard: logging in, roles, walls between accounts, and pages in a real browser."""
+"""Tests of the dashboard: login, roles, separation of accounts, and pages in a real browser."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from redbtc.admin.passwords import (
 )
 from redbtc.admin.users import LINK_LASTS, MAX_USER_SESSIONS, Users, hash_of
 from redbtc.billing.csv import csv_line
-from redbtc.dashboard import account_pages, app, operator_pages, rendering
+from redbtc.dashboard import account_pages, formats, key_page, parts, rendering
 from redbtc.dashboard.sessions import network_of
 from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.gateway.pages import MAX_ASKED
@@ -77,7 +77,7 @@ OPERATORS_PAGES = ["overview", "accounts", "prices", "notices", "log", "users"]
 
 
 class Login(NamedTuple):
-    """Somebody who is logged in, as a client without script."""
+    """A logged-in user with an HTTP client that runs no scripts."""
 
     client: httpx2.Client
     user: dict[str, Any]
@@ -332,7 +332,7 @@ def test_a_cell_is_no_formula(text: str) -> None:
     ],
 )
 def test_a_browser_is_called_as_people_call_it(agent: str, called: str) -> None:
-    assert rendering.browser(agent) == called
+    assert formats.browser(agent) == called
 
 
 def test_passwords_that_are_too_easy() -> None:
@@ -357,7 +357,8 @@ def test_passwords_that_are_too_easy() -> None:
 
 @pytest.mark.slow
 def test_none_takes_longer_to_judge_than_to_hash() -> None:
-    """Not one of characters that stand for many letters, and an address of which all matches."""
+    """Passwords are judged quickly, even if each character stands for many letters or the whole
+    password matches the email address."""
     check_password(PASSWORD, "")  # what is loaded the first time
     hashing = cost(lambda: scrypt(PASSWORD, bytes(16)))
 
@@ -372,7 +373,7 @@ def test_none_takes_longer_to_judge_than_to_hash() -> None:
 
 
 async def attempt(attempts: Attempts, email: str, network: str) -> bool:
-    """Make an attempt. Return False if it has to wait."""
+    """Make an attempt to log in. Return False if it has to wait."""
     try:
         async with attempts.begin(email, network):
             return True
@@ -618,7 +619,7 @@ async def end_while_it_is_checked(tmp_path: Path, event: str) -> None:
             "remove": lambda: users.remove(login.user_id, "test"),
             "suspend": lambda: accounts.suspend(account, None, "test"),
         }
-        with pytest.raises(NotFound):  # somebody else has used the link meanwhile
+        with pytest.raises(NotFound):  # another client has used the link meanwhile
             await users.set_password(link, OTHER_PASSWORD, "here")
         assert users.session(first) is not None
         again = await users.log_in(login.user_id, login.hashed, "")
@@ -651,7 +652,7 @@ async def password_is(users: Users, link: str, password: str, network: str = "he
 
 
 async def is_told(users: Users, password: str, network: str) -> str:
-    """What a try at op@example.com is answered."""
+    """Try to log in as op@example.com. Return "in", "no", or why the attempt has to wait."""
     try:
         return "in" if await users.verify("op@example.com", password, network) else "no"
     except Later as error:
@@ -763,7 +764,7 @@ def test_a_login_of_one_s_own_is_of_no_use_to_guess_another(tmp_path: Path) -> N
 def test_of_too_many_sessions_the_oldest_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where all begin in one instant."""
+    """The oldest sessions end, even if all of them began in the same millisecond."""
 
     async def main() -> None:
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
@@ -1013,9 +1014,9 @@ OPERATORS_FORMS: dict[str, dict[str, dict[str, str]]] = {
 
 
 def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
-    assert set(FORMS["/keys"]) == set(app.KEY_ACTIONS)
-    assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(app.USER_ACTIONS)
-    assert set(FORMS["/manage"]) == set(app.MANAGE_ACTIONS)
+    assert set(FORMS["/keys"]) == set(key_page.KEY_ACTIONS)
+    assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(parts.USER_ACTIONS)
+    assert set(FORMS["/manage"]) == set(account_pages.MANAGE_ACTIONS)
     for name in ("a", "b"):
         gateway.new_key(name)
     operator = closing(new_user(gateway, "op@example.com"))
@@ -1115,8 +1116,8 @@ def test_money_has_its_currency_s_digits(
     amount: str, currency: str, rounded: str, exact: str
 ) -> None:
     assert money.money(amount, currency) == rounded
-    assert rendering.exact(amount, currency) == exact
-    column = rendering.aligned(amount, currency)
+    assert formats.exact(amount, currency) == exact
+    column = formats.aligned(amount, currency)
     assert column.strip() == exact
     assert len(column) - column.find(".") == 10 if "." in column else column.endswith("\u2007" * 10)
 
@@ -1159,14 +1160,14 @@ def test_what_pages_say_is_what_the_ledger_says(
     today = rows[-1]["started_at"][:10]
     operator = closing(new_user(gateway, "op@example.com"))
     shown = cells(operator.get("/dashboard/overview").text, "Traffic and spend by day")
-    assert len(shown) == operator_pages.DAYS
-    assert shown[-1] == [today, "3", "1", rendering.exact(f"{cost:f}", "USD")]
+    assert len(shown) == parts.CHART_DAYS
+    assert shown[-1] == [today, "3", "1", formats.exact(f"{cost:f}", "USD")]
     assert set(shown[-2][1:]) == {"0", "0.00"}
     path = f"/dashboard/accounts/{gateway.api('GET', '/accounts/test')['id']}"
     by_model = cells(operator.get(path).text, "Usage by day")
     assert [[*row[:3], row[-1]] for row in by_model] == [
         [today, "free", "1", "0.00"],
-        [today, "gpt-5.5", "3", rendering.exact(f"{cost:f}", "USD")],
+        [today, "gpt-5.5", "3", formats.exact(f"{cost:f}", "USD")],
     ]
     of_models = operator.get("/admin/v1/usage?group_by=day,model&top=1").json()
     assert [(row["model"], row["requests"]) for row in of_models["groups"]] == [
@@ -1177,7 +1178,7 @@ def test_what_pages_say_is_what_the_ledger_says(
     month = cells(operator.get(f"{path}/billing").text, "Statements by month")
     assert month == [[today[:7], "in progress", "4", money.money(f"{cost:f}", "USD"), "0.00"]]
     statement = html.unescape(operator.get(f"{path}/billing/{today[:7]}").text)
-    assert f"exact: -{rendering.exact(f'{cost:f}', 'USD')}<" in statement
+    assert f"exact: -{formats.exact(f'{cost:f}', 'USD')}<" in statement
     assert "4 requests: 0 estimated, 1 reported no usage." in statement
     day = date.fromisoformat(today)
     for since, until, count in ((day, day, 4), (None, day - timedelta(1), 0), (day, None, 4)):
@@ -1205,7 +1206,7 @@ def test_a_compromised_key_is_cut(gateway: Gateway, upstream: Upstream) -> None:
     chat = {"model": "m", "messages": [], "stream": True}
 
     def ask(shown: str) -> bool:
-        """Whether the answer came to its end."""
+        """Return whether the answer was complete."""
         try:
             with gateway.client(shown) as client:
                 return "[DONE]" in client.post("/chat/completions", json=chat).text
@@ -1325,7 +1326,8 @@ def test_texts_and_amounts_at_their_limits(
 def test_nobody_ends_their_own_login(
     gateway: Gateway, closing: Callable[[Login], Login], do: str
 ) -> None:
-    """Nor makes another's their own for good, who has found the browser open."""
+    """Users can't reset or remove their own login, so that an open browser does not give a stranger
+    a new link."""
     operator = closing(new_user(gateway, "op@example.com"))
     answer = operator.post("/dashboard/users", do=do, user=operator.user["id"])
     assert (answer.status_code, "your own login" in answer.text) == (409, True)
@@ -1346,14 +1348,14 @@ def browser() -> Iterator[Browser]:
 
 
 def problems(page: Page) -> list[str]:
-    """What axe-core finds: WCAG 2.2 AA and its own best practice."""
+    """Return the violations of WCAG 2.2 AA and of best practice that axe-core finds."""
     page.evaluate((NODE_MODULES / "axe-core" / "axe.min.js").read_text())
     found = page.evaluate("() => axe.run()")
     return [f"{each['id']}: {each['nodes'][0]['html']}" for each in found["violations"]]
 
 
 def watch(page: Page, said: list[str]) -> None:
-    """What a page logs, or shows in a dialog."""
+    """Collect the messages that a page logs or shows in a dialog."""
     page.on("console", lambda message: said.append(message.text))
     page.on("dialog", lambda dialog: said.append(dialog.message))
 
@@ -1591,7 +1593,7 @@ NASTY_ADDRESS = "<script>document.title='owned'</script>\"'><img/src=x>@<b>.c"[:
 
 
 def cookie_of(login: Login, gateway: Gateway) -> Any:
-    """As a browser's context takes it."""
+    """Return the session's cookie in the form that a browser context takes."""
     return {"name": "redbtc", "value": login.client.cookies["redbtc"], "url": gateway.url}
 
 
@@ -1673,7 +1675,7 @@ class Looker:
             self._pages.append((f"{scheme} {width}", width, page))
 
     def look(self, path: str, then: Callable[[Page], object] | None = None) -> None:
-        """At a page, and at what comes of doing something there."""
+        """Open a page, do something there, and collect the problems of what it shows then."""
         for name, width, page in self._pages:
             page.goto(f"{self._gateway.url}{path}")
             if then:
@@ -1706,7 +1708,7 @@ def fill_in(button: str, **fields: str) -> Callable[[Page], None]:
 
 
 def make_new_link(page: Page) -> None:
-    """For the first of the users."""
+    """Create a new link for the first user in the table."""
     page.locator("td summary").first.click()
     page.get_by_role("button", name="Create link").first.click()
 
@@ -1891,7 +1893,7 @@ def test_no_member_s_query_or_body_holds_the_others_up(
 def test_no_pattern_of_a_key_holds_the_others_up(
     steady: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    """To compile a pattern of 4,000 brackets took 300 ms; so did matching a model of 20 KB."""
+    """A pattern of 4,000 brackets took 300 ms to compile; so did matching a model of 20 KB."""
     steady.new_key("a")
     owner = closing(new_user(steady, "o@example.com", "owner", "a"))
     path = "/admin/v1/accounts/a/keys"
@@ -1918,7 +1920,7 @@ def test_no_pattern_of_a_key_holds_the_others_up(
 def test_a_user_who_reads_slowly_takes_little(
     make_gateway: MakeGateway, closing: Callable[[Login], Login]
 ) -> None:
-    """Each of these downloads, as many as one liked, took 2 MB for as long as nobody read it."""
+    """Each of these downloads took 2 MB until it was read, and their number had no limit."""
     gateway = make_gateway()
     gateway.cli("db", "check")
     fill(gateway.database, 3_000, 1)
@@ -1972,10 +1974,7 @@ def test_the_pages_of_keys_are_all_keys_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
-    made = [
-        gateway.api("POST", "/accounts/a/keys", {})["id"]
-        for _ in range(operator_pages.ON_A_PAGE + 1)
-    ]
+    made = [gateway.api("POST", "/accounts/a/keys", {})["id"] for _ in range(parts.PAGE_ROWS + 1)]
     owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
     path = f"/dashboard/accounts/{owner.user['account_id']}/keys"
     first = owner.get(path).text
@@ -1983,7 +1982,7 @@ def test_the_pages_of_keys_are_all_keys_once(
     second = owner.get(f"{path}?page=2").text
     assert "page=3" not in second
     shown = [re.findall(r"<code>(key_\w+)</code>", text) for text in (first, second)]
-    assert [len(each) for each in shown] == [operator_pages.ON_A_PAGE, 1]
+    assert [len(each) for each in shown] == [parts.PAGE_ROWS, 1]
     assert [*shown[0], *shown[1]] == made[::-1]
     assert 'rel="prev" href="?page=1"' in second
     assert "Page 2 of 2" in second
@@ -1997,7 +1996,7 @@ def test_the_pages_of_keys_are_all_keys_once(
 def test_the_pages_of_accounts_are_all_accounts_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    names = [f"a {number:02}" for number in range(operator_pages.ON_A_PAGE + 1)]
+    names = [f"a {number:02}" for number in range(parts.PAGE_ROWS + 1)]
     for name in names:
         gateway.api("POST", "/accounts", {"name": name})
     operator = closing(new_user(gateway, "op@example.com"))
@@ -2050,7 +2049,7 @@ def test_the_pages_of_notices_are_all_notices_once(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
     gateway.api("POST", "/accounts", {"name": "a"})
-    most = operator_pages.ON_A_PAGE
+    most = parts.PAGE_ROWS
     texts = [f"notice {number:03}" for number in range(most + 1)]
     for text in texts:
         gateway.api("POST", "/notices", {"kind": "incident", "text": text})
@@ -2062,8 +2061,8 @@ def test_the_pages_of_notices_are_all_notices_once(
         shown = [list(dict.fromkeys(re.findall(r"notice \d{3}", text))) for text in found]
         assert shown == [texts[:0:-1], texts[:1]]
     overview = owner.get(account).text
-    assert re.findall(r"notice \d{3}", overview) == texts[: -account_pages.MAX_TOLD - 1 : -1]
-    assert f">{most + 1 - account_pages.MAX_TOLD} more notices<" in overview
+    assert re.findall(r"notice \d{3}", overview) == texts[: -account_pages.MAX_NOTICES - 1 : -1]
+    assert f">{most + 1 - account_pages.MAX_NOTICES} more notices<" in overview
 
 
 HELD_UNITS = 100  # 70 ms on an ordinary machine
@@ -2092,8 +2091,8 @@ PILED_UP = """
 def test_what_an_account_piles_up_makes_nobody_wait(
     gateway: Gateway, closing: Callable[[Login], Login]
 ) -> None:
-    """Forty thousand names of models, three thousand keys and requests in flight, four thousand
-    prices: what is made of them is made in slices, and pages don't show all of it."""
+    """An account has 40,000 names of models, 3,000 keys and requests in flight, and 4,000 prices:
+    its pages are made in slices and don't show all rows."""
     account = gateway.api("POST", "/accounts", {"name": "a"})
     key = gateway.api("POST", "/accounts/a/keys", {})
     with gateway.client(key["key"]) as client:
@@ -2105,7 +2104,7 @@ def test_what_an_account_piles_up_makes_nobody_wait(
     login = closing(new_user(gateway, "ada@example.com", "owner", "a"))
 
     def add_prices() -> int:
-        """Of many models at a time; how many bytes that makes."""
+        """Add prices of many models at once. Return the size of the answer, in characters."""
         names = ["vendor/*", *(f"vendor/{number}" for number in range(500))]
         prices = [{"model": names, "tier": next(tiers), "input": "1"}]
         return len(str(gateway.api("POST", "/prices", {"prices": prices})))
@@ -2140,4 +2139,7 @@ def test_what_an_account_piles_up_makes_nobody_wait(
     }
     assert max(pages.values()) < 1_000_000, pages
     assert sizes[f"{page}/billing/{month}/csv"] > 1_000_000
-    assert "The first 500 lines; the CSV has all." in login.get(f"{page}/billing/{month}").text
+    assert (
+        "Showing the first 500 lines. The CSV has all of them."
+        in login.get(f"{page}/billing/{month}").text
+    )

@@ -90,14 +90,14 @@ def outcomes(gateway: Gateway) -> list[str]:
 # ── A commit that fails in any way ───────────────────────────────────────────────────────────────
 
 RAISING = """
-from redbtc.store import commits
-write = commits.Writer._write
+from redbtc.store import writer
+write = writer.Writer._write
 def raising(self, *values):
     name = fault()
     if name:
         raise named(name)("by a test")
     return write(self, *values)
-commits.Writer._write = raising
+writer.Writer._write = raising
 """
 ERRORS = (
     "MemoryError",
@@ -154,21 +154,21 @@ async def ending(self, *values):
 write, commits.Commits._write_group = commits.Commits._write_group, ending
 """,
     "ledger watch": """
-from redbtc.store import commits
+from redbtc.store import entries
 def ending(self, *values):
     if fault():
         raise named(fault())
-commits.Commits._refuse_late = ending
+entries.ChangeQueue.refuse_late = ending
 """,
     "thread": """
 import aiosqlite.core
-from redbtc.store import commits
+from redbtc.store import writer
 def ending(self, *values):
     if fault():  # the thread ends with what it does next
         self._tx.put_nowait((None, lambda: aiosqlite.core._STOP_RUNNING_SENTINEL))
         raise OSError
     return write(self, *values)
-write, commits.Writer._write = commits.Writer._write, ending
+write, writer.Writer._write = writer.Writer._write, ending
 """,
     "webhook": """
 from redbtc.billing import webhook
@@ -356,10 +356,10 @@ from redbtc.store import checks
 def slowly(self, *values):
     while fault():
         time.sleep(0.01)
-        if self._is_to_end():
+        if self._must_end():
             return []
     return find(self, *values)
-find, checks.Check._check_tables = checks.Check._check_tables, slowly
+find, checks.PageCheck._check_tables = checks.PageCheck._check_tables, slowly
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
@@ -387,11 +387,11 @@ def test_a_check_after_a_kill_says_how_far_it_is_and_is_bounded(
     code = """
 import time
 from redbtc.store import checks
-checks.STEPS, checks.PROGRESS_SECONDS = 50, 0.1
+checks.STEPS_A_CALL, checks.SECONDS_BETWEEN_LINES = 50, 0.1
 def slowly(self):
     time.sleep(0.02)
     return look(self)
-look, checks.Check._is_to_end = checks.Check._is_to_end, slowly
+look, checks.PageCheck._must_end = checks.PageCheck._must_end, slowly
 """
     gateway = faulty(make_gateway("[database]\ncheck_seconds = 1"), code).start()
     key = gateway.new_key()
@@ -860,13 +860,13 @@ def test_after_a_damaged_page_was_found_the_next_start_checks_the_database(
 
 
 OWED = """
-from redbtc.store import commits
-write = commits.Writer._write
+from redbtc.store import writer
+write = writer.Writer._write
 def raising(self, changes, *values):
     if fault() and any(fault() in sql for sql, _ in changes):
         raise sqlite3.OperationalError("by a test")
     return write(self, changes, *values)
-commits.Writer._write = raising
+writer.Writer._write = raising
 """
 
 

@@ -1311,7 +1311,7 @@ def test_a_background_response_outlives_a_kill_once_its_client_has_heard_of_it(
 HANGING = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from redbtc.store.commits import Writer
+from redbtc.store.writer import Writer
 write = Writer._write
 def hang(self, changes, synchronous):
     while os.path.exists("hang"):

@@ -338,15 +338,15 @@ def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
                     else:
                         assert told == next_owner
                         if owned and each not in contended:  # else once all is committed
-                            assert (owned.home.extras, owned.home.tokens) == weights[each]
+                            assert (owned.location.extras, owned.location.tokens) == weights[each]
                         assert objects.is_free(each) == (not next_owner)
         async with Store.open(path, "normal") as store:
             objects = Objects(store)
             for each in "xyz":
-                told = {by for by in "ab" if objects.home_of(each, by)}
+                told = {by for by in "ab" if objects.location_of(each, by)}
                 assert told == ({owners[each]} if each in owners else set())
                 for account in told:
-                    found = objects.home_of(each, account)
+                    found = objects.location_of(each, account)
                     assert found
                     assert (found.extras, found.tokens) == weights[each]
 

@@ -87,8 +87,8 @@ from redbtc.slices import with_turns
 from redbtc.store import changes as changes_module
 from redbtc.store.accounts import Account, Accounts, KeyAdded, KeyShown, no_account, no_key
 from redbtc.store.consistency import check_database
-from redbtc.store.database import size_of
 from redbtc.store.keys import Key
+from redbtc.store.wal import file_size
 from redbtc.times import parse_duration, parse_month, parse_time
 
 MAX_ROWS = 1000  # requests that a browser or a key gets at once
@@ -621,7 +621,7 @@ class API:
 def database_size(books: Billing) -> DatabaseSize:
     """Return the size of the database and the room on its disk, in bytes."""
     store = books.store
-    size = size_of(store.path) + store.wal_bytes
+    size = file_size(store.path) + store.wal_bytes
     disk = shutil.disk_usage(store.path.parent)
     return DatabaseSize(bytes=size, free_bytes=disk.free, disk_bytes=disk.total)
 

@@ -18,7 +18,8 @@ from redbtc.errors import UserError
 from redbtc.money import decimal
 from redbtc.slices import with_turns
 from redbtc.store.accounts import Account
-from redbtc.store.database import Reader, Store
+from redbtc.store.database import Store
+from redbtc.store.readers import Reader
 from redbtc.store.records import Money, nanos_of
 from redbtc.times import day_of, month_start, months_after
 

@@ -20,8 +20,9 @@ from redbtc.billing.billing import Billing
 from redbtc.config import Loaded
 from redbtc.errors import UserError
 from redbtc.server.unix_socket import socket_path
-from redbtc.store.database import Migrated, Store
+from redbtc.store.database import Store
 from redbtc.store.files import DatabaseInUse
+from redbtc.store.opening import Migrated
 
 PATIENCE_SECONDS = 5
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no certificates, which takes 30 ms

@@ -34,10 +34,12 @@ from redbtc.errors import StorageUnavailable, UserError
 from redbtc.gateway.service import Service
 from redbtc.money import NANOS
 from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
-from redbtc.store.commits import RETRY_SECONDS, Health
 from redbtc.store.consistency import check_file
-from redbtc.store.database import LedgerDamaged, Serving, Store, opening_error
+from redbtc.store.database import Store
+from redbtc.store.failures import DAMAGED_AT_START, LedgerDamaged, opening_error
 from redbtc.store.files import DatabaseInUse, state_of
+from redbtc.store.health import RETRY_SECONDS
+from redbtc.store.opening import Serving
 from redbtc.telemetry import LOG, Telemetry, log
 
 WATCH_SECONDS = 0.25  # between two looks at the file of a damaged database
@@ -129,15 +131,9 @@ async def open_service(
     try:
         await service.gateway.unended.resume()
     except (sqlite3.Error, StorageUnavailable) as error:
-        if store.commits.health is not Health.LOST:  # which serves nothing anyway
+        if not store.is_lost:  # which serves nothing anyway
             raise UserError(f"{store.path} can't be read: {error}") from None
     return service
-
-
-DAMAGED = (
-    "The file was not changed. Restore a backup: db restore FILE. If a database was copied here "
-    "by hand, a -wal file of another database may lie beside it."
-)
 
 
 async def open_ledger(
@@ -160,7 +156,7 @@ async def open_ledger(
         except LedgerDamaged as error:
             if str(error) != said:
                 said = str(error)
-                log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED)
+                log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED_AT_START)
             await asyncio.sleep(WATCH_SECONDS)
             while state_of(path) == tried:
                 await asyncio.sleep(WATCH_SECONDS)

@@ -1,11 +1,12 @@
-"""The dashboard: pages for operators and for the members of accounts, drawn by the server.
+"""Pages for operators and for the members of accounts, rendered by the server.
 
-A page is a template and what operations of the admin API answer; a form is one operation. So the
-API says who may do what and what is well formed, and a page knows no SQL and no rule of its own.
-All that people have named is somebody else's text: the templates escape it, and no script, style or
-picture that is not the gateway's own is ever loaded (Content-Security-Policy).
+A page is a template with the results of operations of the admin API, and a form on it is one
+operation. So the API decides who may do what and what is valid; a page contains no SQL and no rules
+of its own. Names and texts that users have entered are untrusted: the templates escape them, and
+the Content-Security-Policy lets no script, style or image load that is not the gateway's own.
 
-Pages are drawn one at a time and in slices of a quarter of a millisecond, with the event loop's
-other work between them: what is being forwarded meanwhile doesn't wait for a page, whatever there
-is to be seen on it.
+Pages are drawn one at a time, in slices of a quarter of a millisecond between which the event loop
+does its other work. However long a page is, it does not hold up the requests that are forwarded.
+
+`app.py` has the routes: each page with its template, its forms and the role that it requires.
 """

@@ -1,13 +1,14 @@
 """The dashboard's charts: bars stacked by day and series, drawn as SVG. No I/O, no global state.
 
-A page forbids scripts, inline styles and whatever is not its own (default-src 'none'; style-src
-'self'), so a drawing has presentation attributes for its shape and class names for its colours:
+The Content-Security-Policy forbids inline scripts and styles (default-src 'none'; style-src
+'self'). So a drawing has presentation attributes for its shape and class names for its colours:
 `series-1` … `series-6`, `series-other`, `pattern-line`, `axis`, `gridline`, `bar-label`, and `days`
-for the columns that show a day's sum. No series is told by colour alone: each has a pattern.
+for the columns that show a day's sum. No series is marked by its colour alone: each has a pattern.
 
-A drawing of 720 units on a phone of 360 pixels has text that nobody can read. There are two,
-therefore, and the style sheet shows one of them. A browser does not find a pattern inside of what
-is not displayed, so each drawing and each swatch of the legend has its own, under its own id.
+On a phone of 360 pixels, the text of a drawing 720 units wide is too small to read. So there are
+two drawings, and the style sheet shows one of them. A browser does not apply a pattern that is
+defined in an element that is not displayed, so each drawing and each swatch of the legend defines
+its own patterns, with their own ids.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from markupsafe import Markup, escape
 
 
 class Series(NamedTuple):
-    """One value for each day of the chart, none below zero. The name may be anything; None: these
-    are the sums of several that are not told apart."""
+    """A value for each day of the chart, none below zero. The name may be any text; None stands for
+    the sum of several series without names."""
 
     name: str | None
     values: tuple[Decimal, ...]
 
 
 class LegendEntry(NamedTuple):
-    """How to tell a series: its name, the same as HTML shortened to 40 characters (whole in a title
-    attribute then), its look ("1" … "6" or "other", of the class series-…), and a swatch, whose
-    pattern, unless it is solid, has the id `pattern`. Neither name nor HTML has control characters.
-    """
+    """The legend's entry for a series: its name, the name as HTML (shortened to 40 characters, with
+    the whole name in a title attribute), its look ("1" … "6" or "other", as in the class series-…),
+    and a swatch, whose pattern, unless it is solid, has the id `pattern`. Neither name nor HTML
+    contains control characters."""
 
     name: str
     label: Markup
@@ -46,8 +47,8 @@ class LegendEntry(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Two drawings of the same, 720×240 and 340×220, of which a page shows one, and the legend in
-    the order of the stacks, from the bottom. Only `wide` is there for assistive technology."""
+    """A chart drawn twice, 720×240 and 340×220, of which a page shows one, and the legend in the
+    order of the stacks, from the bottom. Assistive technology is given only `wide`."""
 
     wide: Markup
     narrow: Markup
@@ -58,7 +59,7 @@ class Chart(NamedTuple):
         return self.wide + self.narrow
 
 
-DIGITS = 50  # of every sum; the amounts of a ledger have 27
+DIGITS = 50  # of every sum; amounts in the database have 27
 PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -71,16 +72,16 @@ def stacked(
     unit: str,
     prefix: str,
 ) -> Chart:
-    """The chart of `series` over `days` (ISO dates in their order; it is made for up to 100).
+    """Return the chart of `series` over `days` (ISO dates in order, up to about 100).
 
-    The six biggest series have a look of their own, the biggest at the bottom, equal ones in the
-    order given; the rest, and what has no name, is summed up as "Other", on top. A series of zeros
-    is left out. `title` and `summary` are the drawing's name and description; `unit` ("USD") stands
-    at the axis and after each day's sum. All ids start with `prefix`, which no other chart of the
-    page may have.
+    The six largest series each have their own look, the largest at the bottom, equal ones in the
+    order given. The others, and series without a name, are summed up as "Other", on top. Series of
+    zeros are left out. `title` and `summary` are the drawing's name and description; `unit` ("USD")
+    stands at the axis and after each day's sum. All ids start with `prefix`, which must be unique
+    among the charts of a page.
 
-    Raises ValueError where there is no day, a day is no date, a series has not one value for each
-    day, a value is negative or not finite, or the prefix can't start an id.
+    Raise ValueError if there is no day, a day is not a date, a series does not have one value for
+    each day, a value is negative or not finite, or the prefix can't start an id.
     """
     dates = [date.fromisoformat(day) for day in days]
     _check(dates, series, prefix)
@@ -127,14 +128,14 @@ def _content(dates: list[date], series: Iterable[Series], unit: str) -> ChartCon
     )
 
 
-# Names come from clients: a model may be called anything. What is not printable (control, format
-# and direction characters, halves of surrogates, unassigned ones) can't stand in XML or could make
-# a name look like another, so it becomes U+FFFD; everything goes through markupsafe's escape.
+# Names come from clients: a model's name may be any text. Characters that are not printable
+# (control, format and direction characters, lone surrogates, unassigned code points) are invalid in
+# XML or could make a name look like another, so they become U+FFFD. markupsafe escapes all text.
 LABEL_CHARACTERS = 40
 
 
 class Pattern(NamedTuple):
-    """Lines of some width on a square tile of some size; a line without length is a dot."""
+    """A pattern of lines on a square tile; a line without length is a dot."""
 
     tile: int
     line_width: float
@@ -154,7 +155,7 @@ LOOKS = tuple(PATTERNS)
 
 
 def _looks(series: Iterable[Series]) -> dict[str, Series]:
-    """The six biggest, then the sum of all others."""
+    """Return the six largest series by their look, then the sum of all others."""
     totals = [(sum(row.values, Decimal(0)), row) for row in series]
     ranked = sorted((one for one in totals if one[0]), key=lambda one: one[0], reverse=True)
     named = [row for _, row in ranked if row.name is not None]
@@ -167,7 +168,7 @@ def _looks(series: Iterable[Series]) -> dict[str, Series]:
 
 
 def _clean(text: str) -> str:
-    """In one line, and without what is not printable."""
+    """Return the text on one line, with U+FFFD for characters that are not printable."""
     line = " ".join(text.split())
     if line.isprintable():
         return line
@@ -195,7 +196,8 @@ def _swatch(look: str, pattern: str) -> Markup:
 
 
 def _definition(look: str, pattern: str) -> str:
-    """The pattern's lines only: the fill below is one shape, since tiles of it would show seams."""
+    """Return the definition of a pattern, with its lines only: the fill below them is one shape,
+    since tiles of it would show seams."""
     found = PATTERNS[look]
     if not found:
         return ""
@@ -206,15 +208,15 @@ def _definition(look: str, pattern: str) -> str:
     )
 
 
-# Values stay Decimal until they are places on the drawing. A place has at most two decimals and is
-# below a thousand, so that the format below never turns to an exponent.
+# Values stay Decimal until they become coordinates. A coordinate has at most two decimals and is
+# below a thousand, so that the format `g` never writes an exponent.
 STEPS = [Decimal(step) for step in ("0.25", "0.5", "1", "2", "2.5", "5")]
 SUFFIXES = ["", "k", "M", "G", "T", "P", "E"]
 
 
 def axis_ticks(largest: Decimal, *, whole: bool = False) -> list[Decimal]:
-    """Three to five marks from 0 on, the last at or above `largest`. They are 1, 2, 2.5 or 5 times
-    a power of ten apart, and whole numbers where `whole` is set. Of 0, only 0."""
+    """Return three to five marks from 0 on, the last at or above `largest`. Their distance is 1, 2,
+    2.5 or 5 times a power of ten; with `whole` they are whole numbers. For 0, return only 0."""
     if not largest:
         return [Decimal(0)]
     if whole:
@@ -226,7 +228,7 @@ def axis_ticks(largest: Decimal, *, whole: bool = False) -> list[Decimal]:
 
 
 def short(value: Decimal) -> str:
-    """An exact, short label: 0, 0.002, 1.5, 20, 1.5k, 2M, 3G."""
+    """Return an exact, short label: 0, 0.002, 1.5, 20, 1.5k, 2M, 3G."""
     if value and value.adjusted() >= 3 * len(SUFFIXES):
         return _scientific(value)
     thousands = max(0, value.adjusted() // 3) if value else 0
@@ -234,7 +236,7 @@ def short(value: Decimal) -> str:
 
 
 def _plain(value: Decimal) -> str:
-    """All digits, in groups of three, unless that would be lines of zeros."""
+    """Return all digits in groups of three, or an exponent for very small and large values."""
     if value and not -12 <= value.adjusted() <= 30:
         return _scientific(value)
     return f"{value.normalize():,f}"
@@ -248,10 +250,11 @@ def _place(place: float) -> str:
     return f"{round(place, 2):g}"
 
 
-# From back to front: gridlines, a column for each day that answers the pointer with its sum, bars,
-# text. All bars of a series are one path, drawn in its colour and once more (`use`) in its pattern:
-# half the size of a shape for each bar. Bars leave the pointer to the columns below them, which are
-# lines as broad as a day: a bar of little height, or none, is as easy to point at as any.
+# The layers from back to front: gridlines, a column for each day with the day's sum as its tooltip,
+# bars, text. All bars of a series are one path, drawn in its colour and once more (`use`) in its
+# pattern, which takes half the bytes of one shape for each bar. Bars ignore the pointer, so that it
+# reaches the columns below them. A column is a line as broad as a day, so even a day without a bar
+# has a tooltip.
 TOP, RIGHT, BOTTOM, LEFT = 32, 22, 28, 44  # margins; the left one grows with its labels
 CHARACTER = 7  # the width of a digit of 12 units, amply
 DAY_LABEL = 52  # the width that "30 Nov" needs, with a gap
@@ -261,7 +264,7 @@ MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 
 
 class ChartSize(NamedTuple):
-    """A drawing's viewBox."""
+    """The name of a drawing and the size of its viewBox."""
 
     name: str
     width: int
@@ -272,8 +275,8 @@ WIDE, NARROW = ChartSize("wide", 720, 240), ChartSize("narrow", 340, 220)
 
 
 class ChartContent(NamedTuple):
-    """What both drawings show: days, series by their look, for each day its values in that order
-    and their sum, the axis' marks and unit."""
+    """The content of both drawings: the days, the series by their look, for each day its values in
+    that order and their sum, the axis' marks and unit."""
 
     dates: list[date]
     looks: dict[str, Series]
@@ -284,7 +287,7 @@ class ChartContent(NamedTuple):
 
 
 class ChartFrame(NamedTuple):
-    """Where things are in one drawing: the axes' edges, a day's width, a bar's, units per value."""
+    """The layout of one drawing: axes, width of a day and of a bar, units per value."""
 
     left: int
     right: int
@@ -348,7 +351,8 @@ def _all_bars(content: ChartContent, frame: ChartFrame, prefix: str) -> str:
 
 
 def _one_look(look: str, bars: str, prefix: str) -> str:
-    """A group has the class, so that the path itself takes the fill of the one who uses it."""
+    """Return the bars of one series. The group has the class, so that the path itself takes the
+    fill of the `use` element."""
     path = f'<g class="series-{look}"><path id="{prefix}-bars-{look}" d="{bars}"/></g>'
     if not PATTERNS[look]:
         return path
@@ -356,7 +360,7 @@ def _one_look(look: str, bars: str, prefix: str) -> str:
 
 
 def _bars(content: ChartContent, frame: ChartFrame) -> Iterator[str]:
-    """A path for each series. A bar ends on the very number that the next one starts on."""
+    """Yield a path for each series. A bar ends at exactly the coordinate where the next starts."""
     width = _place(frame.bar)
     lefts = [_place(frame.middle(index) - frame.bar / 2) for index in range(len(content.dates))]
     stacks = [
@@ -404,7 +408,8 @@ def _day_and_month(day: date) -> str:
 
 
 def _labelled_days(dates: Sequence[date], slot: float) -> Iterator[int]:
-    """Those that have room for their label, counted from the first of each month on: 1, 6, 11 …"""
+    """Yield the indexes of the days whose labels have room, counted from the first of each month:
+    1, 6, 11 …"""
     needed = ceil(DAY_LABEL / slot)
     step = next((step for step in DAY_STEPS if step >= needed), needed)
     free = 0

@@ -1,38 +1,42 @@
-"""The dashboard, loaded when its first page is asked for."""
+"""The dashboard, loaded when its first page is requested."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
 
-from starlette.applications import Starlette
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from redbtc.admin.api import API
 
-if TYPE_CHECKING:
-    from redbtc.dashboard.app import Dashboard
+
+class LoadedDashboard(NamedTuple):
+    """The dashboard as an ASGI app, and a function that renders a template."""
+
+    app: ASGIApp
+    render: Callable[[str, dict[str, Any]], Awaitable[Response]]
 
 
 class LazyDashboard:
-    """The dashboard as an ASGI app. To load it takes 50 ms, and many gateways never show a page, so
-    that is done at the first request for one, in a thread."""
+    """The dashboard as an ASGI app. Loading it takes 50 ms, and many gateways never show a page, so
+    it is loaded in a thread at the first request for one."""
 
     def __init__(self, api: API) -> None:
         self._api = api
-        self._loading: asyncio.Task[tuple[Dashboard, Starlette]] | None = None
+        self._loading: asyncio.Task[LoadedDashboard] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        _, app = await self._loaded()
-        await app(scope, receive, send)
+        dashboard = await self._loaded()
+        await dashboard.app(scope, receive, send)
 
-    async def page(self, template: str, context: Any) -> Response:
-        """Draw one page for somebody who need not be logged in."""
-        dashboard, _ = await self._loaded()
-        return await dashboard.page(template, context)
+    async def render(self, template: str, variables: dict[str, Any]) -> Response:
+        """Return a page for anyone, logged in or not."""
+        dashboard = await self._loaded()
+        return await dashboard.render(template, variables)
 
-    async def _loaded(self) -> tuple[Dashboard, Starlette]:
+    async def _loaded(self) -> LoadedDashboard:
         if self._loading is None:
             self._loading = asyncio.create_task(asyncio.to_thread(self._load))
         try:
@@ -41,8 +45,8 @@ class LazyDashboard:
             self._loading = None
             raise
 
-    def _load(self) -> tuple[Dashboard, Starlette]:
+    def _load(self) -> LoadedDashboard:
         from redbtc.dashboard.app import Dashboard
 
         dashboard = Dashboard(self._api)
-        return dashboard, dashboard.app()
+        return LoadedDashboard(dashboard.app(), dashboard.render)

@@ -1,115 +1,45 @@
-"""Draw templates, and show numbers, times and browsers."""
+"""Pages drawn from templates."""
 
 from __future__ import annotations
 
-import re
+import asyncio
 import secrets
 import shlex
-from collections.abc import Mapping, MutableMapping
-from datetime import date
-from decimal import Decimal
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 import jinja2.meta
-import orjson
+from starlette.responses import Response
 
 from redbtc.admin.actors import Invalid
+from redbtc.admin.http import OTHERWISE, STATUS, retry_after
+from redbtc.dashboard.formats import (
+    aligned,
+    browser,
+    count,
+    counted,
+    duration,
+    exact,
+    is_moment,
+    literal,
+    month_name,
+    percent,
+    size,
+    utc,
+)
+from redbtc.dashboard.sessions import SECURITY
 from redbtc.errors import UserError
-from redbtc.money import digits_of, money
+from redbtc.money import money
 from redbtc.slices import with_turns
 
-PAGE = re.compile("[1-9][0-9]{0,5}")
-
-
 HERE = Path(__file__).resolve().parent
-
-
-def exact(amount: str | None, currency: str) -> str:
-    """All its digits, and at least the currency's; a dash where it is not known."""
-    if amount is None:
-        return "–"
-    whole, _, fraction = amount.partition(".")
-    fraction = fraction.ljust(digits_of(currency), "0")
-    sign, whole = ("-", whole[1:]) if whole.startswith("-") else ("", whole)
-    return f"{sign}{int(whole):,}{'.' * bool(fraction)}{fraction}"
-
-
-def aligned(amount: str | None, currency: str) -> str:
-    """The same, so that the points of a column stand below each other: filled up with spaces as
-    wide as a digit."""
-    digits = exact(amount, currency)
-    _, point, fraction = digits.partition(".")
-    return digits + "\u2007" * (9 - len(fraction) + (not point)) if amount else digits
-
-
-def count(number: int | None) -> str:
-    """Return a number with thousands separators, or a dash for None."""
-    return "–" if number is None else f"{number:,}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number and its noun: 1 account, 2 accounts."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def percent(fraction: str) -> str:
-    """Return a fraction as a percentage: 25 % for 0.25."""
-    return f"{(Decimal(fraction) * 100).normalize():f} %"
-
-
-def month_name(month: str) -> str:
-    """Return a month for people: November 2026 for 2026-11."""
-    return f"{date.fromisoformat(f'{month}-01'):%B %Y}"
-
-
-def size(number: int) -> str:
-    """Of bytes."""
-    amount, unit = float(number), "B"
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if amount < 1000 or unit == "TB":
-            break
-        amount /= 1000
-    return f"{amount:.3g} {unit}"
-
-
-MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-
-
-def duration(seconds: int) -> str:
-    """Return a duration in its two largest units: 2 days 3 hours."""
-    minutes, hours, days = seconds // 60 % 60, seconds // 3600 % 24, seconds // 86400
-    units = (days, "day"), (hours, "hour"), (minutes, "minute")
-    parts = [counted(number, unit) for number, unit in units if number]
-    return " ".join(parts[:2]) or "less than a minute"
-
-
-def utc(moment: str, digits: int = 16) -> str:
-    """As it stands on a page before a script puts it into the reader's zone: to the minute, or with
-    19 to the second."""
-    return f"{moment[:10]} {moment[11:digits]} UTC"
-
-
-BROWSERS = {"Edg/": "Edge", "OPR/": "Opera", "Firefox": "", "Chrome": "", "Safari": ""}
-SYSTEMS = {"Android": "", "iPhone": "", "iPad": "", "Windows": "", "Mac OS": "macOS", "Linux": ""}
-
-
-def browser(agent: str) -> str:
-    """What a User-Agent header tells people: Firefox on Linux; else its first word."""
-    name, system = (
-        next((called or mark for mark, called in known.items() if mark in agent), "")
-        for known in (BROWSERS, SYSTEMS)  # of the names that it goes by, the first here
-    )
-    return f"{name} on {system}" if name and system else agent.partition(" ")[0] or "unknown"
-
-
-def literal(text: str) -> str:
-    """A string as JSON has it, which Python, JavaScript and TOML read as the same."""
-    return orjson.dumps(text).decode()
+PageVariables = dict[str, Any]  # the variables of a template
 
 
 class Loader(jinja2.FileSystemLoader):
-    """Compiles with a template those that it names, so that none is while it is drawn."""
+    """A loader that compiles a template together with the templates that it names, so that drawing
+    a page compiles nothing."""
 
     def load(
         self,
@@ -126,7 +56,7 @@ class Loader(jinja2.FileSystemLoader):
 
 
 def environment() -> jinja2.Environment:
-    """The templates; what they print is escaped."""
+    """Return the templates' environment, which escapes all values."""
     found = jinja2.Environment(
         loader=Loader(HERE / "templates"),
         autoescape=True,
@@ -140,28 +70,72 @@ def environment() -> jinja2.Environment:
     )
     found.filters.update(counted=counted, percent=percent, month_name=month_name)
     found.filters.update(aligned=aligned, literal=literal, shell=shlex.quote, browser=browser)
-    found.tests["moment"] = lambda value: isinstance(value, str) and bool(MOMENT.fullmatch(value))
+    found.tests["moment"] = is_moment
     found.globals["once"] = lambda: secrets.token_hex(8)
     return found
 
 
-async def draw(template: jinja2.Template, context: Mapping[str, Any]) -> bytes:
-    """A page."""
-    parts = [part async for part in with_turns(template.generate(context))]
+class Renderer:
+    """The templates, and the answers that are made of them."""
+
+    def __init__(self, currency: str) -> None:
+        self._environment = environment()
+        self._compiled: set[str] = set()
+        self._drawing = asyncio.Lock()
+        self._defaults: PageVariables = {
+            "session": None,
+            "form": {},
+            "wrong_field": "",
+            "problem": "",
+            "done": False,
+            "here": "",
+            "currency": currency,
+        }
+
+    async def render(self, template: str, variables: PageVariables, status: int = 200) -> Response:
+        """Return a page with this status. Pages are drawn one after the other."""
+        async with self._drawing:
+            if template not in self._compiled:  # compiling blocks for longer than drawing
+                await asyncio.to_thread(self._environment.get_template, template)
+                self._compiled.add(template)
+            body = await draw(
+                self._environment.get_template(template), {**self._defaults, **variables}
+            )
+        return Response(body, status, SECURITY, media_type="text/html; charset=utf-8")
+
+    async def render_error(
+        self, template: str, error: UserError, variables: PageVariables
+    ) -> Response:
+        """Return a page that says why a request was refused."""
+        status = status_of(error)
+        response = await self.render(template, {**variables, **explanation(error)}, status)
+        response.headers.update(retry_after(error))
+        return response
+
+
+def status_of(error: UserError) -> int:
+    """Return the HTTP status that reports an error."""
+    return STATUS.get(type(error), OTHERWISE)
+
+
+async def draw(template: jinja2.Template, variables: PageVariables) -> bytes:
+    """Return a page as UTF-8, giving other tasks turns of the event loop while it is drawn."""
+    parts = [part async for part in with_turns(template.generate(variables))]
     return "".join(parts).encode("utf-8", "replace")
 
 
 def sentence(text: str) -> str:
-    """A message as pages show it; a name that it begins with stays as it is."""
+    """Return an error message as a sentence. A first word that is a name, such as monthly_budget,
+    stays as it is."""
     first = text.partition(" ")[0]
     return f"{text[:1].upper() if first.isalpha() else text[:1]}{text[1:]}."
 
 
-def explanation(error: UserError) -> dict[str, Any]:
-    """Why a form was refused, and which of its fields was wrong, where it was one."""
+def explanation(error: UserError) -> PageVariables:
+    """Return the message of an error, and the name of the wrong field if it is about one."""
     if isinstance(error, Invalid) and error.field:
         what = error.what.removesuffix(", got `str`")
         if what.startswith("Object missing"):
             what = f"{error.field} is required"
-        return {"problem": sentence(what), "wrong": error.field}
+        return {"problem": sentence(what), "wrong_field": error.field}
     return {"problem": sentence(str(error))}

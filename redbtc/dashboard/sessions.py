@@ -1,4 +1,4 @@
-"""Browsers that are logged in: their cookie, origin and network, and what they may do."""
+"""Sessions of browsers that are logged in: cookie, origin, network, and what the user may do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from redbtc.admin.api import API
 from redbtc.admin.users import LoginSession, name_in_log
 from redbtc.server.asgi import request_of
 
-# A cookie says who is logged in. The header Origin, which every browser sends with a change, says
-# that the change comes from one of the gateway's own pages. (Under the policy `no-referrer` they
+# A cookie identifies the session. The Origin header, which every browser sends with a POST, proves
+# that a change comes from one of the gateway's own pages. (Under the policy `no-referrer` browsers
 # leave Origin out, so pages override it with a meta element.)
 SECURITY = {
     **http.SECURITY,
@@ -68,20 +68,20 @@ def check_origin(request: Request) -> None:
 
 
 def session_of(api: API, request: Request) -> LoginSession | None:
-    """Return the session of whoever sends a request. Raise StorageUnavailable."""
+    """Return the session that the request's cookie identifies. Raise StorageUnavailable."""
     cookie = session_cookie(request)
     return api.users.session(cookie) if cookie else None
 
 
 def actor_for(session: LoginSession, request: Request) -> Actor:
-    """Return what somebody who is logged in may do."""
+    """Return the actor for the admin API that a logged-in user is."""
     name, network = name_in_log(session.email, session.account), network_of(request)
     return Actor(name, session.role, session.account_id, session=session, network=network)
 
 
-def actor_of(api: API) -> Callable[[Request], Actor]:
-    """Return a function that says who calls the admin API on the public port: the key that the
-    gateway has found to be valid, or somebody with a session."""
+def authenticator(api: API) -> Callable[[Request], Actor]:
+    """Return a function that authenticates requests to the admin API on the public port: by the key
+    that the gateway has found to be valid, or by the session."""
 
     def authenticate(request: Request) -> Actor:
         if key := request_of(request.scope).key:

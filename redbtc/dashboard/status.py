@@ -1,4 +1,4 @@
-"""/status: what everybody is told."""
+"""The public status of the gateway, for the route /status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redbtc.store.records import Moment, json_time
 
 
 class PublicNotice(Struct):
-    """What everybody is told of a notice."""
+    """The public fields of a notice."""
 
     id: str
     kind: str
@@ -23,7 +23,7 @@ class PublicNotice(Struct):
 
     @classmethod
     def of(cls, notice: Notice) -> PublicNotice:
-        """Return what everybody is told of a notice."""
+        """Return the public fields of a notice."""
         return cls(
             id=notice.id,
             kind=notice.kind,
@@ -35,7 +35,7 @@ class PublicNotice(Struct):
 
 
 class Status(Struct):
-    """What /status says."""
+    """The JSON object that /status answers with."""
 
     status: str
     uptime_seconds: int
@@ -43,13 +43,13 @@ class Status(Struct):
     notices: list[PublicNotice]
 
 
-# What everybody may know of the gateway, without a key.
-async def status(books: Billing, uptime_seconds: int) -> Status:
-    """Return what /status says. A ledger that can't commit is an incident: nothing is served."""
-    notices = [PublicNotice.of(each) for each in await books.notices.current()]
-    now = json_time(books.store.time())
+async def status(billing: Billing, uptime_seconds: int) -> Status:
+    """Return the gateway's status. A database that can't commit is an incident: no request is
+    served then."""
+    notices = [PublicNotice.of(each) for each in await billing.notices.current()]
+    now = json_time(billing.store.time())
     in_force = {notice.kind for notice in notices if notice.effective_at <= now}
-    if not books.store.healthy:
+    if not billing.store.healthy:
         in_force.add("incident")
     worst = [kind for kind in ("incident", "maintenance") if kind in in_force]
     return Status(
@@ -60,11 +60,11 @@ async def status(books: Billing, uptime_seconds: int) -> Status:
     )
 
 
-MAX_ACCEPT = 2000  # characters of an Accept header that are looked at; a browser's has 150
+MAX_ACCEPT = 2000  # characters of an Accept header that are read; a browser's has 150
 
 
 def prefers_html(accept: str) -> bool:
-    """Whether an Accept header asks for a page rather than for JSON (RFC 9110 §12.5.1)."""
+    """Return whether an Accept header prefers a page to JSON (RFC 9110 §12.5.1)."""
     weights: dict[str, float] = {}
     for entry in accept.lower()[:MAX_ACCEPT].split(","):
         name, *parameters = (part.strip() for part in entry.split(";"))

@@ -169,7 +169,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         served while it waited can have added to them. Raises StorageUnavailable."""
         objects, body = self.gateway.objects, self.body
         for each in body.conversations:
-            location = objects.home_of(each, self.key.account_id)
+            location = objects.location_of(each, self.key.account_id)
             tokens = (location.tokens if location else None) or 0
             body.weigh_again(each, tokens + objects.growing(each))
 

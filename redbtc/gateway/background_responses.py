@@ -270,7 +270,7 @@ class BackgroundResponses:
         if chosen is None:
             home = None
             with contextlib.suppress(StorageUnavailable):
-                home = objects.home_of(response_id, row.account_id)
+                home = objects.location_of(response_id, row.account_id)
             if not (home and home.minted_input):
                 made = [response_id] if home else []
         made = [each for each in made if hash(each) not in (chosen or ())]

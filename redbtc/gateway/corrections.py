@@ -127,7 +127,7 @@ class Corrections:
         books, model = self._books, found.requested_model
         try:
             key = key_of(books.store, found.key_id)
-            home = self._objects.home_of(response_id, account_id)
+            home = self._objects.location_of(response_id, account_id)
             money = await books.hold_again(key, model, found.admitted_at, 0)
         except StorageUnavailable:
             return  # it is for the next who looks

@@ -63,7 +63,7 @@ class Health:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
         if prefers_html(accept.decode("latin-1")):
-            page = await self._dashboard.page("status.html", asdict(status))
+            page = await self._dashboard.render("status.html", asdict(status))
             headers = [(name.encode(), value.encode()) for name, value in SECURITY.items()]
             content_type = page.headers["content-type"].encode()
             await respond(request, send, page.status_code, bytes(page.body), headers, content_type)

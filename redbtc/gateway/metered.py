@@ -33,7 +33,7 @@ from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow
-from redbtc.store.requests import Admitted, drop_unsettled, keep_unsettled, settle
+from redbtc.store.requests import Admitted, drop_progress, record_progress, settle
 from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 
 
@@ -219,7 +219,7 @@ class MeteredRequest(AdmittedRequest):
         if row.usage_source != "none":
             charge(row, parts, self.money, self.body.image_model())
             self._is_saved = True
-            keep_unsettled(self.gateway.store, row, self._admitted)
+            record_progress(self.gateway.store, row, self._admitted)
 
     @property
     def _is_over(self) -> bool:
@@ -231,7 +231,7 @@ class MeteredRequest(AdmittedRequest):
         """Remove what `save_progress` has saved, in the commit of what is recorded next."""
         if self._is_saved:
             self._is_saved = False
-            drop_unsettled(self.gateway.store, self.row)
+            drop_progress(self.gateway.store, self.row)
 
     async def _estimate(self, outcome: Outcome) -> Estimate | None:
         """Return an estimate, None where the usage is known or nothing was used."""

@@ -30,7 +30,7 @@ def location_of(gateway: Gateway, key: Key, object_id: str) -> ObjectLocation | 
     """Return where an object of the key's account is stored, None for any other object. Raises
     Refusal."""
     try:
-        return gateway.objects.home_of(object_id, key.account_id)
+        return gateway.objects.location_of(object_id, key.account_id)
     except StorageUnavailable:
         raise Refusal("ledger_unavailable") from None
 

@@ -131,7 +131,7 @@ class StoredRequest(ForwardedRequest):
         have become known since this visit began, or are not known yet."""
         objects, home = self.gateway.objects, self._home
         with contextlib.suppress(StorageUnavailable):
-            home = objects.home_of(self._response_id, self.key.account_id) or home
+            home = objects.location_of(self._response_id, self.key.account_id) or home
         if growth := objects.growing(self._response_id):
             home = home.with_tokens((home.tokens or 0) + growth)
         return home._replace(minted_input=False)

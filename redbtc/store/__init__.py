@@ -1,6 +1,6 @@
-"""The ledger: keys and accounts, requests, stored objects. Their rows are in redbtc/usage.py, the
-database that holds them is redbtc/store/database.py, and what requests cost is in redbtc/billing.
+"""The ledger's database, and what is kept in it: accounts, keys, requests, stored objects.
 
-Nothing here knows HTTP: the gateway (redbtc_proxy.py) and the admin API (redbtc/admin) import
-this and are not imported by it.
+`database.Store` opens it. The engine below (`writer.py`, `entries.py`, `commits.py`, `readers.py`)
+knows no table but the heartbeat; the other modules know the tables. Rows of requests are plain data
+in redbtc/usage.py, and what requests cost is in redbtc/billing. Nothing here knows HTTP.
 """

@@ -69,27 +69,26 @@ REVOKE_KEY = """
 
 
 class Accounts:
-    """Accounts and their keys. An account is named by its name or its id. `by`: who makes the
-    change."""
+    """Read and change accounts and their keys. `by` is the author of a change."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     async def show(self, name: str) -> Account:
-        """Raises NotFound."""
+        """Return the account with a name or an id. Raises NotFound."""
         account = await self._store.one(ACCOUNT_BY_NAME, (self._store.time(), name))
         if account is None:
             raise no_account(name)
         return Account.of(account)
 
     async def any(self) -> bool:
-        """Whether there is one."""
+        """Return whether there is an account."""
         return await self._store.one("SELECT 1 FROM accounts LIMIT 1") is not None
 
     async def add(
         self, name: str, email: str | None, limits: Mapping[str, int | None], by: str
     ) -> Account:
-        """Raises Conflict where the name is taken."""
+        """Add an account and return it. Raises Conflict if the name is taken."""
         of_limits = (limits.get(limit) for limit in ACCOUNT_LIMITS)
         values = (new_id("acct"), name, email, *of_limits, self._store.time())
         try:
@@ -99,33 +98,33 @@ class Accounts:
         return await self.show(name)
 
     async def set(self, account_id: str, changes: Mapping[str, Any], by: str) -> Account:
-        """Change the given ones of email and limits; a limit of None is the settings' again."""
+        """Change the given ones of email and limits. A limit of None is the settings' again."""
         values = [part for name in CHANGEABLE for part in (name in changes, changes.get(name))]
         await self._store.transact((SET_ACCOUNT, (*values, account_id)), by=by)
         return await self.show(account_id)
 
     async def suspend(self, account_id: str, reason: str | None, by: str) -> Account:
-        """Refuse its requests from the next one on, and log its members out."""
+        """Refuse the account's requests from the next one on, and log its members out."""
         suspension = (SET_STATUS, ("suspended", reason, account_id))
         await self._store.transact(suspension, (END_SESSIONS, (account_id,)), by=by)
         return await self.show(account_id)
 
     async def resume(self, account_id: str, by: str) -> Account:
-        """Serve its requests again."""
+        """Serve the account's requests again."""
         await self._store.transact((SET_STATUS, ("active", None, account_id)), by=by)
         return await self.show(account_id)
 
     async def throttle(
         self, account_id: str, factor: int | None, until: int | None, by: str
     ) -> Account:
-        """Hold it to so many thousandths of its limits, up to `until` or until that is lifted;
-        None lifts it."""
+        """Reduce the account's limits to `factor` thousandths, until the time `until` or without an
+        end. A factor of None restores them."""
         await self._store.transact((THROTTLE, (factor, until, account_id)), by=by)
         return await self.show(account_id)
 
     async def keys(self, account_id: str) -> list[KeyInList]:
-        """The account's keys, oldest first, without what would let one use them. `last_used_on` is
-        a day (UTC)."""
+        """Return the account's keys, oldest first, without their secrets. `last_used_on` is a day
+        (UTC)."""
         rows = self._store.rows(LAST_USED, (account_id,))
         days = {row["key_id"]: day_of(row["day"]) async for row in rows}
         return [
@@ -134,7 +133,7 @@ class Accounts:
         ]
 
     async def key(self, key_id: str) -> KeyShown:
-        """Raises NotFound."""
+        """Return the key with an id. Raises NotFound."""
         return KeyShown.of(await self._key(key_id))
 
     async def _key(self, key_id: str) -> sqlite3.Row:
@@ -152,7 +151,7 @@ class Accounts:
         by: str,
         models: str | None = None,
     ) -> KeyAdded:
-        """A new key; `key` in the answer is the only copy of it there will ever be."""
+        """Add a key and return it. `key` in the result is the only copy of the key."""
         secret, key_id = new_key(), new_id("key")
         of_limits = (limits.get(limit) for limit in KEY_LIMITS)
         now = self._store.time()
@@ -161,13 +160,13 @@ class Accounts:
         return KeyAdded.of(await self._key(key_id), key=secret)
 
     async def revoke_key(self, key_id: str, compromised: bool, by: str) -> KeyShown:
-        """Refuse it from the next request on. Revoking twice keeps the first time."""
+        """Refuse the key from the next request on. Revoking it again keeps the first time."""
         await self._store.transact((REVOKE_KEY, (self._store.time(), compromised, key_id)), by=by)
         return await self.key(key_id)
 
     async def rotate_key(self, key_id: str, overlap_ms: int, by: str) -> KeyAdded:
-        """A new key with the old one's label, limits, expiry and spent budget; the old one goes on
-        for `overlap_ms`. Raises Conflict where the old one is no longer in force."""
+        """Add a key with the label, limits, expiry and spent budget of an old one, which stays in
+        force for `overlap_ms`. Raises Conflict if the old key is not in force any more."""
         old, now = await self._key(key_id), self._store.time()
         if old["revoked_at"] is not None or (old["expires_at"] or now + 1) <= now:
             raise Conflict(f"key {key_id} is revoked or expired; create a new key instead")
@@ -181,12 +180,12 @@ class Accounts:
 
 
 def no_account(name: str) -> NotFound:
-    """What is another's is not found, like what never was."""
+    """Return the error for an account that does not exist, or that the caller may not see."""
     return NotFound(f"account {name!r} does not exist")
 
 
 def no_key(key_id: str) -> NotFound:
-    """The same for a key."""
+    """Return the error for a key that does not exist, or that the caller may not see."""
     return NotFound(f"key {key_id!r} does not exist")
 
 

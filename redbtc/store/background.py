@@ -1,4 +1,4 @@
-"""Background responses that have not ended yet."""
+"""Keep the rows of background responses that have not ended yet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from redbtc.store.database import Store
 from redbtc.store.keys import FULL_KEY, Key
+from redbtc.store.request_rows import REQUEST_ROWS
 from redbtc.store.requests import Admitted, settle
 from redbtc.store.rows import COLUMNS, RECORD, row_of, values_of
 from redbtc.usage import RequestRow
@@ -27,12 +28,12 @@ IS_COMPROMISED = "SELECT 1 FROM keys WHERE id = ? AND compromised"
 
 
 def is_compromised(store: Store, key_id: str) -> bool:
-    """Whether somebody else had the key. Raises StorageUnavailable."""
+    """Return whether the key was reported as compromised. Raises StorageUnavailable."""
     return store.look_up(IS_COMPROMISED, (key_id,)) is not None
 
 
 class UnfinishedRow(NamedTuple):
-    """What is kept of a background response beside its row; schema.sql explains each field."""
+    """Facts about a background response beside its row. schema.sql explains each field."""
 
     admitted_at: int
     held: int
@@ -46,13 +47,13 @@ class UnfinishedRow(NamedTuple):
 def keep_pending(store: Store, row: RequestRow, unfinished: UnfinishedRow) -> asyncio.Future[None]:
     """Keep the row pending, since its response goes on at the upstream. Return a future that is
     done when this is on disk."""
-    store.record(RECORD, values_of(row), retry_until_written=True)
+    store.record(RECORD, values_of(row), kind=REQUEST_ROWS, retry_until_written=True)
     return store.record(KEEP_PENDING, (row.request_id, *unfinished), retry_until_written=True)
 
 
 def note_progress(store: Store, row: RequestRow, seen: str) -> asyncio.Future[None]:
-    """Keep what was seen of a background response, as JSON. Return a future that is done when this
-    is on disk, with all that came before."""
+    """Save the progress of a background response, as JSON. Return a future that is done when this
+    and all changes before it are on disk."""
     return store.record(NOTE_PROGRESS, (seen, row.request_id), retry_until_written=True)
 
 
@@ -64,7 +65,7 @@ async def end_background(store: Store, row: RequestRow, admitted: Admitted) -> N
 
 
 async def unfinished_rows(store: Store) -> list[tuple[RequestRow, Key, UnfinishedRow]]:
-    """What an earlier process left to be asked for."""
+    """Return the rows of background responses that an earlier process did not see end."""
     found = []
     async for each in store.rows(BACKGROUND):
         row, unfinished = (
@@ -76,5 +77,5 @@ async def unfinished_rows(store: Store) -> list[tuple[RequestRow, Key, Unfinishe
 
 
 def key_of(store: Store, key_id: str) -> Key:
-    """The key with that id, in force or not. Raises StorageUnavailable."""
+    """Return the key with an id, whether in force or not. Raises StorageUnavailable."""
     return Key(*(store.look_up(KEY_OF, (key_id, store.time())) or ()))

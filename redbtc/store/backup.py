@@ -9,7 +9,7 @@ rename decides: before it, nothing has changed; after it, `complete_restore` fin
 the latest when the database is opened the next time. Each of its steps can be repeated, so a
 process that is killed at any instant leaves either the old database or the restored one.
 
-Nothing here opens a database for writing, except copies that nobody else knows of.
+Nothing here opens a database for writing, except copies that no other process knows of.
 """
 
 from __future__ import annotations
@@ -34,18 +34,28 @@ from redbtc.errors import UserError
 from redbtc.store.schema import APPLICATION_ID, newest_version
 
 PAGES_A_STEP = 1024  # 4 MiB, written to the disk before the next step begins
-ROOM = 1.1  # free space that a copy needs, as a multiple of its source
+SPACE_FACTOR = 1.1  # free space that a copy needs, as a multiple of its source
 CACHE_KIB = 65536  # memory for checking a copy
-HEADER = 100  # bytes of a database's header
-MAGIC = b"SQLite format 3\0"
+HEADER_BYTES = 100
+SQLITE_MAGIC = b"SQLite format 3\0"
 ROLLBACK_JOURNAL = (
     b"\1\1"  # write and read version of a file without a -wal (SQLite's file format, 1.3)
 )
 VERSIONS_AT = 18
 APPLICATION_ID_AT = 68
 DIGEST = re.compile(r"([0-9a-f]{64}) [ *](.+)\n?")
-# What is added to a database's name for files that belong to it: no backup may take such a name.
-PARTS = ("", "-wal", "-shm", "-journal", ".lock", ".sock", ".owed", ".restoring", ".restored")
+# Suffixes of the files that belong to a database. No backup may take such a name.
+FILE_SUFFIXES = (
+    "",
+    "-wal",
+    "-shm",
+    "-journal",
+    ".lock",
+    ".sock",
+    ".owed",
+    ".restoring",
+    ".restored",
+)
 
 FILE_CHECKS = {
     "integrity": "PRAGMA integrity_check(20)",
@@ -58,13 +68,13 @@ class Damaged(UserError):
     """A file is not a whole database of this program."""
 
 
-class NoRoom(UserError):
+class NoSpace(UserError):
     """There is too little free space for a copy."""
 
 
 class Contents(NamedTuple):
-    """What a verified copy holds. `latest_request_at`: when the newest request started, in
-    milliseconds; None where there is no request."""
+    """The content of a verified copy. `latest_request_at` is the time at which the newest request
+    started, in milliseconds; None if there is no request."""
 
     schema: int
     requests: int
@@ -72,7 +82,7 @@ class Contents(NamedTuple):
 
 
 class Backup(NamedTuple):
-    """A finished backup."""
+    """The result of a backup."""
 
     path: str
     bytes: int
@@ -83,8 +93,8 @@ class Backup(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """A finished restore. `replaced`: the file that holds the database as it was before; None where
-    there was none."""
+    """The result of a restore. `replaced` is the file that holds the database as it was before;
+    None if there was none."""
 
     bytes: int
     contents: Contents
@@ -109,8 +119,8 @@ def plain_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def named_damage(name: Path) -> Iterator[None]:
-    """Turn what SQLite says about the content of a file into Damaged. An OperationalError is about
-    this process or the disk, and passes."""
+    """Turn an error of SQLite about the content of a file into Damaged. An OperationalError is
+    about this process or the disk, and is raised unchanged."""
     try:
         yield
     except sqlite3.OperationalError:
@@ -122,12 +132,12 @@ def named_damage(name: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[int]:
     """Yield the descriptor of an empty file at `path`, of mode 0600, which no other process writes
-    meanwhile. What a killed process left there is thrown away. The file is removed where the block
-    raises. Raises UserError where another process is at it."""
+    meanwhile. What a killed process left there is discarded. The file is removed if the block
+    raises. Raises UserError if another process is writing the file."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, file)
-        if not _held(file, path):
+        if not _lock(file, path):
             raise UserError(
                 f"{path} is being written by another command; wait until it has finished"
             )
@@ -140,8 +150,8 @@ def temporary(path: Path) -> Iterator[int]:
             raise
 
 
-def _held(file: int, path: Path) -> bool:
-    """Lock the file; return whether this process holds it and it still has this name."""
+def _lock(file: int, path: Path) -> bool:
+    """Try to lock a file. Return whether this process holds it and it still has this name."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(file), os.stat(path))
@@ -149,26 +159,26 @@ def _held(file: int, path: Path) -> bool:
         return False
 
 
-def check_room(source: Path, folder: Path, *, migrating: bool = False) -> None:
-    """Raise NoRoom where the folder has too little free space for a copy of the database. A copy
-    that fills the disk would stop the gateway that writes to it. `migrating`: the database is to be
-    migrated, which may write as much again."""
+def check_space(source: Path, folder: Path, *, migrating: bool = False) -> None:
+    """Raise NoSpace if the folder has too little free space for a copy of the database. A copy
+    that fills the disk would stop the gateway that writes to it. With `migrating`, the database is
+    migrated next, which may write as much again."""
     files = [source, suffixed(source, "-wal")]
-    needed = int(ROOM * sum(file.stat().st_size for file in files if file.exists()))
+    needed = int(SPACE_FACTOR * sum(file.stat().st_size for file in files if file.exists()))
     free = shutil.disk_usage(folder).free
     if migrating:
         what, needed = f"a copy of {source} and its migration need", 2 * needed
     else:
         what = f"a copy of {source} needs"
     if free < needed:
-        raise NoRoom(f"{folder} has {free} bytes free, but {what} {needed}")
+        raise NoSpace(f"{folder} has {free} bytes free, but {what} {needed}")
 
 
 def copy(source: Path, file: int, path: Path, *, immutable: bool = False) -> None:
     """Copy the database `source` at this instant to the empty file `path`, whose descriptor is
-    `file`. Each step reaches the disk before the next, so that other processes that write there
-    never wait for all of it. `immutable`: nobody writes to the source, and it has no -wal of its
-    own. Raises Damaged, sqlite3.OperationalError, OSError."""
+    `file`. Each step reaches the disk before the next begins, so that other processes that write
+    there never wait for all of it. With `immutable`, no process writes to the source, and it has no
+    -wal of its own. Raises Damaged, sqlite3.OperationalError, OSError."""
     how = "immutable=1" if immutable else "mode=ro"
     with (
         named_damage(source),
@@ -189,9 +199,10 @@ def _connect(uri: str) -> sqlite3.Connection:
 
 
 def verify(path: Path, name: Path, checks: Mapping[str, str]) -> Contents:
-    """Check a file that nobody writes to and return what it holds; `name` is what messages call it.
-    Checks beyond those of the file itself are made where it has the newest schema. Raises Damaged
-    where it is not a whole database of this program, UserError where its schema is too new."""
+    """Check a file to which no process writes, and return its content. `name` is the file's name in
+    messages. Checks beyond those of the file itself are made only if it has the newest schema.
+    Raises Damaged if it is not a whole database of this program, UserError if its schema is too
+    new."""
     with (
         named_damage(name),
         contextlib.closing(_connect(f"{path.as_uri()}?immutable=1")) as database,
@@ -219,7 +230,7 @@ def _version(database: sqlite3.Connection, name: Path) -> int:
 
 
 def problems(database: sqlite3.Connection, checks: Mapping[str, str]) -> list[str]:
-    """Return what the checks find wrong, a line each."""
+    """Return the problems that the checks find, a line each."""
     return [
         f"{name}: {' '.join(str(part) for part in row)}"
         for name, query in checks.items()
@@ -249,8 +260,8 @@ def sha256_of(path: Path) -> str:
 
 
 def kept_digest(path: Path) -> str | None:
-    """Return the SHA-256 that stands beside a file, or None where there is none. Raises Damaged
-    where what stands there is something else."""
+    """Return the SHA-256 that was saved beside a file, None if there is none. Raises Damaged if the
+    file with the SHA-256 has another format."""
     try:
         text = digest_file(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -263,8 +274,8 @@ def kept_digest(path: Path) -> str | None:
 
 
 def publish(file: Path, path: Path, digest: str | None, scratch: Path) -> None:
-    """Give a file its final name, and its digest beside it. Where the process is killed meanwhile,
-    the file may stand there without a digest, but never with that of another file."""
+    """Give a file its final name, and save its digest beside it. If the process is killed
+    meanwhile, the file may have no digest, but never that of another file."""
     with contextlib.ExitStack() as stack:
         if digest is not None:
             written = stack.enter_context(temporary(scratch))
@@ -280,16 +291,16 @@ def publish(file: Path, path: Path, digest: str | None, scratch: Path) -> None:
 
 
 class BackupFile(NamedTuple):
-    """Where a backup goes. `stem`: of the names in a folder of backups; None where the backup has a
-    name of its own."""
+    """The path of a backup. `stem` is the beginning of the names in a folder of backups; None if
+    the backup has a name of its own."""
 
     path: Path
     stem: str | None
 
     @classmethod
     def of(cls, database: Path, given: str) -> BackupFile:
-        """Return the place that a path names: a file, or a folder in which the file is named by the
-        time. Raises UserError where there is no such folder."""
+        """Return the path of the backup to make: the given file, or one in the given folder that is
+        named by the time. Raises UserError if the folder does not exist."""
         path = Path(given).resolve()
         if path.is_dir():
             name = f"{database.stem}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.db"
@@ -301,11 +312,12 @@ class BackupFile(NamedTuple):
 
     @property
     def partial(self) -> Path:
-        """The name of an unfinished backup: always the same, so that the next one removes it."""
+        """Return the path of the unfinished backup. It is always the same, so that the next backup
+        removes it."""
         return self.path.with_name(f"{self.stem or self.path.name}.partial")
 
     def make_free(self, keep: int, scratch: Path) -> None:
-        """Keep a file that has the name of the backup as `….1`, that one as `….2`, and so on."""
+        """Rename a file that has the name of the backup to `….1`, that one to `….2`, and so on."""
         numbers = range(1, keep if self.stem is None else 1)
         names = [self.path, *(suffixed(self.path, f".{number}") for number in numbers)]
         taken = list(itertools.takewhile(Path.exists, names))
@@ -316,7 +328,7 @@ class BackupFile(NamedTuple):
             publish(old, new, digest, scratch)
 
     def remove_old(self, keep: int) -> None:
-        """Remove what is older than the newest `keep` backups, of which this is one."""
+        """Remove all but the newest `keep` backups, of which this is one."""
         for old in self._numbered(keep) if self.stem is None else self._named_by_time(keep):
             digest_file(old).unlink(missing_ok=True)
             old.unlink()
@@ -336,30 +348,31 @@ class BackupFile(NamedTuple):
 
 
 def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
-    """Copy the database to the file `given`, or to a file named by the time where that is a folder.
-    `keep`: how many backups are kept, this one included; None: none is removed but one of the same
-    name. Raises UserError; what is there already is then as it was, or has another number."""
+    """Copy the database to the file `given`, or to a file named by the time if that is a folder.
+    `keep` is the number of backups that are kept, this one included; with None, only a backup of
+    the same name is replaced. Raises UserError; earlier backups are then as they were, or have
+    another number."""
     started = time.monotonic()
     with plain_errors(f"No backup of {database} was made"):
-        place = BackupFile.of(database, given)
+        target = BackupFile.of(database, given)
         before = _check_source(database)
-        _check_target(database, place.path)
-        check_room(database, place.path.parent)
-        with temporary(place.partial) as file:
-            copy(database, file, place.partial)
+        _check_target(database, target.path)
+        check_space(database, target.path.parent)
+        with temporary(target.partial) as file:
+            copy(database, file, target.partial)
             if not os.path.samestat(before, _check_source(database)):
                 raise UserError(
                     f"{database} was replaced while it was being copied; run the backup again"
                 )
-            contents = verify(place.partial, database, FILE_CHECKS)
-            digest, size = sha256_of(place.partial), os.fstat(file).st_size
-            scratch = suffixed(place.partial, "-sha256")
-            place.make_free(keep or 1, scratch)
-            publish(place.partial, place.path, digest, scratch)
+            contents = verify(target.partial, database, FILE_CHECKS)
+            digest, size = sha256_of(target.partial), os.fstat(file).st_size
+            scratch = suffixed(target.partial, "-sha256")
+            target.make_free(keep or 1, scratch)
+            publish(target.partial, target.path, digest, scratch)
         if keep is not None:
-            place.remove_old(keep)
+            target.remove_old(keep)
     seconds = round(time.monotonic() - started, 3)
-    return Backup(str(place.path), size, digest, contents.schema, contents.requests, seconds)
+    return Backup(str(target.path), size, digest, contents.schema, contents.requests, seconds)
 
 
 def _check_source(database: Path) -> os.stat_result:
@@ -374,9 +387,9 @@ def _check_source(database: Path) -> os.stat_result:
 
 
 def _check_target(database: Path, path: Path) -> None:
-    """Refuse to replace anything but an earlier backup."""
+    """Raise UserError if the backup would replace anything but an earlier backup."""
     kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
-    if path in [suffixed(database, part) for part in PARTS] or kept:
+    if path in [suffixed(database, suffix) for suffix in FILE_SUFFIXES] or kept:
         raise UserError(f"{path} belongs to the database itself; choose another file")
     if suffixed(path, ".lock").exists():
         raise UserError(f"{path} is the database of a gateway ({path}.lock); choose another file")
@@ -389,19 +402,20 @@ def _is_ours(path: Path) -> bool:
     if not stat.S_ISREG(path.stat().st_mode):
         return False
     with path.open("rb") as file:
-        header = file.read(HEADER)
+        header = file.read(HEADER_BYTES)
     mark = header[APPLICATION_ID_AT : APPLICATION_ID_AT + 4]
     return not header or (
-        header.startswith(MAGIC) and int.from_bytes(mark, "big") == APPLICATION_ID
+        header.startswith(SQLITE_MAGIC) and int.from_bytes(mark, "big") == APPLICATION_ID
     )
 
 
 def back_up_before_migration(database: Path, version: int) -> tuple[str, str]:
-    """Copy the database before it is brought to a version. Return the path of the copy; where none
-    could be made, an empty path and the reason. Raises Damaged: such a database is not migrated."""
+    """Copy the database before it is migrated to a version. Return the path of the copy; if it
+    could not be made, an empty path and the reason. Raises Damaged: such a database is not
+    migrated."""
     try:
         with plain_errors(f"No backup of {database} was made"):
-            check_room(database, database.parent, migrating=True)
+            check_space(database, database.parent, migrating=True)
         made = back_up(database, f"{database}.before-schema-{version}", keep=2)
     except Damaged:
         raise
@@ -411,9 +425,9 @@ def back_up_before_migration(database: Path, version: int) -> tuple[str, str]:
 
 
 def restore(database: Path, given: str, checks: Mapping[str, str]) -> Restored:
-    """Put a verified copy of the file `given` in the place of the database, which nobody has open:
-    the caller holds its lock. What was there is kept. Raises UserError; then nothing has changed.
-    """
+    """Replace the database by a verified copy of the file `given`. The caller holds the database's
+    lock, so no process has it open. The replaced database is kept. Raises UserError; then nothing
+    has changed."""
     source = Path(given).resolve()
     with plain_errors(f"{source} was not restored"):
         complete_restore(database)
@@ -421,7 +435,7 @@ def restore(database: Path, given: str, checks: Mapping[str, str]) -> Restored:
             raise UserError(f"File {source} does not exist")
         if database.exists() and source.samefile(database):
             raise UserError(f"{source} is the database itself; choose a backup")
-        check_room(source, database.parent)
+        check_space(source, database.parent)
         restoring = suffixed(database, ".restoring")
         with temporary(restoring) as file:
             copy(source, file, restoring, immutable=_is_one_file(source))
@@ -435,8 +449,8 @@ def restore(database: Path, given: str, checks: Mapping[str, str]) -> Restored:
 
 
 def _is_one_file(source: Path) -> bool:
-    """Return whether a backup is all in its file, so that a -wal beside it is another file's: where
-    its digest is right, or nothing is beside it. Raises Damaged where the digest is wrong."""
+    """Return whether a backup is whole without a -wal beside it, which then belongs to another
+    file: its digest is right, or nothing is beside it. Raises Damaged if the digest is wrong."""
     if (digest := kept_digest(source)) is not None:
         if digest != sha256_of(source):
             raise Damaged(f"{source} is damaged: its SHA-256 differs from {digest_file(source)}")
@@ -445,20 +459,21 @@ def _is_one_file(source: Path) -> bool:
 
 
 def _own_like(file: int, database: Path) -> None:
-    """Where root restores, the file goes to the user whose database it replaces, or whose folder it
-    comes to: the gateway often runs as another user."""
+    """Give the file to the owner of the database that it replaces, or of the folder, if root
+    restores: the gateway often runs as another user."""
     if os.geteuid() == 0:
         like = (database if database.exists() else database.parent).stat()
         os.fchown(file, like.st_uid, like.st_gid)
 
 
 def complete_restore(database: Path) -> Path | None:
-    """Finish a restore whose copy is ready, and remove one that is not. Return the file that holds
-    what was replaced, or None. Nobody has the database open: the caller holds its lock.
+    """Finish a restore whose copy is ready, and remove a copy that is not. Return the file that
+    holds the replaced database, or None. The caller holds the database's lock, so no process has it
+    open. Raises OSError.
 
     Every step can be repeated. The names come from the copy's own time, so that a repetition uses
-    the same. A -wal leaves before its database, and both before the copy takes their place: SQLite
-    would apply a -wal to whatever database is beside it. Raises OSError."""
+    the same ones. A -wal is renamed before its database, and both before the copy takes their
+    place: SQLite would apply a -wal to whatever database is beside it."""
     suffixed(database, ".restoring").unlink(missing_ok=True)
     restored = suffixed(database, ".restored")
     if not restored.exists():

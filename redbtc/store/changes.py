@@ -1,4 +1,4 @@
-"""The log of changes that people made."""
+"""Read the log of administrative changes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ CHANGES = """
 async def changes(
     store: Store, account_id: str | None, before: int | None, limit: int
 ) -> list[Change]:
-    """The newest so many, of an account or of all, that are older than the one with the id
-    `before`."""
+    """Return the newest `limit` changes, of an account or of all, that are older than the change
+    with the id `before`."""
     values = {"account": account_id, "before": before or 1 << 62, "limit": limit}
     return [Change.of(row) async for row in store.rows(CHANGES, values)]
 

@@ -1,4 +1,4 @@
-"""The check of a database's pages after its gateway did not end cleanly."""
+"""PageCheck the pages of a database whose gateway did not end cleanly."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-LogFunction = Callable[..., None]  # the gateway's log: level, event, fields
+from redbtc.store.failures import LogFunction, is_corrupt
 
-PROGRESS_SECONDS = 5  # between two lines of the log
-STEPS = 100_000  # of SQLite's machine between two looks at the clock
+SECONDS_BETWEEN_LINES = 5  # between two log lines
+STEPS_A_CALL = 100_000  # of SQLite's virtual machine, after which the clock is read
 MAX_PROBLEMS = 5
-TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY rootpage"
+TABLES_BY_PAGE = "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY rootpage"
 # Pages of two databases in one can each be sound, so the numbers of rows are compared as well.
 HAS_SUMS = "SELECT 1 FROM sqlite_schema WHERE name = 'traffic_by_day'"
-COUNTS = """
+REQUEST_COUNTS = """
     SELECT (SELECT count(*) FROM requests NOT INDEXED WHERE outcome <> 'pending'),
            (SELECT count(*) FROM requests INDEXED BY requests_by_time)
            - (SELECT count(*) FROM requests INDEXED BY requests_in_flight
@@ -26,23 +25,23 @@ COUNTS = """
 QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check(?) LIMIT ?"
 
 
-class Check:
+class PageCheck:
     """A check of the pages of a database that nothing has opened yet."""
 
     def __init__(self, database: Path, seconds: float, log: LogFunction) -> None:
-        """After about `seconds` the rest is left out, and the log says so."""
+        """After about `seconds` the check ends before its end, and the log says so."""
         self._database = database
         self._deadline = time.monotonic() + seconds
-        self._say = log
-        self._said_at = time.monotonic()
+        self._log = log
+        self._logged_at = time.monotonic()
         self._stopped = False
         self._state: dict[str, str | int] = {}
 
     def find_damage(self) -> list[str]:
-        """Return what is wrong, table by table. Nothing is written."""
+        """Return the problems, table by table. Nothing is written."""
         uri = f"{self._database.as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.set_progress_handler(self._is_to_end, STEPS)
+            connection.set_progress_handler(self._must_end, STEPS_A_CALL)
             try:
                 return self._check_tables(connection)
             except sqlite3.DatabaseError as error:
@@ -55,7 +54,7 @@ class Check:
         self._stopped = True
 
     def _check_tables(self, connection: sqlite3.Connection) -> list[str]:
-        tables = [name for (name,) in connection.execute(TABLES)]
+        tables = [name for (name,) in connection.execute(TABLES_BY_PAGE)]
         wrong: list[str] = []
         try:
             for number, table in enumerate(tables):
@@ -66,34 +65,28 @@ class Check:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
                 raise
-            self._say(logging.WARNING, "ledger not checked to its end", **self._state)
+            self._log(logging.WARNING, "ledger not checked to its end", **self._state)
             return wrong
 
     def _compare(self, connection: sqlite3.Connection) -> list[str]:
         if not connection.execute(HAS_SUMS).fetchone():
             return []
-        in_table, in_index, in_sums = connection.execute(COUNTS).fetchone()
+        in_table, in_index, in_sums = connection.execute(REQUEST_COUNTS).fetchone()
         if in_table == in_index == in_sums:
             return []
         return [
             f"the table has {in_table} settled requests, its index {in_index}, the sums {in_sums}"
         ]
 
-    def _is_to_end(self) -> bool:
-        """Say how far the check is; return whether it is to end."""
+    def _must_end(self) -> bool:
+        """Log the progress of the check, and return whether it must end."""
         now = time.monotonic()
-        if now - self._said_at > PROGRESS_SECONDS:
-            self._said_at = now
-            self._say(logging.INFO, "checking the ledger", **self._state)
+        if now - self._logged_at > SECONDS_BETWEEN_LINES:
+            self._logged_at = now
+            self._log(logging.INFO, "checking the ledger", **self._state)
         return self._stopped or now > self._deadline
 
 
 def first_line(text: str) -> str:
-    """Return what a message of SQLite's check says of the first page; it lists all of them."""
+    """Return what a message of SQLite's check says about the first page: it lists all pages."""
     return text.removeprefix("*** in database main ***\n").partition("\n")[0]
-
-
-def is_corrupt(error: Exception) -> bool:
-    """Return whether SQLite found a damaged page, or a file that is no database."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

@@ -1,4 +1,10 @@
-"""The ledger's own time: the wall clock, except where that jumps."""
+"""The ledger's own time: the wall clock, unless that jumps.
+
+The wall clock can jump, by a mistake or after its battery died. Entries that are written meanwhile
+would count in another month for good, so a jump is not believed until it has lasted for a while.
+Time is also measured by a clock that nobody sets, which keeps running while a laptop sleeps if the
+system has such a clock.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +16,21 @@ from collections.abc import Callable
 from redbtc.errors import UserError
 from redbtc.times import iso_time
 
-# The wall clock can jump, by a mistake or a battery that died. What is written meanwhile would be
-# booked into another month for good, so a jump is not believed until it has lasted for a while. The
-# clock that shows a jump keeps running while a laptop sleeps, where there is one that does.
 ELAPSED = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 MAX_JUMP = 3_600_000_000_000  # ns; a longer one is not believed at once
 BELIEVED_AFTER = 600_000_000_000  # ns for which a jump has to last
 MAX_BEHIND = 86_400_000  # ms that the wall clock may be behind the ledger at the start
 MS = 1_000_000  # ns
-CHECK_SECONDS = 0.25
+CLOCK_CHECK_SECONDS = 0.25
 
 
 class LedgerClock:
     """The ledger's time in milliseconds. It never goes back, except by `set_back`.
 
-    The difference between the wall clock and the monotonic clock, the offset, stays as it is unless
-    the wall clock is set. Offsets that are not further than MAX_JUMP from the one that is believed
-    are followed. With another one, the time goes on by the monotonic clock until the offset has
-    stayed there for BELIEVED_AFTER; then that is the one that is believed.
+    The offset, which is the difference between the wall clock and the monotonic clock, changes only
+    when the wall clock is set. The time follows offsets that are at most MAX_JUMP from the offset
+    that is believed. At any other offset, the time goes on by the monotonic clock until the offset
+    has stayed there for BELIEVED_AFTER. Then the new offset is the one that is believed.
     """
 
     def __init__(self) -> None:
@@ -42,7 +45,7 @@ class LedgerClock:
         self._watch(offset, elapsed)
 
     def _watch(self, offset: int, elapsed: int) -> None:
-        """Believe `offset` once the clock has stayed near it for long enough."""
+        """Begin to watch whether the clock stays near `offset` for long enough to believe it."""
         self._watched, self._judged_at = offset, elapsed + self._believed_after
         self._lowest = max(offset, self._believed) - MAX_JUMP
         self._highest = min(offset, self._believed) + MAX_JUMP
@@ -72,25 +75,24 @@ class LedgerClock:
 
     @property
     def jump(self) -> int:
-        """How far the wall clock is from the time it would show without the jump that is not
-        believed, in milliseconds; 0 if it is believed."""
+        """Return by how much the wall clock has jumped, in milliseconds, 0 if it is believed."""
         self.now()
         jump = time.time_ns() - time.clock_gettime_ns(ELAPSED) - self._believed
         return jump // MS if abs(jump) > MAX_JUMP else 0
 
     @property
     def offset(self) -> int:
-        """The wall clock minus the ledger's time, in milliseconds."""
+        """Return the wall clock minus the ledger's time, in milliseconds."""
         return time.time_ns() // MS - self.now()
 
     def go_on_from(self, latest: int) -> None:
-        """Let the time not be earlier than `latest`, what the ledger says at the start."""
+        """Let the time not be earlier than `latest`, the latest time in the ledger at the start."""
         self._latest = max(self._latest, latest)
 
     def start(self, *, accept: bool) -> None:
-        """Begin to date what a gateway does. With `accept`, the wall clock is believed from now on,
-        also when it jumps. Otherwise raises UserError if it is more than MAX_BEHIND behind the
-        ledger."""
+        """Begin to date the entries of a gateway. With `accept`, the wall clock is believed from
+        now on, even if it jumps. Otherwise raises UserError if it is more than MAX_BEHIND behind
+        the ledger."""
         behind = -self.offset
         if accept:
             self._believed_after = self._judged_at = 0
@@ -105,7 +107,7 @@ class LedgerClock:
 
     def set_back(self, latest: int) -> None:
         """Go on from `latest`, which can be earlier. A wall clock that is behind the ledger's time
-        is believed; one that has jumped ahead is still not."""
+        is believed, but not one that has jumped ahead."""
         self.now()
         elapsed = time.clock_gettime_ns(ELAPSED)
         offset = time.time_ns() - elapsed
@@ -122,7 +124,7 @@ STANDS_STILL = (
 
 
 async def watch_clock(clock: LedgerClock, log: Callable[..., None]) -> None:
-    """Say once when the wall clock jumps, and once when the ledger goes by it again."""
+    """Log when the wall clock jumps, and when the ledger follows it again, once each."""
     jumped = False
     while True:
         if (jump := clock.jump) and not jumped:
@@ -143,4 +145,4 @@ async def watch_clock(clock: LedgerClock, log: Callable[..., None]) -> None:
                 reason=reason,
             )
         jumped = bool(jump)
-        await asyncio.sleep(CHECK_SECONDS)
+        await asyncio.sleep(CLOCK_CHECK_SECONDS)

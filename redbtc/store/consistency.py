@@ -1,4 +1,4 @@
-"""db check: whether the rows of a ledger agree with each other."""
+"""Check that a database is sound and its rows agree with each other, for db check and check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from redbtc.errors import StorageUnavailable, UserError
 from redbtc.store.backup import FILE_CHECKS, suffixed
-from redbtc.store.database import Store, refuse_without
+from redbtc.store.database import Store
+from redbtc.store.opening import refuse_incomplete
 from redbtc.store.schema import APPLICATION_ID, newest_version
 from redbtc.store.spill import Spill
 
@@ -48,22 +49,21 @@ CHECKS = FILE_CHECKS | {
 }
 
 CHECK_TABLE = "PRAGMA integrity_check('{}')"  # of sqlite_schema: the list of free pages, too
-TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+TABLE_NAMES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
 
 
 async def check_database(store: Store) -> list[str]:
-    """Return what is wrong with the file, line by line. Each table, in place of the integrity of
-    the whole, and each other check is read through a snapshot of its own, so that none lasts long.
-    """
+    """Return the problems of the database, line by line. The integrity of each table, and each
+    other check, is read through a snapshot of its own, so that no snapshot lasts long."""
     async with store.snapshot() as snapshot:
-        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLES)]]
+        tables = ["sqlite_schema", *[name for (name,) in await snapshot.all(TABLE_NAMES)]]
     checks = {f"integrity of {table}": CHECK_TABLE.format(table) for table in tables}
     checks |= {name: sql for name, sql in CHECKS.items() if name != "integrity"}
-    return [line for name, sql in checks.items() for line in await check(store, name, sql)]
+    return [line for name, sql in checks.items() for line in await run_check(store, name, sql)]
 
 
-async def check(store: Store, name: str, sql: str) -> list[str]:
-    """Return what one check finds wrong. What can't be read is a finding, too."""
+async def run_check(store: Store, name: str, sql: str) -> list[str]:
+    """Return the problems that one check finds. A part that can't be read is one, too."""
     try:
         async with store.snapshot_to_check() as snapshot:
             rows = [tuple(row) for row in await snapshot.all(sql)]
@@ -76,10 +76,10 @@ CURRENCIES = "SELECT currency FROM prices UNION SELECT currency FROM payments"
 
 
 def check_file(path: Path, currency: str) -> list[str]:
-    """What is wrong with the database before anything opens it for writing; it may be in use."""
+    """Return the problems of a database that may be in use. Nothing is written."""
     try:
         if not suffixed(path, ".restored").exists():  # else a start finishes that restore first
-            refuse_without(path, Spill(path))
+            refuse_incomplete(path, Spill(path))
         path.stat()
     except UserError as error:
         return [str(error)]

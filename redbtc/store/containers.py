@@ -1,4 +1,4 @@
-"""Containers of code interpreters, each of which is billed once."""
+"""Bill each container of a code interpreter once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import functools
 from collections.abc import Collection, Iterable
 
 from redbtc.errors import StorageUnavailable
-from redbtc.store.commits import RETRY_SECONDS
 from redbtc.store.database import Store
+from redbtc.store.health import RETRY_SECONDS
 
 BILLED_CONTAINER = "SELECT 1 FROM billed_containers WHERE id = ?"
 BILL_CONTAINER = "INSERT OR IGNORE INTO billed_containers (id) VALUES (?)"
@@ -16,16 +16,16 @@ BILL_CONTAINER = "INSERT OR IGNORE INTO billed_containers (id) VALUES (?)"
 
 class Containers:
     """The containers that were billed. A container is billed to the first request that ends with
-    it in its answer, or that is corrected when its response shows it: one that was interrupted, or
-    whose usage is not known, pays for nothing until then."""
+    the container in its response, or that is corrected when its response shows it. A request that
+    was interrupted, or whose usage is not known, pays nothing until then."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._waiting: set[str] = set()  # those whose commit is not known yet
 
     async def unbilled(self, ids: Collection[str]) -> list[str]:
-        """Return those of the containers that nobody was billed for, however long that takes. They
-        are to be billed before anything else is waited for."""
+        """Return the containers that were not billed yet, however long the database takes. Bill
+        them before waiting for anything else."""
         while True:
             try:
                 return [each for each in ids if not self._is_billed(each)]

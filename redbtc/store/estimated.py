@@ -1,4 +1,4 @@
-"""Requests that were settled by an estimate, and their correction."""
+"""Find requests that were settled by an estimate, and correct them."""
 
 from __future__ import annotations
 
@@ -50,14 +50,15 @@ ESTIMATED = f"""
 
 
 def estimated_of(store: Store, response_id: str, account_id: str) -> EstimatedRow | None:
-    """The account's estimated request that a response is of, if it was not corrected yet. Raises
-    StorageUnavailable."""
+    """Return the account's estimated request that made a response, None if there is none or it was
+    corrected already. Raises StorageUnavailable."""
     found = store.look_up(ESTIMATED, (response_id, account_id))
     return EstimatedRow(*found) if found else None
 
 
 async def correct(store: Store, values: Sequence[Any], usage: Usage) -> None:
-    """Commit a correction, once: `values` are those of CORRECTED before the usage."""
+    """Commit a correction, unless the request was corrected already. `values` are those of the
+    columns CORRECTED before the usage."""
     await store.record(
         CORRECT, (*values, *msgspec.structs.astuple(usage)), retry_until_written=True
     )

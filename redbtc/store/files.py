@@ -1,4 +1,4 @@
-"""The database's files: one process holds them, and they are still the ones that it opened."""
+"""Lock the database's files, and notice when they are removed or replaced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from redbtc.errors import UserError
 
-CHECK_SECONDS = 0.25
+FILE_CHECK_SECONDS = 0.25
 
 
 class DatabaseInUse(UserError):
@@ -24,19 +24,19 @@ class FileChanged(UserError):
 
 @contextlib.contextmanager
 def hold_lock(database: Path) -> Iterator[None]:
-    """Hold the lock file beside a database, which ends with the process, however that ends. Raises
-    DatabaseInUse, OSError."""
+    """Hold the lock file beside a database. The lock ends with the process, however that ends.
+    Raises DatabaseInUse, OSError."""
     with _held(Path(f"{database}.lock"), database):
         yield
 
 
 @contextlib.contextmanager
 def hold(database: Path) -> Iterator[None]:
-    """Hold the database's own file, which is made if there is none: it keeps a second gateway out
-    if somebody removes the lock file. SQLite's locks are of another kind. Raises DatabaseInUse,
+    """Lock the database's own file, which is created if there is none. This keeps a second gateway
+    out if the lock file was removed. SQLite's locks are of another kind. Raises DatabaseInUse,
     OSError.
 
-    This must end after the last connection of SQLite is closed: to close the file earlier would end
+    This must end after the last connection of SQLite is closed: closing the file earlier would end
     the locks that SQLite holds for this process."""
     with _held(database, database):
         yield
@@ -51,7 +51,7 @@ def _held(path: Path, database: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise in_use from None
-        if identity_of(path) != identity_of(file):  # removed by who held it before
+        if identity_of(path) != identity_of(file):  # its last holder removed it
             raise in_use
         yield
     finally:
@@ -62,7 +62,8 @@ Identity = tuple[int, int]  # device and inode
 
 
 def identity_of(file: Path | int) -> Identity | None:
-    """Return which file is at a path or open, None if there is none. Raises OSError."""
+    """Return the identity of the file at a path or of an open file, None if there is none. Raises
+    OSError."""
     try:
         found = os.stat(file)
     except FileNotFoundError:
@@ -71,19 +72,19 @@ def identity_of(file: Path | int) -> Identity | None:
 
 
 class OpenFiles:
-    """Which files an open database, its write-ahead log and the index of that are."""
+    """The identities of an open database, its write-ahead log and the index of that."""
 
     def __init__(self, database: Path) -> None:
-        """All must exist. Raises OSError."""
+        """Remember the files, all of which must exist. Raises OSError."""
         paths = (database, Path(f"{database}-wal"), Path(f"{database}-shm"))
         self._opened = {path: identity_of(path) for path in paths}
         self._checked_at = time.monotonic()
 
     def check(self) -> None:
-        """Raise FileChanged if one of the files is not at its path any more. Looks at most every
-        CHECK_SECONDS. Raises OSError."""
+        """Raise FileChanged if one of the files is not at its path any more. The files are checked
+        at most every FILE_CHECK_SECONDS. Raises OSError."""
         now = time.monotonic()
-        if now - self._checked_at < CHECK_SECONDS:
+        if now - self._checked_at < FILE_CHECK_SECONDS:
             return
         self._checked_at = now
         for path, opened in self._opened.items():
@@ -94,7 +95,7 @@ class OpenFiles:
 
 
 def state_of(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is replaced or written to; () if there is none."""
+    """Return values that change when a file is replaced or written to; () if there is none."""
     try:
         found = os.stat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""API keys: how one is made, hashed and found."""
+"""Make, hash and find API keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 def base62(number: int, width: int) -> str:
-    """`number` in base 62, most significant digit first, filled up with zeros to `width`."""
+    """Return a number in base 62, most significant digit first, padded with zeros to `width`."""
     digits = []
     for _ in range(width):
         number, digit = divmod(number, 62)
@@ -26,13 +26,13 @@ def base62(number: int, width: int) -> str:
 
 
 def new_key() -> str:
-    """A fresh API key, 59 characters. It is shown once; only its hash is kept."""
+    """Return a new API key of 59 characters. It is shown once; only its hash is kept."""
     body = KEY_PREFIX + base62(secrets.randbits(256), 43)
     return body + base62(zlib.crc32(body.encode()), 6)
 
 
 def hash_of_key(key: str) -> bytes | None:
-    """The SHA-256 under which a key is stored; None for what can't be a key."""
+    """Return the SHA-256 under which a key is stored, None if the text can't be a key."""
     shown = key.encode()
     if len(shown) != 59 or key[-6:] != base62(zlib.crc32(shown[:-6]), 6):
         return None
@@ -40,8 +40,8 @@ def hash_of_key(key: str) -> bytes | None:
 
 
 class Key(NamedTuple):
-    """A key that is in force, with what its account allows: limits of None are the settings',
-    budgets of None are none."""
+    """A key, with the limits and budgets of its account. A limit of None falls back to the
+    settings'; a budget of None means no budget."""
 
     id: str
     account_id: str
@@ -60,7 +60,7 @@ class Key(NamedTuple):
     budget_id: str  # the first of the keys that replaced one another, which share a budget
 
     def allows(self, model: str) -> bool:
-        """Whether one of its patterns, where it has any, is the model's."""
+        """Return whether the key has no patterns of models, or one that matches the model."""
         if self.models is None:
             return True
         return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models.split(","))
@@ -88,8 +88,8 @@ KEY_IN_FORCE = f"""{FULL_KEY}
 
 
 def key_in_force(store: Store, key: str) -> Key | None:
-    """The key and its account, or None where it is malformed, unknown, revoked or expired. Reads
-    the database, so that what was committed a moment ago holds. Raises StorageUnavailable."""
+    """Return a key, or None if it is malformed, unknown, revoked or expired. It is read from the
+    database, so that a change takes effect at once. Raises StorageUnavailable."""
     hashed = hash_of_key(key)
     found = store.look_up(KEY_IN_FORCE, (hashed, store.time())) if hashed else None
     return Key(*found) if found else None

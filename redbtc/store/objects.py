@@ -35,10 +35,10 @@ OWN = """
         WHERE account_id = excluded.account_id
           AND (excluded.models IS NOT NULL OR excluded.extras OR excluded.tokens IS NOT NULL)"""
 DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
-HOME = "upstream, models, minted_input, extras, tokens, likely_tokens"
-OWNED = f"SELECT account_id, {HOME} FROM stored_objects WHERE id = ?"
+LOCATION_COLUMNS = "upstream, models, minted_input, extras, tokens, likely_tokens"
+OWNED = f"SELECT account_id, {LOCATION_COLUMNS} FROM stored_objects WHERE id = ?"
 OWNERS = f"""
-    SELECT id, account_id, {HOME} FROM stored_objects
+    SELECT id, account_id, {LOCATION_COLUMNS} FROM stored_objects
      WHERE id IN (SELECT value FROM json_each(?))"""
 MAX_LOOK_UPS = 250  # ids in one query, which takes about 1 ms
 MAX_SHOWN = 1000  # ids of an account that are remembered as shown in listings
@@ -48,20 +48,20 @@ class Claim(NamedTuple):
     """An object's owner, and where the object is stored."""
 
     account_id: str
-    home: ObjectLocation
+    location: ObjectLocation
 
     def joined(self, later: Claim) -> Claim:
         """Return the same claim, or one that adds to it what a later claim of the same account
         says."""
-        home = self.home.joined(later.home)
-        if later.account_id != self.account_id or home == self.home:
+        location = self.location.joined(later.location)
+        if later.account_id != self.account_id or location == self.location:
             return self
-        return Claim(self.account_id, home)
+        return Claim(self.account_id, location)
 
 
 @functools.lru_cache(MAX_ROWS)
 def own_of(rows: int) -> str:
-    """Return OWN for so many objects at once."""
+    """Return OWN for a number of objects at once."""
     return OWN.format(rows=", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows))
 
 
@@ -76,7 +76,7 @@ def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
 
 
 class Objects:
-    """Who owns what is stored at the upstreams."""
+    """The accounts that own the objects stored at the upstreams, and the objects' locations."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -85,21 +85,21 @@ class Objects:
         self._shown: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
         self._growing: Counter[str] = Counter()  # by object, the tokens of `grow`
 
-    def own(self, ids: Iterable[str], account_id: str, home: ObjectLocation) -> None:
+    def own(self, ids: Iterable[str], account_id: str, location: ObjectLocation) -> None:
         """Make the objects the account's, except for those that are another account's already."""
-        self.own_each(dict.fromkeys(ids, home), account_id)
+        self.own_each(dict.fromkeys(ids, location), account_id)
 
-    def own_each(self, homes: Mapping[str, ObjectLocation], account_id: str) -> None:
+    def own_each(self, locations: Mapping[str, ObjectLocation], account_id: str) -> None:
         """Make each of these objects the account's, as `own` does."""
         now, claims, values = self._store.time(), {}, []
-        for each, home in homes.items():
-            before, claim = self._claims.get(each), Claim(account_id, home)
+        for each, location in locations.items():
+            before, claim = self._claims.get(each), Claim(account_id, location)
             if before is None or before.account_id == account_id:
                 self._claims[each] = claims[each] = claim = (
                     before.joined(claim) if before else claim
                 )
             if claim is not before:  # nothing in it is new
-                values.append((each, account_id, *claim.home, now))
+                values.append((each, account_id, *claim.location, now))
         for at in range(0, len(values), MAX_ROWS):
             rows = values[at : at + MAX_ROWS]
             row = list(chain(*rows))
@@ -118,12 +118,12 @@ class Objects:
         row = self._store.look_up(OWNED, (object_id,))
         return decided(row, self._claims.get(object_id))
 
-    def home_of(self, object_id: str, account_id: str) -> ObjectLocation | None:
+    def location_of(self, object_id: str, account_id: str) -> ObjectLocation | None:
         """Return where the object is, None unless it is the account's. Costs one read by an index,
         which takes as long for another account's object as for one that does not exist. Raises
         StorageUnavailable."""
         owned = self._owned(object_id)
-        return owned.home if owned and owned.account_id == account_id else None
+        return owned.location if owned and owned.account_id == account_id else None
 
     def look_up(self, ids: Collection[str], account_id: str) -> dict[str, ObjectLocation | None]:
         """Return, by id, where an object of the account is stored, and None for another account's
@@ -132,11 +132,12 @@ class Objects:
         names = orjson.dumps(list(ids)).decode()
         rows = {row[0]: row[1:] for row in self._store.look_up_all(OWNERS, (names,))}
         found: dict[str, ObjectLocation | None] = {}
-        homes: dict[ObjectLocation, ObjectLocation] = {}  # equal ones are one, so that few are kept
+        # Equal locations are one object, so that few are kept.
+        locations: dict[ObjectLocation, ObjectLocation] = {}
         for each in ids:
             if owned := decided(rows.get(each), self._claims.get(each)):
-                home = homes.setdefault(owned.home, owned.home)
-                found[each] = home if owned.account_id == account_id else None
+                location = locations.setdefault(owned.location, owned.location)
+                found[each] = location if owned.account_id == account_id else None
         return found
 
     def is_free(self, object_id: str) -> bool:
@@ -144,8 +145,8 @@ class Objects:
         return self._owned(object_id) is None
 
     async def disown(self, object_id: str, account_id: str) -> None:
-        """Forget an object that the account deleted. Also drops a claim that another account made
-        in vain, which would take effect now."""
+        """Forget an object that the account deleted, and a claim that another account made in vain,
+        which would take effect now."""
         self._claims.pop(object_id, None)
         await self._store.record(DISOWN, (object_id, account_id), retry_until_written=True)
 
@@ -155,7 +156,7 @@ class Objects:
         self._growing.update(growth)
 
     def stop_growing(self, growth: Mapping[str, int]) -> None:
-        """Take back what `grow` noted: the request has ended."""
+        """Undo `grow` when the request has ended."""
         for each, tokens in growth.items():
             self._growing[each] -= tokens
             if not self._growing[each]:

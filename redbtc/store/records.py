@@ -1,4 +1,4 @@
-"""How JSON shows what rows have, and the ids of new ones."""
+"""Show values of rows as JSON has them, and make ids of new rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from redbtc.times import iso_time
 
 
 def new_id(kind: str) -> str:
-    """acct_, key_, pay_, ntc_, usr_ or ses_ and 16 hexadecimal digits."""
+    """Return a new id: `kind`, which is acct, key, pay, ntc, usr or ses, and 16 hexadecimal
+    digits."""
     return f"{kind}_{secrets.token_hex(8)}"
 
 
@@ -29,8 +30,9 @@ Described = TypeVar("Described", bound=Struct)
 def with_members(
     members: Mapping[str, Any], *default: Any
 ) -> Callable[[type[Described]], type[Described]]:
-    """Decorate a type: put these members, given by name and type, after those that it has. So what
-    lists all rates or all kinds of usage has them from the one place where they are declared."""
+    """Return a decorator that appends members, given by name and type, to those of a type. So a
+    type that lists all rates or all kinds of usage has them from the place where they are
+    declared."""
 
     def decorate(base: type[Described]) -> type[Described]:
         return defstruct(  # type: ignore[return-value]  # it is a subclass

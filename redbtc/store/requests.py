@@ -1,4 +1,8 @@
-"""Begin and settle the rows of requests."""
+"""Begin and settle the rows of requests.
+
+A row is begun when its request leaves for an upstream, and settled at its end. One statement does
+both, so that writing it again after a commit of unknown fate changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,59 +11,59 @@ from typing import NamedTuple
 import orjson
 
 from redbtc.store.database import Store
+from redbtc.store.request_rows import REQUEST_ROWS
 from redbtc.store.rows import COLUMNS, FORGET, RECORD, values_of
 from redbtc.usage import RequestRow
 
 
-# The ledger proper: a row is begun when its request leaves for an upstream and settled at its end.
 async def begin(store: Store, row: RequestRow) -> None:
     """Commit the row as pending. Raises StorageUnavailable; then it will not be in the ledger."""
     row.run = store.run
-    await store.record(RECORD, values_of(row), retry_until_written=False)
+    values, undo = values_of(row), (FORGET, (row.request_id,))
+    await store.record(RECORD, values, kind=REQUEST_ROWS, undo=undo, retry_until_written=False)
 
 
 class Admitted(NamedTuple):
-    """What the correction of an estimated request needs: when the request was admitted, by the
-    ledger's time, which chooses its prices; the model of its image tool; and the nanos that were
-    held for it."""
+    """Facts about the admission of a request that the correction of its estimate needs."""
 
-    at: int
-    image_model: str
-    held: int
+    at: int  # the ledger's time, which chooses the prices
+    image_model: str  # of its image tool
+    held: int  # nanos
 
 
 async def settle(store: Store, row: RequestRow, admitted: Admitted | None = None) -> None:
     """Commit the row as it ended, however long that takes. With `admitted`, an estimated row can be
     corrected when its response is fetched later."""
-    written = store.record(RECORD, values_of(row), retry_until_written=True)
+    values = values_of(row)
+    written = store.record(RECORD, values, kind=REQUEST_ROWS, retry_until_written=True)
     if admitted and row.usage_source == "estimated" and row.response_id:
-        values = (row.response_id, row.request_id, *admitted)
-        written = store.record(KEEP_ESTIMATE, values, retry_until_written=True)
+        estimate = (row.response_id, row.request_id, *admitted)
+        written = store.record(KEEP_ESTIMATE, estimate, retry_until_written=True)
     await written
 
 
-def keep_unsettled(store: Store, row: RequestRow, admitted: Admitted | None) -> None:
-    """Keep what a request in flight has used so far, in case the process is killed. `row` is the
-    request's row as if it had just ended; `admitted` as in `settle`."""
+def record_progress(store: Store, row: RequestRow, admitted: Admitted | None) -> None:
+    """Save what a request in flight has used so far, in case the process is killed. `row` is the
+    request's row as if it had just ended; `admitted` is as in `settle`."""
     settled = orjson.dumps(dict(zip(COLUMNS, values_of(row), strict=True))).decode()
     values = (row.request_id, settled, *(admitted or (None, None, None)))
-    store.record(KEEP_UNSETTLED, values, retry_until_written=True, durable=False)
+    store.record(RECORD_PROGRESS, values, retry_until_written=True, durable=False)
 
 
-def drop_unsettled(store: Store, row: RequestRow) -> None:
-    """Remove what `keep_unsettled` wrote for a request, in the commit of what is recorded next."""
-    store.record(DROP_UNSETTLED, (row.request_id,), retry_until_written=True, durable=False)
+def drop_progress(store: Store, row: RequestRow) -> None:
+    """Remove what `record_progress` wrote for a request, in the commit of what is recorded next."""
+    store.record(DROP_PROGRESS, (row.request_id,), retry_until_written=True, durable=False)
 
 
 async def forget(store: Store, row: RequestRow) -> None:
-    """Take back a pending row whose request did not leave for the upstream after all."""
+    """Remove a pending row whose request did not leave for the upstream after all."""
     await store.record(FORGET, (row.request_id,), retry_until_written=True)
 
 
 KEEP_ESTIMATE = """
     INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model, held)
     VALUES (?, ?, ?, ?, ?)"""
-KEEP_UNSETTLED = """
+RECORD_PROGRESS = """
     INSERT OR REPLACE INTO unsettled (request_id, settled, admitted_at, image_model, held)
     VALUES (?, ?, ?, ?, ?)"""
-DROP_UNSETTLED = "DELETE FROM unsettled WHERE request_id = ?"
+DROP_PROGRESS = "DELETE FROM unsettled WHERE request_id = ?"

@@ -1,4 +1,4 @@
-"""The statements that write the rows of requests. No connection is used here."""
+"""SQL that writes the rows of requests. No connection is used here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_ROWS = 32  # of one statement
 
 @functools.lru_cache(MAX_ROWS)
 def record_of(rows: int) -> str:
-    """RECORD for so many rows at once."""
+    """Return RECORD for a number of rows at once."""
     return RECORD.replace(PLACES, ", ".join([PLACES] * rows))
 
 

@@ -1,4 +1,4 @@
-"""What marks a database file as one of this program, and the versions of its tables."""
+"""The mark of a database file of this program, and the versions of its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,16 @@
-"""How fast models write, as the ledger's newest rows show it."""
+"""The speeds at which models write, in output tokens a second, as the newest completed rows show
+them.
+
+A row is easily made slow on purpose, by reading slowly or with a tool that hangs. So each account
+counts once, however many rows it has, and of two accounts the faster one counts: to bend the
+result, an account needs company. Its own rows make its estimates no lower than the rows of others
+do, or than USUAL_SPEED if there are none, since a model that no other account uses is easily found.
+This rule does not hold for the gateway's only account if it may spend without a limit.
+
+Within an account each token counts once. Short answers show how long the first byte takes rather
+than the model's pace, so they say little, and to outweigh honest rows, others have to be paid for,
+token by token.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +26,10 @@ from redbtc.slices import with_turns
 from redbtc.store.database import Store
 from redbtc.times import month_of
 
-# How many output tokens a second a model writes, as the newest completed rows show it. A row is
-# easily made slow on purpose (by reading slowly, or with a tool that hangs). So each account counts
-# once, however many rows it has, and of two accounts the faster one counts: to bend the result, an
-# account needs company. Its own rows make its estimates no lower than the rows of others do, or
-# than USUAL_SPEED where there are none, unless it is the gateway's only account and may spend
-# without a limit: a model that nobody else uses is easily found. Within an account each token
-# counts once: short answers, which show how long the first byte takes rather than the model's pace,
-# say little, and to outweigh honest rows others have to be paid for, token by token.
-USUAL_SPEED = 60.0  # of a model of which no row is known
+USUAL_SPEED = 60.0  # of a model that has no rows
 MIN_DURATION_MS = 1000  # a shorter row says nothing
-MAX_ACCOUNTS, MAX_ROWS = 100, 100  # those with most requests, and the newest rows of each
-SPEED_SECONDS = 60  # for which what was read is used
+MAX_ACCOUNTS, MAX_ACCOUNT_ROWS = 100, 100  # with most requests; the newest rows of each
+SPEED_SECONDS = 60  # for which speeds are used before they are read again
 UPPER = 0.75  # the share of an account's tokens that were written no faster than its speed
 MONTH_MS = 31 * 86_400_000
 ROWS_WITH_SPEED = f"""
@@ -34,7 +38,7 @@ ROWS_WITH_SPEED = f"""
              ORDER BY sum(requests) DESC LIMIT {MAX_ACCOUNTS})
       JOIN requests ON request_id IN (
                SELECT request_id FROM requests AS newest WHERE newest.account_id = id
-                ORDER BY started_at DESC LIMIT {MAX_ROWS})
+                ORDER BY started_at DESC LIMIT {MAX_ACCOUNT_ROWS})
      WHERE outcome = 'completed' AND usage_source = 'upstream'
        AND duration_ms >= {MIN_DURATION_MS} AND output_tokens > 0"""
 
@@ -42,8 +46,8 @@ COUNT_ACCOUNTS = "SELECT count(DISTINCT account_id) FROM usage_by_month"
 
 
 class Speeds:
-    """The output tokens a second of all models. They are read when an estimate needs them, at most
-    once in SPEED_SECONDS, and cost other requests nothing."""
+    """The speeds of all models. They are read when an estimate needs them, at most once in
+    SPEED_SECONDS, and cost other requests nothing."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -53,11 +57,12 @@ class Speeds:
         self._reading = asyncio.Lock()
 
     async def of(self, model: str, account_id: str, limited: bool) -> float:
-        """Return that of a model for an estimate of the account's, by the upstream's name for the
-        model or by the one that clients use. `limited`: the account's spending is."""
+        """Return the speed of a model for an estimate of an account's request. `model` is the
+        upstream's name of the model, or the name that clients use. `limited` says whether the
+        account's spending has a limit."""
         async with self._reading:
             if time.monotonic() - self._read_at > SPEED_SECONDS:
-                with contextlib.suppress(StorageUnavailable):  # the last ones are as good
+                with contextlib.suppress(StorageUnavailable):  # use the old ones
                     self._speeds = await self._read()
                 self._read_at = time.monotonic()
         speeds = self._speeds.get(model, {})
@@ -95,12 +100,13 @@ def speed_of_rows(rows: Iterable[tuple[float, int]]) -> float:
 
 
 def speed_for(account_id: str, speeds: Mapping[str, float]) -> float:
-    """Return a model's speed for an estimate of the account's, given the speeds by account."""
+    """Return a model's speed for an estimate of an account's request, given the speeds by
+    account."""
     others = [speed for each, speed in speeds.items() if each != account_id]
     return max(speed_of_accounts(others), speed_of_accounts(speeds.values()))
 
 
 def speed_of_accounts(speeds: Iterable[float]) -> float:
-    """Return the median of the accounts' speeds; of two in the middle the faster one."""
+    """Return the median of the accounts' speeds; of two in the middle, the faster one."""
     ordered = sorted(speeds) or [USUAL_SPEED]
     return ordered[len(ordered) // 2]

@@ -1,9 +1,9 @@
-"""The spill file: changes that the ledger could not commit, kept until a later process does.
+"""The spill file keeps changes that the ledger could not commit until a later process commits them.
 
-It lies beside the database, as redbtc.db.owed, and has a part of its space reserved while a gateway
-runs, so that a full disk leaves room for what is owed. Each line is a CRC-32, a space and a change
-as JSON: the statement and its values. The space that is not used is filled with NUL bytes. Like the
-ledger, it holds no byte of a prompt or an answer.
+It lies beside the database, as redbtc.db.owed. Part of its space is reserved while a gateway runs,
+so that a full disk leaves room for these changes. Each line is a CRC-32, a space and a change as a
+JSON array: an SQL statement, its values and, where it has one, the name of its kind. Unused space
+is filled with NUL bytes. Like the ledger, the file holds no byte of a prompt or an answer.
 """
 
 from __future__ import annotations
@@ -16,20 +16,28 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from redbtc.store.files import identity_of
-
-OwedChange = tuple[str, Sequence[Any]]  # a statement and its values
+from redbtc.store.health import RETRY_SECONDS
 
 RESERVED_BYTES = 256 << 10  # room for about 500 requests
 MAX_TRIES = 5  # to add changes
-RETRY_SECONDS = 0.25
+
+
+class OwedChange(NamedTuple):
+    """A change that the ledger lacks: an SQL statement, its values, and the name of its kind (see
+    `EntryKind`; "" if it has none)."""
+
+    sql: str
+    values: Sequence[Any]
+    kind: str = ""
 
 
 def line_of(change: OwedChange) -> bytes:
     """Return a change as a line of the file."""
-    text = json.dumps([change[0], list(change[1])]).encode()
+    kind = [change.kind] if change.kind else []
+    text = json.dumps([change.sql, list(change.values), *kind]).encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
@@ -38,8 +46,7 @@ def change_of(line: bytes) -> OwedChange | None:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return None
-    sql, values = json.loads(text)
-    return sql, values
+    return OwedChange(*json.loads(text))
 
 
 class Spill:
@@ -49,16 +56,15 @@ class Spill:
         self.path = Path(f"{database}.owed")
         self.refused = Path(f"{database}.owed.refused")
         self._file: int | None = None
-        self._content = b""  # that is on the disk
+        self._content = b""  # as it is on the disk
         self._adding = threading.Lock()
 
     def exists(self) -> bool:
-        """Return whether there is a file: its gateway runs, or did not end cleanly."""
+        """Return whether the file exists: its gateway is running, or did not end cleanly."""
         return self.path.exists()
 
     def read(self) -> tuple[list[OwedChange], list[bytes]]:
-        """Return the changes in the file, in their order, and those of its lines that are damaged.
-        Raises OSError."""
+        """Return the changes in the file, in their order, and its damaged lines. Raises OSError."""
         try:
             content = self.path.read_bytes().replace(b"\0", b"")
         except FileNotFoundError:
@@ -72,18 +78,18 @@ class Spill:
         return changes, damaged
 
     def reserve(self) -> None:
-        """Empty the file and reserve its space, as far as there is any. Raises OSError; an open
-        file is then still open."""
+        """Empty the file and reserve its space, as far as the disk has room. Raises OSError; a file
+        that was open then stays open."""
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         file = os.open(self.path, flags, 0o600)
         self.close()
         self._file = file
-        with contextlib.suppress(OSError):  # the disk is full: what is owed may find room later
+        with contextlib.suppress(OSError):  # the disk is full, but may have room later
             os.write(file, bytes(RESERVED_BYTES))
 
     def add(self, changes: Sequence[OwedChange]) -> int:
-        """Write changes and sync them to the disk. What fails is tried again, up to MAX_TRIES
-        times. Return how many of the changes are in the file."""
+        """Write changes and bring them to the disk, in up to MAX_TRIES tries. Return how many of
+        them are in the file."""
         written = 0
         with self._adding:
             for tried in range(MAX_TRIES):
@@ -100,7 +106,7 @@ class Spill:
         added, written = b"", 0
         try:
             with contextlib.suppress(OSError):
-                self._make_again_if_removed()
+                self._recreate_if_removed()
                 for line in map(line_of, changes):
                     self._write(line, len(self._content) + len(added))
                     added += line
@@ -111,16 +117,15 @@ class Spill:
         self._content += added
         return written
 
-    def _make_again_if_removed(self) -> None:
-        """Make the file again, with all that was in it, if somebody has removed it. Raises
-        OSError."""
+    def _recreate_if_removed(self) -> None:
+        """Recreate the file with its content if it was removed. Raises OSError."""
         if identity_of(self.path) == identity_of(self._file or 0):
             return
         self.reserve()
         try:
             self._write(self._content, 0)
         except OSError:
-            self.path.unlink()  # so that this is done again
+            self.path.unlink()  # so that the next try recreates it
             raise
 
     def _write(self, data: bytes, at: int) -> None:
@@ -131,8 +136,8 @@ class Spill:
             data, at = data[written:], at + written
 
     def refuse(self, lines: Sequence[bytes]) -> None:
-        """Put lines that can't be committed aside, in a file that nothing reads but people. Raises
-        OSError."""
+        """Append lines that can't be committed to the file `refused`, which only people read.
+        Raises OSError."""
         if lines:
             with open(self.refused, "ab") as file:
                 file.writelines(lines)
@@ -140,14 +145,14 @@ class Spill:
                 os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Remove the file, if it is open: nothing is owed. If something is, close it only."""
+        """Close the file, and remove it if it was open and holds no change."""
         empty = self._file is not None and not self._content
         self.close()
         if empty:
             self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file and leave it where it is."""
+        """Close the file and keep it."""
         if self._file is not None:
             os.close(self._file)
         self._file = None

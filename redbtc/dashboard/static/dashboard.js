@@ -1,6 +1,6 @@
-// What HTML alone can't do: times in the reader's own zone, buttons that copy, and forms that a
-// double click sends once. Without this script times stay in UTC, those buttons stay hidden, a form
-// that is sent again is refused, and every page works.
+// Times in the reader's own time zone, buttons that copy, and forms that a double click sends only
+// once. Every page works without this script: times stay in UTC, those buttons stay hidden, and the
+// gateway refuses a form that is sent again.
 "use strict";
 
 const language = document.documentElement.lang || undefined;
@@ -15,7 +15,7 @@ for (const time of document.querySelectorAll('time[datetime$="Z"]')) {
   time.textContent = format.format(instant);
 }
 
-// Must be in the page before it says anything, or screen readers miss the first announcement.
+// This element must be in the page before its text changes, or screen readers miss the first one.
 const announcement = document.createElement("p");
 announcement.setAttribute("role", "status");
 announcement.className = "visually-hidden";
@@ -25,8 +25,8 @@ async function copy(source) {
     await navigator.clipboard.writeText(source.textContent);
     return true;
   } catch {
-    // Refused, or there is no clipboard since the page came over plain HTTP: the older way, which
-    // leaves the text selected in case that is refused too.
+    // The clipboard is refused, or missing because the page came over plain HTTP. Fall back to
+    // execCommand, which leaves the text selected if it is refused, too.
     getSelection().selectAllChildren(source);
     return document.execCommand("copy");
   }
@@ -56,7 +56,7 @@ for (const form of document.querySelectorAll('form[method="post"]')) {
   form.addEventListener("submit", (event) => {
     if (sent) event.preventDefault();
     sent = true;
-    setTimeout(() => (sent = false), 3000); // in case it was stopped
+    setTimeout(() => (sent = false), 3000); // in case the reader stopped it
   });
   addEventListener("pageshow", () => (sent = false));
 }

@@ -1,0 +1,92 @@
+"""The page of an account's keys."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from redbtc.admin.api import API
+from redbtc.dashboard.account_pages import account_base
+from redbtc.dashboard.formats import counted
+from redbtc.dashboard.page_request import PageRequest
+from redbtc.dashboard.parts import paginated
+from redbtc.dashboard.rendering import PageVariables
+from redbtc.errors import NotFound
+from redbtc.slices import with_turns
+from redbtc.store.accounts import KeyAdded, KeyInList
+from redbtc.times import iso_time
+
+KEY_FIELDS = (
+    "label",
+    "models",
+    "expires",
+    "monthly_budget",
+    "concurrency",
+    "requests_per_minute",
+    "tokens_per_minute",
+)
+
+
+class KeyOnPage(NamedTuple):
+    """A key, and whether it is active, expired or revoked."""
+
+    key: KeyInList
+    state: str
+
+    @classmethod
+    def of(cls, key: KeyInList, now: str) -> KeyOnPage:
+        """Return the key with its state at a time."""
+        expired = key.expires_at is not None and key.expires_at <= now
+        return cls(key, "revoked" if key.revoked_at else "expired" if expired else "active")
+
+
+async def keys_page(page: PageRequest) -> PageVariables:
+    """Show active keys, then the others, newest first."""
+    base = await account_base(page, "Keys")
+    found = (await page.ask(API.list_keys, account=base["account"].id)).keys
+    now = iso_time(page.now) or ""
+    keys = [KeyOnPage.of(key, now) async for key in with_turns(reversed(found))]
+    keys.sort(key=lambda each: each.state != "active")
+    return {**base, **paginated(page, "keys", keys), "added": None}
+
+
+async def add_key(page: PageRequest) -> PageVariables:
+    """Add a key to the account and show it."""
+    body = page.fields(*KEY_FIELDS)
+    return await new_key(page, await page.do(API.add_key, body, account=page.path["account"]))
+
+
+async def rotate_key(page: PageRequest) -> PageVariables:
+    """Replace a key by a new one and show that."""
+    body = page.fields("overlap")
+    return await new_key(page, await page.do(API.rotate_key, body, key=await selected_key(page)))
+
+
+async def new_key(page: PageRequest, added: KeyAdded) -> PageVariables:
+    """Return the variables that show a new key, which is possible only now, with code samples."""
+    url, host = page.request.url, page.request.headers.get("host", "")
+    model = await page.example_model(added.models)
+    return {"added": added, "base_url": f"{url.scheme}://{host}/v1", "model": model}
+
+
+async def revoke_key(page: PageRequest) -> PageVariables | None:
+    """Revoke the key that a form selects. If it was leaked, stop its requests in flight, too, and
+    say how many."""
+    compromised = "true" if page.form.get("compromised") else "false"
+    key = await selected_key(page)
+    done = await page.do(API.revoke_key, {"compromised": compromised}, key=key)
+    if not done.compromised:
+        return None
+    return {"done": f"Key revoked. {counted(done.cut, 'request')} in flight stopped."}
+
+
+async def selected_key(page: PageRequest) -> str:
+    """Return the id of the key that a form selects. Raise NotFound if the account has no such
+    key."""
+    found = (await page.ask(API.list_keys, account=page.path["account"])).keys
+    key_id = page.form.get("key", "")
+    if all(key.id != key_id for key in found):
+        raise NotFound("this account has no such key")
+    return key_id
+
+
+KEY_ACTIONS = {"add": add_key, "rotate": rotate_key, "revoke": revoke_key}

@@ -1,0 +1,99 @@
+"""A logged-in user's request for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from redbtc.admin.api import API
+from redbtc.admin.http import check_fields
+from redbtc.admin.operations import Operation
+from redbtc.admin.users import LoginSession
+from redbtc.dashboard.forms import read_form
+from redbtc.dashboard.sessions import SAFE, SECURITY, actor_for, check_origin, session_of
+
+HOME = "/dashboard/"
+LOGIN = "/dashboard/login"
+
+
+class PageRequest:
+    """A logged-in user's request to the dashboard."""
+
+    def __init__(
+        self, api: API, request: Request, session: LoginSession, form: Mapping[str, str]
+    ) -> None:
+        self._api = api
+        self.request = request
+        self.query = request.query_params
+        self.path = request.path_params
+        self.actor = actor_for(session, request)
+        self.session = session
+        self.form = form
+
+    async def ask(
+        self, operation: Operation, *, query: Mapping[str, Any] | None = None, **path: str
+    ) -> Any:
+        """Return the result of an operation that reads. Raise UserError."""
+        return await self._api.perform(operation, self.actor, path, query=query)
+
+    async def do(self, operation: Operation, body: Mapping[str, Any], **path: str) -> Any:
+        """Return the result of an operation that changes something. `body` has the values of a
+        form as text. Raise UserError."""
+        return await self._api.perform(operation, self.actor, path, body=body)
+
+    @property
+    def now(self) -> int:
+        """The ledger's time, in milliseconds."""
+        return self._api.books.store.time()
+
+    async def example_model(self, patterns: Sequence[str] | None) -> str:
+        """Return a model for code samples of a key that is limited to these patterns."""
+        return await self._api.example_model(patterns)
+
+    def is_logged_in(self) -> bool:
+        """Return whether the session is still valid. Raise StorageUnavailable."""
+        return session_of(self._api, self.request) is not None
+
+    def fields(self, *names: str) -> dict[str, str]:
+        """Return the fields of the form with these names that were filled in, without the spaces
+        around their values."""
+        values = {name: self.form.get(name, "").strip() for name in names}
+        return {name: value for name, value in values.items() if value}
+
+
+PageHandler = Callable[[PageRequest], Awaitable[Response]]
+
+
+def logged_in(api: API, handler: PageHandler) -> Callable[[Request], Awaitable[Response]]:
+    """Return an endpoint that requires a login. It redirects other users to the login form."""
+
+    async def endpoint(request: Request) -> Response:
+        session, form = session_of(api, request), {}
+        check_fields(request.scope["query_string"])
+        if session and request.method not in SAFE:
+            check_origin(request)
+            form = await read_form(request)
+            session = session_of(api, request)  # it may have ended while the form was read
+        if session is None:
+            return redirect_to_login(request)
+        return await handler(PageRequest(api, request, session, form))
+
+    return endpoint
+
+
+def redirect(path: str) -> Response:
+    """Return a response that sends the browser to a path."""
+    return RedirectResponse(path, 303, SECURITY)
+
+
+def redirect_to_login(request: Request) -> Response:
+    """Return a response that sends the browser to the login form, and from there back to the page
+    that was requested."""
+    path, query = request.url.path, request.url.query
+    if request.method not in SAFE or path in ("/dashboard", HOME):
+        return redirect(LOGIN)
+    return redirect(f"{LOGIN}?{urlencode({'next': f'{path}?{query}' if query else path})}")

@@ -1,0 +1,168 @@
+"""The steps of opening a database: refuse one that is not whole, check it after an unclean end, set
+what durability depends on, and bring its tables up to date."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from redbtc.errors import UserError
+from redbtc.store.backup import Damaged, back_up_before_migration
+from redbtc.store.checks import PageCheck
+from redbtc.store.failures import LedgerDamaged, LogFunction
+from redbtc.store.files import Identity, identity_of
+from redbtc.store.schema import APPLICATION_ID, migrations, schema
+from redbtc.store.spill import Spill
+from redbtc.store.wal import KEPT_WAL_BYTES, file_size, wal_of
+from redbtc.store.writer import Writer
+
+BUSY_TIMEOUT_MS = 1000
+
+
+class Migrated(NamedTuple):
+    """The result of bringing a database to a newer schema. `backup` is the path of the copy that
+    was made before. It is empty if there is none; then `no_backup` says why."""
+
+    before: int
+    after: int
+    seconds: float
+    backup: str
+    no_backup: str
+
+
+@dataclasses.dataclass
+class Serving:
+    """The options of a store that a gateway opens, and a command does not need."""
+
+    check_seconds: float  # that the check after an unclean end may take; 0: no check
+    accept_clock: bool  # believe the machine's clock in any case
+    log: LogFunction
+    closing: Callable[[], None]  # called when nothing is left to do but to close the files
+    # Remembered for the next try to open the same database: the file that was found sound, and the
+    # file that was copied before its migration, with the path of the copy.
+    checked: Identity | None = None
+    copied: tuple[Identity | None, str] | None = None
+
+
+def has_wal(database: Path) -> bool:
+    """Return whether the database has a WAL file with content, left by a process that was killed.
+    Raises OSError."""
+    try:
+        return os.stat(wal_of(database)).st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def refuse_incomplete(database: Path, spill: Spill) -> None:
+    """Raise UserError if the database is missing although files that belong to it exist, or if it
+    is older than its rescued content: then it lacks what was in a removed WAL file. A restored
+    database is newer."""
+    written = database.stat().st_mtime_ns if database.exists() else 0
+    rescued = sorted(database.parent.glob(f"{database.name}.rescue-*"))
+    newer = [each for each in rescued if each.stat().st_mtime_ns > written]
+    if newer:
+        raise UserError(
+            f"{database} is missing, or older than {newer[-1]}, a copy made when its files were "
+            "removed. Restore that file (db restore FILE), or move it away to continue without it"
+        )
+    if file_size(database) == 0 and has_wal(database):
+        raise UserError(
+            f"{database} is {'empty' if written else 'missing'}, but {wal_of(database)} exists. "
+            "Restore a backup (db restore FILE), or move it away to start with an empty ledger"
+        )
+    if not written and spill.read()[0]:
+        raise UserError(
+            f"{database} is missing, but {spill.path} holds entries that belong to it. Restore a "
+            "backup (db restore FILE), or move that file away to start with an empty ledger"
+        )
+
+
+async def check_pages(database: Path, serving: Serving) -> None:
+    """PageCheck the pages of the database, since its last gateway did not end cleanly. Raises
+    LedgerDamaged."""
+    file = identity_of(database)
+    if file == serving.checked:
+        return
+    began = time.monotonic()
+    check = PageCheck(database, serving.check_seconds, serving.log)
+    try:
+        wrong = await asyncio.to_thread(check.find_damage)
+    finally:
+        check.stop()
+    if wrong:
+        raise LedgerDamaged(f"{database} is damaged: {'; '.join(wrong)}")
+    serving.checked = file
+    took = round((time.monotonic() - began) * 1000)
+    serving.log(logging.INFO, "ledger checked after an unclean end", duration_ms=took)
+
+
+async def configure(writer: Writer, database: Path, synchronous: str) -> None:
+    """Set what durability depends on, and read each setting back: SQLite does not report that it
+    can't set one. Raises UserError, also if the database is not ours."""
+    tables = await writer.value("SELECT count(*) FROM sqlite_schema")
+    marked = await writer.value("PRAGMA application_id")
+    if tables and marked != APPLICATION_ID:
+        raise UserError(
+            f"{database} is the database of another program; set database.path to another file"
+        )
+    wanted: dict[str, tuple[str | int, str | int]] = {
+        "application_id": (APPLICATION_ID, APPLICATION_ID),
+        "busy_timeout": (BUSY_TIMEOUT_MS, BUSY_TIMEOUT_MS),
+        "journal_mode": ("WAL", "wal"),
+        "synchronous": (synchronous, {"full": 2, "normal": 1}[synchronous]),
+        "foreign_keys": ("ON", 1),
+        "secure_delete": ("ON", 1),
+        "journal_size_limit": (KEPT_WAL_BYTES, KEPT_WAL_BYTES),
+    }
+    for pragma, (value, expected) in wanted.items():
+        if await writer.value(f"PRAGMA {pragma}") != expected:
+            await writer.value(f"PRAGMA {pragma} = {value}")
+        if (found := await writer.value(f"PRAGMA {pragma}")) != expected:
+            raise UserError(f"{database}: {pragma} is {found}, not {expected}")
+
+
+async def migrate(writer: Writer, database: Path, serving: Serving | None) -> Migrated | None:
+    """Bring the tables to the newest schema, after a backup. Return None if nothing was migrated.
+    Raises UserError if a newer version of this program has written the database."""
+    version = await writer.value("PRAGMA user_version")
+    sections = migrations(schema())
+    if version > max(sections):
+        raise UserError(
+            f"{database} was written by a newer version of this program (schema {version}; this "
+            f"one knows {max(sections)})"
+        )
+    due = {number: script for number, script in sorted(sections.items()) if number > version}
+    if not due:
+        return None
+    started, backup, no_backup = time.monotonic(), "", ""
+    if version:
+        backup, no_backup = await back_up_once(database, max(due), serving)
+    for number, script in due.items():
+        await writer.executescript(
+            f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
+        )
+    if not version:
+        return None
+    seconds = round(time.monotonic() - started, 3)
+    return Migrated(version, max(due), seconds, backup, no_backup)
+
+
+async def back_up_once(database: Path, version: int, serving: Serving | None) -> tuple[str, str]:
+    """Copy the database before its migration, unless an earlier try did. Return the path of the
+    copy; if there is none, an empty path and the reason. Raises LedgerDamaged."""
+    file = identity_of(database)
+    if serving and serving.copied and serving.copied[0] == file:
+        return serving.copied[1], ""
+    try:
+        made, why_not = await asyncio.to_thread(back_up_before_migration, database, version)
+    except Damaged as error:
+        raise LedgerDamaged(f"{error}. It was not migrated") from None
+    if serving and made:
+        serving.copied = file, made
+    return made, why_not
