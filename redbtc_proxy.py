@@ -235,7 +235,7 @@ class GatewayProcess:
         tasks = [*store.commits.tasks, *service.start_tasks()]
         for task in tasks:
             task.add_done_callback(self._ended)
-        gateway.unended.ended = self._failed
+        gateway.background.ended = self._failed
         self._guard.lead_to(metered_apps(service), other_apps(service), websocket_app(service))
         gc.freeze()  # what is there now stays, as in start.finish
         with socket_path(store.path) as path:

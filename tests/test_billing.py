@@ -341,7 +341,7 @@ class Bench:
         async def open_all() -> None:
             self._stack = contextlib.AsyncExitStack()
             self.store = await self._stack.enter_async_context(Store.open(self.path, "normal"))
-            self.books = await Billing.open(self.store, self.table)
+            self.billing = await Billing.open(self.store, self.table)
             self.accounts = Accounts(self.store)
 
         self.run(open_all())
@@ -375,18 +375,18 @@ class Bench:
         return self.run(self.accounts.show(name))
 
     def price(self, *prices: Price, without_notice: str | None = None) -> PricesAdded:
-        work = add_prices(self.books, prices, without_notice=without_notice, by="test")
+        work = add_prices(self.billing, prices, without_notice=without_notice, by="test")
         return self.run(work)
 
     def pay(self, account: str, amount: int, reference: str | None = None) -> Payment:
         reason = "a refund" if amount < 0 else None
-        work = self.books.pay(
+        work = self.billing.pay(
             self.account(account), amount, reference=reference, reason=reason, by="test"
         )
         return self.run(work)
 
     def statement(self, account: str, month: str) -> Statement:
-        return self.run(statements.statement(self.books, self.account(account), month))
+        return self.run(statements.statement(self.billing, self.account(account), month))
 
     def rows(self, **wanted: Any) -> list[dict[str, Any]]:
         """As JSON shows them."""
@@ -408,8 +408,8 @@ class Bench:
 
     def begin(self, key: Key, model: str, most: int, at: int) -> tuple[RequestRow, Hold]:
         """Take price and hold and begin a row, as the gateway does. Raises SpendingLimitReached."""
-        spending = self.run(self.books.spending_of(key))
-        hold = self.books.hold(self.books.quote(key, model, spending), most)
+        spending = self.run(self.billing.spending_of(key))
+        hold = self.billing.hold(self.billing.quote(key, model, spending), most)
         row = RequestRow(
             request_id=f"req_{random.getrandbits(128):032x}",
             account_id=key.account_id,
@@ -436,7 +436,7 @@ class Bench:
             if hold.model_prices:
                 price = hold.model_prices.price(tier, usage.input_tokens or 0)
                 row.price_id, row.cost = price.id, price.cost(usage, False)
-        row.month = self.books.settle(hold, row.cost or 0)
+        row.month = self.billing.settle(hold, row.cost or 0)
         self.run(requests_module.settle(self.store, row))
 
 
@@ -476,7 +476,7 @@ def test_a_rise_for_a_model_in_use_needs_notice(bench: Bench, clock: Clock) -> N
     added = bench.price(Price("m", input=8 * NANOS), without_notice="our own cost")
     (row,) = added.prices
     assert (row.reason, row.added_by, row.status) == ("our own cost", "test", "current")
-    texts = [notice.text for notice in bench.run(bench.books.notices.all())]
+    texts = [notice.text for notice in bench.run(bench.billing.notices.all())]
     assert any("m: input from 6 to 7" in text for text in texts)
     assert any("m: input from 4 to 8" in text for text in texts)
 
@@ -487,7 +487,7 @@ def test_a_rise_is_told_once_whatever_else_is_to_come(bench: Bench, clock: Clock
     bench.price(*coming, Price("[m]*", input=3, effective_at=clock.now + 45 * DAY))
     bench.price(Price("m", input=6 * NANOS, effective_at=clock.now + 35 * DAY))
     bench.price(Price("m", input=7 * NANOS, effective_at=clock.now + 47 * DAY))
-    told = [(each.effective_at, each.text) for each in bench.run(bench.books.notices.all())]
+    told = [(each.effective_at, each.text) for each in bench.run(bench.billing.notices.all())]
     assert [text.partition(". ")[2] for _, text in told] == [
         "m: input from 5 to 6.",
         "m: input from 6 to 7.",
@@ -502,7 +502,7 @@ def test_a_price_that_is_to_go_back_goes_back(bench: Bench, clock: Clock) -> Non
     )
     assert (added.added, added.unchanged) == (2, 2)
     for day, rate in ((39, 1), (45, 2), (55, 1), (65, 1)):
-        tariff = bench.books.prices.model_prices("m", clock.now + day * DAY)
+        tariff = bench.billing.prices.model_prices("m", clock.now + day * DAY)
         assert tariff is not None
         assert tariff.price("default", 0).input == rate
 
@@ -512,7 +512,7 @@ def test_each_of_many_rises_is_told(bench: Bench, clock: Clock) -> None:
     bench.price(*(Price(name, input=NANOS) for name in names))
     at = clock.now + 40 * DAY
     bench.price(*(Price(name, input=2 * NANOS, effective_at=at) for name in names))
-    told = [each.text for each in bench.run(bench.books.notices.all())]
+    told = [each.text for each in bench.run(bench.billing.notices.all())]
     assert len(told) > 1
     assert all(len(text) <= records.NOTICE_TEXT for text in told)
     found = re.findall(r"(model-\d+): input from 1 to 2\.", " ".join(told))
@@ -521,7 +521,7 @@ def test_each_of_many_rises_is_told(bench: Bench, clock: Clock) -> None:
 
 def test_a_class_that_begins_with_its_end_is_a_pattern(bench: Bench, clock: Clock) -> None:
     bench.price(Price("[]a]", input=1))
-    assert bench.books.prices.model_prices("a", clock.now) is not None
+    assert bench.billing.prices.model_prices("a", clock.now) is not None
 
 
 def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> None:
@@ -537,7 +537,7 @@ def test_a_model_not_used_for_long_is_not_in_use(bench: Bench, clock: Clock) -> 
     added = bench.price(Price("m", input=6 * NANOS))
     (price,) = msgspec.to_builtins(added.prices)
     assert (price["input"], price["status"], price["reason"]) == ("6", "current", None)
-    (notice,) = bench.run(bench.books.notices.all())
+    (notice,) = bench.run(bench.billing.notices.all())
     assert notice.text.endswith("m: input from 5 to 6.")
     use(bench, key, clock, used=1_000_000)
     assert [row["cost"] for row in bench.rows()] == ["5", "6"]
@@ -561,7 +561,9 @@ def test_free_models_in_use_rise_when_they_get_a_price(tmp_path: Path, clock: Cl
         use(bench, bench.key("a"), clock)
         with pytest.raises(UserError, match="input from 0 to 1"):
             bench.price(Price("m", input=1 * NANOS))
-        bench.books.apply(BillingSettings())  # refused until now: whoever wants it has yet to agree
+        bench.billing.apply(
+            BillingSettings()
+        )  # refused until now: whoever wants it has yet to agree
         bench.price(Price("m", input=1 * NANOS))
 
 
@@ -614,19 +616,19 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
         account = await bench.accounts.show("a")
         payments = await asyncio.gather(
             *(
-                bench.books.pay(account, 5 * NANOS, reference="r", reason=None, by="test")
+                bench.billing.pay(account, 5 * NANOS, reference="r", reason=None, by="test")
                 for _ in range(50)
             )
         )
         return {payment.id for payment in payments}
 
     assert len(bench.run(pay_at_once())) == 1
-    assert bench.run(bench.books.spending(bench.account("a").id)).paid == 5 * NANOS
+    assert bench.run(bench.billing.spending(bench.account("a").id)).paid == 5 * NANOS
     with pytest.raises(Conflict, match="already exists, with the amount 5"):
         bench.pay("a", 6 * NANOS, "r")
     bench.pay("b", 6 * NANOS, "r")
     with pytest.raises(UserError, match="needs a reason"):
-        bench.run(bench.books.pay(bench.account("a"), -1, reference=None, reason=None, by="test"))
+        bench.run(bench.billing.pay(bench.account("a"), -1, reference=None, reason=None, by="test"))
     with pytest.raises(UserError, match="must not be 0"):
         bench.pay("a", 0)
 
@@ -636,12 +638,12 @@ def test_what_was_made_in_one_instant_is_listed_as_it_was_made(bench: Bench) -> 
     keys = [bench.key("a").id for _ in range(10)]
     payments = [bench.pay("a", NANOS).id for _ in keys]
     for number in range(len(keys)):
-        bench.run(bench.books.notices.add("incident", f"{number}", START, None, "test"))
+        bench.run(bench.billing.notices.add("incident", f"{number}", START, None, "test"))
     account = bench.account("a")
     assert [key.id for key in bench.run(bench.accounts.keys(account.id))] == keys
     for whose in (account, None):
-        assert [each.id for each in bench.run(bench.books.payments(whose))] == payments
-    for told in (bench.books.notices.all(), bench.books.notices.current(account.id)):
+        assert [each.id for each in bench.run(bench.billing.payments(whose))] == payments
+    for told in (bench.billing.notices.all(), bench.billing.notices.current(account.id)):
         assert [each.text for each in bench.run(told)] == [str(n) for n in range(len(keys))]
 
 
@@ -661,7 +663,7 @@ def test_amounts_beyond_what_a_float_or_a_column_holds(bench: Bench, clock: Cloc
     assert bench.run(consistency.check_database(bench.store)) == []
     bench.stop()
     bench.start()
-    purse = bench.run(bench.books.spending(key.account_id))
+    purse = bench.run(bench.billing.spending(key.account_id))
     assert (purse.paid - purse.cost, purse.spent) == (balance, sum(costs))
 
 
@@ -857,7 +859,7 @@ def test_a_clock_set_back_changes_no_price_and_no_month(
     row = use(bench, key, clock)
     assert (row.cost, row.month) == (3_000_000, "2026-12")
     assert bench.pay("a", NANOS).month == "2026-12"
-    assert bench.run(bench.books.spending(key.account_id, key.id)).spent == 6_000_000
+    assert bench.run(bench.billing.spending(key.account_id, key.id)).spent == 6_000_000
     assert bench.statement("a", "2026-11") == closed
     assert closed.closed
 
@@ -877,13 +879,13 @@ def test_a_closed_month_has_what_was_settled_in_its_last_instant(
         for row, hold in flights:
             row.outcome, row.usage_source, row.cost = "completed", "upstream", 5000
             row.usage = Usage(input_tokens=1000)
-            row.month = bench.books.settle(hold, row.cost)
+            row.month = bench.billing.settle(hold, row.cost)
             written.append(asyncio.ensure_future(requests_module.settle(bench.store, row)))
         await asyncio.sleep(0)
         clock.now += 1
-        first = await statements.statement(bench.books, account, "2026-11")
+        first = await statements.statement(bench.billing, account, "2026-11")
         await asyncio.gather(*written)
-        return first, await statements.statement(bench.books, account, "2026-11")
+        return first, await statements.statement(bench.billing, account, "2026-11")
 
     first, second = bench.run(ask())
     assert first.closed
@@ -908,7 +910,7 @@ class Flight:
 
 @dataclass
 class Expected:
-    """What ought to be in the books, in lists."""
+    """What ought to be in the billing, in lists."""
 
     payments: list[tuple[str, int]] = field(default_factory=list)  # month, amount
     costs: list[tuple[str, int, int]] = field(default_factory=list)  # month, key, cost
@@ -1137,7 +1139,7 @@ class Money(RuleBasedStateMachine):
     def set_time(self, distance: int) -> None:
         """The ledger turns out to be ahead: what is dated later than the clock is moved."""
         at = self.clock.now = max(START, self.time() - distance)
-        self.bench.run(set_time(self.bench.books, at, at, "test"))
+        self.bench.run(set_time(self.bench.billing, at, at, "test"))
         self.latest, month, expected = at, self.month_at(at), self.expected
         expected.payments = [(min(of, month), amount) for of, amount in expected.payments]
         expected.costs = [(min(of, month), *more) for of, *more in expected.costs]  # type: ignore[misc]
@@ -1191,8 +1193,8 @@ class Money(RuleBasedStateMachine):
         key = self.bench.key_now(self.secrets[1])
         month = self.month()
         account, own = (
-            self.bench.run(self.bench.books.spending(key.account_id)),
-            self.bench.run(self.bench.books.spending(key.account_id, key.id)),
+            self.bench.run(self.bench.billing.spending(key.account_id)),
+            self.bench.run(self.bench.billing.spending(key.account_id, key.id)),
         )
         assert account.paid - account.cost == self.expected.balance()
         assert account.spent == self.expected.spent(month)

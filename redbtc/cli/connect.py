@@ -45,8 +45,8 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
                     store = await stack.enter_async_context(_open(loaded))
                     for line in opening(store):
                         click.echo(line, err=True)
-                    books = await Billing.open(store, loaded.settings.billing)
-                    api = API(books, StoppedGateway(), loaded.settings.dashboard_url)
+                    billing = await Billing.open(store, loaded.settings.billing)
+                    api = API(billing, StoppedGateway(), loaded.settings.dashboard_url)
                     transport = httpx2.ASGITransport(admin_app(api, local_actor))
             except DatabaseInUse:
                 if time.monotonic() > deadline:

@@ -22,13 +22,13 @@ FIRST_RUN = "first run"  # who makes its changes
 FIRST_OPERATOR = "operator@localhost"
 
 
-async def import_example(books: Billing) -> None:
+async def import_example(billing: Billing) -> None:
     """Add the prices of prices.toml, so that a newcomer's first requests are served, unless they
     are in another currency."""
     example = convert(read_prices(shipped("prices.toml")), NewPrices)
-    if example.currency == books.currency:
-        prices = prices_of(example, books.store.time())
-        await add_prices(books, prices, without_notice=None, by=FIRST_RUN)
+    if example.currency == billing.currency:
+        prices = prices_of(example, billing.store.time())
+        await add_prices(billing, prices, without_notice=None, by=FIRST_RUN)
 
 
 async def dashboard_lines(api: API) -> str:

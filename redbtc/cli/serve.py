@@ -105,7 +105,7 @@ async def open_service(
     if not start.as_json:
         await greet(service, url, settings, start)
     try:
-        await service.gateway.unended.resume()
+        await service.gateway.background.resume()
     except (sqlite3.Error, StorageUnavailable) as error:
         if not billing.store.is_lost:  # a lost ledger serves nothing anyway
             raise UserError(f"{billing.store.path} can't be read: {error}") from None
@@ -154,9 +154,9 @@ async def open_ledger(
             opening = Store.open(path, database.synchronous, serving)
             async with contextlib.AsyncExitStack() as opened:
                 store = await opened.enter_async_context(opening)
-                books = await open_books(store, start.settings.billing)
+                billing = await open_billing(store, start.settings.billing)
                 stack.push_async_exit(opened.pop_all())
-                return books
+                return billing
         except LedgerDamaged as error:
             if str(error) != said:
                 said = str(error)
@@ -173,7 +173,7 @@ async def open_ledger(
             await asyncio.sleep(RETRY_SECONDS)
 
 
-async def open_books(store: Store, settings: BillingSettings) -> Billing:
+async def open_billing(store: Store, settings: BillingSettings) -> Billing:
     """Read the prices from an open database. Raises UserError."""
     try:
         return await Billing.open(store, settings)

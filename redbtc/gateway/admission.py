@@ -55,15 +55,15 @@ class AdmittedRequest(ForwardedRequest, Running):
         gateway: Gateway,
         client_request: ClientRequest,
         endpoint: Endpoint,
-        clock: Deadline,
+        deadline: Deadline,
         admission: Admission,
         key: Key,
         body: RequestBody,
     ) -> None:
-        super().__init__(gateway, client_request, endpoint, clock, admission, key)
+        super().__init__(gateway, client_request, endpoint, deadline, admission, key)
         self.body = body
         self.facts = body.facts
-        self.maximum = Maximum(endpoint, body, gateway.books)
+        self.maximum = Maximum(endpoint, body, gateway.billing)
         self.images = self.maximum.answers if endpoint.images else 1
         self.input_estimate = body.input_estimate
 
@@ -94,7 +94,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         try:
             tokens = self.input_estimate + self.facts.largest(self.endpoint.limits)
             tokens = 0 if self.endpoint.free else tokens
-            await self.gateway.limits.admit(self.admission, tokens, self.clock)
+            await self.gateway.limiter.admit(self.admission, tokens, self.deadline)
             self._memory.release()
             self.money = await self._hold_or_refund()
             self._is_held = True
@@ -118,14 +118,14 @@ class AdmittedRequest(ForwardedRequest, Running):
         if self._is_held:
             self.money.release()
         if self._is_unfinished and not self.background:
-            self.gateway.unended.unfinished.remove(self.key.account_id)
+            self.gateway.background.unfinished.remove(self.key.account_id)
 
     def _count_unfinished(self, background: bool | str) -> None:
         """Count a request for a background response as one of the account's unfinished ones. Raises
         Refusal."""
         check_background(background)
         most = self.settings.limits.account.background
-        self.gateway.unended.unfinished.add(self.key.account_id, most)
+        self.gateway.background.unfinished.add(self.key.account_id, most)
         self._is_unfinished = self.awaits_id = True
 
     async def _hold_or_refund(self) -> Hold:
@@ -143,7 +143,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     async def hold(self, further_input: int = 0) -> Hold:
         """Hold the most that the request can cost, at the prices of this instant. `further_input`
         is in tokens. Raises Refusal."""
-        billing = self.gateway.books
+        billing = self.gateway.billing
         try:
             spending = await billing.spending_of(self.key)
             # Nothing is awaited from here on: no other request can hold the same money.
@@ -186,7 +186,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             return
         if not self.facts.turns_usage_off and metering.include_usage == "client":
             return
-        if self.gateway.books.model_prices(self.body.model) is not None:
+        if self.gateway.billing.model_prices(self.body.model) is not None:
             raise unmetered()
 
     @property
@@ -228,7 +228,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         except StorageUnavailable:
             self.admission.refund()
             raise Refusal("ledger_unavailable") from None
-        if self.clock.client_left:
+        if self.deadline.client_left:
             await self.forget()
 
     async def forget(self) -> None:

@@ -52,7 +52,7 @@ class Bypass:
         self._request = request
         self._meter = meter
         self._response = response
-        self._deadline: Deadline = request.clock
+        self._deadline: Deadline = request.deadline
         self._send_now = request.client_request.client.send_now
         self._idle_seconds = idle_seconds
 
@@ -70,14 +70,14 @@ class AnswerBody:
     """The body of one answer. `rest` is its end, as far as that was not sent; None until the row is
     written."""
 
-    __slots__ = ("_begun", "_clock", "_idle_seconds", "_request", "_response", "rest")
+    __slots__ = ("_begun", "_deadline", "_idle_seconds", "_request", "_response", "rest")
 
     def __init__(
         self, request: ForwardedRequest, response: ClientResponse, idle_seconds: float
     ) -> None:
         self._request = request
         self._response = response
-        self._clock = request.clock
+        self._deadline = request.deadline
         self._idle_seconds = idle_seconds
         self._begun = b""  # first bytes, sent on, that were too few to tell the coding
         self.rest: bytes | None = None
@@ -85,7 +85,7 @@ class AnswerBody:
     async def pass_on(self, body: httpx2.AsyncByteStream) -> None:
         """Send the body on as it comes, and settle the request at its end."""
         request, response = self._request, self._response
-        self._clock.allow(self._idle_seconds)
+        self._deadline.allow(self._idle_seconds)
         # If it is all here already, it goes out at once when it is written down.
         is_whole = isinstance(body, ResponseBody) and body.whole
         is_whole = is_whole and not response.is_labelled_stream
@@ -96,7 +96,7 @@ class AnswerBody:
         meter, kept = await self._pass_chunks(body, chunks, is_whole)
         if meter is None:  # nothing has come
             meter = request.meter = request.choose_meter(response.is_labelled_stream)
-        self._clock.pause()
+        self._deadline.pause()
         ended_by_event = meter.ended
         if meter.at_once:
             meter.finish()
@@ -112,7 +112,7 @@ class AnswerBody:
     ) -> tuple[Meter | None, bytes]:
         """Meter the chunks, and send on what may be sent, until the answer ends. Return the meter,
         None if nothing has come, and the bytes that are kept for the end."""
-        request, response, clock = self._request, self._response, self._clock
+        request, response, deadline = self._request, self._response, self._deadline
         meter: Meter | None = None
         kept = b""
         async for chunk in chunks:
@@ -132,13 +132,13 @@ class AnswerBody:
                 kept += passed
             else:
                 passed, kept = kept + passed, b""
-                clock.allow(self._idle_seconds)  # metering may have paused it
+                deadline.allow(self._idle_seconds)  # metering may have paused it
                 await response.send(passed)
             if meter and (meter.ended or meter.ending):
                 kept = await self._send_until_usage(meter, chunks, kept)
                 if meter.ended or meter.ending:
                     break
-            clock.allow(self._idle_seconds)
+            deadline.allow(self._idle_seconds)
         return meter, kept
 
     def _meter_of(self, chunk: bytes) -> Meter | None:
@@ -167,12 +167,12 @@ class AnswerBody:
         if len(chunk) <= meter.at_once:
             passed = meter.feed(chunk)
         else:
-            self._clock.pause()
+            self._deadline.pause()
             account = answers_of(request.key.account_id)
             passed = await in_slices(meter.steps(chunk), account, started=True)
         request.metered()
         if request.unwritten:  # a background response must be on disk before its id is seen
-            self._clock.pause()
+            self._deadline.pause()
             await request.unwritten
             request.unwritten = None
         return passed
@@ -184,7 +184,7 @@ class AnswerBody:
         instead. Return the bytes that are kept."""
         while passed := await self._await_usage(meter, chunks):
             passed, kept = kept + passed, b""
-            self._clock.allow(self._idle_seconds)
+            self._deadline.allow(self._idle_seconds)
             await self._response.send(passed)
         return kept
 
@@ -192,7 +192,7 @@ class AnswerBody:
         """Read on for at most AFTER_END_SECONDS, since more usage may follow the event that ends
         the stream. If the stream goes on instead, return what may be sent on, else b"". It must be
         sent before more is read: the bypass could send that first."""
-        self._clock.pause()
+        self._deadline.pause()
         passed = b""
         until = asyncio.get_running_loop().time() + AFTER_END_SECONDS
         with contextlib.suppress(StopAsyncIteration, TimeoutError, httpx2.HTTPError):
@@ -205,7 +205,7 @@ class AnswerBody:
     async def _follow(self, rest: bytes, chunks: AsyncIterator[bytes]) -> None:
         """Send the event that ended the stream and what follows it, for AFTER_END_SECONDS. Bytes
         that a slow client has not taken by then stay in `rest`."""
-        self._clock.allow(AFTER_END_SECONDS)
+        self._deadline.allow(AFTER_END_SECONDS)
         await self._give(rest)
         async for chunk in chunks:
             self.rest = chunk

@@ -37,8 +37,8 @@ class Shown:
 class Corrections:
     """Writes corrections, each once."""
 
-    def __init__(self, books: Billing, objects: Objects, containers: Containers) -> None:
-        self._books = books
+    def __init__(self, billing: Billing, objects: Objects, containers: Containers) -> None:
+        self._billing = billing
         self._objects = objects
         self._containers = containers
         self._writing: dict[str, asyncio.Task[None]] = {}  # by response
@@ -66,14 +66,14 @@ class Corrections:
         context lasts while the response is sent to a reader; concurrent readers share one hold.
         Nothing is held unless the response's request was estimated, or is meanwhile. Raises Spent,
         StorageUnavailable."""
-        found, money = estimated_of(self._books.store, response_id, account_id), None
+        found, money = estimated_of(self._billing.store, response_id, account_id), None
         if found:
-            key = key_of(self._books.store, found.key_id)
-            spending = await self._books.spending_of(key)
+            key = key_of(self._billing.store, found.key_id)
+            spending = await self._billing.spending_of(key)
             # Nothing is awaited from here on: other readers share the hold of the first one.
-            quote = self._books.quote(key, found.requested_model, spending)
+            quote = self._billing.quote(key, found.requested_model, spending)
             is_held = not quote.remaining or self.is_unsure(response_id)
-            money = self._books.hold(quote, 0 if is_held else max(0, found.held - found.cost))
+            money = self._billing.hold(quote, 0 if is_held else max(0, found.held - found.cost))
         return self._showing(response_id, money)
 
     def keep_held(
@@ -118,17 +118,17 @@ class Corrections:
 
     def _estimated(self, response_id: str, account_id: str) -> EstimatedRow | None:
         with contextlib.suppress(StorageUnavailable):  # the next reader causes the correction
-            return estimated_of(self._books.store, response_id, account_id)
+            return estimated_of(self._billing.store, response_id, account_id)
         return None
 
     async def _write(
         self, found: EstimatedRow, response_id: str, account_id: str, report: Report
     ) -> None:
-        books, model = self._books, found.requested_model
+        billing, model = self._billing, found.requested_model
         try:
-            key = key_of(books.store, found.key_id)
+            key = key_of(billing.store, found.key_id)
             home = self._objects.location_of(response_id, account_id)
-            money = await books.hold_again(key, model, found.admitted_at, 0)
+            money = await billing.hold_again(key, model, found.admitted_at, 0)
         except StorageUnavailable:
             return  # it is for the next who looks
         new = await self._containers.unbilled(report.containers)
@@ -138,13 +138,13 @@ class Corrections:
         price_id, cost = money.cost(parts, report.service_tier)
         if (shown := self._shown.get(response_id)) and shown.money:
             shown.money.release()
-        month = books.settle(money, cost - found.cost)
-        of_request = (found.request_id, account_id, month, books.store.time())
+        month = billing.settle(money, cost - found.cost)
+        of_request = (found.request_id, account_id, month, billing.store.time())
         values = (*of_request, report.service_tier, price_id, cost)
         if home:
             homes = locations_of([response_id], report, home, usage, usage)
             self._objects.own_each(homes, account_id)
-        await correct(books.store, values, usage)
+        await correct(billing.store, values, usage)
 
     @staticmethod
     def _used(

@@ -30,7 +30,7 @@ class ForwardedRequest:
         gateway: Gateway,
         client_request: ClientRequest,
         endpoint: Endpoint,
-        clock: Deadline,
+        deadline: Deadline,
         admission: Admission,
         key: Key,
     ) -> None:
@@ -38,7 +38,7 @@ class ForwardedRequest:
         self.settings = gateway.settings
         self.client_request = client_request
         self.endpoint = endpoint
-        self.clock = clock
+        self.deadline = deadline
         self.admission = admission
         self.key = key
         self.meter: Meter = JSONMeter(endpoint.images)
@@ -129,7 +129,7 @@ class ForwardedRequest:
         """Return how an answer ended of which nothing more comes."""
         if self.meter.report.failed or (self.status or 0) >= 400:
             return "upstream_error"
-        if self.clock.client_left:
+        if self.deadline.client_left:
             return "client_disconnected"
         return "completed" if self.meter.ended else "upstream_failed"
 

@@ -58,7 +58,7 @@ class Health:
         request.route = "/status"
         uptime = round(time.monotonic() - self._gateway.started)
         try:
-            status = await public_status(self._gateway.books, uptime)
+            status = await public_status(self._gateway.billing, uptime)
         except sqlite3.Error:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""
@@ -77,7 +77,7 @@ class Health:
         request.route = "/metrics"
         if not self._may_read_metrics(scope):
             raise Refusal("metrics_forbidden")
-        body = prometheus_client.generate_latest(self._gateway.watch.registry)
+        body = prometheus_client.generate_latest(self._gateway.telemetry.registry)
         content_type = prometheus_client.CONTENT_TYPE_LATEST.encode()
         await respond(request, send, 200, body, content_type=content_type)
 

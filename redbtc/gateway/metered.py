@@ -110,11 +110,11 @@ class MeteredRequest(AdmittedRequest):
             at, held, model = self.money.at, self.money.held, self.body.image_model()
             most = msgspec.json.encode(self._most_usage()).decode()
             unfinished = UnfinishedRow(at, held, self.input_estimate, model, most=most)
-            self.background, self.unwritten = self.gateway.unended.keep(
+            self.background, self.unwritten = self.gateway.background.keep(
                 self.row, self.money, unfinished, self.body.chosen_ids
             )
             self.background.read(report)
-        self.clock.shorten(self.grace())
+        self.deadline.shorten(self.grace())
 
     def _fill(self, report: Report) -> None:
         """Fill in the row what is known of the answer, but for its usage."""
@@ -127,7 +127,7 @@ class MeteredRequest(AdmittedRequest):
     async def settle(self, outcome: Outcome) -> None:
         """Commit the row as the request ended; that of a background response which goes on
         stays pending."""
-        self.clock.pause()
+        self.deadline.pause()
         self.metered()
         self.settled = True
         if self.background:
@@ -144,7 +144,7 @@ class MeteredRequest(AdmittedRequest):
         if report.containers:
             parts = await count_containers(gateway.containers, row, report, parts)
         admitted = self._admitted if guess else None
-        bill(row, parts, gateway.books, self.money, self.body.image_model())
+        bill(row, parts, gateway.billing, self.money, self.body.image_model())
         if self._unweighed and not self._repeats:
             self._learn(self._unweighed, weight(row, self._most_usage()), row.usage)
             self._unweighed = {}
@@ -152,7 +152,7 @@ class MeteredRequest(AdmittedRequest):
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
         with gateway.corrections.keep_held(row, self.money, admitted):
             await settle(gateway.store, row, admitted)
-            gateway.watch.settled(row)
+            gateway.telemetry.settled(row)
             self.client_request.counted = True
             if admitted and self._shown_elsewhere and row.response_id:
                 await self.ask_for_usage(row.response_id, row.upstream)
@@ -162,9 +162,9 @@ class MeteredRequest(AdmittedRequest):
         """Settle a background response that has ended; leave the row of another pending."""
         if self.unwritten:  # what may be sent after this names the response
             await self.unwritten
-        if not await self.gateway.unended.leave(background, self.meter.report):
+        if not await self.gateway.background.leave(background, self.meter.report):
             request, status = self.client_request, self.row.status or 0
-            self.gateway.watch.answered(request.id, request.route, status, "pending")
+            self.gateway.telemetry.answered(request.id, request.route, status, "pending")
         self._correct_charge()
 
     def _correct_charge(self) -> None:

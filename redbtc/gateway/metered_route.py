@@ -24,18 +24,20 @@ class MeteredRoute:
         gateway, endpoint, client_request = self._gateway, self._endpoint, request_of(scope)
         client_request.route = endpoint.path
         key, settings = gateway.enter(client_request), gateway.settings
-        clock = Deadline(gateway.clocks)
-        charged = gateway.limits.charge(key, settings.limits)
+        deadline = Deadline(gateway.deadlines)
+        charged = gateway.limiter.charge(key, settings.limits)
         with (
             charged as admission,
-            gateway.serving(client_request.client, clock, key),
-            Reservation(gateway.limits, key, settings) as memory,
+            gateway.serving(client_request.client, deadline, key),
+            Reservation(gateway.limiter, key, settings) as memory,
         ):
             body = await read_content(
-                client_request.headers, receive, clock, settings, memory, endpoint
+                client_request.headers, receive, deadline, settings, memory, endpoint
             )
             upstreams = await upstreams_for(gateway, key, body)
-            request = MeteredRequest(gateway, client_request, endpoint, clock, admission, key, body)
+            request = MeteredRequest(
+                gateway, client_request, endpoint, deadline, admission, key, body
+            )
             if request.may_add_usage:
                 request.takes_out_usage = body.add_include_usage()
             async with request.admitted(upstreams[0], memory):

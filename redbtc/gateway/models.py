@@ -38,12 +38,12 @@ class Models:
         request.route = "/v1/models"
         gateway = self._gateway
         key = gateway.enter(request)
-        clock, charged = (
-            Deadline(gateway.clocks),
-            gateway.limits.charge(key, gateway.settings.limits),
+        deadline, charged = (
+            Deadline(gateway.deadlines),
+            gateway.limiter.charge(key, gateway.settings.limits),
         )
-        with charged as admission, gateway.serving(request.client, clock, key):
-            await gateway.limits.admit(admission, 0, clock)
+        with charged as admission, gateway.serving(request.client, deadline, key):
+            await gateway.limiter.admit(admission, 0, deadline)
             joined, age = await self._listed(key, gateway.upstreams)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
         await self._answer(request, send, 200, body, age_header(age))
@@ -55,19 +55,19 @@ class Models:
         request.route = "/v1/models/{id}"
         gateway = self._gateway
         key = gateway.enter(request)
-        clock, charged = (
-            Deadline(gateway.clocks),
-            gateway.limits.charge(key, gateway.settings.limits),
+        deadline, charged = (
+            Deadline(gateway.deadlines),
+            gateway.limiter.charge(key, gateway.settings.limits),
         )
-        with charged as admission, gateway.serving(request.client, clock, key):
+        with charged as admission, gateway.serving(request.client, deadline, key):
             name = scope["path_params"]["model"]
-            status, body, headers = await self._shown(key, name, admission, clock)
+            status, body, headers = await self._shown(key, name, admission, deadline)
         await self._answer(request, send, status, body, headers)
 
     async def _answer(
         self, request: ClientRequest, send: Send, status: int, body: bytes, headers: Headers
     ) -> None:
-        self._gateway.watch.answered(request.id, request.route, status)
+        self._gateway.telemetry.answered(request.id, request.route, status)
         await respond(request, send, status, body, headers)
 
     async def _listed(
@@ -95,10 +95,10 @@ class Models:
         return joined, oldest
 
     def _is_usable(self, key: Key, model: str) -> bool:
-        return self._gateway.books.served(model) and key.allows(model)
+        return self._gateway.billing.served(model) and key.allows(model)
 
     async def _shown(
-        self, key: Key, name: str, admission: Admission, clock: Deadline
+        self, key: Key, name: str, admission: Admission, deadline: Deadline
     ) -> tuple[int, bytes, Headers]:
         """Return the status, body and headers of the answer about a model. Raises Refusal."""
         gateway = self._gateway
@@ -107,7 +107,7 @@ class Models:
         if not (is_name and self._is_usable(key, name)):
             raise Refusal("model_not_found", param="model")
         upstream = gateway.upstreams.choose(name)[0]
-        await gateway.limits.admit(admission, 0, clock)
+        await gateway.limiter.admit(admission, 0, deadline)
         shown, status = b"", 0
         with contextlib.suppress(*NO_LIST):
             status, shown = await upstream.fetch_whole(f"/models/{name}")

@@ -89,7 +89,7 @@ class Pages:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *ids_of(request)]
                 if message["status"] != 500:  # it is counted as what failed
-                    self._gateway.watch.answered(request.id, request.route, message["status"])
+                    self._gateway.telemetry.answered(request.id, request.route, message["status"])
             await send(message)
 
         return send_with_ids

@@ -21,7 +21,7 @@ from redbtc.slices import in_slices
 async def read_body(
     headers: Headers,
     receive: Receive,
-    clock: Deadline,
+    deadline: Deadline,
     settings: Settings,
     reserved: Reservation,
     form: Form | None = None,
@@ -36,18 +36,18 @@ async def read_body(
     body: Buffer = b""
     room = 0
     while True:
-        await reserved.take(more, clock)
+        await reserved.take(more, deadline)
         room += more
         begun = bool(body)
         try:
-            with clock.running(seconds):
+            with deadline.running(seconds):
                 body, whole = await _read_up_to(room, body, receive, most, form is not None)
         except TimeoutError:
-            if clock.client_left:
+            if deadline.client_left:
                 raise ClientLeft from None
             raise Refusal("request_timeout") from None
-        seconds = clock.expires_at - clock.now()
-        if form:  # its turn to be parsed is waited for while the clock stands: no client is slow
+        seconds = deadline.expires_at - deadline.now()
+        if form:  # no deadline runs while it waits to be parsed: the client is not slow
             await in_slices(form.grow(body), reserved.account_id, begun)
         if whole:
             return body
@@ -81,7 +81,7 @@ def _check_size(size: int, most: int) -> None:
 async def read_content(
     headers: Headers,
     receive: Receive,
-    clock: Deadline,
+    deadline: Deadline,
     settings: Settings,
     reserved: Reservation,
     endpoint: Endpoint,
@@ -90,13 +90,13 @@ async def read_content(
     media = media_of(headers, endpoint.forms)
     form = Form(media.boundary) if media.boundary else None
     along = None if media.encoding else form
-    body = await read_body(headers, receive, clock, settings, reserved, along)
-    if clock.client_left:
+    body = await read_body(headers, receive, deadline, settings, reserved, along)
+    if deadline.client_left:
         raise ClientLeft
     steps = RequestBody.steps(body, body, form, endpoint.model_needed)
     if media.encoding:
         most = max_decoded(len(body), settings.server.max_body_bytes)
-        await reserved.take(most, clock)
+        await reserved.take(most, deadline)
         steps = _decoded(body, media.encoding, most, reserved, form, endpoint.model_needed)
     content = await in_slices(steps, reserved.account_id)
     if content.excess_bytes:

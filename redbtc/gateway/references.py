@@ -49,7 +49,7 @@ async def upstreams_for(
         if not key.allows(each):
             message = f"This API key is not allowed to use the model '{each}'."
             raise Refusal("model_not_allowed", message, param="model")
-        if not gateway.books.served(each):
+        if not gateway.billing.served(each):
             message = f"The model '{each}' does not exist or is not available here."
             raise Refusal("model_not_found", message, param="model")
     if body.extras:
@@ -61,7 +61,7 @@ def check_rates(gateway: Gateway, body: RequestBody) -> None:
     """Raise Refusal for a request that could use what the price of its model has no rate for."""
     model, tier = body.facts.model or "", body.facts.service_tier
     for rate, member in body.needed_rates():
-        if lacking := gateway.books.lacks(model, rate, tier):
+        if lacking := gateway.billing.lacks(model, rate, tier):
             of_tier = "" if lacking.tier == DEFAULT_TIER else f" for the tier '{lacking.tier}'"
             message = (
                 f"This request {NEEDED[rate]}, but the price of the model '{model}'{of_tier} has "

@@ -32,7 +32,7 @@ class Relay:
     ) -> None:
         """`query` is what is forwarded of the client's query."""
         self._request = request
-        self._clock = request.clock
+        self._deadline = request.deadline
         self._method = method
         self._path = path
         self._query = query
@@ -50,7 +50,7 @@ class Relay:
             self._request.leaves_for(upstream)
             upstream.in_flight += 1
             try:
-                with self._clock.running(upstream.settings.total_timeout_seconds, grace):
+                with self._deadline.running(upstream.settings.total_timeout_seconds, grace):
                     await self._ask(upstream)
                 failure = ""
                 break
@@ -76,7 +76,7 @@ class Relay:
 
     async def _ask(self, upstream: Upstream) -> None:
         """Send the request to one upstream, and pass its answer on."""
-        self._clock.allow(upstream.settings.first_byte_timeout_seconds)
+        self._deadline.allow(upstream.settings.first_byte_timeout_seconds)
         request = self._request
         secret, by = request.gateway.store.secret, request.repeatable_by
         headers = headers_for_upstream(request.client_request.headers, secret, by)
@@ -115,7 +115,7 @@ class Relay:
 
         In the third case the client's connection ends without the answer's end, in the last one the
         client is told of the failure by a Refusal."""
-        request, response, clock = self._request, self._response, self._clock
+        request, response, deadline = self._request, self._response, self._deadline
         if request.meter.at_once:
             request.meter.cut_off()
         else:
@@ -123,9 +123,9 @@ class Relay:
             await in_slices(request.meter.cut_off_steps(), account, started=True)
         if self._upload.begun:
             await asyncio.sleep(CLOSING_SECONDS)
-        elif clock.client_left:
+        elif deadline.client_left:
             await request.forget()
-        if clock.client_left or response.waits_for_client:
+        if deadline.client_left or response.waits_for_client:
             await request.settle("client_disconnected")
         elif response.sent is Sent.HEAD:
             await request.settle("upstream_failed")

@@ -38,8 +38,8 @@ class Service:
         return [
             asyncio.create_task(work, name=name)
             for name, work in {
-                "webhook": post_for_ever(gateway.books, log),
-                "progress": save_progress(store, gateway.in_flight.with_row, gateway.unended),
+                "webhook": post_for_ever(gateway.billing, log),
+                "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
                 "clock": watch_clock(store.clock, log),
                 "size": watch_size(store),
                 "loop lag": self.vitals.watch_loop(),

@@ -31,17 +31,17 @@ class Gateway:
     def __init__(self, billing: Billing, settings: Settings, telemetry: Telemetry) -> None:
         self.settings = settings
         self.store = billing.store
-        self.books = billing
-        self.watch = telemetry
-        self.limits = Limiter()
-        self.clocks = Deadlines()
+        self.billing = billing
+        self.telemetry = telemetry
+        self.limiter = Limiter()
+        self.deadlines = Deadlines()
         self.upstreams = Upstreams(settings.upstreams)
         self.in_flight = InFlight()
         self.objects = Objects(billing.store)
         self.containers = Containers(billing.store)
         self.speeds = Speeds(billing.store)
         self.corrections = Corrections(billing, self.objects, self.containers)
-        self.unended = BackgroundResponses(
+        self.background = BackgroundResponses(
             billing,
             self.objects,
             self.containers,
@@ -56,14 +56,14 @@ class Gateway:
             "redbtc_in_flight", "Requests to /v1 in flight", lambda: self.in_flight.count
         )
         telemetry.show_gauge(
-            "redbtc_queued", "Requests waiting for a free place", lambda: self.limits.queued
+            "redbtc_queued", "Requests waiting for a free place", lambda: self.limiter.queued
         )
         self.draining = self.stopping = False
 
     def apply(self, settings: Settings) -> None:
         """Use other settings, from the next request on."""
         self.settings = settings
-        self.books.apply(settings.billing)
+        self.billing.apply(settings.billing)
         self.upstreams.apply(settings.upstreams)
 
     def enter(self, request: ClientRequest) -> Key:
@@ -71,31 +71,31 @@ class Gateway:
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
         key = request.key = authenticate(request.headers, self.store)
-        if maintenance := self.books.notices.maintenance():
+        if maintenance := self.billing.notices.maintenance():
             wait = (maintenance.until - self.store.time()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)
         return key
 
     @contextlib.contextmanager
-    def serving(self, client: Client | None, clock: Deadline, key: Key) -> Iterator[None]:
+    def serving(self, client: Client | None, deadline: Deadline, key: Key) -> Iterator[None]:
         """Count a request as in flight; its deadline is told when the client leaves, or when it is
         to be aborted. `client` is None for a turn of a WebSocket, whose session sees to that."""
         on_leave: set[Callable[[], None]] = client.on_leave if client else set()
 
         def abort() -> None:
-            clock.abort()
+            deadline.abort()
             if client:
                 client.abort()
 
         in_flight = self.in_flight
         in_flight.count += 1
-        on_leave.add(clock.on_client_disconnect)
+        on_leave.add(deadline.on_client_disconnect)
         in_flight.add(key, abort)
         try:
             yield
         finally:
             in_flight.discard(key, abort)
-            on_leave.discard(clock.on_client_disconnect)
+            on_leave.discard(deadline.on_client_disconnect)
             in_flight.count -= 1
 
     def stop(self) -> None:

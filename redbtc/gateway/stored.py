@@ -47,14 +47,14 @@ class StoredRequest(ForwardedRequest):
         gateway: Gateway,
         client_request: ClientRequest,
         endpoint: Endpoint,
-        clock: Deadline,
+        deadline: Deadline,
         admission: Admission,
         key: Key,
         response_id: str,
         home: ObjectLocation,
         deletes: bool,
     ) -> None:
-        super().__init__(gateway, client_request, endpoint, clock, admission, key)
+        super().__init__(gateway, client_request, endpoint, deadline, admission, key)
         self._response_id = response_id
         self._home = home
         self._deletes = deletes
@@ -64,7 +64,7 @@ class StoredRequest(ForwardedRequest):
         usage of the response is not known, that is long enough to find it: it follows the output,
         so a client could otherwise take the output and leave before the correction."""
         gateway, response_id = self.gateway, self._response_id
-        unknown = self._home.tokens is None and response_id not in gateway.unended
+        unknown = self._home.tokens is None and response_id not in gateway.background
         unknown = unknown or gateway.corrections.is_unsure(response_id)
         return max(super().grace(), USAGE_SECONDS if unknown else 0.0)
 
@@ -76,22 +76,24 @@ class StoredRequest(ForwardedRequest):
 
     def metered(self) -> None:
         if self._is_requested:
-            self.gateway.unended.read(self._response_id, self.meter.report)
+            self.gateway.background.read(self._response_id, self.meter.report)
 
     async def settle(self, outcome: Outcome) -> None:
-        self.clock.pause()
+        self.deadline.pause()
         self.settled = True
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
         if self._is_requested:
-            await gateway.unended.look(self._response_id, report, status == 200)
+            await gateway.background.look(self._response_id, report, status == 200)
         else:
-            gateway.unended.ignore(self._response_id, report)
+            gateway.background.ignore(self._response_id, report)
         if status == 200:
             await self._correct(outcome)
             self._learn_listed()
         if self._deletes and status < 300:
             await gateway.objects.disown(self._response_id, self.key.account_id)
-        gateway.watch.answered(self.client_request.id, self.client_request.route, status, outcome)
+        gateway.telemetry.answered(
+            self.client_request.id, self.client_request.route, status, outcome
+        )
 
     async def _correct(self, outcome: Outcome) -> None:
         """Correct the estimate of the response, if there is one and its usage is known now. If its
@@ -153,29 +155,29 @@ class StoredRoute:
         request.route = self._endpoint.path
         key, settings = gateway.enter(request), gateway.settings
         response_id = scope["path_params"]["id"]
-        clock = Deadline(gateway.clocks)
-        charged = gateway.limits.charge(key, settings.limits)
-        with charged as admission, gateway.serving(request.client, clock, key):
+        deadline = Deadline(gateway.deadlines)
+        charged = gateway.limiter.charge(key, settings.limits)
+        with charged as admission, gateway.serving(request.client, deadline, key):
             home, upstream = choose_stored(gateway, key, response_id)
             query = self._query(key, response_id, scope["query_string"])
-            with Reservation(gateway.limits, key, settings) as reserved:
-                body = await read_body(request.headers, receive, clock, settings, reserved)
+            with Reservation(gateway.limiter, key, settings) as reserved:
+                body = await read_body(request.headers, receive, deadline, settings, reserved)
                 if self._method != "POST":
                     body = b""  # of GET and DELETE it has no meaning (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
                     check_plain_json(request.headers)
                     steps = RequestBody.steps(body, body)
                     await required_upstreams(gateway, key, await in_slices(steps, key.account_id))
-                if self._method == "DELETE" and response_id in gateway.unended:
+                if self._method == "DELETE" and response_id in gateway.background:
                     message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
-                await gateway.limits.admit(admission, 0, clock)
+                await gateway.limiter.admit(admission, 0, deadline)
             with await self._hold(key, response_id, admission):
                 visit = StoredRequest(
                     gateway,
                     request,
                     self._endpoint,
-                    clock,
+                    deadline,
                     admission,
                     key,
                     response_id,

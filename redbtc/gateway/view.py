@@ -34,16 +34,16 @@ class GatewayView:
 
     def abort_key(self, key_id: str) -> int:
         """Abort all that runs for a key, at the upstreams as well. Return how much that was."""
-        in_background = self._gateway.unended.cancel(key_id)
+        in_background = self._gateway.background.cancel(key_id)
         return self._gateway.in_flight.abort_key(key_id) + in_background
 
     def set_back(self, at: int) -> None:
         """Let no background response have begun later than `at`: the ledger's time is set back."""
-        self._gateway.unended.set_back(at)
+        self._gateway.background.set_back(at)
 
     def limits_of_key(self, key: Key) -> dict[str, Any]:
         """Return the limits in force for a key and its account, and what is left of them."""
-        return self._gateway.limits.report(key, self._gateway.settings.limits)
+        return self._gateway.limiter.report(key, self._gateway.settings.limits)
 
     def limits_of_account(self, account: Account) -> dict[str, Any]:
         """Return the limits in force for an account, and what is left of them."""
@@ -51,7 +51,7 @@ class GatewayView:
         factor = account.throttle_factor
         thousandths = None if factor is None else parse_amount(factor) // (NANOS // 1000)
         gateway = self._gateway
-        return gateway.limits.report_account(account.id, own, thousandths, gateway.settings.limits)
+        return gateway.limiter.report_account(account.id, own, thousandths, gateway.settings.limits)
 
     def at_work(self) -> AtWork:
         """Return what is in flight, what was refused since the start, and the upstreams."""
@@ -60,8 +60,8 @@ class GatewayView:
             running=True,
             uptime_seconds=round(time.monotonic() - gateway.started),
             in_flight=gateway.in_flight.count,
-            queued=gateway.limits.queued,
-            refusals=gateway.watch.refusals(),
+            queued=gateway.limiter.queued,
+            refusals=gateway.telemetry.refusals(),
             upstreams=[
                 UpstreamAtWork(name=each.name, usable=each.usable, in_flight=each.in_flight)
                 for each in gateway.upstreams

@@ -67,7 +67,7 @@ class ClientEvents:
         account_id = self._reservation.account_id
         try:
             key = self._gateway.enter(self._handshake)
-            with self._gateway.limits.charge(key, self._gateway.settings.limits) as admission:
+            with self._gateway.limiter.charge(key, self._gateway.settings.limits) as admission:
                 event = await in_slices(ClientEvent.read(text), account_id)
                 if event.excess_bytes:
                     await memory.grow(event.excess_bytes)

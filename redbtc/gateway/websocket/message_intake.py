@@ -13,9 +13,9 @@ class MessageIntake:
 
     def __init__(self, gateway: Gateway, key: Key) -> None:
         self._gateway = gateway
-        self.reservation = Reservation(gateway.limits, key, gateway.settings)
-        self.deadline = Deadline(gateway.clocks)
-        self.small_frames = gateway.limits.small_frames(key)
+        self.reservation = Reservation(gateway.limiter, key, gateway.settings)
+        self.deadline = Deadline(gateway.deadlines)
+        self.small_frames = gateway.limiter.small_frames(key)
         self.max_bytes = 0
         self.message_seconds = 0.0
         self.renew()

@@ -70,7 +70,7 @@ async def serve_websocket(
     accepted, ClientLeft."""
     await receive()  # the wish to connect
     key = gateway.enter(handshake)
-    charge_handshake(gateway.limits.small_frames(key))
+    charge_handshake(gateway.limiter.small_frames(key))
     with counted_session(gateway, key.account_id):
         session = WebSocketSession(gateway, handshake, key, receive, send)
         try:
@@ -121,7 +121,7 @@ class WebSocketSession:
         objects = SessionObjects()
         self._lanes = Lanes(objects.locations.keys())
         sender = self._sender = ClientSender(
-            handshake, send, gateway.watch, self._intake.small_frames
+            handshake, send, gateway.telemetry, self._intake.small_frames
         )
         self._upstream_events = UpstreamEvents(
             gateway, handshake, key, sender, self._lanes, objects, self._tasks
@@ -145,7 +145,7 @@ class WebSocketSession:
         before the connection is accepted, OSError."""
         socket = await self._upstream_events.first_socket()
         await self._sender.accept(self._headers(socket.connection))
-        settings, loop = socket.upstream.settings, self._gateway.clocks.loop
+        settings, loop = socket.upstream.settings, self._gateway.deadlines.loop
         expiry = loop.call_later(settings.total_timeout_seconds, self._runner.expire)
         self._reader = asyncio.create_task(self._read_frames())
         try:
@@ -161,7 +161,7 @@ class WebSocketSession:
             await self._client.read_frames(self._intake)
         except Exception as error:
             request = self._handshake
-            self._gateway.watch.failed(request.id, request.route, error, request.counted)
+            self._gateway.telemetry.failed(request.id, request.route, error, request.counted)
             self._client.abort()
 
     def _headers(self, connection: ClientConnection) -> Headers:

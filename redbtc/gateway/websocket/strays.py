@@ -91,14 +91,14 @@ class Strays:
         guess = None if is_complete(report) else await self._estimate(stray)
         row = self._new_row(stray)
         parts = account_for(row, report, outcome, guess)
-        money = await hold_nothing(gateway.books, self._key, row.requested_model)
+        money = await hold_nothing(gateway.billing, self._key, row.requested_model)
         parts = await count_containers(gateway.containers, row, report, parts)
-        bill(row, parts, gateway.books, money, DEFAULT_IMAGE_MODEL)
+        bill(row, parts, gateway.billing, money, DEFAULT_IMAGE_MODEL)
         location, usage = ObjectLocation(row.upstream), None if guess else row.usage
         locations = locations_of(named, report, location, usage)
         gateway.objects.own_each(locations, row.account_id)
         await settle(gateway.store, row, Admitted(money.at, DEFAULT_IMAGE_MODEL, 0))
-        gateway.watch.settled(row)
+        gateway.telemetry.settled(row)
 
     def _new_row(self, stray: Stray) -> RequestRow:
         """Return a row with what is known of a response, except its usage."""

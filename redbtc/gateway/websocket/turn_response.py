@@ -98,7 +98,7 @@ class TurnResponse(MeteredRequest):
         response = TurnResponse(
             self.gateway,
             self.client_request.further(),
-            self.clock,
+            self.deadline,
             self.admission,
             self.key,
             self._event,

@@ -65,7 +65,7 @@ class TurnRunner:
 
     async def _serve_lane(self, lane: Lane) -> None:
         """Serve the requests of a lane until there are no more."""
-        telemetry = self._gateway.watch
+        telemetry = self._gateway.telemetry
         while lane.waiting:
             queued, request = lane.waiting.popleft(), self._handshake.further()
             try:
@@ -94,7 +94,7 @@ class TurnRunner:
         if self._sender.closed:
             raise ClientLeft
         key = gateway.enter(self._handshake)
-        deadline, objects = Deadline(gateway.clocks), self._objects
+        deadline, objects = Deadline(gateway.deadlines), self._objects
         response = TurnResponse(gateway, request, deadline, admission, key, event, objects)
         turn = lane.turn = Turn(lane.stream_id, response, deadline)
         if event.facts.background:

@@ -177,7 +177,7 @@ class Turn:
         if steers:
             money = steers[-1].money.transfer()
         else:
-            billing, model = before.gateway.books, before.row.requested_model
+            billing, model = before.gateway.billing, before.row.requested_model
             money = await hold_nothing(billing, before.key, model)
         if self.over.done():  # it was given up meanwhile
             money.release()

@@ -118,7 +118,7 @@ class UpstreamEvents:
                 code, reason = closed.rcvd.code, closed.rcvd.reason
         except Exception as error:
             request = self._handshake
-            self._gateway.watch.failed(request.id, request.route, error, request.counted)
+            self._gateway.telemetry.failed(request.id, request.route, error, request.counted)
             await socket.close()
         self._lanes.lose(socket, SocketState.LOST, "upstream_failed")
         outcome: Outcome = "client_disconnected" if self._sender.closed else "upstream_failed"
