@@ -41,7 +41,7 @@ from typing import Any
 from starlette.routing import Route, Router
 
 from redbtc import start
-from redbtc.admin.http import local, served
+from redbtc.admin.http import admin_app, local_actor
 from redbtc.billing.webhook import post_for_ever
 from redbtc.cli import accounts, database, money, usage, users  # noqa: F401 (they add commands)
 from redbtc.cli import main as command_line
@@ -251,7 +251,7 @@ class GatewayProcess:
         self._guard.lead_to(metered_apps(service), other_apps(service), websocket_app(service))
         gc.freeze()  # what is there now stays, as in start.finish
         with socket_path(store.path) as path:
-            api = in_time(gateway, served(service.api, local))
+            api = in_time(gateway, admin_app(service.api, local_actor))
             guarded = Guard({}, api, unknown_url, self.telemetry)
             server = AdminServer(configured(guarded, uds=path, proxy_headers=False))
             self._servers.append(server)

@@ -4,10 +4,11 @@ description allows and what it doesn't; the rest is what no description can say.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import sqlite3
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import httpx2
 import pytest
@@ -19,11 +20,12 @@ from schemathesis import Case, GenerationMode
 from speed import Stalls
 from upstream import Upstream
 
-from redbtc.admin.actors import RANKS
+from redbtc.admin.actors import RANKS, Actor
 from redbtc.admin.api import OPERATIONS
 from redbtc.admin.http import MAX_FIELDS
+from redbtc.admin.inputs import Nothing
 from redbtc.admin.openapi import openapi
-from redbtc.admin.operations import PREFIX, Operation
+from redbtc.admin.operations import PREFIX, Operation, variables_of
 
 PASSWORD = "correct horse battery staple 7"
 
@@ -250,6 +252,21 @@ def test_an_unknown_or_a_doubled_query_parameter_is_refused(
 def test_a_query_with_too_many_fields_is_refused(local: httpx2.Client) -> None:
     answer = local.get("/usage?" + "&".join(f"a{number}" for number in range(MAX_FIELDS + 1)))
     assert (answer.status_code, "at most 100 are allowed" in told(answer)) == (400, True)
+
+
+def test_the_table_of_operations_matches_the_handlers() -> None:
+    for operation in OPERATIONS:
+        _, actor, *parameters = inspect.signature(operation.handler).parameters.values()
+        hints = get_type_hints(operation.handler)
+        assert hints[actor.name] is Actor, operation.name
+        if operation.input is not Nothing:
+            assert hints[parameters.pop(0).name] is operation.input, operation.name
+        assert hints["return"] == operation.answer, operation.name
+        known = {each.name for each in parameters}
+        needed = {each.name for each in parameters if each.default is each.empty}
+        assert set(variables_of(operation.path)) == known or operation.key_path, operation.name
+        for path in operation.paths:
+            assert needed <= set(variables_of(path)) <= known, operation.name
 
 
 # ── Who may ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Who acts: roles, and what a running gateway offers to the admin API."""
+"""Actors and their roles, refusals, and what the admin API needs of a running gateway."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from redbtc.admin.outputs import AtWork
 from redbtc.admin.users import LoginSession
-from redbtc.errors import UserError
+from redbtc.errors import NotFound, UserError
 from redbtc.store.accounts import Account
 from redbtc.store.keys import Key
 
@@ -14,20 +14,9 @@ Rank = Literal["key", "viewer", "owner", "operator"]
 RANKS = {"key": 0, "viewer": 1, "owner": 2, "operator": 3}
 
 
-class Actor(NamedTuple):
-    """Who wants something: a holder of a key, a member of an account, an operator."""
-
-    name: str
-    rank: Rank
-    account_id: str | None = None  # None: all
-    key: Key | None = None
-    session: LoginSession | None = None
-    network: str = ""
-
-
 class Invalid(UserError):
-    """What was sent is not of the form that is asked for; the message names the place, `field` the
-    member, where it is about one."""
+    """A refusal of malformed input. The message names the place in the input, and `field` the
+    field, if the error is about one."""
 
     def __init__(self, what: str, place: str = "") -> None:
         super().__init__(f"{what} - at `{place}`" if place else what)
@@ -36,53 +25,92 @@ class Invalid(UserError):
 
 
 class TooLarge(UserError):
-    """A body of more bytes than are wanted."""
+    """A refusal of a body that has more bytes than allowed."""
 
 
 class Forbidden(UserError):
-    """Not for this actor, who may know that it is there."""
+    """A refusal of what the actor may know of but may not do."""
 
 
 class Unauthorized(UserError):
-    """Nobody is logged in, or shows a key."""
+    """A refusal of a request without an active API key or a valid session."""
+
+
+class Actor(NamedTuple):
+    """The holder of an API key, a member of an account, or an operator."""
+
+    name: str
+    rank: Rank
+    account_id: str | None = None  # None: all accounts
+    key: Key | None = None
+    session: LoginSession | None = None
+    network: str = ""
+
+    @property
+    def is_command(self) -> bool:
+        """Return whether the actor is a command rather than a browser or the holder of a key."""
+        return self.key is None and self.session is None
+
+    def require(self, least: Rank) -> None:
+        """Raise Forbidden if the actor's role is lower than this."""
+        if RANKS[self.rank] < RANKS[least]:
+            raise Forbidden("your role doesn't allow this")
+
+    def required_account_id(self) -> str:
+        """Return the id of the actor's account. Raise NotFound for an operator."""
+        if self.account_id is None:
+            raise NotFound("this needs an API key in the Authorization header")
+        return self.account_id
+
+    def required_key(self) -> Key:
+        """Return the actor's API key. Raise NotFound if there is none."""
+        if self.key is None:
+            raise NotFound("this needs an API key in the Authorization header")
+        return self.key
+
+    def required_session(self) -> LoginSession:
+        """Return the actor's session. Raise NotFound if there is none."""
+        if self.session is None:
+            raise NotFound("this needs a dashboard session; log in at /dashboard/login")
+        return self.session
 
 
 class RunningGateway(Protocol):
-    """What is shown of the gateway at work, which it gives at assembly."""
+    """The methods of a gateway that the admin API calls."""
 
     @property
     def example_model(self) -> str:
-        """The one that examples name."""
+        """The model that examples name."""
 
     def serves(self, model: str) -> bool:
-        """Whether an upstream is there for it."""
+        """Return whether an upstream serves the model."""
 
     def listed_models(self) -> set[str]:
         """Return the models that upstreams have listed so far."""
 
     def limits_of_key(self, key: Key) -> dict[str, Any]:
-        """The limits in force for a key and its account, and what is left of them."""
+        """Return the limits in force for a key and its account, and what is left of them."""
 
     def limits_of_account(self, account: Account) -> dict[str, Any]:
-        """Those of an account."""
+        """Return the limits in force for an account, and what is left of them."""
 
-    def cut(self, key_id: str) -> int:
-        """End all that runs for a key; how many requests that were."""
+    def abort_key(self, key_id: str) -> int:
+        """Abort all requests of a key. Return their number."""
 
     def set_back(self, at: int) -> None:
-        """Let nothing that runs have begun later than `at`: the ledger's time is set back."""
+        """Set the ledger's time back to `at` (milliseconds): nothing in progress began later."""
 
     def at_work(self) -> AtWork:
-        """Requests in flight and queued, what was refused, each upstream."""
+        """Return what is in flight, what was refused since the start, and the upstreams."""
 
 
 class StoppedGateway:
-    """A gateway that does not run: the operations are those of a command's own process."""
+    """The gateway of a command that works on the database by itself, because none is running."""
 
     example_model = ""
 
     def serves(self, _: str) -> bool:
-        """Nothing is."""
+        """Return False, since there are no upstreams."""
         return False
 
     def listed_models(self) -> set[str]:
@@ -90,20 +118,20 @@ class StoppedGateway:
         return set()
 
     def limits_of_key(self, _: Key) -> dict[str, Any]:
-        """Unknown: they are those of its settings."""
+        """Return no limits, since only a running gateway counts requests."""
         return {}
 
     def limits_of_account(self, _: Account) -> dict[str, Any]:
-        """Unknown, too."""
+        """Return no limits, since only a running gateway counts requests."""
         return {}
 
-    def cut(self, _: str) -> int:
-        """Nothing runs."""
+    def abort_key(self, _: str) -> int:
+        """Return 0, since no request is in flight."""
         return 0
 
     def set_back(self, _: int) -> None:
-        """Nothing runs."""
+        """Do nothing, since nothing is in progress."""
 
     def at_work(self) -> AtWork:
-        """Nothing."""
+        """Return that nothing is in flight."""
         return AtWork(False, in_flight=0, queued=0, uptime_seconds=0, refusals={}, upstreams=[])

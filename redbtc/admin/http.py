@@ -19,16 +19,16 @@ from starlette.routing import Route
 from redbtc.admin.actors import Actor, Forbidden, Invalid, TooLarge, Unauthorized
 from redbtc.admin.api import API, OPERATIONS
 from redbtc.admin.openapi import openapi
-from redbtc.admin.operations import PREFIX, Operation
+from redbtc.admin.operations import PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Error, Refused
 from redbtc.admin.passwords import Busy, Later, TooMany
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.slices import with_turns
 
-WHO = b"redbtc-user"  # the header with which a command says who gives it
+USER_HEADER = b"redbtc-user"  # the header in which a command names its user
 PART_BYTES = 64 << 10
-MAX_BODY_BYTES = 4 << 20  # of an operator: a list of thousands of prices
-MAX_MEMBERS_BODY = 64 << 10  # of others; 4 MB of JSON take 100 ms to read
+MAX_BODY_BYTES = 4 << 20  # of an operator: thousands of prices
+MAX_MEMBERS_BODY = 64 << 10  # bytes; of other actors: 4 MB of JSON take 100 ms to read
 MAX_FIELDS = 100  # of a query or a form
 
 STATUS: dict[type[UserError], int] = {
@@ -42,13 +42,14 @@ STATUS: dict[type[UserError], int] = {
     StorageUnavailable: 503,
     Busy: 503,
 }
-OTHERWISE = 409  # well formed, but it can't be done
+DEFAULT_STATUS = 409  # well formed, but not possible in the current state
 Authenticate = Callable[[Request], Actor]
 
 
-def local(request: Request) -> Actor:
-    """Whoever may open the database: an operator."""
-    return Actor(request.headers.get(WHO.decode(), "local"), "operator")
+def local_actor(request: Request) -> Actor:
+    """Return the actor of a request on the Unix socket: an operator, since only a user who may open
+    the database itself may open the socket."""
+    return Actor(request.headers.get(USER_HEADER.decode(), "local"), "operator")
 
 
 SECURITY = {
@@ -59,8 +60,8 @@ SECURITY = {
 }
 
 
-def encoded(found: Struct | Mapping[str, Any]) -> Iterator[bytes]:
-    """Return an answer as JSON, bit by bit."""
+def json_parts(found: Struct | Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield an answer as JSON, a value at a time."""
     yield b"{"
     for number, (name, value) in enumerate(members_of(found)):
         yield (b"," if number else b"") + msgspec.json.encode(name) + b":"
@@ -82,10 +83,10 @@ def members_of(found: Struct | Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in pairs if value is not UNSET]
 
 
-async def in_parts(
+async def response_in_parts(
     bits: Iterable[bytes], status: int, headers: Mapping[str, str], media_type: str
 ) -> Response:
-    """An answer of what may be long."""
+    """Return a response whose content may be long."""
     parts: list[bytes] = []
     part = bytearray()
     async for bit in with_turns(bits):
@@ -100,9 +101,9 @@ async def in_parts(
     return StreamingResponse(with_turns(parts), status, {**headers, **length}, media_type)
 
 
-async def streamed(parts: AsyncIterator[bytes]) -> Response:
-    """Return an answer of JSON that is sent as it is made. Its status is sent with the first part:
-    what fails before that is answered with an error."""
+async def stream_response(parts: AsyncIterator[bytes]) -> Response:
+    """Return a response of JSON that is sent as it is made. The status is sent with the first part,
+    so a failure before that still gets an error response."""
     first = await anext(parts)
 
     async def all_parts() -> AsyncIterator[bytes]:
@@ -113,26 +114,26 @@ async def streamed(parts: AsyncIterator[bytes]) -> Response:
     return StreamingResponse(all_parts(), headers=SECURITY, media_type="application/json")
 
 
-async def answer(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
-    """JSON."""
-    return await in_parts(encoded(found), status, SECURITY, "application/json")
+async def json_response(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
+    """Return an answer as a response of JSON."""
+    return await response_in_parts(json_parts(found), status, SECURITY, "application/json")
 
 
-async def error_answer(status: int, message: str, headers: Mapping[str, str]) -> Response:
-    """OpenAI's error form."""
-    response = await answer(Refused(Error(message, "invalid_request_error")), status)
+async def error_response(status: int, message: str, headers: Mapping[str, str]) -> Response:
+    """Return an error response in the form of OpenAI's API."""
+    response = await json_response(Refused(Error(message, "invalid_request_error")), status)
     response.headers.update(headers)
     return response
 
 
-async def refused(_: Request, error: Exception) -> Response:
-    """A UserError."""
-    status = STATUS.get(type(error), OTHERWISE)  # type: ignore[arg-type]
-    return await error_answer(status, str(error), retry_after(error))
+async def user_error_response(_: Request, error: Exception) -> Response:
+    """Return the error response for a UserError."""
+    status = STATUS.get(type(error), DEFAULT_STATUS)  # type: ignore[arg-type]
+    return await error_response(status, str(error), retry_after(error))
 
 
 def retry_after(error: Exception) -> dict[str, str]:
-    """A header, where it makes sense to try again."""
+    """Return the headers of an error response; they say when to try again, if that can help."""
     seconds = error.seconds if isinstance(error, Later) else 5
     again = isinstance(error, (Later, StorageUnavailable))
     return {"retry-after": str(seconds)} if again else {}
@@ -141,25 +142,29 @@ def retry_after(error: Exception) -> dict[str, str]:
 UNKNOWN = {404: "Unknown request URL.", 500: "The gateway could not process this request."}
 
 
-async def unknown(_: Request, error: Exception) -> Response:
-    """What Starlette itself refuses, an unknown path or method; or what should not happen."""
+async def other_error_response(_: Request, error: Exception) -> Response:
+    """Return the error response for an unknown path or method, or for an unexpected error."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = UNKNOWN.get(status, "Method not allowed.")
     headers = error.headers if isinstance(error, HTTPException) else None
-    return await error_answer(status, message, headers or {})
+    return await error_response(status, message, headers or {})
 
 
-def served(api: API, authenticate: Authenticate) -> Starlette:
-    """The operations as an app, for whoever `authenticate` says it is."""
+def admin_app(api: API, authenticate: Authenticate) -> Starlette:
+    """Return the operations as an app. `authenticate` returns the actor of a request."""
     by_path: dict[str, dict[str, Operation]] = {}
     for each in OPERATIONS:
         for path in each.paths:
             by_path.setdefault(PREFIX + path, {})[each.method] = each
     routes = [Route(f"{PREFIX}/openapi.json", _describe, methods=["GET"])]
     for path, operations in by_path.items():
-        endpoint = _endpoint(api, operations, authenticate)
+        endpoint = _endpoint(api, path, operations, authenticate)
         routes.append(Route(path, endpoint, methods=list(operations)))
-    handlers: dict[Any, Any] = {UserError: refused, HTTPException: unknown, Exception: unknown}
+    handlers: dict[Any, Any] = {
+        UserError: user_error_response,
+        HTTPException: other_error_response,
+        Exception: other_error_response,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return app
@@ -172,7 +177,7 @@ async def _describe(request: Request) -> Response:
 
 @functools.cache
 def _description(*, secure: bool) -> bytes:
-    """Return `openapi` as JSON. It is made once: that takes about 10 ms, and anybody may ask."""
+    """Return `openapi` as JSON. It is made once, since that takes about 10 ms."""
     return orjson.dumps(openapi(secure=secure))
 
 
@@ -182,22 +187,22 @@ def check_fields(encoded: bytes) -> None:
         raise Invalid(f"too many fields in the query or form; at most {MAX_FIELDS} are allowed")
 
 
-async def whole_body(request: Request, most: int) -> bytes:
-    """Raises TooLarge before more than `most` bytes are held, and Invalid where it ends too
-    early."""
+async def whole_body(request: Request, maximum: int) -> bytes:
+    """Return the body of a request. Raise TooLarge as soon as it has more than `maximum` bytes, and
+    Invalid if it ends too early."""
     body = bytearray()
     try:
         async for part in request.stream():
             body += part
-            if len(body) > most:
-                raise TooLarge(f"the request body is larger than {most} bytes")
+            if len(body) > maximum:
+                raise TooLarge(f"the request body is larger than {maximum} bytes")
     except ClientDisconnect:
         raise Invalid("the request body is incomplete") from None
     return bytes(body)
 
 
 def _endpoint(
-    api: API, operations: dict[str, Operation], authenticate: Authenticate
+    api: API, path: str, operations: dict[str, Operation], authenticate: Authenticate
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         operation = operations["GET" if request.method == "HEAD" else request.method]
@@ -208,12 +213,13 @@ def _endpoint(
         if len(query) < len(pairs):
             raise Invalid("duplicate query parameter")
         has_body = operation.method in ("POST", "PATCH")
-        most = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
-        body = await whole_body(request, most) if has_body else b""
-        actor = authenticate(request)  # again: what let him in may have ended meanwhile
-        found = await api.perform(operation, actor, request.path_params, query=query, body=body)
+        maximum = MAX_BODY_BYTES if actor.rank == "operator" else MAX_MEMBERS_BODY
+        body = await whole_body(request, maximum) if has_body else b""
+        actor = authenticate(request)  # again: the session may have ended meanwhile
+        values = {name: request.path_params[name] for name in variables_of(path)}
+        found = await api.perform_request(operation, actor, values, query, body)
         if isinstance(found, AsyncIterator):
-            return await streamed(found)
-        return await answer(found, operation.status)
+            return await stream_response(found)
+        return await json_response(found, operation.status)
 
     return endpoint

@@ -1,4 +1,4 @@
-"""What the admin API takes: strict types."""
+"""Define the inputs of the admin API as strict types."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from redbtc.rates import DEFAULT_TIER, RATES
 from redbtc.store.records import with_members
 from redbtc.usage import MAX_TOKENS
 
-# Strict: an unknown member is an error that names it. The same types describe the API in
-# openapi.json. Patterns end in $(?!\n), since Python's $ alone lets a line's end through.
-CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # also those that turn text round
+# Strict: an unknown field is an error that names it. The docstrings of the types are descriptions
+# in openapi.json. Patterns end in $(?!\n), since Python's $ alone also matches before a final
+# newline.
+CONTROLS = (
+    r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # also those that change the direction of text
+)
 NAME_FORM = rf"^[^\s/{CONTROLS}]([^/{CONTROLS}]*[^\s/{CONTROLS}])?$(?!\n)"
 Limit = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-MEANT: dict[str, str] = {}  # what people call the form that a pattern asks for
+FORM_NAMES: dict[str, str] = {}  # what error messages call the form that a pattern asks for
 
 
 def form(pattern: str, meant: str, **more: Any) -> Meta:
     """Return the constraint that a text has this form. Error messages call the form `meant`."""
-    MEANT[pattern] = meant
+    FORM_NAMES[pattern] = meant
     return Meta(pattern=pattern, title=meant, **more)
 
 
@@ -80,7 +83,7 @@ ModelName = Annotated[
         max_length=256,
     ),
 ]
-# Where a list may be instead: msgspec 0.22 frees the pattern of a text beside a list twice.
+# For a field that may also be a list: msgspec 0.22 frees the pattern of such a text twice.
 Model = Annotated[str, Meta(min_length=1, max_length=256)]
 Tier = Annotated[
     str,
@@ -107,15 +110,15 @@ Groups = Annotated[
 ]
 
 
-class Sent(Struct, forbid_unknown_fields=True):
+class Input(Struct, forbid_unknown_fields=True):
     """The base of all inputs: unknown fields are refused."""
 
 
-class Nothing(Sent):
+class Nothing(Input):
     """An empty object."""
 
 
-class NewLimits(Sent):
+class NewLimits(Input):
     """Limits. A limit that is left out falls back to the account's or the settings'; a budget that
     is left out means no budget."""
 
@@ -133,7 +136,7 @@ class NewAccount(NewLimits, kw_only=True):
     credit_limit: LimitAmount | None = None
 
 
-class AccountChange(Sent):
+class AccountChange(Input):
     """Changes to an account. Fields that are left out stay as they are; null goes back to the
     settings' value."""
 
@@ -145,13 +148,13 @@ class AccountChange(Sent):
     monthly_budget: LimitAmount | UnsetType | None = UNSET
 
 
-class Suspension(Sent):
+class Suspension(Input):
     """Why an account is suspended. Only operators see `reason`."""
 
     reason: Text | None = None
 
 
-class NewThrottle(Sent):
+class NewThrottle(Input):
     """A temporary reduction of an account's limits. `factor` is the fraction that is left, from
     0.001 to 1; 1 removes the throttle. Without `until`, it lasts until it is removed."""
 
@@ -169,21 +172,21 @@ class NewKey(NewLimits):
     expires: Time | None = None
 
 
-class Revocation(Sent):
+class Revocation(Input):
     """How to revoke a key. `compromised` means that the key was leaked: its requests in flight are
     stopped, too."""
 
     compromised: bool = False
 
 
-class Rotation(Sent):
+class Rotation(Input):
     """How to rotate a key. The old key keeps working for `overlap`."""
 
     overlap: Duration = "24h"
 
 
 @with_members(dict.fromkeys(RATES, Amount | None), None)
-class NewPrice(Sent):
+class NewPrice(Input):
     """A price for one or more model names or patterns, per million tokens; `web_search` and
     `file_search` are per call, `container` is per new container. `effective` is a time or a
     duration from now; the default is now."""
@@ -196,7 +199,7 @@ class NewPrice(Sent):
     source: Source | None = None
 
 
-class NewPrices(Sent):
+class NewPrices(Input):
     """Prices to add. With `take_over`, rates that a price leaves out are copied from the price that
     it replaces, or from the one that applied to its model before; otherwise the price has no such
     rates. `without_notice` is the reason to skip the notice period for increases. Prices are
@@ -209,7 +212,7 @@ class NewPrices(Sent):
     source: Source | None = None
 
 
-class NewPayment(Sent):
+class NewPayment(Input):
     """A payment to record. A repeated `reference` is ignored. A negative amount needs a
     `reason`."""
 
@@ -218,7 +221,7 @@ class NewPayment(Sent):
     reason: Reason | None = None
 
 
-class NewNotice(Sent):
+class NewNotice(Input):
     """A notice to publish. `effective` defaults to now, `until` to no end. With `refuses_requests`
     (maintenance only), new requests are rejected with 503 during the window."""
 
@@ -237,7 +240,7 @@ class NewNotice(Sent):
     refuses_requests: bool = False
 
 
-class NewUser(Sent):
+class NewUser(Input):
     """A login to add. An operator has no account. If an owner adds a login, it belongs to the
     owner's account."""
 
@@ -246,21 +249,21 @@ class NewUser(Sent):
     account: AccountName | None = None
 
 
-class UsersQuery(Sent):
+class UsersQuery(Input):
     """Filters for users. All are optional."""
 
     account: Filter | None = None
     role: Literal["operator", "owner", "viewer"] | None = None
 
 
-class NewPassword(Sent):
+class NewPassword(Input):
     """A change of one's own password."""
 
     old_password: Annotated[str, Meta(max_length=4000)]
     new_password: Annotated[str, Meta(max_length=4000)]
 
 
-class WhichPriceQuery(Sent):
+class WhichPriceQuery(Input):
     """A request to find the price of: its `model`, the service `tier` that the response reports,
     its number of input tokens, and its time (a time or a duration from now; the default is now)."""
 
@@ -270,14 +273,14 @@ class WhichPriceQuery(Sent):
     at: Time | None = None
 
 
-class WhichUser(Sent):
+class WhichUser(Input):
     """Which login is meant, if an email address has several."""
 
     account: Filter | None = None
     operator: bool = False
 
 
-class UsageQuery(Sent):
+class UsageQuery(Input):
     """Filters for usage. All are optional. `key` is a key's id, `model` a shell pattern."""
 
     account: Filter | None = None
@@ -304,13 +307,13 @@ class SumsQuery(UsageQuery):
     top: Annotated[int, Meta(ge=1, le=1000)] | None = None
 
 
-class StatementQuery(Sent):
+class StatementQuery(Input):
     """`limit` keeps the first lines of usage. Totals cover all of them."""
 
     limit: Annotated[int, Meta(ge=0, le=1 << 40)] | None = None
 
 
-class AccountsQuery(Sent):
+class AccountsQuery(Input):
     """Filters for accounts. `search` looks in names and email addresses. `after` keeps names that
     sort after this one."""
 
@@ -319,7 +322,7 @@ class AccountsQuery(Sent):
     limit: Annotated[int, Meta(ge=1, le=1 << 40)] | None = None
 
 
-class NewTime(Sent):
+class NewTime(Input):
     """The time to move later entries to. The default is now; a duration counts back from now. With
     `preview`, nothing is changed."""
 
@@ -327,7 +330,7 @@ class NewTime(Sent):
     preview: bool = False
 
 
-class ChangesQuery(Sent):
+class ChangesQuery(Input):
     """Filters for changes: the newest `limit`, or those before the change with the id `before`."""
 
     account: Filter | None = None
@@ -335,7 +338,7 @@ class ChangesQuery(Sent):
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
 
 
-class OverviewQuery(Sent):
+class OverviewQuery(Input):
     """What the overview covers: traffic of the last `days`, and the `limit` top accounts by
     spending this month."""
 

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from redbtc.admin.api import OPERATIONS
-from redbtc.admin.operations import PREFIX, Operation
+from redbtc.admin.operations import PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Refused
 from redbtc.times import MONTH
 
@@ -28,16 +28,19 @@ IN_PATH = {"month": {"type": "string", "pattern": f"^({MONTH.pattern})$"}}
 
 
 def openapi(*, secure: bool) -> dict[str, Any]:
-    """/admin/v1/openapi.json, made from the operations and their types (OpenAPI 3.1). `secure`: as
-    it is reached with TLS, where the session's cookie has another name."""
-    answers = {each.answer for each in OPERATIONS if isinstance(each.answer, type)}
-    types = [*answers, *{each.body for each in OPERATIONS}, *{each.query for each in OPERATIONS}]
+    """Return the content of /admin/v1/openapi.json (OpenAPI 3.1), made from the table of operations
+    and their types. `secure` says whether clients use TLS, which changes the session cookie's
+    name."""
+    answers = [each.answer for each in OPERATIONS if isinstance(each.answer, type)]
+    inputs = [kind for each in OPERATIONS for kind in (each.body, each.query)]
     template = "#/components/schemas/{name}"
-    _, schemas = msgspec.json.schema_components([*types, Refused], ref_template=template)
+    _, schemas = msgspec.json.schema_components(
+        dict.fromkeys([*answers, *inputs, Refused]), ref_template=template
+    )
     paths: dict[str, dict[str, Any]] = {}
     for each in OPERATIONS:
-        for number, path in enumerate(each.paths):
-            described = _described(each, path, number, schemas)
+        for path in each.paths:
+            described = _described(each, path, schemas)
             paths.setdefault(PREFIX + path, {})[each.method.lower()] = described
     cookie = "__Host-redbtc" if secure else "redbtc"
     return {
@@ -54,13 +57,10 @@ def openapi(*, secure: bool) -> dict[str, Any]:
     }
 
 
-def _described(
-    operation: Operation, path: str, number: int, schemas: dict[str, Any]
-) -> dict[str, Any]:
-    in_path = [part[1:-1] for part in path.split("/") if part.startswith("{")]
+def _described(operation: Operation, path: str, schemas: dict[str, Any]) -> dict[str, Any]:
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": IN_PATH.get(name, ID)}
-        for name in in_path
+        for name in variables_of(path)
     ]
     query = schemas[operation.query.__name__]
     needed = query.get("required", ())
@@ -69,7 +69,7 @@ def _described(
         for name, schema in query.get("properties", {}).items()
     ]
     described: dict[str, Any] = {
-        "operationId": operation.name + ("_of_key" if path.startswith("/me/") and number else ""),
+        "operationId": operation.name + ("_of_key" if path == operation.key_path else ""),
         "summary": operation.summary,
         "security": [{"key": []}] if path.startswith("/me") else [{"session": []}],
         "parameters": parameters,

@@ -1,4 +1,4 @@
-"""What the admin API answers."""
+"""Define the answers of the admin API. Docstrings of the types are descriptions in openapi.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How passwords are judged and hashed, and how guessing is slowed down."""
+"""Judge and hash passwords, and slow down guessing."""
 
 from __future__ import annotations
 

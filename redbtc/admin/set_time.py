@@ -1,9 +1,9 @@
-"""`db set-time`: repair a ledger that has entries of the future, after a clock that was ahead was
-believed. What is dated after a time is moved to it, in one transaction and on record. Costs are not
-worked out again.
+"""Repair a ledger with entries that are dated in the future, because the clock was ahead: the
+command `db set-time`. Entries dated after a time are moved to that time, in one transaction, which
+is recorded as a change. Costs are not computed again.
 
-Triggers (schema.sql) let nothing else change the dates that money depends on: they look into the
-table setting_time, which has a row only during this transaction.
+The dates that money depends on can't be changed in any other way. Triggers (schema.sql) refuse that
+unless the table setting_time has a row, and it has one only during this transaction.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ THAT_MONTH = "(SELECT month FROM setting_time)"
 THAT_DAY = "(SELECT at / 86400000 FROM setting_time)"
 NOW = "(SELECT now_at FROM setting_time)"
 
-# What is dated later than ?1, or in a later month than ?2, by table. Logins are compared with ?3,
-# the time that it is: an operator who repairs last week stays logged in.
+# The condition for rows dated later than ?1 or in a later month than ?2, by table. Logins are
+# compared with ?3, the present time, so that an operator who sets the time to last week stays
+# logged in.
 LATER = {
     "requests": "started_at > ?1 OR month > ?2",
     "payments": "created_at > ?1 OR month > ?2",
@@ -88,7 +89,7 @@ def merge(table: str, names: tuple[str, ...], counts: tuple[str, ...], condition
 
 
 MONEY = ("cost_units", "cost_nanos")
-# A correction in a later month than its request's leaves that estimated; now they are in one month.
+# A correction in a later month leaves its request counted as estimated. Now both are in one month.
 CORRECTED_IN_TIME = f"""
     UPDATE usage_by_day SET estimated = estimated - (
         SELECT count(*) FROM corrections JOIN requests USING (request_id)
@@ -100,7 +101,7 @@ CORRECTED_IN_TIME = f"""
              = (usage_by_day.day, usage_by_day.model, usage_by_day.requested_model,
                 usage_by_day.key_id))
      WHERE month > {THAT_MONTH}"""
-# The progress of a background response moves with its request, so that it has worked as long.
+# The progress of a background response moves with its request, so that its duration stays the same.
 MOVE_PROGRESS = f"""
     UPDATE background SET seen = json_set(seen,
         '$.since', iif(started_at > {AT}, json_extract(seen, '$.since') - (started_at - {AT}),
@@ -138,7 +139,7 @@ MOVES = (
          WHERE {later("payments")}""",
     f"""UPDATE corrections SET created_at = min(created_at, {AT}), month = min(month, {THAT_MONTH})
          WHERE {later("corrections")}""",
-    # Those of a later month's budget are told again as soon as the true month's is spent.
+    # Notices of a later month's budget are sent again as soon as the true month's budget is spent.
     f"DELETE FROM notices WHERE kind = 'budget' AND month > {THAT_MONTH}",
     f"""UPDATE notices SET effective_at = {AT_ONCE}, created_at = min(created_at, {AT}),
                withdrawn_at = min(withdrawn_at, {AT}), delivered_at = min(delivered_at, {AT})
@@ -158,7 +159,7 @@ MOVES = (
                link_expires_at = min(link_expires_at, {NOW} + {LINK_LASTS})
          WHERE {later("users")}""",
     move("sessions", "created_at", "seen_at", to=NOW),
-    # Without the record of this change itself, and of what other triggers have recorded since.
+    # The record of this change, and records that other triggers have made since, keep their time.
     f"""{move("changes", "changed_at")}
            AND id < (SELECT max(id) FROM changes WHERE kind = 'time')""",
 )
@@ -174,9 +175,9 @@ async def count_later(store: Store, at: int, now: int) -> dict[str, int]:
 
 
 def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
-    """Return the time that is meant (None: now) and the time that it is, both in milliseconds.
-    Raises UserError."""
-    now = min(now_ms(), store.time())  # one of them may be ahead
+    """Return the time to set (text None: now) and the present time, both in milliseconds. Raise
+    UserError."""
+    now = min(now_ms(), store.time())  # either of them may be ahead
     at = parse_time(text, now, relative_to_past=True) if text else now
     if at > now + DAY:
         raise UserError(
@@ -186,29 +187,29 @@ def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
 
 
 async def preview(store: Store, at: int, now: int) -> TimeSet:
-    """Return what `set_time` would move, as JSON shows it."""
-    return answer(at, store.time(), await count_later(store, at, now), done=False)
+    """Return what `set_time` would move."""
+    return time_set(at, store.time(), await count_later(store, at, now), done=False)
 
 
-async def set_time(books: Billing, at: int, now: int, by: str) -> TimeSet:
-    """Set the ledger's time back to `at` and move to it whatever is dated later. Return what was
-    moved, as JSON shows it. Raises StorageUnavailable: then it can be done again."""
-    store, before = books.store, books.store.time()
-    async with books.changing_prices:
-        await store.settle_time()  # what waits to be written has the old time
-        books.set_back(at)
-        await store.settle_time()  # so may have what has come since; nothing after this
+async def set_time(billing: Billing, at: int, now: int, by: str) -> TimeSet:
+    """Set the ledger's time back to `at` and move all later entries to it. Return what was moved.
+    Raise StorageUnavailable; the same call may then be repeated."""
+    store, before = billing.store, billing.store.time()
+    async with billing.changing_prices:
+        await store.settle_time()  # entries that wait to be written have the old time
+        billing.set_back(at)
+        await store.settle_time()  # and so may entries that were added since, but no later ones
         if moved := await count_later(store, at, now):
             values = (at, month_of(at), now, before)
             moves = [(sql, ()) for sql in MOVES]
             changes = ((SET_TIME, values), *moves, (TIME_IS_SET, ()))
             await store.transact(*changes, by=by, seconds=MAX_SECONDS)
-    await books.notices.read_maintenances()
-    return answer(at, before, moved, done=True)
+    await billing.notices.read_maintenances()
+    return time_set(at, before, moved, done=True)
 
 
-def answer(at: int, before: int, moved: dict[str, int], *, done: bool) -> TimeSet:
-    """Return the answer to a request to set the time, as JSON shows it."""
+def time_set(at: int, before: int, moved: dict[str, int], *, done: bool) -> TimeSet:
+    """Return the answer to a request to set the time."""
     return TimeSet(json_time(at), json_time(before), done, moved)
 
 

@@ -1,22 +1,21 @@
 """The dashboard's users: their passwords, one-time links and sessions.
 
-Rule 1. Nothing that could let somebody in is stored: of a password only its scrypt is kept, of a
-one-time link and a session's cookie (256 random bits each) only the SHA-256.
+Rule 1. No secret is stored: of a password only its scrypt is kept, of a one-time link and a
+session's cookie (256 random bits each) only the SHA-256.
 
-Rule 2. Nobody learns whether an email address has a user. An unknown address costs the same work
-and gets the same answer. All users of one address, who belong to different accounts, share a salt,
-so one scrypt finds those whose password is right.
+Rule 2. A login does not reveal whether an email address has a user. An unknown address costs the
+same work and gets the same answer. All users of one address, who belong to different accounts,
+share a salt, so one scrypt finds those whose password is right.
 
 Rule 3. A session ends for good: at logout, with a new password, a new link, the user's removal or
 the account's suspension, after IDLE without use, and LIFETIME after it began. Whatever begins or
 ends a session checks, in the same transaction, that the reason for it still holds.
 
 Rule 4. Attempts are limited for each network, and in each network for each address. Nothing is
-counted across networks, so guessing in one network keeps nobody in another out. Attempts wait in
+counted across networks, so guessing in one network locks no user out in another. Attempts wait in
 one queue, in which each site has few places, so a flood from one site leaves places for others.
-Right passwords count like wrong ones. Otherwise guesses would be free for somebody with a user of
-the same address in an account of their own: they would set its password to each guess and log in.
-"""
+Right passwords count like wrong ones. Otherwise guesses would be free for an attacker with a user
+of the same address in another account: they would set its password to each guess and log in."""
 
 from __future__ import annotations
 
@@ -160,13 +159,13 @@ def no_link() -> NotFound:
 
 
 def name_in_log(email: str, account: str | None) -> str:
-    """Return the name of a user in the log of changes. Users of one address in different accounts
-    are different people there."""
+    """Return the name of a user in the log of changes. It tells apart users of one address in
+    different accounts."""
     return f"{email} of {account}" if account else email
 
 
 class LoginSession(NamedTuple):
-    """Somebody who is logged in. An operator's `account_id` and `account` are None."""
+    """A session of a logged-in user. An operator's `account_id` and `account` are None."""
 
     id: str
     seen_at: int
@@ -217,13 +216,13 @@ def parse_email(text: str) -> str:
 
 
 class Users:
-    """The users of one gateway and their sessions. The argument `by` of a method is the name in the
-    log of changes of whoever makes the change."""
+    """The users of one gateway and their sessions. The argument `by` of a method is the name
+    under which the change is logged."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._attempts = Attempts()
-        self._nobodys_salt = secrets.token_bytes(SALT_BYTES)
+        self._salt_of_unknown = secrets.token_bytes(SALT_BYTES)
 
     async def all(self, account_id: str | None, role: Role | None) -> list[UserShown]:
         """Return the users of an account (None: all users, operators too) who have this role (None:
@@ -231,7 +230,7 @@ class Users:
         return [UserShown.of(row) async for row in self._store.rows(USERS, (account_id, role))]
 
     async def show(self, user_id: str) -> UserShown:
-        """Return a user. Raise NotFound."""
+        """Return a user by their id. Raise NotFound."""
         user = await self._store.one(USER_BY_ID, (user_id,))
         if user is None:
             raise NotFound(f"user {user_id!r} does not exist")
@@ -265,7 +264,7 @@ class Users:
         return UserAdded(**asdict(await self.show(user_id)), link=link)
 
     async def remove(self, user_id: str, by: str) -> UserShown:
-        """Remove a user with all their sessions, and return who it was. Raise NotFound."""
+        """Remove a user with all their sessions, and return that user. Raise NotFound."""
         user = await self.show(user_id)
         await self._store.transact((REMOVE_USER, (user_id,)), by=by)
         return user
@@ -280,8 +279,8 @@ class Users:
     # Passwords
 
     async def verify(self, email: str, password: str, network: str) -> list[Login]:
-        """Return the users who have this email address and password. That takes as long if there
-        are none. Raise TooMany or Busy."""
+        """Return the users with this email address and password. That takes as long if there are
+        none. Raise TooMany or Busy."""
         email = email.strip().lower()
         async with self._attempts.begin(email, network):
             return await self._right(email, password)
@@ -289,7 +288,7 @@ class Users:
     async def _right(self, email: str, password: str) -> list[Login]:
         """Return the users of an address whose password this is."""
         rows = [tuple(row) async for row in self._store.rows(CANDIDATES, (email,))]
-        salt = rows[0][3] if rows else self._nobodys_salt
+        salt = rows[0][3] if rows else self._salt_of_unknown
         hashed = await asyncio.to_thread(scrypt, password, salt)
         return [
             Login(user_id, role, account, salt, hashed, bool(active))
@@ -341,7 +340,7 @@ class Users:
     ) -> str | None:
         """Begin a session of the user whose password has this scrypt, and return its cookie. Return
         None if the password has changed meanwhile or the account is suspended. `former` is the
-        cookie that the new one replaces in the browser; nobody could end its session there any
+        cookie that the new one replaces in the browser; its session could not be ended there any
         more, so it ends now."""
         cookie, now = new_secret(), self._store.time()
         added = await self._store.transact(

@@ -15,7 +15,7 @@ import httpx2
 
 from redbtc.admin.actors import StoppedGateway
 from redbtc.admin.api import API
-from redbtc.admin.http import WHO, local, served
+from redbtc.admin.http import USER_HEADER, admin_app, local_actor
 from redbtc.billing.billing import Billing
 from redbtc.config import Loaded
 from redbtc.errors import UserError
@@ -47,7 +47,7 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
                         click.echo(line, err=True)
                     books = await Billing.open(store, loaded.settings.billing)
                     api = API(books, StoppedGateway(), loaded.settings.dashboard_url)
-                    transport = httpx2.ASGITransport(served(api, local))
+                    transport = httpx2.ASGITransport(admin_app(api, local_actor))
             except DatabaseInUse:
                 if time.monotonic() > deadline:
                     raise
@@ -57,7 +57,7 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
                 httpx2.AsyncClient(
                     transport=transport,
                     base_url="http://gateway",
-                    headers={WHO: user_name().encode()},
+                    headers={USER_HEADER: user_name().encode()},
                     timeout=None,
                     trust_env=False,
                 )

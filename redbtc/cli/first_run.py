@@ -6,17 +6,16 @@ import os
 import sys
 from collections.abc import Iterable
 
-import msgspec
 from msgspec import convert
 
 from redbtc.admin.actors import Actor
-from redbtc.admin.api import API, prices_of
-from redbtc.admin.inputs import NewPrices
+from redbtc.admin.api import API
+from redbtc.admin.api_money import prices_of
+from redbtc.admin.inputs import NewPrices, NewUser, WhichUser
 from redbtc.billing.billing import Billing
 from redbtc.billing.price_changes import add_prices
 from redbtc.cli.money import read_prices
 from redbtc.config import UpstreamSettings, shipped
-from redbtc.store.accounts import Accounts
 
 FIRST_ACCOUNT = "first"
 FIRST_RUN = "first run"  # who makes its changes
@@ -42,10 +41,10 @@ async def dashboard_lines(api: API) -> str:
     if any(user.password_set_at for user in operators) or (operators and not first):
         return f"Dashboard  {api.dashboard_url}\n"
     if first:
-        added = await api.perform(API.reset_user, actor, {"user": first[0]})
+        added = await api.perform(API.reset_user, actor, WhichUser(), user=first[0])
     else:
-        new = {"email": FIRST_OPERATOR, "role": "operator"}
-        added = await api.perform(API.add_user, actor, body=msgspec.json.encode(new))
+        new = NewUser(email=FIRST_OPERATOR, role="operator")
+        added = await api.perform(API.add_user, actor, new)
     return f"Dashboard  {added.link}   (one-time link to set the operator's password)\n"
 
 
@@ -53,7 +52,7 @@ async def welcome(
     api: API, base_url: str, upstreams: Iterable[UpstreamSettings], demo: bool
 ) -> str:
     """Return what a newcomer needs to know. If there is no account, create one with a key."""
-    accounts = Accounts(api.books.store)
+    accounts = api.accounts
     command = f"{os.path.relpath(sys.executable)} {os.path.relpath(sys.argv[0])}"
     key = "$REDBTC_API_KEY"
     about_key = (

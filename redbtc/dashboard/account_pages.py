@@ -40,8 +40,7 @@ async def account_base(page: PageRequest, tab: str) -> PageVariables:
 async def statement_of(page: PageRequest, account: str, month: str, lines: int) -> Statement:
     """Return a month's statement with at most `lines` lines of usage. Raise UserError."""
     query = {"limit": lines}
-    found: Statement = await page.ask(API.statement, account=account, month=month, query=query)
-    return found
+    return await page.do(API.statement, query, account=account, month=month)
 
 
 # The overview
@@ -57,7 +56,7 @@ async def account_overview_page(page: PageRequest) -> PageVariables:
     account_id, month = account.id, account.month
     days = last_days(page.now)
     query = {"account": account_id, "since": days[0], "group_by": "day,model", "top": "10"}
-    used = await page.ask(API.usage, query=query)
+    used = await page.do(API.usage, query)
     measure = page.query.get("show", "cost")
     measure = measure if measure in MEASURES else "cost"
     series = by_day(used.groups, days, "model", measure)
@@ -115,7 +114,7 @@ async def suspend_account(page: PageRequest) -> None:
 
 async def resume_account(page: PageRequest) -> None:
     """Resume the account after a suspension."""
-    await page.do(API.resume_account, {}, account=page.path["account"])
+    await page.ask(API.resume_account, account=page.path["account"])
 
 
 async def throttle_account(page: PageRequest) -> None:

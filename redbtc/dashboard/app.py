@@ -61,7 +61,7 @@ class Dashboard:
 
     def __init__(self, api: API) -> None:
         self._api = api
-        self._renderer = Renderer(api.books.currency)
+        self._renderer = Renderer(api.billing.currency)
         self._processed = ProcessedForms()
         self._login = LoginPages(api.users, self._renderer)
 

@@ -29,7 +29,7 @@ from redbtc.times import iso_time
 
 async def overview_page(page: PageRequest) -> PageVariables:
     """Show traffic and spend, upstreams, latency and refusals of the whole gateway."""
-    found = await page.ask(API.overview, query={"days": CHART_DAYS})
+    found = await page.do(API.overview, {"days": CHART_DAYS})
     days, currency = last_days(page.now), found.spending.currency
     requests = [
         each._replace(name=str(each.name).replace("_", " "))
@@ -77,7 +77,7 @@ async def accounts_page(page: PageRequest) -> PageVariables:
     """Show the accounts by name, or those that match a search."""
     search, after = page.query.get("search", "")[:200], page.query.get("after", "")[:200]
     query = {"search": search, "after": after, "limit": PAGE_ROWS + 1}
-    found = (await page.ask(API.list_accounts, query=query)).accounts
+    found = (await page.do(API.list_accounts, query)).accounts
     return {
         "here": "Accounts",
         "accounts": found[:PAGE_ROWS],
@@ -135,7 +135,7 @@ async def add_notice(page: PageRequest) -> None:
 
 async def withdraw_notice(page: PageRequest) -> None:
     """Withdraw the notice that a form selects."""
-    await page.do(API.withdraw_notice, {}, notice=page.form.get("notice", ""))
+    await page.ask(API.withdraw_notice, notice=page.form.get("notice", ""))
 
 
 # The log
@@ -145,7 +145,7 @@ async def log_page(page: PageRequest) -> PageVariables:
     """Show the administrative changes, all or those to one account, newest first."""
     query = {name: page.query[name] for name in ("before", "account") if page.query.get(name)}
     limit = {"limit": str(PAGE_ROWS + 1)}
-    found = (await page.ask(API.list_changes, query={**query, **limit})).changes
+    found = (await page.do(API.list_changes, {**query, **limit})).changes
     changes, more = found[:PAGE_ROWS], len(found) > PAGE_ROWS
     account = query.get("account")
     return {
@@ -188,4 +188,4 @@ async def own_login_page(page: PageRequest) -> PageVariables:
 
 async def end_session(page: PageRequest) -> None:
     """End another session of the user."""
-    await page.do(API.end_session, {}, session=page.form.get("session", ""))
+    await page.ask(API.end_session, session=page.form.get("session", ""))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate
 from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from redbtc.admin.api import API
+from redbtc.admin.actors import Actor
+from redbtc.admin.api import API, Answer, Arguments, Given
 from redbtc.admin.http import check_fields
-from redbtc.admin.operations import Operation
 from redbtc.admin.users import LoginSession
 from redbtc.dashboard.forms import read_form
 from redbtc.dashboard.sessions import SAFE, SECURITY, actor_for, check_origin, session_of
@@ -35,20 +35,29 @@ class PageRequest:
         self.form = form
 
     async def ask(
-        self, operation: Operation, *, query: Mapping[str, Any] | None = None, **path: str
-    ) -> Any:
-        """Return the result of an operation that reads. Raise UserError."""
-        return await self._api.perform(operation, self.actor, path, query=query)
+        self,
+        operation: Callable[Concatenate[API, Actor, Arguments], Awaitable[Answer]],
+        *arguments: Arguments.args,
+        **path: Arguments.kwargs,
+    ) -> Answer:
+        """Return the result of an operation. Raise UserError."""
+        return await self._api.perform(operation, self.actor, *arguments, **path)
 
-    async def do(self, operation: Operation, body: Mapping[str, Any], **path: str) -> Any:
-        """Return the result of an operation that changes something. `body` has the values of a
-        form as text. Raise UserError."""
-        return await self._api.perform(operation, self.actor, path, body=body)
+    async def do(
+        self,
+        operation: Callable[Concatenate[API, Actor, Given, Arguments], Awaitable[Answer]],
+        values: Mapping[str, Any],
+        *arguments: Arguments.args,
+        **path: Arguments.kwargs,
+    ) -> Answer:
+        """Return the result of an operation whose input is the values of a form or a query, as
+        text. Raise UserError."""
+        return await self._api.perform_text(operation, self.actor, values, *arguments, **path)
 
     @property
     def now(self) -> int:
         """The ledger's time, in milliseconds."""
-        return self._api.books.store.time()
+        return self._api.billing.store.time()
 
     async def example_model(self, patterns: Sequence[str] | None) -> str:
         """Return a model for code samples of a key that is limited to these patterns."""

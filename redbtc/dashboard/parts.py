@@ -119,8 +119,7 @@ async def listed_users(page: PageRequest) -> list[UserShown]:
     """Return the users that a page is about: the members of its account, or the operators."""
     account = page.path.get("account")
     query = {"account": account} if account else {"role": "operator"}
-    found: list[UserShown] = (await page.ask(API.list_users, query=query)).users
-    return found
+    return (await page.do(API.list_users, query)).users
 
 
 async def user_table(page: PageRequest) -> PageVariables:

@@ -13,7 +13,7 @@ import jinja2.meta
 from starlette.responses import Response
 
 from redbtc.admin.actors import Invalid
-from redbtc.admin.http import OTHERWISE, STATUS, retry_after
+from redbtc.admin.http import DEFAULT_STATUS, STATUS, retry_after
 from redbtc.dashboard.formats import (
     aligned,
     browser,
@@ -115,7 +115,7 @@ class Renderer:
 
 def status_of(error: UserError) -> int:
     """Return the HTTP status that reports an error."""
-    return STATUS.get(type(error), OTHERWISE)
+    return STATUS.get(type(error), DEFAULT_STATUS)
 
 
 async def draw(template: jinja2.Template, variables: PageVariables) -> bytes:

@@ -11,7 +11,7 @@ from msgspec.structs import astuple
 from starlette.responses import Response, StreamingResponse
 
 from redbtc.admin.api import API
-from redbtc.admin.http import in_parts
+from redbtc.admin.http import response_in_parts
 from redbtc.billing.csv import csv_line, csv_lines, statement_lines
 from redbtc.billing.reports import RequestShown
 from redbtc.dashboard.account_pages import account_base, statement_of
@@ -56,8 +56,8 @@ async def usage_page(page: PageRequest) -> PageVariables:
     if before := page.query.get("before"):
         part["before"] = before
     try:
-        totals = (await page.ask(API.usage, query=query)).totals
-        found = await page.ask(API.requests, query={**query, **part})
+        totals = (await page.do(API.usage, query)).totals
+        found = await page.do(API.requests, {**query, **part})
     except NotFound:
         raise
     except UserError as error:
@@ -80,7 +80,7 @@ async def usage_csv(page: PageRequest) -> Response:
     account_id = (await account_base(page, "Usage"))["account"].id
     _, query = filters_of(page, account_id)
     query["limit"] = "1000"
-    rows = (await page.ask(API.requests, query=query)).requests[::-1]
+    rows = (await page.do(API.requests, query)).requests[::-1]
 
     async def lines() -> AsyncIterator[str]:
         nonlocal rows
@@ -94,7 +94,7 @@ async def usage_csv(page: PageRequest) -> Response:
             older = {**query, "before": rows[-1].request_id}
             rows = []  # takes ten times the memory of its text, while a client reads slowly
             yield text
-            rows = (await page.ask(API.requests, query=older)).requests[::-1]
+            rows = (await page.do(API.requests, older)).requests[::-1]
 
     return StreamingResponse(lines(), headers=download("usage.csv"), media_type="text/csv")
 
@@ -134,6 +134,6 @@ async def statement_page(page: PageRequest) -> PageVariables:
 async def statement_csv(page: PageRequest) -> Response:
     """Return the statement of a month as CSV, with all lines."""
     account, month = page.path["account"], page.path["month"]
-    found = await page.ask(API.statement, account=account, month=month)
+    found = await page.do(API.statement, {}, account=account, month=month)
     lines = map(str.encode, csv_lines(statement_lines(found)))
-    return await in_parts(lines, 200, download(f"statement-{found.month}.csv"), "text/csv")
+    return await response_in_parts(lines, 200, download(f"statement-{found.month}.csv"), "text/csv")

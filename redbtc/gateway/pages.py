@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from starlette.requests import Request
 
 from redbtc.admin.api import API
-from redbtc.admin.http import served
+from redbtc.admin.http import admin_app
 from redbtc.dashboard.lazy import LazyDashboard
 from redbtc.dashboard.sessions import authenticator, session_of
 from redbtc.errors import StorageUnavailable
@@ -30,7 +30,7 @@ class Pages:
     def __init__(self, gateway: Gateway, api: API) -> None:
         self._gateway = gateway
         self._api = api
-        self._admin = in_time(gateway, served(api, authenticator(api)))
+        self._admin = in_time(gateway, admin_app(api, authenticator(api)))
         self.lazy_dashboard = LazyDashboard(api)
         self._dashboard = in_time(gateway, self.lazy_dashboard)
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)

@@ -32,7 +32,7 @@ class GatewayView:
         """Return the models that upstreams have listed so far."""
         return self._gateway.upstreams.listed_models()
 
-    def cut(self, key_id: str) -> int:
+    def abort_key(self, key_id: str) -> int:
         """Abort all that runs for a key, at the upstreams as well. Return how much that was."""
         in_background = self._gateway.unended.cancel(key_id)
         return self._gateway.in_flight.abort_key(key_id) + in_background

@@ -272,7 +272,7 @@ class KeyInList(KeyShown):
 
 
 class KeyAdded(Struct):
-    """A new key. `key` is the secret, which is shown only once; the rest is as in KeyShown."""
+    """A new key of an account. `key` is the secret, which is shown only once; the rest is as in KeyShown."""
 
     id: str
     key: str

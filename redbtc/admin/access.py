@@ -1,0 +1,56 @@
+"""Look up accounts, keys and users as far as an actor may know of them."""
+
+from __future__ import annotations
+
+from redbtc.admin.actors import Actor, RunningGateway
+from redbtc.admin.inputs import WhichUser
+from redbtc.admin.users import Users, UserShown
+from redbtc.billing.billing import Billing
+from redbtc.errors import NotFound
+from redbtc.store.accounts import Account, Accounts, KeyShown, no_account, no_key
+
+
+class Access:
+    """The base of all operations: what they work on, and how they look up what a path or a query
+    names. Another account's account, key or user gets the same 404 as one that does not exist.
+
+    `public_url` is where browsers find the gateway."""
+
+    def __init__(self, billing: Billing, gateway: RunningGateway, public_url: str) -> None:
+        self.billing = billing
+        self.gateway = gateway
+        self.accounts = Accounts(billing.store)
+        self.users = Users(billing.store)
+        self.dashboard_url = f"{public_url.rstrip('/')}/dashboard/"
+
+    async def find_account(self, actor: Actor, account: str | None = None) -> Account:
+        """Return an account by name or id (None: the actor's own). Raise NotFound."""
+        if account is None:
+            account = actor.required_account_id()
+        found = await self.accounts.show(account)
+        if actor.account_id not in (None, found.id):
+            raise no_account(account)
+        return found
+
+    async def find_key(self, actor: Actor, key: str) -> KeyShown:
+        """Return a key by its id. Raise NotFound."""
+        found = await self.accounts.key(key)
+        if actor.account_id not in (None, found.account_id):
+            raise no_key(key)
+        return found
+
+    async def find_user(self, actor: Actor, query: WhichUser, user: str) -> UserShown:
+        """Return a user by id or email address. Of several users of one address, a member means,
+        and learns of, only the one in their own account. Raise NotFound, or Conflict if an operator
+        must choose."""
+        no_user = NotFound(f"user {user!r} does not exist")
+        account, operator = query.account, query.operator
+        if actor.account_id is not None:
+            own = await self.accounts.show(actor.account_id)
+            if operator or account not in (None, own.name):
+                raise no_user
+            account = own.name
+        found = await self.users.named(user, account, operator)
+        if actor.account_id not in (None, found.account_id):
+            raise no_user
+        return found
