@@ -10,7 +10,7 @@ the client sees the end of the answer. The code is in the package beside this fi
     redbtc/server/        the client's side of HTTP: connections, heads, bodies, WebSocket frames
     redbtc/gateway/       the way of a request, and the routes
     redbtc/request_body/  what must be known of a request's body
-    redbtc/limits.py      how much at once and how many a minute
+    redbtc/limits/        how much at once and how many a minute
     redbtc/upstream/      the way to the upstreams
     redbtc/meter/         find the usage in an answer
     redbtc/billing/       prices, spending, statements
@@ -42,7 +42,6 @@ from starlette.routing import Route, Router
 
 from redbtc import start
 from redbtc.admin.http import admin_app, local_actor
-from redbtc.billing.webhook import post_for_ever
 from redbtc.cli import accounts, database, money, usage, users  # noqa: F401 (they add commands)
 from redbtc.cli import main as command_line
 from redbtc.cli.serve import ServeOptions, open_service
@@ -52,6 +51,7 @@ from redbtc.config import (
     SettingsError,
     missing_keys,
     reload_settings,
+    settings_at_restart,
     with_demo,
 )
 from redbtc.errors import UserError
@@ -60,11 +60,9 @@ from redbtc.gateway.health import healthz
 from redbtc.gateway.metered_route import MeteredRoute
 from redbtc.gateway.pages import in_time
 from redbtc.gateway.plain_routes import AsApp, ExactRoute, unknown_url, upgrade_required
-from redbtc.gateway.progress import save_progress
 from redbtc.gateway.service import Service
 from redbtc.gateway.state import Gateway
 from redbtc.gateway.stored import StoredRoute
-from redbtc.gateway.vitals import watch_size
 from redbtc.gateway.websocket.session import serve_websocket
 from redbtc.headers import header
 from redbtc.refusals import Refusal
@@ -75,8 +73,7 @@ from redbtc.server.guard import Guard
 from redbtc.server.listening import Server, configured, listen, server_for
 from redbtc.server.unix_socket import AdminServer, socket_path
 from redbtc.server.websocket_protocol import WebSocketProtocol
-from redbtc.store.clock import watch_clock
-from redbtc.telemetry import LOG, Telemetry, log, shown_error, watch_log
+from redbtc.telemetry import LOG, Telemetry, log, shown_error
 from redbtc.upstream.upstreams import PING_SECONDS
 
 OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
@@ -235,16 +232,7 @@ class GatewayProcess:
         gateway, store = service.gateway, service.gateway.store
         if self._reload_wanted:
             self._reload()
-        saving = save_progress(store, gateway.in_flight.with_row, gateway.unended)
-        tasks = [
-            *store.commits.tasks,
-            asyncio.create_task(post_for_ever(gateway.books, log), name="webhook"),
-            asyncio.create_task(saving, name="progress"),
-            asyncio.create_task(watch_clock(store.clock, log), name="clock"),
-            asyncio.create_task(watch_size(store), name="size"),
-            asyncio.create_task(service.vitals.watch_loop(), name="loop lag"),
-            asyncio.create_task(watch_log(), name="log"),
-        ]
+        tasks = [*store.commits.tasks, *service.start_tasks()]
         for task in tasks:
             task.add_done_callback(self._ended)
         gateway.unended.ended = self._failed
@@ -258,7 +246,7 @@ class GatewayProcess:
             with server.listening():
                 await server.serve()
         self._over = True
-        for task in tasks[2:]:
+        for task in tasks[len(store.commits.tasks) :]:
             task.cancel()
 
     def _failed(self, task: asyncio.Task[Any]) -> None:
@@ -345,18 +333,7 @@ class GatewayProcess:
         self._settings = new
         gateway.apply(new)
         LOG.level = getattr(logging, new.server.log_level.upper())
-        fixed = [
-            name
-            for name, before, after in (
-                ("server.host", old.server.hosts, new.server.hosts),
-                ("server.port", old.server.port, new.server.port),
-                ("server.trusted_proxies", old.server.trusted_proxies, new.server.trusted_proxies),
-                ("database", old.database, new.database),
-                ("billing.currency", old.billing.currency, new.billing.currency),
-            )
-            if before != after
-        ]
-        log(logging.INFO, "reloaded", needs_restart=fixed)
+        log(logging.INFO, "reloaded", needs_restart=settings_at_restart(old, new))
         for line in missing_keys(new):
             log(logging.WARNING, "unusable", reason=line)
 

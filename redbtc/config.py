@@ -390,3 +390,15 @@ def missing_keys(settings: Settings) -> list[str]:
         for what, variable in wanted.items()
         if variable and not os.environ.get(variable)
     ]
+
+
+def settings_at_restart(old: Settings, new: Settings) -> list[str]:
+    """Return the names of settings that differ and that only a restart applies."""
+    pairs = {
+        "server.host": (old.server.hosts, new.server.hosts),
+        "server.port": (old.server.port, new.server.port),
+        "server.trusted_proxies": (old.server.trusted_proxies, new.server.trusted_proxies),
+        "database": (old.database, new.database),
+        "billing.currency": (old.billing.currency, new.billing.currency),
+    }
+    return [name for name, (before, after) in pairs.items() if before != after]

@@ -7,84 +7,87 @@ import math
 from typing import Any
 
 TICK = 0.05  # seconds: how exact timeouts are
-MAX_RINGS = 20  # clocks in a turn of the loop: what rings has about 0.1 ms of work to do
+MAX_EXPIRED = 20  # deadlines in a turn of the loop: an expired request takes about 0.1 ms to end
 
 
 class Deadline:
-    """How long a request may go on: the timeouts of its steps and of the whole, and what is left
-    once the client is gone, are one deadline that moves. Within `with clock.running(...)`, in one
-    task, its passing raises TimeoutError."""
+    """The time until which a request may go on. The timeouts of its steps, that of the whole, and
+    the time that is left once the client has disconnected are one deadline that moves. If it passes
+    within `with deadline.running(...)`, which must be entered and left by one task, that raises
+    TimeoutError."""
 
-    def __init__(self, clocks: Deadlines) -> None:
+    def __init__(self, deadlines: Deadlines) -> None:
         self.client_left = False
-        self.deadline = math.inf
-        self.now = clocks.now
-        self._clocks = clocks
-        self._last = math.inf
+        self.expires_at = math.inf
+        self.now = deadlines.now
+        self._deadlines = deadlines
+        self._last = math.inf  # no step may move the deadline beyond this time
         self._grace = math.inf
-        self._cut = False
+        self._aborted = False
         self._task: asyncio.Task[Any] | None = None
-        self._passed = False
+        self._expired = False
 
     def running(self, total: float, grace: float = math.inf) -> Deadline:
-        """At most `total` seconds, and `grace` from when the client leaves."""
-        self._grace = 0 if self._cut else grace
-        self.deadline = self._last = self._clocks.now() + total
+        """Set the deadline to `total` seconds from now, or `grace` seconds from when the client
+        disconnects, if that is earlier; return it, for `with`."""
+        self._grace = 0 if self._aborted else grace
+        self.expires_at = self._last = self._deadlines.now() + total
         return self
 
     def __enter__(self) -> None:
-        self._task = asyncio.current_task(self._clocks.loop)
-        self._clocks.add(self)
+        self._task = asyncio.current_task(self._deadlines.loop)
+        self._deadlines.add(self)
         if self.client_left:
-            self.leave()
+            self.on_client_disconnect()
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         task, self._task = self._task, None
-        self._clocks.discard(self)
-        if self._passed and task:
-            self._passed = False
+        self._deadlines.discard(self)
+        if self._expired and task:
+            self._expired = False
             if task.uncancel() == 0 and error is asyncio.CancelledError:
                 raise TimeoutError
 
     def shorten(self, grace: float) -> None:
-        """From now on, at most `grace` seconds from when the client leaves; from now, if it has."""
-        if not self._cut:
+        """Leave at most `grace` seconds from when the client disconnects, or from now if it has
+        disconnected already."""
+        if not self._aborted:
             self._grace = grace
         if self.client_left:
-            self._last = min(self._last, self._clocks.now() + self._grace)
+            self._last = min(self._last, self._deadlines.now() + self._grace)
 
     def allow(self, seconds: float) -> None:
-        """The next step may take this long."""
-        self.deadline = min(self._last, self._clocks.now() + seconds)
+        """Give the next step at most `seconds` seconds."""
+        self.expires_at = min(self._last, self._deadlines.now() + seconds)
 
     def pause(self) -> None:
-        """What comes now takes as long as it takes, until the next `allow`."""
-        self.deadline = math.inf
+        """Let the next step take any time: stop the deadline until `allow` is called."""
+        self.expires_at = math.inf
 
-    def leave(self) -> None:
-        """The client is gone."""
+    def on_client_disconnect(self) -> None:
+        """Leave only the grace period. If that is 0, end the work now."""
         self.client_left = True
-        self._last = min(self._last, self._clocks.now() + self._grace)
-        if self.deadline < math.inf:
-            self.deadline = min(self.deadline, self._last)
+        self._last = min(self._last, self._deadlines.now() + self._grace)
+        if self.expires_at < math.inf:
+            self.expires_at = min(self.expires_at, self._last)
             if self._grace == 0:
-                self.ring()
+                self.expire()
 
-    def cut(self) -> None:
-        """It must not go on, for its usage neither."""
-        self._cut, self._grace = True, 0
-        self.leave()
+    def abort(self) -> None:
+        """End the work now, without a grace period in which its usage could be read."""
+        self._aborted, self._grace = True, 0
+        self.on_client_disconnect()
 
-    def ring(self) -> None:
-        """The deadline has passed."""
-        self.deadline = math.inf
+    def expire(self) -> None:
+        """Cancel the task that runs within `with`, which then raises TimeoutError."""
+        self.expires_at = math.inf
         if self._task:
-            self._passed = True
+            self._expired = True
             self._task.cancel()
 
 
 class Deadlines:
-    """All clocks that run. They are looked at together every TICK seconds: a timer for each, moved
+    """The running deadlines. They are checked together every TICK seconds: a timer for each, moved
     with each byte, would cost more than all limits."""
 
     def __init__(self) -> None:
@@ -94,20 +97,20 @@ class Deadlines:
         self.now = self.loop.time
         self.discard = self._running.discard
 
-    def add(self, clock: Deadline) -> None:
-        """From now on it may ring."""
-        self._running.add(clock)
+    def add(self, deadline: Deadline) -> None:
+        """Check this deadline from now on."""
+        self._running.add(deadline)
         if not self._ticking:
             self._ticking = True
             self.loop.call_later(TICK, self._tick)
 
     def _tick(self) -> None:
         now = self.now()
-        due = [clock for clock in self._running if clock.deadline <= now]
-        for clock in due[:MAX_RINGS]:
-            clock.ring()
+        due = [each for each in self._running if each.expires_at <= now]
+        for deadline in due[:MAX_EXPIRED]:
+            deadline.expire()
         self._ticking = bool(self._running)
-        if len(due) > MAX_RINGS:
+        if len(due) > MAX_EXPIRED:
             self.loop.call_soon(self._tick)
         elif self._ticking:
             self.loop.call_later(TICK, self._tick)

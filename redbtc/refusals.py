@@ -1,5 +1,5 @@
-"""What the gateway itself answers with an error: OpenAI's form, so that every SDK raises its proper
-exception. The table is docs/contract.md section 4."""
+"""The errors that the gateway itself returns to clients, in OpenAI's form, so that every SDK raises
+the matching exception. docs/contract.md section 4 has the same table."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
 
 
 class Refusal(Exception):
-    """Refuse the client with a status, a code and a message from REFUSALS. Every 429 and 503 says
-    when to come back: whole seconds from 1 to 60, since Codex CLI gives up without them and
-    openai-node ignores more."""
+    """An error for the client, with its status, type and default message from REFUSALS. Every 429
+    and 503 has a Retry-After header of 1 to 60 whole seconds: Codex CLI gives up without one, and
+    openai-node ignores more than 60."""
 
     def __init__(
         self,
@@ -78,11 +78,11 @@ class Refusal(Exception):
             ]
 
     def error(self) -> dict[str, str | None]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 
     def body(self) -> bytes:
-        """That of an answer."""
+        """Return the body of the error response."""
         return orjson.dumps({"error": self.error()})
 
 
@@ -94,12 +94,13 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 def not_found(name: str, object_id: str) -> Refusal:
-    """What is another's is not found, like what never was."""
+    """Return the refusal of an object that does not exist or belongs to another account: a client
+    can't tell the two apart."""
     return Refusal("response_not_found", f"Response with id '{object_id}' not found.", param=name)
 
 
 class ClientLeft(Exception):
-    """The client is gone; there is nobody to answer."""
+    """The client has disconnected, so that no answer can be sent."""
 
 
 def insufficient_quota(message: str) -> Refusal:

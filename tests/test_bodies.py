@@ -7,6 +7,7 @@ import functools
 import gzip
 import json
 import random
+import re
 import sys
 import threading
 import zlib
@@ -33,9 +34,11 @@ from upstream import (
     response_object,
 )
 
+from redbtc import request_body
 from redbtc.meter.answers import result_of
+from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed
 from redbtc.request_body.strict_json import read_members
@@ -231,7 +234,7 @@ def test_a_form_reads_the_same_however_it_arrives(data: st.DataObject) -> None:
     result_of(once.grow(whole))
     assert form.fields == once.fields == {name.split('"')[1].encode(): v for name, v in parts[:-1]}
     assert form.names == once.names
-    assert form.most_tokens(body) == once.most_tokens(whole)
+    assert form.max_tokens(body) == once.max_tokens(whole)
     assert form.facts(body).model == "gpt"
 
 
@@ -675,3 +678,45 @@ def test_a_key_limited_to_models(gateway: Gateway, upstream: Upstream, key: str)
     bad = gateway.cli("key", "add", "test", "--models", "a,,b", check=False)
     assert bad.returncode == 1
     assert "pattern" in bad.stderr
+
+
+EXAMPLE = re.search(r"\n\n( +\{.*?\}\})\n\n", request_body.__doc__ or "", re.DOTALL)
+
+
+def test_the_documented_example_is_read_as_described() -> None:
+    assert EXAMPLE
+    text = EXAMPLE[1].encode()
+    body = result_of(RequestBody.steps(text, text, None, True))
+    assert (body.facts.model, body.facts.stream) == ("gpt-5.5", True)
+    assert sorted(each.id for each in body.references) == ["resp_1", "rs_3", "vs_4", "ws_2"]
+    assert body.chosen_ids == {"msg_a"}
+    assert (body.extras, body.offers_tools) == (EXTRAS["file_search"], True)
+
+
+@pytest.mark.parametrize(
+    ("of", "to", "error"),
+    [
+        ('"stream"', '"model"', "Duplicate key in the JSON body."),
+        ('"model"', '"Model"', "The key 'Model' must be written 'model'."),
+        (
+            "previous_response_id",
+            "previous_respons\\u0065_id",
+            "The name 'previous_response_id' contains escapes or look-alike characters. "
+            "Write it in plain ASCII.",
+        ),
+    ],
+)
+def test_variants_of_the_documented_example_are_refused(of: str, to: str, error: str) -> None:
+    assert EXAMPLE
+    assert error in " ".join((request_body.__doc__ or "").split())
+    text = EXAMPLE[1].replace(of, to).encode()
+    with pytest.raises(Refusal) as refusal:
+        result_of(RequestBody.steps(text, text, None, True))
+    assert refusal.value.message == error
+
+
+def test_a_conversation_outside_of_metadata_is_a_reference() -> None:
+    assert EXAMPLE
+    text = EXAMPLE[1].replace('"metadata"', '"x"').encode()
+    body = result_of(RequestBody.steps(text, text, None, True))
+    assert "conv_5" in {each.id for each in body.references}

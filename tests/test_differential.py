@@ -414,9 +414,10 @@ class Judge:
         for entry in entries:
             named = [row for row in left if row["response_id"] == entry.name]
             fitting = named or [row for row in left if not row["response_id"]] or left
-            if fitting:
-                left.remove(fitting[0])
-            self._judge_entry(plan, entry, result, fitting[0] if fitting else None)
+            found = fitting[0] if fitting else None
+            if found:
+                left.remove(found)
+            self._judge_entry(plan, entry, result, found)
         if left:
             self.run.differs(plan, f"{len(left)} more rows than the upstream has: {left}")
 

@@ -49,7 +49,7 @@ from redbtc.gateway.maximum import Maximum
 from redbtc.gateway.settlement import of_models
 from redbtc.meter.estimates import MaximumUsage, Progress, SeenOutput, estimate
 from redbtc.meter.report import Report
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.store.speeds import speed_for, speed_of_accounts, speed_of_rows
 from redbtc.usage import MAX_TOKENS, Usage
 
@@ -179,7 +179,9 @@ def test_it_is_never_more_than_the_request_allows(
 def test_encrypted_reasoning_and_pictures_count() -> None:
     report, most = Report(images=False), MaximumUsage(1000, 10_000, 5000, 3, 3)
     seen = SeenOutput(text_bytes=40, sealed_bytes=4000, image_tokens=4160, web_searches=2)
-    usage, parts = estimate(report, seen, written=5, read=7, most=most, images=False, partly=False)
+    usage, parts = estimate(
+        report, seen, written=5, read=7, maximum=most, images=False, partly=False
+    )
     assert (usage.input_tokens, usage.output_tokens) == (7, 10 + 750)
     assert (usage.image_output_tokens, usage.web_searches) == (4160, 2)
     assert [(part.model, part.usage.output_tokens) for part in parts] == [
@@ -193,7 +195,7 @@ def test_a_picture_of_the_request_is_no_text() -> None:
     message = {"role": "user", "content": [picture, {"type": "input_text", "text": "x" * 400}]}
     content = content_of({"model": "m", "input": [message]})
     assert 1600 < content.input_estimate < 1700
-    content.likely_inherited = 100_000
+    content.inherited.likely_tokens = 100_000
     assert content.input_estimate > 101_600
 
 
@@ -821,7 +823,7 @@ def test_an_estimate_is_never_more_than_the_hold(seed: int) -> None:
         seen,
         written=chance.randrange(200_000),
         read=body.input_estimate + chance.choice([0, MAX_TOKENS // 2]),
-        most=maximum.usage(money, further_input),
+        maximum=maximum.usage(money, further_input),
         images=endpoint.images,
         partly=False,
     )

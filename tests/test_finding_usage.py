@@ -42,11 +42,13 @@ from upstream import (
 )
 
 from redbtc.meter import scanner as scanner_module
-from redbtc.meter.answers import KEEP, answer_steps, result_of
-from redbtc.meter.decoding import DecodedMeter, Decoding, NotDecoded, codings_of
+from redbtc.meter.answers import MAX_WHOLE, answer_steps, result_of
+from redbtc.meter.decoded_meter import DecodedMeter
+from redbtc.meter.decoding import Decoding, NotDecoded, codings_of
 from redbtc.meter.meters import JSONMeter, Meter
+from redbtc.meter.nodes import Node
 from redbtc.meter.report import Report
-from redbtc.meter.scanner import Node, Scanner
+from redbtc.meter.scanner import Scanner
 from redbtc.meter.streams import StreamMeter
 from redbtc.usage import Usage
 
@@ -158,7 +160,7 @@ def honest_string(value: str, node: Node) -> str | int:
 INNER = Node({"id": Node(), "x": Node(strings="length"), "input_tokens": Node()})
 MIDDLE = Node({"usage": INNER, "output": Node(elements=INNER), "id": INNER})
 ROOT = Node({"response": MIDDLE, "é": INNER, "usage": INNER}, elements=MIDDLE)
-ROOT.name({"output": Node(elements=MIDDLE), "item": ROOT})
+ROOT.add_members({"output": Node(elements=MIDDLE), "item": ROOT})
 
 
 def test_a_scanner_keeps_what_an_honest_parse_finds() -> None:
@@ -278,9 +280,9 @@ def turns_of(meter: Meter, whole: bytes, size: int, tear: bool) -> Iterator[None
         else:
             yield from meter.steps(chunk)
     if meter.at_once:
-        (meter.tear if tear else meter.finish)()
+        (meter.cut_off if tear else meter.finish)()
     else:
-        yield from meter.tearing() if tear else meter.finishing()
+        yield from meter.cut_off_steps() if tear else meter.finish_steps()
 
 
 @pytest.fixture
@@ -434,7 +436,7 @@ def metered(answer: Any, images: bool = False) -> Report:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("size", [0, KEEP])
+@pytest.mark.parametrize("size", [0, MAX_WHOLE])
 def test_usage_within_a_choice_counts(stream: bool, size: int) -> None:
     """Moonshot reports it there, https://github.com/earendil-works/pi/issues/2017."""
     choice = {"index": 0, "delta": {"content": "x" * size}, "usage": CHAT_USAGE}
@@ -501,7 +503,7 @@ def test_text_that_is_cut_off_counts_once() -> None:
     meter.finish()
     seen = meter.report.text_bytes
     assert seen > 3800
-    meter.tear()
+    meter.cut_off()
     assert meter.report.text_bytes == seen
 
 
@@ -552,7 +554,7 @@ def test_what_has_passed_of_a_response_counts_once(large: bool) -> None:
     check_passed(metered(whole))
     torn = JSONMeter(images=False)
     torn.feed(json.dumps(whole).encode()[:-20])
-    torn.tear()
+    torn.cut_off()
     check_passed(torn.report)
     assert torn.report.status is None
     meter = StreamMeter(images=False, chat=False, take_out_usage=False)
@@ -577,11 +579,11 @@ def test_what_has_passed_of_a_chat_counts_in_all_choices() -> None:
         meter.feed(event(chat_chunk("m", delta)))
     assert meter.report.text_bytes == 1100
     long = StreamMeter(images=False, chat=True, take_out_usage=False)
-    long.feed(event(chat_chunk("m", {"content": "t" * (2 * KEEP)})))
-    assert long.report.text_bytes == 2 * KEEP
-    long.feed(event(chat_chunk("m", {"content": "t" * (2 * KEEP)}))[:-50])
-    long.tear()
-    assert long.report.text_bytes > 4 * KEEP - 50
+    long.feed(event(chat_chunk("m", {"content": "t" * (2 * MAX_WHOLE)})))
+    assert long.report.text_bytes == 2 * MAX_WHOLE
+    long.feed(event(chat_chunk("m", {"content": "t" * (2 * MAX_WHOLE)}))[:-50])
+    long.cut_off()
+    assert long.report.text_bytes > 4 * MAX_WHOLE - 50
 
 
 def test_pictures_are_measured() -> None:
@@ -649,7 +651,7 @@ def test_answers_of_all_kinds_are_metered_whatever_their_encoding() -> None:
         torn = decoded_meter(encoding, chat)
         for piece in pieces[:-1]:
             feed(torn, piece, chance)
-        torn.tear()
+        torn.cut_off()
         assert torn.report.usage in (None, usage), seed
 
 

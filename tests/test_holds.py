@@ -37,7 +37,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from redbtc.meter.answers import result_of
 from redbtc.refusals import Refusal
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.request_body.forms import Form
 
@@ -755,7 +755,7 @@ def test_a_picture_is_held_as_such_wherever_it_stands(where: str, size: int) -> 
     part = {"type": "input_image", "image_url": "x" * size}
     body = json.dumps({"model": MODEL, **PICTURES[where]}).replace('"%"', json.dumps(part))
     content = result_of(RequestBody.steps(body.encode(), body.encode()))
-    assert 16_000 < content.most_input_tokens < 16_500
+    assert 16_000 < content.max_input_tokens < 16_500
 
 
 @pytest.mark.parametrize("more", [{"mask": [1]}, {"images": ["x"]}, {"input": [{"content": [""]}]}])
@@ -791,7 +791,7 @@ def test_an_odd_list_hides_no_pictures(
 def test_a_message_that_can_be_read_in_two_ways_hides_no_pictures(message: str) -> None:
     pictures = json.dumps([{"type": "image_url", "image_url": {"url": "x"}}] * 20)
     body = f'{{"model":"{MODEL}","messages":[{message % pictures}]}}'.encode()
-    assert result_of(RequestBody.steps(body, body)).most_input_tokens > 320_000
+    assert result_of(RequestBody.steps(body, body)).max_input_tokens > 320_000
     body = body.replace(b"messages", b"input")
     with pytest.raises(Refusal):
         result_of(RequestBody.steps(body, body))
@@ -818,7 +818,7 @@ def test_a_long_prompt_in_a_form_is_held_in_full() -> None:
     read = Form(headers["content-type"].partition("=")[2].encode())
     result_of(read.grow(text))
     content = result_of(RequestBody.steps(text, text, read))
-    assert 100_000 < content.most_input_tokens < 100_500
+    assert 100_000 < content.max_input_tokens < 100_500
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────

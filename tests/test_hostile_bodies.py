@@ -23,12 +23,13 @@ from upstream import Upstream, json_answer, response_object, silent
 
 from redbtc.meter.answers import result_of
 from redbtc.refusals import Refusal
-from redbtc.request_body import facts, forms, strict_json
+from redbtc.request_body import cutting, facts, forms, strict_json
 from redbtc.request_body import pieces as pieces_module
-from redbtc.request_body.content import ClientEvent, RequestBody
+from redbtc.request_body.body import ClientEvent, RequestBody
+from redbtc.request_body.cutting import Cutter
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed
-from redbtc.request_body.pieces import MAX_PIECE, Cutter
+from redbtc.request_body.pieces import MAX_PIECE
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -356,9 +357,10 @@ def test_a_body_in_pieces_reads_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> N
             encoded = encoded[:at] + more + encoded[at + chance.randrange(3) :]
         whole = facts_of(encoded)
         with monkeypatch.context() as small:
-            small.setattr("redbtc.request_body.content.MAX_PIECE", 1)
-            small.setattr(pieces_module, "WINDOW", 120)
-            small.setattr(pieces_module, "STRING_WINDOW", 7)
+            small.setattr("redbtc.request_body.reading.MAX_PIECE", 1)
+            small.setattr(cutting, "WINDOW", 120)
+            for module in (pieces_module, cutting):
+                small.setattr(module, "STRING_WINDOW", 7)
             assert facts_of(encoded) == whole, encoded
         refused += not isinstance(whole, tuple)
     assert 300 < refused < 1200
@@ -522,7 +524,7 @@ def test_a_history_with_everything_in_it_passes(
     assert content.chosen_ids == {f"rs_{n}" for n in range(1000)}
     assert not content.references
     pictures = (len(picture) + 2) * 20
-    assert content.most_input_tokens == len(sent) - pictures + 20 * forms.MAX_PICTURE_TOKENS
+    assert content.max_input_tokens == len(sent) - pictures + 20 * forms.MAX_PICTURE_TOKENS
     with gateway.client(key) as client:
         answer = client.post(
             "/responses", content=sent, headers={"content-type": "application/json"}
@@ -641,10 +643,10 @@ def test_what_is_kept_of_ids_is_known(count: int, end: str) -> None:
         content = result_of(RequestBody.steps(text, text))
         kept = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        assert kept < len(text) + content.excess + 10_000
+        assert kept < len(text) + content.excess_bytes + 10_000
 
 
 def test_the_ids_of_a_usual_history_take_no_more_than_its_text() -> None:
     items = [{"id": f"msg_{each:050}", "role": "user", "content": "x" * 700} for each in range(99)]
     text = json.dumps({"model": "gpt-up", "input": items}).encode()
-    assert result_of(RequestBody.steps(text, text)).excess == 0
+    assert result_of(RequestBody.steps(text, text)).excess_bytes == 0

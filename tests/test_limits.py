@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object, stream
 
-from redbtc.deadlines import MAX_RINGS, Deadline, Deadlines
+from redbtc.deadlines import MAX_EXPIRED, Deadline, Deadlines
 from redbtc.gateway.relay import CLOSING_SECONDS
-from redbtc.limits import Places
+from redbtc.limits.places import Places
 
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 
@@ -110,11 +110,11 @@ def test_clocks_whose_time_is_up_at_once_ring_in_turn() -> None:
             except TimeoutError:
                 rung += 1
 
-        tasks = [asyncio.create_task(wait()) for _ in range(MAX_RINGS * 10)]
+        tasks = [asyncio.create_task(wait()) for _ in range(MAX_EXPIRED * 10)]
         while rung < len(tasks):
             before = rung
             await asyncio.sleep(0)
-            assert rung - before <= MAX_RINGS
+            assert rung - before <= MAX_EXPIRED
             turns += rung > before
         assert turns >= 10
 

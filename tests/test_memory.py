@@ -19,8 +19,8 @@ PRELUDE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from redbtc.server import cycle
-from redbtc import limits
-from redbtc.request_body import content
+from redbtc.limits import memory
+from redbtc.request_body import body
 from redbtc.request_body import forms, media
 from redbtc.gateway import metered
 from redbtc.upstream import upstreams
@@ -44,12 +44,12 @@ def let_fail(owner, name):
 
 let_fail(cycle.RequestCycle, "feed")
 let_fail(cycle.RequestCycle, "receive")
-let_fail(limits.Reservation, "take")
-let_fail(content.RequestBody, "steps")
-let_fail(content.RequestBody, "add_include_usage")
+let_fail(memory.Reservation, "take")
+let_fail(body.RequestBody, "steps")
+let_fail(body.RequestBody, "add_include_usage")
 let_fail(forms.Form, "grow")
 let_fail(media, "decompressed")
-let_fail(content.ClientEvent, "read")
+let_fail(body.ClientEvent, "read")
 let_fail(metered.MeteredRequest, "hold")
 let_fail(upstreams.Upstream, "open")
 let_fail(meters.JSONMeter, "steps")

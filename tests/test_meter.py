@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from upstream import CHAT_USAGE, IMAGE_USAGE, RESPONSE_USAGE, chat_chunk, response_object
 
 from redbtc.meter import usage_fields
-from redbtc.meter.answers import IMAGE_TOOL, KEEP, decode_answer
+from redbtc.meter.answers import IMAGE_TOOL, MAX_WHOLE, decode_answer
 from redbtc.meter.estimates import MaximumUsage, SeenOutput, estimate
 from redbtc.meter.meters import JSONMeter, Meter
 from redbtc.meter.report import Report
@@ -180,7 +180,7 @@ def test_tens_of_megabytes_in_bounded_memory(kind: str, framing: str) -> None:
     assert size + len(meter.rest()) == len(whole)
     assert meter.report.usage == RESPONSE_USED
     assert meter.report.response_id == "resp_1"
-    assert peak - base < 16 * KEEP, (peak - base) / KEEP
+    assert peak - base < 16 * MAX_WHOLE, (peak - base) / MAX_WHOLE
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_odd_usage_is_neither_believed_nor_invented(usage: Any, expected: Usage 
 
 
 @pytest.mark.parametrize("usage", ["xAI", "Gemini", "included", "no total", "responses"])
-@pytest.mark.parametrize("size", [0, 2 * KEEP])
+@pytest.mark.parametrize("size", [0, 2 * MAX_WHOLE])
 def test_reasoning_that_stands_beside_the_output_is_output(usage: str, size: int) -> None:
     """Of xAI's chats, and of Gemini's in some gateways (CLIProxyAPI #5733, sub2api #5771)."""
     reasoning = {"reasoning_tokens": 60}
@@ -291,7 +291,7 @@ def test_authors_of_svgs_are_added_up_apart_from_their_pictures() -> None:
     assert meter.report.usage == Usage(171, None, None, 1716, None, 120, 816)
     most = MaximumUsage(1000, 816, 0, 0, 0)
     torn = estimate(
-        meter.report, SeenOutput(), written=0, read=0, most=most, images=True, partly=True
+        meter.report, SeenOutput(), written=0, read=0, maximum=most, images=True, partly=True
     )
     assert torn.parts == meter.report.parts, "the author's, too, where the stream is cut off"
     assert torn.usage == meter.report.usage

@@ -25,11 +25,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream import Received, Reply, Upstream, json_answer, openai_like, response_object
 
-from redbtc import limits as limits_module
 from redbtc.config import SettingsError, parse_settings
 from redbtc.deadlines import Deadline, Deadlines
 from redbtc.gateway.reading import read_body
-from redbtc.limits import Limiter, NoRoom, Places, Reservation
+from redbtc.limits import memory as memory_module
+from redbtc.limits.admission import NoCapacity
+from redbtc.limits.limiter import Limiter
+from redbtc.limits.memory import Reservation
+from redbtc.limits.places import Places
 from redbtc.request_body.forms import Form
 from redbtc.request_body.pieces import Buffer, Steps
 from redbtc.server.asgi import Message
@@ -438,7 +441,7 @@ def test_two_waits_of_an_account_are_each_for_its_own_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second would otherwise stand in everybody's line for the bytes of both."""
-    monkeypatch.setattr(limits_module, "OWN_BYTES", 0)
+    monkeypatch.setattr(memory_module, "OWN_BYTES", 0)
     server = SimpleNamespace(reading_bytes=100)
     settings_: Any = SimpleNamespace(server=server, limits=SimpleNamespace(queue_seconds=60))
 
@@ -508,7 +511,7 @@ def test_memory_is_counted_right_however_waits_and_returns_interleave(seed: int)
                         real[account] -= less
                         reserved.give_back(less)
                         check()
-                except NoRoom:
+                except NoCapacity:
                     pass
                 finally:
                     real[account] -= held
@@ -530,7 +533,7 @@ def test_memory_is_counted_right_however_waits_and_returns_interleave(seed: int)
             assert everybody.reading.taken == limits.queued == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limits_module, "OWN_BYTES", 10)
+        patch.setattr(memory_module, "OWN_BYTES", 10)
         asyncio.run(run())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import pytest
 
-from redbtc.slices import MAX_BEGUN, SLICE_SECONDS, answers_of, in_slices
+from redbtc.slices import MAX_STARTED, SLICE_SECONDS, answers_of, in_slices
 
 
 def busy(name: str, log: list[str], slices: int) -> Generator[None, None, str]:
@@ -68,7 +68,7 @@ def test_an_account_has_few_works_begun_and_no_more_slices_for_many() -> None:
 
     async def first_then_again(name: str, account_id: str) -> None:
         await in_slices(busy(name, log, 3), account_id)
-        await in_slices(busy(name, log, 3), account_id, begun=True)
+        await in_slices(busy(name, log, 3), account_id, started=True)
 
     async def main() -> None:
         many = [first_then_again(f"a{number}", "a") for number in range(30)]
@@ -80,7 +80,7 @@ def test_an_account_has_few_works_begun_and_no_more_slices_for_many() -> None:
     for at, name in enumerate(log):
         begun = {each for each in {*begun, name} if each in log[at:]} - {"b"}
         most = max(most, len(begun))
-    assert most <= MAX_BEGUN + 1, "and the one that nobody was before"
+    assert most <= MAX_STARTED + 1, "and the one that nobody was before"
     assert log.index("b") < 5
     assert len(log) - log[::-1].index("b") < 20
 
@@ -90,8 +90,8 @@ def test_bodies_are_begun_beside_many_answers() -> None:
     log: list[str] = []
 
     async def main() -> None:
-        many = range(2 * MAX_BEGUN)
-        answers = [in_slices(busy("a", log, 40), answers_of("x"), begun=True) for _ in many]
+        many = range(2 * MAX_STARTED)
+        answers = [in_slices(busy("a", log, 40), answers_of("x"), started=True) for _ in many]
         await asyncio.gather(*answers, in_slices(busy("b", log, 3), "x"))
 
     asyncio.run(main())
@@ -127,17 +127,17 @@ def test_work_that_fails_raises() -> None:
 
 
 def test_work_that_goes_on_waits_for_no_other_to_be_done() -> None:
-    """The MAX_BEGUN works that were begun took all turns among themselves."""
+    """The MAX_STARTED works that were begun took all turns among themselves."""
 
     async def main() -> None:
         log: list[str] = []
         works = [
             asyncio.create_task(in_slices(busy(f"{number}", log, 50), "a"))
-            for number in range(MAX_BEGUN + 5)
+            for number in range(MAX_STARTED + 5)
         ]
-        while len(set(log)) < MAX_BEGUN:
+        while len(set(log)) < MAX_STARTED:
             await asyncio.sleep(0)
-        await in_slices(busy("more", log, 1), "a", begun=True)
+        await in_slices(busy("more", log, 1), "a", started=True)
         assert not any(work.done() for work in works)
         await asyncio.gather(*works)
 

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sqlite3
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import click
@@ -82,25 +83,42 @@ async def open_service(
     """Open the ledger, however long that takes, and say that the gateway serves. Raises
     UserError."""
     settings = start.settings
-    books = await open_ledger(stack, start, running)
-    store = books.store
-    demo_url = await start_demo(stack) if start.demo else None
-    if demo_url:
-        settings = with_demo(settings, demo_url)
-        running.demo = demo_url
-    if start.first_run and not books.prices.prices:
-        await import_example(books)
-    if start.demo and books.model_prices(DEMO_PRICE.model) is None:
-        await add_prices(books, [DEMO_PRICE], without_notice=None, by="demo")
+    billing = await open_ledger(stack, start, running)
+    if start.demo:
+        running.demo = await start_demo(stack)
+        settings = with_demo(settings, running.demo)
+    if start.first_run and not billing.prices.prices:
+        await import_example(billing)
+    if start.demo and billing.model_prices(DEMO_PRICE.model) is None:
+        await add_prices(billing, [DEMO_PRICE], without_notice=None, by="demo")
     host, port = listeners[0].getsockname()[:2]
     url = f"{url_of(host, port)}/v1"
-    log(
-        logging.INFO,
-        "serving",
-        url=url,
-        listening=[address_of(each) for each in listeners],
-        interrupted_before=store.interrupted,
-    )
+    log_start(url, listeners, billing.store, settings)
+    if start.as_json:
+        click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
+    if not billing.prices.prices and settings.billing.unpriced_models == "refuse":
+        reason = "requests for all models are refused; add prices with price import"
+        log(logging.WARNING, "no prices", reason=reason)
+    server = msgspec.structs.replace(settings.server, port=port)
+    settings = msgspec.structs.replace(settings, server=server)
+    service = Service(billing, settings, running.telemetry)
+    if not start.as_json:
+        await greet(service, url, settings, start)
+    try:
+        await service.gateway.unended.resume()
+    except (sqlite3.Error, StorageUnavailable) as error:
+        if not billing.store.is_lost:  # a lost ledger serves nothing anyway
+            raise UserError(f"{billing.store.path} can't be read: {error}") from None
+    return service
+
+
+def log_start(
+    url: str, listeners: Sequence[socket.socket], store: Store, settings: Settings
+) -> None:
+    """Log that the gateway serves, and what an operator should know of its start."""
+    listening = [address_of(each) for each in listeners]
+    interrupted = store.interrupted
+    log(logging.INFO, "serving", url=url, listening=listening, interrupted_before=interrupted)
     ahead = -store.clock.offset // 1000
     if ahead > 60:
         log(logging.WARNING, "the clock is behind the ledger", seconds=ahead)
@@ -110,30 +128,16 @@ async def open_service(
         log(logging.INFO, "restore finished", replaced=str(store.replaced))
     for line in missing_keys(settings):
         log(logging.WARNING, "unusable", reason=line)
-    if start.as_json:
-        click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
-    if not books.prices.prices and settings.billing.unpriced_models == "refuse":
-        log(
-            logging.WARNING,
-            "no prices",
-            reason="requests for all models are refused; add prices with price import",
-        )
-    server = msgspec.structs.replace(settings.server, port=port)
-    settings = msgspec.structs.replace(settings, server=server)
-    service = Service(books, settings, running.telemetry)
-    if not start.as_json:
-        try:
-            if start.first_run:
-                click.echo(await welcome(service.api, url, settings.upstreams, start.demo))
-            click.echo(await dashboard_lines(service.api))
-        except (sqlite3.Error, StorageUnavailable) as error:
-            log(logging.ERROR, "no welcome", reason=str(error))
+
+
+async def greet(service: Service, url: str, settings: Settings, start: ServeOptions) -> None:
+    """Print where the dashboard is and, at a first run, how to begin."""
     try:
-        await service.gateway.unended.resume()
+        if start.first_run:
+            click.echo(await welcome(service.api, url, settings.upstreams, start.demo))
+        click.echo(await dashboard_lines(service.api))
     except (sqlite3.Error, StorageUnavailable) as error:
-        if not store.is_lost:  # which serves nothing anyway
-            raise UserError(f"{store.path} can't be read: {error}") from None
-    return service
+        log(logging.ERROR, "no welcome", reason=str(error))
 
 
 async def open_ledger(

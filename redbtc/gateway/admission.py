@@ -21,9 +21,9 @@ from redbtc.gateway.exchange import ForwardedRequest
 from redbtc.gateway.maximum import Maximum
 from redbtc.gateway.progress import Running
 from redbtc.gateway.state import Gateway
-from redbtc.limits import Admission
+from redbtc.limits.admission import Admission
 from redbtc.refusals import ClientLeft, Refusal, insufficient_quota
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.server.asgi import ID_SECONDS, ClientRequest
 from redbtc.store.keys import Key
 from redbtc.store.requests import begin, forget
@@ -133,10 +133,10 @@ class AdmittedRequest(ForwardedRequest, Running):
         try:
             money = await self.hold()
         except Refusal as refusal:
-            self.admission.refused(refusal)
+            self.admission.undo(refusal)
             raise
-        if conversations := self.body.conversations:
-            added = self.maximum.usage(money).all_tokens - self.body.conversation_tokens
+        if conversations := self.body.inherited.conversations:
+            added = self.maximum.usage(money).all_tokens - self.body.inherited.conversation_tokens
             money.grow(self.gateway.objects, conversations, added)
         return money
 
@@ -168,10 +168,10 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Count the tokens of the conversations that the request names anew: requests that were
         served while it waited can have added to them. Raises StorageUnavailable."""
         objects, body = self.gateway.objects, self.body
-        for each in body.conversations:
+        for each in body.inherited.conversations:
             location = objects.location_of(each, self.key.account_id)
             tokens = (location.tokens if location else None) or 0
-            body.weigh_again(each, tokens + objects.growing(each))
+            body.inherited.update_conversation(each, tokens + objects.growing(each))
 
     @property
     def is_unmetered(self) -> bool:
@@ -193,7 +193,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     def may_add_usage(self) -> bool:
         """Return whether the option that makes a streamed chat report its usage may be added to the
         body, where the client left it out."""
-        adds = self.settings.metering.include_usage == "add" and self.body.plain
+        adds = self.settings.metering.include_usage == "add" and self.body.is_plain
         return bool(self.endpoint.chat and self.facts.stream and adds)
 
     def expects_usage(self) -> bool:
@@ -226,13 +226,13 @@ class AdmittedRequest(ForwardedRequest, Running):
         try:
             await begin(self.gateway.store, self.row)
         except StorageUnavailable:
-            self.admission.put_back()
+            self.admission.refund()
             raise Refusal("ledger_unavailable") from None
         if self.clock.client_left:
             await self.forget()
 
     async def forget(self) -> None:
-        self.admission.put_back()
+        self.admission.refund()
         await forget(self.gateway.store, self.row)
         raise ClientLeft
 

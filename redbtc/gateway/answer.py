@@ -18,7 +18,7 @@ import httpx2
 from redbtc.deadlines import Deadline
 from redbtc.gateway.client_response import ClientResponse, Sent
 from redbtc.gateway.exchange import ForwardedRequest
-from redbtc.meter.decoding import START, codings_in
+from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
 from redbtc.meter.meters import Meter
 from redbtc.meter.streams import StreamMeter
@@ -28,7 +28,7 @@ from redbtc.upstream.connection import ResponseBody
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
 # magic number, and its first byte can be a blank.
 TOO_SHORT = re.compile(
-    rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START - 1)
+    rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START_SIZE - 1)
 )
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
 MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written
@@ -101,7 +101,7 @@ class AnswerBody:
         if meter.at_once:
             meter.finish()
         else:
-            await in_slices(meter.finishing(), answers_of(request.key.account_id), begun=True)
+            await in_slices(meter.finish_steps(), answers_of(request.key.account_id), started=True)
         await request.settle(request.outcome())
         self.rest = kept + meter.rest()
         if ended_by_event:
@@ -169,7 +169,7 @@ class AnswerBody:
         else:
             self._clock.pause()
             account = answers_of(request.key.account_id)
-            passed = await in_slices(meter.steps(chunk), account, begun=True)
+            passed = await in_slices(meter.steps(chunk), account, started=True)
         request.metered()
         if request.unwritten:  # a background response must be on disk before its id is seen
             self._clock.pause()

@@ -20,5 +20,5 @@ async def ask(
         status = await upstream.fetch(path, meter.steps, method)
     except (httpx2.HTTPError, TimeoutError):
         return 0, meter.report
-    await in_slices(meter.finishing(), account_id)
+    await in_slices(meter.finish_steps(), account_id)
     return status, meter.report

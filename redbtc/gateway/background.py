@@ -158,7 +158,7 @@ class BackgroundResponse:
                 progress.seen,
                 written=math.ceil(progress.worked_seconds * speed),
                 read=self.unfinished.input_estimate,
-                most=most,
+                maximum=most,
                 images=False,
                 partly=partly,
             )

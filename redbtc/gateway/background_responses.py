@@ -18,7 +18,7 @@ from redbtc.gateway.background import BackgroundResponse, Stage
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import count_containers, locations_of, weight
-from redbtc.limits import rate_limit_headers
+from redbtc.limits.rates import rate_limit_headers
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import UNFINISHED
 from redbtc.meter.estimates import MaximumUsage

@@ -10,8 +10,8 @@ from redbtc.deadlines import Deadline
 from redbtc.gateway.asking import ask
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.state import Gateway
-from redbtc.limits import Admission
-from redbtc.meter.decoding import DecodedMeter
+from redbtc.limits.admission import Admission
+from redbtc.meter.decoded_meter import DecodedMeter
 from redbtc.meter.meters import JSONMeter, Meter
 from redbtc.meter.streams import StreamMeter
 from redbtc.refusals import ClientLeft, Refusal
@@ -111,7 +111,7 @@ class ForwardedRequest:
     async def forget(self) -> None:
         """End a request whose client left before anything was sent, without a row. Raises
         ClientLeft."""
-        self.admission.put_back()
+        self.admission.refund()
         raise ClientLeft
 
     async def ask_for_usage(self, response_id: str, upstream_name: str) -> None:

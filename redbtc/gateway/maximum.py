@@ -16,7 +16,7 @@ from redbtc.config import BillingSettings
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.meter.estimates import MaximumUsage
 from redbtc.rates import DEFAULT_TIER
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.request_body.facts import UNNAMED
 
 USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_calls'
@@ -65,8 +65,8 @@ class Maximum:
     def input_tokens(self, further_input: int) -> int:
         """Return how many tokens the request can read."""
         body = self._body
-        read = body.most_input_tokens + body.inherited_tokens + further_input
-        return read + (self._settings.hold_output_tokens if body.inherits_unknown else 0)
+        read = body.max_input_tokens + body.inherited.tokens + further_input
+        return read + (self._settings.hold_output_tokens if body.inherited.is_unknown else 0)
 
     def output_tokens(self, prices: ModelPrices | None) -> int:
         """Return how many tokens one answer can have."""

@@ -93,7 +93,7 @@ class MeteredRequest(AdmittedRequest):
         first = header(self.client_request.headers, b"idempotency-key") is None
         minted = first and self.body.mints_input
         return ObjectLocation(
-            self.row.upstream, self.body.lasting_models, minted, self.body.lasting_extras
+            self.row.upstream, self.body.inheritable_models, minted, self.body.inheritable_extras
         )
 
     def _go_on_in_background(self, report: Report, response_id: str) -> None:
@@ -171,7 +171,7 @@ class MeteredRequest(AdmittedRequest):
         """Charge the tokens that were used on the rates, in place of the estimate."""
         usage = self.row.usage
         if self.row.usage_source != "none" or self.row.outcome == "upstream_error":
-            self.admission.correct((usage.input_tokens or 0) + (usage.output_tokens or 0))
+            self.admission.correct_tokens((usage.input_tokens or 0) + (usage.output_tokens or 0))
 
     def shown(self, response_id: str) -> None:
         """Note that another request was shown a response. If it is this one's, it can have been
@@ -184,7 +184,7 @@ class MeteredRequest(AdmittedRequest):
     ) -> list[UsagePart]:
         """Fill in the row's outcome and usage, except containers. Return the parts to bill."""
         parts = account_for(row, self.meter.report, outcome, guess)
-        if self.endpoint.chat and self.body.searches and row.usage.web_searches is None:
+        if self.endpoint.chat and self.body.searches_web and row.usage.web_searches is None:
             parts = counted(row, parts, web_searches=1)
         return parts
 
@@ -250,7 +250,7 @@ class MeteredRequest(AdmittedRequest):
             SeenOutput.of(report),
             written=math.ceil(worked * speed * answers),
             read=self.input_estimate,
-            most=self._most_usage(),
+            maximum=self._most_usage(),
             images=self.endpoint.images,
             partly=partly,
         )

@@ -9,7 +9,7 @@ from redbtc.gateway.reading import read_content
 from redbtc.gateway.references import upstreams_for
 from redbtc.gateway.relay import Relay
 from redbtc.gateway.state import Gateway
-from redbtc.limits import Reservation
+from redbtc.limits.memory import Reservation
 from redbtc.server.asgi import Receive, Scope, Send, request_of
 
 

@@ -13,7 +13,7 @@ import orjson
 from redbtc.deadlines import Deadline
 from redbtc.gateway.state import Gateway
 from redbtc.headers import Headers
-from redbtc.limits import Admission
+from redbtc.limits.admission import Admission
 from redbtc.meter.answers import MAX_NAME
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, request_of, respond

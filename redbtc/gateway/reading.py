@@ -6,11 +6,11 @@ from redbtc.config import Settings
 from redbtc.deadlines import Deadline
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.headers import Headers, header
-from redbtc.limits import FREE_BYTES, Reservation
+from redbtc.limits.memory import FREE_BYTES, Reservation
 from redbtc.refusals import ClientLeft, Refusal
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.request_body.forms import Form
-from redbtc.request_body.media import decompressed, media_of, most_decoded
+from redbtc.request_body.media import decompressed, max_decoded, media_of
 from redbtc.request_body.pieces import Buffer, Steps
 from redbtc.server.asgi import Receive
 from redbtc.slices import in_slices
@@ -46,7 +46,7 @@ async def read_body(
             if clock.client_left:
                 raise ClientLeft from None
             raise Refusal("request_timeout") from None
-        seconds = clock.deadline - clock.now()
+        seconds = clock.expires_at - clock.now()
         if form:  # its turn to be parsed is waited for while the clock stands: no client is slow
             await in_slices(form.grow(body), reserved.account_id, begun)
         if whole:
@@ -95,12 +95,12 @@ async def read_content(
         raise ClientLeft
     steps = RequestBody.steps(body, body, form, endpoint.model_needed)
     if media.encoding:
-        most = most_decoded(len(body), settings.server.max_body_bytes)
+        most = max_decoded(len(body), settings.server.max_body_bytes)
         await reserved.take(most, clock)
         steps = _decoded(body, media.encoding, most, reserved, form, endpoint.model_needed)
     content = await in_slices(steps, reserved.account_id)
-    if content.excess:
-        await reserved.take(content.excess, None)
+    if content.excess_bytes:
+        await reserved.take(content.excess_bytes, None)
     return content
 
 

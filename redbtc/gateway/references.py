@@ -14,7 +14,7 @@ from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.rates import DEFAULT_TIER, NEEDED
 from redbtc.refusals import Refusal, not_found
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.request_body.pieces import Steps
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key
@@ -82,7 +82,7 @@ async def required_upstreams(
     the client can name without its being stored. Raises Refusal."""
     if not body.references:
         return set()
-    upstreams = await in_slices(resolve(gateway, key, body, made), key.account_id, begun=True)
+    upstreams = await in_slices(resolve(gateway, key, body, made), key.account_id, started=True)
     body.references = {}
     return upstreams
 

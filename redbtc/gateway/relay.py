@@ -117,10 +117,10 @@ class Relay:
         client is told of the failure by a Refusal."""
         request, response, clock = self._request, self._response, self._clock
         if request.meter.at_once:
-            request.meter.tear()
+            request.meter.cut_off()
         else:
             account = answers_of(request.key.account_id)
-            await in_slices(request.meter.tearing(), account, begun=True)
+            await in_slices(request.meter.cut_off_steps(), account, started=True)
         if self._upload.begun:
             await asyncio.sleep(CLOSING_SECONDS)
         elif clock.client_left:

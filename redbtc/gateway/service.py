@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from redbtc.admin.api import API
 from redbtc.billing.billing import Billing
+from redbtc.billing.webhook import post_for_ever
 from redbtc.config import Settings
 from redbtc.gateway.health import Health
 from redbtc.gateway.models import Models
 from redbtc.gateway.pages import Pages
+from redbtc.gateway.progress import save_progress
 from redbtc.gateway.state import Gateway
 from redbtc.gateway.view import GatewayView
-from redbtc.gateway.vitals import Vitals
-from redbtc.telemetry import Telemetry
+from redbtc.gateway.vitals import Vitals, watch_size
+from redbtc.store.clock import watch_clock
+from redbtc.telemetry import Telemetry, log, watch_log
 
 
 class Service:
@@ -25,3 +30,19 @@ class Service:
         self.health = Health(self.gateway, self.pages.lazy_dashboard)
         self.vitals = Vitals(billing.store)
         telemetry.registry.register(self.vitals)
+
+    def start_tasks(self) -> list[asyncio.Task[None]]:
+        """Start what the process does for as long as it serves, and return the tasks. None of them
+        ends by itself."""
+        gateway, store = self.gateway, self.gateway.store
+        return [
+            asyncio.create_task(work, name=name)
+            for name, work in {
+                "webhook": post_for_ever(gateway.books, log),
+                "progress": save_progress(store, gateway.in_flight.with_row, gateway.unended),
+                "clock": watch_clock(store.clock, log),
+                "size": watch_size(store),
+                "loop lag": self.vitals.watch_loop(),
+                "log": watch_log(),
+            }.items()
+        ]

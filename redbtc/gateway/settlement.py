@@ -32,7 +32,7 @@ def locations_of(
         return dict.fromkeys(ids, home)
     whole = home.with_tokens(all_of(usage), all_of(likely) if likely else None)
     words = home.with_tokens(usage.output_tokens or 0, likely.output_tokens if likely else None)
-    return {each: words if each in report.words else whole for each in ids}
+    return {each: words if each in report.text_items else whole for each in ids}
 
 
 def all_of(usage: Usage) -> int:

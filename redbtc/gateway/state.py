@@ -14,7 +14,7 @@ from redbtc.gateway.authentication import authenticate
 from redbtc.gateway.background_responses import BackgroundResponses
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.in_flight import InFlight
-from redbtc.limits import Limiter
+from redbtc.limits.limiter import Limiter
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Client, ClientRequest
 from redbtc.store.containers import Containers
@@ -83,19 +83,19 @@ class Gateway:
         on_leave: set[Callable[[], None]] = client.on_leave if client else set()
 
         def abort() -> None:
-            clock.cut()
+            clock.abort()
             if client:
                 client.abort()
 
         in_flight = self.in_flight
         in_flight.count += 1
-        on_leave.add(clock.leave)
+        on_leave.add(clock.on_client_disconnect)
         in_flight.add(key, abort)
         try:
             yield
         finally:
             in_flight.discard(key, abort)
-            on_leave.discard(clock.leave)
+            on_leave.discard(clock.on_client_disconnect)
             in_flight.count -= 1
 
     def stop(self) -> None:

@@ -16,11 +16,12 @@ from redbtc.gateway.references import location_of, not_own, required_upstreams
 from redbtc.gateway.relay import Relay
 from redbtc.gateway.state import Gateway
 from redbtc.headers import Headers
-from redbtc.limits import Admission, Reservation
+from redbtc.limits.admission import Admission
+from redbtc.limits.memory import Reservation
 from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import is_final
 from redbtc.refusals import Refusal, insufficient_quota
-from redbtc.request_body.content import RequestBody
+from redbtc.request_body.body import RequestBody
 from redbtc.request_body.media import media_of
 from redbtc.request_body.query import Query
 from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, request_of
@@ -201,7 +202,7 @@ class StoredRoute:
             refusal = insufficient_quota(f"{error} {unknown}")
         except StorageUnavailable:
             refusal = Refusal("ledger_unavailable")
-        admission.refused(refusal)
+        admission.undo(refusal)
         raise refusal
 
     def _query(self, key: Key, response_id: str, given: bytes) -> bytes:

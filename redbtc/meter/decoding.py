@@ -1,15 +1,13 @@
-"""Read compressed answers. An upstream, or a cache in front of it, can compress an answer although
-it was asked not to. Its bytes pass unchanged; the meter reads a decoded copy, of which nothing is
-kept. Decoders return bounded pieces, so that a small answer that decodes to very much takes time in
-small steps, and no memory. The first bytes tell how an answer is compressed; where they do not, its
-header does."""
+"""Decode compressed answers, in bounded pieces: a small answer that decodes to a very large one
+takes time in small steps, and no memory. The first bytes tell how an answer is compressed; if they
+don't, its header does."""
 
 from __future__ import annotations
 
 import re
 import sys
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import brotli
@@ -19,25 +17,22 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 from redbtc.headers import Headers
-from redbtc.meter.events import BLANK, is_stream
-from redbtc.meter.meters import Meter
-from redbtc.meter.report import Report
+from redbtc.meter.events import BLANK
 
-MAX_CODINGS = 3  # in a row
-START = 8  # bytes by which it is told how an answer is compressed
-INPUT = 4 << 10  # compressed bytes in one step
-OUTPUT = 32 << 10  # decoded bytes in one step
-MAX_DECODED = 1 << 30  # bytes; no answer is as large
-MAX_HELD = 64 << 10  # compressed bytes that wait although nothing is decoded from them
+MAX_CODINGS = 3  # of one answer
+START_SIZE = 8  # bytes that tell how an answer is compressed
+INPUT_STEP = 4 << 10  # compressed bytes in one step
+OUTPUT_STEP = 32 << 10  # decoded bytes in one step
+MAX_DECODED = 1 << 30  # bytes; no real answer is as large
 ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
 
 
 class NotDecoded(Exception):
-    """The bytes are not what the header says."""
+    """The bytes can't be decoded: they are not what the header says, or too many."""
 
 
 class Gzip:
-    """RFC 1952: members in a row. What follows the last one is ignored."""
+    """A decoder of gzip (RFC 1952): a series of members. Bytes after the last one are ignored."""
 
     magic = b"\x1f\x8b"
 
@@ -46,12 +41,12 @@ class Gzip:
         self._over = False
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
-        """Yield what the bytes decode to, in pieces. Raises NotDecoded."""
+        """Decode the next bytes; yield the result in pieces. Raises NotDecoded."""
         piece = b""
         try:
-            while (data or len(piece) == OUTPUT) and not self._over:
+            while (data or len(piece) == OUTPUT_STEP) and not self._over:
                 self._decoder = self._decoder or self._begin(data)
-                piece = self._decoder.decompress(data, OUTPUT)
+                piece = self._decoder.decompress(data, OUTPUT_STEP)
                 data = self._decoder.unconsumed_tail
                 yield piece
                 if self._decoder.eof:
@@ -68,7 +63,8 @@ class Gzip:
 
 
 class Deflate(Gzip):
-    """RFC 9110 §8.4.1.2: zlib's format. Some servers send the compressed bytes without it."""
+    """A decoder of deflate, which is zlib's format (RFC 9110 §8.4.1.2). Some servers send the
+    compressed bytes without it."""
 
     def _begin(self, data: bytes) -> Any:
         return zlib.decompressobj(15 if data[0] & 0x8F == 0x08 else -15)
@@ -78,16 +74,16 @@ class Deflate(Gzip):
 
 
 class Zstd:
-    """RFC 8878: frames in a row."""
+    """A decoder of zstd (RFC 8878): a series of frames."""
 
     def __init__(self) -> None:
         self._decoder = zstd.ZstdDecompressor(options=ZSTD_OPTIONS)
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
-        """As of Gzip."""
+        """Decode the next bytes; yield the result in pieces. Raises NotDecoded."""
         try:
             while data or not self._decoder.needs_input:
-                yield self._decoder.decompress(data, OUTPUT)
+                yield self._decoder.decompress(data, OUTPUT_STEP)
                 data = b""
                 if self._decoder.eof:
                     data = self._decoder.unused_data
@@ -97,19 +93,19 @@ class Zstd:
 
 
 class Brotli:
-    """RFC 7932. What follows the stream is ignored."""
+    """A decoder of Brotli (RFC 7932). Bytes after the stream are ignored."""
 
     def __init__(self) -> None:
         self._decoder = brotli.Decompressor()
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
-        """As of Gzip."""
+        """Decode the next bytes; yield the result in pieces. Raises NotDecoded."""
         if self._decoder.is_finished():
             return
         try:
-            yield (piece := self._decoder.process(data, output_buffer_limit=OUTPUT))
+            yield (piece := self._decoder.process(data, output_buffer_limit=OUTPUT_STEP))
             while piece or not self._decoder.can_accept_more_data():  # it can hold output back
-                yield (piece := self._decoder.process(b"", output_buffer_limit=OUTPUT))
+                yield (piece := self._decoder.process(b"", output_buffer_limit=OUTPUT_STEP))
         except brotli.error:
             raise NotDecoded from None
 
@@ -125,10 +121,10 @@ DECODERS: dict[bytes, Callable[[], Decoder]] = {
 
 
 class Unreadable:
-    """Stands for a coding that is not known here."""
+    """Stands for the decoder of an unknown coding."""
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
-        """Raises NotDecoded."""
+        """Raise NotDecoded for any bytes."""
         raise NotDecoded
         yield b""
 
@@ -140,11 +136,11 @@ def codings_of(headers: Headers) -> list[bytes]:
     return [each for each in codings if each not in (b"", b"identity")]
 
 
-# How JSON and server-sent events begin, and nothing that is compressed.
-PLAIN = re.compile(
+# How JSON and server-sent events begin, and no compressed answer does.
+NOT_COMPRESSED = re.compile(
     rb'[%b]*+(?:\Z|\{[ \t\r\n]*+(?:\Z|["}])|(?:data|event|id|retry)?:)' % re.escape(BLANK)
 )
-MAGIC = {  # RFC 1952, RFC 8878, RFC 1950: how the bytes of a coding begin
+CODING_MAGIC = {  # RFC 1952, RFC 8878, RFC 1950: how the bytes of a coding begin
     b"gzip": re.compile(rb"\x1f\x8b\x08"),
     b"zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     b"deflate": re.compile(rb"\x78[\x01\x5e\x9c\xda]"),
@@ -152,46 +148,48 @@ MAGIC = {  # RFC 1952, RFC 8878, RFC 1950: how the bytes of a coding begin
 
 
 def codings_in(start: bytes, named: list[bytes]) -> list[bytes]:
-    """Return the codings of an answer that begins so. Upstreams name codings that are none (utf-8,
-    aws-chunked) or that they have undone, and leave out those that they have applied."""
-    if PLAIN.match(start):
+    """Return the codings of an answer that begins with `start`; `named` are those that its header
+    names. Upstreams name things that are no codings (utf-8, aws-chunked) or that they have undone,
+    and leave out codings that they have applied."""
+    if NOT_COMPRESSED.match(start):
         return []
     known = [each for each in named if each in DECODERS]
-    for coding, magic in MAGIC.items():
+    for coding, magic in CODING_MAGIC.items():
         if magic.match(start):
-            told = bool(known) and DECODERS[known[-1]] is DECODERS[coding]
-            return known if told else [coding]
+            is_named = bool(known) and DECODERS[known[-1]] is DECODERS[coding]
+            return known if is_named else [coding]
     return named
 
 
 class Decoding:
-    """Decodes an answer that is compressed, once or several times, or not at all. `codings` are
-    those that its header names."""
+    """Decodes an answer that is compressed once, several times, or not at all. `codings` are those
+    that its header names."""
 
     def __init__(self, codings: list[bytes], start: bytes = b"") -> None:
-        """`start`: bytes that have arrived already, fewer than START."""
+        """Prepare for an answer of which the bytes in `start`, fewer than START_SIZE, have
+        arrived."""
         self._codings = codings
         self._start = start
-        self._decoders: list[Any] | None = None  # until enough has come to tell
+        self._decoders: list[Any] | None = None  # None until START_SIZE bytes have come
         self._size = 0
 
     def decoded(self, data: bytes) -> Iterator[bytes]:
-        """Yield what the bytes decode to, in pieces. Raises NotDecoded."""
+        """Decode the next bytes; yield the result in pieces. Raises NotDecoded."""
         if self._decoders is None:
             data = self._start + data
-            if len(data) < START:
+            if len(data) < START_SIZE:
                 self._start = data
                 return
             self._decoders = self._decoders_for(data)
-        for at in range(0, len(data), INPUT):
-            for piece in self._through(self._decoders, data[at : at + INPUT]):
+        for at in range(0, len(data), INPUT_STEP):
+            for piece in self._through(self._decoders, data[at : at + INPUT_STEP]):
                 self._size += len(piece)
                 if self._size > MAX_DECODED:
                     raise NotDecoded
                 yield piece
 
     def rest(self) -> bytes:
-        """Return an answer that is too short to be compressed, once all of it has come."""
+        """Return an answer that is too short to be compressed, once it has come whole."""
         return self._start if self._decoders is None else b""
 
     def _decoders_for(self, start: bytes) -> list[Any]:
@@ -209,103 +207,3 @@ class Decoding:
                 yield from self._through(decoders[1:], piece)
             else:
                 yield b""
-
-
-class DecodedMeter(Meter):
-    """Meters a compressed answer. `choose` returns the meter for a stream, or for JSON."""
-
-    at_once = 0
-
-    def __init__(
-        self,
-        report: Report,
-        codings: list[bytes],
-        labelled: bool,
-        choose: Callable[[bool], Meter],
-        start: bytes = b"",
-    ) -> None:
-        """`labelled`: its content type is that of a stream. `start`: its first bytes, if they have
-        been sent on already."""
-        self.report = report
-        self.ended = False
-        self._choose = choose
-        self._decoding: Decoding | None = Decoding(codings, start)  # None: it can't be decoded
-        self._meter: Meter | None = None  # until it is known what the answer is
-        self._streams = False
-        self._held = b""
-        self._labelled = labelled
-
-    @property
-    def ending(self) -> bool:  # type: ignore[override]
-        return self._meter is not None and self._meter.ending and not self.ended
-
-    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
-        """Take the next bytes, in small steps; return what may be sent on now: all but the bytes
-        with which the decoded answer ends."""
-        passed: list[bytes] = []
-        for at in range(0, len(chunk), INPUT):
-            data = chunk[at : at + INPUT]
-            grown = False
-            if self._decoding and not self.ended:
-                grown = yield from self._read(self._decoding, data)
-            self._pass(data, grown, passed)
-        return b"".join(passed)
-
-    def _read(self, decoding: Decoding, data: bytes) -> Generator[None, None, bool]:
-        """Decode and meter; return whether anything but space was decoded."""
-        grown = False
-        try:
-            for piece in decoding.decoded(data):
-                grown = grown or bool(piece.strip())
-                yield from self._meter_piece(piece)
-                yield
-        except NotDecoded:
-            self._decoding = None
-        return grown
-
-    def _meter_piece(self, piece: bytes) -> Generator[None, None, None]:
-        if self._meter is None:
-            streams = is_stream(piece, self._labelled)
-            if streams is None:
-                return
-            self._streams = streams
-            self._meter = self._choose(streams)
-            self._meter.report = self.report
-        if not self._meter.ended:
-            yield from self._meter.steps(piece)
-
-    def _pass(self, data: bytes, grown: bool, passed: list[bytes]) -> None:
-        """Hold what the answer may end with: in a stream from the event on that ends it; else the
-        last bytes from which anything was decoded, and those that follow."""
-        meter = self._meter
-        if self._streams and meter:
-            if meter.ending or meter.ended:
-                self._held += data
-                self.ended = meter.ended or len(self._held) > 2 * MAX_HELD
-            else:
-                passed.append(self._held + data)
-                self._held = b""
-            return
-        if grown or self._decoding is None:
-            passed.append(self._held)
-            self._held = data
-        else:
-            self._held += data
-            passed.append(self._held[:-MAX_HELD])
-            self._held = self._held[-MAX_HELD:]
-
-    def finishing(self) -> Generator[None, None, None]:
-        if self._meter and self._decoding:
-            yield from self._meter.finishing()
-            self.ended = self.ended or self._meter.ended
-        else:
-            yield from self.tearing()
-            self.ended = True
-
-    def tearing(self) -> Generator[None, None, None]:
-        if self._meter:
-            yield from self._meter.tearing()
-
-    def rest(self) -> bytes:
-        held, self._held = self._held, b""
-        return held

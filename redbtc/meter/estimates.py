@@ -1,8 +1,8 @@
-"""Estimates of what a request used, where the upstream did not report it.
+"""Estimates of the usage that the upstream did not report.
 
-The output is the larger of what was seen of it and what the model writes in the time that it
-worked. The input is what the body comes to. Neither is more than what the request was held for.
-Nothing here is measured by a clock or sent anywhere; only Speeds reads the ledger.
+The output is the larger of two numbers: what was seen of it, and what the model writes in the time
+that it worked. The input is estimated from the size of the body. Neither is more than the maximum
+for which the request was held. This file does no I/O and reads no clock.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb
 
 
 def text_tokens(size: int) -> int:
-    """Return about how many tokens a text of so many bytes has."""
+    """Return about how many tokens a text of `size` bytes has."""
     return -(-size // BYTES_A_TOKEN)
 
 
 class MaximumUsage(Struct, frozen=True):
-    """The most that a request was held to use; an estimate is never more. `drawn_tokens` are the
-    output of the image tool's model in one call; of all calls of tools, `pictures` can be its."""
+    """The maximum usage for which a request was held; an estimate is never more. `drawn_tokens` is
+    the output of the image tool's model in one call, `pictures` the number of such calls among all
+    `tool_calls`."""
 
     input_tokens: int
     output_tokens: int
@@ -37,12 +38,13 @@ class MaximumUsage(Struct, frozen=True):
 
     @property
     def all_tokens(self) -> int:
-        """The most that a request can read which builds on this one."""
+        """The maximum number of tokens that a request which builds on this one reads."""
         return self.input_tokens + self.output_tokens + self.drawn_tokens * self.pictures
 
 
 class SeenOutput(Struct, frozen=True):
-    """What was seen of an answer; Report explains each field. `containers` is their number."""
+    """The output that was seen of an answer; Report explains each field. `containers` is a
+    number."""
 
     text_bytes: int = 0
     sealed_bytes: int = 0
@@ -53,7 +55,7 @@ class SeenOutput(Struct, frozen=True):
 
     @classmethod
     def of(cls, report: Report) -> SeenOutput:
-        """Return what a meter has seen so far."""
+        """Return the output that a meter has seen so far."""
         return cls(
             report.text_bytes,
             report.sealed_bytes,
@@ -64,7 +66,8 @@ class SeenOutput(Struct, frozen=True):
         )
 
     def or_more(self, other: SeenOutput) -> SeenOutput:
-        """Return the larger of both, field by field: two readers may have seen the same output."""
+        """Return the larger of both, field by field, since two readers may have seen the same
+        output."""
         pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
         return SeenOutput(*map(max, pairs))
 
@@ -73,19 +76,19 @@ class SeenOutput(Struct, frozen=True):
 
     @property
     def output_tokens(self) -> int:
-        """Tokens of text and of encrypted reasoning (base64: 3 bytes in 4 characters)."""
+        """The tokens of text and of encrypted reasoning (base64: 4 characters for 3 bytes)."""
         return text_tokens(self.text_bytes) + text_tokens(self.sealed_bytes * 3 // 4)
 
 
 class Estimate(NamedTuple):
-    """The usage for the row, and its parts by model for the bill."""
+    """The usage for the ledger's row, and its parts by model for the cost."""
 
     usage: Usage
     parts: list[UsagePart]
 
 
 def known_usage(report: Report) -> Usage | None:
-    """Return what the answer said about the model that was asked for, None if nothing."""
+    """Return the reported usage of the model that was asked for, or None."""
     for part in report.parts:
         if part.model is None:
             return part.usage
@@ -99,13 +102,13 @@ def is_complete(report: Report) -> bool:
 
 
 def is_final(report: Report) -> bool:
-    """Return whether the answer shows that the response has ended, and all that it used."""
+    """Return whether the answer reports that the response has ended, and its whole usage."""
     return report.status not in (None, *UNFINISHED) and is_complete(report)
 
 
 def is_cancelled_without_output(report: Report) -> bool:
-    """Return whether a cancelled response reports no output tokens. That can be the usage from its
-    beginning: the upstream may not have counted what the model did before it was cancelled."""
+    """Return whether a cancelled response reports no output tokens. That can be the usage of its
+    beginning: the upstream may not have counted what the model wrote before it was cancelled."""
     return report.status == "cancelled" and report.is_of_beginning
 
 
@@ -114,29 +117,31 @@ def estimate(
     seen: SeenOutput,
     written: int,
     read: int,
-    most: MaximumUsage,
+    maximum: MaximumUsage,
     *,
     images: bool,
     partly: bool,
 ) -> Estimate:
-    """Return an estimate of what the answer did not report; what it reported stays as it is.
-    `written` are the output tokens of the time that the model worked, `read` the input tokens of
-    the body. `images`: of an image endpoint. `partly`: the reported output is only a part, and an
-    input of 0 was not known yet."""
+    """Return the usage of a request, with estimates in place of what the answer did not report.
+
+    `written` is the number of output tokens for the time that the model worked, `read` the number
+    of input tokens in the body. `images`: the request was to an image endpoint. `partly`: the
+    reported output is only a part, and a reported input of 0 means that it was not known yet.
+    """
     known = known_usage(report) or Usage()
     into, out = known.input_tokens, known.output_tokens
     if into is None or (partly and into == 0):
-        into = min(read, most.input_tokens)
+        into = min(read, maximum.input_tokens)
     if out is None or partly:
         shown = seen.image_tokens if images else seen.output_tokens
-        out = max(out or 0, min(max(shown, written), most.output_tokens))
-    drawn, left = 0, most.tool_calls
-    if most.drawn_tokens and not images:
-        drawn = min(seen.image_tokens, most.drawn_tokens * most.pictures)
-        left -= -(-drawn // most.drawn_tokens)
+        out = max(out or 0, min(max(shown, written), maximum.output_tokens))
+    drawn, left = 0, maximum.tool_calls
+    if maximum.drawn_tokens and not images:
+        drawn = min(seen.image_tokens, maximum.drawn_tokens * maximum.pictures)
+        left -= -(-drawn // maximum.drawn_tokens)
     used = with_calls(known, seen, left)
     used = msgspec.structs.replace(used, input_tokens=into, output_tokens=out)
-    if images:  # all of the output that nobody reported is picture
+    if images:  # the estimated part of the output is image tokens
         of_pictures = (known.image_output_tokens or 0) + out - (known.output_tokens or 0)
         used = msgspec.structs.replace(used, image_output_tokens=of_pictures)
     parts = [UsagePart(None, used, images)]
@@ -148,7 +153,7 @@ def estimate(
 
 
 def with_calls(known: Usage, seen: SeenOutput, left: int) -> Usage:
-    """Return the usage with the tool calls that were seen but not reported, `left` at most."""
+    """Return the usage with the tool calls that were seen but not reported, at most `left`."""
     counts: dict[str, int] = {}
     for name in ("web_searches", "file_searches", "containers"):
         calls = min(getattr(seen, name), left)
@@ -159,8 +164,8 @@ def with_calls(known: Usage, seen: SeenOutput, left: int) -> Usage:
 
 
 def joined_usage(parts: list[UsagePart], reported: Usage | None) -> Usage:
-    """Return the usage for the row: an image tool's tokens stand beside the model's own, those of
-    an SVG's author are added to them."""
+    """Return the usage for the row: an image tool's tokens are in separate fields, those of an
+    SVG's author are added to the model's own."""
     used = parts[0].usage
     for part in parts[1:]:
         if part.model == IMAGE_TOOL:
@@ -180,9 +185,9 @@ def joined_usage(parts: list[UsagePart], reported: Usage | None) -> Usage:
 
 
 class Progress(Struct):
-    """What is known of a background response while it runs: what was seen of its output, and from
-    when until when its model is known to have worked (the ledger's time, in milliseconds). While it
-    was only seen queued, `since` moves along and the model has not worked."""
+    """The progress of a background response while it runs: the output that was seen of it, and from
+    when until when its model is known to have worked (the ledger's time, in milliseconds). While
+    the response is queued, `since` moves along and the model has not worked."""
 
     seen: SeenOutput
     since: int
@@ -190,8 +195,8 @@ class Progress(Struct):
     works: bool = False
 
     def note(self, status: str | None, now: int) -> None:
-        """Note that it was looked at and has not ended. A status of None could not be read: then
-        its model is taken to work."""
+        """Note that the response was looked up at `now` and has not ended. If its status could not
+        be read (None), its model is taken to work."""
         self.until = now
         self.works = self.works or status != "queued" or bool(self.seen)
         if not self.works:
@@ -199,5 +204,5 @@ class Progress(Struct):
 
     @property
     def worked_seconds(self) -> float:
-        """For how long its model is known to have worked."""
+        """The number of seconds for which its model is known to have worked."""
         return max(0, self.until - self.since) / 1000 if self.works else 0.0

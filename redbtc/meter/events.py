@@ -1,11 +1,11 @@
-"""Server-sent events: find out cheaply whether one can matter, and read those that can."""
+"""Read server-sent events, and tell cheaply which of them can matter to the meter."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator
 
-from redbtc.meter.answers import KEEP, MAX_AT_ONCE, STEP, Answer, JSONText
+from redbtc.meter.answers import MAX_AT_ONCE, MAX_WHOLE, STEP, Answer, JSONText
 from redbtc.meter.scanner import BYTE_ORDER_MARK
 
 BLANK = BYTE_ORDER_MARK + b" \t\r\n"
@@ -13,8 +13,9 @@ FIELDS = (b":", b"data", b"event", b"id", b"retry")  # WHATWG HTML §9.2.5
 
 
 def is_stream(start: bytes, labelled: bool) -> bool | None:
-    """Return whether an answer that begins so is server-sent events: by its first bytes, or where
-    they do not tell, by its label. None if all of it so far is blank."""
+    """Return whether an answer that begins with `start` consists of server-sent events: by its
+    first bytes or, if these can be both, by its content type (`labelled`). None if it is blank so
+    far."""
     begun = start[:256].lstrip(BLANK) or start.lstrip(BLANK)
     if not begun:
         return None
@@ -23,20 +24,21 @@ def is_stream(start: bytes, labelled: bool) -> bool | None:
     return labelled or any(begun.startswith(field[: len(begun)]) for field in FIELDS)
 
 
-# The value of a data line. (The lookbehind means the start of a line, which ^ does not do for CR.)
+# The value of a data line. (The lookbehind stands for the start of a line; ^ does not match after
+# CR.)
 DATA = re.compile(rb"data:(?<![^\r\n]data:) ?([^\r\n]*+)")
 MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)')
 LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed")
-START = 256  # bytes of an incomplete event in which its type is looked for
+EVENT_START_SIZE = 256  # bytes of an incomplete event in which its type is searched for
 
 
-def chat_marked(events: bytes) -> bool:
-    """Whether there can be anything in a chat's events that matters. Text can look like it, too."""
+def chat_may_matter(events: bytes) -> bool:
+    """Return whether a chat's events can matter. Text can look as if it did."""
     return b"[DONE]" in events or MARK.search(events) is not None
 
 
-def marked(events: bytes) -> bool:
-    """Whether there can be anything that matters in events of a response or of images."""
+def may_matter(events: bytes) -> bool:
+    """Return whether the events of a response or of images can matter."""
     return (
         b"[DONE]" in events
         or b"complete" in events  # completed, incomplete
@@ -48,7 +50,7 @@ def marked(events: bytes) -> bool:
 
 
 def data_of(event: bytes) -> bytes:
-    """The data of a whole event: its data lines, joined."""
+    """Return the data of a whole event: its data lines, joined."""
     return b"\n".join(DATA.findall(event.removeprefix(BYTE_ORDER_MARK)))
 
 
@@ -56,7 +58,8 @@ LINE_REST = re.compile(rb"[^\r\n]*+")
 
 
 class EventText:
-    """An event that arrives in parts: whole while it is small, else what matters of its data."""
+    """An event that arrives in parts. An event of up to MAX_WHOLE bytes is kept whole. The data of
+    a larger one is reduced to the members that matter."""
 
     def __init__(self) -> None:
         self.start = b""
@@ -69,11 +72,11 @@ class EventText:
 
     def steps(self, chunk: bytes) -> Generator[None, None, None]:
         """Take the next bytes, cut anywhere, in small steps."""
-        if len(self.start) < START:
-            self.start += chunk[: START - len(self.start)]
+        if len(self.start) < EVENT_START_SIZE:
+            self.start += chunk[: EVENT_START_SIZE - len(self.start)]
         if not self.is_large:
             self._whole += chunk
-            if len(self._whole) <= KEEP:
+            if len(self._whole) <= MAX_WHOLE:
                 return
             self.is_large = True
             chunk, self._whole = bytes(self._whole), bytearray()
@@ -82,7 +85,7 @@ class EventText:
 
     @property
     def is_long(self) -> bool:
-        """Whether its next bytes, or its end, take more than one step."""
+        """Return whether the next bytes of the event, or its end, take more than one step."""
         return self.is_large or len(self._whole) > MAX_AT_ONCE
 
     def whole(self) -> bytes:
@@ -94,15 +97,15 @@ class EventText:
         return self._text.answer()
 
     @property
-    def is_cut(self) -> bool:
-        """Whether the end of its JSON is missing; known after `torn`."""
-        return self._text.is_cut
+    def is_cut_off(self) -> bool:
+        """Return whether the end of the event's JSON is missing; known after `partial_answer`."""
+        return self._text.is_cut_off
 
-    def torn(self) -> Generator[None, None, Answer | None]:
+    def partial_answer(self) -> Generator[None, None, Answer | None]:
         """Decode what arrived of an event that was cut off."""
         if not self.is_large:
             yield from self._read_lines(self.whole().removeprefix(BYTE_ORDER_MARK))
-        return (yield from self._text.torn())
+        return (yield from self._text.partial_answer())
 
     def _read_lines(self, chunk: bytes) -> Generator[None, None, None]:
         at = 0

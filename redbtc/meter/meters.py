@@ -9,28 +9,32 @@ from redbtc.meter.report import Report
 
 
 class Meter:
-    """Meters an answer. `ended` is True once the answer has ended for the client; then, and after
-    `finish`, `rest` returns the bytes that wait for the row. While it is `ending`, the event that
-    ends it has come, but more usage may follow. `steps`, `finishing` and `tearing` do long work in
-    small steps; `feed`, `finish` and `tear` do the same at once."""
+    """The interface of the meter of one answer.
+
+    `ended` is True once the answer has ended for the client. Then, and after `finish`, `rest`
+    returns the bytes that wait until the row is committed. `ending` is True while the event that
+    ends the answer has come, but more usage may follow. `steps`, `finish_steps` and `cut_off_steps`
+    do long work in small steps; `feed`, `finish` and `cut_off` do the same at once.
+    """
 
     report: Report
     ended = False
     ending = False
-    # `feed` is fast enough for chunks of up to so many bytes; larger ones are for `steps`. 0: any
-    # chunk may take long, and so may the end: use `steps`, `finishing` and `tearing`.
+    # The size in bytes up to which a chunk may be given to `feed`; larger ones take long and must
+    # be given to `steps`. If it is 0, any chunk and the end can take long: use the methods in
+    # steps.
     at_once = MAX_AT_ONCE
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
         """Take the next bytes of the answer; return what may be sent on now."""
         raise NotImplementedError
 
-    def finishing(self) -> Generator[None, None, None]:
+    def finish_steps(self) -> Generator[None, None, None]:
         """Note that the upstream has sent everything."""
         yield from ()
 
-    def tearing(self) -> Generator[None, None, None]:
-        """Note that the answer was cut off: what it has said so far counts."""
+    def cut_off_steps(self) -> Generator[None, None, None]:
+        """Note that the answer was cut off: what it has reported so far counts."""
         yield from ()
 
     def feed(self, chunk: bytes) -> bytes:
@@ -39,19 +43,19 @@ class Meter:
 
     def finish(self) -> None:
         """Note that the upstream has sent everything."""
-        result_of(self.finishing())
+        result_of(self.finish_steps())
 
-    def tear(self) -> None:
-        """Note that the answer was cut off: what it has said so far counts."""
-        result_of(self.tearing())
+    def cut_off(self) -> None:
+        """Note that the answer was cut off: what it has reported so far counts."""
+        result_of(self.cut_off_steps())
 
     def rest(self) -> bytes:
-        """Return the bytes that wait for the row, once."""
+        """Return the bytes that wait until the row is committed; nothing the second time."""
         return b""
 
 
 class JSONMeter(Meter):
-    """Meters an answer that is one JSON text. Its last byte is what ends it."""
+    """Meters an answer that is one JSON text. It ends with its last byte, which is held back."""
 
     def __init__(self, images: bool) -> None:
         self.report = Report(images)
@@ -60,24 +64,25 @@ class JSONMeter(Meter):
         self._held = b""
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
-        """Take the next bytes, in small steps; return all but the last byte so far."""
+        """Take the next bytes, in small steps; return all bytes but the last one, which may be the
+        end."""
         yield from self._text.steps(chunk)
         self.at_once = 0 if self._text.is_long else MAX_AT_ONCE
         passed, self._held = self._held + chunk[:-1], chunk[-1:]
         return passed
 
-    def finishing(self) -> Generator[None, None, None]:
+    def finish_steps(self) -> Generator[None, None, None]:
         answer = yield from self._text.answer()
         if answer:
             yield from self.report.note(answer)
-        else:  # the upstream has ended it too early
-            yield from self.tearing()
+        else:  # the upstream has ended the answer too early
+            yield from self.cut_off_steps()
         self.ended = True
 
-    def tearing(self) -> Generator[None, None, None]:
-        answer = yield from self._text.torn()
+    def cut_off_steps(self) -> Generator[None, None, None]:
+        answer = yield from self._text.partial_answer()
         if answer:
-            yield from self.report.note(answer, torn=True)
+            yield from self.report.note(answer, cut_off=True)
 
     def rest(self) -> bytes:
         held, self._held = self._held, b""

@@ -1,4 +1,5 @@
-"""What a picture costs in output tokens, as far as its event or item tells: by quality and size."""
+"""Estimate the output tokens of a picture by the quality and size that its event or item
+reports."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc2]..\x08(..)(..)", re.DOTALL)
 
 
 def picture_tokens(quality: Any, size: Any, head: Any) -> int:
-    """Return the tokens of a picture. `head` is the beginning of its base64. A quality that is not
-    known counts as high, a size that is not known as 1024x1024."""
+    """Return the output tokens of a picture. `head` is the beginning of its base64. An unknown
+    quality counts as high, an unknown size as 1024x1024."""
     match = SIZE.fullmatch(size) if isinstance(size, str) else None
     pixels = int(match[1]) * int(match[2]) if match else pixels_in(head)
     for_square = QUALITIES.get(quality if isinstance(quality, str) else "", QUALITIES["high"])
@@ -24,7 +25,8 @@ def picture_tokens(quality: Any, size: Any, head: Any) -> int:
 
 
 def pixels_in(head: Any) -> int:
-    """Return the number of pixels by the head of a PNG, WebP or JPEG in base64; 0 if unknown."""
+    """Return the number of pixels that the head of a PNG, WebP or JPEG file gives; 0 if unknown.
+    `head` is the beginning of its base64."""
     data = b""
     if isinstance(head, str):
         with contextlib.suppress(ValueError):
@@ -38,11 +40,12 @@ def pixels_in(head: Any) -> int:
 
 
 def number(data: bytes) -> int:
+    """Return a big-endian number."""
     return int.from_bytes(data, "big")
 
 
 def webp_pixels(data: bytes) -> int:
-    """RFC 9649 §2.5 to §2.7."""
+    """Return the number of pixels of a WebP file (RFC 9649 §2.5 to §2.7)."""
     kind = data[12:16]
     if kind == b"VP8X":
         sides = data[24:27], data[27:30]

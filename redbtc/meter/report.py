@@ -1,4 +1,4 @@
-"""What an answer has reported: its usage, its name, its model, its tier and the objects it made."""
+"""The report of an answer: its usage, id, model and tier, and the objects that it made."""
 
 from __future__ import annotations
 
@@ -7,42 +7,38 @@ from typing import Any
 
 import msgspec
 
+from redbtc.meter.answer_nodes import ITEM_NODE
 from redbtc.meter.answers import (
-    ITEM,
-    ITEM_NODE,
-    MAX_ITEMS,
+    ITEM_DECODER,
     MAX_NAMED,
+    MAX_OUTPUT_ITEMS,
     UNFINISHED,
     Answer,
     OutputItem,
+    decode_leniently,
     items_in,
     name_in,
-    read,
 )
-from redbtc.meter.passed import Passed
+from redbtc.meter.paid_items import PAID_TYPES, PaidItems
+from redbtc.meter.passed_output import PassedOutput
 from redbtc.meter.usage_fields import (
     added,
     has_choices,
     read_usage,
     usage_elsewhere,
     usage_in_choices,
-    with_former,
+    with_earlier,
     with_svg,
     with_tools,
 )
 from redbtc.usage import Usage, UsagePart
 
-# Items that cost more than their tokens, or run in containers that do.
-COUNTED = (
-    *("web_search_call", "file_search_call", "code_interpreter_call", "shell_call"),
-    *("local_shell_call", "shell_call_output"),
-)
-# Items that hold nothing but what the model has written.
-WORDS_ALONE = ("message", "reasoning", "function_call", "custom_tool_call")
+# Items that contain nothing but text of the model.
+TEXT_ITEMS = ("message", "reasoning", "function_call", "custom_tool_call")
 
 
 class Report:
-    """What an answer has said so far."""
+    """Collects what an answer has reported so far."""
 
     def __init__(self, images: bool) -> None:
         self._images = images
@@ -52,41 +48,39 @@ class Report:
         self.status: str | None = None  # of the Response object
         self.usage: Usage | None = None
         self.parts: list[UsagePart] = []  # of the usage, by model
-        # Ids of objects that the upstream made, in order, and whether to learn them if it does not
-        # store the response.
+        # The ids of objects that the upstream made, in order, and whether they belong to the
+        # account even if the upstream does not store the response.
         self.made: dict[str, bool] = {}
-        self.words: set[str] = set()  # of these, items that hold nothing but output
-        self.listed: dict[str, bool] = {}  # ids of listed input, and whether the upstream made them
-        self.failed = False  # it says itself that it failed
+        self.text_items: set[str] = set()  # of these, the items that contain only text
+        self.listed: dict[str, bool] = {}  # ids of listed input; whether the upstream made them
+        self.failed = False  # the answer reports a failure
         self.in_events = False  # the Response object came within an event
-        self.passed = Passed()
-        self._reported_at = 0  # bytes of deltas that had passed when the usage was reported last
+        self.passed = PassedOutput()
+        self._reported_at = 0  # bytes of deltas that had passed at the last report of usage
         # The last usage had no output and came before the end of the answer. Some upstreams report
-        # 0 with each event until they know the true number.
+        # 0 with each event until they know the number.
         self.is_provisional = False
         # The last usage of a streamed chat came with choices, so it may cover only those choices.
         self.is_of_choices = False
         self.is_of_one_choice = False  # the last usage was a member of a choice
-        self._searches: dict[Any, bool] = {}  # by id: web searches, and whether they cost
-        self._file_searches: set[Any] = set()  # ids
-        self._svgs: dict[Any, Any] = {}  # by item id: usage of the author of an SVG
-        # No usage reports these; they are counted by the items of the output.
-        self.containers: dict[str, None] = {}  # ids of those in which code ran
+        self._paid = PaidItems()
+        self.containers = self._paid.containers  # the ids of containers in which code ran
 
     @property
     def is_outdated(self) -> bool:
-        """Whether more text has passed since the usage was reported."""
+        """Return whether text has passed since the usage was reported."""
         return self.usage is not None and self.passed.deltas > self._reported_at
 
     @property
     def has_output(self) -> bool:
-        """Whether output was reported. Usage without any can be that of the answer's beginning."""
+        """Return whether output tokens were reported. Usage without any can be that of the answer's
+        beginning."""
         return self.usage is not None and bool(self.usage.output_tokens)
 
     @property
     def is_of_beginning(self) -> bool:
-        """Whether usage was reported before any output passed: without output, or with the little
-        that Anthropic's message_start has, in an answer that goes on."""
+        """Return whether the usage was reported before any output passed: without output tokens, or
+        with the few that Anthropic's message_start reports, in an answer that goes on."""
         if self.usage is None or self._reported_at:
             return False
         return not self.has_output or self.is_of_choices or self.status in UNFINISHED
@@ -94,159 +88,136 @@ class Report:
     @property
     def text_bytes(self) -> int:
         """Bytes of text, tool calls and their arguments that have passed."""
-        return self.passed.made().text_bytes
+        return self.passed.sizes().text_bytes
 
     @property
     def sealed_bytes(self) -> int:
-        """Bytes of encrypted reasoning that have passed, as it is written."""
-        return self.passed.made().sealed_bytes
+        """Bytes of encrypted reasoning that have passed, in base64."""
+        return self.passed.sizes().sealed_bytes
 
     @property
     def image_tokens(self) -> int:
         """Output tokens of the pictures that have passed."""
-        return self.passed.made().image_tokens
+        return self.passed.sizes().image_tokens
 
     @property
     def web_searches(self) -> int:
-        """Calls in the output; the usage may report its own number."""
-        return sum(self._searches.values())
+        """The number of paid web searches in the output; the usage may report another number."""
+        return self._paid.web_searches
 
     @property
     def file_searches(self) -> int:
-        """Calls in the output."""
-        return len(self._file_searches)
+        """The number of file searches in the output."""
+        return len(self._paid.file_searches)
 
     @property
     def authors(self) -> list[UsagePart]:
         """The usage of the authors of SVGs, which the image tool's items report."""
         parts: list[UsagePart] = []
-        for svg in self._svgs.values():
-            with_svg(None, parts, svg)
+        self._paid.add_authors(None, parts)
         return parts
 
-    def note(self, answer: Answer, torn: bool = False) -> Generator[None, None, None]:
+    def note(self, answer: Answer, cut_off: bool = False) -> Generator[None, None, None]:
         """Take in the JSON of an answer or an event, in small steps: later values replace earlier
-        ones. The status of one that was cut off (`torn`) is not believed, since it could have
-        changed."""
+        ones. If it was cut off, its status is not believed, since that could have changed."""
         inner = answer.inner if answer.response else None
-        said = inner or answer
+        response = inner or answer
         self.in_events = self.in_events or inner is not None
-        self.response_id = name_in(said.id) or self.response_id
-        self.model = name_in(said.model) or self.model
-        self.service_tier = name_in(said.service_tier) or self.service_tier
-        yield from self._name(answer, said)
-        self._use(answer, said, torn)
+        self.response_id = name_in(response.id) or self.response_id
+        self.model = name_in(response.model) or self.model
+        self.service_tier = name_in(response.service_tier) or self.service_tier
+        yield from self._note_objects(answer, response)
+        self._note_usage(answer, response, cut_off)
         if self._images or not self.has_output:
-            yield from self.passed.see(answer, said, self._images)
-        if not torn:
-            self.status = name_in(said.status) or self.status
+            yield from self.passed.see(answer, response, self._images)
+        if not cut_off:
+            self.status = name_in(response.status) or self.status
             self.failed = self.failed or bool(
-                said.error
+                response.error
                 or answer.error
-                or said.status == "failed"
+                or response.status == "failed"
                 or answer.type in ("error", "response.failed")
             )
 
-    def _use(self, answer: Answer, said: Answer, torn: bool) -> None:
-        reported, of_choice = said.usage, None
-        if not isinstance(reported, dict) and (said.x_groq or answer.usage or said.choices):
-            reported = usage_elsewhere(answer, said)
+    def _note_usage(self, answer: Answer, response: Answer, cut_off: bool) -> None:
+        reported, of_choice = response.usage, None
+        if not isinstance(reported, dict) and (response.x_groq or answer.usage or response.choices):
+            reported = usage_elsewhere(answer, response)
             if not isinstance(reported, dict):
-                reported = of_choice = usage_in_choices(said.choices)
+                reported = of_choice = usage_in_choices(response.choices)
         used = read_usage(reported, self._images)
         written = used.output_tokens if used else None
         if used and self.parts and not self._images:
-            used = with_former(used, self.parts[0].usage)
+            used = with_earlier(used, self.parts[0].usage)
         parts = [UsagePart(None, used, self._images)] if used else []
         if self._images:
-            used = with_svg(used, parts, said.svg_usage)
+            used = with_svg(used, parts, response.svg_usage)
         elif used:
-            if self._searches or self._file_searches:
-                used = self._with_calls(used, parts)
-            used = with_tools(used, parts, said.tool_usage)
-            for svg in self._svgs.values():
-                used = with_svg(used, parts, svg)
+            if self._paid.searches or self._paid.file_searches:
+                used = self._paid.add_calls(used, parts)
+            used = with_tools(used, parts, response.tool_usage)
+            if self._paid.svgs:
+                used = self._paid.add_authors(used, parts)
         if used and self.usage and self._images:
-            used, parts = self._with_earlier(answer, used, parts)
+            used, parts = self._with_earlier_pictures(answer, used, parts)
         if used:
-            if written or not used.output_tokens:  # else its output was reported before
+            if written or not used.output_tokens:  # else its output was reported earlier
                 self._reported_at = self.passed.deltas
                 self.is_of_one_choice = of_choice is not None
             self.usage, self.parts = used, parts
-            self.is_provisional = not (torn or used.output_tokens) and (
-                said.status in UNFINISHED or has_choices(said)
+            self.is_provisional = not (cut_off or used.output_tokens) and (
+                response.status in UNFINISHED or has_choices(response)
             )
 
-    def _with_calls(self, used: Usage, parts: list[UsagePart]) -> Usage:
-        """A response's usage with the calls in its output that no usage reports."""
-        used = msgspec.structs.replace(
-            used,
-            web_searches=self.web_searches or None,
-            file_searches=self.file_searches or None,
-        )
-        parts[0] = parts[0]._replace(usage=used)
-        return used
-
-    def _with_earlier(
+    def _with_earlier_pictures(
         self, answer: Answer, used: Usage, parts: list[UsagePart]
     ) -> tuple[Usage, list[UsagePart]]:
-        """In a stream of pictures each `completed` event reports the usage of its own picture."""
+        """Return the usage with that of earlier pictures added: in a stream of pictures, each
+        `completed` event reports the usage of its own picture."""
         if self.usage is None or not str(answer.type).endswith("completed"):
             return used, parts
         sums = {(part.model, part.images): part for part in self.parts}
-        for part in parts:  # the model of a picture has no name, and an SVG's author may have none
+        for part in parts:  # the model of a picture is not named, nor always an SVG's author
             if earlier := sums.get((part.model, part.images)):
                 part = part._replace(usage=added(earlier.usage, part.usage))
             sums[part.model, part.images] = part
         return added(self.usage, used), list(sums.values())
 
-    def _name(self, answer: Answer, said: Answer) -> Generator[None, None, None]:
-        if self._images or answer.type == "error":  # an error makes nothing
+    def _note_objects(self, answer: Answer, response: Answer) -> Generator[None, None, None]:
+        if self._images or answer.type == "error":  # an error makes no objects
             return
-        named: list[tuple[Any, bool]] = [(said.id, False)]
+        ids: list[tuple[Any, bool]] = [(response.id, False)]
         items: list[OutputItem] = []
-        if isinstance(said.conversation, dict):
-            named.append((said.conversation.get("id"), False))
-        if answer.item and (item := read(answer.item, ITEM, ITEM_NODE)):
+        if isinstance(response.conversation, dict):
+            ids.append((response.conversation.get("id"), False))
+        if answer.item and (item := decode_leniently(answer.item, ITEM_DECODER, ITEM_NODE)):
             items.append(item)
-        if said.output:
-            items += yield from items_in(said.output)
-        if said.data:
-            yield from self._list(said.data)
+        if response.output:
+            items += yield from items_in(response.output)
+        if response.data:
+            yield from self._note_listed(response.data)
         for item in items:
-            named.append((item.id, item.type != "message" and item.by_tool))
-            if item.type in WORDS_ALONE and name_in(item.id) and len(self.words) < MAX_ITEMS:
-                self.words.add(item.id)
-            named += [(each, True) for each in item.containers()]
-            if item.type in COUNTED:
-                self._count(item)
-            if item.svg_usage is not None and len(self._svgs) < MAX_ITEMS:
-                self._svgs[name_in(item.id) or len(self._svgs)] = item.svg_usage
-            if len(named) >= MAX_NAMED:
-                self._learn(named)
-                named.clear()
+            ids.append((item.id, item.type != "message" and item.is_made_by_tool))
+            has_room = len(self.text_items) < MAX_OUTPUT_ITEMS
+            if item.type in TEXT_ITEMS and name_in(item.id) and has_room:
+                self.text_items.add(item.id)
+            ids += [(each, True) for each in item.container_objects()]
+            if item.type in PAID_TYPES or item.svg_usage is not None:
+                self._paid.note(item)
+            if len(ids) >= MAX_NAMED:
+                self._remember(ids)
+                ids.clear()
                 yield
-        self._learn(named)
+        self._remember(ids)
 
-    def _list(self, data: msgspec.Raw) -> Generator[None, None, None]:
+    def _note_listed(self, data: msgspec.Raw) -> Generator[None, None, None]:
         """Note the ids of the input items that an answer lists."""
         items = yield from items_in(data)
-        listed = [item for item in items if name_in(item.id)][:MAX_ITEMS]
+        listed = [item for item in items if name_in(item.id)][:MAX_OUTPUT_ITEMS]
         self.listed = {item.id: item.id != item.call_id for item in listed}
 
-    def _learn(self, named: list[tuple[Any, bool]]) -> None:
-        """Remember ids of what the answer made, MAX_ITEMS at most."""
-        for each, always in named:
-            if name_in(each) and (len(self.made) < MAX_ITEMS or each in self.made):
+    def _remember(self, ids: list[tuple[Any, bool]]) -> None:
+        """Remember the ids of objects that the answer made, at most MAX_OUTPUT_ITEMS."""
+        for each, always in ids:
+            if name_in(each) and (len(self.made) < MAX_OUTPUT_ITEMS or each in self.made):
                 self.made[each] = always
-
-    def _count(self, item: OutputItem) -> None:
-        """Note a tool call that costs money, MAX_ITEMS at most. Without an id it is a new one."""
-        if len(self._searches) + len(self._file_searches) + len(self.containers) >= MAX_ITEMS:
-            return
-        if item.type == "web_search_call":
-            self._searches[name_in(item.id) or len(self._searches)] = item.searches
-        elif item.type == "file_search_call":
-            self._file_searches.add(name_in(item.id) or len(self._file_searches))
-        else:
-            self.containers.update((each, None) for each in item.ran_in() if name_in(each))

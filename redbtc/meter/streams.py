@@ -1,12 +1,20 @@
-"""The meter of event streams."""
+"""The meter of server-sent events."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator
+from enum import Enum, auto
 
 from redbtc.meter.answers import MAX_AT_ONCE, STEP, Answer, answer_steps, result_of
-from redbtc.meter.events import LAST, START, EventText, chat_marked, data_of, marked
+from redbtc.meter.events import (
+    EVENT_START_SIZE,
+    LAST,
+    EventText,
+    chat_may_matter,
+    data_of,
+    may_matter,
+)
 from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.meter.scanner import BYTE_ORDER_MARK
@@ -23,23 +31,35 @@ CHAT_TEXT = re.compile(
     re.DOTALL,
 )
 RESPONSE_TEXT = re.compile(rb'"delta":' + STRING_VALUE, re.DOTALL)
-PICTURE = re.compile(rb'image_\w+\.\w|"b64_json"')  # within an event that begins so
-# By what is still to be found: events that can name it.
+PICTURE_EVENT = re.compile(rb'image_\w+\.\w|"b64_json"')  # in the first bytes of an event
+# By whether the id and the model are still unknown: events that can contain them.
 NAMING = {
     (True, True): re.compile(rb'"(?:id|model)"\s*+:\s*+"[^"]'),
     (True, False): re.compile(rb'"id"\s*+:\s*+"[^"]'),
     (False, True): re.compile(rb'"model"\s*+:\s*+"[^"]'),
     (False, False): None,
 }
-HOLD = 64 << 10
-HOLD_BACK = 64
+MAX_HELD = 64 << 10  # bytes of an incomplete event that are held back whole
+HELD_END = 64  # bytes that are held back of a larger event that may end the answer
+
+
+class Verdict(Enum):
+    """The verdict on a whole event."""
+
+    PASS = auto()
+    LAST = auto()  # it ends the answer
+    TAKE_OUT = auto()  # it is the usage chunk, which the client did not ask for
 
 
 class StreamMeter(Meter):
-    """Meters server-sent events. `take_out_usage`: the gateway asked for the chat's usage chunk,
-    and removes it from what the client gets. `ends`: how many events end the response, one for each
-    image that was asked for. `expects_usage`: a chat was asked to report its usage, so that it is
-    waited for if it has not come before the end."""
+    """Meters server-sent events.
+
+    - `take_out_usage`: the gateway asked for the chat's usage chunk, which is taken out of what the
+      client gets.
+    - `ends`: the number of events that end the response, one for each image that was asked for.
+    - `expects_usage`: the chat was asked to report its usage, so if that has not come before
+      the end, the meter waits for it.
+    """
 
     def __init__(
         self,
@@ -56,22 +76,24 @@ class StreamMeter(Meter):
         self._chat = chat
         self._images = images
         self._text = CHAT_TEXT if chat else RESPONSE_TEXT
-        self._marked = chat_marked if chat else marked
+        self._may_matter = chat_may_matter if chat else may_matter
         self._take_out_usage = take_out_usage
         self._expects_usage = expects_usage or take_out_usage
         self._ends = ends
         self._ends_seen = 0
-        # Events in which the model or the id can be, while they are not known. Pictures have none.
+        # Events that can contain the id or the model, while they are unknown. Pictures have none.
         self._naming = None if images else NAMING[True, True]
         self._partial: EventText | None = None  # the event that is still incomplete
-        self._tail = b""  # its last two bytes: an event's end may be cut
+        self._tail = b""  # its last two bytes, since the end of an event can be cut in two
         self._begun = False  # some of it has been sent on
-        self._held = b""  # what waits of it
-        self._waiting = b""  # what waits for the row: from the event that ends the answer on
-        self._cut_newline = ""  # what to do with the LF of a CRLF whose CR ended an event
+        self._held = b""  # the part of it that is held back
+        self._waiting = b""  # from the event that ends the answer on: waits for the row's commit
+        # The verdict on an event that ended with a CR, for the LF that can follow.
+        self._cut_newline: Verdict | None = None
 
     def feed(self, chunk: bytes) -> bytes:
-        """Return what may be sent on now, in order."""
+        """Take the next bytes of the answer, at most MAX_AT_ONCE; return what may be sent on
+        now."""
         if self.ended:
             return chunk
         if self.can_skip_parsing(chunk):
@@ -94,56 +116,56 @@ class StreamMeter(Meter):
         passed: list[bytes] = []
         if self._cut_newline and chunk:
             if chunk.startswith(b"\n"):
-                self._pass(b"\n" if self._cut_newline == "pass" else b"", passed)
+                self._pass(b"\n" if self._cut_newline is Verdict.PASS else b"", passed)
                 chunk = chunk[1:]
-            self._cut_newline = ""
+            self._cut_newline = None
         start, shift = 0, len(self._tail)
         for match in EVENT_END.finditer(self._tail + chunk):
             end = match.end() - shift
-            yield from self._complete(chunk[start:end], passed)
+            yield from self._end_event(chunk[start:end], passed)
             start = end
         if start < len(chunk):
-            yield from self._grow(chunk[start:], passed)
+            yield from self._take_part(chunk[start:], passed)
         return b"".join(passed)
 
     def can_skip_parsing(self, chunk: bytes) -> bool:
-        """Whether these are whole events in the usual form, none of which can matter: nearly every
-        chunk. There is nothing to be done with it but to count its text."""
+        """Return whether a chunk has only whole events in the usual form, none of which can matter,
+        as nearly every chunk has. Then nothing is to be done but to count its text."""
         return (
             self._partial is None
             and (self._naming is None or not self._naming.search(chunk))
             and not self.ending
             and not self._cut_newline
             and chunk.endswith(b"\n\n")
-            and not self._marked(chunk)
+            and not self._may_matter(chunk)
         )
 
-    def finishing(self) -> Generator[None, None, None]:
+    def finish_steps(self) -> Generator[None, None, None]:
         """Note that the upstream has sent everything. A last event without its empty line counts,
-        what arrived of one that is cut off as well, and fewer images than were asked for are
-        complete, unless one is cut off."""
-        is_cut = False
+        and so does what arrived of an event that is cut off. A stream of fewer images than were
+        asked for is complete, unless its last event is cut off."""
+        is_cut_off = False
         if self._partial is not None and not self.ended:
-            answer = yield from self._partial.torn()
-            if answer and self._partial.is_cut:
-                is_cut = True
-                yield from self._take_torn(answer)
+            answer = yield from self._partial.partial_answer()
+            if answer and self._partial.is_cut_off:
+                is_cut_off = True
+                yield from self._take_cut_off(answer)
             else:
                 rest: list[bytes] = []
-                yield from self._complete(b"", rest)
+                yield from self._end_event(b"", rest)
                 self._waiting += b"".join(rest)
-        self.ended = self.ended or self.ending or (self._ends_seen > 0 and not is_cut)
+        self.ended = self.ended or self.ending or (self._ends_seen > 0 and not is_cut_off)
 
-    def tearing(self) -> Generator[None, None, None]:
-        answer = (yield from self._partial.torn()) if self._partial else None
+    def cut_off_steps(self) -> Generator[None, None, None]:
+        answer = (yield from self._partial.partial_answer()) if self._partial else None
         if answer:
-            yield from self._take_torn(answer)
+            yield from self._take_cut_off(answer)
 
-    def _take_torn(self, answer: Answer) -> Generator[None, None, None]:
+    def _take_cut_off(self, answer: Answer) -> Generator[None, None, None]:
         """Take in, once, what arrived of an event that was cut off."""
         self._partial = None
         self.report.passed.see_delta(answer, self._chat)
-        yield from self.report.note(answer, torn=True)
+        yield from self.report.note(answer, cut_off=True)
 
     def rest(self) -> bytes:
         waiting = self._waiting + self._held
@@ -151,57 +173,57 @@ class StreamMeter(Meter):
         return waiting
 
     def count_text(self, events: bytes) -> None:
-        """For an estimate."""
+        """Count the text in these events, for an estimate."""
         for text in self._text.findall(events):
             self.report.passed.deltas += len(text)
 
-    def _complete(self, segment: bytes, passed: list[bytes]) -> Generator[None, None, None]:
-        """The event that `segment` ends is whole: judge it."""
+    def _end_event(self, segment: bytes, passed: list[bytes]) -> Generator[None, None, None]:
+        """Judge the event that `segment` ends, and send on what may be sent."""
         event, begun = self._partial, self._begun
         if event is not None:
             yield from event.steps(segment)
         self._partial, self._tail, self._begun = None, b"", False
         self.at_once = MAX_AT_ONCE
-        verdict = "pass"
+        verdict = Verdict.PASS
         held, self._held = self._held + segment, b""
         if not self.ended:
             verdict = yield from self._judge(event, segment)
-            self._go_on(event.start if event else segment, len(held), passed)
-            if begun and verdict == "take out":  # too late for that
-                verdict = "pass"
-            if verdict == "last":
-                self.ending, verdict = True, "pass"
+            self._resume_pictures(event.start if event else segment, len(held), passed)
+            if begun and verdict is Verdict.TAKE_OUT:  # too late: its beginning has been sent
+                verdict = Verdict.PASS
+            if verdict is Verdict.LAST:
+                self.ending, verdict = True, Verdict.PASS
             self.ended = self.ending and not self._expects_more()
-            self._cut_newline = verdict if held.endswith(b"\r") else ""
-        if verdict == "pass":
+            self._cut_newline = verdict if held.endswith(b"\r") else None
+        if verdict is Verdict.PASS:
             self._pass(held, passed)
 
     def _pass(self, held: bytes, passed: list[bytes]) -> None:
-        """Send on, or let wait for the row what comes from the event on that ends the answer."""
+        """Send on these bytes, or let them wait for the row if the answer is ending."""
         if self.ending:
             self._waiting += held
         else:
             passed.append(held)
 
-    def _go_on(self, start: bytes, size: int, passed: list[bytes]) -> None:
-        """After an event that seemed to end a stream of pictures, another event with this start has
-        come, of `size` bytes so far. If it is a picture, and too large to be held back, the stream
-        goes on: send on what was held back."""
-        too_large = self._images and len(self._waiting) + size > HOLD
-        if self.ending and too_large and PICTURE.search(start[:START]):
+    def _resume_pictures(self, start: bytes, size: int, passed: list[bytes]) -> None:
+        """Send on what was held back if a stream of pictures goes on after an event that seemed to
+        end it: if another event, which begins with `start` and has `size` bytes so far, is a
+        picture and too large to be held back."""
+        too_large = self._images and len(self._waiting) + size > MAX_HELD
+        if self.ending and too_large and PICTURE_EVENT.search(start[:EVENT_START_SIZE]):
             passed.append(self._waiting)
             self.ending, self._waiting = False, b""
 
     def _expects_more(self) -> bool:
-        """Whether more usage may follow the event that ends the answer. A picture is not the last
-        one before the stream ends."""
+        """Return whether more usage may follow the event that ends the answer. After a picture
+        another one can come until the stream ends."""
         report = self.report
         expected = self._expects_usage and not (report.usage or report.failed)
-        # What is taken for the end can be HOLD bytes itself; as much may follow.
-        return (self._images or expected) and len(self._waiting) <= 2 * HOLD
+        # The event that seems to be the end can have MAX_HELD bytes; as many may follow.
+        return (self._images or expected) and len(self._waiting) <= 2 * MAX_HELD
 
-    def _grow(self, chunk: bytes, passed: list[bytes]) -> Generator[None, None, None]:
-        """The incomplete event grows. Send on what can't turn out to matter."""
+    def _take_part(self, chunk: bytes, passed: list[bytes]) -> Generator[None, None, None]:
+        """Take a part of the incomplete event, and send on what can't turn out to matter."""
         if self.ended:
             self._held += chunk
             return
@@ -212,29 +234,30 @@ class StreamMeter(Meter):
             self.at_once = 0
         self._tail = (self._tail + chunk)[-2:]
         self._held += chunk
-        self._go_on(self._partial.start, len(self._held), passed)
+        self._resume_pictures(self._partial.start, len(self._held), passed)
         if self.ending:
-            self.ended = len(self._held) > HOLD
+            self.ended = len(self._held) > MAX_HELD
             return
         keep = 0
-        if self._may_matter(self._partial.start):
-            keep = len(self._held) if len(self._held) <= HOLD else HOLD_BACK
+        if self._must_be_held(self._partial.start):
+            keep = len(self._held) if len(self._held) <= MAX_HELD else HELD_END
         sent = len(self._held) - keep
         self._begun = self._begun or sent > 0
         passed.append(self._held[:sent])
         self._held = self._held[sent:]
 
-    def _may_matter(self, start: bytes) -> bool:
-        """Whether an event that starts so may end the answer, or may have to be taken out."""
+    def _must_be_held(self, start: bytes) -> bool:
+        """Return whether an event with this start may end the answer, or may have to be taken
+        out."""
         start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
         if self._chat:
             return self._take_out_usage or not CHAT_CHUNK.match(start)
-        named = EVENT_TYPE.match(start)
-        return not named or bool(LAST.fullmatch(named[1] or named[2] or b""))
+        match = EVENT_TYPE.match(start)
+        return not match or bool(LAST.fullmatch(match[1] or match[2] or b""))
 
-    def _judge(self, event: EventText | None, segment: bytes) -> Generator[None, None, str]:
-        """Return 'pass', 'last', or 'take out' for an event, which is all in `segment` if it did
-        not come in parts."""
+    def _judge(self, event: EventText | None, segment: bytes) -> Generator[None, None, Verdict]:
+        """Take in what an event reports, and return the verdict on it. If it did not come in parts
+        (`event` is None), all of it is in `segment`."""
         if event is not None and event.is_large:
             answer = yield from event.answer()
             if answer:
@@ -242,32 +265,33 @@ class StreamMeter(Meter):
             return (yield from self._note(answer))
         whole = event.whole() if event else segment
         self.count_text(whole)
-        if not self._marked(whole) and not (self._naming and self._naming.search(whole)):
-            return "pass"
+        if not self._may_matter(whole) and not (self._naming and self._naming.search(whole)):
+            return Verdict.PASS
         data = data_of(whole)
         if not data:
-            return "pass"
+            return Verdict.PASS
         if data.strip() == b"[DONE]":
-            return "last"
+            return Verdict.LAST
         return (yield from self._note((yield from answer_steps(data))))
 
-    def _note(self, answer: Answer | None) -> Generator[None, None, str]:
-        """Take in what an event says."""
+    def _note(self, answer: Answer | None) -> Generator[None, None, Verdict]:
+        """Take in what an event reports, and return the verdict on it."""
         if answer is None:
-            return "pass"
+            return Verdict.PASS
         report = self.report
         yield from report.note(answer)
-        # If text has passed since output was reported, this usage has none of its own.
+        # If text has passed since output was reported, this usage reports no output of its own.
         if self._chat and isinstance(answer.usage, dict) and not report.is_outdated:
             report.is_of_choices = has_choices(answer)
         if self._naming:
             self._naming = NAMING[report.response_id is None, report.model is None]
         if isinstance(answer.type, str) and LAST.fullmatch(answer.type.encode()):
             self._ends_seen += not self._chat
-            return "last" if self._ends_seen >= self._ends else "pass"
-        return "take out" if self._take_out_usage and is_usage_chunk(answer) else "pass"
+            return Verdict.LAST if self._ends_seen >= self._ends else Verdict.PASS
+        is_removed = self._take_out_usage and is_usage_chunk(answer)
+        return Verdict.TAKE_OUT if is_removed else Verdict.PASS
 
 
 def is_usage_chunk(answer: Answer) -> bool:
-    """Whether a chat's chunk is the one that only reports the usage."""
+    """Return whether a chat's chunk is the one that only reports the usage."""
     return isinstance(answer.usage, dict) and not has_choices(answer) and not answer.error

@@ -6,48 +6,43 @@ from typing import Any
 
 import msgspec
 
-from redbtc.meter.answers import (
-    CHOICES_NODE,
-    IMAGE_TOOL,
-    SAID,
-    SAYS,
-    Answer,
-    name_in,
-    objects_in,
-    read,
-)
-from redbtc.meter.scanner import MAX_LEVELS, Node
+from redbtc.meter.answer_nodes import CHOICES_NODE, TEXT_MEMBERS, TEXT_NODE
+from redbtc.meter.answers import IMAGE_TOOL, Answer, decode_leniently, name_in, objects_in
+from redbtc.meter.nodes import Node
+from redbtc.meter.scanner import MAX_LEVELS
 from redbtc.usage import MAX_TOKENS, Usage, UsagePart
 
-MAX_SEARCHES = 100_000  # the same of web searches
+MAX_SEARCHES = 100_000  # web searches of one request; a larger number is not believed
 ANYTHING = msgspec.json.Decoder()
 
 
-def tokens_in(counts: Any, name: str, most: int = MAX_TOKENS) -> int | None:
-    """The count of that name, or None where there is none: negative, fractional, absurd or no
-    number."""
+def tokens_in(counts: Any, name: str, maximum: int = MAX_TOKENS) -> int | None:
+    """Return the count of that name; None if there is none or it is not an integer from 0 to
+    `maximum`."""
     count = counts.get(name) if isinstance(counts, dict) else None
     if type(count) is float and count.is_integer():
         count = int(count)
-    return count if type(count) is int and 0 <= count <= most else None
+    return count if type(count) is int and 0 <= count <= maximum else None
 
 
-def usage_elsewhere(answer: Answer, said: Answer) -> Any:
-    """Return the usage object of an event whose response has none."""
-    if isinstance(answer.usage, dict) or not isinstance(said.x_groq, dict):
+def usage_elsewhere(answer: Answer, response: Answer) -> Any:
+    """Return the usage object of an event whose Response object has none."""
+    if isinstance(answer.usage, dict) or not isinstance(response.x_groq, dict):
         return answer.usage
-    return said.x_groq.get("usage")
+    return response.x_groq.get("usage")
 
 
 def usage_in_choices(choices: msgspec.Raw) -> Any:
-    """Return the last usage object that is a member of a choice, where Moonshot has it."""
+    """Return the last usage object that is a member of a choice, which is where Moonshot puts
+    it."""
     if b'"usage"' not in bytes(choices):
         return None
-    found = [each.get("usage") for each in objects_in(words_in(choices, CHOICES_NODE))]
+    found = [each.get("usage") for each in objects_in(text_in(choices, CHOICES_NODE))]
     return next((usage for usage in reversed(found) if isinstance(usage, dict)), None)
 
 
-def part_of(whole: int | None, parts: int) -> bool:
+def can_be_part(whole: int | None, parts: int) -> bool:
+    """Return whether parts of this many tokens fit into the whole."""
     return whole is not None and parts <= whole
 
 
@@ -55,14 +50,15 @@ INPUT_OUTPUT, PROMPT_COMPLETION = ("input", "output"), ("prompt", "completion")
 
 
 def counts_in(usage: Any, names: tuple[str, str]) -> tuple[int | None, int | None]:
-    """The tokens of the input and of the output, by their names in one shape."""
+    """Return the tokens of the input and of the output, by their names in one of the shapes."""
     return tokens_in(usage, f"{names[0]}_tokens"), tokens_in(usage, f"{names[1]}_tokens")
 
 
 def read_usage(usage: Any, images: bool) -> Usage | None:
-    """Usage from OpenAI's `usage` object in any of its shapes (chat, responses, images, the image
-    tool's); None where it reports neither input nor output. Parts that exceed their whole are not
-    believed. Reasoning that the total counts beside the output is added to the output."""
+    """Return the usage that OpenAI's `usage` object reports, in any of its shapes (chat, responses,
+    images, the image tool); None if it reports neither input nor output. Parts that exceed their
+    whole are not believed. Reasoning that the total counts in addition to the output is added to
+    the output."""
     if not isinstance(usage, dict):
         return None
     into, out = INPUT_OUTPUT
@@ -81,24 +77,24 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
     )
     cached = tokens_in(parts_input, "cached_tokens")
     cache_write = tokens_in(parts_input, "cache_write_tokens")
-    believed = part_of(tokens_input, (cached or 0) + (cache_write or 0))
+    believed = can_be_part(tokens_input, (cached or 0) + (cache_write or 0))
     cache_write_12h = writes_for_12h(parts_input, cache_write) if believed and cache_write else None
     reasoning = tokens_in(parts_output, "reasoning_tokens")
-    said = (tokens_input or 0) + (tokens_output or 0)
-    if reasoning and tokens_in(usage, "total_tokens") == said + reasoning:  # not in the output yet
+    reported = (tokens_input or 0) + (tokens_output or 0)
+    if reasoning and tokens_in(usage, "total_tokens") == reported + reasoning:
         tokens_output = (tokens_output or 0) + reasoning
     image_input = image_output = None
     if images:
         image_input = tokens_in(parts_input, "image_tokens")
         image_output = tokens_in(parts_output, "image_tokens")
-        if image_output is None:  # without details all of the output is image
+        if image_output is None:  # without details, all of the output is image tokens
             image_output = tokens_output
     return Usage(
         input_tokens=tokens_input,
         cached_input_tokens=cached if believed else None,
         cache_write_tokens=cache_write if believed else None,
         output_tokens=tokens_output,
-        reasoning_tokens=reasoning if part_of(tokens_output, reasoning or 0) else None,
+        reasoning_tokens=reasoning if can_be_part(tokens_output, reasoning or 0) else None,
         image_input_tokens=image_input,
         image_output_tokens=image_output,
         cache_write_12h_tokens=cache_write_12h,
@@ -106,43 +102,44 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
 
 
 def writes_for_12h(details: Any, writes: int) -> int | None:
-    """Of the tokens that were written to the cache, those that stay there for 12 hours."""
+    """Return how many of the tokens that were written to the cache stay there for 12 hours."""
     tokens = tokens_in(details.get("cache_write_tokens_details"), "ttl_12h_tokens")
-    return tokens if part_of(writes, tokens or 0) else None
+    return tokens if can_be_part(writes, tokens or 0) else None
 
 
-def with_former(used: Usage, former: Usage) -> Usage:
-    """Return a later usage with the input or the output of a former one where it has none, or 0:
-    some streams report each in an event of its own, and what was used does not become less."""
-    if former.input_tokens and not used.input_tokens:
+def with_earlier(used: Usage, earlier: Usage) -> Usage:
+    """Return a later usage with the input or the output of an earlier one if its own is missing or
+    0: some streams report each in a separate event, and usage does not become less."""
+    if earlier.input_tokens and not used.input_tokens:
         used = msgspec.structs.replace(
             used,
-            input_tokens=former.input_tokens,
-            cached_input_tokens=former.cached_input_tokens,
-            cache_write_tokens=former.cache_write_tokens,
-            cache_write_12h_tokens=former.cache_write_12h_tokens,
+            input_tokens=earlier.input_tokens,
+            cached_input_tokens=earlier.cached_input_tokens,
+            cache_write_tokens=earlier.cache_write_tokens,
+            cache_write_12h_tokens=earlier.cache_write_12h_tokens,
         )
-    if former.output_tokens and not used.output_tokens:
+    if earlier.output_tokens and not used.output_tokens:
         used = msgspec.structs.replace(
             used,
-            output_tokens=former.output_tokens,
-            reasoning_tokens=former.reasoning_tokens,
+            output_tokens=earlier.output_tokens,
+            reasoning_tokens=earlier.reasoning_tokens,
         )
     return used
 
 
 def added(a: Usage, b: Usage) -> Usage:
-    """The usage of two pictures of one stream, of which each reports its own."""
+    """Return the sum of the usage of two pictures in one stream, which report it separately."""
     return Usage(*[plus(*each) for each in zip(*map(msgspec.structs.astuple, (a, b)), strict=True)])
 
 
 def plus(a: int | None, b: int | None) -> int | None:
+    """Return the sum of two counts; None if both are unknown."""
     return a if b is None else (a or 0) + b
 
 
 def with_svg(used: Usage | None, parts: list[UsagePart], svg: Any) -> Usage | None:
-    """Return an answer's usage with that of the model that wrote an SVG added, and append the
-    latter to `parts`. OpenAI's reference says that it is reported separately."""
+    """Return an answer's usage with the usage of the model that wrote an SVG added, and append the
+    latter to `parts`. According to OpenAI's reference it is reported separately."""
     wrote = read_usage(svg, images=False)
     if wrote is None:
         return used
@@ -155,13 +152,14 @@ def with_svg(used: Usage | None, parts: list[UsagePart], svg: Any) -> Usage | No
         output_tokens=plus(used.output_tokens, wrote.output_tokens),
         reasoning_tokens=plus(
             used.reasoning_tokens,
-            reasoning if part_of(wrote.output_tokens, reasoning or 0) else None,
+            reasoning if can_be_part(wrote.output_tokens, reasoning or 0) else None,
         ),
     )
 
 
 def with_tools(used: Usage, parts: list[UsagePart], tools: Any) -> Usage:
-    """A response's usage with that of its tools, which is none of its own tokens."""
+    """Return a response's usage with that of its tools, whose tokens don't count as its own. Append
+    the image tool's usage to `parts`."""
     if not isinstance(tools, dict):
         return used
     searches = tokens_in(tools.get("web_search"), "num_requests", MAX_SEARCHES)
@@ -175,7 +173,7 @@ def with_tools(used: Usage, parts: list[UsagePart], tools: Any) -> Usage:
     text = (drawn.input_tokens or 0) - (drawn.image_input_tokens or 0)
     cached = tokens_in(details, "cached_text_tokens")
     drawn = msgspec.structs.replace(
-        drawn, cached_input_tokens=cached if part_of(text, cached or 0) else None
+        drawn, cached_input_tokens=cached if can_be_part(text, cached or 0) else None
     )
     parts.append(UsagePart(IMAGE_TOOL, drawn, True))
     return msgspec.structs.replace(
@@ -186,21 +184,22 @@ def with_tools(used: Usage, parts: list[UsagePart], tools: Any) -> Usage:
     )
 
 
-def size_of(words: Any, levels: int = MAX_LEVELS) -> int:
-    """Return the bytes of what a model has written. A negative number is the length of a text that
-    a scanner has left out."""
-    if isinstance(words, str):
-        return len(words) if words.isascii() else len(words.encode("utf-8", "replace"))
-    if isinstance(words, dict) and levels:
-        return sum(size_of(value, levels - 1) for name, value in words.items() if name in SAYS)
-    if isinstance(words, list) and levels:
-        return sum(size_of(value, levels - 1) for value in words)
-    return max(0, -words) if type(words) is int else 0
+def text_bytes_in(text: Any, levels: int = MAX_LEVELS) -> int:
+    """Return how many bytes of text a decoded value contains. A negative number in it stands for a
+    text of that length that a scanner has left out."""
+    if isinstance(text, str):
+        return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    if isinstance(text, dict) and levels:
+        members = [value for name, value in text.items() if name in TEXT_MEMBERS]
+        return sum(text_bytes_in(value, levels - 1) for value in members)
+    if isinstance(text, list) and levels:
+        return sum(text_bytes_in(value, levels - 1) for value in text)
+    return max(0, -text) if type(text) is int else 0
 
 
-def words_in(raw: msgspec.Raw, node: Node = SAID) -> Any:
-    """Whatever stands there; None if it can't be read."""
-    return read(raw, ANYTHING, node) if raw else None
+def text_in(raw: msgspec.Raw, node: Node = TEXT_NODE) -> Any:
+    """Decode a value that contains text; return None if it is not JSON."""
+    return decode_leniently(raw, ANYTHING, node) if raw else None
 
 
 def has_choices(answer: Answer) -> bool:

@@ -9,12 +9,12 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from redbtc.meter.answers import MAX_NAME, OWN_WORDS
+from redbtc.meter.answers import MAX_NAME, SELF_CONTAINED
 from redbtc.meter.scanner import NOT_JSON
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Pieces, read_json
 from redbtc.request_body.strict_json import (
-    NOTHING,
+    NO_VALUE,
     NULL,
     Members,
     check_letters,
@@ -23,12 +23,12 @@ from redbtc.request_body.strict_json import (
     string_in,
 )
 
-MAX_NUMBER = 999  # of answers or images, in `n`
+MAX_N = 999  # of answers or images, in `n`
 
 
 def bad_number() -> Refusal:
     """Return the refusal of an `n` that readers could take for different numbers, or for none."""
-    message = f"'n' must be a whole number from 1 to {MAX_NUMBER}."
+    message = f"'n' must be a whole number from 1 to {MAX_N}."
     return Refusal("invalid_request", message, param="n")
 
 
@@ -38,18 +38,19 @@ class StreamOptions(Struct):
     include_usage: bool | msgspec.UnsetType | None = msgspec.UNSET
 
     @property
-    def says(self) -> bool:
-        """Whether it says if usage is wanted; null is the same as nothing."""
+    def decides(self) -> bool:
+        """True if the options say if usage is wanted. Null is the same as leaving it out."""
         return isinstance(self.include_usage, bool)
 
 
 class Facts(Struct):
-    """What the gateway must know of a request's body. Other members are skipped, not built."""
+    """The members of a body that limits, prices and the meter need. Others are skipped, not
+    built."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
-    background: bool | str | None = None  # for images, a colour
+    background: bool | str | None = None  # a colour in requests for images
     store: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -59,32 +60,32 @@ class Facts(Struct):
     service_tier: str | None = None
 
     def largest(self, names: Iterable[str]) -> int:
-        """Return the largest value of the members that limit something; 0 if none of them does."""
+        """Return the largest value of these members; 0 if none of them is given."""
         largest = 0
         for name in names:
             largest = max(largest, getattr(self, name) or 0)
         return largest
 
     def number(self) -> int:
-        """Return how many answers or images are asked for. Raises Refusal."""
+        """Return the requested number of answers or images. Raises Refusal."""
         number = 1 if self.n is None else self.n
-        if not 1 <= number <= MAX_NUMBER:
+        if not 1 <= number <= MAX_N:
             raise bad_number()
         return number
 
     @property
     def asks_for_usage(self) -> bool:
-        """Whether a streamed chat asks for its usage."""
+        """True if a streamed chat asks for its usage."""
         return self.stream_options == StreamOptions(include_usage=True)
 
     @property
     def turns_usage_off(self) -> bool:
-        """Whether a streamed chat says that it wants no usage."""
+        """True if a streamed chat asks not to get its usage."""
         return self.stream_options == StreamOptions(include_usage=False)
 
 
-class FrameFacts(Facts):
-    """The same of a WebSocket's frame."""
+class EventFacts(Facts):
+    """The facts of a client's event on a WebSocket."""
 
     type: str | None = None
     stream_id: str | None = None
@@ -94,49 +95,42 @@ class FrameFacts(Facts):
 AnyFacts = TypeVar("AnyFacts", bound=Facts)
 
 
-class ContentPart(Struct):
-    """A part of a message or of a tool's output. It is a picture if it has an `image_url`, or, in
-    the output of a code interpreter, a `url`."""
+class TextPart(Struct):
+    """A part of a message or of another item, which can have text."""
 
-    image_url: msgspec.Raw = NOTHING
-    url: msgspec.Raw = NOTHING
-    text: msgspec.Raw = NOTHING
+    text: msgspec.Raw = NO_VALUE
 
 
 InputItem = Members  # a message, or another item of the input
 ROLES = ("user", "assistant", "system", "developer")
-SEALED = (
-    "reasoning",
-    "compaction",
-    "compaction_summary",
-    "context_compaction",
-)  # items that are complete with their content, encrypted or plain
+# Types of items that are complete with their content, encrypted or plain.
+REASONING = ("reasoning", "compaction", "compaction_summary", "context_compaction")
 
 
-def kind_of(item: InputItem) -> str:
-    """An item's type, or a tool's."""
+def type_of(item: InputItem) -> str:
+    """Return the type of an item or a tool; "" if it has none."""
     return string_in(item["type"]) if "type" in item else ""
 
 
 def has_text(content: msgspec.Raw, pieces: Pieces) -> bool:
     """Return whether a part in the first piece of an item's content has text."""
     with contextlib.suppress(*NOT_JSON):
-        parts = PARTS.decode(pieces.parts(content)[0]) if is_list(content) else []
+        parts = TEXT_PARTS_DECODER.decode(pieces.parts(content)[0]) if is_list(content) else []
         return any(is_text(part.text) for part in parts)
     return False
 
 
 def is_reference(item: InputItem, pieces: Pieces) -> bool:
-    """Return whether the upstream would look the item up by its id: it is nothing but an id (its
-    type may be left out), or lacks the content that would make it complete."""
-    kind = kind_of(item)
+    """Return whether the upstream would look the item up by its id, since it is nothing but an id
+    (its type may be left out), or lacks the content that would make it complete."""
+    kind = type_of(item)
     if kind == "item_reference" or item.keys() <= {"id", "type", "status"}:
         return True
     content = item.get("content", NULL)
     if kind in ("", "message"):
-        return string_in(item.get("role", NOTHING)) not in ROLES or content == NULL
-    sealed = is_text(item.get("encrypted_content", NOTHING))
-    return kind in SEALED and not sealed and not has_text(content, pieces)
+        return string_in(item.get("role", NO_VALUE)) not in ROLES or content == NULL
+    encrypted = is_text(item.get("encrypted_content", NO_VALUE))
+    return kind in REASONING and not encrypted and not has_text(content, pieces)
 
 
 def reference_in(item: InputItem, pieces: Pieces) -> str:
@@ -145,26 +139,26 @@ def reference_in(item: InputItem, pieces: Pieces) -> str:
     whose id the client may choose."""
     if is_reference(item, pieces):
         return "item_reference"
-    return "" if OWN_WORDS.fullmatch(kind_of(item)) else "input"
+    return "" if SELF_CONTAINED.fullmatch(type_of(item)) else "input"
 
 
-DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the tool, where the request names none
-UNNAMED = ""  # in place of an SVG author's model, where the upstream chooses it
-PART, PARTS = msgspec.json.Decoder(ContentPart), msgspec.json.Decoder(list[ContentPart])
-PICTURES = ("images", "mask", "markup")  # those of a request for images
+DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"  # of the image tool, if the request names none
+UNNAMED = ""  # stands for the model of an SVG's author if the upstream chooses it
+TEXT_PARTS_DECODER = msgspec.json.Decoder(list[TextPart])
+PICTURE_MEMBERS = ("images", "mask", "markup")  # of a request for images
 LISTS = {"input", "messages", "tools", "svg"}
-DRAWN = {"output_format", "input_image_mask"}  # members of the image tool or of an image request
-FACT_NAMES = frozenset(FrameFacts.__struct_fields__) - LISTS
-# Some upstreams that speak OpenAI's API let a client choose the id of a response with this member;
-# it could be another account's.
+IMAGE_MEMBERS = {"output_format", "input_image_mask"}  # of the image tool or an image request
+FACT_NAMES = frozenset(EventFacts.__struct_fields__) - LISTS
+# Some upstreams with OpenAI's API let a client choose the id of a response with this member. That
+# could be the id of another account's response.
 CHOOSES_ID = "request_id"
-SEARCHES = "web_search_options"  # with this member a chat searches the web, once
-KNOWN = FACT_NAMES | LISTS | DRAWN | set(PICTURES) | {CHOOSES_ID, SEARCHES}
+SEARCHES_WEB = "web_search_options"  # a chat with this member searches the web once
+KNOWN = FACT_NAMES | LISTS | IMAGE_MEMBERS | set(PICTURE_MEMBERS) | {CHOOSES_ID, SEARCHES_WEB}
 
 
 def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFacts:
-    """Return the facts among a body's members. Raises Refusal for one that has the wrong type, or
-    whose name has letters of another case."""
+    """Return the facts among a body's members. Raises Refusal for a fact that has the wrong type,
+    or whose name has letters of another case."""
     check_letters(members, KNOWN)
     if CHOOSES_ID in members:
         message = f"'{CHOOSES_ID}' is not allowed: the upstream chooses the id of a response."
@@ -178,8 +172,8 @@ def facts_in(members: Members, decoder: msgspec.json.Decoder[AnyFacts]) -> AnyFa
 
 
 def check_short(facts: Facts) -> None:
-    """Raise Refusal for a text that is too long. One that is very long was cut out of the body, and
-    what was read is a stand-in, which must not be shown."""
+    """Raise Refusal for a string that is too long. A very long one was cut out of the body, and its
+    stand-in was read instead, which must not be shown."""
     for name in facts.__struct_fields__:
         value = getattr(facts, name)
         if isinstance(value, str) and len(value) > MAX_NAME:

@@ -1,4 +1,4 @@
-"""Multipart forms: find the short fields and the size of the rest."""
+"""Read the parts of multipart forms: their short fields, and the sizes of the other parts."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import re
 
 from redbtc.meter.answers import MAX_NAME
 from redbtc.refusals import Refusal
-from redbtc.request_body.facts import Facts, bad_number
+from redbtc.request_body.contents import BodyContents, ToolUse
+from redbtc.request_body.facts import UNNAMED, Facts, bad_number, check_short
 from redbtc.request_body.media import CHARSETS, parametrized
 from redbtc.request_body.pieces import Buffer, Pieces, Steps, check_utf8
 from redbtc.request_body.references import Reference, References, named_in, refuse_hidden
 
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096
-MAX_PARTS = 1000
+MAX_FORM_PARTS = 1000
 FORM_WINDOW = 64 << 10  # bytes that are searched in one step
 SINGLE_FIELDS = (b"model", b"stream", b"n", b"svg[model]", b"output_format")
-# Readers differ in how they take spaces, control characters, '%5B', accents and look-alike letters.
+# Readers differ in how they read spaces, control characters, '%5B', accents and look-alike letters.
 FIELD_NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]+")
 ODD_SINGLE = re.compile(
     rb"(?:model|stream|n|prompt|output_format)[.\[]|_charset_$", re.IGNORECASE
@@ -24,19 +25,19 @@ ODD_SINGLE = re.compile(
 NUMBER = re.compile(rb"[1-9][0-9]{0,2}")
 # Some readers split a part of one of these types into further fields.
 NESTED_TYPE = re.compile(rb"multipart/|message/|application/x-www-form-urlencoded")
-FORM_END = re.compile(rb"--(?:[ \t\r\n]|\Z)")  # else to some readers it is no boundary
+FORM_END = re.compile(rb"--(?:[ \t\r\n]|\Z)")  # otherwise some readers don't take it for a boundary
 HEAD_LINE = re.compile(rb"([\w-]++):([^\r\n]*+)")
 FORM_NAME = re.compile(
     rb"file_ids?|vector_store_ids?|container_id|_response_id|conversation", re.IGNORECASE
 )
 ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
 UNENCODED = (b"binary", b"8bit", b"7bit")
-MAX_PICTURE_TOKENS = 16_000  # more than any model makes of a picture
+MAX_PICTURE_TOKENS = 16_000  # no model counts more tokens for one picture
 
 
 class Form:
-    """A multipart form (RFC 7578, RFC 2046 §5.1.1), read as it grows: the names of its parts, and
-    its short fields. Files are stepped over, never copied."""
+    """A multipart form (RFC 7578, RFC 2046 §5.1.1), which is read as it arrives: the names of its
+    parts, and its short fields. Files are stepped over, never copied."""
 
     def __init__(self, boundary: bytes) -> None:
         self.names: set[bytes] = set()  # in lower case
@@ -45,12 +46,12 @@ class Form:
         self._tokens = 0
         self.files = self.file_bytes = 0
         self._delimiter = b"--" + boundary
-        self._part = -1  # where the part begins that is not yet whole
+        self._part = -1  # where the incomplete part begins
         self._searched = 0
 
     def grow(self, body: Buffer) -> Steps[None]:
-        """Parse on, in small steps: `body` is the form as far as it has arrived. Raises Refusal for
-        a form that could be read in more than one way."""
+        """Parse what has arrived since the last call, in small steps. `body` is all of the form so
+        far. Raises Refusal for a form that could be read in more than one way."""
         size = len(self._delimiter)
         while self._searched <= len(body) - size:
             end = body.find(self._delimiter, self._searched, self._searched + FORM_WINDOW)
@@ -58,30 +59,30 @@ class Form:
                 window_end = min(self._searched + FORM_WINDOW, len(body))
                 self._searched = window_end - size + 1
             else:
-                self._find(body, end)
+                self._take_boundary(body, end)
             yield
 
-    def _find(self, body: Buffer, end: int) -> None:
-        """A boundary."""
-        first = self._part < 0  # with nothing before it, which another reader could take in
+    def _take_boundary(self, body: Buffer, end: int) -> None:
+        """Take the boundary at `end`, which ends a part unless it is the first."""
+        first = self._part < 0  # nothing may come before it, since some readers would read that
         if (end and body[end - 2 : end] != b"\r\n") or (first and end > 2):
             raise Refusal("invalid_request", "The form's boundary must be at the start of a line.")
         if not first:
-            self._take(body, end - 2)
+            self._take_part(body, end - 2)
         self._part = self._searched = end + len(self._delimiter)
 
-    def _take(self, body: Buffer, end: int) -> None:
-        """A part is whole."""
+    def _take_part(self, body: Buffer, end: int) -> None:
+        """Take a part that is whole and ends at `end`. Raises Refusal."""
         start = self._part
         self._parts += 1
-        if self._parts > MAX_PARTS:
-            raise Refusal("invalid_request", f"The form has more than {MAX_PARTS} parts.")
+        if self._parts > MAX_FORM_PARTS:
+            raise Refusal("invalid_request", f"The form has more than {MAX_FORM_PARTS} parts.")
         head_end = body.find(b"\r\n\r\n", start, min(end, start + MAX_PART_HEAD))
         parameters = parameters_of_part(bytes(body[start : max(start, head_end)]))
         name, size = parameters[b"name"], end - head_end - 4
         field = not {b"filename", b"filename*"} & parameters.keys()
         if not field and not parameters.get(b"filename"):
-            self._check_doubtful(name, bytes(body[head_end + 4 : min(end, head_end + 64)]))
+            self._check_ambiguous(name, bytes(body[head_end + 4 : min(end, head_end + 64)]))
         self._tokens += end - start if field else min(end - start, MAX_PICTURE_TOKENS)
         if not field:
             self.files, self.file_bytes = self.files + 1, self.file_bytes + size
@@ -100,17 +101,27 @@ class Form:
             self.fields[name] = bytes(body[head_end + 4 : end])
 
     @staticmethod
-    def _check_doubtful(name: bytes, begin: bytes) -> None:
-        """Raise Refusal for a part that some readers take for a file and others for a field, since
-        its filename is empty or only a `filename*`, if its value begins like JSON."""
+    def _check_ambiguous(name: bytes, begin: bytes) -> None:
+        """Raise Refusal for a part whose filename is empty or only a `filename*`, if its value
+        begins like JSON: some readers take such a part for a file, others for a field."""
         if begin.lstrip()[:1] in (b"{", b"[", b'"'):
             shown = name.decode()
             message = f"'{shown}' has an empty 'filename'. Name the file, or leave 'filename' out."
             raise Refusal("invalid_request", message, param=shown)
 
-    def most_tokens(self, body: Buffer) -> int:
-        """What its parts can come to."""
+    def max_tokens(self, body: Buffer) -> int:
+        """Return the maximum number of tokens that the parts can have."""
         return self._tokens + min(len(body) - max(self._part, 0), MAX_PICTURE_TOKENS)
+
+    def contents(self, body: Buffer) -> Steps[BodyContents]:
+        """Return what was found in the form, once it is whole. Raises Refusal."""
+        facts = self.facts(body)
+        check_short(facts)
+        named = yield from self.references()
+        author = self.fields.get(b"svg[model]", b"").decode("utf-8", "replace")
+        is_svg = self.fields.get(b"output_format", b"").strip().lower() == b"svg"
+        use = ToolUse(models={author or UNNAMED: False} if author or is_svg else {})
+        return BodyContents(facts, named, use, self.files, self.file_bytes, self.max_tokens(body))
 
     def references(self) -> Steps[References]:
         """Return the stored objects that the form names, by the name of a part or in a short field.
@@ -128,8 +139,8 @@ class Form:
         return named
 
     def facts(self, body: Buffer) -> Facts:
-        """`model` and `stream` wherever they stand in the form: openai-node sends files before
-        them. Raises Refusal where the form has no end."""
+        """Return the facts in the fields of the whole form, wherever they are: openai-node sends
+        files before them. Raises Refusal if the form has no end."""
         if self._part < 0 or not FORM_END.match(body, self._part):
             raise Refusal(
                 "invalid_request", "The form is incomplete: its closing boundary is missing."
@@ -146,8 +157,8 @@ class Form:
 
 
 def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
-    """Those of its Content-Disposition, `name` among them. Raises Refusal where they can't be read,
-    or not in one way only."""
+    """Return the parameters of a part's Content-Disposition, `name` among them. Raises Refusal if
+    the part's head can't be read, or could be read in more than one way."""
     padding, *lines = head.split(b"\r\n")
     matches = [HEAD_LINE.fullmatch(line) for line in lines]
     fields = {match[1].lower(): match[2] for match in matches if match}
@@ -165,7 +176,8 @@ def parameters_of_part(head: bytes) -> dict[bytes, bytes]:
 
 
 def is_plain(content_type: bytes) -> bool:
-    """Whether a part of that type holds neither parts of its own nor text in another charset."""
+    """Return whether a part of this type contains neither parts of its own nor text in a charset
+    other than UTF-8."""
     found = parametrized(content_type)
     charset = found[1].get(b"charset", b"utf-8") if found else b"charset" in content_type
     return charset in (*CHARSETS, False) and not NESTED_TYPE.match(content_type)

@@ -1,4 +1,4 @@
-"""Media types and content encodings of a request's body."""
+"""Media types and content encodings of request bodies."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 from redbtc.headers import Headers, header
+from redbtc.meter.decoding import ZSTD_OPTIONS
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer, Steps
 
-# RFC 9110 §8.3.1, and no more: what one reader could understand in another way than the next one is
-# refused, here and in the heads of a form's parts.
-SET = rb';\s*+([\w-]++|filename\*)=("[^"]*+"|[^\s;"]*+)'
-PARAMETRIZED = re.compile(rb"\s*+([\w/+.-]++)((?:\s*+" + SET + rb")*+)\s*+;?\s*+", re.IGNORECASE)
-PARAMETER = re.compile(SET, re.IGNORECASE)
+# Exactly RFC 9110 §8.3.1: what two readers could read in different ways is refused, here and in the
+# heads of a form's parts.
+PAIR = rb';\s*+([\w-]++|filename\*)=("[^"]*+"|[^\s;"]*+)'
+PARAMETRIZED = re.compile(rb"\s*+([\w/+.-]++)((?:\s*+" + PAIR + rb")*+)\s*+;?\s*+", re.IGNORECASE)
+PARAMETER = re.compile(PAIR, re.IGNORECASE)
 JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json")
 BOUNDARY = re.compile(rb"[\w'()+,./:=?-]{1,70}")  # RFC 2046 §5.1.1, without its inner spaces
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
-MAX_RATIO = 32  # of decoded to compressed bytes; parsing takes a multiple of the decoded bytes
-MIN_BOUND = 64 << 10  # decoded bytes that are allowed at any ratio
+MAX_RATIO = 32  # of decoded to compressed bytes; parsing needs a multiple of the decoded bytes
+MIN_DECODED = 64 << 10  # decoded bytes that are allowed at any ratio
 MAX_FRAMES = 100  # gzip members or zstd frames of one body
 DECODER_INPUT, DECODER_OUTPUT = 32 << 10, 256 << 10  # bytes in each step, which takes under 1 ms
-ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}  # 8 MB, RFC 9659
 
 
 class Media(NamedTuple):
-    """How a body is written: compressed ("gzip", "zstd", or not at all: ""), and the boundary where
-    it is a form, else None."""
+    """The encoding of a body ("gzip", "zstd" or ""), and the boundary of a form; None for JSON."""
 
     encoding: str
     boundary: bytes | None
 
 
 def media_of(headers: Headers, forms: bool) -> Media:
-    """Raises Refusal for what can't be read here, before the body is."""
+    """Return the media type and encoding that the headers give. Raises Refusal for those that are
+    not supported, before the body is read."""
     encoding = (
         (header(headers, b"content-encoding") or b"identity").strip().lower().decode("latin-1")
     )
@@ -60,8 +60,8 @@ def media_of(headers: Headers, forms: bool) -> Media:
 
 
 def parametrized(text: bytes) -> tuple[bytes, dict[bytes, bytes]] | None:
-    """A header's value and its parameters, their names in lower case; None where it can't be read,
-    or in more than one way."""
+    """Return a header's value and its parameters, whose names are in lower case. None if it can't
+    be read, or could be read in more than one way."""
     match = PARAMETRIZED.fullmatch(text)
     if match is None or b'\\"' in text:
         return None
@@ -70,16 +70,16 @@ def parametrized(text: bytes) -> tuple[bytes, dict[bytes, bytes]] | None:
     return (match[1].lower(), parameters) if len(parameters) == len(found) else None
 
 
-def most_decoded(size: int, most: int) -> int:
-    """Return how many bytes the decoded copy of a body of `size` bytes may have: not more than
-    `most`."""
-    return min(most, max(MIN_BOUND, MAX_RATIO * size))
+def max_decoded(size: int, maximum: int) -> int:
+    """Return how many bytes the decoded copy of a body of `size` bytes may have, `maximum` at
+    most."""
+    return min(maximum, max(MIN_DECODED, MAX_RATIO * size))
 
 
-def decompressed(body: Buffer, encoding: str, most: int) -> Steps[Buffer]:
+def decompressed(body: Buffer, encoding: str, maximum: int) -> Steps[Buffer]:
     """Decode a compressed body in small steps and return the copy. Raises Refusal if that is longer
-    than `most_decoded` allows or the body can't be decoded."""
-    most = most_decoded(len(body), most)
+    than `max_decoded` allows, or the body can't be decoded."""
+    maximum = max_decoded(len(body), maximum)
     decoded, at = bytearray(), 0
     for _ in range(MAX_FRAMES):
         decoder: Any = zlib.decompressobj(31)
@@ -92,11 +92,11 @@ def decompressed(body: Buffer, encoding: str, most: int) -> Steps[Buffer]:
                 given = body[at : at + DECODER_INPUT]
                 at += len(given)
             try:
-                decoded += decoder.decompress(given, min(DECODER_OUTPUT, most + 1 - before))
+                decoded += decoder.decompress(given, min(DECODER_OUTPUT, maximum + 1 - before))
             except (zlib.error, zstd.ZstdError):
                 raise unreadable(encoding) from None
-            if len(decoded) > most:
-                message = f"The decompressed request body is larger than {most} bytes."
+            if len(decoded) > maximum:
+                message = f"The decompressed request body is larger than {maximum} bytes."
                 raise Refusal("request_too_large", message)
             if not given and len(decoded) == before:  # the compressed data is cut short
                 raise unreadable(encoding)

@@ -1,4 +1,4 @@
-"""Query strings, reduced to the fields that are forwarded."""
+"""Read query strings, and keep the fields that are forwarded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 from redbtc.refusals import Refusal
 
-MAX_FIELDS = 100  # of a query
+MAX_QUERY_FIELDS = 100  # of a query
 VALUE = re.compile(r"[\w.:=+~,-]{1,256}", re.ASCII)  # no '%', which could be decoded twice
 
 
@@ -17,10 +17,10 @@ class Query:
     the `api-version` that tools add by themselves, are dropped without a refusal."""
 
     def __init__(self, given: bytes, allowed: Collection[str]) -> None:
-        """Raises Refusal for a query with more than MAX_FIELDS fields, and for a forwarded value
-        that could be read in more than one way."""
-        if given.count(b"&") >= MAX_FIELDS:
-            raise Refusal("invalid_request", f"The query has more than {MAX_FIELDS} fields.")
+        """Read the fields of a query. Raises Refusal for one with more than MAX_QUERY_FIELDS
+        fields, and for a forwarded value that could be read in more than one way."""
+        if given.count(b"&") >= MAX_QUERY_FIELDS:
+            raise Refusal("invalid_request", f"The query has more than {MAX_QUERY_FIELDS} fields.")
         fields = parse_qsl(given.decode("latin-1"), errors="replace")
         self._fields = [(name, value) for name, value in fields if name in allowed]
         for name, value in self._fields:

@@ -1,4 +1,4 @@
-"""Find the stored objects that a body names."""
+"""Find the stored objects that the members in a text name."""
 
 from __future__ import annotations
 
@@ -6,80 +6,84 @@ import re
 
 from msgspec import Struct
 
+from redbtc.meter.nodes import TEXT
+from redbtc.meter.scanner import STRING
 from redbtc.refusals import Refusal
-from redbtc.request_body.edits import end_of
-from redbtc.request_body.pieces import TEXT, Buffer, Pieces, Steps
-from redbtc.request_body.strict_json import NULL, PACE, check_letters, members_in, string_in
+from redbtc.request_body.pieces import Buffer, Pieces, Steps
+from redbtc.request_body.strict_json import NULL, PACE, check_letters, end_of, members_in, string_in
 
-STRING = re.compile(TEXT, re.DOTALL)
-FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())  # Unicode's case folding makes them s and k
+FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())  # case folding makes these s and k
 
-WORDS = (
+NAMES = (
     rb"previous_response_id|comparison_response_id|conversation|file_ids?|vector_store_ids?|"
     rb"container(?:_id)?|skill_id|tunnel_id|approval_request_id|prompt|audio|voice"
 )
-CACHE_WORDS = rb"prompt_cache_(?:options|breakpoint)"  # members with a `ttl`
-MEMBER = re.compile(  # the look-ahead rejects most strings early, where most of the time is spent
+CACHE_NAMES = rb"prompt_cache_(?:options|breakpoint)"  # members that have a `ttl`
+# The look-ahead rejects most strings at their first letter, which makes the search fast.
+MEMBER = re.compile(
     rb'"(?=[acfpstv])(?:('
-    + WORDS
+    + NAMES
     + rb')"\s*:\s*(?=["\[{])|type"\s*:\s*"item_reference"|('
-    + CACHE_WORDS
+    + CACHE_NAMES
     + rb')"\s*:\s*(?=\{))',
     re.IGNORECASE,
 )
 HIDDEN = re.compile(
-    rb"(?:" + WORDS + rb"|" + CACHE_WORDS + rb"|item_reference|id|type|input)", re.IGNORECASE
+    rb"(?:" + NAMES + rb"|" + CACHE_NAMES + rb"|item_reference|id|type|input)", re.IGNORECASE
 )
 ID_MEMBER = re.compile(rb'"id"\s*:\s*(' + TEXT + rb")", re.DOTALL | re.IGNORECASE)
-# Escapes of ASCII letters and of the letters in FOLDED, which no writer needs. (With only one
-# character before the look-ahead, the search is much faster than with four.)
+# Escapes of ASCII letters and of those in FOLDED, which no writer needs. (With one character before
+# the look-ahead the search is much faster than with four.)
 ESCAPED = re.compile(rb"\\(?=u(?:00[4-7]|017[fF]|212[aA]))")
-PLAIN = (b"prompt", b"audio", b"voice")  # members that may also be plain text
-HOLDERS = (b"conversation", b"container", *PLAIN)  # members that may be an object with an id
-MAX_REFERENCES = 20_000  # different ones, as many as items
+TEXT_OR_ID = (b"prompt", b"audio", b"voice")  # members that can also be text
+OBJECT_OR_ID = (
+    b"conversation",
+    b"container",
+    *TEXT_OR_ID,
+)  # members that can be an object
+MAX_REFERENCES = 20_000  # different ones; the input can have as many items
 MAX_MENTIONS = 50_000  # repeated ones included
-ID_BYTES = 250  # of memory for an id and what refers to it, besides its characters
-MAX_HIDING = 200  # bytes of a string that is looked at: any name with all its letters escaped
+ID_BYTES = 250  # of memory for an id and its reference, without its characters
+MAX_HIDDEN = 200  # bytes of the longest name that matters, with all its letters escaped
 
 
 class Reference(Struct, frozen=True, gc=False):
-    """A stored object that a body names, and the member that names it. It has to be the account's
-    own: another account's and one that does not exist are refused alike. (Garbage collections skip
-    it: to go through the references of many bodies would hold the loop.)"""
+    """A stored object that a body names, by the member that names it and its id. The object must be
+    the account's own; another account's object is refused like one that does not exist. (The
+    garbage collector skips references: going through those of many bodies would block the loop.)"""
 
     name: str
     id: str
 
 
-class References:
+class References(Struct):
     """The ids in a body, each once: those of stored objects, and those that the client chose."""
 
-    def __init__(self) -> None:
-        self.found: dict[Reference, int] = {}  # and how often each is named
-        self.chosen: set[str] = set()
-        self.long_cache = False  # a cache lifetime other than the usual one is asked for
-        self._mentions = 0
-        self._characters = 0
+    found: dict[Reference, int] = {}  # with how often each is named
+    chosen: set[str] = set()
+    long_cache: bool = False  # the body asks for a cache lifetime other than the default
+    mentions: int = 0
+    characters: int = 0
 
     def excess(self, size: int) -> int:
-        """Return by how many bytes of memory the ids are larger than `size`."""
+        """Return by how many bytes the memory for the ids is larger than `size`."""
         ids = len(self.found) + len(self.chosen)
-        return max(0, ID_BYTES * ids + 4 * self._characters - size)
+        return max(0, ID_BYTES * ids + 4 * self.characters - size)
 
     def choose(self, object_id: str) -> None:
         """Note an id that the client chose."""
         if object_id not in self.chosen:
             self.chosen.add(object_id)
-            self._characters += len(object_id)
+            self.characters += len(object_id)
 
     def add(self, reference: Reference) -> None:
-        """Note a stored object. Raises Refusal for too many."""
-        self._mentions += 1
-        if self._mentions > MAX_MENTIONS:
+        """Note a stored object. Raises Refusal if there are too many."""
+        self.mentions += 1
+        if self.mentions > MAX_MENTIONS:
             message = f"The body refers to stored objects more than {MAX_MENTIONS} times."
             raise Refusal("invalid_request", message)
         if reference not in self.found:
-            self._characters += len(reference.id)
+            self.characters += len(reference.id)
         self.found[reference] = self.found.get(reference, 0) + 1
         if len(self.found) > MAX_REFERENCES:
             message = f"The body refers to more than {MAX_REFERENCES} stored objects."
@@ -87,7 +91,7 @@ class References:
 
 
 def named_in(text: Buffer, pieces: Pieces, named: References) -> Steps[None]:
-    """Note the stored objects that members in a text name, at any depth."""
+    """Note the stored objects that members in a text name, at any depth. Raises Refusal."""
     seen: dict[re.Pattern[bytes], set[int]] = {ID_MEMBER: set(), STRING: set()}
     for piece in pieces.within(text, set()):
         done = {ID_MEMBER: 0, STRING: 0}  # by pattern, the offset up to which it was searched for
@@ -100,10 +104,10 @@ def named_in(text: Buffer, pieces: Pieces, named: References) -> Steps[None]:
                 named.add(Reference("item_reference", ""))
             elif kind == b'"':
                 value = STRING.match(piece, start)
-                if value and name not in PLAIN:
+                if value and name not in TEXT_OR_ID:
                     yield from note_ids(name, STRING, value[0], pieces, named)
-            elif kind == b"[" or name in HOLDERS:
-                ids = ID_MEMBER if kind == b"{" or name in PLAIN else STRING
+            elif kind == b"[" or name in OBJECT_OR_ID:
+                ids = ID_MEMBER if kind == b"{" or name in TEXT_OR_ID else STRING
                 if start >= done[ids]:
                     done[ids] = yield from end_of(piece, start)
                     for held in pieces.within(piece[start : done[ids]], seen[ids]):
@@ -112,17 +116,17 @@ def named_in(text: Buffer, pieces: Pieces, named: References) -> Steps[None]:
         yield
 
 
-USUAL_LIFETIME = "30m"
+DEFAULT_LIFETIME = "30m"
 
 
 def note_lifetime(piece: Buffer, start: int, pieces: Pieces, named: References) -> Steps[None]:
-    """Note whether an object of options of the prompt cache asks for another lifetime than the
-    usual one. Raises Refusal for one that could be read in more than one way."""
+    """Note whether options of the prompt cache ask for a lifetime other than the default. Raises
+    Refusal for options that could be read in more than one way."""
     end = yield from end_of(piece, start)
     options = yield from members_in(pieces.parts(piece[start:end]))
     check_letters(options, {"ttl"})
     lifetime = options.get("ttl", NULL)
-    if lifetime != NULL and string_in(lifetime) != USUAL_LIFETIME:
+    if lifetime != NULL and string_in(lifetime) != DEFAULT_LIFETIME:
         named.long_cache = True
 
 
@@ -139,13 +143,13 @@ def note_ids(
 
 
 def refuse_hidden(text: Buffer) -> Steps[bool]:
-    """Raise Refusal for a name that matters but is written with escapes or look-alike letters, so
-    that a search by its text would miss it. Return whether the text has any of these."""
+    """Raise Refusal for a name that matters but is written with escapes or look-alike letters: a
+    search for its text would miss it. Return whether the text has any of these."""
     folded = not text.isascii() and any(letter in text for letter in FOLDED)
     if not folded and not ESCAPED.search(text):
         return False
     for number, match in enumerate(STRING.finditer(text)):
-        if match.end() - match.start() <= MAX_HIDING and (folded or ESCAPED.search(match[0])):
+        if match.end() - match.start() <= MAX_HIDDEN and (folded or ESCAPED.search(match[0])):
             written = string_in(match[0])
             name = written.casefold()
             if HIDDEN.fullmatch(name.encode("utf-8", "replace")) and (

@@ -1,4 +1,4 @@
-"""Read a JSON object's members where a name that stands twice is an error."""
+"""Read JSON objects strictly: duplicate keys, and names in a different case, are errors."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from collections.abc import Iterable, Set
 
 import msgspec
 
+from redbtc.meter.nodes import TEXT
 from redbtc.meter.scanner import NOT_JSON, SURROGATE
 from redbtc.refusals import Refusal
-from redbtc.request_body.pieces import TEXT, Buffer, Pieces, Steps, read_json
+from redbtc.request_body.pieces import Buffer, Pieces, Steps, read_json
 
-# Read with as little building as can be: a member that isn't needed is stepped over.
+# The members of an object by name, each with the text of its value: values are not built.
 Members = dict[str, msgspec.Raw]
-MEMBERS, OBJECTS = msgspec.json.Decoder(Members), msgspec.json.Decoder(list[Members])
-RAWS = msgspec.json.Decoder(list[msgspec.Raw])
-NOTHING, NULL = msgspec.Raw(), msgspec.Raw(b"null")
+MEMBERS, OBJECT_LIST = msgspec.json.Decoder(Members), msgspec.json.Decoder(list[Members])
+RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+NO_VALUE, NULL = msgspec.Raw(), msgspec.Raw(b"null")
 MEMBER_NAME = re.compile(rb"\s*+,?\s*+(" + TEXT + rb")\s*+:\s*+", re.DOTALL)
 OBJECT_END = re.compile(rb"\s*+\}")
 MAX_MEMBERS = 1000  # of each object that is parsed; no request of OpenAI's API has 100
 TOO_WIDE = f"An object in the body has more than {MAX_MEMBERS} members."
 TWICE = "Duplicate key in the JSON body."
 PACE = 32  # objects that are checked in one step
+BRACKETS = re.compile(rb"[\[{]|[\]}]|" + TEXT, re.DOTALL)
 
 
 def string_in(text: Buffer | msgspec.Raw) -> str:
-    """The value of a JSON string."""
+    """Return the value of a JSON string; "" for any other value."""
     try:
         return msgspec.json.decode(text, type=str)
     except NOT_JSON:
@@ -38,16 +40,17 @@ def is_text(raw: msgspec.Raw) -> bool:
 
 
 def is_list(raw: msgspec.Raw) -> bool:
+    """Return whether a value is a list."""
     return bytes(memoryview(raw)[:1]) == b"["
 
 
 def read_members(text: Buffer) -> Members:
-    """Return the members of a JSON object by name, with their values as they are written. Raises
-    Refusal for a text that can't be parsed, or that could be read in more than one way."""
+    """Return the members of a JSON object by name, with the text of their values. Raises Refusal
+    for a text that can't be parsed, or that could be read in more than one way."""
     members: Members = read_json(text, MEMBERS)
     if len(members) > MAX_MEMBERS:
         raise Refusal("invalid_request", TOO_WIDE)
-    if len(text) != shortest(members):
+    if len(text) != shortest_length(members):
         check_once(text, members)
     return members
 
@@ -77,8 +80,8 @@ def members_in(parts: list[Buffer]) -> Steps[Members]:
 
 
 def check_letters(members: Iterable[str], known: Set[str]) -> None:
-    """Raise Refusal for a name that is a known one with letters of another case or look-alike
-    letters: the next reader may take it for the known one."""
+    """Raise Refusal for a known name with letters of another case, or look-alike letters: the
+    upstream may take it for the known name."""
     for name in members:
         if name not in known and name.casefold() in known:
             message = f"The key '{name}' must be written '{name.casefold()}'."
@@ -88,25 +91,25 @@ def check_letters(members: Iterable[str], known: Set[str]) -> None:
 def read_list(
     pieces: Pieces, part: Buffer, known: Set[str], telling: Set[str] | None
 ) -> Steps[list[Members]]:
-    """Return the objects in a piece of a list. Only those with a member in `telling` (None: all)
-    are checked: Raises Refusal for one of these that could be read in more than one way."""
-    objects: list[Members] = read_json(part, OBJECTS)
+    """Return the objects in a piece of a list. Raises Refusal for an object that could be read in
+    more than one way, but checks only those with a member in `telling` (None: all)."""
+    objects: list[Members] = read_json(part, OBJECT_LIST)
     checked = [
         number
         for number, each in enumerate(objects)
         if telling is None or not telling.isdisjoint(each)
     ]
-    raws = read_json(part, RAWS) if checked else ()
+    raws = read_json(part, RAW_LIST) if checked else ()
     for number in checked:
         each, raw = objects[number], raws[number]
         if len(each) > MAX_MEMBERS:
             raise Refusal("invalid_request", TOO_WIDE)
-        if len(raw) != shortest(each):
+        if len(raw) != shortest_length(each):
             check_once(bytes(memoryview(raw)), each)
         check_letters(each, known)
         if number % PACE == 0:
             yield
-    if pieces.cut:
+    if pieces.is_cut:
         for number, each in enumerate(objects):
             if long := pieces.taken_out(each):
                 objects[number] = yield from members_in(long)
@@ -115,14 +118,15 @@ def read_list(
     return objects
 
 
-def shortest(members: Members) -> int:
+def shortest_length(members: Members) -> int:
     """Return the length of an object that is written as '{"name":value,…}', without white space or
-    escapes in names. An object of this length has no room for a duplicate; others are checked."""
+    escapes in names. A text of this length has no room for a duplicate key, so only texts that are
+    longer must be checked (`check_once`)."""
     return 1 + 4 * len(members) + sum(map(len, members)) + sum(map(len, members.values()))
 
 
 def check_once(text: Buffer, members: Members) -> None:
-    """Raise Refusal for an object with duplicate keys: the next reader may use the other one."""
+    """Raise Refusal for an object with duplicate keys: the upstream may read the other value."""
     seen: set[str] = set()
     at = text.index(b"{") + 1
     while match := MEMBER_NAME.match(text, at):
@@ -136,7 +140,7 @@ def check_once(text: Buffer, members: Members) -> None:
 
 
 def start_of(text: Buffer, members: Members, wanted: str) -> int:
-    """Return where the value of the member `wanted` begins in the text of its object."""
+    """Return the offset of the value of the member `wanted` in the text of its object."""
     at = text.index(b"{") + 1
     for name, value in members.items():
         match = MEMBER_NAME.match(text, at)
@@ -145,3 +149,17 @@ def start_of(text: Buffer, members: Members, wanted: str) -> int:
         at = match.end() + len(value)
     assert match is not None, "`wanted` is one of the members, and those were checked"
     return match.end()
+
+
+def end_of(text: Buffer, start: int) -> Steps[int]:
+    """Return the end of the object or list that begins at `start`."""
+    depth = 0
+    for number, match in enumerate(BRACKETS.finditer(text, start)):
+        first = text[match.start()]
+        if first != 0x22:
+            depth += 1 if first in b"[{" else -1
+            if not depth:
+                return match.end()
+        if number % 1024 == 0:
+            yield
+    return len(text)

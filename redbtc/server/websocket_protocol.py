@@ -21,7 +21,8 @@ from websockets.frames import Frame as WireFrame
 from websockets.http11 import Request
 
 from redbtc.deadlines import Deadline
-from redbtc.limits import Bucket, Reservation
+from redbtc.limits.memory import Reservation
+from redbtc.limits.rates import Bucket
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import IN_SCOPE, Client, ClientRequest, Scope
@@ -267,7 +268,7 @@ class WebSocketProtocol(PausingWebSocket):
         try:
             with deadline.running(self._message.seconds):
                 await self.arrival()
-            self._message.seconds = deadline.deadline - deadline.now()
+            self._message.seconds = deadline.expires_at - deadline.now()
         except TimeoutError:
             message = f"A message took longer than {self._intake.message_seconds:g} s to arrive."
             self._end(Refusal("request_timeout", message), POLICY_VIOLATION)

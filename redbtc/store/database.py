@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from redbtc.errors import StorageUnavailable
-from redbtc.locations import joined
+from redbtc.locations import joined_models
 from redbtc.store.backup import complete_restore
 from redbtc.store.clock import LedgerClock
 from redbtc.store.commits import BEAT, Commits
@@ -116,7 +116,7 @@ class Store:
         await stack.enter_async_context(writer)
         if serving:
             stack.callback(serving.closing)
-        await writer.create_function("joined", 2, joined)
+        await writer.create_function("joined", 2, joined_models)
         await configure(writer, path, synchronous)
         migrated = await migrate(writer, path, serving)
         clock = LedgerClock()

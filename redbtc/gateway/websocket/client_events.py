@@ -14,9 +14,10 @@ from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes, MessageMemory
 from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.gateway.websocket.turn_runner import TurnRunner
-from redbtc.limits import FREE_BYTES, Admission, Reservation
+from redbtc.limits.admission import Admission
+from redbtc.limits.memory import FREE_BYTES, Reservation
 from redbtc.refusals import Refusal, not_found, refusal_of
-from redbtc.request_body.content import ClientEvent
+from redbtc.request_body.body import ClientEvent
 from redbtc.request_body.pieces import Buffer, check_utf8
 from redbtc.server.asgi import ClientRequest, Receive
 from redbtc.server.websocket_protocol import INVALID_DATA, REFUSED, UNSUPPORTED_DATA
@@ -68,8 +69,8 @@ class ClientEvents:
             key = self._gateway.enter(self._handshake)
             with self._gateway.limits.charge(key, self._gateway.settings.limits) as admission:
                 event = await in_slices(ClientEvent.read(text), account_id)
-                if event.excess:
-                    await memory.grow(event.excess)
+                if event.excess_bytes:
+                    await memory.grow(event.excess_bytes)
                 await self._act(event, admission, memory)
         except (Refusal, MemoryError) as error:
             refusal, close = refusal_of(error), None

@@ -26,7 +26,7 @@ class EventMeter(Meter):
     async def take(self, event: Answer, kind: str, account_id: str) -> None:
         """Meter an event, whose type is `kind`."""
         if event.is_long:
-            await in_slices(self._take(event, kind), account_id, begun=True)
+            await in_slices(self._take(event, kind), account_id, started=True)
         else:
             result_of(self._take(event, kind))
 

@@ -6,14 +6,15 @@ import asyncio
 from collections import deque
 from collections.abc import Collection
 
-from redbtc.deadlines import MAX_RINGS, TICK
+from redbtc.deadlines import MAX_EXPIRED, TICK
 from redbtc.gateway.websocket.event_meter import is_stream_id, kind_of, response_named
 from redbtc.gateway.websocket.turns import FINISHED, WAITS_FOR_RESPONSE, Turn
 from redbtc.gateway.websocket.upstream_socket import SocketState, UpstreamSocket
-from redbtc.limits import Admission, Reservation
+from redbtc.limits.admission import Admission
+from redbtc.limits.memory import Reservation
 from redbtc.meter.answers import Answer
 from redbtc.refusals import Refusal
-from redbtc.request_body.content import ClientEvent
+from redbtc.request_body.body import ClientEvent
 from redbtc.usage import Outcome
 
 MAX_WAITING = 1000  # requests of a session that have not left for an upstream
@@ -150,11 +151,11 @@ class Lanes:
         for lane in self._lanes.values():
             while lane.waiting:
                 request = lane.waiting.popleft()
-                request.admission.put_back()
+                request.admission.refund()
                 request.release()
         for number, turn in enumerate(turns, 1):
-            turn.deadline.leave()
-            if number % MAX_RINGS == 0:
+            turn.deadline.on_client_disconnect()
+            if number % MAX_EXPIRED == 0:
                 await asyncio.sleep(0)  # its tasks have something to do now
         while self._lanes:
             await asyncio.sleep(TICK)

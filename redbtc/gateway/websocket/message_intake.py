@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from redbtc.deadlines import Deadline
 from redbtc.gateway.state import Gateway
-from redbtc.limits import Reservation
+from redbtc.limits.memory import Reservation
 from redbtc.store.keys import Key
 
 

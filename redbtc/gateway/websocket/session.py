@@ -47,7 +47,7 @@ from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.gateway.websocket.turn_runner import TurnRunner
 from redbtc.gateway.websocket.upstream_events import UpstreamEvents
 from redbtc.headers import Headers, header
-from redbtc.limits import Bucket
+from redbtc.limits.rates import Bucket
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.server.asgi import ClientRequest, Receive, Send
 from redbtc.server.pausing_websocket import CLOSING_SECONDS

@@ -127,7 +127,7 @@ class Strays:
             SeenOutput.of(report),
             written=math.ceil(worked * speed),
             read=0,
-            most=maximum_of_unknown(self._gateway.settings.billing, 0),
+            maximum=maximum_of_unknown(self._gateway.settings.billing, 0),
             images=False,
             partly=False,
         )

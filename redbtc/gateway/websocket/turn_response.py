@@ -11,10 +11,10 @@ from redbtc.gateway.endpoints import RESPONSES
 from redbtc.gateway.metered import MeteredRequest
 from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket.event_meter import EventMeter
-from redbtc.limits import Admission
+from redbtc.limits.admission import Admission
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import Answer
-from redbtc.request_body.content import ClientEvent
+from redbtc.request_body.body import ClientEvent
 from redbtc.server.asgi import ClientRequest
 from redbtc.store.keys import Key
 from redbtc.store.requests import settle

@@ -16,9 +16,9 @@ from redbtc.gateway.websocket.turn_response import SessionObjects, TurnResponse
 from redbtc.gateway.websocket.turns import Turn
 from redbtc.gateway.websocket.upstream_events import UpstreamEvents
 from redbtc.gateway.websocket.upstream_socket import SocketState, UpstreamSocket
-from redbtc.limits import Admission
+from redbtc.limits.admission import Admission
 from redbtc.refusals import ClientLeft, Refusal, refusal_of
-from redbtc.request_body.content import ClientEvent
+from redbtc.request_body.body import ClientEvent
 from redbtc.server.asgi import ClientRequest
 from redbtc.server.websocket_protocol import INTERNAL_ERROR, POLICY_VIOLATION
 from redbtc.upstream.upstreams import Upstream
@@ -89,7 +89,7 @@ class TurnRunner:
         """Serve a request of a lane. Raises Refusal, ClientLeft."""
         gateway, event, admission = self._gateway, queued.event, queued.admission
         if self._is_expired:
-            admission.put_back()
+            admission.refund()
             raise expired()
         if self._sender.closed:
             raise ClientLeft

@@ -28,11 +28,11 @@ from redbtc.gateway.websocket.event_meter import kind_of, response_named, status
 from redbtc.gateway.websocket.strays import hold_nothing
 from redbtc.gateway.websocket.turn_response import TurnResponse
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
-from redbtc.limits import Admission
+from redbtc.limits.admission import Admission
 from redbtc.meter.answers import Answer
 from redbtc.refusals import Refusal, not_found
-from redbtc.request_body.content import ClientEvent
-from redbtc.request_body.reading import MAX_ITEMS
+from redbtc.request_body.body import ClientEvent
+from redbtc.request_body.reading import MAX_INPUT_ITEMS
 from redbtc.usage import Outcome
 
 MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not answered
@@ -106,7 +106,7 @@ class Turn:
         this one has read and said, and the event. Raises Refusal."""
         self._check_steering(event)
         admission.charge("tokens", 0)
-        tokens = event.most_input_tokens + event.inherited_tokens
+        tokens = event.max_input_tokens + event.inherited.tokens
         waiting = sum(steer.tokens for steer in self._steers)
         money = await self.response.hold(self.response.next_input(tokens + waiting))
         if self.response.settled or self.response.id != response_id:  # it has ended meanwhile
@@ -120,7 +120,7 @@ class Turn:
         """Raise Refusal for steering that the response can't be given."""
         body = self.response.body
         further = event.extras & ~body.extras
-        if further or event.lasting_models not in (None, body.lasting_models):
+        if further or event.inheritable_models not in (None, body.inheritable_models):
             message = (
                 "'response.steer' can't refer to an item of a response that has other tools, or "
                 "ask for another prompt cache lifetime."
@@ -129,8 +129,8 @@ class Turn:
         if len(self._steers) >= MAX_STEERS:
             message = f"This response has {MAX_STEERS} unanswered steering events, the maximum."
             raise Refusal("concurrency_limit_exceeded", message)
-        if len(body.chosen_ids) + len(event.chosen_ids) > MAX_ITEMS:
-            message = f"The input of this response has more than {MAX_ITEMS} items with ids."
+        if len(body.chosen_ids) + len(event.chosen_ids) > MAX_INPUT_ITEMS:
+            message = f"The input of this response has more than {MAX_INPUT_ITEMS} items with ids."
             raise Refusal("invalid_request", message, param="input")
 
     async def take(self, event: Answer, idle_seconds: float) -> None:

@@ -137,7 +137,7 @@ class UpstreamEvents:
             event = decode_answer(message)
         else:
             account = answers_of(self._key.account_id)
-            event = await in_slices(answer_steps(message), account, begun=True)
+            event = await in_slices(answer_steps(message), account, started=True)
         if socket.is_lost:
             return
         turn = None

@@ -97,4 +97,4 @@ async def in_parts(text: Buffer, account_id: str) -> AsyncIterator[memoryview]:
     """Iterate over the parts of a long text, in turns with other long work."""
     for at in range(0, len(text), MAX_PART):
         yield memoryview(text)[at : at + MAX_PART]
-        await TURNS.wait(account_id, begun=True)
+        await TURNS.wait(account_id, started=True)

@@ -1,0 +1,145 @@
+"""The usage of all keys and accounts that counts for their limits."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from redbtc.config import AccountLimitSettings, LimitSettings
+from redbtc.deadlines import Deadline
+from redbtc.limits.admission import Admission, Bound, Limited, NoCapacity
+from redbtc.limits.places import Places
+from redbtc.limits.rates import Bucket, rate_limit_headers
+from redbtc.refusals import ClientLeft
+from redbtc.store.keys import Key
+
+# An account's own limits of concurrency, requests and tokens; None: the default from config.toml.
+OwnLimits = tuple[int | None, int | None, int | None]
+MAX_WAITING_REQUESTS = 1000  # of an account's requests, for places or for memory
+
+
+class Limiter:
+    """The requests in flight, by key, by account and for the whole gateway."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, Limited] = {}
+        self._accounts: dict[str, Limited] = {}
+        self._all = Limited("this gateway")
+        self.queued = 0
+
+    def charge(self, key: Key, limits: LimitSettings) -> Admission:
+        """Charge one request, before its body is read. Raises Refusal if a rate is used up."""
+        return Admission(self._bounds(key, limits), limits.queue_seconds)
+
+    async def admit(self, admission: Admission, estimate: int, deadline: Deadline) -> None:
+        """Charge the tokens and take the places, which leaving the admission's `with` gives back.
+        Raises Refusal if a rate is used up, or no place comes free within `limits.queue_seconds`,
+        and ClientLeft."""
+        admission.is_body_read = not deadline.client_left
+        if deadline.client_left:
+            raise ClientLeft
+        admission.charge("tokens", estimate)
+        until = time.monotonic() + admission.queue_seconds
+        account = admission.bounds[1].limited
+        for bound in admission.bounds:
+            places = bound.limited.places
+            if not places.take_now(bound.concurrency):
+                await self._wait_for_place(bound, account, until, deadline)
+            admission.places.append(places)
+        admission.admitted = True
+
+    def small_frames(self, key: Key) -> Bucket:
+        """Return the rate of small WebSocket frames of the key's account."""
+        return self._account(key.account_id).small_frames
+
+    def memory(self, key: Key) -> tuple[Limited, Limited]:
+        """Return the account and the gateway, from both of which a body takes memory."""
+        return self._account(key.account_id), self._all
+
+    def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
+        of_key = self._keys.get(key.id)
+        if of_key is None:
+            of_key = self._keys[key.id] = Limited("this key")
+        own = (
+            key.account_concurrency,
+            key.account_requests_per_minute,
+            key.account_tokens_per_minute,
+        )
+        return (
+            Bound(
+                of_key,
+                key.concurrency or 0,
+                key.requests_per_minute or 0,
+                key.tokens_per_minute or 0,
+            ),
+            self._bound(key.account_id, own, key.throttle_factor, limits.account),
+            Bound(
+                self._all, limits.concurrency, limits.requests_per_minute, limits.tokens_per_minute
+            ),
+        )
+
+    def _bound(
+        self, account_id: str, own: OwnLimits, factor: int | None, default: AccountLimitSettings
+    ) -> Bound:
+        """Return the limits of an account: its own, or the `default` ones. `factor` is the share of
+        them that it is throttled to, in thousandths; at least 1 of each limit is left."""
+        concurrency, requests, tokens = own
+        limits = [
+            default.concurrency if concurrency is None else concurrency,
+            default.requests_per_minute if requests is None else requests,
+            default.tokens_per_minute if tokens is None else tokens,
+        ]
+        if factor is not None:
+            limits = [limit and max(1, limit * factor // 1000) for limit in limits]
+        return Bound(self._account(account_id), *limits)
+
+    def _account(self, account_id: str) -> Limited:
+        limited = self._accounts.get(account_id)
+        if limited is None:
+            limited = self._accounts[account_id] = Limited("this account")
+        return limited
+
+    def report_account(
+        self, account_id: str, own: OwnLimits, factor: int | None, limits: LimitSettings
+    ) -> dict[str, Any]:
+        """Return the limits of an account, and what is left of them, as `report` does."""
+        return self._bound(account_id, own, factor, limits.account).report(time.monotonic())
+
+    def report(self, key: Key, limits: LimitSettings) -> dict[str, Any]:
+        """Return the current limits of a key and its account, and what is left of them, for JSON. A
+        limit of null is none."""
+        now = time.monotonic()
+        of_key, of_account, _ = self._bounds(key, limits)
+        return {"key": of_key.report(now), "account": of_account.report(now)}
+
+    async def _wait_for_place(
+        self, bound: Bound, account: Limited, until: float, deadline: Deadline
+    ) -> None:
+        try:
+            await self.wait(account, bound.limited.places, 1, until, deadline)
+        except TimeoutError:
+            headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
+            what = f"{bound.limited.name} may have {bound.concurrency} requests in flight"
+            message = f"Too many requests at once: {what}."
+            raise NoCapacity(message, headers) from None
+
+    async def wait(
+        self, account: Limited, places: Places, amount: int, until: float, deadline: Deadline
+    ) -> None:
+        """Take `amount` places in turn. Raises TimeoutError at `until` (monotonic seconds), or
+        immediately if MAX_WAITING_REQUESTS requests of the account wait already; ClientLeft if the
+        client disconnects."""
+        if account.waiting >= MAX_WAITING_REQUESTS:
+            raise TimeoutError
+        account.waiting += 1
+        self.queued += 1
+        try:
+            with deadline.running(until - time.monotonic(), grace=0):
+                await places.take_in_turn(amount)
+        except TimeoutError:
+            if deadline.client_left:
+                raise ClientLeft from None
+            raise
+        finally:
+            self.queued -= 1
+            account.waiting -= 1
