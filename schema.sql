@@ -999,11 +999,11 @@ BEGIN SELECT RAISE(ABORT, 'a correction can''t be changed'); END;
 
 -- Logins are limited by network and address alone; a browser in which a login was used before is
 -- like any other.
-DROP TRIGGER a_password_ends;
+DROP TRIGGER IF EXISTS a_password_ends;
 CREATE TRIGGER a_password_ends AFTER UPDATE OF password ON users BEGIN
     DELETE FROM sessions WHERE user_id = NEW.id;
 END;
-DROP TABLE known_browsers;
+DROP TABLE IF EXISTS known_browsers;
 
 -- The triggers below take the place of those of the same names.
 

@@ -16,7 +16,6 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable
 
 import httpx2
 import orjson
@@ -24,9 +23,8 @@ import orjson
 from redbtc.billing.billing import Billing
 from redbtc.billing.records import Notice
 from redbtc.errors import StorageUnavailable
+from redbtc.store.failures import LogFunction
 from redbtc.times import DAY
-
-LogFunction = Callable[..., None]  # the gateway's log: level, event, fields
 
 WEBHOOK_SECONDS = 10
 WEBHOOK_FOR = 3 * DAY  # milliseconds
