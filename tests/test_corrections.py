@@ -255,7 +255,6 @@ def test_an_estimate_of_schema_version_9_is_corrected(gateway: Gateway, stored: 
             """DROP TABLE reopened; DROP TABLE runs;
                 ALTER TABLE requests DROP COLUMN run;
                 DROP TABLE unsettled;
-                CREATE TABLE known_browsers (user_id);
             ALTER TABLE estimates DROP COLUMN held;
             DROP TABLE setting_time;
             PRAGMA user_version = 9;"""
