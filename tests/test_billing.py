@@ -359,7 +359,7 @@ class Bench:
     def key(self, account: str, **limits: int) -> Key:
         """A new key of an account; the account is made where there is none."""
         try:
-            self.run(self.accounts.show(account))
+            self.run(self.accounts.get(account))
         except UserError:
             self.run(self.accounts.add(account, None, {}, "test"))
         account_id = self.account(account).id
@@ -372,7 +372,7 @@ class Bench:
         return key
 
     def account(self, name: str) -> Account:
-        return self.run(self.accounts.show(name))
+        return self.run(self.accounts.get(name))
 
     def price(self, *prices: Price, without_notice: str | None = None) -> PricesAdded:
         work = add_prices(self.billing, prices, without_notice=without_notice, by="test")
@@ -613,7 +613,7 @@ def test_a_payment_counts_once_for_its_reference(bench: Bench) -> None:
     bench.key("b")
 
     async def pay_at_once() -> set[str]:
-        account = await bench.accounts.show("a")
+        account = await bench.accounts.get("a")
         payments = await asyncio.gather(
             *(
                 bench.billing.pay(account, 5 * NANOS, reference="r", reason=None, by="test")
@@ -874,7 +874,7 @@ def test_a_closed_month_has_what_was_settled_in_its_last_instant(
     flights = [bench.begin(key, "m", 10, clock.now) for _ in range(200)]
 
     async def ask() -> tuple[Statement, Statement]:
-        account = await bench.accounts.show("a")
+        account = await bench.accounts.get("a")
         written = []
         for row, hold in flights:
             row.outcome, row.usage_source, row.cost = "completed", "upstream", 5000
@@ -1218,7 +1218,7 @@ def test_what_is_committed_is_seen_while_something_else_is_being_read(tmp_path: 
             rows = store.rows("SELECT id FROM accounts")
             await anext(rows)
             await accounts.add("b", None, {}, "test")
-            assert (await accounts.show("b")).name == "b"
+            assert (await accounts.get("b")).name == "b"
             assert sum([1 async for _ in rows]) == 699
 
     asyncio.run(read_write_read())

@@ -27,7 +27,7 @@ class Access:
         """Return an account by name or id (None: the actor's own). Raise NotFound."""
         if account is None:
             account = actor.required_account_id()
-        found = await self.accounts.show(account)
+        found = await self.accounts.get(account)
         if actor.account_id not in (None, found.id):
             raise no_account(account)
         return found
@@ -46,7 +46,7 @@ class Access:
         no_user = NotFound(f"user {user!r} does not exist")
         account, operator = query.account, query.operator
         if actor.account_id is not None:
-            own = await self.accounts.show(actor.account_id)
+            own = await self.accounts.get(actor.account_id)
             if operator or account not in (None, own.name):
                 raise no_user
             account = own.name

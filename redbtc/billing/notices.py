@@ -131,7 +131,7 @@ class Notices:
         in_force = (each for each in self._maintenances if each.since <= now < each.until)
         return next(in_force, None)
 
-    # Budgets, and the webhook that is told of them
+    # Budgets, and their delivery to the webhook
 
     def notify_of_budget(
         self, key: Key, spending: Spending, budget: int, budget_id: str | None

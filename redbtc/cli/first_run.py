@@ -58,7 +58,7 @@ async def welcome(
     about_key = (
         f"Your API key was shown at the first start. To create another:  {command} key add first"
     )
-    if not await accounts.any():
+    if not await accounts.exist():
         account = await accounts.add(FIRST_ACCOUNT, None, {}, FIRST_RUN)
         key = (await accounts.add_key(account.id, FIRST_RUN, None, {}, FIRST_RUN)).key
         about_key = f"API key    {key}   (copy it now: it won't be shown again)"

@@ -74,14 +74,14 @@ class Accounts:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def show(self, name: str) -> Account:
+    async def get(self, name: str) -> Account:
         """Return the account with a name or an id. Raises NotFound."""
         account = await self._store.one(ACCOUNT_BY_NAME, (self._store.time(), name))
         if account is None:
             raise no_account(name)
         return Account.of(account)
 
-    async def any(self) -> bool:
+    async def exist(self) -> bool:
         """Return whether there is an account."""
         return await self._store.one("SELECT 1 FROM accounts LIMIT 1") is not None
 
@@ -95,24 +95,24 @@ class Accounts:
             await self._store.transact((ADD_ACCOUNT, values), by=by)
         except sqlite3.IntegrityError:
             raise Conflict(f"account {name!r} already exists") from None
-        return await self.show(name)
+        return await self.get(name)
 
     async def set(self, account_id: str, changes: Mapping[str, Any], by: str) -> Account:
         """Change the given ones of email and limits. A limit of None is the settings' again."""
         values = [part for name in CHANGEABLE for part in (name in changes, changes.get(name))]
         await self._store.transact((SET_ACCOUNT, (*values, account_id)), by=by)
-        return await self.show(account_id)
+        return await self.get(account_id)
 
     async def suspend(self, account_id: str, reason: str | None, by: str) -> Account:
         """Refuse the account's requests from the next one on, and log its members out."""
         suspension = (SET_STATUS, ("suspended", reason, account_id))
         await self._store.transact(suspension, (END_SESSIONS, (account_id,)), by=by)
-        return await self.show(account_id)
+        return await self.get(account_id)
 
     async def resume(self, account_id: str, by: str) -> Account:
         """Serve the account's requests again."""
         await self._store.transact((SET_STATUS, ("active", None, account_id)), by=by)
-        return await self.show(account_id)
+        return await self.get(account_id)
 
     async def throttle(
         self, account_id: str, factor: int | None, until: int | None, by: str
@@ -120,7 +120,7 @@ class Accounts:
         """Reduce the account's limits to `factor` thousandths, until the time `until` or without an
         end. A factor of None restores them."""
         await self._store.transact((THROTTLE, (factor, until, account_id)), by=by)
-        return await self.show(account_id)
+        return await self.get(account_id)
 
     async def keys(self, account_id: str) -> list[KeyInList]:
         """Return the account's keys, oldest first, without their secrets. `last_used_on` is a day
@@ -272,7 +272,8 @@ class KeyInList(KeyShown):
 
 
 class KeyAdded(Struct):
-    """A new key. `key` is the secret, which is shown only once; the rest is as in KeyShown."""
+    """A new key of an account. `key` is the secret, which is shown only once; the rest is as in
+    KeyShown."""
 
     id: str
     key: str

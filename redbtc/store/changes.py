@@ -85,8 +85,8 @@ def json_columns(kind: str, columns: str | None) -> dict[str, Any] | None:
 
 
 class Change(Struct):
-    """An administrative change. If `before` is null, the object was added; if `after` is null, it
-    was removed."""
+    """A change that an administrator made. If `before` is null, the object was added; if `after` is
+    null, it was removed."""
 
     id: int
     changed_at: Moment
