@@ -22,7 +22,7 @@ from redbtc.server import cycle
 from redbtc.limits import memory
 from redbtc.request_body import body
 from redbtc.request_body import forms, media
-from redbtc.gateway import metered
+from redbtc.gateway import admission
 from redbtc.upstream import upstreams
 from redbtc.meter import meters
 from redbtc.server import websocket_protocol
@@ -50,7 +50,7 @@ let_fail(body.RequestBody, "add_include_usage")
 let_fail(forms.Form, "grow")
 let_fail(media, "decompressed")
 let_fail(body.ClientEvent, "read")
-let_fail(metered.MeteredRequest, "hold")
+let_fail(admission.AdmittedRequest, "hold")
 let_fail(upstreams.Upstream, "open")
 let_fail(meters.JSONMeter, "steps")
 let_fail(websocket_protocol.WebSocketProtocol, "_count")
@@ -71,7 +71,7 @@ BEFORE_FORWARDING: dict[str, tuple[str, dict[str, str], bytes]] = {
     "RequestBody.add_include_usage": ("/chat/completions", JSON, json.dumps(CHAT).encode()),
     "Form.grow": ("/images/edits", FORM, PICTURE),
     "redbtc.request_body.media.decompressed": ("/responses", GZIP, gzip.compress(TEXT)),
-    "MeteredRequest.hold": ("/responses", JSON, TEXT),
+    "AdmittedRequest.hold": ("/responses", JSON, TEXT),
 }
 
 
