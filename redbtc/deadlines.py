@@ -87,8 +87,8 @@ class Deadline:
 
 
 class Deadlines:
-    """The running deadlines. They are checked together every TICK seconds: a timer for each, moved
-    with each byte, would cost more than all limits."""
+    """The set of running deadlines. They are checked together every TICK seconds: a timer for each,
+    moved with each byte, would cost more than all limits."""
 
     def __init__(self) -> None:
         self._running: set[Deadline] = set()
