@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Count the function calls that a JSON request costs the gateway, C functions included: a figure
-that does not depend on the machine's speed.
+"""Count the function calls that a JSON request and a streamed event cost the gateway, C functions
+included: figures that don't depend on the machine's speed.
 
     bench/calls.py [CHECKOUT ...]
 
-runs the gateway of this checkout, or of each CHECKOUT, in front of the tests' upstream.
+runs the gateway of this checkout, or of each CHECKOUT, in front of the tests' upstream. Each figure
+is the difference of two profiled runs of different length, without the calls of timers: their
+number in a second is measured in two runs without requests.
 """
 
 from __future__ import annotations
@@ -12,17 +14,24 @@ from __future__ import annotations
 import pstats
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import httpx2  # noqa: E402
 from gateway import Gateway, wait_until  # noqa: E402
-from upstream import Upstream  # noqa: E402
+from upstream import Upstream, chat_stream  # noqa: E402
 
-FEW, MANY = 200, 1200
+REQUESTS = 200, 1200
+EVENTS = 200, 1200
+IDLE_SECONDS = 1.0, 6.0
 BODY = {"model": "gpt-up", "input": "Hi"}
+CHAT = {"model": "gpt-up", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+Work = Callable[[httpx2.Client, Upstream, float], None]
 
 
 class Profiled(Gateway):
@@ -35,25 +44,61 @@ class Profiled(Gateway):
         return [python, "-m", "cProfile", "-o", str(self.folder / "profile"), script, *rest]
 
 
-def calls(root: Path, requests: int) -> int:
-    """Return how many calls a gateway makes from start to end, serving `requests` requests."""
+class Run(NamedTuple):
+    """One run of a gateway."""
+
+    amount: float  # requests, events or seconds
+    seconds: float
+    calls: int
+
+
+def run(root: Path, work: Work, amount: float) -> Run:
+    """Run a gateway from start to end with an amount of work."""
     with tempfile.TemporaryDirectory() as folder, Upstream() as upstream:
         gateway = Profiled(Path(folder), upstream.url, root=root).start()
         key = gateway.new_key()
+        started = time.monotonic()
         with gateway.client(key) as client:
-            for _ in range(requests):
-                assert client.post("/responses", json=BODY).status_code == 200
+            work(client, upstream, amount)
+        seconds = time.monotonic() - started
         gateway.terminate()
         wait_until((Path(folder) / "profile").exists)
         profile: Any = pstats.Stats(str(Path(folder) / "profile"))
-        return int(profile.total_calls)
+        return Run(amount, seconds, int(profile.total_calls))
+
+
+def send_requests(client: httpx2.Client, _: Upstream, amount: float) -> None:
+    """Send JSON requests, one after the other."""
+    for _number in range(int(amount)):
+        assert client.post("/responses", json=BODY).status_code == 200
+
+
+def read_events(client: httpx2.Client, upstream: Upstream, amount: float) -> None:
+    """Read a stream of events, each of which arrives by itself."""
+    upstream.script = chat_stream(["word "] * int(amount), pause=0.002)
+    with client.stream("POST", "/chat/completions", json=CHAT) as response:
+        assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+def wait(_client: httpx2.Client, _upstream: Upstream, amount: float) -> None:
+    """Do nothing for so many seconds."""
+    time.sleep(amount)
+
+
+def each(root: Path, work: Work, amounts: tuple[float, float], a_second: float) -> float:
+    """Return the calls that a unit of work costs. `a_second` are those of timers."""
+    few, many = (run(root, work, amount) for amount in amounts)
+    timers = a_second * (many.seconds - few.seconds)
+    return (many.calls - few.calls - timers) / (many.amount - few.amount)
 
 
 def main() -> None:
     """Print a line for each checkout."""
     for root in [Path(each) for each in sys.argv[1:]] or [ROOT]:
-        few, many = (calls(root, number) for number in (FEW, MANY))
-        print(f"{root}: {(many - few) / (MANY - FEW):.1f} calls a request")
+        a_second = each(root, wait, IDLE_SECONDS, 0.0)
+        request = each(root, send_requests, REQUESTS, a_second)
+        event = each(root, read_events, EVENTS, a_second)
+        print(f"{root}: {request:.1f} calls a JSON request, {event:.1f} an event")
 
 
 if __name__ == "__main__":
