@@ -30,12 +30,14 @@ class Forked:
 
     def __init__(self, server: ForkServer, pid: int) -> None:
         self._server = server
+        self._status: int | None = None
         self.pid = pid
 
     def poll(self) -> int | None:
         """Return the exit status, or None while the process runs."""
-        status: int | None = self._server.ask({"status_of": self.pid})
-        return status
+        if self._status is None:
+            self._status = self._server.ask({"status_of": self.pid})
+        return self._status
 
     def wait(self, timeout: float = 1e9) -> int:
         """Return the exit status once there is one. Raises subprocess.TimeoutExpired."""
@@ -119,14 +121,13 @@ class ForkServer:
 def serve(sock: socket.socket) -> None:
     """Answer messages. Return in each forked process, which has become what was asked for, and exit
     when the other end is closed."""
-    statuses: dict[int, int] = {}
     while True:
         text, descriptors, _, _ = socket.recv_fds(sock, MAX_MESSAGE, 3)
         if not text:
             raise SystemExit
         message = json.loads(text)
         if "status_of" in message:
-            answer = status_of(message["status_of"], statuses)
+            answer = status_of(message["status_of"])
         else:
             answer = os.fork()
             if not answer:
@@ -138,14 +139,11 @@ def serve(sock: socket.socket) -> None:
         sock.send(json.dumps(answer).encode())
 
 
-def status_of(pid: int, statuses: dict[int, int]) -> int | None:
-    """Return the exit status of a child, or None while it runs. `statuses` are those of the
-    children that have been waited for."""
-    if pid not in statuses:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            statuses[pid] = os.waitstatus_to_exitcode(status)
-    return statuses.get(pid)
+def status_of(pid: int) -> int | None:
+    """Return the exit status of a child, or None while it runs. Once it is returned, the system may
+    give the process id to another process."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def become(arguments: list[str], env: dict[str, str], cwd: str, descriptors: Sequence[int]) -> None:

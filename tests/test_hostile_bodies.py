@@ -607,7 +607,7 @@ def test_a_tools_model_has_a_name_of_some_length(length: int) -> None:
                     b'{"type":"image_generation","svg":{"model":"m%d"}}' % n for n in range(17)
                 )
             ),
-            "16 models",
+            "16 different models",
         ),
         (b"{" + b",".join(b'"%d":1' % n for n in range(1001)) + b"}", "1000 members"),
         (body(file_ids=b"[%b]" % b",".join(b'"f%d"' % n for n in range(20_001))), "20000 stored"),
