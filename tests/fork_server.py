@@ -31,13 +31,15 @@ class Forked:
     def __init__(self, server: ForkServer, pid: int) -> None:
         self._server = server
         self._status: int | None = None
+        self._asking = threading.Lock()
         self.pid = pid
 
     def poll(self) -> int | None:
         """Return the exit status, or None while the process runs."""
-        if self._status is None:
-            self._status = self._server.ask({"status_of": self.pid})
-        return self._status
+        with self._asking:
+            if self._status is None:
+                self._status = self._server.ask({"status_of": self.pid})
+            return self._status
 
     def wait(self, timeout: float = 1e9) -> int:
         """Return the exit status once there is one. Raises subprocess.TimeoutExpired."""
