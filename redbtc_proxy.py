@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """RedBTC AI: an OpenAI-compatible API gateway that is small enough to read.
 
-    authenticate ─► read ─► admit ─► choose ─► open ─► relay ─► settle ─► last byte
+    authenticate ─► read ─► choose ─► admit ─► open ─► relay ─► settle ─► last byte
 
 Clients point their base URL here. Each request is checked, held to its account's limits, forwarded
 byte for byte to an upstream, and written down: what the upstream says was used, committed before

@@ -30,8 +30,8 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no certificates, which
 
 @contextlib.asynccontextmanager
 async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of the admin API: of the running gateway's, else of one in this process. Where a
-    gateway is just starting or stopping, wait for it. Raises UserError."""
+    """Connect to the admin API of the running gateway, or serve it in this process if none runs.
+    Wait for a gateway that is just starting or stopping. Raises UserError."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         async with contextlib.AsyncExitStack() as stack:

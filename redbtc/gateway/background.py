@@ -83,11 +83,11 @@ class BackgroundResponse:
         return self.stage is Stage.SETTLING
 
     def read(self, report: Report) -> None:
-        """Somebody is being sent what this meters."""
+        """Count what this report meters as sent to a reader."""
         self._read.add(report)
 
     def left(self, report: Report) -> None:
-        """A reader has all that it gets."""
+        """Keep what this reader was sent, as a lower bound for the estimate."""
         self._read.discard(report)
         self._progress.seen = self._progress.seen.or_more(SeenOutput.of(report))
 

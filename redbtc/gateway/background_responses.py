@@ -133,7 +133,8 @@ class BackgroundResponses:
         return response, keep_pending(self._store, row, unfinished)
 
     async def leave(self, response: BackgroundResponse, report: Report) -> bool:
-        """The request that made it is over. Whether the response is, too; else it is asked for."""
+        """Note that the request that created the response is over. Settle the response and return
+        True if it has ended; otherwise begin to ask the upstream for it, and return False."""
         response.left(report)
         response.enter(Stage.ALONE)
         await self._see(response, report)
@@ -146,7 +147,7 @@ class BackgroundResponses:
         return False
 
     def read(self, response_id: str, report: Report) -> None:
-        """Somebody is being sent its output."""
+        """Count what this report meters as sent to a reader."""
         if response := self._responses.get(response_id):
             response.read(report)
 
@@ -156,9 +157,9 @@ class BackgroundResponses:
             response.ignore(report)
 
     async def look(self, response_id: str, report: Report, shown: bool) -> None:
-        """A reader has all that it gets. If it has been shown that the response has ended, this is
-        done when that is written down. What events say of its status may be old: they are shown
-        from the response's beginning."""
+        """Note that a reader has been sent all that it will get. If `shown` and the report tells of
+        the end, return once the row is settled. Events can tell of an old status: they begin with
+        the response."""
         if response := self._responses.get(response_id):
             response.left(report)
             if shown:
@@ -185,7 +186,7 @@ class BackgroundResponses:
         return note_progress(self._store, response.row, news)
 
     def _add(self, response: BackgroundResponse) -> None:
-        """Let visits see the response, unless an odd upstream gave its id to an earlier one too."""
+        """Register the response, unless an upstream has given its id to an earlier one."""
         self._responses.setdefault(response.row.response_id or "", response)
 
     def _remove(self, response: BackgroundResponse) -> None:
@@ -200,11 +201,12 @@ class BackgroundResponses:
             response.set_back(at)
 
     def __contains__(self, response_id: str) -> bool:
-        """Until its end is committed."""
+        """Return whether the response has not ended, or its settled row is not committed yet."""
         return response_id in self._responses
 
     def cancel(self, key_id: str) -> int:
-        """Have the upstreams stop what the key has made; how much of that goes on by itself."""
+        """Begin to cancel the unfinished responses of a key at the upstreams. Return how many of
+        them outlive their request."""
         running = [
             each
             for each in self._responses.values()
@@ -291,7 +293,8 @@ class BackgroundResponses:
                 self._settle(response, Report(False), "upstream_failed")
 
     async def _try_to_look(self, response: BackgroundResponse) -> int:
-        """Ask how it is. What fails unexpectedly, for this response, is tried again later."""
+        """Ask for the response. Log an unexpected error and return 0: it is asked for again
+        later."""
         try:
             return await self._look_after(response)
         except Exception as error:
@@ -300,8 +303,8 @@ class BackgroundResponses:
             return 0
 
     async def _look_after(self, response: BackgroundResponse) -> int:
-        """Ask how it is, after cancelling it where that is to be done; the status of the upstream's
-        answer."""
+        """Cancel the response if that is due, then ask for it. Return the status of the upstream's
+        answer, 0 where there is none."""
         async with self._asking:
             if response.to_be_cancelled and not response.has_ended:
                 await self._ask(response, "/cancel", "POST")

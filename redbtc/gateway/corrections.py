@@ -45,8 +45,8 @@ class Corrections:
         self._shown: dict[str, Shown] = {}  # by response
 
     async def look(self, response_id: str, account_id: str, report: Report) -> None:
-        """Somebody is shown a response of the account. If it has ended and shows what an estimated
-        request used, return when the correction is on disk."""
+        """Correct the estimated row of this response if the report has its final usage. Return when
+        the correction is on disk."""
         if not is_final(report):
             return
         writing = self._writing.get(response_id)

@@ -1,4 +1,4 @@
-"""The settlement of a request: the objects that it makes, its usage and its cost.
+"""A metered request from the first byte of its answer to its settled row.
 
 A row is settled once: by the end of the request, or, where its response goes on in the background,
 by whatever first sees that it has ended.
@@ -48,8 +48,8 @@ class MeteredRequest(AdmittedRequest):
     _unweighed: Mapping[str, bool] = {}  # what it has made without known tokens
 
     def metered(self) -> None:
-        """Make an object that the upstream made the account's at the first event that names it. An
-        id that the client chose and the upstream only repeats is not learned."""
+        """Record the objects that the answer names as this account's, before the client sees their
+        ids. Ids that the client chose are not recorded."""
         report = self.meter.report
         if len(report.made) == self._named or not self.endpoint.stores:
             return

@@ -42,8 +42,9 @@ class Relay:
         self._rest: bytes | None = None  # the answer's end; None until the row is written
 
     async def forward(self, upstreams: list[Upstream]) -> None:
-        """Send the request to the first upstream that can be reached, and pass its answer on.
-        Raises Refusal where the client has got nothing yet, ClientLeft."""
+        """Send the request to the first upstream that can be reached, pass its answer on, settle
+        the request and end the response. Raises Refusal where the client has got nothing yet,
+        ClientLeft."""
         grace = self._request.grace()
         failure = ""
         for upstream in upstreams:

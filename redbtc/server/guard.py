@@ -1,4 +1,5 @@
-"""The first app that a request meets: it turns refusals and errors into responses."""
+"""The app inside CORS: it leads each request to its app, and turns refusals and errors into
+responses."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from redbtc.telemetry import Telemetry
 # protocol.py parses requests, and checks each head before the request gets here. The path is
 # scope["path"], never rebuilt from Host.
 class Guard:
-    """The outermost ASGI app: refuses bad heads, and turns every Refusal into a response. An
+    """The app that leads each request to its app, and turns each Refusal into a response. An
     unexpected error is logged by type and place, never with content."""
 
     def __init__(
