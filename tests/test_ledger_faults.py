@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sqlite3
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -249,6 +251,30 @@ def test_what_waited_for_the_ledgers_task_is_kept(
     assert "took up what was owed" in gateway.flushed_log()
     assert gateway.terminate() == 0
     assert not Path(f"{gateway.database}.owed").exists()
+
+
+def test_what_an_older_version_owed_closes_a_row_that_was_closed_meanwhile(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Its lines don't say that they are rows of requests."""
+    gateway = faulty(make_gateway(), ENDING["ledger"]).start()
+    flying = InFlight(gateway, upstream, gateway.new_key())
+    gateway.expected_dead = True
+    set_fault(gateway)
+    flying.release()
+    assert gateway.wait() == 70
+    flying.join()
+    mend(gateway)
+    owed = Path(f"{gateway.database}.owed")
+    lines = [line for line in owed.read_bytes().rstrip(b"\0").split(b"\n") if line]
+    older = [json.dumps(json.loads(line[9:])[:2]).encode() for line in lines]
+    owed.write_bytes(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in older))
+    with contextlib.closing(sqlite3.connect(gateway.database)) as ledger:
+        ledger.execute("UPDATE requests SET outcome = 'interrupted', month = '2026-11'")
+        ledger.commit()
+    gateway.start()
+    assert outcomes(gateway) == ["completed"]
+    assert gateway.cli("db", "check")["ok"]
 
 
 # ── A value that is refused ──────────────────────────────────────────────────────────────────────

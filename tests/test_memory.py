@@ -51,6 +51,7 @@ let_fail(forms.Form, "grow")
 let_fail(media, "decompressed")
 let_fail(body.ClientEvent, "read")
 let_fail(admission.AdmittedRequest, "hold")
+let_fail(admission.AdmittedRequest, "_note_growth")
 let_fail(upstreams.Upstream, "open")
 let_fail(meters.JSONMeter, "steps")
 let_fail(websocket_protocol.WebSocketProtocol, "_count")
@@ -116,6 +117,17 @@ def test_no_memory_for_a_body_is_503(starving: Gateway, upstream: Upstream) -> N
     assert len(starving.rows()) == len(BEFORE_FORWARDING)
     refused = starving.metrics()['redbtc_refusals_total{code="overloaded"}']
     assert refused == 3 * len(BEFORE_FORWARDING)
+
+
+def test_no_memory_after_a_hold_gives_it_back(starving: Gateway) -> None:
+    key = starving.new_key(monthly_budget="1000")
+    starving.cli("price", "add", "m", "--input", "1", "--output", "1")
+    file = let_fail(starving, "AdmittedRequest._note_growth")
+    with starving.client(key) as client:
+        check_refusal(client.post("/responses", json=RESPONSE))
+        file.unlink()
+        assert starving.cli("account", "show", "test")["held"] == "0"
+        assert client.post("/responses", json=RESPONSE).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["Upstream.open", "JSONMeter.steps"])

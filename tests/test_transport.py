@@ -760,6 +760,40 @@ def test_a_body_that_we_cut_off_is_not_complete(upstream: Upstream, loops: str) 
     run(main, loops)
 
 
+@pytest.mark.parametrize("loops", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("late", [b"\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b""])
+def test_what_follows_a_complete_body_leaves_it_complete(
+    upstream: Upstream, loops: str, late: bytes
+) -> None:
+    """Though its connection is closed before it is read."""
+    more = threading.Event()
+
+    async def script(_: Received, reply: Reply) -> None:
+        await reply.raw(SIZED + b"hello")
+        await reply.wait(more)
+        await reply.raw(late)
+
+    upstream.script = script
+
+    async def main() -> None:
+        async with Transport() as transport:
+            body = (await transport.handle_async_request(post(upstream.url))).stream
+            assert isinstance(body, ResponseBody)
+            while not body.whole:
+                await asyncio.sleep(0.001)
+            more.set()
+            await asyncio.sleep(0.05)  # what follows arrives
+            if not late:
+                await transport.aclose()
+            assert body.whole
+            assert await anext(body) == b"hello"
+            with pytest.raises(StopAsyncIteration):
+                await anext(body)
+            await body.aclose()
+
+    run(main, loops)
+
+
 def test_the_states_of_an_exchange() -> None:
     reader = ResponseReader()
     states = [reader.state]
@@ -789,7 +823,7 @@ def test_the_states_of_an_exchange() -> None:
         State.READING_BODY,
         State.COMPLETE,
         State.COMPLETE,
-        State.CLOSED,
+        State.COMPLETE,
     ]
 
 

@@ -96,13 +96,14 @@ class AdmittedRequest(ForwardedRequest, Running):
             tokens = 0 if self.endpoint.free else tokens
             await self.gateway.limiter.admit(self.admission, tokens, self.deadline)
             self._memory.release()
-            self.money = await self._hold_or_refund()
+            self.money = await self._hold_or_undo()
             self._is_held = True
+            self._note_growth()
             await self._begin()
+            self.gateway.in_flight.with_row.add(self)
         except BaseException:
             self._give_back()
             raise
-        self.gateway.in_flight.with_row.add(self)
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, _: object) -> None:
@@ -128,17 +129,20 @@ class AdmittedRequest(ForwardedRequest, Running):
         self.gateway.background.unfinished.add(self.key.account_id, most)
         self._is_unfinished = self.awaits_id = True
 
-    async def _hold_or_refund(self) -> Hold:
-        """Hold what the request can cost. Raises Refusal, and puts back what was charged."""
+    async def _hold_or_undo(self) -> Hold:
+        """Hold what the request can cost. Raises Refusal, and undoes what was charged."""
         try:
-            money = await self.hold()
+            return await self.hold()
         except Refusal as refusal:
             self.admission.undo(refusal)
             raise
-        if conversations := self.body.inherited.conversations:
-            added = self.maximum.usage(money).all_tokens - self.body.inherited.conversation_tokens
-            money.grow(self.gateway.objects, conversations, added)
-        return money
+
+    def _note_growth(self) -> None:
+        """Note the tokens that the request can add to the conversations that it names."""
+        inherited = self.body.inherited
+        if inherited.conversations:
+            added = self.maximum.usage(self.money).all_tokens - inherited.conversation_tokens
+            self.money.grow(self.gateway.objects, inherited.conversations, added)
 
     async def hold(self, further_input: int = 0) -> Hold:
         """Hold the most that the request can cost, at the prices of this instant. `further_input`
@@ -159,10 +163,9 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Return the most that the request can cost, in nanos. Raises Refusal if its usage would
         not be reported, StorageUnavailable."""
         self._weigh_conversations()
-        cost = self.maximum.cost(prices, further_input)
-        if cost and self.is_unmetered:
+        if self.is_unmetered and (prices or self.body.further_models()):
             raise unmetered()
-        return cost
+        return self.maximum.cost(prices, further_input)
 
     def _weigh_conversations(self) -> None:
         """Count the tokens of the conversations that the request names anew: requests that were

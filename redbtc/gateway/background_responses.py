@@ -231,8 +231,8 @@ class BackgroundResponses:
     def _settle(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
         """Begin to settle a response, unless that has begun."""
         if not response.has_ended:
-            response.enter(Stage.SETTLING)
             response.settling = self._start(self._write(response, report, outcome))
+            response.enter(Stage.SETTLING)
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work, name="background responses")

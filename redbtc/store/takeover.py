@@ -9,7 +9,7 @@ from redbtc.store.commits import Commits
 from redbtc.store.entries import EntryKind
 from redbtc.store.failures import LogFunction, is_about_a_value
 from redbtc.store.request_rows import REQUEST_ROWS
-from redbtc.store.rows import SETTLED
+from redbtc.store.rows import RECORD, SETTLED
 from redbtc.store.spill import Spill, line_of
 from redbtc.store.writer import SQLStatement, Writer
 from redbtc.times import month_of
@@ -57,6 +57,8 @@ async def write_owed(spill: Spill, writer: Writer, commits: Commits, log: LogFun
         try:
             (changed,) = await writer.write([(change.sql, change.values)])
             kind = ENTRY_KINDS.get(change.kind)
+            if kind is None and change.sql == RECORD:  # a line of an older version names no kind
+                kind = REQUEST_ROWS
             if kind and not changed:
                 await commits.repair(kind, change.values)
         except Exception as error:

@@ -3,11 +3,11 @@
 A reader serves one exchange, a request and its response, and has the states of the connection
 during that exchange. `ResponseReader.enter` alone changes them:
 
-    IDLE ─► SENDING ─► AWAITING_HEAD ─► READING_BODY ─► COMPLETE ─► CLOSED
+    IDLE ─► SENDING ─► AWAITING_HEAD ─► READING_BODY ─► COMPLETE
                └───────────────────────────▲  (a response that did not wait for the whole request)
 
-Each state but COMPLETE can be followed by FAILED, and each by CLOSED. After a complete exchange the
-connection is used again, with a new reader.
+Each state but COMPLETE can be followed by FAILED, and by CLOSED. After a complete exchange the
+connection is used again, with a new reader, or it is closed: the response stays complete.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ class ResponseReader:
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
     def enter(self, state: State) -> None:
-        """Change the state. After COMPLETE and FAILED there is only CLOSED, and nothing after it:
-        the first error counts, and none after the response's end."""
-        if state is State.CLOSED or self.state not in ENDED:
+        """Change the state. Nothing follows COMPLETE: what comes after the response's end, or a
+        connection that closes then, does not make it incomplete. After FAILED there is only CLOSED:
+        the first error counts."""
+        if self.state not in ENDED or (state is State.CLOSED and self.state is State.FAILED):
             self.state = state
 
     # What the connection calls

@@ -182,9 +182,13 @@ class Turn:
         if self.over.done():  # it was given up meanwhile
             money.release()
             return
-        tokens = before.next_input(sum(steer.tokens for steer in steers))
-        estimate = sum(steer.input_estimate for steer in steers)
-        self.response = before.following(money, tokens, estimate)
+        try:
+            tokens = before.next_input(sum(steer.tokens for steer in steers))
+            estimate = sum(steer.input_estimate for steer in steers)
+            self.response = before.following(money, tokens, estimate)
+        except BaseException:
+            money.release()
+            raise
         await self.further.aclose()  # what was before has ended
         self.further.push_async_exit(self.response)
         self._enter(TurnState.WAITING)

@@ -120,6 +120,7 @@ class UpstreamEvents:
             request = self._handshake
             self._gateway.telemetry.failed(request.id, request.route, error, request.counted)
             await socket.close()
+            self._lanes.end_settled(socket)
         self._lanes.lose(socket, SocketState.LOST, "upstream_failed")
         outcome: Outcome = "client_disconnected" if self._sender.closed else "upstream_failed"
         await strays.end(outcome)
