@@ -27,6 +27,8 @@ from redbtc.admin.inputs import Nothing
 from redbtc.admin.openapi import openapi
 from redbtc.admin.operations import PREFIX, Operation, variables_of
 
+pytestmark = pytest.mark.promise_7
+
 PASSWORD = "correct horse battery staple 7"
 
 

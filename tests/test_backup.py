@@ -34,6 +34,8 @@ from redbtc.store.schema import APPLICATION_ID, migrations, newest_version, sche
 from redbtc.times import iso_time
 from redbtc_proxy import run
 
+pytestmark = pytest.mark.promise_9
+
 BODY = {"model": "gpt-up", "input": "Hi"}
 FIRST = 1_795_000_000_000  # when the first request started, less one millisecond
 ADD_REQUESTS = f"""

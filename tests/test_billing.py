@@ -59,6 +59,8 @@ from redbtc.store.schema import APPLICATION_ID, migrations, schema
 from redbtc.times import month_of, month_start, months_after
 from redbtc.usage import KINDS, RequestRow, Usage, UsageSource
 
+pytestmark = pytest.mark.promise_8
+
 HOUR = 3_600_000
 DAY = 24 * HOUR
 START = int(datetime(2026, 11, 23, tzinfo=UTC).timestamp() * 1000)

@@ -43,6 +43,8 @@ from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed
 from redbtc.request_body.strict_json import read_members
 
+pytestmark = pytest.mark.promise_1
+
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:

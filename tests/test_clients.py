@@ -38,6 +38,8 @@ from upstream import (
 )
 from websockets.sync.client import connect
 
+pytestmark = pytest.mark.promise_1
+
 
 @pytest.fixture
 def demo(make_gateway: MakeGateway) -> Gateway:

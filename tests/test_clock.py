@@ -25,6 +25,8 @@ from redbtc.store.clock import BELIEVED_AFTER, MS, LedgerClock
 from redbtc.store.schema import migrations, schema
 from redbtc.times import DAY, month_of
 
+pytestmark = pytest.mark.promise_9
+
 HOUR = 3_600_000
 REQUEST = {"model": "m", "input": "Hi"}
 

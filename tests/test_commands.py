@@ -23,6 +23,8 @@ from redbtc.config import Settings, load_settings
 from redbtc.store import keys
 from redbtc.store.schema import migrations
 
+pytestmark = pytest.mark.promise_5
+
 
 @pytest.mark.parametrize("running", [True, False])
 @pytest.mark.front_door

@@ -19,6 +19,8 @@ from conftest import MakeGateway
 from gateway import Gateway, wait_until
 from upstream import RESPONSE_USAGE, Received, Reply, Upstream, event, json_answer, response_object
 
+pytestmark = pytest.mark.promise_2
+
 MONEY = '[metering]\non_disconnect = "cancel"\n[billing]\nprice_notice_days = 0\n'
 BODY = {"model": "gpt-up", "input": "Hi"}
 TRUE_COST = Decimal("0.039")  # of RESPONSE_USAGE at 1000 a million

@@ -17,6 +17,8 @@ from gateway import NO_TLS, Gateway, wait_until
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 from upstream import Received, Reply, Upstream, openai_like, response_pieces, ws_like_openai
 
+pytestmark = pytest.mark.promise_7
+
 ORIGIN = "https://app.example"
 ASKED = "authorization,content-type,x-stainless-lang,idempotency-key,x-never-heard-of"
 PREFLIGHT = {

@@ -35,6 +35,8 @@ from upstream import (
 
 from redbtc.store.database import Store
 
+pytestmark = [pytest.mark.promise_3, pytest.mark.promise_6]
+
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 KILLS = 50
 CLIENTS = 24

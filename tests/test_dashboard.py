@@ -70,6 +70,8 @@ from redbtc.times import now_ms
 sys.path.append(str(ROOT / "bench"))
 from bench import fill
 
+pytestmark = [pytest.mark.promise_5, pytest.mark.promise_7]
+
 PASSWORD = "correct horse battery staple 7"
 OTHER_PASSWORD = "tangerine lighthouse umbrella 42"
 PAGES = ["", "/keys", "/usage", "/billing", "/billing/2026-11", "/members", "/notices", "/manage"]

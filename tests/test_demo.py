@@ -23,6 +23,8 @@ from starlette.testclient import TestClient
 
 from redbtc import demo
 
+pytestmark = pytest.mark.promise_2
+
 TOKEN = re.compile(r"\w+|[^\w\s]")
 HELLO: Any = [
     {"role": "system", "content": "Be brief."},

@@ -18,12 +18,15 @@ import random
 import re
 from typing import Any
 
+import pytest
 from conftest import MakeGateway
 from gateway import PATIENCE_SECONDS, Gateway, wait_until
 from simulated import DEFAULT_IMAGE_MODEL, PRICES, Drawing, Entry, Plan, Simulation, nanos
 from upstream import Upstream
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
+
+pytestmark = [pytest.mark.promise_2, pytest.mark.promise_8]
 
 REQUESTS = int(os.environ.get("REDBTC_REQUESTS", "300"))
 SEED = os.environ.get("REDBTC_SEED", "1")

@@ -53,6 +53,8 @@ from redbtc.request_body.body import RequestBody
 from redbtc.store.speeds import speed_for, speed_of_accounts, speed_of_rows
 from redbtc.usage import MAX_TOKENS, Usage
 
+pytestmark = pytest.mark.promise_2
+
 CHAT: dict[str, Any] = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}
 BODY: dict[str, Any] = {"model": "gpt-up", "input": "Hi"}
 CANCEL = '[metering]\non_disconnect = "cancel"\n'

@@ -52,6 +52,8 @@ from redbtc.meter.scanner import Scanner
 from redbtc.meter.streams import StreamMeter
 from redbtc.usage import Usage
 
+pytestmark = pytest.mark.promise_2
+
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:

@@ -30,6 +30,8 @@ from upstream import (
     stream,
 )
 
+pytestmark = [pytest.mark.promise_1, pytest.mark.promise_3]
+
 CHAT = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 

@@ -27,6 +27,8 @@ from websockets.frames import Opcode
 from redbtc.gateway.websocket.client_sender import MAX_PAUSE
 from redbtc.server.frame_reader import MAX_PART
 
+pytestmark = pytest.mark.promise_9
+
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place
 SERVER = f"[server]\nmax_body_bytes = {MAX_BODY}\n"

@@ -41,6 +41,8 @@ from redbtc.request_body.body import RequestBody
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.request_body.forms import Form
 
+pytestmark = pytest.mark.promise_8
+
 MODEL, PICTURE_TOKENS, ANSWER_TOKENS = "gpt-up", 2000, 10_000
 USUAL_CALLS = 32  # billing.hold_tool_calls
 USUAL_PICTURES = 4  # of a response that doesn't say how many

@@ -31,6 +31,8 @@ from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed
 from redbtc.request_body.pieces import MAX_PIECE
 
+pytestmark = pytest.mark.promise_9
+
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:

@@ -18,6 +18,8 @@ from conftest import MakeGateway
 from gateway import PATIENCE_SECONDS, USUAL, Gateway, wait_until
 from upstream import Received, Reply, Upstream, event, json_answer
 
+pytestmark = pytest.mark.promise_9
+
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 
 

@@ -22,6 +22,8 @@ from redbtc.store.accounts import KeyAdded, KeyInList
 from redbtc.store.schema import migrations, schema
 from redbtc.usage import KINDS
 
+pytestmark = pytest.mark.promise_8
+
 FIRST = """input_tokens cached_input_tokens cache_write_tokens output_tokens reasoning_tokens
     image_input_tokens image_output_tokens web_searches"""
 LATER = "tool_input_tokens cache_write_12h_tokens file_searches containers"

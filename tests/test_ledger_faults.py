@@ -23,6 +23,8 @@ from test_crash import RESPONSE, fill, post
 from test_stored import Memory
 from upstream import Received, Reply, Upstream, openai_like
 
+pytestmark = [pytest.mark.promise_3, pytest.mark.promise_9]
+
 REFUSED = (503, "ledger_unavailable")
 # Code that a faulty gateway runs first. A test names the fault in the file `fault`.
 PRELUDE = f"""

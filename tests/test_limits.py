@@ -22,6 +22,8 @@ from redbtc.deadlines import MAX_EXPIRED, Deadline, Deadlines
 from redbtc.gateway.relay import CLOSING_SECONDS
 from redbtc.limits.places import Places
 
+pytestmark = [pytest.mark.promise_4, pytest.mark.promise_5]
+
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 
 

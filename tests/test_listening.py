@@ -15,6 +15,8 @@ from upstream import Upstream
 from redbtc.errors import UserError
 from redbtc.server.listening import listen
 
+pytestmark = pytest.mark.promise_9
+
 
 def answer_at(host: str, port: int, path: str = "/healthz") -> bytes:
     """Return the status line of a response, or nothing if no one listens there."""

@@ -14,6 +14,8 @@ from gateway import ROOT, Gateway, wait_until
 from test_websocket import client as websocket
 from upstream import Upstream, images_json, json_answer, response_object, ws_like_openai
 
+pytestmark = pytest.mark.promise_9
+
 # While the file "fails" names a function, that function raises MemoryError.
 PRELUDE = f"""
 import sys

@@ -20,6 +20,8 @@ from redbtc.meter.report import Report
 from redbtc.meter.streams import StreamMeter
 from redbtc.usage import Usage, UsagePart
 
+pytestmark = pytest.mark.promise_2
+
 FAKE = '{"usage":{"input_tokens":666,"output_tokens":666,"prompt_tokens":666}}'
 CHAT_USED = Usage(20, 8, 2, 7, 3)
 RESPONSE_USED = Usage(30, 10, 4, 9, 5)

@@ -40,6 +40,8 @@ from upstream import (
 
 from redbtc.gateway.pages import MAX_ASKED
 
+pytestmark = pytest.mark.promise_8
+
 REFUSE = '[billing]\nunpriced_models = "refuse"\n'
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 

@@ -26,6 +26,8 @@ from redbtc.billing.price_list import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.usage import Usage
 
+pytestmark = pytest.mark.promise_8
+
 REFUSE = '[billing]\nunpriced_models = "refuse"\n'
 FREE = '[billing]\nunpriced_models = "free"\n'
 ALL_RATES = {

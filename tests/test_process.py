@@ -22,6 +22,8 @@ from conftest import MakeGateway, needs
 from gateway import PATIENCE_SECONDS, RUN, Gateway, wait_until
 from upstream import Upstream
 
+pytestmark = pytest.mark.promise_9
+
 NOBODY = 65534  # a user who may not read what root made
 RESPONSE = {"model": "m", "input": "Hi"}
 INTERRUPTED = """

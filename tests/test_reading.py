@@ -39,6 +39,8 @@ from redbtc.server.asgi import Message
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key
 
+pytestmark = pytest.mark.promise_4
+
 MB = 1_000_000
 MAX_BODY = 8 * MB  # so that an account may have 16 MB without a place, and all accounts 32
 SLOW = {"body_timeout_seconds": 1}

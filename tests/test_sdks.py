@@ -33,6 +33,8 @@ from upstream import (
     wants_stream,
 )
 
+pytestmark = pytest.mark.promise_1
+
 PICTURE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5E"
     "rkJggg=="

@@ -32,6 +32,8 @@ from redbtc.server.protocol import HTTPProtocol
 from redbtc.server.stream import HIGH_WATER
 from redbtc.store.keys import Key
 
+pytestmark = pytest.mark.promise_9
+
 KEY = cast(Key, "somebody's")
 SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: g\r\n\r\n"
 HANDSHAKE = (

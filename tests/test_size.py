@@ -19,6 +19,8 @@ import pytest
 from conftest import MakeGateway
 from gateway import PATIENCE_SECONDS, ROOT, Gateway, wait_until
 
+pytestmark = pytest.mark.promise_9
+
 RESPONSE = {"model": "gpt-up", "input": "Hi"}
 OWN_MODULES = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
 KEPT_WAL_BYTES = 6 << 20  # in these tests, which are faster so

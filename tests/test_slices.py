@@ -11,6 +11,8 @@ import pytest
 
 from redbtc.slices import MAX_STARTED, SLICE_SECONDS, answers_of, in_slices
 
+pytestmark = pytest.mark.promise_9
+
 
 def busy(name: str, log: list[str], slices: int) -> Generator[None, None, str]:
     """Return work that takes this many slices."""

@@ -33,6 +33,8 @@ from upstream import (
     stream,
 )
 
+pytestmark = pytest.mark.promise_7
+
 BODY = {"model": "gpt-up", "input": "Hi"}
 UNKNOWN = "resp_0123456789abcdef"
 

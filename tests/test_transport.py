@@ -49,6 +49,8 @@ from redbtc.upstream.connection import ResponseBody, UpstreamHTTPConnection
 from redbtc.upstream.response import ResponseReader, State
 from redbtc.upstream.transport import Transport
 
+pytestmark = pytest.mark.promise_1
+
 Transports = Callable[[], httpx2.AsyncBaseTransport]
 BODY = b'{"model":"gpt-up","stream":true,"messages":[],"input":"Hi"}'
 TIMEOUTS: dict[str, float | None] = dict.fromkeys(

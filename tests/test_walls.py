@@ -39,6 +39,8 @@ from redbtc.store.database import Store
 from redbtc.store.objects import Objects
 from redbtc.store.schema import migrations, schema
 
+pytestmark = [pytest.mark.promise_6, pytest.mark.promise_7]
+
 BODY = {"model": "gpt-up", "input": "Hi"}
 FORM = {"content-type": "multipart/form-data; boundary=xyz"}
 

@@ -33,6 +33,8 @@ from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
 from websockets.utils import accept_key
 
+pytestmark = pytest.mark.promise_3
+
 PRICED = '[billing]\ndefault_credit_limit = "0"'
 CREATE = {"type": "response.create", "model": "gpt-up", "input": "Hi", "stream": True}
 
