@@ -216,6 +216,7 @@ def test_sixteen_large_files_are_held_once(make_gateway: MakeGateway, upstream: 
     assert peak - before < 16 * size * 1.25, (peak - before) / (16 * size)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_form_reads_the_same_however_it_arrives(data: st.DataObject) -> None:
@@ -370,6 +371,7 @@ VALUES = st.recursive(
 SPACES = st.text(" \n\r\t", max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.data(), st.booleans(), st.booleans())
 def test_a_member_stands_in_a_body_once(data: st.DataObject, wide: bool, ascii_only: bool) -> None:

@@ -222,6 +222,7 @@ def looks_of(series: Sequence[Series]) -> list[list[Fraction]]:
     return [*rows[:6], *([others] if others else [])]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(charted())
 def test_every_bar_is_as_high_as_its_share(content: tuple[list[str], list[Series]]) -> None:
@@ -262,6 +263,7 @@ def test_bars_stand_on_each_other_and_leave_gaps(content: tuple[list[str], list[
         assert all(right - left > max(widths) + 0.5 for left, right in pairwise(sorted(stacks)))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(charted())
 def test_nothing_is_outside_of_the_drawing(content: tuple[list[str], list[Series]]) -> None:

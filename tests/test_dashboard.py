@@ -597,6 +597,7 @@ class Changing:
         return await self._store.transact(*changes, by=by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", ["reset", "remove", "suspend"])
 def test_what_ends_a_login_while_it_is_checked_ends_it(tmp_path: Path, event: str) -> None:
     asyncio.run(end_while_it_is_checked(tmp_path, event))
@@ -790,6 +791,7 @@ def test_of_too_many_sessions_the_oldest_end(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [6, 11])
 def test_who_was_logged_in_is_logged_in_after_an_upgrade(tmp_path: Path, version: int) -> None:
     """A new password ends the session, although the browsers that a user was known in are gone."""

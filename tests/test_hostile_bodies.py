@@ -205,6 +205,7 @@ def test_long_objects_in_a_list_are_read_in_steps() -> None:
     assert steps > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORPUS)
 def test_no_body_holds_the_loop_or_takes_memory(name: str) -> None:
     short, long = CORPUS[name](SHORT), CORPUS[name](LONG)
@@ -283,6 +284,7 @@ def test_no_form_does(name: str) -> None:
     assert_small(steps, len(text))
 
 
+@pytest.mark.slow
 def test_bodies_that_are_mutated_to_cost_more() -> None:
     """Each round mutates the structure of the costliest bodies so far."""
     chance = random.Random(20)
@@ -627,6 +629,7 @@ def test_a_body_that_is_out_of_bounds_is_told_so(text: bytes, bound: str) -> Non
     assert bound in refused.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5_000, 20_000])
 @pytest.mark.parametrize("end", ["", "a" * 50 + "\N{GRINNING FACE}"])
 def test_what_is_kept_of_ids_is_known(count: int, end: str) -> None:

@@ -154,6 +154,7 @@ def test_what_was_made_is_known_beside_large_pictures() -> None:
     assert report.usage == RESPONSE_USED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["base64", "logprobs", "escapes"])
 @pytest.mark.parametrize("framing", ["json", "sse"])
 def test_tens_of_megabytes_in_bounded_memory(kind: str, framing: str) -> None:

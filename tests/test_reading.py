@@ -471,6 +471,7 @@ def test_two_waits_of_an_account_are_each_for_its_own_bytes(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**32))
 def test_memory_is_counted_right_however_waits_and_returns_interleave(seed: int) -> None:

@@ -248,6 +248,7 @@ async def exchanges(
     return seen, kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPERTOIRE)
 def test_same_answers_same_exceptions(upstream: Upstream, name: str) -> None:
     upstream.script = REPERTOIRE[name]
@@ -347,6 +348,7 @@ def test_same_requests(
     assert run(lambda: main(Transport())) == run(lambda: main(theirs()))
 
 
+@pytest.mark.slow
 def test_an_upstream_that_reads_nothing(upstream: Upstream) -> None:
     """The write timeout."""
     with socket.create_server(("127.0.0.1", 0)) as deaf:
@@ -548,6 +550,7 @@ def test_a_request_that_may_have_been_acted_on_is_not_sent_again(
         assert run(main, loops) == {"body": b"", "exception": httpx2.RemoteProtocolError}
 
 
+@pytest.mark.slow
 def test_cancelled_anywhere_a_connection_is_kept_whole_or_closed(upstream: Upstream) -> None:
     upstream.script = chat_stream(pause=0.0005)
 
@@ -570,6 +573,7 @@ def test_cancelled_anywhere_a_connection_is_kept_whole_or_closed(upstream: Upstr
     upstream.wait_for(lambda: upstream.connections == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loops", ["uvloop", "asyncio"])
 def test_a_closed_connection_waits_for_no_garbage_collector(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, loops: str
@@ -606,6 +610,7 @@ def test_a_closed_connection_waits_for_no_garbage_collector(
         gc.enable()
 
 
+@pytest.mark.slow
 def test_what_nobody_reads_stays_at_the_upstream(upstream: Upstream) -> None:
     sent = [0]
 
@@ -845,6 +850,7 @@ def test_an_exchange_that_does_not_go_as_planned() -> None:
     assert (failed.state, failed.error) == (State.FAILED, error), "the first error counts"
 
 
+@pytest.mark.slow
 def test_connections_are_kept_for_a_while_and_no_longer(upstream: Upstream) -> None:
     upstream.script = chat_json()
 

@@ -228,6 +228,7 @@ def test_the_same_of_a_background_response_after_a_restart(
         assert refer(client, "msg_made") == (400 if chosen else 200)
 
 
+@pytest.mark.slow
 @pytest.mark.front_door
 def test_two_accounts_that_are_given_one_id(gateway: Gateway, upstream: Upstream) -> None:
     """Should an upstream give two accounts one id, the first account owns it; both are served."""
@@ -293,6 +294,7 @@ def test_an_error_event_makes_nothing_an_accounts(gateway: Gateway, upstream: Up
     assert {row["outcome"] for row in gateway.rows()} == {"upstream_error"}
 
 
+@pytest.mark.slow
 def test_the_store_and_its_claims_always_agree(tmp_path: Path) -> None:
     """An account that owns an object keeps it until it deletes the object, however commits and
     claims interleave, and in a new process as well."""
