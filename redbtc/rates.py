@@ -123,8 +123,8 @@ def _rate_of(hint: Any) -> Rate:
 RATES = {name: _rate_of(hint) for name, hint in get_type_hints(Rates, include_extras=True).items()}
 UNITS = {name: rate.unit for name, rate in RATES.items() if rate.unit}
 NEEDED = {name: rate.needed for name, rate in RATES.items() if rate.needed}
-EXTRAS = {name: RATES[name].extra for name in sorted(RATES, key=lambda name: RATES[name].extra)}
-EXTRAS = {name: bit for name, bit in EXTRAS.items() if bit}  # the lowest bit first
+_BITS = sorted((rate.extra, name) for name, rate in RATES.items() if rate.extra)
+EXTRAS = {name: bit for bit, name in _BITS}
 
 
 def _parts(images: bool) -> list[tuple[int, int]]:

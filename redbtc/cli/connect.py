@@ -25,7 +25,6 @@ from redbtc.store.files import DatabaseInUse
 from redbtc.store.opening import Migrated
 
 PATIENCE_SECONDS = 5
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no certificates, which takes 30 ms
 
 
 @contextlib.asynccontextmanager
@@ -38,8 +37,9 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
             path = stack.enter_context(socket_path(loaded.database_path))
             try:
                 if await _answers(path):
+                    no_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reads no certificates: 30 ms
                     transport: httpx2.AsyncBaseTransport = httpx2.AsyncHTTPTransport(
-                        verify=NO_TLS, uds=path
+                        verify=no_tls, uds=path
                     )
                 else:
                     store = await stack.enter_async_context(_open(loaded))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from redbtc.headers import Headers
 from redbtc.refusals import Refusal
@@ -39,8 +40,7 @@ def cannot_send_now(data: bytes) -> bool:
     return False
 
 
-@dataclass(slots=True)
-class Client:
+class Client(Struct, eq=False):
     """The things that can be done to a client's connection and for which ASGI has no message."""
 
     abort: Callable[[], None]  # end the connection at once, without sending what is buffered
@@ -52,8 +52,7 @@ class Client:
     on_leave: set[Callable[[], None]] = field(default_factory=set)
 
 
-@dataclass(slots=True)
-class ClientRequest:
+class ClientRequest(Struct, eq=False):
     """A request as the whole gateway knows it: one over HTTP, the handshake of a WebSocket, or one
     that arrived over a WebSocket."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from websockets.frames import DATA_OPCODES
@@ -96,8 +95,7 @@ class IncomingMessage:
         self._reserved = 0
 
 
-@dataclass(slots=True, kw_only=True)
-class WebSocketClient(Client):
+class WebSocketClient(Client, eq=False, kw_only=True):
     """The client of a WebSocket. It is aborted if it does not read: it would never see a close
     frame."""
 

@@ -4,13 +4,14 @@ what durability depends on, and bring its tables up to date."""
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from redbtc.errors import UserError
 from redbtc.store.backup import Damaged, back_up_before_migration
@@ -36,8 +37,7 @@ class Migrated(NamedTuple):
     no_backup: str
 
 
-@dataclasses.dataclass
-class Serving:
+class Serving(Struct, eq=False):
     """The options of a store that a gateway opens, and a command does not need."""
 
     check_seconds: float  # that the check after an unclean end may take; 0: no check

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
@@ -21,8 +22,7 @@ from redbtc.store.requests import settle
 from redbtc.usage import Outcome, Usage
 
 
-@dataclass
-class SessionObjects:
+class SessionObjects(Struct, eq=False):
     """The objects that were made over one client's connection."""
 
     # Where they are, stored or not: requests over the same connection can build on them.
