@@ -154,7 +154,7 @@ class Suspension(Input):
     reason: Text | None = None
 
 
-class NewThrottle(Input):
+class Throttle(Input):
     """A temporary reduction of an account's limits. `factor` is the fraction that is left, from
     0.001 to 1; 1 removes the throttle. Without `until`, it lasts until it is removed."""
 
