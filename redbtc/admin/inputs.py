@@ -213,8 +213,8 @@ class NewPrices(Input):
 
 
 class NewPayment(Input):
-    """A payment to record. A repeated `reference` is ignored. A negative amount needs a
-    `reason`."""
+    """A payment to record. One with the same `reference` and amount is recorded once. A negative
+    amount needs a `reason`."""
 
     amount: Amount
     reference: Annotated[str, LINE, Meta(min_length=1, max_length=200)] | None = None
