@@ -16,7 +16,7 @@ class UserOperations(Access):
     """Operations on the dashboard's logins and sessions."""
 
     async def list_users(self, actor: Actor, query: UsersQuery) -> UserList:
-        """List logins. An owner sees the members of the own account."""
+        """List logins. An owner sees the members of their account."""
         account_id = actor.account_id
         if query.account is not None:
             account_id = (await self.find_account(actor, query.account)).id

@@ -154,7 +154,7 @@ class Suspension(Input):
     reason: Text | None = None
 
 
-class NewThrottle(Input):
+class Throttle(Input):
     """A temporary reduction of an account's limits. `factor` is the fraction that is left, from
     0.001 to 1; 1 removes the throttle. Without `until`, it lasts until it is removed."""
 
@@ -213,8 +213,8 @@ class NewPrices(Input):
 
 
 class NewPayment(Input):
-    """A payment to record. A repeated `reference` is ignored. A negative amount needs a
-    `reason`."""
+    """A payment to record. One with the same `reference` and amount is recorded once. A negative
+    amount needs a `reason`."""
 
     amount: Amount
     reference: Annotated[str, LINE, Meta(min_length=1, max_length=200)] | None = None

@@ -18,7 +18,7 @@ from redbtc.cli.money import read_prices
 from redbtc.config import UpstreamSettings, shipped
 
 FIRST_ACCOUNT = "first"
-FIRST_RUN = "first run"  # who makes its changes
+FIRST_RUN = "first run"  # the author of these changes in the log
 FIRST_OPERATOR = "operator@localhost"
 
 

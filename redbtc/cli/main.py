@@ -150,7 +150,7 @@ def plain(text: str) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value for the terminal; a dash where there is none."""
+    """Return a value as text for the terminal, a dash for None."""
     value = ",".join(value) if isinstance(value, list) else value
     return "-" if value is None else plain(str(value))
 

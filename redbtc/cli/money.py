@@ -207,7 +207,10 @@ def payment() -> None:
 @payment.command("add", context_settings={"ignore_unknown_options": True})
 @click.argument("account")
 @click.argument("amount")
-@click.option("--reference", help="Optional ID. A repeated reference is ignored.")
+@click.option(
+    "--reference",
+    help="Optional ID. A payment with the same reference and amount is recorded once.",
+)
 @click.option("--reason", help="Required for a negative amount (a refund or correction).")
 @json_option
 @click.pass_obj

@@ -143,8 +143,8 @@ async def greet(service: Service, url: str, settings: Settings, start: ServeOpti
 async def open_ledger(
     stack: contextlib.AsyncExitStack, start: ServeOptions, running: Process
 ) -> Billing:
-    """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
-    when a damaged one was replaced. Raises UserError where that can't help."""
+    """Open the ledger. Try again for as long as its disk is full or does not answer, and whenever a
+    damaged file has been replaced. Raises UserError if trying again can't help."""
     database, path = start.settings.database, start.loaded.database_path
     serving = Serving(database.check_seconds, start.accept_clock, log, running.closing)
     said = ""
@@ -235,7 +235,7 @@ def serve(
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)
     raise_descriptor_limit()
-    os.umask(0o077)  # what the gateway writes is its user's alone
+    os.umask(0o077)  # only the gateway's user may read what it writes
     LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
