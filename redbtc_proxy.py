@@ -56,12 +56,12 @@ from redbtc.config import (
 )
 from redbtc.errors import UserError
 from redbtc.gateway.endpoints import METERED, RESPONSES
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import healthz
 from redbtc.gateway.metered_route import MeteredRoute
 from redbtc.gateway.pages import in_time
 from redbtc.gateway.plain_routes import AsApp, ExactRoute, unknown_url, upgrade_required
 from redbtc.gateway.service import Service
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.stored import StoredRoute
 from redbtc.gateway.websocket.session import serve_websocket
 from redbtc.headers import header

@@ -24,7 +24,7 @@ from redbtc.server import cycle
 from redbtc.limits import memory
 from redbtc.request_body import body
 from redbtc.request_body import forms, media
-from redbtc.gateway import admission
+from redbtc.gateway import admitted_request
 from redbtc.upstream import upstreams
 from redbtc.meter import meters
 from redbtc.server import websocket_protocol
@@ -52,8 +52,8 @@ let_fail(body.RequestBody, "add_include_usage")
 let_fail(forms.Form, "grow")
 let_fail(media, "decompressed")
 let_fail(body.ClientEvent, "read")
-let_fail(admission.AdmittedRequest, "hold")
-let_fail(admission.AdmittedRequest, "_note_growth")
+let_fail(admitted_request.AdmittedRequest, "hold")
+let_fail(admitted_request.AdmittedRequest, "_note_growth")
 let_fail(upstreams.Upstream, "open")
 let_fail(meters.JSONMeter, "steps")
 let_fail(websocket_protocol.WebSocketProtocol, "_count")

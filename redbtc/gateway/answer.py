@@ -17,7 +17,7 @@ import httpx2
 
 from redbtc.deadlines import Deadline
 from redbtc.gateway.client_response import ClientResponse, Sent
-from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
 from redbtc.meter.meters import Meter

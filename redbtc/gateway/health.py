@@ -17,7 +17,7 @@ from redbtc.dashboard.lazy import LazyDashboard
 from redbtc.dashboard.sessions import SECURITY
 from redbtc.dashboard.status import prefers_html
 from redbtc.dashboard.status import status as public_status
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.headers import header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Receive, Scope, Send, ids_of, request_of, respond

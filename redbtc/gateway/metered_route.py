@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from redbtc.deadlines import Deadline
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.gateway.metered import MeteredRequest
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.metered_request import MeteredRequest
 from redbtc.gateway.reading import read_content
 from redbtc.gateway.references import upstreams_for
 from redbtc.gateway.relay import Relay
-from redbtc.gateway.state import Gateway
 from redbtc.limits.memory import Reservation
 from redbtc.server.asgi import Receive, Scope, Send, request_of
 

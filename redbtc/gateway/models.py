@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from redbtc.deadlines import Deadline
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.headers import Headers
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import MAX_NAME

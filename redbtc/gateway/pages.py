@@ -16,7 +16,7 @@ from redbtc.dashboard.lazy import LazyDashboard
 from redbtc.dashboard.sessions import authenticator, session_of
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.authentication import authenticate
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import App, ClientRequest, Message, Receive, Scope, Send, ids_of, request_of
 

@@ -8,7 +8,7 @@ import httpx2
 
 from redbtc.gateway.answer import AnswerBody
 from redbtc.gateway.client_response import ClientResponse, Sent
-from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Send
 from redbtc.slices import answers_of, in_slices

@@ -8,11 +8,11 @@ from redbtc.admin.api import API
 from redbtc.billing.billing import Billing
 from redbtc.billing.webhook import post_for_ever
 from redbtc.config import Settings
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import Health
 from redbtc.gateway.models import Models
 from redbtc.gateway.pages import Pages
 from redbtc.gateway.progress import save_progress
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
 from redbtc.store.clock import watch_clock

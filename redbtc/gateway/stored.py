@@ -10,11 +10,11 @@ from redbtc.billing.spending import SpendingLimitReached
 from redbtc.deadlines import Deadline
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.forwarded_request import ForwardedRequest
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.reading import read_body
 from redbtc.gateway.references import location_of, not_own, required_upstreams
 from redbtc.gateway.relay import Relay
-from redbtc.gateway.state import Gateway
 from redbtc.headers import Headers
 from redbtc.limits.admission import Admission
 from redbtc.limits.memory import Reservation
@@ -31,7 +31,7 @@ from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
 
 if TYPE_CHECKING:
-    from redbtc.gateway.state import Gateway
+    from redbtc.gateway.gateway import Gateway
 
 
 # For how long a response of which only an estimate is known is read on after its reader has left.

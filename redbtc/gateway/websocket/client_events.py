@@ -8,8 +8,8 @@ import contextlib
 import msgspec
 from websockets.exceptions import ConnectionClosed
 
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import required_upstreams
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes, MessageMemory
 from redbtc.gateway.websocket.turn_response import SessionObjects

@@ -37,7 +37,7 @@ from collections.abc import Iterator
 
 from websockets.asyncio.client import ClientConnection
 
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.websocket.client_events import ClientEvents
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes

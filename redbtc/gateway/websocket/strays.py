@@ -13,9 +13,9 @@ from redbtc.billing.spending import Hold
 from redbtc.deadlines import TICK
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import RESPONSES
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import account_for, bill, count_containers, locations_of
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket.event_meter import EventMeter, is_stream_id, kind_of
 from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.locations import ObjectLocation

@@ -9,8 +9,8 @@ from msgspec import Struct, field
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
 from redbtc.gateway.endpoints import RESPONSES
-from redbtc.gateway.metered import MeteredRequest
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.metered_request import MeteredRequest
 from redbtc.gateway.websocket.event_meter import EventMeter
 from redbtc.limits.admission import Admission
 from redbtc.locations import ObjectLocation

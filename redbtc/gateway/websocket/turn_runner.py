@@ -7,8 +7,8 @@ import contextlib
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.deadlines import Deadline
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import upstreams_for
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lane, Lanes, MessageMemory, QueuedRequest
 from redbtc.gateway.websocket.tasks import Tasks

@@ -7,7 +7,7 @@ import asyncio
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from redbtc.deadlines import TICK
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes
 from redbtc.gateway.websocket.strays import Strays

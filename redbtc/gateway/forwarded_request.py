@@ -9,7 +9,7 @@ import time
 from redbtc.deadlines import Deadline
 from redbtc.gateway.asking import ask
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.limits.admission import Admission
 from redbtc.meter.decoded_meter import DecodedMeter
 from redbtc.meter.meters import JSONMeter, Meter

@@ -17,10 +17,10 @@ from redbtc.deadlines import Deadline
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.background import BackgroundResponse
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.forwarded_request import ForwardedRequest
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.maximum import Maximum
 from redbtc.gateway.progress import Running
-from redbtc.gateway.state import Gateway
 from redbtc.limits.admission import Admission
 from redbtc.refusals import ClientLeft, Refusal, insufficient_quota
 from redbtc.request_body.body import RequestBody

@@ -15,7 +15,7 @@ from itertools import islice
 import msgspec
 
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.admission import AdmittedRequest
+from redbtc.gateway.admitted_request import AdmittedRequest
 from redbtc.gateway.background import BackgroundResponse
 from redbtc.gateway.progress import PROGRESS_GROWTH, PROGRESS_SECONDS
 from redbtc.gateway.settlement import (
