@@ -597,7 +597,7 @@ def test_a_closed_connection_waits_for_no_garbage_collector(
             body = (await transport.handle_async_request(request)).stream
             assert isinstance(body, ResponseBody)
             await anext(body)
-            body.pass_on(lambda part: body is not None)
+            body.bypass_with(lambda part: body is not None)
             await body.aclose()
         await asyncio.sleep(0.1)
 
@@ -678,7 +678,7 @@ def test_what_comes_is_offered_only_while_its_reader_waits(upstream: Upstream) -
                 passed.append(part)
                 return taken
 
-            body.pass_on(pass_on)
+            body.bypass_with(pass_on)
             steps[0].set()
             await asyncio.sleep(0.1)
             assert passed == []
@@ -730,7 +730,7 @@ def test_an_end_that_comes_with_a_part_that_is_passed_on(upstream: Upstream) -> 
                 assert isinstance(body, ResponseBody)
                 assert await anext(body) == b"a"
                 if offered:
-                    body.pass_on(pass_on)
+                    body.bypass_with(pass_on)
                 reading = asyncio.create_task(rest(body))
                 await asyncio.sleep(0)  # the reader waits
                 step.set()

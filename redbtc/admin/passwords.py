@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from ipaddress import IPv6Network
 
 from redbtc.errors import UserError
-from redbtc.limits.rates import Bucket
+from redbtc.limits.buckets import Bucket
 
 # Characters of a password. NIST SP 800-63B-4 §3.1.1.2 asks for at least 15.
 MIN_LENGTH, MAX_LENGTH = 15, 1000

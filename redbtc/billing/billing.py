@@ -152,7 +152,7 @@ class Billing:
         quote = Quote(key, at, self.prices, self.prices.model_prices(model, at), spending, [])
         return Hold(quote, held)
 
-    def settle(self, money: Hold, cost: int) -> str:
+    def replace_hold(self, money: Hold, cost: int) -> str:
         """Replace a hold by the cost of the request, in nanos. Return the month whose statement
         will list it."""
         money.release()

@@ -26,7 +26,7 @@ from redbtc.refusals import ClientLeft, Refusal, insufficient_quota
 from redbtc.request_body.body import RequestBody
 from redbtc.server.asgi import ID_SECONDS, ClientRequest
 from redbtc.store.keys import Key
-from redbtc.store.requests import begin, forget
+from redbtc.store.requests import begin_row, forget_row
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import RequestRow
 
@@ -39,7 +39,7 @@ class Releasable(Protocol):
 
 
 class AdmittedRequest(ForwardedRequest, Running):
-    """A request that has places, a hold and a row in the ledger, in `async with` of `admitted`."""
+    """A request that has places, a hold and a row in the ledger, in `async with` of `admit`."""
 
     money: Hold  # from `async with` on
     row: RequestRow
@@ -67,7 +67,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         self.images = self.maximum.answers if endpoint.images else 1
         self.input_estimate = body.input_estimate
 
-    def admitted(self, upstream: Upstream, memory: Releasable) -> Self:
+    def admit(self, upstream: Upstream, memory: Releasable) -> Self:
         """Take the request's places, hold what it can cost and begin its row, until the end of
         `async with`. `upstream` is the first to be tried. `memory` is what was reserved for the
         body, given back as soon as the request has its places: from then on they limit it. `async
@@ -92,9 +92,9 @@ class AdmittedRequest(ForwardedRequest, Running):
         if self.endpoint.stores and self.facts.background:
             self._count_unfinished(self.facts.background)
         try:
-            tokens = self.input_estimate + self.facts.largest(self.endpoint.limits)
+            tokens = self.input_estimate + self.facts.largest(self.endpoint.output_limits)
             tokens = 0 if self.endpoint.free else tokens
-            await self.gateway.limiter.admit(self.admission, tokens, self.deadline)
+            await self.gateway.limiter.take_places(self.admission, tokens, self.deadline)
             self._memory.release()
             self.money = await self._hold_or_undo()
             self._is_held = True
@@ -227,7 +227,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Commit the pending row. Raises Refusal, ClientLeft."""
         self.date_row()
         try:
-            await begin(self.gateway.store, self.row)
+            await begin_row(self.gateway.store, self.row)
         except StorageUnavailable:
             self.admission.refund()
             raise Refusal("ledger_unavailable") from None
@@ -236,12 +236,12 @@ class AdmittedRequest(ForwardedRequest, Running):
 
     async def forget(self) -> None:
         self.admission.refund()
-        await forget(self.gateway.store, self.row)
+        await forget_row(self.gateway.store, self.row)
         raise ClientLeft
 
     async def _interrupt(self) -> None:
         """End a request on which the gateway failed, with what it has used so far."""
-        self.client_request.forwarded = True
+        self.client_request.interrupted = True
         if not self.settled:
             await self.settle("interrupted")
 

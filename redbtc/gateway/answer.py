@@ -22,7 +22,7 @@ from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
 from redbtc.meter.meters import Meter
 from redbtc.meter.streams import StreamMeter
-from redbtc.slices import answers_of, in_slices
+from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.connection import ResponseBody
 
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
@@ -82,7 +82,7 @@ class AnswerBody:
         self._begun = b""  # first bytes, sent on, that were too few to tell the coding
         self.rest: bytes | None = None
 
-    async def pass_on(self, body: httpx2.AsyncByteStream) -> None:
+    async def relay(self, body: httpx2.AsyncByteStream) -> None:
         """Send the body on as it comes, and settle the request at its end."""
         request, response = self._request, self._response
         self._deadline.allow(self._idle_seconds)
@@ -101,7 +101,9 @@ class AnswerBody:
         if meter.at_once:
             meter.finish()
         else:
-            await in_slices(meter.finish_steps(), answers_of(request.key.account_id), started=True)
+            await in_slices(
+                meter.finish_steps(), answer_queue(request.key.account_id), started=True
+            )
         await request.settle(request.outcome())
         self.rest = kept + meter.rest()
         if ended_by_event:
@@ -123,7 +125,7 @@ class AnswerBody:
                 if isinstance(meter, StreamMeter):
                     is_whole = False
                     if isinstance(body, ResponseBody):
-                        body.pass_on(Bypass(request, meter, response, self._idle_seconds))
+                        body.bypass_with(Bypass(request, meter, response, self._idle_seconds))
             passed = await self._feed(meter, chunk) if meter else chunk
             # The head waits until it is known what the answer is.
             is_unknown = meter is None and response.sent is Sent.NOTHING and len(kept) < MAX_BLANK
@@ -168,7 +170,7 @@ class AnswerBody:
             passed = meter.feed(chunk)
         else:
             self._deadline.pause()
-            account = answers_of(request.key.account_id)
+            account = answer_queue(request.key.account_id)
             passed = await in_slices(meter.steps(chunk), account, started=True)
         request.metered()
         if request.unwritten:  # a background response must be on disk before its id is seen

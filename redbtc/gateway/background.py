@@ -23,7 +23,7 @@ from redbtc.meter.estimates import (
 )
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow
-from redbtc.store.requests import Admitted
+from redbtc.store.requests import CorrectionFacts
 from redbtc.usage import Outcome, RequestRow, UsagePart
 
 # Then a response is given up. OpenAI's longest completion window is 8 hours.
@@ -175,10 +175,10 @@ class BackgroundResponse:
         return msgspec.json.decode(most, type=MaximumUsage) if most else None
 
     @property
-    def admitted(self) -> Admitted:
+    def correction_facts(self) -> CorrectionFacts:
         """The facts that a later correction needs."""
         unfinished = self.unfinished
-        return Admitted(unfinished.admitted_at, unfinished.image_model, unfinished.held)
+        return CorrectionFacts(unfinished.admitted_at, unfinished.image_model, unfinished.held)
 
     @property
     def seconds_left(self) -> float:

@@ -18,7 +18,7 @@ from redbtc.gateway.background import BackgroundResponse, Stage
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import count_containers, locations_of, weight
-from redbtc.limits.rates import rate_limit_headers
+from redbtc.limits.buckets import rate_limit_headers
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import UNFINISHED
 from redbtc.meter.estimates import MaximumUsage
@@ -256,10 +256,10 @@ class BackgroundResponses:
         parts = await count_containers(self._containers, row, report, parts)
         response.bill(parts, self._billing)
         self._learn(response, report, most)
-        admitted = response.admitted
+        correction_facts = response.correction_facts
         # As in MeteredRequest: nothing else is awaited between `bill` and this.
-        with self._corrections.keep_held(row, response.money, admitted):
-            await end_background(self._store, row, admitted)
+        with self._corrections.keep_held(row, response.money, correction_facts):
+            await end_background(self._store, row, correction_facts)
         self._remove(response)
         self._telemetry.settled(row)
 

@@ -22,7 +22,7 @@ from redbtc.store.background import key_of
 from redbtc.store.containers import Containers
 from redbtc.store.estimated import EstimatedRow, correct, estimated_of
 from redbtc.store.objects import Objects
-from redbtc.store.requests import Admitted
+from redbtc.store.requests import CorrectionFacts
 from redbtc.usage import RequestRow, Usage, UsagePart
 
 
@@ -77,15 +77,15 @@ class Corrections:
         return self._showing(response_id, money)
 
     def keep_held(
-        self, row: RequestRow, money: Hold, admitted: Admitted | None
+        self, row: RequestRow, money: Hold, correction_facts: CorrectionFacts | None
     ) -> contextlib.AbstractContextManager[None]:
         """Hold what a correction can still add to the cost of a row that is an estimate, if it can
         be corrected, in the returned context and until those who began to read the response before
         the ledger says that it is estimated have finished. `money` is what was held for the
-        request; `admitted` as in `ledger.settle`."""
-        if not (admitted and row.usage_source == "estimated" and row.response_id):
+        request; `correction_facts` as in `settle_row`."""
+        if not (correction_facts and row.usage_source == "estimated" and row.response_id):
             return contextlib.nullcontext()
-        further = max(0, admitted.held - (row.cost or 0))
+        further = max(0, correction_facts.held - (row.cost or 0))
         return self._showing(row.response_id, money.again(further))
 
     def is_unsure(self, response_id: str) -> bool:
@@ -132,13 +132,13 @@ class Corrections:
         except StorageUnavailable:
             return  # it is for the next who looks
         new = await self._containers.unbilled(report.containers)
-        self._containers.bill(new)
+        self._containers.mark_billed(new)
         parts, usage = self._used(found, report, len(new))
         parts = of_models(parts, found.image_model)
         price_id, cost = money.cost(parts, report.service_tier)
         if (shown := self._shown.get(response_id)) and shown.money:
             shown.money.release()
-        month = billing.settle(money, cost - found.cost)
+        month = billing.replace_hold(money, cost - found.cost)
         of_request = (found.request_id, account_id, month, billing.store.time())
         values = (*of_request, report.service_tier, price_id, cost)
         if home:

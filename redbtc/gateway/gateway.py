@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from redbtc.billing.billing import Billing
 from redbtc.config import Settings
 from redbtc.deadlines import Deadline, Deadlines
-from redbtc.gateway.authentication import authenticate
+from redbtc.gateway.authentication import key_in_headers
 from redbtc.gateway.background_responses import BackgroundResponses
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.in_flight import InFlight
@@ -66,11 +66,11 @@ class Gateway:
         self.billing.apply(settings.billing)
         self.upstreams.apply(settings.upstreams)
 
-    def enter(self, request: ClientRequest) -> Key:
+    def authenticate(self, request: ClientRequest) -> Key:
         """Return the key of a request that may come in. Raises Refusal."""
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
-        key = request.key = authenticate(request.headers, self.store)
+        key = request.key = key_in_headers(request.headers, self.store)
         if maintenance := self.billing.notices.maintenance():
             wait = (maintenance.until - self.store.time()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)

@@ -71,7 +71,7 @@ class Maximum:
     def output_tokens(self, prices: ModelPrices | None) -> int:
         """Return how many tokens one answer can have."""
         limits = (
-            self._body.facts.largest(self._endpoint.limits),
+            self._body.facts.largest(self._endpoint.output_limits),
             prices.max_output_tokens if prices else None,
         )
         return min((limit for limit in limits if limit), default=self._settings.hold_output_tokens)
@@ -131,9 +131,13 @@ class Maximum:
 
     def _cheaper_ways(self) -> Iterator[str]:
         """Yield what would lower the most that the request can cost."""
-        body, limits, tier = self._body, self._endpoint.limits, self._body.facts.service_tier
-        if limits:
-            yield f"a lower {' or '.join(map(repr, limits))}"
+        body, members, tier = (
+            self._body,
+            self._endpoint.output_limits,
+            self._body.facts.service_tier,
+        )
+        if members:
+            yield f"a lower {' or '.join(map(repr, members))}"
         uses_tools = self._endpoint.runs_tools and (body.extras or body.further_models())
         if uses_tools and self.calls() > 1:
             yield "a lower 'max_tool_calls'"
@@ -142,5 +146,5 @@ class Maximum:
         if body.could_name_author:
             yield "a cheaper model in 'svg.model'"
         prices = self._billing.model_prices(body.model)
-        if limits and prices and prices.exceeds_default(tier):
+        if members and prices and prices.exceeds_default(tier):
             yield f"the 'service_tier' '{DEFAULT_TIER}'"

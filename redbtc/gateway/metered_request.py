@@ -21,9 +21,9 @@ from redbtc.gateway.progress import PROGRESS_GROWTH, PROGRESS_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
     bill,
-    charge,
     count_containers,
     counted,
+    fill_in_cost,
     is_partly_known,
     locations_of,
     weight,
@@ -33,7 +33,7 @@ from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow
-from redbtc.store.requests import Admitted, drop_progress, record_progress, settle
+from redbtc.store.requests import CorrectionFacts, drop_progress, record_progress, settle_row
 from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 
 
@@ -143,18 +143,18 @@ class MeteredRequest(AdmittedRequest):
         parts = self._account_for(row, outcome, guess)
         if report.containers:
             parts = await count_containers(gateway.containers, row, report, parts)
-        admitted = self._admitted if guess else None
+        correction_facts = self._correction_facts if guess else None
         bill(row, parts, gateway.billing, self.money, self.body.image_model())
         if self._unweighed and not self._repeats:
             self._learn(self._unweighed, weight(row, self._most_usage()), row.usage)
             self._unweighed = {}
         self._drop_saved()
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
-        with gateway.corrections.keep_held(row, self.money, admitted):
-            await settle(gateway.store, row, admitted)
+        with gateway.corrections.keep_held(row, self.money, correction_facts):
+            await settle_row(gateway.store, row, correction_facts)
             gateway.telemetry.settled(row)
             self.client_request.counted = True
-            if admitted and self._shown_elsewhere and row.response_id:
+            if correction_facts and self._shown_elsewhere and row.response_id:
                 await self.ask_for_usage(row.response_id, row.upstream)
         self._correct_charge()
 
@@ -189,11 +189,11 @@ class MeteredRequest(AdmittedRequest):
         return parts
 
     @property
-    def _admitted(self) -> Admitted | None:
+    def _correction_facts(self) -> CorrectionFacts | None:
         """The facts that a later correction needs; None if the response can't be fetched later."""
         if not self.endpoint.stores:
             return None
-        return Admitted(self.money.at, self.body.image_model(), self.money.held)
+        return CorrectionFacts(self.money.at, self.body.image_model(), self.money.held)
 
     def growth_since_saved(self, now: float) -> float:
         """Return how long the request has worked, divided by how long it had worked when
@@ -217,9 +217,9 @@ class MeteredRequest(AdmittedRequest):
         row = msgspec.structs.replace(self.row)
         parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
-            charge(row, parts, self.money, self.body.image_model())
+            fill_in_cost(row, parts, self.money, self.body.image_model())
             self._is_saved = True
-            record_progress(self.gateway.store, row, self._admitted)
+            record_progress(self.gateway.store, row, self._correction_facts)
 
     @property
     def _is_over(self) -> bool:

@@ -11,7 +11,7 @@ from redbtc.gateway.client_response import ClientResponse, Sent
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Send
-from redbtc.slices import answers_of, in_slices
+from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.headers import headers_for_upstream
 from redbtc.upstream.upstreams import UploadBody, Upstream
 
@@ -93,7 +93,7 @@ class Relay:
                 raise httpx2.RemoteProtocolError("not a final status")
             self._response.set_head(answer, request.client_request.id, request.admission.headers())
             request.answered(answer.status)
-            await body.pass_on(answer.body)
+            await body.relay(answer.body)
         finally:
             self._rest = body.rest
             await answer.body.aclose()
@@ -120,7 +120,7 @@ class Relay:
         if request.meter.at_once:
             request.meter.cut_off()
         else:
-            account = answers_of(request.key.account_id)
+            account = answer_queue(request.key.account_id)
             await in_slices(request.meter.cut_off_steps(), account, started=True)
         if self._upload.begun:
             await asyncio.sleep(CLOSING_SECONDS)

@@ -77,7 +77,7 @@ async def count_containers(
     new = await containers.unbilled(report.containers)
     if row.usage_source == "estimated":
         new = new[: row.usage.containers or 0]
-    containers.bill(new)
+    containers.mark_billed(new)
     return counted(row, parts, containers=len(new) or None)
 
 
@@ -91,7 +91,7 @@ def counted(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> lis
     return [first, *parts[1:]]
 
 
-def charge(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
+def fill_in_cost(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
     """Fill in the row's cost, by the prices of the request's admission and the tier that the
     response reports. Leave it unknown where no usage is known."""
     if row.usage_source != "none":
@@ -102,8 +102,8 @@ def bill(
     row: RequestRow, parts: list[UsagePart], billing: Billing, money: Hold, image_model: str
 ) -> None:
     """Fill in the row's cost and month, and replace the hold by the cost."""
-    charge(row, parts, money, image_model)
-    row.month = billing.settle(money, row.cost or 0)
+    fill_in_cost(row, parts, money, image_model)
+    row.month = billing.replace_hold(money, row.cost or 0)
 
 
 def is_partly_known(meter: Meter, answers: int, *, images: bool) -> bool:

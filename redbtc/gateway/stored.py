@@ -153,7 +153,7 @@ class StoredRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, request = self._gateway, request_of(scope)
         request.route = self._endpoint.path
-        key, settings = gateway.enter(request), gateway.settings
+        key, settings = gateway.authenticate(request), gateway.settings
         response_id = scope["path_params"]["id"]
         deadline = Deadline(gateway.deadlines)
         charged = gateway.limiter.charge(key, settings.limits)
@@ -171,7 +171,7 @@ class StoredRoute:
                 if self._method == "DELETE" and response_id in gateway.background:
                     message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
-                await gateway.limiter.admit(admission, 0, deadline)
+                await gateway.limiter.take_places(admission, 0, deadline)
             with await self._hold(key, response_id, admission):
                 visit = StoredRequest(
                     gateway,

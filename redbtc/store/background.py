@@ -8,7 +8,7 @@ from typing import NamedTuple
 from redbtc.store.database import Store
 from redbtc.store.keys import FULL_KEY, Key
 from redbtc.store.request_rows import REQUEST_ROWS
-from redbtc.store.requests import Admitted, settle
+from redbtc.store.requests import CorrectionFacts, settle_row
 from redbtc.store.rows import COLUMNS, RECORD, row_of, values_of
 from redbtc.usage import RequestRow
 
@@ -57,10 +57,10 @@ def note_progress(store: Store, row: RequestRow, seen: str) -> asyncio.Future[No
     return store.record(NOTE_PROGRESS, (seen, row.request_id), retry_until_written=True)
 
 
-async def end_background(store: Store, row: RequestRow, admitted: Admitted) -> None:
+async def end_background(store: Store, row: RequestRow, correction_facts: CorrectionFacts) -> None:
     """Commit the row as its background response ended."""
     ended = store.record(ENDED, (row.request_id,), retry_until_written=True)
-    await settle(store, row, admitted)
+    await settle_row(store, row, correction_facts)
     await ended
 
 

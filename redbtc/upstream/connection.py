@@ -31,7 +31,7 @@ import httpx2
 
 from redbtc.upstream.kernel import acknowledged_bytes, has_unread, probe_when_idle
 from redbtc.upstream.request import UpstreamRequest, serialize_head
-from redbtc.upstream.response import ResponseHead, ResponseReader, State
+from redbtc.upstream.response import ResponseReader, State, UpstreamResponse
 
 HIGH_WATER = 64 << 10
 
@@ -50,7 +50,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
     ) -> None:
         """`open_connections` has the connection while it is open, and `pool` while it is idle."""
         self.response = ResponseReader()
-        self.pass_on: Callable[[bytes], bool] | None = None  # see ResponseBody.pass_on
+        self.bypass: Callable[[bytes], bool] | None = None  # see ResponseBody.bypass_with
         self._open_connections = open_connections
         self._pool = pool
         self._loop = asyncio.get_running_loop()
@@ -83,7 +83,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             return
         response.feed(data)
         reader_waits = self._waiter and response.parts and not self._waiter.done()
-        if self.pass_on and reader_waits and self.pass_on(b"".join(response.parts)):
+        if self.bypass and reader_waits and self.bypass(b"".join(response.parts)):
             response.take()
             if response.state is State.READING_BODY:
                 return
@@ -162,7 +162,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             self._acknowledged = self._written + 1
         return not (self._transport.is_closing() or has_unread(self._transport))
 
-    async def exchange(self, request: UpstreamRequest) -> ResponseHead:
+    async def exchange(self, request: UpstreamRequest) -> UpstreamResponse:
         """Send a request; return the head of its response, whose body is still to be read. Raise
         TransportError; the connection is closed then."""
         response = self.response
@@ -176,7 +176,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             self.close()
             raise
         body = ResponseBody(self, read)
-        return ResponseHead(
+        return UpstreamResponse(
             response.status, response.headers, body, response.http_version, response.reason
         )
 
@@ -231,7 +231,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         whole = response.state is State.COMPLETE and response.reusable
         if whole and not self._reading_paused and not self._transport.is_closing():
             response.close()
-            self.response, self.pass_on = ResponseReader(), None
+            self.response, self.bypass = ResponseReader(), None
             self._idle_since = self._loop.time()
             self._pool.append(self)
         else:
@@ -250,12 +250,12 @@ class ResponseBody(httpx2.AsyncByteStream):
         self._connection: UpstreamHTTPConnection | None = connection
         self._timeout = timeout
 
-    def pass_on(self, function: Callable[[bytes], bool]) -> None:
+    def bypass_with(self, function: Callable[[bytes], bool]) -> None:
         """Offer the parts that arrive while the reader waits to this function first. The reader
         does not get a part for which it returns True, and goes on waiting, with the same timeout.
         (Waking a task for an event costs as much as sending the event.)"""
         if self._connection:
-            self._connection.pass_on = function
+            self._connection.bypass = function
 
     @property
     def whole(self) -> bool:

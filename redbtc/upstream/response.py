@@ -38,7 +38,7 @@ class State(enum.Enum):
 ENDED = (State.COMPLETE, State.FAILED, State.CLOSED)
 
 
-class ResponseHead(NamedTuple):
+class UpstreamResponse(NamedTuple):
     """A response's head, and its body, which whoever reads it closes."""
 
     status: int

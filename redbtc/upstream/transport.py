@@ -16,7 +16,7 @@ import httpx2
 
 from redbtc.upstream.connection import NotSent, UpstreamHTTPConnection
 from redbtc.upstream.request import UpstreamRequest
-from redbtc.upstream.response import ResponseHead
+from redbtc.upstream.response import UpstreamResponse
 
 
 class Transport(httpx2.AsyncBaseTransport):
@@ -59,7 +59,7 @@ class Transport(httpx2.AsyncBaseTransport):
             extensions={"http_version": version, "reason_phrase": head.reason},
         )
 
-    async def send(self, request: UpstreamRequest) -> ResponseHead:
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """Send a request without httpx2's objects, which cost as much as all of this. Raise
         TransportError."""
         url = request.url

@@ -29,13 +29,13 @@ from redbtc.request_body.pieces import Buffer
 from redbtc.slices import with_turns
 from redbtc.upstream.httpx_transport import HTTPXTransport
 from redbtc.upstream.request import UpstreamRequest
-from redbtc.upstream.response import ResponseHead
+from redbtc.upstream.response import UpstreamResponse
 from redbtc.upstream.transport import Transport
 
 KEEPALIVE_SECONDS = 15
 MAX_FETCHED = 4 << 20  # bytes of a response that `fetch_whole` reads
 FETCH_SECONDS = 30  # at most, for a request of the gateway's own
-SLICE = 2 << 20  # bytes of a body that are given to the kernel at a time
+UPLOAD_PART_BYTES = 2 << 20  # bytes of a body that are given to the kernel at a time
 MAX_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
 PING_SECONDS = 20
 
@@ -57,10 +57,10 @@ class UploadBody(httpx2.ByteStream):
         if start >= max(size, 1):
             raise StopAsyncIteration
         self.begun = True
-        self._at = max(start + SLICE, 1)
-        if size <= SLICE:
+        self._at = max(start + UPLOAD_PART_BYTES, 1)
+        if size <= UPLOAD_PART_BYTES:
             return cast(bytes, self._body)
-        return cast(bytes, memoryview(self._body)[start : start + SLICE])
+        return cast(bytes, memoryview(self._body)[start : start + UPLOAD_PART_BYTES])
 
 
 NOT_IN_HANDSHAKE = ("accept", "accept-encoding", "content-type", "content-encoding")
@@ -114,7 +114,7 @@ class Upstream:
 
     async def open(
         self, method: str, path: str, query: bytes, headers: Headers, body: UploadBody
-    ) -> ResponseHead:
+    ) -> UpstreamResponse:
         """Send a request; return the head of its response. Raise httpx2.HTTPError."""
         target = self._path + path.encode() + (b"?" + query if query else b"")
         headers = [*headers, *self._own]

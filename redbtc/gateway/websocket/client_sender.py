@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from redbtc.headers import Headers
-from redbtc.limits.rates import Bucket
+from redbtc.limits.buckets import Bucket
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import ClientRequest, Send
 from redbtc.server.websocket_protocol import (

@@ -24,7 +24,7 @@ from redbtc.meter.estimates import Estimate, SeenOutput, estimate, is_complete
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.server.asgi import new_request_id
 from redbtc.store.keys import Key
-from redbtc.store.requests import Admitted, settle
+from redbtc.store.requests import CorrectionFacts, settle_row
 from redbtc.usage import Outcome, RequestRow
 
 MAX_STRAYS = 16  # responses of a connection whose events are metered at the same time
@@ -97,7 +97,7 @@ class Strays:
         location, usage = ObjectLocation(row.upstream), None if guess else row.usage
         locations = locations_of(named, report, location, usage)
         gateway.objects.own_each(locations, row.account_id)
-        await settle(gateway.store, row, Admitted(money.at, DEFAULT_IMAGE_MODEL, 0))
+        await settle_row(gateway.store, row, CorrectionFacts(money.at, DEFAULT_IMAGE_MODEL, 0))
         gateway.telemetry.settled(row)
 
     def _new_row(self, stray: Stray) -> RequestRow:

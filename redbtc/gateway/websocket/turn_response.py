@@ -18,7 +18,7 @@ from redbtc.meter.answers import Answer
 from redbtc.request_body.body import ClientEvent
 from redbtc.server.asgi import ClientRequest
 from redbtc.store.keys import Key
-from redbtc.store.requests import settle
+from redbtc.store.requests import settle_row
 from redbtc.usage import Outcome, Usage
 
 
@@ -112,4 +112,4 @@ class TurnResponse(MeteredRequest):
 
     async def write_pending(self) -> None:
         """Commit the pending row of a response that follows, however long that takes."""
-        await settle(self.gateway.store, self.row)
+        await settle_row(self.gateway.store, self.row)

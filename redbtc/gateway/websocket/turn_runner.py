@@ -93,7 +93,7 @@ class TurnRunner:
             raise expired()
         if self._sender.closed:
             raise ClientLeft
-        key = gateway.enter(self._handshake)
+        key = gateway.authenticate(self._handshake)
         deadline, objects = Deadline(gateway.deadlines), self._objects
         response = TurnResponse(gateway, request, deadline, admission, key, event, objects)
         turn = lane.turn = Turn(lane.stream_id, response, deadline)
@@ -106,7 +106,7 @@ class TurnRunner:
             message = "No upstream serves this model over a WebSocket; use POST."
             raise Refusal("no_upstream", message)
         with gateway.serving(None, deadline, key):
-            async with response.admitted(upstreams[0], queued), turn.further:
+            async with response.admit(upstreams[0], queued), turn.further:
                 await self._forward(turn, event, upstreams)
 
     async def _forward(self, turn: Turn, event: ClientEvent, upstreams: list[Upstream]) -> None:
