@@ -270,16 +270,16 @@ class BackgroundResponses:
         response_id = row.response_id or ""
         made = list(dict.fromkeys((response_id, *report.made)))
         if chosen is None:
-            home = None
+            location = None
             with contextlib.suppress(StorageUnavailable):
-                home = objects.location_of(response_id, row.account_id)
-            if not (home and home.minted_input):
-                made = [response_id] if home else []
+                location = objects.location_of(response_id, row.account_id)
+            if not (location and location.minted_input):
+                made = [response_id] if location else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        homes = locations_of(
+        locations = locations_of(
             made, report, ObjectLocation(row.upstream), weight(row, most), row.usage
         )
-        objects.own_each(homes, row.account_id)
+        objects.own_each(locations, row.account_id)
 
     async def _ask_until_ended(self, response: BackgroundResponse) -> None:
         pause, unknown = FIRST_PAUSE, 0

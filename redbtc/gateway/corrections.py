@@ -127,7 +127,7 @@ class Corrections:
         billing, model = self._billing, found.requested_model
         try:
             key = key_of(billing.store, found.key_id)
-            home = self._objects.location_of(response_id, account_id)
+            location = self._objects.location_of(response_id, account_id)
             money = await billing.hold_again(key, model, found.admitted_at, 0)
         except StorageUnavailable:
             return  # it is for the next who looks
@@ -141,9 +141,9 @@ class Corrections:
         month = billing.replace_hold(money, cost - found.cost)
         of_request = (found.request_id, account_id, month, billing.store.time())
         values = (*of_request, report.service_tier, price_id, cost)
-        if home:
-            homes = locations_of([response_id], report, home, usage, usage)
-            self._objects.own_each(homes, account_id)
+        if location:
+            locations = locations_of([response_id], report, location, usage, usage)
+            self._objects.own_each(locations, account_id)
         await correct(billing.store, values, usage)
 
     @staticmethod

@@ -20,18 +20,18 @@ from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 def locations_of(
     ids: Iterable[str],
     report: Report,
-    home: ObjectLocation,
+    location: ObjectLocation,
     usage: Usage | None,
     likely: Usage | None = None,
 ) -> dict[str, ObjectLocation]:
-    """Return the homes of objects that a response made, with the tokens that a request which builds
-    on them reads at most: of a response and its conversation all input and output, and so of an
-    item, unless it holds nothing but output. `usage` is None if it is not known yet; `likely` is
+    """Return the locations of objects that a response made, with the tokens that a request which
+    builds on them reads at most: of a response and its conversation all input and output, and so of
+    an item, unless it holds nothing but output. `usage` is None if it is not known yet; `likely` is
     given where it is only the most that can have been used."""
     if usage is None:
-        return dict.fromkeys(ids, home)
-    whole = home.with_tokens(all_of(usage), all_of(likely) if likely else None)
-    words = home.with_tokens(usage.output_tokens or 0, likely.output_tokens if likely else None)
+        return dict.fromkeys(ids, location)
+    whole = location.with_tokens(all_of(usage), all_of(likely) if likely else None)
+    words = location.with_tokens(usage.output_tokens or 0, likely.output_tokens if likely else None)
     return {each: words if each in report.text_items else whole for each in ids}
 
 
