@@ -91,7 +91,7 @@ def metered_apps(service: Service) -> dict[str, App]:
 
 def other_apps(service: Service) -> App:
     """Return the app of all other requests. What has no route is 404 before its body is read."""
-    models, health, pages = service.models, service.health, service.pages
+    models, health, pages = service.models, service.health_routes, service.pages
 
     def stored(method: str, suffix: str = "") -> Route:
         app = StoredRoute(service.gateway, method, suffix)
@@ -129,7 +129,7 @@ def websocket_app(service: Service) -> App:
         request = request_of(scope)
         request.route = RESPONSES.path
         origin = header(request.headers, b"origin")
-        if origin is not None and not service.health.allows_origin(origin):  # RFC 6455 §10.2
+        if origin is not None and not service.health_routes.allows_origin(origin):  # RFC 6455 §10.2
             raise Refusal("origin_not_allowed")
         await serve_websocket(service.gateway, request, receive, send)
 

@@ -24,13 +24,13 @@ from redbtc.errors import UserError
 from redbtc.money import parse_limit
 from redbtc.usage import MAX_TOKENS
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 INSTALLED = Path(sys.prefix) / "share" / "redbtc-proxy"  # where the package puts its other files
 
 
 def shipped(name: str) -> Path:
     """Return the path of a file that comes with the program."""
-    return (HERE if (HERE / name).exists() else INSTALLED) / name
+    return (ROOT if (ROOT / name).exists() else INSTALLED) / name
 
 
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
@@ -221,7 +221,7 @@ def load_settings(path: str | None) -> Loaded:
     """Read the settings from `path`, else from $REDBTC_CONFIG, else from config.toml beside the
     script, else use the defaults. Raises SettingsError with one line that says what is wrong and
     where."""
-    beside = HERE / "config.toml"
+    beside = ROOT / "config.toml"
     chosen = path or os.environ.get("REDBTC_CONFIG") or (str(beside) if beside.exists() else None)
     if chosen is None:
         return Loaded(Settings(), None, Path.cwd(), [])

@@ -39,7 +39,7 @@ from redbtc.store.keys import Key
 from redbtc.store.wal import file_size
 from redbtc.times import parse_time
 
-MAX_ROWS = 1000  # requests in one answer to a browser or to the holder of a key
+MAX_LISTED_REQUESTS = 1000  # requests in one answer to a browser or to the holder of a key
 
 
 class UsageOperations(Access):
@@ -75,7 +75,7 @@ class UsageOperations(Access):
 
     async def requests(self, actor: Actor, query: RequestsQuery) -> RequestReport:
         """List requests, and their totals."""
-        wanted = await self._newest(actor, query, min(query.limit or 100, MAX_ROWS))
+        wanted = await self._newest(actor, query, min(query.limit or 100, MAX_LISTED_REQUESTS))
         currency = self.billing.currency
         async with self.billing.store.snapshot() as snapshot:
             rows = await requests_in(snapshot, wanted, currency)

@@ -10,7 +10,7 @@ from redbtc.admin.inputs import Input, Nothing
 
 PREFIX = "/admin/v1"
 Given = TypeVar("Given", bound=Input)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 def variables_of(path: str) -> list[str]:
@@ -62,8 +62,8 @@ def operation(
     method: str,
     path: str,
     least: Rank,
-    handler: Callable[Concatenate[Any, Actor, ...], Awaitable[Answer]],
-    answer: type[Answer],
+    handler: Callable[Concatenate[Any, Actor, ...], Awaitable[Result]],
+    answer: type[Result],
     *,
     status: int = 200,
     key_path: str | None = None,
@@ -75,8 +75,8 @@ def operation(
     method: str,
     path: str,
     least: Rank,
-    handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Answer]],
-    answer: type[Answer],
+    handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Result]],
+    answer: type[Result],
     *,
     query: type[Given],
     status: int = 200,
@@ -90,8 +90,8 @@ def operation(
     method: str,
     path: str,
     least: Rank,
-    handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Answer]],
-    answer: type[Answer],
+    handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Result]],
+    answer: type[Result],
     *,
     body: type[Given],
     status: int = 200,

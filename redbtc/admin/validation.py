@@ -53,7 +53,7 @@ def read_number(number: str) -> int | float:
 JSON = msgspec.json.Decoder(float_hook=read_number)
 
 
-def read_json(body: bytes, wanted: type[AnyInput]) -> AnyInput:
+def read_json_body(body: bytes, wanted: type[AnyInput]) -> AnyInput:
     """Return a JSON body as the input `wanted`. Raise Invalid."""
     try:
         return msgspec.convert(JSON.decode(body or b"{}"), wanted)

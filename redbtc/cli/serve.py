@@ -43,7 +43,7 @@ from redbtc.store.health import RETRY_SECONDS
 from redbtc.store.opening import Serving
 from redbtc.telemetry import LOG, Telemetry, log
 
-WATCH_SECONDS = 0.25  # between two looks at the file of a damaged database
+DAMAGED_FILE_SECONDS = 0.25  # between two looks at a database file that is damaged
 DEMO_PRICE = Price(
     "redbtc-demo*",
     input=NANOS,
@@ -161,9 +161,9 @@ async def open_ledger(
             if str(error) != said:
                 said = str(error)
                 log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED_AT_START)
-            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.sleep(DAMAGED_FILE_SECONDS)
             while state_of(path) == tried:
-                await asyncio.sleep(WATCH_SECONDS)
+                await asyncio.sleep(DAMAGED_FILE_SECONDS)
         except (StorageUnavailable, DatabaseInUse) as error:
             if not said and isinstance(error, DatabaseInUse):
                 raise

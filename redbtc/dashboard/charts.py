@@ -60,7 +60,7 @@ class Chart(NamedTuple):
 
 
 DIGITS = 50  # of every sum; amounts in the database have 27
-PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+ID_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 def stacked(
@@ -109,7 +109,7 @@ def stacked(
 def _check(dates: Sequence[date], series: Sequence[Series], prefix: str) -> None:
     if not dates:
         raise ValueError("a chart needs at least one day")
-    if not PREFIX.fullmatch(prefix):
+    if not ID_PREFIX.fullmatch(prefix):
         raise ValueError(f"{prefix!r} can't start an id")
     for row in series:
         if len(row.values) != len(dates):

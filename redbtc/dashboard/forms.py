@@ -15,7 +15,7 @@ from redbtc.errors import UserError
 
 MAX_FORM_BYTES = 64 << 10
 MAX_REMEMBERED = 10_000  # tokens of forms that were processed
-TOKEN = re.compile("[0-9a-f]{16}")
+FORM_TOKEN = re.compile("[0-9a-f]{16}")
 
 
 async def read_form(request: Request) -> dict[str, str]:
@@ -38,7 +38,7 @@ class ProcessedForms:
     def once(self, user_id: str, token: str) -> Iterator[None]:
         """Process a form, and remember it if that succeeds. Raise UserError if it was processed
         before. A token that no page contains is ignored."""
-        if not TOKEN.fullmatch(token):
+        if not FORM_TOKEN.fullmatch(token):
             yield
             return
         form = user_id, token

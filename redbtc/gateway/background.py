@@ -11,7 +11,7 @@ import msgspec
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
-from redbtc.gateway.progress import PROGRESS_GROWTH
+from redbtc.gateway.progress import SAVE_GROWTH
 from redbtc.gateway.settlement import account_for, bill
 from redbtc.meter.estimates import (
     MaximumUsage,
@@ -95,7 +95,7 @@ class BackgroundResponse:
         """Note what its readers have been sent so far, if that is due. Return whether it was. `now`
         is by the monotonic clock."""
         seconds = now - self._followed_at
-        if seconds < PROGRESS_GROWTH * self._watched_after or not self._read:
+        if seconds < SAVE_GROWTH * self._watched_after or not self._read:
             return False
         self._watched_after = seconds
         for report in self._read:

@@ -17,12 +17,12 @@ import msgspec
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.admitted_request import AdmittedRequest
 from redbtc.gateway.background import BackgroundResponse
-from redbtc.gateway.progress import PROGRESS_GROWTH, PROGRESS_SECONDS
+from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
+    add_calls,
     bill,
     count_containers,
-    counted,
     fill_in_cost,
     is_partly_known,
     locations_of,
@@ -40,7 +40,7 @@ from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 class MeteredRequest(AdmittedRequest):
     """A request whose answer is metered and billed."""
 
-    _saved_after = PROGRESS_SECONDS / PROGRESS_GROWTH  # seconds of work, when it was last saved
+    _saved_after = SAVE_SECONDS / SAVE_GROWTH  # seconds of work, when it was last saved
     _is_saved = False  # whether the ledger has a row in `unsettled` for it
     _named = 0  # objects that it is known to have made
     _repeats = False  # what another request has made
@@ -185,7 +185,7 @@ class MeteredRequest(AdmittedRequest):
         """Fill in the row's outcome and usage, except containers. Return the parts to bill."""
         parts = account_for(row, self.meter.report, outcome, guess)
         if self.endpoint.chat and self.body.searches_web and row.usage.web_searches is None:
-            parts = counted(row, parts, web_searches=1)
+            parts = add_calls(row, parts, web_searches=1)
         return parts
 
     @property
@@ -215,7 +215,7 @@ class MeteredRequest(AdmittedRequest):
             return
         self._fill(self.meter.report)
         row = msgspec.structs.replace(self.row)
-        parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
+        parts = add_calls(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
             fill_in_cost(row, parts, self.money, self.body.image_model())
             self._is_saved = True

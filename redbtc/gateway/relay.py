@@ -15,7 +15,7 @@ from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.headers import headers_for_upstream
 from redbtc.upstream.upstreams import UploadBody, Upstream
 
-CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
+UPSTREAM_CLOSE_SECONDS = 0.1  # until the upstream notices a closed connection: a place is taken
 
 
 class Relay:
@@ -72,7 +72,7 @@ class Relay:
             await self._fail(failure)
         else:
             if failure:
-                await asyncio.sleep(CLOSING_SECONDS)
+                await asyncio.sleep(UPSTREAM_CLOSE_SECONDS)
             await self._end(self._rest)
 
     async def _ask(self, upstream: Upstream) -> None:
@@ -123,7 +123,7 @@ class Relay:
             account = answer_queue(request.key.account_id)
             await in_slices(request.meter.cut_off_steps(), account, started=True)
         if self._upload.begun:
-            await asyncio.sleep(CLOSING_SECONDS)
+            await asyncio.sleep(UPSTREAM_CLOSE_SECONDS)
         elif deadline.client_left:
             await request.forget()
         if deadline.client_left or response.waits_for_client:

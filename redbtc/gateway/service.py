@@ -9,7 +9,7 @@ from redbtc.billing.billing import Billing
 from redbtc.billing.webhook import post_for_ever
 from redbtc.config import Settings
 from redbtc.gateway.gateway import Gateway
-from redbtc.gateway.health import Health
+from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
 from redbtc.gateway.pages import Pages
 from redbtc.gateway.progress import save_progress
@@ -27,7 +27,7 @@ class Service:
         self.api = API(billing, GatewayView(self.gateway), settings.dashboard_url)
         self.models = Models(self.gateway)
         self.pages = Pages(self.gateway, self.api)
-        self.health = Health(self.gateway, self.pages.lazy_dashboard)
+        self.health_routes = HealthRoutes(self.gateway, self.pages.lazy_dashboard)
         self.vitals = Vitals(billing.store)
         telemetry.registry.register(self.vitals)
 

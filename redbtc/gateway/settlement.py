@@ -78,10 +78,10 @@ async def count_containers(
     if row.usage_source == "estimated":
         new = new[: row.usage.containers or 0]
     containers.mark_billed(new)
-    return counted(row, parts, containers=len(new) or None)
+    return add_calls(row, parts, containers=len(new) or None)
 
 
-def counted(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> list[UsagePart]:
+def add_calls(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> list[UsagePart]:
     """Add calls that no usage reports to a row's usage, if that is known. Return the parts to
     bill."""
     if row.usage_source == "none":

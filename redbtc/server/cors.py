@@ -23,7 +23,7 @@ EXPOSED = (
     b"openai-processing-ms, openai-version, openai-model, cf-ray, date, age, *"
 )
 METHODS = b"GET, POST, DELETE"
-MAX_AGE_SECONDS = b"7200"  # Chromium's maximum
+PREFLIGHT_MAX_AGE = b"7200"  # Chromium's maximum
 
 
 def cors_headers(origin: bytes, origins: Iterable[str]) -> Headers:
@@ -75,7 +75,7 @@ def preflight_headers(headers: Headers) -> Headers:
         raise Refusal("unknown_url")
     added: Headers = [
         (b"access-control-allow-methods", METHODS),
-        (b"access-control-max-age", MAX_AGE_SECONDS),
+        (b"access-control-max-age", PREFLIGHT_MAX_AGE),
         (b"vary", b"Access-Control-Request-Method, Access-Control-Request-Headers"),
     ]
     if asked := header(headers, b"access-control-request-headers"):

@@ -118,8 +118,8 @@ def check_handshake(scope: Scope) -> None:
 
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
 MAX_TRAILER_BYTES = 8 << 10
-MAX_OVERHEAD = 64 << 10  # bytes of framing, beyond OVERHEAD_PER_BYTE for each byte of the body
-OVERHEAD_PER_BYTE = 8  # more than chunks of one byte need
+MAX_FRAMING = 64 << 10  # bytes of framing, beyond FRAMING_PER_BYTE for each byte of the body
+FRAMING_PER_BYTE = 8  # more than chunks of one byte need
 MAX_CHUNKS_PER_TURN = 200  # that a connection parses in one turn of the loop; about 0.2 ms
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?[ \t]*")
 TRAILER = re.compile(TOKEN.pattern + rb":[^\x00-\x08\x0a-\x1f\x7f]*")
@@ -153,7 +153,7 @@ class Chunked:
         self._after_chunk = False  # the next size comes after the CRLF that ends a chunk's data
         self._in_trailers = False
         self._partial = b""  # a line that is not yet whole
-        self._budget = MAX_OVERHEAD  # bytes of framing that may still come
+        self._budget = MAX_FRAMING  # bytes of framing that may still come
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
@@ -169,7 +169,7 @@ class Chunked:
                 parts.append(part)
                 at += len(part)
                 self._remaining -= len(part)
-                self._budget = min(MAX_OVERHEAD, self._budget + OVERHEAD_PER_BYTE * len(part))
+                self._budget = min(MAX_FRAMING, self._budget + FRAMING_PER_BYTE * len(part))
             if self._remaining or self.whole:
                 break
             end = self._end_of_line(data, at)

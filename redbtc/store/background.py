@@ -17,7 +17,7 @@ KEEP_PENDING = """
            (request_id, admitted_at, held, input_estimate, image_model, text_bytes, seen, most)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
 NOTE_PROGRESS = "UPDATE background SET seen = ? WHERE request_id = ?"
-ENDED = "DELETE FROM background WHERE request_id = ?"
+DROP_BACKGROUND = "DELETE FROM background WHERE request_id = ?"
 BACKGROUND = f"""
     SELECT {", ".join(f"requests.{name}" for name in COLUMNS)},
            admitted_at, held, input_estimate, image_model, text_bytes, seen, most
@@ -59,7 +59,7 @@ def note_progress(store: Store, row: RequestRow, seen: str) -> asyncio.Future[No
 
 async def end_background(store: Store, row: RequestRow, correction_facts: CorrectionFacts) -> None:
     """Commit the row as its background response ended."""
-    ended = store.record(ENDED, (row.request_id,), retry_until_written=True)
+    ended = store.record(DROP_BACKGROUND, (row.request_id,), retry_until_written=True)
     await settle_row(store, row, correction_facts)
     await ended
 

@@ -56,6 +56,6 @@ def is_stream_id(stream_id: Any) -> TypeGuard[str | None]:
     return isinstance(stream_id, STREAM_ID_TYPES)
 
 
-def status_of(event: Answer) -> int:
+def event_status(event: Answer) -> int:
     """Return the status of an error event, 500 if it has no valid one."""
     return event.status if type(event.status) is int and 400 <= event.status <= 599 else 500

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
-from redbtc.gateway.websocket.event_meter import kind_of, response_named, status_of
+from redbtc.gateway.websocket.event_meter import event_status, kind_of, response_named
 from redbtc.gateway.websocket.strays import hold_nothing
 from redbtc.gateway.websocket.turn_response import TurnResponse
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
@@ -155,7 +155,7 @@ class Turn:
         response = self.response
         await response.take(event, kind)
         if response.meter.ended and not response.settled:
-            response.answered(status_of(event) if kind == "error" else 200)
+            response.answered(event_status(event) if kind == "error" else 200)
             self._enter(self._settled_state())
             await response.settle(response.outcome())
         elif self.state is TurnState.WAITING and response.id:
