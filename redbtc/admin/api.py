@@ -81,9 +81,9 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         *arguments: Arguments.args,
         **path: Arguments.kwargs,
     ) -> Result:
-        """Return the result of an operation. Raise Forbidden if the actor's role is too low, and
+        """Return the result of an operation. Raises Forbidden if the actor's role is too low, and
         any UserError that the operation raises."""
-        actor.require(BY_HANDLER[handler].least)
+        actor.require(BY_HANDLER[handler].min_rank)
         return await handler(self, actor, *arguments, **path)
 
     async def perform_text(
@@ -95,9 +95,9 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         **path: Arguments.kwargs,
     ) -> Result:
         """Return the result of an operation whose input is the values of a form or a query; they
-        may all be text. Raise UserError as `perform` does, and Invalid for malformed input."""
+        may all be text. Raises UserError as `perform` does, and Invalid for malformed input."""
         declared = BY_HANDLER[handler]
-        actor.require(declared.least)
+        actor.require(declared.min_rank)
         given: Any = read_values(values, declared.input)
         return await handler(self, actor, given, *arguments, **path)
 
@@ -109,9 +109,9 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         query: Mapping[str, str],
         body: bytes,
     ) -> Struct | dict[str, Any] | AsyncIterator[bytes]:
-        """Return the answer to an HTTP request, or its JSON part by part. Raise UserError as
+        """Return the answer to an HTTP request, or its JSON part by part. Raises UserError as
         `perform` does, and Invalid for malformed input."""
-        actor.require(declared.least)
+        actor.require(declared.min_rank)
         inputs = read_values(query, declared.query), read_json_body(body, declared.body)
         given = [each for each in inputs if type(each) is not Nothing]
         if declared.stream and actor.is_command:

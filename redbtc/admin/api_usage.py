@@ -46,7 +46,7 @@ class UsageOperations(Access):
     """Operations that report usage and the state of the gateway, and those on its database."""
 
     async def _range(self, actor: Actor, query: UsageQuery) -> Range:
-        """Return the range of requests that a query asks for. Raise NotFound for an account or key
+        """Return the range of requests that a query asks for. Raises NotFound for an account or key
         that does not exist or that belongs to another account."""
         account_id = actor.account_id
         if query.account is not None:
@@ -101,7 +101,7 @@ class UsageOperations(Access):
 
     async def _newest(self, actor: Actor, query: RequestsQuery, limit: int) -> Range:
         """Return the range of the newest requests that a query asks for (limit -1: all of them).
-        Raise NotFound."""
+        Raises NotFound."""
         wanted = await self._range(actor, query)
         if query.before:
             wanted = await older_than(self.billing.store, wanted, query.before)

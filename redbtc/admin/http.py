@@ -188,8 +188,8 @@ def check_fields(encoded: bytes) -> None:
 
 
 async def whole_body(request: Request, maximum: int) -> bytes:
-    """Return the body of a request. Raise TooLarge as soon as it has more than `maximum` bytes, and
-    Invalid if it ends too early."""
+    """Return the body of a request. Raises TooLarge as soon as it has more than `maximum` bytes,
+    and Invalid if it ends too early."""
     body = bytearray()
     try:
         async for part in request.stream():

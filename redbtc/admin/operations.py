@@ -27,7 +27,7 @@ class Operation(NamedTuple):
 
     method: str
     path: str
-    least: Rank  # the lowest role that may perform the operation
+    min_rank: Rank  # the lowest role that may perform the operation
     handler: Callable[..., Awaitable[Any]]
     answer: Any  # the type that is described in openapi.json
     query: type[Input] = Nothing
@@ -61,7 +61,7 @@ class Operation(NamedTuple):
 def operation(
     method: str,
     path: str,
-    least: Rank,
+    min_rank: Rank,
     handler: Callable[Concatenate[Any, Actor, ...], Awaitable[Result]],
     answer: type[Result],
     *,
@@ -74,7 +74,7 @@ def operation(
 def operation(
     method: str,
     path: str,
-    least: Rank,
+    min_rank: Rank,
     handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Result]],
     answer: type[Result],
     *,
@@ -89,7 +89,7 @@ def operation(
 def operation(
     method: str,
     path: str,
-    least: Rank,
+    min_rank: Rank,
     handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Result]],
     answer: type[Result],
     *,
@@ -102,10 +102,10 @@ def operation(
 def operation(
     method: str,
     path: str,
-    least: Rank,
+    min_rank: Rank,
     handler: Callable[..., Awaitable[Any]],
     answer: Any,
     **declared: Any,
 ) -> Operation:
     """Return a row of the table. A type checker compares the declared types with the handler's."""
-    return Operation(method, path, least, handler, answer, **declared)
+    return Operation(method, path, min_rank, handler, answer, **declared)

@@ -175,7 +175,7 @@ async def count_later(store: Store, at: int, now: int) -> dict[str, int]:
 
 
 def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
-    """Return the time to set (text None: now) and the present time, both in milliseconds. Raise
+    """Return the time to set (text None: now) and the present time, both in milliseconds. Raises
     UserError."""
     now = min(now_ms(), store.time())  # either of them may be ahead
     at = parse_time(text, now, relative_to_past=True) if text else now
@@ -193,7 +193,7 @@ async def preview(store: Store, at: int, now: int) -> TimeSet:
 
 async def set_time(billing: Billing, at: int, now: int, by: str) -> TimeSet:
     """Set the ledger's time back to `at` and move all later entries to it. Return what was moved.
-    Raise StorageUnavailable; the same call may then be repeated."""
+    Raises StorageUnavailable; the same call may then be repeated."""
     store, before = billing.store, billing.store.time()
     async with billing.changing_prices:
         await store.settle_time()  # entries that wait to be written have the old time

@@ -98,32 +98,38 @@ class Dashboard:
             self._route("/dashboard", home),
             self._route("/dashboard/", home),
             self._route("/dashboard/logout", login.log_out, "POST"),
-            screen("/dashboard/you", "you.html", own_login_page, own_actions, least="viewer"),
-            screen("/dashboard/overview", "overview.html", overview_page, least="operator"),
+            screen("/dashboard/you", "you.html", own_login_page, own_actions, min_rank="viewer"),
+            screen("/dashboard/overview", "overview.html", overview_page, min_rank="operator"),
             screen(
                 "/dashboard/accounts",
                 "accounts.html",
                 accounts_page,
                 {"add": add_account},
-                least="operator",
+                min_rank="operator",
             ),
             screen(
                 "/dashboard/prices",
                 "prices.html",
                 prices_page,
                 {"add": add_price},
-                least="operator",
+                min_rank="operator",
             ),
             screen(
-                "/dashboard/notices", "notices.html", notices_page, notice_actions, least="operator"
+                "/dashboard/notices",
+                "notices.html",
+                notices_page,
+                notice_actions,
+                min_rank="operator",
             ),
-            screen("/dashboard/log", "log.html", log_page, least="operator"),
-            screen("/dashboard/users", "users.html", users_page, USER_ACTIONS, least="operator"),
+            screen("/dashboard/log", "log.html", log_page, min_rank="operator"),
+            screen("/dashboard/users", "users.html", users_page, USER_ACTIONS, min_rank="operator"),
         ]
 
     def _account_routes(self) -> list[Route]:
         def tab(name: str, path: str, template: str, show: Show, actions: Actions) -> Route:
-            return self._screen(f"{ACCOUNT_PATH}{path}", template, show, actions, least=TABS[name])
+            return self._screen(
+                f"{ACCOUNT_PATH}{path}", template, show, actions, min_rank=TABS[name]
+            )
 
         return [
             tab("Overview", "", "account_overview.html", account_overview_page, NO_ACTIONS),
@@ -139,9 +145,9 @@ class Dashboard:
         ]
 
     def _screen(
-        self, path: str, template: str, show: Show, actions: Actions = NO_ACTIONS, *, least: Rank
+        self, path: str, template: str, show: Show, actions: Actions = NO_ACTIONS, *, min_rank: Rank
     ) -> Route:
-        screen = Screen(self._renderer, self._processed, template, show, actions, least)
+        screen = Screen(self._renderer, self._processed, template, show, actions, min_rank)
         return self._route(path, screen, "GET", *(["POST"] if actions else []))
 
     def _route(self, path: str, handler: PageHandler, *methods: str) -> Route:

@@ -80,7 +80,7 @@ def stacked(
     stands at the axis and after each day's sum. All ids start with `prefix`, which must be unique
     among the charts of a page.
 
-    Raise ValueError if there is no day, a day is not a date, a series does not have one value for
+    Raises ValueError if there is no day, a day is not a date, a series does not have one value for
     each day, a value is negative or not finite, or the prefix can't start an id.
     """
     dates = [date.fromisoformat(day) for day in days]

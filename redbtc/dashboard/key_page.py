@@ -82,7 +82,7 @@ async def revoke_key(page: PageRequest) -> PageVariables | None:
 
 
 async def selected_key(page: PageRequest) -> str:
-    """Return the id of the key that a form selects. Raise NotFound if the account has no such
+    """Return the id of the key that a form selects. Raises NotFound if the account has no such
     key."""
     found = (await page.ask(API.list_keys, account=page.path["account"])).keys
     key_id = page.form.get("key", "")

@@ -41,7 +41,7 @@ class PageRequest:
         *arguments: Arguments.args,
         **path: Arguments.kwargs,
     ) -> Result:
-        """Return the result of an operation. Raise UserError."""
+        """Return the result of an operation. Raises UserError."""
         return await self._api.perform(operation, self.actor, *arguments, **path)
 
     async def do(
@@ -52,7 +52,7 @@ class PageRequest:
         **path: Arguments.kwargs,
     ) -> Result:
         """Return the result of an operation whose input is the values of a form or a query, as
-        text. Raise UserError."""
+        text. Raises UserError."""
         return await self._api.perform_text(operation, self.actor, values, *arguments, **path)
 
     @property
@@ -65,7 +65,7 @@ class PageRequest:
         return await self._api.example_model(patterns)
 
     def is_logged_in(self) -> bool:
-        """Return whether the session is still valid. Raise StorageUnavailable."""
+        """Return whether the session is still valid. Raises StorageUnavailable."""
         return session_of(self._api, self.request) is not None
 
     def fields(self, *names: str) -> dict[str, str]:

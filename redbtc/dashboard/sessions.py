@@ -68,7 +68,7 @@ def check_origin(request: Request) -> None:
 
 
 def session_of(api: API, request: Request) -> LoginSession | None:
-    """Return the session that the request's cookie identifies. Raise StorageUnavailable."""
+    """Return the session that the request's cookie identifies. Raises StorageUnavailable."""
     cookie = session_cookie(request)
     return api.users.session(cookie) if cookie else None
 

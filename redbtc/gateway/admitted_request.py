@@ -125,8 +125,8 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Count a request for a background response as one of the account's unfinished ones. Raises
         Refusal."""
         check_background(background)
-        most = self.settings.limits.account.background
-        self.gateway.background.unfinished.add(self.key.account_id, most)
+        limit = self.settings.limits.account.background
+        self.gateway.background.unfinished.add(self.key.account_id, limit)
         self._is_unfinished = self.awaits_id = True
 
     async def _hold_or_undo(self) -> Hold:
@@ -152,14 +152,14 @@ class AdmittedRequest(ForwardedRequest, Running):
             spending = await billing.spending_of(self.key)
             # Nothing is awaited from here on: no other request can hold the same money.
             quote = billing.quote(self.key, self.body.model, spending)
-            cost = self._most_cost(quote.model_prices, further_input) if quote.remaining else 0
+            cost = self._max_cost(quote.model_prices, further_input) if quote.remaining else 0
             return billing.hold(quote, cost)
         except SpendingLimitReached as error:
             raise insufficient_quota(f"{error}{self.maximum.advice()}") from None
         except StorageUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def _most_cost(self, prices: ModelPrices | None, further_input: int) -> int:
+    def _max_cost(self, prices: ModelPrices | None, further_input: int) -> int:
         """Return the most that the request can cost, in nanos. Raises Refusal if its usage would
         not be reported, StorageUnavailable."""
         self._weigh_conversations()

@@ -138,7 +138,7 @@ class BackgroundResponse:
         return msgspec.json.encode(self._progress).decode()
 
     def finish(
-        self, report: Report, outcome: Outcome, speed: float, most: MaximumUsage
+        self, report: Report, outcome: Outcome, speed: float, maximum: MaximumUsage
     ) -> list[UsagePart]:
         """Fill in the row but for its cost: it has ended. Return the parts to bill. `speed` is in
         output tokens a second."""
@@ -158,7 +158,7 @@ class BackgroundResponse:
                 progress.seen,
                 written=math.ceil(progress.worked_seconds * speed),
                 read=self.unfinished.input_estimate,
-                maximum=most,
+                maximum=maximum,
                 images=False,
                 partly=partly,
             )
@@ -169,10 +169,10 @@ class BackgroundResponse:
         bill(self.row, parts, billing, self.money, self.unfinished.image_model)
 
     @property
-    def most(self) -> MaximumUsage | None:
+    def maximum(self) -> MaximumUsage | None:
         """The most that it was held to use; None where an earlier version did not keep it."""
-        most = self.unfinished.most
-        return msgspec.json.decode(most, type=MaximumUsage) if most else None
+        known = self.unfinished.most
+        return msgspec.json.decode(known, type=MaximumUsage) if known else None
 
     @property
     def correction_facts(self) -> CorrectionFacts:

@@ -58,12 +58,12 @@ class UnfinishedCount:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
-    def add(self, account_id: str, most: int) -> None:
+    def add(self, account_id: str, limit: int) -> None:
         """Count one more unfinished background response of the account, before the upstream is
-        asked for it. `most` is the maximum (0: none). Raises Refusal."""
-        if 0 < most <= self._counts[account_id]:
-            headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
-            message = f"This account has {most} unfinished background responses, the maximum."
+        asked for it. `limit` is the maximum (0: none). Raises Refusal."""
+        if 0 < limit <= self._counts[account_id]:
+            headers = rate_limit_headers("background", limit, 0, ROOM_SECONDS)
+            message = f"This account has {limit} unfinished background responses, the maximum."
             raise Refusal(
                 "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
             )
@@ -114,8 +114,8 @@ class BackgroundResponses:
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
             response = BackgroundResponse(row, money, unfinished, None, self._store.time())
-            if most := response.most:
-                money.grow(self._objects, [row.response_id or ""], most.all_tokens)
+            if maximum := response.maximum:
+                money.grow(self._objects, [row.response_id or ""], maximum.all_tokens)
             self.unfinished.resume(row.account_id)
             self._add(response)
             response.enter(Stage.ALONE)
@@ -251,11 +251,11 @@ class BackgroundResponses:
             row.account_id,
             limited=response.money.held > 0,
         )
-        most = response.most or maximum_of_unknown(self._billing.settings, MAX_TOKENS)
-        parts = response.finish(report, outcome, speed, most)
+        maximum = response.maximum or maximum_of_unknown(self._billing.settings, MAX_TOKENS)
+        parts = response.finish(report, outcome, speed, maximum)
         parts = await count_containers(self._containers, row, report, parts)
         response.bill(parts, self._billing)
-        self._learn(response, report, most)
+        self._learn(response, report, maximum)
         correction_facts = response.correction_facts
         # As in MeteredRequest: nothing else is awaited between `bill` and this.
         with self._corrections.keep_held(row, response.money, correction_facts):
@@ -263,7 +263,7 @@ class BackgroundResponses:
         self._remove(response)
         self._telemetry.settled(row)
 
-    def _learn(self, response: BackgroundResponse, report: Report, most: MaximumUsage) -> None:
+    def _learn(self, response: BackgroundResponse, report: Report, maximum: MaximumUsage) -> None:
         """Make the objects that the finished response names the account's, except for ids that the
         client may have chosen, and note their tokens."""
         row, objects, chosen = response.row, self._objects, response.chosen
@@ -277,7 +277,7 @@ class BackgroundResponses:
                 made = [response_id] if location else []
         made = [each for each in made if hash(each) not in (chosen or ())]
         locations = locations_of(
-            made, report, ObjectLocation(row.upstream), weight(row, most), row.usage
+            made, report, ObjectLocation(row.upstream), weight(row, maximum), row.usage
         )
         objects.own_each(locations, row.account_id)
 

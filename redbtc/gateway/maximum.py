@@ -49,12 +49,12 @@ class Maximum:
         prices, tier = prices or FREE, body.facts.service_tier
         read = self.input_tokens(further_input)
         written = self.output_tokens(prices) * self.answers
-        most = prices.max_cost(read, written, tier, endpoint.images, body.long_cache)
+        cost = prices.max_cost(read, written, tier, endpoint.images, body.long_cache)
         further = self._further_cost(prices, read)
         if endpoint.images:
-            return most + self.answers * further
+            return cost + self.answers * further
         call = prices.max_call_cost(body.extras, tier)
-        return most + self.calls() * call + self._pictures() * max(0, further - call)
+        return cost + self.calls() * call + self._pictures() * max(0, further - call)
 
     def usage(self, money: Hold, further_input: int = 0) -> MaximumUsage:
         """Return the most that the request can use. `money` is what is held for it."""
@@ -99,7 +99,7 @@ class Maximum:
         requested model. The author of an SVG that is not named can be any model."""
         usual = self._settings.hold_output_tokens
 
-        def most(of_model: ModelPrices, tier: str | None, images: bool) -> int:
+        def max_cost(of_model: ModelPrices, tier: str | None, images: bool) -> int:
             return of_model.max_cost(read, of_model.max_output_tokens or usual, tier, images)
 
         asked = prices, self._body.facts.service_tier
@@ -107,10 +107,10 @@ class Maximum:
         for model, images in self._body.further_models().items():
             if model == UNNAMED:
                 all_models = [(each, DEFAULT_TIER) for each in self._billing.prices_in_force()]
-                further += max(most(*each, False) for each in (asked, *all_models))
+                further += max(max_cost(*each, False) for each in (asked, *all_models))
             else:
                 own = self._billing.model_prices(model)
-                further += most(*((own, DEFAULT_TIER) if own else asked), images)
+                further += max_cost(*((own, DEFAULT_TIER) if own else asked), images)
         return further
 
     def _drawn(self, money: Hold) -> int:

@@ -68,9 +68,9 @@ class MeteredRequest(AdmittedRequest):
             self._unweighed = {**self._unweighed, **made}
             money = self.background.money if self.background else self.money
             if money.held:
-                money.grow(self.gateway.objects, made, self._most_usage().all_tokens)
+                money.grow(self.gateway.objects, made, self._max_usage().all_tokens)
 
-    def _most_usage(self) -> MaximumUsage:
+    def _max_usage(self) -> MaximumUsage:
         """Return the most that the request can use."""
         return self.maximum.usage(self.money, self.further_input)
 
@@ -108,8 +108,8 @@ class MeteredRequest(AdmittedRequest):
         if not self._repeats:
             self._fill(report)
             at, held, model = self.money.at, self.money.held, self.body.image_model()
-            most = msgspec.json.encode(self._most_usage()).decode()
-            unfinished = UnfinishedRow(at, held, self.input_estimate, model, most=most)
+            max_usage = msgspec.json.encode(self._max_usage()).decode()
+            unfinished = UnfinishedRow(at, held, self.input_estimate, model, most=max_usage)
             self.background, self.unwritten = self.gateway.background.keep(
                 self.row, self.money, unfinished, self.body.chosen_ids
             )
@@ -146,7 +146,7 @@ class MeteredRequest(AdmittedRequest):
         correction_facts = self._correction_facts if guess else None
         bill(row, parts, gateway.billing, self.money, self.body.image_model())
         if self._unweighed and not self._repeats:
-            self._learn(self._unweighed, weight(row, self._most_usage()), row.usage)
+            self._learn(self._unweighed, weight(row, self._max_usage()), row.usage)
             self._unweighed = {}
         self._drop_saved()
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
@@ -250,7 +250,7 @@ class MeteredRequest(AdmittedRequest):
             SeenOutput.of(report),
             written=math.ceil(worked * speed * answers),
             read=self.input_estimate,
-            maximum=self._most_usage(),
+            maximum=self._max_usage(),
             images=self.endpoint.images,
             partly=partly,
         )

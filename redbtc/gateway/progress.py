@@ -62,8 +62,8 @@ async def save_progress(
 async def save_due_progress(running: Collection[Running], now: float) -> None:
     """Save the requests that are due, first those of which the smallest part is saved. `now` is by
     the monotonic clock."""
-    most = max(MAX_SAVED, round(MAX_SAVED_SHARE * len(running)))
+    max_saved = max(MAX_SAVED, round(MAX_SAVED_SHARE * len(running)))
     growth = {each: each.growth_since_saved(now) for each in running}
     due = [each for each, times in growth.items() if times >= SAVE_GROWTH]
-    async for each in with_turns(heapq.nlargest(most, due, key=lambda each: growth[each])):
+    async for each in with_turns(heapq.nlargest(max_saved, due, key=lambda each: growth[each])):
         await each.save_progress()

@@ -41,15 +41,17 @@ def all_of(usage: Usage) -> int:
     return (usage.input_tokens or 0) + (usage.output_tokens or 0) + pictures
 
 
-def weight(row: RequestRow, most: MaximumUsage) -> Usage:
+def weight(row: RequestRow, maximum: MaximumUsage) -> Usage:
     """Return the usage of a request that has ended, for those that build on what it made. An
     estimate can be too low, and an answer that failed reports no input: they read all that is
     there, and would spend what is not held."""
     if row.usage_source != "estimated":
-        into = row.usage.input_tokens or most.input_tokens
+        into = row.usage.input_tokens or maximum.input_tokens
         return msgspec.structs.replace(row.usage, input_tokens=into)
-    drawn = most.drawn_tokens * most.pictures
-    return Usage(most.input_tokens, output_tokens=most.output_tokens, image_output_tokens=drawn)
+    drawn = maximum.drawn_tokens * maximum.pictures
+    return Usage(
+        maximum.input_tokens, output_tokens=maximum.output_tokens, image_output_tokens=drawn
+    )
 
 
 def account_for(

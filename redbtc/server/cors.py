@@ -70,7 +70,7 @@ def _adding(send: Send, more: Headers) -> Send:
 def preflight_headers(headers: Headers) -> Headers:
     """Return the headers that only the response to a preflight request has. Every header that the
     page asks to send is allowed (by name, since "*" does not cover Authorization): the ones that
-    reach an upstream are chosen elsewhere. Raise Refusal if the request is not a preflight."""
+    reach an upstream are chosen elsewhere. Raises Refusal if the request is not a preflight."""
     if header(headers, b"access-control-request-method") is None:
         raise Refusal("unknown_url")
     added: Headers = [

@@ -158,7 +158,7 @@ class Chunked:
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Return the bytes of the body in `data`, and the bytes that were not parsed: those after
-        the body if it is now whole, else those to feed again in the next turn of the loop. Raise
+        the body if it is now whole, else those to feed again in the next turn of the loop. Raises
         BadFraming."""
         data, self._partial = self._partial + data, b""
         parts: list[bytes] = []
@@ -185,7 +185,7 @@ class Chunked:
         return b"".join(parts), data[at:]
 
     def _end_of_line(self, data: bytes, at: int) -> int:
-        """Return where the line that begins at `at` ends, or -1 if its end has not arrived. Raise
+        """Return where the line that begins at `at` ends, or -1 if its end has not arrived. Raises
         BadFraming."""
         start = at
         if self._after_chunk:
@@ -198,7 +198,7 @@ class Chunked:
         return end
 
     def _parse_line(self, line: bytes) -> None:
-        """Parse a chunk's size or a trailer. Raise BadFraming."""
+        """Parse a chunk's size or a trailer. Raises BadFraming."""
         if self._in_trailers:
             self._trailer_bytes += len(line) + 2
             self.whole = not line

@@ -195,7 +195,7 @@ class HTTPProtocol(asyncio.Protocol):
 
     def _begin(self, head: HeadReader, rest: bytes) -> bytes:
         """Serve the request of a whole head, or hand the connection over to a WebSocket. Return the
-        bytes of `rest`, which came after the head, that are not handed over. Raise Refusal."""
+        bytes of `rest`, which came after the head, that are not handed over. Raises Refusal."""
         scope = head.scope(self._server, self._client)
         check_head(scope)
         if is_handshake(scope) and self._connections.offers_websocket():

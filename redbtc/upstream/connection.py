@@ -125,7 +125,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         self, timeout: float | None, late: type[httpx2.TimeoutException]
     ) -> asyncio.Future[None]:
         """Return a future that is done when something has happened, after `timeout` seconds at the
-        latest: the exchange fails then with `late`. Raise the error that it has failed with."""
+        latest: the exchange fails then with `late`. Raises the error that it has failed with."""
         if self.response.error:
             raise self.response.error
         if self.response.state is ExchangeState.CLOSED:
@@ -165,7 +165,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         return not (self._transport.is_closing() or has_unread(self._transport))
 
     async def exchange(self, request: UpstreamRequest) -> UpstreamResponse:
-        """Send a request; return the head of its response, whose body is still to be read. Raise
+        """Send a request; return the head of its response, whose body is still to be read. Raises
         TransportError; the connection is closed then."""
         response = self.response
         read = request.timeouts.get("read")
@@ -214,7 +214,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
 
     async def read(self, timeout: float | None) -> bytes:
         """Return the bytes of the body that have arrived since the last time; wait for at most
-        `timeout` seconds. Raise StopAsyncIteration at the end of the body, TransportError."""
+        `timeout` seconds. Raises StopAsyncIteration at the end of the body, TransportError."""
         response = self.response
         while not response.parts:
             if response.state is ExchangeState.COMPLETE:

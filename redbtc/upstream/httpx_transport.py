@@ -23,7 +23,7 @@ class HTTPXTransport:
         )
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
-        """Send a request; return the head of its response. Raise TransportError."""
+        """Send a request; return the head of its response. Raises TransportError."""
         response = await self._transport.handle_async_request(
             httpx2.Request(
                 request.method,

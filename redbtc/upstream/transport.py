@@ -39,7 +39,7 @@ class Transport(httpx2.AsyncBaseTransport):
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request of httpx2's. Raise TransportError."""
+        """Send a request of httpx2's. Raises TransportError."""
         assert isinstance(request.stream, httpx2.AsyncByteStream)
         head = await self.send(
             UpstreamRequest(
@@ -60,7 +60,7 @@ class Transport(httpx2.AsyncBaseTransport):
         )
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
-        """Send a request without httpx2's objects, which cost as much as all of this. Raise
+        """Send a request without httpx2's objects, which cost as much as all of this. Raises
         TransportError."""
         url = request.url
         pool = self._pools.setdefault((url.scheme, url.raw_host, url.port), deque())
