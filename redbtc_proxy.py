@@ -235,7 +235,6 @@ class GatewayProcess:
         tasks = [*store.commits.tasks, *service.start_tasks()]
         for task in tasks:
             task.add_done_callback(self._ended)
-        gateway.background.ended = self._failed
         self._guard.lead_to(metered_apps(service), other_apps(service), websocket_app(service))
         gc.freeze()  # what is there now stays, as in start.finish
         with socket_path(store.path) as path:
@@ -249,7 +248,7 @@ class GatewayProcess:
         for task in tasks[len(store.commits.tasks) :]:
             task.cancel()
 
-    def _failed(self, task: asyncio.Task[Any]) -> None:
+    def end_if_failed(self, task: asyncio.Task[Any]) -> None:
         """End the process if a task has failed."""
         if not task.cancelled() and task.exception():
             self._ended(task)

@@ -9,7 +9,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import click
 import msgspec
@@ -73,6 +73,9 @@ class Process(Protocol):
     def closing(self) -> None:
         """Expect the end of the process if the files are closed because it has served."""
 
+    def end_if_failed(self, task: asyncio.Task[Any]) -> None:
+        """End the process if a task has failed."""
+
 
 async def open_service(
     stack: contextlib.AsyncExitStack,
@@ -101,7 +104,7 @@ async def open_service(
         log(logging.WARNING, "no prices", reason=reason)
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
-    service = Service(billing, settings, running.telemetry)
+    service = Service(billing, settings, running.telemetry, running.end_if_failed)
     if not start.as_json:
         await greet(service, url, settings, start)
     try:

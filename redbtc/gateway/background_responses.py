@@ -92,7 +92,9 @@ class BackgroundResponses:
         speeds: Speeds,
         upstreams: Upstreams,
         telemetry: Telemetry,
+        on_task_end: Callable[[asyncio.Task[Any]], None],
     ) -> None:
+        """`on_task_end` is called with each task that has ended."""
         self._store = billing.store
         self._billing = billing
         self._objects = objects
@@ -105,7 +107,7 @@ class BackgroundResponses:
         self.unfinished = UnfinishedCount()
         self._asking = asyncio.Semaphore(MAX_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.ended: Callable[[asyncio.Task[Any]], None] = lambda _: None  # called with each task
+        self._on_task_end = on_task_end
 
     async def resume(self) -> None:
         """Take up what an earlier process left."""
@@ -242,7 +244,7 @@ class BackgroundResponses:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        self.ended(task)
+        self._on_task_end(task)
 
     async def _write(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
         row = response.row

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from redbtc.billing.billing import Billing
 from redbtc.config import Settings
@@ -28,7 +30,14 @@ from redbtc.upstream.configured import Upstreams
 class Gateway:
     """The parts of the running gateway, and the settings that are in force."""
 
-    def __init__(self, billing: Billing, settings: Settings, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        billing: Billing,
+        settings: Settings,
+        telemetry: Telemetry,
+        on_task_end: Callable[[asyncio.Task[Any]], None],
+    ) -> None:
+        """`on_task_end` is called with each task of background responses that has ended."""
         self.settings = settings
         self.store = billing.store
         self.billing = billing
@@ -49,6 +58,7 @@ class Gateway:
             self.speeds,
             self.upstreams,
             telemetry,
+            on_task_end,
         )
         self.sessions: Counter[str] = Counter()  # WebSocket sessions, by account
         self.started = time.monotonic()

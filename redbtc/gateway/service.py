@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 from redbtc.admin.api import API
 from redbtc.billing.billing import Billing
@@ -22,8 +24,15 @@ from redbtc.telemetry import Telemetry, log, watch_log
 class Service:
     """The gateway, and what is served beside the requests that it forwards."""
 
-    def __init__(self, billing: Billing, settings: Settings, telemetry: Telemetry) -> None:
-        self.gateway = Gateway(billing, settings, telemetry)
+    def __init__(
+        self,
+        billing: Billing,
+        settings: Settings,
+        telemetry: Telemetry,
+        on_task_end: Callable[[asyncio.Task[Any]], None],
+    ) -> None:
+        """`on_task_end`: see Gateway."""
+        self.gateway = Gateway(billing, settings, telemetry, on_task_end)
         self.api = API(billing, GatewayView(self.gateway), settings.dashboard_url)
         self.models = Models(self.gateway)
         self.pages = Pages(self.gateway, self.api)
