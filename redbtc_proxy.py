@@ -254,7 +254,7 @@ class GatewayProcess:
             self._ended(task)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        """A task that must not end has ended: say why, and end the process, so that a supervisor
+        """Log why a task that must not end has ended, and end the process, so that a supervisor
         starts it again."""
         if self._over:
             return

@@ -38,8 +38,8 @@ class CommandContext:
         return load_settings(self._config)
 
     def call(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
-        """The JSON that the admin API answers. Raises UserError with its message."""
-
+        """Send a request to the admin API and return the JSON of its answer. Raises UserError with
+        the answer's error message."""
         content = None if body is None else msgspec.json.encode(body)
 
         async def ask() -> Any:
@@ -156,7 +156,7 @@ def cell(value: Any) -> str:
 
 
 def table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
-    """Rows under their columns' names."""
+    """Return rows as lines of text, under the names of their columns."""
     lines = [columns] + [[cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(

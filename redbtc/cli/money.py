@@ -127,8 +127,8 @@ def price_import(
 
 
 def read_prices(file: Path) -> dict[str, Any]:
-    """The tables of a price file as the API takes them: amounts as decimal strings, exactly as they
-    stand in it. Raises UserError."""
+    """Return the tables of a price file as the API takes them. Each rate is a decimal string, with
+    exactly the digits in the file. Raises UserError."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"), parse_float=Decimal)
     except OSError as error:

@@ -76,7 +76,7 @@ def environment() -> jinja2.Environment:
 
 
 class Renderer:
-    """The templates, and the answers that are made of them."""
+    """Renders pages and error pages from the templates, one large page at a time."""
 
     def __init__(self, currency: str) -> None:
         self._environment = environment()

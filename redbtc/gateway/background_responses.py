@@ -315,7 +315,8 @@ class BackgroundResponses:
     async def _ask(
         self, response: BackgroundResponse, suffix: str = "", method: str = "GET"
     ) -> int:
-        """The status of the upstream's answer, 0 where there is none."""
+        """Ask the upstream for the response, or to cancel it. Return the status of its answer, 0 if
+        there is none."""
         row = response.row
         upstream = self._upstreams.named(row.upstream)
         if upstream is None:
