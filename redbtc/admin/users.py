@@ -140,8 +140,17 @@ PRUNE_SESSIONS = f"""
     DELETE FROM sessions WHERE NOT ({IN_FORCE})
         OR (user_id = ?1 AND id NOT IN (SELECT id FROM sessions WHERE user_id = ?1
              ORDER BY created_at DESC, rowid DESC LIMIT {MAX_USER_SESSIONS - 1}))"""
+SESSION_COLUMNS = {  # by field of LoginSession
+    "id": "sessions.id",
+    "seen_at": "seen_at",
+    "user_id": "users.id",
+    "email": "users.email",
+    "role": "role",
+    "account_id": "account_id",
+    "account": "accounts.name",
+}
 SESSION = f"""
-    SELECT sessions.id, seen_at, users.id, users.email, role, account_id, accounts.name
+    SELECT {", ".join(SESSION_COLUMNS.values())}
       FROM sessions JOIN users ON users.id = user_id
       LEFT JOIN accounts ON accounts.id = account_id
      WHERE hash = ?1 AND {IN_FORCE}"""
@@ -357,7 +366,7 @@ class Users:
         found = self._store.look_up(SESSION, (hash_of(cookie), now))
         if found is None:
             return None
-        session = LoginSession(*found)
+        session = LoginSession(**dict(zip(SESSION_COLUMNS, found, strict=True)))
         if now - session.seen_at >= SEEN_EVERY:
             self._store.record(SEE, (now, session.id), retry_until_written=True, durable=False)
         return session
