@@ -238,7 +238,7 @@ class Users:
         any)."""
         return [UserShown.of(row) async for row in self._store.rows(USERS, (account_id, role))]
 
-    async def show(self, user_id: str) -> UserShown:
+    async def get(self, user_id: str) -> UserShown:
         """Return a user by their id. Raises NotFound."""
         user = await self._store.one(USER_BY_ID, (user_id,))
         if user is None:
@@ -253,7 +253,7 @@ class Users:
         if operator or account:
             rows = [row for row in rows if row.account == account]
         if not rows:
-            return await self.show(name)
+            return await self.get(name)
         if len(rows) > 1:
             raise Conflict(
                 f"{name} has {len(rows)} logins; choose one by its account, or the operator login"
@@ -270,11 +270,11 @@ class Users:
             await self._store.transact((ADD_USER, values), by=by)
         except sqlite3.IntegrityError:
             raise Conflict(f"user {email} already exists") from None
-        return UserAdded(**asdict(await self.show(user_id)), link=link)
+        return UserAdded(**asdict(await self.get(user_id)), link=link)
 
     async def remove(self, user_id: str, by: str) -> UserShown:
         """Remove a user with all their sessions, and return that user. Raises NotFound."""
-        user = await self.show(user_id)
+        user = await self.get(user_id)
         await self._store.transact((REMOVE_USER, (user_id,)), by=by)
         return user
 
@@ -283,7 +283,7 @@ class Users:
         `add`."""
         link, expires = new_secret(), self._store.time() + LINK_LASTS
         await self._store.transact((RESET, (hash_of(link), expires, user_id)), by=by)
-        return UserAdded(**asdict(await self.show(user_id)), link=link)
+        return UserAdded(**asdict(await self.get(user_id)), link=link)
 
     # Passwords
 

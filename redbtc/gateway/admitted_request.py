@@ -245,7 +245,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         if not self.settled:
             await self.settle("interrupted")
 
-    def leaves_for(self, upstream: Upstream) -> None:
+    def note_upstream(self, upstream: Upstream) -> None:
         self.row.upstream = upstream.name
         self.left_at = time.monotonic()
 

@@ -119,7 +119,7 @@ class AnswerBody:
         kept = b""
         async for chunk in chunks:
             if request.first_byte_ms is None:
-                request.received()
+                request.note_first_byte()
             if meter is None:
                 meter = self._meter_of(chunk)
                 if isinstance(meter, StreamMeter):
@@ -172,7 +172,7 @@ class AnswerBody:
             self._deadline.pause()
             account = answer_queue(request.key.account_id)
             passed = await in_slices(meter.steps(chunk), account, started=True)
-        request.metered()
+        request.act_on_report()
         if request.unwritten:  # a background response must be on disk before its id is seen
             self._deadline.pause()
             await request.unwritten

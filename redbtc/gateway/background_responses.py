@@ -137,55 +137,55 @@ class BackgroundResponses:
     async def leave(self, response: BackgroundResponse, report: Report) -> bool:
         """Note that the request that created the response is over. Settle the response and return
         True if it has ended; otherwise begin to ask the upstream for it, and return False."""
-        response.left(report)
+        response.remove_reader(report)
         response.enter(Stage.ALONE)
-        await self._see(response, report)
+        await self._settle_if_ended(response, report)
         if response.has_ended:
             return True
-        response.note(report.status)
-        if written := self._keep_news(response):
+        response.note_status(report.status)
+        if written := self._save_if_changed(response):
             await written
         self._start(self._ask_until_ended(response))
         return False
 
-    def read(self, response_id: str, report: Report) -> None:
+    def add_reader(self, response_id: str, report: Report) -> None:
         """Count what this report meters as sent to a reader."""
         if response := self._responses.get(response_id):
-            response.read(report)
+            response.add_reader(report)
 
-    def ignore(self, response_id: str, report: Report) -> None:
+    def ignore_reader(self, response_id: str, report: Report) -> None:
         """Ignore what a reader was sent: it was another response."""
         if response := self._responses.get(response_id):
-            response.ignore(report)
+            response.ignore_reader(report)
 
-    async def look(self, response_id: str, report: Report, shown: bool) -> None:
+    async def finish_reader(self, response_id: str, report: Report, shown: bool) -> None:
         """Note that a reader has been sent all that it will get. If `shown` and the report tells of
         the end, return once the row is settled. Events can tell of an old status: they begin with
         the response."""
         if response := self._responses.get(response_id):
-            response.left(report)
+            response.remove_reader(report)
             if shown:
-                await self._see(response, report)
+                await self._settle_if_ended(response, report)
             if report.status == "in_progress" or (
                 report.status == "queued" and not report.in_events
             ):
-                response.note(report.status)
-            if written := self._keep_news(response):
+                response.note_status(report.status)
+            if written := self._save_if_changed(response):
                 await written
 
     async def save_progress(self, now: float) -> None:
         """Keep what readers of unfinished responses have been sent so far, in case the process is
         killed. `now` is by the monotonic clock."""
         async for response in with_turns(list(self._responses.values())):
-            if response.watch(now):
-                self._keep_news(response)
+            if response.update_if_due(now):
+                self._save_if_changed(response)
 
-    def _keep_news(self, response: BackgroundResponse) -> asyncio.Future[None] | None:
+    def _save_if_changed(self, response: BackgroundResponse) -> asyncio.Future[None] | None:
         """Write what was seen of it, if that is more than the ledger has. Return a future that is
         done when it is on disk."""
-        if response.has_ended or not (news := response.news()):
+        if response.has_ended or not (progress := response.unsaved_progress()):
             return None
-        return note_progress(self._store, response.row, news)
+        return note_progress(self._store, response.row, progress)
 
     def _add(self, response: BackgroundResponse) -> None:
         """Register the response, unless an upstream has given its id to an earlier one."""
@@ -219,7 +219,7 @@ class BackgroundResponses:
             self._start(self._look_after(each))
         return sum(each.stage is Stage.ALONE for each in running)
 
-    async def _see(self, response: BackgroundResponse, report: Report) -> None:
+    async def _settle_if_ended(self, response: BackgroundResponse, report: Report) -> None:
         if report.status and report.status not in UNFINISHED:
             outcome: Outcome = "completed"
             if report.status == "cancelled":
@@ -325,10 +325,10 @@ class BackgroundResponses:
         status, report = await ask(upstream, path, row.account_id, method)
         if not status or report.response_id not in (None, row.response_id):
             return 0  # no answer, or the upstream has answered with another response
-        response.left(report)
+        response.remove_reader(report)
         if status == 200:
-            await self._see(response, report)
-            response.note(report.status)
-            if written := self._keep_news(response):
+            await self._settle_if_ended(response, report)
+            response.note_status(report.status)
+            if written := self._save_if_changed(response):
                 await written
         return status

@@ -26,7 +26,7 @@ from redbtc.store.requests import CorrectionFacts
 from redbtc.usage import RequestRow, Usage, UsagePart
 
 
-class Shown:
+class ShownResponse:
     """A response that is being sent to readers, or whose request is just being estimated."""
 
     def __init__(self) -> None:
@@ -42,9 +42,9 @@ class Corrections:
         self._objects = objects
         self._containers = containers
         self._writing: dict[str, asyncio.Task[None]] = {}  # by response
-        self._shown: dict[str, Shown] = {}  # by response
+        self._shown: dict[str, ShownResponse] = {}  # by response
 
-    async def look(self, response_id: str, account_id: str, report: Report) -> None:
+    async def correct_if_final(self, response_id: str, account_id: str, report: Report) -> None:
         """Correct the estimated row of this response if the report has its final usage. Return when
         the correction is on disk."""
         if not is_final(report):
@@ -96,7 +96,7 @@ class Corrections:
     def _showing(
         self, response_id: str, money: Hold | None
     ) -> contextlib.AbstractContextManager[None]:
-        shown = self._shown.setdefault(response_id, Shown())
+        shown = self._shown.setdefault(response_id, ShownResponse())
         shown.readers += 1
         if shown.money is None:
             shown.money = money
@@ -105,7 +105,7 @@ class Corrections:
         return self._until_left(response_id, shown)
 
     @contextlib.contextmanager
-    def _until_left(self, response_id: str, shown: Shown) -> Iterator[None]:
+    def _until_left(self, response_id: str, shown: ShownResponse) -> Iterator[None]:
         """Count a reader; release the hold when the last one has finished."""
         try:
             yield

@@ -83,18 +83,18 @@ class ForwardedRequest:
         metering = self.settings.metering
         return metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
 
-    def leaves_for(self, upstream: Upstream) -> None:
+    def note_upstream(self, upstream: Upstream) -> None:
         """Note that the request is about to be sent to an upstream."""
 
-    def answered(self, status: int) -> None:
+    def note_status(self, status: int) -> None:
         """Note the status of the upstream's answer."""
         self.status = status
 
-    def received(self) -> None:
+    def note_first_byte(self) -> None:
         """Note the time of the first byte of the answer's body."""
         self.first_byte_ms = self.elapsed_ms()
 
-    def metered(self) -> None:
+    def act_on_report(self) -> None:
         """Act on what the meter has found in the bytes that it was fed last."""
 
     async def settle(self, outcome: Outcome) -> None:
@@ -123,7 +123,7 @@ class ForwardedRequest:
         account_id = self.key.account_id
         status, report = await ask(upstream, f"/responses/{response_id}", account_id)
         if status == 200 and report.response_id == response_id:
-            await self.gateway.corrections.look(response_id, account_id, report)
+            await self.gateway.corrections.correct_if_final(response_id, account_id, report)
 
     def outcome(self) -> Outcome:
         """Return how an answer ended of which nothing more comes."""

@@ -47,7 +47,7 @@ class MeteredRequest(AdmittedRequest):
     _shown_elsewhere = False  # whether its response was shown to another request
     _unweighed: Mapping[str, bool] = {}  # what it has made without known tokens
 
-    def metered(self) -> None:
+    def act_on_report(self) -> None:
         """Record the objects that the answer names as this account's, before the client sees their
         ids. Ids that the client chose are not recorded."""
         report = self.meter.report
@@ -113,7 +113,7 @@ class MeteredRequest(AdmittedRequest):
             self.background, self.unwritten = self.gateway.background.keep(
                 self.row, self.money, unfinished, self.body.chosen_ids
             )
-            self.background.read(report)
+            self.background.add_reader(report)
         self.deadline.shorten(self.grace())
 
     def _fill(self, report: Report) -> None:
@@ -128,7 +128,7 @@ class MeteredRequest(AdmittedRequest):
         """Commit the row as the request ended; that of a background response which goes on
         stays pending."""
         self.deadline.pause()
-        self.metered()
+        self.act_on_report()
         self.settled = True
         if self.background:
             await self._leave_background(self.background)
@@ -173,7 +173,7 @@ class MeteredRequest(AdmittedRequest):
         if self.row.usage_source != "none" or self.row.outcome == "upstream_error":
             self.admission.correct_tokens((usage.input_tokens or 0) + (usage.output_tokens or 0))
 
-    def shown(self, response_id: str) -> None:
+    def note_shown(self, response_id: str) -> None:
         """Note that another request was shown a response. If it is this one's, it can have been
         shown in full before this request is estimated, and no other reader would correct that."""
         if self.meter.report.response_id == response_id:

@@ -34,7 +34,7 @@ class Running(Protocol):
     async def save_progress(self) -> None:
         """Save what the request has used so far."""
 
-    def shown(self, response_id: str) -> None:
+    def note_shown(self, response_id: str) -> None:
         """Note that another request was shown a response."""
 
 

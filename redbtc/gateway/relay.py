@@ -48,7 +48,7 @@ class Relay:
         grace = self._request.grace()
         failure = ""
         for upstream in upstreams:
-            self._request.leaves_for(upstream)
+            self._request.note_upstream(upstream)
             upstream.in_flight += 1
             try:
                 with self._deadline.running(upstream.settings.total_timeout_seconds, grace):
@@ -98,7 +98,7 @@ class Relay:
             self._response.set_head(
                 upstream_response, request.client_request.id, request.admission.headers()
             )
-            request.answered(upstream_response.status)
+            request.note_status(upstream_response.status)
             await self._answer.relay(upstream_response.body)
         finally:
             await upstream_response.body.aclose()

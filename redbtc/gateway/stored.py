@@ -69,18 +69,18 @@ class StoredRequest(ForwardedRequest):
         known."""
         return self.meter.report.response_id in (None, self._response_id)
 
-    def metered(self) -> None:
+    def act_on_report(self) -> None:
         if self._is_requested:
-            self.gateway.background.read(self._response_id, self.meter.report)
+            self.gateway.background.add_reader(self._response_id, self.meter.report)
 
     async def settle(self, outcome: Outcome) -> None:
         self.deadline.pause()
         self.settled = True
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
         if self._is_requested:
-            await gateway.background.look(self._response_id, report, status == 200)
+            await gateway.background.finish_reader(self._response_id, report, status == 200)
         else:
-            gateway.background.ignore(self._response_id, report)
+            gateway.background.ignore_reader(self._response_id, report)
         if status == 200:
             await self._correct(outcome)
             self._learn_listed()
@@ -96,11 +96,11 @@ class StoredRequest(ForwardedRequest):
         gateway, response_id, report = self.gateway, self._response_id, self.meter.report
         if self._is_requested and self._location.tokens is None:
             for request in gateway.in_flight.with_row:
-                request.shown(response_id)
+                request.note_shown(response_id)
         if self._is_torn(outcome):
             await self.ask_for_usage(response_id, self._location.upstream)
         elif report.response_id == response_id:
-            await gateway.corrections.look(response_id, self.key.account_id, report)
+            await gateway.corrections.correct_if_final(response_id, self.key.account_id, report)
 
     def _is_torn(self, outcome: Outcome) -> bool:
         """Return whether only an estimate of the response is known and this answer broke off
@@ -119,7 +119,7 @@ class StoredRequest(ForwardedRequest):
             self.key.account_id,
             self.gateway.objects,
         )
-        objects.show(listed, self._response_id, account_id)
+        objects.note_listed(listed, self._response_id, account_id)
         if self._location.minted_input:
             minted = [each for each, made in listed.items() if made]
             objects.own(minted, account_id, self._location_of_listed())
@@ -211,7 +211,7 @@ class StoredRoute:
         for name in ("after", "before"):
             for object_id in query.values(name):
                 objects, account_id = self._gateway.objects, key.account_id
-                shown = objects.was_shown(object_id, response_id, account_id)
+                shown = objects.was_listed(object_id, response_id, account_id)
                 if not shown and location_of(self._gateway, key, object_id) is None:
                     raise not_own(name)
         return query.encoded()

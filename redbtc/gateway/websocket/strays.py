@@ -83,7 +83,7 @@ class Strays:
         named = [report.response_id] if report.response_id else []
         used = is_complete(report) or outcome != "upstream_error" or SeenOutput.of(report)
         if not self._objects.billed.isdisjoint(named):
-            await gateway.corrections.look(named[0], self._key.account_id, report)
+            await gateway.corrections.correct_if_final(named[0], self._key.account_id, report)
             return
         if not used:
             return

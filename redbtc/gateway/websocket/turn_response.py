@@ -59,9 +59,9 @@ class TurnResponse(MeteredRequest):
     async def take(self, event: Answer, kind: str) -> None:
         """Meter an event, whose type is `kind`."""
         if self.first_byte_ms is None:
-            self.received()
+            self.note_first_byte()
         await self.meter.take(event, kind, self.key.account_id)
-        self.metered()
+        self.act_on_report()
 
     async def settle(self, outcome: Outcome) -> None:
         """Commit the row as the response ended."""

@@ -136,7 +136,7 @@ class TurnRunner:
     async def _connect(self, turn: Turn, upstreams: list[Upstream]) -> UpstreamSocket:
         """Return a connection to the first upstream that can be reached. Raises NoUpstream."""
         for upstream in upstreams:
-            turn.response.leaves_for(upstream)
+            turn.response.note_upstream(upstream)
             # Connecting has this timeout itself, and a second more is enough to report it.
             turn.deadline.allow(upstream.settings.connect_timeout_seconds + 1)
             with contextlib.suppress(OSError, Refusal):
@@ -183,7 +183,7 @@ class TurnRunner:
             return
         refusal = Refusal(failure)
         if outcome == "upstream_failed" and response.first_byte_ms is None:
-            response.answered(refusal.status)  # all that the client gets is the error
+            response.note_status(refusal.status)  # all that the client gets is the error
         await response.settle(outcome)
         if outcome == "upstream_failed":
             await self._sender.send_error(refusal, turn.stream_id)

@@ -155,7 +155,7 @@ class Turn:
         response = self.response
         await response.take(event, kind)
         if response.meter.ended and not response.settled:
-            response.answered(event_status(event) if kind == "error" else 200)
+            response.note_status(event_status(event) if kind == "error" else 200)
             self._enter(self._settled_state())
             await response.settle(response.outcome())
         elif self.state is TurnState.WAITING and response.id:
