@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +23,16 @@ from redbtc.errors import UserError
 from redbtc.money import parse_limit
 from redbtc.usage import MAX_TOKENS
 
-ROOT = Path(__file__).resolve().parent.parent
-INSTALLED = Path(sys.prefix) / "share" / "redbtc-proxy"  # where the package puts its other files
+HERE = Path(__file__).resolve().parent.parent
+# Where pip puts the files that lie beside the package in a checkout. Its environment is the folder
+# three levels above the package, or with `pip install --target` the folder that holds the package.
+INSTALLED = [root / "share" / "redbtc-proxy" for root in (HERE, *HERE.parents[:3])]
 
 
 def shipped(name: str) -> Path:
     """Return the path of a file that comes with the program."""
-    return (ROOT if (ROOT / name).exists() else INSTALLED) / name
+    paths = [folder / name for folder in (HERE, *INSTALLED)]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
@@ -221,7 +223,7 @@ def load_settings(path: str | None) -> Loaded:
     """Read the settings from `path`, else from $REDBTC_CONFIG, else from config.toml beside the
     script, else use the defaults. Raises SettingsError with one line that says what is wrong and
     where."""
-    beside = ROOT / "config.toml"
+    beside = HERE / "config.toml"
     chosen = path or os.environ.get("REDBTC_CONFIG") or (str(beside) if beside.exists() else None)
     if chosen is None:
         return Loaded(Settings(), None, Path.cwd(), [])
