@@ -41,7 +41,7 @@ class Releasable(Protocol):
 class AdmittedRequest(ForwardedRequest, Running):
     """A request that has places, a hold and a row in the ledger, in `async with` of `admit`."""
 
-    money: Hold  # from `async with` on
+    hold: Hold  # from `async with` on
     row: RequestRow
     further_input = 0  # tokens that it may read beside its body and what that builds on
     left_at = math.inf  # when it left for the upstream, by the monotonic clock
@@ -76,11 +76,11 @@ class AdmittedRequest(ForwardedRequest, Running):
         self.row = self.new_row(self.facts.model or "", upstream.name)
         return self
 
-    def take_over(self, before: RequestRow, money: Hold) -> None:
+    def take_over(self, before: RequestRow, hold: Hold) -> None:
         """Begin a row in the places of a request that has ended, whose row is `before`: the
         upstream has begun another response to it by itself. This takes the place of `async with`'s
-        beginning; its end must follow. `money` is held for it."""
-        self.money, self._is_held = money, True
+        beginning; its end must follow. `hold` is the hold for it."""
+        self.hold, self._is_held = hold, True
         self.row = self.new_row(before.requested_model, before.upstream)
         self.date_row()
         self.left_at = time.monotonic()
@@ -96,7 +96,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             tokens = 0 if self.endpoint.free else tokens
             await self.gateway.limiter.take_places(self.admission, tokens, self.deadline)
             self._memory.release()
-            self.money = await self._hold_or_undo()
+            self.hold = await self._hold_or_undo()
             self._is_held = True
             self._note_growth()
             await self._begin()
@@ -117,7 +117,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     def _give_back(self) -> None:
         """Give back the hold, and the count of a background response that was not created."""
         if self._is_held:
-            self.money.release()
+            self.hold.release()
         if self._is_unfinished and not self.background:
             self.gateway.background.unfinished.remove(self.key.account_id)
 
@@ -132,7 +132,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     async def _hold_or_undo(self) -> Hold:
         """Hold what the request can cost. Raises Refusal, and undoes what was charged."""
         try:
-            return await self.hold()
+            return await self.take_hold()
         except Refusal as refusal:
             self.admission.undo(refusal)
             raise
@@ -141,10 +141,10 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Note the tokens that the request can add to the conversations that it names."""
         inherited = self.body.inherited
         if inherited.conversations:
-            added = self.maximum.usage(self.money).all_tokens - inherited.conversation_tokens
-            self.money.grow(self.gateway.objects, inherited.conversations, added)
+            added = self.maximum.usage(self.hold).all_tokens - inherited.conversation_tokens
+            self.hold.grow(self.gateway.objects, inherited.conversations, added)
 
-    async def hold(self, further_input: int = 0) -> Hold:
+    async def take_hold(self, further_input: int = 0) -> Hold:
         """Hold the most that the request can cost, at the prices of this instant. `further_input`
         is in tokens. Raises Refusal."""
         billing = self.gateway.billing

@@ -45,7 +45,7 @@ class BackgroundResponse:
     def __init__(
         self,
         row: RequestRow,
-        money: Hold,
+        hold: Hold,
         unfinished: UnfinishedRow,
         chosen: set[str] | None,
         now: int,
@@ -66,7 +66,7 @@ class BackgroundResponse:
         self.stage = Stage.FOLLOWED
         self.settling: asyncio.Task[None] | None = None  # in the stage SETTLING
         self.to_be_cancelled = False  # its key was reported as compromised
-        self.money = money
+        self.hold = hold
         self._readers: set[Report] = set()
         self._followed_at = time.monotonic()  # when this object was made
         self._age_before = max(0, now - row.started_at)  # milliseconds
@@ -166,7 +166,7 @@ class BackgroundResponse:
 
     def bill(self, parts: list[UsagePart], billing: Billing) -> None:
         """Fill in the row's cost and month, and replace the hold by the cost."""
-        bill(self.row, parts, billing, self.money, self.unfinished.image_model)
+        bill(self.row, parts, billing, self.hold, self.unfinished.image_model)
 
     @property
     def maximum(self) -> MaximumUsage | None:

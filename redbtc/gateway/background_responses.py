@@ -112,12 +112,12 @@ class BackgroundResponses:
     async def resume(self) -> None:
         """Take up what an earlier process left."""
         for row, key, unfinished in await unfinished_rows(self._store):
-            money = await self._billing.hold_again(
+            hold = await self._billing.hold_again(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
-            response = BackgroundResponse(row, money, unfinished, None, self._store.time())
+            response = BackgroundResponse(row, hold, unfinished, None, self._store.time())
             if maximum := response.maximum:
-                money.grow(self._objects, [row.response_id or ""], maximum.all_tokens)
+                hold.grow(self._objects, [row.response_id or ""], maximum.all_tokens)
             self.unfinished.resume(row.account_id)
             self._add(response)
             response.enter(Stage.ALONE)
@@ -125,12 +125,12 @@ class BackgroundResponses:
             self._start(self._ask_until_ended(response))
 
     def keep(
-        self, row: RequestRow, money: Hold, unfinished: UnfinishedRow, chosen: set[str]
+        self, row: RequestRow, hold: Hold, unfinished: UnfinishedRow, chosen: set[str]
     ) -> tuple[BackgroundResponse, asyncio.Future[None]]:
         """Keep track of a response that goes on after its request has ended, with its hold. Return
         it, and a future that is done when it is on disk."""
         now = self._store.time()
-        response = BackgroundResponse(row, money.transfer(), unfinished, chosen, now)
+        response = BackgroundResponse(row, hold.transfer(), unfinished, chosen, now)
         self._add(response)
         return response, keep_pending(self._store, row, unfinished)
 
@@ -251,7 +251,7 @@ class BackgroundResponses:
         speed = await self._speeds.of(
             report.model or row.model or row.requested_model,
             row.account_id,
-            limited=response.money.held > 0,
+            limited=response.hold.held > 0,
         )
         maximum = response.maximum or maximum_of_unknown(self._billing.settings, MAX_TOKENS)
         parts = response.finish(report, outcome, speed, maximum)
@@ -260,7 +260,7 @@ class BackgroundResponses:
         self._learn(response, report, maximum)
         correction_facts = response.correction_facts
         # As in MeteredRequest: nothing else is awaited between `bill` and this.
-        with self._corrections.keep_held(row, response.money, correction_facts):
+        with self._corrections.keep_held(row, response.hold, correction_facts):
             await end_background(self._store, row, correction_facts)
         self._remove(response)
         self._telemetry.settled(row)

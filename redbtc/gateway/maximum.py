@@ -56,11 +56,11 @@ class Maximum:
         call = prices.max_call_cost(body.extras, tier)
         return cost + self.calls() * call + self._pictures() * max(0, further - call)
 
-    def usage(self, money: Hold, further_input: int = 0) -> MaximumUsage:
-        """Return the most that the request can use. `money` is what is held for it."""
+    def usage(self, hold: Hold, further_input: int = 0) -> MaximumUsage:
+        """Return the most that the request can use. `hold` is the hold for it."""
         read = self.input_tokens(further_input)
-        written = self.output_tokens(money.model_prices) * self.answers
-        return MaximumUsage(read, written, self._drawn(money), self.calls(), self._pictures())
+        written = self.output_tokens(hold.model_prices) * self.answers
+        return MaximumUsage(read, written, self._drawn(hold), self.calls(), self._pictures())
 
     def input_tokens(self, further_input: int) -> int:
         """Return how many tokens the request can read."""
@@ -113,13 +113,13 @@ class Maximum:
                 further += max_cost(*((own, DEFAULT_TIER) if own else asked), images)
         return further
 
-    def _drawn(self, money: Hold) -> int:
+    def _drawn(self, hold: Hold) -> int:
         """Return the most output tokens of the image tool's model in one call. A model without a
         price is held for as the requested model."""
         drawing = [model for model, images in self._body.further_models().items() if images]
         if not drawing:
             return 0
-        prices = money.prices_of(drawing[0]) or money.model_prices
+        prices = hold.prices_of(drawing[0]) or hold.model_prices
         of_model = prices.max_output_tokens if prices else None
         return of_model or self._settings.hold_output_tokens
 

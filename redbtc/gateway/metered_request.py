@@ -66,13 +66,13 @@ class MeteredRequest(AdmittedRequest):
         self._learn(made, report.usage if known else None)
         if not known:
             self._unweighed = {**self._unweighed, **made}
-            money = self.background.money if self.background else self.money
-            if money.held:
-                money.grow(self.gateway.objects, made, self._max_usage().all_tokens)
+            hold = self.background.hold if self.background else self.hold
+            if hold.held:
+                hold.grow(self.gateway.objects, made, self._max_usage().all_tokens)
 
     def _max_usage(self) -> MaximumUsage:
         """Return the most that the request can use."""
-        return self.maximum.usage(self.money, self.further_input)
+        return self.maximum.usage(self.hold, self.further_input)
 
     def _learn(
         self, made: Mapping[str, bool], usage: Usage | None, likely: Usage | None = None
@@ -107,11 +107,11 @@ class MeteredRequest(AdmittedRequest):
         self.awaits_id = False
         if not self._repeats:
             self._fill(report)
-            at, held, model = self.money.at, self.money.held, self.body.image_model()
+            at, held, model = self.hold.at, self.hold.held, self.body.image_model()
             max_usage = msgspec.json.encode(self._max_usage()).decode()
             unfinished = UnfinishedRow(at, held, self.input_estimate, model, most=max_usage)
             self.background, self.unwritten = self.gateway.background.keep(
-                self.row, self.money, unfinished, self.body.chosen_ids
+                self.row, self.hold, unfinished, self.body.chosen_ids
             )
             self.background.add_reader(report)
         self.deadline.shorten(self.grace())
@@ -144,13 +144,13 @@ class MeteredRequest(AdmittedRequest):
         if report.containers:
             parts = await count_containers(gateway.containers, row, report, parts)
         correction_facts = self._correction_facts if guess else None
-        bill(row, parts, gateway.billing, self.money, self.body.image_model())
+        bill(row, parts, gateway.billing, self.hold, self.body.image_model())
         if self._unweighed and not self._repeats:
             self._learn(self._unweighed, weight(row, self._max_usage()), row.usage)
             self._unweighed = {}
         self._drop_saved()
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
-        with gateway.corrections.keep_held(row, self.money, correction_facts):
+        with gateway.corrections.keep_held(row, self.hold, correction_facts):
             await settle_row(gateway.store, row, correction_facts)
             gateway.telemetry.settled(row)
             self.client_request.counted = True
@@ -193,7 +193,7 @@ class MeteredRequest(AdmittedRequest):
         """The facts that a later correction needs; None if the response can't be fetched later."""
         if not self.endpoint.stores:
             return None
-        return CorrectionFacts(self.money.at, self.body.image_model(), self.money.held)
+        return CorrectionFacts(self.hold.at, self.body.image_model(), self.hold.held)
 
     def growth_since_saved(self, now: float) -> float:
         """Return how long the request has worked, divided by how long it had worked when
@@ -217,7 +217,7 @@ class MeteredRequest(AdmittedRequest):
         row = msgspec.structs.replace(self.row)
         parts = add_calls(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
-            fill_in_cost(row, parts, self.money, self.body.image_model())
+            fill_in_cost(row, parts, self.hold, self.body.image_model())
             self._is_saved = True
             record_progress(self.gateway.store, row, self._correction_facts)
 
@@ -243,7 +243,7 @@ class MeteredRequest(AdmittedRequest):
         speed = await self.gateway.speeds.of(
             self.row.model or self.row.requested_model,
             self.row.account_id,
-            limited=self.money.held > 0,
+            limited=self.hold.held > 0,
         )
         return estimate(
             report,
@@ -263,6 +263,6 @@ class MeteredRequest(AdmittedRequest):
             return False
         if outcome == "upstream_error" or (self.status or 0) >= 400:
             return bool(SeenOutput.of(self.meter.report))
-        if outcome == "completed" and self.is_unmetered and not self.money.model_prices:
+        if outcome == "completed" and self.is_unmetered and not self.hold.model_prices:
             return self.settings.metering.include_usage == "add"
         return self.first_byte_ms is not None or outcome in ("client_disconnected", "interrupted")

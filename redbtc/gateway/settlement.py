@@ -93,19 +93,19 @@ def add_calls(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> l
     return [first, *parts[1:]]
 
 
-def fill_in_cost(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
+def fill_in_cost(row: RequestRow, parts: list[UsagePart], hold: Hold, image_model: str) -> None:
     """Fill in the row's cost, by the prices of the request's admission and the tier that the
     response reports. Leave it unknown where no usage is known."""
     if row.usage_source != "none":
-        row.price_id, row.cost = money.cost(of_models(parts, image_model), row.service_tier)
+        row.price_id, row.cost = hold.cost(of_models(parts, image_model), row.service_tier)
 
 
 def bill(
-    row: RequestRow, parts: list[UsagePart], billing: Billing, money: Hold, image_model: str
+    row: RequestRow, parts: list[UsagePart], billing: Billing, hold: Hold, image_model: str
 ) -> None:
     """Fill in the row's cost and month, and replace the hold by the cost."""
-    fill_in_cost(row, parts, money, image_model)
-    row.month = billing.replace_hold(money, row.cost or 0)
+    fill_in_cost(row, parts, hold, image_model)
+    row.month = billing.replace_hold(hold, row.cost or 0)
 
 
 def is_partly_known(meter: Meter, answers: int, *, images: bool) -> bool:

@@ -91,13 +91,13 @@ class Strays:
         guess = None if is_complete(report) else await self._estimate(stray)
         row = self._new_row(stray)
         parts = account_for(row, report, outcome, guess)
-        money = await hold_nothing(gateway.billing, self._key, row.requested_model)
+        hold = await hold_nothing(gateway.billing, self._key, row.requested_model)
         parts = await count_containers(gateway.containers, row, report, parts)
-        bill(row, parts, gateway.billing, money, DEFAULT_IMAGE_MODEL)
+        bill(row, parts, gateway.billing, hold, DEFAULT_IMAGE_MODEL)
         location, usage = ObjectLocation(row.upstream), None if guess else row.usage
         locations = locations_of(named, report, location, usage)
         gateway.objects.own_each(locations, row.account_id)
-        await settle_row(gateway.store, row, CorrectionFacts(money.at, DEFAULT_IMAGE_MODEL, 0))
+        await settle_row(gateway.store, row, CorrectionFacts(hold.at, DEFAULT_IMAGE_MODEL, 0))
         gateway.telemetry.settled(row)
 
     def _new_row(self, stray: Stray) -> RequestRow:

@@ -87,13 +87,13 @@ class TurnResponse(MeteredRequest):
     def next_input(self, steered_tokens: int) -> int:
         """Return how many tokens a response that follows reads at most besides the request: what
         this one has read and said, and the input that it was steered by."""
-        output_tokens = self.maximum.output_tokens(self.money.model_prices)
+        output_tokens = self.maximum.output_tokens(self.hold.model_prices)
         return self.further_input + output_tokens + steered_tokens
 
-    def following(self, money: Hold, further_input: int, steered_estimate: int) -> TurnResponse:
+    def following(self, hold: Hold, further_input: int, steered_estimate: int) -> TurnResponse:
         """Return the response that follows this one, in its places and with a row of its own.
-        `money` is held for it. It reads at most `further_input` tokens besides the request, and was
-        steered by about `steered_estimate` tokens."""
+        `hold` is the hold for it. It reads at most `further_input` tokens besides the request, and
+        was steered by about `steered_estimate` tokens."""
         usage = self.row.usage
         response = TurnResponse(
             self.gateway,
@@ -107,7 +107,7 @@ class TurnResponse(MeteredRequest):
         response.further_input = further_input
         said = (usage.input_tokens or 0) + (usage.output_tokens or 0)
         response.input_estimate = said + steered_estimate
-        response.take_over(self.row, money)
+        response.take_over(self.row, hold)
         return response
 
     async def write_pending(self) -> None:

@@ -61,7 +61,7 @@ class Steer(NamedTuple):
 
     tokens: int
     input_estimate: int
-    money: Hold
+    hold: Hold
 
 
 class Turn:
@@ -108,13 +108,13 @@ class Turn:
         admission.charge("tokens", 0)
         tokens = event.max_input_tokens + event.inherited.tokens
         waiting = sum(steer.tokens for steer in self._steers)
-        money = await self.response.hold(self.response.next_input(tokens + waiting))
+        hold = await self.response.take_hold(self.response.next_input(tokens + waiting))
         if self.response.settled or self.response.id != response_id:  # it has ended meanwhile
-            money.release()
+            hold.release()
             raise not_found("previous_response_id", response_id)
-        self.further.enter_context(money)
+        self.further.enter_context(hold)
         self.response.body.chosen_ids |= event.chosen_ids
-        self._steers.append(Steer(tokens, event.input_estimate, money))
+        self._steers.append(Steer(tokens, event.input_estimate, hold))
 
     def _check_steering(self, event: ClientEvent) -> None:
         """Raise Refusal for steering that the response can't be given."""
@@ -139,7 +139,7 @@ class Turn:
         self.deadline.allow(idle_seconds)
         settled = self.response.settled
         if self._steers and (kind in UNRESOLVED or (kind == "error" and settled)):
-            self._steers.pop(0).money.release()  # no response will follow
+            self._steers.pop(0).hold.release()  # no response will follow
             if settled:
                 self._enter(self._settled_state())
         elif kind not in UNRESOLVED:
@@ -173,21 +173,21 @@ class Turn:
         before, steers = self.response, self._steers
         self._steers = []
         for steer in steers[:-1]:  # the last one's hold includes what they have
-            steer.money.release()
+            steer.hold.release()
         if steers:
-            money = steers[-1].money.transfer()
+            hold = steers[-1].hold.transfer()
         else:
             billing, model = before.gateway.billing, before.row.requested_model
-            money = await hold_nothing(billing, before.key, model)
+            hold = await hold_nothing(billing, before.key, model)
         if self.over.done():  # it was given up meanwhile
-            money.release()
+            hold.release()
             return
         try:
             tokens = before.next_input(sum(steer.tokens for steer in steers))
             estimate = sum(steer.input_estimate for steer in steers)
-            self.response = before.following(money, tokens, estimate)
+            self.response = before.following(hold, tokens, estimate)
         except BaseException:
-            money.release()
+            hold.release()
             raise
         await self.further.aclose()  # what was before has ended
         self.further.push_async_exit(self.response)
