@@ -20,7 +20,7 @@ from redbtc.gateway.client_response import ClientResponse, Sent
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
-from redbtc.meter.meters import Meter
+from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.streams import StreamMeter
 from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.connection import ResponseBody
@@ -97,7 +97,7 @@ class AnswerBody:
         if meter is None:  # nothing has come
             meter = request.meter = request.choose_meter(response.is_labelled_stream)
         self._deadline.pause()
-        ended_by_event = meter.ended
+        ended_by_event = meter.state is MeterState.ENDED
         if meter.at_once:
             meter.finish()
         else:
@@ -136,10 +136,10 @@ class AnswerBody:
                 passed, kept = kept + passed, b""
                 deadline.allow(self._idle_seconds)  # metering may have paused it
                 await response.send(passed)
-            if meter and (meter.ended or meter.ending):
+            if meter and meter.state is not MeterState.OPEN:
                 kept = await self._send_until_usage(meter, chunks, kept)
-                if meter.ended or meter.ending:
-                    break
+            if meter and meter.state is not MeterState.OPEN:
+                break
             deadline.allow(self._idle_seconds)
         return meter, kept
 
@@ -198,7 +198,7 @@ class AnswerBody:
         passed = b""
         until = asyncio.get_running_loop().time() + AFTER_END_SECONDS
         with contextlib.suppress(StopAsyncIteration, TimeoutError, httpx2.HTTPError):
-            while meter.ending and not (meter.ended or passed):
+            while meter.state is MeterState.ENDING and not passed:
                 async with asyncio.timeout_at(until):
                     chunk = await anext(chunks)
                 passed = await self._feed(meter, chunk)

@@ -21,6 +21,7 @@ from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import Answer
 from redbtc.meter.estimates import Estimate, SeenOutput, estimate, is_complete
+from redbtc.meter.meters import MeterState
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.server.asgi import new_request_id
 from redbtc.store.keys import Key
@@ -66,7 +67,7 @@ class Strays:
             self._strays[lane] = Stray()
         if stray := self._strays.get(lane):
             await stray.meter.take(event, kind_of(event), self._key.account_id)
-            if stray.meter.ended:
+            if stray.meter.state is MeterState.ENDED:
                 del self._strays[lane]
                 failed = stray.meter.report.failed
                 await self._write(stray, "upstream_error" if failed else "completed")

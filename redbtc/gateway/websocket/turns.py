@@ -30,6 +30,7 @@ from redbtc.gateway.websocket.turn_response import TurnResponse
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import Answer
+from redbtc.meter.meters import MeterState
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.body import ClientEvent
 from redbtc.request_body.reading import MAX_INPUT_ITEMS
@@ -154,7 +155,7 @@ class Turn:
         """Meter an event of the response, and settle the response if it is the last one."""
         response = self.response
         await response.take(event, kind)
-        if response.meter.ended and not response.settled:
+        if response.meter.state is MeterState.ENDED and not response.settled:
             response.note_status(event_status(event) if kind == "error" else 200)
             self._enter(self._settled_state())
             await response.settle(response.outcome())
