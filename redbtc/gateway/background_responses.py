@@ -278,10 +278,8 @@ class BackgroundResponses:
             if not (location and location.minted_input):
                 made = [response_id] if location else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        locations = locations_of(
-            made, report, ObjectLocation(row.upstream), weight(row, maximum), row.usage
-        )
-        objects.own_each(locations, row.account_id)
+        location, usage = ObjectLocation(row.upstream), weight(row, maximum)
+        objects.own_each(locations_of(made, report, location, usage, row.usage), row.account_id)
 
     async def _ask_until_ended(self, response: BackgroundResponse) -> None:
         pause, unknown = FIRST_PAUSE, 0
@@ -315,8 +313,7 @@ class BackgroundResponses:
     async def _ask(
         self, response: BackgroundResponse, suffix: str = "", method: str = "GET"
     ) -> int:
-        """Ask the upstream for the response, or to cancel it. Return the status of its answer, 0 if
-        there is none."""
+        """Ask the upstream about the response. Return the status of its answer, 0 without one."""
         row = response.row
         upstream = self._upstreams.named(row.upstream)
         if upstream is None:
