@@ -74,7 +74,7 @@ BEFORE_FORWARDING: dict[str, tuple[str, dict[str, str], bytes]] = {
     "RequestBody.add_include_usage": ("/chat/completions", JSON, json.dumps(CHAT).encode()),
     "Form.grow": ("/images/edits", FORM, PICTURE),
     "redbtc.request_body.media.decompressed": ("/responses", GZIP, gzip.compress(TEXT)),
-    "AdmittedRequest.hold": ("/responses", JSON, TEXT),
+    "AdmittedRequest.take_hold": ("/responses", JSON, TEXT),
 }
 
 
