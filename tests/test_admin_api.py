@@ -426,7 +426,7 @@ def test_each_role_may_do_what_is_its_own(house: House) -> None:
         body = BODIES.get(operation.name, {}) if operation.method in ("POST", "PATCH") else None
         for path, role in itertools.product(paths_of(operation), ("viewer", "owner")):
             before = house.last_change()
-            allowed = RANKS[role] >= RANKS[operation.least]
+            allowed = RANKS[role] >= RANKS[operation.min_rank]
             answers = {
                 name: house.ask(role, operation.method, path.format(**{**house.own, **ids}), body)
                 for name, ids in (("others", house.others), ("never", NEVER))
@@ -509,7 +509,7 @@ def test_members_see_nothing_of_operators_and_of_others(house: House, role: str)
     seen: set[str] = set()
     text = ""
     for operation in OPERATIONS:
-        if operation.method != "GET" or RANKS[role] < RANKS[operation.least]:
+        if operation.method != "GET" or RANKS[role] < RANKS[operation.min_rank]:
             continue
         for path in operation.paths:
             if path.startswith("/me") != (role == "key"):

@@ -24,7 +24,7 @@ from speed import Stalls
 from upstream import Socket, Upstream, ws_events, ws_like_openai
 from websockets.frames import Opcode
 
-from redbtc.gateway.websocket.client_sender import MAX_PAUSE
+from redbtc.gateway.websocket.client_sender import MAX_REFUSAL_PAUSE
 from redbtc.server.frame_reader import MAX_PART
 
 pytestmark = pytest.mark.promise_9
@@ -841,4 +841,4 @@ def test_requests_that_are_refused_together_do_not_shut_their_account_out(
         assert answer.startswith(b"HTTP/1.1 429 "), answer
         wait = re.search(rb"\r\nretry-after: (\d+)", answer)
         assert wait
-        assert int(wait[1]) <= MAX_PAUSE + 1
+        assert int(wait[1]) <= MAX_REFUSAL_PAUSE + 1

@@ -9,7 +9,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import click
 import msgspec
@@ -43,7 +43,7 @@ from redbtc.store.health import RETRY_SECONDS
 from redbtc.store.opening import Serving
 from redbtc.telemetry import LOG, Telemetry, log
 
-WATCH_SECONDS = 0.25  # between two looks at the file of a damaged database
+DAMAGED_FILE_SECONDS = 0.25  # between two looks at a database file that is damaged
 DEMO_PRICE = Price(
     "redbtc-demo*",
     input=NANOS,
@@ -73,6 +73,9 @@ class Process(Protocol):
     def closing(self) -> None:
         """Expect the end of the process if the files are closed because it has served."""
 
+    def end_if_failed(self, task: asyncio.Task[Any]) -> None:
+        """End the process if a task has failed."""
+
 
 async def open_service(
     stack: contextlib.AsyncExitStack,
@@ -101,7 +104,7 @@ async def open_service(
         log(logging.WARNING, "no prices", reason=reason)
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
-    service = Service(billing, settings, running.telemetry)
+    service = Service(billing, settings, running.telemetry, running.end_if_failed)
     if not start.as_json:
         await greet(service, url, settings, start)
     try:
@@ -161,9 +164,9 @@ async def open_ledger(
             if str(error) != said:
                 said = str(error)
                 log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED_AT_START)
-            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.sleep(DAMAGED_FILE_SECONDS)
             while state_of(path) == tried:
-                await asyncio.sleep(WATCH_SECONDS)
+                await asyncio.sleep(DAMAGED_FILE_SECONDS)
         except (StorageUnavailable, DatabaseInUse) as error:
             if not said and isinstance(error, DatabaseInUse):
                 raise
