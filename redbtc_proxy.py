@@ -4,15 +4,15 @@
     authenticate ─► read ─► choose ─► admit ─► open ─► relay ─► settle ─► last byte
 
 Clients point their base URL here. Each request is checked, held to its account's limits, forwarded
-byte for byte to an upstream, and written down: what the upstream says was used, committed before
-the client sees the end of the answer. The code is in the package beside this file, by subject:
+byte for byte to an upstream, and recorded: what the upstream says was used is committed before the
+client sees the end of the answer. The code is in the package beside this file, by subject:
 
     redbtc/server/        the client's side of HTTP: connections, heads, bodies, WebSocket frames
-    redbtc/gateway/       the way of a request, and the routes
+    redbtc/gateway/       the path of a request, and the routes
     redbtc/request_body/  what must be known of a request's body
-    redbtc/limits/        how much at once and how many a minute
-    redbtc/upstream/      the way to the upstreams
-    redbtc/meter/         find the usage in an answer
+    redbtc/limits/        requests in flight, requests and tokens per minute, memory for bodies
+    redbtc/upstream/      the upstream side of HTTP: which upstream, and how to reach it
+    redbtc/meter/         the usage in an answer
     redbtc/billing/       prices, spending, statements
     redbtc/store/         the ledger's database
     redbtc/admin/         the admin API, which commands and pages use
@@ -46,7 +46,7 @@ from redbtc.cli import accounts, database, money, usage, users  # noqa: F401 (th
 from redbtc.cli import main as command_line
 from redbtc.cli.serve import ServeOptions, open_service
 from redbtc.config import (
-    Loaded,
+    LoadedSettings,
     Settings,
     SettingsError,
     missing_keys,
@@ -55,11 +55,11 @@ from redbtc.config import (
     with_demo,
 )
 from redbtc.errors import UserError
+from redbtc.gateway.admin_routes import in_time
 from redbtc.gateway.endpoints import METERED, RESPONSES
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import healthz
 from redbtc.gateway.metered_route import MeteredRoute
-from redbtc.gateway.pages import in_time
 from redbtc.gateway.plain_routes import AsApp, ExactRoute, unknown_url, upgrade_required
 from redbtc.gateway.service import Service
 from redbtc.gateway.stored import StoredRoute
@@ -91,7 +91,7 @@ def metered_apps(service: Service) -> dict[str, App]:
 
 def other_apps(service: Service) -> App:
     """Return the app of all other requests. What has no route is 404 before its body is read."""
-    models, health, pages = service.models, service.health_routes, service.pages
+    models, health, admin = service.models, service.health_routes, service.admin_routes
 
     def stored(method: str, suffix: str = "") -> Route:
         app = StoredRoute(service.gateway, method, suffix)
@@ -113,9 +113,9 @@ def other_apps(service: Service) -> App:
         get("/readyz", health.readyz),
         get("/metrics", health.metrics),
         get("/status", health.status),
-        get("/admin/v1/me{rest:path}", pages.me),
-        Route("/admin/v1/{rest:path}", AsApp(pages.admin)),
-        Route("/dashboard{rest:path}", AsApp(pages.dashboard)),
+        get("/admin/v1/me{rest:path}", admin.me),
+        Route("/admin/v1/{rest:path}", AsApp(admin.admin)),
+        Route("/dashboard{rest:path}", AsApp(admin.dashboard)),
     ]
     return Router(routes, redirect_slashes=False, default=unknown_url)
 
@@ -159,13 +159,14 @@ async def run(options: ServeOptions) -> int:
 
 
 class GatewayProcess:
-    """The process that serves: its servers, its signals and its end."""
+    """The process that serves: its servers, its signals and its end. `open_service` calls `closing`
+    and `end_if_failed`, and sets `demo`."""
 
-    def __init__(self, loaded: Loaded, settings: Settings) -> None:
+    def __init__(self, loaded: LoadedSettings, settings: Settings) -> None:
         self._loaded = loaded
         self._settings = settings
         self.telemetry = Telemetry()
-        self.status = 0  # that the process exits with
+        self.status = 0  # the exit status
         self._service: Service | None = None  # None until the ledger is open
         self.demo: str | None = None  # the URL of the demonstration upstream, where that is served
         self._opening: asyncio.Task[Service] | None = None
@@ -235,7 +236,7 @@ class GatewayProcess:
         tasks = [*store.commits.tasks, *service.start_tasks()]
         for task in tasks:
             task.add_done_callback(self._ended)
-        self._guard.lead_to(metered_apps(service), other_apps(service), websocket_app(service))
+        self._guard.serve(metered_apps(service), other_apps(service), websocket_app(service))
         gc.freeze()  # what is there now stays, as in start.finish
         with socket_path(store.path) as path:
             api = in_time(gateway, admin_app(service.api, local_actor))
@@ -283,8 +284,8 @@ class GatewayProcess:
         self._draining = asyncio.create_task(self._drain(self._settings.server.drain_seconds))
 
     async def _drain(self, seconds: float) -> None:
-        """Admit no new requests; those in flight may finish, and clients may read what was
-        answered, for so many seconds."""
+        """Admit no new requests. For up to `seconds`, let those in flight finish, and let clients
+        read what was answered."""
         if self._service:
             await self._drain_gateway(self._service.gateway, seconds)
         elif self._opening:

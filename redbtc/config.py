@@ -203,7 +203,7 @@ class SettingsError(UserError):
     """The settings file can't be read or is wrong."""
 
 
-class Loaded(NamedTuple):
+class LoadedSettings(NamedTuple):
     """Settings, and the file that they come from."""
 
     settings: Settings
@@ -219,14 +219,14 @@ class Loaded(NamedTuple):
         return Path(os.path.realpath(self.folder / self.settings.database.path))
 
 
-def load_settings(path: str | None) -> Loaded:
+def load_settings(path: str | None) -> LoadedSettings:
     """Read the settings from `path`, else from $REDBTC_CONFIG, else from config.toml beside the
     script, else use the defaults. Raises SettingsError with one line that says what is wrong and
     where."""
     beside = HERE / "config.toml"
     chosen = path or os.environ.get("REDBTC_CONFIG") or (str(beside) if beside.exists() else None)
     if chosen is None:
-        return Loaded(Settings(), None, Path.cwd(), [])
+        return LoadedSettings(Settings(), None, Path.cwd(), [])
     file = Path(chosen).absolute()
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -239,10 +239,10 @@ def load_settings(path: str | None) -> Loaded:
     except SettingsError as error:
         raise SettingsError(f"{file}: {error}") from None
     unused = [key for key in WITHOUT_EFFECT if _value(settings, key) != _value(Settings(), key)]
-    return Loaded(settings, file, file.parent, unused, is_empty=not tables)
+    return LoadedSettings(settings, file, file.parent, unused, is_empty=not tables)
 
 
-def reload_settings(before: Loaded) -> Settings:
+def reload_settings(before: LoadedSettings) -> Settings:
     """Read the settings again, from the same file as before. Raises SettingsError, also if the file
     sets nothing: an editor may not have finished writing it, and the defaults would replace all
     upstreams."""

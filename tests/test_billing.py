@@ -37,7 +37,7 @@ from redbtc.billing import records, statements
 from redbtc.billing import reports as reports_module
 from redbtc.billing.billing import Billing
 from redbtc.billing.price_changes import add_prices
-from redbtc.billing.price_list import PriceTable
+from redbtc.billing.price_table import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.billing.records import Payment, PricesAdded
 from redbtc.billing.reports import Group, Range, RequestShown

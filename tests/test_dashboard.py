@@ -61,7 +61,7 @@ from redbtc.billing.csv import csv_line
 from redbtc.dashboard import account_pages, formats, key_page, parts, rendering
 from redbtc.dashboard.sessions import network_of
 from redbtc.errors import Conflict, NotFound, UserError
-from redbtc.gateway.pages import MAX_ASKED
+from redbtc.gateway.admin_routes import MAX_ASKED
 from redbtc.store.accounts import Accounts
 from redbtc.store.database import Store
 from redbtc.store.schema import APPLICATION_ID, migrations, schema

@@ -40,7 +40,7 @@ from upstream import (
 )
 from websockets.sync.client import connect
 
-from redbtc.billing.price_list import PriceTable
+from redbtc.billing.price_table import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.billing.spending import Hold, Quote, Spending
 from redbtc.config import Settings

@@ -38,7 +38,7 @@ from upstream import (
     stream,
 )
 
-from redbtc.gateway.pages import MAX_ASKED
+from redbtc.gateway.admin_routes import MAX_ASKED
 
 pytestmark = pytest.mark.promise_8
 

@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 from redbtc import rates as rates_module
 from redbtc.billing import model_patterns
-from redbtc.billing.price_list import PriceTable
+from redbtc.billing.price_table import PriceTable
 from redbtc.billing.prices import Price
 from redbtc.usage import Usage
 

@@ -128,7 +128,7 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
 
         def fits(name: str) -> tuple[bool, bool, bool]:
             allowed = not patterns or matches(name, patterns)
-            return allowed, self.gateway.serves(name), self.billing.served(name)
+            return allowed, self.gateway.serves(name), self.billing.may_serve(name)
 
         found = [(fits(name), name) async for name in with_turns(names) if not {*"*?["} & {*name}]
         return max(found, key=lambda each: each[0])[1]

@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from redbtc.billing.records import NOTICE_TEXT
 from redbtc.rates import DEFAULT_TIER, RATES
-from redbtc.store.records import with_members
+from redbtc.store.json_values import with_members
 from redbtc.usage import MAX_TOKENS
 
 # Strict: an unknown field is an error that names it. The docstrings of the types are descriptions

@@ -12,7 +12,7 @@ from redbtc.billing.records import Balance, Notice, Payment
 from redbtc.billing.reports import Group, RequestShown, Sums
 from redbtc.store.accounts import Account, KeyInList, KeyShown
 from redbtc.store.changes import Change
-from redbtc.store.records import Moment, Money
+from redbtc.store.json_values import Moment, Money
 
 
 class Error(Struct):

@@ -15,7 +15,7 @@ from redbtc.admin.users import LINK_LASTS
 from redbtc.billing.billing import Billing
 from redbtc.errors import UserError
 from redbtc.store.database import Store
-from redbtc.store.records import Moment, json_time
+from redbtc.store.json_values import Moment, json_time
 from redbtc.times import DAY, iso_time, month_of, now_ms, parse_time
 from redbtc.usage import KINDS
 

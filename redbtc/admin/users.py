@@ -33,7 +33,7 @@ from msgspec.structs import asdict
 from redbtc.admin.passwords import Attempts, check_password, scrypt
 from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.store.database import Store
-from redbtc.store.records import Moment, by_name, json_time, new_id
+from redbtc.store.json_values import Moment, by_name, json_time, new_id
 from redbtc.times import iso_time
 
 

@@ -13,7 +13,7 @@ settles its first request, and then kept up to date in memory (totals.py): a cos
 is committed. Payments are read again after each change, so that none counts twice.
 
 billing.py      balances, budgets, holds and payments
-prices.py, model_prices.py, model_patterns.py, price_list.py      which price applies, and the cost
+prices.py, model_prices.py, model_patterns.py, price_table.py      which price applies, and the cost
 price_changes.py, price_increases.py, price_texts.py              prices that are added
 reports.py, statements.py, overviews.py, csv.py                   usage and costs, summed up
 """

@@ -7,7 +7,7 @@ import sqlite3
 
 from redbtc.billing.model_prices import ModelPrices
 from redbtc.billing.notices import Notices
-from redbtc.billing.price_list import PriceTable
+from redbtc.billing.price_table import PriceTable
 from redbtc.billing.prices import MAX_COST, Price
 from redbtc.billing.records import Balance, Payment
 from redbtc.billing.spending import Hold, Quote, Spending, SpendingLimitReached, SpendingOf
@@ -18,8 +18,8 @@ from redbtc.money import NANOS, UNLIMITED, decimal, parse_limit
 from redbtc.store.accounts import Account
 from redbtc.store.consistency import CURRENCIES
 from redbtc.store.database import Store
+from redbtc.store.json_values import json_amount, new_id
 from redbtc.store.keys import Key
-from redbtc.store.records import json_amount, new_id
 from redbtc.times import month_of
 
 MAX_PAID = 10**17 * NANOS  # by one account, so that sums fit into an INTEGER of units
@@ -85,7 +85,7 @@ class Billing:
         """Return the prices in force for each name or pattern."""
         return self.prices.in_force(self.store.time())
 
-    def served(self, model: str) -> bool:
+    def may_serve(self, model: str) -> bool:
         """Return whether a model may be served: it has a price, or models without one are free."""
         return self.settings.unpriced_models == "free" or self.model_prices(model) is not None
 

@@ -12,8 +12,8 @@ from redbtc.config import BillingSettings
 from redbtc.errors import NotFound, UserError
 from redbtc.money import decimal, money
 from redbtc.store.database import Store
+from redbtc.store.json_values import by_name, new_id
 from redbtc.store.keys import Key
-from redbtc.store.records import by_name, new_id
 from redbtc.times import DAY, MINUTE, iso_time
 
 BUDGET_PERCENTS = (50, 80, 100)

@@ -11,7 +11,7 @@ from redbtc.billing.billing import Billing
 from redbtc.billing.statements import paid_by_month_of
 from redbtc.money import decimal
 from redbtc.store.accounts import ACCOUNT, Account, account_columns
-from redbtc.store.records import Money, cost_of, nanos_of
+from redbtc.store.json_values import Money, cost_of, nanos_of
 from redbtc.times import DAY, day_of
 from redbtc.usage import Outcome
 

@@ -25,7 +25,7 @@ from redbtc.billing.model_patterns import (
 )
 from redbtc.billing.notices import price_notice
 from redbtc.billing.price_increases import Compared, refuse_early, rising_models, texts_of
-from redbtc.billing.price_list import PriceTable
+from redbtc.billing.price_table import PriceTable
 from redbtc.billing.price_texts import following_price, rates_of_earlier, slot_name
 from redbtc.billing.prices import Price
 from redbtc.billing.records import (
@@ -38,7 +38,7 @@ from redbtc.billing.records import (
 from redbtc.errors import UserError
 from redbtc.slices import with_turns
 from redbtc.store.database import Store
-from redbtc.store.records import json_time
+from redbtc.store.json_values import json_time
 from redbtc.times import DAY, MINUTE, iso_time
 
 IN_USE = 90 * DAY  # a model that was requested within this time is in use

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from redbtc.billing.model_patterns import matches, specificity
 from redbtc.billing.model_prices import FREE, risen_rates
-from redbtc.billing.price_list import PriceTable
+from redbtc.billing.price_table import PriceTable
 from redbtc.billing.records import NOTICE_TEXT
 from redbtc.errors import UserError
 from redbtc.slices import with_turns

@@ -8,7 +8,7 @@ from redbtc.billing.prices import Price
 from redbtc.billing.records import FollowingPrice, PricesAdded, PriceSlot, RatesOfEarlierPrice
 from redbtc.money import decimal
 from redbtc.rates import DEFAULT_TIER, RATES
-from redbtc.store.records import json_time
+from redbtc.store.json_values import json_time
 
 SHOWN_MODELS = 8  # in one message
 

@@ -2,8 +2,8 @@
 
 A price applies to a pattern of models, a service tier, and requests with more input tokens than its
 threshold. Of all patterns that match a model, only the prices of the most specific one apply
-(price_list.py). The tier is the one that the response reports; a tier without a price of its own is
-billed as the default tier.
+(price_table.py). The tier is the one that the response reports; a tier without a price of its own
+is billed as the default tier.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from redbtc.money import decimal
 from redbtc.rates import RATES
-from redbtc.store.records import Moment, Money, by_name, json_time, nanos_of, with_members
+from redbtc.store.json_values import Moment, Money, by_name, json_time, nanos_of, with_members
 from redbtc.times import iso_time
 
 NOTICE_TEXT = 4000  # characters

@@ -20,8 +20,16 @@ from redbtc.errors import NotFound
 from redbtc.money import decimal
 from redbtc.slices import with_turns
 from redbtc.store.database import Store
+from redbtc.store.json_values import (
+    Moment,
+    Money,
+    Sum,
+    by_name,
+    json_amount,
+    nanos_of,
+    with_members,
+)
 from redbtc.store.readers import Reader
-from redbtc.store.records import Moment, Money, Sum, by_name, json_amount, nanos_of, with_members
 from redbtc.times import DAY, day_of, iso_time
 from redbtc.usage import KINDS, Outcome, UsageSource
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from redbtc.billing.model_prices import ModelPrices
-from redbtc.billing.price_list import PriceTable
+from redbtc.billing.price_table import PriceTable
 from redbtc.billing.prices import MAX_COST
 from redbtc.errors import UserError
 from redbtc.store.keys import Key

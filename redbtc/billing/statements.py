@@ -19,8 +19,8 @@ from redbtc.money import decimal
 from redbtc.slices import with_turns
 from redbtc.store.accounts import Account
 from redbtc.store.database import Store
+from redbtc.store.json_values import Money, nanos_of
 from redbtc.store.readers import Reader
-from redbtc.store.records import Money, nanos_of
 from redbtc.times import day_of, month_start, months_after
 
 PAYMENTS_OF_MONTH = (

@@ -11,7 +11,7 @@ import sqlite3
 from redbtc.billing.spending import Spending
 from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
-from redbtc.store.records import nanos_of
+from redbtc.store.json_values import nanos_of
 from redbtc.times import month_of
 
 # The ledger has months later than the current one only while its time is set back: they are about

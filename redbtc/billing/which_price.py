@@ -5,7 +5,7 @@ from __future__ import annotations
 from redbtc.billing.billing import Billing
 from redbtc.billing.prices import TIER_NAMES, Price
 from redbtc.billing.records import WhichPrice
-from redbtc.store.records import json_time
+from redbtc.store.json_values import json_time
 
 
 def which_price(billing: Billing, model: str, at: int, tier: str, input_tokens: int) -> WhichPrice:

@@ -17,7 +17,7 @@ from redbtc.admin.actors import StoppedGateway
 from redbtc.admin.api import API
 from redbtc.admin.http import USER_HEADER, admin_app, local_actor
 from redbtc.billing.billing import Billing
-from redbtc.config import Loaded
+from redbtc.config import LoadedSettings
 from redbtc.errors import UserError
 from redbtc.server.unix_socket import socket_path
 from redbtc.store.database import Store
@@ -28,7 +28,7 @@ PATIENCE_SECONDS = 5
 
 
 @contextlib.asynccontextmanager
-async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
+async def connect(loaded: LoadedSettings) -> AsyncIterator[httpx2.AsyncClient]:
     """Connect to the admin API of the running gateway, or serve it in this process if none runs.
     Wait for a gateway that is just starting or stopping. Raises UserError."""
     deadline = time.monotonic() + PATIENCE_SECONDS
@@ -65,7 +65,7 @@ async def connect(loaded: Loaded) -> AsyncIterator[httpx2.AsyncClient]:
             return
 
 
-def _open(loaded: Loaded) -> contextlib.AbstractAsyncContextManager[Store]:
+def _open(loaded: LoadedSettings) -> contextlib.AbstractAsyncContextManager[Store]:
     os.umask(0o077)
     return Store.open(loaded.database_path, loaded.settings.database.synchronous)
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from redbtc.cli.main import CommandContext, commands, given, json_option, show
-from redbtc.config import Loaded
+from redbtc.config import LoadedSettings
 from redbtc.errors import UserError
 from redbtc.store.backup import back_up, plain_errors, restore
 from redbtc.store.consistency import CHECKS
@@ -134,7 +134,7 @@ def db_set_time(context: CommandContext, time: str | None, yes: bool, as_json: b
     show(found, as_json, lambda: time_text(found))
 
 
-def show_check(loaded: Loaded | None, problems: list[str], as_json: bool) -> None:
+def show_check(loaded: LoadedSettings | None, problems: list[str], as_json: bool) -> None:
     """Print the problems that `check` has found, and exit with 2 if there are any. `loaded` is None
     if the settings can't be read."""
     unused = loaded.without_effect if loaded else []

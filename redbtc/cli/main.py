@@ -14,7 +14,7 @@ import msgspec
 import orjson
 
 from redbtc.cli.connect import connect
-from redbtc.config import Loaded, load_settings
+from redbtc.config import LoadedSettings, load_settings
 from redbtc.errors import UserError
 from redbtc.money import parse_limit
 from redbtc.start import restore_signals
@@ -26,15 +26,15 @@ Run = Callable[
 
 
 class CommandContext:
-    """The options before the command, and the way to the admin API. The settings file is read each
-    time that `loaded` is used."""
+    """The options before the command, and the calls to the admin API. The settings file is read
+    each time that `loaded` is used."""
 
     def __init__(self, config: str | None, run: Run) -> None:
         self._config = config
         self.run = run
 
     @property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedSettings:
         return load_settings(self._config)
 
     def call(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:

@@ -24,7 +24,7 @@ from redbtc.cli.first_run import dashboard_lines, import_example, welcome
 from redbtc.cli.main import CommandContext, commands, json_option
 from redbtc.config import (
     BillingSettings,
-    Loaded,
+    LoadedSettings,
     Settings,
     SettingsError,
     missing_keys,
@@ -56,7 +56,7 @@ DEMO_PRICE = Price(
 class ServeOptions(NamedTuple):
     """The options of the command serve."""
 
-    loaded: Loaded
+    loaded: LoadedSettings
     settings: Settings
     demo: bool
     first_run: bool
@@ -79,34 +79,34 @@ class Process(Protocol):
 
 async def open_service(
     stack: contextlib.AsyncExitStack,
-    start: ServeOptions,
-    running: Process,
+    options: ServeOptions,
+    process: Process,
     listeners: list[socket.socket],
 ) -> Service:
     """Open the ledger, however long that takes, and say that the gateway serves. Raises
     UserError."""
-    settings = start.settings
-    billing = await open_ledger(stack, start, running)
-    if start.demo:
-        running.demo = await start_demo(stack)
-        settings = with_demo(settings, running.demo)
-    if start.first_run and not billing.prices.prices:
+    settings = options.settings
+    billing = await open_ledger(stack, options, process)
+    if options.demo:
+        process.demo = await start_demo(stack)
+        settings = with_demo(settings, process.demo)
+    if options.first_run and not billing.prices.prices:
         await import_example(billing)
-    if start.demo and billing.model_prices(DEMO_PRICE.model) is None:
+    if options.demo and billing.model_prices(DEMO_PRICE.model) is None:
         await add_prices(billing, [DEMO_PRICE], without_notice=None, by="demo")
     host, port = listeners[0].getsockname()[:2]
     url = f"{url_of(host, port)}/v1"
     log_start(url, listeners, billing.store, settings)
-    if start.as_json:
+    if options.as_json:
         click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
     if not billing.prices.prices and settings.billing.unpriced_models == "refuse":
         reason = "requests for all models are refused; add prices with price import"
         log(logging.WARNING, "no prices", reason=reason)
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
-    service = Service(billing, settings, running.telemetry, running.end_if_failed)
-    if not start.as_json:
-        await greet(service, url, settings, start)
+    service = Service(billing, settings, process.telemetry, process.end_if_failed)
+    if not options.as_json:
+        await greet(service, url, settings, options)
     try:
         await service.gateway.background.resume()
     except (sqlite3.Error, StorageUnavailable) as error:
@@ -133,23 +133,23 @@ def log_start(
         log(logging.WARNING, "unusable", reason=line)
 
 
-async def greet(service: Service, url: str, settings: Settings, start: ServeOptions) -> None:
-    """Print where the dashboard is and, at a first run, how to begin."""
+async def greet(service: Service, url: str, settings: Settings, options: ServeOptions) -> None:
+    """Print where the dashboard is and, on the first run, how to begin."""
     try:
-        if start.first_run:
-            click.echo(await welcome(service.api, url, settings.upstreams, start.demo))
+        if options.first_run:
+            click.echo(await welcome(service.api, url, settings.upstreams, options.demo))
         click.echo(await dashboard_lines(service.api))
     except (sqlite3.Error, StorageUnavailable) as error:
         log(logging.ERROR, "no welcome", reason=str(error))
 
 
 async def open_ledger(
-    stack: contextlib.AsyncExitStack, start: ServeOptions, running: Process
+    stack: contextlib.AsyncExitStack, options: ServeOptions, process: Process
 ) -> Billing:
     """Open the ledger. Try again for as long as its disk is full or does not answer, and whenever a
     damaged file has been replaced. Raises UserError if trying again can't help."""
-    database, path = start.settings.database, start.loaded.database_path
-    serving = Serving(database.check_seconds, start.accept_clock, log, running.closing)
+    database, path = options.settings.database, options.loaded.database_path
+    serving = Serving(database.check_seconds, options.accept_clock, log, process.closing)
     said = ""
     while True:
         tried = state_of(path)
@@ -157,7 +157,7 @@ async def open_ledger(
             opening = Store.open(path, database.synchronous, serving)
             async with contextlib.AsyncExitStack() as opened:
                 store = await opened.enter_async_context(opening)
-                billing = await open_billing(store, start.settings.billing)
+                billing = await open_billing(store, options.settings.billing)
                 stack.push_async_exit(opened.pop_all())
                 return billing
         except LedgerDamaged as error:
@@ -242,8 +242,8 @@ def serve(
     LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            start = ServeOptions(loaded, settings, demo, first_run, accept_clock, as_json)
-            status = runner.run(context.run(start))
+            options = ServeOptions(loaded, settings, demo, first_run, accept_clock, as_json)
+            status = runner.run(context.run(options))
     finally:
         LOG.flush()
     raise SystemExit(status)

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.records import Notice
-from redbtc.store.records import Moment, json_time
+from redbtc.store.json_values import Moment, json_time
 
 
 class PublicNotice(Struct):

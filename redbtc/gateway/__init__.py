@@ -1,1 +1,2 @@
-"""The way of a request."""
+"""The path of a request: authenticate, read, choose, admit, relay, settle. Begin reading with
+metered_route.py."""

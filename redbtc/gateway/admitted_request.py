@@ -1,4 +1,4 @@
-"""The admission of a request: its places in the limits, the hold of what it can cost, its row.
+"""A request that is admitted: it has places in the limits, a hold for what it can cost, and a row.
 
     places ─► hold ─► row begun ─► (it is forwarded and settled) ─► all given back
 
@@ -15,7 +15,7 @@ from redbtc.billing.model_prices import ModelPrices
 from redbtc.billing.spending import Hold, SpendingLimitReached
 from redbtc.deadlines import Deadline
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.background import BackgroundResponse
+from redbtc.gateway.background_response import BackgroundResponse
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.gateway.gateway import Gateway
@@ -43,9 +43,9 @@ class AdmittedRequest(ForwardedRequest, Running):
 
     hold: Hold  # from `async with` on
     row: RequestRow
-    further_input = 0  # tokens that it may read beside its body and what that builds on
+    further_input = 0  # tokens that it may read besides its body and what that builds on
     left_at = math.inf  # when it left for the upstream, by the monotonic clock
-    background: BackgroundResponse | None = None  # what its response goes on as
+    background: BackgroundResponse | None = None  # its response, if that outlives the request
     _memory: Releasable
     _is_held = False
     _is_unfinished = False  # whether it is counted as an unfinished background response
@@ -162,19 +162,19 @@ class AdmittedRequest(ForwardedRequest, Running):
     def _max_cost(self, prices: ModelPrices | None, further_input: int) -> int:
         """Return the most that the request can cost, in nanos. Raises Refusal if its usage would
         not be reported, StorageUnavailable."""
-        self._weigh_conversations()
+        self._update_conversations()
         if self.is_unmetered and (prices or self.body.further_models()):
             raise unmetered()
         return self.maximum.cost(prices, further_input)
 
-    def _weigh_conversations(self) -> None:
+    def _update_conversations(self) -> None:
         """Count the tokens of the conversations that the request names anew: requests that were
         served while it waited can have added to them. Raises StorageUnavailable."""
         objects, body = self.gateway.objects, self.body
         for each in body.inherited.conversations:
             location = objects.location_of(each, self.key.account_id)
             tokens = (location.tokens if location else None) or 0
-            body.inherited.update_conversation(each, tokens + objects.growing(each))
+            body.inherited.update_conversation(each, tokens + objects.growth_of(each))
 
     @property
     def is_unmetered(self) -> bool:
@@ -203,8 +203,8 @@ class AdmittedRequest(ForwardedRequest, Running):
         return self.takes_out_usage or bool(self.facts.asks_for_usage)
 
     def grace(self) -> float:
-        """Return for how many seconds the upstream is read on when the client has left. Until the
-        id of a background response is known, nobody could ask what it used, or cancel it."""
+        """Return how many seconds the upstream is read on after the client has left. Until the id
+        of a background response is known, nobody could ask what it used, or cancel it."""
         return max(super().grace(), ID_SECONDS) if self.awaits_id else super().grace()
 
     def new_row(self, model: str, upstream: str) -> RequestRow:
@@ -220,7 +220,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         )
 
     def date_row(self) -> None:
-        """Let the row say when the request's head had arrived, by the ledger's time."""
+        """Set the row's time to when the request's head arrived, by the ledger's time."""
         self.row.started_at = self.gateway.store.time() - self.elapsed_ms()
 
     async def _begin(self) -> None:
@@ -250,12 +250,12 @@ class AdmittedRequest(ForwardedRequest, Running):
         self.left_at = time.monotonic()
 
     @property
-    def repeatable_by(self) -> str:
-        """A name for the requests among which idempotency keys are shared: an account's background
-        requests have one of their own. Otherwise an upstream could repeat to one of them the
+    def idempotency_scope(self) -> str:
+        """The name of the set of requests that share idempotency keys: an account's background
+        requests are a set of their own. Otherwise an upstream could repeat to one of them the
         response of an ordinary request, whose row can have ended before all of the response was
         read and billed."""
-        account_id = super().repeatable_by
+        account_id = super().idempotency_scope
         return f"{account_id} background" if self.facts.background is True else account_id
 
 

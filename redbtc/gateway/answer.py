@@ -1,6 +1,6 @@
 """The body of an upstream's answer on its way to the client.
 
-Bytes are sent on as they come, but for four cases: a whole JSON answer goes out when its row is
+Bytes are sent on as they come, except in four cases: a whole JSON answer goes out when its row is
 written; the first bytes wait until they show what the answer is; an answer that creates a
 background response waits for the response's id to be on disk; and what ends an answer for the
 client is held back by the meter until the row is written.

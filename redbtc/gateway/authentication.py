@@ -12,9 +12,9 @@ BAD_KEY = "Incorrect API key provided. Send your key as 'Authorization: Bearer s
 
 
 def key_in_headers(headers: Headers, store: Store) -> Key:
-    """Return the key in a request's headers, which is in force. Every flaw of a key has the same
-    response. The database is read each time, so that revoking a key and suspending an account take
-    effect on the next request. Raises Refusal."""
+    """Return the key in a request's headers, if it is in force. Whatever is wrong with a key, the
+    response is the same. The database is read each time, so that revoking a key and suspending an
+    account take effect on the next request. Raises Refusal."""
     scheme, _, token = (header(headers, b"authorization") or b"").partition(b" ")
     try:
         shown = token.strip().decode("ascii") if scheme.lower() == b"bearer" else ""

@@ -14,10 +14,10 @@ from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.asking import ask
-from redbtc.gateway.background import BackgroundResponse, Stage
+from redbtc.gateway.background_response import BackgroundResponse, Stage
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.maximum import maximum_of_unknown
-from redbtc.gateway.settlement import count_containers, locations_of, weight
+from redbtc.gateway.settlement import count_containers, inheritable_usage, locations_of
 from redbtc.limits.buckets import rate_limit_headers
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import UNFINISHED
@@ -198,7 +198,7 @@ class BackgroundResponses:
         self.unfinished.remove(response.row.account_id)
 
     def set_back(self, at: int) -> None:
-        """Let none have begun later than `at`: the ledger's time is set back."""
+        """Let each have begun at `at` if it began later: the ledger's time is set back."""
         for response in self._responses.values():
             response.set_back(at)
 
@@ -278,7 +278,7 @@ class BackgroundResponses:
             if not (location and location.minted_input):
                 made = [response_id] if location else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        location, usage = ObjectLocation(row.upstream), weight(row, maximum)
+        location, usage = ObjectLocation(row.upstream), inheritable_usage(row, maximum)
         objects.own_each(locations_of(made, report, location, usage, row.usage), row.account_id)
 
     async def _ask_until_ended(self, response: BackgroundResponse) -> None:
@@ -290,7 +290,7 @@ class BackgroundResponses:
             status = await self._try_to_look(response)
             unknown = unknown + 1 if status in UNKNOWN else 0
             if unknown >= MAX_UNKNOWN or response.seconds_left <= 0:
-                self._settle(response, Report(False), "upstream_failed")
+                self._settle(response, Report(images=False), "upstream_failed")
 
     async def _try_to_look(self, response: BackgroundResponse) -> int:
         """Ask for the response. Log an unexpected error and return 0: it is asked for again

@@ -72,7 +72,7 @@ class Corrections:
             spending = await self._billing.spending_of(key)
             # Nothing is awaited from here on: other readers share the hold of the first one.
             quote = self._billing.quote(key, found.requested_model, spending)
-            is_held = not quote.remaining or self.is_unsure(response_id)
+            is_held = not quote.remaining or self.shows_estimated(response_id)
             hold = self._billing.hold(quote, 0 if is_held else max(0, found.held - found.cost))
         return self._showing(response_id, hold)
 
@@ -88,8 +88,8 @@ class Corrections:
         further = max(0, correction_facts.held - (row.cost or 0))
         return self._showing(row.response_id, hold.again(further))
 
-    def is_unsure(self, response_id: str) -> bool:
-        """Return whether a response is being shown of which only an estimate is known."""
+    def shows_estimated(self, response_id: str) -> bool:
+        """Return whether a response whose usage is only estimated is being shown to a reader."""
         shown = self._shown.get(response_id)
         return shown is not None and shown.hold is not None
 

@@ -14,8 +14,8 @@ class Endpoint(NamedTuple):
     forms: bool = False  # the body can be a multipart form
     stores: bool = False  # the upstream can keep what it answers
     free: bool = False  # requests cost nothing
-    # The members that limit the output tokens of an answer, of which the largest counts. Others,
-    # which the upstream ignores here, count for nothing.
+    # The members that limit the output tokens of an answer; the largest counts. Others don't count,
+    # since the upstream ignores them here.
     output_limits: tuple[str, ...] = ()
     runs_tools: bool = False  # the upstream runs tools, at most `max_tool_calls` times
 

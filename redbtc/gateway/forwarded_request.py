@@ -51,8 +51,8 @@ class ForwardedRequest:
         self.awaits_id = False  # the answer can create a background response; its id is not known
 
     @property
-    def repeatable_by(self) -> str:
-        """A name for the requests among which idempotency keys are shared: the account's id."""
+    def idempotency_scope(self) -> str:
+        """The name of the set of requests that share idempotency keys: the account's id."""
         return self.key.account_id
 
     def choose_meter(self, stream: bool) -> Meter:
@@ -79,7 +79,7 @@ class ForwardedRequest:
         self.meter = DecodedMeter(report, codings, labelled, self.choose_meter, start)
 
     def grace(self) -> float:
-        """Return for how many seconds the upstream is read on when the client has left."""
+        """Return how many seconds the upstream is read on after the client has left."""
         metering = self.settings.metering
         return metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
 
@@ -102,8 +102,7 @@ class ForwardedRequest:
         raise NotImplementedError
 
     async def fail(self, failure: str) -> None:
-        """Record a failure of the upstream of which the client is told by the error of that code,
-        and raise the Refusal."""
+        """Record that the upstream failed, and raise the Refusal with the code `failure`."""
         self.status = Refusal(failure).status
         await self.settle("upstream_failed")
         raise Refusal(failure)  # kept in no variable: that would keep all of this in memory
@@ -115,8 +114,8 @@ class ForwardedRequest:
         raise ClientLeft
 
     async def ask_for_usage(self, response_id: str, upstream_name: str) -> None:
-        """Ask the upstream for a response of which only an estimate is known, and correct that if
-        the answer shows what was used."""
+        """Ask the upstream for a response whose usage was estimated. Correct the estimate if the
+        answer shows what was used."""
         upstream = self.gateway.upstreams.named(upstream_name)
         if upstream is None:
             return
@@ -126,7 +125,7 @@ class ForwardedRequest:
             await self.gateway.corrections.correct_if_final(response_id, account_id, report)
 
     def outcome(self) -> Outcome:
-        """Return how an answer ended of which nothing more comes."""
+        """Return how an answer ended, once nothing more of it comes."""
         if self.meter.report.failed or (self.status or 0) >= 400:
             return "upstream_error"
         if self.deadline.client_left:
@@ -135,5 +134,5 @@ class ForwardedRequest:
         return "completed" if is_complete else "upstream_failed"
 
     def elapsed_ms(self) -> int:
-        """Return how long ago the request's head had arrived, in milliseconds."""
+        """Return how long ago the request's head arrived, in milliseconds."""
         return round((time.monotonic() - self.client_request.started) * 1000)

@@ -1,4 +1,4 @@
-"""The running gateway: the parts that the ways of all requests share."""
+"""The running gateway: the parts that all requests share."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Gateway:
         self.upstreams.apply(settings.upstreams)
 
     def authenticate(self, request: ClientRequest) -> Key:
-        """Return the key of a request that may come in. Raises Refusal."""
+        """Return the key of a request that may be served now. Raises Refusal."""
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
         key = request.key = key_in_headers(request.headers, self.store)
@@ -88,8 +88,9 @@ class Gateway:
 
     @contextlib.contextmanager
     def serving(self, client: Client | None, deadline: Deadline, key: Key) -> Iterator[None]:
-        """Count a request as in flight; its deadline is told when the client leaves, or when it is
-        to be aborted. `client` is None for a turn of a WebSocket, whose session sees to that."""
+        """Count a request as in flight until the end of `with`. Meanwhile its deadline is told when
+        the client leaves, and when the request is to be aborted. `client` is None for a turn of a
+        WebSocket: its session watches the client."""
         on_leave: set[Callable[[], None]] = client.on_leave if client else set()
 
         def abort() -> None:

@@ -23,7 +23,7 @@ USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_c
 
 
 def maximum_of_unknown(settings: BillingSettings, input_tokens: int) -> MaximumUsage:
-    """Return the most that a request can use of which nothing but the input is known."""
+    """Return the most that a request can use if nothing but its input is known."""
     output, calls = settings.hold_output_tokens, settings.hold_tool_calls
     return MaximumUsage(input_tokens, output, output, calls, min(USUAL_PICTURES, calls))
 
@@ -131,11 +131,7 @@ class Maximum:
 
     def _cheaper_ways(self) -> Iterator[str]:
         """Yield what would lower the most that the request can cost."""
-        body, members, tier = (
-            self._body,
-            self._endpoint.output_limits,
-            self._body.facts.service_tier,
-        )
+        body, members = self._body, self._endpoint.output_limits
         if members:
             yield f"a lower {' or '.join(map(repr, members))}"
         uses_tools = self._endpoint.runs_tools and (body.extras or body.further_models())
@@ -146,5 +142,5 @@ class Maximum:
         if body.could_name_author:
             yield "a cheaper model in 'svg.model'"
         prices = self._billing.model_prices(body.model)
-        if members and prices and prices.exceeds_default(tier):
+        if members and prices and prices.exceeds_default(body.facts.service_tier):
             yield f"the 'service_tier' '{DEFAULT_TIER}'"

@@ -16,7 +16,7 @@ import msgspec
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.admitted_request import AdmittedRequest
-from redbtc.gateway.background import BackgroundResponse
+from redbtc.gateway.background_response import BackgroundResponse
 from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
@@ -24,9 +24,9 @@ from redbtc.gateway.settlement import (
     bill,
     count_containers,
     fill_in_cost,
+    inheritable_usage,
     is_partly_known,
     locations_of,
-    weight,
 )
 from redbtc.headers import header
 from redbtc.locations import ObjectLocation
@@ -43,22 +43,22 @@ class MeteredRequest(AdmittedRequest):
 
     _saved_after = SAVE_SECONDS / SAVE_GROWTH  # seconds of work, when it was last saved
     _is_saved = False  # whether the ledger has a row in `unsettled` for it
-    _named = 0  # objects that it is known to have made
-    _repeats = False  # what another request has made
+    _recorded = 0  # how many of the objects in the report were recorded as the account's
+    _repeats = False  # whether the upstream answered with what another request has made
     _shown_elsewhere = False  # whether its response was shown to another request
-    _unweighed: Mapping[str, bool] = {}  # what it has made without known tokens
+    _without_tokens: Mapping[str, bool] = {}  # objects recorded before their tokens were known
 
     def act_on_report(self) -> None:
         """Record the objects that the answer names as this account's, before the client sees their
         ids. Ids that the client chose are not recorded."""
         report = self.meter.report
-        if len(report.made) == self._named or not self.endpoint.stores:
+        if len(report.made) == self._recorded or not self.endpoint.stores:
             return
         if (self.status or 200) >= 300:  # an error makes nothing
             return
         chosen = self.body.chosen_ids
-        fresh = list(islice(report.made.items(), self._named, None))
-        self._named = len(report.made)
+        fresh = list(islice(report.made.items(), self._recorded, None))
+        self._recorded = len(report.made)
         background = self.facts.background is True
         if background and report.response_id and not (self.background or self._repeats):
             self._go_on_in_background(report, report.response_id)
@@ -67,7 +67,7 @@ class MeteredRequest(AdmittedRequest):
         known = is_whole and report.has_output  # not what its beginning reports
         self._learn(made, report.usage if known else None)
         if not known:
-            self._unweighed = {**self._unweighed, **made}
+            self._without_tokens = {**self._without_tokens, **made}
             hold = self.background.hold if self.background else self.hold
             if hold.held:
                 hold.grow(self.gateway.objects, made, self._max_usage().all_tokens)
@@ -119,7 +119,7 @@ class MeteredRequest(AdmittedRequest):
         self.deadline.shorten(self.grace())
 
     def _fill(self, report: Report) -> None:
-        """Fill in the row what is known of the answer, but for its usage."""
+        """Fill in what is known of the answer, except its usage."""
         row = self.row
         row.status, row.first_byte_ms = self.status, self.first_byte_ms
         row.duration_ms = self.elapsed_ms()
@@ -147,9 +147,9 @@ class MeteredRequest(AdmittedRequest):
             parts = await count_containers(gateway.containers, row, report, parts)
         correction_facts = self._correction_facts if guess else None
         bill(row, parts, gateway.billing, self.hold, self.body.image_model())
-        if self._unweighed and not self._repeats:
-            self._learn(self._unweighed, weight(row, self._max_usage()), row.usage)
-            self._unweighed = {}
+        if self._without_tokens and not self._repeats:
+            self._learn(self._without_tokens, inheritable_usage(row, self._max_usage()), row.usage)
+            self._without_tokens = {}
         self._drop_saved()
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
         with gateway.corrections.keep_held(row, self.hold, correction_facts):

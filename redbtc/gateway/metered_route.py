@@ -1,4 +1,4 @@
-"""The way of a metered request over HTTP."""
+"""The path of a metered request over HTTP."""
 
 from __future__ import annotations
 

@@ -38,10 +38,8 @@ class Models:
         request.route = "/v1/models"
         gateway = self._gateway
         key = gateway.authenticate(request)
-        deadline, charged = (
-            Deadline(gateway.deadlines),
-            gateway.limiter.charge(key, gateway.settings.limits),
-        )
+        deadline = Deadline(gateway.deadlines)
+        charged = gateway.limiter.charge(key, gateway.settings.limits)
         with charged as admission, gateway.serving(request.client, deadline, key):
             await gateway.limiter.take_places(admission, 0, deadline)
             joined, age = await self._listed(key, gateway.upstreams)
@@ -55,10 +53,8 @@ class Models:
         request.route = "/v1/models/{id}"
         gateway = self._gateway
         key = gateway.authenticate(request)
-        deadline, charged = (
-            Deadline(gateway.deadlines),
-            gateway.limiter.charge(key, gateway.settings.limits),
-        )
+        deadline = Deadline(gateway.deadlines)
+        charged = gateway.limiter.charge(key, gateway.settings.limits)
         with charged as admission, gateway.serving(request.client, deadline, key):
             name = scope["path_params"]["model"]
             status, body, headers = await self._shown(key, name, admission, deadline)
@@ -95,7 +91,7 @@ class Models:
         return joined, oldest
 
     def _is_usable(self, key: Key, model: str) -> bool:
-        return self._gateway.billing.served(model) and key.allows(model)
+        return self._gateway.billing.may_serve(model) and key.allows(model)
 
     async def _shown(
         self, key: Key, name: str, admission: Admission, deadline: Deadline

@@ -60,8 +60,8 @@ async def save_progress(
 
 
 async def save_due_progress(running: Collection[Running], now: float) -> None:
-    """Save the requests that are due, first those of which the smallest part is saved. `now` is by
-    the monotonic clock."""
+    """Save the requests that are due, beginning with those of which the smallest part is saved.
+    `now` is by the monotonic clock."""
     max_saved = max(MAX_SAVED, round(MAX_SAVED_SHARE * len(running)))
     growth = {each: each.growth_since_saved(now) for each in running}
     due = [each for each, times in growth.items() if times >= SAVE_GROWTH]

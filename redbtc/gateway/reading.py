@@ -1,4 +1,8 @@
-"""Read the body of a request within its limits."""
+"""Read the body of a request within its limits.
+
+The whole body is read into memory, once, bounded in size and time, after the memory for it has been
+reserved (Reservation). What must be known of it is read by redbtc/request_body.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,50 @@ from redbtc.server.asgi import Receive
 from redbtc.slices import in_slices
 
 
-# The whole body is read into memory, once, bounded in size and time, after the memory for it has
-# been reserved (Reservation). What must be known of it is read in redbtc/request_body.
+async def read_content(
+    headers: Headers,
+    receive: Receive,
+    deadline: Deadline,
+    settings: Settings,
+    reserved: Reservation,
+    endpoint: Endpoint,
+) -> RequestBody:
+    """Return the request's body, with what must be known of it. Raises Refusal, ClientLeft."""
+    media = media_of(headers, endpoint.forms)
+    form = Form(media.boundary) if media.boundary else None
+    plain_form = None if media.encoding else form
+    sent = await read_body(headers, receive, deadline, settings, reserved, plain_form)
+    if deadline.client_left:
+        raise ClientLeft
+    if media.encoding:
+        max_bytes = max_decoded(len(sent), settings.server.max_body_bytes)
+        await reserved.take(max_bytes, deadline)
+        steps = _decoded(sent, media.encoding, max_bytes, reserved, form, endpoint.model_needed)
+    else:
+        steps = RequestBody.steps(sent, sent, form, endpoint.model_needed)
+    body = await in_slices(steps, reserved.account_id)
+    if body.excess_bytes:
+        await reserved.take(body.excess_bytes, None)
+    return body
+
+
+def _decoded(
+    body: Buffer,
+    encoding: str,
+    max_bytes: int,
+    reserved: Reservation,
+    form: Form | None,
+    model_needed: bool,
+) -> Steps[RequestBody]:
+    """Decode a body and read it, as one job: otherwise the decoded copies of many requests would be
+    in memory while they wait for their turns. Raises Refusal."""
+    text = yield from decompressed(body, encoding, max_bytes)
+    reserved.give_back(max_bytes - len(text))
+    if form:
+        yield from form.grow(text)
+    return (yield from RequestBody.steps(body, text, form, model_needed))
+
+
 async def read_body(
     headers: Headers,
     receive: Receive,
@@ -76,46 +122,3 @@ async def _read_up_to(
 def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise Refusal("request_too_large", f"The request body is larger than {max_bytes} bytes.")
-
-
-async def read_content(
-    headers: Headers,
-    receive: Receive,
-    deadline: Deadline,
-    settings: Settings,
-    reserved: Reservation,
-    endpoint: Endpoint,
-) -> RequestBody:
-    """Read the request's body and what must be known of it. Raises Refusal, ClientLeft."""
-    media = media_of(headers, endpoint.forms)
-    form = Form(media.boundary) if media.boundary else None
-    along = None if media.encoding else form
-    body = await read_body(headers, receive, deadline, settings, reserved, along)
-    if deadline.client_left:
-        raise ClientLeft
-    steps = RequestBody.steps(body, body, form, endpoint.model_needed)
-    if media.encoding:
-        max_bytes = max_decoded(len(body), settings.server.max_body_bytes)
-        await reserved.take(max_bytes, deadline)
-        steps = _decoded(body, media.encoding, max_bytes, reserved, form, endpoint.model_needed)
-    content = await in_slices(steps, reserved.account_id)
-    if content.excess_bytes:
-        await reserved.take(content.excess_bytes, None)
-    return content
-
-
-def _decoded(
-    body: Buffer,
-    encoding: str,
-    max_bytes: int,
-    reserved: Reservation,
-    form: Form | None,
-    named: bool,
-) -> Steps[RequestBody]:
-    """Decode a body and read it, in one: else all copies would wait for their turns. Raises
-    Refusal."""
-    text = yield from decompressed(body, encoding, max_bytes)
-    reserved.give_back(max_bytes - len(text))
-    if form:
-        yield from form.grow(text)
-    return (yield from RequestBody.steps(body, text, form, named))

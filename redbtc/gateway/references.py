@@ -42,19 +42,19 @@ async def upstreams_for(
     made: Mapping[str, ObjectLocation] = NOTHING,
 ) -> list[Upstream]:
     """Return the upstreams that may take a request, the first to try in front. `made` is as for
-    `required_upstreams`. Raises Refusal."""
-    required = await required_upstreams(gateway, key, body, made)
+    `required_upstream`. Raises Refusal."""
+    required = await required_upstream(gateway, key, body, made)
     model = body.model
     for each in (model, *filter(None, body.further_models())):
         if not key.allows(each):
             message = f"This API key is not allowed to use the model '{each}'."
             raise Refusal("model_not_allowed", message, param="model")
-        if not gateway.billing.served(each):
+        if not gateway.billing.may_serve(each):
             message = f"The model '{each}' does not exist or is not available here."
             raise Refusal("model_not_found", message, param="model")
     if body.extras:
         check_rates(gateway, body)
-    return gateway.upstreams.choose(model, *required)
+    return gateway.upstreams.choose(model, required)
 
 
 def check_rates(gateway: Gateway, body: RequestBody) -> None:
@@ -70,27 +70,28 @@ def check_rates(gateway: Gateway, body: RequestBody) -> None:
             raise Refusal("invalid_request", message, param=member)
 
 
-async def required_upstreams(
+async def required_upstream(
     gateway: Gateway,
     key: Key,
     body: RequestBody,
     made: Mapping[str, ObjectLocation] = NOTHING,
-) -> set[str]:
-    """Return the name of the upstream that stores what the request builds on; nothing if it builds
-    on nothing. The body inherits the models and tools that work in that, and its tokens, and drops
+) -> str | None:
+    """Return the name of the upstream that stores what the request builds on, None if it builds on
+    nothing. The body inherits the models and tools that work in that, and its tokens, and drops
     its references, so that they take no memory while the request waits for a place. `made` is what
     the client can name without its being stored. Raises Refusal."""
     if not body.references:
-        return set()
-    upstreams = await in_slices(resolve(gateway, key, body, made), key.account_id, started=True)
+        return None
+    required = await in_slices(resolve(gateway, key, body, made), key.account_id, started=True)
     body.references = {}
-    return upstreams
+    return required
 
 
 def resolve(
     gateway: Gateway, key: Key, body: RequestBody, made: Mapping[str, ObjectLocation]
-) -> Steps[set[str]]:
-    """Find all that a body refers to, in small steps. Raises Refusal."""
+) -> Steps[str | None]:
+    """Find all that a body refers to, in small steps. Return the name of the upstream that stores
+    it. Raises Refusal."""
     # "" is nobody's. Long ids were never learned, and many of them would make a long query.
     asked = list({each.id for each in body.references if 0 < len(each.id) <= MAX_NAME})
     found: dict[str, ObjectLocation | None] = {}
@@ -105,13 +106,13 @@ def resolve(
         if location is None:
             raise not_own(each.name)
         upstreams.add(location.upstream)
-        body.inherit(each, mentions, location, gateway.objects.growing(each.id))
+        body.inherit(each, mentions, location, gateway.objects.growth_of(each.id))
         if number % 1000 == 0:
             yield
     if len(upstreams) > 1:
         message = "The referenced objects are stored at different upstreams."
         raise Refusal("invalid_request", message)
-    return upstreams
+    return next(iter(upstreams), None)
 
 
 def look_up(gateway: Gateway, key: Key, ids: list[str]) -> dict[str, ObjectLocation | None]:

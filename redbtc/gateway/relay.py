@@ -36,7 +36,7 @@ class Relay:
         self._method = method
         self._path = path
         self._query = query
-        self._bytes = body
+        self._body = body
         self._upload = UploadBody(body)
         self._response = ClientResponse(send)
         self._answer: AnswerBody | None = None  # once its head has arrived
@@ -80,13 +80,14 @@ class Relay:
         """Send the request to one upstream, and pass its answer on."""
         self._deadline.allow(upstream.settings.first_byte_timeout_seconds)
         request = self._request
-        secret, by = request.gateway.store.secret, request.repeatable_by
-        headers = headers_for_upstream(request.client_request.headers, secret, by)
-        if self._bytes or self._method == "POST":
-            headers.append((b"content-length", b"%d" % len(self._bytes)))
+        headers = headers_for_upstream(
+            request.client_request.headers, request.gateway.store.secret, request.idempotency_scope
+        )
+        if self._body or self._method == "POST":
+            headers.append((b"content-length", b"%d" % len(self._body)))
         else:
             headers = [line for line in headers if line[0] != b"content-encoding"]
-        self._upload = UploadBody(self._bytes)
+        self._upload = UploadBody(self._body)
         upstream_response = await upstream.open(
             self._method, self._path, self._query, headers, self._upload
         )

@@ -10,10 +10,10 @@ from redbtc.admin.api import API
 from redbtc.billing.billing import Billing
 from redbtc.billing.webhook import post_for_ever
 from redbtc.config import Settings
+from redbtc.gateway.admin_routes import AdminRoutes
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
-from redbtc.gateway.pages import Pages
 from redbtc.gateway.progress import save_progress
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
@@ -35,8 +35,8 @@ class Service:
         self.gateway = Gateway(billing, settings, telemetry, on_task_end)
         self.api = API(billing, GatewayView(self.gateway), settings.dashboard_url)
         self.models = Models(self.gateway)
-        self.pages = Pages(self.gateway, self.api)
-        self.health_routes = HealthRoutes(self.gateway, self.pages.lazy_dashboard)
+        self.admin_routes = AdminRoutes(self.gateway, self.api)
+        self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.vitals = Vitals(billing.store)
         telemetry.registry.register(self.vitals)
 

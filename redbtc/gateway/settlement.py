@@ -41,7 +41,7 @@ def all_of(usage: Usage) -> int:
     return (usage.input_tokens or 0) + (usage.output_tokens or 0) + pictures
 
 
-def weight(row: RequestRow, maximum: MaximumUsage) -> Usage:
+def inheritable_usage(row: RequestRow, maximum: MaximumUsage) -> Usage:
     """Return the usage of a request that has ended, for those that build on what it made. An
     estimate can be too low, and an answer that failed reports no input: they read all that is
     there, and would spend what is not held."""

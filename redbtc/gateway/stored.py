@@ -12,7 +12,7 @@ from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.reading import read_body
-from redbtc.gateway.references import location_of, not_own, required_upstreams
+from redbtc.gateway.references import location_of, not_own, required_upstream
 from redbtc.gateway.relay import Relay
 from redbtc.headers import Headers
 from redbtc.limits.admission import Admission
@@ -29,8 +29,14 @@ from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
 
-# For how long a response of which only an estimate is known is read on after its reader has left.
+# How long an answer is read on after its reader has left, if its usage is only estimated.
 USAGE_SECONDS = 15
+OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
+LISTING = ("include", "include[]", "limit", "order", "after", "before")
+STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfuscation")
+# By method and path after the id, the query fields that are forwarded.
+QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}
+SHOWING = (("GET", ""), ("POST", "/cancel"))  # these show the response
 
 
 class StoredRequest(ForwardedRequest):
@@ -55,12 +61,12 @@ class StoredRequest(ForwardedRequest):
         self._deletes = deletes
 
     def grace(self) -> float:
-        """Return for how many seconds the upstream is read on when the client has left. If the
-        usage of the response is not known, that is long enough to find it: it follows the output,
-        so a client could otherwise take the output and leave before the correction."""
+        """Return how many seconds the upstream is read on after the client has left. If the usage
+        of the response is not known, that is long enough to find it: it follows the output, so a
+        client could otherwise take the output and leave before the correction."""
         gateway, response_id = self.gateway, self._response_id
         unknown = self._location.tokens is None and response_id not in gateway.background
-        unknown = unknown or gateway.corrections.is_unsure(response_id)
+        unknown = unknown or gateway.corrections.shows_estimated(response_id)
         return max(super().grace(), USAGE_SECONDS if unknown else 0.0)
 
     @property
@@ -91,8 +97,8 @@ class StoredRequest(ForwardedRequest):
         )
 
     async def _correct(self, outcome: Outcome) -> None:
-        """Correct the estimate of the response, if there is one and its usage is known now. If its
-        request goes on, that sees to it."""
+        """Correct the estimate of the response, if there is one and its usage is known now. A
+        request that is still in flight corrects its own."""
         gateway, response_id, report = self.gateway, self._response_id, self.meter.report
         if self._is_requested and self._location.tokens is None:
             for request in gateway.in_flight.with_row:
@@ -108,17 +114,14 @@ class StoredRequest(ForwardedRequest):
         before that."""
         if outcome not in ("client_disconnected", "upstream_failed"):
             return False
-        unsure = self.gateway.corrections.is_unsure(self._response_id)
-        return unsure and not is_final(self.meter.report)
+        estimated = self.gateway.corrections.shows_estimated(self._response_id)
+        return estimated and not is_final(self.meter.report)
 
     def _learn_listed(self) -> None:
         """Make listed input items the account's if the upstream chose their ids. If the client may
         have chosen one, which could be another account's, only allow paging from these items."""
-        listed, account_id, objects = (
-            self.meter.report.listed,
-            self.key.account_id,
-            self.gateway.objects,
-        )
+        listed, objects = self.meter.report.listed, self.gateway.objects
+        account_id = self.key.account_id
         objects.note_listed(listed, self._response_id, account_id)
         if self._location.minted_input:
             minted = [each for each, made in listed.items() if made]
@@ -130,14 +133,14 @@ class StoredRequest(ForwardedRequest):
         objects, location = self.gateway.objects, self._location
         with contextlib.suppress(StorageUnavailable):
             location = objects.location_of(self._response_id, self.key.account_id) or location
-        if growth := objects.growing(self._response_id):
+        if growth := objects.growth_of(self._response_id):
             location = location.with_tokens((location.tokens or 0) + growth)
         return location._replace(minted_input=False)
 
 
 class StoredRoute:
-    """The ASGI app for a stored response: its owner reaches it, with any key, where it is. For all
-    others it does not exist, and what never existed is answered no differently."""
+    """The ASGI app for a stored response, which any key of its account reaches at its upstream.
+    Others get the same answer as for a response that never existed."""
 
     def __init__(self, gateway: Gateway, method: str, suffix: str = "") -> None:
         self._gateway = gateway
@@ -160,11 +163,11 @@ class StoredRoute:
                     client_request.headers, receive, deadline, settings, reserved
                 )
                 if self._method != "POST":
-                    body = b""  # of GET and DELETE it has no meaning (RFC 9110 §9.3.1, §9.3.5)
+                    body = b""  # it has no meaning in GET and DELETE (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
                     check_plain_json(client_request.headers)
                     steps = RequestBody.steps(body, body)
-                    await required_upstreams(gateway, key, await in_slices(steps, key.account_id))
+                    await required_upstream(gateway, key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.background:
                     message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
@@ -235,11 +238,3 @@ def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[ObjectL
     if upstream is None or not upstream.usable:
         raise Refusal("no_upstream", retry_after=60)
     return location, upstream
-
-
-OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it
-LISTING = ("include", "include[]", "limit", "order", "after", "before")
-STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfuscation")
-# By method and path after the id, the query fields that are forwarded.
-QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}
-SHOWING = (("GET", ""), ("POST", "/cancel"))  # these show the response

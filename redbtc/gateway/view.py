@@ -38,7 +38,8 @@ class GatewayView:
         return self._gateway.in_flight.abort_key(key_id) + in_background
 
     def set_back(self, at: int) -> None:
-        """Let no background response have begun later than `at`: the ledger's time is set back."""
+        """Let each background response have begun at `at` if it began later: the ledger's time is
+        set back."""
         self._gateway.background.set_back(at)
 
     def limits_of_key(self, key: Key) -> dict[str, Any]:

@@ -72,10 +72,8 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
             tokens_input, tokens_output = of_chat
     if tokens_input is None and tokens_output is None:
         return None
-    parts_input, parts_output = (
-        usage.get(f"{into}_tokens_details"),
-        usage.get(f"{out}_tokens_details"),
-    )
+    parts_input = usage.get(f"{into}_tokens_details")
+    parts_output = usage.get(f"{out}_tokens_details")
     cached = tokens_in(parts_input, "cached_tokens")
     cache_write = tokens_in(parts_input, "cache_write_tokens")
     believed = can_be_part(tokens_input, (cached or 0) + (cache_write or 0))

@@ -67,7 +67,7 @@ class ClientRequest(Struct, eq=False):
     id: str = field(default_factory=new_request_id)
     started: float = field(default_factory=time.monotonic)  # when the head had arrived
 
-    def further(self) -> ClientRequest:
+    def new_request(self) -> ClientRequest:
         """Return a request that arrives now over the same WebSocket."""
         return ClientRequest(self.headers, self.client, self.route)
 

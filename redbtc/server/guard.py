@@ -1,5 +1,6 @@
-"""The app inside CORS: it leads each request to its app, and turns refusals and errors into
-responses."""
+"""The app inside CORS: it calls the app of each request's route, and turns refusals and errors into
+responses. `protocol` has checked the request's head before. The path is scope["path"]; it is never
+rebuilt from Host."""
 
 from __future__ import annotations
 
@@ -12,21 +13,19 @@ from redbtc.server.asgi import App, Message, Receive, Scope, Send, request_of, r
 from redbtc.telemetry import Telemetry
 
 
-# protocol.py parses requests, and checks each head before the request gets here. The path is
-# scope["path"], never rebuilt from Host.
 class Guard:
-    """The app that leads each request to its app, and turns each Refusal into a response. An
-    unexpected error is logged by type and place, never with content."""
+    """The app that calls the app of each request's route, and turns each Refusal into a response.
+    An unexpected error is logged by type and place, never with content."""
 
     def __init__(
         self, metered: Mapping[str, App], others: App, websocket: App, telemetry: Telemetry
     ) -> None:
-        """`metered`: by path, for POST. They don't go through a router, which would look at one
-        route after the other, and be gone through again for each event."""
+        """`metered` are the apps of POST requests by path. A router would try one route after the
+        other, and add its own calls to the stack that each event of a stream passes through."""
         self._telemetry = telemetry
-        self.lead_to(metered, others, websocket)
+        self.serve(metered, others, websocket)
 
-    def lead_to(self, metered: Mapping[str, App], others: App, websocket: App) -> None:
+    def serve(self, metered: Mapping[str, App], others: App, websocket: App) -> None:
         """Serve these apps from now on."""
         self._metered = metered
         self._others = others
@@ -49,15 +48,16 @@ class Guard:
             self._telemetry.left(request.id, request.route)
         except Exception as error:
             self._telemetry.failed(request.id, request.route, error, request.counted)
-            with contextlib.suppress(RuntimeError):  # the answer had begun: it ends torn
+            with contextlib.suppress(RuntimeError):  # the response had begun: it is cut off
                 await self._refuse(scope, send, refusal_of(error))
 
     async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
-        answer = denial(send) if scope["type"] == "websocket" else send
+        if scope["type"] == "websocket":
+            send = denial(send)
         headers, request = self._headers(refusal), request_of(scope)
         if request.interrupted:
             headers = [*headers, NO_RETRY]
-        await respond(request, answer, refusal.status, refusal.body(), headers)
+        await respond(request, send, refusal.status, refusal.body(), headers)
 
     @staticmethod
     def _headers(refusal: Refusal) -> Headers:

@@ -11,8 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 from redbtc.errors import Conflict, NotFound
 from redbtc.money import json_limit
 from redbtc.store.database import Store
-from redbtc.store.keys import hash_of_key, new_key
-from redbtc.store.records import (
+from redbtc.store.json_values import (
     Moment,
     Money,
     by_name,
@@ -21,6 +20,7 @@ from redbtc.store.records import (
     json_time,
     new_id,
 )
+from redbtc.store.keys import hash_of_key, new_key
 from redbtc.times import day_of, iso_time
 
 LIMITS = ("concurrency", "requests_per_minute", "tokens_per_minute")

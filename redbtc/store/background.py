@@ -8,8 +8,8 @@ from typing import NamedTuple
 from redbtc.store.database import Store
 from redbtc.store.keys import FULL_KEY, Key
 from redbtc.store.request_rows import REQUEST_ROWS
+from redbtc.store.request_sql import COLUMNS, RECORD, row_of, values_of
 from redbtc.store.requests import CorrectionFacts, settle_row
-from redbtc.store.rows import COLUMNS, RECORD, row_of, values_of
 from redbtc.usage import RequestRow
 
 KEEP_PENDING = """
@@ -68,10 +68,8 @@ async def unfinished_rows(store: Store) -> list[tuple[RequestRow, Key, Unfinishe
     """Return the rows of background responses that an earlier process did not see end."""
     found = []
     async for each in store.rows(BACKGROUND):
-        row, unfinished = (
-            row_of(each),
-            UnfinishedRow(**{name: each[name] for name in UnfinishedRow._fields}),
-        )
+        row = row_of(each)
+        unfinished = UnfinishedRow(**{name: each[name] for name in UnfinishedRow._fields})
         found.append((row, key_of(store, row.key_id), unfinished))
     return found
 

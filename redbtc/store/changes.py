@@ -12,7 +12,7 @@ from msgspec import Struct
 from redbtc.money import decimal, json_limit
 from redbtc.rates import RATES
 from redbtc.store.database import Store
-from redbtc.store.records import (
+from redbtc.store.json_values import (
     Moment,
     by_name,
     json_amount,

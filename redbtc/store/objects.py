@@ -13,7 +13,7 @@ import orjson
 
 from redbtc.locations import ObjectLocation
 from redbtc.store.database import Store
-from redbtc.store.rows import MAX_ROWS
+from redbtc.store.request_sql import MAX_ROWS
 
 # All accounts share the upstream's key, and with it all that the upstream stores. An account may
 # name only objects that the upstream made for it. They are known from the first event that names
@@ -162,7 +162,7 @@ class Objects:
             if not self._growing[each]:
                 del self._growing[each]
 
-    def growing(self, object_id: str) -> int:
+    def growth_of(self, object_id: str) -> int:
         """Return how many tokens requests that have not ended can add to an object."""
         return self._growing[object_id]
 

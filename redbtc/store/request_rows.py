@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from redbtc.store.entries import EntryKind
-from redbtc.store.rows import COLUMNS, MAX_ROWS, RECORD, SETTLED, record_of
+from redbtc.store.request_sql import COLUMNS, MAX_ROWS, RECORD, SETTLED, record_of
 from redbtc.store.writer import SQLStatement, Writer
 
 # What a settled row can do without if a value is refused.

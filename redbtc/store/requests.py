@@ -12,8 +12,16 @@ import orjson
 
 from redbtc.store.database import Store
 from redbtc.store.request_rows import REQUEST_ROWS
-from redbtc.store.rows import COLUMNS, FORGET, RECORD, values_of
+from redbtc.store.request_sql import COLUMNS, FORGET, RECORD, values_of
 from redbtc.usage import RequestRow
+
+KEEP_ESTIMATE = """
+    INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model, held)
+    VALUES (?, ?, ?, ?, ?)"""
+RECORD_PROGRESS = """
+    INSERT OR REPLACE INTO unsettled (request_id, settled, admitted_at, image_model, held)
+    VALUES (?, ?, ?, ?, ?)"""
+DROP_PROGRESS = "DELETE FROM unsettled WHERE request_id = ?"
 
 
 async def begin_row(store: Store, row: RequestRow) -> None:
@@ -62,12 +70,3 @@ def drop_progress(store: Store, row: RequestRow) -> None:
 async def forget_row(store: Store, row: RequestRow) -> None:
     """Remove a pending row whose request did not leave for the upstream after all."""
     await store.record(FORGET, (row.request_id,), retry_until_written=True)
-
-
-KEEP_ESTIMATE = """
-    INSERT OR IGNORE INTO estimates (response_id, request_id, admitted_at, image_model, held)
-    VALUES (?, ?, ?, ?, ?)"""
-RECORD_PROGRESS = """
-    INSERT OR REPLACE INTO unsettled (request_id, settled, admitted_at, image_model, held)
-    VALUES (?, ?, ?, ?, ?)"""
-DROP_PROGRESS = "DELETE FROM unsettled WHERE request_id = ?"

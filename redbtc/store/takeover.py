@@ -9,7 +9,7 @@ from redbtc.store.commits import Commits
 from redbtc.store.entries import EntryKind
 from redbtc.store.failures import LogFunction, is_about_a_value
 from redbtc.store.request_rows import REQUEST_ROWS
-from redbtc.store.rows import RECORD, SETTLED
+from redbtc.store.request_sql import RECORD, SETTLED
 from redbtc.store.spill import Spill, line_of
 from redbtc.store.writer import SQLStatement, Writer
 from redbtc.times import month_of

@@ -1,4 +1,4 @@
-"""The way to the upstreams.
+"""The upstream side of HTTP: where requests are sent, and how.
 
 `configured` has the upstreams of the settings, `upstreams` each of them and the choice among them;
 `headers` says which headers pass between client and upstream. A request goes over HTTP/1.1 through

@@ -150,7 +150,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
     # What the pool calls
 
     def idle_seconds(self) -> float:
-        """Return for how long the connection has been in its pool."""
+        """Return how many seconds the connection has been in its pool."""
         return self._loop.time() - self._idle_since
 
     def reuse(self) -> bool:

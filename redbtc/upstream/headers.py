@@ -59,22 +59,23 @@ SHARED = re.compile(  # nginx caches by max-age whoever asks
 )
 
 
-def headers_for_upstream(headers: Headers, secret: bytes, by: str) -> Headers:
+def headers_for_upstream(headers: Headers, secret: bytes, idempotency_scope: str) -> Headers:
     """Return the client's headers that are forwarded, by an allow-list. An idempotency key is
     replaced by `own_idempotency_key`: otherwise an upstream would send two accounts that use the
-    same key the same response. `by` says whose key it is (see ForwardedRequest.repeatable_by)."""
+    same key the same response. `idempotency_scope`: see ForwardedRequest."""
+    scope = idempotency_scope
     return [
-        (name, own_idempotency_key(secret, by, value) if name == b"idempotency-key" else value)
+        (name, own_idempotency_key(secret, scope, value) if name == b"idempotency-key" else value)
         for name, value in headers
         if name in ALLOWED_HEADERS
         or (name.startswith(ALLOWED_PREFIXES) and name not in DROPPED_REQUEST_HEADERS)
     ]
 
 
-def own_idempotency_key(secret: bytes, by: str, key: bytes) -> bytes:
+def own_idempotency_key(secret: bytes, scope: str, key: bytes) -> bytes:
     """Return the idempotency key to send upstream in place of a client's `key`: always the same
-    one for the same `by`, and a different one for any other. It has the form of a random UUID."""
-    digest = hmac.digest(secret, b"%b\0%b" % (by.encode(), key), "sha256")
+    one in the same scope, and a different one in any other. It has the form of a random UUID."""
+    digest = hmac.digest(secret, b"%b\0%b" % (scope.encode(), key), "sha256")
     return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
 
 

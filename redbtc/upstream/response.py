@@ -32,7 +32,7 @@ class ExchangeState(enum.Enum):
     READING_BODY = "the head has arrived; the body may still be arriving"
     COMPLETE = "the whole response has arrived"
     FAILED = "the response can't be read to its end: `error` says why"
-    CLOSED = "nothing is read any more"
+    CLOSED = "nothing more is read"
 
 
 BEFORE_HEAD = (ExchangeState.SENDING, ExchangeState.AWAITING_HEAD)
@@ -121,7 +121,7 @@ class ResponseReader:
         return parts
 
     def close(self) -> None:
-        """Read nothing any more. Break reference cycles, so that memory is freed without waiting
+        """Stop reading. Break reference cycles, so that memory is freed without waiting
         for the garbage collector: a parser refers back to its reader, a raised error to the code
         that raised it."""
         self.enter(ExchangeState.CLOSED)
@@ -129,7 +129,7 @@ class ResponseReader:
 
     @property
     def nothing_came(self) -> bool:
-        """Return whether a response is awaited of which not a byte has arrived."""
+        """Return whether a response is awaited and none of its bytes have arrived."""
         return self.state in BEFORE_HEAD and not self._overhead
 
     # What httptools calls

@@ -9,7 +9,7 @@ import msgspec
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.gateway.gateway import Gateway
-from redbtc.gateway.references import required_upstreams
+from redbtc.gateway.references import required_upstream
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes, MessageMemory
 from redbtc.gateway.websocket.turn_response import SessionObjects
@@ -52,7 +52,7 @@ class ClientEvents:
         """Read until the client is gone."""
         while (message := await self._receive())["type"] != "websocket.disconnect":
             if message["type"] == REFUSED:
-                request, refusal = self._handshake.further(), message["refusal"]
+                request, refusal = self._handshake.new_request(), message["refusal"]
                 await self._sender.refuse(request, refusal, None, message["close"])
                 continue
             with MessageMemory(self._reservation, message["reserved"]) as memory:
@@ -77,7 +77,7 @@ class ClientEvents:
             if refusal.code == "invalid_json" and not await is_utf8(text, account_id):
                 close = INVALID_DATA
             stream_id = event.facts.stream_id if event else stream_id_in(text)
-            await self._sender.refuse(self._handshake.further(), refusal, stream_id, close)
+            await self._sender.refuse(self._handshake.new_request(), refusal, stream_id, close)
         except ConnectionClosed:
             pass  # the upstream's, which ends the turn
 
@@ -106,7 +106,7 @@ class ClientEvents:
         if turn is None:
             raise not_found("previous_response_id", response_id)
         key = self._gateway.authenticate(self._handshake)
-        await required_upstreams(self._gateway, key, event, self._objects.locations)
+        await required_upstream(self._gateway, key, event, self._objects.locations)
         await turn.steer(response_id, event, admission)
         if turn.socket and not turn.socket.is_lost:
             await turn.socket.send_in_time(event.sent)

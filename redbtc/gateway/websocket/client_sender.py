@@ -107,7 +107,7 @@ class ClientSender:
     def leave(self) -> None:
         """Note that the client is gone."""
         self.closed = True
-        self.opened.set()  # nobody is waited for
+        self.opened.set()  # so that nothing waits for it
 
     async def _give(self, message: dict[str, Any]) -> None:
         self._sending += 1

@@ -68,7 +68,7 @@ async def serve_websocket(
 ) -> None:
     """Serve a WebSocket from its handshake to its end. Raises Refusal before the connection is
     accepted, ClientLeft."""
-    await receive()  # the wish to connect
+    await receive()  # websocket.connect
     key = gateway.authenticate(handshake)
     charge_handshake(gateway.limiter.small_frames(key))
     with counted_session(gateway, key.account_id):

@@ -97,7 +97,7 @@ class TurnResponse(MeteredRequest):
         usage = self.row.usage
         response = TurnResponse(
             self.gateway,
-            self.client_request.further(),
+            self.client_request.new_request(),
             self.deadline,
             self.admission,
             self.key,

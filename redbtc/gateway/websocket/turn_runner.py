@@ -67,7 +67,7 @@ class TurnRunner:
         """Serve the requests of a lane until there are no more."""
         telemetry = self._gateway.telemetry
         while lane.waiting:
-            queued, request = lane.waiting.popleft(), self._handshake.further()
+            queued, request = lane.waiting.popleft(), self._handshake.new_request()
             try:
                 with queued.admission:
                     await self._serve_next(lane, queued, request)
@@ -106,7 +106,7 @@ class TurnRunner:
             message = "No upstream serves this model over a WebSocket; use POST."
             raise Refusal("no_upstream", message)
         with gateway.serving(None, deadline, key):
-            async with response.admit(upstreams[0], queued), turn.further:
+            async with response.admit(upstreams[0], queued), turn.exit_stack:
                 await self._forward(turn, event, upstreams)
 
     async def _forward(self, turn: Turn, event: ClientEvent, upstreams: list[Upstream]) -> None:

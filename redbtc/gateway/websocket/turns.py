@@ -76,20 +76,20 @@ class Turn:
         self.state = TurnState.WAITING
         self.socket: UpstreamSocket | None = None
         self.failure: Outcome | None = None  # how a response ends whose connection was lost
-        # Done when the turn is, for who waits for that.
+        # Done when the turn is over.
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._steers: list[Steer] = []
-        # The response that follows the one before, and what is held for the next one. To be entered
-        # before the request is sent: they end with it.
-        self.further = contextlib.AsyncExitStack()
+        # Ends the response that followed the one before, and releases what is held for the next.
+        # It is entered before the request is sent, so that both end with the turn.
+        self.exit_stack = contextlib.AsyncExitStack()
 
     def end(self) -> None:
         """Wait for nothing more."""
         self._enter(TurnState.DONE)
 
     def lose(self, outcome: Outcome) -> None:
-        """Note that the upstream connection is lost. A response that is not settled ends so; as
-        `client_disconnected`, if the client has left."""
+        """Note that the upstream connection is lost. A response that is not settled ends with
+        `outcome`, or as `client_disconnected` if the client has left."""
         if self.state is not TurnState.DONE:
             self.failure = "client_disconnected" if self.deadline.client_left else outcome
             self.end()
@@ -113,7 +113,7 @@ class Turn:
         if self.response.settled or self.response.id != response_id:  # it has ended meanwhile
             hold.release()
             raise not_found("previous_response_id", response_id)
-        self.further.enter_context(hold)
+        self.exit_stack.enter_context(hold)
         self.response.body.chosen_ids |= event.chosen_ids
         self._steers.append(Steer(tokens, event.input_estimate, hold))
 
@@ -190,7 +190,7 @@ class Turn:
         except BaseException:
             hold.release()
             raise
-        await self.further.aclose()  # what was before has ended
-        self.further.push_async_exit(self.response)
+        await self.exit_stack.aclose()  # what was before has ended
+        self.exit_stack.push_async_exit(self.response)
         self._enter(TurnState.WAITING)
         await self.response.write_pending()

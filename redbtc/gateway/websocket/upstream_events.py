@@ -125,7 +125,7 @@ class UpstreamEvents:
         outcome: Outcome = "client_disconnected" if self._sender.closed else "upstream_failed"
         await strays.end(outcome)
         while self._lanes.has_turn_on(socket):
-            await asyncio.sleep(TICK)  # it has something to say
+            await asyncio.sleep(TICK)  # until it has settled its response and sent its error
         del self._passing[socket]
         is_last = not self._passing and not self._opening
         if is_last and socket.state is not SocketState.GIVEN_UP:

@@ -24,7 +24,7 @@ class SocketState(enum.Enum):
 
     PASSING = "its events are sent to the client as they come"
     BLOCKED = "one of its events waits for the client, which reads slowly"
-    LOST = "nothing that comes from it is sent to the client any more"
+    LOST = "nothing more that comes from it is sent to the client"
     GIVEN_UP = "lost, because its upstream has answered a message without reading all of it"
 
 
@@ -55,7 +55,7 @@ class UpstreamSocket:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether requests can be sent over it no more."""
+        """Return whether no more requests can be sent over it."""
         return self.state in LOST_STATES
 
     async def send(self, text: Buffer, over: asyncio.Future[None] | None = None) -> bool:

@@ -119,7 +119,8 @@ class BackgroundResponse:
         return self.row.started_at + self._age
 
     def set_back(self, at: int) -> None:
-        """Let it not have begun later than `at`, and move what is known of its progress with it."""
+        """Let it have begun at `at` if it began later, and move what is known of its progress with
+        it."""
         distance = max(0, self.row.started_at - at)
         self.row.started_at -= distance
         self._progress.since -= distance
@@ -140,7 +141,7 @@ class BackgroundResponse:
     def finish(
         self, report: Report, outcome: Outcome, speed: float, maximum: MaximumUsage
     ) -> list[UsagePart]:
-        """Fill in the row but for its cost: it has ended. Return the parts to bill. `speed` is in
+        """Fill in the row, except its cost: it has ended. Return the parts to bill. `speed` is in
         output tokens a second."""
         row, progress = self.row, self._progress
         row.duration_ms = self._age

@@ -23,7 +23,7 @@ from redbtc.billing.model_prices import ModelPrices
 from redbtc.billing.prices import Price
 from redbtc.billing.records import OtherPrice, PriceShown
 from redbtc.rates import DEFAULT_TIER, RATES
-from redbtc.store.records import json_amount, json_time
+from redbtc.store.json_values import json_amount, json_time
 from redbtc.times import iso_time
 
 NEVER = 1 << 62  # milliseconds

@@ -23,9 +23,9 @@ from redbtc.server.asgi import App, ClientRequest, Message, Receive, Scope, Send
 MAX_ASKED = 50  # requests for figures and pages, of an account or of a user, at once
 
 
-class Pages:
-    """The admin API and the dashboard, for accounts with an API key and for users who are logged
-    in."""
+class AdminRoutes:
+    """The routes of the admin API and of the dashboard on the public port, for accounts with an API
+    key and for users who are logged in."""
 
     def __init__(self, gateway: Gateway, api: API) -> None:
         self._gateway = gateway
@@ -88,7 +88,7 @@ class Pages:
         async def send_with_ids(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *ids_of(request)]
-                if message["status"] != 500:  # it is counted as what failed
+                if message["status"] != 500:  # the guard counts it as failed
                     self._gateway.telemetry.answered(request.id, request.route, message["status"])
             await send(message)
 
