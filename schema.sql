@@ -1,6 +1,6 @@
 -- The tables of a gateway's database. The gateway executes this file by itself: every section whose
 -- number is above the database's `PRAGMA user_version`, in order, each in one transaction. The SQL
--- of a released section is never edited; a change is a new section at the end.
+-- of a released section is never edited; a change is a new section above "-- triggers".
 --
 -- Times are milliseconds since 1970-01-01T00:00:00Z, counts are integers, nothing is REAL.
 
@@ -35,7 +35,7 @@ CREATE TABLE keys (
 CREATE INDEX keys_of_an_account ON keys (account_id);
 
 -- One row for each request that was sent to an upstream: written as 'pending' before it is sent,
--- settled before its last bytes reach the client. A row is never deleted, and never settled twice.
+-- settled before its last bytes reach the client. A settled row is never deleted or settled again.
 CREATE TABLE requests (
     request_id          TEXT PRIMARY KEY,       -- req_, 12 hexadecimal digits of time, 20 of chance
     account_id          TEXT NOT NULL REFERENCES accounts (id),

@@ -257,7 +257,7 @@ class BackgroundResponses:
         parts = response.finish(report, outcome, speed, maximum)
         parts = await count_containers(self._containers, row, report, parts)
         response.bill(parts, self._billing)
-        self._learn(response, report, maximum)
+        self._own(response, report, maximum)
         correction_facts = response.correction_facts
         # As in MeteredRequest: nothing else is awaited between `bill` and this.
         with self._corrections.keep_held(row, response.hold, correction_facts):
@@ -265,9 +265,9 @@ class BackgroundResponses:
         self._remove(response)
         self._telemetry.settled(row)
 
-    def _learn(self, response: BackgroundResponse, report: Report, maximum: MaximumUsage) -> None:
-        """Make the objects that the finished response names the account's, except for ids that the
-        client may have chosen, and note their tokens."""
+    def _own(self, response: BackgroundResponse, report: Report, maximum: MaximumUsage) -> None:
+        """Record the objects that the finished response names as the account's, with their tokens,
+        except for ids that the client may have chosen."""
         row, objects, chosen = response.row, self._objects, response.chosen
         response_id = row.response_id or ""
         made = list(dict.fromkeys((response_id, *report.made)))

@@ -79,9 +79,9 @@ class Corrections:
     def keep_held(
         self, row: RequestRow, hold: Hold, correction_facts: CorrectionFacts | None
     ) -> contextlib.AbstractContextManager[None]:
-        """Hold what a correction can still add to the cost of a row that is an estimate, if it can
-        be corrected, in the returned context and until those who began to read the response before
-        the ledger says that it is estimated have finished. `hold` is the request's;
+        """Hold what a correction can still add to the cost of an estimated row, if the row can be
+        corrected. The hold lasts for the returned context, and until all readers have finished that
+        began before the ledger says that the row is estimated. `hold` is the request's;
         `correction_facts` is as in `settle_row`."""
         if not (correction_facts and row.usage_source == "estimated" and row.response_id):
             return contextlib.nullcontext()

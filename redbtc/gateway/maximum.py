@@ -114,8 +114,8 @@ class Maximum:
         return further
 
     def _drawn(self, hold: Hold) -> int:
-        """Return the most output tokens of the image tool's model in one call. A model without a
-        price is held for as the requested model."""
+        """Return the most output tokens of the image tool's model in one call. If that model has no
+        price, the requested model's maximum counts."""
         drawing = [model for model, images in self._body.further_models().items() if images]
         if not drawing:
             return 0

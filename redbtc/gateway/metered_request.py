@@ -65,7 +65,7 @@ class MeteredRequest(AdmittedRequest):
         made = {each: always for each, always in fresh if each not in chosen}
         is_whole = self.meter.state is MeterState.ENDED
         known = is_whole and report.has_output  # not what its beginning reports
-        self._learn(made, report.usage if known else None)
+        self._own(made, report.usage if known else None)
         if not known:
             self._without_tokens = {**self._without_tokens, **made}
             hold = self.background.hold if self.background else self.hold
@@ -76,11 +76,12 @@ class MeteredRequest(AdmittedRequest):
         """Return the most that the request can use."""
         return self.maximum.usage(self.hold, self.further_input)
 
-    def _learn(
+    def _own(
         self, made: Mapping[str, bool], usage: Usage | None, likely: Usage | None = None
     ) -> dict[str, ObjectLocation]:
-        """Make these objects the account's, and return where they are. What was made without being
-        stored is not, unless that is said to be always so."""
+        """Record these objects as the account's, and return where they are. If the request has
+        `store` false, record only those that belong to the account in any case, which their values
+        in `made` say."""
         locations = locations_of(made, self.meter.report, self.location, usage, likely)
         stored = locations
         if self.facts.background is not True and self.facts.store is False:
@@ -148,7 +149,7 @@ class MeteredRequest(AdmittedRequest):
         correction_facts = self._correction_facts if guess else None
         bill(row, parts, gateway.billing, self.hold, self.body.image_model())
         if self._without_tokens and not self._repeats:
-            self._learn(self._without_tokens, inheritable_usage(row, self._max_usage()), row.usage)
+            self._own(self._without_tokens, inheritable_usage(row, self._max_usage()), row.usage)
             self._without_tokens = {}
         self._drop_saved()
         # Nothing else is awaited between `bill` and this: the money stays held throughout.

@@ -24,10 +24,10 @@ def locations_of(
     usage: Usage | None,
     likely: Usage | None = None,
 ) -> dict[str, ObjectLocation]:
-    """Return the locations of objects that a response made, with the tokens that a request which
-    builds on them reads at most: of a response and its conversation all input and output, and so of
-    an item, unless it holds nothing but output. `usage` is None if it is not known yet; `likely` is
-    given where it is only the most that can have been used."""
+    """Return the location of each object that a response made, with the maximum number of tokens
+    that a request which builds on it reads: the response's input and output, or only its output for
+    an item that contains nothing else. `usage` is None if it is not known yet. If it is only the
+    maximum that can have been used, `likely` is the estimate."""
     if usage is None:
         return dict.fromkeys(ids, location)
     whole = location.with_tokens(all_of(usage), all_of(likely) if likely else None)
@@ -42,9 +42,9 @@ def all_of(usage: Usage) -> int:
 
 
 def inheritable_usage(row: RequestRow, maximum: MaximumUsage) -> Usage:
-    """Return the usage of a request that has ended, for those that build on what it made. An
-    estimate can be too low, and an answer that failed reports no input: they read all that is
-    there, and would spend what is not held."""
+    """Return the usage of a request that has ended, as requests that build on it inherit it. Where
+    the row can say too little, since it is an estimate, or since a failed answer reported no input,
+    this is the maximum: what those requests read must be held."""
     if row.usage_source != "estimated":
         into = row.usage.input_tokens or maximum.input_tokens
         return msgspec.structs.replace(row.usage, input_tokens=into)

@@ -89,7 +89,7 @@ class StoredRequest(ForwardedRequest):
             gateway.background.ignore_reader(self._response_id, report)
         if status == 200:
             await self._correct(outcome)
-            self._learn_listed()
+            self._own_listed()
         if self._deletes and status < 300:
             await gateway.objects.disown(self._response_id, self.key.account_id)
         gateway.telemetry.answered(
@@ -117,9 +117,9 @@ class StoredRequest(ForwardedRequest):
         estimated = self.gateway.corrections.shows_estimated(self._response_id)
         return estimated and not is_final(self.meter.report)
 
-    def _learn_listed(self) -> None:
-        """Make listed input items the account's if the upstream chose their ids. If the client may
-        have chosen one, which could be another account's, only allow paging from these items."""
+    def _own_listed(self) -> None:
+        """Record listed input items as the account's if the upstream chose their ids. If the client
+        may have chosen one, which could be another account's, only allow paging from the items."""
         listed, objects = self.meter.report.listed, self.gateway.objects
         account_id = self.key.account_id
         objects.note_listed(listed, self._response_id, account_id)

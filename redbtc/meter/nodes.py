@@ -13,9 +13,9 @@ KeptOfString = Literal["short", "length", "head"]
 
 
 class Node:
-    """Describes the parts of a value that are kept. Of an object, the members that are named here.
-    Of a list, all elements, each as `elements` says. Of a string, all of it up to MAX_STRING bytes
-    ("short"), its length ("length"), or its beginning ("head")."""
+    """Describes the parts of a value that are kept: the members of an object that are named here;
+    all elements of a list, each as `elements` says; a whole string of up to MAX_STRING bytes
+    ("short"), or only its length ("length") or its beginning ("head")."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The types of ASGI, what the gateway knows of a request beside ASGI's scope, and the responses of
+"""The types of ASGI, what the gateway knows of a request besides ASGI's scope, and the responses of
 the gateway's own.
 
 The server puts one `ClientRequest` into each scope, and everything that handles the request finds
@@ -30,8 +30,9 @@ ID_SECONDS = 15  # for the id of a background response whose client has left
 
 
 def new_request_id() -> str:
-    """Return "req_", 12 hexadecimal digits of milliseconds and 20 of chance, so that ids sort by
-    time. Ids are no secrets; `random` is seeded from the system's entropy at the start."""
+    """Return "req_", 12 hexadecimal digits of the time in milliseconds and 20 random ones, so that
+    ids sort by time. Ids are not secret; `random` is seeded from the system's entropy at the
+    start."""
     return f"req_{now_ms():012x}{random.getrandbits(80):020x}"
 
 
@@ -72,7 +73,7 @@ class ClientRequest(Struct, eq=False):
         return ClientRequest(self.headers, self.client, self.route)
 
     def take_refusal(self) -> Refusal:
-        """Return the refusal and forget it: raised, it refers to all that is on the stack."""
+        """Return the refusal and forget it: once raised, it refers to everything on the stack."""
         refusal, self.refusal = self.refusal, None
         assert refusal is not None
         return refusal

@@ -140,9 +140,9 @@ class RequestCycle:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Send the response's head or a part of its body. Waits while the client reads slowly, but
-        not with the end: what the app still holds is then freed, and the connection has a deadline
-        and can make room."""
+        """Send the response's head or a part of its body. Wait while the client reads slowly,
+        except with the last part: the app can then free what it holds, and the connection gets a
+        deadline and can be closed to make room for others."""
         connection, stream = self._connection, self._stream
         if stream.writing_paused and not (connection.closed or _is_end(message)):
             await connection.make_room_until(stream.writable(), self.request.key is not None)

@@ -227,7 +227,7 @@ Framing = Length | Chunked | Endless
 
 
 def framing_of(headers: Headers) -> Framing:
-    """Return the framing of a body, by a head that has passed `check_head`."""
+    """Return the framing of a body, given the headers of a head that has passed `check_head`."""
     for name, value in headers:
         if name == b"content-length":
             return Length(int(value))

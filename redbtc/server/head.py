@@ -107,7 +107,7 @@ class HeadReader:
 
     def refused_scope(self, server: Address, client: Address) -> Scope:
         """Return a scope for the refusal of a request whose head can't be read or is not allowed.
-        Of the request, only its headers and its path are there."""
+        It has only the request's headers and path."""
         scope = self._new_scope(server, client)
         scope["path"] = self._url.decode("latin-1")
         # An Origin may be in the part that has not arrived: "null" lets a page read the refusal

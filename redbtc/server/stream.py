@@ -79,7 +79,7 @@ class ClientStream:
         return waiting
 
     def resume_writing(self) -> None:
-        """Let go on whoever waits to write."""
+        """Let those who wait to write go on."""
         self.writing_paused = False
         for waiting in self._waiting:
             if not waiting.done():
@@ -110,9 +110,9 @@ class ClientStream:
         self._transport.abort()
 
     def reset_when_closed(self, on: bool) -> None:
-        """Switch on or off that the connection is reset when its socket is closed. On, it is reset
-        even if the process is killed, so that a response whose end is the connection's end never
-        looks complete when it is not."""
+        """Set whether the connection is reset when its socket is closed. If `on`, it is reset even
+        if the process is killed, so that a response that ends with the connection never looks
+        complete when it is not."""
         sock = self._transport.get_extra_info("socket")
         with contextlib.suppress(OSError, AttributeError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from redbtc.store.database import Store
 
-# sk-redbtc-, 256 bits of chance as 43 base62 characters, and the CRC32 of all before it as 6 more:
-# a slip of the finger, or a string that only looks like a key, is told apart without a look-up.
+# sk-redbtc-, 256 random bits as 43 base62 characters, and the CRC32 of all before it as 6 more: a
+# key with a typing error, or a string that only looks like a key, is refused without a look-up.
 KEY_PREFIX = "sk-redbtc-"
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 

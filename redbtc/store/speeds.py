@@ -2,8 +2,8 @@
 them.
 
 A row is easily made slow on purpose, by reading slowly or with a tool that hangs. So each account
-counts once, however many rows it has, and of two accounts the faster one counts: to bend the
-result, an account needs company. Its own rows make its estimates no lower than the rows of others
+counts once, however many rows it has, and of two accounts the faster one counts: no account can
+change the result alone. Its own rows make its estimates no lower than the rows of others
 do, or than USUAL_SPEED if there are none, since a model that no other account uses is easily found.
 This rule does not hold for the gateway's only account if it may spend without a limit.
 
@@ -66,7 +66,7 @@ class Speeds:
                     self._speeds = await self._read()
                 self._read_at = time.monotonic()
         speeds = self._speeds.get(model, {})
-        if self._accounts == 1 and not limited:  # it has nobody to deceive
+        if self._accounts == 1 and not limited:  # it could cheat only itself
             return speed_of_accounts(speeds.values())
         return speed_for(account_id, speeds)
 

@@ -109,7 +109,7 @@ class ResponseReader:
         self._parser = None
 
     def fail(self, error: httpx2.TransportError) -> None:
-        """Let whoever reads the response get `error` after what has arrived, unless all has."""
+        """Raise `error` to the reader, after what has arrived, unless the response is complete."""
         self.reusable = False
         if self.state not in ENDED:
             self.error = error

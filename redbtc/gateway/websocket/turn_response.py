@@ -69,12 +69,12 @@ class TurnResponse(MeteredRequest):
         if self.id and self.row.usage_source != "none":
             self._objects.billed.add(self.id)
 
-    def _learn(
+    def _own(
         self, made: Mapping[str, bool], usage: Usage | None, likely: Usage | None = None
     ) -> dict[str, ObjectLocation]:
-        """Learn the ids that the upstream made. This connection can name them even if they are not
-        stored."""
-        locations = super()._learn(made, usage, likely)
+        """Record the objects that the upstream made. Requests over this connection can name them
+        even if they are not stored."""
+        locations = super()._own(made, usage, likely)
         self._objects.locations.update(locations)
         return locations
 
