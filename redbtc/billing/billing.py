@@ -105,9 +105,9 @@ class Billing:
         return spending
 
     def set_back(self, at: int) -> None:
-        """Go on from an earlier time: count as spent in its month what is dated later, and date
-        prices that took effect later back to it. All that was settled in the months between must be
-        committed, and `changing_prices` must be held. Raises StorageUnavailable."""
+        """Go back to the time `at`: costs that are dated later count as spent in its month, and
+        prices that took effect later take effect at it. All that was settled in the months between
+        must be committed, and `changing_prices` must be held. Raises StorageUnavailable."""
         self._totals.set_back(at)
         self.prices = PriceTable([price.set_back(at) for price in self.prices.prices])
         self.store.clock.set_back(at)
@@ -145,12 +145,12 @@ class Billing:
                 )
         return Hold(quote, amount)
 
-    async def hold_again(self, key: Key, model: str, at: int, held: int) -> Hold:
-        """Hold what an earlier process held, at the prices of that time. Raises
-        StorageUnavailable."""
+    async def hold_at(self, key: Key, model: str, at: int, amount: int) -> Hold:
+        """Hold an amount for a request that was admitted before, at the prices of the time `at`,
+        whatever is left of the balance. Raises StorageUnavailable."""
         spending = await self.spending_of(key)
         quote = Quote(key, at, self.prices, self.prices.model_prices(model, at), spending, [])
-        return Hold(quote, held)
+        return Hold(quote, amount)
 
     def replace_hold(self, hold: Hold, cost: int) -> str:
         """Replace a hold by the cost of the request, in nanos. Return the month whose statement

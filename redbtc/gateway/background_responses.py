@@ -112,7 +112,7 @@ class BackgroundResponses:
     async def resume(self) -> None:
         """Take up what an earlier process left."""
         for row, key, unfinished in await unfinished_rows(self._store):
-            hold = await self._billing.hold_again(
+            hold = await self._billing.hold_at(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
             response = BackgroundResponse(row, hold, unfinished, None, self._store.time())

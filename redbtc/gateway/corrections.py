@@ -128,7 +128,7 @@ class Corrections:
         try:
             key = key_of(billing.store, found.key_id)
             location = self._objects.location_of(response_id, account_id)
-            hold = await billing.hold_again(key, model, found.admitted_at, 0)
+            hold = await billing.hold_at(key, model, found.admitted_at, 0)
         except StorageUnavailable:
             return  # it is for the next who looks
         new = await self._containers.unbilled(report.containers)

@@ -36,7 +36,7 @@ async def hold_nothing(billing: Billing, key: Key, model: str) -> Hold:
     until the ledger can be read."""
     while True:
         with contextlib.suppress(StorageUnavailable):
-            return await billing.hold_again(key, model, billing.store.time(), 0)
+            return await billing.hold_at(key, model, billing.store.time(), 0)
         await asyncio.sleep(TICK)
 
 
