@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Count the function calls that a JSON request and a streamed event cost the gateway, C functions
-included: figures that don't depend on the machine's speed.
+"""Count the function calls that a JSON chat and a streamed event cost the gateway, C functions
+included: figures that don't depend on the machine's speed. The model has a price, and the account
+has limits and a balance.
 
     bench/calls.py [CHECKOUT ...]
 
@@ -30,8 +31,15 @@ from tests.helpers.upstream import Upstream, chat_stream  # noqa: E402
 REQUESTS = 200, 1200
 EVENTS = 200, 1200
 IDLE_SECONDS = 1.0, 6.0
-BODY = {"model": "gpt-up", "input": "Hi"}
-CHAT = {"model": "gpt-up", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+SETTINGS = """[limits]
+requests_per_minute = 1000000000
+[limits.account]
+tokens_per_minute = 1000000000
+[billing]
+default_credit_limit = "1000000"
+"""
+RATES = ("--input=1.25", "--cached-input=0.125", "--output=10")
+CHAT = {"model": "gpt-up", "messages": [{"role": "user", "content": "Hi"}]}
 Work = Callable[[httpx2.Client, Upstream, float], None]
 
 
@@ -56,8 +64,10 @@ class Run(NamedTuple):
 def run(root: Path, work: Work, amount: float) -> Run:
     """Run a gateway from start to end with an amount of work."""
     with tempfile.TemporaryDirectory() as folder, Upstream() as upstream:
-        gateway = Profiled(Path(folder), upstream.url, root=root).start()
+        gateway = Profiled(Path(folder), upstream.url, SETTINGS, root=root)
         key = gateway.new_key()
+        assert gateway.run("price", "add", "gpt-up", *RATES).returncode == 0
+        gateway.start()
         started = time.monotonic()
         with gateway.client(key) as client:
             work(client, upstream, amount)
@@ -71,13 +81,13 @@ def run(root: Path, work: Work, amount: float) -> Run:
 def send_requests(client: httpx2.Client, _: Upstream, amount: float) -> None:
     """Send JSON requests, one after the other."""
     for _number in range(int(amount)):
-        assert client.post("/responses", json=BODY).status_code == 200
+        assert client.post("/chat/completions", json=CHAT).status_code == 200
 
 
 def read_events(client: httpx2.Client, upstream: Upstream, amount: float) -> None:
     """Read a stream of events, each of which arrives by itself."""
     upstream.script = chat_stream(["word "] * int(amount), pause=0.002)
-    with client.stream("POST", "/chat/completions", json=CHAT) as response:
+    with client.stream("POST", "/chat/completions", json=CHAT | {"stream": True}) as response:
         assert response.read().endswith(b"data: [DONE]\n\n")
 
 
@@ -86,20 +96,25 @@ def wait(_client: httpx2.Client, _upstream: Upstream, amount: float) -> None:
     time.sleep(amount)
 
 
-def each(root: Path, work: Work, amounts: tuple[float, float], a_second: float) -> float:
-    """Return the calls that a unit of work costs. `a_second` are those of timers."""
+def calls_each(root: Path, work: Work, amounts: tuple[float, float], a_second: float) -> float:
+    """Return the calls that a unit of work costs. `a_second` is the number of timers' calls."""
     few, many = (run(root, work, amount) for amount in amounts)
     timers = a_second * (many.seconds - few.seconds)
     return (many.calls - few.calls - timers) / (many.amount - few.amount)
 
 
+def count(root: Path = ROOT) -> tuple[float, float]:
+    """Return the calls that a JSON chat and an event cost the gateway of a checkout."""
+    a_second = calls_each(root, wait, IDLE_SECONDS, 0.0)
+    request = calls_each(root, send_requests, REQUESTS, a_second)
+    return request, calls_each(root, read_events, EVENTS, a_second)
+
+
 def main() -> None:
     """Print a line for each checkout."""
     for root in [Path(each) for each in sys.argv[1:]] or [ROOT]:
-        a_second = each(root, wait, IDLE_SECONDS, 0.0)
-        request = each(root, send_requests, REQUESTS, a_second)
-        event = each(root, read_events, EVENTS, a_second)
-        print(f"{root}: {request:.1f} calls a JSON request, {event:.1f} an event")
+        request, event = count(root)
+        print(f"{root}: {request:.1f} calls a JSON chat, {event:.1f} an event")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +24,15 @@ from redbtc.money import parse_limit
 from redbtc.usage import MAX_TOKENS
 
 HERE = Path(__file__).resolve().parent.parent
-INSTALLED = Path(sys.prefix) / "share" / "redbtc-proxy"  # where the package puts its other files
+# Where pip puts the files that lie beside the package in a checkout. Its environment is the folder
+# three levels above the package, or with `pip install --target` the folder that holds the package.
+INSTALLED = [root / "share" / "redbtc-proxy" for root in (HERE, *HERE.parents[:3])]
 
 
 def shipped(name: str) -> Path:
     """Return the path of a file that comes with the program."""
-    return (HERE if (HERE / name).exists() else INSTALLED) / name
+    paths = [folder / name for folder in (HERE, *INSTALLED)]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]

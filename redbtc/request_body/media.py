@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import zlib
@@ -40,15 +41,18 @@ class Media(NamedTuple):
 def media_of(headers: Headers, forms: bool) -> Media:
     """Return the media type and encoding that the headers give. Raises Refusal for those that are
     not supported, before the body is read."""
-    encoding = (
-        (header(headers, b"content-encoding") or b"identity").strip().lower().decode("latin-1")
-    )
+    encoding, content_type = header(headers, b"content-encoding"), header(headers, b"content-type")
+    return _media_of(encoding or b"identity", content_type or b"application/json", forms)
+
+
+@functools.lru_cache(maxsize=64)  # most requests have the same headers
+def _media_of(content_encoding: bytes, content_type: bytes, forms: bool) -> Media:
+    encoding = content_encoding.strip().lower().decode("latin-1")
     encoding = {"identity": "", "x-gzip": "gzip"}.get(encoding, encoding)
     if encoding not in ("", "gzip", "zstd"):
         message = "Content-Encoding must be gzip or zstd, or absent."
         raise Refusal("unsupported_media_type", message)
-    content_type = header(headers, b"content-type")
-    kind, parameters = parametrized(content_type or b"application/json") or (b"", {})
+    kind, parameters = parametrized(content_type) or (b"", {})
     if parameters.get(b"charset", b"utf-8").lower() in CHARSETS:
         if JSON_TYPE.fullmatch(kind):
             return Media(encoding, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -33,3 +34,16 @@ def test_the_benchmark_of_backups() -> None:
     assert done.returncode == 0, done.stderr
     for figure in ("db backup", "db restore", "requests, during backups"):
         assert figure in done.stdout
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="counted with Python 3.11")
+def test_a_request_and_an_event_cost_no_more_function_calls() -> None:
+    """A change that raises a figure raises it here, too, and says why in docs/measurements.md."""
+    command = [sys.executable, str(ROOT / "bench" / "calls.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(r".*: ([\d.]+) calls a JSON chat, ([\d.]+) an event\n", done.stdout)
+    assert found, done.stdout
+    request, event = map(float, found.groups())
+    assert request < 968, "a JSON chat took 958 on 2026-11-29; runs differ by less than 1 %"
+    assert event < 22, "an event took 21.6 on 2026-11-29"
