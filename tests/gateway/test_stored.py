@@ -20,6 +20,7 @@ import httpx2
 import pytest
 
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.response_store import BODY, ResponseStore, create
 from tests.helpers.speed import process_seconds
 from tests.helpers.upstream import (
     RESPONSE_USAGE,
@@ -35,77 +36,14 @@ from tests.helpers.upstream import (
 
 pytestmark = pytest.mark.promise_7
 
-BODY = {"model": "gpt-up", "input": "Hi"}
 UNKNOWN = "resp_0123456789abcdef"
 
 
-class Memory:
-    """An upstream that stores responses; those with `background` take `turns` looks to be done."""
-
-    def __init__(self, turns: int = 2) -> None:
-        self.turns = turns
-        self.responses: dict[str, dict[str, Any]] = {}
-        self.looks: dict[str, int] = {}
-        self._numbers = itertools.count(1)
-
-    async def __call__(self, request: Received, reply: Reply) -> None:
-        await self._script(request)(request, reply)
-
-    def _script(self, request: Received) -> Script:
-        path, _, query = request.path.partition("?")
-        if request.method == "POST" and path == "/v1/responses":
-            return self._create(request.json())
-        response_id, _, suffix = path.removeprefix("/v1/responses/").partition("/")
-        if response_id not in self.responses:
-            return json_answer({"error": {"message": "gone", "type": "invalid_request_error"}}, 404)
-        if request.method == "DELETE":
-            del self.responses[response_id]
-            return json_answer({"id": response_id, "object": "response", "deleted": True})
-        if suffix == "cancel":
-            self.responses[response_id] |= {"status": "cancelled", "usage": None}
-        elif suffix == "input_items":
-            return json_answer({"object": "list", "data": [{"id": "msg_in"}], "has_more": False})
-        else:
-            self._look(response_id)
-        response = self.responses[response_id]
-        if "stream=true" in query:
-            created = {**response, "status": "in_progress", "usage": None}
-            events = [("response.created", created), ("response.completed", response)]
-            return stream([event({"type": n, "response": r}, n) for n, r in events])
-        return json_answer(response)
-
-    def _look(self, response_id: str) -> None:
-        self.looks[response_id] = self.looks.get(response_id, 0) + 1
-        if self.responses[response_id]["status"] == "queued" and (
-            self.looks[response_id] >= self.turns
-        ):
-            self.responses[response_id] |= {"status": "completed", "usage": RESPONSE_USAGE}
-
-    def _create(self, body: dict[str, Any]) -> Script:
-        number = next(self._numbers)
-        response = response_object(body["model"], id=f"resp_{number:08}")
-        response["output"][0]["id"] = f"msg_{number:08}"
-        if body.get("background"):
-            response |= {"status": "queued", "usage": None, "output": []}
-        self.responses[response["id"]] = response
-        if not body.get("stream"):
-            return json_answer(response)
-        begun = {**response, "status": "in_progress", "output": [], "usage": None}
-        item = {"id": f"msg_{number:08}"}
-        events: list[dict[str, Any]] = [
-            {"type": "response.created", "response": begun},
-            {"type": "response.output_item.added", "item": item},
-        ]
-        if not body.get("background"):
-            events.append({"type": "response.completed", "response": response})
-        return stream([event(each, each["type"]) for each in events])
-
-
 @pytest.fixture
-def memory(upstream: Upstream) -> Memory:
-    memory = Memory()
-    upstream.script = memory
-    return memory
+def stored(upstream: Upstream) -> ResponseStore:
+    stored = ResponseStore()
+    upstream.script = stored
+    return stored
 
 
 def error(answer: httpx2.Response) -> tuple[int, str, str | None]:
@@ -113,25 +51,17 @@ def error(answer: httpx2.Response) -> tuple[int, str, str | None]:
     return answer.status_code, said["code"], said["param"]
 
 
-def create(gateway: Gateway, key: str, **more: Any) -> dict[str, Any]:
-    with gateway.client(key) as client:
-        answer = client.post("/responses", json={**BODY, **more})
-        assert answer.status_code == 200, answer.text
-        response: dict[str, Any] = answer.json()
-        return response
-
-
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.front_door
 def test_its_owner_reaches_a_response_with_any_key(
-    gateway: Gateway, upstream: Upstream, memory: Memory, key: str, streamed: bool
+    gateway: Gateway, upstream: Upstream, stored: ResponseStore, key: str, streamed: bool
 ) -> None:
     with gateway.client(key) as client:
         answer = client.post("/responses", json={**BODY, "stream": streamed})
     assert "resp_00000001" in answer.text
     with gateway.client(gateway.new_key()) as client:
         shown = client.get("/responses/resp_00000001?include[]=x&include[]=y")
-        assert shown.json() == memory.responses["resp_00000001"]
+        assert shown.json() == stored.responses["resp_00000001"]
         assert upstream.requests[-1].path == "/v1/responses/resp_00000001?include[]=x&include[]=y"
         items = client.get("/responses/resp_00000001/input_items", params={"limit": 2})
         assert items.json()["data"] == [{"id": "msg_in"}]
@@ -152,7 +82,9 @@ def test_its_owner_reaches_a_response_with_any_key(
 METHODS = [("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")]
 
 
-def test_every_route_for_everyone(gateway: Gateway, upstream: Upstream, memory: Memory) -> None:
+def test_every_route_for_everyone(
+    gateway: Gateway, upstream: Upstream, stored: ResponseStore
+) -> None:
     own, other = gateway.new_key(), gateway.new_key("other")
     revoked = gateway.cli("key", "add", "test")
     gateway.cli("key", "revoke", revoked["id"])
@@ -201,7 +133,7 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_means_nothing_reaches_nobody(
-    gateway: Gateway, upstream: Upstream, memory: Memory, name: str, chunked: bool
+    gateway: Gateway, upstream: Upstream, stored: ResponseStore, name: str, chunked: bool
 ) -> None:
     """RFC 9110 §9.3.1, §9.3.5: the body is read and thrown away, and the connection stays open."""
     own, body = gateway.new_key(), BODIES[name]
@@ -225,7 +157,7 @@ def test_a_body_that_means_nothing_reaches_nobody(
 
 
 def test_a_body_that_means_nothing_has_its_bounds(
-    make_gateway: MakeGateway, upstream: Upstream, memory: Memory
+    make_gateway: MakeGateway, upstream: Upstream, stored: ResponseStore
 ) -> None:
     gateway = make_gateway("max_body_bytes = 2048\n").start()
     key = gateway.new_key()
@@ -253,7 +185,7 @@ def test_a_body_that_means_nothing_has_its_bounds(
 def test_of_a_body_to_cancel_only_what_was_checked_goes_on(
     gateway: Gateway,
     upstream: Upstream,
-    memory: Memory,
+    stored: ResponseStore,
     body: bytes,
     headers: dict[str, str],
     status: int,
@@ -269,7 +201,7 @@ def test_of_a_body_to_cancel_only_what_was_checked_goes_on(
 
 
 def test_anothers_response_is_answered_like_one_that_never_was(
-    gateway: Gateway, memory: Memory
+    gateway: Gateway, stored: ResponseStore
 ) -> None:
     made = create(gateway, gateway.new_key())["id"]
     with gateway.client(gateway.new_key("other")) as client:
@@ -378,7 +310,7 @@ def planted(chance: random.Random, foreign: str) -> bytes:
 
 
 def test_no_planted_id_reaches_the_upstream(
-    gateway: Gateway, upstream: Upstream, memory: Memory
+    gateway: Gateway, upstream: Upstream, stored: ResponseStore
 ) -> None:
     theirs = create(gateway, gateway.new_key())
     ids = [theirs["id"], theirs["output"][0]["id"], "file-123", "conv_1", UNKNOWN]
@@ -423,7 +355,7 @@ ITEMS: list[Any] = [
 
 @pytest.mark.parametrize("item", ITEMS)
 def test_no_item_is_anothers(
-    gateway: Gateway, upstream: Upstream, item: Any, memory: Memory
+    gateway: Gateway, upstream: Upstream, item: Any, stored: ResponseStore
 ) -> None:
     """This holds whatever members the item has, if the upstream could look it up. The answer is the
     same as for an id that does not exist."""
@@ -523,7 +455,7 @@ def test_own_objects_may_have_any_name(gateway: Gateway, upstream: Upstream) -> 
             assert client.post("/responses", json={**BODY, **more}).status_code in (400, 404)
 
 
-def test_listed_input_items_can_be_referred_to(gateway: Gateway, memory: Memory) -> None:
+def test_listed_input_items_can_be_referred_to(gateway: Gateway, stored: ResponseStore) -> None:
     made = create(gateway, gateway.new_key())["id"]
     body = {**BODY, "input": [{"type": "item_reference", "id": "msg_in"}]}
     with gateway.client(gateway.new_key()) as client:
@@ -609,9 +541,9 @@ def test_a_form_names_no_stored_file(gateway: Gateway, upstream: Upstream, key: 
 
 def test_a_response_is_reached_at_its_own_upstream(make_gateway: MakeGateway) -> None:
     with Upstream() as one, Upstream() as two:
-        memories = [Memory(), Memory()]
-        memories[1]._numbers = itertools.count(1000)
-        one.script, two.script = memories
+        stores = [ResponseStore(), ResponseStore()]
+        stores[1]._numbers = itertools.count(1000)
+        one.script, two.script = stores
         upstreams = [
             {"name": name, "base_url": up.url, "api_key_env": "", "models": [f"{name}-*"]}
             for name, up in (("one", one), ("two", two))
@@ -781,7 +713,7 @@ def pending(gateway: Gateway) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_gateway_asks_until_a_background_response_is_done(
-    gateway: Gateway, memory: Memory, key: str, streamed: bool
+    gateway: Gateway, stored: ResponseStore, key: str, streamed: bool
 ) -> None:
     with gateway.client(key) as client:
         body = {**BODY, "background": True, "stream": streamed}
@@ -795,7 +727,9 @@ def test_the_gateway_asks_until_a_background_response_is_done(
     assert gateway.metrics()["redbtc_in_flight"] == 0
 
 
-def test_a_client_that_fetches_it_is_first(make_gateway: MakeGateway, memory: Memory) -> None:
+def test_a_client_that_fetches_it_is_first(
+    make_gateway: MakeGateway, stored: ResponseStore
+) -> None:
     """What it sees complete is in the ledger, once, however often it looks."""
     gateway = make_gateway('[billing]\ndefault_credit_limit = "0"').start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
@@ -825,12 +759,12 @@ def test_a_client_that_fetches_it_is_first(make_gateway: MakeGateway, memory: Me
 
 @pytest.mark.front_door
 def test_a_background_response_outlives_the_gateway(
-    make_gateway: MakeGateway, memory: Memory
+    make_gateway: MakeGateway, stored: ResponseStore
 ) -> None:
     gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
     key = gateway.new_key()
-    memory.turns = 1_000_000
+    stored.turns = 1_000_000
     made = create(gateway, key, background=True, max_output_tokens=50)["id"]
     gateway.cli("price", "add", "gpt-up", "--input", "1", "--output", "1")
     held = gateway.api("GET", "/accounts/test")["held"]
@@ -840,7 +774,7 @@ def test_a_background_response_outlives_the_gateway(
         gateway.start()
         (row,) = pending(gateway)
         assert gateway.api("GET", "/accounts/test")["held"] == held, "held again"
-    memory.turns = 1
+    stored.turns = 1
     wait_until(lambda: not pending(gateway))
     (row,) = gateway.rows()
     assert (row["outcome"], row["response_id"]) == ("completed", made)
@@ -848,24 +782,26 @@ def test_a_background_response_outlives_the_gateway(
     assert gateway.cli("db", "check")["ok"]
 
 
-def test_a_cancelled_one_and_one_that_is_gone(gateway: Gateway, memory: Memory, key: str) -> None:
-    memory.turns = 1_000_000
+def test_a_cancelled_one_and_one_that_is_gone(
+    gateway: Gateway, stored: ResponseStore, key: str
+) -> None:
+    stored.turns = 1_000_000
     cancelled = create(gateway, key, background=True)["id"]
     lost = create(gateway, key, background=True)["id"]
     with gateway.client(key) as client:
         client.post(f"/responses/{cancelled}/cancel")
         row = next(row for row in gateway.rows() if row["response_id"] == cancelled)
         assert (row["outcome"], row["usage_source"]) == ("client_disconnected", "estimated")
-    del memory.responses[lost]
+    del stored.responses[lost]
     wait_until(lambda: not pending(gateway))
     row = next(row for row in gateway.rows() if row["response_id"] == lost)
     assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "estimated")
 
 
 def test_those_of_a_compromised_key_are_cancelled(
-    gateway: Gateway, memory: Memory, upstream: Upstream, key: str
+    gateway: Gateway, stored: ResponseStore, upstream: Upstream, key: str
 ) -> None:
-    memory.turns = 1_000_000
+    stored.turns = 1_000_000
     refused: set[str] = set()
 
     async def script(request: Received, reply: Reply) -> None:
@@ -873,7 +809,7 @@ def test_those_of_a_compromised_key_are_cancelled(
             refused.add(request.path)  # at first it is too busy
             await json_answer({"error": {"message": "x"}}, 429)(request, reply)
             return
-        await memory(request, reply)
+        await stored(request, reply)
 
     upstream.script = script
     taken = [create(gateway, key, background=True)["id"] for _ in range(2)]
@@ -882,7 +818,7 @@ def test_those_of_a_compromised_key_are_cancelled(
     key_id = gateway.rows(limit=1)[0]["key_id"]
     assert gateway.cli("key", "revoke", "--compromised", key_id)["cut"] == 2
     wait_until(lambda: len(pending(gateway)) == 1)
-    states = [memory.responses[each]["status"] for each in (*taken, kept, ended)]
+    states = [stored.responses[each]["status"] for each in (*taken, kept, ended)]
     assert states == ["cancelled", "cancelled", "queued", "completed"]
     outcomes = {row["response_id"]: row["outcome"] for row in gateway.rows()}
     assert [outcomes[each] for each in (*taken, kept, ended)] == [
@@ -894,30 +830,30 @@ def test_those_of_a_compromised_key_are_cancelled(
 
 
 def test_those_of_a_key_that_was_revoked_on_a_stopped_gateway_are_cancelled(
-    gateway: Gateway, memory: Memory, key: str
+    gateway: Gateway, stored: ResponseStore, key: str
 ) -> None:
-    memory.turns = 1_000_000
+    stored.turns = 1_000_000
     taken = create(gateway, key, background=True)["id"]
     key_id = gateway.rows()[0]["key_id"]
     gateway.terminate()
     gateway.cli("key", "revoke", "--compromised", key_id)
     gateway.start()
     wait_until(lambda: not pending(gateway))
-    assert memory.responses[taken]["status"] == "cancelled"
+    assert stored.responses[taken]["status"] == "cancelled"
 
 
 def test_a_client_that_leaves_a_background_stream_leaves_it_running(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    memory = Memory(turns=1)
+    stored = ResponseStore(turns=1)
     begun = threading.Event()
 
     async def script(request: Received, reply: Reply) -> None:
         if request.method == "GET":
-            await memory(request, reply)
+            await stored(request, reply)
             return
-        memory.responses["resp_9"] = response_object(usage=None, status="queued", id="resp_9")
-        created = {"type": "response.created", "response": memory.responses["resp_9"]}
+        stored.responses["resp_9"] = response_object(usage=None, status="queued", id="resp_9")
+        created = {"type": "response.created", "response": stored.responses["resp_9"]}
         await reply.head(200, [("content-type", "text/event-stream")])
         await reply.send(event(created, "response.created"))
         await reply.wait(begun)
@@ -933,22 +869,22 @@ def test_a_client_that_leaves_a_background_stream_leaves_it_running(
     wait_until(lambda: [row["outcome"] for row in gateway.rows()] == ["completed"])
 
 
-def begun(memory: Memory, response_id: str, status: str = "queued") -> bytes:
+def begun(stored: ResponseStore, response_id: str, status: str = "queued") -> bytes:
     """The first event of a background response's stream."""
-    memory.responses[response_id] = response_object(usage=None, status=status, id=response_id)
-    created = {"type": "response.created", "response": dict(memory.responses[response_id])}
+    stored.responses[response_id] = response_object(usage=None, status=status, id=response_id)
+    created = {"type": "response.created", "response": dict(stored.responses[response_id])}
     return event(created, "response.created")
 
 
 def test_an_error_in_its_stream_does_not_end_it(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    memory = Memory(turns=1)
+    stored = ResponseStore(turns=1)
     error = event({"type": "error", "code": "server_error", "message": "lost"}, "error")
 
     async def script(request: Received, reply: Reply) -> None:
-        answer = stream([begun(memory, "resp_9"), error])
-        await (memory if request.method == "GET" else answer)(request, reply)
+        answer = stream([begun(stored, "resp_9"), error])
+        await (stored if request.method == "GET" else answer)(request, reply)
 
     upstream.script = script
     create_text(gateway, key, background=True, stream=True)
@@ -966,16 +902,16 @@ def test_while_its_stream_is_open_it_can_be_fetched_and_deleted(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
     """Whoever sees its end first settles it; then, and not before, it may be deleted."""
-    memory, seen = Memory(turns=2), threading.Event()
+    stored, seen = ResponseStore(turns=2), threading.Event()
 
     async def script(request: Received, reply: Reply) -> None:
         if request.method == "POST":
             await reply.head(200, [("content-type", "text/event-stream")])
-            await reply.send(begun(memory, "resp_9"))
+            await reply.send(begun(stored, "resp_9"))
             await reply.wait(seen)
             await reply.end()
         else:
-            await memory(request, reply)
+            await stored(request, reply)
 
     upstream.script = script
     with gateway.client(key) as client, gateway.client(key) as other:
@@ -995,18 +931,18 @@ def test_while_its_stream_is_open_it_can_be_fetched_and_deleted(
 def test_who_reads_it_and_then_cancels_pays_for_what_was_read(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    memory = Memory()
+    stored = ResponseStore()
     delta = {"type": "response.output_text.delta", "delta": "word " * 80}
 
     async def script(request: Received, reply: Reply) -> None:
         if request.path.endswith("/cancel"):
-            await memory(request, reply)
+            await stored(request, reply)
             return
         await reply.head(200, [("content-type", "text/event-stream")])
-        await reply.send(begun(memory, "resp_9", "in_progress"))
+        await reply.send(begun(stored, "resp_9", "in_progress"))
         for _ in range(100):
             await reply.send(event(delta, str(delta["type"])))
-        while memory.responses["resp_9"]["status"] != "cancelled":
+        while stored.responses["resp_9"]["status"] != "cancelled":
             await asyncio.sleep(0.01)
         await reply.end()
 
@@ -1028,12 +964,12 @@ def test_who_reads_it_and_then_cancels_pays_for_what_was_read(
 def test_what_was_read_is_known_after_a_restart(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    memory = Memory()
+    stored = ResponseStore()
     delta = {"type": "response.output_text.delta", "delta": "word " * 8000}
-    events = [begun(memory, "resp_9", "in_progress"), event(delta, str(delta["type"]))]
+    events = [begun(stored, "resp_9", "in_progress"), event(delta, str(delta["type"]))]
 
     async def script(request: Received, reply: Reply) -> None:
-        answer = stream(events, end="tear") if request.path == "/v1/responses" else memory
+        answer = stream(events, end="tear") if request.path == "/v1/responses" else stored
         await answer(request, reply)
 
     upstream.script = script
@@ -1047,11 +983,11 @@ def test_what_was_read_is_known_after_a_restart(
 
 
 def test_its_end_is_shown_to_nobody_before_it_is_written_down(
-    gateway: Gateway, memory: Memory, key: str
+    gateway: Gateway, stored: ResponseStore, key: str
 ) -> None:
-    memory.turns = 1_000_000
+    stored.turns = 1_000_000
     made = create(gateway, key, background=True)["id"]
-    memory.responses[made] |= {"status": "completed", "usage": RESPONSE_USAGE}
+    stored.responses[made] |= {"status": "completed", "usage": RESPONSE_USAGE}
     shown: list[str] = []
 
     def fetch() -> None:
@@ -1067,7 +1003,7 @@ def test_its_end_is_shown_to_nobody_before_it_is_written_down(
             assert not shown
             with gateway.client(key) as client:
                 assert client.delete(f"/responses/{made}").status_code in (400, 503)
-            assert made in memory.responses
+            assert made in stored.responses
             gateway.kill()
     assert not shown
     gateway.start()
@@ -1075,13 +1011,13 @@ def test_its_end_is_shown_to_nobody_before_it_is_written_down(
     assert gateway.row()["output_tokens"] == 9
 
 
-def test_who_see_its_end_at_once_pay_once(make_gateway: MakeGateway, memory: Memory) -> None:
+def test_who_see_its_end_at_once_pay_once(make_gateway: MakeGateway, stored: ResponseStore) -> None:
     gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
     key = gateway.new_key()
-    memory.turns = 1_000_000
+    stored.turns = 1_000_000
     made = create(gateway, key, background=True, max_output_tokens=50)["id"]
-    memory.responses[made] |= {"status": "completed", "usage": RESPONSE_USAGE}
+    stored.responses[made] |= {"status": "completed", "usage": RESPONSE_USAGE}
 
     def fetch(_: int) -> str:
         with gateway.client(key) as client:
@@ -1092,9 +1028,9 @@ def test_who_see_its_end_at_once_pay_once(make_gateway: MakeGateway, memory: Mem
         ThreadPoolExecutor(4) as pool,
     ):
         database.execute("BEGIN IMMEDIATE")
-        seen = memory.looks.get(made, 0)
+        seen = stored.looks.get(made, 0)
         shown = pool.map(fetch, range(4))
-        wait_until(lambda: memory.looks.get(made, 0) >= seen + 4)
+        wait_until(lambda: stored.looks.get(made, 0) >= seen + 4)
         database.rollback()
         assert list(shown) == ["completed"] * 4
     assert gateway.row()["cost"] == "0.039"
@@ -1111,12 +1047,12 @@ def test_one_that_is_answered_again_is_billed_once(
     an upstream that uses an id again has worked again."""
     gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
-    key, memory = gateway.new_key(), Memory(turns=1_000_000)
-    first = begun(memory, "resp_1")
+    key, stored = gateway.new_key(), ResponseStore(turns=1_000_000)
+    first = begun(stored, "resp_1")
 
     async def script(request: Received, reply: Reply) -> None:
-        answer: Script = memory
-        response = memory.responses["resp_1"]
+        answer: Script = stored
+        response = stored.responses["resp_1"]
         if request.method == "POST" and streamed:
             ended = event({"type": "response.completed", "response": response}, "x")
             answer = stream([first, ended] if response["usage"] else [first])
@@ -1135,7 +1071,7 @@ def test_one_that_is_answered_again_is_billed_once(
     for _ in range(2):
         assert "resp_1" in create_again()
     assert len(pending(gateway)) == (1 if keyed else 2)
-    memory.turns = 1
+    stored.turns = 1
     wait_until(lambda: not pending(gateway))
     assert "completed" in create_again()
     gateway.restart()
@@ -1181,12 +1117,12 @@ def test_those_that_the_upstream_knows_no_more_hold_nothing(
 ) -> None:
     gateway = make_gateway('[billing]\ndefault_credit_limit = "5"').start()
     gateway.cli("price", "add", "gpt-up", "--input", "1000", "--output", "1000")
-    key, memory, asked = gateway.new_key(), Memory(), Counter[str]()
+    key, stored, asked = gateway.new_key(), ResponseStore(), Counter[str]()
     statuses = {"resp_00000001": 400, "resp_00000002": 404, "resp_00000003": 410}
 
     async def script(request: Received, reply: Reply) -> None:
         if request.method == "POST":
-            await memory(request, reply)
+            await stored(request, reply)
             return
         response_id = request.path.rpartition("/")[2]
         asked[response_id] += 1
@@ -1206,7 +1142,7 @@ def test_those_that_the_upstream_knows_no_more_hold_nothing(
 
 
 def test_it_is_its_accounts_though_it_is_not_to_be_stored(
-    gateway: Gateway, memory: Memory, key: str
+    gateway: Gateway, stored: ResponseStore, key: str
 ) -> None:
     """An upstream keeps it until it is fetched."""
     made = create(gateway, key, background=True, store=False)["id"]

@@ -10,14 +10,13 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import InvalidStatus
 from websockets.frames import Frame, Opcode
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 from websockets.utils import accept_key
 
 from tests.helpers.gateway import (
@@ -38,65 +37,11 @@ from tests.helpers.upstream import (
     ws_events,
     ws_like_openai,
 )
+from tests.helpers.websocket_client import CREATE, client
 
 pytestmark = pytest.mark.promise_3
 
 PRICED = '[billing]\ndefault_credit_limit = "0"'
-CREATE = {"type": "response.create", "model": "gpt-up", "input": "Hi", "stream": True}
-
-
-class Client:
-    """A client's end, which counts what it was sent."""
-
-    def __init__(self, connection: ClientConnection) -> None:
-        self._connection = connection
-
-    def send(self, **fields: Any) -> None:
-        self._connection.send(json.dumps({**CREATE, **fields}))
-
-    def raw(self, message: str | bytes) -> None:
-        self._connection.send(message)
-
-    def recv(self, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
-        event: dict[str, Any] = json.loads(self._connection.recv(timeout=seconds))
-        return event
-
-    def until(self, *kinds: str) -> dict[str, Any]:
-        """The first event of one of these types."""
-        while True:
-            event = self.recv()
-            if event["type"] in kinds:
-                return event
-
-    def completed(self) -> dict[str, Any]:
-        event = self.until("response.completed", "error")
-        assert event["type"] == "response.completed", event
-        response: dict[str, Any] = event["response"]
-        return response
-
-    def closed(self) -> int | None:
-        """The code with which the connection ended."""
-        try:
-            while True:
-                self.recv()
-        except ConnectionClosed as closed:
-            return closed.rcvd.code if closed.rcvd else None
-
-    def ping(self) -> bool:
-        return self._connection.ping().wait(PATIENCE_SECONDS)
-
-    def tear(self) -> None:
-        self._connection.socket.close()
-
-
-@contextlib.contextmanager
-def client(gateway: Gateway, key: str, **headers: str) -> Iterator[Client]:
-    given = {"authorization": f"Bearer {key}", **headers}
-    url = f"ws://127.0.0.1:{gateway.port}/v1/responses"
-    with connect(
-        url, additional_headers=given, proxy=None, max_size=None, open_timeout=PATIENCE_SECONDS
-    ) as connection:
-        yield Client(connection)
 
 
 def code(event: dict[str, Any]) -> str:

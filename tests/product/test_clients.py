@@ -34,6 +34,7 @@ from tests.helpers.gateway import (
     wait_until,
 )
 from tests.helpers.tools import NODE_MODULES, needs
+from tests.helpers.upgrades import UPGRADES
 from tests.helpers.upstream import (
     Received,
     Reply,
@@ -45,7 +46,6 @@ from tests.helpers.upstream import (
     stream,
     ws_like_openai,
 )
-from tests.server.test_server import UPGRADES
 
 pytestmark = pytest.mark.promise_1
 

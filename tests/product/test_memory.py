@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.test_websocket import client as websocket
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.upstream import (
     Upstream,
@@ -19,6 +18,7 @@ from tests.helpers.upstream import (
     response_object,
     ws_like_openai,
 )
+from tests.helpers.websocket_client import client as websocket
 
 pytestmark = pytest.mark.promise_9
 

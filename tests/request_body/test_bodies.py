@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -41,6 +41,7 @@ from tests.helpers.upstream import (
     openai_like,
     response_object,
 )
+from tests.request_body.packers import PACKERS
 
 pytestmark = pytest.mark.promise_1
 
@@ -51,7 +52,6 @@ else:
 
 BODY = {"model": "gpt-up", "input": "Hi " * 200}
 JSON = {"content-type": "application/json"}
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
 
 
 def code(answer: httpx2.Response) -> str:

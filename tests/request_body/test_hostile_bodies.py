@@ -28,7 +28,7 @@ from redbtc.request_body.pieces import MAX_PIECE
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
 from tests.helpers.speed import Stalls, longest_step, unit
 from tests.helpers.upstream import Upstream, json_answer, response_object, silent
-from tests.request_body.test_bodies import PACKERS
+from tests.request_body.packers import PACKERS
 
 pytestmark = pytest.mark.promise_9
 

@@ -20,8 +20,8 @@ from redbtc.errors import UserError
 from redbtc.store.clock import BELIEVED_AFTER, MS, LedgerClock
 from redbtc.store.schema import migrations, schema
 from redbtc.times import DAY, month_of
-from tests.gateway.test_stored import Memory, create
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.response_store import ResponseStore, create
 from tests.helpers.upstream import Upstream, json_answer, response_object
 
 pytestmark = pytest.mark.promise_9
@@ -289,7 +289,7 @@ def test_an_accepted_clock_is_believed_at_once(paid: Gateway) -> None:
 
 def test_a_duration_is_never_negative(make_gateway: MakeGateway, upstream: Upstream) -> None:
     """Also that of a background response while the clock goes back."""
-    upstream.script = Memory(turns=1)
+    upstream.script = ResponseStore(turns=1)
     gateway = jumping(make_gateway()).start()
     key = gateway.new_key()
     create(gateway, key, background=True)

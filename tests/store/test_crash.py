@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -40,10 +39,10 @@ from tests.helpers.upstream import (
     response_pieces,
     stream,
 )
+from tests.store.faults import RESPONSE, fill, post
 
 pytestmark = [pytest.mark.promise_3, pytest.mark.promise_6]
 
-RESPONSE = {"model": "gpt-up", "input": "Hi"}
 KILLS = 50
 CLIENTS = 24
 
@@ -156,16 +155,6 @@ def test_a_stopped_gateways_crash_is_visible_to_commands(
     release.set()
 
 
-def post(gateway: Gateway, key: str) -> tuple[int, str]:
-    with gateway.client(key) as client:
-        answer = client.post("/responses", json=RESPONSE)
-    error = answer.json().get("error") or {}
-    if answer.status_code == 503:
-        assert 1 <= int(answer.headers["retry-after"]) <= 60
-        assert int(answer.headers["retry-after-ms"]) >= 1
-    return answer.status_code, error.get("code", "")
-
-
 def test_one_commit_answers_all_who_ask_whether_the_ledger_is_well(tmp_path: Path) -> None:
     """Anybody may ask /readyz, and each commit waits for the disk."""
 
@@ -211,12 +200,6 @@ def test_a_client_that_leaves_while_its_row_is_begun_costs_nothing(
     wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
     assert gateway.rows() == []
     assert not upstream.requests
-
-
-def fill(file: Path) -> None:
-    with file.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while True:
-            filler.write(b"x" * 4096)
 
 
 @pytest.mark.process

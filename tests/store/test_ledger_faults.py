@@ -18,11 +18,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.gateway.test_stored import Memory
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.response_store import ResponseStore
 from tests.helpers.tools import needs
 from tests.helpers.upstream import Received, Reply, Upstream, openai_like
-from tests.store.test_crash import RESPONSE, fill, post
+from tests.store.faults import RESPONSE, fill, post
 
 pytestmark = [pytest.mark.promise_3, pytest.mark.promise_9]
 
@@ -771,7 +771,7 @@ ask, asking.ask = asking.ask, ending
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
     set_fault(gateway, "MemoryError")
-    upstream.script = Memory()
+    upstream.script = ResponseStore()
     with gateway.client(key) as client:
         answer = client.post("/responses", json={**RESPONSE, "background": True})
     assert answer.status_code == 200
@@ -793,7 +793,7 @@ count, settlement.count_containers = settlement.count_containers, ending
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
-    upstream.script = Memory()
+    upstream.script = ResponseStore()
     set_fault(gateway)
     with gateway.client(key) as client:
         client.post("/responses", json={**RESPONSE, "background": True})
@@ -905,7 +905,7 @@ def test_what_nobody_waits_for_is_owed_at_the_end(
     """Nothing is in flight, but the ledger can't write who owns a response."""
     gateway = faulty(make_gateway(), OWED).start()
     key = gateway.new_key()
-    upstream.script = Memory()
+    upstream.script = ResponseStore()
     set_fault(gateway, "DELETE FROM requests")
     with gateway.client(key) as client:
         found = client.post("/responses", json=RESPONSE).json()["id"]
