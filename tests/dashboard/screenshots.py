@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from redbtc.times import day_of, now_ms
-from tests.dashboard.test_dashboard import OPERATORS_PAGES, PAGES, fill_in, new_user
+from tests.dashboard.pages import OPERATORS_PAGES, PAGES, fill_in
 from tests.helpers.gateway import ROOT, Gateway
+from tests.helpers.logins import new_user
 from tests.helpers.tools import needs
 from tests.helpers.upstream import Upstream
 

@@ -24,6 +24,7 @@ from redbtc.locations import ObjectLocation
 from redbtc.store.database import Store
 from redbtc.store.objects import Objects
 from redbtc.store.schema import migrations, schema
+from tests.gateway.errors import error
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
 from tests.helpers.upstream import (
     Received,
@@ -76,11 +77,6 @@ def echo(upstream: Upstream) -> Echo:
     echo = Echo()
     upstream.script = echo
     return echo
-
-
-def error(answer: httpx2.Response) -> tuple[int, str, str | None]:
-    said = answer.json()["error"]
-    return answer.status_code, said["code"], said["param"]
 
 
 def create(client: httpx2.Client, headers: dict[str, str] | None = None, **more: Any) -> Any:
