@@ -382,7 +382,7 @@ def with_demo(settings: Settings, url: str) -> Settings:
 
 
 def missing_keys(settings: Settings) -> list[str]:
-    """Return a line for all that can't be used, since the environment has no key for it."""
+    """Return a line for each key or secret that the settings name and the environment lacks."""
     wanted = {
         f'upstream "{upstream.name}"': upstream.api_key_env for upstream in settings.upstreams
     }

@@ -24,7 +24,11 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "invalid_api_key": (401, INVALID, "Incorrect API key provided."),
     "account_suspended": (403, INVALID, "This account is suspended."),
     "origin_not_allowed": (403, INVALID, "WebSocket handshakes from this Origin are not allowed."),
-    "metrics_forbidden": (403, INVALID, "Metrics need the metrics token or loopback."),
+    "metrics_forbidden": (
+        403,
+        INVALID,
+        "Metrics need the token of metrics.token_env or, if that is not set, a loopback address.",
+    ),
     "unknown_url": (404, INVALID, "Unknown request URL. The documentation lists what is served."),
     "model_not_allowed": (403, INVALID, "This API key is not allowed to use the model."),
     "model_not_found": (404, INVALID, "The model does not exist or is not available here."),
@@ -65,8 +69,8 @@ class Refusal(Exception):
     ) -> None:
         super().__init__(code)
         self.code = code
-        self.status, self.type, usual = REFUSALS[code]
-        self.message = message or usual
+        self.status, self.type, default = REFUSALS[code]
+        self.message = message or default
         self.param = param
         self.headers: Headers = list(headers)
         if self.status in (429, 503):

@@ -113,9 +113,10 @@ def log(level: int, event: str, **fields: Any) -> None:
 
 def shown_error(error: BaseException | None) -> dict[str, Any]:
     """Return the type of an unexpected error and the lines of code it passed through, for the log.
-    Its message could hold content, so it is left out."""
+    Its message could hold content, so it is left out. Files are named with their folder, since
+    files of several folders have the same name."""
     frames = traceback.extract_tb(error.__traceback__) if error else []
-    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+    places = [f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno}" for each in frames]
     return {"error": type(error).__name__ if error else None, "places": places}
 
 

@@ -182,8 +182,8 @@ async def open_billing(store: Store, settings: BillingSettings) -> Billing:
 
 
 async def start_demo(stack: contextlib.AsyncExitStack) -> str:
-    """Serve the demonstration upstream on a free port of loopback; its base URL."""
-    from redbtc import demo  # only who asks for it pays for it
+    """Serve the demonstration upstream on a free port of loopback, and return its base URL."""
+    from redbtc import demo  # here: it takes time to load, and most gateways don't serve it
 
     listeners = listen(["127.0.0.1"], 0)
     server = server_for(demo.app())

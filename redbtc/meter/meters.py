@@ -21,8 +21,8 @@ class Meter:
     ended = False
     ending = False
     # The size in bytes up to which a chunk may be given to `feed`; larger ones take long and must
-    # be given to `steps`. If it is 0, any chunk and the end can take long: use the methods in
-    # steps.
+    # be given to `steps`. If it is 0, any chunk and the end can take long: use `steps`,
+    # `finish_steps` and `cut_off_steps`.
     at_once = MAX_AT_ONCE
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:

@@ -20,6 +20,8 @@ from redbtc.meter.answers import (
 from redbtc.meter.pictures import picture_tokens
 from redbtc.meter.usage_fields import text_bytes_in, text_in
 
+PARTIAL_TOKENS = 100  # of a partial picture
+
 
 class OutputSizes(Struct):
     """The sizes of an output item, or the sums of several."""
@@ -124,6 +126,3 @@ class PassedOutput:
                 self._pictures += picture_tokens(answer.quality, answer.size, head)
             if number % MAX_NAMED == 0:
                 yield
-
-
-PARTIAL_TOKENS = 100  # of a partial picture

@@ -14,6 +14,7 @@ from redbtc.usage import MAX_TOKENS, Usage, UsagePart
 
 MAX_SEARCHES = 100_000  # web searches of one request; a larger number is not believed
 ANYTHING = msgspec.json.Decoder()
+NO_CHOICES = (b"", b"null", b"[]")
 
 
 def tokens_in(counts: Any, name: str, maximum: int = MAX_TOKENS) -> int | None:
@@ -205,6 +206,3 @@ def text_in(raw: msgspec.Raw, node: Node = TEXT_NODE) -> Any:
 def has_choices(answer: Answer) -> bool:
     """Return whether a chat's answer or chunk has any choices."""
     return bytes(answer.choices).translate(None, b" \t\r\n") not in NO_CHOICES
-
-
-NO_CHOICES = (b"", b"null", b"[]")

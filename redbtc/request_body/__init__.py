@@ -39,9 +39,10 @@ An example. Take this body of a request to /v1/responses:
    key. Here there is white space, so its members are walked through one by one (`check_once`).
 2. facts.py decodes the facts from the members that are facts: `model` and `stream`.
 3. reading.py searches the text for the members that can name an object (references.MEMBER), and
-   finds `previous_response_id`, `vector_store_ids`, `file_id` in the schema, and `conversation`.
-   The quotes in the message's content are escaped, so that is no member. Most bodies have no match,
-   and their members are not searched any further (member_references.py).
+   finds `previous_response_id`, the type "item_reference", `vector_store_ids`, `file_id` in the
+   schema, and `conversation`. The quotes in the message's content are escaped, so that is no
+   member. Most bodies have no match, and their members are not searched any further
+   (member_references.py).
 4. The items of the input are read one by one (reading.py). Each item with an `id` is judged by its
    type. A message is complete without a look-up, so the client may choose the id "msg_a". Only a
    tool of the upstream makes a search, so "ws_2" is a reference. So is "rs_3", an item that is

@@ -106,7 +106,10 @@ class Form:
         begins like JSON: some readers take such a part for a file, others for a field."""
         if begin.lstrip()[:1] in (b"{", b"[", b'"'):
             shown = name.decode()
-            message = f"'{shown}' has an empty 'filename'. Name the file, or leave 'filename' out."
+            message = (
+                f"'{shown}' has no 'filename', or an empty one. Name the file, or send a field "
+                "without 'filename' and 'filename*'."
+            )
             raise Refusal("invalid_request", message, param=shown)
 
     def max_tokens(self, body: Buffer) -> int:

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 from redbtc.refusals import Refusal
 
-MAX_QUERY_FIELDS = 100  # of a query
+MAX_QUERY_FIELDS = 100
 VALUE = re.compile(r"[\w.:=+~,-]{1,256}", re.ASCII)  # no '%', which could be decoded twice
 
 

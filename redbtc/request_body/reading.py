@@ -131,8 +131,8 @@ class BodyReader:
         if not (given == NULL or bytes(memoryview(given)[:1]) in (b'"', b"[")):
             raise Refusal("invalid_request", "'input' must be a string or an array.", param="input")
         for part in self._pieces.parts(given) if is_list(given) else ():
-            telling = None if self._may_reference or self._may_show else CHECKED_MEMBERS
-            items = yield from read_list(self._pieces, part, ITEM_MEMBERS, telling)
+            checked_members = None if self._may_reference or self._may_show else CHECKED_MEMBERS
+            items = yield from read_list(self._pieces, part, ITEM_MEMBERS, checked_members)
             self._count_items(items)
             for number, item in enumerate(items):
                 if "id" in item:

@@ -89,15 +89,15 @@ def check_letters(members: Iterable[str], known: Set[str]) -> None:
 
 
 def read_list(
-    pieces: Pieces, part: Buffer, known: Set[str], telling: Set[str] | None
+    pieces: Pieces, part: Buffer, known: Set[str], checked_members: Set[str] | None
 ) -> Steps[list[Members]]:
     """Return the objects in a piece of a list. Raises Refusal for an object that could be read in
-    more than one way, but checks only those with a member in `telling` (None: all)."""
+    more than one way, but checks only those with a member in `checked_members` (None: all)."""
     objects: list[Members] = read_json(part, OBJECT_LIST)
     checked = [
         number
         for number, each in enumerate(objects)
-        if telling is None or not telling.isdisjoint(each)
+        if checked_members is None or not checked_members.isdisjoint(each)
     ]
     raws = read_json(part, RAW_LIST) if checked else ()
     for number in checked:

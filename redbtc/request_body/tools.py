@@ -61,8 +61,8 @@ class ToolReader(Struct):
             message = f"Tools are nested more than {MAX_NESTING} levels deep."
             raise Refusal("invalid_request", message, param="tools")
         for part in self.pieces.parts(given) if is_list(given) else ():
-            telling = None if self.finder else TOOL_MEMBERS
-            tools = yield from read_list(self.pieces, part, TOOL_MEMBERS, telling)
+            checked_members = None if self.finder else TOOL_MEMBERS
+            tools = yield from read_list(self.pieces, part, TOOL_MEMBERS, checked_members)
             self.count(len(tools))
             for number, tool in enumerate(tools):
                 if "type" not in tool:  # `read_list` may not have checked such a tool
@@ -80,7 +80,7 @@ class ToolReader(Struct):
                     yield
 
     def count(self, tools: int) -> None:
-        """Count so many tools more. Raises Refusal for too many."""
+        """Add to the number of tools. Raises Refusal for too many."""
         self.use.count += tools
         if self.use.count > MAX_TOOLS:
             message = f"The body has more than {MAX_TOOLS} tools."

@@ -1,4 +1,4 @@
-"""PageCheck the pages of a database whose gateway did not end cleanly."""
+"""Check the pages of a database whose gateway did not end cleanly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from redbtc.store.failures import LogFunction, is_corrupt
 
-SECONDS_BETWEEN_LINES = 5  # between two log lines
+SECONDS_BETWEEN_LINES = 5  # of the log
 STEPS_A_CALL = 100_000  # of SQLite's virtual machine, after which the clock is read
 MAX_PROBLEMS = 5
 TABLES_BY_PAGE = "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY rootpage"

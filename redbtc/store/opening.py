@@ -74,7 +74,8 @@ def refuse_incomplete(database: Path, spill: Spill) -> None:
     if file_size(database) == 0 and has_wal(database):
         raise UserError(
             f"{database} is {'empty' if written else 'missing'}, but {wal_of(database)} exists. "
-            "Restore a backup (db restore FILE), or move it away to start with an empty ledger"
+            "Restore a backup (db restore FILE), or move the -wal file away to start with an empty "
+            "ledger"
         )
     if not written and spill.read()[0]:
         raise UserError(
@@ -84,7 +85,7 @@ def refuse_incomplete(database: Path, spill: Spill) -> None:
 
 
 async def check_pages(database: Path, serving: Serving) -> None:
-    """PageCheck the pages of the database, since its last gateway did not end cleanly. Raises
+    """Check the pages of the database, since its last gateway did not end cleanly. Raises
     LedgerDamaged."""
     file = identity_of(database)
     if file == serving.checked:

@@ -918,6 +918,20 @@ def test_a_stream_without_usage_is_refused_where_there_is_a_price(
                     assert '{"include_usage": true}' in error["message"]
 
 
+def test_where_spending_is_limited_a_stream_reports_its_usage_even_at_a_price_of_0(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    settings = '[billing]\ndefault_credit_limit = "1"\n[metering]\nunmetered = "allow"\n'
+    gateway = make_gateway(settings).start()
+    prices = [price(MODEL, input="0", output="0", max_output=ANSWER_TOKENS)]
+    gateway.api("POST", "/prices", {"prices": prices})
+    upstream.script = stream([b"data: [DONE]\n\n"])
+    with gateway.client(gateway.new_key()) as client:
+        for body, status in ((OFF, 400), (ASKS, 200)):
+            answer = client.post("/chat/completions", json={"model": MODEL, **body})
+            assert answer.status_code == status, body
+
+
 @pytest.mark.parametrize("value", ["1", '"true"', "[]", '{"a":1}'])
 def test_stream_is_true_or_false(account: Account, upstream: Upstream, value: str) -> None:
     """Otherwise an upstream could stream where the gateway thinks that it does not."""

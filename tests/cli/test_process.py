@@ -19,6 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from redbtc.errors import UserError
+from redbtc.telemetry import shown_error
+from redbtc.times import parse_duration
 from tests.helpers.gateway import PATIENCE_SECONDS, RUN, Gateway, MakeGateway, wait_until
 from tests.helpers.tools import needs
 from tests.helpers.upstream import Upstream
@@ -326,3 +329,13 @@ def test_pages_that_could_not_be_loaded_are_loaded_later(make_gateway: MakeGatew
     gateway.start()
     assert gateway.get("/dashboard/login").status_code == 503
     assert gateway.get("/dashboard/login").status_code == 200
+
+
+def test_the_log_says_in_which_folder_the_file_of_an_error_is() -> None:
+    """Several files have the same name."""
+    with pytest.raises(UserError) as raised:
+        parse_duration("private")
+    shown = shown_error(raised.value)
+    assert shown["error"] == "UserError"
+    assert shown["places"][-1].startswith("redbtc/times.py:")
+    assert "private" not in str(shown)

@@ -3,19 +3,27 @@ of the request stays behind."""
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.turns import steer, steering
 from tests.helpers.upstream import (
+    Received,
+    Reply,
+    Socket,
     Upstream,
     images_json,
     json_answer,
     response_object,
+    ws_events,
     ws_like_openai,
 )
 from tests.helpers.websocket_client import client as websocket
@@ -30,12 +38,11 @@ from redbtc.server import cycle
 from redbtc.limits import memory
 from redbtc.request_body import body
 from redbtc.request_body import forms, media
-from redbtc.gateway import admission
+from redbtc.gateway import admission, background_responses
 from redbtc.upstream import upstreams
 from redbtc.meter import meters
 from redbtc.server import websocket_protocol
-from redbtc.gateway.websocket import event_meter
-pass
+from redbtc.gateway.websocket import client_sender, event_meter, turn_response
 
 def let_fail(owner, name):
     usual = vars(owner)[name]
@@ -64,6 +71,9 @@ let_fail(upstreams.Upstream, "open")
 let_fail(meters.JSONMeter, "steps")
 let_fail(websocket_protocol.WebSocketProtocol, "_count")
 let_fail(event_meter.EventMeter, "take")
+let_fail(turn_response.TurnResponse, "following")
+let_fail(client_sender.ClientSender, "send")
+let_fail(background_responses.BackgroundResponses, "_start")
 """
 RESPONSE = {"model": "m", "input": "Hi"}
 CHAT = {"model": "m", "stream": True, "messages": []}
@@ -189,3 +199,69 @@ def test_no_memory_within_a_message_ends_the_connection(
         client.completed()
     wait_until(lambda: is_calm(starving))
     assert "pending" not in {row["outcome"] for row in starving.rows()}
+
+
+def test_no_memory_to_send_the_last_event_ends_the_turn_at_once(
+    starving: Gateway, upstream: Upstream
+) -> None:
+    """Its row is committed by then, and nothing else comes that could end the turn."""
+    key = starving.new_key(concurrency=1)
+    last = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created, delta)
+        await asyncio.to_thread(last.wait, PATIENCE_SECONDS)
+        await sock.send(completed)
+        await sock.recv()
+
+    upstream.talk = talk
+    with websocket(starving, key) as client:
+        client.send()
+        client.until("response.output_text.delta")
+        file = let_fail(starving, "ClientSender.send")
+        last.set()
+        began = time.monotonic()
+        assert client.closed() == 1011
+        assert time.monotonic() - began < 15
+    file.unlink()
+    wait_until(lambda: is_calm(starving))
+    assert [row["outcome"] for row in starving.rows()] == ["completed"]
+
+
+def test_no_memory_for_a_response_that_follows_gives_its_hold_back(
+    starving: Gateway, upstream: Upstream
+) -> None:
+    upstream.talk = steering
+    key = starving.new_key(monthly_budget="1000")
+    starving.cli("price", "add", "gpt-up", "--input", "1", "--output", "1")
+    with websocket(starving, key) as client:
+        client.send()
+        client.until("response.output_text.delta")
+        file = let_fail(starving, "TurnResponse.following")
+        client.raw(steer(1))
+        assert client.closed() == 1011
+    file.unlink()
+    wait_until(lambda: is_calm(starving))
+    assert starving.api("GET", "/accounts/test")["held"] == "0"
+
+
+def test_no_memory_to_settle_a_background_response_is_tried_again(
+    starving: Gateway, upstream: Upstream
+) -> None:
+    has_ended = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        begun = response_object(status="in_progress", usage=None)
+        await json_answer(response_object() if has_ended.is_set() else begun)(request, reply)
+
+    upstream.script = script
+    with starving.client(starving.new_key()) as client:
+        answer = client.post("/responses", json={**RESPONSE, "background": True})
+        assert answer.status_code == 200
+        file = let_fail(starving, "BackgroundResponses._start")
+        has_ended.set()
+        check_refusal(client.get("/responses/resp_1"))
+        file.unlink()
+        assert client.get("/responses/resp_1").status_code == 200
+        assert [row["outcome"] for row in starving.rows()] == ["completed"]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from websockets.frames import Frame, Opcode
 
-from tests.gateway.websocket.turns import PRICED, brief, code, done, steer, steered
 from tests.helpers.gateway import (
     PATIENCE_SECONDS,
     Gateway,
@@ -22,6 +21,7 @@ from tests.helpers.gateway import (
     wait_for_length,
     wait_until,
 )
+from tests.helpers.turns import PRICED, brief, code, done, steer, steered
 from tests.helpers.upstream import Socket, Upstream, json_answer, ws_events, ws_like_openai
 from tests.helpers.websocket_client import CREATE, client
 

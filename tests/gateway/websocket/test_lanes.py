@@ -10,8 +10,8 @@ import pytest
 from websockets.frames import Frame, Opcode
 from websockets.utils import accept_key
 
-from tests.gateway.websocket.turns import PRICED, brief, code, done, steer, steered
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.turns import PRICED, brief, code, done, steer, steered, steering
 from tests.helpers.upstream import (
     Received,
     Reply,
@@ -207,17 +207,6 @@ def test_steering_that_nothing_follows_holds_no_place(
         assert brief(gateway) == [done(1)]
         ws.send()
         ws.completed()
-
-
-async def steering(sock: Socket) -> None:
-    """Each input ends the response, and another follows."""
-    number = 1
-    await sock.send(*ws_events(number, await sock.recv())[:2])
-    while True:
-        await sock.recv()
-        await sock.send(steered(number))
-        number += 1
-        await sock.send(*ws_events(number, {"model": "gpt-up"})[:2])
 
 
 def test_what_follows_is_held_for(make_gateway: MakeGateway, upstream: Upstream) -> None:

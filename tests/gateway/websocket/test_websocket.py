@@ -14,8 +14,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from tests.gateway.websocket.turns import code
 from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, MakeGateway, wait_until
+from tests.helpers.turns import code
 from tests.helpers.upstream import (
     RESPONSE_USAGE,
     Socket,

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tests.helpers.gateway import Gateway, wait_until
-from tests.helpers.upstream import response_object
+from tests.helpers.upstream import Socket, response_object, ws_events
 
 PRICED = '[billing]\ndefault_credit_limit = "0"'
 
@@ -41,3 +41,14 @@ def steer(number: int, **more: Any) -> str:
     """Return a client's message that steers a turn."""
     frame = {"type": "response.steer", "previous_response_id": f"resp_ws_{number}"}
     return json.dumps({**frame, "input": "more", **more})
+
+
+async def steering(sock: Socket) -> None:
+    """Answer as an upstream whose response ends with each input, and is followed by another."""
+    number = 1
+    await sock.send(*ws_events(number, await sock.recv())[:2])
+    while True:
+        await sock.recv()
+        await sock.send(steered(number))
+        number += 1
+        await sock.send(*ws_events(number, {"model": "gpt-up"})[:2])
