@@ -56,12 +56,12 @@ from redbtc.config import (
 )
 from redbtc.errors import UserError
 from redbtc.gateway.endpoints import METERED, RESPONSES
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import healthz
 from redbtc.gateway.metered_route import MeteredRoute
 from redbtc.gateway.pages import in_time
 from redbtc.gateway.plain_routes import AsApp, ExactRoute, unknown_url, upgrade_required
 from redbtc.gateway.service import Service
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.stored import StoredRoute
 from redbtc.gateway.websocket.session import serve_websocket
 from redbtc.headers import header
@@ -91,7 +91,7 @@ def metered_apps(service: Service) -> dict[str, App]:
 
 def other_apps(service: Service) -> App:
     """Return the app of all other requests. What has no route is 404 before its body is read."""
-    models, health, pages = service.models, service.health, service.pages
+    models, health, pages = service.models, service.health_routes, service.pages
 
     def stored(method: str, suffix: str = "") -> Route:
         app = StoredRoute(service.gateway, method, suffix)
@@ -129,7 +129,7 @@ def websocket_app(service: Service) -> App:
         request = request_of(scope)
         request.route = RESPONSES.path
         origin = header(request.headers, b"origin")
-        if origin is not None and not service.health.allows_origin(origin):  # RFC 6455 §10.2
+        if origin is not None and not service.health_routes.allows_origin(origin):  # RFC 6455 §10.2
             raise Refusal("origin_not_allowed")
         await serve_websocket(service.gateway, request, receive, send)
 
@@ -235,7 +235,6 @@ class GatewayProcess:
         tasks = [*store.commits.tasks, *service.start_tasks()]
         for task in tasks:
             task.add_done_callback(self._ended)
-        gateway.background.ended = self._failed
         self._guard.lead_to(metered_apps(service), other_apps(service), websocket_app(service))
         gc.freeze()  # what is there now stays, as in start.finish
         with socket_path(store.path) as path:
@@ -249,13 +248,13 @@ class GatewayProcess:
         for task in tasks[len(store.commits.tasks) :]:
             task.cancel()
 
-    def _failed(self, task: asyncio.Task[Any]) -> None:
+    def end_if_failed(self, task: asyncio.Task[Any]) -> None:
         """End the process if a task has failed."""
         if not task.cancelled() and task.exception():
             self._ended(task)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        """A task that must not end has ended: say why, and end the process, so that a supervisor
+        """Log why a task that must not end has ended, and end the process, so that a supervisor
         starts it again."""
         if self._over:
             return

@@ -33,7 +33,7 @@ from redbtc.refusals import Refusal
 from redbtc.request_body.media import decompressed
 from redbtc.slices import in_slices
 
-TOKEN = re.compile(r"\w+|[^\w\s]")
+WORD = re.compile(r"\w+|[^\w\s]")
 MAX_BYTES = 100 << 20  # of a compressed body, once decompressed
 PAUSE_SECONDS = 0.02  # between two events of a stream
 TEXT_FIELDS = ("instructions", "messages", "input", "content", "text", "output", "arguments")
@@ -56,7 +56,7 @@ class Reply(NamedTuple):
     def usage(self, input_name: str, output_name: str) -> Json:
         """Return the usage. /chat/completions and /responses name the two kinds of tokens
         differently."""
-        output_tokens = count(self.text)
+        output_tokens = token_count(self.text)
         return {
             f"{input_name}_tokens": self.input_tokens,
             f"{input_name}_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -66,9 +66,9 @@ class Reply(NamedTuple):
         }
 
 
-def count(text: str) -> int:
+def token_count(text: str) -> int:
     """Return the number of tokens in a text."""
-    return len(TOKEN.findall(text))
+    return len(WORD.findall(text))
 
 
 def texts(content: Any) -> Iterator[str]:
@@ -94,8 +94,8 @@ def reply_to(body: Json, messages: Any, max_tokens: Any) -> Reply:
         "This is a canned answer from the RedBTC demonstration upstream. You said: "
         f'"{textwrap.shorten(asked, 60, placeholder="…")}". The token counts are exact.'
     )
-    ends = [token.end() for token in TOKEN.finditer(text)][:max_tokens]
-    return Reply(text[: ends[-1]], ends[-1] < len(text), sum(map(count, texts(body))))
+    ends = [token.end() for token in WORD.finditer(text)][:max_tokens]
+    return Reply(text[: ends[-1]], ends[-1] < len(text), sum(map(token_count, texts(body))))
 
 
 async def read(request: Request) -> Json:
@@ -106,7 +106,8 @@ async def read(request: Request) -> Json:
         raw, encoding = await request.body(), request.headers.get("content-encoding", "")
         if encoding in ("gzip", "zstd"):
             raw = bytes(await in_slices(decompressed(raw, encoding, MAX_BYTES), ""))
-        body = form(kind, raw) if kind.lower().startswith("multipart/") else orjson.loads(raw)
+        is_form = kind.lower().startswith("multipart/")
+        body = form_fields(kind, raw) if is_form else orjson.loads(raw)
     except (ClientDisconnect, orjson.JSONDecodeError, Refusal):
         raise HTTPException(400, "The request body is not valid JSON.") from None
     if not isinstance(body, dict) or not isinstance(body.get("model"), str):
@@ -114,7 +115,7 @@ async def read(request: Request) -> Json:
     return body
 
 
-def form(content_type: str, raw: bytes) -> Json:
+def form_fields(content_type: str, raw: bytes) -> Json:
     """Return the fields of a multipart form (RFC 7578) without its files."""
     header, fields = Message(), {}
     header["content-type"] = content_type
@@ -126,12 +127,12 @@ def form(content_type: str, raw: bytes) -> Json:
     return fields
 
 
-def new_id(kind: str) -> str:
+def random_id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
 
 
-def json_response(content: Json, status: int = 200) -> Response:
-    headers = {"x-request-id": new_id("req"), "content-type": "application/json"}
+def whole_response(content: Json, status: int = 200) -> Response:
+    headers = {"x-request-id": random_id("req"), "content-type": "application/json"}
     return Response(orjson.dumps(content), status, headers)
 
 
@@ -146,15 +147,15 @@ def event_response(events: list[Json], end: bytes = b"") -> Response:
             await asyncio.sleep(PAUSE_SECONDS)
         yield end
 
-    headers = {"x-request-id": new_id("req"), "content-type": "text/event-stream"}
+    headers = {"x-request-id": random_id("req"), "content-type": "text/event-stream"}
     return StreamingResponse(paced(), headers=headers)
 
 
-async def error_response(_: Request, error: Exception) -> Response:
+async def refuse(_: Request, error: Exception) -> Response:
     """Return an error in the form of OpenAI's API; the router's 404 and 405, too."""
     assert isinstance(error, HTTPException)
     form = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
-    return json_response({"error": form}, error.status_code)
+    return whole_response({"error": form}, error.status_code)
 
 
 async def chat(request: Request) -> Response:
@@ -164,12 +165,12 @@ async def chat(request: Request) -> Response:
     max_tokens = next((limit for limit in limits if limit is not None), None)
     reply = reply_to(body, body.get("messages"), max_tokens)
     finish, usage = "length" if reply.truncated else "stop", reply.usage("prompt", "completion")
-    head: Json = {"id": new_id("chatcmpl"), "created": int(time.time())}
+    head: Json = {"id": random_id("chatcmpl"), "created": int(time.time())}
     head |= {"model": body["model"], "service_tier": "default"}
     if not body.get("stream"):
         choice: Json = {"index": 0, "logprobs": None, "finish_reason": finish}
         choice |= {"message": {"role": "assistant", "content": reply.text, "refusal": None}}
-        return json_response(
+        return whole_response(
             head | {"object": "chat.completion", "choices": [choice], "usage": usage}
         )
     usage_wanted = (body.get("stream_options") or {}).get("include_usage")
@@ -187,19 +188,19 @@ async def responses(request: Request) -> Response:
     """Serve POST /v1/responses."""
     body = await read(request)
     reply = reply_to(body, body.get("input"), body.get("max_output_tokens"))
-    begun: Json = {"id": new_id("resp"), "object": "response", "created_at": int(time.time())}
+    begun: Json = {"id": random_id("resp"), "object": "response", "created_at": int(time.time())}
     begun |= {"status": "in_progress", "model": body["model"], "output": [], "usage": None}
     begun |= {"error": None, "incomplete_details": None, "instructions": None, "metadata": {}}
     begun |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "store": False}
     begun |= {"service_tier": "default", "temperature": 1.0, "top_p": 1.0}
     status = "incomplete" if reply.truncated else "completed"
-    item: Json = {"id": new_id("msg"), "type": "message", "role": "assistant"}
+    item: Json = {"id": random_id("msg"), "type": "message", "role": "assistant"}
     item |= {"status": status, "content": [output_text(reply.text)]}
     ended = begun | {"status": status, "output": [item], "usage": reply.usage("input", "output")}
     ended |= {"incomplete_details": {"reason": "max_output_tokens"} if reply.truncated else None}
     if body.get("stream"):
         return event_response(response_events(begun, ended, reply))
-    return json_response(ended)
+    return whole_response(ended)
 
 
 def output_text(text: str) -> Json:
@@ -236,13 +237,13 @@ async def images(request: Request) -> Response:
         raise HTTPException(400, "partial_images must be from 0 to 3.")
     image = {"b64_json": base64.b64encode(picture(prompt)).decode()}
     about = {"output_format": "png", "quality": "low", "size": "64x64", "background": "opaque"}
-    text = count(prompt)
+    text = token_count(prompt)
     usage: Json = {"input_tokens": text, "output_tokens": 64, "total_tokens": text + 64}
     usage |= {"input_tokens_details": {"text_tokens": text, "image_tokens": 0}}
     usage |= {"output_tokens_details": {"text_tokens": 0, "image_tokens": 64}}
     created = int(time.time())
     if body.get("stream") not in (True, "true"):
-        return json_response({"created": created, "data": [image], "usage": usage} | about)
+        return whole_response({"created": created, "data": [image], "usage": usage} | about)
     kind = "image_edit" if request.url.path.endswith("edits") else "image_generation"
     head = {"created_at": created} | image | about
     rough = head | {"type": f"{kind}.partial_image"}
@@ -268,10 +269,10 @@ async def models(request: Request) -> Response:
     """Serve GET /v1/models and /v1/models/{id}."""
     name = request.path_params.get("id")
     if name is None:
-        return json_response({"object": "list", "data": list(MODELS.values())})
+        return whole_response({"object": "list", "data": list(MODELS.values())})
     if name not in MODELS:
         raise HTTPException(404, "The model does not exist.")
-    return json_response(MODELS[name])
+    return whole_response(MODELS[name])
 
 
 def app() -> Starlette:
@@ -280,4 +281,4 @@ def app() -> Starlette:
     posts |= {"images/generations": images, "images/edits": images}
     routes = [Route(f"/v1/{path}", handler, methods=["POST"]) for path, handler in posts.items()]
     routes += [Route("/v1/models", models), Route("/v1/models/{id:path}", models)]
-    return Starlette(routes=routes, exception_handlers={HTTPException: error_response})
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})

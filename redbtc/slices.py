@@ -66,7 +66,7 @@ class Turns:
 TURNS = Turns()
 
 
-def answers_of(account_id: str) -> str:
+def answer_queue(account_id: str) -> str:
     """Return the name under which an account's answers wait for slices. Answers have a queue of
     their own, so that request bodies don't wait for large answers, nor answers for bodies."""
     return f"answers {account_id}"

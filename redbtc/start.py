@@ -47,7 +47,7 @@ def _end(number: int, _: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def restore() -> None:
+def restore_signals() -> None:
     """Handle signals and collect garbage as other programs do. Commands need nothing else."""
     for number, handler in _handlers.items():
         signal.signal(number, handler)

@@ -31,7 +31,7 @@ LEVEL_NAMES = {level: logging.getLevelName(level).lower() for level in (10, 20, 
 LOG_LINES_A_SECOND = 2000
 LOG_BACKLOG = 10_000
 LOG_SECONDS = 0.02  # lines that are logged within this time are written together
-WATCH_SECONDS = 0.25  # between two looks at the log's thread
+LOG_WATCH_SECONDS = 0.25  # between two looks at the log's thread
 
 
 class Log:
@@ -124,7 +124,7 @@ async def watch_log() -> None:
     """Wait for the end of the log's thread, which must not happen, and raise the error that ended
     it."""
     while LOG.works:
-        await asyncio.sleep(WATCH_SECONDS)
+        await asyncio.sleep(LOG_WATCH_SECONDS)
     if LOG.failure:
         raise LOG.failure
 

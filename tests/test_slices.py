@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import pytest
 
-from redbtc.slices import MAX_STARTED, SLICE_SECONDS, answers_of, in_slices
+from redbtc.slices import MAX_STARTED, SLICE_SECONDS, answer_queue, in_slices
 
 pytestmark = pytest.mark.promise_9
 
@@ -93,7 +93,7 @@ def test_bodies_are_begun_beside_many_answers() -> None:
 
     async def main() -> None:
         many = range(2 * MAX_STARTED)
-        answers = [in_slices(busy("a", log, 40), answers_of("x"), started=True) for _ in many]
+        answers = [in_slices(busy("a", log, 40), answer_queue("x"), started=True) for _ in many]
         await asyncio.gather(*answers, in_slices(busy("b", log, 3), "x"))
 
     asyncio.run(main())

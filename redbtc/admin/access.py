@@ -24,7 +24,7 @@ class Access:
         self.dashboard_url = f"{public_url.rstrip('/')}/dashboard/"
 
     async def find_account(self, actor: Actor, account: str | None = None) -> Account:
-        """Return an account by name or id (None: the actor's own). Raise NotFound."""
+        """Return an account by name or id (None: the actor's own). Raises NotFound."""
         if account is None:
             account = actor.required_account_id()
         found = await self.accounts.get(account)
@@ -33,7 +33,7 @@ class Access:
         return found
 
     async def find_key(self, actor: Actor, key: str) -> KeyShown:
-        """Return a key by its id. Raise NotFound."""
+        """Return a key by its id. Raises NotFound."""
         found = await self.accounts.key(key)
         if actor.account_id not in (None, found.account_id):
             raise no_key(key)
@@ -41,8 +41,8 @@ class Access:
 
     async def find_user(self, actor: Actor, query: WhichUser, user: str) -> UserShown:
         """Return a user by id or email address. Of several users of one address, a member means,
-        and learns of, only the one in their own account. Raise NotFound, or Conflict if an operator
-        must choose."""
+        and learns of, only the one in their own account. Raises NotFound, or Conflict if an
+        operator must choose."""
         no_user = NotFound(f"user {user!r} does not exist")
         account, operator = query.account, query.operator
         if actor.account_id is not None:

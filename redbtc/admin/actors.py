@@ -51,25 +51,25 @@ class Actor(NamedTuple):
         """Return whether the actor is a command rather than a browser or the holder of a key."""
         return self.key is None and self.session is None
 
-    def require(self, least: Rank) -> None:
+    def require(self, min_rank: Rank) -> None:
         """Raise Forbidden if the actor's role is lower than this."""
-        if RANKS[self.rank] < RANKS[least]:
+        if RANKS[self.rank] < RANKS[min_rank]:
             raise Forbidden("your role doesn't allow this")
 
     def required_account_id(self) -> str:
-        """Return the id of the actor's account. Raise NotFound for an operator."""
+        """Return the id of the actor's account. Raises NotFound for an operator."""
         if self.account_id is None:
             raise NotFound("this needs an API key in the Authorization header")
         return self.account_id
 
     def required_key(self) -> Key:
-        """Return the actor's API key. Raise NotFound if there is none."""
+        """Return the actor's API key. Raises NotFound if there is none."""
         if self.key is None:
             raise NotFound("this needs an API key in the Authorization header")
         return self.key
 
     def required_session(self) -> LoginSession:
-        """Return the actor's session. Raise NotFound if there is none."""
+        """Return the actor's session. Raises NotFound if there is none."""
         if self.session is None:
             raise NotFound("this needs a dashboard session; log in at /dashboard/login")
         return self.session

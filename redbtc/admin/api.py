@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec
 
 from msgspec import Struct
 
@@ -16,14 +16,12 @@ from redbtc.admin.inputs import (
     AccountChange,
     AccountsQuery,
     ChangesQuery,
-    Input,
     NewAccount,
     NewKey,
     NewNotice,
     NewPassword,
     NewPayment,
     NewPrices,
-    NewThrottle,
     NewTime,
     NewUser,
     Nothing,
@@ -34,11 +32,12 @@ from redbtc.admin.inputs import (
     StatementQuery,
     SumsQuery,
     Suspension,
+    Throttle,
     UsersQuery,
     WhichPriceQuery,
     WhichUser,
 )
-from redbtc.admin.operations import Operation, operation
+from redbtc.admin.operations import Given, Operation, Result, operation
 from redbtc.admin.outputs import (
     AccountList,
     AccountWithMoney,
@@ -61,16 +60,14 @@ from redbtc.admin.outputs import (
 )
 from redbtc.admin.set_time import TimeSet
 from redbtc.admin.users import UserAdded, UserShown
-from redbtc.admin.validation import read_json, read_values
+from redbtc.admin.validation import read_json_body, read_values
 from redbtc.billing.model_patterns import matches
 from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement
 from redbtc.slices import with_turns
 from redbtc.store.accounts import Account, KeyAdded
 
-Given = TypeVar("Given", bound=Input)
 Arguments = ParamSpec("Arguments")
-Answer = TypeVar("Answer")
 
 
 class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
@@ -79,28 +76,28 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
 
     async def perform(
         self,
-        handler: Callable[Concatenate[API, Actor, Arguments], Awaitable[Answer]],
+        handler: Callable[Concatenate[API, Actor, Arguments], Awaitable[Result]],
         actor: Actor,
         *arguments: Arguments.args,
         **path: Arguments.kwargs,
-    ) -> Answer:
-        """Return the result of an operation. Raise Forbidden if the actor's role is too low, and
+    ) -> Result:
+        """Return the result of an operation. Raises Forbidden if the actor's role is too low, and
         any UserError that the operation raises."""
-        actor.require(BY_HANDLER[handler].least)
+        actor.require(BY_HANDLER[handler].min_rank)
         return await handler(self, actor, *arguments, **path)
 
     async def perform_text(
         self,
-        handler: Callable[Concatenate[API, Actor, Given, Arguments], Awaitable[Answer]],
+        handler: Callable[Concatenate[API, Actor, Given, Arguments], Awaitable[Result]],
         actor: Actor,
         values: Mapping[str, Any],
         *arguments: Arguments.args,
         **path: Arguments.kwargs,
-    ) -> Answer:
+    ) -> Result:
         """Return the result of an operation whose input is the values of a form or a query; they
-        may all be text. Raise UserError as `perform` does, and Invalid for malformed input."""
+        may all be text. Raises UserError as `perform` does, and Invalid for malformed input."""
         declared = BY_HANDLER[handler]
-        actor.require(declared.least)
+        actor.require(declared.min_rank)
         given: Any = read_values(values, declared.input)
         return await handler(self, actor, given, *arguments, **path)
 
@@ -112,10 +109,10 @@ class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
         query: Mapping[str, str],
         body: bytes,
     ) -> Struct | dict[str, Any] | AsyncIterator[bytes]:
-        """Return the answer to an HTTP request, or its JSON part by part. Raise UserError as
+        """Return the answer to an HTTP request, or its JSON part by part. Raises UserError as
         `perform` does, and Invalid for malformed input."""
-        actor.require(declared.least)
-        inputs = read_values(query, declared.query), read_json(body, declared.body)
+        actor.require(declared.min_rank)
+        inputs = read_values(query, declared.query), read_json_body(body, declared.body)
         given = [each for each in inputs if type(each) is not Nothing]
         if declared.stream and actor.is_command:
             return declared.stream(self, actor, *given, **path)
@@ -172,7 +169,7 @@ OPERATIONS = (
         "operator",
         API.throttle_account,
         Account,
-        body=NewThrottle,
+        body=Throttle,
     ),
     operation("GET", "/accounts/{account}/limits", "viewer", API.account_limits, dict[str, Any]),
     operation("GET", "/accounts/{account}/keys", "viewer", API.list_keys, KeyList),

@@ -15,10 +15,10 @@ from redbtc.admin.inputs import (
     AccountsQuery,
     NewAccount,
     NewKey,
-    NewThrottle,
     Revocation,
     Rotation,
     Suspension,
+    Throttle,
 )
 from redbtc.admin.outputs import AccountList, AccountWithMoney, KeyList, KeyRevoked
 from redbtc.admin.validation import limits_in, models_in, time_in
@@ -86,7 +86,7 @@ class AccountOperations(Access):
         found = await self.find_account(actor, account)
         return await self.accounts.resume(found.id, actor.name)
 
-    async def throttle_account(self, actor: Actor, body: NewThrottle, account: str) -> Account:
+    async def throttle_account(self, actor: Actor, body: Throttle, account: str) -> Account:
         """Temporarily reduce an account's limits."""
         found = await self.find_account(actor, account)
         factor = parse_amount(body.factor if body.factor[0] != "." else f"0{body.factor}")

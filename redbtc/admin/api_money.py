@@ -148,7 +148,7 @@ class MoneyOperations(Access):
 
 def prices_of(body: NewPrices, now: int) -> list[Price]:
     """Return the prices to add, one for each model. Times without a date count from `now`, the
-    ledger's time in milliseconds. Raise UserError for a rate that is no amount or out of range."""
+    ledger's time in milliseconds. Raises UserError for a rate that is no amount or out of range."""
     return [
         price_of(each, model, body.source, now)
         for each in body.prices
@@ -157,7 +157,7 @@ def prices_of(body: NewPrices, now: int) -> list[Price]:
 
 
 def price_of(given: NewPrice, model: str, source: str | None, now: int) -> Price:
-    """Return one of the prices of `prices_of`. Raise UserError as it does."""
+    """Return one of the prices of `prices_of`. Raises UserError as it does."""
     if not model.isprintable():
         raise UserError(f"{model!r} is not a model name or pattern")
     rates: dict[str, Any] = {}

@@ -39,14 +39,14 @@ from redbtc.store.keys import Key
 from redbtc.store.wal import file_size
 from redbtc.times import parse_time
 
-MAX_ROWS = 1000  # requests in one answer to a browser or to the holder of a key
+MAX_LISTED_REQUESTS = 1000  # requests in one answer to a browser or to the holder of a key
 
 
 class UsageOperations(Access):
     """Operations that report usage and the state of the gateway, and those on its database."""
 
     async def _range(self, actor: Actor, query: UsageQuery) -> Range:
-        """Return the range of requests that a query asks for. Raise NotFound for an account or key
+        """Return the range of requests that a query asks for. Raises NotFound for an account or key
         that does not exist or that belongs to another account."""
         account_id = actor.account_id
         if query.account is not None:
@@ -75,7 +75,7 @@ class UsageOperations(Access):
 
     async def requests(self, actor: Actor, query: RequestsQuery) -> RequestReport:
         """List requests, and their totals."""
-        wanted = await self._newest(actor, query, min(query.limit or 100, MAX_ROWS))
+        wanted = await self._newest(actor, query, min(query.limit or 100, MAX_LISTED_REQUESTS))
         currency = self.billing.currency
         async with self.billing.store.snapshot() as snapshot:
             rows = await requests_in(snapshot, wanted, currency)
@@ -101,7 +101,7 @@ class UsageOperations(Access):
 
     async def _newest(self, actor: Actor, query: RequestsQuery, limit: int) -> Range:
         """Return the range of the newest requests that a query asks for (limit -1: all of them).
-        Raise NotFound."""
+        Raises NotFound."""
         wanted = await self._range(actor, query)
         if query.before:
             wanted = await older_than(self.billing.store, wanted, query.before)

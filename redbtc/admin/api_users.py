@@ -16,7 +16,7 @@ class UserOperations(Access):
     """Operations on the dashboard's logins and sessions."""
 
     async def list_users(self, actor: Actor, query: UsersQuery) -> UserList:
-        """List logins. An owner sees the members of the own account."""
+        """List logins. An owner sees the members of their account."""
         account_id = actor.account_id
         if query.account is not None:
             account_id = (await self.find_account(actor, query.account)).id
@@ -49,7 +49,7 @@ class UserOperations(Access):
 
     async def _other_user(self, actor: Actor, query: WhichUser, user: str) -> UserShown:
         """Return a user other than the actor. Resetting their own login would let an actor
-        set a new password without the old one. Raise NotFound or Conflict."""
+        set a new password without the old one. Raises NotFound or Conflict."""
         found = await self.find_user(actor, query, user)
         if actor.session and actor.session.user_id == found.id:
             raise Conflict("you can't remove or reset your own login; ask somebody else to")

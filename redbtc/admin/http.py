@@ -52,7 +52,7 @@ def local_actor(request: Request) -> Actor:
     return Actor(request.headers.get(USER_HEADER.decode(), "local"), "operator")
 
 
-SECURITY = {
+SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -111,12 +111,12 @@ async def stream_response(parts: AsyncIterator[bytes]) -> Response:
         async for part in parts:
             yield part
 
-    return StreamingResponse(all_parts(), headers=SECURITY, media_type="application/json")
+    return StreamingResponse(all_parts(), headers=SECURITY_HEADERS, media_type="application/json")
 
 
 async def json_response(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
     """Return an answer as a response of JSON."""
-    return await response_in_parts(json_parts(found), status, SECURITY, "application/json")
+    return await response_in_parts(json_parts(found), status, SECURITY_HEADERS, "application/json")
 
 
 async def error_response(status: int, message: str, headers: Mapping[str, str]) -> Response:
@@ -139,13 +139,13 @@ def retry_after(error: Exception) -> dict[str, str]:
     return {"retry-after": str(seconds)} if again else {}
 
 
-UNKNOWN = {404: "Unknown request URL.", 500: "The gateway could not process this request."}
+ERROR_MESSAGES = {404: "Unknown request URL.", 500: "The gateway could not process this request."}
 
 
 async def other_error_response(_: Request, error: Exception) -> Response:
     """Return the error response for an unknown path or method, or for an unexpected error."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = UNKNOWN.get(status, "Method not allowed.")
+    message = ERROR_MESSAGES.get(status, "Method not allowed.")
     headers = error.headers if isinstance(error, HTTPException) else None
     return await error_response(status, message, headers or {})
 
@@ -172,7 +172,7 @@ def admin_app(api: API, authenticate: Authenticate) -> Starlette:
 
 async def _describe(request: Request) -> Response:
     body = _description(secure=request.url.scheme == "https")
-    return Response(body, headers=SECURITY, media_type="application/json")
+    return Response(body, headers=SECURITY_HEADERS, media_type="application/json")
 
 
 @functools.cache
@@ -188,8 +188,8 @@ def check_fields(encoded: bytes) -> None:
 
 
 async def whole_body(request: Request, maximum: int) -> bytes:
-    """Return the body of a request. Raise TooLarge as soon as it has more than `maximum` bytes, and
-    Invalid if it ends too early."""
+    """Return the body of a request. Raises TooLarge as soon as it has more than `maximum` bytes,
+    and Invalid if it ends too early."""
     body = bytearray()
     try:
         async for part in request.stream():

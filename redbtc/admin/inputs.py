@@ -22,20 +22,20 @@ Limit = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 FORM_NAMES: dict[str, str] = {}  # what error messages call the form that a pattern asks for
 
 
-def form(pattern: str, meant: str, **more: Any) -> Meta:
+def matching(pattern: str, meant: str, **more: Any) -> Meta:
     """Return the constraint that a text has this form. Error messages call the form `meant`."""
     FORM_NAMES[pattern] = meant
     return Meta(pattern=pattern, title=meant, **more)
 
 
-LINE = form(rf"^[^{CONTROLS}]*$(?!\n)", "a line without control characters")
+LINE = matching(rf"^[^{CONTROLS}]*$(?!\n)", "a line without control characters")
 Filter = Annotated[str, Meta(max_length=200)]
 Text = Annotated[str, LINE, Meta(max_length=200)]
 Source = Annotated[str, LINE, Meta(max_length=500)]
 Reason = Annotated[str, LINE, Meta(min_length=1, max_length=500)]
 AccountName = Annotated[
     str,
-    form(
+    matching(
         NAME_FORM,
         "a name without slashes, control characters, or spaces at either end",
         min_length=1,
@@ -44,39 +44,39 @@ AccountName = Annotated[
 ]
 Amount = Annotated[
     str,
-    form(
+    matching(
         r"^-?[0-9]{1,18}(\.[0-9]{1,9})?$(?!\n)",
         "an amount such as 12.50 (at most 9 digits after the point)",
     ),
 ]
 LimitAmount = Annotated[
     str,
-    form(
+    matching(
         r"^(unlimited|[0-9]{1,18}(\.[0-9]{1,9})?)$(?!\n)",
         "an amount such as 12.50 (at most 9 digits after the point), or unlimited",
     ),
 ]
 Time = Annotated[
     str,
-    form(
+    matching(
         r"^([0-9]{1,9}[smhdw]|[0-9]{4}-[0-9]{2}-[0-9]{2}"
         r"([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]{1,9})?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?)$(?!\n)",
         "a time (ISO 8601, UTC by default, such as 2026-12-31T00:00:00Z) or a duration (24h)",
     ),
 ]
 Duration = Annotated[
-    str, form(r"^(0|[0-9]{1,9}[smhdw])$(?!\n)", "a duration such as 90s, 15m, 24h, 30d or 2w")
+    str, matching(r"^(0|[0-9]{1,9}[smhdw])$(?!\n)", "a duration such as 90s, 15m, 24h, 30d or 2w")
 ]
 Factor = Annotated[
     str,
-    form(
+    matching(
         r"^(0?\.[0-9]{0,2}[1-9]|0?\.[1-9]0{0,2}|0?\.[0-9][1-9]0|1(\.0{1,3})?)$(?!\n)",
         "a fraction from 0.001 to 1, such as 0.25",
     ),
 ]
 ModelName = Annotated[
     str,
-    form(
+    matching(
         rf"^[^{CONTROLS}]+$(?!\n)",
         "a model name or pattern without control characters",
         min_length=1,
@@ -87,23 +87,25 @@ ModelName = Annotated[
 Model = Annotated[str, Meta(min_length=1, max_length=256)]
 Tier = Annotated[
     str,
-    form(r"^[a-z0-9_-]{1,32}$(?!\n)", "a tier such as flex (lower-case letters, digits, _ and -)"),
+    matching(
+        r"^[a-z0-9_-]{1,32}$(?!\n)", "a tier such as flex (lower-case letters, digits, _ and -)"
+    ),
 ]
 Patterns = Annotated[
     str, Meta(min_length=1, max_length=4000, description="shell patterns, separated by commas")
 ]
 Email = Annotated[
     str,
-    form(
+    matching(
         rf"^[^@\s{CONTROLS}]{{1,64}}@[^@\s{CONTROLS}]{{1,189}}$(?!\n)",
         "an email address such as ada@example.com",
         max_length=254,
     ),
 ]
-Cursor = Annotated[str, form(r"^[A-Za-z0-9_-]{1,64}$(?!\n)", "an id")]
+Cursor = Annotated[str, matching(r"^[A-Za-z0-9_-]{1,64}$(?!\n)", "an id")]
 Groups = Annotated[
     str,
-    form(
+    matching(
         r"^((day|model|key|account)(,(day|model|key|account)){0,3})?$(?!\n)",
         "any of day, model, key and account, separated by commas",
     ),
@@ -154,7 +156,7 @@ class Suspension(Input):
     reason: Text | None = None
 
 
-class NewThrottle(Input):
+class Throttle(Input):
     """A temporary reduction of an account's limits. `factor` is the fraction that is left, from
     0.001 to 1; 1 removes the throttle. Without `until`, it lasts until it is removed."""
 
@@ -213,8 +215,8 @@ class NewPrices(Input):
 
 
 class NewPayment(Input):
-    """A payment to record. A repeated `reference` is ignored. A negative amount needs a
-    `reason`."""
+    """A payment to record. One with the same `reference` and amount is recorded once. A negative
+    amount needs a `reason`."""
 
     amount: Amount
     reference: Annotated[str, LINE, Meta(min_length=1, max_length=200)] | None = None
@@ -228,7 +230,7 @@ class NewNotice(Input):
     kind: Literal["price", "terms", "maintenance", "incident"]
     text: Annotated[
         str,
-        form(
+        matching(
             r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$",
             "text without control characters",
             min_length=1,

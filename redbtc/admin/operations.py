@@ -10,7 +10,7 @@ from redbtc.admin.inputs import Input, Nothing
 
 PREFIX = "/admin/v1"
 Given = TypeVar("Given", bound=Input)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 def variables_of(path: str) -> list[str]:
@@ -27,7 +27,7 @@ class Operation(NamedTuple):
 
     method: str
     path: str
-    least: Rank  # the lowest role that may perform the operation
+    min_rank: Rank  # the lowest role that may perform the operation
     handler: Callable[..., Awaitable[Any]]
     answer: Any  # the type that is described in openapi.json
     query: type[Input] = Nothing
@@ -61,9 +61,9 @@ class Operation(NamedTuple):
 def operation(
     method: str,
     path: str,
-    least: Rank,
-    handler: Callable[Concatenate[Any, Actor, ...], Awaitable[Answer]],
-    answer: type[Answer],
+    min_rank: Rank,
+    handler: Callable[Concatenate[Any, Actor, ...], Awaitable[Result]],
+    answer: type[Result],
     *,
     status: int = 200,
     key_path: str | None = None,
@@ -74,9 +74,9 @@ def operation(
 def operation(
     method: str,
     path: str,
-    least: Rank,
-    handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Answer]],
-    answer: type[Answer],
+    min_rank: Rank,
+    handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Result]],
+    answer: type[Result],
     *,
     query: type[Given],
     status: int = 200,
@@ -89,9 +89,9 @@ def operation(
 def operation(
     method: str,
     path: str,
-    least: Rank,
-    handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Answer]],
-    answer: type[Answer],
+    min_rank: Rank,
+    handler: Callable[Concatenate[Any, Actor, Given, ...], Awaitable[Result]],
+    answer: type[Result],
     *,
     body: type[Given],
     status: int = 200,
@@ -102,10 +102,10 @@ def operation(
 def operation(
     method: str,
     path: str,
-    least: Rank,
+    min_rank: Rank,
     handler: Callable[..., Awaitable[Any]],
     answer: Any,
     **declared: Any,
 ) -> Operation:
     """Return a row of the table. A type checker compares the declared types with the handler's."""
-    return Operation(method, path, least, handler, answer, **declared)
+    return Operation(method, path, min_rank, handler, answer, **declared)

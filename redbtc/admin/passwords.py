@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from ipaddress import IPv6Network
 
 from redbtc.errors import UserError
-from redbtc.limits.rates import Bucket
+from redbtc.limits.buckets import Bucket
 
 # Characters of a password. NIST SP 800-63B-4 §3.1.1.2 asks for at least 15.
 MIN_LENGTH, MAX_LENGTH = 15, 1000
@@ -109,7 +109,7 @@ class Attempts:
 
     @contextlib.asynccontextmanager
     async def begin(self, email: str, network: str) -> AsyncIterator[None]:
-        """Count an attempt and wait for its turn, which lasts while the block runs. Raise TooMany
+        """Count an attempt and wait for its turn, which lasts while the block runs. Raises TooMany
         or Busy."""
         site = site_of(network)
         if self._queued.total() >= MAX_QUEUED or self._queued[site] >= MAX_QUEUED_OF_SITE:
@@ -131,7 +131,7 @@ class Attempts:
         of_address.charge(1)
 
     def _filled(self, key: tuple[str, ...], limit: int) -> Bucket:
-        """Return a bucket from which an attempt can be taken. Raise TooMany."""
+        """Return a bucket from which an attempt can be taken. Raises TooMany."""
         bucket = self._buckets.setdefault(key, Bucket())
         self._buckets.move_to_end(key)
         if len(self._buckets) > MAX_BUCKETS:

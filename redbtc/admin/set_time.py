@@ -48,14 +48,14 @@ LATER = {
     f" ifnull(link_expires_at, 0) - {LINK_LASTS}) > ?3",
     "sessions": "max(created_at, seen_at) > ?3",
 }
-COUNTS = [
+LATER_COUNTS = ", ".join(
     f"'{table}', nullif((SELECT count(*) FROM {table} WHERE {later}), 0)"
     for table, later in LATER.items()
-]
-COUNT = f"json_object({', '.join(COUNTS)})"
+)
+COUNT_LATER = f"json_object({LATER_COUNTS})"
 SET_TIME = f"""
     INSERT INTO setting_time (id, at, month, now_at, before_at, moved)
-    SELECT 1, ?1, ?2, ?3, ?4, {COUNT}"""
+    SELECT 1, ?1, ?2, ?3, ?4, {COUNT_LATER}"""
 TIME_IS_SET = "DELETE FROM setting_time"
 
 
@@ -168,14 +168,14 @@ MOVES = (
 async def count_later(store: Store, at: int, now: int) -> dict[str, int]:
     """Return how many rows are dated later than `at` (milliseconds), by table, where there are
     any."""
-    row = await store.one(f"SELECT {COUNT} AS moved", (at, month_of(at), now))
+    row = await store.one(f"SELECT {COUNT_LATER} AS moved", (at, month_of(at), now))
     assert row is not None, "it counts"
     counts: dict[str, int | None] = orjson.loads(row["moved"])
     return {table: count for table, count in counts.items() if count}
 
 
 def time_to_set(store: Store, text: str | None) -> tuple[int, int]:
-    """Return the time to set (text None: now) and the present time, both in milliseconds. Raise
+    """Return the time to set (text None: now) and the present time, both in milliseconds. Raises
     UserError."""
     now = min(now_ms(), store.time())  # either of them may be ahead
     at = parse_time(text, now, relative_to_past=True) if text else now
@@ -193,7 +193,7 @@ async def preview(store: Store, at: int, now: int) -> TimeSet:
 
 async def set_time(billing: Billing, at: int, now: int, by: str) -> TimeSet:
     """Set the ledger's time back to `at` and move all later entries to it. Return what was moved.
-    Raise StorageUnavailable; the same call may then be repeated."""
+    Raises StorageUnavailable; the same call may then be repeated."""
     store, before = billing.store, billing.store.time()
     async with billing.changing_prices:
         await store.settle_time()  # entries that wait to be written have the old time

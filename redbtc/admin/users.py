@@ -140,8 +140,17 @@ PRUNE_SESSIONS = f"""
     DELETE FROM sessions WHERE NOT ({IN_FORCE})
         OR (user_id = ?1 AND id NOT IN (SELECT id FROM sessions WHERE user_id = ?1
              ORDER BY created_at DESC, rowid DESC LIMIT {MAX_USER_SESSIONS - 1}))"""
+SESSION_COLUMNS = {  # by field of LoginSession
+    "id": "sessions.id",
+    "seen_at": "seen_at",
+    "user_id": "users.id",
+    "email": "users.email",
+    "role": "role",
+    "account_id": "account_id",
+    "account": "accounts.name",
+}
 SESSION = f"""
-    SELECT sessions.id, seen_at, users.id, users.email, role, account_id, accounts.name
+    SELECT {", ".join(SESSION_COLUMNS.values())}
       FROM sessions JOIN users ON users.id = user_id
       LEFT JOIN accounts ON accounts.id = account_id
      WHERE hash = ?1 AND {IN_FORCE}"""
@@ -208,7 +217,7 @@ def hash_of(secret: str) -> bytes:
 
 
 def parse_email(text: str) -> str:
-    """Return an email address in the form in which addresses are compared. Raise UserError."""
+    """Return an email address in the form in which addresses are compared. Raises UserError."""
     email = text.strip().lower()
     if not EMAIL.fullmatch(email):
         raise UserError(f"{text!r} is not an email address; write it like ada@example.com")
@@ -229,8 +238,8 @@ class Users:
         any)."""
         return [UserShown.of(row) async for row in self._store.rows(USERS, (account_id, role))]
 
-    async def show(self, user_id: str) -> UserShown:
-        """Return a user by their id. Raise NotFound."""
+    async def get(self, user_id: str) -> UserShown:
+        """Return a user by their id. Raises NotFound."""
         user = await self._store.one(USER_BY_ID, (user_id,))
         if user is None:
             raise NotFound(f"user {user_id!r} does not exist")
@@ -238,13 +247,13 @@ class Users:
 
     async def named(self, name: str, account: str | None, operator: bool) -> UserShown:
         """Return a user by id or email address. `account` or `operator` chooses between several
-        users of one address. Raise NotFound, or Conflict for more than one."""
+        users of one address. Raises NotFound, or Conflict for more than one."""
         found = self._store.rows(USERS_BY_EMAIL, (name.lower(),))
         rows = [UserShown.of(row) async for row in found]
         if operator or account:
             rows = [row for row in rows if row.account == account]
         if not rows:
-            return await self.show(name)
+            return await self.get(name)
         if len(rows) > 1:
             raise Conflict(
                 f"{name} has {len(rows)} logins; choose one by its account, or the operator login"
@@ -253,7 +262,7 @@ class Users:
 
     async def add(self, email: str, role: Role, account_id: str | None, by: str) -> UserAdded:
         """Add a user and return them. `link` in the answer is the secret with which their password
-        is set, once. Raise Conflict if there is such a user already."""
+        is set, once. Raises Conflict if there is such a user already."""
         email, user_id, link = parse_email(email), new_id("usr"), new_secret()
         now, salt = self._store.time(), secrets.token_bytes(SALT_BYTES)
         values = (user_id, email, role, account_id, salt, hash_of(link), now + LINK_LASTS, now)
@@ -261,11 +270,11 @@ class Users:
             await self._store.transact((ADD_USER, values), by=by)
         except sqlite3.IntegrityError:
             raise Conflict(f"user {email} already exists") from None
-        return UserAdded(**asdict(await self.show(user_id)), link=link)
+        return UserAdded(**asdict(await self.get(user_id)), link=link)
 
     async def remove(self, user_id: str, by: str) -> UserShown:
-        """Remove a user with all their sessions, and return that user. Raise NotFound."""
-        user = await self.show(user_id)
+        """Remove a user with all their sessions, and return that user. Raises NotFound."""
+        user = await self.get(user_id)
         await self._store.transact((REMOVE_USER, (user_id,)), by=by)
         return user
 
@@ -274,13 +283,13 @@ class Users:
         `add`."""
         link, expires = new_secret(), self._store.time() + LINK_LASTS
         await self._store.transact((RESET, (hash_of(link), expires, user_id)), by=by)
-        return UserAdded(**asdict(await self.show(user_id)), link=link)
+        return UserAdded(**asdict(await self.get(user_id)), link=link)
 
     # Passwords
 
     async def verify(self, email: str, password: str, network: str) -> list[Login]:
         """Return the users with this email address and password. That takes as long if there are
-        none. Raise TooMany or Busy."""
+        none. Raises TooMany or Busy."""
         email = email.strip().lower()
         async with self._attempts.begin(email, network):
             return await self._right(email, password)
@@ -297,14 +306,14 @@ class Users:
         ]
 
     def link(self, secret: str) -> Link | None:
-        """Return the link with this secret if it is valid. Raise StorageUnavailable."""
+        """Return the link with this secret if it is valid. Raises StorageUnavailable."""
         hashed = hash_of(secret)
         found = self._store.look_up(BY_LINK, (hashed, self._store.time()))
         return Link(hashed, *found) if found else None
 
     async def set_password(self, link: Link, password: str, network: str) -> bytes:
-        """Set a password, which uses the link up, and return its scrypt. Raise NotFound if the link
-        is not valid any more, UserError for a password that is too weak, TooMany or Busy."""
+        """Set a password, which uses the link up, and return its scrypt. Raises NotFound if the
+        link is not valid any more, UserError for a password that is too weak, TooMany or Busy."""
         async with self._attempts.begin(link.email, network):
             await asyncio.to_thread(check_password, password, link.email)
             hashed = await asyncio.to_thread(scrypt, password, link.salt)
@@ -318,7 +327,7 @@ class Users:
         self, session: LoginSession, old_password: str, new_password: str, network: str
     ) -> bytes:
         """Set a new password and return its scrypt. All the user's sessions end, this one too; log
-        in to begin a new one. Raise UserError."""
+        in to begin a new one. Raises UserError."""
         user_id, email = session.user_id, session.email
         async with self._attempts.begin(email, network):
             logins = await self._right(email, old_password)
@@ -351,13 +360,13 @@ class Users:
         return cookie if added else None
 
     def session(self, cookie: str) -> LoginSession | None:
-        """Return the session of a cookie if it is valid, and note that it was used. Raise
+        """Return the session of a cookie if it is valid, and note that it was used. Raises
         StorageUnavailable."""
         now = self._store.time()
         found = self._store.look_up(SESSION, (hash_of(cookie), now))
         if found is None:
             return None
-        session = LoginSession(*found)
+        session = LoginSession(**dict(zip(SESSION_COLUMNS, found, strict=True)))
         if now - session.seen_at >= SEEN_EVERY:
             self._store.record(SEE, (now, session.id), retry_until_written=True, durable=False)
         return session

@@ -53,8 +53,8 @@ def read_number(number: str) -> int | float:
 JSON = msgspec.json.Decoder(float_hook=read_number)
 
 
-def read_json(body: bytes, wanted: type[AnyInput]) -> AnyInput:
-    """Return a JSON body as the input `wanted`. Raise Invalid."""
+def read_json_body(body: bytes, wanted: type[AnyInput]) -> AnyInput:
+    """Return a JSON body as the input `wanted`. Raises Invalid."""
     try:
         return msgspec.convert(JSON.decode(body or b"{}"), wanted)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -62,7 +62,7 @@ def read_json(body: bytes, wanted: type[AnyInput]) -> AnyInput:
 
 
 def read_values(values: Mapping[str, Any], wanted: type[AnyInput]) -> AnyInput:
-    """Return the values of a query or a form as the input `wanted`; they may all be text. Raise
+    """Return the values of a query or a form as the input `wanted`; they may all be text. Raises
     Invalid."""
     try:
         return msgspec.convert(dict(values), wanted, strict=False)
@@ -92,7 +92,7 @@ MAX_WILDCARDS = 10  # characters *, ? and [ of a pattern
 
 def models_in(given: str | tuple[str, ...] | None) -> str | None:
     """Return the model patterns of a key as the ledger has them, separated by commas (None: all
-    models). Raise UserError."""
+    models). Raises UserError."""
     if given is None:
         return None
     patterns = [each.strip() for each in (given.split(",") if isinstance(given, str) else given)]
@@ -117,5 +117,5 @@ def models_in(given: str | tuple[str, ...] | None) -> str | None:
 
 
 def time_in(text: str | None, now: int) -> int | None:
-    """Return a time, or `now` plus a duration, in milliseconds. Raise UserError."""
+    """Return a time, or `now` plus a duration, in milliseconds. Raises UserError."""
     return parse_time(text, now, relative_to_past=False) if text else None

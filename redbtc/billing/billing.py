@@ -152,16 +152,16 @@ class Billing:
         quote = Quote(key, at, self.prices, self.prices.model_prices(model, at), spending, [])
         return Hold(quote, held)
 
-    def settle(self, money: Hold, cost: int) -> str:
+    def replace_hold(self, hold: Hold, cost: int) -> str:
         """Replace a hold by the cost of the request, in nanos. Return the month whose statement
         will list it."""
-        money.release()
-        month, key = self.month(), money.key
-        for spending in money.spending:
+        hold.release()
+        month, key = self.month(), hold.key
+        for spending in hold.spending:
             spending.begin_month(month)
             spending.cost += cost
             spending.spent += cost
-        account, own = money.spending
+        account, own = hold.spending
         if key.account_monthly_budget:
             self.notices.notify_of_budget(key, account, key.account_monthly_budget, None)
         if key.monthly_budget:

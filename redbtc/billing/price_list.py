@@ -122,7 +122,7 @@ class PriceTable:
         `others` are added to the slot with it."""
         of_slot = (*self._slots.get(new.slot, []), *others)
         old = latest(p for p in of_slot if p.effective_at <= new.effective_at).get(new.slot)
-        return old is not None and (old.rates, old.limits) == (new.rates, new.limits)
+        return old is not None and (old.rates, old.restrictions) == (new.rates, new.restrictions)
 
     def rows(self, now: int) -> Iterator[PriceShown]:
         """Yield all prices as JSON shows them, by model, tier, threshold and time."""

@@ -77,7 +77,7 @@ class Price(Rates, frozen=True, dict=True):
         )
 
     @property
-    def limits(self) -> tuple[int | None, ...]:
+    def restrictions(self) -> tuple[int | None, ...]:
         """The maximum of output tokens, and which rates of NEEDED were given."""
         return self.max_output_tokens, *(getattr(self, name) is not None for name in NEEDED)
 

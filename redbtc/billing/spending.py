@@ -69,8 +69,9 @@ class Quote(NamedTuple):
 
 class Hold:
     """The maximum cost of one request, held on its account and its key until `release`, the end of
-    `with`, or `Billing.settle`; and the prices that apply to the request. Until then, the holds of
-    requests that build on its objects include the tokens that it can add to them (`grow`)."""
+    `with`, or `Billing.replace_hold`; and the prices that apply to the request. Until then, the
+    holds of requests that build on its objects include the tokens that it can add to them
+    (`grow`)."""
 
     __slots__ = ("_growth", "_objects", "_quote", "at", "held", "key", "model_prices", "spending")
 

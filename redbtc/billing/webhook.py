@@ -28,7 +28,7 @@ from redbtc.times import DAY
 
 WEBHOOK_SECONDS = 10
 WEBHOOK_FOR = 3 * DAY  # milliseconds
-MAX_PAUSE = 3600.0  # seconds
+MAX_RETRY_SECONDS = 3600.0  # seconds
 
 
 def signature(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
@@ -96,4 +96,4 @@ async def post_for_ever(billing: Billing, log: LogFunction) -> None:
         done = False
         with contextlib.suppress(sqlite3.Error, StorageUnavailable):
             done = await post_all(billing, log)
-        pause = None if done else min(MAX_PAUSE, max(1.0, 2 * (pause or 0.0)))
+        pause = None if done else min(MAX_RETRY_SECONDS, max(1.0, 2 * (pause or 0.0)))

@@ -1,4 +1,3 @@
-"""The commands, and how they reach the admin API: on a running gateway over the Unix socket beside
-its database, on a stopped one through the same app within the command's own process. So nothing is
-ever written behind a running gateway's back.
-"""
+"""The commands. They call the admin API: over the Unix socket beside the database if a gateway is
+running, otherwise in their own process. So no command changes a database that a running gateway has
+open."""

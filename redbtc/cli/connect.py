@@ -71,7 +71,7 @@ def _open(loaded: Loaded) -> contextlib.AbstractAsyncContextManager[Store]:
 
 
 def opening(store: Store) -> list[str]:
-    """Return what opening the database has changed, for people, a line each."""
+    """Return lines for people that say what opening the database has changed."""
     lines = [migration_text(store.migrated)] if store.migrated else []
     if store.replaced:
         lines.append(

@@ -14,7 +14,7 @@ from redbtc.config import Loaded
 from redbtc.errors import UserError
 from redbtc.store.backup import back_up, plain_errors, restore
 from redbtc.store.consistency import CHECKS
-from redbtc.store.files import hold, hold_lock
+from redbtc.store.files import lock_database, take_lock_file
 from redbtc.times import iso_time
 
 
@@ -73,9 +73,9 @@ def db_restore(context: CommandContext, path: str, as_json: bool) -> None:
     os.umask(0o077)
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_errors(f"{path} was not restored"))
-        stack.enter_context(hold_lock(database))
+        stack.enter_context(take_lock_file(database))
         if database.exists():
-            stack.enter_context(hold(database))
+            stack.enter_context(lock_database(database))
         restored = restore(database, path, CHECKS)
     done = {
         "database": str(database),

@@ -18,7 +18,7 @@ from redbtc.cli.money import read_prices
 from redbtc.config import UpstreamSettings, shipped
 
 FIRST_ACCOUNT = "first"
-FIRST_RUN = "first run"  # who makes its changes
+FIRST_RUN = "first run"  # the author of these changes in the log
 FIRST_OPERATOR = "operator@localhost"
 
 
@@ -32,9 +32,9 @@ async def import_example(billing: Billing) -> None:
 
 
 async def dashboard_lines(api: API) -> str:
-    """Return the lines that say where the dashboard is. Until an operator has set a password, and
-    unless another operator was added, they hold a new one-time link of the first operator, who is
-    added if need be."""
+    """Return the lines to print about the dashboard: its URL. As long as no operator has set a
+    password, and the only operator is FIRST_OPERATOR or none, they contain a new one-time link
+    for FIRST_OPERATOR instead, who is added if missing."""
     actor = Actor(FIRST_RUN, "operator")
     operators = await api.users.all(None, "operator")
     first = [user.id for user in operators if user.email == FIRST_OPERATOR]

@@ -17,7 +17,7 @@ from redbtc.cli.connect import connect
 from redbtc.config import Loaded, load_settings
 from redbtc.errors import UserError
 from redbtc.money import parse_limit
-from redbtc.start import restore
+from redbtc.start import restore_signals
 from redbtc.store.accounts import LIMITS
 
 Run = Callable[
@@ -38,14 +38,14 @@ class CommandContext:
         return load_settings(self._config)
 
     def call(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
-        """The JSON that the admin API answers. Raises UserError with its message."""
-
+        """Send a request to the admin API and return the JSON of its answer. Raises UserError with
+        the answer's error message."""
         content = None if body is None else msgspec.json.encode(body)
 
         async def ask() -> Any:
             async with connect(self.loaded) as client:
                 response = await client.request(method, path, content=content, params=query)
-                return _content(response.status_code, response.content)
+                return content_of(response.status_code, response.content)
 
         return asyncio.run(ask())
 
@@ -58,14 +58,14 @@ class CommandContext:
                 client.stream("GET", path, params=query) as response,
             ):
                 if response.status_code != 200:
-                    _content(response.status_code, await response.aread())
+                    content_of(response.status_code, await response.aread())
                 async for chunk in response.aiter_bytes():
                     out.write(chunk)
 
         asyncio.run(ask())
 
 
-def _content(status: int, body: bytes) -> Any:
+def content_of(status: int, body: bytes) -> Any:
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -137,7 +137,7 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def show(content: Any, as_json: bool, text: Callable[[], str]) -> None:
@@ -146,17 +146,17 @@ def show(content: Any, as_json: bool, text: Callable[[], str]) -> None:
 
 def plain(text: str) -> str:
     """Return a text for the terminal: what users have named must not steer it."""
-    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def cell(value: Any) -> str:
-    """Return a value for the terminal; a dash where there is none."""
+    """Return a value as text for the terminal, a dash for None."""
     value = ",".join(value) if isinstance(value, list) else value
     return "-" if value is None else plain(str(value))
 
 
 def table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
-    """Rows under their columns' names."""
+    """Return rows as lines of text, under the names of their columns."""
     lines = [columns] + [[cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
@@ -179,7 +179,7 @@ def commands(context: click.Context, config: str | None) -> None:
     if context.invoked_subcommand is None:
         context.invoke(commands.commands["serve"])
     elif context.invoked_subcommand != "serve":  # which handles signals in its own way
-        restore()
+        restore_signals()
 
 
 def main(run: Run) -> None:

@@ -45,7 +45,7 @@ def notice_options(function: Decorated) -> Decorated:
     return without(reason(function))
 
 
-def add_prices(
+def post_prices(
     context: CommandContext,
     prices: dict[str, Any],
     without_notice: bool,
@@ -59,7 +59,7 @@ def add_prices(
 
     def text() -> str:
         counts = f"{added['added']} added, {added['unchanged']} unchanged."
-        rows = [price_table(added["prices"]), ""] if added["added"] else []
+        rows = [prices_text(added["prices"]), ""] if added["added"] else []
         return "\n".join(
             [*rows, counts, *map(plain, summary_of_added(convert(added, PricesAdded)))]
         )
@@ -107,7 +107,7 @@ def price_add(
     rates were copied, which known models the price applies to, which later price will replace it,
     and which notice was published.
     """
-    add_prices(context, {"prices": [given(options)]}, without_notice, reason, as_json)
+    post_prices(context, {"prices": [given(options)]}, without_notice, reason, as_json)
 
 
 @price.command("import")
@@ -123,12 +123,12 @@ def price_import(
     Rates that the file leaves out are not copied from earlier prices.
     """
     prices = {**read_prices(file), "take_over": False}
-    add_prices(context, prices, without_notice, reason, as_json)
+    post_prices(context, prices, without_notice, reason, as_json)
 
 
 def read_prices(file: Path) -> dict[str, Any]:
-    """The tables of a price file as the API takes them: amounts as decimal strings, exactly as they
-    stand in it. Raises UserError."""
+    """Return the tables of a price file as the API takes them. Each rate is a decimal string, with
+    exactly the digits in the file. Raises UserError."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"), parse_float=Decimal)
     except OSError as error:
@@ -156,7 +156,7 @@ PRICE_COLUMNS = [
 ]
 
 
-def price_table(rows: list[dict[str, Any]]) -> str:
+def prices_text(rows: list[dict[str, Any]]) -> str:
     shadowed = ({**row, "shadowed_by": few(row["shadowed_by"]) or None} for row in rows)
     return table(shadowed, PRICE_COLUMNS)
 
@@ -171,7 +171,7 @@ def price_list(context: CommandContext, as_json: bool) -> None:
     prices apply to the models that they match, not this one.
     """
     found = context.call("GET", "/admin/v1/prices")
-    show(found, as_json, lambda: price_table(found["prices"]))
+    show(found, as_json, lambda: prices_text(found["prices"]))
 
 
 @price.command("which")
@@ -186,7 +186,7 @@ def price_which(context: CommandContext, /, as_json: bool, **options: Any) -> No
     found = context.call("GET", "/admin/v1/prices/which", query=given(options))
 
     def text() -> str:
-        lines = [price_table([found["applies"]])] if found["applies"] else []
+        lines = [prices_text([found["applies"]])] if found["applies"] else []
         lines.append(found["why"])
         for each in found["others"]:
             other = convert(each, OtherPrice)
@@ -207,7 +207,10 @@ def payment() -> None:
 @payment.command("add", context_settings={"ignore_unknown_options": True})
 @click.argument("account")
 @click.argument("amount")
-@click.option("--reference", help="Optional ID. A repeated reference is ignored.")
+@click.option(
+    "--reference",
+    help="Optional ID. A payment with the same reference and amount is recorded once.",
+)
 @click.option("--reason", help="Required for a negative amount (a refund or correction).")
 @json_option
 @click.pass_obj

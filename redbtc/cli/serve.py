@@ -9,7 +9,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import click
 import msgspec
@@ -43,7 +43,7 @@ from redbtc.store.health import RETRY_SECONDS
 from redbtc.store.opening import Serving
 from redbtc.telemetry import LOG, Telemetry, log
 
-WATCH_SECONDS = 0.25  # between two looks at the file of a damaged database
+DAMAGED_FILE_SECONDS = 0.25  # between two looks at a database file that is damaged
 DEMO_PRICE = Price(
     "redbtc-demo*",
     input=NANOS,
@@ -73,6 +73,9 @@ class Process(Protocol):
     def closing(self) -> None:
         """Expect the end of the process if the files are closed because it has served."""
 
+    def end_if_failed(self, task: asyncio.Task[Any]) -> None:
+        """End the process if a task has failed."""
+
 
 async def open_service(
     stack: contextlib.AsyncExitStack,
@@ -101,7 +104,7 @@ async def open_service(
         log(logging.WARNING, "no prices", reason=reason)
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
-    service = Service(billing, settings, running.telemetry)
+    service = Service(billing, settings, running.telemetry, running.end_if_failed)
     if not start.as_json:
         await greet(service, url, settings, start)
     try:
@@ -143,8 +146,8 @@ async def greet(service: Service, url: str, settings: Settings, start: ServeOpti
 async def open_ledger(
     stack: contextlib.AsyncExitStack, start: ServeOptions, running: Process
 ) -> Billing:
-    """Open the ledger, which is tried again for as long as its disk is full or does not answer, and
-    when a damaged one was replaced. Raises UserError where that can't help."""
+    """Open the ledger. Try again for as long as its disk is full or does not answer, and whenever a
+    damaged file has been replaced. Raises UserError if trying again can't help."""
     database, path = start.settings.database, start.loaded.database_path
     serving = Serving(database.check_seconds, start.accept_clock, log, running.closing)
     said = ""
@@ -161,9 +164,9 @@ async def open_ledger(
             if str(error) != said:
                 said = str(error)
                 log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED_AT_START)
-            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.sleep(DAMAGED_FILE_SECONDS)
             while state_of(path) == tried:
-                await asyncio.sleep(WATCH_SECONDS)
+                await asyncio.sleep(DAMAGED_FILE_SECONDS)
         except (StorageUnavailable, DatabaseInUse) as error:
             if not said and isinstance(error, DatabaseInUse):
                 raise
@@ -235,7 +238,7 @@ def serve(
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)
     raise_descriptor_limit()
-    os.umask(0o077)  # what the gateway writes is its user's alone
+    os.umask(0o077)  # only the gateway's user may read what it writes
     LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -84,13 +84,13 @@ def one_form(as_csv: bool, as_json: bool) -> None:
         raise click.UsageError("use either --csv or --json, not both")
 
 
-@commands.command()
+@commands.command("statement")
 @click.argument("account")
 @click.argument("month", metavar="YYYY-MM")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
 @click.pass_obj
-def statement(
+def show_statement(
     context: CommandContext, account: str, month: str, as_csv: bool, as_json: bool
 ) -> None:
     """Show an account's statement for a month.
@@ -110,26 +110,28 @@ CORRECTION_AMOUNTS = ("before", "after", "difference")
 
 def statement_text(found: dict[str, Any]) -> str:
     totals, currency = found["totals"], found["currency"]
-    lately = [f"{month} {exact(paid, currency)}" for month, paid in found["paid_by_month"].items()]
-    paid_lately = exact(found["paid_last_three_months"], currency)
+    lately = [
+        f"{month} {full_amount(paid, currency)}" for month, paid in found["paid_by_month"].items()
+    ]
+    paid_lately = full_amount(found["paid_last_three_months"], currency)
     summary = {
-        "opening balance": exact(found["opening_balance"], currency),
-        "payments": exact(totals["paid"], currency),
-        "usage": exact(totals["cost"], currency),
-        "closing balance": exact(found["closing_balance"], currency),
+        "opening balance": full_amount(found["opening_balance"], currency),
+        "payments": full_amount(totals["paid"], currency),
+        "usage": full_amount(totals["cost"], currency),
+        "closing balance": full_amount(found["closing_balance"], currency),
         "requests": totals["requests"],
         "requests estimated": totals["estimated"],
         "requests without usage": totals["unreported"],
         "paid, last 3 months": f"{paid_lately} ({', '.join(lately)})",
     }
-    used = [{**row, "cost": exact(row["cost"], currency)} for row in found["usage"]]
-    paid = [{**row, "amount": exact(row["amount"], currency)} for row in found["payments"]]
+    used = [{**row, "cost": full_amount(row["cost"], currency)} for row in found["usage"]]
+    paid = [{**row, "amount": full_amount(row["amount"], currency)} for row in found["payments"]]
     state = "closed" if found["closed"] else "in progress"
     parts = [f"{found['account']}, {found['month']}, {state}, in {currency}"]
     parts.append(details(summary))
     parts += [table(used, ["day", "model", *SUM_COLUMNS])] if used else []
     right = [
-        {**row, **{name: exact(row[name], currency) for name in CORRECTION_AMOUNTS}}
+        {**row, **{name: full_amount(row[name], currency) for name in CORRECTION_AMOUNTS}}
         for row in found["corrections"]
     ]
     parts += [table(right, ["request_id", "day", *CORRECTION_AMOUNTS])] if right else []
@@ -137,6 +139,6 @@ def statement_text(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def exact(amount: str, currency: str) -> str:
+def full_amount(amount: str, currency: str) -> str:
     """Return an amount with at least as many digits after the point as the currency has."""
     return decimal(parse_amount(amount), digits_of(currency))

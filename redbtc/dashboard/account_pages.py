@@ -23,14 +23,14 @@ TABS: dict[str, Rank] = {
 
 
 async def account_base(page: PageRequest, tab: str) -> PageVariables:
-    """Return the variables that all pages of an account need (account_base.html). Raise
+    """Return the variables that all pages of an account need (account_base.html). Raises
     UserError."""
     account = await page.ask(API.show_account, account=page.path["account"])
     rank = RANKS[page.actor.rank]
     return {
         "here": "Accounts",
         "tab": tab,
-        "tabs": [each for each, least in TABS.items() if rank >= RANKS[least]],
+        "tabs": [each for each, min_rank in TABS.items() if rank >= RANKS[min_rank]],
         "account": account,
         "path": f"/dashboard/accounts/{account.id}",
         "may_change": rank >= RANKS["owner"],
@@ -38,7 +38,7 @@ async def account_base(page: PageRequest, tab: str) -> PageVariables:
 
 
 async def statement_of(page: PageRequest, account: str, month: str, lines: int) -> Statement:
-    """Return a month's statement with at most `lines` lines of usage. Raise UserError."""
+    """Return a month's statement with at most `lines` lines of usage. Raises UserError."""
     query = {"limit": lines}
     return await page.do(API.statement, query, account=account, month=month)
 

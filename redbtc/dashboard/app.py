@@ -40,9 +40,9 @@ from redbtc.dashboard.operator_pages import (
 )
 from redbtc.dashboard.page_request import LOGIN, PageHandler, PageRequest, logged_in, redirect
 from redbtc.dashboard.parts import USER_ACTIONS
-from redbtc.dashboard.rendering import HERE, PageVariables, Renderer, status_of
+from redbtc.dashboard.rendering import DASHBOARD_FOLDER, PageVariables, Renderer, error_status
 from redbtc.dashboard.screens import NO_ACTIONS, Actions, Screen, Show
-from redbtc.dashboard.sessions import SECURITY
+from redbtc.dashboard.sessions import PAGE_HEADERS
 from redbtc.dashboard.usage_pages import (
     billing_page,
     statement_csv,
@@ -52,7 +52,7 @@ from redbtc.dashboard.usage_pages import (
 )
 from redbtc.errors import UserError
 
-ACCOUNT = "/dashboard/accounts/{account}"
+ACCOUNT_PATH = "/dashboard/accounts/{account}"
 PROBLEMS = {404: "Page not found.", 500: "The gateway could not process this request."}
 
 
@@ -98,50 +98,56 @@ class Dashboard:
             self._route("/dashboard", home),
             self._route("/dashboard/", home),
             self._route("/dashboard/logout", login.log_out, "POST"),
-            screen("/dashboard/you", "you.html", own_login_page, own_actions, least="viewer"),
-            screen("/dashboard/overview", "overview.html", overview_page, least="operator"),
+            screen("/dashboard/you", "you.html", own_login_page, own_actions, min_rank="viewer"),
+            screen("/dashboard/overview", "overview.html", overview_page, min_rank="operator"),
             screen(
                 "/dashboard/accounts",
                 "accounts.html",
                 accounts_page,
                 {"add": add_account},
-                least="operator",
+                min_rank="operator",
             ),
             screen(
                 "/dashboard/prices",
                 "prices.html",
                 prices_page,
                 {"add": add_price},
-                least="operator",
+                min_rank="operator",
             ),
             screen(
-                "/dashboard/notices", "notices.html", notices_page, notice_actions, least="operator"
+                "/dashboard/notices",
+                "notices.html",
+                notices_page,
+                notice_actions,
+                min_rank="operator",
             ),
-            screen("/dashboard/log", "log.html", log_page, least="operator"),
-            screen("/dashboard/users", "users.html", users_page, USER_ACTIONS, least="operator"),
+            screen("/dashboard/log", "log.html", log_page, min_rank="operator"),
+            screen("/dashboard/users", "users.html", users_page, USER_ACTIONS, min_rank="operator"),
         ]
 
     def _account_routes(self) -> list[Route]:
         def tab(name: str, path: str, template: str, show: Show, actions: Actions) -> Route:
-            return self._screen(f"{ACCOUNT}{path}", template, show, actions, least=TABS[name])
+            return self._screen(
+                f"{ACCOUNT_PATH}{path}", template, show, actions, min_rank=TABS[name]
+            )
 
         return [
             tab("Overview", "", "account_overview.html", account_overview_page, NO_ACTIONS),
             tab("Keys", "/keys", "keys.html", keys_page, KEY_ACTIONS),
             tab("Usage", "/usage", "usage.html", usage_page, NO_ACTIONS),
-            self._route(f"{ACCOUNT}/usage.csv", usage_csv),
+            self._route(f"{ACCOUNT_PATH}/usage.csv", usage_csv),
             tab("Billing", "/billing", "billing.html", billing_page, NO_ACTIONS),
             tab("Billing", "/billing/{month}", "statement.html", statement_page, NO_ACTIONS),
-            self._route(f"{ACCOUNT}/billing/{{month}}/csv", statement_csv),
+            self._route(f"{ACCOUNT_PATH}/billing/{{month}}/csv", statement_csv),
             tab("Members", "/members", "members.html", members_page, USER_ACTIONS),
             tab("Notices", "/notices", "account_notices.html", account_notices_page, NO_ACTIONS),
             tab("Manage", "/manage", "manage.html", manage_page, MANAGE_ACTIONS),
         ]
 
     def _screen(
-        self, path: str, template: str, show: Show, actions: Actions = NO_ACTIONS, *, least: Rank
+        self, path: str, template: str, show: Show, actions: Actions = NO_ACTIONS, *, min_rank: Rank
     ) -> Route:
-        screen = Screen(self._renderer, self._processed, template, show, actions, least)
+        screen = Screen(self._renderer, self._processed, template, show, actions, min_rank)
         return self._route(path, screen, "GET", *(["POST"] if actions else []))
 
     def _route(self, path: str, handler: PageHandler, *methods: str) -> Route:
@@ -149,7 +155,7 @@ class Dashboard:
 
     async def _refused(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, UserError), "it handles no other"
-        return await self._renderer.render_error("error.html", error, {"code": status_of(error)})
+        return await self._renderer.render_error("error.html", error, {"code": error_status(error)})
 
     async def _failed(self, _: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
@@ -167,8 +173,8 @@ async def home(page: PageRequest) -> Response:
 
 def asset(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
     """Return an endpoint for a file of the folder static/."""
-    content = (HERE / "static" / name).read_bytes()
-    headers = {**SECURITY, "cache-control": "public, max-age=300"}
+    content = (DASHBOARD_FOLDER / "static" / name).read_bytes()
+    headers = {**PAGE_HEADERS, "cache-control": "public, max-age=300"}
 
     async def endpoint(_: Request) -> Response:
         return Response(content, headers=headers, media_type=media_type)

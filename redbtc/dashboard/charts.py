@@ -60,7 +60,7 @@ class Chart(NamedTuple):
 
 
 DIGITS = 50  # of every sum; amounts in the database have 27
-PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+ID_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 def stacked(
@@ -80,7 +80,7 @@ def stacked(
     stands at the axis and after each day's sum. All ids start with `prefix`, which must be unique
     among the charts of a page.
 
-    Raise ValueError if there is no day, a day is not a date, a series does not have one value for
+    Raises ValueError if there is no day, a day is not a date, a series does not have one value for
     each day, a value is negative or not finite, or the prefix can't start an id.
     """
     dates = [date.fromisoformat(day) for day in days]
@@ -109,7 +109,7 @@ def stacked(
 def _check(dates: Sequence[date], series: Sequence[Series], prefix: str) -> None:
     if not dates:
         raise ValueError("a chart needs at least one day")
-    if not PREFIX.fullmatch(prefix):
+    if not ID_PREFIX.fullmatch(prefix):
         raise ValueError(f"{prefix!r} can't start an id")
     for row in series:
         if len(row.values) != len(dates):

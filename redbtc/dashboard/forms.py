@@ -15,12 +15,12 @@ from redbtc.errors import UserError
 
 MAX_FORM_BYTES = 64 << 10
 MAX_REMEMBERED = 10_000  # tokens of forms that were processed
-TOKEN = re.compile("[0-9a-f]{16}")
+FORM_TOKEN = re.compile("[0-9a-f]{16}")
 
 
 async def read_form(request: Request) -> dict[str, str]:
-    """Return the fields of the form that a request sends. Raise UserError if it is too large or has
-    too many fields."""
+    """Return the fields of the form that a request sends. Raises UserError if it is too large or
+    has too many fields."""
     check_fields(request.scope["query_string"])
     body = await whole_body(request, MAX_FORM_BYTES)
     check_fields(body)
@@ -36,9 +36,9 @@ class ProcessedForms:
 
     @contextlib.contextmanager
     def once(self, user_id: str, token: str) -> Iterator[None]:
-        """Process a form, and remember it if that succeeds. Raise UserError if it was processed
+        """Process a form, and remember it if that succeeds. Raises UserError if it was processed
         before. A token that no page contains is ignored."""
-        if not TOKEN.fullmatch(token):
+        if not FORM_TOKEN.fullmatch(token):
             yield
             return
         form = user_id, token

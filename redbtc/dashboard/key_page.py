@@ -52,16 +52,18 @@ async def keys_page(page: PageRequest) -> PageVariables:
 async def add_key(page: PageRequest) -> PageVariables:
     """Add a key to the account and show it."""
     body = page.fields(*KEY_FIELDS)
-    return await new_key(page, await page.do(API.add_key, body, account=page.path["account"]))
+    return await show_new_key(page, await page.do(API.add_key, body, account=page.path["account"]))
 
 
 async def rotate_key(page: PageRequest) -> PageVariables:
     """Replace a key by a new one and show that."""
     body = page.fields("overlap")
-    return await new_key(page, await page.do(API.rotate_key, body, key=await selected_key(page)))
+    return await show_new_key(
+        page, await page.do(API.rotate_key, body, key=await selected_key(page))
+    )
 
 
-async def new_key(page: PageRequest, added: KeyAdded) -> PageVariables:
+async def show_new_key(page: PageRequest, added: KeyAdded) -> PageVariables:
     """Return the variables that show a new key, which is possible only now, with code samples."""
     url, host = page.request.url, page.request.headers.get("host", "")
     model = await page.example_model(added.models)
@@ -80,7 +82,7 @@ async def revoke_key(page: PageRequest) -> PageVariables | None:
 
 
 async def selected_key(page: PageRequest) -> str:
-    """Return the id of the key that a form selects. Raise NotFound if the account has no such
+    """Return the id of the key that a form selects. Raises NotFound if the account has no such
     key."""
     found = (await page.ask(API.list_keys, account=page.path["account"])).keys
     key_id = page.form.get("key", "")

@@ -100,7 +100,7 @@ class LoginPages:
         return response
 
     async def change_password(self, page: PageRequest) -> Response:
-        """Set a new password, which ends all sessions, and log this browser in again. Raise
+        """Set a new password, which ends all sessions, and log this browser in again. Raises
         UserError."""
         old, new = page.form.get("old_password", ""), new_password(page.form, "new_password")
         network = page.actor.network
@@ -110,7 +110,7 @@ class LoginPages:
 
 
 def new_password(form: Mapping[str, str], name: str) -> str:
-    """Return the new password of a form. Raise UserError if the two fields differ."""
+    """Return the new password of a form. Raises UserError if the two fields differ."""
     if form.get(name, "") != form.get("again", ""):
         raise UserError("the two passwords don't match")
     return form.get(name, "")

@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from redbtc.admin.actors import Actor
-from redbtc.admin.api import API, Answer, Arguments, Given
+from redbtc.admin.api import API, Arguments
 from redbtc.admin.http import check_fields
+from redbtc.admin.operations import Given, Result
 from redbtc.admin.users import LoginSession
 from redbtc.dashboard.forms import read_form
-from redbtc.dashboard.sessions import SAFE, SECURITY, actor_for, check_origin, session_of
+from redbtc.dashboard.sessions import PAGE_HEADERS, SAFE, actor_for, check_origin, session_of
 
 HOME = "/dashboard/"
 LOGIN = "/dashboard/login"
@@ -36,22 +37,22 @@ class PageRequest:
 
     async def ask(
         self,
-        operation: Callable[Concatenate[API, Actor, Arguments], Awaitable[Answer]],
+        operation: Callable[Concatenate[API, Actor, Arguments], Awaitable[Result]],
         *arguments: Arguments.args,
         **path: Arguments.kwargs,
-    ) -> Answer:
-        """Return the result of an operation. Raise UserError."""
+    ) -> Result:
+        """Return the result of an operation. Raises UserError."""
         return await self._api.perform(operation, self.actor, *arguments, **path)
 
     async def do(
         self,
-        operation: Callable[Concatenate[API, Actor, Given, Arguments], Awaitable[Answer]],
+        operation: Callable[Concatenate[API, Actor, Given, Arguments], Awaitable[Result]],
         values: Mapping[str, Any],
         *arguments: Arguments.args,
         **path: Arguments.kwargs,
-    ) -> Answer:
+    ) -> Result:
         """Return the result of an operation whose input is the values of a form or a query, as
-        text. Raise UserError."""
+        text. Raises UserError."""
         return await self._api.perform_text(operation, self.actor, values, *arguments, **path)
 
     @property
@@ -64,7 +65,7 @@ class PageRequest:
         return await self._api.example_model(patterns)
 
     def is_logged_in(self) -> bool:
-        """Return whether the session is still valid. Raise StorageUnavailable."""
+        """Return whether the session is still valid. Raises StorageUnavailable."""
         return session_of(self._api, self.request) is not None
 
     def fields(self, *names: str) -> dict[str, str]:
@@ -96,7 +97,7 @@ def logged_in(api: API, handler: PageHandler) -> Callable[[Request], Awaitable[R
 
 def redirect(path: str) -> Response:
     """Return a response that sends the browser to a path."""
-    return RedirectResponse(path, 303, SECURITY)
+    return RedirectResponse(path, 303, PAGE_HEADERS)
 
 
 def redirect_to_login(request: Request) -> Response:

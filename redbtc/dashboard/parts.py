@@ -128,7 +128,7 @@ async def user_table(page: PageRequest) -> PageVariables:
 
 
 async def selected_user(page: PageRequest) -> str:
-    """Return the id of the user that a form selects. Raise NotFound if the page does not list that
+    """Return the id of the user that a form selects. Raises NotFound if the page does not list that
     user."""
     user_id = page.form.get("user", "")
     if all(user.id != user_id for user in await listed_users(page)):

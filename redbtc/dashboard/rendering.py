@@ -28,12 +28,12 @@ from redbtc.dashboard.formats import (
     size,
     utc,
 )
-from redbtc.dashboard.sessions import SECURITY
+from redbtc.dashboard.sessions import PAGE_HEADERS
 from redbtc.errors import UserError
 from redbtc.money import money
 from redbtc.slices import with_turns
 
-HERE = Path(__file__).resolve().parent
+DASHBOARD_FOLDER = Path(__file__).resolve().parent
 PageVariables = dict[str, Any]  # the variables of a template
 
 
@@ -58,7 +58,7 @@ class Loader(jinja2.FileSystemLoader):
 def environment() -> jinja2.Environment:
     """Return the templates' environment, which escapes all values."""
     found = jinja2.Environment(
-        loader=Loader(HERE / "templates"),
+        loader=Loader(DASHBOARD_FOLDER / "templates"),
         autoescape=True,
         auto_reload=False,
         undefined=jinja2.StrictUndefined,
@@ -76,7 +76,7 @@ def environment() -> jinja2.Environment:
 
 
 class Renderer:
-    """The templates, and the answers that are made of them."""
+    """Renders pages and error pages from the templates, one large page at a time."""
 
     def __init__(self, currency: str) -> None:
         self._environment = environment()
@@ -101,19 +101,19 @@ class Renderer:
             body = await draw(
                 self._environment.get_template(template), {**self._defaults, **variables}
             )
-        return Response(body, status, SECURITY, media_type="text/html; charset=utf-8")
+        return Response(body, status, PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
     async def render_error(
         self, template: str, error: UserError, variables: PageVariables
     ) -> Response:
         """Return a page that says why a request was refused."""
-        status = status_of(error)
+        status = error_status(error)
         response = await self.render(template, {**variables, **explanation(error)}, status)
         response.headers.update(retry_after(error))
         return response
 
 
-def status_of(error: UserError) -> int:
+def error_status(error: UserError) -> int:
     """Return the HTTP status that reports an error."""
     return STATUS.get(type(error), DEFAULT_STATUS)
 

@@ -21,8 +21,8 @@ NO_ACTIONS: Actions = {}
 
 
 class Screen:
-    """A page for users with the role `least` or a higher one. `show` returns the variables of its
-    template. `actions` are the forms on it, by the value of their field `do`.
+    """A page for users with the rank `min_rank` or a higher one. `show` returns the variables of
+    its template. `actions` are the forms on it, by the value of their field `do`.
 
     An action that returns variables has a result that is shown only now, such as a new key: the
     page is the answer. After any other action the browser loads the page again."""
@@ -34,18 +34,18 @@ class Screen:
         template: str,
         show: Show,
         actions: Actions,
-        least: Rank,
+        min_rank: Rank,
     ) -> None:
         self._renderer = renderer
         self._processed = processed
         self._template = template
         self._show = show
         self._actions = actions
-        self._least = least
+        self._min_rank = min_rank
 
     async def __call__(self, page: PageRequest) -> Response:
-        """Answer a request for the page, or process a form on it. Raise UserError."""
-        if RANKS[page.actor.rank] < RANKS[self._least]:
+        """Answer a request for the page, or process a form on it. Raises UserError."""
+        if RANKS[page.actor.rank] < RANKS[self._min_rank]:
             raise Forbidden("you don't have access to this page")
         if page.request.method in SAFE:
             return await self._rendered(page, {"done": "done" in page.query})

@@ -17,8 +17,8 @@ from redbtc.server.asgi import request_of
 # A cookie identifies the session. The Origin header, which every browser sends with a POST, proves
 # that a change comes from one of the gateway's own pages. (Under the policy `no-referrer` browsers
 # leave Origin out, so pages override it with a meta element.)
-SECURITY = {
-    **http.SECURITY,
+PAGE_HEADERS = {
+    **http.SECURITY_HEADERS,
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "cross-origin-opener-policy": "same-origin",
@@ -68,7 +68,7 @@ def check_origin(request: Request) -> None:
 
 
 def session_of(api: API, request: Request) -> LoginSession | None:
-    """Return the session that the request's cookie identifies. Raise StorageUnavailable."""
+    """Return the session that the request's cookie identifies. Raises StorageUnavailable."""
     cookie = session_cookie(request)
     return api.users.session(cookie) if cookie else None
 

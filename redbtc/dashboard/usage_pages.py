@@ -18,7 +18,7 @@ from redbtc.dashboard.account_pages import account_base, statement_of
 from redbtc.dashboard.page_request import PageRequest
 from redbtc.dashboard.parts import PAGE_ROWS, paginated, price_table
 from redbtc.dashboard.rendering import PageVariables, explanation
-from redbtc.dashboard.sessions import SECURITY
+from redbtc.dashboard.sessions import PAGE_HEADERS
 from redbtc.errors import NotFound, UserError
 from redbtc.money import money
 from redbtc.server.asgi import request_of
@@ -101,7 +101,7 @@ async def usage_csv(page: PageRequest) -> Response:
 
 def download(name: str) -> dict[str, str]:
     """Return the headers of a file that the browser saves under a name."""
-    return {**SECURITY, "content-disposition": f'attachment; filename="{name}"'}
+    return {**PAGE_HEADERS, "content-disposition": f'attachment; filename="{name}"'}
 
 
 async def billing_page(page: PageRequest) -> PageVariables:

@@ -17,12 +17,12 @@ import httpx2
 
 from redbtc.deadlines import Deadline
 from redbtc.gateway.client_response import ClientResponse, Sent
-from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
-from redbtc.meter.meters import Meter
+from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.streams import StreamMeter
-from redbtc.slices import answers_of, in_slices
+from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.connection import ResponseBody
 
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
@@ -82,7 +82,7 @@ class AnswerBody:
         self._begun = b""  # first bytes, sent on, that were too few to tell the coding
         self.rest: bytes | None = None
 
-    async def pass_on(self, body: httpx2.AsyncByteStream) -> None:
+    async def relay(self, body: httpx2.AsyncByteStream) -> None:
         """Send the body on as it comes, and settle the request at its end."""
         request, response = self._request, self._response
         self._deadline.allow(self._idle_seconds)
@@ -97,11 +97,13 @@ class AnswerBody:
         if meter is None:  # nothing has come
             meter = request.meter = request.choose_meter(response.is_labelled_stream)
         self._deadline.pause()
-        ended_by_event = meter.ended
+        ended_by_event = meter.state is MeterState.ENDED
         if meter.at_once:
             meter.finish()
         else:
-            await in_slices(meter.finish_steps(), answers_of(request.key.account_id), started=True)
+            await in_slices(
+                meter.finish_steps(), answer_queue(request.key.account_id), started=True
+            )
         await request.settle(request.outcome())
         self.rest = kept + meter.rest()
         if ended_by_event:
@@ -117,13 +119,13 @@ class AnswerBody:
         kept = b""
         async for chunk in chunks:
             if request.first_byte_ms is None:
-                request.received()
+                request.note_first_byte()
             if meter is None:
                 meter = self._meter_of(chunk)
                 if isinstance(meter, StreamMeter):
                     is_whole = False
                     if isinstance(body, ResponseBody):
-                        body.pass_on(Bypass(request, meter, response, self._idle_seconds))
+                        body.bypass_with(Bypass(request, meter, response, self._idle_seconds))
             passed = await self._feed(meter, chunk) if meter else chunk
             # The head waits until it is known what the answer is.
             is_unknown = meter is None and response.sent is Sent.NOTHING and len(kept) < MAX_BLANK
@@ -134,10 +136,10 @@ class AnswerBody:
                 passed, kept = kept + passed, b""
                 deadline.allow(self._idle_seconds)  # metering may have paused it
                 await response.send(passed)
-            if meter and (meter.ended or meter.ending):
+            if meter and meter.state is not MeterState.OPEN:
                 kept = await self._send_until_usage(meter, chunks, kept)
-                if meter.ended or meter.ending:
-                    break
+            if meter and meter.state is not MeterState.OPEN:
+                break
             deadline.allow(self._idle_seconds)
         return meter, kept
 
@@ -168,9 +170,9 @@ class AnswerBody:
             passed = meter.feed(chunk)
         else:
             self._deadline.pause()
-            account = answers_of(request.key.account_id)
+            account = answer_queue(request.key.account_id)
             passed = await in_slices(meter.steps(chunk), account, started=True)
-        request.metered()
+        request.act_on_report()
         if request.unwritten:  # a background response must be on disk before its id is seen
             self._deadline.pause()
             await request.unwritten
@@ -196,7 +198,7 @@ class AnswerBody:
         passed = b""
         until = asyncio.get_running_loop().time() + AFTER_END_SECONDS
         with contextlib.suppress(StopAsyncIteration, TimeoutError, httpx2.HTTPError):
-            while meter.ending and not (meter.ended or passed):
+            while meter.state is MeterState.ENDING and not passed:
                 async with asyncio.timeout_at(until):
                     chunk = await anext(chunks)
                 passed = await self._feed(meter, chunk)

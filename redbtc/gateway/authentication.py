@@ -11,7 +11,7 @@ from redbtc.store.keys import Key, key_in_force
 BAD_KEY = "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…'."
 
 
-def authenticate(headers: Headers, store: Store) -> Key:
+def key_in_headers(headers: Headers, store: Store) -> Key:
     """Return the key in a request's headers, which is in force. Every flaw of a key has the same
     response. The database is read each time, so that revoking a key and suspending an account take
     effect on the next request. Raises Refusal."""

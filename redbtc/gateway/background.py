@@ -11,7 +11,7 @@ import msgspec
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
-from redbtc.gateway.progress import PROGRESS_GROWTH
+from redbtc.gateway.progress import SAVE_GROWTH
 from redbtc.gateway.settlement import account_for, bill
 from redbtc.meter.estimates import (
     MaximumUsage,
@@ -23,7 +23,7 @@ from redbtc.meter.estimates import (
 )
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow
-from redbtc.store.requests import Admitted
+from redbtc.store.requests import CorrectionFacts
 from redbtc.usage import Outcome, RequestRow, UsagePart
 
 # Then a response is given up. OpenAI's longest completion window is 8 hours.
@@ -45,7 +45,7 @@ class BackgroundResponse:
     def __init__(
         self,
         row: RequestRow,
-        money: Hold,
+        hold: Hold,
         unfinished: UnfinishedRow,
         chosen: set[str] | None,
         now: int,
@@ -59,18 +59,18 @@ class BackgroundResponse:
             if unfinished.seen
             else Progress(SeenOutput(unfinished.text_bytes), created, created)
         )
-        self._kept = self._progress.seen, self._progress.works  # what the ledger has
+        self._saved = self._progress.seen, self._progress.works  # what the ledger has
         self.row = row
         self.unfinished = unfinished
         self.chosen = None if chosen is None else {hash(each) for each in chosen}
         self.stage = Stage.FOLLOWED
         self.settling: asyncio.Task[None] | None = None  # in the stage SETTLING
         self.to_be_cancelled = False  # its key was reported as compromised
-        self.money = money
-        self._read: set[Report] = set()
+        self.hold = hold
+        self._readers: set[Report] = set()
         self._followed_at = time.monotonic()  # when this object was made
         self._age_before = max(0, now - row.started_at)  # milliseconds
-        self._watched_after = 0.0  # seconds from then to the last `watch` that was due
+        self._updated_after = 0.0  # seconds from then to the last update that was due
 
     def enter(self, stage: Stage) -> None:
         """Go on to a later stage; a stage that has passed is not entered again."""
@@ -82,31 +82,31 @@ class BackgroundResponse:
         """Return whether the response has ended, and is settled or about to be."""
         return self.stage is Stage.SETTLING
 
-    def read(self, report: Report) -> None:
+    def add_reader(self, report: Report) -> None:
         """Count what this report meters as sent to a reader."""
-        self._read.add(report)
+        self._readers.add(report)
 
-    def left(self, report: Report) -> None:
+    def remove_reader(self, report: Report) -> None:
         """Keep what this reader was sent, as a lower bound for the estimate."""
-        self._read.discard(report)
+        self._readers.discard(report)
         self._progress.seen = self._progress.seen.or_more(SeenOutput.of(report))
 
-    def watch(self, now: float) -> bool:
+    def update_if_due(self, now: float) -> bool:
         """Note what its readers have been sent so far, if that is due. Return whether it was. `now`
         is by the monotonic clock."""
         seconds = now - self._followed_at
-        if seconds < PROGRESS_GROWTH * self._watched_after or not self._read:
+        if seconds < SAVE_GROWTH * self._updated_after or not self._readers:
             return False
-        self._watched_after = seconds
-        for report in self._read:
+        self._updated_after = seconds
+        for report in self._readers:
             self._progress.seen = self._progress.seen.or_more(SeenOutput.of(report))
             if report.status == "in_progress":
-                self.note(report.status)
+                self.note_status(report.status)
         return True
 
-    def ignore(self, report: Report) -> None:
+    def ignore_reader(self, report: Report) -> None:
         """Ignore what a reader was sent: it was another response."""
-        self._read.discard(report)
+        self._readers.discard(report)
 
     @property
     def _age(self) -> int:
@@ -125,27 +125,27 @@ class BackgroundResponse:
         self._progress.since -= distance
         self._progress.until -= distance
 
-    def note(self, status: str | None) -> None:
+    def note_status(self, status: str | None) -> None:
         """Note that it was looked at and has not ended. A status of None could not be read."""
         self._progress.note(status, self._now)
 
-    def news(self) -> str | None:
+    def unsaved_progress(self) -> str | None:
         """Return what is known of it as JSON, None if the ledger has as much."""
         known = self._progress.seen, self._progress.works
-        if known == self._kept:
+        if known == self._saved:
             return None
-        self._kept = known
+        self._saved = known
         return msgspec.json.encode(self._progress).decode()
 
     def finish(
-        self, report: Report, outcome: Outcome, speed: float, most: MaximumUsage
+        self, report: Report, outcome: Outcome, speed: float, maximum: MaximumUsage
     ) -> list[UsagePart]:
         """Fill in the row but for its cost: it has ended. Return the parts to bill. `speed` is in
         output tokens a second."""
         row, progress = self.row, self._progress
         row.duration_ms = self._age
         row.model, row.service_tier = report.model or row.model, report.service_tier
-        for each in (report, *self._read):
+        for each in (report, *self._readers):
             progress.seen = progress.seen.or_more(SeenOutput.of(each))
         guess = None
         partly = is_cancelled_without_output(report) and (progress.works or bool(progress.seen))
@@ -158,7 +158,7 @@ class BackgroundResponse:
                 progress.seen,
                 written=math.ceil(progress.worked_seconds * speed),
                 read=self.unfinished.input_estimate,
-                maximum=most,
+                maximum=maximum,
                 images=False,
                 partly=partly,
             )
@@ -166,19 +166,19 @@ class BackgroundResponse:
 
     def bill(self, parts: list[UsagePart], billing: Billing) -> None:
         """Fill in the row's cost and month, and replace the hold by the cost."""
-        bill(self.row, parts, billing, self.money, self.unfinished.image_model)
+        bill(self.row, parts, billing, self.hold, self.unfinished.image_model)
 
     @property
-    def most(self) -> MaximumUsage | None:
+    def maximum(self) -> MaximumUsage | None:
         """The most that it was held to use; None where an earlier version did not keep it."""
-        most = self.unfinished.most
-        return msgspec.json.decode(most, type=MaximumUsage) if most else None
+        known = self.unfinished.most
+        return msgspec.json.decode(known, type=MaximumUsage) if known else None
 
     @property
-    def admitted(self) -> Admitted:
+    def correction_facts(self) -> CorrectionFacts:
         """The facts that a later correction needs."""
         unfinished = self.unfinished
-        return Admitted(unfinished.admitted_at, unfinished.image_model, unfinished.held)
+        return CorrectionFacts(unfinished.admitted_at, unfinished.image_model, unfinished.held)
 
     @property
     def seconds_left(self) -> float:

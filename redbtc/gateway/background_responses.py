@@ -18,7 +18,7 @@ from redbtc.gateway.background import BackgroundResponse, Stage
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import count_containers, locations_of, weight
-from redbtc.limits.rates import rate_limit_headers
+from redbtc.limits.buckets import rate_limit_headers
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import UNFINISHED
 from redbtc.meter.estimates import MaximumUsage
@@ -58,12 +58,12 @@ class UnfinishedCount:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
-    def add(self, account_id: str, most: int) -> None:
+    def add(self, account_id: str, limit: int) -> None:
         """Count one more unfinished background response of the account, before the upstream is
-        asked for it. `most` is the maximum (0: none). Raises Refusal."""
-        if 0 < most <= self._counts[account_id]:
-            headers = rate_limit_headers("background", most, 0, ROOM_SECONDS)
-            message = f"This account has {most} unfinished background responses, the maximum."
+        asked for it. `limit` is the maximum (0: none). Raises Refusal."""
+        if 0 < limit <= self._counts[account_id]:
+            headers = rate_limit_headers("background", limit, 0, ROOM_SECONDS)
+            message = f"This account has {limit} unfinished background responses, the maximum."
             raise Refusal(
                 "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
             )
@@ -92,7 +92,9 @@ class BackgroundResponses:
         speeds: Speeds,
         upstreams: Upstreams,
         telemetry: Telemetry,
+        on_task_end: Callable[[asyncio.Task[Any]], None],
     ) -> None:
+        """`on_task_end` is called with each task that has ended."""
         self._store = billing.store
         self._billing = billing
         self._objects = objects
@@ -105,17 +107,17 @@ class BackgroundResponses:
         self.unfinished = UnfinishedCount()
         self._asking = asyncio.Semaphore(MAX_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.ended: Callable[[asyncio.Task[Any]], None] = lambda _: None  # called with each task
+        self._on_task_end = on_task_end
 
     async def resume(self) -> None:
         """Take up what an earlier process left."""
         for row, key, unfinished in await unfinished_rows(self._store):
-            money = await self._billing.hold_again(
+            hold = await self._billing.hold_again(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
-            response = BackgroundResponse(row, money, unfinished, None, self._store.time())
-            if most := response.most:
-                money.grow(self._objects, [row.response_id or ""], most.all_tokens)
+            response = BackgroundResponse(row, hold, unfinished, None, self._store.time())
+            if maximum := response.maximum:
+                hold.grow(self._objects, [row.response_id or ""], maximum.all_tokens)
             self.unfinished.resume(row.account_id)
             self._add(response)
             response.enter(Stage.ALONE)
@@ -123,67 +125,67 @@ class BackgroundResponses:
             self._start(self._ask_until_ended(response))
 
     def keep(
-        self, row: RequestRow, money: Hold, unfinished: UnfinishedRow, chosen: set[str]
+        self, row: RequestRow, hold: Hold, unfinished: UnfinishedRow, chosen: set[str]
     ) -> tuple[BackgroundResponse, asyncio.Future[None]]:
         """Keep track of a response that goes on after its request has ended, with its hold. Return
         it, and a future that is done when it is on disk."""
         now = self._store.time()
-        response = BackgroundResponse(row, money.transfer(), unfinished, chosen, now)
+        response = BackgroundResponse(row, hold.transfer(), unfinished, chosen, now)
         self._add(response)
         return response, keep_pending(self._store, row, unfinished)
 
     async def leave(self, response: BackgroundResponse, report: Report) -> bool:
         """Note that the request that created the response is over. Settle the response and return
         True if it has ended; otherwise begin to ask the upstream for it, and return False."""
-        response.left(report)
+        response.remove_reader(report)
         response.enter(Stage.ALONE)
-        await self._see(response, report)
+        await self._settle_if_ended(response, report)
         if response.has_ended:
             return True
-        response.note(report.status)
-        if written := self._keep_news(response):
+        response.note_status(report.status)
+        if written := self._save_if_changed(response):
             await written
         self._start(self._ask_until_ended(response))
         return False
 
-    def read(self, response_id: str, report: Report) -> None:
+    def add_reader(self, response_id: str, report: Report) -> None:
         """Count what this report meters as sent to a reader."""
         if response := self._responses.get(response_id):
-            response.read(report)
+            response.add_reader(report)
 
-    def ignore(self, response_id: str, report: Report) -> None:
+    def ignore_reader(self, response_id: str, report: Report) -> None:
         """Ignore what a reader was sent: it was another response."""
         if response := self._responses.get(response_id):
-            response.ignore(report)
+            response.ignore_reader(report)
 
-    async def look(self, response_id: str, report: Report, shown: bool) -> None:
+    async def finish_reader(self, response_id: str, report: Report, shown: bool) -> None:
         """Note that a reader has been sent all that it will get. If `shown` and the report tells of
         the end, return once the row is settled. Events can tell of an old status: they begin with
         the response."""
         if response := self._responses.get(response_id):
-            response.left(report)
+            response.remove_reader(report)
             if shown:
-                await self._see(response, report)
+                await self._settle_if_ended(response, report)
             if report.status == "in_progress" or (
                 report.status == "queued" and not report.in_events
             ):
-                response.note(report.status)
-            if written := self._keep_news(response):
+                response.note_status(report.status)
+            if written := self._save_if_changed(response):
                 await written
 
     async def save_progress(self, now: float) -> None:
         """Keep what readers of unfinished responses have been sent so far, in case the process is
         killed. `now` is by the monotonic clock."""
         async for response in with_turns(list(self._responses.values())):
-            if response.watch(now):
-                self._keep_news(response)
+            if response.update_if_due(now):
+                self._save_if_changed(response)
 
-    def _keep_news(self, response: BackgroundResponse) -> asyncio.Future[None] | None:
+    def _save_if_changed(self, response: BackgroundResponse) -> asyncio.Future[None] | None:
         """Write what was seen of it, if that is more than the ledger has. Return a future that is
         done when it is on disk."""
-        if response.has_ended or not (news := response.news()):
+        if response.has_ended or not (progress := response.unsaved_progress()):
             return None
-        return note_progress(self._store, response.row, news)
+        return note_progress(self._store, response.row, progress)
 
     def _add(self, response: BackgroundResponse) -> None:
         """Register the response, unless an upstream has given its id to an earlier one."""
@@ -217,7 +219,7 @@ class BackgroundResponses:
             self._start(self._look_after(each))
         return sum(each.stage is Stage.ALONE for each in running)
 
-    async def _see(self, response: BackgroundResponse, report: Report) -> None:
+    async def _settle_if_ended(self, response: BackgroundResponse, report: Report) -> None:
         if report.status and report.status not in UNFINISHED:
             outcome: Outcome = "completed"
             if report.status == "cancelled":
@@ -242,44 +244,42 @@ class BackgroundResponses:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        self.ended(task)
+        self._on_task_end(task)
 
     async def _write(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
         row = response.row
         speed = await self._speeds.of(
             report.model or row.model or row.requested_model,
             row.account_id,
-            limited=response.money.held > 0,
+            limited=response.hold.held > 0,
         )
-        most = response.most or maximum_of_unknown(self._billing.settings, MAX_TOKENS)
-        parts = response.finish(report, outcome, speed, most)
+        maximum = response.maximum or maximum_of_unknown(self._billing.settings, MAX_TOKENS)
+        parts = response.finish(report, outcome, speed, maximum)
         parts = await count_containers(self._containers, row, report, parts)
         response.bill(parts, self._billing)
-        self._learn(response, report, most)
-        admitted = response.admitted
+        self._learn(response, report, maximum)
+        correction_facts = response.correction_facts
         # As in MeteredRequest: nothing else is awaited between `bill` and this.
-        with self._corrections.keep_held(row, response.money, admitted):
-            await end_background(self._store, row, admitted)
+        with self._corrections.keep_held(row, response.hold, correction_facts):
+            await end_background(self._store, row, correction_facts)
         self._remove(response)
         self._telemetry.settled(row)
 
-    def _learn(self, response: BackgroundResponse, report: Report, most: MaximumUsage) -> None:
+    def _learn(self, response: BackgroundResponse, report: Report, maximum: MaximumUsage) -> None:
         """Make the objects that the finished response names the account's, except for ids that the
         client may have chosen, and note their tokens."""
         row, objects, chosen = response.row, self._objects, response.chosen
         response_id = row.response_id or ""
         made = list(dict.fromkeys((response_id, *report.made)))
         if chosen is None:
-            home = None
+            location = None
             with contextlib.suppress(StorageUnavailable):
-                home = objects.location_of(response_id, row.account_id)
-            if not (home and home.minted_input):
-                made = [response_id] if home else []
+                location = objects.location_of(response_id, row.account_id)
+            if not (location and location.minted_input):
+                made = [response_id] if location else []
         made = [each for each in made if hash(each) not in (chosen or ())]
-        homes = locations_of(
-            made, report, ObjectLocation(row.upstream), weight(row, most), row.usage
-        )
-        objects.own_each(homes, row.account_id)
+        location, usage = ObjectLocation(row.upstream), weight(row, maximum)
+        objects.own_each(locations_of(made, report, location, usage, row.usage), row.account_id)
 
     async def _ask_until_ended(self, response: BackgroundResponse) -> None:
         pause, unknown = FIRST_PAUSE, 0
@@ -313,7 +313,7 @@ class BackgroundResponses:
     async def _ask(
         self, response: BackgroundResponse, suffix: str = "", method: str = "GET"
     ) -> int:
-        """The status of the upstream's answer, 0 where there is none."""
+        """Ask the upstream about the response. Return the status of its answer, 0 without one."""
         row = response.row
         upstream = self._upstreams.named(row.upstream)
         if upstream is None:
@@ -322,10 +322,10 @@ class BackgroundResponses:
         status, report = await ask(upstream, path, row.account_id, method)
         if not status or report.response_id not in (None, row.response_id):
             return 0  # no answer, or the upstream has answered with another response
-        response.left(report)
+        response.remove_reader(report)
         if status == 200:
-            await self._see(response, report)
-            response.note(report.status)
-            if written := self._keep_news(response):
+            await self._settle_if_ended(response, report)
+            response.note_status(report.status)
+            if written := self._save_if_changed(response):
                 await written
         return status

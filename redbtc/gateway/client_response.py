@@ -10,7 +10,7 @@ from redbtc.meter.decoding import codings_of
 from redbtc.server.asgi import Message, Send
 from redbtc.server.framing import NO_BODY
 from redbtc.upstream.headers import headers_for_client
-from redbtc.upstream.response import ResponseHead
+from redbtc.upstream.response import UpstreamResponse
 
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
 # With these a browser neither runs a response of any other type nor takes it for HTML.
@@ -38,7 +38,7 @@ class ClientResponse:
         self.is_labelled_stream = False  # by the upstream's content type
         self.codings: list[bytes] = []  # with which it is labelled as compressed
 
-    def set_head(self, answer: ResponseHead, id_of_request: str, more: Headers) -> None:
+    def set_head(self, answer: UpstreamResponse, id_of_request: str, more: Headers) -> None:
         """Make the head from the upstream's answer. `more` are headers of the gateway's own."""
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])

@@ -22,15 +22,15 @@ from redbtc.store.background import key_of
 from redbtc.store.containers import Containers
 from redbtc.store.estimated import EstimatedRow, correct, estimated_of
 from redbtc.store.objects import Objects
-from redbtc.store.requests import Admitted
+from redbtc.store.requests import CorrectionFacts
 from redbtc.usage import RequestRow, Usage, UsagePart
 
 
-class Shown:
+class ShownResponse:
     """A response that is being sent to readers, or whose request is just being estimated."""
 
     def __init__(self) -> None:
-        self.money: Hold | None = None  # for what a correction can add, if it is estimated
+        self.hold: Hold | None = None  # for what a correction can add, if it is estimated
         self.readers = 0
 
 
@@ -42,9 +42,9 @@ class Corrections:
         self._objects = objects
         self._containers = containers
         self._writing: dict[str, asyncio.Task[None]] = {}  # by response
-        self._shown: dict[str, Shown] = {}  # by response
+        self._shown: dict[str, ShownResponse] = {}  # by response
 
-    async def look(self, response_id: str, account_id: str, report: Report) -> None:
+    async def correct_if_final(self, response_id: str, account_id: str, report: Report) -> None:
         """Correct the estimated row of this response if the report has its final usage. Return when
         the correction is on disk."""
         if not is_final(report):
@@ -64,48 +64,48 @@ class Corrections:
     ) -> contextlib.AbstractContextManager[None]:
         """Hold what a correction of the account's response can add to its cost. The returned
         context lasts while the response is sent to a reader; concurrent readers share one hold.
-        Nothing is held unless the response's request was estimated, or is meanwhile. Raises Spent,
-        StorageUnavailable."""
-        found, money = estimated_of(self._billing.store, response_id, account_id), None
+        Nothing is held unless the response's request was estimated, or is meanwhile. Raises
+        SpendingLimitReached, StorageUnavailable."""
+        found, hold = estimated_of(self._billing.store, response_id, account_id), None
         if found:
             key = key_of(self._billing.store, found.key_id)
             spending = await self._billing.spending_of(key)
             # Nothing is awaited from here on: other readers share the hold of the first one.
             quote = self._billing.quote(key, found.requested_model, spending)
             is_held = not quote.remaining or self.is_unsure(response_id)
-            money = self._billing.hold(quote, 0 if is_held else max(0, found.held - found.cost))
-        return self._showing(response_id, money)
+            hold = self._billing.hold(quote, 0 if is_held else max(0, found.held - found.cost))
+        return self._showing(response_id, hold)
 
     def keep_held(
-        self, row: RequestRow, money: Hold, admitted: Admitted | None
+        self, row: RequestRow, hold: Hold, correction_facts: CorrectionFacts | None
     ) -> contextlib.AbstractContextManager[None]:
         """Hold what a correction can still add to the cost of a row that is an estimate, if it can
         be corrected, in the returned context and until those who began to read the response before
-        the ledger says that it is estimated have finished. `money` is what was held for the
-        request; `admitted` as in `ledger.settle`."""
-        if not (admitted and row.usage_source == "estimated" and row.response_id):
+        the ledger says that it is estimated have finished. `hold` is the request's;
+        `correction_facts` is as in `settle_row`."""
+        if not (correction_facts and row.usage_source == "estimated" and row.response_id):
             return contextlib.nullcontext()
-        further = max(0, admitted.held - (row.cost or 0))
-        return self._showing(row.response_id, money.again(further))
+        further = max(0, correction_facts.held - (row.cost or 0))
+        return self._showing(row.response_id, hold.again(further))
 
     def is_unsure(self, response_id: str) -> bool:
         """Return whether a response is being shown of which only an estimate is known."""
         shown = self._shown.get(response_id)
-        return shown is not None and shown.money is not None
+        return shown is not None and shown.hold is not None
 
     def _showing(
-        self, response_id: str, money: Hold | None
+        self, response_id: str, hold: Hold | None
     ) -> contextlib.AbstractContextManager[None]:
-        shown = self._shown.setdefault(response_id, Shown())
+        shown = self._shown.setdefault(response_id, ShownResponse())
         shown.readers += 1
-        if shown.money is None:
-            shown.money = money
-        elif money:
-            money.release()
+        if shown.hold is None:
+            shown.hold = hold
+        elif hold:
+            hold.release()
         return self._until_left(response_id, shown)
 
     @contextlib.contextmanager
-    def _until_left(self, response_id: str, shown: Shown) -> Iterator[None]:
+    def _until_left(self, response_id: str, shown: ShownResponse) -> Iterator[None]:
         """Count a reader; release the hold when the last one has finished."""
         try:
             yield
@@ -113,8 +113,8 @@ class Corrections:
             shown.readers -= 1
             if not shown.readers:
                 del self._shown[response_id]
-                if shown.money:
-                    shown.money.release()
+                if shown.hold:
+                    shown.hold.release()
 
     def _estimated(self, response_id: str, account_id: str) -> EstimatedRow | None:
         with contextlib.suppress(StorageUnavailable):  # the next reader causes the correction
@@ -127,23 +127,23 @@ class Corrections:
         billing, model = self._billing, found.requested_model
         try:
             key = key_of(billing.store, found.key_id)
-            home = self._objects.location_of(response_id, account_id)
-            money = await billing.hold_again(key, model, found.admitted_at, 0)
+            location = self._objects.location_of(response_id, account_id)
+            hold = await billing.hold_again(key, model, found.admitted_at, 0)
         except StorageUnavailable:
             return  # it is for the next who looks
         new = await self._containers.unbilled(report.containers)
-        self._containers.bill(new)
+        self._containers.mark_billed(new)
         parts, usage = self._used(found, report, len(new))
         parts = of_models(parts, found.image_model)
-        price_id, cost = money.cost(parts, report.service_tier)
-        if (shown := self._shown.get(response_id)) and shown.money:
-            shown.money.release()
-        month = billing.settle(money, cost - found.cost)
+        price_id, cost = hold.cost(parts, report.service_tier)
+        if (shown := self._shown.get(response_id)) and shown.hold:
+            shown.hold.release()
+        month = billing.replace_hold(hold, cost - found.cost)
         of_request = (found.request_id, account_id, month, billing.store.time())
         values = (*of_request, report.service_tier, price_id, cost)
-        if home:
-            homes = locations_of([response_id], report, home, usage, usage)
-            self._objects.own_each(homes, account_id)
+        if location:
+            locations = locations_of([response_id], report, location, usage, usage)
+            self._objects.own_each(locations, account_id)
         await correct(billing.store, values, usage)
 
     @staticmethod

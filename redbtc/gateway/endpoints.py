@@ -16,7 +16,7 @@ class Endpoint(NamedTuple):
     free: bool = False  # requests cost nothing
     # The members that limit the output tokens of an answer, of which the largest counts. Others,
     # which the upstream ignores here, count for nothing.
-    limits: tuple[str, ...] = ()
+    output_limits: tuple[str, ...] = ()
     runs_tools: bool = False  # the upstream runs tools, at most `max_tool_calls` times
 
     @property
@@ -30,9 +30,15 @@ class Endpoint(NamedTuple):
         return self.chat or self.images
 
 
-RESPONSES = Endpoint("/v1/responses", stores=True, limits=("max_output_tokens",), runs_tools=True)
+RESPONSES = Endpoint(
+    "/v1/responses", stores=True, output_limits=("max_output_tokens",), runs_tools=True
+)
 METERED = (
-    Endpoint("/v1/chat/completions", chat=True, limits=("max_completion_tokens", "max_tokens")),
+    Endpoint(
+        "/v1/chat/completions",
+        chat=True,
+        output_limits=("max_completion_tokens", "max_tokens"),
+    ),
     RESPONSES,
     Endpoint("/v1/responses/compact"),
     Endpoint("/v1/responses/input_tokens", free=True),

@@ -14,10 +14,10 @@ import prometheus_client
 from msgspec.structs import asdict
 
 from redbtc.dashboard.lazy import LazyDashboard
-from redbtc.dashboard.sessions import SECURITY
+from redbtc.dashboard.sessions import PAGE_HEADERS
 from redbtc.dashboard.status import prefers_html
 from redbtc.dashboard.status import status as public_status
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.headers import header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Receive, Scope, Send, ids_of, request_of, respond
@@ -31,7 +31,7 @@ async def healthz(scope: Scope, _: Receive, send: Send) -> None:
     await respond(request, send, 200, b'{"status":"ok"}')
 
 
-class Health:
+class HealthRoutes:
     """The routes that say how the gateway is."""
 
     def __init__(self, gateway: Gateway, dashboard: LazyDashboard) -> None:
@@ -64,7 +64,7 @@ class Health:
         accept = header(scope["headers"], b"accept") or b""
         if prefers_html(accept.decode("latin-1")):
             page = await self._dashboard.render("status.html", asdict(status))
-            headers = [(name.encode(), value.encode()) for name, value in SECURITY.items()]
+            headers = [(name.encode(), value.encode()) for name, value in PAGE_HEADERS.items()]
             content_type = page.headers["content-type"].encode()
             await respond(request, send, page.status_code, bytes(page.body), headers, content_type)
         else:

@@ -49,18 +49,18 @@ class Maximum:
         prices, tier = prices or FREE, body.facts.service_tier
         read = self.input_tokens(further_input)
         written = self.output_tokens(prices) * self.answers
-        most = prices.max_cost(read, written, tier, endpoint.images, body.long_cache)
+        cost = prices.max_cost(read, written, tier, endpoint.images, body.long_cache)
         further = self._further_cost(prices, read)
         if endpoint.images:
-            return most + self.answers * further
+            return cost + self.answers * further
         call = prices.max_call_cost(body.extras, tier)
-        return most + self.calls() * call + self._pictures() * max(0, further - call)
+        return cost + self.calls() * call + self._pictures() * max(0, further - call)
 
-    def usage(self, money: Hold, further_input: int = 0) -> MaximumUsage:
-        """Return the most that the request can use. `money` is what is held for it."""
+    def usage(self, hold: Hold, further_input: int = 0) -> MaximumUsage:
+        """Return the most that the request can use. `hold` is the hold for it."""
         read = self.input_tokens(further_input)
-        written = self.output_tokens(money.model_prices) * self.answers
-        return MaximumUsage(read, written, self._drawn(money), self.calls(), self._pictures())
+        written = self.output_tokens(hold.model_prices) * self.answers
+        return MaximumUsage(read, written, self._drawn(hold), self.calls(), self._pictures())
 
     def input_tokens(self, further_input: int) -> int:
         """Return how many tokens the request can read."""
@@ -71,7 +71,7 @@ class Maximum:
     def output_tokens(self, prices: ModelPrices | None) -> int:
         """Return how many tokens one answer can have."""
         limits = (
-            self._body.facts.largest(self._endpoint.limits),
+            self._body.facts.largest(self._endpoint.output_limits),
             prices.max_output_tokens if prices else None,
         )
         return min((limit for limit in limits if limit), default=self._settings.hold_output_tokens)
@@ -99,7 +99,7 @@ class Maximum:
         requested model. The author of an SVG that is not named can be any model."""
         usual = self._settings.hold_output_tokens
 
-        def most(of_model: ModelPrices, tier: str | None, images: bool) -> int:
+        def max_cost(of_model: ModelPrices, tier: str | None, images: bool) -> int:
             return of_model.max_cost(read, of_model.max_output_tokens or usual, tier, images)
 
         asked = prices, self._body.facts.service_tier
@@ -107,19 +107,19 @@ class Maximum:
         for model, images in self._body.further_models().items():
             if model == UNNAMED:
                 all_models = [(each, DEFAULT_TIER) for each in self._billing.prices_in_force()]
-                further += max(most(*each, False) for each in (asked, *all_models))
+                further += max(max_cost(*each, False) for each in (asked, *all_models))
             else:
                 own = self._billing.model_prices(model)
-                further += most(*((own, DEFAULT_TIER) if own else asked), images)
+                further += max_cost(*((own, DEFAULT_TIER) if own else asked), images)
         return further
 
-    def _drawn(self, money: Hold) -> int:
+    def _drawn(self, hold: Hold) -> int:
         """Return the most output tokens of the image tool's model in one call. A model without a
         price is held for as the requested model."""
         drawing = [model for model, images in self._body.further_models().items() if images]
         if not drawing:
             return 0
-        prices = money.prices_of(drawing[0]) or money.model_prices
+        prices = hold.prices_of(drawing[0]) or hold.model_prices
         of_model = prices.max_output_tokens if prices else None
         return of_model or self._settings.hold_output_tokens
 
@@ -131,9 +131,13 @@ class Maximum:
 
     def _cheaper_ways(self) -> Iterator[str]:
         """Yield what would lower the most that the request can cost."""
-        body, limits, tier = self._body, self._endpoint.limits, self._body.facts.service_tier
-        if limits:
-            yield f"a lower {' or '.join(map(repr, limits))}"
+        body, members, tier = (
+            self._body,
+            self._endpoint.output_limits,
+            self._body.facts.service_tier,
+        )
+        if members:
+            yield f"a lower {' or '.join(map(repr, members))}"
         uses_tools = self._endpoint.runs_tools and (body.extras or body.further_models())
         if uses_tools and self.calls() > 1:
             yield "a lower 'max_tool_calls'"
@@ -142,5 +146,5 @@ class Maximum:
         if body.could_name_author:
             yield "a cheaper model in 'svg.model'"
         prices = self._billing.model_prices(body.model)
-        if limits and prices and prices.exceeds_default(tier):
+        if members and prices and prices.exceeds_default(tier):
             yield f"the 'service_tier' '{DEFAULT_TIER}'"

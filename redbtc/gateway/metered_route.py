@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from redbtc.deadlines import Deadline
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.gateway.metered import MeteredRequest
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.metered_request import MeteredRequest
 from redbtc.gateway.reading import read_content
 from redbtc.gateway.references import upstreams_for
 from redbtc.gateway.relay import Relay
-from redbtc.gateway.state import Gateway
 from redbtc.limits.memory import Reservation
 from redbtc.server.asgi import Receive, Scope, Send, request_of
 
@@ -23,7 +23,7 @@ class MeteredRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, endpoint, client_request = self._gateway, self._endpoint, request_of(scope)
         client_request.route = endpoint.path
-        key, settings = gateway.enter(client_request), gateway.settings
+        key, settings = gateway.authenticate(client_request), gateway.settings
         deadline = Deadline(gateway.deadlines)
         charged = gateway.limiter.charge(key, settings.limits)
         with (
@@ -40,6 +40,6 @@ class MeteredRoute:
             )
             if request.may_add_usage:
                 request.takes_out_usage = body.add_include_usage()
-            async with request.admitted(upstreams[0], memory):
+            async with request.admit(upstreams[0], memory):
                 path = endpoint.path.removeprefix("/v1")
                 await Relay(request, send, "POST", path, body.sent).forward(upstreams)

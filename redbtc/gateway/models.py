@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from redbtc.deadlines import Deadline
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.headers import Headers
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import MAX_NAME
@@ -37,13 +37,13 @@ class Models:
         request = request_of(scope)
         request.route = "/v1/models"
         gateway = self._gateway
-        key = gateway.enter(request)
+        key = gateway.authenticate(request)
         deadline, charged = (
             Deadline(gateway.deadlines),
             gateway.limiter.charge(key, gateway.settings.limits),
         )
         with charged as admission, gateway.serving(request.client, deadline, key):
-            await gateway.limiter.admit(admission, 0, deadline)
+            await gateway.limiter.take_places(admission, 0, deadline)
             joined, age = await self._listed(key, gateway.upstreams)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
         await self._answer(request, send, 200, body, age_header(age))
@@ -54,7 +54,7 @@ class Models:
         request = request_of(scope)
         request.route = "/v1/models/{id}"
         gateway = self._gateway
-        key = gateway.enter(request)
+        key = gateway.authenticate(request)
         deadline, charged = (
             Deadline(gateway.deadlines),
             gateway.limiter.charge(key, gateway.settings.limits),
@@ -107,7 +107,7 @@ class Models:
         if not (is_name and self._is_usable(key, name)):
             raise Refusal("model_not_found", param="model")
         upstream = gateway.upstreams.choose(name)[0]
-        await gateway.limiter.admit(admission, 0, deadline)
+        await gateway.limiter.take_places(admission, 0, deadline)
         shown, status = b"", 0
         with contextlib.suppress(*NO_LIST):
             status, shown = await upstream.fetch_whole(f"/models/{name}")

@@ -1,7 +1,7 @@
 """Save what requests in flight have used so far, in case the process is killed.
 
-A request is saved when it has worked for PROGRESS_SECONDS, and then whenever it has worked
-PROGRESS_GROWTH times as long as the last time. So a long request is saved a few times, and what a
+A request is saved when it has worked for SAVE_SECONDS, and then whenever it has worked
+SAVE_GROWTH times as long as the last time. So a long request is saved a few times, and what a
 killed process can lose is a bounded share of what was used.
 """
 
@@ -18,7 +18,7 @@ from redbtc.slices import with_turns
 from redbtc.store.database import Store
 from redbtc.telemetry import log
 
-PROGRESS_SECONDS, PROGRESS_GROWTH = 1.0, 4
+SAVE_SECONDS, SAVE_GROWTH = 1.0, 4
 # At most this number or this share of the running requests is saved in a second, whichever is
 # more: each takes 0.1 ms.
 MAX_SAVED, MAX_SAVED_SHARE = 20, 0.05
@@ -34,7 +34,7 @@ class Running(Protocol):
     async def save_progress(self) -> None:
         """Save what the request has used so far."""
 
-    def shown(self, response_id: str) -> None:
+    def note_shown(self, response_id: str) -> None:
         """Note that another request was shown a response."""
 
 
@@ -50,7 +50,7 @@ async def save_progress(
 ) -> None:
     """Save the progress of requests in flight, for ever."""
     while True:
-        await asyncio.sleep(PROGRESS_SECONDS)
+        await asyncio.sleep(SAVE_SECONDS)
         try:
             if store.healthy:
                 await background.save_progress(time.monotonic())
@@ -62,8 +62,8 @@ async def save_progress(
 async def save_due_progress(running: Collection[Running], now: float) -> None:
     """Save the requests that are due, first those of which the smallest part is saved. `now` is by
     the monotonic clock."""
-    most = max(MAX_SAVED, round(MAX_SAVED_SHARE * len(running)))
+    max_saved = max(MAX_SAVED, round(MAX_SAVED_SHARE * len(running)))
     growth = {each: each.growth_since_saved(now) for each in running}
-    due = [each for each, times in growth.items() if times >= PROGRESS_GROWTH]
-    async for each in with_turns(heapq.nlargest(most, due, key=lambda each: growth[each])):
+    due = [each for each, times in growth.items() if times >= SAVE_GROWTH]
+    async for each in with_turns(heapq.nlargest(max_saved, due, key=lambda each: growth[each])):
         await each.save_progress()

@@ -29,10 +29,10 @@ async def read_body(
     """Return the request's body. If `form` is given, it parses the body as it arrives. Memory is
     reserved first; for a body of unknown length the reservation doubles as the body grows. Raises
     Refusal if the body is too large or too slow, or no memory comes free; ClientLeft."""
-    most, seconds = settings.server.max_body_bytes, settings.server.body_timeout_seconds
+    max_bytes, seconds = settings.server.max_body_bytes, settings.server.body_timeout_seconds
     length = header(headers, b"content-length")
-    more = int(length) if length else min(FREE_BYTES, most)
-    _check_size(more, most)
+    more = int(length) if length else min(FREE_BYTES, max_bytes)
+    _check_size(more, max_bytes)
     body: Buffer = b""
     room = 0
     while True:
@@ -41,7 +41,7 @@ async def read_body(
         begun = bool(body)
         try:
             with deadline.running(seconds):
-                body, whole = await _read_up_to(room, body, receive, most, form is not None)
+                body, whole = await _read_up_to(room, body, receive, max_bytes, form is not None)
         except TimeoutError:
             if deadline.client_left:
                 raise ClientLeft from None
@@ -51,11 +51,11 @@ async def read_body(
             await in_slices(form.grow(body), reserved.account_id, begun)
         if whole:
             return body
-        more = min(room, most - room) if len(body) > room else 0
+        more = min(room, max_bytes - room) if len(body) > room else 0
 
 
 async def _read_up_to(
-    room: int, body: Buffer, receive: Receive, most: int, one: bool
+    room: int, body: Buffer, receive: Receive, max_bytes: int, one: bool
 ) -> tuple[Buffer, bool]:
     """Read until the body is whole or fills the reserved `room` in bytes; if `one`, only what comes
     first. Return what has been read so far, and whether it is whole. Raises Refusal, ClientLeft."""
@@ -67,15 +67,15 @@ async def _read_up_to(
             body += message["body"]
         else:
             body = bytearray(body + message["body"]) if body else message["body"]
-        _check_size(len(body), most)
+        _check_size(len(body), max_bytes)
         if one or not message["more_body"]:
             return body, not message["more_body"]
     return body, False
 
 
-def _check_size(size: int, most: int) -> None:
-    if size > most:
-        raise Refusal("request_too_large", f"The request body is larger than {most} bytes.")
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise Refusal("request_too_large", f"The request body is larger than {max_bytes} bytes.")
 
 
 async def read_content(
@@ -95,9 +95,9 @@ async def read_content(
         raise ClientLeft
     steps = RequestBody.steps(body, body, form, endpoint.model_needed)
     if media.encoding:
-        most = max_decoded(len(body), settings.server.max_body_bytes)
-        await reserved.take(most, deadline)
-        steps = _decoded(body, media.encoding, most, reserved, form, endpoint.model_needed)
+        max_bytes = max_decoded(len(body), settings.server.max_body_bytes)
+        await reserved.take(max_bytes, deadline)
+        steps = _decoded(body, media.encoding, max_bytes, reserved, form, endpoint.model_needed)
     content = await in_slices(steps, reserved.account_id)
     if content.excess_bytes:
         await reserved.take(content.excess_bytes, None)
@@ -105,12 +105,17 @@ async def read_content(
 
 
 def _decoded(
-    body: Buffer, encoding: str, most: int, reserved: Reservation, form: Form | None, named: bool
+    body: Buffer,
+    encoding: str,
+    max_bytes: int,
+    reserved: Reservation,
+    form: Form | None,
+    named: bool,
 ) -> Steps[RequestBody]:
     """Decode a body and read it, in one: else all copies would wait for their turns. Raises
     Refusal."""
-    text = yield from decompressed(body, encoding, most)
-    reserved.give_back(most - len(text))
+    text = yield from decompressed(body, encoding, max_bytes)
+    reserved.give_back(max_bytes - len(text))
     if form:
         yield from form.grow(text)
     return (yield from RequestBody.steps(body, text, form, named))

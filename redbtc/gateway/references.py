@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.rates import DEFAULT_TIER, NEEDED

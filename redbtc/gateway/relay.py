@@ -8,14 +8,14 @@ import httpx2
 
 from redbtc.gateway.answer import AnswerBody
 from redbtc.gateway.client_response import ClientResponse, Sent
-from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Send
-from redbtc.slices import answers_of, in_slices
+from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.headers import headers_for_upstream
 from redbtc.upstream.upstreams import UploadBody, Upstream
 
-CLOSING_SECONDS = 0.1  # until the upstream has noticed a closed connection: its place is taken
+UPSTREAM_CLOSE_SECONDS = 0.1  # until the upstream notices a closed connection: a place is taken
 
 
 class Relay:
@@ -39,7 +39,7 @@ class Relay:
         self._bytes = body
         self._upload = UploadBody(body)
         self._response = ClientResponse(send)
-        self._rest: bytes | None = None  # the answer's end; None until the row is written
+        self._answer: AnswerBody | None = None  # once its head has arrived
 
     async def forward(self, upstreams: list[Upstream]) -> None:
         """Send the request to the first upstream that can be reached, pass its answer on, settle
@@ -48,7 +48,7 @@ class Relay:
         grace = self._request.grace()
         failure = ""
         for upstream in upstreams:
-            self._request.leaves_for(upstream)
+            self._request.note_upstream(upstream)
             upstream.in_flight += 1
             try:
                 with self._deadline.running(upstream.settings.total_timeout_seconds, grace):
@@ -68,12 +68,13 @@ class Relay:
                 break
             finally:
                 upstream.in_flight -= 1
-        if self._rest is None:
+        rest = self._answer.rest if self._answer else None
+        if rest is None:
             await self._fail(failure)
         else:
             if failure:
-                await asyncio.sleep(CLOSING_SECONDS)
-            await self._end(self._rest)
+                await asyncio.sleep(UPSTREAM_CLOSE_SECONDS)
+            await self._end(rest)
 
     async def _ask(self, upstream: Upstream) -> None:
         """Send the request to one upstream, and pass its answer on."""
@@ -86,17 +87,21 @@ class Relay:
         else:
             headers = [line for line in headers if line[0] != b"content-encoding"]
         self._upload = UploadBody(self._bytes)
-        answer = await upstream.open(self._method, self._path, self._query, headers, self._upload)
-        body = AnswerBody(request, self._response, upstream.settings.idle_timeout_seconds)
+        upstream_response = await upstream.open(
+            self._method, self._path, self._query, headers, self._upload
+        )
+        idle_seconds = upstream.settings.idle_timeout_seconds
+        self._answer = AnswerBody(request, self._response, idle_seconds)
         try:
-            if not 200 <= answer.status <= 599:
+            if not 200 <= upstream_response.status <= 599:
                 raise httpx2.RemoteProtocolError("not a final status")
-            self._response.set_head(answer, request.client_request.id, request.admission.headers())
-            request.answered(answer.status)
-            await body.pass_on(answer.body)
+            self._response.set_head(
+                upstream_response, request.client_request.id, request.admission.headers()
+            )
+            request.note_status(upstream_response.status)
+            await self._answer.relay(upstream_response.body)
         finally:
-            self._rest = body.rest
-            await answer.body.aclose()
+            await upstream_response.body.aclose()
 
     async def _end(self, rest: bytes) -> None:
         """Complete the client's response. The upstream is done or closed, so give the places back
@@ -120,10 +125,10 @@ class Relay:
         if request.meter.at_once:
             request.meter.cut_off()
         else:
-            account = answers_of(request.key.account_id)
+            account = answer_queue(request.key.account_id)
             await in_slices(request.meter.cut_off_steps(), account, started=True)
         if self._upload.begun:
-            await asyncio.sleep(CLOSING_SECONDS)
+            await asyncio.sleep(UPSTREAM_CLOSE_SECONDS)
         elif deadline.client_left:
             await request.forget()
         if deadline.client_left or response.waits_for_client:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 from redbtc.admin.api import API
 from redbtc.billing.billing import Billing
 from redbtc.billing.webhook import post_for_ever
 from redbtc.config import Settings
-from redbtc.gateway.health import Health
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
 from redbtc.gateway.pages import Pages
 from redbtc.gateway.progress import save_progress
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
 from redbtc.store.clock import watch_clock
@@ -22,12 +24,19 @@ from redbtc.telemetry import Telemetry, log, watch_log
 class Service:
     """The gateway, and what is served beside the requests that it forwards."""
 
-    def __init__(self, billing: Billing, settings: Settings, telemetry: Telemetry) -> None:
-        self.gateway = Gateway(billing, settings, telemetry)
+    def __init__(
+        self,
+        billing: Billing,
+        settings: Settings,
+        telemetry: Telemetry,
+        on_task_end: Callable[[asyncio.Task[Any]], None],
+    ) -> None:
+        """`on_task_end`: see Gateway."""
+        self.gateway = Gateway(billing, settings, telemetry, on_task_end)
         self.api = API(billing, GatewayView(self.gateway), settings.dashboard_url)
         self.models = Models(self.gateway)
         self.pages = Pages(self.gateway, self.api)
-        self.health = Health(self.gateway, self.pages.lazy_dashboard)
+        self.health_routes = HealthRoutes(self.gateway, self.pages.lazy_dashboard)
         self.vitals = Vitals(billing.store)
         telemetry.registry.register(self.vitals)
 

@@ -11,7 +11,7 @@ from redbtc.billing.spending import Hold
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import IMAGE_TOOL
 from redbtc.meter.estimates import Estimate, MaximumUsage
-from redbtc.meter.meters import Meter
+from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.report import Report
 from redbtc.store.containers import Containers
 from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
@@ -20,18 +20,18 @@ from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 def locations_of(
     ids: Iterable[str],
     report: Report,
-    home: ObjectLocation,
+    location: ObjectLocation,
     usage: Usage | None,
     likely: Usage | None = None,
 ) -> dict[str, ObjectLocation]:
-    """Return the homes of objects that a response made, with the tokens that a request which builds
-    on them reads at most: of a response and its conversation all input and output, and so of an
-    item, unless it holds nothing but output. `usage` is None if it is not known yet; `likely` is
+    """Return the locations of objects that a response made, with the tokens that a request which
+    builds on them reads at most: of a response and its conversation all input and output, and so of
+    an item, unless it holds nothing but output. `usage` is None if it is not known yet; `likely` is
     given where it is only the most that can have been used."""
     if usage is None:
-        return dict.fromkeys(ids, home)
-    whole = home.with_tokens(all_of(usage), all_of(likely) if likely else None)
-    words = home.with_tokens(usage.output_tokens or 0, likely.output_tokens if likely else None)
+        return dict.fromkeys(ids, location)
+    whole = location.with_tokens(all_of(usage), all_of(likely) if likely else None)
+    words = location.with_tokens(usage.output_tokens or 0, likely.output_tokens if likely else None)
     return {each: words if each in report.text_items else whole for each in ids}
 
 
@@ -41,15 +41,17 @@ def all_of(usage: Usage) -> int:
     return (usage.input_tokens or 0) + (usage.output_tokens or 0) + pictures
 
 
-def weight(row: RequestRow, most: MaximumUsage) -> Usage:
+def weight(row: RequestRow, maximum: MaximumUsage) -> Usage:
     """Return the usage of a request that has ended, for those that build on what it made. An
     estimate can be too low, and an answer that failed reports no input: they read all that is
     there, and would spend what is not held."""
     if row.usage_source != "estimated":
-        into = row.usage.input_tokens or most.input_tokens
+        into = row.usage.input_tokens or maximum.input_tokens
         return msgspec.structs.replace(row.usage, input_tokens=into)
-    drawn = most.drawn_tokens * most.pictures
-    return Usage(most.input_tokens, output_tokens=most.output_tokens, image_output_tokens=drawn)
+    drawn = maximum.drawn_tokens * maximum.pictures
+    return Usage(
+        maximum.input_tokens, output_tokens=maximum.output_tokens, image_output_tokens=drawn
+    )
 
 
 def account_for(
@@ -77,11 +79,11 @@ async def count_containers(
     new = await containers.unbilled(report.containers)
     if row.usage_source == "estimated":
         new = new[: row.usage.containers or 0]
-    containers.bill(new)
-    return counted(row, parts, containers=len(new) or None)
+    containers.mark_billed(new)
+    return add_calls(row, parts, containers=len(new) or None)
 
 
-def counted(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> list[UsagePart]:
+def add_calls(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> list[UsagePart]:
     """Add calls that no usage reports to a row's usage, if that is known. Return the parts to
     bill."""
     if row.usage_source == "none":
@@ -91,29 +93,29 @@ def counted(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> lis
     return [first, *parts[1:]]
 
 
-def charge(row: RequestRow, parts: list[UsagePart], money: Hold, image_model: str) -> None:
+def fill_in_cost(row: RequestRow, parts: list[UsagePart], hold: Hold, image_model: str) -> None:
     """Fill in the row's cost, by the prices of the request's admission and the tier that the
     response reports. Leave it unknown where no usage is known."""
     if row.usage_source != "none":
-        row.price_id, row.cost = money.cost(of_models(parts, image_model), row.service_tier)
+        row.price_id, row.cost = hold.cost(of_models(parts, image_model), row.service_tier)
 
 
 def bill(
-    row: RequestRow, parts: list[UsagePart], billing: Billing, money: Hold, image_model: str
+    row: RequestRow, parts: list[UsagePart], billing: Billing, hold: Hold, image_model: str
 ) -> None:
     """Fill in the row's cost and month, and replace the hold by the cost."""
-    charge(row, parts, money, image_model)
-    row.month = billing.settle(money, row.cost or 0)
+    fill_in_cost(row, parts, hold, image_model)
+    row.month = billing.replace_hold(hold, row.cost or 0)
 
 
 def is_partly_known(meter: Meter, answers: int, *, images: bool) -> bool:
     """Return whether the usage that an answer reported is not all that was used. `answers` is how
     many were asked for."""
-    report = meter.report
+    report, has_ended = meter.report, meter.state is MeterState.ENDED
     if images:
-        return report.usage is not None and not meter.ended
+        return report.usage is not None and not has_ended
     outdated, begun = report.is_outdated, report.is_of_beginning
-    if meter.ended and not report.failed:
+    if has_ended and not report.failed:
         partly = outdated and begun
     else:
         partly = outdated or begun or report.is_provisional

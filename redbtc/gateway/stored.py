@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import TYPE_CHECKING
 
 from redbtc.billing.spending import SpendingLimitReached
 from redbtc.deadlines import Deadline
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.forwarded_request import ForwardedRequest
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.reading import read_body
 from redbtc.gateway.references import location_of, not_own, required_upstreams
 from redbtc.gateway.relay import Relay
-from redbtc.gateway.state import Gateway
 from redbtc.headers import Headers
 from redbtc.limits.admission import Admission
 from redbtc.limits.memory import Reservation
@@ -29,10 +28,6 @@ from redbtc.slices import in_slices
 from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
-
-if TYPE_CHECKING:
-    from redbtc.gateway.state import Gateway
-
 
 # For how long a response of which only an estimate is known is read on after its reader has left.
 USAGE_SECONDS = 15
@@ -51,12 +46,12 @@ class StoredRequest(ForwardedRequest):
         admission: Admission,
         key: Key,
         response_id: str,
-        home: ObjectLocation,
+        location: ObjectLocation,
         deletes: bool,
     ) -> None:
         super().__init__(gateway, client_request, endpoint, deadline, admission, key)
         self._response_id = response_id
-        self._home = home
+        self._location = location
         self._deletes = deletes
 
     def grace(self) -> float:
@@ -64,7 +59,7 @@ class StoredRequest(ForwardedRequest):
         usage of the response is not known, that is long enough to find it: it follows the output,
         so a client could otherwise take the output and leave before the correction."""
         gateway, response_id = self.gateway, self._response_id
-        unknown = self._home.tokens is None and response_id not in gateway.background
+        unknown = self._location.tokens is None and response_id not in gateway.background
         unknown = unknown or gateway.corrections.is_unsure(response_id)
         return max(super().grace(), USAGE_SECONDS if unknown else 0.0)
 
@@ -74,18 +69,18 @@ class StoredRequest(ForwardedRequest):
         known."""
         return self.meter.report.response_id in (None, self._response_id)
 
-    def metered(self) -> None:
+    def act_on_report(self) -> None:
         if self._is_requested:
-            self.gateway.background.read(self._response_id, self.meter.report)
+            self.gateway.background.add_reader(self._response_id, self.meter.report)
 
     async def settle(self, outcome: Outcome) -> None:
         self.deadline.pause()
         self.settled = True
         gateway, status, report = self.gateway, self.status or 0, self.meter.report
         if self._is_requested:
-            await gateway.background.look(self._response_id, report, status == 200)
+            await gateway.background.finish_reader(self._response_id, report, status == 200)
         else:
-            gateway.background.ignore(self._response_id, report)
+            gateway.background.ignore_reader(self._response_id, report)
         if status == 200:
             await self._correct(outcome)
             self._learn_listed()
@@ -99,13 +94,13 @@ class StoredRequest(ForwardedRequest):
         """Correct the estimate of the response, if there is one and its usage is known now. If its
         request goes on, that sees to it."""
         gateway, response_id, report = self.gateway, self._response_id, self.meter.report
-        if self._is_requested and self._home.tokens is None:
+        if self._is_requested and self._location.tokens is None:
             for request in gateway.in_flight.with_row:
-                request.shown(response_id)
+                request.note_shown(response_id)
         if self._is_torn(outcome):
-            await self.ask_for_usage(response_id, self._home.upstream)
+            await self.ask_for_usage(response_id, self._location.upstream)
         elif report.response_id == response_id:
-            await gateway.corrections.look(response_id, self.key.account_id, report)
+            await gateway.corrections.correct_if_final(response_id, self.key.account_id, report)
 
     def _is_torn(self, outcome: Outcome) -> bool:
         """Return whether only an estimate of the response is known and this answer broke off
@@ -124,20 +119,20 @@ class StoredRequest(ForwardedRequest):
             self.key.account_id,
             self.gateway.objects,
         )
-        objects.show(listed, self._response_id, account_id)
-        if self._home.minted_input:
+        objects.note_listed(listed, self._response_id, account_id)
+        if self._location.minted_input:
             minted = [each for each, made in listed.items() if made]
-            objects.own(minted, account_id, self._home_of_listed())
+            objects.own(minted, account_id, self._location_of_listed())
 
-    def _home_of_listed(self) -> ObjectLocation:
-        """Return the home of an input item: it has at most the tokens of the response, which can
-        have become known since this visit began, or are not known yet."""
-        objects, home = self.gateway.objects, self._home
+    def _location_of_listed(self) -> ObjectLocation:
+        """Return the location of an input item: it has at most the tokens of the response, which
+        can have become known since this request began, or are not known yet."""
+        objects, location = self.gateway.objects, self._location
         with contextlib.suppress(StorageUnavailable):
-            home = objects.location_of(self._response_id, self.key.account_id) or home
+            location = objects.location_of(self._response_id, self.key.account_id) or location
         if growth := objects.growing(self._response_id):
-            home = home.with_tokens((home.tokens or 0) + growth)
-        return home._replace(minted_input=False)
+            location = location.with_tokens((location.tokens or 0) + growth)
+        return location._replace(minted_input=False)
 
 
 class StoredRoute:
@@ -151,41 +146,43 @@ class StoredRoute:
         self._endpoint = Endpoint(f"/v1/responses/{{id}}{suffix}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway, request = self._gateway, request_of(scope)
-        request.route = self._endpoint.path
-        key, settings = gateway.enter(request), gateway.settings
+        gateway, client_request = self._gateway, request_of(scope)
+        client_request.route = self._endpoint.path
+        key, settings = gateway.authenticate(client_request), gateway.settings
         response_id = scope["path_params"]["id"]
         deadline = Deadline(gateway.deadlines)
         charged = gateway.limiter.charge(key, settings.limits)
-        with charged as admission, gateway.serving(request.client, deadline, key):
-            home, upstream = choose_stored(gateway, key, response_id)
+        with charged as admission, gateway.serving(client_request.client, deadline, key):
+            location, upstream = choose_stored(gateway, key, response_id)
             query = self._query(key, response_id, scope["query_string"])
             with Reservation(gateway.limiter, key, settings) as reserved:
-                body = await read_body(request.headers, receive, deadline, settings, reserved)
+                body = await read_body(
+                    client_request.headers, receive, deadline, settings, reserved
+                )
                 if self._method != "POST":
                     body = b""  # of GET and DELETE it has no meaning (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
-                    check_plain_json(request.headers)
+                    check_plain_json(client_request.headers)
                     steps = RequestBody.steps(body, body)
                     await required_upstreams(gateway, key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.background:
                     message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
-                await gateway.limiter.admit(admission, 0, deadline)
+                await gateway.limiter.take_places(admission, 0, deadline)
             with await self._hold(key, response_id, admission):
-                visit = StoredRequest(
+                request = StoredRequest(
                     gateway,
-                    request,
+                    client_request,
                     self._endpoint,
                     deadline,
                     admission,
                     key,
                     response_id,
-                    home,
+                    location,
                     deletes=self._method == "DELETE",
                 )
                 path = f"/responses/{response_id}{self._suffix}"
-                await Relay(visit, send, self._method, path, body, query).forward([upstream])
+                await Relay(request, send, self._method, path, body, query).forward([upstream])
 
     async def _hold(
         self, key: Key, response_id: str, admission: Admission
@@ -214,7 +211,7 @@ class StoredRoute:
         for name in ("after", "before"):
             for object_id in query.values(name):
                 objects, account_id = self._gateway.objects, key.account_id
-                shown = objects.was_shown(object_id, response_id, account_id)
+                shown = objects.was_listed(object_id, response_id, account_id)
                 if not shown and location_of(self._gateway, key, object_id) is None:
                     raise not_own(name)
         return query.encoded()
@@ -231,13 +228,13 @@ def check_plain_json(headers: Headers) -> None:
 
 def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[ObjectLocation, Upstream]:
     """Return where the account's response is stored, and that upstream. Raises Refusal."""
-    home = location_of(gateway, key, response_id) if OBJECT_ID.fullmatch(response_id) else None
-    if home is None:
+    location = location_of(gateway, key, response_id) if OBJECT_ID.fullmatch(response_id) else None
+    if location is None:
         raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")
-    upstream = gateway.upstreams.named(home.upstream)
+    upstream = gateway.upstreams.named(location.upstream)
     if upstream is None or not upstream.usable:
         raise Refusal("no_upstream", retry_after=60)
-    return home, upstream
+    return location, upstream
 
 
 OBJECT_ID = re.compile(r"[A-Za-z0-9][\w.:=+~-]{0,255}", re.ASCII)  # no path in it

@@ -7,7 +7,7 @@ from typing import Any
 
 from redbtc.admin.outputs import AtWork, UpstreamAtWork
 from redbtc.config import DEMO
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.money import NANOS, parse_amount
 from redbtc.store.accounts import Account
 from redbtc.store.keys import Key

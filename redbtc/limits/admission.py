@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from redbtc.headers import Headers
+from redbtc.limits.buckets import Bucket, check_rate, rate_limit_headers
 from redbtc.limits.places import Places
-from redbtc.limits.rates import Bucket, check_rate, rate_limit_headers
 from redbtc.refusals import ClientLeft, Refusal
 
 
@@ -70,7 +70,7 @@ class Admission:
         self.queue_seconds = queue_seconds
         self.places: list[Places] = []
         self.is_body_read = False  # all of the body has been read
-        self.admitted = False
+        self.took_places = False
         self._charges: list[tuple[str, Bucket, float]] = []
         self.charge("requests", 1)
 
@@ -80,7 +80,7 @@ class Admission:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self.places:
             self.give_back_places()
-        if error and not self.admitted:
+        if error and not self.took_places:
             self.undo(error)
 
     def give_back_places(self) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from redbtc.config import AccountLimitSettings, LimitSettings
 from redbtc.deadlines import Deadline
 from redbtc.limits.admission import Admission, Bound, Limited, NoCapacity
+from redbtc.limits.buckets import Bucket, rate_limit_headers
 from redbtc.limits.places import Places
-from redbtc.limits.rates import Bucket, rate_limit_headers
 from redbtc.refusals import ClientLeft
 from redbtc.store.keys import Key
 
@@ -31,7 +31,7 @@ class Limiter:
         """Charge one request, before its body is read. Raises Refusal if a rate is used up."""
         return Admission(self._bounds(key, limits), limits.queue_seconds)
 
-    async def admit(self, admission: Admission, estimate: int, deadline: Deadline) -> None:
+    async def take_places(self, admission: Admission, estimate: int, deadline: Deadline) -> None:
         """Charge the tokens and take the places, which leaving the admission's `with` gives back.
         Raises Refusal if a rate is used up, or no place comes free within `limits.queue_seconds`,
         and ClientLeft."""
@@ -46,7 +46,7 @@ class Limiter:
             if not places.take_now(bound.concurrency):
                 await self._wait_for_place(bound, account, until, deadline)
             admission.places.append(places)
-        admission.admitted = True
+        admission.took_places = True
 
     def small_frames(self, key: Key) -> Bucket:
         """Return the rate of small WebSocket frames of the key's account."""

@@ -24,10 +24,10 @@ class Reservation:
     it; the first OWN_BYTES of each account don't count for that. The first FREE_BYTES of each of an
     account's first MAX_FREE requests don't count at all."""
 
-    def __init__(self, limits: Limiter, key: Key, settings: Settings) -> None:
+    def __init__(self, limiter: Limiter, key: Key, settings: Settings) -> None:
         self.account_id = key.account_id
-        self._limits = limits
-        self._account, self._gateway = limits.memory(key)
+        self._limiter = limiter
+        self._account, self._gateway = limiter.memory(key)
         self.settings = settings
         self._free = 0  # bytes that are not counted
         self._size = 0  # bytes that the caller holds
@@ -129,7 +129,7 @@ class Reservation:
             try:
                 if deadline is None:
                     raise TimeoutError
-                await self._limits.wait(self._account, limited.reading, more, until, deadline)
+                await self._limiter.wait(self._account, limited.reading, more, until, deadline)
             except TimeoutError:
                 message = f"Too many large request bodies at once for {limited.name}."
                 raise NoCapacity(message) from None

@@ -126,7 +126,7 @@ class OutputItem(Struct):
 ANSWER_DECODER = msgspec.json.Decoder(Answer)
 OUTPUT_DECODER = msgspec.json.Decoder(list[OutputItem])
 ITEM_DECODER = msgspec.json.Decoder(OutputItem)
-PARTS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
+RAW_PARTS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def decode_leniently(
@@ -182,7 +182,7 @@ def items_in(listed: msgspec.Raw) -> Generator[None, None, list[OutputItem]]:
     scanner = Scanner(ITEMS_NODE)
     yield from scanner.steps(bytes(listed))
     items = []
-    parts = decode_kept(scanner.found, PARTS_DECODER)
+    parts = decode_kept(scanner.found, RAW_PARTS_DECODER)
     for number, part in enumerate(parts or []):
         if number % MAX_NAMED == 0:
             yield

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 
 from redbtc.meter.decoding import INPUT_STEP, Decoding, NotDecoded
 from redbtc.meter.events import is_stream
-from redbtc.meter.meters import Meter
+from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.report import Report
 
 MAX_HELD_COMPRESSED = 64 << 10  # bytes that are held back although nothing is decoded from them
@@ -31,17 +31,12 @@ class DecodedMeter(Meter):
         """Prepare for an answer whose header names `codings`, and whose content type is that of a
         stream if it is `labelled`. `start` is its first bytes, if they were sent on already."""
         self.report = report
-        self.ended = False
         self._choose = choose
         self._decoding: Decoding | None = Decoding(codings, start)  # None if it can't be decoded
         self._meter: Meter | None = None  # None until its type is known
         self._streams = False
         self._held = b""
         self._labelled = labelled
-
-    @property
-    def ending(self) -> bool:  # type: ignore[override]
-        return self._meter is not None and self._meter.ending and not self.ended
 
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
         """Take the next bytes, in small steps; return what may be sent on now: all bytes but those
@@ -50,7 +45,7 @@ class DecodedMeter(Meter):
         for at in range(0, len(chunk), INPUT_STEP):
             data = chunk[at : at + INPUT_STEP]
             grown = False
-            if self._decoding and not self.ended:
+            if self._decoding and self.state is not MeterState.ENDED:
                 grown = yield from self._read(self._decoding, data)
             self._pass(data, grown, passed)
         return b"".join(passed)
@@ -75,7 +70,7 @@ class DecodedMeter(Meter):
             self._streams = streams
             self._meter = self._choose(streams)
             self._meter.report = self.report
-        if not self._meter.ended:
+        if self._meter.state is not MeterState.ENDED:
             yield from self._meter.steps(piece)
 
     def _pass(self, data: bytes, grown: bool, passed: list[bytes]) -> None:
@@ -84,12 +79,14 @@ class DecodedMeter(Meter):
         was decoded, and those that follow."""
         meter = self._meter
         if self._streams and meter:
-            if meter.ending or meter.ended:
-                self._held += data
-                self.ended = meter.ended or len(self._held) > 2 * MAX_HELD_COMPRESSED
-            else:
+            self.state = meter.state
+            if meter.state is MeterState.OPEN:
                 passed.append(self._held + data)
                 self._held = b""
+                return
+            self._held += data
+            if len(self._held) > 2 * MAX_HELD_COMPRESSED:
+                self.state = MeterState.ENDED
             return
         if grown or self._decoding is None:
             passed.append(self._held)
@@ -102,10 +99,11 @@ class DecodedMeter(Meter):
     def finish_steps(self) -> Generator[None, None, None]:
         if self._meter and self._decoding:
             yield from self._meter.finish_steps()
-            self.ended = self.ended or self._meter.ended
+            if self._meter.state is MeterState.ENDED:
+                self.state = MeterState.ENDED
         else:
             yield from self.cut_off_steps()
-            self.ended = True
+            self.state = MeterState.ENDED
 
     def cut_off_steps(self) -> Generator[None, None, None]:
         if self._meter:

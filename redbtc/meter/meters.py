@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Generator
 
 from redbtc.meter.answers import MAX_AT_ONCE, JSONText, result_of
 from redbtc.meter.report import Report
 
 
+class MeterState(enum.Enum):
+    """How far an answer has come. An answer that is ENDING can turn out to go on."""
+
+    OPEN = "more of the answer is expected"
+    ENDING = "the event that ends the answer has come, but more usage may follow"
+    ENDED = "the answer has ended for the client"
+
+
 class Meter:
     """The interface of the meter of one answer.
 
-    `ended` is True once the answer has ended for the client. Then, and after `finish`, `rest`
-    returns the bytes that wait until the row is committed. `ending` is True while the event that
-    ends the answer has come, but more usage may follow. `steps`, `finish_steps` and `cut_off_steps`
-    do long work in small steps; `feed`, `finish` and `cut_off` do the same at once.
+    When the state is ENDED, and after `finish`, `rest` returns the bytes that wait until the row is
+    committed. `steps`, `finish_steps` and `cut_off_steps` do long work in small steps; `feed`,
+    `finish` and `cut_off` do the same at once.
     """
 
     report: Report
-    ended = False
-    ending = False
+    state = MeterState.OPEN
     # The size in bytes up to which a chunk may be given to `feed`; larger ones take long and must
     # be given to `steps`. If it is 0, any chunk and the end can take long: use `steps`,
     # `finish_steps` and `cut_off_steps`.
@@ -59,7 +66,6 @@ class JSONMeter(Meter):
 
     def __init__(self, images: bool) -> None:
         self.report = Report(images)
-        self.ended = False
         self._text = JSONText()
         self._held = b""
 
@@ -77,7 +83,7 @@ class JSONMeter(Meter):
             yield from self.report.note(answer)
         else:  # the upstream has ended the answer too early
             yield from self.cut_off_steps()
-        self.ended = True
+        self.state = MeterState.ENDED
 
     def cut_off_steps(self) -> Generator[None, None, None]:
         answer = yield from self._text.partial_answer()

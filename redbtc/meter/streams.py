@@ -15,7 +15,7 @@ from redbtc.meter.events import (
     data_of,
     may_matter,
 )
-from redbtc.meter.meters import Meter
+from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.report import Report
 from redbtc.meter.scanner import BYTE_ORDER_MARK
 from redbtc.meter.usage_fields import has_choices
@@ -71,8 +71,6 @@ class StreamMeter(Meter):
         expects_usage: bool = False,
     ) -> None:
         self.report = Report(images)
-        self.ended = False
-        self.ending = False
         self._chat = chat
         self._images = images
         self._text = CHAT_TEXT if chat else RESPONSE_TEXT
@@ -94,7 +92,7 @@ class StreamMeter(Meter):
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes of the answer, at most MAX_AT_ONCE; return what may be sent on
         now."""
-        if self.ended:
+        if self.state is MeterState.ENDED:
             return chunk
         if self.can_skip_parsing(chunk):
             self.count_text(chunk)
@@ -104,7 +102,7 @@ class StreamMeter(Meter):
     def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
         passed: list[bytes] = []
         for at in range(0, len(chunk), STEP):
-            if self.ended:
+            if self.state is MeterState.ENDED:
                 self._held += chunk[at:]
                 break
             passed.append((yield from self._read(chunk[at : at + STEP])))
@@ -134,7 +132,7 @@ class StreamMeter(Meter):
         return (
             self._partial is None
             and (self._naming is None or not self._naming.search(chunk))
-            and not self.ending
+            and self.state is MeterState.OPEN
             and not self._cut_newline
             and chunk.endswith(b"\n\n")
             and not self._may_matter(chunk)
@@ -145,7 +143,7 @@ class StreamMeter(Meter):
         and so does what arrived of an event that is cut off. A stream of fewer images than were
         asked for is complete, unless its last event is cut off."""
         is_cut_off = False
-        if self._partial is not None and not self.ended:
+        if self._partial is not None and self.state is not MeterState.ENDED:
             answer = yield from self._partial.partial_answer()
             if answer and self._partial.is_cut_off:
                 is_cut_off = True
@@ -154,7 +152,8 @@ class StreamMeter(Meter):
                 rest: list[bytes] = []
                 yield from self._end_event(b"", rest)
                 self._waiting += b"".join(rest)
-        self.ended = self.ended or self.ending or (self._ends_seen > 0 and not is_cut_off)
+        if self.state is MeterState.ENDING or (self._ends_seen and not is_cut_off):
+            self.state = MeterState.ENDED
 
     def cut_off_steps(self) -> Generator[None, None, None]:
         answer = (yield from self._partial.partial_answer()) if self._partial else None
@@ -186,33 +185,36 @@ class StreamMeter(Meter):
         self.at_once = MAX_AT_ONCE
         verdict = Verdict.PASS
         held, self._held = self._held + segment, b""
-        if not self.ended:
+        if self.state is not MeterState.ENDED:
             verdict = yield from self._judge(event, segment)
             self._resume_pictures(event.start if event else segment, len(held), passed)
             if begun and verdict is Verdict.TAKE_OUT:  # too late: its beginning has been sent
                 verdict = Verdict.PASS
             if verdict is Verdict.LAST:
-                self.ending, verdict = True, Verdict.PASS
-            self.ended = self.ending and not self._expects_more()
+                self.state, verdict = MeterState.ENDING, Verdict.PASS
+            if self.state is MeterState.ENDING and not self._expects_more():
+                self.state = MeterState.ENDED
             self._cut_newline = verdict if held.endswith(b"\r") else None
         if verdict is Verdict.PASS:
             self._pass(held, passed)
 
     def _pass(self, held: bytes, passed: list[bytes]) -> None:
         """Send on these bytes, or let them wait for the row if the answer is ending."""
-        if self.ending:
-            self._waiting += held
-        else:
+        if self.state is MeterState.OPEN:
             passed.append(held)
+        else:
+            self._waiting += held
 
     def _resume_pictures(self, start: bytes, size: int, passed: list[bytes]) -> None:
         """Send on what was held back if a stream of pictures goes on after an event that seemed to
         end it: if another event, which begins with `start` and has `size` bytes so far, is a
         picture and too large to be held back."""
-        too_large = self._images and len(self._waiting) + size > MAX_HELD
-        if self.ending and too_large and PICTURE_EVENT.search(start[:EVENT_START_SIZE]):
+        if self.state is not MeterState.ENDING or not self._images:
+            return
+        too_large = len(self._waiting) + size > MAX_HELD
+        if too_large and PICTURE_EVENT.search(start[:EVENT_START_SIZE]):
             passed.append(self._waiting)
-            self.ending, self._waiting = False, b""
+            self.state, self._waiting = MeterState.OPEN, b""
 
     def _expects_more(self) -> bool:
         """Return whether more usage may follow the event that ends the answer. After a picture
@@ -224,7 +226,7 @@ class StreamMeter(Meter):
 
     def _take_part(self, chunk: bytes, passed: list[bytes]) -> Generator[None, None, None]:
         """Take a part of the incomplete event, and send on what can't turn out to matter."""
-        if self.ended:
+        if self.state is MeterState.ENDED:
             self._held += chunk
             return
         if self._partial is None:
@@ -235,8 +237,9 @@ class StreamMeter(Meter):
         self._tail = (self._tail + chunk)[-2:]
         self._held += chunk
         self._resume_pictures(self._partial.start, len(self._held), passed)
-        if self.ending:
-            self.ended = len(self._held) > MAX_HELD
+        if self.state is MeterState.ENDING:
+            if len(self._held) > MAX_HELD:
+                self.state = MeterState.ENDED
             return
         keep = 0
         if self._must_be_held(self._partial.start):

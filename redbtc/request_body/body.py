@@ -81,8 +81,8 @@ class RequestBody:
 
     @property
     def input_estimate(self) -> int:
-        """About how many tokens the body and what it builds on have: by its size, except for
-        pictures, whose tokens don't depend on their bytes."""
+        """The approximate number of tokens in the body and in the objects it refers to. Text is
+        estimated by its size; a picture counts the same whatever its size."""
         text = text_tokens(self.size - self._picture_bytes)
         return text + PICTURE_TOKENS * self._pictures + self.inherited.likely_tokens
 

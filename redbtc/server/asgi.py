@@ -61,7 +61,8 @@ class ClientRequest(Struct, eq=False):
     route: str = "other"  # as the metrics and the log name it
     refusal: Refusal | None = None  # why the head can't be served; its path is not reliable then
     key: Key | None = None  # once it is found to be valid
-    forwarded: bool = False  # it may have reached an upstream, so a retry would be paid again
+    # The gateway failed on it after it may have reached an upstream: a retry would be paid again.
+    interrupted: bool = False
     counted: bool = False  # it is in the metrics and the log, with its row in the ledger
     id: str = field(default_factory=new_request_id)
     started: float = field(default_factory=time.monotonic)  # when the head had arrived

@@ -1,7 +1,8 @@
 """The connections of clients: the state and the deadline of each, and how many there may be.
 
-A connection is in one `State`, which `Connection.enter` alone changes, and each state in which the
-app does not run has a deadline. One timer a second looks at the deadlines of all connections.
+A connection is in one `ConnectionState`, which `Connection.enter` alone changes, and each state in
+which the app does not run has a deadline. One timer a second looks at the deadlines of all
+connections.
 
     IDLE ─► HEAD ─► SERVING ─┬─────────────► IDLE         the request was read whole
                              ├─► DISCARDING ─► IDLE       the response came before the body's end
@@ -26,13 +27,13 @@ from redbtc.server.stream import ClientStream
 from redbtc.telemetry import log
 
 SWEEP_SECONDS = 1  # between two looks at all deadlines
-LINGER_SECONDS = 2  # to read the last response: closing on unread bytes would reset the connection
+LINGER_SECONDS = 2  # for the client to read the end: closing on unread bytes resets the connection
 PROGRESS_SECONDS = 60  # more for a client that has not read all, as long as it reads some in each
 CALM_SECONDS = 60  # below the maximum of connections until the log says so
 RESERVED_DESCRIPTORS = 64  # for the ledger, listening sockets, files
 
 
-class State(enum.Enum):
+class ConnectionState(enum.Enum):
     """The states of a connection."""
 
     IDLE = "no request: not a byte of the next one has arrived"
@@ -47,7 +48,7 @@ class Connection:
 
     def __init__(self, connections: Connections, stream: ClientStream) -> None:
         self.stream = stream
-        self.state = State.IDLE
+        self.state = ConnectionState.IDLE
         self.deadline = math.inf
         self.closed = False
         self.keyed = False  # the last response was that of a request with a valid key
@@ -55,7 +56,7 @@ class Connection:
         self._unsent = 0  # bytes in the write buffer when the deadline last passed
         self._discarded = 0  # bytes since the state changed
 
-    def enter(self, state: State, seconds: float = math.inf) -> None:
+    def enter(self, state: ConnectionState, seconds: float = math.inf) -> None:
         """Change the state. Its deadline is in `seconds`; by default it has none."""
         connections = self._connections
         self.state = state
@@ -63,14 +64,14 @@ class Connection:
         self._unsent = self._discarded = 0
         if self in connections.keyed_waiting:
             del connections.keyed_waiting[self]
-        if state is State.SERVING:
+        if state is ConnectionState.SERVING:
             connections.waiting.pop(self, None)
         else:
             connections.waiting[self] = None  # keeps its position if it is there already
 
     def limit_serving(self, seconds: float) -> None:
         """Set a deadline in `seconds` while the app runs; infinity means none."""
-        if self.state is State.SERVING:
+        if self.state is ConnectionState.SERVING:
             self.deadline = self._connections.now() + seconds
 
     async def make_room_until(self, event: Awaitable[Any], keyed: bool) -> None:
@@ -82,7 +83,7 @@ class Connection:
         try:
             await event
         finally:
-            if self.state is State.SERVING:
+            if self.state is ConnectionState.SERVING:
                 waiting.pop(self, None)
 
     def close(self, whole: bool) -> None:
@@ -93,7 +94,7 @@ class Connection:
             self.stream.close()
         else:
             self.stream.close_writing()
-        self.enter(State.CLOSING, LINGER_SECONDS)
+        self.enter(ConnectionState.CLOSING, LINGER_SECONDS)
 
     def tear(self, ends_by_closing: bool) -> None:
         """Close in the middle of a response, in a way that the client can't take for the end of the
@@ -103,7 +104,7 @@ class Connection:
             self.stream.abort()
             return
         self.stream.close()
-        self.enter(State.CLOSING, LINGER_SECONDS)
+        self.enter(ConnectionState.CLOSING, LINGER_SECONDS)
 
     def expire(self) -> None:
         """Abort the connection, whose deadline has passed. While the write buffer is not empty,

@@ -23,7 +23,7 @@ EXPOSED = (
     b"openai-processing-ms, openai-version, openai-model, cf-ray, date, age, *"
 )
 METHODS = b"GET, POST, DELETE"
-MAX_AGE_SECONDS = b"7200"  # Chromium's maximum
+PREFLIGHT_MAX_AGE = b"7200"  # Chromium's maximum
 
 
 def cors_headers(origin: bytes, origins: Iterable[str]) -> Headers:
@@ -70,12 +70,12 @@ def _adding(send: Send, more: Headers) -> Send:
 def preflight_headers(headers: Headers) -> Headers:
     """Return the headers that only the response to a preflight request has. Every header that the
     page asks to send is allowed (by name, since "*" does not cover Authorization): the ones that
-    reach an upstream are chosen elsewhere. Raise Refusal if the request is not a preflight."""
+    reach an upstream are chosen elsewhere. Raises Refusal if the request is not a preflight."""
     if header(headers, b"access-control-request-method") is None:
         raise Refusal("unknown_url")
     added: Headers = [
         (b"access-control-allow-methods", METHODS),
-        (b"access-control-max-age", MAX_AGE_SECONDS),
+        (b"access-control-max-age", PREFLIGHT_MAX_AGE),
         (b"vary", b"Access-Control-Request-Method, Access-Control-Request-Headers"),
     ]
     if asked := header(headers, b"access-control-request-headers"):

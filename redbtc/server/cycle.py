@@ -79,7 +79,7 @@ class RequestCycle:
         return len(self._body) > HIGH_WATER and not self.complete
 
     def feed(self, data: bytes) -> bytes:
-        """Take in a part of the body; return what comes after the body. Raise BadFraming."""
+        """Take in a part of the body; return what comes after the body. Raises BadFraming."""
         body, rest = self.framing.feed(data)
         if body and not self.complete:
             if self._body:
@@ -118,7 +118,7 @@ class RequestCycle:
 
     async def receive(self) -> Message:
         """Return the next part of the body; after its end, wait until the client disconnects or the
-        response is complete. Raise Refusal where the body's framing is invalid."""
+        response is complete. Raises Refusal where the body's framing is invalid."""
         connection = self._connection
         if self._expects_continue and not (self.started or connection.closed or self.framing.whole):
             self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -118,8 +118,8 @@ def check_handshake(scope: Scope) -> None:
 
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
 MAX_TRAILER_BYTES = 8 << 10
-MAX_OVERHEAD = 64 << 10  # bytes of framing, beyond OVERHEAD_PER_BYTE for each byte of the body
-OVERHEAD_PER_BYTE = 8  # more than chunks of one byte need
+MAX_FRAMING = 64 << 10  # bytes of framing, beyond FRAMING_PER_BYTE for each byte of the body
+FRAMING_PER_BYTE = 8  # more than chunks of one byte need
 MAX_CHUNKS_PER_TURN = 200  # that a connection parses in one turn of the loop; about 0.2 ms
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?[ \t]*")
 TRAILER = re.compile(TOKEN.pattern + rb":[^\x00-\x08\x0a-\x1f\x7f]*")
@@ -153,12 +153,12 @@ class Chunked:
         self._after_chunk = False  # the next size comes after the CRLF that ends a chunk's data
         self._in_trailers = False
         self._partial = b""  # a line that is not yet whole
-        self._budget = MAX_OVERHEAD  # bytes of framing that may still come
+        self._budget = MAX_FRAMING  # bytes of framing that may still come
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Return the bytes of the body in `data`, and the bytes that were not parsed: those after
-        the body if it is now whole, else those to feed again in the next turn of the loop. Raise
+        the body if it is now whole, else those to feed again in the next turn of the loop. Raises
         BadFraming."""
         data, self._partial = self._partial + data, b""
         parts: list[bytes] = []
@@ -169,7 +169,7 @@ class Chunked:
                 parts.append(part)
                 at += len(part)
                 self._remaining -= len(part)
-                self._budget = min(MAX_OVERHEAD, self._budget + OVERHEAD_PER_BYTE * len(part))
+                self._budget = min(MAX_FRAMING, self._budget + FRAMING_PER_BYTE * len(part))
             if self._remaining or self.whole:
                 break
             end = self._end_of_line(data, at)
@@ -185,7 +185,7 @@ class Chunked:
         return b"".join(parts), data[at:]
 
     def _end_of_line(self, data: bytes, at: int) -> int:
-        """Return where the line that begins at `at` ends, or -1 if its end has not arrived. Raise
+        """Return where the line that begins at `at` ends, or -1 if its end has not arrived. Raises
         BadFraming."""
         start = at
         if self._after_chunk:
@@ -198,7 +198,7 @@ class Chunked:
         return end
 
     def _parse_line(self, line: bytes) -> None:
-        """Parse a chunk's size or a trailer. Raise BadFraming."""
+        """Parse a chunk's size or a trailer. Raises BadFraming."""
         if self._in_trailers:
             self._trailer_bytes += len(line) + 2
             self.whole = not line

@@ -55,7 +55,7 @@ class Guard:
     async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
         answer = denial(send) if scope["type"] == "websocket" else send
         headers, request = self._headers(refusal), request_of(scope)
-        if request.forwarded:
+        if request.interrupted:
             headers = [*headers, NO_RETRY]
         await respond(request, answer, refusal.status, refusal.body(), headers)
 

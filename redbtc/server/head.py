@@ -35,7 +35,7 @@ class HeadReader:
         self._parser: httptools.HttpRequestParser | None = None
 
     def feed(self, data: bytes) -> bytes:
-        """Parse a part of the head; return the bytes that come after the head. Raise Refusal for a
+        """Parse a part of the head; return the bytes that come after the head. Raises Refusal for a
         head that can't be parsed or is too large."""
         if self._parser is None:
             head = data.lstrip(b"\r\n")  # empty lines may precede it (RFC 9112 §2.2)
@@ -89,7 +89,7 @@ class HeadReader:
     # What becomes of the head
 
     def scope(self, server: Address, client: Address) -> Scope:
-        """Return the scope of a request whose head is complete. Raise Refusal for an invalid
+        """Return the scope of a request whose head is complete. Raises Refusal for an invalid
         URL."""
         try:
             url = httptools.parse_url(self._url)

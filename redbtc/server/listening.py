@@ -61,7 +61,7 @@ def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.sock
     """Return a listening socket for each address, all on the same port. Port 0 means a free one: up
     to `tries` are tried until one is free at every address. "::" means all addresses of IPv6 and
     IPv4, unless an IPv4 address is listed as well. (IPv4 gets a socket of its own: on a shared one
-    its clients would appear as ::ffff:192.0.2.1.) Raise UserError where listening fails."""
+    its clients would appear as ::ffff:192.0.2.1.) Raises UserError where listening fails."""
     if all(":" in host for host in hosts) and any(is_any_address(host) for host in hosts):
         hosts = [*hosts, "0.0.0.0"]
     listeners: list[socket.socket] = []

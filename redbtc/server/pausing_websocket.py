@@ -9,12 +9,12 @@ from typing import Any
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from redbtc.deadlines import TICK
+from redbtc.server.connections import LINGER_SECONDS
 from redbtc.server.frame_reader import FrameReader
 
 CLOSING_SECONDS = 11  # uvicorn's 10 for the client's part of closing, and one
-LINGER_SECONDS = 2  # for the client to read the close frame and to close its side
 QUIET_SECONDS = 0.25  # without bytes: the client has probably sent all that it was sending
-MAX_LINGER = 256 << 20  # bytes that are thrown away in that time; reading a message costs more
+MAX_WEBSOCKET_LINGER = 256 << 20  # bytes thrown away meanwhile; reading a message costs more
 
 
 class PausingWebSocket(WebSocketsSansIOProtocol):
@@ -64,7 +64,7 @@ class PausingWebSocket(WebSocketsSansIOProtocol):
             return
         if self.ended:
             self._discarded += len(data)
-            if self._discarded > MAX_LINGER:
+            if self._discarded > MAX_WEBSOCKET_LINGER:
                 self.transport.abort()
             return
         self._heard = True

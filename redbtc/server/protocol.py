@@ -18,7 +18,7 @@ from uvicorn.server import ServerState
 
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import App, Scope
-from redbtc.server.connections import Connection, Connections, State
+from redbtc.server.connections import Connection, Connections, ConnectionState
 from redbtc.server.cycle import RequestCycle
 from redbtc.server.framing import (
     BadFraming,
@@ -72,7 +72,7 @@ class HTTPProtocol(asyncio.Protocol):
         self._server = _address(transport.get_extra_info("sockname"))
         self._client = _address(transport.get_extra_info("peername"))
         self._server_state.connections.add(cast(Any, self))
-        self.connection.enter(State.IDLE, HEAD_SECONDS)
+        self.connection.enter(ConnectionState.IDLE, HEAD_SECONDS)
         self._connections.add(self.connection, len(self._server_state.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -113,18 +113,18 @@ class HTTPProtocol(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """Close the connection, after the response that is under way if there is one."""
-        if self.connection.state is State.SERVING and self._cycle:
+        if self.connection.state is ConnectionState.SERVING and self._cycle:
             self._cycle.keep_alive = False
-        elif self.connection.state is State.DISCARDING:
+        elif self.connection.state is ConnectionState.DISCARDING:
             self.connection.close(whole=False)
-        elif self.connection.state is not State.CLOSING:
+        elif self.connection.state is not ConnectionState.CLOSING:
             self._stream.close()
 
     # Reading
 
     def _keep(self, data: bytes) -> None:
         """Keep bytes until the current response is complete, or until the next turn of the loop."""
-        self._stream.keep(data, pause=self.connection.state is not State.SERVING)
+        self._stream.keep(data, pause=self.connection.state is not ConnectionState.SERVING)
 
     def _continue(self) -> None:
         if not self._continuing:
@@ -143,13 +143,14 @@ class HTTPProtocol(asyncio.Protocol):
     def _take(self, data: bytes) -> None:
         """Parse bytes that have arrived. Those of a following request are kept for later."""
         connection = self.connection
-        if connection.state is State.IDLE:
+        if connection.state is ConnectionState.IDLE:
             self.head = HeadReader()
-            connection.enter(State.HEAD, HEAD_SECONDS)
-        if connection.state is State.HEAD and self.head:
+            connection.enter(ConnectionState.HEAD, HEAD_SECONDS)
+        if connection.state is ConnectionState.HEAD and self.head:
             data = self._take_head(self.head, data)
         cycle = self._cycle
-        if connection.state is State.CLOSING or (cycle and type(cycle.framing) is Endless):
+        is_endless = cycle and type(cycle.framing) is Endless
+        if connection.state is ConnectionState.CLOSING or is_endless:
             connection.discard(len(data), MAX_LINGER)
         elif data and cycle:
             self._take_body(cycle, data)
@@ -168,7 +169,7 @@ class HTTPProtocol(asyncio.Protocol):
         if cycle.framing.whole:  # the bytes are the next request's: keep them until it is served
             self._keep(data)
             return
-        discarding = self.connection.state is State.DISCARDING
+        discarding = self.connection.state is ConnectionState.DISCARDING
         try:
             rest = cycle.feed(data)
         except BadFraming:
@@ -194,7 +195,7 @@ class HTTPProtocol(asyncio.Protocol):
 
     def _begin(self, head: HeadReader, rest: bytes) -> bytes:
         """Serve the request of a whole head, or hand the connection over to a WebSocket. Return the
-        bytes of `rest`, which came after the head, that are not handed over. Raise Refusal."""
+        bytes of `rest`, which came after the head, that are not handed over. Raises Refusal."""
         scope = head.scope(self._server, self._client)
         check_head(scope)
         if is_handshake(scope) and self._connections.offers_websocket():
@@ -219,7 +220,7 @@ class HTTPProtocol(asyncio.Protocol):
             self.connection, scope, framing, keep_alive, self._answered, refusal, self._on_leave
         )
         self.head, self._cycle = None, cycle
-        self.connection.enter(State.SERVING)
+        self.connection.enter(ConnectionState.SERVING)
         task = self._loop.create_task(self._run(cycle))
         tasks = self._server_state.tasks
         tasks.add(task)
@@ -245,13 +246,13 @@ class HTTPProtocol(asyncio.Protocol):
         elif cycle.framing.whole:
             self._next()
         else:
-            self.connection.enter(State.DISCARDING, DISCARD_SECONDS)
+            self.connection.enter(ConnectionState.DISCARDING, DISCARD_SECONDS)
             self._stream.resume_reading()
 
     def _next(self) -> None:
         """Wait for the next request, or begin with one whose first bytes have arrived already."""
         self._cycle = None
-        self.connection.enter(State.IDLE, KEEP_ALIVE_SECONDS)
+        self.connection.enter(ConnectionState.IDLE, KEEP_ALIVE_SECONDS)
         if self._stream.kept:
             self._continue()
         else:

@@ -20,8 +20,8 @@ from websockets.frames import Frame as WireFrame
 from websockets.http11 import Request
 
 from redbtc.deadlines import Deadline
+from redbtc.limits.buckets import Bucket
 from redbtc.limits.memory import Reservation
-from redbtc.limits.rates import Bucket
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import IN_SCOPE, Client, ClientRequest, Scope

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from redbtc.store.database import Store
 from redbtc.store.keys import FULL_KEY, Key
 from redbtc.store.request_rows import REQUEST_ROWS
-from redbtc.store.requests import Admitted, settle
+from redbtc.store.requests import CorrectionFacts, settle_row
 from redbtc.store.rows import COLUMNS, RECORD, row_of, values_of
 from redbtc.usage import RequestRow
 
@@ -17,7 +17,7 @@ KEEP_PENDING = """
            (request_id, admitted_at, held, input_estimate, image_model, text_bytes, seen, most)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
 NOTE_PROGRESS = "UPDATE background SET seen = ? WHERE request_id = ?"
-ENDED = "DELETE FROM background WHERE request_id = ?"
+DROP_BACKGROUND = "DELETE FROM background WHERE request_id = ?"
 BACKGROUND = f"""
     SELECT {", ".join(f"requests.{name}" for name in COLUMNS)},
            admitted_at, held, input_estimate, image_model, text_bytes, seen, most
@@ -57,10 +57,10 @@ def note_progress(store: Store, row: RequestRow, seen: str) -> asyncio.Future[No
     return store.record(NOTE_PROGRESS, (seen, row.request_id), retry_until_written=True)
 
 
-async def end_background(store: Store, row: RequestRow, admitted: Admitted) -> None:
+async def end_background(store: Store, row: RequestRow, correction_facts: CorrectionFacts) -> None:
     """Commit the row as its background response ended."""
-    ended = store.record(ENDED, (row.request_id,), retry_until_written=True)
-    await settle(store, row, admitted)
+    ended = store.record(DROP_BACKGROUND, (row.request_id,), retry_until_written=True)
+    await settle_row(store, row, correction_facts)
     await ended
 
 

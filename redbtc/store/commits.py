@@ -136,7 +136,7 @@ class Commits:
 
     def _written(self, entries: list[Entry], began: float) -> None:
         if not self.state.healthy:
-            self.state.turn(Health.WELL)
+            self.state.enter(Health.WELL)
         self.count += 1
         self.committed_at = time.monotonic()
         self._committed.append(self.committed_at - began)
@@ -157,8 +157,8 @@ class Commits:
                 entry.fail(StorageUnavailable(reason))
                 self._queue.undo(entry)
         self._queue.put_back([entry for entry in entries if entry.retry_until_written])
-        self.state.turn(Health.FAILING, reason)
-        self.notice(error)
+        self.state.enter(Health.FAILING, reason)
+        self.check_error(error)
 
     async def _isolate(self, entries: list[Entry], error: Exception) -> None:
         """Write entries one by one: a value that is refused must not hold up the others."""
@@ -221,7 +221,7 @@ class Commits:
 
     # The end
 
-    def notice(self, error: Exception) -> None:
+    def check_error(self, error: Exception) -> None:
         """Write nothing more into the file if an error shows that it can't be trusted. If it is not
         at its path any more, write all that it holds into a new file."""
         gone = isinstance(error, FileChanged)
@@ -241,7 +241,7 @@ class Commits:
             self._lose(self.state.failure)
 
     def _lose(self, reason: str) -> None:
-        self.state.turn(Health.LOST, reason)
+        self.state.enter(Health.LOST, reason)
         self._queue.arrived.set()
         self.tasks[0].cancel()
 

@@ -37,7 +37,7 @@ class Containers:
             return True
         return self._store.look_up(BILLED_CONTAINER, (container_id,)) is not None
 
-    def bill(self, ids: Iterable[str]) -> None:
+    def mark_billed(self, ids: Iterable[str]) -> None:
         """Note that the containers are billed, in the same commit as the row that is settled next,
         before anything is waited for."""
         for each in ids:

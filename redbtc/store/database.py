@@ -25,7 +25,7 @@ from redbtc.store.backup import complete_restore
 from redbtc.store.clock import LedgerClock
 from redbtc.store.commits import BEAT, Commits
 from redbtc.store.failures import LedgerDamaged, is_corrupt, no_log, opening_error, reason_of
-from redbtc.store.files import FileChanged, OpenFiles, hold, hold_lock
+from redbtc.store.files import FileChanged, OpenFiles, lock_database, take_lock_file
 from redbtc.store.health import Health
 from redbtc.store.opening import (
     Migrated,
@@ -105,11 +105,11 @@ class Store:
         synchronous: str,
         serving: Serving | None,
     ) -> Store:
-        stack.enter_context(hold_lock(path))
+        stack.enter_context(take_lock_file(path))
         replaced = complete_restore(path)
         spill = Spill(path)
         refuse_incomplete(path, spill)
-        stack.enter_context(hold(path))
+        stack.enter_context(lock_database(path))
         if serving and serving.check_seconds and (spill.exists() or has_wal(path)):
             await check_pages(path, serving)
         writer = Writer(path, synchronous)
@@ -125,7 +125,7 @@ class Store:
             clock.start(accept=serving.accept_clock)
         commits = Commits(path, writer, spill, clock.now, serving.log if serving else no_log)
         stack.push_async_callback(end, commits, spill)
-        readers = await Readers.open(stack, path, commits.notice)
+        readers = await Readers.open(stack, path, commits.check_error)
         store = cls(path, writer, commits, readers, clock)
         store.migrated, store.replaced = migrated, replaced
         await store._prepare(spill, serving)
@@ -193,7 +193,7 @@ class Store:
             try:
                 self._writer.files.check()
             except (FileChanged, OSError) as error:
-                self.commits.notice(error)
+                self.commits.check_error(error)
 
     # Writing
 
@@ -219,7 +219,7 @@ class Store:
                 f"the disk has not answered for {seconds} s; the change may still be made later"
             ) from None
         except Exception as error:
-            self.commits.notice(error)
+            self.commits.check_error(error)
             what = LedgerDamaged if is_corrupt(error) else StorageUnavailable
             raise what(f"the database can't be written: {reason_of(error)}") from None
         return changed[-1 if by is None else -2]

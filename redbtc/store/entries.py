@@ -136,7 +136,7 @@ class ChangeQueue:
         since = due - MAX_BEGIN_SECONDS
         if self.writing and self.commit_began < since:
             reason = f"a commit takes longer than {MAX_BEGIN_SECONDS} s"
-            self._state.turn(Health.FAILING, reason)
+            self._state.enter(Health.FAILING, reason)
         for entry in chain(self.writing, self.waiting):
             if entry.at < since and not entry.retry_until_written:
                 entry.fail(StorageUnavailable(self._state.failure or "the ledger is too slow"))

@@ -43,9 +43,11 @@ class EstimatedRow(NamedTuple):
 
 
 NOT_NULL = ("cost", "output_tokens", "held")
-COLUMNS = [f"ifnull({name}, 0)" if name in NOT_NULL else name for name in EstimatedRow._fields]
+ESTIMATED_COLUMNS = [
+    f"ifnull({name}, 0)" if name in NOT_NULL else name for name in EstimatedRow._fields
+]
 ESTIMATED = f"""
-    SELECT {", ".join(COLUMNS)} FROM estimates JOIN requests USING (request_id)
+    SELECT {", ".join(ESTIMATED_COLUMNS)} FROM estimates JOIN requests USING (request_id)
      WHERE estimates.response_id = ? AND account_id = ?"""
 
 

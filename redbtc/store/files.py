@@ -23,7 +23,7 @@ class FileChanged(UserError):
 
 
 @contextlib.contextmanager
-def hold_lock(database: Path) -> Iterator[None]:
+def take_lock_file(database: Path) -> Iterator[None]:
     """Hold the lock file beside a database. The lock ends with the process, however that ends.
     Raises DatabaseInUse, OSError."""
     with _held(Path(f"{database}.lock"), database):
@@ -31,7 +31,7 @@ def hold_lock(database: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold(database: Path) -> Iterator[None]:
+def lock_database(database: Path) -> Iterator[None]:
     """Lock the database's own file, which is created if there is none. This keeps a second gateway
     out if the lock file was removed. SQLite's locks are of another kind. Raises DatabaseInUse,
     OSError.

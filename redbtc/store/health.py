@@ -19,7 +19,7 @@ class Health(enum.Enum):
 
 
 class LedgerState:
-    """The state of the ledger. Only `turn` changes it."""
+    """The state of the ledger. Only `enter` changes it."""
 
     def __init__(self, log: LogFunction) -> None:
         self.health = Health.WELL
@@ -27,7 +27,7 @@ class LedgerState:
         self.failure = ""  # why they don't
         self._log = log
 
-    def turn(self, health: Health, reason: str = "") -> None:
+    def enter(self, health: Health, reason: str = "") -> None:
         """Change the state and log the change. A lost ledger stays lost."""
         before = self.health
         if before is health or before is Health.LOST:

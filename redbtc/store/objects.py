@@ -41,7 +41,7 @@ OWNERS = f"""
     SELECT id, account_id, {LOCATION_COLUMNS} FROM stored_objects
      WHERE id IN (SELECT value FROM json_each(?))"""
 MAX_LOOK_UPS = 250  # ids in one query, which takes about 1 ms
-MAX_SHOWN = 1000  # ids of an account that are remembered as shown in listings
+MAX_LISTED = 1000  # ids of an account that are remembered as shown in listings
 
 
 class Claim(NamedTuple):
@@ -82,7 +82,7 @@ class Objects:
         self._store = store
         self._claims: dict[str, Claim] = {}  # by object, those not known to be committed
         # By account, pairs of a response and an item that its listing showed, latest last.
-        self._shown: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+        self._listed: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
         self._growing: Counter[str] = Counter()  # by object, the tokens of `grow`
 
     def own(self, ids: Iterable[str], account_id: str, location: ObjectLocation) -> None:
@@ -166,16 +166,16 @@ class Objects:
         """Return how many tokens requests that have not ended can add to an object."""
         return self._growing[object_id]
 
-    def show(self, ids: Iterable[str], response_id: str, account_id: str) -> None:
+    def note_listed(self, ids: Iterable[str], response_id: str, account_id: str) -> None:
         """Remember that the account saw these ids in the listing of its response's input: it may
         page from them even if it does not own them."""
-        shown = self._shown[account_id]
+        listed = self._listed[account_id]
         for each in ids:
-            shown.pop((response_id, each), None)
-            shown[response_id, each] = None
-        while len(shown) > MAX_SHOWN:
-            del shown[next(iter(shown))]
+            listed.pop((response_id, each), None)
+            listed[response_id, each] = None
+        while len(listed) > MAX_LISTED:
+            del listed[next(iter(listed))]
 
-    def was_shown(self, object_id: str, response_id: str, account_id: str) -> bool:
+    def was_listed(self, object_id: str, response_id: str, account_id: str) -> bool:
         """Return whether the account recently saw the id in the listing of the response's input."""
-        return (response_id, object_id) in self._shown.get(account_id, ())
+        return (response_id, object_id) in self._listed.get(account_id, ())

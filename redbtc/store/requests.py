@@ -16,14 +16,14 @@ from redbtc.store.rows import COLUMNS, FORGET, RECORD, values_of
 from redbtc.usage import RequestRow
 
 
-async def begin(store: Store, row: RequestRow) -> None:
+async def begin_row(store: Store, row: RequestRow) -> None:
     """Commit the row as pending. Raises StorageUnavailable; then it will not be in the ledger."""
     row.run = store.run
     values, undo = values_of(row), (FORGET, (row.request_id,))
     await store.record(RECORD, values, kind=REQUEST_ROWS, undo=undo, retry_until_written=False)
 
 
-class Admitted(NamedTuple):
+class CorrectionFacts(NamedTuple):
     """Facts about the admission of a request that the correction of its estimate needs."""
 
     at: int  # the ledger's time, which chooses the prices
@@ -31,22 +31,26 @@ class Admitted(NamedTuple):
     held: int  # nanos
 
 
-async def settle(store: Store, row: RequestRow, admitted: Admitted | None = None) -> None:
-    """Commit the row as it ended, however long that takes. With `admitted`, an estimated row can be
-    corrected when its response is fetched later."""
+async def settle_row(
+    store: Store, row: RequestRow, correction_facts: CorrectionFacts | None = None
+) -> None:
+    """Commit the row as it ended, however long that takes. With `correction_facts`, an estimated
+    row can be corrected when its response is fetched later."""
     values = values_of(row)
     written = store.record(RECORD, values, kind=REQUEST_ROWS, retry_until_written=True)
-    if admitted and row.usage_source == "estimated" and row.response_id:
-        estimate = (row.response_id, row.request_id, *admitted)
+    if correction_facts and row.usage_source == "estimated" and row.response_id:
+        estimate = (row.response_id, row.request_id, *correction_facts)
         written = store.record(KEEP_ESTIMATE, estimate, retry_until_written=True)
     await written
 
 
-def record_progress(store: Store, row: RequestRow, admitted: Admitted | None) -> None:
+def record_progress(
+    store: Store, row: RequestRow, correction_facts: CorrectionFacts | None
+) -> None:
     """Save what a request in flight has used so far, in case the process is killed. `row` is the
-    request's row as if it had just ended; `admitted` is as in `settle`."""
+    request's row as if it had just ended; `correction_facts` is as in `settle_row`."""
     settled = orjson.dumps(dict(zip(COLUMNS, values_of(row), strict=True))).decode()
-    values = (row.request_id, settled, *(admitted or (None, None, None)))
+    values = (row.request_id, settled, *(correction_facts or (None, None, None)))
     store.record(RECORD_PROGRESS, values, retry_until_written=True, durable=False)
 
 
@@ -55,7 +59,7 @@ def drop_progress(store: Store, row: RequestRow) -> None:
     store.record(DROP_PROGRESS, (row.request_id,), retry_until_written=True, durable=False)
 
 
-async def forget(store: Store, row: RequestRow) -> None:
+async def forget_row(store: Store, row: RequestRow) -> None:
     """Remove a pending row whose request did not leave for the upstream after all."""
     await store.record(FORGET, (row.request_id,), retry_until_written=True)
 

@@ -54,7 +54,7 @@ class WalFile:
         try:
             await self._writer.empty_wal()
         except Exception as error:
-            self._commits.notice(error)
+            self._commits.check_error(error)
             raise StorageUnavailable(f"the WAL file can't be emptied: {reason_of(error)}") from None
 
 

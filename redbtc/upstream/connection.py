@@ -16,8 +16,8 @@ arrived; when a response begins, whether the other side's kernel had seen any of
 an upstream sends unasked after that can't be told from the response.)
 
 Rule 4. Memory is bounded. Heads and all other bytes that are not part of a body are limited by
-response.MAX_OVERHEAD. Of a body, at most HIGH_WATER and one read of the socket wait for a slow
-reader; then nothing more is read from the socket.
+response.MAX_OVERHEAD. Of a body, at most MAX_UNREAD_BYTES and one read of the socket wait for a
+slow reader; then nothing more is read from the socket.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ import httpx2
 
 from redbtc.upstream.kernel import acknowledged_bytes, has_unread, probe_when_idle
 from redbtc.upstream.request import UpstreamRequest, serialize_head
-from redbtc.upstream.response import ResponseHead, ResponseReader, State
+from redbtc.upstream.response import ExchangeState, ResponseReader, UpstreamResponse
 
-HIGH_WATER = 64 << 10
+MAX_UNREAD_BYTES = 64 << 10
+# States in which bytes arrive that nobody has asked for.
+NOT_AWAITED = (ExchangeState.IDLE, ExchangeState.COMPLETE, ExchangeState.CLOSED)
 
 
 class NotSent(httpx2.RemoteProtocolError):
@@ -50,7 +52,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
     ) -> None:
         """`open_connections` has the connection while it is open, and `pool` while it is idle."""
         self.response = ResponseReader()
-        self.pass_on: Callable[[bytes], bool] | None = None  # see ResponseBody.pass_on
+        self.bypass: Callable[[bytes], bool] | None = None  # see ResponseBody.bypass_with
         self._open_connections = open_connections
         self._pool = pool
         self._loop = asyncio.get_running_loop()
@@ -73,9 +75,9 @@ class UpstreamHTTPConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         response = self.response
-        if response.state is State.FAILED:
+        if response.state is ExchangeState.FAILED:
             return
-        if response.state in (State.IDLE, State.COMPLETE, State.CLOSED):  # nobody has asked for it
+        if response.state in NOT_AWAITED:
             self.close()
             return
         if self._acknowledged is not None and self._came_before():
@@ -83,11 +85,11 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             return
         response.feed(data)
         reader_waits = self._waiter and response.parts and not self._waiter.done()
-        if self.pass_on and reader_waits and self.pass_on(b"".join(response.parts)):
+        if self.bypass and reader_waits and self.bypass(b"".join(response.parts)):
             response.take()
-            if response.state is State.READING_BODY:
+            if response.state is ExchangeState.READING_BODY:
                 return
-        if response.waiting_bytes > HIGH_WATER and not self._reading_paused:
+        if response.waiting_bytes > MAX_UNREAD_BYTES and not self._reading_paused:
             self._reading_paused = True
             self._transport.pause_reading()
         self._wake()
@@ -123,10 +125,10 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         self, timeout: float | None, late: type[httpx2.TimeoutException]
     ) -> asyncio.Future[None]:
         """Return a future that is done when something has happened, after `timeout` seconds at the
-        latest: the exchange fails then with `late`. Raise the error that it has failed with."""
+        latest: the exchange fails then with `late`. Raises the error that it has failed with."""
         if self.response.error:
             raise self.response.error
-        if self.response.state is State.CLOSED:
+        if self.response.state is ExchangeState.CLOSED:
             raise httpx2.RemoteProtocolError("the connection was closed")
         self._waiter = self._loop.create_future()
         if timeout is not None:
@@ -162,8 +164,8 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             self._acknowledged = self._written + 1
         return not (self._transport.is_closing() or has_unread(self._transport))
 
-    async def exchange(self, request: UpstreamRequest) -> ResponseHead:
-        """Send a request; return the head of its response, whose body is still to be read. Raise
+    async def exchange(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Send a request; return the head of its response, whose body is still to be read. Raises
         TransportError; the connection is closed then."""
         response = self.response
         read = request.timeouts.get("read")
@@ -176,7 +178,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             self.close()
             raise
         body = ResponseBody(self, read)
-        return ResponseHead(
+        return UpstreamResponse(
             response.status, response.headers, body, response.http_version, response.reason
         )
 
@@ -194,15 +196,15 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             if part:
                 self._write([head, part])  # as one packet, where it fits
                 head = b""
-            while not self._writable and self.response.state is State.SENDING:
+            while not self._writable and self.response.state is ExchangeState.SENDING:
                 await self._change(timeout, httpx2.WriteTimeout)
-            if self.response.state is not State.SENDING:
+            if self.response.state is not ExchangeState.SENDING:
                 return
         if left:
             raise httpx2.LocalProtocolError("Too little data for declared Content-Length")
         if end := head + (b"0\r\n\r\n" if left is None else b""):
             self._write([end])
-        self.response.enter(State.AWAITING_HEAD)
+        self.response.enter(ExchangeState.AWAITING_HEAD)
 
     def _write(self, parts: list[bytes]) -> None:
         self._written += sum(map(len, parts))
@@ -212,10 +214,10 @@ class UpstreamHTTPConnection(asyncio.Protocol):
 
     async def read(self, timeout: float | None) -> bytes:
         """Return the bytes of the body that have arrived since the last time; wait for at most
-        `timeout` seconds. Raise StopAsyncIteration at the end of the body, TransportError."""
+        `timeout` seconds. Raises StopAsyncIteration at the end of the body, TransportError."""
         response = self.response
         while not response.parts:
-            if response.state is State.COMPLETE:
+            if response.state is ExchangeState.COMPLETE:
                 raise StopAsyncIteration
             await self._change(timeout, httpx2.ReadTimeout)
         parts = response.take()
@@ -228,10 +230,10 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         """End the exchange: keep the connection for the next request if it may have one, or close
         it."""
         response = self.response
-        whole = response.state is State.COMPLETE and response.reusable
+        whole = response.state is ExchangeState.COMPLETE and response.reusable
         if whole and not self._reading_paused and not self._transport.is_closing():
             response.close()
-            self.response, self.pass_on = ResponseReader(), None
+            self.response, self.bypass = ResponseReader(), None
             self._idle_since = self._loop.time()
             self._pool.append(self)
         else:
@@ -250,17 +252,18 @@ class ResponseBody(httpx2.AsyncByteStream):
         self._connection: UpstreamHTTPConnection | None = connection
         self._timeout = timeout
 
-    def pass_on(self, function: Callable[[bytes], bool]) -> None:
+    def bypass_with(self, function: Callable[[bytes], bool]) -> None:
         """Offer the parts that arrive while the reader waits to this function first. The reader
         does not get a part for which it returns True, and goes on waiting, with the same timeout.
         (Waking a task for an event costs as much as sending the event.)"""
         if self._connection:
-            self._connection.pass_on = function
+            self._connection.bypass = function
 
     @property
     def whole(self) -> bool:
         """Return whether all of the body has arrived."""
-        return self._connection is not None and self._connection.response.state is State.COMPLETE
+        connection = self._connection
+        return connection is not None and connection.response.state is ExchangeState.COMPLETE
 
     def __aiter__(self) -> ResponseBody:
         return self

@@ -8,7 +8,7 @@ import httpx2
 
 from redbtc.headers import BAD_IN_VALUE, Headers
 from redbtc.upstream.request import UpstreamRequest
-from redbtc.upstream.response import ResponseHead
+from redbtc.upstream.response import UpstreamResponse
 
 
 class HTTPXTransport:
@@ -22,8 +22,8 @@ class HTTPXTransport:
             limits=httpx2.Limits(keepalive_expiry=keepalive_seconds, max_connections=None),
         )
 
-    async def send(self, request: UpstreamRequest) -> ResponseHead:
-        """Send a request; return the head of its response. Raise TransportError."""
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Send a request; return the head of its response. Raises TransportError."""
         response = await self._transport.handle_async_request(
             httpx2.Request(
                 request.method,
@@ -39,7 +39,7 @@ class HTTPXTransport:
         except httpx2.RemoteProtocolError:
             await body.aclose()
             raise
-        return ResponseHead(response.status_code, response.headers.raw, body)
+        return UpstreamResponse(response.status_code, response.headers.raw, body)
 
     async def aclose(self) -> None:
         """Close all connections."""

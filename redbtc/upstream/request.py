@@ -29,7 +29,7 @@ class UpstreamRequest(NamedTuple):
 
 def serialize_head(request: UpstreamRequest) -> tuple[bytes, int | None]:
     """Return the head as it is sent, and the length of the body that it declares: None for a body
-    in chunks. Raise LocalProtocolError for a head that could be read as another one."""
+    in chunks. Raises LocalProtocolError for a head that could be read as another one."""
     length, chunked = 0, False
     lines = [b"%s %s HTTP/1.1\r\n" % (request.method.encode(), request.target)]
     for name, value in request.headers:

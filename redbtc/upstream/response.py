@@ -23,7 +23,7 @@ from redbtc.headers import Headers
 MAX_OVERHEAD = 100 << 10  # bytes without any body between: heads, 1xx, chunk extensions, trailers
 
 
-class State(enum.Enum):
+class ExchangeState(enum.Enum):
     """The states of an exchange."""
 
     IDLE = "no request: the connection waits for one"
@@ -35,10 +35,11 @@ class State(enum.Enum):
     CLOSED = "nothing is read any more"
 
 
-ENDED = (State.COMPLETE, State.FAILED, State.CLOSED)
+BEFORE_HEAD = (ExchangeState.SENDING, ExchangeState.AWAITING_HEAD)
+ENDED = (ExchangeState.COMPLETE, ExchangeState.FAILED, ExchangeState.CLOSED)
 
 
-class ResponseHead(NamedTuple):
+class UpstreamResponse(NamedTuple):
     """A response's head, and its body, which whoever reads it closes."""
 
     status: int
@@ -53,7 +54,7 @@ class ResponseReader:
     in memory until they are taken."""
 
     def __init__(self) -> None:
-        self.state = State.IDLE
+        self.state = ExchangeState.IDLE
         self.error: httpx2.TransportError | None = None
         self.status = 0  # until the final head has arrived
         self.reason = b""
@@ -67,11 +68,12 @@ class ResponseReader:
         self._overhead = 0
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
-    def enter(self, state: State) -> None:
+    def enter(self, state: ExchangeState) -> None:
         """Change the state. Nothing follows COMPLETE: what comes after the response's end, or a
         connection that closes then, does not make it incomplete. After FAILED there is only CLOSED:
         the first error counts."""
-        if self.state not in ENDED or (state is State.CLOSED and self.state is State.FAILED):
+        closes_failed = state is ExchangeState.CLOSED and self.state is ExchangeState.FAILED
+        if self.state not in ENDED or closes_failed:
             self.state = state
 
     # What the connection calls
@@ -79,7 +81,7 @@ class ResponseReader:
     def begin(self, method: str) -> None:
         """Expect the response to a request that is being sent from now on."""
         self._has_body = method != "HEAD"
-        self.enter(State.SENDING)
+        self.enter(ExchangeState.SENDING)
 
     def feed(self, data: bytes) -> None:
         """Parse bytes that have arrived. Fails where they are no response of HTTP/1.1."""
@@ -99,8 +101,8 @@ class ResponseReader:
         """Note that the connection has ended, because of `error` unless it is None."""
         if error:
             self.fail(httpx2.ReadError(str(error)))
-        elif self.state is State.READING_BODY and self._until_close:
-            self.enter(State.COMPLETE)
+        elif self.state is ExchangeState.READING_BODY and self._until_close:
+            self.enter(ExchangeState.COMPLETE)
         else:
             where = "in the middle of" if self.status else "without"
             self.fail(httpx2.RemoteProtocolError(f"the connection was closed {where} a response"))
@@ -111,7 +113,7 @@ class ResponseReader:
         self.reusable = False
         if self.state not in ENDED:
             self.error = error
-            self.enter(State.FAILED)
+            self.enter(ExchangeState.FAILED)
 
     def take(self) -> list[bytes]:
         """Return the parts of the body that have arrived since the last time."""
@@ -122,18 +124,18 @@ class ResponseReader:
         """Read nothing any more. Break reference cycles, so that memory is freed without waiting
         for the garbage collector: a parser refers back to its reader, a raised error to the code
         that raised it."""
-        self.enter(State.CLOSED)
+        self.enter(ExchangeState.CLOSED)
         self._parser = self.error = None
 
     @property
     def nothing_came(self) -> bool:
         """Return whether a response is awaited of which not a byte has arrived."""
-        return self.state in (State.SENDING, State.AWAITING_HEAD) and not self._overhead
+        return self.state in BEFORE_HEAD and not self._overhead
 
     # What httptools calls
 
     def on_message_begin(self) -> None:
-        if self.state is State.COMPLETE:  # more than one response
+        if self.state is ExchangeState.COMPLETE:  # more than one response
             self.reusable = False
 
     def on_status(self, reason: bytes) -> None:
@@ -157,28 +159,28 @@ class ResponseReader:
     def on_headers_complete(self) -> None:
         assert self._parser is not None
         status = self._parser.get_status_code()
-        if self.state not in (State.SENDING, State.AWAITING_HEAD):
+        if self.state not in BEFORE_HEAD:
             return
         if status < 200:  # RFC 9110 §15.2: a response that is not the final one
             self.headers, self.reason, self._until_close = [], b"", True
             return
-        if self.state is State.SENDING:  # whoever sends stops then
+        if self.state is ExchangeState.SENDING:  # whoever sends stops then
             self.reusable = False
         self.status = status
         self.http_version = self._parser.get_http_version()
         self._overhead = 0
-        self.enter(State.READING_BODY)
+        self.enter(ExchangeState.READING_BODY)
         if not self._has_body:
             self.reusable = False  # to llhttp, a body follows
-            self.enter(State.COMPLETE)
+            self.enter(ExchangeState.COMPLETE)
 
     def on_body(self, body: bytes) -> None:
-        if self.state is State.READING_BODY:  # else these bytes came after the response
+        if self.state is ExchangeState.READING_BODY:  # else these bytes came after the response
             self._overhead = 0
             self.parts.append(body)
 
     def on_message_complete(self) -> None:
-        if self.state is State.READING_BODY:
+        if self.state is ExchangeState.READING_BODY:
             assert self._parser is not None
             self.reusable = self.reusable and self._parser.should_keep_alive()
-            self.enter(State.COMPLETE)
+            self.enter(ExchangeState.COMPLETE)

@@ -16,7 +16,7 @@ import httpx2
 
 from redbtc.upstream.connection import NotSent, UpstreamHTTPConnection
 from redbtc.upstream.request import UpstreamRequest
-from redbtc.upstream.response import ResponseHead
+from redbtc.upstream.response import UpstreamResponse
 
 
 class Transport(httpx2.AsyncBaseTransport):
@@ -39,7 +39,7 @@ class Transport(httpx2.AsyncBaseTransport):
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request of httpx2's. Raise TransportError."""
+        """Send a request of httpx2's. Raises TransportError."""
         assert isinstance(request.stream, httpx2.AsyncByteStream)
         head = await self.send(
             UpstreamRequest(
@@ -59,8 +59,8 @@ class Transport(httpx2.AsyncBaseTransport):
             extensions={"http_version": version, "reason_phrase": head.reason},
         )
 
-    async def send(self, request: UpstreamRequest) -> ResponseHead:
-        """Send a request without httpx2's objects, which cost as much as all of this. Raise
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Send a request without httpx2's objects, which cost as much as all of this. Raises
         TransportError."""
         url = request.url
         pool = self._pools.setdefault((url.scheme, url.raw_host, url.port), deque())

@@ -29,13 +29,13 @@ from redbtc.request_body.pieces import Buffer
 from redbtc.slices import with_turns
 from redbtc.upstream.httpx_transport import HTTPXTransport
 from redbtc.upstream.request import UpstreamRequest
-from redbtc.upstream.response import ResponseHead
+from redbtc.upstream.response import UpstreamResponse
 from redbtc.upstream.transport import Transport
 
 KEEPALIVE_SECONDS = 15
 MAX_FETCHED = 4 << 20  # bytes of a response that `fetch_whole` reads
 FETCH_SECONDS = 30  # at most, for a request of the gateway's own
-SLICE = 2 << 20  # bytes of a body that are given to the kernel at a time
+UPLOAD_PART_BYTES = 2 << 20  # bytes of a body that are given to the kernel at a time
 MAX_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
 PING_SECONDS = 20
 
@@ -57,10 +57,10 @@ class UploadBody(httpx2.ByteStream):
         if start >= max(size, 1):
             raise StopAsyncIteration
         self.begun = True
-        self._at = max(start + SLICE, 1)
-        if size <= SLICE:
+        self._at = max(start + UPLOAD_PART_BYTES, 1)
+        if size <= UPLOAD_PART_BYTES:
             return cast(bytes, self._body)
-        return cast(bytes, memoryview(self._body)[start : start + SLICE])
+        return cast(bytes, memoryview(self._body)[start : start + UPLOAD_PART_BYTES])
 
 
 NOT_IN_HANDSHAKE = ("accept", "accept-encoding", "content-type", "content-encoding")
@@ -114,8 +114,8 @@ class Upstream:
 
     async def open(
         self, method: str, path: str, query: bytes, headers: Headers, body: UploadBody
-    ) -> ResponseHead:
-        """Send a request; return the head of its response. Raise httpx2.HTTPError."""
+    ) -> UpstreamResponse:
+        """Send a request; return the head of its response. Raises httpx2.HTTPError."""
         target = self._path + path.encode() + (b"?" + query if query else b"")
         headers = [*headers, *self._own]
         return await self._transport.send(
@@ -127,7 +127,7 @@ class Upstream:
     ) -> int:
         """Send a request of the gateway's own, without a body; return the status of its response.
         Call `take` with each part of the decoded response body, and iterate over what it returns,
-        with turns for other work. Raise httpx2.HTTPError, TimeoutError."""
+        with turns for other work. Raises httpx2.HTTPError, TimeoutError."""
         async with asyncio.timeout(min(FETCH_SECONDS, self.settings.first_byte_timeout_seconds)):
             accept = [(b"accept", b"application/json")]
             response = await self.open(method, path, b"", accept, UploadBody(b""))
@@ -146,7 +146,7 @@ class Upstream:
                 await response.body.aclose()
 
     async def fetch_whole(self, path: str) -> tuple[int, bytes]:
-        """Fetch a response; return its status and its whole body. Raise TimeoutError, and
+        """Fetch a response; return its status and its whole body. Raises TimeoutError, and
         httpx2.HTTPError, also for a body of more than MAX_FETCHED bytes."""
         body = bytearray()
 
@@ -162,7 +162,7 @@ class Upstream:
     async def models(self) -> tuple[list[dict[str, Any]], float]:
         """Fetch the upstream's list of models. Return the models that its patterns allow, and how
         old the list is in seconds: if the upstream gives no list now, it is the last one that it
-        gave. Raise Refusal if there is none."""
+        gave. Raises Refusal if there is none."""
         with contextlib.suppress(*NO_LIST):
             status, listed = await self.fetch_whole("/models")
             if status == 200:
@@ -180,7 +180,7 @@ class Upstream:
         return [model["id"] for model in self._models[0]] if self._models else []
 
     async def connect(self, headers: Headers) -> ClientConnection:
-        """Open a WebSocket to the upstream's /responses. Raise OSError, TimeoutError,
+        """Open a WebSocket to the upstream's /responses. Raises OSError, TimeoutError,
         InvalidHandshake."""
         assert isinstance(self._transport, Transport), "speaks_websocket must be true"
         url = f"{str(self._base).rstrip('/')}/responses".replace("http", "ws", 1)
@@ -210,7 +210,7 @@ class Upstream:
 def choose(upstreams: Iterable[Upstream], model: str, only: str | None = None) -> list[Upstream]:
     """Return the upstreams to try for a request, in that order: by priority, and at random by
     weight within a priority. `only` is the name of the upstream where the objects are stored that
-    the request refers to. Raise Refusal if there is none."""
+    the request refers to. Raises Refusal if there is none."""
     if only is not None:
         upstreams = [upstream for upstream in upstreams if upstream.name == only]
         if not upstreams:

@@ -126,6 +126,35 @@ def test_every_operation_keeps_its_description(
     case.call_and_validate(running.url, asking.session, headers)
 
 
+OPERATION_IDS = """
+    account_limits account_notices account_notices_of_key account_payments
+    account_payments_of_key account_prices account_prices_of_key add_account add_key add_notice
+    add_payment add_prices add_user balance change_password check_database end_session limits
+    list_accounts list_changes list_keys list_months list_notices list_payments list_prices
+    list_sessions list_users me overview remove_user requests requests_of_key reset_user
+    resume_account revoke_key rotate_key set_account set_time show_account statement
+    statement_of_key suspend_account throttle_account usage usage_of_key which_price
+    withdraw_notice"""
+SCHEMAS = """
+    Account AccountChange AccountInList AccountList AccountWithMoney AccountsQuery Balance
+    Change ChangeList ChangesQuery Check Correction DatabaseSize Done Error FollowingPrice Group
+    KeyAdded KeyInList KeyList KeyRevoked Lately MeShown Month MonthList MostSpent NewAccount
+    NewKey NewNotice NewPassword NewPayment NewPrice NewPrices NewTime NewUser NotApplied
+    Nothing Notice NoticeList NoticeWithdrawn OtherPrice Overview OverviewQuery Payment
+    PaymentAdded PaymentList PriceList PriceShown PriceSlot PricesAdded PublishedNotice
+    Quantiles RatesOfEarlierPrice Refused RequestReport RequestShown RequestsQuery Revocation
+    Rotation SessionList SessionShown SpendingOverview Statement StatementQuery StatementTotals
+    Sums SumsQuery Suspension Throttle TimeSet TrafficOfDay UpstreamAtWork UpstreamLately
+    UsageReport UserAdded UserList UserShown UsersQuery WhichPrice WhichPriceQuery WhichUser"""
+
+
+def test_generated_clients_find_the_names_that_they_know() -> None:
+    described = openapi(secure=False)
+    methods = [method for path in described["paths"].values() for method in path.values()]
+    assert {*OPERATION_IDS.split()} <= {method["operationId"] for method in methods}
+    assert {*SCHEMAS.split()} <= described["components"]["schemas"].keys()
+
+
 def test_the_description_served_is_that_of_how_it_is_reached(running: Gateway) -> None:
     answer = running.get(f"{PREFIX}/openapi.json")
     assert answer.json() == openapi(secure=False)
@@ -397,7 +426,7 @@ def test_each_role_may_do_what_is_its_own(house: House) -> None:
         body = BODIES.get(operation.name, {}) if operation.method in ("POST", "PATCH") else None
         for path, role in itertools.product(paths_of(operation), ("viewer", "owner")):
             before = house.last_change()
-            allowed = RANKS[role] >= RANKS[operation.least]
+            allowed = RANKS[role] >= RANKS[operation.min_rank]
             answers = {
                 name: house.ask(role, operation.method, path.format(**{**house.own, **ids}), body)
                 for name, ids in (("others", house.others), ("never", NEVER))
@@ -480,7 +509,7 @@ def test_members_see_nothing_of_operators_and_of_others(house: House, role: str)
     seen: set[str] = set()
     text = ""
     for operation in OPERATIONS:
-        if operation.method != "GET" or RANKS[role] < RANKS[operation.least]:
+        if operation.method != "GET" or RANKS[role] < RANKS[operation.min_rank]:
             continue
         for path in operation.paths:
             if path.startswith("/me") != (role == "key"):

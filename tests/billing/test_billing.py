@@ -421,7 +421,7 @@ class Bench:
             upstream="test",
             started_at=at,
         )
-        self.run(requests_module.begin(self.store, row))
+        self.run(requests_module.begin_row(self.store, row))
         return row, hold
 
     def settle(
@@ -438,8 +438,8 @@ class Bench:
             if hold.model_prices:
                 price = hold.model_prices.price(tier, usage.input_tokens or 0)
                 row.price_id, row.cost = price.id, price.cost(usage, False)
-        row.month = self.billing.settle(hold, row.cost or 0)
-        self.run(requests_module.settle(self.store, row))
+        row.month = self.billing.replace_hold(hold, row.cost or 0)
+        self.run(requests_module.settle_row(self.store, row))
 
 
 @pytest.fixture
@@ -881,8 +881,8 @@ def test_a_closed_month_has_what_was_settled_in_its_last_instant(
         for row, hold in flights:
             row.outcome, row.usage_source, row.cost = "completed", "upstream", 5000
             row.usage = Usage(input_tokens=1000)
-            row.month = bench.billing.settle(hold, row.cost)
-            written.append(asyncio.ensure_future(requests_module.settle(bench.store, row)))
+            row.month = bench.billing.replace_hold(hold, row.cost)
+            written.append(asyncio.ensure_future(requests_module.settle_row(bench.store, row)))
         await asyncio.sleep(0)
         clock.now += 1
         first = await statements.statement(bench.billing, account, "2026-11")
@@ -1120,7 +1120,7 @@ class Money(RuleBasedStateMachine):
         """The client left before it was sent: it is taken back."""
         flight = self.flights.pop(which % len(self.flights))
         flight.hold.release()
-        self.bench.run(requests_module.forget(self.bench.store, flight.row))
+        self.bench.run(requests_module.forget_row(self.bench.store, flight.row))
 
     # The process
 

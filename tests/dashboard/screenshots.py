@@ -99,7 +99,11 @@ def pages(account: str, link: str) -> list[tuple[str, str, Callable[[Page], None
         ("status", "status", None),
         ("not-found", "dashboard/nowhere", None),
         *((name, f"dashboard/{name}", None) for name in (*OPERATORS_PAGES, "you")),
-        ("user-added", "dashboard/users", fill_in("Invite", add__email="grace@example.com")),
+        (
+            "user-added",
+            "dashboard/users",
+            fill_in("Invite operator", add__email="grace@example.com"),
+        ),
         *(
             (
                 f"account{page.replace('/', '-')}",
@@ -110,7 +114,7 @@ def pages(account: str, link: str) -> list[tuple[str, str, Callable[[Page], None
         ),
         ("account-key-added", keys, fill_in("Create key", add__label="ci")),
         ("account-key-refused", keys, fill_in("Create key", add__expires="tomorrow")),
-        ("account-member-added", members, fill_in("Invite", add__email="bob@example.com")),
+        ("account-member-added", members, fill_in("Invite member", add__email="bob@example.com")),
         ("account-suspended", manage, fill_in("Suspend account", suspend__reason="unpaid")),
         ("account-resumed", manage, fill_in("Resume account")),
     ]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redbtc.deadlines import MAX_EXPIRED, Deadline, Deadlines
-from redbtc.gateway.relay import CLOSING_SECONDS
+from redbtc.gateway.relay import UPSTREAM_CLOSE_SECONDS
 from redbtc.limits.places import Places
 from tests.helpers.gateway import PATIENCE_SECONDS, USUAL, Gateway, MakeGateway, wait_until
 from tests.helpers.upstream import (
@@ -512,7 +512,7 @@ def test_a_place_is_kept_until_an_upstream_can_have_noticed_that_it_was_left(
         answer.close()
         second.result()
     _, left, arrived = times
-    assert arrived - left >= CLOSING_SECONDS, "however slow this machine is"
+    assert arrived - left >= UPSTREAM_CLOSE_SECONDS, "however slow this machine is"
 
 
 def test_a_client_that_leaves_after_the_last_event_has_completed(

@@ -25,7 +25,7 @@ from redbtc.meter import scanner as scanner_module
 from redbtc.meter.answers import MAX_WHOLE, answer_steps, result_of
 from redbtc.meter.decoded_meter import DecodedMeter
 from redbtc.meter.decoding import Decoding, NotDecoded, codings_of
-from redbtc.meter.meters import JSONMeter, Meter
+from redbtc.meter.meters import JSONMeter, Meter, MeterState
 from redbtc.meter.nodes import Node
 from redbtc.meter.report import Report
 from redbtc.meter.scanner import Scanner
@@ -106,7 +106,7 @@ def run(meter: Meter, pieces: list[bytes], chance: random.Random) -> tuple[bytes
     """Return what passes before the row is committed, and what waits for it."""
     passed, waited = b"", b""
     for piece in pieces:
-        if meter.ended:
+        if meter.state is MeterState.ENDED:
             waited += meter.rest() + piece
         else:
             passed += feed(meter, piece, chance)
@@ -237,7 +237,7 @@ def test_no_size_hides_the_usage_or_holds_the_loop(shape: str, place: str) -> No
     )
     streamed = StreamMeter(images=False, chat=False, take_out_usage=False)
     feed(streamed, data, random.Random(1))
-    assert streamed.ended
+    assert streamed.state is MeterState.ENDED
     assert streamed.report.usage == RESPONSE_USED
     message = b'{"type":"response.completed","response":%b}' % whole
     answer = result_of(answer_steps(message.decode()))
@@ -475,16 +475,16 @@ def test_usage_beside_the_response_counts() -> None:
 
 def test_each_picture_of_a_stream_is_added_up() -> None:
     pieces = images_pieces(0)
-    for seen, output in ((3, 816), (1, 272)):
+    for seen, output, state in ((3, 816, MeterState.ENDING), (1, 272, MeterState.OPEN)):
         meter = StreamMeter(images=True, chat=False, take_out_usage=False, ends=3)
         passed = b"".join(meter.feed(pieces[0]) for _ in range(seen))
         assert passed == pieces[0] * min(seen, 2), "the last one waits"
-        assert (meter.ended, meter.ending) == (False, seen == 3)
+        assert meter.state is state
         assert meter.report.usage is not None
         assert meter.report.usage.output_tokens == output
         assert [part.usage.output_tokens for part in meter.report.parts] == [output]
         meter.finish()
-        assert meter.ended
+        assert meter.state is MeterState.ENDED
         assert meter.report.image_tokens == seen * 4160
 
 
@@ -494,7 +494,7 @@ def test_a_picture_that_is_cut_off_after_others_is_not_the_end() -> None:
     passed = meter.feed(whole + whole[:-20])
     meter.finish()
     assert passed + meter.rest() == whole + whole[:-20]
-    assert not meter.ended
+    assert meter.state is not MeterState.ENDED
     assert meter.report.image_tokens == 2 * 4160
 
 
@@ -646,7 +646,7 @@ def test_answers_of_all_kinds_are_metered_whatever_their_encoding() -> None:
         pieces = pieces_of(packed, chance)
         passed, rest = run(meter, pieces, chance)
         assert passed + rest == packed, seed
-        assert meter.ended, seed
+        assert meter.state is MeterState.ENDED, seed
         assert meter.report.usage == usage, (seed, encoding)
         before = decoded_until_error(encoding, passed)
         assert len(before) < len(whole), "the end waits"
@@ -685,7 +685,7 @@ def test_what_can_not_be_decoded_passes(encoding: str) -> None:
     passed, rest = run(meter, pieces_of(whole, random.Random(1)), random.Random(1))
     assert passed + rest == whole
     assert rest
-    assert meter.ended
+    assert meter.state is MeterState.ENDED
     assert meter.report.usage is None
 
 

@@ -140,6 +140,33 @@ def test_privates_stay_private() -> None:
     assert not wrong
 
 
+# Names that several modules may define: `main` is what starts a program, and the type variable `T`
+# means nothing outside the signatures beside it.
+REPEATED = {"main", "T"}
+
+
+def defined_in(tree: ast.Module) -> set[str]:
+    """Return the public names that a module defines at its top level."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = [part for target in targets for part in ast.walk(target)]
+            names |= {part.id for part in parts if isinstance(part, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path, tree in TREES.items():
+        for name in defined_in(tree) - REPEATED:
+            places.setdefault(name, []).append(module_of(path))
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert defined_in(ast.parse("a, (b, _) = c\nd: e = f\ndef g(): h = 1")) == {"a", "b", "d", "g"}
+
+
 def lengths(*kinds: type[ast.AST]) -> dict[str, int]:
     """Return the number of lines of each definition of these kinds."""
     return {

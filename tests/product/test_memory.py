@@ -38,7 +38,7 @@ from redbtc.server import cycle
 from redbtc.limits import memory
 from redbtc.request_body import body
 from redbtc.request_body import forms, media
-from redbtc.gateway import admission, background_responses
+from redbtc.gateway import admitted_request, background_responses
 from redbtc.upstream import upstreams
 from redbtc.meter import meters
 from redbtc.server import websocket_protocol
@@ -65,8 +65,8 @@ let_fail(body.RequestBody, "add_include_usage")
 let_fail(forms.Form, "grow")
 let_fail(media, "decompressed")
 let_fail(body.ClientEvent, "read")
-let_fail(admission.AdmittedRequest, "hold")
-let_fail(admission.AdmittedRequest, "_note_growth")
+let_fail(admitted_request.AdmittedRequest, "take_hold")
+let_fail(admitted_request.AdmittedRequest, "_note_growth")
 let_fail(upstreams.Upstream, "open")
 let_fail(meters.JSONMeter, "steps")
 let_fail(websocket_protocol.WebSocketProtocol, "_count")
@@ -90,7 +90,7 @@ BEFORE_FORWARDING: dict[str, tuple[str, dict[str, str], bytes]] = {
     "RequestBody.add_include_usage": ("/chat/completions", JSON, json.dumps(CHAT).encode()),
     "Form.grow": ("/images/edits", FORM, PICTURE),
     "redbtc.request_body.media.decompressed": ("/responses", GZIP, gzip.compress(TEXT)),
-    "AdmittedRequest.hold": ("/responses", JSON, TEXT),
+    "AdmittedRequest.take_hold": ("/responses", JSON, TEXT),
 }
 
 

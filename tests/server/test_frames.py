@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from websockets.frames import Opcode
 
-from redbtc.gateway.websocket.client_sender import MAX_PAUSE
+from redbtc.gateway.websocket.client_sender import MAX_REFUSAL_PAUSE
 from redbtc.server.frame_reader import MAX_PART
 from tests.helpers.gateway import WITHOUT_COLLECTIONS, Gateway, MakeGateway, wait_until
 from tests.helpers.speed import Stalls
@@ -840,4 +840,4 @@ def test_requests_that_are_refused_together_do_not_shut_their_account_out(
         assert answer.startswith(b"HTTP/1.1 429 "), answer
         wait = re.search(rb"\r\nretry-after: (\d+)", answer)
         assert wait
-        assert int(wait[1]) <= MAX_PAUSE + 1
+        assert int(wait[1]) <= MAX_REFUSAL_PAUSE + 1

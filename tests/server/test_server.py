@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 from redbtc.server import connections
 from redbtc.server import protocol as protocol_module
 from redbtc.server.asgi import Scope, request_of
-from redbtc.server.connections import Connections, State
+from redbtc.server.connections import Connections, ConnectionState
 from redbtc.server.framing import (
     HANDSHAKE_LISTS,
     MAX_CHUNKS_PER_TURN,
@@ -386,15 +386,20 @@ def test_deadlines() -> None:
 
     async def test() -> None:
         head = post(b"X: y", b"body")
-        cases: list[tuple[Respond | None, list[bytes], State, float]] = [
-            (None, [], State.IDLE, 30),
-            (None, [b"POST / HTTP/1.1\r\n"], State.HEAD, 30),
-            (None, [b"\r\n\r\n"], State.HEAD, 30),
-            (None, [head], State.IDLE, 75),
-            (None, [head, b"G"], State.HEAD, 30),
-            (early, [head[:-4], b"b"], State.DISCARDING, 30),
-            (early, [head.replace(b"X: y", b"Connection: close")[:-4], b"b"], State.CLOSING, 2),
-            (None, [b"garbage\r\n\r\n"], State.CLOSING, 2),
+        cases: list[tuple[Respond | None, list[bytes], ConnectionState, float]] = [
+            (None, [], ConnectionState.IDLE, 30),
+            (None, [b"POST / HTTP/1.1\r\n"], ConnectionState.HEAD, 30),
+            (None, [b"\r\n\r\n"], ConnectionState.HEAD, 30),
+            (None, [head], ConnectionState.IDLE, 75),
+            (None, [head, b"G"], ConnectionState.HEAD, 30),
+            (early, [head[:-4], b"b"], ConnectionState.DISCARDING, 30),
+            (
+                early,
+                [head.replace(b"X: y", b"Connection: close")[:-4], b"b"],
+                ConnectionState.CLOSING,
+                2,
+            ),
+            (None, [b"garbage\r\n\r\n"], ConnectionState.CLOSING, 2),
         ]
         for app, parts, state, seconds in cases:
             served = Served(app)

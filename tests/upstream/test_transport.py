@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from redbtc.config import parse_settings
 from redbtc.upstream import upstreams
 from redbtc.upstream.connection import ResponseBody, UpstreamHTTPConnection
-from redbtc.upstream.response import ResponseReader, State
+from redbtc.upstream.response import ExchangeState, ResponseReader
 from redbtc.upstream.transport import Transport
 from tests.helpers.gateway import PATIENCE_SECONDS, MakeGateway
 from tests.helpers.upstream import (
@@ -596,7 +596,7 @@ def test_a_closed_connection_waits_for_no_garbage_collector(
             body = (await transport.handle_async_request(request)).stream
             assert isinstance(body, ResponseBody)
             await anext(body)
-            body.pass_on(lambda part: body is not None)
+            body.bypass_with(lambda part: body is not None)
             await body.aclose()
         await asyncio.sleep(0.1)
 
@@ -677,7 +677,7 @@ def test_what_comes_is_offered_only_while_its_reader_waits(upstream: Upstream) -
                 passed.append(part)
                 return taken
 
-            body.pass_on(pass_on)
+            body.bypass_with(pass_on)
             steps[0].set()
             await asyncio.sleep(0.1)
             assert passed == []
@@ -729,7 +729,7 @@ def test_an_end_that_comes_with_a_part_that_is_passed_on(upstream: Upstream) -> 
                 assert isinstance(body, ResponseBody)
                 assert await anext(body) == b"a"
                 if offered:
-                    body.pass_on(pass_on)
+                    body.bypass_with(pass_on)
                 reading = asyncio.create_task(rest(body))
                 await asyncio.sleep(0)  # the reader waits
                 step.set()
@@ -806,7 +806,7 @@ def test_the_states_of_an_exchange() -> None:
     reader.begin("POST")
     states.append(reader.state)
     assert reader.nothing_came
-    reader.enter(State.AWAITING_HEAD)
+    reader.enter(ExchangeState.AWAITING_HEAD)
     reader.feed(b"HTTP/1.1 103 Early Hints\r\n\r\n" + SIZED[:-1])
     states.append(reader.state)
     assert not reader.nothing_came
@@ -823,13 +823,13 @@ def test_the_states_of_an_exchange() -> None:
     assert (reader.status, reader.reason, reader.take()) == (200, b"OK", [])
     reader.close()
     assert [*states, reader.state] == [
-        State.IDLE,
-        State.SENDING,
-        State.AWAITING_HEAD,
-        State.READING_BODY,
-        State.COMPLETE,
-        State.COMPLETE,
-        State.COMPLETE,
+        ExchangeState.IDLE,
+        ExchangeState.SENDING,
+        ExchangeState.AWAITING_HEAD,
+        ExchangeState.READING_BODY,
+        ExchangeState.COMPLETE,
+        ExchangeState.COMPLETE,
+        ExchangeState.COMPLETE,
     ]
 
 
@@ -837,8 +837,8 @@ def test_an_exchange_that_does_not_go_as_planned() -> None:
     early = ResponseReader()
     early.begin("POST")
     early.feed(SIZED + b"hello")
-    early.enter(State.AWAITING_HEAD)
-    assert (early.state, early.reusable) == (State.COMPLETE, False), (
+    early.enter(ExchangeState.AWAITING_HEAD)
+    assert (early.state, early.reusable) == (ExchangeState.COMPLETE, False), (
         "the request was not sent whole"
     )
     failed = ResponseReader()
@@ -846,7 +846,7 @@ def test_an_exchange_that_does_not_go_as_planned() -> None:
     failed.feed(b"garbage")
     error = failed.error
     failed.end(None)
-    assert (failed.state, failed.error) == (State.FAILED, error), "the first error counts"
+    assert (failed.state, failed.error) == (ExchangeState.FAILED, error), "the first error counts"
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import contextlib
 import msgspec
 from websockets.exceptions import ConnectionClosed
 
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import required_upstreams
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes, MessageMemory
 from redbtc.gateway.websocket.turn_response import SessionObjects
@@ -66,7 +66,7 @@ class ClientEvents:
         event: ClientEvent | None = None
         account_id = self._reservation.account_id
         try:
-            key = self._gateway.enter(self._handshake)
+            key = self._gateway.authenticate(self._handshake)
             with self._gateway.limiter.charge(key, self._gateway.settings.limits) as admission:
                 event = await in_slices(ClientEvent.read(text), account_id)
                 if event.excess_bytes:
@@ -105,7 +105,7 @@ class ClientEvents:
         turn = self._lanes.turn_of_response(response_id)
         if turn is None:
             raise not_found("previous_response_id", response_id)
-        key = self._gateway.enter(self._handshake)
+        key = self._gateway.authenticate(self._handshake)
         await required_upstreams(self._gateway, key, event, self._objects.locations)
         await turn.steer(response_id, event, admission)
         if turn.socket and not turn.socket.is_lost:

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from redbtc.headers import Headers
-from redbtc.limits.rates import Bucket
+from redbtc.limits.buckets import Bucket
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import ClientRequest, Send
 from redbtc.server.websocket_protocol import (
@@ -21,7 +21,7 @@ from redbtc.server.websocket_protocol import (
 )
 from redbtc.telemetry import Telemetry
 
-MAX_PAUSE = 30  # seconds that refused events can pause reading; a ping waits 60 for its answer
+MAX_REFUSAL_PAUSE = 30  # seconds that refused events can pause reading; a ping waits 60
 
 
 class ClientSender:
@@ -77,10 +77,10 @@ class ClientSender:
         close: int | None = None,
     ) -> None:
         """Count and charge a refused event, and send the refusal as `send_error` does. It costs as
-        much as so many small frames, since it is as much work. At most MAX_PAUSE is owed, since
-        many requests that wait can be refused at once."""
+        much as so many small frames, since it is as much work. At most MAX_REFUSAL_PAUSE is owed,
+        since many requests that wait can be refused at once."""
         self._small_frames.fill(SMALL_FRAMES_PER_MINUTE, time.monotonic())
-        if self._small_frames.seconds_until(REFUSED_FRAMES) < MAX_PAUSE:
+        if self._small_frames.seconds_until(REFUSED_FRAMES) < MAX_REFUSAL_PAUSE:
             self._small_frames.charge(REFUSED_FRAMES)
         self._telemetry.refused(request.id, request.route, refusal, request.counted)
         await self.send_error(refusal, stream_id, close or closing_code(refusal))

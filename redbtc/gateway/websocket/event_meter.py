@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from redbtc.meter.answers import Answer, name_in, result_of
 from redbtc.meter.events import LAST
-from redbtc.meter.meters import Meter
+from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.report import Report
 from redbtc.slices import in_slices
 
@@ -20,7 +20,6 @@ class EventMeter(Meter):
 
     def __init__(self) -> None:
         self.report = Report(images=False)
-        self.ended = False
         self.was_steered = False
 
     async def take(self, event: Answer, kind: str, account_id: str) -> None:
@@ -35,7 +34,8 @@ class EventMeter(Meter):
             self.report.passed.see_delta(event, chat=False)
         if event.response or event.item or kind == "error" or kind.endswith("partial_image"):
             yield from self.report.note(event)
-        self.ended = self.ended or kind == "error" or LAST.fullmatch(kind.encode()) is not None
+        if kind == "error" or LAST.fullmatch(kind.encode()):
+            self.state = MeterState.ENDED
         if kind == "response.incomplete" and event.inner:
             details = event.inner.incomplete_details
             self.was_steered = isinstance(details, dict) and details.get("reason") == "steered"
@@ -56,6 +56,6 @@ def is_stream_id(stream_id: Any) -> TypeGuard[str | None]:
     return isinstance(stream_id, STREAM_ID_TYPES)
 
 
-def status_of(event: Answer) -> int:
+def event_status(event: Answer) -> int:
     """Return the status of an error event, 500 if it has no valid one."""
     return event.status if type(event.status) is int and 400 <= event.status <= 599 else 500

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from redbtc.deadlines import Deadline
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.limits.memory import Reservation
 from redbtc.store.keys import Key
 

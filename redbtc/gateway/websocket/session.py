@@ -37,7 +37,7 @@ from collections.abc import Iterator
 
 from websockets.asyncio.client import ClientConnection
 
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.websocket.client_events import ClientEvents
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes
@@ -47,7 +47,7 @@ from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.gateway.websocket.turn_runner import TurnRunner
 from redbtc.gateway.websocket.upstream_events import UpstreamEvents
 from redbtc.headers import Headers, header
-from redbtc.limits.rates import Bucket
+from redbtc.limits.buckets import Bucket
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.server.asgi import ClientRequest, Receive, Send
 from redbtc.server.pausing_websocket import CLOSING_SECONDS
@@ -69,7 +69,7 @@ async def serve_websocket(
     """Serve a WebSocket from its handshake to its end. Raises Refusal before the connection is
     accepted, ClientLeft."""
     await receive()  # the wish to connect
-    key = gateway.enter(handshake)
+    key = gateway.authenticate(handshake)
     charge_handshake(gateway.limiter.small_frames(key))
     with counted_session(gateway, key.account_id):
         session = WebSocketSession(gateway, handshake, key, receive, send)

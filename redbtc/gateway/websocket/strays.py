@@ -13,18 +13,19 @@ from redbtc.billing.spending import Hold
 from redbtc.deadlines import TICK
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import RESPONSES
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import account_for, bill, count_containers, locations_of
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket.event_meter import EventMeter, is_stream_id, kind_of
 from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import Answer
 from redbtc.meter.estimates import Estimate, SeenOutput, estimate, is_complete
+from redbtc.meter.meters import MeterState
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.server.asgi import new_request_id
 from redbtc.store.keys import Key
-from redbtc.store.requests import Admitted, settle
+from redbtc.store.requests import CorrectionFacts, settle_row
 from redbtc.usage import Outcome, RequestRow
 
 MAX_STRAYS = 16  # responses of a connection whose events are metered at the same time
@@ -66,7 +67,7 @@ class Strays:
             self._strays[lane] = Stray()
         if stray := self._strays.get(lane):
             await stray.meter.take(event, kind_of(event), self._key.account_id)
-            if stray.meter.ended:
+            if stray.meter.state is MeterState.ENDED:
                 del self._strays[lane]
                 failed = stray.meter.report.failed
                 await self._write(stray, "upstream_error" if failed else "completed")
@@ -83,7 +84,7 @@ class Strays:
         named = [report.response_id] if report.response_id else []
         used = is_complete(report) or outcome != "upstream_error" or SeenOutput.of(report)
         if not self._objects.billed.isdisjoint(named):
-            await gateway.corrections.look(named[0], self._key.account_id, report)
+            await gateway.corrections.correct_if_final(named[0], self._key.account_id, report)
             return
         if not used:
             return
@@ -91,13 +92,13 @@ class Strays:
         guess = None if is_complete(report) else await self._estimate(stray)
         row = self._new_row(stray)
         parts = account_for(row, report, outcome, guess)
-        money = await hold_nothing(gateway.billing, self._key, row.requested_model)
+        hold = await hold_nothing(gateway.billing, self._key, row.requested_model)
         parts = await count_containers(gateway.containers, row, report, parts)
-        bill(row, parts, gateway.billing, money, DEFAULT_IMAGE_MODEL)
+        bill(row, parts, gateway.billing, hold, DEFAULT_IMAGE_MODEL)
         location, usage = ObjectLocation(row.upstream), None if guess else row.usage
         locations = locations_of(named, report, location, usage)
         gateway.objects.own_each(locations, row.account_id)
-        await settle(gateway.store, row, Admitted(money.at, DEFAULT_IMAGE_MODEL, 0))
+        await settle_row(gateway.store, row, CorrectionFacts(hold.at, DEFAULT_IMAGE_MODEL, 0))
         gateway.telemetry.settled(row)
 
     def _new_row(self, stray: Stray) -> RequestRow:

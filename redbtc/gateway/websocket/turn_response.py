@@ -9,8 +9,8 @@ from msgspec import Struct, field
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
 from redbtc.gateway.endpoints import RESPONSES
-from redbtc.gateway.metered import MeteredRequest
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.metered_request import MeteredRequest
 from redbtc.gateway.websocket.event_meter import EventMeter
 from redbtc.limits.admission import Admission
 from redbtc.locations import ObjectLocation
@@ -18,7 +18,7 @@ from redbtc.meter.answers import Answer
 from redbtc.request_body.body import ClientEvent
 from redbtc.server.asgi import ClientRequest
 from redbtc.store.keys import Key
-from redbtc.store.requests import settle
+from redbtc.store.requests import settle_row
 from redbtc.usage import Outcome, Usage
 
 
@@ -59,9 +59,9 @@ class TurnResponse(MeteredRequest):
     async def take(self, event: Answer, kind: str) -> None:
         """Meter an event, whose type is `kind`."""
         if self.first_byte_ms is None:
-            self.received()
+            self.note_first_byte()
         await self.meter.take(event, kind, self.key.account_id)
-        self.metered()
+        self.act_on_report()
 
     async def settle(self, outcome: Outcome) -> None:
         """Commit the row as the response ended."""
@@ -87,13 +87,13 @@ class TurnResponse(MeteredRequest):
     def next_input(self, steered_tokens: int) -> int:
         """Return how many tokens a response that follows reads at most besides the request: what
         this one has read and said, and the input that it was steered by."""
-        output_tokens = self.maximum.output_tokens(self.money.model_prices)
+        output_tokens = self.maximum.output_tokens(self.hold.model_prices)
         return self.further_input + output_tokens + steered_tokens
 
-    def following(self, money: Hold, further_input: int, steered_estimate: int) -> TurnResponse:
+    def following(self, hold: Hold, further_input: int, steered_estimate: int) -> TurnResponse:
         """Return the response that follows this one, in its places and with a row of its own.
-        `money` is held for it. It reads at most `further_input` tokens besides the request, and was
-        steered by about `steered_estimate` tokens."""
+        `hold` is the hold for it. It reads at most `further_input` tokens besides the request, and
+        was steered by about `steered_estimate` tokens."""
         usage = self.row.usage
         response = TurnResponse(
             self.gateway,
@@ -107,9 +107,9 @@ class TurnResponse(MeteredRequest):
         response.further_input = further_input
         said = (usage.input_tokens or 0) + (usage.output_tokens or 0)
         response.input_estimate = said + steered_estimate
-        response.take_over(self.row, money)
+        response.take_over(self.row, hold)
         return response
 
     async def write_pending(self) -> None:
         """Commit the pending row of a response that follows, however long that takes."""
-        await settle(self.gateway.store, self.row)
+        await settle_row(self.gateway.store, self.row)

@@ -7,8 +7,8 @@ import contextlib
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.deadlines import Deadline
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import upstreams_for
-from redbtc.gateway.state import Gateway
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lane, Lanes, MessageMemory, QueuedRequest
 from redbtc.gateway.websocket.tasks import Tasks
@@ -93,7 +93,7 @@ class TurnRunner:
             raise expired()
         if self._sender.closed:
             raise ClientLeft
-        key = gateway.enter(self._handshake)
+        key = gateway.authenticate(self._handshake)
         deadline, objects = Deadline(gateway.deadlines), self._objects
         response = TurnResponse(gateway, request, deadline, admission, key, event, objects)
         turn = lane.turn = Turn(lane.stream_id, response, deadline)
@@ -106,7 +106,7 @@ class TurnRunner:
             message = "No upstream serves this model over a WebSocket; use POST."
             raise Refusal("no_upstream", message)
         with gateway.serving(None, deadline, key):
-            async with response.admitted(upstreams[0], queued), turn.further:
+            async with response.admit(upstreams[0], queued), turn.further:
                 await self._forward(turn, event, upstreams)
 
     async def _forward(self, turn: Turn, event: ClientEvent, upstreams: list[Upstream]) -> None:
@@ -136,7 +136,7 @@ class TurnRunner:
     async def _connect(self, turn: Turn, upstreams: list[Upstream]) -> UpstreamSocket:
         """Return a connection to the first upstream that can be reached. Raises NoUpstream."""
         for upstream in upstreams:
-            turn.response.leaves_for(upstream)
+            turn.response.note_upstream(upstream)
             # Connecting has this timeout itself, and a second more is enough to report it.
             turn.deadline.allow(upstream.settings.connect_timeout_seconds + 1)
             with contextlib.suppress(OSError, Refusal):
@@ -183,7 +183,7 @@ class TurnRunner:
             return
         refusal = Refusal(failure)
         if outcome == "upstream_failed" and response.first_byte_ms is None:
-            response.answered(refusal.status)  # all that the client gets is the error
+            response.note_status(refusal.status)  # all that the client gets is the error
         await response.settle(outcome)
         if outcome == "upstream_failed":
             await self._sender.send_error(refusal, turn.stream_id)

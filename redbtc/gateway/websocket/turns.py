@@ -24,12 +24,13 @@ from typing import NamedTuple
 
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
-from redbtc.gateway.websocket.event_meter import kind_of, response_named, status_of
+from redbtc.gateway.websocket.event_meter import event_status, kind_of, response_named
 from redbtc.gateway.websocket.strays import hold_nothing
 from redbtc.gateway.websocket.turn_response import TurnResponse
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import Answer
+from redbtc.meter.meters import MeterState
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.body import ClientEvent
 from redbtc.request_body.reading import MAX_INPUT_ITEMS
@@ -61,7 +62,7 @@ class Steer(NamedTuple):
 
     tokens: int
     input_estimate: int
-    money: Hold
+    hold: Hold
 
 
 class Turn:
@@ -108,13 +109,13 @@ class Turn:
         admission.charge("tokens", 0)
         tokens = event.max_input_tokens + event.inherited.tokens
         waiting = sum(steer.tokens for steer in self._steers)
-        money = await self.response.hold(self.response.next_input(tokens + waiting))
+        hold = await self.response.take_hold(self.response.next_input(tokens + waiting))
         if self.response.settled or self.response.id != response_id:  # it has ended meanwhile
-            money.release()
+            hold.release()
             raise not_found("previous_response_id", response_id)
-        self.further.enter_context(money)
+        self.further.enter_context(hold)
         self.response.body.chosen_ids |= event.chosen_ids
-        self._steers.append(Steer(tokens, event.input_estimate, money))
+        self._steers.append(Steer(tokens, event.input_estimate, hold))
 
     def _check_steering(self, event: ClientEvent) -> None:
         """Raise Refusal for steering that the response can't be given."""
@@ -139,7 +140,7 @@ class Turn:
         self.deadline.allow(idle_seconds)
         settled = self.response.settled
         if self._steers and (kind in UNRESOLVED or (kind == "error" and settled)):
-            self._steers.pop(0).money.release()  # no response will follow
+            self._steers.pop(0).hold.release()  # no response will follow
             if settled:
                 self._enter(self._settled_state())
         elif kind not in UNRESOLVED:
@@ -154,8 +155,8 @@ class Turn:
         """Meter an event of the response, and settle the response if it is the last one."""
         response = self.response
         await response.take(event, kind)
-        if response.meter.ended and not response.settled:
-            response.answered(status_of(event) if kind == "error" else 200)
+        if response.meter.state is MeterState.ENDED and not response.settled:
+            response.note_status(event_status(event) if kind == "error" else 200)
             self._enter(self._settled_state())
             await response.settle(response.outcome())
         elif self.state is TurnState.WAITING and response.id:
@@ -173,21 +174,21 @@ class Turn:
         before, steers = self.response, self._steers
         self._steers = []
         for steer in steers[:-1]:  # the last one's hold includes what they have
-            steer.money.release()
+            steer.hold.release()
         if steers:
-            money = steers[-1].money.transfer()
+            hold = steers[-1].hold.transfer()
         else:
             billing, model = before.gateway.billing, before.row.requested_model
-            money = await hold_nothing(billing, before.key, model)
+            hold = await hold_nothing(billing, before.key, model)
         if self.over.done():  # it was given up meanwhile
-            money.release()
+            hold.release()
             return
         try:
             tokens = before.next_input(sum(steer.tokens for steer in steers))
             estimate = sum(steer.input_estimate for steer in steers)
-            self.response = before.following(money, tokens, estimate)
+            self.response = before.following(hold, tokens, estimate)
         except BaseException:
-            money.release()
+            hold.release()
             raise
         await self.further.aclose()  # what was before has ended
         self.further.push_async_exit(self.response)

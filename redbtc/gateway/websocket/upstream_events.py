@@ -7,7 +7,7 @@ import asyncio
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from redbtc.deadlines import TICK
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes
 from redbtc.gateway.websocket.strays import Strays
@@ -19,7 +19,7 @@ from redbtc.meter.answers import MAX_AT_ONCE, answer_steps, decode_answer
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import ClientRequest
 from redbtc.server.websocket_protocol import INTERNAL_ERROR, UPGRADE
-from redbtc.slices import answers_of, in_slices
+from redbtc.slices import answer_queue, in_slices
 from redbtc.store.keys import Key
 from redbtc.upstream.headers import headers_for_upstream
 from redbtc.upstream.upstreams import Upstream, in_order
@@ -137,7 +137,7 @@ class UpstreamEvents:
         if len(message) <= MAX_AT_ONCE:
             event = decode_answer(message)
         else:
-            account = answers_of(self._key.account_id)
+            account = answer_queue(self._key.account_id)
             event = await in_slices(answer_steps(message), account, started=True)
         if socket.is_lost:
             return

@@ -9,10 +9,10 @@ import time
 from redbtc.deadlines import Deadline
 from redbtc.gateway.asking import ask
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.gateway.state import Gateway
+from redbtc.gateway.gateway import Gateway
 from redbtc.limits.admission import Admission
 from redbtc.meter.decoded_meter import DecodedMeter
-from redbtc.meter.meters import JSONMeter, Meter
+from redbtc.meter.meters import JSONMeter, Meter, MeterState
 from redbtc.meter.streams import StreamMeter
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.server.asgi import ClientRequest
@@ -83,18 +83,18 @@ class ForwardedRequest:
         metering = self.settings.metering
         return metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
 
-    def leaves_for(self, upstream: Upstream) -> None:
+    def note_upstream(self, upstream: Upstream) -> None:
         """Note that the request is about to be sent to an upstream."""
 
-    def answered(self, status: int) -> None:
+    def note_status(self, status: int) -> None:
         """Note the status of the upstream's answer."""
         self.status = status
 
-    def received(self) -> None:
+    def note_first_byte(self) -> None:
         """Note the time of the first byte of the answer's body."""
         self.first_byte_ms = self.elapsed_ms()
 
-    def metered(self) -> None:
+    def act_on_report(self) -> None:
         """Act on what the meter has found in the bytes that it was fed last."""
 
     async def settle(self, outcome: Outcome) -> None:
@@ -123,7 +123,7 @@ class ForwardedRequest:
         account_id = self.key.account_id
         status, report = await ask(upstream, f"/responses/{response_id}", account_id)
         if status == 200 and report.response_id == response_id:
-            await self.gateway.corrections.look(response_id, account_id, report)
+            await self.gateway.corrections.correct_if_final(response_id, account_id, report)
 
     def outcome(self) -> Outcome:
         """Return how an answer ended of which nothing more comes."""
@@ -131,7 +131,8 @@ class ForwardedRequest:
             return "upstream_error"
         if self.deadline.client_left:
             return "client_disconnected"
-        return "completed" if self.meter.ended else "upstream_failed"
+        is_complete = self.meter.state is MeterState.ENDED
+        return "completed" if is_complete else "upstream_failed"
 
     def elapsed_ms(self) -> int:
         """Return how long ago the request's head had arrived, in milliseconds."""

@@ -15,15 +15,15 @@ from itertools import islice
 import msgspec
 
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.admission import AdmittedRequest
+from redbtc.gateway.admitted_request import AdmittedRequest
 from redbtc.gateway.background import BackgroundResponse
-from redbtc.gateway.progress import PROGRESS_GROWTH, PROGRESS_SECONDS
+from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
+    add_calls,
     bill,
-    charge,
     count_containers,
-    counted,
+    fill_in_cost,
     is_partly_known,
     locations_of,
     weight,
@@ -31,23 +31,24 @@ from redbtc.gateway.settlement import (
 from redbtc.headers import header
 from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
+from redbtc.meter.meters import MeterState
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow
-from redbtc.store.requests import Admitted, drop_progress, record_progress, settle
+from redbtc.store.requests import CorrectionFacts, drop_progress, record_progress, settle_row
 from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
 
 
 class MeteredRequest(AdmittedRequest):
     """A request whose answer is metered and billed."""
 
-    _saved_after = PROGRESS_SECONDS / PROGRESS_GROWTH  # seconds of work, when it was last saved
+    _saved_after = SAVE_SECONDS / SAVE_GROWTH  # seconds of work, when it was last saved
     _is_saved = False  # whether the ledger has a row in `unsettled` for it
     _named = 0  # objects that it is known to have made
     _repeats = False  # what another request has made
     _shown_elsewhere = False  # whether its response was shown to another request
     _unweighed: Mapping[str, bool] = {}  # what it has made without known tokens
 
-    def metered(self) -> None:
+    def act_on_report(self) -> None:
         """Record the objects that the answer names as this account's, before the client sees their
         ids. Ids that the client chose are not recorded."""
         report = self.meter.report
@@ -62,17 +63,18 @@ class MeteredRequest(AdmittedRequest):
         if background and report.response_id and not (self.background or self._repeats):
             self._go_on_in_background(report, report.response_id)
         made = {each: always for each, always in fresh if each not in chosen}
-        known = self.meter.ended and report.has_output  # not what its beginning reports
+        is_whole = self.meter.state is MeterState.ENDED
+        known = is_whole and report.has_output  # not what its beginning reports
         self._learn(made, report.usage if known else None)
         if not known:
             self._unweighed = {**self._unweighed, **made}
-            money = self.background.money if self.background else self.money
-            if money.held:
-                money.grow(self.gateway.objects, made, self._most_usage().all_tokens)
+            hold = self.background.hold if self.background else self.hold
+            if hold.held:
+                hold.grow(self.gateway.objects, made, self._max_usage().all_tokens)
 
-    def _most_usage(self) -> MaximumUsage:
+    def _max_usage(self) -> MaximumUsage:
         """Return the most that the request can use."""
-        return self.maximum.usage(self.money, self.further_input)
+        return self.maximum.usage(self.hold, self.further_input)
 
     def _learn(
         self, made: Mapping[str, bool], usage: Usage | None, likely: Usage | None = None
@@ -107,13 +109,13 @@ class MeteredRequest(AdmittedRequest):
         self.awaits_id = False
         if not self._repeats:
             self._fill(report)
-            at, held, model = self.money.at, self.money.held, self.body.image_model()
-            most = msgspec.json.encode(self._most_usage()).decode()
-            unfinished = UnfinishedRow(at, held, self.input_estimate, model, most=most)
+            at, held, model = self.hold.at, self.hold.held, self.body.image_model()
+            max_usage = msgspec.json.encode(self._max_usage()).decode()
+            unfinished = UnfinishedRow(at, held, self.input_estimate, model, most=max_usage)
             self.background, self.unwritten = self.gateway.background.keep(
-                self.row, self.money, unfinished, self.body.chosen_ids
+                self.row, self.hold, unfinished, self.body.chosen_ids
             )
-            self.background.read(report)
+            self.background.add_reader(report)
         self.deadline.shorten(self.grace())
 
     def _fill(self, report: Report) -> None:
@@ -128,7 +130,7 @@ class MeteredRequest(AdmittedRequest):
         """Commit the row as the request ended; that of a background response which goes on
         stays pending."""
         self.deadline.pause()
-        self.metered()
+        self.act_on_report()
         self.settled = True
         if self.background:
             await self._leave_background(self.background)
@@ -143,18 +145,18 @@ class MeteredRequest(AdmittedRequest):
         parts = self._account_for(row, outcome, guess)
         if report.containers:
             parts = await count_containers(gateway.containers, row, report, parts)
-        admitted = self._admitted if guess else None
-        bill(row, parts, gateway.billing, self.money, self.body.image_model())
+        correction_facts = self._correction_facts if guess else None
+        bill(row, parts, gateway.billing, self.hold, self.body.image_model())
         if self._unweighed and not self._repeats:
-            self._learn(self._unweighed, weight(row, self._most_usage()), row.usage)
+            self._learn(self._unweighed, weight(row, self._max_usage()), row.usage)
             self._unweighed = {}
         self._drop_saved()
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
-        with gateway.corrections.keep_held(row, self.money, admitted):
-            await settle(gateway.store, row, admitted)
+        with gateway.corrections.keep_held(row, self.hold, correction_facts):
+            await settle_row(gateway.store, row, correction_facts)
             gateway.telemetry.settled(row)
             self.client_request.counted = True
-            if admitted and self._shown_elsewhere and row.response_id:
+            if correction_facts and self._shown_elsewhere and row.response_id:
                 await self.ask_for_usage(row.response_id, row.upstream)
         self._correct_charge()
 
@@ -173,7 +175,7 @@ class MeteredRequest(AdmittedRequest):
         if self.row.usage_source != "none" or self.row.outcome == "upstream_error":
             self.admission.correct_tokens((usage.input_tokens or 0) + (usage.output_tokens or 0))
 
-    def shown(self, response_id: str) -> None:
+    def note_shown(self, response_id: str) -> None:
         """Note that another request was shown a response. If it is this one's, it can have been
         shown in full before this request is estimated, and no other reader would correct that."""
         if self.meter.report.response_id == response_id:
@@ -185,15 +187,15 @@ class MeteredRequest(AdmittedRequest):
         """Fill in the row's outcome and usage, except containers. Return the parts to bill."""
         parts = account_for(row, self.meter.report, outcome, guess)
         if self.endpoint.chat and self.body.searches_web and row.usage.web_searches is None:
-            parts = counted(row, parts, web_searches=1)
+            parts = add_calls(row, parts, web_searches=1)
         return parts
 
     @property
-    def _admitted(self) -> Admitted | None:
+    def _correction_facts(self) -> CorrectionFacts | None:
         """The facts that a later correction needs; None if the response can't be fetched later."""
         if not self.endpoint.stores:
             return None
-        return Admitted(self.money.at, self.body.image_model(), self.money.held)
+        return CorrectionFacts(self.hold.at, self.body.image_model(), self.hold.held)
 
     def growth_since_saved(self, now: float) -> float:
         """Return how long the request has worked, divided by how long it had worked when
@@ -215,11 +217,11 @@ class MeteredRequest(AdmittedRequest):
             return
         self._fill(self.meter.report)
         row = msgspec.structs.replace(self.row)
-        parts = counted(row, self._account_for(row, "interrupted", guess), containers=None)
+        parts = add_calls(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
-            charge(row, parts, self.money, self.body.image_model())
+            fill_in_cost(row, parts, self.hold, self.body.image_model())
             self._is_saved = True
-            record_progress(self.gateway.store, row, self._admitted)
+            record_progress(self.gateway.store, row, self._correction_facts)
 
     @property
     def _is_over(self) -> bool:
@@ -243,14 +245,14 @@ class MeteredRequest(AdmittedRequest):
         speed = await self.gateway.speeds.of(
             self.row.model or self.row.requested_model,
             self.row.account_id,
-            limited=self.money.held > 0,
+            limited=self.hold.held > 0,
         )
         return estimate(
             report,
             SeenOutput.of(report),
             written=math.ceil(worked * speed * answers),
             read=self.input_estimate,
-            maximum=self._most_usage(),
+            maximum=self._max_usage(),
             images=self.endpoint.images,
             partly=partly,
         )
@@ -263,6 +265,6 @@ class MeteredRequest(AdmittedRequest):
             return False
         if outcome == "upstream_error" or (self.status or 0) >= 400:
             return bool(SeenOutput.of(self.meter.report))
-        if outcome == "completed" and self.is_unmetered and not self.money.model_prices:
+        if outcome == "completed" and self.is_unmetered and not self.hold.model_prices:
             return self.settings.metering.include_usage == "add"
         return self.first_byte_ms is not None or outcome in ("client_disconnected", "interrupted")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from redbtc.billing.billing import Billing
 from redbtc.config import Settings
 from redbtc.deadlines import Deadline, Deadlines
-from redbtc.gateway.authentication import authenticate
+from redbtc.gateway.authentication import key_in_headers
 from redbtc.gateway.background_responses import BackgroundResponses
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.in_flight import InFlight
@@ -28,7 +30,14 @@ from redbtc.upstream.configured import Upstreams
 class Gateway:
     """The parts of the running gateway, and the settings that are in force."""
 
-    def __init__(self, billing: Billing, settings: Settings, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        billing: Billing,
+        settings: Settings,
+        telemetry: Telemetry,
+        on_task_end: Callable[[asyncio.Task[Any]], None],
+    ) -> None:
+        """`on_task_end` is called with each task of background responses that has ended."""
         self.settings = settings
         self.store = billing.store
         self.billing = billing
@@ -49,6 +58,7 @@ class Gateway:
             self.speeds,
             self.upstreams,
             telemetry,
+            on_task_end,
         )
         self.sessions: Counter[str] = Counter()  # WebSocket sessions, by account
         self.started = time.monotonic()
@@ -66,11 +76,11 @@ class Gateway:
         self.billing.apply(settings.billing)
         self.upstreams.apply(settings.upstreams)
 
-    def enter(self, request: ClientRequest) -> Key:
+    def authenticate(self, request: ClientRequest) -> Key:
         """Return the key of a request that may come in. Raises Refusal."""
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
-        key = request.key = authenticate(request.headers, self.store)
+        key = request.key = key_in_headers(request.headers, self.store)
         if maintenance := self.billing.notices.maintenance():
             wait = (maintenance.until - self.store.time()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)

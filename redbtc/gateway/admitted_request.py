@@ -17,16 +17,16 @@ from redbtc.deadlines import Deadline
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.background import BackgroundResponse
 from redbtc.gateway.endpoints import Endpoint
-from redbtc.gateway.exchange import ForwardedRequest
+from redbtc.gateway.forwarded_request import ForwardedRequest
+from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.maximum import Maximum
 from redbtc.gateway.progress import Running
-from redbtc.gateway.state import Gateway
 from redbtc.limits.admission import Admission
 from redbtc.refusals import ClientLeft, Refusal, insufficient_quota
 from redbtc.request_body.body import RequestBody
 from redbtc.server.asgi import ID_SECONDS, ClientRequest
 from redbtc.store.keys import Key
-from redbtc.store.requests import begin, forget
+from redbtc.store.requests import begin_row, forget_row
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import RequestRow
 
@@ -39,9 +39,9 @@ class Releasable(Protocol):
 
 
 class AdmittedRequest(ForwardedRequest, Running):
-    """A request that has places, a hold and a row in the ledger, in `async with` of `admitted`."""
+    """A request that has places, a hold and a row in the ledger, in `async with` of `admit`."""
 
-    money: Hold  # from `async with` on
+    hold: Hold  # from `async with` on
     row: RequestRow
     further_input = 0  # tokens that it may read beside its body and what that builds on
     left_at = math.inf  # when it left for the upstream, by the monotonic clock
@@ -67,7 +67,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         self.images = self.maximum.answers if endpoint.images else 1
         self.input_estimate = body.input_estimate
 
-    def admitted(self, upstream: Upstream, memory: Releasable) -> Self:
+    def admit(self, upstream: Upstream, memory: Releasable) -> Self:
         """Take the request's places, hold what it can cost and begin its row, until the end of
         `async with`. `upstream` is the first to be tried. `memory` is what was reserved for the
         body, given back as soon as the request has its places: from then on they limit it. `async
@@ -76,11 +76,11 @@ class AdmittedRequest(ForwardedRequest, Running):
         self.row = self.new_row(self.facts.model or "", upstream.name)
         return self
 
-    def take_over(self, before: RequestRow, money: Hold) -> None:
+    def take_over(self, before: RequestRow, hold: Hold) -> None:
         """Begin a row in the places of a request that has ended, whose row is `before`: the
         upstream has begun another response to it by itself. This takes the place of `async with`'s
-        beginning; its end must follow. `money` is held for it."""
-        self.money, self._is_held = money, True
+        beginning; its end must follow. `hold` is the hold for it."""
+        self.hold, self._is_held = hold, True
         self.row = self.new_row(before.requested_model, before.upstream)
         self.date_row()
         self.left_at = time.monotonic()
@@ -92,11 +92,11 @@ class AdmittedRequest(ForwardedRequest, Running):
         if self.endpoint.stores and self.facts.background:
             self._count_unfinished(self.facts.background)
         try:
-            tokens = self.input_estimate + self.facts.largest(self.endpoint.limits)
+            tokens = self.input_estimate + self.facts.largest(self.endpoint.output_limits)
             tokens = 0 if self.endpoint.free else tokens
-            await self.gateway.limiter.admit(self.admission, tokens, self.deadline)
+            await self.gateway.limiter.take_places(self.admission, tokens, self.deadline)
             self._memory.release()
-            self.money = await self._hold_or_undo()
+            self.hold = await self._hold_or_undo()
             self._is_held = True
             self._note_growth()
             await self._begin()
@@ -117,7 +117,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     def _give_back(self) -> None:
         """Give back the hold, and the count of a background response that was not created."""
         if self._is_held:
-            self.money.release()
+            self.hold.release()
         if self._is_unfinished and not self.background:
             self.gateway.background.unfinished.remove(self.key.account_id)
 
@@ -125,14 +125,14 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Count a request for a background response as one of the account's unfinished ones. Raises
         Refusal."""
         check_background(background)
-        most = self.settings.limits.account.background
-        self.gateway.background.unfinished.add(self.key.account_id, most)
+        limit = self.settings.limits.account.background
+        self.gateway.background.unfinished.add(self.key.account_id, limit)
         self._is_unfinished = self.awaits_id = True
 
     async def _hold_or_undo(self) -> Hold:
         """Hold what the request can cost. Raises Refusal, and undoes what was charged."""
         try:
-            return await self.hold()
+            return await self.take_hold()
         except Refusal as refusal:
             self.admission.undo(refusal)
             raise
@@ -141,10 +141,10 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Note the tokens that the request can add to the conversations that it names."""
         inherited = self.body.inherited
         if inherited.conversations:
-            added = self.maximum.usage(self.money).all_tokens - inherited.conversation_tokens
-            self.money.grow(self.gateway.objects, inherited.conversations, added)
+            added = self.maximum.usage(self.hold).all_tokens - inherited.conversation_tokens
+            self.hold.grow(self.gateway.objects, inherited.conversations, added)
 
-    async def hold(self, further_input: int = 0) -> Hold:
+    async def take_hold(self, further_input: int = 0) -> Hold:
         """Hold the most that the request can cost, at the prices of this instant. `further_input`
         is in tokens. Raises Refusal."""
         billing = self.gateway.billing
@@ -152,14 +152,14 @@ class AdmittedRequest(ForwardedRequest, Running):
             spending = await billing.spending_of(self.key)
             # Nothing is awaited from here on: no other request can hold the same money.
             quote = billing.quote(self.key, self.body.model, spending)
-            cost = self._most_cost(quote.model_prices, further_input) if quote.remaining else 0
+            cost = self._max_cost(quote.model_prices, further_input) if quote.remaining else 0
             return billing.hold(quote, cost)
         except SpendingLimitReached as error:
             raise insufficient_quota(f"{error}{self.maximum.advice()}") from None
         except StorageUnavailable:
             raise Refusal("ledger_unavailable") from None
 
-    def _most_cost(self, prices: ModelPrices | None, further_input: int) -> int:
+    def _max_cost(self, prices: ModelPrices | None, further_input: int) -> int:
         """Return the most that the request can cost, in nanos. Raises Refusal if its usage would
         not be reported, StorageUnavailable."""
         self._weigh_conversations()
@@ -227,7 +227,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Commit the pending row. Raises Refusal, ClientLeft."""
         self.date_row()
         try:
-            await begin(self.gateway.store, self.row)
+            await begin_row(self.gateway.store, self.row)
         except StorageUnavailable:
             self.admission.refund()
             raise Refusal("ledger_unavailable") from None
@@ -236,16 +236,16 @@ class AdmittedRequest(ForwardedRequest, Running):
 
     async def forget(self) -> None:
         self.admission.refund()
-        await forget(self.gateway.store, self.row)
+        await forget_row(self.gateway.store, self.row)
         raise ClientLeft
 
     async def _interrupt(self) -> None:
         """End a request on which the gateway failed, with what it has used so far."""
-        self.client_request.forwarded = True
+        self.client_request.interrupted = True
         if not self.settled:
             await self.settle("interrupted")
 
-    def leaves_for(self, upstream: Upstream) -> None:
+    def note_upstream(self, upstream: Upstream) -> None:
         self.row.upstream = upstream.name
         self.left_at = time.monotonic()
 
