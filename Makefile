@@ -32,7 +32,7 @@ bench: $(VENV)/dev ## Repeat the measurements that README and docs quote (needs 
 	$(RUN) bench/backup.py
 
 screenshots: $(VENV)/dev ## Take pictures of every page of the dashboard (needs Chromium)
-	$(RUN) tests/screenshots.py
+	$(RUN) -m tests.dashboard.screenshots
 
 lock: ## Pin the newest versions of all dependencies, with their hashes
 	$(PYTHON) -m venv $(VENV)-lock

@@ -21,13 +21,12 @@ from typing import Any
 import uvloop
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from gateway import Gateway  # noqa: E402
-
-from bench import Upstream, fill, requests  # noqa: E402
+from bench.bench import Upstream, fill, requests  # noqa: E402
 from redbtc.store import backup as backup_module  # noqa: E402
 from redbtc.store import consistency  # noqa: E402
+from tests.helpers.gateway import Gateway  # noqa: E402
 
 CLIENTS = 4
 

@@ -34,9 +34,9 @@ import psutil
 import uvloop
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from gateway import Gateway, free_port, wait_until  # noqa: E402
+from tests.helpers.gateway import Gateway, free_port, wait_until  # noqa: E402
 
 PROXY_CORE, LOAD_CORE = {0}, {1}
 PATH = "/v1/chat/completions"

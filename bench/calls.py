@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import httpx2  # noqa: E402
-from gateway import Gateway, wait_until  # noqa: E402
-from upstream import Upstream, chat_stream  # noqa: E402
+
+from tests.helpers.gateway import Gateway, wait_until  # noqa: E402
+from tests.helpers.upstream import Upstream, chat_stream  # noqa: E402
 
 REQUESTS = 200, 1200
 EVENTS = 200, 1200

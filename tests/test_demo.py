@@ -18,10 +18,10 @@ import httpx2
 import openai
 import pytest
 import uvicorn
-from gateway import PATIENCE_SECONDS, USUAL
 from starlette.testclient import TestClient
 
 from redbtc import demo
+from tests.helpers.gateway import PATIENCE_SECONDS, USUAL
 
 pytestmark = pytest.mark.promise_2
 

@@ -1,0 +1,14 @@
+"""The encodings in which clients may send a body."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from collections.abc import Callable
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
