@@ -1,4 +1,4 @@
-"""The layout of the code: who may import whom, and how large things may be (docs/architecture.md)."""
+"""The layout of the code: who may import whom, and how large things may be."""
 
 from __future__ import annotations
 

@@ -287,14 +287,14 @@ def test_a_settled_row_is_written_without_the_field_that_is_refused(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     code = """
-from redbtc.store import rows
-values_of = rows.values_of
+from redbtc.store import request_sql
+values_of = request_sql.values_of
 def too_large(row):
     values = values_of(row)
     if fault() and row.outcome != "pending":
-        values[rows.COLUMNS.index(fault())] = 2**64
+        values[request_sql.COLUMNS.index(fault())] = 2**64
     return values
-rows.values_of = too_large
+request_sql.values_of = too_large
 """
     gateway = faulty(make_gateway(), code).start()
     key = gateway.new_key()
