@@ -465,6 +465,8 @@ async def measure_streams(
                 Reading.latencies = []
                 before, started = proxy.cpu(), time.monotonic()
                 await asyncio.sleep(seconds)
+                while not Reading.latencies:  # on a slow machine, in a short run
+                    await asyncio.sleep(seconds)
                 used, events = proxy.cpu() - before, sorted(Reading.latencies)
                 each = (proxy.memory() - proxy.idle_memory) * 1024 / count
                 rate = len(events) / (time.monotonic() - started)
