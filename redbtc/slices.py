@@ -1,19 +1,21 @@
 """Long jobs on the event loop, done in slices of time so that other requests are not held up.
 
-A job is a generator that yields between small steps and does not use asyncio. A job that fits into
-one slice is done at once. For longer jobs each turn of the loop runs one slice: accounts take
-turns, and so do the first MAX_STARTED jobs of an account. Its other jobs are not started before one
-of these is done, since a started job holds memory. (A thread would not help: msgspec and re hold
-the interpreter's lock for as long as a call takes.)
+A job consists of small steps (redbtc/steps.py). A job that fits into one slice is done at once. For
+longer jobs each turn of the loop runs one slice: accounts take turns, and so do the first
+MAX_STARTED jobs of an account. Its other jobs are not started before one of these is done, since a
+started job holds memory. (A thread would not help: msgspec and re hold the interpreter's lock for
+as long as a call takes.)
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterable
+from collections.abc import AsyncIterator, Iterable
 from time import perf_counter
 from typing import TypeVar
+
+from redbtc.steps import Steps
 
 SLICE_SECONDS = 0.001
 ITEMS_SECONDS = 0.00025  # of work on a long list of items between two turns of the loop
@@ -72,7 +74,7 @@ def answer_queue(account_id: str) -> str:
     return f"answers {account_id}"
 
 
-async def in_slices(steps: Generator[None, None, T], account_id: str, started: bool = False) -> T:
+async def in_slices(steps: Steps[T], account_id: str, started: bool = False) -> T:
     """Run a generator of small steps to its end, in slices, and return its result. Raises what the
     generator raises. Cancelling the caller closes the generator. `started`: the job continues an
     earlier job of the request and uses what that has built, so it waits among the started ones."""

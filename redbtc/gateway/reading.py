@@ -15,9 +15,10 @@ from redbtc.refusals import ClientLeft, Refusal
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed, max_decoded, media_of
-from redbtc.request_body.pieces import Buffer, Steps
+from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Receive
 from redbtc.slices import in_slices
+from redbtc.steps import Steps
 
 
 async def read_content(

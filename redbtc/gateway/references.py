@@ -15,8 +15,8 @@ from redbtc.meter.answers import MAX_NAME
 from redbtc.rates import DEFAULT_TIER, NEEDED
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.body import RequestBody
-from redbtc.request_body.pieces import Steps
 from redbtc.slices import in_slices
+from redbtc.steps import Steps
 from redbtc.store.keys import Key
 from redbtc.store.objects import MAX_LOOK_UPS
 from redbtc.upstream.upstreams import Upstream

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from msgspec import Struct
 from redbtc.meter.answer_nodes import ANSWER_NODE, ITEMS_NODE
 from redbtc.meter.nodes import Node
 from redbtc.meter.scanner import NOT_JSON, Scanner
+from redbtc.steps import Steps
 
 MAX_NAME = 256  # characters of a model, an id or a tier
 MAX_WHOLE = 256 << 10  # bytes of an answer or an event that is kept whole for parsing
@@ -163,7 +164,7 @@ def is_dense(text: str | bytes) -> bool:
     return sum(text.count(mark.encode()) for mark in marks) > MAX_VALUES
 
 
-def answer_steps(text: str | bytes) -> Generator[None, None, Answer | None]:
+def answer_steps(text: str | bytes) -> Steps[Answer | None]:
     """Decode an answer or an event in small steps; return None if it is not a JSON object."""
     if len(text) <= MAX_AT_ONCE or (len(text) <= MAX_WHOLE and not is_dense(text)):
         with contextlib.suppress(*NOT_JSON):
@@ -175,7 +176,7 @@ def answer_steps(text: str | bytes) -> Generator[None, None, Answer | None]:
     return decode_kept(scanner.found, ANSWER_DECODER)
 
 
-def items_in(listed: msgspec.Raw) -> Generator[None, None, list[OutputItem]]:
+def items_in(listed: msgspec.Raw) -> Steps[list[OutputItem]]:
     """Decode the items of an output in small steps, and skip elements that are not items."""
     with contextlib.suppress(*NOT_JSON):
         return OUTPUT_DECODER.decode(listed)
@@ -189,16 +190,6 @@ def items_in(listed: msgspec.Raw) -> Generator[None, None, list[OutputItem]]:
         if item := decode_kept(bytes(part), ITEM_DECODER):
             items.append(item)
     return items
-
-
-def result_of(steps: Generator[None, None, T]) -> T:
-    """Run a generator of small steps to its end and return its result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            result: T = done.value
-            return result
 
 
 class JSONText:
@@ -215,7 +206,7 @@ class JSONText:
         """Return whether the next bytes of the text, or its end, take more than one step."""
         return len(self._whole) > MAX_AT_ONCE or self._scanner is not None
 
-    def steps(self, chunk: bytes) -> Generator[None, None, None]:
+    def steps(self, chunk: bytes) -> Steps[None]:
         """Take the next bytes, cut anywhere, in small steps."""
         if self._scanner is None:
             self._whole += chunk
@@ -225,13 +216,13 @@ class JSONText:
             self._scanner = Scanner(ANSWER_NODE)
         yield from self._scanner.steps(chunk)
 
-    def answer(self) -> Generator[None, None, Answer | None]:
+    def answer(self) -> Steps[Answer | None]:
         """Decode the whole text; return None if it is not a JSON object."""
         if self._scanner:
             return decode_kept(self._scanner.found, ANSWER_DECODER)
         return (yield from answer_steps(bytes(self._whole)))
 
-    def partial_answer(self) -> Generator[None, None, Answer | None]:
+    def partial_answer(self) -> Steps[Answer | None]:
         """Decode what arrived of a text that was cut off."""
         if self._scanner is None:
             self._scanner = Scanner(ANSWER_NODE)

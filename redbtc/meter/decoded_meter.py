@@ -4,12 +4,13 @@ nothing is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 from redbtc.meter.decoding import INPUT_STEP, Decoding, NotDecoded
 from redbtc.meter.events import is_stream
 from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.report import Report
+from redbtc.steps import Steps
 
 MAX_HELD_COMPRESSED = 64 << 10  # bytes that are held back although nothing is decoded from them
 
@@ -38,7 +39,7 @@ class DecodedMeter(Meter):
         self._held = b""
         self._labelled = labelled
 
-    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+    def steps(self, chunk: bytes) -> Steps[bytes]:
         """Take the next bytes, in small steps; return what may be sent on now: all bytes but those
         with which the decoded answer ends."""
         passed: list[bytes] = []
@@ -50,7 +51,7 @@ class DecodedMeter(Meter):
             self._pass(data, grown, passed)
         return b"".join(passed)
 
-    def _read(self, decoding: Decoding, data: bytes) -> Generator[None, None, bool]:
+    def _read(self, decoding: Decoding, data: bytes) -> Steps[bool]:
         """Decode and meter the bytes; return whether anything but white space was decoded."""
         grown = False
         try:
@@ -62,7 +63,7 @@ class DecodedMeter(Meter):
             self._decoding = None
         return grown
 
-    def _meter_piece(self, piece: bytes) -> Generator[None, None, None]:
+    def _meter_piece(self, piece: bytes) -> Steps[None]:
         if self._meter is None:
             streams = is_stream(piece, self._labelled)
             if streams is None:
@@ -96,7 +97,7 @@ class DecodedMeter(Meter):
             passed.append(self._held[:-MAX_HELD_COMPRESSED])
             self._held = self._held[-MAX_HELD_COMPRESSED:]
 
-    def finish_steps(self) -> Generator[None, None, None]:
+    def finish_steps(self) -> Steps[None]:
         if self._meter and self._decoding:
             yield from self._meter.finish_steps()
             if self._meter.state is MeterState.ENDED:
@@ -105,7 +106,7 @@ class DecodedMeter(Meter):
             yield from self.cut_off_steps()
             self.state = MeterState.ENDED
 
-    def cut_off_steps(self) -> Generator[None, None, None]:
+    def cut_off_steps(self) -> Steps[None]:
         if self._meter:
             yield from self._meter.cut_off_steps()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
 
 from redbtc.meter.answers import MAX_AT_ONCE, MAX_WHOLE, STEP, Answer, JSONText
 from redbtc.meter.scanner import BYTE_ORDER_MARK
+from redbtc.steps import Steps
 
 BLANK = BYTE_ORDER_MARK + b" \t\r\n"
 FIELDS = (b":", b"data", b"event", b"id", b"retry")  # WHATWG HTML §9.2.5
@@ -70,7 +70,7 @@ class EventText:
         self._in_data: bool | None = None  # None: at the start of a line
         self._lead = b""  # put before the next data: the newline that joins two data lines
 
-    def steps(self, chunk: bytes) -> Generator[None, None, None]:
+    def steps(self, chunk: bytes) -> Steps[None]:
         """Take the next bytes, cut anywhere, in small steps."""
         if len(self.start) < EVENT_START_SIZE:
             self.start += chunk[: EVENT_START_SIZE - len(self.start)]
@@ -92,7 +92,7 @@ class EventText:
         """Return all of a small event."""
         return bytes(self._whole)
 
-    def answer(self) -> Generator[None, None, Answer | None]:
+    def answer(self) -> Steps[Answer | None]:
         """Decode the data of a large event; return None if it is not a JSON object."""
         return self._text.answer()
 
@@ -101,20 +101,20 @@ class EventText:
         """Return whether the end of the event's JSON is missing; known after `partial_answer`."""
         return self._text.is_cut_off
 
-    def partial_answer(self) -> Generator[None, None, Answer | None]:
+    def partial_answer(self) -> Steps[Answer | None]:
         """Decode what arrived of an event that was cut off."""
         if not self.is_large:
             yield from self._read_lines(self.whole().removeprefix(BYTE_ORDER_MARK))
         return (yield from self._text.partial_answer())
 
-    def _read_lines(self, chunk: bytes) -> Generator[None, None, None]:
+    def _read_lines(self, chunk: bytes) -> Steps[None]:
         at = 0
         for end in range(STEP, len(chunk) + STEP, STEP):
             while at < min(end, len(chunk)):
                 at = yield from self._read_line(chunk, at)
             yield
 
-    def _read_line(self, chunk: bytes, at: int) -> Generator[None, None, int]:
+    def _read_line(self, chunk: bytes, at: int) -> Steps[int]:
         """Read a line, the rest of a line, or a byte of its field name; return where that ends."""
         if self._in_data is None:
             return self._read_field(chunk, at)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Generator
 
-from redbtc.meter.answers import MAX_AT_ONCE, JSONText, result_of
+from redbtc.meter.answers import MAX_AT_ONCE, JSONText
 from redbtc.meter.report import Report
+from redbtc.steps import Steps, result_of
 
 
 class MeterState(enum.Enum):
@@ -32,15 +32,15 @@ class Meter:
     # `finish_steps` and `cut_off_steps`.
     at_once = MAX_AT_ONCE
 
-    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+    def steps(self, chunk: bytes) -> Steps[bytes]:
         """Take the next bytes of the answer; return what may be sent on now."""
         raise NotImplementedError
 
-    def finish_steps(self) -> Generator[None, None, None]:
+    def finish_steps(self) -> Steps[None]:
         """Note that the upstream has sent everything."""
         yield from ()
 
-    def cut_off_steps(self) -> Generator[None, None, None]:
+    def cut_off_steps(self) -> Steps[None]:
         """Note that the answer was cut off: what it has reported so far counts."""
         yield from ()
 
@@ -69,7 +69,7 @@ class JSONMeter(Meter):
         self._text = JSONText()
         self._held = b""
 
-    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+    def steps(self, chunk: bytes) -> Steps[bytes]:
         """Take the next bytes, in small steps; return all bytes but the last one, which may be the
         end."""
         yield from self._text.steps(chunk)
@@ -77,7 +77,7 @@ class JSONMeter(Meter):
         passed, self._held = self._held + chunk[:-1], chunk[-1:]
         return passed
 
-    def finish_steps(self) -> Generator[None, None, None]:
+    def finish_steps(self) -> Steps[None]:
         answer = yield from self._text.answer()
         if answer:
             yield from self.report.note(answer)
@@ -85,7 +85,7 @@ class JSONMeter(Meter):
             yield from self.cut_off_steps()
         self.state = MeterState.ENDED
 
-    def cut_off_steps(self) -> Generator[None, None, None]:
+    def cut_off_steps(self) -> Steps[None]:
         answer = yield from self._text.partial_answer()
         if answer:
             yield from self.report.note(answer, cut_off=True)

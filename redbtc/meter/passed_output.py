@@ -3,7 +3,6 @@ usage."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from itertools import islice
 from typing import Any
 
@@ -19,6 +18,7 @@ from redbtc.meter.answers import (
 )
 from redbtc.meter.pictures import picture_tokens
 from redbtc.meter.usage_fields import text_bytes_in, text_in
+from redbtc.steps import Steps
 
 PARTIAL_TOKENS = 100  # of a partial picture
 
@@ -75,7 +75,7 @@ class PassedOutput:
         items.image_tokens += self._pictures
         return items
 
-    def see(self, answer: Answer, response: Answer, images: bool) -> Generator[None, None, None]:
+    def see(self, answer: Answer, response: Answer, images: bool) -> Steps[None]:
         """Measure the JSON of an answer or an event, in small steps. `response` is the Response
         object within the event, or the answer itself."""
         kind = answer.type if isinstance(answer.type, str) else ""
@@ -108,7 +108,7 @@ class PassedOutput:
         if kind.endswith("done"):
             self._delta_bytes_in_items = self.deltas
 
-    def _see_whole(self, listed: Any) -> Generator[None, None, None]:
+    def _see_whole(self, listed: Any) -> Steps[None]:
         whole = OutputSizes()
         for number, each in enumerate(objects_in(listed), 1):
             whole.add(sizes_of(each))
@@ -116,7 +116,7 @@ class PassedOutput:
                 yield
         self._whole.grow(whole)
 
-    def _see_pictures(self, answer: Answer) -> Generator[None, None, None]:
+    def _see_pictures(self, answer: Answer) -> Steps[None]:
         if answer.b64_json:
             head = text_in(answer.b64_json)
             self._pictures += picture_tokens(answer.quality, answer.size, head)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
 import msgspec
@@ -31,6 +30,7 @@ from redbtc.meter.usage_fields import (
     with_svg,
     with_tools,
 )
+from redbtc.steps import Steps
 from redbtc.usage import Usage, UsagePart
 
 # Items that contain nothing but text of the model.
@@ -117,7 +117,7 @@ class Report:
         self._paid.add_authors(None, parts)
         return parts
 
-    def note(self, answer: Answer, cut_off: bool = False) -> Generator[None, None, None]:
+    def note(self, answer: Answer, cut_off: bool = False) -> Steps[None]:
         """Take in the JSON of an answer or an event, in small steps: later values replace earlier
         ones. If it was cut off, its status is not believed, since that could have changed."""
         inner = answer.inner if answer.response else None
@@ -183,7 +183,7 @@ class Report:
             sums[part.model, part.images] = part
         return added(self.usage, used), list(sums.values())
 
-    def _note_objects(self, answer: Answer, response: Answer) -> Generator[None, None, None]:
+    def _note_objects(self, answer: Answer, response: Answer) -> Steps[None]:
         if self._images or answer.type == "error":  # an error makes no objects
             return
         ids: list[tuple[Any, bool]] = [(response.id, False)]
@@ -210,7 +210,7 @@ class Report:
                 yield
         self._remember(ids)
 
-    def _note_listed(self, data: msgspec.Raw) -> Generator[None, None, None]:
+    def _note_listed(self, data: msgspec.Raw) -> Steps[None]:
         """Note the ids of the input items that an answer lists."""
         items = yield from items_in(data)
         listed = [item for item in items if name_in(item.id)][:MAX_OUTPUT_ITEMS]

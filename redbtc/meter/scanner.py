@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Generator
 
 import msgspec
 
 from redbtc.meter.nodes import TEXT, Node
 from redbtc.meter.skipping import BASE64, LongString, SkippedValue
+from redbtc.steps import Steps
 
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
@@ -79,7 +79,7 @@ class Scanner:
         self._containers = 0
         self._size = 0
 
-    def steps(self, chunk: bytes) -> Generator[None, None, None]:
+    def steps(self, chunk: bytes) -> Steps[None]:
         """Take a long chunk in small steps."""
         for at in range(0, len(chunk), SCAN_STEP):
             self.feed(chunk[at : at + SCAN_STEP])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
 from enum import Enum, auto
 
-from redbtc.meter.answers import MAX_AT_ONCE, STEP, Answer, answer_steps, result_of
+from redbtc.meter.answers import MAX_AT_ONCE, STEP, Answer, answer_steps
 from redbtc.meter.events import (
     EVENT_START_SIZE,
     LAST,
@@ -19,6 +18,7 @@ from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.report import Report
 from redbtc.meter.scanner import BYTE_ORDER_MARK
 from redbtc.meter.usage_fields import has_choices
+from redbtc.steps import Steps, result_of
 
 # WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
 EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
@@ -99,7 +99,7 @@ class StreamMeter(Meter):
             return chunk
         return result_of(self._read(chunk))
 
-    def steps(self, chunk: bytes) -> Generator[None, None, bytes]:
+    def steps(self, chunk: bytes) -> Steps[bytes]:
         passed: list[bytes] = []
         for at in range(0, len(chunk), STEP):
             if self.state is MeterState.ENDED:
@@ -109,7 +109,7 @@ class StreamMeter(Meter):
             yield
         return b"".join(passed)
 
-    def _read(self, chunk: bytes) -> Generator[None, None, bytes]:
+    def _read(self, chunk: bytes) -> Steps[bytes]:
         """Take a chunk of at most MAX_AT_ONCE bytes; return what may be sent on now."""
         passed: list[bytes] = []
         if self._cut_newline and chunk:
@@ -138,7 +138,7 @@ class StreamMeter(Meter):
             and not self._may_matter(chunk)
         )
 
-    def finish_steps(self) -> Generator[None, None, None]:
+    def finish_steps(self) -> Steps[None]:
         """Note that the upstream has sent everything. A last event without its empty line counts,
         and so does what arrived of an event that is cut off. A stream of fewer images than were
         asked for is complete, unless its last event is cut off."""
@@ -155,12 +155,12 @@ class StreamMeter(Meter):
         if self.state is MeterState.ENDING or (self._ends_seen and not is_cut_off):
             self.state = MeterState.ENDED
 
-    def cut_off_steps(self) -> Generator[None, None, None]:
+    def cut_off_steps(self) -> Steps[None]:
         answer = (yield from self._partial.partial_answer()) if self._partial else None
         if answer:
             yield from self._take_cut_off(answer)
 
-    def _take_cut_off(self, answer: Answer) -> Generator[None, None, None]:
+    def _take_cut_off(self, answer: Answer) -> Steps[None]:
         """Take in, once, what arrived of an event that was cut off."""
         self._partial = None
         self.report.passed.see_delta(answer, self._chat)
@@ -176,7 +176,7 @@ class StreamMeter(Meter):
         for text in self._text.findall(events):
             self.report.passed.deltas += len(text)
 
-    def _end_event(self, segment: bytes, passed: list[bytes]) -> Generator[None, None, None]:
+    def _end_event(self, segment: bytes, passed: list[bytes]) -> Steps[None]:
         """Judge the event that `segment` ends, and send on what may be sent."""
         event, begun = self._partial, self._begun
         if event is not None:
@@ -224,7 +224,7 @@ class StreamMeter(Meter):
         # The event that seems to be the end can have MAX_HELD bytes; as many may follow.
         return (self._images or expected) and len(self._waiting) <= 2 * MAX_HELD
 
-    def _take_part(self, chunk: bytes, passed: list[bytes]) -> Generator[None, None, None]:
+    def _take_part(self, chunk: bytes, passed: list[bytes]) -> Steps[None]:
         """Take a part of the incomplete event, and send on what can't turn out to matter."""
         if self.state is MeterState.ENDED:
             self._held += chunk
@@ -258,7 +258,7 @@ class StreamMeter(Meter):
         match = EVENT_TYPE.match(start)
         return not match or bool(LAST.fullmatch(match[1] or match[2] or b""))
 
-    def _judge(self, event: EventText | None, segment: bytes) -> Generator[None, None, Verdict]:
+    def _judge(self, event: EventText | None, segment: bytes) -> Steps[Verdict]:
         """Take in what an event reports, and return the verdict on it. If it did not come in parts
         (`event` is None), all of it is in `segment`."""
         if event is not None and event.is_large:
@@ -277,7 +277,7 @@ class StreamMeter(Meter):
             return Verdict.LAST
         return (yield from self._note((yield from answer_steps(data))))
 
-    def _note(self, answer: Answer | None) -> Generator[None, None, Verdict]:
+    def _note(self, answer: Answer | None) -> Steps[Verdict]:
         """Take in what an event reports, and return the verdict on it."""
         if answer is None:
             return Verdict.PASS

@@ -16,9 +16,10 @@ from redbtc.request_body.edits import include_usage_edit
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL, UNNAMED, EventFacts, Facts
 from redbtc.request_body.forms import Form
 from redbtc.request_body.inherited import READ_MEMBERS, Inherited
-from redbtc.request_body.pieces import Buffer, Steps
+from redbtc.request_body.pieces import Buffer
 from redbtc.request_body.reading import read_contents
 from redbtc.request_body.references import Reference
+from redbtc.steps import Steps
 
 PICTURE_TOKENS = 1500  # of a large picture, for most models; only for estimates
 FACTS, EVENT_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(EventFacts)

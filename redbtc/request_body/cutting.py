@@ -32,10 +32,10 @@ from redbtc.request_body.pieces import (
     STRING_WINDOW,
     Buffer,
     Pieces,
-    Steps,
     check_utf8,
     read_json,
 )
+from redbtc.steps import Steps
 
 WINDOW = MAX_PIECE // 2
 MAX_GAP = 6 * WINDOW  # bytes between two commas: names, numbers and white space

@@ -8,7 +8,7 @@ import msgspec
 
 from redbtc.refusals import Refusal
 from redbtc.request_body.facts import StreamOptions
-from redbtc.request_body.pieces import Buffer, Pieces, Steps
+from redbtc.request_body.pieces import Buffer, Pieces
 from redbtc.request_body.strict_json import (
     OBJECT_END,
     Members,
@@ -17,6 +17,7 @@ from redbtc.request_body.strict_json import (
     read_members,
     start_of,
 )
+from redbtc.steps import Steps
 
 MAX_OPTIONS = 4096  # bytes of `stream_options` in which a null is searched for
 Options = StreamOptions | msgspec.UnsetType | None

@@ -9,8 +9,9 @@ from redbtc.refusals import Refusal
 from redbtc.request_body.contents import BodyContents, ToolUse
 from redbtc.request_body.facts import UNNAMED, Facts, bad_number, check_short
 from redbtc.request_body.media import CHARSETS, parametrized
-from redbtc.request_body.pieces import Buffer, Pieces, Steps, check_utf8
+from redbtc.request_body.pieces import Buffer, Pieces, check_utf8
 from redbtc.request_body.references import Reference, References, named_in, refuse_hidden
+from redbtc.steps import Steps
 
 MAX_PART_HEAD = 8192
 MAX_FIELD = 4096

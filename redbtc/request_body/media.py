@@ -8,6 +8,8 @@ import sys
 import zlib
 from typing import Any, NamedTuple
 
+from redbtc.steps import Steps
+
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
@@ -15,7 +17,7 @@ else:
 from redbtc.headers import Headers, header
 from redbtc.meter.decoding import ZSTD_OPTIONS
 from redbtc.refusals import Refusal
-from redbtc.request_body.pieces import Buffer, Steps
+from redbtc.request_body.pieces import Buffer
 
 # Exactly RFC 9110 §8.3.1: what two readers could read in different ways is refused, here and in the
 # heads of a form's parts.

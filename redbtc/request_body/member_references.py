@@ -10,9 +10,10 @@ import msgspec
 
 from redbtc.refusals import Refusal
 from redbtc.request_body.facts import type_of
-from redbtc.request_body.pieces import Pieces, Steps
+from redbtc.request_body.pieces import Pieces
 from redbtc.request_body.references import References, named_in
 from redbtc.request_body.strict_json import NULL, Members, is_list, members_in
+from redbtc.steps import Steps
 
 MAX_NESTING = 8  # levels of tools within tools, and of formats within formats
 FORMATS = ("text", "response_format")  # members of a request that hold a schema

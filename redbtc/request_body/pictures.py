@@ -9,9 +9,10 @@ import msgspec
 from msgspec import Struct
 
 from redbtc.meter.scanner import NOT_JSON
-from redbtc.request_body.pieces import Pieces, Steps
+from redbtc.request_body.pieces import Pieces
 from redbtc.request_body.references import ESCAPED
 from redbtc.request_body.strict_json import NO_VALUE, Members, is_list, is_text
+from redbtc.steps import Steps
 
 PICTURE_MARK = b"image_url"
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import codecs
 import sys
 from bisect import bisect_right
-from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
 from redbtc.meter.answers import MAX_NAME
 from redbtc.meter.scanner import NOT_JSON
 from redbtc.refusals import Refusal
+from redbtc.steps import Steps
 
 Buffer = bytes | bytearray
-T = TypeVar("T")
-Steps = Generator[None, None, T]  # small steps of work (redbtc/slices.py)
 
 MAX_PIECE = 64 << 10  # bytes: about 1 ms of the slowest work on a piece
 STRING_WINDOW = 128 << 10  # bytes of a long string, which is fast to scan

@@ -22,7 +22,7 @@ from redbtc.request_body.facts import (
 from redbtc.request_body.forms import MAX_PICTURE_TOKENS
 from redbtc.request_body.member_references import MemberReferences
 from redbtc.request_body.pictures import PICTURE_MARK, PictureCounter
-from redbtc.request_body.pieces import MAX_PIECE, Buffer, Pieces, Steps, check_utf8
+from redbtc.request_body.pieces import MAX_PIECE, Buffer, Pieces, check_utf8
 from redbtc.request_body.references import MEMBER, Reference, References, refuse_hidden
 from redbtc.request_body.strict_json import (
     NULL,
@@ -36,6 +36,7 @@ from redbtc.request_body.strict_json import (
     string_in,
 )
 from redbtc.request_body.tools import ToolReader
+from redbtc.steps import Steps
 
 PICTURE_LISTS = ("content", "output")  # members of an item that can hold pictures
 ITEM_MEMBERS = {"id", "type", "status", "role", "content", "output", "encrypted_content", "tools"}

@@ -9,8 +9,9 @@ from msgspec import Struct
 from redbtc.meter.nodes import TEXT
 from redbtc.meter.scanner import STRING
 from redbtc.refusals import Refusal
-from redbtc.request_body.pieces import Buffer, Pieces, Steps
+from redbtc.request_body.pieces import Buffer, Pieces
 from redbtc.request_body.strict_json import NULL, PACE, check_letters, end_of, members_in, string_in
+from redbtc.steps import Steps
 
 FOLDED = ("ſ".encode(), "\N{KELVIN SIGN}".encode())  # case folding makes these s and k
 

@@ -10,7 +10,8 @@ import msgspec
 from redbtc.meter.nodes import TEXT
 from redbtc.meter.scanner import NOT_JSON, SURROGATE
 from redbtc.refusals import Refusal
-from redbtc.request_body.pieces import Buffer, Pieces, Steps, read_json
+from redbtc.request_body.pieces import Buffer, Pieces, read_json
+from redbtc.steps import Steps
 
 # The members of an object by name, each with the text of its value: values are not built.
 Members = dict[str, msgspec.Raw]

@@ -14,7 +14,7 @@ from redbtc.request_body.contents import ToolUse, add_models, check_models
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL, IMAGE_MEMBERS, UNNAMED, type_of
 from redbtc.request_body.member_references import MAX_NESTING, MemberReferences
 from redbtc.request_body.pictures import PictureCounter
-from redbtc.request_body.pieces import Pieces, Steps
+from redbtc.request_body.pieces import Pieces
 from redbtc.request_body.strict_json import (
     NULL,
     PACE,
@@ -26,6 +26,7 @@ from redbtc.request_body.strict_json import (
     read_list,
     string_in,
 )
+from redbtc.steps import Steps
 
 MAX_TOOLS = 4_000  # nested ones included; OpenAI allows 128, MCP servers have some hundreds
 TOOL_MEMBERS = IMAGE_MEMBERS | {

@@ -20,11 +20,11 @@ import httpx2
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
-from redbtc.meter.answers import result_of
 from redbtc.refusals import Refusal
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.request_body.forms import Form
+from redbtc.steps import result_of
 from tests.helpers.gateway import PATIENCE_SECONDS, MakeGateway, wait_until
 from tests.helpers.upstream import (
     Received,

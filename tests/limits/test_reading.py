@@ -31,9 +31,10 @@ from redbtc.limits.limiter import Limiter
 from redbtc.limits.memory import Reservation
 from redbtc.limits.places import Places
 from redbtc.request_body.forms import Form
-from redbtc.request_body.pieces import Buffer, Steps
+from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Message
 from redbtc.slices import in_slices
+from redbtc.steps import Steps
 from redbtc.store.keys import Key
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
 from tests.helpers.upstream import (

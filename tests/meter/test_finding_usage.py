@@ -22,7 +22,7 @@ import httpx2
 import pytest
 
 from redbtc.meter import scanner as scanner_module
-from redbtc.meter.answers import MAX_WHOLE, answer_steps, result_of
+from redbtc.meter.answers import MAX_WHOLE, answer_steps
 from redbtc.meter.decoded_meter import DecodedMeter
 from redbtc.meter.decoding import Decoding, NotDecoded, codings_of
 from redbtc.meter.meters import JSONMeter, Meter, MeterState
@@ -30,6 +30,7 @@ from redbtc.meter.nodes import Node
 from redbtc.meter.report import Report
 from redbtc.meter.scanner import Scanner
 from redbtc.meter.streams import StreamMeter
+from redbtc.steps import result_of
 from redbtc.usage import Usage
 from tests.helpers.gateway import Gateway, wait_until
 from tests.helpers.speed import longest_step

@@ -13,13 +13,25 @@ import pytest
 from tests.helpers.gateway import ROOT
 
 BASE = frozenset(
-    ("errors", "times", "money", "usage", "rates", "headers", "locations", "slices", "histogram")
+    (
+        "errors",
+        "times",
+        "money",
+        "usage",
+        "rates",
+        "headers",
+        "locations",
+        "steps",
+        "slices",
+        "histogram",
+    )
 )
 # Each room, a folder or a file of redbtc/, with the rooms that it may import.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "headers": frozenset(),
-    "slices": frozenset(),
+    "steps": frozenset(),
+    "slices": frozenset(("steps",)),
     "histogram": frozenset(),
     "start": frozenset(),
     "times": frozenset(("errors",)),
@@ -31,7 +43,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "deadlines": frozenset(("refusals",)),
     "config": BASE,
     "telemetry": BASE | {"refusals"},
-    "meter": frozenset(("usage", "headers")),
+    "meter": frozenset(("usage", "headers", "steps")),
     "request_body": BASE | {"meter", "refusals"},
     "store": BASE | {"config"},
     "limits": BASE | {"config", "deadlines", "refusals", "store"},

@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redbtc import request_body
-from redbtc.meter.answers import result_of
 from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed
 from redbtc.request_body.strict_json import read_members
+from redbtc.steps import result_of
 from tests.helpers.gateway import Gateway, MakeGateway
 from tests.helpers.speed import cost
 from tests.helpers.upstream import (

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from redbtc.meter.answers import result_of
 from redbtc.refusals import Refusal
 from redbtc.request_body import cutting, facts, forms, strict_json
 from redbtc.request_body import pieces as pieces_module
@@ -25,6 +24,7 @@ from redbtc.request_body.cutting import Cutter
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed
 from redbtc.request_body.pieces import MAX_PIECE
+from redbtc.steps import result_of
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
 from tests.helpers.speed import Stalls, longest_step, unit
 from tests.helpers.upstream import Upstream, json_answer, response_object, silent

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any, TypeGuard
 
-from redbtc.meter.answers import Answer, name_in, result_of
+from redbtc.meter.answers import Answer, name_in
 from redbtc.meter.events import LAST
 from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.report import Report
 from redbtc.slices import in_slices
+from redbtc.steps import Steps, result_of
 
 STREAM_ID_TYPES = (str, type(None))
 
@@ -29,7 +29,7 @@ class EventMeter(Meter):
         else:
             result_of(self._take(event, kind))
 
-    def _take(self, event: Answer, kind: str) -> Generator[None, None, None]:
+    def _take(self, event: Answer, kind: str) -> Steps[None]:
         if event.delta:
             self.report.passed.see_delta(event, chat=False)
         if event.response or event.item or kind == "error" or kind.endswith("partial_image"):
