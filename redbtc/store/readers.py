@@ -140,9 +140,7 @@ class Readers:
     ) -> AsyncIterator[Reader]:
         try:
             async with places, contextlib.AsyncExitStack() as own:
-                connection = await (outlived_by or own).enter_async_context(
-                    reading_connection(self._uri)
-                )
+                connection = await open_snapshot(outlived_by or own, self._uri)
                 async with asyncio.timeout(seconds), _interrupting(connection):
                     await connection.execute("BEGIN")
                     yield Reader(connection, self._notice)
@@ -153,6 +151,15 @@ class Readers:
             ) from None
         except sqlite3.Error as error:
             raise StorageUnavailable(f"the ledger can't be read: {error}") from None
+
+
+async def open_snapshot(stack: contextlib.AsyncExitStack, uri: str) -> aiosqlite.Connection:
+    """Return a connection of its own for a snapshot, which `stack` closes. Raises
+    StorageUnavailable if no thread can be started for it, sqlite3.Error."""
+    try:
+        return await stack.enter_async_context(reading_connection(uri))
+    except RuntimeError as error:
+        raise StorageUnavailable(f"the ledger can't be read: {error}") from None
 
 
 def reading_connection(uri: str) -> DatabaseConnection:

@@ -1031,3 +1031,33 @@ def test_a_picture_after_usage_of_the_beginning_is_paid(
     with gateway.client(gateway.new_key()) as client, contextlib.suppress(httpx2.HTTPError):
         client.post("/responses", json=body)
     assert estimated(gateway, "upstream_failed")["image_output_tokens"] > 0
+
+
+WITHOUT_THREADS = """
+import os, threading
+start = threading.Thread.start
+def start_if_allowed(self):
+    if os.path.exists("no-threads"):
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = start_if_allowed
+"""
+
+
+def test_a_request_is_estimated_when_no_thread_can_be_started(
+    upstream: Upstream, make_gateway: MakeGateway
+) -> None:
+    """The speeds of models are read over a connection with a thread of its own."""
+    pieces = chat_pieces(["Hello"] * 20)[:15]
+    upstream.script = stream(pieces, end="tear")
+    gateway = make_gateway()
+    gateway.prelude = WITHOUT_THREADS
+    gateway.start()
+    key = gateway.new_key()
+    (gateway.folder / "no-threads").touch()
+    with gateway.client(key) as client, pytest.raises(httpx2.RemoteProtocolError):
+        client.post("/chat/completions", json={**CHAT, "stream": True})
+    (gateway.folder / "no-threads").unlink()
+    row = gateway.row()
+    assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "estimated")
+    assert row["output_tokens"] >= 15
