@@ -327,7 +327,10 @@ def redbtc(
     settings = "[limits]\nrequests_per_minute = 1000000000\n"
     settings += "[limits.account]\nconcurrency = 100000\ntokens_per_minute = 1000000000\n"
     settings += '[billing]\ndefault_credit_limit = "1000000"\n'
-    gateway = Gateway(folder, f"http://127.0.0.1:{upstream}/v1", settings, root=root)
+    # The commands below compile the code, as the first start of an installation does.
+    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+    url = f"http://127.0.0.1:{upstream}/v1"
+    gateway = Gateway(folder, url, settings, root=root, **bytecode)
     key = gateway.new_key("bench")
     gateway.run("price", "add", "m", "--input", "1.25", "--cached-input", "0.125", "--output", "10")
     if rows:
