@@ -706,6 +706,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+@pytest.mark.slow
 @given(
     since=st.integers(-2 * DAY, 9 * DAY),
     until=st.integers(-2 * DAY, 9 * DAY),

@@ -83,7 +83,6 @@ def test_a_client_that_fetches_it_is_first(
     assert gateway.cli("db", "check")["ok"]
 
 
-@pytest.mark.front_door
 def test_a_background_response_outlives_the_gateway(
     make_gateway: MakeGateway, stored: ResponseStore
 ) -> None:
