@@ -41,7 +41,7 @@ async def read_content(
         await reserved.take(max_bytes, deadline)
         steps = _decoded(sent, media.encoding, max_bytes, reserved, form, endpoint.model_needed)
     else:
-        steps = RequestBody.steps(sent, sent, form, endpoint.model_needed)
+        steps = RequestBody.read_body(sent, sent, form, endpoint.model_needed)
     body = await in_slices(steps, reserved.account_id)
     if body.excess_bytes:
         await reserved.take(body.excess_bytes, None)
@@ -62,7 +62,7 @@ def _decoded(
     reserved.give_back(max_bytes - len(text))
     if form:
         yield from form.grow(text)
-    return (yield from RequestBody.steps(body, text, form, model_needed))
+    return (yield from RequestBody.read_body(body, text, form, model_needed))
 
 
 async def read_body(

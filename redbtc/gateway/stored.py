@@ -166,7 +166,7 @@ class StoredRoute:
                     body = b""  # it has no meaning in GET and DELETE (RFC 9110 §9.3.1, §9.3.5)
                 elif body.strip():
                     check_plain_json(client_request.headers)
-                    steps = RequestBody.steps(body, body)
+                    steps = RequestBody.read_body(body, body)
                     await required_upstream(gateway, key, await in_slices(steps, key.account_id))
                 if self._method == "DELETE" and response_id in gateway.background:
                     message = "The response is still in progress. Cancel it first."

@@ -19,9 +19,9 @@ class NoCapacity(Refusal):
         super().__init__("concurrency_limit_exceeded", message, headers=headers)
 
 
-class Limited:
-    """The usage of a key, an account or the gateway that counts for its limits. `name` is for error
-    messages."""
+class LimitCounters:
+    """The counters of a key, an account or the gateway, to which its limits apply. `name` is for
+    error messages."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -36,19 +36,22 @@ class Limited:
         self.tokens = Bucket()
 
 
-class Bound(NamedTuple):
+class AppliedLimits(NamedTuple):
     """The limits that a key, an account or the gateway sets for one request; 0 is no limit."""
 
-    limited: Limited
+    counters: LimitCounters
     concurrency: int
     requests_per_minute: int
     tokens_per_minute: int
 
     def report(self, now: float) -> dict[str, Any]:
         """Return the limits, and what is left of them, as JSON shows them."""
-        taken, maximum = self.limited.places.taken, self.concurrency
+        taken, maximum = self.counters.places.taken, self.concurrency
         found: dict[str, Any] = {"concurrency": {"limit": maximum or None, "in_flight": taken}}
-        for name, bucket in (("requests", self.limited.requests), ("tokens", self.limited.tokens)):
+        for name, bucket in (
+            ("requests", self.counters.requests),
+            ("tokens", self.counters.tokens),
+        ):
             limit: int = getattr(self, f"{name}_per_minute")
             bucket.fill(limit, now)
             found[f"{name}_per_minute"] = {
@@ -64,9 +67,9 @@ class Admission:
     places. Leaving `with` gives the places back and, if the request was not admitted, also undoes
     its charges (see `undo`)."""
 
-    def __init__(self, bounds: tuple[Bound, ...], queue_seconds: float) -> None:
+    def __init__(self, applied_limits: tuple[AppliedLimits, ...], queue_seconds: float) -> None:
         """Charge all request rates, or raise Refusal and charge none."""
-        self.bounds = bounds
+        self.applied_limits = applied_limits
         self.queue_seconds = queue_seconds
         self.places: list[Places] = []
         self.is_body_read = False  # all of the body has been read
@@ -92,10 +95,10 @@ class Admission:
         """Charge all rates of a kind ("requests" or "tokens"), or raise Refusal and charge none."""
         charges: list[tuple[str, Bucket, float]] = []
         requests = kind == "requests"
-        for bound in self.bounds:
-            limit = bound.requests_per_minute if requests else bound.tokens_per_minute
+        for applied in self.applied_limits:
+            limit = applied.requests_per_minute if requests else applied.tokens_per_minute
             if limit:
-                bucket = bound.limited.requests if requests else bound.limited.tokens
+                bucket = applied.counters.requests if requests else applied.counters.tokens
                 check_rate(kind, bucket, limit, amount)
                 charges.append((kind, bucket, min(amount, limit)))
         for _, bucket, charged in charges:

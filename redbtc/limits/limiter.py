@@ -7,7 +7,7 @@ from typing import Any
 
 from redbtc.config import AccountLimitSettings, LimitSettings
 from redbtc.deadlines import Deadline
-from redbtc.limits.admission import Admission, Bound, Limited, NoCapacity
+from redbtc.limits.admission import Admission, AppliedLimits, LimitCounters, NoCapacity
 from redbtc.limits.buckets import Bucket, rate_limit_headers
 from redbtc.limits.places import Places
 from redbtc.refusals import ClientLeft
@@ -22,14 +22,14 @@ class Limiter:
     """The requests in flight, by key, by account and for the whole gateway."""
 
     def __init__(self) -> None:
-        self._keys: dict[str, Limited] = {}
-        self._accounts: dict[str, Limited] = {}
-        self._all = Limited("this gateway")
+        self._keys: dict[str, LimitCounters] = {}
+        self._accounts: dict[str, LimitCounters] = {}
+        self._all = LimitCounters("this gateway")
         self.queued = 0
 
     def charge(self, key: Key, limits: LimitSettings) -> Admission:
         """Charge one request, before its body is read. Raises Refusal if a rate is used up."""
-        return Admission(self._bounds(key, limits), limits.queue_seconds)
+        return Admission(self._applied_limits(key, limits), limits.queue_seconds)
 
     async def take_places(self, admission: Admission, estimate: int, deadline: Deadline) -> None:
         """Charge the tokens and take the places, which leaving the admission's `with` gives back.
@@ -40,11 +40,11 @@ class Limiter:
             raise ClientLeft
         admission.charge("tokens", estimate)
         until = time.monotonic() + admission.queue_seconds
-        account = admission.bounds[1].limited
-        for bound in admission.bounds:
-            places = bound.limited.places
-            if not places.take_now(bound.concurrency):
-                await self._wait_for_place(bound, account, until, deadline)
+        account = admission.applied_limits[1].counters
+        for applied in admission.applied_limits:
+            places = applied.counters.places
+            if not places.take_now(applied.concurrency):
+                await self._wait_for_place(applied, account, until, deadline)
             admission.places.append(places)
         admission.took_places = True
 
@@ -52,35 +52,37 @@ class Limiter:
         """Return the rate of small WebSocket frames of the key's account."""
         return self._account(key.account_id).small_frames
 
-    def memory(self, key: Key) -> tuple[Limited, Limited]:
+    def memory(self, key: Key) -> tuple[LimitCounters, LimitCounters]:
         """Return the account and the gateway, from both of which a body takes memory."""
         return self._account(key.account_id), self._all
 
-    def _bounds(self, key: Key, limits: LimitSettings) -> tuple[Bound, Bound, Bound]:
+    def _applied_limits(
+        self, key: Key, limits: LimitSettings
+    ) -> tuple[AppliedLimits, AppliedLimits, AppliedLimits]:
         of_key = self._keys.get(key.id)
         if of_key is None:
-            of_key = self._keys[key.id] = Limited("this key")
+            of_key = self._keys[key.id] = LimitCounters("this key")
         own = (
             key.account_concurrency,
             key.account_requests_per_minute,
             key.account_tokens_per_minute,
         )
         return (
-            Bound(
+            AppliedLimits(
                 of_key,
                 key.concurrency or 0,
                 key.requests_per_minute or 0,
                 key.tokens_per_minute or 0,
             ),
             self._bound(key.account_id, own, key.throttle_factor, limits.account),
-            Bound(
+            AppliedLimits(
                 self._all, limits.concurrency, limits.requests_per_minute, limits.tokens_per_minute
             ),
         )
 
     def _bound(
         self, account_id: str, own: OwnLimits, factor: int | None, default: AccountLimitSettings
-    ) -> Bound:
+    ) -> AppliedLimits:
         """Return the limits of an account: its own, or the `default` ones. `factor` is the share of
         them that it is throttled to, in thousandths; at least 1 of each limit is left."""
         concurrency, requests, tokens = own
@@ -91,13 +93,13 @@ class Limiter:
         ]
         if factor is not None:
             limits = [limit and max(1, limit * factor // 1000) for limit in limits]
-        return Bound(self._account(account_id), *limits)
+        return AppliedLimits(self._account(account_id), *limits)
 
-    def _account(self, account_id: str) -> Limited:
-        limited = self._accounts.get(account_id)
-        if limited is None:
-            limited = self._accounts[account_id] = Limited("this account")
-        return limited
+    def _account(self, account_id: str) -> LimitCounters:
+        counters = self._accounts.get(account_id)
+        if counters is None:
+            counters = self._accounts[account_id] = LimitCounters("this account")
+        return counters
 
     def report_account(
         self, account_id: str, own: OwnLimits, factor: int | None, limits: LimitSettings
@@ -109,22 +111,22 @@ class Limiter:
         """Return the current limits of a key and its account, and what is left of them, for JSON. A
         limit of null is none."""
         now = time.monotonic()
-        of_key, of_account, _ = self._bounds(key, limits)
+        of_key, of_account, _ = self._applied_limits(key, limits)
         return {"key": of_key.report(now), "account": of_account.report(now)}
 
     async def _wait_for_place(
-        self, bound: Bound, account: Limited, until: float, deadline: Deadline
+        self, applied: AppliedLimits, account: LimitCounters, until: float, deadline: Deadline
     ) -> None:
         try:
-            await self.wait(account, bound.limited.places, 1, until, deadline)
+            await self.wait(account, applied.counters.places, 1, until, deadline)
         except TimeoutError:
-            headers = rate_limit_headers("concurrency", bound.concurrency, 0, 1)
-            what = f"{bound.limited.name} may have {bound.concurrency} requests in flight"
+            headers = rate_limit_headers("concurrency", applied.concurrency, 0, 1)
+            what = f"{applied.counters.name} may have {applied.concurrency} requests in flight"
             message = f"Too many requests at once: {what}."
             raise NoCapacity(message, headers) from None
 
     async def wait(
-        self, account: Limited, places: Places, amount: int, until: float, deadline: Deadline
+        self, account: LimitCounters, places: Places, amount: int, until: float, deadline: Deadline
     ) -> None:
         """Take `amount` places in turn. Raises TimeoutError at `until` (monotonic seconds), or
         immediately if MAX_WAITING_REQUESTS requests of the account wait already; ClientLeft if the

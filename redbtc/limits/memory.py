@@ -7,7 +7,7 @@ import time
 
 from redbtc.config import Settings
 from redbtc.deadlines import Deadline
-from redbtc.limits.admission import Limited, NoCapacity
+from redbtc.limits.admission import LimitCounters, NoCapacity
 from redbtc.limits.limiter import Limiter
 from redbtc.store.keys import Key
 
@@ -123,13 +123,18 @@ class Reservation:
             self._release(0)  # frees what other requests of the account gave back meanwhile
 
     async def _take_share(
-        self, limited: Limited, maximum: int, more: int, until: float, deadline: Deadline | None
+        self,
+        counters: LimitCounters,
+        maximum: int,
+        more: int,
+        until: float,
+        deadline: Deadline | None,
     ) -> None:
-        if not limited.reading.take_now(maximum, more, ahead=deadline is None):
+        if not counters.reading.take_now(maximum, more, ahead=deadline is None):
             try:
                 if deadline is None:
                     raise TimeoutError
-                await self._limiter.wait(self._account, limited.reading, more, until, deadline)
+                await self._limiter.wait(self._account, counters.reading, more, until, deadline)
             except TimeoutError:
-                message = f"Too many large request bodies at once for {limited.name}."
+                message = f"Too many large request bodies at once for {counters.name}."
                 raise NoCapacity(message) from None

@@ -59,7 +59,7 @@ class RequestBody:
         self._options_at = contents.options_at
 
     @classmethod
-    def steps(
+    def read_body(
         cls, sent: Buffer, text: Buffer, form: Form | None = None, model_needed: bool = False
     ) -> Steps[RequestBody]:
         """Read a body in small steps. `text` is the decoded body, `form` the form that has parsed
@@ -171,8 +171,8 @@ class ClientEvent(RequestBody):
         self._unsteered = unsteered
 
     @classmethod
-    def read(cls, text: Buffer) -> Steps[ClientEvent]:
-        """Read a message in small steps. Raises Refusal as `RequestBody.steps` does."""
+    def read_event(cls, text: Buffer) -> Steps[ClientEvent]:
+        """Read a message in small steps. Raises Refusal as `RequestBody.read_body` does."""
         contents, members = yield from read_contents(text, EVENT_FACTS)
         unsteered = next((name for name in members if name not in STEER_MEMBERS), None)
         return cls(text, contents, unsteered)

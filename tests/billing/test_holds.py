@@ -755,7 +755,7 @@ def test_a_picture_is_held_as_such_wherever_it_stands(where: str, size: int) -> 
     """Its link can be short, and its bytes are no tokens."""
     part = {"type": "input_image", "image_url": "x" * size}
     body = json.dumps({"model": MODEL, **PICTURES[where]}).replace('"%"', json.dumps(part))
-    content = result_of(RequestBody.steps(body.encode(), body.encode()))
+    content = result_of(RequestBody.read_body(body.encode(), body.encode()))
     assert 16_000 < content.max_input_tokens < 16_500
 
 
@@ -792,10 +792,10 @@ def test_an_odd_list_hides_no_pictures(
 def test_a_message_that_can_be_read_in_two_ways_hides_no_pictures(message: str) -> None:
     pictures = json.dumps([{"type": "image_url", "image_url": {"url": "x"}}] * 20)
     body = f'{{"model":"{MODEL}","messages":[{message % pictures}]}}'.encode()
-    assert result_of(RequestBody.steps(body, body)).max_input_tokens > 320_000
+    assert result_of(RequestBody.read_body(body, body)).max_input_tokens > 320_000
     body = body.replace(b"messages", b"input")
     with pytest.raises(Refusal):
-        result_of(RequestBody.steps(body, body))
+        result_of(RequestBody.read_body(body, body))
 
 
 @pytest.mark.parametrize(
@@ -810,7 +810,7 @@ def test_a_message_that_can_be_read_in_two_ways_hides_no_pictures(message: str) 
 def test_what_matters_to_a_hold_is_in_lower_case(body: dict[str, Any]) -> None:
     text = json.dumps({"model": MODEL, **body}).encode()
     with pytest.raises(Refusal):
-        result_of(RequestBody.steps(text, text))
+        result_of(RequestBody.read_body(text, text))
 
 
 def test_a_long_prompt_in_a_form_is_held_in_full() -> None:
@@ -818,7 +818,7 @@ def test_a_long_prompt_in_a_form_is_held_in_full() -> None:
     text, headers = form({"model": "gpt-image", "prompt": "x" * 100_000})
     read = Form(headers["content-type"].partition("=")[2].encode())
     result_of(read.grow(text))
-    content = result_of(RequestBody.steps(text, text, read))
+    content = result_of(RequestBody.read_body(text, text, read))
     assert 100_000 < content.max_input_tokens < 100_500
 
 
@@ -969,7 +969,7 @@ def test_no_other_byte_is_changed(
         changed = b'{"a":{"include_usage":null},"include_usage":true}'
     text = b' {%b"model":"m","z":{"stream_options":null},"stream":true, "stream_options" :%b%b}\n'
     body = kind(text % (around[0], options, around[1]))
-    content = result_of(RequestBody.steps(body, body))
+    content = result_of(RequestBody.read_body(body, body))
     assert content.add_include_usage()
     assert content.sent == text % (around[0], changed, around[1])
 
@@ -979,7 +979,7 @@ def test_options_that_are_too_long_are_refused() -> None:
         filled = options.replace(b"%b", b" " * 5000)
         body = b'{"model":"m","stream":true,"stream_options":%b}' % filled
         with pytest.raises(Refusal) as refused:
-            result_of(RequestBody.steps(body, body))
+            result_of(RequestBody.read_body(body, body))
         assert refused.value.param == "stream_options"
 
 

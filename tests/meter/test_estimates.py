@@ -736,7 +736,7 @@ def test_what_builds_on_torn_answers_is_estimated_by_what_they_likely_had(
 
 def content_of(body: dict[str, Any]) -> RequestBody:
     text = msgspec.json.encode(body)
-    steps = RequestBody.steps(text, text)
+    steps = RequestBody.read_body(text, text)
     while True:
         try:
             next(steps)

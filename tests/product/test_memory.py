@@ -88,7 +88,7 @@ BEFORE_FORWARDING: dict[str, tuple[str, dict[str, str], bytes]] = {
     "RequestCycle.feed": ("/responses", JSON, TEXT),
     "RequestCycle.receive": ("/responses", JSON, TEXT),
     "Reservation.take": ("/responses", JSON, TEXT),
-    "RequestBody.steps": ("/responses", JSON, TEXT),
+    "RequestBody.read_body": ("/responses", JSON, TEXT),
     "RequestBody.add_include_usage": ("/chat/completions", JSON, json.dumps(CHAT).encode()),
     "Form.grow": ("/images/edits", FORM, PICTURE),
     "redbtc.request_body.media.decompressed": ("/responses", GZIP, gzip.compress(TEXT)),
@@ -173,7 +173,7 @@ def test_no_memory_for_a_message_is_an_event(starving: Gateway, upstream: Upstre
     upstream.talk = ws_like_openai
     key = starving.new_key()
     with websocket(starving, key) as client:
-        file = let_fail(starving, "ClientEvent.read")
+        file = let_fail(starving, "ClientEvent.read_event")
         client.send()
         event = client.recv()
         assert (event["status"], event["error"]["code"]) == (503, "overloaded")

@@ -208,11 +208,11 @@ def test_long_objects_in_a_list_are_read_in_steps() -> None:
 @pytest.mark.parametrize("name", CORPUS)
 def test_no_body_holds_the_loop_or_takes_memory(name: str) -> None:
     short, long = CORPUS[name](SHORT), CORPUS[name](LONG)
-    assert_quick(lambda: RequestBody.steps(short, short))
-    assert_quick(lambda: ClientEvent.read(long))
-    assert_small(lambda: RequestBody.steps(short, short), len(short))
+    assert_quick(lambda: RequestBody.read_body(short, short))
+    assert_quick(lambda: ClientEvent.read_event(long))
+    assert_small(lambda: RequestBody.read_body(short, short), len(short))
     middle = CORPUS[name](2 * MAX_PIECE)
-    assert_small(lambda: RequestBody.steps(middle, middle), len(middle))
+    assert_small(lambda: RequestBody.read_body(middle, middle), len(middle))
 
 
 def packed(encoding: str, text: bytes) -> tuple[bytes, str]:
@@ -277,7 +277,7 @@ def test_no_form_does(name: str) -> None:
     def steps() -> Iterator[None]:
         form = Form(boundary)
         yield from form.grow(text)
-        yield from RequestBody.steps(text, text, form)
+        yield from RequestBody.read_body(text, text, form)
 
     assert_quick(steps)
     assert_small(steps, len(text))
@@ -292,9 +292,9 @@ def test_bodies_that_are_mutated_to_cost_more() -> None:
     while time.process_time() < until:
         _, chosen = pool[chance.randrange(len(pool))]
         text = mutated(chance, chosen)
-        cost = longest_step(run(RequestBody.steps(text, text)))
+        cost = longest_step(run(RequestBody.read_body(text, text)))
         if cost > MOST_UNITS:
-            cost = min(longest_step(run(RequestBody.steps(text, text))) for _ in range(3))
+            cost = min(longest_step(run(RequestBody.read_body(text, text))) for _ in range(3))
         assert cost < MOST_UNITS, text[:200]
         pool.append((cost, text))
         pool = sorted(pool, key=lambda each: each[0])[-200:]
@@ -306,7 +306,7 @@ def test_bodies_that_are_mutated_to_cost_more() -> None:
 def facts_of(text: bytes) -> object:
     """Return what is read of a body, or its refusal."""
     try:
-        content = result_of(RequestBody.steps(text, text))
+        content = result_of(RequestBody.read_body(text, text))
         further = content.further_models()
     except Refusal:
         return "refused"
@@ -453,7 +453,7 @@ def test_what_a_body_names_is_nothing_to_collect() -> None:
     text = body(input=b"[%b]" % b",".join(b'{"id":"a%d"}' % n for n in range(20_000)))
     gc.collect()
     before = len(gc.get_objects())
-    content = result_of(RequestBody.steps(text, text))
+    content = result_of(RequestBody.read_body(text, text))
     assert len(content.references) == 20_000
     assert len(gc.get_objects()) - before < 1000
 
@@ -522,7 +522,7 @@ def test_a_history_with_everything_in_it_passes(
     }
     sent = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
     assert len(sent) > 30_000_000
-    content = result_of(RequestBody.steps(sent, sent))
+    content = result_of(RequestBody.read_body(sent, sent))
     assert content.further_models() == {facts.DEFAULT_IMAGE_MODEL: True}
     assert content.chosen_ids == {f"rs_{n}" for n in range(1000)}
     assert not content.references
@@ -594,7 +594,7 @@ def test_a_tools_model_has_a_name_of_some_length(length: int) -> None:
     tool = {"type": "image_generation", "model": "m" * length}
     body = json.dumps({"model": "m", "input": "x", "tools": [tool]}).encode()
     with pytest.raises(Refusal) as refused:
-        result_of(RequestBody.steps(body, body))
+        result_of(RequestBody.read_body(body, body))
     assert refused.value.message == "The model of a tool has more than 256 characters."
 
 
@@ -623,7 +623,7 @@ def test_a_tools_model_has_a_name_of_some_length(length: int) -> None:
 )
 def test_a_body_that_is_out_of_bounds_is_told_so(text: bytes, bound: str) -> None:
     with pytest.raises(Refusal) as refused:
-        result_of(RequestBody.steps(text, text)).further_models()
+        result_of(RequestBody.read_body(text, text)).further_models()
     assert refused.value.code == "invalid_request"
     assert bound in refused.value.message
 
@@ -642,9 +642,9 @@ def test_what_is_kept_of_ids_is_known(count: int, end: str) -> None:
     ]
     for body in bodies:
         text = json.dumps({"model": "gpt-up", **body}, ensure_ascii=False).encode()
-        result_of(RequestBody.steps(text, text))
+        result_of(RequestBody.read_body(text, text))
         tracemalloc.start()
-        content = result_of(RequestBody.steps(text, text))
+        content = result_of(RequestBody.read_body(text, text))
         kept = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert kept < len(text) + content.excess_bytes + 10_000
@@ -653,4 +653,4 @@ def test_what_is_kept_of_ids_is_known(count: int, end: str) -> None:
 def test_the_ids_of_a_usual_history_take_no_more_than_its_text() -> None:
     items = [{"id": f"msg_{each:050}", "role": "user", "content": "x" * 700} for each in range(99)]
     text = json.dumps({"model": "gpt-up", "input": items}).encode()
-    assert result_of(RequestBody.steps(text, text)).excess_bytes == 0
+    assert result_of(RequestBody.read_body(text, text)).excess_bytes == 0

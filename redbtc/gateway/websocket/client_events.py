@@ -68,7 +68,7 @@ class ClientEvents:
         try:
             key = self._gateway.authenticate(self._handshake)
             with self._gateway.limiter.charge(key, self._gateway.settings.limits) as admission:
-                event = await in_slices(ClientEvent.read(text), account_id)
+                event = await in_slices(ClientEvent.read_event(text), account_id)
                 if event.excess_bytes:
                     await memory.grow(event.excess_bytes)
                 await self._act(event, admission, memory)
