@@ -138,8 +138,6 @@ class MeteredRequest(AdmittedRequest):
             return
         row, report, gateway = self.row, self.meter.report, self.gateway
         self._fill(report)
-        if self._repeats:
-            report.usage, report.parts = None, []
         if outcome == "client_disconnected" and gateway.stopping:
             outcome = "interrupted"
         guess = await self._estimate(outcome)
@@ -185,7 +183,11 @@ class MeteredRequest(AdmittedRequest):
     def _account_for(
         self, row: RequestRow, outcome: Outcome, guess: Estimate | None
     ) -> list[UsagePart]:
-        """Fill in the row's outcome and usage, except containers. Return the parts to bill."""
+        """Fill in the row's outcome and usage, except containers. Return the parts to bill: none
+        of an answer for which another row is billed."""
+        if self._repeats:
+            row.outcome = outcome
+            return []
         parts = account_for(row, self.meter.report, outcome, guess)
         if self.endpoint.chat and self.body.searches_web and row.usage.web_searches is None:
             parts = add_calls(row, parts, web_searches=1)
