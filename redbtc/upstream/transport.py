@@ -107,11 +107,14 @@ class Transport(httpx2.AsyncBaseTransport):
 
     async def tls_context(self) -> ssl.SSLContext:
         """Return the TLS context for upstreams. It is made once, when it is needed, in a thread:
-        reading the trusted certificates takes 30 ms."""
+        reading the trusted certificates takes 30 ms. Raises OSError."""
         async with self._making_context:
             if self._context is None:
                 make = functools.partial(httpx2.create_ssl_context, trust_env=False)
-                self._context = await asyncio.to_thread(make)
+                try:
+                    self._context = await asyncio.to_thread(make)
+                except RuntimeError as error:  # no thread can be started
+                    raise OSError(str(error)) from error
         return self._context
 
     def _sweep(self) -> None:

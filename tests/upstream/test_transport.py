@@ -1069,3 +1069,24 @@ def test_no_proxy_but_the_settings(
         assert [each.path for each in proxy.requests] == (
             [f"{upstream.url}/responses"] if through else []
         )
+
+
+def test_without_a_thread_for_the_certificates_no_connection_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A request finds its upstream unreachable, and so does a WebSocket (OSError)."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        async with Transport() as transport:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", start)
+                with pytest.raises(httpx2.ConnectError, match="thread"):
+                    await transport.handle_async_request(post("https://localhost:9"))
+                with pytest.raises(OSError, match="thread"):
+                    await transport.tls_context()
+            assert await transport.tls_context()
+
+    run(main)
