@@ -42,8 +42,7 @@ from starlette.routing import Route, Router
 
 from redbtc import start
 from redbtc.admin.http import admin_app, local_actor
-from redbtc.cli import accounts, database, money, usage, users  # noqa: F401 (they add commands)
-from redbtc.cli import main as command_line
+from redbtc.cli import commands
 from redbtc.cli.serve import ServeOptions, open_service
 from redbtc.config import (
     LoadedSettings,
@@ -74,6 +73,7 @@ from redbtc.server.listening import Server, configured, listen, server_for
 from redbtc.server.unix_socket import AdminServer, socket_path
 from redbtc.server.websocket_protocol import WebSocketProtocol
 from redbtc.telemetry import LOG, Telemetry, log, shown_error
+from redbtc.upstream.certificates import check_ca_files
 from redbtc.upstream.upstreams import PING_SECONDS
 
 OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
@@ -325,11 +325,11 @@ class GatewayProcess:
         old = gateway.settings
         try:
             new = reload_settings(self._loaded)
+            new = with_demo(new, self.demo) if self.demo else new
+            check_ca_files(new.upstreams)
         except SettingsError as error:
             log(logging.ERROR, "reload refused", reason=str(error))
             return
-        if self.demo:
-            new = with_demo(new, self.demo)
         self._settings = new
         gateway.apply(new)
         LOG.level = getattr(logging, new.server.log_level.upper())
@@ -341,7 +341,7 @@ class GatewayProcess:
 def main() -> None:
     """Run the command line: redbtc-proxy, or python redbtc_proxy.py."""
     LOG.start()
-    command_line.main(run)
+    commands.main(run)
 
 
 if __name__ == "__main__":

@@ -1005,6 +1005,102 @@ CREATE TRIGGER a_password_ends AFTER UPDATE OF password ON users BEGIN
 END;
 DROP TABLE IF EXISTS known_browsers;
 
+-- version 13
+
+-- What a request met at its upstream. NULL in the rows of earlier versions.
+ALTER TABLE requests ADD COLUMN
+    attempts            INTEGER CHECK (attempts >= 0);  -- how many times it was sent, or tried to be sent,
+                                                -- to an upstream; NULL: not known, or it was not sent
+ALTER TABLE requests ADD COLUMN
+    upstream_status     INTEGER CHECK (upstream_status BETWEEN 100 AND 999);  -- the HTTP status of the
+                                                -- upstream's last answer; NULL: none came
+ALTER TABLE requests ADD COLUMN
+    upstream_error_code TEXT CHECK (length(upstream_error_code) BETWEEN 1 AND 100);  -- the code in that
+                                                -- answer's error, or why none came; NULL: no failure
+ALTER TABLE requests ADD COLUMN
+    upstream_request_id TEXT CHECK (length(upstream_request_id) BETWEEN 1 AND 128);  -- its x-request-id
+
+CREATE INDEX failed_requests ON requests (started_at)
+    WHERE outcome IN ('upstream_error', 'upstream_failed');
+CREATE INDEX failed_requests_of_an_account ON requests (account_id, started_at)
+    WHERE outcome IN ('upstream_error', 'upstream_failed');
+-- What happened to the upstreams. A member is one upstream with one of its keys.
+
+-- The newest changes of the members' states.
+CREATE TABLE upstream_changes (
+    number              INTEGER PRIMARY KEY,    -- in the order in which they happened
+    id                  TEXT NOT NULL UNIQUE,   -- upc_ and 16 hexadecimal digits
+    changed_at          INTEGER NOT NULL,
+    upstream            TEXT NOT NULL,          -- the member's name
+    was                 TEXT NOT NULL CHECK (was IN ('up', 'resting', 'out', 'unusable')),
+    state               TEXT NOT NULL CHECK (state IN ('up', 'resting', 'out', 'unusable')),
+    reason              TEXT NOT NULL CHECK (length(reason) <= 100),    -- a code; no upstream's text
+    model               TEXT CHECK (length(model) BETWEEN 1 AND 256),   -- NULL: all models
+    until               INTEGER,                -- for how long at most; NULL: not known
+    changed_by          TEXT                    -- the operator who did it; NULL: the gateway
+) STRICT;
+
+CREATE TRIGGER upstream_changes_are_bounded AFTER INSERT ON upstream_changes BEGIN
+    DELETE FROM upstream_changes WHERE number <= NEW.number - 1000;
+END;
+
+-- Until when members rest, so that a restart does not send requests to a limited upstream.
+CREATE TABLE upstream_rests (
+    upstream            TEXT NOT NULL,          -- the member's name
+    model               TEXT NOT NULL CHECK (length(model) <= 256),     -- '': all models
+    began_at            INTEGER NOT NULL,
+    until               INTEGER NOT NULL CHECK (until > began_at),
+    reason              TEXT NOT NULL CHECK (length(reason) <= 100),    -- a code
+    PRIMARY KEY (upstream, model)
+) STRICT, WITHOUT ROWID;
+
+-- Clients name the models: of too many rests, those of single models that end first are dropped.
+CREATE TRIGGER upstream_rests_are_bounded AFTER INSERT ON upstream_rests
+WHEN (SELECT count(*) FROM upstream_rests) > 1000 BEGIN
+    DELETE FROM upstream_rests WHERE (upstream, model) IN (
+        SELECT upstream, model FROM upstream_rests ORDER BY model = '', until LIMIT 1);
+END;
+
+-- What the webhook is told, whether it arrived, and how often that was tried.
+CREATE TABLE webhook_messages (
+    number              INTEGER PRIMARY KEY,    -- in the order in which they are sent
+    id                  TEXT NOT NULL UNIQUE,   -- the webhook-id: of a budget the notice's id, else
+                                                -- msg_ and 16 hexadecimal digits
+    type                TEXT NOT NULL CHECK (type IN ('budget.reached', 'upstream.out',
+                            'upstream.back', 'upstream.credentials')),
+    data                TEXT NOT NULL CHECK (json_valid(data)),     -- what is sent: an object
+    created_at          INTEGER NOT NULL,
+    tries               INTEGER NOT NULL DEFAULT 0 CHECK (tries >= 0),
+    tried_at            INTEGER,                -- the last time
+    status              INTEGER,                -- of the last answer; NULL: none came
+    error               TEXT,                   -- the type of the error, if none came
+    delivered_at        INTEGER                 -- when the webhook accepted it
+) STRICT;
+
+-- The newest are kept, and those that are still to be sent: for 3 days (redbtc/billing/webhook.py).
+CREATE TRIGGER webhook_messages_are_bounded AFTER INSERT ON webhook_messages BEGIN
+    DELETE FROM webhook_messages
+     WHERE number <= NEW.number - 1000
+       AND (delivered_at IS NOT NULL OR created_at <= NEW.created_at - 259200000);
+END;
+
+INSERT INTO webhook_messages (id, type, data, created_at, tries, delivered_at)
+    SELECT notices.id, 'budget.reached',
+           json_object('account', accounts.name, 'key_id', key_id, 'month', month,
+                       'percent', percent, 'text', text),
+           notices.created_at, delivered_at IS NOT NULL, delivered_at
+      FROM notices LEFT JOIN accounts ON accounts.id = account_id
+     WHERE kind = 'budget' ORDER BY notices.created_at, notices.rowid;
+
+CREATE TRIGGER a_budget_is_reached AFTER INSERT ON notices WHEN NEW.kind = 'budget' BEGIN
+    INSERT INTO webhook_messages (id, type, data, created_at)
+        SELECT NEW.id, 'budget.reached',
+               json_object('account', (SELECT name FROM accounts WHERE id = NEW.account_id),
+                           'key_id', NEW.key_id, 'month', NEW.month, 'percent', NEW.percent,
+                           'text', NEW.text),
+               NEW.created_at;
+END;
+
 -- The triggers below take the place of those of the same names.
 
 -- triggers

@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from redbtc.errors import UserError
 from redbtc.money import parse_limit
+from redbtc.settings_tables import Count, Seconds, SettingsTable, Url, Variable
+from redbtc.upstream_settings import UpstreamSettings, problems_of
 from redbtc.usage import MAX_TOKENS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -35,19 +37,9 @@ def shipped(name: str) -> Path:
     return next((path for path in paths if path.exists()), paths[0])
 
 
-Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Variable = Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
-Url = Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")]
 Host = Annotated[str, Meta(min_length=1)]
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z*]+")
-Proxy = Annotated[str, Meta(pattern=r"^((https?|socks5h?)://[^\s/?#]+/?)?$")]
 MIN_BODIES_READ = 4  # so that an account's half holds the largest body and its decoded copy
-
-
-class SettingsTable(Struct, forbid_unknown_fields=True, frozen=True):
-    """A table of the settings file."""
 
 
 class ServerSettings(SettingsTable, frozen=True):
@@ -84,24 +76,12 @@ class DatabaseSettings(SettingsTable, frozen=True):
     check_seconds: Annotated[int, Meta(ge=0, le=86400)] = 60
 
 
-class UpstreamSettings(SettingsTable, frozen=True):
-    """A table [[upstreams]]: a server that requests are sent to. Upstreams of equal `priority`
-    share requests by `weight`."""
+class FailoverSettings(SettingsTable, frozen=True):
+    """The table [failover]: how often, and for how long, a request is tried at other members before
+    the client has received anything."""
 
-    name: Name = "openai"
-    base_url: Url = "https://api.openai.com/v1"
-    api_key_env: Variable = "OPENAI_API_KEY"
-    models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("*",)
-    priority: Count = 1
-    weight: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
-    max_concurrency: Count = 0
-    connect_timeout_seconds: Seconds = 5
-    first_byte_timeout_seconds: Seconds = 600
-    idle_timeout_seconds: Seconds = 300
-    total_timeout_seconds: Seconds = 3600
-    transport: Literal["asyncio", "httpx"] = "asyncio"
-    proxy: Proxy = ""
-    websocket: bool = True
+    attempts: Annotated[int, Meta(ge=1, le=10)] = 3
+    budget_seconds: Seconds = 20
 
 
 class AccountLimitSettings(SettingsTable, frozen=True):
@@ -168,6 +148,7 @@ class Settings(SettingsTable, frozen=True):
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
     upstreams: Annotated[tuple[UpstreamSettings, ...], Meta(min_length=1)] = (UpstreamSettings(),)
+    failover: FailoverSettings = FailoverSettings()
     limits: LimitSettings = LimitSettings()
     metering: MeteringSettings = MeteringSettings()
     billing: BillingSettings = BillingSettings()
@@ -192,7 +173,6 @@ def url_of(host: str, port: int) -> str:
 
 # Settings that are accepted but not used yet. `check` names those that are not at their default.
 WITHOUT_EFFECT = [
-    "upstreams.max_concurrency",
     "retention.request_log_days_max",
     "retention.usage_days",
     "retention.terminated_account_days",
@@ -239,7 +219,18 @@ def load_settings(path: str | None) -> LoadedSettings:
     except SettingsError as error:
         raise SettingsError(f"{file}: {error}") from None
     unused = [key for key in WITHOUT_EFFECT if _value(settings, key) != _value(Settings(), key)]
+    settings = _with_paths(settings, file.parent)
     return LoadedSettings(settings, file, file.parent, unused, is_empty=not tables)
+
+
+def _with_paths(settings: Settings, folder: Path) -> Settings:
+    """Return the settings with the whole path of each ca_file, which may be relative to the
+    settings file's folder."""
+    upstreams = tuple(
+        msgspec.structs.replace(each, ca_file=str(folder / each.ca_file)) if each.ca_file else each
+        for each in settings.upstreams
+    )
+    return msgspec.structs.replace(settings, upstreams=upstreams)
 
 
 def reload_settings(before: LoadedSettings) -> Settings:
@@ -261,6 +252,11 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
         settings = msgspec.convert(tables, Settings)
     except msgspec.ValidationError as error:
         raise SettingsError(_explain(str(error), tables)) from None
+    for table in tables.get("upstreams", ()):
+        if table.get("api_key_envs") and "api_key_env" in table:
+            raise SettingsError(
+                "upstreams.api_key_env: set beside upstreams.api_key_envs; allowed is one of them"
+            )
     names = [upstream.name for upstream in settings.upstreams]
     for name in names:
         if names.count(name) > 1:
@@ -289,8 +285,8 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
     for upstream in settings.upstreams:
         if not _is_url(upstream.base_url):
             raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; not a valid URL")
-        if upstream.proxy and upstream.transport != "httpx":
-            raise SettingsError('upstreams.proxy: a proxy needs transport = "httpx"')
+        for problem in problems_of(upstream):
+            raise SettingsError(problem)
     _check_billing(settings.billing)
     return settings
 
@@ -331,6 +327,9 @@ TYPE_NAMES = {
 }
 
 
+MAY_BE_SECRET = re.compile(r"_env$|_envs\b|\.headers\b")  # where people may write the secret itself
+
+
 def _explain(message: str, tables: Mapping[str, Any]) -> str:
     """Return msgspec's message as people would say it: the key's path, what was found, and what is
     allowed."""
@@ -347,7 +346,7 @@ def _explain(message: str, tables: Mapping[str, Any]) -> str:
             found = found[index]
         except (KeyError, IndexError, TypeError):
             break
-    shown = "something else" if path.endswith("_env") else repr(found)  # it may be the secret
+    shown = "something else" if MAY_BE_SECRET.search(path) else repr(found)
     allowed = re.sub(
         r"`([\w |]+)`",
         lambda types: " or ".join(TYPE_NAMES.get(each, each) for each in types[1].split(" | ")),
@@ -383,15 +382,16 @@ def with_demo(settings: Settings, url: str) -> Settings:
 
 def missing_keys(settings: Settings) -> list[str]:
     """Return a line for each key or secret that the settings name and the environment lacks."""
-    wanted = {
-        f'upstream "{upstream.name}"': upstream.api_key_env for upstream in settings.upstreams
-    }
-    wanted["billing.webhook_url"] = settings.billing.webhook_secret_env
-    return [
-        f"{what}: environment variable {variable} is not set"
-        for what, variable in wanted.items()
-        if variable and not os.environ.get(variable)
+    lines = [
+        f'upstream "{member.member_name}": environment variable {variable} is not set'
+        for upstream in settings.upstreams
+        for member in upstream.members
+        for variable in member.missing_variables()
     ]
+    secret = settings.billing.webhook_secret_env
+    if secret and not os.environ.get(secret):
+        lines.append(f"billing.webhook_url: environment variable {secret} is not set")
+    return lines
 
 
 def settings_at_restart(old: Settings, new: Settings) -> list[str]:

@@ -48,6 +48,11 @@ class Deadline:
             if task.uncancel() == 0 and error is asyncio.CancelledError:
                 raise TimeoutError
 
+    @property
+    def total_is_over(self) -> bool:
+        """Return whether the time of the whole is over."""
+        return self._deadlines.now() >= self._last
+
     def shorten(self, grace: float) -> None:
         """Leave at most `grace` seconds from when the client disconnects, or from now if it has
         disconnected already."""

@@ -44,6 +44,11 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "internal_error": (500, SERVER, "The gateway could not process this request."),
     "upstream_unreachable": (502, SERVER, "The upstream could not be reached."),
     "upstream_protocol_error": (502, SERVER, "The upstream sent an invalid response."),
+    "upstream_credentials_rejected": (
+        502,
+        SERVER,
+        "The upstream rejected the gateway's own credentials. Tell your administrator.",
+    ),
     "no_upstream": (503, SERVER, "No upstream is available for this request. Try again later."),
     "ledger_unavailable": (503, SERVER, "Usage can't be recorded right now. Try again later."),
     "overloaded": (503, SERVER, "The gateway is out of memory. Try again later."),

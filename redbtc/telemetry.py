@@ -217,23 +217,24 @@ class Telemetry:
             for kind, tokens in zip(TOKEN_KINDS, TOKENS_OF(row.usage), strict=True):
                 if tokens:
                     self._tokens[kind, row.usage_source] += tokens
-        self._line(
-            logging.INFO,
-            row.request_id,
-            row.endpoint,
-            row.status,
-            {
-                "account_id": row.account_id,
-                "key_id": row.key_id,
-                "upstream": row.upstream,
-                "outcome": row.outcome,
-                "first_byte_ms": row.first_byte_ms,
-                "duration_ms": row.duration_ms,
-                "usage_source": row.usage_source,
-                "input_tokens": row.usage.input_tokens,
-                "output_tokens": row.usage.output_tokens,
-            },
-        )
+        fields = {
+            "account_id": row.account_id,
+            "key_id": row.key_id,
+            "upstream": row.upstream,
+            "attempts": row.attempts,
+            "upstream_status": row.upstream_status,
+            "outcome": row.outcome,
+            "first_byte_ms": row.first_byte_ms,
+            "duration_ms": row.duration_ms,
+            "usage_source": row.usage_source,
+            "input_tokens": row.usage.input_tokens,
+            "output_tokens": row.usage.output_tokens,
+        }
+        if row.upstream_error_code:
+            fields["upstream_error_code"] = row.upstream_error_code
+        if row.upstream_request_id:
+            fields["upstream_request_id"] = row.upstream_request_id
+        self._line(logging.INFO, row.request_id, row.endpoint, row.status, fields)
 
     def answered(
         self, request_id: str, route: str, status: int, outcome: Outcome = "completed"

@@ -16,6 +16,8 @@ Outcome = Literal[
     "interrupted",
 ]
 
+FAILED: tuple[Outcome, ...] = ("upstream_error", "upstream_failed")  # by the upstream
+
 
 class Usage(Struct, frozen=True):
     """The usage of one request, as OpenAI counts it: cached_input and cache_write are parts of
@@ -70,7 +72,23 @@ class RequestRow(Struct):
     price_id: int | None = None
     cost: int | None = None  # nanos
     month: str | None = None
+    attempts: int | None = None
+    upstream_status: int | None = None
+    upstream_error_code: str | None = None
+    upstream_request_id: str | None = None
     usage: Usage = Usage()
 
 
 MAX_TOKENS = 100_000_000  # of one request; a higher number is not a count of tokens
+
+
+def failure_text(
+    outcome: str, attempts: int | None, upstream_status: int | None, error_code: str | None
+) -> str:
+    """Return in short how a request failed at its upstream, and after how many attempts, such as
+    "429 rate_limit_exceeded, 3 attempts". The text is empty for an answer at the first attempt."""
+    failed = outcome in FAILED
+    status = str(upstream_status) if failed and (upstream_status or 0) >= 400 else ""
+    failure = " ".join(filter(None, (status, error_code if failed else "")))
+    tries = f"{attempts} attempts" if attempts and attempts > 1 else ""
+    return ", ".join(filter(None, (failure, tries)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, Protocol
 
-from redbtc.admin.outputs import AtWork
+from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
 from redbtc.admin.users import LoginSession
-from redbtc.errors import NotFound, UserError
+from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.store.accounts import Account
 from redbtc.store.keys import Key
 
@@ -103,6 +103,12 @@ class RunningGateway(Protocol):
     def at_work(self) -> AtWork:
         """Return what is in flight, what was refused since the start, and the upstreams."""
 
+    def rest_upstream(self, name: str, seconds: float, by: str) -> UpstreamRested:
+        """Let an upstream rest for so long. Raises NotFound, or Conflict if it can't be used."""
+
+    def resume_upstream(self, name: str, by: str) -> UpstreamAtWork:
+        """End an upstream's rests and outage. Raises NotFound, or Conflict if it can't be used."""
+
 
 class StoppedGateway:
     """The gateway of a command that works on the database by itself, because none is running."""
@@ -135,3 +141,11 @@ class StoppedGateway:
     def at_work(self) -> AtWork:
         """Return that nothing is in flight."""
         return AtWork(False, in_flight=0, queued=0, uptime_seconds=0, refusals={}, upstreams=[])
+
+    def rest_upstream(self, name: str, seconds: float, by: str) -> UpstreamRested:
+        """Raise Conflict, since no upstream is in use."""
+        raise Conflict(f"no gateway runs, so {name!r} can't rest; start the gateway first")
+
+    def resume_upstream(self, name: str, by: str) -> UpstreamAtWork:
+        """Raise Conflict, since no upstream is in use."""
+        raise Conflict(f"no gateway runs, so {name!r} can't resume; start the gateway first")

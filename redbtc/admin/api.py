@@ -10,18 +10,22 @@ from msgspec import Struct
 from redbtc.admin.actors import Actor
 from redbtc.admin.api_accounts import AccountOperations
 from redbtc.admin.api_money import MoneyOperations
+from redbtc.admin.api_upstreams import UpstreamOperations
 from redbtc.admin.api_usage import UsageOperations
 from redbtc.admin.api_users import UserOperations
+from redbtc.admin.api_webhook import WebhookOperations
 from redbtc.admin.inputs import (
     AccountChange,
     AccountsQuery,
     ChangesQuery,
     NewAccount,
+    NewestQuery,
     NewKey,
     NewNotice,
     NewPassword,
     NewPayment,
     NewPrices,
+    NewRest,
     NewTime,
     NewUser,
     Nothing,
@@ -55,8 +59,13 @@ from redbtc.admin.outputs import (
     PaymentList,
     RequestReport,
     SessionList,
+    UpstreamAtWork,
+    UpstreamChangeList,
+    UpstreamList,
+    UpstreamRested,
     UsageReport,
     UserList,
+    WebhookMessageList,
 )
 from redbtc.admin.set_time import TimeSet
 from redbtc.admin.users import UserAdded, UserShown
@@ -64,13 +73,21 @@ from redbtc.admin.validation import read_json_body, read_values
 from redbtc.billing.model_patterns import matches
 from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement
+from redbtc.billing.webhook_messages import WebhookAnswer
 from redbtc.slices import with_turns
 from redbtc.store.accounts import Account, KeyAdded
 
 Arguments = ParamSpec("Arguments")
 
 
-class API(AccountOperations, MoneyOperations, UserOperations, UsageOperations):
+class API(
+    AccountOperations,
+    MoneyOperations,
+    UserOperations,
+    UsageOperations,
+    UpstreamOperations,
+    WebhookOperations,
+):
     """The methods of all operations. Call them through one of the `perform` methods, which check
     the actor's role: `await api.perform(API.show_account, actor, account="first")`."""
 
@@ -269,6 +286,35 @@ OPERATIONS = (
     operation("GET", "/me/limits", "key", API.limits, dict[str, Any]),
     operation("GET", "/overview", "operator", API.overview, Overview, query=OverviewQuery),
     operation("GET", "/changes", "operator", API.list_changes, ChangeList, query=ChangesQuery),
+    operation("GET", "/upstreams", "operator", API.list_upstreams, UpstreamList),
+    operation(
+        "POST",
+        "/upstreams/{upstream}/rest",
+        "operator",
+        API.rest_upstream,
+        UpstreamRested,
+        body=NewRest,
+    ),
+    operation(
+        "POST", "/upstreams/{upstream}/resume", "operator", API.resume_upstream, UpstreamAtWork
+    ),
+    operation(
+        "GET",
+        "/upstreams/changes",
+        "operator",
+        API.list_upstream_changes,
+        UpstreamChangeList,
+        query=NewestQuery,
+    ),
+    operation(
+        "GET",
+        "/webhook",
+        "operator",
+        API.list_webhook_messages,
+        WebhookMessageList,
+        query=NewestQuery,
+    ),
+    operation("POST", "/webhook/test", "operator", API.test_webhook, WebhookAnswer),
     operation("POST", "/db/check", "operator", API.check_database, Check),
     operation("POST", "/db/set-time", "operator", API.set_time, TimeSet, body=NewTime),
 )

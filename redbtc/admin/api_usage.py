@@ -53,7 +53,14 @@ class UsageOperations(Access):
             account_id = (await self.find_account(actor, query.account)).id
         if query.key is not None and actor.account_id is not None:
             await self.find_key(actor, query.key)
-        wanted = Range(account=account_id, key=query.key, model=query.model)
+        failed = query.failed or query.failure is not None
+        wanted = Range(
+            account=account_id,
+            key=query.key,
+            model=query.model,
+            failed=failed,
+            failure=query.failure,
+        )
         given: dict[str, Any] = {}
         now = self.billing.store.time()
         if query.since:

@@ -159,6 +159,7 @@ def admin_app(api: API, authenticate: Authenticate) -> Starlette:
     routes = [Route(f"{PREFIX}/openapi.json", _describe, methods=["GET"])]
     for path, operations in by_path.items():
         endpoint = _endpoint(api, path, operations, authenticate)
+        path = path.replace("{upstream}", "{upstream:path}")  # names of members have a slash
         routes.append(Route(path, endpoint, methods=list(operations)))
     handlers: dict[Any, Any] = {
         UserError: user_error_response,

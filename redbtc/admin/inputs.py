@@ -283,13 +283,17 @@ class WhichUser(Input):
 
 
 class UsageQuery(Input):
-    """Filters for usage. All are optional. `key` is a key's id, `model` a shell pattern."""
+    """Filters for usage. All are optional. `key` is a key's id, `model` a shell pattern. `failed`
+    selects requests whose upstream failed or answered with an error; `failure`, those of them with
+    this `upstream_error_code` or HTTP status."""
 
     account: Filter | None = None
     key: Filter | None = None
     model: Filter | None = None
     since: Time | None = None
     until: Time | None = None
+    failed: bool = False
+    failure: Filter | None = None
 
 
 class RequestsQuery(UsageQuery):
@@ -337,6 +341,18 @@ class ChangesQuery(Input):
 
     account: Filter | None = None
     before: Annotated[int, Meta(ge=1, le=1 << 62)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+
+
+class NewRest(Input, rename={"duration": "for"}):
+    """For how long an upstream is to rest: at most 30 days."""
+
+    duration: Duration = "10m"
+
+
+class NewestQuery(Input):
+    """How many to list: the newest `limit`."""
+
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
 
 

@@ -24,7 +24,10 @@ ERRORS = {
 }
 
 ID = {"type": "string", "minLength": 1, "pattern": "^[^/]+$"}
-IN_PATH = {"month": {"type": "string", "pattern": f"^({MONTH.pattern})$"}}
+IN_PATH = {
+    "month": {"type": "string", "pattern": f"^({MONTH.pattern})$"},
+    "upstream": {"type": "string", "minLength": 1},
+}
 
 
 def openapi(*, secure: bool) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from redbtc.admin.users import SessionShown, UserShown
 from redbtc.billing.overviews import AccountInList, Lately, Month, SpendingOverview, TrafficOfDay
 from redbtc.billing.records import Balance, Notice, Payment
 from redbtc.billing.reports import Group, RequestShown, Sums
+from redbtc.billing.webhook_messages import WebhookMessage
 from redbtc.store.accounts import Account, KeyInList, KeyShown
 from redbtc.store.changes import Change
 from redbtc.store.json_values import Moment, Money
+from redbtc.store.upstream_changes import UpstreamChangeShown, UpstreamState
 
 
 class Error(Struct):
@@ -127,6 +129,20 @@ class ChangeList(Struct):
     changes: list[Change]
 
 
+class UpstreamChangeList(Struct):
+    """Changes of upstreams, newest first."""
+
+    changes: list[UpstreamChangeShown]
+
+
+class WebhookMessageList(Struct):
+    """Messages to the webhook, newest first. If `configured` is false, there is no webhook in the
+    settings, or the environment variable of its secret is not set: nothing is sent."""
+
+    configured: bool
+    messages: list[WebhookMessage]
+
+
 class DatabaseSize(Struct):
     """The size of the database, and the room on its disk."""
 
@@ -135,12 +151,61 @@ class DatabaseSize(Struct):
     disk_bytes: int
 
 
+class RestAtWork(Struct):
+    """A rest of an upstream. If `model` is null, it rests for all models; if `until` is null, it
+    rests until a request succeeds."""
+
+    model: str | None
+    reason: str
+    until: Moment | None
+
+
+class LastError(Struct):
+    """The last failure of an upstream: its code or cause, and its time."""
+
+    code: str
+    at: Moment
+
+
 class UpstreamAtWork(Struct):
-    """An upstream of the running gateway."""
+    """An upstream of the running gateway, with one of its keys. `reason` says why it is not up or,
+    if it is up, why it would be out if there were another one. `until` is null if it is up, or if
+    its state lasts until a request succeeds. `organization` is null if the settings name none. If
+    `max_concurrency` is 0, there is no limit. `requests`, `success_rate` (from 0 to 1) and
+    `median_first_byte_ms` are of the last 5 minutes."""
 
     name: str
     usable: bool
+    state: UpstreamState
+    since: Moment
+    reason: str | None
+    until: Moment | None
+    rests: list[RestAtWork]
     in_flight: int
+    max_concurrency: int
+    priority: int
+    weight: int
+    models: list[str]
+    organization: str | None
+    requests: int
+    success_rate: float | None
+    median_first_byte_ms: int | None
+    last_error: LastError | None
+
+
+class UpstreamList(Struct):
+    """The upstreams in the order of the settings. If `running` is false, no gateway runs, and the
+    list is empty."""
+
+    running: bool
+    upstreams: list[UpstreamAtWork]
+
+
+class UpstreamRested(UpstreamAtWork, kw_only=True):
+    """An upstream that rests now. `unserved_models` are those of its model patterns that no other
+    upstream serves meanwhile."""
+
+    unserved_models: list[str]
 
 
 class AtWork(Struct):

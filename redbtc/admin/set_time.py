@@ -35,6 +35,9 @@ LATER = {
     "prices": "created_at > ?1",
     "notices": "max(created_at, ifnull(withdrawn_at, 0), ifnull(delivered_at, 0)) > ?1"
     " OR month > ?2",
+    "webhook_messages": "max(created_at, ifnull(tried_at, 0), ifnull(delivered_at, 0)) > ?1",
+    "upstream_changes": "changed_at > ?1",
+    "upstream_rests": "began_at > ?1",
     "accounts": "created_at > ?1",
     "keys": "max(created_at, ifnull(revoked_at, 0)) > ?1",
     "stored_objects": "created_at > ?1",
@@ -139,6 +142,8 @@ MOVES = (
          WHERE {later("payments")}""",
     f"""UPDATE corrections SET created_at = min(created_at, {AT}), month = min(month, {THAT_MONTH})
          WHERE {later("corrections")}""",
+    f"""DELETE FROM webhook_messages WHERE id IN (
+            SELECT id FROM notices WHERE kind = 'budget' AND month > {THAT_MONTH})""",
     # Notices of a later month's budget are sent again as soon as the true month's budget is spent.
     f"DELETE FROM notices WHERE kind = 'budget' AND month > {THAT_MONTH}",
     f"""UPDATE notices SET effective_at = {AT_ONCE}, created_at = min(created_at, {AT}),
@@ -146,6 +151,13 @@ MOVES = (
          WHERE {later("notices")}""",
     f"""UPDATE prices SET effective_at = {AT_ONCE}, created_at = min(created_at, {AT})
          WHERE {later("prices")}""",
+    move("webhook_messages", "created_at", "tried_at", "delivered_at"),
+    # A rest, and the time until which a change lasts, stay as long as they are.
+    *(
+        f"""UPDATE {table} SET {began} = {AT}, until = until - ({began} - {AT})
+             WHERE {later(table)}"""
+        for table, began in (("upstream_changes", "changed_at"), ("upstream_rests", "began_at"))
+    ),
     move("accounts", "created_at"),
     move("keys", "created_at", "revoked_at"),
     move("stored_objects", "created_at"),

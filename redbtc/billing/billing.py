@@ -12,6 +12,7 @@ from redbtc.billing.prices import MAX_COST, Price
 from redbtc.billing.records import Balance, Payment
 from redbtc.billing.spending import Hold, Quote, Spending, SpendingLimitReached, SpendingOf
 from redbtc.billing.totals import RunningTotals
+from redbtc.billing.webhook_messages import WebhookMessages
 from redbtc.config import BillingSettings
 from redbtc.errors import Conflict, UserError
 from redbtc.money import NANOS, UNLIMITED, decimal, parse_limit
@@ -48,7 +49,8 @@ class Billing:
         self.currency = settings.currency
         self.prices = PriceTable()
         self.changing_prices = asyncio.Lock()
-        self.notices = Notices(store, settings)
+        self.messages = WebhookMessages(store, settings)
+        self.notices = Notices(store, settings, self.messages)
         self._totals = RunningTotals(store)
 
     @classmethod
@@ -68,8 +70,8 @@ class Billing:
 
     def apply(self, settings: BillingSettings) -> None:
         """Use other settings, of the same currency, from the next request on."""
-        self.settings = self.notices.settings = settings
-        self.notices.webhook_wakeup.set()  # there may be a webhook now
+        self.settings = self.notices.settings = self.messages.settings = settings
+        self.messages.wakeup.set()  # there may be a webhook now
 
     def month(self) -> str:
         """Return the current month by the ledger's time, such as 2026-11."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from redbtc.billing.records import Notice
 from redbtc.billing.spending import Spending
+from redbtc.billing.webhook_messages import WebhookMessages
 from redbtc.config import BillingSettings
 from redbtc.errors import NotFound, UserError
 from redbtc.money import decimal, money
@@ -35,10 +35,6 @@ NOTICE_BY_ID = NOTICE + " WHERE notices.id = ?"
 CURRENT_NOTICES = f"""{NOTICE}
      WHERE (account_id IS NULL OR account_id = ?1) AND withdrawn_at IS NULL
        AND ifnull(until, ?2 + 1) > ?2 ORDER BY effective_at, notices.created_at, notices.rowid"""
-UNDELIVERED = f"""{NOTICE}
-     WHERE kind = 'budget' AND delivered_at IS NULL AND notices.created_at > ?
-     ORDER BY notices.created_at, notices.rowid"""
-DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
 MAINTENANCES = f"""
     SELECT effective_at AS since, ifnull(until, {1 << 62}) AS until, text FROM notices
      WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(notices.until, ?1 + 1) > ?1"""
@@ -54,14 +50,13 @@ class Maintenance(NamedTuple):
 
 
 class Notices:
-    """The notices of the gateway. `webhook_wakeup` is set when the webhook may have something to
-    deliver."""
+    """The notices of the gateway. Those of budgets are messages to the webhook, too."""
 
-    def __init__(self, store: Store, settings: BillingSettings) -> None:
+    def __init__(self, store: Store, settings: BillingSettings, messages: WebhookMessages) -> None:
         """`settings` may be replaced by others of the same currency."""
         self.settings = settings
-        self.webhook_wakeup = asyncio.Event()
         self._store = store
+        self._messages = messages
         self._maintenances: list[Maintenance] = []
 
     async def add(
@@ -131,7 +126,7 @@ class Notices:
         in_force = (each for each in self._maintenances if each.since <= now < each.until)
         return next(in_force, None)
 
-    # Budgets, and their delivery to the webhook
+    # Budgets
 
     def notify_of_budget(
         self, key: Key, spending: Spending, budget: int, budget_id: str | None
@@ -148,7 +143,7 @@ class Notices:
                 written = self._store.record(
                     BUDGET_NOTICE, (new_id("ntc"), *values), retry_until_written=True
                 )
-                written.add_done_callback(lambda _: self.webhook_wakeup.set())
+                self._messages.wake_up_after(written)
 
     def _budget_text(
         self, key: Key, spending: Spending, budget: int, budget_id: str | None, percent: int
@@ -163,14 +158,6 @@ class Notices:
             f"{percent} % of the {whose} has been spent: {spent} of {whole} {currency} in "
             f"{spending.month}."
         )
-
-    async def undelivered(self, since: int) -> list[Notice]:
-        """Return the notices of budgets that the webhook has not accepted, oldest first."""
-        return [Notice.of(row) async for row in self._store.rows(UNDELIVERED, (since,))]
-
-    async def mark_delivered(self, notice_id: str) -> None:
-        """Note that the webhook accepted a notice."""
-        await self._store.transact((DELIVERED, (self._store.time(), notice_id)))
 
 
 def price_notice(text: str, at: int, until: int, now: int, by: str) -> tuple[str, Sequence[Any]]:

@@ -8,6 +8,7 @@ themselves: a month of five million requests is a few hundred rows.
 from __future__ import annotations
 
 import functools
+import re
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
@@ -31,7 +32,7 @@ from redbtc.store.json_values import (
 )
 from redbtc.store.readers import Reader
 from redbtc.times import DAY, day_of, iso_time
-from redbtc.usage import KINDS, Outcome, UsageSource
+from redbtc.usage import FAILED, KINDS, Outcome, UsageSource
 
 COUNTS = ("requests", "estimated", "unreported", *KINDS)
 SUMS = ", ".join(f"sum({name}) AS {name}" for name in (*COUNTS, "cost_units", "cost_nanos"))
@@ -66,6 +67,10 @@ OF_REQUESTS = f"""
            ifnull({corrected("cost")} / 1000000000, 0) AS cost_units,
            ifnull({corrected("cost")} % 1000000000, 0) AS cost_nanos
       FROM requests"""
+# Two indexes have only the requests that failed at an upstream, which are few.
+FAILED_OUTCOME = f"""
+    outcome IN ('{"', '".join(FAILED)}') AND (:failure IS NULL OR upstream_error_code = :failure
+        OR ifnull(upstream_status, requests.status) = :failure_status)"""
 OF_SETTLED = f"{OF_REQUESTS} {WITH_CORRECTIONS}"
 OF_PENDING = f"{OF_REQUESTS} INDEXED BY requests_in_flight {WITH_CORRECTIONS}"
 FIGURES = f"""
@@ -82,6 +87,9 @@ FIGURES = f"""
       FROM usage_by_day
      WHERE {{account}} day >= :days_since / 86400000 AND day < :days_until / 86400000
        {OF_KEY_AND_MODEL.format(model="model")}"""
+FAILED_FIGURES = f"""
+    {OF_REQUESTS} {{index}} {WITH_CORRECTIONS}
+     WHERE {{of_request}} {FAILED_OUTCOME} AND {IN_RANGE.format(since=":since", until=":until")}"""
 TOP_FIGURES = f"""
     (SELECT account_id, key_id, day, {", ".join(COUNTS)}, cost_units, cost_nanos,
             iif(model IN (SELECT model FROM figures GROUP BY model
@@ -96,9 +104,10 @@ REQUESTS = f"""
            {", ".join(f"{corrected(name)} AS {name}" for name in CORRECTABLE)},
            response_id, :currency AS currency, requests.month,
            iif(corrections.request_id IS NULL, NULL, requests.cost) AS estimated_cost,
-           corrections.created_at AS corrected_at
-      FROM requests JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}
-     WHERE {{of_request}} started_at >= :since
+           corrections.created_at AS corrected_at,
+           attempts, upstream_status, upstream_error_code, upstream_request_id
+      FROM requests {{index}} JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}
+     WHERE {{of_request}} {{failed}} started_at >= :since
        AND (started_at, requests.request_id) < (:until, :before)
        {OF_KEY_AND_MODEL.format(model="ifnull(model, requested_model)")}
      ORDER BY started_at DESC, requests.request_id DESC LIMIT :limit"""
@@ -116,6 +125,7 @@ DAYS_WITH_SOME = f"""
 START_OF = (
     "SELECT started_at FROM requests WHERE request_id = ? AND account_id = ifnull(?, account_id)"
 )
+HTTP_STATUS = re.compile(r"[1-9][0-9]{2}")
 # With an account, an index of its own; the queries are the same.
 ONE, ALL = "{table}account_id = :account AND", ""
 
@@ -123,7 +133,9 @@ ONE, ALL = "{table}account_id = :account AND", ""
 class Range(Struct, frozen=True):
     """A selection of requests: by the ids of account and key, by model (a shell pattern), and by
     start, from `since` until before `until` (milliseconds) and, of those that started at `until`,
-    the ones before the request `before`. Only the newest `limit` are selected; -1 is all."""
+    the ones before the request `before`. With `failed`, only those that failed at an upstream are
+    selected; with `failure` as well, only those that failed with this error code, cause or HTTP
+    status. Only the newest `limit` are selected; -1 is all."""
 
     account: str | None = None
     key: str | None = None
@@ -132,24 +144,34 @@ class Range(Struct, frozen=True):
     until: int = 1 << 62
     before: str = ""
     limit: int = -1
+    failed: bool = False
+    failure: str | None = None
 
     def values(self) -> dict[str, Any]:
         """Return the values of the queries above. The whole days of the range are those from
         `days_since` until before `days_until`."""
         days_since = min(-(-self.since // DAY) * DAY, self.until)
         days_until = max(self.until // DAY * DAY, days_since)
-        days = {"days_since": days_since, "days_until": days_until}
-        return msgspec.structs.asdict(self) | days
+        status = int(self.failure) if self.failure and HTTP_STATUS.fullmatch(self.failure) else None
+        further = {"days_since": days_since, "days_until": days_until, "failure_status": status}
+        return msgspec.structs.asdict(self) | further
 
-    def of_account(self, sql: str) -> str:
-        """Return a query for the account of the range, or for all accounts."""
+    def applied_to(self, sql: str) -> str:
+        """Return a query for the account of the range, or for all accounts; and for the requests
+        that failed, if only these are selected."""
         one = ONE if self.account else ALL
-        return sql.format(account=one.format(table=""), of_request=one.format(table="requests."))
+        failed = f"failed_requests{'_of_an_account' if self.account else ''}"
+        return sql.format(
+            account=one.format(table=""),
+            of_request=one.format(table="requests."),
+            index=f"INDEXED BY {failed}" if self.failed else "",
+            failed=f"{FAILED_OUTCOME} AND" if self.failed else "",
+        )
 
 
 async def requests_in(store: Reader, wanted: Range, currency: str) -> list[RequestShown]:
     """Return rows of the ledger, oldest first, with the fields of docs/contract.md section 5."""
-    if wanted.limit > 0 and wanted.account:
+    if wanted.limit > 0 and wanted.account and not wanted.failed:
         wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
     newest_first = await store.all(*_query(wanted, currency))
     return [RequestShown.of(row) async for row in with_turns(reversed(newest_first))]
@@ -163,7 +185,7 @@ async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIte
 
 
 def _query(wanted: Range, currency: str) -> tuple[str, dict[str, Any]]:
-    return wanted.of_account(REQUESTS), {**wanted.values(), "currency": currency}
+    return wanted.applied_to(REQUESTS), {**wanted.values(), "currency": currency}
 
 
 async def _since_enough(store: Reader, wanted: Range) -> int:
@@ -199,7 +221,8 @@ async def usage_by(
     places = ", ".join(str(place + 1) for place in range(len(names)))
     grouped = f"GROUP BY {places} ORDER BY {places}" if names else ""
     figures = TOP_FIGURES if top and "model" in names else "figures"
-    sql = f"WITH figures AS ({wanted.of_account(FIGURES)}) SELECT {labels}{SUMS} FROM {figures}"
+    rows = wanted.applied_to(FAILED_FIGURES if wanted.failed else FIGURES)
+    sql = f"WITH figures AS ({rows}) SELECT {labels}{SUMS} FROM {figures}"
     values = {**wanted.values(), "top": top}
     return [
         group(**sum_columns(row, currency)) async for row in store.rows(f"{sql} {grouped}", values)
@@ -296,6 +319,10 @@ class RequestShown(RequestWithKinds, kw_only=True):
 
     estimated_cost: Money | None
     corrected_at: Moment | None
+    attempts: int | None
+    upstream_status: int | None
+    upstream_error_code: str | None
+    upstream_request_id: str | None
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> RequestShown:

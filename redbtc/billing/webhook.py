@@ -1,6 +1,6 @@
-"""Deliver notices of budgets to the webhook in the settings.
+"""Deliver messages about budgets and upstreams to the webhook in the settings.
 
-Each notice is posted until the webhook accepts it, with growing pauses, across restarts, for at
+Each message is posted until the webhook accepts it, with growing pauses, across restarts, for at
 most WEBHOOK_FOR. Requests are signed according to Standard Webhooks (standardwebhooks.com), which
 OpenAI's SDKs check with `client.webhooks.verify_signature`.
 """
@@ -13,21 +13,21 @@ import contextlib
 import hashlib
 import hmac
 import logging
-import os
 import sqlite3
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import httpx2
 import orjson
 
 from redbtc.billing.billing import Billing
-from redbtc.billing.records import Notice
-from redbtc.errors import StorageUnavailable
+from redbtc.billing.webhook_messages import Webhook, WebhookAnswer
+from redbtc.errors import Conflict, StorageUnavailable
 from redbtc.store.failures import LogFunction
-from redbtc.times import DAY
+from redbtc.store.json_values import json_time, new_id
 
 WEBHOOK_SECONDS = 10
-WEBHOOK_FOR = 3 * DAY  # milliseconds
 MAX_RETRY_SECONDS = 3600.0  # seconds
 
 
@@ -42,57 +42,82 @@ def signature(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
     return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
+def webhook_client() -> httpx2.AsyncClient:
+    """Return a client for requests to the webhook."""
+    return httpx2.AsyncClient(timeout=WEBHOOK_SECONDS, trust_env=False)
+
+
 async def post(
-    client: httpx2.AsyncClient, url: str, secret: str, notice: Notice, log: LogFunction
-) -> bool:
-    """Post a notice to the webhook. Return whether the webhook accepted it."""
-    fields = ("account", "key_id", "month", "percent", "text")
-    body = {
-        "type": "budget.reached",
-        "timestamp": notice.created_at,
-        "data": {name: getattr(notice, name) for name in fields},
-    }
+    client: httpx2.AsyncClient, webhook: Webhook, message_id: str, body: Mapping[str, Any]
+) -> WebhookAnswer:
+    """Post a message to the webhook. Return what it answered."""
     content, timestamp = orjson.dumps(body), str(int(time.time()))
     try:
         headers = {
             "content-type": "application/json",
-            "webhook-id": notice.id,
+            "webhook-id": message_id,
             "webhook-timestamp": timestamp,
-            "webhook-signature": signature(secret, notice.id, timestamp, content),
+            "webhook-signature": signature(webhook.secret, message_id, timestamp, content),
         }
-        response = await client.post(url, content=content, headers=headers)
-    except Exception as error:  # no error of one notice may end the gateway
-        log(logging.WARNING, "webhook failed", notice=notice.id, error=type(error).__name__)
-        return False
-    if not response.is_success:
-        log(logging.WARNING, "webhook refused", notice=notice.id, status=response.status_code)
-    return response.is_success
+        response = await client.post(webhook.url, content=content, headers=headers)
+    except Exception as error:  # no error of one message may end the gateway
+        return WebhookAnswer(delivered=False, status=None, error=type(error).__name__)
+    return WebhookAnswer(delivered=response.is_success, status=response.status_code, error=None)
 
 
 async def post_all(billing: Billing, log: LogFunction) -> bool:
-    """Post all notices that have not been accepted. Return whether none is left."""
-    url = billing.settings.webhook_url
-    secret = os.environ.get(billing.settings.webhook_secret_env, "")
-    if not (url and secret):
+    """Post all messages that have not been accepted. Return whether none is left. What follows a
+    message about an upstream that is not accepted must not overtake it: it waits, too."""
+    messages = billing.messages
+    webhook = messages.webhook
+    waiting = await messages.waiting() if webhook else []
+    if not (webhook and waiting):
         return True
-    waiting = await billing.notices.undelivered(billing.store.time() - WEBHOOK_FOR)
-    if not waiting:
-        return True
-    async with httpx2.AsyncClient(timeout=WEBHOOK_SECONDS, trust_env=False) as client:
-        for notice in waiting:
-            if await post(client, url, secret, notice, log):
-                await billing.notices.mark_delivered(notice.id)
-    return not await billing.notices.undelivered(billing.store.time() - WEBHOOK_FOR)
+    failed: set[str] = set()  # upstreams
+    async with webhook_client() as client:
+        for message in waiting:
+            upstream = message.data.get("upstream")
+            if upstream in failed:
+                continue
+            body = {"type": message.type, "timestamp": message.created_at, "data": message.data}
+            answer = await post(client, webhook, message.id, body)
+            if answer.status is None:
+                log(logging.WARNING, "webhook failed", webhook_id=message.id, error=answer.error)
+            elif not answer.delivered:
+                log(logging.WARNING, "webhook refused", webhook_id=message.id, status=answer.status)
+            await messages.note_answer(message.id, answer)
+            if upstream and not answer.delivered:
+                failed.add(upstream)
+    return not await messages.waiting()
+
+
+async def post_test(billing: Billing) -> WebhookAnswer:
+    """Post a message of the type webhook.test, once, and return what the webhook answered. Raises
+    Conflict if there is no webhook."""
+    webhook = billing.messages.webhook
+    if webhook is None:
+        raise Conflict(
+            "there is no webhook: set billing.webhook_url, and billing.webhook_secret_env to the "
+            "name of an environment variable that has the secret"
+        )
+    body = {
+        "type": "webhook.test",
+        "timestamp": json_time(billing.store.time()),
+        "data": {"text": "This is a test of the webhook."},
+    }
+    async with webhook_client() as client:
+        return await post(client, webhook, new_id("msg"), body)
 
 
 async def post_for_ever(billing: Billing, log: LogFunction) -> None:
-    """Post notices for as long as the gateway runs."""
+    """Post messages for as long as the gateway runs."""
     pause: float | None = 0.0
+    wakeup = billing.messages.wakeup
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
-                await billing.notices.webhook_wakeup.wait()
-        billing.notices.webhook_wakeup.clear()
+                await wakeup.wait()
+        wakeup.clear()
         done = False
         with contextlib.suppress(sqlite3.Error, StorageUnavailable):
             done = await post_all(billing, log)

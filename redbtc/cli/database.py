@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from redbtc.cli.main import CommandContext, commands, given, json_option, show
-from redbtc.config import LoadedSettings
 from redbtc.errors import UserError
 from redbtc.store.backup import back_up, plain_errors, restore
 from redbtc.store.consistency import CHECKS
@@ -132,22 +131,3 @@ def db_set_time(context: CommandContext, time: str | None, yes: bool, as_json: b
         click.confirm("Move all of these entries?", abort=True, err=True)
     found = context.call("POST", path, body)
     show(found, as_json, lambda: time_text(found))
-
-
-def show_check(loaded: LoadedSettings | None, problems: list[str], as_json: bool) -> None:
-    """Print the problems that `check` has found, and exit with 2 if there are any. `loaded` is None
-    if the settings can't be read."""
-    unused = loaded.without_effect if loaded else []
-    notes = [f"{key}: accepted, but has no effect yet" for key in unused]
-    found = {
-        "ok": not problems,
-        "settings": str(loaded.file) if loaded and loaded.file else None,
-        "database": str(loaded.database_path) if loaded else None,
-        "problems": problems,
-        "notes": notes,
-    }
-    read = [f"settings: {loaded.file or 'built-in defaults'}"] if loaded else []
-    lines = [*read, *notes, *problems, "not ok" if problems else "ok"]
-    show(found, as_json, lambda: "\n".join(lines))
-    if problems:
-        raise SystemExit(2)

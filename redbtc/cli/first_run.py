@@ -15,7 +15,8 @@ from redbtc.admin.inputs import NewPrices, NewUser, WhichUser
 from redbtc.billing.billing import Billing
 from redbtc.billing.price_changes import add_prices
 from redbtc.cli.money import read_prices
-from redbtc.config import UpstreamSettings, shipped
+from redbtc.config import shipped
+from redbtc.upstream_settings import UpstreamSettings
 
 FIRST_ACCOUNT = "first"
 FIRST_RUN = "first run"  # the author of these changes in the log

@@ -19,14 +19,12 @@ import uvloop
 from redbtc.billing.billing import Billing
 from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import Price
-from redbtc.cli.database import show_check
 from redbtc.cli.first_run import dashboard_lines, import_example, welcome
 from redbtc.cli.main import CommandContext, commands, json_option
 from redbtc.config import (
     BillingSettings,
     LoadedSettings,
     Settings,
-    SettingsError,
     missing_keys,
     url_of,
     with_demo,
@@ -35,13 +33,13 @@ from redbtc.errors import StorageUnavailable, UserError
 from redbtc.gateway.service import Service
 from redbtc.money import NANOS
 from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
-from redbtc.store.consistency import check_file
 from redbtc.store.database import Store
 from redbtc.store.failures import DAMAGED_AT_START, LedgerDamaged, opening_error
 from redbtc.store.files import DatabaseInUse, state_of
 from redbtc.store.health import RETRY_SECONDS
 from redbtc.store.opening import Serving
 from redbtc.telemetry import LOG, Telemetry, log
+from redbtc.upstream.certificates import check_ca_files
 
 DAMAGED_FILE_SECONDS = 0.25  # between two looks at a database file that is damaged
 DEMO_PRICE = Price(
@@ -105,10 +103,11 @@ async def open_service(
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
     service = Service(billing, settings, process.telemetry, process.end_if_failed)
+    gateway = service.gateway
     if not options.as_json:
         await greet(service, url, settings, options)
     try:
-        await service.gateway.background.resume()
+        await gateway.resume()
     except (sqlite3.Error, StorageUnavailable) as error:
         if not billing.store.is_lost:  # a lost ledger serves nothing anyway
             raise UserError(f"{billing.store.path} can't be read: {error}") from None
@@ -237,6 +236,8 @@ def serve(
     given = {name: value for name, value in listening.items() if value is not None}
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)
+    if not demo:
+        check_ca_files(settings.upstreams)
     raise_descriptor_limit()
     os.umask(0o077)  # only the gateway's user may read what it writes
     LOG.level = getattr(logging, server.log_level.upper())
@@ -247,19 +248,3 @@ def serve(
     finally:
         LOG.flush()
     raise SystemExit(status)
-
-
-@commands.command()
-@json_option
-@click.pass_obj
-def check(context: CommandContext, as_json: bool) -> None:
-    """Check the settings and the database. Exits with 2 if there are problems."""
-    try:
-        loaded = context.loaded
-    except SettingsError as error:
-        show_check(None, [str(error)], as_json)
-    else:
-        currency = loaded.settings.billing.currency
-        problems = missing_keys(loaded.settings)
-        problems += check_file(loaded.database_path, currency)
-        show_check(loaded, problems, as_json)

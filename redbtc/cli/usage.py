@@ -14,6 +14,7 @@ from redbtc.billing.statements import Statement
 from redbtc.cli.accounts import path_of_account
 from redbtc.cli.main import CommandContext, commands, details, given, json_option, show, table
 from redbtc.money import decimal, digits_of, parse_amount
+from redbtc.usage import failure_text
 
 USAGE_COLUMNS = [
     "started_at",
@@ -28,6 +29,7 @@ USAGE_COLUMNS = [
     "cost",
     "duration_ms",
 ]
+OF_FAILURE = ("outcome", "attempts", "upstream_status", "upstream_error_code")
 SUM_COLUMNS = [
     "requests",
     "estimated",
@@ -47,6 +49,17 @@ SUM_COLUMNS = [
     "--since", metavar="TIME", help="Start time: ISO 8601, or a duration ago, such as 24h."
 )
 @click.option("--until", metavar="TIME", help="End time (exclusive).")
+@click.option(
+    "--failed",
+    is_flag=True,
+    default=None,
+    help="Only requests whose upstream failed or answered with an error.",
+)
+@click.option(
+    "--failure",
+    metavar="CODE",
+    help="Only those that failed with this error code, cause or HTTP status, such as 429.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Show the newest N requests.")
 @click.option(
     "--group-by", metavar="NAMES", help="Sum by day, model, key or account, such as day,model."
@@ -76,7 +89,22 @@ def usage(context: CommandContext, /, as_csv: bool, as_json: bool, **filters: An
     if as_csv:
         click.echo("".join(csv_lines(rows)), nl=False)
     else:
+        if not grouped:
+            rows, columns = with_failures(rows, columns)
         click.echo(f"{table(rows, columns)}\n\nTotals\n{details(totals)}")
+
+
+def with_failures(
+    rows: list[dict[str, Any]], columns: list[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows and columns of the table of requests with a column `failure`, if one of them
+    failed at its upstream or was tried more than once."""
+    failures = [failure_text(*(row[name] for name in OF_FAILURE)) or None for row in rows]
+    if not any(failures):
+        return rows, columns
+    at = columns.index("outcome") + 1
+    shown = [{**row, "failure": found} for row, found in zip(rows, failures, strict=True)]
+    return shown, [*columns[:at], "failure", *columns[at:]]
 
 
 def one_form(as_csv: bool, as_json: bool) -> None:

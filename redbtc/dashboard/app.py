@@ -35,7 +35,11 @@ from redbtc.dashboard.operator_pages import (
     overview_page,
     own_login_page,
     prices_page,
+    rest_upstream,
+    resume_upstream,
+    send_test_message,
     users_page,
+    webhook_page,
     withdraw_notice,
 )
 from redbtc.dashboard.page_request import LOGIN, PageHandler, PageRequest, logged_in, redirect
@@ -99,7 +103,13 @@ class Dashboard:
             self._route("/dashboard/", home),
             self._route("/dashboard/logout", login.log_out, "POST"),
             screen("/dashboard/you", "you.html", own_login_page, own_actions, min_rank="viewer"),
-            screen("/dashboard/overview", "overview.html", overview_page, min_rank="operator"),
+            screen(
+                "/dashboard/overview",
+                "overview.html",
+                overview_page,
+                {"rest": rest_upstream, "resume": resume_upstream},
+                min_rank="operator",
+            ),
             screen(
                 "/dashboard/accounts",
                 "accounts.html",
@@ -122,6 +132,13 @@ class Dashboard:
                 min_rank="operator",
             ),
             screen("/dashboard/log", "log.html", log_page, min_rank="operator"),
+            screen(
+                "/dashboard/webhook",
+                "webhook.html",
+                webhook_page,
+                {"test": send_test_message},
+                min_rank="operator",
+            ),
             screen("/dashboard/users", "users.html", users_page, USER_ACTIONS, min_rank="operator"),
         ]
 

@@ -8,7 +8,9 @@ from decimal import Decimal
 
 import orjson
 
+from redbtc.billing.reports import RequestShown
 from redbtc.money import digits_of
+from redbtc.usage import failure_text
 
 
 def exact(amount: str | None, currency: str) -> str:
@@ -37,6 +39,11 @@ def count(number: int | None) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number and its noun: 1 account, 2 accounts."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def failure(row: RequestShown) -> str:
+    """Return in short how a request failed at its upstream, and after how many attempts."""
+    return failure_text(row.outcome, row.attempts, row.upstream_status, row.upstream_error_code)
 
 
 def percent(fraction: str) -> str:

@@ -22,14 +22,18 @@ from redbtc.dashboard.parts import (
     user_table,
 )
 from redbtc.dashboard.rendering import PageVariables
+from redbtc.errors import Conflict
 from redbtc.rates import RATES
 from redbtc.store.changes import Change
 from redbtc.times import iso_time
+
+LISTED_CHANGES = 10  # of upstreams
 
 
 async def overview_page(page: PageRequest) -> PageVariables:
     """Show traffic and spend, upstreams, latency and refusals of the whole gateway."""
     found = await page.do(API.overview, {"days": CHART_DAYS})
+    recent = await page.do(API.list_upstream_changes, {"limit": LISTED_CHANGES})
     days, currency = last_days(page.now), found.spending.currency
     requests = [
         each._replace(name=str(each.name).replace("_", " "))
@@ -39,6 +43,7 @@ async def overview_page(page: PageRequest) -> PageVariables:
     return {
         "here": "Overview",
         "found": found,
+        "upstream_changes": recent.changes,
         "columns": [
             "Day",
             *(f"#Requests: {each.name}" for each in requests),
@@ -68,6 +73,39 @@ async def overview_page(page: PageRequest) -> PageVariables:
             prefix="s",
         ),
     }
+
+
+async def rest_upstream(page: PageRequest) -> PageVariables | None:
+    """Let the upstream that a form selects rest, and say so if no other one serves its models."""
+    name = page.form.get("upstream", "")
+    rested = await page.do(API.rest_upstream, {"for": "10m"}, upstream=name)
+    if not rested.unserved_models:
+        return None
+    models = ", ".join(rested.unserved_models)
+    return {"done": f"{name} rests. No other upstream serves {models} meanwhile."}
+
+
+async def resume_upstream(page: PageRequest) -> None:
+    """End the rests and the outage of the upstream that a form selects."""
+    await page.ask(API.resume_upstream, upstream=page.form.get("upstream", ""))
+
+
+# The webhook
+
+
+async def webhook_page(page: PageRequest) -> PageVariables:
+    """Show the newest messages to the webhook, and whether they arrived."""
+    found = await page.do(API.list_webhook_messages, {"limit": PAGE_ROWS})
+    return {"here": "Overview", "configured": found.configured, "messages": found.messages}
+
+
+async def send_test_message(page: PageRequest) -> PageVariables:
+    """Send a test message to the webhook, and say what it answered."""
+    answer = await page.ask(API.test_webhook)
+    said = f"status {answer.status}" if answer.status else f"no answer ({answer.error})"
+    if not answer.delivered:
+        raise Conflict(f"the webhook did not accept the test message: {said}")
+    return {"done": f"The webhook accepted the test message: {said}."}
 
 
 # Accounts

@@ -21,6 +21,7 @@ from redbtc.dashboard.formats import (
     counted,
     duration,
     exact,
+    failure,
     is_moment,
     literal,
     month_name,
@@ -70,6 +71,7 @@ def environment() -> jinja2.Environment:
     )
     found.filters.update(counted=counted, percent=percent, month_name=month_name)
     found.filters.update(aligned=aligned, literal=literal, shell=shlex.quote, browser=browser)
+    found.filters.update(failure=failure)
     found.tests["moment"] = is_moment
     found.globals["once"] = lambda: secrets.token_hex(8)
     return found

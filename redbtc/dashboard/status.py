@@ -43,15 +43,17 @@ class Status(Struct):
     notices: list[PublicNotice]
 
 
-async def status(billing: Billing, uptime_seconds: int) -> Status:
+async def status(billing: Billing, uptime_seconds: int, can_serve: bool) -> Status:
     """Return the gateway's status. A database that can't commit is an incident: no request is
-    served then."""
+    served then. `can_serve`: some upstream can serve requests."""
     notices = [PublicNotice.of(each) for each in await billing.notices.current()]
     now = json_time(billing.store.time())
     in_force = {notice.kind for notice in notices if notice.effective_at <= now}
     if not billing.store.healthy:
         in_force.add("incident")
-    worst = [kind for kind in ("incident", "maintenance") if kind in in_force]
+    if not can_serve:
+        in_force.add("degraded")
+    worst = [kind for kind in ("incident", "maintenance", "degraded") if kind in in_force]
     return Status(
         status=worst[0] if worst else "ok",
         uptime_seconds=uptime_seconds,

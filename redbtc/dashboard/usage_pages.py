@@ -24,6 +24,7 @@ from redbtc.money import money
 from redbtc.server.asgi import request_of
 from redbtc.slices import with_turns
 
+FILTERS = ("key", "model", "failed", "failure", "since", "until")
 MAX_KEYS = 200  # that the filter offers
 MAX_LINES = 500  # of a statement's usage
 
@@ -31,7 +32,7 @@ MAX_LINES = 500  # of a statement's usage
 def filters_of(page: PageRequest, account_id: str) -> tuple[dict[str, str], dict[str, str]]:
     """Return the filters of a page as its form shows them, and as a query of the admin API, in
     which the last day does not count."""
-    filters = {name: page.query.get(name, "")[:256] for name in ("key", "model", "since", "until")}
+    filters = {name: page.query.get(name, "")[:256] for name in FILTERS}
     query = {name: value for name, value in filters.items() if value} | {"account": account_id}
     with contextlib.suppress(ValueError, OverflowError):
         query["until"] = str(date.fromisoformat(filters["until"]) + timedelta(days=1))

@@ -7,7 +7,6 @@ A row is begun before anything leaves for an upstream.
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any, Protocol, Self
 
@@ -27,6 +26,7 @@ from redbtc.request_body.body import RequestBody
 from redbtc.server.asgi import ID_SECONDS, ClientRequest
 from redbtc.store.keys import Key
 from redbtc.store.requests import begin_row, forget_row
+from redbtc.upstream.candidates import Candidates
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import RequestRow
 
@@ -44,9 +44,10 @@ class AdmittedRequest(ForwardedRequest, Running):
     hold: Hold  # from `async with` on
     row: RequestRow
     further_input = 0  # tokens that it may read besides its body and what that builds on
-    left_at = math.inf  # when it left for the upstream, by the monotonic clock
     background: BackgroundResponse | None = None  # its response, if that outlives the request
     _memory: Releasable
+    _candidates: Candidates[Upstream]
+    _has_place = False  # at one of the candidates, perhaps
     _is_held = False
     _is_unfinished = False  # whether it is counted as an unfinished background response
 
@@ -67,13 +68,13 @@ class AdmittedRequest(ForwardedRequest, Running):
         self.images = self.maximum.answers if endpoint.images else 1
         self.input_estimate = body.input_estimate
 
-    def admit(self, upstream: Upstream, memory: Releasable) -> Self:
-        """Take the request's places, hold what it can cost and begin its row, until the end of
-        `async with`. `upstream` is the first to be tried. `memory` is what was reserved for the
+    def admit(self, candidates: Candidates[Upstream], memory: Releasable) -> Self:
+        """Take the request's places, that at one of the candidates as well, hold what it can cost
+        and begin its row, until the end of `async with`. `memory` is what was reserved for the
         body, given back as soon as the request has its places: from then on they limit it. `async
         with` raises Refusal, ClientLeft."""
         self._memory = memory
-        self.row = self.new_row(self.facts.model or "", upstream.name)
+        self._candidates = candidates
         return self
 
     def take_over(self, before: RequestRow, hold: Hold) -> None:
@@ -95,7 +96,9 @@ class AdmittedRequest(ForwardedRequest, Running):
             tokens = self.input_estimate + self.facts.largest(self.endpoint.output_limits)
             tokens = 0 if self.endpoint.free else tokens
             await self.gateway.limiter.take_places(self.admission, tokens, self.deadline)
+            member = await self._take_place()
             self._memory.release()
+            self.row = self.new_row(self.facts.model or "", member.name)
             self.hold = await self._hold_or_undo()
             self._is_held = True
             self._note_growth()
@@ -115,11 +118,23 @@ class AdmittedRequest(ForwardedRequest, Running):
             self._give_back()
 
     def _give_back(self) -> None:
-        """Give back the hold, and the count of a background response that was not created."""
+        """Give back the hold, the place at the upstream, and the count of a background response
+        that was not created."""
         if self._is_held:
             self.hold.release()
+        if self._has_place and self._candidates.member:
+            self._candidates.give_back()
         if self._is_unfinished and not self.background:
             self.gateway.background.unfinished.remove(self.key.account_id)
+
+    async def _take_place(self) -> Upstream:
+        """Take a place at one of the candidates, and return that one. Raises Refusal and
+        ClientLeft, and undoes what was charged."""
+        candidates, limiter = self._candidates, self.gateway.limiter
+        self._has_place = True
+        await limiter.take_place_at_upstream(self.admission, candidates, self.deadline)
+        assert candidates.member is not None, "it has waited for one"
+        return candidates.member
 
     def _count_unfinished(self, background: bool | str) -> None:
         """Count a request for a background response as one of the account's unfinished ones. Raises
@@ -245,8 +260,16 @@ class AdmittedRequest(ForwardedRequest, Running):
         if not self.settled:
             await self.settle("interrupted")
 
+    @property
+    def creates_background(self) -> bool:
+        return self.facts.background is True
+
+    def note_member(self, upstream: Upstream) -> None:
+        self.row.upstream = upstream.name
+
     def note_upstream(self, upstream: Upstream) -> None:
         self.row.upstream = upstream.name
+        self.row.attempts = (self.row.attempts or 0) + 1
         self.left_at = time.monotonic()
 
     @property

@@ -23,6 +23,7 @@ from redbtc.meter.events import BLANK, is_stream
 from redbtc.meter.meters import Meter, MeterState
 from redbtc.meter.streams import StreamMeter
 from redbtc.slices import answer_queue, in_slices
+from redbtc.upstream.begun_body import BegunBody
 from redbtc.upstream.connection import ResponseBody
 
 # First bytes that don't tell the coding yet: a part of a magic number, or blanks. Brotli has no
@@ -87,7 +88,7 @@ class AnswerBody:
         request, response = self._request, self._response
         self._deadline.allow(self._idle_seconds)
         # If it is all here already, it goes out at once when it is written down.
-        is_whole = isinstance(body, ResponseBody) and body.whole
+        is_whole = isinstance(body, (ResponseBody, BegunBody)) and body.whole
         is_whole = is_whole and not response.is_labelled_stream
         # The head tells the length only of what is not a stream.
         if not is_whole and not response.has_length:

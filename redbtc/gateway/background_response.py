@@ -146,6 +146,7 @@ class BackgroundResponse:
         row, progress = self.row, self._progress
         row.duration_ms = self._age
         row.model, row.service_tier = report.model or row.model, report.service_tier
+        row.upstream_error_code = report.error_code
         for each in (report, *self._readers):
             progress.seen = progress.seen.or_more(SeenOutput.of(each))
         guess = None

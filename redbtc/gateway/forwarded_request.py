@@ -4,6 +4,7 @@ responses have in common."""
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 from redbtc.deadlines import Deadline
@@ -19,6 +20,9 @@ from redbtc.server.asgi import ClientRequest
 from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
+
+REJECTED_KEY = "upstream_credentials_rejected"  # the error code of an upstream's 401 or 403
+MAX_CAUSE = 100  # characters of a cause that the ledger takes
 
 
 class ForwardedRequest:
@@ -45,7 +49,11 @@ class ForwardedRequest:
         self.takes_out_usage = False
         self.images = 1  # that were asked for, each of which ends with an event of its own
         self.settled = False
-        self.status: int | None = None  # of the answer
+        self.left_at = math.inf  # when it left for the upstream, by the monotonic clock
+        self.status: int | None = None  # of the answer that the client gets
+        self.upstream_status: int | None = None  # of the upstream's last answer
+        self.upstream_request_id: str | None = None  # of the same
+        self.failure_cause: str | None = None  # why the upstream's last answer is missing or torn
         self.first_byte_ms: int | None = None
         self.unwritten: asyncio.Future[None] | None = None  # await it before sending more
         self.awaits_id = False  # the answer can create a background response; its id is not known
@@ -83,12 +91,42 @@ class ForwardedRequest:
         metering = self.settings.metering
         return metering.drain_seconds if metering.on_disconnect == "drain" else 0.0
 
+    @property
+    def creates_background(self) -> bool:
+        """Return whether the upstream is asked to create a background response."""
+        return False
+
+    def first_byte_after_leaving(self) -> float | None:
+        """Return how many milliseconds after the request was sent the first byte of its answer
+        came, None if none has."""
+        if self.first_byte_ms is None:
+            return None
+        return self.first_byte_ms - (self.left_at - self.client_request.started) * 1000
+
+    def note_member(self, upstream: Upstream) -> None:
+        """Note the member of the upstreams whose answer the client gets."""
+
     def note_upstream(self, upstream: Upstream) -> None:
         """Note that the request is about to be sent to an upstream."""
+        self.left_at = time.monotonic()
 
-    def note_status(self, status: int) -> None:
-        """Note the status of the upstream's answer."""
-        self.status = status
+    def note_answer(self, status: int, request_id: str | None) -> None:
+        """Note the status of an answer of the upstream, and the upstream's id of the request. This
+        is the answer that the client gets, unless another one is noted after it."""
+        self.status = self.upstream_status = status
+        self.upstream_request_id = request_id
+        self.failure_cause = None
+
+    def note_failure(self, cause: str | None) -> None:
+        """Note why no answer of the upstream came, or why it broke off: one of the causes of
+        docs/contract.md section 5, or the error code of an answer that is not passed on. The code
+        of the answer that is passed on, if it has one, is recorded instead."""
+        self.failure_cause = cause and cause[:MAX_CAUSE]
+
+    def cause_of(self, outcome: Outcome) -> str | None:
+        """Return why an answer failed that reports no error code; None if the upstream answered
+        with an error status. A stream that ends without its last event breaks its protocol."""
+        return self.failure_cause or ("protocol" if outcome == "upstream_failed" else None)
 
     def note_first_byte(self) -> None:
         """Note the time of the first byte of the answer's body."""
@@ -104,7 +142,7 @@ class ForwardedRequest:
     async def fail(self, failure: str) -> None:
         """Record that the upstream failed, and raise the Refusal with the code `failure`."""
         self.status = Refusal(failure).status
-        await self.settle("upstream_failed")
+        await self.settle("upstream_error" if failure == REJECTED_KEY else "upstream_failed")
         raise Refusal(failure)  # kept in no variable: that would keep all of this in memory
 
     async def forget(self) -> None:

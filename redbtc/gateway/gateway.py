@@ -16,6 +16,7 @@ from redbtc.gateway.authentication import key_in_headers
 from redbtc.gateway.background_responses import BackgroundResponses
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.in_flight import InFlight
+from redbtc.gateway.upstream_journal import UpstreamJournal
 from redbtc.limits.limiter import Limiter
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Client, ClientRequest
@@ -23,7 +24,7 @@ from redbtc.store.containers import Containers
 from redbtc.store.keys import Key
 from redbtc.store.objects import Objects
 from redbtc.store.speeds import Speeds
-from redbtc.telemetry import Telemetry
+from redbtc.telemetry import Telemetry, log
 from redbtc.upstream.configured import Upstreams
 
 
@@ -44,7 +45,8 @@ class Gateway:
         self.telemetry = telemetry
         self.limiter = Limiter()
         self.deadlines = Deadlines()
-        self.upstreams = Upstreams(settings.upstreams)
+        self.journal = UpstreamJournal(billing.store, billing.messages, log)
+        self.upstreams = Upstreams(settings.upstreams, self.journal.note)
         self.in_flight = InFlight()
         self.objects = Objects(billing.store)
         self.containers = Containers(billing.store)
@@ -70,11 +72,20 @@ class Gateway:
         )
         self.draining = self.stopping = False
 
+    async def resume(self) -> None:
+        """Take up what an earlier process has left. Raises StorageUnavailable, sqlite3.Error."""
+        await self.background.resume()
+        members = {each.name: each.usable for each in self.upstreams}
+        for rest in await self.journal.resume(members):
+            seconds = (rest.until - self.store.time()) / 1000
+            self.upstreams.restore(rest.upstream, rest.model, seconds, rest.reason)
+
     def apply(self, settings: Settings) -> None:
         """Use other settings, from the next request on."""
         self.settings = settings
         self.billing.apply(settings.billing)
         self.upstreams.apply(settings.upstreams)
+        self.journal.forget_all_but({each.name for each in self.upstreams})
 
     def authenticate(self, request: ClientRequest) -> Key:
         """Return the key of a request that may be served now. Raises Refusal."""

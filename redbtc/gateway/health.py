@@ -45,7 +45,7 @@ class HealthRoutes:
         gateway = self._gateway
         if gateway.draining:
             raise Refusal("draining")
-        if not any(upstream.usable for upstream in gateway.upstreams):
+        if not gateway.upstreams.can_serve():
             raise Refusal("no_upstream", retry_after=5)
         if not await gateway.store.can_commit():
             raise Refusal("ledger_unavailable")
@@ -56,9 +56,10 @@ class HealthRoutes:
         JSON or as a page."""
         request = request_of(scope)
         request.route = "/status"
-        uptime = round(time.monotonic() - self._gateway.started)
+        gateway = self._gateway
+        uptime, can_serve = round(time.monotonic() - gateway.started), gateway.upstreams.can_serve()
         try:
-            status = await public_status(self._gateway.billing, uptime)
+            status = await public_status(gateway.billing, uptime, can_serve)
         except sqlite3.Error:
             raise Refusal("ledger_unavailable") from None
         accept = header(scope["headers"], b"accept") or b""

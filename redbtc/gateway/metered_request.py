@@ -35,7 +35,7 @@ from redbtc.meter.meters import MeterState
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow
 from redbtc.store.requests import CorrectionFacts, drop_progress, record_progress, settle_row
-from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
+from redbtc.usage import FAILED, Outcome, RequestRow, Usage, UsagePart
 
 
 class MeteredRequest(AdmittedRequest):
@@ -126,6 +126,9 @@ class MeteredRequest(AdmittedRequest):
         row.duration_ms = self.elapsed_ms()
         row.model, row.service_tier = report.model, report.service_tier
         row.response_id = report.response_id
+        row.upstream_status = self.upstream_status
+        row.upstream_request_id = self.upstream_request_id
+        row.upstream_error_code = report.error_code
 
     async def settle(self, outcome: Outcome) -> None:
         """Commit the row as the request ended; that of a background response which goes on
@@ -140,6 +143,8 @@ class MeteredRequest(AdmittedRequest):
         self._fill(report)
         if outcome == "client_disconnected" and gateway.stopping:
             outcome = "interrupted"
+        if outcome in FAILED:
+            row.upstream_error_code = report.error_code or self.cause_of(outcome)
         guess = await self._estimate(outcome)
         parts = self._account_for(row, outcome, guess)
         if report.containers:

@@ -7,7 +7,7 @@ from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.metered_request import MeteredRequest
 from redbtc.gateway.reading import read_content
-from redbtc.gateway.references import upstreams_for
+from redbtc.gateway.references import candidates_for
 from redbtc.gateway.relay import Relay
 from redbtc.limits.memory import Reservation
 from redbtc.server.asgi import Receive, Scope, Send, request_of
@@ -34,12 +34,12 @@ class MeteredRoute:
             body = await read_content(
                 client_request.headers, receive, deadline, settings, memory, endpoint
             )
-            upstreams = await upstreams_for(gateway, key, body)
+            candidates = await candidates_for(gateway, key, client_request.headers, body)
             request = MeteredRequest(
                 gateway, client_request, endpoint, deadline, admission, key, body
             )
             if request.may_add_usage:
                 request.takes_out_usage = body.add_include_usage()
-            async with request.admit(upstreams[0], memory):
+            async with request.admit(candidates, memory):
                 path = endpoint.path.removeprefix("/v1")
-                await Relay(request, send, "POST", path, body.sent).forward(upstreams)
+                await Relay(request, send, "POST", path, body.sent).forward(candidates)

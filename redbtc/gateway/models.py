@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,8 @@ from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import NO_LIST, Upstream
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9@~][\w.:@+~-]*(?:/[A-Za-z0-9@~][\w.:@+~-]*)*", re.ASCII)
+NEW_SECONDS = 1  # a list that is younger has just been given
+ABOUT_THE_KEY = (401, 403, 429)  # statuses that say nothing about the model
 
 
 class Models:
@@ -32,8 +35,8 @@ class Models:
 
     async def list(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer with the lists of all upstreams, joined in their order, less what the key may not
-        use and what has no price where that is refused. `age` is that of the oldest of the lists,
-        where an upstream gave no new one."""
+        use and what has no price where that is refused. The header Age is that of the oldest of the
+        lists, where an upstream gave no new one."""
         request = request_of(scope)
         request.route = "/v1/models"
         gateway = self._gateway
@@ -47,8 +50,8 @@ class Models:
         await self._answer(request, send, 200, body, age_header(age))
 
     async def show(self, scope: Scope, _: Receive, send: Send) -> None:
-        """Answer with one model, as the upstream that would serve it describes it; as it was listed
-        last, where that upstream does not answer."""
+        """Answer with one model, as the first upstream that serves it and answers describes it, or
+        as it was listed last."""
         request = request_of(scope)
         request.route = "/v1/models/{id}"
         gateway = self._gateway
@@ -74,7 +77,10 @@ class Models:
         usable = [upstream for upstream in upstreams if upstream.usable]
         if not usable:
             raise Refusal("no_upstream", retry_after=5)
-        asked = (upstream.models() for upstream in usable)
+        tables: defaultdict[str, list[Upstream]] = defaultdict(list)
+        for upstream in usable:
+            tables[upstream.settings.name].append(upstream)
+        asked = (list_of(members) for members in tables.values())
         lists = await asyncio.gather(*asked, return_exceptions=True)
         joined: dict[str, dict[str, Any]] = {}
         oldest, failures = 0.0, []
@@ -102,19 +108,33 @@ class Models:
         is_name = len(name) <= MAX_NAME and MODEL_NAME.fullmatch(name)
         if not (is_name and self._is_usable(key, name)):
             raise Refusal("model_not_found", param="model")
-        upstream = gateway.upstreams.choose(name)[0]
+        upstreams = gateway.upstreams.candidates(name).members
         await gateway.limiter.take_places(admission, 0, deadline)
-        shown, status = b"", 0
-        with contextlib.suppress(*NO_LIST):
-            status, shown = await upstream.fetch_whole(f"/models/{name}")
-        if 200 <= status < 500:
-            return status, shown, []
-        listed, age = await self._listed(key, [upstream])
+        for upstream in upstreams:
+            with contextlib.suppress(*NO_LIST):
+                status, shown = await upstream.fetch_whole(f"/models/{name}")
+                if 200 <= status < 500 and status not in ABOUT_THE_KEY:
+                    return status, shown, []
+        listed, age = await self._listed(key, upstreams)
         if name not in listed:
             raise Refusal("upstream_unreachable")
         return 200, orjson.dumps(listed[name]), age_header(age)
 
 
+async def list_of(members: Iterable[Upstream]) -> tuple[list[dict[str, Any]], float]:
+    """Return the list of models of one upstream, and its age in seconds: the list of the first of
+    its members that gives one now, or the newest that one of them gave before. Raises Refusal."""
+    found: list[tuple[list[dict[str, Any]], float]] = []
+    for upstream in members:
+        with contextlib.suppress(Refusal):
+            found.append(await upstream.models())
+            if found[-1][1] < NEW_SECONDS:
+                break
+    if not found:
+        raise Refusal("upstream_unreachable", "The upstream did not return a list of models.")
+    return min(found, key=lambda each: each[1])
+
+
 def age_header(seconds: float) -> Headers:
-    """Return the Age header (RFC 9111 §5.1) of what is older than a second."""
-    return [(b"age", b"%d" % seconds)] if seconds >= 1 else []
+    """Return the Age header (RFC 9111 §5.1) of a list that is not new."""
+    return [(b"age", b"%d" % seconds)] if seconds >= NEW_SECONDS else []

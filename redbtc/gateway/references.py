@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.gateway import Gateway
+from redbtc.headers import Headers, header
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import MAX_NAME
 from redbtc.rates import DEFAULT_TIER, NEEDED
@@ -19,10 +20,12 @@ from redbtc.slices import in_slices
 from redbtc.steps import Steps
 from redbtc.store.keys import Key
 from redbtc.store.objects import MAX_LOOK_UPS
+from redbtc.upstream.candidates import Candidates, session_hash
 from redbtc.upstream.upstreams import Upstream
 
 # References to these get the answer that OpenAI gives for a response that does not exist.
 NOT_FOUND = ("previous_response_id", "comparison_response_id")
+SESSION_HEADERS = (b"session-id", b"thread-id", b"session_id")
 NOTHING: Mapping[str, ObjectLocation] = {}
 
 
@@ -35,14 +38,34 @@ def location_of(gateway: Gateway, key: Key, object_id: str) -> ObjectLocation | 
         raise Refusal("ledger_unavailable") from None
 
 
-async def upstreams_for(
+def affinity_of(
+    key: Key, headers: Headers, body: RequestBody | None = None, connection_id: str = ""
+) -> bytes | None:
+    """Return what stands for the session of a request: the first name that its body or its headers
+    give one, else `connection_id`, that of its WebSocket. None if there is none."""
+    name = body.cache_key if body else ""
+    if not name:
+        for header_name in SESSION_HEADERS:
+            if value := header(headers, header_name):
+                name = value.decode("latin-1")
+                break
+        else:
+            name = connection_id
+    return session_hash(key.account_id, name) if name else None
+
+
+async def candidates_for(
     gateway: Gateway,
     key: Key,
+    headers: Headers,
     body: RequestBody,
     made: Mapping[str, ObjectLocation] = NOTHING,
-) -> list[Upstream]:
-    """Return the upstreams that may take a request, the first to try in front. `made` is as for
-    `required_upstream`. Raises Refusal."""
+    *,
+    connection_id: str = "",
+) -> Candidates[Upstream]:
+    """Return the members that may take a request, the first to try in front. `connection_id` is the
+    id of its WebSocket, "" if it comes over HTTP. `made` is as for `required_upstream`. Raises
+    Refusal."""
     required = await required_upstream(gateway, key, body, made)
     model = body.model
     for each in (model, *filter(None, body.further_models())):
@@ -54,7 +77,11 @@ async def upstreams_for(
             raise Refusal("model_not_found", message, param="model")
     if body.extras:
         check_rates(gateway, body)
-    return gateway.upstreams.choose(model, required)
+    upstreams, websocket = gateway.upstreams, bool(connection_id)
+    if required is not None:
+        return upstreams.holders(required, model, websocket=websocket)
+    session = affinity_of(key, headers, body, connection_id) if upstreams.are_several else None
+    return upstreams.candidates(model, session, replays=body.replays, websocket=websocket)
 
 
 def check_rates(gateway: Gateway, body: RequestBody) -> None:
@@ -109,7 +136,7 @@ def resolve(
         body.inherit(each, mentions, location, gateway.objects.growth_of(each.id))
         if number % 1000 == 0:
             yield
-    if len(upstreams) > 1:
+    if len({gateway.upstreams.named(name) for name in upstreams}) > 1:
         message = "The referenced objects are stored at different upstreams."
         raise Refusal("invalid_request", message)
     return next(iter(upstreams), None)

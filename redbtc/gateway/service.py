@@ -15,6 +15,7 @@ from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
 from redbtc.gateway.progress import save_progress
+from redbtc.gateway.upstream_metrics import UpstreamMetrics
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
 from redbtc.store.clock import watch_clock
@@ -39,6 +40,7 @@ class Service:
         self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.vitals = Vitals(billing.store)
         telemetry.registry.register(self.vitals)
+        telemetry.registry.register(UpstreamMetrics(self.gateway.upstreams))
 
     def start_tasks(self) -> list[asyncio.Task[None]]:
         """Start what the process does for as long as it serves, and return the tasks. None of them

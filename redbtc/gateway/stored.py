@@ -26,6 +26,7 @@ from redbtc.request_body.query import Query
 from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, request_of
 from redbtc.slices import in_slices
 from redbtc.store.keys import Key
+from redbtc.upstream.candidates import Candidates
 from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
 
@@ -156,7 +157,7 @@ class StoredRoute:
         deadline = Deadline(gateway.deadlines)
         charged = gateway.limiter.charge(key, settings.limits)
         with charged as admission, gateway.serving(client_request.client, deadline, key):
-            location, upstream = choose_stored(gateway, key, response_id)
+            location, candidates = choose_stored(gateway, key, response_id)
             query = self._query(key, response_id, scope["query_string"])
             with Reservation(gateway.limiter, key, settings) as reserved:
                 body = await read_body(
@@ -172,7 +173,8 @@ class StoredRoute:
                     message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
                 await gateway.limiter.take_places(admission, 0, deadline)
-            with await self._hold(key, response_id, admission):
+            await gateway.limiter.take_place_at_upstream(admission, candidates, deadline)
+            with candidates, await self._hold(key, response_id, admission):
                 request = StoredRequest(
                     gateway,
                     client_request,
@@ -185,7 +187,7 @@ class StoredRoute:
                     deletes=self._method == "DELETE",
                 )
                 path = f"/responses/{response_id}{self._suffix}"
-                await Relay(request, send, self._method, path, body, query).forward([upstream])
+                await Relay(request, send, self._method, path, body, query).forward(candidates)
 
     async def _hold(
         self, key: Key, response_id: str, admission: Admission
@@ -229,12 +231,12 @@ def check_plain_json(headers: Headers) -> None:
         raise Refusal("unsupported_media_type", message)
 
 
-def choose_stored(gateway: Gateway, key: Key, response_id: str) -> tuple[ObjectLocation, Upstream]:
-    """Return where the account's response is stored, and that upstream. Raises Refusal."""
+def choose_stored(
+    gateway: Gateway, key: Key, response_id: str
+) -> tuple[ObjectLocation, Candidates[Upstream]]:
+    """Return where the account's response is stored, and the members that can be asked for it.
+    Raises Refusal."""
     location = location_of(gateway, key, response_id) if OBJECT_ID.fullmatch(response_id) else None
     if location is None:
         raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")
-    upstream = gateway.upstreams.named(location.upstream)
-    if upstream is None or not upstream.usable:
-        raise Refusal("no_upstream", retry_after=60)
-    return location, upstream
+    return location, gateway.upstreams.holders(location.upstream)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from redbtc.admin.outputs import AtWork, UpstreamAtWork
+from msgspec.structs import asdict
+
+from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
 from redbtc.config import DEMO
+from redbtc.errors import Conflict, NotFound
 from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.upstream_shown import not_set, upstream_shown
 from redbtc.money import NANOS, parse_amount
 from redbtc.store.accounts import Account
 from redbtc.store.keys import Key
+from redbtc.upstream.upstreams import Upstream
 
 
 class GatewayView:
@@ -56,15 +61,36 @@ class GatewayView:
 
     def at_work(self) -> AtWork:
         """Return what is in flight, what was refused since the start, and the upstreams."""
-        gateway = self._gateway
+        gateway, now = self._gateway, self._gateway.store.time()
         return AtWork(
             running=True,
             uptime_seconds=round(time.monotonic() - gateway.started),
             in_flight=gateway.in_flight.count,
             queued=gateway.limiter.queued,
             refusals=gateway.telemetry.refusals(),
-            upstreams=[
-                UpstreamAtWork(name=each.name, usable=each.usable, in_flight=each.in_flight)
-                for each in gateway.upstreams
-            ],
+            upstreams=[upstream_shown(each, now) for each in gateway.upstreams],
         )
+
+    def rest_upstream(self, name: str, seconds: float, by: str) -> UpstreamRested:
+        """Let an upstream rest for so long. Raises NotFound, or Conflict if it can't be used."""
+        upstream = self._to_steer(name)
+        upstream.health.rest(seconds, by)
+        is_last = upstream.health.is_last
+        unserved = [each for each in upstream.settings.models if is_last(each)]
+        return UpstreamRested(
+            **asdict(upstream_shown(upstream, self._gateway.store.time())), unserved_models=unserved
+        )
+
+    def resume_upstream(self, name: str, by: str) -> UpstreamAtWork:
+        """End an upstream's rests and outage. Raises NotFound, or Conflict if it can't be used."""
+        upstream = self._to_steer(name)
+        upstream.health.resume(by)
+        return upstream_shown(upstream, self._gateway.store.time())
+
+    def _to_steer(self, name: str) -> Upstream:
+        found = [each for each in self._gateway.upstreams if each.name == name]
+        if not found:
+            raise NotFound(f"upstream {name!r} does not exist")
+        if not found[0].usable:
+            raise Conflict(f"upstream {name!r} can't be used: {not_set(found[0])}")
+        return found[0]

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from redbtc.config import AccountLimitSettings, LimitSettings
 from redbtc.deadlines import Deadline
 from redbtc.limits.admission import Admission, AppliedLimits, LimitCounters, NoCapacity
 from redbtc.limits.buckets import Bucket, rate_limit_headers
-from redbtc.limits.places import Places
-from redbtc.refusals import ClientLeft
+from redbtc.refusals import ClientLeft, Refusal
 from redbtc.store.keys import Key
 
 # An account's own limits of concurrency, requests and tokens; None: the default from config.toml.
 OwnLimits = tuple[int | None, int | None, int | None]
 MAX_WAITING_REQUESTS = 1000  # of an account's requests, for places or for memory
+
+
+class InTurn(Protocol):
+    """Something for which requests wait in turn."""
+
+    async def take_in_turn(self, amount: int) -> None:
+        """Wait, and take the amount."""
+
+
+class UpstreamQueue(InTurn, Protocol):
+    """Places at upstreams."""
+
+    def take_now(self) -> bool:
+        """Take a place if one is free, and return whether there was one. Raises Refusal if no
+        upstream may be asked now."""
 
 
 class Limiter:
@@ -47,6 +61,25 @@ class Limiter:
                 await self._wait_for_place(applied, account, until, deadline)
             admission.places.append(places)
         admission.took_places = True
+
+    async def take_place_at_upstream(
+        self, admission: Admission, queue: UpstreamQueue, deadline: Deadline
+    ) -> None:
+        """Take a place at an upstream, and wait in turn for it for at most `limits.queue_seconds`.
+        Raises Refusal and ClientLeft, and undoes what was charged."""
+        try:
+            if not queue.take_now():
+                account = admission.applied_limits[1].counters
+                until = time.monotonic() + admission.queue_seconds
+                await self.wait(account, queue, 1, until, deadline)
+        except TimeoutError:
+            message = "All upstreams have as many requests in flight as they may have."
+            refusal = Refusal("overloaded", message)
+            admission.undo(refusal)
+            raise refusal from None
+        except (Refusal, ClientLeft) as error:
+            admission.undo(error)
+            raise
 
     def small_frames(self, key: Key) -> Bucket:
         """Return the rate of small WebSocket frames of the key's account."""
@@ -126,7 +159,7 @@ class Limiter:
             raise NoCapacity(message, headers) from None
 
     async def wait(
-        self, account: LimitCounters, places: Places, amount: int, until: float, deadline: Deadline
+        self, account: LimitCounters, places: InTurn, amount: int, until: float, deadline: Deadline
     ) -> None:
         """Take `amount` places in turn. Raises TimeoutError at `until` (monotonic seconds), or
         immediately if MAX_WAITING_REQUESTS requests of the account wait already; ClientLeft if the

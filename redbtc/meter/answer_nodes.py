@@ -72,7 +72,7 @@ CHOICES_NODE = Node(elements=CHOICE_NODE)
 RESPONSE_MEMBERS = (
     short_members(
         *("id", "type", "model", "status", "service_tier", "stream_id", "output_index"),
-        *("quality", "size"),
+        *("quality", "size", "code"),
     )
     | {"error": Node(short_members("message", "type", "code"))}
     | {"usage": COUNTS_NODE, "svg_usage": COUNTS_NODE, "x_groq": Node({"usage": COUNTS_NODE})}

@@ -40,6 +40,7 @@ class Answer(Struct, dict=True):
     status: Any = None
     service_tier: Any = None
     error: Any = None
+    code: Any = None
     usage: Any = None
     tool_usage: Any = None
     svg_usage: Any = None

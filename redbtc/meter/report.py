@@ -18,6 +18,7 @@ from redbtc.meter.answers import (
     items_in,
     name_in,
 )
+from redbtc.meter.error_codes import error_code_of
 from redbtc.meter.paid_items import PAID_TYPES, PaidItems
 from redbtc.meter.passed_output import PassedOutput
 from redbtc.meter.usage_fields import (
@@ -54,6 +55,7 @@ class Report:
         self.text_items: set[str] = set()  # of these, the items that contain only text
         self.listed: dict[str, bool] = {}  # ids of listed input; whether the upstream made them
         self.failed = False  # the answer reports a failure
+        self.error_code: str | None = None  # of the failure
         self.in_events = False  # the Response object came within an event
         self.passed = PassedOutput()
         self._reported_at = 0  # bytes of deltas that had passed at the last report of usage
@@ -132,12 +134,14 @@ class Report:
             yield from self.passed.see(answer, response, self._images)
         if not cut_off:
             self.status = name_in(response.status) or self.status
-            self.failed = self.failed or bool(
+            if (
                 response.error
                 or answer.error
                 or response.status == "failed"
                 or answer.type in ("error", "response.failed")
-            )
+            ):
+                self.failed = True
+                self.error_code = error_code_of(answer) or self.error_code
 
     def _note_usage(self, answer: Answer, response: Answer, cut_off: bool) -> None:
         reported, of_choice = response.usage, None

@@ -51,6 +51,8 @@ class RequestBody:
         self.inheritable_extras = tools.inheritable_extras | cache
         self.searches_web = contents.searches_web
         self.max_input_tokens = contents.max_input_tokens
+        self.cache_key = contents.cache_key
+        self.replays = contents.replays
         self.inherited = Inherited()
         self._models = tools.models
         self._inheritable_models = tools.inheritable_models

@@ -51,3 +51,5 @@ class BodyContents(Struct):
     max_input_tokens: int
     searches_web: bool = False
     options_at: int | None = None
+    cache_key: str = ""  # `prompt_cache_key`; "" if it is no string
+    replays: bool = False  # it has encrypted content of an earlier response

@@ -42,6 +42,7 @@ PICTURE_LISTS = ("content", "output")  # members of an item that can hold pictur
 ITEM_MEMBERS = {"id", "type", "status", "role", "content", "output", "encrypted_content", "tools"}
 # Only items with one of these members are checked; most histories have none.
 CHECKED_MEMBERS = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
+CACHE_KEY, ENCRYPTED = "prompt_cache_key", b'"encrypted_content"'
 MAX_INPUT_ITEMS = 20_000  # of the input; the history of a day's work has 2,000
 
 
@@ -75,6 +76,8 @@ def read_contents(
         len(text) + MAX_PICTURE_TOKENS * pictures.count - pictures.bytes,
         reader.searches_web,
         options_at,
+        string_in(members[CACHE_KEY])[:MAX_NAME] if CACHE_KEY in members else "",
+        reader.replays,
     )
     return contents, members
 
@@ -86,6 +89,7 @@ class BodyReader:
         self.named = References()
         self.use = ToolUse()
         self.searches_web = False
+        self.replays = False
         self.pictures = PictureCounter(pieces)
         self._pieces = pieces
         self._members = members
@@ -99,6 +103,7 @@ class BodyReader:
             escaped = yield from refuse_hidden(piece)
             self._may_reference = self._may_reference or MEMBER.search(piece) is not None
             self._may_show = self._may_show or escaped or PICTURE_MARK in piece
+            self.replays = self.replays or ENCRYPTED in piece
             if self._pieces.is_cut:
                 yield
         members = self._members

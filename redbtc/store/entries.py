@@ -38,6 +38,10 @@ class EntryKind(Protocol):
     def columns(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return the values by column."""
 
+    def completed(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        """Return the values of a row as this version writes it. `sql` is the statement of an
+        earlier version, which may have had fewer columns; those that it lacks are None."""
+
     async def repair(
         self, writer: Writer, values: Sequence[Any], now: int
     ) -> dict[str, Any] | None:

@@ -14,8 +14,7 @@ from redbtc.times import iso_time
 
 
 def new_id(kind: str) -> str:
-    """Return a new id: `kind`, which is acct, key, pay, ntc, usr or ses, and 16 hexadecimal
-    digits."""
+    """Return a new id: `kind`, such as acct, key or msg, and 16 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(8)}"
 
 

@@ -3,6 +3,7 @@ and again if another process has closed one."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -17,6 +18,7 @@ REOPEN = """
     INSERT INTO reopened (request_id, reopened_at)
     SELECT request_id, ? FROM requests WHERE request_id = ? AND run = ? AND outcome = 'interrupted'
        AND NOT EXISTS (SELECT 1 FROM corrections WHERE request_id = requests.request_id)"""
+INSERTED = re.compile(r"\s*INSERT INTO requests \(([\w, ]+)\) VALUES \(")
 STORED = f"SELECT {', '.join(COLUMNS)} FROM requests WHERE request_id = ?"
 
 
@@ -37,6 +39,16 @@ class RequestRows(EntryKind):
             ]
             if kept != list(values):
                 yield left_out, kept
+
+    def writes(self, sql: str) -> bool:
+        """Return whether a statement of this or an earlier version writes such a row."""
+        return INSERTED.match(sql) is not None
+
+    def completed(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        inserted = INSERTED.match(sql)
+        names = inserted[1].split(", ") if inserted else COLUMNS
+        row = dict(zip(names, values, strict=True))
+        return [row.get(name) for name in COLUMNS]
 
     def columns(self, values: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(COLUMNS, values, strict=True))

@@ -9,8 +9,8 @@ from redbtc.store.commits import Commits
 from redbtc.store.entries import EntryKind
 from redbtc.store.failures import LogFunction, is_about_a_value
 from redbtc.store.request_rows import REQUEST_ROWS
-from redbtc.store.request_sql import RECORD, SETTLED
-from redbtc.store.spill import Spill, line_of
+from redbtc.store.request_sql import SETTLED
+from redbtc.store.spill import OwedChange, Spill, line_of
 from redbtc.store.writer import SQLStatement, Writer
 from redbtc.times import month_of
 
@@ -56,11 +56,9 @@ async def write_owed(spill: Spill, writer: Writer, commits: Commits, log: LogFun
     for change in changes:
         try:
             (changed,) = await writer.write([(change.sql, change.values)])
-            kind = ENTRY_KINDS.get(change.kind)
-            if kind is None and change.sql == RECORD:  # a line of an older version names no kind
-                kind = REQUEST_ROWS
+            kind = entry_kind_of(change)
             if kind and not changed:
-                await commits.repair(kind, change.values)
+                await commits.repair(kind, kind.completed(change.sql, change.values))
         except Exception as error:
             if not is_about_a_value(error):
                 raise
@@ -75,6 +73,13 @@ async def write_owed(spill: Spill, writer: Writer, commits: Commits, log: LogFun
         refused=len(refused),
         damaged=len(damaged),
     )
+
+
+def entry_kind_of(change: OwedChange) -> EntryKind | None:
+    """Return the kind of a change, None if it has none. A line of an old version names no kind."""
+    if not change.kind and REQUEST_ROWS.writes(change.sql):
+        return REQUEST_ROWS
+    return ENTRY_KINDS.get(change.kind)
 
 
 def interruption(now: int) -> list[SQLStatement]:

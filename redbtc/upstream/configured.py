@@ -3,42 +3,163 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
-from redbtc.config import UpstreamSettings
-from redbtc.upstream.upstreams import Upstream, choose
+from redbtc.refusals import Refusal
+from redbtc.upstream.absences import ALL_MODELS
+from redbtc.upstream.addresses import HostNames
+from redbtc.upstream.candidates import Candidates, Moved, PlaceQueue, ranked
+from redbtc.upstream.change import UpstreamChange
+from redbtc.upstream.health_report import can_serve
+from redbtc.upstream.upstreams import Upstream
+from redbtc.upstream_settings import UpstreamSettings
 
 
 class Upstreams:
-    """The upstreams of the settings that are in force, in their order."""
+    """The members of the upstreams of the settings that are in force, in their order."""
 
-    def __init__(self, settings: tuple[UpstreamSettings, ...]) -> None:
-        self._upstreams = [Upstream(each) for each in settings]
+    def __init__(
+        self,
+        settings: tuple[UpstreamSettings, ...],
+        on_change: Callable[[UpstreamChange], None] = lambda _: None,
+    ) -> None:
+        """`on_change` is told of each change of a member's state. Raises SettingsError if a ca_file
+        can't be read."""
+        self._on_change = on_change
+        self._queue: PlaceQueue[Upstream] = PlaceQueue()
+        self._moved = Moved()
+        self._names = HostNames()
         self._closing: set[asyncio.Task[None]] = set()
+        self._upstreams = [self._new(member) for table in settings for member in table.members]
+        self._watch_health()
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._upstreams)
 
     def apply(self, settings: tuple[UpstreamSettings, ...]) -> None:
-        """Use other settings from the next request on. Upstreams that are unchanged keep their
-        connections; the connections of the others end with their requests."""
+        """Use other settings from the next request on, and for requests that wait for a place.
+        Members that connect as before keep their connections; the connections of the others end
+        with their requests. A member whose ca_file has other contents does not connect as before.
+        Raises SettingsError if one can't be read."""
         before = self._upstreams
-        kept = {upstream.settings: upstream for upstream in before}
-        self._upstreams = [kept.get(each) or Upstream(each) for each in settings]
+        kept = {each.name: each for each in before if not each.has_new_certificates()}
+        members = [member for table in settings for member in table.members]
+        after = [self._renewed(member, kept.get(member.member_name)) for member in members]
+        for upstream, member in zip(after, members, strict=True):
+            upstream.follow(member)
+        self._upstreams = after
         for upstream in before:
             if upstream not in self._upstreams:
                 task = asyncio.create_task(upstream.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
+        self._watch_health()
+
+    def _renewed(self, settings: UpstreamSettings, before: Upstream | None) -> Upstream:
+        """Return the member `before` if it connects as these settings say, else a new one."""
+        if before and settings.connects_like(before.settings):
+            return before
+        return self._new(settings, before)
+
+    def _new(self, settings: UpstreamSettings, before: Upstream | None = None) -> Upstream:
+        """Return a new member. It goes on with the health of the one `before` if it is the same key
+        at the same place."""
+        upstream = Upstream(settings, self._names, self._on_change)
+        if before and before.settings.place == settings.place:
+            upstream.go_on_with(before.health)
+        return upstream
+
+    def _watch_health(self) -> None:
+        """Let each member know whether another one could serve in its place."""
+        self.are_several = len(self._upstreams) > 1
+        for upstream in self._upstreams:
+            upstream.health.is_last = functools.partial(self._is_last, upstream)
+
+    def _is_last(self, upstream: Upstream, model: str) -> bool:
+        others = (each for each in self._upstreams if each is not upstream)
+        others = (each for each in others if model == ALL_MODELS or each.serves(model))
+        return not any(each.health.is_proven(model) for each in others)
+
+    def restore(self, name: str, model: str, seconds: float, reason: str) -> None:
+        """Let a member go on with a rest that an earlier process has begun, for `seconds` more."""
+        for upstream in self._upstreams:
+            if upstream.name == name:
+                upstream.health.restore(model, seconds, reason)
 
     def named(self, name: str) -> Upstream | None:
-        """Return the upstream of that name, None if the settings have none."""
-        return next((upstream for upstream in self._upstreams if upstream.name == name), None)
+        """Return the member of that name. If the settings have none, return another member of the
+        same upstream, a usable one if there is one: a key may have been removed, or several have
+        replaced the only one. Return None if the settings don't have the upstream."""
+        found = [upstream for upstream in self._upstreams if upstream.name == name]
+        if not found:
+            table = name.partition("/")[0]
+            found = [upstream for upstream in self._upstreams if upstream.settings.name == table]
+        return next((upstream for upstream in found if upstream.usable), next(iter(found), None))
 
-    def choose(self, model: str, only: str | None = None) -> list[Upstream]:
-        """Return the upstreams that may take a request for a model, the first to try in front.
-        `only` is the name of the one that stores what the request builds on. Raises Refusal."""
-        return choose(self._upstreams, model, only)
+    def candidates(
+        self,
+        model: str,
+        session: bytes | None = None,
+        *,
+        replays: bool = False,
+        websocket: bool = False,
+    ) -> Candidates[Upstream]:
+        """Return the members that may take a request for a model, over a WebSocket if `websocket`.
+        `session` is what stands for the request's session; `replays`: see Candidates. Raises
+        Refusal if there is none."""
+        usable, is_served = [], False
+        for upstream in self._upstreams:
+            if upstream.serves(model):
+                is_served = True
+                if upstream.usable:
+                    usable.append(upstream)
+        if not is_served:
+            raise does_not_exist(model)
+        if not usable:
+            raise Refusal("no_upstream", retry_after=5)
+        if websocket:
+            usable = speaking(usable)
+        if len(usable) == 1:
+            return Candidates(usable, model, self._queue)
+        order = ranked(usable, session)
+        return Candidates(
+            order, model, self._queue, session=session, moved=self._moved, replays=replays
+        )
+
+    def for_handshake(self, session: bytes | None) -> Candidates[Upstream]:
+        """Return the members that a session over a WebSocket may be connected to, before its first
+        request. Raises Refusal if there is none."""
+        usable = [each for each in self._upstreams if each.usable and each.speaks_websocket]
+        if not usable:
+            raise Refusal("no_upstream", retry_after=5)
+        order = ranked(usable, session)
+        return Candidates(order, ALL_MODELS, self._queue, takes_place=False)
+
+    def holders(
+        self, name: str, model: str = ALL_MODELS, *, websocket: bool = False
+    ) -> Candidates[Upstream]:
+        """Return the members that can be asked for what is stored at the member of that name: that
+        one, then others of its organization. Raises Refusal if there is none."""
+        holder = self.named(name)
+        if holder is None or not holder.usable:
+            raise Refusal("no_upstream", retry_after=60)
+        mates = [each for each in self._upstreams if each is not holder and each.usable]
+        found = [
+            each
+            for each in (holder, *mates)
+            if each.organization == holder.organization
+            and (model == ALL_MODELS or each.serves(model))
+        ]
+        if not found:
+            raise does_not_exist(model)
+        if websocket:  # what is not stored is known to this member alone
+            found = speaking([each for each in found if each is holder])
+        return Candidates(found, model, self._queue, is_pinned=True)
+
+    def can_serve(self) -> bool:
+        """Return whether a request would probably be served, for some model."""
+        return any(can_serve(upstream.health) for upstream in self._upstreams)
 
     def serve(self, model: str) -> bool:
         """Return whether an upstream serves the model."""
@@ -51,3 +172,17 @@ class Upstreams:
     def offer_websocket(self) -> bool:
         """Return whether an upstream speaks WebSocket. If none does, an upgrade is answered 426."""
         return any(upstream.speaks_websocket for upstream in self._upstreams)
+
+
+def does_not_exist(model: str) -> Refusal:
+    """Return the refusal of a model that no upstream serves."""
+    return Refusal("model_not_found", f"The model '{model}' does not exist here.", param="model")
+
+
+def speaking(members: list[Upstream]) -> list[Upstream]:
+    """Return the members that speak WebSocket. Raises Refusal if none does."""
+    found = [each for each in members if each.speaks_websocket]
+    if not found:
+        message = "No upstream serves this model over a WebSocket; use POST."
+        raise Refusal("no_upstream", message)
+    return found

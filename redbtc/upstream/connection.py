@@ -29,6 +29,7 @@ from typing import cast
 
 import httpx2
 
+from redbtc.upstream.failures import NoResponse
 from redbtc.upstream.kernel import acknowledged_bytes, has_unread, probe_when_idle
 from redbtc.upstream.request import UpstreamRequest, serialize_head
 from redbtc.upstream.response import ExchangeState, ResponseReader, UpstreamResponse
@@ -38,7 +39,7 @@ MAX_UNREAD_BYTES = 64 << 10
 NOT_AWAITED = (ExchangeState.IDLE, ExchangeState.COMPLETE, ExchangeState.CLOSED)
 
 
-class NotSent(httpx2.RemoteProtocolError):
+class NotSent(NoResponse):
     """The upstream closed the connection before it had seen a byte of the request."""
 
 

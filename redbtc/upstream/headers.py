@@ -54,6 +54,7 @@ DROPPED_PREFIXES = (
 )
 SPECIAL_HEADERS = frozenset([b"connection", b"cache-control"])
 NO_STORE = (b"cache-control", b"no-store")
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 SHARED = re.compile(  # nginx caches by max-age whoever asks
     rb"(?i)public|s-maxage|must-revalidate|^(?!.*(?:private|no-store|no-cache)).*max-age"
 )
@@ -72,11 +73,30 @@ def headers_for_upstream(headers: Headers, secret: bytes, idempotency_scope: str
     ]
 
 
+def may_come_from_client(name: bytes) -> bool:
+    """Return whether `headers_for_upstream` can return a header of this name."""
+    return bool(headers_for_upstream([(name, b"")], b"", ""))
+
+
+def without(headers: Headers, names: frozenset[bytes]) -> Headers:
+    """Return the headers but those with these names."""
+    return [line for line in headers if line[0] not in names]
+
+
 def own_idempotency_key(secret: bytes, scope: str, key: bytes) -> bytes:
     """Return the idempotency key to send upstream in place of a client's `key`: always the same
     one in the same scope, and a different one in any other. It has the form of a random UUID."""
     digest = hmac.digest(secret, b"%b\0%b" % (scope.encode(), key), "sha256")
     return str(uuid.UUID(bytes=digest[:16], version=4)).encode()
+
+
+def request_id_in(received: Headers) -> str | None:
+    """Return the upstream's id of a request from the headers of its answer; None if there is none,
+    or if it is not of up to 128 printable ASCII characters without spaces."""
+    for name, value in received:
+        if name[:1] in b"xX" and name.lower() == b"x-request-id":
+            return value.decode() if REQUEST_ID.fullmatch(value) else None
+    return None
 
 
 def headers_for_client(received: Headers) -> Headers:

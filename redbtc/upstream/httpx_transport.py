@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any, cast
 
 import httpx2
 
 from redbtc.headers import BAD_IN_VALUE, Headers
+from redbtc.upstream.certificates import system_context
 from redbtc.upstream.request import UpstreamRequest
 from redbtc.upstream.response import UpstreamResponse
 
@@ -14,9 +16,12 @@ from redbtc.upstream.response import UpstreamResponse
 class HTTPXTransport:
     """Sends requests through httpx2's transport, which takes no proxy from the environment."""
 
-    def __init__(self, proxy: str | None, keepalive_seconds: float) -> None:
+    def __init__(
+        self, proxy: str | None, keepalive_seconds: float, context: ssl.SSLContext | None
+    ) -> None:
+        """`context` is the TLS context if the system's certificates are not to be trusted."""
         self._transport = httpx2.AsyncHTTPTransport(
-            verify=httpx2.create_ssl_context(trust_env=False),
+            verify=context or system_context(),
             http2=True,
             proxy=proxy,
             limits=httpx2.Limits(keepalive_expiry=keepalive_seconds, max_connections=None),

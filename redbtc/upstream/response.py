@@ -19,6 +19,7 @@ import httptools
 import httpx2
 
 from redbtc.headers import Headers
+from redbtc.upstream.failures import NoResponse, NotHTTP
 
 MAX_OVERHEAD = 100 << 10  # bytes without any body between: heads, 1xx, chunk extensions, trailers
 
@@ -91,7 +92,9 @@ class ResponseReader:
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self.fail(httpx2.RemoteProtocolError(f"the response is not HTTP/1.1: {error}"))
+            # llhttp knows the status as soon as the first line has begun as that of HTTP does.
+            kind = httpx2.RemoteProtocolError if self._parser.get_status_code() else NotHTTP
+            self.fail(kind(f"the response is not HTTP/1.1: {error}"))
         if self._overhead > MAX_OVERHEAD:
             self.fail(httpx2.RemoteProtocolError("the response's head is too large"))
         if self.parts:
@@ -103,9 +106,10 @@ class ResponseReader:
             self.fail(httpx2.ReadError(str(error)))
         elif self.state is ExchangeState.READING_BODY and self._until_close:
             self.enter(ExchangeState.COMPLETE)
+        elif self.status:
+            self.fail(httpx2.RemoteProtocolError("the connection was closed within a response"))
         else:
-            where = "in the middle of" if self.status else "without"
-            self.fail(httpx2.RemoteProtocolError(f"the connection was closed {where} a response"))
+            self.fail(NoResponse("the connection was closed without a response"))
         self._parser = None
 
     def fail(self, error: httpx2.TransportError) -> None:

@@ -11,9 +11,12 @@ import asyncio
 import functools
 import ssl
 from collections import deque
+from typing import cast
 
 import httpx2
 
+from redbtc.upstream.addresses import HostNames
+from redbtc.upstream.connecting import Connector
 from redbtc.upstream.connection import NotSent, UpstreamHTTPConnection
 from redbtc.upstream.request import UpstreamRequest
 from redbtc.upstream.response import UpstreamResponse
@@ -28,14 +31,20 @@ class Transport(httpx2.AsyncBaseTransport):
     """
 
     def __init__(
-        self, context: ssl.SSLContext | None = None, keepalive_seconds: float = 15
+        self,
+        context: ssl.SSLContext | None = None,
+        keepalive_seconds: float = 15,
+        names: HostNames | None = None,
     ) -> None:
+        """`context` is the TLS context if the system's certificates are not to be trusted. `names`
+        are those that have been looked up already."""
         self.connections: set[UpstreamHTTPConnection] = set()  # those that are open
-        self._context = context
-        self._making_context = asyncio.Lock()
+        self.connector = Connector(names or HostNames(), context)
         self._keepalive_seconds = keepalive_seconds
         # By origin, the connection that was used last at the end.
         self._pools: dict[tuple[str, bytes, int | None], deque[UpstreamHTTPConnection]] = {}
+        self._last_url: httpx2.URL | None = None  # of the last request, and the pool of its origin
+        self._last_pool: deque[UpstreamHTTPConnection] = deque()
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -62,8 +71,10 @@ class Transport(httpx2.AsyncBaseTransport):
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
         """Send a request without httpx2's objects, which cost as much as all of this. Raises
         TransportError."""
-        url = request.url
-        pool = self._pools.setdefault((url.scheme, url.raw_host, url.port), deque())
+        url, pool = request.url, self._last_pool
+        if url is not self._last_url:
+            pool = self._pools.setdefault((url.scheme, url.raw_host, url.port), deque())
+            self._last_url, self._last_pool = url, pool
         if connection := self._take_idle(pool):
             try:
                 return await connection.exchange(request)
@@ -90,32 +101,27 @@ class Transport(httpx2.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         if self._sweeper is None:
             self._sweeper = loop.call_later(self._keepalive_seconds, self._sweep)
-        host, tls = url.raw_host.decode("ascii"), url.scheme == "https"
+        open_on = functools.partial(
+            loop.create_connection, lambda: UpstreamHTTPConnection(self.connections, pool)
+        )
         try:
-            async with asyncio.timeout(timeout):
-                _, connection = await loop.create_connection(
-                    lambda: UpstreamHTTPConnection(self.connections, pool),
-                    host,
-                    url.port or (443 if tls else 80),
-                    ssl=await self.tls_context() if tls else None,
-                )
+            made = await self.connector.connect(url, timeout, open_on)
         except TimeoutError as error:
             raise httpx2.ConnectTimeout(str(error)) from error
         except OSError as error:
             raise httpx2.ConnectError(str(error)) from error
-        return connection
+        return cast(UpstreamHTTPConnection, made[1])
 
-    async def tls_context(self) -> ssl.SSLContext:
-        """Return the TLS context for upstreams. It is made once, when it is needed, in a thread:
-        reading the trusted certificates takes 30 ms. Raises OSError."""
-        async with self._making_context:
-            if self._context is None:
-                make = functools.partial(httpx2.create_ssl_context, trust_env=False)
-                try:
-                    self._context = await asyncio.to_thread(make)
-                except RuntimeError as error:  # no thread can be started
-                    raise OSError(str(error)) from error
-        return self._context
+    async def can_connect(self, url: httpx2.URL, timeout: float) -> bool:
+        """Return whether the host of a URL can be connected to within `timeout` seconds, with TLS
+        where the URL says so."""
+        open_on = functools.partial(asyncio.get_running_loop().create_connection, asyncio.Protocol)
+        try:
+            transport, _ = await self.connector.connect(url, timeout, open_on)
+        except OSError:
+            return False
+        transport.abort()
+        return True
 
     def _sweep(self) -> None:
         """Close the connections that have been idle for too long. In each pool they come first."""

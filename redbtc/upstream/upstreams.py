@@ -1,4 +1,4 @@
-"""The configured upstreams, and the choice among them.
+"""The members of the upstreams, and how requests reach them.
 
 The settings alone decide where requests may go: nothing in a body or a header names a place, no
 redirects are followed, no cookies are kept and no proxy is taken from the environment.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fnmatch
-import math
-import os
-import random
+import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -20,17 +18,22 @@ import httpx2
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
-from redbtc.config import UpstreamSettings
 from redbtc.headers import Headers
 from redbtc.meter.answers import name_in
 from redbtc.meter.decoding import Decoding, NotDecoded, codings_of
 from redbtc.refusals import Refusal
 from redbtc.request_body.pieces import Buffer
 from redbtc.slices import with_turns
+from redbtc.upstream.addresses import HostNames
+from redbtc.upstream.certificates import context_trusting, read_certificates
+from redbtc.upstream.change import UpstreamChange
+from redbtc.upstream.headers import may_come_from_client, without
+from redbtc.upstream.health import MemberHealth
 from redbtc.upstream.httpx_transport import HTTPXTransport
 from redbtc.upstream.request import UpstreamRequest
 from redbtc.upstream.response import UpstreamResponse
 from redbtc.upstream.transport import Transport
+from redbtc.upstream_settings import UpstreamSettings
 
 KEEPALIVE_SECONDS = 15
 MAX_FETCHED = 4 << 20  # bytes of a response that `fetch_whole` reads
@@ -38,6 +41,7 @@ FETCH_SECONDS = 30  # at most, for a request of the gateway's own
 UPLOAD_PART_BYTES = 2 << 20  # bytes of a body that are given to the kernel at a time
 MAX_FRAME = 128 << 20  # bytes of a WebSocket message from an upstream
 PING_SECONDS = 20
+REACH_SECONDS = 1.0  # between two attempts to reach a host that no request may wait for
 
 
 class UploadBody(httpx2.ByteStream):
@@ -82,30 +86,73 @@ class Connect(connect):
 
 
 class Upstream:
-    """A configured upstream, with its connections."""
+    """A member: an upstream of the settings with one of its keys, and its connections. `settings`
+    are one of `UpstreamSettings.members`; `settings.name` is the name of the table."""
 
-    def __init__(self, settings: UpstreamSettings) -> None:
+    def __init__(
+        self,
+        settings: UpstreamSettings,
+        names: HostNames | None = None,
+        on_change: Callable[[UpstreamChange], None] = lambda _: None,
+    ) -> None:
+        """`names` are the hosts' names that have been looked up already. `on_change` is told of
+        each change of its state. Raises SettingsError if the settings' ca_file can't be read."""
         self.settings = settings
-        self.name = settings.name
-        key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
-        self.usable = bool(key) or not settings.api_key_env
+        self.name = settings.member_name
+        self.usable = not settings.missing_variables()
         self.speaks_websocket = settings.websocket and settings.transport == "asyncio"
+        self._watching: asyncio.Task[None] | None = None
+        self.go_on_with(MemberHealth(self.name, self.usable, on_change=on_change))
         self.in_flight = 0
+        self.max_concurrency = settings.max_concurrency
         self._models: tuple[list[dict[str, Any]], float] | None = None  # and when they were listed
         self._base = httpx2.URL(settings.base_url.rstrip("/"))
         self._own: Headers = [(b"host", self._base.netloc), (b"accept-encoding", b"identity")]
-        if key:
-            self._own.append((b"authorization", f"Bearer {key}".encode()))
+        added = settings.added_headers()
+        self._own += [(name.encode(), value.encode()) for name, value in added.items()]
+        replaced = [name.encode() for name in (*added, settings.auth_header.lower())]
+        # The client's headers that these replace: usually none, since most don't pass anyway.
+        self._replaced = frozenset(filter(may_come_from_client, replaced))
         self._path = self._base.raw_path.rstrip(b"/")
         self._timeouts: dict[str, float | None] = {
             "connect": settings.connect_timeout_seconds,
             "write": settings.idle_timeout_seconds,
         }
+        self._certificates = read_certificates(settings.ca_file) if settings.ca_file else ""
+        context = context_trusting(self._certificates) if self._certificates else None
         self._transport = (
-            HTTPXTransport(settings.proxy or None, KEEPALIVE_SECONDS)
+            HTTPXTransport(settings.proxy or None, KEEPALIVE_SECONDS, context)
             if settings.transport == "httpx"
-            else Transport(keepalive_seconds=KEEPALIVE_SECONDS)
+            else Transport(context, KEEPALIVE_SECONDS, names)
         )
+
+    def follow(self, settings: UpstreamSettings) -> None:
+        """Use these settings from now on. They connect as those before (`connects_like`)."""
+        self.settings = settings
+        self.max_concurrency = settings.max_concurrency
+
+    @property
+    def priority(self) -> int:
+        """The members with the lowest are tried first."""
+        return self.settings.priority
+
+    @property
+    def weight(self) -> int:
+        """The share among members of equal priority."""
+        return self.settings.weight
+
+    @property
+    def organization(self) -> str:
+        """The name of the organization that the key belongs to. What one member has encrypted or
+        cached, another one of the same organization can read. Without the setting, each member is
+        an organization of its own."""
+        return self.settings.organization or self.name
+
+    def has_new_certificates(self) -> bool:
+        """Return whether its ca_file has other contents than when it was read. Raises
+        SettingsError if it can't be read."""
+        ca_file = self.settings.ca_file
+        return bool(ca_file) and read_certificates(ca_file) != self._certificates
 
     def serves(self, model: str) -> bool:
         """Return whether one of the patterns in its settings matches the model's name."""
@@ -117,6 +164,8 @@ class Upstream:
     ) -> UpstreamResponse:
         """Send a request; return the head of its response. Raises httpx2.HTTPError."""
         target = self._path + path.encode() + (b"?" + query if query else b"")
+        if self._replaced:
+            headers = without(headers, self._replaced)
         headers = [*headers, *self._own]
         return await self._transport.send(
             UpstreamRequest(method, self._base, target, headers, body, self._timeouts)
@@ -162,17 +211,23 @@ class Upstream:
     async def models(self) -> tuple[list[dict[str, Any]], float]:
         """Fetch the upstream's list of models. Return the models that its patterns allow, and how
         old the list is in seconds: if the upstream gives no list now, it is the last one that it
-        gave. Raises Refusal if there is none."""
-        with contextlib.suppress(*NO_LIST):
-            status, listed = await self.fetch_whole("/models")
-            if status == 200:
-                named = [each for each in orjson.loads(listed)["data"] if name_in(each.get("id"))]
-                allowed = [each for each in named if self.serves(each["id"])]
-                self._models = allowed, time.monotonic()
+        gave. An upstream that is known not to be reachable is not asked. Raises Refusal if there is
+        no list."""
+        if not self.health.slow_failure:
+            with contextlib.suppress(*NO_LIST):
+                status, listed = await self.fetch_whole("/models")
+                if status == 200:
+                    self._models = self.models_in(listed), time.monotonic()
         if self._models is None:
             raise Refusal("upstream_unreachable", "The upstream did not return a list of models.")
         models, listed_at = self._models
         return models, time.monotonic() - listed_at
+
+    def models_in(self, listed: bytes) -> list[dict[str, Any]]:
+        """Return the models that its patterns allow of a list that the upstream gave. Raises one of
+        NO_LIST if that is not a list of models."""
+        named = [each for each in orjson.loads(listed)["data"] if name_in(each.get("id"))]
+        return [each for each in named if self.serves(each["id"])]
 
     @property
     def listed(self) -> list[str]:
@@ -180,57 +235,61 @@ class Upstream:
         return [model["id"] for model in self._models[0]] if self._models else []
 
     async def connect(self, headers: Headers) -> ClientConnection:
-        """Open a WebSocket to the upstream's /responses. Raises OSError, TimeoutError,
-        InvalidHandshake."""
+        """Open a WebSocket to the upstream's /responses. Raises OSError (ConnectTimedOut if
+        there is none in time), InvalidHandshake."""
         assert isinstance(self._transport, Transport), "speaks_websocket must be true"
         url = f"{str(self._base).rstrip('/')}/responses".replace("http", "ws", 1)
+        headers = without(headers, self._replaced)
         sent = [(name.decode(), value.decode("latin-1")) for name, value in headers]
         sent += [(name.decode(), value.decode()) for name, value in self._own if name != b"host"]
-        return await Connect(
+        open_on = functools.partial(
+            Connect,
             url,
             additional_headers=[line for line in sent if line[0] not in NOT_IN_HANDSHAKE],
             user_agent_header=None,
             compression=None,
             proxy=None,
             max_size=MAX_FRAME,
-            open_timeout=self.settings.connect_timeout_seconds,
+            open_timeout=None,
             ping_interval=PING_SECONDS,
             ping_timeout=self.settings.idle_timeout_seconds,
             close_timeout=1,
-            ssl=await self._transport.tls_context() if url.startswith("wss") else None,
         )
+        timeout = self.settings.connect_timeout_seconds
+        return await self._transport.connector.connect(self._base, timeout, open_on)
+
+    def go_on_with(self, health: MemberHealth) -> None:
+        """Use this health, which may be that of the member before a reload of the settings."""
+        self.health = health
+        health.on_unreachable = self._watch
+        if health.slow_failure:  # the member before stops watching
+            self._watch()
+
+    def _watch(self) -> None:
+        """Find out when the host can be reached again, so that no request has to."""
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch_until_reachable())
+            self._watching.add_done_callback(self._end_watch)
+
+    async def _watch_until_reachable(self) -> None:
+        timeout, transport = self.settings.connect_timeout_seconds, self._transport
+        while self.health.slow_failure:
+            await asyncio.sleep(REACH_SECONDS)
+            # Only a request can find it out through a proxy.
+            if not isinstance(transport, Transport) or await transport.can_connect(
+                self._base, timeout
+            ):
+                return
+
+    def _end_watch(self, task: asyncio.Task[None]) -> None:
+        self._watching = None
+        if not task.cancelled():  # even if watching has failed: a request will find it out
+            self.health.note_reachable()
 
     async def close(self) -> None:
         """Close the connections once no request is in flight."""
         while self.in_flight:
             await asyncio.sleep(1)
+        if self._watching:
+            self._watching.cancel()
         await self._transport.aclose()
-
-
-def choose(upstreams: Iterable[Upstream], model: str, only: str | None = None) -> list[Upstream]:
-    """Return the upstreams to try for a request, in that order: by priority, and at random by
-    weight within a priority. `only` is the name of the upstream where the objects are stored that
-    the request refers to. Raises Refusal if there is none."""
-    if only is not None:
-        upstreams = [upstream for upstream in upstreams if upstream.name == only]
-        if not upstreams:
-            raise Refusal("no_upstream", retry_after=60)
-    serving = [upstream for upstream in upstreams if upstream.serves(model)]
-    if not serving:
-        raise Refusal("model_not_found", f"The model '{model}' does not exist here.", param="model")
-    usable = [upstream for upstream in serving if upstream.usable]
-    if not usable:
-        raise Refusal("no_upstream", retry_after=5)
-    return in_order(usable)
-
-
-def in_order(upstreams: list[Upstream]) -> list[Upstream]:
-    """Sort by priority, and at random by weight within a priority."""
-    if len(upstreams) == 1:
-        return upstreams
-
-    def place(upstream: Upstream) -> tuple[int, float]:  # Efraimidis and Spirakis, 2006
-        chance = -math.log(1 - random.random()) / upstream.settings.weight
-        return upstream.settings.priority, chance
-
-    return sorted(upstreams, key=place)

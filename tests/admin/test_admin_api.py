@@ -106,6 +106,7 @@ def ids(running: Gateway) -> dict[str, str]:
         "account": key["account_id"],
         "key": key["id"],
         "notice": notice["id"],
+        "upstream": "test",
         "user": user["id"],
         "session": "ses_0123456789abcdef",
         "month": key["created_at"][:7],
@@ -308,6 +309,7 @@ NEVER = {
     "user": "usr_0000000000000000",
     "session": "ses_0000000000000000",
     "notice": "ntc_0000000000000000",
+    "upstream": "never/KEY",
 }
 # Of those that need one; the others do with {}.
 BODIES = {
@@ -396,7 +398,7 @@ def built(gateway: Gateway) -> House:
         gateway.api("POST", "/users", {"email": shared, "account": account})
     notice = gateway.api("POST", "/notices", {"kind": "incident", "text": "it is slow"})
     for each in (own, others):
-        each["notice"] = notice["id"]
+        each |= {"notice": notice["id"], "upstream": "test"}
     gateway.api("POST", "/accounts/first/suspend", {"reason": REASON})
     gateway.api("POST", "/accounts/first/resume")
     who = {
@@ -568,7 +570,9 @@ def test_a_change_says_where_it_comes_from(house: House) -> None:
 
 # ── The log of changes ───────────────────────────────────────────────────────────────────────────
 
-UNLOGGED = {"end_session", "check_database"}  # they change nothing that is kept
+UNLOGGED = {  # they change nothing that is kept, or are in the list of upstreams' changes
+    *("end_session", "check_database", "test_webhook", "rest_upstream", "resume_upstream")
+}
 KINDS = {"add_prices": "price", "change_password": "user"}  # others are in the operation's name
 
 

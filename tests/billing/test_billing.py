@@ -55,7 +55,7 @@ from redbtc.store.database import Store
 from redbtc.store.health import Health
 from redbtc.store.keys import Key
 from redbtc.store.readers import MAX_SNAPSHOTS
-from redbtc.store.schema import APPLICATION_ID, migrations, schema
+from redbtc.store.schema import APPLICATION_ID, migrations, newest_version, schema
 from redbtc.times import month_of, month_start, months_after
 from redbtc.usage import KINDS, RequestRow, Usage, UsageSource
 
@@ -820,6 +820,41 @@ def test_a_ledger_from_before_money_is_brought_along(tmp_path: Path, clock: Cloc
         assert msgspec.to_builtins(statement.totals)["input_tokens"] == 5
         assert statement.closing_balance == "0"
         assert [row["cost"] for row in bench.rows()] == [None, None]
+        assert bench.run(consistency.check_database(bench.store)) == []
+
+
+@pytest.mark.parametrize("version", range(1, newest_version()))
+def test_a_ledger_of_each_earlier_version_is_brought_along(
+    tmp_path: Path, clock: Clock, version: int
+) -> None:
+    sections = migrations(schema())
+    with contextlib.closing(sqlite3.connect(tmp_path / "redbtc.db")) as database:
+        for number in range(1, version + 1):
+            database.executescript(sections[number])
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema")}
+        if "acting" in tables:
+            database.execute("INSERT INTO acting VALUES (1, 'test', 0)")
+        database.executescript(f"""
+            PRAGMA journal_mode = WAL;
+            PRAGMA application_id = {APPLICATION_ID};
+            PRAGMA user_version = {version};
+            INSERT INTO accounts (id, name, created_at) VALUES ('acct_1', 'old', 1);
+            INSERT INTO keys (id, hash, account_id, created_at)
+                VALUES ('key_1', zeroblob(32), 'acct_1', 1);
+            INSERT INTO requests (request_id, account_id, key_id, endpoint, requested_model,
+                                  upstream, started_at, outcome, usage_source)
+            VALUES ('req_1', 'acct_1', 'key_1', '/v1/responses', 'm', 'u', {START}, 'pending',
+                    'none');""")
+        if "unsettled" in tables:
+            saved = '{"upstream": "u", "usage_source": "upstream", "input_tokens": 5}'
+            database.execute("INSERT INTO unsettled VALUES ('req_1', ?, 1, '', 0)", (saved,))
+        database.commit()
+    with contextlib.closing(Bench(tmp_path, BillingSettings())) as bench:
+        (row,) = bench.rows()
+        assert (row["outcome"], row["upstream"]) == ("interrupted", "u")
+        assert row["input_tokens"] == (5 if "unsettled" in tables else None)
+        met = ["attempts", "upstream_status", "upstream_error_code", "upstream_request_id"]
+        assert [row[name] for name in met] == [None] * 4
         assert bench.run(consistency.check_database(bench.store)) == []
 
 

@@ -12,9 +12,9 @@ import sqlite3
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from tests.helpers.upstream import (
     response_object,
     stream,
 )
+from tests.helpers.webhook import SECRET, Hook, receiving
 
 pytestmark = pytest.mark.promise_8
 
@@ -615,44 +616,17 @@ def test_limits_in_money_can_be_changed(make_gateway: MakeGateway, upstream: Ups
 # ── Notices ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Hook(BaseHTTPRequestHandler):
-    """A webhook's receiver that fails the first time for each."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        server: Any = self.server
-        known = {headers["webhook-id"] for headers, _ in server.posts}
-        server.posts.append((dict(self.headers), body))
-        self.send_response(204 if self.headers["webhook-id"] in known else 500)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def hook() -> Any:
-    server: Any = HTTPServer(("127.0.0.1", 0), Hook)
-    server.posts = []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hook() -> Iterator[Hook]:
+    with receiving() as hook:
+        hook.answer = hook.fails_first
+        yield hook
 
 
 def test_budgets_are_told_of_once_and_signed(
-    make_gateway: MakeGateway, upstream: Upstream, hook: Any
+    make_gateway: MakeGateway, upstream: Upstream, hook: Hook
 ) -> None:
-    secret = "whsec_c2VjcmV0IG9mIHRoZSB0ZXN0IQ=="
-    gateway = money_gateway(
-        make_gateway,
-        f'webhook_url = "http://127.0.0.1:{hook.server_port}/hook"',
-        'webhook_secret_env = "HOOK_SECRET"',
-        HOOK_SECRET=secret,
-    )
+    gateway = money_gateway(make_gateway, hook.settings(), HOOK_SECRET=SECRET)
     gateway.api("POST", "/accounts", {"name": "a", "monthly_budget": "10"})
     key_id = gateway.api("POST", "/accounts/a/keys", {"monthly_budget": "8"})
     add_price(gateway, output="1000000")
@@ -667,9 +641,9 @@ def test_budgets_are_told_of_once_and_signed(
     half = "50 % of the monthly budget has been spent: 5.00"
     assert any(notice["text"].startswith(half) for notice in notices)
     wait_until(lambda: len(hook.posts) >= 10)  # each twice
-    checker = openai.OpenAI(api_key="x", webhook_secret=secret)
+    checker = openai.OpenAI(api_key="x", webhook_secret=SECRET)
     ids = set()
-    for headers, body in hook.posts:
+    for headers, body, _ in hook.posts:
         checker.webhooks.verify_signature(body, headers)
         with pytest.raises(openai.InvalidWebhookSignatureError):
             checker.webhooks.verify_signature(body + b" ", headers)
@@ -684,6 +658,10 @@ def test_budgets_are_told_of_once_and_signed(
     assert len(gateway.cli("notice", "list")["notices"]) == 5
     time.sleep(0.3)  # nothing is sent again
     assert len(hook.posts) == 10
+    sent = gateway.api("GET", "/webhook")["messages"]
+    assert {each["id"] for each in sent} == ids
+    assert f"a: {half}" in gateway.run("webhook", "list").stdout
+    assert all((each["state"], each["tries"]) == ("delivered", 2) for each in sent)
     status = gateway.get("/status").json()
     assert status["notices"] == status["incidents"] == [], "an account's own are not for everybody"
 

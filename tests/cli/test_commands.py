@@ -184,6 +184,10 @@ def test_usage(gateway: Gateway, upstream: Upstream) -> None:
         "containers",
         "estimated_cost",
         "corrected_at",
+        "attempts",
+        "upstream_status",
+        "upstream_error_code",
+        "upstream_request_id",
     ]
     assert len(gateway.cli("usage", "--account", "a")["requests"]) == 3
     key_id = found["requests"][-1]["key_id"]

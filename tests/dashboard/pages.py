@@ -8,7 +8,7 @@ from collections.abc import Callable
 from playwright.sync_api import Page
 
 PAGES = ["", "/keys", "/usage", "/billing", "/billing/2026-11", "/members", "/notices", "/manage"]
-OPERATORS_PAGES = ["overview", "accounts", "prices", "notices", "log", "users"]
+OPERATORS_PAGES = ["overview", "accounts", "prices", "notices", "log", "users", "webhook"]
 
 
 def cells(text: str, caption: str) -> list[list[str]]:

@@ -19,17 +19,32 @@ from tests.dashboard.pages import OPERATORS_PAGES, PAGES, fill_in
 from tests.helpers.gateway import ROOT, Gateway
 from tests.helpers.logins import new_user
 from tests.helpers.tools import needs
-from tests.helpers.upstream import Upstream
+from tests.helpers.upstream import Upstream, json_answer
 
 MODELS = (("gpt-5.5", 5_000_000), ("gpt-5.4-mini", 400_000), ("gpt-image-2", 9_000_000))
-OUTCOMES = ("completed",) * 30 + ("client_disconnected", "upstream_error", "upstream_failed")
+OUTCOMES = [  # with the attempts, and the upstream's status and error code
+    *[("completed", 1, 200, None)] * 29,
+    ("completed", 2, 200, None),
+    ("client_disconnected", 1, 200, None),
+    ("upstream_error", 3, 429, "rate_limit_exceeded"),
+    ("upstream_failed", 1, None, "tls: certificate has expired"),
+]
 REQUEST = """
     INSERT INTO requests (request_id, account_id, key_id, endpoint, model, requested_model,
                           upstream, started_at, first_byte_ms, duration_ms, status, outcome,
                           usage_source, input_tokens, cached_input_tokens, output_tokens, cost,
-                          month)
-    SELECT ?, account_id, id, '/v1/responses', ?2, ?2, ?3, ?4, ?5, ?6, 200, ?7, 'upstream', ?8, ?9,
-           ?10, ?11, strftime('%Y-%m', ?4 / 1000, 'unixepoch') FROM keys WHERE id = ?12"""
+                          month, attempts, upstream_status, upstream_error_code)
+    SELECT ?, account_id, id, '/v1/responses', ?2, ?2, ?3, ?4, ?5, ?6, ifnull(?9, 502), ?7,
+           'upstream', ?11, ?12, ?13, ?14, strftime('%Y-%m', ?4 / 1000, 'unixepoch'), ?8, ?9, ?10
+      FROM keys WHERE id = ?15"""
+UPSTREAM_CHANGE = """
+    INSERT INTO upstream_changes (id, changed_at, upstream, was, state, reason, model, until,
+                                  changed_by)
+    VALUES (?1, ?2, 'openai/KEY_A', ?3, ?4, ?5, ?6, ?7, ?8)"""
+MESSAGE = """
+    INSERT INTO webhook_messages (id, type, data, created_at, tries, tried_at, status, error,
+                                  delivered_at)
+    VALUES (?, ?, json_object('upstream', 'openai/KEY_A', 'text', ?), ?, ?, ?, ?, ?, ?)"""
 DAY = 86_400_000
 
 
@@ -74,7 +89,7 @@ def fill(gateway: Gateway) -> str:
                 at,
                 chance.randrange(150, 900),
                 chance.randrange(900, 9000),
-                chance.choice(OUTCOMES),
+                *chance.choice(OUTCOMES),
                 chance.randrange(200, 9000),
                 chance.randrange(0, 200),
                 chance.randrange(20, 3000),
@@ -82,7 +97,38 @@ def fill(gateway: Gateway) -> str:
                 chance.choice(keys),
             )
             database.execute(REQUEST, values)
+        fill_upstreams(database)
     return str(ids[0])
+
+
+def fill_upstreams(database: sqlite3.Connection) -> None:
+    """Changes of an upstream, and messages to the webhook about it."""
+    at, minute = now_ms() - DAY // 4, 60_000
+    for number, (was, state, reason, model, seconds, by) in enumerate(
+        [
+            ("up", "resting", "rate_limit_exceeded", "gpt-5.5", 20, None),
+            ("up", "out", "tls: certificate has expired", None, 30, None),
+            ("out", "up", "recovered", None, None, None),
+            ("up", "resting", "by hand", None, 600, "ada@example.com"),
+            ("resting", "up", "resumed by hand", None, None, "ada@example.com"),
+            ("up", "out", "credentials", None, None, None),
+        ]
+    ):
+        changed_at = at + number * 7 * minute
+        until = changed_at + seconds * 1000 if seconds else None
+        values = (f"upc_{number}", changed_at, was, state, reason, model, until, by)
+        database.execute(UPSTREAM_CHANGE, values)
+    late, failed = at + 9 * minute, at + 120 * minute
+    for number, (kind, text, *answer) in enumerate(
+        [
+            ("out", "was taken out: tls: certificate has expired.", 1, at, 204, None, at),
+            ("back", "serves again: recovered.", 3, late, 200, None, late),
+            ("credentials", "rejected the API key.", 5, failed, None, "ConnectTimeout", None),
+            ("out", "was taken out: credentials.", 0, None, None, None, None),
+        ]
+    ):
+        told = f"openai/KEY_A {text}"
+        database.execute(MESSAGE, (f"msg_{number}", f"upstream.{kind}", told, at, *answer))
 
 
 def pages(account: str, link: str) -> list[tuple[str, str, Callable[[Page], None] | None]]:
@@ -112,6 +158,7 @@ def pages(account: str, link: str) -> list[tuple[str, str, Callable[[Page], None
             )
             for page in PAGES
         ),
+        ("account-failures", f"{of_account}/usage?failed=true", None),
         ("account-key-added", keys, fill_in("Create key", add__label="ci")),
         ("account-key-refused", keys, fill_in("Create key", add__expires="tomorrow")),
         ("account-member-added", members, fill_in("Invite member", add__email="bob@example.com")),
@@ -149,22 +196,42 @@ def shoot(browser: Browser, gateway: Gateway, account: str, cookie: str, link: s
         page.context.close()
 
 
-UPSTREAM = """
+UPSTREAMS = """
 [[upstreams]]
-name = "{name}"
+name = "openai"
+base_url = "{url}"
+api_key_envs = ["KEY_A", "KEY_B", "KEY_C"]
+
+[[upstreams]]
+name = "azure"
 base_url = "{url}"
 api_key_env = "TEST_UPSTREAM_KEY"
+models = ["gpt-5.4*"]
 """
+
+
+def use_upstreams(gateway: Gateway, upstream: Upstream) -> None:
+    """Let members of the upstreams serve requests, be limited, and rest."""
+    gateway.api("POST", "/upstreams/openai/KEY_A/rest", {"for": "12h"})
+    body = {"model": "gpt-5.5", "input": "Hi"}
+    with gateway.client(gateway.new_key("ada")) as client:
+        for _ in range(40):
+            client.post("/responses", json=body)
+        limited = {"error": {"code": "rate_limit_exceeded", "message": "Slow down."}}
+        upstream.script = json_answer(limited, 429, [("retry-after", "600")])
+        client.post("/responses", json={**body, "model": "gpt-5.4-mini"})
 
 
 def main() -> None:
     """Start a gateway with a month of usage and take the pictures."""
     with tempfile.TemporaryDirectory() as folder, Upstream() as upstream:
-        upstreams = [UPSTREAM.format(name=name, url=upstream.url) for name in ("openai", "azure")]
-        gateway = Gateway(Path(folder) / "gateway", upstream.url, "".join(upstreams))
+        settings = UPSTREAMS.format(url=upstream.url)
+        keys: dict[str, Any] = {"KEY_A": "a", "KEY_B": "b"}
+        gateway = Gateway(Path(folder) / "gateway", upstream.url, settings, **keys)
         account = fill(gateway)
         new = gateway.cli("user", "add", "new@example.com", "--operator")["link"]
         gateway.start()
+        use_upstreams(gateway, upstream)
         operator = new_user(gateway, "ada@example.com")
         with closing(operator.client) as client, sync_playwright() as playwright:
             path = needs("chromium")

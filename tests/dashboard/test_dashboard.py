@@ -386,6 +386,40 @@ def test_what_pages_say_is_what_the_ledger_says(
         assert len(cells(text, "Requests, newest first")) == count, asked
 
 
+def test_the_usage_page_says_why_requests_failed(
+    gateway: Gateway, upstream: Upstream, closing: Callable[[Login], Login]
+) -> None:
+    key = gateway.new_key()
+    with gateway.client(key) as client:
+        client.post("/responses", json={"model": "good", "input": "x"})
+        for status, code in ((429, "rate_limit_exceeded"), (500, "<b>bold</b>")):
+            error = {"message": "secret text", "code": code}
+            upstream.script = json_answer({"error": error}, status)
+            client.post("/responses", json={"model": f"m-{status}", "input": "x"})
+    account = gateway.api("GET", "/accounts/test")["id"]
+    viewer = closing(new_user(gateway, "viewer@example.com", account="test", role="viewer"))
+    path = f"/dashboard/accounts/{account}/usage"
+    for query, models in (
+        ("", ["m-500", "m-429", "good"]),
+        ("?failed=&failure=", ["m-500", "m-429", "good"]),
+        ("?failed=true", ["m-500", "m-429"]),
+        ("?failure=429", ["m-429"]),
+        ("?failed=true&failure=rate_limit_exceeded", ["m-429"]),
+        ("?failure=nothing", []),
+    ):
+        text = viewer.get(path + query).text
+        assert [row[1] for row in cells(text, "Requests, newest first")] == models, query
+        assert "secret text" not in text
+        assert "bold" not in text
+        listed = csv.DictReader(io.StringIO(viewer.get(f"{path}.csv{query}").text))
+        assert [row["requested_model"] for row in listed] == models, query
+    failed = viewer.get(f"{path}?failed=true").text
+    assert '<option value="true" selected>' in failed
+    assert "429 rate_limit_exceeded" in failed
+    refused = viewer.get(f"{path}?failed=maybe")
+    assert 'role="alert"' in refused.text
+
+
 # ── Keys and limits ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -25,7 +25,14 @@ from tests.helpers.speed import Stalls, process_seconds, unit
 pytestmark = [pytest.mark.promise_5, pytest.mark.promise_7]
 
 QUICK_UNITS = 70  # 50 ms on an ordinary machine
-FILTERS = ["?key=key_1", "?model=m0", "?model=none", "?since=2026-01-01&until=2026-02-01"]
+FILTERS = [
+    "?key=key_1",
+    "?model=m0",
+    "?model=none",
+    "?since=2026-01-01&until=2026-02-01",
+    "?failed=true",
+    "?failure=none",
+]
 
 
 @pytest.mark.slow

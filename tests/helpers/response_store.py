@@ -22,13 +22,13 @@ BODY = {"model": "gpt-up", "input": "Hi"}
 
 class ResponseStore:
     """The script of an upstream that stores responses. A background response is completed when it
-    is read for the `turns`th time."""
+    is read for the `turns`th time. The first response has the number `first` in its id."""
 
-    def __init__(self, turns: int = 2) -> None:
+    def __init__(self, turns: int = 2, first: int = 1) -> None:
         self.turns = turns
         self.responses: dict[str, dict[str, Any]] = {}
         self.looks: dict[str, int] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first)
 
     async def __call__(self, request: Received, reply: Reply) -> None:
         await self._script(request)(request, reply)

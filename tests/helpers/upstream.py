@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -243,9 +244,10 @@ Talk = Callable[[Socket], Awaitable[None]]
 
 class Upstream:
     """`with Upstream() as upstream:` listens on loopback until the block ends, which raises what a
-    script has failed with, other than by a broken connection."""
+    script has failed with, other than by a broken connection. With `tls` it speaks HTTPS."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.script: Script = openai_like
         self.talk: Talk | None = None  # over a WebSocket; without one it speaks none
         self.handshake_headers: Headers = ()
@@ -297,10 +299,11 @@ class Upstream:
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         server = await asyncio.start_server(
-            self._connection, "127.0.0.1", 0, backlog=2048, limit=1 << 20
+            self._connection, "127.0.0.1", 0, backlog=2048, limit=1 << 20, ssl=self._tls
         )
         self.port = server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        origin = "https://localhost" if self._tls else "http://127.0.0.1"
+        self.url = f"{origin}:{self.port}/v1"
         self._ready.set()
         await self._stop.wait()
         server.close()

@@ -347,6 +347,150 @@ def test_codex_cli_turn_over_a_websocket(
     assert any("previous_response_id" in frame for frame in frames)
 
 
+class Organization:
+    """An upstream that has a task of several tool calls done. What it has encrypted, it alone can
+    read. It answers its requests of the numbers `limited` with 429."""
+
+    def __init__(self, name: str, upstream: Upstream, limited: tuple[int, ...] = ()) -> None:
+        self.name = name
+        self.limited = limited
+        self.served: list[bool] = []  # for each request, whether it was served
+        self.unread = 0  # requests with content that another organization has encrypted
+        upstream.script, upstream.talk = self.script, self.talk
+
+    def answer(self, items: list[dict[str, Any]], calls: int) -> list[dict[str, Any]] | int:
+        """Return the events of the answer, or the status of an error."""
+        self.served.append(False)
+        number = len(self.served)
+        if number in self.limited:
+            return 429
+        sealed = [item["encrypted_content"] for item in items if item["type"] == "reasoning"]
+        if any(not each.startswith(self.name) for each in sealed):
+            self.unread += 1
+            return 400
+        self.served[-1] = True
+        suffix = f"{self.name}_{number}"
+        thought = {"id": f"rs_{suffix}", "type": "reasoning", "summary": []}
+        thought["encrypted_content"] = f"{self.name} {number}"
+        call = {**CALL, "id": f"fc_{suffix}", "call_id": f"call_{suffix}"}
+        message = {**MESSAGE, "id": f"msg_{suffix}"}
+        return task_events(suffix, [thought, call if calls < TASK_CALLS else message])
+
+    async def script(self, request: Received, reply: Reply) -> None:
+        if request.header("upgrade"):
+            await json_answer({"error": {"code": "no_websocket"}}, 426)(request, reply)
+            return
+        items = request.json()["input"]
+        found = self.answer(items, calls_in(items))
+        if isinstance(found, int):
+            await json_answer({"error": ERRORS[found]}, found, RETRY_SOON)(request, reply)
+        else:
+            await stream([event(each, str(each["type"])) for each in found])(request, reply)
+
+    async def talk(self, sock: Socket) -> None:
+        known: dict[str | None, int] = {None: 0}  # tool calls before the end of each response
+        while True:
+            frame = await sock.recv()
+            before = frame.get("previous_response_id")
+            if before not in known:
+                error = {"code": "previous_response_not_found", "message": "Not found."}
+                await sock.send({"type": "error", "status": 400, "error": error})
+            elif frame.get("generate") is False:
+                events = task_events(f"warm_{self.name}_{len(sock.frames)}", [])
+                known[events[-1]["response"]["id"]] = 0
+                await sock.send(*events)
+            else:
+                calls = known[before] + calls_in(frame["input"])
+                found = self.answer(frame["input"], calls)
+                if isinstance(found, int):
+                    failed = {"type": "error", "status": found, "error": ERRORS[found]}
+                    await sock.send({**failed, "headers": RETRY_SOON})
+                else:
+                    known[found[-1]["response"]["id"]] = calls
+                    await sock.send(*found)
+
+
+TASK_CALLS = 4
+UNREADABLE = "invalid_encrypted_content"
+RETRY_SOON = {"retry-after": "1"}
+ERRORS = {
+    429: {"code": "rate_limit_exceeded", "type": "tokens", "message": "Try again in 1s."},
+    400: {"code": UNREADABLE, "type": "invalid_request_error", "message": "It can't be read."},
+}
+
+
+def calls_in(items: list[dict[str, Any]]) -> int:
+    return sum(item["type"] == "function_call_output" for item in items)
+
+
+def task_events(suffix: str, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events of a response with these output items."""
+    used = {
+        "input_tokens": 1000 if items else 0,
+        "input_tokens_details": {"cached_tokens": 10 if items else 0},
+        "output_tokens": 20 if items else 0,
+        "output_tokens_details": {"reasoning_tokens": 8 if items else 0},
+        "total_tokens": 0,
+    }
+    last = response_object("gpt-5.5", used, id=f"resp_{suffix}", output=items)
+    begun = response_object("gpt-5.5", None, "in_progress", id=last["id"], output=[])
+    middle = [
+        {"type": f"response.output_item.{step}", "output_index": index, "item": item}
+        for index, item in enumerate(items)
+        for step in ("added", "done")
+    ]
+    return [
+        {"type": "response.created", "response": begun},
+        *middle,
+        {"type": "response.completed", "response": last},
+    ]
+
+
+@pytest.mark.parametrize("organization", ["", "ours"], ids=["two organizations", "one"])
+@pytest.mark.parametrize("limited", [(1,), (3,), (1, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize("websocket", [True, False], ids=["websocket", "http"])
+def test_codex_cli_survives_its_upstreams_429(
+    make_gateway: MakeGateway,
+    upstream: Upstream,
+    tmp_path: Path,
+    websocket: bool,
+    limited: tuple[int, ...],
+    organization: str,
+) -> None:
+    """Whichever request of the task is limited, the task goes on, and Codex CLI is never told that
+    an organization can't read what another one has encrypted."""
+    with Upstream() as other:
+        tables = [
+            {
+                "name": name,
+                "base_url": url,
+                "api_key_env": "TEST_UPSTREAM_KEY",
+                "priority": number,
+                "websocket": websocket,
+                "organization": organization,
+            }
+            for number, (name, url) in enumerate([("one", upstream.url), ("two", other.url)])
+        ]
+        gateway = make_gateway({"server": {}, "upstreams": tables}).start()
+        name = organization or "one"
+        one = Organization(name, upstream, limited)
+        two = Organization(organization or "two", other)
+        settings = BUILT_IN if websocket else PROVIDER
+        said = codex(gateway, gateway.new_key(), tmp_path / "codex", "use a tool", settings)
+    assert said[-1]["type"] == "turn.completed", said
+    answers = [line["item"]["text"] for line in said if line.get("item", {}).get("text")]
+    assert answers == ["All done."]
+    rows = [row for row in gateway.rows() if row["outcome"] == "completed"]
+    assert sum(row["output_tokens"] > 0 for row in rows) == TASK_CALLS + 1
+    assert not all(one.served)
+    assert one.unread == 0
+    assert two.unread == 0 or not organization
+    assert UNREADABLE not in {row["upstream_error_code"] for row in gateway.rows()}
+    used = said[-1]["usage"]
+    assert used["input_tokens"] == sum(row["input_tokens"] for row in rows)
+    assert used["output_tokens"] == sum(row["output_tokens"] for row in rows)
+
+
 def test_codex_cli_falls_back_at_once(
     make_gateway: MakeGateway, upstream: Upstream, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.helpers.gateway import PATIENCE_SECONDS, Gateway
+from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, MakeGateway
 from tests.helpers.tools import NODE_MODULES, needs
 from tests.helpers.upstream import (
     CHAT_USAGE,
@@ -218,8 +218,6 @@ def test_python_images(sdk: openai.OpenAI, gateway: Gateway) -> None:
     ("status", "kind"),
     [
         (400, openai.BadRequestError),
-        (401, openai.AuthenticationError),
-        (403, openai.PermissionDeniedError),
         (404, openai.NotFoundError),
         (409, openai.ConflictError),
         (422, openai.UnprocessableEntityError),
@@ -242,6 +240,19 @@ def test_python_sees_the_upstreams_errors(
         assert (raised.value.code, raised.value.param) == ("y", "x")
         assert raised.value.request_id == "req_upstream"
         assert len(upstream.requests) == (tries if status in (409, 429, 500, 503) else 1)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_python_is_not_told_that_its_own_key_is_wrong(
+    sdk: openai.OpenAI, upstream: Upstream, status: int
+) -> None:
+    """It is the operator's key that the upstream rejects."""
+    error = {"message": "Incorrect API key: sk-up", "type": "some_error", "code": "invalid_api_key"}
+    upstream.script = json_answer({"error": error}, status)
+    with pytest.raises(openai.InternalServerError) as raised:
+        sdk.with_options(max_retries=0).responses.create(model="m", input="x")
+    assert (raised.value.status_code, raised.value.code) == (502, "upstream_credentials_rejected")
+    assert "sk-up" not in str(raised.value)
 
 
 def test_python_retries_as_it_is_told(
@@ -444,3 +455,50 @@ def test_langchain(gateway: Gateway, key: str, responses: bool) -> None:
             used["input_tokens"],
             used["output_tokens"],
         )
+
+
+# ── An upstream that fails beside one that does not ──────────────────────────────────────────────
+
+NODE_FAILOVER = """
+import OpenAI from 'openai';
+const [url, apiKey] = process.argv.slice(2);
+const client = new OpenAI({ baseURL: url, apiKey });
+const said = [];
+said.push((await client.responses.create({ model: 'gpt-up', input: 'x' })).status);
+for await (const each of await client.responses.create(
+  { model: 'gpt-up', input: 'x', stream: true })) said.push(each.type);
+const messages = [{ role: 'user', content: 'x' }];
+said.push((await client.chat.completions.create({ model: 'gpt-up', messages })).object);
+console.log(JSON.stringify(said.filter((each) => !each.startsWith('response.'))));
+"""
+
+
+@pytest.mark.parametrize("status", [429, 401, 503])
+@pytest.mark.parametrize("sdk", ["python", "node"])
+def test_sdks_do_not_notice_that_an_upstream_fails(
+    make_gateway: MakeGateway, upstream: Upstream, sdk: str, status: int
+) -> None:
+    error = {"error": {"message": "no", "type": "t", "param": None, "code": "c"}}
+    with Upstream() as bad:
+        bad.script = json_answer(error, status)
+        tables = [
+            {"name": name, "base_url": each.url, "api_key_env": "", "priority": priority}
+            for priority, (name, each) in enumerate((("bad", bad), ("good", upstream)))
+        ]
+        gateway = make_gateway({"server": {}, "upstreams": tables}).start()
+        key = gateway.new_key()
+        if sdk == "node":
+            said = node(NODE_FAILOVER, gateway.base_url, key)
+        else:
+            with openai.OpenAI(base_url=gateway.base_url, api_key=key) as client:
+                said = [client.responses.create(model="gpt-up", input="x").status]
+                list(client.responses.create(model="gpt-up", input="x", stream=True))
+                answer = client.chat.completions.create(
+                    model="gpt-up", messages=[{"role": "user", "content": "x"}]
+                )
+                said.append(answer.object)
+        assert said == ["completed", "chat.completion"]
+        assert len(upstream.requests) == 3
+        rows = gateway.rows()
+        assert [(row["upstream"], row["outcome"]) for row in rows] == [("good", "completed")] * 3
+        assert sum(row["attempts"] for row in rows) == 3 + len(bad.requests)

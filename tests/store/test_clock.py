@@ -639,6 +639,43 @@ def test_sums_are_those_of_requests_that_were_dated_right_at_once(pasts: list[Pa
     assert database.execute("SELECT max(created_at) FROM keys").fetchone() == (AT,)
 
 
+def test_rests_and_changes_stay_as_long_and_messages_of_a_later_budget_are_dropped() -> None:
+    database = ledger_of([])
+    later, minute = AT + 40 * DAY, 60_000
+    for name, began in (("a", AT - 1), ("b", later)):
+        rest = (name, "", began, began + minute, "busy")
+        database.execute("INSERT INTO upstream_rests VALUES (?, ?, ?, ?, ?)", rest)
+        database.execute(
+            """INSERT INTO upstream_changes (id, changed_at, upstream, was, state, reason, until)
+               VALUES (?1, ?2, ?1, 'up', 'resting', 'busy', ?3)""",
+            (name, began, began + minute),
+        )
+        database.execute(
+            """INSERT INTO notices (id, kind, account_id, month, percent, text, effective_at,
+                   created_at) VALUES (?1, 'budget', 'a', ?2, 50, 'half', ?3, ?3)""",
+            (name, month_of(began), began),
+        )
+    database.execute(
+        """INSERT INTO webhook_messages (id, type, data, created_at, tried_at, delivered_at)
+           VALUES ('c', 'upstream.out', '{}', ?1, ?1, ?1)""",
+        (later,),
+    )
+    database.execute("INSERT INTO acting VALUES (1, 'test', ?)", (AT,))
+    database.execute(SET_TIME, (AT, month_of(AT), AT, AT + 99 * DAY))
+    for sql in MOVES:
+        database.execute(sql)
+    moved = [("a", AT - 1, AT - 1 + minute), ("b", AT, AT + minute)]
+    for sql in (
+        "SELECT upstream, began_at, until FROM upstream_rests ORDER BY 1",
+        "SELECT upstream, changed_at, until FROM upstream_changes ORDER BY 1",
+    ):
+        assert database.execute(sql).fetchall() == moved
+    messages = database.execute(
+        "SELECT id, created_at, tried_at, delivered_at FROM webhook_messages ORDER BY 1"
+    )
+    assert messages.fetchall() == [("a", AT - 1, None, None), ("c", AT, AT, AT)]
+
+
 @pytest.mark.parametrize("setting", [False, True])
 @pytest.mark.parametrize(
     "change",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -14,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -256,10 +258,32 @@ def test_what_waited_for_the_ledgers_task_is_kept(
     assert not Path(f"{gateway.database}.owed").exists()
 
 
+def without_columns(line: bytes, names: set[str]) -> list[Any]:
+    """Return the change in a line of the spill file as a version without these columns wrote it."""
+    sql, values, *kind = json.loads(line[9:])
+    found = re.match(r"\s*INSERT INTO requests \((.*?)\) VALUES", sql)
+    if found is None:
+        return [sql, values, *kind]
+    columns = found[1].split(", ")
+    kept = [name for name in columns if name not in names]
+    by_name = dict(zip(columns, values, strict=True))
+    places, settled = ", ".join("?" * len(kept)), kept[kept.index("first_byte_ms") :]
+    sql = f"""INSERT INTO requests ({", ".join(kept)}) VALUES ({places})
+        ON CONFLICT (request_id) DO UPDATE SET
+            {", ".join(f"{name} = excluded.{name}" for name in settled)}
+        WHERE outcome = 'pending'"""
+    return [sql, [by_name[name] for name in kept], *kind]
+
+
+NEWER_COLUMNS = {"attempts", "upstream_status", "upstream_error_code", "upstream_request_id"}
+
+
+@pytest.mark.parametrize("names_kind", [True, False])
+@pytest.mark.parametrize("outcome", ["pending", "interrupted"])
 def test_what_an_older_version_owed_closes_a_row_that_was_closed_meanwhile(
-    make_gateway: MakeGateway, upstream: Upstream
+    make_gateway: MakeGateway, upstream: Upstream, names_kind: bool, outcome: str
 ) -> None:
-    """Its lines don't say that they are rows of requests."""
+    """The lines of an old one don't say that they are rows of requests. Rows had fewer columns."""
     gateway = faulty(make_gateway(), ENDING["ledger"]).start()
     flying = InFlight(gateway, upstream, gateway.new_key())
     gateway.expected_dead = True
@@ -270,13 +294,17 @@ def test_what_an_older_version_owed_closes_a_row_that_was_closed_meanwhile(
     mend(gateway)
     owed = Path(f"{gateway.database}.owed")
     lines = [line for line in owed.read_bytes().rstrip(b"\0").split(b"\n") if line]
-    older = [json.dumps(json.loads(line[9:])[:2]).encode() for line in lines]
-    owed.write_bytes(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in older))
+    older = [without_columns(line, NEWER_COLUMNS) for line in lines]
+    texts = [json.dumps(each if names_kind else each[:2]).encode() for each in older]
+    assert not any(b"attempts" in text for text in texts)
+    owed.write_bytes(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
     with contextlib.closing(sqlite3.connect(gateway.database)) as ledger:
-        ledger.execute("UPDATE requests SET outcome = 'interrupted', month = '2026-11'")
+        month = None if outcome == "pending" else "2026-11"
+        ledger.execute("UPDATE requests SET outcome = ?, month = ?", (outcome, month))
         ledger.commit()
     gateway.start()
     assert outcomes(gateway) == ["completed"]
+    assert gateway.row()["attempts"] is None
     assert gateway.cli("db", "check")["ok"]
 
 

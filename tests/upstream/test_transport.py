@@ -1086,7 +1086,7 @@ def test_without_a_thread_for_the_certificates_no_connection_is_made(
                 with pytest.raises(httpx2.ConnectError, match="thread"):
                     await transport.handle_async_request(post("https://localhost:9"))
                 with pytest.raises(OSError, match="thread"):
-                    await transport.tls_context()
-            assert await transport.tls_context()
+                    await transport.connector.tls_context()
+            assert await transport.connector.tls_context()
 
     run(main)

@@ -112,6 +112,11 @@ class Lanes:
         lane.waiting.append(request)
         return lane
 
+    @property
+    def are_connecting(self) -> bool:
+        """Return whether a turn is between two connections, or before its first one."""
+        return any(turn.is_connecting for turn in self.turns())
+
     def remove(self, lane: Lane) -> None:
         """Forget a lane that has no more requests."""
         del self._lanes[lane.stream_id]

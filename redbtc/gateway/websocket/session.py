@@ -23,9 +23,13 @@ that can cost is held before the steering goes on; it has its own row, in the pl
 
 Rule 4. All turns on a socket end with it. There is no way to stop a single response, so when a
 turn's time is up its socket is closed, and the other turns on it fail as they do when the upstream
-is gone. When the last socket has ended, so does the session, unless the gateway gave the socket up
-for a message that the upstream has answered but does not read: then the next request opens another
-one.
+is gone. When the last socket has ended, so does the session, unless a turn is about to use another
+one, or the gateway gave the socket up for a message that the upstream has answered but does not
+read: then the next request opens another one.
+
+Rule 5. A turn fails over before its first event only: if that is an error of the upstream itself,
+the request is sent again over a socket to another member. What the first member sends after that in
+the turn's lane is metered, but not sent to the client.
 """
 
 from __future__ import annotations

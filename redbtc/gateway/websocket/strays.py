@@ -117,6 +117,8 @@ class Strays:
             model=report.model,
             service_tier=report.service_tier,
             response_id=report.response_id,
+            upstream_status=200,
+            upstream_error_code=report.error_code,
         )
 
     async def _estimate(self, stray: Stray) -> Estimate:

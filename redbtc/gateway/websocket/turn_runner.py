@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import time
 
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.deadlines import Deadline
+from redbtc.gateway.failover import FAILURES, Failover
+from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.gateway import Gateway
-from redbtc.gateway.references import upstreams_for
+from redbtc.gateway.references import candidates_for
+from redbtc.gateway.websocket.choosing import (
+    ErrorEvent,
+    HandshakeRefused,
+    SocketFailover,
+    connect_to_one,
+    failure_status,
+    is_unreadable,
+)
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lane, Lanes, MessageMemory, QueuedRequest
 from redbtc.gateway.websocket.tasks import Tasks
@@ -17,16 +28,15 @@ from redbtc.gateway.websocket.turns import Turn
 from redbtc.gateway.websocket.upstream_events import UpstreamEvents
 from redbtc.gateway.websocket.upstream_socket import SocketState, UpstreamSocket
 from redbtc.limits.admission import Admission
+from redbtc.meter.answers import Answer
 from redbtc.refusals import ClientLeft, Refusal, refusal_of
 from redbtc.request_body.body import ClientEvent
 from redbtc.server.asgi import ClientRequest
 from redbtc.server.websocket_protocol import INTERNAL_ERROR, POLICY_VIOLATION
+from redbtc.upstream.candidates import Candidates
+from redbtc.upstream.failures import cause_of
 from redbtc.upstream.upstreams import Upstream
-from redbtc.usage import Outcome
-
-
-class NoUpstream(Exception):
-    """No upstream could be reached."""
+from redbtc.usage import FAILED, Outcome
 
 
 class TurnRunner:
@@ -100,93 +110,198 @@ class TurnRunner:
         if event.facts.background:
             message = "A background response can't be created over a WebSocket."
             raise Refusal("invalid_request", message, param="background")
-        upstreams = await upstreams_for(gateway, key, event, objects.locations)
-        upstreams = self._upstream_events.connected_first(upstreams)
-        if not upstreams:
-            message = "No upstream serves this model over a WebSocket; use POST."
-            raise Refusal("no_upstream", message)
+        candidates = await candidates_for(
+            gateway,
+            key,
+            self._handshake.headers,
+            event,
+            objects.locations,
+            connection_id=self._handshake.id,
+        )
+        candidates.prefer(self._upstream_events.connected())
         with gateway.serving(None, deadline, key):
-            async with response.admit(upstreams[0], queued), turn.exit_stack:
-                await self._forward(turn, event, upstreams)
+            async with response.admit(candidates, queued), turn.exit_stack:
+                await self._forward(turn, event, candidates)
 
-    async def _forward(self, turn: Turn, event: ClientEvent, upstreams: list[Upstream]) -> None:
-        """Send a request to the first upstream that can be reached, and wait until its turn is
-        over. Raises ClientLeft if the client leaves before anything is sent."""
-        total = upstreams[0].settings.total_timeout_seconds
+    async def _forward(
+        self, turn: Turn, event: ClientEvent, candidates: Candidates[Upstream]
+    ) -> None:
+        """Send a request to the member at which it has a place, or to the next one after a failure
+        of that one, and wait until its turn is over. Raises ClientLeft if the client leaves before
+        anything is sent."""
+        assert candidates.member is not None, "the request is admitted"
+        settings, total = self._gateway.settings, candidates.member.settings.total_timeout_seconds
+        failover: SocketFailover = Failover(
+            settings.failover, time.monotonic(), certain_only=candidates.is_pinned
+        )
+        turn.candidates = candidates
+        turn.on_error = functools.partial(take_error, turn, candidates, failover)
         try:
             with turn.deadline.running(total, turn.response.grace()):
-                socket = await self._connect(turn, upstreams)
-                if turn.deadline.client_left:
-                    raise TimeoutError
-                turn.socket = socket
-                await self._send(turn, socket, event)
+                socket = await self._answer_from(turn, event, candidates, failover)
             if turn.failure:
-                await self._fail(turn, turn.failure, "upstream_unreachable")
+                self._note_lost(turn, socket)
+                await self._fail(turn, turn.failure, Refusal("upstream_unreachable"))
                 await socket.connection.wait_closed()  # until then its place is taken
+            elif turn.response.status not in FAILURES:
+                candidates.succeed(turn.response.first_byte_after_leaving())
         except TimeoutError:
             await self._time_out(turn)
-        except ConnectionClosed:
+        except ConnectionClosed as closed:
+            turn.response.note_failure(cause_of(closed))
             turn.lose("upstream_failed")
-            await self._fail(turn, turn.failure or "upstream_failed", "upstream_unreachable")
-        except NoUpstream:
-            await self._fail(turn, "upstream_failed", "upstream_unreachable")
+            await self._fail(
+                turn, turn.failure or "upstream_failed", Refusal("upstream_unreachable")
+            )
+        except Refusal as refusal:
+            await self._pass_failure(turn, failover.best() or refusal)
         finally:
             turn.end()
 
-    async def _connect(self, turn: Turn, upstreams: list[Upstream]) -> UpstreamSocket:
-        """Return a connection to the first upstream that can be reached. Raises NoUpstream."""
-        for upstream in upstreams:
-            turn.response.note_upstream(upstream)
+    async def _answer_from(
+        self,
+        turn: Turn,
+        event: ClientEvent,
+        candidates: Candidates[Upstream],
+        failover: SocketFailover,
+    ) -> UpstreamSocket:
+        """Send a request, and wait until its turn is over. Return the connection that it was sent
+        over last. Raises ConnectionClosed, TimeoutError, and Refusal if all members have failed."""
+
+        def note(member: Upstream) -> None:
+            turn.response.note_upstream(member)
             # Connecting has this timeout itself, and a second more is enough to report it.
-            turn.deadline.allow(upstream.settings.connect_timeout_seconds + 1)
-            with contextlib.suppress(OSError, Refusal):
-                return await self._upstream_events.socket_to(upstream)
-        raise NoUpstream
+            turn.deadline.allow(member.settings.connect_timeout_seconds + 1)
+
+        while True:
+            connect = self._upstream_events.socket_to
+            socket = await connect_to_one(candidates, failover, connect, note)
+            if turn.deadline.client_left:
+                raise TimeoutError
+            turn.use(socket)
+            await self._send(turn, socket, event)
+            if turn.socket:
+                return socket
+            if candidates.member not in (None, socket.upstream):
+                continue
+            seconds = self._gateway.settings.limits.queue_seconds
+            turn.deadline.allow(seconds + 1)
+            if not (turn.waits and await failover.go_on_in_turn(candidates, None, seconds)):
+                raise Refusal(REJECTED_KEY)  # unless a member has answered something better
+
+    async def _pass_failure(self, turn: Turn, best: ErrorEvent | Refusal) -> None:
+        """End a turn that all members have failed: tell the client the best of their answers, but
+        nothing of one that rejects the operator's key."""
+        response = turn.response
+        if isinstance(best, ErrorEvent):
+            response.note_member(best.member)
+            response.note_answer(best.status, best.request_id)
+            if not best.is_rejection:
+                await response.take(best.event, "error")
+                await response.settle(response.outcome())
+                await self._sender.send(best.message)
+                return
+            response.note_failure(best.code)
+            best = Refusal(REJECTED_KEY)
+        elif isinstance(best, HandshakeRefused):
+            if best.member:
+                response.note_member(best.member)
+            response.upstream_status = best.upstream_status
+            response.note_failure(best.cause)
+            if not (best.is_limit or best.is_rejection):
+                best = Refusal("upstream_unreachable")
+        answered = best.code != "upstream_unreachable"
+        await self._fail(turn, "upstream_error" if answered else "upstream_failed", best)
+
+    def _note_lost(self, turn: Turn, socket: UpstreamSocket) -> None:
+        """Note in the member's health that its connection was lost with the response."""
+        turn.response.note_failure(socket.cause)
+        if socket.cause and turn.candidates and not turn.deadline.client_left:
+            turn.candidates.fail(socket.cause, torn=turn.response.first_byte_ms is not None)
 
     async def _send(self, turn: Turn, socket: UpstreamSocket, event: ClientEvent) -> None:
         """Send a request, and wait until its turn is over. Give the connection up if the upstream
         has answered the message and does not read the rest of it: nothing can follow that. Raises
         ConnectionClosed."""
         turn.deadline.allow(socket.upstream.settings.first_byte_timeout_seconds)
-        socket.upstream.in_flight += 1
         try:
-            if await socket.send(event.sent, turn.over):
-                await turn.over
-            elif not turn.failure:
-                self._lanes.lose(socket, SocketState.GIVEN_UP, "upstream_failed")
-                self._tasks.start(socket.close())
-        finally:
-            socket.upstream.in_flight -= 1
+            was_sent = await socket.send(event.sent, turn.over)
+        except ConnectionClosed:
+            if turn.socket:
+                raise
+            return  # the upstream has answered with an error, and closed the connection
+        if was_sent:
+            await turn.over
+        elif not turn.failure:
+            self._lanes.lose(socket, SocketState.GIVEN_UP, "upstream_failed")
+            self._tasks.start(socket.close())
 
     async def _time_out(self, turn: Turn) -> None:
         """End a turn whose time is up: that of the upstream, or of a client that is gone or does
         not read. With it goes its connection (Rule 4 of the session). Raises ClientLeft."""
         if turn.response.settled:
             return
-        socket, has_left = turn.socket, turn.deadline.client_left
+        socket, has_left, failure = turn.socket, turn.deadline.client_left, "upstream_timeout"
+        head_came = turn.response.first_byte_ms is not None
         if socket is None:
             if has_left:
                 await turn.response.forget()
-            await self._fail(turn, "upstream_failed", "upstream_timeout")
+            turn.response.note_failure("connect_timeout")
+            await self._fail(turn, "upstream_failed", Refusal(failure))
             return
         outcome: Outcome = turn.failure or "upstream_failed"
+        turn.response.note_failure(cause_of(TimeoutError(), head_came))
         if has_left or socket.state is SocketState.BLOCKED:
             outcome = "client_disconnected"
+        elif turn.candidates and not turn.deadline.total_is_over:
+            turn.candidates.fail(cause_of(TimeoutError(), head_came), torn=head_came)
         self._lanes.lose(socket, SocketState.LOST, outcome)
-        await self._fail(turn, outcome, "upstream_timeout")
+        await self._fail(turn, outcome, Refusal(failure))
         await socket.close()
 
-    async def _fail(self, turn: Turn, outcome: Outcome, failure: str) -> None:
+    async def _fail(self, turn: Turn, outcome: Outcome, refusal: Refusal) -> None:
         """Settle a response that has not ended, and tell a client that is there of the failure."""
         response = turn.response
         if response.settled:
             return
-        refusal = Refusal(failure)
-        if outcome == "upstream_failed" and response.first_byte_ms is None:
-            response.note_status(refusal.status)  # all that the client gets is the error
+        if outcome != "client_disconnected" and response.first_byte_ms is None:
+            response.status = refusal.status  # all that the client gets is the error
         await response.settle(outcome)
-        if outcome == "upstream_failed":
+        if outcome in FAILED:
             await self._sender.send_error(refusal, turn.stream_id)
+
+
+def take_error(
+    turn: Turn,
+    candidates: Candidates[Upstream],
+    failover: SocketFailover,
+    event: Answer,
+    message: str | bytes,
+) -> bool:
+    """Note what an error event says of its member, if it comes before a response. Return
+    whether the client is not sent it: the request is sent to another member, or there is a
+    better answer, or the event rejects the operator's key, which is not the client's
+    business."""
+    status, socket = failure_status(event), turn.socket
+    if status is None:
+        candidates.answer(serves=False)
+        if is_unreadable(event) and candidates.is_abroad and failover.best():
+            turn.leave_member()
+            return True
+    if status is None or turn.deadline.client_left or socket is None:
+        return False
+    error = ErrorEvent(socket.upstream, event, message, status, socket.request_id)
+    error.judge(candidates)
+    if error.is_short:
+        failover.keep(error)
+    if failover.go_on(candidates, status):
+        turn.leave_member()
+        return True
+    waits, best = error.is_short and failover.may_wait(candidates, status), failover.best()
+    if (best is None or best is error) and not (waits or error.is_rejection):
+        return False
+    turn.leave_member(waits)
+    return True
 
 
 def expired() -> Refusal:

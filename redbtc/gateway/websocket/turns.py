@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 from redbtc.billing.spending import Hold
@@ -34,6 +35,8 @@ from redbtc.meter.meters import MeterState
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.body import ClientEvent
 from redbtc.request_body.reading import MAX_INPUT_ITEMS
+from redbtc.upstream.candidates import Candidates
+from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
 
 MAX_STEERS = 4  # 'response.steer' events of a turn that the upstream has not answered
@@ -79,6 +82,10 @@ class Turn:
         # Done when the turn is over.
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._steers: list[Steer] = []
+        # Offered an error event that comes before the response; see `takes_error`.
+        self.on_error: Callable[[Answer, str | bytes], bool] | None = None
+        self.waits = False  # for a place at another member
+        self.candidates: Candidates[Upstream] | None = None  # the member that serves it
         # Ends the response that followed the one before, and releases what is held for the next.
         # It is entered before the request is sent, so that both end with the turn.
         self.exit_stack = contextlib.AsyncExitStack()
@@ -93,6 +100,36 @@ class Turn:
         if self.state is not TurnState.DONE:
             self.failure = "client_disconnected" if self.deadline.client_left else outcome
             self.end()
+
+    def takes_error(self, event: Answer, message: str | bytes) -> bool:
+        """Return whether an event is an error that the client is not sent, since the request is
+        sent to another member, or the client is told something else."""
+        begun = self.state is not TurnState.WAITING or self.response.first_byte_ms is not None
+        if begun or self.on_error is None or kind_of(event) != "error":
+            return False
+        return self.on_error(event, message)
+
+    @property
+    def is_connecting(self) -> bool:
+        """Return whether a connection is looked for over which the request can be sent."""
+        return self.candidates is not None and self.socket is None and self.state not in FINISHED
+
+    def use(self, socket: UpstreamSocket) -> None:
+        """Send the request over this connection: the turn is over when that has answered it."""
+        self.socket = socket
+        socket.left_lanes.discard(self.stream_id)
+        if self.over.done():
+            self.over = asyncio.get_running_loop().create_future()
+
+    def leave_member(self, waits: bool = False) -> None:
+        """Wait for nothing more from the upstream that the request was sent to. `waits`: for
+        another one, all others are full at the moment."""
+        self.waits = waits
+        if self.socket:
+            self.socket.left_lanes.add(self.stream_id)
+            self.socket = None
+        if not self.over.done():
+            self.over.set_result(None)
 
     def _enter(self, state: TurnState) -> None:
         """Change the state. DONE is final: a long event can still be metered then."""
@@ -155,12 +192,15 @@ class Turn:
         """Meter an event of the response, and settle the response if it is the last one."""
         response = self.response
         await response.take(event, kind)
+        if self.state is TurnState.WAITING and response.id and kind != "error":
+            self._enter(TurnState.OPEN)
+            if self.candidates:
+                self.candidates.answer()
         if response.meter.state is MeterState.ENDED and not response.settled:
-            response.note_status(event_status(event) if kind == "error" else 200)
+            status = event_status(event) if kind == "error" else 200
+            response.note_answer(status, self.socket.request_id if self.socket else None)
             self._enter(self._settled_state())
             await response.settle(response.outcome())
-        elif self.state is TurnState.WAITING and response.id:
-            self._enter(TurnState.OPEN)
 
     def _settled_state(self) -> TurnState:
         """Return the state that follows when the response is settled."""

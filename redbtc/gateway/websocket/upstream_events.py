@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from redbtc.deadlines import TICK
+from redbtc.gateway.failover import Failover
 from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.references import affinity_of
+from redbtc.gateway.websocket.choosing import (
+    HandshakeRefused,
+    SocketFailover,
+    connect_to_one,
+    refused_handshake,
+)
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes
 from redbtc.gateway.websocket.strays import Strays
@@ -16,17 +25,16 @@ from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.gateway.websocket.turns import FINISHED
 from redbtc.gateway.websocket.upstream_socket import SocketState, UpstreamSocket
 from redbtc.meter.answers import MAX_AT_ONCE, answer_steps, decode_answer
-from redbtc.refusals import Refusal
 from redbtc.server.asgi import ClientRequest
-from redbtc.server.websocket_protocol import INTERNAL_ERROR, UPGRADE
+from redbtc.server.websocket_protocol import INTERNAL_ERROR
 from redbtc.slices import answer_queue, in_slices
 from redbtc.store.keys import Key
+from redbtc.upstream.failures import cause_of
 from redbtc.upstream.headers import headers_for_upstream
-from redbtc.upstream.upstreams import Upstream, in_order
+from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome
 
 NO_CODES = (1005, 1006, 1015)  # RFC 6455 §7.4.1: these must not be sent
-NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
 
 
 class UpstreamEvents:
@@ -56,37 +64,38 @@ class UpstreamEvents:
     async def first_socket(self) -> UpstreamSocket:
         """Return a connection to an upstream, before the client's handshake is answered: that can
         be refused then as it would be by the upstream. Raises Refusal."""
-        speaking = [each for each in self._gateway.upstreams if each.speaks_websocket]
-        usable = [upstream for upstream in speaking if upstream.usable]
-        if not usable:
-            raise Refusal("no_upstream", retry_after=5)
-        refused = "upstream_unreachable"
-        for upstream in in_order(usable):
+        gateway, headers = self._gateway, self._handshake.headers
+        session = affinity_of(self._key, headers, connection_id=self._handshake.id)
+        candidates = gateway.upstreams.for_handshake(session)
+        failover: SocketFailover = Failover(
+            gateway.settings.failover, time.monotonic(), certain_only=False
+        )
+        with candidates:
+            candidates.take_now()
             try:
-                return await self.socket_to(upstream)
-            except OSError:
-                continue
-            except Refusal as refusal:
-                refused = refusal.code
-        raise Refusal(refused, headers=UPGRADE if refused == "upgrade_required" else ())
+                return await connect_to_one(candidates, failover, self.socket_to)
+            except HandshakeRefused as last:
+                best = failover.best()
+                refused = best if isinstance(best, HandshakeRefused) else last
+                raise refused.sooner(candidates.seconds_of_limit()) from None
 
-    def connected_first(self, upstreams: list[Upstream]) -> list[Upstream]:
-        """Return those of these upstreams that speak WebSocket, first those that the session has a
-        connection to."""
-        connected = {socket.upstream for socket in self._passing}
-        speaking = [upstream for upstream in upstreams if upstream.speaks_websocket]
-        return sorted(speaking, key=lambda upstream: upstream not in connected)
+    def connected(self) -> set[Upstream]:
+        """Return the members that the session has a connection to."""
+        return {socket.upstream for socket in self._passing if not socket.is_lost}
 
     async def socket_to(self, upstream: Upstream) -> UpstreamSocket:
         """Return the connection to an upstream, a new one if there is none. Raises OSError,
         Refusal."""
         for socket in self._passing:
-            if socket.upstream is upstream and not socket.is_lost:
+            if socket.upstream is upstream and socket.is_open:
                 return socket
         if upstream not in self._opening:
             self._opening[upstream] = task = self._tasks.start(self._open(upstream))
             task.add_done_callback(lambda _: self._opening.pop(upstream))
-        return await asyncio.shield(self._opening[upstream])
+        socket = await asyncio.shield(self._opening[upstream])
+        if not socket.is_open:  # the upstream has closed it at once
+            raise ConnectionResetError
+        return socket
 
     async def _open(self, upstream: Upstream) -> UpstreamSocket:
         """Connect to an upstream, and begin to send its events on. Raises OSError, Refusal."""
@@ -94,12 +103,8 @@ class UpstreamEvents:
         headers = headers_for_upstream(self._handshake.headers, secret, account_id)
         try:
             connection = await upstream.connect(headers)
-        except InvalidStatus as error:
-            if error.response.status_code in NO_WEBSOCKET:
-                raise Refusal("upgrade_required") from None
-            raise Refusal("upstream_unreachable") from None
-        except InvalidHandshake:
-            raise Refusal("upstream_protocol_error") from None
+        except InvalidHandshake as error:
+            raise refused_handshake(error) from None
         socket = UpstreamSocket(upstream, connection, account_id, self._tasks)
         self._passing[socket] = self._tasks.start(self._pass_all(socket))
         return socket
@@ -114,8 +119,10 @@ class UpstreamEvents:
             while True:
                 await self._pass(await socket.connection.recv(), socket, strays)
         except ConnectionClosed as closed:
-            if closed.rcvd and closed.rcvd.code not in NO_CODES and not socket.is_lost:
-                code, reason = closed.rcvd.code, closed.rcvd.reason
+            if not socket.is_lost:
+                socket.cause = cause_of(closed)
+                if closed.rcvd and closed.rcvd.code not in NO_CODES:
+                    code, reason = closed.rcvd.code, closed.rcvd.reason
         except Exception as error:
             request = self._handshake
             self._gateway.telemetry.failed(request.id, request.route, error, request.counted)
@@ -127,7 +134,7 @@ class UpstreamEvents:
         while self._lanes.has_turn_on(socket):
             await asyncio.sleep(TICK)  # until it has settled its response and sent its error
         del self._passing[socket]
-        is_last = not self._passing and not self._opening
+        is_last = not (self._passing or self._opening or self._lanes.are_connecting)
         if is_last and socket.state is not SocketState.GIVEN_UP:
             await self._sender.close(code, reason)
 
@@ -144,7 +151,11 @@ class UpstreamEvents:
         turn = None
         if event:
             turn = self._lanes.turn_of(event, socket)
+            if turn and turn.takes_error(event, message):
+                return  # the request is sent to another member
             await (turn.take(event, socket.idle_seconds) if turn else strays.take(event))
+            if turn is None and socket.may_be_of_left(event):
+                return
         socket.enter(SocketState.BLOCKED)
         await self._sender.send(message)
         socket.enter(SocketState.PASSING)

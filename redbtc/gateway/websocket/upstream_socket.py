@@ -8,11 +8,15 @@ import enum
 from collections.abc import AsyncIterator
 
 from websockets.asyncio.client import ClientConnection
+from websockets.protocol import State
 
+from redbtc.gateway.websocket.event_meter import is_stream_id
 from redbtc.gateway.websocket.tasks import Tasks
+from redbtc.meter.answers import Answer
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.frame_reader import MAX_PART
 from redbtc.slices import TURNS
+from redbtc.upstream.headers import request_id_in
 from redbtc.upstream.upstreams import Upstream
 
 CLOSE_SECONDS = 2  # to close a connection, and to send the rest of a message after its answer
@@ -45,6 +49,14 @@ class UpstreamSocket:
         self.connection = connection
         self.idle_seconds = upstream.settings.idle_timeout_seconds
         self.state = SocketState.PASSING
+        self.cause: str | None = None  # why the upstream's side has ended it
+        response = connection.response
+        handshake = response.headers.raw_items() if response else ()
+        self.request_id = request_id_in(  # the upstream's, of the handshake
+            [(name.encode(), value.encode("utf-8", "replace")) for name, value in handshake]
+        )
+        # The lanes whose last request over it was sent to another member after an error.
+        self.left_lanes: set[str | None] = set()
         self._account_id = account_id
         self._tasks = tasks
 
@@ -57,6 +69,19 @@ class UpstreamSocket:
     def is_lost(self) -> bool:
         """Return whether no more requests can be sent over it."""
         return self.state in LOST_STATES
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether a request can be sent over it now. The end of the connection can be known
+        here before it is lost: what came before that is sent to the client first."""
+        return not self.is_lost and self.connection.state is State.OPEN
+
+    def may_be_of_left(self, event: Answer) -> bool:
+        """Return whether an event that is no turn's can be about a request that was sent to another
+        member: its client is not sent what comes from both."""
+        if event.stream_id is None:
+            return bool(self.left_lanes)
+        return is_stream_id(event.stream_id) and event.stream_id in self.left_lanes
 
     async def send(self, text: Buffer, over: asyncio.Future[None] | None = None) -> bool:
         """Send a message and return True. Return False if the upstream has not read it

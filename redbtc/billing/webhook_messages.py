@@ -1,0 +1,138 @@
+"""The messages to the webhook in the settings: what it is told, and whether that arrived.
+
+A message about a budget is added with its notice, by a trigger (schema.sql). One about an upstream
+is added here, where there is a webhook.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import orjson
+from msgspec import Struct
+
+from redbtc.config import BillingSettings
+from redbtc.store.database import Store
+from redbtc.store.json_values import Moment, by_name, json_time, new_id
+from redbtc.times import DAY, iso_time
+
+WEBHOOK_FOR = 3 * DAY  # milliseconds; schema.sql keeps what is to be sent for as long
+
+ADD_MESSAGE = """
+    INSERT OR IGNORE INTO webhook_messages (id, type, data, created_at) VALUES (?, ?, ?, ?)"""
+MESSAGE = """
+    SELECT id, type, data, created_at, tries, tried_at, status, error, delivered_at
+      FROM webhook_messages"""
+WAITING = MESSAGE + " WHERE delivered_at IS NULL AND created_at > ? ORDER BY number"
+NEWEST_MESSAGES = MESSAGE + " ORDER BY number DESC LIMIT ?"
+TRIED = """
+    UPDATE webhook_messages SET tries = tries + 1, tried_at = ?1, status = ?2, error = ?3,
+           delivered_at = iif(?4, ?1, NULL)
+     WHERE id = ?5"""
+NOTICE_DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
+OUTAGES_TOLD = """
+    SELECT data ->> 'upstream' AS upstream, created_at FROM webhook_messages
+     WHERE type = 'upstream.out' AND number IN (
+        SELECT max(number) FROM webhook_messages WHERE type IN ('upstream.out', 'upstream.back')
+         GROUP BY data ->> 'upstream')"""
+
+
+class Webhook(NamedTuple):
+    """Where messages are posted, and the secret that they are signed with."""
+
+    url: str
+    secret: str
+
+
+class WebhookAnswer(Struct):
+    """The answer to a message: its HTTP status, or the type of the error if none came."""
+
+    delivered: bool
+    status: int | None
+    error: str | None
+
+
+class WebhookMessages:
+    """The messages of a gateway. `wakeup` is set when there may be something to send."""
+
+    def __init__(self, store: Store, settings: BillingSettings) -> None:
+        """`settings` may be replaced by others."""
+        self.settings = settings
+        self.wakeup = asyncio.Event()
+        self._store = store
+
+    @property
+    def webhook(self) -> Webhook | None:
+        """The webhook of the settings, None if there is none or its secret is not set."""
+        url, secret_env = self.settings.webhook_url, self.settings.webhook_secret_env
+        secret = os.environ.get(secret_env, "")
+        return Webhook(url, secret) if url and secret else None
+
+    def add(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Write a message with the next commit, and send it then."""
+        values = (new_id("msg"), kind, orjson.dumps(data).decode(), self._store.time())
+        self.wake_up_after(self._store.record(ADD_MESSAGE, values, retry_until_written=True))
+
+    def wake_up_after(self, written: asyncio.Future[None]) -> None:
+        """Send what waits as soon as something is written."""
+        written.add_done_callback(lambda _: self.wakeup.set())
+
+    async def waiting(self) -> list[WebhookMessage]:
+        """Return the messages that are to be sent, in their order: those of the last WEBHOOK_FOR
+        that the webhook has not accepted."""
+        since = self._store.time() - WEBHOOK_FOR
+        return [WebhookMessage.of(row, since) async for row in self._store.rows(WAITING, (since,))]
+
+    async def newest(self, limit: int) -> list[WebhookMessage]:
+        """Return the newest `limit` messages, newest first."""
+        since = self._store.time() - WEBHOOK_FOR
+        rows = self._store.rows(NEWEST_MESSAGES, (limit,))
+        return [WebhookMessage.of(row, since) async for row in rows]
+
+    async def note_answer(self, message_id: str, answer: WebhookAnswer) -> None:
+        """Note what came of sending a message. Raises StorageUnavailable."""
+        now = self._store.time()
+        tried = now, answer.status, answer.error, answer.delivered, message_id
+        accepted_at = now if answer.delivered else None
+        await self._store.transact((TRIED, tried), (NOTICE_DELIVERED, (accepted_at, message_id)))
+
+    async def outages_told(self) -> dict[str, int]:
+        """Return the upstreams whose last message was upstream.out, with its time in
+        milliseconds."""
+        rows = self._store.rows(OUTAGES_TOLD)
+        return {row["upstream"]: row["created_at"] async for row in rows}
+
+
+class WebhookMessage(Struct):
+    """A message to the webhook. `status` and `error` are the last answer: its HTTP status or, if
+    none came, the type of the error. Messages are given up after three days."""
+
+    id: str
+    type: Literal["budget.reached", "upstream.out", "upstream.back", "upstream.credentials"]
+    data: dict[str, Any]
+    state: Literal["waiting", "delivered", "given_up"]
+    created_at: Moment
+    tries: int
+    tried_at: Moment | None
+    status: int | None
+    error: str | None
+    delivered_at: Moment | None
+
+    @classmethod
+    def of(cls, row: sqlite3.Row, since: int) -> WebhookMessage:
+        """Return the message of a row. One that was created up to `since`, in milliseconds, and not
+        delivered is given up."""
+        old = row["created_at"] <= since
+        columns = {
+            **by_name(row),
+            "data": orjson.loads(row["data"]),
+            "created_at": json_time(row["created_at"]),
+            "tried_at": iso_time(row["tried_at"]),
+            "delivered_at": iso_time(row["delivered_at"]),
+        }
+        delivered = row["delivered_at"] is not None
+        return cls(**columns, state="delivered" if delivered else "given_up" if old else "waiting")

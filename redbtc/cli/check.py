@@ -1,0 +1,130 @@
+"""The command check."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import httpx2
+import msgspec
+
+from redbtc.cli.main import CommandContext, commands, json_option, show
+from redbtc.config import LoadedSettings, Settings, SettingsError, missing_keys
+from redbtc.meter.error_codes import error_code_in
+from redbtc.store.consistency import check_file
+from redbtc.upstream.certificates import check_ca_files
+from redbtc.upstream.configured import Upstreams
+from redbtc.upstream.failures import cause_of
+from redbtc.upstream.upstreams import NO_LIST, Upstream
+
+
+class AskedUpstream(msgspec.Struct):
+    """What a member answered when it was asked for its models. `code` is the upstream's error code,
+    or says why there was no answer or no list."""
+
+    name: str
+    ok: bool = False
+    models: int | None = None
+    status: int | None = None
+    code: str | None = None
+
+    def text(self) -> str:
+        """Return a line for people."""
+        if self.ok:
+            said = f"{self.models} model{'' if self.models == 1 else 's'}"
+        elif self.code == "unusable":
+            said = "not asked, since an environment variable is not set"
+        elif self.status is None:
+            said = f"no answer ({self.code})"
+        elif self.status == 200:
+            said = "the answer is not a list of models"
+        else:
+            said = f"status {self.status}" + (f" ({self.code})" if self.code else "")
+        return f"upstream {self.name}: {said}"
+
+
+@commands.command()
+@click.option(
+    "--upstreams", is_flag=True, help="Also ask each upstream, with each key, for its models."
+)
+@json_option
+@click.pass_obj
+def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
+    """Check the settings and the database.
+
+    Exits with 2 if there are problems. Exits with 1 if there are none, but an upstream does not
+    answer with a list of models."""
+    try:
+        loaded = context.loaded
+        check_ca_files(loaded.settings.upstreams)
+    except SettingsError as error:
+        show_check(None, [str(error)], None, as_json)
+    else:
+        currency = loaded.settings.billing.currency
+        problems = missing_keys(loaded.settings)
+        problems += check_file(loaded.database_path, currency)
+        asked = asyncio.run(ask_all(loaded.settings)) if upstreams else None
+        show_check(loaded, problems, asked, as_json)
+
+
+def show_check(
+    loaded: LoadedSettings | None,
+    problems: list[str],
+    asked: Sequence[AskedUpstream] | None,
+    as_json: bool,
+) -> None:
+    """Print what `check` has found, and exit with its status if that is not 0. `loaded` is None if
+    the settings can't be read, `asked` if the upstreams were not asked."""
+    unused = loaded.without_effect if loaded else []
+    notes = [f"{key}: accepted, but has no effect yet" for key in unused]
+    failed = [each for each in asked or () if not each.ok]
+    ok = not problems and not failed
+    found: dict[str, Any] = {
+        "ok": ok,
+        "settings": str(loaded.file) if loaded and loaded.file else None,
+        "database": str(loaded.database_path) if loaded else None,
+        "problems": problems,
+        "notes": notes,
+    }
+    if asked is not None:
+        found["upstreams"] = [msgspec.structs.asdict(each) for each in asked]
+    read = [f"settings: {loaded.file or 'built-in defaults'}"] if loaded else []
+    answers = [each.text() for each in asked or ()]
+    lines = [*read, *notes, *answers, *problems, "ok" if ok else "not ok"]
+    show(found, as_json, lambda: "\n".join(lines))
+    if not ok:
+        raise SystemExit(2 if problems else 1)
+
+
+async def ask_all(settings: Settings) -> list[AskedUpstream]:
+    """Ask all members for their models, at the same time."""
+    upstreams = list(Upstreams(settings.upstreams))
+    try:
+        return await asyncio.gather(*map(ask_member, upstreams))
+    finally:
+        for upstream in upstreams:
+            await upstream.close()
+
+
+async def ask_member(upstream: Upstream) -> AskedUpstream:
+    """Ask a member for its models."""
+    asked = AskedUpstream(upstream.name)
+    if not upstream.usable:
+        asked.code = "unusable"
+        return asked
+    try:
+        asked.status, body = await upstream.fetch_whole("/models")
+    except (httpx2.HTTPError, TimeoutError) as error:
+        asked.code = cause_of(error)
+        return asked
+    if asked.status != 200:
+        asked.code = error_code_in(body)
+        return asked
+    try:
+        asked.models = len(upstream.models_in(body))
+        asked.ok = True
+    except NO_LIST:
+        asked.code = "not_a_list"
+    return asked

@@ -1,0 +1,19 @@
+"""The whole command line: to import this module adds all commands."""
+
+from __future__ import annotations
+
+from redbtc.cli import accounts, check, database, money, serve, upstreams, usage, users, webhook
+from redbtc.cli.main import main
+
+__all__ = [
+    "accounts",
+    "check",
+    "database",
+    "main",
+    "money",
+    "serve",
+    "upstreams",
+    "usage",
+    "users",
+    "webhook",
+]

@@ -1,0 +1,210 @@
+"""When a request is sent to another member of the upstreams, and which answer its client gets if
+all fail.
+
+A request fails over only as long as its client has been sent nothing, and only after a failure that
+another member may not have: no connection, or an answer with one of the statuses below. Never after
+a time-out, since the upstream may have acted on the request, and never after a 4xx about the
+request itself.
+
+A request that replays encrypted content of one organization is tried at another one only if it
+would fail otherwise. If that one can't read the content, the client gets the failure of the first.
+
+A request that creates a background response, or needs what is stored at an upstream, fails over
+after fewer of them: an upstream that has answered 500 may have acted on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from redbtc.config import FailoverSettings
+from redbtc.meter.error_codes import error_code_in
+from redbtc.upstream.begun_body import BegunBody
+from redbtc.upstream.candidates import Candidates
+from redbtc.upstream.response import UpstreamResponse
+from redbtc.upstream.retry_after import told_seconds
+from redbtc.upstream.upstreams import Upstream
+
+LIMITED, REJECTED, FORBIDDEN = 429, 401, 403
+BROKEN = frozenset((500, 502, 503, 504, 529))
+FAILURES = BROKEN | {LIMITED, REJECTED, FORBIDDEN}
+REJECTED_STATUSES = (REJECTED, FORBIDDEN)
+CERTAIN = (LIMITED, *REJECTED_STATUSES)  # the upstream has surely not acted on the request
+MAX_BEGINNING = 16 << 10  # of an error answer that are read before another member is tried
+ERROR_SECONDS = 2.0  # to read them
+UNREADABLE = (400, "invalid_encrypted_content")
+NO_MODEL = "model_not_found"  # the code of a 403 that is about one model only
+NO_MODEL_SECONDS = 600.0
+WAITS = (b"retry-after", b"retry-after-ms")
+TOO_LARGE = b"Request too large"  # how OpenAI's 429 begins that is about one request only
+
+
+class Failed(Protocol):
+    """What the choice among the answers of members that have failed must know of one."""
+
+    @property
+    def is_limit(self) -> bool:
+        """Return whether the member has reached a limit."""
+
+    @property
+    def is_rejection(self) -> bool:
+        """Return whether the member rejects the operator's key."""
+
+    @property
+    def told(self) -> float | None:
+        """In how many seconds the member wants to be asked again; None if it does not say."""
+
+
+AnyFailed = TypeVar("AnyFailed", bound=Failed)
+
+
+class ErrorAnswer(NamedTuple):
+    """An answer with a status of FAILURES, or that of UNREADABLE, whose body has been read as far
+    as `body` says."""
+
+    member: Upstream
+    response: UpstreamResponse
+    body: BegunBody
+    code: str | None  # of the error in the body
+    told: float | None  # seconds until the upstream wants to be asked again
+
+    @property
+    def status(self) -> int:
+        """The status of the answer."""
+        return self.response.status
+
+    @property
+    def is_failure(self) -> bool:
+        """Return whether its status is one of FAILURES."""
+        return self.status in FAILURES
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Return whether the upstream can't read the request's encrypted content."""
+        return (self.status, self.code) == UNREADABLE
+
+    @property
+    def is_limit(self) -> bool:
+        """Return whether the upstream has reached a limit."""
+        return self.status == LIMITED
+
+    @property
+    def is_rejection(self) -> bool:
+        """Return whether the upstream rejects the operator's key."""
+        return self.status in REJECTED_STATUSES
+
+    def sooner(self, seconds: float) -> UpstreamResponse:
+        """Return the answer as the client gets it. If it is a 429 that asks for more than `seconds`
+        of patience, when another member can be asked again, it says that instead."""
+        response = self.response._replace(body=self.body)
+        if not self.is_limit or not self.told or self.told <= seconds:
+            return response
+        headers = [line for line in response.headers if line[0].lower() not in WAITS]
+        wait = max(1, math.ceil(seconds))
+        return response._replace(headers=[*headers, (b"retry-after", b"%d" % wait)])
+
+    def judge(self, candidates: Candidates[Upstream]) -> None:
+        """Note in the member's health what the answer says of it."""
+        if not self.is_failure:
+            candidates.answer(serves=False)
+            return
+        told = 0.0 if TOO_LARGE in self.body.begun else self.told
+        judge(candidates, self.status, self.code, told)
+
+
+def judge(
+    candidates: Candidates[Upstream], status: int, code: str | None, told: float | None
+) -> None:
+    """Note in the member's health what an answer says of it whose status is one of FAILURES. `code`
+    is that of its error, `told` in how many seconds the upstream wants to be asked again; 0 if its
+    limit does not matter to other requests."""
+    shown = code or str(status)
+    if status == LIMITED:
+        if told != 0:
+            candidates.limit(shown, told)
+    elif status == FORBIDDEN and code == NO_MODEL:
+        candidates.limit(shown, NO_MODEL_SECONDS)
+    elif status == REJECTED or (status == FORBIDDEN and code):
+        candidates.reject(shown)
+    else:  # a 403 without an error object comes from a firewall before the upstream
+        candidates.fail(shown)
+
+
+class Failover(Generic[AnyFailed]):
+    """The failures of one request so far."""
+
+    def __init__(self, settings: FailoverSettings, began: float, *, certain_only: bool) -> None:
+        """`began`: when the first attempt began, by the monotonic clock. `certain_only`: fail over
+        only where the upstream has surely not acted on the request."""
+        self._settings = settings
+        self._certain_only = certain_only
+        self._until = began + settings.budget_seconds
+        self._attempts = 1
+        self._answers: list[AnyFailed] = []
+
+    def go_on(self, candidates: Candidates[Upstream], status: int | None) -> bool:
+        """Take a place at the next member, if the request may be sent to another one after an
+        answer with this status, or None for a failed connection. Return whether it may, and there
+        is one that is not full."""
+        if self._may_go_on(status) and candidates.go_on():
+            self._attempts += 1
+            return True
+        return False
+
+    async def go_on_in_turn(
+        self, candidates: Candidates[Upstream], status: int | None, seconds: float
+    ) -> bool:
+        """Do as `go_on` does, but if all members that are left are full, give the place back and
+        wait for another one for at most `seconds` seconds."""
+        if self.go_on(candidates, status):
+            return True
+        if not (seconds and self.may_wait(candidates, status)):
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, self._until - time.monotonic())):
+                await candidates.go_on_in_turn()
+                self._attempts += 1
+                return True
+        return False
+
+    def may_wait(self, candidates: Candidates[Upstream], status: int | None) -> bool:
+        """Return whether the request may be sent to another member, but all that are left are
+        full."""
+        return self._may_go_on(status) and candidates.are_full
+
+    def _may_go_on(self, status: int | None) -> bool:
+        if status is not None and self._certain_only and status not in CERTAIN:
+            return False
+        return self._attempts < self._settings.attempts and time.monotonic() < self._until
+
+    def keep(self, answer: AnyFailed) -> None:
+        """Keep an answer, in case no other member gives a better one."""
+        self._answers.append(answer)
+
+    def best(self, last: AnyFailed | None = None) -> AnyFailed | None:
+        """Return the answer for the client, after all members have failed: if all of them have
+        reached their limits, the one that can be asked again first; else the last one, but not the
+        rejection of a key if there is another one. `last` is that of the member that was asked
+        last. None if none of them has given one that can be passed on."""
+        kept = [*self._answers, last] if last else self._answers
+        answers = [each for each in kept if not each.is_rejection] or kept
+        if answers and all(each.is_limit for each in answers):
+            return min(answers, key=lambda each: each.told or 1.0)
+        return answers[-1] if answers else None
+
+
+def must_be_read(status: int, candidates: Candidates[Upstream]) -> bool:
+    """Return whether an answer with this status can be one that the client is not sent."""
+    return status in FAILURES or (status == UNREADABLE[0] and candidates.is_abroad)
+
+
+async def read_error(member: Upstream, response: UpstreamResponse) -> ErrorAnswer:
+    """Read the beginning of an answer's body, within ERROR_SECONDS."""
+    body = BegunBody(response.body)
+    await body.read(MAX_BEGINNING, ERROR_SECONDS)
+    code = error_code_in(body.begun) if body.whole else None
+    return ErrorAnswer(member, response, body, code, told_seconds(response.headers))

@@ -1,0 +1,46 @@
+"""The metrics of the upstreams' members."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from redbtc.store.upstream_changes import UpstreamState
+from redbtc.upstream.configured import Upstreams
+
+
+class UpstreamMetrics:
+    """The metrics of the members that are in force, read when somebody asks for them."""
+
+    def __init__(self, upstreams: Upstreams) -> None:
+        self._upstreams = upstreams
+
+    def collect(self) -> Iterator[Metric]:
+        """Return what prometheus-client asks for whenever the metrics are read."""
+        of = ["upstream"]
+        states = GaugeMetricFamily(
+            "redbtc_upstream_state", "1 for the state of the upstream", labels=[*of, "state"]
+        )
+        attempts = CounterMetricFamily(
+            "redbtc_upstream_attempts", "Requests that were sent to the upstream", labels=of
+        )
+        failures = CounterMetricFamily(
+            "redbtc_upstream_failures",
+            "Requests that failed at the upstream, by error code or cause",
+            labels=[*of, "reason"],
+        )
+        in_flight = GaugeMetricFamily(
+            "redbtc_upstream_in_flight", "Requests in flight at the upstream", labels=of
+        )
+        for each in self._upstreams:
+            health = each.health
+            health.absences.end_rests()
+            for state in get_args(UpstreamState):
+                states.add_metric([each.name, state], health.state == state)
+            attempts.add_metric([each.name], health.past.attempts)
+            for reason, count in health.past.failures.items():
+                failures.add_metric([each.name, reason], count)
+            in_flight.add_metric([each.name], health.in_flight)
+        yield from (states, attempts, failures, in_flight)

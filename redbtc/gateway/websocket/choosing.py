@@ -1,0 +1,208 @@
+"""The choice of an upstream connection for a session and for each of its turns, and what members
+answer that fail them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import orjson
+from websockets.exceptions import InvalidHandshake, InvalidStatus
+
+from redbtc.gateway.failover import (
+    FAILURES,
+    LIMITED,
+    MAX_BEGINNING,
+    REJECTED_STATUSES,
+    TOO_LARGE,
+    UNREADABLE,
+    Failover,
+    judge,
+)
+from redbtc.gateway.forwarded_request import REJECTED_KEY
+from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
+from redbtc.meter.answers import Answer
+from redbtc.meter.error_codes import error_code_in, error_code_of
+from redbtc.refusals import Refusal
+from redbtc.server.websocket_protocol import UPGRADE
+from redbtc.upstream.candidates import Candidates
+from redbtc.upstream.failures import cause_of
+from redbtc.upstream.retry_after import told_seconds
+from redbtc.upstream.upstreams import Upstream
+
+# The status of an error event that has only a code.
+STATUS_OF_CODE = {
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "slow_down": 503,
+    "server_is_overloaded": 503,
+    "server_error": 500,
+}
+NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
+
+
+class HandshakeRefused(Refusal):
+    """The refusal that follows from a connection that was not opened. `cause` says why,
+    `upstream_status` is the status of the upstream's answer if there is one, `told` in how many
+    seconds it wants to be asked again, and `member` the one that was tried."""
+
+    member: Upstream | None = None
+
+    def __init__(
+        self, code: str, cause: str | None, status: int | None = None, told: float | None = None
+    ) -> None:
+        headers = UPGRADE if code == "upgrade_required" else ()
+        super().__init__(code, headers=headers, retry_after=told or 1.0)
+        self.cause = cause
+        self.upstream_status = status
+        self.told = told
+
+    @property
+    def is_limit(self) -> bool:
+        """Return whether the upstream has reached a limit."""
+        return self.upstream_status == LIMITED
+
+    @property
+    def is_rejection(self) -> bool:
+        """Return whether the upstream rejects the operator's key."""
+        return self.upstream_status in REJECTED_STATUSES
+
+    @property
+    def is_failure(self) -> bool:
+        """Return whether the upstream has answered with one of FAILURES."""
+        return self.upstream_status in FAILURES
+
+    def judge(self, candidates: Candidates[Upstream]) -> None:
+        """Note in the member's health what the answer says of it."""
+        if self.upstream_status is None:
+            candidates.fail(self.cause or "protocol")
+        elif self.is_failure:
+            judge(candidates, self.upstream_status, self.cause, self.told)
+
+    def sooner(self, seconds: float) -> Refusal:
+        """Return the refusal as the client of a handshake gets it. If it is a 429 that asks for
+        more than `seconds` of patience, when another member can be asked again, it says that
+        instead."""
+        if not self.is_limit or not self.told or self.told <= seconds:
+            return self
+        return Refusal(self.code, retry_after=seconds)
+
+
+class ErrorEvent(NamedTuple):
+    """An error event with which a member has answered a request before any other event, and whose
+    `status` is one of FAILURES."""
+
+    member: Upstream
+    event: Answer
+    message: str | bytes  # the event as it came
+    status: int
+    request_id: str | None  # the upstream's, of the handshake
+
+    @property
+    def code(self) -> str | None:
+        """The code of the error."""
+        return error_code_of(self.event)
+
+    @property
+    def told(self) -> float | None:
+        """In how many seconds the upstream wants to be asked again; None if it does not say."""
+        return told_in(self.message)
+
+    @property
+    def is_limit(self) -> bool:
+        """Return whether the upstream has reached a limit."""
+        return self.status == LIMITED
+
+    @property
+    def is_rejection(self) -> bool:
+        """Return whether the upstream rejects the operator's key."""
+        return self.status in REJECTED_STATUSES
+
+    @property
+    def is_short(self) -> bool:
+        """Return whether it may be kept while other members are tried."""
+        return len(self.message) <= MAX_BEGINNING
+
+    def judge(self, candidates: Candidates[Upstream]) -> None:
+        """Note in the member's health what the event says of it."""
+        text = self.message.encode() if isinstance(self.message, str) else self.message
+        judge(candidates, self.status, self.code, 0.0 if TOO_LARGE in text else self.told)
+
+
+SocketFailover = Failover[ErrorEvent | HandshakeRefused]
+
+
+def refused_handshake(error: InvalidHandshake) -> HandshakeRefused:
+    """Return the refusal that follows from a handshake that has failed."""
+    if not isinstance(error, InvalidStatus):
+        return HandshakeRefused("upstream_protocol_error", cause_of(error))
+    response = error.response
+    status, code = response.status_code, error_code_in(bytes(response.body or b""))
+    if status in NO_WEBSOCKET:
+        return HandshakeRefused("upgrade_required", code, status)
+    headers = [
+        (name.encode(), value.encode("utf-8", "replace"))
+        for name, value in response.headers.raw_items()
+    ]
+    told = told_seconds(headers)
+    if status == LIMITED:
+        return HandshakeRefused("rate_limit_exceeded", code, status, told)
+    rejected = status in REJECTED_STATUSES
+    return HandshakeRefused(REJECTED_KEY if rejected else "upstream_unreachable", code, status)
+
+
+async def connect_to_one(
+    candidates: Candidates[Upstream],
+    failover: SocketFailover,
+    socket_to: Callable[[Upstream], Awaitable[UpstreamSocket]],
+    note: Callable[[Upstream], None] = lambda _: None,
+) -> UpstreamSocket:
+    """Return a connection to the member at which there is a place, or to the next one that can be
+    reached. `note` is called with each member before it is tried. Raises HandshakeRefused if none
+    can be reached; `failover` has kept the answers that failed."""
+    while True:
+        member = candidates.member
+        assert member is not None, "go_on has returned True"
+        if cause := member.health.known_failure:
+            refusal = HandshakeRefused("upstream_unreachable", cause)
+        else:
+            note(member)
+            try:
+                return await socket_to(member)
+            except HandshakeRefused as refused:
+                refusal = refused
+            except OSError as error:
+                refusal = HandshakeRefused("upstream_unreachable", cause_of(error))
+            refusal.judge(candidates)
+        refusal.member = member
+        if refusal.is_failure:
+            failover.keep(refusal)
+        if not failover.go_on(candidates, None):
+            raise refusal
+
+
+def failure_status(event: Answer) -> int | None:
+    """Return the status of an error event that can come from the member alone: one of FAILURES, by
+    its status or, where it has none, by its code. None for any other error."""
+    if type(event.status) is int:
+        return event.status if event.status in FAILURES else None
+    return STATUS_OF_CODE.get(error_code_of(event) or "")
+
+
+def is_unreadable(event: Answer) -> bool:
+    """Return whether an error event says that the upstream can't read the request's encrypted
+    content."""
+    return (event.status, error_code_of(event)) == UNREADABLE
+
+
+def told_in(message: str | bytes) -> float | None:
+    """Return in how many seconds the upstream wants to be asked again, by the headers that an error
+    event has in itself or in its error; None if it does not say."""
+    try:
+        event = orjson.loads(message) if len(message) <= MAX_BEGINNING else {}
+        of_error = event["error"].get("headers") if isinstance(event.get("error"), dict) else None
+        headers: dict[str, object] = event.get("headers") or of_error or {}
+        found = [(str(name).encode(), str(value).encode()) for name, value in headers.items()]
+    except (ValueError, AttributeError):
+        return None
+    return told_seconds(found)

@@ -1,0 +1,38 @@
+"""The code in an upstream's error object. A code is kept in the ledger and the log; the message
+beside it is not, since it can quote the request or the operator's key."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from redbtc.meter.answers import Answer, decode_answer
+
+MAX_ERROR_BYTES = 64 << 10  # of a body in which a code is looked for
+MAX_NUMBER = 999_999  # of a code that is a number
+CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+
+
+def error_code_of(answer: Answer) -> str | None:
+    """Return the code of the error in an answer or an event, or in its Response object: `code`, or
+    else `type`. An error event of the Responses API can have the code itself. None if there is no
+    code, or if it does not have the form of one."""
+    inner = answer.inner if answer.response else None
+    error = (inner.error if inner else None) or answer.error
+    if isinstance(error, dict):
+        return code_in(error.get("code")) or code_in(error.get("type"))
+    return code_in(answer.code) if answer.type == "error" else None
+
+
+def error_code_in(body: bytes) -> str | None:
+    """Return the code of the error in the body of an upstream's answer, as `error_code_of` does;
+    None for a body that is not a JSON object, or has more than MAX_ERROR_BYTES."""
+    answer = decode_answer(body) if len(body) <= MAX_ERROR_BYTES else None
+    return error_code_of(answer) if answer else None
+
+
+def code_in(value: Any) -> str | None:
+    """Return a decoded code; None if it does not have the form of one. Some upstreams send a
+    number."""
+    text = str(value) if type(value) is int and 0 <= value <= MAX_NUMBER else value
+    return text if isinstance(text, str) and CODE.fullmatch(text) else None
