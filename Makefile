@@ -30,6 +30,7 @@ format: $(VENV)/dev ## Put the code in its usual form
 bench: $(VENV)/dev ## Repeat the measurements that README and docs quote (needs nginx; installs LiteLLM)
 	$(RUN) bench/bench.py
 	$(RUN) bench/backup.py
+	$(RUN) bench/failover.py
 
 screenshots: $(VENV)/dev ## Take pictures of every page of the dashboard (needs Chromium)
 	$(RUN) -m tests.dashboard.screenshots

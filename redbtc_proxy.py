@@ -327,11 +327,11 @@ class GatewayProcess:
             new = reload_settings(self._loaded)
             new = with_demo(new, self.demo) if self.demo else new
             check_ca_files(new.upstreams)
+            gateway.apply(new)
         except SettingsError as error:
             log(logging.ERROR, "reload refused", reason=str(error))
             return
         self._settings = new
-        gateway.apply(new)
         LOG.level = getattr(logging, new.server.log_level.upper())
         log(logging.INFO, "reloaded", needs_restart=settings_at_restart(old, new))
         for line in missing_keys(new):

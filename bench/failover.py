@@ -47,6 +47,20 @@ class Failing(Upstream):
         )
 
 
+class Flapping(Upstream):
+    """Keeps its connections in a set, to end them all when it goes down."""
+
+    connections: set[Flapping] = set()  # noqa: RUF012
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.connections.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.connections.discard(self)
+
+
 @contextlib.contextmanager
 def black_hole() -> Iterator[str]:
     """Yield the URL of a port that answers no attempt to connect: its queue is full."""
@@ -141,12 +155,13 @@ async def flap(good: str | None) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         ends = loop.time() + FLAPPING_SECONDS
         while loop.time() < ends:
-            server = await loop.create_server(Upstream, "127.0.0.1", port, reuse_address=True)
+            server = await loop.create_server(Flapping, "127.0.0.1", port, reuse_address=True)
             is_up, until = True, loop.time() + TURN_SECONDS
             while loop.time() < until + TURN_SECONDS:
                 if is_up and loop.time() >= until:
                     server.close()
-                    server.close_clients() if hasattr(server, "close_clients") else None
+                    for each in list(Flapping.connections):
+                        each.transport.abort()
                     is_up = False
                 status = await client._send_one(reader, writer)
                 if is_up or good:

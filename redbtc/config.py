@@ -252,10 +252,10 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
         settings = msgspec.convert(tables, Settings)
     except msgspec.ValidationError as error:
         raise SettingsError(_explain(str(error), tables)) from None
-    for table in tables.get("upstreams", ()):
+    for number, table in enumerate(tables.get("upstreams", ())):
         if table.get("api_key_envs") and "api_key_env" in table:
             raise SettingsError(
-                "upstreams.api_key_env: set beside upstreams.api_key_envs; allowed is one of them"
+                f"upstreams[{number}].api_key_env: set beside api_key_envs; allowed is one of them"
             )
     names = [upstream.name for upstream in settings.upstreams]
     for name in names:
@@ -282,11 +282,12 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
             f"server.max_reading_bytes: found {server.max_reading_bytes}; allowed are 0 and "
             f"numbers from {minimum}, which is {MIN_BODIES_READ} times server.max_body_bytes"
         )
-    for upstream in settings.upstreams:
+    for number, upstream in enumerate(settings.upstreams):
+        path = f"upstreams[{number}]"
         if not _is_url(upstream.base_url):
-            raise SettingsError(f"upstreams.base_url: found {upstream.base_url!r}; not a valid URL")
+            raise SettingsError(f"{path}.base_url: found {upstream.base_url!r}; not a valid URL")
         for problem in problems_of(upstream):
-            raise SettingsError(problem)
+            raise SettingsError(f"{path}.{problem}")
     _check_billing(settings.billing)
     return settings
 

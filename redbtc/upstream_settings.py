@@ -6,6 +6,7 @@ variable in `api_key_envs` where the table has several.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ class UpstreamSettings(SettingsTable, frozen=True):
         return tuple(replace(self, api_key_envs=(key,)) for key in self.api_key_envs) or (self,)
 
     @property
-    def place(self) -> tuple[object, ...]:
+    def destination(self) -> tuple[object, ...]:
         """Return what decides where requests go and with which key: the rest says how they go."""
         key = self.api_key_env, self.api_key_envs, self.auth_header, self.headers
         return self.base_url, self.transport, self.proxy, self.ca_file, key
@@ -124,16 +125,18 @@ class UpstreamSettings(SettingsTable, frozen=True):
 
 
 def problems_of(upstream: UpstreamSettings) -> Iterator[str]:
-    """Yield what is wrong with a table beyond the types of its values, each with the path of the
-    setting. No value that may be a secret is in the text."""
+    """Yield what is wrong with a table beyond the types of its values, each with the name of the
+    setting in the table. No value that may be a secret is in the text."""
     keys = upstream.api_key_envs
     for name in keys:
         if keys.count(name) > 1:
-            yield f"upstreams.api_key_envs: duplicate variable {name!r}; each key needs its own"
+            yield f"api_key_envs: duplicate variable {name!r}; each key needs its own"
     if upstream.proxy and upstream.transport != "httpx":
-        yield 'upstreams.proxy: a proxy needs transport = "httpx"'
+        yield 'proxy: a proxy needs transport = "httpx"'
+    if upstream.proxy.startswith("socks") and not importlib.util.find_spec("socksio"):
+        yield "proxy: a SOCKS proxy needs the Python package socksio, which is missing"
     if problem := problem_of_name(upstream.auth_header):
-        yield f"upstreams.auth_header: {problem}"
+        yield f"auth_header: {problem}"
     yield from problems_of_headers(upstream)
     for setting, names in (
         ("api_key_envs" if keys else "api_key_env", upstream.key_variables),
@@ -142,7 +145,7 @@ def problems_of(upstream: UpstreamSettings) -> Iterator[str]:
         for name in names:
             if NOT_IN_A_HEADER.search(os.environ.get(name, "")):
                 yield (
-                    f"upstreams.{setting}: the value of the environment variable {name} has "
+                    f"{setting}: the value of the environment variable {name} has "
                     f"characters that a header can't have, such as line breaks; {ALLOWED}"
                 )
 
@@ -151,13 +154,13 @@ def problems_of_headers(upstream: UpstreamSettings) -> Iterator[str]:
     """Yield what is wrong with the names and values in `headers`."""
     names = [name.lower() for name in upstream.headers]
     for name, text in upstream.headers.items():
-        path = f"upstreams.headers.{name}"
+        path = f"headers.{name}"
         if problem := problem_of_name(name):
-            yield f"upstreams.headers: {problem}"
+            yield f"headers: {problem}"
         elif names.count(name.lower()) > 1:
             yield f"{path}: duplicate name; upper and lower case are the same"
         elif upstream.key_variables and name.lower() == upstream.auth_header.lower():
-            yield f"{path}: this header sends the API key (upstreams.auth_header)"
+            yield f"{path}: this header sends the API key (auth_header)"
         elif NOT_IN_A_HEADER.search(text):
             yield f"{path}: the value has characters that a header can't have; {ALLOWED}"
         elif "{env:" in FROM_ENVIRONMENT.sub("", text):

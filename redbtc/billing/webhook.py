@@ -59,10 +59,14 @@ async def post(
             "webhook-timestamp": timestamp,
             "webhook-signature": signature(webhook.secret, message_id, timestamp, content),
         }
-        response = await client.post(webhook.url, content=content, headers=headers)
+        async with (
+            asyncio.timeout(WEBHOOK_SECONDS),
+            client.stream("POST", webhook.url, content=content, headers=headers) as response,
+        ):  # the status says it all: a body can be endless
+            status, delivered = response.status_code, response.is_success
     except Exception as error:  # no error of one message may end the gateway
         return WebhookAnswer(delivered=False, status=None, error=type(error).__name__)
-    return WebhookAnswer(delivered=response.is_success, status=response.status_code, error=None)
+    return WebhookAnswer(delivered=delivered, status=status, error=None)
 
 
 async def post_all(billing: Billing, log: LogFunction) -> bool:

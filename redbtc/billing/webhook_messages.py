@@ -34,7 +34,7 @@ TRIED = """
            delivered_at = iif(?4, ?1, NULL)
      WHERE id = ?5"""
 NOTICE_DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
-OUTAGES_TOLD = """
+OUTAGES_SENT = """
     SELECT data ->> 'upstream' AS upstream, created_at FROM webhook_messages
      WHERE type = 'upstream.out' AND number IN (
         SELECT max(number) FROM webhook_messages WHERE type IN ('upstream.out', 'upstream.back')
@@ -100,10 +100,10 @@ class WebhookMessages:
         accepted_at = now if answer.delivered else None
         await self._store.transact((TRIED, tried), (NOTICE_DELIVERED, (accepted_at, message_id)))
 
-    async def outages_told(self) -> dict[str, int]:
+    async def outages_sent(self) -> dict[str, int]:
         """Return the upstreams whose last message was upstream.out, with its time in
         milliseconds."""
-        rows = self._store.rows(OUTAGES_TOLD)
+        rows = self._store.rows(OUTAGES_SENT)
         return {row["upstream"]: row["created_at"] async for row in rows}
 
 

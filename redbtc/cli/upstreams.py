@@ -17,16 +17,18 @@ UPSTREAM_COLUMNS = [
 
 @commands.group()
 def upstream() -> None:
-    """See the upstreams and steer them."""
+    """List upstreams, let them rest, and resume them."""
 
 
 @upstream.command("list")
 @json_option
 @click.pass_obj
 def upstream_list(context: CommandContext, as_json: bool) -> None:
-    """List the upstreams of the running gateway: the state of each, since when and until when, and
-    why; its requests in flight; the share of successful requests and the median time to the first
-    byte in the last 5 minutes. Times are UTC."""
+    """List the upstreams of the running gateway and their states.
+
+    Shows since when, until when and why each is in its state, its requests in flight, and the share
+    of successful requests and the median time to the first byte in the last 5 minutes. Times are
+    UTC."""
     found = context.call("GET", "/admin/v1/upstreams")
     show(found, as_json, lambda: upstreams_text(found))
 
@@ -50,14 +52,15 @@ def upstreams_text(found: dict[str, Any]) -> str:
         rest_text(each["name"], rest, today)
         for each in found["upstreams"]
         for rest in each["rests"]
-        if rest["model"]
+        if rest["model"] or each["state"] == "out"
     ]
     return "\n".join(lines)
 
 
 def rest_text(name: str, rest: dict[str, Any], today: str) -> str:
     end = short_time(rest["until"], today) or "a request succeeds"
-    return plain(f"{name} rests for {rest['model']} until {end}: {rest['reason']}")
+    model = f" for {rest['model']}" if rest["model"] else ""
+    return plain(f"{name} rests{model} until {end}: {rest['reason']}")
 
 
 def short_time(moment: str | None, today: str) -> str | None:
@@ -88,9 +91,12 @@ def path_of_upstream(name: str, action: str) -> str:
 def upstream_rest(context: CommandContext, name: str, duration: str, as_json: bool) -> None:
     """Send an upstream no requests for a time. Those in flight go on."""
     rested = context.call("POST", path_of_upstream(name, "rest"), {"for": duration})
-    show(rested, as_json, lambda: f"Upstream {rested['name']} rests until {rested['until']}.")
+    until = [rest["until"] for rest in rested["rests"] if rest["model"] is None]
+    show(rested, as_json, lambda: f"Upstream {rested['name']} rests until {until[0]}.")
     if unserved := ", ".join(rested["unserved_models"]):
-        click.echo(plain(f"Warning: no other upstream serves {unserved} meanwhile."), err=True)
+        click.echo(
+            plain(f"Warning: no other upstream serves these models meanwhile: {unserved}"), err=True
+        )
 
 
 @upstream.command("resume")

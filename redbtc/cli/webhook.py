@@ -13,7 +13,7 @@ MESSAGE_COLUMNS = ["created_at", "type", "state", "tries", "tried_at", "answer",
 
 @commands.group()
 def webhook() -> None:
-    """See what was sent to billing.webhook_url."""
+    """List the messages to billing.webhook_url, and test it."""
 
 
 @webhook.command("list")
@@ -26,9 +26,10 @@ def webhook() -> None:
 @json_option
 @click.pass_obj
 def webhook_list(context: CommandContext, limit: int | None, as_json: bool) -> None:
-    """List messages to the webhook, newest first, and whether they arrived.
+    """List messages to the webhook, newest first.
 
-    A message is tried again until the webhook accepts it, and given up after three days."""
+    Shows whether each has arrived. A message is tried again until the webhook accepts it, and given
+    up after three days."""
     found = context.call("GET", "/admin/v1/webhook", query=given({"limit": limit}))
     show(found, as_json, lambda: messages_text(found))
 
@@ -49,8 +50,9 @@ def messages_text(found: dict[str, Any]) -> str:
 @json_option
 @click.pass_obj
 def webhook_test(context: CommandContext, as_json: bool) -> None:
-    """Send a test message to the webhook and print its answer. Exits with 1 if it did not accept
-    the message."""
+    """Send a test message to the webhook and print its answer.
+
+    Exits with 1 if it did not accept the message."""
     found = context.call("POST", "/admin/v1/webhook/test")
     answer = f"status {found['status']}" if found["status"] else f"no answer ({found['error']})"
     arrived = "arrived" if found["delivered"] else "was not accepted"

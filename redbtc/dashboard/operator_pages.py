@@ -82,7 +82,7 @@ async def rest_upstream(page: PageRequest) -> PageVariables | None:
     if not rested.unserved_models:
         return None
     models = ", ".join(rested.unserved_models)
-    return {"done": f"{name} rests. No other upstream serves {models} meanwhile."}
+    return {"done": f"{name} rests. No other upstream serves these models meanwhile: {models}"}
 
 
 async def resume_upstream(page: PageRequest) -> None:

@@ -96,13 +96,18 @@ class AdmittedRequest(ForwardedRequest, Running):
             tokens = self.input_estimate + self.facts.largest(self.endpoint.output_limits)
             tokens = 0 if self.endpoint.free else tokens
             await self.gateway.limiter.take_places(self.admission, tokens, self.deadline)
-            member = await self._take_place()
+            candidates, self._has_place = self._candidates, True
+            await self.gateway.limiter.take_place_at_upstream(
+                self.admission, candidates, self.deadline
+            )
+            assert candidates.member is not None, "it has waited for one"
             self._memory.release()
-            self.row = self.new_row(self.facts.model or "", member.name)
+            self.row = self.new_row(self.facts.model or "", candidates.member.name)
             self.hold = await self._hold_or_undo()
             self._is_held = True
             self._note_growth()
             await self._begin()
+            self.row.attempts = 0
             self.gateway.in_flight.with_row.add(self)
         except BaseException:
             self._give_back()
@@ -126,15 +131,6 @@ class AdmittedRequest(ForwardedRequest, Running):
             self._candidates.give_back()
         if self._is_unfinished and not self.background:
             self.gateway.background.unfinished.remove(self.key.account_id)
-
-    async def _take_place(self) -> Upstream:
-        """Take a place at one of the candidates, and return that one. Raises Refusal and
-        ClientLeft, and undoes what was charged."""
-        candidates, limiter = self._candidates, self.gateway.limiter
-        self._has_place = True
-        await limiter.take_place_at_upstream(self.admission, candidates, self.deadline)
-        assert candidates.member is not None, "it has waited for one"
-        return candidates.member
 
     def _count_unfinished(self, background: bool | str) -> None:
         """Count a request for a background response as one of the account's unfinished ones. Raises
@@ -267,7 +263,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     def note_member(self, upstream: Upstream) -> None:
         self.row.upstream = upstream.name
 
-    def note_upstream(self, upstream: Upstream) -> None:
+    def note_attempt(self, upstream: Upstream) -> None:
         self.row.upstream = upstream.name
         self.row.attempts = (self.row.attempts or 0) + 1
         self.left_at = time.monotonic()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import time
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -26,7 +27,7 @@ from redbtc.meter.error_codes import error_code_in
 from redbtc.upstream.begun_body import BegunBody
 from redbtc.upstream.candidates import Candidates
 from redbtc.upstream.response import UpstreamResponse
-from redbtc.upstream.retry_after import told_seconds
+from redbtc.upstream.retry_after import retry_after_seconds
 from redbtc.upstream.upstreams import Upstream
 
 LIMITED, REJECTED, FORBIDDEN = 429, 401, 403
@@ -38,7 +39,13 @@ MAX_BEGINNING = 16 << 10  # of an error answer that are read before another memb
 ERROR_SECONDS = 2.0  # to read them
 UNREADABLE = (400, "invalid_encrypted_content")
 NO_MODEL = "model_not_found"  # the code of a 403 that is about one model only
+# Other codes of a 401 or 403 for which the key is good, but not for this model or kind of request:
+# that of another gateway, and that of a key with fewer rights. Some of OpenAI's have only a text.
+NO_RIGHT = ("model_not_allowed", "missing_scope")
+NO_RIGHT_TEXT = re.compile(rb"Missing scopes|must be verified to use")
 NO_MODEL_SECONDS = 600.0
+# The codes of a rejection that are kept. Others could be the key itself.
+REJECTION_CODE = re.compile(r"[A-Za-z_]+|[0-9]{3}")
 WAITS = (b"retry-after", b"retry-after-ms")
 TOO_LARGE = b"Request too large"  # how OpenAI's 429 begins that is about one request only
 
@@ -55,8 +62,8 @@ class Failed(Protocol):
         """Return whether the member rejects the operator's key."""
 
     @property
-    def told(self) -> float | None:
-        """In how many seconds the member wants to be asked again; None if it does not say."""
+    def retry_after(self) -> float | None:
+        """Return in how many seconds the member wants to be asked again, None if not said."""
 
 
 AnyFailed = TypeVar("AnyFailed", bound=Failed)
@@ -70,7 +77,7 @@ class ErrorAnswer(NamedTuple):
     response: UpstreamResponse
     body: BegunBody
     code: str | None  # of the error in the body
-    told: float | None  # seconds until the upstream wants to be asked again
+    retry_after: float | None  # seconds until the upstream wants to be asked again
 
     @property
     def status(self) -> int:
@@ -97,11 +104,11 @@ class ErrorAnswer(NamedTuple):
         """Return whether the upstream rejects the operator's key."""
         return self.status in REJECTED_STATUSES
 
-    def sooner(self, seconds: float) -> UpstreamResponse:
-        """Return the answer as the client gets it. If it is a 429 that asks for more than `seconds`
-        of patience, when another member can be asked again, it says that instead."""
+    def for_client(self, seconds: float) -> UpstreamResponse:
+        """Return the answer as the client gets it. A 429 asks it to wait for at most `seconds`:
+        then another member can be asked again."""
         response = self.response._replace(body=self.body)
-        if not self.is_limit or not self.told or self.told <= seconds:
+        if not self.is_limit or not self.retry_after or self.retry_after <= seconds:
             return response
         headers = [line for line in response.headers if line[0].lower() not in WAITS]
         wait = max(1, math.ceil(seconds))
@@ -112,26 +119,44 @@ class ErrorAnswer(NamedTuple):
         if not self.is_failure:
             candidates.answer(serves=False)
             return
-        told = 0.0 if TOO_LARGE in self.body.begun else self.told
-        judge(candidates, self.status, self.code, told)
+        judge(candidates, self.status, self.code, self.retry_after, self.body.begun)
 
 
 def judge(
-    candidates: Candidates[Upstream], status: int, code: str | None, told: float | None
+    candidates: Candidates[Upstream],
+    status: int,
+    code: str | None,
+    retry_after: float | None,
+    text: bytes = b"",
 ) -> None:
     """Note in the member's health what an answer says of it whose status is one of FAILURES. `code`
-    is that of its error, `told` in how many seconds the upstream wants to be asked again; 0 if its
-    limit does not matter to other requests."""
+    is that of its error, `retry_after` in how many seconds the upstream wants to be asked again,
+    and `text` what is known of the answer."""
     shown = code or str(status)
     if status == LIMITED:
-        if told != 0:
-            candidates.limit(shown, told)
-    elif status == FORBIDDEN and code == NO_MODEL:
+        if TOO_LARGE not in text:  # else it does not matter to other requests
+            candidates.limit(shown, retry_after)
+    elif status in REJECTED_STATUSES and lacks_right(status, code, text):
         candidates.limit(shown, NO_MODEL_SECONDS)
     elif status == REJECTED or (status == FORBIDDEN and code):
         candidates.reject(shown)
     else:  # a 403 without an error object comes from a firewall before the upstream
         candidates.fail(shown)
+
+
+def lacks_right(status: int, code: str | None, text: bytes) -> bool:
+    """Return whether a 401 or 403 is about the model or the kind of request: others may be sent
+    with the same key, so one client's request must not take the member from all."""
+    if code in NO_RIGHT or (status == FORBIDDEN and code == NO_MODEL):
+        return True
+    return NO_RIGHT_TEXT.search(text) is not None
+
+
+def kept_code(status: int, code: str | None) -> str | None:
+    """Return the code of an error as it may be kept: that of a rejection could quote the key."""
+    if code and status in REJECTED_STATUSES and not REJECTION_CODE.fullmatch(code):
+        return str(status)
+    return code
 
 
 class Failover(Generic[AnyFailed]):
@@ -193,13 +218,13 @@ class Failover(Generic[AnyFailed]):
         kept = [*self._answers, last] if last else self._answers
         answers = [each for each in kept if not each.is_rejection] or kept
         if answers and all(each.is_limit for each in answers):
-            return min(answers, key=lambda each: each.told or 1.0)
+            return min(answers, key=lambda each: each.retry_after or 1.0)
         return answers[-1] if answers else None
 
 
 def must_be_read(status: int, candidates: Candidates[Upstream]) -> bool:
     """Return whether an answer with this status can be one that the client is not sent."""
-    return status in FAILURES or (status == UNREADABLE[0] and candidates.is_abroad)
+    return status in FAILURES or (status == UNREADABLE[0] and candidates.may_be_unreadable)
 
 
 async def read_error(member: Upstream, response: UpstreamResponse) -> ErrorAnswer:
@@ -207,4 +232,5 @@ async def read_error(member: Upstream, response: UpstreamResponse) -> ErrorAnswe
     body = BegunBody(response.body)
     await body.read(MAX_BEGINNING, ERROR_SECONDS)
     code = error_code_in(body.begun) if body.whole else None
-    return ErrorAnswer(member, response, body, code, told_seconds(response.headers))
+    code = kept_code(response.status, code)
+    return ErrorAnswer(member, response, body, code, retry_after_seconds(response.headers))

@@ -106,8 +106,8 @@ class ForwardedRequest:
     def note_member(self, upstream: Upstream) -> None:
         """Note the member of the upstreams whose answer the client gets."""
 
-    def note_upstream(self, upstream: Upstream) -> None:
-        """Note that the request is about to be sent to an upstream."""
+    def note_attempt(self, upstream: Upstream) -> None:
+        """Note that the request is about to be sent to a member of the upstreams."""
         self.left_at = time.monotonic()
 
     def note_answer(self, status: int, request_id: str | None) -> None:

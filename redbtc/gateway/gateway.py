@@ -79,12 +79,16 @@ class Gateway:
         for rest in await self.journal.resume(members):
             seconds = (rest.until - self.store.time()) / 1000
             self.upstreams.restore(rest.upstream, rest.model, seconds, rest.reason)
+        self.upstreams.let_last_serve()
 
     def apply(self, settings: Settings) -> None:
-        """Use other settings, from the next request on."""
+        """Use other settings, from the next request on. Raises SettingsError, and keeps the old
+        ones, if a ca_file can't be read."""
+        before = {each.name: each.health for each in self.upstreams}
+        self.upstreams.apply(settings.upstreams)
+        self.journal.forget_rests_but(before, {each.name: each.health for each in self.upstreams})
         self.settings = settings
         self.billing.apply(settings.billing)
-        self.upstreams.apply(settings.upstreams)
         self.journal.forget_all_but({each.name for each in self.upstreams})
 
     def authenticate(self, request: ClientRequest) -> Key:

@@ -85,7 +85,8 @@ class Relay:
         if member.health.struggling and (cause := member.health.known_failure):
             request.note_failure(cause)
             return None
-        request.note_upstream(member)
+        request.note_attempt(member)
+        member.health.past.attempts += 1
         headers = headers_for_upstream(
             request.client_request.headers, request.gateway.store.secret, request.idempotency_scope
         )
@@ -161,7 +162,7 @@ class Relay:
             return None
         self._request.note_member(best.member)
         if not best.is_rejection:
-            return best.sooner(candidates.seconds_of_limit())
+            return best.for_client(candidates.seconds_of_limit())
         await best.body.aclose()
         self._request.note_answer(best.status, request_id_in(best.response.headers))
         self._request.note_failure(best.code)

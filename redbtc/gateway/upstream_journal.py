@@ -59,8 +59,20 @@ class UpstreamJournal:
         """Return the rests that a restart has interrupted, of the members that there still are.
         `members` are their names, and whether each is usable. Raises StorageUnavailable."""
         rests = [each for each in await read_rests(self._store) if each.upstream in members]
-        await self._messages.resume(members, {each.upstream for each in rests if not each.model})
+        whole = [each for each in rests if not each.model]
+        await self._messages.resume(members, {each.upstream for each in whole})
+        for upstream, _, until, reason, _ in whole:  # the webhook may not have been told of it yet
+            seconds = (until - self._store.time()) / 1000
+            change = UpstreamChange(upstream, "resting", "up", reason, "", seconds, "")
+            self._messages.note(change, until)
         return rests
+
+    def forget_rests_but(self, before: Mapping[str, object], after: Mapping[str, object]) -> None:
+        """Forget the rests of members that are gone or whose health is another one than before:
+        they rest no more, so they must not do so after a restart either."""
+        for upstream in before:
+            if before[upstream] is not after.get(upstream):
+                remove_rests(self._store, upstream)
 
     def forget_all_but(self, members: Collection[str]) -> None:
         """Forget the members that the settings don't have any more."""

@@ -25,8 +25,8 @@ class MemberMessages:
     """What the webhook was told of one member."""
 
     def __init__(self) -> None:
-        self.out_told = False  # and not yet that it serves again
-        self.credentials_told = False  # since it served the last time
+        self.out_sent = False  # and not yet that it serves again
+        self.credentials_sent = False  # since it served the last time
         self.outage: dict[str, Any] | None = None  # what there is to tell; None: it serves
         self.next_out_at = self.next_credentials_at = 0.0  # not before, by the event loop's clock
         self.timer: asyncio.TimerHandle | None = None  # until `next_out_at`, in an outage
@@ -50,11 +50,11 @@ class UpstreamMessages:
         if change.is_outage:
             if member.outage is None or not change.model:
                 member.outage = data_about(change, until, outage_text(change, until))
-            if not member.out_told and member.timer is None:
+            if not member.out_sent and member.timer is None:
                 self._tell_out(member)
         elif change.state == "up" or not change.model:  # else only a rest for one model has changed
             if change.reason != CREDENTIALS:
-                member.credentials_told = False
+                member.credentials_sent = False
             text = f"{change.upstream} serves again: {change.reason}."
             self._tell_back(member, data_about(change, None, text))
 
@@ -63,10 +63,10 @@ class UpstreamMessages:
         are the names of all members, and whether each is usable; `resting` are those that rest for
         all models. Raises StorageUnavailable."""
         loop, now = asyncio.get_running_loop(), self._now()
-        for upstream, told_at in (await self._messages.outages_told()).items():
+        for upstream, sent_at in (await self._messages.outages_sent()).items():
             member = self._members[upstream] = MemberMessages()
-            member.out_told = True
-            passed = max(0.0, (now - told_at) / 1000)
+            member.out_sent = True
+            passed = max(0.0, (now - sent_at) / 1000)
             member.next_out_at = loop.time() + max(0.0, PAIR_SECONDS - passed)
             if upstream not in resting and members.get(upstream, False):
                 self._tell_back(member, data_after(upstream, "restarted"))
@@ -87,7 +87,7 @@ class UpstreamMessages:
         if loop.time() < member.next_out_at:
             member.timer = loop.call_at(member.next_out_at, self._tell_out, member)
             return
-        member.out_told = True
+        member.out_sent = True
         member.next_out_at = loop.time() + PAIR_SECONDS
         self._messages.add("upstream.out", member.outage)
 
@@ -97,18 +97,18 @@ class UpstreamMessages:
         if member.timer:
             member.timer.cancel()
             member.timer = None
-        if member.out_told:
-            member.out_told = False
+        if member.out_sent:
+            member.out_sent = False
             self._messages.add("upstream.back", data)
 
     def _tell_credentials(
         self, member: MemberMessages, change: UpstreamChange, until: int | None
     ) -> None:
         now = asyncio.get_running_loop().time()
-        told = member.credentials_told or now < member.next_credentials_at
-        if told or self._messages.webhook is None:
+        is_sent = member.credentials_sent or now < member.next_credentials_at
+        if is_sent or self._messages.webhook is None:
             return
-        member.credentials_told = True
+        member.credentials_sent = True
         member.next_credentials_at = now + PAIR_SECONDS
         text = f"{change.upstream} rejected the API key that the gateway uses for it."
         self._messages.add("upstream.credentials", data_about(change, until, text))

@@ -90,7 +90,8 @@ class GatewayView:
     def _to_steer(self, name: str) -> Upstream:
         found = [each for each in self._gateway.upstreams if each.name == name]
         if not found:
-            raise NotFound(f"upstream {name!r} does not exist")
+            names = ", ".join(each.name for each in self._gateway.upstreams)
+            raise NotFound(f"upstream {name!r} does not exist; there are: {names}")
         if not found[0].usable:
             raise Conflict(f"upstream {name!r} can't be used: {not_set(found[0])}")
         return found[0]

@@ -78,6 +78,19 @@ class Absences:
         for model in list(self.rests):
             self.of(model)
 
+    def rest_of_all(self, reason: str) -> tuple[str, str, float | None]:
+        """Return the reason of the rest for all models, ALL_MODELS, and in how many seconds it is
+        over; `reason` and None if there is no such rest."""
+        rest = self.rests.get(ALL_MODELS)
+        left = rest.until - self._clock() if rest else 0.0
+        return (rest.reason, ALL_MODELS, left) if rest and left > 0 else (reason, ALL_MODELS, None)
+
+    def end(self, rest: Absence) -> None:
+        """End a rest before its time."""
+        rest.until = self._clock()
+        del self.rests[rest.model]
+        self._on_rest_over(rest)
+
     def allow(self, model: str, urgent: bool = False) -> bool:
         """Return whether a request for the model may be sent: nothing keeps the member from serving
         it, or the time of that is over and no other request tries it. `urgent`: all other members
@@ -94,7 +107,7 @@ class Absences:
 
     @property
     def outage_left(self) -> float:
-        """In how many seconds a member that is out may be tried; infinity if it can't be reached, 0
+        """The seconds until a member that is out may be tried: infinity if it can't be reached, 0
         if it is not out."""
         if self.outage is None:
             return 0.0

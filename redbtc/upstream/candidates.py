@@ -5,7 +5,7 @@ as long as the settings stay, on every gateway and after every restart, since no
 session's name, the members' names and their weights decides (weighted rendezvous hashing). Adding
 or removing a member moves only the sessions that it gets or had. A session that was served
 elsewhere for a while returns, unless it replays encrypted content that its first choice can't read
-(`Moved`).
+(`MovedSessions`).
 
 A member that has `max_concurrency` requests in flight is passed over. If all are full, a request
 waits for the first place that comes free (`PlaceQueue`).
@@ -23,7 +23,7 @@ from typing import Generic, Protocol, TypeVar
 
 from redbtc.refusals import Refusal
 from redbtc.upstream.absences import NOT_TRIED, Tried, end_tries
-from redbtc.upstream.health import SLOW, MemberHealth
+from redbtc.upstream.health import MemberHealth
 
 MAX_MOVED = 10_000
 LOOK_SECONDS = 0.25  # a member can come back while requests wait for another one's place
@@ -69,7 +69,7 @@ def ranked(members: Sequence[AnyMember], session: bytes | None) -> list[AnyMembe
     if len(members) == 1:
         return list(members)
 
-    def place(member: Member) -> tuple[int, float]:  # Efraimidis and Spirakis, 2006
+    def order(member: Member) -> tuple[int, float]:  # Efraimidis and Spirakis, 2006
         if session is None:
             chance = 1 - random.random()
         else:
@@ -77,10 +77,10 @@ def ranked(members: Sequence[AnyMember], session: bytes | None) -> list[AnyMembe
             chance = (int.from_bytes(digest, "big") + 1) / (1 << 64)
         return member.priority, -math.log(chance) / member.weight
 
-    return sorted(members, key=place)
+    return sorted(members, key=order)
 
 
-class Moved:
+class MovedSessions:
     """The sessions that were served last by another member than their first choice, and by which:
     what they replay of its encrypted content, only its organization can read. The oldest are
     forgotten first."""
@@ -160,7 +160,7 @@ class Candidates(Generic[AnyMember]):
         queue: PlaceQueue[AnyMember],
         *,
         session: bytes | None = None,
-        moved: Moved | None = None,
+        moved: MovedSessions | None = None,
         replays: bool = False,
         is_pinned: bool = False,
         takes_place: bool = True,
@@ -181,7 +181,7 @@ class Candidates(Generic[AnyMember]):
         self._moved = moved
         if replays and session and moved and (name := moved.member_of(session)):
             self._left = self._moved_first(name)
-        self._home = self._left[0].organization if replays else ""
+        self._readers = self._left[0].organization if replays else ""  # of encrypted content
 
     def __enter__(self) -> None:
         pass
@@ -202,12 +202,12 @@ class Candidates(Generic[AnyMember]):
         has a connection to."""
         first = self._left[0].priority
 
-        def place(member: AnyMember) -> tuple[int, bool]:
+        def order(member: AnyMember) -> tuple[int, bool]:
             return member.priority, not (member.priority == first and member in connected)
 
         if not self.is_pinned and len(self._left) > 1 and self._left[0] not in connected:
-            self._left = sorted(self._left, key=place)
-            self._home = self._home and self._left[0].organization
+            self._left = sorted(self._left, key=order)
+            self._readers = self._readers and self._left[0].organization
 
     def take_now(self) -> bool:
         """Take a place at the first member that may serve, and return True. Return False if those
@@ -222,7 +222,6 @@ class Candidates(Generic[AnyMember]):
             self.member = first
             first.in_flight += self._takes_place
             first.health.in_flight += self._takes_place
-            first.health.past.attempts += first.health.struggling not in SLOW
             return True
         if self.take_any():
             return True
@@ -268,9 +267,9 @@ class Candidates(Generic[AnyMember]):
         usable = [each for each in self._left if each.health.may_serve(model, urgent)]
         if self.is_pinned and not usable:
             usable = [each for each in self._left if each.health.is_only_out(model)]
-        if self._home:
-            at_home = [each for each in usable if each.organization == self._home]
-            return at_home or usable
+        if self._readers:
+            readers = [each for each in usable if each.organization == self._readers]
+            return readers or usable
         return usable
 
     def _none_left(self) -> Refusal:
@@ -324,10 +323,11 @@ class Candidates(Generic[AnyMember]):
     # What the member does with the request
 
     @property
-    def is_abroad(self) -> bool:
+    def may_be_unreadable(self) -> bool:
         """Return whether the request has encrypted content that the member can't read, as far as is
         known: it belongs to another organization."""
-        return bool(self._home and self.member and self.member.organization != self._home)
+        readers = self._readers
+        return bool(readers and self.member and self.member.organization != readers)
 
     def answer(self, serves: bool = True) -> None:
         """Note that the member has begun to answer, with anything but a failure. `serves`: not with
@@ -362,7 +362,7 @@ class Candidates(Generic[AnyMember]):
         if self.member:
             self.member.health.reject(self.model, code, self._tried)
 
-    def limit(self, code: str, told: float | None) -> None:
+    def limit(self, code: str, retry_after: float | None) -> None:
         """Note that a limit of the member is reached; see MemberHealth.limit."""
         if self.member:
-            self.member.health.limit(self.model, code, told, self._tried)
+            self.member.health.limit(self.model, code, retry_after, self._tried)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from redbtc.refusals import Refusal
 from redbtc.upstream.absences import ALL_MODELS
 from redbtc.upstream.addresses import HostNames
-from redbtc.upstream.candidates import Candidates, Moved, PlaceQueue, ranked
+from redbtc.upstream.candidates import Candidates, MovedSessions, PlaceQueue, ranked
 from redbtc.upstream.change import UpstreamChange
 from redbtc.upstream.health_report import can_serve
 from redbtc.upstream.upstreams import Upstream
@@ -28,7 +28,7 @@ class Upstreams:
         can't be read."""
         self._on_change = on_change
         self._queue: PlaceQueue[Upstream] = PlaceQueue()
-        self._moved = Moved()
+        self._moved = MovedSessions()
         self._names = HostNames()
         self._closing: set[asyncio.Task[None]] = set()
         self._upstreams = [self._new(member) for table in settings for member in table.members]
@@ -43,7 +43,7 @@ class Upstreams:
         with their requests. A member whose ca_file has other contents does not connect as before.
         Raises SettingsError if one can't be read."""
         before = self._upstreams
-        kept = {each.name: each for each in before if not each.has_new_certificates()}
+        kept = {each.name: each for each in before}
         members = [member for table in settings for member in table.members]
         after = [self._renewed(member, kept.get(member.member_name)) for member in members]
         for upstream, member in zip(after, members, strict=True):
@@ -55,18 +55,32 @@ class Upstreams:
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
         self._watch_health()
+        self.let_last_serve()
+
+    def let_last_serve(self) -> None:
+        """End the rests after a limit for models that no other member can serve, after members were
+        removed, here or by a restart."""
+        for upstream in self._upstreams:
+            health = upstream.health
+            for rest in list(health.absences.rests.values()):
+                if rest.is_limit and health.is_last(rest.model):
+                    health.absences.end(rest)
 
     def _renewed(self, settings: UpstreamSettings, before: Upstream | None) -> Upstream:
-        """Return the member `before` if it connects as these settings say, else a new one."""
+        """Return the member `before` if it connects as these settings say, else a new one. Raises
+        SettingsError if the settings' ca_file can't be read; that of others does not matter."""
+        same_file = before and settings.ca_file == before.settings.ca_file
+        if before and same_file and before.has_new_certificates():
+            before = None
         if before and settings.connects_like(before.settings):
             return before
         return self._new(settings, before)
 
     def _new(self, settings: UpstreamSettings, before: Upstream | None = None) -> Upstream:
         """Return a new member. It goes on with the health of the one `before` if it is the same key
-        at the same place."""
+        for the same server."""
         upstream = Upstream(settings, self._names, self._on_change)
-        if before and before.settings.place == settings.place:
+        if before and before.settings.destination == settings.destination:
             upstream.go_on_with(before.health)
         return upstream
 
@@ -144,10 +158,10 @@ class Upstreams:
         holder = self.named(name)
         if holder is None or not holder.usable:
             raise Refusal("no_upstream", retry_after=60)
-        mates = [each for each in self._upstreams if each is not holder and each.usable]
+        others = [each for each in self._upstreams if each is not holder and each.usable]
         found = [
             each
-            for each in (holder, *mates)
+            for each in (holder, *others)
             if each.organization == holder.organization
             and (model == ALL_MODELS or each.serves(model))
         ]

@@ -5,8 +5,10 @@ lately. There is no I/O here; time is read from a clock that is handed in.
         └─► out ─────┘         after failures, until a time and then until a request succeeds
 
 Rule 1. A 429 rests the member for the model, for as long as the upstream says, at most
-MAX_TOLD_SECONDS; if it does not say, for 1, 2, 4 … 60 s. A quota that is used up rests it for all
-models, with growing pauses, until a request succeeds.
+MAX_RETRY_AFTER_SECONDS; if it does not say, for 1, 2, 4 … 60 s. A 429 to a request that
+names no model (a handshake, or one for what is stored) rests it for none: such requests have limits
+of their own. A quota that is used up rests it for all models, with growing pauses, until a request
+succeeds.
 
 Rule 2. FAILURES_IN_ROW failures in a row, or half of the requests of SHARE_SECONDS, take it out for
 30 s, then twice as long each time, up to 300 s. A rejected key takes it out at once.
@@ -32,11 +34,20 @@ from redbtc.upstream.past_requests import PastRequests
 OUT_SECONDS, MAX_OUT_SECONDS = 30.0, 300.0
 UP_SECONDS = 300.0  # a member that has been up for so long begins with OUT_SECONDS again
 REST_SECONDS, MAX_REST_SECONDS = 1.0, 60.0  # if the upstream does not say for how long
-MAX_TOLD_SECONDS = 600.0
+MAX_RETRY_AFTER_SECONDS = 600.0
 QUOTA_SECONDS, MAX_QUOTA_SECONDS = 60.0, 1800.0
 SLOW = ("dns", "connect_timeout")  # causes that cost a request seconds
+USELESS_SECONDS = 5.0  # for which a last member that fails, though it answers, can't serve
 QUOTA, CREDENTIALS, BY_HAND = "insufficient_quota", "credentials", "by hand"
 RECOVERED, RESTED = "recovered", "rested"
+
+
+def useless_seconds(reason: str) -> float:
+    """Return for how many seconds monitors are told that a last member can't serve, which fails for
+    this reason. That is short if it answers: it may be the requests of one account that it fails
+    on, and these must not take the gateway from the others."""
+    unreached = reason in (*SLOW, "refused", "unreachable", CREDENTIALS)
+    return OUT_SECONDS if unreached or reason.startswith("tls: ") else USELESS_SECONDS
 
 
 class MemberHealth:
@@ -54,8 +65,8 @@ class MemberHealth:
         self.on_change = on_change
         # Return whether no other member can serve a model. The set of members sets it.
         self.is_last: Callable[[str], bool] = lambda _: True
-        # Called when it can't be reached, which takes seconds to find out. Whoever is called calls
-        # `note_reachable` when that has changed; until then it is not sent requests.
+        # Called when it can't be reached, which takes seconds to find out. It is not sent requests
+        # until `note_reachable` is called.
         self.on_unreachable: Callable[[], None] = lambda: None
         self.absences = Absences(clock, self._note_rested)
         self.past = PastRequests(clock)
@@ -72,7 +83,7 @@ class MemberHealth:
 
     @property
     def state(self) -> str:
-        """Its state: "up", "resting" (for one model at least), "out" or "unusable"."""
+        """The member's state: "up", "resting" (for one model at least), "out" or "unusable"."""
         if not self.usable:
             return "unusable"
         if self.absences.outage:
@@ -100,12 +111,12 @@ class MemberHealth:
 
     @property
     def known_failure(self) -> str:
-        """Why a request would fail, if that is known and would take seconds to find out again."""
+        """As `slow_failure`, of one that stays up as the last one: requests fail at once."""
         return self.struggling if self.struggling in SLOW else ""
 
     @property
     def slow_failure(self) -> str:
-        """Why it can't be reached, if finding that out takes seconds each time; else ""."""
+        """The reason why it can't be reached, if finding that out takes seconds; else ""."""
         outage = self.absences.outage
         reason = outage.reason if outage else self.struggling
         return reason if reason in SLOW else ""
@@ -120,8 +131,8 @@ class MemberHealth:
     # What happens to requests. `tried` is what `begin` has returned for the request.
 
     def begin(self, model: str) -> Tried:
-        """Note that a request for the model is sent to it. Return what is over if that succeeds."""
-        self.past.attempts += self.struggling not in SLOW  # else it fails at once
+        """Note that a request for the model has a place at it. Return what is over if the request
+        succeeds."""
         return NOT_TRIED if self.is_steady else self.absences.begin(model)
 
     def answer(self, model: str, tried: Tried) -> None:
@@ -136,7 +147,7 @@ class MemberHealth:
             if absence is absences.outage:
                 absences.outage, self._back_at = None, self.clock()
                 self.past.forget_failures()
-                self._changed("out", RECOVERED)
+                self._changed("out", *absences.rest_of_all(RECOVERED))
             elif absence is absences.rests.get(absence.model) and absence.is_limit:
                 self._pauses.forget(absence.model)
                 del absences.rests[absence.model]
@@ -158,12 +169,14 @@ class MemberHealth:
         else:
             self._take_out(CREDENTIALS, model)
 
-    def limit(self, model: str, code: str, told: float | None, tried: Tried) -> None:
-        """Note that a limit of the upstream is reached, and with which code. `told`: for how many
-        seconds, as the upstream says; None if it does not say."""
+    def limit(self, model: str, code: str, retry_after: float | None, tried: Tried) -> None:
+        """Note that a limit of the upstream is reached, and with which code. `retry_after`:
+        for how many seconds, as the upstream says; None if it does not say."""
         self.past.limit(code)
         now, quota = self.clock(), code == QUOTA
         of = ALL_MODELS if quota else model
+        if of == ALL_MODELS and not quota:
+            return  # that of a handshake, or of what is stored: models have limits of their own
         before = self.absences.rests.get(of)
         if before and before not in tried and (before.needs_success or now < before.until):
             return  # the request began before the rest
@@ -171,8 +184,8 @@ class MemberHealth:
             return
         if quota:
             seconds = self._pauses.next(of, QUOTA_SECONDS, MAX_QUOTA_SECONDS)
-        elif told:
-            seconds = min(told, MAX_TOLD_SECONDS)
+        elif retry_after:
+            seconds = min(retry_after, MAX_RETRY_AFTER_SECONDS)
         else:
             seconds = self._pauses.next(of, REST_SECONDS, MAX_REST_SECONDS)
             seconds *= random.uniform(0.8, 1.2)
@@ -190,13 +203,11 @@ class MemberHealth:
         set meanwhile, it is no longer than a new one could be."""
         now, quota, by_hand = self.clock(), reason == QUOTA, reason == BY_HAND
         if not by_hand:
-            seconds = min(seconds, MAX_QUOTA_SECONDS if quota else MAX_TOLD_SECONDS)
+            seconds = min(seconds, MAX_QUOTA_SECONDS if quota else MAX_RETRY_AFTER_SECONDS)
         if quota:
             self._pauses.note(ALL_MODELS, max(QUOTA_SECONDS, seconds))
-        until = now + seconds
-        self.absences.add_rest(
-            Absence(reason, model, now, until, seconds, quota, is_limit=not by_hand)
-        )
+        rest = Absence(reason, model, now, now + seconds, seconds, quota, is_limit=not by_hand)
+        self.absences.add_rest(rest)
 
     def resume(self, by: str) -> None:
         """Be up, because an operator says so."""
@@ -272,7 +283,7 @@ class MemberHealth:
     def _struggle(self, reason: str, now: float) -> None:
         """Note why it would be out."""
         if reason and (not self.struggling or now >= self.struggling_until):
-            self.struggling_until = now + OUT_SECONDS
+            self.struggling_until = now + useless_seconds(reason)
         self.struggling = reason
         if reason in SLOW:
             self.on_unreachable()

@@ -1,12 +1,12 @@
-"""How a member is and how it has done lately, as people are told. Times are in seconds before or
-after now, since a clock that can be compared with others is not known here."""
+"""The report on a member's health for people: its state, and how its latest requests went. Times
+are in seconds before or after now, since the member's clock is monotonic."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from redbtc.upstream.absences import ALL_MODELS, Absence
-from redbtc.upstream.health import MemberHealth
+from redbtc.upstream.health import CREDENTIALS, MemberHealth
 from redbtc.upstream.past_requests import RecentRequests
 
 
@@ -60,7 +60,9 @@ def can_serve(health: MemberHealth) -> bool:
     now, outage = health.clock(), health.absences.outage
     if not health.usable or health.known_failure:
         return False
-    if health.struggling and now < health.struggling_until:
+    # One client whose requests fail, however many, shows nothing while those of others succeed.
+    serves_nobody = health.struggling == CREDENTIALS or health.past.have_failed_in_row
+    if health.struggling and serves_nobody and now < health.struggling_until:
         return False
     if outage and (now < outage.until or not outage.is_reachable):
         return False

@@ -59,9 +59,14 @@ class PastRequests:
         is_counted = code in self.failures or len(self.failures) < MAX_REASONS
         self.failures[code if is_counted else OTHER] += 1
 
+    @property
+    def have_failed_in_row(self) -> bool:
+        """Return whether FAILURES_IN_ROW have failed in a row."""
+        return max(self.failed_in_row, self._torn_in_row) >= FAILURES_IN_ROW
+
     def have_failed_enough(self) -> bool:
         """Return whether so many have failed that the member is to be taken out."""
-        if max(self.failed_in_row, self._torn_in_row) >= FAILURES_IN_ROW:
+        if self.have_failed_in_row:
             return True
         since = self._clock() - SHARE_SECONDS
         recent = [each for each in self._recent if each[0] > since]

@@ -16,7 +16,7 @@ LIMIT_KINDS = ("requests", "tokens")
 MAX_VALUE = 64  # characters of a header's value
 
 
-def told_seconds(headers: Headers) -> float | None:
+def retry_after_seconds(headers: Headers) -> float | None:
     """Return in how many seconds the upstream wants to be asked again, by its headers
     `retry-after-ms` or `retry-after` (seconds or a date), else by `x-ratelimit-reset-*` of what is
     used up; None if it does not say, or says "at once"."""
@@ -26,12 +26,12 @@ def told_seconds(headers: Headers) -> float | None:
         if len(value) <= MAX_VALUE
     }
     milliseconds = _number(found.get(b"retry-after-ms", ""))
-    told = None if milliseconds is None else milliseconds / 1000
-    if told is None:
-        told = _retry_after(found.get(b"retry-after", ""))
-    if told is None:
-        told = _reset(found)
-    return told if told and told > 0 else None
+    seconds = None if milliseconds is None else milliseconds / 1000
+    if seconds is None:
+        seconds = _retry_after(found.get(b"retry-after", ""))
+    if seconds is None:
+        seconds = _reset(found)
+    return seconds if seconds and seconds > 0 else None
 
 
 def _retry_after(value: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -53,6 +54,20 @@ def test_all_members_answer(make_gateway: MakeGateway, upstream: Upstream, runni
     ]
     assert lines[1:3] == ["upstream two/B: 2 models", "upstream one: 1 model"]
     assert "upstreams" not in gateway.cli("check"), "they were not asked"
+
+
+@pytest.mark.skipif(find_spec("socksio") is not None, reason="socksio is installed")
+def test_a_proxy_that_needs_a_missing_package_is_a_problem(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    table = {"name": "one", "base_url": upstream.url, "transport": "httpx"}
+    gateway = make_gateway({"upstreams": [{**table, "proxy": "socks5://127.0.0.1:1"}]})
+    done = gateway.run("check")
+    assert done.returncode == 2
+    assert "upstreams[0].proxy: a SOCKS proxy needs the Python package socksio" in done.stdout
+    done = gateway.run("serve")
+    assert "Traceback" not in done.stderr
+    assert "socksio" in done.stderr
 
 
 ERROR = {"message": f"Incorrect API key: {CANARY}", "type": "invalid_request_error", "param": None}

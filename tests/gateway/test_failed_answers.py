@@ -14,7 +14,7 @@ import pytest
 
 from tests.gateway.errors import error
 from tests.helpers.gateway import UPSTREAM_KEY
-from tests.helpers.pair import CHAT, CHAT_COST, Pair, nowhere
+from tests.helpers.pair import CHAT, CHAT_COST, MODEL, Pair, nowhere
 from tests.helpers.response_store import ResponseStore
 from tests.helpers.upstream import Received, Reply, Script, json_answer, openai_like
 
@@ -145,6 +145,66 @@ def test_nothing_of_a_rejected_key_for_what_is_stored(pair: Pair, path: str) -> 
     assert error(answer) == (502, "upstream_credentials_rejected", None)
     assert CANARY not in pair.gateway.flushed_log()
     pair.wait_until_idle()
+
+
+# ── What one client's request says of the key ────────────────────────────────────────────────────
+
+LACKING = {
+    "unverified organization": (403, None, "Your organization must be verified to use the model."),
+    "key without a scope": (401, None, "You have insufficient permissions. Missing scopes: api.x."),
+    "named scope": (401, "missing_scope", "You have insufficient permissions for this operation."),
+    "another gateway's": (403, "model_not_allowed", "This API key is not allowed to use it."),
+    "no access": (403, "model_not_found", "The project does not have access to the model."),
+}
+
+
+@pytest.mark.parametrize("why", LACKING)
+def test_a_key_without_a_right_is_left_out_for_the_model_alone(pair: Pair, why: str) -> None:
+    status, code, message = LACKING[why]
+    content = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    pair.bad.script = json_answer({"error": content}, status)
+    assert pair.ask().status_code == 200
+    shown = {each["name"]: each for each in pair.gateway.api("GET", "/upstreams")["upstreams"]}
+    bad = shown[pair.name("bad")]
+    assert bad["state"] == "resting"
+    assert [each["model"] for each in bad["rests"]] == [MODEL]
+    assert pair.ask().status_code == 200
+    assert len(pair.bad.requests) == 1
+
+
+@pytest.mark.parametrize("why", LACKING)
+def test_a_key_without_a_right_is_no_outage_of_the_only_upstream(pair: Pair, why: str) -> None:
+    pair.use({}, {"api_key_env": "NOT_SET"})
+    status, code, message = LACKING[why]
+    content = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    pair.bad.script = json_answer({"error": content}, status)
+    assert error(pair.ask()) == (502, "upstream_credentials_rejected", None)
+    assert pair.gateway.get("/readyz").status_code == 200
+
+
+def test_a_limit_of_what_is_stored_rests_no_model(pair: Pair) -> None:
+    pair.bad.script = ResponseStore(first=1000 * pair.number)
+    made = pair.ask("/responses").json()["id"]
+    pair.bad.script = failing(429, "rate_limit_exceeded", LATER)
+    with pair.gateway.client(pair.key) as client:
+        assert client.get(f"/responses/{made}").status_code == 429
+    pair.bad.script = openai_like
+    before = len(pair.bad.requests)
+    assert pair.ask().status_code == 200
+    assert len(pair.bad.requests) == before + 1
+
+
+@pytest.mark.parametrize("field", ["code", "type"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_code_that_quotes_the_key_is_not_kept(pair: Pair, status: int, field: str) -> None:
+    pair.alone()
+    pair.bad.script = json_answer({"error": {"message": "no", field: UPSTREAM_KEY}}, status)
+    assert error(pair.ask()) == (502, "upstream_credentials_rejected", None)
+    assert pair.met("upstream_status", "upstream_error_code") == (status, str(status))
+    shown = [pair.gateway.flushed_log(), pair.gateway.get("/metrics").text]
+    for path in ("/overview", "/requests", "/upstreams", "/upstreams/changes"):
+        shown.append(json.dumps(pair.gateway.api("GET", path)))
+    assert not [each for each in shown if CANARY in each]
 
 
 # ── Bodies of error answers ──────────────────────────────────────────────────────────────────────

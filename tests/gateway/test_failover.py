@@ -22,6 +22,7 @@ import httpx2
 import pytest
 from backports import zstd
 
+from redbtc.upstream.past_requests import FAILURES_IN_ROW
 from tests.gateway.errors import error
 from tests.helpers.gateway import PATIENCE_SECONDS, free_port, wait_until
 from tests.helpers.pair import BALANCE, CHAT, CHAT_COST, MODEL, RESPONSE, Pair, nowhere
@@ -469,3 +470,13 @@ def test_a_balance_is_never_overspent(pair: Pair) -> None:
     assert Decimal(account["balance"]) == Decimal(BALANCE) - paid >= 0
     assert Decimal(account["held"]) == 0
     assert len(rows) == statuses.count(200) in (9, 10)
+
+
+def test_a_request_that_fails_at_once_has_no_attempt(pair: Pair) -> None:
+    """It is not sent to the only upstream, which is known not to be reachable."""
+    pair.alone(base_url="http://no-such-host.invalid/v1")
+    for _ in range(FAILURES_IN_ROW + 1):
+        assert pair.ask().status_code == 502
+    rows = pair.gateway.rows(account=pair.account)
+    assert [row["attempts"] for row in rows] == [1] * FAILURES_IN_ROW + [0]
+    assert {row["upstream_error_code"] for row in rows} == {"dns"}

@@ -303,3 +303,13 @@ def test_an_upstream_that_comes_back_lets_requests_in(
     gate.open()
     assert held.result().status_code == 200
     pair.wait_until_idle()
+
+
+def test_a_place_alone_is_no_attempt(pair: Pair) -> None:
+    """A request can be refused after it has got its place, before anything is sent."""
+    pair.alone()
+    pair.key = pair.gateway.new_key(f"poor{pair.number}", credit_limit="0")
+    assert error(pair.ask())[:2] == (429, "insufficient_quota")
+    pair.wait_until_idle()
+    attempts = f'redbtc_upstream_attempts_total{{upstream="{pair.name("bad")}"}}'
+    assert (len(pair.bad.requests), pair.gateway.metrics()[attempts]) == (0, 0)

@@ -3,7 +3,10 @@ monitors are told."""
 
 from __future__ import annotations
 
+import re
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +14,7 @@ import httpx2
 import pytest
 
 from redbtc.gateway.upstream_shown import moment
-from redbtc.upstream.absences import NOT_TRIED
+from redbtc.upstream.absences import NOT_TRIED, URGENT_SECONDS
 from redbtc.upstream.change import UpstreamChange
 from redbtc.upstream.health import OUT_SECONDS, QUOTA, MemberHealth
 from redbtc.upstream.health_report import can_serve, report
@@ -19,7 +22,7 @@ from redbtc.upstream.past_requests import FAILURES_IN_ROW, MAX_REASONS, OTHER
 from tests.dashboard.pages import cells
 from tests.helpers.gateway import NO_TLS, PATIENCE_SECONDS, ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.logins import new_user
-from tests.helpers.upstream import Upstream, json_answer, openai_like, silent
+from tests.helpers.upstream import Received, Reply, Upstream, json_answer, openai_like, silent
 
 pytestmark = pytest.mark.promise_9
 
@@ -255,7 +258,7 @@ def test_the_answer_names_the_models_that_nobody_serves(
     ("path", "body", "status", "said"),
     [
         ("nobody/rest", {}, 404, "upstream 'nobody' does not exist"),
-        ("up/resume", {}, 404, "upstream 'up' does not exist"),
+        ("up/resume", {}, 404, "upstream 'up' does not exist; there are: up/KEY_A, up/KEY_B"),
         ("up/KEY_A/rest/rest", {}, 404, "upstream 'up/KEY_A/rest' does not exist"),
         ("up/KEY_A/rest", {"for": "soon"}, 400, "a duration such as 90s"),
         ("up/KEY_A/rest", {"duration": "5m"}, 400, "unknown field `duration`"),
@@ -285,6 +288,88 @@ def test_a_member_without_its_key_can_not_be_steered(
         assert done.stderr == "Error: upstream 'up/KEY_C' can't be used: not set: KEY_C\n"
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_the_last_member_serves_although_it_rested_beside_others(
+    make_gateway: MakeGateway, upstream: Upstream, restarted: bool
+) -> None:
+    """Its answer is better than none, once the settings have no other member any more."""
+    table = {"name": "up", "base_url": upstream.url}
+    gateway = make_gateway({"upstreams": [{**table, "api_key_envs": list(KEYS)}]}, **KEYS).start()
+    key = gateway.new_key()
+    limit = json_answer({"error": {"code": "rate_limit_exceeded"}}, 429, [("retry-after", "500")])
+
+    async def limit_once(request: Received, reply: Reply) -> None:
+        upstream.script = openai_like
+        await limit(request, reply)
+
+    upstream.script = limit_once
+    assert ask(gateway, key).status_code == 200
+    (resting,) = [each["name"] for each in listed(gateway).values() if each["rests"]]
+    left = resting.partition("/")[2]
+    gateway.configure({"upstreams": [{**table, "api_key_envs": [left]}]})
+    if restarted:
+        gateway.restart()
+    else:
+        gateway.signal(signal.SIGHUP)
+        gateway.wait_for_log('"reloaded"')
+    assert ask(gateway, key).status_code == 200
+    assert listed(gateway)[resting]["state"] == "up"
+
+
+def test_a_rest_by_hand_outlives_the_outage_that_it_began_in(
+    two_keys: Gateway, upstream: Upstream
+) -> None:
+    """Even if a request that had been let through before succeeds then."""
+    key, go = two_keys.new_key(), threading.Event()
+    reject = json_answer({"error": {"code": "invalid_api_key"}}, 401)
+    upstream.script = reject
+    assert ask(two_keys, key).status_code == 502
+    (out,) = [each["name"] for each in listed(two_keys).values() if each["state"] == "out"]
+    bad = KEYS[out.partition("/")[2]]
+
+    async def answer_late(request: Received, reply: Reply) -> None:
+        if request.header("authorization") == f"Bearer {bad}":
+            await reply.wait(go)
+            await openai_like(request, reply)
+        else:
+            await reject(request, reply)
+
+    upstream.script = answer_late
+    statuses: list[int] = []
+    asking = threading.Thread(target=lambda: statuses.append(ask(two_keys, key).status_code))
+    time.sleep(URGENT_SECONDS)
+    asking.start()
+    wait_until(lambda: listed(two_keys)[out]["in_flight"])
+    two_keys.api("POST", f"/upstreams/{out}/rest", {"for": "2h"})
+    go.set()
+    asking.join()
+    assert statuses == [200]
+    found = listed(two_keys)[out]
+    assert (found["state"], found["reason"]) == ("resting", "by hand")
+    two_keys.restart()
+    found = listed(two_keys)[out]
+    assert (found["state"], found["reason"]) == ("resting", "by hand")
+
+
+def test_a_rest_ends_with_a_reload_that_brings_another_key(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """It does not come back with a restart."""
+
+    def tables(variable: str) -> dict[str, Any]:
+        table = {"name": "up", "base_url": upstream.url, "api_key_env": variable}
+        return {"upstreams": [table, {**table, "name": "other"}]}
+
+    gateway = make_gateway(tables("KEY_A"), **KEYS).start()
+    gateway.api("POST", "/upstreams/up/rest", {"for": "2h"})
+    gateway.configure(tables("KEY_B"))
+    gateway.signal(signal.SIGHUP)
+    gateway.wait_for_log('"reloaded"')
+    assert listed(gateway)["up"]["state"] == "up"
+    gateway.restart()
+    assert listed(gateway)["up"]["state"] == "up"
+
+
 # ── The commands ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -310,11 +395,27 @@ def test_the_commands_show_and_steer(two_keys: Gateway, upstream: Upstream) -> N
     assert "0 %" in first + second
     assert any(line.startswith("up/KEY_") and "rests for gpt-5.5 until" in line for line in rests)
     done = two_keys.run("upstream", "rest", "up/KEY_B")
-    assert done.stderr == "Warning: no other upstream serves gpt-5*, codex* meanwhile.\n"
+    assert (
+        done.stderr == "Warning: no other upstream serves these models meanwhile: gpt-5*, codex*\n"
+    )
     for name in names:
         done = two_keys.run("upstream", "resume", name)
         assert done.stdout == f"Upstream {name} is sent requests again.\n"
     assert {each["state"] for each in listed(two_keys).values()} == {"up"}
+
+
+def test_a_member_that_is_out_and_rests_is_said_to_rest_until_then(
+    two_keys: Gateway, upstream: Upstream
+) -> None:
+    """Not until the end of its outage, which comes sooner."""
+    upstream.script = json_answer({"error": {"code": "invalid_api_key"}}, 401)
+    assert ask(two_keys, two_keys.new_key()).status_code == 502
+    (out,) = [each["name"] for each in listed(two_keys).values() if each["state"] == "out"]
+    done = two_keys.run("upstream", "rest", out, "--for", "2h")
+    said = done.stdout.removeprefix(f"Upstream {out} rests until ")
+    assert said > listed(two_keys)[out]["until"], done.stdout
+    shown = two_keys.run("upstream", "list").stdout
+    assert re.search(f"^{out} rests until .*: by hand$", shown, re.MULTILINE)
 
 
 def test_without_a_gateway_there_is_nothing_to_steer(make_gateway: MakeGateway) -> None:
@@ -344,7 +445,7 @@ def test_the_overview_shows_and_steers(two_keys: Gateway) -> None:
     assert (state, why[:15]) == ("resting", "by hand, until ")
     assert why[15:] > since
     page = operator.post("/dashboard/overview", **{**form, "upstream": "up/KEY_B"})
-    assert "No other upstream serves gpt-5*, codex* meanwhile." in page.text
+    assert "No other upstream serves these models meanwhile: gpt-5*, codex*" in page.text
     for name in ("up/KEY_A", "up/KEY_B"):
         answer = operator.post("/dashboard/overview", do="resume", upstream=name)
         assert answer.status_code == 303

@@ -20,6 +20,7 @@ from redbtc.store.schema import migrations, schema
 from tests.dashboard.pages import cells
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.logins import new_user
+from tests.helpers.upstream import Received, Reply, Upstream
 from tests.helpers.webhook import SECRET, Hook, receiving
 
 pytestmark = pytest.mark.promise_9
@@ -60,10 +61,16 @@ def hook() -> Iterator[Hook]:
         yield hook
 
 
-def watched(make_gateway: MakeGateway, hook: Hook | None, pair_seconds: float = MINUTES) -> Gateway:
-    """A gateway that reads changes from a file, and has a webhook if `hook` is given."""
+BESIDE = '[[upstreams]]\nname = "beside"\nbase_url = "http://127.0.0.1:1/v1"\napi_key_env = ""'
+
+
+def watched(
+    make_gateway: MakeGateway, hook: Hook | None, pair_seconds: float = MINUTES, more: str = ""
+) -> Gateway:
+    """A gateway that reads changes from a file, and has a webhook if `hook` is given. `more` are
+    further upstreams."""
     billing = '[billing]\nunpriced_models = "free"\n'
-    gateway = make_gateway(billing + (hook.settings() if hook else ""), HOOK_SECRET=SECRET)
+    gateway = make_gateway(billing + (hook.settings() if hook else ""), more, HOOK_SECRET=SECRET)
     gateway.prelude = PRELUDE.format(root=str(ROOT), pair_seconds=pair_seconds)
     return gateway.start()
 
@@ -403,7 +410,7 @@ def rests_of(gateway: Gateway) -> list[dict[str, Any]]:
 
 
 def test_rests_that_are_still_in_the_future_survive_a_restart(make_gateway: MakeGateway) -> None:
-    gateway = watched(make_gateway, None)
+    gateway = watched(make_gateway, None, more=BESIDE)
     limit: dict[str, Any] = {"reason": "rate_limit_exceeded", "seconds": 600.0}
     note(gateway, changed("resting", model="a", **limit), changed("resting", model="b", **limit))
     note(gateway, changed("resting", model="short", reason="busy", seconds=0.001))
@@ -447,7 +454,7 @@ def test_an_outage_that_was_told_of_ends_with_a_restart_unless_it_goes_on(
 def test_a_member_that_goes_on_resting_after_a_restart_is_not_told_of_as_back(
     make_gateway: MakeGateway, hook: Hook
 ) -> None:
-    gateway = watched(make_gateway, hook)
+    gateway = watched(make_gateway, hook, more=BESIDE)
     note(gateway, changed("resting", reason="insufficient_quota", seconds=900.0))
     wait_until(lambda: len(hook.accepted) == 1)
     gateway.restart()
@@ -456,6 +463,25 @@ def test_a_member_that_goes_on_resting_after_a_restart_is_not_told_of_as_back(
     note(gateway, BACK)
     wait_until(lambda: len(hook.accepted) == 2)
     assert hook.accepted[1].told == ("upstream.back", "test")
+
+
+def test_a_rest_that_was_not_told_of_yet_is_told_of_after_a_restart(
+    make_gateway: MakeGateway, hook: Hook
+) -> None:
+    """It began too soon after the last outage."""
+    gateway = watched(make_gateway, hook, more=BESIDE)
+    note(gateway, OUT, BACK)
+    wait_until(lambda: len(hook.accepted) == 2)
+    note(gateway, changed("resting", reason="by hand", seconds=9000.0, by="ada"))
+    gateway.restart()
+    wait_until(lambda: len(hook.accepted) == 3)
+    assert hook.accepted[2].told == ("upstream.out", "test")
+    data = hook.accepted[2].content["data"]
+    assert (data["state"], data["reason"]) == ("resting", "by hand")
+    gateway.restart()
+    gateway.api("POST", "/upstreams/test/resume")
+    wait_until(lambda: len(hook.accepted) == 4)
+    assert hook.accepted[3].told == ("upstream.back", "test")
 
 
 def test_messages_wait_for_a_receiver_across_a_restart(
@@ -554,6 +580,22 @@ def test_the_commands_list_messages_and_send_a_test(make_gateway: MakeGateway, h
     failed = gateway.run("webhook", "test")
     assert (failed.returncode, failed.stdout) == (1, "The message was not accepted: status 404.\n")
     assert len(messages_of(gateway)) == 2, "a test is not in the list"
+
+
+def test_the_body_of_a_webhooks_answer_is_not_waited_for(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The answer's status says it all. A body without an end would hold up all messages."""
+
+    async def without_end(request: Received, reply: Reply) -> None:
+        await reply.head(200)
+        await reply.send(b"x")
+        await reply.wait(request.closed)
+
+    upstream.script = without_end
+    billing = f'[billing]\nwebhook_url = "{upstream.url}"\nwebhook_secret_env = "HOOK_SECRET"\n'
+    gateway = make_gateway(billing, HOOK_SECRET=SECRET).start()
+    assert gateway.cli("webhook", "test") == {"delivered": True, "status": 200, "error": None}
 
 
 def test_the_commands_say_that_there_is_no_webhook(make_gateway: MakeGateway) -> None:

@@ -159,10 +159,6 @@ class Pair:
         if cost is not None:
             assert Decimal(self.row["cost"]) == cost
 
-    def secrets_in(self, *texts: str) -> list[str]:
-        """Return which of the texts contain a piece of the operator's key."""
-        return [text for text in texts if UPSTREAM_KEY[:12] in text]
-
 
 @contextlib.contextmanager
 def running_pair(folder: Path, fork_server: ForkServer) -> Iterator[Pair]:

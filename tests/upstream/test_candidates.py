@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from redbtc.refusals import Refusal
 from redbtc.upstream import candidates as candidates_module
 from redbtc.upstream.absences import NOT_TRIED
-from redbtc.upstream.candidates import Candidates, Moved, PlaceQueue, ranked, session_hash
+from redbtc.upstream.candidates import Candidates, MovedSessions, PlaceQueue, ranked, session_hash
 from redbtc.upstream.configured import Upstreams
 from redbtc.upstream.health import QUOTA, MemberHealth
 from redbtc.upstream_settings import UpstreamSettings
@@ -198,7 +198,7 @@ def test_lower_priorities_come_first() -> None:
 
 
 def test_a_session_returns_when_its_member_is_back(queue: PlaceQueue[Named]) -> None:
-    members, moved = [Named("a"), Named("b"), Named("c")], Moved()
+    members, moved = [Named("a"), Named("b"), Named("c")], MovedSessions()
 
     def ask() -> str | None:
         found = candidates(members, queue, session=SESSIONS[0], moved=moved)
@@ -454,7 +454,7 @@ def test_many_who_wait_do_not_make_a_request_dearer(queue: PlaceQueue[Named]) ->
 
 
 def test_a_session_that_replays_stays_where_it_was_moved_to(queue: PlaceQueue[Named]) -> None:
-    members, moved = [Named("a"), Named("b"), Named("c")], Moved()
+    members, moved = [Named("a"), Named("b"), Named("c")], MovedSessions()
 
     def ask(replays: bool) -> str | None:
         found = candidates(members, queue, session=SESSIONS[0], moved=moved, replays=replays)
@@ -476,14 +476,14 @@ def test_a_session_that_replays_stays_where_it_was_moved_to(queue: PlaceQueue[Na
 
 
 def test_a_session_that_replays_returns_within_an_organization(queue: PlaceQueue[Named]) -> None:
-    members, moved = [Named("a", organization="o"), Named("b", organization="o")], Moved()
+    members, moved = [Named("a", organization="o"), Named("b", organization="o")], MovedSessions()
     moved.note(SESSIONS[0], "a", "b")
     found = candidates(members, queue, session=SESSIONS[0], moved=moved, replays=True)
     assert taken(found) == "a"
 
 
 def test_a_removed_member_is_not_missed(queue: PlaceQueue[Named]) -> None:
-    moved = Moved()
+    moved = MovedSessions()
     moved.note(SESSIONS[0], "a", "removed")
     members = [Named("a"), Named("b")]
     found = candidates(members, queue, session=SESSIONS[0], moved=moved, replays=True)
@@ -526,7 +526,7 @@ def test_requests_with_objects_of_a_member_are_sent_to_it_even_if_it_is_out(
 
 def test_the_memory_of_moved_sessions_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates_module, "MAX_MOVED", 100)
-    moved = Moved()
+    moved = MovedSessions()
     for session in SESSIONS[:500]:
         moved.note(SESSIONS[0], "a", "b")  # it is in use
         moved.note(session, "a", "b")

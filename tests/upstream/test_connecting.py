@@ -354,6 +354,26 @@ def test_a_reload_reads_the_certificates_again(
         assert answer(gateway, key) == 200
 
 
+def test_an_upstream_can_be_removed_together_with_its_certificates(
+    make_gateway: MakeGateway, authority: Authority, upstream: Upstream
+) -> None:
+    own = {"name": "own", "base_url": "https://localhost:1/v1", "ca_file": "own.pem"}
+    other = {"name": "other", "base_url": upstream.url, "api_key_env": ""}
+    upstream.talk = ws_like_openai
+    gateway = make_gateway({"server": {}, "upstreams": [own]})
+    file = gateway.folder / "own.pem"
+    file.write_text(authority.file.read_text())
+    gateway.start()
+    key = gateway.new_key()
+    file.unlink()
+    gateway.configure({"server": {}, "upstreams": [other]})
+    gateway.signal(1)
+    gateway.wait_for_log('"reload')
+    assert '"reloaded"' in gateway.log()
+    assert [each["name"] for each in gateway.api("GET", "/upstreams")["upstreams"]] == ["other"]
+    assert answer(gateway, key) == 200
+
+
 @pytest.mark.parametrize(
     ("contents", "said"),
     [

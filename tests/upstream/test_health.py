@@ -6,7 +6,13 @@ import pytest
 
 from redbtc.upstream.absences import ALL_MODELS, MAX_RESTS, NOT_TRIED, Tried, end_tries
 from redbtc.upstream.change import UpstreamChange
-from redbtc.upstream.health import BY_HAND, CREDENTIALS, MAX_TOLD_SECONDS, QUOTA, MemberHealth
+from redbtc.upstream.health import (
+    BY_HAND,
+    CREDENTIALS,
+    MAX_RETRY_AFTER_SECONDS,
+    QUOTA,
+    MemberHealth,
+)
 from redbtc.upstream.health_report import can_serve
 
 pytestmark = pytest.mark.promise_9
@@ -299,7 +305,27 @@ def test_limits_are_not_tried_early() -> None:
     assert not member.may(OTHER, urgent=True)
 
 
+def test_a_limit_without_a_model_rests_none() -> None:
+    member = Member()
+    member.limit(told=100, model=ALL_MODELS)
+    member.limit(model=ALL_MODELS)
+    assert (member.health.state, member.health.past.last_error) == ("up", RATE)
+    member.limit(code=QUOTA, model=ALL_MODELS)
+    assert member.health.state == "resting"
+
+
 # ── The last member ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_monitors_are_not_told_of_requests_that_fail_while_others_succeed() -> None:
+    member = Member(last=True)
+    for _ in range(30):
+        member.serve()
+        member.fail()
+    assert member.health.struggling
+    assert can_serve(member.health)
+    member.fail(times=4)
+    assert not can_serve(member.health)
 
 
 def test_the_last_member_is_never_out() -> None:
@@ -437,7 +463,7 @@ def test_a_limit_rests_the_member_for_the_model_and_time_that_the_upstream_says(
 def test_no_told_rest_is_longer_than_ten_minutes(told: float) -> None:
     member = Member()
     member.limit(told=told)
-    assert round(member.pause()) == MAX_TOLD_SECONDS == 600
+    assert round(member.pause()) == MAX_RETRY_AFTER_SECONDS == 600
 
 
 def test_rests_without_a_time_become_longer_up_to_a_minute() -> None:

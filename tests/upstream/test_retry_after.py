@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redbtc.headers import Headers
-from redbtc.upstream.retry_after import seconds_of_go, told_seconds
+from redbtc.upstream.retry_after import retry_after_seconds, seconds_of_go
 
 pytestmark = pytest.mark.promise_9
 
@@ -25,13 +25,13 @@ HTTP, RFC_850, ASCTIME = (
 
 def told(**headers: str) -> float | None:
     """Return what headers say; `_` stands for `-` in their names."""
-    return told_seconds(
+    return retry_after_seconds(
         [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     )
 
 
 def test_nothing_is_said() -> None:
-    assert told_seconds([]) is None
+    assert retry_after_seconds([]) is None
     assert told(content_type="text/plain") is None
     assert told(retry_after="", retry_after_ms="") is None
 
@@ -132,8 +132,8 @@ def test_the_latest_reset_of_what_is_used_up_counts() -> None:
 
 
 def test_the_first_of_several_headers_counts() -> None:
-    assert told_seconds([(b"Retry-After", b"3"), (b"retry-after", b"9")]) == 3
-    assert told_seconds([(b"RETRY-AFTER", b"9" * 100), (b"retry-after", b"9")]) == 9
+    assert retry_after_seconds([(b"Retry-After", b"3"), (b"retry-after", b"9")]) == 3
+    assert retry_after_seconds([(b"RETRY-AFTER", b"9" * 100), (b"retry-after", b"9")]) == 9
 
 
 NAMES = [
@@ -154,7 +154,7 @@ VALUES = st.one_of(
 
 @given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=6))
 def test_any_headers_give_a_number_or_nothing(headers: Headers) -> None:
-    seconds = told_seconds(headers)
+    seconds = retry_after_seconds(headers)
     assert seconds is None or (seconds > 0 and math.isfinite(seconds))
 
 

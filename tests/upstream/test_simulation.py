@@ -30,7 +30,7 @@ from redbtc.upstream.absences import ALL_MODELS, Tried
 from redbtc.upstream.candidates import Candidates, PlaceQueue, session_hash
 from redbtc.upstream.change import UpstreamChange
 from redbtc.upstream.configured import Upstreams
-from redbtc.upstream.health import BY_HAND, CREDENTIALS, QUOTA, RECOVERED, SLOW, MemberHealth
+from redbtc.upstream.health import BY_HAND, CREDENTIALS, QUOTA, SLOW, MemberHealth
 from redbtc.upstream.upstreams import Upstream
 from redbtc.upstream_settings import UpstreamSettings
 from tests.helpers.virtual_time import run_in_virtual_time
@@ -308,10 +308,10 @@ class Referee:
             seen.rests.clear()
         elif reason == "last one":
             seen.out, seen.back_at = None, now
+        elif change.was == "out" and change.state != "out":  # it may rest on
+            seen.out = None
         elif change.seconds is None:
-            if reason == RECOVERED and change.was == "out":
-                seen.out = None
-            elif reason != CREDENTIALS:
+            if reason != CREDENTIALS:
                 rest = seen.rests.pop(model, None)
                 assert rest is None or rest.needs_success or now >= rest.until - EPSILON, (
                     f"too early: {change}"

@@ -14,10 +14,10 @@ from redbtc.gateway.failover import (
     LIMITED,
     MAX_BEGINNING,
     REJECTED_STATUSES,
-    TOO_LARGE,
     UNREADABLE,
     Failover,
     judge,
+    kept_code,
 )
 from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
@@ -27,7 +27,7 @@ from redbtc.refusals import Refusal
 from redbtc.server.websocket_protocol import UPGRADE
 from redbtc.upstream.candidates import Candidates
 from redbtc.upstream.failures import cause_of
-from redbtc.upstream.retry_after import told_seconds
+from redbtc.upstream.retry_after import retry_after_seconds
 from redbtc.upstream.upstreams import Upstream
 
 # The status of an error event that has only a code.
@@ -37,25 +37,33 @@ STATUS_OF_CODE = {
     "slow_down": 503,
     "server_is_overloaded": 503,
     "server_error": 500,
+    "invalid_api_key": 401,
+    "authentication_error": 401,
 }
 NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
 
 
 class HandshakeRefused(Refusal):
     """The refusal that follows from a connection that was not opened. `cause` says why,
-    `upstream_status` is the status of the upstream's answer if there is one, `told` in how many
-    seconds it wants to be asked again, and `member` the one that was tried."""
+    `upstream_status` is the status of the upstream's answer if there is one, `retry_after` in how
+    many seconds it wants to be asked again, and `member` the one that was tried."""
 
     member: Upstream | None = None
 
     def __init__(
-        self, code: str, cause: str | None, status: int | None = None, told: float | None = None
+        self,
+        code: str,
+        cause: str | None,
+        status: int | None = None,
+        retry_after: float | None = None,
+        body: bytes = b"",
     ) -> None:
         headers = UPGRADE if code == "upgrade_required" else ()
-        super().__init__(code, headers=headers, retry_after=told or 1.0)
+        super().__init__(code, headers=headers, retry_after=retry_after or 1.0)
         self.cause = cause
         self.upstream_status = status
-        self.told = told
+        self.retry_after = retry_after
+        self._body = body  # of the upstream's answer
 
     @property
     def is_limit(self) -> bool:
@@ -77,13 +85,12 @@ class HandshakeRefused(Refusal):
         if self.upstream_status is None:
             candidates.fail(self.cause or "protocol")
         elif self.is_failure:
-            judge(candidates, self.upstream_status, self.cause, self.told)
+            judge(candidates, self.upstream_status, self.cause, self.retry_after, self._body)
 
-    def sooner(self, seconds: float) -> Refusal:
-        """Return the refusal as the client of a handshake gets it. If it is a 429 that asks for
-        more than `seconds` of patience, when another member can be asked again, it says that
-        instead."""
-        if not self.is_limit or not self.told or self.told <= seconds:
+    def for_client(self, seconds: float) -> Refusal:
+        """Return the refusal as the client of a handshake gets it. A 429 asks it to wait for at
+        most `seconds`: then another member can be asked again."""
+        if not self.is_limit or not self.retry_after or self.retry_after <= seconds:
             return self
         return Refusal(self.code, retry_after=seconds)
 
@@ -101,12 +108,12 @@ class ErrorEvent(NamedTuple):
     @property
     def code(self) -> str | None:
         """The code of the error."""
-        return error_code_of(self.event)
+        return kept_code(self.status, error_code_of(self.event))
 
     @property
-    def told(self) -> float | None:
-        """In how many seconds the upstream wants to be asked again; None if it does not say."""
-        return told_in(self.message)
+    def retry_after(self) -> float | None:
+        """The seconds until the upstream wants to be asked again; None if it does not say."""
+        return retry_after_in(self.message)
 
     @property
     def is_limit(self) -> bool:
@@ -126,7 +133,7 @@ class ErrorEvent(NamedTuple):
     def judge(self, candidates: Candidates[Upstream]) -> None:
         """Note in the member's health what the event says of it."""
         text = self.message.encode() if isinstance(self.message, str) else self.message
-        judge(candidates, self.status, self.code, 0.0 if TOO_LARGE in text else self.told)
+        judge(candidates, self.status, self.code, self.retry_after, text)
 
 
 SocketFailover = Failover[ErrorEvent | HandshakeRefused]
@@ -137,18 +144,19 @@ def refused_handshake(error: InvalidHandshake) -> HandshakeRefused:
     if not isinstance(error, InvalidStatus):
         return HandshakeRefused("upstream_protocol_error", cause_of(error))
     response = error.response
-    status, code = response.status_code, error_code_in(bytes(response.body or b""))
+    status, body = response.status_code, bytes(response.body or b"")
+    code = kept_code(status, error_code_in(body))
     if status in NO_WEBSOCKET:
         return HandshakeRefused("upgrade_required", code, status)
     headers = [
         (name.encode(), value.encode("utf-8", "replace"))
         for name, value in response.headers.raw_items()
     ]
-    told = told_seconds(headers)
+    retry_after = retry_after_seconds(headers)
     if status == LIMITED:
-        return HandshakeRefused("rate_limit_exceeded", code, status, told)
-    rejected = status in REJECTED_STATUSES
-    return HandshakeRefused(REJECTED_KEY if rejected else "upstream_unreachable", code, status)
+        return HandshakeRefused("rate_limit_exceeded", code, status, retry_after, body)
+    refusal = REJECTED_KEY if status in REJECTED_STATUSES else "upstream_unreachable"
+    return HandshakeRefused(refusal, code, status, body=body)
 
 
 async def connect_to_one(
@@ -167,6 +175,7 @@ async def connect_to_one(
             refusal = HandshakeRefused("upstream_unreachable", cause)
         else:
             note(member)
+            member.health.past.attempts += 1
             try:
                 return await socket_to(member)
             except HandshakeRefused as refused:
@@ -195,7 +204,7 @@ def is_unreadable(event: Answer) -> bool:
     return (event.status, error_code_of(event)) == UNREADABLE
 
 
-def told_in(message: str | bytes) -> float | None:
+def retry_after_in(message: str | bytes) -> float | None:
     """Return in how many seconds the upstream wants to be asked again, by the headers that an error
     event has in itself or in its error; None if it does not say."""
     try:
@@ -205,4 +214,4 @@ def told_in(message: str | bytes) -> float | None:
         found = [(str(name).encode(), str(value).encode()) for name, value in headers.items()]
     except (ValueError, AttributeError):
         return None
-    return told_seconds(found)
+    return retry_after_seconds(found)

@@ -169,7 +169,7 @@ class TurnRunner:
         over last. Raises ConnectionClosed, TimeoutError, and Refusal if all members have failed."""
 
         def note(member: Upstream) -> None:
-            turn.response.note_upstream(member)
+            turn.response.note_attempt(member)
             # Connecting has this timeout itself, and a second more is enough to report it.
             turn.deadline.allow(member.settings.connect_timeout_seconds + 1)
 
@@ -285,7 +285,7 @@ def take_error(
     status, socket = failure_status(event), turn.socket
     if status is None:
         candidates.answer(serves=False)
-        if is_unreadable(event) and candidates.is_abroad and failover.best():
+        if is_unreadable(event) and candidates.may_be_unreadable and failover.best():
             turn.leave_member()
             return True
     if status is None or turn.deadline.client_left or socket is None:

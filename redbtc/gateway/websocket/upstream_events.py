@@ -77,7 +77,7 @@ class UpstreamEvents:
             except HandshakeRefused as last:
                 best = failover.best()
                 refused = best if isinstance(best, HandshakeRefused) else last
-                raise refused.sooner(candidates.seconds_of_limit()) from None
+                raise refused.for_client(candidates.seconds_of_limit()) from None
 
     def connected(self) -> set[Upstream]:
         """Return the members that the session has a connection to."""
@@ -111,8 +111,8 @@ class UpstreamEvents:
 
     async def _pass_all(self, socket: UpstreamSocket) -> None:
         """Send events to the client until the connection ends. When the session's last one has
-        ended, close the client's connection in the same way, unless the last one was given up."""
-        code, reason = INTERNAL_ERROR, "The connection to the upstream was lost."
+        ended, close the client's connection with its code, unless the last one was given up."""
+        code = INTERNAL_ERROR
         strays = Strays(self._gateway, self._key, socket.upstream.name, self._objects)
         await self._sender.opened.wait()  # an event can come with the upstream's handshake
         try:
@@ -122,7 +122,7 @@ class UpstreamEvents:
             if not socket.is_lost:
                 socket.cause = cause_of(closed)
                 if closed.rcvd and closed.rcvd.code not in NO_CODES:
-                    code, reason = closed.rcvd.code, closed.rcvd.reason
+                    code = closed.rcvd.code  # the reason can quote the operator's key
         except Exception as error:
             request = self._handshake
             self._gateway.telemetry.failed(request.id, request.route, error, request.counted)
@@ -136,7 +136,7 @@ class UpstreamEvents:
         del self._passing[socket]
         is_last = not (self._passing or self._opening or self._lanes.are_connecting)
         if is_last and socket.state is not SocketState.GIVEN_UP:
-            await self._sender.close(code, reason)
+            await self._sender.close(code, "The connection to the upstream was lost.")
 
     async def _pass(self, message: str | bytes, socket: UpstreamSocket, strays: Strays) -> None:
         """Meter an event, and send it to the client. The event that ends a response is sent when

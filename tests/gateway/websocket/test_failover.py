@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 from websockets.utils import accept_key
 
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
@@ -294,6 +295,7 @@ FAILURES = {
         for error_code in ("rate_limit_exceeded", "insufficient_quota", "server_error", "slow_down")
     },
     "only a code": {"type": "error", "code": "server_error", "message": CANARY},
+    "only the code of a rejected key": error(None, "invalid_api_key"),
 }
 
 
@@ -459,6 +461,30 @@ def test_a_rejected_key_is_not_the_clients_business(
         assert code(event) == "upstream_credentials_rejected"
     assert CANARY not in pair.gateway.flushed_log()
     assert CANARY not in json.dumps(pair.gateway.rows())
+
+
+@pytest.mark.parametrize("after_error", [False, True])
+def test_the_reason_of_the_upstreams_close_is_not_passed_on(
+    pair: PaidGateway, one: Upstream, after_error: bool
+) -> None:
+    """It can quote the operator's key, as the text of an error can."""
+
+    async def talk(sock: Socket) -> None:
+        await sock.recv()
+        if after_error:
+            await sock.send(error(400, "invalid_request_error"))
+        await sock.close(3000, f"Incorrect API key provided: {CANARY}")
+
+    one.talk = talk
+    headers = {"authorization": f"Bearer {pair.key}"}
+    url = f"ws://127.0.0.1:{pair.gateway.port}/v1/responses"
+    with connect(url, additional_headers=headers, proxy=None) as connection:
+        Client(connection).send()
+        with pytest.raises(ConnectionClosed) as closed:
+            list(connection)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 3000
+    assert CANARY not in closed.value.rcvd.reason
 
 
 @pytest.mark.parametrize(
