@@ -163,11 +163,12 @@ class Failover(Generic[AnyFailed]):
     """The failures of one request so far."""
 
     def __init__(self, settings: FailoverSettings, began: float, *, certain_only: bool) -> None:
-        """`began`: when the first attempt began, by the monotonic clock. `certain_only`: fail over
-        only where the upstream has surely not acted on the request."""
+        """`began`: when the first attempt began, by the monotonic clock; infinity if the request
+        has not been sent. `certain_only`: fail over only where the upstream has surely not acted
+        on the request."""
         self._settings = settings
         self._certain_only = certain_only
-        self._until = began + settings.budget_seconds
+        self._until = min(began, time.monotonic()) + settings.budget_seconds
         self._attempts = 1
         self._answers: list[AnyFailed] = []
 

@@ -61,7 +61,7 @@ class UpstreamJournal:
         rests = [each for each in await read_rests(self._store) if each.upstream in members]
         whole = [each for each in rests if not each.model]
         await self._messages.resume(members, {each.upstream for each in whole})
-        for upstream, _, until, reason, _ in whole:  # the webhook may not have been told of it yet
+        for upstream, _, until, reason in whole:  # the webhook may not have been told of it yet
             seconds = (until - self._store.time()) / 1000
             change = UpstreamChange(upstream, "resting", "up", reason, "", seconds, "")
             self._messages.note(change, until)

@@ -13,7 +13,7 @@ DROP_PAST = "DELETE FROM upstream_rests WHERE until <= ?"
 DROP_REST = "DELETE FROM upstream_rests WHERE upstream = ? AND model = ?"
 DROP_ALL = "DELETE FROM upstream_rests WHERE upstream = ?"
 RESTS = """
-    SELECT upstream, model, began_at, until, reason FROM upstream_rests WHERE until > ?
+    SELECT upstream, model, until, reason FROM upstream_rests WHERE until > ?
      ORDER BY upstream, model"""
 
 
@@ -24,7 +24,6 @@ class UpstreamRest(NamedTuple):
     model: str  # "" for all models
     until: int  # ledger time, in milliseconds
     reason: str  # a code
-    pause_seconds: float  # how long the whole rest is
 
 
 def save_rest(store: Store, upstream: str, model: str, times: tuple[int, int], reason: str) -> None:
@@ -57,7 +56,6 @@ async def read_rests(store: Store) -> list[UpstreamRest]:
             model=row["model"],
             until=row["until"],
             reason=row["reason"],
-            pause_seconds=(row["until"] - row["began_at"]) / 1000,
         )
         async for row in store.rows(RESTS, (store.time(),))
     ]

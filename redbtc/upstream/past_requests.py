@@ -25,7 +25,7 @@ class RecentRequests(NamedTuple):
 
 
 class PastRequests:
-    """The requests that a member was sent. `answered` is to be called when an answer has begun."""
+    """The requests that a member was sent. Set `failed_in_row` to 0 when an answer has begun."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.attempts = 0

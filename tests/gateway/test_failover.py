@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import math
 import shutil
 import socket
 import ssl
@@ -16,12 +17,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 from backports import zstd
 
+from redbtc.config import FailoverSettings
+from redbtc.gateway.failover import Failover
 from redbtc.upstream.past_requests import FAILURES_IN_ROW
 from tests.gateway.errors import error
 from tests.helpers.gateway import PATIENCE_SECONDS, free_port, wait_until
@@ -480,3 +484,11 @@ def test_a_request_that_fails_at_once_has_no_attempt(pair: Pair) -> None:
     rows = pair.gateway.rows(account=pair.account)
     assert [row["attempts"] for row in rows] == [1] * FAILURES_IN_ROW + [0]
     assert {row["upstream_error_code"] for row in rows} == {"dns"}
+
+
+def test_the_budget_ends_for_a_request_that_was_not_sent_to_the_first_member() -> None:
+    candidates: Any = SimpleNamespace(are_full=True)
+    for budget, may_wait in ((60, True), (0, False)):
+        settings = FailoverSettings(budget_seconds=budget)
+        failover: Failover[Any] = Failover(settings, math.inf, certain_only=False)
+        assert failover.may_wait(candidates, None) is may_wait

@@ -761,10 +761,8 @@ def test_a_client_that_leaves_during_a_failover_leaves_nothing(
 # Places and health
 
 
-def test_a_full_member_is_passed_over(
-    make_gateway: MakeGateway, one: Upstream, two: Upstream
-) -> None:
-    release = threading.Event()
+def held(release: threading.Event) -> Talk:
+    """Return a talk whose first response begins at once and ends after `release`."""
 
     async def talk(sock: Socket) -> None:
         created, delta, completed = ws_events(1, await sock.recv())
@@ -774,7 +772,15 @@ def test_a_full_member_is_passed_over(
         await sock.send(delta, completed)
         await ws_like_openai(sock)
 
-    one.talk = talk
+    return talk
+
+
+def test_a_full_member_is_passed_over(
+    make_gateway: MakeGateway, one: Upstream, two: Upstream
+) -> None:
+    release = threading.Event()
+
+    one.talk = held(release)
     pair = PaidGateway(make_gateway(settings(one.url, two.url, max_concurrency=1)))
     with client(pair.gateway, pair.key) as ws:
         ws.send(stream_id="a")
@@ -793,15 +799,7 @@ def test_a_turn_waits_for_a_place_at_the_member_that_is_left(
 ) -> None:
     release = threading.Event()
 
-    async def held(sock: Socket) -> None:
-        created, delta, completed = ws_events(1, await sock.recv())
-        await sock.send(created)
-        while not release.is_set():
-            await asyncio.sleep(0.01)
-        await sock.send(delta, completed)
-        await ws_like_openai(sock)
-
-    one.talk, two.talk = failing(error(500, "server_error")), held
+    one.talk, two.talk = failing(error(500, "server_error")), held(release)
     tables = settings(one.url, two.url, max_concurrency=1)
     pair = PaidGateway(make_gateway({**tables, "limits": {"queue_seconds": queue_seconds}}))
     with client(pair.gateway, pair.key) as first, client(pair.gateway, pair.key) as second:
