@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator
 import httpx2
 
 from redbtc.deadlines import Deadline
-from redbtc.gateway.client_response import ClientResponse, Sent
+from redbtc.gateway.client_response import ClientResponse
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
-from redbtc.meter.meters import Meter, MeterState
+from redbtc.meter.meters import Meter
 from redbtc.meter.streams import StreamMeter
 from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.begun_body import BegunBody
@@ -58,7 +58,7 @@ class Bypass:
         self._idle_seconds = idle_seconds
 
     def __call__(self, chunk: bytes) -> bool:
-        if self._response.sent is Sent.NOTHING or self._request.awaits_id:
+        if self._response.sent == "nothing" or self._request.awaits_id:
             return False
         passed = self._meter.can_skip_parsing(chunk) and self._send_now(chunk)
         if passed:
@@ -98,7 +98,7 @@ class AnswerBody:
         if meter is None:  # nothing has come
             meter = request.meter = request.choose_meter(response.is_labelled_stream)
         self._deadline.pause()
-        ended_by_event = meter.state is MeterState.ENDED
+        ended_by_event = meter.state == "ended"
         if meter.at_once:
             meter.finish()
         else:
@@ -129,7 +129,7 @@ class AnswerBody:
                         body.bypass_with(Bypass(request, meter, response, self._idle_seconds))
             passed = await self._feed(meter, chunk) if meter else chunk
             # The head waits until it is known what the answer is.
-            is_unknown = meter is None and response.sent is Sent.NOTHING and len(kept) < MAX_BLANK
+            is_unknown = meter is None and response.sent == "nothing" and len(kept) < MAX_BLANK
             is_unnamed = request.awaits_id and len(kept) < MAX_UNNAMED
             if is_whole or is_unknown or is_unnamed or not passed:
                 kept += passed
@@ -137,9 +137,9 @@ class AnswerBody:
                 passed, kept = kept + passed, b""
                 deadline.allow(self._idle_seconds)  # metering may have paused it
                 await response.send(passed)
-            if meter and meter.state is not MeterState.OPEN:
+            if meter and meter.state != "open":
                 kept = await self._send_until_usage(meter, chunks, kept)
-            if meter and meter.state is not MeterState.OPEN:
+            if meter and meter.state != "open":
                 break
             deadline.allow(self._idle_seconds)
         return meter, kept
@@ -199,7 +199,7 @@ class AnswerBody:
         passed = b""
         until = asyncio.get_running_loop().time() + AFTER_END_SECONDS
         with contextlib.suppress(StopAsyncIteration, TimeoutError, httpx2.HTTPError):
-            while meter.state is MeterState.ENDING and not passed:
+            while meter.state == "ending" and not passed:
                 async with asyncio.timeout_at(until):
                     chunk = await anext(chunks)
                 passed = await self._feed(meter, chunk)

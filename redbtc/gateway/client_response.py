@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 import re
+from typing import Literal
 
 from redbtc.headers import Headers, header
 from redbtc.meter.decoding import codings_of
@@ -17,11 +17,10 @@ INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]
 INERT: Headers = [(b"content-security-policy", b"sandbox"), (b"x-content-type-options", b"nosniff")]
 
 
-class Sent(enum.Enum):
-    """The part of the response that the client has been sent."""
-
-    NOTHING = "nothing: it can still be told of a failure"
-    HEAD = "the head, and perhaps a part of the body: it can only be cut off"
+Sent = Literal[  # the part of the response that the client has been sent
+    "nothing",  # it can still be told of a failure
+    "head",  # and perhaps a part of the body: it can only be cut off
+]
 
 
 class ClientResponse:
@@ -33,7 +32,7 @@ class ClientResponse:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._head: Message = {}
-        self.sent = Sent.NOTHING
+        self.sent: Sent = "nothing"
         self.waits_for_client = False  # for the client to read what it was sent
         self.is_labelled_stream = False  # by the upstream's content type
         self.codings: list[bytes] = []  # with which it is labelled as compressed
@@ -71,14 +70,14 @@ class ClientResponse:
 
     async def send_head(self) -> None:
         """Send the head, if that has not been done."""
-        if self.sent is Sent.NOTHING:
-            self.sent = Sent.HEAD
+        if self.sent == "nothing":
+            self.sent = "head"
             await self._send(self._head)
 
     async def send(self, body: bytes) -> None:
         """Send a part of the body, after the head. Returns when the client reads fast enough."""
         self.waits_for_client = True
-        if self.sent is Sent.NOTHING:
+        if self.sent == "nothing":
             await self.send_head()
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         self.waits_for_client = False

@@ -13,7 +13,7 @@ from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.gateway import Gateway
 from redbtc.limits.admission import Admission
 from redbtc.meter.decoded_meter import DecodedMeter
-from redbtc.meter.meters import JSONMeter, Meter, MeterState
+from redbtc.meter.meters import JSONMeter, Meter
 from redbtc.meter.streams import StreamMeter
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.server.asgi import ClientRequest
@@ -168,7 +168,7 @@ class ForwardedRequest:
             return "upstream_error"
         if self.deadline.client_left:
             return "client_disconnected"
-        is_complete = self.meter.state is MeterState.ENDED
+        is_complete = self.meter.state == "ended"
         return "completed" if is_complete else "upstream_failed"
 
     def elapsed_ms(self) -> int:

@@ -31,7 +31,6 @@ from redbtc.gateway.settlement import (
 from redbtc.headers import header
 from redbtc.locations import ObjectLocation
 from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
-from redbtc.meter.meters import MeterState
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow
 from redbtc.store.requests import CorrectionFacts, drop_progress, record_progress, settle_row
@@ -63,7 +62,7 @@ class MeteredRequest(AdmittedRequest):
         if background and report.response_id and not (self.background or self._repeats):
             self._go_on_in_background(report, report.response_id)
         made = {each: always for each, always in fresh if each not in chosen}
-        is_whole = self.meter.state is MeterState.ENDED
+        is_whole = self.meter.state == "ended"
         known = is_whole and report.has_output  # not what its beginning reports
         self._own(made, report.usage if known else None)
         if not known:

@@ -7,7 +7,7 @@ import asyncio
 import httpx2
 
 from redbtc.gateway.answer import AnswerBody
-from redbtc.gateway.client_response import ClientResponse, Sent
+from redbtc.gateway.client_response import ClientResponse
 from redbtc.gateway.failover import FAILURES, ErrorAnswer, Failover, must_be_read, read_error
 from redbtc.gateway.forwarded_request import REJECTED_KEY, ForwardedRequest
 from redbtc.request_body.pieces import Buffer
@@ -251,7 +251,7 @@ class Relay:
             await self._leave_unsent()
         if deadline.client_left or response.waits_for_client:
             await request.settle("client_disconnected")
-        elif response.sent is Sent.HEAD:
+        elif response.sent == "head":
             await request.settle("upstream_failed")
         else:
             await request.fail(failure)

@@ -11,7 +11,7 @@ from redbtc.billing.spending import Hold
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import IMAGE_TOOL
 from redbtc.meter.estimates import Estimate, MaximumUsage
-from redbtc.meter.meters import Meter, MeterState
+from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.store.containers import Containers
 from redbtc.usage import Outcome, RequestRow, Usage, UsagePart
@@ -111,7 +111,7 @@ def bill(
 def is_partly_known(meter: Meter, answers: int, *, images: bool) -> bool:
     """Return whether the usage that an answer reported is not all that was used. `answers` is how
     many were asked for."""
-    report, has_ended = meter.report, meter.state is MeterState.ENDED
+    report, has_ended = meter.report, meter.state == "ended"
     if images:
         return report.usage is not None and not has_ended
     outdated, begun = report.is_outdated, report.is_of_beginning

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from redbtc.meter.decoding import INPUT_STEP, Decoding, NotDecoded
 from redbtc.meter.events import is_stream
-from redbtc.meter.meters import Meter, MeterState
+from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.steps import Steps
 
@@ -46,7 +46,7 @@ class DecodedMeter(Meter):
         for at in range(0, len(chunk), INPUT_STEP):
             data = chunk[at : at + INPUT_STEP]
             grown = False
-            if self._decoding and self.state is not MeterState.ENDED:
+            if self._decoding and self.state != "ended":
                 grown = yield from self._read(self._decoding, data)
             self._pass(data, grown, passed)
         return b"".join(passed)
@@ -71,7 +71,7 @@ class DecodedMeter(Meter):
             self._streams = streams
             self._meter = self._choose(streams)
             self._meter.report = self.report
-        if self._meter.state is not MeterState.ENDED:
+        if self._meter.state != "ended":
             yield from self._meter.steps(piece)
 
     def _pass(self, data: bytes, grown: bool, passed: list[bytes]) -> None:
@@ -81,13 +81,13 @@ class DecodedMeter(Meter):
         meter = self._meter
         if self._streams and meter:
             self.state = meter.state
-            if meter.state is MeterState.OPEN:
+            if meter.state == "open":
                 passed.append(self._held + data)
                 self._held = b""
                 return
             self._held += data
             if len(self._held) > 2 * MAX_HELD_COMPRESSED:
-                self.state = MeterState.ENDED
+                self.state = "ended"
             return
         if grown or self._decoding is None:
             passed.append(self._held)
@@ -100,11 +100,11 @@ class DecodedMeter(Meter):
     def finish_steps(self) -> Steps[None]:
         if self._meter and self._decoding:
             yield from self._meter.finish_steps()
-            if self._meter.state is MeterState.ENDED:
-                self.state = MeterState.ENDED
+            if self._meter.state == "ended":
+                self.state = "ended"
         else:
             yield from self.cut_off_steps()
-            self.state = MeterState.ENDED
+            self.state = "ended"
 
     def cut_off_steps(self) -> Steps[None]:
         if self._meter:

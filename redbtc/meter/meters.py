@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import enum
+from typing import Literal
 
 from redbtc.meter.answers import MAX_AT_ONCE, JSONText
 from redbtc.meter.report import Report
 from redbtc.steps import Steps, result_of
 
-
-class MeterState(enum.Enum):
-    """How far an answer has come. An answer that is ENDING can turn out to go on."""
-
-    OPEN = "more of the answer is expected"
-    ENDING = "the event that ends the answer has come, but more usage may follow"
-    ENDED = "the answer has ended for the client"
+MeterState = Literal[  # how far an answer has come
+    "open",  # more of the answer is expected
+    "ending",  # the event that ends it has come, but more usage may follow; it may also go on
+    "ended",  # for the client
+]
 
 
 class Meter:
     """The interface of the meter of one answer.
 
-    When the state is ENDED, and after `finish`, `rest` returns the bytes that wait until the row is
-    committed. `steps`, `finish_steps` and `cut_off_steps` do long work in small steps; `feed`,
+    When the state is "ended", and after `finish`, `rest` returns the bytes that wait until the row
+    is committed. `steps`, `finish_steps` and `cut_off_steps` do long work in small steps; `feed`,
     `finish` and `cut_off` do the same at once.
     """
 
     report: Report
-    state = MeterState.OPEN
+    state: MeterState = "open"
     # The size in bytes up to which a chunk may be given to `feed`; larger ones take long and must
     # be given to `steps`. If it is 0, any chunk and the end can take long: use `steps`,
     # `finish_steps` and `cut_off_steps`.
@@ -83,7 +81,7 @@ class JSONMeter(Meter):
             yield from self.report.note(answer)
         else:  # the upstream has ended the answer too early
             yield from self.cut_off_steps()
-        self.state = MeterState.ENDED
+        self.state = "ended"
 
     def cut_off_steps(self) -> Steps[None]:
         answer = yield from self._text.partial_answer()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from enum import Enum, auto
+from typing import Literal
 
 from redbtc.meter.answers import MAX_AT_ONCE, STEP, Answer, answer_steps
 from redbtc.meter.events import (
@@ -14,7 +14,7 @@ from redbtc.meter.events import (
     data_of,
     may_matter,
 )
-from redbtc.meter.meters import Meter, MeterState
+from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.meter.scanner import BYTE_ORDER_MARK
 from redbtc.meter.usage_fields import has_choices
@@ -43,12 +43,11 @@ MAX_HELD = 64 << 10  # bytes of an incomplete event that are held back whole
 HELD_END = 64  # bytes that are held back of a larger event that may end the answer
 
 
-class Verdict(Enum):
-    """The verdict on a whole event."""
-
-    PASS = auto()
-    LAST = auto()  # it ends the answer
-    TAKE_OUT = auto()  # it is the usage chunk, which the client did not ask for
+Verdict = Literal[  # on a whole event
+    "pass",
+    "last",  # it ends the answer
+    "take_out",  # it is the usage chunk, which the client did not ask for
+]
 
 
 class StreamMeter(Meter):
@@ -92,7 +91,7 @@ class StreamMeter(Meter):
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes of the answer, at most MAX_AT_ONCE; return what may be sent on
         now."""
-        if self.state is MeterState.ENDED:
+        if self.state == "ended":
             return chunk
         if self.can_skip_parsing(chunk):
             self.count_text(chunk)
@@ -102,7 +101,7 @@ class StreamMeter(Meter):
     def steps(self, chunk: bytes) -> Steps[bytes]:
         passed: list[bytes] = []
         for at in range(0, len(chunk), STEP):
-            if self.state is MeterState.ENDED:
+            if self.state == "ended":
                 self._held += chunk[at:]
                 break
             passed.append((yield from self._read(chunk[at : at + STEP])))
@@ -114,7 +113,7 @@ class StreamMeter(Meter):
         passed: list[bytes] = []
         if self._cut_newline and chunk:
             if chunk.startswith(b"\n"):
-                self._pass(b"\n" if self._cut_newline is Verdict.PASS else b"", passed)
+                self._pass(b"\n" if self._cut_newline == "pass" else b"", passed)
                 chunk = chunk[1:]
             self._cut_newline = None
         start, shift = 0, len(self._tail)
@@ -132,7 +131,7 @@ class StreamMeter(Meter):
         return (
             self._partial is None
             and (self._naming is None or not self._naming.search(chunk))
-            and self.state is MeterState.OPEN
+            and self.state == "open"
             and not self._cut_newline
             and chunk.endswith(b"\n\n")
             and not self._may_matter(chunk)
@@ -143,7 +142,7 @@ class StreamMeter(Meter):
         and so does what arrived of an event that is cut off. A stream of fewer images than were
         asked for is complete, unless its last event is cut off."""
         is_cut_off = False
-        if self._partial is not None and self.state is not MeterState.ENDED:
+        if self._partial is not None and self.state != "ended":
             answer = yield from self._partial.partial_answer()
             if answer and self._partial.is_cut_off:
                 is_cut_off = True
@@ -152,8 +151,8 @@ class StreamMeter(Meter):
                 rest: list[bytes] = []
                 yield from self._end_event(b"", rest)
                 self._waiting += b"".join(rest)
-        if self.state is MeterState.ENDING or (self._ends_seen and not is_cut_off):
-            self.state = MeterState.ENDED
+        if self.state == "ending" or (self._ends_seen and not is_cut_off):
+            self.state = "ended"
 
     def cut_off_steps(self) -> Steps[None]:
         answer = (yield from self._partial.partial_answer()) if self._partial else None
@@ -183,24 +182,24 @@ class StreamMeter(Meter):
             yield from event.steps(segment)
         self._partial, self._tail, self._begun = None, b"", False
         self.at_once = MAX_AT_ONCE
-        verdict = Verdict.PASS
+        verdict: Verdict = "pass"
         held, self._held = self._held + segment, b""
-        if self.state is not MeterState.ENDED:
+        if self.state != "ended":
             verdict = yield from self._judge(event, segment)
             self._resume_pictures(event.start if event else segment, len(held), passed)
-            if begun and verdict is Verdict.TAKE_OUT:  # too late: its beginning has been sent
-                verdict = Verdict.PASS
-            if verdict is Verdict.LAST:
-                self.state, verdict = MeterState.ENDING, Verdict.PASS
-            if self.state is MeterState.ENDING and not self._expects_more():
-                self.state = MeterState.ENDED
+            if begun and verdict == "take_out":  # too late: its beginning has been sent
+                verdict = "pass"
+            if verdict == "last":
+                self.state, verdict = "ending", "pass"
+            if self.state == "ending" and not self._expects_more():
+                self.state = "ended"
             self._cut_newline = verdict if held.endswith(b"\r") else None
-        if verdict is Verdict.PASS:
+        if verdict == "pass":
             self._pass(held, passed)
 
     def _pass(self, held: bytes, passed: list[bytes]) -> None:
         """Send on these bytes, or let them wait for the row if the answer is ending."""
-        if self.state is MeterState.OPEN:
+        if self.state == "open":
             passed.append(held)
         else:
             self._waiting += held
@@ -209,12 +208,12 @@ class StreamMeter(Meter):
         """Send on what was held back if a stream of pictures goes on after an event that seemed to
         end it: if another event, which begins with `start` and has `size` bytes so far, is a
         picture and too large to be held back."""
-        if self.state is not MeterState.ENDING or not self._images:
+        if self.state != "ending" or not self._images:
             return
         too_large = len(self._waiting) + size > MAX_HELD
         if too_large and PICTURE_EVENT.search(start[:EVENT_START_SIZE]):
             passed.append(self._waiting)
-            self.state, self._waiting = MeterState.OPEN, b""
+            self.state, self._waiting = "open", b""
 
     def _expects_more(self) -> bool:
         """Return whether more usage may follow the event that ends the answer. After a picture
@@ -226,7 +225,7 @@ class StreamMeter(Meter):
 
     def _take_part(self, chunk: bytes, passed: list[bytes]) -> Steps[None]:
         """Take a part of the incomplete event, and send on what can't turn out to matter."""
-        if self.state is MeterState.ENDED:
+        if self.state == "ended":
             self._held += chunk
             return
         if self._partial is None:
@@ -237,9 +236,9 @@ class StreamMeter(Meter):
         self._tail = (self._tail + chunk)[-2:]
         self._held += chunk
         self._resume_pictures(self._partial.start, len(self._held), passed)
-        if self.state is MeterState.ENDING:
+        if self.state == "ending":
             if len(self._held) > MAX_HELD:
-                self.state = MeterState.ENDED
+                self.state = "ended"
             return
         keep = 0
         if self._must_be_held(self._partial.start):
@@ -269,18 +268,18 @@ class StreamMeter(Meter):
         whole = event.whole() if event else segment
         self.count_text(whole)
         if not self._may_matter(whole) and not (self._naming and self._naming.search(whole)):
-            return Verdict.PASS
+            return "pass"
         data = data_of(whole)
         if not data:
-            return Verdict.PASS
+            return "pass"
         if data.strip() == b"[DONE]":
-            return Verdict.LAST
+            return "last"
         return (yield from self._note((yield from answer_steps(data))))
 
     def _note(self, answer: Answer | None) -> Steps[Verdict]:
         """Take in what an event reports, and return the verdict on it."""
         if answer is None:
-            return Verdict.PASS
+            return "pass"
         report = self.report
         yield from report.note(answer)
         # If text has passed since output was reported, this usage reports no output of its own.
@@ -290,9 +289,9 @@ class StreamMeter(Meter):
             self._naming = NAMING[report.response_id is None, report.model is None]
         if isinstance(answer.type, str) and LAST.fullmatch(answer.type.encode()):
             self._ends_seen += not self._chat
-            return Verdict.LAST if self._ends_seen >= self._ends else Verdict.PASS
+            return "last" if self._ends_seen >= self._ends else "pass"
         is_removed = self._take_out_usage and is_usage_chunk(answer)
-        return Verdict.TAKE_OUT if is_removed else Verdict.PASS
+        return "take_out" if is_removed else "pass"
 
 
 def is_usage_chunk(answer: Answer) -> bool:

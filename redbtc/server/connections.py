@@ -4,24 +4,23 @@ A connection is in one `ConnectionState`, which `Connection.enter` alone changes
 which the app does not run has a deadline. One timer a second looks at the deadlines of all
 connections.
 
-    IDLE ─► HEAD ─► SERVING ─┬─────────────► IDLE         the request was read whole
-                             ├─► DISCARDING ─► IDLE       the response came before the body's end
-                             └─► CLOSING ─► closed        no further request can follow
+    idle ─► head ─► serving ─┬─────────────► idle         the request was read whole
+                             ├─► discarding ─► idle       the response came before the body's end
+                             └─► closing ─► closed        no further request can follow
 
-CLOSING can also follow DISCARDING, where the rest of the body can't be read. A WebSocket handshake
-leaves these states: the connection gets uvicorn's WebSocket protocol instead.
+"closing" can also follow "discarding", where the rest of the body can't be read. A WebSocket
+handshake leaves these states: the connection gets uvicorn's WebSocket protocol instead.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import math
 import resource
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 from redbtc.server.stream import ClientStream
 from redbtc.telemetry import log
@@ -33,14 +32,13 @@ CALM_SECONDS = 60  # below the maximum of connections until the log says so
 RESERVED_DESCRIPTORS = 64  # for the ledger, listening sockets, files
 
 
-class ConnectionState(enum.Enum):
-    """The states of a connection."""
-
-    IDLE = "no request: not a byte of the next one has arrived"
-    HEAD = "a request's head is arriving"
-    SERVING = "the app runs; the request's body may still be arriving"
-    DISCARDING = "the response is complete; the rest of the request's body is thrown away"
-    CLOSING = "the last response is complete; whatever still arrives is thrown away"
+ConnectionState = Literal[
+    "idle",  # no request: not a byte of the next one has arrived
+    "head",  # a request's head is arriving
+    "serving",  # the app runs; the request's body may still be arriving
+    "discarding",  # the response is complete; the rest of the request's body is thrown away
+    "closing",  # the last response is complete; whatever still arrives is thrown away
+]
 
 
 class Connection:
@@ -48,7 +46,7 @@ class Connection:
 
     def __init__(self, connections: Connections, stream: ClientStream) -> None:
         self.stream = stream
-        self.state = ConnectionState.IDLE
+        self.state: ConnectionState = "idle"
         self.deadline = math.inf
         self.closed = False
         self.keyed = False  # the last response was that of a request with a valid key
@@ -64,14 +62,14 @@ class Connection:
         self._unsent = self._discarded = 0
         if self in connections.keyed_waiting:
             del connections.keyed_waiting[self]
-        if state is ConnectionState.SERVING:
+        if state == "serving":
             connections.waiting.pop(self, None)
         else:
             connections.waiting[self] = None  # keeps its position if it is there already
 
     def limit_serving(self, seconds: float) -> None:
         """Set a deadline in `seconds` while the app runs; infinity means none."""
-        if self.state is ConnectionState.SERVING:
+        if self.state == "serving":
             self.deadline = self._connections.now() + seconds
 
     async def make_room_until(self, event: Awaitable[Any], keyed: bool) -> None:
@@ -83,7 +81,7 @@ class Connection:
         try:
             await event
         finally:
-            if self.state is ConnectionState.SERVING:
+            if self.state == "serving":
                 waiting.pop(self, None)
 
     def close(self, whole: bool) -> None:
@@ -94,7 +92,7 @@ class Connection:
             self.stream.close()
         else:
             self.stream.close_writing()
-        self.enter(ConnectionState.CLOSING, LINGER_SECONDS)
+        self.enter("closing", LINGER_SECONDS)
 
     def tear(self, ends_by_closing: bool) -> None:
         """Close in the middle of a response, in a way that the client can't take for the end of the
@@ -104,7 +102,7 @@ class Connection:
             self.stream.abort()
             return
         self.stream.close()
-        self.enter(ConnectionState.CLOSING, LINGER_SECONDS)
+        self.enter("closing", LINGER_SECONDS)
 
     def expire(self) -> None:
         """Abort the connection, whose deadline has passed. While the write buffer is not empty,

@@ -18,7 +18,7 @@ from uvicorn.server import ServerState
 
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import App, Scope
-from redbtc.server.connections import Connection, Connections, ConnectionState
+from redbtc.server.connections import Connection, Connections
 from redbtc.server.cycle import RequestCycle
 from redbtc.server.framing import (
     BadFraming,
@@ -72,7 +72,7 @@ class HTTPProtocol(asyncio.Protocol):
         self._server = _address(transport.get_extra_info("sockname"))
         self._client = _address(transport.get_extra_info("peername"))
         self._server_state.connections.add(cast(Any, self))
-        self.connection.enter(ConnectionState.IDLE, HEAD_SECONDS)
+        self.connection.enter("idle", HEAD_SECONDS)
         self._connections.add(self.connection, len(self._server_state.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -113,18 +113,18 @@ class HTTPProtocol(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """Close the connection, after the response that is under way if there is one."""
-        if self.connection.state is ConnectionState.SERVING and self._cycle:
+        if self.connection.state == "serving" and self._cycle:
             self._cycle.keep_alive = False
-        elif self.connection.state is ConnectionState.DISCARDING:
+        elif self.connection.state == "discarding":
             self.connection.close(whole=False)
-        elif self.connection.state is not ConnectionState.CLOSING:
+        elif self.connection.state != "closing":
             self._stream.close()
 
     # Reading
 
     def _keep(self, data: bytes) -> None:
         """Keep bytes until the current response is complete, or until the next turn of the loop."""
-        self._stream.keep(data, pause=self.connection.state is not ConnectionState.SERVING)
+        self._stream.keep(data, pause=self.connection.state != "serving")
 
     def _continue(self) -> None:
         if not self._continuing:
@@ -143,14 +143,14 @@ class HTTPProtocol(asyncio.Protocol):
     def _take(self, data: bytes) -> None:
         """Parse bytes that have arrived. Those of a following request are kept for later."""
         connection = self.connection
-        if connection.state is ConnectionState.IDLE:
+        if connection.state == "idle":
             self.head = HeadReader()
-            connection.enter(ConnectionState.HEAD, HEAD_SECONDS)
-        if connection.state is ConnectionState.HEAD and self.head:
+            connection.enter("head", HEAD_SECONDS)
+        if connection.state == "head" and self.head:
             data = self._take_head(self.head, data)
         cycle = self._cycle
         is_endless = cycle and type(cycle.framing) is Endless
-        if connection.state is ConnectionState.CLOSING or is_endless:
+        if connection.state == "closing" or is_endless:
             connection.discard(len(data), MAX_LINGER)
         elif data and cycle:
             self._take_body(cycle, data)
@@ -169,7 +169,7 @@ class HTTPProtocol(asyncio.Protocol):
         if cycle.framing.whole:  # the bytes are the next request's: keep them until it is served
             self._keep(data)
             return
-        discarding = self.connection.state is ConnectionState.DISCARDING
+        discarding = self.connection.state == "discarding"
         try:
             rest = cycle.feed(data)
         except BadFraming:
@@ -220,7 +220,7 @@ class HTTPProtocol(asyncio.Protocol):
             self.connection, scope, framing, keep_alive, self._answered, refusal, self._on_leave
         )
         self.head, self._cycle = None, cycle
-        self.connection.enter(ConnectionState.SERVING)
+        self.connection.enter("serving")
         task = self._loop.create_task(self._run(cycle))
         tasks = self._server_state.tasks
         tasks.add(task)
@@ -246,13 +246,13 @@ class HTTPProtocol(asyncio.Protocol):
         elif cycle.framing.whole:
             self._next()
         else:
-            self.connection.enter(ConnectionState.DISCARDING, DISCARD_SECONDS)
+            self.connection.enter("discarding", DISCARD_SECONDS)
             self._stream.resume_reading()
 
     def _next(self) -> None:
         """Wait for the next request, or begin with one whose first bytes have arrived already."""
         self._cycle = None
-        self.connection.enter(ConnectionState.IDLE, KEEP_ALIVE_SECONDS)
+        self.connection.enter("idle", KEEP_ALIVE_SECONDS)
         if self._stream.kept:
             self._continue()
         else:

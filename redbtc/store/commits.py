@@ -35,7 +35,7 @@ from redbtc.store.failures import (
     reason_of,
 )
 from redbtc.store.files import FileChanged
-from redbtc.store.health import RETRY_SECONDS, Health, LedgerState
+from redbtc.store.health import RETRY_SECONDS, LedgerState
 from redbtc.store.refused import RefusedValues
 from redbtc.store.rescue import Rescue
 from redbtc.store.spill import Spill
@@ -99,15 +99,15 @@ class Commits:
                 else:
                     await asyncio.sleep(RETRY_SECONDS)
                 await asyncio.sleep(0)  # let what is ready in this turn of the loop join the group
-                if state.health is Health.LOST:
+                if state.health == "lost":
                     break
                 if queue.take() or not state.healthy:
                     await self._write_group(queue.writing)
                 queue.writing = []
         except asyncio.CancelledError:
-            if state.health is not Health.LOST:
+            if state.health != "lost":
                 raise
-        if state.health is Health.LOST:
+        if state.health == "lost":
             await self._spill_groups()
 
     async def _write_group(self, entries: list[Entry]) -> None:
@@ -136,7 +136,7 @@ class Commits:
 
     def _written(self, entries: list[Entry], began: float) -> None:
         if not self.state.healthy:
-            self.state.enter(Health.WELL)
+            self.state.enter("well")
         self.count += 1
         self.committed_at = time.monotonic()
         self._committed.append(self.committed_at - began)
@@ -157,7 +157,7 @@ class Commits:
                 entry.fail(StorageUnavailable(reason))
                 self._queue.undo(entry)
         self._queue.put_back([entry for entry in entries if entry.retry_until_written])
-        self.state.enter(Health.FAILING, reason)
+        self.state.enter("failing", reason)
         self.check_error(error)
 
     async def _isolate(self, entries: list[Entry], error: Exception) -> None:
@@ -225,7 +225,7 @@ class Commits:
         """Write nothing more into the file if an error shows that it can't be trusted. If it is not
         at its path any more, write all that it holds into a new file."""
         gone = isinstance(error, FileChanged)
-        if self.state.health is Health.LOST or not (gone or is_corrupt(error)):
+        if self.state.health == "lost" or not (gone or is_corrupt(error)):
             return
         self._lose(reason_of(error))
         way_out = FILE_CHANGED if gone else DAMAGED_IN_USE
@@ -236,12 +236,12 @@ class Commits:
     def give_up(self) -> None:
         """Write changes into the spill file from now on: the process ends, and no commit
         succeeds."""
-        if self.state.health is not Health.LOST:
+        if self.state.health != "lost":
             self._log(logging.WARNING, "ledger given up", reason=self.state.failure)
             self._lose(self.state.failure)
 
     def _lose(self, reason: str) -> None:
-        self.state.enter(Health.LOST, reason)
+        self.state.enter("lost", reason)
         self._queue.arrived.set()
         self.tasks[0].cancel()
 
@@ -272,7 +272,7 @@ class Commits:
         work, refuse_late = self.tasks
         ends = time.monotonic() + MAX_CLOSE_SECONDS
         while not work.done() and time.monotonic() < ends:
-            if self.state.health is Health.FAILING:
+            if self.state.health == "failing":
                 self.give_up()
             await asyncio.wait([work], timeout=LATE_CHECK_SECONDS)
         await self._rescue.end()

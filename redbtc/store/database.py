@@ -26,7 +26,6 @@ from redbtc.store.clock import LedgerClock
 from redbtc.store.commits import BEAT, Commits
 from redbtc.store.failures import LedgerDamaged, is_corrupt, no_log, opening_error, reason_of
 from redbtc.store.files import FileChanged, OpenFiles, lock_database, take_lock_file
-from redbtc.store.health import Health
 from redbtc.store.opening import (
     Migrated,
     Serving,
@@ -158,12 +157,12 @@ class Store:
     @property
     def is_lost(self) -> bool:
         """Return whether this process writes nothing more into the database."""
-        return self.commits.state.health is Health.LOST
+        return self.commits.state.health == "lost"
 
     def give_up_if_failing(self) -> None:
         """Write changes into the spill file from now on if no commit succeeds: the process is to
         end."""
-        if self.commits.state.health is Health.FAILING:
+        if self.commits.state.health == "failing":
             self.commits.give_up()
 
     async def can_commit(self) -> bool:
@@ -238,7 +237,7 @@ async def end(commits: Commits, spill: Spill) -> None:
     try:
         await commits.close()
     finally:
-        if commits.state.health is Health.LOST:
+        if commits.state.health == "lost":
             spill.close()
         else:
             spill.remove()

@@ -14,7 +14,7 @@ from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol
 
 from redbtc.errors import StorageUnavailable
-from redbtc.store.health import Health, LedgerState
+from redbtc.store.health import LedgerState
 from redbtc.store.spill import OwedChange
 from redbtc.store.writer import SQLStatement, Writer
 
@@ -140,7 +140,7 @@ class ChangeQueue:
         since = due - MAX_BEGIN_SECONDS
         if self.writing and self.commit_began < since:
             reason = f"a commit takes longer than {MAX_BEGIN_SECONDS} s"
-            self._state.enter(Health.FAILING, reason)
+            self._state.enter("failing", reason)
         for entry in chain(self.writing, self.waiting):
             if entry.at < since and not entry.retry_until_written:
                 entry.fail(StorageUnavailable(self._state.failure or "the ledger is too slow"))

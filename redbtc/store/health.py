@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import enum
 import logging
+from typing import Literal
 
 from redbtc.store.failures import LogFunction
 
 RETRY_SECONDS = 0.25  # between two tries to write something
 
 
-class Health(enum.Enum):
-    """States of the ledger."""
-
-    WELL = "commits succeed"
-    FAILING = "the last commit failed or takes too long; it is tried again"
-    LOST = "this process writes nothing more into the file"
+Health = Literal[  # states of the ledger
+    "well",  # commits succeed
+    "failing",  # the last commit failed or takes too long; it is tried again
+    "lost",  # this process writes nothing more into the file
+]
 
 
 class LedgerState:
     """The state of the ledger. Only `enter` changes it."""
 
     def __init__(self, log: LogFunction) -> None:
-        self.health = Health.WELL
+        self.health: Health = "well"
         self.healthy = True  # whether commits succeed
         self.failure = ""  # why they don't
         self._log = log
@@ -30,10 +29,10 @@ class LedgerState:
     def enter(self, health: Health, reason: str = "") -> None:
         """Change the state and log the change. A lost ledger stays lost."""
         before = self.health
-        if before is health or before is Health.LOST:
+        if before is health or before == "lost":
             return
-        self.health, self.healthy, self.failure = health, health is Health.WELL, reason
-        if health is Health.WELL:
+        self.health, self.healthy, self.failure = health, health == "well", reason
+        if health == "well":
             self._log(logging.INFO, "ledger recovered")
-        elif health is Health.FAILING:
+        elif health == "failing":
             self._log(logging.ERROR, "ledger unavailable", reason=reason)

@@ -32,11 +32,11 @@ import httpx2
 from redbtc.upstream.failures import NoResponse
 from redbtc.upstream.kernel import acknowledged_bytes, has_unread, probe_when_idle
 from redbtc.upstream.request import UpstreamRequest, serialize_head
-from redbtc.upstream.response import ExchangeState, ResponseReader, UpstreamResponse
+from redbtc.upstream.response import ResponseReader, UpstreamResponse
 
 MAX_UNREAD_BYTES = 64 << 10
 # States in which bytes arrive that nobody has asked for.
-NOT_AWAITED = (ExchangeState.IDLE, ExchangeState.COMPLETE, ExchangeState.CLOSED)
+NOT_AWAITED = ("idle", "complete", "closed")
 
 
 class NotSent(NoResponse):
@@ -76,7 +76,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         response = self.response
-        if response.state is ExchangeState.FAILED:
+        if response.state == "failed":
             return
         if response.state in NOT_AWAITED:
             self.close()
@@ -88,7 +88,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         reader_waits = self._waiter and response.parts and not self._waiter.done()
         if self.bypass and reader_waits and self.bypass(b"".join(response.parts)):
             response.take()
-            if response.state is ExchangeState.READING_BODY:
+            if response.state == "reading_body":
                 return
         if response.waiting_bytes > MAX_UNREAD_BYTES and not self._reading_paused:
             self._reading_paused = True
@@ -129,7 +129,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         latest: the exchange fails then with `late`. Raises the error that it has failed with."""
         if self.response.error:
             raise self.response.error
-        if self.response.state is ExchangeState.CLOSED:
+        if self.response.state == "closed":
             raise httpx2.RemoteProtocolError("the connection was closed")
         self._waiter = self._loop.create_future()
         if timeout is not None:
@@ -197,15 +197,15 @@ class UpstreamHTTPConnection(asyncio.Protocol):
             if part:
                 self._write([head, part])  # as one packet, where it fits
                 head = b""
-            while not self._writable and self.response.state is ExchangeState.SENDING:
+            while not self._writable and self.response.state == "sending":
                 await self._change(timeout, httpx2.WriteTimeout)
-            if self.response.state is not ExchangeState.SENDING:
+            if self.response.state != "sending":
                 return
         if left:
             raise httpx2.LocalProtocolError("Too little data for declared Content-Length")
         if end := head + (b"0\r\n\r\n" if left is None else b""):
             self._write([end])
-        self.response.enter(ExchangeState.AWAITING_HEAD)
+        self.response.enter("awaiting_head")
 
     def _write(self, parts: list[bytes]) -> None:
         self._written += sum(map(len, parts))
@@ -218,7 +218,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         `timeout` seconds. Raises StopAsyncIteration at the end of the body, TransportError."""
         response = self.response
         while not response.parts:
-            if response.state is ExchangeState.COMPLETE:
+            if response.state == "complete":
                 raise StopAsyncIteration
             await self._change(timeout, httpx2.ReadTimeout)
         parts = response.take()
@@ -231,7 +231,7 @@ class UpstreamHTTPConnection(asyncio.Protocol):
         """End the exchange: keep the connection for the next request if it may have one, or close
         it."""
         response = self.response
-        whole = response.state is ExchangeState.COMPLETE and response.reusable
+        whole = response.state == "complete" and response.reusable
         if whole and not self._reading_paused and not self._transport.is_closing():
             response.close()
             self.response, self.bypass = ResponseReader(), None
@@ -264,7 +264,7 @@ class ResponseBody(httpx2.AsyncByteStream):
     def whole(self) -> bool:
         """Return whether all of the body has arrived."""
         connection = self._connection
-        return connection is not None and connection.response.state is ExchangeState.COMPLETE
+        return connection is not None and connection.response.state == "complete"
 
     def __aiter__(self) -> ResponseBody:
         return self

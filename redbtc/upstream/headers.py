@@ -54,6 +54,7 @@ DROPPED_PREFIXES = (
 )
 SPECIAL_HEADERS = frozenset([b"connection", b"cache-control"])
 NO_STORE = (b"cache-control", b"no-store")
+REQUEST_ID_HEADER = b"x-request-id"
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 SHARED = re.compile(  # nginx caches by max-age whoever asks
     rb"(?i)public|s-maxage|must-revalidate|^(?!.*(?:private|no-store|no-cache)).*max-age"
@@ -94,7 +95,7 @@ def request_id_in(received: Headers) -> str | None:
     """Return the upstream's id of a request from the headers of its answer; None if there is none,
     or if it is not of up to 128 printable ASCII characters without spaces."""
     for name, value in received:
-        if name[:1] in b"xX" and name.lower() == b"x-request-id":
+        if len(name) == len(REQUEST_ID_HEADER) and name.lower() == REQUEST_ID_HEADER:
             return value.decode() if REQUEST_ID.fullmatch(value) else None
     return None
 

@@ -52,7 +52,6 @@ from redbtc.store import keys as keys_module
 from redbtc.store import requests as requests_module
 from redbtc.store.accounts import Account, Accounts
 from redbtc.store.database import Store
-from redbtc.store.health import Health
 from redbtc.store.keys import Key
 from redbtc.store.readers import MAX_SNAPSHOTS
 from redbtc.store.schema import APPLICATION_ID, migrations, newest_version, schema
@@ -351,7 +350,7 @@ class Bench:
     def stop(self, crash: bool = False) -> None:
         """With `crash` what waits to be written is lost."""
         if crash:
-            self.store.commits.state.health = Health.FAILING
+            self.store.commits.state.health = "failing"
         self.run(self._stack.aclose())
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 from redbtc.meter.answers import Answer, name_in
 from redbtc.meter.events import LAST
-from redbtc.meter.meters import Meter, MeterState
+from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.slices import in_slices
 from redbtc.steps import Steps, result_of
@@ -35,7 +35,7 @@ class EventMeter(Meter):
         if event.response or event.item or kind == "error" or kind.endswith("partial_image"):
             yield from self.report.note(event)
         if kind == "error" or LAST.fullmatch(kind.encode()):
-            self.state = MeterState.ENDED
+            self.state = "ended"
         if kind == "response.incomplete" and event.inner:
             details = event.inner.incomplete_details
             self.was_steered = isinstance(details, dict) and details.get("reason") == "steered"

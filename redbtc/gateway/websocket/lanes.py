@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from redbtc.deadlines import MAX_EXPIRED, TICK
 from redbtc.gateway.websocket.event_meter import is_stream_id, kind_of, response_named
-from redbtc.gateway.websocket.turns import FINISHED, WAITS_FOR_RESPONSE, Turn, TurnState
+from redbtc.gateway.websocket.turns import FINISHED, WAITS_FOR_RESPONSE, Turn
 from redbtc.gateway.websocket.upstream_socket import SocketState, UpstreamSocket
 from redbtc.limits.admission import Admission
 from redbtc.limits.memory import Reservation
@@ -135,7 +135,7 @@ class Lanes:
         """End the turns on a connection that are settled and wait for their last event to be passed
         on, since that has failed."""
         for turn in self.turns():
-            if turn.socket is socket and turn.state is TurnState.SETTLED:
+            if turn.socket is socket and turn.state == "settled":
                 turn.end()
 
     def has_turn_on(self, socket: UpstreamSocket) -> bool:

@@ -21,7 +21,6 @@ from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import Answer
 from redbtc.meter.estimates import Estimate, SeenOutput, estimate, is_complete
-from redbtc.meter.meters import MeterState
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.server.asgi import new_request_id
 from redbtc.store.keys import Key
@@ -67,7 +66,7 @@ class Strays:
             self._strays[lane] = Stray()
         if stray := self._strays.get(lane):
             await stray.meter.take(event, kind_of(event), self._key.account_id)
-            if stray.meter.state is MeterState.ENDED:
+            if stray.meter.state == "ended":
                 del self._strays[lane]
                 failed = stray.meter.report.failed
                 await self._write(stray, "upstream_error" if failed else "completed")

@@ -26,7 +26,7 @@ from redbtc.gateway.websocket.tasks import Tasks
 from redbtc.gateway.websocket.turn_response import SessionObjects, TurnResponse
 from redbtc.gateway.websocket.turns import Turn
 from redbtc.gateway.websocket.upstream_events import UpstreamEvents
-from redbtc.gateway.websocket.upstream_socket import SocketState, UpstreamSocket
+from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import Answer
 from redbtc.refusals import ClientLeft, Refusal, refusal_of
@@ -233,7 +233,7 @@ class TurnRunner:
         if was_sent:
             await turn.over
         elif not turn.failure:
-            self._lanes.lose(socket, SocketState.GIVEN_UP, "upstream_failed")
+            self._lanes.lose(socket, "given_up", "upstream_failed")
             self._tasks.start(socket.close())
 
     async def _time_out(self, turn: Turn) -> None:
@@ -251,11 +251,11 @@ class TurnRunner:
             return
         outcome: Outcome = turn.failure or "upstream_failed"
         turn.response.note_failure(cause_of(TimeoutError(), head_came))
-        if has_left or socket.state is SocketState.BLOCKED:
+        if has_left or socket.state == "blocked":
             outcome = "client_disconnected"
         elif turn.candidates and not turn.deadline.total_is_over:
             turn.candidates.fail(cause_of(TimeoutError(), head_came), torn=head_came)
-        self._lanes.lose(socket, SocketState.LOST, outcome)
+        self._lanes.lose(socket, "lost", outcome)
         await self._fail(turn, outcome, Refusal(failure))
         await socket.close()
 

@@ -6,12 +6,12 @@ then ends it early and begins another one that takes the new input in, without b
 (Rule 3 of the session). Each of them is a `TurnResponse` with a row of its own, and the turn goes
 from one to the next:
 
-    WAITING ─► OPEN ─┬─► SETTLED ─► DONE
+    waiting ─► open ─┬─► settled ─► done
        ▲             │      ▲
        │             ▼      │ all steering has failed
-       └─ AWAITING_FOLLOW_UP
+       └─ awaiting_follow_up
 
-An error can settle a response that has not begun. From every state the turn is DONE when its
+An error can settle a response that has not begun. From every state the turn is "done" when its
 upstream connection is lost or its time is up.
 """
 
@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
@@ -31,7 +30,6 @@ from redbtc.gateway.websocket.turn_response import TurnResponse
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import Answer
-from redbtc.meter.meters import MeterState
 from redbtc.refusals import Refusal, not_found
 from redbtc.request_body.body import ClientEvent
 from redbtc.request_body.reading import MAX_INPUT_ITEMS
@@ -44,18 +42,15 @@ STEER_SECONDS = 30  # for the response that follows one which was steered
 UNRESOLVED = ("response.steer.failed", "response.steer.pending")
 
 
-class TurnState(enum.Enum):
-    """The states of a turn."""
-
-    WAITING = "its response has not begun"
-    OPEN = "its response has begun"
-    AWAITING_FOLLOW_UP = "its response is settled, and another one is expected to follow"
-    SETTLED = "its last response is settled; the event that ended it may not be sent yet"
-    DONE = "nothing more comes, or nothing more is waited for"
-
-
-FINISHED = (TurnState.SETTLED, TurnState.DONE)
-WAITS_FOR_RESPONSE = (TurnState.WAITING, TurnState.AWAITING_FOLLOW_UP)
+TurnState = Literal[
+    "waiting",  # its response has not begun
+    "open",  # its response has begun
+    "awaiting_follow_up",  # its response is settled, and another one is expected to follow
+    "settled",  # its last response is settled; the event that ended it may not be sent yet
+    "done",  # nothing more comes, or nothing more is waited for
+]
+FINISHED = ("settled", "done")
+WAITS_FOR_RESPONSE = ("waiting", "awaiting_follow_up")
 
 
 class Steer(NamedTuple):
@@ -76,7 +71,7 @@ class Turn:
         self.stream_id = stream_id
         self.response = response
         self.deadline = deadline
-        self.state = TurnState.WAITING
+        self.state: TurnState = "waiting"
         self.socket: UpstreamSocket | None = None
         self.failure: Outcome | None = None  # how a response ends whose connection was lost
         # Done when the turn is over.
@@ -92,19 +87,19 @@ class Turn:
 
     def end(self) -> None:
         """Wait for nothing more."""
-        self._enter(TurnState.DONE)
+        self._enter("done")
 
     def lose(self, outcome: Outcome) -> None:
         """Note that the upstream connection is lost. A response that is not settled ends with
         `outcome`, or as `client_disconnected` if the client has left."""
-        if self.state is not TurnState.DONE:
+        if self.state != "done":
             self.failure = "client_disconnected" if self.deadline.client_left else outcome
             self.end()
 
     def takes_error(self, event: Answer, message: str | bytes) -> bool:
         """Return whether an event is an error that the client is not sent, since the request is
         sent to another member, or the client is told something else."""
-        begun = self.state is not TurnState.WAITING or self.response.first_byte_ms is not None
+        begun = self.state != "waiting" or self.response.first_byte_ms is not None
         if begun or self.on_error is None or kind_of(event) != "error":
             return False
         return self.on_error(event, message)
@@ -132,11 +127,11 @@ class Turn:
             self.over.set_result(None)
 
     def _enter(self, state: TurnState) -> None:
-        """Change the state. DONE is final: a long event can still be metered then."""
-        if self.state is TurnState.DONE:
+        """Change the state. "done" is final: a long event can still be metered then."""
+        if self.state == "done":
             return
         self.state = state
-        if state is TurnState.DONE and not self.over.done():
+        if state == "done" and not self.over.done():
             self.over.set_result(None)
 
     async def steer(self, response_id: str, event: ClientEvent, admission: Admission) -> None:
@@ -192,11 +187,11 @@ class Turn:
         """Meter an event of the response, and settle the response if it is the last one."""
         response = self.response
         await response.take(event, kind)
-        if self.state is TurnState.WAITING and response.id and kind != "error":
-            self._enter(TurnState.OPEN)
+        if self.state == "waiting" and response.id and kind != "error":
+            self._enter("open")
             if self.candidates:
                 self.candidates.answer()
-        if response.meter.state is MeterState.ENDED and not response.settled:
+        if response.meter.state == "ended" and not response.settled:
             status = event_status(event) if kind == "error" else 200
             response.note_answer(status, self.socket.request_id if self.socket else None)
             self._enter(self._settled_state())
@@ -205,8 +200,8 @@ class Turn:
     def _settled_state(self) -> TurnState:
         """Return the state that follows when the response is settled."""
         if self._steers or self.response.meter.was_steered:
-            return TurnState.AWAITING_FOLLOW_UP
-        return TurnState.SETTLED
+            return "awaiting_follow_up"
+        return "settled"
 
     async def _follow(self) -> None:
         """Go on to the response that the upstream has begun by itself. It takes in all steering
@@ -232,5 +227,5 @@ class Turn:
             raise
         await self.exit_stack.aclose()  # what was before has ended
         self.exit_stack.push_async_exit(self.response)
-        self._enter(TurnState.WAITING)
+        self._enter("waiting")
         await self.response.write_pending()

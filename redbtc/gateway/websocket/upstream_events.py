@@ -23,7 +23,7 @@ from redbtc.gateway.websocket.strays import Strays
 from redbtc.gateway.websocket.tasks import Tasks
 from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.gateway.websocket.turns import FINISHED
-from redbtc.gateway.websocket.upstream_socket import SocketState, UpstreamSocket
+from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.meter.answers import MAX_AT_ONCE, answer_steps, decode_answer
 from redbtc.server.asgi import ClientRequest
 from redbtc.server.websocket_protocol import INTERNAL_ERROR
@@ -128,14 +128,14 @@ class UpstreamEvents:
             self._gateway.telemetry.failed(request.id, request.route, error, request.counted)
             await socket.close()
             self._lanes.end_settled(socket)
-        self._lanes.lose(socket, SocketState.LOST, "upstream_failed")
+        self._lanes.lose(socket, "lost", "upstream_failed")
         outcome: Outcome = "client_disconnected" if self._sender.closed else "upstream_failed"
         await strays.end(outcome)
         while self._lanes.has_turn_on(socket):
             await asyncio.sleep(TICK)  # until it has settled its response and sent its error
         del self._passing[socket]
         is_last = not (self._passing or self._opening or self._lanes.are_connecting)
-        if is_last and socket.state is not SocketState.GIVEN_UP:
+        if is_last and socket.state != "given_up":
             await self._sender.close(code, "The connection to the upstream was lost.")
 
     async def _pass(self, message: str | bytes, socket: UpstreamSocket, strays: Strays) -> None:
@@ -156,9 +156,9 @@ class UpstreamEvents:
             await (turn.take(event, socket.idle_seconds) if turn else strays.take(event))
             if turn is None and socket.may_be_of_left(event):
                 return
-        socket.enter(SocketState.BLOCKED)
+        socket.enter("blocked")
         await self._sender.send(message)
-        socket.enter(SocketState.PASSING)
+        socket.enter("passing")
         if turn and turn.state in FINISHED:
             turn.end()
 

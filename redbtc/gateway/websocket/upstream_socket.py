@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 from collections.abc import AsyncIterator
+from typing import Literal
 
 from websockets.asyncio.client import ClientConnection
 from websockets.protocol import State
@@ -23,23 +23,20 @@ CLOSE_SECONDS = 2  # to close a connection, and to send the rest of a message af
 WRITE_LIMIT = 32 << 10  # bytes that websockets buffers before it waits for the upstream to read
 
 
-class SocketState(enum.Enum):
-    """The states of a connection to an upstream."""
-
-    PASSING = "its events are sent to the client as they come"
-    BLOCKED = "one of its events waits for the client, which reads slowly"
-    LOST = "nothing more that comes from it is sent to the client"
-    GIVEN_UP = "lost, because its upstream has answered a message without reading all of it"
-
-
-LOST_STATES = (SocketState.LOST, SocketState.GIVEN_UP)
+SocketState = Literal[  # of a connection to an upstream
+    "passing",  # its events are sent to the client as they come
+    "blocked",  # one of its events waits for the client, which reads slowly
+    "lost",  # nothing more that comes from it is sent to the client
+    "given_up",  # lost, because its upstream has answered a message without reading all of it
+]
+LOST_STATES = ("lost", "given_up")
 
 
 class UpstreamSocket:
     """A session's connection to one upstream. Its `state` is changed by `enter` alone:
 
-    PASSING ◄─► BLOCKED
-       └───────────┴──► LOST or GIVEN_UP
+    passing ◄─► blocked
+       └───────────┴──► lost or given_up
     """
 
     def __init__(
@@ -48,7 +45,7 @@ class UpstreamSocket:
         self.upstream = upstream
         self.connection = connection
         self.idle_seconds = upstream.settings.idle_timeout_seconds
-        self.state = SocketState.PASSING
+        self.state: SocketState = "passing"
         self.cause: str | None = None  # why the upstream's side has ended it
         response = connection.response
         handshake = response.headers.raw_items() if response else ()
