@@ -46,8 +46,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     further_input = 0  # tokens that it may read besides its body and what that builds on
     background: BackgroundResponse | None = None  # its response, if that outlives the request
     _memory: Releasable
-    _candidates: Candidates[Upstream]
-    _has_place = False  # at one of the candidates, perhaps
+    _candidates: Candidates[Upstream] | None = None  # it has a place at one of them, perhaps
     _is_held = False
     _is_unfinished = False  # whether it is counted as an unfinished background response
 
@@ -96,7 +95,8 @@ class AdmittedRequest(ForwardedRequest, Running):
             tokens = self.input_estimate + self.facts.largest(self.endpoint.output_limits)
             tokens = 0 if self.endpoint.free else tokens
             await self.gateway.limiter.take_places(self.admission, tokens, self.deadline)
-            candidates, self._has_place = self._candidates, True
+            candidates = self._candidates
+            assert candidates is not None, "admit was called"
             await self.gateway.limiter.take_place_at_upstream(
                 self.admission, candidates, self.deadline
             )
@@ -127,7 +127,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         that was not created."""
         if self._is_held:
             self.hold.release()
-        if self._has_place and self._candidates.member:
+        if self._candidates and self._candidates.member:
             self._candidates.give_back()
         if self._is_unfinished and not self.background:
             self.gateway.background.unfinished.remove(self.key.account_id)

@@ -54,12 +54,8 @@ class Failed(Protocol):
     """What the choice among the answers of members that have failed must know of one."""
 
     @property
-    def is_limit(self) -> bool:
-        """Return whether the member has reached a limit."""
-
-    @property
-    def is_rejection(self) -> bool:
-        """Return whether the member rejects the operator's key."""
+    def upstream_status(self) -> int | None:
+        """The status of the answer; None if no answer came."""
 
     @property
     def retry_after(self) -> float | None:
@@ -80,35 +76,20 @@ class ErrorAnswer(NamedTuple):
     retry_after: float | None  # seconds until the upstream wants to be asked again
 
     @property
-    def status(self) -> int:
+    def upstream_status(self) -> int:
         """The status of the answer."""
         return self.response.status
 
     @property
-    def is_failure(self) -> bool:
-        """Return whether its status is one of FAILURES."""
-        return self.status in FAILURES
-
-    @property
     def is_unreadable(self) -> bool:
         """Return whether the upstream can't read the request's encrypted content."""
-        return (self.status, self.code) == UNREADABLE
-
-    @property
-    def is_limit(self) -> bool:
-        """Return whether the upstream has reached a limit."""
-        return self.status == LIMITED
-
-    @property
-    def is_rejection(self) -> bool:
-        """Return whether the upstream rejects the operator's key."""
-        return self.status in REJECTED_STATUSES
+        return (self.upstream_status, self.code) == UNREADABLE
 
     def for_client(self, seconds: float) -> UpstreamResponse:
         """Return the answer as the client gets it. A 429 asks it to wait for at most `seconds`:
         then another member can be asked again."""
         response = self.response._replace(body=self.body)
-        if not self.is_limit or not self.retry_after or self.retry_after <= seconds:
+        if response.status != LIMITED or not self.retry_after or self.retry_after <= seconds:
             return response
         headers = [line for line in response.headers if line[0].lower() not in WAITS]
         wait = max(1, math.ceil(seconds))
@@ -116,10 +97,11 @@ class ErrorAnswer(NamedTuple):
 
     def judge(self, candidates: Candidates[Upstream]) -> None:
         """Note in the member's health what the answer says of it."""
-        if not self.is_failure:
+        status = self.upstream_status
+        if status in FAILURES:
+            judge(candidates, status, self.code, self.retry_after, self.body.begun)
+        else:
             candidates.answer(serves=False)
-            return
-        judge(candidates, self.status, self.code, self.retry_after, self.body.begun)
 
 
 def judge(
@@ -217,8 +199,8 @@ class Failover(Generic[AnyFailed]):
         rejection of a key if there is another one. `last` is that of the member that was asked
         last. None if none of them has given one that can be passed on."""
         kept = [*self._answers, last] if last else self._answers
-        answers = [each for each in kept if not each.is_rejection] or kept
-        if answers and all(each.is_limit for each in answers):
+        answers = [each for each in kept if each.upstream_status not in REJECTED_STATUSES] or kept
+        if answers and all(each.upstream_status == LIMITED for each in answers):
             return min(answers, key=lambda each: each.retry_after or 1.0)
         return answers[-1] if answers else None
 

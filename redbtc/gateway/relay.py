@@ -8,7 +8,14 @@ import httpx2
 
 from redbtc.gateway.answer import AnswerBody
 from redbtc.gateway.client_response import ClientResponse
-from redbtc.gateway.failover import FAILURES, ErrorAnswer, Failover, must_be_read, read_error
+from redbtc.gateway.failover import (
+    FAILURES,
+    REJECTED_STATUSES,
+    ErrorAnswer,
+    Failover,
+    must_be_read,
+    read_error,
+)
 from redbtc.gateway.forwarded_request import REJECTED_KEY, ForwardedRequest
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Send
@@ -127,10 +134,10 @@ class Relay:
         self._failover = failover
         while response is None or must_be_read(response.status, candidates):
             answer = await self._read_error(candidates, response) if response else None
-            if answer and not answer.is_failure:
+            if answer and answer.upstream_status not in FAILURES:
                 best = (failover.best(None) if answer.is_unreadable else None) or answer
                 return await self._best_of(best, answer, candidates)
-            status = answer.status if answer else None
+            status = answer.upstream_status if answer else None
             self._deadline.allow(queue_seconds + 1)  # a place is waited for no longer than that
             # An answer that goes on needs the place that the request has.
             wait_seconds = 0 if answer and not answer.body.whole else queue_seconds
@@ -161,10 +168,10 @@ class Relay:
             self._failure = "upstream_unreachable"
             return None
         self._request.note_member(best.member)
-        if not best.is_rejection:
+        if best.upstream_status not in REJECTED_STATUSES:
             return best.for_client(candidates.seconds_of_limit())
         await best.body.aclose()
-        self._request.note_answer(best.status, request_id_in(best.response.headers))
+        self._request.note_answer(best.upstream_status, request_id_in(best.response.headers))
         self._request.note_failure(best.code)
         self._failure = REJECTED_KEY
         return None
@@ -243,12 +250,11 @@ class Relay:
         else:
             account = answer_queue(request.key.account_id)
             await in_slices(request.meter.cut_off_steps(), account, started=True)
-        if failure == REJECTED_KEY:
-            pass  # the answer has been read
-        elif self._upload and self._upload.begun:
-            await asyncio.sleep(UPSTREAM_CLOSE_SECONDS)
-        elif deadline.client_left:
-            await self._leave_unsent()
+        if failure != REJECTED_KEY:  # else the answer has been read
+            if self._upload and self._upload.begun:
+                await asyncio.sleep(UPSTREAM_CLOSE_SECONDS)
+            elif deadline.client_left:
+                await self._leave_unsent()
         if deadline.client_left or response.waits_for_client:
             await request.settle("client_disconnected")
         elif response.sent == "head":
@@ -265,4 +271,4 @@ class Relay:
             await request.forget()
         else:
             request.note_member(earlier.member)
-            request.note_answer(earlier.status, request_id_in(earlier.response.headers))
+            request.note_answer(earlier.upstream_status, request_id_in(earlier.response.headers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from redbtc.config import AccountLimitSettings, LimitSettings
@@ -17,19 +18,15 @@ OwnLimits = tuple[int | None, int | None, int | None]
 MAX_WAITING_REQUESTS = 1000  # of an account's requests, for places or for memory
 
 
-class InTurn(Protocol):
-    """Something for which requests wait in turn."""
-
-    async def take_in_turn(self, amount: int) -> None:
-        """Wait, and take the amount."""
-
-
-class UpstreamQueue(InTurn, Protocol):
+class UpstreamQueue(Protocol):
     """Places at upstreams."""
 
     def take_now(self) -> bool:
         """Take a place if one is free, and return whether there was one. Raises Refusal if no
         upstream may be asked now."""
+
+    async def take_in_turn(self) -> None:
+        """Wait for a place, and take it."""
 
 
 class Limiter:
@@ -71,7 +68,7 @@ class Limiter:
             if not queue.take_now():
                 account = admission.applied_limits[1].counters
                 until = time.monotonic() + admission.queue_seconds
-                await self.wait(account, queue, 1, until, deadline)
+                await self.wait(account, queue.take_in_turn, until, deadline)
         except TimeoutError:
             message = "All upstreams have as many requests in flight as they may have."
             refusal = Refusal("overloaded", message)
@@ -151,7 +148,7 @@ class Limiter:
         self, applied: AppliedLimits, account: LimitCounters, until: float, deadline: Deadline
     ) -> None:
         try:
-            await self.wait(account, applied.counters.places, 1, until, deadline)
+            await self.wait(account, applied.counters.places.take_in_turn, until, deadline)
         except TimeoutError:
             headers = rate_limit_headers("concurrency", applied.concurrency, 0, 1)
             what = f"{applied.counters.name} may have {applied.concurrency} requests in flight"
@@ -159,9 +156,13 @@ class Limiter:
             raise NoCapacity(message, headers) from None
 
     async def wait(
-        self, account: LimitCounters, places: InTurn, amount: int, until: float, deadline: Deadline
+        self,
+        account: LimitCounters,
+        take_in_turn: Callable[[], Awaitable[None]],
+        until: float,
+        deadline: Deadline,
     ) -> None:
-        """Take `amount` places in turn. Raises TimeoutError at `until` (monotonic seconds), or
+        """Take places in turn. Raises TimeoutError at `until` (monotonic seconds), or
         immediately if MAX_WAITING_REQUESTS requests of the account wait already; ClientLeft if the
         client disconnects."""
         if account.waiting >= MAX_WAITING_REQUESTS:
@@ -170,7 +171,7 @@ class Limiter:
         self.queued += 1
         try:
             with deadline.running(until - time.monotonic(), grace=0):
-                await places.take_in_turn(amount)
+                await take_in_turn()
         except TimeoutError:
             if deadline.client_left:
                 raise ClientLeft from None

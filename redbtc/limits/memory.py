@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 
@@ -134,7 +135,8 @@ class Reservation:
             try:
                 if deadline is None:
                     raise TimeoutError
-                await self._limiter.wait(self._account, counters.reading, more, until, deadline)
+                take_in_turn = functools.partial(counters.reading.take_in_turn, more)
+                await self._limiter.wait(self._account, take_in_turn, until, deadline)
             except TimeoutError:
                 message = f"Too many large request bodies at once for {counters.name}."
                 raise NoCapacity(message) from None

@@ -256,8 +256,8 @@ class Candidates(Generic[AnyMember]):
                 return True
         return False
 
-    async def take_in_turn(self, amount: int) -> None:
-        """Wait for a place: `amount` is 1."""
+    async def take_in_turn(self) -> None:
+        """Wait for a place. Cancelling the wait takes none."""
         await self._queue.wait(self)
 
     def _usable(self, urgent: bool = False) -> list[AnyMember]:

@@ -37,17 +37,17 @@ REST_SECONDS, MAX_REST_SECONDS = 1.0, 60.0  # if the upstream does not say for h
 MAX_RETRY_AFTER_SECONDS = 600.0
 QUOTA_SECONDS, MAX_QUOTA_SECONDS = 60.0, 1800.0
 SLOW = ("dns", "connect_timeout")  # causes that cost a request seconds
-USELESS_SECONDS = 5.0  # for which a last member that fails, though it answers, can't serve
+UNREADY_SECONDS = 5.0  # for which a last member that fails, though it answers, can't serve
 QUOTA, CREDENTIALS, BY_HAND = "insufficient_quota", "credentials", "by hand"
 RECOVERED, RESTED = "recovered", "rested"
 
 
-def useless_seconds(reason: str) -> float:
+def unready_seconds(reason: str) -> float:
     """Return for how many seconds monitors are told that a last member can't serve, which fails for
     this reason. That is short if it answers: it may be the requests of one account that it fails
     on, and these must not take the gateway from the others."""
     unreached = reason in (*SLOW, "refused", "unreachable", CREDENTIALS)
-    return OUT_SECONDS if unreached or reason.startswith("tls: ") else USELESS_SECONDS
+    return OUT_SECONDS if unreached or reason.startswith("tls: ") else UNREADY_SECONDS
 
 
 class MemberHealth:
@@ -72,7 +72,7 @@ class MemberHealth:
         self.past = PastRequests(clock)
         self.in_flight = 0  # requests, also those that began before its settings were changed
         self.struggling = ""  # why it would be out if it were not the last one
-        self.struggling_until = 0.0  # until when that makes it useless to monitors
+        self.struggling_until = 0.0  # until when monitors are told that it can't serve
         self.since = clock()  # of its state
         self.clock = clock
         self._pauses = Pauses()  # those that are chosen here
@@ -283,7 +283,7 @@ class MemberHealth:
     def _struggle(self, reason: str, now: float) -> None:
         """Note why it would be out."""
         if reason and (not self.struggling or now >= self.struggling_until):
-            self.struggling_until = now + useless_seconds(reason)
+            self.struggling_until = now + unready_seconds(reason)
         self.struggling = reason
         if reason in SLOW:
             self.on_unreachable()

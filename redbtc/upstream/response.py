@@ -23,8 +23,6 @@ from redbtc.upstream.failures import NoResponse, NotHTTP
 MAX_OVERHEAD = 100 << 10  # bytes without any body between: heads, 1xx, chunk extensions, trailers
 
 
-# The states of an exchange. (These and others are texts, since Python 3.11 takes 40 ns longer for a
-# member of an Enum, and a request needs 44 of them.)
 ExchangeState = Literal[
     "idle",  # no request: the connection waits for one
     "sending",  # the request is being sent, and the head of its response has not arrived

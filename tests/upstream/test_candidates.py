@@ -315,7 +315,7 @@ def run(scene: Callable[[], Awaitable[None]]) -> None:
 async def waiting(found: Candidates[Named]) -> asyncio.Task[None]:
     """Return the task of a request that waits for a place."""
     assert not found.take_now()
-    task = asyncio.create_task(found.take_in_turn(1))
+    task = asyncio.create_task(found.take_in_turn())
     await asyncio.sleep(0)
     return task
 

@@ -506,7 +506,7 @@ class Simulation:
         referee.check_end(request)
         try:
             async with asyncio.timeout(QUEUE_SECONDS):
-                await candidates.take_in_turn(1)
+                await candidates.take_in_turn()
             return True
         except TimeoutError:
             referee.outcomes["overloaded"] += 1

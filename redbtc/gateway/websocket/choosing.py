@@ -65,65 +65,41 @@ class HandshakeRefused(Refusal):
         self.retry_after = retry_after
         self._body = body  # of the upstream's answer
 
-    @property
-    def is_limit(self) -> bool:
-        """Return whether the upstream has reached a limit."""
-        return self.upstream_status == LIMITED
-
-    @property
-    def is_rejection(self) -> bool:
-        """Return whether the upstream rejects the operator's key."""
-        return self.upstream_status in REJECTED_STATUSES
-
-    @property
-    def is_failure(self) -> bool:
-        """Return whether the upstream has answered with one of FAILURES."""
-        return self.upstream_status in FAILURES
-
     def judge(self, candidates: Candidates[Upstream]) -> None:
         """Note in the member's health what the answer says of it."""
         if self.upstream_status is None:
             candidates.fail(self.cause or "protocol")
-        elif self.is_failure:
+        elif self.upstream_status in FAILURES:
             judge(candidates, self.upstream_status, self.cause, self.retry_after, self._body)
 
     def for_client(self, seconds: float) -> Refusal:
         """Return the refusal as the client of a handshake gets it. A 429 asks it to wait for at
         most `seconds`: then another member can be asked again."""
-        if not self.is_limit or not self.retry_after or self.retry_after <= seconds:
+        is_limit = self.upstream_status == LIMITED
+        if not (is_limit and self.retry_after and self.retry_after > seconds):
             return self
         return Refusal(self.code, retry_after=seconds)
 
 
 class ErrorEvent(NamedTuple):
     """An error event with which a member has answered a request before any other event, and whose
-    `status` is one of FAILURES."""
+    `upstream_status` is one of FAILURES."""
 
     member: Upstream
     event: Answer
     message: str | bytes  # the event as it came
-    status: int
+    upstream_status: int
     request_id: str | None  # the upstream's, of the handshake
 
     @property
     def code(self) -> str | None:
         """The code of the error."""
-        return kept_code(self.status, error_code_of(self.event))
+        return kept_code(self.upstream_status, error_code_of(self.event))
 
     @property
     def retry_after(self) -> float | None:
         """The seconds until the upstream wants to be asked again; None if it does not say."""
         return retry_after_in(self.message)
-
-    @property
-    def is_limit(self) -> bool:
-        """Return whether the upstream has reached a limit."""
-        return self.status == LIMITED
-
-    @property
-    def is_rejection(self) -> bool:
-        """Return whether the upstream rejects the operator's key."""
-        return self.status in REJECTED_STATUSES
 
     @property
     def is_short(self) -> bool:
@@ -133,7 +109,7 @@ class ErrorEvent(NamedTuple):
     def judge(self, candidates: Candidates[Upstream]) -> None:
         """Note in the member's health what the event says of it."""
         text = self.message.encode() if isinstance(self.message, str) else self.message
-        judge(candidates, self.status, self.code, self.retry_after, text)
+        judge(candidates, self.upstream_status, self.code, self.retry_after, text)
 
 
 SocketFailover = Failover[ErrorEvent | HandshakeRefused]
@@ -184,7 +160,7 @@ async def connect_to_one(
                 refusal = HandshakeRefused("upstream_unreachable", cause_of(error))
             refusal.judge(candidates)
         refusal.member = member
-        if refusal.is_failure:
+        if refusal.upstream_status in FAILURES:
             failover.keep(refusal)
         if not failover.go_on(candidates, None):
             raise refusal

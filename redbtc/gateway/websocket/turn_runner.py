@@ -8,7 +8,7 @@ import time
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.deadlines import Deadline
-from redbtc.gateway.failover import FAILURES, Failover
+from redbtc.gateway.failover import FAILURES, LIMITED, REJECTED_STATUSES, Failover
 from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import candidates_for
@@ -195,8 +195,8 @@ class TurnRunner:
         response = turn.response
         if isinstance(best, ErrorEvent):
             response.note_member(best.member)
-            response.note_answer(best.status, best.request_id)
-            if not best.is_rejection:
+            response.note_answer(best.upstream_status, best.request_id)
+            if best.upstream_status not in REJECTED_STATUSES:
                 await response.take(best.event, "error")
                 await response.settle(response.outcome())
                 await self._sender.send(best.message)
@@ -208,7 +208,7 @@ class TurnRunner:
                 response.note_member(best.member)
             response.upstream_status = best.upstream_status
             response.note_failure(best.cause)
-            if not (best.is_limit or best.is_rejection):
+            if best.upstream_status not in (LIMITED, *REJECTED_STATUSES):
                 best = Refusal("upstream_unreachable")
         answered = best.code != "upstream_unreachable"
         await self._fail(turn, "upstream_error" if answered else "upstream_failed", best)
@@ -298,7 +298,7 @@ def take_error(
         turn.leave_member()
         return True
     waits, best = error.is_short and failover.may_wait(candidates, status), failover.best()
-    if (best is None or best is error) and not (waits or error.is_rejection):
+    if (best is None or best is error) and not (waits or status in REJECTED_STATUSES):
         return False
     turn.leave_member(waits)
     return True
