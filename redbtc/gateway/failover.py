@@ -37,6 +37,16 @@ REJECTED_STATUSES = (REJECTED, FORBIDDEN)
 CERTAIN = (LIMITED, *REJECTED_STATUSES)  # the upstream has surely not acted on the request
 MAX_BEGINNING = 16 << 10  # of an error answer that are read before another member is tried
 ERROR_SECONDS = 2.0  # to read them
+# The status of an error event that has only a code.
+STATUS_OF_CODE = {
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "slow_down": 503,
+    "server_is_overloaded": 503,
+    "server_error": 500,
+    "invalid_api_key": 401,
+    "authentication_error": 401,
+}
 UNREADABLE = (400, "invalid_encrypted_content")
 NO_MODEL = "model_not_found"  # the code of a 403 that is about one model only
 # Other codes of a 401 or 403 for which the key is good, but not for this model or kind of request:
@@ -124,6 +134,21 @@ def judge(
         candidates.reject(shown)
     else:  # a 403 without an error object comes from a firewall before the upstream
         candidates.fail(shown)
+
+
+def judge_end(
+    candidates: Candidates[Upstream], code: str | None, first_byte_ms: float | None
+) -> None:
+    """Note in the member's health how an answer has ended that began well, such as a stream whose
+    status was 200. `code` is that of the error in it, None if there was none; `first_byte_ms`: see
+    Candidates.succeed."""
+    status = STATUS_OF_CODE.get(code or "")
+    if code is None or status is None:
+        candidates.succeed(first_byte_ms)
+    elif status in BROKEN:
+        candidates.fail(code, torn=True)
+    else:
+        judge(candidates, status, code, None)
 
 
 def lacks_right(status: int, code: str | None, text: bytes) -> bool:

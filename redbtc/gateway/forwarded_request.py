@@ -96,6 +96,12 @@ class ForwardedRequest:
         """Return whether the upstream is asked to create a background response."""
         return False
 
+    @property
+    def error_in_answer(self) -> str | None:
+        """The code of the error with which the request itself failed at the upstream, in an answer
+        that began well. None if it did not, and in an answer that tells of another request."""
+        return None
+
     def first_byte_after_leaving(self) -> float | None:
         """Return how many milliseconds after the request was sent the first byte of its answer
         came, None if none has."""

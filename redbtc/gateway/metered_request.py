@@ -71,6 +71,11 @@ class MeteredRequest(AdmittedRequest):
             if hold.held:
                 hold.grow(self.gateway.objects, made, self._max_usage().all_tokens)
 
+    @property
+    def error_in_answer(self) -> str | None:
+        is_error = (self.status or 200) >= 400  # which is about the request
+        return None if is_error else self.meter.report.error_code
+
     def _max_usage(self) -> MaximumUsage:
         """Return the most that the request can use."""
         return self.maximum.usage(self.hold, self.further_input)

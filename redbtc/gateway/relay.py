@@ -13,6 +13,7 @@ from redbtc.gateway.failover import (
     REJECTED_STATUSES,
     ErrorAnswer,
     Failover,
+    judge_end,
     must_be_read,
     read_error,
 )
@@ -191,7 +192,7 @@ class Relay:
         finally:
             await response.body.aclose()
         if is_good:
-            candidates.succeed(request.first_byte_after_leaving())
+            judge_end(candidates, request.error_in_answer, request.first_byte_after_leaving())
 
     async def _read_error(
         self, candidates: Candidates[Upstream], response: UpstreamResponse

@@ -12,11 +12,22 @@ from typing import Any
 import httpx2
 import pytest
 
+from redbtc.upstream.past_requests import FAILURES_IN_ROW
 from tests.gateway.errors import error
 from tests.helpers.gateway import UPSTREAM_KEY
 from tests.helpers.pair import CHAT, CHAT_COST, MODEL, Pair, nowhere
 from tests.helpers.response_store import ResponseStore
-from tests.helpers.upstream import Received, Reply, Script, json_answer, openai_like
+from tests.helpers.upstream import (
+    Received,
+    Reply,
+    Script,
+    chat_chunk,
+    event,
+    json_answer,
+    openai_like,
+    response_object,
+    stream,
+)
 
 pytestmark = [pytest.mark.promise_1, pytest.mark.promise_6, pytest.mark.promise_9]
 
@@ -365,3 +376,75 @@ def test_endless_answers_take_no_memory(pair: Pair) -> None:
     assert {*statuses} == {200}
     assert pair.gateway.rss() - before < 20 << 20
     pair.wait_until_idle()
+
+
+# ── Answers with status 200 that end with an error ───────────────────────────────────────────────
+
+
+def begun_well(way: str, code: str) -> Script:
+    """Answer with status 200, and with an error."""
+    problem = {"code": code, "type": code, "message": "Sorry"}
+    failed = response_object(status="failed", error=problem, output=[])
+    if way == "JSON":
+        return json_answer(failed)
+    if way == "chat":
+        return stream([event(chat_chunk(MODEL, {"content": "a"})), event({"error": problem})])
+    ends: dict[str, dict[str, Any]] = {
+        "response.failed": {"type": "response.failed", "response": failed},
+        "error": {**problem, "type": "error"},
+    }
+    begun = {"type": "response.created", "response": response_object(status="in_progress")}
+    return stream([event(begun, "response.created"), event(ends[way], ends[way]["type"])])
+
+
+def states(pair: Pair) -> list[tuple[str, str | None]]:
+    """Return the state of the upstream that is tried first, and why it is not up."""
+    found = pair.gateway.api("GET", "/overview")["upstreams"]
+    return [(each["state"], each["reason"]) for each in found if each["name"] == pair.name("bad")]
+
+
+WAYS = ["JSON", "chat", "response.failed", "error"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_that_end_with_an_error_of_the_upstream_take_it_out(pair: Pair, way: str) -> None:
+    pair.bad.script = begun_well(way, "server_error")
+    path = "/chat/completions" if way == "chat" else "/responses"
+    for number in range(1, FAILURES_IN_ROW + 2):
+        answer = pair.ask(path, stream=way != "JSON")
+        assert answer.status_code == 200
+        is_out = number >= FAILURES_IN_ROW
+        assert states(pair) == [("out", "server_error") if is_out else ("up", None)]
+        assert len(pair.bad.requests) == min(number, FAILURES_IN_ROW)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_limit_within_an_answer_rests_the_upstream(pair: Pair, way: str) -> None:
+    pair.bad.script = begun_well(way, "rate_limit_exceeded")
+    path = "/chat/completions" if way == "chat" else "/responses"
+    assert "rate_limit_exceeded" in pair.ask(path, stream=way != "JSON").text
+    assert states(pair) == [("resting", "rate_limit_exceeded")]
+    assert "Sorry" not in pair.ask(path, stream=way != "JSON").text
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_that_end_with_an_error_about_the_request_are_no_failures(
+    pair: Pair, way: str
+) -> None:
+    pair.bad.script = begun_well(way, "invalid_prompt")
+    path = "/chat/completions" if way == "chat" else "/responses"
+    for _ in range(FAILURES_IN_ROW + 1):
+        assert "invalid_prompt" in pair.ask(path, stream=way != "JSON").text
+    assert states(pair) == [("up", None)]
+
+
+def test_a_failed_response_that_is_looked_at_is_no_failure(pair: Pair) -> None:
+    """It is the end of another request, however often it is fetched."""
+    response_id = f"resp_looked_at_{pair.number}"
+    pair.bad.script = json_answer(response_object(id=response_id))
+    assert pair.ask("/responses", store=True).status_code == 200
+    pair.bad.script = begun_well("JSON", "server_error")
+    with pair.gateway.client(pair.key) as client:
+        for _ in range(FAILURES_IN_ROW + 1):
+            assert client.get(f"/responses/{response_id}").json()["status"] == "failed"
+    assert states(pair) == [("up", None)]

@@ -14,6 +14,7 @@ from redbtc.gateway.failover import (
     LIMITED,
     MAX_BEGINNING,
     REJECTED_STATUSES,
+    STATUS_OF_CODE,
     UNREADABLE,
     Failover,
     judge,
@@ -30,16 +31,6 @@ from redbtc.upstream.failures import cause_of
 from redbtc.upstream.retry_after import retry_after_seconds
 from redbtc.upstream.upstreams import Upstream
 
-# The status of an error event that has only a code.
-STATUS_OF_CODE = {
-    "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
-    "slow_down": 503,
-    "server_is_overloaded": 503,
-    "server_error": 500,
-    "invalid_api_key": 401,
-    "authentication_error": 401,
-}
 NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
 
 

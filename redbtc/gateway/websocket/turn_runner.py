@@ -8,7 +8,7 @@ import time
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.deadlines import Deadline
-from redbtc.gateway.failover import FAILURES, LIMITED, REJECTED_STATUSES, Failover
+from redbtc.gateway.failover import FAILURES, LIMITED, REJECTED_STATUSES, Failover, judge_end
 from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import candidates_for
@@ -144,7 +144,9 @@ class TurnRunner:
                 await self._fail(turn, turn.failure, Refusal("upstream_unreachable"))
                 await socket.connection.wait_closed()  # until then its place is taken
             elif turn.response.status not in FAILURES:
-                candidates.succeed(turn.response.first_byte_after_leaving())
+                response = turn.response
+                first_byte_ms = response.first_byte_after_leaving()
+                judge_end(candidates, response.error_in_answer, first_byte_ms)
         except TimeoutError:
             await self._time_out(turn)
         except ConnectionClosed as closed:

@@ -897,6 +897,28 @@ def test_an_answer_ends_a_row_of_failures(
     assert upstream_states(pair.gateway) == []
 
 
+def test_responses_that_fail_take_a_member_out(
+    pair: PaidGateway, one: Upstream, two: Upstream
+) -> None:
+    async def talk(sock: Socket) -> None:
+        events = ws_events(1, await sock.recv())
+        failed = {**events[-1], "type": "response.failed"}
+        problem = {"code": "server_error", "message": "Sorry"}
+        failed["response"] = {**failed["response"], "status": "failed", "error": problem}
+        await sock.send(events[0], failed)
+        await sock.recv()
+
+    one.talk = talk
+    for number in range(5):
+        assert upstream_states(pair.gateway) == [], number
+        with client(pair.gateway, pair.key) as ws:
+            ws.send(max_output_tokens=16)
+            ws.until("response.failed")
+        pair.gateway.wait_for_rows(number + 1)
+        wait_until(lambda: pair.gateway.metrics()["redbtc_in_flight"] == 0)
+    assert upstream_states(pair.gateway) == [("one", "out")]
+
+
 def test_a_limit_rests_the_member(pair: PaidGateway, one: Upstream, two: Upstream) -> None:
     one.talk = failing(error(*LIMITED, {"retry-after": "300"}))
     with client(pair.gateway, pair.key) as ws:
