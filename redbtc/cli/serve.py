@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 import click
 import msgspec
 import orjson
-import uvloop
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.price_changes import add_prices
@@ -40,6 +39,7 @@ from redbtc.store.health import RETRY_SECONDS
 from redbtc.store.opening import Serving
 from redbtc.telemetry import LOG, Telemetry, log
 from redbtc.upstream.certificates import check_ca_files
+from redbtc.upstream.event_loop import EventLoop
 
 DAMAGED_FILE_SECONDS = 0.25  # between two looks at a database file that is damaged
 DEMO_PRICE = Price(
@@ -242,7 +242,7 @@ def serve(
     os.umask(0o077)  # only the gateway's user may read what it writes
     LOG.level = getattr(logging, server.log_level.upper())
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=EventLoop) as runner:
             options = ServeOptions(loaded, settings, demo, first_run, accept_clock, as_json)
             status = runner.run(context.run(options))
     finally:

@@ -9,7 +9,7 @@ from redbtc.headers import Headers, header
 from redbtc.meter.decoding import codings_of
 from redbtc.server.asgi import Message, Send
 from redbtc.server.framing import NO_BODY
-from redbtc.upstream.headers import headers_for_client
+from redbtc.upstream.headers import REQUEST_ID, headers_for_client
 from redbtc.upstream.response import UpstreamResponse
 
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
@@ -37,8 +37,9 @@ class ClientResponse:
         self.is_labelled_stream = False  # by the upstream's content type
         self.codings: list[bytes] = []  # with which it is labelled as compressed
 
-    def set_head(self, answer: UpstreamResponse, id_of_request: str, more: Headers) -> None:
-        """Make the head from the upstream's answer. `more` are headers of the gateway's own."""
+    def set_head(self, answer: UpstreamResponse, id_of_request: str, more: Headers) -> bytes | None:
+        """Make the head from the upstream's answer. `more` are headers of the gateway's own. Return
+        the upstream's own id of the request, None if it has not said one."""
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
         self.is_labelled_stream = content_type.lower().startswith(b"text/event-stream")
@@ -53,11 +54,13 @@ class ClientResponse:
             # A browser looks only at the first of several X-Content-Type-Options.
             headers = [line for line in headers if line[0] != b"x-content-type-options"] + INERT
         request_id = id_of_request.encode()
-        if header(headers, b"x-request-id") is None:
-            headers.append((b"x-request-id", request_id))
+        upstream_request_id = header(headers, REQUEST_ID)
+        if upstream_request_id is None:
+            headers.append((REQUEST_ID, request_id))
         headers.append((b"x-redbtc-request-id", request_id))
         headers += more
         self._head = {"type": "http.response.start", "status": answer.status, "headers": headers}
+        return upstream_request_id
 
     @property
     def has_length(self) -> bool:

@@ -136,19 +136,16 @@ def judge(
         candidates.fail(shown)
 
 
-def judge_end(
-    candidates: Candidates[Upstream], code: str | None, first_byte_ms: float | None
-) -> None:
-    """Note in the member's health how an answer has ended that began well, such as a stream whose
-    status was 200. `code` is that of the error in it, None if there was none; `first_byte_ms`: see
-    Candidates.succeed."""
-    status = STATUS_OF_CODE.get(code or "")
-    if code is None or status is None:
-        candidates.succeed(first_byte_ms)
-    elif status in BROKEN:
+def judge_end(candidates: Candidates[Upstream], code: str) -> None:
+    """Note in the member's health what an error says of it with which an answer has ended that
+    began well, such as a stream with status 200. `code` is that of the error."""
+    status = STATUS_OF_CODE.get(code)
+    if status in BROKEN:
         candidates.fail(code, torn=True)
-    else:
+    elif status:
         judge(candidates, status, code, None)
+    else:  # it is about the request
+        candidates.succeed(None)
 
 
 def lacks_right(status: int, code: str | None, text: bytes) -> bool:

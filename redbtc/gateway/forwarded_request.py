@@ -29,6 +29,8 @@ class ForwardedRequest:
     """A request that is forwarded, and its answer. `meter` has been fed what has passed of the
     answer."""
 
+    makes_answer = False  # else the answer can tell of another request, such as a stored response
+
     def __init__(
         self,
         gateway: Gateway,
@@ -95,12 +97,6 @@ class ForwardedRequest:
     def creates_background(self) -> bool:
         """Return whether the upstream is asked to create a background response."""
         return False
-
-    @property
-    def error_in_answer(self) -> str | None:
-        """The code of the error with which the request itself failed at the upstream, in an answer
-        that began well. None if it did not, and in an answer that tells of another request."""
-        return None
 
     def first_byte_after_leaving(self) -> float | None:
         """Return how many milliseconds after the request was sent the first byte of its answer

@@ -40,6 +40,7 @@ from redbtc.usage import FAILED, Outcome, RequestRow, Usage, UsagePart
 class MeteredRequest(AdmittedRequest):
     """A request whose answer is metered and billed."""
 
+    makes_answer = True
     _saved_after = SAVE_SECONDS / SAVE_GROWTH  # seconds of work, when it was last saved
     _is_saved = False  # whether the ledger has a row in `unsettled` for it
     _recorded = 0  # how many of the objects in the report were recorded as the account's
@@ -70,11 +71,6 @@ class MeteredRequest(AdmittedRequest):
             hold = self.background.hold if self.background else self.hold
             if hold.held:
                 hold.grow(self.gateway.objects, made, self._max_usage().all_tokens)
-
-    @property
-    def error_in_answer(self) -> str | None:
-        is_error = (self.status or 200) >= 400  # which is about the request
-        return None if is_error else self.meter.report.error_code
 
     def _max_usage(self) -> MaximumUsage:
         """Return the most that the request can use."""

@@ -23,7 +23,7 @@ from redbtc.server.asgi import Send
 from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.candidates import Candidates
 from redbtc.upstream.failures import cause_of, failed_to_connect
-from redbtc.upstream.headers import headers_for_upstream, request_id_in
+from redbtc.upstream.headers import headers_for_upstream, readable_id, request_id_in
 from redbtc.upstream.response import UpstreamResponse
 from redbtc.upstream.upstreams import UploadBody, Upstream
 
@@ -184,15 +184,19 @@ class Relay:
             candidates.answer(serves=response.status < 400)
         self._answer = AnswerBody(request, self._response, self._idle_seconds)
         try:
-            self._response.set_head(
+            request_id = self._response.set_head(
                 response, request.client_request.id, request.admission.headers()
             )
-            request.note_answer(response.status, request_id_in(response.headers))
+            request.note_answer(response.status, readable_id(request_id))
             await self._answer.relay(response.body)
         finally:
             await response.body.aclose()
         if is_good:
-            judge_end(candidates, request.error_in_answer, request.first_byte_after_leaving())
+            error_code = request.meter.report.error_code
+            if error_code and request.makes_answer and response.status < 400:
+                judge_end(candidates, error_code)
+            else:
+                candidates.succeed(request.first_byte_after_leaving())
 
     async def _read_error(
         self, candidates: Candidates[Upstream], response: UpstreamResponse

@@ -34,17 +34,17 @@ EVENT_START_SIZE = 256  # bytes of an incomplete event in which its type is sear
 
 def chat_may_matter(events: bytes) -> bool:
     """Return whether a chat's events can matter. Text can look as if it did."""
-    return events.find(b"[DONE]") >= 0 or MARK.search(events) is not None
+    return b"[DONE]" in events or MARK.search(events) is not None
 
 
 def may_matter(events: bytes) -> bool:
     """Return whether the events of a response or of images can matter."""
-    return (  # `in` would take longer: it tries first whether it is asked for a number
-        events.find(b"[DONE]") >= 0
-        or events.find(b"complete") >= 0  # completed, incomplete
-        or events.find(b'.failed"') >= 0
-        or events.find(b"output_item.") >= 0
-        or events.find(b'partial_image"') >= 0
+    return (
+        b"[DONE]" in events
+        or b"complete" in events  # completed, incomplete
+        or b'.failed"' in events
+        or b"output_item." in events
+        or b'partial_image"' in events
         or MARK.search(events) is not None
     )
 

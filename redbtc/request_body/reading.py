@@ -102,9 +102,8 @@ class BodyReader:
         for piece in self._pieces.all():
             escaped = yield from refuse_hidden(piece)
             self._may_reference = self._may_reference or MEMBER.search(piece) is not None
-            # (`in` takes longer than `find`: it tries first whether it is asked for a number.)
-            self._may_show = self._may_show or escaped or piece.find(PICTURE_MARK) >= 0
-            self.replays = self.replays or piece.find(ENCRYPTED) >= 0
+            self._may_show = self._may_show or escaped or PICTURE_MARK in piece
+            self.replays = self.replays or ENCRYPTED in piece
             if self._pieces.is_cut:
                 yield
         members = self._members

@@ -18,11 +18,11 @@ BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 def base62(number: int, width: int) -> str:
     """Return a number in base 62, most significant digit first, padded with zeros to `width`."""
-    digits = []
+    digits = ""
     for _ in range(width):
-        number, digit = divmod(number, 62)
-        digits.append(BASE62[digit])
-    return "".join(reversed(digits))
+        digits = BASE62[number % 62] + digits
+        number //= 62
+    return digits
 
 
 def new_key() -> str:

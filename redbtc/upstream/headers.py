@@ -6,7 +6,7 @@ import hmac
 import re
 import uuid
 
-from redbtc.headers import Headers
+from redbtc.headers import Headers, header
 
 ALLOWED_HEADERS = frozenset(
     b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "
@@ -54,8 +54,8 @@ DROPPED_PREFIXES = (
 )
 SPECIAL_HEADERS = frozenset([b"connection", b"cache-control"])
 NO_STORE = (b"cache-control", b"no-store")
-REQUEST_ID_HEADER = b"x-request-id"
-REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+REQUEST_ID = b"x-request-id"
+READABLE_ID = re.compile(rb"[!-~]{1,128}")
 SHARED = re.compile(  # nginx caches by max-age whoever asks
     rb"(?i)public|s-maxage|must-revalidate|^(?!.*(?:private|no-store|no-cache)).*max-age"
 )
@@ -92,12 +92,15 @@ def own_idempotency_key(secret: bytes, scope: str, key: bytes) -> bytes:
 
 
 def request_id_in(received: Headers) -> str | None:
-    """Return the upstream's id of a request from the headers of its answer; None if there is none,
-    or if it is not of up to 128 printable ASCII characters without spaces."""
-    for name, value in received:
-        if len(name) == len(REQUEST_ID_HEADER) and name.lower() == REQUEST_ID_HEADER:
-            return value.decode() if REQUEST_ID.fullmatch(value) else None
-    return None
+    """Return the upstream's id of a request from the headers of its answer, as `readable_id`
+    does."""
+    return readable_id(header([(name.lower(), value) for name, value in received], REQUEST_ID))
+
+
+def readable_id(request_id: bytes | None) -> str | None:
+    """Return an upstream's id of a request as text; None if there is none, or if it is not of up to
+    128 printable ASCII characters without spaces."""
+    return request_id.decode() if request_id and READABLE_ID.fullmatch(request_id) else None
 
 
 def headers_for_client(received: Headers) -> Headers:

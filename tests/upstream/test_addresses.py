@@ -10,13 +10,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import uvloop
 
 from redbtc.upstream import addresses
 from redbtc.upstream.addresses import HostName, HostNames, literal_addresses, with_port
+from redbtc.upstream.event_loop import EventLoop
 from tests.helpers.gateway import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.promise_9
+
+NO_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
 class Resolver:
@@ -29,7 +31,9 @@ class Resolver:
         self.open.set()
         self.asked = 0
 
-    def __call__(self, host: str, port: int | None, **_: Any) -> Any:
+    def __call__(self, host: str, port: int | None, flags: int = 0, **_: Any) -> Any:
+        if flags & socket.AI_NUMERICHOST:
+            raise NO_NAME
         self.asked += 1
         assert port is None
         assert self.open.wait(PATIENCE_SECONDS)
@@ -52,15 +56,12 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
         async with asyncio.timeout(PATIENCE_SECONDS):
             await main()
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
         runner.run(bounded())
 
 
 async def found(name: HostName) -> list[str]:
     return [each[4][0] for each in await name.addresses()]
-
-
-NO_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
 def test_those_who_need_a_name_share_one_look_up(resolver: Resolver) -> None:
@@ -212,3 +213,47 @@ def test_a_loop_that_is_closed_meanwhile(resolver: Resolver) -> None:
     for thread in threading.enumerate():
         if thread.name == "look up a.test":
             thread.join(PATIENCE_SECONDS)
+
+
+def test_libraries_that_ask_the_loop_share_its_look_ups(resolver: Resolver) -> None:
+    async def main() -> None:
+        look_up = asyncio.get_running_loop().getaddrinfo
+        resolver.open.clear()
+        asked = [look_up("a.test", 80, type=socket.SOCK_STREAM) for _ in range(20)]
+        waiting = [asyncio.create_task(each) for each in asked]
+        await asyncio.sleep(0)
+        resolver.open.set()
+        address = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("192.0.2.1", 80))
+        assert await asyncio.gather(*waiting) == [[address]] * 20
+        assert resolver.asked == 1
+        only_6: Any = {"family": socket.AF_INET6, "type": socket.SOCK_STREAM}
+        assert await look_up(b"a.test", 443, **only_6) == []
+        resolver.answer = NO_NAME
+        with pytest.raises(socket.gaierror, match="not known"):
+            await look_up("b.test", 80, type=socket.SOCK_STREAM)
+
+    run(main)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", b"::1", "localhost", None])
+@pytest.mark.parametrize("port", [80, "http", None])
+@pytest.mark.parametrize("flags", [0, socket.AI_NUMERICHOST])
+def test_a_loop_finds_what_the_system_finds(host: Any, port: Any, flags: int) -> None:
+    asked: Any = {"type": socket.SOCK_STREAM, "flags": flags}
+
+    async def by_loop() -> set[Any]:
+        return {*await asyncio.get_running_loop().getaddrinfo(host, port, **asked)}
+
+    async def by_system() -> set[Any]:
+        return {*socket.getaddrinfo(host, port, **asked)}
+
+    async def outcome(look_up: Callable[[], Awaitable[set[Any]]]) -> object:
+        try:
+            return await look_up()
+        except socket.gaierror as error:
+            return error.errno
+
+    async def main() -> None:
+        assert await outcome(by_loop) == await outcome(by_system)
+
+    run(main)

@@ -144,9 +144,10 @@ class TurnRunner:
                 await self._fail(turn, turn.failure, Refusal("upstream_unreachable"))
                 await socket.connection.wait_closed()  # until then its place is taken
             elif turn.response.status not in FAILURES:
-                response = turn.response
-                first_byte_ms = response.first_byte_after_leaving()
-                judge_end(candidates, response.error_in_answer, first_byte_ms)
+                if code := turn.response.meter.report.error_code:
+                    judge_end(candidates, code)
+                else:
+                    candidates.succeed(turn.response.first_byte_after_leaving())
         except TimeoutError:
             await self._time_out(turn)
         except ConnectionClosed as closed:
