@@ -23,6 +23,7 @@ import time
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from redbtc.config import FailoverSettings
+from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.error_codes import error_code_in
 from redbtc.upstream.begun_body import BegunBody
 from redbtc.upstream.candidates import Candidates
@@ -136,16 +137,19 @@ def judge(
         candidates.fail(shown)
 
 
-def judge_end(candidates: Candidates[Upstream], code: str) -> None:
-    """Note in the member's health what an error says of it with which an answer has ended that
-    began well, such as a stream with status 200. `code` is that of the error."""
-    status = STATUS_OF_CODE.get(code)
-    if status in BROKEN:
+def judge_end(candidates: Candidates[Upstream], request: ForwardedRequest) -> None:
+    """Note in the member's health how an answer has ended whose status is none of FAILURES. With
+    status 200, it can still tell of an error of the upstream."""
+    code = request.meter.report.error_code
+    status = None
+    if code and request.makes_answer and (request.status or 200) < 400:
+        status = STATUS_OF_CODE.get(code)
+    if code is None or status is None:
+        candidates.succeed(request.first_byte_after_leaving())
+    elif status in BROKEN:
         candidates.fail(code, torn=True)
-    elif status:
+    else:
         judge(candidates, status, code, None)
-    else:  # it is about the request
-        candidates.succeed(None)
 
 
 def lacks_right(status: int, code: str | None, text: bytes) -> bool:

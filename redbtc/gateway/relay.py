@@ -192,11 +192,7 @@ class Relay:
         finally:
             await response.body.aclose()
         if is_good:
-            error_code = request.meter.report.error_code
-            if error_code and request.makes_answer and response.status < 400:
-                judge_end(candidates, error_code)
-            else:
-                candidates.succeed(request.first_byte_after_leaving())
+            judge_end(candidates, request)
 
     async def _read_error(
         self, candidates: Candidates[Upstream], response: UpstreamResponse

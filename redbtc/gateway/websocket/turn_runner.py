@@ -144,10 +144,7 @@ class TurnRunner:
                 await self._fail(turn, turn.failure, Refusal("upstream_unreachable"))
                 await socket.connection.wait_closed()  # until then its place is taken
             elif turn.response.status not in FAILURES:
-                if code := turn.response.meter.report.error_code:
-                    judge_end(candidates, code)
-                else:
-                    candidates.succeed(turn.response.first_byte_after_leaving())
+                judge_end(candidates, turn.response)
         except TimeoutError:
             await self._time_out(turn)
         except ConnectionClosed as closed:
