@@ -38,7 +38,7 @@ REJECTED_STATUSES = (REJECTED, FORBIDDEN)
 CERTAIN = (LIMITED, *REJECTED_STATUSES)  # the upstream has surely not acted on the request
 MAX_BEGINNING = 16 << 10  # of an error answer that are read before another member is tried
 ERROR_SECONDS = 2.0  # to read them
-# The status of an error event that has only a code.
+# The status that the code of an error stands for, where the error has no status of its own.
 STATUS_OF_CODE = {
     "rate_limit_exceeded": 429,
     "insufficient_quota": 429,
@@ -138,18 +138,16 @@ def judge(
 
 
 def judge_end(candidates: Candidates[Upstream], request: ForwardedRequest) -> None:
-    """Note in the member's health how an answer has ended whose status is none of FAILURES. With
-    status 200, it can still tell of an error of the upstream."""
+    """Note in the member's health how an answer has ended that began well, such as a stream with
+    status 200. It can still tell of an error of the upstream, which then counts as a failure. (A
+    limit that it tells of does not rest the member: it may concern one request only.)"""
     code = request.meter.report.error_code
-    status = None
-    if code and request.makes_answer and (request.status or 200) < 400:
-        status = STATUS_OF_CODE.get(code)
-    if code is None or status is None:
-        candidates.succeed(request.first_byte_after_leaving())
-    elif status in BROKEN:
+    is_own = request.makes_answer and (request.status or 200) // 100 != 4
+    status = STATUS_OF_CODE.get(code) if code and is_own else None
+    if code and status in BROKEN:
         candidates.fail(code, torn=True)
-    else:
-        judge(candidates, status, code, None)
+    elif status is None:
+        candidates.succeed(request.first_byte_after_leaving())
 
 
 def lacks_right(status: int, code: str | None, text: bytes) -> bool:

@@ -29,7 +29,7 @@ class LedgerState:
     def enter(self, health: Health, reason: str = "") -> None:
         """Change the state and log the change. A lost ledger stays lost."""
         before = self.health
-        if before is health or before == "lost":
+        if before == health or before == "lost":
             return
         self.health, self.healthy, self.failure = health, health == "well", reason
         if health == "well":

@@ -10,5 +10,5 @@ for how long an upstream wants to be left alone, and `failures` names the cause 
 uses `request` to serialize a request and `response` to parse a response; `begun_body` is a response
 of which the beginning has been read. It goes over HTTP/2 and through proxies with
 `httpx_transport`. `connecting` opens connections, also for WebSockets, to what `addresses` has
-found; `certificates` has whom they trust.
+found; `certificates` has whom they trust. `event_loop` lets libraries look names up likewise.
 """

@@ -1,4 +1,4 @@
-"""The addresses of the upstreams' hosts.
+"""The addresses of hosts: those of the upstreams, and the webhook's.
 
 Names are looked up in threads of their own, one for each host at a time: a name server that does
 not answer then delays no other host. (uvloop looks names up in libuv's four threads, which all

@@ -32,11 +32,11 @@ import httpx2
 from redbtc.upstream.failures import NoResponse
 from redbtc.upstream.kernel import acknowledged_bytes, has_unread, probe_when_idle
 from redbtc.upstream.request import UpstreamRequest, serialize_head
-from redbtc.upstream.response import ResponseReader, UpstreamResponse
+from redbtc.upstream.response import ExchangeState, ResponseReader, UpstreamResponse
 
 MAX_UNREAD_BYTES = 64 << 10
 # States in which bytes arrive that nobody has asked for.
-NOT_AWAITED = ("idle", "complete", "closed")
+NOT_AWAITED: tuple[ExchangeState, ...] = ("idle", "complete", "closed")
 
 
 class NotSent(NoResponse):

@@ -28,7 +28,7 @@ class EventLoop(uvloop.Loop):
         proto: int = 0,
         flags: int = 0,
     ) -> list[ResolvedAddress]:
-        """Return what socket.getaddrinfo does. Raises OSError."""
+        """Return what socket.getaddrinfo does. Raises OSError, UnicodeError."""
         if type != socket.SOCK_STREAM or not isinstance(port, int) or proto or flags or not host:
             found: Any = await super().getaddrinfo(
                 host, port, family=family, type=type, proto=proto, flags=flags
@@ -38,4 +38,7 @@ class EventLoop(uvloop.Loop):
         addresses = literal_addresses(name, port)
         if not addresses:
             addresses = [with_port(each, port) for each in await self._names[name].addresses()]
-        return [each for each in addresses if family in (socket.AF_UNSPEC, each[0])]
+        of_family = [each for each in addresses if family in (socket.AF_UNSPEC, each[0])]
+        if not of_family:
+            raise socket.gaierror(socket.EAI_NONAME, "no address of this family")
+        return of_family

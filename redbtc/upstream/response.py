@@ -32,8 +32,8 @@ ExchangeState = Literal[
     "failed",  # the response can't be read to its end: `error` says why
     "closed",  # nothing more is read
 ]
-BEFORE_HEAD = ("sending", "awaiting_head")
-ENDED = ("complete", "failed", "closed")
+BEFORE_HEAD: tuple[ExchangeState, ...] = ("sending", "awaiting_head")
+ENDED: tuple[ExchangeState, ...] = ("complete", "failed", "closed")
 
 
 class UpstreamResponse(NamedTuple):

@@ -419,23 +419,20 @@ def test_answers_that_end_with_an_error_of_the_upstream_take_it_out(pair: Pair, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_limit_within_an_answer_rests_the_upstream(pair: Pair, way: str) -> None:
-    pair.bad.script = begun_well(way, "rate_limit_exceeded")
-    path = "/chat/completions" if way == "chat" else "/responses"
-    assert "rate_limit_exceeded" in pair.ask(path, stream=way != "JSON").text
-    assert states(pair) == [("resting", "rate_limit_exceeded")]
-    assert "Sorry" not in pair.ask(path, stream=way != "JSON").text
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_answers_that_end_with_an_error_about_the_request_are_no_failures(
-    pair: Pair, way: str
+@pytest.mark.parametrize(
+    ("code", "counted"), [("invalid_prompt", 6), ("rate_limit_exceeded", 0), ("invalid_api_key", 0)]
+)
+def test_other_errors_within_an_answer_are_no_failures(
+    pair: Pair, way: str, code: str, counted: int
 ) -> None:
-    pair.bad.script = begun_well(way, "invalid_prompt")
+    """A limit can concern one request only, such as one that is too large."""
+    pair.bad.script = begun_well(way, code)
     path = "/chat/completions" if way == "chat" else "/responses"
-    for _ in range(FAILURES_IN_ROW + 1):
-        assert "invalid_prompt" in pair.ask(path, stream=way != "JSON").text
+    for _ in range(6):
+        assert code in pair.ask(path, stream=way != "JSON").text
     assert states(pair) == [("up", None)]
+    (bad, _) = pair.gateway.api("GET", "/upstreams")["upstreams"]
+    assert (bad["requests"], bad["last_error"]) == (counted, None)
 
 
 def test_a_failed_response_that_is_looked_at_is_no_failure(pair: Pair) -> None:

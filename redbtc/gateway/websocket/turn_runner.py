@@ -143,8 +143,8 @@ class TurnRunner:
                 self._note_lost(turn, socket)
                 await self._fail(turn, turn.failure, Refusal("upstream_unreachable"))
                 await socket.connection.wait_closed()  # until then its place is taken
-            elif turn.response.status not in FAILURES:
-                judge_end(candidates, turn.response)
+            elif turn.response.id or turn.response.status not in FAILURES:
+                judge_end(candidates, turn.response)  # else take_error has judged it
         except TimeoutError:
             await self._time_out(turn)
         except ConnectionClosed as closed:

@@ -49,8 +49,8 @@ TurnState = Literal[
     "settled",  # its last response is settled; the event that ended it may not be sent yet
     "done",  # nothing more comes, or nothing more is waited for
 ]
-FINISHED = ("settled", "done")
-WAITS_FOR_RESPONSE = ("waiting", "awaiting_follow_up")
+FINISHED: tuple[TurnState, ...] = ("settled", "done")
+WAITS_FOR_RESPONSE: tuple[TurnState, ...] = ("waiting", "awaiting_follow_up")
 
 
 class Steer(NamedTuple):

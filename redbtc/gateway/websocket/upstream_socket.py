@@ -29,7 +29,7 @@ SocketState = Literal[  # of a connection to an upstream
     "lost",  # nothing more that comes from it is sent to the client
     "given_up",  # lost, because its upstream has answered a message without reading all of it
 ]
-LOST_STATES = ("lost", "given_up")
+LOST_STATES: tuple[SocketState, ...] = ("lost", "given_up")
 
 
 class UpstreamSocket:

@@ -897,15 +897,17 @@ def test_an_answer_ends_a_row_of_failures(
     assert upstream_states(pair.gateway) == []
 
 
+@pytest.mark.parametrize("kind", ["response.failed", "error", "error with a status"])
 def test_responses_that_fail_take_a_member_out(
-    pair: PaidGateway, one: Upstream, two: Upstream
+    pair: PaidGateway, one: Upstream, two: Upstream, kind: str
 ) -> None:
     async def talk(sock: Socket) -> None:
         events = ws_events(1, await sock.recv())
-        failed = {**events[-1], "type": "response.failed"}
-        problem = {"code": "server_error", "message": "Sorry"}
-        failed["response"] = {**failed["response"], "status": "failed", "error": problem}
-        await sock.send(events[0], failed)
+        end = error(500 if kind == "error with a status" else None, "server_error")
+        if kind == "response.failed":
+            response = {**events[-1]["response"], "status": "failed", "error": end["error"]}
+            end = {"type": kind, "response": response}
+        await sock.send(events[0], end)
         await sock.recv()
 
     one.talk = talk
@@ -913,7 +915,7 @@ def test_responses_that_fail_take_a_member_out(
         assert upstream_states(pair.gateway) == [], number
         with client(pair.gateway, pair.key) as ws:
             ws.send(max_output_tokens=16)
-            ws.until("response.failed")
+            ws.until(kind.partition(" ")[0])
         pair.gateway.wait_for_rows(number + 1)
         wait_until(lambda: pair.gateway.metrics()["redbtc_in_flight"] == 0)
     assert upstream_states(pair.gateway) == [("one", "out")]
