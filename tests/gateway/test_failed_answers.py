@@ -403,6 +403,13 @@ def states(pair: Pair) -> list[tuple[str, str | None]]:
     return [(each["state"], each["reason"]) for each in found if each["name"] == pair.name("bad")]
 
 
+def counted(pair: Pair) -> tuple[int, dict[str, Any] | None]:
+    """Return how many requests to the upstream that is tried first count, and its last error."""
+    found = pair.gateway.api("GET", "/upstreams")["upstreams"]
+    (bad,) = [each for each in found if each["name"] == pair.name("bad")]
+    return bad["requests"], bad["last_error"]
+
+
 WAYS = ["JSON", "chat", "response.failed", "error"]
 
 
@@ -420,10 +427,11 @@ def test_answers_that_end_with_an_error_of_the_upstream_take_it_out(pair: Pair, 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("code", "counted"), [("invalid_prompt", 6), ("rate_limit_exceeded", 0), ("invalid_api_key", 0)]
+    ("code", "expected"),
+    [("invalid_prompt", 6), ("rate_limit_exceeded", 0), ("invalid_api_key", 0)],
 )
 def test_other_errors_within_an_answer_are_no_failures(
-    pair: Pair, way: str, code: str, counted: int
+    pair: Pair, way: str, code: str, expected: int
 ) -> None:
     """A limit can concern one request only, such as one that is too large."""
     pair.bad.script = begun_well(way, code)
@@ -431,8 +439,7 @@ def test_other_errors_within_an_answer_are_no_failures(
     for _ in range(6):
         assert code in pair.ask(path, stream=way != "JSON").text
     assert states(pair) == [("up", None)]
-    (bad, _) = pair.gateway.api("GET", "/upstreams")["upstreams"]
-    assert (bad["requests"], bad["last_error"]) == (counted, None)
+    assert counted(pair) == (expected, None)
 
 
 def test_a_failed_response_that_is_looked_at_is_no_failure(pair: Pair) -> None:
@@ -444,4 +451,11 @@ def test_a_failed_response_that_is_looked_at_is_no_failure(pair: Pair) -> None:
     with pair.gateway.client(pair.key) as client:
         for _ in range(FAILURES_IN_ROW + 1):
             assert client.get(f"/responses/{response_id}").json()["status"] == "failed"
-    assert states(pair) == [("up", None)]
+    assert counted(pair) == (FAILURES_IN_ROW + 2, None)
+
+
+def test_a_4xx_is_about_the_request_whatever_its_code(pair: Pair) -> None:
+    pair.bad.script = failing(400, "server_error")
+    for _ in range(FAILURES_IN_ROW + 1):
+        assert pair.ask().status_code == 400
+    assert counted(pair) == (FAILURES_IN_ROW + 1, None)
