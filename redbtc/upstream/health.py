@@ -17,8 +17,10 @@ Rule 3. The last member that can serve a model neither rests nor is taken out: i
 it is, is better than none. It is `struggling` instead.
 
 Rule 4. After the time of an outage, or of a rest for a used-up quota, one request at a time is let
-through. If it succeeds, the member is up; if it fails, the time begins anew. A member that is out
-is tried early if all others have failed, at most once a second; if that fails, nothing changes.
+through. If it is answered, the member is up; if it fails, the time begins anew. After an outage,
+the first answer that breaks off before one was complete takes the member out again. A member that
+is out is tried early if all others have failed, at most once a second; if that fails, nothing
+changes.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ class MemberHealth:
         for absence in tried:
             if absence is absences.outage:
                 absences.outage, self._back_at = None, self.clock()
-                self.past.forget_failures()
+                self.past.forget_failures(on_trial=True)  # only the answer's head has come
                 self._changed("out", *absences.rest_of_all(RECOVERED))
             elif absence is absences.rests.get(absence.model) and absence.is_limit:
                 self._pauses.forget(absence.model)

@@ -74,9 +74,11 @@ class PastRequests:
         counted = failed + sum(is_good for _, is_good, *_ in recent)
         return counted >= SHARE_MINIMUM and failed * 2 >= counted
 
-    def forget_failures(self) -> None:
-        """Count failures anew, and keep what is shown of the latest requests."""
-        self.failed_in_row = self._torn_in_row = 0
+    def forget_failures(self, on_trial: bool = False) -> None:
+        """Count failures anew, and keep what is shown of the latest requests. `on_trial`: one more
+        answer that breaks off is as many in a row as take a member out, until one is complete."""
+        self.failed_in_row = 0
+        self._torn_in_row = FAILURES_IN_ROW - 1 if on_trial else 0
         self._recent = deque(((at, good, False, ms) for at, good, _, ms in self._recent), MAX_KEPT)
 
     def lately(self) -> RecentRequests:

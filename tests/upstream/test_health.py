@@ -120,6 +120,22 @@ def test_an_answer_to_its_end_ends_a_row_of_torn_ones() -> None:
     assert member.health.state == "up"
 
 
+def test_a_trial_that_breaks_off_takes_a_member_out_again() -> None:
+    member = Member()
+    member.fail(times=5)
+    member.pause()
+    tried = member.health.begin(MODEL)
+    member.health.answer(MODEL, tried)
+    assert member.health.state == "up"
+    member.health.fail(MODEL, "reset", tried, torn=True)
+    end_tries(tried)
+    assert member.health.state == "out"
+    assert member.pause() == pytest.approx(60)
+    member.serve()
+    member.fail(torn=True, times=4)
+    assert member.health.state == "up"
+
+
 @pytest.mark.parametrize(("requests", "is_out"), [(19, False), (20, True)])
 def test_half_of_twenty_requests_take_a_member_out(requests: int, is_out: bool) -> None:
     member = Member()
