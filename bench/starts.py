@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare what a JSON request costs the gateway of this checkout and that of another one, over many
-starts of both. Two processes with the same code differ by 3 % (standard deviation), for as long as
-they run: where the system puts their memory decides how well it fits the processor's caches. One
-start of each tells less than that, however long it is measured.
+starts of both. Two processes with the same code differ by 3 % (standard deviation) for as long as
+they run, probably because of where the system puts their memory. So one start of each can't show a
+smaller difference, however long it is measured.
 
     bench/starts.py CHECKOUT [--starts 30]
 
