@@ -39,6 +39,7 @@ def shipped(name: str) -> Path:
 
 Host = Annotated[str, Meta(min_length=1)]
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z*]+")
+WEB_ADDRESS = re.compile(r"https?://[^\s/?#@]+[^\s#]*")
 MIN_BODIES_READ = 4  # so that an account's half holds the largest body and its decoded copy
 
 
@@ -142,6 +143,13 @@ class MetricsSettings(SettingsTable, frozen=True):
     token_env: Variable = ""
 
 
+class CodexSettings(SettingsTable, frozen=True):
+    """The table [codex]. `catalog` is a file or a URL with what `codex debug models` prints; empty:
+    Codex uses its own model catalogue."""
+
+    catalog: str = ""
+
+
 class Settings(SettingsTable, frozen=True):
     """The whole of config.toml, a field for each table."""
 
@@ -154,6 +162,7 @@ class Settings(SettingsTable, frozen=True):
     billing: BillingSettings = BillingSettings()
     retention: RetentionSettings = RetentionSettings()
     metrics: MetricsSettings = MetricsSettings()
+    codex: CodexSettings = CodexSettings()
 
     @property
     def dashboard_url(self) -> str:
@@ -224,13 +233,21 @@ def load_settings(path: str | None) -> LoadedSettings:
 
 
 def _with_paths(settings: Settings, folder: Path) -> Settings:
-    """Return the settings with the whole path of each ca_file, which may be relative to the
-    settings file's folder."""
+    """Return the settings with the whole paths of the files that they name, which may be relative
+    to the settings file's folder."""
     upstreams = tuple(
         msgspec.structs.replace(each, ca_file=str(folder / each.ca_file)) if each.ca_file else each
         for each in settings.upstreams
     )
-    return msgspec.structs.replace(settings, upstreams=upstreams)
+    codex = settings.codex
+    if codex.catalog and not is_web_address(codex.catalog):
+        codex = msgspec.structs.replace(codex, catalog=str(folder / codex.catalog))
+    return msgspec.structs.replace(settings, upstreams=upstreams, codex=codex)
+
+
+def is_web_address(text: str) -> bool:
+    """Return whether a setting is a URL, and not the path of a file."""
+    return text.startswith(("http://", "https://"))
 
 
 def reload_settings(before: LoadedSettings) -> Settings:
@@ -289,6 +306,9 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
         for problem in problems_of(upstream):
             raise SettingsError(f"{path}.{problem}")
     _check_billing(settings.billing)
+    catalog = settings.codex.catalog
+    if is_web_address(catalog) and not (WEB_ADDRESS.fullmatch(catalog) and _is_url(catalog)):
+        raise SettingsError(f"codex.catalog: found {catalog!r}; not a valid URL")
     return settings
 
 

@@ -20,6 +20,7 @@ from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import Price
 from redbtc.cli.first_run import dashboard_lines, import_example, welcome
 from redbtc.cli.main import CommandContext, commands, json_option
+from redbtc.codex.catalog import read_catalog
 from redbtc.config import (
     BillingSettings,
     LoadedSettings,
@@ -238,6 +239,7 @@ def serve(
     settings = msgspec.structs.replace(loaded.settings, server=server)
     if not demo:
         check_ca_files(settings.upstreams)
+    read_catalog(settings.codex.catalog)
     raise_descriptor_limit()
     os.umask(0o077)  # only the gateway's user may read what it writes
     LOG.level = getattr(logging, server.log_level.upper())

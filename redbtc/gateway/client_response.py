@@ -9,7 +9,7 @@ from redbtc.headers import Headers, header
 from redbtc.meter.decoding import codings_of
 from redbtc.server.asgi import Message, Send
 from redbtc.server.framing import NO_BODY
-from redbtc.upstream.headers import REQUEST_ID, headers_for_client
+from redbtc.upstream.headers import REQUEST_ID, headers_for_client, without
 from redbtc.upstream.response import UpstreamResponse
 
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
@@ -70,6 +70,11 @@ class ClientResponse:
     def drop_length(self) -> None:
         """Let the head tell no length: the answer has turned out to be a stream."""
         self._head["headers"] = without_length(self._head["headers"])
+
+    def replace_header(self, name: bytes, value: bytes | None) -> None:
+        """Put a header of the gateway's own in place of the upstream's; None: of none at all."""
+        headers = without(self._head["headers"], frozenset([name]))
+        self._head["headers"] = headers if value is None else [*headers, (name, value)]
 
     async def send_head(self) -> None:
         """Send the head, if that has not been done."""

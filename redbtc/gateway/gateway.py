@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from redbtc.billing.billing import Billing
+from redbtc.codex.catalog import read_catalog
 from redbtc.config import Settings
 from redbtc.deadlines import Deadline, Deadlines
 from redbtc.gateway.authentication import key_in_headers
 from redbtc.gateway.background_responses import BackgroundResponses
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.in_flight import InFlight
+from redbtc.gateway.model_catalog import ModelCatalog
 from redbtc.gateway.upstream_journal import UpstreamJournal
 from redbtc.limits.limiter import Limiter
 from redbtc.refusals import Refusal
@@ -38,7 +40,8 @@ class Gateway:
         telemetry: Telemetry,
         on_task_end: Callable[[asyncio.Task[Any]], None],
     ) -> None:
-        """`on_task_end` is called with each task of background responses that has ended."""
+        """`on_task_end` is called with each task of background responses that has ended. Raises
+        SettingsError if a file that the settings name can't be used."""
         self.settings = settings
         self.store = billing.store
         self.billing = billing
@@ -47,6 +50,7 @@ class Gateway:
         self.deadlines = Deadlines()
         self.journal = UpstreamJournal(billing.store, billing.messages, log)
         self.upstreams = Upstreams(settings.upstreams, self.journal.note)
+        self.catalog = ModelCatalog(settings.codex, billing, self.upstreams)
         self.in_flight = InFlight()
         self.objects = Objects(billing.store)
         self.containers = Containers(billing.store)
@@ -83,12 +87,14 @@ class Gateway:
 
     def apply(self, settings: Settings) -> None:
         """Use other settings, from the next request on. Raises SettingsError, and keeps the old
-        ones, if a ca_file can't be read."""
+        ones, if a ca_file or the model catalogue can't be used."""
+        models = read_catalog(settings.codex.catalog)
         before = {each.name: each.health for each in self.upstreams}
         self.upstreams.apply(settings.upstreams)
         self.journal.forget_rests_but(before, {each.name: each.health for each in self.upstreams})
         self.settings = settings
         self.billing.apply(settings.billing)
+        self.catalog.apply(settings.codex, models)
         self.journal.forget_all_but({each.name for each in self.upstreams})
 
     def authenticate(self, request: ClientRequest) -> Key:

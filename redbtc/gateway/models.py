@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models and /v1/models/{id}, and Codex CLI's model catalogue."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from typing import Any
 
 import orjson
 
+from redbtc.codex.catalog import body_of
 from redbtc.deadlines import Deadline
 from redbtc.gateway.gateway import Gateway
-from redbtc.headers import Headers
+from redbtc.headers import Headers, header
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import MAX_NAME
 from redbtc.refusals import Refusal
-from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, request_of, respond
+from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, ids_of, request_of, respond
 from redbtc.slices import with_turns
 from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import NO_LIST, Upstream
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9@~][\w.:@+~-]*(?:/[A-Za-z0-9@~][\w.:@+~-]*)*", re.ASCII)
 NEW_SECONDS = 1  # a list that is younger has just been given
+NO_CATALOG = (
+    "This gateway has no model catalogue for Codex, so Codex keeps its own. The operator can set "
+    "codex.catalog."
+)
 ABOUT_THE_KEY = (401, 403, 429)  # statuses that say nothing about the model
 
 
@@ -41,13 +46,34 @@ class Models:
         request.route = "/v1/models"
         gateway = self._gateway
         key = gateway.authenticate(request)
+        if asks_for_catalog(scope["query_string"]) and not gateway.catalog.is_set:
+            raise Refusal("unknown_url", NO_CATALOG)
         deadline = Deadline(gateway.deadlines)
         charged = gateway.limiter.charge(key, gateway.settings.limits)
         with charged as admission, gateway.serving(request.client, deadline, key):
             await gateway.limiter.take_places(admission, 0, deadline)
+            if asks_for_catalog(scope["query_string"]):
+                await self._catalog(request, send, key)
+                return
             joined, age = await self._listed(key, gateway.upstreams)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
         await self._answer(request, send, 200, body, age_header(age))
+
+    async def _catalog(self, request: ClientRequest, send: Send, key: Key) -> None:
+        """Answer with Codex CLI's model catalogue, or say that the client has it already."""
+        found = self._gateway.catalog.selection(key)
+        if found is None:
+            raise Refusal("upstream_unreachable", "The model catalogue has not been fetched yet.")
+        headers = [(b"etag", found.etag), (b"cache-control", b"private, no-cache")]
+        known = header(request.headers, b"if-none-match")
+        if known is not None and names_etag(known, found.etag):
+            self._gateway.telemetry.answered(request.id, request.route, 304)
+            # Without Content-Length, which would be that of the catalogue (RFC 9110 §8.6).
+            head = [*ids_of(request), *headers]
+            await send({"type": "http.response.start", "status": 304, "headers": head})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await self._answer(request, send, 200, body_of(found.models), headers)
 
     async def show(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer with one model, as the first upstream that serves it and answers describes it, or
@@ -133,6 +159,20 @@ async def list_of(members: Iterable[Upstream]) -> tuple[list[dict[str, Any]], fl
     if not found:
         raise Refusal("upstream_unreachable", "The upstream did not return a list of models.")
     return min(found, key=lambda each: each[1])
+
+
+def asks_for_catalog(query: bytes) -> bool:
+    """Return whether a query asks for Codex CLI's model catalogue: it has one `client_version`."""
+    if b"client_version=" not in query:
+        return False
+    names = [field.partition(b"=")[0] for field in query.split(b"&")]
+    return names.count(b"client_version") == 1
+
+
+def names_etag(known: bytes, etag: bytes) -> bool:
+    """Return whether If-None-Match names an ETag (RFC 9110 §13.1.2, by weak comparison)."""
+    tags = [tag.strip().removeprefix(b"W/") for tag in known.split(b",")]
+    return etag in tags or tags == [b"*"]
 
 
 def age_header(seconds: float) -> Headers:

@@ -8,6 +8,7 @@ import httpx2
 
 from redbtc.gateway.answer import AnswerBody
 from redbtc.gateway.client_response import ClientResponse
+from redbtc.gateway.endpoints import RESPONSES
 from redbtc.gateway.failover import (
     FAILURES,
     REJECTED_STATUSES,
@@ -18,6 +19,7 @@ from redbtc.gateway.failover import (
     read_error,
 )
 from redbtc.gateway.forwarded_request import REJECTED_KEY, ForwardedRequest
+from redbtc.gateway.model_catalog import MODELS_ETAG
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Send
 from redbtc.slices import answer_queue, in_slices
@@ -188,6 +190,9 @@ class Relay:
                 response, request.client_request.id, request.admission.headers()
             )
             request.note_answer(response.status, readable_id(request_id))
+            if request.gateway.catalog.is_set and request.endpoint is RESPONSES:
+                etag = request.gateway.catalog.etag(request.key)
+                self._response.replace_header(MODELS_ETAG, etag)
             await self._answer.relay(response.body)
         finally:
             await response.body.aclose()

@@ -53,6 +53,7 @@ class Service:
                 "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
                 "clock": watch_clock(store.clock, log),
                 "size": watch_size(store),
+                "model catalog": gateway.catalog.keep_fresh(),
                 "loop lag": self.vitals.watch_loop(),
                 "log": watch_log(),
             }.items()

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "settings_tables": frozenset(),
     "upstream_settings": frozenset(("settings_tables",)),
     "config": BASE | {"settings_tables", "upstream_settings"},
+    "codex": BASE | {"config"},
     "telemetry": BASE | {"refusals"},
     "meter": frozenset(("usage", "headers", "steps")),
     "request_body": BASE | {"meter", "refusals"},
@@ -52,8 +53,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "billing": BASE | {"config", "store"},
     "upstream": BASE | {"config", "refusals", "meter", "request_body", "upstream_settings"},
     "server": BASE | {"deadlines", "limits", "refusals", "request_body", "store", "telemetry"},
-    "admin": BASE | {"billing", "config", "limits", "store"},
-    "dashboard": BASE | {"admin", "billing", "config", "server", "store"},
+    "admin": BASE | {"billing", "codex", "config", "limits", "store"},
+    "dashboard": BASE | {"admin", "billing", "codex", "config", "server", "store"},
     "demo": BASE | {"refusals", "request_body"},
 }
 MAY_IMPORT["gateway"] = frozenset(MAY_IMPORT) - {"start", "demo"}

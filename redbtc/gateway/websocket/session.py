@@ -42,6 +42,7 @@ from collections.abc import Iterator
 from websockets.asyncio.client import ClientConnection
 
 from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.model_catalog import MODELS_ETAG
 from redbtc.gateway.websocket.client_events import ClientEvents
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes
@@ -61,7 +62,7 @@ from redbtc.server.websocket_protocol import (
     WebSocketClient,
 )
 from redbtc.store.keys import Key
-from redbtc.upstream.headers import headers_for_client
+from redbtc.upstream.headers import headers_for_client, without
 
 MAX_SESSIONS = 100  # of an account
 HANDSHAKE_HEADERS = (b"sec-websocket-", b"content-", b"date", b"connection", b"upgrade")
@@ -119,6 +120,7 @@ class WebSocketSession:
         assert isinstance(handshake.client, WebSocketClient)
         self._gateway = gateway
         self._handshake = handshake
+        self._key = key
         self._client = handshake.client
         self._intake = MessageIntake(gateway, key)
         self._tasks = Tasks()
@@ -176,6 +178,10 @@ class WebSocketSession:
             [(name.encode(), value.encode("latin-1")) for name, value in given.raw_items()]
         )
         headers = [each for each in headers if not each[0].startswith(HANDSHAKE_HEADERS)]
+        if self._gateway.catalog.is_set:
+            headers = without(headers, frozenset([MODELS_ETAG]))
+            if etag := self._gateway.catalog.etag(self._key):
+                headers.append((MODELS_ETAG, etag))
         if header(headers, b"x-request-id") is None:
             headers.append((b"x-request-id", request_id))
         return [*headers, (b"x-redbtc-request-id", request_id)]

@@ -1,0 +1,164 @@
+"""Codex CLI's model catalogue, as each key gets it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from redbtc.billing.billing import Billing
+from redbtc.codex.catalog import (
+    MAX_BODY,
+    CatalogError,
+    CatalogModel,
+    etag_of,
+    parse_catalog,
+    read_catalog,
+    size_of,
+)
+from redbtc.codex.model_info import MEASURED_VERSION
+from redbtc.config import CodexSettings, is_web_address
+from redbtc.store.keys import Key
+from redbtc.telemetry import log
+from redbtc.upstream.configured import Upstreams
+from redbtc.upstream.upstreams import NO_LIST, Upstream
+from redbtc.upstream_settings import UpstreamSettings
+
+REFRESH_SECONDS = 300  # between two fetches of a catalogue at a URL
+SELECTION_SECONDS = 60  # for which a selection is used, since prices take effect with time
+MAX_SELECTIONS = 1000
+NOT_FETCHED = "model catalog not fetched"
+MODELS_ETAG = b"x-models-etag"  # the header of a response with the ETag of the catalogue
+
+
+class Selection(NamedTuple):
+    """The models of the catalogue that a key gets, and the ETag of that."""
+
+    models: tuple[CatalogModel, ...]
+    etag: bytes
+    prices: object  # the price table with which they were selected
+    until: float
+
+
+class ModelCatalog:
+    """The catalogue of the settings `codex.catalog`, less the models that a key may not use, that
+    no upstream serves or that have no price. Keys with the same patterns of models share a
+    selection. A catalogue at a URL is fetched in the background, and the last good one is used."""
+
+    def __init__(self, settings: CodexSettings, billing: Billing, upstreams: Upstreams) -> None:
+        """Raises SettingsError if the file can't be read."""
+        self._billing = billing
+        self._upstreams = upstreams
+        self._models = read_catalog(settings.catalog)
+        self._fetched = b""  # the bytes of the catalogue that was fetched last
+        self._selections: dict[str | None, Selection] = {}
+        self._changed = asyncio.Event()  # the place is a URL that has not been fetched yet
+        self._logged: set[str] = set()  # the problems that were logged, and are not over
+        self._set_place(settings.catalog)
+
+    @property
+    def models(self) -> tuple[CatalogModel, ...]:
+        """Return all models of the catalogue; none if there is none, or not yet."""
+        return self._models or ()
+
+    def apply(self, settings: CodexSettings, models: tuple[CatalogModel, ...] | None) -> None:
+        """Use other settings, and the models that `read_catalog` has found there."""
+        if models is not None or settings.catalog != self._place:
+            self._models, self._fetched = models, b""
+        self._selections.clear()  # the upstreams may serve other models, too
+        if settings.catalog != self._place:
+            self._set_place(settings.catalog)
+
+    def _set_place(self, place: str) -> None:
+        self._place = place
+        self.is_set = bool(place)
+        self._logged.clear()
+        if is_web_address(place):
+            self._changed.set()
+
+    def selection(self, key: Key) -> Selection | None:
+        """Return what a key gets, None if no catalogue is set or none has been fetched yet."""
+        found = self._selections.get(key.models)
+        if (
+            found is None
+            or found.prices is not self._billing.prices
+            or found.until < time.monotonic()
+        ):
+            if self._models is None:
+                return None
+            found = self._select(self._models, key)
+        return found
+
+    def _select(self, models: tuple[CatalogModel, ...], key: Key) -> Selection:
+        may_serve, serve = self._billing.may_serve, self._upstreams.serve
+        chosen = tuple(
+            each
+            for each in models
+            if key.allows(each.slug) and may_serve(each.slug) and serve(each.slug)
+        )
+        if len(self._selections) >= MAX_SELECTIONS:
+            self._selections.clear()
+        until = time.monotonic() + SELECTION_SECONDS
+        found = Selection(chosen, etag_of(chosen), self._billing.prices, until)
+        self._selections[key.models] = found
+        if size_of(chosen) > MAX_BODY:
+            reason = f"{size_of(chosen)} bytes; Codex ignores more than {MAX_BODY}"
+            self._log_once("model catalog too large", reason)
+        return found
+
+    def etag(self, key: Key) -> bytes | None:
+        """Return the ETag of what a key gets, None if there is nothing yet."""
+        found = self.selection(key)
+        return found.etag if found else None
+
+    # A catalogue at a URL
+
+    async def keep_fresh(self) -> None:
+        """Fetch a catalogue at a URL now, at intervals, and when the settings name another one."""
+        while True:
+            self._changed.clear()
+            if is_web_address(self._place):
+                await self._fetch(self._place)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), REFRESH_SECONDS)
+
+    async def _fetch(self, url: str) -> None:
+        """Fetch the catalogue, and use it if it is valid. Log once if that fails."""
+        try:
+            status, body = await fetch_catalog(url, self._upstreams)
+            if status != 200:
+                raise CatalogError([f"the answer has status {status}"])
+            models = None if body == self._fetched else parse_catalog(body)
+        except (CatalogError, *NO_LIST) as error:
+            self._log_once(NOT_FETCHED, str(error) or type(error).__name__)
+            return
+        self._logged.discard(NOT_FETCHED)
+        if models is not None and url == self._place:
+            self._models, self._fetched = models, body
+            self._selections.clear()
+            log(logging.INFO, "model catalog fetched", models=len(models))
+
+    def _log_once(self, event: str, reason: str) -> None:
+        if event not in self._logged:
+            self._logged.add(event)
+            log(logging.WARNING, event, reason=reason)
+
+
+async def fetch_catalog(url: str, upstreams: Upstreams) -> tuple[int, bytes]:
+    """Fetch a catalogue, with the key of the upstream to whose base_url the URL belongs, or else
+    without a key; return status and body. Raises httpx2.HTTPError, TimeoutError."""
+    if "client_version=" not in url:
+        url += f"{'&' if '?' in url else '?'}client_version={MEASURED_VERSION}"
+    for upstream in upstreams:
+        base = upstream.settings.base_url.rstrip("/")
+        if upstream.usable and url.startswith(f"{base}/"):
+            return await upstream.fetch_whole(url.removeprefix(base))
+    origin = "{0.scheme}://{0.netloc}".format(urlsplit(url))
+    stranger = Upstream(UpstreamSettings(name="codex-catalog", base_url=origin, api_key_env=""))
+    try:
+        return await stranger.fetch_whole(url.removeprefix(origin) or "/")
+    finally:
+        await stranger.close()
