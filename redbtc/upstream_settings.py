@@ -6,6 +6,7 @@ variable in `api_key_envs` where the table has several.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import os
 import re
@@ -105,6 +106,15 @@ class UpstreamSettings(SettingsTable, frozen=True):
         """Return the names of the environment variables in `headers`, each once."""
         found = [name for text in self.headers.values() for name in FROM_ENVIRONMENT.findall(text)]
         return list(dict.fromkeys(found))
+
+    @property
+    def speaks_websocket(self) -> bool:
+        """Return whether WebSocket is offered to clients."""
+        return self.websocket and self.transport == "asyncio"
+
+    def serves(self, model: str) -> bool:
+        """Return whether one of `models` matches the model's name."""
+        return "*" in self.models or any(fnmatch.fnmatchcase(model, each) for each in self.models)
 
     def missing_variables(self) -> list[str]:
         """Return the names of the environment variables that are needed and not set, or empty."""

@@ -14,14 +14,15 @@ class Access:
     """The base of all operations: what they work on, and how they look up what a path or a query
     names. Another account's account, key or user gets the same 404 as one that does not exist.
 
-    `public_url` is where browsers find the gateway."""
+    `public_url` is where browsers and clients find the gateway."""
 
     def __init__(self, billing: Billing, gateway: RunningGateway, public_url: str) -> None:
         self.billing = billing
         self.gateway = gateway
         self.accounts = Accounts(billing.store)
         self.users = Users(billing.store)
-        self.dashboard_url = f"{public_url.rstrip('/')}/dashboard/"
+        self.public_url = public_url.rstrip("/")
+        self.dashboard_url = f"{self.public_url}/dashboard/"
 
     async def find_account(self, actor: Actor, account: str | None = None) -> Account:
         """Return an account by name or id (None: the actor's own). Raises NotFound."""

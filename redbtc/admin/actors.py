@@ -6,6 +6,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
 from redbtc.admin.users import LoginSession
+from redbtc.codex.catalog import offered_models, read_catalog
+from redbtc.codex.config_toml import CodexOffer
+from redbtc.config import Settings
 from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.store.accounts import Account
 from redbtc.store.keys import Key
@@ -82,6 +85,10 @@ class RunningGateway(Protocol):
     def example_model(self) -> str:
         """The model that examples name."""
 
+    @property
+    def codex(self) -> CodexOffer:
+        """What the gateway offers to Codex CLI."""
+
     def serves(self, model: str) -> bool:
         """Return whether an upstream serves the model."""
 
@@ -115,9 +122,21 @@ class StoppedGateway:
 
     example_model = ""
 
-    def serves(self, _: str) -> bool:
-        """Return False, since there are no upstreams."""
-        return False
+    def __init__(self, settings: Settings) -> None:
+        """`settings` are those with which the gateway would start."""
+        self._settings = settings
+
+    @property
+    def codex(self) -> CodexOffer:
+        """What the gateway would offer to Codex CLI. Raises SettingsError if its model catalogue
+        can't be read."""
+        place = self._settings.codex.catalog
+        websocket = any(each.speaks_websocket for each in self._settings.upstreams)
+        return CodexOffer(websocket, bool(place), offered_models(read_catalog(place)))
+
+    def serves(self, model: str) -> bool:
+        """Return whether an upstream would serve the model."""
+        return any(each.serves(model) for each in self._settings.upstreams)
 
     def listed_models(self) -> set[str]:
         """Return no models, since no upstream was asked."""

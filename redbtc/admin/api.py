@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Concatenate, ParamSpec
 
 from msgspec import Struct
 
 from redbtc.admin.actors import Actor
 from redbtc.admin.api_accounts import AccountOperations
+from redbtc.admin.api_codex import CodexOperations
 from redbtc.admin.api_money import MoneyOperations
 from redbtc.admin.api_upstreams import UpstreamOperations
 from redbtc.admin.api_usage import UsageOperations
@@ -18,6 +19,7 @@ from redbtc.admin.inputs import (
     AccountChange,
     AccountsQuery,
     ChangesQuery,
+    CodexConfigQuery,
     NewAccount,
     NewestQuery,
     NewKey,
@@ -47,6 +49,7 @@ from redbtc.admin.outputs import (
     AccountWithMoney,
     ChangeList,
     Check,
+    CodexConfig,
     Done,
     KeyList,
     KeyRevoked,
@@ -70,11 +73,9 @@ from redbtc.admin.outputs import (
 from redbtc.admin.set_time import TimeSet
 from redbtc.admin.users import UserAdded, UserShown
 from redbtc.admin.validation import read_json_body, read_values
-from redbtc.billing.model_patterns import matches
 from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement
 from redbtc.billing.webhook_messages import WebhookAnswer
-from redbtc.slices import with_turns
 from redbtc.store.accounts import Account, KeyAdded
 
 Arguments = ParamSpec("Arguments")
@@ -87,6 +88,7 @@ class API(
     UsageOperations,
     UpstreamOperations,
     WebhookOperations,
+    CodexOperations,
 ):
     """The methods of all operations. Call them through one of the `perform` methods, which check
     the actor's role: `await api.perform(API.show_account, actor, account="first")`."""
@@ -135,20 +137,6 @@ class API(
             return declared.stream(self, actor, *given, **path)
         answer: Struct | dict[str, Any] = await declared.handler(self, actor, *given, **path)
         return answer
-
-    async def example_model(self, patterns: Sequence[str] | None) -> str:
-        """Return a model to try a key with that is limited to these patterns: one that the key may
-        use, that an upstream serves and that has a price, as far as there is one."""
-        priced = {price.model for price in self.billing.prices.prices if price.output}
-        stems = *sorted(priced, key=lambda name: ("*" in name, name)), *(patterns or ())
-        names = self.gateway.example_model, *(name.rstrip("*") for name in stems)
-
-        def fits(name: str) -> tuple[bool, bool, bool]:
-            allowed = not patterns or matches(name, patterns)
-            return allowed, self.gateway.serves(name), self.billing.may_serve(name)
-
-        found = [(fits(name), name) async for name in with_turns(names) if not {*"*?["} & {*name}]
-        return max(found, key=lambda each: each[0])[1]
 
 
 OPERATIONS = (
@@ -284,6 +272,9 @@ OPERATIONS = (
     ),
     operation("GET", "/me", "key", API.me, MeShown),
     operation("GET", "/me/limits", "key", API.limits, dict[str, Any]),
+    operation(
+        "GET", "/codex-config", "operator", API.codex_config, CodexConfig, query=CodexConfigQuery
+    ),
     operation("GET", "/overview", "operator", API.overview, Overview, query=OverviewQuery),
     operation("GET", "/changes", "operator", API.list_changes, ChangeList, query=ChangesQuery),
     operation("GET", "/upstreams", "operator", API.list_upstreams, UpstreamList),

@@ -275,6 +275,12 @@ class WhichPriceQuery(Input):
     at: Time | None = None
 
 
+class CodexConfigQuery(Input):
+    """The `key`, by id or label, for which to configure Codex CLI."""
+
+    key: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+
+
 class WhichUser(Input):
     """Which login is meant, if an email address has several."""
 

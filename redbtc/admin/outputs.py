@@ -201,6 +201,16 @@ class UpstreamList(Struct):
     upstreams: list[UpstreamAtWork]
 
 
+class CodexConfig(Struct):
+    """What to put into Codex CLI's config.toml, and what it was made from."""
+
+    config: str
+    model: str
+    base_url: str
+    websocket: bool
+    catalog: bool
+
+
 class UpstreamRested(UpstreamAtWork, kw_only=True):
     """An upstream that rests now. `unserved_models` are those of its model patterns that no other
     upstream serves meanwhile."""

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from redbtc.cli import accounts, check, database, money, serve, upstreams, usage, users, webhook
+from redbtc.cli import (
+    accounts,
+    check,
+    codex,
+    database,
+    money,
+    serve,
+    upstreams,
+    usage,
+    users,
+    webhook,
+)
 from redbtc.cli.main import main
 
 __all__ = [
     "accounts",
     "check",
+    "codex",
     "database",
     "main",
     "money",

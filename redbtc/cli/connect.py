@@ -46,7 +46,8 @@ async def connect(loaded: LoadedSettings) -> AsyncIterator[httpx2.AsyncClient]:
                     for line in opening(store):
                         click.echo(line, err=True)
                     billing = await Billing.open(store, loaded.settings.billing)
-                    api = API(billing, StoppedGateway(), loaded.settings.dashboard_url)
+                    stopped = StoppedGateway(loaded.settings)
+                    api = API(billing, stopped, loaded.settings.dashboard_url)
                     transport = httpx2.ASGITransport(admin_app(api, local_actor))
             except DatabaseInUse:
                 if time.monotonic() > deadline:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from redbtc.codex.config_toml import BUILT_IN_MODELS
 from redbtc.codex.model_info import read_info, unknown_values
 from redbtc.config import SettingsError, is_web_address
 from redbtc.errors import UserError
@@ -107,6 +108,15 @@ def size_of(models: Iterable[CatalogModel]) -> int:
     """Return how many bytes `body_of` would return."""
     sizes = [len(each.raw) + 1 for each in models]
     return len(BEGIN) + max(sum(sizes) - 1, 0) + len(END)
+
+
+def offered_models(models: Iterable[CatalogModel] | None) -> tuple[str, ...]:
+    """Return the names of the models that Codex offers to users, in the order of its choice; those
+    of its own catalogue if there is no other one."""
+    if models is None:
+        return BUILT_IN_MODELS
+    offered = [each for each in models if each.is_offered]
+    return tuple(each.slug for each in sorted(offered, key=lambda each: each.priority))
 
 
 def etag_of(models: Iterable[CatalogModel]) -> bytes:

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 MEASURED_VERSION = "0.171.0"  # the newest version with which this was measured
-Int32 = Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]
-Int64 = Annotated[int, Meta(ge=-(1 << 63), lt=1 << 63)]
+Int32 = Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
+Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class ReasoningLevel(Struct):

@@ -66,8 +66,13 @@ async def rotate_key(page: PageRequest) -> PageVariables:
 async def show_new_key(page: PageRequest, added: KeyAdded) -> PageVariables:
     """Return the variables that show a new key, which is possible only now, with code samples."""
     url, host = page.request.url, page.request.headers.get("host", "")
-    model = await page.example_model(added.models)
-    return {"added": added, "base_url": f"{url.scheme}://{host}/v1", "model": model}
+    base_url = f"{url.scheme}://{host}/v1"
+    return {
+        "added": added,
+        "base_url": base_url,
+        "model": await page.example_model(added.models),
+        "codex_config": await page.codex_config(added.models, base_url),
+    }
 
 
 async def revoke_key(page: PageRequest) -> PageVariables | None:

@@ -64,6 +64,10 @@ class PageRequest:
         """Return a model for code samples of a key that is limited to these patterns."""
         return await self._api.example_model(patterns)
 
+    async def codex_config(self, patterns: Sequence[str] | None, base_url: str) -> str:
+        """Return Codex CLI's configuration for a key that is limited to these patterns."""
+        return (await self._api.codex_config_for(patterns, base_url)).config
+
     def is_logged_in(self) -> bool:
         """Return whether the session is still valid. Raises StorageUnavailable."""
         return session_of(self._api, self.request) is not None

@@ -60,9 +60,9 @@ class ModelCatalog:
         self._set_place(settings.catalog)
 
     @property
-    def models(self) -> tuple[CatalogModel, ...]:
-        """Return all models of the catalogue; none if there is none, or not yet."""
-        return self._models or ()
+    def models(self) -> tuple[CatalogModel, ...] | None:
+        """All models of the catalogue; None if none is set, or none has been fetched yet."""
+        return self._models
 
     def apply(self, settings: CodexSettings, models: tuple[CatalogModel, ...] | None) -> None:
         """Use other settings, and the models that `read_catalog` has found there."""

@@ -8,6 +8,8 @@ from typing import Any
 from msgspec.structs import asdict
 
 from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
+from redbtc.codex.catalog import offered_models
+from redbtc.codex.config_toml import CodexOffer
 from redbtc.config import DEMO
 from redbtc.errors import Conflict, NotFound
 from redbtc.gateway.gateway import Gateway
@@ -28,6 +30,13 @@ class GatewayView:
     def example_model(self) -> str:
         """The model that examples name."""
         return "redbtc-demo" if self._gateway.upstreams.named(DEMO) else "gpt-5.4-mini"
+
+    @property
+    def codex(self) -> CodexOffer:
+        """What the gateway offers to Codex CLI."""
+        upstreams, catalog = self._gateway.upstreams, self._gateway.catalog
+        models = () if upstreams.named(DEMO) else offered_models(catalog.models)
+        return CodexOffer(upstreams.offer_websocket(), catalog.is_set, models)
 
     def serves(self, model: str) -> bool:
         """Return whether an upstream serves the model."""

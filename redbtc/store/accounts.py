@@ -51,6 +51,7 @@ KEY = f"""
            keys.revoked_at, keys.compromised, ifnull(keys.budget_id, keys.id) AS budget_id
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_BY_ID = KEY + " WHERE keys.id = ?"
+KEYS_BY_NAME = KEY + " WHERE keys.id = ?1 OR keys.label = ?1 AND keys.revoked_at IS NULL"
 KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.rowid"
 LAST_USED = "SELECT key_id, max(day) AS day FROM usage_by_day WHERE account_id = ? GROUP BY key_id"
 NEW_KEY = f"""
@@ -135,6 +136,17 @@ class Accounts:
     async def key(self, key_id: str) -> KeyShown:
         """Return the key with an id. Raises NotFound."""
         return KeyShown.of(await self._key(key_id))
+
+    async def key_named(self, name: str) -> KeyShown:
+        """Return the key with an id or a label. Raises NotFound, or Conflict if keys with the label
+        may use different models."""
+        found = [KeyShown.of(row) async for row in self._store.rows(KEYS_BY_NAME, (name,))]
+        if not found:
+            raise NotFound(f"no key has the id or label {name!r}")
+        if any(each.models != found[0].models for each in found):
+            ids = ", ".join(each.id for each in found)
+            raise Conflict(f"several keys have the label {name!r}; give one of their ids: {ids}")
+        return found[0]
 
     async def _key(self, key_id: str) -> sqlite3.Row:
         key = await self._store.one(KEY_BY_ID, (key_id,))

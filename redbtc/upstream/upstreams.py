@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fnmatch
 import functools
 import time
 from collections.abc import Callable, Iterable
@@ -100,7 +99,7 @@ class Upstream:
         self.settings = settings
         self.name = settings.member_name
         self.usable = not settings.missing_variables()
-        self.speaks_websocket = settings.websocket and settings.transport == "asyncio"
+        self.speaks_websocket = settings.speaks_websocket
         self._watching: asyncio.Task[None] | None = None
         self.go_on_with(MemberHealth(self.name, self.usable, on_change=on_change))
         self.in_flight = 0
@@ -156,8 +155,7 @@ class Upstream:
 
     def serves(self, model: str) -> bool:
         """Return whether one of the patterns in its settings matches the model's name."""
-        patterns = self.settings.models
-        return "*" in patterns or any(fnmatch.fnmatchcase(model, each) for each in patterns)
+        return self.settings.serves(model)
 
     async def open(
         self, method: str, path: str, query: bytes, headers: Headers, body: UploadBody

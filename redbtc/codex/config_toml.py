@@ -1,0 +1,63 @@
+"""What to put into Codex CLI's config.toml, for the command `codex config` and the dashboard.
+
+docs/clients.md says what was measured of each choice, and with which versions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import orjson
+
+KEY_VARIABLE = "REDBTC_API_KEY"
+# Models of Codex's own catalogue, for a gateway that has none: with another one, Codex does not
+# know which tools to offer. Versions 0.169.0 and 0.171.0 have all of these.
+BUILT_IN_MODELS = (
+    *("gpt-6.1-sol", "gpt-6.1-terra", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna"),
+    *("gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5"),
+)
+
+
+class CodexOffer(NamedTuple):
+    """What a gateway offers to Codex."""
+
+    websocket: bool
+    catalog: bool
+    models: tuple[str, ...]  # that Codex knows, the best to begin with first
+
+
+def config_toml(base_url: str, model: str, offer: CodexOffer) -> str:
+    """Return the TOML text, with the reason of each choice in a comment."""
+    lines = [
+        f"model = {toml_string(model)}",
+        'model_provider = "redbtc"',
+        "",
+        "[model_providers.redbtc]",
+        "# With another name, Codex has no web search with gpt-5.6 and gpt-6 models, and compacts",
+        "# long sessions by a prompt. Use another name if the upstream is not OpenAI's: it may not",
+        "# know what Codex sends with this one (compaction_trigger, configuration_update).",
+        'name = "OpenAI"',
+        f"base_url = {toml_string(base_url)}",
+        "# The desktop app has no variables of your shell: there, put requires_openai_auth = true",
+        "# in place of env_key, and log in with the key as an API key.",
+        f'env_key = "{KEY_VARIABLE}"',
+        'wire_api = "responses"',
+    ]
+    if offer.websocket:
+        lines += [
+            "# Over a WebSocket, Codex sends only what is new, not the whole session each time.",
+            "supports_websockets = true",
+        ]
+    else:
+        lines += ["# No upstream offers WebSocket.", "supports_websockets = false"]
+    if offer.catalog:
+        lines += [
+            "# The models that the key may use, with what Codex must know of them.",
+            f"model_catalog_url = {toml_string(f'{base_url}/models')}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def toml_string(text: str) -> str:
+    """Return a text as a basic string of TOML."""
+    return orjson.dumps(text).decode().replace("\x7f", "\\u007f")
