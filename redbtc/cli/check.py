@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 import httpx2
 import msgspec
 
+from redbtc.billing.model_patterns import matches
 from redbtc.cli.main import CommandContext, commands, json_option, show
-from redbtc.config import LoadedSettings, Settings, SettingsError, missing_keys
+from redbtc.codex.catalog import MAX_BODY, SETTING, CatalogError, parse_catalog, size_of
+from redbtc.codex.model_info import MEASURED_VERSION
+from redbtc.config import LoadedSettings, Settings, SettingsError, is_web_address, missing_keys
 from redbtc.meter.error_codes import error_code_in
+from redbtc.rates import DEFAULT_TIER
 from redbtc.store.consistency import check_file
+from redbtc.times import now_ms
 from redbtc.upstream.certificates import check_ca_files
 from redbtc.upstream.configured import Upstreams
 from redbtc.upstream.failures import cause_of
@@ -65,8 +73,9 @@ def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
         currency = loaded.settings.billing.currency
         problems = missing_keys(loaded.settings)
         problems += check_file(loaded.database_path, currency)
+        catalog_problems, notes = check_catalog(loaded)
         asked = asyncio.run(ask_all(loaded.settings)) if upstreams else None
-        show_check(loaded, problems, asked, as_json)
+        show_check(loaded, problems + catalog_problems, asked, as_json, notes)
 
 
 def show_check(
@@ -74,11 +83,12 @@ def show_check(
     problems: list[str],
     asked: Sequence[AskedUpstream] | None,
     as_json: bool,
+    notes: Sequence[str] = (),
 ) -> None:
     """Print what `check` has found, and exit with its status if that is not 0. `loaded` is None if
     the settings can't be read, `asked` if the upstreams were not asked."""
     unused = loaded.without_effect if loaded else []
-    notes = [f"{key}: accepted, but has no effect yet" for key in unused]
+    notes = [*[f"{key}: accepted, but has no effect yet" for key in unused], *notes]
     failed = [each for each in asked or () if not each.ok]
     ok = not problems and not failed
     found: dict[str, Any] = {
@@ -96,6 +106,56 @@ def show_check(
     show(found, as_json, lambda: "\n".join(lines))
     if not ok:
         raise SystemExit(2 if problems else 1)
+
+
+def check_catalog(loaded: LoadedSettings) -> tuple[list[str], list[str]]:
+    """Return the problems of Codex CLI's model catalogue, and notes about it. One at a URL is not
+    fetched."""
+    place, settings = loaded.settings.codex.catalog, loaded.settings
+    if not place or is_web_address(place):
+        return [], []
+    try:
+        models = parse_catalog(Path(place).read_bytes())
+    except OSError as error:
+        return [f"{SETTING}: {place}: {error.strerror}"], []
+    except CatalogError as error:
+        return [f"{SETTING}: {place}: {line}" for line in error.problems], []
+    notes = [
+        f"{SETTING}: model {model.slug!r}: {field} is {value!r}, which Codex {MEASURED_VERSION} "
+        "does not know; it then ignores the whole catalogue"
+        for model in models
+        for field, value in model.unknown
+    ]
+    served = models
+    if settings.billing.unpriced_models == "refuse":
+        patterns = patterns_with_price(loaded.database_path)
+        served = tuple(model for model in models if matches(model.slug, patterns))
+    unpriced = ", ".join(model.slug for model in models if model not in served)
+    if unpriced:
+        notes.append(f"{SETTING}: these models have no price and are left out: {unpriced}")
+    size, problems = size_of(served), []
+    if size > MAX_BODY:
+        reason = (
+            f"{size} bytes for a key that may use all models; Codex ignores a catalogue of more"
+        )
+        problems.append(f"{SETTING}: {place}: has {reason} than {MAX_BODY}")
+    return problems, notes
+
+
+PATTERNS_WITH_PRICE = """
+    SELECT DISTINCT model FROM prices
+     WHERE tier = ? AND above_input_tokens = 0 AND effective_at <= ?"""
+
+
+def patterns_with_price(path: Path) -> list[str]:
+    """Return the names and patterns of models that have a price now; none if the database can't be
+    read, which `check` reports by itself."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            found = database.execute(PATTERNS_WITH_PRICE, (DEFAULT_TIER, now_ms())).fetchall()
+    except sqlite3.Error:
+        return []
+    return [model for (model,) in found]
 
 
 async def ask_all(settings: Settings) -> list[AskedUpstream]:

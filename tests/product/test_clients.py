@@ -24,6 +24,7 @@ import openai
 import pytest
 from websockets.sync.client import connect
 
+from tests.helpers.codex import BUILT_IN, CALL, MESSAGE, PROVIDER, codex, turn_events
 from tests.helpers.gateway import (
     PATIENCE_SECONDS,
     ROOT,
@@ -172,38 +173,6 @@ def test_node_sdk(demo: Gateway, tmp_path: Path) -> None:
     assert rows[3]["requested_model"] == "redbtc-demo-image", "found after the file"
 
 
-PROVIDER = """
-model = "gpt-5.5"
-model_provider = "gw"
-[model_providers.gw]
-name = "Gateway"
-base_url = "{url}"
-env_key = "GW_API_KEY"
-wire_api = "responses"
-"""
-BUILT_IN = 'model = "gpt-5.5"\nopenai_base_url = "{url}"\n'
-
-
-def codex(
-    gateway: Gateway, key: str, home: Path, prompt: str, settings: str = PROVIDER
-) -> list[dict[str, Any]]:
-    home.mkdir()
-    (home / "config.toml").write_text(settings.replace("{url}", gateway.base_url))
-    env = {"PATH": os.environ["PATH"], "HOME": str(home), "CODEX_HOME": str(home)}
-    env |= dict.fromkeys(("CODEX_API_KEY", "GW_API_KEY", "REDBTC_API_KEY"), key)
-    done = subprocess.run(
-        [needs("codex"), "exec", "--skip-git-repo-check", "--json", prompt],
-        env=env,
-        cwd=home,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 def snippets(gateway: Gateway, models: str) -> dict[str, str]:
     """What the dashboard shows with a new key that is limited to these models."""
     if not gateway.api("GET", "/accounts")["accounts"]:
@@ -274,46 +243,6 @@ def test_the_dashboard_s_snippets_run_as_they_stand(
         said = codex(gateway, shown["secret"], tmp_path / "codex", "hello", shown["codex"])
         assert said[-1]["type"] == "turn.completed"
         assert gateway.rows()[-1]["requested_model"] == model
-
-
-CALL = {
-    "id": "fc_1",
-    "type": "function_call",
-    "status": "completed",
-    "call_id": "call_1",
-    "name": "exec_command",
-    "arguments": json.dumps({"cmd": "echo from-the-tool"}),
-}
-MESSAGE = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "status": "completed",
-    "content": [{"type": "output_text", "text": "All done.", "annotations": []}],
-}
-
-
-def turn_events(number: int, item: dict[str, Any] | None) -> list[dict[str, Any]]:
-    used = {
-        "input_tokens": 1000 + number,
-        "input_tokens_details": {"cached_tokens": 10},
-        "output_tokens": 20 if item else 0,
-        "output_tokens_details": {"reasoning_tokens": 8 if item else 0},
-        "total_tokens": 0,
-    }
-    output = [item] if item else []
-    last = response_object("gpt-5.5", used, id=f"resp_{number}", output=output)
-    begun = response_object("gpt-5.5", None, "in_progress", id=last["id"], output=[])
-    middle = [
-        {"type": f"response.output_item.{step}", "output_index": 0, "item": item}
-        for step in ("added", "done")
-        if item
-    ]
-    return [
-        {"type": "response.created", "response": begun},
-        *middle,
-        {"type": "response.completed", "response": last},
-    ]
 
 
 def test_codex_cli_turn_over_a_websocket(
