@@ -75,6 +75,8 @@ def parse_catalog(text: bytes) -> tuple[CatalogModel, ...]:
             models.append(CatalogModel.of(raw))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             problems.append(f"{name_of(raw, number)}: {plain_reason(error)}")
+    slugs = [each.slug for each in models]
+    problems += [f"model {name!r}: duplicate" for name in {*slugs} if slugs.count(name) > 1]
     if problems:
         raise CatalogError(problems)
     return tuple(models)

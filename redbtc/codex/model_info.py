@@ -53,8 +53,14 @@ class Upgrade(Struct):
     migration_markdown: str
 
 
+class ModelMessages(Struct):
+    """What the model is told, as templates."""
+
+    instructions_template: str | None = None
+
+
 class ModelInfo(Struct):
-    """An entry of the catalogue. Those without a default are required."""
+    """An entry of the catalogue. The fields without a default are required."""
 
     slug: Annotated[str, Meta(min_length=1, max_length=256)]
     display_name: str
@@ -74,6 +80,7 @@ class ModelInfo(Struct):
     availability_nux: Availability | None = None
     upgrade: Upgrade | None = None
     base_instructions: str | None = None
+    model_messages: ModelMessages | None = None
     include_skills_usage_instructions: bool | UnsetType = UNSET
     include_plugin_usage_instructions: bool | UnsetType = UNSET
     include_apps_usage_instructions: bool | UnsetType = UNSET
@@ -97,6 +104,11 @@ class ModelInfo(Struct):
     multi_agent_version: str | None = None
     multi_agent_reasoning_effort: str | None = None
     model_specialty: str | None = None
+
+    def __post_init__(self) -> None:
+        template = self.model_messages and self.model_messages.instructions_template
+        if self.base_instructions is None and template is None:
+            raise ValueError("needs base_instructions or model_messages.instructions_template")
 
     @property
     def is_offered(self) -> bool:

@@ -26,8 +26,8 @@ from redbtc.upstream.upstreams import NO_LIST, Upstream
 MODEL_NAME = re.compile(r"[A-Za-z0-9@~][\w.:@+~-]*(?:/[A-Za-z0-9@~][\w.:@+~-]*)*", re.ASCII)
 NEW_SECONDS = 1  # a list that is younger has just been given
 NO_CATALOG = (
-    "This gateway has no model catalogue for Codex, so Codex keeps its own. The operator can set "
-    "codex.catalog."
+    "This gateway has no model catalogue for Codex: codex.catalog is not set. Without "
+    "model_catalog_url in its configuration, Codex uses its own."
 )
 ABOUT_THE_KEY = (401, 403, 429)  # statuses that say nothing about the model
 

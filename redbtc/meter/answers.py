@@ -77,6 +77,7 @@ UNFINISHED = ("queued", "in_progress")  # a Response object's status
 # Items of all other types are made by the upstream's own tools.
 SELF_CONTAINED = re.compile(
     r"|message|reasoning|(?:context_)?compaction|compaction_summary|.*_output|"
+    r"agent_message|additional_tools|configuration_update|"
     r"(?:function|custom_tool|tool_search|computer|apply_patch|(?:local_)?shell)_call"
 )
 CITATIONS = ("container_file_citation", "file_path")  # annotations of files made by code

@@ -126,7 +126,11 @@ def is_reference(item: InputItem, pieces: Pieces) -> bool:
     kind = type_of(item)
     if kind == "item_reference" or item.keys() <= {"id", "type", "status"}:
         return True
+    if kind == "additional_tools":
+        return not is_list(item.get("tools", NULL))
     content = item.get("content", NULL)
+    if kind == "agent_message":
+        return content == NULL
     if kind in ("", "message"):
         return string_in(item.get("role", NO_VALUE)) not in ROLES or content == NULL
     encrypted = is_text(item.get("encrypted_content", NO_VALUE))

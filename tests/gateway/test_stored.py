@@ -383,6 +383,10 @@ def test_no_item_is_anothers(
         '{"model":"m","input":"x","tools":[{"type":"mcp","tunnel_id":"f"}]}',
         '{"model":"m","input":"x","tools":{"0":{"vector_store_ids":["vs_1"]}}}',
         '{"model":"m","input":[{"type":"additional_tools","tools":{"file_id":"f"}}]}',
+        '{"model":"m","input":[{"type":"additional_tools","id":"at_1","role":"developer"}]}',
+        '{"model":"m","input":[{"type":"additional_tools","id":"at_1","tools":null}]}',
+        '{"model":"m","input":[{"type":"configuration_update","id":"cu_1"}]}',
+        '{"model":"m","input":[{"type":"agent_message","id":"am_1","author":"/root"}]}',
         '{"model":"m","input":"x","tools":' + '[{"tools":' * 9 + "[]" + "}]" * 9 + "}",
     ],
 )
@@ -499,6 +503,9 @@ def test_listed_input_items_can_be_referred_to(gateway: Gateway, stored: Respons
         {"input": [{"type": "reasoning", "id": "rs_1", "encrypted_content": "x", "summary": []}]},
         {"input": [{"type": "function_call", "id": "fc_1", "arguments": '{"file_id": "x"}'}]},
         {"input": [{"type": "message", "id": "msg_1", "role": "user", "content": "x"}]},
+        {"input": [{"type": "additional_tools", "id": "at_1", "tools": []}]},
+        {"input": [{"type": "configuration_update", "id": "cu_1", "reasoning": {}}]},
+        {"input": [{"type": "agent_message", "id": "am_1", "author": "/root", "content": []}]},
         {"input": "\u00e9 \\u005f"},
     ],
 )

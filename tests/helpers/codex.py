@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -61,7 +62,8 @@ def codex(
     """Let Codex CLI do a task, and return the events that it prints."""
     home.mkdir(exist_ok=True)
     (home / "config.toml").write_text(settings.replace("{url}", gateway.base_url))
-    keys = dict.fromkeys(("CODEX_API_KEY", "GW_API_KEY", "REDBTC_API_KEY"), key)
+    names = ["GW_API_KEY", "REDBTC_API_KEY"] if "env_key" in settings else ["CODEX_API_KEY"]
+    keys = dict.fromkeys(names, key)
     arguments = ["exec", "--skip-git-repo-check", "--json", prompt]
     done = run_codex(home, *arguments, version=version, **keys)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -121,6 +123,7 @@ def catalog_entry(slug: str, **more: Any) -> dict[str, Any]:
         "support_verbosity": True,
         "truncation_policy": {"mode": "tokens", "limit": 10_000},
         "experimental_supported_tools": [],
+        "base_instructions": "Be brief.",
         **more,
     }
 
@@ -128,3 +131,13 @@ def catalog_entry(slug: str, **more: Any) -> dict[str, Any]:
 def catalog_text(*entries: dict[str, Any]) -> str:
     """Return a catalogue, spelled as no encoder would, so that other bytes are noticed."""
     return json.dumps({"models": entries}, separators=(" , ", ": "), indent=1)
+
+
+def chatgpt_tokens() -> dict[str, str]:
+    """Return tokens with which Codex CLI takes its user to be logged in to ChatGPT."""
+    about = {"chatgpt_plan_type": "pro", "chatgpt_account_id": "acc_1", "chatgpt_user_id": "user_1"}
+    claims = {"email": "a@example.com", "exp": 4_102_444_800, "https://api.openai.com/auth": about}
+    parts = [json.dumps(part).encode() for part in ({"alg": "none", "typ": "JWT"}, claims)]
+    token = ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in [*parts, b"s"])
+    own = {"refresh_token": "refresh", "account_id": "acc_1"}
+    return {"id_token": token, "access_token": token, **own}
