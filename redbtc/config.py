@@ -39,7 +39,7 @@ def shipped(name: str) -> Path:
 
 Host = Annotated[str, Meta(min_length=1)]
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z*]+")
-WEB_ADDRESS = re.compile(r"https?://[^\s/?#@]+[^\s#]*")
+WEB_ADDRESS = re.compile(r"https?://[^\s/?#@]+(?:[/?][^\s#]*)?")
 MIN_BODIES_READ = 4  # so that an account's half holds the largest body and its decoded copy
 
 
