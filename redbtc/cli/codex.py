@@ -18,7 +18,7 @@ from redbtc.config import LoadedSettings, is_web_address
 from redbtc.errors import UserError
 
 CATALOG_FILE = "codex-models.json"
-PATIENCE_SECONDS = 30
+CODEX_SECONDS = 30
 MAX_ERROR = 200  # characters of what Codex says when it fails
 
 
@@ -96,10 +96,10 @@ def printed_by(program: str) -> bytes:
                 cwd=home,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=PATIENCE_SECONDS,
+                timeout=CODEX_SECONDS,
             )
         except subprocess.TimeoutExpired:
-            raise UserError(f"{found} printed nothing within {PATIENCE_SECONDS} s") from None
+            raise UserError(f"{found} printed nothing within {CODEX_SECONDS} s") from None
         except OSError as error:
             raise UserError(f"{found}: {error.strerror}") from None
     if done.returncode:

@@ -17,7 +17,7 @@ from redbtc.errors import UserError
 
 MAX_BODY = 1 << 20  # bytes of a catalogue over which Codex ignores it
 MAX_FILE = 4 << 20  # bytes of a catalogue that is read, before models are left out
-MAX_MODELS = 1000
+MAX_ENTRIES = 1000
 SETTING = "codex.catalog"
 BEGIN, END = b'{"models":[', b"]}"
 
@@ -66,8 +66,8 @@ def parse_catalog(text: bytes) -> tuple[CatalogModel, ...]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         shape = 'expected what `codex debug models` prints, {"models": [...]}'
         raise CatalogError([f"{shape}: {plain_reason(error)}"]) from None
-    if not 0 < len(entries) <= MAX_MODELS:
-        raise CatalogError([f"has {len(entries)} models; allowed are 1 to {MAX_MODELS}"])
+    if not 0 < len(entries) <= MAX_ENTRIES:
+        raise CatalogError([f"has {len(entries)} models; allowed are 1 to {MAX_ENTRIES}"])
     models, problems = [], []
     for number, entry in enumerate(entries):
         raw = bytes(entry)

@@ -31,9 +31,11 @@ from tests.helpers.upstream import (
     IMAGE_USAGE,
     Received,
     Reply,
+    Socket,
     Upstream,
     event,
     images_json,
+    json_answer,
     openai_like,
     stream,
     ws_like_openai,
@@ -347,3 +349,79 @@ def test_codex_makes_images_with_the_gateway_s_key(
     ]
     assert rows[1]["requested_model"] == "gpt-image-2"
     assert rows[1]["output_tokens"] == IMAGE_USAGE["output_tokens"]
+
+
+@both_versions
+def test_codex_lets_agents_work_for_it(
+    make_gateway: MakeGateway, upstream: Upstream, tmp_path: Path, version: str
+) -> None:
+    """Its tools, and the messages of agents to each other, have ids that Codex has chosen."""
+    gateway = make_gateway(upstream_settings=NO_WEBSOCKET).start()
+    threads: dict[str | None, int] = {}  # by thread, how many requests it has sent
+    calls = [
+        agent_call("spawn_agent", task_name="sub", message="Do it.", agent_type="default"),
+        agent_call("wait_agent", timeout_ms=10_000),
+    ]
+
+    async def script(request: Received, reply: Reply) -> None:
+        thread = request.header("thread-id")
+        threads[thread] = threads.get(thread, 0) + 1
+        is_first = thread == next(iter(threads))
+        own = calls[: threads[thread]][threads[thread] - 1 :] if is_first else []
+        await answer(request, reply, *(own or [MESSAGE]))
+
+    upstream.script = script
+    config = gateway.cli("codex", "config")["config"]
+    codex(gateway, gateway.new_key(), tmp_path / "codex", "go", config, version=version)
+    kinds = [item["type"] for item in upstream.requests[-1].json()["input"] if "id" in item]
+    assert {"additional_tools", "agent_message", "function_call_output"} <= {*kinds}
+    assert len(threads) == 2
+    assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 4
+
+
+def agent_call(name: str, **arguments: str | int) -> dict[str, Any]:
+    call = {"id": f"fc_{name}", "type": "function_call", "status": "completed"}
+    more = {"name": name, "namespace": "collaboration", "arguments": json.dumps(arguments)}
+    return {**call, "call_id": f"call_{name}", **more}
+
+
+SEARCH = 'text(await tools.web__run({search_query: [{q: "weather in Oslo"}]}));'
+
+
+@both_versions
+@pytest.mark.parametrize("websocket", [False, True], ids=["post", "websocket"])
+def test_codex_searches_the_web_in_code_mode(
+    make_gateway: MakeGateway, upstream: Upstream, tmp_path: Path, version: str, websocket: bool
+) -> None:
+    """The search is a request of its own, with the key, to /v1/alpha/search."""
+    gateway = make_gateway(upstream_settings=f"websocket = {str(websocket).lower()}").start()
+    found = {"encrypted_output": None, "output": "It rains in Oslo."}
+
+    def item(given: list[dict[str, Any]]) -> dict[str, Any]:
+        return MESSAGE if has_output(given) else exec_call(SEARCH)
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.path == "/v1/alpha/search":
+            await json_answer(found)(request, reply)
+        else:
+            await answer(request, reply, item(request.json()["input"]))
+
+    async def talk(sock: Socket) -> None:
+        while True:
+            frame = await sock.recv()
+            prewarm = frame.get("generate") is False
+            events = turn_events(len(sock.frames), None if prewarm else item(frame["input"]))
+            if prewarm:  # Codex does not count what that has used
+                events[-1]["response"]["usage"] |= {"input_tokens": 0}
+            await sock.send(*events)
+
+    upstream.script, upstream.talk = script, talk if websocket else None
+    config = gateway.cli("codex", "config")["config"]
+    said = codex(gateway, gateway.new_key(), tmp_path / "codex", "search", config, version=version)
+    (search,) = [each for each in upstream.requests if each.path == "/v1/alpha/search"]
+    assert search.json()["commands"] == {"search_query": [{"q": "weather in Oslo"}]}
+    frames = [frame for sock in upstream.sockets for frame in sock.frames]
+    last = frames[-1] if websocket else upstream.requests[-1].json()
+    assert found["output"] in json.dumps(last["input"])
+    rows = assert_metered(gateway, said)
+    assert "/v1/alpha/search" in [row["endpoint"] for row in rows]
