@@ -1101,6 +1101,52 @@ CREATE TRIGGER a_budget_is_reached AFTER INSERT ON notices WHEN NEW.kind = 'budg
                NEW.created_at;
 END;
 
+-- version 14
+
+-- Kinds of usage of audio, and of text that is spoken.
+ALTER TABLE requests ADD COLUMN
+    audio_input_tokens  INTEGER CHECK (audio_input_tokens >= 0);  -- part of input_tokens
+ALTER TABLE requests ADD COLUMN
+    audio_output_tokens INTEGER CHECK (audio_output_tokens >= 0);  -- part of output_tokens
+ALTER TABLE requests ADD COLUMN
+    audio_ms            INTEGER CHECK (audio_ms >= 0);  -- length of audio that was read, in milliseconds
+ALTER TABLE requests ADD COLUMN
+    characters          INTEGER CHECK (characters >= 0);  -- of text that was spoken, counted by the gateway
+ALTER TABLE corrections ADD COLUMN
+    audio_input_tokens  INTEGER;
+ALTER TABLE corrections ADD COLUMN
+    audio_output_tokens INTEGER;
+ALTER TABLE corrections ADD COLUMN
+    audio_ms            INTEGER;
+ALTER TABLE corrections ADD COLUMN
+    characters          INTEGER;
+ALTER TABLE usage_by_day ADD COLUMN
+    audio_input_tokens  INTEGER;
+ALTER TABLE usage_by_day ADD COLUMN
+    audio_output_tokens INTEGER;
+ALTER TABLE usage_by_day ADD COLUMN
+    audio_ms            INTEGER;
+ALTER TABLE usage_by_day ADD COLUMN
+    characters          INTEGER;
+ALTER TABLE prices ADD COLUMN
+    audio_input         INTEGER CHECK (audio_input >= 0);  -- NULL: as other input
+ALTER TABLE prices ADD COLUMN
+    audio_output        INTEGER CHECK (audio_output >= 0);  -- NULL: as other output
+ALTER TABLE prices ADD COLUMN
+    audio_minute        INTEGER CHECK (audio_minute >= 0);  -- a minute of audio; NULL: as 1,000 tokens of audio input
+ALTER TABLE prices ADD COLUMN
+    characters          INTEGER CHECK (characters >= 0);  -- a million characters; NULL: the higher of input and audio output
+
+-- The gateway itself counts what is billed by the call or the character. A CHECK can't be altered by
+-- ALTER TABLE; this is the way that SQLite documents for it (lang_altertable.html, section 7). The last
+-- line ends the permission and reads the schema again.
+PRAGMA writable_schema = ON;
+UPDATE sqlite_schema
+   SET sql = replace(sql, '(''upstream'', ''estimated'', ''none'')',
+                     '(''upstream'', ''estimated'', ''none'', ''counted'')')
+ WHERE type = 'table' AND name = 'requests';
+PRAGMA writable_schema = RESET;
+
 -- The triggers below take the place of those of the same names.
 
 -- triggers

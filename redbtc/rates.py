@@ -16,6 +16,9 @@ from msgspec import Struct
 from redbtc.usage import Usage
 
 DEFAULT_TIER = "default"
+MILLION = 1_000_000
+MINUTE_MS = 60_000
+AUDIO_TOKENS_A_MINUTE = 1000  # about what OpenAI's models count
 
 
 class Rate(Struct, frozen=True):
@@ -26,9 +29,15 @@ class Rate(Struct, frozen=True):
     # The rate of the tokens that include these; it applies if this one is not given. "": without
     # this rate, these tokens cost nothing.
     part_of: str = ""
+    overlaps: bool = False  # some of these tokens can be an earlier part as well: cached audio
     # The requests that can use this kind; "": all. For "images", see `billed_usage`.
     only: Literal["", "images", "long cache"] = ""
-    unit: str = ""  # the name of one billed unit; "": a million tokens
+    unit: str = ""  # the name of what the rate is for; "": a million tokens
+    per: int = MILLION  # the usage that the rate is for
+    # If this rate is not given, the usage that it is for costs as much as `stands_for` tokens by
+    # the highest of these other rates.
+    instead: tuple[str, ...] = ()
+    stands_for: int = 0
     extra: int = 0  # the bit in stored_objects.extras; 0: not inherited from objects
     needed: str = ""  # what a request does that needs the rate and is refused without it
 
@@ -89,7 +98,8 @@ class Rates(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     web_search: Annotated[
-        int | None, Rate("web_searches", "Per web search call.  [default: 0]", unit="call", extra=1)
+        int | None,
+        Rate("web_searches", "Per web search call.  [default: 0]", unit="call", per=1, extra=1),
     ] = None
     file_search: Annotated[
         int | None,
@@ -97,6 +107,7 @@ class Rates(Struct, frozen=True, kw_only=True):
             "file_searches",
             "Per file search call.  [default: requests with this tool are refused]",
             unit="call",
+            per=1,
             extra=2,
             needed="uses the file search tool",
         ),
@@ -108,8 +119,48 @@ class Rates(Struct, frozen=True, kw_only=True):
             "Per new container in which code runs.  [default: requests with such a tool are "
             "refused]",
             unit="container",
+            per=1,
             extra=4,
             needed="uses a tool that creates a container",
+        ),
+    ] = None
+    audio_input: Annotated[
+        int | None,
+        Rate(
+            "audio_input_tokens",
+            "Per million audio input tokens.  [default: the input rate]",
+            part_of="input",
+            overlaps=True,
+        ),
+    ] = None
+    audio_output: Annotated[
+        int | None,
+        Rate(
+            "audio_output_tokens",
+            "Per million audio output tokens.  [default: the output rate]",
+            part_of="output",
+        ),
+    ] = None
+    audio_minute: Annotated[
+        int | None,
+        Rate(
+            "audio_ms",
+            "Per minute of audio, where its length is billed.  [default: 1,000 audio input tokens]",
+            unit="minute",
+            per=MINUTE_MS,
+            instead=("audio_input",),
+            stands_for=AUDIO_TOKENS_A_MINUTE,
+        ),
+    ] = None
+    characters: Annotated[
+        int | None,
+        Rate(
+            "characters",
+            "Per million characters of text that is spoken, where no tokens are reported.  "
+            "[default: the input or audio output rate, whichever is higher]",
+            unit="million characters",
+            instead=("input", "audio_output"),
+            stands_for=MILLION,
         ),
     ] = None
 
@@ -125,19 +176,24 @@ UNITS = {name: rate.unit for name, rate in RATES.items() if rate.unit}
 NEEDED = {name: rate.needed for name, rate in RATES.items() if rate.needed}
 _BITS = sorted((rate.extra, name) for name, rate in RATES.items() if rate.extra)
 EXTRAS = {name: bit for bit, name in _BITS}
+CALLS = {name: bit for name, bit in EXTRAS.items() if RATES[name].per == 1}  # paid by the call
 
 
-def _parts(images: bool) -> list[tuple[int, int]]:
+def _parts(images: bool) -> list[tuple[int, int, bool]]:
     """Return the places in RATES of each rate that is a part of another one, after the place of
-    that other one."""
+    that other one, and whether it overlaps."""
     places = {name: place for place, name in enumerate(RATES)}
     return [
-        (places[rate.part_of], places[name])
+        (places[rate.part_of], places[name], rate.overlaps)
         for name, rate in RATES.items()
         if rate.part_of and (images or rate.only != "images")
     ]
 
 
+# What one token, call, millisecond or character costs by each rate, as a multiple of the rate in
+# nanos: SCALE is a multiple of each `per`.
+SCALE = 3 * MILLION
+WEIGHTS = [SCALE // rate.per for rate in RATES.values()]
 PARTS = {images: _parts(images) for images in (False, True)}
 USAGE_BY_RATE: Callable[[Usage], tuple[int | None, ...]] = operator.attrgetter(
     *[rate.usage for rate in RATES.values()]
@@ -148,9 +204,13 @@ def billed_usage(usage: Usage, images: bool) -> list[int | None]:
     """Return the amount to bill by each rate, in the order of RATES, so that no token is billed
     twice. None or an amount below 0 is 0. `images`: the usage is that of an image endpoint, whose
     image tokens are parts of its input and output. Elsewhere they are those of a tool and are added
-    to the others."""
+    to the others. Of tokens that are parts in two ways, such as cached audio, the first one
+    counts."""
     amounts = list(USAGE_BY_RATE(usage))
-    for whole, part in PARTS[images]:
+    for whole, part, overlaps in PARTS[images]:
         if among := amounts[part]:
-            amounts[whole] = (amounts[whole] or 0) - among
+            left = amounts[whole] or 0
+            if overlaps and among > left:
+                amounts[part] = among = left
+            amounts[whole] = left - among
     return amounts

@@ -6,7 +6,12 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-UsageSource = Literal["upstream", "estimated", "none"]
+UsageSource = Literal[  # of the numbers in a row
+    "upstream",
+    "estimated",
+    "none",
+    "counted",  # by the gateway: what is billed by the call or the character
+]
 Outcome = Literal[
     "pending",
     "completed",
@@ -21,8 +26,8 @@ FAILED: tuple[Outcome, ...] = ("upstream_error", "upstream_failed")  # by the up
 
 class Usage(Struct, frozen=True):
     """The usage of one request, as OpenAI counts it: cached_input and cache_write are parts of
-    input, cache_write_12h of cache_write, reasoning of output. A number that was not reported is
-    None."""
+    input, cache_write_12h of cache_write, reasoning of output, audio of input and output. A number
+    that was not reported is None."""
 
     input_tokens: int | None = None
     cached_input_tokens: int | None = None
@@ -36,6 +41,10 @@ class Usage(Struct, frozen=True):
     cache_write_12h_tokens: int | None = None
     file_searches: int | None = None
     containers: int | None = None
+    audio_input_tokens: int | None = None
+    audio_output_tokens: int | None = None
+    audio_ms: int | None = None  # the length of audio that was read
+    characters: int | None = None  # of text that was spoken
 
 
 KINDS = Usage.__struct_fields__

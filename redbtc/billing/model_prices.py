@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from redbtc.billing.prices import TIER_NAMES, Price
 from redbtc.money import decimal
 from redbtc.rates import DEFAULT_TIER, NEEDED, RATES, UNITS
+from redbtc.usage import Usage
 
 KNOWN_TIERS = ("default", "flex", "scale", "priority", "fast", "ultrafast")  # of OpenAI's API
 
@@ -43,6 +44,15 @@ class ModelPrices:
             if any_tier or name in wanted
             for price in prices
         ]
+
+    @property
+    def bills_minutes(self) -> bool:
+        """Return whether the model's audio is billed by the minute."""
+        return self.tiers[DEFAULT_TIER][-1].audio_minute is not None
+
+    def max_audio_cost(self, usage: Usage, tier: str | None) -> int:
+        """Return the maximum cost in nanos of audio and spoken text of a request for a tier."""
+        return max(price.cost(usage, images=False) for price in self.possible(tier))
 
     def exceeds_default(self, tier: str | None) -> bool:
         """Return whether a request for this tier can cost more than one for the default tier."""

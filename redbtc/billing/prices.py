@@ -13,11 +13,20 @@ import functools
 import msgspec
 
 from redbtc.money import NANOS
-from redbtc.rates import DEFAULT_TIER, EXTRAS, NEEDED, RATES, UNITS, Rates, billed_usage
+from redbtc.rates import (
+    CALLS,
+    DEFAULT_TIER,
+    MILLION,
+    NEEDED,
+    RATES,
+    SCALE,
+    WEIGHTS,
+    Rates,
+    billed_usage,
+)
 from redbtc.usage import Usage
 
 TIER_NAMES = {"fast": "priority"}  # the name of a tier in requests, and the one in responses
-MILLION = 1_000_000
 MAX_RATE = 10_000_000 * NANOS  # for a million tokens
 MAX_CALL_RATE = 10_000 * NANOS
 MAX_COST = (1 << 63) - 1  # nanos of one request and its hold: an INTEGER of SQLite
@@ -46,17 +55,22 @@ class Price(Rates, frozen=True, dict=True):
     @functools.cached_property
     def rates(self) -> dict[str, int]:
         """The value of every rate by name, in the order of RATES. A rate that was not given is that
-        of the tokens which include its own."""
+        of the tokens which include its own, or what its `instead` says."""
         rates: dict[str, int] = {}
         for name, rate in RATES.items():
-            given = getattr(self, name)
-            rates[name] = rates.get(rate.part_of, 0) if given is None else given
+            if (given := getattr(self, name)) is None:
+                given = rates.get(rate.part_of, 0)
+                if rate.instead:
+                    highest = max(rates[each] for each in rate.instead)
+                    given = highest * rate.stands_for // MILLION
+            rates[name] = given
         return rates
 
     @functools.cached_property
-    def _millionths(self) -> list[int]:
-        """The cost of one token or call by each rate, in millionths of a nano."""
-        return [rate * (MILLION if name in UNITS else 1) for name, rate in self.rates.items()]
+    def _weighted(self) -> list[int]:
+        """The cost of one token, call, millisecond or character by each rate, as a number of SCALE
+        to the nano."""
+        return [rate * weight for rate, weight in zip(self.rates.values(), WEIGHTS, strict=True)]
 
     @functools.cached_property
     def _max_rates(self) -> dict[tuple[bool, bool], tuple[int, int]]:
@@ -90,11 +104,11 @@ class Price(Rates, frozen=True, dict=True):
     def cost(self, usage: Usage, images: bool) -> int:
         """Return the cost of usage in nanos, rounded half up. Nothing else is ever rounded.
         `images`: see `billed_usage`."""
-        millionths = 0
-        for amount, rate in zip(billed_usage(usage, images), self._millionths, strict=True):
+        scaled = 0
+        for amount, rate in zip(billed_usage(usage, images), self._weighted, strict=True):
             if amount and amount > 0:
-                millionths += amount * rate
-        return (millionths + MILLION // 2) // MILLION
+                scaled += amount * rate
+        return (scaled + SCALE // 2) // SCALE
 
     def max_cost(
         self, input_tokens: int, output_tokens: int, images: bool, long_cache: bool = False
@@ -107,7 +121,7 @@ class Price(Rates, frozen=True, dict=True):
     def max_call_cost(self, extras: int) -> int:
         """Return the highest cost in nanos of one call, among these extras (bits of EXTRAS) that
         are billed by the call."""
-        calls = (self.rates[name] for name in UNITS if EXTRAS[name] & extras)
+        calls = (self.rates[name] for name, bit in CALLS.items() if bit & extras)
         return max(calls, default=0)
 
 

@@ -260,6 +260,10 @@ class AdmittedRequest(ForwardedRequest, Running):
     def creates_background(self) -> bool:
         return self.facts.background is True
 
+    @property
+    def asks_for_events(self) -> bool:
+        return self.facts.asks_for_events
+
     def note_member(self, upstream: Upstream) -> None:
         self.row.upstream = upstream.name
 

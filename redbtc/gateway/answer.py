@@ -20,7 +20,7 @@ from redbtc.gateway.client_response import ClientResponse
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
-from redbtc.meter.meters import Meter
+from redbtc.meter.meters import Meter, PlainMeter
 from redbtc.meter.streams import StreamMeter
 from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.begun_body import BegunBody
@@ -31,6 +31,7 @@ from redbtc.upstream.connection import ResponseBody
 TOO_SHORT = re.compile(
     rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START_SIZE - 1)
 )
+MEDIA_TYPES = (b"audio/", b"video/", b"application/octet-stream")
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
 MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written
 AFTER_END_SECONDS = 0.7  # for bytes that follow the event that ends a stream
@@ -65,6 +66,15 @@ class Bypass:
             self._deadline.allow(self._idle_seconds)
             self._meter.count_text(chunk)
         return passed
+
+
+def is_opaque(start: bytes, response: ClientResponse, asks_for_events: bool) -> bool:
+    """Return whether the answer to a request with or for audio is neither JSON nor a stream of
+    events: audio, or the text of a transcription, whose first words can look like an event."""
+    if response.content_type.startswith(MEDIA_TYPES):
+        return True
+    is_text = response.content_type.startswith(b"text/") and not response.is_labelled_stream
+    return is_text and not (asks_for_events or response.codings or start.startswith(b"{"))
 
 
 class AnswerBody:
@@ -148,6 +158,9 @@ class AnswerBody:
         """Return the meter for an answer that begins with this chunk, or None while too few bytes
         have come to choose one, or only blanks. Such bytes are sent on without a meter."""
         request, response, begun = self._request, self._response, self._begun
+        if request.endpoint.audio and is_opaque(chunk, response, request.asks_for_events):
+            request.meter = PlainMeter()
+            return request.meter
         if chunk[:1] == b"{" and not (response.is_labelled_stream or begun):
             return request.meter  # which is that of JSON
         if TOO_SHORT.match(begun + chunk):

@@ -27,14 +27,23 @@ class ClientResponse:
     """The response to a client. The head is kept until the first bytes of the body are sent, since
     these can show that the answer is something else than the upstream's headers say."""
 
-    __slots__ = ("_head", "_send", "codings", "is_labelled_stream", "sent", "waits_for_client")
+    __slots__ = (
+        "_head",
+        "_send",
+        "codings",
+        "content_type",
+        "is_labelled_stream",
+        "sent",
+        "waits_for_client",
+    )
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._head: Message = {}
         self.sent: Sent = "nothing"
         self.waits_for_client = False  # for the client to read what it was sent
-        self.is_labelled_stream = False  # by the upstream's content type
+        self.content_type = b""  # as the upstream says, in lower case
+        self.is_labelled_stream = False  # by that
         self.codings: list[bytes] = []  # with which it is labelled as compressed
 
     def set_head(self, answer: UpstreamResponse, id_of_request: str, more: Headers) -> bytes | None:
@@ -42,7 +51,8 @@ class ClientResponse:
         the upstream's own id of the request, None if it has not said one."""
         headers = headers_for_client(answer.headers)
         content_type = b", ".join([value for name, value in headers if name == b"content-type"])
-        self.is_labelled_stream = content_type.lower().startswith(b"text/event-stream")
+        self.content_type = content_type.lower()
+        self.is_labelled_stream = self.content_type.startswith(b"text/event-stream")
         self.is_labelled_stream &= answer.status not in NO_BODY
         if header(headers, b"content-encoding") is not None:
             self.codings = codings_of(headers)

@@ -73,6 +73,7 @@ class ForwardedRequest:
         return StreamMeter(
             images=endpoint.images,
             chat=endpoint.chat,
+            audio=endpoint.audio,
             take_out_usage=self.takes_out_usage,
             ends=self.images,
             expects_usage=self.expects_usage(),
@@ -104,6 +105,11 @@ class ForwardedRequest:
         if self.first_byte_ms is None:
             return None
         return self.first_byte_ms - (self.left_at - self.client_request.started) * 1000
+
+    @property
+    def asks_for_events(self) -> bool:
+        """Return whether the answer may be server-sent events."""
+        return False
 
     def note_member(self, upstream: Upstream) -> None:
         """Note the member of the upstreams whose answer the client gets."""

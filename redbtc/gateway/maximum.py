@@ -15,10 +15,12 @@ from redbtc.billing.spending import Hold
 from redbtc.config import BillingSettings
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.meter.estimates import MaximumUsage
-from redbtc.rates import DEFAULT_TIER
+from redbtc.rates import DEFAULT_TIER, EXTRAS
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.facts import UNNAMED
+from redbtc.usage import Usage
 
+MIN_AUDIO_BYTES_A_SECOND = 500  # speech codecs need more; silence could be shorter
 USUAL_PICTURES = 4  # held for the image tool where a request has no 'max_tool_calls'
 
 
@@ -38,7 +40,9 @@ class Maximum:
         self._body = body
         self._billing = billing
         self._settings = billing.settings
-        self.answers = body.facts.number() if endpoint.has_number else 1
+        self.answers = body.facts.number() * body.prompts if endpoint.has_number else 1
+        if endpoint.chat and body.facts.best_of:
+            self.answers = max(self.answers, body.facts.best_of * body.prompts)
 
     def cost(self, prices: ModelPrices | None, further_input: int = 0) -> int:
         """Return the most that the request can cost, in nanos. `further_input` is in tokens. A
@@ -47,9 +51,15 @@ class Maximum:
         if endpoint.free or not (prices or body.further_models()):
             return 0
         prices, tier = prices or FREE, body.facts.service_tier
+        if endpoint.counts == "searches":
+            return prices.max_call_cost(EXTRAS["web_search"], tier)
+        of_audio = prices.max_audio_cost(self._audio(), tier) if endpoint.audio else 0
+        if endpoint.counts and not body.facts.asks_for_events:  # tokens are not reported
+            return of_audio
         read = self.input_tokens(further_input)
         written = self.output_tokens(prices) * self.answers
         cost = prices.max_cost(read, written, tier, endpoint.images, body.long_cache)
+        cost = max(cost, of_audio)
         further = self._further_cost(prices, read)
         if endpoint.images:
             return cost + self.answers * further
@@ -60,7 +70,9 @@ class Maximum:
         """Return the most that the request can use. `hold` is the hold for it."""
         read = self.input_tokens(further_input)
         written = self.output_tokens(hold.model_prices) * self.answers
-        return MaximumUsage(read, written, self._drawn(hold), self.calls(), self._pictures())
+        calls, pictures = self.calls(), self._pictures()
+        length_ms = self._audio().audio_ms or 0
+        return MaximumUsage(read, written, self._drawn(hold), calls, pictures, length_ms)
 
     def input_tokens(self, further_input: int) -> int:
         """Return how many tokens the request can read."""
@@ -70,11 +82,22 @@ class Maximum:
 
     def output_tokens(self, prices: ModelPrices | None) -> int:
         """Return how many tokens one answer can have."""
+        if not self._endpoint.writes:
+            return 0
         limits = (
             self._body.facts.largest(self._endpoint.output_limits),
             prices.max_output_tokens if prices else None,
         )
         return min((limit for limit in limits if limit), default=self._settings.hold_output_tokens)
+
+    def _audio(self) -> Usage:
+        """Return the most audio that the request can send, and the text that it has spoken. An
+        endpoint without audio has none."""
+        if not self._endpoint.audio:
+            return Usage()
+        body = self._body
+        length_ms = 0 if self._endpoint.counts else body.size * 1000 // MIN_AUDIO_BYTES_A_SECOND
+        return Usage(audio_ms=length_ms, characters=body.characters)
 
     def calls(self) -> int:
         """Return how many calls of the upstream's tools there can be."""

@@ -7,7 +7,6 @@ by whatever first sees that it has ended.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -15,7 +14,6 @@ from itertools import islice
 import msgspec
 
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.admitted_request import AdmittedRequest
 from redbtc.gateway.background_response import BackgroundResponse
 from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
@@ -25,26 +23,25 @@ from redbtc.gateway.settlement import (
     count_containers,
     fill_in_cost,
     inheritable_usage,
-    is_partly_known,
     locations_of,
 )
+from redbtc.gateway.unreported import UnreportedUsage
 from redbtc.headers import header
 from redbtc.locations import ObjectLocation
-from redbtc.meter.estimates import Estimate, MaximumUsage, SeenOutput, estimate, is_complete
+from redbtc.meter.estimates import Estimate
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow
 from redbtc.store.requests import CorrectionFacts, drop_progress, record_progress, settle_row
 from redbtc.usage import FAILED, Outcome, RequestRow, Usage, UsagePart
 
 
-class MeteredRequest(AdmittedRequest):
+class MeteredRequest(UnreportedUsage):
     """A request whose answer is metered and billed."""
 
     makes_answer = True
     _saved_after = SAVE_SECONDS / SAVE_GROWTH  # seconds of work, when it was last saved
     _is_saved = False  # whether the ledger has a row in `unsettled` for it
     _recorded = 0  # how many of the objects in the report were recorded as the account's
-    _repeats = False  # whether the upstream answered with what another request has made
     _shown_elsewhere = False  # whether its response was shown to another request
     _without_tokens: Mapping[str, bool] = {}  # objects recorded before their tokens were known
 
@@ -60,7 +57,7 @@ class MeteredRequest(AdmittedRequest):
         fresh = list(islice(report.made.items(), self._recorded, None))
         self._recorded = len(report.made)
         background = self.facts.background is True
-        if background and report.response_id and not (self.background or self._repeats):
+        if background and report.response_id and not (self.background or self.repeats):
             self._go_on_in_background(report, report.response_id)
         made = {each: always for each, always in fresh if each not in chosen}
         is_whole = self.meter.state == "ended"
@@ -70,11 +67,7 @@ class MeteredRequest(AdmittedRequest):
             self._without_tokens = {**self._without_tokens, **made}
             hold = self.background.hold if self.background else self.hold
             if hold.held:
-                hold.grow(self.gateway.objects, made, self._max_usage().all_tokens)
-
-    def _max_usage(self) -> MaximumUsage:
-        """Return the most that the request can use."""
-        return self.maximum.usage(self.hold, self.further_input)
+                hold.grow(self.gateway.objects, made, self.max_usage().all_tokens)
 
     def _own(
         self, made: Mapping[str, bool], usage: Usage | None, likely: Usage | None = None
@@ -105,13 +98,13 @@ class MeteredRequest(AdmittedRequest):
         it again, and an earlier row is billed for it."""
         if header(self.client_request.headers, b"idempotency-key") is not None:
             with contextlib.suppress(StorageUnavailable):
-                self._repeats = not self.gateway.objects.is_free(response_id)
+                self.repeats = not self.gateway.objects.is_free(response_id)
         self._drop_saved()
         self.awaits_id = False
-        if not self._repeats:
+        if not self.repeats:
             self._fill(report)
             at, held, model = self.hold.at, self.hold.held, self.body.image_model()
-            max_usage = msgspec.json.encode(self._max_usage()).decode()
+            max_usage = msgspec.json.encode(self.max_usage()).decode()
             unfinished = UnfinishedRow(at, held, self.input_estimate, model, most=max_usage)
             self.background, self.unwritten = self.gateway.background.keep(
                 self.row, self.hold, unfinished, self.body.chosen_ids
@@ -145,14 +138,14 @@ class MeteredRequest(AdmittedRequest):
             outcome = "interrupted"
         if outcome in FAILED:
             row.upstream_error_code = report.error_code or self.cause_of(outcome)
-        guess = await self._estimate(outcome)
+        guess = await self.estimate(outcome)
         parts = self._account_for(row, outcome, guess)
         if report.containers:
             parts = await count_containers(gateway.containers, row, report, parts)
         correction_facts = self._correction_facts if guess else None
         bill(row, parts, gateway.billing, self.hold, self.body.image_model())
-        if self._without_tokens and not self._repeats:
-            self._own(self._without_tokens, inheritable_usage(row, self._max_usage()), row.usage)
+        if self._without_tokens and not self.repeats:
+            self._own(self._without_tokens, inheritable_usage(row, self.max_usage()), row.usage)
             self._without_tokens = {}
         self._drop_saved()
         # Nothing else is awaited between `bill` and this: the money stays held throughout.
@@ -190,11 +183,14 @@ class MeteredRequest(AdmittedRequest):
     ) -> list[UsagePart]:
         """Fill in the row's outcome and usage, except containers. Return the parts to bill: none
         of an answer for which another row is billed."""
-        if self._repeats:
+        if self.repeats:
             row.outcome = outcome
             return []
         parts = account_for(row, self.meter.report, outcome, guess)
-        if self.endpoint.chat and self.body.searches_web and row.usage.web_searches is None:
+        searches = self.endpoint.chat and self.body.searches_web
+        if self.endpoint.counts == "searches" and outcome not in FAILED:
+            searches = True
+        if searches and row.usage.web_searches is None:
             parts = add_calls(row, parts, web_searches=1)
         return parts
 
@@ -220,7 +216,7 @@ class MeteredRequest(AdmittedRequest):
         if self._is_over:
             return
         self._saved_after = now - self.left_at
-        guess = await self._estimate("interrupted")
+        guess = await self.estimate("interrupted")
         if self._is_over:
             return
         self._fill(self.meter.report)
@@ -235,44 +231,10 @@ class MeteredRequest(AdmittedRequest):
     def _is_over(self) -> bool:
         """Return whether its row is settled, or will be settled by another request or as a
         background response."""
-        return self.settled or self._repeats or self.background is not None
+        return self.settled or self.repeats or self.background is not None
 
     def _drop_saved(self) -> None:
         """Remove what `save_progress` has saved, in the commit of what is recorded next."""
         if self._is_saved:
             self._is_saved = False
             drop_progress(self.gateway.store, self.row)
-
-    async def _estimate(self, outcome: Outcome) -> Estimate | None:
-        """Return an estimate, None where the usage is known or nothing was used."""
-        report, answers = self.meter.report, self.maximum.answers
-        partly = is_partly_known(self.meter, answers, images=self.endpoint.images)
-        if (is_complete(report) and not partly) or not self._was_used(outcome):
-            return None
-        worked = max(0.0, time.monotonic() - self.left_at)  # before the speed is read
-        speed = await self.gateway.speeds.of(
-            self.row.model or self.row.requested_model,
-            self.row.account_id,
-            limited=self.hold.held > 0,
-        )
-        return estimate(
-            report,
-            SeenOutput.of(report),
-            written=math.ceil(worked * speed * answers),
-            read=self.input_estimate,
-            maximum=self._max_usage(),
-            images=self.endpoint.images,
-            partly=partly,
-        )
-
-    def _was_used(self, outcome: Outcome) -> bool:
-        """Return whether a model has worked for the request, as far as can be told: bytes of an
-        answer passed, or the client left while the upstream was asked. An error before any output
-        is no use, nor is an answer that another request has made."""
-        if self.endpoint.free or self._repeats:
-            return False
-        if outcome == "upstream_error" or (self.status or 0) >= 400:
-            return bool(SeenOutput.of(self.meter.report))
-        if outcome == "completed" and self.is_unmetered and not self.hold.model_prices:
-            return self.settings.metering.include_usage == "add"
-        return self.first_byte_ms is not None or outcome in ("client_disconnected", "interrupted")

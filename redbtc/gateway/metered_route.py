@@ -19,6 +19,7 @@ class MeteredRoute:
     def __init__(self, gateway: Gateway, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._gateway = gateway
+        self._needs_price = endpoint.needs_price
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, endpoint, client_request = self._gateway, self._endpoint, request_of(scope)
@@ -34,7 +35,9 @@ class MeteredRoute:
             body = await read_content(
                 client_request.headers, receive, deadline, settings, memory, endpoint
             )
-            candidates = await candidates_for(gateway, key, client_request.headers, body)
+            candidates = await candidates_for(
+                gateway, key, client_request.headers, body, needs_price=self._needs_price
+            )
             request = MeteredRequest(
                 gateway, client_request, endpoint, deadline, admission, key, body
             )

@@ -13,6 +13,7 @@ from redbtc.headers import Headers, header
 from redbtc.limits.memory import FREE_BYTES, Reservation
 from redbtc.refusals import ClientLeft, Refusal
 from redbtc.request_body.body import RequestBody
+from redbtc.request_body.contents import BodyRules
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed, max_decoded, media_of
 from redbtc.request_body.pieces import Buffer
@@ -39,9 +40,9 @@ async def read_content(
     if media.encoding:
         max_bytes = max_decoded(len(sent), settings.server.max_body_bytes)
         await reserved.take(max_bytes, deadline)
-        steps = _decoded(sent, media.encoding, max_bytes, reserved, form, endpoint.model_needed)
+        steps = _decoded(sent, media.encoding, max_bytes, reserved, form, endpoint.body)
     else:
-        steps = RequestBody.read_body(sent, sent, form, endpoint.model_needed)
+        steps = RequestBody.read_body(sent, sent, form, endpoint.body)
     body = await in_slices(steps, reserved.account_id)
     if body.excess_bytes:
         await reserved.take(body.excess_bytes, None)
@@ -54,7 +55,7 @@ def _decoded(
     max_bytes: int,
     reserved: Reservation,
     form: Form | None,
-    model_needed: bool,
+    rules: BodyRules,
 ) -> Steps[RequestBody]:
     """Decode a body and read it, as one job: otherwise the decoded copies of many requests would be
     in memory while they wait for their turns. Raises Refusal."""
@@ -62,7 +63,7 @@ def _decoded(
     reserved.give_back(max_bytes - len(text))
     if form:
         yield from form.grow(text)
-    return (yield from RequestBody.read_body(body, text, form, model_needed))
+    return (yield from RequestBody.read_body(body, text, form, rules))
 
 
 async def read_body(

@@ -62,17 +62,18 @@ async def candidates_for(
     made: Mapping[str, ObjectLocation] = NOTHING,
     *,
     connection_id: str = "",
+    needs_price: bool = True,
 ) -> Candidates[Upstream]:
     """Return the members that may take a request, the first to try in front. `connection_id` is the
-    id of its WebSocket, "" if it comes over HTTP. `made` is as for `required_upstream`. Raises
-    Refusal."""
+    id of its WebSocket, "" if it comes over HTTP. `made` is as for `required_upstream`.
+    `needs_price`: its model must have a price where others are refused. Raises Refusal."""
     required = await required_upstream(gateway, key, body, made)
     model = body.model
     for each in (model, *filter(None, body.further_models())):
         if not key.allows(each):
             message = f"This API key is not allowed to use the model '{each}'."
             raise Refusal("model_not_allowed", message, param="model")
-        if not gateway.billing.may_serve(each):
+        if needs_price and not gateway.billing.may_serve(each):
             message = f"The model '{each}' does not exist or is not available here."
             raise Refusal("model_not_found", message, param="model")
     if body.extras:

@@ -61,7 +61,7 @@ def account_for(
     Return the parts to bill."""
     row.outcome = outcome
     if guess:
-        row.usage, row.usage_source = guess.usage, "estimated"
+        row.usage, row.usage_source = guess.usage, guess.source
         return guess.parts
     if report.usage:
         row.usage, row.usage_source = report.usage, "upstream"

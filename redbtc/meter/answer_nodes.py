@@ -31,20 +31,20 @@ CACHE_WRITES_NODE = Node(short_members("ttl_12h_tokens"))
 DETAILS_NODE = Node(
     short_members(
         *("cached_tokens", "cache_write_tokens", "reasoning_tokens", "image_tokens"),
-        *("cached_text_tokens",),
+        *("cached_text_tokens", "audio_tokens"),
     )
     | {"cache_write_tokens_details": CACHE_WRITES_NODE}
 )
 COUNTS_NODE = Node(
     short_members(
         *("input_tokens", "output_tokens", "prompt_tokens", "completion_tokens"),
-        *("reasoning_tokens", "total_tokens", "num_requests", "model"),
+        *("reasoning_tokens", "total_tokens", "num_requests", "model", "seconds"),
     )
     | {
         f"{each}_tokens_details": DETAILS_NODE
         for each in ("input", "output", "prompt", "completion")
     }
-    | {"cached_tokens_details": DETAILS_NODE},
+    | dict.fromkeys(("cached_tokens_details", "input_token_details"), DETAILS_NODE),
     whole=True,
 )
 ANNOTATIONS_NODE = Node(elements=Node(short_members("type", "container_id", "file_id")))
@@ -72,7 +72,7 @@ CHOICES_NODE = Node(elements=CHOICE_NODE)
 RESPONSE_MEMBERS = (
     short_members(
         *("id", "type", "model", "status", "service_tier", "stream_id", "output_index"),
-        *("quality", "size", "code"),
+        *("quality", "size", "code", "duration"),
     )
     | {"error": Node(short_members("message", "type", "code"))}
     | {"usage": COUNTS_NODE, "svg_usage": COUNTS_NODE, "x_groq": Node({"usage": COUNTS_NODE})}

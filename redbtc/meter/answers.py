@@ -51,6 +51,7 @@ class Answer(Struct, dict=True):
     output_index: Any = None
     quality: Any = None
     size: Any = None
+    duration: Any = None
     response: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
     output: msgspec.Raw = msgspec.Raw()

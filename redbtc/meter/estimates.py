@@ -15,7 +15,7 @@ from msgspec import Struct
 from redbtc.meter.answers import IMAGE_TOOL, UNFINISHED
 from redbtc.meter.report import Report
 from redbtc.meter.usage_fields import plus
-from redbtc.usage import Usage, UsagePart
+from redbtc.usage import Usage, UsagePart, UsageSource
 
 BYTES_A_TOKEN = 4  # of English text, OpenAI's rule of thumb
 
@@ -35,6 +35,7 @@ class MaximumUsage(Struct, frozen=True):
     drawn_tokens: int
     tool_calls: int
     pictures: int
+    audio_ms: int = 0
 
     @property
     def all_tokens(self) -> int:
@@ -81,10 +82,11 @@ class SeenOutput(Struct, frozen=True):
 
 
 class Estimate(NamedTuple):
-    """The usage for the ledger's row, and its parts by model for the cost."""
+    """The usage for the ledger's row, its parts by model for the cost, and its source."""
 
     usage: Usage
     parts: list[UsagePart]
+    source: UsageSource = "estimated"
 
 
 def known_usage(report: Report) -> Usage | None:
@@ -95,10 +97,14 @@ def known_usage(report: Report) -> Usage | None:
     return None
 
 
-def is_complete(report: Report) -> bool:
-    """Return whether the answer has reported its input and its output."""
+def is_complete(report: Report, *, writes: bool = True) -> bool:
+    """Return whether the answer has reported all of its usage: its input and its output, if a model
+    `writes` it, or the length of the audio."""
     known = known_usage(report)
-    return known is not None and None not in (known.input_tokens, known.output_tokens)
+    if known is None:
+        return False
+    reported = known.input_tokens, known.output_tokens if writes else 0
+    return None not in reported or known.audio_ms is not None
 
 
 def is_final(report: Report) -> bool:

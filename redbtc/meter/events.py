@@ -28,7 +28,10 @@ def is_stream(start: bytes, labelled: bool) -> bool | None:
 # CR.)
 DATA = re.compile(rb"data:(?<![^\r\n]data:) ?([^\r\n]*+)")
 MARK = re.compile(rb'"(?:usage|error)"(?!\s*:\s*null)')
-LAST = re.compile(rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed")
+LAST = re.compile(
+    rb"response\.(?:completed|incomplete|failed)|image_\w+\.completed|"
+    rb"(?:transcript\.text|speech\.audio)\.done"
+)
 EVENT_START_SIZE = 256  # bytes of an incomplete event in which its type is searched for
 
 
@@ -47,6 +50,11 @@ def may_matter(events: bytes) -> bool:
         or b'partial_image"' in events
         or MARK.search(events) is not None
     )
+
+
+def audio_may_matter(events: bytes) -> bool:
+    """Return whether the events of a transcription or of speech can matter."""
+    return b"[DONE]" in events or b'.done"' in events or MARK.search(events) is not None
 
 
 def data_of(event: bytes) -> bytes:

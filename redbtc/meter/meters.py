@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 from redbtc.meter.answers import MAX_AT_ONCE, JSONText
 from redbtc.meter.report import Report
 from redbtc.steps import Steps, result_of
+
+MAX_TAIL = 4096
 
 MeterState = Literal[  # how far an answer has come
     "open",  # more of the answer is expected
@@ -57,6 +60,33 @@ class Meter:
     def rest(self) -> bytes:
         """Return the bytes that wait until the row is committed; nothing the second time."""
         return b""
+
+
+class PlainMeter(Meter):
+    """Meters an answer that is neither JSON nor events, such as audio or subtitles: it counts the
+    bytes and keeps the last of them. Its last byte is held back."""
+
+    at_once = sys.maxsize
+
+    def __init__(self) -> None:
+        self.report = Report(images=False)
+        self.size = 0
+        self.tail = b""  # its last bytes, at most MAX_TAIL
+        self._held = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take the next bytes; return all bytes but the last one, which may be the end."""
+        self.size += len(chunk)
+        self.tail = (self.tail + chunk[-MAX_TAIL:])[-MAX_TAIL:]
+        passed, self._held = self._held + chunk[:-1], chunk[-1:]
+        return passed
+
+    def finish(self) -> None:
+        self.state = "ended"
+
+    def rest(self) -> bytes:
+        held, self._held = self._held, b""
+        return held
 
 
 class JSONMeter(Meter):

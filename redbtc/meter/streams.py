@@ -10,6 +10,7 @@ from redbtc.meter.events import (
     EVENT_START_SIZE,
     LAST,
     EventText,
+    audio_may_matter,
     chat_may_matter,
     data_of,
     may_matter,
@@ -65,6 +66,7 @@ class StreamMeter(Meter):
         *,
         images: bool,
         chat: bool,
+        audio: bool = False,
         take_out_usage: bool,
         ends: int = 1,
         expects_usage: bool = False,
@@ -73,13 +75,14 @@ class StreamMeter(Meter):
         self._chat = chat
         self._images = images
         self._text = CHAT_TEXT if chat else RESPONSE_TEXT
-        self._may_matter = chat_may_matter if chat else may_matter
+        self._may_matter = chat_may_matter if chat else audio_may_matter if audio else may_matter
         self._take_out_usage = take_out_usage
         self._expects_usage = expects_usage or take_out_usage
         self._ends = ends
         self._ends_seen = 0
-        # Events that can contain the id or the model, while they are unknown. Pictures have none.
-        self._naming = None if images else NAMING[True, True]
+        # Events that can contain the id or the model, while they are unknown. Pictures and audio
+        # have none.
+        self._naming = None if images or audio else NAMING[True, True]
         self._partial: EventText | None = None  # the event that is still incomplete
         self._tail = b""  # its last two bytes, since the end of an event can be cut in two
         self._begun = False  # some of it has been sent on

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import Any
 
 import msgspec
@@ -13,6 +15,7 @@ from redbtc.meter.scanner import MAX_LEVELS
 from redbtc.usage import MAX_TOKENS, Usage, UsagePart
 
 MAX_SEARCHES = 100_000  # web searches of one request; a larger number is not believed
+MAX_AUDIO_SECONDS = 1_000_000  # of one request; a larger number is not believed
 ANYTHING = msgspec.json.Decoder()
 NO_CHOICES = (b"", b"null", b"[]")
 
@@ -57,9 +60,9 @@ def counts_in(usage: Any, names: tuple[str, str]) -> tuple[int | None, int | Non
 
 def read_usage(usage: Any, images: bool) -> Usage | None:
     """Return the usage that OpenAI's `usage` object reports, in any of its shapes (chat, responses,
-    images, the image tool); None if it reports neither input nor output. Parts that exceed their
-    whole are not believed. Reasoning that the total counts in addition to the output is added to
-    the output."""
+    images, the image tool, tokens or seconds of audio); None if it reports none of these. Parts
+    that exceed their whole are not believed. Reasoning that the total counts in addition to the
+    output is added to the output."""
     if not isinstance(usage, dict):
         return None
     into, out = INPUT_OUTPUT
@@ -71,8 +74,11 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
             into, out = PROMPT_COMPLETION
             tokens_input, tokens_output = of_chat
     if tokens_input is None and tokens_output is None:
-        return None
+        milliseconds = milliseconds_in(usage.get("seconds"))
+        return None if milliseconds is None else Usage(audio_ms=milliseconds)
     parts_input = usage.get(f"{into}_tokens_details")
+    if parts_input is None and "input_token_details" in usage:  # of a transcription
+        parts_input = usage["input_token_details"]
     parts_output = usage.get(f"{out}_tokens_details")
     cached = tokens_in(parts_input, "cached_tokens")
     cache_write = tokens_in(parts_input, "cache_write_tokens")
@@ -88,7 +94,7 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
         image_output = tokens_in(parts_output, "image_tokens")
         if image_output is None:  # without details, all of the output is image tokens
             image_output = tokens_output
-    return Usage(
+    used = Usage(
         input_tokens=tokens_input,
         cached_input_tokens=cached if believed else None,
         cache_write_tokens=cache_write if believed else None,
@@ -98,6 +104,30 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
         image_output_tokens=image_output,
         cache_write_12h_tokens=cache_write_12h,
     )
+    if (type(parts_input) is dict and "audio_tokens" in parts_input) or (
+        type(parts_output) is dict and "audio_tokens" in parts_output
+    ):
+        return with_audio(used, parts_input, parts_output)
+    return used
+
+
+def with_audio(used: Usage, parts_input: Any, parts_output: Any) -> Usage:
+    """Return usage with the audio tokens that are parts of its input and output."""
+    heard = tokens_in(parts_input, "audio_tokens", used.input_tokens or 0)
+    spoken = tokens_in(parts_output, "audio_tokens", used.output_tokens or 0)
+    if not (heard or spoken):  # most models say 0, since they have no audio
+        return used
+    return msgspec.structs.replace(used, audio_input_tokens=heard, audio_output_tokens=spoken)
+
+
+def milliseconds_in(seconds: Any) -> int | None:
+    """Return a length of audio that is given in seconds, as a number or a text, in milliseconds,
+    rounded up; None if it is neither, below 0 or above MAX_AUDIO_SECONDS."""
+    if isinstance(seconds, str):
+        with contextlib.suppress(ValueError):
+            seconds = float(seconds)
+    is_number = type(seconds) in (int, float) and 0 <= seconds <= MAX_AUDIO_SECONDS
+    return math.ceil(seconds * 1000) if is_number else None
 
 
 def writes_for_12h(details: Any, writes: int) -> int | None:

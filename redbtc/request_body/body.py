@@ -11,7 +11,13 @@ from redbtc.meter.answers import MAX_NAME
 from redbtc.meter.estimates import text_tokens
 from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
-from redbtc.request_body.contents import BodyContents, FurtherModels, add_models, check_models
+from redbtc.request_body.contents import (
+    BodyContents,
+    BodyRules,
+    FurtherModels,
+    add_models,
+    check_models,
+)
 from redbtc.request_body.edits import include_usage_edit
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL, UNNAMED, EventFacts, Facts
 from redbtc.request_body.forms import Form
@@ -23,6 +29,7 @@ from redbtc.steps import Steps
 
 PICTURE_TOKENS = 1500  # of a large picture, for most models; only for estimates
 FACTS, EVENT_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(EventFacts)
+OF_IMAGES = BodyRules(usual_model=DEFAULT_IMAGE_MODEL)
 LONG_CACHE = EXTRAS["cache_write_12h"]
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # all that OpenAI's reference allows
 
@@ -53,6 +60,8 @@ class RequestBody:
         self.max_input_tokens = contents.max_input_tokens
         self.cache_key = contents.cache_key
         self.replays = contents.replays
+        self.prompts = contents.prompts
+        self.characters = contents.characters
         self.inherited = Inherited()
         self._models = tools.models
         self._inheritable_models = tools.inheritable_models
@@ -62,7 +71,7 @@ class RequestBody:
 
     @classmethod
     def read_body(
-        cls, sent: Buffer, text: Buffer, form: Form | None = None, model_needed: bool = False
+        cls, sent: Buffer, text: Buffer, form: Form | None = None, rules: BodyRules = OF_IMAGES
     ) -> Steps[RequestBody]:
         """Read a body in small steps. `text` is the decoded body, `form` the form that has parsed
         it. Raises Refusal for a body that can't be read, that costs too much to read, or that could
@@ -70,17 +79,17 @@ class RequestBody:
         if form:
             contents = yield from form.contents(text)
         else:
-            contents, _ = yield from read_contents(text, FACTS)
+            contents, _ = yield from read_contents(text, FACTS, rules)
         body = cls(sent, text, contents)
-        body.check_model(model_needed)
+        body.check_model(rules.usual_model)
         return body
 
-    def check_model(self, needed: bool) -> None:
-        """Note the requested model: the default one if the body may leave it out. Raises Refusal if
-        it is missing but needed."""
-        if self.facts.model is None and needed:
+    def check_model(self, usual: str) -> None:
+        """Note the requested model: the usual one if the body may leave it out. Raises Refusal if
+        it is missing but needed, since there is no usual one ("")."""
+        if self.facts.model is None and not usual:
             raise Refusal("invalid_request", "You must provide a model parameter.", param="model")
-        self.model = self.facts.model or ("" if needed else DEFAULT_IMAGE_MODEL)
+        self.model = self.facts.model or usual
 
     @property
     def input_estimate(self) -> int:
@@ -175,7 +184,7 @@ class ClientEvent(RequestBody):
     @classmethod
     def read_event(cls, text: Buffer) -> Steps[ClientEvent]:
         """Read a message in small steps. Raises Refusal as `RequestBody.read_body` does."""
-        contents, members = yield from read_contents(text, EVENT_FACTS)
+        contents, members = yield from read_contents(text, EVENT_FACTS, BodyRules())
         unsteered = next((name for name in members if name not in STEER_MEMBERS), None)
         return cls(text, contents, unsteered)
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from msgspec import Struct
 
 from redbtc.locations import MAX_MODELS
 from redbtc.refusals import Refusal
 from redbtc.request_body.facts import Facts
 from redbtc.request_body.references import References
+
+
+class BodyRules(NamedTuple):
+    """What differs between the bodies that endpoints take."""
+
+    usual_model: str = ""  # the model of a request that names none; "": a request must name one
+    has_items: bool = True  # `input`, if it is a list, has the items of a response
+    is_spoken: bool = False  # `input` is a text to be spoken
+
 
 FurtherModels = dict[str, bool]  # by name, whether the request uses the model to make pictures
 
@@ -53,3 +64,5 @@ class BodyContents(Struct):
     options_at: int | None = None
     cache_key: str = ""  # `prompt_cache_key`; "" if it is no string
     replays: bool = False  # it has encrypted content of an earlier response
+    prompts: int = 1  # of a completion; each gets answers of its own
+    characters: int = 0  # of the text to be spoken

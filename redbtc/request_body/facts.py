@@ -57,6 +57,8 @@ class Facts(Struct):
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None
     n: int | None = None
+    best_of: int | None = None  # answers to a completion that are made, of which the best are sent
+    stream_format: str | None = None  # of speech
     service_tier: str | None = None
 
     def largest(self, names: Iterable[str]) -> int:
@@ -72,6 +74,11 @@ class Facts(Struct):
         if not 1 <= number <= MAX_N:
             raise bad_number()
         return number
+
+    @property
+    def asks_for_events(self) -> bool:
+        """True if the answer may be server-sent events."""
+        return bool(self.stream) or self.stream_format == "sse"
 
     @property
     def asks_for_usage(self) -> bool:

@@ -33,7 +33,8 @@ FORM_NAME = re.compile(
 )
 ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
 UNENCODED = (b"binary", b"8bit", b"7bit")
-MAX_PICTURE_TOKENS = 16_000  # no model counts more tokens for one picture
+MAX_PICTURE_TOKENS = 16_000  # no model counts more tokens for one picture or recording
+LONG_FIELDS = (b"prompt", b"known_speaker_references[]")  # the latter are recordings
 
 
 class Form:
@@ -90,7 +91,7 @@ class Form:
         single = name.lower() in SINGLE_FIELDS
         proper = field and name.lower() not in self.names and name.islower()
         self.names.add(name.lower())
-        long = field and size > MAX_FIELD and name != b"prompt"
+        long = field and size > MAX_FIELD and name not in LONG_FIELDS
         if (single and not proper) or long or ODD_SVG.match(name) or ODD_SINGLE.match(name):
             shown = name.decode()
             message = (

@@ -42,9 +42,11 @@ class MemberReferences:
         self._pieces = pieces
         self._named = named
 
-    def find_in_request(self, members: Members) -> Steps[None]:
-        """Find the references in the members of a body, without those in its input and tools."""
-        yield from self._find_besides(members, NOT_IN_REQUEST)
+    def find_in_request(self, members: Members, has_items: bool) -> Steps[None]:
+        """Find the references in the members of a body, without those in its tools and, if its
+        input `has_items`, in these."""
+        skipped = NOT_IN_REQUEST if has_items else NOT_IN_REQUEST - {"input"}
+        yield from self._find_besides(members, skipped)
         for name in FORMATS:
             yield from self._find_in_format(members, name)
 

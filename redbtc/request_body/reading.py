@@ -7,7 +7,7 @@ import msgspec
 from redbtc.meter.answers import MAX_NAME
 from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
-from redbtc.request_body.contents import BodyContents, ToolUse
+from redbtc.request_body.contents import BodyContents, BodyRules, ToolUse
 from redbtc.request_body.cutting import Cutter
 from redbtc.request_body.edits import place_to_edit
 from redbtc.request_body.facts import (
@@ -22,11 +22,12 @@ from redbtc.request_body.facts import (
 from redbtc.request_body.forms import MAX_PICTURE_TOKENS
 from redbtc.request_body.member_references import MemberReferences
 from redbtc.request_body.pictures import PICTURE_MARK, PictureCounter
-from redbtc.request_body.pieces import MAX_PIECE, Buffer, Pieces, check_utf8
+from redbtc.request_body.pieces import MAX_PIECE, Buffer, Pieces, check_utf8, read_json
 from redbtc.request_body.references import MEMBER, Reference, References, refuse_hidden
 from redbtc.request_body.strict_json import (
     NULL,
     PACE,
+    RAW_LIST,
     Members,
     is_list,
     is_text,
@@ -47,7 +48,7 @@ MAX_INPUT_ITEMS = 20_000  # of the input; the history of a day's work has 2,000
 
 
 def read_contents(
-    text: Buffer, decoder: msgspec.json.Decoder[AnyFacts]
+    text: Buffer, decoder: msgspec.json.Decoder[AnyFacts], rules: BodyRules
 ) -> Steps[tuple[BodyContents, Members]]:
     """Read a JSON body in small steps; return what was found, and its members. Raises Refusal for a
     body that can't be read, is too large, or could be read in more than one way."""
@@ -61,7 +62,7 @@ def read_contents(
     if pieces.is_cut and pieces.is_stand_in(members.get("stream_options", NULL)):
         raise Refusal("invalid_request", "'stream_options' is too long.", param="stream_options")
     facts = facts_in(members, decoder)
-    reader = BodyReader(pieces, members)
+    reader = BodyReader(pieces, members, rules.has_items)
     yield from reader.steps()
     pictures, options = reader.pictures, facts.stream_options
     options_at = None
@@ -78,21 +79,32 @@ def read_contents(
         options_at,
         string_in(members[CACHE_KEY])[:MAX_NAME] if CACHE_KEY in members else "",
         reader.replays,
+        reader.prompts,
+        characters_of(members.get("input", NULL), pieces) if rules.is_spoken else 0,
     )
     return contents, members
+
+
+def characters_of(text: msgspec.Raw, pieces: Pieces) -> int:
+    """Return how many characters a string has. Raises Refusal if it is very long."""
+    if pieces.size(text) != len(text):  # a string that was cut out
+        raise Refusal("invalid_request", "'input' is too long.", param="input")
+    return len(string_in(text))
 
 
 class BodyReader:
     """One pass over a body's members, its input and its tools."""
 
-    def __init__(self, pieces: Pieces, members: Members) -> None:
+    def __init__(self, pieces: Pieces, members: Members, has_items: bool) -> None:
         self.named = References()
         self.use = ToolUse()
         self.searches_web = False
         self.replays = False
+        self.prompts = 1
         self.pictures = PictureCounter(pieces)
         self._pieces = pieces
         self._members = members
+        self._has_items = has_items
         self._items = 0
         self._may_reference = False  # a member may name a stored object
         self._may_show = False  # a member may be a picture
@@ -110,8 +122,10 @@ class BodyReader:
         finder = MemberReferences(self._pieces, self.named) if self._may_reference else None
         pictures = self.pictures if self._may_show else None
         tools = ToolReader(self._pieces, self.use, finder, pictures)
-        if "input" in members:
+        if "input" in members and self._has_items:
             yield from self._read_input(members["input"], tools, finder)
+        if "prompt" in members and is_list(members["prompt"]):
+            yield from self._count_prompts(members["prompt"])
         if "tools" in members:
             tools.waiting.append((members["tools"], 0, False))
         while tools.waiting:
@@ -122,7 +136,7 @@ class BodyReader:
             self.searches_web = True
             self.use.extras |= EXTRAS["web_search"]
         if finder:
-            yield from finder.find_in_request(members)
+            yield from finder.find_in_request(members, self._has_items)
             if "functions" in members:
                 yield from self._read_functions(members["functions"], tools, finder)
         if pictures:
@@ -171,6 +185,16 @@ class BodyReader:
                 self.pictures.add([item["result"]])
         else:
             self.named.choose(object_id[: MAX_NAME + 1])  # a longer one is never stored
+
+    def _count_prompts(self, given: msgspec.Raw) -> Steps[None]:
+        """Count the prompts of a completion. A list of numbers, which are tokens, is one prompt."""
+        count = 0
+        for part in self._pieces.parts(given):
+            prompts: list[msgspec.Raw] = read_json(part, RAW_LIST)
+            texts = [each for each in prompts if bytes(memoryview(each)[:1]) in (b'"', b"[", b"{")]
+            count += len(texts)
+            yield
+        self.prompts = max(1, count)
 
     def _is_code_output(self, item: InputItem) -> bool:
         """Return whether an item is one of a code interpreter that the upstream has run."""

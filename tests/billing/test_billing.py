@@ -103,6 +103,8 @@ def usages(draw: st.DrawFn) -> Usage:
     """As the meter lets them through: parts are not more than their whole."""
     into, out = draw(tokens), draw(tokens)
     cached = draw(st.none() | st.integers(0, into)) if into else None
+    heard = draw(st.none() | st.integers(0, into)) if into else None
+    spoken = draw(st.none() | st.integers(0, out)) if out else None
     written = draw(st.none() | st.integers(0, into - (cached or 0))) if into else None
     return Usage(
         input_tokens=into,
@@ -112,6 +114,10 @@ def usages(draw: st.DrawFn) -> Usage:
         image_input_tokens=draw(tokens),
         image_output_tokens=draw(tokens),
         web_searches=draw(st.none() | st.integers(0, 100_000)),
+        audio_input_tokens=heard,
+        audio_output_tokens=spoken,
+        audio_ms=draw(st.none() | st.integers(0, 10**9)),
+        characters=draw(st.none() | st.integers(0, 10**8)),
     )
 
 
@@ -136,8 +142,22 @@ def cost_by_hand(price: Price, usage: Usage, images: bool) -> int:
     seen, drawn = first(usage.image_input_tokens), first(usage.image_output_tokens)
     if images:
         text, said = text - seen, said - drawn
-    parts = [
-        (max(0, text - cached - written), first(price.input)),
+    # Cached audio is billed as cached.
+    heard = min(first(usage.audio_input_tokens), max(0, text - cached - written))
+    spoken = first(usage.audio_output_tokens)
+    audio_in, audio_out = (
+        first(price.audio_input, price.input),
+        first(price.audio_output, price.output),
+    )
+    minute = first(price.audio_minute, audio_in // 1000)
+    character = first(price.characters, max(first(price.input), audio_out))
+    said -= spoken
+    parts: list[tuple[int | Fraction, int]] = [
+        (heard, audio_in),
+        (spoken, audio_out),
+        (Fraction(first(usage.audio_ms) * 10**6, 60_000), minute),
+        (first(usage.characters), character),
+        (max(0, text - cached - written - heard), first(price.input)),
         (cached, first(price.cached_input, price.input)),
         (written, first(price.cache_write, price.input)),
         (max(0, said), first(price.output)),

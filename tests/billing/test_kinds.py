@@ -26,10 +26,11 @@ pytestmark = pytest.mark.promise_8
 
 FIRST = """input_tokens cached_input_tokens cache_write_tokens output_tokens reasoning_tokens
     image_input_tokens image_output_tokens web_searches"""
-LATER = "tool_input_tokens cache_write_12h_tokens file_searches containers"
+LATER = """tool_input_tokens cache_write_12h_tokens file_searches containers audio_input_tokens
+    audio_output_tokens audio_ms characters"""
 SUMS = f"requests estimated unreported {FIRST} {LATER} cost currency"
 OF_RATES = """input cached_input cache_write cache_write_12h output image_input image_output
-    web_search file_search container"""
+    web_search file_search container audio_input audio_output audio_minute characters"""
 LIMITS = "concurrency requests_per_minute tokens_per_minute monthly_budget"
 KEY = f"""account account_id label models {LIMITS} created_at expires_at revoked_at compromised
     budget_id"""

@@ -180,7 +180,7 @@ def test_it_is_never_more_than_the_request_allows(
 def test_encrypted_reasoning_and_pictures_count() -> None:
     report, most = Report(images=False), MaximumUsage(1000, 10_000, 5000, 3, 3)
     seen = SeenOutput(text_bytes=40, sealed_bytes=4000, image_tokens=4160, web_searches=2)
-    usage, parts = estimate(
+    usage, parts, _ = estimate(
         report, seen, written=5, read=7, maximum=most, images=False, partly=False
     )
     assert (usage.input_tokens, usage.output_tokens) == (7, 10 + 750)

@@ -24,6 +24,7 @@ from redbtc import request_body
 from redbtc.rates import EXTRAS
 from redbtc.refusals import Refusal
 from redbtc.request_body.body import RequestBody
+from redbtc.request_body.contents import BodyRules
 from redbtc.request_body.forms import Form
 from redbtc.request_body.media import decompressed
 from redbtc.request_body.strict_json import read_members
@@ -464,7 +465,7 @@ def test_nothing_in_a_body_takes_long() -> None:
 
     def read(body: bytes) -> None:
         with contextlib.suppress(Refusal):
-            result_of(RequestBody.read_body(body, body, model_needed=True)).further_models()
+            result_of(RequestBody.read_body(body, body, rules=BodyRules())).further_models()
 
     def read_form(body: bytes) -> None:
         form = Form(b"xyz")
@@ -689,7 +690,7 @@ EXAMPLE = re.search(r"\n\n( +\{.*?\}\})\n\n", request_body.__doc__ or "", re.DOT
 def test_the_documented_example_is_read_as_described() -> None:
     assert EXAMPLE
     text = EXAMPLE[1].encode()
-    body = result_of(RequestBody.read_body(text, text, None, True))
+    body = result_of(RequestBody.read_body(text, text, None, BodyRules()))
     assert (body.facts.model, body.facts.stream) == ("gpt-5.5", True)
     assert sorted(each.id for each in body.references) == ["resp_1", "rs_3", "vs_4", "ws_2"]
     assert body.chosen_ids == {"msg_a"}
@@ -714,12 +715,12 @@ def test_variants_of_the_documented_example_are_refused(of: str, to: str, error:
     assert error in " ".join((request_body.__doc__ or "").split())
     text = EXAMPLE[1].replace(of, to).encode()
     with pytest.raises(Refusal) as refusal:
-        result_of(RequestBody.read_body(text, text, None, True))
+        result_of(RequestBody.read_body(text, text, None, BodyRules()))
     assert refusal.value.message == error
 
 
 def test_a_conversation_outside_of_metadata_is_a_reference() -> None:
     assert EXAMPLE
     text = EXAMPLE[1].replace('"metadata"', '"x"').encode()
-    body = result_of(RequestBody.read_body(text, text, None, True))
+    body = result_of(RequestBody.read_body(text, text, None, BodyRules()))
     assert "conv_5" in {each.id for each in body.references}

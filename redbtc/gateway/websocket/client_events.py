@@ -87,7 +87,7 @@ class ClientEvents:
         if kind == "response.steer":
             await self._steer(event, admission)
         elif kind == "response.create":
-            event.check_model(needed=True)
+            event.check_model(usual="")
             self._runner.serve(event, admission, memory)
         else:
             message = "'type' is missing."
