@@ -17,6 +17,7 @@ client sees the end of the answer. The code is in the package beside this file, 
     redbtc/store/         the ledger's database
     redbtc/admin/         the admin API, which commands and pages use
     redbtc/dashboard/     the pages
+    redbtc/codex/         the model catalogue and the configuration of Codex CLI
     redbtc/cli/           the commands
 """
 

@@ -13,8 +13,6 @@ from tests.helpers.codex import catalog_entry, catalog_text
 from tests.helpers.gateway import Gateway, MakeGateway
 from tests.helpers.upstream import Upstream
 
-pytestmark = pytest.mark.promise_9
-
 CATALOG = '[codex]\ncatalog = "codex-models.json"\n'
 REFUSE = '[billing]\nunpriced_models = "refuse"\n'
 ENTRIES = [
