@@ -18,6 +18,7 @@ from redbtc.cli.main import CommandContext, commands, json_option, show
 from redbtc.codex.catalog import MAX_BODY, SETTING, CatalogError, parse_catalog, size_of
 from redbtc.codex.model_info import MEASURED_VERSION
 from redbtc.config import LoadedSettings, Settings, SettingsError, is_web_address, missing_keys
+from redbtc.gateway.model_catalog import fetch_catalog
 from redbtc.meter.error_codes import error_code_in
 from redbtc.rates import DEFAULT_TIER
 from redbtc.store.consistency import check_file
@@ -73,7 +74,7 @@ def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
         currency = loaded.settings.billing.currency
         problems = missing_keys(loaded.settings)
         problems += check_file(loaded.database_path, currency)
-        catalog_problems, notes = check_catalog(loaded)
+        catalog_problems, notes = check_catalog(loaded, fetches=upstreams)
         asked = asyncio.run(ask_all(loaded.settings)) if upstreams else None
         show_check(loaded, problems + catalog_problems, asked, as_json, notes)
 
@@ -108,14 +109,17 @@ def show_check(
         raise SystemExit(2 if problems else 1)
 
 
-def check_catalog(loaded: LoadedSettings) -> tuple[list[str], list[str]]:
-    """Return the problems of Codex CLI's model catalogue, and notes about it. One at a URL is not
-    fetched."""
+def check_catalog(loaded: LoadedSettings, *, fetches: bool) -> tuple[list[str], list[str]]:
+    """Return the problems of Codex CLI's model catalogue, and notes about it. One at a URL is
+    looked at only if `fetches`."""
     place, settings = loaded.settings.codex.catalog, loaded.settings
-    if not place or is_web_address(place):
+    if not place or (is_web_address(place) and not fetches):
         return [], []
     try:
-        models = parse_catalog(Path(place).read_bytes())
+        if is_web_address(place):
+            models = parse_catalog(asyncio.run(fetched_catalog(settings)))
+        else:
+            models = parse_catalog(Path(place).read_bytes())
     except OSError as error:
         return [f"{SETTING}: {place}: {error.strerror}"], []
     except CatalogError as error:
@@ -140,6 +144,16 @@ def check_catalog(loaded: LoadedSettings) -> tuple[list[str], list[str]]:
         )
         problems.append(f"{SETTING}: {place}: has {reason} than {MAX_BODY}")
     return problems, notes
+
+
+async def fetched_catalog(settings: Settings) -> bytes:
+    """Return the catalogue at a URL. Raises CatalogError if there is none."""
+    upstreams = Upstreams(settings.upstreams)
+    try:
+        return await fetch_catalog(settings.codex.catalog, upstreams)
+    finally:
+        for upstream in upstreams:
+            await upstream.close()
 
 
 PATTERNS_WITH_PRICE = """

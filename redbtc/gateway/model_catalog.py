@@ -9,6 +9,8 @@ import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import httpx2
+
 from redbtc.billing.billing import Billing
 from redbtc.codex.catalog import (
     MAX_BODY,
@@ -24,7 +26,8 @@ from redbtc.config import CodexSettings, is_web_address
 from redbtc.store.keys import Key
 from redbtc.telemetry import log
 from redbtc.upstream.configured import Upstreams
-from redbtc.upstream.upstreams import NO_LIST, Upstream
+from redbtc.upstream.failures import cause_of
+from redbtc.upstream.upstreams import Upstream
 from redbtc.upstream_settings import UpstreamSettings
 
 REFRESH_SECONDS = 300  # between two fetches of a catalogue at a URL
@@ -128,12 +131,10 @@ class ModelCatalog:
     async def _fetch(self, url: str) -> None:
         """Fetch the catalogue, and use it if it is valid. Log once if that fails."""
         try:
-            status, body = await fetch_catalog(url, self._upstreams)
-            if status != 200:
-                raise CatalogError([f"the answer has status {status}"])
+            body = await fetch_catalog(url, self._upstreams)
             models = None if body == self._fetched else parse_catalog(body)
-        except (CatalogError, *NO_LIST) as error:
-            self._log_once(NOT_FETCHED, str(error) or type(error).__name__)
+        except CatalogError as error:
+            self._log_once(NOT_FETCHED, str(error))
             return
         self._logged.discard(NOT_FETCHED)
         if models is not None and url == self._place:
@@ -147,9 +148,19 @@ class ModelCatalog:
             log(logging.WARNING, event, reason=reason)
 
 
-async def fetch_catalog(url: str, upstreams: Upstreams) -> tuple[int, bytes]:
-    """Fetch a catalogue, with the key of the upstream to whose base_url the URL belongs, or else
-    without a key; return status and body. Raises httpx2.HTTPError, TimeoutError."""
+async def fetch_catalog(url: str, upstreams: Upstreams) -> bytes:
+    """Return what is at a URL, fetched with the key of the upstream to whose base_url it belongs,
+    or else without a key. Raises CatalogError if the answer's status is not 200, or none comes."""
+    try:
+        status, body = await fetch_with_key(url, upstreams)
+    except (httpx2.HTTPError, TimeoutError) as error:
+        raise CatalogError([f"no answer ({cause_of(error)})"]) from None
+    if status != 200:
+        raise CatalogError([f"the answer has status {status}"])
+    return body
+
+
+async def fetch_with_key(url: str, upstreams: Upstreams) -> tuple[int, bytes]:
     if "client_version=" not in url:
         url += f"{'&' if '?' in url else '?'}client_version={MEASURED_VERSION}"
     for upstream in upstreams:

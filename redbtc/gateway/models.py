@@ -46,24 +46,29 @@ class Models:
         request.route = "/v1/models"
         gateway = self._gateway
         key = gateway.authenticate(request)
-        if asks_for_catalog(scope["query_string"]) and not gateway.catalog.is_set:
-            raise Refusal("unknown_url", NO_CATALOG)
+        if asks_for_catalog(scope["query_string"]):
+            await self._catalog(request, send, key)
+            return
         deadline = Deadline(gateway.deadlines)
         charged = gateway.limiter.charge(key, gateway.settings.limits)
         with charged as admission, gateway.serving(request.client, deadline, key):
             await gateway.limiter.take_places(admission, 0, deadline)
-            if asks_for_catalog(scope["query_string"]):
-                await self._catalog(request, send, key)
-                return
             joined, age = await self._listed(key, gateway.upstreams)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
         await self._answer(request, send, 200, body, age_header(age))
 
     async def _catalog(self, request: ClientRequest, send: Send, key: Key) -> None:
-        """Answer with Codex CLI's model catalogue, or say that the client has it already."""
-        found = self._gateway.catalog.selection(key)
-        if found is None:
-            raise Refusal("upstream_unreachable", "The model catalogue has not been fetched yet.")
+        """Answer with Codex CLI's model catalogue, or say that the client has it already. It counts
+        in the rates, but takes no place and so does not wait: Codex gives up after 5 seconds, and
+        then works without most of its tools."""
+        gateway = self._gateway
+        if not gateway.catalog.is_set:
+            raise Refusal("unknown_url", NO_CATALOG)
+        with gateway.limiter.charge(key, gateway.settings.limits):
+            found = gateway.catalog.selection(key)
+            if found is None:
+                message = "The model catalogue has not been fetched yet."
+                raise Refusal("upstream_unreachable", message)
         headers = [(b"etag", found.etag), (b"cache-control", b"private, no-cache")]
         known = header(request.headers, b"if-none-match")
         if known is not None and names_etag(known, found.etag):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.codex import catalog_entry, catalog_text
 from tests.helpers.gateway import Gateway, MakeGateway
-from tests.helpers.upstream import Upstream
+from tests.helpers.upstream import Received, Reply, Upstream, json_answer, openai_like
 
 CATALOG = '[codex]\ncatalog = "codex-models.json"\n'
 REFUSE = '[billing]\nunpriced_models = "refuse"\n'
@@ -192,6 +192,32 @@ def test_check_reads_the_catalogue(make_gateway: MakeGateway) -> None:
     assert json.loads(done.stdout)["problems"] == [
         f"codex.catalog: {file}: No such file or directory"
     ]
+
+
+def test_check_fetches_a_catalogue_with_the_upstreams(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(f'[codex]\ncatalog = "{upstream.url}/models"\n')
+    answers = {
+        catalog_text(*ENTRIES): "",
+        '{"models": [1]}': "models[0]: expected `object`, got `int`",
+        "": "expected what `codex debug models` prints",
+    }
+    for text, reason in answers.items():
+
+        async def script(request: Received, reply: Reply, text: str = text) -> None:
+            if "client_version=" not in request.path:
+                await openai_like(request, reply)
+            else:
+                await json_answer(text.encode())(request, reply)
+
+        upstream.script = script
+        assert gateway.cli("check")["ok"], "it is not fetched"
+        done = gateway.cli("check", "--upstreams", check=False)
+        problems = json.loads(done.stdout)["problems"]
+        assert done.returncode == (2 if reason else 0)
+        assert len(problems) == bool(reason)
+        assert not reason or reason.lower() in problems[0].lower()
 
 
 def test_a_wrong_address_is_refused(make_gateway: MakeGateway, upstream: Upstream) -> None:

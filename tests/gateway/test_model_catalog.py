@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -10,7 +12,14 @@ import pytest
 from websockets.sync.client import connect
 
 from tests.helpers.codex import catalog_entry, catalog_text
-from tests.helpers.gateway import UPSTREAM_KEY, Gateway, MakeGateway, wait_for_length, wait_until
+from tests.helpers.gateway import (
+    PATIENCE_SECONDS,
+    UPSTREAM_KEY,
+    Gateway,
+    MakeGateway,
+    wait_for_length,
+    wait_until,
+)
 from tests.helpers.upstream import (
     Received,
     Reply,
@@ -31,6 +40,7 @@ ENTRIES = [catalog_entry(name, future={"kept": [1.50, "\u00e9"]}) for name in NA
 OFTEN = """
 import sys; sys.path.insert(0, sys.argv[1].rpartition("/")[0])
 from redbtc.gateway import model_catalog; model_catalog.REFRESH_SECONDS = 0.02
+model_catalog.SELECTION_SECONDS = 0.02
 """
 BODY = {"model": "gpt-a", "input": "x"}
 
@@ -122,6 +132,41 @@ def test_responses_say_which_catalogue_the_key_would_get(
     gateway.wait_for_log('"reloaded"')
     with gateway.client(limited) as client:
         assert client.post("/responses", json=BODY).headers["x-models-etag"] == '"theirs"'
+
+
+def test_it_is_not_waited_for(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    """Codex gives up after 5 seconds, also while its account has no free place."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        asked.set()
+        await reply.wait(go_on)
+        await openai_like(request, reply)
+
+    upstream.script = script
+    gateway = catalog_gateway(make_gateway, CODEX + "[limits]\nqueue_seconds = 100\n")
+    key = gateway.new_key(concurrency=1)
+    with gateway.client(key) as client, ThreadPoolExecutor() as pool:
+        running = pool.submit(client.post, "/responses", json=BODY)
+        asked.wait(PATIENCE_SECONDS)
+        try:
+            assert slugs(catalog(gateway, key)) == list(NAMES)
+        finally:
+            go_on.set()
+        assert running.result().status_code == 200
+    gateway.api("PATCH", "/accounts/test", {"requests_per_minute": 1})
+    assert [catalog(gateway, key).status_code for _ in range(2)] == [200, 429]
+
+
+def test_a_price_counts_when_it_takes_effect(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway(REFUSE + CODEX)
+    (gateway.folder / "codex-models.json").write_text(catalog_text(*ENTRIES))
+    gateway.prelude = OFTEN
+    gateway.start()
+    key = gateway.new_key()
+    gateway.cli("price", "add", "gpt-*", "--input", "1", "--output", "1", "--effective", "2s")
+    assert slugs(catalog(gateway, key)) == []
+    wait_until(lambda: slugs(catalog(gateway, key)) == ["gpt-z", "gpt-a"])
 
 
 def test_without_the_setting_codex_keeps_its_own(gateway: Gateway, key: str) -> None:
