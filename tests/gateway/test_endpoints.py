@@ -580,6 +580,22 @@ def test_speech_in_events_is_metered(priced: Gateway, upstream: Upstream) -> Non
     assert usage_of(row) == {"input_tokens": 14, "output_tokens": 101}
 
 
+def test_speech_in_events_without_usage_is_counted(priced: Gateway, upstream: Upstream) -> None:
+    """The stream is complete all the same, though it is not closed."""
+    price(priced, "speaker", characters="15")
+    pieces = [
+        event({"type": "speech.audio.delta", "audio": "QUFB"}),
+        event({"type": "speech.audio.done"}),
+    ]
+    upstream.script = stream(pieces, end="tear")
+    with priced.client(priced.new_key()) as client:
+        answer = client.post("/audio/speech", json={**SPEECH, "stream_format": "sse"})
+    assert answer.content == b"".join(pieces)
+    row = priced.row()
+    assert (row["outcome"], row["usage_source"]) == ("completed", "counted")
+    assert usage_of(row) == {"characters": CHARACTERS}
+
+
 def test_torn_speech_is_estimated(priced: Gateway, upstream: Upstream) -> None:
     price(priced, "speaker", characters="15")
 
