@@ -21,7 +21,9 @@ from redbtc.meter.usage_fields import milliseconds_in
 from redbtc.rates import AUDIO_TOKENS_A_MINUTE, MINUTE_MS
 from redbtc.usage import FAILED, Outcome, Usage, UsagePart, UsageSource
 
-AUDIO_BYTES_A_MS = 16  # of a usual recording: 128 kbit/s
+TEXT_BYTES_A_SECOND = 15  # of speech, in most languages
+AUDIO_BYTES_A_SECOND = 16_000  # of a usual recording: 128 kbit/s
+MAX_AUDIO_BYTES_A_SECOND = 176_400  # 44.1 kHz, two channels, not compressed
 TIMESTAMP = re.compile(rb"(?:(\d+):)?([0-5]\d):([0-5]\d)[.,](\d{3})")  # of subtitles
 
 
@@ -84,12 +86,16 @@ class UnreportedUsage(AdmittedRequest):
 
     def _likely_length_ms(self) -> int:
         """Return about how long the recording is that was sent: until the last of the subtitles, or
-        by its size."""
-        found = TIMESTAMP.findall(self.meter.tail) if isinstance(self.meter, PlainMeter) else []
-        if found:
+        as long as it takes to speak the text that was seen; if none was, by its size."""
+        meter, size = self.meter, self.body.size
+        if isinstance(meter, PlainMeter) and (found := TIMESTAMP.findall(meter.tail)):
             hours, minutes, seconds, rest = (int(each or 0) for each in found[-1])
             return ((hours * 60 + minutes) * 60 + seconds) * 1000 + rest
-        return self.body.size // AUDIO_BYTES_A_MS
+        text = meter.size if isinstance(meter, PlainMeter) else meter.report.text_bytes
+        if not text:
+            return size * 1000 // AUDIO_BYTES_A_SECOND
+        shortest = size * 1000 // MAX_AUDIO_BYTES_A_SECOND
+        return max(shortest, text * 1000 // TEXT_BYTES_A_SECOND)
 
     def _was_used(self, outcome: Outcome) -> bool:
         """Return whether a model has worked for the request, as far as can be told: bytes of an

@@ -191,9 +191,10 @@ class BodyReader:
         count = 0
         for part in self._pieces.parts(given):
             prompts: list[msgspec.Raw] = read_json(part, RAW_LIST)
-            texts = [each for each in prompts if bytes(memoryview(each)[:1]) in (b'"', b"[", b"{")]
-            count += len(texts)
-            yield
+            for number, each in enumerate(prompts):
+                count += bytes(memoryview(each)[:1]) in (b'"', b"[", b"{")
+                if number % 1000 == 0:
+                    yield
         self.prompts = max(1, count)
 
     def _is_code_output(self, item: InputItem) -> bool:

@@ -35,7 +35,7 @@ def test_the_configuration_follows_the_settings(make_gateway: MakeGateway, runni
     gateway = make_gateway(REFUSE)
     if running:
         gateway.start()
-    gateway.cli("price", "add", "gpt-*", "--input", "1", "--output", "1")
+    gateway.cli("price", "add", "*", "--input", "1", "--output", "1")
     base_url = f"{gateway.url}/v1"
     assert provider(gateway) == {
         "model": "gpt-6.1-sol",

@@ -424,14 +424,14 @@ def test_a_streamed_transcription_is_metered(priced: Gateway, upstream: Upstream
 
 def test_a_torn_transcription_is_estimated(priced: Gateway, upstream: Upstream) -> None:
     price(priced, "transcriber", input="2.5", audio_input="6", output="10")
-    piece = event({"type": "transcript.text.delta", "delta": "H" * 40})
+    piece = event({"type": "transcript.text.delta", "delta": "H" * 45})
     upstream.script = stream([piece], end="tear")
     with pytest.raises(httpx2.HTTPError):
         transcribe(priced, {"stream": "true"})
     row = priced.row()
     assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "estimated")
     assert row["output_tokens"] >= 10
-    assert 16 <= row["input_tokens"] <= 19  # a second, at 1,000 tokens a minute
+    assert row["input_tokens"] == 50  # three seconds, at 1,000 tokens a minute
 
 
 SECOND = 16_000  # bytes, at 128 kbit/s
@@ -442,14 +442,15 @@ SECOND = 16_000  # bytes, at 128 kbit/s
     [
         (TEXT_OF_60_SECONDS, "text/plain; charset=utf-8", 60_000),
         (b"WEBVTT\n\n00:01.000 --> 00:07.250\nHi\n", "text/vtt", 7_250),
-        (b"data protection is a right\n", "text/plain", 3_000),
-        (b"{curly} words", "text/plain", 3_000),
+        (b"data protection is a right, and so on.\n" + b"a" * 6, "text/plain", 3_000),
+        (b"{curly} words", "text/plain", 3_000),  # read as JSON: by the size
+        (b"Hi", "text/plain", 272),  # 48 kB in 44.1 kHz, 16 bit, two channels
     ],
 )
 def test_a_plain_text_has_an_estimated_length(
     priced: Gateway, upstream: Upstream, text: bytes, kind: str, length_ms: int
 ) -> None:
-    """Until the last of the subtitles, else by the file's size."""
+    """Until the last of the subtitles, else by the text."""
     price(priced, "transcriber", audio_minute="0.006")
     upstream.script = json_answer(text, content_type=kind)
     answer = transcribe(priced, {"response_format": "srt"}, 3 * SECOND)
@@ -463,12 +464,12 @@ def test_a_plain_text_is_estimated_in_tokens_where_these_are_billed(
     priced: Gateway, upstream: Upstream
 ) -> None:
     price(priced, "transcriber", input="2.5", output="10")
-    upstream.script = json_answer(b"words " * 20, content_type="text/plain")
+    upstream.script = json_answer(b"words " * 150, content_type="text/plain")
     transcribe(priced, {"response_format": "text"}, 60 * SECOND)
     assert usage_of(priced.row()) == {
-        "input_tokens": 1001,
-        "audio_input_tokens": 1001,
-        "output_tokens": 30,
+        "input_tokens": 1000,
+        "audio_input_tokens": 1000,
+        "output_tokens": 225,
     }
 
 
@@ -577,6 +578,22 @@ def test_speech_in_events_is_metered(priced: Gateway, upstream: Upstream) -> Non
     row = priced.row()
     assert (row["outcome"], row["usage_source"]) == ("completed", "upstream")
     assert usage_of(row) == {"input_tokens": 14, "output_tokens": 101}
+
+
+def test_speech_in_events_without_usage_is_counted(priced: Gateway, upstream: Upstream) -> None:
+    """The stream is complete all the same, though it is not closed."""
+    price(priced, "speaker", characters="15")
+    pieces = [
+        event({"type": "speech.audio.delta", "audio": "QUFB"}),
+        event({"type": "speech.audio.done"}),
+    ]
+    upstream.script = stream(pieces, end="tear")
+    with priced.client(priced.new_key()) as client:
+        answer = client.post("/audio/speech", json={**SPEECH, "stream_format": "sse"})
+    assert answer.content == b"".join(pieces)
+    row = priced.row()
+    assert (row["outcome"], row["usage_source"]) == ("completed", "counted")
+    assert usage_of(row) == {"characters": CHARACTERS}
 
 
 def test_torn_speech_is_estimated(priced: Gateway, upstream: Upstream) -> None:

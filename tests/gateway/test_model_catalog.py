@@ -209,7 +209,8 @@ def test_a_bad_file_is_refused(make_gateway: MakeGateway) -> None:
     assert slugs(catalog(gateway, key)) == ["gpt-z", "gpt-a"]
     file.write_text(catalog_text(ENTRIES[0]))
     gateway.signal(signal.SIGHUP)
-    wait_until(lambda: slugs(catalog(gateway, key)) == ["gpt-z"])
+    gateway.wait_for_log('"reloaded"')
+    assert slugs(catalog(gateway, key)) == ["gpt-z"]
 
 
 @pytest.mark.promise_9

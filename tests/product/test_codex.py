@@ -423,5 +423,5 @@ def test_codex_searches_the_web_in_code_mode(
     frames = [frame for sock in upstream.sockets for frame in sock.frames]
     last = frames[-1] if websocket else upstream.requests[-1].json()
     assert "It rains in Oslo." in json.dumps(last["input"])
-    rows = assert_metered(gateway, said)
-    assert "/v1/alpha/search" in [row["endpoint"] for row in rows]
+    (row,) = [row for row in assert_metered(gateway, said) if row["endpoint"] == "/v1/alpha/search"]
+    assert (row["usage_source"], row["web_searches"], row["input_tokens"]) == ("counted", 1, None)
