@@ -139,10 +139,8 @@ def check_catalog(loaded: LoadedSettings, *, fetches: bool) -> tuple[list[str], 
         notes.append(f"{SETTING}: these models have no price and are left out: {unpriced}")
     size, problems = size_of(served), []
     if size > MAX_BODY:
-        reason = (
-            f"{size} bytes for a key that may use all models; Codex ignores a catalogue of more"
-        )
-        problems.append(f"{SETTING}: {place}: has {reason} than {MAX_BODY}")
+        reason = f"{size} bytes for a key that may use all models; Codex may ignore more than"
+        problems.append(f"{SETTING}: {place}: has {reason} {MAX_BODY}")
     return problems, notes
 
 

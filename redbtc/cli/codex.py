@@ -134,8 +134,8 @@ def made_text(loaded: LoadedSettings, path: Path, models: tuple[CatalogModel, ..
     lines = [f"Wrote {path}: {len(models)} models, {size} bytes."]
     if size > MAX_BODY:
         lines.append(
-            f"Codex ignores a catalogue of more than {MAX_BODY} bytes. Models that have no price "
-            "are left out of it."
+            f"Codex may ignore a catalogue of more than {MAX_BODY} bytes. Models that have no "
+            "price are left out of it."
         )
     if loaded.settings.codex.catalog != str(path):
         shown = path.name if path.parent == loaded.folder else path

@@ -15,7 +15,9 @@ from redbtc.codex.model_info import read_info, unknown_values
 from redbtc.config import SettingsError, is_web_address
 from redbtc.errors import UserError
 
-MAX_BODY = 1 << 20  # bytes of a catalogue over which Codex ignores it
+# Bytes of a catalogue for which Codex makes room (codex-rs, model-provider/src/models_endpoint.rs).
+# Versions 0.169.0 and 0.171.0 were seen to take more.
+MAX_BODY = 1 << 20
 MAX_FILE = 4 << 20  # bytes of a catalogue that is read, before models are left out
 MAX_ENTRIES = 1000
 SETTING = "codex.catalog"

@@ -108,7 +108,7 @@ class ModelCatalog:
         found = Selection(chosen, etag_of(chosen), self._billing.prices, until)
         self._selections[key.models] = found
         if size_of(chosen) > MAX_BODY:
-            reason = f"{size_of(chosen)} bytes; Codex ignores more than {MAX_BODY}"
+            reason = f"{size_of(chosen)} bytes; Codex may ignore more than {MAX_BODY}"
             self._log_once("model catalog too large", reason)
         return found
 
