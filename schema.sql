@@ -1103,6 +1103,16 @@ END;
 
 -- The triggers below take the place of those of the same names.
 
+-- version 14
+
+-- Clients with credentials of their own ([[upstreams]] credentials = "client").
+ALTER TABLE requests ADD COLUMN
+    credentials         TEXT CHECK (credentials IN ('operator', 'client'));  -- with whose it was sent to
+                                                -- the upstream; NULL: a row of an earlier version
+ALTER TABLE stored_objects ADD COLUMN
+    credential          TEXT CHECK (length(credential) = 32);  -- a keyed hash of the client's own
+                                                -- credential that it was stored with; NULL: the operator's
+
 -- triggers
 --
 -- These triggers name each kind of usage or each rate. They belong to the newest version and are made

@@ -1,24 +1,41 @@
-"""Find the API key of a request."""
+"""Find the API key of a request, and the client's own credential if it has sent one."""
 
 from __future__ import annotations
 
+import re
+
 from redbtc.errors import StorageUnavailable
-from redbtc.headers import Headers, header
+from redbtc.headers import CREDENTIAL_HEADERS, Headers
 from redbtc.refusals import Refusal
+from redbtc.server.asgi import ClientRequest
+from redbtc.store.credentials import ClientCredential
 from redbtc.store.database import Store
-from redbtc.store.keys import Key, key_in_force
+from redbtc.store.keys import Key, is_key, key_in_force
 
 BAD_KEY = "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…'."
+NOT_IN_A_CREDENTIAL = re.compile(rb"[^\x20-\x7e]")
 
 
-def key_in_headers(headers: Headers, store: Store) -> Key:
-    """Return the key in a request's headers, if it is in force. Whatever is wrong with a key, the
-    response is the same. The database is read each time, so that revoking a key and suspending an
-    account take effect on the next request. Raises Refusal."""
-    scheme, _, token = (header(headers, b"authorization") or b"").partition(b" ")
+def key_of_request(request: ClientRequest, store: Store, key_headers: frozenset[bytes]) -> Key:
+    """Return the key in a request's headers, if it is in force: that of the one header named in
+    `key_headers`, or if there is none, that in Authorization. Note both the key and the client's
+    own credential in the request. Whatever is wrong with a key, the response is the same. The
+    database is read each time, so that revoking a key and suspending an account take effect on the
+    next request. Raises Refusal."""
+    own, authorization = [], b""
+    for name, value in request.headers:
+        if name in key_headers:
+            own.append(value)
+        elif name == b"authorization":  # the server has refused a second one
+            authorization = value
+    scheme, _, token = (own[0] if own else authorization).partition(b" ")
+    if own and not token:
+        scheme, token = b"bearer", scheme
     try:
         shown = token.strip().decode("ascii") if scheme.lower() == b"bearer" else ""
     except UnicodeDecodeError:
+        shown = ""
+    if len(own) > 1:  # one reader may use the first and another the last
         shown = ""
     try:
         key = key_in_force(store, shown)
@@ -28,4 +45,28 @@ def key_in_headers(headers: Headers, store: Store) -> Key:
         raise Refusal("invalid_api_key", BAD_KEY, headers=[(b"www-authenticate", b"Bearer")])
     if key.account_status != "active":
         raise Refusal("account_suspended")
+    request.key = key
+    request.credential = None
+    if own and authorization:
+        request.credential = credential_in(request.headers, key, store)
     return key
+
+
+def credential_in(headers: Headers, key: Key, store: Store) -> ClientCredential | None:
+    """Return the client's own credential, which a request with a key in another header has in
+    Authorization. A key of this gateway is none: it must not be forwarded. Raises Refusal."""
+    sent = [line for line in headers if line[0] in CREDENTIAL_HEADERS]
+    names = [name for name, _ in sent]
+    for name, value in sent:
+        if names.count(name) > 1:
+            raise Refusal("invalid_http", f"Duplicate header: {name.decode()}.")
+        if NOT_IN_A_CREDENTIAL.search(value):  # a WebSocket's handshake would change it
+            message = f"The header {name.decode()} has characters other than printable ASCII."
+            raise Refusal("invalid_http", message)
+    token = dict(sent)[b"authorization"].rpartition(b" ")[2].decode()
+    try:
+        if is_key(store, token):
+            return None
+    except StorageUnavailable:
+        raise Refusal("ledger_unavailable") from None
+    return ClientCredential(sent, key.account_id, store.secret)

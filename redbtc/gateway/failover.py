@@ -229,9 +229,19 @@ class Failover(Generic[AnyFailed]):
         return answers[-1] if answers else None
 
 
+def is_failure(status: int, candidates: Candidates[Upstream]) -> bool:
+    """Return whether an answer with this status is a failure of the member. A 401, 403 or 429 to a
+    client's own credential is not: it concerns that client alone, and is passed on to it."""
+    member = candidates.member
+    by_client = member is not None and member.is_client
+    return status in FAILURES and not (by_client and status in CERTAIN)
+
+
 def must_be_read(status: int, candidates: Candidates[Upstream]) -> bool:
     """Return whether an answer with this status can be one that the client is not sent."""
-    return status in FAILURES or (status == UNREADABLE[0] and candidates.may_be_unreadable)
+    if status == UNREADABLE[0]:
+        return candidates.may_be_unreadable
+    return is_failure(status, candidates)
 
 
 async def read_error(member: Upstream, response: UpstreamResponse) -> ErrorAnswer:

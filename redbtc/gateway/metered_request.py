@@ -17,6 +17,7 @@ import msgspec
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.admitted_request import AdmittedRequest
 from redbtc.gateway.background_response import BackgroundResponse
+from redbtc.gateway.failover import REJECTED_STATUSES, kept_code
 from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
@@ -96,7 +97,11 @@ class MeteredRequest(AdmittedRequest):
         first = header(self.client_request.headers, b"idempotency-key") is None
         minted = first and self.body.mints_input
         return ObjectLocation(
-            self.row.upstream, self.body.inheritable_models, minted, self.body.inheritable_extras
+            self.row.upstream,
+            self.body.inheritable_models,
+            minted,
+            self.body.inheritable_extras,
+            credential=self.client_request.digest if self.row.credentials == "client" else None,
         )
 
     def _go_on_in_background(self, report: Report, response_id: str) -> None:
@@ -129,6 +134,8 @@ class MeteredRequest(AdmittedRequest):
         row.upstream_status = self.upstream_status
         row.upstream_request_id = self.upstream_request_id
         row.upstream_error_code = report.error_code
+        if report.error_code and self.status in REJECTED_STATUSES:
+            row.upstream_error_code = kept_code(self.status, report.error_code)
 
     async def settle(self, outcome: Outcome) -> None:
         """Commit the row as the request ended; that of a background response which goes on
@@ -144,13 +151,13 @@ class MeteredRequest(AdmittedRequest):
         if outcome == "client_disconnected" and gateway.stopping:
             outcome = "interrupted"
         if outcome in FAILED:
-            row.upstream_error_code = report.error_code or self.cause_of(outcome)
+            row.upstream_error_code = row.upstream_error_code or self.cause_of(outcome)
         guess = await self._estimate(outcome)
         parts = self._account_for(row, outcome, guess)
         if report.containers:
             parts = await count_containers(gateway.containers, row, report, parts)
         correction_facts = self._correction_facts if guess else None
-        bill(row, parts, gateway.billing, self.hold, self.body.image_model())
+        bill(row, self._billed(parts), gateway.billing, self.hold, self.body.image_model())
         if self._without_tokens and not self._repeats:
             self._own(self._without_tokens, inheritable_usage(row, self._max_usage()), row.usage)
             self._without_tokens = {}
@@ -198,10 +205,15 @@ class MeteredRequest(AdmittedRequest):
             parts = add_calls(row, parts, web_searches=1)
         return parts
 
+    def _billed(self, parts: list[UsagePart]) -> list[UsagePart]:
+        """Return the parts that have a cost: none at a member whose requests are free."""
+        return [] if self.is_free else parts
+
     @property
     def _correction_facts(self) -> CorrectionFacts | None:
-        """The facts that a later correction needs; None if the response can't be fetched later."""
-        if not self.endpoint.stores:
+        """The facts that a later correction needs; None if the response can't be fetched later, or
+        if a correction could not change what it costs."""
+        if not self.endpoint.stores or self.is_free:
             return None
         return CorrectionFacts(self.hold.at, self.body.image_model(), self.hold.held)
 
@@ -227,7 +239,7 @@ class MeteredRequest(AdmittedRequest):
         row = msgspec.structs.replace(self.row)
         parts = add_calls(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
-            fill_in_cost(row, parts, self.hold, self.body.image_model())
+            fill_in_cost(row, self._billed(parts), self.hold, self.body.image_model())
             self._is_saved = True
             record_progress(self.gateway.store, row, self._correction_facts)
 

@@ -34,7 +34,7 @@ class MeteredRoute:
             body = await read_content(
                 client_request.headers, receive, deadline, settings, memory, endpoint
             )
-            candidates = await candidates_for(gateway, key, client_request.headers, body)
+            candidates = await candidates_for(gateway, key, client_request, body)
             request = MeteredRequest(
                 gateway, client_request, endpoint, deadline, admission, key, body
             )
