@@ -298,19 +298,23 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
             f"server.max_reading_bytes: found {server.max_reading_bytes}; allowed are 0 and "
             f"numbers from {minimum}, which is {MIN_BODIES_READ} times server.max_body_bytes"
         )
+    _check_upstreams(settings)
+    _check_billing(settings.billing)
+    return settings
+
+
+def _check_upstreams(settings: Settings) -> None:
     for number, upstream in enumerate(settings.upstreams):
         path = f"upstreams[{number}]"
         if not _is_url(upstream.base_url):
             raise SettingsError(f"{path}.base_url: found {upstream.base_url!r}; not a valid URL")
         for problem in problems_of(upstream):
             raise SettingsError(f"{path}.{problem}")
-        if upstream.credentials == "client" and not server.key_headers:
+        if upstream.credentials == "client" and not settings.server.key_headers:
             raise SettingsError(
                 f'{path}.credentials: "client" needs a header for the gateway\'s key in '
                 "server.key_headers, which is empty"
             )
-    _check_billing(settings.billing)
-    return settings
 
 
 def _check_key_headers(server: ServerSettings) -> None:

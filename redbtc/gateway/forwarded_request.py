@@ -62,7 +62,11 @@ class ForwardedRequest:
 
     @property
     def idempotency_scope(self) -> str:
-        """The name of the set of requests that share idempotency keys: the account's id."""
+        """The name of the set of requests that share idempotency keys: the account's id, with the
+        digest of a client's own credential."""
+        credential = self.client_request.credential
+        if credential:
+            return f"{self.key.account_id} {credential.digest}"
         return self.key.account_id
 
     def choose_meter(self, stream: bool) -> Meter:

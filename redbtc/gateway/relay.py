@@ -98,16 +98,11 @@ class Relay:
             return None
         request.note_attempt(member)
         member.health.past.attempts += 1
-        scope, credential = request.idempotency_scope, None
-        if member.is_client:
-            credential = request.client_request.credential
-            assert credential is not None, "such members are no candidates without one"
-            scope = f"{scope} {credential.digest}"
         headers = headers_for_upstream(
-            request.client_request.headers, request.gateway.store.secret, scope
+            request.client_request.headers, request.gateway.store.secret, request.idempotency_scope
         )
-        if credential:
-            headers += credential.headers
+        if member.is_client:
+            headers += request.client_request.credential_headers
         if self._body or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._body)))
         else:

@@ -76,6 +76,13 @@ class ClientRequest(Struct, eq=False):
         """The digest of the client's own credential; None if it has sent none."""
         return self.credential.digest if self.credential else None
 
+    @property
+    def credential_headers(self) -> Headers:
+        """The headers with the client's own credential, for an upstream that needs them. The other
+        upstreams must not get them."""
+        assert self.credential is not None, "such an upstream is no candidate without a credential"
+        return self.credential.headers
+
     def new_request(self) -> ClientRequest:
         """Return a request that arrives now over the same WebSocket."""
         return ClientRequest(self.headers, self.client, self.route, credential=self.credential)

@@ -103,12 +103,9 @@ class UpstreamEvents:
     async def _open(self, upstream: Upstream) -> UpstreamSocket:
         """Connect to an upstream, and begin to send its events on. Raises OSError, Refusal."""
         account_id, secret = self._key.account_id, self._gateway.store.secret
-        credential = self._handshake.credential if upstream.is_client else None
-        scope = f"{account_id} {credential.digest}" if credential else account_id
-        headers = headers_for_upstream(self._handshake.headers, secret, scope)
+        headers = headers_for_upstream(self._handshake.headers, secret, account_id)
         if upstream.is_client:
-            assert credential is not None, "such members are no candidates without one"
-            headers += credential.headers
+            headers += self._handshake.credential_headers
         try:
             connection = await upstream.connect(headers)
         except InvalidHandshake as error:
