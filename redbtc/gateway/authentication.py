@@ -22,20 +22,19 @@ def key_of_request(request: ClientRequest, store: Store, key_headers: frozenset[
     own credential in the request. Whatever is wrong with a key, the response is the same. The
     database is read each time, so that revoking a key and suspending an account take effect on the
     next request. Raises Refusal."""
-    own, authorization = [], b""
+    own: bytes | None = None
+    authorization = b""
     for name, value in request.headers:
-        if name in key_headers:
-            own.append(value)
+        if name in key_headers:  # of two, one reader may use the first and another the last
+            own = value if own is None else b"two"
         elif name == b"authorization":  # the server has refused a second one
             authorization = value
-    scheme, _, token = (own[0] if own else authorization).partition(b" ")
+    scheme, _, token = (authorization if own is None else own).partition(b" ")
     if own and not token:
         scheme, token = b"bearer", scheme
     try:
         shown = token.strip().decode("ascii") if scheme.lower() == b"bearer" else ""
     except UnicodeDecodeError:
-        shown = ""
-    if len(own) > 1:  # one reader may use the first and another the last
         shown = ""
     try:
         key = key_in_force(store, shown)

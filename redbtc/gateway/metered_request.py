@@ -157,7 +157,8 @@ class MeteredRequest(AdmittedRequest):
         if report.containers:
             parts = await count_containers(gateway.containers, row, report, parts)
         correction_facts = self._correction_facts if guess else None
-        bill(row, self._billed(parts), gateway.billing, self.hold, self.body.image_model())
+        billed = [] if self.is_free else parts
+        bill(row, billed, gateway.billing, self.hold, self.body.image_model())
         if self._without_tokens and not self._repeats:
             self._own(self._without_tokens, inheritable_usage(row, self._max_usage()), row.usage)
             self._without_tokens = {}
@@ -205,10 +206,6 @@ class MeteredRequest(AdmittedRequest):
             parts = add_calls(row, parts, web_searches=1)
         return parts
 
-    def _billed(self, parts: list[UsagePart]) -> list[UsagePart]:
-        """Return the parts that have a cost: none at a member whose requests are free."""
-        return [] if self.is_free else parts
-
     @property
     def _correction_facts(self) -> CorrectionFacts | None:
         """The facts that a later correction needs; None if the response can't be fetched later, or
@@ -239,7 +236,7 @@ class MeteredRequest(AdmittedRequest):
         row = msgspec.structs.replace(self.row)
         parts = add_calls(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
-            fill_in_cost(row, self._billed(parts), self.hold, self.body.image_model())
+            fill_in_cost(row, [] if self.is_free else parts, self.hold, self.body.image_model())
             self._is_saved = True
             record_progress(self.gateway.store, row, self._correction_facts)
 
