@@ -17,7 +17,7 @@ import msgspec
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.admitted_request import AdmittedRequest
 from redbtc.gateway.background_response import BackgroundResponse
-from redbtc.gateway.failover import REJECTED_STATUSES, kept_code
+from redbtc.gateway.failover import kept_code
 from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
@@ -134,8 +134,8 @@ class MeteredRequest(AdmittedRequest):
         row.upstream_status = self.upstream_status
         row.upstream_request_id = self.upstream_request_id
         row.upstream_error_code = report.error_code
-        if report.error_code and self.status in REJECTED_STATUSES:
-            row.upstream_error_code = kept_code(self.status, report.error_code)
+        if report.error_code and row.credentials == "client":
+            row.upstream_error_code = kept_code(self.status or 0, report.error_code, True)
 
     async def settle(self, outcome: Outcome) -> None:
         """Commit the row as the request ended; that of a background response which goes on

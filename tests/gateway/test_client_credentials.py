@@ -3,7 +3,6 @@ what it made there, nobody reaches without it."""
 
 from __future__ import annotations
 
-import signal
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from tests.helpers.credentials import (
     API_KEY,
     WORKSPACE,
     login,
+    reload,
     settings_of,
     table,
     with_key,
@@ -476,13 +476,6 @@ def test_a_claim_of_another_credential_changes_nothing(
 # ── Changes of the settings ──────────────────────────────────────────────────────────────────────
 
 
-def reload(gateway: Gateway, *tables: dict[str, Any]) -> None:
-    gateway.configure(settings_of(*tables))
-    before = gateway.log().count('"event":"reloaded"')
-    gateway.signal(signal.SIGHUP)
-    gateway.wait_for_log('"event":"reloaded"', before + 1)
-
-
 def test_a_reload_that_changes_whose_credential_an_upstream_gets(
     make_gateway: MakeGateway, upstream: Upstream, own: Upstream
 ) -> None:
@@ -506,7 +499,7 @@ def test_a_reload_that_changes_whose_credential_an_upstream_gets(
     thread = threading.Thread(target=lambda: answers.append(post(gateway, with_key(key), BODY)))
     thread.start()
     assert began.wait(60)
-    reload(gateway, table(own, "clients"))
+    reload(gateway, settings_of(table(own, "clients")))
     may_end.set()
     thread.join()
     own.script = store
@@ -519,7 +512,7 @@ def test_a_reload_that_changes_whose_credential_an_upstream_gets(
         assert session.get(f"/responses/{operators}").status_code == 200
     sent = [request.header("authorization") for request in own.requests]
     assert sent == [API_KEY] * 2 + [f"Bearer {UPSTREAM_KEY}"] * 2
-    reload(gateway, clients)
+    reload(gateway, settings_of(clients))
     with client(gateway, with_key(key)) as session:
         assert session.get(f"/responses/{operators}").status_code == 503
         assert session.get(f"/responses/{name}").status_code == 200

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
 from typing import Any
 
+from tests.helpers.gateway import Gateway
 from tests.helpers.upstream import Upstream
 
 API_KEY = "Bearer sk-own-canary-8d3f"
@@ -42,3 +44,11 @@ def table(upstream: Upstream, name: str, **more: Any) -> dict[str, Any]:
 def settings_of(*tables: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Return settings with these upstreams."""
     return {"upstreams": list(tables), **more}
+
+
+def reload(gateway: Gateway, settings: dict[str, Any]) -> None:
+    """Let a running gateway apply other settings."""
+    gateway.configure(settings)
+    before = gateway.log().count('"event":"reloaded"')
+    gateway.signal(signal.SIGHUP)
+    gateway.wait_for_log('"event":"reloaded"', before + 1)

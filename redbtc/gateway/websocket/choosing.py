@@ -119,7 +119,8 @@ class ErrorEvent(NamedTuple):
     @property
     def code(self) -> str | None:
         """The code of the error."""
-        return kept_code(self.upstream_status, error_code_of(self.event))
+        code = error_code_of(self.event)
+        return kept_code(self.upstream_status, code, self.member.is_client)
 
     @property
     def retry_after(self) -> float | None:
@@ -146,7 +147,7 @@ def refused_handshake(error: InvalidHandshake, member: Upstream) -> HandshakeRef
         return HandshakeRefused("upstream_protocol_error", cause_of(error))
     response = error.response
     status, body = response.status_code, bytes(response.body or b"")
-    code = kept_code(status, error_code_in(body))
+    code = kept_code(status, error_code_in(body), member.is_client)
     if status in NO_WEBSOCKET:
         return HandshakeRefused("upgrade_required", code, status)
     headers = [

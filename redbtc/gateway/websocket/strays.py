@@ -13,6 +13,7 @@ from redbtc.billing.spending import Hold
 from redbtc.deadlines import TICK
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import RESPONSES
+from redbtc.gateway.failover import kept_code
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import account_for, bill, count_containers, locations_of
@@ -130,7 +131,7 @@ class Strays:
             service_tier=report.service_tier,
             response_id=report.response_id,
             upstream_status=200,
-            upstream_error_code=report.error_code,
+            upstream_error_code=kept_code(200, report.error_code, self._upstream.is_client),
             credentials="client" if self._upstream.is_client else "operator",
         )
 
