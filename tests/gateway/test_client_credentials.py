@@ -3,6 +3,8 @@ what it made there, nobody reaches without it."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -13,6 +15,11 @@ import httpx2
 import orjson
 import pytest
 
+from redbtc.config import SettingsError, missing_keys, parse_settings
+from redbtc.gateway.asking import ask
+from redbtc.meter.report import Report
+from redbtc.upstream import upstreams as configured
+from redbtc.upstream_settings import UpstreamSettings
 from tests.gateway.errors import error as whole_error
 from tests.helpers.credentials import (
     API_KEY,
@@ -25,7 +32,14 @@ from tests.helpers.credentials import (
 )
 from tests.helpers.gateway import UPSTREAM_KEY, USUAL, Gateway, MakeGateway, wait_until
 from tests.helpers.response_store import BODY, ResponseStore
-from tests.helpers.upstream import Received, Reply, Upstream, json_answer, openai_like
+from tests.helpers.upstream import (
+    Received,
+    Reply,
+    Upstream,
+    json_answer,
+    openai_like,
+    response_object,
+)
 
 pytestmark = pytest.mark.promise_7
 
@@ -276,6 +290,73 @@ def test_a_compressed_body_of_a_login(gateway: Gateway, own: Upstream, key: str)
     assert gateway.row()["requested_model"] == "own-1"
 
 
+# ── Settings ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        ({"credentials": "both"}, "upstreams[0].credentials: found 'both'"),
+        ({"api_key_env": "A"}, 'upstreams[0].api_key_env: with credentials = "client"'),
+        ({"api_key_envs": ["A"]}, 'upstreams[0].api_key_envs: with credentials = "client"'),
+        ({"auth_header": "api-key"}, 'upstreams[0].auth_header: with credentials = "client"'),
+        ({"headers": {"Authorization": "x"}}, "upstreams[0].headers.Authorization: with cred"),
+        ({"headers": {"ChatGPT-Account-ID": "x"}}, "upstreams[0].headers.ChatGPT-Account-ID: wi"),
+        ({"billing": "never"}, "upstreams[0].billing: found 'never'"),
+        (
+            {"billing": "free", "credentials": "operator"},
+            "upstreams[0].billing: found 'free', which needs credentials = \"client\"",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(more: dict[str, Any], wrong: str) -> None:
+    upstream = {"credentials": "client", **more}
+    with pytest.raises(SettingsError) as error:
+        parse_settings({"upstreams": [upstream]})
+    assert str(error.value).startswith(wrong)
+    ok = parse_settings({"upstreams": [{"credentials": "client", "api_key_env": ""}]})
+    assert missing_keys(ok) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Authorization",
+        "cookie",
+        "HOST",
+        "connection",
+        "content-type",
+        "content-length",
+        "x-codex-key",
+        "user-agent",
+        "originator",
+        "x-stainless-key",
+        "openai-organization",
+        "chatgpt-account-id",
+        "x-forwarded-for",
+        "sec-websocket-protocol",
+        "x-request-id",
+        "origin",
+        "accept-language",
+        "idempotency-key",
+    ],
+)
+def test_a_header_with_another_meaning_has_no_key(name: str) -> None:
+    with pytest.raises(SettingsError, match=r"^server\.key_headers: found "):
+        parse_settings({"server": {"key_headers": ["x-ok", name]}})
+
+
+def test_headers_for_the_key_have_valid_names() -> None:
+    for name in ("", "x y", "x:", "ü"):
+        with pytest.raises(SettingsError, match=r"^server\.key_headers: found "):
+            parse_settings({"server": {"key_headers": [name]}})
+    for names in ([], ["X-Gateway-Key", "x-litellm-api-key", "api-key"]):
+        parse_settings({"server": {"key_headers": names}})
+    clients = {"credentials": "client"}
+    with pytest.raises(SettingsError, match=r"^upstreams\[0\]\.credentials: \"client\" needs"):
+        parse_settings({"server": {"key_headers": []}, "upstreams": [clients]})
+
+
 # ── Failover and health ──────────────────────────────────────────────────────────────────────────
 
 
@@ -317,6 +398,14 @@ def test_an_outage_of_one_kind_is_none_of_the_other(
         for _ in range(8):
             assert post(gateway, headers, BODY).status_code == 500
     assert len(own.requests) == len(upstream.requests) == 8
+    states = [each["state"] for each in gateway.cli("upstream", "list")["upstreams"]]
+    assert states == ["up", "up"]
+    assert gateway.api("GET", "/upstreams/changes")["changes"] == []
+    own.script = ResponseStore()
+    upstream.script = json_answer({"error": {"code": "rate_limit_exceeded"}}, 429)
+    for _ in range(2):
+        assert post(gateway, {"authorization": f"Bearer {key}"}, BODY).status_code == 429
+    assert len(upstream.requests) == 10, "the last of its kind does not rest"
 
 
 @pytest.mark.parametrize("status", [401, 403, 429])
@@ -463,14 +552,19 @@ def test_a_claim_of_another_credential_changes_nothing(
     gateway: Gateway, own: Upstream, key: str
 ) -> None:
     """The upstream gives an id to one client that it has given to another before."""
-    own.script = json_answer({"id": "resp_same", "object": "response", "output": [], "model": "x"})
-    assert post(gateway, with_key(key)).status_code == 200
-    assert post(gateway, with_key(key, NOBODY)).status_code == 200
+    for tokens, headers in ((1, with_key(key)), (500, with_key(key, NOBODY))):
+        used = {"input_tokens": tokens, "output_tokens": tokens}
+        own.script = json_answer(response_object("x", used, id="resp_same", output=[]))
+        assert post(gateway, headers).status_code == 200
     with client(gateway, with_key(key)) as session:
         assert session.get("/responses/resp_same").status_code == 200
     with client(gateway, with_key(key, NOBODY)) as session:
         assert session.get("/responses/resp_same").status_code == 404
         assert session.delete("/responses/resp_same").status_code == 404
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        (row,) = database.execute("SELECT tokens FROM stored_objects WHERE id = 'resp_same'")
+    assert row == (2,)
 
 
 # ── Changes of the settings ──────────────────────────────────────────────────────────────────────
@@ -518,6 +612,24 @@ def test_a_reload_that_changes_whose_credential_an_upstream_gets(
         assert session.get(f"/responses/{name}").status_code == 200
     assert own.requests[-1].header("authorization") == API_KEY
     assert sum(row["credentials"] == "client" for row in gateway.rows()) == 2
+    gateway.cli("upstream", "rest", "clients")
+    assert post(gateway, with_key(key), BODY).status_code == 503
+    reload(gateway, settings_of(table(own, "clients")))
+    assert post(gateway, with_key(key), BODY).status_code == 200, "its health was another key's"
+
+
+def test_the_gateway_asks_such_an_upstream_for_nothing(own: Upstream) -> None:
+    async def ask_it() -> tuple[int, Report]:
+        settings = UpstreamSettings(name="clients", base_url=own.url, credentials="client")
+        upstream = configured.Upstream(settings)
+        try:
+            return await ask(upstream, "/responses/resp_1", "acct_1")
+        finally:
+            await upstream.close()
+
+    status, report = asyncio.run(ask_it())
+    assert (status, report.response_id) == (0, None)
+    assert not own.requests
 
 
 # ── What it costs ────────────────────────────────────────────────────────────────────────────────
