@@ -12,7 +12,10 @@ from redbtc.store.credentials import ClientCredential
 from redbtc.store.database import Store
 from redbtc.store.keys import Key, is_key, key_in_force
 
-BAD_KEY = "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…'."
+BAD_KEY = (
+    "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…', or in the "
+    "header that your administrator names if Authorization has a credential of your own."
+)
 NOT_IN_A_CREDENTIAL = re.compile(rb"[^\x20-\x7e]")
 
 
