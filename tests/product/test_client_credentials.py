@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -19,7 +20,14 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from tests.helpers.credentials import jwt, login, settings_of, table, with_key
-from tests.helpers.gateway import PATIENCE_SECONDS, UPSTREAM_KEY, USUAL, Gateway, MakeGateway
+from tests.helpers.gateway import (
+    PATIENCE_SECONDS,
+    ROOT,
+    UPSTREAM_KEY,
+    USUAL,
+    Gateway,
+    MakeGateway,
+)
 from tests.helpers.response_store import BODY, ResponseStore
 from tests.helpers.tools import needs
 from tests.helpers.upstream import (
@@ -231,43 +239,43 @@ def kill_in_flight(gateway: Gateway, script: Misbehaving, key: str) -> None:
 
 # ── Codex CLI ────────────────────────────────────────────────────────────────────────────────────
 
-PROVIDER = """
-model = "gpt-5.5"
-model_provider = "gw"
-chatgpt_base_url = "{backend}"
-[model_providers.gw]
-name = "{name}"
-base_url = "{url}"
-requires_openai_auth = true
-env_http_headers = { "X-Gateway-Key" = "GW_API_KEY" }
-supports_websockets = {websocket}
-"""
+DOCUMENTED = re.search(
+    r"```toml\n(model_provider.*?)```", (ROOT / "docs" / "clients.md").read_text(), re.DOTALL
+)
 AUTH = "https://api.openai.com/auth"
 
 
-def codex_with_login(gateway: Gateway, key: str, home: Path, settings: str) -> tuple[str, str]:
-    """Run one turn of Codex CLI with a ChatGPT login. Return its token and what it said."""
+def documented(gateway: Gateway, backend: Upstream) -> str:
+    """Return the settings of docs/clients.md. Codex CLI asks `backend` what it asks chatgpt.com."""
+    assert DOCUMENTED
+    settings = DOCUMENTED[1].replace("http://127.0.0.1:8080/v1", gateway.base_url)
+    return f'model = "gpt-5.5"\nchatgpt_base_url = "{backend.url}"\n{settings}'
+
+
+def chatgpt_token() -> str:
+    """Return a token of a ChatGPT login that Codex CLI need not refresh."""
     now = int(time.time())
     user = {"chatgpt_account_id": WORKSPACE, "chatgpt_user_id": "user-1"}
     claims = {AUTH: {**user, "chatgpt_plan_type": "pro"}, "exp": now + 30 * 86_400, "iat": now}
-    token = jwt("auth0|user-canary-9417", email="ada@example.com", **claims)
-    tokens = {"id_token": token, "access_token": token, "refresh_token": OWN_KEY}
+    return jwt("auth0|user-canary-9417", email="ada@example.com", **claims)
+
+
+def tokens(token: str) -> dict[str, Any]:
+    """Return what Codex CLI keeps of a ChatGPT login."""
+    kept = {"id_token": token, "access_token": token, "refresh_token": OWN_KEY}
+    today = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"tokens": {**kept, "account_id": WORKSPACE}, "last_refresh": today}
+
+
+def codex(key: str, home: Path, settings: str, login: dict[str, Any]) -> str:
+    """Run one turn of Codex CLI with a login. Return what it said."""
     home.mkdir()
     (home / "config.toml").write_text(settings)
-    (home / "auth.json").write_text(
-        json.dumps(
-            {
-                "auth_mode": "chatgpt",
-                "OPENAI_API_KEY": None,
-                "tokens": {**tokens, "account_id": WORKSPACE},
-                "last_refresh": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
-            }
-        )
-    )
+    (home / "auth.json").write_text(json.dumps({"OPENAI_API_KEY": None, **login}))
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "CODEX_HOME": str(home)}
     done = subprocess.run(
         [needs("codex"), "exec", "--skip-git-repo-check", "--json", "hello"],
-        env={**env, "GW_API_KEY": key},
+        env={**env, "REDBTC_API_KEY": key},
         cwd=home,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -275,7 +283,31 @@ def codex_with_login(gateway: Gateway, key: str, home: Path, settings: str) -> t
         timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return token, done.stdout
+    return done.stdout
+
+
+async def answer(request: Received, reply: Reply) -> None:
+    """Answer a request that may be compressed."""
+    if request.header("content-encoding") == "zstd":
+        request.body = backports.zstd.decompress(request.body)
+    await responses_stream()(request, reply)
+
+
+async def answer_frames(sock: Socket) -> None:
+    while True:
+        await sock.send(*ws_events(len(sock.frames), await sock.recv()))
+
+
+def test_codex_cli_with_an_api_key_of_its_own(
+    make_gateway: MakeGateway, own: Upstream, nobody: Upstream, tmp_path: Path
+) -> None:
+    own.script, own.talk = answer, answer_frames
+    nobody.script = json_answer({}, 404)
+    gateway = make_gateway(settings_of(table(own, "keys", credentials="client"))).start()
+    login = {"auth_mode": "apikey", "OPENAI_API_KEY": OWN_KEY}
+    codex(gateway.new_key(), tmp_path / "codex", documented(gateway, nobody), login)
+    assert {request.header("authorization") for request in own.requests} == {f"Bearer {OWN_KEY}"}
+    assert {row["credentials"] for row in gateway.rows()} == {"client"}
 
 
 @pytest.mark.parametrize("websocket", [False, True])
@@ -291,15 +323,6 @@ def test_codex_cli_with_a_chatgpt_login(
 ) -> None:
     """Its provider is named as docs/clients.md says, or "OpenAI": then it compresses bodies."""
 
-    async def answer(request: Received, reply: Reply) -> None:
-        if request.header("content-encoding") == "zstd":
-            request.body = backports.zstd.decompress(request.body)
-        await responses_stream()(request, reply)
-
-    async def answer_frames(sock: Socket) -> None:
-        while True:
-            await sock.send(*ws_events(len(sock.frames), await sock.recv()))
-
     own.script, own.talk = answer, answer_frames
     nobody.script = json_answer({}, 404)  # what Codex CLI asks of chatgpt.com by itself
     gateway = make_gateway(
@@ -309,10 +332,13 @@ def test_codex_cli_with_a_chatgpt_login(
             billing={"unpriced_models": "refuse"},
         )
     ).start()
-    settings = PROVIDER.replace("{url}", gateway.base_url).replace("{backend}", nobody.url)
-    settings = settings.replace("{name}", name).replace("{websocket}", str(websocket).lower())
     key = gateway.new_key()
-    token, said = codex_with_login(gateway, key, tmp_path / "codex", settings)
+    settings = documented(gateway, nobody)
+    settings = settings.replace('"OpenAI"', f'"{name}"').replace(
+        "supports_websockets = true", f"supports_websockets = {str(websocket).lower()}"
+    )
+    token = chatgpt_token()
+    said = codex(key, tmp_path / "codex", settings, {"auth_mode": "chatgpt", **tokens(token)})
     (used,) = [
         line["usage"]
         for line in map(json.loads, said.splitlines())
