@@ -39,6 +39,8 @@ from tests.helpers.upstream import (
     json_answer,
     openai_like,
     response_object,
+    response_pieces,
+    stream,
 )
 
 pytestmark = pytest.mark.promise_7
@@ -639,12 +641,16 @@ def test_the_gateway_asks_such_an_upstream_for_nothing(own: Upstream) -> None:
 def test_a_seat_can_cost_nothing(make_gateway: MakeGateway, own: Upstream, billing: str) -> None:
     gateway = make_gateway(
         settings_of(
-            table(own, "clients", credentials="client", billing=billing),
+            table(own, "clients", models=["gpt-up"], credentials="client", billing=billing),
             billing={"unpriced_models": "refuse", "default_credit_limit": "0"},
         )
     ).start()
     key = gateway.new_key()
     answer = post(gateway, with_key(key), BODY)
+    with client(gateway, with_key(key)) as session:
+        listed = [each["id"] for each in session.get("/models").json()["data"]]
+        assert listed == ([] if billing == "price" else ["gpt-up"])
+        assert session.get("/models/gpt-up").status_code == (404 if billing == "price" else 200)
     if billing == "price":
         assert error(answer) == (404, "model_not_found"), "it has no price"
         return
@@ -666,6 +672,59 @@ def test_a_seat_costs_by_price(make_gateway: MakeGateway, own: Upstream) -> None
     gateway.cli("price", "add", "gpt-up", "--input=1", "--output=1")
     assert post(gateway, with_key(gateway.new_key()), BODY).status_code == 200
     assert float(gateway.row()["cost"]) > 0
+
+
+def test_an_estimate_is_corrected_when_its_client_fetches_the_response(
+    make_gateway: MakeGateway, own: Upstream
+) -> None:
+    """The gateway can't ask for it by itself."""
+    gateway = make_gateway(settings_of(table(own, "clients", credentials="client"))).start()
+    gateway.cli("price", "add", "gpt-up", "--input=1", "--output=1")
+    key = gateway.new_key()
+    own.script = stream(response_pieces(["Hello"])[:3], end="tear")
+    with pytest.raises(httpx2.RemoteProtocolError):
+        post(gateway, with_key(key), {**BODY, "stream": True})
+    own.script = json_answer(response_object())
+    with client(gateway, with_key(key, NOBODY)) as session:
+        assert session.get("/responses/resp_1").status_code == 404
+    assert gateway.row()["usage_source"] == "estimated"
+    with client(gateway, with_key(key)) as session:
+        assert session.get("/responses/resp_1").status_code == 200
+    row = gateway.row()
+    assert (row["usage_source"], row["input_tokens"]) == ("upstream", 30)
+    assert row["corrected_at"]
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        (stored,) = database.execute(
+            "SELECT likely_tokens, length(credential) FROM stored_objects WHERE id = 'resp_1'"
+        )
+    assert stored == (39, 32)
+
+
+def test_a_seat_that_costs_nothing_is_not_corrected_to_cost_something(
+    make_gateway: MakeGateway, own: Upstream
+) -> None:
+    free = table(own, "clients", credentials="client", billing="free")
+    gateway = make_gateway(settings_of(free)).start()
+    gateway.cli("price", "add", "gpt-up", "--input=1000", "--output=1000")
+    key = gateway.new_key()
+    own.script = stream(response_pieces(["Hello"])[:3], end="tear")
+    with pytest.raises(httpx2.RemoteProtocolError):
+        post(gateway, with_key(key), {**BODY, "stream": True})
+    own.script = json_answer(response_object())
+    with client(gateway, with_key(key)) as session:
+        assert session.get("/responses/resp_1").status_code == 200
+    row = gateway.row()
+    assert (row["usage_source"], float(row["cost"])) == ("estimated", 0)
+
+
+def test_an_idempotency_key_is_the_credentials(gateway: Gateway, own: Upstream, key: str) -> None:
+    """Otherwise an upstream could send two clients the same response."""
+    more = {"idempotency-key": "1"}
+    for authorization in (API_KEY, NOBODY, API_KEY):
+        assert post(gateway, with_key(key, authorization, **more)).status_code == 200
+    first, second, third = (request.header("idempotency-key") for request in own.requests)
+    assert first == third != second
 
 
 def test_limits_hold_for_a_seat(gateway: Gateway, own: Upstream) -> None:
