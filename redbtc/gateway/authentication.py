@@ -47,10 +47,8 @@ def key_of_request(request: ClientRequest, store: Store, key_headers: frozenset[
         raise Refusal("invalid_api_key", BAD_KEY, headers=[(b"www-authenticate", b"Bearer")])
     if key.account_status != "active":
         raise Refusal("account_suspended")
-    request.key = key
-    request.credential = None
-    if own and authorization:
-        request.credential = credential_in(request.headers, key, store)
+    credential = credential_in(request.headers, key, store) if own and authorization else None
+    request.key, request.credential = key, credential
     return key
 
 
