@@ -387,6 +387,34 @@ def test_failover_stays_among_upstreams_of_one_kind(
         assert sorted(rows) == [("clients2", "client", 2), ("operators", "operator", 1)]
 
 
+def test_a_full_upstream_is_waited_for(
+    make_gateway: MakeGateway, upstream: Upstream, own: Upstream
+) -> None:
+    """One of the other kind, which has places, does not take its requests."""
+    clients = table(own, "clients", credentials="client", max_concurrency=1)
+    gateway = make_gateway(
+        settings_of(clients, table(upstream, "operators"), limits={"queue_seconds": 0.1})
+    ).start()
+    key = gateway.new_key()
+    began, may_end = threading.Event(), threading.Event()
+
+    async def slow(request: Received, reply: Reply) -> None:
+        began.set()
+        await reply.wait(may_end)
+        await ResponseStore()(request, reply)
+
+    own.script = slow
+    thread = threading.Thread(target=post, args=(gateway, with_key(key), BODY))
+    thread.start()
+    assert began.wait(60)
+    assert error(post(gateway, with_key(key), BODY)) == (503, "overloaded")
+    assert not upstream.requests
+    assert post(gateway, with_key(key, None), BODY).status_code == 200
+    may_end.set()
+    thread.join()
+    assert len(own.requests) == len(upstream.requests) == 1
+
+
 def test_an_outage_of_one_kind_is_none_of_the_other(
     make_gateway: MakeGateway, upstream: Upstream, own: Upstream
 ) -> None:

@@ -12,6 +12,7 @@ from redbtc.locations import ObjectLocation
 from redbtc.store.credentials import ClientCredential
 from redbtc.store.database import Store
 from redbtc.store.objects import Objects
+from redbtc.store.spill import OwedChange, change_of, line_of
 from tests.helpers.credentials import jwt, login
 
 pytestmark = pytest.mark.promise_7
@@ -112,5 +113,8 @@ def test_a_claim_that_is_not_written_yet_keeps_its_credential() -> None:
             assert objects.location_of("resp_1", "acct_1", credential) is None
             assert objects.look_up(["resp_1"], "acct_1", credential) == {"resp_1": None}
         assert objects.location_of("resp_1", "acct_2", "a") is None
+        for written in store.written:  # what can't be committed goes into the spill file
+            change = OwedChange(*written)
+            assert change_of(line_of(change).rstrip(b"\n")) == change
 
     asyncio.run(claim_twice())

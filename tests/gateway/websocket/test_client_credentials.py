@@ -243,6 +243,37 @@ def test_an_error_event_about_the_credential_passes(
             assert {row["upstream_error_code"] for row in rows} == {"401"}
 
 
+def test_a_turn_fails_over_among_upstreams_of_one_kind(
+    make_gateway: MakeGateway, upstream: Upstream, own: Upstream
+) -> None:
+    broken = {"type": "error", "status": 503, "error": {**REJECTED, "code": "server_error"}}
+
+    async def fail(sock: Socket) -> None:
+        while True:
+            await sock.recv()
+            await sock.send(broken)
+
+    with Upstream() as second:
+        second.talk = numbered(600)
+        own.talk = fail
+        gateway = make_gateway(
+            settings_of(
+                table(own, "clients", credentials="client"),
+                table(second, "clients2", credentials="client", priority=2),
+                table(upstream, "operators", priority=3),
+            )
+        ).start()
+        with client(gateway, "", **with_key(gateway.new_key())) as ws:
+            ws.send()
+            assert ws.completed()["id"] == "resp_ws_600"
+            second.talk = fail
+        with client(gateway, "", **with_key(gateway.new_key())) as ws:
+            ws.send()
+            assert ws.recv() == broken
+        assert set(sent_to(second)) == {API_KEY}
+        assert not upstream.requests
+
+
 def test_a_connection_that_is_refused_in_a_session_is_an_error_event(
     make_gateway: MakeGateway, upstream: Upstream, own: Upstream
 ) -> None:
