@@ -1147,6 +1147,16 @@ UPDATE sqlite_schema
  WHERE type = 'table' AND name = 'requests';
 PRAGMA writable_schema = RESET;
 
+-- version 15
+
+-- Clients with credentials of their own ([[upstreams]] credentials = "client").
+ALTER TABLE requests ADD COLUMN
+    credentials         TEXT CHECK (credentials IN ('operator', 'client'));  -- with whose it was sent to
+                                                -- the upstream; NULL: a row of an earlier version
+ALTER TABLE stored_objects ADD COLUMN
+    credential          TEXT CHECK (length(credential) = 32);  -- a keyed hash of the client's own
+                                                -- credential that it was stored with; NULL: the operator's
+
 -- The triggers below take the place of those of the same names.
 
 -- triggers

@@ -20,9 +20,10 @@ import msgspec
 from msgspec import Meta
 
 from redbtc.errors import UserError
+from redbtc.headers import may_come_from_client
 from redbtc.money import parse_limit
 from redbtc.settings_tables import Count, Seconds, SettingsTable, Url, Variable
-from redbtc.upstream_settings import UpstreamSettings, problems_of
+from redbtc.upstream_settings import UpstreamSettings, problem_of_name, problems_of
 from redbtc.usage import MAX_TOKENS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -38,6 +39,14 @@ def shipped(name: str) -> Path:
 
 
 Host = Annotated[str, Meta(min_length=1)]
+# Headers of requests that can't have the gateway's key, besides those of `problem_of_name`: HTTP or
+# a proxy gives them a meaning, which logs and caches know.
+OTHER_MEANING = re.compile(
+    "authorization|proxy-.*|chatgpt-account-id|openai-(organization|project)|cookie2?|origin|"
+    "referer|from|range|if-.*|accept-.*|access-control-.*|sec-.*|cache-control|pragma|date|via|"
+    "max-forwards|forwarded|x-forwarded-.*|x-real-ip|x-request-id|x-redbtc-.*",
+    re.IGNORECASE,
+)
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z*]+")
 WEB_ADDRESS = re.compile(r"https?://[^\s/?#@]+(?:[/?][^\s#]*)?")
 MIN_BODIES_READ = 4  # so that an account's half holds the largest body and its decoded copy
@@ -51,6 +60,7 @@ class ServerSettings(SettingsTable, frozen=True):
     public_url: Url = "http://127.0.0.1:8080"
     trusted_proxies: tuple[str, ...] = ("127.0.0.1",)
     cors_origins: tuple[str, ...] = ("*",)
+    key_headers: tuple[str, ...] = ("x-gateway-key",)
     max_body_bytes: Annotated[int, Meta(ge=1024, le=4 << 30)] = 104_857_600
     max_reading_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
     body_timeout_seconds: Seconds = 60
@@ -274,6 +284,11 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
             raise SettingsError(
                 f"upstreams[{number}].api_key_env: set beside api_key_envs; allowed is one of them"
             )
+        if table.get("api_key_env") and table.get("credentials") == "client":
+            raise SettingsError(
+                f'upstreams[{number}].api_key_env: with credentials = "client", the upstream has '
+                "no key of its own; remove the setting"
+            )
     names = [upstream.name for upstream in settings.upstreams]
     for name in names:
         if names.count(name) > 1:
@@ -293,23 +308,46 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
                 f"server.cors_origins: found {origin!r}; allowed are '*' and origins such as "
                 "'https://app.example.com': scheme, host and port in lower case, without a path"
             )
+    _check_key_headers(settings.server)
     server, minimum = settings.server, MIN_BODIES_READ * settings.server.max_body_bytes
     if server.reading_bytes < minimum:
         raise SettingsError(
             f"server.max_reading_bytes: found {server.max_reading_bytes}; allowed are 0 and "
             f"numbers from {minimum}, which is {MIN_BODIES_READ} times server.max_body_bytes"
         )
+    _check_upstreams(settings)
+    _check_billing(settings.billing)
+    catalog = settings.codex.catalog
+    if is_web_address(catalog) and not (WEB_ADDRESS.fullmatch(catalog) and _is_url(catalog)):
+        raise SettingsError(f"codex.catalog: found {catalog!r}; not a valid URL")
+    return settings
+
+
+def _check_upstreams(settings: Settings) -> None:
     for number, upstream in enumerate(settings.upstreams):
         path = f"upstreams[{number}]"
         if not _is_url(upstream.base_url):
             raise SettingsError(f"{path}.base_url: found {upstream.base_url!r}; not a valid URL")
         for problem in problems_of(upstream):
             raise SettingsError(f"{path}.{problem}")
-    _check_billing(settings.billing)
-    catalog = settings.codex.catalog
-    if is_web_address(catalog) and not (WEB_ADDRESS.fullmatch(catalog) and _is_url(catalog)):
-        raise SettingsError(f"codex.catalog: found {catalog!r}; not a valid URL")
-    return settings
+        if upstream.credentials == "client" and not settings.server.key_headers:
+            raise SettingsError(
+                f'{path}.credentials: "client" needs a header for the gateway\'s key in '
+                "server.key_headers, which is empty"
+            )
+
+
+def _check_key_headers(server: ServerSettings) -> None:
+    """Raise SettingsError if a header for the gateway's key is none, has another meaning, or would
+    reach upstreams."""
+    for name in server.key_headers:
+        where, lower = f"server.key_headers: found {name!r}", name.lower().encode()
+        if problem := problem_of_name(name):
+            raise SettingsError(f"server.key_headers: {problem}")
+        if may_come_from_client(lower):
+            raise SettingsError(f"{where}, which is forwarded to upstreams; choose another name")
+        if OTHER_MEANING.fullmatch(name):
+            raise SettingsError(f"{where}, which has another meaning; choose another name")
 
 
 def _check_billing(billing: BillingSettings) -> None:

@@ -20,6 +20,8 @@ class ObjectLocation(NamedTuple):
     - `tokens`: the maximum number of tokens that the request reads with the object; None if it is
       unknown.
     - `likely_tokens`: the likely number, for an estimate; None if it is the maximum.
+    - `credential`: the digest of the client's own credential that it was stored with, and without
+      which it is not found; None for an operator's.
     """
 
     upstream: str
@@ -28,12 +30,11 @@ class ObjectLocation(NamedTuple):
     extras: int = 0
     tokens: int | None = None
     likely_tokens: int | None = None
+    credential: str | None = None
 
     def with_tokens(self, tokens: int | None, likely: int | None = None) -> ObjectLocation:
         """Return the same location for an object of this many tokens."""
-        return ObjectLocation(
-            self.upstream, self.models, self.minted_input, self.extras, tokens, likely
-        )
+        return self._replace(tokens=tokens, likely_tokens=likely)
 
     @property
     def likely(self) -> int:
@@ -49,6 +50,7 @@ class ObjectLocation(NamedTuple):
             self.extras | later.extras,
             max(self.tokens or 0, later.tokens) if later.tokens is not None else self.tokens,
             self.likely_tokens if later.likely_tokens is None else later.likely_tokens,
+            self.credential,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import orjson
 
@@ -22,6 +23,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
         "This WebSocket has reached its maximum age of 60 minutes. Open a new connection.",
     ),
     "invalid_api_key": (401, INVALID, "Incorrect API key provided."),
+    "client_credential_rejected": (401, INVALID, "The upstream rejected your credential."),
     "account_suspended": (403, INVALID, "This account is suspended."),
     "origin_not_allowed": (403, INVALID, "WebSocket handshakes from this Origin are not allowed."),
     "metrics_forbidden": (
@@ -86,7 +88,7 @@ class Refusal(Exception):
                 (b"retry-after-ms", b"%d" % milliseconds),
             ]
 
-    def error(self) -> dict[str, str | None]:
+    def error(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 

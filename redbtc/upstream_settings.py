@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from redbtc.headers import CREDENTIAL_HEADERS
 from redbtc.settings_tables import Count, Name, Seconds, SettingsTable, Url, Variable
 
 VariableName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -44,6 +45,7 @@ CHOICE = (
     "organization",
     "first_byte_timeout_seconds",
     "total_timeout_seconds",
+    "billing",
 )
 
 
@@ -71,6 +73,8 @@ class UpstreamSettings(SettingsTable, frozen=True):
     proxy: Proxy = ""
     ca_file: str = ""
     websocket: bool = True
+    credentials: Literal["operator", "client"] = "operator"
+    billing: Literal["price", "free"] = "price"
 
     @property
     def members(self) -> tuple[UpstreamSettings, ...]:
@@ -82,7 +86,7 @@ class UpstreamSettings(SettingsTable, frozen=True):
     @property
     def destination(self) -> tuple[object, ...]:
         """Return what decides where requests go and with which key: the rest says how they go."""
-        key = self.api_key_env, self.api_key_envs, self.auth_header, self.headers
+        key = self.key_variables, self.auth_header, self.headers, self.credentials
         return self.base_url, self.transport, self.proxy, self.ca_file, key
 
     def connects_like(self, other: UpstreamSettings) -> bool:
@@ -98,7 +102,10 @@ class UpstreamSettings(SettingsTable, frozen=True):
 
     @property
     def key_variables(self) -> tuple[str, ...]:
-        """Return the names of the environment variables with the keys; none if no key is needed."""
+        """Return the names of the environment variables with the keys; none if no key is needed,
+        or if it is each client's own."""
+        if self.credentials == "client":
+            return ()
         return self.api_key_envs or ((self.api_key_env,) if self.api_key_env else ())
 
     @property
@@ -145,6 +152,7 @@ def problems_of(upstream: UpstreamSettings) -> Iterator[str]:
         yield 'proxy: a proxy needs transport = "httpx"'
     if upstream.proxy.startswith("socks") and not importlib.util.find_spec("socksio"):
         yield "proxy: a SOCKS proxy needs the Python package socksio, which is missing"
+    yield from problems_of_credentials(upstream)
     if problem := problem_of_name(upstream.auth_header):
         yield f"auth_header: {problem}"
     yield from problems_of_headers(upstream)
@@ -158,6 +166,22 @@ def problems_of(upstream: UpstreamSettings) -> Iterator[str]:
                     f"{setting}: the value of the environment variable {name} has "
                     f"characters that a header can't have, such as line breaks; {ALLOWED}"
                 )
+
+
+def problems_of_credentials(upstream: UpstreamSettings) -> Iterator[str]:
+    """Yield what is wrong with the settings of an upstream to which clients send their own
+    credentials, or with settings that only such an upstream can have."""
+    if upstream.credentials == "operator":
+        if upstream.billing != "price":
+            yield f'billing: found {upstream.billing!r}, which needs credentials = "client"'
+        return
+    if upstream.api_key_envs:
+        yield 'api_key_envs: with credentials = "client", the upstream has no key of its own'
+    if upstream.auth_header != "authorization":
+        yield 'auth_header: with credentials = "client", allowed is "authorization"'
+    for name in upstream.headers:
+        if name.lower().encode() in CREDENTIAL_HEADERS:
+            yield f'headers.{name}: with credentials = "client", each client sends its own'
 
 
 def problems_of_headers(upstream: UpstreamSettings) -> Iterator[str]:

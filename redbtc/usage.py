@@ -21,6 +21,8 @@ Outcome = Literal[
     "interrupted",
 ]
 
+Credentials = Literal["operator", "client"]  # whose a request is sent to an upstream with
+
 FAILED: tuple[Outcome, ...] = ("upstream_error", "upstream_failed")  # by the upstream
 
 
@@ -85,6 +87,7 @@ class RequestRow(Struct):
     upstream_status: int | None = None
     upstream_error_code: str | None = None
     upstream_request_id: str | None = None
+    credentials: Credentials | None = None
     usage: Usage = Usage()
 
 

@@ -32,7 +32,7 @@ from redbtc.store.json_values import (
 )
 from redbtc.store.readers import Reader
 from redbtc.times import DAY, day_of, iso_time
-from redbtc.usage import FAILED, KINDS, Outcome, UsageSource
+from redbtc.usage import FAILED, KINDS, Credentials, Outcome, UsageSource
 
 COUNTS = ("requests", "estimated", "unreported", *KINDS)
 SUMS = ", ".join(f"sum({name}) AS {name}" for name in (*COUNTS, "cost_units", "cost_nanos"))
@@ -105,7 +105,8 @@ REQUESTS = f"""
            response_id, :currency AS currency, requests.month,
            iif(corrections.request_id IS NULL, NULL, requests.cost) AS estimated_cost,
            corrections.created_at AS corrected_at,
-           attempts, upstream_status, upstream_error_code, upstream_request_id
+           attempts, upstream_status, upstream_error_code, upstream_request_id,
+           credentials
       FROM requests {{index}} JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}
      WHERE {{of_request}} {{failed}} started_at >= :since
        AND (started_at, requests.request_id) < (:until, :before)
@@ -323,6 +324,7 @@ class RequestShown(RequestWithKinds, kw_only=True):
     upstream_status: int | None
     upstream_error_code: str | None
     upstream_request_id: str | None
+    credentials: Credentials | None
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> RequestShown:

@@ -41,7 +41,9 @@ class AskedUpstream(msgspec.Struct):
 
     def text(self) -> str:
         """Return a line for people."""
-        if self.ok:
+        if self.code == "client_credentials":
+            said = "not asked, since its clients send their own credentials"
+        elif self.ok:
             said = f"{self.models} model{'' if self.models == 1 else 's'}"
         elif self.code == "unusable":
             said = "not asked, since an environment variable is not set"
@@ -183,6 +185,9 @@ async def ask_all(settings: Settings) -> list[AskedUpstream]:
 async def ask_member(upstream: Upstream) -> AskedUpstream:
     """Ask a member for its models."""
     asked = AskedUpstream(upstream.name)
+    if upstream.is_client:
+        asked.ok, asked.code = True, "client_credentials"
+        return asked
     if not upstream.usable:
         asked.code = "unusable"
         return asked

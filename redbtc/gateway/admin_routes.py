@@ -15,7 +15,7 @@ from redbtc.admin.http import admin_app
 from redbtc.dashboard.lazy import LazyDashboard
 from redbtc.dashboard.sessions import authenticator, session_of
 from redbtc.errors import StorageUnavailable
-from redbtc.gateway.authentication import key_in_headers
+from redbtc.gateway.authentication import key_of_request
 from redbtc.gateway.gateway import Gateway
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import App, ClientRequest, Message, Receive, Scope, Send, ids_of, request_of
@@ -41,7 +41,8 @@ class AdminRoutes:
         account are made one after the other. Raises Refusal."""
         request = request_of(scope)
         request.route = "/admin/v1/me"
-        key = request.key = key_in_headers(request.headers, self._gateway.store)
+        gateway = self._gateway
+        key = key_of_request(request, gateway.store, gateway.key_headers)
         with self._asked_by(key.account_id):
             async with self._asking[key.account_id]:
                 await self._admin(scope, receive, self._with_ids(request, send))

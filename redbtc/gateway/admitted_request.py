@@ -28,7 +28,7 @@ from redbtc.store.keys import Key
 from redbtc.store.requests import begin_row, forget_row
 from redbtc.upstream.candidates import Candidates
 from redbtc.upstream.upstreams import Upstream
-from redbtc.usage import RequestRow
+from redbtc.usage import Credentials, RequestRow
 
 
 class Releasable(Protocol):
@@ -48,6 +48,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     _memory: Releasable
     _candidates: Candidates[Upstream] | None = None  # it has a place at one of them, perhaps
     _is_held = False
+    is_free = False  # the member that it is sent to bills nothing
     _is_unfinished = False  # whether it is counted as an unfinished background response
 
     def __init__(
@@ -81,28 +82,33 @@ class AdmittedRequest(ForwardedRequest, Running):
         upstream has begun another response to it by itself. This takes the place of `async with`'s
         beginning; its end must follow. `hold` is the hold for it."""
         self.hold, self._is_held = hold, True
-        self.row = self.new_row(before.requested_model, before.upstream)
+        self.row = self.new_row(before.requested_model, before.upstream, before.credentials)
         self.date_row()
         self.left_at = time.monotonic()
         self.gateway.in_flight.with_row.add(self)
 
     async def __aenter__(self) -> Self:
-        if self.is_unmetered:
+        candidates = self._candidates
+        assert candidates is not None, "admit was called"
+        first = candidates.members[0]
+        self.is_free = first.is_free and all(each.is_free for each in candidates.members)
+        if self.is_unmetered and not self.is_free:
             self._check_unmetered()
         if self.endpoint.stores and self.facts.background:
-            self._count_unfinished(self.facts.background)
+            check_background(self.facts.background, first)
+            self._count_unfinished()
         try:
             tokens = self.input_estimate + self.facts.largest(self.endpoint.output_limits)
             tokens = 0 if self.endpoint.free else tokens
             await self.gateway.limiter.take_places(self.admission, tokens, self.deadline)
-            candidates = self._candidates
-            assert candidates is not None, "admit was called"
             await self.gateway.limiter.take_place_at_upstream(
                 self.admission, candidates, self.deadline
             )
             assert candidates.member is not None, "it has waited for one"
             self._memory.release()
-            self.row = self.new_row(self.facts.model or "", candidates.member.name)
+            credentials: Credentials = "client" if first.is_client else "operator"
+            model = self.facts.model or ""
+            self.row = self.new_row(model, candidates.member.name, credentials)
             self.hold = await self._hold_or_undo()
             self._is_held = True
             self._note_growth()
@@ -132,10 +138,9 @@ class AdmittedRequest(ForwardedRequest, Running):
         if self._is_unfinished and not self.background:
             self.gateway.background.unfinished.remove(self.key.account_id)
 
-    def _count_unfinished(self, background: bool | str) -> None:
+    def _count_unfinished(self) -> None:
         """Count a request for a background response as one of the account's unfinished ones. Raises
         Refusal."""
-        check_background(background)
         limit = self.settings.limits.account.background
         self.gateway.background.unfinished.add(self.key.account_id, limit)
         self._is_unfinished = self.awaits_id = True
@@ -163,7 +168,8 @@ class AdmittedRequest(ForwardedRequest, Running):
             spending = await billing.spending_of(self.key)
             # Nothing is awaited from here on: no other request can hold the same money.
             quote = billing.quote(self.key, self.body.model, spending)
-            cost = self._max_cost(quote.model_prices, further_input) if quote.remaining else 0
+            is_limited = quote.remaining and not self.is_free
+            cost = self._max_cost(quote.model_prices, further_input) if is_limited else 0
             return billing.hold(quote, cost)
         except SpendingLimitReached as error:
             raise insufficient_quota(f"{error}{self.maximum.advice()}") from None
@@ -183,7 +189,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         served while it waited can have added to them. Raises StorageUnavailable."""
         objects, body = self.gateway.objects, self.body
         for each in body.inherited.conversations:
-            location = objects.location_of(each, self.key.account_id)
+            location = objects.location_of(each, self.key.account_id, self.client_request.digest)
             tokens = (location.tokens if location else None) or 0
             body.inherited.update_conversation(each, tokens + objects.growth_of(each))
 
@@ -218,7 +224,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         of a background response is known, nobody could ask what it used, or cancel it."""
         return max(super().grace(), ID_SECONDS) if self.awaits_id else super().grace()
 
-    def new_row(self, model: str, upstream: str) -> RequestRow:
+    def new_row(self, model: str, upstream: str, credentials: Credentials | None) -> RequestRow:
         """Return a pending row. It gets its time when it is written."""
         return RequestRow(
             request_id=self.client_request.id,
@@ -228,6 +234,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             requested_model=model,
             upstream=upstream,
             started_at=0,
+            credentials=credentials,
         )
 
     def date_row(self) -> None:
@@ -269,6 +276,7 @@ class AdmittedRequest(ForwardedRequest, Running):
 
     def note_attempt(self, upstream: Upstream) -> None:
         self.row.upstream = upstream.name
+        self.is_free = upstream.is_free
         self.row.attempts = (self.row.attempts or 0) + 1
         self.left_at = time.monotonic()
 
@@ -282,11 +290,18 @@ class AdmittedRequest(ForwardedRequest, Running):
         return f"{account_id} background" if self.facts.background is True else account_id
 
 
-def check_background(value: bool | str) -> None:
+def check_background(value: bool | str, member: Upstream) -> None:
     """Raise Refusal if `background` is text, which an upstream might take for true. (In a request
-    for images, which has no background responses, it is a colour.)"""
+    for images, which has no background responses, it is a colour.) Refuse it as well at a member
+    that needs the client's credential: the gateway could not ask for the response later."""
     if isinstance(value, str):
         message = "'background' must be true or false."
+        raise Refusal("invalid_request", message, param="background")
+    if member.is_client:
+        message = (
+            "A background response can't be created with your own credential, which the gateway "
+            "does not keep. Leave 'background' out."
+        )
         raise Refusal("invalid_request", message, param="background")
 
 

@@ -1,21 +1,40 @@
-"""Find the API key of a request."""
+"""Find the API key of a request, and the client's own credential if it has sent one."""
 
 from __future__ import annotations
 
+import re
+
 from redbtc.errors import StorageUnavailable
-from redbtc.headers import Headers, header
+from redbtc.headers import CREDENTIAL_HEADERS, Headers
 from redbtc.refusals import Refusal
+from redbtc.server.asgi import ClientRequest
+from redbtc.store.credentials import ClientCredential
 from redbtc.store.database import Store
-from redbtc.store.keys import Key, key_in_force
+from redbtc.store.keys import Key, is_key, key_in_force
 
-BAD_KEY = "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…'."
+BAD_KEY = (
+    "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…', or in the "
+    "header that your administrator names if Authorization has a credential of your own."
+)
+NOT_IN_A_CREDENTIAL = re.compile(rb"[^\x20-\x7e]")
 
 
-def key_in_headers(headers: Headers, store: Store) -> Key:
-    """Return the key in a request's headers, if it is in force. Whatever is wrong with a key, the
-    response is the same. The database is read each time, so that revoking a key and suspending an
-    account take effect on the next request. Raises Refusal."""
-    scheme, _, token = (header(headers, b"authorization") or b"").partition(b" ")
+def key_of_request(request: ClientRequest, store: Store, key_headers: frozenset[bytes]) -> Key:
+    """Return the key in a request's headers, if it is in force: that of the one header named in
+    `key_headers`, or if there is none, that in Authorization. Note both the key and the client's
+    own credential in the request. Whatever is wrong with a key, the response is the same. The
+    database is read each time, so that revoking a key and suspending an account take effect on the
+    next request. Raises Refusal."""
+    own: bytes | None = None
+    authorization = b""
+    for name, value in request.headers:
+        if name in key_headers:  # of two, one reader may use the first and another the last
+            own = value if own is None else b"two"
+        elif name == b"authorization":  # the server has refused a second one
+            authorization = value
+    scheme, _, token = (authorization if own is None else own).partition(b" ")
+    if own and not token:
+        scheme, token = b"bearer", scheme
     try:
         shown = token.strip().decode("ascii") if scheme.lower() == b"bearer" else ""
     except UnicodeDecodeError:
@@ -28,4 +47,26 @@ def key_in_headers(headers: Headers, store: Store) -> Key:
         raise Refusal("invalid_api_key", BAD_KEY, headers=[(b"www-authenticate", b"Bearer")])
     if key.account_status != "active":
         raise Refusal("account_suspended")
+    credential = credential_in(request.headers, key, store) if own and authorization else None
+    request.key, request.credential = key, credential
     return key
+
+
+def credential_in(headers: Headers, key: Key, store: Store) -> ClientCredential | None:
+    """Return the client's own credential, which a request with a key in another header has in
+    Authorization. A key of this gateway is none: it must not be forwarded. Raises Refusal."""
+    sent = [line for line in headers if line[0] in CREDENTIAL_HEADERS]
+    names = [name for name, _ in sent]
+    for name, value in sent:
+        if names.count(name) > 1:
+            raise Refusal("invalid_http", f"Duplicate header: {name.decode()}.")
+        if NOT_IN_A_CREDENTIAL.search(value):  # a WebSocket's handshake would change it
+            message = f"The header {name.decode()} has characters other than printable ASCII."
+            raise Refusal("invalid_http", message)
+    token = dict(sent)[b"authorization"].rpartition(b" ")[2].decode()
+    try:
+        if is_key(store, token):
+            return None
+    except StorageUnavailable:
+        raise Refusal("ledger_unavailable") from None
+    return ClientCredential(sent, key.account_id, store.secret)

@@ -44,9 +44,11 @@ class Corrections:
         self._writing: dict[str, asyncio.Task[None]] = {}  # by response
         self._shown: dict[str, ShownResponse] = {}  # by response
 
-    async def correct_if_final(self, response_id: str, account_id: str, report: Report) -> None:
+    async def correct_if_final(
+        self, response_id: str, account_id: str, report: Report, credential: str | None = None
+    ) -> None:
         """Correct the estimated row of this response if the report has its final usage. Return when
-        the correction is on disk."""
+        the correction is on disk. `credential` is what the response was stored with."""
         if not is_final(report):
             return
         writing = self._writing.get(response_id)
@@ -54,7 +56,9 @@ class Corrections:
             found = self._estimated(response_id, account_id)
             if found is None or (is_cancelled_without_output(report) and found.output_tokens):
                 return
-            writing = asyncio.create_task(self._write(found, response_id, account_id, report))
+            writing = asyncio.create_task(
+                self._write(found, response_id, account_id, report, credential)
+            )
             self._writing[response_id] = writing
             writing.add_done_callback(lambda _: self._writing.pop(response_id))
         await asyncio.shield(writing)
@@ -122,12 +126,17 @@ class Corrections:
         return None
 
     async def _write(
-        self, found: EstimatedRow, response_id: str, account_id: str, report: Report
+        self,
+        found: EstimatedRow,
+        response_id: str,
+        account_id: str,
+        report: Report,
+        credential: str | None,
     ) -> None:
         billing, model = self._billing, found.requested_model
         try:
             key = key_of(billing.store, found.key_id)
-            location = self._objects.location_of(response_id, account_id)
+            location = self._objects.location_of(response_id, account_id, credential)
             hold = await billing.hold_at(key, model, found.admitted_at, 0)
         except StorageUnavailable:
             return  # it is for the next who looks

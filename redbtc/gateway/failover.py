@@ -158,9 +158,11 @@ def lacks_right(status: int, code: str | None, text: bytes) -> bool:
     return NO_RIGHT_TEXT.search(text) is not None
 
 
-def kept_code(status: int, code: str | None) -> str | None:
-    """Return the code of an error as it may be kept: that of a rejection could quote the key."""
-    if code and status in REJECTED_STATUSES and not REJECTION_CODE.fullmatch(code):
+def kept_code(status: int, code: str | None, by_client: bool = False) -> str | None:
+    """Return the code of an error as it may be kept: that of a rejection could quote the key, and
+    nothing may be kept of a client's own credential (`by_client`)."""
+    may_quote = by_client or status in REJECTED_STATUSES
+    if code and may_quote and not REJECTION_CODE.fullmatch(code):
         return str(status)
     return code
 
@@ -229,9 +231,19 @@ class Failover(Generic[AnyFailed]):
         return answers[-1] if answers else None
 
 
+def is_failure(status: int, candidates: Candidates[Upstream]) -> bool:
+    """Return whether an answer with this status is a failure of the member. A 401, 403 or 429 to a
+    client's own credential is not: it concerns that client alone, and is passed on to it."""
+    member = candidates.member
+    by_client = member is not None and member.is_client
+    return status in FAILURES and not (by_client and status in CERTAIN)
+
+
 def must_be_read(status: int, candidates: Candidates[Upstream]) -> bool:
     """Return whether an answer with this status can be one that the client is not sent."""
-    return status in FAILURES or (status == UNREADABLE[0] and candidates.may_be_unreadable)
+    if status == UNREADABLE[0]:
+        return candidates.may_be_unreadable
+    return is_failure(status, candidates)
 
 
 async def read_error(member: Upstream, response: UpstreamResponse) -> ErrorAnswer:
@@ -239,5 +251,5 @@ async def read_error(member: Upstream, response: UpstreamResponse) -> ErrorAnswe
     body = BegunBody(response.body)
     await body.read(MAX_BEGINNING, ERROR_SECONDS)
     code = error_code_in(body.begun) if body.whole else None
-    code = kept_code(response.status, code)
+    code = kept_code(response.status, code, member.is_client)
     return ErrorAnswer(member, response, body, code, retry_after_seconds(response.headers))

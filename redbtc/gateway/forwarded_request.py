@@ -62,7 +62,11 @@ class ForwardedRequest:
 
     @property
     def idempotency_scope(self) -> str:
-        """The name of the set of requests that share idempotency keys: the account's id."""
+        """The name of the set of requests that share idempotency keys: the account's id, with the
+        digest of a client's own credential."""
+        credential = self.client_request.credential
+        if credential:
+            return f"{self.key.account_id} {credential.digest}"
         return self.key.account_id
 
     def choose_meter(self, stream: bool) -> Meter:
@@ -78,6 +82,11 @@ class ForwardedRequest:
             ends=self.images,
             expects_usage=self.expects_usage(),
         )
+
+    def catalog_etag(self) -> bytes | None:
+        """Return the ETag of the model catalogue that the client gets, None if there is none."""
+        with_credential = self.client_request.credential is not None
+        return self.gateway.catalog.etag(self.key, with_credential)
 
     def expects_usage(self) -> bool:
         """Return whether a streamed chat was asked to report its usage."""

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from redbtc.billing.billing import Billing
 from redbtc.codex.catalog import read_catalog
 from redbtc.config import Settings
 from redbtc.deadlines import Deadline, Deadlines
-from redbtc.gateway.authentication import key_in_headers
+from redbtc.gateway.authentication import key_of_request
 from redbtc.gateway.background_responses import BackgroundResponses
 from redbtc.gateway.corrections import Corrections
 from redbtc.gateway.in_flight import InFlight
@@ -43,6 +43,7 @@ class Gateway:
         """`on_task_end` is called with each task of background responses that has ended. Raises
         SettingsError if a file that the settings name can't be used."""
         self.settings = settings
+        self.key_headers = names_of(settings.server.key_headers)
         self.store = billing.store
         self.billing = billing
         self.telemetry = telemetry
@@ -93,6 +94,7 @@ class Gateway:
         self.upstreams.apply(settings.upstreams)
         self.journal.forget_rests_but(before, {each.name: each.health for each in self.upstreams})
         self.settings = settings
+        self.key_headers = names_of(settings.server.key_headers)
         self.billing.apply(settings.billing)
         self.catalog.apply(settings.codex, models)
         self.journal.forget_all_but({each.name for each in self.upstreams})
@@ -101,7 +103,9 @@ class Gateway:
         """Return the key of a request that may be served now. Raises Refusal."""
         if self.draining:
             raise Refusal("draining", headers=[(b"connection", b"close")])
-        key = request.key = key_in_headers(request.headers, self.store)
+        if request.key_headers is None:  # a WebSocket keeps the meaning of its headers
+            request.key_headers = self.key_headers
+        key = key_of_request(request, self.store, request.key_headers)
         if maintenance := self.billing.notices.maintenance():
             wait = (maintenance.until - self.store.time()) / 1000
             raise Refusal("maintenance", maintenance.text, retry_after=wait)
@@ -134,3 +138,8 @@ class Gateway:
         """Abort all that is in flight: the process is about to end. What was used is estimated."""
         self.stopping = True
         self.in_flight.abort_all()
+
+
+def names_of(key_headers: Iterable[str]) -> frozenset[bytes]:
+    """Return the names of server.key_headers as requests have them."""
+    return frozenset(name.lower().encode() for name in key_headers)

@@ -15,6 +15,7 @@ import msgspec
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.background_response import BackgroundResponse
+from redbtc.gateway.failover import kept_code
 from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
@@ -89,7 +90,11 @@ class MeteredRequest(UnreportedUsage):
         first = header(self.client_request.headers, b"idempotency-key") is None
         minted = first and self.body.mints_input
         return ObjectLocation(
-            self.row.upstream, self.body.inheritable_models, minted, self.body.inheritable_extras
+            self.row.upstream,
+            self.body.inheritable_models,
+            minted,
+            self.body.inheritable_extras,
+            credential=self.client_request.digest if self.row.credentials == "client" else None,
         )
 
     def _go_on_in_background(self, report: Report, response_id: str) -> None:
@@ -122,6 +127,8 @@ class MeteredRequest(UnreportedUsage):
         row.upstream_status = self.upstream_status
         row.upstream_request_id = self.upstream_request_id
         row.upstream_error_code = report.error_code
+        if report.error_code and row.credentials == "client":
+            row.upstream_error_code = kept_code(self.status or 0, report.error_code, True)
 
     async def settle(self, outcome: Outcome) -> None:
         """Commit the row as the request ended; that of a background response which goes on
@@ -137,13 +144,14 @@ class MeteredRequest(UnreportedUsage):
         if outcome == "client_disconnected" and gateway.stopping:
             outcome = "interrupted"
         if outcome in FAILED:
-            row.upstream_error_code = report.error_code or self.cause_of(outcome)
+            row.upstream_error_code = row.upstream_error_code or self.cause_of(outcome)
         guess = await self.estimate(outcome)
         parts = self._account_for(row, outcome, guess)
         if report.containers:
             parts = await count_containers(gateway.containers, row, report, parts)
         correction_facts = self._correction_facts if guess else None
-        bill(row, parts, gateway.billing, self.hold, self.body.image_model())
+        billed = [] if self.is_free else parts
+        bill(row, billed, gateway.billing, self.hold, self.body.image_model())
         if self._without_tokens and not self.repeats:
             self._own(self._without_tokens, inheritable_usage(row, self.max_usage()), row.usage)
             self._without_tokens = {}
@@ -196,8 +204,9 @@ class MeteredRequest(UnreportedUsage):
 
     @property
     def _correction_facts(self) -> CorrectionFacts | None:
-        """The facts that a later correction needs; None if the response can't be fetched later."""
-        if not self.endpoint.stores:
+        """The facts that a later correction needs; None if the response can't be fetched later, or
+        if a correction could not change what it costs."""
+        if not self.endpoint.stores or self.is_free:
             return None
         return CorrectionFacts(self.hold.at, self.body.image_model(), self.hold.held)
 
@@ -223,7 +232,7 @@ class MeteredRequest(UnreportedUsage):
         row = msgspec.structs.replace(self.row)
         parts = add_calls(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
-            fill_in_cost(row, parts, self.hold, self.body.image_model())
+            fill_in_cost(row, [] if self.is_free else parts, self.hold, self.body.image_model())
             self._is_saved = True
             record_progress(self.gateway.store, row, self._correction_facts)
 

@@ -36,7 +36,7 @@ class MeteredRoute:
                 client_request.headers, receive, deadline, settings, memory, endpoint
             )
             candidates = await candidates_for(
-                gateway, key, client_request.headers, body, needs_price=self._needs_price
+                gateway, key, client_request, body, needs_price=self._needs_price
             )
             request = MeteredRequest(
                 gateway, client_request, endpoint, deadline, admission, key, body

@@ -57,7 +57,7 @@ class ModelCatalog:
         self._upstreams = upstreams
         self._models = read_catalog(settings.catalog)
         self._fetched = b""  # the bytes of the catalogue that was fetched last
-        self._selections: dict[str | None, Selection] = {}
+        self._selections: dict[tuple[str | None, bool], Selection] = {}
         self._changed = asyncio.Event()  # the place is a URL that has not been fetched yet
         self._logged: set[str] = set()  # the problems that were logged, and are not over
         self._set_place(settings.catalog)
@@ -82,9 +82,10 @@ class ModelCatalog:
         if is_web_address(place):
             self._changed.set()
 
-    def selection(self, key: Key) -> Selection | None:
-        """Return what a key gets, None if no catalogue is set or none has been fetched yet."""
-        found = self._selections.get(key.models)
+    def selection(self, key: Key, with_credential: bool) -> Selection | None:
+        """Return what a key gets, None if no catalogue is set or none has been fetched yet.
+        `with_credential`: the client has sent its own, with which it can use other upstreams."""
+        found = self._selections.get((key.models, with_credential))
         if (
             found is None
             or found.prices is not self._billing.prices
@@ -92,29 +93,34 @@ class ModelCatalog:
         ):
             if self._models is None:
                 return None
-            found = self._select(self._models, key)
+            found = self._select(self._models, key, with_credential)
         return found
 
-    def _select(self, models: tuple[CatalogModel, ...], key: Key) -> Selection:
-        may_serve, serve = self._billing.may_serve, self._upstreams.serve
-        chosen = tuple(
-            each
-            for each in models
-            if key.allows(each.slug) and may_serve(each.slug) and serve(each.slug)
-        )
+    def _select(
+        self, models: tuple[CatalogModel, ...], key: Key, with_credential: bool
+    ) -> Selection:
+        upstreams = self._upstreams.shown_to(with_credential)
+
+        def is_usable(name: str) -> bool:
+            is_free = with_credential and self._upstreams.are_free(name)
+            has_price = is_free or self._billing.may_serve(name)
+            return key.allows(name) and has_price and any(each.serves(name) for each in upstreams)
+
+        chosen = tuple(each for each in models if is_usable(each.slug))
         if len(self._selections) >= MAX_SELECTIONS:
             self._selections.clear()
         until = time.monotonic() + SELECTION_SECONDS
         found = Selection(chosen, etag_of(chosen), self._billing.prices, until)
-        self._selections[key.models] = found
+        self._selections[key.models, with_credential] = found
         if size_of(chosen) > MAX_BODY:
             reason = f"{size_of(chosen)} bytes; Codex may ignore more than {MAX_BODY}"
             self._log_once("model catalog too large", reason)
         return found
 
-    def etag(self, key: Key) -> bytes | None:
-        """Return the ETag of what a key gets, None if there is nothing yet."""
-        found = self.selection(key)
+    def etag(self, key: Key, with_credential: bool) -> bytes | None:
+        """Return the ETag of what a key gets, None if there is nothing yet. `with_credential` is as
+        for `selection`."""
+        found = self.selection(key, with_credential)
         return found.etag if found else None
 
     # A catalogue at a URL

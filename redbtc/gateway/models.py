@@ -53,7 +53,8 @@ class Models:
         charged = gateway.limiter.charge(key, gateway.settings.limits)
         with charged as admission, gateway.serving(request.client, deadline, key):
             await gateway.limiter.take_places(admission, 0, deadline)
-            joined, age = await self._listed(key, gateway.upstreams)
+            members = gateway.upstreams.shown_to(request.credential is not None)
+            joined, age = await self._listed(key, members) if members else ({}, 0.0)
         body = orjson.dumps({"object": "list", "data": list(joined.values())})
         await self._answer(request, send, 200, body, age_header(age))
 
@@ -65,7 +66,7 @@ class Models:
         if not gateway.catalog.is_set:
             raise Refusal("unknown_url", NO_CATALOG)
         with gateway.limiter.charge(key, gateway.settings.limits):
-            found = gateway.catalog.selection(key)
+            found = gateway.catalog.selection(key, request.credential is not None)
             if found is None:
                 message = "The model catalogue has not been fetched yet."
                 raise Refusal("upstream_unreachable", message)
@@ -91,7 +92,9 @@ class Models:
         charged = gateway.limiter.charge(key, gateway.settings.limits)
         with charged as admission, gateway.serving(request.client, deadline, key):
             name = scope["path_params"]["model"]
-            status, body, headers = await self._shown(key, name, admission, deadline)
+            with_credential = request.credential is not None
+            shown = self._shown(key, name, admission, deadline, with_credential)
+            status, body, headers = await shown
         await self._answer(request, send, status, body, headers)
 
     async def _answer(
@@ -115,40 +118,50 @@ class Models:
         lists = await asyncio.gather(*asked, return_exceptions=True)
         joined: dict[str, dict[str, Any]] = {}
         oldest, failures = 0.0, []
-        for found in lists:
+        for found, members in zip(lists, tables.values(), strict=True):
             if isinstance(found, BaseException):
                 failures.append(found)
                 continue
             oldest = max(oldest, found[1])
             async for model in with_turns(found[0]):
-                if self._is_usable(key, model["id"]):
+                is_free = members[0].is_client and self._gateway.upstreams.are_free(model["id"])
+                if self._is_usable(key, model["id"], is_free):
                     joined.setdefault(model["id"], model)
         if len(failures) == len(lists):
             raise failures[0]
         return joined, oldest
 
-    def _is_usable(self, key: Key, model: str) -> bool:
-        return self._gateway.billing.may_serve(model) and key.allows(model)
+    def _is_usable(self, key: Key, model: str, is_free: bool) -> bool:
+        return (is_free or self._gateway.billing.may_serve(model)) and key.allows(model)
 
     async def _shown(
-        self, key: Key, name: str, admission: Admission, deadline: Deadline
+        self,
+        key: Key,
+        name: str,
+        admission: Admission,
+        deadline: Deadline,
+        with_credential: bool,
     ) -> tuple[int, bytes, Headers]:
         """Return the status, body and headers of the answer about a model. Raises Refusal."""
         gateway = self._gateway
         # '../files' must not reach the upstream. To match a long name takes long.
         is_name = len(name) <= MAX_NAME and MODEL_NAME.fullmatch(name)
-        if not (is_name and self._is_usable(key, name)):
+        is_free = with_credential and gateway.upstreams.are_free(name)
+        if not (is_name and self._is_usable(key, name, is_free)):
             raise Refusal("model_not_found", param="model")
-        upstreams = gateway.upstreams.candidates(name).members
+        upstreams = gateway.upstreams.candidates(name, with_credential=with_credential).members
         await gateway.limiter.take_places(admission, 0, deadline)
         for upstream in upstreams:
+            if upstream.is_client:  # the gateway has no credential to ask it with
+                continue
             with contextlib.suppress(*NO_LIST):
                 status, shown = await upstream.fetch_whole(f"/models/{name}")
                 if 200 <= status < 500 and status not in ABOUT_THE_KEY:
                     return status, shown, []
         listed, age = await self._listed(key, upstreams)
         if name not in listed:
-            raise Refusal("upstream_unreachable")
+            is_asked = not all(each.is_client for each in upstreams)
+            raise Refusal("upstream_unreachable" if is_asked else "model_not_found")
         return 200, orjson.dumps(listed[name]), age_header(age)
 
 

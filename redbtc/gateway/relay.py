@@ -14,6 +14,7 @@ from redbtc.gateway.failover import (
     REJECTED_STATUSES,
     ErrorAnswer,
     Failover,
+    is_failure,
     judge_end,
     must_be_read,
     read_error,
@@ -70,7 +71,9 @@ class Relay:
             try:
                 with self._deadline.running(total, self._request.grace()):
                     response = await self._ask(candidates)
-                    if response is None or response.status in FAILURES:
+                    if response is None or (
+                        response.status >= 400 and is_failure(response.status, candidates)
+                    ):
                         response = await self._fail_over(candidates, response)
                         failure = self._failure
                     if response:
@@ -100,6 +103,8 @@ class Relay:
         headers = headers_for_upstream(
             request.client_request.headers, request.gateway.store.secret, request.idempotency_scope
         )
+        if member.is_client:
+            headers += request.client_request.credential_headers
         if self._body or self._method == "POST":
             headers.append((b"content-length", b"%d" % len(self._body)))
         else:
@@ -181,18 +186,18 @@ class Relay:
 
     async def _pass(self, response: UpstreamResponse, candidates: Candidates[Upstream]) -> None:
         """Pass an answer on. Raises httpx2.HTTPError."""
-        request, is_good = self._request, response.status not in FAILURES
+        request, status = self._request, response.status
+        is_good = status < 400 or not is_failure(status, candidates)
         if is_good:
-            candidates.answer(serves=response.status < 400)
+            candidates.answer(serves=status < 400)
         self._answer = AnswerBody(request, self._response, self._idle_seconds)
         try:
             request_id = self._response.set_head(
                 response, request.client_request.id, request.admission.headers()
             )
-            request.note_answer(response.status, readable_id(request_id))
+            request.note_answer(status, readable_id(request_id))
             if request.gateway.catalog.is_set and request.endpoint is RESPONSES:
-                etag = request.gateway.catalog.etag(request.key)
-                self._response.replace_header(MODELS_ETAG, etag)
+                self._response.replace_header(MODELS_ETAG, request.catalog_etag())
             await self._answer.relay(response.body)
         finally:
             await response.body.aclose()

@@ -12,7 +12,7 @@ from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.reading import read_body
-from redbtc.gateway.references import location_of, not_own, required_upstream
+from redbtc.gateway.references import location_of, not_own, required_location
 from redbtc.gateway.relay import Relay
 from redbtc.headers import Headers
 from redbtc.limits.admission import Admission
@@ -92,7 +92,8 @@ class StoredRequest(ForwardedRequest):
             await self._correct(outcome)
             self._own_listed()
         if self._deletes and status < 300:
-            await gateway.objects.disown(self._response_id, self.key.account_id)
+            credential = self._location.credential
+            await gateway.objects.disown(self._response_id, self.key.account_id, credential)
         gateway.telemetry.answered(
             self.client_request.id, self.client_request.route, status, outcome
         )
@@ -107,7 +108,9 @@ class StoredRequest(ForwardedRequest):
         if self._is_torn(outcome):
             await self.ask_for_usage(response_id, self._location.upstream)
         elif report.response_id == response_id:
-            await gateway.corrections.correct_if_final(response_id, self.key.account_id, report)
+            await gateway.corrections.correct_if_final(
+                response_id, self.key.account_id, report, self._location.credential
+            )
 
     def _is_torn(self, outcome: Outcome) -> bool:
         """Return whether only an estimate of the response is known and this answer broke off
@@ -133,7 +136,8 @@ class StoredRequest(ForwardedRequest):
         can have become known since this request began, or are not known yet."""
         objects, location = self.gateway.objects, self._location
         with contextlib.suppress(StorageUnavailable):
-            location = objects.location_of(self._response_id, self.key.account_id) or location
+            account_id, credential = self.key.account_id, location.credential
+            location = objects.location_of(self._response_id, account_id, credential) or location
         if growth := objects.growth_of(self._response_id):
             location = location.with_tokens((location.tokens or 0) + growth)
         return location._replace(minted_input=False)
@@ -157,8 +161,8 @@ class StoredRoute:
         deadline = Deadline(gateway.deadlines)
         charged = gateway.limiter.charge(key, settings.limits)
         with charged as admission, gateway.serving(client_request.client, deadline, key):
-            location, candidates = choose_stored(gateway, key, response_id)
-            query = self._query(key, response_id, scope["query_string"])
+            location, candidates = choose_stored(gateway, client_request, key, response_id)
+            query = self._query(client_request, key, response_id, scope["query_string"])
             with Reservation(gateway.limiter, key, settings) as reserved:
                 body = await read_body(
                     client_request.headers, receive, deadline, settings, reserved
@@ -168,7 +172,8 @@ class StoredRoute:
                 elif body.strip():
                     check_plain_json(client_request.headers)
                     steps = RequestBody.read_body(body, body)
-                    await required_upstream(gateway, key, await in_slices(steps, key.account_id))
+                    parsed = await in_slices(steps, key.account_id)
+                    await required_location(gateway, client_request, key, parsed)
                 if self._method == "DELETE" and response_id in gateway.background:
                     message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
@@ -209,15 +214,18 @@ class StoredRoute:
         admission.undo(refusal)
         raise refusal
 
-    def _query(self, key: Key, response_id: str, given: bytes) -> bytes:
+    def _query(
+        self, client_request: ClientRequest, key: Key, response_id: str, given: bytes
+    ) -> bytes:
         """Return the part of the query that is forwarded. `after` and `before` must name an item
         that the account owns, or that this response's listing showed it. Raises Refusal."""
+        digest = client_request.digest
         query = Query(given, QUERIES.get((self._method, self._suffix), ()))
         for name in ("after", "before"):
             for object_id in query.values(name):
                 objects, account_id = self._gateway.objects, key.account_id
                 shown = objects.was_listed(object_id, response_id, account_id)
-                if not shown and location_of(self._gateway, key, object_id) is None:
+                if not shown and location_of(self._gateway, key, digest, object_id) is None:
                     raise not_own(name)
         return query.encoded()
 
@@ -232,11 +240,14 @@ def check_plain_json(headers: Headers) -> None:
 
 
 def choose_stored(
-    gateway: Gateway, key: Key, response_id: str
+    gateway: Gateway, client_request: ClientRequest, key: Key, response_id: str
 ) -> tuple[ObjectLocation, Candidates[Upstream]]:
-    """Return where the account's response is stored, and the members that can be asked for it.
-    Raises Refusal."""
-    location = location_of(gateway, key, response_id) if OBJECT_ID.fullmatch(response_id) else None
+    """Return where the account's response is stored, and the members that can be asked for it, with
+    the credential that it was stored with. Raises Refusal."""
+    location = None
+    if OBJECT_ID.fullmatch(response_id):
+        location = location_of(gateway, key, client_request.digest, response_id)
     if location is None:
         raise Refusal("response_not_found", f"Response with id '{response_id}' not found.")
-    return location, gateway.upstreams.holders(location.upstream)
+    by_client = location.credential is not None
+    return location, gateway.upstreams.holders(location.upstream, with_credential=by_client)

@@ -16,6 +16,7 @@ from msgspec import Struct, field
 
 from redbtc.headers import Headers
 from redbtc.refusals import Refusal
+from redbtc.store.credentials import ClientCredential
 from redbtc.store.keys import Key
 from redbtc.times import now_ms
 
@@ -62,15 +63,29 @@ class ClientRequest(Struct, eq=False):
     route: str = "other"  # as the metrics and the log name it
     refusal: Refusal | None = None  # why the head can't be served; its path is not reliable then
     key: Key | None = None  # once it is found to be valid
+    credential: ClientCredential | None = None  # the client's own; known with the key
+    key_headers: frozenset[bytes] | None = None  # in which the key was looked for
     # The gateway failed on it after it may have reached an upstream: a retry would be paid again.
     interrupted: bool = False
     counted: bool = False  # it is in the metrics and the log, with its row in the ledger
     id: str = field(default_factory=new_request_id)
     started: float = field(default_factory=time.monotonic)  # when the head had arrived
 
+    @property
+    def digest(self) -> str | None:
+        """The digest of the client's own credential; None if it has sent none."""
+        return self.credential.digest if self.credential else None
+
+    @property
+    def credential_headers(self) -> Headers:
+        """The headers with the client's own credential, for an upstream that needs them. The other
+        upstreams must not get them."""
+        assert self.credential is not None, "such an upstream is no candidate without a credential"
+        return self.credential.headers
+
     def new_request(self) -> ClientRequest:
         """Return a request that arrives now over the same WebSocket."""
-        return ClientRequest(self.headers, self.client, self.route)
+        return ClientRequest(self.headers, self.client, self.route, credential=self.credential)
 
     def take_refusal(self) -> Refusal:
         """Return the refusal and forget it: once raised, it refers to everything on the stack."""

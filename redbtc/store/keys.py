@@ -86,6 +86,15 @@ FULL_KEY = f"""
 KEY_IN_FORCE = f"""{FULL_KEY}
      WHERE keys.hash = ?1 AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""
 
+IS_KEY = "SELECT 1 FROM keys WHERE hash = ?"
+
+
+def is_key(store: Store, text: str) -> bool:
+    """Return whether a text is a key that was made here, in force or not. Raises
+    StorageUnavailable."""
+    hashed = hash_of_key(text)
+    return hashed is not None and store.look_up(IS_KEY, (hashed,)) is not None
+
 
 def key_in_force(store: Store, key: str) -> Key | None:
     """Return a key, or None if it is malformed, unknown, revoked or expired. It is read from the

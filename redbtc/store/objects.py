@@ -16,8 +16,10 @@ from redbtc.store.database import Store
 from redbtc.store.request_sql import MAX_ROWS
 
 # All accounts share the upstream's key, and with it all that the upstream stores. An account may
-# name only objects that the upstream made for it. They are known from the first event that names
-# them. An id that the client itself chose, and the upstream only repeats, is never learned.
+# name only objects that the upstream made for it; those that were made with a client's own
+# credential (its digest is in the location) only together with that credential. Objects are known
+# from the first event that names them. An id that the client itself chose, and the upstream only
+# repeats, is never learned.
 #
 # The first account for which an object is recorded owns it. The row decides; a claim that waits for
 # its commit decides only where there is no row. Claims are written in the order in which they are
@@ -26,16 +28,16 @@ from redbtc.store.request_sql import MAX_ROWS
 OWN = """
     INSERT INTO stored_objects
            (id, account_id, upstream, models, minted_input, extras, tokens, likely_tokens,
-            created_at)
+            credential, created_at)
     VALUES {rows}
         ON CONFLICT (id) DO UPDATE SET models = joined(models, excluded.models),
            extras = extras | excluded.extras,
            tokens = coalesce(max(tokens, excluded.tokens), tokens, excluded.tokens),
            likely_tokens = coalesce(excluded.likely_tokens, likely_tokens)
-        WHERE account_id = excluded.account_id
+        WHERE account_id = excluded.account_id AND credential IS excluded.credential
           AND (excluded.models IS NOT NULL OR excluded.extras OR excluded.tokens IS NOT NULL)"""
-DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ?"
-LOCATION_COLUMNS = "upstream, models, minted_input, extras, tokens, likely_tokens"
+DISOWN = "DELETE FROM stored_objects WHERE id = ? AND account_id = ? AND credential IS ?"
+LOCATION_COLUMNS = "upstream, models, minted_input, extras, tokens, likely_tokens, credential"
 OWNED = f"SELECT account_id, {LOCATION_COLUMNS} FROM stored_objects WHERE id = ?"
 OWNERS = f"""
     SELECT id, account_id, {LOCATION_COLUMNS} FROM stored_objects
@@ -50,11 +52,22 @@ class Claim(NamedTuple):
     account_id: str
     location: ObjectLocation
 
+    def is_owner(self, account_id: str, credential: str | None) -> bool:
+        """Return whether the object belongs to an account, and can be named with a credential: the
+        one that it was stored with, or any if that was the operator's."""
+        stored_with = self.location.credential
+        return self.account_id == account_id and stored_with in (None, credential)
+
+    def is_same(self, other: Claim) -> bool:
+        """Return whether another claim is of the same account and credential."""
+        mine = self.account_id, self.location.credential
+        return mine == (other.account_id, other.location.credential)
+
     def joined(self, later: Claim) -> Claim:
-        """Return the same claim, or one that adds to it what a later claim of the same account
-        says."""
+        """Return the same claim, or one that adds to it what a later claim of the same account and
+        credential says."""
         location = self.location.joined(later.location)
-        if later.account_id != self.account_id or location == self.location:
+        if not self.is_same(later) or location == self.location:
             return self
         return Claim(self.account_id, location)
 
@@ -62,7 +75,7 @@ class Claim(NamedTuple):
 @functools.lru_cache(MAX_ROWS)
 def own_of(rows: int) -> str:
     """Return OWN for a number of objects at once."""
-    return OWN.format(rows=", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows))
+    return OWN.format(rows=", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows))
 
 
 def decided(row: Sequence[Any] | None, claim: Claim | None) -> Claim | None:
@@ -94,7 +107,7 @@ class Objects:
         now, claims, values = self._store.time(), {}, []
         for each, location in locations.items():
             before, claim = self._claims.get(each), Claim(account_id, location)
-            if before is None or before.account_id == account_id:
+            if before is None or before.is_same(claim):
                 self._claims[each] = claims[each] = claim = (
                     before.joined(claim) if before else claim
                 )
@@ -118,17 +131,21 @@ class Objects:
         row = self._store.look_up(OWNED, (object_id,))
         return decided(row, self._claims.get(object_id))
 
-    def location_of(self, object_id: str, account_id: str) -> ObjectLocation | None:
-        """Return where the object is, None unless it is the account's. Costs one read by an index,
-        which takes as long for another account's object as for one that does not exist. Raises
-        StorageUnavailable."""
+    def location_of(
+        self, object_id: str, account_id: str, credential: str | None = None
+    ) -> ObjectLocation | None:
+        """Return where the object is, None unless it is the account's and was stored with the
+        operator's credential or this one. Costs one read by an index, which takes as long for
+        another account's object as for one that does not exist. Raises StorageUnavailable."""
         owned = self._owned(object_id)
-        return owned.location if owned and owned.account_id == account_id else None
+        return owned.location if owned and owned.is_owner(account_id, credential) else None
 
-    def look_up(self, ids: Collection[str], account_id: str) -> dict[str, ObjectLocation | None]:
-        """Return, by id, where an object of the account is stored, and None for another account's
-        object. Ids of unknown objects are left out. Takes one query; at most MAX_LOOK_UPS ids.
-        Raises StorageUnavailable."""
+    def look_up(
+        self, ids: Collection[str], account_id: str, credential: str | None
+    ) -> dict[str, ObjectLocation | None]:
+        """Return, by id, where an object is stored that `location_of` would find, and None for
+        another account's or credential's object. Ids of unknown objects are left out. Takes one
+        query; at most MAX_LOOK_UPS ids. Raises StorageUnavailable."""
         names = orjson.dumps(list(ids)).decode()
         rows = {row[0]: row[1:] for row in self._store.look_up_all(OWNERS, (names,))}
         found: dict[str, ObjectLocation | None] = {}
@@ -137,18 +154,19 @@ class Objects:
         for each in ids:
             if owned := decided(rows.get(each), self._claims.get(each)):
                 location = locations.setdefault(owned.location, owned.location)
-                found[each] = location if owned.account_id == account_id else None
+                found[each] = location if owned.is_owner(account_id, credential) else None
         return found
 
     def is_free(self, object_id: str) -> bool:
         """Return whether no account owns the object. Raises StorageUnavailable."""
         return self._owned(object_id) is None
 
-    async def disown(self, object_id: str, account_id: str) -> None:
-        """Forget an object that the account deleted, and a claim that another account made in vain,
-        which would take effect now."""
+    async def disown(self, object_id: str, account_id: str, credential: str | None = None) -> None:
+        """Forget an object that the account deleted with the credential that it was stored with,
+        and a claim that another account made in vain, which would take effect now."""
         self._claims.pop(object_id, None)
-        await self._store.record(DISOWN, (object_id, account_id), retry_until_written=True)
+        values = (object_id, account_id, credential)
+        await self._store.record(DISOWN, values, retry_until_written=True)
 
     def grow(self, growth: Mapping[str, int]) -> None:
         """Note that a request which has not ended can add so many tokens to each of these objects:

@@ -87,11 +87,14 @@ class Upstreams:
     def _watch_health(self) -> None:
         """Let each member know whether another one could serve in its place."""
         self.are_several = len(self._upstreams) > 1
+        self._operators = [each for each in self._upstreams if not each.is_client]
+        self._clients = [each for each in self._upstreams if each.is_client]
         for upstream in self._upstreams:
             upstream.health.is_last = functools.partial(self._is_last, upstream)
 
     def _is_last(self, upstream: Upstream, model: str) -> bool:
-        others = (each for each in self._upstreams if each is not upstream)
+        pool = self._clients if upstream.is_client else self._operators
+        others = (each for each in pool if each is not upstream)
         others = (each for each in others if model == ALL_MODELS or each.serves(model))
         return not any(each.health.is_proven(model) for each in others)
 
@@ -118,18 +121,22 @@ class Upstreams:
         *,
         replays: bool = False,
         websocket: bool = False,
+        with_credential: bool = False,
     ) -> Candidates[Upstream]:
         """Return the members that may take a request for a model, over a WebSocket if `websocket`.
-        `session` is what stands for the request's session; `replays`: see Candidates. Raises
-        Refusal if there is none."""
+        `session` is what stands for the request's session; `replays`: see Candidates;
+        `with_credential`: the client has sent its own. Raises Refusal if there is none."""
+        pool = self._operators
+        if self._clients and with_credential and self.are_clients(model):
+            pool = self._clients
         usable, is_served = [], False
-        for upstream in self._upstreams:
+        for upstream in pool:
             if upstream.serves(model):
                 is_served = True
                 if upstream.usable:
                     usable.append(upstream)
         if not is_served:
-            raise does_not_exist(model)
+            raise needs_credential(model) if self.are_clients(model) else does_not_exist(model)
         if not usable:
             raise Refusal("no_upstream", retry_after=5)
         if websocket:
@@ -141,24 +148,48 @@ class Upstreams:
             order, model, self._queue, session=session, moved=self._moved, replays=replays
         )
 
-    def for_handshake(self, session: bytes | None) -> Candidates[Upstream]:
+    def are_clients(self, model: str) -> bool:
+        """Return whether a request for a model goes to members with `credentials = "client"` if its
+        client has sent a credential."""
+        return any(upstream.serves(model) for upstream in self._clients)
+
+    def are_free(self, model: str) -> bool:
+        """Return whether requests for a model cost nothing, at whichever of the members that need a
+        client's credential."""
+        serving = [upstream for upstream in self._clients if upstream.serves(model)]
+        return bool(serving) and all(upstream.is_free for upstream in serving)
+
+    def for_handshake(
+        self, session: bytes | None, with_credential: bool = False
+    ) -> Candidates[Upstream]:
         """Return the members that a session over a WebSocket may be connected to, before its first
         request. Raises Refusal if there is none."""
-        usable = [each for each in self._upstreams if each.usable and each.speaks_websocket]
+        pool = self._clients if self._clients and with_credential else self._operators
+        if not any(each.speaks_websocket for each in pool):
+            raise Refusal("upgrade_required", headers=[(b"upgrade", b"websocket")])
+        usable = [each for each in pool if each.usable and each.speaks_websocket]
         if not usable:
             raise Refusal("no_upstream", retry_after=5)
         order = ranked(usable, session)
         return Candidates(order, ALL_MODELS, self._queue, takes_place=False)
 
     def holders(
-        self, name: str, model: str = ALL_MODELS, *, websocket: bool = False
+        self,
+        name: str,
+        model: str = ALL_MODELS,
+        *,
+        websocket: bool = False,
+        with_credential: bool = False,
     ) -> Candidates[Upstream]:
         """Return the members that can be asked for what is stored at the member of that name: that
-        one, then others of its organization. Raises Refusal if there is none."""
+        one, then others of its organization. `with_credential`: it was stored with a credential of
+        the client's own, and is not asked for with any other, whatever the settings say meanwhile.
+        Raises Refusal if there is none."""
         holder = self.named(name)
-        if holder is None or not holder.usable:
+        if holder is None or not holder.usable or holder.is_client != with_credential:
             raise Refusal("no_upstream", retry_after=60)
-        others = [each for each in self._upstreams if each is not holder and each.usable]
+        pool = self._clients if with_credential else self._operators
+        others = [each for each in pool if each is not holder and each.usable]
         found = [
             each
             for each in (holder, *others)
@@ -179,6 +210,10 @@ class Upstreams:
         """Return whether an upstream serves the model."""
         return any(upstream.serves(model) for upstream in self._upstreams)
 
+    def shown_to(self, with_credential: bool) -> list[Upstream]:
+        """Return the members that a client can use. `with_credential`: it has sent its own."""
+        return self._upstreams if with_credential else self._operators
+
     def listed_models(self) -> set[str]:
         """Return the models that upstreams have listed so far."""
         return {name for upstream in self._upstreams for name in upstream.listed}
@@ -191,6 +226,16 @@ class Upstreams:
 def does_not_exist(model: str) -> Refusal:
     """Return the refusal of a model that no upstream serves."""
     return Refusal("model_not_found", f"The model '{model}' does not exist here.", param="model")
+
+
+def needs_credential(model: str) -> Refusal:
+    """Return the refusal of a model that only clients with a credential of their own can use."""
+    message = (
+        f"The model '{model}' is served only with your own credential. Send the gateway's key in "
+        "the header X-Gateway-Key (or another one that your administrator names), and your "
+        "credential in Authorization."
+    )
+    return Refusal("model_not_found", message, param="model")
 
 
 def speaking(members: list[Upstream]) -> list[Upstream]:

@@ -6,19 +6,14 @@ import hmac
 import re
 import uuid
 
-from redbtc.headers import Headers, header
-
-ALLOWED_HEADERS = frozenset(
-    b"accept content-type content-encoding user-agent idempotency-key openai-beta originator "
-    b"version session-id session_id thread-id x-client-request-id "
-    # The x-openai-* headers that Codex sends with an API key. Others authorize, or choose an
-    # organization, a region or a product.
-    b"x-openai-internal-codex-responses-lite x-openai-memgen-request x-openai-subagent".split()
+from redbtc.headers import (
+    ALLOWED_HEADERS,
+    ALLOWED_PREFIXES,
+    DROPPED_REQUEST_HEADERS,
+    Headers,
+    header,
 )
-ALLOWED_PREFIXES = (b"x-codex-", b"x-stainless-")
-# This header names a model and a tier, of which only those in the body are checked. Codex sends it
-# only with a ChatGPT login.
-DROPPED_REQUEST_HEADERS = frozenset([b"x-codex-routing-hint"])
+
 # Headers of the connection (RFC 9110 §7.6.1), of the upstream's account, for a proxy or a cache in
 # front of the gateway, those that only the gateway itself sets, and those that a browser applies to
 # the whole origin, which is also the dashboard's.
@@ -72,11 +67,6 @@ def headers_for_upstream(headers: Headers, secret: bytes, idempotency_scope: str
         if name in ALLOWED_HEADERS
         or (name.startswith(ALLOWED_PREFIXES) and name not in DROPPED_REQUEST_HEADERS)
     ]
-
-
-def may_come_from_client(name: bytes) -> bool:
-    """Return whether `headers_for_upstream` can return a header of this name."""
-    return bool(headers_for_upstream([(name, b"")], b"", ""))
 
 
 def without(headers: Headers, names: frozenset[bytes]) -> Headers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -17,7 +18,7 @@ import httpx2
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
-from redbtc.headers import Headers
+from redbtc.headers import Headers, may_come_from_client
 from redbtc.meter.answers import name_in
 from redbtc.meter.decoding import Decoding, NotDecoded, codings_of
 from redbtc.refusals import Refusal
@@ -26,7 +27,7 @@ from redbtc.slices import with_turns
 from redbtc.upstream.addresses import HostNames
 from redbtc.upstream.certificates import context_trusting, read_certificates
 from redbtc.upstream.change import UpstreamChange
-from redbtc.upstream.headers import may_come_from_client, without
+from redbtc.upstream.headers import without
 from redbtc.upstream.health import MemberHealth
 from redbtc.upstream.httpx_transport import HTTPXTransport
 from redbtc.upstream.request import UpstreamRequest
@@ -77,6 +78,14 @@ NO_LIST = (  # what is raised where an upstream gives no list of models
 )
 
 
+PATTERN = re.compile(r"[*?\[]")  # what makes a name in `models` a pattern
+
+
+def model_named(name: str, owner: str) -> dict[str, Any]:
+    """Return a model of a list that no upstream has given."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+
+
 class Connect(connect):
     """A WebSocket handshake that follows no redirects."""
 
@@ -99,6 +108,8 @@ class Upstream:
         self.settings = settings
         self.name = settings.member_name
         self.usable = not settings.missing_variables()
+        self.is_client = settings.credentials == "client"  # it gets each client's own credential
+        self.is_free = settings.billing == "free"  # its requests cost nothing
         self.speaks_websocket = settings.speaks_websocket
         self._watching: asyncio.Task[None] | None = None
         self.go_on_with(MemberHealth(self.name, self.usable, on_change=on_change))
@@ -129,6 +140,7 @@ class Upstream:
         """Use these settings from now on. They connect as those before (`connects_like`)."""
         self.settings = settings
         self.max_concurrency = settings.max_concurrency
+        self.is_free = settings.billing == "free"
 
     @property
     def priority(self) -> int:
@@ -160,7 +172,8 @@ class Upstream:
     async def open(
         self, method: str, path: str, query: bytes, headers: Headers, body: UploadBody
     ) -> UpstreamResponse:
-        """Send a request; return the head of its response. Raises httpx2.HTTPError."""
+        """Send a request; return the head of its response. If the member `is_client`, `headers`
+        have the client's credential. Raises httpx2.HTTPError."""
         target = self._path + path.encode() + (b"?" + query if query else b"")
         if self._replaced:
             headers = without(headers, self._replaced)
@@ -209,8 +222,11 @@ class Upstream:
     async def models(self) -> tuple[list[dict[str, Any]], float]:
         """Fetch the upstream's list of models. Return the models that its patterns allow, and how
         old the list is in seconds: if the upstream gives no list now, it is the last one that it
-        gave. An upstream that is known not to be reachable is not asked. Raises Refusal if there is
+        gave. An upstream that is known not to be reachable is not asked, nor is one that needs a
+        client's credential: its list is what its patterns name in full. Raises Refusal if there is
         no list."""
+        if self.is_client:
+            return [model_named(each, self.settings.name) for each in self.listed], 0.0
         if not self.health.slow_failure:
             with contextlib.suppress(*NO_LIST):
                 status, listed = await self.fetch_whole("/models")
@@ -230,6 +246,8 @@ class Upstream:
     @property
     def listed(self) -> list[str]:
         """The names of the models in the last list that the upstream gave."""
+        if self.is_client:
+            return [each for each in self.settings.models if not PATTERN.search(each)]
         return [model["id"] for model in self._models[0]] if self._models else []
 
     async def connect(self, headers: Headers) -> ClientConnection:

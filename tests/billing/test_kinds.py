@@ -38,7 +38,7 @@ FIELDS: dict[type[Struct], str] = {
     RequestShown: f"""request_id account key_id endpoint model requested_model upstream started_at
         first_byte_ms duration_ms status outcome usage_source {FIRST} service_tier response_id cost
         currency price_id month {LATER} estimated_cost corrected_at attempts upstream_status
-        upstream_error_code upstream_request_id""",
+        upstream_error_code upstream_request_id credentials""",
     Sums: SUMS,
     StatementTotals: f"{SUMS} paid",
     group_type(("model", "day")): f"model day {SUMS}",

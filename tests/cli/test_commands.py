@@ -188,6 +188,7 @@ def test_usage(gateway: Gateway, upstream: Upstream) -> None:
         "upstream_status",
         "upstream_error_code",
         "upstream_request_id",
+        "credentials",
     ]
     assert len(gateway.cli("usage", "--account", "a")["requests"]) == 3
     key_id = found["requests"][-1]["key_id"]

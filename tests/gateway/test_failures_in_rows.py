@@ -374,7 +374,7 @@ def test_the_command_shows_and_filters_failures(mixed: Gateway) -> None:
     assert "upstream_failed  reset" in table
     assert "failure" not in mixed.run("usage", "--model", "200").stdout
     rows = list(csv.DictReader(io.StringIO(mixed.run("usage", "--csv").stdout)))
-    assert [*rows[0]][-4:] == [*FIELDS[1:]]
+    assert [*rows[0]][-5:] == [*FIELDS[1:], "credentials"]
     assert [row["upstream_status"] for row in rows][:3] == ["200", "429", "500"]
 
 

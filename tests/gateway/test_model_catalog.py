@@ -12,9 +12,11 @@ import pytest
 from websockets.sync.client import connect
 
 from tests.helpers.codex import catalog_entry, catalog_text
+from tests.helpers.credentials import settings_of, table, with_key
 from tests.helpers.gateway import (
     PATIENCE_SECONDS,
     UPSTREAM_KEY,
+    USUAL,
     Gateway,
     MakeGateway,
     wait_for_length,
@@ -262,3 +264,34 @@ def test_a_url_is_fetched_in_the_background(
         log = gateway.flushed_log()
         assert log.count('"model catalog not fetched"') == 2, "once for each outage"
         assert log.count('"model catalog fetched"') == 2
+
+
+def test_a_client_with_a_credential_gets_the_models_that_it_opens(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Those of upstreams that are free for it need no price."""
+    seats = table(upstream, "seats", models=["gpt-a"], credentials="client", billing="free")
+    settings = settings_of(
+        table(upstream, "operators", models=["gpt-z", "other"]),
+        seats,
+        codex={"catalog": "codex-models.json"},
+        billing={"unpriced_models": "refuse"},
+    )
+    gateway = make_gateway(settings)
+    (gateway.folder / "codex-models.json").write_text(catalog_text(*ENTRIES))
+    gateway.start()
+    gateway.cli("price", "add", "gpt-z", "--input=1")
+    key = gateway.new_key()
+    upstream.script = json_answer(response_object())
+    names, etags = [], []
+    for headers in ({"authorization": f"Bearer {key}"}, with_key(key)):
+        with httpx2.Client(base_url=gateway.base_url, headers=headers, **USUAL) as client:
+            found = client.get(ASKED)
+            model = found.json()["models"][-1]["slug"]
+            answer = client.post("/responses", json={"model": model, "input": "x"})
+        assert answer.status_code == 200
+        assert answer.headers["x-models-etag"] == found.headers["etag"]
+        names.append([each["slug"] for each in found.json()["models"]])
+        etags.append(found.headers["etag"])
+    assert names == [["gpt-z"], ["gpt-z", "gpt-a"]]
+    assert etags[0] != etags[1]

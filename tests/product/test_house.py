@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "refusals": frozenset(("headers",)),
     "deadlines": frozenset(("refusals",)),
     "settings_tables": frozenset(),
-    "upstream_settings": frozenset(("settings_tables",)),
+    "upstream_settings": frozenset(("headers", "settings_tables")),
     "config": BASE | {"settings_tables", "upstream_settings"},
     "codex": BASE | {"config"},
     "telemetry": BASE | {"refusals"},

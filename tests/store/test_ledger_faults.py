@@ -275,7 +275,13 @@ def without_columns(line: bytes, names: set[str]) -> list[Any]:
     return [sql, [by_name[name] for name in kept], *kind]
 
 
-NEWER_COLUMNS = {"attempts", "upstream_status", "upstream_error_code", "upstream_request_id"}
+NEWER_COLUMNS = {
+    "attempts",
+    "upstream_status",
+    "upstream_error_code",
+    "upstream_request_id",
+    "credentials",
+}
 
 
 @pytest.mark.parametrize("names_kind", [True, False])

@@ -4,12 +4,13 @@ answer that fail them."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 
 from redbtc.gateway.failover import (
+    CERTAIN,
     FAILURES,
     LIMITED,
     MAX_BEGINNING,
@@ -22,15 +23,19 @@ from redbtc.gateway.failover import (
 )
 from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
+from redbtc.headers import Headers
 from redbtc.meter.answers import Answer
 from redbtc.meter.error_codes import error_code_in, error_code_of
 from redbtc.refusals import Refusal
 from redbtc.server.websocket_protocol import UPGRADE
 from redbtc.upstream.candidates import Candidates
 from redbtc.upstream.failures import cause_of
+from redbtc.upstream.headers import headers_for_client
 from redbtc.upstream.retry_after import retry_after_seconds
 from redbtc.upstream.upstreams import Upstream
 
+# Headers of a refused handshake's answer that its body, or the gateway, has itself.
+NOT_PASSED = (b"content-", b"date", b"connection", b"x-request-id")
 NO_WEBSOCKET = (400, 404, 405, 426, 501)  # what an upstream without it answers
 
 
@@ -72,6 +77,35 @@ class HandshakeRefused(Refusal):
         return Refusal(self.code, retry_after=seconds)
 
 
+class CredentialRejected(HandshakeRefused):
+    """The refusal of a handshake by an upstream that has not accepted the client's own credential,
+    or whose limit for that is reached. Its answer is passed on to the client."""
+
+    def __init__(self, status: int, cause: str | None, headers: Headers, body: bytes) -> None:
+        super().__init__("client_credential_rejected", cause, status, body=body)
+        self.status = status
+        self.headers = [
+            line for line in headers_for_client(headers) if not line[0].startswith(NOT_PASSED)
+        ]
+
+    def judge(self, candidates: Candidates[Upstream]) -> None:
+        candidates.answer(serves=False)
+
+    def body(self) -> bytes:
+        try:
+            orjson.loads(self._body)
+            return self._body
+        except ValueError:  # such as the page of a firewall
+            return super().body()
+
+    def error(self) -> dict[str, Any]:
+        try:
+            error = orjson.loads(self._body)["error"]
+        except (ValueError, KeyError, TypeError):
+            error = None
+        return error if isinstance(error, dict) else super().error()
+
+
 class ErrorEvent(NamedTuple):
     """An error event with which a member has answered a request before any other event, and whose
     `upstream_status` is one of FAILURES."""
@@ -85,7 +119,8 @@ class ErrorEvent(NamedTuple):
     @property
     def code(self) -> str | None:
         """The code of the error."""
-        return kept_code(self.upstream_status, error_code_of(self.event))
+        code = error_code_of(self.event)
+        return kept_code(self.upstream_status, code, self.member.is_client)
 
     @property
     def retry_after(self) -> float | None:
@@ -106,19 +141,21 @@ class ErrorEvent(NamedTuple):
 SocketFailover = Failover[ErrorEvent | HandshakeRefused]
 
 
-def refused_handshake(error: InvalidHandshake) -> HandshakeRefused:
-    """Return the refusal that follows from a handshake that has failed."""
+def refused_handshake(error: InvalidHandshake, member: Upstream) -> HandshakeRefused:
+    """Return the refusal that follows from a handshake with a member that has failed."""
     if not isinstance(error, InvalidStatus):
         return HandshakeRefused("upstream_protocol_error", cause_of(error))
     response = error.response
     status, body = response.status_code, bytes(response.body or b"")
-    code = kept_code(status, error_code_in(body))
+    code = kept_code(status, error_code_in(body), member.is_client)
     if status in NO_WEBSOCKET:
         return HandshakeRefused("upgrade_required", code, status)
     headers = [
         (name.encode(), value.encode("utf-8", "replace"))
         for name, value in response.headers.raw_items()
     ]
+    if member.is_client and status in CERTAIN:
+        return CredentialRejected(status, code, headers, body)
     retry_after = retry_after_seconds(headers)
     if status == LIMITED:
         return HandshakeRefused("rate_limit_exceeded", code, status, retry_after, body)
@@ -151,6 +188,8 @@ async def connect_to_one(
                 refusal = HandshakeRefused("upstream_unreachable", cause_of(error))
             refusal.judge(candidates)
         refusal.member = member
+        if isinstance(refusal, CredentialRejected):  # another member is not tried with it
+            raise refusal
         if refusal.upstream_status in FAILURES:
             failover.keep(refusal)
         if not failover.go_on(candidates, None):

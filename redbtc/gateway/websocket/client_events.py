@@ -9,7 +9,7 @@ import msgspec
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.gateway.gateway import Gateway
-from redbtc.gateway.references import required_upstream
+from redbtc.gateway.references import required_location
 from redbtc.gateway.websocket.client_sender import ClientSender
 from redbtc.gateway.websocket.lanes import Lanes, MessageMemory
 from redbtc.gateway.websocket.turn_response import SessionObjects
@@ -106,7 +106,8 @@ class ClientEvents:
         if turn is None:
             raise not_found("previous_response_id", response_id)
         key = self._gateway.authenticate(self._handshake)
-        await required_upstream(self._gateway, key, event, self._objects.locations)
+        made = self._objects.locations
+        await required_location(self._gateway, self._handshake, key, event, made)
         await turn.steer(response_id, event, admission)
         if turn.socket and not turn.socket.is_lost:
             await turn.socket.send_in_time(event.sent)

@@ -180,7 +180,8 @@ class WebSocketSession:
         headers = [each for each in headers if not each[0].startswith(HANDSHAKE_HEADERS)]
         if self._gateway.catalog.is_set:
             headers = without(headers, frozenset([MODELS_ETAG]))
-            if etag := self._gateway.catalog.etag(self._key):
+            with_credential = self._handshake.credential is not None
+            if etag := self._gateway.catalog.etag(self._key, with_credential):
                 headers.append((MODELS_ETAG, etag))
         if header(headers, b"x-request-id") is None:
             headers.append((b"x-request-id", request_id))

@@ -13,6 +13,7 @@ from redbtc.billing.spending import Hold
 from redbtc.deadlines import TICK
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import RESPONSES
+from redbtc.gateway.failover import kept_code
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import account_for, bill, count_containers, locations_of
@@ -25,6 +26,7 @@ from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.server.asgi import new_request_id
 from redbtc.store.keys import Key
 from redbtc.store.requests import CorrectionFacts, settle_row
+from redbtc.upstream.upstreams import Upstream
 from redbtc.usage import Outcome, RequestRow
 
 MAX_STRAYS = 16  # responses of a connection whose events are metered at the same time
@@ -51,11 +53,18 @@ class Strays:
     """The responses of one upstream connection that no request asked for."""
 
     def __init__(
-        self, gateway: Gateway, key: Key, upstream_name: str, objects: SessionObjects
+        self,
+        gateway: Gateway,
+        key: Key,
+        upstream: Upstream,
+        digest: str | None,
+        objects: SessionObjects,
     ) -> None:
+        """`digest` is that of the client's own credential, if the connection was made with it."""
         self._gateway = gateway
         self._key = key
-        self._upstream_name = upstream_name
+        self._upstream = upstream
+        self._digest = digest
         self._objects = objects
         self._strays: dict[str | None, Stray] = {}  # by lane
 
@@ -83,7 +92,9 @@ class Strays:
         named = [report.response_id] if report.response_id else []
         used = is_complete(report) or outcome != "upstream_error" or SeenOutput.of(report)
         if not self._objects.billed.isdisjoint(named):
-            await gateway.corrections.correct_if_final(named[0], self._key.account_id, report)
+            await gateway.corrections.correct_if_final(
+                named[0], self._key.account_id, report, self._digest
+            )
             return
         if not used:
             return
@@ -93,11 +104,14 @@ class Strays:
         parts = account_for(row, report, outcome, guess)
         hold = await hold_nothing(gateway.billing, self._key, row.requested_model)
         parts = await count_containers(gateway.containers, row, report, parts)
-        bill(row, parts, gateway.billing, hold, DEFAULT_IMAGE_MODEL)
-        location, usage = ObjectLocation(row.upstream), None if guess else row.usage
+        is_free = self._upstream.is_free
+        bill(row, [] if is_free else parts, gateway.billing, hold, DEFAULT_IMAGE_MODEL)
+        location = ObjectLocation(row.upstream, credential=self._digest)
+        usage = None if guess else row.usage
         locations = locations_of(named, report, location, usage)
         gateway.objects.own_each(locations, row.account_id)
-        await settle_row(gateway.store, row, CorrectionFacts(hold.at, DEFAULT_IMAGE_MODEL, 0))
+        facts = None if is_free else CorrectionFacts(hold.at, DEFAULT_IMAGE_MODEL, 0)
+        await settle_row(gateway.store, row, facts)
         gateway.telemetry.settled(row)
 
     def _new_row(self, stray: Stray) -> RequestRow:
@@ -109,7 +123,7 @@ class Strays:
             key_id=self._key.id,
             endpoint=RESPONSES.path,
             requested_model=report.model or "",
-            upstream=self._upstream_name,
+            upstream=self._upstream.name,
             started_at=self._gateway.store.time(),
             duration_ms=0,
             status=200,
@@ -117,7 +131,8 @@ class Strays:
             service_tier=report.service_tier,
             response_id=report.response_id,
             upstream_status=200,
-            upstream_error_code=report.error_code,
+            upstream_error_code=kept_code(200, report.error_code, self._upstream.is_client),
+            credentials="client" if self._upstream.is_client else "operator",
         )
 
     async def _estimate(self, stray: Stray) -> Estimate:

@@ -105,6 +105,7 @@ class TurnResponse(MeteredRequest):
             self._objects,
         )
         response.further_input = further_input
+        response.is_free = self.is_free
         said = (usage.input_tokens or 0) + (usage.output_tokens or 0)
         response.input_estimate = said + steered_estimate
         response.take_over(self.row, hold)

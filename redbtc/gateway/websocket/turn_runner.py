@@ -8,11 +8,12 @@ import time
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.deadlines import Deadline
-from redbtc.gateway.failover import FAILURES, LIMITED, REJECTED_STATUSES, Failover, judge_end
+from redbtc.gateway.failover import CERTAIN, FAILURES, REJECTED_STATUSES, Failover, judge_end
 from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import candidates_for
 from redbtc.gateway.websocket.choosing import (
+    CredentialRejected,
     ErrorEvent,
     HandshakeRefused,
     SocketFailover,
@@ -104,6 +105,7 @@ class TurnRunner:
         if self._sender.closed:
             raise ClientLeft
         key = gateway.authenticate(self._handshake)
+        request.credential = self._handshake.credential
         deadline, objects = Deadline(gateway.deadlines), self._objects
         response = TurnResponse(gateway, request, deadline, admission, key, event, objects)
         turn = lane.turn = Turn(lane.stream_id, response, deadline)
@@ -113,7 +115,7 @@ class TurnRunner:
         candidates = await candidates_for(
             gateway,
             key,
-            self._handshake.headers,
+            request,
             event,
             objects.locations,
             connection_id=self._handshake.id,
@@ -154,7 +156,8 @@ class TurnRunner:
                 turn, turn.failure or "upstream_failed", Refusal("upstream_unreachable")
             )
         except Refusal as refusal:
-            await self._pass_failure(turn, failover.best() or refusal)
+            is_clients = isinstance(refusal, CredentialRejected)
+            await self._pass_failure(turn, (None if is_clients else failover.best()) or refusal)
         finally:
             turn.end()
 
@@ -208,7 +211,7 @@ class TurnRunner:
                 response.note_member(best.member)
             response.upstream_status = best.upstream_status
             response.note_failure(best.cause)
-            if best.upstream_status not in (LIMITED, *REJECTED_STATUSES):
+            if best.upstream_status not in CERTAIN:
                 best = Refusal("upstream_unreachable")
         answered = best.code != "upstream_unreachable"
         await self._fail(turn, "upstream_error" if answered else "upstream_failed", best)
@@ -283,6 +286,8 @@ def take_error(
     better answer, or the event rejects the operator's key, which is not the client's
     business."""
     status, socket = failure_status(event), turn.socket
+    if socket and socket.upstream.is_client and status in CERTAIN:
+        status = None  # it concerns the client's own credential
     if status is None:
         candidates.answer(serves=False)
         if is_unreadable(event) and candidates.may_be_unreadable and failover.best():

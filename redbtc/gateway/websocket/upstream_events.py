@@ -12,6 +12,7 @@ from redbtc.gateway.failover import Failover
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import affinity_of
 from redbtc.gateway.websocket.choosing import (
+    CredentialRejected,
     HandshakeRefused,
     SocketFailover,
     connect_to_one,
@@ -64,9 +65,9 @@ class UpstreamEvents:
     async def first_socket(self) -> UpstreamSocket:
         """Return a connection to an upstream, before the client's handshake is answered: that can
         be refused then as it would be by the upstream. Raises Refusal."""
-        gateway, headers = self._gateway, self._handshake.headers
-        session = affinity_of(self._key, headers, connection_id=self._handshake.id)
-        candidates = gateway.upstreams.for_handshake(session)
+        gateway, handshake = self._gateway, self._handshake
+        session = affinity_of(self._key, handshake.headers, connection_id=handshake.id)
+        candidates = gateway.upstreams.for_handshake(session, handshake.credential is not None)
         failover: SocketFailover = Failover(
             gateway.settings.failover, time.monotonic(), certain_only=False
         )
@@ -74,6 +75,8 @@ class UpstreamEvents:
             candidates.take_now()
             try:
                 return await connect_to_one(candidates, failover, self.socket_to)
+            except CredentialRejected:
+                raise
             except HandshakeRefused as last:
                 best = failover.best()
                 refused = best if isinstance(best, HandshakeRefused) else last
@@ -101,10 +104,12 @@ class UpstreamEvents:
         """Connect to an upstream, and begin to send its events on. Raises OSError, Refusal."""
         account_id, secret = self._key.account_id, self._gateway.store.secret
         headers = headers_for_upstream(self._handshake.headers, secret, account_id)
+        if upstream.is_client:
+            headers += self._handshake.credential_headers
         try:
             connection = await upstream.connect(headers)
         except InvalidHandshake as error:
-            raise refused_handshake(error) from None
+            raise refused_handshake(error, upstream) from None
         socket = UpstreamSocket(upstream, connection, account_id, self._tasks)
         self._passing[socket] = self._tasks.start(self._pass_all(socket))
         return socket
@@ -113,7 +118,8 @@ class UpstreamEvents:
         """Send events to the client until the connection ends. When the session's last one has
         ended, close the client's connection with its code, unless the last one was given up."""
         code = INTERNAL_ERROR
-        strays = Strays(self._gateway, self._key, socket.upstream.name, self._objects)
+        digest = self._handshake.digest if socket.upstream.is_client else None
+        strays = Strays(self._gateway, self._key, socket.upstream, digest, self._objects)
         await self._sender.opened.wait()  # an event can come with the upstream's handshake
         try:
             while True:
