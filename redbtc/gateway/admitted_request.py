@@ -261,9 +261,11 @@ class AdmittedRequest(ForwardedRequest, Running):
         return self.facts.background is True
 
     def note_member(self, upstream: Upstream) -> None:
+        self.member = upstream
         self.row.upstream = upstream.name
 
     def note_attempt(self, upstream: Upstream) -> None:
+        self.member = upstream
         self.row.upstream = upstream.name
         self.row.attempts = (self.row.attempts or 0) + 1
         self.left_at = time.monotonic()

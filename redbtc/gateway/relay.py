@@ -10,7 +10,6 @@ from redbtc.gateway.answer import AnswerBody
 from redbtc.gateway.client_response import ClientResponse
 from redbtc.gateway.failover import (
     FAILURES,
-    REJECTED_STATUSES,
     ErrorAnswer,
     Failover,
     judge_end,
@@ -18,6 +17,7 @@ from redbtc.gateway.failover import (
     read_error,
 )
 from redbtc.gateway.forwarded_request import REJECTED_KEY, ForwardedRequest
+from redbtc.meter.error_codes import REJECTED_STATUSES
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Send
 from redbtc.slices import answer_queue, in_slices
@@ -53,6 +53,7 @@ class Relay:
         self._response = ClientResponse(send)
         self._answer: AnswerBody | None = None  # once the head of the answer to pass on is there
         self._idle_seconds = 0.0  # of the member that is asked
+        self._own_body: bytes | None = None  # what the client gets in place of the answer's
         self._failure = ""  # the error code for the client, if all members have failed
         self._failover: Failover[ErrorAnswer] | None = None
 
@@ -170,7 +171,8 @@ class Relay:
             return None
         self._request.note_member(best.member)
         if best.upstream_status not in REJECTED_STATUSES:
-            return best.for_client(candidates.seconds_of_limit())
+            response, self._own_body = best.for_client(candidates.seconds_of_limit())
+            return response
         await best.body.aclose()
         self._request.note_answer(best.upstream_status, request_id_in(best.response.headers))
         self._request.note_failure(best.code)
@@ -182,11 +184,14 @@ class Relay:
         request, is_good = self._request, response.status not in FAILURES
         if is_good:
             candidates.answer(serves=response.status < 400)
-        self._answer = AnswerBody(request, self._response, self._idle_seconds)
+        own_body = self._own_body
+        self._answer = AnswerBody(request, self._response, self._idle_seconds, own_body)
         try:
             request_id = self._response.set_head(
                 response, request.client_request.id, request.admission.headers()
             )
+            if own_body is not None:
+                self._response.set_json(len(own_body))
             request.note_answer(response.status, readable_id(request_id))
             await self._answer.relay(response.body)
         finally:

@@ -101,6 +101,8 @@ class Upstream:
         self.name = settings.member_name
         self.usable = not settings.missing_variables()
         self.speaks_websocket = settings.websocket and settings.transport == "asyncio"
+        # Its errors 401, 403 and 429 are about the operator's key: no client sees their text.
+        self.hides_errors = True
         self._watching: asyncio.Task[None] | None = None
         self.go_on_with(MemberHealth(self.name, self.usable, on_change=on_change))
         self.in_flight = 0
