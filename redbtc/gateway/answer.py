@@ -198,7 +198,7 @@ class AnswerBody:
         if stream is None:
             return None
         request.meter = request.choose_meter(stream)
-        if stream:
+        if stream and self._own_body is None:
             response.drop_length()
         return request.meter
 

@@ -41,7 +41,10 @@ NAMING = {
     (False, False): None,
 }
 MAX_HELD = 64 << 10  # bytes of an incomplete event that are held back whole
-MUST_BE_HELD = re.compile(LAST.pattern + rb"|error")  # the types of such events
+# The types of events of which a part may be sent on: they don't end an answer or report an error.
+MAY_BEGIN = re.compile(
+    rb"response\.(?!(?:completed|incomplete|failed)\Z).*|image_\w+\.(?!completed\Z).*"
+)
 HELD_END = 64  # bytes that are held back of a larger event that may end the answer
 
 
@@ -127,6 +130,7 @@ class StreamMeter(Meter):
             yield from self._end_event(chunk[start:end], passed)
             start = end
         if start < len(chunk):
+            self._cut_newline = None
             yield from self._take_part(chunk[start:], passed)
         return b"".join(passed)
 
@@ -267,7 +271,7 @@ class StreamMeter(Meter):
             changes = self._take_out_usage or self._hides_errors
             return changes or not CHAT_CHUNK.match(start)
         match = EVENT_TYPE.match(start)
-        return not match or bool(MUST_BE_HELD.fullmatch(match[1] or match[2] or b""))
+        return not match or not MAY_BEGIN.fullmatch(match[1] or match[2] or b"")
 
     def _judge(self, event: EventText | None, segment: bytes) -> Steps[Verdict]:
         """Take in what an event reports, and return the verdict on it. If it did not come in parts
