@@ -27,7 +27,7 @@ ERROR = re.compile(rb'"error"(?!\s*:\s*null)')
 BEGINNING = re.compile(rb"(?:%b)?[ \t\r\n]*+(?=\{)" % BYTE_ORDER_MARK)
 BLANKS = re.compile(rb"[ \t\r\n]*+(?=[^ \t\r\n])")
 # The members of an answer or an event that are exchanged, or that tell whether they must be.
-MEMBERS = (b"error", b"message", b"code", b"type", b"status", b"headers")
+ERROR_MEMBERS = (b"error", b"message", b"code", b"type", b"status", b"headers")
 # A line within an event that is not data: its type can stand between two lines of data.
 OTHER_LINE = re.compile(rb"(?>\r\n|\n|\r)(?!data:)[^\r\n]+")
 
@@ -100,17 +100,17 @@ def error_members(text: bytes) -> Iterator[tuple[bytes, int]]:
     begin. Those of a Response object within an event are its `error` alone. What follows that is
     not looked at."""
     begin = BEGINNING.match(text)
-    for name, start in members_in(text, begin.end()) if begin else ():
+    for name, start in member_starts(text, begin.end()) if begin else ():
         if name == b"response" and text[start] == 0x7B:
-            for inner, at in members_in(text, start):
+            for inner, at in member_starts(text, start):
                 if inner == b"error" and not text.startswith(b"null", at):
                     yield inner, at
                     return
-        elif name in MEMBERS:
+        elif name in ERROR_MEMBERS:
             yield name, start
 
 
-def members_in(text: bytes, at: int) -> Iterator[tuple[bytes, int]]:
+def member_starts(text: bytes, at: int) -> Iterator[tuple[bytes, int]]:
     """Yield the name of each member of the object that begins at `at`, and where its value begins,
     as far as the text goes."""
     end: int | None = at + 1

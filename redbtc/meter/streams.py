@@ -84,6 +84,7 @@ class StreamMeter(Meter):
         self._take_out_usage = take_out_usage
         self._expects_usage = expects_usage or take_out_usage
         self._hides_errors = hides_errors
+        self._may_change = hides_errors or take_out_usage
         self._ends = ends
         self._ends_seen = 0
         # Events that can contain the id or the model, while they are unknown. Pictures have none.
@@ -254,7 +255,7 @@ class StreamMeter(Meter):
                 self.state = "ended"
             return
         keep = 0
-        if self._must_be_held(self._partial.start):
+        if must_be_held(self._partial.start, self._chat, self._may_change):
             keep = len(self._held) if len(self._held) <= MAX_HELD else HELD_END
             if len(self._held) > keep and self._hides_errors and not self._begun:
                 self._held = shown_event(self._held)  # errors come before long members
@@ -262,16 +263,6 @@ class StreamMeter(Meter):
         self._begun = self._begun or sent > 0
         passed.append(self._held[:sent])
         self._held = self._held[sent:]
-
-    def _must_be_held(self, start: bytes) -> bool:
-        """Return whether an event with this start may end the answer, or may have to be taken out
-        or changed."""
-        start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
-        if self._chat:
-            changes = self._take_out_usage or self._hides_errors
-            return changes or not CHAT_CHUNK.match(start)
-        match = EVENT_TYPE.match(start)
-        return not match or not MAY_BEGIN.fullmatch(match[1] or match[2] or b"")
 
     def _judge(self, event: EventText | None, segment: bytes) -> Steps[Verdict]:
         """Take in what an event reports, and return the verdict on it. If it did not come in parts
@@ -313,3 +304,13 @@ class StreamMeter(Meter):
 def is_usage_chunk(answer: Answer) -> bool:
     """Return whether a chat's chunk is the one that only reports the usage."""
     return isinstance(answer.usage, dict) and not has_choices(answer) and not answer.error
+
+
+def must_be_held(start: bytes, chat: bool, may_change: bool) -> bool:
+    """Return whether an event with this start may end the answer or, if `may_change`, may have to
+    be taken out or changed."""
+    start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
+    if chat:
+        return may_change or not CHAT_CHUNK.match(start)
+    match = EVENT_TYPE.match(start)
+    return not match or not MAY_BEGIN.fullmatch(match[1] or match[2] or b"")
