@@ -60,9 +60,9 @@ from redbtc.gateway.endpoints import METERED, RESPONSES
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import healthz
 from redbtc.gateway.metered_route import MeteredRoute
-from redbtc.gateway.plain_routes import AsApp, ExactRoute, unknown_url, upgrade_required
+from redbtc.gateway.plain_routes import AsApp, ExactRoute, NotServed, unknown_url
 from redbtc.gateway.service import Service
-from redbtc.gateway.stored import StoredRoute
+from redbtc.gateway.stored import stored_routes
 from redbtc.gateway.websocket.session import serve_websocket
 from redbtc.headers import header
 from redbtc.refusals import Refusal
@@ -91,25 +91,16 @@ def metered_apps(service: Service) -> dict[str, App]:
 
 
 def other_apps(service: Service) -> App:
-    """Return the app of all other requests. What has no route is 404 before its body is read."""
+    """Return the app of all other requests."""
     models, health, admin = service.models, service.health_routes, service.admin_routes
-
-    def stored(method: str, suffix: str = "") -> Route:
-        app = StoredRoute(service.gateway, method, suffix)
-        return ExactRoute(f"/v1/responses/{{id}}{suffix}", app, methods=[method])
 
     def get(path: str, function: App) -> Route:
         return ExactRoute(path, AsApp(function), methods=["GET"])
 
     routes = [
-        get("/v1/responses", upgrade_required),
-        stored("GET"),
-        stored("DELETE"),
-        stored("POST", "/cancel"),
-        stored("GET", "/input_items"),
+        *stored_routes(service.gateway),
         get("/v1/models", models.list),
         get("/v1/models/{model:path}", models.show),
-        ExactRoute("/v1/{rest:path}", AsApp(health.preflight), methods=["OPTIONS"]),
         get("/healthz", healthz),
         get("/readyz", health.readyz),
         get("/metrics", health.metrics),
@@ -118,15 +109,17 @@ def other_apps(service: Service) -> App:
         Route("/admin/v1/{rest:path}", AsApp(admin.admin)),
         Route("/dashboard{rest:path}", AsApp(admin.dashboard)),
     ]
-    return Router(routes, redirect_slashes=False, default=unknown_url)
+    not_served = NotServed([each.path for each in METERED], routes, health)
+    return Router(routes, redirect_slashes=False, default=not_served)
 
 
-def websocket_app(service: Service) -> App:
-    """Return the app of WebSockets: /v1/responses."""
+def websocket_app(service: Service, others: App) -> App:
+    """Return the app of WebSockets: /v1/responses. Other paths are those of `others`."""
 
     async def session(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] != RESPONSES.path:
-            raise Refusal("unknown_url")
+            await others(scope, receive, send)
+            return
         request = request_of(scope)
         request.route = RESPONSES.path
         origin = header(request.headers, b"origin")
@@ -237,7 +230,8 @@ class GatewayProcess:
         tasks = [*store.commits.tasks, *service.start_tasks()]
         for task in tasks:
             task.add_done_callback(self._ended)
-        self._guard.serve(metered_apps(service), other_apps(service), websocket_app(service))
+        others = other_apps(service)
+        self._guard.serve(metered_apps(service), others, websocket_app(service, others))
         gc.freeze()  # what is there now stays, as in start.finish
         with socket_path(store.path) as path:
             api = in_time(gateway, admin_app(service.api, local_actor))

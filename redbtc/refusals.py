@@ -32,6 +32,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
         "Metrics need the token of metrics.token_env or, if that is not set, a loopback address.",
     ),
     "unknown_url": (404, INVALID, "Unknown request URL. The documentation lists what is served."),
+    "method_not_allowed": (405, INVALID, "The method is not allowed for this URL."),
     "model_not_allowed": (403, INVALID, "This API key is not allowed to use the model."),
     "model_not_found": (404, INVALID, "The model does not exist or is not available here."),
     "response_not_found": (404, INVALID, "The response does not exist."),

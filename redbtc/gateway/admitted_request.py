@@ -267,14 +267,12 @@ class AdmittedRequest(ForwardedRequest, Running):
     def creates_background(self) -> bool:
         return self.facts.background is True
 
-    @property
-    def asks_for_events(self) -> bool:
-        return self.facts.asks_for_events
-
     def note_member(self, upstream: Upstream) -> None:
+        self.member = upstream
         self.row.upstream = upstream.name
 
     def note_attempt(self, upstream: Upstream) -> None:
+        self.member = upstream
         self.row.upstream = upstream.name
         self.is_free = upstream.is_free
         self.row.attempts = (self.row.attempts or 0) + 1

@@ -1,9 +1,10 @@
 """The body of an upstream's answer on its way to the client.
 
-Bytes are sent on as they come, except in four cases: a whole JSON answer goes out when its row is
-written; the first bytes wait until they show what the answer is; an answer that creates a
-background response waits for the response's id to be on disk; and what ends an answer for the
-client is held back by the meter until the row is written.
+Bytes are sent on as they come, except in five cases: a whole JSON answer goes out when its row is
+written; so does a short one that may report an error about the operator's credentials; the first
+bytes wait until they show what the answer is; an answer that creates a background response waits
+for the response's id to be on disk; and what ends an answer for the client is held back by the
+meter until the row is written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from redbtc.gateway.client_response import ClientResponse
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
-from redbtc.meter.meters import Meter, PlainMeter
+from redbtc.meter.meters import JSONMeter, Meter, PlainMeter
+from redbtc.meter.shown_answers import ERROR, shown_json
 from redbtc.meter.streams import StreamMeter
 from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.begun_body import BegunBody
@@ -33,6 +35,7 @@ TOO_SHORT = re.compile(
 )
 MEDIA_TYPES = (b"audio/", b"video/", b"application/octet-stream")
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
+MAX_SHORT = 64 << 10  # bytes of a JSON answer that wait until it is known whether it is an error
 MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written
 AFTER_END_SECONDS = 0.7  # for bytes that follow the event that ends a stream
 
@@ -81,15 +84,25 @@ class AnswerBody:
     """The body of one answer. `rest` is its end, as far as that was not sent; None until the row is
     written."""
 
-    __slots__ = ("_begun", "_deadline", "_idle_seconds", "_request", "_response", "rest")
+    __slots__ = (
+        *("_begun", "_deadline", "_has_sent", "_idle_seconds", "_own_body", "_request"),
+        *("_response", "rest"),
+    )
 
     def __init__(
-        self, request: ForwardedRequest, response: ClientResponse, idle_seconds: float
+        self,
+        request: ForwardedRequest,
+        response: ClientResponse,
+        idle_seconds: float,
+        own_body: bytes | None,
     ) -> None:
+        """`own_body` is what the client gets in place of the body; None if it gets the body."""
         self._request = request
         self._response = response
         self._deadline = request.deadline
         self._idle_seconds = idle_seconds
+        self._own_body = own_body
+        self._has_sent = False  # some of the body has been sent
         self._begun = b""  # first bytes, sent on, that were too few to tell the coding
         self.rest: bytes | None = None
 
@@ -117,6 +130,10 @@ class AnswerBody:
             )
         await request.settle(request.outcome())
         self.rest = kept + meter.rest()
+        if self._own_body is not None:
+            self.rest = self._own_body
+        elif meter.report.failed and not self._has_sent:
+            self.rest = self._shown(self.rest, meter)
         if ended_by_event:
             await self._follow(self.rest, chunks)
 
@@ -141,18 +158,39 @@ class AnswerBody:
             # The head waits until it is known what the answer is.
             is_unknown = meter is None and response.sent == "nothing" and len(kept) < MAX_BLANK
             is_unnamed = request.awaits_id and len(kept) < MAX_UNNAMED
-            if is_whole or is_unknown or is_unnamed or not passed:
-                kept += passed
-            else:
-                passed, kept = kept + passed, b""
+            if self._own_body is not None:
+                continue
+            kept += passed
+            if not (is_whole or is_unknown or is_unnamed or not passed or self._waits(meter, kept)):
+                passed, kept = self._shown(kept, meter), b""
                 deadline.allow(self._idle_seconds)  # metering may have paused it
                 await response.send(passed)
+                self._has_sent = True
             if meter and meter.state != "open":
                 kept = await self._send_until_usage(meter, chunks, kept)
             if meter and meter.state != "open":
                 break
             deadline.allow(self._idle_seconds)
         return meter, kept
+
+    def _waits(self, meter: Meter | None, begin: bytes) -> bool:
+        """Return whether the beginning of an answer waits until it is known whether it reports an
+        error about the operator's credentials: if it begins to report an error, or if it is a
+        stored response, which can have failed long ago."""
+        if self._has_sent or type(meter) is not JSONMeter or len(begin) >= MAX_SHORT:
+            return False
+        request = self._request
+        may_fail = not request.makes_answer or ERROR.search(begin)
+        return bool(may_fail) and request.hides_errors
+
+    def _shown(self, begin: bytes, meter: Meter | None) -> bytes:
+        """Return an answer, or all of it that has come, as the client is shown it."""
+        if self._has_sent or type(meter) is not JSONMeter or not self._request.hides_errors:
+            return begin
+        shown = shown_json(begin)
+        if shown is not begin:
+            self._response.grow_length(len(shown) - len(begin))
+        return shown
 
     def _meter_of(self, chunk: bytes) -> Meter | None:
         """Return the meter for an answer that begins with this chunk, or None while too few bytes
@@ -173,7 +211,7 @@ class AnswerBody:
         if stream is None:
             return None
         request.meter = request.choose_meter(stream)
-        if stream:
+        if stream and self._own_body is None:
             response.drop_length()
         return request.meter
 

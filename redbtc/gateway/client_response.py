@@ -13,6 +13,11 @@ from redbtc.upstream.headers import REQUEST_ID, headers_for_client, without
 from redbtc.upstream.response import UpstreamResponse
 
 INERT_TYPE = re.compile(rb"(?i)(?:application/json|text/event-stream)\s*(?:;[^,]*)?")
+# Headers that describe the upstream's body.
+OF_BODY = (
+    *(b"content-type", b"content-length", b"content-encoding", b"content-language"),
+    *(b"content-md5", b"digest", b"content-digest", b"repr-digest", b"etag", b"accept-ranges"),
+)
 # With these a browser neither runs a response of any other type nor takes it for HTML.
 INERT: Headers = [(b"content-security-policy", b"sandbox"), (b"x-content-type-options", b"nosniff")]
 
@@ -85,6 +90,21 @@ class ClientResponse:
         """Put a header of the gateway's own in place of the upstream's; None: of none at all."""
         headers = without(self._head["headers"], frozenset([name]))
         self._head["headers"] = headers if value is None else [*headers, (name, value)]
+
+    def set_json(self, length: int) -> None:
+        """Let the head tell that the body is JSON of this length, in place of the upstream's."""
+        self.is_labelled_stream = False
+        headers = [line for line in self._head["headers"] if line[0] not in OF_BODY]
+        json_headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
+        self._head["headers"] = headers + json_headers
+
+    def grow_length(self, more: int) -> None:
+        """Let the head tell that the body is longer by `more` bytes, if it tells a length and was
+        not sent."""
+        length = header(self._head["headers"], b"content-length")
+        if length is not None:
+            headers = without_length(self._head["headers"])
+            self._head["headers"] = [*headers, (b"content-length", b"%d" % (int(length) + more))]
 
     async def send_head(self) -> None:
         """Send the head, if that has not been done."""

@@ -24,7 +24,14 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from redbtc.config import FailoverSettings
 from redbtc.gateway.forwarded_request import ForwardedRequest
-from redbtc.meter.error_codes import error_code_in
+from redbtc.meter.decoding import codings_of
+from redbtc.meter.error_codes import (
+    REJECTED_STATUSES,
+    STATUS_OF_CODE,
+    error_code_in,
+    kept_code,
+)
+from redbtc.meter.operator_errors import TOO_LARGE, decoded_body, names_operator, own_body
 from redbtc.upstream.begun_body import BegunBody
 from redbtc.upstream.candidates import Candidates
 from redbtc.upstream.response import UpstreamResponse
@@ -34,20 +41,9 @@ from redbtc.upstream.upstreams import Upstream
 LIMITED, REJECTED, FORBIDDEN = 429, 401, 403
 BROKEN = frozenset((500, 502, 503, 504, 529))
 FAILURES = BROKEN | {LIMITED, REJECTED, FORBIDDEN}
-REJECTED_STATUSES = (REJECTED, FORBIDDEN)
 CERTAIN = (LIMITED, *REJECTED_STATUSES)  # the upstream has surely not acted on the request
 MAX_BEGINNING = 16 << 10  # of an error answer that are read before another member is tried
 ERROR_SECONDS = 2.0  # to read them
-# The status that the code of an error stands for, where the error has no status of its own.
-STATUS_OF_CODE = {
-    "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
-    "slow_down": 503,
-    "server_is_overloaded": 503,
-    "server_error": 500,
-    "invalid_api_key": 401,
-    "authentication_error": 401,
-}
 UNREADABLE = (400, "invalid_encrypted_content")
 NO_MODEL = "model_not_found"  # the code of a 403 that is about one model only
 # Other codes of a 401 or 403 for which the key is good, but not for this model or kind of request:
@@ -55,10 +51,7 @@ NO_MODEL = "model_not_found"  # the code of a 403 that is about one model only
 NO_RIGHT = ("model_not_allowed", "missing_scope")
 NO_RIGHT_TEXT = re.compile(rb"Missing scopes|must be verified to use")
 NO_MODEL_SECONDS = 600.0
-# The codes of a rejection that are kept. Others could be the key itself.
-REJECTION_CODE = re.compile(r"[A-Za-z_]+|[0-9]{3}")
 WAITS = (b"retry-after", b"retry-after-ms")
-TOO_LARGE = b"Request too large"  # how OpenAI's 429 begins that is about one request only
 
 
 class Failed(Protocol):
@@ -83,6 +76,7 @@ class ErrorAnswer(NamedTuple):
     member: Upstream
     response: UpstreamResponse
     body: BegunBody
+    text: bytes  # what has been read of it, decoded
     code: str | None  # of the error in the body
     retry_after: float | None  # seconds until the upstream wants to be asked again
 
@@ -96,21 +90,34 @@ class ErrorAnswer(NamedTuple):
         """Return whether the upstream can't read the request's encrypted content."""
         return (self.upstream_status, self.code) == UNREADABLE
 
-    def for_client(self, seconds: float) -> UpstreamResponse:
-        """Return the answer as the client gets it. A 429 asks it to wait for at most `seconds`:
-        then another member can be asked again."""
+    def for_client(self, seconds: float) -> tuple[UpstreamResponse, bytes | None]:
+        """Return the answer as the client gets it, and the body that it gets in place of the
+        answer's own, if that is about the operator's credentials. A 429 asks it to wait for at most
+        `seconds`: then another member can be asked again."""
         response = self.response._replace(body=self.body)
-        if response.status != LIMITED or not self.retry_after or self.retry_after <= seconds:
-            return response
-        headers = [line for line in response.headers if line[0].lower() not in WAITS]
-        wait = max(1, math.ceil(seconds))
-        return response._replace(headers=[*headers, (b"retry-after", b"%d" % wait)])
+        if response.status != LIMITED:
+            return response, None
+        wait = ""
+        if self.retry_after and self.retry_after > seconds:
+            wait = str(max(1, math.ceil(seconds)))
+            headers = [line for line in response.headers if line[0].lower() not in WAITS]
+            response = response._replace(headers=[*headers, (b"retry-after", wait.encode())])
+        if not (self.member.hides_errors and self._may_name_operator()):
+            return response, None
+        self.body.stop()
+        return response, own_body(LIMITED, self.text, wait and f"{wait}s")
+
+    def _may_name_operator(self) -> bool:
+        """Return whether the answer names something of the operator's, as far as is known."""
+        is_encoded = self.text is self.body.begun and bool(codings_of(self.response.headers))
+        is_readable = self.body.whole and not is_encoded
+        return not is_readable or names_operator(self.text.decode("utf-8", "replace"))
 
     def judge(self, candidates: Candidates[Upstream]) -> None:
         """Note in the member's health what the answer says of it."""
         status = self.upstream_status
         if status in FAILURES:
-            judge(candidates, status, self.code, self.retry_after, self.body.begun)
+            judge(candidates, status, self.code, self.retry_after, self.text)
         else:
             candidates.answer(serves=False)
 
@@ -127,7 +134,7 @@ def judge(
     and `text` what is known of the answer."""
     shown = code or str(status)
     if status == LIMITED:
-        if TOO_LARGE not in text:  # else it does not matter to other requests
+        if TOO_LARGE.encode() not in text:  # else it does not matter to other requests
             candidates.limit(shown, retry_after)
     elif status in REJECTED_STATUSES and lacks_right(status, code, text):
         candidates.limit(shown, NO_MODEL_SECONDS)
@@ -156,15 +163,6 @@ def lacks_right(status: int, code: str | None, text: bytes) -> bool:
     if code in NO_RIGHT or (status == FORBIDDEN and code == NO_MODEL):
         return True
     return NO_RIGHT_TEXT.search(text) is not None
-
-
-def kept_code(status: int, code: str | None, by_client: bool = False) -> str | None:
-    """Return the code of an error as it may be kept: that of a rejection could quote the key, and
-    nothing may be kept of a client's own credential (`by_client`)."""
-    may_quote = by_client or status in REJECTED_STATUSES
-    if code and may_quote and not REJECTION_CODE.fullmatch(code):
-        return str(status)
-    return code
 
 
 class Failover(Generic[AnyFailed]):
@@ -250,6 +248,7 @@ async def read_error(member: Upstream, response: UpstreamResponse) -> ErrorAnswe
     """Read the beginning of an answer's body, within ERROR_SECONDS."""
     body = BegunBody(response.body)
     await body.read(MAX_BEGINNING, ERROR_SECONDS)
-    code = error_code_in(body.begun) if body.whole else None
+    text = decoded_body(body.begun, codings_of(response.headers))
+    code = error_code_in(text) if body.whole else None
     code = kept_code(response.status, code, member.is_client)
-    return ErrorAnswer(member, response, body, code, retry_after_seconds(response.headers))
+    return ErrorAnswer(member, response, body, text, code, retry_after_seconds(response.headers))

@@ -51,6 +51,7 @@ class ForwardedRequest:
         self.takes_out_usage = False
         self.images = 1  # that were asked for, each of which ends with an event of its own
         self.settled = False
+        self.member: Upstream | None = None  # whose answer the client gets, as far as is known
         self.left_at = math.inf  # when it left for the upstream, by the monotonic clock
         self.status: int | None = None  # of the answer that the client gets
         self.upstream_status: int | None = None  # of the upstream's last answer
@@ -81,12 +82,21 @@ class ForwardedRequest:
             take_out_usage=self.takes_out_usage,
             ends=self.images,
             expects_usage=self.expects_usage(),
+            hides_errors=self.hides_errors,
         )
 
     def catalog_etag(self) -> bytes | None:
         """Return the ETag of the model catalogue that the client gets, None if there is none."""
         with_credential = self.client_request.credential is not None
         return self.gateway.catalog.etag(self.key, with_credential)
+
+    @property
+    def hides_errors(self) -> bool:
+        """Return whether an error about the operator's credentials may be within the upstream's
+        answer, which then has a status that says nothing of it. The client gets the gateway's own
+        text in its place."""
+        is_good = (self.status or 200) < 400
+        return is_good and self.member is not None and self.member.hides_errors
 
     def expects_usage(self) -> bool:
         """Return whether a streamed chat was asked to report its usage."""
@@ -122,9 +132,11 @@ class ForwardedRequest:
 
     def note_member(self, upstream: Upstream) -> None:
         """Note the member of the upstreams whose answer the client gets."""
+        self.member = upstream
 
     def note_attempt(self, upstream: Upstream) -> None:
         """Note that the request is about to be sent to a member of the upstreams."""
+        self.member = upstream
         self.left_at = time.monotonic()
 
     def note_answer(self, status: int, request_id: str | None) -> None:

@@ -97,11 +97,18 @@ class HealthRoutes:
         """Return whether pages of that origin may use /v1."""
         return bool(cors_headers(origin, self._gateway.settings.server.cors_origins))
 
-    async def preflight(self, scope: Scope, _: Receive, send: Send) -> None:
-        """Answer a CORS preflight, which browsers send without a key. Raises Refusal."""
+    def has_preflights(self) -> bool:
+        """Return whether pages of any origin may use /v1."""
+        return bool(self._gateway.settings.server.cors_origins)
+
+    async def preflight(self, scope: Scope, send: Send) -> bool:
+        """Answer a CORS preflight, which browsers send without a key. Return whether the request
+        is one, from an origin whose pages may use /v1."""
         origin = header(scope["headers"], b"origin")
-        if origin is None or not self.allows_origin(origin):
-            raise Refusal("unknown_url")
-        headers = [*preflight_headers(scope["headers"]), *ids_of(request_of(scope))]
+        headers = preflight_headers(scope["headers"])
+        if origin is None or headers is None or not self.allows_origin(origin):
+            return False
+        headers += ids_of(request_of(scope))
         await send({"type": "http.response.start", "status": 204, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
+        return True

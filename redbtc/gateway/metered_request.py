@@ -15,7 +15,6 @@ import msgspec
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.background_response import BackgroundResponse
-from redbtc.gateway.failover import kept_code
 from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
@@ -29,6 +28,7 @@ from redbtc.gateway.settlement import (
 from redbtc.gateway.unreported import UnreportedUsage
 from redbtc.headers import header
 from redbtc.locations import ObjectLocation
+from redbtc.meter.error_codes import kept_code
 from redbtc.meter.estimates import Estimate
 from redbtc.meter.report import Report
 from redbtc.store.background import UnfinishedRow

@@ -11,7 +11,6 @@ from redbtc.gateway.client_response import ClientResponse
 from redbtc.gateway.endpoints import RESPONSES
 from redbtc.gateway.failover import (
     FAILURES,
-    REJECTED_STATUSES,
     ErrorAnswer,
     Failover,
     is_failure,
@@ -21,6 +20,7 @@ from redbtc.gateway.failover import (
 )
 from redbtc.gateway.forwarded_request import REJECTED_KEY, ForwardedRequest
 from redbtc.gateway.model_catalog import MODELS_ETAG
+from redbtc.meter.error_codes import REJECTED_STATUSES
 from redbtc.request_body.pieces import Buffer
 from redbtc.server.asgi import Send
 from redbtc.slices import answer_queue, in_slices
@@ -56,6 +56,7 @@ class Relay:
         self._response = ClientResponse(send)
         self._answer: AnswerBody | None = None  # once the head of the answer to pass on is there
         self._idle_seconds = 0.0  # of the member that is asked
+        self._own_body: bytes | None = None  # what the client gets in place of the answer's
         self._failure = ""  # the error code for the client, if all members have failed
         self._failover: Failover[ErrorAnswer] | None = None
 
@@ -177,7 +178,8 @@ class Relay:
             return None
         self._request.note_member(best.member)
         if best.upstream_status not in REJECTED_STATUSES:
-            return best.for_client(candidates.seconds_of_limit())
+            response, self._own_body = best.for_client(candidates.seconds_of_limit())
+            return response
         await best.body.aclose()
         self._request.note_answer(best.upstream_status, request_id_in(best.response.headers))
         self._request.note_failure(best.code)
@@ -190,14 +192,10 @@ class Relay:
         is_good = status < 400 or not is_failure(status, candidates)
         if is_good:
             candidates.answer(serves=status < 400)
-        self._answer = AnswerBody(request, self._response, self._idle_seconds)
+        own_body = self._own_body
+        self._answer = AnswerBody(request, self._response, self._idle_seconds, own_body)
         try:
-            request_id = self._response.set_head(
-                response, request.client_request.id, request.admission.headers()
-            )
-            request.note_answer(status, readable_id(request_id))
-            if request.gateway.catalog.is_set and request.endpoint is RESPONSES:
-                self._response.replace_header(MODELS_ETAG, request.catalog_etag())
+            begin(self._response, request, response, own_body)
             await self._answer.relay(response.body)
         finally:
             await response.body.aclose()
@@ -283,3 +281,21 @@ class Relay:
         else:
             request.note_member(earlier.member)
             request.note_answer(earlier.upstream_status, request_id_in(earlier.response.headers))
+
+
+def begin(
+    client_response: ClientResponse,
+    request: ForwardedRequest,
+    response: UpstreamResponse,
+    own_body: bytes | None,
+) -> None:
+    """Make the head of the client's response from that of the upstream's. `own_body` is what the
+    client gets in place of the upstream's body, None if it gets that."""
+    request_id = client_response.set_head(
+        response, request.client_request.id, request.admission.headers()
+    )
+    if own_body is not None:
+        client_response.set_json(len(own_body))
+    request.note_answer(response.status, readable_id(request_id))
+    if request.gateway.catalog.is_set and request.endpoint is RESPONSES:
+        client_response.replace_header(MODELS_ETAG, request.catalog_etag())

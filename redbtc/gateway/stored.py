@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 
+from starlette.routing import Route
+
 from redbtc.billing.spending import SpendingLimitReached
 from redbtc.deadlines import Deadline
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.plain_routes import ExactRoute
 from redbtc.gateway.reading import read_body
 from redbtc.gateway.references import location_of, not_own, required_location
 from redbtc.gateway.relay import Relay
@@ -38,6 +41,7 @@ STREAMING = ("include", "include[]", "stream", "starting_after", "include_obfusc
 # By method and path after the id, the query fields that are forwarded.
 QUERIES = {("GET", ""): STREAMING, ("GET", "/input_items"): LISTING}
 SHOWING = (("GET", ""), ("POST", "/cancel"))  # these show the response
+SERVED = (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items"))
 
 
 class StoredRequest(ForwardedRequest):
@@ -141,6 +145,18 @@ class StoredRequest(ForwardedRequest):
         if growth := objects.growth_of(self._response_id):
             location = location.with_tokens((location.tokens or 0) + growth)
         return location._replace(minted_input=False)
+
+
+def stored_routes(gateway: Gateway) -> list[Route]:
+    """Return the routes of stored responses."""
+    return [
+        ExactRoute(
+            f"/v1/responses/{{id}}{suffix}",
+            StoredRoute(gateway, method, suffix),
+            methods=[method],
+        )
+        for method, suffix in SERVED
+    ]
 
 
 class StoredRoute:

@@ -32,6 +32,10 @@ class UnreportedUsage(AdmittedRequest):
 
     repeats = False  # whether the upstream answered with what another request has made
 
+    @property
+    def asks_for_events(self) -> bool:
+        return self.facts.asks_for_events
+
     def max_usage(self) -> MaximumUsage:
         """Return the most that the request can use."""
         return self.maximum.usage(self.hold, self.further_input)

@@ -11,6 +11,30 @@ from redbtc.meter.answers import Answer, decode_answer
 MAX_ERROR_BYTES = 64 << 10  # of a body in which a code is looked for
 MAX_NUMBER = 999_999  # of a code that is a number
 CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+# The status that the code of an error, or its type, stands for where the error has no status of its
+# own. OpenAI has the types "requests" and "tokens" for limits; others send the number as the code.
+STATUS_OF_CODE = {
+    "rate_limit_exceeded": 429,
+    "rate_limit_error": 429,
+    "requests": 429,
+    "tokens": 429,
+    "429": 429,
+    "insufficient_quota": 429,
+    "credit_balance_exhausted": 429,
+    "billing_hard_limit_reached": 429,
+    "usage_limit_reached": 429,
+    "slow_down": 503,
+    "server_is_overloaded": 503,
+    "server_error": 500,
+    "invalid_api_key": 401,
+    "authentication_error": 401,
+    "401": 401,
+    "permission_error": 403,
+    "403": 403,
+}
+# The codes of a rejection that are kept. Others could be the key itself.
+REJECTION_CODE = re.compile(r"[A-Za-z_]+|[0-9]{3}")
+REJECTED_STATUSES = (401, 403)
 
 
 def error_code_of(answer: Answer) -> str | None:
@@ -29,6 +53,15 @@ def error_code_in(body: bytes) -> str | None:
     None for a body that is not a JSON object, or has more than MAX_ERROR_BYTES."""
     answer = decode_answer(body) if len(body) <= MAX_ERROR_BYTES else None
     return error_code_of(answer) if answer else None
+
+
+def kept_code(status: int, code: str | None, by_client: bool = False) -> str | None:
+    """Return the code of an error as it may be kept: that of a rejection could quote the key, and
+    nothing may be kept of a client's own credential (`by_client`)."""
+    may_quote = by_client or status in REJECTED_STATUSES
+    if code and may_quote and not REJECTION_CODE.fullmatch(code):
+        return str(status)
+    return code
 
 
 def code_in(value: Any) -> str | None:

@@ -18,6 +18,7 @@ from redbtc.meter.events import (
 from redbtc.meter.meters import Meter
 from redbtc.meter.report import Report
 from redbtc.meter.scanner import BYTE_ORDER_MARK
+from redbtc.meter.shown_answers import shown_event
 from redbtc.meter.usage_fields import has_choices
 from redbtc.steps import Steps, result_of
 
@@ -41,6 +42,10 @@ NAMING = {
     (False, False): None,
 }
 MAX_HELD = 64 << 10  # bytes of an incomplete event that are held back whole
+# The types of events of which a part may be sent on: they don't end an answer or report an error.
+MAY_BEGIN = re.compile(
+    rb"response\.(?!(?:completed|incomplete|failed)\Z).*|image_\w+\.(?!completed\Z).*"
+)
 HELD_END = 64  # bytes that are held back of a larger event that may end the answer
 
 
@@ -59,6 +64,7 @@ class StreamMeter(Meter):
     - `ends`: the number of events that end the response, one for each image that was asked for.
     - `expects_usage`: the chat was asked to report its usage, so if that has not come before
       the end, the meter waits for it.
+    - `hides_errors`: an error about the operator's credentials gets the gateway's own text.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class StreamMeter(Meter):
         take_out_usage: bool,
         ends: int = 1,
         expects_usage: bool = False,
+        hides_errors: bool = False,
     ) -> None:
         self.report = Report(images)
         self._chat = chat
@@ -78,6 +85,8 @@ class StreamMeter(Meter):
         self._may_matter = chat_may_matter if chat else audio_may_matter if audio else may_matter
         self._take_out_usage = take_out_usage
         self._expects_usage = expects_usage or take_out_usage
+        self._hides_errors = hides_errors
+        self._may_change = hides_errors or take_out_usage
         self._ends = ends
         self._ends_seen = 0
         # Events that can contain the id or the model, while they are unknown. Pictures and audio
@@ -125,6 +134,7 @@ class StreamMeter(Meter):
             yield from self._end_event(chunk[start:end], passed)
             start = end
         if start < len(chunk):
+            self._cut_newline = None
             yield from self._take_part(chunk[start:], passed)
         return b"".join(passed)
 
@@ -149,6 +159,8 @@ class StreamMeter(Meter):
             answer = yield from self._partial.partial_answer()
             if answer and self._partial.is_cut_off:
                 is_cut_off = True
+                if self._hides_errors and not self._begun:
+                    self._held = shown_event(self._held, is_cut_off=True)
                 yield from self._take_cut_off(answer)
             else:
                 rest: list[bytes] = []
@@ -192,6 +204,8 @@ class StreamMeter(Meter):
             self._resume_pictures(event.start if event else segment, len(held), passed)
             if begun and verdict == "take_out":  # too late: its beginning has been sent
                 verdict = "pass"
+            if self.report.failed and self._hides_errors and not begun:
+                held = shown_event(held)
             if verdict == "last":
                 self.state, verdict = "ending", "pass"
             if self.state == "ending" and not self._expects_more():
@@ -244,21 +258,14 @@ class StreamMeter(Meter):
                 self.state = "ended"
             return
         keep = 0
-        if self._must_be_held(self._partial.start):
+        if must_be_held(self._partial.start, self._chat, self._may_change):
             keep = len(self._held) if len(self._held) <= MAX_HELD else HELD_END
+            if len(self._held) > keep and self._hides_errors and not self._begun:
+                self._held = shown_event(self._held)  # errors come before long members
         sent = len(self._held) - keep
         self._begun = self._begun or sent > 0
         passed.append(self._held[:sent])
         self._held = self._held[sent:]
-
-    def _must_be_held(self, start: bytes) -> bool:
-        """Return whether an event with this start may end the answer, or may have to be taken
-        out."""
-        start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
-        if self._chat:
-            return self._take_out_usage or not CHAT_CHUNK.match(start)
-        match = EVENT_TYPE.match(start)
-        return not match or bool(LAST.fullmatch(match[1] or match[2] or b""))
 
     def _judge(self, event: EventText | None, segment: bytes) -> Steps[Verdict]:
         """Take in what an event reports, and return the verdict on it. If it did not come in parts
@@ -300,3 +307,13 @@ class StreamMeter(Meter):
 def is_usage_chunk(answer: Answer) -> bool:
     """Return whether a chat's chunk is the one that only reports the usage."""
     return isinstance(answer.usage, dict) and not has_choices(answer) and not answer.error
+
+
+def must_be_held(start: bytes, chat: bool, may_change: bool) -> bool:
+    """Return whether an event with this start may end the answer or, if `may_change`, may have to
+    be taken out or changed."""
+    start = start.removeprefix(BYTE_ORDER_MARK).lstrip(b"\r\n")
+    if chat:
+        return may_change or not CHAT_CHUNK.match(start)
+    match = EVENT_TYPE.match(start)
+    return not match or not MAY_BEGIN.fullmatch(match[1] or match[2] or b"")

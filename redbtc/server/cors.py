@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 
 from redbtc.headers import Headers, header
-from redbtc.refusals import Refusal
 from redbtc.server.asgi import App, Message, Receive, Scope, Send
 
 PATHS = "/v1/"
@@ -67,12 +66,12 @@ def _adding(send: Send, more: Headers) -> Send:
     return send_with_headers
 
 
-def preflight_headers(headers: Headers) -> Headers:
+def preflight_headers(headers: Headers) -> Headers | None:
     """Return the headers that only the response to a preflight request has. Every header that the
     page asks to send is allowed (by name, since "*" does not cover Authorization): the ones that
-    reach an upstream are chosen elsewhere. Raises Refusal if the request is not a preflight."""
+    reach an upstream are chosen elsewhere. None if the request is not a preflight."""
     if header(headers, b"access-control-request-method") is None:
-        raise Refusal("unknown_url")
+        return None
     added: Headers = [
         (b"access-control-allow-methods", METHODS),
         (b"access-control-max-age", PREFLIGHT_MAX_AGE),

@@ -48,6 +48,10 @@ class BegunBody(httpx2.AsyncByteStream):
             async for chunk in self._chunks:
                 yield chunk
 
+    def stop(self) -> None:
+        """Let nothing follow what has been read."""
+        self.whole, self.torn = True, None
+
     async def aclose(self) -> None:
         """Close the body."""
         await self._body.aclose()

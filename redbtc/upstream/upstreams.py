@@ -111,6 +111,8 @@ class Upstream:
         self.is_client = settings.credentials == "client"  # it gets each client's own credential
         self.is_free = settings.billing == "free"  # its requests cost nothing
         self.speaks_websocket = settings.speaks_websocket
+        # Its errors 401, 403 and 429 are about the operator's key: no client sees what they name.
+        self.hides_errors = not self.is_client
         self._watching: asyncio.Task[None] | None = None
         self.go_on_with(MemberHealth(self.name, self.usable, on_change=on_change))
         self.in_flight = 0

@@ -28,8 +28,12 @@ class Client:
         self._connection.send(message)
 
     def recv(self, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
-        event: dict[str, Any] = json.loads(self._connection.recv(timeout=seconds))
+        event: dict[str, Any] = json.loads(self.recv_text(seconds))
         return event
+
+    def recv_text(self, seconds: float = PATIENCE_SECONDS) -> str:
+        """Return the next event as it came."""
+        return str(self._connection.recv(timeout=seconds))
 
     def until(self, *kinds: str) -> dict[str, Any]:
         """The first event of one of these types."""

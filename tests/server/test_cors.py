@@ -68,7 +68,8 @@ def test_a_preflight_needs_no_key(gateway: Gateway) -> None:
 def test_what_is_no_preflight_is_not_served(gateway: Gateway, missing: str) -> None:
     headers = {name: value for name, value in PREFLIGHT.items() if name != missing}
     with client_of(gateway, **headers) as client:
-        assert client.options("/responses").status_code == 404
+        assert client.options("/responses").status_code == 405
+        assert client.options("/files").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def answers(gateway: Gateway, upstream: Upstream, **headers: str) -> Iterator[ht
         yield client.get("/models")
         yield client.get("/responses/resp_never")  # 404, stored
         yield client.get("/nothing")  # 404
-        yield client.get("/responses")  # 404 of the upgrade
+        yield client.get("/responses")  # 405
         yield client.post("/responses", json={})  # 400
         yield client.post("/responses", content=b"x" * 3000)  # 413
         yield client.post("/responses", content=b"x", headers={"content-type": "a/b"})  # 415
@@ -122,7 +123,7 @@ async def no_http(_: Received, reply: Reply) -> None:
     await reply.raw(b"not HTTP\r\n\r\n")
 
 
-STATUSES = [200, 200, 200, 404, 404, 404, 400, 413, 415, 401, 431, 400, 500, 502, 200, 429]
+STATUSES = [200, 200, 200, 404, 404, 405, 400, 413, 415, 401, 431, 400, 500, 502, 200, 429]
 TWICE = [("content-type", "a/b"), ("content-type", "c/d")]
 SMALL = "max_body_bytes = 2048\n"
 
@@ -165,7 +166,7 @@ def test_only_listed_origins(make_gateway: MakeGateway, upstream: Upstream) -> N
     for origin in ("https://app.example.evil", "https://APP.example", "null", "http://app.example"):
         with client_of(gateway, **{**PREFLIGHT, "origin": origin}) as client:
             refused = client.options("/responses")
-            assert (refused.status_code, cors_of(refused)) == (404, {})
+            assert (refused.status_code, cors_of(refused)) == (405, {})
             served = client.post("/responses", json=RESPONSE, headers={"authorization": key})
             assert (served.status_code, cors_of(served)) == (200, {})
     with client_of(gateway, **{**PREFLIGHT, "origin": "http://localhost:3000"}) as client:
@@ -210,7 +211,9 @@ def test_an_origin_after_too_many_headers_counts(make_gateway: MakeGateway) -> N
 def test_it_can_be_switched_off_and_reloaded(make_gateway: MakeGateway, upstream: Upstream) -> None:
     gateway = make_gateway("cors_origins = []\n").start()
     with client_of(gateway, **PREFLIGHT) as client:
-        assert client.options("/responses").status_code == 404
+        refused = client.options("/responses")
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+        assert client.get("/responses").headers["allow"] == "POST"
         assert not cors_of(client.get("/models"))
         gateway.configure('cors_origins = ["*"]\n')
         gateway.signal(signal.SIGHUP)

@@ -62,12 +62,12 @@ CASES = {
     "CONNECT": ("CONNECT a:80 HTTP/1.1\nHost: a", 400),
     "garbage": ("\x16\x03\x01\x02", 400),
     "an unknown path": ("GET /v1/files HTTP/1.1\nHost: a", 404),
-    "a stored chat": ("GET /v1/chat/completions HTTP/1.1\nHost: a", 404),
-    "another method": ("DELETE /v1/models/x HTTP/1.1\nHost: a", 404),
+    "a stored chat": ("GET /v1/chat/completions HTTP/1.1\nHost: a", 405),
+    "another method": ("DELETE /v1/models/x HTTP/1.1\nHost: a", 405),
     "a path that climbs": ("GET /v1/models/../../admin/v1/accounts HTTP/1.1\nHost: a", 401),
-    "an encoded slash": ("GET /v1%2fresponses HTTP/1.1\nHost: a", 404),
+    "an encoded slash": ("GET /v1%2fresponses HTTP/1.1\nHost: a", 405),
     "the admin API": ("GET /admin/v1/accounts HTTP/1.1\nHost: a", 401),
-    "HEAD as codex doctor": ("HEAD /v1/responses HTTP/1.1\nHost: a", 404),
+    "HEAD as codex doctor": ("HEAD /v1/responses HTTP/1.1\nHost: a", 405),
     "an absolute URL without a path": ("GET http://evil HTTP/1.1\nHost: a", 404),
     "CONNECT with an absolute URL": ("CONNECT http://evil HTTP/1.1\nHost: a", 400),
     "an absolute URL": ("GET http://evil/v1/files HTTP/1.1\nHost: a", 404),
@@ -146,6 +146,102 @@ def test_an_unknown_path_is_refused_before_its_body(shared: tuple[Gateway, Upstr
         answer = gateway.raw(request(head))
         assert answer.startswith(b"HTTP/1.1 %d " % status)
         assert b"100 Continue" not in answer
+
+
+SERVED = (
+    "POST chat/completions, responses, responses/compact, responses/input_tokens, "
+    "images/generations, images/edits, completions, embeddings, moderations, "
+    "audio/transcriptions, audio/translations, audio/speech, alpha/search, "
+    "memories/trace_summarize, responses/{id}/cancel; "
+    "GET responses/{id}, responses/{id}/input_items, models, models/{model}; "
+    "DELETE responses/{id}."
+)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/files", "/v1/batches", "/v1/vector_stores/x", "/v1/realtime", "/responses", "/v1", "/"],
+)
+def test_what_is_not_served_lists_what_is(shared: tuple[Gateway, Upstream], path: str) -> None:
+    gateway, _ = shared
+    for method in ("GET", "POST", "DELETE"):
+        answer = httpx2.request(method, gateway.url + path, trust_env=False)
+        found = answer.json()["error"]
+        assert (answer.status_code, found["code"]) == (404, "unknown_url")
+        first = f"Unknown request URL: {method} {path}. "
+        assert found["message"].removeprefix(first) == f"Served under /v1: {SERVED}"
+        assert "allow" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/" + "x" * 97, "/v1/%00%1b", "/v1/%20", "/v1/%e2%80%ae"])
+def test_no_long_or_unprintable_path_is_repeated(
+    shared: tuple[Gateway, Upstream], path: str
+) -> None:
+    answer = httpx2.get(shared[0].url + path, trust_env=False)
+    assert answer.json()["error"]["message"] == f"Unknown request URL. Served under /v1: {SERVED}"
+
+
+def test_a_websocket_elsewhere_is_told_what_is_served(shared: tuple[Gateway, Upstream]) -> None:
+    for path, status in (("/v1/realtime", 404), ("/healthz", 404), ("/v1/models", 404)):
+        head = f"GET {path} HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
+        head += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13"
+        answer = shared[0].raw(request(head))
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        assert SERVED.encode() in answer
+
+
+SERVED_METHODS = {
+    "/v1/chat/completions": "OPTIONS, POST",
+    "/v1/responses": "OPTIONS, POST",
+    "/v1/responses/compact": "DELETE, GET, HEAD, OPTIONS, POST",
+    "/v1/images/edits": "OPTIONS, POST",
+    "/v1/responses/resp_1": "DELETE, GET, HEAD, OPTIONS",
+    "/v1/responses/resp_1/cancel": "OPTIONS, POST",
+    "/v1/responses/resp_1/input_items": "GET, HEAD, OPTIONS",
+    "/v1/models": "GET, HEAD, OPTIONS",
+    "/v1/models/a/b": "GET, HEAD, OPTIONS",
+    "/healthz": "GET, HEAD",
+    "/readyz": "GET, HEAD",
+    "/status": "GET, HEAD",
+    "/metrics": "GET, HEAD",
+}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+@pytest.mark.parametrize("path", list(SERVED_METHODS))
+def test_another_method_of_a_path_that_is_served(
+    shared: tuple[Gateway, Upstream], path: str
+) -> None:
+    """It needs no key, and its body is not read."""
+    gateway, upstream = shared
+    allowed = SERVED_METHODS[path]
+    for method in METHODS:
+        head = f"{method} {path} HTTP/1.1\nHost: a\nContent-Length: 100000000"
+        answer = gateway.raw(request(f"{head}\nExpect: 100-continue"))
+        status = int(answer.split(b" ")[1])
+        assert b"100 Continue" not in answer
+        if method in allowed.split(", ") and method != "OPTIONS":
+            assert status in (200, 401), (method, answer)
+            continue
+        without = allowed.replace("OPTIONS, ", "").replace(", OPTIONS", "")
+        named = without if method == "OPTIONS" else allowed  # a preflight alone is answered
+        assert status == 405, (method, answer)
+        assert f"\r\nallow: {named}\r\n".encode() in answer
+        if method != "HEAD":
+            found = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+            assert (found["code"], found["type"]) == ("method_not_allowed", "invalid_request_error")
+            assert found["message"] == f"The method {method} is not allowed here. Allowed: {named}."
+    assert not upstream.requests
+
+
+def test_a_wrong_method_of_an_upgrade(shared: tuple[Gateway, Upstream]) -> None:
+    for method, path, status in (
+        ("GET", "/v1/responses", 426),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/chat/completions", 405),
+    ):
+        head = f"{method} {path} HTTP/1.1\nHost: a\nUpgrade: websocket"
+        assert shared[0].raw(request(head)).startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_expect_is_answered_for_a_good_key(gateway: Gateway, key: str) -> None:

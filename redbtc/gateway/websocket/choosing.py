@@ -14,18 +14,22 @@ from redbtc.gateway.failover import (
     FAILURES,
     LIMITED,
     MAX_BEGINNING,
-    REJECTED_STATUSES,
-    STATUS_OF_CODE,
     UNREADABLE,
     Failover,
     judge,
-    kept_code,
 )
 from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.headers import Headers
 from redbtc.meter.answers import Answer
-from redbtc.meter.error_codes import error_code_in, error_code_of
+from redbtc.meter.error_codes import (
+    REJECTED_STATUSES,
+    STATUS_OF_CODE,
+    error_code_in,
+    error_code_of,
+    kept_code,
+)
+from redbtc.meter.shown_answers import shown_message
 from redbtc.refusals import Refusal
 from redbtc.server.websocket_protocol import UPGRADE
 from redbtc.upstream.candidates import Candidates
@@ -126,6 +130,11 @@ class ErrorEvent(NamedTuple):
     def retry_after(self) -> float | None:
         """The seconds until the upstream wants to be asked again; None if it does not say."""
         return retry_after_in(self.message)
+
+    @property
+    def shown(self) -> str | bytes:
+        """The event as the client is shown it."""
+        return shown_message(self.message) if self.member.hides_errors else self.message
 
     @property
     def is_short(self) -> bool:

@@ -13,7 +13,6 @@ from redbtc.billing.spending import Hold
 from redbtc.deadlines import TICK
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.endpoints import RESPONSES
-from redbtc.gateway.failover import kept_code
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.maximum import maximum_of_unknown
 from redbtc.gateway.settlement import account_for, bill, count_containers, locations_of
@@ -21,6 +20,7 @@ from redbtc.gateway.websocket.event_meter import EventMeter, is_stream_id, kind_
 from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.locations import ObjectLocation
 from redbtc.meter.answers import Answer
+from redbtc.meter.error_codes import kept_code
 from redbtc.meter.estimates import Estimate, SeenOutput, estimate, is_complete
 from redbtc.request_body.facts import DEFAULT_IMAGE_MODEL
 from redbtc.server.asgi import new_request_id

@@ -8,7 +8,7 @@ import time
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.deadlines import Deadline
-from redbtc.gateway.failover import CERTAIN, FAILURES, REJECTED_STATUSES, Failover, judge_end
+from redbtc.gateway.failover import CERTAIN, FAILURES, Failover, judge_end
 from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.references import candidates_for
@@ -30,6 +30,7 @@ from redbtc.gateway.websocket.upstream_events import UpstreamEvents
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import Answer
+from redbtc.meter.error_codes import REJECTED_STATUSES
 from redbtc.refusals import ClientLeft, Refusal, refusal_of
 from redbtc.request_body.body import ClientEvent
 from redbtc.server.asgi import ClientRequest
@@ -202,7 +203,7 @@ class TurnRunner:
             if best.upstream_status not in REJECTED_STATUSES:
                 await response.take(best.event, "error")
                 await response.settle(response.outcome())
-                await self._sender.send(best.message)
+                await self._sender.send(best.shown)
                 return
             response.note_failure(best.code)
             best = Refusal(REJECTED_KEY)

@@ -25,7 +25,8 @@ from redbtc.gateway.websocket.tasks import Tasks
 from redbtc.gateway.websocket.turn_response import SessionObjects
 from redbtc.gateway.websocket.turns import FINISHED
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
-from redbtc.meter.answers import MAX_AT_ONCE, answer_steps, decode_answer
+from redbtc.meter.answers import MAX_AT_ONCE, Answer, answer_steps, decode_answer
+from redbtc.meter.shown_answers import shown_message
 from redbtc.server.asgi import ClientRequest
 from redbtc.server.websocket_protocol import INTERNAL_ERROR
 from redbtc.slices import answer_queue, in_slices
@@ -162,6 +163,8 @@ class UpstreamEvents:
             await (turn.take(event, socket.idle_seconds) if turn else strays.take(event))
             if turn is None and socket.may_be_of_left(event):
                 return
+            if event.error or event.response or event.type == "error":
+                message = shown_to_client(event, message, socket)
         socket.enter("blocked")
         await self._sender.send(message)
         socket.enter("passing")
@@ -175,3 +178,10 @@ class UpstreamEvents:
         for socket, passing in list(self._passing.items()):
             await socket.close()
             await asyncio.wait({passing})
+
+
+def shown_to_client(event: Answer, message: str | bytes, socket: UpstreamSocket) -> str | bytes:
+    """Return an event that can report an error, as the client is shown it."""
+    inner = event.inner if event.response else None
+    failed = event.error or event.type == "error" or (inner and inner.error)
+    return shown_message(message) if failed and socket.upstream.hides_errors else message

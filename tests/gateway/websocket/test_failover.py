@@ -131,6 +131,14 @@ def error(
     return found
 
 
+def shown(event: dict[str, Any]) -> dict[str, Any]:
+    """Return an error event as the client is shown it: with the gateway's own text for a limit."""
+    if event["status"] != 429:
+        return event
+    message = "The upstream has reached a rate limit. Please try again later."
+    return {**event, "error": {**event["error"], "message": message}}
+
+
 def failing(*events: dict[str, Any], close: bool = False) -> Talk:
     """Answer each request with these events, in its lane, and then close the connection if that is
     said."""
@@ -510,7 +518,7 @@ def test_the_client_gets_the_best_error_if_all_fail(
     one.talk, two.talk = failing(first), failing(second)
     best = first if name == "one" else second
     with client(pair.gateway, pair.key) as ws:
-        assert events_of(ws, stream_id="a") == [{**best, "stream_id": "a"}]
+        assert events_of(ws, stream_id="a") == [{**shown(best), "stream_id": "a"}]
         row = pair.row()
         assert (row["upstream"], row["outcome"], row["attempts"]) == (name, "upstream_error", 2)
         assert (row["status"], row["upstream_status"]) == (best["status"], best["status"])
@@ -541,11 +549,11 @@ def test_a_single_upstream_answers_for_itself(
     one.talk = failing(event)
     pair = PaidGateway(make_gateway(settings(one.url)))
     with client(pair.gateway, pair.key) as ws:
-        assert events_of(ws) == [event]
+        assert events_of(ws) == [shown(event)]
         row = pair.row()
         assert (row["outcome"], row["status"], row["attempts"]) == ("upstream_error", status, 1)
         assert row["upstream_error_code"] == "some_code"
-        assert events_of(ws) == [event]
+        assert events_of(ws) == [shown(event)]
 
 
 # The first member's connection
@@ -1006,7 +1014,7 @@ def test_an_organization_that_cannot_read_a_request_does_not_answer_it(
             assert code(event) == "invalid_encrypted_content"
             assert pair.row()["upstream"] == "two"
             return
-        assert event == limit
+        assert event == shown(limit)
         row = pair.row()
         assert (row["upstream"], row["attempts"], row["upstream_status"]) == ("one", 2, 429)
         assert kinds(events_of(ws, input=[sealed])) == COMPLETED
