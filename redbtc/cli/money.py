@@ -145,20 +145,14 @@ def read_prices(file: Path) -> dict[str, Any]:
     return tables
 
 
-PRICE_COLUMNS = [
-    "model",
-    "tier",
-    "above_input_tokens",
-    "status",
-    "effective_at",
-    *RATES,
-    "shadowed_by",
-]
+SLOT_COLUMNS = ["model", "tier", "above_input_tokens", "status", "effective_at"]
 
 
 def prices_text(rows: list[dict[str, Any]]) -> str:
+    """Return a table of prices, without the rates that none of them has."""
     shadowed = ({**row, "shadowed_by": few(row["shadowed_by"]) or None} for row in rows)
-    return table(shadowed, PRICE_COLUMNS)
+    rates = [name for name in RATES if any(row[name] is not None for row in rows)]
+    return table(shadowed, [*SLOT_COLUMNS, *rates, "shadowed_by"])
 
 
 @price.command("list")
@@ -167,8 +161,9 @@ def prices_text(rows: list[dict[str, Any]]) -> str:
 def price_list(context: CommandContext, as_json: bool) -> None:
     """List past, current and coming prices.
 
-    "-" means that a rate was not given. `shadowed_by` lists more specific names and patterns: their
-    prices apply to the models that they match, not this one.
+    "-" means that a rate was not given; a rate that no price has is left out. `shadowed_by` lists
+    more specific names and patterns: their prices apply to the models that they match, not this
+    one.
     """
     found = context.call("GET", "/admin/v1/prices")
     show(found, as_json, lambda: prices_text(found["prices"]))

@@ -93,14 +93,14 @@ RATE_VARIABLES = {
     "rates": {
         rate: f"{rate_label(rate)} (per {UNITS.get(rate, 'million tokens')})" for rate in RATES
     },
-    "rate_columns": [f"#{rate_label(rate)}" for rate in RATES],
     "few": few,
 }
 
 
 async def price_table(page: PageRequest, found: PriceList) -> PageVariables:
     """Return the variables of the price table: current and upcoming prices, then past ones. A
-    search shows those for a model, or with a pattern that contains the text."""
+    search shows those for a model, or with a pattern that contains the text. Rates that no price on
+    the page has are left out."""
     model = page.query.get("model", "")[:256].strip()
     rows = [
         row
@@ -109,7 +109,10 @@ async def price_table(page: PageRequest, found: PriceList) -> PageVariables:
     ]
     rows.sort(key=lambda row: row.status == "past")
     table = paginated(page, "prices", rows, "prices")
-    return {**table, "model": model, "any_prices": bool(found.prices), **RATE_VARIABLES}
+    shown = [rate for rate in RATES if any(getattr(row, rate) for row in table["prices"])]
+    columns = {"shown_rates": shown, "rate_columns": [f"#{rate_label(rate)}" for rate in shown]}
+    about = {"model": model, "any_prices": bool(found.prices)}
+    return {**table, **about, **columns, **RATE_VARIABLES}
 
 
 # Users: of an account, whose members are on a page of their own, or the operators

@@ -15,7 +15,6 @@ from redbtc.server.asgi import App, Receive, Scope, Send
 from redbtc.server.cors import PATHS
 from redbtc.server.websocket_protocol import UPGRADE
 
-SHOWN_PATH = re.compile(r"[!-~]{1,100}")  # a path that is repeated in the answer
 PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 
 
@@ -62,10 +61,10 @@ class NotServed:
             return
         if scope["type"] == "http":
             check_upgrade(scope)
-            if methods := self._methods(path):
+            is_plain = b"%2f" not in scope["raw_path"].lower()  # else it climbs to another path
+            if is_plain and (methods := self._methods(path)):
                 raise self._other_method(method, path, methods)
-        named = f": {method} {path}" if SHOWN_PATH.fullmatch(path) else ""
-        raise Refusal("unknown_url", f"Unknown request URL{named}. {self._listed}")
+        raise Refusal("unknown_url", f"Unknown request URL. {self._listed}")
 
     def _methods(self, path: str) -> set[str]:
         """Return the methods that are served at a path."""

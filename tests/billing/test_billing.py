@@ -54,7 +54,14 @@ from redbtc.store.accounts import Account, Accounts
 from redbtc.store.database import Store
 from redbtc.store.keys import Key
 from redbtc.store.readers import MAX_SNAPSHOTS
-from redbtc.store.schema import APPLICATION_ID, migrations, newest_version, schema
+from redbtc.store.schema import (
+    APPLICATION_ID,
+    TRIGGERS,
+    migrations,
+    newest_version,
+    schema,
+    written_out,
+)
 from redbtc.times import month_of, month_start, months_after
 from redbtc.usage import KINDS, RequestRow, Usage, UsageSource
 
@@ -850,6 +857,9 @@ def test_a_ledger_of_each_earlier_version_is_brought_along(
     with contextlib.closing(sqlite3.connect(tmp_path / "redbtc.db")) as database:
         for number in range(1, version + 1):
             database.executescript(sections[number])
+        columns = {row[1] for row in database.execute("PRAGMA table_info(usage_by_day)")}
+        if columns >= {*KINDS}:  # its triggers were those of today
+            database.executescript(written_out(schema().partition(TRIGGERS)[2]))
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema")}
         if "acting" in tables:
             database.execute("INSERT INTO acting VALUES (1, 'test', 0)")

@@ -258,6 +258,7 @@ def test_kill_before_the_correction_loses_nothing(gateway: Gateway, stored: Stor
 
 
 NAMES = "SELECT name FROM sqlite_schema WHERE type = ? AND name NOT LIKE 'sqlite_%'"
+TRIGGER_TEXTS = "SELECT sql FROM sqlite_schema WHERE type = 'trigger'"
 
 
 def columns_of(database: sqlite3.Connection, table: str) -> list[str]:
@@ -265,26 +266,31 @@ def columns_of(database: sqlite3.Connection, table: str) -> list[str]:
 
 
 def rewind(database: sqlite3.Connection, version: int) -> None:
-    """Take from a database what later versions than this one have added."""
+    """Take from a database what later versions than this one have added, and give it the triggers
+    of this version."""
     with contextlib.closing(sqlite3.connect(":memory:")) as earlier:
         for number in range(1, version + 1):
             earlier.executescript(migrations(schema())[number])
-        kinds = ("trigger", "index", "table")
+        kinds = ("index", "table")
         had = {kind: {name for (name,) in earlier.execute(NAMES, (kind,))} for kind in kinds}
         columns = {name: columns_of(earlier, name) for name in had["table"]}
+        triggers = [sql for (sql,) in earlier.execute(TRIGGER_TEXTS)]
     added = {
         kind: [name for (name,) in database.execute(NAMES, (kind,)) if name not in had[kind]]
         for kind in kinds
     }
-    for kind in ("trigger", "index"):
-        for name in added[kind]:
-            database.execute(f"DROP {kind} {name}")
+    for (name,) in database.execute(NAMES, ("trigger",)).fetchall():
+        database.execute(f"DROP TRIGGER {name}")
+    for name in added["index"]:
+        database.execute(f"DROP INDEX {name}")
     for table, known in columns.items():
         for column in columns_of(database, table):
             if column not in known:
                 database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
     for name in added["table"]:
         database.execute(f"DROP TABLE {name}")
+    for sql in triggers:
+        database.execute(sql)
     database.execute(f"PRAGMA user_version = {version}")
 
 

@@ -540,7 +540,7 @@ def test_a_browser_runs_nothing_of_an_answer(
     assert answer.headers.get_list("content-type") == content_types
 
 
-@pytest.mark.parametrize("status", [400, 404, 500, 503])
+@pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
 @pytest.mark.front_door
 def test_an_upstreams_error_passes_unchanged(
     gateway: Gateway, upstream: Upstream, key: str, status: int

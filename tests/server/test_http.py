@@ -65,7 +65,7 @@ CASES = {
     "a stored chat": ("GET /v1/chat/completions HTTP/1.1\nHost: a", 405),
     "another method": ("DELETE /v1/models/x HTTP/1.1\nHost: a", 405),
     "a path that climbs": ("GET /v1/models/../../admin/v1/accounts HTTP/1.1\nHost: a", 401),
-    "an encoded slash": ("GET /v1%2fresponses HTTP/1.1\nHost: a", 405),
+    "an encoded slash": ("GET /v1%2fresponses HTTP/1.1\nHost: a", 404),
     "the admin API": ("GET /admin/v1/accounts HTTP/1.1\nHost: a", 401),
     "HEAD as codex doctor": ("HEAD /v1/responses HTTP/1.1\nHost: a", 405),
     "an absolute URL without a path": ("GET http://evil HTTP/1.1\nHost: a", 404),
@@ -168,15 +168,12 @@ def test_what_is_not_served_lists_what_is(shared: tuple[Gateway, Upstream], path
         answer = httpx2.request(method, gateway.url + path, trust_env=False)
         found = answer.json()["error"]
         assert (answer.status_code, found["code"]) == (404, "unknown_url")
-        first = f"Unknown request URL: {method} {path}. "
-        assert found["message"].removeprefix(first) == f"Served under /v1: {SERVED}"
+        assert found["message"] == f"Unknown request URL. Served under /v1: {SERVED}"
         assert "allow" not in answer.headers
 
 
-@pytest.mark.parametrize("path", ["/v1/" + "x" * 97, "/v1/%00%1b", "/v1/%20", "/v1/%e2%80%ae"])
-def test_no_long_or_unprintable_path_is_repeated(
-    shared: tuple[Gateway, Upstream], path: str
-) -> None:
+@pytest.mark.parametrize("path", ["/v1/x", "/v1/%00%1b", "/v1/%e2%80%ae"])
+def test_no_path_is_repeated(shared: tuple[Gateway, Upstream], path: str) -> None:
     answer = httpx2.get(shared[0].url + path, trust_env=False)
     assert answer.json()["error"]["message"] == f"Unknown request URL. Served under /v1: {SERVED}"
 
