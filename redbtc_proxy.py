@@ -114,7 +114,7 @@ def other_apps(service: Service) -> App:
 
 
 def websocket_app(service: Service, others: App) -> App:
-    """Return the app of WebSockets: /v1/responses. Other paths are those of `others`."""
+    """Return the app of WebSockets: /v1/responses. `others` answers for all other paths."""
 
     async def session(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] != RESPONSES.path:

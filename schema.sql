@@ -1151,8 +1151,8 @@ PRAGMA writable_schema = RESET;
 
 -- Clients with credentials of their own ([[upstreams]] credentials = "client").
 ALTER TABLE requests ADD COLUMN
-    credentials         TEXT CHECK (credentials IN ('operator', 'client'));  -- with whose it was sent to
-                                                -- the upstream; NULL: a row of an earlier version
+    credentials         TEXT CHECK (credentials IN ('operator', 'client'));  -- whose credential the
+                                                -- upstream got; NULL: a row of an earlier version
 ALTER TABLE stored_objects ADD COLUMN
     credential          TEXT CHECK (length(credential) = 32);  -- a keyed hash of the client's own
                                                 -- credential that it was stored with; NULL: the operator's

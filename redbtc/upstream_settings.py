@@ -176,7 +176,10 @@ def problems_of_credentials(upstream: UpstreamSettings) -> Iterator[str]:
             yield f'billing: found {upstream.billing!r}, which needs credentials = "client"'
         return
     if upstream.api_key_envs:
-        yield 'api_key_envs: with credentials = "client", the upstream has no key of its own'
+        yield (
+            'api_key_envs: with credentials = "client", the upstream has no key of its own; remove '
+            "the setting"
+        )
     if upstream.auth_header != "authorization":
         yield 'auth_header: with credentials = "client", allowed is "authorization"'
     for name in upstream.headers:

@@ -21,7 +21,7 @@ Outcome = Literal[
     "interrupted",
 ]
 
-Credentials = Literal["operator", "client"]  # whose a request is sent to an upstream with
+Credentials = Literal["operator", "client"]  # whose credential the upstream got
 
 FAILED: tuple[Outcome, ...] = ("upstream_error", "upstream_failed")  # by the upstream
 

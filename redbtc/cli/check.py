@@ -58,12 +58,15 @@ class AskedUpstream(msgspec.Struct):
 
 @commands.command()
 @click.option(
-    "--upstreams", is_flag=True, help="Also ask each upstream, with each key, for its models."
+    "--upstreams",
+    is_flag=True,
+    help="Also ask each upstream, with each key, for its models, and fetch a codex.catalog at a "
+    "URL.",
 )
 @json_option
 @click.pass_obj
 def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
-    """Check the settings and the database.
+    """Check the settings, the database and Codex CLI's model catalogue.
 
     Exits with 2 if there are problems. Exits with 1 if there are none, but an upstream does not
     answer with a list of models."""
@@ -139,11 +142,13 @@ def check_catalog(loaded: LoadedSettings, *, fetches: bool) -> tuple[list[str], 
     unpriced = ", ".join(model.slug for model in models if model not in served)
     if unpriced:
         notes.append(f"{SETTING}: these models have no price and are left out: {unpriced}")
-    size, problems = size_of(served), []
-    if size > MAX_BODY:
-        reason = f"{size} bytes for a key that may use all models; Codex may ignore more than"
-        problems.append(f"{SETTING}: {place}: has {reason} {MAX_BODY}")
-    return problems, notes
+    if (size := size_of(served)) <= MAX_BODY:
+        return [], notes
+    problem = (
+        f"{SETTING}: {place}: has {size} bytes for a key that may use all models; Codex may ignore "
+        f"more than {MAX_BODY}"
+    )
+    return [problem], notes
 
 
 async def fetched_catalog(settings: Settings) -> bytes:
@@ -163,7 +168,7 @@ PATTERNS_WITH_PRICE = """
 
 def patterns_with_price(path: Path) -> list[str]:
     """Return the names and patterns of models that have a price now; none if the database can't be
-    read, which `check` reports by itself."""
+    read, which `check_file` reports."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
             found = database.execute(PATTERNS_WITH_PRICE, (DEFAULT_TIER, now_ms())).fetchall()

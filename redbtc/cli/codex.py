@@ -29,7 +29,7 @@ def codex() -> None:
 
 @codex.command("config")
 @click.option(
-    "--key", metavar="LABEL", help="Name a model that the key with this label or id may use."
+    "--key", metavar="LABEL", help="Choose a model that the key with this label or id may use."
 )
 @json_option
 @click.pass_obj
@@ -57,15 +57,15 @@ def codex_config(context: CommandContext, key: str | None, as_json: bool) -> Non
     "program",
     metavar="PATH",
     default="codex",
-    help="The program of Codex CLI.  [default: codex on the PATH]",
+    help="Run Codex CLI from PATH.  [default: codex, as found by the shell]",
 )
 @json_option
 @click.pass_obj
 def codex_catalog(context: CommandContext, output: str | None, program: str, as_json: bool) -> None:
     """Make the model catalogue from an installed Codex CLI.
 
-    Codex needs no login for this, and its own configuration is not used. The file is replaced only
-    by a valid catalogue. A running gateway reads it when it gets SIGHUP."""
+    Codex needs no login for this, and its own configuration is not used. An existing file is
+    replaced only by a valid catalogue. A running gateway reads the file when it gets SIGHUP."""
     loaded = context.loaded
     text = printed_by(program)
     try:
@@ -86,7 +86,7 @@ def printed_by(program: str) -> bytes:
     """Return what `codex debug models` prints, with an empty configuration. Raises UserError."""
     found = shutil.which(program)
     if found is None:
-        raise UserError(f"{program} is not installed; give its path with --codex PATH")
+        raise UserError(f"{program}: not found; give the path of Codex CLI with --codex PATH")
     with tempfile.TemporaryDirectory(prefix="redbtc-codex-") as home:
         kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         try:
@@ -134,11 +134,11 @@ def made_text(loaded: LoadedSettings, path: Path, models: tuple[CatalogModel, ..
     lines = [f"Wrote {path}: {len(models)} models, {size} bytes."]
     if size > MAX_BODY:
         lines.append(
-            f"Codex may ignore a catalogue of more than {MAX_BODY} bytes. Models that have no "
-            "price are left out of it."
+            f"Codex may ignore a catalogue of more than {MAX_BODY} bytes. Models without a price "
+            "don't count: clients don't get them."
         )
     if loaded.settings.codex.catalog != str(path):
         shown = path.name if path.parent == loaded.folder else path
         lines.append(f'Put this into the settings, and reload:\n\n[codex]\ncatalog = "{shown}"\n')
-        lines.append("Then codex config prints the configuration that makes Codex ask for it.")
+        lines.append("Then give users the configuration that redbtc-proxy codex config prints.")
     return "\n".join(lines)

@@ -13,8 +13,8 @@ from redbtc.store.database import Store
 from redbtc.store.keys import Key, is_key, key_in_force
 
 BAD_KEY = (
-    "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…', or in the "
-    "header that your administrator names if Authorization has a credential of your own."
+    "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…' or, if "
+    "Authorization has a credential of your own, in the header that your administrator names."
 )
 NOT_IN_A_CREDENTIAL = re.compile(rb"[^\x20-\x7e]")
 
@@ -25,15 +25,16 @@ def key_of_request(request: ClientRequest, store: Store, key_headers: frozenset[
     own credential in the request. Whatever is wrong with a key, the response is the same. The
     database is read each time, so that revoking a key and suspending an account take effect on the
     next request. Raises Refusal."""
-    own: bytes | None = None
+    in_key_header: bytes | None = None
     authorization = b""
     for name, value in request.headers:
         if name in key_headers:  # of two, one reader may use the first and another the last
-            own = value if own is None else b"two"
+            in_key_header = value if in_key_header is None else b"two"
         elif name == b"authorization":  # the server has refused a second one
             authorization = value
-    scheme, _, token = (authorization if own is None else own).partition(b" ")
-    if own and not token:
+    sent = authorization if in_key_header is None else in_key_header
+    scheme, _, token = sent.partition(b" ")
+    if in_key_header and not token:
         scheme, token = b"bearer", scheme
     try:
         shown = token.strip().decode("ascii") if scheme.lower() == b"bearer" else ""
@@ -47,14 +48,16 @@ def key_of_request(request: ClientRequest, store: Store, key_headers: frozenset[
         raise Refusal("invalid_api_key", BAD_KEY, headers=[(b"www-authenticate", b"Bearer")])
     if key.account_status != "active":
         raise Refusal("account_suspended")
-    credential = credential_in(request.headers, key, store) if own and authorization else None
-    request.key, request.credential = key, credential
+    request.key, request.credential = key, None
+    if in_key_header and authorization:
+        request.credential = credential_in(request.headers, key, store)
     return key
 
 
 def credential_in(headers: Headers, key: Key, store: Store) -> ClientCredential | None:
     """Return the client's own credential, which a request with a key in another header has in
-    Authorization. A key of this gateway is none: it must not be forwarded. Raises Refusal."""
+    Authorization. Return None for a key of this gateway, which must not be forwarded. Raises
+    Refusal."""
     sent = [line for line in headers if line[0] in CREDENTIAL_HEADERS]
     names = [name for name, _ in sent]
     for name, value in sent:

@@ -47,8 +47,8 @@ class ClientResponse:
         self._head: Message = {}
         self.sent: Sent = "nothing"
         self.waits_for_client = False  # for the client to read what it was sent
-        self.content_type = b""  # as the upstream says, in lower case
-        self.is_labelled_stream = False  # by that
+        self.content_type = b""  # the upstream's, in lower case
+        self.is_labelled_stream = False  # by the content type
         self.codings: list[bytes] = []  # with which it is labelled as compressed
 
     def set_head(self, answer: UpstreamResponse, id_of_request: str, more: Headers) -> bytes | None:
@@ -87,20 +87,20 @@ class ClientResponse:
         self._head["headers"] = without_length(self._head["headers"])
 
     def replace_header(self, name: bytes, value: bytes | None) -> None:
-        """Put a header of the gateway's own in place of the upstream's; None: of none at all."""
+        """Replace a header of the upstream's by the gateway's own value; None removes it."""
         headers = without(self._head["headers"], frozenset([name]))
         self._head["headers"] = headers if value is None else [*headers, (name, value)]
 
     def set_json(self, length: int) -> None:
-        """Let the head tell that the body is JSON of this length, in place of the upstream's."""
+        """Replace the headers that describe the upstream's body by those of JSON of this length."""
         self.is_labelled_stream = False
         headers = [line for line in self._head["headers"] if line[0] not in OF_BODY]
         json_headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
         self._head["headers"] = headers + json_headers
 
     def grow_length(self, more: int) -> None:
-        """Let the head tell that the body is longer by `more` bytes, if it tells a length and was
-        not sent."""
+        """Add `more` to the content length in the head, if it has one. The head must not have been
+        sent."""
         length = header(self._head["headers"], b"content-length")
         if length is not None:
             headers = without_length(self._head["headers"])

@@ -26,6 +26,7 @@ from redbtc.config import FailoverSettings
 from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import codings_of
 from redbtc.meter.error_codes import (
+    CREDENTIAL_STATUSES,
     REJECTED_STATUSES,
     STATUS_OF_CODE,
     error_code_in,
@@ -41,7 +42,7 @@ from redbtc.upstream.upstreams import Upstream
 LIMITED, REJECTED, FORBIDDEN = 429, 401, 403
 BROKEN = frozenset((500, 502, 503, 504, 529))
 FAILURES = BROKEN | {LIMITED, REJECTED, FORBIDDEN}
-CERTAIN = (LIMITED, *REJECTED_STATUSES)  # the upstream has surely not acted on the request
+CERTAIN = CREDENTIAL_STATUSES  # the upstream has surely not acted on the request
 MAX_BEGINNING = 16 << 10  # of an error answer that are read before another member is tried
 ERROR_SECONDS = 2.0  # to read them
 UNREADABLE = (400, "invalid_encrypted_content")
@@ -234,7 +235,7 @@ def is_failure(status: int, candidates: Candidates[Upstream]) -> bool:
     client's own credential is not: it concerns that client alone, and is passed on to it."""
     member = candidates.member
     by_client = member is not None and member.is_client
-    return status in FAILURES and not (by_client and status in CERTAIN)
+    return status in FAILURES and not (by_client and status in CREDENTIAL_STATUSES)
 
 
 def must_be_read(status: int, candidates: Candidates[Upstream]) -> bool:

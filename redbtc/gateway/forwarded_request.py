@@ -92,9 +92,8 @@ class ForwardedRequest:
 
     @property
     def hides_errors(self) -> bool:
-        """Return whether an error about the operator's credentials may be within the upstream's
-        answer, which then has a status that says nothing of it. The client gets the gateway's own
-        text in its place."""
+        """Return whether the answer is searched for errors about the operator's credentials, which
+        get the gateway's own text. An answer whose status is an error was judged by that."""
         is_good = (self.status or 200) < 400
         return is_good and self.member is not None and self.member.hides_errors
 

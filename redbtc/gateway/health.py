@@ -102,8 +102,8 @@ class HealthRoutes:
         return bool(self._gateway.settings.server.cors_origins)
 
     async def preflight(self, scope: Scope, send: Send) -> bool:
-        """Answer a CORS preflight, which browsers send without a key. Return whether the request
-        is one, from an origin whose pages may use /v1."""
+        """Answer a CORS preflight, which browsers send without a key. Return False if the
+        request is no preflight, or comes from an origin whose pages may not use /v1."""
         origin = header(scope["headers"], b"origin")
         headers = preflight_headers(scope["headers"])
         if origin is None or headers is None or not self.allows_origin(origin):

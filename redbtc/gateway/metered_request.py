@@ -15,6 +15,7 @@ import msgspec
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.background_response import BackgroundResponse
+from redbtc.gateway.estimated_request import EstimatedRequest
 from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
@@ -25,7 +26,6 @@ from redbtc.gateway.settlement import (
     inheritable_usage,
     locations_of,
 )
-from redbtc.gateway.unreported import UnreportedUsage
 from redbtc.headers import header
 from redbtc.locations import ObjectLocation
 from redbtc.meter.error_codes import kept_code
@@ -36,7 +36,7 @@ from redbtc.store.requests import CorrectionFacts, drop_progress, record_progres
 from redbtc.usage import FAILED, Outcome, RequestRow, Usage, UsagePart
 
 
-class MeteredRequest(UnreportedUsage):
+class MeteredRequest(EstimatedRequest):
     """A request whose answer is metered and billed."""
 
     makes_answer = True

@@ -17,6 +17,7 @@ from redbtc.gateway.gateway import Gateway
 from redbtc.headers import Headers, header
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import MAX_NAME
+from redbtc.meter.error_codes import CREDENTIAL_STATUSES
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import ClientRequest, Receive, Scope, Send, ids_of, request_of, respond
 from redbtc.slices import with_turns
@@ -29,7 +30,6 @@ NO_CATALOG = (
     "This gateway has no model catalogue for Codex: codex.catalog is not set. Without "
     "model_catalog_url in its configuration, Codex uses its own."
 )
-ABOUT_THE_KEY = (401, 403, 429)  # statuses that say nothing about the model
 
 
 class Models:
@@ -156,7 +156,7 @@ class Models:
                 continue
             with contextlib.suppress(*NO_LIST):
                 status, shown = await upstream.fetch_whole(f"/models/{name}")
-                if 200 <= status < 500 and status not in ABOUT_THE_KEY:
+                if 200 <= status < 500 and status not in CREDENTIAL_STATUSES:
                     return status, shown, []
         listed, age = await self._listed(key, upstreams)
         if name not in listed:

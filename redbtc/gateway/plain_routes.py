@@ -42,17 +42,14 @@ class NotServed:
     else 404 with a list of what is served. Neither reads the body or asks for a key."""
 
     def __init__(
-        self,
-        metered: Sequence[str],
-        routes: Sequence[Route],
-        health: HealthRoutes,
+        self, metered: Sequence[str], routes: Sequence[Route], health: HealthRoutes
     ) -> None:
         """`metered` are the paths of POST requests that are not in `routes`. `health` answers CORS
         preflights."""
         self._metered = frozenset(metered)
         self._routes = routes
         self._health = health
-        self._listed = listed([*((path, "POST") for path in metered), *exact_methods(routes)])
+        self._listed = listed([*((path, "POST") for path in metered), *paths_under_v1(routes)])
 
     async def __call__(self, scope: Scope, _: Receive, send: Send) -> None:
         method, path = scope.get("method", "GET"), scope["path"]
@@ -82,8 +79,8 @@ class NotServed:
         return Refusal("method_not_allowed", message, headers=[(b"allow", allowed.encode())])
 
 
-def exact_methods(routes: Iterable[Route]) -> list[tuple[str, str]]:
-    """Return the paths of routes under /v1, with their methods."""
+def paths_under_v1(routes: Iterable[Route]) -> list[tuple[str, str]]:
+    """Return the paths of routes under /v1, each with its methods, except HEAD."""
     found = [(route.path, method) for route in routes for method in route.methods or ()]
     return [(path, method) for path, method in found if path.startswith(PATHS) and method != "HEAD"]
 

@@ -35,6 +35,7 @@ STATUS_OF_CODE = {
 # The codes of a rejection that are kept. Others could be the key itself.
 REJECTION_CODE = re.compile(r"[A-Za-z_]+|[0-9]{3}")
 REJECTED_STATUSES = (401, 403)
+CREDENTIAL_STATUSES = (*REJECTED_STATUSES, 429)  # errors about the credential that was sent
 
 
 def error_code_of(answer: Answer) -> str | None:

@@ -14,9 +14,14 @@ from typing import Any
 import orjson
 
 from redbtc.meter.decoding import Decoding, NotDecoded
-from redbtc.meter.error_codes import REJECTED_STATUSES, STATUS_OF_CODE, code_in, kept_code
+from redbtc.meter.error_codes import (
+    CREDENTIAL_STATUSES,
+    REJECTED_STATUSES,
+    STATUS_OF_CODE,
+    code_in,
+    kept_code,
+)
 
-OPERATORS_STATUSES = frozenset((*REJECTED_STATUSES, 429))
 QUOTA_CODES = ("insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached")
 TOO_LARGE = "Request too large"  # how OpenAI's 429 begins that is about one request only
 # How OpenAI says when to try again. Codex CLI looks for this text in events, which have no headers.
@@ -131,7 +136,7 @@ def loaded(text: bytes) -> Any:
 
 def status_of_error(members: dict[bytes, Any]) -> int:
     """Return the status of the error in these members of an answer or an event: the one that it
-    has itself, or else one of OPERATORS_STATUSES that its code or type stands for; 0 if none."""
+    has itself, or else one of CREDENTIAL_STATUSES that its code or type stands for; 0 if none."""
     error, status = members.get(b"error"), members.get(b"status")
     if type(status) is int and 400 <= status <= 599:
         return status
@@ -139,4 +144,4 @@ def status_of_error(members: dict[bytes, Any]) -> int:
     if isinstance(error, dict):
         codes += [error.get("code"), error.get("type")]
     known = [STATUS_OF_CODE.get(code_in(each) or "", 0) for each in codes]
-    return next((each for each in known if each in OPERATORS_STATUSES), 0)
+    return next((each for each in known if each in CREDENTIAL_STATUSES), 0)

@@ -9,10 +9,9 @@ from typing import Any
 
 import orjson
 
-from redbtc.meter.error_codes import code_in, kept_code
+from redbtc.meter.error_codes import CREDENTIAL_STATUSES, code_in, kept_code
 from redbtc.meter.events import DATA
 from redbtc.meter.operator_errors import (
-    OPERATORS_STATUSES,
     loaded,
     names_operator,
     own_error,
@@ -48,7 +47,7 @@ def shown_json(text: bytes, *, is_cut_off: bool = False) -> bytes:
         elif is_cut_off and name in (b"error", b"message"):
             text = text[:start]
     status = status_of_error(members)
-    if status not in OPERATORS_STATUSES or not names_operator(repr(members)):
+    if status not in CREDENTIAL_STATUSES or not names_operator(repr(members)):
         return text
     pieces, at = [], 0
     for name, start, end in spans:

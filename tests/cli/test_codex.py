@@ -118,8 +118,8 @@ def test_the_catalogue_is_written_only_if_it_is_valid(
         assert reason in done.stderr
         assert file.read_bytes() == before
     done = gateway.run("codex", "catalog", "--codex", str(tmp_path / "none"))
-    reason = "is not installed; give its path with --codex PATH"
-    assert done.stderr == f"Error: {tmp_path / 'none'} {reason}\n"
+    reason = "not found; give the path of Codex CLI with --codex PATH"
+    assert done.stderr == f"Error: {tmp_path / 'none'}: {reason}\n"
     elsewhere = tmp_path / "no" / "x.json"
     done = gateway.run("codex", "catalog", "--codex", good, "--output", str(elsewhere))
     assert done.stderr == f"Error: {elsewhere}: No such file or directory\n"

@@ -10,7 +10,6 @@ import orjson
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 
 from redbtc.gateway.failover import (
-    CERTAIN,
     FAILURES,
     LIMITED,
     MAX_BEGINNING,
@@ -23,6 +22,7 @@ from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.headers import Headers
 from redbtc.meter.answers import Answer
 from redbtc.meter.error_codes import (
+    CREDENTIAL_STATUSES,
     REJECTED_STATUSES,
     STATUS_OF_CODE,
     error_code_in,
@@ -163,7 +163,7 @@ def refused_handshake(error: InvalidHandshake, member: Upstream) -> HandshakeRef
         (name.encode(), value.encode("utf-8", "replace"))
         for name, value in response.headers.raw_items()
     ]
-    if member.is_client and status in CERTAIN:
+    if member.is_client and status in CREDENTIAL_STATUSES:
         return CredentialRejected(status, code, headers, body)
     retry_after = retry_after_seconds(headers)
     if status == LIMITED:

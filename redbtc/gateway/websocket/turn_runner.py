@@ -30,7 +30,7 @@ from redbtc.gateway.websocket.upstream_events import UpstreamEvents
 from redbtc.gateway.websocket.upstream_socket import UpstreamSocket
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import Answer
-from redbtc.meter.error_codes import REJECTED_STATUSES
+from redbtc.meter.error_codes import CREDENTIAL_STATUSES, REJECTED_STATUSES
 from redbtc.refusals import ClientLeft, Refusal, refusal_of
 from redbtc.request_body.body import ClientEvent
 from redbtc.server.asgi import ClientRequest
@@ -287,7 +287,7 @@ def take_error(
     better answer, or the event rejects the operator's key, which is not the client's
     business."""
     status, socket = failure_status(event), turn.socket
-    if socket and socket.upstream.is_client and status in CERTAIN:
+    if socket and socket.upstream.is_client and status in CREDENTIAL_STATUSES:
         status = None  # it concerns the client's own credential
     if status is None:
         candidates.answer(serves=False)

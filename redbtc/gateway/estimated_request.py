@@ -1,4 +1,4 @@
-"""The usage of answers that do not report it: what the gateway counts itself, and estimates."""
+"""A request whose answer may not report its usage, which is then counted or estimated."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MAX_AUDIO_BYTES_A_SECOND = 176_400  # 44.1 kHz, two channels, not compressed
 TIMESTAMP = re.compile(rb"(?:(\d+):)?([0-5]\d):([0-5]\d)[.,](\d{3})")  # of subtitles
 
 
-class UnreportedUsage(AdmittedRequest):
-    """A request whose usage is counted or estimated as far as its answer does not report it."""
+class EstimatedRequest(AdmittedRequest):
+    """A request whose usage is counted or estimated where the answer does not report it."""
 
     repeats = False  # whether the upstream answered with what another request has made
 
