@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
 from redbtc.admin.users import LoginSession
 from redbtc.codex.catalog import offered_models, read_catalog
-from redbtc.codex.config_toml import CodexOffer
+from redbtc.codex.config_toml import CodexOffer, offer_of
 from redbtc.config import Settings
 from redbtc.errors import Conflict, NotFound, UserError
 from redbtc.store.accounts import Account
@@ -85,9 +85,8 @@ class RunningGateway(Protocol):
     def example_model(self) -> str:
         """The model that examples name."""
 
-    @property
-    def codex(self) -> CodexOffer:
-        """What the gateway offers to Codex CLI."""
+    def codex(self, own_login: bool | None) -> CodexOffer:
+        """Return what the gateway offers to Codex CLI; see `offer_of`. Raises UserError."""
 
     def serves(self, model: str) -> bool:
         """Return whether an upstream serves the model."""
@@ -126,13 +125,11 @@ class StoppedGateway:
         """`settings` are those with which the gateway would start."""
         self._settings = settings
 
-    @property
-    def codex(self) -> CodexOffer:
-        """What the gateway would offer to Codex CLI. Raises SettingsError if its model catalogue
-        can't be read."""
-        place = self._settings.codex.catalog
-        websocket = any(each.speaks_websocket for each in self._settings.upstreams)
-        return CodexOffer(websocket, bool(place), offered_models(read_catalog(place)))
+    def codex(self, own_login: bool | None) -> CodexOffer:
+        """Return what the gateway would offer to Codex CLI. Raises UserError, also if its model
+        catalogue can't be read."""
+        models = offered_models(read_catalog(self._settings.codex.catalog))
+        return offer_of(self._settings, own_login, models)
 
     def serves(self, model: str) -> bool:
         """Return whether an upstream would serve the model."""

@@ -276,9 +276,11 @@ class WhichPriceQuery(Input):
 
 
 class CodexConfigQuery(Input):
-    """The `key`, by id or label, for which to configure Codex CLI."""
+    """The `key`, by id or label, for which to configure Codex CLI; with `own_login` for users with
+    a login or key of their own."""
 
     key: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    own_login: Literal["true", "false"] | None = None
 
 
 class WhichUser(Input):

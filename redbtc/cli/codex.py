@@ -31,14 +31,22 @@ def codex() -> None:
 @click.option(
     "--key", metavar="LABEL", help="Choose a model that the key with this label or id may use."
 )
+@click.option(
+    "--own-login",
+    is_flag=True,
+    help="For users whose own ChatGPT login or API key goes to the upstream.  [default: only if "
+    "all upstreams are for these]",
+)
 @json_option
 @click.pass_obj
-def codex_config(context: CommandContext, key: str | None, as_json: bool) -> None:
+def codex_config(context: CommandContext, key: str | None, own_login: bool, as_json: bool) -> None:
     """Print what to put into Codex CLI's config.toml.
 
-    It depends on the settings: on server.public_url, on whether an upstream offers WebSocket, and
-    on codex.catalog. Comments say why each line is there."""
-    found = context.call("GET", "/admin/v1/codex-config", query=given({"key": key}))
+    It depends on the settings: on server.public_url, on whether an upstream offers WebSocket, on
+    upstreams with credentials = "client", and on codex.catalog. Comments say why each line is
+    there."""
+    query = given({"key": key, "own_login": "true" if own_login else None})
+    found = context.call("GET", "/admin/v1/codex-config", query=query)
     where = (
         f"# For ~/.codex/config.toml. The key is read from the environment variable {KEY_VARIABLE}."
     )

@@ -23,6 +23,7 @@ from redbtc.steps import Steps
 from redbtc.store.keys import Key
 from redbtc.store.objects import MAX_LOOK_UPS
 from redbtc.upstream.candidates import Candidates, session_hash
+from redbtc.upstream.configured import needs_credential
 from redbtc.upstream.upstreams import Upstream
 
 # References to these get the answer that OpenAI gives for a response that does not exist.
@@ -81,6 +82,8 @@ async def candidates_for(
             message = f"This API key is not allowed to use the model '{each}'."
             raise Refusal("model_not_allowed", message, param="model")
         if needs_price and not (is_free or gateway.billing.may_serve(each)):
+            if not with_credential and upstreams.are_free(each):
+                raise needs_credential(each)
             message = f"The model '{each}' does not exist or is not available here."
             raise Refusal("model_not_found", message, param="model")
     if body.extras and not is_free:

@@ -9,7 +9,7 @@ from msgspec.structs import asdict
 
 from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
 from redbtc.codex.catalog import offered_models
-from redbtc.codex.config_toml import CodexOffer
+from redbtc.codex.config_toml import CodexOffer, offer_of
 from redbtc.config import DEMO
 from redbtc.errors import Conflict, NotFound
 from redbtc.gateway.gateway import Gateway
@@ -31,12 +31,11 @@ class GatewayView:
         """The model that examples name."""
         return "redbtc-demo" if self._gateway.upstreams.named(DEMO) else "gpt-5.4-mini"
 
-    @property
-    def codex(self) -> CodexOffer:
-        """What the gateway offers to Codex CLI."""
-        upstreams, catalog = self._gateway.upstreams, self._gateway.catalog
-        models = () if upstreams.named(DEMO) else offered_models(catalog.models)
-        return CodexOffer(upstreams.offer_websocket(), catalog.is_set, models)
+    def codex(self, own_login: bool | None) -> CodexOffer:
+        """Return what the gateway offers to Codex CLI; see `offer_of`."""
+        gateway = self._gateway
+        models = () if gateway.upstreams.named(DEMO) else offered_models(gateway.catalog.models)
+        return offer_of(gateway.settings, own_login, models)
 
     def serves(self, model: str) -> bool:
         """Return whether an upstream serves the model."""

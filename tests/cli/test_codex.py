@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.codex import catalog_entry, catalog_text
+from tests.helpers.credentials import settings_of, table
 from tests.helpers.gateway import Gateway, MakeGateway
 from tests.helpers.upstream import Received, Reply, Upstream, json_answer, openai_like
 
@@ -70,6 +71,40 @@ def test_the_configuration_follows_the_settings(make_gateway: MakeGateway, runni
     text = gateway.run("codex", "config").stdout
     assert text.startswith("# For ~/.codex/config.toml. ")
     assert tomllib.loads(text)["model"] == "gpt-first"
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_users_with_a_login_of_their_own(
+    make_gateway: MakeGateway, upstream: Upstream, running: bool
+) -> None:
+    seats = table(upstream, "seats", models=["gpt-5.5"], credentials="client", websocket=False)
+    operators = table(upstream, "operators", models=["gpt-6-sol"])
+    gateway = make_gateway(settings_of(operators, seats))
+    if running:
+        gateway.start()
+    assert provider(gateway)["model"] == "gpt-6-sol"
+    assert provider(gateway)["env_key"] == "REDBTC_API_KEY"
+    own = provider(gateway, "--own-login")
+    base_url = own.pop("base_url")
+    assert base_url == gateway.base_url
+    assert own == {
+        "model": "gpt-5.5",
+        "name": "OpenAI",
+        "requires_openai_auth": True,
+        "env_http_headers": {"x-gateway-key": "REDBTC_API_KEY"},
+        "wire_api": "responses",
+        "supports_websockets": False,
+    }
+    gateway.configure(settings_of(seats))
+    if running:
+        gateway.restart()
+    assert provider(gateway)["requires_openai_auth"] is True, "there are no other upstreams"
+    gateway.configure(settings_of(operators))
+    if running:
+        gateway.restart()
+    refused = gateway.cli("codex", "config", "--own-login", check=False)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "no upstream takes users' own logins" in refused.stderr
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])

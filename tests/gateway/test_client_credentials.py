@@ -238,6 +238,18 @@ def test_without_a_credential_such_upstreams_do_not_exist(
     assert not own.requests
 
 
+def test_a_free_upstream_says_how_to_use_it(
+    make_gateway: MakeGateway, tables: list[dict[str, Any]]
+) -> None:
+    """Its models have no price."""
+    tables[1]["billing"] = "free"
+    refuse = {"unpriced_models": "refuse"}
+    gateway = make_gateway(settings_of(*tables, billing=refuse)).start()
+    answer = post(gateway, {"authorization": f"Bearer {gateway.new_key()}"})
+    assert error(answer) == (404, "model_not_found")
+    assert "X-Gateway-Key" in answer.json()["error"]["message"]
+
+
 def test_lists_of_models_ask_no_such_upstream(
     make_gateway: MakeGateway, tables: list[dict[str, Any]], own: Upstream
 ) -> None:
