@@ -635,6 +635,15 @@ def test_speech_is_held_for(priced: Gateway, upstream: Upstream) -> None:
         assert (huge.status_code, huge.json()["error"]["param"]) == (400, "input")
 
 
+@pytest.mark.parametrize("given", [["Hi"], {"text": "Hi"}, 5, True, None])
+def test_speech_of_no_string_is_refused(priced: Gateway, upstream: Upstream, given: Any) -> None:
+    price(priced, "speaker", characters="15")
+    with priced.client(priced.new_key()) as client:
+        answer = client.post("/audio/speech", json={**SPEECH, "input": given})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+    assert not upstream.requests
+
+
 def test_another_accounts_voice_is_refused(priced: Gateway, upstream: Upstream) -> None:
     price(priced, "speaker", characters="15")
     with priced.client(priced.new_key()) as client:
