@@ -399,6 +399,19 @@ def test_a_transcription_is_billed_by_the_minute(priced: Gateway, upstream: Upst
     assert row["cost"] == "0.009"
 
 
+@pytest.mark.parametrize("content_type", ["application/octet-stream", "audio/mpeg", "text/plain"])
+def test_a_transcription_with_a_wrong_type_is_metered(
+    priced: Gateway, upstream: Upstream, content_type: str
+) -> None:
+    price(priced, "transcriber", input="2.5", audio_input="6", output="10")
+    text = json.dumps({"text": "Hi", "usage": {"type": "duration", "seconds": 90}}, indent=1)
+    body = f"\n {text}".encode()
+    upstream.script = json_answer(body, content_type=content_type)
+    assert transcribe(priced).content == body
+    row = priced.row()
+    assert (row["usage_source"], usage_of(row)) == ("upstream", {"audio_ms": 90_000})
+
+
 def test_a_minute_costs_as_much_as_its_tokens_without_a_rate(
     priced: Gateway, upstream: Upstream
 ) -> None:
