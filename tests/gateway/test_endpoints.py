@@ -497,6 +497,27 @@ def test_the_length_in_a_verbose_answer_counts(
     assert (row["usage_source"], usage_of(row)) == ("upstream", {"audio_ms": 8470})
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"file": (None, "https://example.com/a.mp3")},
+        {"url": (None, "https://example.com/a.mp3")},
+        {"url": (None, "https://example.com/a.mp3"), "file": ("a.mp3", MP3)},
+        [("file", ("a.mp3", MP3)), ("File", (None, "https://example.com/a.mp3"))],
+        None,
+    ],
+)
+def test_a_recording_at_a_url_is_refused(priced: Gateway, upstream: Upstream, parts: Any) -> None:
+    """Its length, and what it may cost, would be unknown."""
+    price(priced, "transcriber", audio_minute="0.006")
+    named = {"model": "transcriber", "url": "https://example.com/a.mp3"}
+    body = {"data": {"model": "transcriber"}, "files": parts} if parts else {"json": named}
+    with priced.client(priced.new_key()) as client:
+        answer = client.post("/audio/transcriptions", **body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
+    assert not upstream.requests
+
+
 def test_a_long_recording_is_held_for(priced: Gateway, upstream: Upstream) -> None:
     """A minute has at least 30,000 bytes."""
     price(priced, "transcriber", audio_minute="0.5")
