@@ -250,6 +250,18 @@ def test_embeddings_hold_nothing_for_output(priced: Gateway, upstream: Upstream)
         assert client.post("/embeddings", json={**small, "input": "a" * 9000}).status_code == 429
 
 
+@pytest.mark.parametrize("path", ["/moderations", "/responses/input_tokens"])
+def test_what_is_free_costs_nothing_if_usage_is_reported(
+    priced: Gateway, upstream: Upstream, path: str
+) -> None:
+    usage = {"prompt_tokens": 8, "completion_tokens": 1, "total_tokens": 9}
+    upstream.script = json_answer({"id": "modr-1", "results": [], "usage": usage})
+    with priced.client(priced.new_key()) as client:
+        client.post(path, json={"model": "gpt-6-luna", "input": "Hi"})
+    row = priced.row()
+    assert (row["usage_source"], row["input_tokens"], row["cost"]) == ("upstream", 8, "0")
+
+
 def test_embeddings_name_no_stored_objects(priced: Gateway, upstream: Upstream) -> None:
     price(priced, "text-embedding-3-*", input="0.02")
     given = [{"type": "input_file", "file_id": "file-of-another"}]
