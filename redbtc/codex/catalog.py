@@ -22,6 +22,8 @@ MAX_FILE = 4 << 20  # bytes of a catalogue that is read, before models are left 
 MAX_ENTRIES = 1000
 SETTING = "codex.catalog"
 BEGIN, END = b'{"models":[', b"]}"
+# What is raised where a text can't be read, such as one that is nested too deeply.
+NOT_READ = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class CatalogError(UserError):
@@ -45,7 +47,7 @@ class CatalogModel(NamedTuple):
 
     @classmethod
     def of(cls, raw: bytes) -> CatalogModel:
-        """Return the model of an entry. Raises msgspec.DecodeError, UnicodeDecodeError."""
+        """Return the model of an entry. Raises one of NOT_READ."""
         info = read_info(raw)
         unknown = tuple(unknown_values(info))
         digest = hashlib.sha256(raw).digest()
@@ -65,7 +67,7 @@ def parse_catalog(text: bytes) -> tuple[CatalogModel, ...]:
         raise CatalogError([f"has {len(text)} bytes; allowed are {MAX_FILE}"])
     try:
         entries = msgspec.json.decode(text, type=CatalogFile).models
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except NOT_READ as error:
         shape = 'expected what `codex debug models` prints, {"models": [...]}'
         raise CatalogError([f"{shape}: {plain_reason(error)}"]) from None
     if not 0 < len(entries) <= MAX_ENTRIES:
@@ -75,7 +77,7 @@ def parse_catalog(text: bytes) -> tuple[CatalogModel, ...]:
         raw = bytes(entry)
         try:
             models.append(CatalogModel.of(raw))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except NOT_READ as error:
             problems.append(f"{name_of(raw, number)}: {plain_reason(error)}")
     slugs = [each.slug for each in models]
     problems += [f"model {name!r}: duplicate" for name in {*slugs} if slugs.count(name) > 1]
@@ -88,7 +90,7 @@ def name_of(raw: bytes, number: int) -> str:
     """Return how a message names an entry that can't be read: by its slug if it has one."""
     try:
         slug = msgspec.json.decode(raw)["slug"]
-    except (msgspec.DecodeError, UnicodeDecodeError, TypeError, KeyError):
+    except (*NOT_READ, TypeError, KeyError):
         slug = None
     return f"model {slug!r}" if isinstance(slug, str) else f"models[{number}]"
 

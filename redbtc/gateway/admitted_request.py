@@ -48,7 +48,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     _memory: Releasable
     _candidates: Candidates[Upstream] | None = None  # it has a place at one of them, perhaps
     _is_held = False
-    is_free = False  # the member that it is sent to bills nothing
+    is_free = False  # nothing is billed, whatever the answer reports
     _is_unfinished = False  # whether it is counted as an unfinished background response
 
     def __init__(
@@ -274,7 +274,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     def note_attempt(self, upstream: Upstream) -> None:
         self.member = upstream
         self.row.upstream = upstream.name
-        self.is_free = upstream.is_free
+        self.is_free = upstream.is_free or self.endpoint.free
         self.row.attempts = (self.row.attempts or 0) + 1
         self.left_at = time.monotonic()
 

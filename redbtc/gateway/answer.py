@@ -71,13 +71,15 @@ class Bypass:
         return passed
 
 
-def is_opaque(start: bytes, response: ClientResponse, asks_for_events: bool) -> bool:
+def is_opaque(start: bytes, response: ClientResponse, request: ForwardedRequest) -> bool:
     """Return whether the answer to a request with or for audio is neither JSON nor a stream of
-    events: audio, or the text of a transcription, whose first words can look like an event."""
+    events: audio, or the text of a transcription, whose first words can look like an event. Only
+    speech can begin like JSON."""
+    is_object = start.lstrip().startswith(b"{")
     if response.content_type.startswith(MEDIA_TYPES):
-        return True
+        return request.endpoint.counts == "characters" or not is_object
     is_text = response.content_type.startswith(b"text/") and not response.is_labelled_stream
-    return is_text and not (asks_for_events or response.codings or start.startswith(b"{"))
+    return is_text and not (request.asks_for_events or response.codings or is_object)
 
 
 class AnswerBody:
@@ -196,7 +198,7 @@ class AnswerBody:
         """Return the meter for an answer that begins with this chunk, or None while too few bytes
         have come to choose one, or only blanks. Such bytes are sent on without a meter."""
         request, response, begun = self._request, self._response, self._begun
-        if request.endpoint.audio and is_opaque(chunk, response, request.asks_for_events):
+        if request.endpoint.audio and is_opaque(chunk, response, request):
             request.meter = PlainMeter()
             return request.meter
         if chunk[:1] == b"{" and not (response.is_labelled_stream or begun):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from redbtc.request_body.body import OF_IMAGES
+from redbtc.request_body.body import OF_IMAGES, OF_RECORDINGS
 from redbtc.request_body.contents import BodyRules
 
 Counted = Literal[  # what is billed of an answer that reports no usage
@@ -65,8 +65,8 @@ METERED = (
         writes=False,
         body=BodyRules(usual_model="omni-moderation-latest", has_items=False),
     ),
-    Endpoint("/v1/audio/transcriptions", audio=True, forms=True),
-    Endpoint("/v1/audio/translations", audio=True, forms=True),
+    Endpoint("/v1/audio/transcriptions", audio=True, forms=True, body=OF_RECORDINGS),
+    Endpoint("/v1/audio/translations", audio=True, forms=True, body=OF_RECORDINGS),
     Endpoint(
         "/v1/audio/speech",
         audio=True,

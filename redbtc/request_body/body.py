@@ -30,6 +30,7 @@ from redbtc.steps import Steps
 PICTURE_TOKENS = 1500  # of a large picture, for most models; only for estimates
 FACTS, EVENT_FACTS = msgspec.json.Decoder(Facts), msgspec.json.Decoder(EventFacts)
 OF_IMAGES = BodyRules(usual_model=DEFAULT_IMAGE_MODEL)
+OF_RECORDINGS = BodyRules(is_recording=True)
 LONG_CACHE = EXTRAS["cache_write_12h"]
 STEER_MEMBERS = {"type", "previous_response_id", "input"}  # all that OpenAI's reference allows
 
@@ -82,6 +83,8 @@ class RequestBody:
             contents, _ = yield from read_contents(text, FACTS, rules)
         body = cls(sent, text, contents)
         body.check_model(rules.usual_model)
+        if rules.is_recording:
+            check_recording(form)
         return body
 
     def check_model(self, usual: str) -> None:
@@ -202,3 +205,11 @@ class ClientEvent(RequestBody):
             name = self._unsteered[:MAX_NAME]
             message = f"'{name}' is not allowed in an event of type '{self.facts.type}'."
             raise Refusal("invalid_request", message, param=name)
+
+
+def check_recording(form: Form | None) -> None:
+    """Raise Refusal unless a form has the recording itself. Some upstreams fetch one from a URL,
+    but of that nobody could tell here how long it is and what it may cost."""
+    if form is None or not form.has_file(b"file") or b"url" in form.names:
+        message = "Send the recording as the part 'file' of a form, with a filename, and no URL."
+        raise Refusal("invalid_request", message, param="file")

@@ -18,6 +18,7 @@ class BodyRules(NamedTuple):
     usual_model: str = ""  # the model of a request that names none; "": a request must name one
     has_items: bool = True  # `input`, if it is a list, has the items of a response
     is_spoken: bool = False  # `input` is a text to be spoken
+    is_recording: bool = False  # a form with a recording as its part `file`
 
 
 FurtherModels = dict[str, bool]  # by name, whether the request uses the model to make pictures

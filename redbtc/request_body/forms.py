@@ -114,6 +114,10 @@ class Form:
             )
             raise Refusal("invalid_request", message, param=shown)
 
+    def has_file(self, name: bytes) -> bool:
+        """Return whether a part of this name is there, and all such parts are files."""
+        return name in self.names and name not in {each.lower() for each in self.fields}
+
     def max_tokens(self, body: Buffer) -> int:
         """Return the maximum number of tokens that the parts can have."""
         return self._tokens + min(len(body) - max(self._part, 0), MAX_PICTURE_TOKENS)

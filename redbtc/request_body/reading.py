@@ -86,7 +86,10 @@ def read_contents(
 
 
 def characters_of(text: msgspec.Raw, pieces: Pieces) -> int:
-    """Return how many characters a string has. Raises Refusal if it is very long."""
+    """Return how many characters a string has. Raises Refusal if it is very long, and for any other
+    value, which an upstream might speak all the same."""
+    if bytes(memoryview(text)[:1]) != b'"':
+        raise Refusal("invalid_request", "'input' must be a string.", param="input")
     if pieces.size(text) != len(text):  # a string that was cut out
         raise Refusal("invalid_request", "'input' is too long.", param="input")
     return len(string_in(text))

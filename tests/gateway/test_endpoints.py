@@ -250,6 +250,18 @@ def test_embeddings_hold_nothing_for_output(priced: Gateway, upstream: Upstream)
         assert client.post("/embeddings", json={**small, "input": "a" * 9000}).status_code == 429
 
 
+@pytest.mark.parametrize("path", ["/moderations", "/responses/input_tokens"])
+def test_what_is_free_costs_nothing_if_usage_is_reported(
+    priced: Gateway, upstream: Upstream, path: str
+) -> None:
+    usage = {"prompt_tokens": 8, "completion_tokens": 1, "total_tokens": 9}
+    upstream.script = json_answer({"id": "modr-1", "results": [], "usage": usage})
+    with priced.client(priced.new_key()) as client:
+        client.post(path, json={"model": "gpt-6-luna", "input": "Hi"})
+    row = priced.row()
+    assert (row["usage_source"], row["input_tokens"], row["cost"]) == ("upstream", 8, "0")
+
+
 def test_embeddings_name_no_stored_objects(priced: Gateway, upstream: Upstream) -> None:
     price(priced, "text-embedding-3-*", input="0.02")
     given = [{"type": "input_file", "file_id": "file-of-another"}]
@@ -399,6 +411,19 @@ def test_a_transcription_is_billed_by_the_minute(priced: Gateway, upstream: Upst
     assert row["cost"] == "0.009"
 
 
+@pytest.mark.parametrize("content_type", ["application/octet-stream", "audio/mpeg", "text/plain"])
+def test_a_transcription_with_a_wrong_type_is_metered(
+    priced: Gateway, upstream: Upstream, content_type: str
+) -> None:
+    price(priced, "transcriber", input="2.5", audio_input="6", output="10")
+    text = json.dumps({"text": "Hi", "usage": {"type": "duration", "seconds": 90}}, indent=1)
+    body = f"\n {text}".encode()
+    upstream.script = json_answer(body, content_type=content_type)
+    assert transcribe(priced).content == body
+    row = priced.row()
+    assert (row["usage_source"], usage_of(row)) == ("upstream", {"audio_ms": 90_000})
+
+
 def test_a_minute_costs_as_much_as_its_tokens_without_a_rate(
     priced: Gateway, upstream: Upstream
 ) -> None:
@@ -482,6 +507,27 @@ def test_the_length_in_a_verbose_answer_counts(
     transcribe(priced, {"response_format": "verbose_json"})
     row = priced.row()
     assert (row["usage_source"], usage_of(row)) == ("upstream", {"audio_ms": 8470})
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"file": (None, "https://example.com/a.mp3")},
+        {"url": (None, "https://example.com/a.mp3")},
+        {"url": (None, "https://example.com/a.mp3"), "file": ("a.mp3", MP3)},
+        [("file", ("a.mp3", MP3)), ("File", (None, "https://example.com/a.mp3"))],
+        None,
+    ],
+)
+def test_a_recording_at_a_url_is_refused(priced: Gateway, upstream: Upstream, parts: Any) -> None:
+    """Its length, and what it may cost, would be unknown."""
+    price(priced, "transcriber", audio_minute="0.006")
+    named = {"model": "transcriber", "url": "https://example.com/a.mp3"}
+    body = {"data": {"model": "transcriber"}, "files": parts} if parts else {"json": named}
+    with priced.client(priced.new_key()) as client:
+        answer = client.post("/audio/transcriptions", **body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
+    assert not upstream.requests
 
 
 def test_a_long_recording_is_held_for(priced: Gateway, upstream: Upstream) -> None:
@@ -633,6 +679,15 @@ def test_speech_is_held_for(priced: Gateway, upstream: Upstream) -> None:
         assert client.post("/audio/speech", json={**SPEECH, "input": "é" * 999}).status_code == 200
         huge = client.post("/audio/speech", json={**SPEECH, "input": "é" * 2_000_000})
         assert (huge.status_code, huge.json()["error"]["param"]) == (400, "input")
+
+
+@pytest.mark.parametrize("given", [["Hi"], {"text": "Hi"}, 5, True, None])
+def test_speech_of_no_string_is_refused(priced: Gateway, upstream: Upstream, given: Any) -> None:
+    price(priced, "speaker", characters="15")
+    with priced.client(priced.new_key()) as client:
+        answer = client.post("/audio/speech", json={**SPEECH, "input": given})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+    assert not upstream.requests
 
 
 def test_another_accounts_voice_is_refused(priced: Gateway, upstream: Upstream) -> None:

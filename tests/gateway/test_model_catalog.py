@@ -45,6 +45,7 @@ from redbtc.gateway import model_catalog; model_catalog.REFRESH_SECONDS = 0.02
 model_catalog.SELECTION_SECONDS = 0.02
 """
 BODY = {"model": "gpt-a", "input": "x"}
+DEEP = "[" * 10_000 + "]" * 10_000  # nested too deeply for any reader
 
 
 def catalog_gateway(
@@ -190,6 +191,7 @@ def test_a_bad_file_is_refused(make_gateway: MakeGateway) -> None:
         '{"data": []}': "models: missing",
         '{"models": []}': "has 0 models; allowed are 1 to 1000",
         "not JSON": "expected what `codex debug models` prints",
+        f'{{"models": {DEEP}}}': "expected what `codex debug models` prints",
     }
     for number, (text, reason) in enumerate(bad.items(), 1):
         file.write_text(text)
@@ -254,6 +256,7 @@ def test_a_url_is_fetched_in_the_background(
         first = catalog(gateway, key)
         assert slugs(first) == list(NAMES)
         offer("no catalogue")
+        offer(f'{{"models": [{{"slug": {DEEP}}}]}}')
         offer("", 500)
         assert catalog(gateway, key).headers["etag"] == first.headers["etag"]
         offer(catalog_text(*ENTRIES[:1]))
