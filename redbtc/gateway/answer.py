@@ -77,7 +77,8 @@ def is_opaque(start: bytes, response: ClientResponse, request: ForwardedRequest)
     speech can begin like JSON."""
     is_object = start.lstrip().startswith(b"{")
     if response.content_type.startswith(MEDIA_TYPES):
-        return request.endpoint.counts == "characters" or not is_object
+        is_speech = request.endpoint.counts == "characters"
+        return is_speech or not (is_object or request.asks_for_events)
     is_text = response.content_type.startswith(b"text/") and not response.is_labelled_stream
     return is_text and not (request.asks_for_events or response.codings or is_object)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import re
+from collections.abc import Iterable
 
 from redbtc.errors import StorageUnavailable
 from redbtc.headers import CREDENTIAL_HEADERS, Headers
@@ -16,6 +19,7 @@ BAD_KEY = (
     "Incorrect API key provided. Send your key as 'Authorization: Bearer sk-redbtc-…' or, if "
     "Authorization has a credential of your own, in the header that your administrator names."
 )
+GATEWAY_KEY = re.compile(rb"sk-redbtc-[A-Za-z0-9]{49}")
 NOT_IN_A_CREDENTIAL = re.compile(rb"[^\x20-\x7e]")
 
 
@@ -66,10 +70,23 @@ def credential_in(headers: Headers, key: Key, store: Store) -> ClientCredential 
         if NOT_IN_A_CREDENTIAL.search(value):  # a WebSocket's handshake would change it
             message = f"The header {name.decode()} has characters other than printable ASCII."
             raise Refusal("invalid_http", message)
-    token = dict(sent)[b"authorization"].rpartition(b" ")[2].decode()
     try:
-        if is_key(store, token):
+        if any(is_key(store, shown) for shown in keys_in(value for _, value in sent)):
             return None
     except StorageUnavailable:
         raise Refusal("ledger_unavailable") from None
     return ClientCredential(sent, key.account_id, store.secret)
+
+
+def keys_in(values: Iterable[bytes]) -> set[str]:
+    """Return what looks like a key of this gateway in the values of headers, also within the user
+    and password of the scheme Basic (RFC 7617)."""
+    found: set[str] = set()
+    for value in values:
+        scheme, _, rest = value.partition(b" ")
+        texts = [value]
+        if scheme.lower() == b"basic":
+            with contextlib.suppress(ValueError):
+                texts.append(base64.b64decode(rest))
+        found.update(key.decode() for text in texts for key in GATEWAY_KEY.findall(text))
+    return found

@@ -46,10 +46,12 @@ class EstimatedRequest(AdmittedRequest):
         report, endpoint = self.meter.report, self.endpoint
         partly = is_partly_known(self.meter, self.maximum.answers, images=endpoint.images)
         is_known = is_complete(report, writes=endpoint.writes) and not partly
+        if endpoint.counts and self._was_used(outcome):
+            # Speech of which no output is reported is billed by its characters.
+            is_counted = endpoint.counts == "characters" and not report.has_output
+            return self._count(outcome) if is_counted or report.usage is None else None
         if is_known or not self._was_used(outcome):
             return None
-        if endpoint.counts:
-            return None if report.usage else self._count(outcome)
         read = self.input_estimate
         if endpoint.audio and report.usage is None:
             if (length_ms := milliseconds_in(report.duration)) is not None:
@@ -95,7 +97,7 @@ class EstimatedRequest(AdmittedRequest):
         if isinstance(meter, PlainMeter) and (found := TIMESTAMP.findall(meter.tail)):
             hours, minutes, seconds, rest = (int(each or 0) for each in found[-1])
             return ((hours * 60 + minutes) * 60 + seconds) * 1000 + rest
-        text = meter.size if isinstance(meter, PlainMeter) else meter.report.text_bytes
+        text = meter.report.text_bytes or meter.size
         if not text:
             return size * 1000 // AUDIO_BYTES_A_SECOND
         shortest = size * 1000 // MAX_AUDIO_BYTES_A_SECOND

@@ -27,6 +27,7 @@ from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import codings_of
 from redbtc.meter.error_codes import (
     CREDENTIAL_STATUSES,
+    OPERATORS_ID,
     REJECTED_STATUSES,
     STATUS_OF_CODE,
     error_code_in,
@@ -35,6 +36,7 @@ from redbtc.meter.error_codes import (
 from redbtc.meter.operator_errors import TOO_LARGE, decoded_body, names_operator, own_body
 from redbtc.upstream.begun_body import BegunBody
 from redbtc.upstream.candidates import Candidates
+from redbtc.upstream.headers import DROPPED_HEADERS
 from redbtc.upstream.response import UpstreamResponse
 from redbtc.upstream.retry_after import retry_after_seconds
 from redbtc.upstream.upstreams import Upstream
@@ -106,13 +108,19 @@ class ErrorAnswer(NamedTuple):
         if not (self.member.hides_errors and self._may_name_operator()):
             return response, None
         self.body.stop()
+        headers = [line for line in response.headers if not is_operators(line)]
+        response = response._replace(headers=headers)
         return response, own_body(LIMITED, self.text, wait and f"{wait}s")
 
     def _may_name_operator(self) -> bool:
-        """Return whether the answer names something of the operator's, as far as is known."""
-        is_encoded = self.text is self.body.begun and bool(codings_of(self.response.headers))
-        is_readable = self.body.whole and not is_encoded
-        return not is_readable or names_operator(self.text.decode("utf-8", "replace"))
+        """Return whether the answer names something of the operator's, as far as is known. A text
+        with zero bytes is in another character set."""
+        headers = self.response.headers
+        is_encoded = self.text is self.body.begun and bool(codings_of(headers))
+        is_readable = self.body.whole and not is_encoded and b"\0" not in self.text
+        if not is_readable or any(map(is_operators, headers)):
+            return True
+        return names_operator(self.text.decode("utf-8", "replace"))
 
     def judge(self, candidates: Candidates[Upstream]) -> None:
         """Note in the member's health what the answer says of it."""
@@ -121,6 +129,13 @@ class ErrorAnswer(NamedTuple):
             judge(candidates, status, self.code, self.retry_after, self.text)
         else:
             candidates.answer(serves=False)
+
+
+def is_operators(line: tuple[bytes, bytes]) -> bool:
+    """Return whether a header that passes names something of the operator's."""
+    name, value = line
+    found = OPERATORS_ID.search(value.decode("latin-1"))
+    return found is not None and name.lower() not in DROPPED_HEADERS
 
 
 def judge(

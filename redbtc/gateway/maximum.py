@@ -59,7 +59,8 @@ class Maximum:
         read = self.input_tokens(further_input)
         written = self.output_tokens(prices) * self.answers
         cost = prices.max_cost(read, written, tier, endpoint.images, body.long_cache)
-        cost = max(cost, of_audio)
+        if of_audio > cost:
+            cost = of_audio
         further = self._further_cost(prices, read)
         if endpoint.images:
             return cost + self.answers * further

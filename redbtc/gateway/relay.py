@@ -297,5 +297,6 @@ def begin(
     if own_body is not None:
         client_response.set_json(len(own_body))
     request.note_answer(response.status, readable_id(request_id))
-    if request.gateway.catalog.is_set and request.endpoint is RESPONSES:
-        client_response.replace_header(MODELS_ETAG, request.catalog_etag())
+    if request.gateway.catalog.is_set:
+        etag = request.catalog_etag() if request.endpoint is RESPONSES else None
+        client_response.replace_header(MODELS_ETAG, etag)

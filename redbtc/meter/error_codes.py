@@ -11,6 +11,8 @@ from redbtc.meter.answers import Answer, decode_answer
 MAX_ERROR_BYTES = 64 << 10  # of a body in which a code is looked for
 MAX_NUMBER = 999_999  # of a code that is a number
 CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+# The id of an organization, a project, a user or a key, which is no code.
+OPERATORS_ID = re.compile(r"\b(?:org|proj|user|acct|sess|sk)[-_][A-Za-z0-9_-]*[0-9A-Z]")
 # The status that the code of an error, or its type, stands for where the error has no status of its
 # own. OpenAI has the types "requests" and "tokens" for limits; others send the number as the code.
 STATUS_OF_CODE = {
@@ -69,4 +71,6 @@ def code_in(value: Any) -> str | None:
     """Return a decoded code; None if it does not have the form of one. Some upstreams send a
     number."""
     text = str(value) if type(value) is int and 0 <= value <= MAX_NUMBER else value
-    return text if isinstance(text, str) and CODE.fullmatch(text) else None
+    if isinstance(text, str) and CODE.fullmatch(text) and not OPERATORS_ID.match(text):
+        return text
+    return None

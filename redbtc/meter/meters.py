@@ -27,6 +27,7 @@ class Meter:
     """
 
     report: Report
+    size = 0  # bytes of an answer that is no stream, as far as they are counted
     state: MeterState = "open"
     # The size in bytes up to which a chunk may be given to `feed`; larger ones take long and must
     # be given to `steps`. If it is 0, any chunk and the end can take long: use `steps`,
@@ -70,7 +71,6 @@ class PlainMeter(Meter):
 
     def __init__(self) -> None:
         self.report = Report(images=False)
-        self.size = 0
         self.tail = b""  # its last bytes, at most MAX_TAIL
         self._held = b""
 
@@ -101,6 +101,7 @@ class JSONMeter(Meter):
         """Take the next bytes, in small steps; return all bytes but the last one, which may be the
         end."""
         yield from self._text.steps(chunk)
+        self.size += len(chunk)
         self.at_once = 0 if self._text.is_long else MAX_AT_ONCE
         passed, self._held = self._held + chunk[:-1], chunk[-1:]
         return passed

@@ -16,6 +16,7 @@ import orjson
 from redbtc.meter.decoding import Decoding, NotDecoded
 from redbtc.meter.error_codes import (
     CREDENTIAL_STATUSES,
+    OPERATORS_ID,
     REJECTED_STATUSES,
     STATUS_OF_CODE,
     code_in,
@@ -36,6 +37,7 @@ OPERATORS = re.compile(
     r"\b(?:org|proj|user|acct|team|tenant|key|sk|pk|sess)[-_][a-z0-9]|\*{3}",
     re.IGNORECASE,
 )
+ERROR_STATUS = re.compile("[45][0-9][0-9]")
 PARAM = re.compile(r"[A-Za-z_][\w.\[\]-]{0,99}", re.ASCII)
 KEPT_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "x-request-id")
 MAX_DECODED_BODY = 256 << 10
@@ -84,7 +86,8 @@ def own_error(error: dict[str, Any], status: int, wait: str = "") -> dict[str, A
         elif name == "type":
             shown[name] = kept_code(status, kind)
         elif name == "param":
-            shown[name] = value if isinstance(value, str) and PARAM.fullmatch(value) else None
+            is_param = isinstance(value, str) and PARAM.fullmatch(value)
+            shown[name] = value if is_param and not OPERATORS_ID.search(value) else None
         elif name == "headers":
             shown[name] = own_headers(value)
     return shown
@@ -137,9 +140,9 @@ def loaded(text: bytes) -> Any:
 def status_of_error(members: dict[bytes, Any]) -> int:
     """Return the status of the error in these members of an answer or an event: the one that it
     has itself, or else one of CREDENTIAL_STATUSES that its code or type stands for; 0 if none."""
-    error, status = members.get(b"error"), members.get(b"status")
-    if type(status) is int and 400 <= status <= 599:
-        return status
+    error, status = members.get(b"error"), str(members.get(b"status"))
+    if ERROR_STATUS.fullmatch(status):
+        return int(status)
     codes = [members.get(b"code")] if members.get(b"type") == "error" else []
     if isinstance(error, dict):
         codes += [error.get("code"), error.get("type")]

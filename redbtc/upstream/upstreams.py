@@ -106,6 +106,7 @@ class Upstream:
         """`names` are the hosts' names that have been looked up already. `on_change` is told of
         each change of its state. Raises SettingsError if the settings' ca_file can't be read."""
         self.settings = settings
+        self.serves = settings.serves
         self.name = settings.member_name
         self.usable = not settings.missing_variables()
         self.is_client = settings.credentials == "client"  # it gets each client's own credential
@@ -140,7 +141,7 @@ class Upstream:
 
     def follow(self, settings: UpstreamSettings) -> None:
         """Use these settings from now on. They connect as those before (`connects_like`)."""
-        self.settings = settings
+        self.settings, self.serves = settings, settings.serves
         self.max_concurrency = settings.max_concurrency
         self.is_free = settings.billing == "free"
 
@@ -166,10 +167,6 @@ class Upstream:
         SettingsError if it can't be read."""
         ca_file = self.settings.ca_file
         return bool(ca_file) and read_certificates(ca_file) != self._certificates
-
-    def serves(self, model: str) -> bool:
-        """Return whether one of the patterns in its settings matches the model's name."""
-        return self.settings.serves(model)
 
     async def open(
         self, method: str, path: str, query: bytes, headers: Headers, body: UploadBody

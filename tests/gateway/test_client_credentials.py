@@ -4,6 +4,7 @@ what it made there, nobody reaches without it."""
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import sqlite3
 import threading
@@ -221,6 +222,20 @@ def test_a_key_of_the_gateway_is_never_forwarded(
     assert not own.requests
     sent = b"".join(value for request in upstream.requests for _, value in request.headers)
     assert not any(each.encode() in sent for each in (key, other, revoked))
+
+
+@pytest.mark.parametrize("form", ['Bearer "{}"', "Bearer {} x", "x{}", "Basic {}", "workspace"])
+def test_a_key_of_the_gateway_within_a_credential_is_found(
+    gateway: Gateway, own: Upstream, key: str, form: str
+) -> None:
+    shown = key
+    if form.startswith("Basic"):
+        shown = base64.b64encode(f"user:{key}".encode()).decode()
+    more = {"chatgpt-account-id": key} if form == "workspace" else {}
+    authorization = API_KEY if form == "workspace" else form.format(shown)
+    answer = post(gateway, with_key(key, authorization, **more))
+    assert error(answer) == (404, "model_not_found")
+    assert not own.requests
 
 
 def test_without_a_credential_such_upstreams_do_not_exist(

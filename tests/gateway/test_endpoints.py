@@ -468,7 +468,7 @@ SECOND = 16_000  # bytes, at 128 kbit/s
         (TEXT_OF_60_SECONDS, "text/plain; charset=utf-8", 60_000),
         (b"WEBVTT\n\n00:01.000 --> 00:07.250\nHi\n", "text/vtt", 7_250),
         (b"data protection is a right, and so on.\n" + b"a" * 6, "text/plain", 3_000),
-        (b"{curly} words", "text/plain", 3_000),  # read as JSON: by the size
+        (b"{curly} words", "text/plain", 866),
         (b"Hi", "text/plain", 272),  # 48 kB in 44.1 kHz, 16 bit, two channels
     ],
 )
@@ -496,6 +496,25 @@ def test_a_plain_text_is_estimated_in_tokens_where_these_are_billed(
         "audio_input_tokens": 1000,
         "output_tokens": 225,
     }
+
+
+def test_json_without_usage_is_estimated_by_its_text(priced: Gateway, upstream: Upstream) -> None:
+    price(priced, "transcriber", audio_minute="0.006")
+    upstream.script = json_answer({"text": "words " * 150})
+    transcribe(priced, size=10 * SECOND)
+    row = priced.row()
+    assert row["usage_source"] == "estimated"
+    assert 60_000 <= row["audio_ms"] <= 61_000
+
+
+def test_a_streamed_transcription_is_metered_whatever_its_type_says(
+    priced: Gateway, upstream: Upstream
+) -> None:
+    price(priced, "transcriber", input="2.5")
+    done = event({"type": "transcript.text.done", "text": "Hi", "usage": TRANSCRIPT_USAGE})
+    upstream.script = json_answer(done, content_type="application/octet-stream")
+    assert transcribe(priced, {"stream": "true"}).content == done
+    assert usage_of(priced.row()) == BY_TOKENS
 
 
 @pytest.mark.parametrize("duration", [8.47, "8.470"])
@@ -640,6 +659,18 @@ def test_speech_in_events_without_usage_is_counted(priced: Gateway, upstream: Up
     row = priced.row()
     assert (row["outcome"], row["usage_source"]) == ("completed", "counted")
     assert usage_of(row) == {"characters": CHARACTERS}
+
+
+@pytest.mark.parametrize("usage", [{"input_tokens": 0, "output_tokens": 0}, {"input_tokens": 14}])
+def test_speech_of_which_no_output_is_reported_is_counted(
+    priced: Gateway, upstream: Upstream, usage: dict[str, int]
+) -> None:
+    price(priced, "speaker", characters="15")
+    upstream.script = stream([event({"type": "speech.audio.done", "usage": usage})])
+    with priced.client(priced.new_key()) as client:
+        client.post("/audio/speech", json={**SPEECH, "stream_format": "sse"})
+    row = priced.row()
+    assert (row["usage_source"], usage_of(row)) == ("counted", {"characters": CHARACTERS})
 
 
 def test_torn_speech_is_estimated(priced: Gateway, upstream: Upstream) -> None:

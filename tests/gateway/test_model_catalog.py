@@ -298,3 +298,14 @@ def test_a_client_with_a_credential_gets_the_models_that_it_opens(
         etags.append(found.headers["etag"])
     assert names == [["gpt-z"], ["gpt-z", "gpt-a"]]
     assert etags[0] != etags[1]
+
+
+def test_only_responses_name_the_catalogue(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    gateway = catalog_gateway(make_gateway)
+    upstream.script = json_answer(response_object(), headers={"x-models-etag": '"theirs"'})
+    with gateway.client(gateway.new_key()) as client:
+        answers = [client.post(f"/responses{path}", json=BODY) for path in ("", "/compact")]
+    assert [each.headers.get("x-models-etag") for each in answers] == [
+        catalog(gateway, gateway.new_key()).headers["etag"],
+        None,
+    ]

@@ -133,10 +133,16 @@ def test_a_429_that_names_nothing_passes_unchanged(
     assert answer.headers["retry-after"] == "7"
 
 
-def test_a_429_that_can_not_be_read_is_replaced(pair: Pair) -> None:
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [(b"no gzip", GZIP), (LIMIT.encode("utf-16"), {}), (b"{}", {"x-why": f"of {SECRETS[0]}"})],
+)
+def test_a_429_that_can_not_be_read_is_replaced(pair: Pair, body: bytes, headers: Any) -> None:
     pair.alone()
-    pair.bad.script = answer_with(b"no gzip", 429, GZIP)
-    assert pair.ask("/responses").json()["error"]["message"].startswith(LIMIT_TEXT)
+    pair.bad.script = answer_with(body, 429, headers)
+    answer = pair.ask("/responses")
+    assert names_nothing(answer, pair)
+    assert answer.json()["error"]["message"].startswith(LIMIT_TEXT)
 
 
 def test_a_quota_of_the_operators(pair: Pair) -> None:

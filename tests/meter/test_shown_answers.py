@@ -165,6 +165,14 @@ def test_a_limit_that_names_nothing_passes_unchanged(text: str) -> None:
     assert shown_json(plain) == plain
 
 
+@pytest.mark.parametrize(
+    "more", [{"code": "org-AbC123"}, {"type": "org-AbC123"}, {"param": "proj_Ab12"}]
+)
+def test_an_id_is_no_code(more: dict[str, str]) -> None:
+    text = json.dumps({"status": "429", "error": {"message": "No.", "code": "x", **more}})
+    assert not re.search(b"org-|proj_", shown_json(text.encode()))
+
+
 def test_an_escaped_name_is_found() -> None:
     text = rb'{"error":{"code":"rate_limit_exceeded","message":"\u006frg-AbC \u006frganization"}}'
     assert b"006f" not in shown_json(text)
