@@ -118,6 +118,7 @@ def test_the_body_of_a_429(pair: Pair, kind: str, path: str) -> None:
         (b"Slow down.", {}, "text/plain"),
         (gzip.compress(b'{"error": {"message": "Slow down."}}'), GZIP, "application/json"),
     ],
+    ids=["JSON", "empty", "text", "gzip"],
 )
 def test_a_429_that_names_nothing_passes_unchanged(
     pair: Pair, body: bytes, headers: Any, kind: str
@@ -136,6 +137,7 @@ def test_a_429_that_names_nothing_passes_unchanged(
 @pytest.mark.parametrize(
     ("body", "headers"),
     [(b"no gzip", GZIP), (LIMIT.encode("utf-16"), {}), (b"{}", {"x-why": f"of {SECRETS[0]}"})],
+    ids=["no gzip", "UTF-16", "a header"],
 )
 def test_a_429_that_can_not_be_read_is_replaced(pair: Pair, body: bytes, headers: Any) -> None:
     pair.alone()
