@@ -59,18 +59,18 @@ def error_code_in(body: bytes) -> str | None:
 
 
 def kept_code(status: int, code: str | None, by_client: bool = False) -> str | None:
-    """Return the code of an error as it may be kept: that of a rejection could quote the key, and
-    nothing may be kept of a client's own credential (`by_client`)."""
+    """Return the code of an error as it may be kept: that of a rejection could quote the key, any
+    could be an id of the operator's, and nothing may be kept of a client's own credential
+    (`by_client`)."""
+    if not code:
+        return code
     may_quote = by_client or status in REJECTED_STATUSES
-    if code and may_quote and not REJECTION_CODE.fullmatch(code):
-        return str(status)
-    return code
+    is_kept = not may_quote or REJECTION_CODE.fullmatch(code)
+    return code if is_kept and not OPERATORS_ID.match(code) else str(status)
 
 
 def code_in(value: Any) -> str | None:
     """Return a decoded code; None if it does not have the form of one. Some upstreams send a
     number."""
     text = str(value) if type(value) is int and 0 <= value <= MAX_NUMBER else value
-    if isinstance(text, str) and CODE.fullmatch(text) and not OPERATORS_ID.match(text):
-        return text
-    return None
+    return text if isinstance(text, str) and CODE.fullmatch(text) else None

@@ -444,7 +444,7 @@ def test_the_documented_example_applies(make_gateway: MakeGateway) -> None:
         added = gateway.cli(*words)
         assert added["added"] == 1
         assert added["does_not_apply_to"] == []
-        effective = words[words.index("--effective") + 1]
+        effective = added["prices"][0]["effective_at"]
         found = gateway.cli("price", "which", words[2], "--at", effective)
         assert found["applies"]["id"] == added["prices"][0]["id"]
 
