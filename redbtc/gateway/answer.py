@@ -33,6 +33,8 @@ from redbtc.upstream.connection import ResponseBody
 TOO_SHORT = re.compile(
     rb"(?:[%b]{,%d}+|\x1f\x8b?|\x28(?:\xb5\x2f?)?|\x78)\Z" % (re.escape(BLANK), START_SIZE - 1)
 )
+# Is in a stored response that has not failed, and in a list of items, and comes before the output.
+HAS_NOT_FAILED = re.compile(rb'"(?:error"\s*:\s*null|status"\s*:\s*"(?!failed")\w+")')
 MEDIA_TYPES = (b"audio/", b"video/", b"application/octet-stream")
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
 MAX_SHORT = 64 << 10  # bytes of a JSON answer that wait until it is known whether it is an error
@@ -179,12 +181,12 @@ class AnswerBody:
     def _waits(self, meter: Meter | None, begin: bytes) -> bool:
         """Return whether the beginning of an answer waits until it is known whether it reports an
         error about the operator's credentials: if it begins to report an error, or if it is a
-        stored response, which can have failed long ago."""
+        stored response of which is not known yet whether it has failed."""
         if self._has_sent or type(meter) is not JSONMeter or len(begin) >= MAX_SHORT:
             return False
         request = self._request
-        may_fail = not request.makes_answer or ERROR.search(begin)
-        return bool(may_fail) and request.hides_errors
+        may_fail = not (request.makes_answer or HAS_NOT_FAILED.search(begin))
+        return (may_fail or ERROR.search(begin) is not None) and request.hides_errors
 
     def _shown(self, begin: bytes, meter: Meter | None) -> bytes:
         """Return an answer, or all of it that has come, as the client is shown it."""

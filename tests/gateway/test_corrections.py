@@ -693,7 +693,7 @@ def test_who_leaves_before_the_usage_is_shown_is_corrected(
         at = shown.index(b'"usage"')
         await reply.head(200, [("content-type", "application/json")], f"length:{len(shown)}")
         await reply.send(shown[:at])
-        await reply.wait(left)
+        assert await reply.wait(left), "the beginning passes at once"
         await reply.send(shown[at:])
 
     upstream.script = script
