@@ -81,7 +81,7 @@ RESPONSE_MEMBERS = (
         "conversation": Node(short_members("id")),
         "incomplete_details": Node(short_members("reason")),
     }
-    | {"choices": CHOICES_NODE, "delta": TEXT_NODE, "b64_json": HEAD_NODE}
+    | {"choices": CHOICES_NODE, "delta": TEXT_NODE, "audio": TEXT_NODE, "b64_json": HEAD_NODE}
     | {"output": ITEMS_NODE, "data": ITEMS_NODE, "item": ITEM_NODE}
 )
 ANSWER_NODE = Node(RESPONSE_MEMBERS | {"response": Node(RESPONSE_MEMBERS)})

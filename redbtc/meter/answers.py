@@ -58,6 +58,7 @@ class Answer(Struct, dict=True):
     data: msgspec.Raw = msgspec.Raw()
     item: msgspec.Raw = msgspec.Raw()
     delta: msgspec.Raw = msgspec.Raw()
+    audio: msgspec.Raw = msgspec.Raw()  # the delta of speech
     b64_json: msgspec.Raw = msgspec.Raw()
 
     @cached_property

@@ -92,7 +92,9 @@ class PassedOutput:
 
     def see_delta(self, answer: Answer, chat: bool) -> None:
         """Measure the deltas of an event that is too large to be searched for them."""
-        self.deltas += text_bytes_in(text_in(answer.choices if chat else answer.delta))
+        self.deltas += text_bytes_in(
+            text_in(answer.choices if chat else answer.delta or answer.audio)
+        )
 
     def _see_item(self, answer: Answer, kind: str) -> None:
         item = text_in(answer.item, ITEM_NODE)

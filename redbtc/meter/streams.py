@@ -33,6 +33,7 @@ CHAT_TEXT = re.compile(
     re.DOTALL,
 )
 RESPONSE_TEXT = re.compile(rb'"delta":' + STRING_VALUE, re.DOTALL)
+AUDIO_TEXT = re.compile(rb'"(?:delta|audio)":' + STRING_VALUE, re.DOTALL)  # speech is base64
 PICTURE_EVENT = re.compile(rb'image_\w+\.\w|"b64_json"')  # in the first bytes of an event
 # By whether the id and the model are still unknown: events that can contain them.
 NAMING = {
@@ -81,7 +82,7 @@ class StreamMeter(Meter):
         self.report = Report(images)
         self._chat = chat
         self._images = images
-        self._text = CHAT_TEXT if chat else RESPONSE_TEXT
+        self._text = CHAT_TEXT if chat else AUDIO_TEXT if audio else RESPONSE_TEXT
         self._may_matter = chat_may_matter if chat else audio_may_matter if audio else may_matter
         self._take_out_usage = take_out_usage
         self._expects_usage = expects_usage or take_out_usage

@@ -661,6 +661,20 @@ def test_speech_in_events_without_usage_is_counted(priced: Gateway, upstream: Up
     assert usage_of(row) == {"characters": CHARACTERS}
 
 
+@pytest.mark.parametrize("size", [4, 20_000, 2_000_000])
+def test_speech_in_events_that_fails_after_audio_is_estimated(
+    priced: Gateway, upstream: Upstream, size: int
+) -> None:
+    price(priced, "speaker", characters="15")
+    audio = event({"type": "speech.audio.delta", "audio": "QUFB" * (size // 4)})
+    upstream.script = stream([audio, event({"type": "error", "error": {"message": "Broken."}})])
+    with priced.client(priced.new_key()) as client:
+        client.post("/audio/speech", json={**SPEECH, "stream_format": "sse"})
+    row = priced.row()
+    assert (row["outcome"], row["usage_source"]) == ("upstream_error", "estimated")
+    assert usage_of(row) == {"characters": CHARACTERS}
+
+
 @pytest.mark.parametrize("usage", [{"input_tokens": 0, "output_tokens": 0}, {"input_tokens": 14}])
 def test_speech_of_which_no_output_is_reported_is_counted(
     priced: Gateway, upstream: Upstream, usage: dict[str, int]
