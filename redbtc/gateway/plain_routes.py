@@ -58,9 +58,10 @@ class NotServed:
             return
         if scope["type"] == "http":
             check_upgrade(scope)
-            is_plain = b"%2f" not in scope["raw_path"].lower()  # else it climbs to another path
-            if is_plain and (methods := self._methods(path)):
-                raise self._other_method(method, path, methods)
+        is_plain = b"%2f" not in scope["raw_path"].lower()  # else it climbs to another path
+        methods = self._methods(path) if is_plain else set()
+        if methods and method not in methods:  # a WebSocket may ask by GET for a path that has it
+            raise self._other_method(method, path, methods)
         raise Refusal("unknown_url", f"Unknown request URL. {self._listed}")
 
     def _methods(self, path: str) -> set[str]:

@@ -179,12 +179,17 @@ def test_no_path_is_repeated(shared: tuple[Gateway, Upstream], path: str) -> Non
 
 
 def test_a_websocket_elsewhere_is_told_what_is_served(shared: tuple[Gateway, Upstream]) -> None:
-    for path, status in (("/v1/realtime", 404), ("/healthz", 404), ("/v1/models", 404)):
+    for path, status, told in (
+        ("/v1/realtime", 404, SERVED),
+        ("/healthz", 404, SERVED),
+        ("/v1/models", 404, SERVED),
+        ("/v1/chat/completions", 405, "allow: OPTIONS, POST"),
+    ):
         head = f"GET {path} HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n"
         head += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\nSec-WebSocket-Version: 13"
         answer = shared[0].raw(request(head))
         assert answer.startswith(b"HTTP/1.1 %d " % status)
-        assert SERVED.encode() in answer
+        assert told.encode() in answer
 
 
 SERVED_METHODS = {
