@@ -63,7 +63,7 @@ class EstimatedRequest(AdmittedRequest):
             if isinstance(self.meter, PlainMeter):
                 into = min(read, self.max_usage().input_tokens)
                 out = min(text_tokens(self.meter.size), self.max_usage().output_tokens)
-                return whole(Usage(into, output_tokens=out, audio_input_tokens=into), "estimated")
+                return whole(Usage(into, output_tokens=out), "estimated")
         worked = max(0.0, time.monotonic() - self.left_at)  # before the speed is read
         speed = await self.gateway.speeds.of(
             self.row.model or self.row.requested_model,

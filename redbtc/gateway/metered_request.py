@@ -19,7 +19,8 @@ from redbtc.gateway.estimated_request import EstimatedRequest
 from redbtc.gateway.progress import SAVE_GROWTH, SAVE_SECONDS
 from redbtc.gateway.settlement import (
     account_for,
-    add_calls,
+    add_audio,
+    add_usage,
     bill,
     count_containers,
     fill_in_cost,
@@ -199,7 +200,9 @@ class MeteredRequest(EstimatedRequest):
         if self.endpoint.counts == "searches" and outcome not in FAILED:
             searches = True
         if searches and row.usage.web_searches is None:
-            parts = add_calls(row, parts, web_searches=1)
+            parts = add_usage(row, parts, web_searches=1)
+        if self.endpoint.audio:
+            parts = add_audio(row, parts, spoken=self.endpoint.counts == "characters")
         return parts
 
     @property
@@ -230,7 +233,7 @@ class MeteredRequest(EstimatedRequest):
             return
         self._fill(self.meter.report)
         row = msgspec.structs.replace(self.row)
-        parts = add_calls(row, self._account_for(row, "interrupted", guess), containers=None)
+        parts = add_usage(row, self._account_for(row, "interrupted", guess), containers=None)
         if row.usage_source != "none":
             fill_in_cost(row, [] if self.is_free else parts, self.hold, self.body.image_model())
             self._is_saved = True

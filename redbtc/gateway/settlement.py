@@ -80,17 +80,28 @@ async def count_containers(
     if row.usage_source == "estimated":
         new = new[: row.usage.containers or 0]
     containers.mark_billed(new)
-    return add_calls(row, parts, containers=len(new) or None)
+    return add_usage(row, parts, containers=len(new) or None)
 
 
-def add_calls(row: RequestRow, parts: list[UsagePart], **calls: int | None) -> list[UsagePart]:
-    """Add calls that no usage reports to a row's usage, if that is known. Return the parts to
+def add_usage(row: RequestRow, parts: list[UsagePart], **added: int | None) -> list[UsagePart]:
+    """Add what the answer does not report to a row's usage, if that is known. Return the parts to
     bill."""
     if row.usage_source == "none":
         return parts
-    row.usage = msgspec.structs.replace(row.usage, **calls)
-    first = parts[0]._replace(usage=msgspec.structs.replace(parts[0].usage, **calls))
+    row.usage = msgspec.structs.replace(row.usage, **added)
+    first = parts[0]._replace(usage=msgspec.structs.replace(parts[0].usage, **added))
     return [first, *parts[1:]]
+
+
+def add_audio(row: RequestRow, parts: list[UsagePart], *, spoken: bool) -> list[UsagePart]:
+    """Say which tokens are audio if the answer does not: all output of speech (`spoken`), and all
+    input of a request that sends a recording. Return the parts to bill."""
+    usage = row.usage
+    if usage.audio_input_tokens or usage.audio_output_tokens:
+        return parts
+    if spoken:
+        return add_usage(row, parts, audio_output_tokens=usage.output_tokens)
+    return add_usage(row, parts, audio_input_tokens=usage.input_tokens)
 
 
 def fill_in_cost(row: RequestRow, parts: list[UsagePart], hold: Hold, image_model: str) -> None:

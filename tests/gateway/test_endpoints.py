@@ -457,6 +457,7 @@ def test_a_torn_transcription_is_estimated(priced: Gateway, upstream: Upstream) 
     assert (row["outcome"], row["usage_source"]) == ("upstream_failed", "estimated")
     assert row["output_tokens"] >= 10
     assert row["input_tokens"] == 50  # three seconds, at 1,000 tokens a minute
+    assert row["audio_input_tokens"] == 50
 
 
 SECOND = 16_000  # bytes, at 128 kbit/s
@@ -642,7 +643,29 @@ def test_speech_in_events_is_metered(priced: Gateway, upstream: Upstream) -> Non
     assert answer.content == b"".join(pieces)
     row = priced.row()
     assert (row["outcome"], row["usage_source"]) == ("completed", "upstream")
-    assert usage_of(row) == {"input_tokens": 14, "output_tokens": 101}
+    assert usage_of(row) == {"input_tokens": 14, "output_tokens": 101, "audio_output_tokens": 101}
+
+
+def test_the_output_of_speech_is_audio(priced: Gateway, upstream: Upstream) -> None:
+    """OpenAI's price list has no text output for these models, and the answers have no details."""
+    price(priced, "speaker", input="0.6", audio_output="12")
+    usage = {"input_tokens": 14, "output_tokens": 101, "total_tokens": 115}
+    upstream.script = stream([event({"type": "speech.audio.done", "usage": usage})])
+    with priced.client(priced.new_key()) as client:
+        client.post("/audio/speech", json={**SPEECH, "stream_format": "sse"})
+    assert priced.row()["cost"] == "0.0012204"  # 14 * 0.6 + 101 * 12
+
+
+@pytest.mark.parametrize("details", [{}, {"input_token_details": {"text_tokens": 0}}])
+def test_the_input_of_a_transcription_is_audio(
+    priced: Gateway, upstream: Upstream, details: dict[str, Any]
+) -> None:
+    price(priced, "transcriber", input="2.5", audio_input="6", output="10")
+    usage = {"type": "tokens", "input_tokens": 100, "output_tokens": 25, **details}
+    upstream.script = json_answer({"text": "Hi", "usage": usage})
+    transcribe(priced)
+    assert priced.row()["cost"] == "0.00085"  # 100 * 6 + 25 * 10
+    assert priced.row()["audio_input_tokens"] == 100
 
 
 def test_speech_in_events_without_usage_is_counted(priced: Gateway, upstream: Upstream) -> None:
