@@ -45,10 +45,10 @@ class ModelPrices:
             for price in prices
         ]
 
-    @property
-    def bills_minutes(self) -> bool:
-        """Return whether the model's audio is billed by the minute."""
-        return self.tiers[DEFAULT_TIER][-1].audio_minute is not None
+    def has(self, *rates: str) -> bool:
+        """Return whether the default price has one of these rates."""
+        usual = self.tiers[DEFAULT_TIER][-1]
+        return any(getattr(usual, rate) is not None for rate in rates)
 
     def max_audio_cost(self, usage: Usage, tier: str | None) -> int:
         """Return the maximum cost in nanos of audio and spoken text of a request for a tier."""

@@ -36,6 +36,7 @@ TOO_SHORT = re.compile(
 # Is in a stored response that has not failed, and in a list of items, and comes before the output.
 HAS_NOT_FAILED = re.compile(rb'"(?:error"\s*:\s*null|status"\s*:\s*"(?!failed")\w+")')
 MEDIA_TYPES = (b"audio/", b"video/", b"application/octet-stream")
+EVENT = re.compile(rb"\s*(?:event|data): ?[\w{]")  # the beginning of one
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
 MAX_SHORT = 64 << 10  # bytes of a JSON answer that wait until it is known whether it is an error
 MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written
@@ -77,12 +78,11 @@ def is_opaque(start: bytes, response: ClientResponse, request: ForwardedRequest)
     """Return whether the answer to a request with or for audio is neither JSON nor a stream of
     events: audio, or the text of a transcription, whose first words can look like an event. Only
     speech can begin like JSON."""
-    is_object = start.lstrip().startswith(b"{")
-    if response.content_type.startswith(MEDIA_TYPES):
-        is_speech = request.endpoint.counts == "characters"
-        return is_speech or not (is_object or request.asks_for_events)
-    is_text = response.content_type.startswith(b"text/") and not response.is_labelled_stream
-    return is_text and not (request.asks_for_events or response.codings or is_object)
+    if request.endpoint.counts == "characters":
+        is_media = response.content_type.startswith(MEDIA_TYPES)
+        return is_media and not (request.asks_for_events and EVENT.match(start))
+    is_labelled = response.is_labelled_stream or response.codings
+    return not (is_labelled or request.asks_for_events or start.lstrip().startswith(b"{"))
 
 
 class AnswerBody:
@@ -201,7 +201,8 @@ class AnswerBody:
         """Return the meter for an answer that begins with this chunk, or None while too few bytes
         have come to choose one, or only blanks. Such bytes are sent on without a meter."""
         request, response, begun = self._request, self._response, self._begun
-        if request.endpoint.audio and is_opaque(chunk, response, request):
+        is_blank = not (begun + chunk).strip()
+        if request.endpoint.audio and not is_blank and is_opaque(chunk, response, request):
             request.meter = PlainMeter()
             return request.meter
         if chunk[:1] == b"{" and not (response.is_labelled_stream or begun):

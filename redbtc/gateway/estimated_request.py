@@ -6,9 +6,13 @@ import math
 import re
 import time
 
+import msgspec
+
 from redbtc.gateway.admitted_request import AdmittedRequest
+from redbtc.gateway.maximum import tokens_of_length
 from redbtc.gateway.settlement import is_partly_known
 from redbtc.meter.estimates import (
+    BYTES_A_TOKEN,
     Estimate,
     MaximumUsage,
     SeenOutput,
@@ -24,7 +28,8 @@ from redbtc.usage import FAILED, Outcome, Usage, UsagePart, UsageSource
 TEXT_BYTES_A_SECOND = 15  # of speech, in most languages
 AUDIO_BYTES_A_SECOND = 16_000  # of a usual recording: 128 kbit/s
 MAX_AUDIO_BYTES_A_SECOND = 176_400  # 44.1 kHz, two channels, not compressed
-TIMESTAMP = re.compile(rb"(?:(\d+):)?([0-5]\d):([0-5]\d)[.,](\d{3})")  # of subtitles
+# The end of a subtitle, in SRT or WebVTT.
+CUE = re.compile(rb"-->[ \t]*(?:(\d+):)?([0-5]\d):([0-5]\d)[.,](\d{3})")
 
 
 class EstimatedRequest(AdmittedRequest):
@@ -41,29 +46,30 @@ class EstimatedRequest(AdmittedRequest):
         return self.maximum.usage(self.hold, self.further_input)
 
     async def estimate(self, outcome: Outcome) -> Estimate | None:
-        """Return the usage that the answer did not report, None where it is known or nothing was
-        used."""
-        report, endpoint = self.meter.report, self.endpoint
-        partly = is_partly_known(self.meter, self.maximum.answers, images=endpoint.images)
-        is_known = is_complete(report, writes=endpoint.writes) and not partly
-        if endpoint.counts and self._was_used(outcome):
-            # Speech of which no output is reported is billed by its characters.
-            is_counted = endpoint.counts == "characters" and not report.has_output
-            return self._count(outcome) if is_counted or report.usage is None else None
-        if is_known or not self._was_used(outcome):
+        """Return the usage that the answer did not report, or that its price has no rates for; None
+        where what it reported is all, or nothing was used."""
+        if not self._was_used(outcome):
             return None
-        read = self.input_estimate
-        if endpoint.audio and report.usage is None:
-            if (length_ms := milliseconds_in(report.duration)) is not None:
-                return whole(Usage(audio_ms=length_ms), "upstream")
-            length_ms = min(self._likely_length_ms(), self.max_usage().audio_ms)
-            if self.hold.model_prices and self.hold.model_prices.bills_minutes:
-                return whole(Usage(audio_ms=length_ms), "estimated")
-            read = math.ceil(length_ms * AUDIO_TOKENS_A_MINUTE / MINUTE_MS)
-            if isinstance(self.meter, PlainMeter):
-                into = min(read, self.max_usage().input_tokens)
-                out = min(text_tokens(self.meter.size), self.max_usage().output_tokens)
-                return whole(Usage(into, output_tokens=out), "estimated")
+        if self.endpoint.counts:
+            return self._count(outcome)
+        if self.endpoint.audio:
+            return await self._of_recording()
+        return None if self._is_reported else await self._guess(self.input_estimate)
+
+    @property
+    def _is_reported(self) -> bool:
+        """Return whether the answer has reported all of its usage."""
+        return is_complete(self.meter.report, writes=self.endpoint.writes) and not self._is_partly
+
+    @property
+    def _is_partly(self) -> bool:
+        """Return whether the usage that the answer has reported is not all that was used."""
+        return is_partly_known(self.meter, self.maximum.answers, images=self.endpoint.images)
+
+    async def _guess(self, read: int, partly: bool = False) -> Estimate:
+        """Return the usage with estimates in place of what is missing. `read` is about how many
+        input tokens there were."""
+        report = self.meter.report
         worked = max(0.0, time.monotonic() - self.left_at)  # before the speed is read
         speed = await self.gateway.speeds.of(
             self.row.model or self.row.requested_model,
@@ -76,28 +82,59 @@ class EstimatedRequest(AdmittedRequest):
             written=math.ceil(worked * speed * self.maximum.answers),
             read=read,
             maximum=self.max_usage(),
-            images=endpoint.images,
-            partly=partly,
+            images=self.endpoint.images,
+            partly=partly or self._is_partly,
         )
 
     def _count(self, outcome: Outcome) -> Estimate | None:
-        """Return what the endpoint counts of the request. A failed search counts nothing. If the
-        client left before the upstream had answered, nobody knows what was done: an estimate."""
+        """Return what the endpoint counts of the request, None if the usage that was reported is
+        billed. A failed search counts nothing. If the client left before the upstream had answered,
+        nobody knows what was done: an estimate."""
+        report, prices = self.meter.report, self.hold.model_prices
         if self.endpoint.counts == "characters":
+            has_rate = prices is None or prices.has("output", "audio_output")
+            if has_rate and report.has_output and not self._is_partly:
+                return None
             source: UsageSource = "counted" if outcome == "completed" else "estimated"
             return whole(Usage(characters=self.body.characters), source)
-        if outcome in FAILED:
+        if report.usage is not None or outcome in FAILED:
             return None
         return whole(Usage(web_searches=1), "counted" if self.status else "estimated")
+
+    async def _of_recording(self) -> Estimate | None:
+        """Return the length of a recording if its price is by the minute, or if no tokens were
+        reported; where the length is not known either, an estimate."""
+        report, prices = self.meter.report, self.hold.model_prices
+        usage = report.usage or Usage()
+        heard = usage.audio_input_tokens or usage.input_tokens or 0
+        has_tokens = self._is_reported and (heard or usage.output_tokens)
+        by_minute = prices is not None and prices.has("audio_minute")
+        bills_tokens = prices is None or prices.has("input", "audio_input")
+        if usage.audio_ms is not None or (has_tokens and (bills_tokens or not by_minute)):
+            return None
+        tokens = usage if has_tokens else Usage()
+        if (length_ms := milliseconds_in(report.duration)) is not None:
+            return whole(msgspec.structs.replace(tokens, audio_ms=length_ms), "upstream")
+        length_ms = min(self._likely_length_ms(), self.max_usage().audio_ms)
+        if has_tokens and heard:
+            length_ms = heard * MINUTE_MS // AUDIO_TOKENS_A_MINUTE
+        if by_minute:
+            return whole(msgspec.structs.replace(tokens, audio_ms=length_ms), "estimated")
+        read = tokens_of_length(length_ms)
+        if isinstance(self.meter, PlainMeter):
+            written = min(text_tokens(self.meter.size), self.max_usage().output_tokens)
+            return whole(Usage(read, output_tokens=written), "estimated")
+        return await self._guess(read, partly=True)
 
     def _likely_length_ms(self) -> int:
         """Return about how long the recording is that was sent: until the last of the subtitles, or
         as long as it takes to speak the text that was seen; if none was, by its size."""
         meter, size = self.meter, self.body.size
-        if isinstance(meter, PlainMeter) and (found := TIMESTAMP.findall(meter.tail)):
-            hours, minutes, seconds, rest = (int(each or 0) for each in found[-1])
-            return ((hours * 60 + minutes) * 60 + seconds) * 1000 + rest
-        text = meter.report.text_bytes or meter.size
+        if isinstance(meter, PlainMeter) and (found := CUE.findall(meter.tail)):
+            times = [[int(each or 0) for each in cue] for cue in found]
+            return max(((h * 60 + m) * 60 + s) * 1000 + rest for h, m, s, rest in times)
+        written = meter.report.usage and meter.report.usage.output_tokens or 0
+        text = max(meter.report.text_bytes, written * BYTES_A_TOKEN) or meter.size
         if not text:
             return size * 1000 // AUDIO_BYTES_A_SECOND
         shortest = size * 1000 // MAX_AUDIO_BYTES_A_SECOND

@@ -7,6 +7,7 @@ hold_tool_calls).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from redbtc.billing.billing import Billing
@@ -15,7 +16,7 @@ from redbtc.billing.spending import Hold
 from redbtc.config import BillingSettings
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.meter.estimates import MaximumUsage
-from redbtc.rates import DEFAULT_TIER, EXTRAS
+from redbtc.rates import AUDIO_TOKENS_A_MINUTE, DEFAULT_TIER, EXTRAS, MINUTE_MS
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.facts import UNNAMED
 from redbtc.usage import Usage
@@ -28,6 +29,11 @@ def maximum_of_unknown(settings: BillingSettings, input_tokens: int) -> MaximumU
     """Return the most that a request can use if nothing but its input is known."""
     output, calls = settings.hold_output_tokens, settings.hold_tool_calls
     return MaximumUsage(input_tokens, output, output, calls, min(USUAL_PICTURES, calls))
+
+
+def tokens_of_length(audio_ms: int) -> int:
+    """Return how many tokens a recording of this length is billed as where its length is not."""
+    return math.ceil(audio_ms * AUDIO_TOKENS_A_MINUTE / MINUTE_MS)
 
 
 class Maximum:
@@ -79,6 +85,8 @@ class Maximum:
         """Return how many tokens the request can read."""
         body = self._body
         read = body.max_input_tokens + body.inherited.tokens + further_input
+        if self._endpoint.audio:
+            read = max(read, tokens_of_length(self._audio().audio_ms or 0))
         return read + (self._settings.hold_output_tokens if body.inherited.is_unknown else 0)
 
     def output_tokens(self, prices: ModelPrices | None) -> int:

@@ -97,11 +97,11 @@ def add_audio(row: RequestRow, parts: list[UsagePart], *, spoken: bool) -> list[
     """Say which tokens are audio if the answer does not: all output of speech (`spoken`), and all
     input of a request that sends a recording. Return the parts to bill."""
     usage = row.usage
-    if usage.audio_input_tokens or usage.audio_output_tokens:
-        return parts
-    if spoken:
+    if spoken and not usage.audio_output_tokens:
         return add_usage(row, parts, audio_output_tokens=usage.output_tokens)
-    return add_usage(row, parts, audio_input_tokens=usage.input_tokens)
+    if not spoken and not usage.audio_input_tokens:
+        return add_usage(row, parts, audio_input_tokens=usage.input_tokens)
+    return parts
 
 
 def fill_in_cost(row: RequestRow, parts: list[UsagePart], hold: Hold, image_model: str) -> None:

@@ -13,7 +13,7 @@ TEXT_NAMES = re.findall(
     r"\w+",
     "text refusal name arguments input code summary content action query queries command commands "
     "operation diff path transcript audio message delta function custom function_call tool_calls "
-    "reasoning reasoning_content",
+    "reasoning reasoning_content trace_summary memory_summary",
 )
 SHORT_NODE, HEAD_NODE = Node(), Node(strings="head")
 TEXT_NODE = Node(strings="length", recursive=True)
@@ -82,6 +82,7 @@ RESPONSE_MEMBERS = (
         "incomplete_details": Node(short_members("reason")),
     }
     | {"choices": CHOICES_NODE, "delta": TEXT_NODE, "audio": TEXT_NODE, "b64_json": HEAD_NODE}
+    | {"text": TEXT_NODE}
     | {"output": ITEMS_NODE, "data": ITEMS_NODE, "item": ITEM_NODE}
 )
 ANSWER_NODE = Node(RESPONSE_MEMBERS | {"response": Node(RESPONSE_MEMBERS)})

@@ -59,6 +59,7 @@ class Answer(Struct, dict=True):
     item: msgspec.Raw = msgspec.Raw()
     delta: msgspec.Raw = msgspec.Raw()
     audio: msgspec.Raw = msgspec.Raw()  # the delta of speech
+    text: msgspec.Raw = msgspec.Raw()  # of a transcription
     b64_json: msgspec.Raw = msgspec.Raw()
 
     @cached_property

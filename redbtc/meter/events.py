@@ -54,7 +54,12 @@ def may_matter(events: bytes) -> bool:
 
 def audio_may_matter(events: bytes) -> bool:
     """Return whether the events of a transcription or of speech can matter."""
-    return b"[DONE]" in events or b'.done"' in events or MARK.search(events) is not None
+    return (
+        b"[DONE]" in events
+        or b'.done"' in events
+        or b'.segment"' in events
+        or MARK.search(events) is not None
+    )
 
 
 def data_of(event: bytes) -> bytes:

@@ -63,6 +63,7 @@ class PassedOutput:
         self._items: dict[Any, OutputSizes] = {}  # the newest MAX_OUTPUT_ITEMS, by id or index
         self._in_items = OutputSizes()  # the sum over all items, removed ones included
         self._whole = OutputSizes()  # of the whole response, or of all messages of a chat
+        self._segments = 0  # bytes of a transcription's segments, which repeat the deltas
         self._pictures = 0  # tokens of pictures that came in their own events
 
     def sizes(self) -> OutputSizes:
@@ -70,7 +71,7 @@ class PassedOutput:
         items = OutputSizes()
         items.add(self._in_items)
         since = self.deltas - self._delta_bytes_in_items
-        items.text_bytes = max(self.deltas, items.text_bytes + since)
+        items.text_bytes = max(self.deltas, items.text_bytes + since, self._segments)
         items.grow(self._whole)
         items.image_tokens += self._pictures
         return items
@@ -89,11 +90,13 @@ class PassedOutput:
             yield from self._see_whole(text_in(response.output, ITEMS_NODE))
         elif response.choices and not kind:
             yield from self._see_whole(text_in(response.choices, CHOICES_NODE))
+        elif answer.text:
+            self._see_transcript(text_bytes_in(text_in(answer.text)), kind)
 
     def see_delta(self, answer: Answer, chat: bool) -> None:
         """Measure the deltas of an event that is too large to be searched for them."""
         self.deltas += text_bytes_in(
-            text_in(answer.choices if chat else answer.delta or answer.audio)
+            text_in(answer.choices if chat else answer.delta or answer.audio or answer.choices)
         )
 
     def _see_item(self, answer: Answer, kind: str) -> None:
@@ -109,6 +112,12 @@ class PassedOutput:
                 self._items = dict(islice(self._items.items(), MAX_OUTPUT_ITEMS // 2, None))
         if kind.endswith("done"):
             self._delta_bytes_in_items = self.deltas
+
+    def _see_transcript(self, size: int, kind: str) -> None:
+        if kind.endswith("segment"):
+            self._segments += size
+        else:
+            self._whole.grow(OutputSizes(size))
 
     def _see_whole(self, listed: Any) -> Steps[None]:
         whole = OutputSizes()

@@ -47,7 +47,7 @@ class Report:
         self.model: str | None = None
         self.service_tier: str | None = None
         self.status: str | None = None  # of the Response object
-        self.duration: Any = None  # of the audio that was transcribed, in seconds
+        self.duration: Any = None  # of a recording, in seconds
         self.usage: Usage | None = None
         self.parts: list[UsagePart] = []  # of the usage, by model
         # The ids of objects that the upstream made, in order, and whether they belong to the
@@ -129,7 +129,6 @@ class Report:
         self.response_id = name_in(response.id) or self.response_id
         self.model = name_in(response.model) or self.model
         self.service_tier = name_in(response.service_tier) or self.service_tier
-        self.duration = response.duration
         yield from self._note_objects(answer, response)
         self._note_usage(answer, response, cut_off)
         if self._images or not self.has_output:
@@ -151,6 +150,9 @@ class Report:
             reported = usage_elsewhere(answer, response)
             if not isinstance(reported, dict):
                 reported = of_choice = usage_in_choices(response.choices)
+        self.duration = response.duration
+        if isinstance(reported, dict) and reported.get("seconds") is not None:
+            self.duration = reported["seconds"]
         used = read_usage(reported, self._images)
         written = used.output_tokens if used else None
         if used and self.parts and not self._images:

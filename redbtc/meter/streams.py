@@ -33,7 +33,8 @@ CHAT_TEXT = re.compile(
     re.DOTALL,
 )
 RESPONSE_TEXT = re.compile(rb'"delta":' + STRING_VALUE, re.DOTALL)
-AUDIO_TEXT = re.compile(rb'"(?:delta|audio)":' + STRING_VALUE, re.DOTALL)  # speech is base64
+# Speech is base64; some upstreams send transcriptions in chunks as those of chats.
+AUDIO_TEXT = re.compile(rb'"(?:delta|audio|content)":' + STRING_VALUE, re.DOTALL)
 PICTURE_EVENT = re.compile(rb'image_\w+\.\w|"b64_json"')  # in the first bytes of an event
 # By whether the id and the model are still unknown: events that can contain them.
 NAMING = {

@@ -73,9 +73,12 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
         if (tokens_input or 0) + (tokens_output or 0) <= sum(each or 0 for each in of_chat):
             into, out = PROMPT_COMPLETION
             tokens_input, tokens_output = of_chat
-    if tokens_input is None and tokens_output is None:
+    if not (tokens_input or tokens_output) and usage.get("seconds") is not None:
         milliseconds = milliseconds_in(usage.get("seconds"))
-        return None if milliseconds is None else Usage(audio_ms=milliseconds)
+        if milliseconds is not None:
+            return Usage(audio_ms=milliseconds)
+    if tokens_input is None and tokens_output is None:
+        return None
     parts_input = usage.get(f"{into}_tokens_details")
     if parts_input is None and "input_token_details" in usage:  # of a transcription
         parts_input = usage["input_token_details"]

@@ -210,6 +210,6 @@ class ClientEvent(RequestBody):
 def check_recording(form: Form | None) -> None:
     """Raise Refusal unless a form has the recording itself. Some upstreams fetch one from a URL,
     but of that nobody could tell here how long it is and what it may cost."""
-    if form is None or not form.has_file(b"file") or b"url" in form.names:
+    if form is None or not form.has_file(b"file") or form.has_url():
         message = "Send the recording as the part 'file' of a form, with a filename, and no URL."
         raise Refusal("invalid_request", message, param="file")

@@ -32,6 +32,7 @@ FORM_NAME = re.compile(
     rb"file_ids?|vector_store_ids?|container_id|_response_id|conversation", re.IGNORECASE
 )
 ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
+LIKE_A_FIELD = re.compile(rb'\s*(?:[{\["]|[A-Za-z][A-Za-z0-9+.-]*://)')
 UNENCODED = (b"binary", b"8bit", b"7bit")
 MAX_PICTURE_TOKENS = 16_000  # no model counts more tokens for one picture or recording
 LONG_FIELDS = (b"prompt", b"known_speaker_references[]")  # the latter are recordings
@@ -105,14 +106,18 @@ class Form:
     @staticmethod
     def _check_ambiguous(name: bytes, begin: bytes) -> None:
         """Raise Refusal for a part whose filename is empty or only a `filename*`, if its value
-        begins like JSON: some readers take such a part for a file, others for a field."""
-        if begin.lstrip()[:1] in (b"{", b"[", b'"'):
+        begins like JSON or a URL: some readers take such a part for a file, others for a field."""
+        if LIKE_A_FIELD.match(begin):
             shown = name.decode()
             message = (
                 f"'{shown}' has no 'filename', or an empty one. Name the file, or send a field "
                 "without 'filename' and 'filename*'."
             )
             raise Refusal("invalid_request", message, param=shown)
+
+    def has_url(self) -> bool:
+        """Return whether a field other than a prompt has a URL."""
+        return any(b"://" in value for name, value in self.fields.items() if name != b"prompt")
 
     def has_file(self, name: bytes) -> bool:
         """Return whether a part of this name is there, and all such parts are files."""

@@ -44,6 +44,7 @@ ITEM_MEMBERS = {"id", "type", "status", "role", "content", "output", "encrypted_
 # Only items with one of these members are checked; most histories have none.
 CHECKED_MEMBERS = {"id", "ID", "Id", "iD", "tools", "Tools", "TOOLS"}
 CACHE_KEY, ENCRYPTED = "prompt_cache_key", b'"encrypted_content"'
+STREAM_FORMATS = (None, "sse", "audio")
 MAX_INPUT_ITEMS = 20_000  # of the input; the history of a day's work has 2,000
 
 
@@ -82,6 +83,9 @@ def read_contents(
         reader.prompts,
         characters_of(members.get("input", NULL), pieces) if rules.is_spoken else 0,
     )
+    if rules.is_spoken and facts.stream_format not in STREAM_FORMATS:
+        message = "'stream_format' must be 'sse' or 'audio'."
+        raise Refusal("invalid_request", message, param="stream_format")
     return contents, members
 
 

@@ -427,12 +427,13 @@ def json_answer(
     content: Any,
     status: int = 200,
     headers: Headers = (),
-    content_type: str = "application/json",
+    content_type: str | None = "application/json",
 ) -> Script:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
 
     async def script(_: Received, reply: Reply) -> None:
-        head = [("content-type", content_type), *pairs(headers)]
+        head = [("content-type", content_type)] if content_type else []
+        head += pairs(headers)
         await reply.head(status, head, f"length:{len(body)}")
         await reply.send(body)
 
