@@ -35,6 +35,8 @@ TOO_SHORT = re.compile(
 )
 # Is in a stored response that has not failed, and in a list of items, and comes before the output.
 HAS_NOT_FAILED = re.compile(rb'"(?:error"\s*:\s*null|status"\s*:\s*"(?!failed")\w+")')
+FAILED = re.compile(rb'"status"\s*:\s*"failed"')  # an error may follow
+MIN_BEGIN = 32  # bytes of a JSON answer by which it is known whether it begins with an error
 MEDIA_TYPES = (b"audio/", b"video/", b"application/octet-stream")
 EVENT = re.compile(rb"\s*(?:event|data): ?[\w{]")  # the beginning of one
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
@@ -107,7 +109,8 @@ class AnswerBody:
         self._deadline = request.deadline
         self._idle_seconds = idle_seconds
         self._own_body = own_body
-        self._has_sent = False  # some of the body has been sent
+        # Some of the body has been sent, besides blanks before it that no length was told for.
+        self._has_sent = False
         self._begun = b""  # first bytes, sent on, that were too few to tell the coding
         self.rest: bytes | None = None
 
@@ -137,10 +140,10 @@ class AnswerBody:
         self.rest = kept + meter.rest()
         if self._own_body is not None:
             self.rest = self._own_body
-        elif meter.report.failed and not self._has_sent:
+        elif not self._has_sent and (meter.report.failed or meter.is_cut_off):
             self.rest = self._shown(self.rest, meter)
         if ended_by_event:
-            await self._follow(self.rest, chunks)
+            await self._follow(self.rest, meter, chunks)
 
     async def _pass_chunks(
         self, body: httpx2.AsyncByteStream, chunks: AsyncIterator[bytes], is_whole: bool
@@ -170,7 +173,7 @@ class AnswerBody:
                 passed, kept = self._shown(kept, meter), b""
                 deadline.allow(self._idle_seconds)  # metering may have paused it
                 await response.send(passed)
-                self._has_sent = True
+                self._has_sent = meter is not None or response.has_length
             if meter and meter.state != "open":
                 kept = await self._send_until_usage(meter, chunks, kept)
             if meter and meter.state != "open":
@@ -185,14 +188,19 @@ class AnswerBody:
         if self._has_sent or type(meter) is not JSONMeter or len(begin) >= MAX_SHORT:
             return False
         request = self._request
-        may_fail = not (request.makes_answer or HAS_NOT_FAILED.search(begin))
-        return (may_fail or ERROR.search(begin) is not None) and request.hides_errors
+        if not request.hides_errors:
+            return False
+        if request.makes_answer:
+            may_fail = len(begin) < MIN_BEGIN or FAILED.search(begin) is not None
+        else:
+            may_fail = not HAS_NOT_FAILED.search(begin)
+        return may_fail or ERROR.search(begin) is not None
 
     def _shown(self, begin: bytes, meter: Meter | None) -> bytes:
         """Return an answer, or all of it that has come, as the client is shown it."""
         if self._has_sent or type(meter) is not JSONMeter or not self._request.hides_errors:
             return begin
-        shown = shown_json(begin)
+        shown = shown_json(begin, is_cut_off=meter.is_cut_off)
         if shown is not begin:
             self._response.grow_length(len(shown) - len(begin))
         return shown
@@ -262,12 +270,14 @@ class AnswerBody:
                 passed = await self._feed(meter, chunk)
         return passed
 
-    async def _follow(self, rest: bytes, chunks: AsyncIterator[bytes]) -> None:
+    async def _follow(self, rest: bytes, meter: Meter, chunks: AsyncIterator[bytes]) -> None:
         """Send the event that ended the stream and what follows it, for AFTER_END_SECONDS. Bytes
         that a slow client has not taken by then stay in `rest`."""
         self._deadline.allow(AFTER_END_SECONDS)
         await self._give(rest)
         async for chunk in chunks:
+            if isinstance(meter, StreamMeter):
+                chunk = meter.shown_after_end(chunk)
             self.rest = chunk
             await self._give(chunk)
 

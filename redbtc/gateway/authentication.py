@@ -86,7 +86,7 @@ def keys_in(values: Iterable[bytes]) -> set[str]:
         scheme, _, rest = value.partition(b" ")
         texts = [value]
         if scheme.lower() == b"basic":
-            with contextlib.suppress(ValueError):
-                texts.append(base64.b64decode(rest))
+            with contextlib.suppress(ValueError):  # some clients leave the padding out
+                texts.append(base64.b64decode(rest + b"=="))
         found.update(key.decode() for text in texts for key in GATEWAY_KEY.findall(text))
     return found

@@ -13,6 +13,7 @@ from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
 from redbtc.gateway.progress import SAVE_GROWTH
 from redbtc.gateway.settlement import account_for, bill
+from redbtc.meter.error_codes import kept_code
 from redbtc.meter.estimates import (
     MaximumUsage,
     Progress,
@@ -146,7 +147,7 @@ class BackgroundResponse:
         row, progress = self.row, self._progress
         row.duration_ms = self._age
         row.model, row.service_tier = report.model or row.model, report.service_tier
-        row.upstream_error_code = report.error_code
+        row.upstream_error_code = kept_code(row.status or 0, report.error_code)
         for each in (report, *self._readers):
             progress.seen = progress.seen.or_more(SeenOutput.of(each))
         guess = None

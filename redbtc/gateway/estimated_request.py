@@ -133,7 +133,7 @@ class EstimatedRequest(AdmittedRequest):
         if isinstance(meter, PlainMeter) and (found := CUE.findall(meter.tail)):
             times = [[int(each or 0) for each in cue] for cue in found]
             return max(((h * 60 + m) * 60 + s) * 1000 + rest for h, m, s, rest in times)
-        written = meter.report.usage and meter.report.usage.output_tokens or 0
+        written = (meter.report.usage and meter.report.usage.output_tokens) or 0
         text = max(meter.report.text_bytes, written * BYTES_A_TOKEN) or meter.size
         if not text:
             return size * 1000 // AUDIO_BYTES_A_SECOND

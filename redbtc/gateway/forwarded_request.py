@@ -181,9 +181,10 @@ class ForwardedRequest:
 
     async def ask_for_usage(self, response_id: str, upstream_name: str) -> None:
         """Ask the upstream for a response whose usage was estimated. Correct the estimate if the
-        answer shows what was used."""
+        answer shows what was used. A response of a client's own credential is not asked for, also
+        if the upstream gets the operator's by now."""
         upstream = self.gateway.upstreams.named(upstream_name)
-        if upstream is None:
+        if upstream is None or self.member is None or self.member.is_client:
             return
         account_id = self.key.account_id
         status, report = await ask(upstream, f"/responses/{response_id}", account_id)

@@ -127,9 +127,9 @@ class MeteredRequest(EstimatedRequest):
         row.response_id = report.response_id
         row.upstream_status = self.upstream_status
         row.upstream_request_id = self.upstream_request_id
-        row.upstream_error_code = report.error_code
-        if report.error_code and row.credentials == "client":
-            row.upstream_error_code = kept_code(self.status or 0, report.error_code, True)
+        if report.error_code:
+            by_client = row.credentials == "client"
+            row.upstream_error_code = kept_code(self.status or 0, report.error_code, by_client)
 
     async def settle(self, outcome: Outcome) -> None:
         """Commit the row as the request ended; that of a background response which goes on

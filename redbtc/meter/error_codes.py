@@ -25,11 +25,15 @@ STATUS_OF_CODE = {
     "credit_balance_exhausted": 429,
     "billing_hard_limit_reached": 429,
     "usage_limit_reached": 429,
+    "billing_not_active": 429,
+    "too_many_requests": 429,
+    "rate_limit": 429,
     "slow_down": 503,
     "server_is_overloaded": 503,
     "server_error": 500,
     "invalid_api_key": 401,
     "authentication_error": 401,
+    "account_deactivated": 401,
     "401": 401,
     "permission_error": 403,
     "403": 403,
@@ -66,7 +70,7 @@ def kept_code(status: int, code: str | None, by_client: bool = False) -> str | N
         return code
     may_quote = by_client or status in REJECTED_STATUSES
     is_kept = not may_quote or REJECTION_CODE.fullmatch(code)
-    return code if is_kept and not OPERATORS_ID.match(code) else str(status)
+    return code if is_kept and not OPERATORS_ID.search(code) else str(status)
 
 
 def code_in(value: Any) -> str | None:

@@ -29,6 +29,7 @@ class Meter:
     report: Report
     size = 0  # bytes of an answer that is no stream, as far as they are counted
     state: MeterState = "open"
+    is_cut_off = False  # the end of a JSON answer is missing; known after `finish`
     # The size in bytes up to which a chunk may be given to `feed`; larger ones take long and must
     # be given to `steps`. If it is 0, any chunk and the end can take long: use `steps`,
     # `finish_steps` and `cut_off_steps`.
@@ -111,6 +112,7 @@ class JSONMeter(Meter):
         if answer:
             yield from self.report.note(answer)
         else:  # the upstream has ended the answer too early
+            self.is_cut_off = True
             yield from self.cut_off_steps()
         self.state = "ended"
 

@@ -8,6 +8,7 @@ parameter of the error. An error without a status, as in a stream, is judged by 
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -37,7 +38,9 @@ OPERATORS = re.compile(
     r"\b(?:org|proj|user|acct|team|tenant|key|sk|pk|sess)[-_][a-z0-9]|\*{3}",
     re.IGNORECASE,
 )
+ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 ERROR_STATUS = re.compile("[45][0-9][0-9]")
+PLAIN = re.compile("[ -~]*")
 PARAM = re.compile(r"[A-Za-z_][\w.\[\]-]{0,99}", re.ASCII)
 KEPT_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "x-request-id")
 MAX_DECODED_BODY = 256 << 10
@@ -55,8 +58,9 @@ LIMIT_TEXT = "The upstream has reached a rate limit."
 
 
 def names_operator(text: str) -> bool:
-    """Return whether the text of an error may name something of the operator's."""
-    return OPERATORS.search(text) is not None
+    """Return whether the text of an error may name something of the operator's. It may be JSON."""
+    plain = ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+    return OPERATORS.search(plain) is not None
 
 
 def own_message(status: int, codes: tuple[Any, ...], text: str, wait: str = "") -> str:
@@ -96,7 +100,11 @@ def own_error(error: dict[str, Any], status: int, wait: str = "") -> dict[str, A
 def own_headers(headers: Any) -> dict[str, Any]:
     """Return the headers within an error event that the client is shown."""
     named = headers if isinstance(headers, dict) else {}
-    return {name: named[name] for name in named if name.lower() in KEPT_HEADERS}
+    return {
+        name: value
+        for name, value in named.items()
+        if name.lower() in KEPT_HEADERS and PLAIN.fullmatch(str(value))
+    }
 
 
 def own_body(status: int, body: bytes, wait: str = "") -> bytes:
@@ -130,10 +138,16 @@ def decoded_body(body: bytes, codings: list[bytes]) -> bytes:
 
 
 def loaded(text: bytes) -> Any:
-    """Return the value of a JSON text; None if it is not JSON."""
+    """Return the value of a JSON text, or of one that only lenient readers take for JSON; None if
+    it is neither."""
+    decoded = text.decode("utf-8", "replace")
     try:
-        return orjson.loads(text.decode("utf-8", "replace"))
+        return orjson.loads(decoded)
     except ValueError:
+        pass
+    try:
+        return json.loads(decoded, strict=False)
+    except (ValueError, RecursionError):
         return None
 
 
@@ -143,7 +157,8 @@ def status_of_error(members: dict[bytes, Any]) -> int:
     error, status = members.get(b"error"), str(members.get(b"status"))
     if ERROR_STATUS.fullmatch(status):
         return int(status)
-    codes = [members.get(b"code")] if members.get(b"type") == "error" else []
+    has_code = members.get(b"type") == "error" or isinstance(error, str)
+    codes = [members.get(b"code")] if has_code else []
     if isinstance(error, dict):
         codes += [error.get("code"), error.get("type")]
     known = [STATUS_OF_CODE.get(code_in(each) or "", 0) for each in codes]

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from redbtc.meter.error_codes import CREDENTIAL_STATUSES, code_in, kept_code
+from redbtc.meter.error_codes import CREDENTIAL_STATUSES, REJECTED_STATUSES, code_in, kept_code
 from redbtc.meter.events import DATA
 from redbtc.meter.operator_errors import (
     loaded,
@@ -47,7 +47,9 @@ def shown_json(text: bytes, *, is_cut_off: bool = False) -> bytes:
         elif is_cut_off and name in (b"error", b"message"):
             text = text[:start]
     status = status_of_error(members)
-    if status not in CREDENTIAL_STATUSES or not names_operator(repr(members)):
+    is_rejected = status in REJECTED_STATUSES  # its text may quote the key in any form
+    is_operators = is_rejected or (status in CREDENTIAL_STATUSES and names_operator(repr(members)))
+    if not is_operators:
         return text
     pieces, at = [], 0
     for name, start, end in spans:

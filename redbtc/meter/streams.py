@@ -187,6 +187,14 @@ class StreamMeter(Meter):
         self._waiting = self._held = b""
         return waiting
 
+    def shown_after_end(self, events: bytes) -> bytes:
+        """Return what follows the event that ended the answer as the client is shown it."""
+        if not self._hides_errors:
+            return events
+        ends = [match.end() for match in EVENT_END.finditer(events)]
+        pairs = zip([0, *ends], [*ends, len(events)], strict=True)
+        return b"".join(shown_event(events[start:end]) for start, end in pairs)
+
     def count_text(self, events: bytes) -> None:
         """Count the text in these events, for an estimate."""
         for text in self._text.findall(events):
@@ -213,6 +221,8 @@ class StreamMeter(Meter):
             if self.state == "ending" and not self._expects_more():
                 self.state = "ended"
             self._cut_newline = verdict if held.endswith(b"\r") else None
+        elif self._hides_errors and not begun:
+            held = shown_event(held)
         if verdict == "pass":
             self._pass(held, passed)
 

@@ -224,13 +224,18 @@ def test_a_key_of_the_gateway_is_never_forwarded(
     assert not any(each.encode() in sent for each in (key, other, revoked))
 
 
-@pytest.mark.parametrize("form", ['Bearer "{}"', "Bearer {} x", "x{}", "Basic {}", "workspace"])
+@pytest.mark.parametrize(
+    "form", ['Bearer "{}"', "Bearer {} x", "x{}", "Basic {}", "Basic {} unpadded", "workspace"]
+)
 def test_a_key_of_the_gateway_within_a_credential_is_found(
     gateway: Gateway, own: Upstream, key: str, form: str
 ) -> None:
     shown = key
     if form.startswith("Basic"):
         shown = base64.b64encode(f"user:{key}".encode()).decode()
+        if form.endswith("unpadded"):
+            form, shown = "Basic {}", shown.rstrip("=")
+            assert len(shown) % 4
     more = {"chatgpt-account-id": key} if form == "workspace" else {}
     authorization = API_KEY if form == "workspace" else form.format(shown)
     answer = post(gateway, with_key(key, authorization, **more))

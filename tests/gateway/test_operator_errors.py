@@ -292,6 +292,86 @@ def test_an_answer_with_status_200_that_is_an_error(pair: Pair) -> None:
     assert pair.met("outcome", "upstream_error_code") == ("upstream_error", "429")
 
 
+FIRST_ERROR = json.dumps({"error": PROBLEM}).encode()
+LATER_ERROR = json.dumps(failed_response(id="resp_later")).encode()
+
+
+@pytest.mark.parametrize("length", ["chunked", "length"])
+@pytest.mark.parametrize(
+    ("before", "body", "cuts"),
+    [
+        *((b"", FIRST_ERROR, [at]) for at in range(1, 12)),
+        (b"", FIRST_ERROR, list(range(len(FIRST_ERROR)))),
+        (b"", LATER_ERROR, [LATER_ERROR.index(b'"error"')]),
+        (b"", LATER_ERROR, [LATER_ERROR.index(b'"error"') + 4]),
+        (b"\n", FIRST_ERROR, [0, 5]),
+        (b"\n" * 5000, FIRST_ERROR, [0]),
+    ],
+)
+def test_wherever_an_answer_that_is_an_error_is_cut(
+    pair: Pair, before: bytes, body: bytes, cuts: list[int], length: str
+) -> None:
+    """Blanks before it are sent at once, so that the client does not give up."""
+    pair.alone()
+    pieces = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+
+    async def script(_: Received, reply: Reply) -> None:
+        size = len(before) + len(body)
+        told = f"length:{size}" if length == "length" and len(before) < 4096 else "chunked"
+        await reply.head(200, [("content-type", "application/json")], told)
+        for piece in filter(None, [before, *pieces]):
+            await reply.send(piece)
+            await asyncio.sleep(0.01)
+        await reply.end()
+
+    pair.bad.script = script
+    answer = pair.ask("/responses")
+    assert names_nothing(answer, pair)
+    assert answer.json()["error"]["message"] == WAITING
+    assert answer.content.startswith(before)
+
+
+def test_an_answer_that_ends_within_its_error(pair: Pair) -> None:
+    pair.alone()
+    pair.bad.script = json_answer(FIRST_ERROR[:-20])
+    answer = pair.ask()
+    assert names_nothing(answer, pair)
+    assert answer.content.startswith(b"{")
+
+
+def test_an_escaped_limit(pair: Pair) -> None:
+    text = LIMIT.replace("o", "\\u006f").replace("-", "\\u002d").replace("y", "\\u0079")
+    pair.alone()
+    pair.bad.script = answer_with(b'{"error":{"code":"a","message":"%b"}}' % text.encode(), 429)
+    answer = pair.ask()
+    assert answer.json()["error"]["message"] == WAITING
+    assert names_nothing(answer, pair)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_error_after_the_end_of_a_stream(pair: Pair, together: bool) -> None:
+    created = response_pieces(["Hel", "lo"])
+    late = event({**PROBLEM, "type": "error"}, "error")
+    pair.alone()
+    pair.bad.script = stream([*created[:-1], created[-1] + late] if together else [*created, late])
+    answer = pair.ask("/responses", stream=True)
+    assert b"".join(created) in answer.content
+    assert names_nothing(answer, pair)
+
+
+@pytest.mark.parametrize("code", ["sk-proj-abcdEF6789", "limit:org-AbC123", "proj_xyz987"])
+def test_no_row_has_an_id_for_a_code(pair: Pair, code: str) -> None:
+    pair.alone()
+    problem = {"type": "error", "status": 401, "error": {"code": code, "message": "No."}}
+    for script in (stream([event(problem)]), json_answer({"error": problem["error"]}, 429)):
+        pair.bad.script = script
+        assert code not in pair.ask("/responses", stream=True).text
+    pair.wait_until_idle()
+    shown = pair.gateway.rows(account=pair.account)
+    assert len(shown) == 2
+    assert code not in json.dumps(shown) + pair.gateway.flushed_log()
+
+
 # ── Streams ──────────────────────────────────────────────────────────────────────────────────────
 
 

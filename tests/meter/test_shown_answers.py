@@ -57,6 +57,7 @@ EVENTS = {
         "param": None,
     },
     "an error that is text": {"type": "error", "status": 429, "error": LIMIT},
+    "text beside its code": {"error": LIMIT, "code": "rate_limit_exceeded"},
     "at its end": {"id": "x", "choices": [], "error": error("rate_limit_exceeded")},
 }
 
@@ -176,6 +177,35 @@ def test_an_id_is_no_code(more: dict[str, str]) -> None:
 def test_an_escaped_name_is_found() -> None:
     text = rb'{"error":{"code":"rate_limit_exceeded","message":"\u006frg-AbC \u006frganization"}}'
     assert b"006f" not in shown_json(text)
+
+
+@pytest.mark.parametrize("odd", [rb"\ud83d", b"\t", b"\n", b"\x01"])
+def test_an_error_that_only_lenient_readers_read_is_found(odd: bytes) -> None:
+    text = json.dumps({"error": {**error("rate_limit_exceeded"), "n": 1}}).encode()
+    for lenient in (text.replace(b"on TPM", odd), text.replace(b'"n": 1', b'"n": NaN')):
+        assert lenient != text
+        assert not SECRET.search(shown_json(lenient))
+        assert json.loads(shown_json(lenient))["error"]["message"] == WAITING
+    headers = b'"headers": {"retry-after": "\\ud83d", "x-request-id": "a"}, "code"'
+    shown = json.loads(shown_json(text.replace(b'"code"', headers)))["error"]
+    assert shown["headers"] == {"x-request-id": "a"}
+
+
+@pytest.mark.parametrize("text", ["Bad bearer gsk_ab6789ZZ", "No.", "Invalid token: eyJhb"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_rejection_says_nothing_of_its_own(text: str, status: int) -> None:
+    """A key can have any form."""
+    event = {"type": "error", "status": status, "error": {"code": "unauthorized", "message": text}}
+    shown = json.loads(shown_json(json.dumps(event).encode()))
+    assert shown["error"] == {"code": "unauthorized", "message": REJECTED_TEXT}
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["billing_not_active", "account_deactivated", "too_many_requests", "rate_limit"],
+)
+def test_codes_that_stand_for_a_status(code: str) -> None:
+    assert not SECRET.search(shown_json(json.dumps({"error": error(code, None)}).encode()))
 
 
 def test_an_event_of_several_lines_becomes_one_line() -> None:
