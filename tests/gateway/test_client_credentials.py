@@ -680,6 +680,46 @@ def test_a_reload_that_changes_whose_credential_an_upstream_gets(
     assert post(gateway, with_key(key), BODY).status_code == 200, "its health was another key's"
 
 
+def test_an_estimate_is_not_asked_for_with_the_operators_credential(
+    make_gateway: MakeGateway, own: Upstream
+) -> None:
+    """A reader of the response breaks off when the upstream gets the operator's by now."""
+    begun = response_pieces(["Hello"])[:3]
+    began, may_end = threading.Event(), threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.method == "GET":
+            await reply.head(200, {"content-type": "text/event-stream"})
+            await reply.send(begun[0])
+            began.set()
+            await reply.wait(may_end)
+            reply.tear()
+        else:
+            await stream(begun, end="tear")(request, reply)
+
+    own.script = script
+    gateway = make_gateway(settings_of(table(own, "x", credentials="client"))).start()
+    gateway.cli("price", "add", BODY["model"], "--input", "1", "--output", "1")
+    headers = with_key(gateway.new_key())
+
+    def read(path: str) -> None:
+        with client(gateway, headers) as session, contextlib.suppress(httpx2.HTTPError):
+            session.get(path)
+
+    with contextlib.suppress(httpx2.HTTPError):
+        post(gateway, headers, {**BODY, "stream": True, "store": True})
+    path = f"/responses/{gateway.row()['response_id']}?stream=true"
+    thread = threading.Thread(target=read, args=(path,))
+    thread.start()
+    assert began.wait(60)
+    reload(gateway, settings_of(table(own, "x")))
+    may_end.set()
+    thread.join()
+    gateway.terminate()
+    assert {request.header("authorization") for request in own.requests} == {API_KEY}
+    assert [request.method for request in own.requests] == ["POST", "GET"]
+
+
 def test_the_gateway_asks_such_an_upstream_for_nothing(own: Upstream) -> None:
     async def ask_it() -> tuple[int, Report]:
         settings = UpstreamSettings(name="clients", base_url=own.url, credentials="client")
