@@ -35,8 +35,9 @@ TOO_SHORT = re.compile(
 )
 # Is in a stored response that has not failed, and in a list of items, and comes before the output.
 HAS_NOT_FAILED = re.compile(rb'"(?:error"\s*:\s*null|status"\s*:\s*"(?!failed")\w+")')
-FAILED = re.compile(rb'"status"\s*:\s*"failed"')  # an error may follow
-MIN_BEGIN = 32  # bytes of a JSON answer by which it is known whether it begins with an error
+MAY_FAIL = re.compile(ERROR.pattern + rb'|"status"\s*:\s*"failed"')  # its error may follow
+# The beginning of a JSON answer, cut before or within the name of what may be its error.
+CUT_ERROR = re.compile(rb'\s*+\{\s*+(?:"(?:e(?:r(?:r(?:or?)?)?)?)?)?\Z')
 MEDIA_TYPES = (b"audio/", b"video/", b"application/octet-stream")
 EVENT = re.compile(rb"\s*(?:event|data): ?[\w{]")  # the beginning of one
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
@@ -188,13 +189,11 @@ class AnswerBody:
         if self._has_sent or type(meter) is not JSONMeter or len(begin) >= MAX_SHORT:
             return False
         request = self._request
-        if not request.hides_errors:
-            return False
         if request.makes_answer:
-            may_fail = len(begin) < MIN_BEGIN or FAILED.search(begin) is not None
+            may_fail = CUT_ERROR.match(begin) is not None
         else:
             may_fail = not HAS_NOT_FAILED.search(begin)
-        return may_fail or ERROR.search(begin) is not None
+        return (may_fail or MAY_FAIL.search(begin) is not None) and request.hides_errors
 
     def _shown(self, begin: bytes, meter: Meter | None) -> bytes:
         """Return an answer, or all of it that has come, as the client is shown it."""
@@ -209,8 +208,8 @@ class AnswerBody:
         """Return the meter for an answer that begins with this chunk, or None while too few bytes
         have come to choose one, or only blanks. Such bytes are sent on without a meter."""
         request, response, begun = self._request, self._response, self._begun
-        is_blank = not (begun + chunk).strip()
-        if request.endpoint.audio and not is_blank and is_opaque(chunk, response, request):
+        may_be_opaque = request.endpoint.audio and bool((begun + chunk).strip())
+        if may_be_opaque and is_opaque(chunk, response, request):
             request.meter = PlainMeter()
             return request.meter
         if chunk[:1] == b"{" and not (response.is_labelled_stream or begun):

@@ -48,20 +48,20 @@ class EstimatedRequest(AdmittedRequest):
     async def estimate(self, outcome: Outcome) -> Estimate | None:
         """Return the usage that the answer did not report, or that its price has no rates for; None
         where what it reported is all, or nothing was used."""
+        counts, audio = self.endpoint.counts, self.endpoint.audio
+        if not (counts or audio) and self._is_reported():
+            return None
         if not self._was_used(outcome):
             return None
-        if self.endpoint.counts:
+        if counts:
             return self._count(outcome)
-        if self.endpoint.audio:
-            return await self._of_recording()
-        return None if self._is_reported else await self._guess(self.input_estimate)
+        return await (self._of_recording() if audio else self._guess(self.input_estimate))
 
-    @property
     def _is_reported(self) -> bool:
         """Return whether the answer has reported all of its usage."""
-        return is_complete(self.meter.report, writes=self.endpoint.writes) and not self._is_partly
+        is_whole = is_complete(self.meter.report, writes=self.endpoint.writes)
+        return is_whole and not self._is_partly()
 
-    @property
     def _is_partly(self) -> bool:
         """Return whether the usage that the answer has reported is not all that was used."""
         return is_partly_known(self.meter, self.maximum.answers, images=self.endpoint.images)
@@ -83,7 +83,7 @@ class EstimatedRequest(AdmittedRequest):
             read=read,
             maximum=self.max_usage(),
             images=self.endpoint.images,
-            partly=partly or self._is_partly,
+            partly=partly or self._is_partly(),
         )
 
     def _count(self, outcome: Outcome) -> Estimate | None:
@@ -93,7 +93,7 @@ class EstimatedRequest(AdmittedRequest):
         report, prices = self.meter.report, self.hold.model_prices
         if self.endpoint.counts == "characters":
             has_rate = prices is None or prices.has("output", "audio_output")
-            if has_rate and report.has_output and not self._is_partly:
+            if has_rate and report.has_output and not self._is_partly():
                 return None
             source: UsageSource = "counted" if outcome == "completed" else "estimated"
             return whole(Usage(characters=self.body.characters), source)
@@ -107,7 +107,7 @@ class EstimatedRequest(AdmittedRequest):
         report, prices = self.meter.report, self.hold.model_prices
         usage = report.usage or Usage()
         heard = usage.audio_input_tokens or usage.input_tokens or 0
-        has_tokens = self._is_reported and (heard or usage.output_tokens)
+        has_tokens = self._is_reported() and (heard or usage.output_tokens)
         by_minute = prices is not None and prices.has("audio_minute")
         bills_tokens = prices is None or prices.has("input", "audio_input")
         if usage.audio_ms is not None or (has_tokens and (bills_tokens or not by_minute)):
