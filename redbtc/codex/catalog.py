@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -20,6 +21,9 @@ from redbtc.errors import UserError
 MAX_BODY = 1 << 20
 MAX_FILE = 4 << 20  # bytes of a catalogue that is read, before models are left out
 MAX_ENTRIES = 1000
+MAX_NESTING = 127  # objects and lists within each other, which Codex reads
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+BRACKET = re.compile(rb"[\[\]{}]")
 SETTING = "codex.catalog"
 BEGIN, END = b'{"models":[', b"]}"
 # What is raised where a text can't be read, such as one that is nested too deeply.
@@ -67,6 +71,7 @@ def parse_catalog(text: bytes) -> tuple[CatalogModel, ...]:
         raise CatalogError([f"has {len(text)} bytes; allowed are {MAX_FILE}"])
     try:
         entries = msgspec.json.decode(text, type=CatalogFile).models
+        check_form(text)
     except NOT_READ as error:
         shape = 'expected what `codex debug models` prints, {"models": [...]}'
         raise CatalogError([f"{shape}: {plain_reason(error)}"]) from None
@@ -84,6 +89,26 @@ def parse_catalog(text: bytes) -> tuple[CatalogModel, ...]:
     if problems:
         raise CatalogError(problems)
     return tuple(models)
+
+
+def check_form(text: bytes) -> None:
+    """Raise DecodeError for JSON that Codex does not read though its fields are right: with a name
+    that is twice in an object, nested too deeply, or with bytes that are no UTF-8."""
+
+    def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(members)
+        if len(found) < len(members):
+            names = [name for name, _ in members]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise msgspec.DecodeError(f"{twice!r} is twice in an object")
+        return found
+
+    json.loads(text.decode(), object_pairs_hook=unique)
+    level = 0
+    for bracket in BRACKET.findall(STRING.sub(b"", text)):
+        level += 1 if bracket in b"[{" else -1
+        if level > MAX_NESTING:
+            raise msgspec.DecodeError(f"nested in more than {MAX_NESTING} levels")
 
 
 def name_of(raw: bytes, number: int) -> str:

@@ -1,8 +1,8 @@
 """An entry of Codex CLI's model catalogue, with the types that Codex requires.
 
-The fields and types were measured with Codex CLI 0.169.0 and 0.171.0: each field of each entry was
-left out, set to null and set to each other type. Codex drops the whole catalogue if it can't read
-one entry. Fields that are not named here can have any value.
+The fields and types were measured with Codex CLI 0.169.0 and 0.171.0: each field of each entry, and
+each further field that 0.171.0 was found to check, was left out, set to null and set to each other
+type. Codex drops the whole catalogue if it can't read one entry.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ Int32 = Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
 Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
+Effort = Annotated[str, Meta(min_length=1)]
+Text = str | None
+
+
 class ReasoningLevel(Struct):
     """A level of reasoning that the model supports."""
 
-    effort: str
+    effort: Effort
     description: str
 
 
@@ -53,10 +57,118 @@ class Upgrade(Struct):
     migration_markdown: str
 
 
+class Approvals(Struct):
+    """What the model is told of approvals, by the policy."""
+
+    on_request: Text = None
+    on_request_auto_review: Text = None
+    never: Text = None
+    unless_trusted: Text = None
+    auto_review_suffix: Text = None
+
+
+class CollaborationModes(Struct):
+    """What the model is told of the mode that it works in."""
+
+    default: Text = None
+    plan: Text = None
+
+
+class AutoReview(Struct):
+    """What the model that reviews a step is told."""
+
+    policy: Text = None
+    policy_template: Text = None
+    rejection_instructions: Text = None
+    timeout_instructions: Text = None
+    node_repl_policy: Text = None
+
+
+class Permissions(Struct):
+    """What the model is told of its permissions."""
+
+    danger_full_access: Text = None
+    workspace_write: Text = None
+    read_only: Text = None
+    approved_prefixes: Text = None
+    approved_command_prefix_saved: Text = None
+    writable_root: Text = None
+    writable_roots: Text = None
+    omitted_paths: Text = None
+    denied_reads: Text = None
+
+
+class Role(Struct):
+    """What the model is told of its role among several agents."""
+
+    root: Text = None
+    subagent: Text = None
+
+
+class MultiAgent(Struct):
+    """What the model is told where several agents work."""
+
+    role: Role | None = None
+    mode: dict[str, Any] | None = None
+
+
+class TokenBudget(Struct):
+    """When and how the model is told how many tokens are left."""
+
+    reminder_threshold_tokens: Int64
+    reminder_message_template: str
+    guidance_message: str
+    auto_compact_fallback_prompt: str
+    auto_compact_fallback_buffer_tokens: Int64
+    enabled: bool | UnsetType = UNSET
+    use_history_notes_extension: bool | UnsetType = UNSET
+
+
+class Guardian(Struct):
+    """The classifier of what an agent does."""
+
+    classifier_instructions: Text = None
+    reuse_parent_compaction: bool | None = None
+    max_tool_call_lag: Annotated[int, Meta(ge=0)] | None = None
+    transcript: dict[str, Any] | None = None
+
+
+class ConfirmationPolicies(Struct):
+    """When the model must ask users."""
+
+    browser_use: Text = None
+    computer_use: Text = None
+
+
+class ToolMessages(Struct):
+    """What the model is told of tools."""
+
+    history: dict[str, Any] | None = None
+    mcp_resources: dict[str, Any] | None = None
+    send_user_message_async: dict[str, Any] | None = None
+
+
 class ModelMessages(Struct):
     """What the model is told, as templates."""
 
-    instructions_template: str | None = None
+    instructions_template: Text = None
+    persistent_instructions: Text = None
+    content_filter_guidance: Text = None
+    approvals: Approvals | None = None
+    collaboration_modes: CollaborationModes | None = None
+    auto_review: AutoReview | None = None
+    permissions: Permissions | None = None
+    multi_agent: MultiAgent | None = None
+    token_budget: TokenBudget | None = None
+    guardian_v2: Guardian | None = None
+    confirmation_policies: ConfirmationPolicies | None = None
+    tools: ToolMessages | None = None
+
+
+class AccessPrograms(Struct):
+    """The programs of OpenAI by which the model is available."""
+
+    cyber: list[Any]
 
 
 class ModelInfo(Struct):
@@ -73,7 +185,7 @@ class ModelInfo(Struct):
     truncation_policy: TruncationPolicy
     experimental_supported_tools: list[str]
     description: str | None = None
-    default_reasoning_level: str | None = None
+    default_reasoning_level: Effort | None = None
     additional_speed_tiers: list[str] | UnsetType = UNSET
     service_tiers: list[ServiceTier] | UnsetType = UNSET
     default_service_tier: str | None = None
@@ -102,8 +214,14 @@ class ModelInfo(Struct):
     node_repl_disabled: bool | UnsetType = UNSET
     tool_mode: str | None = None
     multi_agent_version: str | None = None
-    multi_agent_reasoning_effort: str | None = None
+    multi_agent_reasoning_effort: Effort | None = None
+    multi_agent_tools_in_code_mode: bool | None = None
     model_specialty: str | None = None
+    auto_compact_token_limit: Int64 | None = None
+    auto_review_model_override: str | None = None
+    available_access_programs: AccessPrograms | None = None
+    supports_reasoning_summary_parameter: bool | UnsetType = UNSET
+    web_search_provider: str | None = None
 
     def __post_init__(self) -> None:
         template = self.model_messages and self.model_messages.instructions_template
@@ -126,6 +244,7 @@ KNOWN_VALUES: dict[str, tuple[str, ...]] = {
     "default_verbosity": ("low", "medium", "high"),
     "apply_patch_tool_type": ("freeform",),
     "web_search_tool_type": ("text", "text_and_image"),
+    "web_search_provider": ("standalone", "search_mcp"),
     "input_modalities": ("text", "image", "audio"),
 }
 

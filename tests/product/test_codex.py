@@ -12,7 +12,7 @@ import pytest
 
 from redbtc.codex.catalog import CatalogError, parse_catalog
 from redbtc.codex.config_toml import BUILT_IN_MODELS
-from redbtc.codex.model_info import KNOWN_VALUES, ModelInfo
+from redbtc.codex.model_info import KNOWN_VALUES, AutoReview, ModelInfo, Permissions
 from tests.helpers.codex import (
     CALL,
     MESSAGE,
@@ -203,7 +203,7 @@ def variants() -> Iterator[dict[str, Any]]:
         values: list[Any] = [None, 5, True, "text", [], [5]]
         if type(whole.get(name)) is int:
             values += [1.5, *INT_LIMITS]
-        if name in ("availability_nux", "upgrade"):
+        if name in ("availability_nux", "upgrade", "available_access_programs"):
             values = values[:4]  # Codex takes arrays for objects, which nobody writes
         yield {key: value for key, value in whole.items() if key != name}
         yield from ({**whole, name: value} for value in values)
@@ -213,8 +213,13 @@ def variants() -> Iterator[dict[str, Any]]:
             less = {key: value for key, value in inner.items() if key != field}
             for changed in (less, {**less, field: None}, {**less, field: 5}):
                 yield {**whole, name: [changed] if isinstance(whole[name], list) else changed}
-    template = {"model_messages": {"instructions_template": "Be long."}}
-    yield {**whole, "base_instructions": None, **template}
+    for level in ("", "x"):
+        yield {**whole, "default_reasoning_level": level}
+        yield {**whole, "supported_reasoning_levels": [{"effort": level, "description": ""}]}
+    template = {"instructions_template": "Be long."}
+    yield {**whole, "base_instructions": None, "model_messages": template}
+    for messages in varied(MESSAGES):
+        yield {**whole, "model_messages": {**template, **messages}}
     for path, known in KNOWN_VALUES.items():
         name, _, field = path.partition(".")
         for value in known:
@@ -222,6 +227,41 @@ def variants() -> Iterator[dict[str, Any]]:
                 yield {**whole, name: {**whole[name], field: value}}
             else:
                 yield {**whole, name: [value] if name == "input_modalities" else value}
+
+
+MESSAGES: dict[str, Any] = {
+    **dict.fromkeys(("persistent_instructions", "content_filter_guidance"), "a"),
+    "approvals": dict.fromkeys(
+        ("on_request", "on_request_auto_review", "never", "unless_trusted", "auto_review_suffix"),
+        "a",
+    ),
+    "collaboration_modes": {"default": "a", "plan": "b"},
+    "auto_review": dict.fromkeys(AutoReview.__struct_fields__, "a"),
+    "permissions": dict.fromkeys(Permissions.__struct_fields__, "a"),
+    "multi_agent": {"role": {"root": "a", "subagent": "b"}, "mode": {}},
+    "token_budget": {
+        "enabled": True,
+        "use_history_notes_extension": False,
+        "reminder_threshold_tokens": 5,
+        "reminder_message_template": "a",
+        "guidance_message": "b",
+        "auto_compact_fallback_prompt": "c",
+        "auto_compact_fallback_buffer_tokens": 6,
+    },
+    "guardian_v2": {"classifier_instructions": "a", "max_tool_call_lag": 5, "transcript": {}},
+    "confirmation_policies": {"browser_use": "a", "computer_use": "b"},
+    "tools": {"history": {}, "mcp_resources": {}, "send_user_message_async": {}},
+}
+
+
+def varied(whole: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield an object with one field, at any depth, left out or with another type."""
+    yield whole
+    for name, value in whole.items():
+        yield {key: each for key, each in whole.items() if key != name}
+        yield from ({**whole, name: other} for other in (None, 5, -5, True, "text"))
+        if isinstance(value, dict):
+            yield from ({**whole, name: inner} for inner in varied(value))
 
 
 INT_LIMITS = [sign * (1 << bits) - less for sign in (1, -1) for bits in (31, 63) for less in (0, 1)]
@@ -255,6 +295,44 @@ def test_a_catalogue_is_valid_if_codex_can_read_it(tmp_path: Path, version: str)
     assert len(refused) > 100
     refused = refused if version == NEWEST else refused[:20]  # each takes a process
     assert not [each for each in refused if read_by_codex(each)]
+
+
+def form(deep: int = 0, more: bytes = b"") -> bytes:
+    """A catalogue with a field that nests lists so deep, and with more text."""
+    nested = b'"future": %b%b' % (b"[" * deep, b"]" * deep)
+    return (
+        catalog_text(catalog_entry("m"))
+        .encode()
+        .replace(b'"slug"', b"%b%b" % (b"%b, " % nested if deep else b"", more) + b'"slug"', 1)
+    )
+
+
+@both_versions
+@pytest.mark.parametrize(
+    ("text", "is_read"),
+    [
+        (form(), True),
+        (form(124), True),
+        (form(125), False),
+        (form(more=b'"slug": "n", '), False),
+        (form().replace(b'"mode"', b'"mode": "bytes", "mode"', 1), False),
+        (form(more=b'"future": "\xff", '), False),
+        (form(more=b'"future": "[\\"[%b", ' % (b"[{" * 200)), True),
+    ],
+)
+def test_a_catalogue_has_the_form_that_codex_reads(
+    tmp_path: Path, version: str, text: bytes, is_read: bool
+) -> None:
+    file = tmp_path / "models.json"
+    file.write_bytes(text)
+    setting = f'model_catalog_json="{file}"'
+    done = run_codex(tmp_path, "-c", setting, "debug", "models", version=version)
+    assert (done.returncode == 0) == is_read, done.stderr
+    try:
+        assert parse_catalog(text)
+        assert is_read
+    except CatalogError:
+        assert not is_read
 
 
 # What the name "OpenAI" switches on
