@@ -318,7 +318,7 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
     _check_upstreams(settings)
     _check_billing(settings.billing)
     catalog = settings.codex.catalog
-    if is_web_address(catalog) and not (WEB_ADDRESS.fullmatch(catalog) and _is_url(catalog)):
+    if "://" in catalog and not (WEB_ADDRESS.fullmatch(catalog) and _is_url(catalog)):
         raise SettingsError(f"codex.catalog: found {catalog!r}; not a valid URL")
     return settings
 
@@ -435,7 +435,7 @@ DEMO = "demo"  # the name of the demonstration upstream
 
 def with_demo(settings: Settings, url: str) -> Settings:
     """Return the settings with the demonstration upstream in place of all others."""
-    demo = UpstreamSettings(name=DEMO, base_url=url, api_key_env="")
+    demo = UpstreamSettings(name=DEMO, base_url=url, api_key_env="", websocket=False)
     return msgspec.structs.replace(settings, upstreams=(demo,))
 
 

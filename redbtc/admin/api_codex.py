@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from redbtc.admin.access import Access
 from redbtc.admin.actors import Actor
@@ -31,11 +31,12 @@ class CodexOperations(Access):
         patterns. `own_login` is as for `offer_of`. Raises UserError."""
         offer = self.gateway.codex(own_login)
         model = await self.example_model(patterns, offer)
+        is_usable = all(self._fits(model, patterns, offer.serves))
         return CodexConfig(
-            config=config_toml(base_url, model, offer),
+            config=config_toml(base_url, model, offer, is_usable),
             model=model,
             base_url=base_url,
-            websocket=offer.websocket,
+            websocket=offer.websocket(model),
             catalog=offer.catalog,
         )
 
@@ -54,10 +55,17 @@ class CodexOperations(Access):
         )
 
         serves = offer.serves if offer else self.gateway.serves
-
-        def fits(name: str) -> tuple[bool, bool, bool]:
-            allowed = not patterns or matches(name, patterns)
-            return allowed, serves(name), self.billing.may_serve(name)
-
-        found = [(fits(name), name) async for name in with_turns(names) if not {*"*?["} & {*name}]
+        found = [
+            (self._fits(name, patterns, serves), name)
+            async for name in with_turns(names)
+            if not {*"*?["} & {*name}
+        ]
         return max(found, key=lambda each: each[0])[1]
+
+    def _fits(
+        self, model: str, patterns: Sequence[str] | None, serves: Callable[[str], bool]
+    ) -> tuple[bool, bool, bool]:
+        """Return whether a key that is limited to these patterns may use a model, whether an
+        upstream serves it, and whether it has a price or needs none."""
+        allowed = not patterns or matches(model, patterns)
+        return allowed, serves(model), self.billing.may_serve(model)

@@ -95,6 +95,7 @@ def printed_by(program: str) -> bytes:
     found = shutil.which(program)
     if found is None:
         raise UserError(f"{program}: not found; give the path of Codex CLI with --codex PATH")
+    found = os.path.abspath(found)  # it runs in another directory
     with tempfile.TemporaryDirectory(prefix="redbtc-codex-") as home:
         kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         try:
@@ -111,7 +112,10 @@ def printed_by(program: str) -> bytes:
         except OSError as error:
             raise UserError(f"{found}: {error.strerror}") from None
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:MAX_ERROR]
+        said = (
+            done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:MAX_ERROR]
+            or "it said nothing"
+        )
         raise UserError(f"{found} debug models failed with status {done.returncode}: {said}")
     return done.stdout
 

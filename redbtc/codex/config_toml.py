@@ -20,12 +20,16 @@ BUILT_IN_MODELS = (
     *("gpt-6.1-sol", "gpt-6.1-terra", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna"),
     *("gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5"),
 )
+UNUSABLE = (
+    "# This model can't be used: no upstream serves a model that the key may use and that has a "
+    "price."
+)
 
 
 class CodexOffer(NamedTuple):
     """What a gateway offers to Codex."""
 
-    websocket: bool
+    websocket: Callable[[str], bool]  # whether an upstream serves a model over a WebSocket
     catalog: bool
     models: tuple[str, ...]  # that Codex knows, the best to begin with first
     key_header: str  # that of the gateway's key beside a login of the user's own; "": Authorization
@@ -43,7 +47,9 @@ def offer_of(settings: Settings, own_login: bool | None, models: tuple[str, ...]
         raise UserError('no upstream takes users\' own logins (credentials = "client")')
     upstreams = clients if own_login else operators
     return CodexOffer(
-        websocket=any(each.speaks_websocket for each in upstreams),
+        websocket=lambda model: any(
+            each.speaks_websocket and each.serves(model) for each in upstreams
+        ),
         catalog=bool(settings.codex.catalog),
         models=models,
         key_header=settings.server.key_headers[0] if own_login else "",
@@ -51,9 +57,11 @@ def offer_of(settings: Settings, own_login: bool | None, models: tuple[str, ...]
     )
 
 
-def config_toml(base_url: str, model: str, offer: CodexOffer) -> str:
-    """Return the TOML text, with the reason of each choice in a comment."""
-    lines = [
+def config_toml(base_url: str, model: str, offer: CodexOffer, is_usable: bool) -> str:
+    """Return the TOML text, with the reason of each choice in a comment. `is_usable`: the key may
+    use the model, an upstream serves it, and it has a price if it needs one."""
+    lines = [UNUSABLE] if not is_usable else []
+    lines += [
         f"model = {toml_string(model)}",
         'model_provider = "redbtc"',
         "",
@@ -66,13 +74,13 @@ def config_toml(base_url: str, model: str, offer: CodexOffer) -> str:
         *key_lines(offer.key_header),
         'wire_api = "responses"',
     ]
-    if offer.websocket:
+    if offer.websocket(model):
         lines += [
             "# Over a WebSocket, Codex sends only what is new, not the whole session each time.",
             "supports_websockets = true",
         ]
     else:
-        lines += ["# No upstream offers WebSocket.", "supports_websockets = false"]
+        lines += ["# No upstream offers WebSocket for this model.", "supports_websockets = false"]
     if offer.catalog:
         lines += [
             "# The models that the key may use, with what Codex must know of them.",

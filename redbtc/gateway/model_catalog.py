@@ -31,6 +31,7 @@ from redbtc.upstream.upstreams import Upstream
 from redbtc.upstream_settings import UpstreamSettings
 
 REFRESH_SECONDS = 300  # between two fetches of a catalogue at a URL
+RETRY_SECONDS = 10  # after one that has failed
 SELECTION_SECONDS = 60  # for which a selection is used, since prices take effect with time
 MAX_SELECTIONS = 1000
 NOT_FETCHED = "model catalog not fetched"
@@ -58,7 +59,7 @@ class ModelCatalog:
         self._models = read_catalog(settings.catalog)
         self._fetched = b""  # the bytes of the catalogue that was fetched last
         self._selections: dict[tuple[str | None, bool], Selection] = {}
-        self._changed = asyncio.Event()  # the place is a URL that has not been fetched yet
+        self._changed = asyncio.Event()  # the place is a URL that is to be fetched now
         self._logged: set[str] = set()  # the problems that were logged, and are not over
         self._set_place(settings.catalog)
 
@@ -68,12 +69,13 @@ class ModelCatalog:
         return self._models
 
     def apply(self, settings: CodexSettings, models: tuple[CatalogModel, ...] | None) -> None:
-        """Use other settings, and the models that `read_catalog` has found there."""
-        if models is not None or settings.catalog != self._place:
+        """Use other settings, and the models that `read_catalog` has found there. A catalogue at a
+        URL is fetched, also if that is the same as before; until then the one from before stays in
+        use."""
+        if models is not None or not settings.catalog:  # else it has to be fetched
             self._models, self._fetched = models, b""
         self._selections.clear()  # the upstreams may serve other models, too
-        if settings.catalog != self._place:
-            self._set_place(settings.catalog)
+        self._set_place(settings.catalog)
 
     def _set_place(self, place: str) -> None:
         self._place = place
@@ -126,27 +128,29 @@ class ModelCatalog:
     # A catalogue at a URL
 
     async def keep_fresh(self) -> None:
-        """Fetch a catalogue at a URL now, at intervals, and when the settings name another one."""
+        """Fetch a catalogue at a URL now, at intervals, and after a reload."""
         while True:
             self._changed.clear()
-            if is_web_address(self._place):
-                await self._fetch(self._place)
+            has_failed = is_web_address(self._place) and not await self._fetch(self._place)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), REFRESH_SECONDS)
+                seconds = RETRY_SECONDS if has_failed else REFRESH_SECONDS
+                await asyncio.wait_for(self._changed.wait(), seconds)
 
-    async def _fetch(self, url: str) -> None:
-        """Fetch the catalogue, and use it if it is valid. Log once if that fails."""
+    async def _fetch(self, url: str) -> bool:
+        """Fetch the catalogue, and use it if it is valid. Return whether it is; log once if not."""
         try:
             body = await fetch_catalog(url, self._upstreams)
             models = None if body == self._fetched else parse_catalog(body)
         except CatalogError as error:
-            self._log_once(NOT_FETCHED, str(error))
-            return
+            if url == self._place:
+                self._log_once(NOT_FETCHED, str(error))
+            return False
         self._logged.discard(NOT_FETCHED)
         if models is not None and url == self._place:
             self._models, self._fetched = models, body
             self._selections.clear()
             log(logging.INFO, "model catalog fetched", models=len(models))
+        return True
 
     def _log_once(self, event: str, reason: str) -> None:
         if event not in self._logged:

@@ -14,7 +14,7 @@ import orjson
 from redbtc.codex.catalog import body_of
 from redbtc.deadlines import Deadline
 from redbtc.gateway.gateway import Gateway
-from redbtc.headers import Headers, header
+from redbtc.headers import Headers
 from redbtc.limits.admission import Admission
 from redbtc.meter.answers import MAX_NAME
 from redbtc.meter.error_codes import CREDENTIAL_STATUSES
@@ -71,8 +71,8 @@ class Models:
                 message = "The model catalogue has not been fetched yet."
                 raise Refusal("upstream_unreachable", message)
         headers = [(b"etag", found.etag), (b"cache-control", b"private, no-cache")]
-        known = header(request.headers, b"if-none-match")
-        if known is not None and names_etag(known, found.etag):
+        known = b",".join([value for name, value in request.headers if name == b"if-none-match"])
+        if known and names_etag(known, found.etag):
             self._gateway.telemetry.answered(request.id, request.route, 304)
             # Without Content-Length, which would be that of the catalogue (RFC 9110 §8.6).
             head = [*ids_of(request), *headers]

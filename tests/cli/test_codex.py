@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,41 @@ def test_no_websocket_is_configured_where_none_is_offered(
     assert provider(gateway)["supports_websockets"] is False
 
 
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_websocket_is_configured_if_the_model_has_it(
+    make_gateway: MakeGateway, upstream: Upstream, running: bool
+) -> None:
+    """Not if only another model's upstream offers it: Codex would ask in vain, seven times."""
+    post = table(upstream, "post", models=["gpt-*"], websocket=False)
+    both = table(upstream, "both", models=["other-*", "gpt-5.5"])
+    gateway = make_gateway(settings_of(post, both))
+    if running:
+        gateway.start()
+    assert provider(gateway)["supports_websockets"] is False
+    gateway.new_key()
+    gateway.cli("key", "add", "test", "--label", "five", "--models", "gpt-5.5")
+    assert provider(gateway, "--key", "five")["supports_websockets"] is True
+
+
+@pytest.mark.parametrize(
+    ("models", "is_usable"),
+    [("gpt-5.5", True), ("gpt-6*", True), ("nope*", False), ("gpt-none-*", False)],
+)
+def test_the_configuration_says_if_no_model_can_be_used(
+    make_gateway: MakeGateway, upstream: Upstream, models: str, is_usable: bool
+) -> None:
+    billing = {"unpriced_models": "refuse"}
+    upstreams = table(upstream, "u", models=["gpt-*"])
+    gateway = make_gateway(settings_of(upstreams, billing=billing)).start()
+    for pattern in ("gpt-5*", "gpt-6*"):
+        gateway.cli("price", "add", pattern, "--input", "1", "--output", "1")
+    gateway.new_key()
+    gateway.cli("key", "add", "test", "--label", "one", "--models", models)
+    text = gateway.run("codex", "config", "--key", "one").stdout
+    assert ("can't be used" not in text) == is_usable
+    assert tomllib.loads(text)["model"]
+
+
 def shell_script(path: Path, output: str, status: int = 0) -> str:
     """Write a program that prints something, in place of Codex."""
     path.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\necho a warning >&2\nexit {status}\n")
@@ -130,7 +166,7 @@ def test_the_catalogue_is_written_only_if_it_is_valid(
     gateway = make_gateway()
     whole = catalog_text(*ENTRIES)
     good = shell_script(tmp_path / "good", whole)
-    done = gateway.run("codex", "catalog", "--codex", good)
+    done = gateway.run("codex", "catalog", "--codex", os.path.relpath(good, gateway.folder))
     file = gateway.folder / "codex-models.json"
     assert done.returncode == 0, done.stderr
     assert json.loads(file.read_text()) == json.loads(whole)
@@ -258,7 +294,7 @@ def test_check_fetches_a_catalogue_with_the_upstreams(
 
 
 def test_a_wrong_address_is_refused(make_gateway: MakeGateway, upstream: Upstream) -> None:
-    for wrong in ("https://", "http://a b/models", "https://u:p@example.com/models"):
+    for wrong in ("https://", "http://a b/models", "https://u:p@example.com/models", "ftp://a/b"):
         gateway = make_gateway(f'[codex]\ncatalog = "{wrong}"\n')
         done = gateway.run("check")
         assert done.returncode == 2

@@ -42,6 +42,7 @@ ENTRIES = [catalog_entry(name, future={"kept": [1.50, "\u00e9"]}) for name in NA
 OFTEN = """
 import sys; sys.path.insert(0, sys.argv[1].rpartition("/")[0])
 from redbtc.gateway import model_catalog; model_catalog.REFRESH_SECONDS = 0.02
+model_catalog.RETRY_SECONDS = 0.02
 model_catalog.SELECTION_SECONDS = 0.02
 """
 BODY = {"model": "gpt-a", "input": "x"}
@@ -103,6 +104,9 @@ def test_it_is_sent_again_only_if_it_has_changed(make_gateway: MakeGateway) -> N
         assert (answer.status_code, answer.content) == (304, b""), known
         assert answer.headers["etag"] == etag
         assert "content-length" not in answer.headers
+    with gateway.client(key) as client:
+        lines = [("if-none-match", '"other"'), ("if-none-match", etag)]
+        assert client.get(ASKED, headers=lines).status_code == 304, "a list may have several lines"
     limited = gateway.api("POST", "/accounts/test/keys", {"models": ["*-a"]})["key"]
     assert catalog(gateway, limited, **{"if-none-match": etag}).status_code == 200
     of_limited = catalog(gateway, limited).headers["etag"]
@@ -267,6 +271,32 @@ def test_a_url_is_fetched_in_the_background(
         log = gateway.flushed_log()
         assert log.count('"model catalog not fetched"') == 2, "once for each outage"
         assert log.count('"model catalog fetched"') == 2
+
+
+def test_a_reload_keeps_the_catalogue_until_another_is_fetched(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """And fetches it again, also from the same URL."""
+    gateway = catalog_gateway(make_gateway)
+    key = gateway.new_key()
+
+    def reload(number: int) -> None:
+        gateway.signal(signal.SIGHUP)
+        gateway.wait_for_log('"reloaded"', number)
+
+    upstream.script = json_answer("", 500)
+    gateway.configure(f'[codex]\ncatalog = "{upstream.url}/models"\n')
+    reload(1)
+    gateway.wait_for_log('"model catalog not fetched"')
+    assert slugs(catalog(gateway, key)) == list(NAMES)
+    for number, entries in enumerate((ENTRIES[:1], ENTRIES[1:2]), 2):
+        upstream.script = json_answer(catalog_text(*entries).encode())
+        reload(number)
+        gateway.wait_for_log('"model catalog fetched"', number - 1)
+        assert slugs(catalog(gateway, key)) == [entries[0]["slug"]]
+    gateway.configure("")
+    reload(4)
+    assert catalog(gateway, key).status_code == 404
 
 
 def test_a_client_with_a_credential_gets_the_models_that_it_opens(
