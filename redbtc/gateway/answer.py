@@ -84,8 +84,9 @@ def is_opaque(start: bytes, response: ClientResponse, request: ForwardedRequest)
     if request.endpoint.counts == "characters":
         is_media = response.content_type.startswith(MEDIA_TYPES)
         return is_media and not (request.asks_for_events and EVENT.match(start))
-    is_labelled = response.is_labelled_stream or response.codings
-    return not (is_labelled or request.asks_for_events or start.lstrip().startswith(b"{"))
+    is_packed = bool(codings_in(start, response.codings))
+    is_events = response.is_labelled_stream or request.asks_for_events
+    return not (is_packed or is_events or start.lstrip().startswith(b"{"))
 
 
 class AnswerBody:

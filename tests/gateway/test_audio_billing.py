@@ -331,12 +331,15 @@ def test_a_file_without_a_name_is_no_url(priced: Gateway, upstream: Upstream, na
 
 
 @pytest.mark.parametrize("coding", ["gzip", "zstd"])
+@pytest.mark.parametrize("kind", ["application/json", "application/octet-stream", None])
+@pytest.mark.parametrize("named", [True, False])
 def test_compressed_usage_of_a_transcription_counts(
-    priced: Gateway, upstream: Upstream, coding: str
+    priced: Gateway, upstream: Upstream, coding: str, kind: str | None, named: bool
 ) -> None:
     price(priced, "transcriber", input="2.5")
     packed = PACKERS[coding](json.dumps({"text": "Hi", "usage": HEARD}).encode())
-    upstream.script = json_answer(packed, headers={"content-encoding": coding})
+    headers = {"content-encoding": coding} if named else {}
+    upstream.script = json_answer(packed, headers=headers, content_type=kind)
     transcribe(priced)
     assert priced.row()["usage_source"] == "upstream"
 
