@@ -21,9 +21,9 @@ from redbtc.errors import UserError
 MAX_BODY = 1 << 20
 MAX_FILE = 4 << 20  # bytes of a catalogue that is read, before models are left out
 MAX_ENTRIES = 1000
-MAX_NESTING = 127  # objects and lists within each other, which Codex reads
-STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-BRACKET = re.compile(rb"[\[\]{}]")
+MAX_LEVELS_READ = 127  # objects and lists within each other, which Codex reads
+WHOLE_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+ANY_BRACKET = re.compile(rb"[\[\]{}]")
 SETTING = "codex.catalog"
 BEGIN, END = b'{"models":[', b"]}"
 # What is raised where a text can't be read, such as one that is nested too deeply.
@@ -105,10 +105,10 @@ def check_form(text: bytes) -> None:
 
     json.loads(text.decode(), object_pairs_hook=unique)
     level = 0
-    for bracket in BRACKET.findall(STRING.sub(b"", text)):
+    for bracket in ANY_BRACKET.findall(WHOLE_STRING.sub(b"", text)):
         level += 1 if bracket in b"[{" else -1
-        if level > MAX_NESTING:
-            raise msgspec.DecodeError(f"nested in more than {MAX_NESTING} levels")
+        if level > MAX_LEVELS_READ:
+            raise msgspec.DecodeError(f"nested in more than {MAX_LEVELS_READ} levels")
 
 
 def name_of(raw: bytes, number: int) -> str:

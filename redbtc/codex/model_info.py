@@ -19,7 +19,7 @@ Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 Effort = Annotated[str, Meta(min_length=1)]
-Text = str | None
+Words = str | None
 
 
 class ReasoningLevel(Struct):
@@ -60,55 +60,55 @@ class Upgrade(Struct):
 class Approvals(Struct):
     """What the model is told of approvals, by the policy."""
 
-    on_request: Text = None
-    on_request_auto_review: Text = None
-    never: Text = None
-    unless_trusted: Text = None
-    auto_review_suffix: Text = None
+    on_request: Words = None
+    on_request_auto_review: Words = None
+    never: Words = None
+    unless_trusted: Words = None
+    auto_review_suffix: Words = None
 
 
 class CollaborationModes(Struct):
     """What the model is told of the mode that it works in."""
 
-    default: Text = None
-    plan: Text = None
+    default: Words = None
+    plan: Words = None
 
 
 class AutoReview(Struct):
     """What the model that reviews a step is told."""
 
-    policy: Text = None
-    policy_template: Text = None
-    rejection_instructions: Text = None
-    timeout_instructions: Text = None
-    node_repl_policy: Text = None
+    policy: Words = None
+    policy_template: Words = None
+    rejection_instructions: Words = None
+    timeout_instructions: Words = None
+    node_repl_policy: Words = None
 
 
 class Permissions(Struct):
     """What the model is told of its permissions."""
 
-    danger_full_access: Text = None
-    workspace_write: Text = None
-    read_only: Text = None
-    approved_prefixes: Text = None
-    approved_command_prefix_saved: Text = None
-    writable_root: Text = None
-    writable_roots: Text = None
-    omitted_paths: Text = None
-    denied_reads: Text = None
+    danger_full_access: Words = None
+    workspace_write: Words = None
+    read_only: Words = None
+    approved_prefixes: Words = None
+    approved_command_prefix_saved: Words = None
+    writable_root: Words = None
+    writable_roots: Words = None
+    omitted_paths: Words = None
+    denied_reads: Words = None
 
 
-class Role(Struct):
+class AgentRole(Struct):
     """What the model is told of its role among several agents."""
 
-    root: Text = None
-    subagent: Text = None
+    root: Words = None
+    subagent: Words = None
 
 
 class MultiAgent(Struct):
     """What the model is told where several agents work."""
 
-    role: Role | None = None
+    role: AgentRole | None = None
     mode: dict[str, Any] | None = None
 
 
@@ -127,7 +127,7 @@ class TokenBudget(Struct):
 class Guardian(Struct):
     """The classifier of what an agent does."""
 
-    classifier_instructions: Text = None
+    classifier_instructions: Words = None
     reuse_parent_compaction: bool | None = None
     max_tool_call_lag: Annotated[int, Meta(ge=0)] | None = None
     transcript: dict[str, Any] | None = None
@@ -136,8 +136,8 @@ class Guardian(Struct):
 class ConfirmationPolicies(Struct):
     """When the model must ask users."""
 
-    browser_use: Text = None
-    computer_use: Text = None
+    browser_use: Words = None
+    computer_use: Words = None
 
 
 class ToolMessages(Struct):
@@ -151,9 +151,9 @@ class ToolMessages(Struct):
 class ModelMessages(Struct):
     """What the model is told, as templates."""
 
-    instructions_template: Text = None
-    persistent_instructions: Text = None
-    content_filter_guidance: Text = None
+    instructions_template: Words = None
+    persistent_instructions: Words = None
+    content_filter_guidance: Words = None
     approvals: Approvals | None = None
     collaboration_modes: CollaborationModes | None = None
     auto_review: AutoReview | None = None

@@ -22,7 +22,7 @@ from redbtc.gateway.forwarded_request import ForwardedRequest
 from redbtc.meter.decoding import START_SIZE, codings_in
 from redbtc.meter.events import BLANK, is_stream
 from redbtc.meter.meters import JSONMeter, Meter, PlainMeter
-from redbtc.meter.shown_answers import ERROR, shown_json
+from redbtc.meter.shown_answers import ERROR, shown_events, shown_json
 from redbtc.meter.streams import StreamMeter
 from redbtc.slices import answer_queue, in_slices
 from redbtc.upstream.begun_body import BegunBody
@@ -39,7 +39,7 @@ MAY_FAIL = re.compile(ERROR.pattern + rb'|"status"\s*:\s*"failed"')  # its error
 # The beginning of a JSON answer, cut before or within the name of what may be its error.
 CUT_ERROR = re.compile(rb'\s*+\{\s*+(?:"(?:e(?:r(?:r(?:or?)?)?)?)?)?\Z')
 MEDIA_TYPES = (b"audio/", b"video/", b"application/octet-stream")
-EVENT = re.compile(rb"\s*(?:event|data): ?[\w{]")  # the beginning of one
+BEGUN_EVENT = re.compile(rb"\s*(?:event|data): ?[\w{]")
 MAX_BLANK = 4 << 10  # bytes before the response's beginning that are kept for its head
 MAX_SHORT = 64 << 10  # bytes of a JSON answer that wait until it is known whether it is an error
 MAX_UNNAMED = 256 << 10  # bytes that wait for the id of a background response to be written
@@ -83,7 +83,7 @@ def is_opaque(start: bytes, response: ClientResponse, request: ForwardedRequest)
     speech can begin like JSON."""
     if request.endpoint.counts == "characters":
         is_media = response.content_type.startswith(MEDIA_TYPES)
-        return is_media and not (request.asks_for_events and EVENT.match(start))
+        return is_media and not (request.asks_for_events and BEGUN_EVENT.match(start))
     is_packed = bool(codings_in(start, response.codings))
     is_events = response.is_labelled_stream or request.asks_for_events
     return not (is_packed or is_events or start.lstrip().startswith(b"{"))
@@ -276,8 +276,8 @@ class AnswerBody:
         self._deadline.allow(AFTER_END_SECONDS)
         await self._give(rest)
         async for chunk in chunks:
-            if isinstance(meter, StreamMeter):
-                chunk = meter.shown_after_end(chunk)
+            if isinstance(meter, StreamMeter) and self._request.hides_errors:
+                chunk = shown_events(chunk)
             self.rest = chunk
             await self._give(chunk)
 

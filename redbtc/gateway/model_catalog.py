@@ -31,7 +31,7 @@ from redbtc.upstream.upstreams import Upstream
 from redbtc.upstream_settings import UpstreamSettings
 
 REFRESH_SECONDS = 300  # between two fetches of a catalogue at a URL
-RETRY_SECONDS = 10  # after one that has failed
+FETCH_AGAIN_SECONDS = 10  # after one that has failed
 SELECTION_SECONDS = 60  # for which a selection is used, since prices take effect with time
 MAX_SELECTIONS = 1000
 NOT_FETCHED = "model catalog not fetched"
@@ -133,7 +133,7 @@ class ModelCatalog:
             self._changed.clear()
             has_failed = is_web_address(self._place) and not await self._fetch(self._place)
             with contextlib.suppress(TimeoutError):
-                seconds = RETRY_SECONDS if has_failed else REFRESH_SECONDS
+                seconds = FETCH_AGAIN_SECONDS if has_failed else REFRESH_SECONDS
                 await asyncio.wait_for(self._changed.wait(), seconds)
 
     async def _fetch(self, url: str) -> bool:

@@ -9,6 +9,8 @@ from redbtc.meter.scanner import BYTE_ORDER_MARK
 from redbtc.steps import Steps
 
 BLANK = BYTE_ORDER_MARK + b" \t\r\n"
+# WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
+EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 FIELDS = (b":", b"data", b"event", b"id", b"retry")  # WHATWG HTML §9.2.5
 
 

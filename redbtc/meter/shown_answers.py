@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from redbtc.meter.error_codes import CREDENTIAL_STATUSES, REJECTED_STATUSES, code_in, kept_code
-from redbtc.meter.events import DATA
+from redbtc.meter.events import DATA, EVENT_END
 from redbtc.meter.operator_errors import (
     loaded,
     names_operator,
@@ -73,6 +73,13 @@ def shown_event(event: bytes, *, is_cut_off: bool = False) -> bytes:
     between = rest[lines[0].end() : lines[-1].end()]
     kept = b"".join(OTHER_LINE.findall(between))
     return mark + rest[: lines[0].start(1)] + shown + kept + rest[lines[-1].end() :]
+
+
+def shown_events(events: bytes) -> bytes:
+    """Return several server-sent events as the client is shown them."""
+    ends = [match.end() for match in EVENT_END.finditer(events)]
+    pairs = zip([0, *ends], [*ends, len(events)], strict=True)
+    return b"".join([shown_event(events[start:end]) for start, end in pairs])
 
 
 def shown_message(message: str | bytes) -> str | bytes:

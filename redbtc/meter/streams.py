@@ -7,6 +7,7 @@ from typing import Literal
 
 from redbtc.meter.answers import MAX_AT_ONCE, STEP, Answer, answer_steps
 from redbtc.meter.events import (
+    EVENT_END,
     EVENT_START_SIZE,
     LAST,
     EventText,
@@ -22,8 +23,6 @@ from redbtc.meter.shown_answers import shown_event
 from redbtc.meter.usage_fields import has_choices
 from redbtc.steps import Steps, result_of
 
-# WHATWG HTML §9.2.6: lines end with LF, CR or CRLF, an event ends with an empty line.
-EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 EVENT_TYPE = re.compile(rb'(?:event: ?([^\r\n]*)[\r\n]|data: ?\{"type": ?"([^"\\]*)")')
 CHAT_CHUNK = re.compile(rb"data: ?\{")
 STRING_VALUE = rb' ?"([^"\\]*+(?:\\.[^"\\]*+)*+)"'
@@ -186,14 +185,6 @@ class StreamMeter(Meter):
         waiting = self._waiting + self._held
         self._waiting = self._held = b""
         return waiting
-
-    def shown_after_end(self, events: bytes) -> bytes:
-        """Return what follows the event that ended the answer as the client is shown it."""
-        if not self._hides_errors:
-            return events
-        ends = [match.end() for match in EVENT_END.finditer(events)]
-        pairs = zip([0, *ends], [*ends, len(events)], strict=True)
-        return b"".join(shown_event(events[start:end]) for start, end in pairs)
 
     def count_text(self, events: bytes) -> None:
         """Count the text in these events, for an estimate."""

@@ -59,10 +59,9 @@ def counts_in(usage: Any, names: tuple[str, str]) -> tuple[int | None, int | Non
 
 
 def read_usage(usage: Any, images: bool) -> Usage | None:
-    """Return the usage that OpenAI's `usage` object reports, in any of its shapes (chat, responses,
-    images, the image tool, tokens or seconds of audio); None if it reports none of these. Parts
-    that exceed their whole are not believed. Reasoning that the total counts in addition to the
-    output is added to the output."""
+    """Return the usage that OpenAI's `usage` object reports, in any of its shapes (of chats, audio
+    and so on); None if it reports none. Parts that exceed their whole are not believed. Reasoning
+    that the total counts in addition to the output is added to the output."""
     if not isinstance(usage, dict):
         return None
     into, out = INPUT_OUTPUT
@@ -73,11 +72,10 @@ def read_usage(usage: Any, images: bool) -> Usage | None:
         if (tokens_input or 0) + (tokens_output or 0) <= sum(each or 0 for each in of_chat):
             into, out = PROMPT_COMPLETION
             tokens_input, tokens_output = of_chat
-    if not (tokens_input or tokens_output) and usage.get("seconds") is not None:
-        milliseconds = milliseconds_in(usage.get("seconds"))
-        if milliseconds is not None:
-            return Usage(audio_ms=milliseconds)
-    if tokens_input is None and tokens_output is None:
+    if not (tokens_input or tokens_output) and "seconds" in usage:
+        length_ms = milliseconds_in(usage["seconds"])
+        return None if length_ms is None else Usage(audio_ms=length_ms)
+    if tokens_input is tokens_output is None:
         return None
     parts_input = usage.get(f"{into}_tokens_details")
     if parts_input is None and "input_token_details" in usage:  # of a transcription

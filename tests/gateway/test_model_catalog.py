@@ -42,7 +42,7 @@ ENTRIES = [catalog_entry(name, future={"kept": [1.50, "\u00e9"]}) for name in NA
 OFTEN = """
 import sys; sys.path.insert(0, sys.argv[1].rpartition("/")[0])
 from redbtc.gateway import model_catalog; model_catalog.REFRESH_SECONDS = 0.02
-model_catalog.RETRY_SECONDS = 0.02
+model_catalog.FETCH_AGAIN_SECONDS = 0.02
 model_catalog.SELECTION_SECONDS = 0.02
 """
 BODY = {"model": "gpt-a", "input": "x"}
