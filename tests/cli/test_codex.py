@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from redbtc.codex.config_toml import offer_of
+from redbtc.config import parse_settings, with_demo
 from tests.helpers.codex import catalog_entry, catalog_text
 from tests.helpers.credentials import settings_of, table
 from tests.helpers.gateway import Gateway, MakeGateway
@@ -132,6 +134,11 @@ def test_websocket_is_configured_if_the_model_has_it(
     gateway.new_key()
     gateway.cli("key", "add", "test", "--label", "five", "--models", "gpt-5.5")
     assert provider(gateway, "--key", "five")["supports_websockets"] is True
+
+
+def test_the_demonstration_has_no_websocket() -> None:
+    demo = with_demo(parse_settings({}), "http://127.0.0.1:1/v1")
+    assert not offer_of(demo, None, ()).websocket("redbtc-demo")
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,7 @@ DELTA = {"type": "transcript.text.delta", "delta": "a" * 4000}
         [*[event(SEGMENT)] * 10, event({"error": {"message": "Broken."}})],
         [*[event(CHUNK)] * 10, event({"error": {"message": "Broken."}})],
         [event({"type": "transcript.text.done", "text": "a" * 40_000, "pad": "b" * 300_000})],
+        [*[event({**CHUNK, "pad": "b" * 300_000})] * 10, DONE],
     ],
 )
 def test_text_that_passed_in_events_counts_once(

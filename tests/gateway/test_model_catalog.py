@@ -273,6 +273,16 @@ def test_a_url_is_fetched_in_the_background(
         assert log.count('"model catalog fetched"') == 2
 
 
+def test_a_failed_fetch_is_soon_tried_again(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    upstream.script = json_answer("", 500)
+    gateway = make_gateway(f'[codex]\ncatalog = "{upstream.url}/models"\n')
+    gateway.prelude = OFTEN.replace("REFRESH_SECONDS = 0.02", "REFRESH_SECONDS = 1000")
+    gateway.start()
+    gateway.wait_for_log('"model catalog not fetched"')
+    upstream.script = json_answer(catalog_text(*ENTRIES).encode())
+    gateway.wait_for_log('"model catalog fetched"')
+
+
 def test_a_reload_keeps_the_catalogue_until_another_is_fetched(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:

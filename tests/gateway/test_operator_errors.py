@@ -13,6 +13,7 @@ import pytest
 
 from redbtc.meter.operator_errors import LIMIT_TEXT, QUOTA_TEXT, REJECTED_TEXT
 from tests.gateway.errors import error
+from tests.helpers.gateway import wait_until
 from tests.helpers.pair import MODEL, Pair
 from tests.helpers.response_store import ResponseStore
 from tests.helpers.upstream import (
@@ -340,9 +341,9 @@ def test_an_answer_that_ends_within_its_error(pair: Pair) -> None:
 
 
 def test_an_escaped_limit(pair: Pair) -> None:
-    text = LIMIT.replace("o", "\\u006f").replace("-", "\\u002d").replace("y", "\\u0079")
+    text = rb"Limit of \u006frg\u002dAbC123. Please try again in 1.5s."
     pair.alone()
-    pair.bad.script = answer_with(b'{"error":{"code":"a","message":"%b"}}' % text.encode(), 429)
+    pair.bad.script = answer_with(b'{"error":{"code":"a","message":"%b"}}' % text, 429)
     answer = pair.ask()
     assert answer.json()["error"]["message"] == WAITING
     assert names_nothing(answer, pair)
@@ -353,10 +354,26 @@ def test_an_error_after_the_end_of_a_stream(pair: Pair, together: bool) -> None:
     created = response_pieces(["Hel", "lo"])
     late = event({**PROBLEM, "type": "error"}, "error")
     pair.alone()
-    pair.bad.script = stream([*created[:-1], created[-1] + late] if together else [*created, late])
+    pieces = [*created[:-1], created[-1] + late] if together else [*created, late]
+    pair.bad.script = stream(pieces, pause=0.05)
     answer = pair.ask("/responses", stream=True)
     assert b"".join(created) in answer.content
     assert names_nothing(answer, pair)
+
+
+def test_no_row_of_a_background_response_has_an_id_for_a_code(pair: Pair) -> None:
+    code = "sk-proj-abcdEF6789"
+    made = response_object(id=f"resp_bg_{pair.number}", status="queued", output=[], usage=None)
+    failed = {**made, "status": "failed", "error": {"code": code, "message": "No."}}
+
+    async def script(request: Received, reply: Reply) -> None:
+        await json_answer(failed if request.method == "GET" else made)(request, reply)
+
+    pair.alone()
+    pair.bad.script = script
+    assert pair.ask("/responses", background=True, store=True).status_code == 200
+    wait_until(lambda: pair.row["outcome"] == "upstream_error")
+    assert pair.row["upstream_error_code"] == "200"
 
 
 @pytest.mark.parametrize("code", ["sk-proj-abcdEF6789", "limit:org-AbC123", "proj_xyz987"])
