@@ -22,8 +22,6 @@ MAX_BODY = 1 << 20
 MAX_FILE = 4 << 20  # bytes of a catalogue that is read, before models are left out
 MAX_ENTRIES = 1000
 MAX_LEVELS_READ = 127  # objects and lists within each other, which Codex reads
-WHOLE_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-ANY_BRACKET = re.compile(rb"[\[\]{}]")
 SETTING = "codex.catalog"
 BEGIN, END = b'{"models":[', b"]}"
 # What is raised where a text can't be read, such as one that is nested too deeply.
@@ -103,12 +101,12 @@ def check_form(text: bytes) -> None:
             raise msgspec.DecodeError(f"{twice!r} is twice in an object")
         return found
 
-    json.loads(text.decode(), object_pairs_hook=unique)
-    level = 0
-    for bracket in ANY_BRACKET.findall(WHOLE_STRING.sub(b"", text)):
-        level += 1 if bracket in b"[{" else -1
-        if level > MAX_LEVELS_READ:
-            raise msgspec.DecodeError(f"nested in more than {MAX_LEVELS_READ} levels")
+    level: list[Any] = [json.loads(text.decode(), object_pairs_hook=unique)]
+    for _ in range(MAX_LEVELS_READ):
+        insides = [each.values() if type(each) is dict else each for each in level]
+        level = [each for inside in insides for each in inside if type(each) in (dict, list)]
+    if level:
+        raise msgspec.DecodeError(f"nested in more than {MAX_LEVELS_READ} levels")
 
 
 def name_of(raw: bytes, number: int) -> str:

@@ -111,7 +111,7 @@ class AnswerBody:
         self._deadline = request.deadline
         self._idle_seconds = idle_seconds
         self._own_body = own_body
-        # Some of the body has been sent, besides blanks before it that no length was told for.
+        # Some of the body has been sent. Blanks before a body of unknown length don't count.
         self._has_sent = False
         self._begun = b""  # first bytes, sent on, that were too few to tell the coding
         self.rest: bytes | None = None

@@ -112,14 +112,14 @@ class EstimatedRequest(AdmittedRequest):
         bills_tokens = prices is None or prices.has("input", "audio_input")
         if usage.audio_ms is not None or (has_tokens and (bills_tokens or not by_minute)):
             return None
-        tokens = usage if has_tokens else Usage()
+        reported = usage if has_tokens else Usage()
         if (length_ms := milliseconds_in(report.duration)) is not None:
-            return whole(msgspec.structs.replace(tokens, audio_ms=length_ms), "upstream")
+            return whole(msgspec.structs.replace(reported, audio_ms=length_ms), "upstream")
         length_ms = min(self._likely_length_ms(), self.max_usage().audio_ms)
         if has_tokens and heard:
             length_ms = heard * MINUTE_MS // AUDIO_TOKENS_A_MINUTE
         if by_minute:
-            return whole(msgspec.structs.replace(tokens, audio_ms=length_ms), "estimated")
+            return whole(msgspec.structs.replace(reported, audio_ms=length_ms), "estimated")
         read = tokens_of_length(length_ms)
         if isinstance(self.meter, PlainMeter):
             written = min(text_tokens(self.meter.size), self.max_usage().output_tokens)

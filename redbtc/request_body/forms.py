@@ -32,6 +32,7 @@ FORM_NAME = re.compile(
     rb"file_ids?|vector_store_ids?|container_id|_response_id|conversation", re.IGNORECASE
 )
 ODD_SVG = re.compile(rb"svg(?!\[model\]$|\[reasoning\])", re.IGNORECASE)
+URL = re.compile(rb"(?::|\\u003a)(?:\\?/|\\u002f){2}", re.IGNORECASE)  # within JSON, too
 LIKE_A_FIELD = re.compile(rb'\s*(?:[{\["]|[A-Za-z][A-Za-z0-9+.-]*://)')
 UNENCODED = (b"binary", b"8bit", b"7bit")
 MAX_PICTURE_TOKENS = 16_000  # no model counts more tokens for one picture or recording
@@ -117,7 +118,7 @@ class Form:
 
     def has_url(self) -> bool:
         """Return whether a field other than a prompt has a URL."""
-        return any(b"://" in value for name, value in self.fields.items() if name != b"prompt")
+        return any(URL.search(value) for name, value in self.fields.items() if name != b"prompt")
 
     def has_file(self, name: bytes) -> bool:
         """Return whether a part of this name is there, and all such parts are files."""

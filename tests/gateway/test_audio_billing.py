@@ -295,7 +295,15 @@ def test_minutes_and_tokens_are_held_for(priced: Gateway, upstream: Upstream) ->
 @pytest.mark.parametrize(
     "name", ["url", "file_url", "audio_url", "uri", "audio", "chunking_strategy", "language"]
 )
-@pytest.mark.parametrize("value", ["https://example.com/a.mp3", ' {"a": "S3://b/a.mp3"}'])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://example.com/a.mp3",
+        ' {"a": "S3://b/a.mp3"}',
+        '{"a": "https:\\/\\/b/a.mp3"}',
+        '{"a": "https\\u003A/\\u002fb/a.mp3"}',
+    ],
+)
 def test_no_field_has_the_url_of_a_recording(
     priced: Gateway, upstream: Upstream, name: str, value: str
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT
-from tests.helpers.speed import Stalls, cost, longest_step, work
+from tests.helpers.speed import Stalls, calmest, cost, longest_step, work
 
 SERVER = """
 import asyncio, time
@@ -53,6 +53,13 @@ def test_stalls_are_work_on_the_loop(port: int, path: str, held: bool) -> None:
         sock.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
         assert sock.recv(1000)
     assert (stalls.longest > 100) == held, stalls.longest
+
+
+def test_the_calmest_of_three_counts() -> None:
+    for stalls, least, left in (([1, 9], 1, 1), ([9, 2, 9], 2, 1), ([9, 8, 7, 1], 7, 1)):
+        measured = iter(stalls)
+        assert calmest(measured.__next__, 5) == least
+        assert len(list(measured)) == left
 
 
 def test_sleep_costs_nothing_and_work_what_it_is() -> None:
