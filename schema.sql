@@ -1157,6 +1157,181 @@ ALTER TABLE stored_objects ADD COLUMN
     credential          TEXT CHECK (length(credential) = 32);  -- a keyed hash of the client's own
                                                 -- credential that it was stored with; NULL: the operator's
 
+-- version 16
+
+-- Content of requests is kept only where an owner has asked for it, in a database of its own
+-- (redbtc/store/request_log.py).
+ALTER TABLE accounts ADD COLUMN
+    log_days            INTEGER CHECK (log_days > 0);   -- days for which bodies are kept; NULL: they are not
+ALTER TABLE keys ADD COLUMN
+    log_days            INTEGER CHECK (log_days > 0);   -- the same for this key; NULL: as its account's
+
+-- Accounts that are closed. The row stays, with its id as its name, since statements need it.
+ALTER TABLE accounts ADD COLUMN
+    closing_asked_at    INTEGER;                -- when its owner asked to close it; NULL: not asked
+ALTER TABLE accounts ADD COLUMN
+    terminated_at       INTEGER;                -- when it was terminated: its keys were revoked then
+ALTER TABLE accounts ADD COLUMN
+    erase_at            INTEGER;                -- when all that identifies it is erased, if terminated
+ALTER TABLE accounts ADD COLUMN
+    erased_at           INTEGER;                -- when nothing of that was left in any file
+
+-- What the transaction may erase. Empty outside a transaction, so that nothing else can be.
+CREATE TABLE erasing (
+    id                  INTEGER PRIMARY KEY CHECK (id = 1),
+    what                TEXT NOT NULL CHECK (what IN ('account', 'usage', 'changes')),
+    account_id          TEXT                    -- the account, if `what` is account
+                        CHECK ((account_id IS NOT NULL) = (what = 'account'))
+) STRICT;
+
+-- Sums of the settled requests whose rows were erased since they were old (retention.usage_days).
+-- usage_by_day still has them. The trigger a_request_is_rolled_up keeps them.
+CREATE TABLE rolled_up (
+    account_id          TEXT NOT NULL,
+    month               TEXT NOT NULL,          -- the month of the statement
+    requests            INTEGER NOT NULL,
+    cost_units          INTEGER NOT NULL,       -- before corrections
+    cost_nanos          INTEGER NOT NULL,
+    PRIMARY KEY (account_id, month)
+) STRICT, WITHOUT ROWID;
+
+-- What a statement shows of the corrected request, once the request's row was erased.
+ALTER TABLE corrections ADD COLUMN
+    request_started_at  INTEGER;                -- NULL: the request's row has it, as for the next
+ALTER TABLE corrections ADD COLUMN
+    request_cost        INTEGER CHECK (request_cost >= 0);  -- nanos; its estimate
+
+CREATE TRIGGER settled_is_kept BEFORE DELETE ON requests
+WHEN OLD.outcome <> 'pending' AND NOT EXISTS (SELECT 1 FROM erasing WHERE what = 'usage')
+BEGIN SELECT RAISE(ABORT, 'a settled request can''t be deleted'); END;
+CREATE TRIGGER a_request_is_rolled_up AFTER DELETE ON requests WHEN OLD.outcome <> 'pending' BEGIN
+    INSERT INTO rolled_up VALUES (
+        OLD.account_id, ifnull(OLD.month, strftime('%Y-%m', OLD.started_at / 1000, 'unixepoch')), 1,
+        ifnull(OLD.cost / 1000000000, 0), ifnull(OLD.cost % 1000000000, 0))
+    ON CONFLICT DO UPDATE SET
+        requests = requests + 1,
+        cost_units = cost_units + excluded.cost_units,
+        cost_nanos = cost_nanos + excluded.cost_nanos;
+END;
+
+-- The texts of the operator that are shown at /terms and /privacy ([site]).
+CREATE TABLE documents (
+    name                TEXT NOT NULL CHECK (name IN ('terms', 'privacy')),
+    version             TEXT NOT NULL CHECK (length(version) BETWEEN 1 AND 50),
+    effective_at        INTEGER NOT NULL,
+    text                TEXT NOT NULL,          -- Markdown, without the head of the file
+    published_at        INTEGER NOT NULL,
+    notice_id           TEXT REFERENCES notices (id),   -- that announced it; NULL: the first version
+    PRIMARY KEY (name, version)
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER documents_stay BEFORE UPDATE ON documents
+BEGIN SELECT RAISE(ABORT, 'a published document can''t be changed, only superseded'); END;
+CREATE TRIGGER documents_are_kept BEFORE DELETE ON documents
+BEGIN SELECT RAISE(ABORT, 'a published document can''t be deleted, only superseded'); END;
+CREATE TRIGGER a_document_is_published AFTER INSERT ON documents BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'terms',
+        NEW.name, NULL, NULL, json_object('version', NEW.version, 'effective_at', NEW.effective_at));
+END;
+
+-- Which owner has accepted which version. A row outlives its user.
+CREATE TABLE acceptances (
+    document            TEXT NOT NULL,
+    version             TEXT NOT NULL,
+    user_id             TEXT NOT NULL,
+    account_id          TEXT NOT NULL REFERENCES accounts (id),
+    accepted_at         INTEGER NOT NULL,
+    PRIMARY KEY (user_id, document, version),
+    FOREIGN KEY (document, version) REFERENCES documents (name, version)
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER acceptances_stay BEFORE UPDATE ON acceptances
+BEGIN SELECT RAISE(ABORT, 'an acceptance can''t be changed'); END;
+CREATE TRIGGER acceptances_are_kept BEFORE DELETE ON acceptances
+BEGIN SELECT RAISE(ABORT, 'an acceptance can''t be deleted'); END;
+CREATE TRIGGER a_document_is_accepted AFTER INSERT ON acceptances BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'terms',
+        NEW.document, NEW.account_id, NULL,
+        json_object('accepted', NEW.version, 'user', NEW.user_id));
+END;
+
+-- Statuses, kinds of changes and types of messages that are new; see version 14.
+PRAGMA writable_schema = ON;
+UPDATE sqlite_schema
+   SET sql = replace(sql, '(''active'', ''suspended'')', '(''active'', ''suspended'', ''terminated'')')
+ WHERE type = 'table' AND name = 'accounts';
+UPDATE sqlite_schema
+   SET sql = replace(sql, '''user'', ''time'')',
+                     '''user'', ''time'', ''request_log'', ''retention'', ''terms'')')
+ WHERE type = 'table' AND name = 'changes';
+UPDATE sqlite_schema
+   SET sql = replace(sql, '''upstream.credentials'')',
+                     '''upstream.credentials'', ''account.closing'')')
+ WHERE type = 'table' AND name = 'webhook_messages';
+PRAGMA writable_schema = RESET;
+
+-- The log of changes and payments may be changed only while something is erased.
+DROP TRIGGER changes_stay;
+CREATE TRIGGER changes_stay BEFORE UPDATE ON changes
+WHEN NOT ((NEW.id, NEW.changed_by, NEW.kind, NEW.object_id, NEW.account_id, NEW.before, NEW.after)
+          IS (OLD.id, OLD.changed_by, OLD.kind, OLD.object_id, OLD.account_id, OLD.before, OLD.after)
+      AND NEW.changed_at IS min(OLD.changed_at, (SELECT at FROM setting_time)))
+ AND NOT EXISTS (SELECT 1 FROM erasing WHERE account_id = OLD.account_id)
+BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
+DROP TRIGGER changes_are_kept;
+CREATE TRIGGER changes_are_kept BEFORE DELETE ON changes
+WHEN NOT EXISTS (SELECT 1 FROM erasing WHERE what = 'changes')
+BEGIN SELECT RAISE(ABORT, 'the log of changes is only ever added to'); END;
+DROP TRIGGER payments_stay;
+CREATE TRIGGER payments_stay BEFORE UPDATE ON payments
+WHEN NOT ((NEW.id, NEW.account_id, NEW.units, NEW.nanos, NEW.currency, NEW.reference, NEW.reason,
+           NEW.added_by)
+          IS (OLD.id, OLD.account_id, OLD.units, OLD.nanos, OLD.currency, OLD.reference, OLD.reason,
+           OLD.added_by)
+      AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
+      AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
+ AND NOT ((NEW.id, NEW.account_id, NEW.units, NEW.nanos, NEW.currency, NEW.month, NEW.created_at)
+          IS (OLD.id, OLD.account_id, OLD.units, OLD.nanos, OLD.currency, OLD.month, OLD.created_at)
+      AND EXISTS (SELECT 1 FROM erasing WHERE account_id = OLD.account_id))
+BEGIN SELECT RAISE(ABORT, 'a payment can''t be changed, only corrected by another'); END;
+
+DROP TRIGGER an_account_is_changed;
+CREATE TRIGGER an_account_is_changed AFTER UPDATE ON accounts BEGIN
+    INSERT INTO changes
+        SELECT NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'account', NEW.id, NEW.id,
+               before, after
+          FROM (SELECT json_object('name', OLD.name, 'email', OLD.email, 'status', OLD.status,
+            'status_reason', OLD.status_reason, 'concurrency', OLD.concurrency,
+            'requests_per_minute', OLD.requests_per_minute,
+            'tokens_per_minute', OLD.tokens_per_minute, 'credit_limit', OLD.credit_limit,
+            'monthly_budget', OLD.monthly_budget, 'throttle_factor', OLD.throttle_factor,
+            'throttled_until', OLD.throttled_until, 'log_days', OLD.log_days,
+            'closing_asked_at', OLD.closing_asked_at, 'terminated_at', OLD.terminated_at,
+            'erase_at', OLD.erase_at, 'erased_at', OLD.erased_at) AS before,
+        json_object('name', NEW.name, 'email', NEW.email, 'status', NEW.status,
+            'status_reason', NEW.status_reason, 'concurrency', NEW.concurrency,
+            'requests_per_minute', NEW.requests_per_minute,
+            'tokens_per_minute', NEW.tokens_per_minute, 'credit_limit', NEW.credit_limit,
+            'monthly_budget', NEW.monthly_budget, 'throttle_factor', NEW.throttle_factor,
+            'throttled_until', NEW.throttled_until, 'log_days', NEW.log_days,
+            'closing_asked_at', NEW.closing_asked_at, 'terminated_at', NEW.terminated_at,
+            'erase_at', NEW.erase_at, 'erased_at', NEW.erased_at) AS after)
+         WHERE before <> after;
+END;
+DROP TRIGGER a_key_is_changed;
+CREATE TRIGGER a_key_is_changed AFTER UPDATE ON keys BEGIN
+    INSERT INTO changes
+        SELECT NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'key', NEW.id, NEW.account_id,
+               before, after
+          FROM (SELECT json_object('label', OLD.label, 'expires_at', OLD.expires_at,
+            'revoked_at', OLD.revoked_at, 'compromised', OLD.compromised,
+            'log_days', OLD.log_days) AS before,
+        json_object('label', NEW.label, 'expires_at', NEW.expires_at,
+            'revoked_at', NEW.revoked_at, 'compromised', NEW.compromised,
+            'log_days', NEW.log_days) AS after)
+         WHERE before <> after;
+END;
+
 -- The triggers below take the place of those of the same names.
 
 -- triggers
@@ -1272,6 +1447,13 @@ WHEN NOT ((NEW.request_id, NEW.account_id, NEW.service_tier, NEW.price_id,
            OLD.cost)
       AND NEW.created_at IS min(OLD.created_at, (SELECT at FROM setting_time))
       AND NEW.month IS min(OLD.month, (SELECT month FROM setting_time)))
+ AND NOT ((NEW.request_id, NEW.account_id, NEW.service_tier, NEW.price_id,
+           NEW.{kind},
+           NEW.cost, NEW.created_at, NEW.month)
+          IS (OLD.request_id, OLD.account_id, OLD.service_tier, OLD.price_id,
+           OLD.{kind},
+           OLD.cost, OLD.created_at, OLD.month)
+      AND EXISTS (SELECT 1 FROM erasing WHERE what = 'usage'))
 BEGIN SELECT RAISE(ABORT, 'a correction can''t be changed'); END;
 
 DROP TRIGGER IF EXISTS a_price_is_added;

@@ -39,6 +39,7 @@ def shipped(name: str) -> Path:
 
 
 Host = Annotated[str, Meta(min_length=1)]
+Days = Annotated[int, Meta(ge=0, le=36_500)]
 # Headers of requests that can't have the gateway's key, besides those of `problem_of_name`: HTTP or
 # a proxy gives them a meaning, which logs and caches know.
 OTHER_MEANING = re.compile(
@@ -139,11 +140,22 @@ class BillingSettings(SettingsTable, frozen=True):
 
 
 class RetentionSettings(SettingsTable, frozen=True):
-    """The table [retention]: how long data is kept."""
+    """The table [retention]: for how many days data is kept; 0: for ever, but for
+    `request_log_days_max` (0: nobody may log requests) and `terminated_account_days` (0: erased at
+    once)."""
 
-    request_log_days_max: Count = 30
-    usage_days: Count = 0
-    terminated_account_days: Count = 30
+    request_log_days_max: Days = 30
+    usage_days: Days = 0
+    stored_object_days: Days = 0
+    change_days: Days = 0
+    terminated_account_days: Days = 30
+
+
+class RequestLogSettings(SettingsTable, frozen=True):
+    """The table [request_log]: the space for the bodies of requests whose owners want them kept."""
+
+    max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 1 << 30
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 16 << 20
 
 
 class MetricsSettings(SettingsTable, frozen=True):
@@ -160,6 +172,18 @@ class CodexSettings(SettingsTable, frozen=True):
     catalog: str = ""
 
 
+PAGES = ("terms", "privacy")  # of [site], each a file
+
+
+class SiteSettings(SettingsTable, frozen=True):
+    """The table [site]: the operator's own pages. `terms` and `privacy` are Markdown files,
+    `contact` an email address or a URL for reports of security problems; empty: none."""
+
+    terms: str = ""
+    privacy: str = ""
+    contact: str = ""
+
+
 class Settings(SettingsTable, frozen=True):
     """The whole of config.toml, a field for each table."""
 
@@ -173,6 +197,8 @@ class Settings(SettingsTable, frozen=True):
     retention: RetentionSettings = RetentionSettings()
     metrics: MetricsSettings = MetricsSettings()
     codex: CodexSettings = CodexSettings()
+    request_log: RequestLogSettings = RequestLogSettings()
+    site: SiteSettings = SiteSettings()
 
     @property
     def dashboard_url(self) -> str:
@@ -190,14 +216,6 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-# Settings that are accepted but not used yet. `check` names those that are not at their default.
-WITHOUT_EFFECT = [
-    "retention.request_log_days_max",
-    "retention.usage_days",
-    "retention.terminated_account_days",
-]
-
-
 class SettingsError(UserError):
     """The settings file can't be read or is wrong."""
 
@@ -208,7 +226,6 @@ class LoadedSettings(NamedTuple):
     settings: Settings
     file: Path | None  # None: the built-in defaults
     folder: Path  # where relative paths start
-    without_effect: list[str]  # keys that have no effect yet and are not at their default
     is_empty: bool = False  # the file sets nothing
 
     @property
@@ -225,7 +242,7 @@ def load_settings(path: str | None) -> LoadedSettings:
     beside = HERE / "config.toml"
     chosen = path or os.environ.get("REDBTC_CONFIG") or (str(beside) if beside.exists() else None)
     if chosen is None:
-        return LoadedSettings(Settings(), None, Path.cwd(), [])
+        return LoadedSettings(Settings(), None, Path.cwd())
     file = Path(chosen).absolute()
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -237,9 +254,8 @@ def load_settings(path: str | None) -> LoadedSettings:
         settings = parse_settings(tables)
     except SettingsError as error:
         raise SettingsError(f"{file}: {error}") from None
-    unused = [key for key in WITHOUT_EFFECT if _value(settings, key) != _value(Settings(), key)]
     settings = _with_paths(settings, file.parent)
-    return LoadedSettings(settings, file, file.parent, unused, is_empty=not tables)
+    return LoadedSettings(settings, file, file.parent, is_empty=not tables)
 
 
 def _with_paths(settings: Settings, folder: Path) -> Settings:
@@ -252,7 +268,10 @@ def _with_paths(settings: Settings, folder: Path) -> Settings:
     codex = settings.codex
     if codex.catalog and not is_web_address(codex.catalog):
         codex = msgspec.structs.replace(codex, catalog=str(folder / codex.catalog))
-    return msgspec.structs.replace(settings, upstreams=upstreams, codex=codex)
+    site = settings.site
+    files = {name: str(folder / getattr(site, name)) for name in PAGES if getattr(site, name)}
+    site = msgspec.structs.replace(site, **files)
+    return msgspec.structs.replace(settings, upstreams=upstreams, codex=codex, site=site)
 
 
 def is_web_address(text: str) -> bool:
@@ -366,14 +385,6 @@ def _is_url(text: str) -> bool:
         return bool(urlsplit(text).hostname) and urlsplit(text).port != 0
     except ValueError:
         return False
-
-
-def _value(settings: Any, key: str) -> Any:
-    first, _, rest = key.partition(".")
-    value = getattr(settings, first)
-    if isinstance(value, tuple) and rest:
-        return {_value(table, rest) for table in value}
-    return _value(value, rest) if rest else value
 
 
 TYPE_NAMES = {

@@ -8,6 +8,7 @@ from redbtc.admin.users import Users, UserShown
 from redbtc.billing.billing import Billing
 from redbtc.errors import NotFound
 from redbtc.store.accounts import Account, Accounts, KeyShown, no_account, no_key
+from redbtc.store.request_log import RequestLog
 
 
 class Access:
@@ -16,9 +17,16 @@ class Access:
 
     `public_url` is where browsers and clients find the gateway."""
 
-    def __init__(self, billing: Billing, gateway: RunningGateway, public_url: str) -> None:
+    def __init__(
+        self,
+        billing: Billing,
+        gateway: RunningGateway,
+        public_url: str,
+        request_log: RequestLog,
+    ) -> None:
         self.billing = billing
         self.gateway = gateway
+        self.request_log = request_log
         self.accounts = Accounts(billing.store)
         self.users = Users(billing.store)
         self.public_url = public_url.rstrip("/")

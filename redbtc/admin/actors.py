@@ -82,6 +82,10 @@ class RunningGateway(Protocol):
     """The methods of a gateway that the admin API calls."""
 
     @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+
+    @property
     def example_model(self) -> str:
         """The model that examples name."""
 
@@ -123,17 +127,17 @@ class StoppedGateway:
 
     def __init__(self, settings: Settings) -> None:
         """`settings` are those with which the gateway would start."""
-        self._settings = settings
+        self.settings = settings
 
     def codex(self, own_login: bool | None) -> CodexOffer:
         """Return what the gateway would offer to Codex CLI. Raises UserError, also if its model
         catalogue can't be read."""
-        models = offered_models(read_catalog(self._settings.codex.catalog))
-        return offer_of(self._settings, own_login, models)
+        models = offered_models(read_catalog(self.settings.codex.catalog))
+        return offer_of(self.settings, own_login, models)
 
     def serves(self, model: str) -> bool:
         """Return whether an upstream would serve the model."""
-        return any(each.serves(model) for each in self._settings.upstreams)
+        return any(each.serves(model) for each in self.settings.upstreams)
 
     def listed_models(self) -> set[str]:
         """Return no models, since no upstream was asked."""

@@ -93,8 +93,6 @@ def show_check(
 ) -> None:
     """Print what `check` has found, and exit with its status if that is not 0. `loaded` is None if
     the settings can't be read, `asked` if the upstreams were not asked."""
-    unused = loaded.without_effect if loaded else []
-    notes = [*[f"{key}: accepted, but has no effect yet" for key in unused], *notes]
     failed = [each for each in asked or () if not each.ok]
     ok = not problems and not failed
     found: dict[str, Any] = {
@@ -102,7 +100,7 @@ def show_check(
         "settings": str(loaded.file) if loaded and loaded.file else None,
         "database": str(loaded.database_path) if loaded else None,
         "problems": problems,
-        "notes": notes,
+        "notes": list(notes),
     }
     if asked is not None:
         found["upstreams"] = [msgspec.structs.asdict(each) for each in asked]

@@ -23,6 +23,7 @@ from redbtc.server.unix_socket import socket_path
 from redbtc.store.database import Store
 from redbtc.store.files import DatabaseInUse
 from redbtc.store.opening import Migrated
+from redbtc.store.request_log import RequestLog
 
 PATIENCE_SECONDS = 5
 
@@ -47,7 +48,10 @@ async def connect(loaded: LoadedSettings) -> AsyncIterator[httpx2.AsyncClient]:
                         click.echo(line, err=True)
                     billing = await Billing.open(store, loaded.settings.billing)
                     stopped = StoppedGateway(loaded.settings)
-                    api = API(billing, stopped, loaded.settings.dashboard_url)
+                    request_log = await stack.enter_async_context(
+                        RequestLog.open(loaded.database_path, loaded.settings)
+                    )
+                    api = API(billing, stopped, loaded.settings.dashboard_url, request_log)
                     transport = httpx2.ASGITransport(admin_app(api, local_actor))
             except DatabaseInUse:
                 if time.monotonic() > deadline:

@@ -38,6 +38,7 @@ from redbtc.store.failures import DAMAGED_AT_START, LedgerDamaged, opening_error
 from redbtc.store.files import DatabaseInUse, state_of
 from redbtc.store.health import RETRY_SECONDS
 from redbtc.store.opening import Serving
+from redbtc.store.request_log import RequestLog
 from redbtc.telemetry import LOG, Telemetry, log
 from redbtc.upstream.certificates import check_ca_files
 from redbtc.upstream.event_loop import EventLoop
@@ -103,7 +104,10 @@ async def open_service(
         log(logging.WARNING, "no prices", reason=reason)
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
-    service = Service(billing, settings, process.telemetry, process.end_if_failed)
+    opening = RequestLog.open(options.loaded.database_path, settings)
+    request_log = await stack.enter_async_context(opening)
+    end_if_failed = process.end_if_failed
+    service = Service(billing, settings, process.telemetry, end_if_failed, request_log)
     gateway = service.gateway
     if not options.as_json:
         await greet(service, url, settings, options)

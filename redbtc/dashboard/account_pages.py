@@ -18,6 +18,7 @@ TABS: dict[str, Rank] = {
     "Billing": "viewer",
     "Members": "owner",
     "Notices": "viewer",
+    "Settings": "owner",
     "Manage": "operator",
 }
 

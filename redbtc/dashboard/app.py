@@ -47,6 +47,7 @@ from redbtc.dashboard.parts import USER_ACTIONS
 from redbtc.dashboard.rendering import DASHBOARD_FOLDER, PageVariables, Renderer, error_status
 from redbtc.dashboard.screens import NO_ACTIONS, Actions, Screen, Show
 from redbtc.dashboard.sessions import PAGE_HEADERS
+from redbtc.dashboard.settings_page import SETTINGS_ACTIONS, settings_page
 from redbtc.dashboard.usage_pages import (
     billing_page,
     statement_csv,
@@ -158,6 +159,7 @@ class Dashboard:
             self._route(f"{ACCOUNT_PATH}/billing/{{month}}/csv", statement_csv),
             tab("Members", "/members", "members.html", members_page, USER_ACTIONS),
             tab("Notices", "/notices", "account_notices.html", account_notices_page, NO_ACTIONS),
+            tab("Settings", "/settings", "settings.html", settings_page, SETTINGS_ACTIONS),
             tab("Manage", "/manage", "manage.html", manage_page, MANAGE_ACTIONS),
         ]
 

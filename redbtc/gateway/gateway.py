@@ -25,6 +25,7 @@ from redbtc.server.asgi import Client, ClientRequest
 from redbtc.store.containers import Containers
 from redbtc.store.keys import Key
 from redbtc.store.objects import Objects
+from redbtc.store.request_log import RequestLog
 from redbtc.store.speeds import Speeds
 from redbtc.telemetry import Telemetry, log
 from redbtc.upstream.configured import Upstreams
@@ -39,12 +40,14 @@ class Gateway:
         settings: Settings,
         telemetry: Telemetry,
         on_task_end: Callable[[asyncio.Task[Any]], None],
+        request_log: RequestLog,
     ) -> None:
         """`on_task_end` is called with each task of background responses that has ended. Raises
         SettingsError if a file that the settings name can't be used."""
         self.settings = settings
         self.key_headers = names_of(settings.server.key_headers)
         self.store = billing.store
+        self.request_log = request_log
         self.billing = billing
         self.telemetry = telemetry
         self.limiter = Limiter()
@@ -96,6 +99,7 @@ class Gateway:
         self.settings = settings
         self.key_headers = names_of(settings.server.key_headers)
         self.billing.apply(settings.billing)
+        self.request_log.apply(settings)
         self.catalog.apply(settings.codex, models)
         self.journal.forget_all_but({each.name for each in self.upstreams})
 

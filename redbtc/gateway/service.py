@@ -19,6 +19,7 @@ from redbtc.gateway.upstream_metrics import UpstreamMetrics
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
 from redbtc.store.clock import watch_clock
+from redbtc.store.request_log import RequestLog
 from redbtc.telemetry import Telemetry, log, watch_log
 
 
@@ -31,10 +32,12 @@ class Service:
         settings: Settings,
         telemetry: Telemetry,
         on_task_end: Callable[[asyncio.Task[Any]], None],
+        request_log: RequestLog,
     ) -> None:
         """`on_task_end`: see Gateway."""
-        self.gateway = Gateway(billing, settings, telemetry, on_task_end)
-        self.api = API(billing, GatewayView(self.gateway), settings.dashboard_url)
+        self.gateway = Gateway(billing, settings, telemetry, on_task_end, request_log)
+        view = GatewayView(self.gateway)
+        self.api = API(billing, view, settings.dashboard_url, request_log)
         self.models = Models(self.gateway)
         self.admin_routes = AdminRoutes(self.gateway, self.api)
         self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)

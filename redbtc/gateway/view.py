@@ -10,7 +10,7 @@ from msgspec.structs import asdict
 from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
 from redbtc.codex.catalog import offered_models
 from redbtc.codex.config_toml import CodexOffer, offer_of
-from redbtc.config import DEMO
+from redbtc.config import DEMO, Settings
 from redbtc.errors import Conflict, NotFound
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.upstream_shown import not_set, upstream_shown
@@ -25,6 +25,11 @@ class GatewayView:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._gateway.settings
 
     @property
     def example_model(self) -> str:

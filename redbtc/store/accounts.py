@@ -27,10 +27,12 @@ LIMITS = ("concurrency", "requests_per_minute", "tokens_per_minute")
 KEY_LIMITS = (*LIMITS, "monthly_budget")
 ACCOUNT_LIMITS = (*KEY_LIMITS, "credit_limit")
 CHANGEABLE = ("email", *ACCOUNT_LIMITS)
+CLOSING_TIMES = ("closing_asked_at", "terminated_at", "erase_at", "erased_at")
 ACCOUNT = f"""
     SELECT id, name, email, status, status_reason, {", ".join(ACCOUNT_LIMITS)},
            iif(ifnull(throttled_until, ?1 + 1) > ?1, throttle_factor, NULL) AS throttle_factor,
            iif(throttled_until > ?1, throttled_until, NULL) AS throttled_until, created_at,
+           log_days, closing_asked_at, terminated_at, erase_at, erased_at,
            (SELECT count(*) FROM keys WHERE account_id = accounts.id AND revoked_at IS NULL
                AND ifnull(expires_at, ?1 + 1) > ?1) AS keys_in_force
       FROM accounts"""
@@ -48,7 +50,8 @@ END_SESSIONS = """
 KEY = f"""
     SELECT keys.id, accounts.name AS account, account_id, keys.label, keys.models,
            {", ".join(f"keys.{limit}" for limit in KEY_LIMITS)}, keys.created_at, keys.expires_at,
-           keys.revoked_at, keys.compromised, ifnull(keys.budget_id, keys.id) AS budget_id
+           keys.revoked_at, keys.compromised, keys.log_days,
+           ifnull(keys.budget_id, keys.id) AS budget_id
       FROM keys JOIN accounts ON accounts.id = keys.account_id"""
 KEY_BY_ID = KEY + " WHERE keys.id = ?"
 KEYS_BY_NAME = KEY + " WHERE keys.id = ?1 OR keys.label = ?1 AND keys.revoked_at IS NULL"
@@ -56,12 +59,12 @@ KEYS_OF_ACCOUNT = KEY + " WHERE accounts.id = ? ORDER BY keys.created_at, keys.r
 LAST_USED = "SELECT key_id, max(day) AS day FROM usage_by_day WHERE account_id = ? GROUP BY key_id"
 NEW_KEY = f"""
     INSERT INTO keys (id, hash, account_id, label, models, {", ".join(KEY_LIMITS)}, created_at,
-                      expires_at, budget_id)"""
+                      expires_at, budget_id, log_days)"""
 ADD_KEY = f"""{NEW_KEY}
-    SELECT ?, ?, id, ?, ?, {"?, " * len(KEY_LIMITS)} ?, ?, NULL FROM accounts WHERE id = ?"""
+    SELECT ?, ?, id, ?, ?, {"?, " * len(KEY_LIMITS)} ?, ?, NULL, NULL FROM accounts WHERE id = ?"""
 COPY_KEY = f"""{NEW_KEY}
     SELECT ?, ?, account_id, label, models, {", ".join(KEY_LIMITS)}, ?, expires_at,
-           ifnull(budget_id, id)
+           ifnull(budget_id, id), log_days
       FROM keys WHERE id = ?"""
 EXPIRE_KEY = "UPDATE keys SET expires_at = min(ifnull(expires_at, ?1), ?1) WHERE id = ?2"
 REVOKE_KEY = """
@@ -203,12 +206,13 @@ def no_key(key_id: str) -> NotFound:
 
 class Account(Struct, kw_only=True):
     """An account, with its limits. A limit of null falls back to the settings'; a budget of null
-    means no budget. Only operators see `status_reason`."""
+    means no budget. Only operators see `status_reason`. `log_days` is for how many days bodies of
+    its requests are kept; null: they are not."""
 
     id: str
     name: str
     email: str | None
-    status: Literal["active", "suspended"]
+    status: Literal["active", "suspended", "terminated"]
     status_reason: str | UnsetType | None = UNSET
     concurrency: int | None
     requests_per_minute: int | None
@@ -219,6 +223,11 @@ class Account(Struct, kw_only=True):
     throttled_until: Moment | None
     created_at: Moment
     keys_in_force: int
+    log_days: int | None
+    closing_asked_at: Moment | None
+    terminated_at: Moment | None
+    erase_at: Moment | None
+    erased_at: Moment | None
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Account:
@@ -235,6 +244,7 @@ def account_columns(row: sqlite3.Row) -> dict[str, Any]:
         "throttle_factor": json_factor(row["throttle_factor"]),
         "throttled_until": iso_time(row["throttled_until"]),
         "created_at": json_time(row["created_at"]),
+        **{name: iso_time(row[name]) for name in CLOSING_TIMES},
     }
 
 
@@ -270,6 +280,7 @@ class KeyShown(Struct):
     revoked_at: Moment | None
     compromised: bool
     budget_id: str
+    log_days: int | None
 
     @classmethod
     def of(cls, row: sqlite3.Row, **more: Any) -> Self:
@@ -302,6 +313,7 @@ class KeyAdded(Struct):
     revoked_at: Moment | None
     compromised: bool
     budget_id: str
+    log_days: int | None
     replaces: str | UnsetType = UNSET
 
     @classmethod

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from redbtc.money import decimal, json_limit
 from redbtc.rates import RATES
+from redbtc.store.accounts import CLOSING_TIMES
 from redbtc.store.database import Store
 from redbtc.store.json_values import (
     Moment,
@@ -49,6 +50,7 @@ CHANGED: dict[str, dict[str, Callable[[Any], Any]]] = {
         "monthly_budget": json_limit,
         "throttle_factor": json_factor,
         "throttled_until": iso_time,
+        **dict.fromkeys(CLOSING_TIMES, iso_time),
     },
     "key": {
         "models": json_patterns,
@@ -67,6 +69,9 @@ CHANGED: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "user": {"password_set_at": iso_time, "link_expires_at": iso_time},
     "time": {"ledger_at": iso_time},
+    "request_log": {},
+    "retention": {},
+    "terms": {"effective_at": iso_time},
 }
 
 

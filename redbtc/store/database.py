@@ -190,6 +190,10 @@ class Store:
         """Empty the WAL file if it is large, as WalFile.shrink does."""
         return await self._wal.shrink()
 
+    async def scrub(self, seconds: float) -> bool:
+        """Bring what was erased out of the database's files, as WalFile.scrub does."""
+        return await self._wal.scrub(seconds)
+
     def check_files(self) -> None:
         """Notice removed or replaced files even while nothing is committed: what only they hold is
         lost with the process."""

@@ -58,6 +58,7 @@ class Key(NamedTuple):
     models: str | None
     throttle_factor: int | None  # thousandths of its account's limits that it is held to
     budget_id: str  # the first of the keys that replaced one another, which share a budget
+    log_days: int | None  # for which bodies of its requests are kept; None: they are not
 
     def allows(self, model: str) -> bool:
         """Return whether the key has no patterns of models, or one that matches the model."""
@@ -79,6 +80,7 @@ FROM_ACCOUNT = {
         "iif(ifnull(accounts.throttled_until, ?2 + 1) > ?2, accounts.throttle_factor, NULL)"
     ),
     "budget_id": "ifnull(keys.budget_id, keys.id)",
+    "log_days": "ifnull(keys.log_days, accounts.log_days)",
 }
 FULL_KEY = f"""
     SELECT {", ".join(FROM_ACCOUNT.get(name, f"keys.{name}") for name in Key._fields)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from pathlib import Path
 
 from redbtc.errors import StorageUnavailable
@@ -12,6 +14,7 @@ from redbtc.store.readers import Readers
 from redbtc.store.writer import Writer
 
 KEPT_WAL_BYTES = 16 << 20  # 4 MB is usual; a larger file is emptied once the ledger is idle
+SCRUB_PAUSE_SECONDS = 0.25
 MAX_WAL_BYTES = 64 << 20  # above, snapshots have to wait until the file is emptied
 
 
@@ -50,9 +53,24 @@ class WalFile:
             return False
         return True
 
-    async def _empty(self) -> None:
+    async def scrub(self, seconds: float) -> bool:
+        """Copy the WAL into the database and empty the WAL file, so that nothing that was erased is
+        left in either (secure_delete overwrites it in the database). Snapshots are waited for, and
+        other programs' readers for so many seconds. Return False if one of them still reads, or
+        the ledger fails. Raises StorageUnavailable."""
+        deadline = time.monotonic() + seconds
+        while self._commits.state.healthy:
+            async with self._readers.no_snapshots():
+                if await self._empty():
+                    return True
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(SCRUB_PAUSE_SECONDS)
+        return False
+
+    async def _empty(self) -> bool:
         try:
-            await self._writer.empty_wal()
+            return await self._writer.empty_wal()
         except Exception as error:
             self._commits.check_error(error)
             raise StorageUnavailable(f"the WAL file can't be emptied: {reason_of(error)}") from None

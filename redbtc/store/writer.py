@@ -73,21 +73,23 @@ class Writer(DatabaseConnection):
             row = await cursor.fetchone()
             return row[0] if row else None
 
-    async def empty_wal(self) -> None:
+    async def empty_wal(self) -> bool:
         """Copy the WAL into the database and empty the WAL file. If a reader still needs it, only
-        copy. Raises sqlite3.Error, FileChanged, OSError."""
-        await self._execute(self._empty_wal)  # type: ignore[no-untyped-call]
+        copy, and return False. Raises sqlite3.Error, FileChanged, OSError."""
+        emptied: bool = await self._execute(self._empty_wal)  # type: ignore[no-untyped-call]
+        return emptied
 
-    def _empty_wal(self) -> None:
+    def _empty_wal(self) -> bool:
         if self.files:
             self.files.check()
         database = self._conn
         (timeout_ms,) = database.execute("PRAGMA busy_timeout").fetchone()
         database.execute("PRAGMA busy_timeout = 0")  # commits must not wait for a reader
         try:
-            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            ((is_busy, _, _),) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             database.execute(f"PRAGMA busy_timeout = {timeout_ms}")
+        return not is_busy
 
     @property
     def works(self) -> bool:

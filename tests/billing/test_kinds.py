@@ -33,7 +33,7 @@ OF_RATES = """input cached_input cache_write cache_write_12h output image_input 
     web_search file_search container audio_input audio_output audio_minute characters"""
 LIMITS = "concurrency requests_per_minute tokens_per_minute monthly_budget"
 KEY = f"""account account_id label models {LIMITS} created_at expires_at revoked_at compromised
-    budget_id"""
+    budget_id log_days"""
 FIELDS: dict[type[Struct], str] = {
     RequestShown: f"""request_id account key_id endpoint model requested_model upstream started_at
         first_byte_ms duration_ms status outcome usage_source {FIRST} service_tier response_id cost
@@ -45,7 +45,8 @@ FIELDS: dict[type[Struct], str] = {
     PriceShown: f"""model tier above_input_tokens effective_at {OF_RATES} max_output_tokens currency
         source created_at added_by reason id status shadowed_by""",
     AccountWithMoney: f"""id name email status status_reason {LIMITS} credit_limit throttle_factor
-        throttled_until created_at keys_in_force balance held available month spent_this_month
+        throttled_until created_at keys_in_force log_days closing_asked_at terminated_at erase_at
+        erased_at balance held available month spent_this_month
         currency""",
     KeyAdded: f"id key {KEY} replaces",
     KeyInList: f"id {KEY} last_used_on",
