@@ -49,9 +49,7 @@ from redbtc.config import (
     LoadedSettings,
     Settings,
     SettingsError,
-    missing_keys,
     reload_settings,
-    settings_at_restart,
     with_demo,
 )
 from redbtc.errors import UserError
@@ -60,7 +58,8 @@ from redbtc.gateway.endpoints import METERED, RESPONSES
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import healthz
 from redbtc.gateway.metered_route import MeteredRoute
-from redbtc.gateway.plain_routes import AsApp, ExactRoute, NotServed, unknown_url
+from redbtc.gateway.plain_routes import AsApp, NotServed, get_route, unknown_url
+from redbtc.gateway.reloading import apply_settings, publish_reloaded
 from redbtc.gateway.service import Service
 from redbtc.gateway.stored import stored_routes
 from redbtc.gateway.websocket.session import serve_websocket
@@ -74,7 +73,6 @@ from redbtc.server.listening import Server, configured, listen, server_for
 from redbtc.server.unix_socket import AdminServer, socket_path
 from redbtc.server.websocket_protocol import WebSocketProtocol
 from redbtc.telemetry import LOG, Telemetry, log, shown_error
-from redbtc.upstream.certificates import check_ca_files
 from redbtc.upstream.upstreams import PING_SECONDS
 
 OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
@@ -93,19 +91,16 @@ def metered_apps(service: Service) -> dict[str, App]:
 def other_apps(service: Service) -> App:
     """Return the app of all other requests."""
     models, health, admin = service.models, service.health_routes, service.admin_routes
-
-    def get(path: str, function: App) -> Route:
-        return ExactRoute(path, AsApp(function), methods=["GET"])
-
     routes = [
         *stored_routes(service.gateway),
-        get("/v1/models", models.list),
-        get("/v1/models/{model:path}", models.show),
-        get("/healthz", healthz),
-        get("/readyz", health.readyz),
-        get("/metrics", health.metrics),
-        get("/status", health.status),
-        get("/admin/v1/me{rest:path}", admin.me),
+        get_route("/v1/models", models.list),
+        get_route("/v1/models/{model:path}", models.show),
+        get_route("/healthz", healthz),
+        get_route("/readyz", health.readyz),
+        get_route("/metrics", health.metrics),
+        get_route("/status", health.status),
+        *service.site_routes.routes,
+        get_route("/admin/v1/me{rest:path}", admin.me),
         Route("/admin/v1/{rest:path}", AsApp(admin.admin)),
         Route("/dashboard{rest:path}", AsApp(admin.dashboard)),
     ]
@@ -165,6 +160,7 @@ class GatewayProcess:
         self.demo: str | None = None  # the URL of the demonstration upstream, where that is served
         self._opening: asyncio.Task[Service] | None = None
         self._reload_wanted = False
+        self._publishing: asyncio.Task[None] | None = None  # of documents, after a reload
         self._guard = Guard({}, not_open, not_open, self.telemetry)
         self._servers: list[Server] = []
         self._connections = Connections(self._offers_websocket)
@@ -317,20 +313,17 @@ class GatewayProcess:
             self._reload_wanted = True
             return
         gateway = self._service.gateway
-        old = gateway.settings
         try:
             new = reload_settings(self._loaded)
             new = with_demo(new, self.demo) if self.demo else new
-            check_ca_files(new.upstreams)
-            gateway.apply(new)
+            documents = apply_settings(gateway, new)
         except SettingsError as error:
             log(logging.ERROR, "reload refused", reason=str(error))
             return
         self._settings = new
-        LOG.level = getattr(logging, new.server.log_level.upper())
-        log(logging.INFO, "reloaded", needs_restart=settings_at_restart(old, new))
-        for line in missing_keys(new):
-            log(logging.WARNING, "unusable", reason=line)
+        publishing = publish_reloaded(gateway.billing, documents, new)
+        self._publishing = asyncio.create_task(publishing, name="publish")
+        self._publishing.add_done_callback(self.end_if_failed)
 
 
 def main() -> None:

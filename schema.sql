@@ -1226,6 +1226,9 @@ CREATE TABLE documents (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TRIGGER documents_stay BEFORE UPDATE ON documents
+WHEN NOT ((NEW.name, NEW.version, NEW.effective_at, NEW.text, NEW.notice_id)
+          IS (OLD.name, OLD.version, OLD.effective_at, OLD.text, OLD.notice_id)
+      AND NEW.published_at IS min(OLD.published_at, (SELECT at FROM setting_time)))
 BEGIN SELECT RAISE(ABORT, 'a published document can''t be changed, only superseded'); END;
 CREATE TRIGGER documents_are_kept BEFORE DELETE ON documents
 BEGIN SELECT RAISE(ABORT, 'a published document can''t be deleted, only superseded'); END;
@@ -1246,6 +1249,9 @@ CREATE TABLE acceptances (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TRIGGER acceptances_stay BEFORE UPDATE ON acceptances
+WHEN NOT ((NEW.document, NEW.version, NEW.user_id, NEW.account_id)
+          IS (OLD.document, OLD.version, OLD.user_id, OLD.account_id)
+      AND NEW.accepted_at IS min(OLD.accepted_at, (SELECT at FROM setting_time)))
 BEGIN SELECT RAISE(ABORT, 'an acceptance can''t be changed'); END;
 CREATE TRIGGER acceptances_are_kept BEFORE DELETE ON acceptances
 BEGIN SELECT RAISE(ABORT, 'an acceptance can''t be deleted'); END;

@@ -173,6 +173,9 @@ class CodexSettings(SettingsTable, frozen=True):
 
 
 PAGES = ("terms", "privacy")  # of [site], each a file
+# Who reads reports of security problems, as it is written into a line of security.txt.
+CONTACT_ADDRESS = re.compile(r"(mailto:)?[A-Za-z0-9._+-]{1,64}@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*")
+CONTACT_URL = re.compile(r"https://[!-~]{1,2000}")
 
 
 class SiteSettings(SettingsTable, frozen=True):
@@ -339,7 +342,17 @@ def parse_settings(tables: Mapping[str, Any]) -> Settings:
     catalog = settings.codex.catalog
     if "://" in catalog and not (WEB_ADDRESS.fullmatch(catalog) and _is_url(catalog)):
         raise SettingsError(f"codex.catalog: found {catalog!r}; not a valid URL")
+    _check_contact(settings.site.contact)
     return settings
+
+
+def _check_contact(contact: str) -> None:
+    is_url = CONTACT_URL.fullmatch(contact) and _is_url(contact)
+    if contact and not is_url and not CONTACT_ADDRESS.fullmatch(contact):
+        raise SettingsError(
+            f"site.contact: found {contact!r}; allowed are an email address, such as "
+            "security@example.com, and an https:// URL"
+        )
 
 
 def _check_upstreams(settings: Settings) -> None:

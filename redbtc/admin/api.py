@@ -10,6 +10,7 @@ from msgspec import Struct
 from redbtc.admin.actors import Actor
 from redbtc.admin.api_accounts import AccountOperations
 from redbtc.admin.api_codex import CodexOperations
+from redbtc.admin.api_documents import DocumentOperations
 from redbtc.admin.api_money import MoneyOperations
 from redbtc.admin.api_upstreams import UpstreamOperations
 from redbtc.admin.api_usage import UsageOperations
@@ -43,6 +44,7 @@ from redbtc.admin.inputs import (
     WhichPriceQuery,
     WhichUser,
 )
+from redbtc.admin.inputs_documents import Accepted
 from redbtc.admin.operations import Given, Operation, Result, operation
 from redbtc.admin.outputs import (
     AccountList,
@@ -70,6 +72,7 @@ from redbtc.admin.outputs import (
     UserList,
     WebhookMessageList,
 )
+from redbtc.admin.outputs_documents import AcceptanceList, DocumentList, ToAccept
 from redbtc.admin.set_time import TimeSet
 from redbtc.admin.users import UserAdded, UserShown
 from redbtc.admin.validation import read_json_body, read_values
@@ -89,6 +92,7 @@ class API(
     UpstreamOperations,
     WebhookOperations,
     CodexOperations,
+    DocumentOperations,
 ):
     """The methods of all operations. Call them through one of the `perform` methods, which check
     the actor's role: `await api.perform(API.show_account, actor, account="first")`."""
@@ -129,8 +133,11 @@ class API(
         body: bytes,
     ) -> Struct | dict[str, Any] | AsyncIterator[bytes]:
         """Return the answer to an HTTP request, or its JSON part by part. Raises UserError as
-        `perform` does, and Invalid for malformed input."""
+        `perform` does, Invalid for malformed input, and Forbidden for an owner who has documents to
+        accept first."""
         actor.require(declared.min_rank)
+        if not declared.before_acceptance:
+            self.require_acceptance(actor)
         inputs = read_values(query, declared.query), read_json_body(body, declared.body)
         given = [each for each in inputs if type(each) is not Nothing]
         if declared.stream and actor.is_command:
@@ -257,6 +264,27 @@ OPERATIONS = (
     operation("POST", "/login/password", "viewer", API.change_password, Done, body=NewPassword),
     operation("GET", "/login/sessions", "viewer", API.list_sessions, SessionList),
     operation("DELETE", "/login/sessions/{session}", "viewer", API.end_session, Done),
+    operation("GET", "/documents", "operator", API.list_documents, DocumentList),
+    operation(
+        "GET", "/accounts/{account}/acceptances", "owner", API.list_acceptances, AcceptanceList
+    ),
+    operation(
+        "GET",
+        "/login/acceptances",
+        "owner",
+        API.show_to_accept,
+        ToAccept,
+        before_acceptance=True,
+    ),
+    operation(
+        "POST",
+        "/login/acceptances",
+        "owner",
+        API.accept_documents,
+        ToAccept,
+        body=Accepted,
+        before_acceptance=True,
+    ),
     operation(
         "GET", "/usage", "key", API.usage, UsageReport, query=SumsQuery, key_path="/me/usage"
     ),

@@ -35,6 +35,7 @@ class Operation(NamedTuple):
     status: int = 200
     key_path: str | None = None  # the path for the holder of an API key, if there is another one
     stream: Callable[..., AsyncIterator[bytes]] | None = None  # yields the answer to a command
+    before_acceptance: bool = False  # for owners who have not accepted the newest documents, too
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -67,6 +68,7 @@ def operation(
     *,
     status: int = 200,
     key_path: str | None = None,
+    before_acceptance: bool = False,
 ) -> Operation: ...
 
 
@@ -96,6 +98,7 @@ def operation(
     body: type[Given],
     status: int = 200,
     key_path: str | None = None,
+    before_acceptance: bool = False,
 ) -> Operation: ...
 
 

@@ -44,6 +44,8 @@ LATER = {
     "background": "admitted_at > ?1",
     "estimates": "admitted_at > ?1",
     "unsettled": "admitted_at > ?1",
+    "documents": "published_at > ?1",
+    "acceptances": "accepted_at > ?1",
     "changes": "changed_at > ?1",
     "runs": "started_at > ?1",
     "reopened": "reopened_at > ?1",
@@ -164,6 +166,9 @@ MOVES = (
     move("background", "admitted_at"),
     move("estimates", "admitted_at"),
     move("unsettled", "admitted_at"),
+    # The dates on which documents take effect stay: they are written in the documents.
+    move("documents", "published_at"),
+    move("acceptances", "accepted_at"),
     move("runs", "started_at"),
     move("reopened", "reopened_at"),
     f"""UPDATE users SET created_at = min(created_at, {NOW}),

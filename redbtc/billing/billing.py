@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 
+from redbtc.billing.acceptances import Acceptances
+from redbtc.billing.documents import Documents
 from redbtc.billing.model_prices import ModelPrices
 from redbtc.billing.notices import Notices
 from redbtc.billing.price_table import PriceTable
@@ -51,6 +53,8 @@ class Billing:
         self.changing_prices = asyncio.Lock()
         self.messages = WebhookMessages(store, settings)
         self.notices = Notices(store, settings, self.messages)
+        self.documents = Documents(store)
+        self.acceptances = Acceptances(store, self.documents)
         self._totals = RunningTotals(store)
 
     @classmethod
@@ -66,6 +70,7 @@ class Billing:
                 )
         billing.prices = PriceTable([Price(**dict(row)) async for row in store.rows(PRICES)])
         await billing.notices.read_maintenances()
+        await billing.documents.read()
         return billing
 
     def apply(self, settings: BillingSettings) -> None:

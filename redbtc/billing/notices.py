@@ -163,3 +163,11 @@ class Notices:
 def price_notice(text: str, at: int, until: int, now: int, by: str) -> tuple[str, Sequence[Any]]:
     """Return the statement that adds a notice of a price increase, and its values."""
     return ADD_NOTICE, (new_id("ntc"), "price", text, at, until, now, by, False)
+
+
+def document_notice(
+    text: str, at: int, until: int, now: int, by: str
+) -> tuple[str, tuple[str, Sequence[Any]]]:
+    """Return the id of a notice of a new version of a document, and the statement that adds it."""
+    notice_id = new_id("ntc")
+    return notice_id, (ADD_NOTICE, (notice_id, "terms", text, at, until, now, by, False))

@@ -13,6 +13,8 @@ import click
 import httpx2
 import msgspec
 
+from redbtc.billing.document_files import read_documents
+from redbtc.billing.documents import DOCUMENTS, by_document, is_new
 from redbtc.billing.model_patterns import matches
 from redbtc.cli.main import CommandContext, commands, json_option, show
 from redbtc.codex.catalog import MAX_BODY, SETTING, CatalogError, parse_catalog, size_of
@@ -79,9 +81,27 @@ def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
         currency = loaded.settings.billing.currency
         problems = missing_keys(loaded.settings)
         problems += check_file(loaded.database_path, currency)
+        problems += check_documents(loaded)
         catalog_problems, notes = check_catalog(loaded, fetches=upstreams)
         asked = asyncio.run(ask_all(loaded.settings)) if upstreams else None
         show_check(loaded, problems + catalog_problems, asked, as_json, notes)
+
+
+def check_documents(loaded: LoadedSettings) -> list[str]:
+    """Return why the terms or the privacy policy could not be published; the ledger may be in
+    use. Nothing is written."""
+    try:
+        documents = read_documents(loaded.settings.site)
+    except SettingsError as error:
+        return [str(error)]
+    published, problems = by_document(rows_of(loaded.database_path, DOCUMENTS)), []
+    for document in documents:
+        try:
+            days = loaded.settings.billing.terms_notice_days
+            is_new(document, published[document.name], now_ms(), days)
+        except SettingsError as error:
+            problems.append(str(error))
+    return problems
 
 
 def show_check(
@@ -165,14 +185,19 @@ PATTERNS_WITH_PRICE = """
 
 
 def patterns_with_price(path: Path) -> list[str]:
-    """Return the names and patterns of models that have a price now; none if the database can't be
-    read, which `check_file` reports."""
+    """Return the names and patterns of models that have a price now."""
+    found = rows_of(path, PATTERNS_WITH_PRICE, DEFAULT_TIER, now_ms())
+    return [model for (model,) in found]
+
+
+def rows_of(path: Path, sql: str, *values: str | int) -> list[Any]:
+    """Return the rows of a query; none if the database can't be read, which `check_file` reports,
+    or is of an earlier version that has no such table."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-            found = database.execute(PATTERNS_WITH_PRICE, (DEFAULT_TIER, now_ms())).fetchall()
+            return database.execute(sql, values).fetchall()
     except sqlite3.Error:
         return []
-    return [model for (model,) in found]
 
 
 async def ask_all(settings: Settings) -> list[AskedUpstream]:

@@ -16,6 +16,7 @@ import msgspec
 import orjson
 
 from redbtc.billing.billing import Billing
+from redbtc.billing.document_files import Document, read_documents
 from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import Price
 from redbtc.cli.first_run import dashboard_lines, import_example, welcome
@@ -30,6 +31,7 @@ from redbtc.config import (
     with_demo,
 )
 from redbtc.errors import StorageUnavailable, UserError
+from redbtc.gateway.reloading import publish_documents
 from redbtc.gateway.service import Service
 from redbtc.money import NANOS
 from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
@@ -58,6 +60,7 @@ class ServeOptions(NamedTuple):
 
     loaded: LoadedSettings
     settings: Settings
+    documents: list[Document]  # of [site]
     demo: bool
     first_run: bool
     accept_clock: bool
@@ -150,8 +153,9 @@ async def greet(service: Service, url: str, settings: Settings, options: ServeOp
 async def open_ledger(
     stack: contextlib.AsyncExitStack, options: ServeOptions, process: Process
 ) -> Billing:
-    """Open the ledger. Try again for as long as its disk is full or does not answer, and whenever a
-    damaged file has been replaced. Raises UserError if trying again can't help."""
+    """Open the ledger, and publish what is new of the documents. Try again for as long as its disk
+    is full or does not answer, and whenever a damaged file has been replaced. Raises UserError if
+    trying again can't help."""
     database, path = options.settings.database, options.loaded.database_path
     serving = Serving(database.check_seconds, options.accept_clock, log, process.closing)
     said = ""
@@ -162,6 +166,7 @@ async def open_ledger(
             async with contextlib.AsyncExitStack() as opened:
                 store = await opened.enter_async_context(opening)
                 billing = await open_billing(store, options.settings.billing)
+                await publish_documents(billing, options.documents, options.settings)
                 stack.push_async_exit(opened.pop_all())
                 return billing
         except LedgerDamaged as error:
@@ -244,12 +249,15 @@ def serve(
     if not demo:
         check_ca_files(settings.upstreams)
     read_catalog(settings.codex.catalog)
+    documents = read_documents(settings.site)
     raise_descriptor_limit()
     os.umask(0o077)  # only the gateway's user may read what it writes
     LOG.level = getattr(logging, server.log_level.upper())
     try:
         with asyncio.Runner(loop_factory=EventLoop) as runner:
-            options = ServeOptions(loaded, settings, demo, first_run, accept_clock, as_json)
+            options = ServeOptions(
+                loaded, settings, documents, demo, first_run, accept_clock, as_json
+            )
             status = runner.run(context.run(options))
     finally:
         LOG.flush()

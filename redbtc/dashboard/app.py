@@ -21,6 +21,7 @@ from redbtc.dashboard.account_pages import (
     manage_page,
     members_page,
 )
+from redbtc.dashboard.document_pages import DocumentPages
 from redbtc.dashboard.forms import ProcessedForms
 from redbtc.dashboard.key_page import KEY_ACTIONS, keys_page
 from redbtc.dashboard.login import LoginPages
@@ -42,7 +43,14 @@ from redbtc.dashboard.operator_pages import (
     webhook_page,
     withdraw_notice,
 )
-from redbtc.dashboard.page_request import LOGIN, PageHandler, PageRequest, logged_in, redirect
+from redbtc.dashboard.page_request import (
+    ACCEPT,
+    LOGIN,
+    PageHandler,
+    PageRequest,
+    logged_in,
+    redirect,
+)
 from redbtc.dashboard.parts import USER_ACTIONS
 from redbtc.dashboard.rendering import DASHBOARD_FOLDER, PageVariables, Renderer, error_status
 from redbtc.dashboard.screens import NO_ACTIONS, Actions, Screen, Show
@@ -58,6 +66,8 @@ from redbtc.dashboard.usage_pages import (
 from redbtc.errors import UserError
 
 ACCOUNT_PATH = "/dashboard/accounts/{account}"
+# The beginnings of the paths of pages that owners see before they accept new documents.
+BEFORE_ACCEPTANCE = (ACCEPT, "/dashboard/logout", f"{ACCOUNT_PATH}/settings")
 PROBLEMS = {404: "Page not found.", 500: "The gateway could not process this request."}
 
 
@@ -66,9 +76,10 @@ class Dashboard:
 
     def __init__(self, api: API) -> None:
         self._api = api
-        self._renderer = Renderer(api.billing.currency)
+        self._renderer = Renderer(api.billing.currency, api.billing.documents)
         self._processed = ProcessedForms()
         self._login = LoginPages(api.users, self._renderer)
+        self.documents = DocumentPages(api, self._renderer)
 
     async def render(self, template: str, variables: PageVariables) -> Response:
         """Return a page for anyone, logged in or not."""
@@ -103,6 +114,7 @@ class Dashboard:
             self._route("/dashboard", home),
             self._route("/dashboard/", home),
             self._route("/dashboard/logout", login.log_out, "POST"),
+            self._route(ACCEPT, self.documents.accept, "GET", "POST"),
             screen("/dashboard/you", "you.html", own_login_page, own_actions, min_rank="viewer"),
             screen(
                 "/dashboard/overview",
@@ -170,7 +182,9 @@ class Dashboard:
         return self._route(path, screen, "GET", *(["POST"] if actions else []))
 
     def _route(self, path: str, handler: PageHandler, *methods: str) -> Route:
-        return Route(path, logged_in(self._api, handler), methods=methods or ["GET"])
+        early = path.startswith(BEFORE_ACCEPTANCE)
+        endpoint = logged_in(self._api, handler, before_acceptance=early)
+        return Route(path, endpoint, methods=methods or ["GET"])
 
     async def _refused(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, UserError), "it handles no other"

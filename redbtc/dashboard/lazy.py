@@ -13,10 +13,11 @@ from redbtc.admin.api import API
 
 
 class LoadedDashboard(NamedTuple):
-    """The dashboard as an ASGI app, and a function that renders a template."""
+    """The dashboard as an ASGI app, and functions that return public pages."""
 
     app: ASGIApp
     render: Callable[[str, dict[str, Any]], Awaitable[Response]]
+    document: Callable[[str, str | None], Awaitable[Response | None]]
 
 
 class LazyDashboard:
@@ -36,6 +37,12 @@ class LazyDashboard:
         dashboard = await self._loaded()
         return await dashboard.render(template, variables)
 
+    async def document(self, name: str, version: str | None) -> Response | None:
+        """Return the page of a document, of the version in force or of another one. Return None if
+        that does not exist."""
+        dashboard = await self._loaded()
+        return await dashboard.document(name, version)
+
     async def _loaded(self) -> LoadedDashboard:
         if self._loading is None:
             self._loading = asyncio.create_task(asyncio.to_thread(self._load))
@@ -49,4 +56,4 @@ class LazyDashboard:
         from redbtc.dashboard.app import Dashboard
 
         dashboard = Dashboard(self._api)
-        return LoadedDashboard(dashboard.app(), dashboard.render)
+        return LoadedDashboard(dashboard.app(), dashboard.render, dashboard.documents.show)

@@ -11,7 +11,7 @@ from redbtc.admin.actors import Forbidden
 from redbtc.admin.passwords import Later
 from redbtc.admin.users import Users
 from redbtc.dashboard.forms import read_form
-from redbtc.dashboard.page_request import HOME, LOGIN, PageRequest, redirect
+from redbtc.dashboard.page_request import LOGIN, PageRequest, redirect, redirect_to_next
 from redbtc.dashboard.rendering import PageVariables, Renderer
 from redbtc.dashboard.sessions import (
     SAFE,
@@ -69,8 +69,7 @@ class LoginPages:
         cookie = await self._users.log_in(user_id, hashed, browser, former)
         if cookie is None:
             return None
-        wanted = request.query_params.get("next", "")
-        response = redirect(wanted if wanted.startswith("/dashboard/") else HOME)
+        response = redirect_to_next(request)
         set_session_cookie(request, response, cookie)
         return response
 

@@ -19,6 +19,7 @@ from redbtc.dashboard.sessions import PAGE_HEADERS, SAFE, actor_for, check_origi
 
 HOME = "/dashboard/"
 LOGIN = "/dashboard/login"
+ACCEPT = "/dashboard/accept"  # where an owner accepts new documents
 
 
 class PageRequest:
@@ -82,8 +83,11 @@ class PageRequest:
 PageHandler = Callable[[PageRequest], Awaitable[Response]]
 
 
-def logged_in(api: API, handler: PageHandler) -> Callable[[Request], Awaitable[Response]]:
-    """Return an endpoint that requires a login. It redirects other users to the login form."""
+def logged_in(
+    api: API, handler: PageHandler, *, before_acceptance: bool = False
+) -> Callable[[Request], Awaitable[Response]]:
+    """Return an endpoint that requires a login, and of an owner the acceptance of new documents
+    unless `before_acceptance`. It redirects other users to the page for that."""
 
     async def endpoint(request: Request) -> Response:
         session, form = session_of(api, request), {}
@@ -93,8 +97,13 @@ def logged_in(api: API, handler: PageHandler) -> Callable[[Request], Awaitable[R
             form = await read_form(request)
             session = session_of(api, request)  # it may have ended while the form was read
         if session is None:
-            return redirect_to_login(request)
-        return await handler(PageRequest(api, request, session, form))
+            return redirect_with_next(LOGIN, request)
+        page = PageRequest(api, request, session, form)
+        if not before_acceptance and api.to_accept(page.actor):
+            if request.method not in SAFE:
+                api.require_acceptance(page.actor)
+            return redirect_with_next(ACCEPT, request)
+        return await handler(page)
 
     return endpoint
 
@@ -104,10 +113,16 @@ def redirect(path: str) -> Response:
     return RedirectResponse(path, 303, PAGE_HEADERS)
 
 
-def redirect_to_login(request: Request) -> Response:
-    """Return a response that sends the browser to the login form, and from there back to the page
-    that was requested."""
+def redirect_with_next(target: str, request: Request) -> Response:
+    """Return a response that sends the browser to the form at `target`, and from there back to the
+    page that was requested."""
     path, query = request.url.path, request.url.query
     if request.method not in SAFE or path in ("/dashboard", HOME):
-        return redirect(LOGIN)
-    return redirect(f"{LOGIN}?{urlencode({'next': f'{path}?{query}' if query else path})}")
+        return redirect(target)
+    return redirect(f"{target}?{urlencode({'next': f'{path}?{query}' if query else path})}")
+
+
+def redirect_to_next(request: Request) -> Response:
+    """Return a response that sends the browser from a form to the page that was requested first."""
+    wanted = request.query_params.get("next", "")
+    return redirect(wanted if wanted.startswith("/dashboard/") else HOME)

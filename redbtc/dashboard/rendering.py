@@ -14,6 +14,8 @@ from starlette.responses import Response
 
 from redbtc.admin.actors import Invalid
 from redbtc.admin.http import DEFAULT_STATUS, STATUS, retry_after
+from redbtc.billing.document_files import DOCUMENT_TITLES
+from redbtc.billing.documents import Documents
 from redbtc.dashboard.formats import (
     aligned,
     browser,
@@ -78,10 +80,12 @@ def environment() -> jinja2.Environment:
 
 
 class Renderer:
-    """Renders pages and error pages from the templates, one large page at a time."""
+    """Renders pages and error pages from the templates, one large page at a time. Each page has
+    links to the documents that are shown."""
 
-    def __init__(self, currency: str) -> None:
+    def __init__(self, currency: str, documents: Documents) -> None:
         self._environment = environment()
+        self._documents = documents
         self._compiled: set[str] = set()
         self._drawing = asyncio.Lock()
         self._defaults: PageVariables = {
@@ -100,8 +104,10 @@ class Renderer:
             if template not in self._compiled:  # compiling blocks for longer than drawing
                 await asyncio.to_thread(self._environment.get_template, template)
                 self._compiled.add(template)
+            links = {f"/{name}": DOCUMENT_TITLES[name] for name in self._documents.names()}
             body = await draw(
-                self._environment.get_template(template), {**self._defaults, **variables}
+                self._environment.get_template(template),
+                {**self._defaults, "document_links": links, **variables},
             )
         return Response(body, status, PAGE_HEADERS, media_type="text/html; charset=utf-8")
 

@@ -37,6 +37,11 @@ class ExactRoute(Route):
         return (match, child) if match is Match.FULL else (Match.NONE, {})
 
 
+def get_route(path: str, function: App) -> Route:
+    """Return the route of GET requests for a path to an app that is a function."""
+    return ExactRoute(path, AsApp(function), methods=["GET"])
+
+
 class NotServed:
     """The app of requests that no route serves: 405 with the methods of the path, if it has others,
     else 404 with a list of what is served. Neither reads the body or asks for a key."""

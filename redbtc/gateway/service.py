@@ -15,6 +15,7 @@ from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
 from redbtc.gateway.progress import save_progress
+from redbtc.gateway.site_routes import SiteRoutes
 from redbtc.gateway.upstream_metrics import UpstreamMetrics
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
@@ -41,6 +42,7 @@ class Service:
         self.models = Models(self.gateway)
         self.admin_routes = AdminRoutes(self.gateway, self.api)
         self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)
+        self.site_routes = SiteRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.vitals = Vitals(billing.store)
         telemetry.registry.register(self.vitals)
         telemetry.registry.register(UpstreamMetrics(self.gateway.upstreams))

@@ -302,6 +302,7 @@ def test_a_duration_is_never_negative(make_gateway: MakeGateway, upstream: Upstr
 
 # Dates that are rightly in the future.
 ANNOUNCED = {
+    ("documents", "effective_at"),
     ("keys", "expires_at"),
     ("notices", "effective_at"),
     ("prices", "effective_at"),
