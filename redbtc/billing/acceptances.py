@@ -17,14 +17,15 @@ from redbtc.store.database import Store
 from redbtc.store.json_values import Moment, by_name, json_time
 
 ACCEPTED_BY = "SELECT document, version FROM acceptances WHERE user_id = ?"
-ACCEPT = """
+ADD_ACCEPTANCE = """
     INSERT OR IGNORE INTO acceptances (document, version, user_id, account_id, accepted_at)
     SELECT ?, ?, id, account_id, ? FROM users WHERE id = ? AND role = 'owner'"""
 ACCEPTANCES = """
     SELECT document, version, user_id, users.email AS user, accepted_at
       FROM acceptances LEFT JOIN users ON users.id = user_id
      WHERE acceptances.account_id = ? ORDER BY accepted_at, document, user_id"""
-COUNTS = "SELECT document, version, count(*) AS owners FROM acceptances GROUP BY document, version"
+ACCEPTANCE_COUNTS = """
+    SELECT document, version, count(*) AS owners FROM acceptances GROUP BY document, version"""
 
 
 class Acceptance(Struct):
@@ -72,8 +73,8 @@ class Acceptances:
                     "to read the newest"
                 )
         now = self._store.time()
-        statements = [(ACCEPT, (name, each, now, user_id)) for name, each in versions.items()]
-        await self._store.transact(*statements, by=by)
+        accepted = [(name, version, now, user_id) for name, version in versions.items()]
+        await self._store.transact(*((ADD_ACCEPTANCE, values) for values in accepted), by=by)
 
     async def of_account(self, account_id: str) -> list[Acceptance]:
         """Return what the owners of an account have accepted, oldest first."""
@@ -81,5 +82,5 @@ class Acceptances:
 
     async def counts(self) -> dict[tuple[str, str], int]:
         """Return how many owners have accepted each version, by document and version."""
-        rows = self._store.rows(COUNTS)
+        rows = self._store.rows(ACCEPTANCE_COUNTS)
         return {(row["document"], row["version"]): row["owners"] async for row in rows}

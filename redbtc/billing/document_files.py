@@ -22,7 +22,7 @@ from redbtc.errors import UserError
 from redbtc.times import DAY, MINUTE, day_of, iso_time, parse_time
 
 MAX_DOCUMENT_BYTES = 256 << 10  # of which the worst takes about 2 s to render
-HEAD_LINE = "---"
+HEAD_EDGE = "---"
 HEAD_FIELDS = {
     "version": (
         re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}"),
@@ -99,18 +99,18 @@ def decoded(found: bytes) -> str:
 def parse_document(name: str, text: str) -> Document:
     """Return the document of a file's text. Raises UserError that names the line."""
     lines = text.split("\n")
-    if lines[0].rstrip() != HEAD_LINE:
-        raise UserError(f"line 1: found {lines[0][:50]!r}; a head begins with {HEAD_LINE!r}")
+    if lines[0].rstrip() != HEAD_EDGE:
+        raise UserError(f"line 1: found {lines[0][:50]!r}; a head begins with {HEAD_EDGE!r}")
     head: dict[str, str] = {}
     for number, line in enumerate(lines[1:], 2):
-        if line.rstrip() == HEAD_LINE:
+        if line.rstrip() == HEAD_EDGE:
             break
         field, value = parse_field(number, line)
         if field in head:
             raise UserError(f"line {number}: duplicate field {field!r}")
         head[field] = value
     else:
-        raise UserError(f"line {len(lines)}: the head has no end; end it with {HEAD_LINE!r}")
+        raise UserError(f"line {len(lines)}: the head has no end; end it with {HEAD_EDGE!r}")
     for field in HEAD_FIELDS:
         if field not in head:
             raise UserError(f"line {number}: the head has no field {field!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from redbtc.admin.actors import RANKS, Rank
 from redbtc.admin.api import API
+from redbtc.billing.document_files import DOCUMENT_TITLES
 from redbtc.billing.statements import Statement
 from redbtc.dashboard.charts import stacked
 from redbtc.dashboard.page_request import PageRequest
@@ -82,8 +83,11 @@ async def account_overview_page(page: PageRequest) -> PageVariables:
 
 
 async def members_page(page: PageRequest) -> PageVariables:
-    """Show the account's members."""
-    return {**await account_base(page, "Members"), **await user_table(page)}
+    """Show the account's members, and the documents that its owners have accepted."""
+    base = await account_base(page, "Members")
+    found = await page.ask(API.list_acceptances, account=base["account"].id)
+    accepted = paginated(page, "accepted", found.acceptances, "accepted")
+    return {**base, **await user_table(page), **accepted, "titles": DOCUMENT_TITLES}
 
 
 async def account_notices_page(page: PageRequest) -> PageVariables:

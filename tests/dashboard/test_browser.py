@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.dashboard.pages import OPERATORS_PAGES, PAGES, fill_in
+from tests.helpers.documents import days_ahead, reload, write_document
 from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, MakeGateway
 from tests.helpers.logins import OTHER_PASSWORD, PASSWORD, Login, anonymous, log_in, new_user
 from tests.helpers.tools import NODE_MODULES, needs
@@ -434,6 +435,64 @@ def test_what_users_name_is_text_and_pages_are_accessible(
     # The browser says that a page came with an error status.
     found = [each for each in looker.found if "the server responded with a status of" not in each]
     assert found == []
+
+
+DOCUMENT = f"""# Terms
+
+{NASTY}
+
+## 1. Use
+
+- Be kind[.](javascript:document.title='owned') [Privacy](/privacy) ![{NASTY}](https://a.b/c.png)
+- `{"long" * 50}`
+
+| Party | Duty |
+|---|---|
+| {NASTY} | {"word " * 30} |
+
+> {NASTY}
+"""
+
+
+def test_an_owner_reads_and_accepts_the_terms_by_keyboard_alone(
+    make_gateway: MakeGateway, browser: Browser, closing: Callable[[Login], Login]
+) -> None:
+    gateway = make_gateway('[server]\n[site]\nterms = "terms.md"\nprivacy = "privacy.md"\n')
+    write_document(gateway, "1", text=DOCUMENT)
+    write_document(gateway, "1", text="We keep nothing.", name="privacy")
+    gateway.start()
+    write_document(gateway, "2", days_ahead(20), f"{DOCUMENT}\nNew.")
+    reload(gateway)
+    account = gateway.api("POST", "/accounts", {"name": "a"})
+    owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    looker = Looker(browser, gateway, owner)
+    members = f"/dashboard/accounts/{account['id']}/members"
+    for path in ("/terms", "/terms?version=2", "/privacy", members, members[:-7] + "settings"):
+        looker.look(path)
+    context = browser.new_context()
+    page = context.new_page()
+    watch(page, looker.found)
+    page.goto(f"{gateway.url}/dashboard/login")
+    enter(page, "Terms of service")
+    see(page, "Terms")
+    page.go_back()
+    write(page, Email_address="ada@example.com", Password=PASSWORD)
+    enter(page)
+    see(page, "Please read and accept")
+    enter(page, "Terms of service, version 2")
+    expect(page.get_by_text("New.", exact=True)).to_be_visible()
+    page.go_back()
+    enter(page, "settings")
+    expect(page.get_by_role("heading", level=1)).to_have_text("a")
+    enter(page, "Members")
+    see(page, "Please read and accept")
+    enter(page, "Accept documents")
+    see(page, "Accepted documents")
+    assert page.url.endswith(members)
+    looker.look(members)
+    looker.close()
+    context.close()
+    assert looker.found == []
 
 
 def test_pages_of_a_new_gateway_are_accessible(
