@@ -17,7 +17,7 @@ SAFE_LINK = re.compile(r"(https?:|mailto:|[^:]*$|[^:]*[/?#])", re.IGNORECASE)
 
 
 class RenderedMarkdown(NamedTuple):
-    """A document as HTML. `has_title`: it begins with a heading of the first level."""
+    """A document as HTML. `has_title`: it has a heading of the first level."""
 
     html: str
     has_title: bool
@@ -51,4 +51,4 @@ def render_markdown(text: str) -> RenderedMarkdown:
     env: dict[str, Any] = {}
     tokens = parser.parse(text, env)
     html = str(parser.renderer.render(tokens, parser.options, env))
-    return RenderedMarkdown(html, bool(tokens) and tokens[0].tag == "h1")
+    return RenderedMarkdown(html, any(each.tag == "h1" for each in tokens))

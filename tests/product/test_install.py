@@ -21,7 +21,7 @@ base_url = "http://127.0.0.1:9/v1"
 api_key_env = "TEST_UPSTREAM_KEY"
 """
 SOURCES = ["redbtc_proxy.py", "pyproject.toml", "README.md"]
-SHIPPED = ["schema.sql", "config.toml", "prices.toml"]
+SHIPPED = ["schema.sql", "config.toml", "prices.toml", "deploy/terms.md", "deploy/privacy.md"]
 
 
 def pip(*arguments: str | Path) -> None:
@@ -36,8 +36,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     compiled = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "redbtc", source / "redbtc", ignore=compiled)
+    (source / "deploy").mkdir()
     for name in [*SOURCES, *SHIPPED]:
-        shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / name, source / name)
     pip("wheel", source, "--no-build-isolation", "--wheel-dir", folder)
     return next(folder.glob("*.whl"))
 
