@@ -77,7 +77,9 @@ def begin_form(gateway: Gateway, key: str, size: int) -> contextlib.AbstractCont
     field = b'--x\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n'
     content = field % (b"model", b"gpt-up") + field % (b"stream", b"true")
     picture = b"x" * size
-    content += field.replace(b'"\r\n', b'"; filename="a.png"\r\n') % (b"image", picture) + b"--x--\r\n"
+    content += (
+        field.replace(b'"\r\n', b'"; filename="a.png"\r\n') % (b"image", picture) + b"--x--\r\n"
+    )
     return begin(gateway, key, "/images/edits", "multipart/form-data; boundary=x", content)
 
 
