@@ -73,6 +73,7 @@ from redbtc.server.listening import Server, configured, listen, server_for
 from redbtc.server.unix_socket import AdminServer, socket_path
 from redbtc.server.websocket_protocol import WebSocketProtocol
 from redbtc.telemetry import LOG, Telemetry, log, shown_error
+from redbtc.unexpected import log_unexpected_errors
 from redbtc.upstream.upstreams import PING_SECONDS
 
 OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
@@ -329,6 +330,7 @@ class GatewayProcess:
 def main() -> None:
     """Run the command line: redbtc-proxy, or python redbtc_proxy.py."""
     LOG.start()
+    log_unexpected_errors()
     commands.main(run)
 
 

@@ -1,4 +1,4 @@
-"""The first steps of a process: standard descriptors, signals and garbage collection.
+"""The first steps of a process: standard descriptors, signals, core dumps and garbage collection.
 
 `serve` keeps what is set here until its own signal handlers are set. Nothing is imported here that
 takes time: a signal before `prepare` finds Python's own handlers.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
+PR_SET_DUMPABLE = 4  # of prctl(2)
 MAX_END_SECONDS = 10  # until a process has ended, after which it is killed
 
 _handlers: dict[int, Any] = {}  # those that `prepare` replaced, by signal
@@ -24,11 +27,13 @@ _collects = gc.isenabled()
 def prepare() -> None:
     """Open those of the descriptors 0 to 2 that are closed on /dev/null, so that the database does
     not become standard error. From now on SIGINT and SIGTERM end the process at once and silently,
-    and SIGHUP waits. No garbage is collected: loading the program makes hardly any."""
+    and SIGHUP waits. No core is dumped. No garbage is collected: loading the program makes hardly
+    any."""
     _open_standard_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     for number in ENDING:
         _handlers[number] = signal.signal(number, _end)
+    _forbid_core_dumps()
     gc.disable()
 
 
@@ -37,6 +42,17 @@ def _open_standard_descriptors() -> None:
     while descriptor <= 2:  # each new descriptor is the lowest that is free
         descriptor = os.dup(descriptor)
     os.close(descriptor)
+
+
+def _forbid_core_dumps() -> None:
+    """Keep the process's memory, which has prompts, out of files: no core is dumped when it
+    crashes. The limit alone does not keep Linux from piping a core to a program (core(5)); a
+    process that is not dumpable does, and only root can read its memory or attach a debugger."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        import ctypes  # here: it takes 3 ms to load
+
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _end(number: int, _: FrameType | None) -> None:

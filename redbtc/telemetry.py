@@ -32,6 +32,8 @@ LOG_LINES_A_SECOND = 2000
 LOG_BACKLOG = 10_000
 LOG_SECONDS = 0.02  # lines that are logged within this time are written together
 LOG_WATCH_SECONDS = 0.25  # between two looks at the log's thread
+UNEXPECTED = "unexpected error"  # the event of an error that no code handles
+MAX_PLACES = 50  # of an error in a log line: endless recursion passes through a thousand
 
 
 class Log:
@@ -112,10 +114,10 @@ def log(level: int, event: str, **fields: Any) -> None:
 
 
 def shown_error(error: BaseException | None) -> dict[str, Any]:
-    """Return the type of an unexpected error and the lines of code it passed through, for the log.
-    Its message could hold content, so it is left out. Files are named with their folder, since
+    """Return the type of an unexpected error and the last lines of code it passed through, for the
+    log. Its message could hold content, so it is left out. Files are named with their folder, since
     files of several folders have the same name."""
-    frames = traceback.extract_tb(error.__traceback__) if error else []
+    frames = traceback.extract_tb(error.__traceback__, -MAX_PLACES) if error else []
     places = [f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno}" for each in frames]
     return {"error": type(error).__name__ if error else None, "places": places}
 

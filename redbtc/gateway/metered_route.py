@@ -45,4 +45,6 @@ class MeteredRoute:
                 request.takes_out_usage = body.add_include_usage()
             async with request.admit(candidates, memory):
                 path = endpoint.path.removeprefix("/v1")
-                await Relay(request, send, "POST", path, body.sent).forward(candidates)
+                relay = Relay(request, send, "POST", path, body.sent)
+                body.sent = b""  # only the relay has it now, for as long as it can be needed
+                await relay.forward(candidates)

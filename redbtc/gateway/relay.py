@@ -51,8 +51,7 @@ class Relay:
         self._method = method
         self._path = path
         self._query = query
-        self._body = body
-        self._upload: UploadBody | None = None  # that of the last attempt
+        self._upload = UploadBody(body)  # emptied as soon as no attempt can follow
         self._response = ClientResponse(send)
         self._answer: AnswerBody | None = None  # once the head of the answer to pass on is there
         self._idle_seconds = 0.0  # of the member that is asked
@@ -83,10 +82,12 @@ class Relay:
                 failure = self._note_failure(error, candidates)
             rest = self._answer.rest if self._answer else None
             if rest is None:
+                self._upload.body = b""
                 await self._fail(failure)
             elif failure:
                 await asyncio.sleep(UPSTREAM_CLOSE_SECONDS)
         finally:
+            self._upload.body = b""
             candidates.give_back()
         if rest is not None:
             await self._end(rest)
@@ -106,11 +107,11 @@ class Relay:
         )
         if member.is_client:
             headers += request.client_request.credential_headers
-        if self._body or self._method == "POST":
-            headers.append((b"content-length", b"%d" % len(self._body)))
+        if self._upload.body or self._method == "POST":
+            headers.append((b"content-length", b"%d" % len(self._upload.body)))
         else:
             headers = [line for line in headers if line[0] != b"content-encoding"]
-        self._upload = UploadBody(self._body)
+        self._upload.begun = False
         self._idle_seconds = member.settings.idle_timeout_seconds
         self._deadline.allow(member.settings.first_byte_timeout_seconds)
         try:
@@ -189,6 +190,7 @@ class Relay:
     async def _pass(self, response: UpstreamResponse, candidates: Candidates[Upstream]) -> None:
         """Pass an answer on. Raises httpx2.HTTPError."""
         request, status = self._request, response.status
+        self._upload.body = b""  # it would stay in memory for as long as the answer takes
         is_good = status < 400 or not is_failure(status, candidates)
         if is_good:
             candidates.answer(serves=status < 400)
@@ -260,7 +262,7 @@ class Relay:
             account = answer_queue(request.key.account_id)
             await in_slices(request.meter.cut_off_steps(), account, started=True)
         if failure != REJECTED_KEY:  # else the answer has been read
-            if self._upload and self._upload.begun:
+            if self._upload.begun:
                 await asyncio.sleep(UPSTREAM_CLOSE_SECONDS)
             elif deadline.client_left:
                 await self._leave_unsent()

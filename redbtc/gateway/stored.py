@@ -188,8 +188,9 @@ class StoredRoute:
                 elif body.strip():
                     check_plain_json(client_request.headers)
                     steps = RequestBody.read_body(body, body)
-                    parsed = await in_slices(steps, key.account_id)
-                    await required_location(gateway, client_request, key, parsed)
+                    await required_location(
+                        gateway, client_request, key, await in_slices(steps, key.account_id)
+                    )
                 if self._method == "DELETE" and response_id in gateway.background:
                     message = "The response is still in progress. Cancel it first."
                     raise Refusal("invalid_request", message)
@@ -208,7 +209,9 @@ class StoredRoute:
                     deletes=self._method == "DELETE",
                 )
                 path = f"/responses/{response_id}{self._suffix}"
-                await Relay(request, send, self._method, path, body, query).forward(candidates)
+                relay = Relay(request, send, self._method, path, body, query)
+                body = b""
+                await relay.forward(candidates)
 
     async def _hold(
         self, key: Key, response_id: str, admission: Admission

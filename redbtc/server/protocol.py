@@ -31,6 +31,7 @@ from redbtc.server.framing import (
 )
 from redbtc.server.head import Address, HeadReader
 from redbtc.server.stream import ClientStream
+from redbtc.telemetry import UNEXPECTED, log, shown_error
 
 HEAD_SECONDS = 30  # for a whole head; on a new connection, also for its first byte to arrive
 KEEP_ALIVE_SECONDS = 75  # longer than nginx's 60, so that nginx never sends on a closed connection
@@ -232,7 +233,7 @@ class HTTPProtocol(asyncio.Protocol):
             await self._app(cycle.scope, cycle.receive, cycle.send)
         except BaseException as error:
             if not isinstance(error, asyncio.CancelledError):
-                logging.getLogger("uvicorn.error").error("exception in the app", exc_info=error)
+                log(logging.ERROR, UNEXPECTED, **shown_error(error))
         finally:
             if not cycle.complete and not self.connection.closed:
                 self.connection.tear(cycle.ends_by_closing)

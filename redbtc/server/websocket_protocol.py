@@ -177,8 +177,10 @@ class WebSocketProtocol(PausingWebSocket):
                 self.handle_parser_exception()
             if not self.conn.events:
                 return
-            self._count(cast(WireFrame, self.conn.events[0]))
+            frame = cast(WireFrame, self.conn.events[0])
+            self._count(frame)
             self.handle_events()
+            frame.data = b""  # the parser keeps the frame until the next one comes
             yield
 
     def _count(self, frame: WireFrame) -> None:

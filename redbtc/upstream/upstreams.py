@@ -45,10 +45,11 @@ REACH_SECONDS = 1.0  # between two attempts to reach a host that no request may 
 
 
 class UploadBody(httpx2.ByteStream):
-    """A request's body, sent in slices. It can be sent again from its beginning."""
+    """A request's body, sent in slices. It can be sent again from its beginning, until `body` is
+    emptied."""
 
     def __init__(self, body: Buffer) -> None:
-        self._body = body
+        self.body = body
         self._at = 0
         self.begun = False  # some of the request has been sent, since the head goes first
 
@@ -57,14 +58,14 @@ class UploadBody(httpx2.ByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        start, size = self._at, len(self._body)
+        start, size = self._at, len(self.body)
         if start >= max(size, 1):
             raise StopAsyncIteration
         self.begun = True
         self._at = max(start + UPLOAD_PART_BYTES, 1)
         if size <= UPLOAD_PART_BYTES:
-            return cast(bytes, self._body)
-        return cast(bytes, memoryview(self._body)[start : start + UPLOAD_PART_BYTES])
+            return cast(bytes, self.body)
+        return cast(bytes, memoryview(self.body)[start : start + UPLOAD_PART_BYTES])
 
 
 NOT_IN_HANDSHAKE = ("accept", "accept-encoding", "content-type", "content-encoding")

@@ -230,6 +230,7 @@ class Gateway:
         assert not died, f"the gateway died: {self.log()}"
         assert "Traceback" not in self.log(), self.log()
         assert '"level":"error","event":"request"' not in self.log(), self.log()
+        assert '"event":"unexpected error"' not in self.log(), self.log()
 
     # What it shows
 

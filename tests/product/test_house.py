@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "config": BASE | {"settings_tables", "upstream_settings"},
     "codex": BASE | {"config"},
     "telemetry": BASE | {"refusals"},
+    "unexpected": frozenset(("telemetry",)),
     "meter": frozenset(("usage", "headers", "steps")),
     "request_body": BASE | {"meter", "refusals"},
     "store": BASE | {"config"},

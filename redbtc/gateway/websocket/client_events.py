@@ -60,6 +60,7 @@ class ClientEvents:
                     await self._take(message["text"], memory)
                 else:
                     await self._sender.close(UNSUPPORTED_DATA, "Only text messages are supported.")
+            message = {}  # keep no text until the next one comes
 
     async def _take(self, text: Buffer, memory: MessageMemory) -> None:
         """Act on a message, or refuse it. Its memory is kept if it waits for a place."""

@@ -60,6 +60,7 @@ class TurnResponse(MeteredRequest):
         """Meter an event, whose type is `kind`."""
         if self.first_byte_ms is None:
             self.note_first_byte()
+            self.body.sent = b""  # from now on the request is sent to no other member
         await self.meter.take(event, kind, self.key.account_id)
         self.act_on_report()
 

@@ -160,6 +160,7 @@ class TurnRunner:
             is_clients = isinstance(refusal, CredentialRejected)
             await self._pass_failure(turn, (None if is_clients else failover.best()) or refusal)
         finally:
+            event.sent = b""
             turn.end()
 
     async def _answer_from(
