@@ -64,7 +64,13 @@ class Store:
     """
 
     def __init__(
-        self, path: Path, writer: Writer, commits: Commits, readers: Readers, clock: LedgerClock
+        self,
+        path: Path,
+        writer: Writer,
+        commits: Commits,
+        readers: Readers,
+        clock: LedgerClock,
+        wal: WalFile,
     ) -> None:
         self.path = path
         self.interrupted = 0  # rows of requests that the process before this one left in flight
@@ -81,7 +87,7 @@ class Store:
         self.rows, self.one = readers.rows, readers.one
         self.snapshot, self.snapshot_to_check = readers.snapshot, readers.snapshot_to_check
         self._writer = writer
-        self._wal = WalFile(path, writer, commits, readers)
+        self._wal = wal
         self.secret = b""  # for the idempotency keys that are sent upstream
         self._trying = asyncio.Lock()  # whether a commit succeeds
 
@@ -113,7 +119,7 @@ class Store:
         replaced = complete_restore(path)
         spill = Spill(path)
         refuse_incomplete(path, spill)
-        stack.enter_context(lock_database(path))
+        file = stack.enter_context(lock_database(path))
         if serving and serving.check_seconds and (spill.exists() or has_wal(path)):
             await check_pages(path, serving)
         writer = Writer(path, synchronous)
@@ -130,7 +136,8 @@ class Store:
         commits = Commits(path, writer, spill, clock.now, serving.log if serving else no_log)
         stack.push_async_callback(end, commits, spill)
         readers = await Readers.open(stack, path, commits.check_error)
-        store = cls(path, writer, commits, readers, clock)
+        wal = WalFile(path, file, writer, commits, readers)
+        store = cls(path, writer, commits, readers, clock, wal)
         store.migrated, store.replaced = migrated, replaced
         await store._prepare(spill, serving)
         writer.files = OpenFiles(path)
