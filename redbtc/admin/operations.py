@@ -96,6 +96,7 @@ def operation(
     body: type[Given],
     status: int = 200,
     key_path: str | None = None,
+    stream: Callable[Concatenate[Any, Actor, Given, ...], AsyncIterator[bytes]] | None = None,
 ) -> Operation: ...
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from redbtc.errors import StorageUnavailable
+from redbtc.errors import Conflict, StorageUnavailable
 from redbtc.locations import joined_models
 from redbtc.store.backup import complete_restore
 from redbtc.store.clock import LedgerClock
@@ -49,6 +49,7 @@ SIGN = "INSERT INTO acting (id, name, at) VALUES (1, ?, ?)"
 UNSIGN = "DELETE FROM acting"
 ADD_RUN = "INSERT INTO runs (started_at) VALUES (?)"
 LATEST_RUN = "SELECT max(id) FROM runs"
+TERMINATED = "the account is terminated"  # says a trigger
 
 # None and bytes are written as they are. Without these adapters, sqlite3 searches for one in three
 # places, which takes longer than writing the value; half of a row is None.
@@ -217,8 +218,9 @@ class Store:
     ) -> int:
         """Execute all of the statements or none, at once. Return how many rows the last one
         changed. `by` is the author of an administrative change; the log of these changes requires
-        it. Raises sqlite3.IntegrityError, or StorageUnavailable if the commit fails or takes longer
-        than `seconds` (None: TRANSACT_SECONDS); then it may still succeed later."""
+        it. Raises sqlite3.IntegrityError; Conflict if the account was terminated; or
+        StorageUnavailable if the commit fails or takes longer than `seconds` (None:
+        TRANSACT_SECONDS); then it may still succeed later."""
         seconds = seconds or TRANSACT_SECONDS
         if by is not None:
             statements = ((SIGN, (by, self.time())), *statements, (UNSIGN, ()))
@@ -227,7 +229,9 @@ class Store:
         try:
             async with asyncio.timeout(seconds):
                 changed = await self._writer.write(statements)
-        except sqlite3.IntegrityError:
+        except sqlite3.IntegrityError as error:
+            if str(error) == TERMINATED:
+                raise Conflict(f"{TERMINATED}; only payments can be added to it") from None
             raise
         except TimeoutError:
             raise StorageUnavailable(
