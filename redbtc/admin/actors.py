@@ -107,6 +107,12 @@ class RunningGateway(Protocol):
     def abort_key(self, key_id: str) -> int:
         """Abort all requests of a key. Return their number."""
 
+    async def abort_account(self, account_id: str) -> int:
+        """Abort all that runs for an account, whose keys are revoked. Return how much that was."""
+
+    async def end_account(self, account_id: str) -> None:
+        """Abort all that runs for an account, and wait for a while until it has ended."""
+
     def set_back(self, at: int) -> None:
         """Set the ledger's time back to `at` (milliseconds): nothing in progress began later."""
 
@@ -154,6 +160,13 @@ class StoppedGateway:
     def abort_key(self, _: str) -> int:
         """Return 0, since no request is in flight."""
         return 0
+
+    async def abort_account(self, _: str) -> int:
+        """Return 0, since no request is in flight."""
+        return 0
+
+    async def end_account(self, _: str) -> None:
+        """Do nothing, since nothing is in progress."""
 
     def set_back(self, _: int) -> None:
         """Do nothing, since nothing is in progress."""

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from redbtc.admin.actors import Actor
 from redbtc.admin.api_accounts import AccountOperations
+from redbtc.admin.api_closing import ClosingOperations
 from redbtc.admin.api_codex import CodexOperations
 from redbtc.admin.api_documents import DocumentOperations
 from redbtc.admin.api_money import MoneyOperations
@@ -44,6 +45,7 @@ from redbtc.admin.inputs import (
     WhichPriceQuery,
     WhichUser,
 )
+from redbtc.admin.inputs_closing import AccountTerminated, Termination
 from redbtc.admin.inputs_documents import Accepted
 from redbtc.admin.operations import Given, Operation, Result, operation
 from redbtc.admin.outputs import (
@@ -86,6 +88,7 @@ Arguments = ParamSpec("Arguments")
 
 class API(
     AccountOperations,
+    ClosingOperations,
     MoneyOperations,
     UserOperations,
     UsageOperations,
@@ -183,6 +186,17 @@ OPERATIONS = (
         Account,
         body=Throttle,
     ),
+    operation(
+        "POST",
+        "/accounts/{account}/terminate",
+        "operator",
+        API.terminate_account,
+        AccountTerminated,
+        body=Termination,
+        stream=API.stream_termination,
+    ),
+    operation("POST", "/accounts/{account}/closing", "owner", API.ask_for_closing, Account),
+    operation("DELETE", "/accounts/{account}/closing", "owner", API.withdraw_closing, Account),
     operation("GET", "/accounts/{account}/limits", "viewer", API.account_limits, dict[str, Any]),
     operation("GET", "/accounts/{account}/keys", "viewer", API.list_keys, KeyList),
     operation(

@@ -99,6 +99,7 @@ def operation(
     status: int = 200,
     key_path: str | None = None,
     before_acceptance: bool = False,
+    stream: Callable[Concatenate[Any, Actor, Given, ...], AsyncIterator[bytes]] | None = None,
 ) -> Operation: ...
 
 

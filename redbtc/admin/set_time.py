@@ -38,7 +38,8 @@ LATER = {
     "webhook_messages": "max(created_at, ifnull(tried_at, 0), ifnull(delivered_at, 0)) > ?1",
     "upstream_changes": "changed_at > ?1",
     "upstream_rests": "began_at > ?1",
-    "accounts": "created_at > ?1",
+    "accounts": "max(created_at, ifnull(closing_asked_at, 0), ifnull(terminated_at, 0),"
+    " ifnull(erased_at, 0)) > ?1",
     "keys": "max(created_at, ifnull(revoked_at, 0)) > ?1",
     "stored_objects": "created_at > ?1",
     "background": "admitted_at > ?1",
@@ -160,7 +161,10 @@ MOVES = (
              WHERE {later(table)}"""
         for table, began in (("upstream_changes", "changed_at"), ("upstream_rests", "began_at"))
     ),
-    move("accounts", "created_at"),
+    # An account is erased as long after its termination as before.
+    f"""UPDATE accounts SET erase_at = erase_at - (terminated_at - {AT})
+         WHERE terminated_at > {AT}""",
+    move("accounts", "created_at", "closing_asked_at", "terminated_at", "erased_at"),
     move("keys", "created_at", "revoked_at"),
     move("stored_objects", "created_at"),
     move("background", "admitted_at"),

@@ -18,6 +18,7 @@ from msgspec import Struct
 from redbtc.config import BillingSettings
 from redbtc.store.database import Store
 from redbtc.store.json_values import Moment, by_name, json_time, new_id
+from redbtc.store.writer import SQLStatement
 from redbtc.times import DAY, iso_time
 
 WEBHOOK_FOR = 3 * DAY  # milliseconds; schema.sql keeps what is to be sent for as long
@@ -74,8 +75,13 @@ class WebhookMessages:
 
     def add(self, kind: str, data: Mapping[str, Any]) -> None:
         """Write a message with the next commit, and send it then."""
+        sql, values = self.statement(kind, data)
+        self.wake_up_after(self._store.record(sql, values, retry_until_written=True))
+
+    def statement(self, kind: str, data: Mapping[str, Any]) -> SQLStatement:
+        """Return the statement that adds a message, for a transaction. Set `wakeup` after that."""
         values = (new_id("msg"), kind, orjson.dumps(data).decode(), self._store.time())
-        self.wake_up_after(self._store.record(ADD_MESSAGE, values, retry_until_written=True))
+        return ADD_MESSAGE, values
 
     def wake_up_after(self, written: asyncio.Future[None]) -> None:
         """Send what waits as soon as something is written."""
@@ -112,7 +118,9 @@ class WebhookMessage(Struct):
     none came, the type of the error. Messages are given up after three days."""
 
     id: str
-    type: Literal["budget.reached", "upstream.out", "upstream.back", "upstream.credentials"]
+    type: Literal[
+        "budget.reached", "upstream.out", "upstream.back", "upstream.credentials", "account.closing"
+    ]
     data: dict[str, Any]
     state: Literal["waiting", "delivered", "given_up"]
     created_at: Moment

@@ -45,6 +45,7 @@ def account_list(context: CommandContext, as_json: bool) -> None:
     found = context.call("GET", "/admin/v1/accounts")
     columns = ["name", "id", "status", "balance", "spent_this_month", *ACCOUNT_LIMITS]
     columns += ["throttle_factor", "keys_in_force", "created_at"]
+    columns += ["closing_asked_at", "terminated_at", "erase_at", "erased_at"]
     show(found, as_json, lambda: table(found["accounts"], columns))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from redbtc.cli import (
     accounts,
     check,
+    closing,
     codex,
     database,
     money,
@@ -19,6 +20,7 @@ from redbtc.cli.main import main
 __all__ = [
     "accounts",
     "check",
+    "closing",
     "codex",
     "database",
     "main",

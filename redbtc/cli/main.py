@@ -49,6 +49,23 @@ class CommandContext:
 
         return asyncio.run(ask())
 
+    def follow(self, path: str, body: Any, on_line: Callable[[Any], None]) -> None:
+        """Send a POST request to the admin API, and call `on_line` with each line of JSON of its
+        answer, as it comes. Raises UserError with the answer's error message."""
+
+        async def ask() -> None:
+            content = msgspec.json.encode(body)
+            async with (
+                connect(self.loaded) as client,
+                client.stream("POST", path, content=content) as response,
+            ):
+                if response.status_code != 200:
+                    content_of(response.status_code, await response.aread())
+                async for line in response.aiter_lines():
+                    on_line(orjson.loads(line))
+
+        asyncio.run(ask())
+
     def copy(self, path: str, query: Any, out: Any) -> None:
         """Copy the admin API's answer to a GET to `out`, as it comes."""
 

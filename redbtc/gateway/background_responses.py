@@ -28,8 +28,8 @@ from redbtc.slices import with_turns
 from redbtc.store.background import (
     UnfinishedRow,
     end_background,
-    is_compromised,
     keep_pending,
+    must_stop,
     note_progress,
     unfinished_rows,
 )
@@ -68,6 +68,10 @@ class UnfinishedCount:
                 "concurrency_limit_exceeded", message, retry_after=ROOM_SECONDS, headers=headers
             )
         self._counts[account_id] += 1
+
+    def of(self, account_id: str) -> int:
+        """Return the number of the account's unfinished background responses."""
+        return self._counts[account_id]
 
     def resume(self, account_id: str) -> None:
         """Count a response that an earlier process has left, whatever the maximum is."""
@@ -121,7 +125,7 @@ class BackgroundResponses:
             self.unfinished.resume(row.account_id)
             self._add(response)
             response.enter(Stage.ALONE)
-            response.to_be_cancelled = is_compromised(self._store, key.id)
+            response.to_be_cancelled = must_stop(self._store, key.id)
             self._start(self._ask_until_ended(response))
 
     def keep(
@@ -206,13 +210,13 @@ class BackgroundResponses:
         """Return whether the response has not ended, or its settled row is not committed yet."""
         return response_id in self._responses
 
-    def cancel(self, key_id: str) -> int:
-        """Begin to cancel the unfinished responses of a key at the upstreams. Return how many of
-        them outlive their request."""
+    def cancel(self, owner_id: str) -> int:
+        """Begin to cancel the unfinished responses of a key or an account at the upstreams. Return
+        how many of them outlive their request."""
         running = [
             each
             for each in self._responses.values()
-            if each.row.key_id == key_id and not each.has_ended
+            if owner_id in (each.row.key_id, each.row.account_id) and not each.has_ended
         ]
         for each in running:
             each.to_be_cancelled = True

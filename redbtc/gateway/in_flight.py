@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from redbtc.gateway.progress import Running
 from redbtc.store.keys import Key
@@ -38,6 +38,10 @@ class InFlight:
         of_key.discard(abort)
         if not of_key:
             del self._aborts[key.id]
+
+    def has_any(self, key_ids: Iterable[str]) -> bool:
+        """Return whether anything is in flight for one of these keys."""
+        return any(key_id in self._aborts for key_id in key_ids)
 
     def abort_key(self, key_id: str) -> int:
         """Abort what is in flight for a key. Return how much that was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -11,13 +12,17 @@ from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
 from redbtc.codex.catalog import offered_models
 from redbtc.codex.config_toml import CodexOffer, offer_of
 from redbtc.config import DEMO, Settings
+from redbtc.deadlines import TICK
 from redbtc.errors import Conflict, NotFound
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.upstream_shown import not_set, upstream_shown
 from redbtc.money import NANOS, parse_amount
 from redbtc.store.accounts import Account
+from redbtc.store.closing import key_ids
 from redbtc.store.keys import Key
 from redbtc.upstream.upstreams import Upstream
+
+END_SECONDS = 15  # for requests that were aborted, and background responses that are cancelled
 
 
 class GatewayView:
@@ -54,6 +59,25 @@ class GatewayView:
         """Abort all that runs for a key, at the upstreams as well. Return how much that was."""
         in_background = self._gateway.background.cancel(key_id)
         return self._gateway.in_flight.abort_key(key_id) + in_background
+
+    async def abort_account(self, account_id: str) -> int:
+        """Abort all that runs for an account, whose keys are revoked, at the upstreams as well.
+        Return how much that was."""
+        keys = await key_ids(self._gateway.store, account_id)
+        in_background = self._gateway.background.cancel(account_id)
+        return sum(map(self._gateway.in_flight.abort_key, keys)) + in_background
+
+    async def end_account(self, account_id: str) -> None:
+        """Abort all that runs for an account, and wait until it has ended, up to END_SECONDS."""
+        gateway = self._gateway
+        await self.abort_account(account_id)
+        keys = await key_ids(gateway.store, account_id)
+        until = time.monotonic() + END_SECONDS
+        while gateway.in_flight.has_any(keys) or gateway.background.unfinished.of(account_id):
+            if time.monotonic() > until:
+                break
+            await asyncio.sleep(TICK)
+        gateway.objects.forget_listed(account_id)
 
     def set_back(self, at: int) -> None:
         """Let each background response have begun at `at` if it began later: the ledger's time is

@@ -24,12 +24,15 @@ BACKGROUND = f"""
       FROM background JOIN requests USING (request_id)
      WHERE requests.outcome = 'pending' AND requests.response_id IS NOT NULL"""
 KEY_OF = FULL_KEY + " WHERE keys.id = ?1"
-IS_COMPROMISED = "SELECT 1 FROM keys WHERE id = ? AND compromised"
+MUST_STOP = """
+    SELECT 1 FROM keys JOIN accounts ON accounts.id = account_id
+     WHERE keys.id = ? AND (compromised OR accounts.status = 'terminated')"""
 
 
-def is_compromised(store: Store, key_id: str) -> bool:
-    """Return whether the key was reported as compromised. Raises StorageUnavailable."""
-    return store.look_up(IS_COMPROMISED, (key_id,)) is not None
+def must_stop(store: Store, key_id: str) -> bool:
+    """Return whether nothing may go on for a key: it was reported as compromised, or its account is
+    terminated. Raises StorageUnavailable."""
+    return store.look_up(MUST_STOP, (key_id,)) is not None
 
 
 class UnfinishedRow(NamedTuple):

@@ -239,6 +239,19 @@ def problems(database: sqlite3.Connection, checks: Mapping[str, str]) -> list[st
     ]
 
 
+def copies_beside(database: Path) -> list[str]:
+    """Return the files in a database's folder that may have data which was erased in the database:
+    other ledgers, such as backups and the copies that are made before a migration or by a restore,
+    and changes that the database has refused."""
+    refused, found = suffixed(database, ".owed.refused"), []
+    for each in database.parent.iterdir():
+        with contextlib.suppress(OSError):
+            is_copy = each != database and _is_ours(each) and each.stat().st_size
+            if is_copy or each == refused:
+                found.append(str(each))
+    return sorted(found)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

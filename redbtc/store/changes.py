@@ -80,7 +80,7 @@ def json_columns(kind: str, columns: str | None) -> dict[str, Any] | None:
     if columns is None:
         return None
     written = orjson.loads(columns)
-    if kind == "payment":
+    if kind == "payment" and "units" in written:  # else its account was erased
         amount = nanos_of(written.pop("units"), written.pop("nanos"))
         written = {"amount": decimal(amount), **written}
     as_shown = {

@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from redbtc.errors import StorageUnavailable
+from redbtc.errors import Conflict, StorageUnavailable
 from redbtc.locations import joined_models
 from redbtc.store.backup import complete_restore
 from redbtc.store.clock import LedgerClock
@@ -49,6 +49,7 @@ SIGN = "INSERT INTO acting (id, name, at) VALUES (1, ?, ?)"
 UNSIGN = "DELETE FROM acting"
 ADD_RUN = "INSERT INTO runs (started_at) VALUES (?)"
 LATEST_RUN = "SELECT max(id) FROM runs"
+TERMINATED = "the account is terminated"  # says a trigger
 
 # None and bytes are written as they are. Without these adapters, sqlite3 searches for one in three
 # places, which takes longer than writing the value; half of a row is None.
@@ -64,7 +65,13 @@ class Store:
     """
 
     def __init__(
-        self, path: Path, writer: Writer, commits: Commits, readers: Readers, clock: LedgerClock
+        self,
+        path: Path,
+        writer: Writer,
+        commits: Commits,
+        readers: Readers,
+        clock: LedgerClock,
+        wal: WalFile,
     ) -> None:
         self.path = path
         self.interrupted = 0  # rows of requests that the process before this one left in flight
@@ -81,7 +88,7 @@ class Store:
         self.rows, self.one = readers.rows, readers.one
         self.snapshot, self.snapshot_to_check = readers.snapshot, readers.snapshot_to_check
         self._writer = writer
-        self._wal = WalFile(path, writer, commits, readers)
+        self._wal = wal
         self.secret = b""  # for the idempotency keys that are sent upstream
         self._trying = asyncio.Lock()  # whether a commit succeeds
 
@@ -113,7 +120,7 @@ class Store:
         replaced = complete_restore(path)
         spill = Spill(path)
         refuse_incomplete(path, spill)
-        stack.enter_context(lock_database(path))
+        file = stack.enter_context(lock_database(path))
         if serving and serving.check_seconds and (spill.exists() or has_wal(path)):
             await check_pages(path, serving)
         writer = Writer(path, synchronous)
@@ -130,7 +137,8 @@ class Store:
         commits = Commits(path, writer, spill, clock.now, serving.log if serving else no_log)
         stack.push_async_callback(end, commits, spill)
         readers = await Readers.open(stack, path, commits.check_error)
-        store = cls(path, writer, commits, readers, clock)
+        wal = WalFile(path, file, writer, commits, readers)
+        store = cls(path, writer, commits, readers, clock, wal)
         store.migrated, store.replaced = migrated, replaced
         await store._prepare(spill, serving)
         writer.files = OpenFiles(path)
@@ -210,8 +218,9 @@ class Store:
     ) -> int:
         """Execute all of the statements or none, at once. Return how many rows the last one
         changed. `by` is the author of an administrative change; the log of these changes requires
-        it. Raises sqlite3.IntegrityError, or StorageUnavailable if the commit fails or takes longer
-        than `seconds` (None: TRANSACT_SECONDS); then it may still succeed later."""
+        it. Raises sqlite3.IntegrityError; Conflict if the account was terminated; or
+        StorageUnavailable if the commit fails or takes longer than `seconds` (None:
+        TRANSACT_SECONDS); then it may still succeed later."""
         seconds = seconds or TRANSACT_SECONDS
         if by is not None:
             statements = ((SIGN, (by, self.time())), *statements, (UNSIGN, ()))
@@ -220,7 +229,9 @@ class Store:
         try:
             async with asyncio.timeout(seconds):
                 changed = await self._writer.write(statements)
-        except sqlite3.IntegrityError:
+        except sqlite3.IntegrityError as error:
+            if str(error) == TERMINATED:
+                raise Conflict(f"{TERMINATED}; only payments can be added to it") from None
             raise
         except TimeoutError:
             raise StorageUnavailable(

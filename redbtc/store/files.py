@@ -31,19 +31,19 @@ def take_lock_file(database: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_database(database: Path) -> Iterator[None]:
-    """Lock the database's own file, which is created if there is none. This keeps a second gateway
-    out if the lock file was removed. SQLite's locks are of another kind. Raises DatabaseInUse,
-    OSError.
+def lock_database(database: Path) -> Iterator[int]:
+    """Lock the database's own file, which is created if there is none, and return it. This keeps a
+    second gateway out if the lock file was removed. SQLite's locks are of another kind. Raises
+    DatabaseInUse, OSError.
 
     This must end after the last connection of SQLite is closed: closing the file earlier would end
     the locks that SQLite holds for this process."""
-    with _held(database, database):
-        yield
+    with _held(database, database) as file:
+        yield file
 
 
 @contextlib.contextmanager
-def _held(path: Path, database: Path) -> Iterator[None]:
+def _held(path: Path, database: Path) -> Iterator[int]:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         in_use = DatabaseInUse(f"{database} is in use by another gateway or command; stop it first")
@@ -53,7 +53,7 @@ def _held(path: Path, database: Path) -> Iterator[None]:
             raise in_use from None
         if identity_of(path) != identity_of(file):  # its last holder removed it
             raise in_use
-        yield
+        yield file
     finally:
         os.close(file)
 

@@ -194,6 +194,10 @@ class Objects:
         while len(listed) > MAX_LISTED:
             del listed[next(iter(listed))]
 
+    def forget_listed(self, account_id: str) -> None:
+        """Forget what `note_listed` has remembered for an account."""
+        self._listed.pop(account_id, None)
+
     def was_listed(self, object_id: str, response_id: str, account_id: str) -> bool:
         """Return whether the account recently saw the id in the listing of the response's input."""
         return (response_id, object_id) in self._listed.get(account_id, ())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from redbtc.errors import StorageUnavailable
@@ -14,7 +16,8 @@ from redbtc.store.readers import Readers
 from redbtc.store.writer import Writer
 
 KEPT_WAL_BYTES = 16 << 20  # 4 MB is usual; a larger file is emptied once the ledger is idle
-SCRUB_PAUSE_SECONDS = 0.25
+SCRUB_PAGES = 512  # at a time, which takes about 4 ms
+MAX_SCRUB_PAUSE = 0.25  # seconds, while others read
 MAX_WAL_BYTES = 64 << 20  # above, snapshots have to wait until the file is emptied
 
 
@@ -22,8 +25,12 @@ class WalFile:
     """The WAL file, which is kept small: SQLite reuses it only at an instant without a reader, and
     snapshots can overlap for ever."""
 
-    def __init__(self, database: Path, writer: Writer, commits: Commits, readers: Readers) -> None:
+    def __init__(
+        self, database: Path, file: int, writer: Writer, commits: Commits, readers: Readers
+    ) -> None:
+        """`file` is the open database file."""
         self._path = wal_of(database)
+        self._file = file
         self._writer = writer
         self._commits = commits
         self._readers = readers
@@ -54,23 +61,42 @@ class WalFile:
         return True
 
     async def scrub(self, seconds: float) -> bool:
-        """Copy the WAL into the database and empty the WAL file, so that nothing that was erased is
-        left in either (secure_delete overwrites it in the database). Snapshots are waited for, and
-        other programs' readers for so many seconds. Return False if one of them still reads, or
-        the ledger fails. Raises StorageUnavailable."""
-        deadline = time.monotonic() + seconds
+        """Bring what was erased out of the files: copy the WAL into the database, empty the WAL
+        file, and overwrite what SQLite has left of rows in the database's pages (remnants.py).
+        This is done in small steps. Snapshots are waited for, and other programs' readers for
+        `seconds` at each step. Return False if one of them still reads, or the ledger fails.
+        Raises StorageUnavailable."""
+        first = 1
+        while pages := await self._scrub_from(first, seconds):
+            first += pages
+        return pages == 0
+
+    async def _scrub_from(self, first: int, seconds: float) -> int | None:
+        """Scrub SCRUB_PAGES pages from the page `first`, and return how many there are; None if
+        that is not possible."""
+        began, pause = time.monotonic(), 0.005
         while self._commits.state.healthy:
             async with self._readers.no_snapshots():
-                if await self._empty():
-                    return True
-            if time.monotonic() > deadline:
+                with self._noticing():
+                    pages = await self._writer.zero_gaps(self._file, first, SCRUB_PAGES)
+            if pages is not None:
+                await asyncio.sleep(min(time.monotonic() - began, pause))
+                return pages
+            if time.monotonic() - began > seconds:
                 break
-            await asyncio.sleep(SCRUB_PAUSE_SECONDS)
-        return False
+            await asyncio.sleep(pause)
+            pause = min(MAX_SCRUB_PAUSE, 2 * pause)
+        return None
 
     async def _empty(self) -> bool:
-        try:
+        with self._noticing():
             return await self._writer.empty_wal()
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Raise StorageUnavailable for an error, which may show that the file is lost."""
+        try:
+            yield
         except Exception as error:
             self._commits.check_error(error)
             raise StorageUnavailable(f"the WAL file can't be emptied: {reason_of(error)}") from None

@@ -12,6 +12,7 @@ from typing import Any
 import aiosqlite
 
 from redbtc.store.files import OpenFiles
+from redbtc.store.remnants import zero_gaps
 
 SQLStatement = tuple[str, Sequence[Any]]  # SQL and its values
 
@@ -90,6 +91,24 @@ class Writer(DatabaseConnection):
         finally:
             database.execute(f"PRAGMA busy_timeout = {timeout_ms}")
         return not is_busy
+
+    async def zero_gaps(self, file: int, first: int, count: int) -> int | None:
+        """Empty the WAL, then overwrite the gaps of some pages as remnants.zero_gaps does, and
+        return what it returns. Return None, and do nothing, if a reader still needs the WAL.
+        Raises sqlite3.Error, FileChanged, OSError."""
+        pages: int | None = await self._execute(self._zero_gaps, file, first, count)  # type: ignore[no-untyped-call]
+        return pages
+
+    def _zero_gaps(self, file: int, first: int, count: int) -> int | None:
+        if not self._empty_wal():
+            return None
+        database = self._conn
+        database.execute("BEGIN IMMEDIATE")  # now nobody writes, and there is nothing to copy
+        try:
+            return zero_gaps(file, first, count)
+        finally:
+            database.rollback()
+            database.execute("PRAGMA shrink_memory")  # drops the pages that it has in memory
 
     @property
     def works(self) -> bool:
