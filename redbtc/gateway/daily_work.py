@@ -19,11 +19,11 @@ from redbtc.times import DAY, iso_time
 
 FIRST_SECONDS = 3  # after the start
 TURN_SECONDS = 60  # between two looks for work
-LOOK_SECONDS = 3600  # between two looks at the clock
+CLOCK_LOOK_SECONDS = 3600  # between two looks at the clock
 # A pause is so many times as long as the step before it: fewer than one request in a hundred meets
 # a step.
 PAUSE_FACTOR = 150
-NAME = "gateway"  # in the log of changes
+GATEWAY_NAME = "gateway"  # in the log of changes
 
 
 class DailyWork:
@@ -59,12 +59,12 @@ class DailyWork:
         await self._retention.erase_expired_bodies(self._erased)
         settings = self._gateway.settings.retention
         due = (self._store.time() // DAY, settings)
-        if due != self._done or time.monotonic() - self._looked_at > LOOK_SECONDS:
+        if due != self._done or time.monotonic() - self._looked_at > CLOCK_LOOK_SECONDS:
             await self._look_at_clock()
         if due != self._done and not self._trusted_at:
             await self._retention.erase_old(settings, self._erased, PAUSE_FACTOR)
             if self._erased:
-                await self._retention.record(self._erased, NAME)
+                await self._retention.record(self._erased, GATEWAY_NAME)
                 log(logging.INFO, "old data erased", **asdict(self._erased))
             self._erased, self._done = Erased(), due
         is_scrubbed = await self._retention.scrub(0)
