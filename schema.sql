@@ -1195,11 +1195,29 @@ CREATE TABLE rolled_up (
     PRIMARY KEY (account_id, month)
 ) STRICT, WITHOUT ROWID;
 
--- What a statement shows of the corrected request, once the request's row was erased.
+-- What a statement shows of the corrected request, once the request's row was erased. A correction
+-- outlives its request.
 ALTER TABLE corrections ADD COLUMN
     request_started_at  INTEGER;                -- NULL: the request's row has it, as for the next
 ALTER TABLE corrections ADD COLUMN
     request_cost        INTEGER CHECK (request_cost >= 0);  -- nanos; its estimate
+
+-- Found by each erased request (a foreign key).
+CREATE INDEX reopened_of_a_request ON reopened (request_id);
+
+-- The state of what is erased because it is old (redbtc/store/retention.py).
+CREATE TABLE retention (
+    id                  INTEGER PRIMARY KEY CHECK (id = 1),
+    usage_before        INTEGER NOT NULL DEFAULT 0,     -- requests that started before it were erased,
+                                                -- or are being erased; the start of a day (UTC)
+    unscrubbed          INTEGER NOT NULL DEFAULT 0,     -- erasures whose content may still be in a file
+    clock_seen_at       INTEGER NOT NULL DEFAULT 0,     -- the ledger's time when the gateway last looked
+    leapt_at            INTEGER NOT NULL DEFAULT 0      -- the ledger's time after it last went ahead by
+                                                -- more than a day between two looks
+) STRICT;
+INSERT INTO retention (id, clock_seen_at)
+    SELECT 1, max(ifnull((SELECT max(started_at) FROM requests), 0),
+                  ifnull((SELECT beat_at FROM heartbeat), 0));
 
 CREATE TRIGGER settled_is_kept BEFORE DELETE ON requests
 WHEN OLD.outcome <> 'pending' AND NOT EXISTS (SELECT 1 FROM erasing WHERE what = 'usage')
@@ -1261,7 +1279,8 @@ CREATE TRIGGER a_document_is_accepted AFTER INSERT ON acceptances BEGIN
         json_object('accepted', NEW.version, 'user', NEW.user_id));
 END;
 
--- Statuses, kinds of changes and types of messages that are new; see version 14.
+-- Statuses, kinds of changes and types of messages that are new, and a foreign key that is gone; see
+-- version 14.
 PRAGMA writable_schema = ON;
 UPDATE sqlite_schema
    SET sql = replace(sql, '(''active'', ''suspended'')', '(''active'', ''suspended'', ''terminated'')')
@@ -1270,6 +1289,9 @@ UPDATE sqlite_schema
    SET sql = replace(sql, '''user'', ''time'')',
                      '''user'', ''time'', ''request_log'', ''retention'', ''terms'')')
  WHERE type = 'table' AND name = 'changes';
+UPDATE sqlite_schema
+   SET sql = replace(sql, ' REFERENCES requests (request_id)', '')
+ WHERE type = 'table' AND name = 'corrections';
 UPDATE sqlite_schema
    SET sql = replace(sql, '''upstream.credentials'')',
                      '''upstream.credentials'', ''account.closing'')')

@@ -9,6 +9,7 @@ from redbtc.billing.billing import Billing
 from redbtc.errors import NotFound
 from redbtc.store.accounts import Account, Accounts, KeyShown, no_account, no_key
 from redbtc.store.request_log import RequestLog
+from redbtc.store.retention import Retention
 
 
 class Access:
@@ -28,6 +29,7 @@ class Access:
         self.gateway = gateway
         self.request_log = request_log
         self.accounts = Accounts(billing.store)
+        self.retention = Retention(billing.store, request_log)
         self.users = Users(billing.store)
         self.public_url = public_url.rstrip("/")
         self.dashboard_url = f"{self.public_url}/dashboard/"

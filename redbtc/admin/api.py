@@ -13,6 +13,7 @@ from redbtc.admin.api_closing import ClosingOperations
 from redbtc.admin.api_codex import CodexOperations
 from redbtc.admin.api_documents import DocumentOperations
 from redbtc.admin.api_money import MoneyOperations
+from redbtc.admin.api_retention import Purge, PurgeOptions, RetentionOperations
 from redbtc.admin.api_upstreams import UpstreamOperations
 from redbtc.admin.api_usage import UsageOperations
 from redbtc.admin.api_users import UserOperations
@@ -96,6 +97,7 @@ class API(
     WebhookOperations,
     CodexOperations,
     DocumentOperations,
+    RetentionOperations,
 ):
     """The methods of all operations. Call them through one of the `perform` methods, which check
     the actor's role: `await api.perform(API.show_account, actor, account="first")`."""
@@ -350,5 +352,6 @@ OPERATIONS = (
     operation("POST", "/webhook/test", "operator", API.test_webhook, WebhookAnswer),
     operation("POST", "/db/check", "operator", API.check_database, Check),
     operation("POST", "/db/set-time", "operator", API.set_time, TimeSet, body=NewTime),
+    operation("POST", "/db/purge", "operator", API.purge, Purge, body=PurgeOptions),
 )
 BY_HANDLER: dict[Callable[..., Any], Operation] = {each.handler: each for each in OPERATIONS}

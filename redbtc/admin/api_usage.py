@@ -32,12 +32,19 @@ from redbtc.admin.outputs import (
 from redbtc.admin.set_time import TimeSet, preview, set_time, time_to_set
 from redbtc.billing.billing import Billing
 from redbtc.billing.overviews import lately, spending_overview, traffic
-from redbtc.billing.reports import Range, copy_requests, older_than, requests_in, usage_by
+from redbtc.billing.reports import (
+    Range,
+    copy_requests,
+    erased_in,
+    older_than,
+    requests_in,
+    usage_by,
+)
 from redbtc.store import changes as changes_module
 from redbtc.store.consistency import check_database
 from redbtc.store.keys import Key
 from redbtc.store.wal import file_size
-from redbtc.times import parse_time
+from redbtc.times import iso_time, parse_time
 
 MAX_LISTED_REQUESTS = 1000  # requests in one answer to a browser or to the holder of a key
 
@@ -78,7 +85,10 @@ class UsageOperations(Access):
             totals = groups
             if names:
                 totals = await usage_by(snapshot, wanted, [], billing.currency)
-        return UsageReport(groups=groups if names else [], totals=totals[0])
+            erased = await erased_in(snapshot, wanted)
+        return UsageReport(
+            groups=groups if names else [], totals=totals[0], erased_before=iso_time(erased)
+        )
 
     async def requests(self, actor: Actor, query: RequestsQuery) -> RequestReport:
         """List requests, and their totals."""
@@ -87,7 +97,8 @@ class UsageOperations(Access):
         async with self.billing.store.snapshot() as snapshot:
             rows = await requests_in(snapshot, wanted, currency)
             (totals,) = await usage_by(snapshot, wanted, [], currency)
-        return RequestReport(requests=rows, totals=totals)
+            erased = await erased_in(snapshot, wanted)
+        return RequestReport(requests=rows, totals=totals, erased_before=iso_time(erased))
 
     async def stream_requests(self, actor: Actor, query: RequestsQuery) -> AsyncIterator[bytes]:
         """Yield the answer to a command, which may ask for any number of requests, as JSON. It is
@@ -99,12 +110,14 @@ class UsageOperations(Access):
             async with self.billing.store.snapshot(outlived_by=stack) as snapshot:
                 rows = await copy_requests(snapshot, wanted, currency)
                 (totals,) = await usage_by(snapshot, wanted, [], currency)
+                erased = await erased_in(snapshot, wanted)
             yield b'{"requests":['
             comma = b""
             async for row in rows:
                 yield comma + msgspec.json.encode(row)
                 comma = b",\n"
-            yield b'],"totals":' + msgspec.json.encode(totals) + b"}"
+            yield b'],"totals":' + msgspec.json.encode(totals)
+            yield b',"erased_before":' + msgspec.json.encode(iso_time(erased)) + b"}"
 
     async def _newest(self, actor: Actor, query: RequestsQuery, limit: int) -> Range:
         """Return the range of the newest requests that a query asks for (limit -1: all of them).

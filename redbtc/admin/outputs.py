@@ -104,17 +104,22 @@ class Done(Struct):
 
 
 class UsageReport(Struct):
-    """Sums by group, and in total."""
+    """Sums by group, and in total. If requests of the range were erased since they were old
+    (retention.usage_days), `erased_before` is the time before which: there only whole days can be
+    counted, and no failures."""
 
     groups: list[Group]
     totals: Sums
+    erased_before: Moment | None
 
 
 class RequestReport(Struct):
-    """Requests, oldest first. Totals cover the whole range, whatever the limit."""
+    """Requests, oldest first. Totals cover the whole range, whatever the limit. `erased_before` is
+    as in UsageReport; the requests before it are not listed."""
 
     requests: list[RequestShown]
     totals: Sums
+    erased_before: Moment | None
 
 
 class MonthList(Struct):

@@ -96,6 +96,7 @@ def merge(table: str, names: tuple[str, ...], counts: tuple[str, ...], condition
 
 MONEY = ("cost_units", "cost_nanos")
 # A correction in a later month leaves its request counted as estimated. Now both are in one month.
+# (A request whose row was erased stays counted so.)
 CORRECTED_IN_TIME = f"""
     UPDATE usage_by_day SET estimated = estimated - (
         SELECT count(*) FROM corrections JOIN requests USING (request_id)
@@ -132,6 +133,7 @@ MOVES = (
         ("requests", "input_tokens", "output_tokens", *MONEY),
         f"month > {THAT_MONTH}",
     ),
+    *merge("rolled_up", ("account_id", "month"), ("requests", *MONEY), f"month > {THAT_MONTH}"),
     *merge(
         "traffic_by_day",
         ("day", "upstream", "outcome"),
@@ -143,7 +145,8 @@ MOVES = (
          WHERE {later("requests")}""",
     f"""UPDATE payments SET created_at = min(created_at, {AT}), month = min(month, {THAT_MONTH})
          WHERE {later("payments")}""",
-    f"""UPDATE corrections SET created_at = min(created_at, {AT}), month = min(month, {THAT_MONTH})
+    f"""UPDATE corrections SET created_at = min(created_at, {AT}), month = min(month, {THAT_MONTH}),
+               request_started_at = min(request_started_at, {AT})
          WHERE {later("corrections")}""",
     f"""DELETE FROM webhook_messages WHERE id IN (
             SELECT id FROM notices WHERE kind = 'budget' AND month > {THAT_MONTH})""",
@@ -174,6 +177,9 @@ MOVES = (
     move("documents", "published_at"),
     move("acceptances", "accepted_at"),
     move("runs", "started_at"),
+    # Requests that were erased are now in the sums of that day, of which no part can be reported.
+    f"""UPDATE retention SET usage_before = min(usage_before, ({THAT_DAY} + 1) * {DAY}),
+               clock_seen_at = min(clock_seen_at, {AT}), leapt_at = min(leapt_at, {AT})""",
     move("reopened", "reopened_at"),
     f"""UPDATE users SET created_at = min(created_at, {NOW}),
                password_set_at = min(password_set_at, {NOW}),

@@ -3,6 +3,9 @@
 Sums come from usage_by_day, which the transaction that settles a request updates, as far as the
 range has whole days. Only its two ends, and the requests in flight, are read from the requests
 themselves: a month of five million requests is a few hundred rows.
+
+The rows of old requests may have been erased (retention.usage_days). Then only whole days are
+known, and a range that begins or ends within such a day includes all of that day.
 """
 
 from __future__ import annotations
@@ -126,6 +129,8 @@ DAYS_WITH_SOME = f"""
 START_OF = (
     "SELECT started_at FROM requests WHERE request_id = ? AND account_id = ifnull(?, account_id)"
 )
+ANY_ERASED = "SELECT 1 FROM rolled_up WHERE {account} requests > 0 LIMIT 1"
+ERASED_BEFORE = "SELECT usage_before FROM retention"
 HTTP_STATUS = re.compile(r"[1-9][0-9]{2}")
 # With an account, an index of its own; the queries are the same.
 ONE, ALL = "{table}account_id = :account AND", ""
@@ -148,11 +153,15 @@ class Range(Struct, frozen=True):
     failed: bool = False
     failure: str | None = None
 
-    def values(self) -> dict[str, Any]:
+    def values(self, erased_before: int = 0) -> dict[str, Any]:
         """Return the values of the queries above. The whole days of the range are those from
-        `days_since` until before `days_until`."""
+        `days_since` until before `days_until`. Days before `erased_before` can only be whole."""
         days_since = min(-(-self.since // DAY) * DAY, self.until)
+        if self.since < min(self.until, erased_before):
+            days_since = self.since // DAY * DAY
         days_until = max(self.until // DAY * DAY, days_since)
+        if self.since < self.until <= erased_before:
+            days_until = -(-self.until // DAY) * DAY
         status = int(self.failure) if self.failure and HTTP_STATUS.fullmatch(self.failure) else None
         further = {"days_since": days_since, "days_until": days_until, "failure_status": status}
         return msgspec.structs.asdict(self) | further
@@ -224,10 +233,26 @@ async def usage_by(
     figures = TOP_FIGURES if top and "model" in names else "figures"
     rows = wanted.applied_to(FAILED_FIGURES if wanted.failed else FIGURES)
     sql = f"WITH figures AS ({rows}) SELECT {labels}{SUMS} FROM {figures}"
-    values = {**wanted.values(), "top": top}
+    values = {**wanted.values(await erased_before(store)), "top": top}
     return [
         group(**sum_columns(row, currency)) async for row in store.rows(f"{sql} {grouped}", values)
     ]
+
+
+async def erased_before(store: Reader) -> int:
+    """Return the time (milliseconds) before which the rows of requests were erased, 0 if none
+    were."""
+    found = await store.one(ERASED_BEFORE)
+    return found["usage_before"] if found else 0
+
+
+async def erased_in(store: Reader, wanted: Range) -> int | None:
+    """Return the same time, None if the range begins later, or no request of its account was
+    erased."""
+    before = await erased_before(store)
+    if wanted.since >= before:
+        return None
+    return before if await store.one(wanted.applied_to(ANY_ERASED), wanted.values()) else None
 
 
 @with_members(dict.fromkeys(KINDS, Sum))

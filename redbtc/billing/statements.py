@@ -29,9 +29,9 @@ PAYMENTS_OF_MONTH = (
 
 MONTHS_PAID = 3
 CORRECTIONS_OF_MONTH = """
-    SELECT request_id, started_at / 86400000 AS day, ifnull(requests.cost, 0) AS before,
-           ifnull(corrections.cost, 0) AS after
-      FROM corrections JOIN requests USING (request_id)
+    SELECT request_id, ifnull(started_at, request_started_at) / 86400000 AS day,
+           coalesce(requests.cost, request_cost, 0) AS before, ifnull(corrections.cost, 0) AS after
+      FROM corrections LEFT JOIN requests USING (request_id)
      WHERE corrections.account_id = ? AND corrections.month = ?
      ORDER BY corrections.created_at, request_id LIMIT ?"""
 USAGE_OF_MONTH = f"""

@@ -131,3 +131,41 @@ def db_set_time(context: CommandContext, time: str | None, yes: bool, as_json: b
         click.confirm("Move all of these entries?", abort=True, err=True)
     found = context.call("POST", path, body)
     show(found, as_json, lambda: time_text(found))
+
+
+PURGED = {
+    "requests": "requests",
+    "stored_objects": "ids of stored objects",
+    "changes": "entries of the log of changes",
+    "logged_requests": "requests' bodies",
+    "logged_bytes": "bytes of requests' bodies",
+}
+
+
+def purge_text(found: dict[str, Any]) -> str:
+    """Return what `db purge` did, or would do."""
+    what = "Erased" if found["done"] else "Would erase"
+    counts = [f"  {count} {PURGED[name]}" for name, count in found["erased"].items() if count]
+    first = f"{what}:" if counts else "Nothing is old enough to be erased."
+    return "\n".join([first, *counts, *found["still_to_do"]])
+
+
+@db.command("purge")
+@click.option("--dry-run", is_flag=True, help="Only count the rows that would be erased.")
+@click.option(
+    "--accept-clock",
+    is_flag=True,
+    help="Trust the ledger's time, even if it has just gone ahead by more than a day.",
+)
+@json_option
+@click.pass_obj
+def db_purge(context: CommandContext, dry_run: bool, accept_clock: bool, as_json: bool) -> None:
+    """Erase now what is older than [retention] allows. The gateway may be running.
+
+    A running gateway does so by itself once a day. Exits with 1 if something is still to do. This
+    can't be undone."""
+    body = {"preview": dry_run, "accept_clock": accept_clock}
+    found = context.call("POST", "/admin/v1/db/purge", body)
+    show(found, as_json, lambda: purge_text(found))
+    if found["still_to_do"]:
+        raise SystemExit(1)

@@ -29,6 +29,10 @@ USAGE_COLUMNS = [
     "cost",
     "duration_ms",
 ]
+ERASED = (
+    "The requests before {} were erased (retention.usage_days). Only their sums by day are left, "
+    "without failures."
+)
 OF_FAILURE = ("outcome", "attempts", "upstream_status", "upstream_error_code")
 SUM_COLUMNS = [
     "requests",
@@ -92,6 +96,8 @@ def usage(context: CommandContext, /, as_csv: bool, as_json: bool, **filters: An
         if not grouped:
             rows, columns = with_failures(rows, columns)
         click.echo(f"{table(rows, columns)}\n\nTotals\n{details(totals)}")
+    if erased := found["erased_before"]:
+        click.echo(ERASED.format(erased), err=True)
 
 
 def with_failures(

@@ -79,6 +79,7 @@ class Gateway:
             "redbtc_queued", "Requests waiting for a free place", lambda: self.limiter.queued
         )
         self.draining = self.stopping = False
+        self.settings_applied = asyncio.Event()  # set by `apply`
 
     async def resume(self) -> None:
         """Take up what an earlier process has left. Raises StorageUnavailable, sqlite3.Error."""
@@ -102,6 +103,7 @@ class Gateway:
         self.request_log.apply(settings)
         self.catalog.apply(settings.codex, models)
         self.journal.forget_all_but({each.name for each in self.upstreams})
+        self.settings_applied.set()
 
     def authenticate(self, request: ClientRequest) -> Key:
         """Return the key of a request that may be served now. Raises Refusal."""

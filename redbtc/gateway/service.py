@@ -11,6 +11,7 @@ from redbtc.billing.billing import Billing
 from redbtc.billing.webhook import post_for_ever
 from redbtc.config import Settings
 from redbtc.gateway.admin_routes import AdminRoutes
+from redbtc.gateway.daily_work import DailyWork
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
@@ -54,6 +55,7 @@ class Service:
         return [
             asyncio.create_task(work, name=name)
             for name, work in {
+                "daily work": DailyWork(gateway, self.api.retention).do_for_ever(),
                 "webhook": post_for_ever(gateway.billing, log),
                 "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
                 "clock": watch_clock(store.clock, log),

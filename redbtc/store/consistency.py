@@ -24,11 +24,18 @@ CHECKS = FILE_CHECKS | {
                    ifnull(-(cost / 1000000000), 0), ifnull(-(cost % 1000000000), 0)
               FROM requests WHERE outcome <> 'pending'
             UNION ALL
-            SELECT corrections.account_id, corrections.month, 0,
-                   (ifnull(requests.cost, 0) - ifnull(corrections.cost, 0)) / 1000000000,
-                   (ifnull(requests.cost, 0) - ifnull(corrections.cost, 0)) % 1000000000
-              FROM corrections JOIN requests USING (request_id))
+            SELECT account_id, month, -requests, -cost_units, -cost_nanos FROM rolled_up
+            UNION ALL
+            SELECT account_id, month, 0, (ifnull(before, 0) - ifnull(cost, 0)) / 1000000000,
+                   (ifnull(before, 0) - ifnull(cost, 0)) % 1000000000
+              FROM (SELECT corrections.*, iif(requests.request_id IS NULL, request_cost,
+                                              requests.cost) AS before
+                      FROM corrections LEFT JOIN requests USING (request_id)))
          GROUP BY 1, 2 HAVING sum(requests) <> 0 OR sum(units) <> 0 OR sum(nanos) <> 0 LIMIT 20""",
+    "a correction has no request": """
+        SELECT request_id FROM corrections
+         WHERE request_started_at IS NULL AND request_id NOT IN (SELECT request_id FROM requests)
+         LIMIT 20""",
     "usage by month does not equal the sum of its days": """
         SELECT account_id, month FROM (
             SELECT account_id, month, requests, ifnull(input_tokens, 0) AS input,

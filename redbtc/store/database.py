@@ -214,13 +214,17 @@ class Store:
     # Writing
 
     async def transact(
-        self, *statements: SQLStatement, by: str | None = None, seconds: float | None = None
+        self,
+        *statements: SQLStatement,
+        by: str | None = None,
+        seconds: float | None = None,
+        durable: bool = True,
     ) -> int:
         """Execute all of the statements or none, at once. Return how many rows the last one
         changed. `by` is the author of an administrative change; the log of these changes requires
-        it. Raises sqlite3.IntegrityError; Conflict if the account was terminated; or
-        StorageUnavailable if the commit fails or takes longer than `seconds` (None:
-        TRANSACT_SECONDS); then it may still succeed later."""
+        it. Without `durable`, a power loss may undo the change. Raises sqlite3.IntegrityError;
+        Conflict if the account was terminated; or StorageUnavailable if the commit fails or takes
+        longer than `seconds` (None: TRANSACT_SECONDS); then it may still succeed later."""
         seconds = seconds or TRANSACT_SECONDS
         if by is not None:
             statements = ((SIGN, (by, self.time())), *statements, (UNSIGN, ()))
@@ -228,7 +232,7 @@ class Store:
             raise StorageUnavailable(f"the database can't be written: {self.failure}")
         try:
             async with asyncio.timeout(seconds):
-                changed = await self._writer.write(statements)
+                changed = await self._writer.write(statements, durable=durable)
         except sqlite3.IntegrityError as error:
             if str(error) == TERMINATED:
                 raise Conflict(f"{TERMINATED}; only payments can be added to it") from None

@@ -1,0 +1,87 @@
+"""The work that the gateway does by itself once a day (UTC): it erases what is older than
+[retention] allows. Expired bodies of requests are erased within a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+
+from msgspec.structs import asdict
+
+from redbtc.gateway.gateway import Gateway
+from redbtc.store.retention import Erased, Retention
+from redbtc.telemetry import log, shown_error
+from redbtc.times import DAY, iso_time
+
+FIRST_SECONDS = 3  # after the start
+TURN_SECONDS = 60  # between two looks for work
+CLOCK_LOOK_SECONDS = 3600  # between two looks at the clock
+# A pause is so many times as long as the step before it: fewer than one request in a hundred meets
+# a step.
+PAUSE_FACTOR = 150
+GATEWAY_NAME = "gateway"  # in the log of changes
+
+
+class DailyWork:
+    """The state of the daily work. No failure ends it: the next turn tries again."""
+
+    def __init__(self, gateway: Gateway, retention: Retention) -> None:
+        self._gateway = gateway
+        self._store = gateway.store
+        self._retention = retention
+        self._erased = Erased()  # since the last record of it
+        self._looked_at = -math.inf
+        self._trusted_at = 0
+        self._done: object = None  # the day and the settings of the last run
+        self._said: dict[str, object] = {}  # in the log, by event, so that it is said once
+
+    async def do_for_ever(self) -> None:
+        """Do what is due, now and whenever it is; at once when the settings have changed."""
+        await asyncio.sleep(FIRST_SECONDS)
+        while True:
+            self._gateway.settings_applied.clear()
+            try:
+                if self._store.healthy:
+                    await self._do_what_is_due()
+                    self._say_once("daily work failed", None)
+            except Exception as error:  # whatever it is, it must not end the gateway
+                shown = {**shown_error(error), "reason": "it is tried again every minute"}
+                self._say_once("daily work failed", type(error), **shown)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TURN_SECONDS):
+                    await self._gateway.settings_applied.wait()
+
+    async def _do_what_is_due(self) -> None:
+        await self._retention.erase_expired_bodies(self._erased)
+        settings = self._gateway.settings.retention
+        due = (self._store.time() // DAY, settings)
+        if due != self._done or time.monotonic() - self._looked_at > CLOCK_LOOK_SECONDS:
+            await self._look_at_clock()
+        if due != self._done and not self._trusted_at:
+            await self._retention.erase_old(settings, self._erased, PAUSE_FACTOR)
+            if self._erased:
+                await self._retention.record(self._erased, GATEWAY_NAME)
+                log(logging.INFO, "old data erased", **asdict(self._erased))
+            self._erased, self._done = Erased(), due
+        is_scrubbed = await self._retention.scrub(0)
+        reason = "another program reads the database; erased data stays in its files until then"
+        self._say_once("erased data not scrubbed", None if is_scrubbed else True, reason=reason)
+
+    async def _look_at_clock(self) -> None:
+        self._trusted_at = await self._retention.look_at_clock()
+        self._looked_at = time.monotonic()
+        reason = (
+            "the ledger's time went ahead by more than a day; nothing old is erased before "
+            f"{iso_time(self._trusted_at)}"
+        )
+        self._say_once("daily work waits", self._trusted_at or None, reason=reason)
+
+    def _say_once(self, event: str, what: object, **fields: object) -> None:
+        """Log an event unless it was the last that was said of it; None: it is over."""
+        if what is not None and what != self._said.get(event):
+            log(logging.WARNING, event, **fields)
+        self._said[event] = what
