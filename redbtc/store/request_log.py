@@ -40,6 +40,9 @@ class Recording:
     def response(self, body: bytes) -> None:
         """Store a part of the response's body."""
 
+    def end(self) -> None:
+        """Note that no more parts follow."""
+
 
 class RequestLog:
     """The database of bodies, opened by `async with RequestLog.open(...)`. Its file is made when
