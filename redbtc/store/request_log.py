@@ -19,8 +19,15 @@ class LoggedRequest(Struct):
     account_id: str
     key_id: str
     logged_at: int  # milliseconds
+    expires_at: int  # milliseconds
     request: bytes | None
     response: bytes | None
+    request_bytes: int
+    response_bytes: int
+    request_encoding: str
+    response_encoding: str
+    request_withheld: bool
+    response_withheld: bool
     is_complete: bool  # False: parts are missing, since a body was too long or the log was too slow
 
 
@@ -73,6 +80,9 @@ class RequestLog:
         """Erase all bodies of an account, or of one of its keys. When this returns, none of their
         bytes is in any file, also if another program has the file open."""
         return Purged(0, 0)
+
+    async def shorten(self, account_id: str, key_id: str | None, days: int) -> None:
+        """Keep what is stored of an account, or of one of its keys, for so many days at most."""
 
     async def purge(self, now: int) -> Purged:
         """Erase the bodies that have expired at the time `now` (milliseconds), and the oldest ones
