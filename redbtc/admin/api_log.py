@@ -162,13 +162,13 @@ class RequestLogOperations(Access):
         if name is None:
             raise NotFound(f"a request has no body {body!r}, only 'request' and 'response'")
         stored = await self.request_log.read(request)
-        content = getattr(stored, name) if stored else None
-        if stored is None or content is None:
-            raise NotFound(f"nothing is stored of the {name} body of {request}")
-        if getattr(stored, f"{name}_withheld"):
+        if stored and getattr(stored, f"{name}_withheld"):
             raise NotFound(
                 f"the {name} body of {request} is not stored, since a key or a credential is in it"
             )
+        content = getattr(stored, name) if stored else None
+        if stored is None or content is None:
+            raise NotFound(f"nothing is stored of the {name} body of {request}")
         await self._log_settings.note_reading(stored.account_id, request, name, actor.name)
         return BodyContent(content, getattr(stored, f"{name}_encoding"))
 
