@@ -22,7 +22,7 @@ from redbtc.slices import with_turns
 
 MAX_SHOWN_BYTES = 1 << 20  # of a body; all of it can be downloaded
 TEXT_PART = 16 << 10  # characters that are escaped at once
-FILE_SUFFIXES = {"gzip": ".gz", "zstd": ".zst"}
+CODING_SUFFIXES = {"gzip": ".gz", "zstd": ".zst"}
 
 
 class ShownBody(NamedTuple):
@@ -58,7 +58,7 @@ async def show_body(page: PageRequest) -> PageVariables:
 async def download_body(page: PageRequest) -> Response:
     """Read a stored body and return it as a file, exactly as it was sent."""
     stored, name = await read_selected(page), page.form.get("body", "")
-    file = f"{page.path['request']}-{name}{FILE_SUFFIXES.get(stored.encoding, '')}"
+    file = f"{page.path['request']}-{name}{CODING_SUFFIXES.get(stored.encoding, '')}"
     return await bytes_response(stored.content, download(file))
 
 
