@@ -49,7 +49,7 @@ async def connect(loaded: LoadedSettings) -> AsyncIterator[httpx2.AsyncClient]:
                     billing = await Billing.open(store, loaded.settings.billing)
                     stopped = StoppedGateway(loaded.settings)
                     request_log = await stack.enter_async_context(
-                        RequestLog.open(loaded.database_path, loaded.settings)
+                        RequestLog.open(loaded.database_path, loaded.settings, store.time)
                     )
                     api = API(billing, stopped, loaded.settings.dashboard_url, request_log)
                     transport = httpx2.ASGITransport(admin_app(api, local_actor))

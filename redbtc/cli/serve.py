@@ -104,8 +104,10 @@ async def open_service(
         log(logging.WARNING, "no prices", reason=reason)
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
-    opening = RequestLog.open(options.loaded.database_path, settings)
-    request_log = await stack.enter_async_context(opening)
+    path = options.loaded.database_path
+    request_log = await stack.enter_async_context(
+        RequestLog.open(path, settings, billing.store.time, log)
+    )
     end_if_failed = process.end_if_failed
     service = Service(billing, settings, process.telemetry, end_if_failed, request_log)
     gateway = service.gateway

@@ -41,7 +41,7 @@ class Service:
         self.models = Models(self.gateway)
         self.admin_routes = AdminRoutes(self.gateway, self.api)
         self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)
-        self.vitals = Vitals(billing.store)
+        self.vitals = Vitals(billing.store, request_log)
         telemetry.registry.register(self.vitals)
         telemetry.registry.register(UpstreamMetrics(self.gateway.upstreams))
 

@@ -1,6 +1,6 @@
 """What an operator must know of the ledger and the machine: whether commits succeed and how long
 they take, the size of the WAL file, the free space on the disk, the clock, and the event loop's
-lag.
+lag; and what became of the bodies that the request log was given.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
+from redbtc.store.request_log import RequestLog
 from redbtc.telemetry import histogram_of, log
 
 WATCH_SECONDS = 1
@@ -70,8 +71,9 @@ def note_room(low: Condition, store: Store) -> None:
 class Vitals:
     """The metrics of the ledger and of the machine. They are read when somebody asks for them."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, request_log: RequestLog) -> None:
         self._store = store
+        self._request_log = request_log
         self._lag = self._lag_before = 0.0  # the longest in the running period and the one before
 
     async def watch_loop(self) -> None:
@@ -120,6 +122,35 @@ class Vitals:
             [],
             {(): commits.begin_seconds},
         )
+        yield from self._of_request_log()
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(store.path.parent).free
             yield gauge("redbtc_disk_free_bytes", "Free space on the database's disk", free)
+
+    def _of_request_log(self) -> Iterator[Metric]:
+        request_log, gauge, counter = self._request_log, GaugeMetricFamily, CounterMetricFamily
+        yield counter(
+            "redbtc_request_log_requests",
+            "Requests of which bodies were stored",
+            request_log.written,
+        )
+        yield counter(
+            "redbtc_request_log_dropped",
+            "Requests of which a part was not stored, since the log was too slow or failed",
+            request_log.dropped,
+        )
+        yield counter(
+            "redbtc_request_log_withheld",
+            "Requests of which a body was not stored, since a key or a credential is in it",
+            request_log.withheld,
+        )
+        yield gauge(
+            "redbtc_request_log_bytes",
+            "Size of request_log.db and its WAL file",
+            request_log.file_bytes,
+        )
+        yield gauge(
+            "redbtc_request_log_waiting_bytes",
+            "Memory of bodies that are not written yet",
+            request_log.waiting_bytes,
+        )

@@ -10,6 +10,8 @@ from redbtc.rates import RATES
 from redbtc.usage import KINDS
 
 APPLICATION_ID = 0x52424343  # marks the file as ours
+REQUEST_LOG = "request_log.db"  # the file with the bodies of requests, beside the ledger
+REQUEST_LOG_ID = 0x52424C47  # marks it
 SECTION = re.compile(r"^-- version (\d+)$", re.MULTILINE)
 TRIGGERS = "\n-- triggers\n"
 REPEATED = {"{kind}": KINDS, "{rate}": tuple(RATES)}

@@ -1,0 +1,247 @@
+"""The thread that writes the log, and does all else that needs its database."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from redbtc.config import Settings
+from redbtc.errors import StorageUnavailable, UserError
+from redbtc.store.failures import LogFunction, is_corrupt, reason_of
+from redbtc.store.files import FileChanged, Identity, identity_of
+from redbtc.store.request_log.file import LogFile, LogStatement
+from redbtc.store.request_log.jobs import Job
+from redbtc.store.request_log.recording import Part, PartQueue, Recording
+from redbtc.store.request_log.states import RequestState
+from redbtc.store.request_log.withholding import Secrets
+
+GROUP_SECONDS = 0.05  # parts that come within this time are taken out together
+REOPEN_SECONDS = 1.0
+BATCH_BYTES = 512 << 10  # of content in a transaction
+ROW_BYTES = 1024  # for a request's row and its entries in indexes
+WHAT_TO_DO = (
+    "Requests are served, but their bodies are not stored. If the file is damaged or not ours, "
+    "move it away."
+)
+
+
+class Worker:
+    """The thread, from `start` until the queue is closed."""
+
+    def __init__(self, path: Path, queue: PartQueue, settings: Settings, log: LogFunction) -> None:
+        self.written = 0  # requests that ended and are stored
+        self.withheld = 0  # requests of which a body was withheld
+        self.dropped = 0  # requests of which parts could not be written
+        self.file_bytes = 0
+        self.thread = threading.Thread(target=self._run, name="request log", daemon=True)
+        self._path = path
+        self._queue = queue
+        self._log = log
+        self._file: LogFile | None = None
+        self._failure = ""  # why the file can't be used; "": it can
+        self._reopen_at = 0.0
+        self._damaged: Identity | None = None
+        self._states: dict[Recording, RequestState] = {}
+        self._jobs: deque[Job[Any]] = deque()
+        self._pause: float | None = None  # until something is to be done, None: until it comes
+        self.apply(settings)
+
+    def apply(self, settings: Settings) -> None:
+        """Use other settings. Called on the event loop."""
+        self._secrets, self._max_bytes = Secrets(settings), settings.request_log.max_bytes
+
+    def _run(self) -> None:
+        while not self._queue.is_closed:
+            self._wait()
+            self._turn()
+        self._take_out()
+        for state in self._states.values():
+            state.end()
+        self._turn()
+        for job in self._jobs:
+            job.fail(StorageUnavailable("the request log was closed meanwhile; try again"))
+        self._close_file()
+
+    def _wait(self) -> None:
+        queue = self._queue
+        if self._pause is None or self._pause > 0:
+            queue.filled.wait(self._pause)
+            queue.urgent.wait(GROUP_SECONDS)
+        queue.urgent.clear()
+        queue.filled.clear()
+
+    def _turn(self) -> None:
+        """Take out what has come, write what is due, and go on with the first job."""
+        every = False
+        try:
+            every = self._take_out()
+        except MemoryError as error:
+            self._drop(list(self._states.values()), error)
+        now = time.monotonic()
+        states = list(self._states.values())
+        self._write([each for each in states if every or each.due_in(now) == 0.0])
+        pauses = [each.due_in(now) for each in self._states.values()]
+        if self._jobs:
+            pauses.append(self._step(self._jobs[0]))
+        self._pause = min((each for each in pauses if each is not None), default=None)
+
+    def _take_out(self) -> bool:
+        """Take out what has come. Return whether all of it must be written before a job begins."""
+        entries, has_job = self._queue.entries, False
+        while entries:
+            entry = entries.popleft()
+            if isinstance(entry, Job):
+                has_job = True
+                self._begin(entry)
+                continue
+            state = self._states.get(entry.recording)
+            if isinstance(entry, Part):
+                self._add(entry, state)
+            elif state:
+                state.is_ended = True
+        return has_job
+
+    def _add(self, part: Part, state: RequestState | None) -> None:
+        recording = part.recording
+        if recording.is_failed:
+            self._queue.released += part.size
+            return
+        if state is None:
+            state = self._states[recording] = RequestState(recording)
+        before = state.withheld
+        state.add(part, self._secrets)
+        self.withheld += bool(state.withheld) > bool(before)
+
+    def _begin(self, job: Job[Any]) -> None:
+        """PartQueue a job, and drop what it erases and is not written yet."""
+        self._jobs.append(job)
+        if job.erases:
+            account_id, key_id = job.erases
+            for state in list(self._states.values()):
+                recording = state.recording
+                if recording.account_id == account_id and key_id in (None, recording.key_id):
+                    self._forget(state)
+
+    def _forget(self, state: RequestState) -> None:
+        state.recording.is_failed = True
+        self._release(state)
+        del self._states[state.recording]
+
+    def _release(self, state: RequestState) -> None:
+        self._queue.released += state.waiting_bytes
+        state.waiting_bytes = 0
+
+    def _write(self, states: list[RequestState]) -> None:
+        """Write what waits of these requests. If that fails, it is dropped."""
+        if not states:
+            return
+        try:
+            file = self._opened(create=True)
+            assert file
+            for batch in self._batches(states):
+                file.write(batch, sum(added_bytes(each) for each in batch))
+            self.file_bytes = file.size
+        except Exception as error:  # whatever it is, requests are served
+            self._drop(states, error)
+            return
+        for state in states:
+            self._release(state)
+            if state.is_ended:
+                self.written += 1
+                del self._states[state.recording]
+
+    def _drop(self, states: list[RequestState], error: Exception) -> None:
+        """Drop what waits of these requests and all that will come, because of an error."""
+        self._note_failure(error)
+        for state in states:
+            if not state.recording.is_lost:
+                state.recording.is_lost = True
+                self.dropped += 1
+            self._forget(state)
+
+    def _batches(self, states: Iterable[RequestState]) -> Iterator[list[LogStatement]]:
+        batch: list[LogStatement] = []
+        size = 0
+        for state in states:
+            before = state.withheld
+            for statement in state.statements(self._secrets):
+                batch.append(statement)
+                size += added_bytes(statement)
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+            self.withheld += bool(state.withheld) > bool(before)
+        if batch:
+            yield batch
+
+    def _step(self, job: Job[Any]) -> float:
+        """Do the next step of a job. Return the seconds until the next one."""
+        try:
+            file = self._opened(create=False)
+            pause = job.step(file)
+            self.file_bytes = file.size if file else 0
+            if pause is not None:
+                return pause
+        except Exception as error:
+            job.fail(self._note_failure(error))
+        self._jobs.popleft()
+        return 0.0
+
+    def _opened(self, *, create: bool) -> LogFile | None:
+        """Return the open file. Return None if there is none and it is not to be made. Raises
+        StorageUnavailable, UserError, sqlite3.Error, OSError."""
+        if self._file:
+            try:
+                self._file.check_files()
+            except FileChanged:
+                self._close_file()
+        if self._file is None:
+            if self._failure and time.monotonic() < self._reopen_at:
+                raise StorageUnavailable(self._failure)
+            if self._damaged and identity_of(self._path) == self._damaged:
+                raise StorageUnavailable(self._failure)
+            self._file = LogFile.open(self._path, self._max_bytes, create=create)
+            if self._failure:
+                self._log(logging.INFO, "request log available", file=str(self._path))
+                self._failure = ""
+        elif self._file.max_bytes != self._max_bytes:
+            self._file.limit(self._max_bytes)
+        return self._file
+
+    def _note_failure(self, error: Exception) -> StorageUnavailable:
+        """Close the file after an error, and log that once. Return the error for who waits."""
+        if is_corrupt(error):
+            self._damaged = identity_of(self._path)
+        self._close_file()
+        if not isinstance(error, StorageUnavailable):
+            self._reopen_at = time.monotonic() + REOPEN_SECONDS
+            known = isinstance(error, UserError)
+            reason = str(error) if known else f"{self._path}: {reason_of(error)}"
+            if reason != self._failure:
+                self._log(
+                    logging.ERROR,
+                    "request log unavailable",
+                    reason=reason,
+                    what_to_do=WHAT_TO_DO,
+                )
+            self._failure = reason
+        return StorageUnavailable(f"the request log is unavailable: {self._failure or error}")
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file:
+            try:
+                file.close()
+            except Exception as error:
+                self._log(logging.ERROR, "request log not closed", reason=reason_of(error))
+
+
+def added_bytes(statement: LogStatement) -> int:
+    """Return about how many bytes a statement adds to the database."""
+    values = [value for value in statement.values if isinstance(value, bytes)]
+    return ROW_BYTES + sum(map(len, values))
