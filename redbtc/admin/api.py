@@ -12,6 +12,7 @@ from redbtc.admin.api_accounts import AccountOperations
 from redbtc.admin.api_closing import ClosingOperations
 from redbtc.admin.api_codex import CodexOperations
 from redbtc.admin.api_documents import DocumentOperations
+from redbtc.admin.api_log import RequestLogOperations
 from redbtc.admin.api_money import MoneyOperations
 from redbtc.admin.api_retention import Purge, PurgeOptions, RetentionOperations
 from redbtc.admin.api_upstreams import UpstreamOperations
@@ -48,6 +49,7 @@ from redbtc.admin.inputs import (
 )
 from redbtc.admin.inputs_closing import AccountTerminated, Termination
 from redbtc.admin.inputs_documents import Accepted
+from redbtc.admin.inputs_log import RequestLogChange
 from redbtc.admin.operations import Given, Operation, Result, operation
 from redbtc.admin.outputs import (
     AccountList,
@@ -76,6 +78,7 @@ from redbtc.admin.outputs import (
     WebhookMessageList,
 )
 from redbtc.admin.outputs_documents import AcceptanceList, DocumentList, ToAccept
+from redbtc.admin.outputs_log import BodyContent, RequestDetails, RequestLogShown
 from redbtc.admin.set_time import TimeSet
 from redbtc.admin.users import UserAdded, UserShown
 from redbtc.admin.validation import read_json_body, read_values
@@ -98,6 +101,7 @@ class API(
     CodexOperations,
     DocumentOperations,
     RetentionOperations,
+    RequestLogOperations,
 ):
     """The methods of all operations. Call them through one of the `perform` methods, which check
     the actor's role: `await api.perform(API.show_account, actor, account="first")`."""
@@ -313,6 +317,25 @@ OPERATIONS = (
         query=RequestsQuery,
         key_path="/me/requests",
         stream=API.stream_requests,
+    ),
+    operation("GET", "/requests/{request}", "viewer", API.show_request, RequestDetails),
+    operation(
+        "GET",
+        "/requests/{request}/bodies/{body}",
+        "owner",
+        API.read_stored_body,
+        BodyContent,
+    ),
+    operation(
+        "GET", "/accounts/{account}/request-log", "owner", API.show_request_log, RequestLogShown
+    ),
+    operation(
+        "PATCH",
+        "/accounts/{account}/request-log",
+        "owner",
+        API.set_request_log,
+        RequestLogShown,
+        body=RequestLogChange,
     ),
     operation("GET", "/me", "key", API.me, MeShown),
     operation("GET", "/me/limits", "key", API.limits, dict[str, Any]),

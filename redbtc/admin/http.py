@@ -21,6 +21,7 @@ from redbtc.admin.api import API, OPERATIONS
 from redbtc.admin.openapi import openapi
 from redbtc.admin.operations import PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Error, Refused
+from redbtc.admin.outputs_log import BodyContent
 from redbtc.admin.passwords import Busy, Later, TooMany
 from redbtc.errors import Conflict, NotFound, StorageUnavailable, UserError
 from redbtc.slices import with_turns
@@ -112,6 +113,12 @@ async def stream_response(parts: AsyncIterator[bytes]) -> Response:
             yield part
 
     return StreamingResponse(all_parts(), headers=SECURITY_HEADERS, media_type="application/json")
+
+
+async def bytes_response(content: bytes, headers: Mapping[str, str]) -> Response:
+    """Return bytes as a response that no browser shows or runs, whatever they are."""
+    parts = (content[start : start + PART_BYTES] for start in range(0, len(content), PART_BYTES))
+    return await response_in_parts(parts, 200, headers, "application/octet-stream")
 
 
 async def json_response(found: Struct | Mapping[str, Any], status: int = 200) -> Response:
@@ -221,6 +228,8 @@ def _endpoint(
         found = await api.perform_request(operation, actor, values, query, body)
         if isinstance(found, AsyncIterator):
             return await stream_response(found)
+        if isinstance(found, BodyContent):
+            return await bytes_response(found.content, SECURITY_HEADERS)
         return await json_response(found, operation.status)
 
     return endpoint

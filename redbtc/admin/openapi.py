@@ -10,6 +10,7 @@ from msgspec import Struct
 from redbtc.admin.api import OPERATIONS
 from redbtc.admin.operations import PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Refused
+from redbtc.admin.outputs_log import BodyContent
 from redbtc.times import MONTH
 
 ERRORS = {
@@ -91,6 +92,8 @@ def _described(operation: Operation, path: str, schemas: dict[str, Any]) -> dict
 
 
 def _content(text: str, of: Any) -> dict[str, Any]:
+    if of is BodyContent:
+        return {"description": text, "content": {"application/octet-stream": {}}}
     named = isinstance(of, type) and issubclass(of, Struct)
     schema = {"$ref": f"#/components/schemas/{of.__name__}"} if named else {"type": "object"}
     return {"description": text, "content": {"application/json": {"schema": schema}}}

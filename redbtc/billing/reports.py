@@ -100,7 +100,7 @@ TOP_FIGURES = f"""
                                     sum(requests) DESC, model LIMIT :top), model, NULL) AS model
        FROM figures)"""
 CORRECTABLE = ("service_tier", "price_id", "cost", *KINDS)
-REQUESTS = f"""
+SHOWN_REQUESTS = f"""
     SELECT requests.request_id, accounts.name AS account, key_id, endpoint, model, requested_model,
            upstream, started_at, first_byte_ms, duration_ms, requests.status, outcome,
            iif(corrections.request_id IS NULL, usage_source, 'upstream') AS usage_source,
@@ -110,11 +110,16 @@ REQUESTS = f"""
            corrections.created_at AS corrected_at,
            attempts, upstream_status, upstream_error_code, upstream_request_id,
            credentials
-      FROM requests {{index}} JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}
+      FROM requests {{index}} JOIN accounts ON accounts.id = requests.account_id
+           {WITH_CORRECTIONS}"""
+REQUESTS = f"""{SHOWN_REQUESTS}
      WHERE {{of_request}} {{failed}} started_at >= :since
        AND (started_at, requests.request_id) < (:until, :before)
        {OF_KEY_AND_MODEL.format(model="ifnull(model, requested_model)")}
      ORDER BY started_at DESC, requests.request_id DESC LIMIT :limit"""
+ONE_REQUEST = f"""{SHOWN_REQUESTS.format(index="")}
+     WHERE requests.request_id = :request
+       AND requests.account_id = ifnull(:account, requests.account_id)"""
 COPIED = "SELECT * FROM temp.copied ORDER BY rowid DESC"
 DAYS_WITH_SOME = f"""
     SELECT day, sum(requests) FROM (
@@ -185,6 +190,18 @@ async def requests_in(store: Reader, wanted: Range, currency: str) -> list[Reque
         wanted = msgspec.structs.replace(wanted, since=await _since_enough(store, wanted))
     newest_first = await store.all(*_query(wanted, currency))
     return [RequestShown.of(row) async for row in with_turns(reversed(newest_first))]
+
+
+async def one_request(
+    store: Store, request_id: str, account_id: str | None, currency: str
+) -> RequestShown:
+    """Return a request, if it is the account's; `account_id` None: of any account. Raises
+    NotFound."""
+    values = {"request": request_id, "account": account_id, "currency": currency}
+    row = await store.one(ONE_REQUEST, values)
+    if row is None:
+        raise NotFound(f"request {request_id!r} does not exist")
+    return RequestShown.of(row)
 
 
 async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIterator[RequestShown]:

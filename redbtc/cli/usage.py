@@ -45,7 +45,7 @@ SUM_COLUMNS = [
 ]
 
 
-@commands.command()
+@commands.group(invoke_without_command=True)
 @click.option("--account", help="Filter by account.")
 @click.option("--key", help="Filter by key id.")
 @click.option("--model", help="Filter by model (shell pattern).")
@@ -70,12 +70,17 @@ SUM_COLUMNS = [
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
-@click.pass_obj
-def usage(context: CommandContext, /, as_csv: bool, as_json: bool, **filters: Any) -> None:
+@click.pass_context
+def usage(click_context: click.Context, /, as_csv: bool, as_json: bool, **filters: Any) -> None:
     """List requests or, with --group-by, sums of them.
 
     These are the requests that reached an upstream, oldest first. Totals cover the whole range,
     whatever the limit."""
+    if click_context.invoked_subcommand:
+        if as_csv or as_json or given(filters):
+            raise click.UsageError("put the options after the name of the command")
+        return
+    context: CommandContext = click_context.obj
     one_form(as_csv, as_json)
     grouped = filters["group_by"] is not None
     if grouped and filters["limit"]:

@@ -53,6 +53,7 @@ from redbtc.dashboard.page_request import (
 )
 from redbtc.dashboard.parts import USER_ACTIONS
 from redbtc.dashboard.rendering import DASHBOARD_FOLDER, PageVariables, Renderer, error_status
+from redbtc.dashboard.request_page import REQUEST_ACTIONS, request_page
 from redbtc.dashboard.screens import NO_ACTIONS, Actions, Screen, Show
 from redbtc.dashboard.sessions import PAGE_HEADERS
 from redbtc.dashboard.settings_page import SETTINGS_ACTIONS, settings_page
@@ -165,6 +166,7 @@ class Dashboard:
             tab("Overview", "", "account_overview.html", account_overview_page, NO_ACTIONS),
             tab("Keys", "/keys", "keys.html", keys_page, KEY_ACTIONS),
             tab("Usage", "/usage", "usage.html", usage_page, NO_ACTIONS),
+            tab("Usage", "/usage/{request}", "request.html", request_page, REQUEST_ACTIONS),
             self._route(f"{ACCOUNT_PATH}/usage.csv", usage_csv),
             tab("Billing", "/billing", "billing.html", billing_page, NO_ACTIONS),
             tab("Billing", "/billing/{month}", "statement.html", statement_page, NO_ACTIONS),

@@ -7,11 +7,12 @@ from redbtc.dashboard.account_pages import account_base
 from redbtc.dashboard.page_request import PageRequest
 from redbtc.dashboard.rendering import PageVariables
 from redbtc.dashboard.screens import Actions
+from redbtc.dashboard.settings_log import LOG_ACTIONS, log_variables
 
 
 async def settings_page(page: PageRequest) -> PageVariables:
     """Show what the owner can decide."""
-    return await account_base(page, "Settings")
+    return {**await account_base(page, "Settings"), **await log_variables(page)}
 
 
-SETTINGS_ACTIONS: Actions = {}
+SETTINGS_ACTIONS: Actions = {**LOG_ACTIONS}

@@ -126,6 +126,8 @@ class AdmittedRequest(ForwardedRequest, Running):
                 await self._interrupt()
         finally:
             self.gateway.in_flight.with_row.discard(self)
+            if self.recorder:
+                self.recorder.end()
             self._give_back()
 
     def _give_back(self) -> None:

@@ -9,6 +9,7 @@ import time
 
 from redbtc.deadlines import Deadline
 from redbtc.gateway.asking import ask
+from redbtc.gateway.body_recorder import BodyRecorder
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.gateway import Gateway
 from redbtc.limits.admission import Admission
@@ -30,6 +31,7 @@ class ForwardedRequest:
     answer."""
 
     makes_answer = False  # else the answer can tell of another request, such as a stored response
+    recorder: BodyRecorder | None = None  # of its bodies, if they are logged
 
     def __init__(
         self,

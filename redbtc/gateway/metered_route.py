@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from redbtc.deadlines import Deadline
+from redbtc.gateway.body_recorder import BodyRecorder
 from redbtc.gateway.endpoints import Endpoint
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.metered_request import MeteredRequest
@@ -44,6 +45,12 @@ class MeteredRoute:
             if request.may_add_usage:
                 request.takes_out_usage = body.add_include_usage()
             async with request.admit(candidates, memory):
+                if key.log_days is not None:
+                    recorder = BodyRecorder.begin(gateway, key, client_request.id)
+                    if recorder:
+                        request.recorder = recorder
+                        send = recorder.recorded(send, client_request.client, deadline)
+                        await recorder.take_body(body)
                 path = endpoint.path.removeprefix("/v1")
                 relay = Relay(request, send, "POST", path, body.sent)
                 body.sent = b""  # only the relay has it now, for as long as it can be needed

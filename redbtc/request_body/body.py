@@ -69,6 +69,8 @@ class RequestBody:
         self._pictures = contents.pictures
         self._picture_bytes = contents.picture_bytes
         self._options_at = contents.options_at
+        # The place of the bytes that were added, and what the client had there.
+        self._edited: tuple[int, int, Buffer] | None = None
 
     @classmethod
     def read_body(
@@ -166,11 +168,20 @@ class RequestBody:
         if edit is None:
             return False
         start, end, added = edit
+        self._edited = start, start + len(added), self.sent[start:end]
         if isinstance(self.sent, bytearray):
             self.sent[start:end] = added
         else:
             self.sent = self.sent[:start] + added + self.sent[end:]
         return True
+
+    def as_client_sent(self) -> list[bytes | memoryview]:
+        """Return the body as the client sent it, in parts. They change when `sent` does."""
+        sent = self.sent
+        if self._edited is None:
+            return [sent if isinstance(sent, bytes) else memoryview(sent)]
+        start, end, replaced = self._edited
+        return [memoryview(sent)[:start], memoryview(replaced), memoryview(sent)[end:]]
 
 
 class ClientEvent(RequestBody):

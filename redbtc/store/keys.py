@@ -88,6 +88,9 @@ FULL_KEY = f"""
 KEY_IN_FORCE = f"""{FULL_KEY}
      WHERE keys.hash = ?1 AND keys.revoked_at IS NULL AND ifnull(keys.expires_at, ?2 + 1) > ?2"""
 
+LOG_DAYS = f"""
+    SELECT {FROM_ACCOUNT["log_days"]} FROM keys JOIN accounts ON accounts.id = keys.account_id
+     WHERE keys.id = ?"""
 IS_KEY = "SELECT 1 FROM keys WHERE hash = ?"
 
 
@@ -96,6 +99,14 @@ def is_key(store: Store, text: str) -> bool:
     StorageUnavailable."""
     hashed = hash_of_key(text)
     return hashed is not None and store.look_up(IS_KEY, (hashed,)) is not None
+
+
+def log_days_of(store: Store, key_id: str) -> int | None:
+    """Return for how many days bodies of a key's requests are kept now; None: they are not. Raises
+    StorageUnavailable."""
+    found = store.look_up(LOG_DAYS, (key_id,))
+    days: int | None = found[0] if found else None
+    return days
 
 
 def key_in_force(store: Store, key: str) -> Key | None:

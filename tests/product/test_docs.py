@@ -81,11 +81,11 @@ def spans(text: str) -> list[str]:
 
 
 def leaves(group: click.Group, names: str = "") -> Iterator[tuple[str, click.Command]]:
-    """Yield each command that does something, with its names."""
+    """Yield each command that does something, with its names: of a group, its commands first."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from leaves(command, f"{names}{name} ")
-        else:
+        if not isinstance(command, click.Group) or command.invoke_without_command:
             yield f"{names}{name}", command
 
 
@@ -129,7 +129,7 @@ def parsed(words: list[str]) -> str:
     click.UsageError if there is no such command, argument or option, or a value is wrong."""
     if words[0] == "--config":
         words = words[2:]
-    size = 2 if isinstance(commands.commands.get(words[0]), click.Group) else 1
+    size = 1 if words[0] in LEAVES and " ".join(words[:2]) not in LEAVES else 2
     name = " ".join(words[:size])
     assert name in LEAVES, f"there is no command {name!r}"
     LEAVES[name].make_context(name, words[size:])

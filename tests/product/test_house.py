@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "upstream": BASE | {"config", "refusals", "meter", "request_body", "upstream_settings"},
     "server": BASE | {"deadlines", "limits", "refusals", "request_body", "store", "telemetry"},
     "admin": BASE | {"billing", "codex", "config", "limits", "store"},
-    "dashboard": BASE | {"admin", "billing", "codex", "config", "server", "store"},
+    "dashboard": BASE | {"admin", "billing", "codex", "config", "meter", "server", "store"},
     "demo": BASE | {"refusals", "request_body"},
 }
 MAY_IMPORT["gateway"] = frozenset(MAY_IMPORT) - {"start", "demo"}

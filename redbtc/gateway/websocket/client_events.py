@@ -110,6 +110,8 @@ class ClientEvents:
         made = self._objects.locations
         await required_location(self._gateway, self._handshake, key, event, made)
         await turn.steer(response_id, event, admission)
+        if recorder := turn.response.recorder:
+            await recorder.take_client_event(event)
         if turn.socket and not turn.socket.is_lost:
             await turn.socket.send_in_time(event.sent)
 

@@ -63,11 +63,11 @@ class ClientSender:
             await asyncio.sleep(seconds)
         self._handshake.client.abort()
 
-    async def send(self, message: str | bytes) -> None:
-        """Send a message. Return when it is with the client's operating system, or nearly so."""
+    async def send(self, message: str | bytes) -> bool:
+        """Send a message. Return when it is with the client's operating system, or nearly so:
+        False if the client is gone."""
         kind = "text" if isinstance(message, str) else "bytes"
-        if not self.closed:
-            await self._give({"type": "websocket.send", kind: message})
+        return not self.closed and await self._give({"type": "websocket.send", kind: message})
 
     async def refuse(
         self,
@@ -109,13 +109,15 @@ class ClientSender:
         self.closed = True
         self.opened.set()  # so that nothing waits for it
 
-    async def _give(self, message: dict[str, Any]) -> None:
+    async def _give(self, message: dict[str, Any]) -> bool:
         self._sending += 1
         try:
             await self._send(message)
             self._sent += 1
+            return True
         except (OSError, RuntimeError):
             self.closed = True  # by the client, or by another task a moment ago
+            return False
         finally:
             self._sending -= 1
 

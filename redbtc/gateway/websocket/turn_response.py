@@ -8,6 +8,7 @@ from msgspec import Struct, field
 
 from redbtc.billing.spending import Hold
 from redbtc.deadlines import Deadline
+from redbtc.gateway.body_recorder import BodyRecorder
 from redbtc.gateway.endpoints import RESPONSES
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.metered_request import MeteredRequest
@@ -110,6 +111,9 @@ class TurnResponse(MeteredRequest):
         said = (usage.input_tokens or 0) + (usage.output_tokens or 0)
         response.input_estimate = said + steered_estimate
         response.take_over(self.row, hold)
+        if self.recorder:
+            request_id = response.client_request.id
+            response.recorder = BodyRecorder.begin(self.gateway, self.key, request_id)
         return response
 
     async def write_pending(self) -> None:

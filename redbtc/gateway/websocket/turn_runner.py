@@ -8,6 +8,7 @@ import time
 from websockets.exceptions import ConnectionClosed
 
 from redbtc.deadlines import Deadline
+from redbtc.gateway.body_recorder import BodyRecorder
 from redbtc.gateway.failover import CERTAIN, FAILURES, Failover, judge_end
 from redbtc.gateway.forwarded_request import REJECTED_KEY
 from redbtc.gateway.gateway import Gateway
@@ -124,6 +125,10 @@ class TurnRunner:
         candidates.prefer(self._upstream_events.connected())
         with gateway.serving(None, deadline, key):
             async with response.admit(candidates, queued), turn.exit_stack:
+                if key.log_days is not None:
+                    response.recorder = BodyRecorder.begin(gateway, key, request.id)
+                    if response.recorder:
+                        await response.recorder.take_client_event(event)
                 await self._forward(turn, event, candidates)
 
     async def _forward(
@@ -204,7 +209,8 @@ class TurnRunner:
             if best.upstream_status not in REJECTED_STATUSES:
                 await response.take(best.event, "error")
                 await response.settle(response.outcome())
-                await self._sender.send(best.shown)
+                if await self._sender.send(best.shown) and response.recorder:
+                    await response.recorder.take_event(best.shown)
                 return
             response.note_failure(best.code)
             best = Refusal(REJECTED_KEY)

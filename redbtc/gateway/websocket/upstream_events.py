@@ -166,8 +166,10 @@ class UpstreamEvents:
             if event.error or event.response or event.type == "error":
                 message = shown_to_client(event, message, socket)
         socket.enter("blocked")
-        await self._sender.send(message)
+        was_sent = await self._sender.send(message)
         socket.enter("passing")
+        if was_sent and turn and turn.response.recorder:
+            await turn.response.recorder.take_event(message)
         if turn and turn.state in FINISHED:
             turn.end()
 
