@@ -10,6 +10,7 @@ from msgspec import Struct
 from redbtc.admin.actors import Actor
 from redbtc.admin.api_accounts import AccountOperations
 from redbtc.admin.api_codex import CodexOperations
+from redbtc.admin.api_compromised import CompromisedKeyOperations, KeyCompromised, KeyLeak
 from redbtc.admin.api_money import MoneyOperations
 from redbtc.admin.api_upstreams import UpstreamOperations
 from redbtc.admin.api_usage import UsageOperations
@@ -83,6 +84,7 @@ Arguments = ParamSpec("Arguments")
 
 class API(
     AccountOperations,
+    CompromisedKeyOperations,
     MoneyOperations,
     UserOperations,
     UsageOperations,
@@ -184,6 +186,14 @@ OPERATIONS = (
     operation("POST", "/keys/{key}/revoke", "owner", API.revoke_key, KeyRevoked, body=Revocation),
     operation(
         "POST", "/keys/{key}/rotate", "owner", API.rotate_key, KeyAdded, body=Rotation, status=201
+    ),
+    operation(
+        "POST",
+        "/keys/{key}/compromised",
+        "owner",
+        API.compromise_key,
+        KeyCompromised,
+        body=KeyLeak,
     ),
     operation("GET", "/prices", "operator", API.list_prices, PriceList),
     operation(

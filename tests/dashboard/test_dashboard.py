@@ -170,7 +170,7 @@ def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login]
 
 
 FORMS: dict[str, dict[str, dict[str, str]]] = {
-    "/keys": {"add": {}, "rotate": {"overlap": "0"}, "revoke": {"compromised": "1"}},
+    "/keys": {"add": {}, "rotate": {"overlap": "0"}, "revoke": {}, "compromised": {}},
     "/members": {"add": {"email": "x@y.z", "role": "owner"}, "reset": {}, "remove": {}},
     "/manage": {
         "set": {"concurrency": "1"},
