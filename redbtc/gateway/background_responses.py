@@ -132,9 +132,6 @@ class BackgroundResponses:
         now = self._store.time()
         response = BackgroundResponse(row, hold.transfer(), unfinished, chosen, now)
         self._add(response)
-        with contextlib.suppress(StorageUnavailable):
-            if is_compromised(self._store, row.key_id):  # reported while the upstream created it
-                self._cancel(response)
         return response, keep_pending(self._store, row, unfinished)
 
     async def leave(self, response: BackgroundResponse, report: Report) -> bool:
@@ -218,13 +215,9 @@ class BackgroundResponses:
             if each.row.key_id == key_id and not each.has_ended
         ]
         for each in running:
-            self._cancel(each)
+            each.to_be_cancelled = True
+            self._start(self._look_after(each))
         return sum(each.stage is Stage.ALONE for each in running)
-
-    def _cancel(self, response: BackgroundResponse) -> None:
-        """Begin to cancel a response at its upstream."""
-        response.to_be_cancelled = True
-        self._start(self._look_after(response))
 
     async def _settle_if_ended(self, response: BackgroundResponse, report: Report) -> None:
         if report.status and report.status not in UNFINISHED:

@@ -163,7 +163,7 @@ def test_an_account_s_owner_by_keyboard_alone(gateway: Gateway, browser: Browser
     write(page, Keep_the_old_key_working_for="1h")
     enter(page, "Rotate key")
     see(page, "Your new key: by hand")
-    press(page, "Report by hand as compromised")
+    press(page, "Report as compromised: by hand")
     enter(page, "Report as compromised")
     see(page, "Compromised key: by hand")
     expect(page.locator("#secret")).to_contain_text("sk-redbtc-")
