@@ -11,6 +11,7 @@ from redbtc.admin.actors import Actor
 from redbtc.admin.api_accounts import AccountOperations
 from redbtc.admin.api_codex import CodexOperations
 from redbtc.admin.api_compromised import CompromisedKeyOperations, KeyCompromised, KeyLeak
+from redbtc.admin.api_export import ExportOperations, ExportPlan, InstantQuery, PartQuery
 from redbtc.admin.api_money import MoneyOperations
 from redbtc.admin.api_upstreams import UpstreamOperations
 from redbtc.admin.api_usage import UsageOperations
@@ -85,6 +86,7 @@ Arguments = ParamSpec("Arguments")
 class API(
     AccountOperations,
     CompromisedKeyOperations,
+    ExportOperations,
     MoneyOperations,
     UserOperations,
     UsageOperations,
@@ -177,6 +179,31 @@ OPERATIONS = (
         API.throttle_account,
         Account,
         body=Throttle,
+    ),
+    operation(
+        "GET",
+        "/accounts/{account}/export",
+        "owner",
+        API.plan_export,
+        ExportPlan,
+        query=InstantQuery,
+    ),
+    operation(
+        "GET",
+        "/accounts/{account}/export/{part}",
+        "owner",
+        API.export_part,
+        bytes,
+        query=PartQuery,
+        media_type="application/zip",
+    ),
+    operation(
+        "GET",
+        "/accounts/{account}/export.zip",
+        "owner",
+        API.export_account,
+        bytes,
+        media_type="application/zip",
     ),
     operation("GET", "/accounts/{account}/limits", "viewer", API.account_limits, dict[str, Any]),
     operation("GET", "/accounts/{account}/keys", "viewer", API.list_keys, KeyList),

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from redbtc.admin.api import OPERATIONS
+from redbtc.admin.api_export import EXPORT_PART
 from redbtc.admin.operations import PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Refused
 from redbtc.times import MONTH
@@ -26,6 +27,7 @@ ERRORS = {
 ID = {"type": "string", "minLength": 1, "pattern": "^[^/]+$"}
 IN_PATH = {
     "month": {"type": "string", "pattern": f"^({MONTH.pattern})$"},
+    "part": {"type": "string", "pattern": f"^({EXPORT_PART.pattern})$"},
     "upstream": {"type": "string", "minLength": 1},
 }
 
@@ -35,6 +37,7 @@ def openapi(*, secure: bool) -> dict[str, Any]:
     and their types. `secure` says whether clients use TLS, which changes the session cookie's
     name."""
     answers = [each.answer for each in OPERATIONS if isinstance(each.answer, type)]
+    answers = [each for each in answers if each is not bytes]
     inputs = [kind for each in OPERATIONS for kind in (each.body, each.query)]
     template = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components(
@@ -77,7 +80,7 @@ def _described(operation: Operation, path: str, schemas: dict[str, Any]) -> dict
         "security": [{"key": []}] if path.startswith("/me") else [{"session": []}],
         "parameters": parameters,
         "responses": {
-            str(operation.status): _content("Done.", operation.answer),
+            str(operation.status): _content("Done.", operation.answer, operation.media_type),
             **{status: _content(text, Refused) for status, text in ERRORS.items()},
         },
     }
@@ -90,7 +93,8 @@ def _described(operation: Operation, path: str, schemas: dict[str, Any]) -> dict
     return described
 
 
-def _content(text: str, of: Any) -> dict[str, Any]:
+def _content(text: str, of: Any, media_type: str = "application/json") -> dict[str, Any]:
     named = isinstance(of, type) and issubclass(of, Struct)
     schema = {"$ref": f"#/components/schemas/{of.__name__}"} if named else {"type": "object"}
-    return {"description": text, "content": {"application/json": {"schema": schema}}}
+    described = {} if of is bytes else {"schema": schema}
+    return {"description": text, "content": {media_type: described}}

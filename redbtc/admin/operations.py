@@ -35,6 +35,7 @@ class Operation(NamedTuple):
     status: int = 200
     key_path: str | None = None  # the path for the holder of an API key, if there is another one
     stream: Callable[..., AsyncIterator[bytes]] | None = None  # yields the answer to a command
+    media_type: str = "application/json"  # of the answer; of another one, the handler yields bytes
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -96,6 +97,19 @@ def operation(
     body: type[Given],
     status: int = 200,
     key_path: str | None = None,
+) -> Operation: ...
+
+
+@overload
+def operation(
+    method: str,
+    path: str,
+    min_rank: Rank,
+    handler: Callable[..., Awaitable[AsyncIterator[bytes]]],
+    answer: type[bytes],
+    *,
+    query: type[Input] = Nothing,
+    media_type: str,
 ) -> Operation: ...
 
 

@@ -97,7 +97,7 @@ TOP_FIGURES = f"""
                                     sum(requests) DESC, model LIMIT :top), model, NULL) AS model
        FROM figures)"""
 CORRECTABLE = ("service_tier", "price_id", "cost", *KINDS)
-REQUESTS = f"""
+SELECT_REQUESTS = f"""
     SELECT requests.request_id, accounts.name AS account, key_id, endpoint, model, requested_model,
            upstream, started_at, first_byte_ms, duration_ms, requests.status, outcome,
            iif(corrections.request_id IS NULL, usage_source, 'upstream') AS usage_source,
@@ -107,11 +107,17 @@ REQUESTS = f"""
            corrections.created_at AS corrected_at,
            attempts, upstream_status, upstream_error_code, upstream_request_id,
            credentials
-      FROM requests {{index}} JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}
+      FROM requests {{index}}
+      JOIN accounts ON accounts.id = requests.account_id {WITH_CORRECTIONS}"""
+REQUESTS = f"""{SELECT_REQUESTS}
      WHERE {{of_request}} {{failed}} started_at >= :since
        AND (started_at, requests.request_id) < (:until, :before)
        {OF_KEY_AND_MODEL.format(model="ifnull(model, requested_model)")}
      ORDER BY started_at DESC, requests.request_id DESC LIMIT :limit"""
+NEXT_REQUESTS = f"""{SELECT_REQUESTS.format(index="")}
+     WHERE requests.account_id = :account AND started_at >= :since
+       AND (started_at, requests.request_id) > (:since, :after) AND started_at < :until
+     ORDER BY started_at, requests.request_id LIMIT :limit"""
 COPIED = "SELECT * FROM temp.copied ORDER BY rowid DESC"
 DAYS_WITH_SOME = f"""
     SELECT day, sum(requests) FROM (
@@ -126,6 +132,7 @@ DAYS_WITH_SOME = f"""
 START_OF = (
     "SELECT started_at FROM requests WHERE request_id = ? AND account_id = ifnull(?, account_id)"
 )
+PAGE_OF_REQUESTS = 1000
 HTTP_STATUS = re.compile(r"[1-9][0-9]{2}")
 # With an account, an index of its own; the queries are the same.
 ONE, ALL = "{table}account_id = :account AND", ""
@@ -183,6 +190,23 @@ async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIte
     slowly as a client does, after the snapshot `store` has ended."""
     await store.copy(*_query(wanted, currency))
     return (RequestShown.of(row) async for row in store.rows(COPIED))
+
+
+async def every_request(
+    store: Store, account_id: str, since: int, until: int, currency: str
+) -> AsyncIterator[RequestShown]:
+    """Yield the same rows of an account that started from `since` until before `until`, oldest
+    first. They are read PAGE_OF_REQUESTS at a time, each time as the ledger is then, so that a
+    reader of millions of rows keeps no snapshot open."""
+    values = {"account": account_id, "until": until, "currency": currency}
+    values |= {"since": since, "after": "", "limit": PAGE_OF_REQUESTS}
+    while True:
+        rows = [row async for row in store.rows(NEXT_REQUESTS, values)]
+        async for row in with_turns(rows):
+            yield RequestShown.of(row)
+        if len(rows) < PAGE_OF_REQUESTS:
+            return
+        values |= {"since": rows[-1]["started_at"], "after": rows[-1]["request_id"]}
 
 
 def _query(wanted: Range, currency: str) -> tuple[str, dict[str, Any]]:
