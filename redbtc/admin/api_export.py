@@ -24,7 +24,7 @@ from redbtc.times import MONTH, now_ms, parse_time
 EXPORT_PART = re.compile(rf"account|statements|content|usage-({MONTH.pattern})")
 CONTENT_AT_ONCE = 100  # requests whose stored content is one part
 ACCOUNT_FILES = 15  # of the part `account`
-REQUEST_ID = "req_[0-9a-f]{32}"
+ID_OF_REQUEST = "req_[0-9a-f]{32}"
 # A request for stored content is in the log of changes once for each export and actor.
 NOTE_CONTENT_EXPORT = """
     INSERT INTO changes
@@ -36,7 +36,7 @@ NOTE_CONTENT_EXPORT = """
 RequestIds = Annotated[
     str,
     matching(
-        rf"^({REQUEST_ID}(,{REQUEST_ID}){{0,{CONTENT_AT_ONCE - 1}}})?$(?!\n)",
+        rf"^({ID_OF_REQUEST}(,{ID_OF_REQUEST}){{0,{CONTENT_AT_ONCE - 1}}})?$(?!\n)",
         f"at most {CONTENT_AT_ONCE} request ids, separated by commas",
     ),
 ]

@@ -86,7 +86,7 @@ class AccountExport:
     async def account_files(self) -> AsyncIterator[ExportedFile]:
         """Yield the account, its logins and keys, its payments, notices, changes and acceptances,
         and its usage by day and model."""
-        yield ExportedFile("account.json", whole(msgspec.json.encode(self._account)))
+        yield ExportedFile("account.json", at_once(msgspec.json.encode(self._account)))
         for name, kind, rows in (
             ("logins", UserShown, await self._access.users.all(self._account.id, None)),
             ("keys", KeyInList, await self._access.accounts.keys(self._account.id)),
@@ -109,7 +109,7 @@ class AccountExport:
         """Yield the statement of each month, as `statement` prints it."""
         for month in await self.statement_months():
             found = await statement(self._billing, self._account, month)
-            yield ExportedFile(f"statements/{month}.json", whole(msgspec.json.encode(found)))
+            yield ExportedFile(f"statements/{month}.json", at_once(msgspec.json.encode(found)))
             yield ExportedFile(f"statements/{month}.csv", statement_csv_parts(found))
 
     async def usage_files(self, month: str) -> AsyncIterator[ExportedFile]:
@@ -125,11 +125,11 @@ class AccountExport:
             if logged is None or logged.account_id != self._account.id:
                 continue
             if logged.request is not None:
-                yield ExportedFile(f"content/{request_id}.request", whole(logged.request))
+                yield ExportedFile(f"content/{request_id}.request", at_once(logged.request))
             if logged.response is not None:
-                yield ExportedFile(f"content/{request_id}.response", whole(logged.response))
+                yield ExportedFile(f"content/{request_id}.response", at_once(logged.response))
             if not logged.is_complete:
-                yield ExportedFile(f"content/{request_id}.incomplete.txt", whole(INCOMPLETE))
+                yield ExportedFile(f"content/{request_id}.incomplete.txt", at_once(INCOMPLETE))
 
     # Their rows
 
@@ -173,7 +173,7 @@ class AccountExport:
         content = msgspec.json.encode({"groups": groups, "totals": totals})
         columns = columns_of(group_type(("day", "model")))
         return [
-            ExportedFile("usage-by-day.json", whole(content)),
+            ExportedFile("usage-by-day.json", at_once(content)),
             ExportedFile("usage-by-day.csv", csv_of(columns, with_turns(groups))),
         ]
 
@@ -216,7 +216,7 @@ def columns_of(kind: type[Struct]) -> list[str]:
     return [name for name in kind.__struct_encode_fields__ if name not in OPERATORS_COLUMNS]
 
 
-async def whole(content: bytes) -> AsyncIterator[bytes]:
+async def at_once(content: bytes) -> AsyncIterator[bytes]:
     """Yield the content of a file at once."""
     yield content
 

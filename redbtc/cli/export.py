@@ -32,10 +32,11 @@ from redbtc.cli.connect import connect
 from redbtc.cli.main import CommandContext, content_of, json_option, show
 from redbtc.config import LoadedSettings
 from redbtc.errors import UserError
+from redbtc.store.backup import sync_folder
 from redbtc.times import parse_time
 
 COPY_BYTES = 1 << 20
-PROGRESS_SECONDS = 1  # between two lines of progress, except on a terminal
+SHOWN_EVERY_SECONDS = 1  # between two lines of progress, except on a terminal
 GO_ON = "Give the same command again to go on where it stopped."
 
 
@@ -111,7 +112,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class Progress:
+class ExportProgress:
     """Lines on standard error that say how much is done."""
 
     def __init__(self, plan: ExportPlan) -> None:
@@ -123,7 +124,7 @@ class Progress:
 
     def show(self, always: bool = False) -> None:
         """Show how much is done, if that is due."""
-        if not always and time.monotonic() - self._shown_at < PROGRESS_SECONDS:
+        if not always and time.monotonic() - self._shown_at < SHOWN_EVERY_SECONDS:
             return
         self._shown_at = time.monotonic()
         done = f"Exporting {self._account}: {self.files} of {self._files} files"
@@ -155,7 +156,7 @@ class UnfinishedExport:
 
     async def fetch(self, client: httpx2.AsyncClient, plan: ExportPlan) -> None:
         """Fetch the parts that are missing. Raises UserError."""
-        progress = Progress(plan)
+        progress = ExportProgress(plan)
         for number, part in enumerate(plan.parts):
             file = self._file_of(number)
             if file.exists():
@@ -171,7 +172,7 @@ class UnfinishedExport:
         plan: ExportPlan,
         part: PlannedPart,
         file: Path,
-        progress: Progress,
+        progress: ExportProgress,
     ) -> None:
         query = {"as_of": plan.as_of}
         if part.requests:
@@ -203,7 +204,7 @@ class UnfinishedExport:
                 with archive.open(zip_entry(MANIFEST, at), "w") as last:
                     last.writelines(manifest.parts())
             out.flush()
-            verify(self._new)
+            verify_archive(self._new)
             os.fsync(out.fileno())
         self._new.rename(target)
         sync_folder(target.parent)
@@ -234,7 +235,9 @@ class UnfinishedExport:
         sync_folder(self._folder)
 
 
-async def copy_stream(parts: AsyncIterable[bytes], out: IO[bytes], progress: Progress) -> None:
+async def copy_stream(
+    parts: AsyncIterable[bytes], out: IO[bytes], progress: ExportProgress
+) -> None:
     """Write what comes, and show the progress."""
     async for part in parts:
         out.write(part)
@@ -252,7 +255,7 @@ def copy_hashed(source: IO[bytes], write: Callable[[bytes], object]) -> tuple[in
     return size, digest.hexdigest()
 
 
-def verify(file: Path) -> None:
+def verify_archive(file: Path) -> None:
     """Read an archive again and compare it with its manifest. Raises UserError."""
     with zipfile.ZipFile(file) as archive:
         listed = msgspec.json.decode(archive.read(MANIFEST))["files"]
@@ -286,12 +289,3 @@ def facts_of(file: Path) -> dict[str, Any]:
     with zipfile.ZipFile(file) as archive:
         files = len(archive.namelist())
     return {"path": str(file), "bytes": size, "sha256": digest, "files": files}
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

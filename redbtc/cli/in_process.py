@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 
 Call = Callable[..., Awaitable[None]]  # an ASGI app
-MAX_WAITING = 4  # parts of an answer that are made and not yet read
+MAX_UNREAD_PARTS = 4  # parts of an answer that are made and not yet read
 
 
 class InProcess(httpx2.AsyncBaseTransport):
@@ -21,7 +21,7 @@ class InProcess(httpx2.AsyncBaseTransport):
         self._app = app
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        messages: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue(MAX_WAITING)
+        messages: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue(MAX_UNREAD_PARTS)
         task = asyncio.create_task(self._answer(request, await request.aread(), messages))
         try:
             start = await messages.get()
