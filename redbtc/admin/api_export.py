@@ -48,10 +48,9 @@ class InstantQuery(Input):
     as_of: Time | None = None
 
 
-class PartQuery(Input):
+class PartQuery(InstantQuery):
     """The instant of an export, and for the part `content` the ids of the requests."""
 
-    as_of: Time
     requests: RequestIds = ""
 
 
@@ -92,7 +91,8 @@ class ExportOperations(Access):
         if part == "content":
             if not await self._may_have_content(actor, found):
                 raise Forbidden("stored content is for the account's owner")
-            await self._note_content(actor, found, as_of)
+            if wanted.requests:
+                await self._note_content(actor, found, as_of)
         files = files_of(AccountExport(self, found, as_of), [wanted])
         return in_turn(self.exporting, zip_parts(files, as_of))
 

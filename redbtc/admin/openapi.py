@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from redbtc.admin.api import OPERATIONS
 from redbtc.admin.api_export import EXPORT_PART
-from redbtc.admin.operations import PREFIX, Operation, variables_of
+from redbtc.admin.operations import JSON_ANSWER, PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Refused
 from redbtc.times import MONTH
 
@@ -37,7 +37,6 @@ def openapi(*, secure: bool) -> dict[str, Any]:
     and their types. `secure` says whether clients use TLS, which changes the session cookie's
     name."""
     answers = [each.answer for each in OPERATIONS if isinstance(each.answer, type)]
-    answers = [each for each in answers if each is not bytes]
     inputs = [kind for each in OPERATIONS for kind in (each.body, each.query)]
     template = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components(
@@ -93,8 +92,8 @@ def _described(operation: Operation, path: str, schemas: dict[str, Any]) -> dict
     return described
 
 
-def _content(text: str, of: Any, media_type: str = "application/json") -> dict[str, Any]:
+def _content(text: str, of: Any, media_type: str = JSON_ANSWER) -> dict[str, Any]:
     named = isinstance(of, type) and issubclass(of, Struct)
     schema = {"$ref": f"#/components/schemas/{of.__name__}"} if named else {"type": "object"}
-    described = {} if of is bytes else {"schema": schema}
+    described = {"schema": schema} if media_type == JSON_ANSWER else {}
     return {"description": text, "content": {media_type: described}}

@@ -9,6 +9,7 @@ from redbtc.admin.actors import Actor, Rank
 from redbtc.admin.inputs import Input, Nothing
 
 PREFIX = "/admin/v1"
+JSON_ANSWER = "application/json"
 Given = TypeVar("Given", bound=Input)
 Result = TypeVar("Result")
 
@@ -35,7 +36,7 @@ class Operation(NamedTuple):
     status: int = 200
     key_path: str | None = None  # the path for the holder of an API key, if there is another one
     stream: Callable[..., AsyncIterator[bytes]] | None = None  # yields the answer to a command
-    media_type: str = "application/json"  # of the answer; of another one, the handler yields bytes
+    media_type: str = JSON_ANSWER  # of the answer; of another one, the handler yields bytes
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ def operation(
     path: str,
     min_rank: Rank,
     handler: Callable[..., Awaitable[AsyncIterator[bytes]]],
-    answer: type[bytes],
+    answer: Any,
     *,
     query: type[Input] = Nothing,
     media_type: str,
