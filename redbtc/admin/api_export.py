@@ -114,9 +114,12 @@ class ExportOperations(Access):
         found = await self.find_account(actor, account)
         if found.erased_at is not None:
             raise Conflict(f"account {found.name!r} was erased: nothing is left to export")
-        now = await self.billing.store.settle_time()
-        at = now if as_of is None else parse_time(as_of, now, relative_to_past=True)
-        if at > now:
+        store = self.billing.store
+        if as_of is None:
+            at = await store.settle_time()  # so that it is no time to come after a restart
+        else:
+            at = parse_time(as_of, store.time(), relative_to_past=True)
+        if at > store.time():
             raise Invalid("the instant of an export can't be in the future", "as_of")
         owner = Actor(actor.name, "owner", found.id)
         return await self.with_money(found, owner), at

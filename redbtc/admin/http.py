@@ -214,12 +214,12 @@ async def while_authenticated(
     """Yield the parts of an answer for as long as its actor is authenticated. Otherwise the answer
     is torn: a normal end would make it look complete."""
     async for part in parts:
+        yield part
         try:
             authenticate(request)
         except UserError:
             abort(request)
             return
-        yield part
 
 
 def _endpoint(

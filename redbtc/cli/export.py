@@ -72,7 +72,12 @@ async def export(loaded: LoadedSettings, name: str, target: Path) -> dict[str, A
     folder = target.with_name(f"{target.name}.partial")
     if target.exists() and not folder.exists():
         raise UserError(f"{target} exists already; remove it, or name another file")
+    if not target.parent.is_dir():
+        raise UserError(f"the folder {target.parent} does not exist")
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():
+        raise UserError(f"{folder} belongs to another user; name another file")
+    folder.chmod(0o700)
     with locked(folder):
         unfinished = UnfinishedExport(folder)
         plan = unfinished.plan()
@@ -192,15 +197,7 @@ class UnfinishedExport:
             with zipfile.ZipFile(out, "w") as archive:
                 manifest = Manifest(head_of(plan))
                 for number in range(len(plan.parts)):
-                    with zipfile.ZipFile(self._file_of(number)) as part:
-                        for entry in part.infolist():
-                            new = zip_entry(entry.filename, at)
-                            with (
-                                part.open(entry) as source,
-                                archive.open(new, "w", force_zip64=True) as copy,
-                            ):
-                                size, digest = copy_hashed(source, copy.write)
-                            manifest.add(entry.filename, size, digest)
+                    self._add_part(self._file_of(number), archive, manifest, at)
                 with archive.open(zip_entry(MANIFEST, at), "w") as last:
                     last.writelines(manifest.parts())
             out.flush()
@@ -208,6 +205,23 @@ class UnfinishedExport:
             os.fsync(out.fileno())
         self._new.rename(target)
         sync_folder(target.parent)
+
+    def _add_part(self, file: Path, archive: zipfile.ZipFile, manifest: Manifest, at: int) -> None:
+        """Copy the files of a part into the archive. A part that can't be read is removed, so that
+        it is fetched again. Raises zipfile.BadZipFile."""
+        try:
+            with zipfile.ZipFile(file) as part:
+                for entry in part.infolist():
+                    new = zip_entry(entry.filename, at)
+                    with (
+                        part.open(entry) as source,
+                        archive.open(new, "w", force_zip64=True) as copy,
+                    ):
+                        size, digest = copy_hashed(source, copy.write)
+                    manifest.add(entry.filename, size, digest)
+        except zipfile.BadZipFile:
+            file.unlink()
+            raise
 
     def remove(self) -> None:
         """Remove the folder. The plan goes last: as long as there is one, this can be repeated."""

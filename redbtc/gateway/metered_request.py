@@ -119,6 +119,7 @@ class MeteredRequest(EstimatedRequest):
             with contextlib.suppress(StorageUnavailable):
                 if is_compromised(self.gateway.store, self.key.id):  # since it was admitted
                     self.gateway.background.cancel(self.key.id)
+                    self.deadline.abort()
         self.deadline.shorten(self.grace())
 
     def _fill(self, report: Report) -> None:
