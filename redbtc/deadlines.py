@@ -23,14 +23,15 @@ class Deadline:
         self._deadlines = deadlines
         self._last = math.inf  # no step may move the deadline beyond this time
         self._grace = math.inf
-        self._aborted = False
+        self._max_grace: float | None = None  # once it is aborted
+        self.abort_grace = 0.0  # seconds that are left if it is aborted, except at the process' end
         self._task: asyncio.Task[Any] | None = None
         self._expired = False
 
     def running(self, total: float, grace: float = math.inf) -> Deadline:
         """Set the deadline to `total` seconds from now, or `grace` seconds from when the client
         disconnects, if that is earlier; return it, for `with`."""
-        self._grace = 0 if self._aborted else grace
+        self._grace = grace if self._max_grace is None else min(grace, self._max_grace)
         self.expires_at = self._last = self._deadlines.now() + total
         return self
 
@@ -56,8 +57,7 @@ class Deadline:
     def shorten(self, grace: float) -> None:
         """Leave at most `grace` seconds from when the client disconnects, or from now if it has
         disconnected already."""
-        if not self._aborted:
-            self._grace = grace
+        self._grace = grace if self._max_grace is None else min(grace, self._max_grace)
         if self.client_left:
             self._last = min(self._last, self._deadlines.now() + self._grace)
 
@@ -78,9 +78,10 @@ class Deadline:
             if self._grace == 0:
                 self.expire()
 
-    def abort(self) -> None:
-        """End the work now, without a grace period in which its usage could be read."""
-        self._aborted, self._grace = True, 0
+    def abort(self, grace: float = 0.0) -> None:
+        """End the work now, without a grace period in which its usage could be read, or with one of
+        at most `grace` seconds."""
+        self._max_grace, self._grace = grace, min(self._grace, grace)
         self.on_client_disconnect()
 
     def expire(self) -> None:

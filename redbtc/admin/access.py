@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from msgspec import UNSET
+from msgspec.structs import asdict, replace
+
 from redbtc.admin.actors import Actor, RunningGateway
 from redbtc.admin.inputs import WhichUser
+from redbtc.admin.outputs import AccountWithMoney
 from redbtc.admin.users import Users, UserShown
 from redbtc.billing.billing import Billing
 from redbtc.errors import NotFound
@@ -31,6 +37,7 @@ class Access:
         self.accounts = Accounts(billing.store)
         self.retention = Retention(billing.store, request_log)
         self.users = Users(billing.store)
+        self.exporting = asyncio.Lock()  # exports take turns, so that many take no more than one
         self.public_url = public_url.rstrip("/")
         self.dashboard_url = f"{self.public_url}/dashboard/"
 
@@ -42,6 +49,21 @@ class Access:
         if actor.account_id not in (None, found.id):
             raise no_account(account)
         return found
+
+    async def with_money(self, account: Account, actor: Actor) -> AccountWithMoney:
+        """Return the account with its money. Only operators see why it is suspended."""
+        money = await self.billing.balance(account)
+        if actor.rank != "operator":
+            account = replace(account, status_reason=UNSET)
+        return AccountWithMoney(
+            **asdict(account),
+            balance=money.balance,
+            held=money.held,
+            available=money.available,
+            month=money.month,
+            spent_this_month=money.spent_this_month,
+            currency=money.currency,
+        )
 
     async def find_key(self, actor: Actor, key: str) -> KeyShown:
         """Return a key by its id. Raises NotFound."""

@@ -11,7 +11,9 @@ from redbtc.admin.actors import Actor
 from redbtc.admin.api_accounts import AccountOperations
 from redbtc.admin.api_closing import ClosingOperations
 from redbtc.admin.api_codex import CodexOperations
+from redbtc.admin.api_compromised import CompromisedKeyOperations, KeyCompromised, KeyLeak
 from redbtc.admin.api_documents import DocumentOperations
+from redbtc.admin.api_export import ExportOperations, ExportPlan, InstantQuery, PartQuery
 from redbtc.admin.api_log import RequestLogOperations
 from redbtc.admin.api_money import MoneyOperations
 from redbtc.admin.api_retention import Purge, PurgeOptions, RetentionOperations
@@ -93,6 +95,8 @@ Arguments = ParamSpec("Arguments")
 class API(
     AccountOperations,
     ClosingOperations,
+    CompromisedKeyOperations,
+    ExportOperations,
     MoneyOperations,
     UserOperations,
     UsageOperations,
@@ -203,6 +207,31 @@ OPERATIONS = (
     ),
     operation("POST", "/accounts/{account}/closing", "owner", API.ask_for_closing, Account),
     operation("DELETE", "/accounts/{account}/closing", "owner", API.withdraw_closing, Account),
+    operation(
+        "GET",
+        "/accounts/{account}/export",
+        "owner",
+        API.plan_export,
+        ExportPlan,
+        query=InstantQuery,
+    ),
+    operation(
+        "GET",
+        "/accounts/{account}/export/{part}",
+        "owner",
+        API.export_part,
+        AsyncIterator[bytes],
+        query=PartQuery,
+        media_type="application/zip",
+    ),
+    operation(
+        "GET",
+        "/accounts/{account}/export.zip",
+        "owner",
+        API.export_account,
+        AsyncIterator[bytes],
+        media_type="application/zip",
+    ),
     operation("GET", "/accounts/{account}/limits", "viewer", API.account_limits, dict[str, Any]),
     operation("GET", "/accounts/{account}/keys", "viewer", API.list_keys, KeyList),
     operation(
@@ -211,6 +240,14 @@ OPERATIONS = (
     operation("POST", "/keys/{key}/revoke", "owner", API.revoke_key, KeyRevoked, body=Revocation),
     operation(
         "POST", "/keys/{key}/rotate", "owner", API.rotate_key, KeyAdded, body=Rotation, status=201
+    ),
+    operation(
+        "POST",
+        "/keys/{key}/compromised",
+        "owner",
+        API.compromise_key,
+        KeyCompromised,
+        body=KeyLeak,
     ),
     operation("GET", "/prices", "operator", API.list_prices, PriceList),
     operation(
@@ -325,6 +362,7 @@ OPERATIONS = (
         "owner",
         API.read_stored_body,
         BodyContent,
+        media_type="application/octet-stream",
     ),
     operation(
         "GET", "/accounts/{account}/request-log", "owner", API.show_request_log, RequestLogShown

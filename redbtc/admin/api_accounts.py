@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from msgspec import UNSET
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict
 
 from redbtc.admin.access import Access
 from redbtc.admin.actors import Actor
@@ -34,21 +33,6 @@ ACCOUNT_ID = re.compile(r"acct_[0-9a-f]{16}")
 class AccountOperations(Access):
     """Operations on accounts and their API keys."""
 
-    async def _with_money(self, account: Account, actor: Actor) -> AccountWithMoney:
-        """Return the account with its money. Only operators see why it is suspended."""
-        money = await self.billing.balance(account)
-        if actor.rank != "operator":
-            account = replace(account, status_reason=UNSET)
-        return AccountWithMoney(
-            **asdict(account),
-            balance=money.balance,
-            held=money.held,
-            available=money.available,
-            month=money.month,
-            spent_this_month=money.spent_this_month,
-            currency=money.currency,
-        )
-
     async def list_accounts(self, actor: Actor, query: AccountsQuery) -> AccountList:
         """List accounts, or search them."""
         return AccountList(
@@ -61,12 +45,12 @@ class AccountOperations(Access):
             raise UserError(f"name {body.name!r} looks like an account id; choose another one")
         limits = limits_in(body)
         account = await self.accounts.add(body.name, body.email, limits, actor.name)
-        return await self._with_money(account, actor)
+        return await self.with_money(account, actor)
 
     async def show_account(self, actor: Actor, account: str) -> AccountWithMoney:
         """Show an account, by name or id."""
         found = await self.find_account(actor, account)
-        return await self._with_money(found, actor)
+        return await self.with_money(found, actor)
 
     async def set_account(
         self, actor: Actor, body: AccountChange, account: str
@@ -74,7 +58,7 @@ class AccountOperations(Access):
         """Change an account. Takes effect on its next request."""
         found = await self.find_account(actor, account)
         changed = await self.accounts.set(found.id, limits_in(body), actor.name)
-        return await self._with_money(changed, actor)
+        return await self.with_money(changed, actor)
 
     async def suspend_account(self, actor: Actor, body: Suspension, account: str) -> Account:
         """Suspend an account: refuse its requests and log its members out."""

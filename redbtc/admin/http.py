@@ -45,6 +45,7 @@ STATUS: dict[type[UserError], int] = {
 }
 DEFAULT_STATUS = 409  # well formed, but not possible in the current state
 Authenticate = Callable[[Request], Actor]
+Abort = Callable[[Request], None]
 
 
 def local_actor(request: Request) -> Actor:
@@ -102,9 +103,9 @@ async def response_in_parts(
     return StreamingResponse(with_turns(parts), status, {**headers, **length}, media_type)
 
 
-async def stream_response(parts: AsyncIterator[bytes]) -> Response:
-    """Return a response of JSON that is sent as it is made. The status is sent with the first part,
-    so a failure before that still gets an error response."""
+async def stream_response(parts: AsyncIterator[bytes], media_type: str) -> Response:
+    """Return a response that is sent as it is made. The status is sent with the first part, so a
+    failure before that still gets an error response."""
     first = await anext(parts)
 
     async def all_parts() -> AsyncIterator[bytes]:
@@ -112,7 +113,7 @@ async def stream_response(parts: AsyncIterator[bytes]) -> Response:
         async for part in parts:
             yield part
 
-    return StreamingResponse(all_parts(), headers=SECURITY_HEADERS, media_type="application/json")
+    return StreamingResponse(all_parts(), headers=SECURITY_HEADERS, media_type=media_type)
 
 
 async def bytes_response(content: bytes, headers: Mapping[str, str]) -> Response:
@@ -157,15 +158,20 @@ async def other_error_response(_: Request, error: Exception) -> Response:
     return await error_response(status, message, headers or {})
 
 
-def admin_app(api: API, authenticate: Authenticate) -> Starlette:
-    """Return the operations as an app. `authenticate` returns the actor of a request."""
+def leave_open(_: Request) -> None:
+    """Do nothing, since a command stays authenticated."""
+
+
+def admin_app(api: API, authenticate: Authenticate, abort: Abort = leave_open) -> Starlette:
+    """Return the operations as an app. `authenticate` returns the actor of a request; `abort` ends
+    the connection of one whose session has ended, in the middle of its answer."""
     by_path: dict[str, dict[str, Operation]] = {}
     for each in OPERATIONS:
         for path in each.paths:
             by_path.setdefault(PREFIX + path, {})[each.method] = each
     routes = [Route(f"{PREFIX}/openapi.json", _describe, methods=["GET"])]
     for path, operations in by_path.items():
-        endpoint = _endpoint(api, path, operations, authenticate)
+        endpoint = _endpoint(api, path, operations, authenticate, abort)
         path = path.replace("{upstream}", "{upstream:path}")  # names of members have a slash
         routes.append(Route(path, endpoint, methods=list(operations)))
     handlers: dict[Any, Any] = {
@@ -209,8 +215,26 @@ async def whole_body(request: Request, maximum: int) -> bytes:
     return bytes(body)
 
 
+async def while_authenticated(
+    request: Request, parts: AsyncIterator[bytes], authenticate: Authenticate, abort: Abort
+) -> AsyncIterator[bytes]:
+    """Yield the parts of an answer for as long as its actor is authenticated. Otherwise the answer
+    is torn: a normal end would make it look complete."""
+    async for part in parts:
+        yield part
+        try:
+            authenticate(request)
+        except UserError:
+            abort(request)
+            return
+
+
 def _endpoint(
-    api: API, path: str, operations: dict[str, Operation], authenticate: Authenticate
+    api: API,
+    path: str,
+    operations: dict[str, Operation],
+    authenticate: Authenticate,
+    abort: Abort,
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         operation = operations["GET" if request.method == "HEAD" else request.method]
@@ -227,7 +251,8 @@ def _endpoint(
         values = {name: request.path_params[name] for name in variables_of(path)}
         found = await api.perform_request(operation, actor, values, query, body)
         if isinstance(found, AsyncIterator):
-            return await stream_response(found)
+            parts = while_authenticated(request, found, authenticate, abort)
+            return await stream_response(parts, operation.media_type)
         if isinstance(found, BodyContent):
             return await bytes_response(found.content, SECURITY_HEADERS)
         return await json_response(found, operation.status)

@@ -8,9 +8,9 @@ import msgspec
 from msgspec import Struct
 
 from redbtc.admin.api import OPERATIONS
-from redbtc.admin.operations import PREFIX, Operation, variables_of
+from redbtc.admin.api_export import EXPORT_PART
+from redbtc.admin.operations import JSON_ANSWER, PREFIX, Operation, variables_of
 from redbtc.admin.outputs import Refused
-from redbtc.admin.outputs_log import BodyContent
 from redbtc.times import MONTH
 
 ERRORS = {
@@ -27,6 +27,7 @@ ERRORS = {
 ID = {"type": "string", "minLength": 1, "pattern": "^[^/]+$"}
 IN_PATH = {
     "month": {"type": "string", "pattern": f"^({MONTH.pattern})$"},
+    "part": {"type": "string", "pattern": f"^({EXPORT_PART.pattern})$"},
     "upstream": {"type": "string", "minLength": 1},
 }
 
@@ -78,7 +79,7 @@ def _described(operation: Operation, path: str, schemas: dict[str, Any]) -> dict
         "security": [{"key": []}] if path.startswith("/me") else [{"session": []}],
         "parameters": parameters,
         "responses": {
-            str(operation.status): _content("Done.", operation.answer),
+            str(operation.status): _content("Done.", operation.answer, operation.media_type),
             **{status: _content(text, Refused) for status, text in ERRORS.items()},
         },
     }
@@ -91,9 +92,8 @@ def _described(operation: Operation, path: str, schemas: dict[str, Any]) -> dict
     return described
 
 
-def _content(text: str, of: Any) -> dict[str, Any]:
-    if of is BodyContent:
-        return {"description": text, "content": {"application/octet-stream": {}}}
+def _content(text: str, of: Any, media_type: str = JSON_ANSWER) -> dict[str, Any]:
     named = isinstance(of, type) and issubclass(of, Struct)
     schema = {"$ref": f"#/components/schemas/{of.__name__}"} if named else {"type": "object"}
-    return {"description": text, "content": {"application/json": {"schema": schema}}}
+    described = {"schema": schema} if media_type == JSON_ANSWER else {}
+    return {"description": text, "content": {media_type: described}}

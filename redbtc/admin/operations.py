@@ -7,8 +7,10 @@ from typing import Any, Concatenate, NamedTuple, TypeVar, overload
 
 from redbtc.admin.actors import Actor, Rank
 from redbtc.admin.inputs import Input, Nothing
+from redbtc.admin.outputs_log import BodyContent
 
 PREFIX = "/admin/v1"
+JSON_ANSWER = "application/json"
 Given = TypeVar("Given", bound=Input)
 Result = TypeVar("Result")
 
@@ -36,6 +38,7 @@ class Operation(NamedTuple):
     key_path: str | None = None  # the path for the holder of an API key, if there is another one
     stream: Callable[..., AsyncIterator[bytes]] | None = None  # yields the answer to a command
     before_acceptance: bool = False  # for owners who have not accepted the newest documents, too
+    media_type: str = JSON_ANSWER  # of the answer; of another one, it is bytes
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -100,6 +103,19 @@ def operation(
     key_path: str | None = None,
     before_acceptance: bool = False,
     stream: Callable[Concatenate[Any, Actor, Given, ...], AsyncIterator[bytes]] | None = None,
+) -> Operation: ...
+
+
+@overload
+def operation(
+    method: str,
+    path: str,
+    min_rank: Rank,
+    handler: Callable[..., Awaitable[AsyncIterator[bytes] | BodyContent]],
+    answer: Any,
+    *,
+    query: type[Input] = Nothing,
+    media_type: str,
 ) -> Operation: ...
 
 

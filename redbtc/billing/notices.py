@@ -35,6 +35,9 @@ NOTICE_BY_ID = NOTICE + " WHERE notices.id = ?"
 CURRENT_NOTICES = f"""{NOTICE}
      WHERE (account_id IS NULL OR account_id = ?1) AND withdrawn_at IS NULL
        AND ifnull(until, ?2 + 1) > ?2 ORDER BY effective_at, notices.created_at, notices.rowid"""
+NOTICES_TO = f"""{NOTICE}
+     WHERE (account_id IS NULL OR account_id = ?1) AND withdrawn_at IS NULL
+     ORDER BY notices.created_at, notices.rowid"""
 MAINTENANCES = f"""
     SELECT effective_at AS since, ifnull(until, {1 << 62}) AS until, text FROM notices
      WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(notices.until, ?1 + 1) > ?1"""
@@ -109,6 +112,12 @@ class Notices:
         """Return the notices for all accounts that are in force or will be, and those for one
         account."""
         rows = self._store.rows(CURRENT_NOTICES, (account_id, self._store.time()))
+        return [Notice.of(row).for_account() async for row in rows]
+
+    async def to_account(self, account_id: str) -> list[Notice]:
+        """Return all notices for all accounts and for one account, past ones included, oldest
+        first."""
+        rows = self._store.rows(NOTICES_TO, (account_id,))
         return [Notice.of(row).for_account() async for row in rows]
 
     # Maintenance

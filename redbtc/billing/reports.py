@@ -100,7 +100,7 @@ TOP_FIGURES = f"""
                                     sum(requests) DESC, model LIMIT :top), model, NULL) AS model
        FROM figures)"""
 CORRECTABLE = ("service_tier", "price_id", "cost", *KINDS)
-SHOWN_REQUESTS = f"""
+SELECT_REQUESTS = f"""
     SELECT requests.request_id, accounts.name AS account, key_id, endpoint, model, requested_model,
            upstream, started_at, first_byte_ms, duration_ms, requests.status, outcome,
            iif(corrections.request_id IS NULL, usage_source, 'upstream') AS usage_source,
@@ -112,14 +112,18 @@ SHOWN_REQUESTS = f"""
            credentials
       FROM requests {{index}} JOIN accounts ON accounts.id = requests.account_id
            {WITH_CORRECTIONS}"""
-REQUESTS = f"""{SHOWN_REQUESTS}
+REQUESTS = f"""{SELECT_REQUESTS}
      WHERE {{of_request}} {{failed}} started_at >= :since
        AND (started_at, requests.request_id) < (:until, :before)
        {OF_KEY_AND_MODEL.format(model="ifnull(model, requested_model)")}
      ORDER BY started_at DESC, requests.request_id DESC LIMIT :limit"""
-ONE_REQUEST = f"""{SHOWN_REQUESTS.format(index="")}
+ONE_REQUEST = f"""{SELECT_REQUESTS.format(index="")}
      WHERE requests.request_id = :request
        AND requests.account_id = ifnull(:account, requests.account_id)"""
+NEXT_REQUESTS = f"""{SELECT_REQUESTS.format(index="")}
+     WHERE requests.account_id = :account AND started_at >= :since
+       AND (started_at, requests.request_id) > (:since, :after) AND started_at < :until
+     ORDER BY started_at, requests.request_id LIMIT :limit"""
 COPIED = "SELECT * FROM temp.copied ORDER BY rowid DESC"
 DAYS_WITH_SOME = f"""
     SELECT day, sum(requests) FROM (
@@ -136,6 +140,7 @@ START_OF = (
 )
 ANY_ERASED = "SELECT 1 FROM rolled_up WHERE {account} requests > 0 LIMIT 1"
 ERASED_BEFORE = "SELECT usage_before FROM retention"
+PAGE_OF_REQUESTS = 1000
 HTTP_STATUS = re.compile(r"[1-9][0-9]{2}")
 # With an account, an index of its own; the queries are the same.
 ONE, ALL = "{table}account_id = :account AND", ""
@@ -209,6 +214,23 @@ async def copy_requests(store: Reader, wanted: Range, currency: str) -> AsyncIte
     slowly as a client does, after the snapshot `store` has ended."""
     await store.copy(*_query(wanted, currency))
     return (RequestShown.of(row) async for row in store.rows(COPIED))
+
+
+async def every_request(
+    store: Store, account_id: str, since: int, until: int, currency: str
+) -> AsyncIterator[RequestShown]:
+    """Yield the same rows of an account that started from `since` until before `until`, oldest
+    first. They are read PAGE_OF_REQUESTS at a time, each time as the ledger is then, so that a
+    reader of millions of rows keeps no snapshot open."""
+    values = {"account": account_id, "until": until, "currency": currency}
+    values |= {"since": since, "after": "", "limit": PAGE_OF_REQUESTS}
+    while True:
+        rows = [row async for row in store.rows(NEXT_REQUESTS, values)]
+        async for row in with_turns(rows):
+            yield RequestShown.of(row)
+        if len(rows) < PAGE_OF_REQUESTS:
+            return
+        values |= {"since": rows[-1]["started_at"], "after": rows[-1]["request_id"]}
 
 
 def _query(wanted: Range, currency: str) -> tuple[str, dict[str, Any]]:

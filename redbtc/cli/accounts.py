@@ -18,6 +18,7 @@ from redbtc.cli.main import (
     table,
 )
 from redbtc.store.accounts import ACCOUNT_LIMITS, KEY_LIMITS
+from redbtc.usage import KINDS
 
 
 @commands.group()
@@ -193,3 +194,57 @@ def key_rotate(context: CommandContext, key_id: str, overlap: str, as_json: bool
     path = f"/admin/v1/keys/{quote(key_id, safe='')}/rotate"
     added = context.call("POST", path, {"overlap": overlap})
     show(added, as_json, lambda: shown_once(added))
+
+
+@key.command("compromised")
+@click.argument("key_id")
+@click.option(
+    "--since",
+    metavar="TIME",
+    default="24h",
+    show_default=True,
+    help="List what the key did since then: ISO 8601, or a duration ago.",
+)
+@click.option("--no-new-key", is_flag=True, help="Do not replace the key.")
+@json_option
+@click.pass_obj
+def key_compromised(
+    context: CommandContext, key_id: str, since: str, no_new_key: bool, as_json: bool
+) -> None:
+    """Revoke a leaked key, stop its requests, print a new one, and list what it did.
+
+    The new key has the same options and budget. If the key was not in force any more, there is no
+    new one: give the command as often as you like."""
+    path = f"/admin/v1/keys/{quote(key_id, safe='')}/compromised"
+    found = context.call("POST", path, {"since": since, "new_key": not no_new_key})
+    show(found, as_json, lambda: compromised_text(found))
+
+
+def compromised_text(found: dict[str, Any]) -> str:
+    """Return what was done about a leaked key, and what the key did."""
+    parts = [f"Key {found['key']['id']} revoked as compromised. Requests stopped: {found['cut']}."]
+    if not found["was_in_force"]:
+        parts.append("It was not in force any more, so there is no new key.")
+    if added := found["new_key"]:
+        parts.append(shown_once(added))
+    parts += [f"Key {each} is a related key, still in force." for each in found["also_in_force"]]
+    activity = found["activity"]
+    if activity is None:
+        return "\n\n".join([*parts, "What it did could not be read in time. Give a later --since."])
+    outcomes = ", ".join(f"{count} {name}" for name, count in activity["outcomes"].items())
+    facts = {
+        "since": activity["since"],
+        "first request": activity["first_request_at"],
+        "last request": activity["last_request_at"],
+        "requests": activity["totals"]["requests"],
+        "outcomes": outcomes or None,
+        "cost": f"{activity['totals']['cost']} {activity['totals']['currency']}",
+    }
+    parts.append(details(facts))
+    used = [kind for kind in KINDS if activity["totals"][kind]]
+    if models := activity["models"]:
+        parts.append(table(models, ["model", "requests", *used, "cost"]))
+    if latest := activity["latest"]:
+        columns = ["started_at", "requested_model", "outcome", *used, "cost"]
+        parts.append(f"Latest requests\n{table(latest, columns)}")
+    return "\n\n".join(parts)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from redbtc.admin.api import API
 from redbtc.dashboard.account_pages import account_base
-from redbtc.dashboard.formats import counted
 from redbtc.dashboard.page_request import PageRequest
 from redbtc.dashboard.parts import paginated
 from redbtc.dashboard.rendering import PageVariables
@@ -14,6 +13,7 @@ from redbtc.errors import NotFound
 from redbtc.slices import with_turns
 from redbtc.store.accounts import KeyAdded, KeyInList
 from redbtc.times import iso_time
+from redbtc.usage import KINDS
 
 KEY_FIELDS = (
     "label",
@@ -46,7 +46,7 @@ async def keys_page(page: PageRequest) -> PageVariables:
     now = iso_time(page.now) or ""
     keys = [KeyOnPage.of(key, now) async for key in with_turns(reversed(found))]
     keys.sort(key=lambda each: each.state != "active")
-    return {**base, **paginated(page, "keys", keys), "added": None}
+    return {**base, **paginated(page, "keys", keys), "added": None, "compromised": None}
 
 
 async def add_key(page: PageRequest) -> PageVariables:
@@ -75,15 +75,19 @@ async def show_new_key(page: PageRequest, added: KeyAdded) -> PageVariables:
     }
 
 
-async def revoke_key(page: PageRequest) -> PageVariables | None:
-    """Revoke the key that a form selects. If it was leaked, stop its requests in flight, too, and
-    say how many."""
-    compromised = "true" if page.form.get("compromised") else "false"
-    key = await selected_key(page)
-    done = await page.do(API.revoke_key, {"compromised": compromised}, key=key)
-    if not done.compromised:
-        return None
-    return {"done": f"Key revoked. {counted(done.cut, 'request')} in flight stopped."}
+async def revoke_key(page: PageRequest) -> None:
+    """Revoke the key that a form selects."""
+    await page.do(API.revoke_key, {}, key=await selected_key(page))
+
+
+async def report_compromised(page: PageRequest) -> PageVariables:
+    """Revoke the leaked key that a form selects, and show the new key and what the old one did."""
+    body = page.fields("since")
+    found = await page.do(API.compromise_key, body, key=await selected_key(page))
+    new = await show_new_key(page, found.new_key) if found.new_key else {}
+    totals = found.activity.totals if found.activity else None
+    used = [kind for kind in KINDS if getattr(totals, kind, None)]
+    return {"compromised": found, "used_kinds": used, **new}
 
 
 async def selected_key(page: PageRequest) -> str:
@@ -96,4 +100,9 @@ async def selected_key(page: PageRequest) -> str:
     return key_id
 
 
-KEY_ACTIONS = {"add": add_key, "rotate": rotate_key, "revoke": revoke_key}
+KEY_ACTIONS = {
+    "add": add_key,
+    "rotate": rotate_key,
+    "revoke": revoke_key,
+    "compromised": report_compromised,
+}

@@ -30,7 +30,7 @@ class AdminRoutes:
     def __init__(self, gateway: Gateway, api: API) -> None:
         self._gateway = gateway
         self._api = api
-        self._admin = in_time(gateway, admin_app(api, authenticator(api)))
+        self._admin = in_time(gateway, admin_app(api, authenticator(api), abort))
         self.lazy_dashboard = LazyDashboard(api)
         self._dashboard = in_time(gateway, self.lazy_dashboard)
         self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(asyncio.Semaphore)
@@ -94,6 +94,11 @@ class AdminRoutes:
             await send(message)
 
         return send_with_ids
+
+
+def abort(request: Request) -> None:
+    """End the connection of a request without the end of its answer."""
+    request_of(request.scope).client.abort()
 
 
 def in_time(gateway: Gateway, app: App) -> App:

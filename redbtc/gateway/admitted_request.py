@@ -146,6 +146,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         limit = self.settings.limits.account.background
         self.gateway.background.unfinished.add(self.key.account_id, limit)
         self._is_unfinished = self.awaits_id = True
+        self.deadline.abort_grace = ID_SECONDS  # it can be cancelled only once its id is known
 
     async def _hold_or_undo(self) -> Hold:
         """Hold what the request can cost. Raises Refusal, and undoes what was charged."""

@@ -125,7 +125,7 @@ class Gateway:
         on_leave: set[Callable[[], None]] = client.on_leave if client else set()
 
         def abort() -> None:
-            deadline.abort()
+            deadline.abort(0 if self.stopping else deadline.abort_grace)
             if client:
                 client.abort()
 

@@ -32,7 +32,7 @@ from redbtc.locations import ObjectLocation
 from redbtc.meter.error_codes import kept_code
 from redbtc.meter.estimates import Estimate
 from redbtc.meter.report import Report
-from redbtc.store.background import UnfinishedRow
+from redbtc.store.background import UnfinishedRow, must_stop
 from redbtc.store.requests import CorrectionFacts, drop_progress, record_progress, settle_row
 from redbtc.usage import FAILED, Outcome, RequestRow, Usage, UsagePart
 
@@ -116,6 +116,10 @@ class MeteredRequest(EstimatedRequest):
                 self.row, self.hold, unfinished, self.body.chosen_ids
             )
             self.background.add_reader(report)
+            with contextlib.suppress(StorageUnavailable):
+                if must_stop(self.gateway.store, self.key.id):  # since it was admitted
+                    self.gateway.background.cancel(self.key.id)
+                    self.deadline.abort()
         self.deadline.shorten(self.grace())
 
     def _fill(self, report: Report) -> None:

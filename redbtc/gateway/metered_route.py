@@ -27,6 +27,8 @@ class MeteredRoute:
         client_request.route = endpoint.path
         key, settings = gateway.authenticate(client_request), gateway.settings
         deadline = Deadline(gateway.deadlines)
+        # Nothing is awaited between `authenticate` and `serving`: if the key is reported as
+        # compromised, the request is either refused or aborted.
         charged = gateway.limiter.charge(key, settings.limits)
         with (
             charged as admission,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -70,6 +70,23 @@ EXPIRE_KEY = "UPDATE keys SET expires_at = min(ifnull(expires_at, ?1), ?1) WHERE
 REVOKE_KEY = """
     UPDATE keys SET revoked_at = ifnull(revoked_at, ?), compromised = max(compromised, ?)
      WHERE id = ?"""
+
+IN_FORCE_KEY = "id = ?1 AND revoked_at IS NULL AND ifnull(expires_at, ?2 + 1) > ?2"
+REPLACE_KEY = f"""{NEW_KEY}
+    SELECT ?3, ?4, account_id, label, models, {", ".join(KEY_LIMITS)}, ?2, expires_at,
+           ifnull(budget_id, id), log_days
+      FROM keys WHERE {IN_FORCE_KEY}"""
+MARK_COMPROMISED = f"""
+    UPDATE keys SET revoked_at = ifnull(revoked_at, ?2), compromised = 1
+     WHERE id = ?1 AND NOT ({IN_FORCE_KEY})"""
+REVOKE_COMPROMISED = f"UPDATE keys SET revoked_at = ?2, compromised = 1 WHERE {IN_FORCE_KEY}"
+SIBLINGS = """
+    SELECT other.id FROM keys JOIN keys AS other USING (account_id)
+     WHERE keys.id = ?1 AND other.id NOT IN (?1, ?3) AND other.revoked_at IS NULL
+       AND ifnull(other.expires_at, ?2 + 1) > ?2
+       AND (other.label = keys.label AND keys.label <> ''
+            OR ifnull(other.budget_id, other.id) = ifnull(keys.budget_id, keys.id))
+     ORDER BY other.created_at, other.rowid"""
 
 
 class Accounts:
@@ -191,7 +208,39 @@ class Accounts:
             (EXPIRE_KEY, (now + overlap_ms, key_id)),
             by=by,
         )
-        return KeyAdded.of(await self._key(added), key=secret, replaces=key_id)
+        return await self.added_key(added, secret, key_id)
+
+    async def compromise_key(self, key_id: str, by: str, *, replace: bool) -> CompromisedKey:
+        """Revoke a key as compromised and, in the same transaction, add one with its label, models,
+        limits, expiry and budget, if `replace` is true and the key was in force. A key that was
+        not in force is only marked, so that repeating this adds no second key."""
+        now, secret, added = self._store.time(), new_key(), new_id("key")
+        which = (key_id, now)
+        adding = [(REPLACE_KEY, (*which, added, hash_of_key(secret)))] if replace else []
+        revoked = await self._store.transact(
+            *adding, (MARK_COMPROMISED, which), (REVOKE_COMPROMISED, which), by=by
+        )
+        was_in_force = revoked == 1
+        return CompromisedKey(was_in_force, added if replace and was_in_force else None, secret)
+
+    async def added_key(self, key_id: str, secret: str, replaces: str) -> KeyAdded:
+        """Return a key that was added in the place of another one, with its secret."""
+        return KeyAdded.of(await self._key(key_id), key=secret, replaces=replaces)
+
+    async def siblings(self, key_id: str, other_than: str | None) -> list[str]:
+        """Return the ids of the keys in force with the label or the budget of a key, without the
+        key itself and `other_than`."""
+        values = (key_id, self._store.time(), other_than or "")
+        return [row["id"] async for row in self._store.rows(SIBLINGS, values)]
+
+
+class CompromisedKey(NamedTuple):
+    """The result of reporting a key as compromised: whether it was in force until then, and the
+    id and the secret of the key that was added in its place (None: none was added)."""
+
+    was_in_force: bool
+    added_id: str | None
+    secret: str
 
 
 def no_account(name: str) -> NotFound:

@@ -164,11 +164,11 @@ def test_an_account_s_owner_by_keyboard_alone(gateway: Gateway, browser: Browser
     write(page, Keep_the_old_key_working_for="1h")
     enter(page, "Rotate key")
     see(page, "Your new key: by hand")
-    press(page, "Revoke by hand")
-    tab_to(page, "Key was leaked: also stop requests in flight")
-    page.keyboard.press("Space")
-    enter(page, "Revoke key")
-    expect(page.locator("tbody")).to_contain_text("compromised")
+    press(page, "Report as compromised: by hand")
+    enter(page, "Report as compromised")
+    see(page, "Compromised key: by hand")
+    expect(page.locator("#secret")).to_contain_text("sk-redbtc-")
+    expect(page.locator("tbody").last).to_contain_text("compromised")
     enter(page, "Usage")
     see(page, "a")
     write(page, Model="gpt-5*")
@@ -194,7 +194,7 @@ def test_an_account_s_owner_by_keyboard_alone(gateway: Gateway, browser: Browser
     enter(page, "Log out")
     see(page, "Log in")
     keys = gateway.api("GET", "/accounts/a/keys")["keys"]
-    assert [key["compromised"] for key in keys] == [False, True]  # the newest is shown first
+    assert [key["compromised"] for key in keys] == [False, True, False]  # the rotated one
     assert {key["label"] for key in keys} == {"by hand"}
     context.close()
 
@@ -381,6 +381,13 @@ def make_new_link(page: Page) -> None:
     page.get_by_role("button", name="Create link").first.click()
 
 
+def report_key(page: Page, key_id: str) -> None:
+    """Report a key as compromised."""
+    row = page.locator("tr").filter(has_text=key_id)
+    row.locator("summary").last.click()
+    row.get_by_role("button", name="Report as compromised").click()
+
+
 @pytest.mark.slow
 def test_what_users_name_is_text_and_pages_are_accessible(
     make_gateway: MakeGateway, browser: Browser, closing: Callable[[Login], Login]
@@ -416,6 +423,7 @@ def test_what_users_name_is_text_and_pages_are_accessible(
     keys, manage = f"/dashboard{path}/keys", f"/dashboard{path}/manage"
     looker.look(keys, fill_in("Create key", add__label=NASTY))
     looker.look(keys, fill_in("Create key", add__label=NASTY, add__expires=NASTY))
+    looker.look(keys, lambda page: report_key(page, key["id"]))
     looker.look(manage, fill_in("Apply throttle", throttle__factor="0.5"))
     looker.look(manage, fill_in("Record payment", pay__amount=NASTY, pay__reason=NASTY))
     gateway.api("POST", f"{path}/suspend", {"reason": NASTY})

@@ -154,6 +154,34 @@ def test_those_of_a_compromised_key_are_cancelled(
     ]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_that_was_asked_for_when_its_key_was_revoked_is_cancelled(
+    gateway: Gateway, stored: ResponseStore, upstream: Upstream, key: str, stream: bool
+) -> None:
+    """It has no id yet, by which it could be cancelled."""
+    stored.turns = 1_000_000
+    answers = threading.Event()
+
+    async def script(request: Received, reply: Reply) -> None:
+        if request.path == "/v1/responses":
+            await reply.wait(answers)
+        await stored(request, reply)
+
+    upstream.script = script
+    body = {**BODY, "background": True, "stream": stream}
+    with gateway.begin(key, body) as sock:
+        wait_until(lambda: upstream.requests)
+        key_id = gateway.api("GET", "/accounts/test/keys")["keys"][0]["id"]
+        gateway.api("POST", f"/keys/{key_id}/compromised")
+        with contextlib.suppress(ConnectionError):
+            assert sock.recv(1) == b""  # the client is cut at once
+        answers.set()
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+        wait_until(lambda: not pending(gateway))
+    (response,) = stored.responses.values()
+    assert response["status"] == "cancelled"
+
+
 def test_those_of_a_key_that_was_revoked_on_a_stopped_gateway_are_cancelled(
     gateway: Gateway, stored: ResponseStore, key: str
 ) -> None:

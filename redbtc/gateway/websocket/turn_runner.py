@@ -114,16 +114,18 @@ class TurnRunner:
         if event.facts.background:
             message = "A background response can't be created over a WebSocket."
             raise Refusal("invalid_request", message, param="background")
-        candidates = await candidates_for(
-            gateway,
-            key,
-            request,
-            event,
-            objects.locations,
-            connection_id=self._handshake.id,
-        )
-        candidates.prefer(self._upstream_events.connected())
+        # Nothing was awaited since the key was found to be in force: once it is reported as
+        # compromised, this turn is aborted.
         with gateway.serving(None, deadline, key):
+            candidates = await candidates_for(
+                gateway,
+                key,
+                request,
+                event,
+                objects.locations,
+                connection_id=self._handshake.id,
+            )
+            candidates.prefer(self._upstream_events.connected())
             async with response.admit(candidates, queued), turn.exit_stack:
                 if key.log_days is not None:
                     response.recorder = BodyRecorder.begin(gateway, key, request.id)
