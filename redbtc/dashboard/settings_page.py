@@ -7,6 +7,7 @@ from redbtc.dashboard.account_pages import account_base
 from redbtc.dashboard.page_request import PageRequest
 from redbtc.dashboard.rendering import PageVariables
 from redbtc.dashboard.screens import Actions
+from redbtc.dashboard.settings_closing import CLOSING_ACTIONS
 
 
 async def settings_page(page: PageRequest) -> PageVariables:
@@ -14,4 +15,4 @@ async def settings_page(page: PageRequest) -> PageVariables:
     return await account_base(page, "Settings")
 
 
-SETTINGS_ACTIONS: Actions = {}
+SETTINGS_ACTIONS: Actions = {**CLOSING_ACTIONS}
