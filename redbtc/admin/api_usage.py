@@ -41,6 +41,7 @@ from redbtc.billing.reports import (
     usage_by,
 )
 from redbtc.store import changes as changes_module
+from redbtc.store.closing import asked_to_close
 from redbtc.store.consistency import check_database
 from redbtc.store.keys import Key
 from redbtc.store.wal import file_size
@@ -161,6 +162,7 @@ class UsageOperations(Access):
             spending=await spending_overview(billing, query.limit),
             lately=await lately(billing),
             database=database_size(billing),
+            closing=await asked_to_close(billing.store),
         )
 
     async def list_changes(self, actor: Actor, query: ChangesQuery) -> ChangeList:

@@ -13,6 +13,7 @@ from redbtc.billing.reports import Group, RequestShown, Sums
 from redbtc.billing.webhook_messages import WebhookMessage
 from redbtc.store.accounts import Account, KeyInList, KeyShown
 from redbtc.store.changes import Change
+from redbtc.store.closing import AskedToClose
 from redbtc.store.json_values import Moment, Money
 from redbtc.store.upstream_changes import UpstreamChangeShown, UpstreamState
 
@@ -241,6 +242,7 @@ class Overview(AtWork):
     spending: SpendingOverview
     lately: Lately
     database: DatabaseSize
+    closing: list[AskedToClose]
 
 
 class MeShown(Struct):

@@ -56,6 +56,7 @@ from redbtc.dashboard.rendering import DASHBOARD_FOLDER, PageVariables, Renderer
 from redbtc.dashboard.request_page import REQUEST_ACTIONS, request_page
 from redbtc.dashboard.screens import NO_ACTIONS, Actions, Screen, Show
 from redbtc.dashboard.sessions import PAGE_HEADERS
+from redbtc.dashboard.settings_closing import TERMINATING_ACTIONS
 from redbtc.dashboard.settings_page import SETTINGS_ACTIONS, settings_page
 from redbtc.dashboard.usage_pages import (
     billing_page,
@@ -162,6 +163,7 @@ class Dashboard:
                 f"{ACCOUNT_PATH}{path}", template, show, actions, min_rank=TABS[name]
             )
 
+        manage_actions = {**MANAGE_ACTIONS, **TERMINATING_ACTIONS}
         return [
             tab("Overview", "", "account_overview.html", account_overview_page, NO_ACTIONS),
             tab("Keys", "/keys", "keys.html", keys_page, KEY_ACTIONS),
@@ -174,7 +176,7 @@ class Dashboard:
             tab("Members", "/members", "members.html", members_page, USER_ACTIONS),
             tab("Notices", "/notices", "account_notices.html", account_notices_page, NO_ACTIONS),
             tab("Settings", "/settings", "settings.html", settings_page, SETTINGS_ACTIONS),
-            tab("Manage", "/manage", "manage.html", manage_page, MANAGE_ACTIONS),
+            tab("Manage", "/manage", "manage.html", manage_page, manage_actions),
         ]
 
     def _screen(

@@ -7,6 +7,7 @@ from redbtc.dashboard.account_pages import account_base
 from redbtc.dashboard.page_request import PageRequest
 from redbtc.dashboard.rendering import PageVariables
 from redbtc.dashboard.screens import Actions
+from redbtc.dashboard.settings_closing import CLOSING_ACTIONS
 from redbtc.dashboard.settings_export import download_export
 from redbtc.dashboard.settings_log import LOG_ACTIONS, log_variables
 
@@ -16,4 +17,4 @@ async def settings_page(page: PageRequest) -> PageVariables:
     return {**await account_base(page, "Settings"), **await log_variables(page)}
 
 
-SETTINGS_ACTIONS: Actions = {**LOG_ACTIONS, "export": download_export}
+SETTINGS_ACTIONS: Actions = {**LOG_ACTIONS, **CLOSING_ACTIONS, "export": download_export}

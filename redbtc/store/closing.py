@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import Struct
+
 from redbtc.store.accounts import END_SESSIONS
 from redbtc.store.database import Store
+from redbtc.store.json_values import Moment, json_time
 from redbtc.store.writer import SQLStatement
 
 ASK_FOR_CLOSING = """
@@ -19,7 +22,28 @@ END_LINKS = """
     UPDATE users SET link = NULL, link_expires_at = NULL
      WHERE account_id = ? AND link IS NOT NULL"""
 ERASE_NOW = "UPDATE accounts SET erase_at = min(erase_at, ?1) WHERE id = ?2"
+ASKED_TO_CLOSE = """
+    SELECT name AS account, id AS account_id, closing_asked_at FROM accounts
+     WHERE closing_asked_at IS NOT NULL AND status <> 'terminated'
+     ORDER BY closing_asked_at LIMIT 100"""
 KEY_IDS = "SELECT id FROM keys WHERE account_id = ?"
+
+
+class AskedToClose(Struct):
+    """An account whose owner has asked to close it."""
+
+    account: str
+    account_id: str
+    closing_asked_at: Moment
+
+
+async def asked_to_close(store: Store) -> list[AskedToClose]:
+    """Return the accounts that are to be closed, those that have waited longest first; at most
+    100."""
+    return [
+        AskedToClose(row["account"], row["account_id"], json_time(row["closing_asked_at"]))
+        async for row in store.rows(ASKED_TO_CLOSE)
+    ]
 
 
 async def ask_for_closing(
