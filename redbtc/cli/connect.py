@@ -17,6 +17,7 @@ from redbtc.admin.actors import StoppedGateway
 from redbtc.admin.api import API
 from redbtc.admin.http import USER_HEADER, admin_app, local_actor
 from redbtc.billing.billing import Billing
+from redbtc.cli.in_process import InProcess
 from redbtc.config import LoadedSettings
 from redbtc.errors import UserError
 from redbtc.server.unix_socket import socket_path
@@ -52,7 +53,7 @@ async def connect(loaded: LoadedSettings) -> AsyncIterator[httpx2.AsyncClient]:
                         RequestLog.open(loaded.database_path, loaded.settings)
                     )
                     api = API(billing, stopped, loaded.settings.dashboard_url, request_log)
-                    transport = httpx2.ASGITransport(admin_app(api, local_actor))
+                    transport = InProcess(admin_app(api, local_actor))
             except DatabaseInUse:
                 if time.monotonic() > deadline:
                     raise

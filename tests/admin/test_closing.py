@@ -150,7 +150,7 @@ def test_the_command_asks_first(make_gateway: MakeGateway) -> None:
     command = gateway.command("account", "terminate", "leaves")
     asked = subprocess.run(command, input="n\n", capture_output=True, text=True, check=False)
     assert asked.returncode == 1
-    assert "account export leaves" in asked.stderr
+    assert "account export acct_" in asked.stderr
     assert "can't be undone" in asked.stderr
     assert gateway.cli("account", "show", "leaves")["status"] == "active"
     done = gateway.cli("account", "terminate", "leaves", "--yes")
