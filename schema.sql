@@ -1331,6 +1331,9 @@ CREATE TRIGGER a_terminated_account_stays BEFORE UPDATE OF name, email, status, 
     throttle_factor, throttled_until, log_days ON accounts
 WHEN OLD.status = 'terminated' AND NOT EXISTS (SELECT 1 FROM erasing WHERE account_id = OLD.id)
 BEGIN SELECT RAISE(ABORT, 'the account is terminated'); END;
+CREATE TRIGGER a_terminated_account_asks_for_nothing BEFORE UPDATE OF closing_asked_at ON accounts
+WHEN OLD.status = 'terminated' AND OLD.closing_asked_at IS NULL AND NEW.closing_asked_at IS NOT NULL
+BEGIN SELECT RAISE(ABORT, 'the account is terminated'); END;
 CREATE TRIGGER a_terminated_account_gets_no_key BEFORE INSERT ON keys
 WHEN (SELECT status FROM accounts WHERE id = NEW.account_id) = 'terminated'
 BEGIN SELECT RAISE(ABORT, 'the account is terminated'); END;

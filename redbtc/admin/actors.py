@@ -110,8 +110,9 @@ class RunningGateway(Protocol):
     async def abort_account(self, account_id: str) -> int:
         """Abort all that runs for an account, whose keys are revoked. Return how much that was."""
 
-    async def end_account(self, account_id: str) -> None:
-        """Abort all that runs for an account, and wait for a while until it has ended."""
+    async def end_account(self, account_id: str) -> bool:
+        """Abort all that runs for an account, and wait for a while until it has ended. Return
+        whether it has."""
 
     def set_back(self, at: int) -> None:
         """Set the ledger's time back to `at` (milliseconds): nothing in progress began later."""
@@ -165,8 +166,9 @@ class StoppedGateway:
         """Return 0, since no request is in flight."""
         return 0
 
-    async def end_account(self, _: str) -> None:
-        """Do nothing, since nothing is in progress."""
+    async def end_account(self, _: str) -> bool:
+        """Return True, since nothing is in progress."""
+        return True
 
     def set_back(self, _: int) -> None:
         """Do nothing, since nothing is in progress."""

@@ -13,24 +13,23 @@ from redbtc.cli.main import CommandContext, json_option, plain, show
 
 def warning(found: dict[str, Any], now: bool) -> str:
     """Return what terminating an account will do."""
-    name = plain(found["account"])
+    name, account_id = plain(found["account"]), found["account_id"]
     when = "at once" if now else f"at {found['erase_at']}"
     return (
-        f"Account {name} ({found['account_id']}) will be terminated. This can't be undone.\n"
+        f"Account {name} ({account_id}) will be terminated. This can't be undone.\n"
         f"  Its {found['keys']} keys are revoked, its requests in flight are cut, and its logins "
         "are closed, at once.\n"
         f"  Its name, addresses, labels, notes, stored object ids and log entries' texts are "
         f"erased {when}.\n"
-        f"  To keep a copy of its data, run redbtc-proxy account export {name} before."
+        f"  To keep a copy of its data, run redbtc-proxy account export {account_id} before."
     )
 
 
 def terminated_text(done: dict[str, Any]) -> str:
     """Return what `account terminate` has done."""
-    name = plain(done["account"])
     lines = [
-        f"Account {name} ({done['account_id']}) terminated. Keys revoked: {done['keys']}. Requests "
-        f"in flight cut: {done['cut']}."
+        f"Account {done['account_id']} terminated. Keys revoked: {done['keys']}. Requests in "
+        f"flight cut: {done['cut']}."
     ]
     if done["erased_at"]:
         lines.append(f"What identified it was erased at {done['erased_at']}.")

@@ -17,7 +17,7 @@ async def require_name(page: PageRequest) -> None:
         raise Invalid(f"type the account's name to confirm: {account.name}", "$.name")
 
 
-async def ask_to_close(page: PageRequest) -> None:
+async def ask_on_page(page: PageRequest) -> None:
     """Ask for the account to be closed."""
     await require_name(page)
     await page.ask(API.ask_for_closing, account=page.path["account"])
@@ -36,5 +36,5 @@ async def terminate_account(page: PageRequest) -> PageVariables:
     return {"done": f"Account terminated. {cut} in flight stopped."}
 
 
-CLOSING_ACTIONS: Actions = {"close": ask_to_close, "keep": keep_open}
+CLOSING_ACTIONS: Actions = {"close": ask_on_page, "keep": keep_open}
 TERMINATING_ACTIONS: Actions = {"terminate": terminate_account}

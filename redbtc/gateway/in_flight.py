@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
+from redbtc.deadlines import MAX_EXPIRED
 from redbtc.gateway.progress import Running
 from redbtc.store.keys import Key
 
@@ -49,6 +51,19 @@ class InFlight:
         for abort in aborts:
             abort()
         return len(aborts)
+
+    async def abort_keys(self, key_ids: Iterable[str]) -> int:
+        """Abort what is in flight for keys that are revoked, and give other requests turns
+        meanwhile. Return how much that was."""
+        number = 0
+        for key_id in key_ids:
+            for abort in list(self._aborts.get(key_id, ())):
+                if abort in self._aborts.get(key_id, ()):  # it has not ended meanwhile
+                    abort()
+                    number += 1
+                    if number % MAX_EXPIRED == 0:
+                        await asyncio.sleep(0)
+        return number
 
     def abort_all(self) -> None:
         """Abort all that is in flight."""

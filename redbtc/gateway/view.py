@@ -63,21 +63,24 @@ class GatewayView:
     async def abort_account(self, account_id: str) -> int:
         """Abort all that runs for an account, whose keys are revoked, at the upstreams as well.
         Return how much that was."""
-        keys = await key_ids(self._gateway.store, account_id)
-        in_background = self._gateway.background.cancel(account_id)
-        return sum(map(self._gateway.in_flight.abort_key, keys)) + in_background
+        gateway = self._gateway
+        in_background = gateway.background.cancel(account_id)
+        keys = await key_ids(gateway.store, account_id)
+        return await gateway.in_flight.abort_keys(keys) + in_background
 
-    async def end_account(self, account_id: str) -> None:
-        """Abort all that runs for an account, and wait until it has ended, up to END_SECONDS."""
+    async def end_account(self, account_id: str) -> bool:
+        """Abort all that runs for an account, and wait until it has ended, up to END_SECONDS.
+        Return whether it has."""
         gateway = self._gateway
         await self.abort_account(account_id)
         keys = await key_ids(gateway.store, account_id)
         until = time.monotonic() + END_SECONDS
         while gateway.in_flight.has_any(keys) or gateway.background.unfinished.of(account_id):
             if time.monotonic() > until:
-                break
+                return False
             await asyncio.sleep(TICK)
         gateway.objects.forget_listed(account_id)
+        return True
 
     def set_back(self, at: int) -> None:
         """Let each background response have begun at `at` if it began later: the ledger's time is

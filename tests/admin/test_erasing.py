@@ -205,8 +205,8 @@ def has_name(db: sqlite3.Connection, name: str) -> bool:
 def test_an_account_whose_time_has_come_is_due(tmp_path: Path) -> None:
     """`erase_due` erases it, but none that is not terminated, has more time, or was erased."""
 
-    async def never(_: str) -> None:
-        return None
+    async def ended(_: str) -> bool:
+        return True
 
     async def run() -> None:
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
@@ -215,8 +215,8 @@ def test_an_account_whose_time_has_come_is_due(tmp_path: Path) -> None:
             await terminate(store, ids[0], due, "test")
             await terminate(store, ids[1], due + DAY, "test")
             async with RequestLog.open(store.path, Settings()) as log:
-                assert await erase_due(store, log, never) == [Erased(ids[0], "")]
-                assert await erase_due(store, log, never) == []
+                assert await erase_due(store, log, ended) == [Erased(ids[0], "")]
+                assert await erase_due(store, log, ended) == []
             names = [(await accounts.get(each)).name for each in ids]
             assert names == [ids[0], f"{MARK} 1", f"{MARK} 2"]
 

@@ -428,9 +428,17 @@ def test_what_users_name_is_text_and_pages_are_accessible(
     looker.look(manage, fill_in("Record payment", pay__amount=NASTY, pay__reason=NASTY))
     gateway.api("POST", f"{path}/suspend", {"reason": NASTY})
     looker.look(manage)
+    gateway.api("POST", f"{path}/closing")
+    settings = f"/dashboard{path}/settings"
+    for page in (manage, settings, "/dashboard/overview", "/dashboard/accounts"):
+        looker.look(page)
+    looker.look(manage, fill_in("Terminate account", terminate__name="another"))
     looker.look("/dashboard/log")
     page_of_users = f"/dashboard{path}/members"
     looker.look(page_of_users, make_new_link)
+    gateway.api("POST", f"{path}/terminate", {})
+    for page in (manage, settings):
+        looker.look(page)
     looker.look("/dashboard/nowhere")
     looker.look("/status")
     looker.look("/dashboard/login")

@@ -22,7 +22,15 @@ import pytest
 
 from redbtc import money
 from redbtc.billing.csv import csv_line
-from redbtc.dashboard import account_pages, formats, key_page, parts, rendering
+from redbtc.dashboard import (
+    account_pages,
+    formats,
+    key_page,
+    parts,
+    rendering,
+    settings_closing,
+    settings_page,
+)
 from tests.dashboard.pages import OPERATORS_PAGES, PAGES, cells
 from tests.helpers.gateway import (
     PATIENCE_SECONDS,
@@ -155,7 +163,8 @@ def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login]
     for page in PAGES:
         operator.get(f"/dashboard/accounts/{own}{page}")
         for member in (owner, viewer):
-            refused = page == "/manage" or (page in ("/members", "/settings") and member is viewer)
+            owners = page in ("/members", "/settings")
+            refused = page == "/manage" or (owners and member is viewer)
             member.get(f"/dashboard/accounts/{own}{page}", 403 if refused else 200)
             there = member.get(f"/dashboard/accounts/{foreign}{page}", 403 if refused else 404).text
             nowhere = member.get(f"/dashboard/accounts/acct_0{page}", 403 if refused else 404).text
@@ -178,7 +187,9 @@ FORMS: dict[str, dict[str, dict[str, str]]] = {
         "resume": {},
         "throttle": {"factor": "0.5"},
         "pay": {"amount": "1000"},
+        "terminate": {"name": "a"},
     },
+    "/settings": {"close": {"name": "b"}, "keep": {}},
 }
 OPERATORS_FORMS: dict[str, dict[str, dict[str, str]]] = {
     "/accounts": {"add": {"name": "mine"}},
@@ -191,7 +202,9 @@ OPERATORS_FORMS: dict[str, dict[str, dict[str, str]]] = {
 def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login], Login]) -> None:
     assert set(FORMS["/keys"]) == set(key_page.KEY_ACTIONS)
     assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(parts.USER_ACTIONS)
-    assert set(FORMS["/manage"]) == set(account_pages.MANAGE_ACTIONS)
+    managing = {**account_pages.MANAGE_ACTIONS, **settings_closing.TERMINATING_ACTIONS}
+    assert set(FORMS["/manage"]) == set(managing)
+    assert set(FORMS["/settings"]) == set(settings_page.SETTINGS_ACTIONS)
     for name in ("a", "b"):
         gateway.new_key(name)
     operator = closing(new_user(gateway, "op@example.com"))
@@ -217,7 +230,7 @@ def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login]
             ):
                 if page == "/manage":
                     status = 403
-                elif do == "add" and at == own:
+                elif at == own and (do == "add" or page == "/settings"):
                     continue
                 sent = {"key": key, "user": user, **form}
                 answer = owner.post(f"/dashboard/accounts/{at}{page}", do=do, **sent)

@@ -102,7 +102,8 @@ def test_all_that_runs_is_cut(make_gateway: MakeGateway, upstream: Upstream) -> 
             wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == everything)
             done = gateway.api("POST", "/accounts/leaves/terminate", {})
             assert done["done"]
-            assert done["cut"] == STREAMS + 5 + 2 + 1, "the session and its turn are two"
+            # A session and its turn are two, unless the one ends with the other.
+            assert done["cut"] in (everything - 3, everything - 2)
             assert session.closed() in (None, 1006)
         answers = [ended(sock) for sock in (*cut, *queued, uploading)]
         assert not any(b"response.completed" in each for each in answers)
@@ -201,7 +202,7 @@ def test_what_can_not_end_is_erased_later(make_gateway: MakeGateway, upstream: U
     upstream.script = busy
     done = gateway.cli("account", "terminate", "leaves", "--yes", "--now", check=False)
     assert done.returncode == 1
-    assert "requests are still in progress" in json.loads(done.stdout)["missing"]
+    assert "have not ended" in json.loads(done.stdout)["missing"]
     assert gateway.api("GET", f"/accounts/{account}")["erased_at"] is None
     upstream.script = script
     wait_until(lambda: not pending(gateway, account))
