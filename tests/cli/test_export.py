@@ -371,12 +371,24 @@ def test_a_terminated_account_is_exported_until_it_is_erased(
 # ── Interruptions ────────────────────────────────────────────────────────────────────────────────
 
 
+AT_THE_SAME_TIME = """
+    UPDATE requests SET started_at = (SELECT min(started_at) FROM requests)
+     WHERE request_id IN (SELECT request_id FROM requests ORDER BY request_id LIMIT 2500)"""
+
+
 @pytest.fixture
 def large(make_gateway: MakeGateway) -> Gateway:
-    """A gateway whose account has 24,000 requests in 12 months."""
+    """A gateway whose account has 24,000 requests in 12 months, 2,500 of them at one instant."""
     gateway = make_gateway()
     gateway.cli("db", "check")
     fill(gateway.database, 24_000, 1)
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database, database:
+        (trigger,) = database.execute(
+            "SELECT sql FROM sqlite_schema WHERE name = 'settled_is_settled'"
+        ).fetchone()
+        database.execute("DROP TRIGGER settled_is_settled")
+        database.execute(AT_THE_SAME_TIME)
+        database.execute(trigger)
     return gateway.start()
 
 
