@@ -99,7 +99,8 @@ class Documents:
     ) -> list[Document]:
         """Show these documents and no others, and publish those that are new, each with its notice
         if it is not the first version. Return the new ones. Raises SettingsError if one can't be
-        published, and StorageUnavailable if the ledger can't be written."""
+        published, and StorageUnavailable or sqlite3.Error if the ledger can't be written or read.
+        """
         async with self._publishing:
             days = settings.billing.terms_notice_days
             new = self.check(documents, days)

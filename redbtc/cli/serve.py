@@ -23,7 +23,6 @@ from redbtc.cli.first_run import dashboard_lines, import_example, welcome
 from redbtc.cli.main import CommandContext, commands, json_option
 from redbtc.codex.catalog import read_catalog
 from redbtc.config import (
-    BillingSettings,
     LoadedSettings,
     Settings,
     missing_keys,
@@ -167,8 +166,7 @@ async def open_ledger(
             opening = Store.open(path, database.synchronous, serving)
             async with contextlib.AsyncExitStack() as opened:
                 store = await opened.enter_async_context(opening)
-                billing = await open_billing(store, options.settings.billing)
-                await publish_documents(billing, options.documents, options.settings)
+                billing = await open_billing(store, options)
                 stack.push_async_exit(opened.pop_all())
                 return billing
         except LedgerDamaged as error:
@@ -187,10 +185,14 @@ async def open_ledger(
             await asyncio.sleep(RETRY_SECONDS)
 
 
-async def open_billing(store: Store, settings: BillingSettings) -> Billing:
-    """Read the prices from an open database. Raises UserError."""
+async def open_billing(store: Store, options: ServeOptions) -> Billing:
+    """Read the prices from an open database, and publish what is new of the documents. Raises
+    UserError."""
+    settings = options.settings
     try:
-        return await Billing.open(store, settings)
+        billing = await Billing.open(store, settings.billing)
+        await publish_documents(billing, options.documents, settings)
+        return billing
     except sqlite3.Error as error:
         raise opening_error(store.path, error) from None
 

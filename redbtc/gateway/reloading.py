@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.document_files import Document, date_text, read_documents
@@ -34,7 +35,7 @@ async def publish_documents(
     billing: Billing, documents: list[Document], settings: Settings
 ) -> None:
     """Show the documents of [site] and no others, and publish and log those that are new. Raises
-    SettingsError, StorageUnavailable."""
+    SettingsError, StorageUnavailable, sqlite3.Error."""
     for each in await billing.documents.publish(documents, settings, PUBLISHER):
         effective = date_text(each.effective_at)
         log(
@@ -47,6 +48,6 @@ async def publish_reloaded(billing: Billing, documents: list[Document], settings
     or another reload came first, the versions that are published stay."""
     try:
         await publish_documents(billing, documents, settings)
-    except (SettingsError, StorageUnavailable) as error:
+    except (SettingsError, StorageUnavailable, sqlite3.Error) as error:
         what_to_do = "reload the settings again"
         log(logging.ERROR, "documents not published", reason=str(error), what_to_do=what_to_do)

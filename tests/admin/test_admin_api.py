@@ -580,7 +580,8 @@ def test_a_change_says_where_it_comes_from(house: House) -> None:
 # ── The log of changes ───────────────────────────────────────────────────────────────────────────
 
 UNLOGGED = {  # they change nothing that is kept, or are in the list of upstreams' changes
-    *("end_session", "check_database", "test_webhook", "rest_upstream", "resume_upstream")
+    *("end_session", "check_database", "test_webhook", "rest_upstream", "resume_upstream"),
+    "accept_documents",  # which only owners do: tests/dashboard/test_acceptance.py
 }
 KINDS = {"add_prices": "price", "change_password": "user"}  # others are in the operation's name
 

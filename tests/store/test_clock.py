@@ -677,6 +677,27 @@ def test_rests_and_changes_stay_as_long_and_messages_of_a_later_budget_are_dropp
     assert messages.fetchall() == [("a", AT - 1, None, None), ("c", AT, AT, AT)]
 
 
+def test_documents_keep_the_dates_that_are_written_in_them() -> None:
+    database = ledger_of([])
+    later = AT + 40 * DAY
+    document = ("terms", "1", later + DAY, "Be kind.", later)
+    database.execute("INSERT INTO acting VALUES (1, 'test', ?)", (AT,))
+    database.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, NULL)", document)
+    database.execute("INSERT INTO acceptances VALUES ('terms', '1', 'u', 'a', ?)", (later,))
+    for table, column in (("documents", "published_at"), ("acceptances", "accepted_at")):
+        for change in (f"UPDATE {table} SET {column} = {AT}", f"DELETE FROM {table}"):
+            with pytest.raises(sqlite3.IntegrityError, match="can't be"):
+                database.execute(change)
+    database.execute(SET_TIME, (AT, month_of(AT), AT, AT + 99 * DAY))
+    with pytest.raises(sqlite3.IntegrityError, match="can't be changed"):
+        database.execute("UPDATE documents SET published_at = ?, text = 'x'", (AT,))
+    for sql in MOVES:
+        database.execute(sql)
+    dates_of = "SELECT effective_at, published_at FROM documents"
+    assert database.execute(dates_of).fetchall() == [(later + DAY, AT)]
+    assert database.execute("SELECT accepted_at FROM acceptances").fetchall() == [(AT,)]
+
+
 @pytest.mark.parametrize("setting", [False, True])
 @pytest.mark.parametrize(
     "change",
