@@ -64,10 +64,18 @@ class Client:
 
 
 @contextlib.contextmanager
-def client(gateway: Gateway, key: str, **headers: str) -> Iterator[Client]:
+def client(
+    gateway: Gateway, key: str, seconds: float = PATIENCE_SECONDS, **headers: str
+) -> Iterator[Client]:
+    """Open a session. `seconds` are those in which the gateway must answer the handshake."""
     given = {"authorization": f"Bearer {key}", **headers}
     url = f"ws://127.0.0.1:{gateway.port}/v1/responses"
     with connect(
-        url, additional_headers=given, proxy=None, max_size=None, open_timeout=PATIENCE_SECONDS
+        url,
+        additional_headers=given,
+        proxy=None,
+        max_size=None,
+        open_timeout=seconds,
+        close_timeout=seconds / 10,
     ) as connection:
         yield Client(connection)
