@@ -8,7 +8,6 @@ import gzip
 import json
 import re
 import socket
-from collections.abc import Callable
 from typing import Any, Self
 
 import httpx2
@@ -31,14 +30,10 @@ from tests.helpers.upstream import (
     stream,
     ws_events,
 )
-from tests.helpers.websocket_client import client as session
-from tests.request_body.packers import PACKERS, zstd
+from tests.helpers.websocket_client import opened
+from tests.request_body.packers import PACKERS, UNPACKERS
 
 MODEL = re.compile(rb'"?model"(?:: ?"|\r\n\r\n)gpt-(\w+)')
-UNPACKERS: dict[str | None, Callable[[bytes], bytes]] = {
-    "gzip": gzip.decompress,
-    "zstd": zstd.decompress,
-}
 MAX_BODY = 256 << 10
 STATUSES = (400, 401, 403, 404, 429, 500, 503)
 
@@ -362,10 +357,10 @@ class Ways:
 
     def _session(self, *messages: str | bytes) -> bytes:
         """Send messages over a WebSocket, each when the one before is answered."""
-        answers = ""
+        answers, headers = "", {"authorization": f"Bearer {self._key}", **self.headers()}
         with (
             contextlib.suppress(WebSocketException, OSError, ValueError),
-            session(self._gateway, self._key, self._seconds, **self.headers()) as client,
+            opened(self._gateway, headers, self._seconds) as client,
         ):
             for each in messages:
                 client.raw(each)

@@ -64,15 +64,19 @@ class Client:
 
 
 @contextlib.contextmanager
-def client(
-    gateway: Gateway, key: str, seconds: float = PATIENCE_SECONDS, **headers: str
+def client(gateway: Gateway, key: str, **headers: str) -> Iterator[Client]:
+    with opened(gateway, {"authorization": f"Bearer {key}", **headers}) as connected:
+        yield connected
+
+
+@contextlib.contextmanager
+def opened(
+    gateway: Gateway, headers: dict[str, str], seconds: float = PATIENCE_SECONDS
 ) -> Iterator[Client]:
-    """Open a session. `seconds` are those in which the gateway must answer the handshake."""
-    given = {"authorization": f"Bearer {key}", **headers}
-    url = f"ws://127.0.0.1:{gateway.port}/v1/responses"
+    """Open a session, whose handshake the gateway must answer within `seconds`."""
     with connect(
-        url,
-        additional_headers=given,
+        f"ws://127.0.0.1:{gateway.port}/v1/responses",
+        additional_headers=headers,
         proxy=None,
         max_size=None,
         open_timeout=seconds,

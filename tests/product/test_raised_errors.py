@@ -28,7 +28,7 @@ FIRST = "server/protocol.py:HTTPProtocol.data_received"  # no content has come b
 # An error in one of these ends the process, which the last of them stands for.
 OF_LEDGER = ("store/commits.py:", "store/entries.py:", "store/request_rows.py:")
 ENDS_PROCESS = "store/commits.py:Commits._write_group"
-SECONDS = 1.0  # for an answer: where the step that answers fails, there is none
+SECONDS = 0.5  # for an answer: where the step that answers fails, there is none
 
 
 @pytest.fixture
