@@ -65,9 +65,21 @@ class Client:
 
 @contextlib.contextmanager
 def client(gateway: Gateway, key: str, **headers: str) -> Iterator[Client]:
-    given = {"authorization": f"Bearer {key}", **headers}
-    url = f"ws://127.0.0.1:{gateway.port}/v1/responses"
+    with opened(gateway, {"authorization": f"Bearer {key}", **headers}) as connected:
+        yield connected
+
+
+@contextlib.contextmanager
+def opened(
+    gateway: Gateway, headers: dict[str, str], seconds: float = PATIENCE_SECONDS
+) -> Iterator[Client]:
+    """Open a session, whose handshake the gateway must answer within `seconds`."""
     with connect(
-        url, additional_headers=given, proxy=None, max_size=None, open_timeout=PATIENCE_SECONDS
+        f"ws://127.0.0.1:{gateway.port}/v1/responses",
+        additional_headers=headers,
+        proxy=None,
+        max_size=None,
+        open_timeout=seconds,
+        close_timeout=seconds / 10,
     ) as connection:
         yield Client(connection)

@@ -11,4 +11,6 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
+Packer = Callable[[bytes], bytes]
+PACKERS: dict[str, Packer] = {"gzip": gzip.compress, "zstd": zstd.compress}
+UNPACKERS: dict[str | None, Packer] = {"gzip": gzip.decompress, "zstd": zstd.decompress}
