@@ -13,7 +13,7 @@ from redbtc.errors import Conflict, StorageUnavailable
 from redbtc.store.accounts import Account
 from redbtc.store.backup import copies_beside
 from redbtc.store.closing import ask_for_closing, erase_now, terminate, withdraw_closing
-from redbtc.store.erasure import Erased, ErasureProgress, erase_account
+from redbtc.store.erasure import ErasureEnd, ErasureProgress, erase_account
 from redbtc.store.json_values import json_time
 from redbtc.times import DAY
 
@@ -99,7 +99,7 @@ class ClosingOperations(Access):
                 missing = str(error)
         yield self._terminated(found, await self.accounts.get(found.id), cut, missing)
 
-    def _erase(self, account: Account, actor: Actor) -> AsyncIterator[ErasureProgress | Erased]:
+    def _erase(self, account: Account, actor: Actor) -> AsyncIterator[ErasureProgress | ErasureEnd]:
         store, end = self.billing.store, self.gateway.end_account
         return erase_account(store, self.request_log, account.id, end, actor.name)
 

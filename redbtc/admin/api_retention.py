@@ -12,7 +12,7 @@ from redbtc.times import iso_time
 
 # A pause is so many times as long as the step before it: about one request in ten meets a step.
 PURGE_PAUSE_FACTOR = 10
-SCRUB_SECONDS = 5
+PURGE_SCRUB_SECONDS = 5
 NOT_SCRUBBED = (
     "Another program reads the database; the erased data is gone from its files once that ends and "
     "db purge is run again, or a gateway runs."
@@ -58,6 +58,6 @@ class RetentionOperations(Access):
         if not trusted_at:
             await retention.erase_old(settings, erased, PURGE_PAUSE_FACTOR)
         await retention.record(erased, actor.name)
-        if not await retention.scrub(SCRUB_SECONDS):
+        if not await retention.scrub(PURGE_SCRUB_SECONDS):
             still_to_do.append(NOT_SCRUBBED)
         return Purge(True, erased, still_to_do)

@@ -29,7 +29,7 @@ USAGE_COLUMNS = [
     "cost",
     "duration_ms",
 ]
-ERASED = (
+ERASED_NOTE = (
     "The requests before {} were erased (retention.usage_days). Only their sums by day are left, "
     "without failures."
 )
@@ -102,7 +102,7 @@ def usage(click_context: click.Context, /, as_csv: bool, as_json: bool, **filter
             rows, columns = with_failures(rows, columns)
         click.echo(f"{table(rows, columns)}\n\nTotals\n{details(totals)}")
     if erased := found["erased_before"]:
-        click.echo(ERASED.format(erased), err=True)
+        click.echo(ERASED_NOTE.format(erased), err=True)
 
 
 def with_failures(

@@ -1,5 +1,6 @@
 """The work that the gateway does by itself once a day (UTC): it erases what is older than
-[retention] allows. Expired bodies of requests are erased within a minute.
+[retention] allows. Expired bodies of requests, and terminated accounts whose time has come, are
+erased within a minute.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Awaitable, Callable
 
 from msgspec.structs import asdict
 
 from redbtc.gateway.gateway import Gateway
+from redbtc.store.erasure import ErasureEnd
 from redbtc.store.retention import Erased, Retention
 from redbtc.telemetry import log, shown_error
 from redbtc.times import DAY, iso_time
@@ -20,6 +23,9 @@ from redbtc.times import DAY, iso_time
 FIRST_SECONDS = 3  # after the start
 TURN_SECONDS = 60  # between two looks for work
 CLOCK_LOOK_SECONDS = 3600  # between two looks at the clock
+RETRY_SECONDS_OF_ACCOUNTS = (
+    600  # before the erasure of an account that was not complete is repeated
+)
 # A pause is so many times as long as the step before it: fewer than one request in a hundred meets
 # a step.
 PAUSE_FACTOR = 150
@@ -29,10 +35,18 @@ GATEWAY_NAME = "gateway"  # in the log of changes
 class DailyWork:
     """The state of the daily work. No failure ends it: the next turn tries again."""
 
-    def __init__(self, gateway: Gateway, retention: Retention) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        retention: Retention,
+        erase_accounts: Callable[[], Awaitable[list[ErasureEnd]]],
+    ) -> None:
+        """`erase_accounts` erases the terminated accounts whose time has come."""
         self._gateway = gateway
         self._store = gateway.store
         self._retention = retention
+        self._erase_accounts = erase_accounts
+        self._accounts_at = -math.inf  # when to look for accounts again, by the monotonic clock
         self._erased = Erased()  # since the last record of it
         self._looked_at = -math.inf
         self._trusted_at = 0
@@ -67,9 +81,21 @@ class DailyWork:
                 await self._retention.record(self._erased, GATEWAY_NAME)
                 log(logging.INFO, "old data erased", **asdict(self._erased))
             self._erased, self._done = Erased(), due
+        if time.monotonic() >= self._accounts_at and not self._trusted_at:
+            await self._erase_due_accounts()
         is_scrubbed = await self._retention.scrub(0)
         reason = "another program reads the database; erased data stays in its files until then"
         self._say_once("erased data not scrubbed", None if is_scrubbed else True, reason=reason)
+
+    async def _erase_due_accounts(self) -> None:
+        self._accounts_at = -math.inf
+        for end in await self._erase_accounts():
+            if end.missing:
+                self._accounts_at = time.monotonic() + RETRY_SECONDS_OF_ACCOUNTS
+                event = "account not erased"
+                self._say_once(event, (end.account_id, end.missing), reason=end.missing)
+            else:
+                log(logging.INFO, "account erased", account=end.account_id)
 
     async def _look_at_clock(self) -> None:
         self._trusted_at = await self._retention.look_at_clock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from redbtc.admin.api import API
@@ -21,6 +22,7 @@ from redbtc.gateway.upstream_metrics import UpstreamMetrics
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
 from redbtc.store.clock import watch_clock
+from redbtc.store.erasure import erase_due
 from redbtc.store.request_log import RequestLog
 from redbtc.telemetry import Telemetry, log, watch_log
 
@@ -52,10 +54,14 @@ class Service:
         """Start what the process does for as long as it serves, and return the tasks. None of them
         ends by itself."""
         gateway, store = self.gateway, self.gateway.store
+        erase_accounts = partial(
+            erase_due, store, gateway.request_log, self.api.gateway.end_account
+        )
+        daily_work = DailyWork(gateway, self.api.retention, erase_accounts)
         return [
             asyncio.create_task(work, name=name)
             for name, work in {
-                "daily work": DailyWork(gateway, self.api.retention).do_for_ever(),
+                "daily work": daily_work.do_for_ever(),
                 "webhook": post_for_ever(gateway.billing, log),
                 "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
                 "clock": watch_clock(store.clock, log),

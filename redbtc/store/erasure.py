@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
+from redbtc.store.json_values import JSON_IDS
 from redbtc.store.request_log import RequestLog
 
 PAGE_OF_ROWS = 1000  # that are read at once
@@ -29,10 +30,9 @@ SCRUB_SECONDS = 10  # for another program that reads the database
 
 PERMIT = "INSERT INTO erasing (id, what, account_id) VALUES (1, 'account', ?)"
 END_PERMIT = "DELETE FROM erasing"
-IDS = "(SELECT value FROM json_each(?))"
-IN_BATCH = f"id IN {IDS}"
+IN_BATCH = f"id IN {JSON_IDS}"
 SETTLED_IN_BATCH = f"""
-    request_id IN (SELECT request_id FROM requests WHERE request_id IN {IDS}
+    request_id IN (SELECT request_id FROM requests WHERE request_id IN {JSON_IDS}
                     AND outcome <> 'pending')"""
 # Members sign as "email of account"; operators, commands and keys have other names.
 BY_A_MEMBER = """
@@ -71,9 +71,9 @@ ERASURE_STEPS = (
             ORDER BY started_at, request_id LIMIT :rows""",
         (
             f"""UPDATE requests SET response_id = NULL, upstream_request_id = NULL
-                 WHERE request_id IN {IDS}
+                 WHERE request_id IN {JSON_IDS}
                    AND (response_id IS NOT NULL OR upstream_request_id IS NOT NULL)""",
-            f"DELETE FROM estimates WHERE request_id IN {IDS}",
+            f"DELETE FROM estimates WHERE request_id IN {JSON_IDS}",
             f"DELETE FROM unsettled WHERE {SETTLED_IN_BATCH}",
             f"DELETE FROM background WHERE {SETTLED_IN_BATCH}",
         ),
@@ -134,7 +134,7 @@ ERASURE_STEPS = (
     ),
 )
 PENDING = "SELECT count(*) AS rows FROM requests WHERE outcome = 'pending' AND account_id = ?"
-ERASED = "UPDATE accounts SET erased_at = ? WHERE id = ? AND erased_at IS NULL"
+MARK_ERASED = "UPDATE accounts SET erased_at = ? WHERE id = ? AND erased_at IS NULL"
 DUE = """
     SELECT id FROM accounts WHERE status = 'terminated' AND erase_at <= ? AND erased_at IS NULL
      ORDER BY erase_at"""
@@ -151,7 +151,7 @@ class ErasureProgress(Struct):
     rows: int
 
 
-class Erased(Struct):
+class ErasureEnd(Struct):
     """The end of an erasure. `missing` says what is left to be done, "" if nothing is; then the
     same erasure is due again."""
 
@@ -161,7 +161,7 @@ class Erased(Struct):
 
 async def erase_account(
     store: Store, request_log: RequestLog, account_id: str, end: EndAccount, by: str
-) -> AsyncIterator[ErasureProgress | Erased]:
+) -> AsyncIterator[ErasureProgress | ErasureEnd]:
     """Erase what identifies a terminated account, and yield the progress and, at last, the result.
     `by` is who is named in the log of changes. Raises StorageUnavailable."""
     has_ended = await end(account_id)
@@ -173,15 +173,15 @@ async def erase_account(
     purged = await request_log.erase(account_id)
     yield ErasureProgress("logged requests", purged.requests)
     if not has_ended or (pending and pending["rows"]):
-        yield Erased(account_id, "some of its requests have not ended")
+        yield ErasureEnd(account_id, "some of its requests have not ended")
         return
     yield ErasureProgress("files", 0)
     if not await store.scrub(SCRUB_SECONDS):
         reader = "another program still reads an earlier state of the database"
-        yield Erased(account_id, reader if store.healthy else store.failure)
+        yield ErasureEnd(account_id, reader if store.healthy else store.failure)
         return
-    await store.transact((ERASED, (store.time(), account_id)), by=by)
-    yield Erased(account_id, "")
+    await store.transact((MARK_ERASED, (store.time(), account_id)), by=by)
+    yield ErasureEnd(account_id, "")
 
 
 async def erase_rows(
@@ -213,15 +213,15 @@ async def erase_rows(
 
 async def erase_due(
     store: Store, request_log: RequestLog, end: EndAccount, by: str = "gateway"
-) -> list[Erased]:
+) -> list[ErasureEnd]:
     """Erase all accounts whose time has come, and return the results. What fails is due again."""
     due = [row["id"] async for row in store.rows(DUE, (store.time(),))]
     results = []
     for account_id in due:
         try:
             async for each in erase_account(store, request_log, account_id, end, by):
-                if isinstance(each, Erased):
+                if isinstance(each, ErasureEnd):
                     results.append(each)
         except StorageUnavailable as error:
-            results.append(Erased(account_id, str(error)))
+            results.append(ErasureEnd(account_id, str(error)))
     return results

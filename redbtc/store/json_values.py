@@ -12,6 +12,8 @@ from msgspec import Meta, Struct, defstruct
 from redbtc.money import NANOS, decimal
 from redbtc.times import iso_time
 
+JSON_IDS = "(SELECT value FROM json_each(?))"  # SQL for the ids in a JSON array
+
 
 def new_id(kind: str) -> str:
     """Return a new id: `kind`, such as acct, key or msg, and 16 hexadecimal digits."""

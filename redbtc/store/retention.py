@@ -30,6 +30,7 @@ from msgspec.structs import asdict
 from redbtc.config import RetentionSettings
 from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
+from redbtc.store.json_values import JSON_IDS
 from redbtc.store.request_log import RequestLog
 from redbtc.store.writer import SQLStatement
 from redbtc.times import DAY
@@ -38,7 +39,6 @@ STEP_SECONDS = 0.001  # that a step should take
 MIN_STEP_ROWS, MAX_STEP_ROWS = 8, 512
 MAX_PAUSE_SECONDS = 10
 WINDOW_ROWS = 2000  # stored objects that are looked at in one query
-IDS = "(SELECT value FROM json_each(?))"
 
 STATE = "SELECT usage_before, unscrubbed, clock_seen_at, leapt_at FROM retention"
 LOOK = f"""
@@ -57,26 +57,26 @@ OLD_USAGE = """
 KEEP_CORRECTED = f"""
     UPDATE corrections SET request_started_at = requests.started_at, request_cost = requests.cost
       FROM requests
-     WHERE requests.request_id = corrections.request_id AND corrections.request_id IN {IDS}"""
-ERASE_REQUESTS = f"DELETE FROM requests WHERE request_id IN {IDS} AND outcome <> 'pending'"
+     WHERE requests.request_id = corrections.request_id AND corrections.request_id IN {JSON_IDS}"""
+ERASE_REQUESTS = f"DELETE FROM requests WHERE request_id IN {JSON_IDS} AND outcome <> 'pending'"
 # What refers to a request goes first. A correction is kept, with what statements show of its
 # request.
 ERASE_USAGE = (
     KEEP_CORRECTED,
     *(
-        f"DELETE FROM {table} WHERE request_id IN {IDS}"
+        f"DELETE FROM {table} WHERE request_id IN {JSON_IDS}"
         for table in ("estimates", "unsettled", "reopened", "background")
     ),
     ERASE_REQUESTS,
 )
 OLD_CHANGES = "SELECT id FROM changes WHERE changed_at < ? ORDER BY id LIMIT ?"
-ERASE_CHANGES = f"DELETE FROM changes WHERE id IN {IDS}"
+ERASE_CHANGES = f"DELETE FROM changes WHERE id IN {JSON_IDS}"
 OLD_OBJECTS = f"""
     SELECT max(id) AS last, json_group_array(id) FILTER (WHERE created_at < ?) AS old
       FROM (SELECT id, created_at FROM stored_objects WHERE id > ?
              ORDER BY id LIMIT {WINDOW_ROWS})"""
-STILL_OLD = f"SELECT id FROM stored_objects WHERE id IN {IDS} AND created_at < ?"
-ERASE_OBJECTS = f"DELETE FROM stored_objects WHERE id IN {IDS} AND created_at < ?"
+STILL_OLD = f"SELECT id FROM stored_objects WHERE id IN {JSON_IDS} AND created_at < ?"
+ERASE_OBJECTS = f"DELETE FROM stored_objects WHERE id IN {JSON_IDS} AND created_at < ?"
 COUNT_OLD = """
     SELECT (SELECT count(*) FROM requests
              WHERE started_at < ? AND outcome <> 'pending') AS requests,

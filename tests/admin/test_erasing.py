@@ -21,7 +21,7 @@ from redbtc.config import Settings
 from redbtc.store.accounts import Accounts
 from redbtc.store.closing import terminate
 from redbtc.store.database import Store
-from redbtc.store.erasure import Erased, erase_due
+from redbtc.store.erasure import ErasureEnd, erase_due
 from redbtc.store.request_log import RequestLog
 from redbtc.store.schema import migrations, schema
 from redbtc.times import DAY
@@ -215,7 +215,7 @@ def test_an_account_whose_time_has_come_is_due(tmp_path: Path) -> None:
             await terminate(store, ids[0], due, "test")
             await terminate(store, ids[1], due + DAY, "test")
             async with RequestLog.open(store.path, Settings()) as log:
-                assert await erase_due(store, log, ended) == [Erased(ids[0], "")]
+                assert await erase_due(store, log, ended) == [ErasureEnd(ids[0], "")]
                 assert await erase_due(store, log, ended) == []
             names = [(await accounts.get(each)).name for each in ids]
             assert names == [ids[0], f"{MARK} 1", f"{MARK} 2"]

@@ -556,7 +556,7 @@ def test_what_another_program_keeps_is_gone_as_soon_as_it_ends(
     requests = [request_of(day) for day in [-20] * 40 + [-1] * 5]
     gateway = filled(make_gateway(OLD), requests)
     gateway.prelude = (
-        f"{OFTEN}from redbtc.admin import api_retention\napi_retention.SCRUB_SECONDS = 0.1\n"
+        f"{OFTEN}from redbtc.admin import api_retention\napi_retention.PURGE_SCRUB_SECONDS = 0.1\n"
     )
     gateway.configure()
     gateway.start()
