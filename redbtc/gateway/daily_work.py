@@ -23,9 +23,7 @@ from redbtc.times import DAY, iso_time
 FIRST_SECONDS = 3  # after the start
 TURN_SECONDS = 60  # between two looks for work
 CLOCK_LOOK_SECONDS = 3600  # between two looks at the clock
-RETRY_SECONDS_OF_ACCOUNTS = (
-    600  # before the erasure of an account that was not complete is repeated
-)
+ACCOUNT_RETRY_SECONDS = 600  # before the erasure of an account that was not complete is repeated
 # A pause is so many times as long as the step before it: fewer than one request in a hundred meets
 # a step.
 PAUSE_FACTOR = 150
@@ -91,7 +89,7 @@ class DailyWork:
         self._accounts_at = -math.inf
         for end in await self._erase_accounts():
             if end.missing:
-                self._accounts_at = time.monotonic() + RETRY_SECONDS_OF_ACCOUNTS
+                self._accounts_at = time.monotonic() + ACCOUNT_RETRY_SECONDS
                 event = "account not erased"
                 self._say_once(event, (end.account_id, end.missing), reason=end.missing)
             else:
