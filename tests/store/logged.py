@@ -17,6 +17,7 @@ from redbtc.store.request_log.frames import LOCAL_BYTES, framed
 from redbtc.times import DAY
 
 NOW = 1_796_000_000_000  # when all tests begin
+STEP = 1 << 10  # bytes of a content, of which one window is searched for; a page has 4 KiB
 WINDOW = 16  # bytes that are enough to know a content by
 RANDOM = random.Random(7)
 random_bytes = RANDOM.randbytes
@@ -131,7 +132,7 @@ def windows_of(content: bytes) -> list[bytes]:
     """Return what would show that a content, or a beginning of it, is stored: bytes of it, and of
     it as it is compressed."""
     texts = [content, framed(content)[LOCAL_BYTES + 12 :].rstrip(bytes(1))]
-    return [text[at : at + WINDOW] for text in texts for at in range(0, len(text) - WINDOW, 512)]
+    return [text[at : at + WINDOW] for text in texts for at in range(0, len(text) - WINDOW, STEP)]
 
 
 def is_in_files(folder: Path, content: bytes) -> bool:
