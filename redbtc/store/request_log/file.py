@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from redbtc.errors import UserError
 from redbtc.store.backup import suffixed
-from redbtc.store.files import FileChanged, OpenFiles, take_lock_file
+from redbtc.store.files import FileChanged, OpenFiles, identity_of, take_lock_file
 from redbtc.store.request_log.frames import PAGE_BYTES
 from redbtc.store.request_log.replacing import (
     begin_copy,
@@ -125,7 +125,7 @@ class LogFile:
             marks = f"application_id = {REQUEST_LOG_ID}", f"user_version = {LOG_VERSION}"
             script = "".join(f"PRAGMA {mark};" for mark in marks) + TABLES
             self.database.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
-        self._files = OpenFiles(self.path)
+        self._files, self._identity = OpenFiles(self.path), identity_of(self.path)
 
     def _refuse_foreign(self) -> None:
         if self._value("PRAGMA application_id") != REQUEST_LOG_ID:
@@ -160,13 +160,14 @@ class LogFile:
         return row[0] if row else None
 
     def check_files(self) -> None:
-        """Raise FileChanged if the database or its WAL was removed or replaced. What a removed WAL
-        holds is in the database then."""
+        """Raise FileChanged if the database was removed or replaced. If only its WAL was, as by a
+        program that had a replaced file open, go on with a copy: what the WAL held is in it."""
         try:
             self._files.check()
         except FileChanged:
-            self.database.execute("PRAGMA wal_checkpoint").fetchall()
-            raise
+            if identity_of(self.path) != self._identity:
+                raise
+            self._replace()
 
     @property
     def size(self) -> int:

@@ -76,7 +76,7 @@ class Worker:
         queue.filled.clear()
 
     def _turn(self) -> None:
-        """Take out what has come, write what is due, and go on with the first job."""
+        """Take out what has come, write what is due, and go on with a job."""
         every = False
         try:
             every = self._take_out()
@@ -86,8 +86,7 @@ class Worker:
         states = list(self._states.values())
         self._write([each for each in states if every or each.due_in(now) == 0.0])
         pauses = [each.due_in(now) for each in self._states.values()]
-        if self._jobs:
-            pauses.append(self._step(self._jobs[0]))
+        pauses.append(self._step())
         self._pause = min((each for each in pauses if each is not None), default=None)
 
     def _take_out(self) -> bool:
@@ -179,18 +178,23 @@ class Worker:
         if batch:
             yield batch
 
-    def _step(self, job: Job[Any]) -> float:
-        """Do the next step of a job. Return the seconds until the next one."""
+    def _step(self) -> float | None:
+        """Do the next step of one job after the other. Return the seconds until the next step, None
+        if there is no job."""
+        if not self._jobs:
+            return None
+        job = self._jobs.popleft()
         try:
             file = self._opened(create=False)
             pause = job.step(file)
             self.file_bytes = file.size if file else 0
-            if pause is not None:
-                return pause
         except Exception as error:
             job.fail(self._note_failure(error))
-        self._jobs.popleft()
-        return 0.0
+            return 0.0
+        if pause is None:
+            return 0.0
+        self._jobs.append(job)
+        return pause
 
     def _opened(self, *, create: bool) -> LogFile | None:
         """Return the open file. Return None if there is none and it is not to be made. Raises
