@@ -9,6 +9,8 @@ who could open the file itself. Each reading is in the log of changes before a b
 
 from __future__ import annotations
 
+import contextlib
+
 from redbtc.admin.access import Access
 from redbtc.admin.actors import Actor, Forbidden, Invalid
 from redbtc.admin.inputs_log import RequestLogChange
@@ -22,7 +24,7 @@ from redbtc.admin.outputs_log import (
     StoredBody,
 )
 from redbtc.billing.reports import one_request
-from redbtc.errors import Conflict, NotFound
+from redbtc.errors import Conflict, NotFound, StorageUnavailable
 from redbtc.store.accounts import Account, KeyShown, no_key
 from redbtc.store.json_values import json_time
 from redbtc.store.log_settings import BodyName, LogSettings
@@ -47,8 +49,9 @@ class RequestLogOperations(Access):
         changed = await self._log_settings.changed(account.id)
         of_account = changed.get(account.id)
         keys = [key for key in await self.accounts.keys(account.id) if key.log_days is not None]
-        ids = await self.request_log.ids_of(account.id)
-        oldest = await self.request_log.read(ids[0]) if ids else None
+        stored = None
+        with contextlib.suppress(StorageUnavailable):  # the setting is shown in any case
+            stored = await self.request_log.count_of(account.id)
         readings = await self._log_settings.readings(account.id, MAX_SHOWN_READINGS)
         return RequestLogShown(
             account=account.name,
@@ -63,8 +66,8 @@ class RequestLogOperations(Access):
             ],
             max_days=self.gateway.settings.retention.request_log_days_max,
             has_owner=await self._log_settings.has_owner(account.id),
-            requests=len(ids),
-            oldest=json_time(oldest.logged_at) if oldest else None,
+            requests=stored.requests if stored else None,
+            oldest=json_time(stored.oldest) if stored and stored.oldest is not None else None,
             readings=[BodyReading(*each) for each in readings],
         )
 
@@ -112,7 +115,9 @@ class RequestLogOperations(Access):
             await self._leave_to_owner(account)
         key_id = key.id if key else None
         await self._log_settings.set(account.id, key_id, days, actor.name)
-        await self.request_log.shorten(account.id, key_id, days)
+        own = [each.id for each in await self.accounts.keys(account.id) if each.log_days]
+        await self.request_log.shorten(account.id, key_id, days, () if key_id else own)
+        await self.request_log.purge(self.billing.store.time())
 
     async def _leave_to_owner(self, account: Account) -> None:
         """Raise Forbidden if the account has an owner, who alone may decide this."""

@@ -32,7 +32,8 @@ class RequestLogShown(Struct, kw_only=True):
     """The request log of an account. `log_days` is for how many days bodies of its requests are
     kept, null: they are not, except those of the keys in `keys`. `max_days` is the most that can be
     chosen; 0: nobody can log. If `has_owner`, only an owner can switch logging on. `requests` is
-    the number of requests of which something is stored, since `oldest`. `readings` are the last
+    the number of requests of which something is stored, since `oldest`;
+    null if the log can't be read now. `readings` are the last
     ones, newest first. `erased_requests` is there after a purge."""
 
     account: str
@@ -43,7 +44,7 @@ class RequestLogShown(Struct, kw_only=True):
     keys: list[LoggedKey]
     max_days: int
     has_owner: bool
-    requests: int
+    requests: int | None
     oldest: Moment | None
     readings: list[BodyReading]
     erased_requests: int | UnsetType = UNSET

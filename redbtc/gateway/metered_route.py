@@ -50,6 +50,6 @@ class MeteredRoute:
                     if recorder:
                         request.recorder = recorder
                         send = recorder.recorded(send, client_request.client, deadline)
-                        await recorder.take_body(body)
+                        await recorder.take_body(body, client_request.headers)
                 path = endpoint.path.removeprefix("/v1")
                 await Relay(request, send, "POST", path, body.sent).forward(candidates)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from redbtc.meter.decoding import Decoding, NotDecoded
 from redbtc.store.request_log.file import LogStatement
 from redbtc.store.request_log.frames import FRAME_BYTES, Body, framed, pieces_of
 from redbtc.store.request_log.recording import Part, Recording
@@ -36,19 +37,29 @@ class BodyState:
         self.is_withheld = False
         self.is_removed = False  # what was written before a secret was found
         self._parts: list[Body] = []
-        self._text_end = b""  # of the decoded text, in which a secret could begin, too
+        self._is_begun = False
+        # Secrets are searched for in the decoded text of a compressed body as well.
+        self._decoding: Decoding | None = None
+        self._text_end = b""  # in which a secret could begin, too
 
     def add(self, part: Part, secrets: Secrets) -> None:
         """Add a part."""
         if self.is_withheld:
             return
+        if not self._is_begun:
+            self._is_begun = True
+            encoding = part.recording.encodings[part.body]
+            self._decoding = Decoding(encoding.encode("latin-1").split(b", ")) if encoding else None
         self._parts.append(part.content)
-        if part.text is None:
+        if self._decoding is None:
             return
-        for piece in pieces_of([part.text]):
-            text = self._text_end + piece
-            self._look_at(text, secrets)
-            self._text_end = text[-secrets.overlap :]
+        try:
+            for piece in pieces_of(self._decoding.decoded(bytes(part.content))):
+                text = self._text_end + piece
+                self._look_at(text, secrets)
+                self._text_end = text[-secrets.overlap :]
+        except NotDecoded:  # it is not what its header says, and can only be searched as it is
+            self._decoding = None
 
     def _look_at(self, text: bytes, secrets: Secrets) -> None:
         if secrets.are_in(text):
