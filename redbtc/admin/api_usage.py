@@ -33,6 +33,7 @@ from redbtc.admin.set_time import TimeSet, preview, set_time, time_to_set
 from redbtc.billing.billing import Billing
 from redbtc.billing.overviews import lately, spending_overview, traffic
 from redbtc.billing.reports import Range, copy_requests, older_than, requests_in, usage_by
+from redbtc.errors import StorageUnavailable
 from redbtc.store import changes as changes_module
 from redbtc.store.consistency import check_database
 from redbtc.store.keys import Key
@@ -87,7 +88,12 @@ class UsageOperations(Access):
         async with self.billing.store.snapshot() as snapshot:
             rows = await requests_in(snapshot, wanted, currency)
             (totals,) = await usage_by(snapshot, wanted, [], currency)
-        return RequestReport(requests=rows, totals=totals)
+        report = RequestReport(requests=rows, totals=totals)
+        if actor.rank in ("owner", "operator"):
+            with contextlib.suppress(StorageUnavailable):
+                ids = [row.request_id for row in rows]
+                report.logged = sorted(await self.request_log.logged_among(ids))
+        return report
 
     async def stream_requests(self, actor: Actor, query: RequestsQuery) -> AsyncIterator[bytes]:
         """Yield the answer to a command, which may ask for any number of requests, as JSON. It is

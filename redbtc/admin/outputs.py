@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from redbtc.admin.users import SessionShown, UserShown
 from redbtc.billing.overviews import AccountInList, Lately, Month, SpendingOverview, TrafficOfDay
@@ -111,10 +111,12 @@ class UsageReport(Struct):
 
 
 class RequestReport(Struct):
-    """Requests, oldest first. Totals cover the whole range, whatever the limit."""
+    """Requests, oldest first. Totals cover the whole range, whatever the limit. `logged` are the
+    ids of those of which bodies are stored; only owners and operators see it."""
 
     requests: list[RequestShown]
     totals: Sums
+    logged: list[str] | UnsetType = UNSET
 
 
 class MonthList(Struct):

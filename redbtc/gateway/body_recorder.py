@@ -83,12 +83,15 @@ class BodyRecorder:
         client.send_now = recorded_send_now
         return recorded_send
 
-    def end(self) -> None:
-        """Record nothing more."""
+    def end(self, *, has_row: bool) -> None:
+        """Record nothing more, and store nothing of a request whose row was removed."""
         recording, self._recording = self._recording, None
         if recording:
             try:
-                recording.end()
+                if has_row:
+                    recording.end()
+                else:
+                    recording.discard()
             except Exception as error:
                 log_failure(self._request_id, error)
 

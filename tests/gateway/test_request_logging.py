@@ -398,7 +398,7 @@ def test_a_recording_that_raises_ends_and_nothing_else() -> None:
             elif act == "send_now":
                 assert http.send_now(b"3")
             await recorder.take_event("4")
-            recorder.end()
+            recorder.end(has_row=True)
 
     asyncio.run(run())
     assert sent == [

@@ -99,6 +99,7 @@ class Recording:
         self.is_short = False  # a part is missing
         self.is_lost = False  # because the log was too slow or failed
         self.is_failed = False  # the thread stores nothing more
+        self.is_discarded = False  # nothing is stored: the request has no row
         self._is_cut = [False, False]  # whether the rest of each body is not stored
         self._is_begun = False
         self._is_ended = False
@@ -134,6 +135,11 @@ class Recording:
         """Store nothing more: what is stored of the request is erased."""
         self._is_cut = [True, True]
         self.is_short = True
+
+    def discard(self) -> None:
+        """End the recording, and store nothing of the request: it has no row in the ledger."""
+        self.is_discarded = True
+        self.end()
 
     def end(self) -> None:
         """Note that no further part will come. More calls have no effect."""

@@ -20,6 +20,8 @@ BEGIN_REQUEST = """
 ADD_PART = """
     INSERT INTO parts (logged_id, body, content)
     SELECT id, ?2, ?3 FROM logged WHERE request_id = ?1 AND expires_at > 0"""
+# It is shown no more, and the next purge erases it.
+DISCARD = "UPDATE logged SET expires_at = 0 WHERE request_id = ?"
 NOTE_BODIES = """
     UPDATE logged SET request_bytes = ?2, response_bytes = ?3, request_encoding = ?4,
                       response_encoding = ?5, withheld = ?6, is_complete = ?7
@@ -120,6 +122,9 @@ class RequestState:
         """Take out what can be written, as statements to be executed in this order."""
         recording = self.recording
         request_id = recording.request_id
+        if recording.is_discarded:
+            yield LogStatement(DISCARD, (request_id,))
+            return
         if not self._is_begun:
             self._is_begun = True
             ids = request_id, recording.account_id, recording.key_id
