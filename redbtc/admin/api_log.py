@@ -9,8 +9,10 @@ who could open the file itself. Each reading is in the log of changes before a b
 
 from __future__ import annotations
 
+import contextlib
+
 from redbtc.admin.access import Access
-from redbtc.admin.actors import Actor, Forbidden, Invalid
+from redbtc.admin.actors import Actor, Forbidden
 from redbtc.admin.inputs_log import RequestLogChange
 from redbtc.admin.outputs_log import (
     BodyContent,
@@ -21,11 +23,12 @@ from redbtc.admin.outputs_log import (
     StoredBodies,
     StoredBody,
 )
+from redbtc.admin.users import name_in_log
 from redbtc.billing.reports import one_request
-from redbtc.errors import Conflict, NotFound
+from redbtc.errors import Conflict, NotFound, StorageUnavailable
 from redbtc.store.accounts import Account, KeyShown, no_key
 from redbtc.store.json_values import json_time
-from redbtc.store.log_settings import BodyName, LogSettings
+from redbtc.store.log_settings import BodyName, Changed, LogSettings
 from redbtc.store.request_log import LoggedRequest
 
 MAX_SHOWN_READINGS = 20  # that are shown
@@ -41,21 +44,30 @@ class RequestLogOperations(Access):
 
     async def show_request_log(self, actor: Actor, account: str) -> RequestLogShown:
         """Show whether bodies of an account's requests are kept, and who has read them."""
-        return await self._log_of(await self.find_account(actor, account))
+        return await self._log_of(actor, await self.find_account(actor, account))
 
-    async def _log_of(self, account: Account) -> RequestLogShown:
-        changed = await self._log_settings.changed(account.id)
+    async def _log_of(self, actor: Actor, account: Account) -> RequestLogShown:
+        def who(name: str) -> str:
+            """Members are not told the names of operators."""
+            named = actor.rank == "operator" or name == name_in_log(name.split()[0], account.name)
+            return name if named else "an operator"
+
+        changed = {
+            each: Changed(at, who(by))
+            for each, (at, by) in (await self._log_settings.changed(account.id)).items()
+        }
         of_account = changed.get(account.id)
         keys = [key for key in await self.accounts.keys(account.id) if key.log_days is not None]
-        ids = await self.request_log.ids_of(account.id)
-        oldest = await self.request_log.read(ids[0]) if ids else None
+        stored = None
+        with contextlib.suppress(StorageUnavailable):  # the setting is shown in any case
+            stored = await self.request_log.count_of(account.id)
         readings = await self._log_settings.readings(account.id, MAX_SHOWN_READINGS)
         return RequestLogShown(
             account=account.name,
             account_id=account.id,
             log_days=account.log_days,
-            changed_at=of_account.at if of_account else None,
-            changed_by=of_account.by if of_account else None,
+            set_at=of_account.at if of_account else None,
+            set_by=of_account.by if of_account else None,
             keys=[
                 LoggedKey(key.id, key.label, key.log_days, *(changed.get(key.id) or (None, None)))
                 for key in keys
@@ -63,9 +75,11 @@ class RequestLogOperations(Access):
             ],
             max_days=self.gateway.settings.retention.request_log_days_max,
             has_owner=await self._log_settings.has_owner(account.id),
-            requests=len(ids),
-            oldest=json_time(oldest.logged_at) if oldest else None,
-            readings=[BodyReading(*each) for each in readings],
+            requests=stored.requests if stored else None,
+            oldest=json_time(stored.oldest) if stored and stored.oldest is not None else None,
+            readings=[
+                BodyReading(each.at, who(each.by), each.request_id, each.body) for each in readings
+            ],
         )
 
     async def set_request_log(
@@ -80,12 +94,12 @@ class RequestLogOperations(Access):
                 raise no_key(body.key)
         if body.days is not None:
             if body.purge:
-                raise Invalid("What is stored can be purged only with `days` null", "$.purge")
+                raise Conflict("`purge` erases what is stored, which needs `days` null")
             await self._switch_on(actor, body.days, found, key)
-            return await self._log_of(await self.find_account(actor, found.id))
+            return await self._log_of(actor, await self.find_account(actor, found.id))
         await self._switch_off(actor, found, key)
         erased = await self._erase_bodies(actor, found, key) if body.purge else None
-        shown = await self._log_of(await self.find_account(actor, found.id))
+        shown = await self._log_of(actor, await self.find_account(actor, found.id))
         if erased is not None:
             shown.erased_requests = erased
         return shown
@@ -101,8 +115,8 @@ class RequestLogOperations(Access):
                 "request logging is not available here: retention.request_log_days_max is 0"
             )
         if days > maximum:
-            at_most = f"{maximum} days (retention.request_log_days_max)"
-            raise Invalid(f"Expected at most {at_most}, found {days}", "$.days")
+            at_most = f"{maximum} days at most (retention.request_log_days_max)"
+            raise Conflict(f"`days` is {days}, but bodies can be kept for {at_most}")
         if account.status == "terminated":
             raise Conflict(f"account {account.name!r} is terminated; its requests can't be logged")
         before = account.log_days
@@ -112,7 +126,9 @@ class RequestLogOperations(Access):
             await self._leave_to_owner(account)
         key_id = key.id if key else None
         await self._log_settings.set(account.id, key_id, days, actor.name)
-        await self.request_log.shorten(account.id, key_id, days)
+        own = [each.id for each in await self.accounts.keys(account.id) if each.log_days]
+        await self.request_log.shorten(account.id, key_id, days, () if key_id else own)
+        await self.request_log.purge(self.billing.store.time())
 
     async def _leave_to_owner(self, account: Account) -> None:
         """Raise Forbidden if the account has an owner, who alone may decide this."""

@@ -40,6 +40,7 @@ from redbtc.billing.reports import (
     requests_in,
     usage_by,
 )
+from redbtc.errors import StorageUnavailable
 from redbtc.store import changes as changes_module
 from redbtc.store.closing import asked_to_close
 from redbtc.store.consistency import check_database
@@ -99,7 +100,12 @@ class UsageOperations(Access):
             rows = await requests_in(snapshot, wanted, currency)
             (totals,) = await usage_by(snapshot, wanted, [], currency)
             erased = await erased_in(snapshot, wanted)
-        return RequestReport(requests=rows, totals=totals, erased_before=iso_time(erased))
+        report = RequestReport(requests=rows, totals=totals, erased_before=iso_time(erased))
+        if actor.rank in ("owner", "operator"):
+            with contextlib.suppress(StorageUnavailable):
+                ids = [row.request_id for row in rows]
+                report.logged = sorted(await self.request_log.logged_among(ids))
+        return report
 
     async def stream_requests(self, actor: Actor, query: RequestsQuery) -> AsyncIterator[bytes]:
         """Yield the answer to a command, which may ask for any number of requests, as JSON. It is

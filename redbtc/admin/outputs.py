@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from redbtc.admin.users import SessionShown, UserShown
 from redbtc.billing.overviews import AccountInList, Lately, Month, SpendingOverview, TrafficOfDay
@@ -116,11 +116,13 @@ class UsageReport(Struct):
 
 class RequestReport(Struct):
     """Requests, oldest first. Totals cover the whole range, whatever the limit. `erased_before` is
-    as in UsageReport; the requests before it are not listed."""
+    as in UsageReport; the requests before it are not listed. `logged` are the ids of those of which
+    bodies are stored; only owners and operators see it."""
 
     requests: list[RequestShown]
     totals: Sums
     erased_before: Moment | None
+    logged: list[str] | UnsetType = UNSET
 
 
 class MonthList(Struct):

@@ -9,14 +9,14 @@ from redbtc.store.json_values import Moment
 
 
 class LoggedKey(Struct):
-    """A key with a setting of its own. `changed_at` and `changed_by` are null if the log of changes
-    does not tell."""
+    """A key with a setting of its own. `set_at` and `set_by` are null if the log of changes does
+    not tell."""
 
     id: str
     label: str
     log_days: int
-    changed_at: Moment | None
-    changed_by: str | None
+    set_at: Moment | None
+    set_by: str | None
 
 
 class BodyReading(Struct):
@@ -32,18 +32,19 @@ class RequestLogShown(Struct, kw_only=True):
     """The request log of an account. `log_days` is for how many days bodies of its requests are
     kept, null: they are not, except those of the keys in `keys`. `max_days` is the most that can be
     chosen; 0: nobody can log. If `has_owner`, only an owner can switch logging on. `requests` is
-    the number of requests of which something is stored, since `oldest`. `readings` are the last
-    ones, newest first. `erased_requests` is there after a purge."""
+    the number of requests of which something is stored, since `oldest`; null if the log can't be
+    read now. `readings` are the last ones, newest first. Members are not told the names of
+    operators. `erased_requests` is there after a purge."""
 
     account: str
     account_id: str
     log_days: int | None
-    changed_at: Moment | None
-    changed_by: str | None
+    set_at: Moment | None
+    set_by: str | None
     keys: list[LoggedKey]
     max_days: int
     has_owner: bool
-    requests: int
+    requests: int | None
     oldest: Moment | None
     readings: list[BodyReading]
     erased_requests: int | UnsetType = UNSET

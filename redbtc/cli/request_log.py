@@ -14,7 +14,7 @@ from redbtc.cli.usage import usage
 from redbtc.errors import UserError
 
 READING_COLUMNS = ["at", "by", "request_id", "body"]
-LOGGED_KEY_COLUMNS = ["id", "label", "log_days", "changed_at", "changed_by"]
+LOGGED_KEY_COLUMNS = ["id", "label", "log_days", "set_at", "set_by"]
 
 
 @account.command("log")
@@ -57,8 +57,8 @@ def log_text(found: dict[str, Any]) -> str:
     lines = {
         "account": found["account"],
         "request logging": f"on, for {days} days" if days else "off",
-        "since": found["changed_at"],
-        "by": found["changed_by"],
+        "since": found["set_at"],
+        "by": found["set_by"],
         "maximum days": found["max_days"],
         "requests stored": found["requests"],
         "oldest": found["oldest"],

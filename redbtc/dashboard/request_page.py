@@ -71,7 +71,7 @@ async def read_selected(page: PageRequest) -> BodyContent:
 async def shown_body(name: str, stored: BodyContent) -> ShownBody:
     """Return a body as the page shows it: decoded, and no more than its beginning."""
     text, more = bytearray(), False
-    codings = [stored.encoding.encode()] if stored.encoding else []
+    codings = stored.encoding.encode("latin-1").split(b", ") if stored.encoding else []
     decoding = Decoding(codings)
     try:
         async for piece in with_turns(decoding.decoded(stored.content)):

@@ -71,6 +71,7 @@ async def usage_page(page: PageRequest) -> PageVariables:
         "totals": totals,
         "labels": {key.id: key.label or key.id for key in known if key.id in used},
         "requests": rows[:PAGE_ROWS],
+        "logged": found.logged or (),
         "older": urlencode({**used_filters, "before": last}) if last else "",
     }
 

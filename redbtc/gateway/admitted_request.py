@@ -127,7 +127,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         finally:
             self.gateway.in_flight.with_row.discard(self)
             if self.recorder:
-                self.recorder.end()
+                self.recorder.end(has_row=not isinstance(error, ClientLeft))
             self._give_back()
 
     def _give_back(self) -> None:

@@ -8,15 +8,19 @@ from collections.abc import Callable
 
 from redbtc.deadlines import Deadline
 from redbtc.gateway.gateway import Gateway
+from redbtc.headers import Headers
+from redbtc.meter.decoding import codings_of
 from redbtc.request_body.body import RequestBody
 from redbtc.server.asgi import Client, Message, Send
 from redbtc.slices import in_slices
 from redbtc.steps import Steps
 from redbtc.store.keys import Key, log_days_of
-from redbtc.store.request_log import Recording
+from redbtc.store.request_log import REQUEST, RESPONSE, Recording
 from redbtc.telemetry import log, shown_error
 
 COPIED_BYTES = 256 << 10  # in one step, which takes about 0.1 ms
+
+MAX_ENCODING = 100  # characters
 
 
 class BodyRecorder:
@@ -43,13 +47,15 @@ class BodyRecorder:
             return None
         return cls(recording, key.account_id, request_id) if recording else None
 
-    async def take_body(self, body: RequestBody) -> None:
-        """Record a request's body. A long one is copied in slices, since `body` can change."""
+    async def take_body(self, body: RequestBody, headers: Headers) -> None:
+        """Record a request's body. `headers` are those of the request. A long body is copied in
+        slices, since `body` can change."""
+        self._note_encoding(REQUEST, headers)
         await in_slices(self._copy(body.as_client_sent()), self._account_id, started=True)
 
     async def take_client_event(self, body: RequestBody) -> None:
         """Record an event that the client has sent over a WebSocket, on a line of its own."""
-        await self.take_body(body)
+        await in_slices(self._copy(body.as_client_sent()), self._account_id, started=True)
         self._hand(Recording.request, b"\n")
 
     async def take_event(self, message: str | bytes) -> None:
@@ -68,6 +74,8 @@ class BodyRecorder:
             return sent
 
         async def recorded_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._note_encoding(RESPONSE, message["headers"])
             await send(message)
             if message["type"] == "http.response.body" and not deadline.client_left:
                 self._hand(Recording.response, message["body"])
@@ -75,14 +83,22 @@ class BodyRecorder:
         client.send_now = recorded_send_now
         return recorded_send
 
-    def end(self) -> None:
-        """Record nothing more."""
+    def end(self, *, has_row: bool) -> None:
+        """Record nothing more, and store nothing of a request whose row was removed."""
         recording, self._recording = self._recording, None
         if recording:
             try:
-                recording.end()
+                if has_row:
+                    recording.end()
+                else:
+                    recording.discard()
             except Exception as error:
                 log_failure(self._request_id, error)
+
+    def _note_encoding(self, body: int, headers: Headers) -> None:
+        if self._recording:
+            encoding = b", ".join(codings_of(headers)).decode("latin-1")
+            self._recording.encodings[body] = encoding[:MAX_ENCODING]
 
     def _copy(self, parts: list[bytes | memoryview]) -> Steps[None]:
         for part in parts:

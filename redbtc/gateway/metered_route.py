@@ -52,7 +52,7 @@ class MeteredRoute:
                     if recorder:
                         request.recorder = recorder
                         send = recorder.recorded(send, client_request.client, deadline)
-                        await recorder.take_body(body)
+                        await recorder.take_body(body, client_request.headers)
                 path = endpoint.path.removeprefix("/v1")
                 relay = Relay(request, send, "POST", path, body.sent)
                 body.sent = b""  # only the relay has it now, for as long as it can be needed

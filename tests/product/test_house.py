@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "unexpected": frozenset(("telemetry",)),
     "meter": frozenset(("usage", "headers", "steps")),
     "request_body": BASE | {"meter", "refusals"},
-    "store": BASE | {"config"},
+    "store": BASE | {"config", "meter"},
     "limits": BASE | {"config", "deadlines", "refusals", "store"},
     "billing": BASE | {"config", "store"},
     "upstream": BASE | {"config", "refusals", "meter", "request_body", "upstream_settings"},

@@ -10,7 +10,7 @@ program is such a reader, the file is replaced (replacing.py).
 """
 
 from redbtc.store.request_log.log import RequestLog
-from redbtc.store.request_log.recording import Recording
+from redbtc.store.request_log.recording import REQUEST, RESPONSE, Recording
 from redbtc.store.request_log.results import LoggedRequest, Purged
 
-__all__ = ["LoggedRequest", "Purged", "Recording", "RequestLog"]
+__all__ = ["REQUEST", "RESPONSE", "LoggedRequest", "Purged", "Recording", "RequestLog"]

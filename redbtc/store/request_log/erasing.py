@@ -19,7 +19,8 @@ EXPIRE_ALL_OF = """
      WHERE account_id = ?1 AND key_id = ifnull(?2, key_id) AND expires_at > 0"""
 SHORTEN_LIFE = """
     UPDATE logged SET expires_at = logged_at + ?3
-     WHERE account_id = ?1 AND key_id = ifnull(?2, key_id) AND expires_at > logged_at + ?3"""
+     WHERE account_id = ?1 AND key_id = ifnull(?2, key_id) AND expires_at > logged_at + ?3
+       AND key_id NOT IN (SELECT value FROM json_each(?4))"""
 EXPIRED = f"SELECT id FROM logged WHERE expires_at <= ? LIMIT {REQUESTS_AT_ONCE}"
 
 
@@ -45,10 +46,12 @@ def erase_all_of(file: LogFile, account_id: str, key_id: str | None) -> Work[Pur
     return purged
 
 
-def shorten_life(file: LogFile, account_id: str, key_id: str | None, days: int) -> Work[None]:
+def shorten_life(
+    file: LogFile, account_id: str, key_id: str | None, days: int, except_keys: str
+) -> Work[None]:
     """Let the requests of an account, or of one of its keys, expire so many days after they were
-    logged, where that is earlier."""
-    file.database.execute(SHORTEN_LIFE, (account_id, key_id, days * DAY))
+    logged, where that is earlier. `except_keys` is a list in JSON."""
+    file.database.execute(SHORTEN_LIFE, (account_id, key_id, days * DAY, except_keys))
     return
     yield 0.0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +17,14 @@ from redbtc.store.keys import Key
 from redbtc.store.request_log.erasing import erase_all_of, purge_log, shorten_life
 from redbtc.store.request_log.file import LogFile
 from redbtc.store.request_log.jobs import Job, Work
-from redbtc.store.request_log.reading import ids_of_account, read_request
+from redbtc.store.request_log.reading import (
+    count_of_account,
+    ids_of_account,
+    logged_among,
+    read_request,
+)
 from redbtc.store.request_log.recording import PartQueue, Recording
-from redbtc.store.request_log.results import LoggedRequest, Purged
+from redbtc.store.request_log.results import LoggedCount, LoggedRequest, Purged
 from redbtc.store.request_log.worker import Worker
 from redbtc.store.schema import REQUEST_LOG
 from redbtc.times import DAY, now_ms
@@ -113,6 +119,20 @@ class RequestLog:
         work = functools.partial(ids_of_account, account_id=account_id, now=now, since=since)
         return await self._do(work, [])
 
+    async def count_of(self, account_id: str) -> LoggedCount:
+        """Count the account's requests of which something is stored."""
+        now = self._time()
+        since = now - self._max_days * DAY
+        work = functools.partial(count_of_account, account_id=account_id, now=now, since=since)
+        return await self._do(work, LoggedCount(0, None))
+
+    async def logged_among(self, request_ids: Sequence[str]) -> set[str]:
+        """Return those of the requests of which something is stored."""
+        now = self._time()
+        since = now - self._max_days * DAY
+        work = functools.partial(logged_among, request_ids=request_ids, now=now, since=since)
+        return await self._do(work, set())
+
     async def erase(self, account_id: str, key_id: str | None = None) -> Purged:
         """Erase all bodies of an account, or of one of its keys, and store nothing more of its
         requests in flight. When this returns, none of their bytes is in any file, also if another
@@ -122,13 +142,20 @@ class RequestLog:
         work = functools.partial(erase_all_of, account_id=account_id, key_id=key_id)
         return await self._do(work, Purged(0, 0), erases=(account_id, key_id))
 
-    async def shorten(self, account_id: str, key_id: str | None, days: int) -> None:
+    async def shorten(
+        self, account_id: str, key_id: str | None, days: int, except_keys: Collection[str] = ()
+    ) -> None:
         """Let bodies of an account, or of one of its keys, expire so many days after they were
-        logged, where that is earlier than now. `purge` erases them."""
+        logged, where that is earlier than now. `purge` erases them. Those of `except_keys` stay as
+        they are."""
         for recording in self._of(account_id, key_id):
-            expires_at = recording.logged_at + days * DAY
-            recording.expires_at = min(recording.expires_at, expires_at)
-        work = functools.partial(shorten_life, account_id=account_id, key_id=key_id, days=days)
+            if recording.key_id not in except_keys:
+                expires_at = recording.logged_at + days * DAY
+                recording.expires_at = min(recording.expires_at, expires_at)
+        keys = json.dumps(list(except_keys))
+        work = functools.partial(
+            shorten_life, account_id=account_id, key_id=key_id, days=days, except_keys=keys
+        )
         await self._do(work, None)
 
     async def purge(self, now: int) -> Purged:

@@ -16,17 +16,16 @@ ENTRY_BYTES = 256  # memory of an entry of the queue, besides its bytes
 
 
 class Part(NamedTuple):
-    """A part of a body on its way to the thread. `text` is the decoded part if it is compressed."""
+    """A part of a body on its way to the thread."""
 
     recording: Recording
     body: int  # REQUEST or RESPONSE
     content: Body
-    text: Body | None
 
     @property
     def size(self) -> int:
         """Return the bytes of memory that the part takes."""
-        return ENTRY_BYTES + len(self.content) + len(self.text or b"")
+        return ENTRY_BYTES + len(self.content)
 
 
 class Ended(NamedTuple):
@@ -94,10 +93,13 @@ class Recording:
         self.key_id = key_id
         self.logged_at = self.expires_at = 0  # milliseconds
         self.sizes = [0, 0]  # bytes of each body so far, stored or not
-        self.encodings = ["", ""]  # the content-encoding of each body
+        # The content encodings of each body, such as "gzip", with ", " between several. They are
+        # set before its first part.
+        self.encodings = ["", ""]
         self.is_short = False  # a part is missing
         self.is_lost = False  # because the log was too slow or failed
         self.is_failed = False  # the thread stores nothing more
+        self.is_discarded = False  # nothing is stored: the request has no row
         self._is_cut = [False, False]  # whether the rest of each body is not stored
         self._is_begun = False
         self._is_ended = False
@@ -105,16 +107,15 @@ class Recording:
         self._queue = queue
         self._on_end = on_end
 
-    def request(self, body: Body, text: Body | None = None) -> None:
-        """Store a part of the request's body, which must not change afterwards. `text` is the
-        decoded part if the body is compressed: keys are searched for in it."""
-        self._add(REQUEST, body, text)
+    def request(self, body: Body) -> None:
+        """Store a part of the request's body, which must not change afterwards."""
+        self._add(REQUEST, body)
 
-    def response(self, body: Body, text: Body | None = None) -> None:
+    def response(self, body: Body) -> None:
         """Store a part of the response's body; see `request`."""
-        self._add(RESPONSE, body, text)
+        self._add(RESPONSE, body)
 
-    def _add(self, body: int, part: Body, text: Body | None) -> None:
+    def _add(self, body: int, part: Body) -> None:
         room = self._max_body_bytes - self.sizes[body]
         self.sizes[body] += len(part)
         if self._is_cut[body]:
@@ -122,7 +123,7 @@ class Recording:
         if len(part) > room:
             part = part[:room]  # a copy, so that the rest does not stay in memory
             self._is_cut[body] = self.is_short = True
-        if self._queue.add_part(Part(self, body, part, text)):
+        if self._queue.add_part(Part(self, body, part)):
             self._is_begun = True
             return
         self._is_cut[body] = self.is_short = True
@@ -134,6 +135,11 @@ class Recording:
         """Store nothing more: what is stored of the request is erased."""
         self._is_cut = [True, True]
         self.is_short = True
+
+    def discard(self) -> None:
+        """End the recording, and store nothing of the request: it has no row in the ledger."""
+        self.is_discarded = True
+        self.end()
 
     def end(self) -> None:
         """Note that no further part will come. More calls have no effect."""

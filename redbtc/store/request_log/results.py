@@ -19,11 +19,19 @@ class LoggedRequest(Struct):
     response: bytes | None
     request_bytes: int  # length of the whole body, as far as it is known
     response_bytes: int
-    request_encoding: str  # the content-encoding in which the body was sent and is stored; "": none
+    request_encoding: str  # the content encodings in which the body is stored; "": none
     response_encoding: str
     request_withheld: bool  # not stored, since a key or an upstream's credential is in it
     response_withheld: bool
     is_complete: bool  # False: a part of a body is missing, or the request has not ended
+
+
+class LoggedCount(Struct):
+    """The number of requests of which something is stored, and when the oldest of them was logged
+    (milliseconds; None if there are none)."""
+
+    requests: int
+    oldest: int | None
 
 
 class Purged(Struct):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from redbtc.meter.decoding import Decoding, NotDecoded
 from redbtc.store.request_log.file import LogStatement
 from redbtc.store.request_log.frames import FRAME_BYTES, Body, framed, pieces_of
 from redbtc.store.request_log.recording import Part, Recording
@@ -19,6 +20,8 @@ BEGIN_REQUEST = """
 ADD_PART = """
     INSERT INTO parts (logged_id, body, content)
     SELECT id, ?2, ?3 FROM logged WHERE request_id = ?1 AND expires_at > 0"""
+# It is shown no more, and the next purge erases it.
+DISCARD = "UPDATE logged SET expires_at = 0 WHERE request_id = ?"
 NOTE_BODIES = """
     UPDATE logged SET request_bytes = ?2, response_bytes = ?3, request_encoding = ?4,
                       response_encoding = ?5, withheld = ?6, is_complete = ?7
@@ -36,19 +39,29 @@ class BodyState:
         self.is_withheld = False
         self.is_removed = False  # what was written before a secret was found
         self._parts: list[Body] = []
-        self._text_end = b""  # of the decoded text, in which a secret could begin, too
+        self._is_begun = False
+        # Secrets are searched for in the decoded text of a compressed body as well.
+        self._decoding: Decoding | None = None
+        self._text_end = b""  # in which a secret could begin, too
 
     def add(self, part: Part, secrets: Secrets) -> None:
         """Add a part."""
         if self.is_withheld:
             return
+        if not self._is_begun:
+            self._is_begun = True
+            encoding = part.recording.encodings[part.body]
+            self._decoding = Decoding(encoding.encode("latin-1").split(b", ")) if encoding else None
         self._parts.append(part.content)
-        if part.text is None:
+        if self._decoding is None:
             return
-        for piece in pieces_of([part.text]):
-            text = self._text_end + piece
-            self._look_at(text, secrets)
-            self._text_end = text[-secrets.overlap :]
+        try:
+            for piece in pieces_of(self._decoding.decoded(bytes(part.content))):
+                text = self._text_end + piece
+                self._look_at(text, secrets)
+                self._text_end = text[-secrets.overlap :]
+        except NotDecoded:  # it is not what its header says, and can only be searched as it is
+            self._decoding = None
 
     def _look_at(self, text: bytes, secrets: Secrets) -> None:
         if secrets.are_in(text):
@@ -109,6 +122,9 @@ class RequestState:
         """Take out what can be written, as statements to be executed in this order."""
         recording = self.recording
         request_id = recording.request_id
+        if recording.is_discarded:
+            yield LogStatement(DISCARD, (request_id,))
+            return
         if not self._is_begun:
             self._is_begun = True
             ids = request_id, recording.account_id, recording.key_id
