@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from redbtc.billing.documents import Published
+from redbtc.dashboard import document_pages
+from redbtc.dashboard.markdown import RenderedMarkdown
 from tests.helpers.documents import days_ahead, reload, write_document
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
 from tests.helpers.upstream import Upstream, silent
@@ -107,20 +112,20 @@ def test_a_new_version_needs_notice(terms: Gateway) -> None:
 
 def test_a_coming_version_is_announced(terms: Gateway) -> None:
     key = terms.new_key()
-    write_document(terms, "2", f"{days_ahead(20)[:10]}", "# Our new terms")
+    day = days_ahead(20)[:10]
+    write_document(terms, "2", day, "# Our new terms")
     reload(terms)
     page = terms.get("/terms").text
     assert "<h1>Our terms</h1>" in page, "it is not in force yet"
-    assert '<a href="/terms?version=2">version 2</a> takes effect on 20' in page
+    assert '<a href="/terms?version=2">version 2</a> takes effect on ' + day in page
     coming = terms.get("/terms?version=2").text
     assert "<h1>Our new terms</h1>" in coming
     assert 'The version in force is <a href="/terms?version=1">version 1</a>' in coming
     (notice,) = notices(terms)
     assert (notice["kind"], notice["added_by"]) == ("terms", "config.toml")
-    assert notice["effective_at"] == f"{days_ahead(20)[:10]}T00:00:00.000Z"
+    assert notice["effective_at"] == f"{day}T00:00:00.000Z"
     assert notice["text"] == (
-        f"Terms of service: version 2 takes effect on {days_ahead(20)[:10]}. Read it at "
-        f"{terms.url}/terms?version=2"
+        f"Terms of service: version 2 takes effect on {day}. Read it at {terms.url}/terms?version=2"
     )
     assert terms.get("/status").json()["notices"][0]["text"] == notice["text"]
     with terms.client(key) as client:
@@ -225,14 +230,60 @@ def test_hostile_markdown_is_inert(make_gateway: MakeGateway) -> None:
     assert "alt &lt;b&gt;&quot;text" in content
 
 
-def test_a_deep_and_a_long_text_take_their_time_in_a_thread(make_gateway: MakeGateway) -> None:
-    """The worst texts are rendered once, while other requests are answered."""
+def test_a_deep_and_long_text_is_shown(make_gateway: MakeGateway) -> None:
+    """Neither recursion nor repeated searches end the process or take minutes."""
     gateway = make_gateway(f"[server]\n{SITE}")
     text = "> " * 20_000 + "\n\n" + "- " * 20_000 + "\n\n" + "[" * 20_000 + "![" * 20_000
     write_document(gateway, "1", text=text + "*a **b " * 8_000 + "\n\nThe end.")
     gateway.start()
     assert "The end." in gateway.get("/terms").text
-    assert "The end." in gateway.get("/terms").text
+
+
+class ManyVersions:
+    """The documents of a gateway with many versions of its terms."""
+
+    def __init__(self, count: int) -> None:
+        self._all = [Published("terms", str(each), each, 0, b"") for each in range(count)]
+
+    def versions(self, _: str) -> list[Published]:
+        return self._all
+
+    def in_force(self, _: str) -> Published:
+        return self._all[-1]
+
+    async def text(self, each: Published) -> str:
+        return each.version
+
+
+def test_a_version_is_rendered_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[str] = []
+
+    def render(text: str) -> RenderedMarkdown:
+        rendered.append(text)
+        return RenderedMarkdown("", True)
+
+    async def page(_: str, variables: Any) -> Any:
+        return variables["shown"].version
+
+    monkeypatch.setattr(document_pages, "render_markdown", render)
+    count = document_pages.MAX_RENDERED + 1
+    store = SimpleNamespace(time=lambda: count)
+    billing = SimpleNamespace(documents=ManyVersions(count), store=store)
+    api, renderer = SimpleNamespace(billing=billing), SimpleNamespace(render=page)
+    pages = document_pages.DocumentPages(cast(Any, api), cast(Any, renderer))
+
+    async def read() -> None:
+        everybody = await asyncio.gather(*(pages.show("terms", None) for _ in range(9)))
+        assert {str(each) for each in everybody} == {str(count - 1)}
+        assert rendered == [str(count - 1)]
+        for version in range(count - 1):
+            await pages.show("terms", str(version))
+            await pages.show("terms", None)  # used again and again, it is kept
+        assert rendered == [str(count - 1), *map(str, range(count - 1))]
+        await pages.show("terms", "0")
+        assert rendered[-1] == "0", "others are not kept for ever"
+
+    asyncio.run(read())
 
 
 def test_security_txt(make_gateway: MakeGateway) -> None:
