@@ -22,7 +22,7 @@ TURN_SECONDS = 60  # between two looks for work
 CLOCK_LOOK_SECONDS = 3600  # between two looks at the clock
 # A pause is so many times as long as the step before it: fewer than one request in a hundred meets
 # a step.
-PAUSE_FACTOR = 150
+PAUSE_FACTOR = 100
 GATEWAY_NAME = "gateway"  # in the log of changes
 
 
