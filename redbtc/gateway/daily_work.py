@@ -26,7 +26,7 @@ CLOCK_LOOK_SECONDS = 3600  # between two looks at the clock
 ACCOUNT_RETRY_SECONDS = 600  # before the erasure of an account that was not complete is repeated
 # A pause is so many times as long as the step before it: fewer than one request in a hundred meets
 # a step.
-PAUSE_FACTOR = 150
+PAUSE_FACTOR = 100
 GATEWAY_NAME = "gateway"  # in the log of changes
 
 

@@ -16,8 +16,9 @@ import contextlib
 import secrets
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
 from redbtc.errors import Conflict, StorageUnavailable
 from redbtc.locations import joined_models
@@ -40,6 +41,8 @@ from redbtc.store.spill import Spill
 from redbtc.store.takeover import interruption, latest_time, write_owed
 from redbtc.store.wal import WalFile
 from redbtc.store.writer import SQLStatement, Writer
+
+T = TypeVar("T")
 
 TRANSACT_SECONDS = 10
 PROVEN_SECONDS = 1  # for which a commit is proof that commits succeed
@@ -214,25 +217,30 @@ class Store:
     # Writing
 
     async def transact(
-        self,
-        *statements: SQLStatement,
-        by: str | None = None,
-        seconds: float | None = None,
-        durable: bool = True,
+        self, *statements: SQLStatement, by: str | None = None, seconds: float | None = None
     ) -> int:
         """Execute all of the statements or none, at once. Return how many rows the last one
         changed. `by` is the author of an administrative change; the log of these changes requires
-        it. Without `durable`, a power loss may undo the change. Raises sqlite3.IntegrityError;
-        Conflict if the account was terminated; or StorageUnavailable if the commit fails or takes
-        longer than `seconds` (None: TRANSACT_SECONDS); then it may still succeed later."""
-        seconds = seconds or TRANSACT_SECONDS
+        it. Raises sqlite3.IntegrityError; Conflict if the account was terminated; or
+        StorageUnavailable if the commit fails or takes longer than `seconds` (None:
+        TRANSACT_SECONDS); then it may still succeed later."""
         if by is not None:
             statements = ((SIGN, (by, self.time())), *statements, (UNSIGN, ()))
+        changed = await self._committed(self._writer.write(statements), seconds or TRANSACT_SECONDS)
+        return changed[-1 if by is None else -2]
+
+    async def transact_step(self, *statements: SQLStatement) -> float:
+        """Execute statements as `transact` does, but without waiting for the disk: a power loss may
+        undo them. Return for how many seconds they kept other commits waiting."""
+        return await self._committed(self._writer.write_step(statements), TRANSACT_SECONDS)
+
+    async def _committed(self, writing: Coroutine[Any, Any, T], seconds: float) -> T:
         if self.is_lost:
+            writing.close()
             raise StorageUnavailable(f"the database can't be written: {self.failure}")
         try:
             async with asyncio.timeout(seconds):
-                changed = await self._writer.write(statements, durable=durable)
+                return await writing
         except sqlite3.IntegrityError as error:
             if str(error) == TERMINATED:
                 raise Conflict(f"{TERMINATED}; only payments can be added to it") from None
@@ -245,7 +253,6 @@ class Store:
             self.commits.check_error(error)
             what = LedgerDamaged if is_corrupt(error) else StorageUnavailable
             raise what(f"the database can't be written: {reason_of(error)}") from None
-        return changed[-1 if by is None else -2]
 
     async def settle_time(self) -> int:
         """Return the ledger's time once it is on disk, so that it holds after a restart, with all

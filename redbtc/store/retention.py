@@ -21,8 +21,6 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
-from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import asdict
@@ -35,9 +33,10 @@ from redbtc.store.request_log import RequestLog
 from redbtc.store.writer import SQLStatement
 from redbtc.times import DAY
 
-STEP_SECONDS = 0.001  # that a step should take
+STEP_SECONDS = 0.0015  # for which a step should keep commits waiting
 MIN_STEP_ROWS, MAX_STEP_ROWS = 8, 512
-MAX_PAUSE_SECONDS = 10
+OBJECTS_A_STEP = 64  # take well under a millisecond
+MAX_PAUSE_SECONDS = 1  # after a step that had to copy the WAL file into the database
 WINDOW_ROWS = 2000  # stored objects that are looked at in one query
 
 STATE = "SELECT usage_before, unscrubbed, clock_seen_at, leapt_at FROM retention"
@@ -59,18 +58,21 @@ KEEP_CORRECTED = f"""
       FROM requests
      WHERE requests.request_id = corrections.request_id AND corrections.request_id IN {JSON_IDS}"""
 ERASE_REQUESTS = f"DELETE FROM requests WHERE request_id IN {JSON_IDS} AND outcome <> 'pending'"
+ERASE_CHANGES = f"DELETE FROM changes WHERE id IN {JSON_IDS}"
 # What refers to a request goes first. A correction is kept, with what statements show of its
 # request.
-ERASE_USAGE = (
-    KEEP_CORRECTED,
-    *(
-        f"DELETE FROM {table} WHERE request_id IN {JSON_IDS}"
-        for table in ("estimates", "unsettled", "reopened", "background")
+ERASE = {
+    "usage": (
+        KEEP_CORRECTED,
+        *(
+            f"DELETE FROM {table} WHERE request_id IN {JSON_IDS}"
+            for table in ("estimates", "unsettled", "reopened", "background")
+        ),
+        ERASE_REQUESTS,
     ),
-    ERASE_REQUESTS,
-)
+    "changes": (ERASE_CHANGES,),
+}
 OLD_CHANGES = "SELECT id FROM changes WHERE changed_at < ? ORDER BY id LIMIT ?"
-ERASE_CHANGES = f"DELETE FROM changes WHERE id IN {JSON_IDS}"
 OLD_OBJECTS = f"""
     SELECT max(id) AS last, json_group_array(id) FILTER (WHERE created_at < ?) AS old
       FROM (SELECT id, created_at FROM stored_objects WHERE id > ?
@@ -111,15 +113,15 @@ class Pace:
         self._store = store
         self._factor = pause_factor
 
-    async def rest(self, began: float) -> None:
-        """Pause after a step that began at this time of the monotonic clock. Raises
-        StorageUnavailable if the ledger can't commit."""
-        took = time.monotonic() - began
-        if took > STEP_SECONDS:
-            self.rows = max(MIN_STEP_ROWS, self.rows // 2)
-        elif took < STEP_SECONDS / 2:
-            self.rows = min(MAX_STEP_ROWS, self.rows * 2)
-        pause = 0.0 if self._store.commits.idle else took * self._factor
+    def adapt(self, seconds: float) -> None:
+        """Choose the number of rows of the next step, after one that took so long."""
+        factor = min(2, max(0.5, STEP_SECONDS / seconds))
+        self.rows = round(min(MAX_STEP_ROWS, max(MIN_STEP_ROWS, self.rows * factor)))
+
+    async def rest(self, seconds: float) -> None:
+        """Pause after a step that took so long. Raises StorageUnavailable if the ledger can't
+        commit."""
+        pause = 0.0 if self._store.commits.idle else seconds * self._factor
         await asyncio.sleep(min(pause, MAX_PAUSE_SECONDS))
         if not self._store.healthy:
             raise StorageUnavailable(f"the ledger can't commit: {self._store.failure}")
@@ -141,7 +143,7 @@ class Retention:
         can be erased: 0 unless the ledger's time went ahead by more than a day between two looks,
         less than a day ago. Raises StorageUnavailable."""
         now = self._looked_at = self._store.time()
-        await self._store.transact((LOOK, (now,)), durable=False)
+        await self._store.transact_step((LOOK, (now,)))
         state = await self._state()
         trusted_at: int = state["leapt_at"] + DAY
         return trusted_at if state["leapt_at"] and trusted_at > now else 0
@@ -185,7 +187,7 @@ class Retention:
             return True
         if not await self._store.scrub(seconds):
             return False
-        await self._store.transact((SCRUBBED, (due,)), durable=False)
+        await self._store.transact_step((SCRUBBED, (due,)))
         return True
 
     async def _state(self) -> sqlite3.Row:
@@ -199,25 +201,31 @@ class Retention:
         return max(0, self._looked_at // DAY - days) * DAY if days else 0
 
     async def _erase_usage(self, pace: Pace, limit: int, erased: Erased) -> None:
-        ids: list[str] | None = None
-        while limit and ids != []:
-            began = time.monotonic()
-            async with self._step:
-                if ids := await self._ids(OLD_USAGE, (limit, pace.rows)):
-                    statements = [(sql, (json.dumps(ids),)) for sql in ERASE_USAGE]
-                    await self._permitted("usage", (BEGIN_USAGE, (limit,)), *statements)
-                    erased.requests += len(ids)
-            await pace.rest(began)
+        begin = (BEGIN_USAGE, (limit,))
+        while limit and (done := await self._step_of("usage", OLD_USAGE, limit, pace, begin)):
+            erased.requests += done
 
     async def _erase_changes(self, pace: Pace, limit: int, erased: Erased) -> None:
-        ids: list[str] | None = None
-        while limit and ids != []:
-            began = time.monotonic()
-            async with self._step:
-                if ids := await self._ids(OLD_CHANGES, (limit, pace.rows)):
-                    await self._permitted("changes", (ERASE_CHANGES, (json.dumps(ids),)))
-                    erased.changes += len(ids)
-            await pace.rest(began)
+        while limit and (done := await self._step_of("changes", OLD_CHANGES, limit, pace)):
+            erased.changes += done
+
+    async def _step_of(
+        self, what: str, old: str, limit: int, pace: Pace, *more: SQLStatement
+    ) -> int:
+        """Erase the oldest rows, whose ids the query `old` returns, and pause. Return how many. The
+        triggers permit it by the row of `erasing`."""
+        async with self._step:
+            ids = [row[0] async for row in self._store.rows(old, (limit, pace.rows))]
+            if not ids:
+                return 0
+            values = (json.dumps(ids),)
+            erasures = [(sql, values) for sql in ERASE[what]]
+            took = await self._store.transact_step(
+                (WILL_ERASE, ()), (ALLOW, (what,)), *more, *erasures, (FORBID, ())
+            )
+        pace.adapt(took)
+        await pace.rest(took)
+        return len(ids)
 
     async def _erase_objects(self, pace: Pace, limit: int, erased: Erased) -> None:
         """Look at all stored objects, since they have no index by age, and erase the old ones."""
@@ -227,12 +235,13 @@ class Retention:
             window = await self._store.one(OLD_OBJECTS, (limit, last))
             assert window is not None, "an aggregate always has one row"
             last, old = window["last"], json.loads(window["old"])
-            await pace.rest(began)
-            while old:
+            await pace.rest(time.monotonic() - began)
+            for at in range(0, len(old), OBJECTS_A_STEP):
                 began = time.monotonic()
-                erased.stored_objects += await self._erase_those(old[: pace.rows], limit)
-                del old[: pace.rows]
-                await pace.rest(began)
+                erased.stored_objects += await self._erase_those(
+                    old[at : at + OBJECTS_A_STEP], limit
+                )
+                await pace.rest(time.monotonic() - began)
 
     async def _erase_those(self, ids: list[str], limit: int) -> int:
         """Erase these stored objects, and return how many there were. The statement waits in the
@@ -241,17 +250,9 @@ class Retention:
         record = self._store.record
         async with self._step:
             values = (json.dumps(ids), limit)
-            if found := await self._ids(STILL_OLD, values):
+            if found := [row async for row in self._store.rows(STILL_OLD, values)]:
                 await asyncio.gather(
                     record(WILL_ERASE, (), retry_until_written=False, durable=False),
                     record(ERASE_OBJECTS, values, retry_until_written=False, durable=False),
                 )
         return len(found)
-
-    async def _ids(self, sql: str, values: Sequence[Any]) -> list[str]:
-        return [row[0] async for row in self._store.rows(sql, values)]
-
-    async def _permitted(self, what: str, *statements: SQLStatement) -> None:
-        """Commit statements that triggers refuse unless `erasing` permits them."""
-        allow, forbid = (ALLOW, (what,)), (FORBID, ())
-        await self._store.transact((WILL_ERASE, ()), allow, *statements, forbid, durable=False)

@@ -706,6 +706,7 @@ def test_every_change_is_logged_with_who_before_and_after(gateway: Gateway) -> N
             {},
             {"ledger_at": "2026-01-01T00:00:00.000Z"},
         ),
+        ("purge", "POST", "/db/purge", {}, None, {"requests": 0}),
         ("change_password", "POST", "/login/password", passwords, {}, {}),  # the last: it logs out
     ]
     changing = {each.name for each in OPERATIONS if each.method != "GET"}

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from redbtc.admin.set_time import MOVES, SET_TIME, TIME_IS_SET
 from redbtc.billing.statements import CORRECTIONS_OF_MONTH
 from redbtc.store.consistency import CHECKS
-from redbtc.store.retention import ALLOW, BEGIN_USAGE, ERASE_USAGE, FORBID, OLD_USAGE
+from redbtc.store.retention import ALLOW, BEGIN_USAGE, ERASE, FORBID, OLD_USAGE
 from redbtc.store.schema import migrations, schema
 from redbtc.times import DAY, iso_time, month_of
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
@@ -155,7 +155,7 @@ def erase(database: sqlite3.Connection, limit: int, rows: int) -> int:
     database.execute("BEGIN")
     database.execute(ALLOW, ("usage",))
     database.execute(BEGIN_USAGE, (limit,))
-    for sql in ERASE_USAGE:
+    for sql in ERASE["usage"]:
         database.execute(sql, (json.dumps(ids),))
     database.execute(FORBID)
     database.execute("COMMIT")
@@ -417,9 +417,9 @@ def test_a_range_within_an_erased_day_counts_the_whole_day(make_gateway: MakeGat
 
     def counted(since: float, until: float, **more: Any) -> int:
         at = today() - 20 * DAY
-        times: dict[str, Any] = {
-            "since": iso_time(at + round(since * DAY)),
-            "until": iso_time(at + round(until * DAY)),
+        times = {
+            "since": str(iso_time(at + round(since * DAY))),
+            "until": str(iso_time(at + round(until * DAY))),
         }
         found = gateway.api("GET", "/usage", **times, **more)
         assert gateway.api("GET", "/requests", **times, **more)["totals"] == found["totals"]
