@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from msgspec import UNSET
+from msgspec.structs import replace
+
 from redbtc.admin.actors import Actor, RunningGateway
 from redbtc.admin.inputs import WhichUser
 from redbtc.admin.users import Users, UserShown
@@ -40,6 +43,10 @@ class Access:
         if actor.account_id not in (None, found.id):
             raise no_account(account)
         return found
+
+    def as_shown(self, actor: Actor, account: Account) -> Account:
+        """Return an account as the actor may see it: only operators see why it is suspended."""
+        return account if actor.rank == "operator" else replace(account, status_reason=UNSET)
 
     async def find_key(self, actor: Actor, key: str) -> KeyShown:
         """Return a key by its id. Raises NotFound."""

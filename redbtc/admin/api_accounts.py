@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from msgspec import UNSET
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict
 
 from redbtc.admin.access import Access
 from redbtc.admin.actors import Actor
@@ -35,12 +34,10 @@ class AccountOperations(Access):
     """Operations on accounts and their API keys."""
 
     async def _with_money(self, account: Account, actor: Actor) -> AccountWithMoney:
-        """Return the account with its money. Only operators see why it is suspended."""
+        """Return the account with its money."""
         money = await self.billing.balance(account)
-        if actor.rank != "operator":
-            account = replace(account, status_reason=UNSET)
         return AccountWithMoney(
-            **asdict(account),
+            **asdict(self.as_shown(actor, account)),
             balance=money.balance,
             held=money.held,
             available=money.available,

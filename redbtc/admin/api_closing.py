@@ -36,7 +36,7 @@ class ClosingOperations(Access):
             message = messages.statement("account.closing", data)
             await ask_for_closing(self.billing.store, found.id, [message], actor.name)
             messages.wakeup.set()
-        return await self.accounts.get(found.id)
+        return self.as_shown(actor, await self.accounts.get(found.id))
 
     async def withdraw_closing(self, actor: Actor, account: str) -> Account:
         """Withdraw the wish to close an account."""
@@ -44,7 +44,7 @@ class ClosingOperations(Access):
         if found.status == "terminated":
             raise Conflict(f"account {found.name!r} is terminated; that can't be undone")
         await withdraw_closing(self.billing.store, found.id, actor.name)
-        return await self.accounts.get(found.id)
+        return self.as_shown(actor, await self.accounts.get(found.id))
 
     async def terminate_account(
         self, actor: Actor, body: Termination, account: str

@@ -573,7 +573,12 @@ def test_a_change_says_where_it_comes_from(house: House) -> None:
 UNLOGGED = {  # they change nothing that is kept, or are in the list of upstreams' changes
     *("end_session", "check_database", "test_webhook", "rest_upstream", "resume_upstream")
 }
-KINDS = {"add_prices": "price", "change_password": "user"}  # others are in the operation's name
+KINDS = {  # others are in the operation's name
+    "add_prices": "price",
+    "change_password": "user",
+    "ask_for_closing": "account",
+    "withdraw_closing": "account",
+}
 
 
 def test_every_change_is_logged_with_who_before_and_after(gateway: Gateway) -> None:
@@ -658,6 +663,30 @@ def test_every_change_is_logged_with_who_before_and_after(gateway: Gateway) -> N
             None,
             {"email": "new@example.com"},
             None,
+        ),
+        (
+            "ask_for_closing",
+            "POST",
+            f"/accounts/{account}/closing",
+            {},
+            {"closing_asked_at": None},
+            {},
+        ),
+        (
+            "withdraw_closing",
+            "DELETE",
+            f"/accounts/{account}/closing",
+            None,
+            {},
+            {"closing_asked_at": None},
+        ),
+        (
+            "terminate_account",
+            "POST",
+            f"/accounts/{account}/terminate",
+            {},
+            {"status": "active", "terminated_at": None},
+            {"status": "terminated"},
         ),
         (
             "set_time",
