@@ -50,13 +50,15 @@ class Access:
             raise no_account(account)
         return found
 
+    def as_shown(self, actor: Actor, account: Account) -> Account:
+        """Return an account as the actor may see it: only operators see why it is suspended."""
+        return account if actor.rank == "operator" else replace(account, status_reason=UNSET)
+
     async def with_money(self, account: Account, actor: Actor) -> AccountWithMoney:
-        """Return the account with its money. Only operators see why it is suspended."""
+        """Return the account with its money."""
         money = await self.billing.balance(account)
-        if actor.rank != "operator":
-            account = replace(account, status_reason=UNSET)
         return AccountWithMoney(
-            **asdict(account),
+            **asdict(self.as_shown(actor, account)),
             balance=money.balance,
             held=money.held,
             available=money.available,

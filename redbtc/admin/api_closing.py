@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -36,7 +37,7 @@ class ClosingOperations(Access):
             message = messages.statement("account.closing", data)
             await ask_for_closing(self.billing.store, found.id, [message], actor.name)
             messages.wakeup.set()
-        return await self.accounts.get(found.id)
+        return self.as_shown(actor, await self.accounts.get(found.id))
 
     async def withdraw_closing(self, actor: Actor, account: str) -> Account:
         """Withdraw the wish to close an account."""
@@ -44,7 +45,7 @@ class ClosingOperations(Access):
         if found.status == "terminated":
             raise Conflict(f"account {found.name!r} is terminated; that can't be undone")
         await withdraw_closing(self.billing.store, found.id, actor.name)
-        return await self.accounts.get(found.id)
+        return self.as_shown(actor, await self.accounts.get(found.id))
 
     async def terminate_account(
         self, actor: Actor, body: Termination, account: str
@@ -77,10 +78,8 @@ class ClosingOperations(Access):
             cut = await self.gateway.abort_account(found.id)  # an earlier call may have failed
             check_again(found, body)
         if body.preview:
-            found.erase_at = (
-                found.erase_at if not body.now and found.erase_at else json_time(erase_at)
-            )
-            yield self._terminated(found, found, 0, "", done=False)
+            found.erase_at = json_time(erase_at)
+            yield await self._terminated(found, found, 0, "", done=False)
             return
         if found.status == "terminated":
             await erase_now(store, found.id, actor.name)
@@ -97,13 +96,13 @@ class ClosingOperations(Access):
                         missing = each.missing
             except StorageUnavailable as error:  # it is too late for an error response
                 missing = str(error)
-        yield self._terminated(found, await self.accounts.get(found.id), cut, missing)
+        yield await self._terminated(found, await self.accounts.get(found.id), cut, missing)
 
     def _erase(self, account: Account, actor: Actor) -> AsyncIterator[ErasureProgress | ErasureEnd]:
         store, end = self.billing.store, self.gateway.end_account
         return erase_account(store, self.request_log, account.id, end, actor.name)
 
-    def _terminated(
+    async def _terminated(
         self, before: Account, account: Account, cut: int, missing: str, *, done: bool = True
     ) -> AccountTerminated:
         return AccountTerminated(
@@ -116,7 +115,7 @@ class ClosingOperations(Access):
             erase_at=account.erase_at,
             erased_at=account.erased_at,
             missing=missing,
-            copies=copies_beside(self.billing.store.path),
+            copies=await asyncio.to_thread(copies_beside, self.billing.store.path),
         )
 
 

@@ -592,11 +592,13 @@ UNLOGGED = {  # they change nothing that is kept, or are in the list of upstream
     *("end_session", "check_database", "test_webhook", "rest_upstream", "resume_upstream"),
     "accept_documents",  # which only owners do: tests/dashboard/test_acceptance.py
 }
-KINDS = {
+KINDS = {  # others are in the operation's name
     "add_prices": "price",
     "change_password": "user",
+    "ask_for_closing": "account",
+    "withdraw_closing": "account",
     "set_request_log": "request_log",
-}  # others are in the operation's name
+}
 
 
 def test_every_change_is_logged_with_who_before_and_after(gateway: Gateway) -> None:
@@ -697,6 +699,30 @@ def test_every_change_is_logged_with_who_before_and_after(gateway: Gateway) -> N
             None,
             {"email": "new@example.com"},
             None,
+        ),
+        (
+            "ask_for_closing",
+            "POST",
+            f"/accounts/{account}/closing",
+            {},
+            {"closing_asked_at": None},
+            {},
+        ),
+        (
+            "withdraw_closing",
+            "DELETE",
+            f"/accounts/{account}/closing",
+            None,
+            {},
+            {"closing_asked_at": None},
+        ),
+        (
+            "terminate_account",
+            "POST",
+            f"/accounts/{account}/terminate",
+            {},
+            {"status": "active", "terminated_at": None},
+            {"status": "terminated"},
         ),
         (
             "set_time",

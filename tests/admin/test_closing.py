@@ -61,6 +61,7 @@ def test_an_owner_asks_to_close_the_account(make_gateway: MakeGateway, new_login
         path = f"/admin/v1/accounts/{account}/closing"
         again = owner.client.post(path, json={})
         assert again.json()["closing_asked_at"] == asked_at, "the first time is kept"
+        assert "status_reason" not in again.json(), "only operators see it"
         assert len(gateway.api("GET", "/webhook")["messages"]) == 1
         assert owner.post(f"{page}/settings", do="keep").status_code == 303
         assert gateway.api("GET", "/overview")["closing"] == []

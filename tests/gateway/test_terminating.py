@@ -15,7 +15,7 @@ import pytest
 
 from tests.gateway.errors import error
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, Gateway, MakeGateway, wait_until
-from tests.helpers.leaving import marks_in
+from tests.helpers.leaving import marks_in, texts_of
 from tests.helpers.response_store import BODY, ResponseStore, create
 from tests.helpers.upstream import (
     Received,
@@ -204,8 +204,13 @@ def test_what_can_not_end_is_erased_later(make_gateway: MakeGateway, upstream: U
     assert done.returncode == 1
     assert "have not ended" in json.loads(done.stdout)["missing"]
     assert gateway.api("GET", f"/accounts/{account}")["erased_at"] is None
+    gateway.kill()
+    done = gateway.cli("account", "terminate", account, "--yes", "--now", check=False)
+    assert "have not ended" in json.loads(done.stdout)["missing"], "nor does a stopped one know"
+    gateway.start()
     upstream.script = script
     wait_until(lambda: not pending(gateway, account))
+    assert "stored_objects.id" not in texts_of(gateway.database, made), "it can't come back"
     assert gateway.cli("account", "terminate", account, "--yes", "--now")["erased_at"]
     assert marks_in(gateway.folder, made) == {}
     assert gateway.row()["response_id"] is None

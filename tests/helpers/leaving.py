@@ -23,12 +23,14 @@ def fill_account(database: Path, account_id: str, mark: str, rows: int, now: int
         db.execute("BEGIN")
         (name,) = db.execute("SELECT name FROM accounts WHERE id = ?", (account_id,)).fetchone()
         db.execute("INSERT INTO acting VALUES (1, ?, ?)", (f"{mark}@example.com of {name}", now))
-        _fill(db, account_id, mark, rows, now)
+        _fill(db, account_id, name, mark, rows, now)
         db.execute("DELETE FROM acting")
         db.execute("COMMIT")
 
 
-def _fill(db: sqlite3.Connection, account_id: str, mark: str, rows: int, now: int) -> None:
+def _fill(
+    db: sqlite3.Connection, account_id: str, name: str, mark: str, rows: int, now: int
+) -> None:
     def add(table: str, **columns: Any) -> None:
         places = ", ".join("?" * len(columns))
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"
@@ -77,7 +79,10 @@ def _fill(db: sqlite3.Connection, account_id: str, mark: str, rows: int, now: in
             add("background", **known, held=0, input_estimate=1, seen=f'"{mark}"', most=f'"{mark}"')
     budget = {"kind": "budget", "month": month, "text": f"{mark}: 50 %", "effective_at": now}
     add("notices", id=f"ntc_{of}", percent=50, **budget, **base)
-    # The trigger that adds its message names the account.
+    # The trigger that adds its message names the account, as does a message about closing it.
+    told = json.dumps({"account": name, "text": f"{mark} asks to be closed"})
+    message = {"id": f"msg_{of}", "type": "account.closing", "data": told, "created_at": now}
+    add("webhook_messages", **message)
     amount = {"units": 5, "nanos": 0, "currency": "USD", "month": month}
     texts = {"reference": f"{mark} 1", "reason": f"for {mark}", "added_by": f"{mark} bank"}
     add("payments", id=f"pay_{of}", **amount, **texts | {"added_by": "operator"}, **base)
