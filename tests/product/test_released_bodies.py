@@ -138,6 +138,5 @@ def test_a_body_is_dropped_when_its_answer_begins(
     key = gateway.new_key(concurrency=0)
     small = rss_with_streams(gateway, holding, key, ask, streams, 100)
     large = rss_with_streams(gateway, holding, key, ask, streams, size)
-    print((large - small) / 1e6)
     assert large - small < streams * size / 2
     assert {row["outcome"] for row in gateway.rows()} == {"completed"}
