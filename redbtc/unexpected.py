@@ -32,7 +32,6 @@ class LibraryHandler(logging.Handler):
 def log_unexpected_errors() -> None:
     """Send everything that Python and its libraries would print on standard error to the log."""
     logging.getLogger().addHandler(LibraryHandler())
-    logging.raiseExceptions = False  # else a handler that fails prints what it was given
     sys.excepthook = _log_end
     sys.unraisablehook = _log_unraisable
     threading.excepthook = _log_end_of_thread

@@ -28,8 +28,8 @@ from tests.helpers.websocket_client import client as websocket
 
 pytestmark = [pytest.mark.promise_6, pytest.mark.promise_9]
 
-STREAMS = 3
-BODY_BYTES = 48 << 20  # more than glibc ever keeps in its heap: a block of its own is given back
+LARGE = 48 << 20  # bytes, more than glibc ever keeps in its heap: such a block is given back
+FRAME = 250_000  # bytes of a message that is parsed as one frame
 Ask = Callable[[Gateway, str, int], contextlib.AbstractContextManager[Any]]
 
 
@@ -107,11 +107,13 @@ def begin_event(gateway: Gateway, key: str, size: int) -> contextlib.AbstractCon
         return stack.pop_all()
 
 
-def rss_with_streams(gateway: Gateway, holding: Holding, key: str, ask: Ask, size: int) -> int:
+def rss_with_streams(
+    gateway: Gateway, holding: Holding, key: str, ask: Ask, streams: int, size: int
+) -> int:
     """Return the gateway's resident memory while it relays answers to bodies of this size."""
     holding.ends.clear()
     with contextlib.ExitStack() as stack:
-        for _ in range(STREAMS):  # one by one: reading takes memory of its own
+        for _ in range(streams):  # one by one: reading takes memory of its own
             stack.enter_context(ask(gateway, key, size))
         rss = gateway.rss()
         holding.ends.set()
@@ -119,14 +121,22 @@ def rss_with_streams(gateway: Gateway, holding: Holding, key: str, ask: Ask, siz
     return rss
 
 
-@pytest.mark.parametrize("ask", [begin_json, begin_form, begin_event])
+@pytest.mark.parametrize(
+    ("ask", "streams", "size"),
+    [
+        (begin_json, 3, LARGE),
+        (begin_form, 3, LARGE),
+        (begin_event, 3, LARGE),
+        (begin_event, 80, FRAME),
+    ],
+)
 def test_a_body_is_dropped_when_its_answer_begins(
-    make_gateway: MakeGateway, upstream: Upstream, ask: Ask
+    make_gateway: MakeGateway, upstream: Upstream, ask: Ask, streams: int, size: int
 ) -> None:
     holding = Holding(upstream)
-    gateway = make_gateway().start()
-    key = gateway.new_key()
-    small = rss_with_streams(gateway, holding, key, ask, 100)
-    large = rss_with_streams(gateway, holding, key, ask, BODY_BYTES)
-    assert large - small < STREAMS * BODY_BYTES / 2
+    gateway = make_gateway("[limits]\nconcurrency = 1000\n").start()
+    key = gateway.new_key(concurrency=0)
+    small = rss_with_streams(gateway, holding, key, ask, streams, 100)
+    large = rss_with_streams(gateway, holding, key, ask, streams, size)
+    assert large - small < streams * size / 2
     assert {row["outcome"] for row in gateway.rows()} == {"completed"}
