@@ -59,7 +59,10 @@ SETTINGS: dict[str, tuple[str | int, str | int]] = {  # to set, and to be read b
     "temp_store": ("MEMORY", 2),
 }
 LOCK_WAIT_MS = 1000  # for another program that writes
-READER_SECONDS = 2.0  # to wait for another program's reader before the file is replaced
+# For which another program's reader is waited for before the file is replaced: when an owner wants
+# bodies erased, and when they have expired, which must leave a backup the time to copy the file.
+READER_SECONDS = 2.0
+LONG_READER_SECONDS = 20.0
 READER_PAUSE = 0.05
 MAX_WAL_SHARE = 4  # the WAL may take this part of max_bytes,
 MAX_LOG_WAL_BYTES = 8 << 20  # but no more than this
@@ -238,10 +241,10 @@ class LogFile:
         self.database.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
         return True
 
-    def scrub(self) -> Generator[float, None, None]:
+    def scrub(self, reader_seconds: float) -> Generator[float, None, None]:
         """Leave nothing of what was deleted in the file or its WAL. If another program's reader
-        keeps it there for READER_SECONDS, replace the file."""
-        deadline = time.monotonic() + READER_SECONDS
+        keeps it there for so many seconds, replace the file."""
+        deadline = time.monotonic() + reader_seconds
         while not self._empty_wal():
             if time.monotonic() > deadline:
                 self._replace()
@@ -264,7 +267,7 @@ class LogFile:
             return
         now = time.monotonic()
         self._stuck_since = self._stuck_since or now
-        if now - self._stuck_since > READER_SECONDS:
+        if now - self._stuck_since > LONG_READER_SECONDS:
             self._replace()
             self._stuck_since = None
 
