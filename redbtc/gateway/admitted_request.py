@@ -141,8 +141,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             self.gateway.background.unfinished.remove(self.key.account_id)
 
     def _count_unfinished(self) -> None:
-        """Count a request for a background response as one of the account's unfinished ones. Raises
-        Refusal."""
+        """Count the request as an unfinished background response. Raises Refusal."""
         limit = self.settings.limits.account.background
         self.gateway.background.unfinished.add(self.key.account_id, limit)
         self._is_unfinished = self.awaits_id = True
