@@ -19,9 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from redbtc.config import Settings
+from redbtc.config import RequestLogSettings, Settings
+from redbtc.errors import StorageUnavailable
 from redbtc.store.files import FILE_CHECK_SECONDS
 from redbtc.store.keys import new_key
 from redbtc.store.request_log import file as file_module
@@ -424,13 +426,12 @@ def test_a_file_that_cant_be_used_is_logged_once_and_can_be_moved_away(
     async def run() -> None:
         async with open_log(tmp_path) as tested:
             for number in range(3):
-                await_error = pytest.raises(Exception, match="request log is unavailable")
-                with await_error:
+                with pytest.raises(StorageUnavailable, match="request log is unavailable"):
                     await tested.add(f"req_{number}", b"x")
             assert tested.log.dropped == 3
             assert tested.lines.events == ["request log unavailable"]
             assert said in tested.lines.fields[0]["reason"]
-            with pytest.raises(Exception, match=said):
+            with pytest.raises(StorageUnavailable, match=said):
                 await tested.log.erase("acct_1")
             file.rename(tmp_path / "moved")
             await tested.add("req_4", b"stored")
@@ -459,7 +460,7 @@ def test_another_programs_lock_costs_only_what_comes_meanwhile(
             with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as database:
                 database.execute("BEGIN IMMEDIATE")
                 torn.request(b"b" * FRAME_BYTES)
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(StorageUnavailable):
                     await tested.log.ids_of("")
                 database.execute("COMMIT")
             torn.request(b"c")
@@ -488,7 +489,7 @@ def test_a_full_disk_costs_only_what_comes_meanwhile(
             await tested.add("req_1", b"first")
             resource.setrlimit(resource.RLIMIT_FSIZE, (200 * KIB, usual[1]))
             try:
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(StorageUnavailable):
                     await tested.add("req_2", content)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, usual)
@@ -511,7 +512,7 @@ def test_two_processes_never_share_the_file(
         async with open_log(tmp_path) as first:
             await first.add("req_1", b"first")
             async with open_log(tmp_path) as second:
-                with pytest.raises(Exception, match="in use"):
+                with pytest.raises(StorageUnavailable, match="in use"):
                     await second.add("req_2", b"second")
                 assert second.log.dropped == 1
             await first.add("req_3", b"third")
@@ -626,6 +627,27 @@ def test_a_secret_in_a_compressed_body_is_found_in_its_text(tmp_path: Path) -> N
             assert (found.request_withheld, found.response_withheld) == (True, True)
             assert (found.request, found.response) == (None, None)
             assert tested.log.withheld == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["key", "credential"])
+def test_a_body_that_is_cut_within_a_secret_ends_before_it(
+    tmp_path: Path, with_credential: Settings, kind: str
+) -> None:
+    secret = (new_key() if kind == "key" else CREDENTIAL).encode()
+    limited = msgspec.structs.replace(
+        with_credential, request_log=RequestLogSettings(max_body_bytes=KIB)
+    )
+    before = b"." * (KIB - len(secret) + 1)
+
+    async def run() -> None:
+        async with open_log(tmp_path, limited) as tested:
+            await tested.add("req_1", before + secret)
+            assert await tested.bodies("req_1") == (before, None)
+            whole = before + secret[:-1]
+            await tested.add("req_2", whole)
+            assert await tested.bodies("req_2") == (whole, None)
 
     asyncio.run(run())
 

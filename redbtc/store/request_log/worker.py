@@ -80,7 +80,7 @@ class Worker:
         every = False
         try:
             every = self._take_out()
-        except MemoryError as error:
+        except Exception as error:  # such as MemoryError
             self._drop(list(self._states.values()), error)
         now = time.monotonic()
         states = list(self._states.values())
@@ -117,7 +117,7 @@ class Worker:
         self.withheld += bool(state.withheld) > bool(before)
 
     def _begin(self, job: Job[Any]) -> None:
-        """PartQueue a job, and drop what it erases and is not written yet."""
+        """Put a job in the queue of jobs, and drop what it erases and is not written yet."""
         self._jobs.append(job)
         if job.erases:
             account_id, key_id = job.erases
@@ -188,8 +188,12 @@ class Worker:
             file = self._opened(create=False)
             pause = job.step(file)
             self.file_bytes = file.size if file else 0
+        except StorageUnavailable as error:
+            job.fail(error)
+            return 0.0
         except Exception as error:
-            job.fail(self._note_failure(error))
+            self._note_failure(error)
+            job.fail(self._unavailable())
             return 0.0
         if pause is None:
             return 0.0
@@ -206,9 +210,9 @@ class Worker:
                 self._close_file()
         if self._file is None:
             if self._failure and time.monotonic() < self._reopen_at:
-                raise StorageUnavailable(self._failure)
+                raise self._unavailable()
             if self._damaged and identity_of(self._path) == self._damaged:
-                raise StorageUnavailable(self._failure)
+                raise self._unavailable()
             self._file = LogFile.open(self._path, self._max_bytes, create=create)
             if self._failure:
                 self._log(logging.INFO, "request log available", file=str(self._path))
@@ -217,24 +221,23 @@ class Worker:
             self._file.limit(self._max_bytes)
         return self._file
 
-    def _note_failure(self, error: Exception) -> StorageUnavailable:
-        """Close the file after an error, and log that once. Return the error for who waits."""
+    def _unavailable(self) -> StorageUnavailable:
+        return StorageUnavailable(f"the request log is unavailable: {self._failure}")
+
+    def _note_failure(self, error: Exception) -> None:
+        """Close the file after an error, and log that once."""
+        if isinstance(error, StorageUnavailable):  # it was noted before
+            return
         if is_corrupt(error):
             self._damaged = identity_of(self._path)
         self._close_file()
-        if not isinstance(error, StorageUnavailable):
-            self._reopen_at = time.monotonic() + REOPEN_SECONDS
-            known = isinstance(error, UserError)
-            reason = str(error) if known else f"{self._path}: {reason_of(error)}"
-            if reason != self._failure:
-                self._log(
-                    logging.ERROR,
-                    "request log unavailable",
-                    reason=reason,
-                    what_to_do=WHAT_TO_DO,
-                )
+        self._reopen_at = time.monotonic() + REOPEN_SECONDS
+        known = isinstance(error, UserError)
+        reason = str(error) if known else f"{self._path}: {reason_of(error)}"
+        if reason != self._failure:
             self._failure = reason
-        return StorageUnavailable(f"the request log is unavailable: {self._failure or error}")
+            event = "request log unavailable"
+            self._log(logging.ERROR, event, reason=reason, what_to_do=WHAT_TO_DO)
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
