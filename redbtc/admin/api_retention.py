@@ -7,6 +7,7 @@ from msgspec import Struct
 from redbtc.admin.access import Access
 from redbtc.admin.actors import Actor
 from redbtc.admin.inputs import Input
+from redbtc.store.erasure import due_accounts, erase_due
 from redbtc.store.retention import Erased
 from redbtc.times import iso_time
 
@@ -21,6 +22,8 @@ NOT_TRUSTED = (
     "The ledger's time went ahead by more than a day, so no old rows are erased before {}. If the "
     "clock is right, use --accept-clock."
 )
+
+NOT_ERASED = "Account {} is not erased completely: {}. Run db purge again."
 
 
 class PurgeOptions(Input):
@@ -51,12 +54,20 @@ class RetentionOperations(Access):
             trusted_at = 0
         still_to_do = [NOT_TRUSTED.format(iso_time(trusted_at))] if trusted_at else []
         if body.preview:
-            erased = Erased() if trusted_at else await retention.preview(settings)
+            erased = Erased()
+            if not trusted_at:
+                erased = await retention.preview(settings)
+                erased.accounts = len(await due_accounts(self.billing.store))
             return Purge(False, erased, still_to_do)
         erased = Erased()
         await retention.erase_expired_bodies(erased)
         if not trusted_at:
             await retention.erase_old(settings, erased, PURGE_PAUSE_FACTOR)
+            store, end_account = self.billing.store, self.gateway.end_account
+            for end in await erase_due(store, self.request_log, end_account, actor.name):
+                erased.accounts += not end.missing
+                if end.missing:
+                    still_to_do.append(NOT_ERASED.format(end.account_id, end.missing))
         await retention.record(erased, actor.name)
         if not await retention.scrub(PURGE_SCRUB_SECONDS):
             still_to_do.append(NOT_SCRUBBED)

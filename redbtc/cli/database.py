@@ -150,6 +150,7 @@ PURGED = {
     "changes": "entries of the log of changes",
     "logged_requests": "requests' bodies",
     "logged_bytes": "bytes of requests' bodies",
+    "accounts": "terminated accounts",
 }
 
 

@@ -211,13 +211,17 @@ async def erase_rows(
         position = {"at": page[-1]["at"], "id": page[-1]["id"]}
 
 
+async def due_accounts(store: Store) -> list[str]:
+    """Return the ids of the terminated accounts whose time to be erased has come."""
+    return [row["id"] async for row in store.rows(DUE, (store.time(),))]
+
+
 async def erase_due(
     store: Store, request_log: RequestLog, end: EndAccount, by: str = "gateway"
 ) -> list[ErasureEnd]:
     """Erase all accounts whose time has come, and return the results. What fails is due again."""
-    due = [row["id"] async for row in store.rows(DUE, (store.time(),))]
     results = []
-    for account_id in due:
+    for account_id in await due_accounts(store):
         try:
             async for each in erase_account(store, request_log, account_id, end, by):
                 if isinstance(each, ErasureEnd):

@@ -90,14 +90,15 @@ RECORD_ERASED = """
 
 
 class Erased(Struct):
-    """How much was erased, or would be: rows of the ledger that were too old, and bodies of
-    requests that had expired."""
+    """How much was erased, or would be: rows of the ledger that were too old, bodies of requests
+    that had expired, and terminated accounts whose time had come."""
 
     requests: int = 0
     stored_objects: int = 0
     changes: int = 0
     logged_requests: int = 0
     logged_bytes: int = 0
+    accounts: int = 0
 
     def __bool__(self) -> bool:
         return any(asdict(self).values())

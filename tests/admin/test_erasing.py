@@ -25,7 +25,14 @@ from redbtc.store.erasure import ErasureEnd, erase_due
 from redbtc.store.request_log import RequestLog
 from redbtc.store.schema import migrations, schema
 from redbtc.times import DAY
-from tests.helpers.gateway import NO_TLS, PATIENCE_SECONDS, ROOT, Gateway, MakeGateway
+from tests.helpers.gateway import (
+    NO_TLS,
+    PATIENCE_SECONDS,
+    ROOT,
+    Gateway,
+    MakeGateway,
+    wait_until,
+)
 from tests.helpers.leaving import fill_account, marks_in, text_columns, texts_of
 
 pytestmark = pytest.mark.promise_6
@@ -221,6 +228,30 @@ def test_an_account_whose_time_has_come_is_due(tmp_path: Path) -> None:
             assert names == [ids[0], f"{MARK} 1", f"{MARK} 2"]
 
     asyncio.run(run())
+
+
+AT_ONCE = "[retention]\nterminated_account_days = 0\n"
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_an_account_is_erased_without_being_asked_again(
+    make_gateway: MakeGateway, is_running: bool
+) -> None:
+    """A running gateway erases the accounts whose time has come by itself, and so does db purge."""
+    gateway = make_gateway(AT_ONCE)
+    account = filled(gateway, 3)
+    if is_running:
+        gateway.prelude = f"{OWN_MODULES}from redbtc.gateway import daily_work\n"
+        gateway.prelude += "daily_work.FIRST_SECONDS = 0; daily_work.TURN_SECONDS = 0.05\n"
+        gateway.start()
+    gateway.cli("account", "terminate", account["id"], "--yes")
+    if not is_running:
+        assert gateway.cli("db", "purge", "--dry-run")["erased"]["accounts"] == 1
+        found = gateway.cli("db", "purge")
+        assert (found["erased"]["accounts"], found["still_to_do"]) == (1, [])
+        assert gateway.cli("db", "purge")["erased"]["accounts"] == 0
+    wait_until(lambda: gateway.cli("account", "show", account["id"])["erased_at"])
+    assert not list(marks_in(gateway.folder, MARK))
 
 
 def test_each_column_is_classified(tmp_path: Path) -> None:
