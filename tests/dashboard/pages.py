@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 from playwright.sync_api import Page
 
-PAGES = ["", "/keys", "/usage", "/billing", "/billing/2026-11", "/members", "/notices", "/manage"]
+PAGES = [
+    *("", "/keys", "/usage", "/billing", "/billing/2026-11", "/members", "/notices", "/settings"),
+    "/manage",
+]
 OPERATORS_PAGES = ["overview", "accounts", "prices", "notices", "log", "users", "webhook"]
 
 

@@ -155,7 +155,8 @@ def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login]
     for page in PAGES:
         operator.get(f"/dashboard/accounts/{own}{page}")
         for member in (owner, viewer):
-            refused = page == "/manage" or (page == "/members" and member is viewer)
+            owners = page in ("/members", "/settings")
+            refused = page == "/manage" or (owners and member is viewer)
             member.get(f"/dashboard/accounts/{own}{page}", 403 if refused else 200)
             there = member.get(f"/dashboard/accounts/{foreign}{page}", 403 if refused else 404).text
             nowhere = member.get(f"/dashboard/accounts/acct_0{page}", 403 if refused else 404).text
@@ -172,6 +173,7 @@ def test_each_role_against_each_page(gateway: Gateway, closing: Callable[[Login]
 FORMS: dict[str, dict[str, dict[str, str]]] = {
     "/keys": {"add": {}, "rotate": {"overlap": "0"}, "revoke": {"compromised": "1"}},
     "/members": {"add": {"email": "x@y.z", "role": "owner"}, "reset": {}, "remove": {}},
+    "/settings": {"log_on": {"days": "1"}, "log_off": {"purge": "1"}},
     "/manage": {
         "set": {"concurrency": "1"},
         "suspend": {"reason": "x"},
@@ -192,6 +194,7 @@ def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login]
     assert set(FORMS["/keys"]) == set(key_page.KEY_ACTIONS)
     assert set(FORMS["/members"]) == set(OPERATORS_FORMS["/users"]) == set(parts.USER_ACTIONS)
     assert set(FORMS["/manage"]) == set(account_pages.MANAGE_ACTIONS)
+    assert set(FORMS["/settings"]) == set(settings_page.SETTINGS_ACTIONS)
     for name in ("a", "b"):
         gateway.new_key(name)
     operator = closing(new_user(gateway, "op@example.com"))
@@ -219,7 +222,7 @@ def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login]
                     status = 403
                 elif do == "add" and at == own:
                     continue
-                sent = {"key": key, "user": user, **form}
+                sent = {"key": key, "of_key": key, "user": user, **form}
                 answer = owner.post(f"/dashboard/accounts/{at}{page}", do=do, **sent)
                 assert answer.status_code == status, (page, do, at, answer.text)
                 assert not any(each in answer.text for each in (keys[1], "o@b.c"))
